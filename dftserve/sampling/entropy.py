@@ -1,0 +1,49 @@
+"""Rows given as log-weights on their support: log-probabilities, log Z and entropy, in nats.
+
+An absent place of the support holds `ABSENT`: its probability underflows to exactly zero, and
+unlike -inf it may be multiplied by that zero.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ABSENT = -1e30
+
+
+def is_present(weights: Tensor) -> Tensor:
+    """Which log-weights stand for something: dividing ABSENT by a temperature does not hide it."""
+    return weights > -1e20
+
+
+def exp(weights: Tensor) -> Tensor:
+    """e^w by way of 2^x: torch's own exp is twenty times slower where the result underflows."""
+    return torch.exp2(weights * math.log2(math.e))
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """log_p_RK = w − log_z_R: finite everywhere, exp(log_p) = 0 at absent places.
+
+    `log_z_R` is not `is_present` where the whole row is absent.
+    """
+
+    log_p_RK: Tensor
+    log_z_R: Tensor
+
+    def peak(self) -> Tensor:
+        """ln max p for each row."""
+        return self.log_p_RK.amax(dim=1)
+
+    def entropy(self) -> Tensor:
+        """H = −Σ p·ln p for each row, in nats; zero where the whole row is absent."""
+        entropy_R = -(exp(self.log_p_RK) * self.log_p_RK).sum(dim=1)
+        return entropy_R * is_present(self.log_z_R)
+
+
+def normalise(weights_RK: Tensor) -> Distribution:
+    """The distribution of rows of log-weights; stable for any finite weights."""
+    log_p_RK = torch.log_softmax(weights_RK, dim=1)
+    return Distribution(log_p_RK, weights_RK.amax(dim=1) - log_p_RK.amax(dim=1))

@@ -1,0 +1,161 @@
+"""Control laws: a request's parameters and the row's own entropy give the temperature.
+
+    gated     T·exp(c·level·g(H0)),  g(H) = (H/(H+1))²
+    budget    the same; `level` is steered, step by step, toward the target entropy
+    dynatemp  T ± range·level, by (H0/ln n)^exponent   (llama.cpp's formula)
+
+H0 is the entropy of the plausible tokens at temperature 1, in nats, and n their number. g heats
+open steps and leaves sure ones and even two-way choices nearly alone: docs/maths.md has the
+derivation, docs/log.md the measurement that settled the constants.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from dftserve.spec import Diversity
+
+GUARD_START = 0.05
+GUARD_END = 0.02
+"""The guard's a falls geometrically from start (level 0) to end (level 1): heat needs room."""
+STRENGTH = 2.0
+"""c: at level 1 a wide-open step is heated by up to e^c."""
+GATE_POWER = 2.0
+
+LOWEST_TEMPERATURE = 0.01
+"""Cooling ends here, where sampling is already greedy in effect."""
+
+BUDGET_RATE = 0.1
+BUDGET_OPEN_LOOP = 16
+"""Tokens before the budget law starts to steer."""
+BUDGET_LEVELS = (-1.0, 2.0)
+"""The levels between which the budget law steers; below 0 it cools."""
+
+LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2}
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What the transform needs to know of each row, on the rows' device.
+
+    All float32 [R], but `stop_ids_RE`, int64, each row's distinct stop tokens padded with -1.
+    """
+
+    law_R: Tensor
+    temperature_R: Tensor
+    """T, the request's own."""
+    divided_R: Tensor
+    """What the rows were divided by before they came: T after a temperature stage, 1 before it."""
+    level_R: Tensor
+    log_min_p_R: Tensor
+    """ln of the request's min_p; NaN where the guard follows the level."""
+    max_temperature_R: Tensor
+    dynatemp_range_R: Tensor
+    dynatemp_exponent_R: Tensor
+    target_entropy_R: Tensor
+    """Nats, for the `budget` law's controller; the transform itself does not read it."""
+    stop_ids_RE: Tensor
+
+    def with_level(self, level_R: Tensor) -> "Controls":
+        return replace(self, level_R=level_R)
+
+    @classmethod
+    def stack(cls, rows: "list[ControlRow]", device: torch.device | str = "cpu") -> "Controls":
+        """One row of controls for each request."""
+        width = max([len(row.stop_ids) for row in rows], default=0) or 1
+        stops = [[*row.stop_ids, *[-1] * (width - len(row.stop_ids))] for row in rows]
+        columns = torch.tensor([row.numbers for row in rows], dtype=torch.float32).T
+        stop_ids_RE = torch.tensor(stops, dtype=torch.int64).reshape(len(rows), width)
+        return cls(*columns.to(device).unbind(), stop_ids_RE.to(device))
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """One request's row of `Controls`, on the host."""
+
+    numbers: tuple[float, ...]
+    stop_ids: tuple[int, ...]
+
+    @property
+    def law(self) -> float:
+        return self.numbers[0]
+
+
+NUMBERS = [field.name for field in fields(Controls)][:-1]
+
+
+def control_row(
+    diversity: Diversity, *, temperature: float, divided: float, stop_ids: frozenset[int]
+) -> ControlRow:
+    """The controls of one request.
+
+    Args:
+        temperature: the request's T, above 0.
+        divided: what its logits were divided by before the transform (T or 1).
+        stop_ids: the tokens that end its text.
+
+    Raises:
+        ValueError: the temperature is not above 0: greedy rows are not transformed.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}; accepted: above 0 (0 stays greedy).")
+    numbers = {
+        "law_R": LAW_CODES[diversity.law],
+        "temperature_R": temperature,
+        "divided_R": divided,
+        "level_R": diversity.level or 0.0,
+        "log_min_p_R": math.nan if diversity.min_p is None else math.log(diversity.min_p),
+        "max_temperature_R": diversity.max_temperature or math.inf,
+        "dynatemp_range_R": diversity.dynatemp_range or 0.0,
+        "dynatemp_exponent_R": diversity.dynatemp_exponent or 1.0,
+        "target_entropy_R": diversity.target_entropy or 0.0,
+    }
+    return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(sorted(stop_ids)))
+
+
+def log_guard(controls: Controls) -> Tensor:
+    """ln a for each row: the request's min_p, else geometric between the guard's two ends."""
+    step = math.log(GUARD_END / GUARD_START)
+    follows_R = math.log(GUARD_START) + step * controls.level_R.clamp(0.0, 1.0)
+    return torch.where(controls.log_min_p_R.isnan(), follows_R, controls.log_min_p_R)
+
+
+def temperature(controls: Controls, entropy_R: Tensor, plausible_R: Tensor) -> Tensor:
+    """The temperature of each row's content.
+
+    Args:
+        entropy_R: H0, nats.
+        plausible_R: n, the number of plausible tokens.
+    """
+    heated_R = _gated(controls, entropy_R)
+    is_dynatemp_R = controls.law_R == LAW_CODES["dynatemp"]
+    return torch.where(is_dynatemp_R, _dynatemp(controls, entropy_R, plausible_R), heated_R)
+
+
+def _gated(controls: Controls, entropy_R: Tensor) -> Tensor:
+    gate_R = (entropy_R / (entropy_R + 1.0)) ** GATE_POWER
+    wanted_R = controls.temperature_R * torch.exp(STRENGTH * controls.level_R * gate_R)
+    ceiling_R = torch.maximum(controls.temperature_R, controls.max_temperature_R)
+    return torch.minimum(wanted_R, ceiling_R)
+
+
+def _dynatemp(controls: Controls, entropy_R: Tensor, plausible_R: Tensor) -> Tensor:
+    reach_R = controls.dynatemp_range_R * controls.level_R
+    coolest_R = (controls.temperature_R - reach_R).clamp_min(0.0)
+    share_R = (entropy_R / plausible_R.clamp_min(2.0).log()).clamp(0.0, 1.0)
+    share_R = share_R**controls.dynatemp_exponent_R
+    hottest_R = controls.temperature_R + reach_R
+    wanted_R = (coolest_R + (hottest_R - coolest_R) * share_R).clamp_min(LOWEST_TEMPERATURE)
+    return torch.where(plausible_R > 1, wanted_R, controls.temperature_R)
+
+
+def steer(level_R: Tensor, target_R: Tensor, entropy_R: Tensor) -> Tensor:
+    """The budget law's next level after a token drawn at entropy `entropy_R` (nats).
+
+    An integral controller: level += rate·(target − H)/max(target, .1), divided by c so that the
+    rate is that of s = c·level, kept within `BUDGET_LEVELS`.
+    """
+    error_R = (target_R - entropy_R) / target_R.clamp_min(0.1)
+    return (level_R + BUDGET_RATE / STRENGTH * error_R).clamp(*BUDGET_LEVELS)

@@ -1,0 +1,123 @@
+"""The one entry point: logits in, logits out, and what was done to each row.
+
+    guard at T=1 → H0 of the plausible tokens → the law's temperature T' → content at T',
+    stop tokens at the probability they had at T → one write
+
+Every adapter calls this (transformers, vLLM's V1 and V2 runners); none repeats the maths.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dftserve.sampling.entropy import ABSENT, Distribution, exp, is_present, normalise
+from dftserve.sampling.guard import Support, guard
+from dftserve.sampling.laws import Controls, log_guard, temperature
+from dftserve.sampling.stops import beside_stops, heat
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the transform did to each row.
+
+    entropy_before_R: float32, H0 in nats, of the plausible tokens at temperature 1.
+    entropy_after_R: float32, nats, of the distribution that is really sampled from.
+    temperature_R: float32, of the content.
+    changed_R: float32, total variation distance between the guarded row at T and the final one:
+        the share of tokens that come out otherwise because of the new temperature.
+    sound_R: bool, False for a row that was passed through (NaN, +inf, or nothing finite in it).
+    """
+
+    entropy_before_R: Tensor
+    entropy_after_R: Tensor
+    temperature_R: Tensor
+    changed_R: Tensor
+    sound_R: Tensor
+
+
+def transform(logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None) -> Statistics:
+    """Rewrite rows of logits, in place, so that sampling from them follows each row's law.
+
+    A row comes as L/divided and leaves as y·T/divided, where softmax(y) is the distribution to
+    sample from: whoever divided by T before, or does so afterwards, draws from softmax(y). The
+    former argmax still attains the maximum, -inf stays -inf, other rows keep their bits.
+
+    Args:
+        logits_XV: float32, contiguous, changed in place.
+        controls: one row of controls for each row to change.
+        rows_R: int64, the rows to change, each once; None for all of them, in order.
+
+    Returns:
+        What was done. All computation precedes the write: if this raises, nothing was changed.
+    """
+    logits_RV = logits_XV if rows_R is None else logits_XV.index_select(0, rows_R)
+    log_guard_R = log_guard(controls)
+    support, sound_R = guard(
+        logits_RV,
+        log_guard_R=log_guard_R,
+        divided_R=controls.divided_R,
+        stop_ids_RE=controls.stop_ids_RE,
+    )
+    entropy_before_R, plausible_R = _openness(support, log_guard_R)
+    wanted_R = temperature(controls, entropy_before_R, plausible_R)
+    cool = normalise(support.content_RK / controls.temperature_R[:, None])
+    temperature_R, hot = heat(support, controls.temperature_R, wanted_R, cool)
+    final = normalise(torch.cat(beside_stops(support, controls.temperature_R, cool, hot), dim=1))
+    statistics = Statistics(
+        entropy_before_R=entropy_before_R,
+        entropy_after_R=final.entropy(),
+        temperature_R=temperature_R,
+        changed_R=_changed(cool, hot, final),
+        sound_R=sound_R,
+    )
+    scale_R1 = (controls.temperature_R / controls.divided_R)[:, None]
+    rewritten_RK = final.log_p_RK * scale_R1
+    rewritten_RK.masked_fill_(~is_present(final.log_p_RK), -torch.inf)
+    _write(logits_XV, logits_RV, rows_R, support, controls.stop_ids_RE, rewritten_RK, sound_R)
+    return statistics
+
+
+def _openness(support: Support, log_guard_R: Tensor) -> tuple[Tensor, Tensor]:
+    """H0 in nats and the number of plausible tokens, stop tokens counted where plausible."""
+    plausible_stop_RE = torch.where(
+        support.stop_RE >= log_guard_R[:, None], support.stop_RE, ABSENT
+    )
+    plausible_RK = torch.cat((support.content_RK, plausible_stop_RE), dim=1)
+    count_R = is_present(plausible_RK).sum(dim=1, dtype=torch.float32)
+    return normalise(plausible_RK).entropy(), count_R
+
+
+def _changed(cool: Distribution, hot: Distribution, final: Distribution) -> Tensor:
+    """Σ max(p_before − p_after, 0) over the content: stop tokens do not move."""
+    content_share_R = exp(hot.log_z_R - final.log_z_R)
+    moved_RK = exp(cool.log_p_RK) - exp(hot.log_p_RK)
+    return content_share_R * moved_RK.clamp_min(0.0).sum(dim=1)
+
+
+def _write(
+    logits_XV: Tensor,
+    logits_RV: Tensor,
+    rows_R: Tensor | None,
+    support: Support,
+    stop_ids_RE: Tensor,
+    rewritten_RK: Tensor,
+    sound_R: Tensor,
+) -> None:
+    """The final write. `amax` onto -inf lets absent places, which hold -inf, fall anywhere."""
+    stop_ids_RE = stop_ids_RE.clamp(0, logits_XV.shape[1] - 1)
+    if support.index_RK is None:
+        content_RV, stop_RE = rewritten_RK.split((logits_XV.shape[1], stop_ids_RE.shape[1]), dim=1)
+        new_RV = content_RV.scatter_reduce(1, stop_ids_RE, stop_RE, "amax")
+    else:
+        index_RK = torch.cat((support.index_RK, stop_ids_RE), dim=1)
+        if rows_R is None and bool(sound_R.all()):
+            logits_XV.fill_(-torch.inf).scatter_reduce_(1, index_RK, rewritten_RK, "amax")
+            return
+        new_RV = torch.full_like(logits_RV, -torch.inf)
+        new_RV.scatter_reduce_(1, index_RK, rewritten_RK, "amax")
+    new_RV = torch.where(sound_R[:, None], new_RV, logits_RV)
+    if rows_R is None:
+        logits_XV.copy_(new_RV)
+    else:
+        logits_XV.index_copy_(0, rows_R, new_RV)

@@ -1,0 +1,225 @@
+"""What a request asks for (`Diversity`) and what a checkpoint promises (`Promise`).
+
+Standard library only: clients, servers and trainers share these words without sharing a tensor.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeGuard
+
+MAX_JSON_CHARACTERS = 4096
+
+
+class DiversityError(ValueError):
+    """A `diversity` that cannot be honoured: which parameter, what came, what is accepted."""
+
+    def __init__(self, parameter: str, value: object, accepted: str) -> None:
+        self.parameter = parameter
+        self.value = value
+        super().__init__(f"{parameter}: got {_shown(value)}; accepted: {accepted}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """A closed or half-open interval that a number must lie in."""
+
+    low: float
+    high: float
+    low_included: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.low_included else value > self.low
+        return above and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"from {self.low:g}" if self.low_included else f"above {self.low:g}"
+        return f"a number {low} to {self.high:g}"
+
+
+BOUNDS: Mapping[str, Bounds] = {
+    "level": Bounds(low=0, high=1),
+    "max_temperature": Bounds(low=0, high=100, low_included=False),
+    "min_p": Bounds(low=0, high=1, low_included=False),
+    "target_entropy": Bounds(low=0, high=20, low_included=False),
+    "dynatemp_range": Bounds(low=0, high=100),
+    "dynatemp_exponent": Bounds(low=0, high=10, low_included=False),
+}
+
+_REQUIRED = object()
+
+# What each law takes: the default of each field, or that it must be given.
+LAWS: Mapping[str, Mapping[str, Any]] = {
+    "gated": {"level": _REQUIRED, "max_temperature": 4.0, "min_p": None},
+    "budget": {"target_entropy": _REQUIRED, "max_temperature": 4.0, "min_p": None},
+    "dynatemp": {
+        "dynatemp_range": _REQUIRED,
+        "dynatemp_exponent": 1.0,
+        "level": 1.0,
+        "min_p": None,
+    },
+}
+DEFAULT_LAW = "gated"
+
+ACCEPTED = (
+    "a number from 0 (off) to 1 (as varied as stays coherent), or an object such as "
+    '{"level": 0.5}, {"law": "budget", "target_entropy": 1.5} or '
+    '{"law": "dynatemp", "dynatemp_range": 0.5}'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """One request's `diversity`, with every default filled in.
+
+    Fields that the law does not take are None. Entropies are in nats. Build one with `parse` or
+    `parse_json`, which refuse what is wrong.
+    """
+
+    law: str = DEFAULT_LAW
+    level: float | None = None
+    """0 = off, 1 = as varied as stays coherent; scales the range under `dynatemp`."""
+    max_temperature: float | None = None
+    """The heated temperature's ceiling; a request's own higher temperature is kept."""
+    min_p: float | None = None
+    """Replaces the guard's threshold: a token stays when p >= min_p * p_max, at temperature 1."""
+    target_entropy: float | None = None
+    """The mean next-token entropy, in nats, that the `budget` law steers the sequence to."""
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+
+    @property
+    def is_off(self) -> bool:
+        return self.level == 0
+
+    def as_dict(self) -> dict[str, str | float]:
+        """The object form; `parse` gives it back unchanged."""
+        everything = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in everything.items() if value is not None}
+
+
+def parse(value: object, parameter: str = "diversity") -> Diversity:
+    """A `Diversity` from a number or an object.
+
+    Raises:
+        DiversityError: names the parameter, what came and what is accepted.
+    """
+    if _is_number(value):
+        value = {"level": value}
+    if not isinstance(value, Mapping):
+        raise DiversityError(parameter, value, ACCEPTED)
+    law = value.get("law", DEFAULT_LAW)
+    if not isinstance(law, str) or law not in LAWS:
+        accepted = f"one of {', '.join(LAWS)}{_nearest(law, LAWS)}"
+        raise DiversityError(f"{parameter}.law", law, accepted)
+    takes = LAWS[law]
+    for name in value:
+        if name != "law" and name not in takes:
+            raise _unknown_field(f"{parameter}.{name}", name, value[name], law)
+    given = {name: value[name] for name in value if name != "law" and value[name] is not None}
+    numbers = {name: _number(given[name], name, f"{parameter}.{name}") for name in given}
+    for name, default in takes.items():
+        if name not in numbers and default is _REQUIRED:
+            accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
+            raise DiversityError(f"{parameter}.{name}", value.get(name), accepted)
+    defaults = {name: default for name, default in takes.items() if default is not _REQUIRED}
+    return Diversity(law=law, **{**defaults, **numbers})
+
+
+def parse_json(text: str, parameter: str = "diversity") -> Diversity:
+    """A `Diversity` from JSON text: `0.5` or `{"level": 0.5}`.
+
+    Raises:
+        DiversityError: not JSON, too long, or refused by `parse`.
+    """
+    if len(text) > MAX_JSON_CHARACTERS:
+        accepted = f"at most {MAX_JSON_CHARACTERS} characters of JSON"
+        raise DiversityError(parameter, f"{len(text)} characters", accepted)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DiversityError(parameter, text, f"as JSON text, {ACCEPTED}") from None
+    return parse(value, parameter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What a checkpoint says of itself in its dft.json."""
+
+    recipe: str
+    """How the target distribution was made, for a reader."""
+    diversity: Diversity | None = None
+    """The diversity that its maker suggests for serving."""
+    target_entropy: float | None = None
+    """Mean next-token entropy of the target on held-out text, in nats."""
+    model_entropy: float | None = None
+    """Mean next-token entropy of the tuned model on the same text, in nats."""
+
+    FILE = "dft.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Promise":
+        """The promise of a checkpoint folder.
+
+        Raises:
+            FileNotFoundError: the folder has no dft.json.
+            ValueError: it is not the JSON object that `write` makes.
+        """
+        path = folder / cls.FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); write it anew with the trainer.") from None
+        names = [field.name for field in fields(cls)]
+        if not isinstance(content, dict) or "recipe" not in content:
+            raise ValueError(f"{path}: got {_shown(content)}; accepted: an object with `recipe`.")
+        for name in content:
+            if name not in names:
+                accepted = f"{', '.join(names)}{_nearest(name, names)}"
+                raise ValueError(f"{path}: got the key {name!r}; accepted: {accepted}.")
+        if content.get("diversity") is not None:
+            content["diversity"] = parse(content["diversity"], f"{path.name}: diversity")
+        return cls(**content)
+
+    def write(self, folder: Path) -> None:
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content["diversity"] = self.diversity and self.diversity.as_dict()
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / self.FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: object, name: str, parameter: str) -> float:
+    bounds = BOUNDS[name]
+    if not _is_number(value):
+        raise DiversityError(parameter, value, str(bounds))
+    # Comparing before converting: an integer may be too large for a float, and NaN is in no bounds.
+    if value not in bounds:
+        raise DiversityError(parameter, value, str(bounds))
+    return float(value)
+
+
+def _unknown_field(parameter: str, name: object, value: object, law: str) -> DiversityError:
+    takes = LAWS[law]
+    owners = [other for other, theirs in LAWS.items() if name in theirs]
+    hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
+    accepted = f"for the law {law!r}: {', '.join(takes)}{hint or _nearest(name, takes)}"
+    return DiversityError(parameter, value, accepted)
+
+
+def _nearest(name: object, names: Mapping[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(str(name)[:100], list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits.
+        text = f"a {type(value).__name__} with an integer too long to print"
+    return text if len(text) <= 80 else f"{text[:77]}…"

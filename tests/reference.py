@@ -1,0 +1,98 @@
+"""The law of docs/maths.md in fp64 numpy, one row at a time, written apart from the package.
+
+It shares no code and no method with `dftserve.sampling`: temperatures that must keep the argmax
+are found by bisection, distributions are plain softmaxes over explicit lists of tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Reference:
+    log_p_V: np.ndarray
+    """Log-probabilities, -inf where cut."""
+    entropy_before: float
+    entropy_after: float
+    temperature: float
+    margin: float
+    """Distance in nats of the nearest token to the guard's threshold: how safe a comparison is."""
+
+
+def reference(
+    logits_V,
+    *,
+    temperature: float,
+    law: str = "gated",
+    level: float = 1.0,
+    max_temperature: float = 4.0,
+    min_p: float | None = None,
+    dynatemp_range: float = 0.0,
+    dynatemp_exponent: float = 1.0,
+    stop_ids=frozenset(),
+) -> Reference:
+    z = np.asarray(logits_V, dtype=np.float64)
+    finite = [i for i in range(len(z)) if np.isfinite(z[i])]
+    top = max(z[i] for i in finite)
+    a = min_p if min_p is not None else 0.05 * (0.02 / 0.05) ** min(max(level, 0.0), 1.0)
+    plausible = [i for i in finite if z[i] >= top + math.log(a)]
+    margin = min((abs(z[i] - top - math.log(a)) for i in finite), default=math.inf)
+    stops = [i for i in finite if i in stop_ids]
+    content = [i for i in plausible if i not in stop_ids]
+
+    h0 = _entropy(_softmax([z[i] for i in plausible]))
+    wanted = _law(law, temperature, h0, len(plausible), level, max_temperature,
+                  dynatemp_range, dynatemp_exponent)
+    before = dict(zip(content + stops, _softmax([z[i] / temperature for i in content + stops])))
+    stop_mass = sum(before[i] for i in stops)
+
+    def after(t: float) -> dict[int, float]:
+        shares = _softmax([z[i] / t for i in content])
+        new = {i: share * (1.0 - stop_mass) for i, share in zip(content, shares)}
+        return new | {i: before[i] for i in stops}
+
+    reached = wanted
+    if content and stops:
+        winner = max(content + stops, key=lambda i: before[i])
+        rivals = stops if winner in content else content
+        side = content if winner in content else stops
+
+        def keeps(t: float) -> bool:
+            p = after(t)
+            return max(p[i] for i in side) >= max(p[i] for i in rivals)
+
+        if not keeps(wanted):
+            near, far = temperature, wanted
+            for _ in range(200):
+                middle = 0.5 * (near + far)
+                near, far = (middle, far) if keeps(middle) else (near, middle)
+            reached = near
+    p = after(reached)
+    log_p_V = np.full(len(z), -np.inf)
+    for i, value in p.items():
+        log_p_V[i] = math.log(value) if value > 0 else -1e30
+    return Reference(log_p_V, h0, _entropy(list(p.values())), reached, margin)
+
+
+def _law(law, t, h, n, level, max_temperature, reach, exponent):
+    if law == "dynatemp":
+        if n <= 1:
+            return t
+        low, high = max(t - reach * level, 0.0), t + reach * level
+        return max(low + (high - low) * (h / math.log(n)) ** exponent, 0.01)
+    heated = t * math.exp(2.0 * level * (h / (h + 1.0)) ** 2)
+    return min(heated, max(t, max_temperature))
+
+
+def _softmax(weights) -> list[float]:
+    if not weights:
+        return []
+    peak = max(weights)
+    raw = [math.exp(w - peak) for w in weights]
+    return [r / sum(raw) for r in raw]
+
+
+def _entropy(p) -> float:
+    return -sum(q * math.log(q) for q in p if q > 0)
