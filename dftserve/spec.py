@@ -171,7 +171,9 @@ class Promise:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); write it anew with the trainer.") from None
+            raise ValueError(
+                f"{path}: not JSON ({error}); write it anew with the trainer."
+            ) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "recipe" not in content:
             raise ValueError(f"{path}: got {_shown(content)}; accepted: an object with `recipe`.")

@@ -10,7 +10,7 @@ derivation, docs/log.md the measurement that settled the constants.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,17 +58,22 @@ class Controls:
     """Nats, for the `budget` law's controller; the transform itself does not read it."""
     stop_ids_RE: Tensor
 
-    def with_level(self, level_R: Tensor) -> "Controls":
-        return replace(self, level_R=level_R)
+    @classmethod
+    def of(cls, numbers_RF: Tensor, stop_ids_RE: Tensor) -> "Controls":
+        """From float32 [R, `len(NUMBERS)`], the columns as named there, and the stop tokens."""
+        return cls(
+            **dict(zip(NUMBERS, numbers_RF.unbind(dim=1), strict=True)), stop_ids_RE=stop_ids_RE
+        )
 
     @classmethod
     def stack(cls, rows: "list[ControlRow]", device: torch.device | str = "cpu") -> "Controls":
         """One row of controls for each request."""
         width = max([len(row.stop_ids) for row in rows], default=0) or 1
-        stops = [[*row.stop_ids, *[-1] * (width - len(row.stop_ids))] for row in rows]
-        columns = torch.tensor([row.numbers for row in rows], dtype=torch.float32).T
-        stop_ids_RE = torch.tensor(stops, dtype=torch.int64).reshape(len(rows), width)
-        return cls(*columns.to(device).unbind(), stop_ids_RE.to(device))
+        numbers = [row.numbers for row in rows]
+        numbers_RF = torch.tensor(numbers, dtype=torch.float32).reshape(-1, len(NUMBERS))
+        stop_ids = [row.padded_stops(width) for row in rows]
+        stop_ids_RE = torch.tensor(stop_ids, dtype=torch.int64).reshape(-1, width)
+        return cls.of(numbers_RF.to(device), stop_ids_RE.to(device))
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,11 @@ class ControlRow:
     """One request's row of `Controls`, on the host."""
 
     numbers: tuple[float, ...]
+    """In the order of `NUMBERS`."""
     stop_ids: tuple[int, ...]
 
-    @property
-    def law(self) -> float:
-        return self.numbers[0]
+    def padded_stops(self, width: int) -> list[int]:
+        return [*self.stop_ids, *[-1] * (width - len(self.stop_ids))]
 
 
 NUMBERS = [field.name for field in fields(Controls)][:-1]

@@ -43,9 +43,7 @@ def batches(draw, max_rows=6):
 
 def controls_of(asked, *, divide=False):
     rows = [
-        control_row(
-            parse(diversity), temperature=t, divided=t if divide else 1.0, stop_ids=stops
-        )
+        control_row(parse(diversity), temperature=t, divided=t if divide else 1.0, stop_ids=stops)
         for diversity, t, stops in asked
     ]
     return Controls.stack(rows)
@@ -140,9 +138,9 @@ def test_rows_that_were_not_asked_for_keep_their_bits(batch, data):
         transform(mixed_RV, controls_of([asked[r] for r in chosen]), rows)
     for r in range(len(asked)):
         source_RV = alone_RV if r in chosen else logits_RV
-        torch.testing.assert_close(
-            mixed_RV[r], source_RV[r], rtol=0, atol=0 if r not in chosen else 1e-5 * logits_RV[r].nan_to_num(neginf=0).abs().max().item()
-        )
+        # Reductions over another padded width may round otherwise; untouched rows may not.
+        tolerance = 1e-5 if r in chosen else 0.0
+        torch.testing.assert_close(mixed_RV[r], source_RV[r], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, "nothing finite"])

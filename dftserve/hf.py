@@ -1,0 +1,81 @@
+"""The same transform for transformers' `generate()`.
+
+processor = DiversityProcessor(0.5, temperature=0.8, stop_ids=[tokenizer.eos_token_id])
+model.generate(**inputs, logits_processor=[processor], generation_config=sampling(0.8))
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from dftserve import spec
+from dftserve.sampling import Controls, Slots, Statistics, control_row, transform
+
+
+class DiversityProcessor(LogitsProcessor):
+    """A request's `diversity` on every row of a `generate()` call.
+
+    It runs before transformers' own temperature, which must be the same `temperature`: use
+    `sampling(temperature)`. One processor serves one call at a time; a longer or other prompt
+    starts a new one. `statistics` holds the last step's figures.
+
+    Args:
+        diversity: a number from 0 to 1, or the object form of the request field.
+        temperature: T, above 0.
+        stop_ids: the tokens that end the text; they keep their probability.
+
+    Raises:
+        DiversityError: the diversity is not acceptable.
+        ValueError: the temperature is not above 0.
+    """
+
+    def __init__(
+        self,
+        diversity: float | Mapping[str, object],
+        *,
+        temperature: float = 1.0,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
+        self.diversity = spec.parse(diversity)
+        self.statistics: Statistics | None = None
+        self._row = control_row(
+            self.diversity, temperature=temperature, divided=1.0, stop_ids=frozenset(stop_ids)
+        )
+        self._length = -1
+        self._begin(0, torch.device("cpu"))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched."""
+        if self.diversity.is_off:
+            return scores
+        rows, length = input_ids.shape
+        if length != self._length + 1 or rows != len(self._slot_R):
+            self._begin(rows, scores.device)
+        self._length = length
+        position_R = torch.full_like(self._slot_R, length)
+        logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
+        self._slots.settle(self._slot_R, position_R, self._zero_R)
+        controls = self._slots.steered(self._controls, self._slot_R)
+        self.statistics = transform(logits_RV, controls)
+        samples_R = torch.ones_like(self._slot_R, dtype=torch.bool)
+        self._slots.remember(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
+        return cast(torch.FloatTensor, logits_RV)
+
+    def _begin(self, rows: int, device: torch.device) -> None:
+        self._slots = Slots(rows, 1, device)
+        self._slot_R = torch.arange(rows, device=device)
+        self._zero_R = torch.zeros_like(self._slot_R)
+        self._controls = Controls.stack([self._row] * rows, device)
+
+
+def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
+    """A GenerationConfig that samples at `temperature` and cuts nothing after the processor.
+
+    transformers cuts to the 50 likeliest tokens unless told otherwise. `settings` are any other
+    GenerationConfig fields (`max_new_tokens=…`).
+    """
+    neutral = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+    neutral |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
+    return GenerationConfig(do_sample=True, temperature=temperature, **{**neutral, **settings})

@@ -1,0 +1,135 @@
+"""What is remembered between steps: one slot for each request, on the rows' device.
+
+A step computes rows that may not become tokens: chunks of a prompt, and rejected drafts of
+speculative decoding. So a row's figures wait until the request's position shows that its token
+was accepted; only then do they count, and only then does the `budget` law steer.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dftserve.sampling.laws import BUDGET_OPEN_LOOP, LAW_CODES, Controls, steer
+from dftserve.sampling.transform import Statistics
+
+COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED = range(5)
+"""Columns of the figures F: 1 for a sound row, then the four statistics of `transform`."""
+
+_NOTHING_WAITS = 2**62
+"""As the position of the first waiting row: no later position is beyond it."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One slot's figures, read out: sums over accepted tokens, and those still waiting."""
+
+    tokens: Tensor
+    """int64 [], accepted tokens so far."""
+    sums_F: Tensor
+    waiting_KF: Tensor
+
+    def means(self, total_tokens: int | None = None) -> list[float] | None:
+        """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
+
+        `total_tokens` says how many tokens the request produced in all: as many waiting rows
+        count as are missing. None where nothing was counted.
+        """
+        missing = len(self.waiting_KF) if total_tokens is None else total_tokens - int(self.tokens)
+        sums = self.sums_F + self.waiting_KF[: max(missing, 0)].sum(dim=0)
+        count = float(sums[COUNT])
+        return [count, *(sums[BEFORE:] / count).tolist()] if count else None
+
+
+class Slots:
+    """Figures and steering of up to `slots` requests, `rows_per_request` rows a step for each."""
+
+    def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
+        self._level_S = torch.zeros(slots, device=device)
+        self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._base_S = torch.full((slots,), _NOTHING_WAITS, device=device)
+        self._target_S = torch.ones(slots, device=device)
+        self._sums_SF = torch.zeros(slots, CHANGED + 1, device=device)
+        self._waiting_SKF = torch.zeros(slots, rows_per_request, CHANGED + 1, device=device)
+        self._places_K = torch.arange(rows_per_request, device=device)
+
+    def open(self, slot: int, resumed: Account | None = None, produced: int = 0) -> None:
+        """Begin a request in a slot; the controller starts open-loop, also after a preemption.
+
+        A resumed request keeps its figures: `produced` tokens are known to have been accepted.
+        """
+        self._level_S[slot] = 0.0
+        self._steered_S[slot] = 0
+        self._base_S[slot] = _NOTHING_WAITS
+        self._waiting_SKF[slot] = 0.0
+        self._sums_SF[slot] = 0.0
+        self._tokens_S[slot] = produced
+        if resumed is not None:
+            missing = max(produced - int(resumed.tokens), 0)
+            self._sums_SF[slot] = resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)
+
+    def account(self, slot: int) -> Account:
+        """A copy of a slot's figures; no host sync."""
+        return Account(
+            self._tokens_S[slot].clone(),
+            self._sums_SF[slot].clone(),
+            self._waiting_SKF[slot].clone(),
+        )
+
+    def settle(self, slot_R: Tensor, position_R: Tensor, offset_R: Tensor) -> None:
+        """Count the waiting rows whose tokens turned out accepted.
+
+        Args:
+            slot_R: int64, each row's slot.
+            position_R: int64, each row's position in its sequence.
+            offset_R: int64, each row's place among the rows of its request in this step.
+        """
+        passed_R = position_R - offset_R - self._base_S[slot_R]
+        accepted_R = passed_R.clamp(0, len(self._places_K))
+        waiting_RKF = self._waiting_SKF[slot_R]
+        counted_RK = self._places_K < accepted_R[:, None]
+        counted_RKF = torch.where(counted_RK[:, :, None], waiting_RKF, 0.0)
+        level_R, steered_R = self._level_S[slot_R], self._steered_S[slot_R]
+        for row_RF in counted_RKF.unbind(dim=1):
+            counts_R = row_RF[:, COUNT] > 0
+            steered_level_R = steer(level_R, self._target_S[slot_R], row_RF[:, AFTER])
+            level_R = torch.where(counts_R, steered_level_R, level_R)
+            steered_R = steered_R + counts_R
+        # Rows of one request agree on these values, so which of them writes last does not matter.
+        self._level_S[slot_R] = level_R
+        self._steered_S[slot_R] = steered_R
+        self._sums_SF[slot_R] = self._sums_SF[slot_R] + counted_RKF.sum(dim=1)
+        self._tokens_S[slot_R] = self._tokens_S[slot_R] + accepted_R
+        self._waiting_SKF[slot_R] = 0.0
+
+    def steered(self, controls: Controls, slot_R: Tensor) -> Controls:
+        """The controls with the level of `budget` rows as steered so far."""
+        self._target_S[slot_R] = controls.target_entropy_R
+        is_open_R = self._steered_S[slot_R] < BUDGET_OPEN_LOOP
+        level_R = torch.where(is_open_R, 0.0, self._level_S[slot_R])
+        is_budget_R = controls.law_R == LAW_CODES["budget"]
+        return replace(controls, level_R=torch.where(is_budget_R, level_R, controls.level_R))
+
+    def remember(
+        self,
+        slot_R: Tensor,
+        position_R: Tensor,
+        offset_R: Tensor,
+        samples_R: Tensor,
+        statistics: Statistics,
+    ) -> None:
+        """Let this step's figures wait. `samples_R`: bool, False for a chunk of a prompt."""
+        figures_RF = torch.stack(
+            (
+                statistics.sound_R.float(),
+                statistics.entropy_before_R,
+                statistics.entropy_after_R,
+                statistics.temperature_R,
+                statistics.changed_R,
+            ),
+            dim=1,
+        )
+        counts_R1 = (samples_R & statistics.sound_R)[:, None]
+        self._waiting_SKF[slot_R, offset_R] = torch.where(counts_R1, figures_RF, 0.0)
+        self._base_S[slot_R] = torch.where(samples_R, position_R - offset_R, _NOTHING_WAITS)

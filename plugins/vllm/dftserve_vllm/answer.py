@@ -1,0 +1,138 @@
+"""The answer: a header, and a `diversity` object in the body or in the stream's last chunk.
+
+Pure ASGI, around vLLM's own app: it reads no request body, and touches the answers of requests
+that had a diversity only.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from dftserve_vllm import record
+from dftserve_vllm.request import DIVERSITY
+
+HEADER = b"x-dftserve-diversity"
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Any, Send], Awaitable[None]]
+
+
+class AnswerMiddleware:
+    """Opens a record for each HTTP request and writes it into the answer."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        opened = record.Record()
+        token = record.current.set(opened)
+        try:
+            await self._app(scope, receive, _Answer(opened, send))
+        finally:
+            record.current.reset(token)
+
+
+class _Answer:
+    """`send` for one request: as it is until the start of a good answer with a record."""
+
+    def __init__(self, opened: record.Record, send: Send) -> None:
+        self._record = opened
+        self._send = send
+        self._start: Message = {}
+        self._body: list[bytes] = []
+        self._handle = self._pass_on
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and self._record.items:
+            await self._begin(message)
+        elif message["type"] == "http.response.body":
+            await self._handle(message)
+        else:
+            await self._send(message)
+
+    async def _pass_on(self, message: Message) -> None:
+        await self._send(message)
+
+    async def _begin(self, message: Message) -> None:
+        content_type = dict(message["headers"]).get(b"content-type", b"")
+        if message["status"] >= 400:
+            await self._send(message)
+            return
+        effective = json.dumps(self._record.items[0].effective(), separators=(",", ":"))
+        headers = [*message["headers"], (HEADER, effective.encode())]
+        self._start = {**message, "headers": headers}
+        if content_type.startswith(b"text/event-stream"):
+            self._handle = self._stream
+            await self._send(self._start)
+        elif content_type.startswith(b"application/json"):
+            self._handle = self._collect
+        else:
+            await self._send(self._start)
+
+    async def _collect(self, message: Message) -> None:
+        """A JSON body is vLLM's own and whole before it is sent: add to it, correct its length."""
+        self._body.append(message.get("body", b""))
+        if message.get("more_body"):
+            return
+        body = _with_diversity(b"".join(self._body), self._record.answer())
+        headers = [
+            (name, str(len(body)).encode() if name == b"content-length" else value)
+            for name, value in self._start["headers"]
+        ]
+        await self._send({**self._start, "headers": headers})
+        await self._send({**message, "body": body})
+
+    async def _stream(self, message: Message) -> None:
+        """One pass over the events until ours has gone out; afterwards they pass untouched."""
+        chunk = message.get("body", b"")
+        if b"data: {" in chunk and self._record.is_filled():
+            events = chunk.split(b"\n\n")
+            for place, event in enumerate(events):
+                if (marked := _marked_event(event, self._record)) is not None:
+                    events[place] = marked
+                    self._handle = self._pass_on
+                    break
+            message = {**message, "body": b"\n\n".join(events)}
+        await self._send(message)
+
+
+def _with_diversity(body: bytes, answer: dict[str, Any]) -> bytes:
+    """The JSON object `body` with one more member, the rest of its bytes as they were."""
+    head = body.rstrip()
+    if not head.startswith(b"{") or not head.endswith(b"}"):
+        return body
+    comma = b"" if head[1:-1].strip() == b"" else b","
+    return head[:-1] + comma + _member(answer) + b"}"
+
+
+def _member(answer: dict[str, Any]) -> bytes:
+    return json.dumps({DIVERSITY: answer}, separators=(",", ":"))[1:-1].encode()
+
+
+def _marked_event(event: bytes, opened: record.Record) -> bytes | None:
+    """The event with the `diversity` object, if it is the one that is to carry it."""
+    prefix, found, data = event.partition(b"data: ")
+    if not found or not data.startswith(b"{"):
+        return None
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return None
+    if isinstance(response := content.get("response"), dict) and response.get("usage"):
+        content["response"] = response | {DIVERSITY: opened.answer()}
+        return prefix + found + json.dumps(content, separators=(",", ":")).encode()
+    if not _is_last(content, opened):
+        return None
+    return prefix + found + _with_diversity(data, opened.answer())
+
+
+def _is_last(content: dict[str, Any], opened: record.Record) -> bool:
+    if "choices" not in content:  # /v1/messages: the event that carries usage and a stop reason
+        return content.get("type") == "message_delta" and bool(content.get("usage"))
+    if opened.wants_usage:
+        return bool(content.get("usage")) and not content["choices"]
+    return any(choice.get("finish_reason") for choice in content["choices"])

@@ -1,0 +1,27 @@
+"""`GET /v1/dft/capabilities`: what this server makes of the field. Behind the API key."""
+
+from typing import Any
+
+import dftserve
+from dftserve import spec
+from dftserve_vllm import engine, field, figures
+
+
+def capabilities() -> dict[str, Any]:
+    reason = engine.refusal()
+    default = field.default_diversity()
+    return {
+        "dftserve": dftserve.__version__,
+        "vllm": engine.vllm_version(),
+        "runner": engine.runner(),
+        "active": reason is None,
+        "reason": reason,
+        "laws": {
+            law: {name: str(spec.BOUNDS[name]) for name in takes}
+            for law, takes in spec.LAWS.items()
+        },
+        "default": default and default.as_dict(),
+        "answers": True,
+        "speculative_decoding": engine.speculative_method(),
+        **figures.metrics().totals(),
+    }

@@ -1,0 +1,171 @@
+"""The request field: from the body to SamplingParams, or to a 400 that says what is accepted."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, wraps
+from typing import Any
+
+from dftserve import spec
+from dftserve_vllm import engine, record
+from dftserve_vllm.request import DIVERSITY, IDENTITY, is_greedy, parse_field
+
+DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
+CUTTING = ("top_p", "top_k", "min_p")
+"""Sampling defaults that a model's generation_config may bring, and that would cut our support."""
+
+
+@lru_cache
+def default_diversity() -> spec.Diversity | None:
+    """The operator's default.
+
+    Raises:
+        DiversityError: the environment variable holds something else.
+    """
+    text = os.environ.get(DEFAULT_VARIABLE, "")
+    diversity = spec.parse_json(text, DEFAULT_VARIABLE) if text else None
+    return None if diversity is None or diversity.is_off else diversity
+
+
+def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
+    """`Request.to_sampling_params` that knows the field."""
+
+    @wraps(to_sampling_params)
+    def wrapped(request: Any, max_tokens: int, default_sampling_params: Any = None) -> Any:
+        asked = _asked(request)
+        diversity = asked or _default(request)
+        if diversity is None:
+            return _stripped(to_sampling_params(request, max_tokens, default_sampling_params or {}))
+        if (reason := engine.refusal()) and not diversity.is_off:
+            raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY, diversity.as_dict())
+        if diversity.is_off:
+            params = _stripped(
+                to_sampling_params(request, max_tokens, default_sampling_params or {})
+            )
+            _note(request, record.Item(diversity, params.n))
+            return params
+        defaults, dropped = _without_cuts(request, default_sampling_params or {})
+        params = to_sampling_params(request, max_tokens, defaults)
+        return _marked(request, params, diversity, dropped, is_default=asked is None)
+
+    return wrapped
+
+
+def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
+    """Beam search never samples, so it cannot honour the field."""
+
+    @wraps(to_beam_search_params)
+    def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = _asked(request)
+        if asked is not None and not asked.is_off:
+            message = (
+                f"{DIVERSITY}: got it together with use_beam_search; beam search does not sample. "
+                "Accepted: one of the two."
+            )
+            raise _bad_request(message, DIVERSITY, asked.as_dict())
+        return to_beam_search_params(request, *args, **kwargs)
+
+    return wrapped
+
+
+def _asked(request: Any) -> spec.Diversity | None:
+    """What the body asks for, at top level or in vllm_xargs; None where it does not."""
+    top = (request.model_extra or {}).get(DIVERSITY)
+    argument = (getattr(request, "vllm_xargs", None) or {}).get(DIVERSITY)
+    try:
+        first = None if top is None else spec.parse(top)
+        second = None if argument is None else parse_field(argument, f"vllm_xargs.{DIVERSITY}")
+    except spec.DiversityError as error:
+        raise _bad_request(str(error), error.parameter, error.value) from None
+    if first is not None and second is not None and first != second:
+        message = (
+            f"{DIVERSITY}: got {json.dumps(top)} at top level and {json.dumps(argument)} in "
+            "vllm_xargs; accepted: one of them, or both the same."
+        )
+        raise _bad_request(message, DIVERSITY, top)
+    return first or second
+
+
+def _default(request: Any) -> spec.Diversity | None:
+    """The operator's default, for requests that it is meant for: text, freely sampled."""
+    diversity = default_diversity()
+    if diversity is None or engine.refusal() is not None:
+        return None
+    response_format = getattr(request, "response_format", None)
+    structured = getattr(request, "structured_outputs", None) is not None or (
+        response_format is not None and getattr(response_format, "type", "text") != "text"
+    )
+    text_format = getattr(getattr(request, "text", None), "format", None)
+    structured = structured or getattr(text_format, "type", "text") != "text"
+    tools = (
+        bool(getattr(request, "tools", None)) and getattr(request, "tool_choice", None) != "none"
+    )
+    return None if structured or tools else diversity
+
+
+def _without_cuts(request: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sampling defaults less the model's own cuts, and what was dropped of them."""
+    explicit = engine.operator_defaults()
+    dropped = {
+        name: defaults[name]
+        for name in CUTTING
+        if name in defaults and name not in explicit and getattr(request, name, None) is None
+    }
+    kept = {name: value for name, value in defaults.items() if name not in dropped}
+    return kept, dropped
+
+
+def _marked(
+    request: Any,
+    params: Any,
+    diversity: spec.Diversity,
+    dropped: dict[str, Any],
+    *,
+    is_default: bool,
+) -> Any:
+    """The parameters carrying the diversity to the workers."""
+    if is_greedy(params):
+        if not is_default:
+            reason = "temperature 0 stays greedy"
+            _note(request, record.Item(diversity, params.n, reason=reason))
+        return _stripped(params)
+    if params.min_p > 0:
+        # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
+        if diversity.min_p is not None and diversity.min_p != params.min_p:
+            message = (
+                f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
+                "accepted: one of them, or both the same."
+            )
+            raise _bad_request(message, "min_p", params.min_p)
+        diversity = replace(diversity, min_p=float(params.min_p))
+        params.min_p = 0.0
+    item = record.Item(diversity, params.n, dropped=dropped)
+    _note(request, item)
+    carried = {DIVERSITY: diversity.as_dict(), IDENTITY: item.identity}
+    params.extra_args = {**(params.extra_args or {}), **carried}
+    return params
+
+
+def _stripped(params: Any) -> Any:
+    """Without our keys: off is off, and nobody outside names our figures."""
+    if params.extra_args and (DIVERSITY in params.extra_args or IDENTITY in params.extra_args):
+        ours = (DIVERSITY, IDENTITY)
+        kept = {name: value for name, value in params.extra_args.items() if name not in ours}
+        params.extra_args = kept or None
+    return params
+
+
+def _note(request: Any, item: record.Item) -> None:
+    current = record.current.get()
+    if current is None:
+        return
+    current.items.append(item)
+    options = getattr(request, "stream_options", None)
+    current.wants_usage = bool(getattr(options, "include_usage", False))
+
+
+def _bad_request(message: str, parameter: str, value: Any) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(message, parameter=parameter, value=value)

@@ -1,0 +1,135 @@
+"""The V1 model runner's logits processor.
+
+V1 calls it after the temperature, so rows come as L/T, and after its own min_p (which the request
+field moves into the guard). Rows are places in the persistent batch, which move.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.sample.logits_processor.interface import (
+    BatchUpdate,
+    LogitsProcessor,
+    MoveDirectionality,
+)
+
+from dftserve.sampling import Controls
+from dftserve_vllm.ledger import Ledger
+from dftserve_vllm.request import Active, active
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class _Entry:
+    slot: int
+    active: Active
+    output_ids: list[int]
+    """The engine's own list, which grows; only its length is read."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The active rows of the batch, as tensors; made anew only when the batch changes."""
+
+    entries: list[_Entry]
+    index: list[int]
+    rows_R: torch.Tensor
+    controls: Controls
+    slot_R: torch.Tensor
+    zeros_R: torch.Tensor
+    samples_R: torch.Tensor
+
+
+class V1Processor(LogitsProcessor):
+    """Keeps entries by batch index, slots by request."""
+
+    def __init__(
+        self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
+    ) -> None:
+        capacity = vllm_config.scheduler_config.max_num_seqs
+        self._device = device
+        self.ledger = Ledger(capacity, 1, device)
+        self._free = list(range(capacity))
+        self._entries: dict[int, _Entry] = {}
+        self._batch: _Batch | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        """True: the former argmax stays one, so greedy rows need not be visited."""
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        for index, params, _, output_ids in batch_update.added:
+            self._remove(index)
+            self._add(index, params, output_ids)
+        for index in batch_update.removed:
+            self._remove(index)
+        for a, b, direction in batch_update.moved:
+            self._move(a, b, swap=direction == MoveDirectionality.SWAP)
+
+    def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
+        asked = active(params, divided=True)
+        if asked is None:
+            return
+        slot = self._free.pop()
+        self.ledger.open(slot, asked.identity, produced=len(output_ids))
+        self._entries[index] = _Entry(slot, asked, output_ids)
+        self._batch = None
+
+    def _remove(self, index: int) -> None:
+        entry = self._entries.pop(index, None)
+        if entry is not None:
+            self.ledger.close(entry.slot)
+            self._free.append(entry.slot)
+            self._batch = None
+
+    def _move(self, a: int, b: int, *, swap: bool) -> None:
+        entry_a, entry_b = self._entries.pop(a, None), self._entries.pop(b, None)
+        if entry_a is not None:
+            self._entries[b] = entry_a
+        if entry_b is not None:
+            if swap:
+                self._entries[a] = entry_b
+            else:
+                self.ledger.close(entry_b.slot)
+                self._free.append(entry_b.slot)
+        if entry_a is not None or entry_b is not None:
+            self._batch = None
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self._entries:
+            return logits
+        batch = self._batch or self._gather()
+        self._batch = batch
+        positions = [len(entry.output_ids) for entry in batch.entries]
+        everything = len(batch.index) == len(logits)
+        self.ledger.apply(
+            logits,
+            batch.controls,
+            None if everything else batch.rows_R,
+            slot_R=batch.slot_R,
+            position_R=torch.tensor(positions, device=self._device),
+            offset_R=batch.zeros_R,
+            samples_R=batch.samples_R,
+        )
+        return logits
+
+    def _gather(self) -> _Batch:
+        index = sorted(self._entries)
+        entries = [self._entries[i] for i in index]
+        slot_R = torch.tensor([entry.slot for entry in entries], device=self._device)
+        return _Batch(
+            entries=entries,
+            index=index,
+            rows_R=torch.tensor(index, device=self._device),
+            controls=Controls.stack([entry.active.controls for entry in entries], self._device),
+            slot_R=slot_R,
+            zeros_R=torch.zeros_like(slot_R),
+            # A chunk of a prompt does not lengthen the output, so it never counts as accepted.
+            samples_R=torch.ones_like(slot_R, dtype=torch.bool),
+        )

@@ -1,0 +1,99 @@
+"""The V2 model runner's logits processor.
+
+V2 calls it before the temperature, with unscaled rows, several for a request under speculative
+decoding, keyed by a request's slot. Where no request of the batch asked for it, nothing runs.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsContext,
+    LogitsProcessor,
+    LogitsProcRequestState,
+)
+
+from dftserve.sampling import ControlRow, Controls
+from dftserve.sampling.laws import NUMBERS
+from dftserve_vllm.ledger import Ledger
+from dftserve_vllm.request import active
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+
+class V2Processor(LogitsProcessor):
+    """Keeps one row of controls for each slot, on host and device, gathered at every step."""
+
+    def __init__(self, vllm_config: "VllmConfig", req_states: LogitsProcRequestState) -> None:
+        speculative = vllm_config.speculative_config
+        drafts = speculative.num_speculative_tokens if speculative is not None else 0
+        self._states = req_states
+        self._device = req_states.device
+        self.ledger = Ledger(req_states.max_num_reqs, 1 + drafts, self._device)
+        self._is_active = np.zeros(req_states.max_num_reqs, dtype=bool)
+        self._host_numbers_SF = torch.ones(req_states.max_num_reqs, len(NUMBERS))
+        self._host_stop_ids_SE = torch.full((req_states.max_num_reqs, 1), -1)
+        self._is_stale = True
+
+    def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+        """Whether the request's rows are to be changed. There is no hook for its leaving: the
+        slot's former request is closed here."""
+        asked = active(sampling_params, divided=False)
+        self._is_active[req_idx] = asked is not None
+        if asked is None:
+            self.ledger.close(req_idx)
+            return False
+        produced = self._states.prefill_len.np[req_idx] - self._states.prompt_len.np[req_idx]
+        self.ledger.open(req_idx, asked.identity, int(produced))
+        self._stage(req_idx, asked.controls)
+        return True
+
+    def _stage(self, slot: int, row: ControlRow) -> None:
+        missing = len(row.stop_ids) - self._host_stop_ids_SE.shape[1]
+        if missing > 0:
+            self._host_stop_ids_SE = torch.nn.functional.pad(
+                self._host_stop_ids_SE, (0, missing), value=-1
+            )
+        width = self._host_stop_ids_SE.shape[1]
+        self._host_stop_ids_SE[slot] = torch.tensor(row.padded_stops(width))
+        self._host_numbers_SF[slot] = torch.tensor(row.numbers)
+        self._is_stale = True
+
+    def apply_staged_writes(self) -> None:
+        if self._is_stale:
+            # Copies, also on a CPU: the next request must not change a step in flight.
+            self._numbers_SF = self._host_numbers_SF.to(self._device, copy=True)
+            self._stop_ids_SE = self._host_stop_ids_SE.to(self._device, copy=True)
+            self._is_stale = False
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        is_active_B = self._is_active[ctx.idx_mapping_np]
+        if not is_active_B.any():
+            return logits
+        rows_R = self._rows(is_active_B, ctx, len(logits))
+        chosen = slice(None) if rows_R is None else rows_R
+        slot_R = ctx.expanded_idx_mapping[chosen].long()
+        position_R = ctx.pos[chosen].long()
+        self.ledger.apply(
+            logits,
+            Controls.of(self._numbers_SF[slot_R], self._stop_ids_SE[slot_R]),
+            rows_R,
+            slot_R=slot_R,
+            position_R=position_R,
+            offset_R=ctx.expanded_local_pos[chosen].long(),
+            samples_R=position_R + 1 >= self._states.prefill_len.gpu[slot_R],
+        )
+        return logits
+
+    def _rows(self, is_active_B: np.ndarray, ctx: LogitsContext, rows: int) -> torch.Tensor | None:
+        """The active requests' rows; None for all. Only a batch that mixes active requests,
+        others and drafts has to ask the device."""
+        if is_active_B.all():
+            return None
+        if rows == len(is_active_B):
+            return torch.from_numpy(np.flatnonzero(is_active_B)).to(self._device, non_blocking=True)
+        is_active_S = torch.from_numpy(self._is_active).to(self._device)
+        return is_active_S[ctx.expanded_idx_mapping.long()].nonzero().flatten()
