@@ -43,8 +43,16 @@ def reference(
     content = [i for i in plausible if i not in stop_ids]
 
     h0 = _entropy(_softmax([z[i] for i in plausible]))
-    wanted = _law(law, temperature, h0, len(plausible), level, max_temperature,
-                  dynatemp_range, dynatemp_exponent)
+    wanted = _law(
+        law,
+        temperature,
+        h0,
+        len(plausible),
+        level,
+        max_temperature,
+        dynatemp_range,
+        dynatemp_exponent,
+    )
     before = dict(zip(content + stops, _softmax([z[i] / temperature for i in content + stops])))
     stop_mass = sum(before[i] for i in stops)
 

@@ -39,7 +39,9 @@ KINDS = {
     "large": lambda random, v: random.normal(0, 3, v) + random.choice([-1, 1]) * 1e4,
     "far apart": lambda random, v: random.normal(0, 1e4, v),
     "bf16": lambda random, v: _bf16(random.normal(0, 4, v)),
-    "padded": lambda random, v: np.where(np.arange(v) < max(v - v // 8, 1), _few(random, v), -np.inf),
+    "padded": lambda random, v: np.where(
+        np.arange(v) < max(v - v // 8, 1), _few(random, v), -np.inf
+    ),
     "zipf": lambda random, v: -1.1 * np.log1p(random.permutation(v)) + random.normal(0, 0.1, v),
 }
 

@@ -1,0 +1,156 @@
+"""Engines and models that tests share: starting vLLM is what costs.
+
+The engines are real vLLM servers over HTTP, one of each kind for a whole run:
+    v1, v1_stock    the V1 runner with the plug-in, and with DFTSERVE_DISABLE=1
+    v2, v2_stock    the V2 runner on a CPU by tests/shim, likewise
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dftserve.serve import running
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIM = ROOT / "tests" / "shim"
+KEY = "test-key"
+
+FLAGS = (
+    "--served-model-name=demo",
+    "--enforce-eager",
+    "--dtype=float32",
+    "--max-model-len=512",
+    "--max-num-seqs=16",
+    "--kv-cache-memory-bytes=64000000",
+    "--logprobs-mode=processed_logprobs",
+    "--max-logprobs=-1",
+    f"--api-key={KEY}",
+)
+# So few blocks that sixteen long texts do not fit at once, and sixteen short ones do.
+FEW_BLOCKS = "--num-gpu-blocks-override=20"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A server under test."""
+
+    name: str
+    url: str
+    model_folder: Path
+    fault_file: Path
+    log: Path
+
+    @property
+    def is_v2(self) -> bool:
+        return self.name.startswith("v2")
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The demo's model after a short training, with sampling defaults that would cut."""
+    from dftserve.demo.model import QUICK_STEPS, build
+
+    sources = b"".join(path.read_bytes() for path in sorted((ROOT / "dftserve/demo").glob("*.py")))
+    folder = ROOT / "build" / "test-model" / hashlib.sha256(sources).hexdigest()[:16]
+    if not folder.exists():
+        build({folder: QUICK_STEPS})
+    defaults = folder / "generation_config.json"
+    cutting = json.loads(defaults.read_text()) | {"top_k": 50, "top_p": 0.9}
+    defaults.write_text(json.dumps(cutting))
+    return folder
+
+
+@contextlib.contextmanager
+def engine_running(
+    name: str, model_folder: Path, place: Path, *flags: str, env: dict[str, str] | None = None
+) -> Iterator[Engine]:
+    """A server of the kind that `name` begins with (v1 or v2)."""
+    fault_file = place / f"{name}.fault"
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "TEST_FAULT_FILE": str(fault_file),
+        "PYTHONPATH": os.pathsep.join([str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        **(env or {}),
+    }
+    if name.startswith("v2"):
+        environment["TEST_V2_ON_CPU"] = "1"
+    log = place / f"{name}.log"
+    with running(str(model_folder), *FLAGS, *flags, env=environment, log=log) as server:
+        yield Engine(name, server.url.removesuffix("/v1"), model_folder, fault_file, log)
+
+
+def _shared(name: str, *flags: str, env: dict[str, str] | None = None):
+    @pytest.fixture(scope="session", name=name)
+    def engine_fixture(model_folder, tmp_path_factory):
+        place = tmp_path_factory.mktemp(name)
+        with engine_running(name, model_folder, place, *flags, env=env) as engine:
+            yield engine
+
+    return engine_fixture
+
+
+v1 = _shared("v1", FEW_BLOCKS)
+v1_stock = _shared("v1_stock", FEW_BLOCKS, env={"DFTSERVE_DISABLE": "1"})
+v2 = _shared("v2")
+v2_stock = _shared("v2_stock", env={"DFTSERVE_DISABLE": "1"})
+
+
+@pytest.fixture
+def engine(request) -> Engine:
+    """The engine that the test's parameter names."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def stock(request) -> Engine:
+    """The engine without the plug-in, of the same kind as the test's own."""
+    return request.getfixturevalue(request.param)
+
+
+def long(*values) -> object:
+    """A parameter set of `make test-long`."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+_figures: list[dict] = []
+
+
+@pytest.fixture
+def figure(request):
+    """`figure(name=value, …)`: a figure of this test for bench/results/test-long.json."""
+
+    def note(**values) -> None:
+        _figures.append({"test": request.node.nodeid.partition("tests/")[2], **values})
+
+    return note
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    if session.config.getoption("markexpr") != "long" or not _figures or exitstatus != 0:
+        return
+    from importlib.metadata import version
+
+    import torch
+
+    document = {
+        "what": "figures of `make test-long`",
+        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "vllm": version("vllm"),
+            "transformers": version("transformers"),
+            "dftserve": version("dftserve"),
+        },
+        "figures": _figures,
+    }
+    results = ROOT / "bench" / "results" / "test-long.json"
+    results.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,48 @@
+"""A fault in the transform: the engine lives, the step passes unchanged, the counter is exact."""
+
+import random
+
+import pytest
+
+from tests.client import chat_body, gather, get, metric
+from tests.conftest import long
+
+
+@pytest.mark.parametrize(
+    ("engine", "faults"), [("v1", 100), long("v1", 1000), long("v2", 1000)], indirect=["engine"]
+)
+def test_faults_are_survived_and_counted(engine, faults, figure):
+    counted = engine.fault_file.with_name(engine.fault_file.name + ".count")
+    counted.unlink(missing_ok=True)
+    before = metric(engine, "dft:faults_total")
+    plain = [_plain(seed) for seed in range(16)]
+    expected = [_text(answer) for answer in gather(engine, plain)]
+    engine.fault_file.touch()
+    injected = 0
+    try:
+        while injected < faults:
+            active = [
+                (path, body | {"diversity": random.Random(seed).random()})
+                for seed, (path, body) in enumerate(plain)
+            ]
+            answers = gather(engine, active)
+            # What passes unchanged is what stock sampling gives for the seed.
+            assert [_text(answer) for answer in answers] == expected
+            injected = counted.stat().st_size
+    finally:
+        engine.fault_file.unlink()
+    assert gather(engine, active)[0].status_code == 200
+    figure(injected=injected, counted=metric(engine, "dft:faults_total") - before)
+    assert metric(engine, "dft:faults_total") - before == injected
+    assert get(engine, "/v1/dft/capabilities").json()["faults"] >= injected
+    assert engine.log.read_text(errors="replace").count("an injected fault") <= 2
+
+
+def _plain(seed: int) -> tuple[str, dict]:
+    neutral = {"top_p": 1.0, "top_k": 0, "temperature": 0.9}
+    return "/v1/chat/completions", chat_body(seed=seed, max_tokens=8, **neutral)
+
+
+def _text(answer) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]

@@ -1,0 +1,140 @@
+"""What the server really samples from is the law, read over HTTP and computed apart in fp64.
+
+Reference logits come from the same engine, same prefix, field off, temperature 1, one token: the
+law does not care for a constant shift, so log-probabilities serve as logits.
+"""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from dftserve.demo.grammar import generate
+from tests.client import gather, post
+from tests.conftest import long
+from tests.reference import reference
+
+LOG_PROBABILITY = 2e-4
+NATS = 1e-3
+NEAR_THRESHOLD = 1e-4
+"""Draws with a token that near the guard's threshold are redrawn: fp32 may decide otherwise."""
+
+COUNTS = [("v1", 60), ("v2", 30), long("v1", 200), long("v2", 200)]
+
+
+@pytest.mark.parametrize(("engine", "count"), COUNTS, indirect=["engine"])
+def test_the_sampled_distribution_is_the_law(engine, count, figure):
+    source = random.Random(7)
+    vocabulary = _vocabulary(engine)
+    checked, redrawn, worst_logprob, worst_nats = 0, 0, 0.0, 0.0
+    while checked < count:
+        wanted = [_draw(source) for _ in range(min(16, count - checked))]
+        logits = _read(engine, [_plain(draw) for draw in wanted], vocabulary)
+        active = _ask(engine, [_active(draw) for draw in wanted], vocabulary)
+        for draw, logits_V, (sampled_V, answer) in zip(wanted, logits, active, strict=True):
+            said = reference(
+                logits_V,
+                temperature=draw["temperature"],
+                stop_ids=_stops(engine, draw),
+                **draw["diversity"],
+            )
+            if said.margin < NEAR_THRESHOLD:
+                redrawn += 1
+                continue
+            checked += 1
+            assert (np.isinf(sampled_V) == np.isinf(said.log_p_V)).all(), draw
+            likely_V = said.log_p_V > -25
+            error = np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max()
+            nats = abs(answer["mean_entropy_after"] - said.entropy_after)
+            nats = max(nats, abs(answer["mean_entropy_before"] - said.entropy_before))
+            assert error <= LOG_PROBABILITY, (error, draw)
+            assert nats <= NATS, (nats, draw)
+            assert answer["mean_temperature"] == pytest.approx(said.temperature, rel=1e-4)
+            worst_logprob, worst_nats = max(worst_logprob, error), max(worst_nats, nats)
+    figure(draws=count, redrawn=redrawn, worst_logprob=worst_logprob, worst_nats=worst_nats)
+
+
+def _draw(source: random.Random) -> dict:
+    """A prefix of a story, a diversity, a temperature, and what else shapes the logits."""
+    words = generate(source).text.split()
+    diversity = {"law": "gated", "level": source.uniform(0.01, 1.0)}
+    if source.random() < 0.25:
+        diversity |= {"law": "dynatemp", "dynatemp_range": source.uniform(0.1, 1.0)}
+        diversity |= {"dynatemp_exponent": source.uniform(0.5, 2.0)}
+    if source.random() < 0.25:
+        diversity |= {"min_p": source.choice([0.01, 0.1, 0.3])}
+    shaping = source.choice(
+        [
+            {},
+            {},
+            {"structured_outputs": {"choice": ["yes", "no"]}},
+            {"structured_outputs": {"regex": "[a-z]{1,8}( [a-z]+)?"}},
+            {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+            {"logit_bias": {str(source.randrange(300, 900)): 4.0}},
+            {"stop_token_ids": [source.randrange(300, 900)]},
+            {"bad_words": ["the"]},
+        ]
+    )
+    return {
+        "prompt": " ".join(words[: source.randrange(1, len(words))]),
+        "diversity": diversity,
+        "temperature": source.uniform(0.3, 1.8),
+        "shaping": shaping,
+    }
+
+
+def _plain(draw: dict) -> dict:
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return {"prompt": draw["prompt"], **draw["shaping"], **neutral}
+
+
+def _active(draw: dict) -> dict:
+    asked = {"diversity": draw["diversity"], "temperature": draw["temperature"]}
+    return {"prompt": draw["prompt"], **draw["shaping"], **asked}
+
+
+def _ask(engine, bodies: list[dict], vocabulary: int) -> list[tuple[np.ndarray, dict | None]]:
+    reading = {
+        "model": "demo",
+        "max_tokens": 1,
+        "logprobs": vocabulary,
+        "return_tokens_as_token_ids": True,
+    }
+    answers = gather(engine, [("/v1/completions", reading | body) for body in bodies])
+    return [(_log_p(answer, vocabulary), _first_choice(answer)) for answer in answers]
+
+
+def _read(engine, bodies: list[dict], vocabulary: int) -> list[np.ndarray]:
+    return [log_p_V for log_p_V, _ in _ask(engine, bodies, vocabulary)]
+
+
+def _log_p(answer, vocabulary: int) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    top = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
+    log_p_V = np.full(vocabulary, np.nan)
+    for token, value in top.items():
+        log_p_V[int(token.removeprefix("token_id:"))] = value if value > -9998 else -np.inf
+    assert not np.isnan(log_p_V).any(), "the server did not list every token"
+    return log_p_V
+
+
+def _first_choice(answer) -> dict | None:
+    return answer.json().get("diversity", {"choices": [None]})["choices"][0]
+
+
+def _vocabulary(engine) -> int:
+    return json.loads((engine.model_folder / "config.json").read_text())["vocab_size"]
+
+
+def _stops(engine, draw: dict) -> frozenset[int]:
+    end = json.loads((engine.model_folder / "config.json").read_text())["eos_token_id"]
+    return frozenset([end, *draw["shaping"].get("stop_token_ids", [])])
+
+
+def test_reading_is_complete(v1):
+    """The tests above rest on reading the whole distribution: it sums to one."""
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 1, "logprobs": _vocabulary(v1)}
+    body |= {"return_tokens_as_token_ids": True, "top_p": 1.0, "top_k": 0}
+    log_p_V = _log_p(post(v1, "/v1/completions", body), _vocabulary(v1))
+    assert np.exp(log_p_V).sum() == pytest.approx(1.0, abs=1e-4)

@@ -1,0 +1,83 @@
+"""The reported entropy is the entropy that is sampled at, and `budget` meets its target."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from tests.client import chat_body, gather, some_prompt
+from tests.conftest import long
+
+STANDARD_ERRORS = 4.0
+"""Per setting a correct server fails with probability 6e-5; the seeds are fixed."""
+SEQUENCES = 96
+
+COUNTS = [("v1", 10), long("v1", 20), long("v2", 20)]
+
+
+@pytest.mark.parametrize(("engine", "settings"), COUNTS, indirect=["engine"])
+def test_surprise_equals_the_reported_entropy(engine, settings, figure):
+    """Σ_t (−ln p(token_t) − H_t) is a martingale: over sequences its mean is 0."""
+    source = random.Random(3)
+    worst = 0.0
+    for setting in range(settings):
+        diversity = _diversity(source)
+        temperature = source.choice([0.7, 1.0, 1.4])
+        bodies = [
+            chat_body(
+                some_prompt(source),
+                diversity=diversity,
+                temperature=temperature,
+                max_tokens=24,
+                logprobs=True,
+                seed=1000 * setting + i,
+            )
+            for i in range(SEQUENCES)
+        ]
+        answers = gather(engine, [("/v1/chat/completions", body) for body in bodies])
+        excess = np.array([_excess(answer) for answer in answers])
+        deviation = abs(excess.mean()) / (excess.std(ddof=1) / math.sqrt(len(excess)))
+        assert deviation < STANDARD_ERRORS, (deviation, diversity, temperature)
+        worst = max(worst, deviation)
+    figure(settings=settings, sequences_each=SEQUENCES, worst_standard_errors=worst)
+
+
+def _diversity(source: random.Random) -> dict:
+    return source.choice(
+        [
+            {"law": "gated", "level": round(source.uniform(0.05, 1), 3)},
+            {"law": "budget", "target_entropy": round(source.uniform(0.5, 2.5), 3)},
+            {"law": "dynatemp", "dynatemp_range": round(source.uniform(0.2, 0.8), 3)},
+        ]
+    )
+
+
+def _excess(answer) -> float:
+    content = answer.json()
+    logprobs = [entry["logprob"] for entry in content["choices"][0]["logprobs"]["content"]]
+    figures = content["diversity"]["choices"][0]
+    assert figures["tokens"] == len(logprobs)
+    return -sum(logprobs) - figures["tokens"] * figures["mean_entropy_after"]
+
+
+@pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+@pytest.mark.parametrize("share", [0.6, 0.9, 1.1])
+def test_budget_meets_its_target(engine, share, figure):
+    """A target between what cooling and heating can reach is met within a tenth.
+
+    η = .1 moves s by at most one unit for ten targets' worth of entropy, so 200 tokens are enough.
+    """
+    free = chat_body(diversity={"level": 0.01}, max_tokens=200, ignore_eos=True)
+    natural = _mean_after(gather(engine, [("/v1/chat/completions", free)] * 4))
+    target = share * natural
+    asked = free | {"diversity": {"law": "budget", "target_entropy": target}}
+    reached = _mean_after(gather(engine, [("/v1/chat/completions", asked)] * 4))
+    figure(target=target, reached=reached)
+    assert reached == pytest.approx(target, rel=0.1)
+
+
+def _mean_after(answers) -> float:
+    return float(
+        np.mean([answer.json()["diversity"]["choices"][0]["mean_entropy_after"] for answer in answers])
+    )

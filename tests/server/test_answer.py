@@ -1,0 +1,196 @@
+"""The field on every endpoint, and its answer: header, body, stream, metrics, capabilities."""
+
+import json
+
+import pytest
+
+from tests.client import chat_body, get, metric, post, sync_client
+
+BOTH = pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+FIGURES = {"tokens", "mean_entropy_before", "mean_entropy_after", "mean_temperature", "tokens_changed"}
+SHORT = {"max_tokens": 8}
+
+
+@BOTH
+def test_chat_through_the_openai_client(engine):
+    answer = sync_client(engine).chat.completions.create(
+        **chat_body(max_tokens=12, n=2), extra_body={"diversity": 0.5}
+    )
+    said = answer.model_extra["diversity"]
+    assert said["law"] == "gated"
+    assert said["level"] == 0.5
+    assert len(said["choices"]) == 2
+    assert all(set(choice) == FIGURES for choice in said["choices"])
+    assert sum(choice["tokens"] for choice in said["choices"]) == answer.usage.completion_tokens
+
+
+@BOTH
+@pytest.mark.parametrize("usage", [True, False])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_stream_carries_it_in_the_last_chunk(engine, usage, choices):
+    stream = sync_client(engine).chat.completions.create(
+        **chat_body(max_tokens=8, n=choices),
+        stream=True,
+        stream_options={"include_usage": usage},
+        extra_body={"diversity": 0.5},
+    )
+    chunks = list(stream)
+    carrying = [chunk for chunk in chunks if "diversity" in (chunk.model_extra or {})]
+    assert carrying == chunks[-1:]
+    assert bool(chunks[-1].usage) == usage
+    said = chunks[-1].model_extra["diversity"]["choices"]
+    assert len(said) == choices
+    assert all(set(choice) == FIGURES for choice in said)
+
+
+@BOTH
+def test_completions_with_several_prompts_answer_for_each_choice(engine):
+    answer = sync_client(engine).completions.create(
+        model="demo", prompt=["Once", "There"], n=2, **SHORT, extra_body={"diversity": 0.3}
+    )
+    said = answer.model_extra["diversity"]["choices"]
+    assert len(said) == len(answer.choices) == 4
+    assert sum(choice["tokens"] for choice in said) == answer.usage.completion_tokens
+
+
+@BOTH
+def test_responses(engine):
+    client = sync_client(engine)
+    asked = {"model": "demo", "input": "Tell me a story.", "max_output_tokens": 16}
+    answer = client.responses.create(**asked, extra_body={"diversity": 0.5})
+    assert answer.model_extra["diversity"]["choices"][0]["tokens"] == answer.usage.output_tokens
+    events = list(client.responses.create(**asked, stream=True, extra_body={"diversity": 0.5}))
+    final = events[-1].response
+    assert final.model_extra["diversity"]["choices"][0]["tokens"] == final.usage.output_tokens
+
+
+@BOTH
+def test_a_batch_of_conversations(engine):
+    body = chat_body(diversity=0.5, **SHORT)
+    body["messages"] = [body["messages"], body["messages"]]
+    content = post(engine, "/v1/chat/completions/batch", body).json()
+    assert [set(choice) for choice in content["diversity"]["choices"]] == [FIGURES, FIGURES]
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0.5, "0.5", '{"level": 0.5}'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_take_it_through_vllm_xargs(engine, value, stream):
+    body = chat_body(vllm_xargs={"diversity": value}, stream=stream, **SHORT)
+    answer = post(engine, "/v1/messages", body)
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if "diversity" in line]
+    assert len(lines) == 1
+    assert json.loads(lines[0])["diversity"]["choices"][0]["tokens"] > 0
+
+
+@BOTH
+def test_the_header_echoes_what_is_in_force(engine):
+    body = chat_body(diversity={"law": "budget", "target_entropy": 1.5}, **SHORT)
+    for stream in (False, True):
+        answer = post(engine, "/v1/chat/completions", body | {"stream": stream})
+        echoed = json.loads(answer.headers["x-dftserve-diversity"])
+        assert echoed == {"law": "budget", "target_entropy": 1.5, "max_temperature": 4.0}
+
+
+@BOTH
+@pytest.mark.parametrize("off", [{}, {"diversity": None}])
+def test_an_answer_without_the_field_has_nothing_of_ours(engine, off):
+    answer = post(engine, "/v1/chat/completions", chat_body(**SHORT, **off))
+    assert "x-dftserve-diversity" not in answer.headers
+    assert "diversity" not in answer.json()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [({"diversity": 0}, None), ({"diversity": 0.5, "temperature": 0}, "temperature 0 stays greedy")],
+)
+def test_off_is_said(engine, asked, reason):
+    said = post(engine, "/v1/chat/completions", chat_body(**SHORT, **asked)).json()["diversity"]
+    assert said["level"] == 0
+    assert said.get("reason") == reason
+    assert said["choices"] == [None]
+
+
+@BOTH
+def test_temperature_zero_stays_greedy(engine):
+    greedy = chat_body(max_tokens=24, temperature=0)
+    plain = post(engine, "/v1/chat/completions", greedy).json()
+    asked = post(engine, "/v1/chat/completions", greedy | {"diversity": 1}).json()
+    assert asked["choices"][0]["message"] == plain["choices"][0]["message"]
+
+
+@BOTH
+def test_the_models_own_cuts_are_dropped_and_listed_and_the_clients_are_kept(engine):
+    def dropped(**asked):
+        body = chat_body(diversity=0.5, **SHORT, **asked)
+        return post(engine, "/v1/chat/completions", body).json()["diversity"].get("dropped")
+
+    assert dropped() == {"top_p": 0.9, "top_k": 50}
+    assert dropped(top_p=0.8) == {"top_k": 50}
+    assert dropped(top_p=0.8, top_k=3) is None
+
+
+@BOTH
+def test_min_p_of_the_client_becomes_the_guard(engine):
+    body = chat_body(diversity=0.5, min_p=0.2, **SHORT)
+    said = post(engine, "/v1/chat/completions", body).json()["diversity"]
+    assert said["min_p"] == 0.2
+    refused = post(engine, "/v1/chat/completions", body | {"diversity": {"level": 1, "min_p": 0.1}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "min_p"
+
+
+@BOTH
+def test_top_k_of_the_client_cuts_what_we_leave(engine):
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 1, "logprobs": 4096, "top_k": 2}
+    top = post(engine, "/v1/completions", body | {"diversity": 1}).json()
+    logprobs = top["choices"][0]["logprobs"]["top_logprobs"][0].values()
+    assert sum(value > -9998 for value in logprobs) <= 2
+
+
+@BOTH
+def test_the_same_seed_gives_the_same_text(engine):
+    body = chat_body(diversity=0.9, seed=5, max_tokens=24, logprobs=True)
+    first, second = (post(engine, "/v1/chat/completions", body).json() for _ in range(2))
+    assert first["choices"][0]["message"] == second["choices"][0]["message"]
+
+
+def test_structured_output_is_as_valid_as_without(v1):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "old": {"type": "boolean"}},
+        "required": ["name", "old"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    for seed in range(8):
+        body = chat_body(diversity=1, response_format=form, max_tokens=120, seed=seed)
+        choice = post(v1, "/v1/chat/completions", body).json()["choices"][0]
+        if choice["finish_reason"] == "stop":
+            assert set(json.loads(choice["message"]["content"])) == {"name", "old"}
+
+
+@BOTH
+def test_capabilities_are_behind_the_key(engine):
+    assert get(engine, "/v1/dft/capabilities", key=None).status_code == 401
+    said = get(engine, "/v1/dft/capabilities").json()
+    assert said["active"] is True
+    assert said["runner"] == ("V2" if engine.is_v2 else "V1")
+    assert set(said["laws"]) == {"gated", "budget", "dynatemp"}
+
+
+@BOTH
+def test_metrics_count(engine):
+    before = metric(engine, "dft:tokens_total")
+    answer = post(engine, "/v1/chat/completions", chat_body(diversity=0.5, **SHORT)).json()
+    tokens = answer["diversity"]["choices"][0]["tokens"]
+    assert metric(engine, "dft:tokens_total") == before + tokens
+    assert metric(engine, "dft:requests_total") > 0
+
+
+def test_the_disabled_plug_in_is_stock(v1_stock):
+    answer = post(v1_stock, "/v1/chat/completions", chat_body(diversity=7, **SHORT))
+    assert answer.status_code == 200
+    assert "diversity" not in answer.json()
+    assert get(v1_stock, "/v1/dft/capabilities").status_code == 404

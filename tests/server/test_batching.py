@@ -1,0 +1,50 @@
+"""A request's text does not depend on who shares its batch, nor on being preempted."""
+
+import random
+
+import pytest
+
+from tests.client import chat_body, gather, metric, some_prompt
+from tests.conftest import long
+
+
+@pytest.mark.parametrize(
+    ("engine", "seeds"), [("v1", 32), long("v1", 200), long("v2", 200)], indirect=["engine"]
+)
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
+    source = random.Random(11)
+    bodies = [
+        chat_body(
+            some_prompt(source),
+            seed=seed,
+            diversity=source.choice([0.3, 0.7, {"law": "budget", "target_entropy": 1.5}]),
+            max_tokens=24,
+        )
+        for seed in range(seeds)
+    ]
+    requests = [("/v1/chat/completions", body) for body in bodies]
+    together = [_text(answer) for answer in gather(engine, requests, at_once=16)]
+    alone = [_text(answer) for answer in gather(engine, requests, at_once=1)]
+    figure(seeds=seeds, identical=sum(a == b for a, b in zip(alone, together, strict=True)))
+    assert alone == together
+
+
+def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
+    """Sixteen long texts in twenty blocks: the engine has to preempt, and figures stay exact."""
+    before = metric(v1, "vllm:num_preemptions_total")
+    body = chat_body(
+        diversity={"law": "budget", "target_entropy": 1.5}, max_tokens=380, ignore_eos=True
+    )
+    answers = gather(v1, [("/v1/chat/completions", body)] * 16)
+    preemptions = metric(v1, "vllm:num_preemptions_total") - before
+    figure(preemptions=preemptions)
+    assert preemptions > 0, "the engine had room for all: the test shows nothing"
+    for answer in answers:
+        said = answer.json()
+        assert said["diversity"]["choices"][0]["tokens"] == said["usage"]["completion_tokens"] == 380
+        assert said["diversity"]["choices"][0]["mean_entropy_after"] == pytest.approx(1.5, rel=0.25)
+
+
+def _text(answer) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]

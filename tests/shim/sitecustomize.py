@@ -1,0 +1,69 @@
+"""Start-up changes for engines under test; on PYTHONPATH of their processes only.
+
+TEST_V2_ON_CPU=1    vLLM's V2 model runner on a CPU, its Triton kernels interpreted
+TEST_FAULT_FILE=F   while F exists, every call of the transform fails after computing its result;
+                    each failure adds a byte to F.count
+"""
+
+import os
+
+if os.environ.get("TEST_V2_ON_CPU") == "1":
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+
+
+def _a_cpu_driver(module):
+    class Driver:
+        @staticmethod
+        def is_active():
+            return True
+
+    module.backends["cpu"] = module.Backend(compiler=None, driver=Driver)
+
+
+def _boolean_masks(module):
+    builder = module.InterpreterBuilder
+
+    def casting(method, place):
+        def wrapped(self, *args, **kwargs):
+            args = list(args)
+            args[place].data = args[place].data.astype(bool)
+            return method(self, *args, **kwargs)
+
+        return wrapped
+
+    builder.create_masked_load = casting(builder.create_masked_load, 1)
+    builder.create_masked_store = casting(builder.create_masked_store, 2)
+
+
+def _no_triton_sampler(module):
+    module.HAS_TRITON = False
+
+
+def _faulty(module):
+    transform = module.transform
+    trigger = os.environ["TEST_FAULT_FILE"]
+
+    def failing(logits_XV, controls, rows_R=None):
+        if not os.path.exists(trigger):
+            return transform(logits_XV, controls, rows_R)
+        with open(f"{trigger}.count", "ab") as count:
+            count.write(b".")
+        transform(logits_XV.clone(), controls, rows_R)
+        raise RuntimeError("an injected fault")
+
+    module.transform = failing
+
+
+def _install():
+    from dftserve_vllm.imports import when_imported
+
+    if os.environ.get("TEST_V2_ON_CPU") == "1":
+        when_imported("triton.backends", _a_cpu_driver)
+        when_imported("triton.runtime.interpreter", _boolean_masks)
+        when_imported("vllm.v1.sample.ops.topk_topp_sampler", _no_triton_sampler)
+    if "TEST_FAULT_FILE" in os.environ:
+        when_imported("dftserve_vllm.ledger", _faulty)
+
+
+_install()

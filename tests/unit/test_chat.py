@@ -1,0 +1,308 @@
+"""The commands of the conversation, and what it does when a server refuses or breaks off.
+
+The server here speaks OpenAI's stream format and no more.
+"""
+
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve.chat import COMMANDS, Command, read_command, read_diversity, statistics
+from dftserve.cli import main
+from dftserve.spec import DiversityError, parse
+from tests.local_server import reply, serving
+
+REPORT = {
+    "law": "gated",
+    "level": 0.7,
+    "choices": [
+        {
+            "mean_entropy_before": 0.517,
+            "mean_entropy_after": 1.209,
+            "mean_temperature": 1.43,
+            "tokens_changed": 0.312,
+        }
+    ],
+}
+FIGURES = "gated 0.7 · entropy 0.52 → 1.21 nats · temperature 1.43 · 31% of tokens changed"
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("Hello there", Command("say", "Hello there")),
+        ("  \n", Command("say", "")),
+        ("/again\n", Command("again", "")),
+        ("/diversity   .7 ", Command("diversity", ".7")),
+        ("/system You are terse.", Command("system", "You are terse.")),
+        ("/compare", Command("compare", "")),
+    ],
+)
+def test_a_line_is_a_command_or_a_message(line, command):
+    assert read_command(line) == command
+
+
+@given(st.text().filter(lambda text: not text.strip().startswith("/")))
+def test_whatever_has_no_slash_is_a_message(line):
+    assert read_command(line) == Command("say", line.strip())
+
+
+@pytest.mark.parametrize("line", ["/", "/diverse 1", "/Again", "/say x"])
+def test_an_unknown_command_is_refused_with_the_known(line):
+    with pytest.raises(ValueError, match="accepted: /diversity, ") as raised:
+        read_command(line)
+    assert all(f"/{name}" in str(raised.value) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "diversity"),
+    [
+        (".7", parse(0.7)),
+        ("0.7", parse(0.7)),
+        ("1", parse(1)),
+        ("off", parse(0)),
+        ("default", None),
+        (
+            '{"law": "budget", "target_entropy": 1.5}',
+            parse({"law": "budget", "target_entropy": 1.5}),
+        ),
+    ],
+)
+def test_a_diversity_is_a_number_an_object_or_a_word(text, diversity):
+    assert read_diversity(text) == diversity
+
+
+@pytest.mark.parametrize("text", ["much", "1.5", ".", ".5.5", "[1]", '{"levle": 1}', "NaN"])
+def test_what_is_no_diversity_is_refused(text):
+    with pytest.raises(DiversityError):
+        read_diversity(text)
+
+
+# Statistics
+
+
+def test_the_line_about_an_answer():
+    assert statistics(REPORT) == FIGURES
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (None, "is the plug-in active?"),
+        ({**REPORT, "choices": [None]}, "gated 0.7, no statistics"),
+        ({"law": "gated", "level": 0, "choices": [None]}, "off"),
+        ({**REPORT, "law": "budget", "level": None}, "budget · entropy 0.52"),
+        ({"law": "gated"}, "diversity: {'law': 'gated'}"),
+        ([1], "diversity: [1]"),
+        ({**REPORT, "choices": []}, "diversity: {"),
+        ({**REPORT, "level": "much"}, "diversity: {"),
+    ],
+)
+def test_the_line_where_something_is_missing(report, said):
+    assert said in statistics(report)
+
+
+# The conversation, with a server
+
+
+class Server:
+    """Answers each chat request with the next of `answers`, then with the last; remembers them."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.bodies = []
+        self.keys = set()
+
+    def __call__(self, request):
+        self.keys.add(request.headers.get("Authorization"))
+        if request.path == "/v1/models":
+            models = [{"id": "storyteller", "object": "model", "created": 0, "owned_by": "us"}]
+            reply(request, 200, json.dumps({"object": "list", "data": models}).encode())
+            return
+        length = int(request.headers["Content-Length"])
+        self.bodies.append(json.loads(request.rfile.read(length)))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        answer(request)
+
+
+def chunk(text=None, **more):
+    choices = [] if text is None else [{"index": 0, "delta": {"content": text}}]
+    content = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    return {**content, "choices": choices, **more}
+
+
+def stream(*chunks, end=b"data: [DONE]\n\n"):
+    """An answer that streams the chunks."""
+
+    def answer(request):
+        events = b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks)
+        reply(request, 200, events + end, **{"Content-Type": "text/event-stream"})
+
+    return answer
+
+
+def refuse(status, content):
+    return lambda request: reply(request, status, json.dumps(content).encode())
+
+
+def break_off(request):
+    """Half an answer, and the connection is gone."""
+    request.send_response(200)
+    request.send_header("Content-Type", "text/event-stream")
+    request.send_header("Content-Length", "100000")
+    request.end_headers()
+    request.wfile.write(b"data: " + json.dumps(chunk("Once")).encode() + b"\n\n")
+    request.close_connection = True
+
+
+STORY = stream(chunk("Once "), chunk("upon."), chunk(diversity=REPORT))
+
+
+def talk(server, *lines, options=(), environment=None):
+    """What the terminal shows of a conversation with these lines typed."""
+    with serving(server) as url:
+        result = CliRunner().invoke(
+            main,
+            ["chat", "--url", f"{url}/v1", *options],
+            input="".join(f"{line}\n" for line in lines),
+            env=environment,
+            catch_exceptions=False,
+        )
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def sent(server):
+    """Diversity and messages of each request."""
+    return [
+        (body.get("diversity"), [message["content"] for message in body["messages"]])
+        for body in server.bodies
+    ]
+
+
+def test_an_answer_is_streamed_and_followed_by_its_figures():
+    server = Server(STORY)
+    shown = talk(server, "/diversity .7", "Tell me.", options=["--temperature", "0.9"])
+    assert shown.splitlines()[-2:] == ["Once upon.", FIGURES]
+    (body,) = server.bodies
+    assert body["model"] == "storyteller"
+    assert body["temperature"] == 0.9
+    assert parse(body["diversity"]) == parse(0.7)
+
+
+def test_without_a_diversity_none_is_sent_and_none_is_missed():
+    server = Server(stream(chunk("Yes.")))
+    shown = talk(server, "Well?", options=["--model", "other"])
+    assert shown.splitlines()[-1] == "Yes."
+    assert server.bodies[0].keys() == {"model", "messages", "stream"}
+    assert server.bodies[0]["model"] == "other"
+
+
+def test_a_server_that_ignores_the_field_is_told_apart():
+    server = Server(stream(chunk("Yes.")))
+    shown = talk(server, "/diversity 0.5", "Well?", "/diversity off", "Well?")
+    assert shown.count("is the plug-in active?") == 1
+
+
+def test_the_conversation_grows_and_again_replaces_its_end():
+    server = Server(STORY)
+    talk(server, "/system Be brief.", "A", "B", "/diversity 1", "/again", "C", "/reset", "D")
+    high = parse(1).as_dict()
+    assert sent(server) == [
+        (None, ["Be brief.", "A"]),
+        (None, ["Be brief.", "A", "Once upon.", "B"]),
+        (high, ["Be brief.", "A", "Once upon.", "B"]),
+        (high, ["Be brief.", "A", "Once upon.", "B", "Once upon.", "C"]),
+        (high, ["Be brief.", "D"]),
+    ]
+
+
+def test_compare_asks_at_three_levels_beside_the_conversation():
+    server = Server(STORY)
+    shown = talk(server, "A", "/compare B", "/compare", "C")
+    levels = [parse(level).as_dict() for level in (0, 0.5, 1)]
+    assert sent(server) == [
+        (None, ["A"]),
+        *((level, ["A", "Once upon.", "B"]) for level in levels),
+        *((level, ["A"]) for level in levels),
+        (None, ["A", "Once upon.", "C"]),
+    ]
+    headings = [line for line in shown.splitlines() if line.startswith("diversity ")]
+    assert headings == ["diversity 0", "diversity 0.5", "diversity 1"] * 2
+
+
+@pytest.mark.parametrize("line", ["/again", "/compare", "/what", "/diversity 7", "/diversity x"])
+def test_a_wrong_line_is_refused_and_the_conversation_goes_on(line):
+    server = Server(STORY)
+    shown = talk(server, line, "A", "/quit", "never sent")
+    assert "Once upon." in shown
+    assert sent(server) == [(None, ["A"])]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (refuse(400, {"error": {"message": "diversity: got 7", "code": 400}}), "diversity: got 7"),
+        (refuse(401, {"error": "Unauthorized"}), "Unauthorized"),
+        (refuse(500, ["?"]), "500"),
+        (stream(chunk("On"), {"error": {"message": "engine is dead"}}), "engine is dead"),
+        (stream(chunk("On"), end=b"data: {half\n\n"), "Expecting property name"),
+        (break_off, "closed"),
+    ],
+)
+def test_a_fault_is_shown_as_it_came_and_the_conversation_goes_on(fault, said):
+    server = Server(fault, STORY)
+    shown = talk(server, "A", "/again", "B")
+    assert said in shown
+    assert sent(server) == [(None, ["A"]), (None, ["A"]), (None, ["A", "Once upon.", "B"])]
+
+
+def test_help_names_every_command():
+    shown = talk(Server(STORY), "/help", "/diversity")
+    assert all(f"/{name}" in shown for name in COMMANDS)
+    assert "the server’s default" in shown
+
+
+def test_the_key_comes_from_the_variable_that_is_named():
+    server = Server(STORY)
+    talk(server, "A", options=["--api-key-env", "MY_KEY"], environment={"MY_KEY": "secret\n"})
+    assert server.keys == {"Bearer secret"}
+
+
+# Before the conversation
+
+
+def start(*options):
+    return CliRunner().invoke(main, ["chat", *options], input="A\n")
+
+
+def test_a_server_that_is_not_there_ends_it_in_one_line():
+    with serving(lambda _: None) as url:
+        pass
+    result = start("--url", url)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {url}")
+    assert "Connection" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_server_without_models_asks_for_a_name():
+    empty = json.dumps({"object": "list", "data": []}).encode()
+    with serving(lambda request: reply(request, 200, empty)) as url:
+        result = start("--url", f"{url}/v1")
+    assert result.exit_code == 1
+    assert "--model" in result.output
+
+
+def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    result = start()
+    assert result.exit_code == 1
+    assert result.output == "Error: chat needs the openai package: pip install openai\n"

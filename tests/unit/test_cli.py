@@ -1,0 +1,216 @@
+"""The command line: what it passes on, what it refuses, and that it starts at once."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dftserve
+from dftserve.cli import main
+from dftserve.spec import Promise, parse
+from tests.local_server import reply, serving
+
+OURS = ("--default-diversity", "--dry-run", "--help")
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+flags = words.filter(lambda word: word != "--" and word.partition("=")[0] not in OURS)
+
+
+def run(*arguments, **more):
+    return CliRunner().invoke(main, arguments, **more)
+
+
+def python(*arguments, **more):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
+
+
+# Starting
+
+
+def test_help_imports_neither_torch_nor_vllm():
+    code = (
+        "import sys; from dftserve.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    said = python("-c", code)
+    loaded = set(said.stderr.split())
+    assert "Usage:" in said.stdout
+    assert "click" in loaded
+    assert not loaded & {"torch", "vllm", "numpy", "transformers", "openai", "dftserve_vllm"}
+
+
+def test_help_comes_at_once():
+    def seconds(*arguments):
+        started = time.perf_counter()
+        assert python(*arguments).returncode == 0
+        return time.perf_counter() - started
+
+    # A ratio, the best of five: a busy machine slows both.
+    bare = min(seconds("-c", "pass") for _ in range(5))
+    assert min(seconds("-m", "dftserve.cli", "--help") for _ in range(5)) < max(15 * bare, 0.5)
+
+
+def test_it_runs_as_a_module_under_its_own_name():
+    said = python("-m", "dftserve.cli", "--version")
+    assert said.stdout == f"dftserve, version {dftserve.__version__}\n"
+    assert python("-m", "dftserve.cli", "--help").stdout.startswith("Usage: dftserve ")
+
+
+def test_every_command_has_help():
+    for name in ("serve", "chat", "doctor", "demo"):
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert result.output.startswith(f"Usage: main {name}")
+
+
+# serve
+
+
+@given(st.lists(flags))
+def test_every_other_flag_is_passed_on_as_it_is(given_flags):
+    result = run("serve", "org/m", *given_flags, "--dry-run")
+    assert result.exit_code == 0
+    assert shlex.split(result.stderr)[1:] == ["serve", "org/m", *given_flags]
+    assert result.stdout == ""
+
+
+def test_our_options_are_found_among_vllms_and_do_not_reach_it():
+    result = run(
+        "serve", "m", "--seed", "-1", "--default-diversity", "0.5", "-tp", "2", "--dry-run"
+    )
+    assignment, _, *rest = shlex.split(result.stderr)
+    assert rest == ["serve", "m", "--seed", "-1", "-tp", "2"]
+    name, _, value = assignment.partition("=")
+    assert name == "DFTSERVE_DEFAULT_DIVERSITY"
+    assert parse(json.loads(value)) == parse(0.5)
+
+
+def test_after_two_dashes_everything_is_vllms():
+    result = run("serve", "m", "--dry-run", "--", "--help")
+    assert shlex.split(result.stderr)[1:] == ["serve", "m", "--help"]
+
+
+def test_the_default_of_the_checkpoint(tmp_path):
+    Promise(recipe="r", diversity=parse(0.3)).write(tmp_path)
+    result = run("serve", str(tmp_path), "--default-diversity", "checkpoint", "--dry-run")
+    assert '"level": 0.3' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["m", "--default-diversity", "7"], "--default-diversity.level: got 7; accepted: a number"),
+        (["m", "--default-diversity", "x"], "--default-diversity: got 'x'"),
+        (["m", "--default-diversity", "checkpoint"], "a checkpoint folder with a dft.json"),
+        (["--port", "8000", "m"], "MODEL first"),
+        ([], "Missing argument 'MODEL'"),
+    ],
+)
+def test_what_is_wrong_ends_with_code_two(arguments, said):
+    result = run("serve", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+
+
+STAND_IN = f"""#!{sys.executable}
+import json, os, sys
+print(json.dumps([os.getpid(), sys.argv[1:], os.environ["DFTSERVE_DEFAULT_DIVERSITY"]]))
+sys.exit(7)
+"""
+
+
+def test_it_becomes_the_command_that_it_prints(tmp_path):
+    command = tmp_path / "vllm"
+    command.write_text(STAND_IN)
+    command.chmod(0o755)
+    # Only PATH is looked at, or the real one beside this Python would come first.
+    code = (
+        "import sysconfig; sysconfig.get_path = lambda _: ''\nfrom dftserve.cli import main; main()"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    arguments = ["-c", code, "serve", "m", "--seed", "1", "--default-diversity", "1"]
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        stdout, stderr = process.communicate()
+    pid, argv, default = json.loads(stdout)
+    assert pid == process.pid
+    assert argv == ["serve", "m", "--seed", "1"]
+    assert parse(json.loads(default)) == parse(1)
+    assert process.returncode == 7
+    assert shlex.split(stderr) == [
+        f"DFTSERVE_DEFAULT_DIVERSITY={default}",
+        str(command),
+        *argv,
+    ]
+
+
+def test_without_vllm_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "")
+    result = run("serve", "m", env={"PATH": ""})
+    assert result.exit_code == 1
+    assert "pip install vllm dftserve-vllm" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# doctor
+
+
+def test_the_doctors_word_and_exit_code():
+    result = run("doctor", env={"DFTSERVE_DEFAULT_DIVERSITY": "7"})
+    assert result.exit_code == 1
+    assert "DFTSERVE_DEFAULT_DIVERSITY.level: got 7" in result.stdout
+    listed = json.loads(run("doctor", "--json", env={"DFTSERVE_DISABLE": "1"}).stdout)
+    states = {finding["name"]: finding["state"] for finding in listed["findings"]}
+    assert states["DFTSERVE_DISABLE"] == "warning"
+    assert listed["ok"] == ("error" not in states.values())
+
+
+def test_the_doctor_asks_a_server_too():
+    keys = []
+
+    def answer(request):
+        keys.append(request.headers.get("Authorization"))
+        reply(request, 401, b"")
+
+    with serving(answer) as url:
+        result = run("doctor", "--url", url, "--api-key-env", "K", "--json", env={"K": " secret\n"})
+    assert keys == ["Bearer secret"]
+    assert result.exit_code == 1
+    assert "secret" not in result.output
+    assert json.loads(result.stdout)["findings"][-1]["name"] == "server"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", "localhost"], "--url: got 'localhost'; accepted: http://HOST:PORT"),
+        (["--url", "http://x", "--api-key-env", "UNSET"], "UNSET is not set"),
+        (["--url", "http://x", "--api-key-env", "ODD"], "ODD holds more than printable ASCII"),
+    ],
+)
+def test_the_doctor_refuses_what_it_cannot_ask(arguments, said):
+    result = run("doctor", *arguments, env={"UNSET": "", "ODD": "secret\nsecond"})
+    assert result.exit_code == 2
+    assert said in result.stderr.replace("\n", " ")
+    assert "secret" not in result.output
+
+
+def test_the_command_is_installed():
+    installed = Path(sys.executable).with_name("dftserve")
+    said = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("dftserve, version")

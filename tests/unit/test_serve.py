@@ -1,0 +1,228 @@
+"""The command that serves, and the life of a server's processes.
+
+The stand-in here is a process with a /health, not a vLLM: only starting and ending is tested.
+"""
+
+import json
+import os
+import shlex
+import sys
+import sysconfig
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve import serve
+from dftserve.serve import Launch, launch, running
+from dftserve.spec import DiversityError, Promise, parse
+
+STAND_IN = f"""#!{sys.executable}
+import http.server, json, os, signal, subprocess, sys, time
+
+mode = os.environ.get("STAND_IN")
+if mode == "dies":
+    print("\\n".join(f"line {{i}}" for i in range(100)), flush=True)
+    sys.exit(3)
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if mode in ("deaf", "deaf child") else ""
+child = subprocess.Popen([sys.executable, "-c", f"import signal, time; {{deaf}} time.sleep(60)"])
+print("child", child.pid, flush=True)
+if mode == "silent":
+    time.sleep(60)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        said = json.dumps({{"argv": sys.argv[1:], "environment": dict(os.environ)}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A `vllm` on PATH and none beside this Python; returns where a server logs."""
+    command = tmp_path / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(STAND_IN)
+    command.chmod(0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+    monkeypatch.setattr(serve, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(serve, "GRACE_SECONDS", 5.0)
+    return tmp_path / "log"
+
+
+def seen(server):
+    with urllib.request.urlopen(f"{server.url}/anything") as answer:
+        return json.load(answer)
+
+
+def child(log: Path) -> int:
+    return int(log.read_text().partition("child ")[2].split()[0])
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended, be it that init has not reaped it yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
+
+
+# launch
+
+
+@given(words, st.lists(words))
+def test_the_argv_is_the_model_and_the_flags_as_they_were_given(model, flags):
+    command = launch(model, flags)
+    assert command.argv[1:] == ("serve", model, *flags)
+    assert Path(command.argv[0]).name == "vllm"
+    assert command.environment == {}
+
+
+@given(
+    st.lists(words, min_size=1), st.dictionaries(st.from_regex("[A-Z_]+", fullmatch=True), words)
+)
+def test_a_shell_reads_the_shown_line_as_the_command(argv, environment):
+    shown = Launch(tuple(argv), environment).shown()
+    assert shlex.split(shown) == [*(f"{k}={v}" for k, v in environment.items()), *argv]
+
+
+@pytest.mark.parametrize("text", ["0.5", "0", '{"law": "budget", "target_entropy": 1.5}'])
+def test_a_default_reaches_the_plug_in_as_canonical_json(text):
+    environment = launch("m", default_diversity=text).environment
+    assert list(environment) == ["DFTSERVE_DEFAULT_DIVERSITY"]
+    canonical = environment["DFTSERVE_DEFAULT_DIVERSITY"]
+    assert parse(json.loads(canonical)) == parse(json.loads(text))
+    assert launch("m", default_diversity=canonical).environment == environment
+
+
+def test_the_default_may_be_what_the_checkpoint_suggests(tmp_path):
+    Promise(recipe="r", diversity=parse(0.3)).write(tmp_path)
+    command = launch(str(tmp_path), default_diversity="checkpoint")
+    assert json.loads(command.environment["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.3
+
+
+@pytest.mark.parametrize("text", ["1.5", "half", "null", '{"levle": 1}', "[0.5]", "NaN", ""])
+def test_a_wrong_default_is_refused_by_its_option(text):
+    with pytest.raises(DiversityError, match="--default-diversity"):
+        launch("m", default_diversity=text)
+
+
+def test_a_checkpoint_that_suggests_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a checkpoint folder with a dft\.json"):
+        launch("some/model", default_diversity="checkpoint")
+    Promise(recipe="r").write(tmp_path)
+    with pytest.raises(ValueError, match="suggests none"):
+        launch(str(tmp_path), default_diversity="checkpoint")
+    (tmp_path / "dft.json").write_text('{"recipe": "r", "diversity": 7}')
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        launch(str(tmp_path), default_diversity="checkpoint")
+
+
+def test_without_a_vllm_command_the_error_says_what_to_install(stand_in, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="pip install vllm dftserve-vllm"):
+        launch("m")
+
+
+def test_the_engine_of_this_environment_comes_before_the_path(stand_in, tmp_path, monkeypatch):
+    assert launch("m").argv[0] == str(tmp_path / "bin" / "vllm")
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert Path(launch("m").argv[0]).parent == Path(sysconfig.get_path("scripts"))
+
+
+# running
+
+
+def test_a_server_lives_as_long_as_the_block(stand_in):
+    with running("org/m", "--seed", "1", log=stand_in, default_diversity="0.5") as server:
+        said = seen(server)
+        port = server.url.removeprefix("http://127.0.0.1:").removesuffix("/v1")
+        expected = ["serve", "org/m", "--seed", "1", "--host", "127.0.0.1", "--port", port]
+        assert said["argv"] == expected
+        assert json.loads(said["environment"]["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.5
+        assert server.model == "org/m"
+        assert server.pid == os.getpgid(server.pid) != os.getpgid(0)
+    assert is_gone(server.pid)
+    assert is_gone(child(stand_in))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--served-model-name", "a", "b"], "a"),
+        (["--served-model-name=a", "--seed", "1"], "a"),
+        (["--served_model_name", "a", "--served-model-name", "b"], "b"),
+        (["--served-model-name"], "m"),
+    ],
+)
+def test_the_served_name_is_the_one_in_the_flags(stand_in, flags, name):
+    with running("m", *flags) as server:
+        assert server.model == name
+
+
+def test_a_server_that_dies_takes_the_end_of_its_log_with_it(stand_in, monkeypatch):
+    monkeypatch.setenv("STAND_IN", "dies")
+    with pytest.raises(RuntimeError, match="exit code 3") as raised, running("m"):
+        pass
+    lines = str(raised.value).splitlines()
+    assert lines[1:] == [f"line {i}" for i in range(70, 100)]
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended(stand_in):
+    environment = {"STAND_IN": "silent"}
+    with (
+        pytest.raises(RuntimeError, match=r"within 0\.5 s.*\n.*child"),
+        running("m", env=environment, log=stand_in, timeout=0.5),
+    ):
+        pass
+    assert is_gone(child(stand_in))
+
+
+@pytest.mark.parametrize("mode", ["deaf", "deaf child"])
+def test_what_ignores_sigterm_is_killed(stand_in, monkeypatch, mode):
+    monkeypatch.setattr(serve, "GRACE_SECONDS", 0.5)
+    with running("m", env={"STAND_IN": mode}, log=stand_in) as server:
+        time.sleep(0.2)  # For the child to have become deaf.
+    assert is_gone(server.pid)
+    assert is_gone(child(stand_in))
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ValueError])
+def test_the_server_ends_with_whatever_ends_the_block(stand_in, fault):
+    with pytest.raises(fault), running("m", log=stand_in) as server:
+        raise fault
+    assert is_gone(server.pid)
+    assert is_gone(child(stand_in))
+
+
+@pytest.mark.parametrize("flag", ["--host", "--port=8000", "--uds"])
+def test_flags_do_not_say_where_to_listen(flag):
+    with pytest.raises(ValueError, match="free loopback port"), running("m", flag):
+        pass
+
+
+@pytest.mark.parametrize(("prefix", "kept"), [(None, True), ("somewhere", False)])
+def test_byte_code_is_written_where_there_is_a_place_for_it(stand_in, monkeypatch, prefix, kept):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    added = {"PYTHONPYCACHEPREFIX": str(stand_in.parent / prefix)} if prefix else {}
+    with running("m", env=added) as server:
+        environment = seen(server)["environment"]
+    assert ("PYTHONDONTWRITEBYTECODE" in environment) is kept
+    assert environment.items() >= added.items()

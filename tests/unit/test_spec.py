@@ -1,0 +1,271 @@
+"""What a request may ask for, and what a checkpoint may promise."""
+
+import contextlib
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve.spec import (
+    BOUNDS,
+    LAWS,
+    MAX_JSON_CHARACTERS,
+    Diversity,
+    DiversityError,
+    Promise,
+    parse,
+    parse_json,
+)
+
+REQUIRED = {"gated": "level", "budget": "target_entropy", "dynatemp": "dynatemp_range"}
+
+
+def numbers(name):
+    """Floats and integers that a field accepts."""
+    bounds = BOUNDS[name]
+    floats = st.floats(bounds.low, bounds.high, exclude_min=not bounds.low_included)
+    integers = st.integers(math.ceil(bounds.low), math.floor(bounds.high))
+    return floats | integers.filter(lambda value: value in bounds)
+
+
+@st.composite
+def objects(draw):
+    """Objects that are accepted: what the law needs, and any of the rest, or null for it."""
+    law = draw(st.sampled_from(sorted(LAWS)))
+    optional = [name for name in LAWS[law] if name != REQUIRED[law]]
+    chosen = draw(st.lists(st.sampled_from(optional), unique=True))
+    content = {name: draw(numbers(name) | st.none()) for name in chosen}
+    content[REQUIRED[law]] = draw(numbers(REQUIRED[law]))
+    if law != "gated" or draw(st.booleans()):
+        content["law"] = law
+    return content
+
+
+accepted = numbers("level") | objects()
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+not_numbers = st.booleans() | st.text() | st.lists(st.integers()) | st.binary() | st.just({})
+
+
+def refusal(value, parameter="diversity"):
+    with pytest.raises(DiversityError) as raised:
+        parse(value, parameter)
+    error = raised.value
+    assert str(error).startswith(f"{error.parameter}: got ")
+    assert "; accepted: " in str(error)
+    return error
+
+
+# What is accepted
+
+
+@given(accepted)
+def test_the_object_form_is_parsed_to_the_same(value):
+    diversity = parse(value)
+    assert parse(diversity.as_dict()) == diversity
+    assert parse_json(json.dumps(diversity.as_dict())) == diversity
+
+
+@given(accepted)
+def test_json_text_means_what_the_value_means(value):
+    assert parse_json(json.dumps(value)) == parse(value)
+
+
+@given(objects())
+def test_what_is_given_is_kept_and_the_rest_is_the_laws_default(value):
+    diversity = parse(value)
+    takes = LAWS[diversity.law]
+    for name in BOUNDS:
+        given_value = value.get(name)
+        expected = given_value if given_value is not None else takes.get(name)
+        assert getattr(diversity, name) == expected
+        assert isinstance(getattr(diversity, name), float | None)
+
+
+@given(numbers("level"))
+def test_a_number_is_the_level_of_the_gated_law(level):
+    assert parse(level) == parse({"law": "gated", "level": level})
+    assert parse(level).is_off == (level == 0)
+
+
+def test_only_a_level_of_zero_is_off():
+    assert parse(0).is_off
+    assert parse({"law": "dynatemp", "dynatemp_range": 0.5, "level": 0}).is_off
+    assert not parse({"law": "budget", "target_entropy": 1}).is_off
+
+
+# What is refused
+
+
+@given(st.none() | st.text() | st.booleans() | st.lists(st.floats(0, 1)) | st.binary())
+def test_neither_a_number_nor_an_object(value):
+    error = refusal(value)
+    assert (error.parameter, error.value) == ("diversity", value)
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDS))
+@given(st.data())
+def test_a_field_refuses_all_but_its_numbers(name, data):
+    bounds = BOUNDS[name]
+    outside = st.floats().filter(lambda x: math.isnan(x) or x not in bounds)
+    outside |= st.integers(max_value=-1) | st.integers(min_value=math.floor(bounds.high) + 1)
+    wrong = data.draw(not_numbers | outside)
+    law = next(law for law in LAWS if name in LAWS[law])
+    error = refusal({"law": law, REQUIRED[law]: 1, name: wrong}, "p")
+    assert error.parameter == f"p.{name}"
+    assert str(bounds) in str(error)
+
+
+@pytest.mark.parametrize(
+    "level", [math.nan, math.inf, -math.inf, -1e-9, 1 + 1e-9, 10**400, -(10**400)]
+)
+def test_a_level_outside_zero_to_one(level):
+    assert refusal(level).parameter == "diversity.level"
+
+
+def test_an_integer_too_long_to_print():
+    long = 10**5000
+    for value in (long, [long], {"level": long}, {"law": long}, {"level": 0.5, long: 1}):
+        assert len(str(refusal(value))) < 500
+
+
+@pytest.mark.parametrize("law", sorted(LAWS))
+@pytest.mark.parametrize("absent", [{}, None])
+def test_what_the_law_needs_is_named(law, absent):
+    content = {"law": law} if absent == {} else {"law": law, REQUIRED[law]: None}
+    error = refusal(content)
+    assert error.parameter == f"diversity.{REQUIRED[law]}"
+    assert f"the law {law!r} needs it" in str(error)
+
+
+@pytest.mark.parametrize("law", sorted(LAWS))
+@given(name=st.text(max_size=40).filter(lambda name: name not in {*BOUNDS, "law"}), value=json_values)
+def test_an_unknown_field_is_refused_whatever_it_holds(law, name, value):
+    error = refusal({"law": law, REQUIRED[law]: 0.5, name: value})
+    assert error.parameter == f"diversity.{name}"
+    assert all(field in str(error) for field in LAWS[law])
+
+
+@pytest.mark.parametrize("law", sorted(LAWS))
+def test_a_field_of_another_law_is_refused_with_its_owner(law):
+    for name in set(BOUNDS) - set(LAWS[law]):
+        error = refusal({"law": law, REQUIRED[law]: 0.5, name: 0.5})
+        owners = [other for other in LAWS if name in LAWS[other]]
+        assert all(repr(owner) in str(error) for owner in owners)
+
+
+@given(json_values.filter(lambda law: law not in list(LAWS)))
+def test_an_unknown_law(law):
+    error = refusal({"law": law, "level": 0.5})
+    assert error.parameter == "diversity.law"
+    assert all(name in str(error) for name in LAWS)
+
+
+def test_a_slip_of_the_pen_is_guessed():
+    assert "did you mean 'level'?" in str(refusal({"levle": 0.5}))
+    assert "did you mean 'dynatemp'?" in str(refusal({"law": "dynatmp"}))
+
+
+@given(json_values)
+def test_nothing_but_a_diversity_error_is_raised(value):
+    with contextlib.suppress(DiversityError):
+        assert isinstance(parse(value), Diversity)
+
+
+@given(st.text())
+def test_text_is_json_or_refused(text):
+    with contextlib.suppress(DiversityError):
+        assert isinstance(parse_json(text), Diversity)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "{", "null", "true", '"0.5"', "[0.5]", "NaN", "0.5 0.5"]
+)
+def test_text_that_is_no_diversity(text):
+    with pytest.raises(DiversityError):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"level":', '{"law":', '{"a":'])
+def test_deep_json(opening):
+    closing = "]" if opening == "[" else "}"
+    for depth in range(2, MAX_JSON_CHARACTERS // (len(opening) + 1)):
+        with pytest.raises(DiversityError):
+            parse_json(opening * depth + "1" + closing * depth)
+
+
+def test_a_value_nested_beyond_recursion():
+    deep = 1
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (deep, {"level": deep}, {"law": deep}, {"a": deep}):
+        assert len(str(refusal(value))) < 500
+
+
+@given(st.integers(MAX_JSON_CHARACTERS - 3, MAX_JSON_CHARACTERS * 3))
+def test_long_text_is_refused_by_its_length(length):
+    text = "0." + "5" * (length - 2)
+    if length <= MAX_JSON_CHARACTERS:
+        assert parse_json(text) == parse(float(text))
+        return
+    with pytest.raises(DiversityError, match=f"{length} characters"):
+        parse_json(text)
+
+
+def test_an_error_stays_short_whatever_came():
+    for value in ("x" * 10**6, {"x" * 10**6: 1}, {"law": "x" * 10**6}, {"level": [1] * 10**6}):
+        assert len(str(refusal(value))) < 500
+
+
+# The promise of a checkpoint
+
+
+@given(
+    recipe=st.text(st.characters(exclude_categories=["Cs"])),
+    diversity=st.none() | accepted.map(parse),
+    target_entropy=st.none() | st.floats(0, 20),
+    model_entropy=st.none() | st.floats(0, 20),
+)
+def test_a_promise_is_read_as_it_was_written(tmp_path_factory, **content):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    Promise(**content).write(folder)
+    assert Promise.read(folder) == Promise(**content)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "an object with `recipe`"),
+        ("null", "an object with `recipe`"),
+        ("{}", "an object with `recipe`"),
+        ('{"recipe": "r", "divresity": 0.5}', "did you mean 'diversity'?"),
+        ('{"recipe": "r", "diversity": 2}', "from 0 to 1"),
+        ('{"recipe": "r", "diversity": {"levle": 0.5}}', "did you mean 'level'?"),
+        ('{"recipe": 7}', "recipe"),
+        ('{"recipe": "r", "target_entropy": "high"}', "target_entropy"),
+        ('{"recipe": "r", "model_entropy": NaN}', "model_entropy"),
+    ],
+)
+def test_a_promise_that_is_none(tmp_path, text, said):
+    (tmp_path / "dft.json").write_text(text)
+    with pytest.raises(ValueError, match=r"dft\.json") as raised:
+        Promise.read(tmp_path)
+    assert said in str(raised.value)
+
+
+def test_bytes_that_are_no_text_are_no_promise(tmp_path):
+    (tmp_path / "dft.json").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match=r"dft\.json"):
+        Promise.read(tmp_path)
+
+
+def test_a_folder_without_a_promise(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Promise.read(tmp_path)
