@@ -115,7 +115,7 @@ def stock(request) -> Engine:
     return request.getfixturevalue(request.param)
 
 
-def long(*values) -> object:
+def long(*values):
     """A parameter set of `make test-long`."""
     return pytest.param(*values, marks=pytest.mark.long)
 

@@ -61,7 +61,7 @@ def _excess(answer) -> float:
     return -sum(logprobs) - figures["tokens"] * figures["mean_entropy_after"]
 
 
-@pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+@pytest.mark.parametrize("engine", ["v1", long("v2")], indirect=True)
 @pytest.mark.parametrize("share", [0.6, 0.9, 1.1])
 def test_budget_meets_its_target(engine, share, figure):
     """A target between what cooling and heating can reach is met within a tenth.

@@ -12,6 +12,8 @@ from dftserve_vllm import record
 from dftserve_vllm.request import DIVERSITY
 
 HEADER = b"x-dftserve-diversity"
+# Only events with one of these can be the one that carries ours; the others are not parsed.
+_SIGNS = (b'"finish_reason":"', b'"usage":{', b'"stop_reason":"')
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -44,6 +46,7 @@ class _Answer:
         self._send = send
         self._start: Message = {}
         self._body: list[bytes] = []
+        self._finished = 0
         self._handle = self._pass_on
 
     async def __call__(self, message: Message) -> None:
@@ -87,17 +90,36 @@ class _Answer:
         await self._send({**message, "body": body})
 
     async def _stream(self, message: Message) -> None:
-        """One pass over the events until ours has gone out; afterwards they pass untouched."""
+        """Look through the events until ours has gone out; afterwards they pass untouched."""
         chunk = message.get("body", b"")
-        if b"data: {" in chunk and self._record.is_filled():
-            events = chunk.split(b"\n\n")
-            for place, event in enumerate(events):
-                if (marked := _marked_event(event, self._record)) is not None:
-                    events[place] = marked
-                    self._handle = self._pass_on
-                    break
+        if any(sign in chunk for sign in _SIGNS):
+            events = [self._marked(event) for event in chunk.split(b"\n\n")]
             message = {**message, "body": b"\n\n".join(events)}
         await self._send(message)
+
+    def _marked(self, event: bytes) -> bytes:
+        """The event, with the `diversity` object if it is the one that is to carry it."""
+        prefix, found, data = event.partition(b"data: ")
+        if self._handle == self._pass_on or not found or not data.startswith(b"{"):
+            return event
+        content = json.loads(data)
+        if isinstance(response := content.get("response"), dict) and response.get("usage"):
+            content["response"] = response | {DIVERSITY: self._record.answer()}
+            data = json.dumps(content, separators=(",", ":")).encode()
+        elif self._is_last(content):
+            data = _with_diversity(data, self._record.answer())
+        else:
+            return event
+        self._handle = self._pass_on
+        return prefix + found + data
+
+    def _is_last(self, content: dict[str, Any]) -> bool:
+        if "choices" not in content:  # /v1/messages: the event with usage and a stop reason
+            return content.get("type") == "message_delta" and bool(content.get("usage"))
+        self._finished += sum(bool(choice.get("finish_reason")) for choice in content["choices"])
+        if self._record.wants_usage:
+            return bool(content.get("usage")) and not content["choices"]
+        return self._finished == self._record.choices()
 
 
 def _with_diversity(body: bytes, answer: dict[str, Any]) -> bytes:
@@ -111,28 +133,3 @@ def _with_diversity(body: bytes, answer: dict[str, Any]) -> bytes:
 
 def _member(answer: dict[str, Any]) -> bytes:
     return json.dumps({DIVERSITY: answer}, separators=(",", ":"))[1:-1].encode()
-
-
-def _marked_event(event: bytes, opened: record.Record) -> bytes | None:
-    """The event with the `diversity` object, if it is the one that is to carry it."""
-    prefix, found, data = event.partition(b"data: ")
-    if not found or not data.startswith(b"{"):
-        return None
-    try:
-        content = json.loads(data)
-    except ValueError:
-        return None
-    if isinstance(response := content.get("response"), dict) and response.get("usage"):
-        content["response"] = response | {DIVERSITY: opened.answer()}
-        return prefix + found + json.dumps(content, separators=(",", ":")).encode()
-    if not _is_last(content, opened):
-        return None
-    return prefix + found + _with_diversity(data, opened.answer())
-
-
-def _is_last(content: dict[str, Any], opened: record.Record) -> bool:
-    if "choices" not in content:  # /v1/messages: the event that carries usage and a stop reason
-        return content.get("type") == "message_delta" and bool(content.get("usage"))
-    if opened.wants_usage:
-        return bool(content.get("usage")) and not content["choices"]
-    return any(choice.get("finish_reason") for choice in content["choices"])

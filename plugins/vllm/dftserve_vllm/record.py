@@ -60,8 +60,8 @@ class Record:
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
 
-    def is_filled(self) -> bool:
-        return all(item.figures is not None for item in self.items)
+    def choices(self) -> int:
+        return sum(item.choices for item in self.items)
 
     def answer(self) -> dict[str, Any]:
         """The `diversity` object of the answer."""

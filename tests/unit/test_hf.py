@@ -1,0 +1,114 @@
+"""The transformers processor: the same law through a real `generate()`."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+
+from dftserve.hf import DiversityProcessor, sampling
+from tests.conftest import long
+from tests.reference import reference
+
+EOS = 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=301,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.lm_head.weight.data.mul_(40)
+    return model
+
+
+def generate(model, prompt, processor, config, seed=0):
+    torch.manual_seed(seed)
+    processors = LogitsProcessorList([processor] if processor else [])
+    return model.generate(
+        prompt,
+        logits_processor=processors,
+        generation_config=config,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+
+
+@pytest.mark.parametrize("draws", [30, long(200)])
+def test_generate_samples_the_law(model, draws):
+    random = np.random.default_rng(0)
+    for draw in range(draws):
+        t = float(random.uniform(0.3, 1.8))
+        diversity = {"level": float(random.uniform(0.01, 1))}
+        if draw % 4 == 0:
+            diversity |= {"law": "dynatemp", "dynatemp_range": float(random.uniform(0.1, 1))}
+        processor = DiversityProcessor(diversity, temperature=t, stop_ids=[EOS])
+        prompt = torch.tensor(random.integers(4, 301, size=(2, 5)))
+        out = generate(model, prompt, processor, sampling(t, max_new_tokens=1))
+        for r in range(2):
+            said = reference(
+                out.logits[0][r].numpy(), temperature=t, stop_ids={EOS}, **diversity
+            )
+            if said.margin < 1e-4:
+                continue
+            got_V = torch.log_softmax(out.scores[0][r].double(), 0).numpy()
+            assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
+            likely_V = said.log_p_V > -25
+            np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+            assert processor.statistics.entropy_after_R[r] == pytest.approx(
+                said.entropy_after, abs=1e-3
+            )
+
+
+def test_nothing_is_cut_after_the_processor(model):
+    """transformers cuts to 50 tokens by default; `sampling` must not."""
+    prompt = torch.tensor([[5, 6, 7]])
+    wide = DiversityProcessor({"level": 1, "min_p": 1e-9})
+    out = generate(model, prompt, wide, sampling(max_new_tokens=1))
+    kept = int((out.scores[0][0] > -math.inf).sum())
+    expected = int((out.logits[0][0] >= out.logits[0][0].max() + math.log(1e-9)).sum())
+    assert kept == expected > 50
+
+
+def test_off_is_off(model):
+    prompt = torch.tensor([[5, 6, 7]])
+    config = sampling(max_new_tokens=12)
+    plain = generate(model, prompt, None, config).sequences
+    off = generate(model, prompt, DiversityProcessor(0), config).sequences
+    assert torch.equal(plain, off)
+
+
+def test_budget_meets_its_target():
+    """Rows drawn at random stand in for a model: entropies spread around two nats."""
+    torch.manual_seed(0)
+    natural = _steered({"level": 0.001})
+    for share in (0.7, 1.1):
+        asked = {"law": "budget", "target_entropy": share * natural}
+        assert _steered(asked) == pytest.approx(share * natural, rel=0.1)
+
+
+def _steered(diversity, rows=4, steps=200):
+    """The mean entropy that a processor reaches over sequences of random logits."""
+    processor = DiversityProcessor(diversity, stop_ids=[EOS])
+    entropies = []
+    for step in range(steps):
+        scores_RV = torch.randn(rows, 301) * 2.5
+        processor(torch.zeros(rows, 5 + step, dtype=torch.int64), scores_RV)
+        entropies.append(processor.statistics.entropy_after_R.mean().item())
+    return float(np.mean(entropies))
+
+
+def test_a_wrong_diversity_is_refused():
+    with pytest.raises(ValueError, match="level"):
+        DiversityProcessor(1.5)

@@ -1,0 +1,101 @@
+"""What is remembered between steps, against a plain replay of the accepted tokens only."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dftserve.sampling import Controls, Slots, Statistics, control_row
+from dftserve.sampling.laws import BUDGET_LEVELS, BUDGET_OPEN_LOOP, BUDGET_RATE, STRENGTH
+from dftserve.spec import parse
+
+
+def statistics_of(entropies):
+    values_R = torch.tensor(entropies)
+    ones_R = torch.ones_like(values_R)
+    return Statistics(values_R, values_R, ones_R, ones_R * 0.5, ones_R.bool())
+
+
+def controls_of(target, rows):
+    diversity = parse({"law": "budget", "target_entropy": target})
+    row = control_row(diversity, temperature=1.0, divided=1.0, stop_ids=frozenset())
+    return Controls.stack([row] * rows)
+
+
+def replay(entropies, target):
+    """The level after these accepted tokens, in plain Python."""
+    level = 0.0
+    for entropy in entropies:
+        level += BUDGET_RATE / STRENGTH * (target - entropy) / max(target, 0.1)
+        level = min(max(level, BUDGET_LEVELS[0]), BUDGET_LEVELS[1])
+    return level if len(entropies) >= BUDGET_OPEN_LOOP else 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0.05, 4.0))
+def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
+    """Drafts are rejected at random, requests skip steps, prompts come in chunks."""
+    source = random.Random(seed)
+    slots = Slots(3, rows_per_request, "cpu")
+    accepted = {slot: [] for slot in range(3)}
+    waiting = {slot: [] for slot in range(3)}
+    position = dict.fromkeys(range(3), 5)
+    for slot in range(3):
+        slots.open(slot)
+    for _ in range(30):
+        rows = []
+        for slot in source.sample(range(3), source.randint(1, 3)):
+            if waiting[slot]:
+                kept = source.randint(1, len(waiting[slot]))
+                accepted[slot] += waiting[slot][:kept]
+                position[slot] += kept
+            chunk = not accepted[slot] and not waiting[slot] and source.random() < 0.3
+            width = 1 if chunk else source.randint(1, rows_per_request)
+            entropies = [source.uniform(0, 5) for _ in range(width)]
+            waiting[slot] = [] if chunk else entropies
+            rows += [(slot, position[slot] + i, i, not chunk, h) for i, h in enumerate(entropies)]
+            position[slot] += chunk * 7
+        slot_R, position_R, offset_R = (torch.tensor([row[i] for row in rows]) for i in range(3))
+        samples_R = torch.tensor([row[3] for row in rows])
+        slots.settle(slot_R, position_R, offset_R)
+        steered = slots.steered(controls_of(target, len(rows)), slot_R)
+        expected = [replay(accepted[row[0]], target) for row in rows]
+        torch.testing.assert_close(steered.level_R, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+        figures = statistics_of([row[4] for row in rows])
+        slots.remember(slot_R, position_R, offset_R, samples_R, figures)
+    for slot in range(3):
+        total = accepted[slot] + waiting[slot][:1]
+        means = slots.account(slot).means(len(total))
+        if not total:
+            assert means is None
+            continue
+        assert means[0] == len(total)
+        assert means[2] == pytest.approx(sum(total) / len(total), abs=1e-4)
+
+
+def test_a_resumed_request_keeps_its_figures_and_starts_open_loop():
+    slots = Slots(2, 1, "cpu")
+    slots.open(0)
+    zero, one_row = torch.tensor([0]), torch.tensor([True])
+    for position in range(40):
+        slots.settle(zero, torch.tensor([position]), zero)
+        slots.remember(zero, torch.tensor([position]), zero, one_row, statistics_of([1.0]))
+    slots.open(1, resumed=slots.account(0), produced=40)
+    assert slots.account(1).means(40)[0] == 40
+    steered = slots.steered(controls_of(3.0, 1), torch.tensor([1]))
+    assert steered.level_R.item() == 0.0
+
+
+def test_an_unsound_row_is_no_figure():
+    slots = Slots(1, 1, "cpu")
+    slots.open(0)
+    zero, position = torch.tensor([0]), torch.tensor([3])
+    nan = torch.tensor([float("nan")])
+    unsound = Statistics(nan, nan, nan, nan, torch.tensor([False]))
+    slots.settle(zero, position, zero)
+    slots.remember(zero, position, zero, torch.tensor([True]), unsound)
+    slots.settle(zero, position + 1, zero)
+    slots.remember(zero, position + 1, zero, torch.tensor([True]), statistics_of([2.0]))
+    assert slots.account(0).means(2) == [1.0, 2.0, 2.0, 1.0, 0.5]
