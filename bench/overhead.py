@@ -1,0 +1,299 @@
+"""What the field costs an engine: output tokens per second, with and without it.
+
+    python bench/overhead.py [--pairs 24] [--output bench/results/overhead.json]
+
+One engine for each vocabulary, in this process. Four ways take turns on it, round by round:
+    stock     the plug-in's processor taken out of the engine's list
+    no field  the processor there, no request asks for it
+    field     every request asks for diversity .5, its figures fetched at the end
+    naive     the same heat written plainly: log_softmax, entropy, divide (the nearest peers' way)
+The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
+result. The floor of any processor that changes a row is one read and one write of it: the bench
+times a copy of the logits as well, and prints that share of a step.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import click
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+VOCABULARIES = (4096, 131_072)
+BATCHES = (8, 32)
+TOKENS = {4096: 128, 131_072: 32}
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
+
+
+class NaiveLaw(LogitsProcessor):
+    """Every row heated by its entropy over the whole vocabulary, in fresh tensors."""
+
+    is_on = False
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None: ...
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None: ...
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if not NaiveLaw.is_on:
+            return logits
+        log_p = torch.log_softmax(logits, dim=-1)
+        entropy = -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)
+        return logits.div_(torch.exp((entropy / (entropy + 1)) ** 2))
+
+
+@dataclass
+class Calls:
+    """How often the plug-in's transform ran."""
+
+    count: int = 0
+
+
+def main() -> None:
+    run()
+
+
+@click.command()
+@click.option("--pairs", default=24, help="Rounds; in each, every way runs once.")
+@click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
+def run(pairs: int, output: Path) -> None:
+    rows = []
+    for vocabulary in VOCABULARIES:
+        with TemporaryDirectory() as folder:
+            save_model(Path(folder), vocabulary)
+            llm = engine(folder)
+            rows += [measure(llm, vocabulary, batch, pairs) for batch in BATCHES]
+            del llm
+    document = {
+        "what": "output tokens per second of one engine, ratios to stock, 95 % intervals",
+        "machine": machine(),
+        "versions": versions(),
+        "pairs": pairs,
+        "rows": rows,
+    }
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(rows))
+    print(json.dumps(document))
+
+
+def save_model(folder: Path, vocabulary: int) -> None:
+    """A Llama of about five million parameters beside its head; logits spread as a real one's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    # Three nats of spread: a few dozen tokens survive the guard, as they do for trained models.
+    torch.nn.init.normal_(model.lm_head.weight, std=3.0 / config.hidden_size**0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def engine(folder: str) -> LLM:
+    return LLM(
+        folder,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=max(BATCHES),
+        kv_cache_memory_bytes=256 << 20,
+        enable_prefix_caching=False,
+        logits_processors=[NaiveLaw],
+        seed=0,
+    )
+
+
+def measure(llm: LLM, vocabulary: int, batch: int, pairs: int) -> dict[str, Any]:
+    """Alternating rounds of the four ways; the order turns so that no way is always first."""
+    calls = count_transforms()
+    ways = {name: way(llm, vocabulary, batch) for name, way in WAYS.items()}
+    for once in ways.values():
+        once()
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    transforms = dict.fromkeys(ways, 0)
+    names = list(ways)
+    for pair in range(pairs):
+        for name in names[pair % len(names) :] + names[: pair % len(names)]:
+            before = calls.count
+            speeds[name].append(ways[name]())
+            transforms[name] += calls.count - before
+    row: dict[str, Any] = {"vocabulary": vocabulary, "batch": batch}
+    row["stock_tokens_per_second"] = round(statistics.median(speeds["stock"]), 1)
+    for name in names[1:]:
+        row[f"{name}_ratio"], row[f"{name}_interval"] = ratio(speeds[name], speeds["stock"])
+    row["no field_transforms"] = transforms["no field"]
+    row["field_transforms"] = transforms["field"]
+    row["copy_share_of_step"] = round(copy_seconds(batch, vocabulary) * step_rate(row), 4)
+    return row
+
+
+def step_rate(row: dict[str, Any]) -> float:
+    return row["stock_tokens_per_second"] / row["batch"]
+
+
+def rounds(llm: LLM, vocabulary: int, batch: int, **asked: Any) -> Callable[[], float]:
+    """One round: `batch` requests of equal length; gives output tokens per second."""
+    tokens = TOKENS[vocabulary]
+    prompts = [{"prompt_token_ids": [1 + i, 7, 11, 13]} for i in range(batch)]
+
+    def once() -> float:
+        params = [
+            SamplingParams(
+                temperature=1.0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=asked and {**asked, "diversity_id": f"bench-{i}"},
+            )
+            for i in range(batch)
+        ]
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        if asked:
+            taken = llm.collective_rpc(
+                "dftserve_figures", args=({f"bench-{i}": tokens for i in range(batch)},)
+            )
+            assert len(taken[0]["figures"]) == batch
+        return batch * tokens / (time.perf_counter() - start)
+
+    return once
+
+
+def stock(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
+    processors = processor_list(llm)
+    ours = next(p for p in processors if type(p).__name__ == "V1Processor")
+    plain = rounds(llm, vocabulary, batch)
+
+    def once() -> float:
+        place = processors.index(ours)
+        processors.remove(ours)
+        try:
+            return plain()
+        finally:
+            processors.insert(place, ours)
+
+    return once
+
+
+def no_field(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
+    return rounds(llm, vocabulary, batch)
+
+
+def with_field(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
+    return rounds(llm, vocabulary, batch, diversity=0.5)
+
+
+def naive(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
+    plain = rounds(llm, vocabulary, batch)
+
+    def once() -> float:
+        NaiveLaw.is_on = True
+        try:
+            return plain()
+        finally:
+            NaiveLaw.is_on = False
+
+    return once
+
+
+WAYS = {"stock": stock, "no field": no_field, "field": with_field, "naive": naive}
+
+
+def processor_list(llm: LLM) -> list[Any]:
+    core = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    runner = core.model_executor.driver_worker.worker.model_runner
+    return runner.input_batch.logitsprocs.argmax_invariant
+
+
+def count_transforms() -> Calls:
+    """Counts calls of the transform from here on."""
+    from dftserve_vllm import ledger
+
+    calls, transform = Calls(), getattr(ledger.transform, "counted", ledger.transform)
+
+    def counting(*args: Any) -> Any:
+        calls.count += 1
+        return transform(*args)
+
+    counting.counted = transform  # type: ignore[attr-defined]
+    ledger.transform = counting
+    return calls
+
+
+def ratio(speeds: list[float], base: list[float]) -> tuple[float, list[float]]:
+    """The median of the paired ratios and its 95 % interval by bootstrap over the pairs."""
+    ratios = np.array(speeds) / np.array(base)
+    draws = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return round(float(np.median(ratios)), 4), [round(float(low), 4), round(float(high), 4)]
+
+
+def copy_seconds(batch: int, vocabulary: int) -> float:
+    """One read and one write of the logits: the floor."""
+    source, target = torch.randn(batch, vocabulary), torch.empty(batch, vocabulary)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "device": "cpu",
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("dftserve", "dftserve-vllm", "vllm", "torch", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = f"{'V':>7} {'B':>3} {'stock tok/s':>12} {'no field':>22} {'field':>22} {'naive':>22} floor"
+    lines = [head]
+    for row in rows:
+        cells = [
+            f"{row[f'{name}_ratio']:.3f} [{row[f'{name}_interval'][0]:.3f}, {row[f'{name}_interval'][1]:.3f}]"
+            for name in ("no field", "field", "naive")
+        ]
+        lines.append(
+            f"{row['vocabulary']:>7} {row['batch']:>3} {row['stock_tokens_per_second']:>12.0f} "
+            + " ".join(f"{cell:>22}" for cell in cells)
+            + f" {1 / (1 + row['copy_share_of_step']):.3f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
