@@ -280,19 +280,23 @@ def versions() -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'V':>7} {'B':>3} {'stock tok/s':>12} {'no field':>22} {'field':>22} {'naive':>22} floor"
+    head = (
+        f"{'V':>7} {'B':>3} {'stock tok/s':>12} {'no field':>22} {'field':>22} {'naive':>22} floor"
+    )
     lines = [head]
     for row in rows:
-        cells = [
-            f"{row[f'{name}_ratio']:.3f} [{row[f'{name}_interval'][0]:.3f}, {row[f'{name}_interval'][1]:.3f}]"
-            for name in ("no field", "field", "naive")
-        ]
+        cells = [cell(row, name) for name in ("no field", "field", "naive")]
         lines.append(
             f"{row['vocabulary']:>7} {row['batch']:>3} {row['stock_tokens_per_second']:>12.0f} "
             + " ".join(f"{cell:>22}" for cell in cells)
             + f" {1 / (1 + row['copy_share_of_step']):.3f}"
         )
     return "\n".join(lines)
+
+
+def cell(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[f'{name}_ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ BOUNDS: Mapping[str, Bounds] = {
     "dynatemp_exponent": Bounds(low=0, high=10, low_included=False),
 }
 
+# What a checkpoint may say that it measured, in nats per token.
+MEASURED = Bounds(low=0, high=20)
+
 _REQUIRED = object()
 
 # What each law takes: the default of each field, or that it must be given.
@@ -110,16 +113,16 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
         value = {"level": value}
     if not isinstance(value, Mapping):
         raise DiversityError(parameter, value, ACCEPTED)
-    law = value.get("law", DEFAULT_LAW)
+    law = DEFAULT_LAW if value.get("law") is None else value["law"]
     if not isinstance(law, str) or law not in LAWS:
         accepted = f"one of {', '.join(LAWS)}{_nearest(law, LAWS)}"
         raise DiversityError(f"{parameter}.law", law, accepted)
     takes = LAWS[law]
     for name in value:
         if name != "law" and name not in takes:
-            raise _unknown_field(f"{parameter}.{name}", name, value[name], law)
+            raise _unknown_field(parameter, name, value[name], law)
     given = {name: value[name] for name in value if name != "law" and value[name] is not None}
-    numbers = {name: _number(given[name], name, f"{parameter}.{name}") for name in given}
+    numbers = {name: _number(given[name], BOUNDS[name], f"{parameter}.{name}") for name in given}
     for name, default in takes.items():
         if name not in numbers and default is _REQUIRED:
             accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
@@ -170,7 +173,7 @@ class Promise:
         path = folder / cls.FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); write it anew with the trainer."
             ) from None
@@ -181,6 +184,11 @@ class Promise:
             if name not in names:
                 accepted = f"{', '.join(names)}{_nearest(name, names)}"
                 raise ValueError(f"{path}: got the key {name!r}; accepted: {accepted}.")
+        if not isinstance(content["recipe"], str):
+            raise ValueError(f"{path}: recipe: got {_shown(content['recipe'])}; accepted: a text.")
+        for name in ("target_entropy", "model_entropy"):
+            if content.get(name) is not None:
+                content[name] = _number(content[name], MEASURED, f"{path.name}: {name}")
         if content.get("diversity") is not None:
             content["diversity"] = parse(content["diversity"], f"{path.name}: diversity")
         return cls(**content)
@@ -196,8 +204,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _number(value: object, name: str, parameter: str) -> float:
-    bounds = BOUNDS[name]
+def _number(value: object, bounds: Bounds, parameter: str) -> float:
     if not _is_number(value):
         raise DiversityError(parameter, value, str(bounds))
     # Comparing before converting: an integer may be too large for a float, and NaN is in no bounds.
@@ -211,17 +218,21 @@ def _unknown_field(parameter: str, name: object, value: object, law: str) -> Div
     owners = [other for other, theirs in LAWS.items() if name in theirs]
     hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
     accepted = f"for the law {law!r}: {', '.join(takes)}{hint or _nearest(name, takes)}"
-    return DiversityError(parameter, value, accepted)
+    return DiversityError(f"{parameter}.{_cut(name)}", value, accepted)
 
 
 def _nearest(name: object, names: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(str(name)[:100], list(names), n=1)
+    close = difflib.get_close_matches(_cut(name), list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _cut(name: object) -> str:
+    return name[:80] if isinstance(name, str) else _shown(name)
 
 
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits.
-        text = f"a {type(value).__name__} with an integer too long to print"
+    except (ValueError, RecursionError):  # Thousands of digits, or of levels.
+        text = f"a {type(value).__name__} too long or too deep to print"
     return text if len(text) <= 80 else f"{text[:77]}…"

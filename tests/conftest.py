@@ -3,6 +3,7 @@
 The engines are real vLLM servers over HTTP, one of each kind for a whole run:
     v1, v1_stock    the V1 runner with the plug-in, and with DFTSERVE_DISABLE=1
     v2, v2_stock    the V2 runner on a CPU by tests/shim, likewise
+    v1_bare, v2_bare  (long) an environment of its own that has vLLM and nothing of ours
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from dftserve.serve import running
+from tests.environment import Environment, make_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "shim"
@@ -101,6 +103,25 @@ v1 = _shared("v1", FEW_BLOCKS)
 v1_stock = _shared("v1_stock", FEW_BLOCKS, env={"DFTSERVE_DISABLE": "1"})
 v2 = _shared("v2")
 v2_stock = _shared("v2_stock", env={"DFTSERVE_DISABLE": "1"})
+
+
+@pytest.fixture(scope="session")
+def bare_environment(tmp_path_factory) -> Environment:
+    return make_environment(tmp_path_factory.mktemp("bare"))
+
+
+def _bare(name: str, *flags: str):
+    @pytest.fixture(scope="session", name=name)
+    def engine_fixture(model_folder, bare_environment, tmp_path_factory):
+        place = tmp_path_factory.mktemp(name)
+        with bare_environment.serves(), engine_running(name, model_folder, place, *flags) as engine:
+            yield engine
+
+    return engine_fixture
+
+
+v1_bare = _bare("v1_bare", FEW_BLOCKS)
+v2_bare = _bare("v2_bare")
 
 
 @pytest.fixture

@@ -53,12 +53,14 @@ def reference(
         dynatemp_range,
         dynatemp_exponent,
     )
-    before = dict(zip(content + stops, _softmax([z[i] / temperature for i in content + stops])))
+    before = dict(
+        zip(content + stops, _softmax([z[i] / temperature for i in content + stops]), strict=True)
+    )
     stop_mass = sum(before[i] for i in stops)
 
     def after(t: float) -> dict[int, float]:
         shares = _softmax([z[i] / t for i in content])
-        new = {i: share * (1.0 - stop_mass) for i, share in zip(content, shares)}
+        new = {i: share * (1.0 - stop_mass) for i, share in zip(content, shares, strict=True)}
         return new | {i: before[i] for i in stops}
 
     reached = wanted

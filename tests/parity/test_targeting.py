@@ -79,5 +79,7 @@ def test_budget_meets_its_target(engine, share, figure):
 
 def _mean_after(answers) -> float:
     return float(
-        np.mean([answer.json()["diversity"]["choices"][0]["mean_entropy_after"] for answer in answers])
+        np.mean(
+            [answer.json()["diversity"]["choices"][0]["mean_entropy_after"] for answer in answers]
+        )
     )

@@ -7,7 +7,13 @@ import pytest
 from tests.client import chat_body, get, metric, post, sync_client
 
 BOTH = pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
-FIGURES = {"tokens", "mean_entropy_before", "mean_entropy_after", "mean_temperature", "tokens_changed"}
+FIGURES = {
+    "tokens",
+    "mean_entropy_before",
+    "mean_entropy_after",
+    "mean_temperature",
+    "tokens_changed",
+}
 SHORT = {"max_tokens": 8}
 
 
@@ -78,7 +84,9 @@ def test_a_batch_of_conversations(engine):
 def test_messages_take_it_through_vllm_xargs(engine, value, stream):
     body = chat_body(vllm_xargs={"diversity": value}, stream=stream, **SHORT)
     answer = post(engine, "/v1/messages", body)
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if "diversity" in line]
+    lines = [
+        line.removeprefix("data: ") for line in answer.text.splitlines() if "diversity" in line
+    ]
     assert len(lines) == 1
     assert json.loads(lines[0])["diversity"]["choices"][0]["tokens"] > 0
 
@@ -103,7 +111,10 @@ def test_an_answer_without_the_field_has_nothing_of_ours(engine, off):
 @BOTH
 @pytest.mark.parametrize(
     ("asked", "reason"),
-    [({"diversity": 0}, None), ({"diversity": 0.5, "temperature": 0}, "temperature 0 stays greedy")],
+    [
+        ({"diversity": 0}, None),
+        ({"diversity": 0.5, "temperature": 0}, "temperature 0 stays greedy"),
+    ],
 )
 def test_off_is_said(engine, asked, reason):
     said = post(engine, "/v1/chat/completions", chat_body(**SHORT, **asked)).json()["diversity"]

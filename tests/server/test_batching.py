@@ -41,7 +41,9 @@ def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
     assert preemptions > 0, "the engine had room for all: the test shows nothing"
     for answer in answers:
         said = answer.json()
-        assert said["diversity"]["choices"][0]["tokens"] == said["usage"]["completion_tokens"] == 380
+        assert (
+            said["diversity"]["choices"][0]["tokens"] == said["usage"]["completion_tokens"] == 380
+        )
         assert said["diversity"]["choices"][0]["mean_entropy_after"] == pytest.approx(1.5, rel=0.25)
 
 

@@ -57,9 +57,7 @@ def test_generate_samples_the_law(model, draws):
         prompt = torch.tensor(random.integers(4, 301, size=(2, 5)))
         out = generate(model, prompt, processor, sampling(t, max_new_tokens=1))
         for r in range(2):
-            said = reference(
-                out.logits[0][r].numpy(), temperature=t, stop_ids={EOS}, **diversity
-            )
+            said = reference(out.logits[0][r].numpy(), temperature=t, stop_ids={EOS}, **diversity)
             if said.margin < 1e-4:
                 continue
             got_V = torch.log_softmax(out.scores[0][r].double(), 0).numpy()

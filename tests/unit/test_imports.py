@@ -90,7 +90,7 @@ def test_the_operators_default_and_what_it_skips():
         """,
         DFTSERVE_DEFAULT_DIVERSITY="0.4",
     )
-    assert said.split() == "0.4 0.4 None 0.9 None None None 0.4 0.9".split()
+    assert said.split() == ["0.4", "0.4", "None", "0.9", "None", "None", "None", "0.4", "0.9"]
 
 
 def test_a_wrong_default_is_named():

@@ -226,3 +226,12 @@ def test_byte_code_is_written_where_there_is_a_place_for_it(stand_in, monkeypatc
         environment = seen(server)["environment"]
     assert ("PYTHONDONTWRITEBYTECODE" in environment) is kept
     assert environment.items() >= added.items()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--api-key", "sk-1", "sk-2"], ["--api-key=sk-1"], ["--api_key", "sk-1"]]
+)
+def test_a_key_is_not_shown(flags):
+    command = Launch(("vllm", "serve", "m", *flags, "--port", "1"))
+    assert "sk-" not in command.shown()
+    assert command.shown().endswith("--port 1")

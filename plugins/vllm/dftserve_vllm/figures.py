@@ -105,7 +105,7 @@ class Collector:
             wanted, self._wanted, self._next = self._wanted, {}, None
             try:
                 answers = await self._engine.collective_rpc(WORKER_METHOD, args=(wanted,))
-            except Exception:  # noqa: BLE001 - figures are never worth a request
+            except Exception:
                 logger.exception("diversity: the workers' figures cannot be had")
                 return {}
         answer = next((given for given in answers if given is not None), None)

