@@ -1,0 +1,23 @@
+"""What the README tells a newcomer to type works as it stands there."""
+
+import json
+import re
+import subprocess
+
+from tests.conftest import KEY, ROOT
+
+
+def readme_curl() -> str:
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"^    (curl .*?\}')$", text, re.DOTALL | re.MULTILINE)
+    assert block is not None, "the README has no curl line"
+    return re.sub(r"^    ", "", block[1], flags=re.MULTILINE)
+
+
+def test_the_curl_line_answers_with_its_diversity(v1):
+    line = readme_curl().replace("http://localhost:8000", v1.url).replace("build/demo", "demo")
+    line = line.replace("curl ", f"curl --noproxy '*' -H 'Authorization: Bearer {KEY}' ", 1)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["diversity"]["level"] == 0.5
+    assert answer["diversity"]["choices"][0]["tokens"] == answer["usage"]["completion_tokens"]

@@ -1,0 +1,138 @@
+"""The metrics of bench/first_law.py against values computed by hand."""
+
+import importlib.util
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dftserve.demo import grammar
+from dftserve.sampling import laws
+
+PATH = Path(__file__).parents[2] / "bench" / "first_law.py"
+FOX = "Tell me a story with a fox in it."
+
+
+@pytest.fixture(scope="module")
+def bench():
+    described = importlib.util.spec_from_file_location("first_law", PATH)
+    module = importlib.util.module_from_spec(described)
+    sys.modules["first_law"] = module  # dataclasses look their module up by name.
+    described.loader.exec_module(module)
+    yield module
+    del sys.modules["first_law"]
+
+
+def written(bench, prompt, texts, ended=True):
+    return [bench.Sample(prompt, text, ended, 1.0) for text in texts]
+
+
+def test_copies_share_one_credit_and_nothing_gets_none(bench):
+    assert bench.credits(["a", "a", None, "b"]) == [0.5, 0.5, 0.0, 1.0]
+
+
+def test_entropy_of_counts_by_hand(bench):
+    # G(2) = ψ(2) + (ψ(3/2) − ψ(1))/2 = (1 − γ) + (1 − ln 2), with ψ(3/2) = 2 − γ − 2 ln 2.
+    g2 = 2 - np.euler_gamma - math.log(2)
+    assert bench.entropy(np.array([[2, 2]])) == pytest.approx([math.log(4) - g2])
+    # G(1) = ψ(1) − (ψ(1) − ψ(1/2))/2 = −γ − ln 2: one choice seen once says nothing is certain.
+    assert bench.entropy(np.array([[1]])) == pytest.approx([np.euler_gamma + math.log(2)])
+
+
+def test_entropy_does_not_depend_on_how_many_texts_are_valid(bench):
+    """80 uniform options, as often as a demo slot is seen among 1,000 half-valid texts.
+
+    Mean of 200 draws: standard error below .0005 of uniform, so .005 is ten of them.
+    """
+    rng = np.random.default_rng(0)
+    shares = {
+        n: bench.entropy(rng.multinomial(n, [1 / 80] * 80, size=200)).mean() / math.log(80)
+        for n in (200, 1000)
+    }
+    assert shares[200] == pytest.approx(1, abs=0.005)
+    assert shares[1000] == pytest.approx(1, abs=0.005)
+
+
+def test_share_of_uniform_counts_only_the_open_slots(bench):
+    seasons = [{"season": name} for name in ("spring", "summer", "autumn", "winter")] * 1000
+    share = bench.share_of_uniform(seasons, {"season"}, np.ones((1, 4000)))
+    assert share == pytest.approx([1.0], abs=1e-3)
+    assert np.isnan(bench.share_of_uniform(seasons, {"thing"}, np.ones((1, 4000)))).all()
+    story = grammar.generate(random.Random(0), FOX)
+    assert "animal" not in bench.open_choices(FOX, story)
+    assert bench.open_choices(FOX, story)["narrator"] == story.narrator
+
+
+def test_measures_of_three_texts(bench):
+    story = grammar.generate(random.Random(0), FOX).text
+    samples = written(bench, FOX, [story, story, story + " "])
+    samples += written(bench, FOX, [story], ended=False)
+    figures = bench.measure(samples, np.ones((1, 4)))
+    assert figures["validity"] == pytest.approx([0.5])
+    assert figures["distinct_valid"] == pytest.approx([250])
+    assert figures["openings"] == pytest.approx([250])
+    assert figures["entropy"] == pytest.approx([1.0])
+
+
+def test_an_interval_is_centred_on_its_estimate(bench):
+    values = np.concatenate(([10.0], np.linspace(0, 2, 401)))
+    interval = bench.Interval.of(values)
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((10, 9.05, 10.95))
+
+
+def test_a_front_keeps_what_nothing_beats(bench):
+    validity, diversity = bench.front(
+        np.array([0.9, 0.5, 0.6, 0.8]), np.array([0.7, 0.9, 0.6, 0.7])
+    )
+    assert validity.tolist() == [0.5, 0.9]
+    assert diversity.tolist() == [0.9, 0.7]
+
+
+def test_lead_is_taken_over_shared_validities_only(bench):
+    line = np.array([0.5, 1.0]), np.array([0.9, 0.7])
+    above = np.array([0.75, 1.0]), np.array([0.85, 0.75])
+    assert bench.lead(*above, *line) == pytest.approx(0.05)
+    assert math.isnan(bench.lead(np.array([0.1, 0.2]), np.array([0.9, 0.8]), *line))
+
+
+def test_gain_at_a_point(bench):
+    line = np.array([0.5, 1.0]), np.array([0.9, 0.7])
+    assert bench.gain_at(*line, 0.75, 0.7) == pytest.approx(0.1)
+    assert bench.gain_at(*line, 0.2, 0.7) == pytest.approx(0.2), "the more valid point stands in"
+    assert math.isnan(bench.gain_at(np.array([0.5]), np.array([0.9]), 0.75, 0.7))
+
+
+def test_rows_close_up(bench):
+    going = torch.tensor([True, False, True, False, True])
+    assert bench.closed_up(going).tolist() == [0, 4, 2]
+
+
+def test_constants_are_in_force_only_inside(bench):
+    former = laws.STRENGTH
+    with bench.in_force(bench.Constants(strength=3.0)):
+        assert laws.STRENGTH == 3.0
+    assert former == laws.STRENGTH
+
+
+def test_rewrites_keep_what_they_say(bench):
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    end = 3
+    kept = {
+        bench.top_p(0.8): [True, True, False, False],
+        bench.top_p(0.81): [True, True, True, False],
+        bench.min_p_last(0.2, 1.0): [True, True, True, False],
+        # 0.05/0.5 is 0.1 at T=1 and 0.32 at T=2.
+        bench.min_p_last(0.31, 2.0): [True, True, True, True],
+        # Stop tokens are never cut.
+        bench.fixed(0.5, 2.0): [True, True, False, True],
+    }
+    for setting, expected in kept.items():
+        out = setting.rewrite(logits.clone(), end)
+        assert out.isfinite()[0].tolist() == expected, setting.label
+    # Of the two plausible contents at T=2, sqrt(.5/.3) to 1.
+    p = bench.fixed(0.5, 2.0).rewrite(logits.clone(), end).softmax(dim=1)[0]
+    assert float(p[0] / p[1]) == pytest.approx(math.sqrt(0.5 / 0.3), rel=1e-4)
