@@ -6,7 +6,8 @@ leaves the step's rows as they came, is counted, and is logged once.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,23 +82,28 @@ class Ledger:
         offset_R: Tensor,
         samples_R: Tensor,
     ) -> None:
-        """Transform the rows in place; on a fault they stay as they are.
+        """Transform the rows in place; if it raises, they are as they were.
 
         Args:
             rows_R: which rows of the logits; None for all, in order.
             slot_R, position_R, offset_R: see `Slots.settle`.
             samples_R: bool, False where the row is a chunk of a prompt.
         """
+        self.slots.settle(slot_R, position_R, offset_R)
+        controls = self.slots.steered(controls, slot_R)
+        statistics = transform(logits_XV, controls, rows_R)
+        self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
+        self._unsound += (samples_R & ~statistics.sound_R).sum()
+
+    @contextmanager
+    def surviving(self) -> Iterator[None]:
+        """Whatever goes wrong in here is counted, logged once, and goes no further."""
         try:
-            self.slots.settle(slot_R, position_R, offset_R)
-            controls = self.slots.steered(controls, slot_R)
-            statistics = transform(logits_XV, controls, rows_R)
-            self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
-            self._unsound += (samples_R & ~statistics.sound_R).sum()
-        except Exception:
+            yield
+        except Exception:  # noqa: BLE001 - whatever it is, it must not end the engine
             if not self.faults:
                 logger.exception(
-                    "diversity: a fault; this step's rows pass through unchanged. "
+                    "diversity: a fault; what it concerns passes through unchanged. "
                     "Further faults are only counted (dft:faults_total)."
                 )
             self.faults += 1

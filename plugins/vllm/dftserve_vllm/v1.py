@@ -102,8 +102,12 @@ class V1Processor(LogitsProcessor):
             self._batch = None
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if not self._entries:
-            return logits
+        if self._entries:
+            with self.ledger.surviving():
+                self._apply(logits)
+        return logits
+
+    def _apply(self, logits: torch.Tensor) -> None:
         batch = self._batch or self._gather()
         self._batch = batch
         positions = [len(entry.output_ids) for entry in batch.entries]
@@ -117,7 +121,6 @@ class V1Processor(LogitsProcessor):
             offset_R=batch.zeros_R,
             samples_R=batch.samples_R,
         )
-        return logits
 
     def _gather(self) -> _Batch:
         index = sorted(self._entries)

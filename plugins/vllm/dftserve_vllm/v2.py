@@ -71,8 +71,12 @@ class V2Processor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         is_active_B = self._is_active[ctx.idx_mapping_np]
-        if not is_active_B.any():
-            return logits
+        if is_active_B.any():
+            with self.ledger.surviving():
+                self._apply(logits, ctx, is_active_B)
+        return logits
+
+    def _apply(self, logits: torch.Tensor, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         rows_R = self._rows(is_active_B, ctx, len(logits))
         chosen = slice(None) if rows_R is None else rows_R
         slot_R = ctx.expanded_idx_mapping[chosen].long()
@@ -86,7 +90,6 @@ class V2Processor(LogitsProcessor):
             offset_R=ctx.expanded_local_pos[chosen].long(),
             samples_R=position_R + 1 >= self._states.prefill_len.gpu[slot_R],
         )
-        return logits
 
     def _rows(self, is_active_B: np.ndarray, ctx: LogitsContext, rows: int) -> torch.Tensor | None:
         """The active requests' rows; None for all. Only a batch that mixes active requests,

@@ -1,0 +1,128 @@
+"""What vLLM's loaders see: one class, the right implementation, and nothing done twice."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Base
+
+from dftserve_vllm.facade import DiversityProcessor
+from dftserve_vllm.v1 import V1Processor
+
+V = 50
+
+
+def config(**fields):
+    scheduler = SimpleNamespace(max_num_seqs=4)
+    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None, **fields)
+
+
+def params(diversity=None, identity=None, **fields):
+    carried = {"diversity": diversity, "diversity_id": identity}
+    return SamplingParams(temperature=1.0, extra_args=carried, **fields)
+
+
+def v1_with(*requests):
+    """A processor with these (params, output ids) at indices 0, 1, …"""
+    processor = DiversityProcessor(config(), torch.device("cpu"), False)
+    added = [(i, asked, [1], output) for i, (asked, output) in enumerate(requests)]
+    processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
+    return processor
+
+
+def test_both_loaders_accept_the_class():
+    assert issubclass(DiversityProcessor, V1Base)
+    assert issubclass(DiversityProcessor, V2Base)
+
+
+def test_a_second_load_for_the_same_engine_does_nothing():
+    """The entry point and the --logits-processors flag together."""
+    one_engine = config()
+    first = DiversityProcessor(one_engine, torch.device("cpu"), False)
+    second = DiversityProcessor(one_engine, torch.device("cpu"), False)
+    other = DiversityProcessor(config(), torch.device("cpu"), False)
+    assert isinstance(first, V1Processor)
+    assert isinstance(other, V1Processor)
+    assert not isinstance(second, V1Processor)
+    untouched = object()
+    assert second.apply(untouched) is untouched
+
+
+def test_without_the_field_no_tensor_is_touched():
+    """The logits are an object with no attribute at all: any look at it would raise."""
+    processor = v1_with((SamplingParams(), []), (params(0), []), (params(0.5, seed=1), []))
+    processor.update_state(BatchUpdate(2, removed=[2], added=[], moved=[]))
+    logits = object()
+    assert processor.apply(logits) is logits
+    assert processor.ledger.faults == 0
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match="accepted"):
+        DiversityProcessor(config())
+
+
+@pytest.mark.parametrize("diversity", [2, "x", {"law": "none"}, {"level": 0.5, "lvl": 1}])
+def test_wrong_extra_args_are_refused_offline(diversity):
+    with pytest.raises(ValueError, match="accepted"):
+        DiversityProcessor.validate_params(params(diversity))
+
+
+def test_a_request_keeps_its_row_when_the_batch_moves():
+    """Rows follow their request through removal, one-way moves and swaps."""
+    torch.manual_seed(0)
+    outputs = [[], [], []]
+    asked = [params(0.9, "a"), SamplingParams(), params({"level": 0.2}, "c")]
+    processor = v1_with(*zip(asked, outputs, strict=True))
+    logits_RV = torch.randn(3, V) * 3
+
+    def changed(rows):
+        after_RV = logits_RV.clone()
+        processor.apply(after_RV)
+        same = [torch.equal(after_RV[i], logits_RV[i]) for i in range(3)]
+        assert [not s for s in same] == rows
+        return after_RV
+
+    first = changed([True, False, True])
+    swap = [(0, 1, MoveDirectionality.SWAP)]
+    processor.update_state(BatchUpdate(3, removed=[], added=[], moved=swap))
+    changed([False, True, True])
+    processor.update_state(BatchUpdate(3, removed=[], added=[], moved=swap))
+    assert torch.equal(changed([True, False, True]), first)
+    one_way = [(2, 0, MoveDirectionality.UNIDIRECTIONAL)]
+    processor.update_state(BatchUpdate(2, removed=[], added=[], moved=one_way))
+    changed([True, False, False])
+    assert processor.ledger.take({"a": 1})["figures"]["a"][0] == 1
+
+
+def test_a_finished_requests_figures_wait_and_are_given_once():
+    output = []
+    processor = v1_with((params(0.5, "a"), output))
+    for token in range(5):
+        processor.apply(torch.randn(1, V))
+        output.append(token)
+    processor.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
+    assert processor.ledger.take({"a": 5})["figures"]["a"][0] == 5
+    assert processor.ledger.take({"a": 5})["figures"] == {}
+
+
+def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
+    processor = v1_with((params(0.5, "a"), []))
+
+    def failing(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("dftserve_vllm.ledger.transform", failing)
+    logits_RV = torch.randn(1, V)
+    before_RV = logits_RV.clone()
+    assert torch.equal(processor.apply(logits_RV), before_RV)
+    assert processor.ledger.faults == 1
+
+
+def test_nan_rows_are_counted():
+    processor = v1_with((params(0.5, "a"), []))
+    processor.apply(torch.full((1, V), float("nan")))
+    assert processor.ledger.take({})["nan_rows"] == 1
