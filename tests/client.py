@@ -45,8 +45,10 @@ def _all(
     async def run() -> list[httpx.Response]:
         turn = asyncio.Semaphore(at_once)
         headers = {"Authorization": f"Bearer {KEY}"}
+        # A kept connection may be closed by the server in the moment it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(
-            base_url=engine.url, headers=headers, timeout=600, trust_env=False
+            base_url=engine.url, headers=headers, timeout=600, trust_env=False, limits=limits
         ) as client:
 
             async def one(path: str, body: dict[str, Any]) -> httpx.Response:

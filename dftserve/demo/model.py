@@ -8,9 +8,10 @@ Shapes: B stories in a batch, N tokens of the longest of them.
 
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -115,8 +116,8 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def let_attention_copy(model: LlamaForCausalLM) -> None:
     """Start with V·O and Q·K close to multiples of the identity: a story's hero comes back by
     name, and a minute is too short to learn copying from noise (arXiv 2305.09828)."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
+    layers = cast(Iterable[Any], model.model.layers)
+    for attention in (layer.self_attn for layer in layers):
         for first, second, gain in (
             (attention.v_proj, attention.o_proj, 2.0),
             (attention.q_proj, attention.k_proj, 0.5),
@@ -126,7 +127,7 @@ def let_attention_copy(model: LlamaForCausalLM) -> None:
 
 
 def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest: in a minute twice as far as AdamW alone."""
+    """Muon for the layers' matrices, AdamW for the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]

@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dftserve_vllm.facade import DiversityProcessor
+from dftserve_vllm.v1 import V1Processor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Base
-
-from dftserve_vllm.facade import DiversityProcessor
-from dftserve_vllm.v1 import V1Processor
 
 V = 50
 
