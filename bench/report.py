@@ -51,7 +51,7 @@ def first_law(document: dict[str, Any]) -> str:
     constants = document["constants"]["in_force"]
     count = document["sequences_per_setting"]["confirm"]
     lines = [
-        f"| {count:,} stories each | valid | distinct valid ones per 1,000 | variety of their choices |",
+        f"| {count:,} stories each | valid | distinct and valid per 1,000 | variety of choices |",
         "|---|---|---|---|",
     ]
     for name, family, start in SHOWN:

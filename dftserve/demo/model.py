@@ -39,6 +39,8 @@ LEARNING_RATE = 8e-3
 MATRIX_LEARNING_RATE = 0.03
 """Of the layers' matrices, by Muon."""
 END, PAD = "<|end|>", "<|pad|>"
+SPECIALS = [END, PAD, "<|user|>", "<|assistant|>"]
+"""The first tokens of the vocabulary, in this order."""
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' -}}"
@@ -60,7 +62,7 @@ def build(stages: Mapping[Path, int], *, seed: int = 0) -> None:
     rng = random.Random(seed)
     tokenizer = train_tokenizer(rng)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(architecture(tokenizer))
+    model = LlamaForCausalLM(architecture())
     let_attention_copy(model)
     for step in train(model, batches(tokenizer, rng), max(stages.values())):
         for folder, last in stages.items():
@@ -75,7 +77,7 @@ def train_tokenizer(rng: random.Random, stories: int = 12_000) -> PreTrainedToke
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[END, PAD, "<|user|>", "<|assistant|>"],
+        special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -95,7 +97,7 @@ def train_tokenizer(rng: random.Random, stories: int = 12_000) -> PreTrainedToke
     )
 
 
-def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def architecture() -> LlamaConfig:
     """Two million parameters; heads of 64, which every attention backend knows."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
@@ -107,8 +109,8 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=SPECIALS.index(END),
+        pad_token_id=SPECIALS.index(PAD),
     )
 
 

@@ -131,10 +131,12 @@ def _marked(text: str) -> str:
 
 
 def table(asked: list[Answers]) -> Table:
-    grid = Table(title=f"{ANSWERS} answers at each level")
-    for head in ("diversity", "valid", "distinct and valid", "openings of these"):
+    grid = Table(
+        title=f"{ANSWERS} answers at each level; distinct ones and openings among the valid"
+    )
+    for head in ("diversity", "valid", "distinct", "openings"):
         grid.add_column(head, justify="right")
-    for head in ("entropy before → after, nats", "temperature", "tokens/s"):
+    for head in ("entropy, nats", "temperature", "tokens/s"):
         grid.add_column(head, justify="right")
     for answers in asked:
         stories = [text for text in answers.texts if valid(PROMPT, text)]
