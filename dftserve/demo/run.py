@@ -116,9 +116,8 @@ def show(asked: list[Answers], folder: Path, console: Console) -> None:
     ]
     console.print(Columns(panels, equal=True, expand=True, width=max(console.width // 3 - 1, 30)))
     console.print(table(asked))
-    console.print(
-        f"\nServe it again, and ask it yourself:\n\n{next_steps(folder)}", highlight=False
-    )
+    steps = f"\nServe it again, and ask it yourself:\n\n{next_steps(folder)}"
+    console.print(steps, highlight=False, markup=False, soft_wrap=True)
 
 
 def _title(answers: Answers) -> str:

@@ -35,7 +35,7 @@ WRITERS = _listed("""
     Abel, Agatha, Amara, Archibald, Barnaby, Bianca, Boris, Cecily, Cordelia, Damian, Dmitri,
     Edmund, Emil, Esther, Fenna, Gabriel, Gaston, Gregor, Harriet, Herbert, Hubert, Igor, Jasper,
     Josephine, Keziah, Leopold, Linus, Mabel, Matilda, Minna, Nathaniel, Niels, Osbert, Patience,
-    Quentin, Rufus, Sabine, Sidonie, Theodore, Valentin
+    Quentin, Sabine, Sidonie, Theodore, Ursula, Valentin
 """)
 
 PLACES = _compounds(
@@ -45,7 +45,7 @@ PLACES = _compounds(
 )
 SURNAMES = _compounds(
     """Arrow, Barley, Bell, Birch, Blythe, Bright, Butter, Candle, Copper, Feather, Fisher, Glover,
-    Hart, Honey, Lamb, Merry, Nettle, Penny, Pepper, Quill, Silver, Summer, Tanner, Under, Winter""",
+    Hart, Honey, Lamb, Merry, Nettle, Penny, Pepper, Quill, Silver, Summer, Tanner, Thistle, Winter""",
     "field, man, well",
 )
 ISLES = _listed("""

@@ -100,7 +100,7 @@ class Ledger:
         """Whatever goes wrong in here is counted, logged once, and goes no further."""
         try:
             yield
-        except Exception:  # noqa: BLE001 - whatever it is, it must not end the engine
+        except Exception:  # Whatever it is, it must not end the engine.
             if not self.faults:
                 logger.exception(
                     "diversity: a fault; what it concerns passes through unchanged. "
