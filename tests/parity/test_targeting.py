@@ -13,7 +13,7 @@ STANDARD_ERRORS = 4.0
 """Per setting a correct server fails with probability 6e-5; the seeds are fixed."""
 SEQUENCES = 96
 
-COUNTS = [("v1", 10), long("v1", 20), long("v2", 20)]
+COUNTS = [("v1", 10), long("v1", 20), long("v2", 4)]
 
 
 @pytest.mark.parametrize(("engine", "settings"), COUNTS, indirect=["engine"])
@@ -61,8 +61,11 @@ def _excess(answer) -> float:
     return -sum(logprobs) - figures["tokens"] * figures["mean_entropy_after"]
 
 
-@pytest.mark.parametrize("engine", ["v1", long("v2")], indirect=True)
-@pytest.mark.parametrize("share", [0.6, 0.9, 1.1])
+@pytest.mark.parametrize(
+    ("engine", "share"),
+    [("v1", 0.6), ("v1", 0.9), ("v1", 1.1), long("v2", 0.9)],
+    indirect=["engine"],
+)
 def test_budget_meets_its_target(engine, share, figure):
     """A target between what cooling and heating can reach is met within a tenth.
 

@@ -1,0 +1,811 @@
+"""The first measurement of the law: what each way of sampling pays in validity for its variety.
+
+    OMP_NUM_THREADS=1 python bench/first_law.py
+    OMP_NUM_THREADS=1 python bench/first_law.py --stage well --sequences 200 --dev-sequences 0
+
+The demo's model, at two stages of its training, writes stories whose validity is decided by their
+grammar. On a development split (its own prompts and seed) the law's constants and each rival's are
+searched by one criterion: the lead, the mean gain of diversity at equal validity over the best
+that any fixed guard and temperature do. On the other prompts the families meet at equal numbers
+of settings. Prints a table, then one JSON document, which also goes to bench/results.
+
+Shapes: R sequences of a batch, V vocabulary, N sequences of a setting, C choices seen of all
+slots, S slots, B bootstrap resamples (the first is the sample itself), P settings of a family.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging
+
+import dftserve
+from dftserve import spec
+from dftserve.demo import grammar
+from dftserve.demo.model import STEPS, build
+from dftserve.sampling import Controls, control_row, laws, transform
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "bench" / "results" / "first_law.json"
+
+STAGES = {"under-trained": 3 * STEPS // 4, "well-trained": STEPS}
+"""Training steps; both are stages of one run."""
+PROMPTS = {"dev": list(grammar.PROMPTS)[1::2], "confirm": list(grammar.PROMPTS)[::2]}
+SEEDS = {"dev": 1, "confirm": 2, "bootstrap": 3}
+RESAMPLES = 1000
+
+LONGEST_STORY = 160
+"""Tokens; a text that has not ended by then is invalid."""
+MANY, COUNTABLE = 20, 100
+"""A slot of so many options is free; one of fewer is a few-way choice. Of more than `COUNTABLE`,
+the valid texts of one setting do not show the entropy."""
+
+DEV_LEVELS = (0.25, 0.5, 1.0)
+LEVELS = (0.1, 0.25, 0.5, 0.65, 0.8, 1.0)
+TOP_PS = (0.99, 0.97, 0.95, 0.9, 0.8, 0.7)
+TEMPERATURES = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
+"""For min-p after temperature; every family has six settings."""
+DEV_TEMPERATURES = (1.25, 1.5, 2.0)
+REFERENCE = list(itertools.product((0.1, 0.05, 0.02, 0.01), (1.0, 1.5, 2.0, 3.0)))
+"""(min_p, temperature): the fixed settings whose best curve every lead is measured from."""
+
+
+# ── Settings: what is done to a row of logits ────────────────────────────────────────────────────
+
+Rewrite = Callable[[Tensor, int], Tensor]
+"""(logits_RV, the end token) → logits_RV to sample from at temperature 1."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The law's constants; by default those in force in dftserve.sampling.laws."""
+
+    guard_start: float = laws.GUARD_START
+    guard_end: float = laws.GUARD_END
+    strength: float = laws.STRENGTH
+    gate_power: float = laws.GATE_POWER
+
+    def __str__(self) -> str:
+        guard = f"guard {self.guard_start:g}→{self.guard_end:g}"
+        return f"{guard}, c {self.strength:g}, power {self.gate_power:g}"
+
+
+SEARCHED: Mapping[str, Sequence[float]] = {
+    "guard_start": (0.1, 0.05, 0.03),
+    "guard_end": (0.05, 0.02, 0.01, 0.005),
+    "strength": (1.0, 1.5, 2.0, 3.0),
+    "gate_power": (1.0, 2.0, 3.0),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    family: str
+    label: str
+    """Unique: equal labels mean equal texts."""
+    rewrite: Rewrite
+
+
+@contextmanager
+def in_force(constants: Constants) -> Iterator[None]:
+    """Let the law use these constants."""
+    names = [name.upper() for name in asdict(constants)]
+    former = {name: getattr(laws, name) for name in names}
+    try:
+        for name, value in zip(names, asdict(constants).values(), strict=True):
+            setattr(laws, name, value)
+        yield
+    finally:
+        for name, value in former.items():
+            setattr(laws, name, value)
+
+
+def by_transform(
+    diversity: object, constants: Constants | None = None, temperature: float = 1.0
+) -> Rewrite:
+    """What a request with this `diversity` and temperature gets."""
+    wanted = spec.parse(diversity)
+    constants = constants or Constants()
+
+    @cache
+    def controls(rows: int, end: int) -> Controls:
+        row = control_row(
+            wanted, temperature=temperature, divided=temperature, stop_ids=frozenset({end})
+        )
+        return Controls.stack([row] * rows)
+
+    def rewrite(logits_RV: Tensor, end: int) -> Tensor:
+        logits_RV = (logits_RV / temperature).contiguous()
+        with in_force(constants):
+            transform(logits_RV, controls(len(logits_RV), end))
+        return logits_RV
+
+    return rewrite
+
+
+def stock() -> Setting:
+    return Setting("stock", "T=1", lambda logits_RV, end: logits_RV)
+
+
+def gated(constants: Constants, level: float, family: str = "gated") -> Setting:
+    label = f"level {level:g} ({constants})"
+    return Setting(family, label, by_transform(level, constants))
+
+
+def one_temperature(constants: Constants, level: float) -> Setting:
+    """The same guard and one temperature exp(c·level) for all steps: a gate of power 0 is 1."""
+    return gated(replace(constants, gate_power=0.0), level, "one temperature, same guard")
+
+
+def fixed(min_p: float, temperature: float) -> Setting:
+    """min-p at temperature 1, then a temperature: a dynatemp of no range."""
+    diversity = {"law": "dynatemp", "dynatemp_range": 0.0, "min_p": min_p}
+    label = f"min_p={min_p:g} then T={temperature:g}"
+    return Setting("fixed", label, by_transform(diversity, temperature=temperature))
+
+
+def dynatemp(reach: float, level: float) -> Setting:
+    diversity = {"law": "dynatemp", "dynatemp_range": reach, "level": level}
+    return Setting("dynatemp", f"range {reach:g}, level {level:g}", by_transform(diversity))
+
+
+def min_p_last(min_p: float, temperature: float) -> Setting:
+    """vLLM's order: temperature first, then min-p."""
+
+    def rewrite(logits_RV: Tensor, end: int) -> Tensor:
+        logits_RV = logits_RV / temperature
+        floor_R1 = logits_RV.amax(dim=1, keepdim=True) + math.log(min_p)
+        return logits_RV.masked_fill(logits_RV < floor_R1, -math.inf)
+
+    return Setting("min-p, vLLM's order", f"T={temperature:g} then min_p={min_p:g}", rewrite)
+
+
+def top_p(share: float) -> Setting:
+    """The smallest set of likeliest tokens that holds `share` of the probability."""
+
+    def rewrite(logits_RV: Tensor, end: int) -> Tensor:
+        p_RV, index_RV = logits_RV.softmax(dim=1).sort(dim=1, descending=True)
+        beyond_RV = p_RV.cumsum(dim=1) - p_RV >= share
+        cut_RV = torch.zeros_like(beyond_RV).scatter_(1, index_RV, beyond_RV)
+        return logits_RV.masked_fill(cut_RV, -math.inf)
+
+    return Setting("top-p", f"top_p={share:g}", rewrite)
+
+
+# ── Sampling ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One stage of the model."""
+
+    stage: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizer
+
+    def question(self, prompt: str) -> Tensor:
+        """int64 [1, N]: the prompt through the chat template."""
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    text: str
+    ended: bool
+    entropy: float
+    """Mean over its tokens of the entropy of what was sampled from, in nats."""
+
+
+class _Room(DynamicLayer):
+    """A cache layer with room made once: DynamicLayer copies everything it holds at every step."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        rows, heads, tokens, width = key_states.shape
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._room = key_states.new_empty(2, rows, heads, tokens + LONGEST_STORY, width)
+            self._length = 0
+        end = self._length + tokens
+        self._room[0, :, :, self._length : end] = key_states
+        self._room[1, :, :, self._length : end] = value_states
+        self._length = end
+        self.keys, self.values = self._room[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only rows that change their place are copied."""
+        moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
+        self._room[:, moved] = self._room[:, indices[moved]]
+        self._room = self._room[:, : len(indices)]
+
+
+@torch.inference_mode()
+def sample(
+    writer: Writer, prompt: str, rows: int, rewrite: Rewrite, generator: torch.Generator
+) -> list[Sample]:
+    """Texts that answer one prompt: one length for all rows, so nothing is padded.
+
+    Each row draws one uniform number a step and inverts its CDF, so settings share their luck.
+    """
+    end = writer.tokenizer.eos_token_id
+    room = Cache(layers=[_Room() for _ in range(writer.model.config.num_hidden_layers)])
+    tokens_RN = torch.full((rows, LONGEST_STORY), end)
+    entropy_R, length_R = torch.zeros(rows), torch.zeros(rows)
+    row_R = torch.arange(rows)
+    """Which sequence each row of the batch is: rows leave when their text ends."""
+    next_RN = writer.question(prompt).expand(rows, -1)
+    for step in range(LONGEST_STORY):
+        output = writer.model(next_RN, past_key_values=room, logits_to_keep=1)
+        p_RV = rewrite(output.logits[:, -1], end).softmax(dim=1)
+        entropy_R[row_R] -= (p_RV * p_RV.clamp_min(1e-30).log()).sum(dim=1)
+        length_R[row_R] += 1
+        cdf_RV = p_RV.cumsum(dim=1, dtype=torch.float64)
+        luck_R = torch.rand(rows, dtype=torch.float64, generator=generator)[row_R]
+        next_RN = torch.searchsorted(cdf_RV, luck_R[:, None] * cdf_RV[:, -1:], right=True)
+        tokens_RN[row_R, step] = next_RN[:, 0]
+        going_R = next_RN[:, 0] != end
+        if not bool(going_R.all()):
+            places_R = closed_up(going_R)
+            room.batch_select_indices(places_R)
+            row_R, next_RN = row_R[places_R], next_RN[places_R]
+        if not len(row_R):
+            break
+    unfinished = set(row_R.tolist())
+    means = (entropy_R / length_R).tolist()
+    lengths = length_R.int().tolist()
+    rows_of_tokens = [row[:n] for row, n in zip(tokens_RN.tolist(), lengths, strict=True)]
+    texts = writer.tokenizer.batch_decode(rows_of_tokens)
+    return [
+        Sample(prompt, text.removesuffix(writer.tokenizer.eos_token), n not in unfinished, mean)
+        for n, (text, mean) in enumerate(zip(texts, means, strict=True))
+    ]
+
+
+def closed_up(going_R: Tensor) -> Tensor:
+    """The places of the rows that go on, the last of them moved into the gaps of the others."""
+    count = int(going_R.sum())
+    places_R = torch.arange(count)
+    places_R[~going_R[:count]] = going_R[count:].nonzero()[:, 0] + count
+    return places_R
+
+
+def draw(writer: Writer, setting: Setting, split: str, sequences: int) -> list[Sample]:
+    """The same number of texts for each prompt of the split, `sequences` in all."""
+    prompts = PROMPTS[split]
+    generator = torch.Generator().manual_seed(SEEDS[split])
+    each = math.ceil(sequences / len(prompts))
+    return [
+        text
+        for prompt in prompts
+        for text in sample(writer, prompt, each, setting.rewrite, generator)
+    ]
+
+
+# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────
+
+METRICS = ("validity", "distinct_valid", "openings", "diversity", "few_way", "entropy")
+"""validity       share of texts that are stories and hold what the prompt asks for
+distinct_valid  different valid texts per 1,000 sequences
+openings        different first sentences of valid texts per 1,000 sequences
+diversity       entropy of the choice at free slots of valid texts, share of uniform
+few_way         the same for slots of few options
+entropy         mean next-token entropy of what was sampled from, nats"""
+
+
+@cache
+def free_slots() -> frozenset[str]:
+    """Slots of many options that most stories have: rarer ones give too few choices to count."""
+    rng = random.Random(0)
+    stories = [grammar.generate(rng) for _ in range(500)]
+    seen = Counter(slot for story in stories for slot, _ in story.choices)
+    return frozenset(
+        slot
+        for slot, times in seen.items()
+        if times >= 0.75 * len(stories) and MANY <= grammar.options(slot) <= COUNTABLE
+    )
+
+
+def measure(samples: Sequence[Sample], weights_BN: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric under every weighting of the samples: values_B by name.
+
+    Weights of 1 give the estimates. A text's credit for being different, 1 / (its copies), is
+    that of the whole sample: a resample holds copies of its own, which say nothing.
+    """
+    stories = [grammar.parse(s.text) if is_valid(s) else None for s in samples]
+    texts = [story and story.text for story in stories]
+    openings = [story and story.opening for story in stories]
+    total_B = weights_BN.sum(axis=1)
+
+    def mean(values) -> np.ndarray:
+        return weights_BN @ np.asarray(values, dtype=np.float64) / total_B
+
+    choices = [open_choices(s.prompt, story) for s, story in zip(samples, stories, strict=True)]
+    free, few = free_slots(), {name for c in choices for name in c if grammar.options(name) < MANY}
+    return {
+        "validity": mean([story is not None for story in stories]),
+        "distinct_valid": 1000 * mean(credits(texts)),
+        "openings": 1000 * mean(credits(openings)),
+        "diversity": share_of_uniform(choices, free, weights_BN),
+        "few_way": share_of_uniform(choices, few, weights_BN),
+        "entropy": mean([s.entropy for s in samples]),
+    }
+
+
+def is_valid(sample: Sample) -> bool:
+    return sample.ended and grammar.valid(sample.prompt, sample.text)
+
+
+def credits(texts: Sequence[str | None]) -> list[float]:
+    """1 / (number of copies) for each text, 0 for None: they add up to the different texts."""
+    copies = Counter(texts)
+    return [0.0 if text is None else 1 / copies[text] for text in texts]
+
+
+def open_choices(prompt: str, story: grammar.Story | None) -> dict[str, str]:
+    """The choices of a story that its prompt left open, the narrator among them."""
+    if story is None:
+        return {}
+    chosen = {"narrator": story.narrator, **dict(story.choices)}
+    return {slot: word for slot, word in chosen.items() if slot not in grammar.PROMPTS[prompt]}
+
+
+def share_of_uniform(
+    choices: Sequence[Mapping[str, str]], slots: set[str] | frozenset[str], weights_BN: np.ndarray
+) -> np.ndarray:
+    """Mean over the slots of entropy of the choice / ln(options); NaN where nothing was chosen."""
+    shares_SB = [
+        entropy(np.array(counts_CB).T) / math.log(grammar.options(slot))
+        for slot in sorted(slots)
+        if (counts_CB := _counts(choices, slot, weights_BN))
+    ]
+    return np.mean(shares_SB, axis=0) if shares_SB else np.full(len(weights_BN), math.nan)
+
+
+def _counts(
+    choices: Sequence[Mapping[str, str]], slot: str, weights_BN: np.ndarray
+) -> list[np.ndarray]:
+    """How often each word was chosen for the slot, by word."""
+    chosen: dict[str, list[int]] = {}
+    for number, words in enumerate(choices):
+        if slot in words:
+            chosen.setdefault(words[slot], []).append(number)
+    return [weights_BN[:, numbers].sum(axis=1) for numbers in chosen.values()]
+
+
+def entropy(counts_BC: np.ndarray) -> np.ndarray:
+    """Grassberger's estimate (arXiv physics/0307138) of the entropy behind counts, in nats.
+
+        H = ln n − Σ nᵢ·G(nᵢ) / n,   G(n) = ψ(n) + (−1)ⁿ/2·(ψ((n+1)/2) − ψ(n/2))
+
+    The plug-in estimate is low by (options − 1)/2n and would reward whoever has more valid texts;
+    this one is right within .002 of uniform from n = 2·options on. NaN where nothing was counted.
+    """
+    counts_BC = counts_BC.astype(np.int64)
+    n_B = counts_BC.sum(axis=1)
+    g = _grassberger(int(counts_BC.max()))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(n_B) - (counts_BC * g[counts_BC]).sum(axis=1) / n_B
+
+
+def _grassberger(largest: int) -> np.ndarray:
+    n = torch.arange(1, largest + 1, dtype=torch.float64)
+    sign = 1 - 2 * (n % 2)
+    g = n.digamma() + sign / 2 * (((n + 1) / 2).digamma() - (n / 2).digamma())
+    return np.concatenate(([0.0], g.numpy()))
+
+
+def resampled(sequences: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """weights_BN: all ones, then how often each sequence occurs in each bootstrap resample."""
+    rng = np.random.default_rng(SEEDS["bootstrap"])
+    drawn_BN = rng.multinomial(sequences, np.full(sequences, 1 / sequences), size=resamples)
+    return np.concatenate((np.ones((1, sequences)), drawn_BN)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values_B: np.ndarray) -> "Interval":
+        """The percentiles' distances from the resamples' mean, around the estimate: entropies of
+        resamples lie below the estimate, as a resample holds fewer different texts."""
+        estimate, drawn_B = values_B[0], values_B[1:]
+        low, high = estimate + np.percentile(drawn_B - drawn_B.mean(), (2.5, 97.5))
+        return cls(*(round(float(value), 4) for value in (estimate, low, high)))
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+# ── Curves: diversity against validity ───────────────────────────────────────────────────────────
+
+
+def front(validity_P: np.ndarray, diversity_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points that no other beats in both, by rising validity."""
+    order_P = np.lexsort((-diversity_P, -validity_P))
+    best, kept = -math.inf, []
+    for place in order_P:
+        if diversity_P[place] > best:
+            best = diversity_P[place]
+            kept.append(place)
+    return validity_P[kept[::-1]], diversity_P[kept[::-1]]
+
+
+def lead(
+    validity_P: np.ndarray,
+    diversity_P: np.ndarray,
+    other_validity_P: np.ndarray,
+    other_diversity_P: np.ndarray,
+) -> float:
+    """How much higher a front lies than another: the mean over the validities both reach.
+
+    NaN where they share none.
+    """
+    validity, diversity = front(validity_P, diversity_P)
+    other_validity, other_diversity = front(other_validity_P, other_diversity_P)
+    low, high = max(validity[0], other_validity[0]), min(validity[-1], other_validity[-1])
+    if low > high:
+        return math.nan
+    at = np.linspace(low, high, 101)
+    gain = np.interp(at, validity, diversity) - np.interp(at, other_validity, other_diversity)
+    return float(gain.mean())
+
+
+def gain_at(
+    validity_P: np.ndarray, diversity_P: np.ndarray, validity: float, diversity: float
+) -> float:
+    """How much higher a front lies than a point, at the point's validity.
+
+    Below the front's least valid point that point stands in: more valid, so it may be compared.
+    NaN where the point is more valid than all of the front.
+    """
+    known, height = front(validity_P, diversity_P)
+    return float(np.interp(validity, known, height, right=math.nan)) - diversity
+
+
+def curve(figures: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """validity_PB and diversity_PB of a family's settings."""
+    return np.stack([f["validity"] for f in figures]), np.stack([f["diversity"] for f in figures])
+
+
+def lead_interval(
+    figures: Sequence[Mapping[str, np.ndarray]], others: Sequence[Mapping[str, np.ndarray]]
+) -> Interval | None:
+    """The lead of one family's curve over another's; None where they share no validity."""
+    leads_B = _leads(figures, others)
+    return None if math.isnan(leads_B[0]) else Interval.of(leads_B[~np.isnan(leads_B)])
+
+
+def _leads(figures, others) -> np.ndarray:
+    columns = zip(*(values_PB.T for values_PB in (*curve(figures), *curve(others))), strict=True)
+    return np.array([lead(*column) for column in columns])
+
+
+# ── The search and the confirmation ──────────────────────────────────────────────────────────────
+
+
+class Measurements:
+    """Figures by (stage, split, setting), each sampled once."""
+
+    def __init__(self, writers: Sequence[Writer], sequences: Mapping[str, int]) -> None:
+        self.writers = writers
+        self._sequences = sequences
+        self._known: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
+
+    def __call__(self, writer: Writer, split: str, setting: Setting) -> dict[str, np.ndarray]:
+        key = (writer.stage, split, setting.label)
+        if key not in self._known:
+            samples = draw(writer, setting, split, self._sequences[split])
+            resamples = RESAMPLES if split == "confirm" else RESAMPLES // 5
+            self._known[key] = measure(samples, resampled(len(samples), resamples))
+            estimates = {name: float(values_B[0]) for name, values_B in self._known[key].items()}
+            print(f"{writer.stage}, {split}: {setting.label:52}{row(estimates)}", flush=True)
+        return self._known[key]
+
+    def all(self, writer: Writer, split: str, settings: Sequence[Setting]) -> list[dict]:
+        return [self(writer, split, setting) for setting in settings]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one candidate did on the development split, both stages weighted alike."""
+
+    candidate: str
+    leads_B: np.ndarray
+    admissible: bool
+    points: dict[str, list[list[float]]]
+    """By stage: [validity, diversity] of each setting."""
+
+    def as_dict(self) -> dict:
+        return {
+            "candidate": self.candidate,
+            "lead": asdict(Interval.of(self.leads_B)),
+            "admissible": self.admissible,
+            "points": self.points,
+        }
+
+
+def attempt(measured: Measurements, candidate: str, settings: Sequence[Setting]) -> Trial:
+    """A candidate is admissible when each setting gives more different valid texts than stock and
+    the last, its furthest, is at least as diverse as stock: a dial must go somewhere."""
+    leads, points, admissible = [], {}, True
+    for writer in measured.writers:
+        reference = measured.all(writer, "dev", [fixed(*pair) for pair in REFERENCE])
+        plain = measured(writer, "dev", stock())
+        figures = measured.all(writer, "dev", settings)
+        leads.append(_leads(figures, reference))
+        points[writer.stage] = np.round(np.array(curve(figures))[:, :, 0].T, 4).tolist()
+        distinct = [f["distinct_valid"][0] for f in figures]
+        admissible &= min(distinct) > plain["distinct_valid"][0]
+        admissible &= bool(figures[-1]["diversity"][0] >= plain["diversity"][0])
+    return Trial(candidate, np.mean(leads, axis=0), bool(admissible), points)
+
+
+def best(trials: Mapping) -> object:
+    """The admissible candidate of the highest lead; of all, where none is admissible."""
+    admissible = [key for key in trials if trials[key].admissible] or list(trials)
+    return max(admissible, key=lambda key: np.nan_to_num(trials[key].leads_B[0], nan=-1.0))
+
+
+def search(measured: Measurements) -> dict[Constants, Trial]:
+    """Each constant alone, then every combination of the best two values of each but the start."""
+    trials: dict[Constants, Trial] = {}
+
+    def attempt_once(constants: Constants) -> float:
+        if constants not in trials:
+            settings = [gated(constants, level) for level in DEV_LEVELS]
+            trials[constants] = attempt(measured, str(constants), settings)
+        trial = trials[constants]
+        return trial.leads_B[0] if trial.admissible else -math.inf
+
+    attempt_once(Constants())
+    ranked = {
+        name: sorted(
+            values, key=lambda v: attempt_once(replace(Constants(), **{name: v})), reverse=True
+        )
+        for name, values in SEARCHED.items()
+    }
+    pairs = [ranked[name][: 1 if name == "guard_start" else 2] for name in SEARCHED]
+    for values in itertools.product(*pairs):
+        attempt_once(Constants(*values))
+    return trials
+
+
+def rivals(measured: Measurements, constants: Constants) -> dict[str, dict[object, Trial]]:
+    """The rivals' own constants, searched as the law's are."""
+
+    def each(values, settings: Callable[[float], list[Setting]]) -> dict[object, Trial]:
+        return {value: attempt(measured, f"{value:g}", settings(value)) for value in values}
+
+    return {
+        "one_temperature_strength": each(
+            (0.5, 0.75, 1.0),
+            lambda c: [one_temperature(replace(constants, strength=c), d) for d in DEV_LEVELS],
+        ),
+        "min_p": each((0.05, 0.1, 0.2), lambda a: [min_p_last(a, t) for t in DEV_TEMPERATURES]),
+        "dynatemp_range": each((0.5, 1.0, 2.0), lambda r: [dynatemp(r, d) for d in DEV_LEVELS]),
+    }
+
+
+def families(
+    constants: Constants, candidate: Constants, chosen: Mapping[str, float]
+) -> dict[str, list[Setting]]:
+    """Who meets on the confirmation split, six settings each, stock's one apart."""
+    slower = replace(constants, strength=chosen["one_temperature_strength"])
+    met = {
+        "stock": [stock()],
+        "top-p": [top_p(share) for share in TOP_PS],
+        "one temperature, same guard": [one_temperature(slower, level) for level in LEVELS],
+        "min-p, vLLM's order": [min_p_last(chosen["min_p"], t) for t in TEMPERATURES],
+        "dynatemp": [dynatemp(chosen["dynatemp_range"], level) for level in LEVELS],
+        "gated": [gated(constants, level) for level in LEVELS],
+    }
+    if candidate != constants:
+        met["gated, best of dev"] = [
+            gated(candidate, level, "gated, best of dev") for level in LEVELS
+        ]
+    return met
+
+
+def claims(figures: Mapping[str, list[dict]]) -> dict:
+    """The two claims of one stage, each with the numbers that it rests on."""
+    plain, law = figures["stock"][0], figures["gated"]
+    nucleus = figures["top-p"][TOP_PS.index(0.95)]
+    more_distinct = {
+        f"{level:g}": Interval.of(f["distinct_valid"] - plain["distinct_valid"])
+        for level, f in zip(LEVELS, law, strict=True)
+    }
+    upper = [f for level, f in zip(LEVELS, law, strict=True) if level >= 0.5]
+    columns = zip(
+        *(values_PB.T for values_PB in curve(upper)),
+        nucleus["validity"],
+        nucleus["diversity"],
+        strict=True,
+    )
+    gains_B = np.array([gain_at(*column) for column in columns])
+    at_equal = None if math.isnan(gains_B[0]) else Interval.of(gains_B[~np.isnan(gains_B)])
+    against = {
+        f"{level:g}": {
+            name: Interval.of(f[name] - nucleus[name]) for name in ("validity", "diversity")
+        }
+        for level, f in zip([level for level in LEVELS if level >= 0.5], upper, strict=True)
+    }
+    dominates = all(gain.low > 0 for both in against.values() for gain in both.values())
+    return {
+        "more_distinct_valid_than_stock_at_every_level": {
+            "holds": all(gain.low > 0 for gain in more_distinct.values()),
+            "gain_per_1000_by_level": more_distinct,
+        },
+        "more_diverse_than_top_p_.95_at_equal_validity_from_.5": {
+            "holds": dominates or (at_equal is not None and at_equal.low > 0),
+            "dominates_at_each_level": dominates,
+            "gain_by_level": against,
+            "diversity_gain_at_top_p_validity": at_equal,
+        },
+    }
+
+
+# ── The run ──────────────────────────────────────────────────────────────────────────────────────
+
+
+SOURCES = ("words", "narrators", "grammar", "model")
+"""What the model depends on."""
+
+
+def writers(stages: Sequence[str]) -> list[Writer]:
+    """The stages of the model, trained where the folder for this very grammar and model is bare."""
+    sources = [ROOT / "dftserve" / "demo" / f"{name}.py" for name in SOURCES]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    folders = {s: ROOT / "build" / "first_law" / f"{digest}-{n}" for s, n in STAGES.items()}
+    if not all(folder.exists() for folder in folders.values()):
+        build({folders[stage]: steps for stage, steps in STAGES.items()})
+    return [
+        Writer(
+            stage,
+            AutoModelForCausalLM.from_pretrained(folders[stage]).eval(),
+            AutoTokenizer.from_pretrained(folders[stage]),
+        )
+        for stage in stages
+    ]
+
+
+HEADINGS = {
+    "validity": "valid",
+    "distinct_valid": "distinct",
+    "openings": "openings",
+    "diversity": "diversity",
+    "few_way": "few-way",
+    "entropy": "H/nats",
+}
+
+
+def row(estimates: Mapping[str, float]) -> str:
+    digits = {"distinct_valid": 0, "openings": 0}
+    return "".join(f"{estimates[name]:>10.{digits.get(name, 3)}f}" for name in METRICS)
+
+
+def table(stage: str, met: Mapping[str, list[Setting]], figures: Mapping[str, list[dict]]) -> None:
+    print(f"\n{stage}: {'':67}{''.join(f'{HEADINGS[name]:>10}' for name in METRICS)}")
+    for family, settings in met.items():
+        for setting, values in zip(settings, figures[family], strict=True):
+            estimates = {name: float(values_B[0]) for name, values_B in values.items()}
+            print(f"{family:28}{setting.label:52}{row(estimates)}")
+
+
+def machine() -> dict[str, object]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def confirm(measured: Measurements, met: Mapping[str, list[Setting]]) -> dict[str, dict]:
+    """By stage: every setting's figures, the leads between families, and the claims."""
+    stages = {}
+    for writer in measured.writers:
+        figures = {f: measured.all(writer, "confirm", settings) for f, settings in met.items()}
+        table(writer.stage, met, figures)
+        leads = {
+            f"{law} over {family}": lead_interval(figures[law], figures[family])
+            for law in met
+            if law.startswith("gated")
+            for family in met
+            if family not in ("stock", law)
+        }
+        for name, gain in leads.items():
+            print(f"{name:62}{gain or 'no validity in common'}")
+        stages[writer.stage] = {
+            "settings": [
+                {"family": family, "setting": setting.label}
+                | {name: Interval.of(values_B) for name, values_B in values.items()}
+                for family, settings in met.items()
+                for setting, values in zip(settings, figures[family], strict=True)
+            ],
+            "lead_in_diversity_at_equal_validity": leads,
+            "claims": claims(figures),
+        }
+    return stages
+
+
+@click.command()
+@click.option("--stage", type=click.Choice(list(STAGES)), help="One stage instead of both.")
+@click.option("--sequences", default=1000, show_default=True, help="Per setting, confirmation.")
+@click.option("--dev-sequences", default=500, show_default=True, help="Per setting; 0: no search.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="The JSON's place.")
+def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> None:
+    """Compare the law with its rivals on the demo's model."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    measured = Measurements(
+        writers([stage] if stage else list(STAGES)), {"dev": dev_sequences, "confirm": sequences}
+    )
+    constants = candidate = Constants()
+    chosen = {"one_temperature_strength": 0.75, "min_p": 0.1, "dynatemp_range": 1.0}
+    trials, others = {}, {}
+    if dev_sequences:
+        trials = search(measured)
+        candidate = best(trials)
+        others = rivals(measured, constants)
+        chosen = {name: best(tried) for name, tried in others.items()}
+    stages = confirm(measured, families(constants, candidate, chosen))
+    document = {
+        "bench": "first_law",
+        "versions": {
+            "python": platform.python_version(),
+            "dftserve": dftserve.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        },
+        "machine": machine(),
+        "seeds": SEEDS,
+        "prompts": PROMPTS,
+        "training_steps": STAGES,
+        "sequences_per_setting": {"dev": dev_sequences, "confirm": sequences},
+        "free_slots": sorted(free_slots()),
+        "constants": {
+            "in_force": asdict(constants),
+            "best_of_dev": asdict(candidate),
+            "rivals": chosen,
+        },
+        "dev": {
+            "gated": [trial.as_dict() for trial in trials.values()],
+            **{name: [trial.as_dict() for trial in t.values()] for name, t in others.items()},
+        },
+        "confirm": stages,
+    }
+    text = json.dumps(document, default=asdict, ensure_ascii=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
