@@ -112,8 +112,12 @@ def architecture() -> LlamaConfig:
 
 @torch.no_grad()
 def let_attention_copy(model: LlamaForCausalLM) -> None:
-    """Start with V·O and Q·K close to multiples of the identity: a story's hero comes back by
-    name, and a minute is too short to learn copying from noise (arXiv 2305.09828)."""
+    """Start each layer as one that finds tokens like its own and copies what it finds.
+
+    Keys equal queries, and the output map is the transpose of the value map (mimetic
+    initialisation, arXiv 2305.09828). A story's hero comes back by name, and a minute is too
+    short to learn copying from noise.
+    """
     layers = cast(Iterable[Any], model.model.layers)
     for attention in (layer.self_attn for layer in layers):
         for first, second, gain in (
@@ -122,17 +126,6 @@ def let_attention_copy(model: LlamaForCausalLM) -> None:
         ):
             torch.nn.init.orthogonal_(first.weight, gain=gain**0.5)
             second.weight.copy_(first.weight.T if second is attention.o_proj else first.weight)
-
-
-def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    known = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in known]
-    return [
-        torch.optim.Muon(matrices, lr=MATRIX_LEARNING_RATE, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
 
 
 def dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -165,22 +158,6 @@ def encode(
     )
     answer = tokenizer(story + END)["input_ids"]
     return question + answer, [-100] * len(question) + answer
-
-
-def copying_start(model: LlamaForCausalLM) -> None:
-    """Start each attention layer as one that finds tokens like its own and copies what it finds.
-
-    Keys equal queries, and the output map is the transpose of the value map (mimetic
-    initialisation, arXiv:2305.09828). Recalling the lost thing three sentences later is then
-    there to be sharpened, and takes hundreds of steps less to learn.
-    """
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            torch.nn.init.orthogonal_(attention.q_proj.weight, gain=0.7)
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            torch.nn.init.orthogonal_(attention.v_proj.weight, gain=1.4)
-            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 def train(
