@@ -141,7 +141,9 @@ def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-_figures: list[dict] = []
+_figures: dict[str, dict] = {}
+_passed: set[str] = set()
+RESULTS = ROOT / "bench" / "results" / "test-long.json"
 
 
 @pytest.fixture
@@ -149,29 +151,31 @@ def figure(request):
     """`figure(name=value, …)`: a figure of this test for bench/results/test-long.json."""
 
     def note(**values) -> None:
-        _figures.append({"test": request.node.nodeid.partition("tests/")[2], **values})
+        _figures[request.node.nodeid] = values
 
     return note
 
 
-def pytest_sessionfinish(session, exitstatus) -> None:
-    if session.config.getoption("markexpr") != "long" or not _figures or exitstatus != 0:
-        return
+def pytest_runtest_logreport(report) -> None:
+    if report.when == "call" and report.passed:
+        _passed.add(report.nodeid)
+
+
+def pytest_sessionfinish(session) -> None:
+    """The figures of the long tests that passed; those of tests that did not run now are kept."""
+    new = {name.partition("tests/")[2]: _figures[name] for name in _passed & _figures.keys()}
+    if session.config.getoption("markexpr") == "long" and new:
+        before = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(_document(before | new), indent=1) + "\n")
+
+
+def _document(figures: dict[str, dict]) -> dict:
     from importlib.metadata import version
 
-    import torch
-
-    document = {
+    names = ("torch", "vllm", "transformers", "dftserve")
+    return {
         "what": "figures of `make test-long`",
         "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm": version("vllm"),
-            "transformers": version("transformers"),
-            "dftserve": version("dftserve"),
-        },
-        "figures": _figures,
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+        "figures": dict(sorted(figures.items())),
     }
-    results = ROOT / "bench" / "results" / "test-long.json"
-    results.write_text(json.dumps(document, indent=1) + "\n")
