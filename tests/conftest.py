@@ -114,7 +114,10 @@ def _bare(name: str, *flags: str):
     @pytest.fixture(scope="session", name=name)
     def engine_fixture(model_folder, bare_environment, tmp_path_factory):
         place = tmp_path_factory.mktemp(name)
-        with bare_environment.serves(), engine_running(name, model_folder, place, *flags) as engine:
+        with contextlib.ExitStack() as stack:
+            with bare_environment.serves():  # For this start only: other engines are ours.
+                starting = engine_running(name, model_folder, place, *flags)
+                engine = stack.enter_context(starting)
             yield engine
 
     return engine_fixture
