@@ -58,12 +58,18 @@ def chat(url: str, model: str | None, api_key_env: str, temperature: float | Non
     """Talk to a server and change the diversity as you go."""
     from dftserve.chat import chat
 
+    url = url.rstrip("/")
+    url = url if url.endswith("/v1") else f"{url}/v1"
     chat(url, api_key=_api_key(api_key_env), model=model, temperature=temperature)
 
 
 @main.command()
 @click.option("--url", help="Also ask the server at this address.")
-@click.option("--api-key-env", metavar="NAME", help="The variable that holds the server's key.")
+@click.option(
+    "--api-key-env",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(url: str | None, api_key_env: str | None, as_json: bool) -> None:
     """Say what is installed, what will run, and what is wrong.
@@ -74,7 +80,7 @@ def doctor(url: str | None, api_key_env: str | None, as_json: bool) -> None:
 
     findings = doctor.examine(os.environ)
     if url is not None:
-        key = _api_key(api_key_env, must=True) if api_key_env else None
+        key = _api_key(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
         with _usage_errors():
             findings += doctor.ask(url, key)
     click.echo(doctor.as_json(findings) if as_json else doctor.shown(findings))
@@ -87,7 +93,8 @@ def demo(folder: Path) -> None:
     """Train a small model into FOLDER, serve it, and see what diversity does to it."""
     from dftserve.demo.run import demo
 
-    demo(folder)
+    with _usage_errors():
+        demo(folder)
 
 
 def _api_key(variable: str, *, must: bool = False) -> str | None:

@@ -229,7 +229,7 @@ def _switches(environment: Mapping[str, str]) -> Iterator[Finding]:
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         text = "set: that frontend does not know the diversity field; unset it."
         yield warning("VLLM_USE_RUST_FRONTEND", text)
-    if (default := environment.get(DEFAULT_DIVERSITY)) is not None:
+    if default := environment.get(DEFAULT_DIVERSITY):
         yield _default(default)
 
 

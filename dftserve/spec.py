@@ -53,6 +53,15 @@ MEASURED = Bounds(low=0, high=20)
 
 _REQUIRED = object()
 
+
+class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+NOTHING = _Nothing()
+"""The value of a `DiversityError` for a parameter that is missing."""
+
 # What each law takes: the default of each field, or that it must be given.
 LAWS: Mapping[str, Mapping[str, Any]] = {
     "gated": {"level": _REQUIRED, "max_temperature": 4.0, "min_p": None},
@@ -126,13 +135,13 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
     for name, default in takes.items():
         if name not in numbers and default is _REQUIRED:
             accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
-            raise DiversityError(f"{parameter}.{name}", value.get(name), accepted)
+            raise DiversityError(f"{parameter}.{name}", value.get(name, NOTHING), accepted)
     defaults = {name: default for name, default in takes.items() if default is not _REQUIRED}
     return Diversity(law=law, **{**defaults, **numbers})
 
 
 def parse_json(text: str, parameter: str = "diversity") -> Diversity:
-    """A `Diversity` from JSON text: `0.5` or `{"level": 0.5}`.
+    """A `Diversity` from JSON text: `0.5` (or `.5`) or `{"level": 0.5}`.
 
     Raises:
         DiversityError: not JSON, too long, or refused by `parse`.
@@ -141,7 +150,7 @@ def parse_json(text: str, parameter: str = "diversity") -> Diversity:
         accepted = f"at most {MAX_JSON_CHARACTERS} characters of JSON"
         raise DiversityError(parameter, f"{len(text)} characters", accepted)
     try:
-        value = json.loads(text)
+        value = json.loads(f"0{text}" if text.startswith(".") else text)
     except (ValueError, RecursionError):
         raise DiversityError(parameter, text, f"as JSON text, {ACCEPTED}") from None
     return parse(value, parameter)

@@ -179,7 +179,7 @@ def test_entry_points_of_a_second_distribution(site, monkeypatch):
         ({"VLLM_USE_RUST_FRONTEND": "0"}, "VLLM_USE_RUST_FRONTEND", None),
         ({"DFTSERVE_DEFAULT_DIVERSITY": "0.5"}, "DFTSERVE_DEFAULT_DIVERSITY", "ok"),
         ({"DFTSERVE_DEFAULT_DIVERSITY": "5"}, "DFTSERVE_DEFAULT_DIVERSITY", "error"),
-        ({"DFTSERVE_DEFAULT_DIVERSITY": ""}, "DFTSERVE_DEFAULT_DIVERSITY", "error"),
+        ({"DFTSERVE_DEFAULT_DIVERSITY": ".5"}, "DFTSERVE_DEFAULT_DIVERSITY", "ok"),
     ],
 )
 def test_switches(environment, name, state):

@@ -4,6 +4,7 @@ vLLM loads this through two entry points: `facade:DiversityProcessor` (the logit
 every worker) and `register` (the field, its answer and its metrics, in every process).
 """
 
+import logging
 import os
 
 
@@ -15,6 +16,7 @@ def is_disabled() -> bool:
 def register() -> None:
     """vLLM's general plug-in: nothing is imported from vLLM before vLLM imports it itself."""
     if is_disabled():
+        logging.getLogger("vllm.dftserve").info("dftserve is disabled: DFTSERVE_DISABLE is set")
         return
     from dftserve_vllm import hooks
 

@@ -168,4 +168,5 @@ def _note(request: Any, item: record.Item) -> None:
 def _bad_request(message: str, parameter: str, value: Any) -> Exception:
     from vllm.exceptions import VLLMValidationError
 
-    return VLLMValidationError(message, parameter=parameter, value=value)
+    shown = None if value is spec.NOTHING else value
+    return VLLMValidationError(message, parameter=parameter, value=shown)

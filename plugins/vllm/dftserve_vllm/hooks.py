@@ -11,6 +11,7 @@
 Each is made when vLLM imports the module, once in a process.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from copy import copy
@@ -18,6 +19,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+import dftserve
 from dftserve_vllm import engine
 from dftserve_vllm.imports import when_imported
 from dftserve_vllm.request import IDENTITY
@@ -44,11 +46,17 @@ def _input_processor(module: ModuleType) -> None:
             from dftserve_vllm.field import default_diversity
 
             engine.record(vllm_config)
-            default_diversity()  # A wrong default stops the server here, not its first request.
+            default = default_diversity()  # A wrong one stops the server here, not a request.
             if (reason := engine.refusal()) is not None:
                 logger.warning(
-                    "diversity: %s. Requests with the field are answered with 400.", reason
+                    "diversity: %s. Requests with the field are answered with 400, "
+                    "and no default is applied.",
+                    reason,
                 )
+            else:
+                shown = json.dumps(default.as_dict()) if default else "off"
+                about = (dftserve.__version__, engine.runner(), shown)
+                logger.info("dftserve %s is active on the %s runner; default diversity: %s", *about)
             construct(self, vllm_config, *args, **kwargs)
 
         return wrapped
@@ -121,10 +129,12 @@ def _app(module: ModuleType) -> None:
     def extends(build_app: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(build_app)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            from dftserve_vllm import figures
             from dftserve_vllm.answer import AnswerMiddleware
             from dftserve_vllm.capabilities import capabilities
 
             app = build_app(*args, **kwargs)
+            figures.metrics()  # At zero from the start, for whoever watches them.
             app.add_api_route("/v1/dft/capabilities", capabilities, methods=["GET"])
             # vLLM may have built the stack already; ours goes outermost either way.
             if app.middleware_stack is None:
