@@ -29,8 +29,8 @@ from dftserve.demo.grammar import PROMPTS, generate
 
 STEPS = 440
 """Training steps of the demo's model: about a minute on two cores."""
-QUICK_STEPS = 100
-"""Enough for tests that need a model with something to say, right or wrong."""
+QUICK_STEPS = 40
+"""Enough for tests that need a model with much to say, right or wrong: entropies of some nats."""
 
 VOCABULARY = 4096
 BATCH = 16

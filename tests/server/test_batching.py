@@ -32,9 +32,11 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
 def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
     """Sixteen long texts in twenty blocks: the engine has to preempt, and figures stay exact."""
     before = metric(v1, "vllm:num_preemptions_total")
-    body = chat_body(
-        diversity={"law": "budget", "target_entropy": 1.5}, max_tokens=380, ignore_eos=True
-    )
+    lively = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
+    free = chat_body(diversity={"level": 0.01}, max_tokens=380, **lively)
+    alone = gather(v1, [("/v1/chat/completions", free)])[0].json()
+    target = alone["diversity"]["choices"][0]["mean_entropy_after"]
+    body = free | {"diversity": {"law": "budget", "target_entropy": target}}
     answers = gather(v1, [("/v1/chat/completions", body)] * 16)
     preemptions = metric(v1, "vllm:num_preemptions_total") - before
     figure(preemptions=preemptions)
@@ -44,7 +46,9 @@ def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
         assert (
             said["diversity"]["choices"][0]["tokens"] == said["usage"]["completion_tokens"] == 380
         )
-        assert said["diversity"]["choices"][0]["mean_entropy_after"] == pytest.approx(1.5, rel=0.25)
+        assert said["diversity"]["choices"][0]["mean_entropy_after"] == pytest.approx(
+            target, rel=0.25
+        )
 
 
 def _text(answer) -> str:
