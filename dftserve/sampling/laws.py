@@ -27,7 +27,7 @@ GATE_POWER = 2.0
 LOWEST_TEMPERATURE = 0.01
 """Cooling ends here, where sampling is already greedy in effect."""
 
-BUDGET_RATE = 0.1
+BUDGET_RATE = 0.2
 BUDGET_OPEN_LOOP = 16
 """Tokens before the budget law starts to steer."""
 BUDGET_LEVELS = (-1.0, 2.0)

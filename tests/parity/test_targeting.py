@@ -63,23 +63,28 @@ def _excess(answer) -> float:
 
 @pytest.mark.parametrize(
     ("engine", "share"),
-    [("v1", 0.6), ("v1", 0.9), ("v1", 1.1), long("v2", 0.9)],
+    [("v1", 0.8), ("v1", 0.9), ("v1", 1.1), long("v2", 0.9)],
     indirect=["engine"],
 )
 def test_budget_meets_its_target(engine, share, figure):
     """A target between what cooling and heating can reach is met within a tenth.
 
-    η = .1 moves s by at most one unit for ten targets' worth of entropy, so 200 tokens are enough.
+    At η = .2 and c = 2 a level that settles at ℓ leaves the mean over 256 tokens 4·|ℓ| % beside the
+    target. Measured spread of one text's mean: 5 % of the target; of eight texts' mean: under 2 %.
     """
     # Past its end a story would fall into a loop of sure tokens, which no temperature opens.
     lively = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
-    free = chat_body(diversity={"level": 0.01}, max_tokens=200, **lively)
-    natural = _mean_after(gather(engine, [("/v1/chat/completions", free)] * 4))
+    free = chat_body(diversity={"level": 0.01}, max_tokens=256, **lively)
+    natural = _mean_after(_eight(engine, free))
     target = share * natural
     asked = free | {"diversity": {"law": "budget", "target_entropy": target}}
-    reached = _mean_after(gather(engine, [("/v1/chat/completions", asked)] * 4))
+    reached = _mean_after(_eight(engine, asked))
     figure(target=target, reached=reached)
     assert reached == pytest.approx(target, rel=0.1)
+
+
+def _eight(engine, body) -> list:
+    return gather(engine, [("/v1/chat/completions", body | {"seed": seed}) for seed in range(8)])
 
 
 def _mean_after(answers) -> float:
