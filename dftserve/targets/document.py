@@ -1,0 +1,122 @@
+"""Tokenised text: which token stands where, and which of them a model learns to write.
+
+Shapes: N tokens of a document, T trained positions among them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A text as a model reads it."""
+
+    tokens_N: np.ndarray
+    """int32."""
+    trained_N: np.ndarray
+    """bool: the tokens that are learnt. The first is not: nothing stands before it."""
+
+    def __post_init__(self) -> None:
+        if len(self.tokens_N) < 2 or self.tokens_N.shape != self.trained_N.shape:
+            raise ValueError(
+                f"a document of {self.tokens_N.shape} tokens and {self.trained_N.shape} marks; "
+                "accepted: two tokens or more, and a mark for each."
+            )
+        if self.trained_N[0]:
+            raise ValueError("the first token of a document is marked as trained; it cannot be.")
+
+    @cached_property
+    def positions_T(self) -> np.ndarray:
+        """int64: where the trained tokens stand; each is predicted from all before it."""
+        return np.flatnonzero(self.trained_N)
+
+    @property
+    def labels_T(self) -> np.ndarray:
+        """int32: the trained tokens."""
+        return self.tokens_N[self.positions_T]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first trained one."""
+        return tuple(self.tokens_N[: self.positions_T[0]].tolist()) if self.trained_N.any() else ()
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Document:
+    """A plain text, with the tokenizer's begin and end tokens where it has them."""
+    tokens = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens_N = np.array([*start, *tokens, *end], dtype=np.int32)
+    trained_N = np.ones(len(tokens_N), dtype=bool)
+    trained_N[:1] = False
+    return Document(tokens_N, trained_N)
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> Document:
+    """A conversation through the tokenizer's chat template; what the assistant says is trained.
+
+    Every assistant turn where the template marks them with `{% generation %}`, else the last one.
+
+    Raises:
+        ValueError: no chat template, no assistant turn, or a template that writes the prompt
+            otherwise once the answer is there.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; accepted: one that "
+            "has, or plain texts in place of conversations."
+        )
+    turns: list[dict[str, Any]] = [dict(message) for message in messages]
+    if not turns or turns[-1].get("role") != "assistant":
+        raise ValueError("a conversation must end with a turn of the role 'assistant'.")
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(
+            turns, return_dict=True, return_assistant_tokens_mask=True
+        )
+        tokens, trained = encoded["input_ids"], encoded["assistant_masks"]  # type: ignore[index]
+    else:
+        tokens = _templated(tokenizer, turns)
+        question = _templated(tokenizer, turns[:-1], add_generation_prompt=True)
+        if tokens[: len(question)] != question:
+            raise ValueError(
+                "the chat template writes the turns before the answer otherwise once the answer is "
+                "there, so the answer's tokens cannot be told; mark them with {% generation %}."
+            )
+        trained = [0] * len(question) + [1] * (len(tokens) - len(question))
+    trained_N = np.array(trained, dtype=bool)
+    trained_N[:1] = False
+    return Document(np.array(tokens, dtype=np.int32), trained_N)
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], **kw) -> list[int]:
+    return tokenizer.apply_chat_template(turns, return_dict=False, **kw)  # type: ignore[return-value]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a text's tokens: vocabulary, merges, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    core = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab())
+    if isinstance(core, dict):
+        # How one call pads and cuts is not what the tokenizer is.
+        core = {name: core[name] for name in core if name not in ("truncation", "padding")}
+    specials = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return _digest([core, specials])
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the chat template; None where there is none."""
+    return _digest(tokenizer.chat_template) if tokenizer.chat_template else None
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
