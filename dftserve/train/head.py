@@ -1,0 +1,169 @@
+"""A model's head and a divergence as one function that never holds the logits of a whole batch.
+
+Rows go through in chunks: logits, loss, the closed-form gradient of the logits, and from it the
+gradients of hidden states and head, all in the forward pass. Backward only scales them.
+
+Shapes: N trained positions of a batch, R of them in a chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dftserve.train.divergences import Divergence, Rows, TargetRows
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Elements of one chunk's logits: what stays in a CPU's cache, what keeps a GPU busy."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: cap·tanh(scale·(h Wᵀ + b)/cap)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float = 1.0
+    cap: float | None = None
+
+    @staticmethod
+    def of(model: Any) -> "Head":
+        """A causal LM's own, as its configuration has it.
+
+        Raises:
+            ValueError: the head is no linear layer (an adapter on it, for one).
+        """
+        layer = model.get_output_embeddings()
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"the head is a {type(layer).__name__}; accepted: a torch Linear. "
+                "Leave the head (lm_head) out of the adapter's modules."
+            )
+        config = model.config.get_text_config()
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps.
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        cap = getattr(config, "final_logit_softcapping", None)
+        return Head(layer.weight, layer.bias, float(scale), cap)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] in float32, or in float64 where the hidden states are; for autograd."""
+        logits_RV = _upcast(nn.functional.linear(hidden_RD, self.weight_VD, self.bias_V))
+        logits_RV = logits_RV * self.scale
+        return logits_RV if self.cap is None else self.cap * (logits_RV / self.cap).tanh()
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLoss:
+    """Sums over the N positions, and what is seen on the way."""
+
+    loss: Tensor
+    """Σ of the divergence in nats; has a gradient."""
+    model_entropy: Tensor
+    """Σ of the model's next-token entropy in nats."""
+
+
+def head_loss(
+    head: Head, hidden_ND: Tensor, target: TargetRows, divergence: Divergence
+) -> HeadLoss:
+    """The divergence summed over the positions."""
+    loss, entropy = _ChunkedHead.apply(  # type: ignore[misc]
+        hidden_ND, head.weight_VD, head.bias_V, head.scale, head.cap, target, divergence
+    )
+    return HeadLoss(loss, entropy)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, scale, cap, target, divergence):
+        device = hidden_ND.device.type
+        compute = torch.get_autocast_dtype(device) if _autocasts(device) else hidden_ND.dtype
+        wide = torch.float64 if compute is torch.float64 else torch.float32
+        hidden_ND, matrix_VD = hidden_ND.to(compute), weight_VD.to(compute)
+        offset_V = None if bias_V is None else bias_V.to(compute)
+        gradients = _Gradients.room(hidden_ND, matrix_VD, ctx.needs_input_grad[:3], wide)
+        loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        entropy = torch.zeros_like(loss)
+        target = target.to(wide)
+        with torch.autocast(device, enabled=False):
+            for part in _chunks(len(hidden_ND), len(matrix_VD), device):
+                raw_RV = nn.functional.linear(hidden_ND[part], matrix_VD, offset_V).to(wide)
+                logits_RV, bend_RV = _bent(raw_RV, scale, cap)
+                rows = Rows.of(logits_RV)
+                entropy += rows.entropy_R.sum()
+                loss_R, gradient_RV = divergence.loss_and_gradient(rows, target[part])
+                loss += loss_R.sum()
+                if bend_RV is not None:
+                    gradient_RV.mul_(bend_RV)
+                gradients.add(part, gradient_RV, hidden_ND[part], matrix_VD)
+        gradients.keep(ctx)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
+        ctx.mark_non_differentiable(entropy)
+        return loss, entropy
+
+    @staticmethod
+    def backward(ctx, *outputs):
+        kept = iter(ctx.saved_tensors)
+        scaled = [
+            (next(kept) * outputs[0]).to(dtype) if need else None
+            for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """Of the hidden states, the head's weight and its bias; None where none is wanted."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+    @staticmethod
+    def room(hidden_ND, weight_VD, needs, wide) -> "_Gradients":
+        # The weight's gradient is a sum over all chunks: in bfloat16 it would stop growing.
+        return _Gradients(
+            torch.empty_like(hidden_ND) if needs[0] else None,
+            torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None,
+            torch.zeros_like(weight_VD[:, 0], dtype=wide) if needs[2] else None,
+        )
+
+    def add(self, part: slice, gradient_RV: Tensor, hidden_RD: Tensor, weight_VD: Tensor) -> None:
+        if self.bias_V is not None:
+            self.bias_V.add_(gradient_RV.sum(dim=0))
+        gradient_RV = gradient_RV.to(hidden_RD.dtype)
+        if self.hidden_ND is not None:
+            torch.mm(gradient_RV, weight_VD, out=self.hidden_ND[part])
+        if self.weight_VD is not None and self.weight_VD.dtype == gradient_RV.dtype:
+            self.weight_VD.addmm_(gradient_RV.T, hidden_RD)
+        elif self.weight_VD is not None:
+            self.weight_VD.add_(gradient_RV.T @ hidden_RD)
+
+    def keep(self, ctx: Any) -> None:
+        kept = (self.hidden_ND, self.weight_VD, self.bias_V)
+        ctx.save_for_backward(*(each for each in kept if each is not None))
+
+
+def _bent(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The logits, and d logits / d raw where it is not 1; `raw_RV` is overwritten."""
+    if scale != 1.0:
+        raw_RV.mul_(scale)
+    if cap is None:
+        return raw_RV, None if scale == 1.0 else raw_RV.new_tensor(scale)
+    share_RV = raw_RV.div_(cap).tanh_()
+    return share_RV * cap, share_RV.square_().neg_().add_(1.0).mul_(scale)
+
+
+def _chunks(rows: int, vocabulary: int, device: str) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _autocasts(device: str) -> bool:
+    return torch.is_autocast_enabled(device)
+
+
+def _upcast(values: Tensor) -> Tensor:
+    return values if values.dtype is torch.float64 else values.float()
