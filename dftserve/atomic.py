@@ -50,13 +50,18 @@ def folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for each in sorted(temporary.rglob("*"), reverse=True):
-            _sync(each)
-        _sync(temporary)
-        os.rename(temporary, path)
+        move_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def move_folder(made: Path, path: Path) -> None:
+    """Sync a folder that is filled and put it at `path`, where nothing is, on the same disk."""
+    for each in sorted(made.rglob("*"), reverse=True):
+        _sync(each)
+    _sync(made)
+    os.rename(made, path)
     _sync(path.parent)
 
 

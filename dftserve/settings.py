@@ -5,6 +5,7 @@
 Standard library only.
 """
 
+import contextlib
 import difflib
 import types
 import typing
@@ -76,6 +77,10 @@ def _value(hint: Any, given: object, where: str) -> Any:
         return given if isinstance(given, hint) else load(hint, given, where)
     if hint is float and isinstance(given, int) and not isinstance(given, bool):
         return float(given)
+    if hint is float and isinstance(given, str):
+        # YAML 1.1 reads 2e-5 as a text.
+        with contextlib.suppress(ValueError):
+            return float(given)
     expected = origin or hint
     if expected is Any:
         return given

@@ -168,6 +168,10 @@ class Promise:
     """Mean next-token entropy of the target on held-out text, in nats."""
     model_entropy: float | None = None
     """Mean next-token entropy of the tuned model on the same text, in nats."""
+    target_deciles: tuple[float, ...] | None = None
+    """The target's next-token entropies at 10, 20, …, 90 % of the tokens, in nats."""
+    model_deciles: tuple[float, ...] | None = None
+    """The tuned model's."""
 
     FILE = "dft.json"
 
@@ -198,6 +202,9 @@ class Promise:
         for name in ("target_entropy", "model_entropy"):
             if content.get(name) is not None:
                 content[name] = _number(content[name], MEASURED, f"{path.name}: {name}")
+        for name in ("target_deciles", "model_deciles"):
+            if content.get(name) is not None:
+                content[name] = _deciles(content[name], f"{path.name}: {name}")
         if content.get("diversity") is not None:
             content["diversity"] = parse(content["diversity"], f"{path.name}: diversity")
         return cls(**content)
@@ -220,6 +227,12 @@ def _number(value: object, bounds: Bounds, parameter: str) -> float:
     if value not in bounds:
         raise DiversityError(parameter, value, str(bounds))
     return float(value)
+
+
+def _deciles(value: object, parameter: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != 9:
+        raise DiversityError(parameter, value, "a list of nine entropies in nats")
+    return tuple(_number(each, MEASURED, parameter) for each in value)
 
 
 def _unknown_field(parameter: str, name: object, value: object, law: str) -> DiversityError:

@@ -88,7 +88,7 @@ class _ChunkedHead(torch.autograd.Function):
         entropy = torch.zeros_like(loss)
         target = target.to(wide)
         with torch.autocast(device, enabled=False):
-            for part in _chunks(len(hidden_ND), len(matrix_VD), device):
+            for part in chunks(len(hidden_ND), len(matrix_VD), device):
                 raw_RV = nn.functional.linear(hidden_ND[part], matrix_VD, offset_V).to(wide)
                 logits_RV, bend_RV = _bent(raw_RV, scale, cap)
                 rows = Rows.of(logits_RV)
@@ -156,7 +156,8 @@ def _bent(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tens
     return share_RV * cap, share_RV.square_().neg_().add_(1.0).mul_(scale)
 
 
-def _chunks(rows: int, vocabulary: int, device: str) -> Iterator[slice]:
+def chunks(rows: int, vocabulary: int, device: str) -> Iterator[slice]:
+    """Slices of rows whose logits are CHUNK_ELEMENTS or fewer."""
     size = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary)
     return (slice(start, start + size) for start in range(0, rows, size))
 

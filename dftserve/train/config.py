@@ -1,0 +1,208 @@
+"""What a training run is: a frozen dataclass from YAML and `--set` overrides.
+
+config = load(Path("run.yaml"), {"divergence.target_weight": "0.8"})
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dftserve import settings
+from dftserve.train import divergences
+from dftserve.train.divergences import DIVERGENCES, Divergence, Projections
+
+CONFIG_BYTES = 1 << 16
+AUTO = "auto"
+PRECISIONS = ("fp32", "bf16")
+REPORTS = ("none", "tensorboard", "trackio")
+FSDP = ("no", "full_shard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceConfig:
+    """Which divergence, and what it takes."""
+
+    name: str = "forward_kl"
+    target_weight: float | str | None = None
+    """λ; `auto` tries `candidates` and takes the one of the lowest held-out human NLL."""
+    candidates: tuple[float, ...] = (0.3, 0.6, 0.9)
+    probe_steps: int = 50
+    """Optimizer steps of each candidate of `auto`."""
+    skew: float | None = None
+    share: float | None = None
+    projections: int = 8
+    """Lines of sliced_w1."""
+    epsilon: float | None = None
+    strength: float | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in DIVERGENCES:
+            accepted = settings.among(self.name, DIVERGENCES)
+            raise ValueError(f"name: got {self.name!r}; accepted: {accepted}.")
+        if isinstance(self.target_weight, str) and self.target_weight != AUTO:
+            raise ValueError(
+                f"target_weight: got {self.target_weight!r}; accepted: a number from 0 to 1, or "
+                f"{AUTO!r}."
+            )
+        takes = TAKES[self.name]
+        for name in sorted({one for each in TAKES.values() for one in each} - set(takes)):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: {self.name} does not take it; it takes {', '.join(takes) or 'none'}."
+                )
+        if self.target_weight != AUTO and self.name != "sliced_w1":
+            self.build(None)
+
+    def build(self, embeddings_VD: torch.Tensor | None, seed: int = 0) -> Divergence:
+        """The divergence; `embeddings_VD` only where it is sliced_w1.
+
+        Raises:
+            ValueError: a value out of its bounds.
+        """
+        given = {n: getattr(self, n) for n in TAKES[self.name] if getattr(self, n) is not None}
+        if "target_weight" in given:
+            given["weight"] = float(given.pop("target_weight"))
+        if self.name == "sliced_w1":
+            assert embeddings_VD is not None, "sliced_w1 needs the model's embeddings"
+            lines = Projections.of(embeddings_VD, lines=self.projections, seed=seed)
+            return divergences.SlicedW1(projections=lines, **given)
+        return DIVERGENCES[self.name](**given)
+
+
+TAKES: Mapping[str, tuple[str, ...]] = {
+    "forward_kl": ("target_weight",),
+    "reverse_kl": ("target_weight",),
+    "skew_kl": ("target_weight", "skew"),
+    "jsd": ("target_weight", "share"),
+    "sliced_w1": ("target_weight",),
+    "sft": (),
+    "label_smoothing": ("epsilon",),
+    "entropy_bonus": ("strength",),
+    "gem": ("temperature",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, merged into the weights at the end."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    modules: str | tuple[str, ...] = "all-linear"
+    """Names as peft takes them; the head is always left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run."""
+
+    model: str
+    """A Hugging Face causal LM: a folder, or a name where there is a hub."""
+    targets: str
+    """The folder of a target store."""
+    output: str
+    """Where checkpoints go: `checkpoint-N` to resume from, `final` to serve."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    steps: int | None = None
+    """Optimizer steps; where none is given, `epochs`."""
+    epochs: float = 1.0
+    max_length: int = 1024
+    """Tokens of a row; longer documents are cut into windows."""
+    packing: bool = True
+    batch_size: int = 8
+    """Rows of one process's one step."""
+    accumulation: int = 1
+    """Batches of one optimizer step."""
+    learning_rate: float = 2e-5
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    """Share of the steps."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """The gradient's largest norm."""
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    fsdp: str = "no"
+    save_every: int = 500
+    """Optimizer steps between checkpoints to resume from."""
+    keep: int = 2
+    """Checkpoints to resume from that stay."""
+    evaluate_every: int = 100
+    """Optimizer steps between evaluations on the held-out text."""
+    evaluate_tokens: int = 200_000
+    """At most so many tokens of the held-out text."""
+    patience: int | None = None
+    """Stop after so many evaluations without a lower held-out human NLL, and keep the best."""
+    log_every: int = 10
+    report_to: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("precision", PRECISIONS),
+            ("report_to", REPORTS),
+            ("fsdp", FSDP),
+            ("schedule", ("cosine", "linear", "constant")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                accepted = settings.among(value, known)
+                raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.")
+        for name in (
+            "batch_size",
+            "accumulation",
+            "save_every",
+            "keep",
+            "evaluate_every",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 1 or more.")
+        if self.max_length < 2:
+            raise ValueError(f"max_length: got {self.max_length}; accepted: 2 tokens or more.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}; accepted: 1 or more, or nothing.")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs: got {self.epochs}; accepted: above 0.")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate: got {self.learning_rate}; accepted: between 0 and 1.")
+
+
+def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
+    """The run of a YAML file with `key=value` and `key.inner=value` laid over it.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a wrong value.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file; give a YAML of training settings.")
+        if path.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes; accepted: {CONFIG_BYTES}.")
+        content = _yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: got a {type(content).__name__}; accepted: keys and values.")
+    for name, text in overrides.items():
+        *outer, last = name.split(".")
+        place = content
+        for key in outer:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{name}: {key} holds a value there, not keys.")
+        place[last] = _yaml(text, name)
+    return settings.load(TrainConfig, content, "train")
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())}).") from None

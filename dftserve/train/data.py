@@ -1,0 +1,125 @@
+"""Batches of a target store: documents packed into rows, and the targets of what they train.
+
+A row holds whole documents, or a window of one that is longer than a row; positions start anew
+with each, so no document sees another (transformers reads the packing off the positions).
+
+Shapes: B rows, N tokens of the longest, T trained positions of the batch.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dftserve.targets.document import Document
+from dftserve.targets.sparse import Targets
+from dftserve.targets.store import TargetStore
+from dftserve.train.divergences import TargetRows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start` to `stop` of a document. All but the first are predicted."""
+
+    document: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Row = tuple[Piece, ...]
+
+
+def pieces(lengths: Sequence[int], longest: int) -> list[Piece]:
+    """Every document, cut where it is longer than a row.
+
+    Windows share one token: the last of one is the context of the next, so each token of the
+    document but its first is predicted once.
+    """
+    return [
+        Piece(document, start, min(start + longest, length))
+        for document, length in enumerate(lengths)
+        for start in range(0, max(length - 1, 1), longest - 1)
+    ]
+
+
+def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
+    """Rows of at most `longest` tokens: each piece goes into the fullest row that has room.
+
+    Best fit, longest first; pieces of one length stand in an order drawn by the seed.
+    """
+    shuffled = random.Random(seed).sample(list(parts), len(parts))
+    by_room: dict[int, list[list[Piece]]] = {}
+    for piece in sorted(shuffled, key=len, reverse=True):
+        size = len(piece)
+        room = next((room for room in range(size, longest + 1) if by_room.get(room)), None)
+        row = by_room[room].pop() if room is not None else []
+        row.append(piece)
+        left = (longest if room is None else room) - size
+        by_room.setdefault(left, []).append(row)
+    rows = [tuple(row) for stack in by_room.values() for row in stack]
+    return random.Random(seed).sample(rows, len(rows))
+
+
+class Rows(Dataset):
+    """The packed rows of one split; an item is the pieces with their documents and targets."""
+
+    def __init__(
+        self, store: TargetStore, split: str, *, longest: int, packing: bool, seed: int
+    ) -> None:
+        self._store, self._split = store, split
+        parts = pieces(store.lengths(split), longest)
+        self.rows = packed(parts, longest, seed) if packing else [(part,) for part in parts]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[tuple[Document, Targets]]:
+        return [self._read(piece) for piece in self.rows[index]]
+
+    def _read(self, piece: Piece) -> tuple[Document, Targets]:
+        document, targets = self._store[self._split, piece.document]
+        positions_T = document.positions_T
+        first, last = np.searchsorted(positions_T, [piece.start + 1, piece.stop])
+        trained_N = document.trained_N[piece.start : piece.stop].copy()
+        trained_N[0] = False
+        window = Document(document.tokens_N[piece.start : piece.stop], trained_N)
+        return window, targets[int(first) : int(last)]
+
+
+class Collator:
+    """Makes a model's batch of items: tokens, positions, and the targets flattened to T rows.
+
+    Rows are filled with token 0, which is never predicted and never attended to.
+    """
+
+    def __call__(self, items: Sequence[Sequence[tuple[Document, Targets]]]) -> dict[str, Tensor]:
+        longest = max(sum(len(document.tokens_N) for document, _ in item) for item in items)
+        tokens_BN = np.zeros((len(items), longest), dtype=np.int64)
+        position_BN = np.zeros((len(items), longest), dtype=np.int64)
+        predicted_from: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for row, item in enumerate(items):
+            end = 0
+            for document, _ in item:
+                start, end = end, end + len(document.tokens_N)
+                tokens_BN[row, start:end] = document.tokens_N
+                position_BN[row, start:end] = np.arange(end - start)
+                predicted_from.append(row * longest + start + document.positions_T - 1)
+                labels.append(document.labels_T)
+            # What fills the row is a document of its own, after all others.
+            position_BN[row, end:] = np.arange(longest - end)
+        targets = Targets.joined([targets for item in items for _, targets in item])
+        rows = TargetRows.of(np.concatenate(labels), targets)
+        return {
+            "input_ids": torch.from_numpy(tokens_BN),
+            "position_ids": torch.from_numpy(position_BN),
+            "positions_T": torch.from_numpy(np.concatenate(predicted_from)),
+            **{each.name: getattr(rows, each.name) for each in fields(rows)},
+        }

@@ -1,0 +1,364 @@
+"""One training run, from a configuration to a checkpoint that serves.
+
+train(TrainConfig(model="base", targets="store", output="run"))
+
+run/settings.json     the resolved configuration; a resumed run must have the same
+run/checkpoint-N/     to resume from
+run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from dftserve import atomic, checkpoint
+from dftserve.spec import Promise
+from dftserve.targets.document import fingerprint, template_fingerprint
+from dftserve.targets.store import TargetStore, digest_of
+from dftserve.train.config import AUTO, TrainConfig
+from dftserve.train.data import Collator, Rows
+from dftserve.train.model import attach
+from dftserve.train.profile import Profile, deciles, measure
+from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
+
+SETTINGS, FINAL = "settings.json", "final"
+PROFILE_TOKENS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a run reads."""
+
+    tokenizer: PreTrainedTokenizerBase
+    store: TargetStore
+    train: Rows
+    heldout: Rows
+    collate: Collator
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, or go on where a run of the same settings stopped; the final checkpoint's folder.
+
+    Raises:
+        ValueError: anything that the run cannot be made from, before anything is written; or a
+            divergence that is no longer a number.
+        OSError: the disk; the last checkpoint is then whole.
+    """
+    output = Path(config.output)
+    if (output / FINAL).exists():
+        raise ValueError(
+            f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
+        )
+    material = read(config)
+    _begin(output, config)
+    resume = last_checkpoint(output)
+    if config.divergence.target_weight == AUTO:
+        config = _with_weight(config, material, output)
+    set_seed(config.seed)
+    model = load_model(config)
+    trainer = make_trainer(config, model, material)
+    with StopOnSignal().installed() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.received is not None:
+        raise SystemExit(128 + stop.received)
+    figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
+    model = whole_model(trainer, config)
+    if trainer.is_world_process_zero():
+        steps = trainer.state.global_step
+        finish(output / FINAL, config, model, material, steps=steps, figures=figures)
+    trainer.accelerator.wait_for_everyone()
+    return output / FINAL
+
+
+def read(config: TrainConfig) -> Material:
+    """The store and the tokenizer, checked against each other and against the configuration.
+
+    Raises:
+        ValueError: no store, a store of another tokenizer or template, a lumped tail where draws
+            are needed.
+    """
+    tokenizer = load_tokenizer(config.model)
+    store = TargetStore(Path(config.targets))
+    store.belongs_to(
+        tokenizer=fingerprint(tokenizer),
+        template=template_fingerprint(tokenizer),
+        vocabulary=_vocabulary(config.model),
+    )
+    needs = config.divergence
+    if needs.name in ("forward_kl", "sliced_w1") and store.manifest.plan.tail == "lumped":
+        raise ValueError(
+            f"{needs.name} needs draws from the tail and {store.folder} has a lumped one; take "
+            "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
+        )
+    if config.patience is not None and not store.count("heldout"):
+        raise ValueError("patience: the store has no held-out text to stop by; build it with some.")
+    if needs.target_weight == AUTO and not store.count("heldout"):
+        raise ValueError("target_weight: auto needs held-out text; build the store with some.")
+    rows = {
+        split: Rows(
+            store, split, longest=config.max_length, packing=config.packing, seed=config.seed
+        )
+        for split in ("train", "heldout")
+    }
+    return Material(tokenizer, store, rows["train"], rows["heldout"], Collator())
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: got {model!r}, which has no tokenizer ({_line(error)})."
+        ) from None
+
+
+def load_model(config: TrainConfig) -> Any:
+    """The model with its divergence attached, and with adapters where the run has them.
+
+    Weights are kept in float32: bf16 is how they are computed with.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: got {config.model!r}: {_line(error)}.") from None
+    if config.gradient_checkpointing:
+        model.config.use_cache = False
+    embeddings: Any = model.get_input_embeddings().weight
+    attach(model, config.divergence.build(embeddings, config.seed))
+    return model if config.lora is None else _adapted(model, config)
+
+
+def make_trainer(
+    config: TrainConfig, model: Any, material: Material, callbacks: tuple = ()
+) -> DFTTrainer:
+    has_heldout = len(material.heldout) > 0
+    early = config.patience is not None
+    arguments = TrainingArguments(
+        output_dir=config.output,
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=config.gradient_checkpointing,
+        fsdp=None if config.fsdp == "no" else config.fsdp,
+        fsdp_config=_fsdp(config),
+        save_strategy="steps",
+        # The best model can only be kept if it is saved when it is found.
+        save_steps=config.evaluate_every if early else config.save_every,
+        save_total_limit=config.keep,
+        eval_strategy="steps" if has_heldout else "no",
+        eval_steps=config.evaluate_every,
+        load_best_model_at_end=early,
+        metric_for_best_model=HUMAN_NLL if early else None,
+        greater_is_better=False if early else None,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=False,
+    )
+    trainer = DFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=material.train,
+        eval_dataset=_some(material.heldout, config.evaluate_tokens) if has_heldout else None,
+        data_collator=material.collate,
+        processing_class=material.tokenizer,
+        callbacks=list(callbacks),
+    )
+    if config.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.patience))
+    return trainer
+
+
+def whole_model(trainer: DFTTrainer, config: TrainConfig) -> Any:
+    """The trained model on this process; where it is sharded, a copy that is not."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    model = load_model(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def finish(
+    folder: Path,
+    config: TrainConfig,
+    model: Any,
+    material: Material,
+    *,
+    steps: int,
+    figures: Mapping[str, float],
+) -> None:
+    """Write the checkpoint: whole, or not at all."""
+    model = model.merge_and_unload() if config.lora is not None else model
+    model.eval()
+    seen = profile(model, config, material)
+    plan = material.store.manifest.plan
+    data = {
+        "model": Path(config.model).name,
+        "targets": digest_of(material.store.folder / "manifest.json"),
+        "corpus": plan.corpus_blake3,
+        "tokenizer": plan.tokenizer,
+    }
+    measured = {name.removeprefix("final_"): value for name, value in figures.items()}
+    run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
+    with atomic.folder(folder) as made:
+        model.save_pretrained(made)
+        material.tokenizer.save_pretrained(made)
+        checkpoint.describe(made, promise(config, seen, plan.source), run)
+        checkpoint.seal(made)
+
+
+def profile(model: Any, config: TrainConfig, material: Material) -> Profile:
+    device = next(model.parameters()).device
+    loader = DataLoader(
+        _some(material.heldout, PROFILE_TOKENS),  # type: ignore[arg-type]
+        batch_size=config.batch_size,
+        collate_fn=material.collate,
+    )
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
+    end: Any = material.tokenizer.eos_token_id
+    stops: frozenset[int] = frozenset() if end is None else frozenset({end})
+    return measure(model, batches, stop_ids=stops, tokens=PROFILE_TOKENS)
+
+
+def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
+    told = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
+    if not len(seen.model_T):
+        return Promise(recipe=told)
+    reads = config.divergence.name not in ("sft", "label_smoothing", "entropy_bonus", "gem")
+    return Promise(
+        recipe=told,
+        diversity=seen.suggested,
+        target_entropy=round(float(seen.target_T.mean()), 4) if reads else None,
+        model_entropy=round(float(seen.model_T.mean()), 4),
+        target_deciles=deciles(seen.target_T) if reads else None,
+        model_deciles=deciles(seen.model_T),
+    )
+
+
+def _begin(output: Path, config: TrainConfig) -> None:
+    """Make the folder, or refuse one of another run."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    path = output / SETTINGS
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{output} holds a run whose {name} is {found.get(name)!r}, not {value!r}; "
+                    "choose another output, or remove it."
+                )
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is neither empty nor a run; choose another output.")
+    if int(os.environ.get("RANK", "0")) == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def _with_weight(config: TrainConfig, material: Material, output: Path) -> TrainConfig:
+    """λ by the held-out human NLL after a short run of each candidate; asked once a run."""
+    path = output / "weight.json"
+    if not path.exists():
+        tried = {}
+        for weight in config.divergence.candidates:
+            divergence = replace(config.divergence, target_weight=weight)
+            probe = replace(
+                config,
+                divergence=divergence,
+                steps=config.divergence.probe_steps,
+                save_every=1 << 30,
+                evaluate_every=1 << 30,
+                patience=None,
+                report_to="none",
+            )
+            set_seed(config.seed)
+            trainer = make_trainer(probe, load_model(probe), material)
+            trainer.args.save_strategy = "no"
+            trainer.train()
+            tried[weight] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+        best = min(tried, key=lambda weight: tried[weight])
+        print(f"target_weight: {best:g} of {tried} (held-out human NLL, nats a token)")
+        if int(os.environ.get("RANK", "0")) == 0:
+            atomic.write_text(path, json.dumps({"target_weight": best, "tried": tried}) + "\n")
+    else:
+        best = json.loads(path.read_text(encoding="utf-8"))["target_weight"]
+    return replace(config, divergence=replace(config.divergence, target_weight=best))
+
+
+def _adapted(model: Any, config: TrainConfig) -> Any:
+    import peft
+
+    assert config.lora is not None
+    modules = config.lora.modules
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=modules if isinstance(modules, str) else list(modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return wrapped
+
+
+def _fsdp(config: TrainConfig) -> dict[str, Any] | None:
+    if config.fsdp == "no":
+        return None
+    return {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
+
+
+def _some(rows: Rows, tokens: int) -> list:
+    """The first rows that together hold `tokens`."""
+    held = 0
+    for count, row in enumerate(rows.rows, 1):
+        held += sum(map(len, row))
+        if held >= tokens:
+            return list(islice((rows[i] for i in range(count)), count))
+    return [rows[i] for i in range(len(rows))]
+
+
+def _vocabulary(model: str) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,213 @@
+"""`transformers.Trainer` on a target store: its loss, its held-out figures, its atomic saves.
+
+Shapes: T trained positions of a batch.
+"""
+
+import math
+import shutil
+import signal
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from dftserve import atomic, checkpoint
+from dftserve.train.model import DFTOutput
+
+HUMAN_NLL = "human_nll"
+"""−ln p of the held-out text, nats a token: what early stopping and λ are judged by."""
+SUMS = ("loss", "model_entropy", "target_entropy", HUMAN_NLL)
+SHOWN = {"loss": "divergence"}
+SEEN = ("divergence", "model_entropy", "target_entropy", "tokens")
+"""Summed over the steps between two lines of the log."""
+
+
+class DFTTrainer(Trainer):
+    """Trains a model that `attach` has given a divergence.
+
+    Losses are sums over trained tokens, divided by the tokens of the whole step: over all batches
+    of an accumulation and all processes.
+    """
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.model_accepts_loss_kwargs = True
+        self._seen = torch.zeros(len(SEEN), dtype=torch.float64, device=self.args.device)
+
+    # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Mapping[str, Tensor]], device: torch.device
+    ) -> Tensor:
+        tokens = sum(len(batch["positions_T"]) for batch in batch_samples)
+        counted: Any = self.accelerator.gather(torch.tensor([tokens], device=device))
+        return counted.sum()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        output: DFTOutput = model(**inputs)
+        tokens = len(inputs["positions_T"]) if num_items_in_batch is None else num_items_in_batch
+        # DDP and FSDP average gradients over processes; the tokens are already all processes'.
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = output.loss * (processes / tokens)  # type: ignore[operator]
+        if torch.is_grad_enabled():
+            # Summed where they are: asking for their values would stop a GPU at every step.
+            seen = [output.loss, output.model_entropy, output.target_entropy]
+            counted = torch.tensor(float(len(inputs["positions_T"])), device=self._seen.device)
+            self._seen += torch.stack([each.detach().double() for each in (*seen, counted)])
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            *sums, tokens = self._seen.tolist()
+            self._seen.zero_()
+            logs |= {n: value / max(tokens, 1.0) for n, value in zip(SEEN[:-1], sums, strict=True)}
+            self._refuse_nan(logs["divergence"])
+        super().log(logs, start_time)
+
+    def _refuse_nan(self, divergence: float) -> None:
+        if not math.isfinite(divergence):
+            raise ValueError(
+                f"the divergence is {divergence} after step {self.state.global_step}; the last "
+                "checkpoint is as it was. Lower learning_rate, or look for a damaged model."
+            )
+
+    # ── Held-out text ────────────────────────────────────────────────────────────────────────────
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the held-out tokens, in nats: divergence, entropies, human NLL."""
+        loader: DataLoader = self.get_eval_dataloader(eval_dataset)
+        # As training wrapped it, where it did: sharded weights have no other way in.
+        model: Any = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
+        for batch in loader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                output: DFTOutput = model(**inputs)
+            values = [float(output[name]) for name in SUMS]
+            sums += sums.new_tensor([*values, len(inputs["positions_T"])])
+        summed: Any = self.accelerator.reduce(sums, reduction="sum")
+        *totals, tokens = summed.tolist()
+        metrics = {
+            f"{metric_key_prefix}_{SHOWN.get(name, name)}": total / max(tokens, 1.0)
+            for name, total in zip(SUMS, totals, strict=True)
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ── Saving ───────────────────────────────────────────────────────────────────────────────────
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer's, into a folder beside its place, then sealed and renamed."""
+        self._refuse_nan(float(self._seen[0]))
+        run = Path(str(self.args.output_dir))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run / f"{name}{atomic.PARTIAL}"
+        if self.state.best_global_step:
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with self._output_in(staging):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.seal(staging / name)
+            # There from before only where a signal came in the step that had just been saved.
+            shutil.rmtree(run / name, ignore_errors=True)
+            atomic.move_folder(staging / name, run / name)
+            shutil.rmtree(staging)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _output_in(self, folder: Path):
+        self._staging = folder
+        try:
+            yield
+        finally:
+            del self._staging
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(getattr(self, "_staging", None) or super()._get_output_dir(trial))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of what run.json says in the open.
+        pickled = Path(output_dir or str(self.args.output_dir)) / "training_args.bin"
+        pickled.unlink(missing_ok=True)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint to resume from, verified; leftovers of a kill are removed.
+
+    Raises:
+        CheckpointError: the newest one is damaged: resuming from it would not be exact.
+    """
+    for leftover in run.glob(f"*{atomic.PARTIAL}"):
+        shutil.rmtree(leftover)
+    found = {
+        int(path.name.rpartition("-")[2]): path
+        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    }
+    if not found:
+        return None
+    checkpoint.verify(found[max(found)])
+    return found[max(found)]
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and SIGINT: finish the step, save, leave."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    @contextmanager
+    def installed(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._former[number] = signal.signal(number, self._receive)
+        try:
+            yield self
+        finally:
+            for number, former in self._former.items():
+                signal.signal(number, former)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
