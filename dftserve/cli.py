@@ -97,6 +97,110 @@ def demo(folder: Path) -> None:
         demo(folder)
 
 
+@main.group()
+def target() -> None:
+    """Build and look at target stores: what a model is tuned toward."""
+
+
+@target.command("build")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The model that will be tuned: a folder, or a name.")
+@click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="For the recipe.")
+@click.option("--heldout", type=float, default=0.05, show_default=True, help="Share of texts.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--processes", type=int, default=1, show_default=True)
+@click.option("--max-tokens", type=int, help="Of one document. Default: as long as it comes.")
+def target_build(values: tuple[str, ...], **options) -> None:
+    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .parquet, or a folder.
+
+    The same command goes on where it was stopped.
+    """
+    with _usage_errors():
+        named = _named(values)
+        from dftserve.targets.run import Job, build
+
+        build(Job(values=named, **options), lambda line: click.echo(line, err=True))
+
+
+@target.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", help="Whose tokenizer writes the examples. Default: token ids.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
+def target_inspect(folder: Path, model: str | None, as_json: bool, html: Path | None) -> None:
+    """Show what the target store FOLDER holds."""
+    from dftserve.targets.run import inspect
+
+    with _usage_errors():
+        click.echo(inspect(folder, model=model, html=html, as_json=as_json))
+
+
+@target.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def target_verify(folder: Path) -> None:
+    """Compare every byte of the target store FOLDER with its manifest."""
+    from dftserve.targets.run import verify
+
+    with _usage_errors():
+        click.echo(verify(folder))
+
+
+@main.command()
+@click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--set", "values", multiple=True, metavar="KEY=VALUE", help="As in the YAML; a.b for inner."
+)
+@click.option("--plan", is_flag=True, help="Say what it would take; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
+def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: bool) -> None:
+    """Tune a model toward a target store: CONFIG is a YAML of settings, --set goes over it.
+
+    Needs `model`, `targets` and `output`. The same command goes on where it was stopped. Under
+    torchrun it takes all of its processes.
+    """
+    with _usage_errors():
+        named = _named(values)
+        from dftserve.train import config as configs
+
+        wanted = configs.load(config, named)
+        if plan or as_json:
+            from dftserve.train.plan import plan_of
+
+            planned = plan_of(wanted)
+            click.echo(planned.as_json() if as_json else planned.shown())
+            return
+        from dftserve.train.run import train
+
+        click.echo(train(wanted))
+
+
+@main.group()
+def checkpoint() -> None:
+    """Look at checkpoints."""
+
+
+@checkpoint.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint_verify(folder: Path) -> None:
+    """Compare every file of the checkpoint FOLDER with its checksum."""
+    from dftserve.checkpoint import verify
+
+    with _usage_errors():
+        click.echo(f"{folder}: {verify(folder)} files, each as it was written.")
+
+
+def _named(values: tuple[str, ...]) -> dict[str, str]:
+    named = {}
+    for value in values:
+        name, equals, said = value.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--set: got {value!r}; accepted: KEY=VALUE.")
+        named[name] = said
+    return named
+
+
 def _api_key(variable: str, *, must: bool = False) -> str | None:
     key = os.environ.get(variable, "").strip()
     if must and not key:

@@ -10,7 +10,7 @@
 
 A shard appears whole or not at all, and depends on the plan and its own documents alone: a build
 goes on where it was stopped, and several processes may share it. A token takes four bytes and its
-target 3·(k + M) + 2·k + 6: 52 at k = M = 6.
+target 3·(k + M) + 2·k + 6: 58 in all at k = M = 6.
 
 Shapes: N tokens, D documents, T trained positions, K top entries, M draws.
 """

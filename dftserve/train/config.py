@@ -19,7 +19,6 @@ CONFIG_BYTES = 1 << 16
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16")
 REPORTS = ("none", "tensorboard", "trackio")
-FSDP = ("no", "full_shard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +128,8 @@ class TrainConfig:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
-    fsdp: str = "no"
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the processes of torchrun."""
     save_every: int = 500
     """Optimizer steps between checkpoints to resume from."""
     keep: int = 2
@@ -148,7 +148,6 @@ class TrainConfig:
         for name, known in (
             ("precision", PRECISIONS),
             ("report_to", REPORTS),
-            ("fsdp", FSDP),
             ("schedule", ("cosine", "linear", "constant")),
         ):
             value = getattr(self, name)

@@ -166,8 +166,8 @@ def make_trainer(
         bf16=config.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=config.gradient_checkpointing,
-        fsdp=None if config.fsdp == "no" else config.fsdp,
-        fsdp_config=_fsdp(config),
+        fsdp="full_shard" if config.fsdp else None,
+        fsdp_config={"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
         save_strategy="steps",
         # The best model can only be kept if it is saved when it is found.
         save_steps=config.evaluate_every if early else config.save_every,
@@ -336,12 +336,6 @@ def _adapted(model: Any, config: TrainConfig) -> Any:
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     return wrapped
-
-
-def _fsdp(config: TrainConfig) -> dict[str, Any] | None:
-    if config.fsdp == "no":
-        return None
-    return {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
 
 
 def _some(rows: Rows, tokens: int) -> list:

@@ -1,0 +1,225 @@
+"""Which texts are fit to learn from, and what is taken out of them first.
+
+    reason = verdict(cleaned(text, filters), filters)      # None: it stays
+
+Stripped: the frame of a Project Gutenberg file, licence paragraphs, cookie and navigation lines.
+Dropped, with the reason: everything else. A conversation is judged, never changed.
+
+The limits on repetition are Gopher's (arXiv 2112.11446, table A1): at most .20 of the characters in
+lines that stand there before, at most .15 in 5-grams that do.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from dftserve.corpus.read import Text
+from dftserve.settings import among
+
+LANGUAGE_CHARACTERS = 20_000
+"""As much of a text as its language is told from."""
+GRAM = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """What a corpus accepts. A share is of a text's characters, in [0, 1].
+
+    A word is what stands between blanks: for a language that writes none, set `min_words` to 1.
+    """
+
+    min_words: int = 20
+    max_words: int = 1_000_000
+    split_words: int = 1_000
+    """A longer plain text is cut at paragraph ends into pieces of at most so many words."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes, as py3langid knows them; none: any language."""
+    language_min_words: int = 20
+    """The language of a shorter text cannot be told, and is not judged."""
+    max_damage: float = 0.005
+    """Share of replacement characters, control characters and UTF-8 read as Latin-1."""
+    max_repeated_lines: float = 0.20
+    """Share of lines that the text already had."""
+    max_repeated_grams: float = 0.15
+    """Share of words in a run of five that the text already had."""
+    strip_boilerplate: bool = True
+    """Take out Gutenberg frames, licence paragraphs, cookie and navigation lines."""
+    max_boilerplate: float = 0.5
+    """Share of licence paragraphs, cookie and navigation lines above which a text is dropped."""
+    duplicate_threshold: float | None = 0.8
+    """Jaccard similarity of word 5-grams from which on the later of two pieces is dropped; 1: only
+    equal ones are, None: none is. Of conversations, answers to one prompt are compared."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_words <= self.max_words:
+            raise ValueError(
+                f"min_words {self.min_words} and max_words {self.max_words}; "
+                "accepted: 0 ≤ min_words ≤ max_words."
+            )
+        if self.split_words < 1:
+            raise ValueError(f"split_words: got {self.split_words}; accepted: 1 or more.")
+        if self.language_min_words < 0:
+            raise ValueError(f"language_min_words: got {self.language_min_words}; accepted: ≥ 0.")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 0 to 1.")
+        threshold = self.duplicate_threshold
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"duplicate_threshold: got {threshold}; accepted: above 0, at most 1.")
+        for language in self.languages:
+            if language not in _known_languages():
+                known = among(language, _known_languages())
+                raise ValueError(f"languages: got {language!r}; accepted: {known}.")
+
+
+_SHARES = ("max_damage", "max_repeated_lines", "max_repeated_grams", "max_boilerplate")
+
+
+def cleaned(text: Text, filters: Filters) -> Text:
+    """A plain text without its boilerplate, where the filters ask for that."""
+    if not filters.strip_boilerplate or text.messages is not None:
+        return text
+    body = _unframed(text.content)
+    if _boilerplate(body):
+        kept = "".join(part for part, is_boilerplate in _parts(body) if not is_boilerplate)
+        body = _BLANK_LINES.sub("\n\n", kept).strip("\n")
+    return text if body == text.content else replace(text, content=body)
+
+
+def verdict(text: Text, filters: Filters) -> str | None:
+    """Why a text, as it was read, is dropped; None where it stays."""
+    whole = text.content if text.messages is not None else _unframed(text.content)
+    if _share(_boilerplate(whole), whole) > filters.max_boilerplate:
+        return "boilerplate"
+    content = cleaned(text, filters).content
+    words = content.split()
+    if len(words) < filters.min_words:
+        return "too short"
+    if len(words) > filters.max_words:
+        return "too long"
+    if damage(content) > filters.max_damage:
+        return "damaged encoding"
+    if repeated_lines(content) > filters.max_repeated_lines:
+        return "repeated lines"
+    if repeated_grams(words) > filters.max_repeated_grams:
+        return "repeated phrases"
+    if filters.languages and len(words) >= filters.language_min_words:
+        found = _language(content[:LANGUAGE_CHARACTERS])
+        if found not in filters.languages:
+            return f"language {found}"
+    return None
+
+
+# ── Measures ─────────────────────────────────────────────────────────────────────────────────────
+
+_DAMAGE = re.compile(
+    "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]"  # U+FFFD and control characters
+    "|[\u00c2\u00c3][\u0080-\u00bf]"  # Ã©: two bytes of UTF-8 read as Latin-1
+    "|\u00e2(?:\u20ac.|[\u0080-\u00bf]{2})"  # â€™: three bytes, read as Windows-1252 or Latin-1
+)
+
+
+def damage(content: str) -> float:
+    """The share of characters that a wrong encoding left behind."""
+    return _share(_DAMAGE.findall(content), content)
+
+
+def repeated_lines(content: str) -> float:
+    """The share of characters in lines that stand earlier in the text too."""
+    lines = [line for line in map(str.strip, content.splitlines()) if line]
+    seen: set[str] = set()
+    repeated = [line for line in lines if line in seen or seen.add(line)]
+    return sum(map(len, repeated)) / max(1, sum(map(len, lines)))
+
+
+def repeated_grams(words: Sequence[str]) -> float:
+    """The share of characters, spaces left out, in 5-grams that stand earlier in the text too."""
+    seen: set[tuple[str, ...]] = set()
+    repeated = covered = 0
+    for start in range(len(words) - GRAM + 1):
+        gram = tuple(words[start : start + GRAM])
+        if gram in seen:
+            # Grams overlap: a word counts once.
+            repeated += sum(map(len, words[max(covered, start) : start + GRAM]))
+            covered = start + GRAM
+        seen.add(gram)
+    return repeated / max(1, sum(map(len, words)))
+
+
+def _language(content: str) -> str:
+    import py3langid
+
+    return py3langid.classify(content)[0]
+
+
+@cache
+def _known_languages() -> tuple[str, ...]:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return tuple(sorted(LanguageIdentifier.from_model_file(MODEL_FILE).labels))
+
+
+def _share(parts: Iterable[str], content: str) -> float:
+    return sum(map(len, parts)) / max(1, len(content))
+
+
+# ── Boilerplate ──────────────────────────────────────────────────────────────────────────────────
+
+_GUTENBERG_START = re.compile(
+    r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$\n?", re.IGNORECASE | re.MULTILINE
+)
+_GUTENBERG_END = re.compile(
+    r"^\W*END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*", re.IGNORECASE | re.MULTILINE | re.DOTALL
+)
+_LICENCE = re.compile(
+    "permission is hereby granted, free of charge"
+    "|licensed under the (?:apache|mit|mozilla|gnu|creative commons)"
+    "|redistribution and use in source and binary forms"
+    "|the software is provided .as is"
+    "|gnu (?:lesser |affero )?general public license"
+    "|placed in the public domain"
+    "|all rights reserved"
+    "|spdx-license-identifier"
+    "|project gutenberg(?:-tm)? (?:license|literary archive)",
+    re.IGNORECASE,
+)
+_SITE_LINE = re.compile(
+    "we use cookies|(?:accept|reject) (?:all )?cookies|cookie (?:policy|settings|preferences)"
+    "|skip to (?:main )?content|terms of (?:use|service)|privacy policy|subscribe to our newsletter"
+    "|share (?:this )?on (?:facebook|twitter|x|linkedin)|back to top|click here to subscribe",
+    re.IGNORECASE,
+)
+_NAVIGATION = re.compile(r"^\s*(?:[^|»›·•\n]{1,30}\s[|»›·•]\s){2,}[^|»›·•\n]{1,30}$")
+_PARAGRAPHS = re.compile(r"(\n[ \t]*\n\s*)")
+_BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
+LICENCE_WORDS, SITE_WORDS = 400, 25
+"""A longer paragraph speaks of a licence, a longer line of cookies; it is not one of theirs."""
+
+
+def _unframed(content: str) -> str:
+    """What stands between Project Gutenberg's own start and end marks."""
+    start = _GUTENBERG_START.search(content)
+    body = content[start.end() :] if start else content
+    return _GUTENBERG_END.sub("", body)
+
+
+def _boilerplate(content: str) -> list[str]:
+    return [part for part, is_boilerplate in _parts(content) if is_boilerplate]
+
+
+def _parts(content: str) -> list[tuple[str, bool]]:
+    """Paragraphs, lines and what stands between, in order, each with whether it is boilerplate."""
+    parts: list[tuple[str, bool]] = []
+    for paragraph in _PARAGRAPHS.split(content):
+        if _LICENCE.search(paragraph) and len(paragraph.split()) <= LICENCE_WORDS:
+            parts.append((paragraph, True))
+        else:
+            parts += ((line, _is_site_line(line)) for line in paragraph.splitlines(keepends=True))
+    return parts
+
+
+def _is_site_line(line: str) -> bool:
+    if _NAVIGATION.match(line.rstrip("\n")):
+        return True
+    return bool(_SITE_LINE.search(line)) and len(line.split()) <= SITE_WORDS

@@ -1,0 +1,221 @@
+"""From texts as they lie about to a corpus: filtered, cut, without duplicates, split in two.
+
+    corpus = prepare(read(Path("novels")), Filters(languages=("en",)))
+
+Each text goes to training or to the held-out part by a hash of its own content, before it is cut:
+texts that are added later move none, and the pieces of a book stay together. A conversation goes by
+its turns before the first answer: all answers to one prompt stay together.
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from blake3 import blake3
+
+from dftserve.corpus.duplicates import Duplicates
+from dftserve.corpus.filters import Filters, cleaned, verdict
+from dftserve.corpus.read import Text
+
+EXAMPLES = 3
+"""Origins that a report names for each reason."""
+DUPLICATE = "near-duplicate"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What was left out for one reason."""
+
+    count: int = 0
+    examples: tuple[str, ...] = ()
+    """Origins of the first ones."""
+
+    def with_one(self, origin: str) -> "Dropped":
+        return Dropped(self.count + 1, (*self.examples, origin)[:EXAMPLES])
+
+
+@dataclass
+class Report:
+    """What became of the texts."""
+
+    read: int = 0
+    """Texts, as they came."""
+    kept: int = 0
+    """Texts of which something stayed."""
+    stripped: int = 0
+    """Texts that lost boilerplate, and stayed."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
+    documents: dict[str, int] = field(default_factory=dict)
+    """By split: pieces, and texts that were not cut."""
+    words: dict[str, int] = field(default_factory=dict)
+    """By split."""
+
+    def drop(self, reason: str, origin: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, Dropped()).with_one(origin)
+
+    def as_dict(self) -> dict[str, Any]:
+        """In JSON's types; the reasons in the order of their names."""
+        dropped = {
+            reason: {"count": each.count, "examples": list(each.examples)}
+            for reason, each in sorted(self.dropped.items())
+        }
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "stripped": self.stripped,
+            "dropped": dropped,
+            "documents": dict(self.documents),
+            "words": dict(self.words),
+        }
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: tuple[Text, ...]
+    heldout: tuple[Text, ...]
+    report: Report
+
+
+def prepare(
+    texts: Iterable[Text], filters: Filters, *, heldout: float = 0.05, seed: int = 0
+) -> Corpus:
+    """The texts that pass the filters, in their order.
+
+    Args:
+        heldout: the share of texts, in [0, 1), that is not trained on. Above 0 it is one text at
+            least, and one at least is trained on.
+        seed: of the split.
+
+    Raises:
+        ValueError: no text passes, or one alone where a held-out part is asked for.
+    """
+    if not 0 <= heldout < 1:
+        raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
+    report = Report()
+    kept = list(_kept(texts, filters, report))
+    report.kept = len(kept)
+    if not kept:
+        raise ValueError(f"the corpus is empty: {_losses(report)}.")
+    draws = [_draw(_opening(pieces[0]) or text, seed) for text, pieces in kept]
+    if heldout and len(set(draws)) == 1:
+        raise ValueError(
+            f"the corpus is one text, or answers to one prompt ({kept[0][1][0].origin}; "
+            f"{_losses(report)}): none can be held out. Give more texts, a book as a file a "
+            "chapter, or hold out 0."
+        )
+    aside = _heldout(set(draws), heldout)
+    splits: dict[str, list[Text]] = {"train": [], "heldout": []}
+    for draw, (_, pieces) in zip(draws, kept, strict=True):
+        splits["heldout" if draw in aside else "train"] += pieces
+    for split, pieces in splits.items():
+        report.documents[split] = len(pieces)
+        report.words[split] = sum(len(piece.content.split()) for piece in pieces)
+    return Corpus(tuple(splits["train"]), tuple(splits["heldout"]), report)
+
+
+def _kept(
+    texts: Iterable[Text], filters: Filters, report: Report
+) -> Iterator[tuple[str, list[Text]]]:
+    """The whole content of each text that stays, and its pieces."""
+    duplicates = Duplicates(filters.duplicate_threshold)
+    for text in texts:
+        report.read += 1
+        reason = verdict(text, filters)
+        if reason is not None:
+            report.drop(reason, text.origin)
+            continue
+        clean = cleaned(text, filters)
+        pieces = []
+        for number, piece in enumerate(cut(clean, filters.split_words)):
+            prompt, name = _opening(piece), f"{report.read} {number}"
+            if duplicates.of(piece.content[len(prompt) :], name, within=prompt) is None:
+                pieces.append(piece)
+            else:
+                report.drop(DUPLICATE, piece.origin)
+        if pieces:
+            report.stripped += clean is not text
+            yield clean.content, pieces
+
+
+def _opening(text: Text) -> str:
+    """What stands before the first answer of a conversation; empty for a plain text."""
+    turns = text.messages or ()
+    said = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
+    return "".join(f"{turn['content']}\n\n" for turn in said)
+
+
+def _draw(content: str, seed: int) -> float:
+    """Uniform in [0, 1), from the content alone."""
+    digest = blake3(f"{seed}\n{content}".encode()).digest(length=8)
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _heldout(draws: Collection[float], share: float) -> set[float]:
+    """The draws below `share`; of a small corpus at least one, and never all."""
+    ordered = sorted(draws)
+    count = sum(draw < share for draw in ordered)
+    return set(ordered[: min(max(count, 1), len(ordered) - 1)]) if share else set()
+
+
+def _losses(report: Report) -> str:
+    lost = ", ".join(f"{each.count} {reason}" for reason, each in sorted(report.dropped.items()))
+    return f"{report.read} read, dropped: {lost}" if lost else f"{report.read} read"
+
+
+# ── Cutting ──────────────────────────────────────────────────────────────────────────────────────
+
+_PARAGRAPH = re.compile(r"(?<=\n)(?=[ \t]*\n)")
+_SENTENCE = re.compile(r"(?<=[.!?…。！？])(?=\s)|(?<=[。！？])")
+_LINE = re.compile(r"(?<=\n)")
+_WORDS = re.compile(r"\s*\S+\s*")
+
+
+def cut(text: Text, limit: int) -> list[Text]:
+    """A plain text in pieces of at most `limit` words, alike in length, ending at paragraph ends.
+
+    A paragraph above the limit is cut at sentence ends, a sentence above it between words. Joined
+    again, the pieces have the text's words in their order. A conversation is not cut.
+    """
+    left = len(text.content.split())
+    if text.messages is not None or left <= limit:
+        return [text]
+    pieces, held, goal = [""], 0, _fair_share(left, limit)
+    for block in _blocks(text.content, limit):
+        size = len(block.split())
+        if held and size and (held + size > limit or held + size / 2 > goal):
+            pieces.append("")
+            left -= held
+            held, goal = 0, _fair_share(left, limit)
+        pieces[-1] += block
+        held += size
+    last = len(pieces)
+    return [
+        replace(text, content=piece.strip("\n"), origin=f"{text.origin}#{i}", ends=i == last)
+        for i, piece in enumerate(pieces, 1)
+    ]
+
+
+def _fair_share(words: int, limit: int) -> float:
+    """Words of each of the fewest pieces: the last one is no stump."""
+    return words / max(1, -(-words // limit))
+
+
+def _blocks(content: str, limit: int) -> Iterator[str]:
+    """Paragraphs, or parts of them, of at most `limit` words; joined, they are the text."""
+    for paragraph in _PARAGRAPH.split(content):
+        yield from _parts(paragraph, limit, (_SENTENCE, _LINE))
+
+
+def _parts(content: str, limit: int, ends: tuple[re.Pattern[str], ...]) -> Iterator[str]:
+    if len(content.split()) <= limit:
+        yield content
+    elif ends:
+        for part in ends[0].split(content):
+            yield from _parts(part, limit, ends[1:])
+    else:
+        words = _WORDS.findall(content)
+        for start in range(0, len(words), limit):
+            yield "".join(words[start : start + limit])

@@ -1,0 +1,205 @@
+"""Texts from files: what a user has, one text at a time.
+
+for text in read(Path("novels")): ...
+
+.txt .md .rst    one text a file, UTF-8
+.jsonl           one a line: `text`, or `messages` [{"role", "content"}, …], or `prompt` and
+                 `response`
+.parquet         one a row, the same fields
+a folder         of these, at any depth, in the order of their paths; hidden files are left out
+a folder that datasets' save_to_disk wrote    one a row, the same fields
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEXTS = (".txt", ".md", ".rst")
+RECORDS = (".jsonl", ".parquet")
+LARGEST = 64 << 20
+"""Bytes of one text file, and of one line of a .jsonl file: either is held in memory whole."""
+BATCH_ROWS = 256
+"""Rows of a .parquet file that are held in memory at once."""
+FIELDS = "`text`, or `messages`, or `prompt` and `response`"
+DATASET_MARKS = ("dataset_dict.json", "state.json")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, or one conversation."""
+
+    content: str
+    """Of a conversation: what is said in it, turn by turn."""
+    messages: tuple[Mapping[str, str], ...] | None
+    """The conversation's turns, each with `role` and `content`; None for a plain text."""
+    origin: str
+    """The path under what was read, with the line or row: `letters/1.txt`, `chat.jsonl:7`."""
+    ends: bool = True
+    """False for a piece of a text that goes on in the next one."""
+
+
+def read(path: Path) -> Iterator[Text]:
+    """The texts of a file or a folder, in an order that does not change.
+
+    Raises:
+        ValueError: names the file, and the line or row: nothing there, a suffix that is not known,
+            not UTF-8, too large, broken JSON, a field that is missing or of a wrong type.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: nothing is there; accepted: {_accepted()}.")
+    if path.is_dir() and any((path / mark).is_file() for mark in DATASET_MARKS):
+        yield from _dataset(path)
+    elif path.is_dir():
+        for file in _files(path):
+            yield from _file(file, file.relative_to(path).as_posix())
+    else:
+        yield from _file(path, path.name)
+
+
+def _accepted() -> str:
+    suffixes = ", ".join((*TEXTS, *RECORDS))
+    return (
+        f"files with the suffix {suffixes}, a folder of them, or a folder of Hugging Face datasets"
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    return [folder / path for path in sorted(shown, key=lambda path: path.parts)]
+
+
+def _file(path: Path, origin: str) -> Iterator[Text]:
+    suffix = path.suffix.lower()
+    if suffix in TEXTS:
+        yield _text_file(path, origin)
+    elif suffix == ".jsonl":
+        yield from _lines(path, origin)
+    elif suffix == ".parquet":
+        yield from _parquet(path, origin)
+    else:
+        raise ValueError(f"{path}: got the suffix {suffix!r}; accepted: {_accepted()}.")
+
+
+def _text_file(path: Path, origin: str) -> Text:
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path}: {size} bytes; accepted: at most {LARGEST} in one text file.")
+    return _plain(_decoded(path.read_bytes(), f"{path}"), origin)
+
+
+def _lines(path: Path, origin: str) -> Iterator[Text]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LARGEST + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > LARGEST:
+                raise ValueError(f"{where}: more than {LARGEST} bytes; accepted: shorter lines.")
+            if line.strip():
+                yield _record(_parsed(_decoded(line, where), where), where, f"{origin}:{number}")
+
+
+def _parquet(path: Path, origin: str) -> Iterator[Text]:
+    import pyarrow
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
+            for record in batch.to_pylist():
+                row += 1
+                yield _record(record, f"{path}, row {row}", f"{origin}:{row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a .parquet file that can be read ({error}).") from None
+
+
+def _dataset(path: Path) -> Iterator[Text]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a datasets folder that can be read ({error}).") from None
+    named = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(path.name, loaded)]
+    for split, rows in sorted((str(name), rows) for name, rows in named):
+        for row, record in enumerate(rows, 1):
+            yield _record(record, f"{path}, {split} row {row}", f"{split}:{row}")
+
+
+# ── One record ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _record(record: object, where: str, origin: str) -> Text:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: got {_shown(record)}; accepted: an object with {FIELDS}.")
+    given = {name for name in record if record[name] is not None}
+    if "messages" in given:
+        return _conversation(_turns(record["messages"], where), origin)
+    if "text" in given:
+        return _plain(_string(record["text"], f"{where}, text"), origin)
+    if {"prompt", "response"} <= given:
+        asked = _string(record["prompt"], f"{where}, prompt")
+        said = _string(record["response"], f"{where}, response")
+        turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": said})
+        return _conversation(turns, origin)
+    listed = ", ".join(sorted(map(str, given))) or "none"
+    raise ValueError(f"{where}: got the fields {_shown(listed)}; accepted: {FIELDS}.")
+
+
+def _turns(given: object, where: str) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}, messages: got {_shown(given)}; accepted: a list of turns.")
+    return tuple(_turn(each, f"{where}, messages[{i}]") for i, each in enumerate(given))
+
+
+def _turn(given: object, where: str) -> Mapping[str, str]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: got {_shown(given)}; accepted: `role` and `content`.")
+    return {name: _string(given.get(name), f"{where}.{name}") for name in ("role", "content")}
+
+
+def _conversation(turns: tuple[Mapping[str, str], ...], origin: str) -> Text:
+    return Text("\n\n".join(turn["content"] for turn in turns), turns, origin)
+
+
+def _plain(content: str, origin: str) -> Text:
+    return Text(content.replace("\r\n", "\n").replace("\r", "\n"), None, origin)
+
+
+def _string(given: object, where: str) -> str:
+    if not isinstance(given, str):
+        raise ValueError(f"{where}: got {_shown(given)}; accepted: a text.")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: half a surrogate pair at character {error.start}; accepted: valid Unicode."
+        ) from None
+    return given
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        place = where if ", line " in where else f"{where}, line {line}"
+        raise ValueError(
+            f"{place}: byte 0x{content[error.start]:02x} is not UTF-8; accepted: UTF-8. "
+            "Convert it first, as in: iconv -f latin1 -t utf-8."
+        ) from None
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: broken JSON ({error}); accepted: one object a line.") from None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

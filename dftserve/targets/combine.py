@@ -1,0 +1,163 @@
+"""Sources made of sources, position by position: the arithmetic mean, the geometric, a power.
+
+    Mix([teacher, ngram], [0.7, 0.3])       Σ_i w_i q_i, w normalised to sum 1
+    Geomix([teacher, other], [1.0, 0.5])    Π_i q_i^{w_i} / Z
+    Temper(teacher, 0.8)                    q^β / Z; β above 1 sharpens, below 1 flattens
+
+Shapes: R rows of one chunk, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dftserve.targets.document import Document
+from dftserve.targets.source import DenseSource, Rows, Source
+
+
+class Mix(DenseSource):
+    """Σ_i w_i q_i: a token is likely where any of the sources finds it likely."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        """
+        Args:
+            weights: one for each source, above 0; only their proportions count.
+
+        Raises:
+            ValueError: fewer than two sources, one that knows its top tokens only, unequal
+                vocabularies, or weights that are not accepted.
+        """
+        self._sources = _accepted(sources, "mix")
+        total = sum(_positive(weights, len(sources), "mix"))
+        self._weights = [weight / total for weight in weights]
+        self.vocabulary = self._sources[0].vocabulary
+
+    def describe(self) -> Mapping[str, Any]:
+        return _description("mix", self._sources, self._weights)
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        return _combined(self._sources, documents, self._mix)
+
+    def _mix(self, parts_RV: Sequence[Tensor]) -> Tensor:
+        mixed_RV = parts_RV[0] + math.log(self._weights[0])
+        for part_RV, weight in zip(parts_RV[1:], self._weights[1:], strict=True):
+            mixed_RV = torch.logaddexp(mixed_RV, part_RV + math.log(weight))
+        return mixed_RV
+
+
+class Geomix(DenseSource):
+    """Π_i q_i^{w_i} / Z: a token is likely where all of the sources find it likely."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        """
+        Args:
+            weights: one for each source, above 0; used as they are, so that their sum sharpens or
+                flattens.
+
+        Raises:
+            ValueError: as for `Mix`.
+        """
+        self._sources = _accepted(sources, "geomix")
+        self._weights = _positive(weights, len(sources), "geomix")
+        self.vocabulary = self._sources[0].vocabulary
+
+    def describe(self) -> Mapping[str, Any]:
+        return _description("geomix", self._sources, self._weights)
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        """The rows raise ValueError where no token is possible in all sources."""
+        return _combined(self._sources, documents, self._product)
+
+    def _product(self, parts_RV: Sequence[Tensor]) -> Tensor:
+        product_RV = parts_RV[0] * self._weights[0]
+        for part_RV, weight in zip(parts_RV[1:], self._weights[1:], strict=True):
+            product_RV = product_RV + part_RV * weight
+        if not bool((product_RV.amax(dim=1) > -torch.inf).all()):
+            raise ValueError(
+                "geomix: at some position no token is possible in all sources, so their product "
+                "is 0; use mix, or smooth the narrower source first."
+            )
+        return product_RV.log_softmax(dim=1)
+
+
+class Temper(DenseSource):
+    """q^β / Z, which is the temperature 1/β."""
+
+    def __init__(self, source: Source, power: float) -> None:
+        """Raises ValueError: a power of 0 or less, or a source that knows its top tokens only."""
+        if not 0 < power < math.inf:
+            raise ValueError(f"temper: got the power {power}; accepted: a number above 0.")
+        self._source = dense(source, "temper")
+        self._power = power
+        self.vocabulary = source.vocabulary
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"kind": "temper", "power": self._power, "source": self._source.describe()}
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        return _combined([self._source], documents, self._temper)
+
+    def _temper(self, parts_RV: Sequence[Tensor]) -> Tensor:
+        return (parts_RV[0] * self._power).log_softmax(dim=1)
+
+
+def dense(source: Source, who: str) -> DenseSource:
+    """The source, or ValueError: a combinator needs the probability of every token."""
+    if not isinstance(source, DenseSource) or source.tail == "lumped":
+        raise ValueError(
+            f"{who}: got a {type(source).__name__}, which knows its top tokens only (a lumped "
+            "tail); accepted: sources that know every token's probability. Load the model as a "
+            "teacher in place of asking a server."
+        )
+    return source
+
+
+def _combined(
+    sources: Sequence[DenseSource],
+    documents: Sequence[Document],
+    combine: Callable[[Sequence[Tensor]], Tensor],
+) -> list[Rows]:
+    read = [source.read(documents) for source in sources]
+    return [_rows(parts, combine) for parts in zip(*read, strict=True)]
+
+
+def _rows(parts: Sequence[Rows], combine: Callable[[Sequence[Tensor]], Tensor]) -> Rows:
+    def rows(start: int, stop: int) -> Tensor:
+        return combine([part(start, stop) for part in parts])
+
+    return rows
+
+
+def _accepted(sources: Sequence[Source], who: str) -> list[DenseSource]:
+    if len(sources) < 2:
+        raise ValueError(f"{who}: got {len(sources)} sources; accepted: two or more.")
+    found = [dense(source, who) for source in sources]
+    sizes = [source.vocabulary for source in found]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"{who}: got sources of {', '.join(map(str, sizes))} tokens; accepted: one vocabulary "
+            "for all. Make every source with the same tokenizer."
+        )
+    return found
+
+
+def _positive(weights: Sequence[float], count: int, who: str) -> list[float]:
+    if len(weights) != count or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"{who}: got the weights {list(weights)}; accepted: {count} numbers above 0, one for "
+            "each source."
+        )
+    return [float(weight) for weight in weights]
+
+
+def _description(
+    kind: str, sources: Sequence[DenseSource], weights: Sequence[float]
+) -> Mapping[str, Any]:
+    return {
+        "kind": kind,
+        "weights": list(weights),
+        "sources": [source.describe() for source in sources],
+    }

@@ -1,0 +1,262 @@
+"""A corpus as a source: what followed the same words elsewhere in it.
+
+    source = Ngram(documents, vocabulary=len(tokenizer))
+
+No model: the counts of what stands after each context in the *other* documents, interpolated from
+long contexts down to single tokens by Witten and Bell's method C (1991; Chen and Goodman 1998,
+section 2.5), with N the continuations of a context and D how many different ones:
+
+    p_n(w) = (count_n(w) + D_n · p_{n−1}(w)) / (N_n + D_n),    p_{−1} = 1/V
+
+Contexts are found in a suffix array of the reversed text: sorted by what stands before it, each
+position lies beside those that share its context, and longer contexts are runs within shorter ones.
+
+Shapes: M positions of the whole corpus, N tokens of a document, T trained positions, R of them in
+one chunk, G contexts of one length, E pairs of context and next token, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from dftserve.targets.document import Document
+from dftserve.targets.source import DenseSource, Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Every context of one length, and what follows it."""
+
+    keys_G: np.ndarray
+    """int64, rising: (the context less its first token) · (V + 1) + its first token + 1."""
+    starts_G: np.ndarray
+    """int64 [G + 1]: where each context's pairs begin."""
+    next_E: np.ndarray
+    """int32: the next token, rising within a context."""
+    counts_E: np.ndarray
+    """int32: how often it follows, in all documents."""
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What a document itself gave to the counts, copies of it included."""
+
+    pairs: list[tuple[np.ndarray, np.ndarray]]
+    """Of each level: int64, context · V + next token, rising; and how often."""
+    singles_V: np.ndarray
+    """int64: how often each token is trained in it."""
+
+
+class Ngram(DenseSource):
+    """Leave-one-document-out n-gram probabilities of a corpus.
+
+    What follows counts where it is trained; contexts reach over all tokens of a document and never
+    into another. When a document of the corpus is read, known by the digest of its tokens, it and
+    its copies count nothing. Every token keeps a positive probability.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        *,
+        vocabulary: int,
+        order: int = 6,
+        min_count: int = 2,
+    ) -> None:
+        """
+        Args:
+            order: the longest context is of `order` − 1 tokens; 1 looks at no context.
+            min_count: continuations that a context needs, outside the document, to be used.
+
+        Raises:
+            ValueError: no documents, nothing trained, an order or a count below 1, or tokens
+                beyond the vocabulary.
+        """
+        if not documents:
+            raise ValueError("got no documents; accepted: a corpus of two or more.")
+        if order < 1 or min_count < 1:
+            raise ValueError(f"got order {order}, min_count {min_count}; accepted: 1 or more.")
+        highest = max(int(document.tokens_N.max()) for document in documents)
+        if highest >= vocabulary:
+            raise ValueError(
+                f"the corpus holds the token {highest}; accepted: below the vocabulary of "
+                f"{vocabulary}. Give the vocabulary of the tokenizer that made the documents."
+            )
+        if not any(document.trained_N.any() for document in documents):
+            raise ValueError("no token of the corpus is trained; accepted: some to count.")
+        self.vocabulary, self.order, self.min_count = vocabulary, order, min_count
+        self._corpus = _digest(documents)
+        self._own_marks: dict[bytes, np.ndarray] = {}
+        for document in documents:
+            marks_N = document.trained_N.astype(np.int64)
+            self._own_marks[_identity(document)] = marks_N + self._own_marks.get(
+                _identity(document), 0
+            )
+        self._singles_V, self._levels = _count(documents, vocabulary, order - 1)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "kind": "ngram",
+            "corpus_blake3": self._corpus,
+            "order": self.order,
+            "min_count": self.min_count,
+            "vocabulary": self.vocabulary,
+        }
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        return [self._rows(document) for document in documents]
+
+    def _rows(self, document: Document) -> Rows:
+        contexts = self._contexts(document)
+        own = self._own(document, contexts)
+        single_V = _method_c(self._singles_V - own.singles_V, 1 / self.vocabulary)
+        at_T = [contexts_N[document.positions_T] for contexts_N in contexts]
+
+        def rows(start: int, stop: int) -> Tensor:
+            return self._dense([at[start:stop] for at in at_T], own, single_V, stop - start)
+
+        return rows
+
+    def _contexts(self, document: Document) -> list[np.ndarray]:
+        """Of each level, int64 [N]: the context before each token; −1 where the corpus has none."""
+        tokens_N = document.tokens_N.astype(np.int64)
+        found_N = np.zeros(len(tokens_N), dtype=np.int64)
+        contexts = []
+        for length, level in enumerate(self._levels, 1):
+            before_N = np.full(len(tokens_N), -1)
+            before_N[length:] = tokens_N[:-length]
+            wanted_N = found_N * (self.vocabulary + 1) + before_N + 1
+            at_N = np.searchsorted(level.keys_G, wanted_N).clip(max=len(level.keys_G) - 1)
+            exists_N = (level.keys_G[at_N] == wanted_N) & (before_N >= 0) & (found_N >= 0)
+            found_N = np.where(exists_N, at_N, -1)
+            contexts.append(found_N)
+        return contexts
+
+    def _own(self, document: Document, contexts: Sequence[np.ndarray]) -> Own:
+        none_N = np.zeros(len(document.tokens_N), dtype=np.int64)
+        marks_N = self._own_marks.get(_identity(document), none_N)
+        tokens_N = document.tokens_N.astype(np.int64)
+        pairs = []
+        for found_N in contexts:
+            counts_N = (marks_N > 0) & (found_N >= 0)
+            keys = (found_N * self.vocabulary + tokens_N)[counts_N]
+            unique, place = np.unique(keys, return_inverse=True)
+            weights = np.bincount(place, marks_N[counts_N], minlength=len(unique))
+            pairs.append((unique, weights.astype(np.int64)))
+        singles = np.bincount(tokens_N, marks_N, minlength=self.vocabulary)
+        return Own(pairs, singles.astype(np.int64))
+
+    def _dense(
+        self, contexts: Sequence[np.ndarray], own: Own, single_V: np.ndarray, rows: int
+    ) -> Tensor:
+        """From the longest context down: what is not given out yet goes on to the next."""
+        dense_RV = np.zeros((rows, self.vocabulary), dtype=np.float32)
+        left_R = np.ones(rows)
+        for level, found_R, (pairs, times) in zip(
+            reversed(self._levels), reversed(contexts), reversed(own.pairs), strict=True
+        ):
+            row_E, entry_E = _entries(level, found_R)
+            next_E = level.next_E[entry_E].astype(np.int64)
+            counts_E = level.counts_E[entry_E].astype(np.int64)
+            if len(pairs):
+                keys_E = found_R[row_E] * self.vocabulary + next_E
+                at_E = np.searchsorted(pairs, keys_E).clip(max=len(pairs) - 1)
+                counts_E -= np.where(pairs[at_E] == keys_E, times[at_E], 0)
+            total_R = np.bincount(row_E, counts_E, minlength=rows)
+            different_R = np.bincount(row_E[counts_E > 0], minlength=rows)
+            used_R = total_R >= self.min_count
+            whole_R = np.where(used_R, total_R + different_R, 1)
+            share_R = np.where(used_R, left_R / whole_R, 0.0)
+            # A row and a token meet once in a level, so this adds nothing twice.
+            dense_RV[row_E, next_E] += (share_R[row_E] * counts_E).astype(np.float32)
+            left_R = np.where(used_R, left_R * different_R / whole_R, left_R)
+        dense_RV += np.outer(left_R.astype(np.float32), single_V.astype(np.float32))
+        return torch.from_numpy(np.log(dense_RV, out=dense_RV))
+
+
+def _entries(level: Level, found_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of each row's context: the row, and the pair's place in the level."""
+    first_R = level.starts_G[found_R.clip(min=0)]
+    many_R = np.where(found_R >= 0, level.starts_G[found_R.clip(min=0) + 1] - first_R, 0)
+    row_E = np.repeat(np.arange(len(found_R)), many_R)
+    offset_R = first_R - (np.cumsum(many_R) - many_R)
+    return row_E, np.arange(len(row_E)) + np.repeat(offset_R, many_R)
+
+
+def _method_c(counts_V: np.ndarray, lower: float) -> np.ndarray:
+    """p_0 from counts without context; uniform where there are none. float64 [V]."""
+    total, different = counts_V.sum(), np.count_nonzero(counts_V)
+    if not total:
+        return np.full(len(counts_V), lower)
+    return (counts_V + different * lower) / (total + different)
+
+
+# ── Counting ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _count(
+    documents: Sequence[Document], vocabulary: int, longest: int
+) -> tuple[np.ndarray, list[Level]]:
+    """How often each token is trained, and the levels of contexts of 1 to `longest` tokens."""
+    text_M, trained_M = _joined(documents)
+    sorted_M = _by_context(text_M, longest)
+    sorted_M = sorted_M[trained_M[sorted_M]]
+    next_M = text_M[sorted_M] - 1
+    context_M = np.zeros(len(sorted_M), dtype=np.int64)
+    levels = []
+    for length in range(1, longest + 1):
+        # Beyond a document's start there is its separator first: no query asks for what follows.
+        before_M = text_M[np.maximum(sorted_M - length, 0)]
+        keys_M = context_M * (vocabulary + 1) + before_M
+        new_M = np.diff(keys_M, prepend=-1) != 0
+        context_M = np.cumsum(new_M) - 1
+        pairs_E, counts_E = np.unique(context_M * vocabulary + next_M, return_counts=True)
+        contexts = int(new_M.sum())
+        starts_G = np.searchsorted(pairs_E, np.arange(contexts + 1) * vocabulary)
+        next_E = (pairs_E % vocabulary).astype(np.int32)
+        levels.append(Level(keys_M[new_M], starts_G, next_E, counts_E.astype(np.int32)))
+    return np.bincount(next_M, minlength=vocabulary), levels
+
+
+def _joined(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [M], every token one higher and a 0 before each document; and what is trained."""
+    text_M = np.concatenate([p for d in documents for p in ([0], d.tokens_N.astype(np.int64) + 1)])
+    trained_M = np.concatenate([p for d in documents for p in ([False], d.trained_N)])
+    return text_M, trained_M.astype(bool)
+
+
+def _by_context(text_M: np.ndarray, longest: int) -> np.ndarray:
+    """All positions, sorted by the `longest` tokens before each, the nearest first.
+
+    Prefix doubling (Manber and Myers 1993) on the reversed text: ranks by m tokens and the ranks
+    m positions earlier give ranks by 2m.
+    """
+    rank_M = np.zeros(len(text_M), dtype=np.int64)
+    rank_M[1:] = text_M[:-1]
+    reach = 1
+    while reach < longest:
+        earlier_M = np.zeros_like(rank_M)
+        earlier_M[reach:] = rank_M[:-reach]
+        key_M = rank_M * (int(rank_M.max()) + 1) + earlier_M
+        order_M = np.argsort(key_M)
+        new_M = np.diff(key_M[order_M], prepend=-1) != 0
+        rank_M[order_M] = np.cumsum(new_M)
+        reach *= 2
+    return np.argsort(rank_M)
+
+
+def _identity(document: Document) -> bytes:
+    return blake3(document.tokens_N.astype(np.int32).tobytes()).digest()
+
+
+def _digest(documents: Sequence[Document]) -> str:
+    digest = blake3()
+    for document in documents:
+        digest.update(_identity(document))
+        digest.update(document.trained_N.tobytes())
+    return digest.hexdigest()

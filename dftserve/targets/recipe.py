@@ -1,0 +1,423 @@
+"""A recipe: which texts a target distribution wants, where it comes from and how much is kept.
+
+    recipe = load("creative", {"teacher": "/models/base"})
+    source = source_of(recipe, tokenizer=tokenizer, documents=documents, vocabulary=32_000)
+
+YAML, shipped under recipes/ or the user's own:
+
+    name: mine
+    about: What it is for, and why it is made so.
+    text: What text it wants.
+    defaults: {order: 5}                # of placeholders
+    corpus: {min_words: 50}             # fields of corpus.filters.Filters
+    store: {k: 6, draws: 6}
+    source:                             # one kind and its settings; some hold sources themselves
+      mix:
+        - {weight: 0.6, ngram: {order: "${order}"}}
+        - {weight: 0.4, when: teacher, teacher: {model: "${teacher}"}}
+
+`${name}` is what `--set name=value` says, a number or true or false where it reads like one. A part
+of a mix with `when` is left out, and its weight shared out, unless that name is set.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dftserve import settings
+from dftserve.corpus.filters import Filters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dftserve.targets.document import Document
+    from dftserve.targets.source import Source
+    from dftserve.targets.teacher import Teacher
+
+FOLDER = Path(__file__).parent / "recipes"
+SUFFIXES = (".yaml", ".yml")
+LARGEST = 1 << 16
+"""Bytes of a recipe."""
+DEEPEST = 16
+"""Sources within sources."""
+_PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What the store keeps of each target."""
+
+    k: int = 6
+    """Likeliest tokens, with their probabilities."""
+    draws: int = 6
+    """Draws from the rest."""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.k <= 1024 and 0 <= self.draws <= 1024):
+            raise ValueError(
+                f"k {self.k} and draws {self.draws}; accepted: k from 1, draws from 0, to 1024."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    about: str
+    text: str = ""
+    corpus: Filters = field(default_factory=Filters)
+    store: Kept = field(default_factory=Kept)
+    source: Mapping[str, Any]
+    """One kind and its settings; every placeholder is filled."""
+
+    def __post_init__(self) -> None:
+        _checked(self.source, "source")
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with dftserve."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
+    """A shipped recipe by its name, or one from a .yaml file.
+
+    Args:
+        values: what its placeholders stand for.
+
+    Raises:
+        ValueError: no such recipe, too large or no YAML, an unknown key (with the nearest name), a
+            placeholder without a value, or a value that no placeholder takes.
+    """
+    path = _path(name)
+    given = _yaml(path)
+    where = path.name
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: accepted: keys and values.")
+    defaults = given.pop("defaults", None) or {}
+    if not isinstance(defaults, dict):
+        raise ValueError(f"{where}.defaults: accepted: names and values.")
+    values = dict(values or {})
+    settings.refuse_unknown(values, sorted(_names(given)), f"--set for the recipe {where}")
+    known = {**defaults, **{key: _scalar(value) for key, value in values.items()}}
+    return settings.load(Recipe, _filled(given, known, where), where)
+
+
+def source_of(
+    recipe: Recipe,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: "Mapping[str, Sequence[Document]]",
+    vocabulary: int,
+) -> "Source":
+    """The source that a recipe describes.
+
+    Args:
+        documents: by split; n-grams are counted in the training part alone.
+        vocabulary: one more than the largest token id that it may name.
+
+    Raises:
+        ValueError: a part that cannot be built, as it said.
+    """
+    return _built(recipe.source, _Given(tokenizer, documents, vocabulary))
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _path(name: str) -> Path:
+    if name in shipped():
+        return FOLDER / f"{name}.yaml"
+    path = Path(name)
+    if path.suffix in SUFFIXES and path.is_file():
+        return path
+    if path.suffix in SUFFIXES:
+        raise ValueError(
+            f"{path}: no such file; accepted: a .yaml file, or a shipped recipe: "
+            f"{settings.among(path.stem, shipped())}."
+        )
+    raise ValueError(
+        f"no recipe has the name {name!r}; accepted: {settings.among(name, shipped())}, "
+        "or the path of a .yaml file."
+    )
+
+
+def _yaml(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path.name}: {size} bytes; accepted: at most {LARGEST}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            # A few nested ones unfold to more than any memory holds.
+            raise ValueError(f"{path.name}: it has an alias (*name); accepted: YAML without them.")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path.name}: not YAML in UTF-8 ({_line(error)}).") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _scalar(value: str) -> Any:
+    """`0.5` is a number and `true` a truth value; everything else stays the text that it is."""
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return found if isinstance(found, int | float) else value
+
+
+def _names(given: Any) -> set[str]:
+    """Every name that a value may be set for."""
+    if isinstance(given, str):
+        return set(_PLACEHOLDER.findall(given))
+    if isinstance(given, dict):
+        named = {given["when"]} if isinstance(given.get("when"), str) else set()
+        return named.union(*map(_names, given.values()))
+    return set().union(*map(_names, given)) if isinstance(given, list) else set()
+
+
+def _filled(given: Any, known: Mapping[str, Any], where: str) -> Any:
+    if isinstance(given, str):
+        return _text(given, known, where)
+    if isinstance(given, dict):
+        return {key: _filled(each, known, f"{where}.{key}") for key, each in given.items()}
+    if isinstance(given, list):
+        parts = [(i, each) for i, each in enumerate(given) if _wanted(each, known)]
+        return [_filled(each, known, f"{where}[{i}]") for i, each in parts]
+    return given
+
+
+def _wanted(part: Any, known: Mapping[str, Any]) -> bool:
+    return not (isinstance(part, dict) and "when" in part) or part["when"] in known
+
+
+def _text(given: str, known: Mapping[str, Any], where: str) -> Any:
+    for name in _PLACEHOLDER.findall(given):
+        if name not in known:
+            raise ValueError(f"{where}: ${{{name}}} has no value; give one: --set {name}=VALUE.")
+    if whole := _PLACEHOLDER.fullmatch(given):
+        return known[whole[1]]
+    return _PLACEHOLDER.sub(lambda match: str(known[match[1]]), given)
+
+
+# ── Kinds of sources ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a source is built from, besides its settings."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    documents: "Mapping[str, Sequence[Document]]"
+    vocabulary: int
+
+    @property
+    def all_documents(self) -> "list[Document]":
+        return [document for split in self.documents.values() for document in split]
+
+
+def _checked(given: Any, where: str, depth: int = 0) -> None:
+    """Refuse what `_built` could not build, before anything is loaded."""
+    if depth > DEEPEST:
+        raise ValueError(f"{where}: more than {DEEPEST} sources within sources.")
+    kind, config = _only(given, where)
+    if kind in _MIXES:
+        for i, (part, _) in enumerate(_weighed(config, f"{where}.{kind}")):
+            _checked(part, f"{where}.{kind}[{i}]", depth + 1)
+        return
+    loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
+    if isinstance(loaded, _Temper | _Tilt):
+        _checked(loaded.of, f"{where}.{kind}.of", depth + 1)
+
+
+def _only(given: Any, where: str) -> tuple[str, Any]:
+    if not isinstance(given, Mapping) or len(given) != 1:
+        listed = list(given) if isinstance(given, Mapping) else given
+        raise ValueError(f"{where}: got {listed!r}; accepted: one of {', '.join(_ALL)}.")
+    kind, config = next(iter(given.items()))
+    settings.refuse_unknown(given, _ALL, where)
+    return kind, {} if config is None else config
+
+
+def _weighed(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """The sources of a mix and their weights."""
+    parts = [part for part in given if isinstance(part, Mapping)] if isinstance(given, list) else []
+    if not parts or len(parts) != len(given):
+        raise ValueError(f"{where}: got {given!r}; accepted: a list of weights and sources.")
+    for i, part in enumerate(parts):
+        weight = part.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
+            raise ValueError(f"{where}[{i}].weight: got {weight!r}; accepted: a number above 0.")
+        yield {key: part[key] for key in part if key not in ("weight", "when")}, weight
+
+
+def _built(source: Mapping[str, Any], given: _Given) -> "Source":
+    kind, config = _only(source, "source")
+    if kind in _MIXES:
+        return _mixed(kind, config, given)
+    return settings.load(_KINDS[kind], config, kind).build(given)
+
+
+def _mixed(kind: str, config: Any, given: _Given) -> "Source":
+    from dftserve.targets import combine
+
+    parts = [part for part in _weighed(config, kind) if not _is_idle(part[0], given)]
+    if not parts:
+        raise ValueError(f"{kind}: no prompt has two answers, and there is no other source.")
+    sources = [_built(part, given) for part, _ in parts]
+    if len(sources) == 1:
+        return sources[0]
+    cls = {"mix": combine.Mix, "geomix": combine.Geomix}[kind]
+    return cls(sources, [weight for _, weight in parts])
+
+
+def _is_idle(source: Mapping[str, Any], given: _Given) -> bool:
+    """Optional references where each prompt has one answer."""
+    kind, config = _only(source, "source")
+    if kind != "references" or not settings.load(_References, config, kind).optional:
+        return False
+    prompts = [document.prompt for document in given.all_documents]
+    return len(set(prompts)) == len(prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ngram:
+    order: int = 6
+    min_count: int = 2
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.targets.ngram import Ngram
+
+        return Ngram(
+            given.documents["train"],
+            vocabulary=given.vocabulary,
+            order=self.order,
+            min_count=self.min_count,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _References:
+    optional: bool = False
+    """Leave it out of a mix where no prompt has two answers."""
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.targets.references import References
+
+        # The answers to one prompt are all trained on or all held out: nothing leaks.
+        return References(given.all_documents, vocabulary=given.vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Teacher:
+    model: str
+    dtype: str = "auto"
+    device: str | None = None
+    temperature: float = 1.0
+
+    def build(self, given: _Given) -> "Teacher":
+        from dftserve.targets.teacher import Teacher
+
+        return Teacher.load(
+            self.model,
+            vocabulary=given.vocabulary,
+            dtype=self.dtype,
+            device=self.device,
+            temperature=self.temperature,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Served:
+    url: str
+    model: str
+    key_variable: str | None = None
+    """The environment variable that holds the server's API key."""
+    at_once: int = 4
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.targets.served import ServedTeacher
+
+        return ServedTeacher(
+            self.url,
+            self.model,
+            vocabulary=given.vocabulary,
+            key_variable=self.key_variable,
+            at_once=self.at_once,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Principles:
+    teacher: _Teacher
+    principles: Mapping[str, str]
+    """Name → text."""
+    weights: Mapping[str, float] | None = None
+    posterior_power: float = 1.0
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.targets.principles import Principles
+
+        return Principles(
+            self.teacher.build(given),
+            given.tokenizer,
+            self.principles,
+            weights=self.weights,
+            posterior_power=self.posterior_power,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Temper:
+    power: float
+    of: Mapping[str, Any]
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.targets.combine import Temper
+
+        return Temper(_built(self.of, given), self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tilt:
+    of: Mapping[str, Any]
+    phrases: tuple[str, ...]
+    samples: str
+    """A file or folder, as `corpus.read` reads it, of what the source `of` wrote by itself."""
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.corpus.read import read
+        from dftserve.targets.document import encode_messages, encode_text
+        from dftserve.targets.tilt import Tilt, phrases_of
+
+        written = [
+            encode_text(given.tokenizer, text.content)
+            if text.messages is None
+            else encode_messages(given.tokenizer, text.messages)
+            for text in read(Path(self.samples))
+        ]
+        return Tilt(
+            _built(self.of, given),
+            phrases_of(given.tokenizer, self.phrases),
+            human=given.documents["train"],
+            samples=written,
+        )
+
+
+_KINDS: Mapping[str, type] = {
+    "ngram": _Ngram,
+    "references": _References,
+    "teacher": _Teacher,
+    "served": _Served,
+    "principles": _Principles,
+    "temper": _Temper,
+    "tilt": _Tilt,
+}
+_MIXES = ("mix", "geomix")
+_ALL = (*_KINDS, *_MIXES)

@@ -1,0 +1,310 @@
+"""What a target store holds, for a reader: figures, a histogram of entropies, examples.
+
+    summary = inspect(TargetStore(folder), tokenizer)
+    print(as_text(summary))
+
+Shapes: T trained positions.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.sparse import Targets
+from dftserve.targets.store import SPLITS, StoreError, TargetStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BIN_NATS = 0.5
+BINS = 24
+"""The last bin holds all that is above."""
+EXAMPLES = 3
+POSITIONS = 40
+"""Trained positions that an example shows."""
+SHOWN = 3
+"""Entries of a target that an example names."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A split in numbers; means are over trained positions."""
+
+    documents: int
+    tokens: int
+    trained: int
+    entropy_nats: float
+    tail_mass: float
+    """Of probability, outside the top k."""
+    token_nats: float
+    """Mean −ln of what the target gives the text's own token, where it is not 0."""
+    token_ruled_out: float
+    """Share of positions where the target gives the text's own token nothing."""
+    entropy_histogram: tuple[int, ...]
+    """Positions whose entropy is in each half nat from 0; the last bin has no upper end."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A token of a text and the target that stands in its place."""
+
+    token: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+    entropy_nats: float
+
+
+@dataclass(frozen=True)
+class Example:
+    before: str
+    """The text before the first position."""
+    positions: tuple[Position, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    folder: str
+    plan: Mapping[str, Any]
+    bytes_a_token: float
+    splits: Mapping[str, Figures]
+    examples: tuple[Example, ...]
+
+
+def inspect(store: TargetStore, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Summary:
+    """Reads the whole store once.
+
+    Args:
+        tokenizer: writes the examples' tokens; without one their ids are shown.
+
+    Raises:
+        StoreError: the store was built with another tokenizer, or cannot be read.
+    """
+    plan = store.manifest.plan
+    if tokenizer is not None and fingerprint(tokenizer) != plan.tokenizer:
+        raise StoreError(f"{store.folder} was built with another tokenizer; name its model.")
+    splits = {split: _figures(store, split) for split in SPLITS}
+    size = sum((store.folder / shard.file).stat().st_size for shard in store.manifest.shards)
+    tokens = sum(map(store.manifest.tokens, SPLITS))
+    return Summary(
+        folder=store.folder.name,
+        plan=asdict(plan),
+        bytes_a_token=size / max(1, tokens),
+        splits=splits,
+        examples=tuple(_examples(store, _writer(tokenizer))),
+    )
+
+
+def _figures(store: TargetStore, split: str) -> Figures:
+    shards = [shard for shard in store.manifest.shards if shard.split == split]
+    histogram = np.zeros(BINS, dtype=np.int64)
+    trained = ruled_out = 0
+    entropy = tail = token = 0.0
+    for number in range(store.count(split)):
+        _, targets = store[split, number]
+        bins_T = np.minimum(np.maximum(targets.entropy_T, 0) // BIN_NATS, BINS - 1).astype(int)
+        histogram += np.bincount(bins_T, minlength=BINS)
+        possible_T = targets.token_logprob_T > -np.inf
+        trained += len(targets)
+        ruled_out += int((~possible_T).sum())
+        entropy += float(targets.entropy_T.sum(dtype=np.float64))
+        tail += float(np.exp(targets.tail_logprob_T.astype(np.float64)).sum())
+        token -= float(targets.token_logprob_T[possible_T].sum(dtype=np.float64))
+    return Figures(
+        documents=store.count(split),
+        tokens=sum(shard.tokens for shard in shards),
+        trained=trained,
+        entropy_nats=entropy / max(1, trained),
+        tail_mass=tail / max(1, trained),
+        token_nats=token / max(1, trained - ruled_out),
+        token_ruled_out=ruled_out / max(1, trained),
+        entropy_histogram=tuple(histogram.tolist()),
+    )
+
+
+def _examples(store: TargetStore, write: "Callable[[Sequence[int]], str]") -> Iterable[Example]:
+    count = store.count("train")
+    for number in sorted({i * count // EXAMPLES for i in range(EXAMPLES)} if count else ()):
+        yield _example(*store["train", number], write)
+
+
+def _example(document: Document, targets: Targets, write: "Callable[[Sequence[int]], str]"):
+    places = document.positions_T[:POSITIONS]
+    before = document.tokens_N[: places[0]].tolist() if len(places) else []
+    return Example(
+        before=write(before),
+        positions=tuple(
+            Position(
+                token=write([int(document.tokens_N[place])]),
+                probability=_probability(targets.token_logprob_T[i]),
+                top=tuple(
+                    (write([int(token)]), _probability(logprob))
+                    for token, logprob in zip(
+                        targets.top_ids_TK[i, :SHOWN],
+                        targets.top_logprobs_TK[i, :SHOWN],
+                        strict=True,
+                    )
+                ),
+                entropy_nats=float(targets.entropy_T[i]),
+            )
+            for i, place in enumerate(places)
+        ),
+    )
+
+
+def _probability(logprob: float) -> float:
+    return round(float(np.exp(logprob)), 4)
+
+
+def _writer(tokenizer: "PreTrainedTokenizerBase | None") -> "Callable[[Sequence[int]], str]":
+    if tokenizer is None:
+        return lambda ids: " ".join(f"#{token}" for token in ids)
+    return lambda ids: str(tokenizer.decode(list(ids)))
+
+
+# ── Terminal and JSON ────────────────────────────────────────────────────────────────────────────
+
+
+def as_json(summary: Summary) -> str:
+    return json.dumps(asdict(summary), indent=2, ensure_ascii=False)
+
+
+def as_text(summary: Summary) -> str:
+    """For a terminal; control characters of the text are shown as escapes."""
+    plan = summary.plan
+    lines = [
+        f"{summary.folder}: {_listed(plan)}, {summary.bytes_a_token:.1f} bytes a token",
+        "",
+        f"{'':12}{'documents':>10}{'tokens':>12}{'trained':>12}{'entropy':>9}{'tail':>7}"
+        f"{'-ln token':>11}{'ruled out':>11}",
+    ]
+    for split, of in summary.splits.items():
+        lines.append(
+            f"{split:12}{of.documents:>10,}{of.tokens:>12,}{of.trained:>12,}"
+            f"{of.entropy_nats:>9.3f}{of.tail_mass:>7.1%}{of.token_nats:>11.3f}"
+            f"{of.token_ruled_out:>11.1%}"
+        )
+    lines += ["", "entropy of the training targets, nats", *_bars(summary.splits["train"])]
+    for number, example in enumerate(summary.examples, 1):
+        lines += ["", f"example {number}: {_visible(example.before)[-60:]}"]
+        lines += [f"  {_row(position)}" for position in example.positions]
+    return "\n".join(lines)
+
+
+def _listed(plan: Mapping[str, Any]) -> str:
+    return f"top {plan['k']}, {plan['draws']} draws, {plan['tail']} tail, seed {plan['seed']}"
+
+
+def _bars(figures: Figures) -> Iterable[str]:
+    highest = max(1, *figures.entropy_histogram)
+    for low, count in _bins(figures):
+        yield f"  {low:>5.1f}  {count:>10,}  {'█' * round(40 * count / highest)}"
+
+
+def _bins(figures: Figures) -> list[tuple[float, int]]:
+    """Lower ends in nats, and counts, up to the last that is not empty."""
+    counts = figures.entropy_histogram
+    last = max((i for i, count in enumerate(counts) if count), default=0)
+    return [(i * BIN_NATS, count) for i, count in enumerate(counts[: last + 1])]
+
+
+def _row(position: Position) -> str:
+    top = "  ".join(f"{_visible(token)} {share:.2f}" for token, share in position.top)
+    return f"{_visible(position.token):16} {position.probability:.3f}   {top}"
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ── HTML ─────────────────────────────────────────────────────────────────────────────────────────
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ddd}
+td.text,th.text{text-align:left;font-family:ui-monospace,monospace;white-space:pre}
+pre{background:#f5f5f5;padding:1rem;overflow:auto}
+rect{fill:#4477aa}text{font-size:11px;fill:#222}
+"""
+
+
+def as_html(summary: Summary) -> str:
+    """One file that needs nothing else; all of the text in it is escaped."""
+    examples = "".join(
+        f"<h2>Example {number}</h2><pre>{escape(_visible(example.before))}</pre>"
+        + _table(("token", "probability", "entropy", "target"), map(_cells, example.positions))
+        for number, example in enumerate(summary.examples, 1)
+    )
+    plan = json.dumps(summary.plan, indent=2, ensure_ascii=False)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>{escape(summary.folder)}</title><style>{_STYLE}</style>"
+        f"<h1>{escape(summary.folder)}</h1>"
+        f"<p>{escape(_listed(summary.plan))}, {summary.bytes_a_token:.1f} bytes a token</p>"
+        + _table(_HEAD, (_split_cells(*each) for each in summary.splits.items()))
+        + f"<h2>Entropy of the training targets, nats</h2>{_svg(summary.splits['train'])}"
+        + examples
+        + f"<h2>Plan</h2><pre>{escape(plan)}</pre></html>\n"
+    )
+
+
+_HEAD = (
+    "split",
+    "documents",
+    "tokens",
+    "trained",
+    "mean entropy, nats",
+    "tail mass",
+    "−ln token, nats",
+    "token ruled out",
+)
+
+
+def _split_cells(split: str, of: Figures) -> tuple[str, ...]:
+    return (
+        split,
+        f"{of.documents:,}",
+        f"{of.tokens:,}",
+        f"{of.trained:,}",
+        f"{of.entropy_nats:.3f}",
+        f"{of.tail_mass:.1%}",
+        f"{of.token_nats:.3f}",
+        f"{of.token_ruled_out:.1%}",
+    )
+
+
+def _cells(position: Position) -> tuple[str, ...]:
+    top = "   ".join(f"{_visible(token)} {share:.2f}" for token, share in position.top)
+    token = _visible(position.token)
+    return token, f"{position.probability:.3f}", f"{position.entropy_nats:.2f}", top
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        last = len(cells) - 1
+        classes = [
+            'class="text"' if i == 0 or (i == last and tag == "td") else "" for i in range(99)
+        ]
+        return "".join(
+            f"<{tag} {classes[i]}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
+        )
+
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{line('th', head)}</tr>{body}</table>"
+
+
+def _svg(figures: Figures) -> str:
+    bins, height, width = _bins(figures), 160, 28
+    highest = max(1, *figures.entropy_histogram)
+    bars = "".join(
+        f'<rect x="{i * width}" y="{height - height * count / highest:.1f}" width="{width - 3}" '
+        f'height="{height * count / highest:.1f}"><title>{low:.1f}: {count:,}</title></rect>'
+        f'<text x="{i * width}" y="{height + 14}">{low:.1f}</text>'
+        for i, (low, count) in enumerate(bins)
+    )
+    return f'<svg width="{len(bins) * width}" height="{height + 20}" role="img">{bars}</svg>'

@@ -1,0 +1,322 @@
+"""From a corpus and a recipe to a target store: what `dftserve target` does.
+
+    build(Job(corpus=Path("novels"), model="path/to/model", recipe="creative", out=Path("targets")))
+
+Everything that decides the store follows from the job and the files that it names: the same job
+goes on where it was stopped, and each of several processes writes the same shards as one would.
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dftserve import atomic
+from dftserve.corpus.prepare import Corpus, prepare
+from dftserve.corpus.read import Text, read
+from dftserve.targets import recipe as recipes
+from dftserve.targets import report, store
+from dftserve.targets.document import (
+    Document,
+    encode_messages,
+    encode_text,
+    fingerprint,
+    template_fingerprint,
+)
+from dftserve.targets.recipe import Recipe
+from dftserve.targets.source import Source
+from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
+
+ENDED_SECONDS = 0.5
+"""How often a wait for the processes looks whether they live."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    corpus: Path
+    model: str
+    """The folder, or the name on the Hub, of the model that will be trained: its tokenizer."""
+    recipe: str
+    out: Path
+    values: Mapping[str, str] = field(default_factory=dict)
+    """For the recipe's placeholders."""
+    heldout: float = 0.05
+    """Share of texts that is not trained on."""
+    seed: int = 0
+    processes: int = 1
+    max_tokens: int | None = None
+    """A longer text goes on in another document; a longer conversation is left out."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes: got {self.processes}; accepted: 1 or more.")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"max_tokens: got {self.max_tokens}; accepted: 2 or more.")
+
+
+Say = Callable[[str], None]
+
+
+def build(job: Job, say: Say = print) -> Manifest:
+    """Build the store, or what is missing of it.
+
+    Raises:
+        ValueError: what is wrong with corpus, recipe, model, or the folder; nothing is written but
+            shards that the same job finds again.
+        KeyboardInterrupt: likewise.
+    """
+    recipe = recipes.load(job.recipe, job.values)
+    tokenizer = load_tokenizer(job.model)
+    corpus = prepare(read(job.corpus), recipe.corpus, heldout=job.heldout, seed=job.seed)
+    documents, told = encode(corpus, tokenizer, job.max_tokens)
+    say(shown(told))
+    source = _source(recipe, tokenizer, documents)
+    plan = store.plan(
+        source,
+        documents,
+        tokenizer=fingerprint(tokenizer),
+        template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
+        corpus={
+            "recipe": recipe.name,
+            "filters": asdict(recipe.corpus),
+            "heldout": job.heldout,
+            "max_tokens": job.max_tokens,
+            **told,
+        },
+        k=recipe.store.k,
+        draws=recipe.store.draws,
+        seed=job.seed,
+    )
+    try:
+        store.begin(job.out, plan)
+        if (job.out / store.MANIFEST).exists():
+            TargetStore(job.out).verify()
+            say(f"{job.out} is complete already.")
+            return Manifest.read(job.out)
+        _work(job, recipe, plan, documents, source)
+        manifest = store.finish(job.out, plan, documents, store.versions())
+    except KeyboardInterrupt:
+        say(f"Stopped; the same command goes on in {job.out} where this one ended.")
+        raise
+    except OSError as error:
+        raise StoreError(f"{job.out} cannot be written: {error}.") from None
+    say(f"{job.out}: {len(manifest.shards)} shards, {sum(map(manifest.tokens, SPLITS)):,} tokens.")
+    return manifest
+
+
+def inspect(folder: Path, *, model: str | None, html: Path | None, as_json: bool) -> str:
+    """What a store holds, as text or JSON; also as one HTML file.
+
+    Args:
+        model: whose tokenizer writes the examples; None: token ids.
+
+    Raises:
+        StoreError: no store that can be read, another tokenizer, or no place for the HTML file.
+    """
+    tokenizer = load_tokenizer(model) if model is not None else None
+    summary = report.inspect(TargetStore(folder), tokenizer)
+    if html is not None:
+        try:
+            atomic.write_text(html, report.as_html(summary))
+        except OSError as error:
+            raise StoreError(f"{html} cannot be written: {error}.") from None
+    return report.as_json(summary) if as_json else report.as_text(summary)
+
+
+def verify(folder: Path) -> str:
+    """One line that says that every byte is as it was built.
+
+    Raises:
+        StoreError: names the first file that is not.
+    """
+    opened = TargetStore(folder)
+    opened.verify()
+    return f"{folder}: {len(opened.manifest.shards)} shards, each as it was built."
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Raises ValueError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"--model {model}: no tokenizer that can be loaded ({why}).") from None
+    # How much a model reads at once is the trainer's concern: no warning for each long text.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
+
+
+# ── Documents ────────────────────────────────────────────────────────────────────────────────────
+
+
+def encode(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> tuple[dict[str, list[Document]], dict[str, Any]]:
+    """The corpus as the model reads it, and what became of it on the way, in JSON's types.
+
+    Raises:
+        ValueError: a conversation that the tokenizer has no template for; names it.
+    """
+    documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for text in getattr(corpus, split):
+            try:
+                encoded = encode_text_or_messages(tokenizer, text)
+            except ValueError as error:
+                raise ValueError(f"{text.origin}: {error}") from None
+            reason = _unfit(encoded, text, max_tokens)
+            if reason is not None:
+                corpus.report.drop(reason, text.origin)
+                continue
+            documents[split] += windows(encoded, max_tokens)
+    told = corpus.report.as_dict()
+    told["documents"] = {split: len(documents[split]) for split in SPLITS}
+    told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
+    return documents, told
+
+
+def encode_text_or_messages(tokenizer: PreTrainedTokenizerBase, text: Text) -> Document:
+    if text.messages is not None:
+        return encode_messages(tokenizer, text.messages)
+    document = encode_text(tokenizer, text.content)
+    ended = document.tokens_N[-1] == tokenizer.eos_token_id and len(document.tokens_N) > 2
+    if text.ends or not ended:
+        return document
+    # A piece that goes on elsewhere does not teach a model to stop.
+    return Document(document.tokens_N[:-1], document.trained_N[:-1])
+
+
+def windows(document: Document, size: int | None) -> Iterator[Document]:
+    """Runs of at most `size` tokens; each begins with the last of the one before.
+
+    So every trained token is trained once, with a token before it.
+    """
+    count = len(document.tokens_N)
+    if size is None or count <= size:
+        yield document
+        return
+    for start in range(0, count - 1, size - 1):
+        trained_N = document.trained_N[start : start + size].copy()
+        trained_N[0] = False
+        yield Document(document.tokens_N[start : start + size], trained_N)
+
+
+def _unfit(document: Document, text: Text, max_tokens: int | None) -> str | None:
+    if not document.trained_N.any():
+        return "nothing to train on"
+    if text.messages is not None and max_tokens and len(document.tokens_N) > max_tokens:
+        return "longer than max_tokens"
+    return None
+
+
+def _has_conversations(corpus: Corpus) -> bool:
+    return any(text.messages is not None for text in (*corpus.train, *corpus.heldout))
+
+
+def shown(told: Mapping[str, Any]) -> str:
+    """What became of the corpus, for a terminal."""
+    lines = [f"{told['read']:,} texts read, {told['kept']:,} kept, {told['stripped']:,} stripped."]
+    for reason, dropped in told["dropped"].items():
+        some = ", ".join(dropped["examples"])
+        more = ", …" if dropped["count"] > len(dropped["examples"]) else ""
+        lines.append(f"  dropped, {reason}: {dropped['count']:,} ({some}{more})")
+    for split in SPLITS:
+        documents, tokens = told["documents"][split], told["tokens"][split]
+        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens")
+    return "\n".join(lines)
+
+
+# ── Processes ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, documents: Mapping) -> Source:
+    return recipes.source_of(
+        recipe, tokenizer=tokenizer, documents=documents, vocabulary=len(tokenizer)
+    )
+
+
+def _work(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, source: Source) -> None:
+    from tqdm import tqdm
+
+    total = sum(len(document.tokens_N) for split in SPLITS for document in documents[split])
+    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
+        if job.processes == 1:
+            done = store.build(job.out, plan, source, documents)
+        else:
+            done = _shared(job, recipe, plan, documents)
+        for tokens in done:
+            bar.update(tokens)
+
+
+def _shared(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Iterator[int]:
+    """The same build by several processes; each makes the source anew and writes its own shards."""
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    workers = [
+        context.Process(target=_worker, args=(job, recipe, plan, documents, rank, told))
+        for rank in range(job.processes)
+    ]
+    try:
+        _start(workers)
+        yield from _heard(told, workers)
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        for worker in workers:
+            if worker.pid is not None:
+                worker.join()
+
+
+def _start(workers: Sequence[Any]) -> None:
+    """With SIGINT ignored, which they inherit: a terminal sends it to all, and we end them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for worker in workers:
+            worker.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _heard(told: Any, workers: Sequence[Any]) -> Iterator[int]:
+    """The tokens of each batch, from all of them, until each has said that it ended."""
+    ended = 0
+    while ended < len(workers):
+        try:
+            said = told.get(timeout=ENDED_SECONDS)
+        except queue.Empty:
+            dead = [worker.exitcode for worker in workers if worker.exitcode]
+            if dead:
+                raise RuntimeError(
+                    f"a process of the build ended with exit code {dead[0]}; run it again, with "
+                    "fewer processes where memory was short."
+                ) from None
+            continue
+        if isinstance(said, Exception):
+            raise said
+        if said is None:
+            ended += 1
+        else:
+            yield said
+
+
+def _worker(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, rank: int, told: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Unwinds: no half a file stays behind.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        source = _source(recipe, load_tokenizer(job.model), documents)
+        built = store.build(job.out, plan, source, documents, rank=rank, world=job.processes)
+        for tokens in built:
+            told.put(tokens)
+        told.put(None)
+    except (ValueError, OSError, RuntimeError) as error:
+        # Built anew: some exceptions cannot be sent as they are.
+        kind = next(k for k in (ValueError, OSError, RuntimeError) if isinstance(error, k))
+        told.put(kind(str(error)))

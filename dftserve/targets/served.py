@@ -1,0 +1,280 @@
+"""A running vLLM as a source: its likeliest tokens at each position, and the mass of the rest.
+
+    source = ServedTeacher("http://localhost:8000", "org/model", vocabulary=len(tokenizer))
+
+Asked for prompt log-probabilities through /v1/completions, a server gives the top k and the text's
+own token. Nothing is known of what is in the tail: `tail` is "lumped".
+
+Shapes: N tokens of a document, T trained positions, K top entries.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from dftserve.targets.document import Document
+from dftserve.targets.source import Source
+from dftserve.targets.sparse import Targets
+
+NO_CHANCE = -9999.0
+"""What vLLM writes for −inf, which JSON has not."""
+EXCESS = 1e-3
+"""What the top's mass may lie above 1: rounding."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the server says of one token at one position."""
+
+    token: int
+    logprob: float
+    rank: int
+
+
+class ServedTeacher(Source):
+    """A model behind an OpenAI-compatible vLLM, at temperature 1."""
+
+    tail = "lumped"
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        vocabulary: int,
+        key_variable: str | None = None,
+        at_once: int = 4,
+        retries: int = 5,
+        backoff_s: float = 1.0,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """
+        Args:
+            url: the server, with or without /v1.
+            model: its name there; the tokenizer must be the one that made the documents.
+            key_variable: the environment variable that holds the API key, if it wants one.
+            at_once: requests under way at a time.
+            retries: further attempts when the server is busy (429), fails (5xx) or is unreachable.
+            backoff_s: before the first of them; doubled before each next one.
+
+        Raises:
+            ValueError: the variable is not set, or numbers that are not accepted.
+        """
+        if key_variable is not None and not os.environ.get(key_variable):
+            raise ValueError(
+                f"key_variable: the environment variable {key_variable} is not set; put the "
+                "server's API key there."
+            )
+        if key_variable is not None and not os.environ[key_variable].isprintable():
+            raise ValueError(
+                f"key_variable: {key_variable} holds a line break or the like; accepted: one line."
+            )
+        if at_once < 1 or retries < 0:
+            raise ValueError(
+                f"got at_once {at_once}, retries {retries}; accepted: 1 or more, 0 or more."
+            )
+        self.vocabulary = vocabulary
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        self._model, self._key_variable = model, key_variable
+        self._at_once, self._retries = at_once, retries
+        self._backoff_s, self._timeout_s = backoff_s, timeout_s
+
+    def describe(self) -> Mapping[str, Any]:
+        """The model's name; where it is served, and by which key, does not bear on the targets."""
+        return {"kind": "served", "model": self._model, "vocabulary": self.vocabulary}
+
+    def targets(
+        self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
+    ) -> list[Targets]:
+        """Of a lumped tail nothing can be drawn: `draws` and `seeds` change nothing, and
+        `tail_ids_TM` has no columns.
+
+        Raises:
+            ValueError: unreachable, refused, or an answer that is not what was asked for.
+        """
+        k = min(k, self.vocabulary)
+        key = os.environ[self._key_variable] if self._key_variable else None
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with (
+            httpx.Client(headers=headers, timeout=self._timeout_s) as client,
+            ThreadPoolExecutor(self._at_once) as pool,
+        ):
+            return list(pool.map(lambda document: self._one(client, document, k), documents))
+
+    def _one(self, client: httpx.Client, document: Document, k: int) -> Targets:
+        answer = self._ask(client, document.tokens_N.tolist(), k)
+        positions = self._positions(answer, len(document.tokens_N))
+        return _joined(
+            [
+                self._target(positions[place], int(document.tokens_N[place]), k)
+                for place in document.positions_T.tolist()
+            ],
+            k,
+        )
+
+    # ── Asking ──
+
+    def _ask(self, client: httpx.Client, tokens: list[int], k: int) -> Any:
+        request = {
+            "model": self._model,
+            "prompt": tokens,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": k,
+        }
+        failure = ""
+        for attempt in range(self._retries + 1):
+            if attempt:
+                time.sleep(self._backoff_s * 2 ** (attempt - 1))
+            try:
+                response = client.post(self._url, json=request)
+            except httpx.TransportError as error:
+                failure = f"is unreachable ({type(error).__name__}: {error}); start it"
+                continue
+            if response.status_code != 429 and response.status_code < 500:
+                return self._content(response, k)
+            failure = f"answers {response.status_code} ({_said(response)}); see its log"
+        raise ValueError(
+            f"the server {self._url} {failure}, or give its right address. Tried "
+            f"{self._retries + 1} times."
+        )
+
+    def _content(self, response: httpx.Response, k: int) -> Any:
+        status, said = response.status_code, _said(response)
+        if status in (401, 403):
+            variable = self._key_variable
+            told = f"the key in {variable}" if variable else "a request without a key"
+            raise ValueError(
+                f"the server {self._url} refuses {told} ({status}); set key_variable to the name "
+                "of an environment variable that holds the right one."
+            )
+        if status == 404:
+            raise ValueError(
+                f"the server {self._url} does not know the model {self._model!r} ({said}); "
+                "GET /v1/models lists what it serves."
+            )
+        if status == 400 and "logprobs" in said:
+            raise ValueError(
+                f"the server {self._url} does not give {k} log-probabilities ({said}); start it "
+                f"with --max-logprobs {k} or more, or ask for a smaller k."
+            )
+        if status != 200:
+            raise ValueError(f"the server {self._url} refuses the request ({status}): {said}")
+        try:
+            return response.json()
+        except ValueError:
+            raise ValueError(
+                f"the server {self._url} answers no JSON ({said}); accepted: vLLM's OpenAI server."
+            ) from None
+
+    # ── Reading the answer ──
+
+    def _positions(self, answer: Any, tokens: int) -> list[Any]:
+        """One mapping of entries for each token, null for the first."""
+        try:
+            positions = answer["choices"][0]["prompt_logprobs"]
+        except (KeyError, IndexError, TypeError):
+            positions = None
+        if not isinstance(positions, list):
+            raise ValueError(
+                f"the server {self._url} answers without prompt_logprobs; accepted: vLLM's "
+                "OpenAI server, which gives them. Other servers do not know the field."
+            )
+        if len(positions) != tokens:
+            raise ValueError(
+                f"the server {self._url} answers for {len(positions)} tokens of {tokens}; "
+                "accepted: one position for each. Does it cut prompts (truncate_prompt_tokens)?"
+            )
+        return positions
+
+    def _target(self, position: Any, label: int, k: int) -> Targets:
+        entries = self._entries(position)
+        own = next((entry for entry in entries if entry.token == label), None)
+        if own is None:
+            raise ValueError(
+                f"the server {self._url} does not name the text's own token {label} at its "
+                "position; accepted: vLLM's prompt_logprobs, which hold it always."
+            )
+        # The text's own token comes along beside the top k: by its rank it is not one of them.
+        top = sorted((e for e in entries if e.rank <= k), key=lambda e: (-e.logprob, e.rank))[:k]
+        if len(top) < k:
+            raise ValueError(
+                f"the server {self._url} names {len(top)} top tokens; asked for {k}. Ask for a "
+                "smaller k."
+            )
+        top_K = np.array([entry.logprob for entry in top])
+        mass = float(np.exp(top_K).sum())
+        if not mass <= 1 + EXCESS:
+            raise ValueError(
+                f"the server {self._url} gives top probabilities that sum to {mass:.4g}; accepted: "
+                "log-probabilities. Start it with --logprobs-mode raw_logprobs."
+            )
+        tail = max(0.0, 1.0 - mass)
+        return Targets(
+            top_ids_TK=np.array([[entry.token for entry in top]], dtype=np.int64),
+            top_logprobs_TK=top_K[None].astype(np.float32),
+            tail_ids_TM=np.zeros((1, 0), dtype=np.int64),
+            tail_logprob_T=np.array([math.log(tail) if tail else -math.inf], dtype=np.float32),
+            token_logprob_T=np.array([own.logprob], dtype=np.float32),
+            entropy_T=np.array([_entropy([*np.exp(top_K), tail])], dtype=np.float32),
+        )
+
+    def _entries(self, position: Any) -> list[Entry]:
+        try:
+            entries = [
+                Entry(int(token), _logprob(told["logprob"]), int(told["rank"]))
+                for token, told in position.items()
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"the server {self._url} answers {position!r:.80} for a position; accepted: "
+                '{"token id": {"logprob": …, "rank": …}}, as vLLM writes it.'
+            ) from None
+        highest = max((entry.token for entry in entries), default=0)
+        if highest >= self.vocabulary:
+            raise ValueError(
+                f"the server {self._url} names the token {highest}; the tokenizer knows "
+                f"{self.vocabulary}: model and tokenizer do not belong together."
+            )
+        return entries
+
+
+def _logprob(given: float) -> float:
+    return -math.inf if given <= NO_CHANCE else float(given)
+
+
+def _entropy(probabilities: Sequence[float]) -> float:
+    """Of the top and the tail as one cell: a lower bound of the whole's, in nats."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def _joined(parts: list[Targets], k: int) -> Targets:
+    if parts:
+        return Targets.joined(parts)
+    none, none_K = np.zeros(0, np.float32), np.zeros((0, k))
+    return Targets(
+        top_ids_TK=none_K.astype(np.int64),
+        top_logprobs_TK=none_K.astype(np.float32),
+        tail_ids_TM=np.zeros((0, 0), np.int64),
+        tail_logprob_T=none,
+        token_logprob_T=none,
+        entropy_T=none,
+    )
+
+
+def _said(response: httpx.Response) -> str:
+    """The server's own words, shortened."""
+    try:
+        content = response.json()
+        error = content.get("error", content) if isinstance(content, dict) else content
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except ValueError:
+        text = response.text
+    return f"{text}"[:300]

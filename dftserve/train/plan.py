@@ -1,0 +1,157 @@
+"""What a run would take: counted where it can be counted, measured where it cannot.
+
+One batch goes forward and backward through the real model; nothing is written.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dftserve.train.config import AUTO, TrainConfig
+from dftserve.train.data import Rows
+from dftserve.train.head import CHUNK_ELEMENTS
+from dftserve.train.run import Material, load_model, read
+
+OPTIMIZER_BYTES = 8
+"""Two float32 moments of AdamW for a trained parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """Bytes, seconds and counts of one process."""
+
+    parameters: int
+    trained_parameters: int
+    documents: int
+    rows: int
+    tokens_per_epoch: int
+    trained_tokens_per_epoch: int
+    steps: int
+    tokens: int
+    """Of all steps."""
+    seconds_per_step: float
+    """Measured on this machine: one batch, times the accumulation."""
+    seconds: float
+    weights_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """Measured: what one batch keeps for its backward pass."""
+    head_bytes: int
+    """The logits of one chunk and their gradient."""
+    disk_bytes: int
+    """Checkpoints to resume from, and the final one."""
+
+    @property
+    def memory_bytes(self) -> int:
+        parts = (self.weights_bytes, self.gradient_bytes, self.optimizer_bytes)
+        return sum(parts) + self.activation_bytes + self.head_bytes
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self) | {"memory_bytes": self.memory_bytes}, indent=2)
+
+    def shown(self) -> str:
+        lines = {
+            "parameters": f"{self.parameters:,}, {self.trained_parameters:,} of them trained",
+            "text": f"{self.documents:,} documents in {self.rows:,} rows, "
+            f"{self.tokens_per_epoch:,} tokens, {self.trained_tokens_per_epoch:,} of them learnt",
+            "steps": f"{self.steps:,}, {self.tokens:,} tokens",
+            "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
+            "on one batch; evaluation and saving apart",
+            "memory": f"{_size(self.memory_bytes)}: weights {_size(self.weights_bytes)}, gradients "
+            f"{_size(self.gradient_bytes)}, optimizer {_size(self.optimizer_bytes)}, activations "
+            f"{_size(self.activation_bytes)}, head {_size(self.head_bytes)}",
+            "disk": f"{_size(self.disk_bytes)} at most",
+        }
+        return "\n".join(f"{name:12}{value}" for name, value in lines.items())
+
+
+def plan_of(config: TrainConfig) -> TrainPlan:
+    """What `train` would do with this configuration.
+
+    Raises:
+        ValueError: as `train` would.
+    """
+    material = read(config)
+    if config.divergence.target_weight == AUTO:
+        raise ValueError("target_weight: auto cannot be planned; give a number for --plan.")
+    model = load_model(config)
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    seconds, activations = _one_batch(config, model, material)
+    parameters = [value.numel() for value in model.parameters()]
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
+    steps = config.steps or math.ceil(of_epoch * config.epochs)
+    tokens, learnt = _tokens(material.train)
+    device = next(model.parameters()).device.type
+    whole = 4 * sum(parameters)
+    return TrainPlan(
+        parameters=sum(parameters),
+        trained_parameters=trained,
+        documents=material.store.count("train"),
+        rows=len(material.train),
+        tokens_per_epoch=tokens,
+        trained_tokens_per_epoch=learnt,
+        steps=steps,
+        tokens=round(tokens * steps / of_epoch),
+        seconds_per_step=seconds * config.accumulation,
+        seconds=seconds * config.accumulation * steps,
+        weights_bytes=whole,
+        gradient_bytes=4 * trained,
+        optimizer_bytes=OPTIMIZER_BYTES * trained,
+        activation_bytes=activations,
+        head_bytes=2 * 4 * CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]),
+        disk_bytes=(config.keep + 1) * (whole + OPTIMIZER_BYTES * trained) + whole,
+    )
+
+
+def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[float, int]:
+    """(seconds, bytes kept for the backward pass) of a batch after one that warms up."""
+    rows = [material.train[i] for i in range(min(config.batch_size, len(material.train)))]
+    batch = material.collate(rows)
+    seconds, kept = 0.0, 0
+    for _ in range(2):
+        seen: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        start = time.perf_counter()
+        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
+        with bf16, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch).loss
+        (loss / len(batch["positions_T"])).backward()
+        seconds = time.perf_counter() - start
+        weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
+        kept = sum(size for place, size in seen.items() if place not in weights)
+        model.zero_grad()
+    return seconds, kept
+
+
+def _tokens(rows: Rows) -> tuple[int, int]:
+    items = (item for i in range(len(rows)) for item in rows[i])
+    counts = [(len(document.tokens_N), len(targets)) for document, targets in items]
+    return sum(n for n, _ in counts), sum(t for _, t in counts)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

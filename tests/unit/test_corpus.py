@@ -1,0 +1,468 @@
+"""The corpus: what is read, what is dropped and why, how it is cut and split."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import settings as runs
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from dftserve import settings
+from dftserve.corpus import filters as filters_module
+from dftserve.corpus import read as read_module
+from dftserve.corpus.duplicates import Duplicates, shingles
+from dftserve.corpus.filters import Filters, cleaned, verdict
+from dftserve.corpus.prepare import DUPLICATE, cut, prepare
+from dftserve.corpus.read import Text, read
+
+WORDS = [
+    *("river", "stone", "quiet", "lantern", "garden", "winter", "letter", "captain", "orchard"),
+    *("silver", "promise", "doorway", "harbour", "feather", "candle", "thunder", "meadow"),
+    *("kitchen", "island", "whisper", "ladder", "copper", "evening", "mirror"),
+]
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+ANY = Filters(min_words=0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    folder = os.environ.get("DFTSERVE_DATA")
+    if not folder:
+        pytest.skip("DFTSERVE_DATA names no folder of real texts")
+    return Path(folder)
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Paragraphs of random words: no two seeds are near-duplicates."""
+    chosen = random.Random(seed)
+    sentences = []
+    while words > 0:
+        size = min(words, chosen.randint(6, 14))
+        sentences.append(" ".join(chosen.choices(WORDS, k=size)).capitalize() + ".")
+        words -= size
+    paragraphs = [" ".join(sentences[i : i + 5]) for i in range(0, len(sentences), 5)]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def text(content: str, origin: str = "a.txt") -> Text:
+    return Text(content, None, origin)
+
+
+def answered(prompt: str, answer: str, origin: str = "c.jsonl:1") -> Text:
+    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+    return Text(f"{prompt}\n\n{answer}", turns, origin)
+
+
+def texts(count: int, words: int = 60) -> list[Text]:
+    return [text(prose(words, seed), f"{seed}.txt") for seed in range(count)]
+
+
+# Reading
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "b.md").write_text("# Title\r\nBody\rend", encoding="utf-8", newline="")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.TXT").write_bytes(b"\xef\xbb\xbfna\xc3\xafve")
+    (tmp_path / ".hidden.bin").write_bytes(b"\xff")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.bin").write_bytes(b"\xff")
+    assert list(read(tmp_path)) == [
+        text("naïve", "a/x.TXT"),
+        text("# Title\nBody\nend", "b.md"),
+    ]
+    assert next(read(tmp_path / "b.md")).origin == "b.md"
+
+
+def test_jsonl_fields(tmp_path):
+    records = [{"text": "T"}, {"messages": TURNS}, {"prompt": "P", "response": "R", "id": 3}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, records)))
+    plain, chat, pair = read(path)
+    assert plain == text("T", "x.jsonl:1")
+    assert (chat.content, chat.messages) == ("Why?\n\nBecause.", tuple(TURNS))
+    assert pair.messages == (
+        {"role": "user", "content": "P"},
+        {"role": "assistant", "content": "R"},
+    )
+    assert pair.origin == "x.jsonl:5"
+
+
+def test_parquet_and_datasets_say_the_same_as_jsonl(tmp_path):
+    rows = [{"text": f"text {i}", "messages": None} for i in range(600)]
+    rows.append({"text": None, "messages": TURNS})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    found = list(read(tmp_path / "x.parquet"))
+    assert [each.content for each in found[:600]] == [f"text {i}" for i in range(600)]
+    assert found[600].messages == tuple(TURNS)
+    assert found[600].origin == "x.parquet:601"
+
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"b": table, "a": table}).save_to_disk(tmp_path / "two")
+    assert [each.content for each in read(tmp_path / "one")] == [each.content for each in found]
+    assert [each.origin for each in read(tmp_path / "two")][::601] == ["a:1", "b:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.txt", b"fine\ncaf\xe9", ["x.txt, line 2", "0xe9", "UTF-8"]),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', ["line 2", "0xff", "UTF-8"]),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', ["line 2", "broken JSON"]),
+        ("x.jsonl", b"[" * 100_000, ["line 1", "broken JSON"]),
+        ("x.jsonl", b'{"body": "a"}', ["line 1", "'body'", "`text`"]),
+        ("x.jsonl", b'{"prompt": "a"}', ["line 1", "'prompt'", "`response`"]),
+        ("x.jsonl", b'["a"]', ["line 1", "accepted: an object"]),
+        ("x.jsonl", b'{"text": 3}', ["line 1, text: got 3", "a text"]),
+        ("x.jsonl", b'{"text": "\\ud800"}', ["line 1, text", "surrogate"]),
+        ("x.jsonl", b'{"messages": []}', ["line 1, messages", "a list of turns"]),
+        ("x.jsonl", b'{"messages": [{"role": "user"}]}', ["messages[0].content: got None"]),
+        ("x.parquet", b"PAR1 not", ["x.parquet", "not a .parquet file"]),
+        ("x.pdf", b"", ["x.pdf", "'.pdf'", ".txt", ".jsonl", ".parquet"]),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r".") as caught:
+        list(read(tmp_path))
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+def test_sizes_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_module, "LARGEST", 100)
+    (tmp_path / "x.txt").write_text("a" * 101)
+    with pytest.raises(ValueError, match="101 bytes; accepted: at most 100"):
+        list(read(tmp_path / "x.txt"))
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 50 + json.dumps({"text": "a" * 100}))
+    with pytest.raises(ValueError, match="line 51: more than 100 bytes"):
+        list(read(tmp_path / "x.jsonl"))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="nothing is there"):
+        list(read(tmp_path / "missing"))
+    assert list(read(tmp_path)) == []
+
+
+@runs(max_examples=200)
+@given(content=st.binary(max_size=300), suffix=st.sampled_from([".txt", ".jsonl", ".parquet"]))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("bytes") / f"x{suffix}"
+    path.write_bytes(content)
+    try:
+        for each in read(path):
+            each.content.encode()
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017
+
+
+# Filters
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (prose(60), None),
+        ("few words only", "too short"),
+        (prose(60).replace("e", "\ufffd"), "damaged encoding"),
+        (prose(60).replace(". ", "\x00 "), "damaged encoding"),
+        (prose(60) + "It’s naïve, isn’t it? “Déjà vu”…", None),
+        (
+            (prose(60) + "It’s naïve.").replace("o", "é").encode().decode("latin1"),
+            "damaged encoding",
+        ),
+        (
+            prose(60).replace(" ", "’").replace("’", " ", 50).encode().decode("cp1252"),
+            "damaged encoding",
+        ),
+        ("\n".join(["the same line again and again"] * 20), "repeated lines"),
+        (" ".join(["one two three four five six seven"] * 20), "repeated phrases"),
+        ("Skip to content\nHome | News | About | Contact\nWe use cookies.\n" * 5, "boilerplate"),
+    ],
+)
+def test_verdicts(content, reason):
+    assert verdict(text(content), Filters(language_min_words=0)) == reason
+
+
+ENGLISH = (
+    "The captain looked at the quiet harbour and wondered whether the ship would ever return. "
+)
+GERMAN = "Der Kapitän sah auf den stillen Hafen und fragte sich, ob das Schiff wiederkehren würde. "
+
+
+def test_languages():
+    only = Filters(min_words=1, languages=("en",), language_min_words=10)
+    assert verdict(text(ENGLISH), only) is None
+    assert verdict(text(GERMAN), only) == "language de"
+    assert verdict(text(GERMAN), Filters(min_words=1, languages=("en", "de"))) is None
+    assert verdict(text("Der Kapitän"), only) is None  # Too short to tell.
+
+
+def test_repetition_limits_are_of_characters():
+    once = prose(400)
+    assert filters_module.repeated_lines(once) == 0
+    assert filters_module.repeated_lines("aaaa\nbbbb\naaaa\n") == pytest.approx(1 / 3)
+    words = [f"w{i:02}" for i in range(20)]
+    assert filters_module.repeated_grams(words) == 0
+    assert filters_module.repeated_grams(words + words[:5]) == pytest.approx(5 / 25)
+    assert filters_module.repeated_grams(words + words[:6]) == pytest.approx(6 / 26)
+    assert filters_module.repeated_grams(words * 2) == pytest.approx(0.5)
+
+
+def test_a_gutenberg_frame_is_stripped():
+    body = prose(200).strip()
+    framed = (
+        "The Project Gutenberg EBook of Something\n\nLicence text.\n\n"
+        "*** START OF THIS PROJECT GUTENBERG EBOOK SOMETHING ***\n"
+        f"{body}\n"
+        "*** END OF THIS PROJECT GUTENBERG EBOOK SOMETHING ***\n" + "Legal words. " * 500
+    )
+    assert cleaned(text(framed), ANY).content.strip() == body
+    assert verdict(text(framed), Filters()) is None
+    untouched = Filters(strip_boilerplate=False)
+    assert cleaned(text(framed), untouched).content == framed
+
+
+def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
+    body = prose(300).strip().split("\n\n")
+    licence = (
+        "Copyright 2020 Somebody.\nPermission is hereby granted, free of charge, to any person"
+    )
+    site = "We use cookies to make this site better.\nHome | News | About us | Contact"
+    page = "\n\n".join([licence, body[0], site, *body[1:]])
+    assert cleaned(text(page), ANY).content == "\n\n".join(body)
+    clean = text("He had a privacy policy of his own, and it was this: " + prose(60))
+    assert cleaned(clean, ANY) is clean
+
+
+def test_a_conversation_is_judged_and_not_changed():
+    chat = answered("Why?", "We use cookies.\nBecause.")
+    assert cleaned(chat, ANY) is chat
+
+
+def test_filters_from_a_recipe():
+    assert settings.load(Filters, {"languages": ["en"], "min_words": 5}, "corpus").min_words == 5
+    for given_, said in (
+        ({"min_word": 5}, "did you mean 'min_words'"),
+        ({"languages": ["english"]}, "languages: got 'english'"),
+        ({"min_words": 9, "max_words": 3}, "min_words"),
+        ({"max_damage": 2}, "max_damage: got 2"),
+        ({"duplicate_threshold": 0}, "duplicate_threshold: got 0"),
+        ({"split_words": 0}, "split_words: got 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            settings.load(Filters, given_, "corpus")
+
+
+# Duplicates
+
+
+def test_near_duplicates_are_found_and_others_are_not():
+    known = Duplicates(0.8)
+    first = prose(300)
+    assert known.of(first, "first") is None
+    assert known.of(first, "again") == "first"
+    assert known.of(first.upper().replace(".", " !"), "shouted") == "first"
+    assert known.of(first.replace("river", "brook", 1), "edited") == "first"
+    assert known.of(prose(300, seed=1), "other") is None
+    assert known.of(first[: len(first) // 2] + prose(150, seed=2), "half") is None
+
+
+def test_thresholds_at_the_ends():
+    first, edited = prose(300), prose(300).replace("river", "brook", 1)
+    equal, none = Duplicates(1.0), Duplicates(None)
+    assert [equal.of(each, str(i)) for i, each in enumerate((first, edited, first))] == [
+        None,
+        None,
+        "0",
+    ]
+    assert [none.of(first, str(i)) for i in range(3)] == [None] * 3
+
+
+def test_only_answers_to_one_prompt_are_duplicates():
+    known = Duplicates(0.8)
+    assert known.of("Sure.", "a", within="Can you?") is None
+    assert known.of("Sure.", "b", within="Will you?") is None
+    assert known.of("sure", "c", within="Can you?") == "a"
+
+
+def test_shingles_know_the_order_of_words():
+    words = [f"w{i}" for i in range(9)]
+    assert len(shingles(" ".join(words))) == 5
+    assert not set(shingles(" ".join(words))) & set(shingles(" ".join(reversed(words))))
+    assert len(shingles("")) == 1
+
+
+def test_other_texts_share_few_shingles():
+    one, two = set(shingles(prose(5000, 1))), set(shingles(prose(5000, 2)))
+    assert len(one & two) <= 15  # Of 24^5 grams about 3 are in both; more than 15: 1e-7.
+
+
+# Cutting
+
+
+@runs(max_examples=150)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.sampled_from(["\n\n", ". ", "\n", " ", "\n \n\n", "。"])),
+        max_size=40,
+    ),
+    st.integers(1, 40),
+)
+def test_pieces_have_the_words_of_the_text(parts, limit):
+    content = "".join(" ".join(WORDS[i % 20] for i in range(n)) + end for n, end in parts)
+    pieces = cut(text(content), limit)
+    joined = "".join(piece.content for piece in pieces)
+    assert "".join(joined.split()) == "".join(content.split())
+    assert all(len(piece.content.split()) <= limit for piece in pieces)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    if len(content.split()) > limit:
+        assert all(piece.content.strip() for piece in pieces)
+
+
+def test_pieces_end_at_paragraph_ends_and_are_alike():
+    content = prose(5050)
+    pieces = cut(text(content), 1000)
+    assert len(pieces) == 6
+    assert "\n\n".join(piece.content for piece in pieces) == content.strip()
+    sizes = [len(piece.content.split()) for piece in pieces]
+    assert min(sizes) > 700
+    assert [piece.origin for piece in pieces] == [f"a.txt#{i}" for i in range(1, 7)]
+
+
+def test_a_conversation_is_not_cut():
+    chat = answered("Why?", prose(100))
+    assert cut(chat, 10) == [chat]
+
+
+# Preparing
+
+
+def test_the_report_counts_everything():
+    given_ = [
+        *texts(10),
+        text("short", "s.txt"),
+        text("short too", "t.txt"),
+        text("short also", "u.txt"),
+        text("short still", "v.txt"),
+        text(prose(60, 3), "copy.txt"),
+        text(prose(250, 99), "long.txt"),
+    ]
+    corpus = prepare(given_, Filters(split_words=100), heldout=0.2)
+    told = corpus.report.as_dict()
+    assert told["read"] == 16
+    assert told["kept"] == 11
+    assert told["dropped"] == {
+        DUPLICATE: {"count": 1, "examples": ["copy.txt"]},
+        "too short": {"count": 4, "examples": ["s.txt", "t.txt", "u.txt"]},
+    }
+    assert told["documents"] == {"train": len(corpus.train), "heldout": len(corpus.heldout)}
+    assert sum(told["documents"].values()) == 10 + len(cut(given_[-1], 100))
+    assert sum(told["words"].values()) == 10 * 60 + 250
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_added_texts_move_none():
+    some = prepare(texts(60), ANY, heldout=0.3)
+    more = prepare(reversed(texts(120)), ANY, heldout=0.3)
+    assert {each.content for each in some.heldout} <= {each.content for each in more.heldout}
+    assert {each.content for each in some.train} <= {each.content for each in more.train}
+
+
+def test_the_share_that_is_held_out():
+    """Of 1,000 texts, binomial: outside 200 ± 65 with probability 3e-7; the seed is fixed."""
+    corpus = prepare(texts(1000, words=20), ANY, heldout=0.2)
+    assert abs(len(corpus.heldout) - 200) <= 65
+
+
+def test_pieces_of_one_file_stay_together():
+    books = [text(prose(500, seed), f"{seed}.txt") for seed in range(30)]
+    corpus = prepare(books, Filters(split_words=50), heldout=0.3)
+    sides = [
+        {each.origin.split("#")[0] for each in split} for split in (corpus.train, corpus.heldout)
+    ]
+    assert not sides[0] & sides[1]
+    assert all(sides)
+
+
+def test_answers_to_one_prompt_stay_together():
+    answers = [
+        answered(f"Question {i}?", prose(30, 100 * i + j), f"c.jsonl:{10 * i + j}")
+        for i in range(30)
+        for j in range(4)
+    ]
+    corpus = prepare(answers, ANY, heldout=0.3)
+    asked = [{each.messages[0]["content"] for each in s} for s in (corpus.train, corpus.heldout)]
+    assert not asked[0] & asked[1]
+    assert len(corpus.train) + len(corpus.heldout) == 120
+    assert len(corpus.heldout) % 4 == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_small_corpus_has_both_parts(count):
+    for seed in range(20):
+        corpus = prepare(texts(count), ANY, seed=seed)
+        assert corpus.train
+        assert corpus.heldout
+
+
+def test_what_cannot_be_split():
+    with pytest.raises(ValueError, match="the corpus is empty: 0 read"):
+        prepare([], ANY)
+    with pytest.raises(ValueError, match="the corpus is empty: 1 read, dropped: 1 too short"):
+        prepare([text("short")], Filters())
+    with pytest.raises(ValueError, match=r"is one text.*\(a\.txt;.*hold out 0"):
+        prepare([text(prose(60))], ANY)
+    assert len(prepare([text(prose(60))], ANY, heldout=0).train) == 1
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="accepted: at least 0 and below 1"):
+            prepare(texts(3), ANY, heldout=share)
+
+
+def test_the_same_corpus_whatever_the_hash_seed(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(prose(60, i % 20))
+    code = (
+        "import sys; from pathlib import Path; from dftserve.corpus.read import read\n"
+        "from dftserve.corpus.prepare import prepare; from dftserve.corpus.filters import Filters\n"
+        f"c = prepare(read(Path({str(tmp_path)!r})), Filters())\n"
+        "print([t.origin for t in c.train], [t.origin for t in c.heldout], c.report.as_dict())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+# Real text
+
+
+def test_novels_are_kept_and_cut(data):
+    books = sorted((data / "prose" / "litbank").glob("*.txt"))[:2]
+    given_ = [each for book in books for each in read(book)]
+    corpus = prepare(given_, Filters(languages=("en",)))
+    assert corpus.report.dropped == {}
+    pieces = [len(each.content.split()) for each in (*corpus.train, *corpus.heldout)]
+    assert max(pieces) <= 1000
+    assert sum(pieces) == sum(len(each.content.split()) for each in given_)
+
+
+def test_specifications_are_kept_and_lose_their_licence(data):
+    corpus = prepare(read(data / "tech" / "peps"), Filters(languages=("en",)))
+    assert corpus.report.kept == corpus.report.read
+    assert not any("placed in the public domain" in each.content for each in corpus.train)

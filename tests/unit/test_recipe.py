@@ -1,0 +1,221 @@
+"""Recipes: what is shipped, what a user's own may say, and what becomes of it."""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dftserve.targets import recipe
+from dftserve.targets.document import Document
+from dftserve.targets.recipe import load, shipped, source_of
+
+LEAST = {"name": "mine", "about": "A test.", "source": {"ngram": {"order": 3}}}
+
+
+def documents_of(*texts: list[int], prompt: int = 1) -> list[Document]:
+    found = []
+    for tokens in texts:
+        trained_N = np.arange(len(tokens)) >= prompt
+        found.append(Document(np.array(tokens, dtype=np.int32), trained_N))
+    return found
+
+
+DOCUMENTS = {
+    "train": documents_of([0, 1, 2, 3, 4], [0, 1, 2, 5, 4], [0, 3, 1, 2, 3]),
+    "heldout": documents_of([7, 2, 3, 4, 5]),
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(**changes) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump({**LEAST, **changes}))
+        return str(path)
+
+    return write
+
+
+def built(name: str, values=None, documents=DOCUMENTS):
+    return source_of(load(name, values), tokenizer=None, documents=documents, vocabulary=10)
+
+
+# What is shipped
+
+
+def test_three_recipes_are_shipped():
+    assert shipped() == ["conversation", "creative", "technical"]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_needs_no_teacher(name):
+    found = load(name)
+    assert found.name == name
+    assert len(found.about) > 100
+    assert found.text
+    assert (found.store.k, found.store.draws) == (6, 6)
+    source = built(name)
+    targets = source.targets(DOCUMENTS["train"], k=4, draws=2, seeds=[1, 2, 3])
+    assert [len(each) for each in targets] == [4, 4, 4]
+    source.targets(DOCUMENTS["heldout"], k=4, draws=2, seeds=[1])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_takes_a_teacher(name):
+    parts = load(name, {"teacher": "/models/base", "teacher_weight": "2"}).source["mix"]
+    assert parts[-1] == {"weight": 2, "when": "teacher", "teacher": {"model": "/models/base"}}
+
+
+def test_conversation_uses_references_where_there_are_any():
+    assert built("conversation").describe()["kind"] == "mix"
+    single = {"train": documents_of([0, 1, 2, 3], [1, 2, 3, 0]), "heldout": []}
+    assert built("conversation", documents=single).describe()["kind"] == "ngram"
+
+
+# Placeholders
+
+
+def test_placeholders(written):
+    source = {"teacher": {"model": "${base}/v${version}", "temperature": "${t}"}}
+    path = written(source=source, defaults={"version": 2, "t": 1.0})
+    assert load(path, {"base": "/m"}).source == {"teacher": {"model": "/m/v2", "temperature": 1.0}}
+    assert load(path, {"base": "/m", "t": "0.5"}).source["teacher"]["temperature"] == 0.5
+    with pytest.raises(ValueError, match=r"\$\{base\} has no value; give one: --set base=VALUE"):
+        load(path)
+    with pytest.raises(ValueError, match=r"got the key 'bas'.*did you mean 'base'"):
+        load(path, {"bas": "/m"})
+
+
+@pytest.mark.parametrize(
+    "value", ["~", "no such: thing", "[1]", "!!python/object:os.system x", "{"]
+)
+def test_a_value_stays_the_text_that_it_is(written, value):
+    path = written(source={"teacher": {"model": "${base}"}})
+    assert load(path, {"base": value}).source["teacher"]["model"] == value
+
+
+def test_a_value_is_not_read_again_for_placeholders(written):
+    path = written(source={"teacher": {"model": "${base}"}})
+    assert load(path, {"base": "${base}"}).source["teacher"]["model"] == "${base}"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", ["creativ", "no-such", "../creative", "", "no-such.yaml"])
+def test_an_unknown_recipe_lists_the_shipped_ones(name):
+    with pytest.raises(ValueError, match="conversation, creative, technical"):
+        load(name)
+    with pytest.raises(ValueError, match="did you mean 'creative'"):
+        load("creativ")
+
+
+NGRAM = {"ngram": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sources": {}}, "got the key 'sources'.*did you mean 'source'"),
+        ({"corpus": {"min_word": 3}}, "corpus: got the key 'min_word'.*did you mean 'min_words'"),
+        ({"corpus": {"min_words": "3"}}, "corpus.min_words: got '3'; accepted: a whole number"),
+        ({"store": {"k": 0}}, "store: k 0 and draws 6; accepted"),
+        ({"name": 3}, "name: got 3; accepted: a text"),
+        ({"source": {}}, r"source: got \[\]; accepted: one of ngram, references, teacher"),
+        ({"source": {"ngram": {}, "teacher": {}}}, r"source: got \['ngram', 'teacher'\]"),
+        ({"source": "ngram"}, "source: got 'ngram'; accepted: keys and values"),
+        ({"source": {"ngrams": {}}}, "got the key 'ngrams'.*did you mean 'ngram'"),
+        ({"source": {"ngram": {"oder": 3}}}, "source.ngram: got the key 'oder'.*mean 'order'"),
+        ({"source": {"teacher": {}}}, "source.teacher.model: got nothing; accepted: a text"),
+        ({"source": {"mix": {}}}, "source.mix: got {}; accepted: a list of weights and sources"),
+        ({"source": {"mix": []}}, "source.mix: got"),
+        ({"source": {"mix": [NGRAM]}}, r"source.mix\[0\].weight: got None"),
+        ({"source": {"mix": [{"weight": 0, **NGRAM}]}}, r"mix\[0\].weight: got 0; accepted"),
+        ({"source": {"mix": [{"weight": True, **NGRAM}]}}, r"mix\[0\].weight: got True"),
+        ({"source": {"mix": [{"weight": float("nan"), **NGRAM}]}}, r"mix\[0\].weight: got nan"),
+        ({"source": {"mix": [{"weight": 1}]}}, r"source.mix\[0\]: got \[\]"),
+        (
+            {"source": {"temper": {"power": 0.5, "of": {"mix": [{"weight": 1, "ngam": {}}]}}}},
+            r"source.temper.of.mix\[0\]: got the key 'ngam'",
+        ),
+    ],
+)
+def test_what_a_recipe_may_not_say(written, changes, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        load(written(**changes))
+    assert str(caught.value).startswith("mine.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: [", "not YAML"),
+        ("!!python/object/apply:os.system [ls]", "not YAML"),
+        ("- 1", "accepted: keys and values"),
+        ("", "accepted: keys and values"),
+        ("a: &x [1]\nb: *x", "it has an alias"),
+        ("[" * 1500, "not YAML"),
+        (b"name: \xff", "not YAML in UTF-8"),
+        ("#" * 65_537, "65537 bytes; accepted: at most 65536"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, said):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said):
+        load(str(path))
+
+
+def test_sources_within_sources_end(written):
+    source: dict = NGRAM
+    for _ in range(40):
+        source = {"temper": {"power": 1, "of": source}}
+    with pytest.raises(ValueError, match="more than 16 sources within sources"):
+        load(written(source=source))
+
+
+# What is built
+
+
+def test_nested_sources(written):
+    parts = [{"weight": 3, "ngram": {"order": 2}}, {"weight": 1, "ngram": {"order": 1}}]
+    path = written(source={"temper": {"power": 0.5, "of": {"mix": parts}}})
+    said = built(path).describe()
+    assert (said["kind"], said["power"], said["source"]["kind"]) == ("temper", 0.5, "mix")
+    assert built(written(source={"geomix": parts})).describe()["kind"] == "geomix"
+
+
+def test_ngrams_are_counted_in_the_training_part_alone(written):
+    path = written()
+    other = {"train": DOCUMENTS["train"], "heldout": []}
+    assert built(path).describe() == built(path, documents=other).describe()
+
+
+def test_every_setting_of_a_kind_reaches_its_source(written, monkeypatch):
+    """Sources that need a model or a server, with both replaced: what they were called with."""
+    calls = []
+
+    class Called:
+        def __init__(self, *given, **named):
+            calls.append((given, named))
+
+        load = classmethod(lambda cls, *given, **named: cls(*given, **named))
+
+    for module, name in (("teacher", "Teacher"), ("served", "ServedTeacher")):
+        fake = types.ModuleType(module)
+        setattr(fake, name, Called)
+        monkeypatch.setitem(sys.modules, f"dftserve.targets.{module}", fake)
+    built(written(source={"teacher": {"model": "/m", "dtype": "float32", "device": "cpu"}}))
+    built(written(source={"served": {"url": "http://x", "model": "m", "key_variable": "KEY"}}))
+    assert calls == [
+        (("/m",), {"vocabulary": 10, "dtype": "float32", "device": "cpu", "temperature": 1.0}),
+        (("http://x", "m"), {"vocabulary": 10, "key_variable": "KEY", "at_once": 4}),
+    ]
+
+
+def test_the_shipped_recipes_are_in_the_package():
+    assert Path(recipe.__file__).parent / "recipes" == recipe.FOLDER

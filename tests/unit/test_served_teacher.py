@@ -1,0 +1,192 @@
+"""The served teacher against a small HTTP server that answers what vLLM answers."""
+
+import json
+import math
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from dftserve.targets.document import Document
+from dftserve.targets.served import ServedTeacher
+
+V = 12
+
+
+def law(tokens):
+    """ln p of what follows: any rule will do, if the test knows it too."""
+    logits_V = np.random.default_rng(sum(tokens) + len(tokens)).normal(0, 2, V)
+    logits_V[(sum(tokens) + 1) % V] = -np.inf
+    return logits_V - np.log(np.exp(logits_V).sum())
+
+
+def position(tokens, k):
+    """vLLM's entry: the top k by rank, and the text's own token."""
+    logprobs_V = law(tokens[:-1])
+    order = np.argsort(-logprobs_V, kind="stable").tolist()
+    named = {token: rank for rank, token in enumerate(order[:k], 1)}
+    named.setdefault(tokens[-1], order.index(tokens[-1]) + 1)
+    return {
+        str(token): {
+            "logprob": max(float(logprobs_V[token]), -9999.0),
+            "rank": rank,
+            "decoded_token": "?",
+        }
+        for token, rank in named.items()
+    }
+
+
+def vllm(request):
+    tokens, k = request["prompt"], request["prompt_logprobs"]
+    positions = [None, *(position(tokens[: i + 1], k) for i in range(1, len(tokens)))]
+    return 200, {"choices": [{"text": "a", "prompt_logprobs": positions}]}
+
+
+@contextmanager
+def serving(answer):
+    """The address of a server that answers by `answer(request)`, and the requests that came."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, request, self.headers.get("Authorization")))
+            status, content = answer(request)
+            body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def document(length, seed=0):
+    rng = np.random.default_rng(seed)
+    trained_N = rng.random(length) < 0.7
+    trained_N[0], trained_N[-1] = False, True
+    return Document(rng.integers(0, V, length).astype(np.int32), trained_N)
+
+
+def ask(url, documents, k=3, **kw):
+    source = ServedTeacher(url, "m", vocabulary=V, backoff_s=0.01, **kw)
+    return source.targets(documents, k=k, draws=5, seeds=[0] * len(documents))
+
+
+@pytest.mark.parametrize("k", [1, 3, V, V + 9])
+@pytest.mark.parametrize("suffix", ["", "/", "/v1"])
+def test_targets_are_the_top_and_a_lumped_tail(k, suffix):
+    documents = [document(length, seed) for seed, length in enumerate([20, 3, 9, 12, 30, 2])]
+    with serving(vllm) as (url, seen):
+        found = ask(url + suffix, documents, k=k)
+    assert {path for path, _, _ in seen} == {"/v1/completions"}
+    for doc, targets in zip(documents, found, strict=True):
+        assert targets.tail_ids_TM.shape == (len(doc.positions_T), 0)
+        for row, place in enumerate(doc.positions_T.tolist()):
+            logprobs_V = law(doc.tokens_N[:place].tolist())
+            order = np.argsort(-logprobs_V, kind="stable")[:k]
+            top = np.exp(logprobs_V[order])
+            rest = 1 - top.sum()
+            assert targets.top_ids_TK[row].tolist() == order.tolist()
+            np.testing.assert_allclose(
+                targets.top_logprobs_TK[row], logprobs_V[order], rtol=1e-5, atol=1e-6
+            )
+            assert math.exp(targets.tail_logprob_T[row]) == pytest.approx(rest, abs=1e-6)
+            own = logprobs_V[doc.tokens_N[place]]
+            assert math.exp(targets.token_logprob_T[row]) == pytest.approx(math.exp(own), abs=1e-6)
+            cells = [p for p in [*top, rest] if p > 1e-12]
+            entropy = -sum(p * math.log(p) for p in cells)
+            assert targets.entropy_T[row] == pytest.approx(entropy, abs=1e-5)
+            whole = -sum(p * math.log(p) for p in np.exp(logprobs_V) if p > 0)
+            assert targets.entropy_T[row] <= whole + 1e-5
+
+
+def test_a_busy_server_is_asked_again():
+    left = [429, 503, 500]
+
+    def busy(request):
+        return (left.pop(), {"error": {"message": "busy"}}) if left else vllm(request)
+
+    with serving(busy) as (url, seen):
+        ask(url, [document(5)])
+    assert len(seen) == 4
+
+
+def test_a_document_without_trained_tokens_has_no_targets():
+    with serving(vllm) as (url, _):
+        (found,) = ask(url, [Document(np.zeros(3, np.int32), np.zeros(3, bool))])
+    assert len(found) == 0
+
+
+def one(entries):
+    return 200, {"choices": [{"prompt_logprobs": [None, entries]}]}
+
+
+TOP = {str(i): {"logprob": -1.5, "rank": i + 1} for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((503, {"error": {"message": "asleep"}}), r"answers 503 \(asleep\).*Tried 2 times"),
+        ((401, {"error": "Unauthorized"}), "refuses a request without a key"),
+        ((404, {"message": "no such model"}), "does not know the model 'm'"),
+        ((400, {"message": "Requested prompt logprobs of 3, max 1"}), "--max-logprobs 3"),
+        ((400, {"error": {"message": "too long"}}), "refuses the request .400.: too long"),
+        ((200, "hello"), "answers no JSON"),
+        ((200, {"choices": [{"text": "a"}]}), "without prompt_logprobs"),
+        ((200, {"choices": [{"prompt_logprobs": None}]}), "without prompt_logprobs"),
+        ((200, [1]), "without prompt_logprobs"),
+        ((200, {"choices": [{"prompt_logprobs": [None]}]}), "1 tokens of 2"),
+        (one(None), "for a position"),
+        (one({"0": -1.0}), "for a position"),
+        (one({str(V): {"logprob": -1.0, "rank": 1}}), f"names the token {V}"),
+        (one({"5": {"logprob": -1.0, "rank": 1}}), "own token 0"),
+        (one({"0": {"logprob": -1.0, "rank": 1}}), "names 1 top tokens; asked for 3"),
+        (one({**TOP, "1": {"logprob": 4.0, "rank": 2}}), "log-probabilities"),
+    ],
+)
+def test_what_is_wrong_is_said(answer, said):
+    doc = Document(np.zeros(2, np.int32), np.array([False, True]))
+    with serving(lambda request: answer) as (url, _), pytest.raises(ValueError, match=said):
+        ask(url, [doc], retries=1)
+
+
+def test_no_server_is_said():
+    with serving(vllm) as (url, _):
+        pass
+    with pytest.raises(ValueError, match="is unreachable"):
+        ask(url, [document(5)], retries=1)
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret-123")
+    with serving(vllm) as (url, seen):
+        ask(url, [document(5)], key_variable="SOME_KEY")
+    assert seen[0][2] == "Bearer secret-123"
+    source = ServedTeacher(url, "m", vocabulary=V, key_variable="SOME_KEY")
+    assert "secret" not in f"{source.describe()}{vars(source)}"
+    with (
+        serving(lambda request: (401, {"error": "no"})) as (url, _),
+        pytest.raises(ValueError, match="SOME_KEY") as caught,
+    ):
+        ask(url, [document(5)], key_variable="SOME_KEY")
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("SOME_KEY", "secret\n123")
+    with pytest.raises(ValueError, match="SOME_KEY holds a line break") as caught:
+        ServedTeacher(url, "m", vocabulary=V, key_variable="SOME_KEY")
+    assert "secret" not in str(caught.value)
+    monkeypatch.delenv("SOME_KEY")
+    with pytest.raises(ValueError, match="SOME_KEY is not set"):
+        ServedTeacher(url, "m", vocabulary=V, key_variable="SOME_KEY")

@@ -1,0 +1,153 @@
+"""The n-gram source against a plain scan of the corpus without the document."""
+
+import math
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dftserve.targets.document import Document
+from dftserve.targets.ngram import Ngram
+
+V = 7
+
+
+def document(tokens, trained=None):
+    trained_N = np.ones(len(tokens), bool) if trained is None else np.array(trained, bool)
+    trained_N[0] = False
+    return Document(np.array(tokens, np.int32), trained_N)
+
+
+@st.composite
+def documents(draw):
+    tokens = draw(st.lists(st.integers(0, V - 1), min_size=2, max_size=20))
+    return document(tokens, [draw(st.integers(0, 4)) > 0 for _ in tokens])
+
+
+corpora = st.lists(documents(), min_size=1, max_size=6).filter(
+    lambda corpus: any(each.trained_N.any() for each in corpus)
+)
+
+
+def rows_of(source, doc):
+    return source.read([doc])[0](0, len(doc.positions_T))
+
+
+def scanned(corpus, doc, order, min_count):
+    """The definition in plain Python: lists of the others, counted for each position."""
+    text = doc.tokens_N.tolist()
+    others = [
+        (each.tokens_N.tolist(), each.trained_N.tolist())
+        for each in corpus
+        if each.tokens_N.tolist() != text
+    ]
+    rows = []
+    for place in doc.positions_T.tolist():
+        row = [1 / V] * V
+        for length in range(order):
+            if length > place:
+                break
+            context = text[place - length : place]
+            follows = Counter(
+                tokens[i]
+                for tokens, trained in others
+                for i in range(max(length, 1), len(tokens))
+                if trained[i] and tokens[i - length : i] == context
+            )
+            if sum(follows.values()) < (min_count if length else 1):
+                break
+            whole = sum(follows.values()) + len(follows)
+            row = [(follows[w] + len(follows) * row[w]) / whole for w in range(V)]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, V)
+
+
+@settings(max_examples=300, deadline=None)
+@given(corpora, documents(), st.integers(1, 6), st.integers(1, 3))
+def test_rows_are_those_of_a_scan_without_the_document(corpus, stranger, order, min_count):
+    source = Ngram(corpus, vocabulary=V, order=order, min_count=min_count)
+    for doc in [*corpus, corpus[0], stranger]:
+        wanted_TV = scanned(corpus, doc, order, min_count)
+        found_TV = rows_of(source, doc).double().exp()
+        torch.testing.assert_close(found_TV, wanted_TV, atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora, documents())
+def test_a_documents_own_text_does_not_influence_its_target(others, doc):
+    """With it in the corpus, twice even, or without: its rows are the same."""
+    others = [each for each in others if each.tokens_N.tolist() != doc.tokens_N.tolist()]
+    if not any(each.trained_N.any() for each in others):
+        return
+    within = rows_of(Ngram([doc, *others, doc], vocabulary=V), doc)
+    torch.testing.assert_close(within, rows_of(Ngram(others, vocabulary=V), doc))
+
+
+@settings(max_examples=50, deadline=None)
+@given(corpora, st.integers(0, 5), st.integers(0, 5))
+def test_chunks_are_the_whole(corpus, first, second):
+    doc = corpus[0]
+    start, stop = sorted(min(x, len(doc.positions_T)) for x in (first, second))
+    source = Ngram(corpus, vocabulary=V)
+    rows = source.read([doc])[0]
+    torch.testing.assert_close(rows(start, stop), rows_of(source, doc)[start:stop])
+
+
+def test_every_row_sums_to_one_and_nothing_is_impossible():
+    rng = np.random.default_rng(0)
+    corpus = [document(rng.integers(0, V, 40)) for _ in range(5)]
+    for doc in [*corpus, document(rng.integers(0, V, 40))]:
+        logprobs_TV = rows_of(Ngram(corpus, vocabulary=V + 90), doc)
+        assert logprobs_TV.dtype == torch.float32
+        assert bool(logprobs_TV.isfinite().all())
+        assert float(logprobs_TV.logsumexp(1).abs().max()) < 1e-5
+
+
+def test_one_document_alone_gives_uniform_rows():
+    doc = document([1, 2, 3, 1, 2, 3])
+    torch.testing.assert_close(
+        rows_of(Ngram([doc, doc], vocabulary=V), doc), torch.full((5, V), -math.log(V))
+    )
+
+
+def test_descriptions_tell_corpora_and_parameters_apart():
+    one, two = [document([1, 2, 3])], [document([1, 2, 4])]
+    found = [
+        Ngram(one, vocabulary=V),
+        Ngram(two, vocabulary=V),
+        Ngram(one, vocabulary=V, order=3),
+        Ngram(one, vocabulary=V, min_count=1),
+    ]
+    assert len({str(each.describe()) for each in found}) == 4
+    assert Ngram(one, vocabulary=V).describe() == found[0].describe()
+
+
+def test_what_is_not_accepted():
+    doc = document([1, 2, 3])
+    for given_, said in [
+        (lambda: Ngram([], vocabulary=V), "no documents"),
+        (lambda: Ngram([doc], vocabulary=3), "token 3"),
+        (lambda: Ngram([doc], vocabulary=V, order=0), "order 0"),
+        (lambda: Ngram([doc], vocabulary=V, min_count=0), "min_count 0"),
+        (lambda: Ngram([document([1, 2], [0, 0])], vocabulary=V), "trained"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            given_()
+
+
+def test_speed_is_of_the_right_order():
+    """100k tokens, in processor seconds; the bounds lie far below what a core does."""
+    rng = np.random.default_rng(0)
+    tokens = (rng.zipf(1.2, 100_000) - 1).clip(max=4095)
+    corpus = [document(part) for part in tokens.reshape(200, -1)]
+    start = time.process_time()
+    source = Ngram(corpus, vocabulary=4096)
+    built = time.process_time()
+    for rows in source.read(corpus[:8]):
+        rows(0, 499)
+    assert built - start < 10
+    assert 8 * 499 / (time.process_time() - built) > 200

@@ -1,0 +1,212 @@
+"""Principles: the law of the sequence mixture, and how a principle enters."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dftserve.targets.document import Document, encode_messages, encode_text
+from dftserve.targets.principles import Principles, load_principles
+from dftserve.targets.teacher import Teacher
+
+WORDS = [f"w{i}" for i in range(40)]
+SPECIALS = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+DEFAULTS = (
+    "{% if messages[0]['role'] != 'system' %}<|system|>w39<|end|>{% endif %}"
+    + TEMPLATE.removeprefix("{{ bos_token }}")
+)
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + TEMPLATE
+)
+TEXTS = {"plain": "w1 w2 w3", "ornate": "w4 w5", "dry": "w6"}
+WEIGHTS = {"plain": 1.0, "ornate": 2.0, "dry": 5.0}
+
+
+def tokenizer_of(template=None):
+    words = {word: i for i, word in enumerate([*SPECIALS, *WORDS, "x", "[UNK]"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS[2:]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return Teacher(LlamaForCausalLM(config), vocabulary=97, name="m")
+
+
+def document(length, seed=0):
+    rng = np.random.default_rng(seed)
+    trained_N = np.ones(length, bool)
+    trained_N[: 1 + seed % 3] = False
+    return Document(rng.integers(6, 46, length).astype(np.int32), trained_N)
+
+
+def token_logprobs(rows_TV, doc):
+    return rows_TV.double().gather(1, torch.from_numpy(doc.labels_T.astype(np.int64))[:, None])[
+        :, 0
+    ]
+
+
+def under_one(teacher, before, doc):
+    """ln p of the document's tokens after `before`, by the model's own forward."""
+    tokens = torch.tensor([[*before, *doc.tokens_N.tolist()]])
+    with torch.no_grad():
+        logprobs_NV = teacher.model(tokens).logits[0].double().log_softmax(1)
+    at_T = len(before) + torch.from_numpy(doc.positions_T)
+    return logprobs_NV[at_T - 1, tokens[0, at_T]], logprobs_NV[at_T - 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_at_power_one_the_product_is_the_sequence_mixture(teacher, seed):
+    tokenizer, doc = tokenizer_of(), document(20, seed)
+    source = Principles(teacher, tokenizer, TEXTS, weights=WEIGHTS)
+    rows_TV = source.read([doc])[0](0, len(doc.positions_T))
+    parts = [
+        math.log(WEIGHTS[name] / 8)
+        + float(under_one(teacher, tokenizer(f"<s> {text}")["input_ids"], doc)[0].sum())
+        for name, text in TEXTS.items()
+    ]
+    wanted = float(torch.tensor(parts, dtype=torch.float64).logsumexp(0))
+    assert abs(float(token_logprobs(rows_TV, doc).sum()) - wanted) < 1e-5 * abs(wanted)
+    assert float(rows_TV.logsumexp(1).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("power", [1.0, 0.3])
+def test_rows_are_the_formula_in_fp64(teacher, power):
+    tokenizer, doc = tokenizer_of(), document(20)
+    befores = [tokenizer(f"<s> {text}")["input_ids"] for text in TEXTS.values()]
+    tokens, rows = zip(*[under_one(teacher, before, doc) for before in befores], strict=True)
+    evidence_KT = torch.stack(tokens).cumsum(1) - torch.stack(tokens)
+    prior_K1 = torch.tensor([[0.125], [0.25], [0.625]], dtype=torch.float64).log()
+    weight_KT = (prior_K1 + power * evidence_KT).softmax(0)
+    wanted_TV = (weight_KT[:, :, None] * torch.stack(rows).exp()).sum(0)
+    source = Principles(teacher, tokenizer, TEXTS, weights=WEIGHTS, posterior_power=power)
+    found_TV = source.read([doc])[0](0, len(doc.positions_T)).exp().double()
+    torch.testing.assert_close(found_TV, wanted_TV, atol=1e-6, rtol=1e-4)
+
+
+def test_chunks_in_any_order_are_the_whole(teacher):
+    source, doc = Principles(teacher, tokenizer_of(), TEXTS), document(20)
+    whole_TV = source.read([doc])[0](0, 19)
+    for order in itertools.permutations([(0, 6), (6, 13), (13, 19)]):
+        rows = source.read([doc])[0]
+        for start, stop in order:
+            torch.testing.assert_close(
+                rows(start, stop), whole_TV[start:stop], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_a_batch_changes_nothing(teacher):
+    source = Principles(teacher, tokenizer_of(), TEXTS)
+    docs = [document(length, seed) for seed, length in enumerate([25, 6, 14])]
+    for doc, rows in zip(docs, source.read(docs), strict=True):
+        many = len(doc.positions_T)
+        torch.testing.assert_close(
+            rows(0, many), source.read([doc])[0](0, many), atol=2e-5, rtol=1e-5
+        )
+
+
+MESSAGES = [{"role": "user", "content": " w7 w8 "}, {"role": "assistant", "content": " w9 w10 "}]
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "prefix"),
+    [
+        (TEMPLATE, True, "<s><|system|>w6<|end|>"),
+        (DEFAULTS, True, "<|system|>w6<|end|>"),
+        (REFUSES, True, "<s> w6 "),
+        (DEFAULTS, False, "<s> w6 "),
+        (None, False, "<s> w6 "),
+    ],
+)
+def test_how_a_principle_enters(teacher, template, chat, prefix):
+    tokenizer = tokenizer_of(template)
+    if chat:
+        doc = encode_messages(tokenizer, MESSAGES)
+        rest = "<|user|> w7 w8 <|end|><|assistant|> w9 w10 <|end|>"
+    else:
+        doc = encode_text(tokenizer, "w7 w8 w9 w10")
+        rest = "w7 w8 w9 w10</s>"
+    wanted = Document(
+        np.array(tokenizer(prefix + rest)["input_ids"], np.int32),
+        np.concatenate(
+            [
+                np.zeros(len(tokenizer(prefix + rest)["input_ids"]) - len(doc.positions_T), bool),
+                np.ones(len(doc.positions_T), bool),
+            ]
+        ),
+    )
+    assert wanted.labels_T.tolist() == doc.labels_T.tolist()
+    found = Principles(teacher, tokenizer, {"dry": "w6"}).read([doc])[0]
+    many = len(doc.positions_T)
+    torch.testing.assert_close(
+        found(0, many), teacher.read([wanted])[0](0, many), atol=2e-5, rtol=1e-5
+    )
+
+
+def test_what_is_not_accepted(teacher):
+    tokenizer = tokenizer_of()
+    for given, said in [
+        ({"principles": {}}, "one at least"),
+        ({"principles": {"dry": " "}}, "principles.dry"),
+        ({"principles": TEXTS, "posterior_power": 0.0}, "posterior_power"),
+        ({"principles": TEXTS, "posterior_power": 1.5}, "posterior_power"),
+        ({"principles": TEXTS, "weights": {"plain": 1.0}}, "weights.ornate"),
+        ({"principles": TEXTS, "weights": {**WEIGHTS, "dry": 0.0}}, "weights.dry"),
+        ({"principles": TEXTS, "weights": {**WEIGHTS, "plian": 1.0}}, "did you mean 'plain'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Principles(teacher, tokenizer, **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("principles: [a", "not YAML"),
+        ("voices: {a: b}", "no 'principles'"),
+        ("- a", "no 'principles'"),
+        ("principles: [a]", "a text for each name"),
+        ("principles: {}", "one at least"),
+        ("principles: {a: ''}", "principles.a"),
+        ("principles: {a: 3}", "principles.a"),
+        ("principles: {1: b}", "the name 1"),
+        ("principles: {a: b}\nweight: {a: 1}", "the key 'weight'"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, said):
+    path = tmp_path / "voices.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_principles(path)
+
+
+def test_a_file_of_principles(tmp_path):
+    path = tmp_path / "voices.yaml"
+    path.write_text("principles:\n  dry: Say it once.\n  warm: |\n    Say it kindly.\n")
+    assert load_principles(path) == {"dry": "Say it once.", "warm": "Say it kindly.\n"}
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_principles(tmp_path / "none.yaml")

@@ -1,0 +1,91 @@
+"""References: their rows are the empirical conditional frequencies."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dftserve.targets.document import Document
+from dftserve.targets.references import References
+
+V = 6
+
+
+def answer(prompt, tokens, trained=None):
+    trained_N = np.array([False] * len(prompt) + [True, *(trained or [True] * len(tokens))[1:]])
+    return Document(np.array([*prompt, *tokens], np.int32), trained_N)
+
+
+@st.composite
+def groups(draw):
+    """Answers to a few prompts; two at least to the first."""
+    tokens = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+    prompts = draw(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=2), min_size=1))[:3]
+    answers = [answer(prompts[0], draw(tokens)) for _ in range(2)]
+    for prompt in prompts:
+        answers += [answer(prompt, draw(tokens)) for _ in range(draw(st.integers(0, 5)))]
+    return answers
+
+
+@settings(max_examples=300, deadline=None)
+@given(groups())
+def test_rows_are_the_empirical_conditional_frequencies(answers):
+    source = References(answers, vocabulary=V)
+    for doc, rows in zip(answers, source.read(answers), strict=True):
+        for row, place in enumerate(doc.positions_T.tolist()):
+            before = doc.tokens_N[:place].tolist()
+            following = [
+                int(other.tokens_N[place])
+                for other in answers
+                if other.prompt == doc.prompt
+                and len(other.tokens_N) > place
+                and other.tokens_N[:place].tolist() == before
+            ]
+            wanted_V = [following.count(token) / len(following) for token in range(V)]
+            torch.testing.assert_close(rows(row, row + 1)[0].exp(), torch.tensor(wanted_V))
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups())
+def test_rows_sum_to_one_and_chunks_are_the_whole(answers):
+    rows, many = References(answers, vocabulary=V).read(answers[:1])[0], len(answers[0].positions_T)
+    assert float(rows(0, many).logsumexp(1).abs().max()) < 1e-6
+    torch.testing.assert_close(torch.cat([rows(i, i + 1) for i in range(many)]), rows(0, many))
+
+
+def test_tokens_between_trained_ones_are_followed():
+    """A conversation of two answers: the second is known by the first and by what was asked."""
+    marks = [True, False, True]
+    answers = [
+        answer([5], [0, 1, 2], marks),
+        answer([5], [0, 2, 1], marks),
+        answer([5], [1, 1, 0], marks),
+    ]
+    rows_TV = References(answers, vocabulary=V).read(answers[:1])[0](0, 2).exp()
+    torch.testing.assert_close(rows_TV[0, :3], torch.tensor([2 / 3, 1 / 3, 0.0]))
+    torch.testing.assert_close(rows_TV[1, :3], torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_descriptions_tell_answers_apart():
+    one = [answer([5], [0, 1]), answer([5], [0, 2])]
+    two = [answer([5], [0, 1]), answer([5], [0, 3])]
+    assert (
+        References(one, vocabulary=V).describe() == References(one[::-1], vocabulary=V).describe()
+    )
+    assert References(one, vocabulary=V).describe() != References(two, vocabulary=V).describe()
+
+
+def test_what_is_not_accepted():
+    answers = [answer([5], [0, 1]), answer([5], [0, 2])]
+    with pytest.raises(ValueError, match="no two to the same"):
+        References([answer([5], [0]), answer([4], [0])], vocabulary=V)
+    with pytest.raises(ValueError, match="no two to the same"):
+        References([], vocabulary=V)
+    with pytest.raises(ValueError, match="token 5"):
+        References(answers, vocabulary=5)
+    source = References(answers, vocabulary=V)
+    with pytest.raises(ValueError, match="2 first tokens of an answer are no reference's"):
+        source.read([answer([5], [0, 3, 1])])
+    with pytest.raises(ValueError, match="its prompt has 0"):
+        source.read([answer([4], [0, 3, 1])])

@@ -1,0 +1,396 @@
+"""The target store: what it keeps, that it goes on where it stopped, and that it notices damage."""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dftserve.targets import store
+from dftserve.targets.document import Document
+from dftserve.targets.source import Source
+from dftserve.targets.sparse import Targets, sparsify
+from dftserve.targets.store import StoreError, TargetStore
+
+LARGEST = (1 << 24) - 2
+
+
+class RandomSource(Source):
+    """Targets by the seed of each document alone: anything a source could say."""
+
+    def __init__(self, vocabulary: int = 50_000, name: str = "random") -> None:
+        self.vocabulary = vocabulary
+        self.name = name
+        self.calls = 0
+
+    def describe(self):
+        return {"kind": self.name}
+
+    def targets(self, documents, *, k, draws, seeds):
+        self.calls += len(documents)
+        return [self._of(*each, k, draws) for each in zip(documents, seeds, strict=True)]
+
+    def _of(self, document: Document, seed: int, k: int, draws: int) -> Targets:
+        random = np.random.default_rng(seed)
+        count = len(document.positions_T)
+        shares_TK = random.dirichlet(np.ones(k + 2), size=count)
+        return Targets(
+            top_ids_TK=random.integers(0, self.vocabulary, (count, k)),
+            top_logprobs_TK=np.log(-np.sort(-shares_TK[:, :k])).astype(np.float32),
+            tail_ids_TM=random.integers(0, self.vocabulary, (count, draws)),
+            tail_logprob_T=np.log(shares_TK[:, k]).astype(np.float32),
+            token_logprob_T=np.log(shares_TK[:, k + 1]).astype(np.float32),
+            entropy_T=random.uniform(0, 11, count).astype(np.float32),
+        )
+
+
+def documents_of(lengths: Sequence[int], *, highest: int = 40_000, seed: int = 0):
+    random = np.random.default_rng(seed)
+    found = []
+    for length in lengths:
+        trained_N = random.random(length) < 0.8
+        trained_N[0], trained_N[-1] = False, True
+        found.append(Document(random.integers(0, highest, length).astype(np.int32), trained_N))
+    return found
+
+
+def plan_of(source, documents, *, seed=7, k=6, draws=6, tokenizer="t", template=None, corpus=None):
+    return store.plan(
+        source,
+        documents,
+        tokenizer=tokenizer,
+        template=template,
+        corpus=corpus or {},
+        k=k,
+        draws=draws,
+        seed=seed,
+    )
+
+
+def built(folder: Path, documents, source=None, *, world=1, **more) -> TargetStore:
+    source = source or RandomSource()
+    plan = plan_of(source, documents, **more)
+    store.begin(folder, plan)
+    for rank in range(world):
+        for _ in store.build(folder, plan, source, documents, rank=rank, world=world):
+            pass
+    store.finish(folder, plan, documents, {"made": "here"})
+    return TargetStore(folder)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "SHARD_TOKENS", 100)
+
+
+SPLIT = {"train": documents_of([30] * 20), "heldout": documents_of([40] * 4, seed=1)}
+
+
+# What it keeps
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6),
+    k=st.integers(1, 8),
+    draws=st.integers(0, 8),
+    highest=st.sampled_from([3, 70_000, LARGEST]),
+    seed=st.integers(0, 2**31),
+)
+def test_round_trip(tmp_path_factory, lengths, k, draws, highest, seed):
+    folder = tmp_path_factory.mktemp("store")
+    documents = {"train": documents_of(lengths, highest=highest, seed=seed)}
+    source = RandomSource(vocabulary=max(highest, 10))
+    opened = built(folder, documents, source, k=k, draws=draws, seed=seed)
+    assert opened.lengths("train") == lengths
+    assert (opened.count("train"), opened.count("heldout")) == (len(lengths), 0)
+    for number, document in enumerate(documents["train"]):
+        found, targets = opened["train", number]
+        np.testing.assert_array_equal(found.tokens_N, document.tokens_N)
+        np.testing.assert_array_equal(found.trained_N, document.trained_N)
+        own_seed = store._seed(opened.manifest.plan, "train", number)
+        wanted = source.targets(
+            [document], k=min(k, source.vocabulary), draws=draws, seeds=[own_seed]
+        )
+        assert_equal_in_fp16(targets, wanted[0])
+
+
+def assert_equal_in_fp16(found: Targets, wanted: Targets) -> None:
+    np.testing.assert_array_equal(found.top_ids_TK, wanted.top_ids_TK)
+    np.testing.assert_array_equal(found.tail_ids_TM, wanted.tail_ids_TM)
+    for name in ("top_logprobs_TK", "tail_logprob_T", "token_logprob_T", "entropy_T"):
+        # Half a unit in the last of 11 bits; 2^-25 where fp16 is subnormal.
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(wanted, name), rtol=2**-11, atol=2**-25, err_msg=name
+        )
+
+
+def test_probability_zero_survives(tmp_path):
+    class Certain(RandomSource):
+        def _of(self, document, seed, k, draws):
+            targets = super()._of(document, seed, k, draws)
+            targets.top_logprobs_TK[:, 1:] = -np.inf
+            targets.tail_logprob_T[:] = -np.inf
+            return targets
+
+    _, targets = built(tmp_path / "s", SPLIT, Certain())["train", 0]
+    assert (targets.top_logprobs_TK[:, 1:] == -np.inf).all()
+    assert (targets.tail_logprob_T == -np.inf).all()
+
+
+def test_at_most_64_bytes_a_token(tmp_path):
+    documents = {"train": documents_of([1000] * 20)}
+    opened = built(tmp_path / "s", documents)
+    size = sum(path.stat().st_size for path in (tmp_path / "s").iterdir())
+    assert size / opened.manifest.tokens("train") <= 64
+
+
+def test_ids_up_to_the_largest(tmp_path):
+    tokens_N = np.array([0, 65_535, 65_536, LARGEST - 1], dtype=np.int32)
+    document = Document(tokens_N, np.array([False, True, True, True]))
+    opened = built(tmp_path / "s", {"train": [document]}, RandomSource(LARGEST))
+    np.testing.assert_array_equal(opened["train", 0][0].tokens_N, tokens_N)
+
+
+# Building
+
+
+def test_goes_on_after_a_missing_shard_with_equal_bytes(tmp_path, small_shards):
+    whole = built(tmp_path / "whole", SPLIT).folder
+    wanted = bytes_of(whole)
+    assert len(wanted) > 6
+    for lost in (name for name in wanted if name.endswith(".safetensors")):
+        folder = tmp_path / lost
+        plan = plan_of(RandomSource(), SPLIT)
+        store.begin(folder, plan)
+        for name in wanted:
+            if name.endswith(".safetensors") and name != lost:
+                shutil.copy(whole / name, folder / name)
+        source = RandomSource()
+        built(folder, SPLIT, source)
+        assert bytes_of(folder) == wanted
+        assert source.calls <= 4  # The lost shard's documents alone.
+
+
+def test_a_build_that_stops_anywhere_goes_on(tmp_path, small_shards):
+    wanted = bytes_of(built(tmp_path / "whole", SPLIT).folder)
+    source = RandomSource()
+    plan = plan_of(source, SPLIT)
+    for batches in range(9):
+        folder = tmp_path / str(batches)
+        store.begin(folder, plan)
+        steps = store.build(folder, plan, source, SPLIT)
+        for _ in range(batches):
+            next(steps, None)
+        steps.close()
+        with pytest.raises(StoreError, match="unfinished; run its build again"):
+            TargetStore(folder)
+        assert bytes_of(built(folder, SPLIT).folder) == wanted
+
+
+@pytest.mark.parametrize("world", [2, 3, 50])
+def test_several_processes_write_what_one_does(tmp_path, small_shards, world):
+    one = built(tmp_path / "one", SPLIT).folder
+    many = built(tmp_path / "many", SPLIT, world=world).folder
+    assert bytes_of(one) == bytes_of(many)
+
+
+def test_a_shard_that_no_process_wrote_is_named(tmp_path, small_shards):
+    source = RandomSource()
+    plan = plan_of(source, SPLIT)
+    store.begin(tmp_path / "s", plan)
+    for _ in store.build(tmp_path / "s", plan, source, SPLIT, rank=0, world=2):
+        pass
+    with pytest.raises(StoreError, match=r"train-00001\.safetensors is missing; run the build"):
+        store.finish(tmp_path / "s", plan, SPLIT, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"seed": 8}, "seed is 7 there and 8 here"),
+        ({"k": 5}, "k is 6 there and 5 here"),
+        ({"draws": 0}, "draws is 6 there and 0 here"),
+        ({"tokenizer": "u"}, 'tokenizer is "t" there and "u" here'),
+        ({"template": "v"}, 'template is null there and "v" here'),
+        ({"corpus": {"read": 3}}, "corpus is {} there"),
+        ({"source": RandomSource(name="other")}, "source is"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_plan_is_refused_with_the_reason(tmp_path, change, reason, finished):
+    source = RandomSource()
+    if finished:
+        built(tmp_path / "s", SPLIT, source)
+    else:
+        store.begin(tmp_path / "s", plan_of(source, SPLIT))
+    before = bytes_of(tmp_path / "s")
+    change = dict(change)
+    other = plan_of(change.pop("source", source), SPLIT, **change)
+    with pytest.raises(StoreError, match="holds a store of another plan") as caught:
+        store.begin(tmp_path / "s", other)
+    assert reason in str(caught.value)
+    assert bytes_of(tmp_path / "s") == before
+
+
+def test_other_documents_are_another_plan(tmp_path):
+    built(tmp_path / "s", SPLIT)
+    changed = {"train": SPLIT["train"][1:], "heldout": SPLIT["heldout"]}
+    with pytest.raises(StoreError, match="corpus_blake3 is"):
+        store.begin(tmp_path / "s", plan_of(RandomSource(), changed))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="neither empty nor a target store"):
+        store.begin(tmp_path, plan_of(RandomSource(), SPLIT))
+    assert bytes_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_tokens_beyond_the_vocabulary():
+    with pytest.raises(StoreError, match="do not belong together"):
+        plan_of(RandomSource(vocabulary=100), SPLIT)
+
+
+def test_nothing_to_train_on():
+    with pytest.raises(StoreError, match="no document to train on"):
+        plan_of(RandomSource(), {"train": [], "heldout": SPLIT["heldout"]})
+
+
+# Reading
+
+
+def test_verify_names_the_file_of_a_flipped_bit(tmp_path, small_shards):
+    """100 flips of one bit each, seeded."""
+    opened = built(tmp_path / "s", SPLIT)
+    opened.verify()
+    random = np.random.default_rng(0)
+    shards = [opened.folder / shard.file for shard in opened.manifest.shards]
+    for _ in range(100):
+        path = shards[random.integers(len(shards))]
+        whole = bytearray(path.read_bytes())
+        place, bit = int(random.integers(len(whole))), int(random.integers(8))
+        whole[place] ^= 1 << bit
+        path.write_bytes(whole)
+        with pytest.raises(StoreError, match=f"{path.name} is not the file that the build wrote"):
+            opened.verify()
+        whole[place] ^= 1 << bit
+        path.write_bytes(whole)
+    opened.verify()
+
+
+def test_verify_names_a_missing_file(tmp_path):
+    opened = built(tmp_path / "s", SPLIT)
+    (opened.folder / "heldout-00000.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"heldout-00000\.safetensors is missing"):
+        opened.verify()
+
+
+def test_no_store(tmp_path):
+    with pytest.raises(StoreError, match=r"has no manifest\.json"):
+        TargetStore(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": {}}', "[" * 100_000])
+def test_a_damaged_manifest(tmp_path, content):
+    built(tmp_path / "s", SPLIT)
+    (tmp_path / "s" / "manifest.json").write_text(content)
+    with pytest.raises(StoreError, match="Build the store anew"):
+        TargetStore(tmp_path / "s")
+
+
+def test_another_format(tmp_path):
+    built(tmp_path / "s", SPLIT)
+    path = tmp_path / "s" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["plan"]["format"] = 99
+    path.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="got the format 99; accepted: 1"):
+        TargetStore(tmp_path / "s")
+
+
+def test_belongs_to(tmp_path):
+    opened = built(tmp_path / "s", SPLIT, tokenizer="t", template="v")
+    opened.belongs_to(tokenizer="t", template="v", vocabulary=50_000)
+    opened.belongs_to(tokenizer="t", template="v", vocabulary=60_000)
+    with pytest.raises(StoreError, match="another tokenizer"):
+        opened.belongs_to(tokenizer="u", template="v", vocabulary=50_000)
+    with pytest.raises(StoreError, match="another chat template"):
+        opened.belongs_to(tokenizer="t", template="w", vocabulary=50_000)
+    with pytest.raises(StoreError, match="another chat template"):
+        opened.belongs_to(tokenizer="t", template=None, vocabulary=50_000)
+    with pytest.raises(StoreError, match="names tokens up to 49999; the model knows 49999"):
+        opened.belongs_to(tokenizer="t", template="v", vocabulary=49_999)
+
+
+def test_plain_text_fits_any_template(tmp_path):
+    opened = built(tmp_path / "s", SPLIT, template=None)
+    opened.belongs_to(tokenizer="t", template="v", vocabulary=50_000)
+
+
+def test_it_can_be_sent_to_another_process(tmp_path):
+    import pickle
+
+    opened = built(tmp_path / "s", SPLIT)
+    tokens_N = opened["train", 3][0].tokens_N
+    again = pickle.loads(pickle.dumps(opened))  # noqa: S301
+    np.testing.assert_array_equal(again["train", 3][0].tokens_N, tokens_N)
+
+
+# Unbiasedness
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_expectations_over_the_draws_are_the_dense_ones(seed):
+    """E over draws of Σ target·f = Σ q·f, by a z-test on 4,000 independent sparsifications.
+
+    |z| > 5.2 has probability 2e-7; over 20 seeds a false alarm has 4e-6. The seeds are fixed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, k, draws, repeats = 200, 6, 6, 4000
+    logprobs_V = (2 * torch.randn(vocabulary, generator=generator)).log_softmax(0)
+    logprobs_V[torch.randperm(vocabulary, generator=generator)[:20]] = -torch.inf
+    logprobs_V = logprobs_V.log_softmax(0)
+    f_V = torch.randn(vocabulary, generator=generator).double().numpy()
+    exact = float((logprobs_V.exp().double().numpy() * f_V).sum())
+    targets = sparsify(
+        logprobs_V.expand(repeats, -1).contiguous(),
+        torch.zeros(repeats, dtype=torch.int64),
+        k=k,
+        draws=draws,
+        generator=generator,
+    )
+    top_T = (np.exp(targets.top_logprobs_TK.astype(float)) * f_V[targets.top_ids_TK]).sum(1)
+    tail_T = np.exp(targets.tail_logprob_T.astype(float)) * f_V[targets.tail_ids_TM].mean(1)
+    found_T = top_T + tail_T
+    z = (found_T.mean() - exact) / (found_T.std(ddof=1) / math.sqrt(repeats))
+    assert abs(z) < 5.2
+
+
+def test_no_draw_is_a_top_token_or_impossible():
+    generator = torch.Generator().manual_seed(0)
+    logprobs_TV = torch.randn(50, 30, generator=generator)
+    logprobs_TV[:, 20:] = -torch.inf
+    logprobs_TV = logprobs_TV.log_softmax(1)
+    labels_T = torch.zeros(50, dtype=torch.int64)
+    targets = sparsify(logprobs_TV, labels_T, k=6, draws=40, generator=generator)
+    for top_K, tail_M in zip(targets.top_ids_TK, targets.tail_ids_TM, strict=True):
+        assert not set(top_K) & set(tail_M)
+        assert max(tail_M) < 20
+
+
+def test_rows_that_are_no_distribution_are_refused():
+    generator = torch.Generator().manual_seed(0)
+    for row in (torch.zeros(1, 5), torch.full((1, 5), torch.nan), torch.full((1, 5), -torch.inf)):
+        with pytest.raises(ValueError, match="accepted: rows that sum to 1"):
+            sparsify(row, torch.zeros(1, dtype=torch.int64), k=2, draws=2, generator=generator)

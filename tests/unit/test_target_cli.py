@@ -1,0 +1,369 @@
+"""`dftserve target`: from texts to a store, what it shows, and what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dftserve.cli import main
+from dftserve.targets import report, run, store
+from dftserve.targets.document import Document
+from dftserve.targets.run import windows
+from dftserve.targets.store import TargetStore
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+WORDS = [
+    *("the", "a", "river", "stone", "quiet", "old", "lantern", "in", "under", "garden", "winter"),
+    *("letter", "captain", "of", "and"),
+]
+MARKUP = "<script>alert(1)</script> & \x1b[31mred\x07"
+
+
+def prose(words: int, seed: int) -> str:
+    chosen = random.Random(seed)
+    return "\n\n".join(
+        " ".join(chosen.choices(WORDS, k=min(40, words - start))) + "."
+        for start in range(0, words, 40)
+    )
+
+
+def make_tokenizer(folder: Path, *, size: int = 300, template: str | None = TEMPLATE) -> str:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([prose(500, 0)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    return make_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def novels(tmp_path) -> Path:
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i:02}.txt").write_text(prose(200, i))
+    (folder / "99.txt").write_text("short")
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "SHARD_TOKENS", 1500)
+
+
+def target(*arguments):
+    return CliRunner().invoke(main, ["target", *map(str, arguments)])
+
+
+def build(corpus, model, out, *more, recipe="creative"):
+    return target("build", corpus, "--model", model, "--recipe", recipe, "--out", out, *more)
+
+
+def refused(result, *said: str) -> None:
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert [part for part in said if part not in lines[0]] == []
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# Build, inspect, verify
+
+
+def test_from_texts_to_a_store(tmp_path, novels, model):
+    out = tmp_path / "out"
+    result = build(novels, model, out, "--heldout", "0.2")
+    assert result.exit_code == 0, result.output
+    assert "13 texts read, 12 kept" in result.output
+    assert "dropped, too short: 1 (99.txt)" in result.output
+
+    opened = TargetStore(out)
+    corpus = opened.manifest.plan.corpus
+    assert corpus["dropped"] == {"too short": {"count": 1, "examples": ["99.txt"]}}
+    assert corpus["documents"] == {"train": len(opened), "heldout": opened.count("heldout")}
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    document, targets = opened["train", 0]
+    assert len(targets) == len(document.positions_T) > 200
+    np.testing.assert_allclose(
+        np.exp(targets.top_logprobs_TK).sum(1) + np.exp(targets.tail_logprob_T), 1, atol=2e-3
+    )
+
+    assert target("verify", out).exit_code == 0
+    shown = target("inspect", out, "--model", model).output
+    assert "top 6, 6 draws, sampled tail, seed 0" in shown
+    assert "entropy of the training targets, nats" in shown
+    said = json.loads(target("inspect", out, "--json").output)
+    train = said["splits"]["train"]
+    assert train["trained"] == sum(train["entropy_histogram"])
+    assert 0 < train["entropy_nats"] < 8
+    assert said["bytes_a_token"] <= 100  # 52, and the shards' headers, which are few tokens' here.
+    assert said["examples"][0]["positions"][0]["token"].startswith("#")
+
+
+def test_the_page_is_one_safe_file(tmp_path, novels, model):
+    for path in novels.iterdir():
+        path.write_text(f"{MARKUP} {path.read_text()} ")
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    assert build(novels, model, out).exit_code == 0
+    result = target("inspect", out, "--model", model, "--html", page)
+    assert result.exit_code == 0
+    assert "\x1b[31m" not in result.output
+
+    found = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.append((tag, dict(attrs)))
+
+    content = page.read_text(encoding="utf-8")
+    Tags().feed(content)
+    assert {tag for tag, _ in found} >= {"table", "svg", "style"}
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in found}
+    assert not any({"src", "href", "onload"} & set(attrs) for _, attrs in found)
+
+
+def test_everything_on_the_page_is_escaped():
+    figures = report.Figures(1, 1, 1, 0.5, 0.1, 0.2, 0.0, (1, 0))
+    position = report.Position(MARKUP, 0.5, ((MARKUP, 0.5),), 0.7)
+    plan = {"k": 6, "draws": 6, "tail": "sampled", "seed": 0, "name": MARKUP}
+    summary = report.Summary(
+        MARKUP, plan, 52.0, {"train": figures}, (report.Example(MARKUP, (position,)),)
+    )
+    assert "<script>" not in report.as_html(summary)
+    assert "\x1b" not in report.as_text(summary).replace(MARKUP, "", 1)
+
+
+def test_conversations(tmp_path, model):
+    lines = [
+        {"prompt": f"question {i}?", "response": prose(20, 10 * i + j)}
+        for i in range(8)
+        for j in range(3)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = build(path, model, tmp_path / "out", "--heldout", "0.3", recipe="conversation")
+    assert result.exit_code == 0, result.output
+    opened = TargetStore(tmp_path / "out")
+    plan = opened.manifest.plan
+    assert plan.template is not None
+    assert plan.source["kind"] == "mix"
+    assert (len(opened) + opened.count("heldout")) == 24
+    assert opened["train", 0][0].prompt
+
+    bare = make_tokenizer(tmp_path / "bare", template=None)
+    result = build(path, bare, tmp_path / "other", recipe="conversation")
+    refused(result, "chat.jsonl:", "has no chat template")
+    assert not (tmp_path / "other").exists()
+
+
+def test_max_tokens(tmp_path, novels, model):
+    assert build(novels, model, tmp_path / "a", "--heldout", "0").exit_code == 0
+    assert build(novels, model, tmp_path / "b", "--heldout", "0", "--max-tokens", 64).exit_code == 0
+    whole, cut = TargetStore(tmp_path / "a"), TargetStore(tmp_path / "b")
+    assert max(cut.lengths("train")) == 64
+    trained = [sum(shard.trained for shard in each.manifest.shards) for each in (whole, cut)]
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 100])
+def test_windows_train_every_token_once(size):
+    tokens_N = np.arange(50, dtype=np.int32)
+    document = Document(tokens_N, tokens_N % 3 > 0)
+    parts = list(windows(document, size))
+    assert max(len(part.tokens_N) for part in parts) <= size
+    labels = np.concatenate([part.labels_T for part in parts])
+    np.testing.assert_array_equal(labels, document.labels_T)
+
+
+def test_a_piece_that_goes_on_does_not_end(tmp_path, novels, model):
+    (novels / "00.txt").write_text(prose(2500, 77))
+    assert build(novels, model, tmp_path / "out").exit_code == 0
+    opened = TargetStore(tmp_path / "out")
+    ends = [
+        int(opened[split, i][0].tokens_N[-1])
+        for split in store.SPLITS
+        for i in range(opened.count(split))
+    ]
+    assert len(ends) == 14
+    assert ends.count(1) == 12
+
+
+# Going on
+
+
+def test_the_same_command_again(tmp_path, novels, model):
+    out = tmp_path / "out"
+    assert build(novels, model, out).exit_code == 0
+    before = bytes_of(out)
+    again = build(novels, model, out)
+    assert again.exit_code == 0
+    assert "is complete already" in again.output
+    assert bytes_of(out) == before
+
+
+def test_another_folder_or_another_place_gives_the_same_store(tmp_path, novels, model):
+    assert build(novels, model, tmp_path / "a").exit_code == 0
+    novels.rename(tmp_path / "moved")
+    assert build(tmp_path / "moved", model, tmp_path / "b").exit_code == 0
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+def test_a_build_that_is_interrupted_goes_on(tmp_path, novels, model, small_shards, monkeypatch):
+    assert build(novels, model, tmp_path / "whole").exit_code == 0
+    out, real = tmp_path / "out", store.build
+
+    def interrupted(*given, **named):
+        steps = real(*given, **named)
+        yield next(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "build", interrupted)
+    result = build(novels, model, out)
+    assert result.exit_code == 1
+    assert "the same command goes on" in result.output
+    refused(target("verify", out), "is unfinished; run its build again")
+    monkeypatch.setattr(store, "build", real)
+    assert build(novels, model, out).exit_code == 0
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_several_processes_and_a_signal(tmp_path, novels, model):
+    """Two processes, stopped by SIGINT where that comes in time, then finished by one."""
+    assert build(novels, model, tmp_path / "one").exit_code == 0
+    out = tmp_path / "two"
+    flags = ["--model", model, "--recipe", "creative", "--out", str(out)]
+    command = [sys.executable, "-m", "dftserve.cli", "target", "build", str(novels), *flags]
+    process = subprocess.Popen(
+        [*command, "--processes", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until = time.monotonic() + 60
+    while not out.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert "Traceback" not in output
+    assert not list(out.glob("*.partial"))
+    assert build(novels, model, out, "--processes", 2).exit_code == 0
+    assert bytes_of(out) == bytes_of(tmp_path / "one")
+
+
+# What is refused
+
+
+def test_what_cannot_be_built(tmp_path, novels, model):
+    out, empty, one = tmp_path / "out", tmp_path / "empty", tmp_path / "one"
+    empty.mkdir()
+    one.mkdir()
+    (one / "a.txt").write_text(prose(60, 1))
+    refused(build(empty, model, out), "the corpus is empty: 0 read")
+    refused(build(one, model, out), "is one text", "hold out 0")
+    refused(build(tmp_path / "none", model, out), "nothing is there")
+    refused(build(novels, model, out, recipe="creatif"), "did you mean 'creative'")
+    refused(build(novels, model, out, "--set", "order"), "got 'order'; accepted: KEY=VALUE")
+    refused(build(novels, model, out, "--set", "oder=3"), "did you mean 'order'")
+    refused(build(novels, model, out, "--set", "order=0"), "order")
+    refused(build(novels, str(empty), out), "no tokenizer that can be loaded")
+    refused(build(novels, model, out, "--processes", 0), "processes: got 0")
+    refused(build(novels, model, out, "--max-tokens", 1), "max_tokens: got 1")
+    refused(build(novels, model, out, "--heldout", 1), "heldout: got 1")
+    assert not out.exists()
+
+
+def test_another_tokenizer_is_refused(tmp_path, novels, model):
+    out, other = tmp_path / "out", make_tokenizer(tmp_path / "other", size=310)
+    assert build(novels, model, out).exit_code == 0
+    before = bytes_of(out)
+    refused(build(novels, other, out), "another plan: tokenizer is")
+    refused(target("inspect", out, "--model", other), "another tokenizer")
+    (novels / "extra.txt").write_text(prose(100, 50))
+    refused(build(novels, model, out), "another plan: ")
+    assert bytes_of(out) == before
+
+
+def test_a_place_that_cannot_be_written(tmp_path, novels, model):
+    """A file stands where the folder should: root may write through any permission."""
+    (tmp_path / "file").write_text("mine")
+    refused(build(novels, model, tmp_path / "file" / "out"), "cannot be written")
+    assert build(novels, model, tmp_path / "out").exit_code == 0
+    page = tmp_path / "file" / "page.html"
+    refused(target("inspect", tmp_path / "out", "--html", page), "cannot be written")
+
+
+def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path, novels, model, monkeypatch):
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_write", full)
+        refused(build(novels, model, tmp_path / "out"), "No space left on device")
+    assert list(bytes_of(tmp_path / "out")) == ["plan.json"]
+    assert build(novels, model, tmp_path / "out").exit_code == 0
+
+
+def test_a_changed_store(tmp_path, novels, model):
+    out = tmp_path / "out"
+    assert build(novels, model, out).exit_code == 0
+    path = out / "train-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused(target("verify", out), "train-00000.safetensors", "not the file that the build wrote")
+    refused(build(novels, model, out), "train-00000.safetensors")  # Nor is it signed anew.
+    path.unlink()
+    refused(target("verify", out), "train-00000.safetensors is missing")
+    refused(target("inspect", out), "train-00000.safetensors")
+    refused(target("verify", tmp_path), "has no manifest.json")
+
+
+def test_a_process_that_dies_is_told(tmp_path):
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    worker = context.Process(target=os._exit, args=(9,))
+    worker.start()
+    with pytest.raises(RuntimeError, match="ended with exit code 9"):
+        list(run._heard(told, [worker]))
+    worker.join()
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from dftserve.cli import main\n"
+        "try: main(['target', 'build', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([n for n in ('torch', 'transformers', 'datasets', 'yaml') if n in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.endswith("[]\n")
+    assert "--max-tokens" in output

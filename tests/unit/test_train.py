@@ -1,0 +1,383 @@
+"""Training on a store: what a batch is, what a step computes, what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dftserve import checkpoint
+from dftserve.spec import Promise
+from dftserve.targets.store import TargetStore
+from dftserve.train import config as configs
+from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
+from dftserve.train.data import Collator, Rows, packed, pieces
+from dftserve.train.divergences import SFT, ForwardKL, TargetRows
+from dftserve.train.model import TARGET_NAMES, attach
+from dftserve.train.run import make_trainer, read, train
+from tests.training import FAMILIES, save_model, save_store, small_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return save_store(tmp_path_factory.mktemp("targets") / "store")
+
+
+@pytest.fixture
+def run(base, store, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        model=str(base),
+        targets=str(store),
+        output=str(tmp_path / "run"),
+        max_length=64,
+        batch_size=2,
+        steps=6,
+        learning_rate=1e-2,
+        save_every=2,
+        evaluate_every=3,
+        log_every=1,
+    )
+
+
+# ── Data ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(2, 90), min_size=1, max_size=60), st.integers(2, 40), st.integers(0, 9))
+def test_packing_keeps_every_prediction_once_and_fills_no_row_beyond_its_length(
+    lengths, longest, seed
+):
+    rows = packed(pieces(lengths, longest), longest, seed)
+    predicted = [
+        (piece.document, place)
+        for row in rows
+        for piece in row
+        for place in range(piece.start + 1, piece.stop)
+    ]
+    assert sorted(predicted) == [
+        (d, n) for d, length in enumerate(lengths) for n in range(1, length)
+    ]
+    assert all(sum(map(len, row)) <= longest for row in rows)
+    # Best fit: no two rows of at most half could have been one.
+    assert sum(2 * sum(map(len, row)) <= longest for row in rows) <= 1
+
+
+def batch_of(store: Path, longest: int, packing: bool) -> dict[str, torch.Tensor]:
+    rows = Rows(TargetStore(store), "train", longest=longest, packing=packing, seed=0)
+    return Collator()([rows[i] for i in range(len(rows))])
+
+
+ARCHITECTURES = [
+    *((family, tied) for family in ("llama", "gpt2") for tied in (True, False)),
+    *(
+        pytest.param(family, tied, marks=pytest.mark.long)
+        for family in FAMILIES
+        if family not in ("llama", "gpt2")
+        for tied in (True, False)
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "tied"), ARCHITECTURES)
+def test_a_packed_batch_is_each_document_alone_under_the_models_own_logits(store, family, tied):
+    """Loss, entropy and every gradient, to 1e-5: packing, soft-caps, scales and tied heads."""
+    divergence = ForwardKL(weight=0.7)
+    model = small_model(family, tied=tied)
+    twin = small_model(family, tied=tied)
+    attach(model, divergence)
+    found = model(**batch_of(store, 64, packing=True))
+    found.loss.backward()
+    alone = Rows(TargetStore(store), "train", longest=64, packing=False, seed=0)
+    loss, nll = torch.zeros(()), torch.zeros(())
+    for i in range(len(alone)):
+        batch = Collator()([alone[i]])
+        logits_TV = twin(batch["input_ids"]).logits.flatten(0, 1)[batch["positions_T"]]
+        target = TargetRows(**{name: batch[name] for name in TARGET_NAMES}).to(torch.float32)
+        loss = loss + divergence.reference(logits_TV, target).sum()
+        nll = nll + SFT().reference(logits_TV, target).sum()
+    loss.backward()
+    assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert float(found.human_nll) == pytest.approx(float(nll), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6
+
+
+def test_without_targets_the_model_is_what_it_was():
+    model = small_model()
+    tokens_1N = torch.arange(2, 9)[None]
+    before = model(tokens_1N).logits
+    attach(model, SFT())
+    assert torch.equal(model(tokens_1N).logits, before)
+    assert model.generate(tokens_1N, max_new_tokens=3, do_sample=False).shape == (1, 10)
+
+
+# ── Steps ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_step_gradients(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Of the first optimizer step: the change of plain SGD at learning rate 1."""
+    model = small_model()
+    attach(model, config.divergence.build(None))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer = make_trainer(replace(config, steps=1, schedule="constant"), model, read(config))
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer.args.save_strategy = "no"
+    trainer.args.max_grad_norm = 0.0
+    trainer.train()
+    return {name: before[name] - value.detach() for name, value in model.named_parameters()}
+
+
+def test_accumulated_batches_are_one_batch(run):
+    whole = one_step_gradients(replace(run, batch_size=8, accumulation=1))
+    parts = one_step_gradients(replace(run, batch_size=2, accumulation=4))
+    for name, gradient in whole.items():
+        assert (gradient - parts[name]).norm() <= 1e-5 * gradient.norm() + 1e-8
+
+
+GRADIENTS = """
+    import sys, torch
+    from pathlib import Path
+    from dataclasses import replace
+    from safetensors.torch import save_file
+    from dftserve.train.config import TrainConfig, load
+    from dftserve.train.model import attach
+    from dftserve.train.run import make_trainer, read, whole_model
+    from tests.training import small_model
+    config = load(Path(sys.argv[1]), {})
+    model = small_model()
+    attach(model, config.divergence.build(None))
+    trainer = make_trainer(config, model, read(config))
+    trainer.create_optimizer = lambda *a, **k: setattr(
+        trainer, "optimizer", torch.optim.SGD(trainer.model.parameters(), lr=1.0))
+    trainer.args.save_strategy = "no"
+    trainer.args.max_grad_norm = 0.0
+    trainer.train()
+    after = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        save_file({n: v.contiguous().clone() for n, v in after.items()}, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    "fsdp", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp", marks=pytest.mark.long)]
+)
+def test_two_processes_have_the_gradients_of_one(run, fsdp, tmp_path):
+    """To 1e-5, although the two ranks hold different numbers of tokens."""
+    shared = {"steps": 1, "schedule": "constant", "evaluate_every": 10}
+    one = replace(run, **shared, batch_size=8)
+    two = replace(run, **shared, batch_size=4, fsdp=fsdp)
+    weights = []
+    for name, config, processes in (("one", one, 1), ("two", two, 2)):
+        script, settings_file = tmp_path / f"{name}.py", tmp_path / f"{name}.yaml"
+        script.write_text(textwrap.dedent(GRADIENTS))
+        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+        settings_file.write_text(json.dumps(content))
+        result = tmp_path / f"{name}.safetensors"
+        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launch += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
+        launch += ["--rdzv-endpoint=127.0.0.1:0"]
+        python = [sys.executable] if processes == 1 else [sys.executable, *launch]
+        subprocess.run(
+            [*python, script, settings_file, result],
+            check=True,
+            timeout=300,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+        )
+        weights.append(load_file(result))
+    start = small_model().state_dict()
+    for name, first in weights[0].items():
+        gradient = start[name] - first
+        assert (first - weights[1][name]).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_ends_in_a_checkpoint_that_says_what_it_is(run):
+    final = train(replace(run, patience=5))
+    assert checkpoint.verify(final) >= 6
+    promise = Promise.read(final)
+    assert promise.diversity is not None
+    assert promise.target_entropy == pytest.approx(3.0, abs=0.5)  # Of 2·N(0, 1) logits.
+    assert promise.model_entropy > 0
+    assert len(promise.model_deciles) == 9
+    told = json.loads((final / checkpoint.RUN).read_text())
+    assert told["settings"]["learning_rate"] == 1e-2
+    assert told["figures"]["human_nll"] > 0
+    assert told["versions"]["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="this run is finished"):
+        train(run)
+
+
+def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path):
+    whole = train(replace(run, output=str(tmp_path / "whole")))
+    halves = replace(run, output=str(tmp_path / "halves"))
+    material = read(halves)
+    stopped = make_trainer(halves, _model(halves), material, callbacks=(_stop_after(3),))
+    _begin(halves)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = train(halves)
+    ours, theirs = (load_file(each / "model.safetensors") for each in (whole, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _model(config):
+    from dftserve.train.run import load_model, set_seed
+
+    set_seed(config.seed)
+    return load_model(config)
+
+
+def _begin(config):
+    from dftserve.train.run import _begin
+
+    _begin(Path(config.output), config)
+
+
+def _stop_after(step: int):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Stop()
+
+
+def test_adapters_are_merged(run, base):
+    final = train(replace(run, lora=LoraConfig(rank=4)))
+    before, after = (load_file(each / "model.safetensors") for each in (base, final))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("embed" in name or "norm" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "skew_kl", "jsd", "sliced_w1", "gem", "sft"])
+def test_every_divergence_falls(run, name):
+    trainer_losses = []
+    config = replace(run, divergence=DivergenceConfig(name=name), steps=8, batch_size=8)
+    trainer = make_trainer(config, _model(config), read(config))
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    trainer_losses = [line["divergence"] for line in trainer.state.log_history if "loss" in line]
+    assert trainer_losses[-1] < trainer_losses[0]
+
+
+def test_bf16_and_gradient_checkpointing_run(run):
+    config = replace(run, precision="bf16", gradient_checkpointing=True)
+    final = train(config)
+    weights = load_file(final / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_the_weight_is_chosen_by_held_out_text(run):
+    """The target is noise: the text alone must win."""
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
+    train(replace(run, divergence=divergence))
+    chosen = json.loads((Path(run.output) / "weight.json").read_text())
+    assert chosen["target_weight"] == 0.0
+    assert chosen["tried"]["0.0"] < chosen["tried"]["0.9"]
+
+
+def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
+    config = replace(run, steps=4000, save_every=100_000, evaluate_every=100_000)
+    settings_file = tmp_path / "run.yaml"
+    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+    settings_file.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "dftserve.cli", "train", settings_file]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (Path(run.output) / "settings.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    saved = sorted(Path(run.output).glob("checkpoint-*"))
+    assert len(saved) == 1
+    checkpoint.verify(saved[0])
+
+
+# ── What is refused ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"divergence.name": "forward_lk"}, "did you mean 'forward_kl'"),
+        ({"learning_rat": "1"}, "did you mean 'learning_rate'"),
+        ({"divergence.skew": "0.5"}, "forward_kl does not take it"),
+        ({"divergence.target_weight": "2"}, "accepted: a number from 0 to 1"),
+        ({"divergence.name": "reverse_kl", "divergence.target_weight": "0"}, "above 0"),
+        ({"batch_size": "0"}, "accepted: 1 or more"),
+        ({"batch_size": "many"}, "accepted: a whole number"),
+        ({"precision": "fp16"}, "accepted: fp32, bf16"),
+        ({"report_to": "wandb"}, "accepted: none, tensorboard"),
+        ({"steps": "[1"}, "not YAML"),
+        ({"max_length": "1"}, "2 tokens or more"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(change, says):
+    given = {"model": "m", "targets": "t", "output": "o"} | change
+    with pytest.raises(ValueError, match=says):
+        configs.load(None, given)
+
+
+def test_a_learning_rate_in_yamls_own_dialect(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("{model: m, targets: t, output: o, learning_rate: 2e-5}")
+    assert configs.load(path, {"epochs": "3"}).learning_rate == 2e-5
+
+
+def test_a_run_that_cannot_be_leaves_nothing(run, base, store, tmp_path):
+    other = save_model(tmp_path / "other", "gpt2")
+    (other / "tokenizer.json").write_text(
+        (base / "tokenizer.json").read_text().replace('"w7"', '"w7x"')
+    )
+    wrong = {
+        "no tokenizer": replace(run, model=str(tmp_path)),
+        "another tokenizer": replace(run, model=str(other)),
+        "has no manifest.json": replace(run, targets=str(tmp_path)),
+    }
+    for says, config in wrong.items():
+        with pytest.raises(ValueError, match=says):
+            train(config)
+        assert not Path(config.output).exists()
+
+
+def test_another_runs_folder_is_not_touched(run):
+    Path(run.output).mkdir()
+    (Path(run.output) / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="neither empty nor a run"):
+        train(run)
+    assert os.listdir(run.output) == ["notes.txt"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(run, tmp_path):
+    broken = save_model(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    from safetensors.torch import save_file
+
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the divergence is nan"):
+        train(replace(run, model=str(broken)))
+    assert not list(Path(run.output).glob("checkpoint-*"))
