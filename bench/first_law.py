@@ -544,10 +544,14 @@ class Trial:
     def as_dict(self) -> dict:
         return {
             "candidate": self.candidate,
-            "lead": asdict(Interval.of(self.leads_B)),
+            "lead": self._interval(),
             "admissible": self.admissible,
             "points": self.points,
         }
+
+    def _interval(self) -> Interval | None:
+        known_B = self.leads_B[~np.isnan(self.leads_B)]
+        return None if math.isnan(self.leads_B[0]) else Interval.of(known_B)
 
 
 def attempt(measured: Measurements, candidate: str, settings: Sequence[Setting]) -> Trial:
@@ -801,7 +805,7 @@ def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> No
         },
         "confirm": stages,
     }
-    text = json.dumps(document, default=asdict, ensure_ascii=False)
+    text = json.dumps(document, default=asdict, ensure_ascii=False, allow_nan=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -11,6 +11,9 @@ import openai
 from dftserve.demo.grammar import PROMPTS
 from tests.conftest import KEY, Engine
 
+LIVELY = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
+"""A story past its end loops over sure tokens, which no temperature opens; penalties end that."""
+
 
 def sync_client(engine: Engine) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{engine.url}/v1", api_key=KEY, max_retries=0, timeout=300)

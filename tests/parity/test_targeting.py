@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.client import chat_body, gather, some_prompt
+from tests.client import LIVELY, chat_body, gather, some_prompt
 from tests.conftest import long
 
 STANDARD_ERRORS = 4.0
@@ -72,9 +72,7 @@ def test_budget_meets_its_target(engine, share, figure):
     At η = .2 and c = 2 a level that settles at ℓ leaves the mean over 256 tokens 4·|ℓ| % beside the
     target. Measured spread of one text's mean: 5 % of the target; of eight texts' mean: under 2 %.
     """
-    # Past its end a story would fall into a loop of sure tokens, which no temperature opens.
-    lively = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
-    free = chat_body(diversity={"level": 0.01}, max_tokens=256, **lively)
+    free = chat_body(diversity={"level": 0.01}, max_tokens=256, **LIVELY)
     natural = _mean_after(_eight(engine, free))
     target = share * natural
     asked = free | {"diversity": {"law": "budget", "target_entropy": target}}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.client import chat_body, gather, metric, some_prompt
+from tests.client import LIVELY, chat_body, gather, metric, some_prompt
 from tests.conftest import long
 
 
@@ -32,8 +32,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
 def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
     """Sixteen long texts in twenty blocks: the engine has to preempt, and figures stay exact."""
     before = metric(v1, "vllm:num_preemptions_total")
-    lively = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
-    free = chat_body(diversity={"level": 0.01}, max_tokens=380, **lively)
+    free = chat_body(diversity={"level": 0.01}, max_tokens=380, **LIVELY)
     alone = gather(v1, [("/v1/chat/completions", free)])[0].json()
     target = alone["diversity"]["choices"][0]["mean_entropy_after"]
     body = free | {"diversity": {"law": "budget", "target_entropy": target}}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.client import chat_body, gather, get, metric, post
+from tests.client import LIVELY, chat_body, gather, get, metric, post
 from tests.conftest import SHIM, Engine, engine_running
 from tests.environment import Environment, build_wheels, make_environment
 
@@ -98,7 +98,7 @@ def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
     with engine_running("v2_ngram", model_folder, tmp_path, *flags) as engine:
         assert get(engine, "/v1/dft/capabilities").json()["speculative_decoding"] == "ngram"
         check_field(engine)
-        free = chat_body(diversity={"level": 0.01}, max_tokens=200, ignore_eos=True)
+        free = chat_body(diversity={"level": 0.01}, max_tokens=256, **LIVELY)
         natural = _figures(gather(engine, [("/v1/chat/completions", free)] * 8))
         target = 0.9 * natural
         asked = free | {"diversity": {"law": "budget", "target_entropy": target}}
@@ -115,7 +115,7 @@ def _figures(answers) -> float:
     for answer in answers:
         said = answer.json()
         figures = said["diversity"]["choices"][0]
-        assert figures["tokens"] == said["usage"]["completion_tokens"] == 200
+        assert figures["tokens"] == said["usage"]["completion_tokens"] == 256
         means.append(figures["mean_entropy_after"])
     return float(np.mean(means))
 
