@@ -12,20 +12,24 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from safetensors import SafetensorError
 
 from dftserve import __version__
-from dftserve.spec import Promise
+from dftserve.spec import CHECKSUMS, Promise
 
-CHECKSUMS, RUN, CARD = "checksums.json", "run.json", "README.md"
+RUN, CARD = "run.json", "README.md"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = 1 << 20
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error")
+"""What torch names where it could not write a file."""
 
 
 class CheckpointError(ValueError):
@@ -81,6 +85,22 @@ def seal(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What safetensors and torch raise where the disk fails is an OSError here, as Python's own.
+
+    Raises:
+        OSError: names the folder and what was said.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not any(name in told for name in TORCH_WRITERS):
+            raise
+        raise OSError(f"{folder} cannot be written: {told}") from None
+
+
 def verify(folder: Path) -> int:
     """Compare every file with its checksum; returns how many there are.
 
@@ -104,10 +124,13 @@ def verify(folder: Path) -> int:
     found = {_name(folder, each): each for each in _files(folder)}
     for name, digest in names.items():
         if name not in found:
-            raise CheckpointError(f"{folder / name} is missing; copy the checkpoint anew.")
+            raise CheckpointError(
+                f"{folder / name}, named in {CHECKSUMS}, is missing; copy the checkpoint anew."
+            )
         if _digest(found[name]) != digest:
             raise CheckpointError(
-                f"{folder / name} is not the file that was written; copy the checkpoint anew."
+                f"{folder / name} is not the file that was written, by {CHECKSUMS}; "
+                "copy the checkpoint anew."
             )
     for name in found:
         if name not in names:
@@ -115,11 +138,6 @@ def verify(folder: Path) -> int:
                 f"{folder / name} was added later; move it out, or make the checksums anew."
             )
     return len(names)
-
-
-def is_sealed(folder: Path) -> bool:
-    """Whether the folder has checksums: only what dftserve has written to the end does."""
-    return (folder / CHECKSUMS).is_file()
 
 
 def versions() -> dict[str, str]:

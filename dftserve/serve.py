@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
-from dftserve.spec import Diversity, Promise, parse_json
+from dftserve.spec import CHECKSUMS, Diversity, Promise, parse_json
 
 DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
 """The environment variable in which the plug-in finds the server's default."""
@@ -83,10 +83,17 @@ def launch(
         default_diversity: for requests that name none: a number or an object as JSON text, or
             `checkpoint` for what the checkpoint's dft.json suggests.
 
+    A checkpoint that carries checksums is compared with them first.
+
     Raises:
-        ValueError: the default is not acceptable, or the checkpoint suggests none.
+        ValueError: the default is not acceptable, the checkpoint suggests none, or a file of it is
+            not what was written.
         RuntimeError: there is no vllm command.
     """
+    if (Path(model) / CHECKSUMS).is_file():
+        from dftserve import checkpoint
+
+        checkpoint.verify(Path(model))
     environment = {}
     if default_diversity is not None:
         default = _default(model, default_diversity)

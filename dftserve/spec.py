@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 MAX_JSON_CHARACTERS = 4096
+CHECKSUMS = "checksums.json"
+"""The file of a checkpoint that says whether it is whole."""
 
 
 class DiversityError(ValueError):

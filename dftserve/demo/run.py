@@ -1,9 +1,9 @@
-"""The terminal show: one prompt, eight answers at each diversity, from a real vLLM server.
+"""The terminal show: one prompt, two models, eight answers at each diversity, from real vLLM.
 
     from dftserve.demo.run import demo
     demo(Path("build/demo"))
 
-The model is trained once and kept in the folder.
+The models are trained once and kept in the folder.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openai import OpenAI
 from rich.columns import Columns
@@ -24,12 +24,17 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from dftserve.demo.grammar import parse, valid
+from dftserve.demo.grammar import PROMPTS, parse, valid
 from dftserve.serve import Server, running
 
+if TYPE_CHECKING:
+    from dftserve.demo.tune import Tuned
+
 PROMPT = "Tell me a story about a lost key."
-LEVELS = (0.0, 0.5, 1.0)
+LEVELS = {"sft": (0.0,), "dft": (0.0, 0.5, 1.0)}
+"""Plain fine-tuning is shown as stock vLLM samples from it."""
 ANSWERS = 8
+"""To each prompt of the grammar; those to PROMPT are shown."""
 SHOWN = 3
 """Texts of each level that stand side by side."""
 MAX_TOKENS = 160
@@ -40,10 +45,12 @@ CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "256000000")
 
 @dataclass(frozen=True)
 class Answers:
-    """What the server said to one prompt, asked several times at one level."""
+    """What a server said to the prompts, each asked several times at one level."""
 
+    model: str
     level: float
-    texts: tuple[str, ...]
+    texts: dict[str, tuple[str, ...]]
+    """By prompt."""
     figures: tuple[dict[str, float], ...]
     """The answers' own `diversity.choices`, where the server changed anything."""
     tokens: int
@@ -53,75 +60,97 @@ class Answers:
         values = [figures[name] for figures in self.figures]
         return f"{fmean(values):.2f}" if values else "–"
 
+    @property
+    def title(self) -> str:
+        return f"{self.model.upper()}, diversity {self.level:g}{'' if self.level else ' (off)'}"
+
 
 def demo(folder: Path, console: Console | None = None) -> None:
-    """Train the model if the folder has none, serve it, ask, and show.
+    """Train and tune where the folder has no models, serve them, ask, and show.
 
     Raises:
-        RuntimeError: the server did not start; with the last lines of its log.
+        RuntimeError: a server did not start; with the last lines of its log.
     """
-    console = console or Console()
-    with _one_thread_each():
-        if not (folder / "config.json").exists():
-            train(folder, console)
-        with _server(folder, console) as server:
-            client = OpenAI(base_url=server.url, api_key="EMPTY", max_retries=0)
-            ask(client, server.model, 0.0, 1)  # The first request of a server is a slow one.
-            asked = [ask(client, server.model, level, ANSWERS) for level in LEVELS]
-    show(asked, folder, console)
-
-
-def train(folder: Path, console: Console) -> None:
     from transformers.utils import logging
 
-    from dftserve.demo.model import STEPS, build
+    from dftserve.demo.tune import tune
 
     logging.disable_progress_bar()
-    console.print("Writing stories and training a small model on them, about a minute:")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    build({folder: STEPS})
+    console = console or Console()
+    tuned = tune(folder, console.print)
+    with _one_thread_each():
+        asked = [answers for each in tuned for answers in _ask_server(each, folder, console)]
+    show(asked, console)
+    told(tuned, folder, console)
 
 
-def ask(client: OpenAI, model: str, level: float, times: int) -> Answers:
-    """The prompt `times` times at once."""
+def _ask_server(tuned: "Tuned", folder: Path, console: Console) -> list[Answers]:
+    with _server(tuned.folder, folder / f"{tuned.name}.log", console) as server:
+        client = OpenAI(base_url=server.url, api_key="EMPTY", max_retries=0)
+        ask(client, server.model, tuned.name, 0.0, 1)  # A server's first request is a slow one.
+        with console.status("Asking…"):
+            return [
+                ask(client, server.model, tuned.name, level, ANSWERS)
+                for level in LEVELS[tuned.name]
+            ]
 
-    def once(_: int) -> Any:
+
+def ask(client: OpenAI, served: str, model: str, level: float, times: int) -> Answers:
+    """Every prompt `times` times, all at once."""
+
+    def once(prompt: str) -> Any:
         return client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": PROMPT}],
+            model=served,
+            messages=[{"role": "user", "content": prompt}],
             temperature=1.0,
             max_tokens=MAX_TOKENS,
             extra_body={"diversity": level},
         )
 
+    wanted = [prompt for prompt in PROMPTS for _ in range(times)]
     start = time.perf_counter()
-    with ThreadPoolExecutor(times) as pool:
-        answers = list(pool.map(once, range(times)))
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        answers = list(pool.map(once, wanted))
     seconds = time.perf_counter() - start
     choices = [answer.model_extra["diversity"]["choices"][0] for answer in answers]
+    texts = [answer.choices[0].message.content for answer in answers]
     return Answers(
+        model=model,
         level=level,
-        texts=tuple(answer.choices[0].message.content for answer in answers),
+        texts={
+            prompt: tuple(texts[times * place : times * (place + 1)])
+            for place, prompt in enumerate(PROMPTS)
+        },
         figures=tuple(choice for choice in choices if choice is not None),
         tokens=sum(answer.usage.completion_tokens for answer in answers),
         seconds=seconds,
     )
 
 
-def show(asked: list[Answers], folder: Path, console: Console) -> None:
+def show(asked: list[Answers], console: Console) -> None:
     console.print(f"\n[bold]{PROMPT}[/bold]   ✓ = a valid story that answers the prompt\n")
     panels = [
-        Panel("\n\n".join(_marked(text) for text in answers.texts[:SHOWN]), title=_title(answers))
+        Panel(
+            "\n\n".join(_marked(text) for text in answers.texts[PROMPT][:SHOWN]),
+            title=answers.title,
+        )
         for answers in asked
+        if answers.level < 1
     ]
     console.print(Columns(panels, equal=True, expand=True, width=max(console.width // 3 - 1, 30)))
     console.print(table(asked))
-    steps = f"\nServe it again, and ask it yourself:\n\n{next_steps(folder)}"
+
+
+def told(tuned: "list[Tuned]", folder: Path, console: Console) -> None:
+    """What training measured, and what to try next."""
+    for each in tuned:
+        console.print(
+            f"{each.name.upper()}: {each.figure('human_nll'):.3f} nats a token on held-out "
+            f"stories, next-token entropy {each.figure('model_entropy'):.3f}.",
+            highlight=False,
+        )
+    steps = f"\nServe the tuned model again, and ask it yourself:\n\n{next_steps(tuned[-1].folder)}"
     console.print(steps, highlight=False, markup=False, soft_wrap=True)
-
-
-def _title(answers: Answers) -> str:
-    return f"diversity {answers.level:g}" + (" (off: stock vLLM)" if not answers.level else "")
 
 
 def _marked(text: str) -> str:
@@ -131,22 +160,23 @@ def _marked(text: str) -> str:
 
 def table(asked: list[Answers]) -> Table:
     grid = Table(
-        title=f"{ANSWERS} answers at each level; distinct ones and openings among the valid"
+        title=f"{ANSWERS} answers to each of {len(PROMPTS)} prompts; "
+        "distinct ones and openings\namong the valid; H: next-token entropy; T: mean temperature"
     )
-    for head in ("diversity", "valid", "distinct", "openings"):
-        grid.add_column(head, justify="right")
-    for head in ("entropy, nats", "temperature", "tokens/s"):
-        grid.add_column(head, justify="right")
+    for head in ("model", "diversity", "valid", "distinct", "openings", "H, nats", "T", "tok/s"):
+        grid.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
     for answers in asked:
-        stories = [text for text in answers.texts if valid(PROMPT, text)]
+        said = [(prompt, text) for prompt, texts in answers.texts.items() for text in texts]
+        stories = [text for prompt, text in said if valid(prompt, text)]
         openings = {story.opening for text in stories if (story := parse(text)) is not None}
         before, after = answers.mean("mean_entropy_before"), answers.mean("mean_entropy_after")
         grid.add_row(
+            answers.model.upper(),
             f"{answers.level:g}",
-            f"{len(stories)} of {len(answers.texts)}",
+            f"{len(stories) / len(said):.0%}",
             str(len(set(stories))),
             str(len(openings)),
-            f"{before} → {after}",
+            "–" if not answers.figures else f"{before}→{after}",
             answers.mean("mean_temperature"),
             f"{answers.tokens / answers.seconds:.0f}",
         )
@@ -168,8 +198,7 @@ def next_steps(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _server(folder: Path, console: Console) -> Iterator[Server]:
-    log = folder.with_name(folder.name + ".log")
+def _server(folder: Path, log: Path, console: Console) -> Iterator[Server]:
     with contextlib.ExitStack() as stack:
         with console.status("Starting vLLM…"):
             server = stack.enter_context(running(str(folder), *_flags(), log=log))

@@ -17,7 +17,7 @@ Shapes: N tokens, D documents, T trained positions, K top entries, M draws.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dftserve import __version__, atomic, settings
 from dftserve.targets.document import Document
@@ -84,6 +84,8 @@ class Manifest:
     plan: Plan
     shards: tuple[Shard, ...]
     versions: Mapping[str, str]
+    blake3: str = ""
+    """Of all of the above, as it is written; `TargetStore.verify` compares it."""
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.shards if shard.split == split)
@@ -97,8 +99,12 @@ class Manifest:
             why = "is unfinished; run its build again" if unfinished else f"has no {MANIFEST}"
             raise StoreError(f"the target store {folder} {why}.")
         try:
-            manifest = settings.load(cls, json.loads(path.read_text(encoding="utf-8")), str(path))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
+            raise StoreError(f"{path}: {error}. Build the store anew.") from None
+        try:
+            manifest = settings.load(cls, content, str(path))
+        except ValueError as error:
             raise StoreError(f"{error} Build the store anew.") from None
         if manifest.plan.format != FORMAT:
             raise StoreError(
@@ -173,8 +179,12 @@ def begin(folder: Path, wanted: Plan) -> None:
                     f"{folder} holds a store of another plan: {difference}. Choose another folder, "
                     "or remove this one."
                 )
+            if path.name == MANIFEST:
+                # There still where a kill came between the two.
+                (folder / PLAN).unlink(missing_ok=True)
             return
-    if any(folder.iterdir()):
+    # A kill may have left what was to become the plan, and nothing else.
+    if any(path.name != PLAN + atomic.PARTIAL for path in folder.iterdir()):
         raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
     atomic.write_text(folder / PLAN, _json(asdict(wanted)))
 
@@ -235,6 +245,7 @@ def finish(
                 )
             )
     manifest = Manifest(plan=wanted, shards=tuple(shards), versions=dict(versions))
+    manifest = replace(manifest, blake3=_digest_of(asdict(manifest)))
     atomic.write_text(folder / MANIFEST, _json(asdict(manifest)))
     (folder / PLAN).unlink(missing_ok=True)
     return manifest
@@ -277,7 +288,8 @@ def _write(path: Path, documents: Sequence[Document], parts: Sequence[Targets]) 
         "token_logprob": targets.token_logprob_T.astype(np.float16),
         "entropy": targets.entropy_T.astype(np.float16),
     }
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+    # Not by save_file, which leaves files of its own names behind when it is killed.
+    path.write_bytes(save({name: np.ascontiguousarray(each) for name, each in tensors.items()}))
 
 
 def _packed(name: str, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -334,6 +346,11 @@ class TargetStore:
         Raises:
             StoreError: names the first file that is missing or changed.
         """
+        path = self.folder / MANIFEST
+        text = path.read_bytes()
+        content = json.loads(text)
+        if content.get("blake3") != _digest_of(content) or text != _json(content).encode():
+            raise StoreError(f"{path} is not the file that the build wrote; build it anew.")
         for shard in self.manifest.shards:
             path = self.folder / shard.file
             if not path.exists():
@@ -423,6 +440,11 @@ def digest_of(path: Path) -> str:
     digest = blake3()
     digest.update_mmap(path)
     return digest.hexdigest()
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    """BLAKE3 of a manifest's text, with nothing where the digest will stand."""
+    return blake3(_json({**manifest, "blake3": ""}).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -175,6 +175,8 @@ def make_trainer(
         eval_strategy="steps" if has_heldout else "no",
         eval_steps=config.evaluate_every,
         load_best_model_at_end=early,
+        # The patience that is left, for one.
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model=HUMAN_NLL if early else None,
         greater_is_better=False if early else None,
         logging_steps=config.log_every,
@@ -233,7 +235,7 @@ def finish(
     }
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
-    with atomic.folder(folder) as made:
+    with atomic.folder(folder) as made, checkpoint.writing(folder):
         model.save_pretrained(made)
         material.tokenizer.save_pretrained(made)
         checkpoint.describe(made, promise(config, seen, plan.source), run)
@@ -281,7 +283,8 @@ def _begin(output: Path, config: TrainConfig) -> None:
                     "choose another output, or remove it."
                 )
         return
-    if output.exists() and any(output.iterdir()):
+    # A kill may have left what was to become the settings, and nothing else.
+    if output.exists() and any(p.name != SETTINGS + atomic.PARTIAL for p in output.iterdir()):
         raise ValueError(f"{output} is neither empty nor a run; choose another output.")
     if int(os.environ.get("RANK", "0")) == 0:
         output.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.train.model import DFTOutput
@@ -84,6 +91,20 @@ class DFTTrainer(Trainer):
                 "checkpoint is as it was. Lower learning_rate, or look for a damaged model."
             )
 
+    # ── Resuming ─────────────────────────────────────────────────────────────────────────────────
+
+    def _run_epoch(self, *args: Any, **given: Any) -> None:
+        """Nothing, where what is resumed had ended: the Trainer's own takes one more step."""
+        spent = any(
+            isinstance(each, EarlyStoppingCallback)
+            and each.early_stopping_patience_counter >= each.early_stopping_patience
+            for each in self.callback_handler.callbacks
+        )
+        if spent or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **given)
+
     # ── Held-out text ────────────────────────────────────────────────────────────────────────────
 
     def evaluate(  # type: ignore[override]
@@ -128,25 +149,37 @@ class DFTTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            with self._output_in(staging):
+            with self._output_in(staging), checkpoint.writing(staging):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.seal(staging / name)
-            # There from before only where a signal came in the step that had just been saved.
-            shutil.rmtree(run / name, ignore_errors=True)
-            atomic.move_folder(staging / name, run / name)
-            shutil.rmtree(staging)
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+            self._put(staging, run / name)
+            self._rotate(run)
         self.accelerator.wait_for_everyone()
+
+    def _put(self, staging: Path, place: Path) -> None:
+        try:
+            # There from before only where a signal came in the step that had just been saved: it is
+            # the same, and it is whole.
+            if not place.exists():
+                checkpoint.seal(staging / place.name)
+                atomic.move_folder(staging / place.name, place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _rotate(self, run: Path) -> None:
+        """Keep the newest checkpoints, and the best; what stands under its own name is whole."""
+        found = [path for _, path in sorted(_checkpoints(run).items())]
+        best = self.state.best_model_checkpoint
+        spare = [path for path in found[:-1] if str(path) != best]
+        excess = len(found) - (self.args.save_total_limit or len(found))
+        for path in spare[: max(excess, 0)]:
+            doomed = path.with_name(path.name + atomic.PARTIAL)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     @contextmanager
     def _output_in(self, folder: Path):
@@ -173,16 +206,24 @@ def last_checkpoint(run: Path) -> Path | None:
         CheckpointError: the newest one is damaged: resuming from it would not be exact.
     """
     for leftover in run.glob(f"*{atomic.PARTIAL}"):
-        shutil.rmtree(leftover)
-    found = {
-        int(path.name.rpartition("-")[2]): path
-        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rpartition("-")[2].isdigit()
-    }
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    found = _checkpoints(run)
     if not found:
         return None
     checkpoint.verify(found[max(found)])
     return found[max(found)]
+
+
+def _checkpoints(run: Path) -> dict[int, Path]:
+    """By step."""
+    return {
+        int(path.name.rpartition("-")[2]): path
+        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    }
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,0 +1,119 @@
+"""The known source of bench/known_source.py against enumeration, and the targets made of it."""
+
+import importlib.util
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dftserve.targets.sparse import sparsify
+from dftserve.train.divergences import ForwardKL, Rows, TargetRows
+
+PATH = Path(__file__).parents[2] / "bench" / "known_source.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    described = importlib.util.spec_from_file_location("known_source", PATH)
+    module = importlib.util.module_from_spec(described)
+    sys.modules["known_source"] = module  # dataclasses look their module up by name.
+    described.loader.exec_module(module)
+    yield module
+    del sys.modules["known_source"]
+
+
+@pytest.fixture(scope="module")
+def settings(bench):
+    return bench.Settings(narrators=2, slots=3, words=5, length=4)
+
+
+@pytest.fixture(scope="module")
+def source(bench, settings):
+    return bench.make_source(settings, settings.narrators, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def texts(bench, source, settings):
+    return bench.Texts.of(source, 16, settings.length, torch.Generator().manual_seed(1))
+
+
+def probability(source, words) -> float:
+    """p(words), summed over every narrator and every walk through the slots."""
+    total = 0.0
+    slots = range(source.start_KS.shape[1])
+    for who in range(source.narrators):
+        for walk in itertools.product(slots, repeat=len(words)):
+            p = source.start_KS[who, walk[0]] / source.narrators
+            for slot, following in itertools.pairwise(walk):
+                p = p * source.move_KST[who, slot, following]
+            for slot, word in zip(walk, words, strict=True):
+                p = p * source.say_KSV[who, slot, word]
+            total += float(p)
+    return total
+
+
+def test_next_token_is_what_enumeration_gives(source):
+    words = [3, 1, 5]
+    p_NV = source.next_token(torch.tensor([words]))[0]
+    for place in range(len(words)):
+        before = words[:place]
+        known = probability(source, before) if before else 1.0
+        wanted = [probability(source, [*before, word]) / known for word in range(source.vocabulary)]
+        assert p_NV[place].tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_next_token_sums_to_one_over_the_words(source, settings, texts):
+    torch.testing.assert_close(texts.p_RV.sum(dim=1), torch.ones(16 * 4, dtype=torch.float64))
+    specials = [0, *range(1 + settings.words, source.vocabulary)]
+    assert not texts.p_RV[:, specials].any()
+
+
+def test_true_kl_is_zero_to_itself_and_by_hand_to_another(bench, texts):
+    assert bench.true_kl(texts.p_RV, texts.p_RV.log()) == pytest.approx(0, abs=1e-12)
+    p_RV = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    other_RV = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+    assert bench.true_kl(p_RV, other_RV.log()) == pytest.approx(0.5 * math.log(2))
+    assert bench.true_kl(other_RV, p_RV.log()) == math.inf
+
+
+def test_renormalised_top_k_is_biased_and_the_sampled_tail_is_not(bench, texts):
+    """The gradient at the truth is 0 on average over the draws, or the target pulls elsewhere.
+
+    40,000 draws of a tail: a standard error of .0025 at most, so .0125 is five of them.
+    """
+    p_RV = texts.p_RV[:8].clamp_min(1e-30)
+    labels_R = texts.labels_R[:8]
+    generator = torch.Generator().manual_seed(2)
+    sampled = sparsify(p_RV.log().float(), labels_R, k=2, draws=40_000, generator=generator)
+
+    def pull(targets) -> torch.Tensor:
+        rows = TargetRows.of(labels_R.numpy(), targets)
+        return ForwardKL(weight=1.0).loss_and_gradient(Rows.of(p_RV.log()), rows)[1]
+
+    assert pull(sampled).abs().max() < 0.0125
+    mass_R = p_RV.topk(2, dim=1).values.sum(dim=1)
+    missing_R = pull(bench.renormalised(sampled, labels_R)).abs().sum(dim=1)
+    torch.testing.assert_close(missing_R, 2 * (1 - mass_R), atol=1e-5, rtol=0)
+    assert missing_R.min() > 0.05
+
+
+def test_the_posterior_of_exact_personas_is_the_source(bench, source, settings, texts):
+    found = bench.personas(bench.ExactTeacher(source, settings), texts, settings)
+    assert found.posterior == pytest.approx(0, abs=1e-5)
+    assert found.fixed > 0.01
+
+
+def test_interval_by_hand_and_a_claim_needs_all_of_it(bench):
+    found = bench.Interval.of([1.0, 2.0, 3.0])
+    reach = 4.302653 / math.sqrt(3)  # Student's t of 2 degrees of freedom.
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - reach, 2 + reach), abs=1e-4)
+    values = torch.tensor([1.0, 2.0, 3.0]).numpy()
+    assert bench.claim(values, -1.0)["holds"]
+    assert not bench.claim(values, 0.0)["holds"]
+
+
+def test_a_stored_token_takes_58_bytes(bench):
+    assert bench.bytes_a_token(bench.Settings()) == 58
