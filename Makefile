@@ -12,4 +12,6 @@ demo: setup ; @$(RUN) -m dftserve.cli demo
 test: setup ; @$(RUN) -m pytest -m "not long"
 test-long: setup ; @$(RUN) -m pytest -m long
 lint: setup ; @ruff check . && ruff format --check . && pyright && lint-imports
-bench: setup ; @$(RUN) bench/overhead.py && $(RUN) bench/first_law.py && $(RUN) bench/report.py
+bench: setup
+	@for question in overhead first_law known_source train_cost; do $(RUN) bench/$$question.py || exit 1; done
+	@$(RUN) bench/report.py

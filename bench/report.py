@@ -83,9 +83,50 @@ SHOWN = (
 )
 
 
+def known_source(document: dict[str, Any]) -> str:
+    """True forward KL of the ways that are offered, nearest first."""
+    lines = ["| way of training | true KL, nats a token |", "|---|---|"]
+    methods = sorted(document["methods"].items(), key=lambda item: item[1]["mean"])
+    for name, value in methods:
+        if name in WAYS:
+            told = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            lines.append(f"| {WAYS[name]} | {told} |")
+    return "\n".join(lines)
+
+
+WAYS = {
+    "dense_teacher": "forward KL, the teacher's whole distribution",
+    "hybrid": "forward KL, stored target (58 bytes a token)",
+    "gem": "GEM, tuned sampling temperature",
+    "label_smoothing": "label smoothing, tuned",
+    "entropy_bonus": "entropy bonus, tuned",
+    "sft_early_stopping": "SFT, early stopping, tuned sampling temperature",
+    "sft_temperature": "SFT, tuned sampling temperature",
+    "sft": "SFT",
+    "base": "before tuning",
+}
+
+
+def train_cost(document: dict[str, Any]) -> str:
+    lines = ["| | vocabulary | forward KL over SFT |", "|---|---|---|"]
+    for row in document["head"]:
+        lines.append(f"| head alone | {row['vocabulary']:,} | {_ratio(row['to_stock'])} |")
+    for row in document["step"]:
+        share = f"whole step, head {row['head_flops_share']:.0%} of the FLOPs"
+        lines.append(f"| {share} | {row['vocabulary']:,} | {_ratio(row)} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    told = row["forward_kl"]
+    return f"{told['ratio']:.2f} [{told['interval'][0]:.2f}, {told['interval'][1]:.2f}]"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "first_law": first_law,
     "overhead": overhead,
+    "known_source": known_source,
+    "train_cost": train_cost,
 }
 
 

@@ -5,8 +5,8 @@ expectation that is linear in the target is then unbiased over the draws:
 
     E_q[f] = Σ_top q_i f_i + q_tail · E[ 1/M Σ_m f(j_m) ],   j_m ~ q restricted to the tail
 
-(relative of RS-KD, arXiv 2503.16870). Keeping the top k alone and renormalising is biased, and
-trains worse than no target at all.
+(relative of RS-KD, arXiv 2503.16870). Keeping the top k alone and renormalising is biased: on a
+source whose truth is known it ends .10 to .62 nats a token farther from it (docs/log.md).
 
 Shapes: T trained positions, V vocabulary, K top entries, M draws.
 """

@@ -102,6 +102,9 @@ class DFTTrainer(Trainer):
         )
         if spent or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            if self.args.should_save:
+                # No save follows that would do what a kill may have come before.
+                self._rotate(Path(str(self.args.output_dir)))
         else:
             super()._run_epoch(*args, **given)
 
