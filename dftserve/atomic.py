@@ -58,11 +58,21 @@ def folder(path: Path) -> Iterator[Path]:
 
 def move_folder(made: Path, path: Path) -> None:
     """Sync a folder that is filled and put it at `path`, where nothing is, on the same disk."""
+    mask = _umask()
     for each in sorted(made.rglob("*"), reverse=True):
+        if each.is_file():
+            # safetensors makes its files readable by their owner alone.
+            each.chmod(0o666 & ~mask)
         _sync(each)
     _sync(made)
     os.rename(made, path)
     _sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

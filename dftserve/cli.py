@@ -218,7 +218,7 @@ def _usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise click.UsageError(f"{error}") from None
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise click.ClickException(f"{error}") from None
 
 

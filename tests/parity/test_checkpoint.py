@@ -6,9 +6,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dftserve.demo.grammar import PROMPTS
+from dftserve.targets.document import encode_text
+from dftserve.targets.served import ServedTeacher
+from dftserve.targets.teacher import Teacher
 from dftserve.train.divergences import SFT, TargetRows
 from dftserve.train.head import Head, head_loss
 from tests.client import post
+from tests.conftest import KEY
 
 TEXT = "Once upon a time, in the little town of Ravenham, there lived a painter's daughter."
 TOLERANCE = 2e-4
@@ -52,3 +56,21 @@ def trained(model, tokens: list[int]) -> np.ndarray:
             for n in range(len(hidden_ND))
         ]
     )
+
+
+@pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+def test_a_served_teacher_says_what_the_model_says(engine, monkeypatch):
+    """The top k, the tail's mass and the text's own token, through prompt logprobs."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    tokenizer = AutoTokenizer.from_pretrained(engine.model_folder)
+    document = encode_text(tokenizer, TEXT)
+    size = len(tokenizer)
+    served = ServedTeacher(engine.url, "demo", vocabulary=size, key_variable="TEACHER_KEY")
+    local = Teacher.load(str(engine.model_folder), vocabulary=size)
+    (theirs,) = served.targets([document], k=6, draws=0, seeds=[0])
+    (ours,) = local.targets([document], k=6, draws=0, seeds=[0])
+    for name in ("top_logprobs_TK", "token_logprob_T"):
+        worst = np.abs(getattr(theirs, name) - getattr(ours, name)).max()
+        assert worst < TOLERANCE, name
+    tails = np.exp(theirs.tail_logprob_T) - np.exp(ours.tail_logprob_T)
+    assert np.abs(tails).max() < 6 * TOLERANCE

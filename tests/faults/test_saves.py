@@ -1,0 +1,353 @@
+"""Kills, full disks, read-only folders and flipped bits: what stands is whole, and runs go on.
+
+The law: whatever ended a run or a build, every checkpoint that stands under its own name is whole,
+and the same command then ends in the same bits as one that nothing ended, with nothing left over.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGKILL, SIGXFSZ
+from typing import Any
+
+import pytest
+
+from dftserve import checkpoint
+from dftserve.checkpoint import CheckpointError
+from dftserve.targets.store import StoreError, TargetStore
+from tests.conftest import ROOT, long
+from tests.training import WORDS, save_model, save_store
+
+FEW = 6
+"""Events that a short run takes, spread over all of them."""
+RECIPE = {
+    "name": "small",
+    "about": "Two words before.",
+    "text": "Any.",
+    "corpus": {"min_words": 1, "duplicate_threshold": None, "max_repeated_grams": 1.0},
+    "store": {"k": 6, "draws": 6},
+    "source": {"ngram": {"order": 3}},
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command, and what it leaves behind where nothing ends it."""
+
+    run: Callable[..., dict[str, Any]]
+    """run(folder, **fault)"""
+    check: Callable[[Path], None]
+    """Every checkpoint or store that stands in the folder is whole."""
+    result: Callable[[Path], dict[str, bytes]]
+    sizes: tuple[int, ...]
+    """Sizes that no file may exceed: some write is the first that wants to."""
+    folder: Path
+    events: int
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def order() -> Iterator[Callable[..., dict[str, Any]]]:
+    command = [sys.executable, "-m", "tests.faults.saves_driver"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as driver:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+
+        def send(**content: Any) -> dict[str, Any]:
+            driver.stdin.write(json.dumps(content) + "\n")
+            driver.stdin.flush()
+            return json.loads(driver.stdout.readline())
+
+        yield send
+        driver.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A model, a store to train on, and a corpus to build from."""
+    place = tmp_path_factory.mktemp("saves")
+    save_model(place / "base")
+    save_store(place / "store")
+    (place / "corpus").mkdir()
+    drawn = random.Random(0)
+    for i in range(8):
+        text = " ".join(drawn.choices(WORDS, k=120))
+        (place / "corpus" / f"{i}.txt").write_text(text)
+    (place / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return place
+
+
+@pytest.fixture(scope="module")
+def training(order, place) -> Work:
+    return _training(order, place, "run", steps=6, save_every=2, evaluate_every=3)
+
+
+@pytest.fixture(scope="module")
+def stopping(order, place) -> Work:
+    """A training whose held-out figures get worse, and that stops by them."""
+    made = _training(
+        order, place, "stopped", steps=20, evaluate_every=1, patience=2, learning_rate=0.9
+    )
+    assert not (made.folder / "checkpoint-20").exists()
+    return made
+
+
+def _training(order, place: Path, name: str, **given: Any) -> Work:
+    settings = {
+        "model": str(place / "base"),
+        "targets": str(place / "store"),
+        "max_length": 64,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "log_every": 1,
+        **given,
+    }
+
+    def run(folder: Path, **fault: Any) -> dict[str, Any]:
+        content = {**settings, "output": str(folder)}
+        return order(do="train", folder=str(folder), settings=content, **fault)
+
+    sizes = (0, 500, 20_000, 100_000, 164_000)
+    return _whole(run, check_run, weights, sizes, place / name)
+
+
+@pytest.fixture(scope="module")
+def building(order, place) -> Work:
+    settings = {
+        "corpus": str(place / "corpus"),
+        "model": str(place / "base"),
+        "recipe": str(place / "recipe.yaml"),
+        "heldout": 0.2,
+    }
+
+    def run(folder: Path, **fault: Any) -> dict[str, Any]:
+        content = {**settings, "out": str(folder)}
+        asked = {"do": "build", "folder": str(folder), "shard_tokens": 250}
+        return order(settings=content, **asked, **fault)
+
+    sizes = (0, 500, 1500, 10_000, 18_000)
+    return _whole(run, check_store, contents, sizes, place / "built")
+
+
+def _whole(run, check, result, sizes: tuple[int, ...], folder: Path) -> Work:
+    answer = run(folder)
+    assert answer["ended"] == 0, answer
+    check(folder)
+    return Work(run, check, result, sizes, folder, answer["events"], answer["seconds"])
+
+
+@pytest.fixture
+def work(request) -> Work:
+    return request.getfixturevalue(request.param)
+
+
+BOTH = ("training", "building")
+
+
+def each_work(short: int, long_run: int | None) -> list:
+    """(work, how many) of a short and a long run; None: all."""
+    return [(name, short) for name in BOTH] + [long(name, long_run) for name in BOTH]
+
+
+# ── What is whole ────────────────────────────────────────────────────────────────────────────────
+
+
+def check_run(folder: Path) -> None:
+    for each in (*folder.glob("checkpoint-*"), *folder.glob("final")):
+        if not each.name.endswith(".partial"):
+            checkpoint.verify(each)
+
+
+def check_store(folder: Path) -> None:
+    if (folder / "manifest.json").exists():
+        TargetStore(folder).verify()
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {"weights": (folder / "final" / "model.safetensors").read_bytes()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def goes_on(work: Work, folder: Path) -> None:
+    """The law."""
+    work.check(folder)
+    finished = (folder / "final").exists()
+    answer = work.run(folder)
+    if finished:
+        assert "this run is finished" in answer["error"]
+    else:
+        assert answer["ended"] == 0, answer
+    work.check(folder)
+    assert names(folder) == names(work.folder)
+    assert work.result(folder) == work.result(work.folder)
+
+
+def spread(events: int, count: int | None) -> list[int]:
+    """So many of all events, from the first to the last; None: all."""
+    if count is None:
+        return list(range(events))
+    return [round(i * (events - 1) / (count - 1)) for i in range(count)]
+
+
+# ── Kills ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("work", "count"), each_work(FEW, None), indirect=["work"])
+def test_a_kill_at_any_write_sync_or_rename(work, count, tmp_path, figure):
+    events = spread(work.events, count)
+    for event in events:
+        folder = tmp_path / str(event)
+        assert work.run(folder, kill_at=event)["ended"] == -SIGKILL
+        goes_on(work, folder)
+    figure(kills=len(events), events=work.events)
+
+
+@pytest.mark.parametrize("count", [3, long(None)])
+def test_a_kill_of_a_run_that_stops_early(stopping, count, tmp_path, figure):
+    events = spread(stopping.events, count)
+    for event in events:
+        folder = tmp_path / str(event)
+        assert stopping.run(folder, kill_at=event)["ended"] == -SIGKILL
+        goes_on(stopping, folder)
+    figure(kills=len(events), events=stopping.events)
+
+
+@pytest.mark.parametrize("work", BOTH, indirect=True)
+def test_a_kill_in_the_middle_of_a_write(work, tmp_path):
+    for size in work.sizes:
+        folder = tmp_path / str(size)
+        assert work.run(folder, largest=size, kill=True)["ended"] == -SIGXFSZ
+        goes_on(work, folder)
+
+
+@pytest.mark.parametrize(("work", "count"), each_work(3, 20), indirect=["work"])
+def test_a_kill_at_any_time(work, count, tmp_path, figure):
+    drawn = random.Random(0)
+    ends = []
+    for number in range(count):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        ends.append(work.run(folder, after=drawn.uniform(0, work.seconds))["ended"])
+        goes_on(work, folder)
+    assert set(ends) <= {0, -SIGKILL}
+    figure(kills=ends.count(-SIGKILL))
+
+
+# ── Disks ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("work", "count"), each_work(FEW, None), indirect=["work"])
+def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, figure):
+    failed = 0
+    for event in spread(work.events, count):
+        folder = tmp_path / str(event)
+        answer = work.run(folder, full_at=event)
+        if answer["ended"]:
+            failed += 1
+            said_clearly(answer, "No space left on device")
+        assert not folder.exists() or not list(folder.rglob("*.partial"))
+        goes_on(work, folder)
+    assert failed >= min(count or work.events, work.events) - 2
+    figure(failures=failed, events=work.events)
+
+
+@pytest.mark.parametrize("work", BOTH, indirect=True)
+def test_a_file_that_cannot_grow(work, tmp_path):
+    """Whoever writes it: Python, Rust (safetensors) or C++ (torch)."""
+    for size in work.sizes:
+        folder = tmp_path / str(size)
+        said_clearly(work.run(folder, largest=size), "File too large", "cannot be written")
+        assert not list(folder.rglob("*.partial"))
+        goes_on(work, folder)
+
+
+@pytest.mark.parametrize("work", BOTH, indirect=True)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_read_only_folder(work, exists, tmp_path):
+    folder = tmp_path / "shut" / "out"
+    folder.parent.mkdir()
+    if exists:
+        work.run(folder, kill_at=work.events * 2 // 3)
+    shut = folder if exists else folder.parent
+    before = names(folder)
+    shut.chmod(0o555)
+    try:
+        answer = work.run(folder, bound=True)
+    finally:
+        shut.chmod(0o755)
+    if "capset" in answer.get("error", ""):
+        pytest.skip(answer["error"])
+    said_clearly(answer, "Permission denied")
+    assert {name for name in names(folder) if ".partial" not in name} == {
+        name for name in before if ".partial" not in name
+    }
+    goes_on(work, folder)
+
+
+@pytest.mark.parametrize("work", BOTH, indirect=True)
+def test_a_folder_below_a_file(work, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    said_clearly(work.run(tmp_path / "file" / "out"), "Not a directory")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def said_clearly(answer: dict[str, Any], *reasons: str) -> None:
+    """An OSError, or what the command line shows as one line."""
+    assert answer["ended"] == 1, answer
+    assert {"OSError", "StoreError"} & set(answer["kinds"]), answer["trace"]
+    assert any(reason in answer["error"] for reason in reasons), answer["error"]
+    assert "\n" not in answer["error"]
+
+
+# ── Flipped bits ─────────────────────────────────────────────────────────────────────────────────
+
+
+def open_and_verify(folder: Path) -> None:
+    TargetStore(folder).verify()
+
+
+@pytest.mark.parametrize("count", [100, long(1000)])
+def test_every_flipped_bit_is_found_and_its_file_named(training, building, count, figure):
+    verified = [
+        *((training.folder / name, checkpoint.verify) for name in ("checkpoint-6", "final")),
+        (building.folder, open_and_verify),
+    ]
+    drawn = random.Random(0)
+    flipped: dict[str, int] = {}
+    for _ in range(count):
+        folder, verify = drawn.choice(verified)
+        path = drawn.choice(sorted(folder.iterdir()))
+        with flipped_bit(path, drawn), pytest.raises((CheckpointError, StoreError)) as caught:
+            verify(folder)
+        assert path.name in str(caught.value)
+        flipped[path.name] = flipped.get(path.name, 0) + 1
+    for folder, verify in verified:
+        verify(folder)
+    figure(flips=count, found=sum(flipped.values()), files=len(flipped))
+
+
+@contextmanager
+def flipped_bit(path: Path, drawn: random.Random) -> Iterator[None]:
+    """One bit of a file is another one, until the end."""
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[drawn.randrange(len(whole))] ^= 1 << drawn.randrange(8)
+    path.write_bytes(damaged)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
