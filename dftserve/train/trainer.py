@@ -23,6 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
@@ -145,15 +146,13 @@ class DFTTrainer(Trainer):
         run = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run / f"{name}{atomic.PARTIAL}"
-        if self.state.best_global_step:
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             with self._output_in(staging), checkpoint.writing(staging):
                 super()._save_checkpoint(model, trial)
+                self._name_best(run, staging / name)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -162,6 +161,14 @@ class DFTTrainer(Trainer):
             self._put(staging, run / name)
             self._rotate(run)
         self.accelerator.wait_for_everyone()
+
+    def _name_best(self, run: Path, made: Path) -> None:
+        """The best checkpoint by the place where it will stand, not where it is being written."""
+        if self.state.best_global_step:
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(made / TRAINER_STATE_NAME))
 
     def _put(self, staging: Path, place: Path) -> None:
         try:

@@ -225,6 +225,21 @@ def test_a_run_ends_in_a_checkpoint_that_says_what_it_is(run):
         train(run)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_best_model_is_kept_where_the_last_is_worse(run, keep):
+    """At a rate that ruins the model in the end, `final` is the checkpoint of the lowest NLL."""
+    config = replace(run, patience=9, keep=keep, evaluate_every=1, steps=8, learning_rate=0.3)
+    config = replace(config, divergence=DivergenceConfig(name="sft"), schedule="constant")
+    final = train(config)
+    last = max(Path(run.output).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
+    assert figures["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
+    # With one checkpoint to keep the best is what stays.
+    assert (state["best_global_step"] < 8) or keep == 1, "the last was the best: nothing is shown"
+    assert Path(state["best_model_checkpoint"]).is_dir()
+
+
 def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path):
     whole = train(replace(run, output=str(tmp_path / "whole")))
     halves = replace(run, output=str(tmp_path / "halves"))
