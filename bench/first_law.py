@@ -17,15 +17,12 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import platform
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -36,11 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
-import dftserve
 from dftserve import spec
 from dftserve.demo import grammar
 from dftserve.demo.model import STEPS, build
 from dftserve.sampling import Controls, control_row, laws, transform
+
+from provenance import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "first_law.json"
@@ -721,17 +719,6 @@ def table(stage: str, met: Mapping[str, list[Setting]], figures: Mapping[str, li
             print(f"{family:28}{setting.label:52}{row(estimates)}")
 
 
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def confirm(measured: Measurements, met: Mapping[str, list[Setting]]) -> dict[str, dict]:
     """By stage: every setting's figures, the leads between families, and the claims."""
     stages = {}
@@ -783,11 +770,7 @@ def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> No
     stages = confirm(measured, families(constants, candidate, chosen))
     document = {
         "bench": "first_law",
-        "versions": {
-            "python": platform.python_version(),
-            "dftserve": dftserve.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        },
+        "versions": versions("transformers", "numpy"),
         "machine": machine(),
         "seeds": SEEDS,
         "prompts": PROMPTS,

@@ -21,13 +21,10 @@ predicted positions.
 import copy
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -39,7 +36,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-import dftserve
 from dftserve.targets.combine import Mix
 from dftserve.targets.document import Document
 from dftserve.targets.principles import Principles
@@ -61,6 +57,8 @@ from dftserve.train.divergences import (
     TargetRows,
 )
 from dftserve.train.model import attach
+
+from provenance import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "known_source.json"
@@ -776,27 +774,12 @@ def table(document: Mapping) -> None:
         print(f"{'holds ' if found['holds'] else 'FAILS '}{name:70}{interval}")
 
 
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def report(
     settings: Settings, seeds: Sequence[int], results: Sequence[SeedResult], seconds: float
 ) -> dict:
     return {
         "bench": "known_source",
-        "versions": {
-            "python": platform.python_version(),
-            "dftserve": dftserve.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy")},
-        },
+        "versions": versions("transformers", "numpy", "scipy"),
         "machine": machine(),
         "seeds": list(seeds),
         "wall_sec": round(seconds),

@@ -14,12 +14,10 @@ times a copy of the logits as well, and prints that share of a step.
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +32,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from provenance import machine, versions
 
 VOCABULARIES = (4096, 131_072)
 BATCHES = (8, 32)
@@ -86,7 +86,7 @@ def run(pairs: int, output: Path) -> None:
     document = {
         "what": "output tokens per second of one engine, ratios to stock, 95 % intervals",
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions("dftserve-vllm", "vllm", "transformers", "numpy"),
         "pairs": pairs,
         "rows": rows,
     }
@@ -263,20 +263,6 @@ def copy_seconds(batch: int, vocabulary: int) -> float:
         target.copy_(source)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "device": "cpu",
-    }
-
-
-def versions() -> dict[str, str]:
-    names = ("dftserve", "dftserve-vllm", "vllm", "torch", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -14,12 +14,10 @@ to bench/results as it grows.
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -31,7 +29,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-import dftserve
 from dftserve.corpus.prepare import cut
 from dftserve.corpus.read import Text, read
 from dftserve.targets import store
@@ -41,6 +38,8 @@ from dftserve.train.config import DivergenceConfig, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.head import Head
 from dftserve.train.run import train
+
+from provenance import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "real_text.json"
@@ -241,12 +240,8 @@ def summary(runs: Sequence[Mapping]) -> dict[str, dict]:
 def write(runs: Sequence[Mapping], sides: Mapping[str, int]) -> str:
     document = {
         "bench": "real_text",
-        "versions": {
-            "python": platform.python_version(),
-            "dftserve": dftserve.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        },
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": versions("transformers", "numpy"),
+        "machine": machine(),
         "characters": sides,
         "vocabulary": VOCABULARY,
         "summary": summary(runs),

@@ -21,7 +21,6 @@ Shapes: N trained positions, D hidden size, V vocabulary, K top entries, M draws
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,6 +53,8 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import Divergence, ForwardKL, TargetRows
 from dftserve.train.head import Head, head_loss
 from dftserve.train.model import attach
+
+from provenance import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "train_cost.json"
 HIDDEN, INNER = 256, 768
@@ -106,7 +106,7 @@ def run(pairs: int, output: Path, peak: tuple[str, str] | None) -> None:
     document = {
         "what": "cost of Distribution Fine-Tuning over SFT: ratios of times, 95 % intervals",
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions("transformers", "numpy"),
         "pairs": pairs,
         "head": [heads(size, pairs) for size in SIZES.values()],
         "step": [steps(name, pairs) for name in SIZES],
@@ -425,20 +425,6 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
         "ratio": round(float(np.median(ratios)), 4),
         "interval": [round(float(low), 4), round(float(high), 4)],
     }
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "device": "cpu",
-    }
-
-
-def versions() -> dict[str, str]:
-    names = ("dftserve", "torch", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def table(document: Mapping[str, Any]) -> str:

@@ -1,0 +1,26 @@
+"""What a result was measured on and with; every bench writes both into its JSON."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def machine() -> dict[str, object]:
+    import torch  # Here: a bench may have to say how many threads it takes before torch is loaded.
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, dftserve, torch and the packages named."""
+    names = ("dftserve", "torch", *packages)
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
