@@ -396,3 +396,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(ru
     with pytest.raises(ValueError, match="the divergence is nan"):
         train(replace(run, model=str(broken)))
     assert not list(Path(run.output).glob("checkpoint-*"))
+
+
+def test_tensorboard_gets_the_figures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replace(run, report_to="tensorboard"))
+    events = next(Path(run.output).rglob("events.out.tfevents.*"))
+    told = EventAccumulator(str(events.parent))
+    told.Reload()
+    assert {"train/divergence", "train/model_entropy", "eval/human_nll"} <= set(
+        told.Tags()["scalars"]
+    )
