@@ -98,13 +98,16 @@ def prepare(
     kept = list(_kept(texts, filters, report))
     report.kept = len(kept)
     if not kept:
-        raise ValueError(f"the corpus is empty: {_losses(report)}.")
+        raise ValueError(
+            f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, such "
+            f"as min_words ({filters.min_words} here)."
+        )
     draws = [_draw(_opening(pieces[0]) or text, seed) for text, pieces in kept]
     if heldout and len(set(draws)) == 1:
         raise ValueError(
             f"the corpus is one text, or answers to one prompt ({kept[0][1][0].origin}; "
             f"{_losses(report)}): none can be held out. Give more texts, a book as a file a "
-            "chapter, or hold out 0."
+            "chapter, or hold out nothing (--heldout 0)."
         )
     aside = _heldout(set(draws), heldout)
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}

@@ -48,6 +48,16 @@ class DivergenceConfig:
                 f"target_weight: got {self.target_weight!r}; accepted: a number from 0 to 1, or "
                 f"{AUTO!r}."
             )
+        given = self.target_weight
+        weights = [*self.candidates, *([given] if isinstance(given, float | int) else [])]
+        for weight in weights:
+            if not 0 <= weight <= 1 or (self.name == "reverse_kl" and weight == 0):
+                least = "above 0" if self.name == "reverse_kl" else "from 0"
+                where = "target_weight" if weight == self.target_weight else "candidates"
+                raise ValueError(f"{where}: got {weight:g}; accepted: a number {least} to 1.")
+        _at_least(1, self, "probe_steps", "projections")
+        if not self.candidates:
+            raise ValueError("candidates: got none; accepted: weights to try.")
         takes = TAKES[self.name]
         for name in sorted({one for each in TAKES.values() for one in each} - set(takes)):
             if getattr(self, name) is not None:
@@ -95,6 +105,11 @@ class LoraConfig:
     dropout: float = 0.0
     modules: str | tuple[str, ...] = "all-linear"
     """Names as peft takes them; the head is always left out."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}; accepted: from 0 to below 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +169,13 @@ class TrainConfig:
             if value not in known:
                 accepted = settings.among(value, known)
                 raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.")
-        for name in (
-            "batch_size",
-            "accumulation",
-            "save_every",
-            "keep",
-            "evaluate_every",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 1 or more.")
+        _at_least(1, self, "batch_size", "accumulation", "save_every", "keep", "evaluate_every")
+        _at_least(1, self, "log_every", "evaluate_tokens")
+        _at_least(0, self, "weight_decay", "clip", "seed")
+        if self.patience is not None:
+            _at_least(1, self, "patience")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: got {self.warmup}; accepted: a share from 0 to below 1.")
         if self.max_length < 2:
             raise ValueError(f"max_length: got {self.max_length}; accepted: 2 tokens or more.")
         if self.steps is not None and self.steps < 1:
@@ -172,6 +184,12 @@ class TrainConfig:
             raise ValueError(f"epochs: got {self.epochs}; accepted: above 0.")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate: got {self.learning_rate}; accepted: between 0 and 1.")
+
+
+def _at_least(least: int, settings: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) >= least:
+            raise ValueError(f"{name}: got {getattr(settings, name)}; accepted: {least} or more.")
 
 
 def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:

@@ -6,7 +6,7 @@ One batch goes forward and backward through the real model; nothing is written.
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class TrainPlan:
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     steps: int
+    probe_steps: int
+    """Of all candidates, where the target's weight is chosen."""
     tokens: int
     """Of all steps."""
     seconds_per_step: float
@@ -59,7 +61,8 @@ class TrainPlan:
             "parameters": f"{self.parameters:,}, {self.trained_parameters:,} of them trained",
             "text": f"{self.documents:,} documents in {self.rows:,} rows, "
             f"{self.tokens_per_epoch:,} tokens, {self.trained_tokens_per_epoch:,} of them learnt",
-            "steps": f"{self.steps:,}, {self.tokens:,} tokens",
+            "steps": f"{self.steps:,}, {self.tokens:,} tokens"
+            + (f"; before them {self.probe_steps:,} to choose λ" if self.probe_steps else ""),
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
             "on one batch; evaluation and saving apart",
             "memory": f"{_size(self.memory_bytes)}: weights {_size(self.weights_bytes)}, gradients "
@@ -77,8 +80,11 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         ValueError: as `train` would.
     """
     material = read(config)
+    tries = 0
     if config.divergence.target_weight == AUTO:
-        raise ValueError("target_weight: auto cannot be planned; give a number for --plan.")
+        tries = config.divergence.probe_steps * len(config.divergence.candidates)
+        first = replace(config.divergence, target_weight=config.divergence.candidates[0])
+        config = replace(config, divergence=first)
     model = load_model(config)
     model.train()
     if config.gradient_checkpointing:
@@ -99,9 +105,10 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=learnt,
         steps=steps,
+        probe_steps=tries,
         tokens=round(tokens * steps / of_epoch),
         seconds_per_step=seconds * config.accumulation,
-        seconds=seconds * config.accumulation * steps,
+        seconds=seconds * config.accumulation * (steps + tries),
         weights_bytes=whole,
         gradient_bytes=4 * trained,
         optimizer_bytes=OPTIMIZER_BYTES * trained,

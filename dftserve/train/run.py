@@ -9,6 +9,7 @@ run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, ch
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -25,6 +26,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from dftserve import atomic, checkpoint
 from dftserve.spec import Promise
@@ -36,7 +38,7 @@ from dftserve.train.model import attach
 from dftserve.train.profile import Profile, deciles, measure
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-SETTINGS, FINAL = "settings.json", "final"
+SETTINGS, WEIGHTS, FINAL = "settings.json", "weights.json", "final"
 PROFILE_TOKENS = 20_000
 
 
@@ -64,9 +66,12 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(
             f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
         )
+    logging.disable_progress_bar()  # Of weights that load and save: training has its own.
     material = read(config)
     _begin(output, config)
     resume = last_checkpoint(output)
+    if resume is not None:
+        _say(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
         config = _with_weight(config, material, output)
     set_seed(config.seed)
@@ -76,6 +81,7 @@ def train(config: TrainConfig) -> Path:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None:
+        _say(f"Stopped, and saved in {output}; the same command goes on from there.")
         raise SystemExit(128 + stop.received)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
     model = whole_model(trainer, config)
@@ -106,6 +112,11 @@ def read(config: TrainConfig) -> Material:
             f"{needs.name} needs draws from the tail and {store.folder} has a lumped one; take "
             "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
         )
+    if config.patience is not None and config.steps and config.steps <= config.evaluate_every:
+        raise ValueError(
+            f"patience: a run of {config.steps} steps that evaluates every {config.evaluate_every} "
+            "cannot stop early; lower evaluate_every."
+        )
     if config.patience is not None and not store.count("heldout"):
         raise ValueError("patience: the store has no held-out text to stop by; build it with some.")
     if needs.target_weight == AUTO and not store.count("heldout"):
@@ -120,6 +131,8 @@ def read(config: TrainConfig) -> Material:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ValueError(f"model: got {model!r}; there is no such folder.")
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -276,10 +289,11 @@ def _begin(output: Path, config: TrainConfig) -> None:
     path = output / SETTINGS
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in wanted.items():
-            if found.get(name) != value:
+        was, now = _flat(found), _flat(wanted)
+        for name in now:
+            if was.get(name) != now[name]:
                 raise ValueError(
-                    f"{output} holds a run whose {name} is {found.get(name)!r}, not {value!r}; "
+                    f"{output} holds a run whose {name} is {was.get(name)!r}, not {now[name]!r}; "
                     "choose another output, or remove it."
                 )
         return
@@ -291,34 +305,49 @@ def _begin(output: Path, config: TrainConfig) -> None:
         atomic.write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}, as settings are named."""
+    flat = {}
+    for name, value in content.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
 def _with_weight(config: TrainConfig, material: Material, output: Path) -> TrainConfig:
-    """λ by the held-out human NLL after a short run of each candidate; asked once a run."""
-    path = output / "weight.json"
-    if not path.exists():
-        tried = {}
-        for weight in config.divergence.candidates:
-            divergence = replace(config.divergence, target_weight=weight)
-            probe = replace(
-                config,
-                divergence=divergence,
-                steps=config.divergence.probe_steps,
-                save_every=1 << 30,
-                evaluate_every=1 << 30,
-                patience=None,
-                report_to="none",
-            )
-            set_seed(config.seed)
-            trainer = make_trainer(probe, load_model(probe), material)
-            trainer.args.save_strategy = "no"
-            trainer.train()
-            tried[weight] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
-        best = min(tried, key=lambda weight: tried[weight])
-        print(f"target_weight: {best:g} of {tried} (held-out human NLL, nats a token)")
-        if int(os.environ.get("RANK", "0")) == 0:
-            atomic.write_text(path, json.dumps({"target_weight": best, "tried": tried}) + "\n")
-    else:
-        best = json.loads(path.read_text(encoding="utf-8"))["target_weight"]
-    return replace(config, divergence=replace(config.divergence, target_weight=best))
+    """λ by the held-out human NLL after a short run of each candidate; each is run once."""
+    path = output / WEIGHTS
+    tried = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for weight in config.divergence.candidates:
+        if f"{weight:g}" in tried:
+            continue
+        _say(f"Trying target_weight {weight:g}, {config.divergence.probe_steps} steps:")
+        probe = replace(
+            _weighted(config, weight),
+            steps=config.divergence.probe_steps,
+            evaluate_every=1 << 30,
+            patience=None,
+            report_to="none",
+        )
+        set_seed(config.seed)
+        trainer = make_trainer(probe, load_model(probe), material)
+        trainer.args.save_strategy = "no"
+        trainer.train()
+        tried[f"{weight:g}"] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+        if trainer.is_world_process_zero():
+            atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
+    best = min(tried, key=lambda weight: tried[weight])
+    _say(f"target_weight {best}: held-out human NLL {tried[best]:.4f} nats a token, of {tried}")
+    return _weighted(config, float(best))
+
+
+def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
+    return replace(config, divergence=replace(config.divergence, target_weight=weight))
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _adapted(model: Any, config: TrainConfig) -> Any:

@@ -420,7 +420,7 @@ def test_what_cannot_be_split():
         prepare([], ANY)
     with pytest.raises(ValueError, match="the corpus is empty: 1 read, dropped: 1 too short"):
         prepare([text("short")], Filters())
-    with pytest.raises(ValueError, match=r"is one text.*\(a\.txt;.*hold out 0"):
+    with pytest.raises(ValueError, match=r"is one text.*\(a\.txt;.*--heldout 0"):
         prepare([text(prose(60))], ANY)
     assert len(prepare([text(prose(60))], ANY, heldout=0).train) == 1
     for share in (-0.1, 1.0, float("nan")):

@@ -283,7 +283,7 @@ def test_what_cannot_be_built(tmp_path, novels, model):
     one.mkdir()
     (one / "a.txt").write_text(prose(60, 1))
     refused(build(empty, model, out), "the corpus is empty: 0 read")
-    refused(build(one, model, out), "is one text", "hold out 0")
+    refused(build(one, model, out), "is one text", "--heldout 0")
     refused(build(tmp_path / "none", model, out), "nothing is there")
     refused(build(novels, model, out, recipe="creatif"), "did you mean 'creative'")
     refused(build(novels, model, out, "--set", "order"), "got 'order'; accepted: KEY=VALUE")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,9 +309,10 @@ def test_the_weight_is_chosen_by_held_out_text(run):
     """The target is noise: the text alone must win."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
     train(replace(run, divergence=divergence))
-    chosen = json.loads((Path(run.output) / "weight.json").read_text())
-    assert chosen["target_weight"] == 0.0
-    assert chosen["tried"]["0.0"] < chosen["tried"]["0.9"]
+    tried = json.loads((Path(run.output) / "weights.json").read_text())
+    assert tried["0"] < tried["0.9"]
+    told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
+    assert told["settings"]["divergence"]["target_weight"] == 0.0
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
@@ -341,7 +343,14 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
         ({"learning_rat": "1"}, "did you mean 'learning_rate'"),
         ({"divergence.skew": "0.5"}, "forward_kl does not take it"),
         ({"divergence.target_weight": "2"}, "accepted: a number from 0 to 1"),
-        ({"divergence.name": "reverse_kl", "divergence.target_weight": "0"}, "above 0"),
+        ({"divergence.name": "reverse_kl", "divergence.target_weight": "0"}, "above 0 to 1"),
+        ({"divergence.name": "sliced_w1", "divergence.target_weight": "3"}, "target_weight: got 3"),
+        ({"divergence.candidates": "[0, 3]"}, "candidates: got 3"),
+        ({"divergence.probe_steps": "0"}, "probe_steps: got 0"),
+        ({"lora.rank": "0"}, "rank: got 0"),
+        ({"warmup": "5"}, "accepted: a share"),
+        ({"clip": "-1"}, "clip: got -1"),
+        ({"patience": "-2"}, "patience: got -2"),
         ({"batch_size": "0"}, "accepted: 1 or more"),
         ({"batch_size": "many"}, "accepted: a whole number"),
         ({"precision": "fp16"}, "accepted: fp32, bf16"),
@@ -376,6 +385,18 @@ def test_a_run_that_cannot_be_leaves_nothing(run, base, store, tmp_path):
         with pytest.raises(ValueError, match=says):
             train(config)
         assert not Path(config.output).exists()
+
+
+def test_another_runs_settings_are_told_apart_by_name(run):
+    train(replace(run, steps=1))
+    shutil.rmtree(Path(run.output) / "final")
+    with pytest.raises(ValueError, match=r"divergence.name is 'forward_kl', not 'sft'"):
+        train(replace(run, steps=1, divergence=DivergenceConfig(name="sft")))
+
+
+def test_a_run_too_short_to_stop_early_is_refused(run):
+    with pytest.raises(ValueError, match="lower evaluate_every"):
+        train(replace(run, patience=2, steps=3))
 
 
 def test_another_runs_folder_is_not_touched(run):
