@@ -99,8 +99,8 @@ def prepare(
     report.kept = len(kept)
     if not kept:
         raise ValueError(
-            f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, such "
-            f"as min_words ({filters.min_words} here)."
+            f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
+            f"such as min_words ({filters.min_words} here)."
         )
     draws = [_draw(_opening(pieces[0]) or text, seed) for text, pieces in kept]
     if heldout and len(set(draws)) == 1:
