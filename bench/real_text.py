@@ -1,7 +1,7 @@
 """What a target without a teacher is worth on real prose: bits per byte of authors never seen.
 
     DFTSERVE_DATA=path/to/data OMP_NUM_THREADS=1 python bench/real_text.py
-    python bench/real_text.py --tokens 100000 --seeds 2
+    python bench/real_text.py --tokens 1000000     # adds this size to the results of others
 
 A small model learns from .1M and 1M tokens of public-domain novels, by plain fine-tuning, with
 label smoothing, and toward the `ngram` target mixed with the text at two weights. All stop early on
@@ -253,6 +253,11 @@ def write(runs: Sequence[Mapping], sides: Mapping[str, int]) -> str:
     return text
 
 
+def known() -> list[dict]:
+    """The runs of a former call: each size is an hour's work, and may be measured by itself."""
+    return json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.exists() else []
+
+
 @click.command()
 @click.option("--tokens", "sizes", type=int, multiple=True, default=(100_000, 1_000_000))
 @click.option("--seeds", default=5, show_default=True)
@@ -265,7 +270,7 @@ def main(sizes: tuple[int, ...], seeds: int) -> None:
     documents = {side: [encode_text(tokenizer, text) for text in of] for side, of in texts.items()}
     test_bytes = sum(len(text.encode()) for text in texts["test"])
     characters = {side: sum(map(len, of)) for side, of in texts.items()}
-    runs: list[dict] = []
+    runs = [run_ for run_ in known() if run_["tokens"] not in sizes]
     with tempfile.TemporaryDirectory() as place_name:
         place = Path(place_name)
         build_store(place / "test", tokenizer, {"train": documents["test"]})

@@ -15,7 +15,11 @@ def readme_curl() -> str:
 
 
 def test_the_curl_line_answers_with_its_diversity(v1):
-    line = readme_curl().replace("http://localhost:8000", v1.url).replace("build/demo", "demo")
+    line = (
+        readme_curl()
+        .replace("http://localhost:8000", v1.url)
+        .replace("build/demo/dft/final", "demo")
+    )
     line = line.replace("curl ", f"curl --noproxy '*' -H 'Authorization: Bearer {KEY}' ", 1)
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
