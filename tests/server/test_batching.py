@@ -30,7 +30,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
 
 
 def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
-    """Sixteen long texts at a time in twenty blocks: the engine has to preempt, and figures stay exact."""
+    """Sixteen long texts at a time in twenty blocks: it has to preempt, and figures stay exact."""
     before = metric(v1, "vllm:num_preemptions_total")
     free = chat_body(diversity={"level": 0.01}, max_tokens=380, **LIVELY)
     alone = gather(v1, [("/v1/chat/completions", free)])[0].json()
