@@ -1,7 +1,7 @@
 """The one entry point, and the one place that chooses how the law is computed on a device.
 
-    cpu     fused_cpu.py     survivors gathered, then numpy
-    cuda    fused_triton.py  kernels, where Triton is installed and they pass a check
+    cpu     fused_numba.py   one kernel    } where the compiler is installed, as it is wherever
+    cuda    fused_triton.py  three kernels } vLLM is, and the kernels pass a check
     other   transform.py     plain torch
 
 Every adapter calls this (transformers, vLLM's V1 and V2 runners); none repeats the maths.
@@ -9,12 +9,11 @@ Every adapter calls this (transformers, vLLM's V1 and V2 runners); none repeats 
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from dftserve.sampling.fused_cpu import HostTransform
 from dftserve.sampling.laws import Controls, control_row
 from dftserve.sampling.transform import Statistics
 from dftserve.sampling.transform import transform as plain
@@ -28,13 +27,8 @@ Way = Callable[[Tensor, Controls, Tensor | None], Statistics]
 
 def fastest(device: torch.device) -> Way:
     """The fastest way on a device. It owns its buffers: one for each engine and thread."""
-    if device.type == "cpu":
-        return HostTransform()
-    if device.type == "cuda" and _kernels_agree(device):
-        from dftserve.sampling.fused_triton import TritonTransform
-
-        return TritonTransform(device)
-    return plain
+    made = _kernels(device)
+    return made() if made else plain
 
 
 def transform(
@@ -69,22 +63,31 @@ def transform(
 
 
 @cache
-def _kernels_agree(device: torch.device) -> bool:
-    """Whether Triton's kernels compile here and give what the plain way gives. Engines start with
-    this, so no request waits for the compiler, and no wrong kernel meets one."""
+def _kernels(device: torch.device) -> Callable[[], Way] | None:
+    """What makes the kernels' way, where they compile and give what the plain way gives. Engines
+    start with this, so no request waits for a compiler, and no wrong kernel meets one."""
     try:
-        from dftserve.sampling.fused_triton import TritonTransform
+        if device.type == "cpu":
+            from dftserve.sampling.fused_numba import NumbaTransform
 
-        way = TritonTransform(device)
-        agree = all(_same(way, _probe(vocabulary, device)) for vocabulary in (257, 4096))
-    except Exception:  # No Triton, a compiler that fails, a driver that does not load.
-        logger.warning("diversity: no Triton kernels here; plain torch instead.", exc_info=True)
-        return False
-    if not agree:
+            made = NumbaTransform
+        elif device.type == "cuda":
+            from dftserve.sampling.fused_triton import TritonTransform
+
+            made = partial(TritonTransform, device)
+        else:
+            return None
+        agree = all(_same(made(), _probe(vocabulary, device)) for vocabulary in (257, 4096))
+    except Exception as error:  # No compiler, one that fails, a driver that does not load.
+        is_missing = isinstance(error, ModuleNotFoundError)
         logger.warning(
-            "diversity: Triton kernels disagree with plain torch, which is used instead."
+            "diversity: no kernels (%s); plain torch instead.", error, exc_info=not is_missing
         )
-    return agree
+        return None
+    if not agree:
+        logger.warning("diversity: the kernels disagree with plain torch, which is used instead.")
+        return None
+    return made
 
 
 def _probe(vocabulary: int, device: torch.device) -> Tensor:

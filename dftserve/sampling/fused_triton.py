@@ -243,7 +243,7 @@ def _decide(
     shift = tl.where(exists, hot_log_z - cool_log_z, 0.0)
     held_stop = tl.where(leads, top * inverse, _INFINITY)
     is_same = tl.abs(reached / temperature - 1) < _NEARLY
-    tied_at = tl.where(exists & is_same, content_peak, _NAN)
+    tied_at = tl.where(exists & leads & is_same, content_peak, _NAN)
     stop_top = _ABSENT
     for e in range(width):
         weight = _beside(_stop(source, e), temperature, shift, held_stop, tied_at)

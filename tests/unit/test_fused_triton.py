@@ -57,6 +57,10 @@ def regimes() -> dict[str, tuple[torch.Tensor, list[tuple[dict, float, frozenset
     made["everything survives"] = make_rows(["flat", "gaussian"], 9001, 2), [asked[0], asked[1]]
     near = torch.stack([_near_tie(300, 0.95), _near_tie(300, 1.05)])
     made["a stop token near the top"] = near, [({"level": 1.0}, 1.0, frozenset({3}))] * 2
+    # Hardly heated; the content ties with a stop token that does not lead.
+    tied = _near_tie(300, 1.5)[None]
+    tied[0, 9] = 1.0
+    made["two stop tokens at the top"] = tied, [({"level": 1e-6}, 1.0, frozenset({3, 9}))]
     return made
 
 

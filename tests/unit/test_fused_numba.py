@@ -3,6 +3,7 @@ rows, buffers that stay. The law itself is tested in test_transform.py, which ru
 
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from dftserve.sampling import Controls, control_row, fastest, transform
-from dftserve.sampling.fused_cpu import CHUNK, HostTransform
+from dftserve.sampling.fused_numba import CHUNK, NumbaTransform, _sums
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
 from tests.rows import KINDS, make_rows
@@ -69,7 +70,7 @@ def test_it_is_the_plain_way(kinds, vocabulary, seed, data):
     rows_R = None if data.draw(st.booleans()) else torch.tensor(rows)
     controls = controls_of(len(kinds) if rows_R is None else len(rows), seed % 9)
     got_XV, expected_XV = logits_XV.clone(), logits_XV.clone()
-    got = HostTransform()(got_XV, controls, rows_R)
+    got = NumbaTransform()(got_XV, controls, rows_R)
     expected = plain(expected_XV, controls, rows_R)
     assert_agree(got_XV, expected_XV, got, expected)
     untouched = [x for x in range(len(kinds)) if rows_R is not None and x not in rows]
@@ -85,13 +86,13 @@ def test_large_vocabularies(vocabulary):
     logits_XV = make_rows(kinds, vocabulary, seed=3)
     expected_XV = logits_XV.clone()
     controls = controls_of(len(kinds))
-    got = HostTransform()(logits_XV, controls)
+    got = NumbaTransform()(logits_XV, controls)
     assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
 
 
 def test_what_was_kept_from_one_call_does_not_show_in_the_next():
     """Batches of other sizes, vocabularies and controls through one way."""
-    way = HostTransform()
+    way = NumbaTransform()
     for seed, (rows, vocabulary) in enumerate([(3, 700), (1, 64), (8, 1000), (3, 700), (2, 129)]):
         logits_XV = make_rows([sorted(KINDS)[r] for r in range(rows)], vocabulary, seed)
         expected_XV = logits_XV.clone()
@@ -101,7 +102,7 @@ def test_what_was_kept_from_one_call_does_not_show_in_the_next():
 
 
 def test_in_inference_mode_and_out_of_it():
-    way, controls = HostTransform(), controls_of(2)
+    way, controls = NumbaTransform(), controls_of(2)
     with torch.inference_mode():
         way(torch.randn(2, 300), controls)
     way(torch.randn(2, 300), controls)
@@ -114,11 +115,35 @@ def test_a_stop_token_that_would_overtake_is_held():
     row = control_row(parse(1.0), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
     controls = Controls.stack([row] * 2)
     expected_XV = logits_XV.clone()
-    got, expected = HostTransform()(logits_XV, controls), plain(expected_XV, controls)
+    got, expected = NumbaTransform()(logits_XV, controls), plain(expected_XV, controls)
     assert_agree(logits_XV, expected_XV, got, expected)
     assert got.temperature_R[0] < 1.5 < got.temperature_R[1]
     assert logits_XV[0, 7] == logits_XV[0].max()
     assert logits_XV[1, 3] == logits_XV[1].max()
+
+
+@pytest.mark.parametrize("way", [NumbaTransform(), plain], ids=["fast", "plain"])
+def test_content_that_ties_with_a_stop_token_below_another(way):
+    """Hardly heated, so that the tie holds; the token that leads is a stop token."""
+    logits_RV = torch.zeros(1, 200)
+    logits_RV[0, [3, 7, 9]] = torch.tensor([1.5, 1.0, 1.0])
+    row = control_row(parse(1e-6), temperature=1.0, divided=1.0, stop_ids=frozenset({3, 9}))
+    before_RV = torch.log_softmax(logits_RV, dim=1)
+    way(logits_RV, Controls.stack([row]), None)
+    torch.testing.assert_close(logits_RV, before_RV, rtol=1e-5, atol=1e-5)
+
+
+def test_the_exponential_is_within_two_ulps_and_zero_far_below():
+    """Every 16-bit pattern of a negative float that its upper half can have."""
+    bits = torch.arange(0x8000, 0xFF80, dtype=torch.int64) << 16
+    weights_K = (bits - 2**32).to(torch.int32).view(torch.float32).numpy()
+    shares_K = np.empty_like(weights_K)
+    _sums(weights_K, shares_K)
+    exact_K = np.exp(weights_K.astype(np.float64))
+    is_near_K = weights_K > -87
+    ulps_K = np.abs(shares_K - exact_K)[is_near_K] / np.spacing(shares_K[is_near_K])
+    assert ulps_K.max() <= 2
+    assert (shares_K[~is_near_K] == 0).all()
 
 
 @pytest.mark.parametrize("rows_R", [None, torch.tensor([0, 1, 2, 4, 6, 7])], ids=["all", "some"])
@@ -164,7 +189,7 @@ def test_other_logits_are_refused(logits_XV):
         transform(logits_XV, controls_of(2))
 
 
-@pytest.mark.parametrize("way", [HostTransform(), plain], ids=["fast", "plain"])
+@pytest.mark.parametrize("way", [NumbaTransform(), plain], ids=["fast", "plain"])
 def test_a_stop_token_that_ties_with_the_content_ties_still(way):
     """Whatever the temperatures round to: 2,000 rows, each with its own."""
     rows = 2000

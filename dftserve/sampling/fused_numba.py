@@ -1,0 +1,392 @@
+"""The transform on a CPU: one kernel, compiled by numba when an engine starts.
+
+Row by row: the maxima of its chunks are read; a chunk whose maximum is below the guard's floor
+holds no plausible token; from the others the survivors are listed, and all that follows costs what
+the survivors cost; then -inf and the survivors' new values are written. Buffers stay. The maths is
+that of `transform.py`, which is the reference.
+
+vLLM brings numba along. Shapes: V vocabulary, J chunks, K survivors of one row, E stop tokens.
+"""
+
+# Kernels are numba's, not Python, to a type checker's eye.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from dftserve.sampling import entropy, guard, laws, stops
+from dftserve.sampling.laws import NUMBERS, Controls
+from dftserve.sampling.transform import Statistics
+
+Array = np.ndarray[Any, Any]
+
+CHUNK = 128
+"""Wide enough that a maximum costs little, narrow enough that few tokens are looked at again."""
+
+
+class NumbaTransform:
+    """`transform` with room of its own; for one thread at a time."""
+
+    def __init__(self) -> None:
+        self._room = _Room(0, 0, 0)
+        self._controls: Controls | None = None
+        self._asked: tuple[Array, Array]
+
+    def __call__(
+        self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
+    ) -> Statistics:
+        """As `transform.transform`."""
+        shape = (*controls.stop_ids_RE.shape, logits_XV.shape[1])
+        if self._room.shape != shape:
+            self._room = _Room(*shape)
+        _transform(
+            _flat(logits_XV).numpy(),
+            logits_XV.stride(0),
+            logits_XV.shape[1],
+            self._room.all_rows_R if rows_R is None else rows_R.numpy(),
+            *self._arrays(controls),
+            self._room.scratch,
+            *self._room.figures,
+        )
+        return self._room.statistics
+
+    def _arrays(self, controls: Controls) -> tuple[Array, Array]:
+        """Made anew only when the controls change: an adapter passes the same ones for a while."""
+        if self._controls is not controls:
+            numbers_RF = torch.stack([getattr(controls, name) for name in NUMBERS], dim=1)
+            self._asked = numbers_RF.numpy(), controls.stop_ids_RE.contiguous().numpy()
+            self._controls = controls
+        return self._asked
+
+
+class _Room:
+    """What a call writes to beside the logits; made anew only when a shape changes."""
+
+    def __init__(self, rows: int, stop_ids: int, vocabulary: int) -> None:
+        self.shape = rows, stop_ids, vocabulary
+        self.all_rows_R = np.arange(rows)
+        self.scratch = (
+            np.empty(-(-vocabulary // CHUNK), np.float32),
+            np.empty(vocabulary, np.int32),
+            np.empty((4, vocabulary), np.float32),
+            np.empty((2, stop_ids), np.float32),
+        )
+        self.figures = np.empty((4, rows), np.float32), np.empty(rows, np.bool_)
+        figures_FR, sound_R = (torch.from_numpy(written) for written in self.figures)
+        self.statistics = Statistics(*figures_FR, sound_R=sound_R)
+
+
+def _flat(logits_XV: Tensor) -> Tensor:
+    """The rows in one line, with what lies between them: an engine that pads its vocabulary gives
+    a part of wider rows."""
+    rows, vocabulary = logits_XV.shape
+    size = (rows - 1) * logits_XV.stride(0) + vocabulary if rows else 0
+    return logits_XV.as_strided((size,), (1,))
+
+
+# What a kernel reads from outside is a constant to it. Weights are float32, as the logits are; the
+# few numbers of a row are Python's own floats.
+_LAW, _TEMPERATURE, _DIVIDED, _LEVEL, _LOG_MIN_P, _CEILING, _RANGE, _EXPONENT = range(8)
+_ABSENT = np.float32(entropy.ABSENT)
+_FARTHEST = np.float32(guard.FARTHEST)
+_LOWEST = float(np.finfo(np.float32).min)
+_GUARD_START = math.log(laws.GUARD_START)
+_GUARD_STEP = math.log(laws.GUARD_END / laws.GUARD_START)
+_STRENGTH, _GATE_POWER = laws.STRENGTH, laws.GATE_POWER
+_LOWEST_TEMPERATURE = laws.LOWEST_TEMPERATURE
+_DYNATEMP = laws.LAW_CODES["dynatemp"]
+_NEARLY, _NEWTON_STEPS = stops.NEARLY, stops.NEWTON_STEPS
+_NEGATIVE_INFINITY = np.float32(-np.inf)
+
+# fastmath=False is said, because a function would inherit it from whichever calls it first.
+_kernel = njit(error_model="numpy", fastmath=False)
+_reduction = njit(error_model="numpy", fastmath={"reassoc", "nsz"})
+"""Sums in whatever order is fast; an element's own value does not depend on it."""
+
+
+@_kernel
+def _transform(
+    logits: Array,
+    stride: int,
+    vocabulary: int,
+    rows_R: Array,
+    numbers_RF: Array,
+    stop_ids_RE: Array,
+    scratch: tuple[Array, Array, Array, Array],
+    figures_FR: Array,
+    sound_R: Array,
+) -> None:
+    for r in range(len(rows_R)):
+        row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
+        peak = _maxima(row_V.view(np.int32), scratch[0])
+        sound_R[r] = math.isfinite(peak)
+        figures = (0.0, 0.0, 0.0, 0.0)
+        if sound_R[r]:
+            figures = _rewrite(row_V, peak, numbers_RF[r], stop_ids_RE[r], scratch)
+        for f in range(len(figures)):
+            figures_FR[f, r] = figures[f]
+
+
+@_kernel
+def _maxima(bits_V: Array, maxima_J: Array) -> float:
+    """Each chunk's maximum, and the row's; NaN counts as +inf: neither leaves a row sound."""
+    peak = _NEGATIVE_INFINITY
+    whole = len(bits_V) // CHUNK
+    for j in range(whole):
+        maxima_J[j] = _maximum(bits_V, j * CHUNK, CHUNK)
+        peak = max(peak, maxima_J[j])
+    if whole < len(maxima_J):
+        maxima_J[whole] = _maximum(bits_V, whole * CHUNK, len(bits_V) - whole * CHUNK)
+        peak = max(peak, maxima_J[whole])
+    return peak
+
+
+@njit(
+    error_model="numpy", fastmath=False, inline="always"
+)  # So that a whole chunk's length is a constant.
+def _maximum(bits_V: Array, start: int, length: int) -> float:
+    """On bits: a maximum of integers is vectorised, that of floats is not, for NaN's sake."""
+    highest, farthest = np.int32(-(2**31)), np.int32(0)
+    for v in range(start, start + length):
+        highest = max(highest, np.int32(_turned(bits_V[v])))
+        farthest = max(farthest, np.int32(bits_V[v] & 0x7FFFFFFF))
+    is_nan = farthest > 0x7F800000
+    return np.float32(np.inf) if is_nan else np.int32(_turned(highest)).view(np.float32)
+
+
+@_kernel
+def _turned(bits: int) -> int:
+    """A float's bits as an integer of the same order, and back: below zero, all but the sign is
+    turned over."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@_kernel
+def _rewrite(
+    row_V: Array,
+    peak: float,
+    numbers_F: Array,
+    stop_ids_E: Array,
+    scratch: tuple[Array, Array, Array, Array],
+) -> tuple[float, float, float, float]:
+    """One sound row; returns its figures, in the order of `Statistics`."""
+    maxima_J, tokens_K, weights_4K, stops_2E = scratch
+    below_K, weight_K, cool_K, hot_K = weights_4K
+    below_E, weight_E = stops_2E
+    temperature, divided = float(numbers_F[_TEMPERATURE]), numbers_F[_DIVIDED]
+    floor = np.float32(max(peak + _log_guard(numbers_F) / divided, _LOWEST))
+    plausible = _survivors(row_V, peak, floor, divided, maxima_J, tokens_K, below_K)
+
+    z, a = _sums(below_K[:plausible], hot_K)
+    entropy_before = math.log(z) - a / z
+    wanted = _temperature(numbers_F, entropy_before, plausible)
+
+    # The content below its own maximum, at T and at T'.
+    stop_peak = _stop_weights(row_V, peak, divided, stop_ids_E, below_E)
+    count, content_peak = _content(row_V, floor, stop_ids_E, tokens_K, below_K, plausible)
+    below_K, exists = below_K[:count], count > 0
+    top = content_peak if exists else np.float32(0.0)
+    cool_z, _ = _at(temperature, below_K, top, weight_K, cool_K)
+    hot_z, hot_a = _at(wanted, below_K, top, weight_K, hot_K)
+    cool_log_z = top / temperature + math.log(cool_z)
+
+    # No hotter than where content and the likeliest stop token tie: stops.heat.
+    reached = wanted
+    tie = cool_log_z - stop_peak / temperature
+    leads = content_peak >= stop_peak
+    if exists and stop_peak > _ABSENT and leads != (math.log(hot_z) <= tie):
+        reached = _tie(below_K, top, weight_K, hot_K, temperature, wanted, tie)
+        hot_z, hot_a = _at(reached, below_K, top, weight_K, hot_K)
+    hot_log_z = top / reached + math.log(hot_z)
+    lift = np.float32(top / reached)
+
+    # Stop tokens keep their probability, and rounding changes no order: stops.beside_stops.
+    shift = hot_log_z - cool_log_z if exists else 0.0
+    tied_at = content_peak if abs(reached / temperature - 1) < _NEARLY else np.float32(np.nan)
+    stop_top = _ABSENT
+    for e in range(len(stop_ids_E)):
+        weight_E[e] = below_E[e] / temperature + shift
+        if exists and leads:
+            weight_E[e] = lift if below_E[e] == tied_at else min(weight_E[e], lift)
+        stop_top = max(stop_top, weight_E[e])
+    highest = max(hot_log_z, stop_top) if exists else float(stop_top)
+    z = math.exp(hot_log_z - highest) if exists else 0.0
+    for e in range(len(stop_ids_E)):
+        z += math.exp(weight_E[e] - highest)
+    log_z = highest + math.log(z)
+
+    content_share, entropy_after, moved = 0.0, 0.0, 0.0
+    if exists:
+        content_log_p = hot_log_z - log_z
+        content_share = math.exp(content_log_p)
+        entropy_after = content_share * (math.log(hot_z) - hot_a / hot_z - content_log_p)
+        moved = _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
+    for e in range(len(stop_ids_E)):
+        log_p = weight_E[e] - log_z
+        entropy_after -= math.exp(log_p) * log_p
+
+    for v in range(len(row_V)):
+        row_V[v] = _NEGATIVE_INFINITY
+    held = np.float32(np.inf) if leads else stop_top
+    base, scale = np.float32(log_z), np.float32(temperature / divided)
+    for k in range(count):
+        row_V[tokens_K[k]] = (min(weight_K[k] + lift, held) - base) * scale
+    for e in range(len(stop_ids_E)):
+        if below_E[e] > _ABSENT:
+            row_V[stop_ids_E[e]] = (weight_E[e] - base) * scale
+    return entropy_before, entropy_after, reached, content_share * moved
+
+
+@_kernel
+def _log_guard(numbers_F: Array) -> float:
+    """laws.log_guard."""
+    if math.isnan(numbers_F[_LOG_MIN_P]):
+        return _GUARD_START + _GUARD_STEP * min(max(numbers_F[_LEVEL], 0.0), 1.0)
+    return numbers_F[_LOG_MIN_P]
+
+
+@_kernel
+def _survivors(
+    row_V: Array,
+    peak: float,
+    floor: float,
+    divided: float,
+    maxima_J: Array,
+    tokens_K: Array,
+    below_K: Array,
+) -> int:
+    """Lists the plausible tokens, in order, and their log-weights; returns their number."""
+    count = 0
+    for j in range(len(maxima_J)):
+        if maxima_J[j] >= floor:
+            for token in range(j * CHUNK, min((j + 1) * CHUNK, len(row_V))):
+                if row_V[token] >= floor:
+                    tokens_K[count] = token
+                    below_K[count] = (row_V[token] - peak) * divided
+                    count += 1
+    return count
+
+
+@_reduction
+def _sums(weight_K: Array, share_K: Array) -> tuple[float, float]:
+    """Σ e^w and Σ w·e^w, 1 and 0 where there is none; leaves e^w in `share_K`."""
+    z, a = 0.0, 0.0
+    for k in range(len(weight_K)):
+        share_K[k] = _exp(weight_K[k])
+        z += share_K[k]
+        a += share_K[k] * weight_K[k]
+    return (z, a) if len(weight_K) else (1.0, 0.0)
+
+
+@_kernel
+def _exp(x: float) -> float:
+    """e^x for x <= 0, within two ulps, in a form that is vectorised; math.exp is a call for each.
+
+    2^k·e^r with |r| <= ln 2 / 2; the polynomial is that of Cephes' expf.
+    """
+    within = max(x, np.float32(-87.0))
+    k = math.floor(within * np.float32(1.44269504) + np.float32(0.5))
+    r = within - np.float32(k) * np.float32(0.693359375)
+    r = r - np.float32(k) * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return p * power if x > np.float32(-87.0) else np.float32(0.0)
+
+
+@_kernel
+def _temperature(numbers_F: Array, entropy: float, plausible: int) -> float:
+    """laws.temperature."""
+    temperature, level = float(numbers_F[_TEMPERATURE]), float(numbers_F[_LEVEL])
+    if numbers_F[_LAW] == _DYNATEMP:
+        if plausible < 2:
+            return temperature
+        reach = numbers_F[_RANGE] * level
+        coolest = max(temperature - reach, 0.0)
+        share = min(max(entropy / math.log(plausible), 0.0), 1.0) ** numbers_F[_EXPONENT]
+        return max(coolest + (temperature + reach - coolest) * share, _LOWEST_TEMPERATURE)
+    gate = (entropy / (entropy + 1.0)) ** _GATE_POWER
+    wanted = temperature * math.exp(_STRENGTH * level * gate)
+    return min(wanted, max(temperature, numbers_F[_CEILING]))
+
+
+@_kernel
+def _stop_weights(
+    row_V: Array, peak: float, divided: float, stop_ids_E: Array, below_E: Array
+) -> float:
+    """`_ABSENT` where the row has no such token or the grammar forbids it; returns the highest."""
+    highest = _ABSENT
+    for e in range(len(stop_ids_E)):
+        below_E[e] = _ABSENT
+        if 0 <= stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
+            below_E[e] = max((row_V[stop_ids_E[e]] - peak) * divided, _FARTHEST)
+        highest = max(highest, below_E[e])
+    return highest
+
+
+@_kernel
+def _content(
+    row_V: Array, floor: float, stop_ids_E: Array, tokens_K: Array, below_K: Array, count: int
+) -> tuple[int, float]:
+    """Takes the stop tokens out of the list; returns how many are left, and their maximum."""
+    for stop in stop_ids_E:
+        if 0 <= stop < len(row_V) and row_V[stop] >= floor:
+            listed, count = count, 0
+            for k in range(listed):
+                if tokens_K[k] != stop:
+                    tokens_K[count], below_K[count] = tokens_K[k], below_K[k]
+                    count += 1
+    highest = _ABSENT
+    for k in range(count):
+        highest = max(highest, below_K[k])
+    return count, highest
+
+
+@_kernel
+def _at(
+    temperature: float, below_K: Array, top: float, weight_K: Array, share_K: Array
+) -> tuple[float, float]:
+    """`_sums` at a temperature, below the maximum `top`; leaves the weights in `weight_K`."""
+    inverse = np.float32(1 / temperature)
+    for k in range(len(below_K)):
+        weight_K[k] = (below_K[k] - top) * inverse
+    return _sums(weight_K[: len(below_K)], share_K)
+
+
+@_kernel
+def _tie(
+    below_K: Array,
+    top: float,
+    weight_K: Array,
+    share_K: Array,
+    temperature: float,
+    wanted: float,
+    tie: float,
+) -> float:
+    """stops.temperature_at."""
+    low, high = 1 / max(temperature, wanted), 1 / min(temperature, wanted)
+    beta = low
+    for _ in range(_NEWTON_STEPS):
+        z, a = _at(1 / beta, below_K, top, weight_K, share_K)
+        slope = min(a / z / beta, -1e-12)
+        beta = min(max(beta + (tie - math.log(z)) / slope, low), high)
+    return 1 / beta
+
+
+@_reduction
+def _moved(cool_K: Array, hot_K: Array, cool_scale: float, hot_scale: float) -> float:
+    """Σ max(p before − p after, 0)."""
+    moved = 0.0
+    for k in range(len(cool_K)):
+        moved += max(cool_K[k] * cool_scale - hot_K[k] * hot_scale, 0.0)
+    return moved
