@@ -10,7 +10,8 @@ take turns on it, round by round:
     no field  the processor there, no request asks for it
     tenth     a tenth of the requests, one at least, ask for diversity .5: a mixed batch
     field     every request does; figures are fetched at the end, here and above
-    naive     the same heat written plainly: log_softmax, entropy, divide (the nearest peers' way)
+    naive     the same law on every row, written plainly in torch
+    peer      the nearest peer's law on every row (`others.py` has both)
 Tokens per second of all requests together, and milliseconds per token of each, which is a step.
 The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
 result. The floor of any processor that changes a row is one read and one write of it: the bench
@@ -32,39 +33,19 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import click
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
-from vllm.v1.sample.logits_processor import LogitsProcessor
 
+import processors
 from provenance import machine, versions
+from ratios import ratio, shown
 
 VOCABULARIES = (4096, 131_072)
 BATCHES = (1, 8, 32, 64)
 TOKENS = {4096: 128, 131_072: 32}
 """Output tokens of a request; 32 for another vocabulary."""
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-
-
-class NaiveLaw(LogitsProcessor):
-    """Every row heated by its entropy over the whole vocabulary, in fresh tensors."""
-
-    is_on = False
-
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None: ...
-
-    def is_argmax_invariant(self) -> bool:
-        return True
-
-    def update_state(self, batch_update: Any) -> None: ...
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if not NaiveLaw.is_on:
-            return logits
-        log_p = torch.log_softmax(logits, dim=-1)
-        entropy = -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)
-        return logits.div_(torch.exp((entropy / (entropy + 1)) ** 2))
 
 
 @dataclass
@@ -134,7 +115,7 @@ def engine(folder: str) -> LLM:
         max_num_seqs=max(BATCHES),
         kv_cache_memory_bytes=256 << 20,
         enable_prefix_caching=False,
-        logits_processors=[NaiveLaw],
+        logits_processors=[processors.Naive, processors.Peer],
         seed=0,
     )
 
@@ -159,7 +140,7 @@ def measure(llm: LLM, vocabulary: int, batch: int, pairs: int) -> dict[str, Any]
         name: round(1000 * batch / statistics.median(speeds[name]), 3) for name in names
     }
     for name in names[1:]:
-        row[f"{name}_ratio"], row[f"{name}_interval"] = ratio(speeds[name], speeds["stock"])
+        row[name] = ratio(speeds[name], speeds["stock"])
     for name in ("no field", "tenth", "field"):
         row[f"{name}_transforms"] = transforms[name]
     row["copy_share_of_step"] = round(copy_seconds(batch, vocabulary) * step_rate(row), 4)
@@ -210,16 +191,16 @@ def min_p(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
 
 
 def _without_ours(llm: LLM, plain: Callable[[], float]) -> Callable[[], float]:
-    processors = processor_list(llm)
-    ours = next(p for p in processors if type(p).__name__ == "V1Processor")
+    listed = processor_list(llm)
+    ours = next(p for p in listed if type(p).__name__ == "V1Processor")
 
     def once() -> float:
-        place = processors.index(ours)
-        processors.remove(ours)
+        place = listed.index(ours)
+        listed.remove(ours)
         try:
             return plain()
         finally:
-            processors.insert(place, ours)
+            listed.insert(place, ours)
 
     return once
 
@@ -237,14 +218,20 @@ def with_field(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
 
 
 def naive(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
-    plain = rounds(llm, vocabulary, batch)
+    return _switched_on(processors.Naive, rounds(llm, vocabulary, batch))
 
+
+def peer(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
+    return _switched_on(processors.Peer, rounds(llm, vocabulary, batch))
+
+
+def _switched_on(other: type[processors.Naive], plain: Callable[[], float]) -> Callable[[], float]:
     def once() -> float:
-        NaiveLaw.is_on = True
+        other.is_on = True
         try:
             return plain()
         finally:
-            NaiveLaw.is_on = False
+            other.is_on = False
 
     return once
 
@@ -256,6 +243,7 @@ WAYS = {
     "tenth": tenth,
     "field": with_field,
     "naive": naive,
+    "peer": peer,
 }
 
 
@@ -280,14 +268,6 @@ def count_transforms() -> Calls:
     return calls
 
 
-def ratio(speeds: list[float], base: list[float]) -> tuple[float, list[float]]:
-    """The median of the paired ratios and its 95 % interval by bootstrap over the pairs."""
-    ratios = np.array(speeds) / np.array(base)
-    draws = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return round(float(np.median(ratios)), 4), [round(float(low), 4), round(float(high), 4)]
-
-
 def copy_seconds(batch: int, vocabulary: int) -> float:
     """One read and one write of the logits: the floor."""
     source, target = torch.randn(batch, vocabulary), torch.empty(batch, vocabulary)
@@ -304,18 +284,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = f"{'V':>7} {'B':>3} {'stock tok/s':>12} " + " ".join(f"{name:>22}" for name in names)
     lines = [f"{head} floor"]
     for row in rows:
-        cells = [cell(row, name) for name in names]
+        cells = [shown(row[name]) for name in names]
         lines.append(
             f"{row['vocabulary']:>7} {row['batch']:>3} {row['stock_tokens_per_second']:>12.0f} "
             + " ".join(f"{cell:>22}" for cell in cells)
             + f" {1 / (1 + row['copy_share_of_step']):.3f}"
         )
     return "\n".join(lines)
-
-
-def cell(row: dict[str, Any], name: str) -> str:
-    low, high = row[f"{name}_interval"]
-    return f"{row[f'{name}_ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

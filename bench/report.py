@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ratios import shown
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
@@ -31,17 +33,27 @@ def replaced(text: str, name: str, table: str) -> str:
 
 
 def overhead(document: dict[str, Any]) -> str:
-    lines = [
-        "| vocabulary | batch | no field | field on every request | law written plainly |",
-        "|---|---|---|---|---|",
-    ]
+    ways = {
+        "no field": "no field",
+        "field on a tenth": "tenth",
+        "on every request": "field",
+        "law written plainly": "naive",
+        "nearest peer's law": "peer",
+    }
+    lines = [f"| vocabulary | batch | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}"]
     for row in document["rows"]:
-        cells = [
-            f"{row[f'{way}_ratio']:.2f} [{row[f'{way}_interval'][0]:.2f}, "
-            f"{row[f'{way}_interval'][1]:.2f}]"
-            for way in ("no field", "field", "naive")
-        ]
+        cells = [shown(row[way]) for way in ways.values()]
         lines.append(f"| {row['vocabulary']:,} | {row['batch']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sampler(document: dict[str, Any]) -> str:
+    """How many times as long as ours each other way takes; ours over a copy, the floor."""
+    ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "nearest peer's law": "peer"}
+    lines = [f"| vocabulary | rows | ours / a copy | {' | '.join(ways)} |", "|---|---|---|---|---|---|"]
+    for row in document["rows"]:
+        cells = [shown(row["ours_to_copy"]), *(shown(row["to_ours"][way]) for way in ways.values())]
+        lines.append(f"| {row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -56,7 +68,7 @@ def first_law(document: dict[str, Any]) -> str:
     ]
     for name, family, start in SHOWN:
         row = next(r for r in rows if r["family"] == family and r["setting"].startswith(start))
-        cells = [shown(row[key], unit) for key, unit in COLUMNS]
+        cells = [estimated(row[key], unit) for key, unit in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(
@@ -67,7 +79,7 @@ def first_law(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def shown(interval: dict[str, float], unit: float) -> str:
+def estimated(interval: dict[str, float], unit: float) -> str:
     estimate, low, high = (round(unit * interval[key]) for key in ("estimate", "low", "high"))
     sign = " %" if unit == 100 else ""
     return f"{estimate}{sign} [{low}, {high}]"
@@ -145,6 +157,7 @@ def sds_validation(document: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "first_law": first_law,
     "overhead": overhead,
+    "sampler": sampler,
     "known_source": known_source,
     "train_cost": train_cost,
     "sds_validation": sds_validation,

@@ -8,9 +8,7 @@ Ways, taking turns on the same logits [R, V], float32, on whatever device is at 
     half      the same, every second row active
     naive     the law written plainly in torch: softmax, entropy, mask, divide
     sampler   vLLM's own sampler step: divide by the temperature, softmax, exponential race
-    peer      the nearest peer, qr-sampler: its entropy-driven temperature, a row at a time in
-              numpy. It was not on the package index; its published formula is written here,
-              without the selection of a token that it goes on to.
+    peer      the nearest peer's law, on the host (`others.py`)
 
 On a GPU, what can be captured in a CUDA graph is, and a replay is timed: the kernels without the
 launches. A GPU machine needs torch and Triton, nothing else: PYTHONPATH=. python bench/sampler.py
@@ -20,7 +18,6 @@ The last line is one JSON document; ratios are the result. It says whether a GPU
 import argparse
 import importlib.util
 import json
-import math
 import os
 import statistics
 import time
@@ -38,7 +35,9 @@ from torch import Tensor
 from dftserve.sampling import Controls, control_row, fastest, transform
 from dftserve.spec import parse
 
+import others
 from provenance import machine, versions
+from ratios import ratio, shown
 
 ROWS, VOCABULARIES = (1, 8, 64, 512), (32_768, 131_072, 262_144)
 QUICK_ROWS, QUICK_VOCABULARIES = (1, 8, 32), (4096, 32_768, 131_072)
@@ -123,7 +122,8 @@ def timer(way: Way, source_RV: Tensor) -> Timer:
 
 
 def _cuda_timer(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Timer:
-    run = getattr(way, "on_host", None) or _captured(way, source_RV, logits_RV)
+    # What goes over the host cannot be captured.
+    run = way if way is others.peer else _captured(way, source_RV, logits_RV)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once() -> float:
@@ -180,14 +180,7 @@ def controls_of(rows: int, device: torch.device) -> Controls:
 
 
 def naive(rows: int, device: torch.device) -> Way:
-    def run(logits_RV: Tensor) -> None:
-        p_RV = torch.softmax(logits_RV, dim=-1)
-        floor_R1 = 0.03 * p_RV.amax(dim=-1, keepdim=True)
-        entropy_R1 = -torch.xlogy(p_RV, p_RV).sum(dim=-1, keepdim=True)
-        logits_RV.masked_fill_(p_RV < floor_R1, -torch.inf)
-        logits_RV.div_(torch.exp((entropy_R1 / (entropy_R1 + 1)) ** 2))
-
-    return run
+    return others.naive
 
 
 def sampler(rows: int, device: torch.device) -> Way:
@@ -209,20 +202,7 @@ def sampler(rows: int, device: torch.device) -> Way:
 
 
 def peer(rows: int, device: torch.device) -> Way:
-    """Its `edt` strategy: T = base·(H/ln V)^exponent within bounds; the row divided by T."""
-
-    def run(logits_RV: Tensor) -> None:
-        for row_V in logits_RV:
-            z_V = row_V.cpu().numpy()
-            below_V = z_V - z_V.max()
-            share_V = np.exp(below_V)
-            total = float(share_V.sum())
-            entropy = math.log(total) - float(np.dot(share_V, below_V)) / total
-            temperature = min(max(0.8 * (entropy / math.log(len(z_V))) ** 0.5, 0.1), 2.0)
-            row_V.copy_(torch.from_numpy(z_V / np.float32(temperature)))
-
-    run.on_host = run  # type: ignore[attr-defined]
-    return run
+    return others.peer
 
 
 WAYS: dict[str, Callable[[int, torch.device], Way]] = {
@@ -233,17 +213,6 @@ WAYS: dict[str, Callable[[int, torch.device], Way]] = {
     "sampler": sampler,
     "peer": peer,
 }
-
-
-def ratio(seconds: list[float], base: list[float]) -> dict[str, Any]:
-    """The median of the paired ratios and its 95 % interval by bootstrap over the pairs."""
-    ratios = np.array(seconds) / np.array(base)
-    draws = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {
-        "ratio": round(float(np.median(ratios)), 3),
-        "interval": [round(float(low), 3), round(float(high), 3)],
-    }
 
 
 def installed() -> dict[str, str]:
@@ -264,14 +233,9 @@ def table(measured: list[dict[str, Any]]) -> str:
         cells = [row["ours_to_copy"], *(row["to_ours"][name] for name in others)]
         lines.append(
             f"{row['vocabulary']:>7} {row['rows']:>4} {times} "
-            + " ".join(f"{cell(found):>22}" for found in cells)
+            + " ".join(f"{shown(found):>22}" for found in cells)
         )
     return "\n".join(lines)
-
-
-def cell(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":
