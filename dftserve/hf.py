@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from dftserve import spec
-from dftserve.sampling import Controls, Slots, Statistics, control_row, transform
+from dftserve.sampling import Controls, Statistics, control_row, fastest_slots, transform
 
 
 class DiversityProcessor(LogitsProcessor):
@@ -56,15 +56,14 @@ class DiversityProcessor(LogitsProcessor):
         self._length = length
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
-        self._slots.settle(self._slot_R, position_R, self._zero_R)
-        controls = self._slots.steered(self._controls, self._slot_R)
+        controls = self._slots.settle(self._controls, self._slot_R, position_R, self._zero_R)
         self.statistics = transform(logits_RV, controls)
         samples_R = torch.ones_like(self._slot_R, dtype=torch.bool)
         self._slots.remember(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
         return cast(torch.FloatTensor, logits_RV)
 
     def _begin(self, rows: int, device: torch.device) -> None:
-        self._slots = Slots(rows, 1, device)
+        self._slots = fastest_slots(rows, 1, device)
         self._slot_R = torch.arange(rows, device=device)
         self._zero_R = torch.zeros_like(self._slot_R)
         self._controls = Controls.stack([self._row] * rows, device)

@@ -4,7 +4,8 @@ Shapes by suffix: R logits rows, V padded vocabulary, K support (in slots.py: ro
 E stop tokens, S slots, F figures.
 """
 
-from dftserve.sampling.fused import Way, fastest, transform
+from dftserve.sampling.fused import fastest, fastest_slots, transform
+from dftserve.sampling.kernels import Way
 from dftserve.sampling.laws import ControlRow, Controls, control_row
 from dftserve.sampling.slots import Account, Slots
 from dftserve.sampling.transform import Statistics
@@ -18,5 +19,6 @@ __all__ = [
     "Way",
     "control_row",
     "fastest",
+    "fastest_slots",
     "transform",
 ]

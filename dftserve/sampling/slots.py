@@ -16,7 +16,7 @@ from dftserve.sampling.transform import Statistics
 COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED = range(5)
 """Columns of the figures F: 1 for a sound row, then the four statistics of `transform`."""
 
-_NOTHING_WAITS = 2**62
+NOTHING_WAITS = 2**62
 """As the position of the first waiting row: no later position is beyond it."""
 
 
@@ -45,13 +45,12 @@ class Slots:
     """Figures and steering of up to `slots` requests, `rows_per_request` rows a step for each."""
 
     def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
-        # A look at the law is free on a CPU only: there, steering starts with its first request.
-        self._steers = torch.device(device).type != "cpu"
+        self.unsound = torch.zeros((), dtype=torch.int64, device=device)
+        """Sampled rows that were passed through, of all requests."""
         self._level_S = torch.zeros(slots, device=device)
         self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._base_S = torch.full((slots,), _NOTHING_WAITS, device=device)
-        self._target_S = torch.ones(slots, device=device)
+        self._base_S = torch.full((slots,), NOTHING_WAITS, device=device)
         self._sums_SF = torch.zeros(slots, CHANGED + 1, device=device)
         self._waiting_SKF = torch.zeros(slots, rows_per_request, CHANGED + 1, device=device)
         self._places_K = torch.arange(rows_per_request, device=device)
@@ -63,7 +62,7 @@ class Slots:
         """
         self._level_S[slot] = 0.0
         self._steered_S[slot] = 0
-        self._base_S[slot] = _NOTHING_WAITS
+        self._base_S[slot] = NOTHING_WAITS
         self._waiting_SKF[slot] = 0.0
         self._sums_SF[slot] = 0.0
         self._tokens_S[slot] = produced
@@ -79,50 +78,45 @@ class Slots:
             self._waiting_SKF[slot].clone(),
         )
 
-    def settle(self, slot_R: Tensor, position_R: Tensor, offset_R: Tensor) -> None:
-        """Count the waiting rows whose tokens turned out accepted.
+    def settle(
+        self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
+    ) -> Controls:
+        """Count the waiting rows whose tokens turned out accepted, and steer by them.
 
         Args:
-            slot_R: int64, each row's slot.
+            controls: of each row; target entropies are read from it.
+            slot_R: int64, each row's slot; the rows of a request are neighbours, all of a step's.
             position_R: int64, each row's position in its sequence.
             offset_R: int64, each row's place among the rows of its request in this step.
+
+        Returns:
+            The controls with the level of `budget` rows as steered so far.
         """
         passed_R = position_R - offset_R - self._base_S.index_select(0, slot_R)
         accepted_R = passed_R.clamp(0, len(self._places_K))
         counted_RK = self._places_K < accepted_R[:, None]
         waiting_RKF = self._waiting_SKF.index_select(0, slot_R)
         counted_RKF = torch.where(counted_RK[:, :, None], waiting_RKF, 0.0)
-        if self._steers:
-            self._steer(slot_R, counted_RKF)
         # Rows of one request agree on these values, so which of them writes last does not matter.
         sums_RF = self._sums_SF.index_select(0, slot_R) + counted_RKF.sum(dim=1)
         self._sums_SF.index_copy_(0, slot_R, sums_RF)
         tokens_R = self._tokens_S.index_select(0, slot_R) + accepted_R
         self._tokens_S.index_copy_(0, slot_R, tokens_R)
         self._waiting_SKF.index_fill_(0, slot_R, 0.0)
+        return self._steered(controls, slot_R, counted_RKF)
 
-    def _steer(self, slot_R: Tensor, counted_RKF: Tensor) -> None:
+    def _steered(self, controls: Controls, slot_R: Tensor, counted_RKF: Tensor) -> Controls:
         level_R = self._level_S.index_select(0, slot_R)
         steered_R = self._steered_S.index_select(0, slot_R)
-        target_R = self._target_S.index_select(0, slot_R)
         for row_RF in counted_RKF.unbind(dim=1):
             counts_R = row_RF[:, COUNT] > 0
-            level_R = torch.where(counts_R, steer(level_R, target_R, row_RF[:, AFTER]), level_R)
+            next_R = steer(level_R, controls.target_entropy_R, row_RF[:, AFTER])
+            level_R = torch.where(counts_R, next_R, level_R)
             steered_R = steered_R + counts_R
         self._level_S.index_copy_(0, slot_R, level_R)
         self._steered_S.index_copy_(0, slot_R, steered_R)
-
-    def steered(self, controls: Controls, slot_R: Tensor) -> Controls:
-        """The controls with the level of `budget` rows as steered so far; on a CPU the same
-        object where there is none, so that what was prepared for it stays good."""
+        level_R = torch.where(steered_R < BUDGET_OPEN_LOOP, 0.0, level_R)
         is_budget_R = controls.law_R == LAW_CODES["budget"]
-        if is_budget_R.is_cpu:
-            if not is_budget_R.any():
-                return controls
-            self._steers = True
-        self._target_S.index_copy_(0, slot_R, controls.target_entropy_R)
-        is_open_R = self._steered_S.index_select(0, slot_R) < BUDGET_OPEN_LOOP
-        level_R = torch.where(is_open_R, 0.0, self._level_S.index_select(0, slot_R))
         return replace(controls, level_R=torch.where(is_budget_R, level_R, controls.level_R))
 
     def remember(
@@ -139,5 +133,6 @@ class Slots:
         waiting_XF = self._waiting_SKF.view(-1, CHANGED + 1)
         place_R = slot_R * len(self._places_K) + offset_R
         waiting_XF.index_copy_(0, place_R, torch.where(counts_R1, figures_RF, 0.0))
-        base_R = torch.where(samples_R, position_R - offset_R, _NOTHING_WAITS)
+        base_R = torch.where(samples_R, position_R - offset_R, NOTHING_WAITS)
         self._base_S.index_copy_(0, slot_R, base_R)
+        self.unsound += (samples_R & ~statistics.sound_R).sum()

@@ -1,4 +1,8 @@
-"""What is remembered between steps, against a plain replay of the accepted tokens only."""
+"""What is remembered between steps, against a plain replay of the accepted tokens only.
+
+Every kind of slots passes the same tests. Triton's are interpreted, in a process of their own
+(`test_slots_triton.py`).
+"""
 
 import random
 
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, Slots, Statistics, control_row
 from dftserve.sampling.laws import BUDGET_LEVELS, BUDGET_OPEN_LOOP, BUDGET_RATE, STRENGTH
+from dftserve.sampling.slots_numba import NumbaSlots
 from dftserve.spec import parse
 
 
@@ -33,12 +38,16 @@ def replay(entropies, target):
     return level if len(entropies) >= BUDGET_OPEN_LOOP else 0.0
 
 
+KINDS = pytest.mark.parametrize("kind", [Slots, NumbaSlots])
+
+
+@KINDS
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0.05, 4.0))
-def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
+def test_only_accepted_tokens_count_and_steer(kind, seed, rows_per_request, target):
     """Drafts are rejected at random, requests skip steps, prompts come in chunks."""
     source = random.Random(seed)
-    slots = Slots(3, rows_per_request, "cpu")
+    slots = kind(3, rows_per_request, "cpu")
     accepted = {slot: [] for slot in range(3)}
     waiting = {slot: [] for slot in range(3)}
     position = dict.fromkeys(range(3), 5)
@@ -59,8 +68,7 @@ def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
             position[slot] += chunk * 7
         slot_R, position_R, offset_R = (torch.tensor([row[i] for row in rows]) for i in range(3))
         samples_R = torch.tensor([row[3] for row in rows])
-        slots.settle(slot_R, position_R, offset_R)
-        steered = slots.steered(controls_of(target, len(rows)), slot_R)
+        steered = slots.settle(controls_of(target, len(rows)), slot_R, position_R, offset_R)
         expected = [replay(accepted[row[0]], target) for row in rows]
         torch.testing.assert_close(steered.level_R, torch.tensor(expected), atol=1e-4, rtol=1e-4)
         figures = statistics_of([row[4] for row in rows])
@@ -75,27 +83,59 @@ def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
         assert means[2] == pytest.approx(sum(total) / len(total), abs=1e-4)
 
 
-def test_a_resumed_request_keeps_its_figures_and_starts_open_loop():
-    slots = Slots(2, 1, "cpu")
+@KINDS
+def test_a_resumed_request_keeps_its_figures_and_starts_open_loop(kind):
+    slots, controls = kind(2, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
     zero, one_row = torch.tensor([0]), torch.tensor([True])
     for position in range(40):
-        slots.settle(zero, torch.tensor([position]), zero)
+        slots.settle(controls, zero, torch.tensor([position]), zero)
         slots.remember(zero, torch.tensor([position]), zero, one_row, statistics_of([1.0]))
     slots.open(1, resumed=slots.account(0), produced=40)
     assert slots.account(1).means(40)[0] == 40
-    steered = slots.steered(controls_of(3.0, 1), torch.tensor([1]))
+    steered = slots.settle(controls, torch.tensor([1]), torch.tensor([40]), zero)
     assert steered.level_R.item() == 0.0
 
 
-def test_an_unsound_row_is_no_figure():
-    slots = Slots(1, 1, "cpu")
+@KINDS
+def test_an_unsound_row_is_no_figure(kind):
+    slots, controls = kind(1, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
     zero, position = torch.tensor([0]), torch.tensor([3])
     nan = torch.tensor([float("nan")])
     unsound = Statistics(nan, nan, nan, nan, torch.tensor([False]))
-    slots.settle(zero, position, zero)
+    slots.settle(controls, zero, position, zero)
     slots.remember(zero, position, zero, torch.tensor([True]), unsound)
-    slots.settle(zero, position + 1, zero)
+    slots.settle(controls, zero, position + 1, zero)
     slots.remember(zero, position + 1, zero, torch.tensor([True]), statistics_of([2.0]))
     assert slots.account(0).means(2) == [1.0, 2.0, 2.0, 1.0, 0.5]
+    assert slots.unsound == 1
+
+
+@KINDS
+def test_an_unsound_row_of_a_prompt_is_not_counted(kind):
+    """It is no token: the engine throws it away."""
+    slots = kind(1, 1, "cpu")
+    slots.open(0)
+    zero, nan = torch.tensor([0]), torch.tensor([float("nan")])
+    unsound = Statistics(nan, nan, nan, nan, torch.tensor([False]))
+    slots.remember(zero, zero, zero, torch.tensor([False]), unsound)
+    assert slots.unsound == 0
+
+
+@KINDS
+def test_rows_of_no_budget_keep_their_level(kind):
+    rows = [
+        control_row(parse(d), temperature=1.0, divided=1.0, stop_ids=frozenset()) for d in ASKED
+    ]
+    controls, slots = Controls.stack(rows), kind(2, 1, "cpu")
+    zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
+    for position in range(BUDGET_OPEN_LOOP + 5):
+        at = torch.tensor([position, position])
+        steered = slots.settle(controls, torch.tensor([0, 1]), at, zeros)
+        slots.remember(torch.tensor([0, 1]), at, zeros, ones, statistics_of([3.0, 3.0]))
+    assert steered.level_R[0] == 0.25
+    assert steered.level_R[1] < 0
+
+
+ASKED = ({"level": 0.25}, {"law": "budget", "target_entropy": 1.0})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dftserve.sampling import Account, Controls, Slots, fastest, transform
+from dftserve.sampling import Account, Controls, fastest, fastest_slots, transform
 
 logger = logging.getLogger("vllm.dftserve")
 
@@ -24,11 +24,10 @@ MAX_FINISHED = 4096
 class Ledger:
     """Figures by slot while a request runs, by its identity once it has left its slot."""
 
-    def __init__(self, slots: int, rows_per_request: int, device: torch.device) -> None:
-        self.slots = Slots(slots, rows_per_request, device)
+    def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
+        self.slots = fastest_slots(capacity, rows_per_request, device)
         self.faults = 0
         self._way = fastest(device)
-        self._unsound = torch.zeros((), dtype=torch.int64, device=device)
         self._identity: dict[int, str | None] = {}
         self._slot: dict[str, int] = {}
         self._finished: OrderedDict[str, Account] = OrderedDict()
@@ -70,7 +69,7 @@ class Ledger:
                 del self._slot[identity]
             if account is not None:
                 figures[identity] = account.means(tokens)
-        return {"figures": figures, "faults": self.faults, "nan_rows": int(self._unsound)}
+        return {"figures": figures, "faults": self.faults, "nan_rows": int(self.slots.unsound)}
 
     def apply(
         self,
@@ -90,11 +89,9 @@ class Ledger:
             slot_R, position_R, offset_R: see `Slots.settle`.
             samples_R: bool, False where the row is a chunk of a prompt.
         """
-        self.slots.settle(slot_R, position_R, offset_R)
-        controls = self.slots.steered(controls, slot_R)
+        controls = self.slots.settle(controls, slot_R, position_R, offset_R)
         statistics = transform(logits_XV, controls, rows_R, self._way)
         self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
-        self._unsound += (samples_R & ~statistics.sound_R).sum()
 
     @contextmanager
     def surviving(self) -> Iterator[None]:

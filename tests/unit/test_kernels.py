@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from dftserve.sampling import fastest, fused
+from dftserve.sampling import Slots, fastest, fastest_slots
 from dftserve.sampling.fused_numba import NumbaTransform
+from dftserve.sampling.kernels import kernels
+from dftserve.sampling.slots_numba import NumbaSlots
 from dftserve.sampling.transform import transform as plain
 
 CPU = torch.device("cpu")
@@ -15,14 +17,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def undecided():
-    fused._kernels.cache_clear()
+    kernels.cache_clear()
     yield
-    fused._kernels.cache_clear()
+    kernels.cache_clear()
 
 
 def test_each_engine_has_buffers_of_its_own():
     one, other = fastest(CPU), fastest(CPU)
     assert isinstance(one, NumbaTransform)
+    assert isinstance(fastest_slots(1, 1, CPU), NumbaSlots)
     assert one is not other
 
 
@@ -47,6 +50,15 @@ def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
         return done
 
     monkeypatch.setattr(NumbaTransform, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert fastest(CPU) is plain
+    assert "disagree" in caplog.text
+    assert type(fastest_slots(1, 1, CPU)) is Slots
+
+
+def test_slots_that_are_wrong_are_not_used(monkeypatch, caplog):
+    """They steer, and count nothing."""
+    monkeypatch.setattr(NumbaSlots, "remember", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         assert fastest(CPU) is plain
     assert "disagree" in caplog.text
