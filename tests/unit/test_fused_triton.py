@@ -1,5 +1,5 @@
-"""The kernels under Triton's interpreter, against the fp64 reference and the plain way; and that
-they compile for GPUs. No GPU is needed, and none is tested: `bench/sampler.py` times one.
+"""The kernels under Triton's interpreter, against the fp64 reference and the plain way. No GPU is
+needed, and none is tested: `bench/sampler.py` times one.
 
 Triton decides at its import whether it interprets, so the kernels run in a process of their own:
 this file, run as a program, transforms the regimes and writes what came out.
@@ -172,47 +172,6 @@ def test_logits_divided_by_the_temperature_before(interpreted):
 def divided():
     _, asked = REGIMES["few, V=257"]
     return make_rows(["few", "gaussian", "zipf", "peaky"], 300, seed=8), asked
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("aligned", [True, False], ids=["V=16n", "any V"])
-@pytest.mark.parametrize("kernel", ["_maxima", "_decide", "_write"])
-def test_the_kernels_compile_for_gpus(kernel, capability, aligned, tmp_path, monkeypatch):
-    """To machine code, by the compiler that Triton brings; rows that are aligned move 16 bytes
-    at a time."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from dftserve.sampling import fused_triton
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    function = getattr(fused_triton, kernel)
-    sizes = ("stride", "vocabulary", "chunks", "width", "count")
-    integers = {"rows": "*i64", "stop_ids": "*i64", "active": "*i32", "stop_at": "*i32"}
-    constants = {
-        name: getattr(fused_triton, name)
-        for name in ("CHUNK", "TILE", "BLOCK")
-        if name in function.arg_names
-    }
-    signature = {
-        name: "constexpr" if name in constants else "i32" if name in sizes
-        else integers.get(name, "*fp32")
-        for name in function.arg_names
-    }  # fmt: skip
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(function.arg_names)
-        if name not in constants and name not in sizes[2:] and (aligned or name not in sizes)
-    }
-    compiled = triton.compile(
-        ASTSource(function, signature, constexprs=constants, attrs=divisible),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(fused_triton._EXACT),
-    )
-    assert compiled.asm["cubin"]
-    if aligned and kernel != "_decide":
-        assert "ld.global.v4" in compiled.asm["ptx"]
 
 
 def main(file: str) -> None:

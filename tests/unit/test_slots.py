@@ -1,10 +1,13 @@
 """What is remembered between steps, against a plain replay of the accepted tokens only.
 
-Every kind of slots passes the same tests. Triton's are interpreted, in a process of their own
-(`test_slots_triton.py`).
+Every kind of slots passes the same tests. Triton decides at its import whether it interprets, so
+its kind is tested in a process of its own, by the last test of all.
 """
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from dftserve.sampling import Controls, Slots, Statistics, control_row
 from dftserve.sampling.laws import BUDGET_LEVELS, BUDGET_OPEN_LOOP, BUDGET_RATE, STRENGTH
 from dftserve.sampling.slots_numba import NumbaSlots
+from dftserve.sampling.slots_triton import TritonSlots
 from dftserve.spec import parse
 
 
@@ -38,7 +42,8 @@ def replay(entropies, target):
     return level if len(entropies) >= BUDGET_OPEN_LOOP else 0.0
 
 
-KINDS = pytest.mark.parametrize("kind", [Slots, NumbaSlots])
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KINDS = pytest.mark.parametrize("kind", [TritonSlots] if INTERPRETED else [Slots, NumbaSlots])
 
 
 @KINDS
@@ -139,3 +144,16 @@ def test_rows_of_no_budget_keep_their_level(kind):
 
 
 ASKED = ({"level": 0.25}, {"law": "budget", "target_entropy": 1.0})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_the_triton_kernels_pass_the_same_tests_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "5 passed, 1 skipped" in done.stdout

@@ -1,0 +1,160 @@
+"""Slots on a GPU: a step's bookkeeping in two small Triton kernels instead of forty launches."""
+
+# Kernels are Triton, not Python, to a type checker's eye.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dftserve.sampling import laws, slots
+from dftserve.sampling.laws import Controls
+from dftserve.sampling.slots import Slots
+from dftserve.sampling.transform import Statistics
+
+
+class TritonSlots(Slots):
+    """`Slots`, one program a row; nothing waits for the host."""
+
+    def settle(
+        self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
+    ) -> Controls:
+        """As `Slots.settle`."""
+        rows = len(slot_R)
+        level_R = torch.empty(rows, device=slot_R.device)
+        _settle[(rows,)](
+            slot_R,
+            position_R,
+            offset_R,
+            controls.law_R.contiguous(),
+            controls.target_entropy_R.contiguous(),
+            controls.level_R.contiguous(),
+            level_R,
+            self._level_S,
+            self._steered_S,
+            self._tokens_S,
+            self._base_S,
+            self._sums_SF,
+            self._waiting_SKF,
+            rows,
+            self._waiting_SKF.shape[1],
+        )
+        return replace(controls, level_R=level_R)
+
+    def remember(
+        self,
+        slot_R: Tensor,
+        position_R: Tensor,
+        offset_R: Tensor,
+        samples_R: Tensor,
+        statistics: Statistics,
+    ) -> None:
+        """As `Slots.remember`."""
+        _remember[(len(slot_R),)](
+            slot_R,
+            position_R,
+            offset_R,
+            samples_R,
+            statistics.sound_R,
+            *statistics.figures(),
+            self._base_S,
+            self._waiting_SKF,
+            self.unsound,
+            self._waiting_SKF.shape[1],
+        )
+
+
+# What a kernel reads from outside has to be marked so.
+_COUNT, _AFTER = tl.constexpr(slots.COUNT), tl.constexpr(slots.AFTER)
+_FIGURES = tl.constexpr(slots.CHANGED + 1)
+_WIDE = tl.constexpr(triton.next_power_of_2(slots.CHANGED + 1))
+_NOTHING_WAITS = tl.constexpr(slots.NOTHING_WAITS)
+_BUDGET = tl.constexpr(laws.LAW_CODES["budget"])
+_RATE = tl.constexpr(laws.BUDGET_RATE / laws.STRENGTH)
+_LOWEST, _HIGHEST = (tl.constexpr(level) for level in laws.BUDGET_LEVELS)
+_OPEN_LOOP = tl.constexpr(laws.BUDGET_OPEN_LOOP)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_request"])
+def _settle(
+    slot,
+    position,
+    offset,
+    law,
+    target,
+    level_before,
+    level_after,
+    level,
+    steered,
+    tokens,
+    base,
+    sums,
+    waiting,
+    rows,
+    rows_per_request,
+):
+    """The program of a request's first row does the work for all of them: its neighbours."""
+    r = tl.program_id(0)
+    if tl.load(offset + r) == 0:
+        s = tl.load(slot + r)
+        waiting += s * rows_per_request * _FIGURES
+        accepted = tl.load(position + r) - tl.load(base + s)
+        accepted = tl.minimum(tl.maximum(accepted, 0), rows_per_request)
+        f = tl.arange(0, _WIDE)
+        sum_F = tl.load(sums + s * _FIGURES + f, mask=f < _FIGURES, other=0.0)
+        steered_level, count = tl.load(level + s), tl.load(steered + s)
+        goal = tl.load(target + r)
+        for k in range(accepted):
+            row = waiting + k * _FIGURES
+            sum_F += tl.load(row + f, mask=f < _FIGURES, other=0.0)
+            error = (goal - tl.load(row + _AFTER)) / tl.maximum(goal, 0.1)
+            moved = tl.minimum(tl.maximum(steered_level + _RATE * error, _LOWEST), _HIGHEST)
+            counts = tl.load(row + _COUNT) > 0
+            steered_level = tl.where(counts, moved, steered_level)
+            count += counts.to(tl.int64)
+        for k in range(rows_per_request):
+            tl.store(waiting + k * _FIGURES + f, 0.0, mask=f < _FIGURES)
+        tl.store(sums + s * _FIGURES + f, sum_F, mask=f < _FIGURES)
+        tl.store(level + s, steered_level)
+        tl.store(steered + s, count)
+        tl.store(tokens + s, tl.load(tokens + s) + accepted)
+        in_force = tl.where(count < _OPEN_LOOP, 0.0, steered_level)
+        for k in range(rows_per_request):
+            n = tl.minimum(r + k, rows - 1)
+            is_ours = (r + k < rows) & (tl.load(slot + n) == s) & (tl.load(offset + n) == k)
+            new = tl.where(tl.load(law + n) == _BUDGET, in_force, tl.load(level_before + n))
+            tl.store(level_after + n, new, mask=is_ours)
+
+
+@triton.jit(do_not_specialize=["rows_per_request"])
+def _remember(
+    slot,
+    position,
+    offset,
+    samples,
+    sound,
+    before,
+    after,
+    temperature,
+    changed,
+    base,
+    waiting,
+    unsound,
+    rows_per_request,
+):
+    r = tl.program_id(0)
+    s, k = tl.load(slot + r), tl.load(offset + r)
+    is_sample, is_sound = tl.load(samples + r) != 0, tl.load(sound + r) != 0
+    tl.store(base + s, tl.where(is_sample, tl.load(position + r) - k, _NOTHING_WAITS))
+    counts = is_sample & is_sound
+    row = waiting + (s * rows_per_request + k) * _FIGURES
+    tl.store(row, counts.to(tl.float32))
+    tl.store(row + 1, tl.where(counts, tl.load(before + r), 0.0))
+    tl.store(row + 2, tl.where(counts, tl.load(after + r), 0.0))
+    tl.store(row + 3, tl.where(counts, tl.load(temperature + r), 0.0))
+    tl.store(row + 4, tl.where(counts, tl.load(changed + r), 0.0))
+    tl.atomic_add(unsound, 1, mask=is_sample & (is_sound == 0))
