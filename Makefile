@@ -14,5 +14,5 @@ test-long: setup ; @$(RUN) -m pytest -m long
 eval-env: setup ; @$(PYTHON) tools/eval_env.py
 lint: setup ; @ruff check . && ruff format --check . && pyright && lint-imports
 bench: setup
-	@for question in overhead first_law known_source train_cost; do $(RUN) bench/$$question.py || exit 1; done
+	@for question in overhead served sampler first_law known_source train_cost; do $(RUN) bench/$$question.py || exit 1; done
 	@$(RUN) bench/report.py

@@ -34,17 +34,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import click
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 
 import processors
 from provenance import machine, versions
 from ratios import ratio, shown
+from tiny_model import MAX_LENGTH, TOKENS, VOCABULARIES, save_model
 
-VOCABULARIES = (4096, 131_072)
 BATCHES = (1, 8, 32, 64)
-TOKENS = {4096: 128, 131_072: 32}
-"""Output tokens of a request; 32 for another vocabulary."""
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 
@@ -86,32 +83,12 @@ def run(pairs: int, batches: tuple[int, ...], vocabularies: tuple[int, ...], out
     print(json.dumps(document))
 
 
-def save_model(folder: Path, vocabulary: int) -> None:
-    """A Llama of about five million parameters beside its head; logits spread as a real one's."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    # Three nats of spread: a few dozen tokens survive the guard, as they do for trained models.
-    torch.nn.init.normal_(model.lm_head.weight, std=3.0 / config.hidden_size**0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-
-
 def engine(folder: str) -> LLM:
     return LLM(
         folder,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        max_model_len=512,
+        max_model_len=MAX_LENGTH,
         max_num_seqs=max(BATCHES),
         kv_cache_memory_bytes=256 << 20,
         enable_prefix_caching=False,

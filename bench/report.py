@@ -47,10 +47,32 @@ def overhead(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def served(document: dict[str, Any]) -> str:
+    """Throughput over HTTP."""
+    ways = {
+        "no field": "no field",
+        "field on a tenth": "tenth",
+        "on every request": "field",
+        "min-p and temperature": "min_p",
+        "nearest peer's law": "peer",
+    }
+    lines = [
+        f"| vocabulary | concurrent requests | {' | '.join(ways)} |",
+        f"|---|---|{'---|' * len(ways)}",
+    ]
+    for row in document["rows"]:
+        cells = [shown(row["throughput"][way]) for way in ways.values()]
+        lines.append(f"| {row['vocabulary']:,} | {row['concurrency']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def sampler(document: dict[str, Any]) -> str:
     """How many times as long as ours each other way takes; ours over a copy, the floor."""
     ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "nearest peer's law": "peer"}
-    lines = [f"| vocabulary | rows | ours / a copy | {' | '.join(ways)} |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| vocabulary | rows | ours / a copy | {' | '.join(ways)} |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in document["rows"]:
         cells = [shown(row["ours_to_copy"]), *(shown(row["to_ours"][way]) for way in ways.values())]
         lines.append(f"| {row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)} |")
@@ -157,6 +179,7 @@ def sds_validation(document: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "first_law": first_law,
     "overhead": overhead,
+    "served": served,
     "sampler": sampler,
     "known_source": known_source,
     "train_cost": train_cost,

@@ -55,6 +55,7 @@ from dftserve.train.head import Head, head_loss
 from dftserve.train.model import attach
 
 from provenance import machine, versions
+from ratios import ratio, shown
 
 RESULTS = Path(__file__).parent / "results" / "train_cost.json"
 HIDDEN, INNER = 256, 768
@@ -416,17 +417,6 @@ def in_turns(ways: Mapping[str, Callable[[], None]], pairs: int) -> dict[str, li
     return {name: each[2:] for name, each in seconds.items()}
 
 
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    """The median of the paired ratios and its 95 % interval by bootstrap over the pairs."""
-    ratios = np.array(seconds) / np.array(base)
-    draws = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {
-        "ratio": round(float(np.median(ratios)), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
-    }
-
-
 def table(document: Mapping[str, Any]) -> str:
     lines = [f"{'head':<11} {'V':>6} {'to stock':>24} {'to own SFT':>24}"]
     for row in document["head"]:
@@ -453,11 +443,6 @@ def table(document: Mapping[str, Any]) -> str:
         f"{document['step'][0]['sft_tokens_per_sec']:,.0f}"
     )
     return "\n".join(lines)
-
-
-def shown(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def mib(values: Mapping[str, int]) -> str:

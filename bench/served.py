@@ -1,0 +1,271 @@
+"""What the field costs a server over HTTP: throughput and time per output token.
+
+    python bench/served.py [--pairs 20] [--concurrency C ...] [--vocabulary V ...] [--starts 5]
+                           [--output bench/results/served.json]
+
+Three vLLM servers for each vocabulary, at once: stock (DFTSERVE_DISABLE=1), ours (the plug-in),
+and peer (stock with `processors.Peer`). The ways take turns, round by round:
+    stock     on stock
+    min_p     on stock, with vLLM's own min_p .05 and temperature 1.5
+    no field  on ours, no request asks for it
+    tenth     on ours, a tenth of the requests, one at least, ask for diversity .5
+    field     on ours, every request does
+    peer      on peer, the nearest peer's law on every row
+A round is that many streamed completions at once, of equal length, by the openai client: output
+tokens per second from the first request to the last answer's end, and the time per output token
+of a request, from its first chunk to its last, the median of the round. Client and server share
+the machine, so what the client takes is in every way. Also how much longer a server takes to
+start, to a poll of a quarter second, and what the plug-in keeps in memory.
+The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
+result.
+"""
+
+import asyncio
+import json
+import os
+import time
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import click
+import torch
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+from dftserve.serve import Server, running
+
+from provenance import machine, versions
+from ratios import ratio, shown
+from tiny_model import MAX_LENGTH, TOKENS, VOCABULARIES, saved
+
+CONCURRENCIES = (1, 8, 32, 64)
+DIVERSITY = 0.5
+BENCH = Path(__file__).parent
+RESULTS = BENCH / "results" / "served.json"
+
+Counts = tuple[int, ...]
+SLOTS = max(CONCURRENCIES)
+FLAGS = (
+    "--enforce-eager",
+    f"--max-model-len={MAX_LENGTH}",
+    f"--max-num-seqs={SLOTS}",
+    f"--kv-cache-memory-bytes={256 << 20}",
+    "--no-enable-prefix-caching",
+    "--seed=0",
+)
+ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "OMP_NUM_THREADS": "1",
+    # The engine's worker is in the engine's process, as it is on one GPU. In two, each spins while
+    # it waits for the other, and a second longer: so an idle server would take two cores.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # A server never closes a connection in the moment in which the client uses it again.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+}
+STOCK = {"DFTSERVE_DISABLE": "1"}
+WITH_BENCH = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
+SERVERS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "stock": ((), STOCK),
+    "ours": ((), {"DFTSERVE_DISABLE": ""}),
+    "peer": (("--logits-processors", "processors:Peer"), {**STOCK, "PYTHONPATH": WITH_BENCH}),
+}
+"""The flags and the environment of each, beyond what all have."""
+
+
+@dataclass(frozen=True)
+class Way:
+    server: str
+    share: float = 0.0
+    """Of the requests, which ask for diversity; one at least unless it is 0."""
+    temperature: float = 1.0
+    min_p: float = 0.0
+
+    def asking(self, concurrency: int) -> int:
+        return max(1, int(self.share * concurrency)) if self.share else 0
+
+
+WAYS = {
+    "stock": Way("stock"),
+    "min_p": Way("stock", temperature=1.5, min_p=0.05),
+    "no field": Way("ours"),
+    "tenth": Way("ours", share=0.1),
+    "field": Way("ours", share=1.0),
+    "peer": Way("peer"),
+}
+
+
+@click.command()
+@click.option("--pairs", default=20, help="Rounds; in each, every way runs once.")
+@click.option(
+    "--concurrency", "concurrencies", multiple=True, default=CONCURRENCIES, show_default=True
+)
+@click.option(
+    "--vocabulary", "vocabularies", multiple=True, default=VOCABULARIES, show_default=True
+)
+@click.option("--starts", default=5, help="How often each server starts for the start-up time.")
+@click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
+def main(pairs: int, concurrencies: Counts, vocabularies: Counts, starts: int, output: Path):
+    rows = []
+    for vocabulary in vocabularies:
+        with saved(vocabulary) as model, ExitStack() as stack:
+            servers = {name: stack.enter_context(serving(name, model)) for name in SERVERS}
+            rows += asyncio.run(measure(servers, vocabulary, concurrencies, pairs))
+    document = {
+        "what": "streamed completions over HTTP, ratios to a stock server, 95 % intervals",
+        "machine": machine(),
+        "versions": versions("dftserve-vllm", "vllm", "transformers", "numpy", "openai"),
+        "pairs": pairs,
+        "rows": rows,
+        "start_seconds": start_seconds(starts),
+        "memory_bytes": memory_bytes(vocabularies),
+    }
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(rows, "throughput"))
+    print(table(rows, "time_per_token"))
+    print(json.dumps(document))
+
+
+def serving(name: str, model: str) -> AbstractContextManager[Server]:
+    flags, environment = SERVERS[name]
+    return running(model, *FLAGS, *flags, env={**ENVIRONMENT, **environment})
+
+
+async def measure(
+    servers: dict[str, Server], vocabulary: int, concurrencies: Counts, pairs: int
+) -> list[dict[str, Any]]:
+    async with AsyncExitStack() as stack:
+        clients = {
+            name: await stack.enter_async_context(client_of(server))
+            for name, server in servers.items()
+        }
+        ways = {name: Turns(clients[w.server], servers[w.server], w) for name, w in WAYS.items()}
+        for turns in ways.values():
+            await turns.probe()
+        return [await compare(ways, vocabulary, count, pairs) for count in concurrencies]
+
+
+def client_of(server: Server) -> AsyncOpenAI:
+    # A proxy that the environment names has no business on the loopback.
+    plain = DefaultAsyncHttpxClient(trust_env=False)
+    return AsyncOpenAI(base_url=server.url, api_key="EMPTY", max_retries=0, http_client=plain)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """One way, on its server."""
+
+    client: AsyncOpenAI
+    server: Server
+    way: Way
+
+    async def probe(self) -> None:
+        """Whether the server really serves the field, where the way asks for it."""
+        asks = self.way.share > 0
+        answer = await self.client.completions.create(**self.body(0, 8, asks))
+        assert ("diversity" in (answer.model_extra or {})) == asks, answer
+
+    async def round(self, concurrency: int, tokens: int) -> tuple[float, float]:
+        """Output tokens per second of all requests, and seconds per output token of one."""
+        # The client drops a connection that rested; every round starts with all of them open.
+        await asyncio.gather(*(self.client.models.list() for _ in range(concurrency)))
+        asking = self.way.asking(concurrency)
+        start = time.perf_counter()
+        spans = await asyncio.gather(
+            *(self.stream(self.body(i, tokens, i < asking)) for i in range(concurrency))
+        )
+        seconds = time.perf_counter() - start
+        return concurrency * tokens / seconds, median(spans) / (tokens - 1)
+
+    async def stream(self, body: dict[str, Any]) -> float:
+        """Seconds from the first chunk to the last, which says that all tokens came."""
+        stream = await self.client.completions.create(**body, stream=True)
+        chunks = [(time.perf_counter(), chunk) async for chunk in stream]
+        assert chunks[-1][1].choices[0].finish_reason == "length", chunks[-1]
+        return chunks[-1][0] - chunks[0][0]
+
+    def body(self, i: int, tokens: int, asks: bool) -> dict[str, Any]:
+        extra = {"ignore_eos": True, "min_p": self.way.min_p}
+        return {
+            "model": self.server.model,
+            "prompt": [1 + i, 7, 11, 13],
+            "max_tokens": tokens,
+            "temperature": self.way.temperature,
+            "extra_body": {**extra, "diversity": DIVERSITY} if asks else extra,
+        }
+
+
+async def compare(
+    ways: dict[str, Turns], vocabulary: int, concurrency: int, pairs: int
+) -> dict[str, Any]:
+    """Alternating rounds of all ways; the order turns so that no way is always first."""
+    tokens = TOKENS.get(vocabulary, 32)
+    for turns in ways.values():
+        await turns.round(concurrency, tokens)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for pair in range(pairs):
+        for name in names[pair % len(names) :] + names[: pair % len(names)]:
+            speed, seconds = await ways[name].round(concurrency, tokens)
+            speeds[name].append(speed)
+            times[name].append(seconds)
+    return {
+        "vocabulary": vocabulary,
+        "concurrency": concurrency,
+        "output_tokens": tokens,
+        "stock_tokens_per_second": round(median(speeds["stock"]), 1),
+        "stock_ms_per_token": round(1000 * median(times["stock"]), 3),
+        "throughput": {name: ratio(speeds[name], speeds["stock"]) for name in names[1:]},
+        "time_per_token": {name: ratio(times[name], times["stock"]) for name in names[1:]},
+    }
+
+
+def start_seconds(starts: int) -> dict[str, Any]:
+    """Until a server answers, stock and ours in turn; the bench has started both before."""
+    taken: dict[str, list[float]] = {"stock": [], "ours": []}
+    with saved(VOCABULARIES[0]) as model:
+        for turn in range(starts):
+            for name in sorted(taken, reverse=turn % 2 == 0):
+                start = time.perf_counter()
+                with serving(name, model):
+                    taken[name].append(time.perf_counter() - start)
+    stock, ours = median(taken["stock"]), median(taken["ours"])
+    return {
+        "starts": starts,
+        "stock": round(stock, 2),
+        "ours": round(ours, 2),
+        "added": round(ours - stock, 2),
+        "ours_to_stock": ratio(taken["ours"], taken["stock"]),
+    }
+
+
+def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
+    """Of a request's slot, and of the room that the CPU's kernel works in, for each vocabulary."""
+    from dftserve_vllm.ledger import Ledger
+
+    from dftserve.sampling.fused_numba import _Room
+
+    kept = vars(Ledger(SLOTS, 1, torch.device("cpu")).slots).values()
+    by_slot = [t for t in kept if isinstance(t, torch.Tensor) and len(t) == SLOTS]
+    rooms = {v: _Room(rows=0, stop_ids=0, vocabulary=v).scratch for v in vocabularies}
+    return {
+        "slot": sum(t.nbytes for t in by_slot) // SLOTS,
+        "room": {v: sum(array.nbytes for array in room) for v, room in rooms.items()},
+    }
+
+
+def table(rows: list[dict[str, Any]], measured: str) -> str:
+    names = list(WAYS)[1:]
+    lines = [f"{measured:>14} {'V':>7} {'C':>3} " + " ".join(f"{name:>18}" for name in names)]
+    for row in rows:
+        cells = " ".join(f"{shown(row[measured][name]):>18}" for name in names)
+        lines.append(f"{'':>14} {row['vocabulary']:>7} {row['concurrency']:>3} {cells}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
