@@ -48,7 +48,7 @@ class NumbaTransform:
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
             logits_XV.shape[1],
-            self._room.all_rows_R if rows_R is None else rows_R.numpy(),
+            self._room.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
             *self._arrays(controls),
             self._room.scratch,
             *self._room.figures,
@@ -105,6 +105,8 @@ _NEGATIVE_INFINITY = np.float32(-np.inf)
 
 # fastmath=False is said, because a function would inherit it from whichever calls it first.
 _kernel = njit(error_model="numpy", fastmath=False)
+_inlined = njit(error_model="numpy", fastmath=False, inline="always")
+"""A constant that it is called with is a constant in it: a loop of known length."""
 _reduction = njit(error_model="numpy", fastmath={"reassoc", "nsz"})
 """Sums in whatever order is fast; an element's own value does not depend on it."""
 
@@ -121,6 +123,11 @@ def _transform(
     figures_FR: Array,
     sound_R: Array,
 ) -> None:
+    if len(rows_R) != len(numbers_RF):
+        raise ValueError("rows: not as many as rows of controls.")
+    for row in rows_R:
+        if row < 0 or row * stride + vocabulary > len(logits):
+            raise IndexError("rows: one of them is not among the logits.")
     for r in range(len(rows_R)):
         row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
         peak = _maxima(row_V.view(np.int32), scratch[0])
@@ -146,9 +153,7 @@ def _maxima(bits_V: Array, maxima_J: Array) -> float:
     return peak
 
 
-@njit(
-    error_model="numpy", fastmath=False, inline="always"
-)  # So that a whole chunk's length is a constant.
+@_inlined
 def _maximum(bits_V: Array, start: int, length: int) -> float:
     """On bits: a maximum of integers is vectorised, that of floats is not, for NaN's sake."""
     highest, farthest = np.int32(-(2**31)), np.int32(0)
@@ -204,42 +209,32 @@ def _rewrite(
         hot_z, hot_a = _at(reached, below_K, top, weight_K, hot_K)
     hot_log_z = top / reached + math.log(hot_z)
     lift = np.float32(top / reached)
-
-    # Stop tokens keep their probability, and rounding changes no order: stops.beside_stops.
     shift = hot_log_z - cool_log_z if exists else 0.0
-    tied_at = content_peak if abs(reached / temperature - 1) < _NEARLY else np.float32(np.nan)
-    stop_top = _ABSENT
-    for e in range(len(stop_ids_E)):
-        weight_E[e] = below_E[e] / temperature + shift
-        if exists and leads:
-            weight_E[e] = lift if below_E[e] == tied_at else min(weight_E[e], lift)
-        stop_top = max(stop_top, weight_E[e])
-    highest = max(hot_log_z, stop_top) if exists else float(stop_top)
-    z = math.exp(hot_log_z - highest) if exists else 0.0
-    for e in range(len(stop_ids_E)):
-        z += math.exp(weight_E[e] - highest)
-    log_z = highest + math.log(z)
+    stop_top = _beside(
+        exists and leads, content_peak, lift, temperature, reached, shift, below_E, weight_E
+    )
+    log_z = _log_sum(hot_log_z, exists, stop_top, weight_E)
 
     content_share, entropy_after, moved = 0.0, 0.0, 0.0
     if exists:
         content_log_p = hot_log_z - log_z
         content_share = math.exp(content_log_p)
         entropy_after = content_share * (math.log(hot_z) - hot_a / hot_z - content_log_p)
-        moved = _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
-    for e in range(len(stop_ids_E)):
+        moved = content_share * _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
+    for e in range(len(weight_E)):
         log_p = weight_E[e] - log_z
         entropy_after -= math.exp(log_p) * log_p
 
-    for v in range(len(row_V)):
-        row_V[v] = _NEGATIVE_INFINITY
     held = np.float32(np.inf) if leads else stop_top
     base, scale = np.float32(log_z), np.float32(temperature / divided)
+    for v in range(len(row_V)):
+        row_V[v] = _NEGATIVE_INFINITY
     for k in range(count):
         row_V[tokens_K[k]] = (min(weight_K[k] + lift, held) - base) * scale
     for e in range(len(stop_ids_E)):
         if below_E[e] > _ABSENT:
             row_V[stop_ids_E[e]] = (weight_E[e] - base) * scale
-    return entropy_before, entropy_after, reached, content_share * moved
+    return entropy_before, entropy_after, reached, moved
 
 
 @_kernel
@@ -381,6 +376,38 @@ def _tie(
         slope = min(a / z / beta, -1e-12)
         beta = min(max(beta + (tie - math.log(z)) / slope, low), high)
     return 1 / beta
+
+
+@_kernel
+def _beside(
+    leads: bool,
+    content_peak: float,
+    lift: float,
+    temperature: float,
+    reached: float,
+    shift: float,
+    below_E: Array,
+    weight_E: Array,
+) -> float:
+    """stops.beside_stops: stop tokens keep their probability, and rounding changes no order."""
+    tied_at = content_peak if abs(reached / temperature - 1) < _NEARLY else np.float32(np.nan)
+    highest = _ABSENT
+    for e in range(len(below_E)):
+        weight_E[e] = below_E[e] / temperature + shift
+        if leads:
+            weight_E[e] = lift if below_E[e] == tied_at else min(weight_E[e], lift)
+        highest = max(highest, weight_E[e])
+    return highest
+
+
+@_kernel
+def _log_sum(content: float, exists: bool, highest: float, weight_E: Array) -> float:
+    """ln of the content's sum and the stop tokens' together."""
+    top = max(content, highest) if exists else float(highest)
+    z = math.exp(content - top) if exists else 0.0
+    for e in range(len(weight_E)):
+        z += math.exp(weight_E[e] - top)
+    return top + math.log(z)
 
 
 @_reduction

@@ -62,7 +62,7 @@ class NumbaSlots(Slots):
         samples_R: Tensor,
         statistics: Statistics,
     ) -> None:
-        """As `Slots.remember`."""
+        """As `Slots.remember`, of rows that were settled."""
         _remember(
             np.ascontiguousarray(slot_R.numpy()),
             np.ascontiguousarray(position_R.numpy()),
@@ -95,7 +95,10 @@ def _settle(
     sums_SF: Array,
     waiting_SKF: Array,
 ) -> None:
-    rows_per_request = waiting_SKF.shape[1]
+    slots, rows_per_request = waiting_SKF.shape[:2]
+    for r in range(len(slot_R)):
+        if not (0 <= slot_R[r] < slots and 0 <= offset_R[r] < rows_per_request):
+            raise IndexError("slots: a row's slot or offset is beyond what there is room for.")
     for r in range(len(slot_R)):
         s = slot_R[r]
         if offset_R[r] == 0:  # The first of its request's rows in this step.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from dftserve.sampling import Controls, control_row, fastest, transform
-from dftserve.sampling.fused_numba import CHUNK, NumbaTransform, _sums
+from dftserve.sampling.fused_numba import CHUNK, NumbaTransform, _sums, _transform
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
 from tests.rows import KINDS, make_rows
@@ -177,6 +177,31 @@ def test_a_steady_step_allocates_nothing_that_grows_with_the_vocabulary(rows_R):
     one_row = 4 * vocabulary
     assert by_torch + peak - kept < one_row / 4
     assert kept_after - kept < 4096
+
+
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_a_row_that_is_not_there_is_refused_and_nothing_is_written(row):
+    """The kernel checks no other index."""
+    logits_XV = torch.randn(3, 200)
+    before_XV = logits_XV.clone()
+    with pytest.raises(IndexError, match="not among the logits"):
+        NumbaTransform()(logits_XV, controls_of(2), torch.tensor([0, row]))
+    with pytest.raises(ValueError, match="not as many"):
+        NumbaTransform()(logits_XV, controls_of(2), torch.tensor([0]))
+    assert torch.equal(logits_XV, before_XV)
+
+
+def test_nothing_is_compiled_after_the_first_call():
+    """A compiler takes seconds: whatever comes later has the types of what came first."""
+    way = NumbaTransform()
+    for rows_R in (None, torch.tensor([0]), torch.arange(0, 4, 2), torch.arange(8)[::4]):
+        rows = 4 if rows_R is None else len(rows_R)
+        controls = controls_of(rows)
+        for width in (300, 333):
+            logits_XV = torch.randn(8 if rows_R is not None else 4, width)[:, :300]
+            way(logits_XV, controls, rows_R)
+            way(logits_XV, controls.select(torch.arange(rows)), rows_R)
+    assert len(_transform.signatures) == 1
 
 
 @pytest.mark.parametrize(
