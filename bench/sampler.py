@@ -5,7 +5,7 @@
 Ways, taking turns on the same logits [R, V], float32, on whatever device is at hand:
     copy      a device copy of the logits: one read and one write, the floor
     ours      `dftserve.sampling.transform`, every row active
-    half      the same, every second row active
+    half      the same, every second row active; tenth: every tenth
     naive     the law written plainly in torch: softmax, entropy, mask, divide
     sampler   vLLM's own sampler step: divide by the temperature, softmax, exponential race
     peer      the nearest peer's law, on the host (`others.py`)
@@ -22,6 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,9 @@ def ours(rows: int, device: torch.device) -> Way:
     return lambda logits_RV: transform(logits_RV, controls, None, way)
 
 
-def half(rows: int, device: torch.device) -> Way:
-    rows_R = torch.arange(0, rows, 2, device=device)
+def every(nth: int, rows: int, device: torch.device) -> Way:
+    """Ours, with every nth row active."""
+    rows_R = torch.arange(0, rows, nth, device=device)
     controls, way = controls_of(len(rows_R), device), fastest(device)
     return lambda logits_XV: transform(logits_XV, controls, rows_R, way)
 
@@ -208,7 +210,8 @@ def peer(rows: int, device: torch.device) -> Way:
 WAYS: dict[str, Callable[[int, torch.device], Way]] = {
     "copy": copy,
     "ours": ours,
-    "half": half,
+    "half": partial(every, 2),
+    "tenth": partial(every, 10),
     "naive": naive,
     "sampler": sampler,
     "peer": peer,
