@@ -25,7 +25,7 @@ from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
 
-CHUNK = 128
+CHUNK = 64
 """Wide enough that a maximum costs little, narrow enough that few tokens are looked at again."""
 
 
@@ -101,6 +101,8 @@ _STRENGTH, _GATE_POWER = laws.STRENGTH, laws.GATE_POWER
 _LOWEST_TEMPERATURE = laws.LOWEST_TEMPERATURE
 _DYNATEMP = laws.LAW_CODES["dynatemp"]
 _NEARLY, _NEWTON_STEPS = stops.NEARLY, stops.NEWTON_STEPS
+_RESOLUTION = 1e-8
+"""Less than float32 resolves: another step of Newton's would change nothing."""
 _NEGATIVE_INFINITY = np.float32(-np.inf)
 
 # fastmath=False is said, because a function would inherit it from whichever calls it first.
@@ -181,8 +183,9 @@ def _rewrite(
 ) -> tuple[float, float, float, float]:
     """One sound row; returns its figures, in the order of `Statistics`."""
     maxima_J, tokens_K, weights_4K, stops_2E = scratch
-    below_K, weight_K, cool_K, hot_K = weights_4K
-    below_E, weight_E = stops_2E
+    # By index: to a compiler, arrays that were unpacked from one are not contiguous.
+    below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
+    below_E, weight_E = stops_2E[0], stops_2E[1]
     temperature, divided = float(numbers_F[_TEMPERATURE]), numbers_F[_DIVIDED]
     floor = np.float32(max(peak + _log_guard(numbers_F) / divided, _LOWEST))
     plausible = _survivors(row_V, peak, floor, divided, maxima_J, tokens_K, below_K)
@@ -260,10 +263,10 @@ def _survivors(
     for j in range(len(maxima_J)):
         if maxima_J[j] >= floor:
             for token in range(j * CHUNK, min((j + 1) * CHUNK, len(row_V))):
-                if row_V[token] >= floor:
-                    tokens_K[count] = token
-                    below_K[count] = (row_V[token] - peak) * divided
-                    count += 1
+                # Written whether it survives or not: a branch that is not foreseen costs more.
+                tokens_K[count] = token
+                below_K[count] = (row_V[token] - peak) * divided
+                count += row_V[token] >= floor
     return count
 
 
@@ -374,7 +377,9 @@ def _tie(
     for _ in range(_NEWTON_STEPS):
         z, a = _at(1 / beta, below_K, top, weight_K, share_K)
         slope = min(a / z / beta, -1e-12)
-        beta = min(max(beta + (tie - math.log(z)) / slope, low), high)
+        before, beta = beta, min(max(beta + (tie - math.log(z)) / slope, low), high)
+        if abs(beta - before) < _RESOLUTION * beta:
+            break
     return 1 / beta
 
 
