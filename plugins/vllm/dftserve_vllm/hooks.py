@@ -7,12 +7,14 @@
     AsyncLLM.generate               fetch the figures before the last output goes out
     WorkerBase                      answer for the figures
     build_app                       header, body, route, metrics
+    _rebind_kernels                 survive that numba is loaded, as our kernels need it
 
 Each is made when vLLM imports the module, once in a process.
 """
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from copy import copy
 from functools import wraps
@@ -149,6 +151,24 @@ def _app(module: ModuleType) -> None:
         vars(module)["build_app"] = extends(module.build_app)
 
 
+def _dispatcher(module: ModuleType) -> None:
+    """On a CPU, vLLM 0.32 looks at `vars` of all that any module holds, for kernels to replace.
+    llvmlite's library answers that with a function of its own, and a second engine in a process,
+    or one after numba was imported, would not start."""
+
+    def survives(rebind: Callable[..., None]) -> Callable[..., None]:
+        @wraps(rebind)
+        def wrapped(overrides: Any) -> None:
+            if (llvmlite := sys.modules.get("llvmlite.binding.ffi")) is not None:
+                llvmlite.lib._fntab["__dict__"] = {}
+            rebind(overrides)
+
+        return wrapped
+
+    if hasattr(module, "_rebind_kernels"):
+        vars(module)["_rebind_kernels"] = survives(module._rebind_kernels)
+
+
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.v1.engine.input_processor": _input_processor,
     "vllm.entrypoints.openai.chat_completion.protocol": _requests("ChatCompletionRequest"),
@@ -160,4 +180,5 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     # The second holds its own name for the first's function, and may have been imported before us.
     "vllm.entrypoints.launchers.app": _app,
     "vllm.entrypoints.launchers.api_server.entry": _app,
+    "vllm.triton_utils.dispatcher": _dispatcher,
 }
