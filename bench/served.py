@@ -109,21 +109,21 @@ WAYS = {
 @click.option("--starts", default=5, help="How often each server starts for the start-up time.")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
 def main(pairs: int, concurrencies: Counts, vocabularies: Counts, starts: int, output: Path):
-    rows = []
-    for vocabulary in vocabularies:
-        with saved(vocabulary) as model, ExitStack() as stack:
-            servers = {name: stack.enter_context(serving(name, model)) for name in SERVERS}
-            rows += asyncio.run(measure(servers, vocabulary, concurrencies, pairs))
+    rows: list[dict[str, Any]] = []
     document = {
         "what": "streamed completions over HTTP, ratios to a stock server, 95 % intervals",
         "machine": machine(),
         "versions": versions("dftserve-vllm", "vllm", "transformers", "numpy", "openai"),
         "pairs": pairs,
-        "rows": rows,
-        "start_seconds": start_seconds(starts),
         "memory_bytes": memory_bytes(vocabularies),
+        "start_seconds": start_seconds(starts),
+        "rows": rows,
     }
-    output.write_text(json.dumps(document, indent=1) + "\n")
+    for vocabulary in vocabularies:
+        with saved(vocabulary) as model, ExitStack() as stack:
+            servers = {name: stack.enter_context(serving(name, model)) for name in SERVERS}
+            rows += asyncio.run(measure(servers, vocabulary, concurrencies, pairs))
+        output.write_text(json.dumps(document, indent=1) + "\n")
     print(table(rows, "throughput"))
     print(table(rows, "time_per_token"))
     print(json.dumps(document))
@@ -225,14 +225,15 @@ async def compare(
 
 
 def start_seconds(starts: int) -> dict[str, Any]:
-    """Until a server answers, stock and ours in turn; the bench has started both before."""
+    """Until a server answers, stock and ours in turn; one start of each before, for the caches."""
     taken: dict[str, list[float]] = {"stock": [], "ours": []}
     with saved(VOCABULARIES[0]) as model:
-        for turn in range(starts):
+        for turn in range(starts + 1):
             for name in sorted(taken, reverse=turn % 2 == 0):
                 start = time.perf_counter()
                 with serving(name, model):
                     taken[name].append(time.perf_counter() - start)
+    taken = {name: seconds[1:] for name, seconds in taken.items()}
     stock, ours = median(taken["stock"]), median(taken["ours"])
     return {
         "starts": starts,
@@ -250,7 +251,7 @@ def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
     from dftserve.sampling.fused_numba import _Room
 
     kept = vars(Ledger(SLOTS, 1, torch.device("cpu")).slots).values()
-    by_slot = [t for t in kept if isinstance(t, torch.Tensor) and len(t) == SLOTS]
+    by_slot = [t for t in kept if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
     rooms = {v: _Room(rows=0, stop_ids=0, vocabulary=v).scratch for v in vocabularies}
     return {
         "slot": sum(t.nbytes for t in by_slot) // SLOTS,
