@@ -84,6 +84,8 @@ def run(pairs: int, batches: tuple[int, ...], vocabularies: tuple[int, ...], out
 
 
 def engine(folder: str) -> LLM:
+    """With the other laws in its list, which do nothing until they are switched on."""
+    processors.Naive.is_on = processors.Peer.is_on = False
     return LLM(
         folder,
         skip_tokenizer_init=True,
