@@ -57,18 +57,21 @@ def main() -> None:
 
 
 @click.command()
-@click.option("--pairs", default=24, help="Rounds; in each, every way runs once.")
+@click.option(
+    "--pairs", default=24, type=click.IntRange(min=1), help="Rounds; in each, every way runs once."
+)
 @click.option("--batch", "batches", multiple=True, type=int, default=BATCHES, show_default=True)
 @click.option(
     "--vocabulary", "vocabularies", multiple=True, type=int, default=VOCABULARIES, show_default=True
 )
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
 def run(pairs: int, batches: tuple[int, ...], vocabularies: tuple[int, ...], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for vocabulary in vocabularies:
         with TemporaryDirectory() as folder:
             save_model(Path(folder), vocabulary)
-            llm = engine(folder)
+            llm = engine(folder, max(batches))
             rows += [measure(llm, vocabulary, batch, pairs) for batch in batches]
             del llm
     document = {
@@ -83,7 +86,7 @@ def run(pairs: int, batches: tuple[int, ...], vocabularies: tuple[int, ...], out
     print(json.dumps(document))
 
 
-def engine(folder: str) -> LLM:
+def engine(folder: str, batch: int) -> LLM:
     """With the other laws in its list, which do nothing until they are switched on."""
     processors.Naive.is_on = processors.Peer.is_on = False
     return LLM(
@@ -91,7 +94,7 @@ def engine(folder: str) -> LLM:
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=MAX_LENGTH,
-        max_num_seqs=max(BATCHES),
+        max_num_seqs=batch,
         kv_cache_memory_bytes=256 << 20,
         enable_prefix_caching=False,
         logits_processors=[processors.Naive, processors.Peer],

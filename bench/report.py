@@ -37,6 +37,7 @@ def overhead(document: dict[str, Any]) -> str:
         "no field": "no field",
         "field on a tenth": "tenth",
         "on every request": "field",
+        "min-p and temperature": "min_p",
         "law written plainly": "naive",
         "nearest peer's law": "peer",
     }

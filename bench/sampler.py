@@ -58,6 +58,11 @@ def main() -> None:
     asked.add_argument("--pairs", type=int, default=20, help="Rounds; in each, every way runs.")
     asked.add_argument("--output", type=Path, default=RESULTS)
     options = asked.parse_args()
+    if options.quick and options.output == RESULTS:
+        asked.error("--quick needs an --output of its own: the results are of all sizes.")
+    if options.pairs < 1:
+        asked.error(f"--pairs: got {options.pairs}; accepted: at least 1.")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     all_rows, vocabularies = (
         (QUICK_ROWS, QUICK_VOCABULARIES) if options.quick else (ROWS, VOCABULARIES)

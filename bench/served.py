@@ -99,16 +99,29 @@ WAYS = {
 
 
 @click.command()
-@click.option("--pairs", default=20, help="Rounds; in each, every way runs once.")
 @click.option(
-    "--concurrency", "concurrencies", multiple=True, default=CONCURRENCIES, show_default=True
+    "--pairs", default=20, type=click.IntRange(min=1), help="Rounds; in each, every way runs once."
+)
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    multiple=True,
+    type=click.IntRange(1, SLOTS),
+    default=CONCURRENCIES,
+    show_default=True,
 )
 @click.option(
     "--vocabulary", "vocabularies", multiple=True, default=VOCABULARIES, show_default=True
 )
-@click.option("--starts", default=5, help="How often each server starts for the start-up time.")
+@click.option(
+    "--starts",
+    default=5,
+    type=click.IntRange(min=1),
+    help="How often each server starts for the start-up time.",
+)
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
 def main(pairs: int, concurrencies: Counts, vocabularies: Counts, starts: int, output: Path):
+    output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     document = {
         "what": "streamed completions over HTTP, ratios to a stock server, 95 % intervals",
@@ -248,11 +261,11 @@ def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
     """Of a request's slot, and of the room that the CPU's kernel works in, for each vocabulary."""
     from dftserve_vllm.ledger import Ledger
 
-    from dftserve.sampling.fused_numba import _Room
+    from dftserve.sampling.fused_numba import _scratch
 
     kept = vars(Ledger(SLOTS, 1, torch.device("cpu")).slots).values()
     by_slot = [t for t in kept if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
-    rooms = {v: _Room(rows=0, stop_ids=0, vocabulary=v).scratch for v in vocabularies}
+    rooms = {v: _scratch(v) for v in vocabularies}
     return {
         "slot": sum(t.nbytes for t in by_slot) // SLOTS,
         "room": {v: sum(array.nbytes for array in room) for v, room in rooms.items()},

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from dftserve import spec
-from dftserve.sampling import Controls, Statistics, control_row, fastest_slots, transform
+from dftserve.sampling import Controls, Statistics, control_row, fastest, fastest_slots, transform
 
 
 class DiversityProcessor(LogitsProcessor):
@@ -57,12 +57,13 @@ class DiversityProcessor(LogitsProcessor):
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
         controls = self._slots.settle(self._controls, self._slot_R, position_R, self._zero_R)
-        self.statistics = transform(logits_RV, controls)
+        self.statistics = transform(logits_RV, controls, None, self._way)
         samples_R = torch.ones_like(self._slot_R, dtype=torch.bool)
         self._slots.remember(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
         return cast(torch.FloatTensor, logits_RV)
 
     def _begin(self, rows: int, device: torch.device) -> None:
+        self._way = fastest(device)
         self._slots = fastest_slots(rows, 1, device)
         self._slot_R = torch.arange(rows, device=device)
         self._zero_R = torch.zeros_like(self._slot_R)

@@ -33,7 +33,9 @@ class NumbaTransform:
     """`transform` with room of its own; for one thread at a time."""
 
     def __init__(self) -> None:
-        self._room = _Room(0, 0, 0)
+        self._scratch = _scratch(0)
+        self._figures = _Figures(0)
+        self._stops_2E = np.empty((2, 0), np.float32)
         self._controls: Controls | None = None
         self._asked: tuple[Array, Array]
 
@@ -41,19 +43,25 @@ class NumbaTransform:
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
         """As `transform.transform`."""
-        shape = (*controls.stop_ids_RE.shape, logits_XV.shape[1])
-        if self._room.shape != shape:
-            self._room = _Room(*shape)
+        rows, width = controls.stop_ids_RE.shape
+        vocabulary = logits_XV.shape[1]
+        if len(self._scratch[1]) != vocabulary:
+            self._scratch = _scratch(vocabulary)
+        if len(self._figures.sound_R) != rows:
+            self._figures = _Figures(rows)
+        if self._stops_2E.shape[1] != width:
+            self._stops_2E = np.empty((2, width), np.float32)
         _transform(
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
-            logits_XV.shape[1],
-            self._room.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
+            vocabulary,
+            self._figures.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
             *self._arrays(controls),
-            self._room.scratch,
-            *self._room.figures,
+            (*self._scratch, self._stops_2E),
+            self._figures.figures_FR,
+            self._figures.sound_R,
         )
-        return self._room.statistics
+        return self._figures.statistics
 
     def _arrays(self, controls: Controls) -> tuple[Array, Array]:
         """Made anew only when the controls change: an adapter passes the same ones for a while."""
@@ -64,21 +72,22 @@ class NumbaTransform:
         return self._asked
 
 
-class _Room:
-    """What a call writes to beside the logits; made anew only when a shape changes."""
+def _scratch(vocabulary: int) -> tuple[Array, Array, Array]:
+    """Where a row's chunks and survivors are kept: all that grows with the vocabulary."""
+    maxima_J = np.empty(-(-vocabulary // CHUNK), np.float32)
+    return maxima_J, np.empty(vocabulary, np.int32), np.empty((4, vocabulary), np.float32)
 
-    def __init__(self, rows: int, stop_ids: int, vocabulary: int) -> None:
-        self.shape = rows, stop_ids, vocabulary
+
+class _Figures:
+    """What a call says of so many rows."""
+
+    def __init__(self, rows: int) -> None:
         self.all_rows_R = np.arange(rows)
-        self.scratch = (
-            np.empty(-(-vocabulary // CHUNK), np.float32),
-            np.empty(vocabulary, np.int32),
-            np.empty((4, vocabulary), np.float32),
-            np.empty((2, stop_ids), np.float32),
+        self.figures_FR = np.empty((4, rows), np.float32)
+        self.sound_R = np.empty(rows, np.bool_)
+        self.statistics = Statistics(
+            *torch.from_numpy(self.figures_FR), sound_R=torch.from_numpy(self.sound_R)
         )
-        self.figures = np.empty((4, rows), np.float32), np.empty(rows, np.bool_)
-        figures_FR, sound_R = (torch.from_numpy(written) for written in self.figures)
-        self.statistics = Statistics(*figures_FR, sound_R=sound_R)
 
 
 def _flat(logits_XV: Tensor) -> Tensor:
@@ -303,7 +312,7 @@ def _exp(x: float) -> float:
 
 
 @_kernel
-def _temperature(numbers_F: Array, entropy: float, plausible: int) -> float:
+def _temperature(numbers_F: Array, open_nats: float, plausible: int) -> float:
     """laws.temperature."""
     temperature, level = float(numbers_F[_TEMPERATURE]), float(numbers_F[_LEVEL])
     if numbers_F[_LAW] == _DYNATEMP:
@@ -311,9 +320,9 @@ def _temperature(numbers_F: Array, entropy: float, plausible: int) -> float:
             return temperature
         reach = numbers_F[_RANGE] * level
         coolest = max(temperature - reach, 0.0)
-        share = min(max(entropy / math.log(plausible), 0.0), 1.0) ** numbers_F[_EXPONENT]
+        share = min(max(open_nats / math.log(plausible), 0.0), 1.0) ** numbers_F[_EXPONENT]
         return max(coolest + (temperature + reach - coolest) * share, _LOWEST_TEMPERATURE)
-    gate = (entropy / (entropy + 1.0)) ** _GATE_POWER
+    gate = (open_nats / (open_nats + 1.0)) ** _GATE_POWER
     wanted = temperature * math.exp(_STRENGTH * level * gate)
     return min(wanted, max(temperature, numbers_F[_CEILING]))
 

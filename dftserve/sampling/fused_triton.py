@@ -6,8 +6,8 @@
     _write    -inf and the rewritten survivors; reads again only the chunks that hold some
 
 A peaked row is gathered from a few kilobytes that are still in cache; a flat one takes the same
-way and is streamed again for each sum. Nothing waits for the host, nothing is allocated once the
-largest batch was seen, and sums have one order: graphs can be captured, and tensor-parallel ranks
+way and is streamed again for each sum. Nothing waits for the host, buffers stay once the largest
+batch was seen (from then on graphs can be captured), and sums have one order: tensor-parallel ranks
 agree. The maths is that of `transform.py`, which is the reference.
 """
 

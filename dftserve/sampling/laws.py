@@ -41,6 +41,7 @@ class Controls:
     """What the transform needs to know of each row, on the rows' device.
 
     All float32 [R], but `stop_ids_RE`, int64, each row's distinct stop tokens padded with -1.
+    Not to be changed in place: a way may keep what it made of them.
     """
 
     law_R: Tensor

@@ -18,7 +18,8 @@ from dftserve.sampling.transform import Statistics
 
 
 class TritonSlots(Slots):
-    """`Slots`, one program a row; nothing waits for the host."""
+    """`Slots`, one program a row; nothing waits for the host, so no slot and no offset is checked:
+    they are within what there is room for."""
 
     def settle(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
@@ -79,7 +80,14 @@ _LOWEST, _HIGHEST = (tl.constexpr(level) for level in laws.BUDGET_LEVELS)
 _OPEN_LOOP = tl.constexpr(laws.BUDGET_OPEN_LOOP)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_request"])
+# A tensor of few rows may begin anywhere: no kernel of its own for each alignment.
+_ANYWHERE = ["slot", "position", "offset"]
+
+
+@triton.jit(
+    do_not_specialize=["rows", "rows_per_request"],
+    do_not_specialize_on_alignment=[*_ANYWHERE, "law", "target", "level_before", "level_after"],
+)
 def _settle(
     slot,
     position,
@@ -130,7 +138,12 @@ def _settle(
             tl.store(level_after + n, new, mask=is_ours)
 
 
-@triton.jit(do_not_specialize=["rows_per_request"])
+@triton.jit(
+    do_not_specialize=["rows_per_request"],
+    do_not_specialize_on_alignment=[
+        *(*_ANYWHERE, "samples", "sound", "before", "after", "temperature", "changed")
+    ],
+)
 def _remember(
     slot,
     position,

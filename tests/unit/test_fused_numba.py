@@ -191,6 +191,32 @@ def test_a_row_that_is_not_there_is_refused_and_nothing_is_written(row):
     assert torch.equal(logits_XV, before_XV)
 
 
+@pytest.mark.parametrize(
+    "rows_R",
+    [torch.tensor([True, False, True]), torch.tensor([0.0, 1.0, 2.0]), torch.zeros(1, 3).long()],
+    ids=["mask", "float", "matrix"],
+)
+def test_rows_that_are_no_list_of_int64_are_refused(rows_R):
+    with pytest.raises(ValueError, match="accepted: a list of int64"):
+        transform(torch.zeros(3, 8), controls_of(3), rows_R)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_controls_for_other_rows_are_refused(rows):
+    with pytest.raises(ValueError, match=f"rows: got 4 and {rows} rows of controls"):
+        transform(torch.zeros(4, 8), controls_of(rows))
+
+
+def test_room_that_grows_with_the_vocabulary_is_made_once():
+    """Whatever batches come: of 8 rows, of 3, with more stop tokens."""
+    way = NumbaTransform()
+    rooms = []
+    for rows, seed in ((8, 0), (3, 5), (8, 2)):
+        way(torch.randn(rows, 300), controls_of(rows, seed))
+        rooms.append(way._scratch[2])
+    assert rooms[0] is rooms[1] is rooms[2]
+
+
 def test_nothing_is_compiled_after_the_first_call():
     """A compiler takes seconds: whatever comes later has the types of what came first."""
     way = NumbaTransform()
