@@ -41,11 +41,11 @@ def overhead(document: dict[str, Any]) -> str:
         "law written plainly": "naive",
         "nearest peer's law": "peer",
     }
-    lines = [f"| vocabulary | batch | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}"]
-    for row in document["rows"]:
-        cells = [shown(row[way]) for way in ways.values()]
-        lines.append(f"| {row['vocabulary']:,} | {row['batch']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        ((row["vocabulary"], row["batch"]), [row[way] for way in ways.values()])
+        for row in document["rows"]
+    ]
+    return ratios(["vocabulary", "batch", *ways], rows)
 
 
 def served(document: dict[str, Any]) -> str:
@@ -57,28 +57,36 @@ def served(document: dict[str, Any]) -> str:
         "min-p and temperature": "min_p",
         "nearest peer's law": "peer",
     }
-    lines = [
-        f"| vocabulary | concurrent requests | {' | '.join(ways)} |",
-        f"|---|---|{'---|' * len(ways)}",
+    rows = [
+        (
+            (row["vocabulary"], row["concurrency"]),
+            [row["throughput"][way] for way in ways.values()],
+        )
+        for row in document["rows"]
     ]
-    for row in document["rows"]:
-        cells = [shown(row["throughput"][way]) for way in ways.values()]
-        lines.append(f"| {row['vocabulary']:,} | {row['concurrency']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return ratios(["vocabulary", "concurrent requests", *ways], rows)
 
 
 def sampler(document: dict[str, Any]) -> str:
-    """How many times as long as ours each other way takes; ours over a copy, the floor."""
+    """Ours over a copy; how many times as long as ours each other way takes."""
     ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "nearest peer's law": "peer"}
-    lines = [
-        f"| vocabulary | rows | ours / a copy | {' | '.join(ways)} |",
-        "|---|---|---|---|---|---|",
+    rows = [
+        (
+            (row["vocabulary"], row["rows"]),
+            [row["ours_to_copy"], *(row["to_ours"][way] for way in ways.values())],
+        )
+        for row in document["rows"]
+        if row["rows"] in (1, 64)
     ]
-    for row in document["rows"]:
-        if row["rows"] not in (1, 64):
-            continue
-        cells = [shown(row["ours_to_copy"]), *(shown(row["to_ours"][way]) for way in ways.values())]
-        lines.append(f"| {row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)} |")
+    return ratios(["vocabulary", "rows", "ours / a copy", *ways], rows)
+
+
+def ratios(head: list[str], rows: list[tuple[tuple[int, int], list[dict[str, Any]]]]) -> str:
+    """A line for each size, two numbers, with what was found there."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for (vocabulary, count), found in rows:
+        cells = [f"{vocabulary:,}", str(count), *map(shown, found)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

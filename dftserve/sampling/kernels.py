@@ -41,6 +41,8 @@ def kernels(device: torch.device) -> Kernels:
     start with this, so no request waits for a compiler, and no wrong kernel meets one."""
     try:
         found = _kernels(device)
+        if found is PLAIN:
+            return PLAIN
         agree = _same_rows(found.way, device) and _same_accounts(found.slots, device)
     except ModuleNotFoundError as error:
         logger.warning("diversity: no kernels (%s); plain torch instead.", error)

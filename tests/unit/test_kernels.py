@@ -29,8 +29,9 @@ def test_each_engine_has_buffers_of_its_own():
     assert one is not other
 
 
-def test_a_device_without_kernels_takes_the_plain_way():
+def test_a_device_without_kernels_takes_the_plain_way(caplog):
     assert fastest(torch.device("meta")) is plain
+    assert not caplog.records
 
 
 def test_without_a_compiler_it_is_the_plain_way(monkeypatch, caplog):
