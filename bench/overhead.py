@@ -237,16 +237,16 @@ def processor_list(llm: LLM) -> list[Any]:
 
 def count_transforms() -> Calls:
     """Counts calls of the transform from here on."""
-    from dftserve_vllm import ledger
+    from dftserve_vllm import request_stats
 
-    calls, transform = Calls(), getattr(ledger.transform, "counted", ledger.transform)
+    calls, transform = Calls(), getattr(request_stats.transform, "counted", request_stats.transform)
 
     def counting(*args: Any) -> Any:
         calls.count += 1
         return transform(*args)
 
     counting.counted = transform  # type: ignore[attr-defined]
-    ledger.transform = counting
+    request_stats.transform = counting
     return calls
 
 

@@ -259,11 +259,11 @@ def start_seconds(starts: int) -> dict[str, Any]:
 
 def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
     """Of a request's slot, and of the room that the CPU's kernel works in, for each vocabulary."""
-    from dftserve_vllm.ledger import Ledger
+    from dftserve_vllm.request_stats import RequestStats
 
     from dftserve.sampling.fused_numba import _scratch
 
-    kept = vars(Ledger(SLOTS, 1, torch.device("cpu")).slots).values()
+    kept = vars(RequestStats(SLOTS, 1, torch.device("cpu")).slots).values()
     by_slot = [t for t in kept if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
     rooms = {v: _scratch(v) for v in vocabularies}
     return {

@@ -73,7 +73,7 @@ def _install():
         when_imported("triton.runtime.interpreter", _boolean_masks)
         when_imported("vllm.v1.sample.ops.topk_topp_sampler", _no_triton_sampler)
     if "TEST_FAULT_FILE" in os.environ:
-        when_imported("dftserve_vllm.ledger", _faulty)
+        when_imported("dftserve_vllm.request_stats", _faulty)
 
 
 _install()

@@ -61,7 +61,7 @@ def test_v1_runs_some_for_one_that_did():
     with Count() as count:
         processor.apply(torch.randn(1, V))
     assert count.operations > 0
-    assert processor.ledger.faults == 0
+    assert processor.stats.faults == 0
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def test_v2_says_which_requests_it_changes_and_runs_nothing_for_the_others(v2):
         assert v2.add_request(0, UNASKED[3]) is False
         assert v2.apply(logits_RV, context) is logits_RV
     assert count.operations == 0
-    assert v2.ledger.faults == 0
+    assert v2.stats.faults == 0
 
 
-def test_a_ledger_keeps_one_way_for_all_its_steps(monkeypatch):
+def test_an_engine_keeps_one_way_for_all_its_steps(monkeypatch):
     """Its buffers last as long as the engine, and belong to no other."""
     seen = []
     processors = [V1Processor(config(), torch.device("cpu"), False) for _ in range(2)]
@@ -97,10 +97,10 @@ def test_a_ledger_keeps_one_way_for_all_its_steps(monkeypatch):
         seen.append(way)
         return way(logits_XV, controls, rows_R)
 
-    monkeypatch.setattr("dftserve_vllm.ledger.transform", noting)
+    monkeypatch.setattr("dftserve_vllm.request_stats.transform", noting)
     for processor in processors:
         processor.update_state(v1_update([SamplingParams(extra_args={"diversity": 0.5})]))
         for _ in range(3):
             processor.apply(torch.randn(1, V))
-        assert processor.ledger.faults == 0
+        assert processor.stats.faults == 0
     assert [seen.count(way) for way in (seen[0], seen[-1])] == [3, 3]

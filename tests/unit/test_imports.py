@@ -96,7 +96,7 @@ def test_the_operators_default_and_what_it_skips():
 def test_a_wrong_default_is_named():
     said = run(
         """
-        from dftserve_vllm.field import default_diversity
+        from dftserve_vllm.request_params import default_diversity
         try:
             default_diversity()
         except ValueError as error:
@@ -112,7 +112,7 @@ def test_the_operators_own_cuts_are_explicit():
         """
         import types, dftserve_vllm
         dftserve_vllm.register()
-        from dftserve_vllm import engine, record
+        from dftserve_vllm import engine, request_context
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         model = types.SimpleNamespace(override_generation_config={"top_p": 0.8, "min_p": 0.1})
         config = types.SimpleNamespace(model_config=model, speculative_config=None)
@@ -157,7 +157,7 @@ def test_an_unsupported_vllm_is_refused_with_the_reason():
         import vllm, dftserve_vllm
         vllm.__version__ = "0.99.0"
         dftserve_vllm.register()
-        from dftserve_vllm.facade import DiversityProcessor
+        from dftserve_vllm.processor import DiversityProcessor
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         CompletionRequest(model="m", prompt="x").to_sampling_params(8, {})
         print(type(DiversityProcessor(object(), None, False)).__name__)

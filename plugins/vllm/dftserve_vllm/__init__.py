@@ -1,6 +1,6 @@
 """dftserve for vLLM: a `diversity` field per request. Install, restart, done.
 
-vLLM loads this through two entry points: `facade:DiversityProcessor` (the logits processor, in
+vLLM loads this through two entry points: `processor:DiversityProcessor` (the logits processor, in
 every worker) and `register` (the field, its answer and its metrics, in every process).
 """
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import dftserve
 from dftserve import spec
-from dftserve_vllm import engine, field, figures
+from dftserve_vllm import engine, request_params, statistics
 
 
 def capabilities() -> dict[str, Any]:
     reason = engine.refusal()
-    default = field.default_diversity()
+    default = request_params.default_diversity()
     return {
         "dftserve": dftserve.__version__,
         "vllm": engine.vllm_version(),
@@ -23,5 +23,5 @@ def capabilities() -> dict[str, Any]:
         "default": default and default.as_dict(),
         "answers": True,
         "speculative_decoding": engine.speculative_method(),
-        **figures.metrics().totals(),
+        **statistics.metrics().totals(),
     }

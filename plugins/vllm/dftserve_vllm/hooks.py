@@ -23,8 +23,8 @@ from typing import Any
 
 import dftserve
 from dftserve_vllm import engine
+from dftserve_vllm.extra_args import IDENTITY
 from dftserve_vllm.imports import when_imported
-from dftserve_vllm.request import IDENTITY
 
 logger = logging.getLogger("vllm.dftserve")
 
@@ -45,7 +45,7 @@ def _input_processor(module: ModuleType) -> None:
     def remembers(construct: Callable[..., None]) -> Callable[..., None]:
         @wraps(construct)
         def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            from dftserve_vllm.field import default_diversity
+            from dftserve_vllm.request_params import default_diversity
 
             engine.record(vllm_config)
             default = default_diversity()  # A wrong one stops the server here, not a request.
@@ -68,13 +68,13 @@ def _input_processor(module: ModuleType) -> None:
 
 def _requests(*names: str) -> Callable[[ModuleType], None]:
     def change(module: ModuleType) -> None:
-        from dftserve_vllm import field
+        from dftserve_vllm import request_params
 
         for name in names:
             request = getattr(module, name)
-            request.to_sampling_params = field.honour(request.to_sampling_params)
+            request.to_sampling_params = request_params.honour(request.to_sampling_params)
             if hasattr(request, "to_beam_search_params"):
-                request.to_beam_search_params = field.refuse_beam_search(
+                request.to_beam_search_params = request_params.refuse_beam_search(
                     request.to_beam_search_params
                 )
 
@@ -102,12 +102,12 @@ def _async_llm(module: ModuleType) -> None:
     def observes(generate: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generate)
         def wrapped(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-            from dftserve_vllm import figures, record
+            from dftserve_vllm import request_context, statistics
 
             outputs = generate(self, prompt, sampling_params, *args, **kwargs)
             identity = (getattr(sampling_params, "extra_args", None) or {}).get(IDENTITY)
-            item = record.item_of(identity) if identity is not None else None
-            return outputs if item is None else figures.observed(self, outputs, item)
+            item = request_context.item_of(identity) if identity is not None else None
+            return outputs if item is None else statistics.observed(self, outputs, item)
 
         return wrapped
 
@@ -117,12 +117,12 @@ def _async_llm(module: ModuleType) -> None:
 def _worker(module: ModuleType) -> None:
     def answers(self: Any, produced: dict[str, int]) -> dict[str, Any] | None:
         """On the rank that samples; None on one that has no figures."""
-        from dftserve_vllm.facade import current_ledger
+        from dftserve_vllm.processor import current_stats
 
-        ledger = current_ledger()
-        return None if ledger is None else ledger.take(produced)
+        stats = current_stats()
+        return None if stats is None else stats.take(produced)
 
-    from dftserve_vllm.figures import WORKER_METHOD
+    from dftserve_vllm.statistics import WORKER_METHOD
 
     setattr(module.WorkerBase, WORKER_METHOD, answers)
 
@@ -131,12 +131,12 @@ def _app(module: ModuleType) -> None:
     def extends(build_app: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(build_app)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            from dftserve_vllm import figures
-            from dftserve_vllm.answer import AnswerMiddleware
+            from dftserve_vllm import statistics
             from dftserve_vllm.capabilities import capabilities
+            from dftserve_vllm.response_middleware import AnswerMiddleware
 
             app = build_app(*args, **kwargs)
-            figures.metrics()  # At zero from the start, for whoever watches them.
+            statistics.metrics()  # At zero from the start, for whoever watches them.
             app.add_api_route("/v1/dft/capabilities", capabilities, methods=["GET"])
             # vLLM may have built the stack already; ours goes outermost either way.
             if app.middleware_stack is None:

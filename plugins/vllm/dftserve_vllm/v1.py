@@ -15,8 +15,8 @@ from vllm.v1.sample.logits_processor.interface import (
 )
 
 from dftserve.sampling import Controls
-from dftserve_vllm.ledger import Ledger
-from dftserve_vllm.request import Active, active
+from dftserve_vllm.extra_args import Active, active
+from dftserve_vllm.request_stats import RequestStats
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -52,7 +52,7 @@ class V1Processor(LogitsProcessor):
     ) -> None:
         capacity = vllm_config.scheduler_config.max_num_seqs
         self._device = device
-        self.ledger = Ledger(capacity, 1, device)
+        self.stats = RequestStats(capacity, 1, device)
         self._free = list(range(capacity))
         self._entries: dict[int, _Entry] = {}
         self._batch: _Batch | None = None
@@ -77,14 +77,14 @@ class V1Processor(LogitsProcessor):
         if asked is None:
             return
         slot = self._free.pop()
-        self.ledger.open(slot, asked.identity, produced=len(output_ids))
+        self.stats.open(slot, asked.identity, produced=len(output_ids))
         self._entries[index] = _Entry(slot, asked, output_ids)
         self._batch = None
 
     def _remove(self, index: int) -> None:
         entry = self._entries.pop(index, None)
         if entry is not None:
-            self.ledger.close(entry.slot)
+            self.stats.close(entry.slot)
             self._free.append(entry.slot)
             self._batch = None
 
@@ -96,14 +96,14 @@ class V1Processor(LogitsProcessor):
             if swap:
                 self._entries[a] = entry_b
             else:
-                self.ledger.close(entry_b.slot)
+                self.stats.close(entry_b.slot)
                 self._free.append(entry_b.slot)
         if entry_a is not None or entry_b is not None:
             self._batch = None
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if self._entries:
-            with self.ledger.surviving():
+            with self.stats.surviving():
                 self._apply(logits)
         return logits
 
@@ -112,7 +112,7 @@ class V1Processor(LogitsProcessor):
         self._batch = batch
         positions = [len(entry.output_ids) for entry in batch.entries]
         everything = len(batch.index) == len(logits)
-        self.ledger.apply(
+        self.stats.apply(
             logits,
             batch.controls,
             None if everything else batch.rows_R,

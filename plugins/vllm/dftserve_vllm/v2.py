@@ -16,8 +16,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from dftserve.sampling import ControlRow, Controls
 from dftserve.sampling.laws import NUMBERS
-from dftserve_vllm.ledger import Ledger
-from dftserve_vllm.request import active
+from dftserve_vllm.extra_args import active
+from dftserve_vllm.request_stats import RequestStats
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -32,7 +32,7 @@ class V2Processor(LogitsProcessor):
         drafts = speculative.num_speculative_tokens if speculative is not None else 0
         self._states = req_states
         self._device = req_states.device
-        self.ledger = Ledger(req_states.max_num_reqs, 1 + drafts, self._device)
+        self.stats = RequestStats(req_states.max_num_reqs, 1 + drafts, self._device)
         self._is_active = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._host_numbers_SF = torch.ones(req_states.max_num_reqs, len(NUMBERS))
         self._host_stop_ids_SE = torch.full((req_states.max_num_reqs, 1), -1)
@@ -44,10 +44,10 @@ class V2Processor(LogitsProcessor):
         asked = active(sampling_params, divided=False)
         self._is_active[req_idx] = asked is not None
         if asked is None:
-            self.ledger.close(req_idx)
+            self.stats.close(req_idx)
             return False
         produced = self._states.prefill_len.np[req_idx] - self._states.prompt_len.np[req_idx]
-        self.ledger.open(req_idx, asked.identity, int(produced))
+        self.stats.open(req_idx, asked.identity, int(produced))
         self._stage(req_idx, asked.controls)
         return True
 
@@ -72,7 +72,7 @@ class V2Processor(LogitsProcessor):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         is_active_B = self._is_active[ctx.idx_mapping_np]
         if is_active_B.any():
-            with self.ledger.surviving():
+            with self.stats.surviving():
                 self._apply(logits, ctx, is_active_B)
         return logits
 
@@ -81,7 +81,7 @@ class V2Processor(LogitsProcessor):
         chosen = slice(None) if rows_R is None else rows_R
         slot_R = ctx.expanded_idx_mapping[chosen].long()
         position_R = ctx.pos[chosen].long()
-        self.ledger.apply(
+        self.stats.apply(
             logits,
             Controls.of(self._numbers_SF[slot_R], self._stop_ids_SE[slot_R]),
             rows_R,

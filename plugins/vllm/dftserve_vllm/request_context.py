@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 
 @dataclass(eq=False)
-class Item:
+class PromptContext:
     """One prompt's diversity: what is in force, what was dropped for it, what came of it."""
 
     diversity: Diversity
@@ -53,10 +53,10 @@ class Item:
 
 
 @dataclass(eq=False)
-class Record:
+class RequestContext:
     """All items of one HTTP request, in the order of its prompts."""
 
-    items: list[Item] = field(default_factory=list)
+    items: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
 
@@ -75,12 +75,12 @@ class Record:
         return answer
 
 
-current: ContextVar[Record | None] = ContextVar("dftserve_record", default=None)
+current: ContextVar[RequestContext | None] = ContextVar("dftserve_record", default=None)
 
-_items: "weakref.WeakValueDictionary[str, Item]" = weakref.WeakValueDictionary()
+_items: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
 
-def item_of(identity: str) -> Item | None:
+def item_of(identity: str) -> PromptContext | None:
     return _items.get(identity)
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dftserve_vllm.facade import DiversityProcessor
+from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.v1 import V1Processor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -56,7 +56,7 @@ def test_without_the_field_no_tensor_is_touched():
     processor.update_state(BatchUpdate(2, removed=[2], added=[], moved=[]))
     logits = object()
     assert processor.apply(logits) is logits
-    assert processor.ledger.faults == 0
+    assert processor.stats.faults == 0
 
 
 def test_wrong_arguments_are_named():
@@ -94,7 +94,7 @@ def test_a_request_keeps_its_row_when_the_batch_moves():
     one_way = [(2, 0, MoveDirectionality.UNIDIRECTIONAL)]
     processor.update_state(BatchUpdate(2, removed=[], added=[], moved=one_way))
     changed([True, False, False])
-    assert processor.ledger.take({"a": 1})["figures"]["a"][0] == 1
+    assert processor.stats.take({"a": 1})["figures"]["a"][0] == 1
 
 
 def test_a_finished_requests_figures_wait_and_are_given_once():
@@ -104,8 +104,8 @@ def test_a_finished_requests_figures_wait_and_are_given_once():
         processor.apply(torch.randn(1, V))
         output.append(token)
     processor.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
-    assert processor.ledger.take({"a": 5})["figures"]["a"][0] == 5
-    assert processor.ledger.take({"a": 5})["figures"] == {}
+    assert processor.stats.take({"a": 5})["figures"]["a"][0] == 5
+    assert processor.stats.take({"a": 5})["figures"] == {}
 
 
 def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
@@ -114,14 +114,14 @@ def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
     def failing(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("dftserve_vllm.ledger.transform", failing)
+    monkeypatch.setattr("dftserve_vllm.request_stats.transform", failing)
     logits_RV = torch.randn(1, V)
     before_RV = logits_RV.clone()
     assert torch.equal(processor.apply(logits_RV), before_RV)
-    assert processor.ledger.faults == 1
+    assert processor.stats.faults == 1
 
 
 def test_nan_rows_are_counted():
     processor = v1_with((params(0.5, "a"), []))
     processor.apply(torch.full((1, V), float("nan")))
-    assert processor.ledger.take({})["nan_rows"] == 1
+    assert processor.stats.take({})["nan_rows"] == 1

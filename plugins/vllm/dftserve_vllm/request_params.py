@@ -8,8 +8,8 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from dftserve import spec
-from dftserve_vllm import engine, record
-from dftserve_vllm.request import DIVERSITY, IDENTITY, is_greedy, parse_field
+from dftserve_vllm import engine, request_context
+from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, is_greedy, parse_field
 
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
 CUTTING = ("top_p", "top_k", "min_p")
@@ -43,7 +43,7 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
             params = _stripped(
                 to_sampling_params(request, max_tokens, default_sampling_params or {})
             )
-            _note(request, record.Item(diversity, params.n))
+            _note(request, request_context.PromptContext(diversity, params.n))
             return params
         defaults, dropped = _without_cuts(request, default_sampling_params or {})
         params = to_sampling_params(request, max_tokens, defaults)
@@ -128,7 +128,7 @@ def _marked(
     if is_greedy(params):
         if not is_default:
             reason = "temperature 0 stays greedy"
-            _note(request, record.Item(diversity, params.n, reason=reason))
+            _note(request, request_context.PromptContext(diversity, params.n, reason=reason))
         return _stripped(params)
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
@@ -140,7 +140,7 @@ def _marked(
             raise _bad_request(message, "min_p", params.min_p)
         diversity = replace(diversity, min_p=float(params.min_p))
         params.min_p = 0.0
-    item = record.Item(diversity, params.n, dropped=dropped)
+    item = request_context.PromptContext(diversity, params.n, dropped=dropped)
     _note(request, item)
     carried = {DIVERSITY: diversity.as_dict(), IDENTITY: item.identity}
     params.extra_args = {**(params.extra_args or {}), **carried}
@@ -156,8 +156,8 @@ def _stripped(params: Any) -> Any:
     return params
 
 
-def _note(request: Any, item: record.Item) -> None:
-    current = record.current.get()
+def _note(request: Any, item: request_context.PromptContext) -> None:
+    current = request_context.current.get()
     if current is None:
         return
     current.items.append(item)

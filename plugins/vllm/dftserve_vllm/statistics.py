@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 
 from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE
-from dftserve_vllm import record
+from dftserve_vllm import request_context
 
 logger = logging.getLogger("vllm.dftserve")
 
@@ -123,7 +123,7 @@ def collector(engine_client: Any) -> Collector:
 
 
 async def observed(
-    engine_client: Any, outputs: AsyncGenerator[Any, None], item: record.Item
+    engine_client: Any, outputs: AsyncGenerator[Any, None], item: request_context.PromptContext
 ) -> AsyncGenerator[Any, None]:
     """The engine's outputs as they are; the item is filled before the last one goes out."""
     produced = [0] * item.choices

@@ -21,7 +21,7 @@ MAX_FINISHED = 4096
 """Figures of finished requests kept for an answer that has not asked yet."""
 
 
-class Ledger:
+class RequestStats:
     """Figures by slot while a request runs, by its identity once it has left its slot."""
 
     def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:

@@ -8,8 +8,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from dftserve_vllm import record
-from dftserve_vllm.request import DIVERSITY
+from dftserve_vllm import request_context
+from dftserve_vllm.extra_args import DIVERSITY
 
 HEADER = b"x-dftserve-diversity"
 # Only events with one of these can be the one that carries ours; the others are not parsed.
@@ -30,18 +30,18 @@ class AnswerMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        opened = record.Record()
-        token = record.current.set(opened)
+        opened = request_context.RequestContext()
+        token = request_context.current.set(opened)
         try:
             await self._app(scope, receive, _Answer(opened, send))
         finally:
-            record.current.reset(token)
+            request_context.current.reset(token)
 
 
 class _Answer:
     """`send` for one request: as it is until the start of a good answer with a record."""
 
-    def __init__(self, opened: record.Record, send: Send) -> None:
+    def __init__(self, opened: request_context.RequestContext, send: Send) -> None:
         self._record = opened
         self._send = send
         self._start: Message = {}

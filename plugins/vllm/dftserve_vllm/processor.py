@@ -1,8 +1,8 @@
 """One class for both runners' loaders.
 
 vLLM's V1 and V2 runners read the same entry-point group but expect different interfaces, and each
-insists on its own base class. The facade is a subclass of whichever exist, and constructing it
-gives the implementation that fits the arguments.
+insists on its own base class. `DiversityProcessor` is a subclass of whichever exist, and
+constructing it gives the implementation that fits the arguments.
 """
 
 import weakref
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 
 from dftserve_vllm import engine, is_disabled
-from dftserve_vllm.request import active
+from dftserve_vllm.extra_args import active
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Base
@@ -21,7 +21,7 @@ except ImportError:  # Before vLLM 0.31 there is no such interface.
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from dftserve_vllm.ledger import Ledger
+    from dftserve_vllm.request_stats import RequestStats
 
 _BASES: tuple[type, ...] = (V1Base,) if V2Base is None else (V1Base, V2Base)
 
@@ -30,10 +30,10 @@ _BASES: tuple[type, ...] = (V1Base,) if V2Base is None else (V1Base, V2Base)
 _made: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
-def current_ledger() -> "Ledger | None":
+def current_stats() -> "RequestStats | None":
     """The figures of this process's newest engine."""
-    ledgers = [processor.ledger for processor in _made.values()]
-    return ledgers[-1] if ledgers else None
+    stats = [processor.stats for processor in _made.values()]
+    return stats[-1] if stats else None
 
 
 class DiversityProcessor(*_BASES):
