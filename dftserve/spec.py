@@ -5,6 +5,7 @@ Standard library only: clients, servers and trainers share these words without s
 
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ class DiversityError(ValueError):
     def __init__(self, parameter: str, value: object, accepted: str) -> None:
         self.parameter = parameter
         self.value = value
-        super().__init__(f"{parameter}: got {_shown(value)}; accepted: {accepted}.")
+        super().__init__(f"{parameter}: got {shown(value)}; accepted: {accepted}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +195,13 @@ class Promise:
             ) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "recipe" not in content:
-            raise ValueError(f"{path}: got {_shown(content)}; accepted: an object with `recipe`.")
+            raise ValueError(f"{path}: got {shown(content)}; accepted: an object with `recipe`.")
         for name in content:
             if name not in names:
                 accepted = f"{', '.join(names)}{_nearest(name, names)}"
                 raise ValueError(f"{path}: got the key {name!r}; accepted: {accepted}.")
         if not isinstance(content["recipe"], str):
-            raise ValueError(f"{path}: recipe: got {_shown(content['recipe'])}; accepted: a text.")
+            raise ValueError(f"{path}: recipe: got {shown(content['recipe'])}; accepted: a text.")
         for name in ("target_entropy", "model_entropy"):
             if content.get(name) is not None:
                 content[name] = _number(content[name], MEASURED, f"{path.name}: {name}")
@@ -251,12 +252,22 @@ def _nearest(name: object, names: Mapping[str, Any] | list[str]) -> str:
 
 
 def _cut(name: object) -> str:
-    return name[:80] if isinstance(name, str) else _shown(name)
+    """A key that came, short and printable."""
+    return repr(name[:MAX_SHOWN])[1:-1] if isinstance(name, str) else shown(name)
 
 
-def _shown(value: object) -> str:
+MAX_SHOWN = 80
+"""Characters of a value that an error repeats."""
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 3, MAX_SHOWN, MAX_SHOWN
+
+
+def shown(value: object) -> str:
+    """A value as an error repeats it: at most `MAX_SHOWN` characters, all of them printable,
+    whatever came."""
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Thousands of digits, or of levels.
-        text = f"a {type(value).__name__} too long or too deep to print"
-    return text if len(text) <= 80 else f"{text[:77]}…"
+        text = _short.repr(value)
+    except ValueError:  # An integer of thousands of digits.
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}…"

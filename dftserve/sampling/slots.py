@@ -6,6 +6,7 @@ was accepted; only then do they count, and only then does the `budget` law steer
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,15 +32,31 @@ class Account:
     waiting_KF: Tensor
 
     def means(self, total_tokens: int | None = None) -> list[float] | None:
-        """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
+        """See `means`; without a total all waiting rows count."""
+        tokens = int(self.tokens)
+        total = tokens + len(self.waiting_KF) if total_tokens is None else total_tokens
+        return means(tokens, self.sums_F.tolist(), self.waiting_KF.tolist(), total)
 
-        `total_tokens` says how many tokens the request produced in all: as many waiting rows
-        count as are missing. None where nothing was counted.
-        """
-        missing = len(self.waiting_KF) if total_tokens is None else total_tokens - int(self.tokens)
-        sums = self.sums_F + self.waiting_KF[: max(missing, 0)].sum(dim=0)
-        count = float(sums[COUNT])
-        return [count, *(sums[BEFORE:] / count).tolist()] if count else None
+
+def means(
+    tokens: int,
+    sums_F: Sequence[float],
+    waiting_KF: Sequence[Sequence[float]],
+    total_tokens: int,
+) -> list[float] | None:
+    """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
+
+    Args:
+        tokens, sums_F, waiting_KF: as in an `Account`.
+        total_tokens: how many tokens the request produced in all: as many waiting rows count as
+            are missing.
+
+    Returns:
+        Entropies in nats; None where nothing was counted.
+    """
+    rows = [sums_F, *waiting_KF[: max(total_tokens - tokens, 0)]]
+    count, *sums = (sum(column) for column in zip(*rows, strict=True))
+    return [count, *(each / count for each in sums)] if count else None
 
 
 @dataclass(frozen=True)
@@ -51,9 +68,21 @@ class Snapshot:
     tokens_S: Tensor
     sums_SF: Tensor
     waiting_SKF: Tensor
+    copied: "torch.cuda.Event | None" = None
+    """Recorded after a copy that may still be under way."""
+
+    def is_copied(self) -> bool:
+        return self.copied is None or self.copied.query()
+
+    def wait(self) -> None:
+        """Until the copy is there."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
     def account(self, slot: int) -> Account:
-        return Account(self.tokens_S[slot], self.sums_SF[slot], self.waiting_SKF[slot])
+        """One slot's figures, in memory of their own; the copy must be there."""
+        parts = (self.tokens_S, self.sums_SF, self.waiting_SKF)
+        return Account(*(part[slot].clone() for part in parts))
 
 
 ALIGNMENT = 16
@@ -127,12 +156,16 @@ class Slots:
         )
 
     def snapshot(self) -> "Snapshot":
-        """A copy of all slots' figures on the host. On a GPU the copy is only enqueued: it is there
-        when work that was enqueued after it on the same stream is."""
+        """A copy of all slots' figures on the host; on a GPU it is only enqueued, into pinned
+        memory: see `Snapshot.wait`."""
         slots, rows_per_request = self._waiting_SKF.shape[:2]
-        on_host = self._figures.device.type == "cpu"
-        figures = self._figures.clone() if on_host else self._figures.to("cpu", non_blocking=True)
-        return Snapshot(*_parts(figures, slots, rows_per_request))
+        if self._figures.device.type != "cuda":
+            figures, copied = self._figures.to("cpu", copy=True), None
+        else:
+            figures, copied = self._figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        unsound, tokens_S, sums_SF, waiting_SKF = _parts(figures, slots, rows_per_request)
+        return Snapshot(unsound, tokens_S, sums_SF, waiting_SKF, copied)
 
     def settle(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor

@@ -167,4 +167,4 @@ def test_an_unsupported_vllm_is_refused_with_the_reason():
             print(type(error).__name__, "0.99.0" in str(error))
         """
     )
-    assert said.split() == ["InertV1", "VLLMValidationError", "True"]
+    assert said.split() == ["Inert", "VLLMValidationError", "True"]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dftserve_vllm.processor import DiversityProcessor
+from dftserve_vllm.request_context import ChoiceStatistics
 from dftserve_vllm.v1 import V1Processor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -60,7 +61,7 @@ def test_without_the_field_no_tensor_is_touched():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(TypeError, match="accepted"):
+    with pytest.raises(TypeError):
         DiversityProcessor(config())
 
 
@@ -94,18 +95,39 @@ def test_a_request_keeps_its_row_when_the_batch_moves():
     one_way = [(2, 0, MoveDirectionality.UNIDIRECTIONAL)]
     processor.update_state(BatchUpdate(2, removed=[], added=[], moved=one_way))
     changed([True, False, False])
-    assert processor.stats.take({"a": 1})["figures"]["a"][0] == 1
+    report = processor.stats.take_report().resolve()
+    assert report.positions_R == [0]
+    assert counted(report, 0, produced=1) == 1
 
 
-def test_a_finished_requests_figures_wait_and_are_given_once():
+def counted(report, row, produced):
+    return ChoiceStatistics("gated", produced, report.payload(row)).means()[0]
+
+
+def test_a_step_reports_its_requests_once():
     output = []
     processor = v1_with((params(0.5, "a"), output))
     for token in range(5):
         processor.apply(torch.randn(1, V))
         output.append(token)
-    processor.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
-    assert processor.stats.take({"a": 5})["figures"]["a"][0] == 5
-    assert processor.stats.take({"a": 5})["figures"] == {}
+    report = processor.stats.take_report().resolve()
+    assert report.positions_R == [0]
+    assert counted(report, 0, produced=5) == 5
+    assert processor.stats.take_report() is None
+
+
+def test_a_preempted_request_keeps_its_statistics():
+    output = []
+    processor = v1_with((params(0.5, "a"), output))
+    for token in range(5):
+        processor.apply(torch.randn(1, V))
+        output.append(token)
+    leave = BatchUpdate(0, removed=[0], added=[], moved=[])
+    processor.update_state(leave)
+    back = BatchUpdate(1, removed=[], added=[(0, params(0.5, "a"), [1], output)], moved=[])
+    processor.update_state(back)
+    processor.apply(torch.randn(1, V))
+    assert counted(processor.stats.take_report().resolve(), 0, produced=6) == 6
 
 
 def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
@@ -121,7 +143,59 @@ def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
     assert processor.stats.faults == 1
 
 
+def breaking(*_, **__):
+    raise RuntimeError("a fault")
+
+
+def test_a_fault_as_a_request_joins_leaves_its_rows_and_spares_the_others(monkeypatch):
+    processor = v1_with((params(0.5, "a"), []), (params(0.5, "b"), []))
+    monkeypatch.setattr("dftserve_vllm.v1.active", breaking)
+    added = [(2, params(0.5, "c"), [1], [])]
+    processor.update_state(BatchUpdate(3, removed=[], added=added, moved=[]))
+    logits_RV = torch.randn(3, V) * 3
+    after_RV = logits_RV.clone()
+    processor.apply(after_RV)
+    assert [torch.equal(after_RV[i], logits_RV[i]) for i in range(3)] == [False, False, True]
+    assert processor.stats.take_report().resolve().faults == 1
+
+
+@pytest.mark.parametrize("method", ["open", "close"])
+def test_a_fault_of_the_slots_does_not_lose_one(monkeypatch, method):
+    """Four slots, many requests: each comes and goes through a fault."""
+    processor = v1_with()
+    for _ in range(3):
+        monkeypatch.setattr(processor.stats, method, breaking)
+        added = [(i, params(0.5, str(i)), [1], []) for i in range(4)]
+        processor.update_state(BatchUpdate(4, removed=[], added=added, moved=[]))
+        processor.update_state(BatchUpdate(0, removed=range(4), added=[], moved=[]))
+        monkeypatch.undo()
+    added = [(i, params(0.5, str(i)), [1], []) for i in range(4)]
+    processor.update_state(BatchUpdate(4, removed=[], added=added, moved=[]))
+    logits_RV = torch.randn(4, V) * 3
+    after_RV = logits_RV.clone()
+    processor.apply(after_RV)
+    assert not any(torch.equal(after_RV[i], logits_RV[i]) for i in range(4))
+    assert processor.stats.faults == 12
+
+
+def test_an_update_that_is_not_understood_leaves_every_row(monkeypatch):
+    processor = v1_with((params(0.5, "a"), []), (params(0.5, "b"), []))
+    processor.update_state(BatchUpdate(3, removed=[], added=[("one of three",)], moved=[]))
+    untouched = object()
+    assert processor.apply(untouched) is untouched
+    assert processor.stats.faults == 1
+
+
+@pytest.mark.parametrize("method", ["settle", "remember", "snapshot"])
+def test_a_fault_of_the_statistics_does_not_end_a_step(monkeypatch, method):
+    processor = v1_with((params(0.5, "a"), []))
+    monkeypatch.setattr(processor.stats.slots, method, breaking)
+    logits_RV = torch.randn(1, V)
+    assert processor.apply(logits_RV) is logits_RV
+    assert processor.stats.faults == 1
+
+
 def test_nan_rows_are_counted():
     processor = v1_with((params(0.5, "a"), []))
     processor.apply(torch.full((1, V), float("nan")))
-    assert processor.stats.take({})["nan_rows"] == 1
+    assert processor.stats.take_report().resolve().nan_rows == 1

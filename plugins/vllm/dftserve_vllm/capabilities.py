@@ -4,7 +4,7 @@ from typing import Any
 
 import dftserve
 from dftserve import spec
-from dftserve_vllm import engine, request_params, statistics
+from dftserve_vllm import engine, hooks, metrics, request_params
 
 
 def capabilities() -> dict[str, Any]:
@@ -16,6 +16,7 @@ def capabilities() -> dict[str, Any]:
         "runner": engine.runner(),
         "active": reason is None,
         "reason": reason,
+        "hooks_missing": hooks.problems(),
         "laws": {
             law: {name: str(spec.BOUNDS[name]) for name in takes}
             for law, takes in spec.LAWS.items()
@@ -23,5 +24,5 @@ def capabilities() -> dict[str, Any]:
         "default": default and default.as_dict(),
         "answers": True,
         "speculative_decoding": engine.speculative_method(),
-        **statistics.metrics().totals(),
+        **metrics.totals(),
     }

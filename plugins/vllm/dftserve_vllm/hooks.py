@@ -1,34 +1,257 @@
 """Where the plug-in meets vLLM: every change to vLLM is listed here, and nowhere else.
 
-    InputProcessor                  remember the engine's configuration
-    *Request.to_sampling_params     the field, with its early 400
-    *Request.to_beam_search_params  refuse the field
-    ParentRequest                   give each of n choices its own figures
-    AsyncLLM.generate               fetch the figures before the last output goes out
-    WorkerBase                      answer for the figures
-    build_app                       header, body, route, metrics
-    _rebind_kernels                 survive that numba is loaded, as our kernels need it
+    InputProcessor.__init__             remember the engine's configuration
+    *Request.to_sampling_params         the field, with its early 400
+    *Request.to_beam_search_params      refuse the field
+    ParentRequest.get_child_info        give each of n choices its own statistics
+    WorkerWrapperBase.execute_model,    a step's statistics travel with its output:
+      .sample_tokens                      from the worker …
+    Scheduler.update_from_output          … through the engine core …
+    OutputProcessor.add_request,          … to the API process
+      .process_outputs
+    build_app                           header, body, route, metrics
+    _rebind_kernels                     survive that numba is loaded, as our kernels need it
 
-Each is made when vLLM imports the module, once in a process.
+Each is made when vLLM imports the module, once in a process. Whatever goes wrong with one stops
+nothing: the server starts, stock requests stay stock, and the field is refused with the reason
+(`problems`). On a vLLM that is not supported only the refusal is put in place.
 """
 
+import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Callable
-from copy import copy
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
 import dftserve
+from dftserve import vllm_contract
+from dftserve.vllm_contract import Symbol
 from dftserve_vllm import engine
-from dftserve_vllm.extra_args import IDENTITY
 from dftserve_vllm.imports import when_imported
+from dftserve_vllm.log import logger
 
-logger = logging.getLogger("vllm.dftserve")
+MARK = "__dftserve__"
+"""On every function of ours that stands in the place of one of vLLM's."""
 
-_installed = False
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One function of vLLM, and what we put around it."""
+
+    module: str
+    target: str
+    """A function, or `Class.method`."""
+    wrapper: Wrapper
+    passes_on: bool = False
+    """The class need not have the method: it passes unknown ones on to its `worker`."""
+    is_needed: bool = True
+    """Without it the field is refused; else less is done, and nothing wrong."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.target}"
+
+    def apply(self, module: ModuleType) -> None:
+        """Put the wrapper in place, once, if the function is as `vllm_contract` says.
+
+        Raises:
+            AttributeError, TypeError: it is not.
+        """
+        if self.is_in_place(module):
+            return
+        if faults := vllm_contract.missing_in_module(module, self.symbols()):
+            raise TypeError("; ".join(map(str, faults)))
+        owner, _, attribute = self.target.rpartition(".")
+        holder = getattr(module, owner) if owner else module
+        original = getattr(holder, attribute, None)
+        if original is None and self.passes_on:
+            original = _passing_on(attribute)
+        if original is None:
+            raise AttributeError(f"{module.__name__} has no {self.target}")
+        wrapped = wraps(original)(self.wrapper(original))
+        setattr(wrapped, MARK, True)
+        setattr(holder, attribute, wrapped)
+
+    def symbols(self) -> list[Symbol]:
+        return [
+            symbol
+            for symbol in vllm_contract.SYMBOLS
+            if (symbol.module, symbol.name) == (self.module, self.target)
+        ]
+
+    def is_in_place(self, module: ModuleType) -> bool:
+        """Also under somebody else's wrapper, if that says what it wraps."""
+        found: Any = module
+        for part in self.target.split("."):
+            found = getattr(found, part, None)
+        while found is not None:
+            if MARK in getattr(found, "__dict__", {}) and found.__dict__[MARK]:
+                return True
+            found = getattr(found, "__wrapped__", None)
+        return False
+
+
+def _passing_on(attribute: str) -> Callable[..., Any]:
+    def passed_on(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.worker, attribute)(*args, **kwargs)
+
+    passed_on.__name__ = attribute
+    return passed_on
+
+
+# What is put around vLLM's functions
+
+
+def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from dftserve_vllm.request_params import default_diversity
+
+        engine.record(vllm_config)
+        default = default_diversity()  # A wrong one stops the server here, not a request.
+        if (reason := engine.refusal()) is not None:
+            logger.warning(
+                "diversity: %s. Requests with the field are answered with 400, "
+                "and no default is applied.",
+                reason,
+            )
+        else:
+            shown = json.dumps(default.as_dict()) if default else "off"
+            about = (dftserve.__version__, engine.runner(), shown)
+            logger.info("dftserve %s is active on the %s runner; default diversity: %s", *about)
+        construct(self, vllm_config, *args, **kwargs)
+
+    return wrapped
+
+
+def _honours_field(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import request_params
+
+    return request_params.honour(to_sampling_params)
+
+
+def _refuses_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import request_params
+
+    return request_params.refuse_beam_search(to_beam_search_params)
+
+
+def _tells_choices_apart(get_child_info: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import extra_args
+
+    def wrapped(self: Any, index: int, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+        request_id, params = get_child_info(self, index, *args, **kwargs)
+        return request_id, extra_args.of_choice(params, index)
+
+    return wrapped
+
+
+def _reports(run: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import worker
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return worker.with_report(self, run(self, *args, **kwargs))
+
+    return wrapped
+
+
+def _forwards_reports(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import engine_core
+
+    def wrapped(
+        self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        outputs = update_from_output(self, scheduler_output, model_runner_output, *args, **kwargs)
+        engine_core.forward(self, model_runner_output, outputs)
+        return outputs
+
+    return wrapped
+
+
+def _notes_choices(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import statistics
+
+    def wrapped(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add_request(self, request, *args, **kwargs)
+        statistics.note(self, request)
+        return result
+
+    return wrapped
+
+
+def _collects_statistics(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import statistics
+
+    def wrapped(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        choices = statistics.collect(self, engine_core_outputs)
+        result = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        statistics.count_ended(self, choices)
+        return result
+
+    return wrapped
+
+
+def _extends_app(build_app: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import app
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return app.extend(build_app(*args, **kwargs))
+
+    return wrapped
+
+
+def _survives_numba(rebind: Callable[..., None]) -> Callable[..., None]:
+    """On a CPU, vLLM 0.32 looks at `vars` of all that any module holds, for kernels to replace.
+    llvmlite's library answers that with a function of its own, and a second engine in a process,
+    or one after numba was imported, would not start."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        if (llvmlite := sys.modules.get("llvmlite.binding.ffi")) is not None:
+            llvmlite.lib._fntab["__dict__"] = {}
+        rebind(*args, **kwargs)
+
+    return wrapped
+
+
+_OPENAI = "vllm.entrypoints.openai"
+_PROTOCOLS = {
+    "ChatCompletionRequest": f"{_OPENAI}.chat_completion.protocol",
+    "CompletionRequest": f"{_OPENAI}.completion.protocol",
+    "ResponsesRequest": f"{_OPENAI}.responses.protocol",
+}
+
+REQUEST_HOOKS = (
+    *(Hook(m, f"{name}.to_sampling_params", _honours_field) for name, m in _PROTOCOLS.items()),
+    *(
+        Hook(_PROTOCOLS[name], f"{name}.to_beam_search_params", _refuses_beam_search)
+        for name in ("ChatCompletionRequest", "CompletionRequest")
+    ),
+)
+"""What sees the field in a request. Where one is missing, `app` refuses in its place."""
+
+_WORKER = "vllm.v1.worker.worker_base"
+_OUTPUTS = "vllm.v1.engine.output_processor"
+HOOKS = (
+    *REQUEST_HOOKS,
+    Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _remembers_configuration),
+    Hook("vllm.v1.engine.parallel_sampling", "ParentRequest.get_child_info", _tells_choices_apart),
+    Hook(_WORKER, "WorkerWrapperBase.execute_model", _reports),
+    Hook(_WORKER, "WorkerWrapperBase.sample_tokens", _reports, passes_on=True),
+    Hook("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", _forwards_reports),
+    Hook(_OUTPUTS, "OutputProcessor.add_request", _notes_choices),
+    Hook(_OUTPUTS, "OutputProcessor.process_outputs", _collects_statistics),
+    # The second holds its own name for the first's function, and may have been imported before us.
+    Hook("vllm.entrypoints.launchers.app", "build_app", _extends_app),
+    Hook("vllm.entrypoints.launchers.api_server.entry", "build_app", _extends_app),
+    Hook("vllm.triton_utils.dispatcher", "_rebind_kernels", _survives_numba, is_needed=False),
+)
+
+_installed: tuple[Hook, ...] = ()
+_failed: dict[str, str] = {}
 
 
 def install() -> None:
@@ -36,149 +259,53 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    _installed = True
-    for module, change in CHANGES.items():
-        when_imported(module, change)
+    _installed = REQUEST_HOOKS if engine.unsupported_here() else HOOKS
+    for hook in _installed:
+        when_imported(hook.module, partial(_apply, hook))
 
 
-def _input_processor(module: ModuleType) -> None:
-    def remembers(construct: Callable[..., None]) -> Callable[..., None]:
-        @wraps(construct)
-        def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            from dftserve_vllm.request_params import default_diversity
-
-            engine.record(vllm_config)
-            default = default_diversity()  # A wrong one stops the server here, not a request.
-            if (reason := engine.refusal()) is not None:
-                logger.warning(
-                    "diversity: %s. Requests with the field are answered with 400, "
-                    "and no default is applied.",
-                    reason,
-                )
-            else:
-                shown = json.dumps(default.as_dict()) if default else "off"
-                about = (dftserve.__version__, engine.runner(), shown)
-                logger.info("dftserve %s is active on the %s runner; default diversity: %s", *about)
-            construct(self, vllm_config, *args, **kwargs)
-
-        return wrapped
-
-    module.InputProcessor.__init__ = remembers(module.InputProcessor.__init__)
+def _apply(hook: Hook, module: ModuleType) -> None:
+    """Nothing that goes wrong here may keep vLLM from importing its module."""
+    try:
+        hook.apply(module)
+    except Exception as error:  # noqa: BLE001 - the server must start
+        _failed[hook.name] = f"{type(error).__name__}: {error}"
+        logger.warning("dftserve: %s is not in place: %s", hook.name, error)
 
 
-def _requests(*names: str) -> Callable[[ModuleType], None]:
-    def change(module: ModuleType) -> None:
-        from dftserve_vllm import request_params
-
-        for name in names:
-            request = getattr(module, name)
-            request.to_sampling_params = request_params.honour(request.to_sampling_params)
-            if hasattr(request, "to_beam_search_params"):
-                request.to_beam_search_params = request_params.refuse_beam_search(
-                    request.to_beam_search_params
-                )
-
-    return change
+def problems() -> dict[str, str]:
+    """The hooks that are not in place in this process, by name, with the reason."""
+    return {hook.name: reason for hook in _installed if (reason := _problem(hook)) is not None}
 
 
-def _parallel_sampling(module: ModuleType) -> None:
-    def tells_apart(get_child_info: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(get_child_info)
-        def wrapped(self: Any, index: int) -> tuple[str, Any]:
-            request_id, params = get_child_info(self, index)
-            identity = (self.sampling_params.extra_args or {}).get(IDENTITY)
-            if identity is not None:
-                params = copy(params)
-                params.extra_args = {**params.extra_args, IDENTITY: f"{identity}.{index}"}
-            return request_id, params
-
-        return wrapped
-
-    parent = module.ParentRequest
-    parent.get_child_info = tells_apart(parent.get_child_info)
+def refusal() -> str | None:
+    """Why the field is refused: what is missing that it needs; None where nothing is."""
+    found = problems()
+    missing = [hook.name for hook in _installed if hook.is_needed and hook.name in found]
+    if not missing:
+        return None
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return (
+        f"the plug-in could not change {missing[0]}{more} of vLLM ({found[missing[0]]}); "
+        "`dftserve doctor` lists what is missing"
+    )
 
 
-def _async_llm(module: ModuleType) -> None:
-    def observes(generate: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(generate)
-        def wrapped(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-            from dftserve_vllm import request_context, statistics
-
-            outputs = generate(self, prompt, sampling_params, *args, **kwargs)
-            identity = (getattr(sampling_params, "extra_args", None) or {}).get(IDENTITY)
-            item = request_context.item_of(identity) if identity is not None else None
-            return outputs if item is None else statistics.observed(self, outputs, item)
-
-        return wrapped
-
-    module.AsyncLLM.generate = observes(module.AsyncLLM.generate)
+def _problem(hook: Hook) -> str | None:
+    if hook.name in _failed:
+        return _failed[hook.name]
+    module = sys.modules.get(hook.module)
+    if module is None:
+        return _absence(hook.module)
+    if getattr(module.__spec__, "_initializing", False) or hook.is_in_place(module):
+        return None
+    return "it was imported without the change, or replaced since"
 
 
-def _worker(module: ModuleType) -> None:
-    def answers(self: Any, produced: dict[str, int]) -> dict[str, Any] | None:
-        """On the rank that samples; None on one that has no figures."""
-        from dftserve_vllm.processor import current_stats
-
-        stats = current_stats()
-        return None if stats is None else stats.take(produced)
-
-    from dftserve_vllm.statistics import WORKER_METHOD
-
-    setattr(module.WorkerBase, WORKER_METHOD, answers)
-
-
-def _app(module: ModuleType) -> None:
-    def extends(build_app: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(build_app)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            from dftserve_vllm import statistics
-            from dftserve_vllm.capabilities import capabilities
-            from dftserve_vllm.response_middleware import AnswerMiddleware
-
-            app = build_app(*args, **kwargs)
-            statistics.metrics()  # At zero from the start, for whoever watches them.
-            app.add_api_route("/v1/dft/capabilities", capabilities, methods=["GET"])
-            # vLLM may have built the stack already; ours goes outermost either way.
-            if app.middleware_stack is None:
-                app.add_middleware(AnswerMiddleware)
-            else:
-                app.middleware_stack = AnswerMiddleware(app.middleware_stack)
-            return app
-
-        return wrapped
-
-    if not hasattr(module.build_app, "__wrapped__"):
-        vars(module)["build_app"] = extends(module.build_app)
-
-
-def _dispatcher(module: ModuleType) -> None:
-    """On a CPU, vLLM 0.32 looks at `vars` of all that any module holds, for kernels to replace.
-    llvmlite's library answers that with a function of its own, and a second engine in a process,
-    or one after numba was imported, would not start."""
-
-    def survives(rebind: Callable[..., None]) -> Callable[..., None]:
-        @wraps(rebind)
-        def wrapped(overrides: Any) -> None:
-            if (llvmlite := sys.modules.get("llvmlite.binding.ffi")) is not None:
-                llvmlite.lib._fntab["__dict__"] = {}
-            rebind(overrides)
-
-        return wrapped
-
-    if hasattr(module, "_rebind_kernels"):
-        vars(module)["_rebind_kernels"] = survives(module._rebind_kernels)
-
-
-CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    "vllm.v1.engine.input_processor": _input_processor,
-    "vllm.entrypoints.openai.chat_completion.protocol": _requests("ChatCompletionRequest"),
-    "vllm.entrypoints.openai.completion.protocol": _requests("CompletionRequest"),
-    "vllm.entrypoints.openai.responses.protocol": _requests("ResponsesRequest"),
-    "vllm.v1.engine.parallel_sampling": _parallel_sampling,
-    "vllm.v1.engine.async_llm": _async_llm,
-    "vllm.v1.worker.worker_base": _worker,
-    # The second holds its own name for the first's function, and may have been imported before us.
-    "vllm.entrypoints.launchers.app": _app,
-    "vllm.entrypoints.launchers.api_server.entry": _app,
-    "vllm.triton_utils.dispatcher": _dispatcher,
-}
+def _absence(module: str) -> str | None:
+    """None for a module that is there, and will be changed when it is imported."""
+    try:
+        found = importlib.util.find_spec(module)
+    except Exception as error:  # noqa: BLE001 - its package does not import: vLLM will say so
+        return f"{type(error).__name__}: {error}"
+    return None if found is not None else "this vLLM has no such module"

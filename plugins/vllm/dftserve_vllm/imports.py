@@ -9,12 +9,17 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 Change = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, change: Change) -> None:
-    """Call `change(module)` once: now if the module is loaded, else right after it is."""
+    """Call `change(module)` once: now if the module is loaded, else right after it is.
+
+    Only an import uses the change up: to look for the module with `find_spec` does not. An
+    exception of the change reaches whoever imports the module.
+    """
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         change(module)
@@ -35,18 +40,26 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.changes:
             return None
-        changes = self.changes.pop(fullname)
-        found = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if found is None or found.loader is None:
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            found = None if find is None else find(fullname, path, target)
+            if found is None:
+                continue
+            if found.loader is not None:
+                found.loader = _Loader(found.loader, self.changes)
             return found
-        found.loader = _Loader(found.loader, changes)
-        return found
+        return None
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, changes: list[Change]) -> None:
+    """The module's own loader, and the changes after it."""
+
+    def __init__(self, loader: Any, changes: dict[str, list[Change]]) -> None:
         self._loader = loader
         self._changes = changes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)  # get_code, get_source … for who asks the spec.
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -55,7 +68,7 @@ class _Loader(importlib.abc.Loader):
         self._loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        for change in self._changes:
+        for change in self._changes.pop(module.__name__, []):
             change(module)
 
 

@@ -2,7 +2,7 @@
 
 vLLM's V1 and V2 runners read the same entry-point group but expect different interfaces, and each
 insists on its own base class. `DiversityProcessor` is a subclass of whichever exist, and
-constructing it gives the implementation that fits the arguments.
+constructing it gives the implementation for the runner that does.
 """
 
 import weakref
@@ -15,48 +15,42 @@ from dftserve_vllm.extra_args import active
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Base
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcRequestState
 except ImportError:  # Before vLLM 0.31 there is no such interface.
-    V2Base = None
+    _BASES: tuple[type, ...] = (V1Base,)
+    _V2_STATE: tuple[type, ...] = ()
+else:
+    _BASES = (V1Base, V2Base)
+    _V2_STATE = (LogitsProcRequestState,)
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
     from dftserve_vllm.request_stats import RequestStats
 
-_BASES: tuple[type, ...] = (V1Base,) if V2Base is None else (V1Base, V2Base)
-
 # The processor of each engine in this process. Entry point and --logits-processors flag together
 # construct it twice; the second must not change the rows again.
 _made: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
-def current_stats() -> "RequestStats | None":
-    """The figures of this process's newest engine."""
-    stats = [processor.stats for processor in _made.values()]
-    return stats[-1] if stats else None
+def stats_of(vllm_config: Any) -> "RequestStats | None":
+    """What the processor of the engine with this configuration keeps; None where there is none."""
+    made = _made.get(id(vllm_config))
+    return None if made is None else made.stats
 
 
 class DiversityProcessor(*_BASES):
     """Constructing it returns a `V1Processor`, a `V2Processor`, or one that does nothing."""
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        runs_v1 = len(args) + len(kwargs) == 2
+        base = _runner_base((*args, *kwargs.values()))
         if is_disabled() or engine.unsupported() or _made.get(id(vllm_config)) is not None:
-            return _inert(runs_v1, vllm_config, *args, **kwargs)
-        if runs_v1:
-            from dftserve_vllm.v1 import V1Processor
-
-            processor = V1Processor(vllm_config, *args, **kwargs)
-        elif len(args) + len(kwargs) == 1:
-            from dftserve_vllm.v2 import V2Processor
-
-            processor = V2Processor(vllm_config, *args, **kwargs)
+            return _inert(base)
+        if base is V1Base:
+            from dftserve_vllm.v1 import V1Processor as Processor
         else:
-            given = len(args) + len(kwargs)
-            raise TypeError(
-                f"DiversityProcessor: got {given} arguments after vllm_config; accepted: "
-                "(device, is_pin_memory) from the V1 runner or (req_states,) from the V2 runner."
-            )
+            from dftserve_vllm.v2 import V2Processor as Processor
+        processor = Processor(vllm_config, *args, **kwargs)
         _made[id(vllm_config)] = processor
         return processor
 
@@ -73,26 +67,27 @@ class DiversityProcessor(*_BASES):
             raise ValueError(f"diversity: {reason}")
 
 
-def _inert(runs_v1: bool, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+def _runner_base(given: tuple[Any, ...]) -> type:
+    """The base class of the runner that constructs us: V2 hands over its own request state."""
+    is_v2 = any(isinstance(one, _V2_STATE) for one in given)
+    return _BASES[-1] if is_v2 else V1Base
+
+
+def _inert(base: type) -> Any:
     """A processor of the runner's own kind that touches nothing."""
-    if runs_v1:
 
-        class InertV1(V1Base):
-            def __init__(self, *_: Any) -> None: ...
-            def is_argmax_invariant(self) -> bool:
-                return True
+    class Inert(base):
+        def __init__(self) -> None: ...
 
-            def update_state(self, batch_update: Any) -> None: ...
-            def apply(self, logits: Any) -> Any:
-                return logits
+        def is_argmax_invariant(self) -> bool:
+            return True
 
-        return InertV1(vllm_config, *args, **kwargs)
+        def update_state(self, batch_update: Any) -> None: ...
 
-    class InertV2(V2Base):  # type: ignore[misc,valid-type]
         def add_request(self, req_idx: int, sampling_params: Any) -> bool:
             return False
 
-        def apply(self, logits: Any, ctx: Any) -> Any:
+        def apply(self, logits: Any, ctx: Any = None) -> Any:
             return logits
 
-    return InertV2(vllm_config, *args, **kwargs)
+    return Inert()

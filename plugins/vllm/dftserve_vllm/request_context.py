@@ -1,7 +1,7 @@
 """What one HTTP request asked for and got, from its field to its answer.
 
-The middleware opens a record, the field adds an item for every prompt, the engine's output fills
-in the figures, and the middleware writes them into the answer. One task, one context.
+The middleware opens a context, the field adds a prompt to it, the engine's outputs fill in the
+statistics, and the middleware writes them into the answer. One task, one context.
 """
 
 import itertools
@@ -11,10 +11,42 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE
+from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE, means
 from dftserve.spec import Diversity
+from dftserve_vllm.step_report import Payload
 
 _numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class ChoiceStatistics:
+    """What came of one choice, as far as it is known."""
+
+    law: str
+    produced: int = 0
+    """Tokens that the engine has sent."""
+    payload: Payload | None = None
+    """The engine's last report of it; see `StepReport.payload`."""
+
+    def means(self) -> list[float] | None:
+        """[tokens, entropy before, entropy after, temperature, changed], means over its tokens;
+        None where they are not known."""
+        if self.payload is None:
+            return None
+        reported = self.payload
+        return means(reported["tokens"], reported["sums"], reported["waiting"], self.produced)
+
+    def as_dict(self) -> dict[str, float] | None:
+        values = self.means()
+        if values is None:
+            return None
+        return {
+            "tokens": int(values[0]),
+            "mean_entropy_before": round(values[BEFORE], 6),
+            "mean_entropy_after": round(values[AFTER], 6),
+            "mean_temperature": round(values[TEMPERATURE], 6),
+            "tokens_changed": round(values[CHANGED], 6),
+        }
 
 
 @dataclass(eq=False)
@@ -22,29 +54,20 @@ class PromptContext:
     """One prompt's diversity: what is in force, what was dropped for it, what came of it."""
 
     diversity: Diversity
-    choices: int
+    count: int
+    """How many choices were asked for."""
     dropped: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
     """Why the effective level is 0 although one was asked for."""
     identity: str | None = None
-    """Names the figures in the workers; None where no row is changed."""
-    figures: list[dict[str, float] | None] | None = None
+    """Names it to the engine; None where no row is changed."""
+    choices: list[ChoiceStatistics] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
         if self.reason is None and not self.diversity.is_off:
             self.identity = f"{os.getpid():x}-{next(_numbers):x}"
-            _items[self.identity] = self
-        else:
-            self.figures = list[dict[str, float] | None]([None] * self.choices)
-
-    def choice_identity(self, choice: int) -> str:
-        """As `hooks` gives it to the children of a request for several choices."""
-        return f"{self.identity}.{choice}" if self.choices > 1 else str(self.identity)
-
-    def fill(self, means: dict[str, list[float] | None]) -> None:
-        """`means`: see `Account.means`, by choice identity; missing ones are not known."""
-        known = (means.get(self.choice_identity(choice)) for choice in range(self.choices))
-        self.figures = [_named(values) for values in known]
+            _prompts[self.identity] = self
 
     def effective(self) -> dict[str, Any]:
         """The object form of what is in force."""
@@ -54,43 +77,34 @@ class PromptContext:
 
 @dataclass(eq=False)
 class RequestContext:
-    """All items of one HTTP request, in the order of its prompts."""
+    """All prompts of one HTTP request, in their order."""
 
-    items: list[PromptContext] = field(default_factory=list)
+    prompts: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
 
     def choices(self) -> int:
-        return sum(item.choices for item in self.items)
+        return sum(prompt.count for prompt in self.prompts)
 
     def answer(self) -> dict[str, Any]:
         """The `diversity` object of the answer."""
-        first = self.items[0]
+        first = self.prompts[0]
         answer = first.effective()
         if first.dropped:
             answer["dropped"] = first.dropped
         answer["choices"] = [
-            figures for item in self.items for figures in (item.figures or [None] * item.choices)
+            choice.as_dict() for prompt in self.prompts for choice in prompt.choices
         ]
         return answer
 
 
-current: ContextVar[RequestContext | None] = ContextVar("dftserve_record", default=None)
+current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", default=None)
 
-_items: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
-
-
-def item_of(identity: str) -> PromptContext | None:
-    return _items.get(identity)
+_prompts: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
 
-def _named(means: list[float] | None) -> dict[str, float] | None:
-    if means is None:
-        return None
-    return {
-        "tokens": int(means[0]),
-        "mean_entropy_before": round(means[BEFORE], 6),
-        "mean_entropy_after": round(means[AFTER], 6),
-        "mean_temperature": round(means[TEMPERATURE], 6),
-        "tokens_changed": round(means[CHANGED], 6),
-    }
+def choice_of(identity: str) -> ChoiceStatistics | None:
+    """The choice that `extra_args` names to the engine: see `extra_args.of_choice`."""
+    name, _, choice = identity.partition(".")
+    prompt = _prompts.get(name)
+    return None if prompt is None else prompt.choices[int(choice or 0)]

@@ -1,6 +1,5 @@
 """The request field: from the body to SamplingParams, or to a 400 that says what is accepted."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,12 +7,15 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from dftserve import spec
-from dftserve_vllm import engine, request_context
+from dftserve_vllm import engine, metrics, request_context
 from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, is_greedy, parse_field
+from dftserve_vllm.request_context import PromptContext
 
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
+MAX_STOP_IDS = 64
+"""A request's own `stop_token_ids` with the field, beside the model's: others share its steps."""
 
 
 @lru_cache
@@ -32,22 +34,24 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
     """`Request.to_sampling_params` that knows the field."""
 
     @wraps(to_sampling_params)
-    def wrapped(request: Any, max_tokens: int, default_sampling_params: Any = None) -> Any:
+    def wrapped(
+        request: Any, max_tokens: int, default_sampling_params: Any = None, **kwargs: Any
+    ) -> Any:
+        def params_with(defaults: Any) -> Any:
+            return to_sampling_params(request, max_tokens, defaults, **kwargs)
+
         asked = _asked(request)
         diversity = asked or _default(request)
         if diversity is None:
-            return _stripped(to_sampling_params(request, max_tokens, default_sampling_params or {}))
+            return _stripped(params_with(default_sampling_params or {}))
         if (reason := engine.refusal()) and not diversity.is_off:
-            raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY, diversity.as_dict())
+            raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
         if diversity.is_off:
-            params = _stripped(
-                to_sampling_params(request, max_tokens, default_sampling_params or {})
-            )
-            _note(request, request_context.PromptContext(diversity, params.n))
+            params = _stripped(params_with(default_sampling_params or {}))
+            _note(request, PromptContext(diversity, params.n))
             return params
         defaults, dropped = _without_cuts(request, default_sampling_params or {})
-        params = to_sampling_params(request, max_tokens, defaults)
-        return _marked(request, params, diversity, dropped, is_default=asked is None)
+        return _marked(request, params_with(defaults), diversity, dropped, is_default=asked is None)
 
     return wrapped
 
@@ -63,7 +67,7 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
                 f"{DIVERSITY}: got it together with use_beam_search; beam search does not sample. "
                 "Accepted: one of the two."
             )
-            raise _bad_request(message, DIVERSITY, asked.as_dict())
+            raise _bad_request(message, DIVERSITY)
         return to_beam_search_params(request, *args, **kwargs)
 
     return wrapped
@@ -77,13 +81,13 @@ def _asked(request: Any) -> spec.Diversity | None:
         first = None if top is None else spec.parse(top)
         second = None if argument is None else parse_field(argument, f"vllm_xargs.{DIVERSITY}")
     except spec.DiversityError as error:
-        raise _bad_request(str(error), error.parameter, error.value) from None
+        raise _bad_request(str(error), error.parameter) from None
     if first is not None and second is not None and first != second:
         message = (
-            f"{DIVERSITY}: got {json.dumps(top)} at top level and {json.dumps(argument)} in "
+            f"{DIVERSITY}: got {spec.shown(top)} at top level and {spec.shown(argument)} in "
             "vllm_xargs; accepted: one of them, or both the same."
         )
-        raise _bad_request(message, DIVERSITY, top)
+        raise _bad_request(message, DIVERSITY)
     return first or second
 
 
@@ -128,8 +132,16 @@ def _marked(
     if is_greedy(params):
         if not is_default:
             reason = "temperature 0 stays greedy"
-            _note(request, request_context.PromptContext(diversity, params.n, reason=reason))
+            _note(request, PromptContext(diversity, params.n, reason=reason))
         return _stripped(params)
+    if len(params.stop_token_ids or ()) > MAX_STOP_IDS:
+        if is_default:
+            return _stripped(params)
+        message = (
+            f"stop_token_ids: got {len(params.stop_token_ids)} beside {DIVERSITY}; accepted: at "
+            f"most {MAX_STOP_IDS}, since the law looks each of them up at every step."
+        )
+        raise _bad_request(message, "stop_token_ids")
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         if diversity.min_p is not None and diversity.min_p != params.min_p:
@@ -137,12 +149,13 @@ def _marked(
                 f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
                 "accepted: one of them, or both the same."
             )
-            raise _bad_request(message, "min_p", params.min_p)
+            raise _bad_request(message, "min_p")
         diversity = replace(diversity, min_p=float(params.min_p))
         params.min_p = 0.0
-    item = request_context.PromptContext(diversity, params.n, dropped=dropped)
-    _note(request, item)
-    carried = {DIVERSITY: diversity.as_dict(), IDENTITY: item.identity}
+    prompt = PromptContext(diversity, params.n, dropped=dropped)
+    _note(request, prompt)
+    metrics.metrics().count_request(diversity.law)
+    carried = {DIVERSITY: diversity.as_dict(), IDENTITY: prompt.identity}
     params.extra_args = {**(params.extra_args or {}), **carried}
     return params
 
@@ -156,17 +169,18 @@ def _stripped(params: Any) -> Any:
     return params
 
 
-def _note(request: Any, item: request_context.PromptContext) -> None:
+def _note(request: Any, prompt: PromptContext) -> None:
     current = request_context.current.get()
     if current is None:
         return
-    current.items.append(item)
+    current.prompts.append(prompt)
     options = getattr(request, "stream_options", None)
     current.wants_usage = bool(getattr(options, "include_usage", False))
 
 
-def _bad_request(message: str, parameter: str, value: Any) -> Exception:
+def _bad_request(message: str, parameter: str) -> Exception:
+    """A 400 of vLLM's. The message has the value already, shortened: vLLM would add it whole."""
     from vllm.exceptions import VLLMValidationError
 
-    shown = None if value is spec.NOTHING else value
-    return VLLMValidationError(message, parameter=parameter, value=shown)
+    metrics.metrics().count_refusal()
+    return VLLMValidationError(message, parameter=parameter)

@@ -1,75 +1,84 @@
-"""The worker's side that both runners share: one guarded call of the transform, and the figures.
+"""One engine's state in its worker: the guarded transform, and what it did to each request.
 
-An exception in a logits processor kills vLLM's engine and every request in flight. Here a fault
-leaves the step's rows as they came, is counted, and is logged once.
+An exception in a logits processor ends vLLM's engine and every request in flight. Here a fault
+leaves the rows that it concerns as they came, is counted, and is logged once.
 """
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dftserve.sampling import Account, Controls, fastest, fastest_slots, transform
+from dftserve.sampling.slots import Snapshot
+from dftserve_vllm.step_report import PendingReport
 
 logger = logging.getLogger("vllm.dftserve")
 
-MAX_FINISHED = 4096
-"""Figures of finished requests kept for an answer that has not asked yet."""
+MAX_LEFT = 4096
+"""Requests that left their slot, and may come back to one after a preemption."""
 
 
 class RequestStats:
-    """Figures by slot while a request runs, by its identity once it has left its slot."""
+    """Statistics by slot while a request runs, by its identity while it is preempted."""
 
     def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
         self.slots = fastest_slots(capacity, rows_per_request, device)
         self.faults = 0
-        self._way = fastest(device)
-        self._identity: dict[int, str | None] = {}
+        self._transform = fastest(device)
+        self._identity: dict[int, str] = {}
         self._slot: dict[str, int] = {}
-        self._finished: OrderedDict[str, Account] = OrderedDict()
+        self._leaving: deque[tuple[str, Snapshot, int]] = deque()
+        self._left: OrderedDict[str, Account] = OrderedDict()
+        self._snapshot: Snapshot | None = None
+        self._report: PendingReport | None = None
+        self._reported_faults = 0
 
     def open(self, slot: int, identity: str | None, produced: int) -> None:
-        """A request enters a slot; `produced` tokens are there already if it was preempted."""
+        """A request enters a slot.
+
+        Args:
+            identity: names the request; None where nobody asks for its statistics.
+            produced: tokens that are there already: the request was preempted.
+        """
         self.close(slot)
         resumed = None
         if identity is not None:
             if (old := self._slot.get(identity)) is not None:
                 self.close(old)
-            resumed = self._finished.pop(identity, None)
+            resumed = self._resumed(identity) if produced else None
+            self._identity[slot] = identity
             self._slot[identity] = slot
-        self._identity[slot] = identity
         self.slots.open(slot, resumed, produced)
 
     def close(self, slot: int) -> None:
-        """The slot's request has left it: its figures wait for the answer."""
+        """The slot's request has left it: it has ended, or was preempted."""
         identity = self._identity.pop(slot, None)
         if identity is None:
             return
         del self._slot[identity]
-        self._finished[identity] = self.slots.account(slot)
-        while len(self._finished) > MAX_FINISHED:
-            self._finished.popitem(last=False)
+        if self._snapshot is not None:
+            self._leaving.append((identity, self._snapshot, slot))
 
-    def take(self, produced: Mapping[str, int]) -> dict[str, Any]:
-        """Figures of finished requests by identity, and the counters.
+    def _resumed(self, identity: str) -> Account | None:
+        self._collect_left(wait=True)
+        return self._left.pop(identity, None)
 
-        `produced` says how many tokens each of them produced. A request whose figures are not
-        known here is left out.
-        """
-        figures = {}
-        for identity, tokens in produced.items():
-            account = self._finished.pop(identity, None)
-            if account is None and (slot := self._slot.get(identity)) is not None:
-                account = self.slots.account(slot)
-                self._identity[slot] = None
-                del self._slot[identity]
-            if account is not None:
-                figures[identity] = account.means(tokens)
-        return {"figures": figures, "faults": self.faults, "nan_rows": int(self.slots.unsound)}
+    def _collect_left(self, *, wait: bool) -> None:
+        """Take what left its slot out of the snapshots, so that these can go."""
+        while self._leaving:
+            identity, snapshot, slot = self._leaving[0]
+            if wait:
+                snapshot.wait()
+            elif not snapshot.is_copied():
+                break
+            self._leaving.popleft()
+            self._left[identity] = snapshot.account(slot)
+        while len(self._left) > MAX_LEFT:
+            self._left.popitem(last=False)
 
     def apply(
         self,
@@ -90,12 +99,36 @@ class RequestStats:
             samples_R: bool, False where the row is a chunk of a prompt.
         """
         controls = self.slots.settle(controls, slot_R, position_R, offset_R)
-        statistics = transform(logits_XV, controls, rows_R, self._way)
+        statistics = transform(logits_XV, controls, rows_R, self._transform)
         self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
 
+    def end_step(self, positions: list[int], slots: list[int], always: Sequence[bool]) -> None:
+        """Let the step's output carry the statistics of its active requests.
+
+        Args:
+            positions: of each active request in the batch.
+            slots: their slots.
+            always: whether each may end in the API process; see `StepReport`.
+        """
+        self._collect_left(wait=False)
+        self._snapshot = self.slots.snapshot()
+        self._report = PendingReport(positions, list(always), slots, self._snapshot, self.faults)
+
+    def take_report(self) -> PendingReport | None:
+        """The report of the step that was sampled last; each is given once."""
+        report, self._report = self._report, None
+        if report is None and self.faults > self._reported_faults:
+            report = PendingReport([], [], [], self.slots.snapshot(), self.faults)
+        self._reported_faults = self.faults
+        return report
+
     @contextmanager
-    def surviving(self) -> Iterator[None]:
-        """Whatever goes wrong in here is counted, logged once, and goes no further."""
+    def isolated(self, otherwise: Callable[[], None] | None = None) -> Iterator[None]:
+        """Whatever goes wrong in here is counted, logged once, and goes no further.
+
+        Args:
+            otherwise: called after a fault, to leave a state in which the rows stay as they come.
+        """
         try:
             yield
         except Exception:  # Whatever it is, it must not end the engine.
@@ -105,3 +138,5 @@ class RequestStats:
                     "Further faults are only counted (dft:faults_total)."
                 )
             self.faults += 1
+            if otherwise is not None:
+                otherwise()

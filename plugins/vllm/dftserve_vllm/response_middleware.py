@@ -20,7 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Send], Awaitable[None]]
 
 
-class AnswerMiddleware:
+class ResponseMiddleware:
     """Opens a record for each HTTP request and writes it into the answer."""
 
     def __init__(self, app: App) -> None:
@@ -33,16 +33,16 @@ class AnswerMiddleware:
         opened = request_context.RequestContext()
         token = request_context.current.set(opened)
         try:
-            await self._app(scope, receive, _Answer(opened, send))
+            await self._app(scope, receive, _Response(opened, send))
         finally:
             request_context.current.reset(token)
 
 
-class _Answer:
+class _Response:
     """`send` for one request: as it is until the start of a good answer with a record."""
 
     def __init__(self, opened: request_context.RequestContext, send: Send) -> None:
-        self._record = opened
+        self._context = opened
         self._send = send
         self._start: Message = {}
         self._body: list[bytes] = []
@@ -50,7 +50,7 @@ class _Answer:
         self._handle = self._pass_on
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and self._record.items:
+        if message["type"] == "http.response.start" and self._context.prompts:
             await self._begin(message)
         elif message["type"] == "http.response.body":
             await self._handle(message)
@@ -65,7 +65,7 @@ class _Answer:
         if message["status"] >= 400:
             await self._send(message)
             return
-        effective = json.dumps(self._record.items[0].effective(), separators=(",", ":"))
+        effective = json.dumps(self._context.prompts[0].effective(), separators=(",", ":"))
         headers = [*message["headers"], (HEADER, effective.encode())]
         self._start = {**message, "headers": headers}
         if content_type.startswith(b"text/event-stream"):
@@ -81,7 +81,7 @@ class _Answer:
         self._body.append(message.get("body", b""))
         if message.get("more_body"):
             return
-        body = _with_diversity(b"".join(self._body), self._record.answer())
+        body = _with_diversity(b"".join(self._body), self._context.answer())
         headers = [
             (name, str(len(body)).encode() if name == b"content-length" else value)
             for name, value in self._start["headers"]
@@ -104,10 +104,10 @@ class _Answer:
             return event
         content = json.loads(data)
         if isinstance(response := content.get("response"), dict) and response.get("usage"):
-            content["response"] = response | {DIVERSITY: self._record.answer()}
+            content["response"] = response | {DIVERSITY: self._context.answer()}
             data = json.dumps(content, separators=(",", ":")).encode()
         elif self._is_last(content):
-            data = _with_diversity(data, self._record.answer())
+            data = _with_diversity(data, self._context.answer())
         else:
             return event
         self._handle = self._pass_on
@@ -117,9 +117,9 @@ class _Answer:
         if "choices" not in content:  # /v1/messages: the event with usage and a stop reason
             return content.get("type") == "message_delta" and bool(content.get("usage"))
         self._finished += sum(bool(choice.get("finish_reason")) for choice in content["choices"])
-        if self._record.wants_usage:
+        if self._context.wants_usage:
             return bool(content.get("usage")) and not content["choices"]
-        return self._finished == self._record.choices()
+        return self._finished == self._context.choices()
 
 
 def _with_diversity(body: bytes, answer: dict[str, Any]) -> bytes:

@@ -62,11 +62,17 @@ class V1Processor(LogitsProcessor):
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if batch_update is None:
-            return
+        """What joined, left and moved. Where a fault leaves that unknown, no row is touched until
+        its request joins anew."""
+        if batch_update is not None:
+            with self.stats.isolated(self._drop_all):
+                self._update(batch_update)
+
+    def _update(self, batch_update: BatchUpdate) -> None:
         for index, params, _, output_ids in batch_update.added:
             self._remove(index)
-            self._add(index, params, output_ids)
+            with self.stats.isolated():
+                self._add(index, params, output_ids)
         for index in batch_update.removed:
             self._remove(index)
         for a, b, direction in batch_update.moved:
@@ -77,34 +83,44 @@ class V1Processor(LogitsProcessor):
         if asked is None:
             return
         slot = self._free.pop()
-        self.stats.open(slot, asked.identity, produced=len(output_ids))
+        try:
+            self.stats.open(slot, asked.identity, produced=len(output_ids))
+        except BaseException:
+            self._free.append(slot)
+            raise
         self._entries[index] = _Entry(slot, asked, output_ids)
         self._batch = None
 
     def _remove(self, index: int) -> None:
-        entry = self._entries.pop(index, None)
+        self._release(self._entries.pop(index, None))
+
+    def _release(self, entry: _Entry | None) -> None:
         if entry is not None:
-            self.stats.close(entry.slot)
-            self._free.append(entry.slot)
             self._batch = None
+            self._free.append(entry.slot)
+            with self.stats.isolated():
+                self.stats.close(entry.slot)
 
     def _move(self, a: int, b: int, *, swap: bool) -> None:
         entry_a, entry_b = self._entries.pop(a, None), self._entries.pop(b, None)
+        self._batch = None
         if entry_a is not None:
             self._entries[b] = entry_a
-        if entry_b is not None:
-            if swap:
-                self._entries[a] = entry_b
-            else:
-                self.stats.close(entry_b.slot)
-                self._free.append(entry_b.slot)
-        if entry_a is not None or entry_b is not None:
-            self._batch = None
+        if entry_b is not None and swap:
+            self._entries[a] = entry_b
+        else:
+            self._release(entry_b)
+
+    def _drop_all(self) -> None:
+        for index in list(self._entries):
+            self._remove(index)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if self._entries:
-            with self.stats.surviving():
+            with self.stats.isolated():
                 self._apply(logits)
+            with self.stats.isolated():
+                self._report()
         return logits
 
     def _apply(self, logits: torch.Tensor) -> None:
@@ -121,6 +137,12 @@ class V1Processor(LogitsProcessor):
             offset_R=batch.zeros_R,
             samples_R=batch.samples_R,
         )
+
+    def _report(self) -> None:
+        batch = self._batch or self._gather()
+        slots = [entry.slot for entry in batch.entries]
+        always = [entry.active.may_end_anywhere for entry in batch.entries]
+        self.stats.end_step(batch.index, slots, always)
 
     def _gather(self) -> _Batch:
         index = sorted(self._entries)

@@ -36,19 +36,27 @@ class V2Processor(LogitsProcessor):
         self._is_active = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._host_numbers_SF = torch.ones(req_states.max_num_reqs, len(NUMBERS))
         self._host_stop_ids_SE = torch.full((req_states.max_num_reqs, 1), -1)
-        self._is_stale = True
+        self._stop_count_S = np.zeros(req_states.max_num_reqs, dtype=np.int64)
+        self._may_end_anywhere = np.zeros(req_states.max_num_reqs, dtype=bool)
+        self._staged: list[int] = []
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
         """Whether the request's rows are to be changed. There is no hook for its leaving: the
         slot's former request is closed here."""
+        self._is_active[req_idx] = False
+        with self.stats.isolated():
+            self._is_active[req_idx] = self._open(req_idx, sampling_params)
+        return bool(self._is_active[req_idx])
+
+    def _open(self, slot: int, sampling_params: "SamplingParams") -> bool:
         asked = active(sampling_params, divided=False)
-        self._is_active[req_idx] = asked is not None
         if asked is None:
-            self.stats.close(req_idx)
+            self.stats.close(slot)
             return False
-        produced = self._states.prefill_len.np[req_idx] - self._states.prompt_len.np[req_idx]
-        self.stats.open(req_idx, asked.identity, int(produced))
-        self._stage(req_idx, asked.controls)
+        produced = self._states.prefill_len.np[slot] - self._states.prompt_len.np[slot]
+        self.stats.open(slot, asked.identity, int(produced))
+        self._may_end_anywhere[slot] = asked.may_end_anywhere
+        self._stage(slot, asked.controls)
         return True
 
     def _stage(self, slot: int, row: ControlRow) -> None:
@@ -60,20 +68,29 @@ class V2Processor(LogitsProcessor):
         width = self._host_stop_ids_SE.shape[1]
         self._host_stop_ids_SE[slot] = torch.tensor(row.padded_stops(width))
         self._host_numbers_SF[slot] = torch.tensor(row.numbers)
-        self._is_stale = True
+        self._stop_count_S[slot] = len(row.stop_ids)
+        self._staged.append(slot)
 
     def apply_staged_writes(self) -> None:
-        if self._is_stale:
-            # Copies, also on a CPU: the next request must not change a step in flight.
-            self._numbers_SF = self._host_numbers_SF.to(self._device, copy=True)
-            self._stop_ids_SE = self._host_stop_ids_SE.to(self._device, copy=True)
-            self._is_stale = False
+        """Controls of the requests that came go to the device; where that fails, their rows stay
+        as they come."""
+        if self._staged:
+            with self.stats.isolated(self._deactivate):
+                # Copies, also on a CPU: the next request must not change a step in flight.
+                self._numbers_SF = self._host_numbers_SF.to(self._device, copy=True)
+                self._stop_ids_SE = self._host_stop_ids_SE.to(self._device, copy=True)
+            self._staged.clear()
+
+    def _deactivate(self) -> None:
+        self._is_active[self._staged] = False
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        is_active_B = self._is_active[ctx.idx_mapping_np]
-        if is_active_B.any():
-            with self.stats.surviving():
-                self._apply(logits, ctx, is_active_B)
+        with self.stats.isolated():
+            is_active_B = self._is_active[ctx.idx_mapping_np]
+            if is_active_B.any():
+                with self.stats.isolated():
+                    self._apply(logits, ctx, is_active_B)
+                self._report(ctx, is_active_B)
         return logits
 
     def _apply(self, logits: torch.Tensor, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
@@ -81,15 +98,22 @@ class V2Processor(LogitsProcessor):
         chosen = slice(None) if rows_R is None else rows_R
         slot_R = ctx.expanded_idx_mapping[chosen].long()
         position_R = ctx.pos[chosen].long()
+        # No wider than the requests of this step need, whatever others asked for before.
+        width = max(int(self._stop_count_S[ctx.idx_mapping_np[is_active_B]].max()), 1)
         self.stats.apply(
             logits,
-            Controls.of(self._numbers_SF[slot_R], self._stop_ids_SE[slot_R]),
+            Controls.of(self._numbers_SF[slot_R], self._stop_ids_SE[:, :width][slot_R]),
             rows_R,
             slot_R=slot_R,
             position_R=position_R,
             offset_R=ctx.expanded_local_pos[chosen].long(),
             samples_R=position_R + 1 >= self._states.prefill_len.gpu[slot_R],
         )
+
+    def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
+        slots = ctx.idx_mapping_np[is_active_B]
+        positions = np.flatnonzero(is_active_B).tolist()
+        self.stats.end_step(positions, slots.tolist(), self._may_end_anywhere[slots].tolist())
 
     def _rows(self, is_active_B: np.ndarray, ctx: LogitsContext, rows: int) -> torch.Tensor | None:
         """The active requests' rows; None for all. Only a batch that mixes active requests,

@@ -1,0 +1,56 @@
+"""What the plug-in adds to vLLM's HTTP app: the answer's middleware, and one route.
+
+vLLM's own way for this is `EndpointPlugin` below, which it loads only if `VLLM_PLUGINS` names it;
+elsewhere `hooks` calls `extend` around `build_app`. Both may happen: an app is extended once.
+"""
+
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from dftserve_vllm import capabilities, hooks, metrics
+from dftserve_vllm.field_guard import FieldGuard
+from dftserve_vllm.response_middleware import ResponseMiddleware
+
+ROUTE = "/v1/dft/capabilities"
+
+
+def extend(app: Any) -> Any:
+    """Add to a FastAPI app what it does not have yet.
+
+    Args:
+        app: vLLM's app, or what it became: its middleware may have been built already.
+    """
+    if getattr(app.state, "dftserve", False):
+        return app
+    app.state.dftserve = True
+    metrics.metrics()
+    app.add_api_route(ROUTE, capabilities.capabilities, methods=["GET"])
+    unseen = [hook for hook in hooks.REQUEST_HOOKS if hook.name in hooks.problems()]
+    _add(app, ResponseMiddleware)
+    if unseen:
+        _add(app, FieldGuard)
+    return app
+
+
+def _add(app: Any, middleware: Any) -> None:
+    """Innermost, so that what others do to an answer (compression) is done to ours too; around
+    everything where vLLM has put the app together already."""
+    if app.middleware_stack is None:
+        app.user_middleware.append(Middleware(middleware))
+    else:
+        app.middleware_stack = middleware(app.middleware_stack)
+
+
+class EndpointPlugin:
+    """vLLM's interface for plug-ins that add to its HTTP app; loaded where `VLLM_PLUGINS` names
+    `dftserve`."""
+
+    name = "dftserve"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        extend(app)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing: the configuration is recorded when the engine is made."""

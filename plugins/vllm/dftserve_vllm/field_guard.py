@@ -1,0 +1,80 @@
+"""Refuses requests with the field where vLLM would not let us see them, and would ignore it.
+
+It is in the app only where a hook of `hooks.REQUEST_HOOKS` is missing, so that no request ever
+pays for it on a vLLM that the plug-in fits.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from dftserve_vllm import engine, metrics
+from dftserve_vllm.extra_args import DIVERSITY
+
+MAX_BODY_BYTES = 32 << 20
+
+Message = MutableMapping[str, Any]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class FieldGuard:
+    """Pure ASGI middleware."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body, messages = await _read(receive)
+        if _has_field(body):
+            metrics.metrics().count_refusal()
+            await _refuse(send, f"{DIVERSITY}: {engine.refusal()}.")
+            return
+        await self._app(scope, _replayed(messages, receive), send)
+
+
+async def _read(receive: Any) -> tuple[bytes, list[Message]]:
+    """The body as far as it is bounded, and the messages that it came in."""
+    messages: list[Message] = []
+    size = 0
+    while size <= MAX_BODY_BYTES:
+        messages.append(await receive())
+        size += len(messages[-1].get("body", b""))
+        if not messages[-1].get("more_body", False):
+            break
+    return b"".join(message.get("body", b"") for message in messages), messages
+
+
+def _has_field(body: bytes) -> bool:
+    """Whether a JSON body asks for more than level 0; vLLM answers what is not JSON."""
+    if DIVERSITY.encode() not in body:
+        return False
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(content, dict):
+        return False
+    arguments = content.get("vllm_xargs")
+    inner = arguments.get(DIVERSITY) if isinstance(arguments, dict) else None
+    return any(value not in (None, 0, "0") for value in (content.get(DIVERSITY), inner))
+
+
+def _replayed(messages: list[Message], receive: Any) -> Any:
+    waiting = iter(messages)
+
+    async def replay() -> Message:
+        return next(waiting, None) or await receive()
+
+    return replay
+
+
+async def _refuse(send: Any, message: str) -> None:
+    """As vLLM words its 400."""
+    error = {"message": message, "type": "BadRequestError", "param": DIVERSITY, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

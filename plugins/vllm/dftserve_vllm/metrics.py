@@ -1,0 +1,114 @@
+"""The `dft:*` metrics of an API process, with vLLM's own labels `model_name` and `engine`.
+
+With several API server processes, prometheus_client's multiprocess mode (which vLLM sets up) adds
+them up; each event is counted in one process only.
+"""
+
+from functools import lru_cache
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE
+from dftserve_vllm import engine
+from dftserve_vllm.request_context import ChoiceStatistics
+from dftserve_vllm.step_report import Payload
+
+NATS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12)
+TEMPERATURES = (0.25, 0.5, 0.75, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
+PER_ENGINE = ("model_name", "engine")
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "dft:requests", "Requests with an active diversity.", ["model_name", "law"]
+        )
+        self.refused = Counter(
+            "dft:requests_refused",
+            "Requests whose diversity was answered with 400.",
+            ["model_name"],
+        )
+        self.unavailable = Counter(
+            "dft:statistics_unavailable",
+            "Choices that ended without statistics from the engine.",
+            ["model_name"],
+        )
+        self.tokens = Counter("dft:tokens", "Tokens sampled with an active diversity.", PER_ENGINE)
+        self.faults = Counter(
+            "dft:faults", "Faults of the plug-in in a worker; rows passed unchanged.", PER_ENGINE
+        )
+        self.nan_rows = Counter(
+            "dft:nan_rows", "Rows passed through: NaN or nothing finite.", PER_ENGINE
+        )
+        self.before = Histogram(
+            "dft:entropy_before_nats",
+            "A choice's mean entropy before.",
+            PER_ENGINE,
+            buckets=NATS,
+        )
+        self.after = Histogram(
+            "dft:entropy_after_nats", "A choice's mean entropy after.", PER_ENGINE, buckets=NATS
+        )
+        self.temperature = Histogram(
+            "dft:temperature", "A choice's mean temperature.", PER_ENGINE, buckets=TEMPERATURES
+        )
+        self.changed = Histogram(
+            "dft:tokens_changed",
+            "The share of a choice's tokens that the new temperature changed.",
+            PER_ENGINE,
+            buckets=SHARES,
+        )
+
+        for index in range(engine.engines()):  # At zero from the start, for whoever watches them.
+            self.count_engine({"engine": index})
+
+    def count_request(self, law: str) -> None:
+        self.requests.labels(engine.served_model_name(), law).inc()
+
+    def count_refusal(self) -> None:
+        self.refused.labels(engine.served_model_name()).inc()
+
+    def count_engine(self, payload: Payload) -> None:
+        """What is new in an engine's counts."""
+        labels = engine.served_model_name(), str(payload["engine"])
+        self.faults.labels(*labels).inc(payload.get("faults", 0))
+        self.nan_rows.labels(*labels).inc(payload.get("nan_rows", 0))
+
+    def count_choice(self, choice: ChoiceStatistics) -> None:
+        """A choice that has ended."""
+        values = choice.means()
+        if choice.payload is None or values is None:
+            self.unavailable.labels(engine.served_model_name()).inc()
+            return
+        labels = engine.served_model_name(), str(choice.payload["engine"])
+        self.tokens.labels(*labels).inc(values[0])
+        self.before.labels(*labels).observe(values[BEFORE])
+        self.after.labels(*labels).observe(values[AFTER])
+        self.temperature.labels(*labels).observe(values[TEMPERATURE])
+        self.changed.labels(*labels).observe(values[CHANGED])
+
+
+@lru_cache
+def metrics() -> Metrics:
+    """Made on first use: the registry refuses a second set of the same names."""
+    return Metrics()
+
+
+def totals() -> dict[str, int]:
+    """`faults` and `nan_rows` of all engines, as far as any API process has heard of them."""
+    metrics()
+    names = {"dft:faults_total": "faults", "dft:nan_rows_total": "nan_rows"}
+    sums = dict.fromkeys(names.values(), 0)
+    for family in _registry().collect():
+        for sample in family.samples:
+            if sample.name in names:
+                sums[names[sample.name]] += int(sample.value)
+    return sums
+
+
+def _registry() -> CollectorRegistry:
+    """The registry that /metrics shows."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return get_prometheus_registry()

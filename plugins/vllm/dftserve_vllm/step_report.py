@@ -1,0 +1,139 @@
+"""How a step's statistics travel with the step's own output: worker → engine core → API process.
+
+    worker       attach(output, report)     beside the sampled tokens, in ModelRunnerOutput
+    engine core  forward(…)                 in the EngineCoreOutput of each request that ends
+    API process  take(engine_core_output)   before vLLM looks at it
+
+So no statistic is ever asked for: there is no call that could wait, with several engines each
+sends its own, and what an engine that is gone did not send is not waited for. The channel is
+`EngineCoreOutput.kv_transfer_params`, the one free-form field that vLLM serialises for every
+request; `take` removes what was put there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dftserve.sampling.slots import Snapshot
+
+ATTRIBUTE = "dftserve_report"
+"""On a ModelRunnerOutput, which is pickled on its way to the engine core."""
+KEY = "dftserve"
+"""In `kv_transfer_params`."""
+
+Array = np.ndarray[Any, Any]
+Payload = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The statistics of one step's active requests R, on the host: see `Snapshot`."""
+
+    positions_R: list[int]
+    """Each request's position in the batch."""
+    always_R: list[bool]
+    """Whether the request may end in the API process: it has stop strings."""
+    tokens_R: Array
+    sums_RF: Array
+    waiting_RKF: Array
+    faults: int
+    """Of this worker, since its start."""
+    nan_rows: int
+    """Likewise."""
+
+    def payload(self, row: int) -> dict[str, Any]:
+        """One request's part, in types that msgpack knows."""
+        return {
+            "tokens": int(self.tokens_R[row]),
+            "sums": self.sums_RF[row].tolist(),
+            "waiting": self.waiting_RKF[row].tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class PendingReport:
+    """A report whose copy to the host may still be under way."""
+
+    positions_R: list[int]
+    always_R: list[bool]
+    slots_R: list[int]
+    snapshot: Snapshot
+    faults: int
+
+    def resolve(self) -> StepReport:
+        """Call it when the step's tokens are on the host: the copy was enqueued before theirs."""
+        self.snapshot.wait()
+        slots_R = np.asarray(self.slots_R, dtype=np.int64)
+        return StepReport(
+            positions_R=self.positions_R,
+            always_R=self.always_R,
+            tokens_R=self.snapshot.tokens_S.numpy()[slots_R],
+            sums_RF=self.snapshot.sums_SF.numpy()[slots_R],
+            waiting_RKF=self.snapshot.waiting_SKF.numpy()[slots_R],
+            faults=self.faults,
+            nan_rows=int(self.snapshot.unsound),
+        )
+
+
+def attach(output: Any, pending: PendingReport | None) -> None:
+    """Put a report, if there is one, on the ModelRunnerOutput of its step."""
+    if pending is not None:
+        setattr(output, ATTRIBUTE, pending.resolve())
+
+
+class Forwarder:
+    """One engine core's side: which counts it has sent on already."""
+
+    def __init__(self, engine: int) -> None:
+        self._engine = engine
+        self._sent = {"faults": 0, "nan_rows": 0}
+
+    def forward(self, model_runner_output: Any, outputs: Mapping[int, Any]) -> None:
+        """Move the report from the step's output to the outputs of its requests.
+
+        Args:
+            model_runner_output: vLLM's ModelRunnerOutput.
+            outputs: EngineCoreOutputs by client.
+        """
+        report: StepReport | None = getattr(model_runner_output, ATTRIBUTE, None)
+        if report is None:
+            return
+        row_of = {position: row for row, position in enumerate(report.positions_R)}
+        position_of = model_runner_output.req_id_to_index
+        news = self._news(report)
+        sends_all = any(report.always_R)
+        for output in (output for client in outputs.values() for output in client.outputs):
+            # Most steps end no request, and most requests end where the engine core sees it.
+            if not (news or sends_all or output.finish_reason is not None):
+                continue
+            row = row_of.get(position_of.get(output.request_id, -1))
+            if row is not None and (output.finish_reason is not None or report.always_R[row]):
+                put(output, report.payload(row) | news | {"engine": self._engine})
+            elif news:
+                put(output, news | {"engine": self._engine})
+            else:
+                continue
+            news = {}
+            self._sent = {name: getattr(report, name) for name in self._sent}
+
+    def _news(self, report: StepReport) -> dict[str, int]:
+        """How far the worker's counts have risen since they were last sent; only what has."""
+        rise = {name: getattr(report, name) - sent for name, sent in self._sent.items()}
+        return {name: count for name, count in rise.items() if count > 0}
+
+
+def put(output: Any, payload: Payload) -> None:
+    """Let an EngineCoreOutput carry the payload, beside what a connector put there."""
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: payload}
+
+
+def take(output: Any) -> Payload | None:
+    """What an EngineCoreOutput carries of ours; it is as if it had never been there."""
+    params = output.kv_transfer_params
+    if params is None or KEY not in params:
+        return None
+    payload = params[KEY]
+    output.kv_transfer_params = {k: v for k, v in params.items() if k != KEY} or None
+    return payload
