@@ -15,10 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from dftserve.serve import running
 from tests.environment import Environment, make_environment
+
+# A busy machine is slow, and a slow example is no failure.
+hypothesis.settings.register_profile("dftserve", deadline=None)
+hypothesis.settings.load_profile("dftserve")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "shim"

@@ -1,7 +1,14 @@
-"""What the plug-in changes in vLLM beside the field, in a process of its own."""
+"""Hooks: in place once, missing with a reason, and never in the way of vLLM."""
 
 import subprocess
 import sys
+import types
+
+import pytest
+from dftserve_vllm import hooks
+from dftserve_vllm.hooks import Hook
+
+from dftserve import vllm_contract
 
 SEARCH = """
 import numba
@@ -16,8 +23,163 @@ assert kept.kernel is wrapper
 numba.njit(lambda x: x + 1)(1)
 """
 
+ALL = """
+import importlib
+from dftserve_vllm import engine, hooks, register
+register()
+for hook in hooks.HOOKS:
+    importlib.import_module(hook.module)
+print(hooks.problems(), engine.refusal())
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
 
 def test_vllms_search_for_kernels_survives_numba_and_still_finds_them():
     """Without the change it ends in an AttributeError, and the engine with it."""
-    done = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run(SEARCH)
+
+
+def test_every_hook_is_in_place_on_this_vllm():
+    assert run(ALL) == "{} None"
+
+
+def test_every_hook_but_the_one_for_numba_is_needed_and_in_the_contract():
+    for hook in hooks.HOOKS:
+        is_numba = hook.target == "_rebind_kernels"
+        assert hook.is_needed != is_numba
+        assert hook.symbols() or hook.passes_on, hook.name
+        assert all(symbol.required == hook.is_needed for symbol in hook.symbols())
+
+
+SYMBOL = vllm_contract.Symbol(
+    module="engine", name="Engine.run", parameters=("step",), hook="statistics", required=True
+)
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A module of vLLM's with one function, which the contract knows, and no hook installed."""
+
+    class Engine:
+        def run(self, step):
+            return step + 1
+
+    made = types.ModuleType("engine")
+    made.__spec__ = types.SimpleNamespace()
+    made.Engine = Engine
+    monkeypatch.setitem(sys.modules, "engine", made)
+    monkeypatch.setattr(vllm_contract, "SYMBOLS", (SYMBOL,))
+    monkeypatch.setattr(hooks, "_failed", {})
+    return made
+
+
+def doubling(run):
+    def wrapped(self, *args, **kwargs):
+        return 2 * run(self, *args, **kwargs)
+
+    return wrapped
+
+
+def installed(monkeypatch, **changes) -> Hook:
+    hook = Hook("engine", "Engine.run", doubling, **changes)
+    monkeypatch.setattr(hooks, "_installed", (hook,))
+    return hook
+
+
+def test_a_hook_is_put_in_place_once(monkeypatch, module):
+    hook = installed(monkeypatch)
+    hooks._apply(hook, module)
+    hooks._apply(hook, module)
+    assert module.Engine().run(1) == 4
+    assert hooks.problems() == {}
+    assert hooks.refusal() is None
+
+
+def test_a_hook_under_anothers_wrapper_is_in_place(monkeypatch, module):
+    import functools
+
+    hook = installed(monkeypatch)
+    hooks._apply(hook, module)
+    ours = module.Engine.run
+
+    @functools.wraps(ours)
+    def theirs(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    module.Engine.run = theirs
+    assert hooks.problems() == {}
+
+
+def test_a_wrapper_of_anothers_is_wrapped(monkeypatch, module):
+    import functools
+
+    stock = module.Engine.run
+
+    @functools.wraps(stock)
+    def theirs(self, *args, **kwargs):
+        return 10 * stock(self, *args, **kwargs)
+
+    module.Engine.run = theirs
+    hook = installed(monkeypatch)
+    hooks._apply(hook, module)
+    assert module.Engine().run(1) == 40
+
+
+def gone(module):
+    del module.Engine.run
+
+
+def renamed_class(module):
+    module.Machine = module.Engine
+    del module.Engine
+
+
+def changed_signature(module):
+    module.Engine.run = lambda self, batch, step: step + 1
+
+
+@pytest.mark.parametrize("fault", [gone, renamed_class, changed_signature])
+def test_a_function_that_is_not_as_we_know_it_is_left_alone(monkeypatch, module, fault):
+    fault(module)
+    before = dict(vars(getattr(module, "Engine", object)))
+    hook = installed(monkeypatch)
+    hooks._apply(hook, module)
+    assert dict(vars(getattr(module, "Engine", object))) == before
+    assert "Engine.run" in hooks.refusal()
+
+
+def test_an_exception_of_ours_stays_ours(monkeypatch, module):
+    def breaking(_):
+        raise OSError("no")
+
+    hook = Hook("engine", "Engine.run", breaking)
+    monkeypatch.setattr(hooks, "_installed", (hook,))
+    hooks._apply(hook, module)
+    assert module.Engine().run(1) == 2
+    assert "OSError: no" in hooks.refusal()
+
+
+def test_a_hook_that_was_lost_or_replaced_is_missed(monkeypatch, module):
+    hook = installed(monkeypatch)
+    assert "without the change" in hooks.refusal()  # Imported, and never told to us.
+    hooks._apply(hook, module)
+    assert hooks.refusal() is None
+    module.Engine.run = lambda self, step: 0
+    assert "replaced" in hooks.refusal()
+
+
+def test_a_module_that_is_not_there_is_missed(monkeypatch):
+    hook = Hook("vllm.no_such_module", "run", doubling)
+    monkeypatch.setattr(hooks, "_installed", (hook,))
+    assert "no such module" in hooks.refusal()
+
+
+def test_a_hook_that_is_not_needed_refuses_nothing(monkeypatch, module):
+    installed(monkeypatch, is_needed=False)
+    assert hooks.problems()
+    assert hooks.refusal() is None

@@ -1,0 +1,108 @@
+"""A step's statistics on their way: all of them arrive, once, and nothing else changes."""
+
+from types import SimpleNamespace
+
+import torch
+from dftserve_vllm import step_report
+from dftserve_vllm.step_report import Forwarder, PendingReport
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve.sampling.slots import CHANGED, Snapshot
+
+SLOTS, ROWS = 8, 2
+CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=3)
+
+
+def snapshot(nan_rows: int = 0) -> Snapshot:
+    """Every figure of slot s is s, so that a row says which slot it came from."""
+    slot_S = torch.arange(SLOTS)
+    sums_SF = slot_S[:, None].float().expand(SLOTS, CHANGED + 1).clone()
+    waiting_SKF = torch.zeros(SLOTS, ROWS, CHANGED + 1)
+    return Snapshot(torch.tensor(nan_rows), slot_S, sums_SF, waiting_SKF)
+
+
+def output(request_id: str, *, ends: bool, params=None):
+    return SimpleNamespace(
+        request_id=request_id, finish_reason="stop" if ends else None, kv_transfer_params=params
+    )
+
+
+def step(active, ends, always, *, faults=0, nan_rows=0, clients=1, params=None):
+    """One step of SLOTS requests "0", "1", …, request i at batch position i, in slot SLOTS-1-i."""
+    pending = PendingReport(
+        positions_R=active,
+        always_R=[i in always for i in active],
+        slots_R=[SLOTS - 1 - i for i in active],
+        snapshot=snapshot(nan_rows),
+        faults=faults,
+    )
+    model_output = SimpleNamespace(req_id_to_index={str(i): i for i in range(SLOTS)})
+    step_report.attach(model_output, pending)
+    outputs = {c: SimpleNamespace(outputs=[]) for c in range(clients)}
+    for i in range(SLOTS):
+        outputs[i % clients].outputs.append(output(str(i), ends=i in ends, params=params))
+    return model_output, outputs
+
+
+some = st.lists(st.integers(0, SLOTS - 1), unique=True)
+
+
+@given(active=some, ends=st.sets(st.integers(0, SLOTS - 1)), always=st.sets(st.integers(0, 7)))
+def test_a_request_that_ends_gets_its_own_statistics_and_no_other_does(active, ends, always):
+    model_output, outputs = step(active, ends, always, clients=2)
+    Forwarder(engine=3).forward(model_output, outputs)
+    for client in outputs.values():
+        for one in client.outputs:
+            index = int(one.request_id)
+            payload = step_report.take(one)
+            if index in active and (index in ends or index in always):
+                assert payload["tokens"] == SLOTS - 1 - index
+                assert payload["sums"] == [SLOTS - 1 - index] * (CHANGED + 1)
+                assert payload["engine"] == 3
+            else:
+                assert payload is None
+            assert one.kv_transfer_params is None
+
+
+@given(
+    rises=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), some), min_size=1, max_size=12),
+    clients=st.integers(1, 3),
+)
+def test_counts_arrive_once_whoever_gets_them(rises, clients):
+    """Over any number of steps, requests and API processes; also where no request is active."""
+    forwarder = Forwarder(engine=0)
+    total = {"faults": 0, "nan_rows": 0}
+    arrived = {"faults": 0, "nan_rows": 0}
+    for faults, nan_rows, active in rises:
+        total["faults"] += faults
+        total["nan_rows"] += nan_rows
+        model_output, outputs = step(active, set(), set(), clients=clients, **total)
+        forwarder.forward(model_output, outputs)
+        for client in outputs.values():
+            for one in client.outputs:
+                payload = step_report.take(one) or {}
+                for name in arrived:
+                    arrived[name] += payload.get(name, 0)
+    assert arrived == total
+
+
+@given(connector=CONNECTORS)
+def test_a_connectors_own_values_pass(connector):
+    one = output("a", ends=True, params=connector)
+    step_report.put(one, {"tokens": 1})
+    assert step_report.take(one) == {"tokens": 1}
+    assert one.kv_transfer_params == (connector or None)
+
+
+def test_an_output_without_ours_is_not_touched():
+    mine = {"do_remote_prefill": True}
+    one = output("a", ends=True, params=mine)
+    assert step_report.take(one) is None
+    assert one.kv_transfer_params is mine
+
+
+def test_a_step_without_a_report_changes_nothing():
+    _, outputs = step([], {1}, set())
+    Forwarder(engine=0).forward(SimpleNamespace(req_id_to_index={}), outputs)
+    assert all(one.kv_transfer_params is None for one in outputs[0].outputs)
