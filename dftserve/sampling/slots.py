@@ -5,6 +5,7 @@ speculative decoding. So a row's figures wait until the request's position shows
 was accepted; only then do they count, and only then does the `budget` law steer.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,18 +42,65 @@ class Account:
         return [count, *(sums[BEFORE:] / count).tolist()] if count else None
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """All slots' figures at the end of one step, on the host: see `Account`."""
+
+    unsound: Tensor
+    """int64 [], sampled rows that were passed through, of all requests, since the start."""
+    tokens_S: Tensor
+    sums_SF: Tensor
+    waiting_SKF: Tensor
+
+    def account(self, slot: int) -> Account:
+        return Account(self.tokens_S[slot], self.sums_SF[slot], self.waiting_SKF[slot])
+
+
+ALIGNMENT = 16
+"""Bytes: where each part of the block begins, for kernels that load 16 bytes at once."""
+
+
+def _sizes(slots: int, rows_per_request: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """The parts of the block: unsound, tokens_S, sums_SF, waiting_SKF."""
+    figures = CHANGED + 1
+    return [
+        (torch.int64, ()),
+        (torch.int64, (slots,)),
+        (torch.float32, (slots, figures)),
+        (torch.float32, (slots, rows_per_request, figures)),
+    ]
+
+
+def _block_bytes(slots: int, rows_per_request: int) -> int:
+    return sum(_padded_bytes(*part) for part in _sizes(slots, rows_per_request))
+
+
+def _padded_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return -(-dtype.itemsize * math.prod(shape) // ALIGNMENT) * ALIGNMENT
+
+
+def _parts(block: Tensor, slots: int, rows_per_request: int) -> list[Tensor]:
+    """Views of a block of `_block_bytes` bytes."""
+    parts, begin = [], 0
+    for dtype, shape in _sizes(slots, rows_per_request):
+        part = block[begin : begin + dtype.itemsize * math.prod(shape)]
+        parts.append(part.view(dtype).view(shape))
+        begin += _padded_bytes(dtype, shape)
+    return parts
+
+
 class Slots:
     """Figures and steering of up to `slots` requests, `rows_per_request` rows a step for each."""
 
     def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
-        self.unsound = torch.zeros((), dtype=torch.int64, device=device)
-        """Sampled rows that were passed through, of all requests."""
+        # What leaves the device every step lies in one block of memory: one copy takes it all.
+        self._figures = torch.zeros(_block_bytes(slots, rows_per_request), dtype=torch.uint8)
+        self._figures = self._figures.to(device)
+        parts = _parts(self._figures, slots, rows_per_request)
+        self.unsound, self._tokens_S, self._sums_SF, self._waiting_SKF = parts
         self._level_S = torch.zeros(slots, device=device)
         self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._base_S = torch.full((slots,), NOTHING_WAITS, device=device)
-        self._sums_SF = torch.zeros(slots, CHANGED + 1, device=device)
-        self._waiting_SKF = torch.zeros(slots, rows_per_request, CHANGED + 1, device=device)
         self._places_K = torch.arange(rows_per_request, device=device)
 
     def open(self, slot: int, resumed: Account | None = None, produced: int = 0) -> None:
@@ -77,6 +125,14 @@ class Slots:
             self._sums_SF[slot].clone(),
             self._waiting_SKF[slot].clone(),
         )
+
+    def snapshot(self) -> "Snapshot":
+        """A copy of all slots' figures on the host. On a GPU the copy is only enqueued: it is there
+        when work that was enqueued after it on the same stream is."""
+        slots, rows_per_request = self._waiting_SKF.shape[:2]
+        on_host = self._figures.device.type == "cpu"
+        figures = self._figures.clone() if on_host else self._figures.to("cpu", non_blocking=True)
+        return Snapshot(*_parts(figures, slots, rows_per_request))
 
     def settle(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
