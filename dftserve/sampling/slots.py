@@ -6,12 +6,15 @@ was accepted; only then do they count, and only then does the `budget` law steer
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dftserve.sampling.laws import BUDGET_OPEN_LOOP, LAW_CODES, Controls, steer
+from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.transform import Statistics
 
 COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED = range(5)
@@ -31,15 +34,31 @@ class Account:
     waiting_KF: Tensor
 
     def means(self, total_tokens: int | None = None) -> list[float] | None:
-        """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
+        """See `means`; without a total all waiting rows count."""
+        tokens = int(self.tokens)
+        total = tokens + len(self.waiting_KF) if total_tokens is None else total_tokens
+        return means(tokens, self.sums_F.tolist(), self.waiting_KF.tolist(), total)
 
-        `total_tokens` says how many tokens the request produced in all: as many waiting rows
-        count as are missing. None where nothing was counted.
-        """
-        missing = len(self.waiting_KF) if total_tokens is None else total_tokens - int(self.tokens)
-        sums = self.sums_F + self.waiting_KF[: max(missing, 0)].sum(dim=0)
-        count = float(sums[COUNT])
-        return [count, *(sums[BEFORE:] / count).tolist()] if count else None
+
+def means(
+    tokens: int,
+    sums_F: Sequence[float],
+    waiting_KF: Sequence[Sequence[float]],
+    total_tokens: int,
+) -> list[float] | None:
+    """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
+
+    Args:
+        tokens, sums_F, waiting_KF: as in an `Account`.
+        total_tokens: how many tokens the request produced in all: as many waiting rows count as
+            are missing.
+
+    Returns:
+        Entropies in nats; None where nothing was counted.
+    """
+    rows = [sums_F, *waiting_KF[: max(total_tokens - tokens, 0)]]
+    count, *sums = (sum(column) for column in zip(*rows, strict=True))
+    return [count, *(each / count for each in sums)] if count else None
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,21 @@ class Snapshot:
     tokens_S: Tensor
     sums_SF: Tensor
     waiting_SKF: Tensor
+    copied: "torch.cuda.Event | None" = None
+    """Recorded after a copy that may still be under way."""
+
+    def is_copied(self) -> bool:
+        return self.copied is None or self.copied.query()
+
+    def wait(self) -> None:
+        """Until the copy is there."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
     def account(self, slot: int) -> Account:
-        return Account(self.tokens_S[slot], self.sums_SF[slot], self.waiting_SKF[slot])
+        """One slot's figures, in memory of their own; the copy must be there."""
+        parts = (self.tokens_S, self.sums_SF, self.waiting_SKF)
+        return Account(*(part[slot].clone() for part in parts))
 
 
 ALIGNMENT = 16
@@ -102,24 +133,53 @@ class Slots:
         self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._base_S = torch.full((slots,), NOTHING_WAITS, device=device)
         self._places_K = torch.arange(rows_per_request, device=device)
+        self._staging = PinnedStaging(device)
+        self._opened: dict[int, tuple[float, ...]] = {}
 
     def open(self, slot: int, resumed: Account | None = None, produced: int = 0) -> None:
         """Begin a request in a slot; the controller starts open-loop, also after a preemption.
 
-        A resumed request keeps its figures: `produced` tokens are known to have been accepted.
+        The request is only noted here. The next call of another method begins all that were noted,
+        in one copy to the device and, by a GPU's kernels, one launch; it waits for neither. A slot
+        that was opened twice holds the later request.
+
+        Args:
+            resumed: the request's figures when it left its slot before; it keeps them. On the host,
+                as `Snapshot.account` gives them: figures on a device are waited for.
+            produced: tokens that are known to have been accepted before.
+
+        Raises:
+            IndexError: the slot is not there.
         """
-        self._level_S[slot] = 0.0
-        self._steered_S[slot] = 0
-        self._base_S[slot] = NOTHING_WAITS
-        self._waiting_SKF[slot] = 0.0
-        self._sums_SF[slot] = 0.0
-        self._tokens_S[slot] = produced
+        if not 0 <= slot < len(self._level_S):
+            raise IndexError(f"slot: got {slot}; accepted: 0 to {len(self._level_S) - 1}.")
+        sums_F = [0.0] * (CHANGED + 1)
         if resumed is not None:
             missing = max(produced - int(resumed.tokens), 0)
-            self._sums_SF[slot] = resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)
+            sums_F = (resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)).tolist()
+        self._opened[slot] = (slot, produced, *sums_F)
+
+    def _flush(self) -> None:
+        """Begin the requests that were opened since."""
+        if self._opened:
+            # In one array for one copy: float64 holds slots and numbers of tokens exactly.
+            order_NX = np.array(list(self._opened.values()), dtype=np.float64)
+            self._opened.clear()
+            self._begin(self._staging.to_device(order_NX))
+
+    def _begin(self, order_NX: Tensor) -> None:
+        """`order_NX`: float64, of each request its slot, tokens and sums F."""
+        slot_N = order_NX[:, 0].long()
+        self._tokens_S.index_copy_(0, slot_N, order_NX[:, 1].long())
+        self._sums_SF.index_copy_(0, slot_N, order_NX[:, 2:].float())
+        self._waiting_SKF.index_fill_(0, slot_N, 0.0)
+        self._level_S.index_fill_(0, slot_N, 0.0)
+        self._steered_S.index_fill_(0, slot_N, 0)
+        self._base_S.index_fill_(0, slot_N, NOTHING_WAITS)
 
     def account(self, slot: int) -> Account:
         """A copy of a slot's figures; no host sync."""
+        self._flush()
         return Account(
             self._tokens_S[slot].clone(),
             self._sums_SF[slot].clone(),
@@ -127,12 +187,17 @@ class Slots:
         )
 
     def snapshot(self) -> "Snapshot":
-        """A copy of all slots' figures on the host. On a GPU the copy is only enqueued: it is there
-        when work that was enqueued after it on the same stream is."""
+        """A copy of all slots' figures on the host; on a GPU it is only enqueued, into pinned
+        memory: see `Snapshot.wait`."""
+        self._flush()
         slots, rows_per_request = self._waiting_SKF.shape[:2]
-        on_host = self._figures.device.type == "cpu"
-        figures = self._figures.clone() if on_host else self._figures.to("cpu", non_blocking=True)
-        return Snapshot(*_parts(figures, slots, rows_per_request))
+        if self._figures.device.type != "cuda":
+            figures, copied = self._figures.to("cpu", copy=True), None
+        else:
+            figures, copied = self._figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        unsound, tokens_S, sums_SF, waiting_SKF = _parts(figures, slots, rows_per_request)
+        return Snapshot(unsound, tokens_S, sums_SF, waiting_SKF, copied)
 
     def settle(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
@@ -148,6 +213,7 @@ class Slots:
         Returns:
             The controls with the level of `budget` rows as steered so far.
         """
+        self._flush()
         passed_R = position_R - offset_R - self._base_S.index_select(0, slot_R)
         accepted_R = passed_R.clamp(0, len(self._places_K))
         counted_RK = self._places_K < accepted_R[:, None]
@@ -173,7 +239,7 @@ class Slots:
         self._steered_S.index_copy_(0, slot_R, steered_R)
         level_R = torch.where(steered_R < BUDGET_OPEN_LOOP, 0.0, level_R)
         is_budget_R = controls.law_R == LAW_CODES["budget"]
-        return replace(controls, level_R=torch.where(is_budget_R, level_R, controls.level_R))
+        return controls.with_level(torch.where(is_budget_R, level_R, controls.level_R))
 
     def remember(
         self,
@@ -184,6 +250,7 @@ class Slots:
         statistics: Statistics,
     ) -> None:
         """Let this step's figures wait. `samples_R`: bool, False for a chunk of a prompt."""
+        self._flush()
         figures_RF = torch.stack((statistics.sound_R.float(), *statistics.figures()), dim=1)
         counts_R1 = (samples_R & statistics.sound_R)[:, None]
         waiting_XF = self._waiting_SKF.view(-1, CHANGED + 1)
