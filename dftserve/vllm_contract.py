@@ -1,0 +1,396 @@
+"""The versions of vLLM that are supported, and every symbol of it that the plug-in stands on.
+
+The plug-in, `dftserve doctor` and the tests read both from here. The symbols are data, checked in
+two ways: in source files by `ast` before anything is installed or imported, and in a module that
+vLLM has just imported before the plug-in changes it.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+from zipfile import Path as ZipPath
+
+SUPPORTED: tuple[tuple[int, int], ...] = ((0, 31), (0, 32), (0, 33))
+"""vLLM's minor versions that the tests run on, oldest first."""
+
+Hook = Literal["field", "statistics", "answer", "processor V1", "processor V2", "numba"]
+
+
+def minor(version: str) -> tuple[int, int] | None:
+    """`"0.32.1+cpu"` -> `(0, 32)`; None for what does not start with two numbers."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def unsupported(version: str) -> str | None:
+    """Why nothing is changed on this version of vLLM, or None."""
+    if minor(version) in SUPPORTED:
+        return None
+    supported = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    return f"vLLM {version} is not supported (supported: {supported}); install one of these"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symbol:
+    """Something of vLLM that the plug-in calls, replaces, inherits from or reads."""
+
+    module: str
+    name: str
+    """A function, a class, or `Class.member`: a method, a property or a field."""
+    parameters: tuple[str, ...] | None = None
+    """The leading parameters after `self`, or keyword-only ones, that the plug-in relies on."""
+    hook: Hook
+    """The part of the plug-in that needs it."""
+    required: bool
+    """Whether the field is not honoured without it; otherwise only less is reported."""
+
+    def __str__(self) -> str:
+        shown = "" if self.parameters is None else f"({', '.join(self.parameters)})"
+        return f"{self.module}: {self.name}{shown}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A symbol that is not there, or not as the plug-in needs it."""
+
+    symbol: Symbol
+    text: str
+    """What was found instead."""
+
+    def __str__(self) -> str:
+        return f"{self.symbol}: {self.text}"
+
+
+def _needed(
+    hook: Hook, module: str, *members: str | tuple[str, tuple[str, ...]], required: bool = True
+) -> Iterator[Symbol]:
+    for member in members:
+        name, parameters = member if isinstance(member, tuple) else (member, None)
+        yield Symbol(module=module, name=name, parameters=parameters, hook=hook, required=required)
+
+
+_OPENAI = "vllm.entrypoints.openai"
+_V1 = "vllm.v1.sample.logits_processor.interface"
+_V2 = "vllm.v1.worker.gpu.sample.logits_processor.interface"
+_ASKED = ("max_tokens", "default_sampling_params")
+_CARRIED = ("extra_args", "temperature", "min_p", "n", "stop_token_ids", "ignore_eos")
+
+SYMBOLS: tuple[Symbol, ...] = (
+    *_needed(
+        "field",
+        f"{_OPENAI}.chat_completion.protocol",
+        ("ChatCompletionRequest.to_sampling_params", _ASKED),
+        ("ChatCompletionRequest.to_beam_search_params", _ASKED),
+    ),
+    *_needed(
+        "field",
+        f"{_OPENAI}.completion.protocol",
+        ("CompletionRequest.to_sampling_params", _ASKED),
+        ("CompletionRequest.to_beam_search_params", _ASKED),
+    ),
+    *_needed(
+        "field",
+        f"{_OPENAI}.responses.protocol",
+        ("ResponsesRequest.to_sampling_params", ("default_max_tokens", "default_sampling_params")),
+    ),
+    *_needed(
+        "field",
+        "vllm.v1.engine.input_processor",
+        ("InputProcessor.__init__", ("vllm_config",)),
+    ),
+    *_needed(
+        "field",
+        "vllm.sampling_params",
+        *(f"SamplingParams.{name}" for name in (*_CARRIED, "all_stop_token_ids")),
+    ),
+    *_needed(
+        "field",
+        "vllm.exceptions",
+        ("VLLMValidationError.__init__", ("message", "parameter", "value")),
+    ),
+    *_needed(
+        "field",
+        "vllm.config.vllm",
+        "VllmConfig.use_v2_model_runner",
+        "VllmConfig.speculative_config",
+        "VllmConfig.model_config",
+        "VllmConfig.scheduler_config",
+    ),
+    *_needed(
+        "field",
+        "vllm.config.model",
+        "ModelConfig.override_generation_config",
+        "ModelConfig.is_diffusion",
+    ),
+    *_needed(
+        "field",
+        "vllm.config.speculative",
+        "SpeculativeConfig.method",
+        "SpeculativeConfig.num_speculative_tokens",
+        "SpeculativeConfig.rejection_sample_method",
+    ),
+    *_needed(
+        "processor V1",
+        _V1,
+        ("LogitsProcessor.__init__", ("vllm_config", "device", "is_pin_memory")),
+        ("LogitsProcessor.validate_params", ("sampling_params",)),
+        ("LogitsProcessor.update_state", ("batch_update",)),
+        ("LogitsProcessor.apply", ("logits",)),
+        ("LogitsProcessor.is_argmax_invariant", ()),
+        "BatchUpdate.added",
+        "BatchUpdate.removed",
+        "BatchUpdate.moved",
+        "MoveDirectionality.SWAP",
+    ),
+    *_needed("processor V1", "vllm.config.scheduler", "SchedulerConfig.max_num_seqs"),
+    *_needed(
+        "processor V2",
+        _V2,
+        ("LogitsProcessor.__init__", ("vllm_config", "req_states")),
+        ("LogitsProcessor.validate_params", ("sampling_params",)),
+        ("LogitsProcessor.add_request", ("req_idx", "sampling_params")),
+        ("LogitsProcessor.apply_staged_writes", ()),
+        ("LogitsProcessor.apply", ("logits", "ctx")),
+        "LogitsProcRequestState.device",
+        "LogitsProcRequestState.max_num_reqs",
+        "LogitsProcRequestState.prefill_len",
+        "LogitsProcRequestState.prompt_len",
+        "LogitsContext.idx_mapping_np",
+        "LogitsContext.expanded_idx_mapping",
+        "LogitsContext.expanded_local_pos",
+        "LogitsContext.pos",
+    ),
+    *_needed(
+        "processor V2",
+        "vllm.v1.worker.gpu.buffer_utils",
+        "UvaBackedTensor.np",
+        "UvaBackedTensor.gpu",
+    ),
+    *_needed(
+        "statistics",
+        "vllm.v1.engine.parallel_sampling",
+        ("ParentRequest.get_child_info", ("index",)),
+        required=False,
+    ),
+    *_needed(
+        "statistics",
+        "vllm.v1.engine.async_llm",
+        ("AsyncLLM.generate", ("prompt", "sampling_params")),
+        ("AsyncLLM.collective_rpc", ("method", "timeout", "args")),
+        required=False,
+    ),
+    *_needed("statistics", "vllm.v1.worker.worker_base", "WorkerBase", required=False),
+    *_needed("answer", "vllm.entrypoints.launchers.app", ("build_app", ("args",)), required=False),
+    *_needed("answer", "vllm.entrypoints.launchers.api_server.entry", "build_app", required=False),
+    *_needed(
+        "numba",
+        "vllm.triton_utils.dispatcher",
+        ("_rebind_kernels", ("overrides",)),
+        required=False,
+    ),
+)
+
+
+# In source files
+
+Root = Path | ZipPath
+
+
+def missing_in_source(root: Root) -> list[Problem]:
+    """What of `SYMBOLS` these source files lack; nothing is imported.
+
+    Args:
+        root: the folder, or the place in a .whl, that holds `vllm/`; or that folder itself.
+
+    Raises:
+        FileNotFoundError: there is no vLLM there.
+    """
+    package = _package(root)
+    sources = {name: _Source(package, name) for name in {symbol.module for symbol in SYMBOLS}}
+    return [
+        Problem(symbol, text)
+        for symbol in SYMBOLS
+        if (text := sources[symbol.module].fault(symbol)) is not None
+    ]
+
+
+def _package(root: Root) -> Root:
+    for folder in (root / "vllm", root):
+        if (folder / "__init__.py").is_file() and (folder / "v1").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"{root}: no vLLM there; accepted: a vllm folder, the folder that holds it, or a .whl of it"
+    )
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.stmt
+
+
+class _Source:
+    """One module's syntax tree, read when it is first asked for."""
+
+    def __init__(self, package: Root, module: str) -> None:
+        self._package = package
+        self._module = module
+        inside = "/".join(module.split(".")[1:])
+        files = (package / f"{inside}.py", package / inside / "__init__.py")
+        self._file = next((file for file in files if file.is_file()), None)
+        tree = ast.parse("" if self._file is None else self._file.read_text(encoding="utf-8"))
+        self._names = dict(_defined(tree.body))
+
+    def fault(self, symbol: Symbol) -> str | None:
+        """What is wrong with the symbol here, or None."""
+        if self._file is None:
+            return "the module is not there"
+        owner, _, member = symbol.name.partition(".")
+        found = self._names.get(owner)
+        if found is not None and member:
+            found = self.member(owner, member)
+        if found is None:
+            return "it is not there"
+        return _signature_fault(symbol, _parameters_of(found))
+
+    def member(self, owner: str, name: str) -> Definition | None:
+        """A class's member, or that of the nearest base class whose source can be found."""
+        definition = self._names.get(owner)
+        if isinstance(definition, ast.ImportFrom):
+            return self._elsewhere(definition, owner, name)
+        if not isinstance(definition, ast.ClassDef):
+            return None
+        own = dict(_defined(definition.body)) | dict(_assigned_to_self(definition))
+        if name in own:
+            return own[name]
+        bases = (base.id for base in definition.bases if isinstance(base, ast.Name))
+        found = (self.member(base, name) for base in bases)
+        return next((one for one in found if one is not None), None)
+
+    def _elsewhere(self, imported: ast.ImportFrom, owner: str, name: str) -> Definition | None:
+        module = imported.module or ""
+        if imported.level or not module.startswith("vllm."):
+            return None
+        original = next(a.name for a in imported.names if owner in (a.asname, a.name))
+        return _Source(self._package, module).member(original, name)
+
+
+def _defined(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Definition]]:
+    """Names that these statements bind, also where they do so under a condition."""
+    for statement in body:
+        match statement:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield statement.name, statement
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                yield name, statement
+            case ast.Assign(targets=targets):
+                yield from ((t.id, statement) for t in targets if isinstance(t, ast.Name))
+            case ast.ImportFrom(names=names):
+                yield from ((alias.asname or alias.name, statement) for alias in names)
+            case ast.If(body=then, orelse=otherwise):
+                yield from _defined([*then, *otherwise])
+            case ast.Try(body=tried, handlers=handlers):
+                yield from _defined([*tried, *(s for h in handlers for s in h.body)])
+
+
+def _assigned_to_self(definition: ast.ClassDef) -> Iterator[tuple[str, Definition]]:
+    """Attributes that the constructor sets."""
+    for method in definition.body:
+        if not isinstance(method, ast.FunctionDef) or method.name != "__init__":
+            continue
+        for node in ast.walk(method):
+            match node:
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    yield name, ast.Expr(node)
+
+
+# Signatures
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    positional: tuple[str, ...]
+    """Without `self` or `cls`."""
+    keyword_only: tuple[str, ...]
+    takes_any: bool
+    """`*args`: a wrapper of somebody else's, which says nothing about what it wraps."""
+
+    def __str__(self) -> str:
+        star = ("*",) if self.keyword_only else ()
+        return f"({', '.join((*self.positional, *star, *self.keyword_only))})"
+
+
+def _signature_fault(symbol: Symbol, got: _Parameters | None) -> str | None:
+    if symbol.parameters is None or got is None or got.takes_any:
+        return None
+    leading = got.positional[: len(symbol.parameters)]
+    is_as_needed = all(
+        name in got.keyword_only or leading[index : index + 1] == (name,)
+        for index, name in enumerate(symbol.parameters)
+    )
+    return None if is_as_needed else f"it takes {got}"
+
+
+def _parameters_of(definition: Definition) -> _Parameters | None:
+    if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
+    given = definition.args
+    positional = tuple(a.arg for a in (*given.posonlyargs, *given.args))
+    return _Parameters(
+        _without_self(positional), tuple(a.arg for a in given.kwonlyargs), given.vararg is not None
+    )
+
+
+def _without_self(positional: tuple[str, ...]) -> tuple[str, ...]:
+    return positional[1:] if positional[:1] in (("self",), ("cls",)) else positional
+
+
+# In a module that is imported
+
+
+def missing_in_module(module: ModuleType, symbols: Iterable[Symbol] = SYMBOLS) -> list[Problem]:
+    """What of these symbols, as far as they are the module's, it lacks.
+
+    Args:
+        module: imported, and not changed by the plug-in; changed by others who keep
+            `__wrapped__`, it is judged as it was.
+    """
+    return [
+        Problem(symbol, text)
+        for symbol in symbols
+        if symbol.module == module.__name__ and (text := _fault(module, symbol)) is not None
+    ]
+
+
+def _fault(module: ModuleType, symbol: Symbol) -> str | None:
+    owner, _, member = symbol.name.partition(".")
+    holder = getattr(module, owner, None)
+    if holder is None or (member and not _has(holder, member)):
+        return "it is not there"
+    found = getattr(holder, member, None) if member else holder
+    if symbol.parameters is None or not inspect.isroutine(found):
+        return None
+    return _signature_fault(symbol, _signature(found))
+
+
+def _has(holder: type, member: str) -> bool:
+    """Fields without a default are annotations only; what a constructor sets is in its code."""
+    if hasattr(holder, member):
+        return True
+    declared = any(member in vars(c).get("__annotations__", {}) for c in inspect.getmro(holder))
+    code = getattr(inspect.unwrap(holder.__init__), "__code__", None)
+    return declared or (code is not None and member in code.co_names)
+
+
+def _signature(function: object) -> _Parameters | None:
+    if not callable(function):
+        return None
+    kinds = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return _Parameters(
+        _without_self(tuple(p.name for p in kinds if p.kind in positional)),
+        tuple(p.name for p in kinds if p.kind is inspect.Parameter.KEYWORD_ONLY),
+        any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in kinds),
+    )
