@@ -142,6 +142,8 @@ class TrainConfig:
     """The gradient's largest norm."""
     precision: str = "fp32"
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass; transformers from 5.23 on calls it
+    `activation_checkpointing`, and this key keeps its name on every version."""
     lora: LoraConfig | None = None
     fsdp: bool = False
     """Shard weights, gradients and optimizer over the processes of torchrun."""

@@ -34,7 +34,7 @@ from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
-from dftserve.train.model import attach
+from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
@@ -153,6 +153,7 @@ def make_trainer(
 ) -> DFTTrainer:
     has_heldout = len(material.heldout) > 0
     early = config.patience is not None
+    renamed: dict[str, Any] = {checkpointing_name(): config.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps or -1,
@@ -167,7 +168,6 @@ def make_trainer(
         max_grad_norm=config.clip,
         bf16=config.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=config.gradient_checkpointing,
         ddp_find_unused_parameters=False,
         fsdp="full_shard" if config.fsdp else None,
         fsdp_config={"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
@@ -189,6 +189,7 @@ def make_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
+        **renamed,
     )
     trainer = DFTTrainer(
         model=model,

@@ -26,7 +26,10 @@ from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach
 from dftserve.train.run import make_trainer, read, train
+from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
+
+pytestmark = no_future_warnings
 
 
 @pytest.fixture(scope="module")
