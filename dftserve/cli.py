@@ -209,7 +209,10 @@ def checkpoint_verify(folder: Path) -> None:
     from dftserve.checkpoint import verify
 
     with usage_errors():
-        click.echo(f"{folder}: {verify(folder)} files, each as it was written.")
+        found = verify(folder)
+        click.echo(f"{folder}: {found.files} files, each as it was written.")
+        if found.beside:
+            click.echo(f"Not listed, as the hub leaves them: {', '.join(found.beside)}.")
 
 
 def _named(values: tuple[str, ...]) -> dict[str, str]:

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from dftserve.bounded_files import FileError, advised, read_json, shaped_as
 from dftserve.evaluate.evaluation import FORMAT, RESULT
 from dftserve.evaluate.measures import MEASURES
 from dftserve.evaluate.slop import cut
 from dftserve.evaluate.statistics import Estimate, difference, estimate
 
 PARTS = {"variety": "V, style variance", "wording": "P, wording", "coherence": "q, coherence"}
+LARGEST = 256 << 20
+"""Bytes of a result."""
+WRITTEN = "the result.json of `dftserve evaluate`"
 P_VALUE = "mmd_style_p"
 """A difference of p-values says nothing."""
 
@@ -68,13 +72,18 @@ def compare(a: Path, b: Path) -> Comparison:
             common.
     """
     first, second = _read(a), _read(b)
+    with shaped_as(f"{a} and {b}", WRITTEN):
+        return _compared(first, second, f"{a} and {b}")
+
+
+def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     for name, told in (("prompts", "prompts"), ("samples", "answers to each prompt")):
         _same(f"{told}", first["asked"][name], second["asked"][name])
     _same("anchors", first["anchors"]["digest"], second["anchors"]["digest"])
     others = {_key(level): level for level in second["levels"]}
     shared = [(level, others[_key(level)]) for level in first["levels"] if _key(level) in others]
     if not shared:
-        raise ValueError(f"{a} and {b}: no diversity in common; accepted: grids that overlap.")
+        raise ValueError(f"{where}: no diversity in common; accepted: grids that overlap.")
     return Comparison(
         a=first["model"],
         b=second["model"],
@@ -133,13 +142,15 @@ def _estimate(given: Mapping) -> Estimate:
 def _read(path: Path) -> dict[str, Any]:
     path = path / RESULT if path.is_dir() else path
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        # NaN stands where a measure has no value.
+        result = read_json(path, largest=LARGEST, finite=False)
+    except FileError as error:
+        raise ValueError(advised(error, f"give {WRITTEN}")) from None
+    except OSError as error:
+        told = error.strerror or "there is none"
+        raise ValueError(f"{path}: no result that can be read ({told}); give {WRITTEN}.") from None
+    with shaped_as(path, WRITTEN):
         form = result["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no result that can be read ({error}); accepted: the result.json of "
-            "`dftserve evaluate`."
-        ) from None
     if form != FORMAT:
         raise ValueError(f"{path}: got the format {form!r}; accepted: {FORMAT}.")
     return result

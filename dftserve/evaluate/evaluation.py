@@ -23,7 +23,7 @@ from dftserve.evaluate import slop
 from dftserve.evaluate.anchors import LEAST_FUNCTION_WORDS, Anchors
 from dftserve.evaluate.embed import Embedder, embedder
 from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.generate import ASKED, Answer, Asking, answered, generate
+from dftserve.evaluate.generate import Answer, Asking, answered, generate, read_asked
 from dftserve.evaluate.measures import Instruments, measure
 from dftserve.evaluate.prompts import Prompt
 from dftserve.evaluate.sds import Score, score
@@ -178,9 +178,8 @@ def ask(
     prompts = prompt_files.read(job.prompts)
     done, total = answered(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
-    before = job.out / ASKED
-    known = json.loads(before.read_text(encoding="utf-8"))["model"] if before.exists() else None
-    name = job.name or known
+    before = read_asked(job.out) or {}
+    name = job.name or before.get("model")
     asking = Asking(
         model=name or "",
         prompts=prompts,

@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dftserve import atomic
+from dftserve.bounded_files import open_growing, parse_json, read_json, shaped_as
 from dftserve.evaluate.prompts import Prompt
 from dftserve.evaluate.windows import Sample
 from dftserve.spec import parse
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.jsonl"
 ASKED = "asked.json"
+LARGEST_ASKED = 512 << 20
+"""Bytes: the prompts are in it."""
 RETRIES = 4
 TIMEOUT_SECONDS = 600.0
 OURS = frozenset(
@@ -133,7 +136,7 @@ def generate(
     known = {answer.key: answer for answer in _read(folder / ANSWERS)}
     missing = [request for request in asking.requests() if request.key not in known]
     if missing:
-        with (folder / ANSWERS).open("a", encoding="utf-8") as file:
+        with open_growing(folder / ANSWERS, largest=atomic.LARGEST_LINES) as file:
 
             def keep(answer: Answer) -> None:
                 _append(file, answer)
@@ -155,22 +158,38 @@ def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
     Raises:
         ValueError: no evaluation there.
     """
-    if not (folder / ASKED).is_file():
+    asked = read_asked(folder)
+    if asked is None:
         raise ValueError(f"{folder}: no {ASKED}; accepted: the OUT of `dftserve evaluate`.")
-    asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
-    prompts = [prompt["text"] for prompt in asked["prompts"]]
-    levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
-    for answer in _read(folder / ANSWERS):
-        levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
+    with shaped_as(folder, "the OUT of `dftserve evaluate`"):
+        prompts = [prompt["text"] for prompt in asked["prompts"]]
+        levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
+        for answer in _read(folder / ANSWERS):
+            levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
     return levels
+
+
+def read_asked(folder: Path) -> dict[str, Any] | None:
+    """What a folder's answers were asked; None where it holds none.
+
+    Raises:
+        ValueError: the file is not what `generate` writes.
+    """
+    try:
+        asked = read_json(folder / ASKED, within=folder, largest=LARGEST_ASKED)
+    except FileNotFoundError:
+        return None
+    if not isinstance(asked, dict):
+        raise ValueError(f"{folder / ASKED}: accepted: what `dftserve evaluate` wrote.")
+    return asked
 
 
 def _agree(asking: Asking, path: Path) -> None:
     wanted = json.loads(json.dumps(asdict(asking)))
-    if not path.exists():
+    before = read_asked(path.parent)
+    if before is None:
         atomic.write_text(path, json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in wanted if wanted[name] != before.get(name)]
     if changed:
         shown = ", ".join(
@@ -184,11 +203,16 @@ def _agree(asking: Asking, path: Path) -> None:
 
 
 def _read(path: Path) -> list[Answer]:
-    return [Answer(**json.loads(line)) for line in atomic.read_lines(path)]
+    answers = []
+    for number, line in enumerate(atomic.read_lines(path), 1):
+        where = f"{path}, line {number}"
+        with shaped_as(where, "an answer, as `dftserve evaluate` keeps them"):
+            answers.append(Answer(**parse_json(line, where)))
+    return answers
 
 
-def _append(file: IO[str], answer: Answer) -> None:
-    file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+def _append(file: BinaryIO, answer: Answer) -> None:
+    file.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
     file.flush()
 
 

@@ -27,7 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dftserve.bounded_files import open_growing, parse_json, read_text
 from dftserve.evaluate.statistics import Estimate, over_units, wilson
+
+LARGEST_RUBRIC = 1 << 20
+LARGEST_ANSWERS = 1 << 30
+"""Bytes of the file of answers."""
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece
@@ -157,8 +162,8 @@ def read_rubric(path: Path) -> str:
         ValueError: no file of UTF-8 text.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, largest=LARGEST_RUBRIC)
+    except OSError as error:
         raise ValueError(f"rubric: got {path}, which cannot be read as text: {error}.") from None
 
 
@@ -395,7 +400,8 @@ class _Answers:
     def __enter__(self) -> "_Answers":
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._closing.enter_context(self._path.open("a+b"))
+            opened = open_growing(self._path, largest=LARGEST_ANSWERS)
+            self._file = self._closing.enter_context(opened)
         except OSError as error:
             raise ValueError(
                 f"answers: got {self._path}, which cannot be written: {error}."
@@ -443,7 +449,7 @@ class _Answers:
 
     def _entry(self, number: int, line: bytes) -> tuple[str, str]:
         with contextlib.suppress(ValueError):
-            match json.loads(line):
+            match parse_json(line, f"{self._path}, line {number}"):
                 case {"question": str(key), "answer": str(answer)}:
                     return key, answer
         raise self._foreign(number)

@@ -13,12 +13,15 @@ import os
 import re
 import textwrap
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from dftserve import atomic
+from dftserve.bounded_files import lines_of, open_file, parse_json, shaped_as
 from dftserve.evaluate.accuracy import sandbox
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.sandbox import Limits, Result
@@ -26,6 +29,8 @@ from dftserve.evaluate.accuracy.served import Served
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a continuation has left its function, as in arXiv 2107.03374."""
+LARGEST = 64 << 20
+"""Bytes of a file of problems, packed and unpacked."""
 MAX_TOKENS = 1024
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
@@ -51,15 +56,26 @@ def read(path: Path) -> tuple[Problem, ...]:
     Raises:
         ValueError: a line that is no problem.
     """
+    with open_file(path, largest=LARGEST) as packed:
+        file: Any = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
+        try:
+            return tuple(_problems(file, path))
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a gzip file ({error}).") from None
+
+
+def _problems(file: BinaryIO, path: Path) -> Iterator[Problem]:
     names = [field.name for field in fields(Problem)]
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
-    try:
-        rows = [json.loads(line) for line in lines]
-        return tuple(Problem(**{name: row[name] for name in names}) for row in rows)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        accepted = f"lines of JSON with {', '.join(names)}"
-        raise ValueError(f"{path}: {error!r}; accepted: {accepted}.") from None
+    # A packed file shows its size only in reading.
+    for number, line in enumerate(lines_of(file, path, largest=LARGEST, longest=LARGEST), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = parse_json(line, where)
+            with shaped_as(where, f"lines of JSON with {', '.join(names)}"):
+                problem = Problem(**{name: row[name] for name in names})
+            if not all(isinstance(each, str) for each in vars(problem).values()):
+                raise ValueError(f"{where}: accepted: texts in {', '.join(names)}.")
+            yield problem
 
 
 def measure(
@@ -125,8 +141,7 @@ def ask(
         said = client.completions.create(prompt=problem.prompt, stop=list(STOPS), **request)
         return [choice.text for choice in said.choices]
 
-    rows = map(json.loads, [] if kept is None else atomic.read_lines(kept))
-    known = {row["problem"]: row["said"] for row in rows}
+    known = {} if kept is None else _kept(kept)
     lock = threading.Lock()
 
     def once(problem: Problem) -> list[str]:
@@ -134,13 +149,22 @@ def ask(
             return known[problem.task_id]
         said = (chat if served.is_chat else continued)(problem)
         if kept is not None:
-            line = json.dumps({"problem": problem.task_id, "said": said}) + "\n"
-            with lock, kept.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with lock:
+                atomic.append_line(kept, json.dumps({"problem": problem.task_id, "said": said}))
         return said
 
     with ThreadPoolExecutor(served.at_once) as pool:
         return list(pool.map(once, problems))
+
+
+def _kept(path: Path) -> dict[str, list[str]]:
+    known = {}
+    for number, line in enumerate(atomic.read_lines(path), 1):
+        where = f"{path}, line {number}"
+        row = parse_json(line, where)
+        with shaped_as(where, "a problem and what was said, as this command keeps them"):
+            known[row["problem"]] = list(row["said"])
+    return known
 
 
 def completion(problem: Problem, answer: str) -> str:
