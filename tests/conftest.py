@@ -49,6 +49,7 @@ class Engine:
     model_folder: Path
     fault_file: Path
     log: Path
+    pid: int
 
     @property
     def is_v2(self) -> bool:
@@ -102,7 +103,9 @@ def engine_running(
         environment["TEST_V2_ON_CPU"] = "1"
     log = place / f"{name}.log"
     with running(str(model_folder), *FLAGS, *flags, env=environment, log=log) as server:
-        yield Engine(name, server.url.removesuffix("/v1"), model_folder, fault_file, log)
+        yield Engine(
+            name, server.url.removesuffix("/v1"), model_folder, fault_file, log, server.pid
+        )
 
 
 def _shared(name: str, *flags: str, env: dict[str, str] | None = None):

@@ -1,0 +1,134 @@
+"""A server with requests in flight gets SIGTERM: who is answered, and when it has ended."""
+
+import asyncio
+import json
+import os
+import select
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+REQUESTS = 8
+PATIENCE = 45.0
+"""Seconds after the signal until a server counts as hanging; its own --shutdown-timeout is 30."""
+FIRST_TOKENS = "vllm:time_to_first_token_seconds_count"
+"""One for each request that has its first token, in /metrics."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every request asks for."""
+
+    model: str
+    field: bool
+    stream: bool
+    tokens: int
+    """So many that every request outlasts the signal."""
+
+    def body(self, index: int) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "prompt": f"Once {index}",
+            "max_tokens": self.tokens,
+            "ignore_eos": True,
+            "stream": self.stream,
+        }
+        return {**body, "diversity": 0.5} if self.field else body
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one shutdown."""
+
+    complete: int
+    """Answers with every token that was asked for."""
+    aborted: int
+    """Answers that are whole, and say that they were cut short."""
+    lost: int
+    """Connections that broke, or never answered."""
+    statistics: int
+    """Complete answers whose statistics are known."""
+    seconds: float | None
+    """From the signal to the end of the server's process; None: it did not end."""
+
+
+async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
+    """Send the requests, wait until each has its first token, then SIGTERM to the server.
+
+    Raises:
+        RuntimeError: a request ended before the signal, so nothing is shown.
+    """
+    headers = {"Authorization": f"Bearer {key}"}
+    process = os.pidfd_open(process_id)
+    # No pool: requests spread over the API servers as the kernel hands out connections.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    client = httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=None, trust_env=False, limits=limits
+    )
+    async with client:
+        before = await _first_tokens(client)
+        requests = [asyncio.create_task(_outcome(client, load.body(i))) for i in range(REQUESTS)]
+        while await _first_tokens(client) < before + REQUESTS:
+            if any(request.done() for request in requests):
+                break
+            await asyncio.sleep(0.02)
+        if any(request.done() for request in requests):
+            raise RuntimeError(f"ended before the signal: {[r.done() for r in requests]}")
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        start = time.monotonic()
+        ended = asyncio.create_task(asyncio.to_thread(_ends, process, PATIENCE))
+        # A server that hangs on its answers would never end while we wait for them.
+        await asyncio.wait([*requests, ended], timeout=PATIENCE)
+        ended_in = time.monotonic() - start if await ended else None
+        for request in requests:
+            request.cancel()
+        results = await asyncio.gather(*requests, return_exceptions=True)
+    os.close(process)
+    kinds = Counter(result if isinstance(result, str) else "lost" for result in results)
+    return Outcome(
+        complete=kinds["complete"] + kinds["complete, with statistics"],
+        aborted=kinds["aborted"],
+        lost=kinds["lost"],
+        statistics=kinds["complete, with statistics"],
+        seconds=None if ended_in is None else round(ended_in, 2),
+    )
+
+
+def _ends(process: int, timeout: float) -> bool:
+    return bool(select.select([process], [], [], timeout)[0])
+
+
+async def _first_tokens(client: httpx.AsyncClient) -> float:
+    text = (await client.get("/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith(FIRST_TOKENS)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+async def _outcome(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+    """`complete`, `complete, with statistics`, `aborted` or `lost`."""
+    try:
+        answer = await client.post("/v1/completions", json=body)
+        chunks = _chunks(answer.text) if body["stream"] else [answer.json()]
+    except (httpx.HTTPError, ValueError):
+        return "lost"
+    if answer.status_code != 200 or not chunks:
+        return "lost"
+    reasons = [choice.get("finish_reason") for c in chunks for choice in c.get("choices", [])]
+    if reasons[-1:] != ["length"]:
+        return "aborted"
+    said = next((c["diversity"] for c in chunks if "diversity" in c), {"choices": [None]})
+    return "complete" if None in said["choices"] else "complete, with statistics"
+
+
+def _chunks(text: str) -> list[dict[str, Any]]:
+    """The events of a stream that came to its end; nothing of one that broke off.
+
+    Raises:
+        ValueError: an event is no JSON.
+    """
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    return [json.loads(event) for event in events[:-1]] if events[-1:] == ["[DONE]"] else []
