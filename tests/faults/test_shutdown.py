@@ -141,11 +141,9 @@ def test_a_shutdown_is_stock(ours, stock, model_folder, adapter, tmp_path, case,
 
 @pytest.mark.long
 def test_drains_never_hang(ours, model_folder, tmp_path, figure):
+    cases = itertools.islice(itertools.cycle([Case(), Case(stream=True)]), REPETITIONS)
     outcomes = [
-        shutdown(
-            ours, Case(stream=i % 2 == 1), model_folder, tmp_path, tmp_path / "log", tokens=128
-        )
-        for i in range(REPETITIONS)
+        shutdown(ours, case, model_folder, tmp_path, tmp_path / "log", tokens=128) for case in cases
     ]
     hung = sum(outcome.seconds is None for outcome in outcomes)
     answered = sum(outcome.complete for outcome in outcomes)
