@@ -3,6 +3,7 @@
 TEST_V2_ON_CPU=1    vLLM's V2 model runner on a CPU, its Triton kernels interpreted
 TEST_FAULT_FILE=F   while F exists, every call of the transform fails after computing its result;
                     each failure adds a byte to F.count
+TEST_HOOK_FAULT=H:K a fault where the plug-in meets vLLM: see hook_faults
 """
 
 import importlib.util
@@ -67,6 +68,10 @@ def _when_imported():
 
 
 def _install():
+    if fault := os.environ.get("TEST_HOOK_FAULT"):
+        import hook_faults
+
+        hook_faults.install(fault)
     when_imported = _when_imported()
     if os.environ.get("TEST_V2_ON_CPU") == "1":
         when_imported("triton.backends", _a_cpu_driver)
