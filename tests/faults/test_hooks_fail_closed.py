@@ -21,11 +21,11 @@ sys.path.insert(0, str(SHIM))
 from hook_faults import FAULTS, HOOKS, INJECTED
 
 BRIEF = [
-    "AsyncLLM.generate:moved",
+    "OutputProcessor.process_outputs:moved",
     "ChatCompletionRequest.to_sampling_params:renamed",
     "CompletionRequest.to_sampling_params:signature",
     "ParentRequest.get_child_info:lost",
-    "WorkerBase:raises",
+    "Scheduler.update_from_output:raises",
     "build_app:decorated",
     "_rebind_kernels:raises",
 ]

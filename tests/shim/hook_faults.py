@@ -1,6 +1,6 @@
 """Faults of one place where the plug-in meets vLLM, put in before vLLM is imported.
 
-A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`AsyncLLM.generate`):
+A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`Scheduler.update_from_output`):
 
     moved      vLLM has the module under another name
     renamed    … the class, function or method
@@ -83,10 +83,28 @@ def _request(owner: str, folder: str, name: str, new_name: str) -> Hook:
     )
 
 
+def _output(name: str, new_name: str) -> Hook:
+    """A method of OutputProcessor; other classes have methods of the same name."""
+    file = ("v1/engine/output_processor.py",)
+    return Hook(
+        "vllm.v1.engine.output_processor",
+        f"OutputProcessor.{name}",
+        f"OutputProcessor.{new_name}",
+        renamed=(
+            Edit(rf"def {name}\(", f"def {new_name}(", file),
+            Edit(rf"output_processor\.{name}\(", f"output_processor.{new_name}("),
+        ),
+        signature=(
+            Edit(rf"(def {name}\(\s*self,)", r"\1 extra,", file),
+            Edit(rf"(output_processor\.{name}\()", r"\1None, "),
+        ),
+    )
+
+
 _CHAT, _TEXT, _RESPONSES = "chat_completion", "completion", "responses"
 _SAMPLE = ("to_sampling_params", "to_params_for_sampling")
 _BEAM = ("to_beam_search_params", "to_params_for_beam_search")
-_ENGINE = ("v1/engine/async_llm.py", "vllm/engine/protocol.py")
+_SCHEDULING = ("v1/core/sched/", "v1/engine/core.py")
 _ENTRY = "/launchers/api_server/entry.py"
 _APP_SIGNATURE = (
     Edit(r"(def build_app\()(?=\s*args)", r"\1extra, "),
@@ -115,25 +133,28 @@ HOOKS = {
         "ParentRequest.child_info",
         **_method("get_child_info", "child_info"),
     ),
-    "AsyncLLM.generate": Hook(
-        "vllm.v1.engine.async_llm",
-        "AsyncLLM.generate",
-        "AsyncLLM.generate_tokens",
-        renamed=(
-            Edit(r"def generate\(", "def generate_tokens(", _ENGINE),
-            Edit(r"engine_client\.generate\(", "engine_client.generate_tokens("),
-        ),
-        signature=(
-            Edit(r"(def generate\(\s*self,)", r"\1 extra,", _ENGINE),
-            Edit(r"(engine_client\.generate\()", r"\1None, "),
-        ),
-    ),
-    "WorkerBase": Hook(
+    "WorkerWrapperBase.execute_model": Hook(
         "vllm.v1.worker.worker_base",
-        "WorkerBase",
-        "WorkerCore",
-        renamed=(Edit(r"\bWorkerBase\b", "WorkerCore"),),
+        "WorkerWrapperBase.execute_model",
+        "WorkerWrapper.execute_model",
+        renamed=(Edit(r"\bWorkerWrapperBase\b", "WorkerWrapper"),),
+        signature=(
+            Edit(r"(?s)(class WorkerWrapperBase.*?def execute_model\(\s*self,)", r"\1 extra,"),
+            Edit(r"(\"execute_model\",\s*args=\()", r"\1None, ", ("v1/executor/",)),
+        ),
     ),
+    "Scheduler.update_from_output": Hook(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        "Scheduler.update_with_output",
+        renamed=(Edit(r"\bupdate_from_output\b", "update_with_output", _SCHEDULING),),
+        signature=(
+            Edit(r"(def update_from_output\(\s*self,)", r"\1 extra,", _SCHEDULING),
+            Edit(r"(scheduler\.update_from_output\()", r"\1None, ", _SCHEDULING),
+        ),
+    ),
+    "OutputProcessor.add_request": _output("add_request", "add_engine_request"),
+    "OutputProcessor.process_outputs": _output("process_outputs", "process_engine_outputs"),
     "build_app": Hook(
         "vllm.entrypoints.launchers.app",
         "build_app",
