@@ -41,7 +41,7 @@ STOPS = 128
 ALIGNMENT = 16
 """Rows are moved 16 bytes at a time where they begin at, and are as long as, multiples of this."""
 
-_EXACT = {"enable_fp_fusion": False}
+EXACT = {"enable_fp_fusion": False}
 """The same product has the same bits in every kernel: ties between tokens must stay ties."""
 
 
@@ -82,7 +82,7 @@ class TritonTransform:
             ALIGNED=aligned,
             CHUNK=CHUNK,
             TILE=TILE,
-            **_EXACT,
+            **EXACT,
         )
         _decide[(rows,)](
             logits_XV,
@@ -105,7 +105,7 @@ class TritonTransform:
             BLOCK=BLOCK,
             STOPS=STOPS,
             num_warps=8,
-            **_EXACT,
+            **EXACT,
         )
         _write[tiles](
             logits_XV,
@@ -122,7 +122,7 @@ class TritonTransform:
             CHUNK=CHUNK,
             TILE=TILE,
             STOPS=STOPS,
-            **_EXACT,
+            **EXACT,
         )
         return Statistics(*figures_FR, sound_R=sound_R)
 
@@ -404,9 +404,11 @@ def _stop_weights(
     plausible_E = tl.zeros([STOPS], tl.int32)
     has_more = width > 0
     while has_more:
-        e = stops + tl.arange(0, STOPS)
+        place_E = tl.arange(0, STOPS)
+        e = stops + place_E
         token_E = tl.load(stop_ids + e, mask=e < width, other=-1)
-        is_known_E = (token_E >= 0) & (token_E < vocabulary)
+        own = tl.min(tl.where(token_E < 0, place_E, STOPS))
+        is_known_E = (place_E < own) & (token_E < vocabulary)
         logit_E = tl.load(row + token_E, mask=is_known_E, other=-_INFINITY)
         is_allowed_E = logit_E > -_INFINITY
         below_E = tl.where(is_allowed_E, tl.maximum((logit_E - peak) * divided, _FARTHEST), _ABSENT)
@@ -417,9 +419,8 @@ def _stop_weights(
         z_E += share_E
         a_E += share_E * below_E
         plausible_E += is_plausible_E.to(tl.int32)
-        listed = tl.sum((token_E >= 0).to(tl.int32))
-        stops += listed
-        has_more = listed == STOPS
+        stops += own
+        has_more = own == STOPS
     return stops, tl.max(peak_E), tl.sum(z_E), tl.sum(a_E), tl.sum(plausible_E)
 
 

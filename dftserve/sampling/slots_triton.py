@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dftserve.sampling import laws, slots
+from dftserve.sampling.fused_triton import EXACT
 from dftserve.sampling.laws import Controls
 from dftserve.sampling.slots import Slots
 from dftserve.sampling.transform import Statistics
@@ -40,6 +41,7 @@ class TritonSlots(Slots):
             self._waiting_SKF,
             len(slot_R),
             self._waiting_SKF.shape[1],
+            **EXACT,
         )
         return Controls(numbers_RF, controls.stop_ids_RE)
 
@@ -54,6 +56,7 @@ class TritonSlots(Slots):
             self._sums_SF,
             self._waiting_SKF,
             self._waiting_SKF.shape[1],
+            **EXACT,
         )
 
     def remember(
@@ -77,6 +80,7 @@ class TritonSlots(Slots):
             self._waiting_SKF,
             self.unsound,
             self._waiting_SKF.shape[1],
+            **EXACT,
         )
 
 
