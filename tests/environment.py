@@ -41,7 +41,7 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def install(self, *arguments: str | Path) -> None:
-        _uv("pip", "install", "--python", self.python, *arguments)
+        uv("pip", "install", "--python", self.python, *arguments)
 
     @property
     def packages(self) -> Path:
@@ -49,7 +49,7 @@ class Environment:
 
     def frozen(self) -> set[str]:
         """The lines of `pip freeze`."""
-        return set(_uv("pip", "freeze", "--python", self.python).splitlines())
+        return set(uv("pip", "freeze", "--python", self.python).splitlines())
 
     @contextlib.contextmanager
     def serves(self) -> Iterator[None]:
@@ -61,7 +61,7 @@ class Environment:
 
 def make_environment(folder: Path, vllm: str = COMPILED) -> Environment:
     """vLLM for the CPU and nothing of ours, with the stub that its command needs."""
-    _uv("venv", "--clear", "--python", sys.executable, folder)
+    uv("venv", "--clear", "--python", sys.executable, folder)
     environment = Environment(folder)
     wheels = os.environ.get("PIP_FIND_LINKS")
     source = ["--find-links", wheels] if wheels else ["--torch-backend", "cpu"]
@@ -145,17 +145,23 @@ def _lay_over(wheel: Path, environment: Environment) -> None:
 def build_wheels(folder: Path) -> list[Path]:
     """Both distributions, built from the working tree."""
     for project in (ROOT, ROOT / "plugins" / "vllm"):
-        _uv("build", "--wheel", "--no-sources", "--out-dir", folder, project)
+        uv("build", "--wheel", "--no-sources", "--out-dir", folder, project)
     return sorted(folder.glob("*.whl"))
 
 
-def _uv(*arguments: str | Path) -> str:
+def uv(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """A uv command's stdout.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
     command = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     done = subprocess.run(
         [command, *map(str, arguments)],
         capture_output=True,
         text=True,
+        cwd=cwd,
         env=environment,
         check=False,
     )

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.client import LIVELY, chat_body, gather, get, metric, post
 from tests.conftest import SHIM, Engine, engine_running
-from tests.environment import Environment, build_wheels, make_environment
+from tests.environment import Environment, build_wheels, make_environment, uv
 
 pytestmark = pytest.mark.long
 
@@ -57,9 +57,7 @@ def test_the_wheels_change_no_other_line_of_an_environment(bare_environment, whe
 
 
 def _remove(environment: Environment) -> None:
-    from tests.environment import _uv
-
-    _uv("pip", "uninstall", "--python", environment.python, "dftserve", "dftserve-vllm")
+    uv("pip", "uninstall", "--python", environment.python, "dftserve", "dftserve-vllm")
 
 
 def test_no_wheel_carries_the_stub(wheels):
