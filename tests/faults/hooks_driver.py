@@ -96,7 +96,7 @@ def _found(fault: str) -> dict[str, Any]:
         "error": None,
         "problems": getattr(hooks, "problems", lambda: None)(),
         "refusal": engine.refusal(),
-        "in_place": vllm.has_change(vllm.faulty or "AsyncLLM.generate"),
+        "in_place": vllm.has_change(vllm.faulty or "build_app"),
         "stock": vllm.failures(),
         "refused": {name: vllm.refused(name) for name in REQUESTS},
     }
@@ -137,10 +137,6 @@ class _Vllm:
         if name.endswith("build_app"):
             return _asked(self.app(), "GET", "/v1/dft/capabilities").status_code == 200
         found = _resolved(self._modules[name], HOOKS[name].path)
-        if name == "WorkerBase":
-            from dftserve_vllm.statistics import WORKER_METHOD
-
-            return hasattr(found, WORKER_METHOD)
         return hasattr(found, "__wrapped__")
 
     def failures(self) -> dict[str, str]:
@@ -154,13 +150,17 @@ class _Vllm:
             cached_child_sampling_params=None,
             _get_child_sampling_params=lambda index: SamplingParams(),
         )
+        wrapper = SimpleNamespace(
+            _apply_mm_cache=lambda scheduled: None,
+            worker=SimpleNamespace(execute_model=lambda scheduled: f"output of {scheduled}"),
+        )
         calls = {
             **{name: partial(self._params, name, {}) for name in REQUESTS},
             "ParentRequest.get_child_info": lambda: (
                 self.function("ParentRequest.get_child_info")(child, 0)[0] == "0_r"
             ),
-            "AsyncLLM.generate": lambda: inspect.isasyncgen(
-                self.function("AsyncLLM.generate")(SimpleNamespace(), "p", SamplingParams(), "r")
+            "WorkerWrapperBase.execute_model": lambda: (
+                self.function("WorkerWrapperBase.execute_model")(wrapper, "s") == "output of s"
             ),
             "build_app": lambda: _asked(self.app(), "GET", "/version").status_code == 200,
             "_rebind_kernels": lambda: self.function("_rebind_kernels")([]) is None,

@@ -1,6 +1,6 @@
 """Faults of one place where the plug-in meets vLLM, put in before vLLM is imported.
 
-A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`AsyncLLM.generate`):
+A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`ParentRequest.get_child_info`):
 
     moved      vLLM has the module under another name
     renamed    … the class, function or method
@@ -83,10 +83,30 @@ def _request(owner: str, folder: str, name: str, new_name: str) -> Hook:
     )
 
 
+def _output_processor(name: str, new_name: str) -> Hook:
+    definition = ("v1/engine/output_processor.py",)
+    return Hook(
+        "vllm.v1.engine.output_processor",
+        f"OutputProcessor.{name}",
+        f"OutputProcessor.{new_name}",
+        renamed=(
+            Edit(rf"def {name}\(", f"def {new_name}(", definition),
+            Edit(rf"output_processor\.{name}\(", f"output_processor.{new_name}("),
+        ),
+        signature=(
+            Edit(rf"(def {name}\(\s*self,)", r"\1 extra,", definition),
+            Edit(rf"(output_processor\.{name}\()", r"\1None, "),
+        ),
+    )
+
+
 _CHAT, _TEXT, _RESPONSES = "chat_completion", "completion", "responses"
 _SAMPLE = ("to_sampling_params", "to_params_for_sampling")
 _BEAM = ("to_beam_search_params", "to_params_for_beam_search")
-_ENGINE = ("v1/engine/async_llm.py", "vllm/engine/protocol.py")
+_WRAPPER = ("v1/worker/worker_base.py",)
+_WORKERS = ("v1/worker/worker_base.py", "v1/worker/gpu_worker.py")
+_EXECUTORS = ("v1/executor/",)
+_SCHEDULING = ("v1/core/sched/", "v1/engine/core.py")
 _ENTRY = "/launchers/api_server/entry.py"
 _APP_SIGNATURE = (
     Edit(r"(def build_app\()(?=\s*args)", r"\1extra, "),
@@ -115,25 +135,41 @@ HOOKS = {
         "ParentRequest.child_info",
         **_method("get_child_info", "child_info"),
     ),
-    "AsyncLLM.generate": Hook(
-        "vllm.v1.engine.async_llm",
-        "AsyncLLM.generate",
-        "AsyncLLM.generate_tokens",
+    "WorkerWrapperBase.execute_model": Hook(
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase.execute_model",
+        "WorkerWrapperBase.run_model",
         renamed=(
-            Edit(r"def generate\(", "def generate_tokens(", _ENGINE),
-            Edit(r"engine_client\.generate\(", "engine_client.generate_tokens("),
+            Edit(r"def execute_model\(", "def run_model(", _WRAPPER),
+            Edit('"execute_model"', '"run_model"', _EXECUTORS),
         ),
         signature=(
-            Edit(r"(def generate\(\s*self,)", r"\1 extra,", _ENGINE),
-            Edit(r"(engine_client\.generate\()", r"\1None, "),
+            Edit(r"(def execute_model\(\s*self,)", r"\1 extra,", _WRAPPER),
+            Edit(r'("execute_model",\s*args=\()', r"\1None, ", _EXECUTORS),
         ),
     ),
-    "WorkerBase": Hook(
+    "WorkerWrapperBase.sample_tokens": Hook(
         "vllm.v1.worker.worker_base",
-        "WorkerBase",
-        "WorkerCore",
-        renamed=(Edit(r"\bWorkerBase\b", "WorkerCore"),),
+        "WorkerWrapperBase.sample_tokens",
+        "WorkerWrapperBase.sample_rows",
+        renamed=(
+            Edit(r"def sample_tokens\(", "def sample_rows(", _WORKERS),
+            Edit(r"self\.sample_tokens\b", "self.sample_rows", _WORKERS),
+            Edit('"sample_tokens"', '"sample_rows"', _EXECUTORS),
+        ),
     ),
+    "Scheduler.update_from_output": Hook(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        "Scheduler.update_with_output",
+        renamed=(Edit(r"\bupdate_from_output\b", "update_with_output", _SCHEDULING),),
+        signature=(
+            Edit(r"(def update_from_output\(\s*self,)", r"\1 extra,", _SCHEDULING),
+            Edit(r"(scheduler\.update_from_output\()", r"\1None, ", _SCHEDULING),
+        ),
+    ),
+    "OutputProcessor.add_request": _output_processor("add_request", "take_request"),
+    "OutputProcessor.process_outputs": _output_processor("process_outputs", "handle_outputs"),
     "build_app": Hook(
         "vllm.entrypoints.launchers.app",
         "build_app",
