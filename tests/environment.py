@@ -88,7 +88,7 @@ def install_beside(folder: Path, requirement: str) -> None:
         NoWheelError: it is not to be had.
     """
     try:
-        _uv("pip", "install", "--target", folder, "--no-deps", requirement)
+        uv("pip", "install", "--target", folder, "--no-deps", requirement)
     except RuntimeError as problem:
         raise NoWheelError(str(problem)) from None
 

@@ -96,7 +96,7 @@ def _found(fault: str) -> dict[str, Any]:
         "error": None,
         "problems": getattr(hooks, "problems", lambda: None)(),
         "refusal": engine.refusal(),
-        "in_place": vllm.has_change(vllm.faulty or "OutputProcessor.process_outputs"),
+        "in_place": vllm.has_change(vllm.faulty or "build_app"),
         "stock": vllm.failures(),
         "refused": {name: vllm.refused(name) for name in REQUESTS},
     }
@@ -150,25 +150,17 @@ class _Vllm:
             cached_child_sampling_params=None,
             _get_child_sampling_params=lambda index: SamplingParams(),
         )
-        worker = SimpleNamespace(
-            worker=SimpleNamespace(execute_model=lambda _: "output"),
-            vllm_config=None,
-            _apply_mm_cache=lambda _: None,
+        wrapper = SimpleNamespace(
+            _apply_mm_cache=lambda scheduled: None,
+            worker=SimpleNamespace(execute_model=lambda scheduled: f"output of {scheduled}"),
         )
-        outputs = self._modules["OutputProcessor.process_outputs"]
         calls = {
             **{name: partial(self._params, name, {}) for name in REQUESTS},
             "ParentRequest.get_child_info": lambda: (
                 self.function("ParentRequest.get_child_info")(child, 0)[0] == "0_r"
             ),
-            "OutputProcessor.process_outputs": lambda: (
-                self.function("OutputProcessor.process_outputs")(
-                    outputs.OutputProcessor(None, log_stats=False), []
-                ).request_outputs
-                == []
-            ),
             "WorkerWrapperBase.execute_model": lambda: (
-                self.function("WorkerWrapperBase.execute_model")(worker, None) == "output"
+                self.function("WorkerWrapperBase.execute_model")(wrapper, "s") == "output of s"
             ),
             "build_app": lambda: _asked(self.app(), "GET", "/version").status_code == 200,
             "_rebind_kernels": lambda: self.function("_rebind_kernels")([]) is None,

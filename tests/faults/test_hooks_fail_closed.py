@@ -25,12 +25,14 @@ BRIEF = [
     "ChatCompletionRequest.to_sampling_params:renamed",
     "CompletionRequest.to_sampling_params:signature",
     "ParentRequest.get_child_info:lost",
-    "Scheduler.update_from_output:raises",
+    "WorkerWrapperBase.execute_model:raises",
     "build_app:decorated",
     "_rebind_kernels:raises",
 ]
 """One of each kind, for `make test`."""
-LIVE = [fault for fault in BRIEF if not fault.startswith("_")]
+ONLY_LIVE = "WorkerWrapperBase.sample_tokens:renamed"
+"""vLLM's class does not have it, and what our change is put around shows only when it is called."""
+LIVE = [*(fault for fault in BRIEF if not fault.startswith("_")), ONLY_LIVE]
 ASKING = [
     ("/v1/chat/completions", chat_body(max_tokens=8, n=2)),
     ("/v1/completions", {"model": "demo", "prompt": "Once", "max_tokens": 8}),
@@ -71,8 +73,9 @@ def test_without_a_fault_there_is_no_problem(find):
 
 
 def _faults():
-    marks = {fault: () if fault in BRIEF else (pytest.mark.long,) for fault in FAULTS}
-    return [pytest.param(fault, marks=marks[fault]) for fault in FAULTS]
+    faults = [fault for fault in FAULTS if fault != ONLY_LIVE]
+    marks = {fault: () if fault in BRIEF else (pytest.mark.long,) for fault in faults}
+    return [pytest.param(fault, marks=marks[fault]) for fault in faults]
 
 
 @pytest.mark.parametrize("fault", _faults())
@@ -107,10 +110,11 @@ def _check_refused(found: dict, hook: str, kind: str) -> None:
     assert found["refusal"], "the field is ignored"
     if kind == "raises":
         assert INJECTED in found["refusal"]
-    for said in found["refused"].values():
+    for name, said in found["refused"].items():
         assert said is not None, found["refused"]
         assert said.startswith("diversity"), said
-        assert found["refusal"] in said
+        if not name.endswith("beam_search_params"):  # That is refused for its own sake first.
+            assert found["refusal"] in said
 
 
 def _names(problems: dict[str, str] | None, hook: str) -> bool:

@@ -1,6 +1,6 @@
 """Faults of one place where the plug-in meets vLLM, put in before vLLM is imported.
 
-A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`Scheduler.update_from_output`):
+A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`ParentRequest.get_child_info`):
 
     moved      vLLM has the module under another name
     renamed    … the class, function or method
@@ -83,19 +83,18 @@ def _request(owner: str, folder: str, name: str, new_name: str) -> Hook:
     )
 
 
-def _output(name: str, new_name: str) -> Hook:
-    """A method of OutputProcessor; other classes have methods of the same name."""
-    file = ("v1/engine/output_processor.py",)
+def _output_processor(name: str, new_name: str) -> Hook:
+    definition = ("v1/engine/output_processor.py",)
     return Hook(
         "vllm.v1.engine.output_processor",
         f"OutputProcessor.{name}",
         f"OutputProcessor.{new_name}",
         renamed=(
-            Edit(rf"def {name}\(", f"def {new_name}(", file),
+            Edit(rf"def {name}\(", f"def {new_name}(", definition),
             Edit(rf"output_processor\.{name}\(", f"output_processor.{new_name}("),
         ),
         signature=(
-            Edit(rf"(def {name}\(\s*self,)", r"\1 extra,", file),
+            Edit(rf"(def {name}\(\s*self,)", r"\1 extra,", definition),
             Edit(rf"(output_processor\.{name}\()", r"\1None, "),
         ),
     )
@@ -104,6 +103,9 @@ def _output(name: str, new_name: str) -> Hook:
 _CHAT, _TEXT, _RESPONSES = "chat_completion", "completion", "responses"
 _SAMPLE = ("to_sampling_params", "to_params_for_sampling")
 _BEAM = ("to_beam_search_params", "to_params_for_beam_search")
+_WRAPPER = ("v1/worker/worker_base.py",)
+_WORKERS = ("v1/worker/worker_base.py", "v1/worker/gpu_worker.py")
+_EXECUTORS = ("v1/executor/",)
 _SCHEDULING = ("v1/core/sched/", "v1/engine/core.py")
 _ENTRY = "/launchers/api_server/entry.py"
 _APP_SIGNATURE = (
@@ -136,11 +138,24 @@ HOOKS = {
     "WorkerWrapperBase.execute_model": Hook(
         "vllm.v1.worker.worker_base",
         "WorkerWrapperBase.execute_model",
-        "WorkerWrapper.execute_model",
-        renamed=(Edit(r"\bWorkerWrapperBase\b", "WorkerWrapper"),),
+        "WorkerWrapperBase.run_model",
+        renamed=(
+            Edit(r"def execute_model\(", "def run_model(", _WRAPPER),
+            Edit('"execute_model"', '"run_model"', _EXECUTORS),
+        ),
         signature=(
-            Edit(r"(?s)(class WorkerWrapperBase.*?def execute_model\(\s*self,)", r"\1 extra,"),
-            Edit(r"(\"execute_model\",\s*args=\()", r"\1None, ", ("v1/executor/",)),
+            Edit(r"(def execute_model\(\s*self,)", r"\1 extra,", _WRAPPER),
+            Edit(r'("execute_model",\s*args=\()', r"\1None, ", _EXECUTORS),
+        ),
+    ),
+    "WorkerWrapperBase.sample_tokens": Hook(
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase.sample_tokens",
+        "WorkerWrapperBase.sample_rows",
+        renamed=(
+            Edit(r"def sample_tokens\(", "def sample_rows(", _WORKERS),
+            Edit(r"self\.sample_tokens\b", "self.sample_rows", _WORKERS),
+            Edit('"sample_tokens"', '"sample_rows"', _EXECUTORS),
         ),
     ),
     "Scheduler.update_from_output": Hook(
@@ -153,8 +168,8 @@ HOOKS = {
             Edit(r"(scheduler\.update_from_output\()", r"\1None, ", _SCHEDULING),
         ),
     ),
-    "OutputProcessor.add_request": _output("add_request", "add_engine_request"),
-    "OutputProcessor.process_outputs": _output("process_outputs", "process_engine_outputs"),
+    "OutputProcessor.add_request": _output_processor("add_request", "take_request"),
+    "OutputProcessor.process_outputs": _output_processor("process_outputs", "handle_outputs"),
     "build_app": Hook(
         "vllm.entrypoints.launchers.app",
         "build_app",
