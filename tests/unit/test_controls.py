@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, control_row
@@ -16,6 +16,7 @@ def row_of(stops, level=0.5):
     return control_row(parse(level), temperature=0.7, divided=1.0, stop_ids=frozenset(stops))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 600), max_size=8))
 def test_the_width_follows_the_rows_in_use(counts):
     rows = [row_of(range(count)) for count in counts]

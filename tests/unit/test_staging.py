@@ -7,7 +7,7 @@ the host runs ahead of.
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.sampling.staging import SMALLEST, PinnedStaging
@@ -49,6 +49,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_what_arrives_is_what_was_given_however_late_it_is_read(steps):
     queue = Queue()
