@@ -174,6 +174,18 @@ def _even_heads(model_folder: Path, folder: Path) -> Path:
     return folder
 
 
+def test_as_an_endpoint_plug_in(model_folder, tmp_path):
+    """Where VLLM_PLUGINS names us, vLLM itself adds our route, and has nothing to warn about."""
+    env = {"VLLM_PLUGINS": "dftserve"}
+    with engine_running("v1", model_folder, tmp_path, env=env) as engine:
+        check_field(engine)
+        assert get(engine, "/v1/dft/capabilities").json()["active"]
+        assert get(engine, "/v1/dft/capabilities", key=None).status_code == 401
+        log = engine.log.read_text(errors="replace")
+    assert "Loaded endpoint plugin dftserve" in log
+    assert "VLLM_PLUGINS is not set" not in log
+
+
 def test_run_batch(model_folder, tmp_path):
     """The field in a batch file: honoured, or refused for that line alone."""
     lines = [
