@@ -96,8 +96,11 @@ def test_a_plain_install_works_without_the_checkout(install, environment, checko
 
 
 def test_an_editable_install_stays_editable(environment, checkout):
-    """`make setup`'s words, less the dependencies."""
-    uv_install(environment, checkout, "--no-deps", "-e", ".", "-e", "plugins/vllm")
+    """`make setup`'s words: they resolve with the dependencies, which are not installed here."""
+    editable = ("-e", ".", "-e", "plugins/vllm")
+    constraint = ("--constraint", "constraints/cpu.txt")
+    uv_install(environment, checkout, "--dry-run", *editable, *constraint)
+    uv_install(environment, checkout, "--no-deps", *editable)
     assert set(_links(environment).values()) == {True}
 
 
