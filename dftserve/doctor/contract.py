@@ -15,9 +15,9 @@ WITHOUT: Mapping[Hook, str] = {
     "field": "requests with the diversity field are not honoured",
     "processor V1": "nothing is applied on the V1 runner",
     "processor V2": "nothing is applied on the V2 runner",
-    "statistics": "no figures in the answers; the field works",
-    "answer": "no header, no diversity object in the answers, no /v1/dft/capabilities and no "
-    "dft:* metrics; the field works",
+    "statistics": "answers could not say what came of the field, which is refused",
+    "answer": "answers could not say what was in force, and the field is refused; no "
+    "/v1/dft/capabilities and no dft:* metrics",
     "numba": "nothing guards vLLM's rebinding of kernels against numba; the field works",
 }
 """What is lost where a hook finds a symbol of its own missing."""
