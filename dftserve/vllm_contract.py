@@ -206,7 +206,6 @@ SYMBOLS: tuple[Symbol, ...] = (
         "vllm.v1.worker.worker_base",
         ("WorkerWrapperBase.execute_model", ("scheduler_output",)),
         "WorkerWrapperBase.__getattr__",
-        "WorkerWrapperBase.vllm_config",
     ),
     *_needed(
         "statistics",

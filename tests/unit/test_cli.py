@@ -209,7 +209,7 @@ def test_the_doctor_judges_a_vllm_and_nothing_else(tmp_path, option):
 
 
 def test_the_doctors_exit_code_is_one_only_where_a_required_symbol_is_missing(tmp_path):
-    for module, code in (("vllm.entrypoints.launchers.app", 0), ("vllm.exceptions", 1)):
+    for module, code in (("vllm.triton_utils.dispatcher", 0), ("vllm.exceptions", 1)):
         place = tmp_path / module
         place.mkdir()
         write_vllm(place, version="0.33.0", without=module)

@@ -333,8 +333,8 @@ def test_the_runner_that_vllm_chooses(
 @pytest.mark.parametrize(
     ("module", "hook", "state", "lost"),
     [
-        ("vllm.entrypoints.launchers.app", "answer", "warning", "no diversity object"),
-        ("vllm.v1.engine.async_llm", "statistics", "warning", "no figures"),
+        ("vllm.entrypoints.launchers.app", "answer", "error", "field is refused"),
+        ("vllm.v1.core.sched.scheduler", "statistics", "error", "which is refused"),
         ("vllm.exceptions", "field", "error", "are not honoured"),
     ],
 )
@@ -387,7 +387,7 @@ def test_each_problem_is_named_with_what_it_disables(tmp_path):
     by_name = {finding.name: finding for finding in doctor.judge(tmp_path)}
     assert by_name["field"].state == "error"
     assert "InputProcessor.__init__(vllm_config): the module is not there" in by_name["field"].text
-    assert by_name["statistics"].state == "warning"
+    assert by_name["statistics"].state == "error"
     assert "ParentRequest.get_child_info(index): it takes (place)" in by_name["statistics"].text
     for name in ("field", "statistics"):
         assert contract.WITHOUT[name] in by_name[name].text

@@ -229,11 +229,10 @@ def _survives_numba(rebind: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-_OPENAI = "vllm.entrypoints.openai"
 _PROTOCOLS = {
-    "ChatCompletionRequest": f"{_OPENAI}.chat_completion.protocol",
-    "CompletionRequest": f"{_OPENAI}.completion.protocol",
-    "ResponsesRequest": f"{_OPENAI}.responses.protocol",
+    "ChatCompletionRequest": "vllm.entrypoints.openai.chat_completion.protocol",
+    "CompletionRequest": "vllm.entrypoints.openai.completion.protocol",
+    "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol",
 }
 
 REQUEST_HOOKS = (
