@@ -24,7 +24,7 @@ from dftserve.train import config as configs
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
-from dftserve.train.model import TARGET_NAMES, attach
+from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
 from dftserve.train.run import make_trainer, read, train
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
@@ -306,6 +306,12 @@ def test_bf16_and_gradient_checkpointing_run(run):
     final = train(config)
     weights = load_file(final / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
+    model = small_model()
+    enable_checkpointing(model)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 def test_the_weight_is_chosen_by_held_out_text(run):
