@@ -119,14 +119,14 @@ def _resolved(path: Path, within: Path | None) -> Path:
         real = Path(os.path.realpath(path, strict=True))
     except FileNotFoundError:
         if path.is_symlink():
-            _refuse(path, f"a link to {os.readlink(path)}, where nothing is", "remove it")
+            _refuse(path, f"a link to {os.readlink(path)!r}, where nothing is", "remove it")
         raise FileNotFoundError(f"{path}: there is no such file.") from None
     except OSError as error:
         if path.is_symlink():
             _refuse(path, f"a link that leads nowhere ({error.strerror})", "remove it")
         raise
     if within is not None and not _lies_in(real, Path(os.path.realpath(within))):
-        _refuse(path, f"a link to {real}, outside of {within}", "put a copy of it there")
+        _refuse(path, f"a link to {str(real)!r}, outside of {within}", "put a copy of it there")
     return real
 
 

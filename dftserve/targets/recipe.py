@@ -267,10 +267,21 @@ def _is_idle(source: Mapping[str, Any], given: _Given) -> bool:
     return len(set(prompts)) == len(prompts)
 
 
+def _between(least: float, most: float, **values: float) -> None:
+    """Before anything is loaded: a slip of many zeros would be counted, or waited for."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            raise ValueError(f"{name}: got {value}; accepted: from {least:g} to {most:g}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Ngram:
     order: int = 6
     min_count: int = 2
+
+    def __post_init__(self) -> None:
+        _between(1, 64, order=self.order)
+        _between(1, 1 << 30, min_count=self.min_count)
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.ngram import Ngram
@@ -302,6 +313,9 @@ class _Teacher:
     device: str | None = None
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        _between(1e-3, 100, temperature=self.temperature)
+
     def build(self, given: _Given) -> "Teacher":
         from dftserve.targets.teacher import Teacher
 
@@ -321,6 +335,9 @@ class _Served:
     key_variable: str | None = None
     """The environment variable that holds the server's API key."""
     at_once: int = 4
+
+    def __post_init__(self) -> None:
+        _between(1, 1024, at_once=self.at_once)
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.served import ServedTeacher
@@ -342,6 +359,9 @@ class _Principles:
     weights: Mapping[str, float] | None = None
     posterior_power: float = 1.0
 
+    def __post_init__(self) -> None:
+        _between(1e-6, 1, posterior_power=self.posterior_power)
+
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.principles import Principles
 
@@ -358,6 +378,9 @@ class _Principles:
 class _Temper:
     power: float
     of: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _between(1e-6, 1e6, power=self.power)
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.combine import Temper

@@ -335,6 +335,27 @@ def test_sizes_of_a_model_have_bounds(commands, place, command, name):
     refused(commands, reader, place, name)
 
 
+@pytest.mark.parametrize("value", [0, -1, HUGE, float("nan"), float("inf"), 10**400], ids=str)
+@pytest.mark.parametrize(
+    "source",
+    [
+        '{"ngram": {"order": N}}',
+        '{"ngram": {"min_count": N}}',
+        '{"teacher": {"model": "m", "temperature": N}}',
+        '{"served": {"url": "http://127.0.0.1:1", "model": "m", "at_once": N}}',
+        '{"temper": {"power": N, "of": {"ngram": {}}}}',
+        '{"mix": [{"weight": N, "ngram": {}}]}',
+        '{"principles": {"teacher": {"model": "m"}, "principles": {"a": "b"}, '
+        '"posterior_power": N}}',
+    ],
+)
+def test_numbers_of_a_recipe_have_bounds(commands, place, source, value):
+    number = {"nan": ".nan", "inf": ".inf"}.get(str(value), str(value))
+    text = '{"name": "mine", "about": "a test", "source": S}'
+    (place / "recipe.yaml").write_text(text.replace("S", source.replace("N", number)))
+    refused(commands, READERS["recipe"], place)
+
+
 def test_sizes_of_anchors_have_bounds(commands, place):
     reader = READERS["anchors"]
     changed(place / reader.file, lambda given: given.update(words=HUGE))
