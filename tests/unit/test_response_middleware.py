@@ -6,7 +6,7 @@ import json
 
 import pytest
 from dftserve_vllm import request_context
-from dftserve_vllm.response_middleware import AnswerMiddleware
+from dftserve_vllm.response_middleware import ResponseMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from dftserve import spec
@@ -21,7 +21,7 @@ def app(content_type: bytes, body: list[bytes], *more: tuple[bytes, bytes]):
     async def answers(scope, receive, send) -> None:
         opened = request_context.current.get()
         assert opened is not None
-        opened.items.append(request_context.PromptContext(spec.parse(0.5), choices=1))
+        opened.prompts.append(request_context.PromptContext(spec.parse(0.5), 1))
         length = (b"content-length", str(sum(map(len, body))).encode())
         headers = [(b"content-type", content_type), length, *more]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -57,7 +57,7 @@ def test_an_encoded_body_passes_untouched_with_the_header(content_type, encoding
     # Bytes that would be taken for JSON and for an event, if they were looked at.
     pieces = [b"{", b'data: {"choices":[{"finish_reason":"stop"}]}\n\n', b"}"]
     encoded = app(content_type, pieces, (b"content-encoding", encoding))
-    messages = sent_by(AnswerMiddleware(encoded))
+    messages = sent_by(ResponseMiddleware(encoded))
     assert bodies(messages) == pieces
     headers = dict(messages[0]["headers"])
     assert headers[b"content-length"] == str(sum(map(len, pieces))).encode()
@@ -66,19 +66,19 @@ def test_an_encoded_body_passes_untouched_with_the_header(content_type, encoding
 
 @pytest.mark.parametrize("more", [(), ((b"content-encoding", b"identity"),)])
 def test_a_body_that_is_not_encoded_gets_the_object(more):
-    messages = sent_by(AnswerMiddleware(app(b"application/json", [PLAIN], *more)))
+    messages = sent_by(ResponseMiddleware(app(b"application/json", [PLAIN], *more)))
     body = b"".join(bodies(messages))
     assert json.loads(body)["diversity"]["level"] == 0.5
     assert dict(messages[0]["headers"])[b"content-length"] == str(len(body)).encode()
 
 
 def test_around_gzip_the_body_can_still_be_decompressed():
-    messages = sent_by(AnswerMiddleware(GZipMiddleware(app(b"application/json", [PLAIN]))))
+    messages = sent_by(ResponseMiddleware(GZipMiddleware(app(b"application/json", [PLAIN]))))
     assert gzip.decompress(b"".join(bodies(messages))) == PLAIN
     assert HEADER in dict(messages[0]["headers"])
 
 
 def test_inside_of_gzip_the_object_is_in_the_compressed_body():
-    messages = sent_by(GZipMiddleware(AnswerMiddleware(app(b"application/json", [PLAIN]))))
+    messages = sent_by(GZipMiddleware(ResponseMiddleware(app(b"application/json", [PLAIN]))))
     assert json.loads(gzip.decompress(b"".join(bodies(messages))))["diversity"]["level"] == 0.5
     assert HEADER in dict(messages[0]["headers"])
