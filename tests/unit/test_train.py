@@ -215,7 +215,7 @@ def test_two_processes_have_the_gradients_of_one(run, fsdp, tmp_path):
 
 def test_a_run_ends_in_a_checkpoint_that_says_what_it_is(run):
     final = train(replace(run, patience=5))
-    assert checkpoint.verify(final) >= 6
+    assert checkpoint.verify(final).files >= 6
     promise = Promise.read(final)
     assert promise.diversity is not None
     assert promise.target_entropy == pytest.approx(3.0, abs=0.5)  # Of 2·N(0, 1) logits.
