@@ -34,15 +34,16 @@ import numpy as np
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
-from dftserve.evaluate import anchors, diversity
-from dftserve.evaluate.anchors import Anchors
+from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
-from dftserve.evaluate.distance import c2st, mmd_test, token_distances
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.sds import Ruler, Score, score
-from dftserve.evaluate.statistics import Estimate, difference
-from dftserve.evaluate.text import tokens, words
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics import lexical
+from dftserve.evaluate.metrics.intervals import Estimate, difference
+from dftserve.evaluate.metrics.sds import Ruler, Score, score
+from dftserve.evaluate.metrics.stylometry import Frame
+from dftserve.evaluate.metrics.two_sample import c2st, mmd_test, token_distances
+from dftserve.evaluate.reference import Anchors
+from dftserve.evaluate.text.tokenize import tokens, words
+from dftserve.evaluate.text.windows import Sample, Windows
 
 from provenance import machine, versions
 
@@ -84,7 +85,7 @@ def main(output: Path) -> None:
         story = tasks.load("story")
     except tasks.Missing as error:
         raise click.UsageError(str(error)) from None
-    human = anchors.build(story.human)
+    human = reference.build(story.human)
     sets = systems(Path(data or "")) | {HUMAN: human.test} | soups(human.test)
     document: dict[str, Any] = {
         "what": "Style Diversity Score of text by people and models, and of soup; 95 % intervals",
@@ -94,7 +95,9 @@ def main(output: Path) -> None:
         "human_texts": {name: len(split) for name, split in human.splits.items()},
         "systems": compared(sets, human),
         "copies": {str(share): told(copies(human, share)) for share in COPIED},
-        "splits": [anchors.build(story.human, seed=seed).human.sds.value for seed in range(SPLITS)],
+        "splits": [
+            reference.build(story.human, seed=seed).human.sds.value for seed in range(SPLITS)
+        ],
         "order": order(story.human, human),
         "sizes": {
             name: sizes(sets[name], human.ruler) for name in (HUMAN, "GPT-3.5", "gemma-3-27b-it")
@@ -195,18 +198,18 @@ def usual(texts: Windows, frame: Frame) -> dict[str, float]:
     said = [tokens(text) for text in texts.texts]
     squared_TT = squareform(pdist(frame.features(texts), "sqeuclidean"))
     return {
-        "distinct_3": round(diversity.distinct_n(said, 3), 4),
-        "self_bleu": round(diversity.self_bleu(said), 2),
-        "compression": round(diversity.compression_ratio(texts.texts), 3),
-        "self_repetition": round(diversity.self_repetition(said), 3),
-        "vendi_style": round(diversity.vendi(np.exp(-squared_TT / (2 * frame.sigma**2))), 1),
+        "distinct_3": round(lexical.distinct_n(said, 3), 4),
+        "self_bleu": round(lexical.self_bleu(said), 2),
+        "compression": round(lexical.compression_ratio(texts.texts), 3),
+        "self_repetition": round(lexical.self_repetition(said), 3),
+        "vendi_style": round(lexical.vendi(np.exp(-squared_TT / (2 * frame.sigma**2))), 1),
     }
 
 
 def order(samples: Sequence[Sample], human: Anchors) -> dict[str, float]:
     """How far the score moves with another order of the texts: scored, and built from."""
     turned = human.test.pick(range(len(human.test))[::-1])
-    rebuilt = anchors.build(tuple(samples)[::-1])
+    rebuilt = reference.build(tuple(samples)[::-1])
     value = human.human.sds.value
     return {
         "scored": abs(score(turned, human.ruler).sds.value - value),

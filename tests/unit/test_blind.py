@@ -14,8 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dftserve.evaluate.blind import QUESTIONS, judgments_needed, p_equivalent, page, verdict
-from dftserve.evaluate.judge import Pair
+from dftserve.evaluate.preference.human_test import (
+    QUESTIONS,
+    judgments_needed,
+    p_equivalent,
+    page,
+    verdict,
+)
+from dftserve.evaluate.preference.judge import Pair
 
 PAIRS = [Pair(f"prompt {i}", f"system {i}", f"human {i}") for i in range(6)]
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from dftserve.evaluate.coherence import PASS, Bigrams, Gate
-from dftserve.evaluate.text import normalise, words
+from dftserve.evaluate.metrics.coherence import PASS, Bigrams, Gate
+from dftserve.evaluate.text.tokenize import normalise, words
 from tests.texts import human_like, soup
 
 UNKNOWN = "?"

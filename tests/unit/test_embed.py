@@ -6,11 +6,11 @@ import zlib
 import numpy as np
 import pytest
 
-from dftserve.evaluate.embed import INSTALL, Embedder, embedder
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.measures import MEASURES, Instruments, measure
-from dftserve.evaluate.slop import read_phrases
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics.slop import read_phrases
+from dftserve.evaluate.metrics.stylometry import Frame
+from dftserve.evaluate.metrics.suite import MEASURES, Instruments, measure
+from dftserve.evaluate.text.embeddings import INSTALL, Embedder, embedder
+from dftserve.evaluate.text.windows import Sample, Windows
 from tests.texts import human_like
 
 

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from dftserve.cli import main
-from dftserve.evaluate import anchors
-from dftserve.evaluate.generate import Asking, generate
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.grid import Asking, generate
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.windows import Sample
 from tests.local_server import reply, serving
 from tests.texts import human_like
 from tests.training import save_model
@@ -54,7 +54,7 @@ def place(tmp_path_factory) -> Path:
     people = zip(PROMPTS, human_like(8, seed=4), strict=True)
     lines = [json.dumps({"prompt": prompt, "response": text}) for prompt, text in people]
     (place / "people.jsonl").write_text("\n".join(lines))
-    anchors.save(anchors.build([Sample(text) for text in human_like(96)]), place / "anchors")
+    reference.save(reference.build([Sample(text) for text in human_like(96)]), place / "anchors")
     return place
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dftserve.evaluate.statistics import (
+from dftserve.evaluate.metrics.intervals import (
     Estimate,
     difference,
     jackknife,

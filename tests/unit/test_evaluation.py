@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from dftserve.cli import main
-from dftserve.evaluate import anchors as human_anchors
-from dftserve.evaluate.compare import compare
-from dftserve.evaluate.evaluation import Answer, Asking, Frame, Instruments, assess
-from dftserve.evaluate.measures import MEASURES
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.report import as_html, as_text
-from dftserve.evaluate.slop import read_phrases
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.metrics.slop import read_phrases
+from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.report.compare import compare
+from dftserve.evaluate.report.html import as_html, as_text
+from dftserve.evaluate.run import Answer, Asking, Frame, Instruments, assess
+from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
 
 TEXTS = 24
@@ -26,7 +26,7 @@ TEXTS = 24
 
 @pytest.fixture(scope="module")
 def anchors():
-    return human_anchors.build([Sample(text) for text in human_like(160)])
+    return reference.build([Sample(text) for text in human_like(160)])
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +182,11 @@ def test_a_thousand_texts_of_five_hundred_words(tmp_path, figure):
 
 def build(place: str) -> None:
     samples = [Sample(text) for text in human_like(4400, 560)]
-    human_anchors.save(human_anchors.build(samples, words=500), Path(place) / "anchors")
+    reference.save(reference.build(samples, words=500), Path(place) / "anchors")
 
 
 def measure(place: str) -> None:
-    human = human_anchors.load(Path(place) / "anchors")
+    human = reference.load(Path(place) / "anchors")
     with_ = Instruments(Frame.fit(human.splits["reference"]), read_phrases(), None)
     prompts = tuple(Prompt(f"Prompt {number}") for number in range(1000))
     said = answers(human_like(1000, 560, seed=1), 0)

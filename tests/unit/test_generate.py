@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.generate import ANSWERS, Answer, Asking, answered, generate
-from dftserve.evaluate.prompts import Prompt
+from dftserve.evaluate.generate.grid import ANSWERS, Answer, Asking, answered, generate
+from dftserve.evaluate.generate.prompts import Prompt
 from tests.local_server import reply, serving
 
 CONCURRENCY = 4
@@ -153,7 +153,7 @@ def test_a_server_without_the_plug_in_is_found_out(tmp_path):
 
 
 def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr("dftserve.evaluate.generate.RETRIES", 0)
+    monkeypatch.setattr("dftserve.evaluate.generate.grid.RETRIES", 0)
     with serving(FakeServer()) as url:
         gone = url
     with pytest.raises(RuntimeError, match="is the server running"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dftserve.evaluate.accuracy import humaneval, sandbox
 from dftserve.evaluate.accuracy.humaneval import Problem
 from dftserve.evaluate.accuracy.sandbox import Limits
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate.client import Served
 from tests.local_server import reply, serving
 
 ADD = Problem(

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dftserve.evaluate.coherence import PASS
-from dftserve.evaluate.sds import Ruler, _Observed, score
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.style import features
-from dftserve.evaluate.text import tokens, window, words
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics.coherence import PASS
+from dftserve.evaluate.metrics.overlap import sharing
+from dftserve.evaluate.metrics.sds import Ruler, _Observed, score
+from dftserve.evaluate.metrics.stylometry import features
+from dftserve.evaluate.text.tokenize import tokens, window, words
+from dftserve.evaluate.text.windows import Sample, Windows
 from tests.texts import human_like, soup, write
 
 TEXTS = human_like(250)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dftserve.evaluate import anchors
-from dftserve.evaluate.anchors import Anchors
+from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
-from dftserve.evaluate.distance import c2st, median_distance, mmd_test
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.sds import score
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics.sds import score
+from dftserve.evaluate.metrics.stylometry import Frame
+from dftserve.evaluate.metrics.two_sample import c2st, median_distance, mmd_test
+from dftserve.evaluate.reference import Anchors
+from dftserve.evaluate.text.windows import Sample, Windows
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def story(data) -> tasks.Task:
 
 @pytest.fixture(scope="module")
 def human(story) -> Anchors:
-    return anchors.build(story.human)
+    return reference.build(story.human)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def systems(bench, data) -> dict[str, Windows]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_held_out_human_text_scores_85_or_more(story, seed):
-    assert anchors.build(story.human, seed=seed).human.sds.value >= 85
+    assert reference.build(story.human, seed=seed).human.sds.value >= 85
 
 
 def test_copies_fall_strictly_to_0(bench, human):

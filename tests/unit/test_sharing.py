@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.style import FUNCTION_WORDS
-from dftserve.evaluate.text import tokens
+from dftserve.evaluate.metrics.overlap import sharing
+from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
+from dftserve.evaluate.text.tokenize import tokens
 from tests.texts import human_like
 
 SAID = ["the", "and", "of", "he", ",", ".", "...", "river", "singing", "ringing", "1999", "x", '"']

@@ -22,7 +22,7 @@ from dftserve import atomic
 from dftserve.evaluate.accuracy import sandbox
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.sandbox import Limits, Result
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate.client import Served
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a continuation has left its function, as in arXiv 2107.03374."""

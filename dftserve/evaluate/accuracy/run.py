@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.evaluate import statistics
-from dftserve.evaluate.accuracy import harness, humaneval, sandbox, served
+from dftserve.evaluate.accuracy import humaneval, lm_eval, sandbox
 from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate import client
+from dftserve.evaluate.generate.client import Served
+from dftserve.evaluate.metrics import intervals
 from dftserve.settings import among
 from dftserve.spec import parse
 
@@ -89,7 +90,7 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     _check_tools(tasks, unsafe=job.unsafe_no_sandbox)
     names = ("temperature", "at_once", "is_chat", "max_tokens")
     asked = {name: getattr(job, name) for name in names}
-    model = served.find(job.url, job.model, job.api_key, **asked)
+    model = client.find(job.url, job.model, job.api_key, **asked)
     parts = _begin(job, model)
     answers = {
         task: {level: _part(job, parts, data, task, model, level, say) for level in job.grid}
@@ -125,7 +126,7 @@ def _check_tools(tasks: Sequence[str], *, unsafe: bool) -> None:
     if "humaneval" in tasks and not unsafe and (missing := sandbox.available()) is not None:
         raise RuntimeError(missing)
     if set(tasks) - {"humaneval"}:
-        harness.lm_eval()
+        lm_eval.executable()
 
 
 def _begin(job: Job, model: Served) -> Path:
@@ -168,12 +169,12 @@ def _part(
     if not kept.exists():
         say(f"{task} at diversity {level:g}")
         if task == "humaneval":
-            problems = harness.spread(list(humaneval.read(data / FILES[task][0])), job.limit)
+            problems = lm_eval.spread(list(humaneval.read(data / FILES[task][0])), job.limit)
             said = parts / f"{task}-{level:g}.jsonl"
             answered = _humaneval(job, problems, model, level, said)
         else:
-            harness.prepare(task, data, parts, limit=job.limit, samples=job.samples)
-            answered = harness.measure(task, parts, model, level)
+            lm_eval.prepare(task, data, parts, limit=job.limit, samples=job.samples)
+            answered = lm_eval.measure(task, parts, model, level)
         atomic.write_text(kept, json.dumps([asdict(each) for each in answered], indent=1))
     rows = json.loads(kept.read_text(encoding="utf-8"))
     names = ("right", "said", "judged")
@@ -223,7 +224,7 @@ def _pass_at_k(answers: Mapping[float, Sequence[Answered]], samples: int) -> lis
             "diversity": level,
             "k": k,
             **asdict(
-                statistics.mean(
+                intervals.mean(
                     [humaneval.pass_at_k(samples, sum(each.right), k) for each in answered]
                 )
             ),

@@ -5,11 +5,11 @@
 The program runs as an unprivileged user in namespaces of its own (processes, network, mounts, IPC):
 it sees the interpreter read-only, one small folder of its own and nothing else of the machine, no
 network, no environment, no other process, and when its time is over nothing of it is left
-(confine.py). Where this cannot be had, `run` refuses. Bugs of the kernel are outside.
+(sandbox_init.py). Where this cannot be had, `run` refuses. Bugs of the kernel are outside.
 
 That a program passed is proven by a random token that is written after its last statement, so
 leaving early is no success. The token is in the program's own process: code that studies
-confine.py can forge it, and an object that claims to equal everything passes any assert. This
+sandbox_init.py can forge it, and an object that claims to equal everything passes any assert. This
 measures models; it does not judge adversaries.
 
 Standard library only.
@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dftserve.evaluate.accuracy.confine import OUT_OF_MEMORY
+from dftserve.evaluate.accuracy.sandbox_init import OUT_OF_MEMORY
 
 UNSAFE = "--unsafe-no-sandbox"
-CONFINE = Path(__file__).with_name("confine.py")
+INIT = Path(__file__).with_name("sandbox_init.py")
 ENDS = ("ok", "exception", "exit", "timeout", "killed", "memory")
 USERS = range(61184, 65520)
 """Users without an account: systemd's dynamic ones. One a run, for processes count by user."""
@@ -107,13 +107,13 @@ def available() -> str | None:
 
 
 def _ordered(order: dict[str, Any], stderr: Any) -> tuple[dict[str, Any], bytes]:
-    """What confine.py reported, and what came through the proof's pipe."""
+    """What sandbox_init.py reported, and what came through the proof's pipe."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)  # Without the sandbox a survivor may hold the other end.
     with open(reader, "rb", buffering=0) as proof:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(CONFINE)],
+                [sys.executable, "-I", "-S", "-B", str(INIT)],
                 env={},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -130,7 +130,7 @@ def _ordered(order: dict[str, Any], stderr: Any) -> tuple[dict[str, Any], bytes]
             process.kill()  # Its namespace ends with it.
             process.wait()
         if not said:
-            raise RuntimeError(f"sandbox: confine.py failed:\n{_tail(stderr)}")
+            raise RuntimeError(f"sandbox: sandbox_init.py failed:\n{_tail(stderr)}")
         return json.loads(said), proof.read(64) or b""
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.evaluate import anchors, evaluation, report
+from dftserve.evaluate import reference
+from dftserve.evaluate import run as evaluation
 from dftserve.evaluate.benchmark import slots, tasks
 from dftserve.evaluate.benchmark.tasks import Missing, Task
-from dftserve.evaluate.generate import said
-from dftserve.evaluate.statistics import Estimate
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate.generate.grid import said
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.report import html
+from dftserve.evaluate.text.windows import Sample
 
 PROMPTS = "prompts.jsonl"
 ANCHORS = "anchors"
@@ -103,11 +105,11 @@ def _style(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) 
     folder = job.out / name
     if not (folder / ANCHORS).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        anchors.save(anchors.build(task.human, words=task.words), folder / ANCHORS)
+        reference.save(reference.build(task.human, words=task.words), folder / ANCHORS)
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
     result = evaluation.evaluate(asked, lambda _: None, tick)
-    report.write(result, folder)
-    return report.as_text(result)
+    html.write(result, folder)
+    return html.as_text(result)
 
 
 def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) -> str:
@@ -146,7 +148,7 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[str]]:
 
 
 def _line(found: Meaning) -> str:
-    name = "human" if found.diversity is None else f"diversity {report.shown(found.diversity)}"
+    name = "human" if found.diversity is None else f"diversity {html.shown(found.diversity)}"
     wording = "1" if found.wording is None else found.wording.shown()
     return f"{name:24}{wording:>24}{found.slot_errors.shown(3):>24}"
 

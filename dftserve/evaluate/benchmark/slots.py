@@ -17,11 +17,11 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.sds import LEAST_SHARING
-from dftserve.evaluate.sharing import PATTERN, sharing
-from dftserve.evaluate.statistics import Estimate, over_units
-from dftserve.evaluate.text import normalise, tokens
-from dftserve.evaluate.windows import LEAST_TEXTS
+from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.metrics.overlap import PATTERN, sharing
+from dftserve.evaluate.metrics.sds import LEAST_SHARING
+from dftserve.evaluate.text.tokenize import normalise, tokens
+from dftserve.evaluate.text.windows import LEAST_TEXTS
 
 _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*")
 NAMED = ("name", "near")

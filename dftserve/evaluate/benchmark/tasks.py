@@ -34,10 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import settings
-from dftserve.evaluate import anchors, prompts, windows
+from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import rst, slots
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.windows import LEAST_WORDS, WORDS, Sample
+from dftserve.evaluate.generate import prompts
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text import windows
+from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample
 
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
@@ -258,7 +260,7 @@ def _read(path: Path, ask: str) -> Iterable[Sample]:
             rows = _csv(path, "mr", "ref")
             return [Sample(row["ref"], ask.replace("{}", row["mr"])) for row in rows]
         case _:
-            return anchors.samples(path)
+            return reference.samples(path)
 
 
 def _shared_beginning(a: str, b: str) -> str:

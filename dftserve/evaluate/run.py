@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import __version__, atomic
-from dftserve.evaluate import anchors as human_anchors
-from dftserve.evaluate import prompts as prompt_files
-from dftserve.evaluate import slop
-from dftserve.evaluate.anchors import LEAST_FUNCTION_WORDS, Anchors
-from dftserve.evaluate.embed import Embedder, embedder
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.generate import ASKED, Answer, Asking, answered, generate
-from dftserve.evaluate.measures import Instruments, measure
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.sds import Score, score
-from dftserve.evaluate.statistics import Estimate, mean
-from dftserve.evaluate.style import function_share
-from dftserve.evaluate.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.grid import ASKED, Answer, Asking, answered, generate
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.generate.prompts import read as read_prompts
+from dftserve.evaluate.metrics import slop
+from dftserve.evaluate.metrics.intervals import Estimate, mean
+from dftserve.evaluate.metrics.sds import Score, score
+from dftserve.evaluate.metrics.stylometry import Frame, function_share
+from dftserve.evaluate.metrics.suite import Instruments, measure
+from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
+from dftserve.evaluate.text.embeddings import Embedder, embedder
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.serve import base_url, running
 
 FORMAT = "dftserve-evaluation-1"
@@ -154,8 +153,8 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
         ValueError: a file, a setting or the texts are not what is accepted.
         RuntimeError: a server does not start, cannot be reached or fails.
     """
-    anchors = human_anchors.load(job.anchors)
-    _refuse_few(anchors, prompt_files.read(job.prompts), job.samples)
+    anchors = reference.load(job.anchors)
+    _refuse_few(anchors, read_prompts(job.prompts), job.samples)
     instruments = Instruments(
         frame=Frame.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),
@@ -163,7 +162,7 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
     )
     asking, answers = ask(job, say, tick)
     say("Measuring…")
-    result = assess(asking, answers, anchors, human_anchors.digest(job.anchors), instruments)
+    result = assess(asking, answers, anchors, reference.digest(job.anchors), instruments)
     atomic.write_text(job.out / RESULT, result.as_json())
     return result
 
@@ -175,7 +174,7 @@ def ask(
 
     Raises as `evaluate`.
     """
-    prompts = prompt_files.read(job.prompts)
+    prompts = read_prompts(job.prompts)
     done, total = answered(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
     before = job.out / ASKED

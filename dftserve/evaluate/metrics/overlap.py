@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from dftserve.evaluate.style import FUNCTION_WORDS
-from dftserve.evaluate.text import ngrams
+from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
+from dftserve.evaluate.text.tokenize import ngrams
 
 PHRASE = 4
 PATTERN = 6

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dftserve.evaluate import anchors as human_anchors
-from dftserve.evaluate.generate import said
-from dftserve.evaluate.likelihood import Surprisal, bits_of, surprisal_of, token_nats
-from dftserve.evaluate.statistics import Estimate
-from dftserve.evaluate.windows import Windows
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.grid import said
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics.likelihood import Surprisal, bits_of, surprisal_of, token_nats
+from dftserve.evaluate.text.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
     Raises:
         ValueError: anchors, an evaluation or a model that cannot be taken.
     """
-    test = human_anchors.load(anchors).test
+    test = reference.load(anchors).test
     sets = [(None, test.texts)]
     for level, samples in said(evaluation) if evaluation else []:
         sets.append((level, Windows.of(samples, test.words).whole().texts))

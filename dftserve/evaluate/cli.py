@@ -59,8 +59,8 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, api_key_env: str,
     A checkpoint is served for the time being. The same command goes on where it was stopped.
     """
     with usage_errors():
-        from dftserve.evaluate.evaluation import Job, evaluate
-        from dftserve.evaluate.report import REPORT, as_text, write
+        from dftserve.evaluate.report.html import REPORT, as_text, write
+        from dftserve.evaluate.run import Job, evaluate
 
         job = Job(
             grid=_grid(grid),
@@ -83,7 +83,7 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, api_key_env: str,
 def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
     """Pair two runs over the same prompts: A and B are their result.json."""
     with usage_errors():
-        from dftserve.evaluate.compare import compare
+        from dftserve.evaluate.report.compare import compare
 
         compared = compare(a, b)
         click.echo(compared.as_json() if as_json else compared.shown())
@@ -166,7 +166,7 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
     with usage_errors():
         from transformers.utils import logging
 
-        from dftserve.evaluate.surprise import surprise
+        from dftserve.evaluate.perplexity import surprise
 
         logging.disable_progress_bar()
         found = surprise(model, anchors, answers)
@@ -200,8 +200,8 @@ def judge(
 ) -> None:
     """Let a model judge the answers in OUT against people's to the same prompts (JMQ)."""
     with usage_errors():
-        from dftserve.evaluate.judge import RUBRIC, Judge, judged, read_rubric
-        from dftserve.evaluate.pairs import pairs
+        from dftserve.evaluate.preference.judge import RUBRIC, Judge, judged, read_rubric
+        from dftserve.evaluate.preference.pairs import pairs
         from dftserve.serve import base_url
 
         asked = Judge(
@@ -242,8 +242,8 @@ def blind_page(
 ) -> None:
     """Write the test of the answers in OUT as one HTML file, and its key beside it."""
     with usage_errors():
-        from dftserve.evaluate.blind import KEY, page
-        from dftserve.evaluate.pairs import pairs
+        from dftserve.evaluate.preference.human_test import KEY, page
+        from dftserve.evaluate.preference.pairs import pairs
 
         found = pairs(out, human, diversity, words)
         page(found, html, seed=seed, title=title, question=question)
@@ -258,7 +258,7 @@ def blind_page(
 def blind_verdict(key: Path, answers: tuple[Path, ...], margin: float, as_json: bool) -> None:
     """Join exported ANSWERS with the page's KEY, and test for parity."""
     with usage_errors():
-        from dftserve.evaluate.blind import verdict
+        from dftserve.evaluate.preference.human_test import verdict
 
         found = verdict(answers, key, margin=margin)
         click.echo(found.as_json() if as_json else found.shown())
@@ -278,13 +278,13 @@ def evaluate_anchors() -> None:
 def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -> None:
     """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl, .parquet, or a folder."""
     with usage_errors():
-        from dftserve.evaluate import anchors
+        from dftserve.evaluate import reference
 
-        found = anchors.samples(corpus, words=words, pieces=pieces)
+        found = reference.samples(corpus, words=words, pieces=pieces)
         click.echo(f"{len(found)} texts of {len({each.source for each in found})} works.")
-        built = anchors.build(found, words=words, seed=seed)
-        anchors.save(built, out)
-        click.echo(anchors.shown(built))
+        built = reference.build(found, words=words, seed=seed)
+        reference.save(built, out)
+        click.echo(reference.shown(built))
 
 
 @evaluate_anchors.command("inspect")
@@ -292,9 +292,9 @@ def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -
 def anchors_inspect(folder: Path) -> None:
     """Say what the anchors in FOLDER are made of, and what people score."""
     with usage_errors():
-        from dftserve.evaluate import anchors
+        from dftserve.evaluate import reference
 
-        click.echo(anchors.shown(anchors.load(folder)))
+        click.echo(reference.shown(reference.load(folder)))
 
 
 def _grid(text: str) -> tuple[object, ...]:

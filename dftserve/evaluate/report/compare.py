@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dftserve.evaluate.evaluation import FORMAT, RESULT
-from dftserve.evaluate.measures import MEASURES
-from dftserve.evaluate.slop import cut
-from dftserve.evaluate.statistics import Estimate, difference, estimate
+from dftserve.evaluate.metrics.intervals import Estimate, difference, estimate
+from dftserve.evaluate.metrics.slop import cut
+from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.run import FORMAT, RESULT
 
 PARTS = {"variety": "V, style variance", "wording": "P, wording", "coherence": "q, coherence"}
 P_VALUE = "mmd_style_p"

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.coherence import PASS, Gate
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.statistics import Estimate, estimate, resamples
-from dftserve.evaluate.style import Scale, features
-from dftserve.evaluate.text import tokens, words
-from dftserve.evaluate.windows import LEAST_TEXTS, Windows
+from dftserve.evaluate.metrics.coherence import PASS, Gate
+from dftserve.evaluate.metrics.intervals import Estimate, estimate, resamples
+from dftserve.evaluate.metrics.overlap import sharing
+from dftserve.evaluate.metrics.stylometry import Scale, features
+from dftserve.evaluate.text.tokenize import tokens, words
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Windows
 
 LEAST_SHARING = 1e-4
 """Two short texts that share nothing by luck are not infinitely varied."""

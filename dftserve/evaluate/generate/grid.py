@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dftserve import atomic
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.windows import Sample
 from dftserve.spec import parse
 
 if TYPE_CHECKING:

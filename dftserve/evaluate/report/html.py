@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.evaluate.evaluation import BIN_NATS, Entropy, Level, Result
-from dftserve.evaluate.measures import MEASURES
-from dftserve.evaluate.sds import Score
-from dftserve.evaluate.statistics import Estimate
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics.sds import Score
+from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.run import BIN_NATS, Entropy, Level, Result
 from dftserve.page import bars, note, page, section, table
 
 REPORT = "report.html"

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from dftserve.evaluate.anchors import samples as human_samples
-from dftserve.evaluate.generate import said
-from dftserve.evaluate.judge import Pair
-from dftserve.evaluate.windows import WORDS, Windows
+from dftserve.evaluate.generate.grid import said
+from dftserve.evaluate.preference.judge import Pair
+from dftserve.evaluate.reference import samples as human_samples
+from dftserve.evaluate.text.windows import WORDS, Windows
 
 
 def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS) -> list[Pair]:

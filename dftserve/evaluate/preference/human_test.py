@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dftserve import atomic, settings
-from dftserve.evaluate.judge import Pair
-from dftserve.evaluate.statistics import Estimate, wilson
+from dftserve.evaluate.metrics.intervals import Estimate, wilson
+from dftserve.evaluate.preference.judge import Pair
 
 QUESTIONS: Mapping[str, str] = {
     "person": "Which was written by a person?",
@@ -161,7 +161,11 @@ def page(
     for each in (out, key_file):
         if each.exists():
             raise FileExistsError(f"{each} exists; choose another place, or remove it.")
-    template = resources.files("dftserve.evaluate").joinpath("blind.html").read_text("utf-8")
+    template = (
+        resources.files("dftserve.evaluate.preference")
+        .joinpath("human_test.html")
+        .read_text("utf-8")
+    )
     parts = {"__TITLE__": escape(title), "__DATA__": _in_script(data)}
     # In one pass: what a text says in the place of a mark stays a text.
     html = re.sub("|".join(parts), lambda found: parts[found[0]], template)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.statistics import Estimate, over_units, wilson
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece

@@ -20,12 +20,12 @@ from typing import Any
 from dftserve import atomic
 from dftserve.corpus.read import read
 from dftserve.digest import digest_of
-from dftserve.evaluate.sds import Ruler, Score, score
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.style import function_share
-from dftserve.evaluate.text import tokens
-from dftserve.evaluate.windows import WORDS, Sample, Windows
-from dftserve.evaluate.windows import pieces as cut
+from dftserve.evaluate.metrics.overlap import sharing
+from dftserve.evaluate.metrics.sds import Ruler, Score, score
+from dftserve.evaluate.metrics.stylometry import function_share
+from dftserve.evaluate.text.tokenize import tokens
+from dftserve.evaluate.text.windows import WORDS, Sample, Windows
+from dftserve.evaluate.text.windows import pieces as cut
 
 FORMAT = "dftserve-anchors-1"
 FILE = "anchors.json"

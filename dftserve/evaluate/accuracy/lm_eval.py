@@ -18,7 +18,7 @@ from typing import Any
 
 from dftserve import atomic
 from dftserve.evaluate.accuracy.compare import Answered
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate.client import Served
 
 TASKS = Path(__file__).parent / "tasks"
 ENVIRONMENT = "DFTSERVE_EVAL_ENV"
@@ -55,7 +55,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
     Raises:
         RuntimeError: there is no lm-eval, or it failed: with the last lines of its log.
     """
-    command = lm_eval()
+    command = executable()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         work = Path(place).resolve()  # lm-eval runs in `folder`.
         config = work / "config.yaml"
@@ -78,7 +78,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
         return read_samples(found[0].read_text(encoding="utf-8").splitlines())
 
 
-def lm_eval() -> Path:
+def executable() -> Path:
     """The command, in the environment that `make eval-env` made.
 
     Raises:
