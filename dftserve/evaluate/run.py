@@ -22,22 +22,18 @@ from dftserve.evaluate.generate.grid import ASKED, Answer, Asking, answered, gen
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
 from dftserve.evaluate.metrics import slop
-from dftserve.evaluate.metrics.intervals import Estimate, mean
+from dftserve.evaluate.metrics.intervals import mean
 from dftserve.evaluate.metrics.sds import Score, score
 from dftserve.evaluate.metrics.stylometry import Frame, function_share
 from dftserve.evaluate.metrics.suite import Instruments, measure
 from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
+from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
 from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.serve import base_url, running
 
-FORMAT = "dftserve-evaluation-1"
-RESULT = "result.json"
 SHOWN = 3
 """Prompts whose answers stand side by side in the report."""
-BIN_NATS = 0.25
-BINS = 16
-"""Of the histogram of the answers' mean entropies; the last bin holds all that is above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,63 +79,6 @@ class Job:
     @property
     def is_url(self) -> bool:
         return self.model.startswith(("http://", "https://"))
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """What the answers say of themselves: nats a token, means over answers."""
-
-    before: Estimate
-    after: Estimate
-    temperature: Estimate
-    changed: Estimate
-    histogram_before: tuple[int, ...]
-    histogram_after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is measured of a set of texts: a model's at one diversity, or people's."""
-
-    score: Score
-    measures: dict[str, Estimate]
-    repeated: tuple[slop.Repeated, ...]
-
-
-@dataclass(frozen=True)
-class Level:
-    diversity: Any
-    side: Side
-    tokens: Estimate
-    """Of an answer."""
-    unfinished: int
-    """Answers that ended at `max_tokens`."""
-    entropy: Entropy | None
-    """None where the field was off."""
-    samples: tuple[tuple[str, str], ...]
-    """Some prompts and an answer to each, the same prompts at every level."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """An evaluation; `human` is the same of held-out human text."""
-
-    model: str
-    asked: dict[str, Any]
-    """What was asked, less the prompts; `prompts` is their digest, `answers` their number."""
-    anchors: dict[str, Any]
-    compared: int
-    """Texts on each side of the measures that depend on their number."""
-    embeddings: str | None
-    human: Side
-    levels: tuple[Level, ...]
-    cost: dict[str, float]
-    """seconds_scoring, peak_bytes."""
-    versions: dict[str, str] = field(default_factory=dict)
-    format: str = FORMAT
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
 
 def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]) -> Result:

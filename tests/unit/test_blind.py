@@ -21,7 +21,7 @@ from dftserve.evaluate.preference.human_test import (
     page,
     verdict,
 )
-from dftserve.evaluate.preference.judge import Pair
+from dftserve.evaluate.preference.pairs import Pair
 
 PAIRS = [Pair(f"prompt {i}", f"system {i}", f"human {i}") for i in range(6)]
 

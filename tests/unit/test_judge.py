@@ -19,12 +19,12 @@ from dftserve.evaluate.preference.judge import (
     RUBRIC,
     Judge,
     JudgeError,
-    Pair,
     judged,
     read_rubric,
     score,
     verdict_of,
 )
+from dftserve.evaluate.preference.pairs import Pair
 from tests.local_server import reply, serving
 
 SHOWN = re.compile(
@@ -290,7 +290,8 @@ def test_what_the_judge_sees_between_the_tags_is_the_text(system, human):
 RUN = """
 import sys
 from pathlib import Path
-from dftserve.evaluate.preference.judge import Judge, Pair, judged
+from dftserve.evaluate.preference.judge import Judge, judged
+from dftserve.evaluate.preference.pairs import Pair
 pairs = [Pair(f"p{i}", "s" * (i % 5 + 1), "h" * (i % 3 + 1)) for i in range(30)]
 found = judged(pairs, Judge(sys.argv[1], "m", at_once=4, retries=0), Path(sys.argv[2]))
 print(found.as_json())

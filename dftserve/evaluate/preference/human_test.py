@@ -27,7 +27,7 @@ from scipy import stats
 
 from dftserve import atomic, settings
 from dftserve.evaluate.metrics.intervals import Estimate, wilson
-from dftserve.evaluate.preference.judge import Pair
+from dftserve.evaluate.preference.pairs import Pair
 
 QUESTIONS: Mapping[str, str] = {
     "person": "Which was written by a person?",

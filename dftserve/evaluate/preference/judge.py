@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
+from dftserve.evaluate.preference.pairs import Pair
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece
@@ -61,15 +62,6 @@ else: A when the text A is better, B when the text B is better, tie when neither
 VERDICTS = ("A", "B", "tie")
 BEGINNING = b'{"question": "'
 """Of each line in a file of answers."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts for one prompt."""
-
-    prompt: str
-    system: str
-    human: str
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,21 @@
 """A model's answers beside people's to the same prompts, cut to one length: what is judged."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from dftserve.evaluate.generate.grid import said
-from dftserve.evaluate.preference.judge import Pair
 from dftserve.evaluate.reference import samples as human_samples
 from dftserve.evaluate.text.windows import WORDS, Windows
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts for one prompt."""
+
+    prompt: str
+    system: str
+    human: str
 
 
 def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS) -> list[Pair]:

@@ -14,7 +14,7 @@ import numpy as np
 from dftserve.evaluate.metrics.intervals import Estimate, difference, estimate
 from dftserve.evaluate.metrics.slop import cut
 from dftserve.evaluate.metrics.suite import MEASURES
-from dftserve.evaluate.run import FORMAT, RESULT
+from dftserve.evaluate.report import results
 
 PARTS = {"variety": "V, style variance", "wording": "P, wording", "coherence": "q, coherence"}
 P_VALUE = "mmd_style_p"
@@ -67,7 +67,7 @@ def compare(a: Path, b: Path) -> Comparison:
         ValueError: a file that is no result, another question, other anchors, or no diversity in
             common.
     """
-    first, second = _read(a), _read(b)
+    first, second = results.read(a), results.read(b)
     for name, told in (("prompts", "prompts"), ("samples", "answers to each prompt")):
         _same(f"{told}", first["asked"][name], second["asked"][name])
     _same("anchors", first["anchors"]["digest"], second["anchors"]["digest"])
@@ -128,21 +128,6 @@ def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
 
 def _estimate(given: Mapping) -> Estimate:
     return Estimate(given["value"], given["low"], given["high"], tuple(given.get("left_out", ())))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    path = path / RESULT if path.is_dir() else path
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        form = result["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no result that can be read ({error}); accepted: the result.json of "
-            "`dftserve evaluate`."
-        ) from None
-    if form != FORMAT:
-        raise ValueError(f"{path}: got the format {form!r}; accepted: {FORMAT}.")
-    return result
 
 
 def _same(what: str, a: object, b: object) -> None:

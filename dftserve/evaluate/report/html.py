@@ -12,7 +12,7 @@ from dftserve import atomic
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.sds import Score
 from dftserve.evaluate.metrics.suite import MEASURES
-from dftserve.evaluate.run import BIN_NATS, Entropy, Level, Result
+from dftserve.evaluate.report.results import BIN_NATS, Entropy, Level, Result
 from dftserve.page import bars, note, page, section, table
 
 REPORT = "report.html"
