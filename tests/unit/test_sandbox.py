@@ -351,7 +351,7 @@ def test_without_namespaces_it_refuses(monkeypatch, tmp_path):
     original = sandbox.CONFINE.read_text()
     refusing = original.replace('called("unshare", flags', 'called("unshare", -1')
     assert refusing != original
-    monkeypatch.setattr(sandbox, "INIT", tmp_path / "sandbox_init.py")
+    monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "sandbox_init.py")
     sandbox.CONFINE.write_text(refusing)
     with pytest.raises(RuntimeError, match=r"unshare: .*--unsafe-no-sandbox"):
         sandbox.run("pass")

@@ -31,7 +31,7 @@ from typing import Any
 from dftserve.evaluate.accuracy.sandbox_init import OUT_OF_MEMORY
 
 UNSAFE = "--unsafe-no-sandbox"
-INIT = Path(__file__).with_name("sandbox_init.py")
+CONFINE = Path(__file__).with_name("sandbox_init.py")
 ENDS = ("ok", "exception", "exit", "timeout", "killed", "memory")
 USERS = range(61184, 65520)
 """Users without an account: systemd's dynamic ones. One a run, for processes count by user."""
@@ -113,7 +113,7 @@ def _ordered(order: dict[str, Any], stderr: Any) -> tuple[dict[str, Any], bytes]
     with open(reader, "rb", buffering=0) as proof:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(INIT)],
+                [sys.executable, "-I", "-S", "-B", str(CONFINE)],
                 env={},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
