@@ -35,18 +35,6 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file that only grows, none where there is no file. What a kill left of the
-    last one is cut off, so that the next line begins its own."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    return content[:whole].splitlines()
-
-
 @contextmanager
 def folder(path: Path) -> Iterator[Path]:
     """Fill the yielded folder; at the end it stands at `path`, which must not exist before.

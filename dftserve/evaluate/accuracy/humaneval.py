@@ -6,22 +6,22 @@
 arXiv 2107.03374.
 """
 
+import contextlib
 import gzip
 import json
 import math
 import os
 import re
 import textwrap
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dftserve import atomic
 from dftserve.evaluate.accuracy import sandbox
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.sandbox import Limits, Result
+from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.generate.client import Served
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -43,6 +43,15 @@ class Problem:
     entry_point: str
     canonical_solution: str
     test: str
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A line of the file of answers: what was said to one problem."""
+
+    problem: str
+    """Its task_id."""
+    said: tuple[str, ...]
 
 
 def read(path: Path) -> tuple[Problem, ...]:
@@ -125,22 +134,20 @@ def ask(
         said = client.completions.create(prompt=problem.prompt, stop=list(STOPS), **request)
         return [choice.text for choice in said.choices]
 
-    rows = map(json.loads, [] if kept is None else atomic.read_lines(kept))
-    known = {row["problem"]: row["said"] for row in rows}
-    lock = threading.Lock()
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(AnswerStore(kept, Completions)) if kept else None
+        known = {row.problem: row.said for row in store.rows} if store else {}
 
-    def once(problem: Problem) -> list[str]:
-        if problem.task_id in known:
-            return known[problem.task_id]
-        said = (chat if served.is_chat else continued)(problem)
-        if kept is not None:
-            line = json.dumps({"problem": problem.task_id, "said": said}) + "\n"
-            with lock, kept.open("a", encoding="utf-8") as file:
-                file.write(line)
-        return said
+        def once(problem: Problem) -> list[str]:
+            if problem.task_id in known:
+                return list(known[problem.task_id])
+            said = (chat if served.is_chat else continued)(problem)
+            if store:
+                store.append(Completions(problem.task_id, tuple(said)))
+            return said
 
-    with ThreadPoolExecutor(served.at_once) as pool:
-        return list(pool.map(once, problems))
+        with ThreadPoolExecutor(served.at_once) as pool:
+            return list(pool.map(once, problems))
 
 
 def completion(problem: Problem, answer: str) -> str:

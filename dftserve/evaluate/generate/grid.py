@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from dftserve import atomic
+from dftserve.evaluate.generate.answers import AnswerStore, read
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.windows import Sample
 from dftserve.spec import parse
@@ -100,7 +101,7 @@ class Answer:
     place: int
     sample: int
     text: str
-    finish_reason: str
+    finish_reason: str | None
     tokens: int
     figures: dict[str, float] | None
     """The answer's own `diversity.choices[0]`; None where the field was off."""
@@ -125,28 +126,28 @@ def generate(
         tick: called after each answer that came.
 
     Raises:
-        ValueError: the folder holds the answers to something else, or the server refuses.
+        ValueError: the folder holds the answers to something else, another run writes to it, or
+            the server refuses.
         RuntimeError: the server cannot be reached, or answers with something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _agree(asking, folder / ASKED)
-    known = {answer.key: answer for answer in _read(folder / ANSWERS)}
-    missing = [request for request in asking.requests() if request.key not in known]
-    if missing:
-        with (folder / ANSWERS).open("a", encoding="utf-8") as file:
+    with AnswerStore(folder / ANSWERS, Answer) as store:
+        _agree(asking, folder / ASKED)
+        known = {answer.key: answer for answer in store.rows}
+        missing = [request for request in asking.requests() if request.key not in known]
 
-            def keep(answer: Answer) -> None:
-                _append(file, answer)
-                known[answer.key] = answer
-                tick()
+        def keep(answer: Answer) -> None:
+            store.append(answer)
+            known[answer.key] = answer
+            tick()
 
+        if missing:
             asyncio.run(_ask_all(asking, missing, url, api_key, concurrency, keep))
     return [known[request.key] for request in asking.requests()]
 
 
 def answered(folder: Path) -> int:
     """How many answers a folder holds."""
-    return len(_read(folder / ANSWERS))
+    return len(read(folder / ANSWERS, Answer))
 
 
 def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
@@ -160,7 +161,7 @@ def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
     asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
     prompts = [prompt["text"] for prompt in asked["prompts"]]
     levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
-    for answer in _read(folder / ANSWERS):
+    for answer in read(folder / ANSWERS, Answer):
         levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
     return levels
 
@@ -181,15 +182,6 @@ def _agree(asking: Asking, path: Path) -> None:
             f"{path.parent}: holds answers to another question: {shown}; accepted: the same one, "
             "or another folder."
         )
-
-
-def _read(path: Path) -> list[Answer]:
-    return [Answer(**json.loads(line)) for line in atomic.read_lines(path)]
-
-
-def _append(file: IO[str], answer: Answer) -> None:
-    file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-    file.flush()
 
 
 async def _ask_all(

@@ -11,13 +11,10 @@ with people, the goal; more is not better, since judges prefer what models write
 without ties: JMQ/50.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -27,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
 from dftserve.evaluate.preference.pairs import Pair
 
@@ -60,8 +58,6 @@ You may think first, in a few sentences. The last line of your answer holds one 
 else: A when the text A is better, B when the text B is better, tie when neither is."""
 
 VERDICTS = ("A", "B", "tie")
-BEGINNING = b'{"question": "'
-"""Of each line in a file of answers."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +134,15 @@ class Quality:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Judgment:
+    """A line of the file of answers."""
+
+    question: str
+    """A digest of what was sent."""
+    answer: str
+
+
 class JudgeError(RuntimeError):
     """The judge cannot be asked; the message says what to do."""
 
@@ -174,12 +179,12 @@ def judged(pairs: Sequence[Pair], judge: Judge, answers: Path) -> Quality:
         )
         for pair in pairs
     ]
-    with _Answers(answers) as kept:
-        _ask(judge, [each for both in questions for each in both], kept)
-        verdicts = [
-            (verdict_of(kept[_key(first)]), verdict_of(kept[_key(second)]))
-            for first, second in questions
-        ]
+    with AnswerStore(answers, Judgment) as store:
+        known = _ask(judge, [each for both in questions for each in both], store)
+    verdicts = [
+        (verdict_of(known[_key(first)]), verdict_of(known[_key(second)]))
+        for first, second in questions
+    ]
     return score(pairs, verdicts, judge)
 
 
@@ -271,14 +276,17 @@ def _question(judge: Judge, prompt: str, first: str, second: str) -> Mapping[str
     }
 
 
-def _ask(judge: Judge, questions: Sequence[Mapping[str, Any]], kept: "_Answers") -> None:
-    """Every question that has no answer yet, each once."""
+def _ask(
+    judge: Judge, questions: Sequence[Mapping[str, Any]], store: AnswerStore[Judgment]
+) -> dict[str, str]:
+    """Answers by key; every question that has none yet is asked once."""
     from tqdm import tqdm
 
+    known = {row.question: row.answer for row in store.rows}
     asked = {_key(question): question for question in questions}
-    open_questions = [key for key in asked if key not in kept]
+    open_questions = [key for key in asked if key not in known]
     if not open_questions:
-        return
+        return known
     client = _client(judge)
     with (
         tqdm(
@@ -293,7 +301,9 @@ def _ask(judge: Judge, questions: Sequence[Mapping[str, Any]], kept: "_Answers")
     ):
 
         def one(key: str) -> None:
-            kept.keep(key, _answer(client, judge, asked[key]))
+            answer = _answer(client, judge, asked[key])
+            store.append(Judgment(key, answer))
+            known[key] = answer
 
         try:
             for done in as_completed([pool.submit(one, key) for key in open_questions]):
@@ -302,6 +312,7 @@ def _ask(judge: Judge, questions: Sequence[Mapping[str, Any]], kept: "_Answers")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return known
 
 
 def _client(judge: Judge) -> Any:
@@ -367,84 +378,7 @@ def _said(error: Any) -> str:
     return re.sub(r"\s+", " ", f"{text}")[:300]
 
 
-# ── Answers that stay ────────────────────────────────────────────────────────────────────────────
-
-
-class _Answers:
-    """Answers by question, in a file of one JSON object a line that only grows.
-
-    Raises:
-        ValueError: on entering, where the file holds something else, another run writes to it, or
-            it cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._answers: dict[str, str] = {}
-        self._closing = contextlib.ExitStack()
-
-    def __enter__(self) -> "_Answers":
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._closing.enter_context(self._path.open("a+b"))
-        except OSError as error:
-            raise ValueError(
-                f"answers: got {self._path}, which cannot be written: {error}."
-            ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BlockingIOError:
-            self._closing.close()
-            raise ValueError(
-                f"answers: got {self._path}, to which another run writes; wait for it, or name "
-                "another file."
-            ) from None
-        except BaseException:
-            self._closing.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> str:
-        return self._answers[key]
-
-    def keep(self, key: str, answer: str) -> None:
-        line = json.dumps({"question": key, "answer": answer}).encode() + b"\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._answers[key] = answer
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        *whole, torn = self._file.read().split(b"\n")
-        for number, line in enumerate(whole, 1):
-            self._answers.update([self._entry(number, line)])
-        if torn and not (torn.startswith(BEGINNING) or BEGINNING.startswith(torn)):
-            raise self._foreign(len(whole) + 1)
-        # A kill while its line was written: that question is asked again.
-        self._file.truncate(sum(len(line) + 1 for line in whole))
-
-    def _entry(self, number: int, line: bytes) -> tuple[str, str]:
-        with contextlib.suppress(ValueError):
-            match json.loads(line):
-                case {"question": str(key), "answer": str(answer)}:
-                    return key, answer
-        raise self._foreign(number)
-
-    def _foreign(self, number: int) -> ValueError:
-        return ValueError(
-            f"answers: got {self._path}, whose line {number} is no answer of a judge; accepted: a "
-            "file that this command wrote, or one that does not exist."
-        )
+# ── Keys ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _key(question: Mapping[str, Any]) -> str:
