@@ -11,7 +11,14 @@ from pathlib import Path
 
 import click
 
-from dftserve.commandline import api_key_of, usage_errors
+from dftserve.commandline import usage_errors
+
+_key = click.option(
+    "--api-key-env",
+    "key_variable",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
 
 
 class _OrRun(click.Group):
@@ -49,11 +56,11 @@ def evaluate() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@_key
 @click.option("--concurrency", type=int, default=16, show_default=True)
 @click.option("--phrases", type=click.Path(path_type=Path), help="Phrases to count. Default: ours.")
 @click.option("--embeddings", metavar="MODEL|installed", help="Also measure meaning.")
-def evaluate_run(flags: tuple[str, ...], grid: str, body: str, api_key_env: str, **options) -> None:
+def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> None:
     """Ask MODEL_OR_URL at each diversity, measure the answers beside human text, write a report.
 
     A checkpoint is served for the time being. The same command goes on where it was stopped.
@@ -65,7 +72,6 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, api_key_env: str,
         job = Job(
             grid=_grid(grid),
             body=_object(body, "--body"),
-            api_key=api_key_of(api_key_env),
             serve_flags=flags,
             **options,
         )
@@ -101,10 +107,10 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--model", help="As the server names it. Default: its first.")
 @click.option("--completions", is_flag=True, help="For a base model, without a chat template.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@_key
 @click.option("--concurrency", "at_once", type=int, default=16, show_default=True)
 @click.option("--unsafe-no-sandbox", is_flag=True, help="Run what the model wrote as yourself.")
-def accuracy(grid: str, tasks: str, api_key_env: str, completions: bool, **options) -> None:
+def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
     """Ask the server at URL questions with an answer, at each diversity: what does it cost?
 
     MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own.
@@ -116,7 +122,6 @@ def accuracy(grid: str, tasks: str, api_key_env: str, completions: bool, **optio
             grid=_numbers(grid),
             tasks=tuple(tasks.split(",")),
             is_chat=not completions,
-            api_key=api_key_of(api_key_env),
             **options,
         )
         click.echo(run(job, lambda line: click.echo(line, err=True)))
@@ -134,11 +139,9 @@ def accuracy(grid: str, tasks: str, api_key_env: str, completions: bool, **optio
 @click.option("--max-tokens", type=int, help="Of an answer. Default: what each task says.")
 @click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@_key
 @click.option("--concurrency", type=int, default=16, show_default=True)
-def benchmark(
-    flags: tuple[str, ...], grid: str, tasks: str, body: str, api_key_env: str, **options
-) -> None:
+def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **options) -> None:
     """The Style Diversity Benchmark: stories, essays, and the same meaning in other words."""
     with usage_errors():
         from dftserve.evaluate.benchmark.run import Job, run
@@ -147,7 +150,6 @@ def benchmark(
             grid=_grid(grid),
             tasks=tuple(tasks.split(",")),
             body=_object(body, "--body"),
-            api_key=api_key_of(api_key_env),
             serve_flags=flags,
             **options,
         )
@@ -178,7 +180,7 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
 @click.option("--human", required=True, type=click.Path(path_type=Path), help="Human answers.")
 @click.option("--url", required=True, help="Of the judge.")
 @click.option("--judge", "model", required=True, help="As its server names it.")
-@click.option("--api-key-env", metavar="NAME", help="The variable that holds the judge's key.")
+@_key
 @click.option("--diversity", type=float, default=0.0, show_default=True, help="Of the grid.")
 @click.option("--words", type=int, default=120, show_default=True, help="Of each text.")
 @click.option("--rubric", type=click.Path(path_type=Path), help="In place of ours.")
@@ -190,7 +192,7 @@ def judge(
     human: Path,
     url: str,
     model: str,
-    api_key_env: str | None,
+    key_variable: str | None,
     diversity: float,
     words: int,
     rubric: Path | None,
@@ -207,7 +209,7 @@ def judge(
         asked = Judge(
             base_url=base_url(url),
             model=model,
-            key_variable=api_key_env,
+            key_variable=key_variable,
             rubric=read_rubric(rubric) if rubric else RUBRIC,
             max_tokens=max_tokens,
             at_once=concurrency,

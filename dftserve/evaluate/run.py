@@ -30,6 +30,7 @@ from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
 from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
 from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.openai_client import Server, key_of
 from dftserve.serve import base_url, running
 
 SHOWN = 3
@@ -54,7 +55,8 @@ class Job:
     """More fields of each request."""
     name: str | None = None
     """As the server names the model; None: its first."""
-    api_key: str | None = None
+    key_variable: str | None = None
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     concurrency: int = 16
     phrases: Path | None = None
     """A list of phrases to count; None: our own."""
@@ -113,6 +115,7 @@ def ask(
 
     Raises as `evaluate`.
     """
+    key_of(job.key_variable)  # Before minutes go into starting a server.
     prompts = read_prompts(job.prompts)
     done, total = answered(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
@@ -137,14 +140,10 @@ def ask(
 
     with contextlib.ExitStack() as stack:
         url = "" if name and done == total else stack.enter_context(server(job, say))
-        asking = replace(asking, model=name or _first_model(url, job.api_key))
+        asked = Server(url, job.key_variable)
+        asking = replace(asking, model=name or asked.models()[0])
         answers = generate(
-            asking,
-            job.out,
-            url=url,
-            api_key=job.api_key or "EMPTY",
-            concurrency=job.concurrency,
-            tick=one_more,
+            asking, job.out, server=asked, concurrency=job.concurrency, tick=one_more
         )
     return asking, answers
 
@@ -164,20 +163,6 @@ def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
         except RuntimeError as error:
             raise RuntimeError(f"{error}\nAll of it is in {log}.") from None
         yield started.url
-
-
-def _first_model(url: str, api_key: str | None) -> str:
-    import openai
-
-    try:
-        with openai.OpenAI(base_url=url, api_key=api_key or "EMPTY") as client:
-            return client.models.list().data[0].id
-    except openai.APIConnectionError as error:
-        raise RuntimeError(
-            f"{url}: no answer ({error.__cause__ or error}); is the server running?"
-        ) from None
-    except openai.APIStatusError as error:
-        raise RuntimeError(f"{url}: {error.status_code}: {error.message}") from None
 
 
 def assess(

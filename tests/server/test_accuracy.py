@@ -21,7 +21,7 @@ from dftserve.demo.model import CHAT_TEMPLATE, END, PAD, SPECIALS, save
 from dftserve.evaluate.accuracy import lm_eval, sandbox
 from dftserve.evaluate.accuracy.run import Job, run
 from tests.client import metric
-from tests.conftest import KEY, engine_running
+from tests.conftest import engine_running
 from tests.reference import reference
 
 CHANCES = {"A": 0.38, **dict.fromkeys("BCDEFGHIJKL", 0.05), **dict.fromkeys("MNOPQRSTUV", 0.003)}
@@ -188,6 +188,11 @@ def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
     )
 
 
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
 def measured(rigged, folder: Path, task: str, samples: int) -> dict:
     out = folder / "report.json"
     job = Job(
@@ -196,7 +201,6 @@ def measured(rigged, folder: Path, task: str, samples: int) -> dict:
         data=folder,
         grid=(0.0, 1.0),
         tasks=(task,),
-        api_key=KEY,
         samples=samples,
     )
     assert task in run(job, print)

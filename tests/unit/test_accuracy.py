@@ -20,6 +20,7 @@ from dftserve.evaluate.accuracy.run import Job
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
 from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.openai_client import ServerError
 from tests.local_server import reply, serving
 
 MMLU = [
@@ -270,7 +271,8 @@ def _lm_eval():
 def test_lm_eval_asks_what_we_want(data, tmp_path, monkeypatch, is_chat):
     """Every request carries the level and no seed; scores are those of the answers. A folder that
     is named from here is found from where lm-eval runs."""
-    settings = {"api_key": "key", "temperature": 0.7, "is_chat": is_chat, "max_tokens": 77}
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    settings = {"temperature": 0.7, "is_chat": is_chat, "max_tokens": 77}
     monkeypatch.chdir(tmp_path.parent)
     with a_server(lambda body: "#### 3 or so") as (url, bodies):
         prepared("gsm8k", data, tmp_path, samples=2)
@@ -413,11 +415,11 @@ def test_a_server_that_would_ignore_the_field(tmp_path):
 
 
 def test_a_server_that_is_not_there_or_serves_another_model():
-    with pytest.raises(ValueError, match="accepted: the address of a running server"):
+    with pytest.raises(ServerError, match="is the server running, and is this its address"):
         client.find("http://127.0.0.1:9", None, None)
     with a_server(always_one) as (url, _):
         assert client.find(url, None, None).model == "m"
-        assert client.find(f"{url}/v1/", "m", "k").url == f"{url}/v1"
+        assert client.find(f"{url}/v1/", "m", None).url == f"{url}/v1"
         with pytest.raises(ValueError, match="model: got 'n'; accepted: m"):
             client.find(url, "n", None)
 

@@ -13,6 +13,7 @@ from dftserve.evaluate import reference
 from dftserve.evaluate.generate.grid import Asking, generate
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.windows import Sample
+from dftserve.openai_client import Server
 from tests.local_server import reply, serving
 from tests.texts import human_like
 from tests.training import save_model
@@ -49,8 +50,8 @@ def place(tmp_path_factory) -> Path:
     texts = dict(zip(PROMPTS, human_like(8, seed=3), strict=True))
     asking = Asking("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
     with chat(lambda body: texts[body["messages"][-1]["content"]]) as url:
-        common = {"api_key": "EMPTY", "concurrency": 2, "tick": lambda: None}
-        generate(asking, place / "out", url=f"{url}/v1", **common)
+        server = Server(f"{url}/v1")
+        generate(asking, place / "out", server=server, concurrency=2, tick=lambda: None)
     people = zip(PROMPTS, human_like(8, seed=4), strict=True)
     lines = [json.dumps({"prompt": prompt, "response": text}) for prompt, text in people]
     (place / "people.jsonl").write_text("\n".join(lines))

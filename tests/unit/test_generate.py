@@ -14,6 +14,7 @@ import pytest
 
 from dftserve.evaluate.generate.grid import ANSWERS, Answer, Asking, answered, generate
 from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.openai_client import Server
 from tests.local_server import reply, serving
 
 CONCURRENCY = 4
@@ -59,12 +60,11 @@ def _usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
 
 
-def run(url: str, folder: Path, what: Asking | None = None) -> list[Answer]:
+def run(url: str, folder: Path, what: Asking | None = None, retries: int = 4) -> list[Answer]:
     return generate(
         what or asking(),
         folder,
-        url=f"{url}/v1",
-        api_key="EMPTY",
+        server=Server(f"{url}/v1", retries=retries),
         concurrency=CONCURRENCY,
         tick=lambda: None,
     )
@@ -152,12 +152,11 @@ def test_a_server_without_the_plug_in_is_found_out(tmp_path):
         assert len(run(url, tmp_path / "off", off)) == 20, "diversity 0 is any server's"
 
 
-def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr("dftserve.evaluate.generate.grid.RETRIES", 0)
+def test_no_server(tmp_path):
     with serving(FakeServer()) as url:
         gone = url
     with pytest.raises(RuntimeError, match="is the server running"):
-        run(gone, tmp_path)
+        run(gone, tmp_path, retries=0)
 
 
 def test_a_refusal_names_its_reason(tmp_path):

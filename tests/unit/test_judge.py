@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from dftserve.evaluate.preference.judge import (
     RUBRIC,
     Judge,
-    JudgeError,
     judged,
     read_rubric,
     score,
     verdict_of,
 )
 from dftserve.evaluate.preference.pairs import Pair
+from dftserve.openai_client import ServerError
 from tests.local_server import reply, serving
 
 SHOWN = re.compile(
@@ -371,13 +371,13 @@ def test_a_file_that_is_something_else_is_refused_and_stays(tmp_path, content):
         (404, b'{"error": {"message": "no model m"}}', "answers 404 .no model m"),
         (500, b"<html>", "answers 500"),
         (429, b'{"error": {"message": "slow down"}}', "busy or the account is used up"),
-        (200, b"<html>", "no chat completion"),
-        (200, b'{"choices": []}', "no chat completion"),
+        (200, b"<html>", "no completion"),
+        (200, b'{"choices": []}', "no completion"),
     ],
 )
 def test_an_error_of_the_server_is_said(tmp_path, status, body, said):
     _, server = refusing(status, body, **{"Content-Type": "application/json"})
-    with server as url, pytest.raises(JudgeError, match=said):
+    with server as url, pytest.raises(ServerError, match=said):
         judged(PAIRS, Judge(url + "/v1", "m", retries=0), tmp_path / "answers.jsonl")
 
 
@@ -386,7 +386,7 @@ def test_an_unreachable_judge_is_said_and_loses_no_answer(tmp_path):
     with judging() as (_, judge):
         judged(PAIRS[:2], judge, file)
     kept = file.read_bytes()
-    with pytest.raises(JudgeError, match="is unreachable"):
+    with pytest.raises(ServerError, match="is unreachable"):
         judged(PAIRS, judge, file)
     assert file.read_bytes() == kept
     assert judged(PAIRS[:2], judge, file).pairs == 2
@@ -400,7 +400,7 @@ def test_a_judge_that_is_too_slow_is_said(tmp_path):
         return "A"
 
     with judging(slow, timeout_s=0.2) as (_, judge):
-        with pytest.raises(JudgeError, match=r"did not answer within 0\.2 s"):
+        with pytest.raises(ServerError, match=r"did not answer within 0\.2 s"):
             judged(PAIRS, judge, tmp_path / "answers.jsonl")
         ended.set()
 

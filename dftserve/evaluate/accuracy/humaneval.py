@@ -17,12 +17,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dftserve.evaluate.accuracy import sandbox
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.sandbox import Limits, Result
 from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.generate.client import Served
+from dftserve.openai_client import ask_all
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a continuation has left its function, as in arXiv 2107.03374."""
@@ -87,7 +92,8 @@ def measure(
         kept: a .jsonl to which completions are added as they come; what is there is not asked for.
 
     Raises:
-        openai.OpenAIError: the server, as the client raised it.
+        ValueError: the server refuses.
+        ServerError: it cannot be reached, or fails.
         RuntimeError: as `judge`.
     """
     completions = ask(problems, served, diversity, samples=samples, kept=kept)
@@ -114,10 +120,10 @@ def ask(
     """Completions [problem][sample]: what to put behind each prompt; `kept` as in `measure`.
 
     Raises:
-        openai.OpenAIError: the server, as the client raised it.
+        ValueError: the server refuses.
+        ServerError: it cannot be reached, or fails.
     """
-    client = served.client()
-    request = {
+    request: dict[str, Any] = {
         "model": served.model,
         "n": samples,
         "temperature": served.temperature,
@@ -125,29 +131,34 @@ def ask(
         "extra_body": {"diversity": diversity},
     }
 
-    def chat(problem: Problem) -> list[str]:
-        message = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt)}
-        said = client.chat.completions.create(messages=[message], **request)
-        return [completion(problem, choice.message.content or "") for choice in said.choices]
+    async def chat(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
+        message: Any = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt)}
+        with served.server.errors():
+            said = await client.chat.completions.create(messages=[message], **request)
+        choices = served.server.choices(said)
+        return tuple(completion(problem, choice.message.content or "") for choice in choices)
 
-    def continued(problem: Problem) -> list[str]:
-        said = client.completions.create(prompt=problem.prompt, stop=list(STOPS), **request)
-        return [choice.text for choice in said.choices]
+    async def continued(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
+        with served.server.errors():
+            said = await client.completions.create(
+                prompt=problem.prompt, stop=list(STOPS), **request
+            )
+        return tuple(choice.text for choice in served.server.choices(said))
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(AnswerStore(kept, Completions)) if kept else None
         known = {row.problem: row.said for row in store.rows} if store else {}
 
-        def once(problem: Problem) -> list[str]:
-            if problem.task_id in known:
-                return list(known[problem.task_id])
-            said = (chat if served.is_chat else continued)(problem)
+        async def once(client: "AsyncOpenAI", problem: Problem) -> None:
+            said = await (chat if served.is_chat else continued)(client, problem)
             if store:
-                store.append(Completions(problem.task_id, tuple(said)))
-            return said
+                store.append(Completions(problem.task_id, said))
+            known[problem.task_id] = said
 
-        with ThreadPoolExecutor(served.at_once) as pool:
-            return list(pool.map(once, problems))
+        missing = {each.task_id: each for each in problems if each.task_id not in known}
+        if missing:
+            ask_all(served.server, missing.values(), once, served.at_once)
+    return [list(known[problem.task_id]) for problem in problems]
 
 
 def completion(problem: Problem, answer: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from dftserve import atomic
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.generate.client import Served
+from dftserve.openai_client import NO_KEY, key_of
 
 TASKS = Path(__file__).parent / "tasks"
 ENVIRONMENT = "DFTSERVE_EVAL_ENV"
@@ -65,7 +66,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
             done = subprocess.run(
                 [command, "run", "--config", config],
                 cwd=folder,
-                env=environment(work, served.api_key),
+                env=environment(work, key_of(served.key_variable) or NO_KEY),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -46,7 +46,8 @@ class Job:
     tasks: tuple[str, ...] = tuple(FILES)
     model: str | None = None
     """As the server names it; None: its first."""
-    api_key: str | None = None
+    key_variable: str | None = None
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     limit: int | None = None
     """Questions of each task; None: all."""
     samples: int = 1
@@ -90,7 +91,7 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     _check_tools(tasks, unsafe=job.unsafe_no_sandbox)
     names = ("temperature", "at_once", "is_chat", "max_tokens")
     asked = {name: getattr(job, name) for name in names}
-    model = client.find(job.url, job.model, job.api_key, **asked)
+    model = client.find(job.url, job.model, job.key_variable, **asked)
     parts = _begin(job, model)
     answers = {
         task: {level: _part(job, parts, data, task, model, level, say) for level in job.grid}
@@ -186,8 +187,6 @@ def _part(
 def _humaneval(
     job: Job, problems: Sequence[humaneval.Problem], model: Served, level: float, kept: Path
 ) -> tuple[Answered, ...]:
-    import openai
-
     try:
         return humaneval.measure(
             problems,
@@ -197,9 +196,8 @@ def _humaneval(
             kept=kept,
             unsafe=job.unsafe_no_sandbox,
         )
-    except openai.OpenAIError as error:
-        told = getattr(error, "message", error)
-        raise RuntimeError(f"{model.url}: {told} (`--max-tokens` bounds an answer)") from None
+    except ValueError as error:
+        raise ValueError(f"{error} (`--max-tokens` bounds an answer)") from None
 
 
 def _report(

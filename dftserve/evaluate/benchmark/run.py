@@ -41,7 +41,7 @@ class Job:
     """None: what each task says."""
     body: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
-    api_key: str | None = None
+    key_variable: str | None = None
     concurrency: int = 16
     serve_flags: tuple[str, ...] = ()
 
@@ -176,7 +176,7 @@ def _evaluation(
         max_tokens=job.max_tokens or max_tokens,
         body=job.body,
         name=job.name,
-        api_key=job.api_key,
+        key_variable=job.key_variable,
         concurrency=job.concurrency,
         serve_flags=job.serve_flags,
     )

@@ -4,9 +4,8 @@ An answer is appended to `answers.jsonl` as soon as it is there. The same call g
 stopped: what has been answered is not asked again, only what was under way when it stopped.
 """
 
-import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from dftserve import atomic
 from dftserve.evaluate.generate.answers import AnswerStore, read
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.windows import Sample
+from dftserve.openai_client import Server, ServerError, ask_all
 from dftserve.spec import parse
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.jsonl"
 ASKED = "asked.json"
-RETRIES = 4
-TIMEOUT_SECONDS = 600.0
 OURS = frozenset(
     ("model", "messages", "max_tokens", "temperature", "seed", "diversity", "n", "stream")
 )
@@ -115,8 +113,7 @@ def generate(
     asking: Asking,
     folder: Path,
     *,
-    url: str,
-    api_key: str,
+    server: Server,
     concurrency: int,
     tick: Callable[[], object],
 ) -> list[Answer]:
@@ -128,20 +125,21 @@ def generate(
     Raises:
         ValueError: the folder holds the answers to something else, another run writes to it, or
             the server refuses.
-        RuntimeError: the server cannot be reached, or answers with something else.
+        ServerError: the server cannot be reached, or answers with something else.
     """
     with AnswerStore(folder / ANSWERS, Answer) as store:
         _agree(asking, folder / ASKED)
         known = {answer.key: answer for answer in store.rows}
         missing = [request for request in asking.requests() if request.key not in known]
 
-        def keep(answer: Answer) -> None:
+        async def ask(client: "AsyncOpenAI", request: Request) -> None:
+            answer = await _ask(client, server, asking, request)
             store.append(answer)
             known[answer.key] = answer
             tick()
 
         if missing:
-            asyncio.run(_ask_all(asking, missing, url, api_key, concurrency, keep))
+            ask_all(server, missing, ask, concurrency)
     return [known[request.key] for request in asking.requests()]
 
 
@@ -184,51 +182,14 @@ def _agree(asking: Asking, path: Path) -> None:
         )
 
 
-async def _ask_all(
-    asking: Asking,
-    missing: Sequence[Request],
-    url: str,
-    api_key: str,
-    concurrency: int,
-    keep: Callable[[Answer], None],
-) -> None:
-    from openai import AsyncOpenAI
-
-    waiting = iter(missing)
-    async with AsyncOpenAI(
-        base_url=url, api_key=api_key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS
-    ) as client:
-
-        async def work() -> None:
-            for request in waiting:
-                keep(await _ask(client, asking, request))
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, len(missing))):
-                    group.create_task(work())
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-
-
-async def _ask(client: "AsyncOpenAI", asking: Asking, request: Request) -> Answer:
-    import openai
-
-    try:
+async def _ask(client: "AsyncOpenAI", server: Server, asking: Asking, request: Request) -> Answer:
+    with server.errors():
         answer = await client.chat.completions.create(**asking.request_body(request))
-    except openai.BadRequestError as error:
-        raise ValueError(f"the server refuses: {error.message}") from None
-    except openai.APIConnectionError as error:
-        raise RuntimeError(
-            f"{client.base_url}: no answer ({error.__cause__ or error}); is the server running?"
-        ) from None
-    except openai.APIStatusError as error:
-        raise RuntimeError(f"the server answered {error.status_code}: {error.message}") from None
-    choice = answer.choices[0]
+    choice = server.choices(answer)[0]
     report = (answer.model_extra or {}).get("diversity")
     wanted = parse(asking.grid[request.level])
     if report is None and not wanted.is_off:
-        raise RuntimeError(
+        raise ServerError(
             "the server answers without a `diversity` object: the plug-in is not there. "
             "`dftserve doctor --url` says why."
         )

@@ -13,13 +13,10 @@ without ties: JMQ/50.
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +24,10 @@ from numpy.typing import NDArray
 from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
 from dftserve.evaluate.preference.pairs import Pair
+from dftserve.openai_client import Server, ask_all
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece
@@ -72,7 +73,7 @@ class Judge:
     """As the `openai` package takes it, with /v1."""
     model: str
     key_variable: str | None = None
-    """The environment variable that holds the API key, where the server wants one."""
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     rubric: str = field(default=RUBRIC, repr=False)
     max_tokens: int = 1024
     """Of one answer; one that is cut there has no verdict."""
@@ -90,6 +91,11 @@ class Judge:
             raise ValueError(f"timeout_s: got {self.timeout_s}; accepted: above 0.")
         if not self.rubric.strip():
             raise ValueError("rubric: got an empty text; accepted: what the judge shall look at.")
+
+    @property
+    def server(self) -> Server:
+        name = f"the judge {self.model}"
+        return Server(self.base_url, self.key_variable, self.retries, self.timeout_s, name)
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,6 @@ class Judgment:
     answer: str
 
 
-class JudgeError(RuntimeError):
-    """The judge cannot be asked; the message says what to do."""
-
-
 def read_rubric(path: Path) -> str:
     """A rubric in place of ours; how texts are shown and answered is added to it.
 
@@ -168,8 +170,8 @@ def judged(pairs: Sequence[Pair], judge: Judge, answers: Path) -> Quality:
 
     Raises:
         ValueError: no pairs, empty texts, a key variable that is not set, a file that holds
-            something else, or no pair with two verdicts.
-        JudgeError: the judge is unreachable or refuses; what it answered before is kept.
+            something else, a request that the judge refuses, or no pair with two verdicts.
+        ServerError: the judge is unreachable or fails; what it answered before is kept.
     """
     _check(pairs)
     questions = [
@@ -287,95 +289,24 @@ def _ask(
     open_questions = [key for key in asked if key not in known]
     if not open_questions:
         return known
-    client = _client(judge)
-    with (
-        tqdm(
-            total=len(asked),
-            initial=len(asked) - len(open_questions),
-            desc="judge",
-            unit=" verdicts",
-            disable=None,
-        ) as bar,
-        client,
-        ThreadPoolExecutor(judge.at_once) as pool,
-    ):
+    with tqdm(
+        total=len(asked),
+        initial=len(asked) - len(open_questions),
+        desc="judge",
+        unit=" verdicts",
+        disable=None,
+    ) as bar:
 
-        def one(key: str) -> None:
-            answer = _answer(client, judge, asked[key])
-            store.append(Judgment(key, answer))
-            known[key] = answer
+        async def ask(client: "AsyncOpenAI", key: str) -> None:
+            with judge.server.errors():
+                answer = await client.chat.completions.create(**asked[key])
+            text = judge.server.choices(answer)[0].message.content or ""
+            store.append(Judgment(key, text))
+            known[key] = text
+            bar.update()
 
-        try:
-            for done in as_completed([pool.submit(one, key) for key in open_questions]):
-                done.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        ask_all(judge.server, open_questions, ask, judge.at_once)
     return known
-
-
-def _client(judge: Judge) -> Any:
-    from openai import OpenAI
-
-    key = "EMPTY"
-    if judge.key_variable is not None:
-        key = os.environ.get(judge.key_variable, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            raise ValueError(
-                f"key_variable: the environment variable {judge.key_variable} holds no API key; "
-                "accepted: one line of printable ASCII. Export it first."
-            )
-    return OpenAI(
-        base_url=judge.base_url, api_key=key, max_retries=judge.retries, timeout=judge.timeout_s
-    )
-
-
-def _answer(client: Any, judge: Judge, question: Mapping[str, Any]) -> str:
-    import openai
-
-    at = f"the judge {judge.model} at {judge.base_url}"
-    tried = f"Tried {judge.retries + 1} times."
-    try:
-        answer = client.chat.completions.create(**question)
-    except openai.APITimeoutError:
-        raise JudgeError(
-            f"{at} did not answer within {judge.timeout_s:g} s; give it longer, or ask less at "
-            f"once. {tried}"
-        ) from None
-    except openai.APIConnectionError as error:
-        raise JudgeError(
-            f"{at} is unreachable ({error.__cause__ or error}); start it, or give its right "
-            f"address. {tried}"
-        ) from None
-    except openai.AuthenticationError as error:
-        raise JudgeError(
-            f"{at} refuses the API key (401: {_said(error)}); name the environment variable that "
-            "holds the right one."
-        ) from None
-    except openai.RateLimitError as error:
-        raise JudgeError(
-            f"{at} is busy or the account is used up (429: {_said(error)}); ask less at once, or "
-            f"later: the same command goes on. {tried}"
-        ) from None
-    except openai.APIStatusError as error:
-        raise JudgeError(
-            f"{at} answers {error.status_code} ({_said(error)}); see its log, and whether it "
-            "serves this model."
-        ) from None
-    except (openai.OpenAIError, ValueError) as error:
-        raise JudgeError(f"{at} answers what is no chat completion ({error}).") from None
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        raise JudgeError(f"{at} answers what is no chat completion; does the address end in /v1?")
-    return choices[0].message.content or ""
-
-
-def _said(error: Any) -> str:
-    """The server's own words, shortened."""
-    body = error.body
-    text = body.get("message", body) if isinstance(body, Mapping) else body or error
-    return re.sub(r"\s+", " ", f"{text}")[:300]
 
 
 # ── Keys ──────────────────────────────────────────────────────────────────────────────────────────
