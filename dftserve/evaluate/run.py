@@ -95,13 +95,14 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
         RuntimeError: a server does not start, cannot be reached or fails.
     """
     anchors = reference.load(job.anchors)
-    _refuse_few(anchors, read_prompts(job.prompts), job.samples)
+    prompts = read_prompts(job.prompts)
+    _refuse_few(anchors, prompts, job.samples)
     instruments = Instruments(
         frame=Frame.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),
         embed=_embedder(job.embeddings),
     )
-    asking, answers = ask(job, say, tick)
+    asking, answers = ask(job, prompts, say, tick)
     say("Measuring…")
     result = assess(asking, answers, anchors, reference.digest(job.anchors), instruments)
     atomic.write_text(job.out / RESULT, result.as_json())
@@ -109,14 +110,18 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
 
 
 def ask(
-    job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]
+    job: Job,
+    prompts: tuple[Prompt, ...],
+    say: Callable[[str], object],
+    tick: Callable[[int, int], object],
 ) -> tuple[Asking, list[Answer]]:
     """All answers; those that the folder lacks are asked for, and no server is needed for none.
 
+    Args:
+        prompts: what `job.prompts` holds.
+
     Raises as `evaluate`.
     """
-    key_of(job.key_variable)  # Before minutes go into starting a server.
-    prompts = read_prompts(job.prompts)
     done, total = answered(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
     before = job.out / ASKED
@@ -151,6 +156,7 @@ def ask(
 @contextlib.contextmanager
 def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
     """The URL of the job's server, which is started for the time being where there is none."""
+    key_of(job.key_variable)  # Before minutes go into starting one.
     if job.is_url:
         yield base_url(job.model)
         return

@@ -21,7 +21,7 @@ from dftserve.demo.model import CHAT_TEMPLATE, END, PAD, SPECIALS, save
 from dftserve.evaluate.accuracy import lm_eval, sandbox
 from dftserve.evaluate.accuracy.run import Job, run
 from tests.client import metric
-from tests.conftest import engine_running
+from tests.conftest import KEY, engine_running
 from tests.reference import reference
 
 CHANCES = {"A": 0.38, **dict.fromkeys("BCDEFGHIJKL", 0.05), **dict.fromkeys("MNOPQRSTUV", 0.003)}

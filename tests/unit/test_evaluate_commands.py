@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from dftserve.cli import main
 from dftserve.evaluate import reference
+from dftserve.evaluate import run as evaluation
 from dftserve.evaluate.generate.grid import Asking, generate
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.windows import Sample
@@ -131,3 +132,33 @@ def test_accuracy_refuses_before_it_asks(tmp_path):
     out = ("--out", tmp_path / "accuracy.json", "--data", tmp_path)
     assert "0 among them" in run("accuracy", "http://127.0.0.1:1", *out, "--grid", ".5").output
     assert "humaneval" in run("accuracy", "http://127.0.0.1:1", *out, "--tasks", "humanevil").output
+
+
+def test_prompts_are_read_once(place, tmp_path, monkeypatch):
+    """What is refused, what is asked and what is reported is one reading of the file."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    read, reads = evaluation.read_prompts, []
+    monkeypatch.setattr(evaluation, "read_prompts", lambda path: reads.append(path) or read(path))
+    words = ("--prompts", prompts, "--anchors", place / "anchors", "--out", tmp_path / "out")
+    asked = run("run", "http://127.0.0.1:1", *words)
+    assert "is the server running" in asked.output
+    assert reads == [prompts]
+
+
+def test_a_key_variable_that_is_named_must_be_set(place, tmp_path, monkeypatch):
+    """In every command that asks a server; nothing is asked without it."""
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    url = "http://127.0.0.1:1"
+    out = ("--out", tmp_path / "out")
+    human = ("--human", place / "people.jsonl", "--url", url, "--judge", "x")
+    for words in (
+        ("run", url, "--prompts", prompts, "--anchors", place / "anchors", *out),
+        ("judge", place / "out", *human, "--words", "80"),
+        ("accuracy", url, *out, "--data", tmp_path),
+    ):
+        refused = run(*words, "--api-key-env", "NO_SUCH_KEY")
+        assert refused.exit_code == 2, refused.output
+        assert "NO_SUCH_KEY holds no API key" in refused.output

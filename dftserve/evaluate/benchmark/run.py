@@ -115,7 +115,7 @@ def _style(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) 
 def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) -> str:
     folder = job.out / name
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
-    evaluation.ask(asked, lambda _: None, tick)
+    evaluation.ask(asked, task.prompts, lambda _: None, tick)
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
     found = [_measured(None, people, people, meanings)]

@@ -7,7 +7,7 @@ keys. Its texts are not in it but under a folder of data, where the files of all
     about       what the human texts are, and what they are not
     kind        style: how varied, and how near to people;
                 meaning: one meaning in many words (`benchmark.slots`)
-    prompts     file   .txt or .jsonl, as `evaluate.prompts`; .json, a list of texts; .csv, the
+    prompts     file   .txt or .jsonl, as `generate.prompts`; .json, a list of texts; .csv, the
                        different meanings of its column `mr`
                 first, count     of its rows, from 0
                 ask    the text that is sent, with `{}` for the row
