@@ -72,7 +72,7 @@ class Server:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What the package raises in the body, told for a user.
+        """What the package raises in the body, as an error that a user can act on.
 
         Raises:
             ValueError: the server refuses the request (400, 422).
@@ -94,20 +94,20 @@ class Server:
                 f"this its address? {tried}"
             ) from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise ValueError(f"{at} refuses the request: {_told(error)}") from None
+            raise ValueError(f"{at} refuses the request: {_message(error)}") from None
         except openai.AuthenticationError as error:
             raise ServerError(
-                f"{at} refuses the API key (401: {_told(error)}); name the environment variable "
+                f"{at} refuses the API key (401: {_message(error)}); name the environment variable "
                 "that holds the right one."
             ) from None
         except openai.RateLimitError as error:
             raise ServerError(
-                f"{at} is busy or the account is used up (429: {_told(error)}); ask less at once, "
+                f"{at} is busy or the account is used up (429: {_message(error)}); ask less at once, "
                 f"or later. {tried}"
             ) from None
         except openai.APIStatusError as error:
             raise ServerError(
-                f"{at} answers {error.status_code} ({_told(error)}); see its log, and whether it "
+                f"{at} answers {error.status_code} ({_message(error)}); see its log, and whether it "
                 "serves this model."
             ) from None
         except (openai.OpenAIError, ValueError) as error:
@@ -209,7 +209,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         return pool.submit(asyncio.run, work).result()
 
 
-def _told(error: Any) -> str:
+def _message(error: Any) -> str:
     """The server's own words, shortened."""
     body = error.body
     text = body.get("message", body) if isinstance(body, Mapping) else body or error

@@ -92,7 +92,7 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
         from dftserve.evaluate.report.compare import compare
 
         compared = compare(a, b)
-        click.echo(compared.as_json() if as_json else compared.shown())
+        click.echo(compared.as_json() if as_json else compared.render())
 
 
 @evaluate.command("accuracy")
@@ -172,7 +172,7 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
 
         logging.disable_progress_bar()
         found = surprise(model, anchors, answers)
-        click.echo(found.as_json() if as_json else found.shown())
+        click.echo(found.as_json() if as_json else found.render())
 
 
 @evaluate.command("judge")
@@ -215,7 +215,7 @@ def judge(
             at_once=concurrency,
         )
         found = judged(pairs(out, human, diversity, words), asked, out / "judged.jsonl")
-        click.echo(found.as_json() if as_json else found.shown())
+        click.echo(found.as_json() if as_json else found.render())
 
 
 @evaluate.group("blind")
@@ -263,7 +263,7 @@ def blind_verdict(key: Path, answers: tuple[Path, ...], margin: float, as_json: 
         from dftserve.evaluate.preference.human_test import verdict
 
         found = verdict(answers, key, margin=margin)
-        click.echo(found.as_json() if as_json else found.shown())
+        click.echo(found.as_json() if as_json else found.render())
 
 
 @evaluate.group("anchors")
@@ -286,7 +286,7 @@ def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -
         click.echo(f"{len(found)} texts of {len({each.source for each in found})} works.")
         built = reference.build(found, words=words, seed=seed)
         reference.save(built, out)
-        click.echo(reference.shown(built))
+        click.echo(reference.render(built))
 
 
 @evaluate_anchors.command("inspect")
@@ -296,7 +296,7 @@ def anchors_inspect(folder: Path) -> None:
     with usage_errors():
         from dftserve.evaluate import reference
 
-        click.echo(reference.shown(reference.load(folder)))
+        click.echo(reference.render(reference.load(folder)))
 
 
 def _grid(text: str) -> tuple[object, ...]:

@@ -20,8 +20,8 @@ from typing import Any
 from dftserve import atomic
 from dftserve.corpus.read import read
 from dftserve.digest import digest_of
-from dftserve.evaluate.metrics.overlap import sharing
-from dftserve.evaluate.metrics.sds import Ruler, Score, score
+from dftserve.evaluate.metrics.overlap import ngram_overlap
+from dftserve.evaluate.metrics.sds import Score, SDSReference, score
 from dftserve.evaluate.metrics.stylometry import function_share
 from dftserve.evaluate.text.tokenize import tokens
 from dftserve.evaluate.text.windows import WORDS, Sample, Windows
@@ -48,7 +48,7 @@ class Anchors:
     """Texts that were left out, by reason: `short`, `copies`, `alone` (their prompt has too few
     where others have enough)."""
     splits: dict[str, Windows]
-    ruler: Ruler
+    sds_reference: SDSReference
     human: Score
     """Of the `test` split."""
 
@@ -161,17 +161,17 @@ def load(folder: Path) -> Anchors:
     return anchors
 
 
-def shown(anchors: Anchors) -> str:
+def render(anchors: Anchors) -> str:
     """For a terminal."""
     counts = ", ".join(f"{len(split)} {name}" for name, split in anchors.splits.items())
     dropped = ", ".join(f"{count} {reason}" for reason, count in anchors.dropped.items() if count)
     score = anchors.human
-    pairs = "within prompts" if anchors.ruler.by_prompt else "between all texts"
+    pairs = "within prompts" if anchors.sds_reference.by_prompt else "between all texts"
     return (
         f"{counts}, of {anchors.words} words each; left out: {dropped or 'none'}; "
         f"compared {pairs}.\n"
-        f"Held-out human text scores {score.sds.shown(1)}: V {score.variety.shown()}, "
-        f"P {score.wording.shown()}, q {score.coherence.shown()}."
+        f"Held-out human text scores {score.sds.render(1)}: V {score.variety.render()}, "
+        f"P {score.wording.render()}, q {score.coherence.render()}."
     )
 
 
@@ -195,7 +195,7 @@ def _in_order(windows: Windows, seed: int) -> Windows:
 
 
 def _originals(windows: Windows) -> list[int]:
-    shared_TT = sharing([tokens(text) for text in windows.texts])
+    shared_TT = ngram_overlap([tokens(text) for text in windows.texts])
     kept: list[int] = []
     for place in range(len(windows)):
         if not kept or shared_TT[place, kept].max() <= COPY:
@@ -245,8 +245,8 @@ def _refuse_foreign(windows: Windows) -> None:
 
 
 def _measured(seed: int, dropped: dict[str, int], splits: dict[str, Windows]) -> Anchors:
-    ruler = Ruler.fit(splits["reference"], splits["calibration"])
-    return Anchors(seed, dropped, splits, ruler, score(splits["test"], ruler))
+    sds_reference = SDSReference.fit(splits["reference"], splits["calibration"])
+    return Anchors(seed, dropped, splits, sds_reference, score(splits["test"], sds_reference))
 
 
 def _about(anchors: Anchors) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _about(anchors: Anchors) -> dict[str, Any]:
         "format": FORMAT,
         "words": anchors.words,
         "seed": anchors.seed,
-        "by_prompt": anchors.ruler.by_prompt,
+        "by_prompt": anchors.sds_reference.by_prompt,
         "texts": {name: len(split) for name, split in anchors.splits.items()},
         "dropped": anchors.dropped,
         "human": human,

@@ -1,4 +1,4 @@
-"""An evaluation: ask a model at each diversity of a grid, measure, write it down.
+"""Run an evaluation: request answers at each diversity of a grid, measure them, write the result.
 
 OUT/asked.json      what was asked                  OUT/result.json   every number
 OUT/answers.jsonl   every answer, as it came        OUT/report.html   (`report.write`)
@@ -18,13 +18,13 @@ from typing import Any
 
 from dftserve import __version__, atomic
 from dftserve.evaluate import reference
-from dftserve.evaluate.generate.grid import ASKED, Answer, Asking, answered, generate
+from dftserve.evaluate.generate.grid import ASKED, Answer, RequestGrid, count_answers, generate
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
 from dftserve.evaluate.metrics import slop
 from dftserve.evaluate.metrics.intervals import mean
 from dftserve.evaluate.metrics.sds import Score, score
-from dftserve.evaluate.metrics.stylometry import Frame, function_share
+from dftserve.evaluate.metrics.stylometry import StyleSpace, function_share
 from dftserve.evaluate.metrics.suite import Instruments, measure
 from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
 from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
@@ -98,13 +98,13 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
     prompts = read_prompts(job.prompts)
     _refuse_few(anchors, prompts, job.samples)
     instruments = Instruments(
-        frame=Frame.fit(anchors.splits["reference"]),
+        style_space=StyleSpace.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),
         embed=_embedder(job.embeddings),
     )
-    asking, answers = ask(job, prompts, say, tick)
+    request_grid, answers = ask(job, prompts, say, tick)
     say("Measuring…")
-    result = assess(asking, answers, anchors, reference.digest(job.anchors), instruments)
+    result = assess(request_grid, answers, anchors, reference.digest(job.anchors), instruments)
     atomic.write_text(job.out / RESULT, result.as_json())
     return result
 
@@ -114,7 +114,7 @@ def ask(
     prompts: tuple[Prompt, ...],
     say: Callable[[str], object],
     tick: Callable[[int, int], object],
-) -> tuple[Asking, list[Answer]]:
+) -> tuple[RequestGrid, list[Answer]]:
     """All answers; those that the folder lacks are asked for, and no server is needed for none.
 
     Args:
@@ -122,12 +122,12 @@ def ask(
 
     Raises as `evaluate`.
     """
-    done, total = answered(job.out), len(prompts) * len(job.grid) * job.samples
+    done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
     before = job.out / ASKED
     known = json.loads(before.read_text(encoding="utf-8"))["model"] if before.exists() else None
     name = job.name or known
-    asking = Asking(
+    request_grid = RequestGrid(
         model=name or "",
         prompts=prompts,
         grid=job.grid,
@@ -145,12 +145,12 @@ def ask(
 
     with contextlib.ExitStack() as stack:
         url = "" if name and done == total else stack.enter_context(server(job, say))
-        asked = Server(url, job.key_variable)
-        asking = replace(asking, model=name or asked.models()[0])
+        address = Server(url, job.key_variable)
+        request_grid = replace(request_grid, model=name or address.models()[0])
         answers = generate(
-            asking, job.out, server=asked, concurrency=job.concurrency, tick=one_more
+            request_grid, job.out, server=address, concurrency=job.concurrency, tick=one_more
         )
-    return asking, answers
+    return request_grid, answers
 
 
 @contextlib.contextmanager
@@ -172,7 +172,7 @@ def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
 
 
 def assess(
-    asking: Asking,
+    request_grid: RequestGrid,
     answers: Sequence[Answer],
     anchors: Anchors,
     anchors_digest: str,
@@ -185,11 +185,13 @@ def assess(
     """
     start = time.perf_counter()
     said = [
-        [answer for answer in answers if answer.level == level] for level in range(len(asking.grid))
+        [answer for answer in answers if answer.level == level]
+        for level in range(len(request_grid.grid))
     ]
     windows = [
         Windows.of(
-            [Sample(each.text, asking.prompts[each.place].text) for each in level], anchors.words
+            [Sample(each.text, request_grid.prompts[each.place].text) for each in level],
+            anchors.words,
         )
         for level in said
     ]
@@ -201,7 +203,7 @@ def assess(
         raise ValueError(
             f"answers of {anchors.words} words or more, by diversity: {shown}; accepted: "
             f"{LEAST_TEXTS} at each. Ask more or for longer texts (`--max-tokens`, now "
-            f"{asking.max_tokens}), or build anchors with fewer `--words`."
+            f"{request_grid.max_tokens}), or build anchors with fewer `--words`."
         )
     _refuse_foreign(windows)
 
@@ -213,22 +215,22 @@ def assess(
 
     levels = tuple(
         Level(
-            diversity=asking.grid[place],
-            side=side(texts, test, score(texts, anchors.ruler)),
+            diversity=request_grid.grid[place],
+            side=side(texts, test, score(texts, anchors.sds_reference)),
             tokens=mean([each.tokens for each in level]),
             unfinished=sum(each.finish_reason == "length" for each in level),
             entropy=_entropy(level),
-            samples=_samples(asking.prompts, level),
+            samples=_samples(request_grid.prompts, level),
         )
         for place, (level, texts) in enumerate(zip(said, windows, strict=True))
     )
     return Result(
-        model=asking.model,
-        asked=_asked(asking),
+        model=request_grid.model,
+        asked=_asked(request_grid),
         anchors={
             "digest": anchors_digest,
             "words": anchors.words,
-            "by_prompt": anchors.ruler.by_prompt,
+            "by_prompt": anchors.sds_reference.by_prompt,
             "texts": {name: len(split) for name, split in anchors.splits.items()},
         },
         compared=compared,
@@ -245,7 +247,7 @@ def assess(
 
 def _refuse_few(anchors: Anchors, asked: Sequence[Prompt], samples: int) -> None:
     """Before anything is generated."""
-    if anchors.ruler.by_prompt and samples < LEAST_TEXTS:
+    if anchors.sds_reference.by_prompt and samples < LEAST_TEXTS:
         raise ValueError(
             f"samples: got {samples}; accepted: {LEAST_TEXTS} or more, as these anchors compare "
             "texts within prompts."
@@ -311,14 +313,14 @@ def _samples(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> tuple[tupl
     return tuple((prompts[place].text, first[place]) for place in sorted(first)[:SHOWN])
 
 
-def _asked(asking: Asking) -> dict[str, Any]:
-    prompts = json.dumps([asdict(prompt) for prompt in asking.prompts], sort_keys=True)
+def _asked(request_grid: RequestGrid) -> dict[str, Any]:
+    prompts = json.dumps([asdict(prompt) for prompt in request_grid.prompts], sort_keys=True)
     return {
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
-        "answers": len(asking.prompts) * asking.samples,
-        "samples": asking.samples,
-        "max_tokens": asking.max_tokens,
-        "temperature": asking.temperature,
-        "seed": asking.seed,
-        "body": dict(asking.body),
+        "answers": len(request_grid.prompts) * request_grid.samples,
+        "samples": request_grid.samples,
+        "max_tokens": request_grid.max_tokens,
+        "temperature": request_grid.temperature,
+        "seed": request_grid.seed,
+        "body": dict(request_grid.body),
     }

@@ -103,7 +103,7 @@ def test_what_cannot_be_compared(grid, message):
 
 def test_a_table_and_json():
     comparison = compare("mmlu", {0.0: answered([True], [False]), 1.0: answered([True], [True])})
-    lines = comparison.shown().splitlines()
+    lines = comparison.render().splitlines()
     assert lines[0] == "mmlu"
     assert lines[1].split() == ["diversity", "questions", "accuracy", "difference", "to", "0", "p"]
     assert lines[2].split()[:3] == ["0", "2", "50.0"]

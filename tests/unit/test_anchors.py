@@ -66,7 +66,7 @@ def test_what_is_saved_is_loaded(built, tmp_path):
     assert len(reference.digest(tmp_path / "anchors")) == 64
     reference.save(loaded, tmp_path / "again")
     assert reference.digest(tmp_path / "again") == reference.digest(tmp_path / "anchors")
-    assert reference.shown(loaded) == reference.shown(built)
+    assert reference.render(loaded) == reference.render(built)
 
 
 def test_a_folder_is_not_written_over(built, tmp_path):
@@ -110,7 +110,7 @@ def test_splits_are_disjoint_and_whole(samples, built):
     for name in ("prompts", "sources"):
         seen = [set(getattr(split, name)) - {""} for split in splits.values()]
         assert sum(map(len, seen)) == len(set.union(*seen))
-    assert built.ruler.by_prompt == (samples is PROMPTS)
+    assert built.sds_reference.by_prompt == (samples is PROMPTS)
 
 
 def test_what_is_left_out_is_counted():
@@ -119,8 +119,8 @@ def test_what_is_left_out_is_counted():
     built = reference.build([*PROMPTS, *copies, *lonely, Sample("Too short.", "prompt 1")])
     assert built.dropped == {"short": 1, "copies": 5, "alone": 3}
     assert same(
-        reference.Anchors(0, {}, built.splits, built.ruler, built.human),
-        reference.Anchors(0, {}, reference.build(PROMPTS).splits, built.ruler, built.human),
+        reference.Anchors(0, {}, built.splits, built.sds_reference, built.human),
+        reference.Anchors(0, {}, reference.build(PROMPTS).splits, built.sds_reference, built.human),
     )
 
 
@@ -129,7 +129,7 @@ def test_few_prompts_among_many_texts_without_are_not_what_is_compared():
     mixed = [Sample(s.text, "asked" if i < 60 else "") for i, s in enumerate(ALONE)]
     built = reference.build(mixed)
     assert built.dropped["alone"] == 0
-    assert not built.ruler.by_prompt
+    assert not built.sds_reference.by_prompt
 
 
 def test_a_prompt_may_hold_any_character(tmp_path):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from dftserve.cli import main
 from dftserve.evaluate import reference
 from dftserve.evaluate import run as evaluation
-from dftserve.evaluate.generate.grid import Asking, generate
+from dftserve.evaluate.generate.grid import RequestGrid, generate
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.windows import Sample
 from dftserve.openai_client import Server
@@ -49,7 +49,7 @@ def place(tmp_path_factory) -> Path:
     """An evaluation's answers, people's answers to the same prompts, and anchors."""
     place = tmp_path_factory.mktemp("commands")
     texts = dict(zip(PROMPTS, human_like(8, seed=3), strict=True))
-    asking = Asking("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
+    asking = RequestGrid("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
     with chat(lambda body: texts[body["messages"][-1]["content"]]) as url:
         server = Server(f"{url}/v1")
         generate(asking, place / "out", server=server, concurrency=2, tick=lambda: None)

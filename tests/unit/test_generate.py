@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.generate.grid import ANSWERS, Answer, Asking, answered, generate
+from dftserve.evaluate.generate.grid import ANSWERS, Answer, RequestGrid, count_answers, generate
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.openai_client import Server
 from tests.local_server import reply, serving
@@ -20,14 +20,14 @@ from tests.local_server import reply, serving
 CONCURRENCY = 4
 
 
-def asking(**changes) -> Asking:
+def asking(**changes) -> RequestGrid:
     values = {
         "model": "fake",
         "prompts": tuple(Prompt(f"Say {number}.") for number in range(10)),
         "grid": (0.0, 0.5, 1.0),
         "samples": 2,
     }
-    return Asking(**{**values, **changes})
+    return RequestGrid(**{**values, **changes})
 
 
 class FakeServer:
@@ -60,7 +60,7 @@ def _usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
 
 
-def run(url: str, folder: Path, what: Asking | None = None, retries: int = 4) -> list[Answer]:
+def run(url: str, folder: Path, what: RequestGrid | None = None, retries: int = 4) -> list[Answer]:
     return generate(
         what or asking(),
         folder,
@@ -77,7 +77,7 @@ def test_every_answer_once_and_in_order(tmp_path):
         assert run(url, tmp_path) == answers
     assert set(server.asked.values()) == {1}
     assert [answer.key for answer in answers] == [each.key for each in asking().requests()]
-    assert len(answers) == 60 == answered(tmp_path)
+    assert len(answers) == 60 == count_answers(tmp_path)
 
 
 def test_a_grid_is_asked_in_pairs(tmp_path):

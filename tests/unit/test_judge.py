@@ -121,7 +121,7 @@ def test_a_judge_of_length_gives_what_the_hand_counts(tmp_path):
     assert (found.pairs, found.prompts, found.unparsable, found.left_out) == (6, 5, 0, 0)
     assert found.flips.value == 0
     assert json.loads(found.as_json())["jmq"]["value"] == found.jmq.value
-    assert "58.3 [" in found.shown()
+    assert "58.3 [" in found.render()
 
 
 verdicts = st.sampled_from(["A", "B", "tie", None])
@@ -210,7 +210,7 @@ def test_an_answer_without_a_verdict_is_counted_and_its_pair_left_out(tmp_path):
         found = judged(PAIRS, judge, tmp_path / "answers.jsonl")
     assert (found.unparsable, found.left_out, found.pairs) == (1, 1, 4)
     assert found.jmq.value == pytest.approx(100 * 2.5 / 4)
-    assert "1 answers without a verdict" in found.shown()
+    assert "1 answers without a verdict" in found.render()
 
 
 def test_nothing_but_unparsable_answers_is_an_error(tmp_path):

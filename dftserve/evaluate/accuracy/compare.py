@@ -51,7 +51,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def shown(self) -> str:
+    def render(self) -> str:
         """A table, in points of a hundred."""
         rows = [("diversity", "questions", "accuracy", "difference to 0", "p")]
         for level in self.levels:
@@ -106,4 +106,4 @@ def _level(diversity: float, answered: Sequence[Answered], base: Sequence[Answer
 
 def _points(estimate: Estimate) -> str:
     low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
-    return Estimate(100 * estimate.value, low, high).shown(1)
+    return Estimate(100 * estimate.value, low, high).render(1)

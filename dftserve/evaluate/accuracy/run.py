@@ -101,7 +101,7 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     report = _report(job, model, comparisons, answers, skipped)
     atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
     lines = [f"{task}: skipped: {why}" for task, why in skipped.items()]
-    return "\n\n".join([*(each.shown() for each in comparisons), *lines])
+    return "\n\n".join([*(each.render() for each in comparisons), *lines])
 
 
 def _data(job: Job) -> Path:

@@ -15,7 +15,7 @@ from dftserve.evaluate import reference
 from dftserve.evaluate import run as evaluation
 from dftserve.evaluate.benchmark import slots, tasks
 from dftserve.evaluate.benchmark.tasks import Missing, Task
-from dftserve.evaluate.generate.grid import said
+from dftserve.evaluate.generate.grid import samples_by_level
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.report import html
 from dftserve.evaluate.text.windows import Sample
@@ -119,7 +119,7 @@ def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
     found = [_measured(None, people, people, meanings)]
-    for level, answers in said(folder):
+    for level, answers in samples_by_level(folder):
         found.append(_measured(level, _by_prompt(answers), people, meanings))
     document = json.dumps([asdict(each) for each in found], ensure_ascii=False, indent=1)
     atomic.write_text(folder / MEANING, document + "\n")
@@ -148,9 +148,9 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[str]]:
 
 
 def _line(found: Meaning) -> str:
-    name = "human" if found.diversity is None else f"diversity {html.shown(found.diversity)}"
-    wording = "1" if found.wording is None else found.wording.shown()
-    return f"{name:24}{wording:>24}{found.slot_errors.shown(3):>24}"
+    name = "human" if found.diversity is None else f"diversity {html.render(found.diversity)}"
+    wording = "1" if found.wording is None else found.wording.render()
+    return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}"
 
 
 def _written(folder: Path, task: Task) -> Path:

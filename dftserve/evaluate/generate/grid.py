@@ -28,7 +28,7 @@ OURS = frozenset(
 
 
 @dataclass(frozen=True)
-class Asking:
+class RequestGrid:
     """What is asked of a model. Two runs with equal values ask the same."""
 
     model: str
@@ -110,7 +110,7 @@ class Answer:
 
 
 def generate(
-    asking: Asking,
+    request_grid: RequestGrid,
     folder: Path,
     *,
     server: Server,
@@ -128,27 +128,27 @@ def generate(
         ServerError: the server cannot be reached, or answers with something else.
     """
     with AnswerStore(folder / ANSWERS, Answer) as store:
-        _agree(asking, folder / ASKED)
+        _agree(request_grid, folder / ASKED)
         known = {answer.key: answer for answer in store.rows}
-        missing = [request for request in asking.requests() if request.key not in known]
+        missing = [request for request in request_grid.requests() if request.key not in known]
 
         async def ask(client: "AsyncOpenAI", request: Request) -> None:
-            answer = await _ask(client, server, asking, request)
+            answer = await _ask(client, server, request_grid, request)
             store.append(answer)
             known[answer.key] = answer
             tick()
 
         if missing:
             ask_all(server, missing, ask, concurrency)
-    return [known[request.key] for request in asking.requests()]
+    return [known[request.key] for request in request_grid.requests()]
 
 
-def answered(folder: Path) -> int:
+def count_answers(folder: Path) -> int:
     """How many answers a folder holds."""
     return len(read(folder / ANSWERS, Answer))
 
 
-def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
+def samples_by_level(folder: Path) -> list[tuple[Any, list[Sample]]]:
     """The answers that a folder holds, by the diversity that they were asked at.
 
     Raises:
@@ -164,8 +164,8 @@ def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
     return levels
 
 
-def _agree(asking: Asking, path: Path) -> None:
-    wanted = json.loads(json.dumps(asdict(asking)))
+def _agree(request_grid: RequestGrid, path: Path) -> None:
+    wanted = json.loads(json.dumps(asdict(request_grid)))
     if not path.exists():
         atomic.write_text(path, json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
         return
@@ -182,12 +182,14 @@ def _agree(asking: Asking, path: Path) -> None:
         )
 
 
-async def _ask(client: "AsyncOpenAI", server: Server, asking: Asking, request: Request) -> Answer:
+async def _ask(
+    client: "AsyncOpenAI", server: Server, request_grid: RequestGrid, request: Request
+) -> Answer:
     with server.errors():
-        answer = await client.chat.completions.create(**asking.request_body(request))
+        answer = await client.chat.completions.create(**request_grid.request_body(request))
     choice = server.choices(answer)[0]
     report = (answer.model_extra or {}).get("diversity")
-    wanted = parse(asking.grid[request.level])
+    wanted = parse(request_grid.grid[request.level])
     if report is None and not wanted.is_off:
         raise ServerError(
             "the server answers without a `diversity` object: the plug-in is not there. "

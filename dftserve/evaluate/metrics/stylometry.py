@@ -134,7 +134,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Frame:
+class StyleSpace:
     """What is usual in the style of human windows, and how far apart two of them are.
 
     scale: of whole windows; its reliabilities are all 1, halves are not compared.
@@ -147,7 +147,7 @@ class Frame:
     words: int
 
     @classmethod
-    def fit(cls, reference: Windows) -> "Frame":
+    def fit(cls, reference: Windows) -> "StyleSpace":
         """From human texts.
 
         Raises:

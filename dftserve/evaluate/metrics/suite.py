@@ -20,7 +20,7 @@ from dftserve.evaluate.metrics.intervals import (
     mean,
     tenths,
 )
-from dftserve.evaluate.metrics.stylometry import Frame
+from dftserve.evaluate.metrics.stylometry import StyleSpace
 from dftserve.evaluate.text.embeddings import Embedder
 from dftserve.evaluate.text.tokenize import sentences, tokens, words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Windows
@@ -77,7 +77,7 @@ MEASURES = {
 class Instruments:
     """What measuring needs beside the texts, frozen for a whole evaluation."""
 
-    frame: Frame
+    style_space: StyleSpace
     phrases: slop.Phrases
     embed: Embedder | None
     """None: nothing is said about meaning."""
@@ -91,10 +91,12 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
             measures of a set to be comparable.
     """
     said = [tokens(text) for text in texts.texts]
-    style_TF, human_TF = with_.frame.features(texts), with_.frame.features(human)
-    kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * with_.frame.sigma**2))
+    style_TF, human_TF = with_.style_space.features(texts), with_.style_space.features(human)
+    kernel_TT = np.exp(
+        -squareform(pdist(style_TF, "sqeuclidean")) / (2 * with_.style_space.sigma**2)
+    )
     found = {
-        **_apart(style_TF, human_TF, with_.frame.sigma, "style"),
+        **_apart(style_TF, human_TF, with_.style_space.sigma, "style"),
         **_frequencies(said, [tokens(text) for text in human.texts]),
         "slop": slop.rate(texts.texts, with_.phrases),
         "contrast": slop.contrast_rate(texts.texts),

@@ -1,7 +1,7 @@
 """A blind test by people: which of two texts did a person write, or which one is preferred?
 
     page(pairs, Path("blind.html"), seed=7, title="Stories")    # and blind.html.key.json
-    print(verdict([Path("answers-….json")], Path("blind.html.key.json")).shown())
+    print(verdict([Path("answers-….json")], Path("blind.html.key.json")).render())
 
 Two-alternative forced choice. Where the share of the person's texts among the chosen ones is 1/2
 within a margin, the texts are as good as people's. That is shown by two one-sided exact binomial
@@ -122,14 +122,14 @@ class Verdict:
         found = asdict(self) | {"equivalent": self.equivalent}
         return json.dumps(found, ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         points = f"{100 * self.margin:g} points of parity"
         said = "within" if self.equivalent else "not shown to be within"
         return "\n".join(
             [
                 f"{QUESTIONS[self.question]} {self.judgments} judgments of {self.trials} trials by "
                 f"{self.judges} judges",
-                f"chose the person's text: {self.share.shown()} (0.50 is parity; p against it "
+                f"chose the person's text: {self.share.render()} (0.50 is parity; p against it "
                 f"{self.p_half:.3g})",
                 f"{said} {points}: p {self.p_equivalent:.3g}, level {self.level:g}",
                 f"for {POWER:.0%} power: {self.needed} independent judgments",

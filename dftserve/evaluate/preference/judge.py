@@ -2,7 +2,7 @@
 
     pairs = [Pair(prompt, system, human), …]
     judge = Judge("http://localhost:8000/v1", "org/model")
-    print(judged(pairs, judge, Path("answers.jsonl")).shown())
+    print(judged(pairs, judge, Path("answers.jsonl")).render())
 
 Each pair is asked about twice, in both orders. A text that is preferred both times wins, anything
 else is a tie (arXiv:2306.05685, §3.4). JMQ = 100·(wins + ties/2)/pairs, in percent: 50 is parity
@@ -124,13 +124,13 @@ class Quality:
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         lines = [
-            f"JMQ {self.jmq.shown(1)} % by {self.judge}; 50 is parity with people "
+            f"JMQ {self.jmq.render(1)} % by {self.judge}; 50 is parity with people "
             f"({self.jmq.value / 50:.2f} as published, where 1 is)",
             f"{self.pairs} pairs of {self.prompts} prompts: {self.wins} won, {self.ties} tied, "
             f"{self.losses} lost",
-            f"position bias: {self.flips.shown(1)} % of verdicts turned with the order",
+            f"position bias: {self.flips.render(1)} % of verdicts turned with the order",
         ]
         if self.unparsable:
             lines.append(
@@ -253,7 +253,7 @@ def _mean_percent(held: Sequence[tuple[str, float, bool]]) -> Estimate:
     return over_units(units_P2, mean)
 
 
-# ── Asking ───────────────────────────────────────────────────────────────────────────────────────
+# ── Requests ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check(pairs: Sequence[Pair]) -> None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dftserve.evaluate.generate.grid import said
+from dftserve.evaluate.generate.grid import samples_by_level
 from dftserve.evaluate.reference import samples as human_samples
 from dftserve.evaluate.text.windows import WORDS, Windows
 
@@ -31,7 +31,7 @@ def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS)
     Raises:
         ValueError: no evaluation there, a diversity that it did not ask, or no pair.
     """
-    levels = said(folder)
+    levels = samples_by_level(folder)
     at = [samples for level, samples in levels if level == diversity]
     if not at:
         grid = ", ".join(json.dumps(level) for level, _ in levels)

@@ -1,6 +1,6 @@
 """Two evaluations of the same prompts, level by level, as pairs.
 
-print(compare(Path("base/result.json"), Path("dft/result.json")).shown())
+print(compare(Path("base/result.json"), Path("dft/result.json")).render())
 """
 
 import json
@@ -46,13 +46,13 @@ class Comparison:
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         lines = [f"a: {self.a}", f"b: {self.b}"]
         for (diversity, rows), (_, cut_) in zip(self.levels, self.slop_cut, strict=True):
             lines += ["", f"diversity {diversity}", _line("", "a", "b", "b − a", "human")]
             for row in rows:
                 human = "–" if row.human is None else f"{row.human:.{row.digits}f}"
-                numbers = (each.shown(row.digits) for each in (row.a, row.b, row.difference))
+                numbers = (each.render(row.digits) for each in (row.a, row.b, row.difference))
                 lines.append(_line(row.title, *numbers, human))
             if cut_ is not None:
                 lines.append(f"AI phrases: {cut_ + 0:.0%} of the way from a to human.")
