@@ -102,13 +102,13 @@ class Server:
             ) from None
         except openai.RateLimitError as error:
             raise ServerError(
-                f"{at} is busy or the account is used up (429: {_message(error)}); ask less at once, "
-                f"or later. {tried}"
+                f"{at} is busy or the account is used up (429: {_message(error)}); ask less at "
+                f"once, or later. {tried}"
             ) from None
         except openai.APIStatusError as error:
             raise ServerError(
-                f"{at} answers {error.status_code} ({_message(error)}); see its log, and whether it "
-                "serves this model."
+                f"{at} answers {error.status_code} ({_message(error)}); see its log, and whether "
+                "it serves this model."
             ) from None
         except (openai.OpenAIError, ValueError) as error:
             raise self._no_completion(f" ({error})") from None

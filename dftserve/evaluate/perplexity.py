@@ -1,4 +1,4 @@
-"""How a causal language model takes human text, and an evaluation's answers beside it."""
+"""Likelihood of human text, and of an evaluation's answers, under a causal language model."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""The model that is measured: where it is served, and how it is asked."""
+"""The served model whose accuracy is measured, and its sampling settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

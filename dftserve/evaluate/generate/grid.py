@@ -1,4 +1,4 @@
-"""Answers from a server: every prompt, several times, at each diversity of a grid.
+"""Request answers from a server: each prompt, several times, at each diversity of a grid.
 
 An answer is appended to `answers.jsonl` as soon as it is there. The same call goes on where it was
 stopped: what has been answered is not asked again, only what was under way when it stopped.
@@ -29,7 +29,7 @@ OURS = frozenset(
 
 @dataclass(frozen=True)
 class RequestGrid:
-    """What is asked of a model. Two runs with equal values ask the same."""
+    """The requests of a run. Two runs with equal values send the same requests."""
 
     model: str
     prompts: tuple[Prompt, ...]

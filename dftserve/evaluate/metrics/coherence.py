@@ -1,4 +1,4 @@
-"""Does the order of the words carry information? The gate that word soup does not pass.
+"""A filter for word salad: does the order of the words carry information?
 
     gain(text) = mean over t of ln p(w_t | w_{t-1}) / p(w_t)
 

@@ -1,4 +1,4 @@
-"""Intervals and tests that the measures share. Every number that is shown has one of these."""
+"""Confidence intervals and significance tests that the metrics share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

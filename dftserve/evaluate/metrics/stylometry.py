@@ -1,4 +1,4 @@
-"""Style as numbers: how a text is written, whatever it is about.
+"""Stylometric features of a text, independent of its topic, and the space they are compared in.
 
 Shares of English function words and marks, lengths of sentences and words, richness of the
 vocabulary, endings, contractions, capitals, digits, paragraphs. Shares enter as √(100·count/words),
@@ -103,7 +103,7 @@ def _features(text: str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Human style as a ruler: what is usual, how much it varies, and how reliably.
+    """Mean, spread and reliability of each style feature in human text.
 
     mean_F, spread_F: float64, of half windows of the reference texts.
     reliability_F: float64 in [0, 1], how far the two halves of a text agree, at unit spread; 0 for
@@ -135,7 +135,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class StyleSpace:
-    """What is usual in the style of human windows, and how far apart two of them are.
+    """Standardised style features of whole windows, fitted on human text and then frozen, so that
+    every system is measured in the same space.
 
     scale: of whole windows; its reliabilities are all 1, halves are not compared.
     sigma: the median distance of two human texts, the width of the kernel of `two_sample.mmd2`.

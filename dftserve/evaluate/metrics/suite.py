@@ -1,4 +1,4 @@
-"""Every measure of a set of texts, beside the same measure of human text.
+"""All metrics of a set of texts, computed beside the same metrics of human text.
 
 Many depend on the length and the number of texts: both sides are cut to the same.
 """

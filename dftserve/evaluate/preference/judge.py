@@ -253,7 +253,7 @@ def _mean_percent(held: Sequence[tuple[str, float, bool]]) -> Estimate:
     return over_units(units_P2, mean)
 
 
-# ── Requests ────────────────────────────────────────────────────────────────────────────────────────
+# ── Requests ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check(pairs: Sequence[Pair]) -> None:

@@ -1,4 +1,4 @@
-"""A model's answers beside people's to the same prompts, cut to one length: what is judged."""
+"""Pairs of a model's and a person's answer to the same prompt, cut to the same length."""
 
 import json
 from dataclasses import dataclass
