@@ -5,13 +5,14 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test test-long lint bench eval-env
+.PHONY: setup demo test test-long lint bench eval-env clients-env
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
 test: setup ; @$(RUN) -m pytest -m "not long"
 test-long: setup ; @$(RUN) -m pytest -m long
 eval-env: setup ; @$(PYTHON) tools/eval_env.py
+clients-env: setup ; @$(PYTHON) tools/clients_env.py
 lint: setup ; @ruff check . && ruff format --check . && pyright && lint-imports
 bench: setup
 	@for question in overhead served sampler first_law known_source train_cost; do $(RUN) bench/$$question.py || exit 1; done

@@ -14,6 +14,7 @@ slots, S slots, B bootstrap resamples (the first is the sample itself), P settin
 """
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -198,6 +199,12 @@ class Writer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizer
 
+    @property
+    def cache_argument(self) -> str:
+        """transformers 5.24 renamed it."""
+        taken = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in taken else "past_key_values"
+
     def question(self, prompt: str) -> Tensor:
         """int64 [1, N]: the prompt through the chat template."""
         messages = [{"role": "user", "content": prompt}]
@@ -253,8 +260,9 @@ def sample(
     row_R = torch.arange(rows)
     """Which sequence each row of the batch is: rows leave when their text ends."""
     next_RN = writer.question(prompt).expand(rows, -1)
+    argument = writer.cache_argument
     for step in range(LONGEST_STORY):
-        output = writer.model(next_RN, past_key_values=room, logits_to_keep=1)
+        output = writer.model(next_RN, logits_to_keep=1, **{argument: room})
         p_RV = rewrite(output.logits[:, -1], end).softmax(dim=1)
         entropy_R[row_R] -= (p_RV * p_RV.clamp_min(1e-30).log()).sum(dim=1)
         length_R[row_R] += 1

@@ -1,4 +1,4 @@
-"""Write the README's tables from bench/results.
+"""Write the tables of the README and of docs/clients.md from bench/results.
 
     python bench/report.py
 
@@ -11,24 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import client_table
 from ratios import shown
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    text = README.read_text()
-    for name, table in TABLES.items():
-        document = json.loads((RESULTS / f"{name}.json").read_text())
-        text = replaced(text, name, table(document))
-    README.write_text(text)
+    for name in TABLES:
+        place = ROOT / PLACES.get(name, "README.md")
+        place.write_text(written(place.read_text(), name))
 
 
-def replaced(text: str, name: str, table: str) -> str:
-    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+def written(text: str, name: str) -> str:
+    """The document `text` with the table as the results have it now.
+
+    Raises:
+        ValueError: it has no place for that table.
+    """
+    document = json.loads((RESULTS / f"{name}.json").read_text())
+    mark = f"<!-- table: {name} -->"
+    pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md has no place for the table {name!r}: <!-- table: {name} -->")
+        raise ValueError(f"the document has no place for the table {name!r}: {mark}")
+    table = TABLES[name](document)
     return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
 
 
@@ -195,7 +202,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "known_source": known_source,
     "train_cost": train_cost,
     "sds_validation": sds_validation,
+    "clients": client_table.table,
 }
+PLACES = {"clients": "docs/clients.md"}
+"""Where a table stands that is not the README's."""
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -144,8 +145,23 @@ def _cuda_timer(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Timer:
     return once
 
 
-def _captured(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Way:
-    """A replay of the way's kernels, after the calls that compile them and make its buffers."""
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph, and all whose memory its kernels read and write: a graph keeps addresses, so a
+    way that were let go of would leave them to whatever is allocated next."""
+
+    graph: torch.cuda.CUDAGraph
+    way: Way
+    logits_RV: Tensor
+
+    def __call__(self, logits_RV: Tensor) -> None:
+        """A replay, on the logits that were captured."""
+        assert logits_RV is self.logits_RV
+        self.graph.replay()
+
+
+def _captured(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Captured:
+    """The way's kernels, after the calls that compile them and make its buffers."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -155,7 +171,7 @@ def _captured(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Way:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         way(logits_RV)
-    return lambda _: graph.replay()
+    return Captured(graph, way, logits_RV)
 
 
 def copy(rows: int, device: torch.device) -> Way:

@@ -16,6 +16,10 @@ tokens per second from the first request to the last answer's end, and the time 
 of a request, from its first chunk to its last, the median of the round. Client and server share
 the machine, so what the client takes is in every way. Also how much longer a server takes to
 start, to a poll of a quarter second, and what the plug-in keeps in memory.
+Short answers, of one token or two, are rows of their own: answers per second of the ways `no field`
+and `field`, each of 32 clients asking eight times in a round. What an answer costs beside its
+tokens shows there. With --only-short they alone are measured, and the rest of the output file is
+kept.
 The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
 result.
 """
@@ -46,6 +50,11 @@ CONCURRENCIES = (1, 8, 32, 64)
 DIVERSITY = 0.5
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results" / "served.json"
+SHORT = (1, 2)
+"""Output tokens of a short answer."""
+SHORT_CONCURRENCY = 32
+SHORT_ANSWERS = 8
+"""That each client asks for in a round: one wave alone would be over in a few steps."""
 
 Counts = tuple[int, ...]
 SLOTS = max(CONCURRENCIES)
@@ -97,6 +106,8 @@ WAYS = {
     "peer": Way("peer"),
 }
 
+SHORT_WAYS = ("stock", "no field", "field")
+
 
 @click.command()
 @click.option(
@@ -119,26 +130,47 @@ WAYS = {
     type=click.IntRange(min=1),
     help="How often each server starts for the start-up time.",
 )
+@click.option("--only-short", is_flag=True, help="Measure the short answers alone.")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
-def main(pairs: int, concurrencies: Counts, vocabularies: Counts, starts: int, output: Path):
+def main(
+    pairs: int,
+    concurrencies: Counts,
+    vocabularies: Counts,
+    starts: int,
+    only_short: bool,
+    output: Path,
+):
     output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    document = {
-        "what": "streamed completions over HTTP, ratios to a stock server, 95 % intervals",
+    short: list[dict[str, Any]] = []
+    made = {
         "machine": machine(),
         "versions": versions("dftserve-vllm", "vllm", "transformers", "numpy", "openai"),
         "pairs": pairs,
-        "memory_bytes": memory_bytes(vocabularies),
-        "start_seconds": start_seconds(starts),
-        "rows": rows,
     }
+    if only_short:
+        document = json.loads(output.read_text())
+    else:
+        document = {
+            "what": "streamed completions over HTTP, ratios to a stock server, 95 % intervals",
+            **made,
+            "memory_bytes": memory_bytes(vocabularies),
+            "start_seconds": start_seconds(starts),
+            "rows": rows,
+        }
+    document["short_answers"] = {**made, "rows": short}
     for vocabulary in vocabularies:
         with saved(vocabulary) as model, ExitStack() as stack:
-            servers = {name: stack.enter_context(serving(name, model)) for name in SERVERS}
-            rows += asyncio.run(measure(servers, vocabulary, concurrencies, pairs))
+            names = ("stock", "ours") if only_short else SERVERS
+            servers = {name: stack.enter_context(serving(name, model)) for name in names}
+            if not only_short:
+                rows += asyncio.run(measure(servers, vocabulary, concurrencies, pairs))
+            short += asyncio.run(measure_short(servers, vocabulary, pairs))
         output.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(rows, "throughput"))
-    print(table(rows, "time_per_token"))
+    if not only_short:
+        print(table(rows, "throughput"))
+        print(table(rows, "time_per_token"))
+    print(short_table(short))
     print(json.dumps(document))
 
 
@@ -151,14 +183,33 @@ async def measure(
     servers: dict[str, Server], vocabulary: int, concurrencies: Counts, pairs: int
 ) -> list[dict[str, Any]]:
     async with AsyncExitStack() as stack:
-        clients = {
-            name: await stack.enter_async_context(client_of(server))
-            for name, server in servers.items()
-        }
-        ways = {name: Turns(clients[w.server], servers[w.server], w) for name, w in WAYS.items()}
-        for turns in ways.values():
-            await turns.probe()
+        ways = await ready(stack, servers, tuple(WAYS))
         return [await compare(ways, vocabulary, count, pairs) for count in concurrencies]
+
+
+async def measure_short(
+    servers: dict[str, Server], vocabulary: int, pairs: int
+) -> list[dict[str, Any]]:
+    async with AsyncExitStack() as stack:
+        ways = await ready(stack, servers, SHORT_WAYS)
+        return [await compare_short(ways, vocabulary, tokens, pairs) for tokens in SHORT]
+
+
+async def ready(
+    stack: AsyncExitStack, servers: dict[str, Server], names: tuple[str, ...]
+) -> dict[str, "Turns"]:
+    """The ways, each with a client of its server, and seen to do what it says."""
+    clients = {
+        name: await stack.enter_async_context(client_of(server)) for name, server in servers.items()
+    }
+    ways = {
+        name: Turns(clients[way.server], servers[way.server], way)
+        for name, way in WAYS.items()
+        if name in names
+    }
+    for turns in ways.values():
+        await turns.probe()
+    return ways
 
 
 def client_of(server: Server) -> AsyncOpenAI:
@@ -192,6 +243,19 @@ class Turns:
         )
         seconds = time.perf_counter() - start
         return concurrency * tokens / seconds, median(spans) / (tokens - 1)
+
+    async def short_round(self, tokens: int) -> float:
+        """Answers per second, of so many tokens each."""
+        count = SHORT_CONCURRENCY
+        await asyncio.gather(*(self.client.models.list() for _ in range(count)))
+        asking = self.way.asking(count)
+        start = time.perf_counter()
+        await asyncio.gather(*(self.ask_often(i, tokens, i < asking) for i in range(count)))
+        return count * SHORT_ANSWERS / (time.perf_counter() - start)
+
+    async def ask_often(self, i: int, tokens: int, asks: bool) -> None:
+        for _ in range(SHORT_ANSWERS):
+            await self.stream(self.body(i, tokens, asks))
 
     async def stream(self, body: dict[str, Any]) -> float:
         """Seconds from the first chunk to the last, which says that all tokens came."""
@@ -237,6 +301,26 @@ async def compare(
     }
 
 
+async def compare_short(
+    ways: dict[str, Turns], vocabulary: int, tokens: int, pairs: int
+) -> dict[str, Any]:
+    """As `compare`, of answers so short that what comes once for each of them is all there is."""
+    for turns in ways.values():
+        await turns.short_round(tokens)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for pair in range(pairs):
+        for name in names[pair % len(names) :] + names[: pair % len(names)]:
+            speeds[name].append(await ways[name].short_round(tokens))
+    return {
+        "vocabulary": vocabulary,
+        "concurrency": SHORT_CONCURRENCY,
+        "output_tokens": tokens,
+        "stock_answers_per_second": round(median(speeds["stock"]), 1),
+        "answers_per_second": {name: ratio(speeds[name], speeds["stock"]) for name in names[1:]},
+    }
+
+
 def start_seconds(starts: int) -> dict[str, Any]:
     """Until a server answers, stock and ours in turn; one start of each before, for the caches."""
     taken: dict[str, list[float]] = {"stock": [], "ours": []}
@@ -278,6 +362,15 @@ def table(rows: list[dict[str, Any]], measured: str) -> str:
     for row in rows:
         cells = " ".join(f"{shown(row[measured][name]):>18}" for name in names)
         lines.append(f"{'':>14} {row['vocabulary']:>7} {row['concurrency']:>3} {cells}")
+    return "\n".join(lines)
+
+
+def short_table(rows: list[dict[str, Any]]) -> str:
+    names = SHORT_WAYS[1:]
+    lines = [f"{'short answers':>14} {'V':>7} {'T':>3} " + " ".join(f"{n:>18}" for n in names)]
+    for row in rows:
+        cells = " ".join(f"{shown(row['answers_per_second'][name]):>18}" for name in names)
+        lines.append(f"{'':>14} {row['vocabulary']:>7} {row['output_tokens']:>3} {cells}")
     return "\n".join(lines)
 
 

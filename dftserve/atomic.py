@@ -25,6 +25,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: as `write` or the disk raised it; `path` is then as it was.
     """
     temporary = path.with_name(path.name + PARTIAL)
+    temporary.unlink(missing_ok=True)  # It may be a link, and is written through.
     try:
         write(temporary)
         _sync(temporary)

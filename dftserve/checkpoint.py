@@ -6,13 +6,19 @@ final/
   run.json         how it was made: resolved settings, argv, versions, git SHA, fingerprints
   README.md        the same for a reader
   checksums.json   BLAKE3 of every other file
+
+A checkpoint may come from anywhere: `verify` opens regular files that lie in its folder and nothing
+else (`bounded_files`), and names what is there without a checksum.
 """
 
 import json
+import os
+import re
 import shlex
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,12 +28,21 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dftserve import __version__
+from dftserve.bounded_files import FileError, advised, entries, inner_path, kind, read_json
 from dftserve.digest import digest_of
 from dftserve.spec import CHECKSUMS, Promise
 
 RUN, CARD = "run.json", "README.md"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = 1 << 20
+MOST_FILES = 10_000
+COPY = "copy the checkpoint anew"
+NAMED = 5
+"""Files that an error names; the rest are counted."""
+HUB_LEAVES = re.compile(r"\.gitattributes|\.cache/huggingface/.+")
+"""What the Hugging Face hub and its client put beside the files of a repository; no loader reads
+it."""
+_BLAKE3 = re.compile(r"[0-9a-f]{64}")
 TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error")
 """What torch names where it could not write a file."""
 
@@ -80,7 +95,8 @@ def describe(folder: Path, promise: Promise, run: Run) -> None:
 
 def seal(folder: Path) -> None:
     """Write the checksums of all files below `folder`; the last thing that is written."""
-    text = json.dumps({_name(folder, path): digest_of(path) for path in _files(folder)}, indent=2)
+    names = [name for name in entries(folder, most=MOST_FILES) if name != CHECKSUMS]
+    text = json.dumps({name: digest_of(folder / name) for name in names}, indent=2)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -100,43 +116,80 @@ def writing(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder} cannot be written: {told}") from None
 
 
-def verify(folder: Path) -> int:
-    """Compare every file with its checksum; returns how many there are.
+@dataclass(frozen=True)
+class Verified:
+    """A checkpoint that is as it was written."""
+
+    files: int
+    beside: tuple[str, ...]
+    """What the hub put there."""
+
+
+def verify(folder: Path) -> Verified:
+    """Compare every file with its checksum.
 
     Raises:
-        CheckpointError: no checksums, or the first file that is missing, changed or new.
+        CheckpointError: no checksums, files that are there and not listed, whatever they are, or
+            the first file that is missing, changed, or not a regular file of the folder.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; give a checkpoint's.")
+    try:
+        expected = _checksums(folder)
+        found = entries(folder, most=MOST_FILES)
+        beside = _beside(folder, expected, found)
+        for name, digest in expected.items():
+            _compare(folder, name, digest, found)
+    except FileError as error:
+        raise CheckpointError(advised(error, COPY)) from None
+    return Verified(len(expected), beside)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Digests by name. Raises CheckpointError where they are not what `seal` writes."""
     path = folder / CHECKSUMS
-    if not path.is_file():
+    try:
+        given = read_json(path, within=folder, largest=LARGEST_CHECKSUMS)
+    except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {CHECKSUMS}: dftserve did not write it, or not to the end."
+        ) from None
+    if not isinstance(given, dict) or not all(
+        isinstance(digest, str) and _BLAKE3.fullmatch(digest) for digest in given.values()
+    ):
+        raise CheckpointError(f"{path} is not what dftserve wrote; {COPY}.")
+    return {inner_path(name, str(path)): digest for name, digest in given.items()}
+
+
+def _beside(
+    folder: Path, expected: Mapping[str, str], found: Mapping[str, os.stat_result]
+) -> tuple[str, ...]:
+    """What the hub put beside the files; all else without a checksum is a CheckpointError."""
+    extra = [name for name in found if name not in expected and name != CHECKSUMS]
+    unlisted = [name for name in extra if not _is_the_hubs(name, found[name])]
+    if unlisted:
+        named = ", ".join(f"{name!r} ({kind(found[name].st_mode)})" for name in unlisted[:NAMED])
+        more = f" and {len(unlisted) - NAMED} more" if len(unlisted) > NAMED else ""
+        raise CheckpointError(
+            f"{folder} holds what {CHECKSUMS} does not list: {named}{more}; accepted: the files "
+            "that were written; move the others out."
         )
-    if path.stat().st_size > LARGEST_CHECKSUMS:
-        raise CheckpointError(f"{path} is not what dftserve wrote: it is too large.")
-    try:
-        expected = json.loads(path.read_text(encoding="utf-8"))
-        names = {str(name): str(digest) for name, digest in expected.items()}
-    except (ValueError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is not what dftserve wrote; copy it anew.") from None
-    found = {_name(folder, each): each for each in _files(folder)}
-    for name, digest in names.items():
-        if name not in found:
-            raise CheckpointError(
-                f"{folder / name}, named in {CHECKSUMS}, is missing; copy the checkpoint anew."
-            )
-        if digest_of(found[name]) != digest:
-            raise CheckpointError(
-                f"{folder / name} is not the file that was written, by {CHECKSUMS}; "
-                "copy the checkpoint anew."
-            )
-    for name in found:
-        if name not in names:
-            raise CheckpointError(
-                f"{folder / name} was added later; move it out, or make the checksums anew."
-            )
-    return len(names)
+    return tuple(extra)
+
+
+def _is_the_hubs(name: str, found: os.stat_result) -> bool:
+    """In a snapshot of its cache they are links, as all files are."""
+    plain = stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)
+    return plain and HUB_LEAVES.fullmatch(name) is not None
+
+
+def _compare(folder: Path, name: str, digest: str, found: Container[str]) -> None:
+    if name not in found:
+        raise CheckpointError(f"{folder / name}, named in {CHECKSUMS}, is missing; {COPY}.")
+    if digest_of(folder / name, within=folder) != digest:
+        raise CheckpointError(
+            f"{folder / name} is not the file that was written, by {CHECKSUMS}; {COPY}."
+        )
 
 
 def versions() -> dict[str, str]:
@@ -147,14 +200,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-
-
-def _name(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 def _git_sha() -> str | None:

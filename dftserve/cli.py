@@ -69,15 +69,34 @@ def chat(url: str, model: str | None, api_key_env: str, temperature: float | Non
     metavar="NAME",
     help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
 )
+@click.option(
+    "--wheel",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Instead: does this .whl of vLLM have what the plug-in needs?",
+)
+@click.option(
+    "--vllm",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Instead: does the vLLM in this folder, installed or a checkout?",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def doctor(url: str | None, api_key_env: str | None, as_json: bool) -> None:
+def doctor(
+    url: str | None, api_key_env: str | None, wheel: Path | None, vllm: Path | None, as_json: bool
+) -> None:
     """Say what is installed, what will run, and what is wrong.
 
     Exit code 1 where something is wrong, 0 otherwise, with warnings too.
     """
     from dftserve import doctor
 
-    findings = doctor.examine(os.environ)
+    elsewhere = [place for place in (wheel, vllm) if place is not None]
+    if len(elsewhere) + (url is not None) > 1:
+        raise click.UsageError("got several of --url, --wheel and --vllm; accepted: one of them.")
+    if elsewhere:
+        with usage_errors():
+            findings = doctor.judge(elsewhere[0])
+    else:
+        findings = doctor.examine(os.environ)
     if url is not None:
         key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
         with usage_errors():
@@ -190,7 +209,10 @@ def checkpoint_verify(folder: Path) -> None:
     from dftserve.checkpoint import verify
 
     with usage_errors():
-        click.echo(f"{folder}: {verify(folder)} files, each as it was written.")
+        found = verify(folder)
+        click.echo(f"{folder}: {found.files} files, each as it was written.")
+        if found.beside:
+            click.echo(f"Not listed, as the hub leaves them: {', '.join(found.beside)}.")
 
 
 def _named(values: tuple[str, ...]) -> dict[str, str]:

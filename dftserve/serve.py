@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
+from dftserve.model_folder import check_model_folder
 from dftserve.spec import CHECKSUMS, Diversity, Promise, parse_json
 
 DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
@@ -89,17 +90,20 @@ def launch(
         default_diversity: for requests that name none: a number or an object as JSON text, or
             `checkpoint` for what the checkpoint's dft.json suggests.
 
-    A checkpoint that carries checksums is compared with them first.
+    A checkpoint that carries checksums is compared with them first, and the files of any folder
+    are looked through (`model_folder`).
 
     Raises:
         ValueError: the default is not acceptable, the checkpoint suggests none, or a file of it is
-            not what was written.
+            not what was written, or none that may be opened.
         RuntimeError: there is no vllm command.
     """
-    if (Path(model) / CHECKSUMS).is_file():
+    if os.path.lexists(Path(model) / CHECKSUMS):
         from dftserve import checkpoint
 
         checkpoint.verify(Path(model))
+    if Path(model).is_dir():
+        check_model_folder(Path(model))
     environment = {}
     if default_diversity is not None:
         default = _default(model, default_diversity)

@@ -2,17 +2,20 @@
 
     settings.load(Filters, {"min_words": 50}, "corpus.filters")
 
-Standard library only, but for reading YAML.
+Standard library only, but for YAML, which this is the one reader of.
 """
 
 import contextlib
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from dftserve.bounded_files import DEEPEST, INTEGERS, read_text
 
 T = TypeVar("T")
 
@@ -50,21 +53,52 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file says.
 
     Raises:
-        ValueError: too large, not UTF-8, not YAML, or with an alias.
+        ValueError: not there, no regular file, too large, not UTF-8, or as `parse_yaml`.
+    """
+    try:
+        text = read_text(path, largest=LARGEST)
+    except OSError as error:
+        told = error.strerror or "there is no such file"
+        raise ValueError(f"{path}: cannot be read ({told}); give a YAML file.") from None
+    return parse_yaml(text, path.name)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text says; `where` begins the error.
+
+    Raises:
+        ValueError: not YAML, with an alias, or with more than `DEEPEST` levels.
     """
     import yaml
 
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path.name}: {path.stat().st_size} bytes; accepted: at most {LARGEST}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            # A few nested ones unfold to more than any memory holds.
-            raise ValueError(f"{path.name}: it has an alias (*name); accepted: YAML without them.")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        problem = _unbounded(text)
+        content = None if problem else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
+        # Not only YAMLError: a tag on a text that does not fit it, as in `!!bool maybe`.
         told = " ".join(str(error).split())
-        raise ValueError(f"{path.name}: not YAML in UTF-8 ({told}).") from None
+        raise ValueError(f"{where}: not YAML ({told}).") from None
+    if problem:
+        raise ValueError(f"{where}: {problem}.")
+    return content
+
+
+def _unbounded(text: str) -> str | None:
+    """What makes a document too large once it is unfolded: told before anything is made of it."""
+    import yaml
+
+    level = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            # A few nested ones unfold to more than any memory holds.
+            return "it has an alias (*name); accepted: YAML without them"
+        if isinstance(event, yaml.CollectionStartEvent):
+            level += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            level -= 1
+        if level > DEEPEST:
+            return f"got more than {DEEPEST} levels of lists and keys; accepted: at most {DEEPEST}"
+    return None
 
 
 def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) -> None:
@@ -72,13 +106,16 @@ def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) ->
     known = list(known)
     for name in given:
         if name not in known:
-            raise ValueError(f"{where}: got the key {name!r}; accepted: {among(name, known)}.")
+            raise ValueError(
+                f"{where}: got the key {_shown(name)}; accepted: {among(name, known)}."
+            )
 
 
 def among(name: object, known: Iterable[str]) -> str:
     """The known names in a list and, where one is near, a question after it."""
     known = list(known)
-    close = difflib.get_close_matches(str(name)[:80], known, n=1)
+    text = name[:80] if isinstance(name, str) else _shown(name)
+    close = difflib.get_close_matches(text, known, n=1)
     return ", ".join(known) + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
@@ -100,17 +137,19 @@ def _value(hint: Any, given: object, where: str) -> Any:
         return tuple(_value(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(given))
     if hasattr(hint, "__dataclass_fields__"):
         return given if isinstance(given, hint) else load(hint, given, where)
-    if hint is float and isinstance(given, int) and not isinstance(given, bool):
-        return float(given)
-    if hint is float and isinstance(given, str):
+    if hint is float and isinstance(given, int | str) and not isinstance(given, bool):
         # YAML 1.1 reads 2e-5 as a text.
-        with contextlib.suppress(ValueError):
-            return float(given)
+        with contextlib.suppress(ValueError, OverflowError):
+            given = float(given)
     expected = origin or hint
     if expected is Any:
         return given
     if not isinstance(given, expected) or (isinstance(given, bool) and expected is not bool):
         raise ValueError(f"{where}: got {_shown(given)}; accepted: {_kind(hint)}.")
+    if isinstance(given, float) and not math.isfinite(given):
+        raise ValueError(f"{where}: got {given}; accepted: a finite number.")
+    if isinstance(given, int) and given not in INTEGERS:
+        raise ValueError(f"{where}: got {_shown(given)}; accepted: a whole number of 64 bits.")
     return given
 
 
@@ -125,5 +164,8 @@ def _kind(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # A whole number of thousands of digits.
+        text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= 80 else f"{text[:77]}…"

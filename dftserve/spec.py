@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from dftserve.bounded_files import advised, read_json
+
 MAX_JSON_CHARACTERS = 4096
 CHECKSUMS = "checksums.json"
 """The file of a checkpoint that says whether it is whole."""
@@ -177,6 +179,8 @@ class Promise:
     """The tuned model's."""
 
     FILE = "dft.json"
+    LARGEST = 1 << 20
+    """Bytes of the file."""
 
     @classmethod
     def read(cls, folder: Path) -> "Promise":
@@ -184,15 +188,15 @@ class Promise:
 
         Raises:
             FileNotFoundError: the folder has no dft.json.
-            ValueError: it is not the JSON object that `write` makes.
+            ValueError: it is not the JSON object that `write` makes, no file of the folder, or too
+                large.
         """
         path = folder / cls.FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: not JSON ({error}); write it anew with the trainer."
-            ) from None
+            # Each of its numbers has bounds of its own.
+            content = read_json(path, within=folder, largest=cls.LARGEST, finite=False)
+        except ValueError as error:
+            raise ValueError(advised(error, "write it anew with the trainer")) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "recipe" not in content:
             raise ValueError(f"{path}: got {shown(content)}; accepted: an object with `recipe`.")

@@ -1,4 +1,4 @@
-"""The versions of vLLM that are supported, and every symbol of it that the plug-in stands on.
+"""The versions that are supported, and every symbol of vLLM that the plug-in stands on.
 
 The plug-in, `dftserve doctor` and the tests read both from here. The symbols are data, checked in
 two ways: in source files by `ast` before anything is installed or imported, and in a module that
@@ -12,11 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 from zipfile import Path as ZipPath
 
 SUPPORTED: tuple[tuple[int, int], ...] = ((0, 31), (0, 32), (0, 33))
 """vLLM's minor versions that the tests run on, oldest first."""
+
+TRANSFORMERS = ("5.16.1", "5.25")
+"""The first version of transformers that training and evaluation are tested on, and the first
+that they are not. Beside vLLM, its own narrower range holds."""
 
 Hook = Literal["field", "statistics", "answer", "processor V1", "processor V2", "numba"]
 
@@ -27,11 +31,26 @@ def minor(version: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
+def supported_range() -> str:
+    """For a reader: `0.31 to 0.33`."""
+    return " to ".join(_dotted(SUPPORTED[end]) for end in (0, -1))
+
+
+def requirement() -> str:
+    """For pip: `>=0.31,<0.34`."""
+    major, newest = SUPPORTED[-1]
+    return f">={_dotted(SUPPORTED[0])},<{_dotted((major, newest + 1))}"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 def unsupported(version: str) -> str | None:
     """Why nothing is changed on this version of vLLM, or None."""
     if minor(version) in SUPPORTED:
         return None
-    supported = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    supported = ", ".join(map(_dotted, SUPPORTED))
     return f"vLLM {version} is not supported (supported: {supported}); install one of these"
 
 
@@ -49,9 +68,15 @@ class Symbol:
     required: bool
     """Whether the field is not honoured without it; otherwise only less is reported."""
 
+    @property
+    def signature(self) -> str:
+        """The name, with the parameters where they matter."""
+        return (
+            self.name if self.parameters is None else f"{self.name}({', '.join(self.parameters)})"
+        )
+
     def __str__(self) -> str:
-        shown = "" if self.parameters is None else f"({', '.join(self.parameters)})"
-        return f"{self.module}: {self.name}{shown}"
+        return f"{self.module}: {self.signature}"
 
 
 @dataclass(frozen=True)
@@ -240,8 +265,8 @@ def missing_in_source(root: Root) -> list[Problem]:
     Raises:
         FileNotFoundError: there is no vLLM there.
     """
-    package = _package(root)
-    sources = {name: _Source(package, name) for name in {symbol.module for symbol in SYMBOLS}}
+    folder = package(root)
+    sources = {name: _Source(folder, name) for name in {symbol.module for symbol in SYMBOLS}}
     return [
         Problem(symbol, text)
         for symbol in SYMBOLS
@@ -249,7 +274,12 @@ def missing_in_source(root: Root) -> list[Problem]:
     ]
 
 
-def _package(root: Root) -> Root:
+def package(root: Root) -> Root:
+    """The `vllm` folder at, or in, this place.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     for folder in (root / "vllm", root):
         if (folder / "__init__.py").is_file() and (folder / "v1").is_dir():
             return folder
@@ -264,19 +294,28 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.stmt
 class _Source:
     """One module's syntax tree, read when it is first asked for."""
 
-    def __init__(self, package: Root, module: str) -> None:
-        self._package = package
-        self._module = module
+    def __init__(self, folder: Root, module: str) -> None:
+        self._folder = folder
         inside = "/".join(module.split(".")[1:])
-        files = (package / f"{inside}.py", package / inside / "__init__.py")
-        self._file = next((file for file in files if file.is_file()), None)
-        tree = ast.parse("" if self._file is None else self._file.read_text(encoding="utf-8"))
-        self._names = dict(_defined(tree.body))
+        files = (folder / f"{inside}.py", folder / inside / "__init__.py")
+        file = next((file for file in files if file.is_file()), None)
+        self._unread = "the module is not there" if file is None else None
+        self._names: dict[str, Definition] = {}
+        if file is not None:
+            self._read(file)
+
+    def _read(self, file: Root) -> None:
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError) as problem:  # Also source for a newer Python than this.
+            self._unread = f"its source cannot be read: {problem}"
+        else:
+            self._names = dict(_defined(tree.body))
 
     def fault(self, symbol: Symbol) -> str | None:
         """What is wrong with the symbol here, or None."""
-        if self._file is None:
-            return "the module is not there"
+        if self._unread is not None:
+            return self._unread
         owner, _, member = symbol.name.partition(".")
         found = self._names.get(owner)
         if found is not None and member:
@@ -304,7 +343,7 @@ class _Source:
         if imported.level or not module.startswith("vllm."):
             return None
         original = next(a.name for a in imported.names if owner in (a.asname, a.name))
-        return _Source(self._package, module).member(original, name)
+        return _Source(self._folder, module).member(original, name)
 
 
 def _defined(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Definition]]:
@@ -397,7 +436,7 @@ def missing_in_module(module: ModuleType, symbols: Iterable[Symbol] = SYMBOLS) -
 def _fault(module: ModuleType, symbol: Symbol) -> str | None:
     owner, _, member = symbol.name.partition(".")
     holder = getattr(module, owner, None)
-    if holder is None or (member and not _has(holder, member)):
+    if holder is None or (member and not (isinstance(holder, type) and _has(holder, member))):
         return "it is not there"
     found = getattr(holder, member, None) if member else holder
     if symbol.parameters is None or not inspect.isroutine(found):
@@ -407,17 +446,19 @@ def _fault(module: ModuleType, symbol: Symbol) -> str | None:
 
 def _has(holder: type, member: str) -> bool:
     """Fields without a default are annotations only; what a constructor sets is in its code."""
-    if hasattr(holder, member):
+    inherited = vars(object).get(member)
+    if getattr(holder, member, inherited) is not inherited:
         return True
-    declared = any(member in vars(c).get("__annotations__", {}) for c in inspect.getmro(holder))
+    declared = any(member in vars(one).get("__annotations__", {}) for one in holder.__mro__)
     code = getattr(inspect.unwrap(holder.__init__), "__code__", None)
     return declared or (code is not None and member in code.co_names)
 
 
-def _signature(function: object) -> _Parameters | None:
-    if not callable(function):
+def _signature(function: Any) -> _Parameters | None:
+    try:
+        kinds = inspect.signature(function).parameters.values()
+    except ValueError:  # A compiled function may have none to show.
         return None
-    kinds = inspect.signature(function).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return _Parameters(
         _without_self(tuple(p.name for p in kinds if p.kind in positional)),

@@ -39,9 +39,20 @@ def gather(
     return _all(engine, [(path, body) for path, body in requests], post, at_once)
 
 
+def gather_bytes(
+    engine: Engine, requests: Iterable[tuple[str, bytes]], at_once: int = 16
+) -> list[httpx.Response]:
+    """As `gather`, with bodies as they are to be sent."""
+
+    async def post(client: httpx.AsyncClient, path: str, body: bytes) -> httpx.Response:
+        return await client.post(path, content=body, headers={"Content-Type": "application/json"})
+
+    return _all(engine, list(requests), post, at_once)
+
+
 def _all(
     engine: Engine,
-    requests: list[tuple[str, dict[str, Any]]],
+    requests: list[tuple[str, Any]],
     post: Callable[..., Awaitable[httpx.Response]],
     at_once: int,
 ) -> list[httpx.Response]:
@@ -54,7 +65,7 @@ def _all(
             base_url=engine.url, headers=headers, timeout=600, trust_env=False, limits=limits
         ) as client:
 
-            async def one(path: str, body: dict[str, Any]) -> httpx.Response:
+            async def one(path: str, body: Any) -> httpx.Response:
                 async with turn:
                     return await post(client, path, body)
 

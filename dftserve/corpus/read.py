@@ -8,22 +8,46 @@ for text in read(Path("novels")): ...
 .parquet         one a row, the same fields
 a folder         of these, at any depth, in the order of their paths; hidden files are left out
 a folder that datasets' save_to_disk wrote    one a row, the same fields
+
+The files of a folder lie in it, or in the Hugging Face cache as a snapshot's do; a link that leads
+elsewhere is refused, as are FIFOs and devices (`bounded_files`).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dftserve.bounded_files import (
+    FileError,
+    advised,
+    chunks,
+    entries,
+    is_plain_name,
+    lines,
+    open_file,
+    parse_json,
+    read_json,
+    real_file,
+    shaped_as,
+)
+
 TEXTS = (".txt", ".md", ".rst")
 RECORDS = (".jsonl", ".parquet")
 LARGEST = 64 << 20
 """Bytes of one text file, and of one line of a .jsonl file: either is held in memory whole."""
+LARGEST_RECORDS = 1 << 42
+"""Bytes of a file of records, of which a line or some rows are held at once."""
+LARGEST_GROUP = 4 << 30
+"""Bytes of a row group of a .parquet file, unpacked."""
+LARGEST_STATE = 16 << 20
+"""Bytes of a JSON file of datasets."""
+MOST_FILES = 1 << 22
 BATCH_ROWS = 256
 """Rows of a .parquet file that are held in memory at once."""
 FIELDS = "`text`, or `messages`, or `prompt` and `response`"
-DATASET_MARKS = ("dataset_dict.json", "state.json")
+DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
+DATASET_INFO = "dataset_info.json"
 
 
 @dataclass(frozen=True)
@@ -45,15 +69,16 @@ def read(path: Path) -> Iterator[Text]:
 
     Raises:
         ValueError: names the file, and the line or row: nothing there, a suffix that is not known,
-            not UTF-8, too large, broken JSON, a field that is missing or of a wrong type.
+            not UTF-8, too large, broken JSON, a field that is missing or of a wrong type, no
+            regular file, or one that lies elsewhere.
     """
     if not path.exists():
         raise ValueError(f"{path}: nothing is there; accepted: {_accepted()}.")
-    if path.is_dir() and any((path / mark).is_file() for mark in DATASET_MARKS):
+    if path.is_dir() and any((path / mark).exists() for mark in (DATASET_SPLITS, DATASET_STATE)):
         yield from _dataset(path)
     elif path.is_dir():
         for file in _files(path):
-            yield from _file(file, file.relative_to(path).as_posix())
+            yield from _file(file, file.relative_to(path).as_posix(), within=path)
     else:
         yield from _file(path, path.name)
 
@@ -66,49 +91,52 @@ def _accepted() -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    found = (Path(name) for name in entries(folder, most=MOST_FILES))
     shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
     return [folder / path for path in sorted(shown, key=lambda path: path.parts)]
 
 
-def _file(path: Path, origin: str) -> Iterator[Text]:
+def _file(path: Path, origin: str, within: Path | None = None) -> Iterator[Text]:
     suffix = path.suffix.lower()
+    real_file(path, within=within, largest=LARGEST_RECORDS)
     if suffix in TEXTS:
-        yield _text_file(path, origin)
+        yield _text_file(path, origin, within)
     elif suffix == ".jsonl":
-        yield from _lines(path, origin)
+        yield from _lines(path, origin, within)
     elif suffix == ".parquet":
-        yield from _parquet(path, origin)
+        yield from _parquet(path, origin, within)
     else:
         raise ValueError(f"{path}: got the suffix {suffix!r}; accepted: {_accepted()}.")
 
 
-def _text_file(path: Path, origin: str) -> Text:
-    size = path.stat().st_size
-    if size > LARGEST:
-        raise ValueError(f"{path}: {size} bytes; accepted: at most {LARGEST} in one text file.")
-    return _plain(_decoded(path.read_bytes(), f"{path}"), origin)
+def _text_file(path: Path, origin: str, within: Path | None) -> Text:
+    try:
+        with open_file(path, within=within, largest=LARGEST) as file:
+            content = b"".join(chunks(file, path, largest=LARGEST))
+    except FileError as error:
+        raise ValueError(advised(error, "cut it into several texts, or leave it out")) from None
+    return _plain(_decoded(content, f"{path}"), origin)
 
 
-def _lines(path: Path, origin: str) -> Iterator[Text]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LARGEST + 1):
-            number += 1
-            where = f"{path}, line {number}"
-            if len(line) > LARGEST:
-                raise ValueError(f"{where}: more than {LARGEST} bytes; accepted: shorter lines.")
-            if line.strip():
-                yield _record(_parsed(_decoded(line, where), where), where, f"{origin}:{number}")
+def _lines(path: Path, origin: str, within: Path | None) -> Iterator[Text]:
+    found = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
+    for number, line in enumerate(found, 1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            # Numbers of other fields are not ours to judge.
+            record = parse_json(_decoded(line, where), where, finite=False)
+            yield _record(record, where, f"{origin}:{number}")
 
 
-def _parquet(path: Path, origin: str) -> Iterator[Text]:
+def _parquet(path: Path, origin: str, within: Path | None) -> Iterator[Text]:
     import pyarrow
     from pyarrow import parquet
 
     row = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
+        opened = parquet.ParquetFile(real_file(path, within=within, largest=LARGEST_RECORDS))
+        _refuse_large_groups(opened.metadata, path)
+        for batch in opened.iter_batches(batch_size=BATCH_ROWS):
             for record in batch.to_pylist():
                 row += 1
                 yield _record(record, f"{path}, row {row}", f"{origin}:{row}")
@@ -116,17 +144,61 @@ def _parquet(path: Path, origin: str) -> Iterator[Text]:
         raise ValueError(f"{path}: not a .parquet file that can be read ({error}).") from None
 
 
+def _refuse_large_groups(metadata: Any, path: Path) -> None:
+    sizes = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if (largest := max(sizes, default=0)) > LARGEST_GROUP:
+        raise ValueError(
+            f"{path}: got a row group of {largest:,} bytes; accepted: at most {LARGEST_GROUP:,}; "
+            "write it with smaller ones."
+        )
+
+
 def _dataset(path: Path) -> Iterator[Text]:
     import datasets
+    import pyarrow
 
     try:
+        _check_dataset(path)
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a datasets folder that can be read ({error}).") from None
+    except FileError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a datasets folder that can be read ({told}).") from None
     named = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(path.name, loaded)]
     for split, rows in sorted((str(name), rows) for name, rows in named):
-        for row, record in enumerate(rows, 1):
-            yield _record(record, f"{path}, {split} row {row}", f"{split}:{row}")
+        row = 0
+        # As arrow has them: a feature that is decoded may open a file that a row names.
+        batches: Any = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
+        for batch in batches:
+            for record in batch.to_pylist():
+                row += 1
+                yield _record(record, f"{path}, {split} row {row}", f"{split}:{row}")
+
+
+def _check_dataset(path: Path) -> None:
+    """Refuse a folder whose JSON names what lies elsewhere: datasets would open it."""
+    splits = [path]
+    if (path / DATASET_SPLITS).exists():
+        where = path / DATASET_SPLITS
+        given = read_json(where, within=path, largest=LARGEST_STATE, finite=False)
+        with shaped_as(where, "the `splits` that save_to_disk writes"):
+            splits = [path / _plain_part(name, where) for name in given["splits"]]
+    for split in splits:
+        where = split / DATASET_STATE
+        given = read_json(where, within=path, largest=LARGEST_STATE, finite=False)
+        read_json(split / DATASET_INFO, within=path, largest=LARGEST_STATE, finite=False)
+        with shaped_as(where, "the `_data_files` that save_to_disk writes"):
+            names = [_plain_part(each["filename"], where) for each in given["_data_files"]]
+        for name in names:
+            real_file(split / name, within=path, largest=LARGEST_RECORDS)
+
+
+def _plain_part(name: object, where: Path) -> str:
+    if not isinstance(name, str) or not is_plain_name(name):
+        problem = f"{where}: got the name {_shown(name)}; accepted: files in its folder"
+        raise FileError(problem, "leave the folder out")
+    return name
 
 
 # ── One record ───────────────────────────────────────────────────────────────────────────────────
@@ -191,13 +263,6 @@ def _decoded(content: bytes, where: str) -> str:
             f"{place}: byte 0x{content[error.start]:02x} is not UTF-8; accepted: UTF-8. "
             "Convert it first, as in: iconv -f latin1 -t utf-8."
         ) from None
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: broken JSON ({error}); accepted: one object a line.") from None
 
 
 def _shown(value: object) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dftserve.bounded_files import read_json
 from dftserve.demo.grammar import PROMPTS, generate
 from dftserve.demo.model import STEPS, build
 from dftserve.targets.run import Job
@@ -36,7 +37,7 @@ class Tuned:
 
     def figure(self, name: str) -> float:
         """As measured on the held-out stories, nats a token."""
-        run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        run = read_json(self.folder / "run.json", within=self.folder, largest=1 << 20, finite=False)
         return run["figures"][name]
 
 

@@ -5,12 +5,12 @@ Thin, like `dftserve.cli`: what does the work is imported where it is called.
 
 import contextlib
 import difflib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
+from dftserve.bounded_files import parse_json
 from dftserve.commandline import usage_errors
 
 _key = click.option(
@@ -303,7 +303,7 @@ def _grid(text: str) -> tuple[object, ...]:
     """Numbers with commas, or a JSON list whose items the field accepts."""
     try:
         if text.lstrip().startswith("["):
-            return tuple(json.loads(text))
+            return tuple(parse_json(text, "--grid"))
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--grid: got {text!r}; accepted: 0,.5,1 or a JSON list.") from None
@@ -319,7 +319,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _object(text: str, option: str) -> dict[str, object]:
     try:
-        given = json.loads(text)
+        given = parse_json(text, option)
     except ValueError:
         given = None
     if not isinstance(given, dict):

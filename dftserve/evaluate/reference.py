@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
+from dftserve.bounded_files import FileError, advised, lines, parse_json, read_json, shaped_as
 from dftserve.corpus.read import read
 from dftserve.digest import digest_of
 from dftserve.evaluate.metrics.overlap import ngram_overlap
 from dftserve.evaluate.metrics.sds import Score, SDSReference, score
 from dftserve.evaluate.metrics.stylometry import function_share
 from dftserve.evaluate.text.tokenize import tokens
-from dftserve.evaluate.text.windows import WORDS, Sample, Windows
+from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample, Windows
 from dftserve.evaluate.text.windows import pieces as cut
 
 FORMAT = "dftserve-anchors-1"
@@ -35,6 +36,11 @@ LEAST = {"reference": 32, "calibration": 16, "test": 16}
 """Texts in a split."""
 COPY = 0.5
 """Two texts that share more of their phrases than this are the same text twice."""
+LARGEST = 1 << 20
+"""Bytes of anchors.json."""
+LARGEST_TEXTS = 2 << 30
+LARGEST_LINE = 64 << 20
+MOST_WORDS = 1_000_000
 LEAST_FUNCTION_WORDS = 0.25
 """English prose has .4 to .6; other languages, which the style features do not know, below .1."""
 
@@ -138,21 +144,28 @@ def load(folder: Path) -> Anchors:
         ValueError: no anchors there, of another format, changed since, or measured otherwise by
             this version.
     """
+    written = "a folder that `dftserve evaluate anchors` wrote"
     try:
-        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        about = read_json(folder / FILE, within=folder, largest=LARGEST)
+    except FileError as error:
+        raise ValueError(advised(error, f"give {written}")) from None
+    except OSError:
+        raise ValueError(f"{folder}: no {FILE} that can be read; accepted: {written}.") from None
+    with shaped_as(folder / FILE, written):
         form = about["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{folder}: no {FILE} that can be read; accepted: a folder that "
-            "`dftserve evaluate anchors` wrote."
-        ) from None
     if form != FORMAT:
         raise ValueError(f"{folder}: got the format {form!r}; accepted: {FORMAT}; build it again.")
     if lacks := {"words", "seed", "dropped", "texts_blake3"} - about.keys():
         raise ValueError(f"{folder / FILE}: lacks {', '.join(sorted(lacks))}; build it again.")
-    if not (folder / TEXTS).is_file() or digest_of(folder / TEXTS) != about["texts_blake3"]:
+    words = about["words"]
+    if not isinstance(words, int) or not LEAST_WORDS <= words <= MOST_WORDS:
+        accepted = f"from {LEAST_WORDS} to {MOST_WORDS}"
+        raise ValueError(f"{folder / FILE}: words: got {words!r:.40}; accepted: {accepted}.")
+    if _texts_digest(folder) != about["texts_blake3"]:
         raise ValueError(f"{folder / TEXTS}: changed since it was written; build it again.")
-    anchors = _measured(about["seed"], about["dropped"], _read_splits(folder / TEXTS, about))
+    with shaped_as(folder / TEXTS, f"the texts of {written}"):
+        splits = _read_splits(folder, words)
+    anchors = _measured(about["seed"], about["dropped"], splits)
     if _about(anchors) != {name: value for name, value in about.items() if name != "texts_blake3"}:
         raise ValueError(
             f"{folder}: this version measures these texts otherwise than the one that wrote the "
@@ -177,7 +190,14 @@ def render(anchors: Anchors) -> str:
 
 def digest(folder: Path) -> str:
     """What a result carries to say which anchors it used: the BLAKE3 of anchors.json."""
-    return digest_of(folder / FILE)
+    return digest_of(folder / FILE, within=folder, largest=LARGEST)
+
+
+def _texts_digest(folder: Path) -> str | None:
+    try:
+        return digest_of(folder / TEXTS, within=folder, largest=LARGEST_TEXTS)
+    except FileNotFoundError:
+        return None
 
 
 # ── Splitting ────────────────────────────────────────────────────────────────────────────────────
@@ -268,15 +288,15 @@ def _about(anchors: Anchors) -> dict[str, Any]:
     }
 
 
-def _read_splits(path: Path, about: dict[str, Any]) -> dict[str, Windows]:
-    with path.open(encoding="utf-8") as file:  # `splitlines` would cut at U+2028 too.
-        lines = [json.loads(line) for line in file]
+def _read_splits(folder: Path, words: int) -> dict[str, Windows]:
+    found = lines(folder / TEXTS, within=folder, largest=LARGEST_TEXTS, longest=LARGEST_LINE)
+    rows = [parse_json(line, f"{folder / TEXTS}, line {i}") for i, line in enumerate(found, 1)]
     return {
         name: Windows(
-            words=about["words"],
-            texts=tuple(line["text"] for line in lines if line["split"] == name),
-            prompts=tuple(line["prompt"] for line in lines if line["split"] == name),
-            sources=tuple("" for line in lines if line["split"] == name),
+            words=words,
+            texts=tuple(row["text"] for row in rows if row["split"] == name),
+            prompts=tuple(row["prompt"] for row in rows if row["split"] == name),
+            sources=tuple("" for row in rows if row["split"] == name),
         )
         for name in SHARES
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 from dftserve import __version__, atomic
 from dftserve.evaluate import reference
-from dftserve.evaluate.generate.grid import ASKED, Answer, RequestGrid, count_answers, generate
+from dftserve.evaluate.generate.grid import Answer, RequestGrid, count_answers, generate, read_asked
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
 from dftserve.evaluate.metrics import slop
@@ -124,9 +124,8 @@ def ask(
     """
     done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
-    before = job.out / ASKED
-    known = json.loads(before.read_text(encoding="utf-8"))["model"] if before.exists() else None
-    name = job.name or known
+    before = read_asked(job.out) or {}
+    name = job.name or before.get("model")
     request_grid = RequestGrid(
         model=name or "",
         prompts=prompts,

@@ -20,7 +20,7 @@ from numba import njit
 from torch import Tensor
 
 from dftserve.sampling import entropy, guard, laws, stops
-from dftserve.sampling.laws import NUMBERS, Controls
+from dftserve.sampling.laws import Controls
 from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
@@ -36,8 +36,6 @@ class NumbaTransform:
         self._scratch = _scratch(0)
         self._figures = _Figures(0)
         self._stops_2E = np.empty((2, 0), np.float32)
-        self._controls: Controls | None = None
-        self._asked: tuple[Array, Array]
 
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
@@ -49,27 +47,20 @@ class NumbaTransform:
             self._scratch = _scratch(vocabulary)
         if len(self._figures.sound_R) != rows:
             self._figures = _Figures(rows)
-        if self._stops_2E.shape[1] != width:
+        if self._stops_2E.shape[1] < width:
             self._stops_2E = np.empty((2, width), np.float32)
         _transform(
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
             vocabulary,
             self._figures.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
-            *self._arrays(controls),
+            controls.numbers_RF.contiguous().numpy(),
+            controls.stop_ids_RE.contiguous().numpy(),
             (*self._scratch, self._stops_2E),
             self._figures.figures_FR,
             self._figures.sound_R,
         )
         return self._figures.statistics
-
-    def _arrays(self, controls: Controls) -> tuple[Array, Array]:
-        """Made anew only when the controls change: an adapter passes the same ones for a while."""
-        if self._controls is not controls:
-            numbers_RF = torch.stack([getattr(controls, name) for name in NUMBERS], dim=1)
-            self._asked = numbers_RF.numpy(), controls.stop_ids_RE.contiguous().numpy()
-            self._controls = controls
-        return self._asked
 
 
 def _scratch(vocabulary: int) -> tuple[Array, Array, Array]:
@@ -100,7 +91,6 @@ def _flat(logits_XV: Tensor) -> Tensor:
 
 # What a kernel reads from outside is a constant to it. Weights are float32, as the logits are; the
 # few numbers of a row are Python's own floats.
-_LAW, _TEMPERATURE, _DIVIDED, _LEVEL, _LOG_MIN_P, _CEILING, _RANGE, _EXPONENT = range(8)
 _ABSENT = np.float32(entropy.ABSENT)
 _FARTHEST = np.float32(guard.FARTHEST)
 _LOWEST = float(np.finfo(np.float32).min)
@@ -194,8 +184,9 @@ def _rewrite(
     maxima_J, tokens_K, weights_4K, stops_2E = scratch
     # By index: to a compiler, arrays that were unpacked from one are not contiguous.
     below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
-    below_E, weight_E = stops_2E[0], stops_2E[1]
-    temperature, divided = float(numbers_F[_TEMPERATURE]), numbers_F[_DIVIDED]
+    stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
+    below_E, weight_E = stops_2E[0][: len(stop_ids_E)], stops_2E[1][: len(stop_ids_E)]
+    temperature, divided = float(numbers_F[laws.TEMPERATURE]), numbers_F[laws.DIVIDED]
     floor = np.float32(max(peak + _log_guard(numbers_F) / divided, _LOWEST))
     plausible = _survivors(row_V, peak, floor, divided, maxima_J, tokens_K, below_K)
 
@@ -204,8 +195,8 @@ def _rewrite(
     wanted = _temperature(numbers_F, entropy_before, plausible)
 
     # The content below its own maximum, at T and at T'.
-    stop_peak = _stop_weights(row_V, peak, divided, stop_ids_E, below_E)
-    count, content_peak = _content(row_V, floor, stop_ids_E, tokens_K, below_K, plausible)
+    stop_peak = _take_stops(row_V, peak, divided, stop_ids_E, below_E)
+    count, content_peak = _content(row_V, floor, tokens_K, below_K, plausible)
     below_K, exists = below_K[:count], count > 0
     top = content_peak if exists else np.float32(0.0)
     cool_z, _ = _at(temperature, below_K, top, weight_K, cool_K)
@@ -225,17 +216,14 @@ def _rewrite(
     stop_top = _beside(
         exists and leads, content_peak, lift, temperature, reached, shift, below_E, weight_E
     )
-    log_z = _log_sum(hot_log_z, exists, stop_top, weight_E)
+    log_z, stop_entropy = _beside_content(hot_log_z, exists, stop_top, weight_E)
 
-    content_share, entropy_after, moved = 0.0, 0.0, 0.0
+    entropy_after, moved = stop_entropy, 0.0
     if exists:
         content_log_p = hot_log_z - log_z
         content_share = math.exp(content_log_p)
-        entropy_after = content_share * (math.log(hot_z) - hot_a / hot_z - content_log_p)
+        entropy_after += content_share * (math.log(hot_z) - hot_a / hot_z - content_log_p)
         moved = content_share * _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
-    for e in range(len(weight_E)):
-        log_p = weight_E[e] - log_z
-        entropy_after -= math.exp(log_p) * log_p
 
     held = np.float32(np.inf) if leads else stop_top
     base, scale = np.float32(log_z), np.float32(temperature / divided)
@@ -252,9 +240,9 @@ def _rewrite(
 @_kernel
 def _log_guard(numbers_F: Array) -> float:
     """laws.log_guard."""
-    if math.isnan(numbers_F[_LOG_MIN_P]):
-        return _GUARD_START + _GUARD_STEP * min(max(numbers_F[_LEVEL], 0.0), 1.0)
-    return numbers_F[_LOG_MIN_P]
+    if math.isnan(numbers_F[laws.LOG_MIN_P]):
+        return _GUARD_START + _GUARD_STEP * min(max(numbers_F[laws.LEVEL], 0.0), 1.0)
+    return numbers_F[laws.LOG_MIN_P]
 
 
 @_kernel
@@ -314,48 +302,58 @@ def _exp(x: float) -> float:
 @_kernel
 def _temperature(numbers_F: Array, open_nats: float, plausible: int) -> float:
     """laws.temperature."""
-    temperature, level = float(numbers_F[_TEMPERATURE]), float(numbers_F[_LEVEL])
-    if numbers_F[_LAW] == _DYNATEMP:
+    temperature, level = float(numbers_F[laws.TEMPERATURE]), float(numbers_F[laws.LEVEL])
+    if numbers_F[laws.LAW] == _DYNATEMP:
         if plausible < 2:
             return temperature
-        reach = numbers_F[_RANGE] * level
+        reach = numbers_F[laws.DYNATEMP_RANGE] * level
         coolest = max(temperature - reach, 0.0)
-        share = min(max(open_nats / math.log(plausible), 0.0), 1.0) ** numbers_F[_EXPONENT]
+        share = (
+            min(max(open_nats / math.log(plausible), 0.0), 1.0) ** numbers_F[laws.DYNATEMP_EXPONENT]
+        )
         return max(coolest + (temperature + reach - coolest) * share, _LOWEST_TEMPERATURE)
     gate = (open_nats / (open_nats + 1.0)) ** _GATE_POWER
     wanted = temperature * math.exp(_STRENGTH * level * gate)
-    return min(wanted, max(temperature, numbers_F[_CEILING]))
+    return min(wanted, max(temperature, numbers_F[laws.MAX_TEMPERATURE]))
 
 
 @_kernel
-def _stop_weights(
+def _own_stops(stop_ids_E: Array) -> int:
+    """How many stop tokens the row has itself: no row pays for another's."""
+    count = 0
+    while count < len(stop_ids_E) and stop_ids_E[count] >= 0:
+        count += 1
+    return count
+
+
+@_kernel
+def _take_stops(
     row_V: Array, peak: float, divided: float, stop_ids_E: Array, below_E: Array
 ) -> float:
-    """`_ABSENT` where the row has no such token or the grammar forbids it; returns the highest."""
+    """Takes the stop tokens out of the row, and keeps their weights: `_ABSENT` where the
+    vocabulary has no such token or the grammar forbids it. Returns the highest."""
     highest = _ABSENT
     for e in range(len(stop_ids_E)):
         below_E[e] = _ABSENT
-        if 0 <= stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
+        if stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
             below_E[e] = max((row_V[stop_ids_E[e]] - peak) * divided, _FARTHEST)
+            row_V[stop_ids_E[e]] = _NEGATIVE_INFINITY
         highest = max(highest, below_E[e])
     return highest
 
 
 @_kernel
 def _content(
-    row_V: Array, floor: float, stop_ids_E: Array, tokens_K: Array, below_K: Array, count: int
+    row_V: Array, floor: float, tokens_K: Array, below_K: Array, listed: int
 ) -> tuple[int, float]:
-    """Takes the stop tokens out of the list; returns how many are left, and their maximum."""
-    for stop in stop_ids_E:
-        if 0 <= stop < len(row_V) and row_V[stop] >= floor:
-            listed, count = count, 0
-            for k in range(listed):
-                if tokens_K[k] != stop:
-                    tokens_K[count], below_K[count] = tokens_K[k], below_K[k]
-                    count += 1
-    highest = _ABSENT
-    for k in range(count):
-        highest = max(highest, below_K[k])
+    """Drops from the list what was taken out of the row; returns how many are left, and their
+    maximum."""
+    count, highest = 0, _ABSENT
+    for k in range(listed):
+        if row_V[tokens_K[k]] >= floor:
+            tokens_K[count], below_K[count] = tokens_K[k], below_K[k]
+            highest = max(highest, below_K[k])
+            count += 1
     return count, highest
 
 
@@ -415,13 +413,27 @@ def _beside(
 
 
 @_kernel
-def _log_sum(content: float, exists: bool, highest: float, weight_E: Array) -> float:
-    """ln of the content's sum and the stop tokens' together."""
-    top = max(content, highest) if exists else float(highest)
-    z = math.exp(content - top) if exists else 0.0
+def _beside_content(
+    content: float, exists: bool, highest: float, weight_E: Array
+) -> tuple[float, float]:
+    """ln of the content's sum and the stop tokens' together, and the stop tokens' part of the
+    entropy: −Σ p·ln p over them."""
+    top = np.float32(max(content, highest) if exists else highest)
+    z, a = _stop_sums(weight_E, top)
+    log_z = top + math.log(z + (math.exp(content - top) if exists else 0.0))
+    return log_z, math.exp(top - log_z) * ((log_z - top) * z - a)
+
+
+@_reduction
+def _stop_sums(weight_E: Array, top: float) -> tuple[float, float]:
+    """Σ e^w and Σ w·e^w over the stop tokens, w below `top`."""
+    z, a = 0.0, 0.0
     for e in range(len(weight_E)):
-        z += math.exp(weight_E[e] - top)
-    return top + math.log(z)
+        below = weight_E[e] - top
+        share = _exp(below)
+        z += share
+        a += share * below
+    return z, a
 
 
 @_reduction

@@ -1,14 +1,18 @@
 """The transform on a GPU: three Triton kernels, one read and one write of the rows.
 
     _maxima   streams the rows once, for the maxima of their chunks, in as many programs as fit
-    _decide   one program a row: the few chunks that can hold survivors are gathered; H0, the
-              law's temperature, stop tokens, figures
-    _write    -inf and the rewritten survivors; reads again only the chunks that hold some
+    _decide   one program a row: takes the stop tokens out, gathers the few chunks that can hold
+              survivors; H0, the law's temperature, the stop tokens' probabilities, figures
+    _write    -inf and the rewritten survivors; reads again only the chunks that hold some; the
+              stop tokens last
 
 A peaked row is gathered from a few kilobytes that are still in cache; a flat one takes the same
 way and is streamed again for each sum. Nothing waits for the host, buffers stay once the largest
 batch was seen (from then on graphs can be captured), and sums have one order: tensor-parallel ranks
 agree. The maths is that of `transform.py`, which is the reference.
+
+Each kernel is compiled twice, for rows that are aligned and for others; no other size, number or
+address leads to another compilation, so nothing is compiled once an engine has started.
 """
 
 # Kernels are Triton, not Python, to a type checker's eye.
@@ -28,13 +32,16 @@ from dftserve.sampling.laws import Controls
 from dftserve.sampling.transform import Statistics
 
 CHUNK = 64
-TILE = 4096
+TILE = 2048
 """Tokens a program of `_maxima` and of `_write`; a multiple of CHUNK."""
-BLOCK = 2048
+BLOCK = 1024
 """Values at a time in `_decide`; a multiple of CHUNK."""
+STOPS = 128
+"""Stop tokens at a time: more than most requests have."""
+ALIGNMENT = 16
+"""Rows are moved 16 bytes at a time where they begin at, and are as long as, multiples of this."""
 
-
-_EXACT = {"enable_fp_fusion": False}
+EXACT = {"enable_fp_fusion": False}
 """The same product has the same bits in every kernel: ties between tokens must stay ties."""
 
 
@@ -42,96 +49,96 @@ class TritonTransform:
     """`transform` with buffers of its own; for one stream at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._rows = Buffer(device, torch.int64)
-        self._numbers = Buffer(device)
+        self._all_rows_R = torch.arange(0, device=device)
         self._maxima = Buffer(device)
         self._active = Buffer(device, torch.int32)
         self._plan = Buffer(device)
-        self._stop_at = Buffer(device, torch.int32)
         self._stop_value = Buffer(device)
         self._figures = Buffer(device)
+        self._sound = Buffer(device, torch.bool)
 
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
         """As `transform.transform`."""
         rows, width = controls.stop_ids_RE.shape
-        vocabulary = logits_XV.shape[1]
+        stride, vocabulary = logits_XV.stride(0), logits_XV.shape[1]
         chunks = triton.cdiv(vocabulary, CHUNK)
-        if rows_R is None:
-            rows_R = torch.arange(rows, out=self._rows.take(1, rows)[0])
-        numbers_RF = self._numbers.take(rows, len(_NUMBERS))
-        torch.stack([getattr(controls, name) for name in _NUMBERS], dim=1, out=numbers_RF)
+        rows_R = self._all_rows(rows) if rows_R is None else rows_R.contiguous()
+        numbers_RF, stop_ids_RE = controls.numbers_RF, controls.stop_ids_RE.contiguous()
         maxima_RJ = self._maxima.take(rows, chunks)
         plan_RP = self._plan.take(rows, _PLAN.value)
-        stop_at_RE = self._stop_at.take(rows, width)
         stop_value_RE = self._stop_value.take(rows, width)
-        figures_FR = self._figures.take(5, rows)
+        figures_FR, sound_R = self._figures.take(4, rows), self._sound.take(1, rows)[0]
         tiles = (rows, triton.cdiv(vocabulary, TILE))
+        aligned = _is_aligned(logits_XV)
         _maxima[tiles](
             logits_XV,
             rows_R,
             maxima_RJ,
-            logits_XV.stride(0),
+            stride,
             vocabulary,
             chunks,
+            ALIGNED=aligned,
             CHUNK=CHUNK,
             TILE=TILE,
-            **_EXACT,
+            **EXACT,
         )
         _decide[(rows,)](
             logits_XV,
             rows_R,
             maxima_RJ,
             numbers_RF,
-            controls.stop_ids_RE.contiguous(),
+            stop_ids_RE,
             self._active.take(rows, chunks),
             plan_RP,
-            stop_at_RE,
             stop_value_RE,
             figures_FR,
-            logits_XV.stride(0),
+            sound_R,
+            stride,
             vocabulary,
             chunks,
             width,
             rows,
+            ALIGNED=aligned,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
+            STOPS=STOPS,
             num_warps=8,
-            **_EXACT,
+            **EXACT,
         )
         _write[tiles](
             logits_XV,
             rows_R,
             maxima_RJ,
             plan_RP,
-            stop_at_RE,
+            stop_ids_RE,
             stop_value_RE,
-            logits_XV.stride(0),
+            stride,
             vocabulary,
             chunks,
             width,
+            ALIGNED=aligned,
             CHUNK=CHUNK,
             TILE=TILE,
-            **_EXACT,
+            STOPS=STOPS,
+            **EXACT,
         )
-        return Statistics(*figures_FR[:4], sound_R=figures_FR[4] > 0)
+        return Statistics(*figures_FR, sound_R=sound_R)
+
+    def _all_rows(self, rows: int) -> Tensor:
+        if rows > len(self._all_rows_R):
+            self._all_rows_R = torch.arange(2 * rows, device=self._all_rows_R.device)
+        return self._all_rows_R[:rows]
 
 
-_NUMBERS = (
-    "law_R",
-    "temperature_R",
-    "divided_R",
-    "level_R",
-    "log_min_p_R",
-    "max_temperature_R",
-    "dynatemp_range_R",
-    "dynatemp_exponent_R",
-)
-_FIELDS = tl.constexpr(len(_NUMBERS))
-_PLAN = tl.constexpr(7)
+def _is_aligned(logits_XV: Tensor) -> bool:
+    sizes = (logits_XV.data_ptr(), logits_XV.stride(0), logits_XV.shape[1])
+    return all(size % ALIGNMENT == 0 for size in sizes)
 
-# What a kernel reads from outside has to be marked so.
+
+# What a kernel reads from outside has to be marked so. Triton compares these with what it compiled
+# at every launch, so none may be NaN, which is not equal to itself.
 _ABSENT = tl.constexpr(entropy.ABSENT)
 _FARTHEST = tl.constexpr(guard.FARTHEST)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -144,16 +151,49 @@ _DYNATEMP = tl.constexpr(laws.LAW_CODES["dynatemp"])
 _NEARLY = tl.constexpr(stops.NEARLY)
 _NEWTON_STEPS = tl.constexpr(stops.NEWTON_STEPS)
 _INFINITY = tl.constexpr(math.inf)
-_NAN = tl.constexpr(math.nan)
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+# Columns of the controls' numbers.
+_NUMBERS = tl.constexpr(len(laws.NUMBERS))
+_LAW, _TEMPERATURE = tl.constexpr(laws.LAW), tl.constexpr(laws.TEMPERATURE)
+_DIVIDED, _LEVEL = tl.constexpr(laws.DIVIDED), tl.constexpr(laws.LEVEL)
+_LOG_MIN_P = tl.constexpr(laws.LOG_MIN_P)
+_MAX_TEMPERATURE = tl.constexpr(laws.MAX_TEMPERATURE)
+_RANGE, _EXPONENT = tl.constexpr(laws.DYNATEMP_RANGE), tl.constexpr(laws.DYNATEMP_EXPONENT)
+
+_PLAN = tl.constexpr(9)
+"""Numbers of a row that `_decide` leaves for `_write`."""
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
+def _row(logits, rows, stride, vocabulary, ALIGNED: tl.constexpr):
+    """Where the program's row begins, and its length. What follows from ALIGNED is said in a form
+    that the compiler concludes from."""
+    row = logits + tl.load(rows + tl.program_id(0)) * stride
+    if ALIGNED:
+        row = tl.multiple_of(row, _ALIGNMENT)
+        vocabulary = vocabulary // _ALIGNMENT * _ALIGNMENT
+    return row, vocabulary
+
+
+@triton.jit(
+    do_not_specialize=["stride", "vocabulary", "chunks"],
+    do_not_specialize_on_alignment=["logits", "rows"],
+)
 def _maxima(
-    logits, rows, maxima, stride, vocabulary, chunks, CHUNK: tl.constexpr, TILE: tl.constexpr
+    logits,
+    rows,
+    maxima,
+    stride,
+    vocabulary,
+    chunks,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """NaN counts as +inf: neither leaves a row sound."""
     r = tl.program_id(0)
-    row = logits + tl.load(rows + r) * stride
+    row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
     chunk = tl.program_id(1) * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
     token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     logit = tl.load(row + token, mask=token < vocabulary, other=-_INFINITY)
@@ -161,7 +201,10 @@ def _maxima(
     tl.store(maxima + r * chunks + chunk, tl.max(logit, axis=1), mask=chunk < chunks)
 
 
-@triton.jit(do_not_specialize=["chunks", "width", "count"])
+@triton.jit(
+    do_not_specialize=["stride", "vocabulary", "chunks", "width", "count"],
+    do_not_specialize_on_alignment=["logits", "rows", "numbers", "stop_ids"],
+)
 def _decide(
     logits,
     rows,
@@ -170,52 +213,61 @@ def _decide(
     stop_ids,
     active,
     plan,
-    stop_at,
     stop_value,
     figures,
+    sound_rows,
     stride,
     vocabulary,
     chunks,
     width,
     count,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    STOPS: tl.constexpr,
 ):
     r = tl.program_id(0)
-    row = logits + tl.load(rows + r) * stride
+    row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
     maxima += r * chunks
     active += r * chunks
     stop_ids += r * width
-    stop_at += r * width
     stop_value += r * width
-    numbers += r * _FIELDS
-    temperature, divided = tl.load(numbers + 1), tl.load(numbers + 2)
+    numbers += r * _NUMBERS
+    temperature, divided = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVIDED)
 
-    # The guard: where the row's survivors are.
+    # The guard: where the row's survivors are. A row that is not sound has none.
     peak = _peak(maxima, chunks, BLOCK)
     sound = (peak > -_INFINITY) & (peak < _INFINITY)
     peak = tl.where(sound, peak, 0.0)
     floor = tl.maximum(peak + _log_guard(numbers) / divided, _LOWEST)
-    floor = tl.where(sound, floor, _NAN)  # Nothing is at least NaN: nothing survives.
-    gathered = _list_active(maxima, active, floor, chunks, BLOCK) * CHUNK
-    tl.debug_barrier()
-    source = (row, active, gathered, vocabulary, peak, divided, floor, stop_ids, width)
+    listed = _list_active(maxima, active, floor, chunks, BLOCK)
+    gathered = tl.where(sound, listed * CHUNK, 0)
 
-    # Openness, and the law's temperature.
+    # Stop tokens leave the row, so that whatever survives in it is content.
+    stops, stop_peak, stop_z, stop_a, plausible = _stop_weights(
+        row, stop_ids, stop_value, width, vocabulary, peak, divided, floor, STOPS
+    )
+    tl.debug_barrier()  # Every thread has read them.
+    _take_out(row, stop_ids, tl.where(sound, stops, 0), vocabulary, STOPS)
+    tl.debug_barrier()
+    source = (row, active, gathered, vocabulary, peak, divided, floor)
+
+    # Openness, of all that is plausible, and the law's temperature.
     z_K = tl.zeros([BLOCK], tl.float32)
     a_K = tl.zeros([BLOCK], tl.float32)
     plausible_K = tl.zeros([BLOCK], tl.int32)
     content_peak_K = tl.full([BLOCK], _ABSENT, tl.float32)
     for start in range(0, gathered, BLOCK):
-        below_K, is_plausible_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
-        share_K = tl.where(is_plausible_K, tl.exp(below_K), 0.0)
+        below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+        share_K = tl.where(is_content_K, tl.exp(below_K), 0.0)
         z_K += share_K
         a_K += share_K * below_K
-        plausible_K += is_plausible_K.to(tl.int32)
+        plausible_K += is_content_K.to(tl.int32)
         content_peak_K = tl.maximum(content_peak_K, tl.where(is_content_K, below_K, _ABSENT))
-    z = tl.where(sound, tl.sum(z_K), 1.0)
-    entropy_before = tl.log(z) - tl.sum(a_K) / z
-    wanted = _temperature(numbers, entropy_before, tl.sum(plausible_K).to(tl.float32))
+    z = tl.where(sound, tl.sum(z_K) + stop_z, 1.0)
+    plausible += tl.sum(plausible_K)
+    entropy_before = tl.log(z) - (tl.sum(a_K) + stop_a) / z
+    wanted = _temperature(numbers, entropy_before, plausible.to(tl.float32))
 
     # The content at T and at T', its sums below its own maximum.
     content_peak = tl.max(content_peak_K)
@@ -226,9 +278,6 @@ def _decide(
     cool_log_z = top / temperature + tl.log(cool_z)
 
     # No hotter than where content and the likeliest stop token tie: stops.heat.
-    stop_peak = _ABSENT
-    for e in range(width):
-        stop_peak = tl.maximum(stop_peak, _stop(source, e))
     reached = wanted
     tie = cool_log_z - stop_peak / temperature
     leads = content_peak >= stop_peak
@@ -243,35 +292,41 @@ def _decide(
     shift = tl.where(exists, hot_log_z - cool_log_z, 0.0)
     held_stop = tl.where(leads, top * inverse, _INFINITY)
     is_same = tl.abs(reached / temperature - 1) < _NEARLY
-    tied_at = tl.where(exists & leads & is_same, content_peak, _NAN)
-    stop_top = _ABSENT
-    for e in range(width):
-        weight = _beside(_stop(source, e), temperature, shift, held_stop, tied_at)
-        stop_top = tl.maximum(stop_top, weight)
+    # No weight is infinite: nothing ties there.
+    tied_at = tl.where(exists & leads & is_same, content_peak, _INFINITY)
+    beside = (stop_value, stops, temperature, shift, held_stop, tied_at)
+    stop_top_E = tl.full([STOPS], _ABSENT, tl.float32)
+    for start in range(0, stops, STOPS):
+        _is_allowed_E, weight_E = _beside(beside, start, STOPS)
+        stop_top_E = tl.maximum(stop_top_E, weight_E)
+    stop_top = tl.max(stop_top_E)
     held = tl.where(leads, _INFINITY, stop_top)
     content_log_z = tl.where(exists, hot_log_z, _ABSENT)
     highest = tl.maximum(content_log_z, stop_top)
-    z = tl.exp(content_log_z - highest)
-    for e in range(width):
-        weight = _beside(_stop(source, e), temperature, shift, held_stop, tied_at)
-        z += tl.exp(weight - highest)
-    log_z = highest + tl.log(z)
+    z_E = tl.zeros([STOPS], tl.float32)
+    for start in range(0, stops, STOPS):
+        _is_allowed_E, weight_E = _beside(beside, start, STOPS)
+        z_E += tl.exp(weight_E - highest)
+    log_z = highest + tl.log(tl.exp(content_log_z - highest) + tl.sum(z_E))
     scale = temperature / divided
     content_log_p = content_log_z - log_z
     content_share = tl.exp(content_log_p)
     content_entropy = tl.log(hot_z) - hot_a / hot_z
     entropy_after = content_share * tl.where(exists, content_entropy - content_log_p, 0.0)
-    for e in range(width):
-        below = _stop(source, e)
-        log_p = _beside(below, temperature, shift, held_stop, tied_at) - log_z
-        entropy_after -= tl.exp(log_p) * log_p
-        is_allowed = sound & (below > _ABSENT)
-        tl.store(stop_at + e, tl.where(is_allowed, tl.load(stop_ids + e).to(tl.int32), -1))
-        tl.store(stop_value + e, log_p * scale)
+    a_E = tl.zeros([STOPS], tl.float32)
+    for start in range(0, stops, STOPS):
+        is_allowed_E, weight_E = _beside(beside, start, STOPS)
+        log_p_E = weight_E - log_z
+        a_E += tl.exp(log_p_E) * log_p_E
+        e = start + tl.arange(0, STOPS)
+        value_E = tl.where(is_allowed_E, log_p_E * scale, -_INFINITY)
+        tl.debug_barrier()  # Every thread has read the weights whose place the values take.
+        tl.store(stop_value + e, value_E, mask=e < stops)
+    entropy_after -= tl.sum(a_E)
 
     moved_K = tl.zeros([BLOCK], tl.float32)
     for start in range(0, gathered, BLOCK):
-        below_K, _is_plausible_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+        below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
         cool_K = tl.exp((below_K - top) / temperature) / cool_z
         hot_K = tl.exp((below_K - top) * inverse) / hot_z
         moved_K += tl.where(is_content_K, tl.maximum(cool_K - hot_K, 0.0), 0.0)
@@ -280,15 +335,17 @@ def _decide(
     tl.store(figures + count + r, tl.where(sound, entropy_after, 0.0))
     tl.store(figures + 2 * count + r, tl.where(sound, reached, 0.0))
     tl.store(figures + 3 * count + r, tl.where(sound, content_share * tl.sum(moved_K), 0.0))
-    tl.store(figures + 4 * count + r, sound.to(tl.float32))
+    tl.store(sound_rows + r, sound)
     plan += r * _PLAN
-    tl.store(plan, peak)
-    tl.store(plan + 1, floor)
-    tl.store(plan + 2, divided)
-    tl.store(plan + 3, inverse)
-    tl.store(plan + 4, held)
-    tl.store(plan + 5, log_z)
-    tl.store(plan + 6, scale)
+    tl.store(plan, sound.to(tl.float32))
+    tl.store(plan + 1, peak)
+    tl.store(plan + 2, floor)
+    tl.store(plan + 3, divided)
+    tl.store(plan + 4, inverse)
+    tl.store(plan + 5, held)
+    tl.store(plan + 6, log_z)
+    tl.store(plan + 7, scale)
+    tl.store(plan + 8, stops.to(tl.float32))
 
 
 @triton.jit
@@ -303,7 +360,7 @@ def _peak(maxima, chunks, BLOCK: tl.constexpr):
 @triton.jit
 def _log_guard(numbers):
     """laws.log_guard."""
-    level, log_min_p = tl.load(numbers + 3), tl.load(numbers + 4)
+    level, log_min_p = tl.load(numbers + _LEVEL), tl.load(numbers + _LOG_MIN_P)
     follows = tl.minimum(tl.maximum(level, 0.0), 1.0) * _GUARD_STEP + _GUARD_START
     return tl.where(log_min_p != log_min_p, follows, log_min_p)
 
@@ -322,20 +379,71 @@ def _list_active(maxima, active, floor, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _stop_weights(
+    row,
+    stop_ids,
+    stop_value,
+    width,
+    vocabulary,
+    peak,
+    divided,
+    floor,
+    STOPS: tl.constexpr,
+):
+    """Keeps the stop tokens' weights: `_ABSENT` where the vocabulary has no such token or the
+    grammar forbids it. Only as many are read as the row has itself, however many others have.
+
+    Returns:
+        Their number, the highest weight, the plausible ones' part of H0's sums, and the number of
+        those.
+    """
+    stops = 0
+    peak_E = tl.full([STOPS], _ABSENT, tl.float32)
+    z_E = tl.zeros([STOPS], tl.float32)
+    a_E = tl.zeros([STOPS], tl.float32)
+    plausible_E = tl.zeros([STOPS], tl.int32)
+    has_more = width > 0
+    while has_more:
+        place_E = tl.arange(0, STOPS)
+        e = stops + place_E
+        token_E = tl.load(stop_ids + e, mask=e < width, other=-1)
+        own = tl.min(tl.where(token_E < 0, place_E, STOPS))
+        is_known_E = (place_E < own) & (token_E < vocabulary)
+        logit_E = tl.load(row + token_E, mask=is_known_E, other=-_INFINITY)
+        is_allowed_E = logit_E > -_INFINITY
+        below_E = tl.where(is_allowed_E, tl.maximum((logit_E - peak) * divided, _FARTHEST), _ABSENT)
+        tl.store(stop_value + e, below_E, mask=e < width)
+        peak_E = tl.maximum(peak_E, below_E)
+        is_plausible_E = logit_E >= floor
+        share_E = tl.where(is_plausible_E, tl.exp(below_E), 0.0)
+        z_E += share_E
+        a_E += share_E * below_E
+        plausible_E += is_plausible_E.to(tl.int32)
+        stops += own
+        has_more = own == STOPS
+    return stops, tl.max(peak_E), tl.sum(z_E), tl.sum(a_E), tl.sum(plausible_E)
+
+
+@triton.jit
+def _take_out(row, stop_ids, stops, vocabulary, STOPS: tl.constexpr):
+    for start in range(0, stops, STOPS):
+        e = start + tl.arange(0, STOPS)
+        token_E = tl.load(stop_ids + e, mask=e < stops, other=vocabulary)
+        tl.store(row + token_E, -_INFINITY, mask=token_E < vocabulary)
+
+
+@triton.jit
 def _survivors(source, start, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """A block of gathered tokens: log-weights at temperature 1 below the row's maximum (0 where
-    not plausible), which are plausible, which are content."""
-    row, active, gathered, vocabulary, peak, divided, floor, stop_ids, width = source
+    one does not survive), and which survive."""
+    row, active, gathered, vocabulary, peak, divided, floor = source
     k = start + tl.arange(0, BLOCK)
     chunk = tl.load(active + k // CHUNK, mask=k < gathered, other=0)
     token = chunk * CHUNK + k % CHUNK
     is_there = (k < gathered) & (token < vocabulary)
     logit = tl.load(row + token, mask=is_there, other=-_INFINITY)
-    is_plausible = logit >= floor
-    is_content = is_plausible
-    for e in range(width):
-        is_content &= token != tl.load(stop_ids + e)
-    return tl.where(is_plausible, (logit - peak) * divided, 0.0), is_plausible, is_content
+    is_content = logit >= floor
+    return tl.where(is_content, (logit - peak) * divided, 0.0), is_content
 
 
 @triton.jit
@@ -344,7 +452,7 @@ def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr
     z_K = tl.zeros([BLOCK], tl.float32)
     a_K = tl.zeros([BLOCK], tl.float32)
     for start in range(0, source[2], BLOCK):
-        below_K, _is_plausible_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+        below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
         weight_K = tl.where(is_content_K, (below_K - top) * inverse, 0.0)
         share_K = tl.where(is_content_K, tl.exp(weight_K), 0.0)
         z_K += share_K
@@ -355,18 +463,18 @@ def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit
 def _temperature(numbers, entropy, plausible):
     """laws.temperature."""
-    temperature, level = tl.load(numbers + 1), tl.load(numbers + 3)
+    temperature, level = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _LEVEL)
     gate = _power(entropy / (entropy + 1), _GATE_POWER)
     heated = temperature * tl.exp(level * gate * _STRENGTH)
-    heated = tl.minimum(heated, tl.maximum(temperature, tl.load(numbers + 5)))
+    heated = tl.minimum(heated, tl.maximum(temperature, tl.load(numbers + _MAX_TEMPERATURE)))
 
-    reach = tl.load(numbers + 6) * level
+    reach = tl.load(numbers + _RANGE) * level
     coolest = tl.maximum(temperature - reach, 0.0)
     share = entropy / tl.log(tl.maximum(plausible, 2.0))
-    share = _power(tl.minimum(tl.maximum(share, 0.0), 1.0), tl.load(numbers + 7))
+    share = _power(tl.minimum(tl.maximum(share, 0.0), 1.0), tl.load(numbers + _EXPONENT))
     ranged = coolest + (temperature + reach - coolest) * share
     ranged = tl.where(plausible > 1, tl.maximum(ranged, _LOWEST_TEMPERATURE), temperature)
-    return tl.where(tl.load(numbers) == _DYNATEMP, ranged, heated)
+    return tl.where(tl.load(numbers + _LAW) == _DYNATEMP, ranged, heated)
 
 
 @triton.jit
@@ -376,21 +484,14 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _stop(source, e):
-    """The weight of a stop token; `_ABSENT` where the row has none or the grammar forbids it."""
-    row, _, _, vocabulary, peak, divided, _, stop_ids, _ = source
-    token = tl.load(stop_ids + e)
-    is_known = (token >= 0) & (token < vocabulary)
-    logit = tl.load(row + token, mask=is_known, other=-_INFINITY)
-    below = tl.maximum((logit - peak) * divided, _FARTHEST)
-    return tl.where(is_known & (logit > -_INFINITY), below, _ABSENT)
-
-
-@triton.jit
-def _beside(below, temperature, shift, held_stop, tied_at):
-    """A stop token's log-weight beside the content: stops.beside_stops."""
-    weight = tl.minimum(below / temperature + shift, held_stop)
-    return tl.where(below == tied_at, held_stop, weight)
+def _beside(beside, start, STOPS: tl.constexpr):
+    """A block of stop tokens: which may come at all, and their log-weights beside the content:
+    stops.beside_stops."""
+    stop_value, stops, temperature, shift, held_stop, tied_at = beside
+    e = start + tl.arange(0, STOPS)
+    below_E = tl.load(stop_value + e, mask=e < stops, other=_ABSENT)
+    weight_E = tl.minimum(below_E / temperature + shift, held_stop)
+    return below_E > _ABSENT, tl.where(below_E == tied_at, held_stop, weight_E)
 
 
 @triton.jit
@@ -406,37 +507,47 @@ def _tie(source, top, temperature, wanted, tie, CHUNK: tl.constexpr, BLOCK: tl.c
     return 1 / beta
 
 
-@triton.jit(do_not_specialize=["chunks", "width"])
+@triton.jit(
+    do_not_specialize=["stride", "vocabulary", "chunks", "width"],
+    do_not_specialize_on_alignment=["logits", "rows", "stop_ids"],
+)
 def _write(
     logits,
     rows,
     maxima,
     plan,
-    stop_at,
+    stop_ids,
     stop_value,
     stride,
     vocabulary,
     chunks,
     width,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    STOPS: tl.constexpr,
 ):
     r = tl.program_id(0)
-    row = logits + tl.load(rows + r) * stride
+    row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
     plan += r * _PLAN
-    peak, floor, divided = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2)
-    inverse, held = tl.load(plan + 3), tl.load(plan + 4)
-    log_z, scale = tl.load(plan + 5), tl.load(plan + 6)
+    is_sound, peak, floor = tl.load(plan) > 0, tl.load(plan + 1), tl.load(plan + 2)
+    divided, inverse, held = tl.load(plan + 3), tl.load(plan + 4), tl.load(plan + 5)
+    log_z, scale, stops = tl.load(plan + 6), tl.load(plan + 7), tl.load(plan + 8).to(tl.int32)
+    first = tl.program_id(1) * TILE
     chunk = tl.program_id(1) * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
     token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     is_there = token < vocabulary
     maximum = tl.load(maxima + r * chunks + chunk, mask=chunk < chunks, other=-_INFINITY)
     is_active = (maximum >= floor)[:, None]
-    if floor == floor:  # Else the row is not sound, and keeps its bits.
+    if is_sound:  # Else the row keeps its bits.
         logit = tl.load(row + token, mask=is_there & is_active, other=-_INFINITY)
         weight = tl.minimum((logit - peak) * divided * inverse, held)
         value = tl.where(logit >= floor, (weight - log_z) * scale, -_INFINITY)
-        for e in range(width):
-            is_stop = token == tl.load(stop_at + r * width + e)
-            value = tl.where(is_stop, tl.load(stop_value + r * width + e), value)
         tl.store(row + token, value, mask=is_there)
+        tl.debug_barrier()  # The stop tokens' places were written too.
+        for start in range(0, stops, STOPS):
+            e = start + tl.arange(0, STOPS)
+            stop_E = tl.load(stop_ids + r * width + e, mask=e < stops, other=-1)
+            is_here_E = (stop_E >= first) & (stop_E < first + TILE) & (stop_E < vocabulary)
+            value_E = tl.load(stop_value + r * width + e, mask=is_here_E, other=-_INFINITY)
+            tl.store(row + stop_E, value_E, mask=is_here_E)

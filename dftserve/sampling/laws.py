@@ -10,11 +10,14 @@ derivation, docs/log.md the measurement that settled the constants.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import Diversity
 
 GUARD_START = 0.05
@@ -36,51 +39,130 @@ BUDGET_LEVELS = (-1.0, 2.0)
 LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2}
 
 
+NUMBERS = (
+    "law",
+    "temperature",
+    "divided",
+    "level",
+    "log_min_p",
+    "max_temperature",
+    "dynatemp_range",
+    "dynatemp_exponent",
+    "target_entropy",
+)
+"""The columns of `Controls.numbers_RF`, which every kernel reads by these places."""
+(
+    LAW,
+    TEMPERATURE,
+    DIVIDED,
+    LEVEL,
+    LOG_MIN_P,
+    MAX_TEMPERATURE,
+    DYNATEMP_RANGE,
+    DYNATEMP_EXPONENT,
+    TARGET_ENTROPY,
+) = range(len(NUMBERS))
+
+
 @dataclass(frozen=True)
 class Controls:
     """What the transform needs to know of each row, on the rows' device.
 
-    All float32 [R], but `stop_ids_RE`, int64, each row's distinct stop tokens padded with -1.
-    Not to be changed in place: a way may keep what it made of them.
+    numbers_RF: float32 [R, `len(NUMBERS)`], contiguous.
+    stop_ids_RE: int64, each row's distinct stop tokens, then -1: whatever comes after a row's
+        first -1 is not read.
+
+    Not to be changed in place: what reads it may run later.
     """
 
-    law_R: Tensor
-    temperature_R: Tensor
-    """T, the request's own."""
-    divided_R: Tensor
-    """What the rows were divided by before they came: T after a temperature stage, 1 before it."""
-    level_R: Tensor
-    log_min_p_R: Tensor
-    """ln of the request's min_p; NaN where the guard follows the level."""
-    max_temperature_R: Tensor
-    dynatemp_range_R: Tensor
-    dynatemp_exponent_R: Tensor
-    target_entropy_R: Tensor
-    """Nats, for the `budget` law's controller; the transform itself does not read it."""
+    numbers_RF: Tensor
     stop_ids_RE: Tensor
 
     @classmethod
     def of(cls, numbers_RF: Tensor, stop_ids_RE: Tensor) -> "Controls":
-        """From float32 [R, `len(NUMBERS)`], the columns as named there, and the stop tokens."""
-        return cls(
-            **dict(zip(NUMBERS, numbers_RF.unbind(dim=1), strict=True)), stop_ids_RE=stop_ids_RE
-        )
+        """From rows gathered elsewhere.
+
+        Raises:
+            ValueError: they are not of the types and shapes of `Controls`, or not as many rows.
+        """
+        numbers, stops = tuple(numbers_RF.shape), tuple(stop_ids_RE.shape)
+        if (
+            numbers_RF.dtype != torch.float32
+            or stop_ids_RE.dtype != torch.int64
+            or len(stops) != 2
+            or numbers != (stops[0], len(NUMBERS))
+        ):
+            raise ValueError(
+                f"controls: got {numbers_RF.dtype} {numbers} and {stop_ids_RE.dtype} {stops}; "
+                f"accepted: float32 [rows, {len(NUMBERS)}] and int64 [rows, stop tokens]."
+            )
+        return cls(numbers_RF.contiguous(), stop_ids_RE)
+
+    @classmethod
+    def stack(
+        cls,
+        rows: "Sequence[ControlRow]",
+        device: torch.device | str = "cpu",
+        staging: PinnedStaging | None = None,
+    ) -> "Controls":
+        """One row of controls for each request; with `staging`, its device, without a wait."""
+        to_device = (staging or PinnedStaging(device)).to_device
+        numbers = [row.numbers for row in rows]
+        numbers_RF = np.array(numbers, dtype=np.float32).reshape(-1, len(NUMBERS))
+        stop_ids_RE = np.full((len(rows), stop_width(rows)), -1)
+        for row, stop_ids_E in zip(rows, stop_ids_RE, strict=True):
+            stop_ids_E[: len(row.stop_ids)] = row.stop_ids
+        return cls(to_device(numbers_RF), to_device(stop_ids_RE))
 
     def select(self, chosen_R: Tensor) -> "Controls":
         """Some of the rows, by index or by mask."""
-        return Controls(
-            **{field.name: getattr(self, field.name)[chosen_R] for field in fields(self)}
-        )
+        return Controls(self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R])
 
-    @classmethod
-    def stack(cls, rows: "list[ControlRow]", device: torch.device | str = "cpu") -> "Controls":
-        """One row of controls for each request."""
-        width = max([len(row.stop_ids) for row in rows], default=0) or 1
-        numbers = [row.numbers for row in rows]
-        numbers_RF = torch.tensor(numbers, dtype=torch.float32).reshape(-1, len(NUMBERS))
-        stop_ids = [row.padded_stops(width) for row in rows]
-        stop_ids_RE = torch.tensor(stop_ids, dtype=torch.int64).reshape(-1, width)
-        return cls.of(numbers_RF.to(device), stop_ids_RE.to(device))
+    def with_level(self, level_R: Tensor) -> "Controls":
+        numbers_RF = self.numbers_RF.clone()
+        numbers_RF[:, LEVEL] = level_R
+        return Controls(numbers_RF, self.stop_ids_RE)
+
+    @property
+    def law_R(self) -> Tensor:
+        """One of `LAW_CODES`."""
+        return self.numbers_RF[:, LAW]
+
+    @property
+    def temperature_R(self) -> Tensor:
+        """T, the request's own."""
+        return self.numbers_RF[:, TEMPERATURE]
+
+    @property
+    def divided_R(self) -> Tensor:
+        """What the rows were divided by before they came: T after a temperature stage, else 1."""
+        return self.numbers_RF[:, DIVIDED]
+
+    @property
+    def level_R(self) -> Tensor:
+        return self.numbers_RF[:, LEVEL]
+
+    @property
+    def log_min_p_R(self) -> Tensor:
+        """ln of the request's min_p; NaN where the guard follows the level."""
+        return self.numbers_RF[:, LOG_MIN_P]
+
+    @property
+    def max_temperature_R(self) -> Tensor:
+        return self.numbers_RF[:, MAX_TEMPERATURE]
+
+    @property
+    def dynatemp_range_R(self) -> Tensor:
+        return self.numbers_RF[:, DYNATEMP_RANGE]
+
+    @property
+    def dynatemp_exponent_R(self) -> Tensor:
+        return self.numbers_RF[:, DYNATEMP_EXPONENT]
+
+    @property
+    def target_entropy_R(self) -> Tensor:
+        """Nats, for the `budget` law's controller; the transform itself does not read it."""
+        return self.numbers_RF[:, TARGET_ENTROPY]
 
 
 @dataclass(frozen=True)
@@ -90,12 +172,20 @@ class ControlRow:
     numbers: tuple[float, ...]
     """In the order of `NUMBERS`."""
     stop_ids: tuple[int, ...]
+    """Distinct, none negative."""
 
     def padded_stops(self, width: int) -> list[int]:
         return [*self.stop_ids, *[-1] * (width - len(self.stop_ids))]
 
 
-NUMBERS = [field.name for field in fields(Controls)][:-1]
+def stop_width(rows: Iterable[ControlRow]) -> int:
+    """Columns that the stop tokens of these rows take: of the longest, up to a power of two.
+
+    Recomputed from the rows in use, it shrinks when a request with many stop tokens has left; the
+    steps keep a matrix of this width from changing with every request.
+    """
+    longest = max((len(row.stop_ids) for row in rows), default=0)
+    return 1 << max(longest - 1, 0).bit_length()
 
 
 def control_row(
@@ -106,7 +196,7 @@ def control_row(
     Args:
         temperature: the request's T, above 0.
         divided: what its logits were divided by before the transform (T or 1).
-        stop_ids: the tokens that end its text.
+        stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
 
     Raises:
         ValueError: the temperature is not above 0: greedy rows are not transformed.
@@ -114,17 +204,18 @@ def control_row(
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}; accepted: above 0 (0 stays greedy).")
     numbers = {
-        "law_R": LAW_CODES[diversity.law],
-        "temperature_R": temperature,
-        "divided_R": divided,
-        "level_R": diversity.level or 0.0,
-        "log_min_p_R": math.nan if diversity.min_p is None else math.log(diversity.min_p),
-        "max_temperature_R": diversity.max_temperature or math.inf,
-        "dynatemp_range_R": diversity.dynatemp_range or 0.0,
-        "dynatemp_exponent_R": diversity.dynatemp_exponent or 1.0,
-        "target_entropy_R": diversity.target_entropy or 0.0,
+        "law": LAW_CODES[diversity.law],
+        "temperature": temperature,
+        "divided": divided,
+        "level": diversity.level or 0.0,
+        "log_min_p": math.nan if diversity.min_p is None else math.log(diversity.min_p),
+        "max_temperature": diversity.max_temperature or math.inf,
+        "dynatemp_range": diversity.dynatemp_range or 0.0,
+        "dynatemp_exponent": diversity.dynatemp_exponent or 1.0,
+        "target_entropy": diversity.target_entropy or 0.0,
     }
-    return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(sorted(stop_ids)))
+    tokens = sorted(token for token in stop_ids if token >= 0)
+    return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(tokens))
 
 
 def log_guard(controls: Controls) -> Tensor:

@@ -7,13 +7,19 @@ was accepted; only then do they count, and only then does the `budget` law steer
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dftserve.sampling.laws import BUDGET_OPEN_LOOP, LAW_CODES, Controls, steer
+from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.transform import Statistics
+
+Array = np.ndarray[Any, Any]
 
 COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED = range(5)
 """Columns of the figures F: 1 for a sound row, then the four statistics of `transform`."""
@@ -59,15 +65,54 @@ def means(
     return [count, *(each / count for each in sums)] if count else None
 
 
+ALIGNMENT = 16
+"""Bytes: where each part of a `Block` begins, for kernels that load 16 bytes at once."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where all slots' figures lie in one piece of memory, so that one copy takes them all."""
+
+    slots: int
+    rows_per_request: int
+
+    @cached_property
+    def _parts(self) -> list[tuple[str, tuple[int, ...], slice]]:
+        """unsound, tokens_S, sums_SF, waiting_SKF: type, shape, and bytes."""
+        figures, begin, parts = CHANGED + 1, 0, []
+        for dtype, shape in (
+            ("int64", ()),
+            ("int64", (self.slots,)),
+            ("float32", (self.slots, figures)),
+            ("float32", (self.slots, self.rows_per_request, figures)),
+        ):
+            end = begin + np.dtype(dtype).itemsize * math.prod(shape)
+            parts.append((dtype, shape, slice(begin, end)))
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+        return parts
+
+    def zeros(self, device: torch.device | str) -> Tensor:
+        """uint8, as large as the figures are."""
+        _, _, last = self._parts[-1]
+        return torch.zeros(last.stop, dtype=torch.uint8, device=device)
+
+    def tensors(self, block: Tensor) -> list[Tensor]:
+        """The parts of a block, as views of it."""
+        parts = ((block[part], dtype, shape) for dtype, shape, part in self._parts)
+        return [part.view(getattr(torch, dtype)).view(shape) for part, dtype, shape in parts]
+
+    def arrays(self, block: Array) -> list[Array]:
+        """Likewise of a block on the host."""
+        parts = ((block[part], dtype, shape) for dtype, shape, part in self._parts)
+        return [part.view(dtype).reshape(shape) for part, dtype, shape in parts]
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All slots' figures at the end of one step, on the host: see `Account`."""
 
-    unsound: Tensor
-    """int64 [], sampled rows that were passed through, of all requests, since the start."""
-    tokens_S: Tensor
-    sums_SF: Tensor
-    waiting_SKF: Tensor
+    layout: Block
+    block: Array
     copied: "torch.cuda.Event | None" = None
     """Recorded after a copy that may still be under way."""
 
@@ -75,80 +120,98 @@ class Snapshot:
         return self.copied is None or self.copied.query()
 
     def wait(self) -> None:
-        """Until the copy is there."""
+        """Until the copy is there; nothing below may be asked for before."""
         if self.copied is not None:
             self.copied.synchronize()
 
+    @cached_property
+    def _arrays(self) -> list[Array]:
+        return self.layout.arrays(self.block)
+
+    @property
+    def unsound(self) -> int:
+        """Sampled rows that were passed through, of all requests, since the start."""
+        return int(self._arrays[0])
+
+    def rows(self, slots_R: Array) -> Array:
+        """float32 [R, 1 + F + K·F] of these slots (int64): tokens, sums, waiting rows."""
+        _, tokens_S, sums_SF, waiting_SKF = self._arrays
+        waiting_SX = waiting_SKF.reshape(len(tokens_S), -1)
+        parts = (tokens_S[:, None].astype(np.float32), sums_SF, waiting_SX)
+        return np.concatenate([part.take(slots_R, axis=0) for part in parts], axis=1)
+
     def account(self, slot: int) -> Account:
-        """One slot's figures, in memory of their own; the copy must be there."""
-        parts = (self.tokens_S, self.sums_SF, self.waiting_SKF)
-        return Account(*(part[slot].clone() for part in parts))
+        """One slot's figures, in memory of their own."""
+        return Account(*(torch.tensor(part[slot]) for part in self._arrays[1:]))
 
 
-ALIGNMENT = 16
-"""Bytes: where each part of the block begins, for kernels that load 16 bytes at once."""
-
-
-def _sizes(slots: int, rows_per_request: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """The parts of the block: unsound, tokens_S, sums_SF, waiting_SKF."""
+def means_of_row(row_X: Sequence[float], total_tokens: int) -> list[float] | None:
+    """`means` of a row of `Snapshot.rows`."""
+    tokens, *rest = row_X
     figures = CHANGED + 1
-    return [
-        (torch.int64, ()),
-        (torch.int64, (slots,)),
-        (torch.float32, (slots, figures)),
-        (torch.float32, (slots, rows_per_request, figures)),
-    ]
-
-
-def _block_bytes(slots: int, rows_per_request: int) -> int:
-    return sum(_padded_bytes(*part) for part in _sizes(slots, rows_per_request))
-
-
-def _padded_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return -(-dtype.itemsize * math.prod(shape) // ALIGNMENT) * ALIGNMENT
-
-
-def _parts(block: Tensor, slots: int, rows_per_request: int) -> list[Tensor]:
-    """Views of a block of `_block_bytes` bytes."""
-    parts, begin = [], 0
-    for dtype, shape in _sizes(slots, rows_per_request):
-        part = block[begin : begin + dtype.itemsize * math.prod(shape)]
-        parts.append(part.view(dtype).view(shape))
-        begin += _padded_bytes(dtype, shape)
-    return parts
+    sums_F, *waiting_KF = (rest[i : i + figures] for i in range(0, len(rest), figures))
+    return means(int(tokens), sums_F, waiting_KF, total_tokens)
 
 
 class Slots:
     """Figures and steering of up to `slots` requests, `rows_per_request` rows a step for each."""
 
     def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
-        # What leaves the device every step lies in one block of memory: one copy takes it all.
-        self._figures = torch.zeros(_block_bytes(slots, rows_per_request), dtype=torch.uint8)
-        self._figures = self._figures.to(device)
-        parts = _parts(self._figures, slots, rows_per_request)
+        self._layout = Block(slots, rows_per_request)
+        self._block = self._layout.zeros(device)
+        parts = self._layout.tensors(self._block)
         self.unsound, self._tokens_S, self._sums_SF, self._waiting_SKF = parts
         self._level_S = torch.zeros(slots, device=device)
         self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._base_S = torch.full((slots,), NOTHING_WAITS, device=device)
         self._places_K = torch.arange(rows_per_request, device=device)
+        self._staging = PinnedStaging(device)
+        self._opened: dict[int, tuple[float, ...]] = {}
 
     def open(self, slot: int, resumed: Account | None = None, produced: int = 0) -> None:
         """Begin a request in a slot; the controller starts open-loop, also after a preemption.
 
-        A resumed request keeps its figures: `produced` tokens are known to have been accepted.
+        The request is only noted here. The next call of another method begins all that were noted,
+        in one copy to the device and, by a GPU's kernels, one launch; it waits for neither. A slot
+        that was opened twice holds the later request.
+
+        Args:
+            resumed: the request's figures when it left its slot before; it keeps them. On the host,
+                as `Snapshot.account` gives them: figures on a device are waited for.
+            produced: tokens that are known to have been accepted before.
+
+        Raises:
+            IndexError: the slot is not there.
         """
-        self._level_S[slot] = 0.0
-        self._steered_S[slot] = 0
-        self._base_S[slot] = NOTHING_WAITS
-        self._waiting_SKF[slot] = 0.0
-        self._sums_SF[slot] = 0.0
-        self._tokens_S[slot] = produced
+        if not 0 <= slot < len(self._level_S):
+            raise IndexError(f"slot: got {slot}; accepted: 0 to {len(self._level_S) - 1}.")
+        sums_F = [0.0] * (CHANGED + 1)
         if resumed is not None:
             missing = max(produced - int(resumed.tokens), 0)
-            self._sums_SF[slot] = resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)
+            sums_F = (resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)).tolist()
+        self._opened[slot] = (slot, produced, *sums_F)
+
+    def _flush(self) -> None:
+        """Begin the requests that were opened since."""
+        if self._opened:
+            # In one array for one copy: float64 holds slots and numbers of tokens exactly.
+            order_NX = np.array(list(self._opened.values()), dtype=np.float64)
+            self._opened.clear()
+            self._begin(self._staging.to_device(order_NX))
+
+    def _begin(self, order_NX: Tensor) -> None:
+        """`order_NX`: float64, of each request its slot, tokens and sums F."""
+        slot_N = order_NX[:, 0].long()
+        self._tokens_S.index_copy_(0, slot_N, order_NX[:, 1].long())
+        self._sums_SF.index_copy_(0, slot_N, order_NX[:, 2:].float())
+        self._waiting_SKF.index_fill_(0, slot_N, 0.0)
+        self._level_S.index_fill_(0, slot_N, 0.0)
+        self._steered_S.index_fill_(0, slot_N, 0)
+        self._base_S.index_fill_(0, slot_N, NOTHING_WAITS)
 
     def account(self, slot: int) -> Account:
         """A copy of a slot's figures; no host sync."""
+        self._flush()
         return Account(
             self._tokens_S[slot].clone(),
             self._sums_SF[slot].clone(),
@@ -158,14 +221,13 @@ class Slots:
     def snapshot(self) -> "Snapshot":
         """A copy of all slots' figures on the host; on a GPU it is only enqueued, into pinned
         memory: see `Snapshot.wait`."""
-        slots, rows_per_request = self._waiting_SKF.shape[:2]
-        if self._figures.device.type != "cuda":
-            figures, copied = self._figures.to("cpu", copy=True), None
-        else:
-            figures, copied = self._figures.to("cpu", non_blocking=True), torch.cuda.Event()
-            copied.record()
-        unsound, tokens_S, sums_SF, waiting_SKF = _parts(figures, slots, rows_per_request)
-        return Snapshot(unsound, tokens_S, sums_SF, waiting_SKF, copied)
+        self._flush()
+        if self._block.device.type != "cuda":
+            return Snapshot(self._layout, self._block.cpu().numpy().copy())
+        block = self._block.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return Snapshot(self._layout, block.numpy(), copied)
 
     def settle(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
@@ -181,6 +243,7 @@ class Slots:
         Returns:
             The controls with the level of `budget` rows as steered so far.
         """
+        self._flush()
         passed_R = position_R - offset_R - self._base_S.index_select(0, slot_R)
         accepted_R = passed_R.clamp(0, len(self._places_K))
         counted_RK = self._places_K < accepted_R[:, None]
@@ -206,7 +269,7 @@ class Slots:
         self._steered_S.index_copy_(0, slot_R, steered_R)
         level_R = torch.where(steered_R < BUDGET_OPEN_LOOP, 0.0, level_R)
         is_budget_R = controls.law_R == LAW_CODES["budget"]
-        return replace(controls, level_R=torch.where(is_budget_R, level_R, controls.level_R))
+        return controls.with_level(torch.where(is_budget_R, level_R, controls.level_R))
 
     def remember(
         self,
@@ -217,6 +280,7 @@ class Slots:
         statistics: Statistics,
     ) -> None:
         """Let this step's figures wait. `samples_R`: bool, False for a chunk of a prompt."""
+        self._flush()
         figures_RF = torch.stack((statistics.sound_R.float(), *statistics.figures()), dim=1)
         counts_R1 = (samples_R & statistics.sound_R)[:, None]
         waiting_XF = self._waiting_SKF.view(-1, CHANGED + 1)

@@ -1,6 +1,5 @@
 """Slots on a CPU: a step's bookkeeping in two small kernels instead of forty calls of torch."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from dftserve.sampling import laws
-from dftserve.sampling.laws import LAW_CODES, Controls
+from dftserve.sampling.laws import LAW_CODES, TARGET_ENTROPY, Controls
 from dftserve.sampling.slots import (
     AFTER,
     BEFORE,
@@ -35,12 +34,13 @@ class NumbaSlots(Slots):
     ) -> Controls:
         """As `Slots.settle`; the same controls where no row's law is `budget`, so that what was
         prepared for them stays good."""
+        self._flush()
         level_R = torch.empty(len(slot_R))
         _settle(
             np.ascontiguousarray(slot_R.numpy()),
             np.ascontiguousarray(position_R.numpy()),
             np.ascontiguousarray(offset_R.numpy()),
-            np.ascontiguousarray(controls.target_entropy_R.numpy()),
+            np.ascontiguousarray(controls.numbers_RF.numpy()),
             level_R.numpy(),
             self._level_S.numpy(),
             self._steered_S.numpy(),
@@ -52,7 +52,7 @@ class NumbaSlots(Slots):
         is_budget_R = controls.law_R == LAW_CODES["budget"]
         if not is_budget_R.any():
             return controls
-        return replace(controls, level_R=torch.where(is_budget_R, level_R, controls.level_R))
+        return controls.with_level(torch.where(is_budget_R, level_R, controls.level_R))
 
     def remember(
         self,
@@ -63,6 +63,7 @@ class NumbaSlots(Slots):
         statistics: Statistics,
     ) -> None:
         """As `Slots.remember`, of rows that were settled."""
+        self._flush()
         _remember(
             np.ascontiguousarray(slot_R.numpy()),
             np.ascontiguousarray(position_R.numpy()),
@@ -86,7 +87,7 @@ def _settle(
     slot_R: Array,
     position_R: Array,
     offset_R: Array,
-    target_R: Array,
+    numbers_RF: Array,
     level_R: Array,
     level_S: Array,
     steered_S: Array,
@@ -102,10 +103,11 @@ def _settle(
     for r in range(len(slot_R)):
         s = slot_R[r]
         if offset_R[r] == 0:  # The first of its request's rows in this step.
+            target = numbers_RF[r, TARGET_ENTROPY]
             accepted = min(max(position_R[r] - base_S[s], 0), rows_per_request)
             for k in range(accepted):
                 if waiting_SKF[s, k, COUNT] > 0:
-                    error = (target_R[r] - waiting_SKF[s, k, AFTER]) / max(target_R[r], 0.1)
+                    error = (target - waiting_SKF[s, k, AFTER]) / max(target, 0.1)
                     level_S[s] = min(max(level_S[s] + _RATE * error, _LOWEST), _HIGHEST)
                     steered_S[s] += 1
                 for f in range(CHANGED + 1):

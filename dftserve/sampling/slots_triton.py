@@ -1,10 +1,9 @@
-"""Slots on a GPU: a step's bookkeeping in two small Triton kernels instead of forty launches."""
+"""Slots on a GPU: a step's bookkeeping in two small Triton kernels instead of forty launches, and
+one launch for all requests that begin."""
 
 # Kernels are Triton, not Python, to a type checker's eye.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
-
-from dataclasses import replace
 
 import torch
 import triton
@@ -12,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dftserve.sampling import laws, slots
+from dftserve.sampling.fused_triton import EXACT
 from dftserve.sampling.laws import Controls
 from dftserve.sampling.slots import Slots
 from dftserve.sampling.transform import Statistics
@@ -25,26 +25,39 @@ class TritonSlots(Slots):
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
     ) -> Controls:
         """As `Slots.settle`."""
-        rows = len(slot_R)
-        level_R = torch.empty(rows, device=slot_R.device)
-        _settle[(rows,)](
+        self._flush()
+        numbers_RF = torch.empty_like(controls.numbers_RF)
+        _settle[(len(slot_R),)](
             slot_R,
             position_R,
             offset_R,
-            controls.law_R.contiguous(),
-            controls.target_entropy_R.contiguous(),
-            controls.level_R.contiguous(),
-            level_R,
+            controls.numbers_RF,
+            numbers_RF,
             self._level_S,
             self._steered_S,
             self._tokens_S,
             self._base_S,
             self._sums_SF,
             self._waiting_SKF,
-            rows,
+            len(slot_R),
             self._waiting_SKF.shape[1],
+            **EXACT,
         )
-        return replace(controls, level_R=level_R)
+        return Controls(numbers_RF, controls.stop_ids_RE)
+
+    def _begin(self, order_NX: Tensor) -> None:
+        """As `Slots._begin`."""
+        _open[(len(order_NX),)](
+            order_NX,
+            self._level_S,
+            self._steered_S,
+            self._tokens_S,
+            self._base_S,
+            self._sums_SF,
+            self._waiting_SKF,
+            self._waiting_SKF.shape[1],
+            **EXACT,
+        )
 
     def remember(
         self,
@@ -55,6 +68,7 @@ class TritonSlots(Slots):
         statistics: Statistics,
     ) -> None:
         """As `Slots.remember`."""
+        self._flush()
         _remember[(len(slot_R),)](
             slot_R,
             position_R,
@@ -66,6 +80,7 @@ class TritonSlots(Slots):
             self._waiting_SKF,
             self.unsound,
             self._waiting_SKF.shape[1],
+            **EXACT,
         )
 
 
@@ -74,6 +89,10 @@ _COUNT, _AFTER = tl.constexpr(slots.COUNT), tl.constexpr(slots.AFTER)
 _FIGURES = tl.constexpr(slots.CHANGED + 1)
 _WIDE = tl.constexpr(triton.next_power_of_2(slots.CHANGED + 1))
 _NOTHING_WAITS = tl.constexpr(slots.NOTHING_WAITS)
+_NUMBERS = tl.constexpr(len(laws.NUMBERS))
+_NUMBERS_WIDE = tl.constexpr(triton.next_power_of_2(len(laws.NUMBERS)))
+_LAW, _LEVEL = tl.constexpr(laws.LAW), tl.constexpr(laws.LEVEL)
+_TARGET = tl.constexpr(laws.TARGET_ENTROPY)
 _BUDGET = tl.constexpr(laws.LAW_CODES["budget"])
 _RATE = tl.constexpr(laws.BUDGET_RATE / laws.STRENGTH)
 _LOWEST, _HIGHEST = (tl.constexpr(level) for level in laws.BUDGET_LEVELS)
@@ -86,16 +105,14 @@ _ANYWHERE = ["slot", "position", "offset"]
 
 @triton.jit(
     do_not_specialize=["rows", "rows_per_request"],
-    do_not_specialize_on_alignment=[*_ANYWHERE, "law", "target", "level_before", "level_after"],
+    do_not_specialize_on_alignment=[*_ANYWHERE, "numbers", "numbers_after"],
 )
 def _settle(
     slot,
     position,
     offset,
-    law,
-    target,
-    level_before,
-    level_after,
+    numbers,
+    numbers_after,
     level,
     steered,
     tokens,
@@ -115,7 +132,7 @@ def _settle(
         f = tl.arange(0, _WIDE)
         sum_F = tl.load(sums + s * _FIGURES + f, mask=f < _FIGURES, other=0.0)
         steered_level, count = tl.load(level + s), tl.load(steered + s)
-        goal = tl.load(target + r)
+        goal = tl.load(numbers + r * _NUMBERS + _TARGET)
         for k in range(accepted):
             row = waiting + k * _FIGURES
             sum_F += tl.load(row + f, mask=f < _FIGURES, other=0.0)
@@ -131,11 +148,15 @@ def _settle(
         tl.store(steered + s, count)
         tl.store(tokens + s, tl.load(tokens + s) + accepted)
         in_force = tl.where(count < _OPEN_LOOP, 0.0, steered_level)
+        c = tl.arange(0, _NUMBERS_WIDE)
         for k in range(rows_per_request):
             n = tl.minimum(r + k, rows - 1)
             is_ours = (r + k < rows) & (tl.load(slot + n) == s) & (tl.load(offset + n) == k)
-            new = tl.where(tl.load(law + n) == _BUDGET, in_force, tl.load(level_before + n))
-            tl.store(level_after + n, new, mask=is_ours)
+            is_there = c < tl.where(is_ours, _NUMBERS, 0)
+            number = tl.load(numbers + n * _NUMBERS + c, mask=is_there)
+            is_budget = tl.load(numbers + n * _NUMBERS + _LAW) == _BUDGET
+            number = tl.where(c == tl.where(is_budget, _LEVEL, -1), in_force, number)
+            tl.store(numbers_after + n * _NUMBERS + c, number, mask=is_there)
 
 
 @triton.jit(
@@ -171,3 +192,20 @@ def _remember(
     tl.store(row + 3, tl.where(counts, tl.load(temperature + r), 0.0))
     tl.store(row + 4, tl.where(counts, tl.load(changed + r), 0.0))
     tl.atomic_add(unsound, 1, mask=is_sample & (is_sound == 0))
+
+
+@triton.jit(do_not_specialize=["rows_per_request"], do_not_specialize_on_alignment=["order"])
+def _open(order, level, steered, tokens, base, sums, waiting, rows_per_request):
+    """One program a request that begins: see `Slots._begin`."""
+    order += tl.program_id(0) * (2 + _FIGURES)
+    s = tl.load(order).to(tl.int64)
+    f = tl.arange(0, _WIDE)
+    sum_F = tl.load(order + 2 + f, mask=f < _FIGURES, other=0.0)
+    tl.store(sums + s * _FIGURES + f, sum_F.to(tl.float32), mask=f < _FIGURES)
+    for k in range(rows_per_request):
+        row = waiting + (s * rows_per_request + k) * _FIGURES
+        tl.store(row + f, 0.0, mask=f < _FIGURES)
+    tl.store(tokens + s, tl.load(order + 1).to(tl.int64))
+    tl.store(level + s, 0.0)
+    tl.store(steered + s, 0)
+    tl.store(base + s, _NOTHING_WAITS)

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dftserve.corpus.read import Text
+from dftserve.model_folder import check_model_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +72,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Of a model's folder, or of its name where there is a hub.
 
     Raises:
-        ValueError: no such folder, or no tokenizer in it.
+        ValueError: no such folder, no tokenizer in it, or files that `model_folder` refuses.
     """
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+    if Path(model).is_dir():
+        check_model_folder(Path(model))
+    elif model.startswith((".", "/", "~")):
         raise ValueError(f"model: got {model!r}; there is no such folder.")
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)

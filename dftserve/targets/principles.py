@@ -23,7 +23,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -213,14 +212,9 @@ def load_principles(path: Path) -> dict[str, str]:
     """Principles from a YAML file: `principles: {name: text}`.
 
     Raises:
-        ValueError: no such file, not YAML, another key, or what `check_principles` refuses.
+        ValueError: what `settings.read_yaml` or `check_principles` refuses, or another key.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    content = settings.read_yaml(path)
     if not isinstance(content, Mapping) or "principles" not in content:
         raise ValueError(
             f"{path}: got no 'principles'; accepted: `principles:` with a text for each name."

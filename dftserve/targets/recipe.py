@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dftserve import settings
 from dftserve.corpus.filters import Filters
+from dftserve.targets.store import LARGEST_KEPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,9 +55,10 @@ class Kept:
     """Draws from the rest."""
 
     def __post_init__(self) -> None:
-        if not (1 <= self.k <= 1024 and 0 <= self.draws <= 1024):
+        if not (1 <= self.k <= LARGEST_KEPT and 0 <= self.draws <= LARGEST_KEPT):
             raise ValueError(
-                f"k {self.k} and draws {self.draws}; accepted: k from 1, draws from 0, to 1024."
+                f"k {self.k} and draws {self.draws}; accepted: k from 1, draws from 0, to "
+                f"{LARGEST_KEPT}."
             )
 
 
@@ -131,7 +131,7 @@ def _path(name: str) -> Path:
     if name in shipped():
         return FOLDER / f"{name}.yaml"
     path = Path(name)
-    if path.suffix in SUFFIXES and path.is_file():
+    if path.suffix in SUFFIXES and path.exists():
         return path
     if path.suffix in SUFFIXES:
         raise ValueError(
@@ -147,8 +147,8 @@ def _path(name: str) -> Path:
 def _scalar(value: str) -> Any:
     """`0.5` is a number and `true` a truth value; everything else stays the text that it is."""
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
+        found = settings.parse_yaml(value, "--set")
+    except ValueError:  # A text need not be YAML.
         return value
     return found if isinstance(found, int | float) else value
 

@@ -89,12 +89,11 @@ def inspect(store: TargetStore, tokenizer: "PreTrainedTokenizerBase | None" = No
     if tokenizer is not None and fingerprint(tokenizer) != plan.tokenizer:
         raise StoreError(f"{store.folder} was built with another tokenizer; name its model.")
     splits = {split: _figures(store, split) for split in SPLITS}
-    size = sum((store.folder / shard.file).stat().st_size for shard in store.manifest.shards)
     tokens = sum(map(store.manifest.tokens, SPLITS))
     return Summary(
         folder=store.folder.name,
         plan=asdict(plan),
-        bytes_a_token=size / max(1, tokens),
+        bytes_a_token=store.bytes / max(1, tokens),
         splits=splits,
         examples=tuple(_examples(store, _writer(tokenizer))),
     )

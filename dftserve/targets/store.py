@@ -8,6 +8,10 @@
     heldout-00000.safetensors …
     plan.json                    only while it is built: what the manifest will say of it all
 
+A store may come from anywhere. Its files are regular ones that lie in its folder (`bounded_files`);
+what the manifest counts is compared with the shards' sizes before anything is made of it, and what
+a shard holds with the manifest when it is opened.
+
 A shard appears whole or not at all, and depends on the plan and its own documents alone: a build
 goes on where it was stopped, and several processes may share it. A token takes four bytes and its
 target 3·(k + M) + 2·k + 6: 58 in all at k = M = 6.
@@ -16,9 +20,13 @@ Shapes: N tokens, D documents, T trained positions, K top entries, M draws.
 """
 
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dftserve import __version__, atomic, settings
+from dftserve.bounded_files import (
+    INTEGERS,
+    FileError,
+    advised,
+    is_plain_name,
+    parse_json,
+    read_json,
+    read_text,
+    real_file,
+)
 from dftserve.digest import digest_of
 from dftserve.targets.document import Document
 from dftserve.targets.source import Source
@@ -40,6 +58,17 @@ SHARD_TOKENS = 1 << 20
 DOCUMENTS_AT_ONCE = 8
 """Documents that a source reads in one batch."""
 LARGEST_ID = (1 << 24) - 1
+LARGEST_MANIFEST = 16 << 20
+"""Bytes: some 60,000 shards, 6e10 tokens."""
+LARGEST_KEPT = 1024
+"""Top entries of a target, and draws."""
+LARGEST_DOCUMENT = 1 << 26
+"""Tokens: what the largest text of a corpus comes to, at one for a byte."""
+LARGEST_HEADER = 1 << 14
+"""Bytes of a shard that are not tensors: its names and shapes take some 1,000."""
+TAILS = ("sampled", "lumped")
+ANEW = "build the store anew"
+_BLAKE3 = re.compile(r"[0-9a-f]{64}")
 
 
 class StoreError(ValueError):
@@ -67,6 +96,20 @@ class Plan:
     tail: str
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        for name, value, least, most in (
+            ("vocabulary", self.vocabulary, 1, LARGEST_ID),
+            ("k", self.k, 1, LARGEST_KEPT),
+            ("draws", self.draws, 0, LARGEST_KEPT),
+        ):
+            if not least <= value <= most:
+                raise StoreError(f"{name}: got {value}; accepted: from {least} to {most}.")
+        if self.seed not in INTEGERS:
+            raise StoreError(f"seed: got {self.seed}; accepted: a whole number of 64 bits.")
+        if self.tail not in TAILS:
+            accepted = settings.among(self.tail, TAILS)
+            raise StoreError(f"tail: got {self.tail!r:.80}; accepted: {accepted}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -78,6 +121,58 @@ class Shard:
     tokens: int
     trained: int
     blake3: str
+
+    def __post_init__(self) -> None:
+        if not is_plain_name(self.file):
+            raise StoreError(f"file: got {self.file!r:.80}; accepted: a file beside the manifest.")
+        if self.split not in SPLITS:
+            raise StoreError(f"split: got {self.split!r:.80}; accepted: {', '.join(SPLITS)}.")
+        most = SHARD_TOKENS + LARGEST_DOCUMENT
+        if not 2 <= self.tokens <= most:
+            raise StoreError(f"tokens: got {self.tokens}; accepted: from 2 to {most}.")
+        if not 1 <= self.documents <= self.tokens // 2:
+            raise StoreError(
+                f"documents: got {self.documents} in {self.tokens} tokens; accepted: from 1 to one "
+                "for two tokens."
+            )
+        if not 0 <= self.trained <= self.tokens - self.documents:
+            raise StoreError(
+                f"trained: got {self.trained} of {self.tokens} tokens in {self.documents} "
+                "documents; accepted: at most all but the first of each."
+            )
+        if not _BLAKE3.fullmatch(self.blake3):
+            raise StoreError(f"blake3: got {self.blake3!r:.80}; accepted: 64 hexadecimal digits.")
+
+    def tensor_bytes(self, plan: Plan) -> int:
+        """Of all its tensors, as `_write` packs them."""
+        return sum(
+            shape[0] * (shape[1] if len(shape) > 1 else 1) * _BYTES[dtype]
+            for dtype, shape in self.tensors(plan).values()
+        )
+
+    def tensors(self, plan: Plan) -> dict[str, tuple[str, list[int]]]:
+        """The type and shape of each tensor of its file, in safetensors' words."""
+        N, D, T, K, M = self.tokens, self.documents, self.trained, plan.k, plan.draws
+        return {
+            "tokens_low": ("U16", [N]),
+            "tokens_high": ("U8", [N]),
+            "trained": ("U8", [N]),
+            "document_ends": ("I64", [D]),
+            "trained_ends": ("I64", [D]),
+            "top_ids_low": ("U16", [T, K]),
+            "top_ids_high": ("U8", [T, K]),
+            "top_logprobs": ("F16", [T, K]),
+            "tail_ids_low": ("U16", [T, M]),
+            "tail_ids_high": ("U8", [T, M]),
+            "tail_logprob": ("F16", [T]),
+            "token_logprob": ("F16", [T]),
+            "entropy": ("F16", [T]),
+        }
+
+
+NUMBERS = ("top_logprobs_TK", "tail_logprob_T", "token_logprob_T", "entropy_T")
+"""Of `Targets`, in nats."""
+_BYTES = {"U8": 1, "U16": 2, "F16": 2, "I64": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,23 +190,22 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Raises StoreError where there is none, or it is not what `build` writes."""
         path = folder / MANIFEST
-        if not path.exists():
+        if not path.is_symlink() and not path.exists():
             unfinished = (folder / PLAN).exists()
             why = "is unfinished; run its build again" if unfinished else f"has no {MANIFEST}"
             raise StoreError(f"the target store {folder} {why}.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise StoreError(f"{path}: {error}. Build the store anew.") from None
-        try:
+            content = read_json(path, within=folder, largest=LARGEST_MANIFEST)
             manifest = settings.load(cls, content, str(path))
         except ValueError as error:
-            raise StoreError(f"{error} Build the store anew.") from None
+            raise StoreError(advised(error, ANEW)) from None
         if manifest.plan.format != FORMAT:
             raise StoreError(
-                f"{path}: got the format {manifest.plan.format}; accepted: {FORMAT}. "
-                "Build the store anew."
+                f"{path}: got the format {manifest.plan.format}; accepted: {FORMAT}; {ANEW}."
             )
+        names = [shard.file for shard in manifest.shards]
+        if len(set(names)) < len(names):
+            raise StoreError(f"{path}: got the same shard twice; accepted: each once; {ANEW}.")
         return manifest
 
 
@@ -145,6 +239,11 @@ def plan(
                     f"the text holds the token {highest}; the source knows {source.vocabulary} "
                     "tokens: tokenizer and source do not belong together."
                 )
+            if len(document.tokens_N) > LARGEST_DOCUMENT:
+                raise StoreError(
+                    f"a text has {len(document.tokens_N)} tokens; accepted: at most "
+                    f"{LARGEST_DOCUMENT}; cut it (--max-tokens)."
+                )
             digest.update(split.encode())
             digest.update(document.tokens_N.tobytes())
             digest.update(document.trained_N.tobytes())
@@ -173,8 +272,8 @@ def begin(folder: Path, wanted: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / MANIFEST, folder / PLAN):
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            difference = _difference(found.get("plan", found), json.loads(_json(asdict(wanted))))
+            found = _plan_in(folder, path)
+            difference = _difference(found, json.loads(_json(asdict(wanted))))
             if difference:
                 raise StoreError(
                     f"{folder} holds a store of another plan: {difference}. Choose another folder, "
@@ -188,6 +287,18 @@ def begin(folder: Path, wanted: Plan) -> None:
     if any(path.name != PLAN + atomic.PARTIAL for path in folder.iterdir()):
         raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
     atomic.write_text(folder / PLAN, _json(asdict(wanted)))
+
+
+def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
+    """What a manifest or an unfinished build says that it is of."""
+    try:
+        found = read_json(path, within=folder, largest=LARGEST_MANIFEST)
+    except FileError as error:
+        raise StoreError(advised(error, "choose another folder, or remove this one")) from None
+    plan = found.get("plan", found) if isinstance(found, Mapping) else None
+    if not isinstance(plan, Mapping):
+        raise StoreError(f"{path} is no plan of a store; choose another folder, or remove it.")
+    return plan
 
 
 def build(
@@ -242,7 +353,7 @@ def finish(
                     documents=len(batch),
                     tokens=counts[0],
                     trained=counts[1],
-                    blake3=digest_of(path),
+                    blake3=digest_of(path, within=folder),
                 )
             )
     manifest = Manifest(plan=wanted, shards=tuple(shards), versions=dict(versions))
@@ -308,36 +419,44 @@ class TargetStore:
         """Raises StoreError: no store, an unfinished or a damaged one."""
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self._files = {s: _ShardFile(folder / s.file, s) for s in self.manifest.shards}
-        self._index = {
-            split: [
-                (file, number)
-                for shard, file in self._files.items()
-                if shard.split == split
-                for number in range(shard.documents)
-            ]
-            for split in SPLITS
+        self._files: dict[str, list[_ShardFile]] = {split: [] for split in SPLITS}
+        self.bytes = 0
+        """Of all shards."""
+        for shard in self.manifest.shards:
+            self.bytes += _checked_size(folder, shard, self.manifest.plan)
+            self._files[shard.split].append(_ShardFile(folder, shard, self.manifest.plan))
+        self._ends = {
+            split: list(accumulate(file.shard.documents for file in files))
+            for split, files in self._files.items()
         }
 
     def __len__(self) -> int:
-        return len(self._index["train"])
+        return self.count("train")
 
     def count(self, split: str) -> int:
         """Documents of a split."""
-        return len(self._index[split])
+        ends = self._ends[split]
+        return ends[-1] if ends else 0
 
     def __getitem__(self, key: tuple[str, int]) -> tuple[Document, Targets]:
-        """(split, number) → the document and the targets of its trained positions."""
+        """(split, number) → the document and the targets of its trained positions.
+
+        Raises:
+            IndexError: no such number.
+            StoreError: the shard is not what the manifest says.
+        """
         split, number = key
-        file, place = self._index[split][number]
-        return file.read(place)
+        if not 0 <= number < self.count(split):
+            raise IndexError(f"{split} document {number} of {self.count(split)}")
+        place = bisect_right(self._ends[split], number)
+        before = self._ends[split][place - 1] if place else 0
+        return self._files[split][place].read(number - before)
 
     def lengths(self, split: str) -> list[int]:
         """Tokens of each document."""
         return [
             int(length)
-            for shard, file in self._files.items()
-            if shard.split == split
+            for file in self._files[split]
             for length in np.diff(file.document_ends_D, prepend=0)
         ]
 
@@ -348,15 +467,16 @@ class TargetStore:
             StoreError: names the first file that is missing or changed.
         """
         path = self.folder / MANIFEST
-        text = path.read_bytes()
-        content = json.loads(text)
-        if content.get("blake3") != _digest_of(content) or text != _json(content).encode():
+        try:
+            text = read_text(path, within=self.folder, largest=LARGEST_MANIFEST)
+            content = parse_json(text, str(path))
+        except FileError as error:
+            raise StoreError(advised(error, ANEW)) from None
+        if content.get("blake3") != _digest_of(content) or text != _json(content):
             raise StoreError(f"{path} is not the file that the build wrote; build it anew.")
         for shard in self.manifest.shards:
             path = self.folder / shard.file
-            if not path.exists():
-                raise StoreError(f"{path} is missing; build the store anew.")
-            if digest_of(path) != shard.blake3:
+            if _digest_in(self.folder, shard) != shard.blake3:
                 raise StoreError(f"{path} is not the file that the build wrote; build it anew.")
 
     def belongs_to(self, *, tokenizer: str, template: str | None, vocabulary: int) -> None:
@@ -383,39 +503,88 @@ class TargetStore:
             )
 
 
+def _checked_size(folder: Path, shard: Shard, plan: Plan) -> int:
+    """Bytes of a shard's file, which are those that the manifest's counts come to."""
+    tensors = shard.tensor_bytes(plan)
+    with _as_store_error(folder / shard.file):
+        path = real_file(folder / shard.file, within=folder, largest=tensors + LARGEST_HEADER)
+        size = path.stat().st_size
+    if size <= tensors:
+        raise StoreError(
+            f"{folder / shard.file}: got {size:,} bytes; accepted: more than {tensors:,}, by the "
+            f"counts of {MANIFEST}; {ANEW}."
+        )
+    return size
+
+
+def _digest_in(folder: Path, shard: Shard) -> str:
+    with _as_store_error(folder / shard.file):
+        return digest_of(folder / shard.file, within=folder)
+
+
+@contextmanager
+def _as_store_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; {ANEW}.") from None
+    except FileError as error:
+        raise StoreError(advised(error, ANEW)) from None
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be read ({error}); {ANEW}.") from None
+
+
 class _ShardFile:
     """One shard; opened when first read, once in each process."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self._path, self._shard = path, shard
+    def __init__(self, folder: Path, shard: Shard, plan: Plan) -> None:
+        self._folder, self.shard, self._plan = folder, shard, plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_shard": self._shard}
+        return {"_folder": self._folder, "shard": self.shard, "_plan": self._plan}
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / self.shard.file
 
     @cached_property
     def _open(self) -> Any:
-        try:
-            return safe_open(self._path, framework="np")
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"{self._path} cannot be read ({error}); build the store anew."
-            ) from None
+        """With tensors of the types and shapes that follow from the manifest, and no others."""
+        wanted = self.shard.tensors(self._plan)
+        with _as_store_error(self._path):
+            largest = self.shard.tensor_bytes(self._plan) + LARGEST_HEADER
+            path = real_file(self._path, within=self._folder, largest=largest)
+            opened: Any = safe_open(path, framework="np")
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
+        if found != wanted:
+            differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+            raise self._other(f"the tensors {', '.join(differing)}"[:80], "those of its manifest")
+        return opened
 
     @cached_property
     def document_ends_D(self) -> np.ndarray:
-        return self._open.get_tensor("document_ends")
+        return self._ends("document_ends", self.shard.tokens, least=2)
 
     @cached_property
     def trained_ends_D(self) -> np.ndarray:
-        return self._open.get_tensor("trained_ends")
+        return self._ends("trained_ends", self.shard.trained, least=0)
+
+    def _ends(self, name: str, total: int, *, least: int) -> np.ndarray:
+        """Where each document ends: rising by `least` or more, up to `total`."""
+        ends_D = self._open.get_tensor(name)
+        if int(ends_D[-1]) != total or (np.diff(ends_D, prepend=0) < least).any():
+            raise self._other(f"{name} that do not rise to {total}", "ends of documents in order")
+        return ends_D
+
+    def _other(self, got: str, accepted: str) -> StoreError:
+        return StoreError(f"{self._path}: got {got}; accepted: {accepted}; {ANEW}.")
 
     def read(self, place: int) -> tuple[Document, Targets]:
         tokens, trained = _span(self.document_ends_D, place), _span(self.trained_ends_D, place)
-        document = Document(
-            self._ids("tokens", tokens).astype(np.int32),
-            self._slice("trained", tokens).astype(bool),
-        )
-        return document, Targets(
+        tokens_N = self._ids("tokens", tokens).astype(np.int32)
+        trained_N = self._slice("trained", tokens).astype(bool)
+        targets = Targets(
             top_ids_TK=self._ids("top_ids", trained),
             top_logprobs_TK=self._slice("top_logprobs", trained).astype(np.float32),
             tail_ids_TM=self._ids("tail_ids", trained),
@@ -423,13 +592,24 @@ class _ShardFile:
             token_logprob_T=self._slice("token_logprob", trained).astype(np.float32),
             entropy_T=self._slice("entropy", trained).astype(np.float32),
         )
+        if trained_N[0] or int(trained_N.sum()) != len(targets):
+            raise self._other("marks of trained tokens without targets", "a target for each")
+        numbers = (getattr(targets, name) for name in NUMBERS)
+        if any(np.isnan(each).any() for each in numbers) or np.isinf(targets.entropy_T).any():
+            raise self._other("NaN in targets", "numbers")
+        return Document(tokens_N, trained_N), targets
 
     def _slice(self, name: str, span: slice) -> np.ndarray:
         return self._open.get_slice(name)[span]
 
     def _ids(self, name: str, span: slice) -> np.ndarray:
         low, high = self._slice(f"{name}_low", span), self._slice(f"{name}_high", span)
-        return low.astype(np.int64) | high.astype(np.int64) << 16
+        ids = low.astype(np.int64) | high.astype(np.int64) << 16
+        if ids.size and ids.max() >= self._plan.vocabulary:
+            raise self._other(
+                f"the token {ids.max()} in {name}", f"below the vocabulary, {self._plan.vocabulary}"
+            )
+        return ids
 
 
 def _span(ends_D: np.ndarray, place: int) -> slice:

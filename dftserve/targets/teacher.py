@@ -21,6 +21,8 @@ from blake3 import blake3
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dftserve.bounded_files import chunks, open_file
+from dftserve.model_folder import LARGEST_WEIGHTS, check_model_folder
 from dftserve.targets.document import Document
 from dftserve.targets.source import DenseSource, Rows
 
@@ -80,6 +82,7 @@ class Teacher(DenseSource):
             ValueError: nothing there that can be loaded, or as the constructor.
         """
         folder = _folder(path)
+        check_model_folder(folder)
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
             raise ValueError(
@@ -100,7 +103,9 @@ class Teacher(DenseSource):
         digest = blake3(_config(model).encode())
         for file in weights:
             digest.update(file.name.encode())
-            digest.update_mmap(file)
+            with open_file(file, largest=LARGEST_WEIGHTS) as opened:
+                for chunk in chunks(opened, file, largest=LARGEST_WEIGHTS):
+                    digest.update(chunk)
         teacher.digest = digest.hexdigest()
         return teacher
 

@@ -3,22 +3,27 @@
 config = load(Path("run.yaml"), {"divergence.target_weight": "0.8"})
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dftserve import settings
 from dftserve.train import divergences
 from dftserve.train.divergences import DIVERGENCES, Divergence, Projections
 
-CONFIG_BYTES = 1 << 16
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16")
 REPORTS = ("none", "tensorboard", "trackio")
+MOST = 1 << 30
+"""Of a count of steps, rows or checkpoints: what is beyond is a slip, and would be allocated."""
+MOST_TOKENS = 1 << 20
+"""Of a row."""
+MOST_SEED = (1 << 32) - 1
+"""What numpy's generator takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,8 @@ class DivergenceConfig:
                 least = "above 0" if self.name == "reverse_kl" else "from 0"
                 where = "target_weight" if weight == self.target_weight else "candidates"
                 raise ValueError(f"{where}: got {weight:g}; accepted: a number {least} to 1.")
-        _at_least(1, self, "probe_steps", "projections")
+        _between(1, MOST, self, "probe_steps")
+        _between(1, 1 << 16, self, "projections")
         if not self.candidates:
             raise ValueError("candidates: got none; accepted: weights to try.")
         takes = TAKES[self.name]
@@ -107,7 +113,7 @@ class LoraConfig:
     """Names as peft takes them; the head is always left out."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "rank", "alpha")
+        _between(1, 1 << 16, self, "rank", "alpha")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}; accepted: from 0 to below 1.")
 
@@ -142,6 +148,8 @@ class TrainConfig:
     """The gradient's largest norm."""
     precision: str = "fp32"
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass; transformers from 5.23 on calls it
+    `activation_checkpointing`, and this key keeps its name on every version."""
     lora: LoraConfig | None = None
     fsdp: bool = False
     """Shard weights, gradients and optimizer over the processes of torchrun."""
@@ -169,27 +177,29 @@ class TrainConfig:
             if value not in known:
                 accepted = settings.among(value, known)
                 raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.")
-        _at_least(1, self, "batch_size", "accumulation", "save_every", "keep", "evaluate_every")
-        _at_least(1, self, "log_every", "evaluate_tokens")
-        _at_least(0, self, "weight_decay", "clip", "seed")
-        if self.patience is not None:
-            _at_least(1, self, "patience")
+        _between(1, 1 << 16, self, "batch_size", "accumulation")
+        _between(1, MOST, self, "save_every", "keep", "evaluate_every", "log_every")
+        _between(1, 1 << 40, self, "evaluate_tokens")
+        _between(2, MOST_TOKENS, self, "max_length")
+        _between(0, MOST_SEED, self, "seed")
+        _between(0, math.inf, self, "weight_decay", "clip")
+        for name in ("patience", "steps"):
+            if getattr(self, name) is not None:
+                _between(1, MOST, self, name)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: got {self.warmup}; accepted: a share from 0 to below 1.")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: got {self.max_length}; accepted: 2 tokens or more.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}; accepted: 1 or more, or nothing.")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs: got {self.epochs}; accepted: above 0.")
+        if not 0 < self.epochs <= 1e6:
+            raise ValueError(f"epochs: got {self.epochs}; accepted: above 0, to a million.")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate: got {self.learning_rate}; accepted: between 0 and 1.")
 
 
-def _at_least(least: int, settings: Any, *names: str) -> None:
+def _between(least: int, most: float, settings: Any, *names: str) -> None:
     for name in names:
-        if not getattr(settings, name) >= least:
-            raise ValueError(f"{name}: got {getattr(settings, name)}; accepted: {least} or more.")
+        value = getattr(settings, name)
+        if not least <= value <= most:
+            accepted = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{name}: got {value}; accepted: {accepted}.")
 
 
 def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
@@ -200,11 +210,7 @@ def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
     """
     content: dict[str, Any] = {}
     if path is not None:
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such file; give a YAML of training settings.")
-        if path.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes; accepted: {CONFIG_BYTES}.")
-        content = _yaml(path.read_text(encoding="utf-8"), str(path))
+        content = settings.read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError(f"{path}: got a {type(content).__name__}; accepted: keys and values.")
     for name, text in overrides.items():
@@ -214,12 +220,5 @@ def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {key} holds a value there, not keys.")
-        place[last] = _yaml(text, name)
+        place[last] = settings.parse_yaml(text, name)
     return settings.load(TrainConfig, content, "train")
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())}).") from None

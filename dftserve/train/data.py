@@ -7,6 +7,7 @@ Shapes: B rows, N tokens of the longest, T trained positions of the batch.
 """
 
 import random
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -52,13 +53,20 @@ def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
     """
     shuffled = random.Random(seed).sample(list(parts), len(parts))
     by_room: dict[int, list[list[Piece]]] = {}
+    rooms: list[int] = []  # Those that some row has, rising.
     for piece in sorted(shuffled, key=len, reverse=True):
-        size = len(piece)
-        room = next((room for room in range(size, longest + 1) if by_room.get(room)), None)
-        row = by_room[room].pop() if room is not None else []
+        place = bisect_left(rooms, len(piece))
+        room, row = longest, []
+        if place < len(rooms):
+            room = rooms[place]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[place]
         row.append(piece)
-        left = (longest if room is None else room) - size
-        by_room.setdefault(left, []).append(row)
+        left = by_room.setdefault(room - len(piece), [])
+        if not left:
+            insort(rooms, room - len(piece))
+        left.append(row)
     rows = [tuple(row) for stack in by_room.values() for row in stack]
     return random.Random(seed).sample(rows, len(rows))
 

@@ -54,6 +54,19 @@ def attach(model: PreTrainedModel, divergence: Divergence) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def checkpointing_name() -> str:
+    """What transformers calls it when activations are computed again in the backward pass.
+
+    5.23 renamed it and warns of the old name; we call it gradient checkpointing throughout.
+    """
+    is_renamed = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    return "activation_checkpointing" if is_renamed else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    getattr(model, f"{checkpointing_name()}_enable")()
+
+
 def _output(
     head: Head, hidden_TD: Tensor, target: TargetRows, divergence: Divergence, *, training: bool
 ) -> DFTOutput:

@@ -14,6 +14,7 @@ import torch
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Rows
 from dftserve.train.head import CHUNK_ELEMENTS
+from dftserve.train.model import enable_checkpointing
 from dftserve.train.run import Material, load_model, read
 
 OPTIMIZER_BYTES = 8
@@ -88,7 +89,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     model = load_model(config)
     model.train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     seconds, activations = _one_batch(config, model, material)
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from dftserve import atomic, checkpoint
+from dftserve.bounded_files import FileError, advised, read_json, shaped_as
 from dftserve.digest import digest_of
 from dftserve.spec import Promise
 from dftserve.targets.document import fingerprint, load_tokenizer, template_fingerprint
@@ -34,11 +35,13 @@ from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
-from dftserve.train.model import attach
+from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
 SETTINGS, WEIGHTS, FINAL = "settings.json", "weights.json", "final"
+LARGEST = 1 << 20
+"""Bytes of either."""
 PROFILE_TOKENS = 20_000
 
 
@@ -153,6 +156,7 @@ def make_trainer(
 ) -> DFTTrainer:
     has_heldout = len(material.heldout) > 0
     early = config.patience is not None
+    renamed: dict[str, Any] = {checkpointing_name(): config.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps or -1,
@@ -167,7 +171,6 @@ def make_trainer(
         max_grad_norm=config.clip,
         bf16=config.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=config.gradient_checkpointing,
         ddp_find_unused_parameters=False,
         fsdp="full_shard" if config.fsdp else None,
         fsdp_config={"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
@@ -189,6 +192,7 @@ def make_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
+        **renamed,
     )
     trainer = DFTTrainer(
         model=model,
@@ -232,7 +236,7 @@ def finish(
     plan = material.store.manifest.plan
     data = {
         "model": Path(config.model).name,
-        "targets": digest_of(material.store.folder / MANIFEST),
+        "targets": digest_of(material.store.folder / MANIFEST, within=material.store.folder),
         "corpus": plan.corpus_blake3,
         "tokenizer": plan.tokenizer,
     }
@@ -279,8 +283,8 @@ def _begin(output: Path, config: TrainConfig) -> None:
         return
     wanted = json.loads(json.dumps(asdict(config)))
     path = output / SETTINGS
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read(path)
+    if found is not None:
         was, now = _flat(found), _flat(wanted)
         for name in now:
             if was.get(name) != now[name]:
@@ -296,6 +300,23 @@ def _begin(output: Path, config: TrainConfig) -> None:
     atomic.write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """What an earlier start of the run wrote; None where there was none.
+
+    Raises:
+        ValueError: it is not what a run writes.
+    """
+    try:
+        content = read_json(path, within=path.parent, largest=LARGEST)
+    except FileNotFoundError:
+        return None
+    except FileError as error:
+        raise ValueError(advised(error, "choose another output, or remove it")) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not what a run writes; choose another output, or remove it.")
+    return content
+
+
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}, as settings are named."""
     flat = {}
@@ -308,8 +329,9 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _with_weight(config: TrainConfig, material: Material, output: Path) -> TrainConfig:
     """λ by the held-out human NLL after a short run of each candidate; each is run once."""
     path = output / WEIGHTS
-    tried = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for weight in config.divergence.candidates:
+    tried = _read(path) or {}
+    candidates = config.divergence.candidates
+    for weight in candidates:
         if f"{weight:g}" in tried:
             continue
         _say(f"Trying target_weight {weight:g}, {config.divergence.probe_steps} steps:")
@@ -327,6 +349,8 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
         tried[f"{weight:g}"] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
         if trainer.is_world_process_zero():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
+    with shaped_as(path, "a likelihood for each weight"):
+        tried = {f"{weight:g}": float(tried[f"{weight:g}"]) for weight in candidates}
     best = min(tried, key=lambda weight: tried[weight])
     _say(f"target_weight {best}: held-out human NLL {tried[best]:.4f} nats a token, of {tried}")
     return _weighted(config, float(best))

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 REQUESTS = 8
+ATTEMPTS = 5
 PATIENCE = 45.0
 """Seconds after the signal until a server counts as hanging; its own --shutdown-timeout is 30."""
 FIRST_TOKENS = "vllm:time_to_first_token_seconds_count"
@@ -60,7 +61,7 @@ async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
     """Send the requests, wait until each has its first token, then SIGTERM to the server.
 
     Raises:
-        RuntimeError: a request ended before the signal, so nothing is shown.
+        RuntimeError: requests ended before the signal each time, so nothing is shown.
     """
     headers = {"Authorization": f"Bearer {key}"}
     process = os.pidfd_open(process_id)
@@ -70,21 +71,13 @@ async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
         base_url=url, headers=headers, timeout=None, trust_env=False, limits=limits
     )
     async with client:
-        before = await _first_tokens(client)
-        requests = [asyncio.create_task(_outcome(client, load.body(i))) for i in range(REQUESTS)]
-        while await _first_tokens(client) < before + REQUESTS:
-            if any(request.done() for request in requests):
-                break
-            await asyncio.sleep(0.02)
-        if any(request.done() for request in requests):
-            raise RuntimeError(f"ended before the signal: {[r.done() for r in requests]}")
+        requests = await _in_flight(client, load)
         signal.pidfd_send_signal(process, signal.SIGTERM)
         start = time.monotonic()
-        ended = asyncio.create_task(asyncio.to_thread(_ends, process, PATIENCE))
-        # A server that hangs on its answers would never end while we wait for them.
-        await asyncio.wait([*requests, ended], timeout=PATIENCE)
-        ended_in = time.monotonic() - start if await ended else None
-        for request in requests:
+        ended = await asyncio.to_thread(_ends, process, PATIENCE)
+        seconds = time.monotonic() - start
+        for request in requests:  # An answer may still lie in a socket of ours.
+            await asyncio.wait([request], timeout=1 if ended else 0)
             request.cancel()
         results = await asyncio.gather(*requests, return_exceptions=True)
     os.close(process)
@@ -94,8 +87,23 @@ async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
         aborted=kinds["aborted"],
         lost=kinds["lost"],
         statistics=kinds["complete, with statistics"],
-        seconds=None if ended_in is None else round(ended_in, 2),
+        seconds=round(seconds, 2) if ended else None,
     )
+
+
+async def _in_flight(client: httpx.AsyncClient, load: Load) -> list[asyncio.Task[str]]:
+    """Requests that all have a first token, and none its last."""
+    for _ in range(ATTEMPTS):
+        before = await _first_tokens(client)
+        requests = [asyncio.create_task(_outcome(client, load.body(i))) for i in range(REQUESTS)]
+        while await _first_tokens(client) < before + REQUESTS:
+            if any(request.done() for request in requests):
+                break
+            await asyncio.sleep(0.02)
+        if not any(request.done() for request in requests):
+            return requests
+        await asyncio.gather(*requests)  # A slow machine: one had ended before we saw the last.
+    raise RuntimeError(f"requests ended before the signal, {ATTEMPTS} times")
 
 
 def _ends(process: int, timeout: float) -> bool:

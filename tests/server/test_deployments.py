@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.client import LIVELY, chat_body, gather, get, metric, post
 from tests.conftest import SHIM, Engine, engine_running
-from tests.environment import Environment, build_wheels, make_environment
+from tests.environment import Environment, build_wheels, make_environment, uv
 
 pytestmark = pytest.mark.long
 
@@ -57,9 +57,7 @@ def test_the_wheels_change_no_other_line_of_an_environment(bare_environment, whe
 
 
 def _remove(environment: Environment) -> None:
-    from tests.environment import _uv
-
-    _uv("pip", "uninstall", "--python", environment.python, "dftserve", "dftserve-vllm")
+    uv("pip", "uninstall", "--python", environment.python, "dftserve", "dftserve-vllm")
 
 
 def test_no_wheel_carries_the_stub(wheels):
@@ -174,6 +172,18 @@ def _even_heads(model_folder: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
     return folder
+
+
+def test_as_an_endpoint_plug_in(model_folder, tmp_path):
+    """Where VLLM_PLUGINS names us, vLLM itself adds our route, and has nothing to warn about."""
+    env = {"VLLM_PLUGINS": "dftserve"}
+    with engine_running("v1", model_folder, tmp_path, env=env) as engine:
+        check_field(engine)
+        assert get(engine, "/v1/dft/capabilities").json()["active"]
+        assert get(engine, "/v1/dft/capabilities", key=None).status_code == 401
+        log = engine.log.read_text(errors="replace")
+    assert "Loaded endpoint plugin dftserve" in log
+    assert "VLLM_PLUGINS is not set" not in log
 
 
 def test_run_batch(model_folder, tmp_path):

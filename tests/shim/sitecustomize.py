@@ -3,6 +3,9 @@
 TEST_V2_ON_CPU=1    vLLM's V2 model runner on a CPU, its Triton kernels interpreted
 TEST_FAULT_FILE=F   while F exists, every call of the transform fails after computing its result;
                     each failure adds a byte to F.count
+                    while F.nan exists, it is given rows of NaN, as a sick model's, and what it
+                    makes of them is thrown away; each such row adds a byte to F.nan.count
+TEST_HOOK_FAULT=H:K a fault where the plug-in meets vLLM: see hook_faults
 """
 
 import importlib.util
@@ -46,11 +49,17 @@ def _faulty(module):
     transform = module.transform
     trigger = os.environ["TEST_FAULT_FILE"]
 
+    def counted(name, times):
+        with open(f"{name}.count", "ab") as count:
+            count.write(b"." * times)
+
     def failing(logits_XV, controls, rows_R, way):
+        if os.path.exists(f"{trigger}.nan"):
+            counted(f"{trigger}.nan", len(logits_XV) if rows_R is None else len(rows_R))
+            return transform(logits_XV * float("nan"), controls, rows_R, way)
         if not os.path.exists(trigger):
             return transform(logits_XV, controls, rows_R, way)
-        with open(f"{trigger}.count", "ab") as count:
-            count.write(b".")
+        counted(trigger, 1)
         transform(logits_XV.clone(), controls, rows_R, way)
         raise RuntimeError("an injected fault")
 
@@ -67,6 +76,10 @@ def _when_imported():
 
 
 def _install():
+    if fault := os.environ.get("TEST_HOOK_FAULT"):
+        import hook_faults
+
+        hook_faults.install(fault)
     when_imported = _when_imported()
     if os.environ.get("TEST_V2_ON_CPU") == "1":
         when_imported("triton.backends", _a_cpu_driver)

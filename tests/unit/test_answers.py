@@ -189,3 +189,34 @@ def test_without_flock_there_is_a_writer_without_a_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "fcntl", None)
     write(tmp_path / "answers.jsonl", ROWS)
     assert read(tmp_path / "answers.jsonl", Row) == ROWS
+
+
+def test_a_link_is_neither_written_to_nor_read_out_of_its_folder(tmp_path):
+    """Either would reach a file of another owner by its name."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.write_bytes(content(ROWS[:1]))
+    folder.mkdir()
+    (folder / "answers").symlink_to(outside)
+    with pytest.raises(ValueError, match="got a link"):
+        write(folder / "answers", ROWS)
+    with pytest.raises(ValueError, match="got a link"):
+        read(folder / "answers", Row)
+    assert outside.read_bytes() == content(ROWS[:1])
+
+
+@pytest.mark.parametrize("use", [lambda path: write(path, ROWS), lambda path: read(path, Row)])
+def test_a_file_larger_than_the_bound_is_refused_as_it_is(tmp_path, monkeypatch, use):
+    path = tmp_path / "answers"
+    write(path, ROWS)
+    monkeypatch.setattr(answers, "LARGEST", len(content(ROWS)) - 1)
+    with pytest.raises(ValueError, match="accepted: at most"):
+        use(path)
+    assert path.read_bytes() == content(ROWS)
+
+
+@pytest.mark.parametrize("use", [lambda path: write(path, ROWS), lambda path: read(path, Row)])
+def test_a_line_that_is_nested_too_deep_is_no_answer(tmp_path, use):
+    path = tmp_path / "answers"
+    path.write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(ValueError, match="line 1 is no answer"):
+        use(path)

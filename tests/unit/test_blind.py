@@ -395,7 +395,7 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
     refused([good, foreign], "answers to the page 0123")
     refused([empty], "answers: got none")
     refused([], "answers: got none")
-    refused([good], "cannot be read as JSON", tmp_path / "blind.html")
+    refused([good], "not JSON", tmp_path / "blind.html")
     refused([key_file], "got the key 'question'")
     refused([good], "got the key 'judge'", good)
     for name, value, said in (

@@ -17,6 +17,7 @@ import dftserve
 from dftserve.cli import main
 from dftserve.spec import Promise, parse
 from tests.local_server import reply, serving
+from tests.vllm_source import as_wheel, write_vllm
 
 OURS = ("--default-diversity", "--dry-run", "--help")
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
@@ -193,6 +194,47 @@ def test_the_doctor_asks_a_server_too():
     assert result.exit_code == 1
     assert "secret" not in result.output
     assert json.loads(result.stdout)["findings"][-1]["name"] == "server"
+
+
+@pytest.mark.parametrize("option", ["--vllm", "--wheel"])
+def test_the_doctor_judges_a_vllm_and_nothing_else(tmp_path, option):
+    write_vllm(tmp_path, version="0.33.0")
+    place = tmp_path if option == "--vllm" else as_wheel(tmp_path)
+    result = run("doctor", option, str(place), "--json", env={"DFTSERVE_DEFAULT_DIVERSITY": "7"})
+    assert result.exit_code == 0
+    assert [finding["name"] for finding in json.loads(result.stdout)["findings"]] == [
+        "vllm",
+        "hooks",
+    ]
+
+
+def test_the_doctors_exit_code_is_one_only_where_a_required_symbol_is_missing(tmp_path):
+    for module, code in (("vllm.entrypoints.launchers.app", 0), ("vllm.exceptions", 1)):
+        place = tmp_path / module
+        place.mkdir()
+        write_vllm(place, version="0.33.0", without=module)
+        result = run("doctor", "--vllm", str(place))
+        assert result.exit_code == code
+        assert module in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--vllm", ".", "--url", "http://x"], 2, "accepted: one of them"),
+        (["--vllm", ".", "--wheel", "a.whl"], 2, "accepted: one of them"),
+        (["--vllm", "."], 1, "no vLLM there"),
+        (["--wheel", "a.whl"], 2, "no wheel; accepted: a .whl of vLLM"),
+        (["--wheel", "."], 2, "is a directory"),
+        (["--vllm", "gone"], 2, "does not exist"),
+    ],
+)
+def test_the_doctor_refuses_what_is_no_vllm(tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.whl").write_text("no zip")
+    result = run("doctor", *arguments)
+    assert result.exit_code == code
+    assert said in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

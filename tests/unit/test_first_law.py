@@ -7,9 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dftserve.demo import grammar
 from dftserve.sampling import laws
+from tests.future import no_future_warnings
+from tests.training import VOCABULARY, small_model
+
+pytestmark = no_future_warnings
 
 FOX = "Tell me a story with a fox in it."
 
@@ -96,6 +101,16 @@ def test_gain_at_a_point(bench):
     assert bench.gain_at(*line, 0.75, 0.7) == pytest.approx(0.1)
     assert bench.gain_at(*line, 0.2, 0.7) == pytest.approx(0.2), "the more valid point stands in"
     assert math.isnan(bench.gain_at(np.array([0.5]), np.array([0.9]), 0.75, 0.7))
+
+
+def test_a_models_cache_fills_under_the_name_that_this_transformers_has(bench, caplog):
+    model = small_model()
+    room = DynamicCache(config=model.config)
+    ids_RN = torch.randint(2, VOCABULARY, (2, 5))
+    with caplog.at_level("WARNING", logger="transformers"):
+        model(ids_RN, **{bench.Writer("any", model, None).cache_argument: room})
+    assert room.get_seq_length() == 5
+    assert "deprecated" not in caplog.text
 
 
 def test_rows_close_up(bench):

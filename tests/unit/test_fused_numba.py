@@ -21,7 +21,7 @@ LAWS = (
     {"level": 1.0, "min_p": 0.001},
     {"law": "dynatemp", "dynatemp_range": 0.9, "level": 0.7},
 )
-STOPS = (frozenset(), frozenset({0}), frozenset({1, 5, 9}))
+STOPS = (frozenset(), frozenset({0}), frozenset({1, 5, 9}), frozenset(range(0, 400, 3)))
 
 
 def controls_of(rows: int, seed: int = 0) -> Controls:
@@ -34,7 +34,7 @@ def controls_of(rows: int, seed: int = 0) -> Controls:
             parse(LAWS[r % 3]),
             temperature=temperature,
             divided=divided,
-            stop_ids=STOPS[r // 3 % 3],
+            stop_ids=STOPS[r // 3 % len(STOPS)],
         )
         made.append(row)
     return Controls.stack(made)
@@ -68,7 +68,7 @@ def test_it_is_the_plain_way(kinds, vocabulary, seed, data):
     order = data.draw(st.permutations(range(len(kinds))))
     rows = order[: data.draw(st.integers(1, len(kinds)))]
     rows_R = None if data.draw(st.booleans()) else torch.tensor(rows)
-    controls = controls_of(len(kinds) if rows_R is None else len(rows), seed % 9)
+    controls = controls_of(len(kinds) if rows_R is None else len(rows), seed % 12)
     got_XV, expected_XV = logits_XV.clone(), logits_XV.clone()
     got = NumbaTransform()(got_XV, controls, rows_R)
     expected = plain(expected_XV, controls, rows_R)
@@ -88,6 +88,34 @@ def test_large_vocabularies(vocabulary):
     controls = controls_of(len(kinds))
     got = NumbaTransform()(logits_XV, controls)
     assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
+
+
+def test_a_row_with_many_stop_tokens_beside_others():
+    vocabulary = 131_072
+    many = frozenset(np.random.default_rng(0).permutation(vocabulary)[:30_000].tolist())
+    asked = [frozenset({2}), many, frozenset()]
+    rows = [
+        control_row(parse(0.5), temperature=0.8, divided=1.0, stop_ids=stops) for stops in asked
+    ]
+    logits_XV = make_rows(["zipf", "gaussian", "few"], vocabulary, seed=3)
+    expected_XV = logits_XV.clone()
+    controls = Controls.stack(rows)
+    got = NumbaTransform()(logits_XV, controls)
+    assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
+
+
+def test_a_row_reads_its_own_stop_tokens_only():
+    """Else each would pay for the widest: what lies after the first -1 makes no difference."""
+    logits_XV = make_rows(["few"] * 3, 300, seed=3)
+    other_XV = logits_XV.clone()
+    controls = controls_of(3)
+    stops_RE = torch.full((3, 8), -1)
+    stops_RE[0, 0], stops_RE[1, :2] = 7, torch.tensor([3, 9])
+    NumbaTransform()(logits_XV, Controls(controls.numbers_RF, stops_RE))
+    other_RE = stops_RE.clone()
+    other_RE[0, 2:], other_RE[1, 3:], other_RE[2, 1:] = 11, 12, 13
+    NumbaTransform()(other_XV, Controls(controls.numbers_RF, other_RE))
+    assert torch.equal(logits_XV, other_XV)
 
 
 def test_what_was_kept_from_one_call_does_not_show_in_the_next():

@@ -61,6 +61,9 @@ def regimes() -> dict[str, tuple[torch.Tensor, list[tuple[dict, float, frozenset
     tied = _near_tie(300, 1.5)[None]
     tied[0, 9] = 1.0
     made["two stop tokens at the top"] = tied, [({"level": 1e-6}, 1.0, frozenset({3, 9}))]
+    # One block of stop tokens, a little more, and three; some are not in the vocabulary.
+    many = [(GATED, 0.9, frozenset(range(0, 5 * count, 5))) for count in (1, 128, 129, 300)]
+    made["many stop tokens"] = make_rows(["zipf", "gaussian", "peaky", "few"], 1024, 4), many
     return made
 
 
@@ -169,6 +172,22 @@ def test_logits_divided_by_the_temperature_before(interpreted):
     torch.testing.assert_close(after_RV, expected_RV, rtol=1e-5, atol=2e-4)
 
 
+def test_a_row_reads_its_own_stop_tokens_only(interpreted):
+    """What lies after the first -1 makes no difference."""
+    expected_RV, _ = _after(interpreted, "own stops")
+    after_RV, _ = _after(interpreted, "own stops, others behind")
+    assert torch.equal(after_RV, expected_RV)
+
+
+def own_stops() -> tuple[Controls, Controls]:
+    controls = controls_of([(GATED, 1.0, frozenset({3}))] * 2, divide=False)
+    stops_RE = torch.full((2, 8), -1)
+    stops_RE[0, 0], stops_RE[1, :2] = 7, torch.tensor([3, 9])
+    other_RE = stops_RE.clone()
+    other_RE[0, 2:], other_RE[1, 3:] = 11, 12
+    return Controls(controls.numbers_RF, stops_RE), Controls(controls.numbers_RF, other_RE)
+
+
 def divided():
     _, asked = REGIMES["few, V=257"]
     return make_rows(["few", "gaussian", "zipf", "peaky"], 300, seed=8), asked
@@ -195,6 +214,9 @@ def main(file: str) -> None:
     keep("divided", after_RV, way(after_RV, controls_of(asked, divide=True)))
     wide_RW = padded()
     keep("padded", wide_RW, way(wide_RW[:, :300], controls_of(asked, divide=False)))
+    for name, controls in zip(("own stops", "own stops, others behind"), own_stops(), strict=True):
+        after_RV = make_rows(["few", "gaussian"], 300, seed=8)
+        keep(name, after_RV, way(after_RV, controls))
     np.savez(file, **arrays)
 
 

@@ -9,7 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from dftserve.hf import DiversityProcessor, sampling
 from tests.conftest import long
+from tests.future import no_future_warnings
 from tests.reference import reference
+
+pytestmark = no_future_warnings
 
 EOS = 3
 

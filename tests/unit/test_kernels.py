@@ -57,6 +57,60 @@ def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
     assert type(fastest_slots(1, 1, CPU)) is Slots
 
 
+def _many_stops(logits_XV, controls, rows_R, calls):
+    return controls.stop_ids_RE.shape[1] == 128
+
+
+def _padded_rows(logits_XV, controls, rows_R, calls):
+    return logits_XV.stride(0) != logits_XV.shape[1]
+
+
+def _a_later_call(logits_XV, controls, rows_R, calls):
+    return calls > 1
+
+
+def _some_rows(logits_XV, controls, rows_R, calls):
+    return rows_R is not None
+
+
+@pytest.mark.parametrize("case", [_many_stops, _padded_rows, _a_later_call, _some_rows])
+def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, caplog):
+    """In the last row only: one row is not enough to see it."""
+    calls = []
+
+    def wrong(self, logits_XV, controls, rows_R=None):
+        calls.append(self)
+        done = plain(logits_XV, controls, rows_R)
+        if case(logits_XV, controls, rows_R, calls.count(self)):
+            logits_XV[2].mul_(1.01)
+        return done
+
+    monkeypatch.setattr(NumbaTransform, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert fastest(CPU) is plain
+    assert "disagree" in caplog.text
+
+
+def test_kernels_that_touch_an_unsound_row_are_not_used(monkeypatch, caplog):
+    def wrong(self, logits_XV, controls, rows_R=None):
+        done = plain(logits_XV, controls, rows_R)
+        logits_XV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        return done
+
+    monkeypatch.setattr(NumbaTransform, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert fastest(CPU) is plain
+    assert "disagree" in caplog.text
+
+
+def test_slots_that_forget_what_a_resumed_request_had_are_not_used(monkeypatch, caplog):
+    opens = NumbaSlots.open
+    monkeypatch.setattr(NumbaSlots, "open", lambda self, slot, *_, **__: opens(self, slot))
+    with caplog.at_level(logging.WARNING):
+        assert fastest(CPU) is plain
+    assert "disagree" in caplog.text
+
+
 def test_slots_that_are_wrong_are_not_used(monkeypatch, caplog):
     """They steer, and count nothing."""
     monkeypatch.setattr(NumbaSlots, "remember", lambda *_: None)

@@ -63,7 +63,7 @@ def test_a_byte_order_mark_is_no_text(file, name):
     [
         ("", "got 0 prompts; accepted: 1 to"),
         ("\n \n", "got 0 prompts"),
-        ('{"prompt": "One"}\n{"prompt"', r"line 2: broken JSON .*accepted: one object a line"),
+        ('{"prompt": "One"}\n{"prompt"', "line 2: not JSON"),
         ('{"text": "One"}', "line 1: got no `prompt`"),
         ('{"prompt": ""}', "line 1: got no `prompt`"),
         ('{"prompt": " "}', "line 1: got no `prompt`"),
@@ -93,8 +93,8 @@ def test_other_suffixes(file, name):
 
 def test_no_file(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    for name in ("none.txt", "folder.txt"):
-        with pytest.raises(ValueError, match="that is there"):
+    for name, said in {"none.txt": "that is there", "folder.txt": "got a folder"}.items():
+        with pytest.raises(ValueError, match=said):
             read(tmp_path / name)
 
 

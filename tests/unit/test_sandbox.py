@@ -1,6 +1,7 @@
 """Programs that a model might write, and that an enemy would: what they do, and what they cannot.
 
-Every test also checks that the machine outside is as it was.
+In namespaces that bubblewrap made, where it is installed, and in our own. Every test also checks
+that the machine outside is as it was.
 """
 
 import json
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.accuracy import sandbox
+from dftserve.evaluate.accuracy import cgroups, sandbox, seccomp
 from dftserve.evaluate.accuracy.sandbox import STDERR_BYTES, USERS, Limits
+from dftserve.evaluate.accuracy.sandbox_init import BUBBLEWRAP, OWN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT, AMPLE = 1.5, 60.0
@@ -30,6 +32,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox nee
 def _here():
     if (missing := sandbox.available()) is not None:
         assert not may_mount(), missing
+        pytest.skip(missing)
+
+
+@pytest.fixture(params=[OWN, BUBBLEWRAP])
+def way(request) -> str:
+    """Who makes the namespaces."""
+    if request.param == BUBBLEWRAP and (missing := sandbox._no_bubblewrap()) is not None:
+        pytest.skip(missing)
+    return request.param
+
+
+@pytest.fixture
+def _filtered():
+    if (missing := sandbox._no_filter()) is not None:
         pytest.skip(missing)
 
 
@@ -53,8 +69,15 @@ def victim(tmp_path, monkeypatch):
     process.wait()
     assert kept.read_text() == "as it was"
     assert Path("/proc/self/mounts").read_text() == mounts
-    assert set(os.listdir()) <= {"kept", "sandbox_init.py"}
+    assert set(os.listdir()) <= {"kept", "sandbox_init.py", "bin"}
     waited(lambda: not survivors())
+    waited(lambda: not groups())
+
+
+def groups() -> list[Path]:
+    """Control groups that runs of ours left behind."""
+    own = f"{cgroups.PREFIX}{os.getpid()}-*"
+    return [left for place in cgroups.places().values() for left in place.folder.glob(own)]
 
 
 def survivors() -> list[str]:
@@ -96,6 +119,7 @@ ENDS = {
     "import os; os._exit(0)\nassert False": "exit",
     "import os; os.write(3, b'a' * 32); os._exit(0)": "exit",
     "import os; os.close(3); assert False": "exception",
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', 'pass'], check=True)": "ok",
     "while True: pass": "timeout",
     "import time; time.sleep(60)": "timeout",
     "import signal, time\nfor s in (15, 2, 1, 24): signal.signal(s, signal.SIG_IGN)\n"
@@ -109,8 +133,8 @@ ENDS = {
 
 
 @pytest.mark.parametrize("source", ENDS)
-def test_how_a_program_ends(source):
-    result = sandbox.run(source, limits_for(ENDS[source]))
+def test_how_a_program_ends(source, way):
+    result = sandbox.run(source, limits_for(ENDS[source]), way=way)
     assert (result.passed, result.ended) == (ENDS[source] == "ok", ENDS[source]), result
     assert result.ended in sandbox.ENDS
 
@@ -119,9 +143,9 @@ def test_an_assertion_is_reported():
     assert "AssertionError: 4 is no 5" in sandbox.run("assert 0, '4 is no 5'").stderr
 
 
-def test_what_a_program_says_is_bounded():
+def test_what_a_program_says_is_bounded(way):
     source = "import sys\nwhile True: sys.stderr.write('x' * 10_000)"
-    result = sandbox.run(source, QUICK)
+    result = sandbox.run(source, QUICK, way=way)
     assert not result.passed
     assert len(result.stderr) <= STDERR_BYTES
 
@@ -208,6 +232,22 @@ else: assert False
 status = __import__('ctypes').CDLL(None).prctl(39, 0, 0, 0, 0)
 assert status == 1, 'no_new_privs'
 """,
+    "has a capability": """
+import ctypes
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capget(header, sets) == 0
+assert list(sets) == [0] * 6, list(sets)
+""",
+    "writes too many small files": """
+import errno, os
+made = 0
+try:
+    while True:
+        os.mkdir(f'{made}')
+        made += 1
+except OSError as error: assert error.errno == errno.ENOSPC, error
+assert 512 <= made <= 1024, made
+""",
     "asks for a name": """
 import socket
 for name in ('example.com', 'localhost.example'):
@@ -227,28 +267,204 @@ for number in range(4, 64):
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_an_enemy_does_no_harm(name):
+def test_an_enemy_does_no_harm(name, way):
     # A bomb that spreads has no end of its own; every other checks its failure and ends well.
     end = "timeout" if "spreads" in name else "ok"
-    result = sandbox.run(HARMLESS[name], limits_for(end))
+    result = sandbox.run(HARMLESS[name], limits_for(end), way=way)
     assert result.ended == end, result
 
 
-def test_our_environment_is_not_theirs(monkeypatch):
+# What a filter of system calls forbids
+
+NEW_USER, NEW_NET = 0x10000000, 0x40000000
+CALLER = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+
+def call(number, *arguments):
+    ctypes.set_errno(0)
+    words = [ctypes.c_long(each) for each in (number, *arguments)]
+    return libc.syscall(*words), ctypes.get_errno()
+"""
+
+
+def numbers(*names: str) -> list[int]:
+    machine = os.uname().machine
+    return [n for name in names if (n := seccomp.number(name, machine)) is not None]
+
+
+@pytest.mark.usefixtures("_filtered")
+def test_forbidden_calls_fail_and_the_program_goes_on(way):
+    source = f"for number in {numbers(*seccomp.FORBIDDEN)}:\n"
+    source += "    assert call(number, 0, 0, 0, 0, 0, 0) == (-1, errno.EPERM), number"
+    result = sandbox.run(CALLER + source, limits_for("ok"), way=way)
+    assert result.ended == "ok", result
+
+
+@pytest.mark.usefixtures("_filtered")
+@pytest.mark.parametrize("flags", [NEW_USER, NEW_NET, NEW_USER | NEW_NET])
+def test_no_namespace_in_the_namespace(way, flags):
+    clone, clone3, unshare = numbers("clone", "clone3", "unshare")
+    source = f"""
+assert call({unshare}, {flags}) == (-1, errno.EPERM)
+assert call({clone}, {flags | 17}, 0, 0, 0, 0) == (-1, errno.EPERM)
+arguments = (ctypes.c_uint64 * 8)({flags})
+assert call({clone3}, ctypes.addressof(arguments), 64) == (-1, errno.ENOSYS)
+"""
+    result = sandbox.run(CALLER + source, limits_for("ok"), way=way)
+    assert result.ended == "ok", result
+
+
+def test_a_namespace_could_be_had_without_the_filter(monkeypatch):
+    """Or the tests above would show nothing."""
+    (unshare,) = numbers("unshare")
+    monkeypatch.setattr(sandbox, "_no_filter", lambda: "for this test")
+    result = sandbox.run(CALLER + f"assert call({unshare}, {NEW_USER}) == (0, 0)", way=OWN)
+    if not result.passed:
+        pytest.skip("this kernel gives unprivileged users no namespace anyway")
+
+
+@pytest.mark.usefixtures("_filtered")
+@pytest.mark.parametrize("kind", ["vsock", "packet", "netlink"])
+def test_sockets_that_know_no_network_namespace(way, kind):
+    family = {"vsock": 40, "packet": 17, "netlink": 16}[kind]
+    source = f"""
+import errno, socket
+try: socket.socket({family}, socket.SOCK_DGRAM)
+except OSError as error: assert error.errno == errno.EAFNOSUPPORT, error
+else: assert False
+for each in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6): socket.socket(each).close()
+a, b = socket.socketpair()
+a.send(b'x'); assert b.recv(1) == b'x'
+"""
+    result = sandbox.run(source, limits_for("ok"), way=way)
+    assert result.ended == "ok", result
+
+
+FOREIGN = {
+    "x32": f"{CALLER}\ncall(0x40000000 | 39)",
+    "32-bit": """
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(bytes.fromhex('b814000000cd80c3'))  # getpid of i386
+start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+ctypes.CFUNCTYPE(ctypes.c_int)(start)()
+""",
+}
+
+
+@pytest.mark.usefixtures("_filtered")
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_calls_of_another_numbering_kill(way, kind):
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86_64 has them")
+    assert sandbox.run(FOREIGN[kind], limits_for("killed"), way=way).ended == "killed"
+
+
+def test_without_a_filter_it_is_said_and_shared_memory_has_none(monkeypatch):
+    """As on a machine whose calls are not known: a bound of the namespace stands in."""
+    (shmget,) = numbers("shmget")
+    source = f"assert call({shmget}, 0, 1 << 20, 0o1600) == (-1, errno.ENOSPC)"
+    monkeypatch.setattr(seccomp, "AUDIT", {"other": 1})
+    for each in (sandbox._no_filter, sandbox._no_bubblewrap):
+        each.cache_clear()
+    try:
+        assert "no filter of calls (the calls of" in sandbox.described()
+        result = sandbox.run(CALLER + source, limits_for("ok"))
+    finally:
+        for each in (sandbox._no_filter, sandbox._no_bubblewrap):
+            each.cache_clear()
+    assert result.ended == "ok", result
+
+
+# What a control group counts
+
+TOGETHER = """
+import os, time
+held, killed, ready = bytearray(b'x') * (100 << 20), 0, 0
+reader, writer = os.pipe()
+os.set_blocking(reader, False)
+for _ in range(6):
+    if os.fork() == 0:
+        held = bytearray(b'y') * (100 << 20)
+        os.write(writer, b'.')
+        while True: time.sleep(60)
+while killed + ready < 6:
+    time.sleep(.01)
+    try: ready += len(os.read(reader, 6))
+    except BlockingIOError: pass
+    killed += os.waitpid(-1, os.WNOHANG)[0] != 0
+"""
+
+
+@pytest.fixture
+def _counted():
+    if not cgroups.places():
+        pytest.skip(cgroups.described())
+
+
+@pytest.mark.usefixtures("_counted")
+def test_memory_is_counted_together(way):
+    """Seven processes of 100 MB each, every one within its own limit, cannot be at once."""
+    source = f"{TOGETHER}\nassert not killed, 'some of them were'"
+    limits = replace(QUICK, seconds=AMPLE, memory=256 << 20, processes=16)
+    result = sandbox.run(source, limits, way=way)
+    assert result.ended == "memory", result
+
+
+def test_so_many_processes_could_be_without_the_group(monkeypatch):
+    monkeypatch.setattr(cgroups, "places", dict)
+    limits = replace(QUICK, seconds=AMPLE, memory=256 << 20, processes=16)
+    assert sandbox.run(f"{TOGETHER}\nassert ready == 6", limits).ended == "ok"
+
+
+@pytest.mark.usefixtures("_counted")
+def test_a_program_alone_has_all_of_its_memory(way):
+    """The group's bound is not met by what one process may have: it is a MemoryError as before."""
+    source = "x = []\ntry:\n  while True: x.append(bytearray(b'x') * (1 << 20))\n"
+    source += "except MemoryError: n = len(x); x.clear(); assert n > 90, n\nelse: assert False\n"
+    source += "open('full', 'wb').write(b'x' * (1 << 20))"
+    result = sandbox.run(source, limits_for("ok"), way=way)
+    assert result.ended == "ok", result
+
+
+@pytest.mark.usefixtures("_counted")
+def test_a_group_that_a_kill_left_is_removed_by_the_next():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    name = f"{cgroups.PREFIX}{ended.pid}-left"
+    left = [place.folder / name for place in cgroups.places().values()]
+    for folder in dict.fromkeys(left):
+        folder.mkdir()
+    assert sandbox.run("pass").passed
+    assert not any(folder.exists() for folder in left)
+
+
+def test_what_is_to_be_had_is_described():
+    told = sandbox.described()
+    assert told.startswith("bubblewrap;") == (sandbox._no_bubblewrap() is None)
+    assert ("system calls filtered" in told) == (sandbox._no_filter() is None)
+    assert ("counted together" in told) == bool(cgroups.places())
+
+
+# The machine around it
+
+
+def test_our_environment_is_not_theirs(monkeypatch, way):
     monkeypatch.setenv("SECRET", "s3cret")
     source = "import os\nassert 's3cret' not in str(os.environ)\n"
     source += f"assert not os.path.exists('/proc/{os.getpid()}')\n"
     source += f"try: os.kill({os.getpid()}, 0)\nexcept ProcessLookupError: pass\nelse: assert False"
-    assert sandbox.run(source).ended == "ok"
+    assert sandbox.run(source, way=way).ended == "ok"
 
 
-def test_a_given_process_cannot_be_killed(victim):
+def test_a_given_process_cannot_be_killed(victim, way):
     source = f"import os\ntry: os.kill({victim.pid}, 9)\nexcept ProcessLookupError: pass\n"
-    assert sandbox.run(source + "else: assert False").ended == "ok"
+    assert sandbox.run(source + "else: assert False", way=way).ended == "ok"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "abstract"])
-def test_our_servers_are_out_of_reach(kind):
+def test_our_servers_are_out_of_reach(kind, way):
     family = socket.AF_INET if kind == "tcp" else socket.AF_UNIX
     with socket.socket(family) as server:
         server.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0dftserve-{os.getpid()}")
@@ -259,14 +475,14 @@ def test_our_servers_are_out_of_reach(kind):
         with socket.socket(family) as reachable:
             reachable.connect(address)  # Or the test would show nothing.
             server.accept()[0].close()
-        result = sandbox.run(call, limits_for("exception"))
+        result = sandbox.run(call, limits_for("exception"), way=way)
         assert result.ended == "exception", result
         assert "OSError" in result.stderr or "ConnectionRefused" in result.stderr
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-def test_a_daemon_is_gone_afterwards():
+def test_a_daemon_is_gone_afterwards(way):
     source = """
 import os, signal, time
 if os.fork() == 0:
@@ -277,7 +493,7 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(.3)
 """
-    assert sandbox.run(source).ended == "ok"
+    assert sandbox.run(source, way=way).ended == "ok"
     waited(lambda: not survivors())
 
 
@@ -289,10 +505,10 @@ def programs() -> list[str]:
     ]
 
 
-def test_all_processes_end_with_us():
-    """The caller is killed: nothing of the sandbox lives on."""
+def test_all_processes_end_with_us(way):
+    """The caller is killed: nothing of the sandbox lives on, and the next run clears its group."""
     code = "from dftserve.evaluate.accuracy import sandbox\n"
-    code += "sandbox.run('while True: pass', sandbox.Limits(seconds=60))"
+    code += f"sandbox.run('while True: pass', sandbox.Limits(seconds=60), way={way!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         waited(lambda: bool(programs()))
@@ -300,9 +516,12 @@ def test_all_processes_end_with_us():
         caller.kill()
         caller.wait()
     waited(lambda: not programs())
+    assert sandbox.run("pass").passed
+    left = f"{cgroups.PREFIX}{caller.pid}-*"
+    assert not any(list(place.folder.glob(left)) for place in cgroups.places().values())
 
 
-def test_an_unprivileged_user_has_a_sandbox_too():
+def test_an_unprivileged_user_has_a_sandbox_too(way):
     """By a user namespace: the same ends, and the same enemies without harm."""
     python = python_for_nobody()
     code = (
@@ -310,7 +529,8 @@ def test_an_unprivileged_user_has_a_sandbox_too():
         "from dftserve.evaluate.accuracy import sandbox\n"
         "if missing := sandbox.available(): sys.exit(json.dumps(missing))\n"
         "asked = {s: sandbox.Limits(**limits) for s, limits in json.load(sys.stdin)}\n"
-        "print(json.dumps({s: sandbox.run(s, limits).ended for s, limits in asked.items()}))"
+        f"ended = {{s: sandbox.run(s, limits, way={way!r}).ended for s, limits in asked.items()}}\n"
+        "print(json.dumps(ended))"
     )
     wanted = ENDS | dict.fromkeys(HARMLESS.values(), "ok")
     wanted[HARMLESS["fork bomb that spreads"]] = "timeout"
@@ -354,8 +574,22 @@ def test_without_namespaces_it_refuses(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "sandbox_init.py")
     sandbox.CONFINE.write_text(refusing)
     with pytest.raises(RuntimeError, match=r"unshare: .*--unsafe-no-sandbox"):
-        sandbox.run("pass")
+        sandbox.run("pass", way=OWN)
     assert sandbox.run("pass", unsafe=True).passed
+
+
+def test_a_bubblewrap_that_does_not_work_is_said_and_ours_is_taken(monkeypatch, tmp_path):
+    broken = tmp_path / "bin" / "bwrap"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\necho 'bwrap: no namespaces for you' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(broken.parent), prepend=os.pathsep)
+    sandbox._no_bubblewrap.cache_clear()
+    try:
+        assert "bwrap: no namespaces for you" in sandbox.described()
+        assert sandbox.run("pass").passed
+    finally:
+        sandbox._no_bubblewrap.cache_clear()
 
 
 @pytest.mark.parametrize("source", ENDS)

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,63 @@ def test_a_resumed_request_keeps_its_figures_and_starts_open_loop(kind):
 
 
 @KINDS
+def test_requests_that_begin_together_begin_as_if_one_after_another(kind):
+    """The slots were in use; a resumed request keeps what had been accepted of what waited."""
+    slots, controls = kind(4, 2, "cpu"), controls_of(3.0, 4)
+    slot_R, zeros_R = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    for position in range(BUDGET_OPEN_LOOP + 2):
+        position_R = zeros_R + position
+        slots.settle(controls, slot_R, position_R, zeros_R)
+        slots.remember(slot_R, position_R, zeros_R, zeros_R == 0, statistics_of([1.0] * 4))
+    left = slots.snapshot().account(1)
+    waiting_KF = torch.arange(10.0).reshape(2, 5)
+    drafts = replace(left, waiting_KF=waiting_KF)
+    slots.open(0)
+    slots.open(3, drafts, produced=int(left.tokens) + 1)
+    slots.open(2, produced=9)
+    slots.open(2, produced=5)
+    accounts = [slots.account(slot) for slot in range(4)]
+    assert [int(account.tokens) for account in accounts] == [0, 17, 5, 18]
+    assert torch.equal(accounts[3].sums_F, left.sums_F + waiting_KF[0])
+    assert torch.equal(accounts[1].sums_F, left.sums_F)
+    assert not any(accounts[slot].sums_F.any() for slot in (0, 2))
+    assert [bool(account.waiting_KF.any()) for account in accounts] == [False, True, False, False]
+    # Open-loop at first; then steered by what came since, which is at the target, and no more.
+    levels_R = slots.settle(controls, slot_R, zeros_R + 30, zeros_R).level_R
+    assert [bool(level) for level in levels_R] == [False, True, False, False]
+    for position in range(30, 32 + BUDGET_OPEN_LOOP):
+        steered = slots.settle(controls, slot_R, zeros_R + position, zeros_R)
+        slots.remember(slot_R, zeros_R + position, zeros_R, zeros_R == 0, statistics_of([3.0] * 4))
+    assert [bool(level) for level in steered.level_R] == [False, True, False, False]
+
+
+READS = {
+    "settle": lambda slots, *at: slots.settle(controls_of(1.0, 1), *at).level_R,
+    "remember": lambda slots, *at: slots.remember(*at, at[0] == 0, statistics_of([1.0])),
+    "account": lambda slots, *at: slots.account(0),
+    "snapshot": lambda slots, *at: slots.snapshot(),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("name", list(READS))
+def test_whatever_comes_next_sees_the_requests_that_were_opened(kind, name):
+    slots = kind(1, 1, "cpu")
+    slots.open(0, produced=7)
+    READS[name](slots, *torch.zeros(3, 1, dtype=torch.int64))
+    assert slots._tokens_S.tolist() == [7]
+
+
+@KINDS
+@pytest.mark.parametrize("slot", [-1, 2])
+def test_a_request_in_a_slot_that_is_not_there_is_refused(kind, slot):
+    slots = kind(2, 1, "cpu")
+    with pytest.raises(IndexError, match=f"got {slot}; accepted: 0 to 1"):
+        slots.open(slot)
+    assert [int(slots.account(s).tokens) for s in (0, 1)] == [0, 0]
+
+
+@KINDS
 def test_an_unsound_row_is_no_figure(kind):
     slots, controls = kind(1, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
@@ -165,4 +223,4 @@ def test_the_triton_kernels_pass_the_same_tests_interpreted():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "5 passed, 5 skipped" in done.stdout
+    assert "12 passed, 5 skipped" in done.stdout

@@ -2,13 +2,13 @@
 
 from types import SimpleNamespace
 
-import torch
+import numpy as np
 from dftserve_vllm import step_report
 from dftserve_vllm.step_report import Forwarder, PendingReport
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.sampling.slots import CHANGED, Snapshot
+from dftserve.sampling.slots import CHANGED, Block, Snapshot
 
 SLOTS, ROWS = 8, 2
 CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=3)
@@ -16,10 +16,13 @@ CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max
 
 def snapshot(nan_rows: int = 0) -> Snapshot:
     """Every figure of slot s is s, so that a row says which slot it came from."""
-    slot_S = torch.arange(SLOTS)
-    sums_SF = slot_S[:, None].float().expand(SLOTS, CHANGED + 1).clone()
-    waiting_SKF = torch.zeros(SLOTS, ROWS, CHANGED + 1)
-    return Snapshot(torch.tensor(nan_rows), slot_S, sums_SF, waiting_SKF)
+    layout = Block(SLOTS, ROWS)
+    block = layout.zeros("cpu").numpy()
+    unsound, tokens_S, sums_SF, _ = layout.arrays(block)
+    unsound[...] = nan_rows
+    tokens_S[:] = np.arange(SLOTS)
+    sums_SF[:] = np.arange(SLOTS)[:, None]
+    return Snapshot(layout, block)
 
 
 def output(request_id: str, *, ends: bool, params=None):
@@ -31,9 +34,9 @@ def output(request_id: str, *, ends: bool, params=None):
 def step(active, ends, always, *, faults=0, nan_rows=0, clients=1, params=None):
     """One step of SLOTS requests "0", "1", …, request i at batch position i, in slot SLOTS-1-i."""
     pending = PendingReport(
-        positions_R=active,
-        always_R=[i in always for i in active],
-        slots_R=[SLOTS - 1 - i for i in active],
+        positions=active,
+        always=[i in always for i in active],
+        slots=np.array([SLOTS - 1 - i for i in active], dtype=np.int64),
         snapshot=snapshot(nan_rows),
         faults=faults,
     )
@@ -57,8 +60,9 @@ def test_a_request_that_ends_gets_its_own_statistics_and_no_other_does(active, e
             index = int(one.request_id)
             payload = step_report.take(one)
             if index in active and (index in ends or index in always):
-                assert payload["tokens"] == SLOTS - 1 - index
-                assert payload["sums"] == [SLOTS - 1 - index] * (CHANGED + 1)
+                slot = SLOTS - 1 - index
+                waiting = [0] * ROWS * (CHANGED + 1)
+                assert payload["row"] == [slot] * (1 + CHANGED + 1) + waiting
                 assert payload["engine"] == 3
             else:
                 assert payload is None

@@ -305,7 +305,7 @@ def test_no_store(tmp_path):
 def test_a_damaged_manifest(tmp_path, content):
     built(tmp_path / "s", SPLIT)
     (tmp_path / "s" / "manifest.json").write_text(content)
-    with pytest.raises(StoreError, match="Build the store anew"):
+    with pytest.raises(StoreError, match="build the store anew"):
         TargetStore(tmp_path / "s")
 
 

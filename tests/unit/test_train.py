@@ -26,7 +26,10 @@ from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach
 from dftserve.train.run import make_trainer, read, train
+from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
+
+pytestmark = no_future_warnings
 
 
 @pytest.fixture(scope="module")
@@ -351,12 +354,19 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
         ({"warmup": "5"}, "accepted: a share"),
         ({"clip": "-1"}, "clip: got -1"),
         ({"patience": "-2"}, "patience: got -2"),
-        ({"batch_size": "0"}, "accepted: 1 or more"),
+        ({"batch_size": "0"}, "batch_size: got 0; accepted: from 1 to"),
+        ({"batch_size": "1000000000000000000"}, "accepted: from 1 to 65536"),
+        ({"max_length": "1000000000000000000"}, "accepted: from 2 to 1048576"),
+        ({"epochs": ".inf"}, "accepted: a finite number"),
+        ({"weight_decay": ".nan"}, "accepted: a finite number"),
+        ({"steps": "1" * 30}, "a whole number of 64 bits"),
+        ({"precision": "&a [*a]"}, "it has an alias"),
+        ({"precision": "[" * 100}, "more than 64 levels"),
         ({"batch_size": "many"}, "accepted: a whole number"),
         ({"precision": "fp16"}, "accepted: fp32, bf16"),
         ({"report_to": "wandb"}, "accepted: none, tensorboard"),
         ({"steps": "[1"}, "not YAML"),
-        ({"max_length": "1"}, "2 tokens or more"),
+        ({"max_length": "1"}, "max_length: got 1; accepted: from 2 to"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(change, says):

@@ -8,17 +8,18 @@ arXiv 2107.03374.
 
 import contextlib
 import gzip
-import json
 import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from dftserve.bounded_files import lines_of, open_file, parse_json, shaped_as
 from dftserve.evaluate.accuracy import sandbox
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.sandbox import Limits, Result
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a continuation has left its function, as in arXiv 2107.03374."""
+LARGEST = 64 << 20
+"""Bytes of a file of problems, packed and unpacked."""
 MAX_TOKENS = 1024
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
@@ -65,15 +68,26 @@ def read(path: Path) -> tuple[Problem, ...]:
     Raises:
         ValueError: a line that is no problem.
     """
+    with open_file(path, largest=LARGEST) as packed:
+        file: Any = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
+        try:
+            return tuple(_problems(file, path))
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a gzip file ({error}).") from None
+
+
+def _problems(file: BinaryIO, path: Path) -> Iterator[Problem]:
     names = [field.name for field in fields(Problem)]
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
-    try:
-        rows = [json.loads(line) for line in lines]
-        return tuple(Problem(**{name: row[name] for name in names}) for row in rows)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        accepted = f"lines of JSON with {', '.join(names)}"
-        raise ValueError(f"{path}: {error!r}; accepted: {accepted}.") from None
+    # A packed file shows its size only in reading.
+    for number, line in enumerate(lines_of(file, path, largest=LARGEST, longest=LARGEST), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = parse_json(line, where)
+            with shaped_as(where, f"lines of JSON with {', '.join(names)}"):
+                problem = Problem(**{name: row[name] for name in names})
+            if not all(isinstance(each, str) for each in vars(problem).values()):
+                raise ValueError(f"{where}: accepted: texts in {', '.join(names)}.")
+            yield problem
 
 
 def measure(

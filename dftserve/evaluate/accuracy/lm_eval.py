@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
+from dftserve.bounded_files import lines, parse_json, shaped_as
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.generate.client import Served
 from dftserve.openai_client import NO_KEY, key_of
@@ -25,6 +26,9 @@ TASKS = Path(__file__).parent / "tasks"
 ENVIRONMENT = "DFTSERVE_EVAL_ENV"
 """The variable that names lm-eval's environment, where it is not the checkout's .venv-eval."""
 MMLU_SHOTS, GSM8K_SHOTS = 5, 8
+LARGEST = 1 << 30
+"""Bytes of a file of questions."""
+LARGEST_LINE = 1 << 20
 LOG_LINES = 20
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
@@ -39,7 +43,8 @@ def prepare(task: str, data: Path, folder: Path, *, limit: int | None, samples: 
         FileNotFoundError: `data` has not the task's files.
         ValueError: a file has too little in it.
     """
-    chosen = spread(list(PREPARED[task](data)), limit)
+    with shaped_as(data, f"the questions of {task}"):
+        chosen = spread(list(PREPARED[task](data)), limit)
     if not chosen:
         raise ValueError(f"{task}: got no questions in {data}; accepted: at least one.")
     lines = [
@@ -176,5 +181,11 @@ PREPARED: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"mmlu": mm
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """The objects of a .jsonl file. Raises ValueError where a line is none."""
+    rows = []
+    for number, line in enumerate(lines(path, largest=LARGEST, longest=LARGEST_LINE), 1):
+        if line.strip():
+            rows.append(parse_json(line, f"{path}, line {number}"))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path}, line {number}: accepted: an object.")
+    return rows

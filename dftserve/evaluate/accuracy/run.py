@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
+from dftserve.bounded_files import read_json, read_text, shaped_as
 from dftserve.evaluate.accuracy import humaneval, lm_eval, sandbox
 from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare
 from dftserve.evaluate.generate import client
@@ -32,6 +33,8 @@ DATA = "DFTSERVE_DATA"
 KS = (1, 10, 100)
 """Of pass@k, where there are as many samples."""
 SETTINGS = "settings.json"
+LARGEST = 1 << 30
+"""Bytes of the answers to one task at one level."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     skipped = {task: why for task in job.tasks if (why := _missing(task, data)) is not None}
     tasks = [task for task in job.tasks if task not in skipped]
     _check_tools(tasks, unsafe=job.unsafe_no_sandbox)
+    confined = _confined(job, tasks)
+    if confined is not None:
+        say(f"humaneval: programs run in {confined}")
     names = ("temperature", "at_once", "is_chat", "max_tokens")
     asked = {name: getattr(job, name) for name in names}
     model = client.find(job.url, job.model, job.key_variable, **asked)
@@ -98,7 +104,7 @@ def run(job: Job, say: Callable[[str], object]) -> str:
         for task in tasks
     }
     comparisons = [compare(task, answers[task]) for task in tasks]
-    report = _report(job, model, comparisons, answers, skipped)
+    report = _report(job, model, comparisons, answers, skipped) | {"sandbox": confined}
     atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
     lines = [f"{task}: skipped: {why}" for task, why in skipped.items()]
     return "\n\n".join([*(each.render() for each in comparisons), *lines])
@@ -130,13 +136,20 @@ def _check_tools(tasks: Sequence[str], *, unsafe: bool) -> None:
         lm_eval.executable()
 
 
+def _confined(job: Job, tasks: Sequence[str]) -> str | None:
+    """What programs run in; None where none are run."""
+    if "humaneval" not in tasks:
+        return None
+    return "no sandbox, as asked" if job.unsafe_no_sandbox else sandbox.described()
+
+
 def _begin(job: Job, model: Served) -> Path:
     """The folder of the parts, of this job alone."""
     parts = job.out.with_name(f"{job.out.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(_settings(job, model), indent=1)
     kept = parts / SETTINGS
-    if kept.exists() and kept.read_text() != settings:
+    if os.path.lexists(kept) and read_text(kept, within=parts, largest=LARGEST) != settings:
         raise ValueError(
             f"{parts} holds answers of other settings ({kept}); remove it, or choose another file."
         )
@@ -167,7 +180,7 @@ def _part(
 ) -> tuple[Answered, ...]:
     """The answers to one task at one level, from the file where they were kept, or asked for."""
     kept = parts / f"{task}-{level:g}.json"
-    if not kept.exists():
+    if not os.path.lexists(kept):
         say(f"{task} at diversity {level:g}")
         if task == "humaneval":
             problems = lm_eval.spread(list(humaneval.read(data / FILES[task][0])), job.limit)
@@ -177,11 +190,12 @@ def _part(
             lm_eval.prepare(task, data, parts, limit=job.limit, samples=job.samples)
             answered = lm_eval.measure(task, parts, model, level)
         atomic.write_text(kept, json.dumps([asdict(each) for each in answered], indent=1))
-    rows = json.loads(kept.read_text(encoding="utf-8"))
+    rows = read_json(kept, within=parts, largest=LARGEST)
     names = ("right", "said", "judged")
-    return tuple(
-        Answered(row["question"], **{name: tuple(row[name]) for name in names}) for row in rows
-    )
+    with shaped_as(kept, "answers as this command keeps them"):
+        return tuple(
+            Answered(row["question"], **{name: tuple(row[name]) for name in names}) for row in rows
+        )
 
 
 def _humaneval(

@@ -4,11 +4,16 @@
 
 Namespaces of its own (mounts, processes, network, IPC; users too where we are not root), a root of
 its own that holds the interpreter read-only and one small tmpfs, an unprivileged user without
-capabilities, resource limits, then the program in a fresh interpreter. The three processes:
+capabilities, resource limits, a filter of system calls (seccomp.py), then the program in a fresh
+interpreter. The three processes:
 
     supervisor   on the host's side; ends the whole namespace at the time limit
     init         process 1 inside; when it ends the kernel kills all that is left there
     program      the interpreter that runs the untrusted source
+
+Namespaces and root are bubblewrap's where the order names it, else made here; all else is the same.
+bubblewrap's init is this script again. The filter is set after init is done, not by bubblewrap:
+init mounts the tmpfs, for bubblewrap's have no bound on their inodes.
 
 Linux only, kernel 5.12 or newer. Standard library only.
 """
@@ -20,6 +25,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -30,8 +36,13 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
+CAPABILITY_VERSION = 0x20080522
 
+OWN, BUBBLEWRAP, UNSAFE = "own", "bubblewrap", "unsafe"
+"""Who makes the namespaces."""
+INSIDE = "inside"
+"""The argument of the script that bubblewrap starts."""
 NOBODY = 65534
 PROOF = 3
 """The descriptor to which the program's last act writes the token."""
@@ -39,6 +50,11 @@ OUT_OF_MEMORY = 77
 """The exit code of a program that met a MemoryError."""
 SEEN = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 """What the program sees of the host beside the interpreter, read-only, where it exists."""
+IPC = ("kernel/shmmni", "kernel/msgmni", "fs/mqueue/queues_max")
+"""Under /proc/sys: how many of each there may be in a namespace; 0 where no filter forbids them."""
+ROOT_INODES = 4096
+SIGNALS = 256
+"""Queued ones, and timers: they are the kernel's memory."""
 NEW_ROOT = "/proc"
 """Where the new root is put together: a folder that every host has and no one reads below us."""
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
@@ -65,9 +81,12 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     order = json.load(sys.stdin)
+    if sys.argv[1:] == [INSIDE]:
+        os.set_inheritable(order["report"], False)
+        report_and_leave(init_of_bubblewrap, order, order["report"])
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        report = (confined if order["sandboxed"] else unconfined)(order)
+        report = WAYS[order["way"]](order)
     except OSError as error:
         report = refusal(error)
     json.dump(report, sys.stdout)
@@ -76,7 +95,12 @@ def main() -> None:
 def confined(order: Mapping[str, Any]) -> dict[str, Any]:
     """{"status": the program's wait status}, {"late": true} or {"refused": why}."""
     own_namespaces()
-    return supervised(order, init)
+    return supervised(order, lambda order, report: report_and_leave(init, order, report))
+
+
+def bubblewrapped(order: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in bubblewrap's namespaces."""
+    return supervised(order, become_bubblewrap)
 
 
 def unconfined(order: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,32 +110,40 @@ def unconfined(order: Mapping[str, Any]) -> dict[str, Any]:
         os.setpgid(0, 0)
         return {"status": spawned(order, lambda: os.chdir(order["folder"]))}
 
-    return supervised(order, direct)
+    return supervised(order, lambda order, report: report_and_leave(direct, order, report))
+
+
+WAYS = {OWN: confined, BUBBLEWRAP: bubblewrapped, UNSAFE: unconfined}
 
 
 def supervised(
-    order: Mapping[str, Any], work: Callable[[Mapping[str, Any]], dict[str, Any]]
+    order: Mapping[str, Any], child: Callable[[Mapping[str, Any], int], NoReturn]
 ) -> dict[str, Any]:
-    """Fork `work`, end it and its group at the time limit, and give back what it reported."""
+    """Fork `child`, end it and its group at the time limit, and give back what it reported."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        report_and_leave(work, order, writer)
+    process = os.fork()
+    if process == 0:
+        child(order, writer)
     os.close(writer)
-    ended, _, _ = select.select([os.pidfd_open(child)], [], [], order["seconds"])
+    ended, _, _ = select.select([os.pidfd_open(process)], [], [], order["seconds"])
     for kill in (os.killpg, os.kill):  # An init has no group of its own, and needs none.
         with contextlib.suppress(ProcessLookupError):
-            kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+            kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     with open(reader, "rb") as pipe:
         said = pipe.read()
-    return json.loads(said) if said and ended else {"late": not ended}
+    if not ended:
+        return {"late": True}
+    if not said:
+        return {"refused": f"{order['way']}: it did not begin"}
+    return json.loads(said) if said.strip() else {}
 
 
 def report_and_leave(
     work: Callable[[Mapping[str, Any]], dict[str, Any]], order: Mapping[str, Any], writer: int
 ) -> NoReturn:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.write(writer, b"\n")  # Begun; what follows is missing where it was killed.
     try:
         report = work(order)
     except OSError as error:
@@ -125,8 +157,61 @@ def refusal(error: OSError) -> dict[str, Any]:
 
 
 def init(order: Mapping[str, Any]) -> dict[str, Any]:
-    own_files(order["disk"])
+    if order["filter"] is None:
+        own_ipc()
+    own_files()
+    return process_one(order)
+
+
+def init_of_bubblewrap(order: Mapping[str, Any]) -> dict[str, Any]:
+    return process_one(order)
+
+
+def process_one(order: Mapping[str, Any]) -> dict[str, Any]:
+    """In a root of which nothing can be written."""
+    own_folder(order["disk"], order["inodes"])
     return {"status": spawned(order, lambda: drop_privileges(order["user"], order["processes"]))}
+
+
+def become_bubblewrap(order: Mapping[str, Any], report: int) -> NoReturn:
+    """This script again, as process 1 in its namespaces; the order is its standard input."""
+    try:
+        inside = os.memfd_create("order")
+        with open(inside, "w", closefd=False) as file:
+            json.dump({**order, "report": report}, file)
+        os.lseek(inside, 0, os.SEEK_SET)
+        os.dup2(inside, 0)
+        for kept in (report, order["proof"]):
+            os.set_inheritable(kept, True)
+        os.execve(order["bubblewrap"], ["bwrap", *bubblewrap_arguments()], {})
+    except OSError as error:
+        os.write(report, json.dumps(refusal(error)).encode())
+    os._exit(1)
+
+
+def bubblewrap_arguments() -> list[str]:
+    """A root of which only `seen` is there, and what init needs to become the program's user."""
+    arguments = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    arguments += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
+    capabilities = ["CAP_SYS_ADMIN"]
+    if os.geteuid() == 0:
+        arguments += ["--cap-drop", "ALL"]
+        capabilities += ["CAP_SETUID", "CAP_SETGID"]
+    else:
+        arguments += ["--unshare-user", "--uid", f"{NOBODY}", "--gid", f"{NOBODY}"]
+    for capability in capabilities:
+        arguments += ["--cap-add", capability]
+    for folder in sorted({folder for path in seen() for folder in folders_above(path)}):
+        arguments += ["--dir", folder]  # Those that it makes by itself are its user's alone.
+    for path in seen():
+        if os.path.islink(path):
+            arguments += ["--symlink", os.readlink(path), path]
+        else:
+            is_device = stat.S_ISCHR(os.stat(path).st_mode)
+            arguments += ["--dev-bind" if is_device else "--ro-bind", path, path]
+    arguments += ["--dir", "/program", "--remount-ro", "/", "--chdir", "/"]
+    with open(__file__) as script:
+        return [*arguments, "--", INTERPRETER, "-I", "-S", "-B", "-c", script.read(), INSIDE]
 
 
 def spawned(order: Mapping[str, Any], prepare: Callable[[], None]) -> int:
@@ -173,7 +258,28 @@ def become_program(source: int, order: Mapping[str, Any]) -> NoReturn:
     }.items():
         resource.setrlimit(limit, (most, most))
     prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if order["filter"] is not None:
+        filter_calls(bytes.fromhex(order["filter"]))
     os.execve(INTERPRETER, [INTERPRETER, "-I", "-S", "-B", "-c", PROGRAM], {})
+
+
+def filter_calls(code: bytes) -> None:
+    """From here on, and in all that is started from here; seccomp.py makes the code."""
+
+    class Program(ctypes.Structure):
+        _fields_ = (("steps", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
+    program = Program(len(code) // 8, code)
+    pointer = ctypes.c_void_p(ctypes.addressof(program))
+    zeros = (ctypes.c_ulong(0), ctypes.c_ulong(0))
+    called("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), pointer, *zeros)
+
+
+def own_ipc() -> None:
+    """No System V memory, messages or POSIX queues: of this namespace alone."""
+    for name in IPC:
+        with open(f"/proc/sys/{name}", "w") as file:
+            file.write("0")
 
 
 def own_namespaces() -> None:
@@ -192,19 +298,25 @@ def own_namespaces() -> None:
             file.write(line)
 
 
-def own_files(disk: int) -> None:
-    """A root of which only the interpreter and `SEEN` are there, and `disk` bytes at /program."""
+def own_files() -> None:
+    """A root of which only the interpreter and `SEEN` are there, and an empty /program."""
     os.umask(0o022)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
-    mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    options = f"size=1m,nr_inodes={ROOT_INODES},mode=755"
+    mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, options)
     for path in seen():
         show(path)
     os.mkdir(f"{NEW_ROOT}/program")
-    mount("tmpfs", f"{NEW_ROOT}/program", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk},mode=1777")
     make_read_only(NEW_ROOT, 0)
     os.chdir(NEW_ROOT)
     called("pivot_root", b".", b".")
     called("umount2", b".", MNT_DETACH)
+
+
+def own_folder(disk: int, inodes: int) -> None:
+    """So many bytes and files at /program; the folder itself is one more."""
+    options = f"size={disk},nr_inodes={inodes + 1},mode=1777"
+    mount("tmpfs", "/program", "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir("/program")
 
 
@@ -217,6 +329,11 @@ def seen() -> list[str]:
         if not any(path.startswith(f"{other}/") for other in paths):
             paths.append(path)
     return paths
+
+
+def folders_above(path: str) -> list[str]:
+    parts = path.split("/")[1:-1]
+    return ["/" + "/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def show(path: str) -> None:
@@ -242,13 +359,21 @@ def make_read_only(path: str, flags: int) -> None:
 
 
 def drop_privileges(user: int, processes: int) -> None:
-    """An unprivileged user; one of a user namespace of ours loses its capabilities at exec."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    """An unprivileged user, without capabilities in whatever user namespace this is."""
+    for limit, most in {
+        resource.RLIMIT_NPROC: processes,
+        resource.RLIMIT_SIGPENDING: SIGNALS,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+    }.items():
+        resource.setrlimit(limit, (most, most))
     os.setsid()
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    called("capset", header, (ctypes.c_uint32 * 6)())
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:

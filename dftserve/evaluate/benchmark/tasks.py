@@ -25,7 +25,7 @@ keys. Its texts are not in it but under a folder of data, where the files of all
 """
 
 import csv
-import json
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import settings
+from dftserve.bounded_files import decoded, read_bytes, read_json, read_text, real_file
+from dftserve.corpus.read import LARGEST_RECORDS
 from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import rst, slots
 from dftserve.evaluate.generate import prompts
@@ -43,6 +45,8 @@ from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample
 
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
+LARGEST = 256 << 20
+"""Bytes of a file of texts."""
 DATA = "DFTSERVE_DATA"
 """The environment variable that names the folder of data."""
 KINDS = ("style", "meaning")
@@ -194,7 +198,7 @@ def _path(name: str | Path) -> Path:
     path = Path(name)
     if str(name) in shipped():
         return FOLDER / f"{name}.yaml"
-    if path.suffix in SUFFIXES and path.is_file():
+    if path.suffix in SUFFIXES and path.exists():
         return path
     raise ValueError(
         f"task: got {str(name)!r}; accepted: {settings.among(name, shipped())}, or a .yaml file "
@@ -218,6 +222,10 @@ def _folder(task: str, data: Path | None) -> Path:
 def _found(folder: Path, pattern: str, task: str) -> list[Path]:
     path = folder / pattern
     found = sorted(path.parent.glob(path.name))
+    if not Path(pattern).is_absolute():
+        for each in found:
+            if not each.is_dir():
+                real_file(each, within=folder, largest=LARGEST_RECORDS)
     if not found:
         raise Missing(f"{task}: {pattern} is not in {folder}; {DATA} names the folder of data.")
     return found
@@ -255,7 +263,7 @@ def _read(path: Path, ask: str) -> Iterable[Sample]:
         case ".json":
             return [human for human, _ in continuations(path)]
         case ".rst":
-            return [Sample(rst.prose(path.read_text(encoding="utf-8")), source=path.name)]
+            return [Sample(rst.prose(read_text(path, largest=LARGEST)), source=path.name)]
         case ".csv":
             rows = _csv(path, "mr", "ref")
             return [Sample(row["ref"], ask.replace("{}", row["mr"])) for row in rows]
@@ -279,10 +287,7 @@ def _distinct(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: got {error}; accepted: JSON.") from None
+    return read_json(path, largest=LARGEST)
 
 
 def _texts(given: Any, path: Path) -> list[str]:
@@ -292,8 +297,11 @@ def _texts(given: Any, path: Path) -> list[str]:
 
 
 def _csv(path: Path, *columns: str) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = decoded(read_bytes(path, largest=LARGEST), str(path), "utf-8-sig")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV ({error}).") from None
     if not rows or any(row.get(column) is None for row in rows for column in columns):
         raise ValueError(f"{path}: got other columns; accepted: {', '.join(columns)} in each row.")
     return rows

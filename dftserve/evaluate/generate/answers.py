@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from dftserve import settings
+from dftserve.bounded_files import FileError, chunks, open_growing, parse_json, read_bytes
 
 try:
     import fcntl
@@ -30,6 +31,9 @@ except ImportError:
     fcntl = None
 
 Row = TypeVar("Row")
+
+LARGEST = 4 << 30
+"""Bytes of a file of answers, which is held in memory whole."""
 
 
 class AnswerStore(Generic[Row]):
@@ -39,8 +43,9 @@ class AnswerStore(Generic[Row]):
         rows: what the file held on entering.
 
     Raises:
-        ValueError: on entering, where the file holds something else, another writer has it, or it
-            cannot be written. What it holds is then as it was.
+        ValueError: on entering, where the file is a link, no regular file, or more than `LARGEST`,
+            holds something else, another writer has it, or it cannot be written. What it holds is
+            then as it was.
     """
 
     rows: tuple[Row, ...]
@@ -59,14 +64,15 @@ class AnswerStore(Generic[Row]):
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 # Unbuffered: a row reaches the file in one call, or `append` knows that it did not.
-                self._file = opened.enter_context(self._path.open("a+b", buffering=0))
+                file = open_growing(self._path, largest=LARGEST, buffering=0)
+                self._file = opened.enter_context(file)
             except OSError as error:
                 raise ValueError(
                     f"answers: got {self._path}, which cannot be written: {error}."
                 ) from None
             self._lock()
             self._file.seek(0)
-            content = self._file.read()
+            content = b"".join(chunks(self._file, self._path, largest=LARGEST))
             self.rows = tuple(_rows(content, self._path, self._row))
             self._file.truncate(content.rfind(b"\n") + 1)
             self._closing = opened.pop_all()
@@ -119,11 +125,12 @@ def read(path: Path, row: type[Row]) -> list[Row]:
     """The rows of a file of answers, none where there is no file; also while it is written to.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something else, is no regular file of its folder, or is larger than
+            `LARGEST`.
         OSError: it cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, within=path.parent, largest=LARGEST)
     except FileNotFoundError:
         return []
     return list(_rows(content, path, row))
@@ -133,9 +140,10 @@ def _rows(content: bytes, path: Path, row: type[Row]) -> Iterator[Row]:
     *lines, unfinished = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            yield settings.load(row, json.loads(line), "line")
+            yield settings.load(row, parse_json(line, "line"), "line")
         except ValueError as error:
-            raise _foreign(path, number, f"{error}") from None
+            why = error.problem if isinstance(error, FileError) else f"{error}"
+            raise _foreign(path, number, why) from None
     beginning = b'{"%s": ' % fields(row)[0].name.encode()  # type: ignore[arg-type]
     if not (unfinished.startswith(beginning) or beginning.startswith(unfinished)):
         raise _foreign(path, len(lines) + 1, "it begins otherwise")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dftserve import atomic
+from dftserve.bounded_files import read_json, shaped_as
 from dftserve.evaluate.generate.answers import AnswerStore, read
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.windows import Sample
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.jsonl"
 ASKED = "asked.json"
+LARGEST_ASKED = 512 << 20
+"""Bytes: the prompts are in it."""
 OURS = frozenset(
     ("model", "messages", "max_tokens", "temperature", "seed", "diversity", "n", "stream")
 )
@@ -154,22 +157,38 @@ def samples_by_level(folder: Path) -> list[tuple[Any, list[Sample]]]:
     Raises:
         ValueError: no evaluation there.
     """
-    if not (folder / ASKED).is_file():
+    asked = read_asked(folder)
+    if asked is None:
         raise ValueError(f"{folder}: no {ASKED}; accepted: the OUT of `dftserve evaluate`.")
-    asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
-    prompts = [prompt["text"] for prompt in asked["prompts"]]
-    levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
-    for answer in read(folder / ANSWERS, Answer):
-        levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
+    with shaped_as(folder, "the OUT of `dftserve evaluate`"):
+        prompts = [prompt["text"] for prompt in asked["prompts"]]
+        levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
+        for answer in read(folder / ANSWERS, Answer):
+            levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
     return levels
+
+
+def read_asked(folder: Path) -> dict[str, Any] | None:
+    """What a folder's answers were asked; None where it holds none.
+
+    Raises:
+        ValueError: the file is not what `generate` writes.
+    """
+    try:
+        asked = read_json(folder / ASKED, within=folder, largest=LARGEST_ASKED)
+    except FileNotFoundError:
+        return None
+    if not isinstance(asked, dict):
+        raise ValueError(f"{folder / ASKED}: accepted: what `dftserve evaluate` wrote.")
+    return asked
 
 
 def _agree(request_grid: RequestGrid, path: Path) -> None:
     wanted = json.loads(json.dumps(asdict(request_grid)))
-    if not path.exists():
+    before = read_asked(path.parent)
+    if before is None:
         atomic.write_text(path, json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in wanted if wanted[name] != before.get(name)]
     if changed:
         shown = ", ".join(

@@ -5,11 +5,12 @@
           beside it for the task that reads them
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dftserve.bounded_files import parse_json, read_text
 
 MOST = 100_000
 LARGEST = 256 << 20
@@ -34,15 +35,10 @@ def read(path: Path) -> tuple[Prompt, ...]:
         ValueError: nothing there, another suffix, broken JSON, a line without a prompt, the same
             prompt twice, too many.
     """
-    if path.suffix.lower() not in (".txt", ".jsonl") or not path.is_file():
+    if path.suffix.lower() not in (".txt", ".jsonl") or not path.exists():
         raise ValueError(f"prompts: got {path}; accepted: a .txt or .jsonl file that is there.")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes; accepted: at most {LARGEST}.")
     read_line = _line if path.suffix.lower() == ".jsonl" else _plain
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}; accepted: UTF-8.") from None
+    lines = read_text(path, largest=LARGEST, encoding="utf-8-sig").split("\n")
     prompts = [
         read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()
     ]
@@ -55,10 +51,7 @@ def _plain(line: str, where: str) -> Prompt:
 
 
 def _line(line: str, where: str) -> Prompt:
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: broken JSON ({error}); accepted: one object a line.") from None
+    given = parse_json(line, where)  # All of it goes on, into what was asked.
     text = given.get("prompt") if isinstance(given, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: got no `prompt`; accepted: an object with a text `prompt`.")

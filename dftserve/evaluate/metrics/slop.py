@@ -7,7 +7,6 @@ Texts are normalised ones. A rate says nothing about quality, and few such phras
 text human: it is shown beside the human rate.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dftserve.bounded_files import parse_json, read_text
 from dftserve.evaluate.metrics.intervals import Estimate, over_units
 from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
 OURS = Path(__file__).with_name("phrases.txt")
+LARGEST = 64 << 20
+"""Bytes of a file of phrases."""
 PER = 1000
 """Rates are per so many words."""
 SAME_RATE = 1e-9
@@ -98,10 +100,7 @@ def read_phrases(path: Path = OURS) -> Phrases:
     Raises:
         ValueError: another shape, no phrase, or not UTF-8.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: got {error}; accepted: UTF-8.") from None
+    content = read_text(path, largest=LARGEST)
     lines = _from_json(path, content) if path.suffix == ".json" else _from_lines(content)
     try:
         return Phrases.of(lines)
@@ -176,10 +175,7 @@ def _from_lines(content: str) -> list[str]:
 
 
 def _from_json(path: Path, content: str) -> list[str]:
-    try:
-        items = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: got {error}; accepted: JSON.") from None
+    items = parse_json(content, str(path))
     if not isinstance(items, list):
         raise ValueError(f"{path}: got {type(items).__name__}; accepted: a list.")
     return [_phrase_of(item, f"{path}[{at}]") for at, item in enumerate(items)]

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dftserve import atomic, settings
+from dftserve.bounded_files import read_json
 from dftserve.evaluate.metrics.intervals import Estimate, wilson
 from dftserve.evaluate.preference.pairs import Pair
 
@@ -34,6 +35,8 @@ QUESTIONS: Mapping[str, str] = {
     "preference": "Which do you prefer?",
 }
 KEY = ".key.json"
+LARGEST = 64 << 20
+"""Bytes of a key, and of a judge's answers."""
 POWER = 0.8
 
 
@@ -306,9 +309,9 @@ def _joined(answer_files: Sequence[Path], key: Key) -> list[tuple[str, Answer]]:
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from None
+        return read_json(path, largest=LARGEST)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or 'nothing there'}).") from None
 
 
 def _warnings(by_judge: Counter[str], needed: int) -> list[str]:

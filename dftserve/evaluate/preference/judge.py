@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dftserve.bounded_files import read_text
 from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
 from dftserve.evaluate.preference.pairs import Pair
@@ -28,6 +29,9 @@ from dftserve.openai_client import Server, ask_all
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+LARGEST_RUBRIC = 1 << 20
+"""Bytes."""
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece
@@ -156,8 +160,8 @@ def read_rubric(path: Path) -> str:
         ValueError: no file of UTF-8 text.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, largest=LARGEST_RUBRIC)
+    except OSError as error:
         raise ValueError(f"rubric: got {path}, which cannot be read as text: {error}.") from None
 
 

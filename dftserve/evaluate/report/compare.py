@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dftserve.bounded_files import shaped_as
 from dftserve.evaluate.metrics.intervals import Estimate, difference, estimate
 from dftserve.evaluate.metrics.slop import cut
 from dftserve.evaluate.metrics.suite import MEASURES
@@ -68,13 +69,18 @@ def compare(a: Path, b: Path) -> Comparison:
             common.
     """
     first, second = results.read(a), results.read(b)
+    with shaped_as(f"{a} and {b}", results.WRITTEN):
+        return _compared(first, second, f"{a} and {b}")
+
+
+def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     for name, told in (("prompts", "prompts"), ("samples", "answers to each prompt")):
         _same(f"{told}", first["asked"][name], second["asked"][name])
     _same("anchors", first["anchors"]["digest"], second["anchors"]["digest"])
     others = {_key(level): level for level in second["levels"]}
     shared = [(level, others[_key(level)]) for level in first["levels"] if _key(level) in others]
     if not shared:
-        raise ValueError(f"{a} and {b}: no diversity in common; accepted: grids that overlap.")
+        raise ValueError(f"{where}: no diversity in common; accepted: grids that overlap.")
     return Comparison(
         a=first["model"],
         b=second["model"],

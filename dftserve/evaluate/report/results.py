@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dftserve.bounded_files import FileError, advised, read_json, shaped_as
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.sds import Score
 from dftserve.evaluate.metrics.slop import Repeated
 
 FORMAT = "dftserve-evaluation-1"
 RESULT = "result.json"
+LARGEST = 256 << 20
+"""Bytes of a result."""
+WRITTEN = "the result.json of `dftserve evaluate`"
 BIN_NATS = 0.25
 BINS = 16
 """Of the histogram of the answers' mean entropies; the last bin holds all that is above."""
@@ -84,13 +88,15 @@ def read(path: Path) -> dict[str, Any]:
     """
     path = path / RESULT if path.is_dir() else path
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        # NaN stands where a measure has no value.
+        result = read_json(path, largest=LARGEST, finite=False)
+    except FileError as error:
+        raise ValueError(advised(error, f"give {WRITTEN}")) from None
+    except OSError as error:
+        told = error.strerror or "there is none"
+        raise ValueError(f"{path}: no result that can be read ({told}); give {WRITTEN}.") from None
+    with shaped_as(path, WRITTEN):
         form = result["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no result that can be read ({error}); accepted: the result.json of "
-            "`dftserve evaluate`."
-        ) from None
     if form != FORMAT:
         raise ValueError(f"{path}: got the format {form!r}; accepted: {FORMAT}.")
     return result

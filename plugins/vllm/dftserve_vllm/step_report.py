@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dftserve.sampling.slots import Snapshot
 
@@ -23,7 +24,7 @@ ATTRIBUTE = "dftserve_report"
 KEY = "dftserve"
 """In `kv_transfer_params`."""
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[np.int64]
 Payload = Mapping[str, Any]
 
 
@@ -31,50 +32,40 @@ Payload = Mapping[str, Any]
 class StepReport:
     """The statistics of one step's active requests R, on the host: see `Snapshot`."""
 
-    positions_R: list[int]
+    positions: list[int]
     """Each request's position in the batch."""
-    always_R: list[bool]
+    always: list[bool]
     """Whether the request may end in the API process: it has stop strings."""
-    tokens_R: Array
-    sums_RF: Array
-    waiting_RKF: Array
+    rows: bytes
+    """float32 [R, X], see `Snapshot.rows`; as bytes, which are cheapest to send."""
     faults: int
     """Of this worker, since its start."""
     nan_rows: int
     """Likewise."""
 
-    def payload(self, row: int) -> dict[str, Any]:
-        """One request's part, in types that msgpack knows."""
-        return {
-            "tokens": int(self.tokens_R[row]),
-            "sums": self.sums_RF[row].tolist(),
-            "waiting": self.waiting_RKF[row].tolist(),
-        }
+    def row(self, index: int) -> list[float]:
+        """One request's part, as msgpack knows it."""
+        size = len(self.rows) // len(self.positions)
+        return np.frombuffer(self.rows, np.float32, size // 4, index * size).tolist()
 
 
 @dataclass(frozen=True)
 class PendingReport:
     """A report whose copy to the host may still be under way."""
 
-    positions_R: list[int]
-    always_R: list[bool]
-    slots_R: list[int]
+    positions: list[int]
+    always: list[bool]
+    slots: Array
+    """int64, of the active requests."""
     snapshot: Snapshot
     faults: int
 
     def resolve(self) -> StepReport:
         """Call it when the step's tokens are on the host: the copy was enqueued before theirs."""
         self.snapshot.wait()
-        slots_R = np.asarray(self.slots_R, dtype=np.int64)
-        return StepReport(
-            positions_R=self.positions_R,
-            always_R=self.always_R,
-            tokens_R=self.snapshot.tokens_S.numpy()[slots_R],
-            sums_RF=self.snapshot.sums_SF.numpy()[slots_R],
-            waiting_RKF=self.snapshot.waiting_SKF.numpy()[slots_R],
-            faults=self.faults,
-            nan_rows=int(self.snapshot.unsound),
-        )
+        rows = self.snapshot.rows(self.slots).tobytes()
+        counts = self.faults, self.snapshot.unsound
+        return StepReport(self.positions, self.always, rows, *counts)
 
 
 def attach(output: Any, pending: PendingReport | None) -> None:
@@ -100,19 +91,19 @@ class Forwarder:
         report: StepReport | None = getattr(model_runner_output, ATTRIBUTE, None)
         if report is None:
             return
-        row_of = {position: row for row, position in enumerate(report.positions_R)}
+        row_of = {position: row for row, position in enumerate(report.positions)}
         position_of = model_runner_output.req_id_to_index
         news = self._news(report)
-        sends_all = any(report.always_R)
+        sends_all = any(report.always)
         for output in (output for client in outputs.values() for output in client.outputs):
             # Most steps end no request, and most requests end where the engine core sees it.
             if not (news or sends_all or output.finish_reason is not None):
                 continue
             row = row_of.get(position_of.get(output.request_id, -1))
-            if row is not None and (output.finish_reason is not None or report.always_R[row]):
-                put(output, report.payload(row) | news | {"engine": self._engine})
+            if row is not None and (output.finish_reason is not None or report.always[row]):
+                put(output, {"row": report.row(row), "engine": self._engine} | news)
             elif news:
-                put(output, news | {"engine": self._engine})
+                put(output, {"engine": self._engine} | news)
             else:
                 continue
             news = {}

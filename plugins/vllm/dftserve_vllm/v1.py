@@ -7,6 +7,7 @@ field moves into the guard). Rows are places in the persistent batch, which move
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from vllm.v1.sample.logits_processor.interface import (
     BatchUpdate,
@@ -15,8 +16,10 @@ from vllm.v1.sample.logits_processor.interface import (
 )
 
 from dftserve.sampling import Controls
+from dftserve.sampling.staging import PinnedStaging
 from dftserve_vllm.extra_args import Active, active
 from dftserve_vllm.request_stats import RequestStats
+from dftserve_vllm.step_report import Array
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -37,6 +40,8 @@ class _Batch:
 
     entries: list[_Entry]
     index: list[int]
+    slots: Array
+    may_end_anywhere: list[bool]
     rows_R: torch.Tensor
     controls: Controls
     slot_R: torch.Tensor
@@ -52,6 +57,7 @@ class V1Processor(LogitsProcessor):
     ) -> None:
         capacity = vllm_config.scheduler_config.max_num_seqs
         self._device = device
+        self._staging = PinnedStaging(device)
         self.stats = RequestStats(capacity, 1, device)
         self._free = list(range(capacity))
         self._entries: dict[int, _Entry] = {}
@@ -133,26 +139,29 @@ class V1Processor(LogitsProcessor):
             batch.controls,
             None if everything else batch.rows_R,
             slot_R=batch.slot_R,
-            position_R=torch.tensor(positions, device=self._device),
+            position_R=self._staging.to_device(positions),
             offset_R=batch.zeros_R,
             samples_R=batch.samples_R,
         )
 
     def _report(self) -> None:
         batch = self._batch or self._gather()
-        slots = [entry.slot for entry in batch.entries]
-        always = [entry.active.may_end_anywhere for entry in batch.entries]
-        self.stats.end_step(batch.index, slots, always)
+        self.stats.end_step(batch.index, batch.slots, batch.may_end_anywhere)
 
     def _gather(self) -> _Batch:
         index = sorted(self._entries)
         entries = [self._entries[i] for i in index]
-        slot_R = torch.tensor([entry.slot for entry in entries], device=self._device)
+        slots = [entry.slot for entry in entries]
+        slot_R = self._staging.to_device(slots)
         return _Batch(
             entries=entries,
             index=index,
-            rows_R=torch.tensor(index, device=self._device),
-            controls=Controls.stack([entry.active.controls for entry in entries], self._device),
+            slots=np.array(slots),
+            may_end_anywhere=[entry.active.may_end_anywhere for entry in entries],
+            rows_R=self._staging.to_device(index),
+            controls=Controls.stack(
+                [entry.active.controls for entry in entries], self._device, self._staging
+            ),
             slot_R=slot_R,
             zeros_R=torch.zeros_like(slot_R),
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted.

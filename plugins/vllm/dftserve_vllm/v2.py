@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from dftserve.sampling import ControlRow, Controls
-from dftserve.sampling.laws import NUMBERS
+from dftserve.sampling.laws import NUMBERS, stop_width
+from dftserve.sampling.staging import PinnedStaging
 from dftserve_vllm.extra_args import active
 from dftserve_vllm.request_stats import RequestStats
 
@@ -34,9 +35,10 @@ class V2Processor(LogitsProcessor):
         self._device = req_states.device
         self.stats = RequestStats(req_states.max_num_reqs, 1 + drafts, self._device)
         self._is_active = np.zeros(req_states.max_num_reqs, dtype=bool)
-        self._host_numbers_SF = torch.ones(req_states.max_num_reqs, len(NUMBERS))
-        self._host_stop_ids_SE = torch.full((req_states.max_num_reqs, 1), -1)
-        self._stop_count_S = np.zeros(req_states.max_num_reqs, dtype=np.int64)
+        self._staging = PinnedStaging(self._device)
+        self._host_numbers_SF = np.ones((req_states.max_num_reqs, len(NUMBERS)), dtype=np.float32)
+        self._host_stop_ids_SE = np.full((req_states.max_num_reqs, 1), -1)
+        self._stop_width_S = np.ones(req_states.max_num_reqs, dtype=np.int64)
         self._may_end_anywhere = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._staged: list[int] = []
 
@@ -60,15 +62,13 @@ class V2Processor(LogitsProcessor):
         return True
 
     def _stage(self, slot: int, row: ControlRow) -> None:
-        missing = len(row.stop_ids) - self._host_stop_ids_SE.shape[1]
+        missing = stop_width([row]) - self._host_stop_ids_SE.shape[1]
         if missing > 0:
-            self._host_stop_ids_SE = torch.nn.functional.pad(
-                self._host_stop_ids_SE, (0, missing), value=-1
-            )
-        width = self._host_stop_ids_SE.shape[1]
-        self._host_stop_ids_SE[slot] = torch.tensor(row.padded_stops(width))
-        self._host_numbers_SF[slot] = torch.tensor(row.numbers)
-        self._stop_count_S[slot] = len(row.stop_ids)
+            padding = ((0, 0), (0, missing))
+            self._host_stop_ids_SE = np.pad(self._host_stop_ids_SE, padding, constant_values=-1)
+        self._host_stop_ids_SE[slot] = row.padded_stops(self._host_stop_ids_SE.shape[1])
+        self._host_numbers_SF[slot] = row.numbers
+        self._stop_width_S[slot] = stop_width([row])
         self._staged.append(slot)
 
     def apply_staged_writes(self) -> None:
@@ -76,9 +76,8 @@ class V2Processor(LogitsProcessor):
         as they come."""
         if self._staged:
             with self.stats.isolated(self._deactivate):
-                # Copies, also on a CPU: the next request must not change a step in flight.
-                self._numbers_SF = self._host_numbers_SF.to(self._device, copy=True)
-                self._stop_ids_SE = self._host_stop_ids_SE.to(self._device, copy=True)
+                self._numbers_SF = self._staging.to_device(self._host_numbers_SF)
+                self._stop_ids_SE = self._staging.to_device(self._host_stop_ids_SE)
             self._staged.clear()
 
     def _deactivate(self) -> None:
@@ -99,7 +98,7 @@ class V2Processor(LogitsProcessor):
         slot_R = ctx.expanded_idx_mapping[chosen].long()
         position_R = ctx.pos[chosen].long()
         # No wider than the requests of this step need, whatever others asked for before.
-        width = max(int(self._stop_count_S[ctx.idx_mapping_np[is_active_B]].max()), 1)
+        width = int(self._stop_width_S[ctx.idx_mapping_np[is_active_B]].max())
         self.stats.apply(
             logits,
             Controls.of(self._numbers_SF[slot_R], self._stop_ids_SE[:, :width][slot_R]),
@@ -113,7 +112,9 @@ class V2Processor(LogitsProcessor):
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]
         positions = np.flatnonzero(is_active_B).tolist()
-        self.stats.end_step(positions, slots.tolist(), self._may_end_anywhere[slots].tolist())
+        self.stats.end_step(
+            positions, slots.astype(np.int64), self._may_end_anywhere[slots].tolist()
+        )
 
     def _rows(self, is_active_B: np.ndarray, ctx: LogitsContext, rows: int) -> torch.Tensor | None:
         """The active requests' rows; None for all. Only a batch that mixes active requests,
@@ -121,6 +122,6 @@ class V2Processor(LogitsProcessor):
         if is_active_B.all():
             return None
         if rows == len(is_active_B):
-            return torch.from_numpy(np.flatnonzero(is_active_B)).to(self._device, non_blocking=True)
-        is_active_S = torch.from_numpy(self._is_active).to(self._device)
+            return self._staging.to_device(np.flatnonzero(is_active_B))
+        is_active_S = self._staging.to_device(self._is_active)
         return is_active_S[ctx.expanded_idx_mapping.long()].nonzero().flatten()

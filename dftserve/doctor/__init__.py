@@ -1,0 +1,28 @@
+"""What is installed, which runner will run, and is the plug-in active: here, and on a server.
+
+    examine      this Python and its environment variables
+    judge        one vLLM's source: a folder, or a wheel that is not installed
+    ask          a running server
+
+Nothing heavy is imported: versions and files are read where they lie.
+"""
+
+from collections.abc import Mapping
+
+from dftserve.doctor import contract, engine, entry_points, packages, switches
+from dftserve.doctor.contract import judge
+from dftserve.doctor.findings import Finding, as_json, exit_code, shown
+from dftserve.doctor.server import ask
+
+__all__ = ["Finding", "as_json", "ask", "examine", "exit_code", "judge", "shown"]
+
+
+def examine(environment: Mapping[str, str]) -> list[Finding]:
+    """What this Python and these environment variables say; vLLM is not started."""
+    return [
+        *packages.findings(),
+        *entry_points.findings(environment),
+        *switches.findings(environment),
+        *engine.findings(environment),
+        *contract.findings(),
+    ]

@@ -1,0 +1,89 @@
+"""Whether one vLLM's source has every symbol that the plug-in stands on, and what fails without."""
+
+import functools
+import itertools
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from dftserve.doctor import packages
+from dftserve.doctor.findings import Finding, error, ok, warning
+from dftserve.vllm_contract import SYMBOLS, Hook, Problem, Root, missing_in_source, package
+
+WITHOUT: Mapping[Hook, str] = {
+    "field": "requests with the diversity field are not honoured",
+    "processor V1": "nothing is applied on the V1 runner",
+    "processor V2": "nothing is applied on the V2 runner",
+    "statistics": "no figures in the answers; the field works",
+    "answer": "no header, no diversity object in the answers, no /v1/dft/capabilities and no "
+    "dft:* metrics; the field works",
+    "numba": "nothing guards vLLM's rebinding of kernels against numba; the field works",
+}
+"""What is lost where a hook finds a symbol of its own missing."""
+
+
+def findings() -> Iterator[Finding]:
+    """About the vLLM that is installed here, if one is."""
+    folder = packages.folder("vllm")
+    if folder is not None and (folder / "v1").is_dir():
+        yield from _hooks(_missing_in_folder(folder))
+
+
+def judge(place: Path) -> list[Finding]:
+    """About a vLLM that need not be installed: a folder, or a .whl.
+
+    Raises:
+        ValueError: a file that is no wheel.
+        FileNotFoundError: there is no vLLM at that place.
+    """
+    root = _root(place)
+    return [_version(root), *_hooks(missing_in_source(root))]
+
+
+def _root(place: Path) -> Root:
+    if not place.is_file():
+        return place
+    try:
+        return zipfile.Path(place)
+    except zipfile.BadZipFile:
+        raise ValueError(f"got {place}, which is no wheel; accepted: a .whl of vLLM.") from None
+
+
+def _version(root: Root) -> Finding:
+    """vLLM's build writes it into `_version.py`; a checkout has none."""
+    file = package(root) / "_version.py"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    said = re.search(r"""^__version__ = (?:\w+ = )?["']([^"']+)""", text, re.MULTILINE)
+    if said is None:
+        return warning("vllm", "of unknown version: it was not built, there is no _version.py.")
+    return packages.supported_vllm(said[1])
+
+
+@functools.cache
+def _missing_in_folder(folder: Path) -> tuple[Problem, ...]:
+    """An installation does not change while a process looks at it."""
+    return tuple(missing_in_source(folder))
+
+
+def _hooks(problems: Iterable[Problem]) -> Iterator[Finding]:
+    """A finding for each hook and module that lacks something, or one that all is there."""
+
+    def place(problem: Problem) -> tuple[int, str, str]:
+        symbol = problem.symbol
+        return list(WITHOUT).index(symbol.hook), symbol.module, problem.text
+
+    grouped = itertools.groupby(sorted(problems, key=place), key=place)
+    found = [_lacking(list(group)) for _, group in grouped]
+    yield from found or [
+        ok("hooks", f"all {len(SYMBOLS)} symbols of vLLM that the plug-in needs are there.")
+    ]
+
+
+def _lacking(problems: list[Problem]) -> Finding:
+    """Those of one hook and module that share one fault."""
+    symbol, fault = problems[0].symbol, problems[0].text
+    names = ", ".join(problem.symbol.signature for problem in problems)
+    text = f"{symbol.module}: {names}: {fault}. Without: {WITHOUT[symbol.hook]}."
+    is_required = any(problem.symbol.required for problem in problems)
+    return (error if is_required else warning)(symbol.hook, text)

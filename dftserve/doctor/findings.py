@@ -1,0 +1,49 @@
+"""What a check says, and how it is shown."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import click
+
+State = Literal["ok", "warning", "error"]
+COLOURS: Mapping[State, str] = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    state: State
+    text: str
+
+
+def ok(name: str, text: str) -> Finding:
+    return Finding(name, "ok", text)
+
+
+def warning(name: str, text: str) -> Finding:
+    return Finding(name, "warning", text)
+
+
+def error(name: str, text: str) -> Finding:
+    return Finding(name, "error", text)
+
+
+def exit_code(findings: list[Finding]) -> int:
+    return int(any(finding.state == "error" for finding in findings))
+
+
+def shown(findings: list[Finding]) -> str:
+    """One line a finding, for a terminal."""
+    width = max(len(finding.name) for finding in findings)
+    return "\n".join(
+        f"{click.style(f'{finding.state:<8}', fg=COLOURS[finding.state])}"
+        f"{finding.name:<{width}}  {finding.text}"
+        for finding in findings
+    )
+
+
+def as_json(findings: list[Finding]) -> str:
+    listed = [asdict(finding) for finding in findings]
+    return json.dumps({"ok": exit_code(findings) == 0, "findings": listed}, indent=2)

@@ -1,0 +1,209 @@
+"""What a running server says of itself, and what it is where it says nothing of the kind."""
+
+import json
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import BadStatusLine, HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+import dftserve
+from dftserve.doctor.findings import Finding, error, ok, warning
+from dftserve.doctor.packages import PLUGIN
+
+ROUTE = "/v1/dft/capabilities"
+ANSWER_SECONDS = 10.0
+
+
+def ask(url: str, api_key: str | None = None) -> list[Finding]:
+    """What a running server says of itself; `url` with or without /v1.
+
+    Raises:
+        ValueError: the address is not one of http or https.
+    """
+    base = _base(url)
+    try:
+        answer = _get(base + ROUTE, api_key)
+    except (OSError, HTTPException) as problem:
+        return [error("server", _unreachable(base, problem))]
+    if answer.status != 200:
+        return [error("server", _refused(base, answer, has_key=api_key is not None))]
+    content = answer.content()
+    if not isinstance(content, dict) or "active" not in content:
+        return [error("server", _foreign(base, answer))]
+    return list(_capabilities(content))
+
+
+def _base(url: str) -> str:
+    parts = urlsplit(url)
+    accepted = "accepted: http://HOST:PORT or https://HOST."
+    if "@" in parts.netloc:
+        raise ValueError(f"--url: got an address with a user's name in it; {accepted}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--url: got {url!r}; {accepted}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+# One question
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    media_type: str
+    location: str | None
+    body: bytes
+
+    def content(self) -> Any:
+        """The JSON value; None for what is none."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another address."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        return None
+
+
+def _get(address: str, api_key: str | None = None) -> _Answer:
+    """The answer, whatever its status."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(address, headers=headers)
+    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        return _read(opener.open(request, timeout=ANSWER_SECONDS))
+    except urllib.error.HTTPError as refusal:
+        return _read(refusal)
+
+
+def _read(response: Any) -> _Answer:
+    with response:
+        said = response.headers
+        return _Answer(
+            response.status, said.get_content_type(), said.get("Location"), response.read()
+        )
+
+
+def _vllm_version(base: str) -> str | None:
+    """What vLLM says to anybody; asked without the key."""
+    try:
+        answer = _get(f"{base}/version")
+    except (OSError, HTTPException):
+        return None
+    content = answer.content()
+    version = content.get("version") if isinstance(content, dict) else None
+    return version if answer.status == 200 and isinstance(version, str) else None
+
+
+# No answer of ours
+
+
+def _unreachable(base: str, problem: OSError | HTTPException) -> str:
+    why = getattr(problem, "reason", problem)
+    _, _, place = base.partition("://")
+    if isinstance(why, ssl.SSLCertVerificationError):
+        return (
+            f"{base} shows a certificate that is not trusted here ({why.verify_message}); "
+            "SSL_CERT_FILE names the file of an authority to trust."
+        )
+    if isinstance(why, ssl.SSLError):
+        return f"{base} does not speak TLS: try http://{place}."
+    if base.startswith("http:") and isinstance(why, BadStatusLine | ConnectionResetError):
+        return f"{base} does not answer in HTTP: try https://{place}."
+    return f"{base}{ROUTE} cannot be reached: {why}. Is the server up?"
+
+
+def _refused(base: str, answer: _Answer, *, has_key: bool) -> str:
+    route = base + ROUTE
+    if answer.status == 404:
+        return _not_found(base)
+    if answer.status in (401, 403) and has_key:
+        return f"{route} answers {answer.status}: that server has another key than the one sent."
+    if answer.status in (401, 403):
+        cure = "name the variable that holds the server's key, --api-key-env NAME"
+        return f"{route} answers {answer.status}: {cure}."
+    if answer.status == 400 and base.startswith("http:") and b"HTTPS" in answer.body:
+        return f"{base} expects TLS: try https://{base.partition('://')[2]}."
+    if answer.location:
+        return f"{route} answers {answer.status}: it has moved to {answer.location}; ask there."
+    return f"{route} answers {answer.status}: that server's log says why."
+
+
+def _not_found(base: str) -> str:
+    if version := _vllm_version(base):
+        return (
+            f"the plug-in is not active there: vLLM {version} answers, but not {base}{ROUTE}. "
+            f"In that server's environment {PLUGIN} is not installed (pip install {PLUGIN}), or "
+            "DFTSERVE_DISABLE is set, or VLLM_PLUGINS leaves dftserve out: dftserve doctor, run "
+            "there, says which. Then restart the server."
+        )
+    parts = urlsplit(base)
+    origin = f"{parts.scheme}://{parts.netloc}"
+    if base != origin and (version := _vllm_version(origin)):
+        return f"nothing is at {parts.path} of that server, a vLLM {version}: --url {origin}"
+    return (
+        f"{base}{ROUTE} is not found, and {base}/version is not vLLM's: another web server, or "
+        "another path than the one that vLLM is behind?"
+    )
+
+
+def _foreign(base: str, answer: _Answer) -> str:
+    what = "JSON, but not dftserve's" if answer.content() is not None else answer.media_type
+    return (
+        f"{base}{ROUTE} does not answer as dftserve does (it sends {what}): is this the address "
+        "of a vLLM server?"
+    )
+
+
+# Ours
+
+
+def _capabilities(answer: dict[str, Any]) -> Iterator[Finding]:
+    yield _server(answer)
+    if answer["active"]:
+        yield ok("server plug-in", "active.")
+    else:
+        yield error("server plug-in", f"not active: {answer.get('reason')}")
+    yield _default(answer)
+    if not answer.get("answers"):
+        yield warning("server answers", "without header and statistics.")
+    yield _faults(answer)
+
+
+def _server(answer: dict[str, Any]) -> Finding:
+    theirs, ours = answer.get("dftserve"), dftserve.__version__
+    text = f"dftserve {theirs} on vLLM {answer.get('vllm')}, runner {answer.get('runner')}"
+    if method := answer.get("speculative_decoding"):
+        text += f", speculative decoding {method}"
+    if theirs != ours:
+        return warning("server", f"{text}; here dftserve {ours}.")
+    return ok("server", f"{text}.")
+
+
+def _default(answer: dict[str, Any]) -> Finding:
+    default = answer.get("default")
+    if not default:
+        return ok("server default", "off unless a request asks.")
+    shown = json.dumps(default)
+    if answer["active"]:
+        return ok("server default", shown)
+    return warning(
+        "server default", f"{shown} is set but not applied: this engine cannot honour it."
+    )
+
+
+def _faults(answer: dict[str, Any]) -> Finding:
+    faults, unsound = answer.get("faults"), answer.get("nan_rows")
+    if faults or unsound:
+        text = f"{faults} steps and {unsound} unsound rows passed through unchanged: see its log."
+        return warning("server faults", text)
+    return ok("server faults", "none.")

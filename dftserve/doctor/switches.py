@@ -1,0 +1,31 @@
+"""The environment variables that switch the plug-in on, off or aside."""
+
+import json
+from collections.abc import Iterator, Mapping
+
+from dftserve.doctor.entry_points import ENTRY_POINT
+from dftserve.doctor.findings import Finding, error, ok, warning
+from dftserve.serve import DEFAULT_DIVERSITY
+from dftserve.spec import DiversityError, parse_json
+
+
+def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    if environment.get("DFTSERVE_DISABLE", "") not in ("", "0"):
+        text = "set: everything of dftserve is inert and the field ignored; unset it."
+        yield warning("DFTSERVE_DISABLE", text)
+    plugins = environment.get("VLLM_PLUGINS")
+    if plugins is not None and ENTRY_POINT not in plugins.split(","):
+        text = f"{plugins!r} leaves {ENTRY_POINT} out: only vllm_xargs.diversity works; add it."
+        yield warning("VLLM_PLUGINS", text)
+    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        text = "set: that frontend does not know the diversity field; unset it."
+        yield warning("VLLM_USE_RUST_FRONTEND", text)
+    if default := environment.get(DEFAULT_DIVERSITY):
+        yield _default(default)
+
+
+def _default(text: str) -> Finding:
+    try:
+        return ok(DEFAULT_DIVERSITY, json.dumps(parse_json(text, DEFAULT_DIVERSITY).as_dict()))
+    except DiversityError as refusal:
+        return error(DEFAULT_DIVERSITY, str(refusal))

@@ -1,0 +1,103 @@
+"""Small host arrays to a device, from pinned memory, without a wait.
+
+A copy from pageable memory makes the host wait for the device; one from pinned memory is read
+later, so the pinned buffer must stay as it is until the device has read it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Values = NDArray[np.generic] | list[int]
+
+SMALLEST = 4096
+"""Bytes of a pinned buffer, at least: most of what a step sends fits."""
+
+
+class Transport(Protocol):
+    """How `PinnedStaging` reaches a device; tests have one without a device."""
+
+    def pinned(self, size: int) -> Tensor:
+        """uint8 [size], in memory that the device can read on its own."""
+        ...
+
+    def send(self, host: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+        """Start a copy; returns the device's tensor and whether `host` has been read by now."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    buffer: Tensor
+    is_read: Callable[[], bool]
+
+
+class PinnedStaging:
+    """Copies to one device, in the order of one stream; not for two threads at once.
+
+    A buffer is used again only when the device has read it; while it has not, another is made. So
+    there are as many buffers as copies are in flight at once, however far ahead the host runs.
+    """
+
+    def __init__(self, device: torch.device | str, transport: Transport | None = None) -> None:
+        self._device = torch.device(device)
+        if transport is None and self._device.type == "cuda":
+            transport = _Cuda(self._device)
+        self._transport = transport
+        self._in_flight: deque[_InFlight] = deque()
+
+    def to_device(self, values: Values) -> Tensor:
+        """A copy on the device, of the same shape and type; a list becomes int64.
+
+        The caller may change `values` at once. Only a CUDA device is reached through pinned
+        memory.
+        """
+        array = np.asarray(values, dtype=np.int64) if isinstance(values, list) else values
+        if self._transport is None:
+            return torch.from_numpy(np.array(array)).to(self._device)
+        buffer = self._free_buffer(array.nbytes)
+        staged = buffer.numpy()[: array.nbytes].view(array.dtype).reshape(array.shape)
+        staged[...] = array
+        sent, is_read = self._transport.send(_as_tensor(buffer, array))
+        self._in_flight.append(_InFlight(buffer, is_read))
+        return sent
+
+    def _free_buffer(self, size: int) -> Tensor:
+        """The longest in flight if it has been read and is large enough, else a new one."""
+        if self._in_flight and self._in_flight[0].is_read():
+            buffer = self._in_flight.popleft().buffer
+            if len(buffer) >= size:
+                return buffer
+        return self._new_buffer(max(2 * size, SMALLEST))
+
+    def _new_buffer(self, size: int) -> Tensor:
+        assert self._transport is not None
+        # A tensor made in inference mode could not be viewed and sent outside of it.
+        with torch.inference_mode(mode=False):
+            return self._transport.pinned(size)
+
+
+def _as_tensor(buffer: Tensor, array: NDArray[np.generic]) -> Tensor:
+    """The buffer's first bytes, as a tensor of the array's type and shape."""
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    return buffer[: array.nbytes].view(dtype).view(array.shape)
+
+
+class _Cuda:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def send(self, host: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+        sent = host.to(self._device, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return sent, event.query

@@ -1,0 +1,161 @@
+"""LiteLLM's proxy, asked over plain HTTP on its four routes.
+
+It gets one model for each case, so that the case is in the address it asks.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from ways import KEY, MESSAGES, MODEL, PROMPT, RefusedError, Seen, Way, ask_all, cases, header_in
+
+MASTER_KEY = "sk-of-a-proxy-that-lives-for-one-test-and-listens-on-loopback-only"
+START_SECONDS = 300
+
+ROUTES = {
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 8},
+    "/v1/completions": {"prompt": PROMPT, "max_tokens": 8},
+    "/v1/responses": {"input": PROMPT, "max_output_tokens": 16},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 8},
+}
+IN_THE_BODY: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "top level": lambda value: {"diversity": value},
+    "`vllm_xargs`": lambda value: {"vllm_xargs": {"diversity": str(value)}},
+    "`extra_body`": lambda value: {"extra_body": {"diversity": value}},
+}
+IN_THE_CONFIGURATION: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "the model's `extra_body`": IN_THE_BODY["`extra_body`"],
+    "the model's `litellm_params`": IN_THE_BODY["top level"],
+}
+WITH_SETTINGS = {
+    "`drop_params`": {"drop_params": True},
+    "`allowed_openai_params`": {"allowed_openai_params": ["diversity"]},
+}
+
+
+def ways(ask: Callable[..., Seen]) -> list[Way]:
+    made = []
+    set_too = [f"top level and {name}" for name in WITH_SETTINGS]
+    for prefix, more in {"hosted_vllm/": set_too, "openai/": []}.items():
+        for path in ROUTES:
+            made += [
+                Way(f"`{prefix}` {path}", written, asking(ask, path, written))
+                for written in (*IN_THE_BODY, *more, *IN_THE_CONFIGURATION)
+            ]
+    return made
+
+
+def asking(ask: Callable[..., Seen], path: str, written: str) -> Callable[[str, Any, bool], Seen]:
+    return lambda url, value, stream: ask(url, path, written, value, stream)
+
+
+def fields(written: str, value: Any) -> dict[str, Any]:
+    """Of the request's body."""
+    by_name = {name: make for name, make in IN_THE_BODY.items() if written.startswith(name)}
+    return next(iter(by_name.values()))(value) if by_name else {}
+
+
+def settings(written: str, value: Any) -> dict[str, Any]:
+    """Of the model in the proxy's configuration."""
+    if written in IN_THE_CONFIGURATION:
+        return IN_THE_CONFIGURATION[written](value)
+    return next((given for name, given in WITH_SETTINGS.items() if written.endswith(name)), {})
+
+
+def configuration(upstream: str, listed: list[Way]) -> dict[str, Any]:
+    models = [
+        {
+            "model_name": case,
+            "litellm_params": {
+                "model": way.route.split("`")[1] + MODEL,
+                "api_base": f"{upstream}/{case}/v1",
+                "api_key": KEY,
+                **settings(way.written, value),
+            },
+        }
+        for case, way, value, _ in cases(listed)
+    ]
+    return {
+        "model_list": models,
+        "litellm_settings": {"num_retries": 0},
+        "general_settings": {"master_key": MASTER_KEY},
+    }
+
+
+@contextlib.contextmanager
+def proxy(upstream: str, listed: list[Way], place: Path) -> Iterator[str]:
+    """Its address, while it runs."""
+    config, port = place / "proxy.yaml", free_port()
+    config.write_text(json.dumps(configuration(upstream, listed)))
+    command = [Path(sys.executable).with_name("litellm"), "--config", config]
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    with (place / "proxy.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        try:
+            await_life(process, f"http://127.0.0.1:{port}", place / "proxy.log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def await_life(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health/liveliness", trust_env=False).status_code == 200:
+                return
+        time.sleep(0.25)
+    raise RuntimeError(f"the proxy did not start:\n{log.read_text()[-3000:]}")
+
+
+def main() -> None:
+    client = httpx.Client(
+        trust_env=False, timeout=300, headers={"Authorization": f"Bearer {MASTER_KEY}"}
+    )
+
+    def ask(url: str, path: str, written: str, value: Any, stream: bool) -> Seen:
+        case = url.removesuffix("/v1").rpartition("/")[2]
+        body = {"model": case, "stream": stream, **ROUTES[path], **fields(written, value)}
+        return seen(client.post(f"{address}{path}", json=body), stream)
+
+    listed = ways(ask)
+    with proxy(sys.argv[1], listed, Path(sys.argv[2]).parent) as address:
+        ask_all(listed)
+
+
+def seen(answer: httpx.Response, stream: bool) -> Seen:
+    if answer.status_code != 200:
+        raise RefusedError(
+            f"HTTP {answer.status_code}",
+            answer.text,
+            answer.status_code,
+            answer.json().get("error", {}).get("param"),
+        )
+    header = header_in(answer.headers)
+    if stream:
+        return Seen("mean_entropy_after" in answer.text or None, header)
+    return Seen(answer.json().get("diversity"), header)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A GPU for Triton that compiles and counts: kernels take the way to a launch that they take in
+production, to machine code and through Triton's own checks, and are not executed.
+
+Tensors stay on the CPU: to this driver an address is a number.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from dftserve.sampling import fused_triton, slots_triton
+
+KERNELS = {
+    name: kernel
+    for module in (fused_triton, slots_triton)
+    for name, kernel in vars(module).items()
+    if isinstance(kernel, JITFunction)
+}
+"""Every function that Triton compiles, also those that only others call."""
+
+
+class FakeGPU:
+    """What Triton asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+        self.loaded: Counter[str] = Counter()
+        """Machine code that was loaded: once for each time that a kernel was compiled."""
+        self.launches: list[tuple[str, tuple[int, int, int]]] = []
+        """Kernel and grid."""
+        self.signatures: dict[str, dict[str, str]] = {}
+        """Type of each argument, by kernel."""
+        self.utils = SimpleNamespace(load_binary=self._load, unload_module=lambda module: None)
+
+    def launched(self) -> Counter[str]:
+        return Counter(name for name, _ in self.launches)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        self.signatures[metadata.name] = source.signature
+
+        def launch(x, y, z, *_):
+            self.launches.append((metadata.name, (x, y, z)))
+
+        return launch
+
+    def _load(self, name, machine_code, shared, device):
+        assert machine_code
+        self.loaded[name] += 1
+        module, function, registers, spills, threads = object(), 1, 32, 0, 1024
+        return module, function, registers, spills, threads
+
+
+@contextmanager
+def fake_gpu(capability: int, cache: Path) -> Iterator[FakeGPU]:
+    """Triton's driver for a while; `cache` keeps what was compiled, for the next one."""
+    gpu = FakeGPU(capability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knobs.cache, "dir", str(cache))
+        patch.setattr(driver, "_active", gpu)
+        patch.setattr("triton.compiler.compiler.max_shared_mem", lambda device: 232_448)
+        for kernel in KERNELS.values():
+            patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        try:
+            yield gpu
+        finally:
+            for compiled in compiled_kernels():
+                compiled.module = None  # Else it is unloaded when there is no such driver any more.
+
+
+def compiled_kernels() -> list[CompiledKernel]:
+    """Of all kernels, whatever they were compiled for."""
+    caches = [kernel.device_caches[0][0] for kernel in KERNELS.values()]
+    return [compiled for cache in caches for compiled in cache.values()]

@@ -1,0 +1,14 @@
+"""What transformers says that it will remove is not used: its word for that is FutureWarning."""
+
+import pytest
+
+ALLOWED = "`is_gradient_checkpointing` is deprecated"
+"""peft 0.21 reads it, of every model that it wraps; transformers warns of it since 5.23."""
+
+no_future_warnings = pytest.mark.filterwarnings(
+    "error::FutureWarning", f"ignore:{ALLOWED}:FutureWarning"
+)
+"""For modules whose tests train or generate."""
+
+FOR_CHILDREN = f"error::FutureWarning,ignore:{ALLOWED}:FutureWarning"
+"""The same as PYTHONWARNINGS."""

@@ -1,0 +1,102 @@
+"""What /metrics counts is what was sent, with several API servers and several engines too."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.client import chat_body, gather, get
+from tests.conftest import Engine, engine_running
+
+pytestmark = pytest.mark.long
+
+REQUESTS = 12
+REFUSED = 5
+TOKENS = 16
+DEPLOYMENTS = {
+    "one of each": (1, 1),
+    "2 API servers": (2, 1),
+    "2 engines": (1, 2),
+    "2 API servers, 2 engines": (2, 2),
+}
+SAMPLE = re.compile(r"(?P<name>dft:\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
+PER_ENGINE = ("dft:tokens_total", "dft:faults_total", "dft:nan_rows_total")
+
+
+@pytest.fixture(params=DEPLOYMENTS)
+def deployed(request, model_folder, tmp_path) -> Iterator[tuple[Engine, int]]:
+    """A server, and how many engines it has."""
+    api_servers, engines = DEPLOYMENTS[request.param]
+    flags = [f"--api-server-count={api_servers}", f"--data-parallel-size={engines}"]
+    # Each engine would bind to cores of its own, and there may be too few.
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with engine_running("v1", model_folder, tmp_path, *flags, env=env) as engine:
+        yield engine, engines
+
+
+def test_counters_are_what_was_sent(deployed, figure):
+    engine, engines = deployed
+    sent = []
+    with injected(engine.fault_file.with_name(engine.fault_file.name + ".nan")) as nan_rows:
+        sent += answers(engine)
+    with injected(engine.fault_file) as faults:
+        sent += answers(engine)
+    sent += answers(engine)
+    wrong = chat_body(diversity=7, max_tokens=TOKENS)
+    refused = gather(engine, [("/v1/chat/completions", wrong)] * REFUSED)
+    assert {answer.status_code for answer in refused} == {400}
+
+    choices = [choice for said in sent for choice in said["diversity"]["choices"]]
+    expected = {
+        "dft:requests_total": len(sent),
+        "dft:requests_refused_total": REFUSED,
+        "dft:tokens_total": sum(choice["tokens"] for choice in choices if choice is not None),
+        "dft:nan_rows_total": nan_rows(),
+        "dft:faults_total": faults(),
+        "dft:statistics_unavailable_total": choices.count(None),
+    }
+    sums, labels = counted(engine)
+    figure(expected=expected, counted={name: sums[name] for name in expected})
+    assert {name: sums[name] for name in expected} == expected
+    # The last twelve met no fault: each has its statistics, of all its tokens.
+    for said in sent[-REQUESTS:]:
+        tokens = [choice and choice["tokens"] for choice in said["diversity"]["choices"]]
+        assert tokens == [TOKENS]
+    assert nan_rows() == REQUESTS * TOKENS
+    assert {label["model_name"] for name in sums for label in labels[name]} == {"demo"}
+    for name in PER_ENGINE:
+        assert {label["engine"] for label in labels[name]} == set(map(str, range(engines))), name
+
+
+@contextmanager
+def injected(trigger: Path):
+    """What tests/shim puts in while the file exists, and how often it did."""
+    count = trigger.with_name(f"{trigger.name}.count")
+    trigger.touch()
+    try:
+        yield lambda: count.stat().st_size if count.exists() else 0
+    finally:
+        trigger.unlink()
+
+
+def answers(engine: Engine) -> list[dict]:
+    body = chat_body(diversity=0.5, max_tokens=TOKENS, ignore_eos=True)
+    got = gather(engine, [("/v1/chat/completions", body)] * REQUESTS)
+    assert {answer.status_code for answer in got} == {200}, [answer.text for answer in got]
+    return [answer.json() for answer in got]
+
+
+def counted(engine: Engine) -> tuple[Counter[str], dict[str, list[dict[str, str]]]]:
+    """The sum of each sample of ours in /metrics, and the labels it has."""
+    sums: Counter[str] = Counter()
+    labels: dict[str, list[dict[str, str]]] = {}
+    for line in get(engine, "/metrics").text.splitlines():
+        if (sample := SAMPLE.fullmatch(line)) is None:
+            continue
+        sums[sample["name"]] += float(sample["value"])
+        found = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"] or ""))
+        labels.setdefault(sample["name"], []).append(found)
+    return sums, labels

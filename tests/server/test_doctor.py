@@ -1,0 +1,28 @@
+"""What the doctor says of real servers: one with the plug-in, one where it is disabled."""
+
+from dftserve import doctor
+from tests.conftest import KEY
+
+
+def test_a_server_with_the_plug_in(v1):
+    found = {finding.name: finding for finding in doctor.ask(v1.url, KEY)}
+    assert {finding.state for finding in found.values()} == {"ok"}
+    assert "runner V1" in found["server"].text
+
+
+def test_a_server_where_it_is_disabled(v1_stock):
+    (finding,) = doctor.ask(f"{v1_stock.url}/v1", KEY)
+    assert finding.state == "error"
+    assert "the plug-in is not active there: vLLM 0." in finding.text
+    assert "DFTSERVE_DISABLE" in finding.text
+
+
+def test_a_wrong_path(v1):
+    (finding,) = doctor.ask(f"{v1.url}/v1/chat/completions", KEY)
+    assert finding.state == "error"
+    assert finding.text.endswith(f"--url {v1.url}")
+
+
+def test_a_wrong_key_and_none(v1):
+    assert "--api-key-env NAME" in doctor.ask(v1.url)[0].text
+    assert "another key" in doctor.ask(v1.url, "wrong")[0].text

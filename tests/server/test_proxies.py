@@ -1,0 +1,114 @@
+"""What arrives through nginx, and through a middleware of the operator's that compresses.
+
+Recorded as tests/server/test_clients.py says.
+"""
+
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import nginx
+from tests.client import chat_body
+from tests.client_rows import Said, as_recorded, read, refusal, row
+from tests.conftest import KEY, engine_running
+from tests.local_server import serving
+from tests.recorder import HEADER, recording
+
+pytestmark = pytest.mark.long
+
+GZIP = "starlette.middleware.gzip.GZipMiddleware"
+KINDS = ("plain", "stream", "wrong")
+HELD_SECONDS = 5
+"""How long the upstream waits for its first event to be read where nginx may hold it back."""
+
+
+def test_nginx_buffered_and_not(v1, tmp_path):
+    rows = []
+    for buffering in ("on", "off"):
+        route = f"`proxy_buffering {buffering}`"
+        with (
+            recording(v1.url) as recorder,
+            nginx.before(recorder.url, buffering, tmp_path) as url,
+        ):
+            said = [_ask(f"{url}/{kind}", kind, route) for kind in KINDS]
+        found = row("nginx", [(answer, recorder.exchanges[answer["case"]]) for answer in said])
+        rows.append(found | {"events": _events(buffering, tmp_path)})
+    assert as_recorded("nginx", rows, {"nginx": nginx.version()}) == rows
+
+
+def _ask(url: str, kind: str, route: str) -> Said:
+    """A case, asked without any client library."""
+    body = chat_body(max_tokens=64, diversity=1.5 if kind == "wrong" else 0.5)
+    answer = httpx.post(
+        f"{url}/v1/chat/completions",
+        json=body | {"stream": kind == "stream"},
+        headers={"Authorization": f"Bearer {KEY}"},
+        trust_env=False,
+        timeout=300,
+    )
+    about = {"case": kind, "route": route, "written": "top level"}
+    if answer.status_code == 200:
+        header = HEADER if HEADER in answer.headers else None
+        return about | {"answer": "mean_entropy_after" in answer.text, "header": header}
+    error = answer.json()["error"]
+    said = {"status": answer.status_code, "param": error["param"], "text": error["message"]}
+    return about | {"error": "HTTP", **said}
+
+
+def _events(buffering: str, place: Path) -> str:
+    """Whether nginx gives a stream's first event before there is a second.
+
+    The upstream sends one, and the next when the client has read the first.
+    """
+    was_read = threading.Event()
+    patience = HELD_SECONDS if buffering == "on" else None
+
+    def upstream(request: Any) -> None:
+        request.rfile.read(int(request.headers["Content-Length"]))
+        request.send_response(200)
+        request.send_header("Content-Type", "text/event-stream")
+        request.end_headers()
+        for event in (b"data: {}\n\n", b"data: [DONE]\n\n"):
+            request.wfile.write(event)
+            request.wfile.flush()
+            was_read.wait(patience)
+
+    pieces = []
+    with (
+        serving(upstream) as behind,
+        nginx.before(behind, buffering, place) as url,
+        httpx.stream("POST", url, content=b"{}", trust_env=False, timeout=300) as answer,
+    ):
+        for piece in answer.iter_raw():
+            pieces.append(piece)
+            was_read.set()
+    return "held until the end" if len(pieces) == 1 else "as they are made"
+
+
+def test_a_middleware_that_compresses(model_folder, tmp_path):
+    """Nothing breaks, and the header is there; a compressed body can be read."""
+    flags = ("--middleware", GZIP)
+    with (
+        engine_running("v1_gzip", model_folder, tmp_path, *flags) as engine,
+        recording(engine.url, encodings="gzip") as recorder,
+    ):
+        said = [_ask(f"{recorder.url}/{kind}", kind, f"`--middleware {GZIP}`") for kind in KINDS]
+    passed = [recorder.exchanges[kind][-1] for kind in KINDS]
+    assert [exchange.encoding for exchange in passed] == ["gzip", None, None]
+    assert all(exchange.header for exchange in passed[:2])
+    plain, stream, wrong = said
+    found = {
+        "client": "GZipMiddleware",
+        "route": plain["route"],
+        "written": plain["written"],
+        "field": "arrives",
+        "plain": read(plain),
+        "stream": read(stream),
+        "wrong": refusal(wrong),
+    }
+    versions = {name: version(name) for name in ("vllm", "starlette", "dftserve")}
+    assert as_recorded("GZipMiddleware", [found], versions) == [found]

@@ -1,0 +1,97 @@
+"""Rows of controls: what a request with many stop tokens makes of the others'."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dftserve.sampling import Controls, control_row
+from dftserve.sampling.laws import NUMBERS, stop_width
+from dftserve.sampling.staging import PinnedStaging
+from dftserve.spec import parse
+
+
+def row_of(stops, level=0.5):
+    return control_row(parse(level), temperature=0.7, divided=1.0, stop_ids=frozenset(stops))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 600), max_size=8))
+def test_the_width_follows_the_rows_in_use(counts):
+    rows = [row_of(range(count)) for count in counts]
+    longest = max([*counts, 1])
+    assert longest <= stop_width(rows) < 2 * longest
+    assert stop_width(rows).bit_count() == 1
+    controls = Controls.stack(rows)
+    assert controls.stop_ids_RE.shape == (len(rows), stop_width(rows))
+    for stops_E, count in zip(controls.stop_ids_RE.tolist(), counts, strict=True):
+        assert stops_E == [*range(count), *[-1] * (len(stops_E) - count)]
+
+
+def test_the_width_shrinks_when_the_row_with_many_leaves():
+    rows = [row_of({2}), row_of(range(30_000)), row_of({2, 5})]
+    assert [stop_width(rows), stop_width([rows[0], rows[2]])] == [32_768, 2]
+
+
+def test_ids_that_are_no_tokens_are_left_out():
+    """A negative one would hide those after it."""
+    assert row_of({-7, 4, -1, 2}).stop_ids == (2, 4)
+
+
+def test_columns_are_what_their_names_say():
+    asked = {"law": "dynatemp", "dynatemp_range": 0.25, "dynatemp_exponent": 0.5, "level": 0.75}
+    row = control_row(
+        parse({**asked, "min_p": 0.125}), temperature=1.5, divided=2.0, stop_ids=frozenset()
+    )
+    controls = Controls.stack([row, row])
+    expected = {
+        "law": 2.0,
+        "temperature": 1.5,
+        "divided": 2.0,
+        "level": 0.75,
+        "log_min_p": np.log(0.125),
+        "max_temperature": np.inf,
+        "dynatemp_range": 0.25,
+        "dynatemp_exponent": 0.5,
+        "target_entropy": 0.0,
+    }
+    assert tuple(expected) == NUMBERS
+    for name, value in expected.items():
+        assert getattr(controls, f"{name}_R").tolist() == pytest.approx([value] * 2)
+
+
+def test_another_level_leaves_the_former_controls_as_they_were():
+    controls = Controls.stack([row_of({1}), row_of({2})])
+    steered = controls.with_level(torch.tensor([0.1, 0.2]))
+    assert steered.level_R.tolist() == pytest.approx([0.1, 0.2])
+    assert controls.level_R.tolist() == [0.5, 0.5]
+    assert torch.equal(steered.temperature_R, controls.temperature_R)
+
+
+def test_a_staging_sends_both_parts():
+    sent = []
+
+    class Staging(PinnedStaging):
+        def to_device(self, values):
+            sent.append(values.dtype)
+            return super().to_device(values)
+
+    Controls.stack([row_of({1})], staging=Staging("cpu"))
+    assert sent == [np.float32, np.int64]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stops"),
+    [
+        (torch.zeros(2, len(NUMBERS)), torch.zeros(3, 1, dtype=torch.int64)),
+        (torch.zeros(2, len(NUMBERS) - 1), torch.zeros(2, 1, dtype=torch.int64)),
+        (torch.zeros(2, len(NUMBERS)).double(), torch.zeros(2, 1, dtype=torch.int64)),
+        (torch.zeros(2, len(NUMBERS)), torch.zeros(2, 1)),
+        (torch.zeros(2, len(NUMBERS)), torch.zeros(2, dtype=torch.int64)),
+    ],
+    ids=["rows", "columns", "float64", "float stops", "no matrix"],
+)
+def test_controls_of_another_form_are_refused(numbers, stops):
+    with pytest.raises(ValueError, match=r"accepted: float32 \[rows, 9\] and int64"):
+        Controls.of(numbers, stops)

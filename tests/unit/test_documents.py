@@ -1,0 +1,84 @@
+"""What documents show is what the files say that they are made from."""
+
+import json
+import re
+
+import pytest
+import report
+
+from tests.conftest import ROOT
+
+import client_table
+
+
+@pytest.mark.parametrize("name", report.TABLES)
+def test_a_table_is_that_of_its_results(name):
+    text = (ROOT / report.PLACES.get(name, "README.md")).read_text()
+    assert report.written(text, name) == text, "run: python bench/report.py"
+
+
+def test_the_plug_ins_document_quotes_its_dockerfile():
+    folder = ROOT / "plugins" / "vllm"
+    lines = (folder / "Dockerfile").read_text().splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("ARG"))
+    quoted = "\n".join(f"    {line}".rstrip() for line in lines[start:])
+    assert quoted in (folder / "README.md").read_text()
+
+
+# The table of docs/clients.md
+
+
+def row(**given) -> dict:
+    read = {"object": True, "header": "x-dftserve-diversity"}
+    wrong = {"readable": True, "as": 400, "param": "diversity.level"}
+    about = {"client": "c", "route": "r", "written": "w", "field": "arrives"}
+    return {**about, "plain": read, "stream": read, "wrong": wrong, **given}
+
+
+LOST = {"field": "lost silently", "wrong": {"readable": False, "as": None, "param": None}}
+
+
+def lines_of(*rows: dict) -> list[str]:
+    return client_table.table({"rows": list(rows)}).splitlines()[2:]
+
+
+def test_what_fares_alike_is_one_line_and_what_does_not_is_not():
+    assert len(lines_of(row(), row(written="v"), row(route="s"), row(route="s", written="v"))) == 1
+    assert len(lines_of(row(), row(written="v", **LOST))) == 2
+    assert len(lines_of(row(), row(client="d"))) == 2
+
+
+def test_any_is_said_only_where_all_places_of_a_route_fare_alike():
+    places = [row(written=written) for written in "abc"]
+    assert "| any |" in lines_of(*places)[0]
+    assert "| a, b, c |" in lines_of(*places, row(written="d", **LOST))[0]
+
+
+def test_a_silent_loss_stands_out_and_promises_nothing():
+    (line,) = lines_of(row(**LOST))
+    assert "**lost silently**" in line
+    assert "object" not in line
+    assert "header" not in line
+
+
+@pytest.mark.parametrize(
+    ("header", "shown"),
+    [
+        (None, "| object |"),
+        ("x-dftserve-diversity", "| object, header |"),
+        ("llm_provider-x-dftserve-diversity", "| object, `llm_provider-` header |"),
+    ],
+)
+def test_the_header_is_shown_under_its_name(header, shown):
+    assert shown in lines_of(row(plain={"object": True, "header": header}))[0]
+
+
+def test_every_silent_loss_of_the_results_is_named_by_its_client_in_the_text():
+    """Someone who reads only the section of their client must learn of it."""
+    results = json.loads((ROOT / "bench" / "results" / "clients.json").read_text())
+    text = (ROOT / "docs" / "clients.md").read_text()
+    sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", text, flags=re.MULTILINE))
+    losing = {row["client"] for row in results["rows"] if row["field"] == "lost silently"}
+    assert losing
+    for client in losing:
+        assert "lost without a word" in " ".join(sections[client].split()), client

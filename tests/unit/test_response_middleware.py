@@ -1,0 +1,84 @@
+"""The answer's middleware around apps that encode what they send."""
+
+import asyncio
+import gzip
+import json
+
+import pytest
+from dftserve_vllm import request_context
+from dftserve_vllm.response_middleware import AnswerMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+
+from dftserve import spec
+
+PLAIN = json.dumps({"choices": [{"text": "word " * 200}]}).encode()
+HEADER = b"x-dftserve-diversity"
+
+
+def app(content_type: bytes, body: list[bytes], *more: tuple[bytes, bytes]):
+    """An ASGI app that answers a request with the field in pieces, as vLLM's routes would."""
+
+    async def answers(scope, receive, send) -> None:
+        opened = request_context.current.get()
+        assert opened is not None
+        opened.items.append(request_context.PromptContext(spec.parse(0.5), choices=1))
+        length = (b"content-length", str(sum(map(len, body))).encode())
+        headers = [(b"content-type", content_type), length, *more]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for number, piece in enumerate(body, start=1):
+            more_body = number < len(body)
+            await send({"type": "http.response.body", "body": piece, "more_body": more_body})
+
+    return answers
+
+
+def sent_by(middleware, accepts: bytes = b"gzip") -> list[dict]:
+    """All messages of one POST."""
+    messages: list[dict] = []
+
+    async def send(message) -> None:
+        messages.append(dict(message))
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"accept-encoding", accepts)]}
+    asyncio.run(middleware(scope, receive, send))
+    return messages
+
+
+def bodies(messages: list[dict]) -> list[bytes]:
+    return [message["body"] for message in messages if message["type"] == "http.response.body"]
+
+
+@pytest.mark.parametrize("content_type", [b"application/json", b"text/event-stream"])
+@pytest.mark.parametrize("encoding", [b"gzip", b"br", b"gzip, identity"])
+def test_an_encoded_body_passes_untouched_with_the_header(content_type, encoding):
+    # Bytes that would be taken for JSON and for an event, if they were looked at.
+    pieces = [b"{", b'data: {"choices":[{"finish_reason":"stop"}]}\n\n', b"}"]
+    encoded = app(content_type, pieces, (b"content-encoding", encoding))
+    messages = sent_by(AnswerMiddleware(encoded))
+    assert bodies(messages) == pieces
+    headers = dict(messages[0]["headers"])
+    assert headers[b"content-length"] == str(sum(map(len, pieces))).encode()
+    assert json.loads(headers[HEADER])["level"] == 0.5
+
+
+@pytest.mark.parametrize("more", [(), ((b"content-encoding", b"identity"),)])
+def test_a_body_that_is_not_encoded_gets_the_object(more):
+    messages = sent_by(AnswerMiddleware(app(b"application/json", [PLAIN], *more)))
+    body = b"".join(bodies(messages))
+    assert json.loads(body)["diversity"]["level"] == 0.5
+    assert dict(messages[0]["headers"])[b"content-length"] == str(len(body)).encode()
+
+
+def test_around_gzip_the_body_can_still_be_decompressed():
+    messages = sent_by(AnswerMiddleware(GZipMiddleware(app(b"application/json", [PLAIN]))))
+    assert gzip.decompress(b"".join(bodies(messages))) == PLAIN
+    assert HEADER in dict(messages[0]["headers"])
+
+
+def test_inside_of_gzip_the_object_is_in_the_compressed_body():
+    messages = sent_by(GZipMiddleware(AnswerMiddleware(app(b"application/json", [PLAIN]))))
+    assert json.loads(gzip.decompress(b"".join(bodies(messages))))["diversity"]["level"] == 0.5
+    assert HEADER in dict(messages[0]["headers"])
