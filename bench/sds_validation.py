@@ -34,15 +34,16 @@ import numpy as np
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
-from dftserve.evaluate import anchors, diversity
-from dftserve.evaluate.anchors import Anchors
+from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
-from dftserve.evaluate.distance import c2st, mmd_test, token_distances
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.sds import Ruler, Score, score
-from dftserve.evaluate.statistics import Estimate, difference
-from dftserve.evaluate.text import tokens, words
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics import lexical
+from dftserve.evaluate.metrics.intervals import Estimate, difference
+from dftserve.evaluate.metrics.sds import Score, SDSReference, score
+from dftserve.evaluate.metrics.stylometry import StyleSpace
+from dftserve.evaluate.metrics.two_sample import c2st, mmd_test, token_distances
+from dftserve.evaluate.reference import Anchors
+from dftserve.evaluate.text.tokenize import tokens, words
+from dftserve.evaluate.text.windows import Sample, Windows
 
 from provenance import machine, versions
 
@@ -84,7 +85,7 @@ def main(output: Path) -> None:
         story = tasks.load("story")
     except tasks.Missing as error:
         raise click.UsageError(str(error)) from None
-    human = anchors.build(story.human)
+    human = reference.build(story.human)
     sets = systems(Path(data or "")) | {HUMAN: human.test} | soups(human.test)
     document: dict[str, Any] = {
         "what": "Style Diversity Score of text by people and models, and of soup; 95 % intervals",
@@ -94,10 +95,13 @@ def main(output: Path) -> None:
         "human_texts": {name: len(split) for name, split in human.splits.items()},
         "systems": compared(sets, human),
         "copies": {str(share): told(copies(human, share)) for share in COPIED},
-        "splits": [anchors.build(story.human, seed=seed).human.sds.value for seed in range(SPLITS)],
+        "splits": [
+            reference.build(story.human, seed=seed).human.sds.value for seed in range(SPLITS)
+        ],
         "order": order(story.human, human),
         "sizes": {
-            name: sizes(sets[name], human.ruler) for name in (HUMAN, "GPT-3.5", "gemma-3-27b-it")
+            name: sizes(sets[name], human.sds_reference)
+            for name in (HUMAN, "GPT-3.5", "gemma-3-27b-it")
         },
         "null": null(human),
     }
@@ -152,7 +156,9 @@ def soups(human: Windows) -> dict[str, Windows]:
 def copies(human: Anchors, share: float) -> Score:
     test = human.test
     count = round(share * len(test))
-    return score(replace(test, texts=(test.texts[0],) * count + test.texts[count:]), human.ruler)
+    return score(
+        replace(test, texts=(test.texts[0],) * count + test.texts[count:]), human.sds_reference
+    )
 
 
 # ── Measures ─────────────────────────────────────────────────────────────────────────────────────
@@ -161,13 +167,13 @@ def copies(human: Anchors, share: float) -> Score:
 def compared(sets: Mapping[str, Windows], human: Anchors) -> dict[str, Any]:
     """Scores of whole sets; everything else of as many texts of each set, against as many human
     texts of the calibration split, which is none of the sets."""
-    frame = Frame.fit(human.splits["reference"])
+    frame = StyleSpace.fit(human.splits["reference"])
     whole = {name: each.whole() for name, each in sets.items()}
     others = human.splits["calibration"]
     count = min(len(others), *(len(each) for each in whole.values()))
     others = others.pick(range(count))
     return {
-        name: told(score(sets[name], human.ruler))
+        name: told(score(sets[name], human.sds_reference))
         | {"compared_texts": count}
         | distances(drawn(each, count), others, frame)
         | usual(drawn(each, count), frame)
@@ -179,7 +185,7 @@ def drawn(texts: Windows, count: int, seed: int = 0) -> Windows:
     return texts.pick(np.random.default_rng(seed).choice(len(texts), count, replace=False))
 
 
-def distances(texts: Windows, others: Windows, frame: Frame) -> dict[str, Any]:
+def distances(texts: Windows, others: Windows, frame: StyleSpace) -> dict[str, Any]:
     style_TF, other_TF = frame.features(texts), frame.features(others)
     mmd = mmd_test(style_TF, other_TF, frame.sigma, permutations=PERMUTATIONS)
     l2, _ = token_distances(*([tokens(t) for t in side.texts] for side in (texts, others)))
@@ -191,39 +197,41 @@ def distances(texts: Windows, others: Windows, frame: Frame) -> dict[str, Any]:
     }
 
 
-def usual(texts: Windows, frame: Frame) -> dict[str, float]:
+def usual(texts: Windows, frame: StyleSpace) -> dict[str, float]:
     said = [tokens(text) for text in texts.texts]
     squared_TT = squareform(pdist(frame.features(texts), "sqeuclidean"))
     return {
-        "distinct_3": round(diversity.distinct_n(said, 3), 4),
-        "self_bleu": round(diversity.self_bleu(said), 2),
-        "compression": round(diversity.compression_ratio(texts.texts), 3),
-        "self_repetition": round(diversity.self_repetition(said), 3),
-        "vendi_style": round(diversity.vendi(np.exp(-squared_TT / (2 * frame.sigma**2))), 1),
+        "distinct_3": round(lexical.distinct_n(said, 3), 4),
+        "self_bleu": round(lexical.self_bleu(said), 2),
+        "compression": round(lexical.compression_ratio(texts.texts), 3),
+        "self_repetition": round(lexical.self_repetition(said), 3),
+        "vendi_style": round(lexical.vendi(np.exp(-squared_TT / (2 * frame.sigma**2))), 1),
     }
 
 
 def order(samples: Sequence[Sample], human: Anchors) -> dict[str, float]:
     """How far the score moves with another order of the texts: scored, and built from."""
     turned = human.test.pick(range(len(human.test))[::-1])
-    rebuilt = anchors.build(tuple(samples)[::-1])
+    rebuilt = reference.build(tuple(samples)[::-1])
     value = human.human.sds.value
     return {
-        "scored": abs(score(turned, human.ruler).sds.value - value),
+        "scored": abs(score(turned, human.sds_reference).sds.value - value),
         "built": abs(rebuilt.human.sds.value - value),
     }
 
 
-def sizes(texts: Windows, ruler: Ruler) -> dict[str, Any]:
+def sizes(texts: Windows, sds_reference: SDSReference) -> dict[str, Any]:
     """Mean and standard deviation over subsamples of each size.
 
     `uncapped` is the mean of 100·q·V·P: the score's caps cut off what luck puts above them and
     keep what it puts below, so that few texts at a cap score lower on average than many.
     """
     whole = texts.whole()
-    found: dict[str, Any] = {"whole": spread([score(whole, ruler)])}
+    found: dict[str, Any] = {"whole": spread([score(whole, sds_reference)])}
     for size in SIZES:
-        found[str(size)] = spread([score(drawn(whole, size, seed), ruler) for seed in range(DRAWN)])
+        found[str(size)] = spread(
+            [score(drawn(whole, size, seed), sds_reference) for seed in range(DRAWN)]
+        )
     return found
 
 
@@ -242,7 +250,7 @@ def spread(scores: Sequence[Score]) -> dict[str, float]:
 def null(human: Anchors) -> dict[str, float]:
     """Two sets by people, drawn again and again. A permutation p has steps; a uniform draw within
     the step makes it continuous."""
-    frame = Frame.fit(human.splits["reference"])
+    frame = StyleSpace.fit(human.splits["reference"])
     style_TF = np.concatenate([frame.features(split) for split in human.splits.values()])
     draw = np.random.default_rng(0)
     found = []
@@ -350,14 +358,16 @@ def table(document: Mapping[str, Any]) -> str:
     for name, row in document["systems"].items():
         sds = Estimate(**row["sds"])
         lines.append(
-            f"{name:<26} {sds.shown(1):>20} "
+            f"{name:<26} {sds.render(1):>20} "
             + " ".join(f"{row[part]['value']:>5.2f}" for part in "VPq")
             + f" {row['mmd']:>5.3f} {row['mmd_p']:>6.4f} {row['c2st']['value']:>5.3f} "
             f"{row['token_l2']:>6.4f} {row['distinct_3']:>6.3f} {row['self_bleu']:>5.1f} "
             f"{row['compression']:>5.2f} {row['self_repetition']:>5.2f} {row['vendi_style']:>5.1f}"
         )
     for share, row in document["copies"].items():
-        lines.append(f"{float(share):.0%} copies".ljust(26) + f" {Estimate(**row['sds']).shown(1)}")
+        lines.append(
+            f"{float(share):.0%} copies".ljust(26) + f" {Estimate(**row['sds']).render(1)}"
+        )
     for name, row in document["sizes"].items():
         means = ", ".join(f"{n}: {row[str(n)]['mean']} ± {row[str(n)]['sd']}" for n in SIZES)
         free = ", ".join(str(row[str(n)]["uncapped"]) for n in SIZES)

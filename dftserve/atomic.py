@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dftserve.bounded_files import open_growing
-
-LARGEST_LINES = 4 << 30
-"""Bytes of a file that only grows; it is held in memory whole."""
 PARTIAL = ".partial"
 """The suffix of what is being written; a leftover of a kill, which the next write replaces."""
 
@@ -38,32 +34,6 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
-
-
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file that only grows, none where there is no file. What a kill left of the
-    last one is cut off, so that the next line begins its own.
-
-    Raises:
-        ValueError: a link, no regular file, or more than `LARGEST_LINES`.
-    """
-    try:
-        file = open_growing(path, largest=LARGEST_LINES, create=False)
-    except FileNotFoundError:
-        return []
-    with file:
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-    return content[:whole].splitlines()
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file that only grows; raises as `read_lines`."""
-    with open_growing(path, largest=LARGEST_LINES) as file:
-        file.write(f"{line}\n".encode())
 
 
 @contextmanager

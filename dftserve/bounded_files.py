@@ -88,8 +88,11 @@ def open_file(path: str | Path, *, largest: int, within: Path | None = None) -> 
     return _opened(Path(path), real, os.O_RDONLY, largest, "rb")
 
 
-def open_growing(path: Path, *, largest: int, create: bool = True) -> BinaryIO:
+def open_growing(path: Path, *, largest: int, create: bool = True, buffering: int = -1) -> BinaryIO:
     """A file that only grows, for reading and appending. No link is followed: it is written to.
+
+    Args:
+        buffering: as `open` takes it.
 
     Raises:
         FileNotFoundError: it is not there, and `create` is false.
@@ -101,14 +104,16 @@ def open_growing(path: Path, *, largest: int, create: bool = True) -> BinaryIO:
     elif not create:
         raise FileNotFoundError(f"{path}: there is no such file.")
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-    return _opened(path, path, flags, largest, "a+b")
+    return _opened(path, path, flags, largest, "a+b", buffering)
 
 
-def _opened(path: Path, real: Path, flags: int, largest: int, mode: str) -> Any:
+def _opened(
+    path: Path, real: Path, flags: int, largest: int, mode: str, buffering: int = -1
+) -> Any:
     descriptor = os.open(real, flags | _GUARDED, 0o666)
     try:
         check(path, os.fstat(descriptor), largest)
-        return os.fdopen(descriptor, mode)
+        return os.fdopen(descriptor, mode, buffering)
     except BaseException:
         os.close(descriptor)
         raise

@@ -14,7 +14,7 @@ import click
 
 from dftserve import __version__
 from dftserve.commandline import api_key_of, usage_errors
-from dftserve.evaluate.commands import evaluate
+from dftserve.evaluate.cli import evaluate
 
 
 @click.group()

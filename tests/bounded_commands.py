@@ -60,9 +60,9 @@ class Commands:
 
 
 def main() -> None:
-    import dftserve.evaluate.blind
-    import dftserve.evaluate.compare
-    import dftserve.evaluate.pairs
+    import dftserve.evaluate.preference.human_test
+    import dftserve.evaluate.preference.pairs
+    import dftserve.evaluate.report.compare
     import dftserve.serve
     import dftserve.targets.run
     import dftserve.train.plan  # noqa: F401

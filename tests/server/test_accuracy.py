@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dftserve.demo.model import CHAT_TEMPLATE, END, PAD, SPECIALS, save
-from dftserve.evaluate.accuracy import harness, sandbox
+from dftserve.evaluate.accuracy import lm_eval, sandbox
 from dftserve.evaluate.accuracy.run import Job, run
 from tests.client import metric
 from tests.conftest import KEY, engine_running
@@ -161,7 +161,7 @@ def test_humaneval_sees_diversity(rigged, tmp_path, figure):
 def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
     """As many questions whose answer is A, and whose is B: one falls, and one rises."""
     try:
-        harness.lm_eval()
+        lm_eval.executable()
     except RuntimeError as error:
         pytest.skip(str(error))
     row = {"subject": "letters", "question": "Which?", "choices": ["1", "2", "3", "4"], "answer": 0}
@@ -188,6 +188,11 @@ def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
     )
 
 
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
 def measured(rigged, folder: Path, task: str, samples: int) -> dict:
     out = folder / "report.json"
     job = Job(
@@ -196,7 +201,6 @@ def measured(rigged, folder: Path, task: str, samples: int) -> dict:
         data=folder,
         grid=(0.0, 1.0),
         tasks=(task,),
-        api_key=KEY,
         samples=samples,
     )
     assert task in run(job, print)

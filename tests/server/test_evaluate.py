@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from dftserve.cli import main
 from dftserve.demo.grammar import PROMPTS
-from dftserve.evaluate import anchors
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate.text.windows import Sample
 from tests.client import metric
 from tests.conftest import KEY
 from tests.texts import human_like
@@ -23,7 +23,7 @@ LONG_ENOUGH = json.dumps({"min_tokens": 180, "presence_penalty": 1.0})
 def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("evaluate")
     people = [Sample(text) for text in human_like(128)]
-    anchors.save(anchors.build(people, words=80), place / "anchors")
+    reference.save(reference.build(people, words=80), place / "anchors")
     (place / "prompts.txt").write_text("\n".join(PROMPTS))
     return place
 

@@ -14,11 +14,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.evaluate.accuracy import harness, run, sandbox, served
+from dftserve.evaluate.accuracy import lm_eval, run, sandbox
 from dftserve.evaluate.accuracy.compare import Answered, compare
 from dftserve.evaluate.accuracy.run import Job
-from dftserve.evaluate.accuracy.served import Served
-from dftserve.evaluate.statistics import Estimate
+from dftserve.evaluate.generate import client
+from dftserve.evaluate.generate.client import Served
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.openai_client import ServerError
 from tests.local_server import reply, serving
 
 MMLU = [
@@ -101,7 +103,7 @@ def test_what_cannot_be_compared(grid, message):
 
 def test_a_table_and_json():
     comparison = compare("mmlu", {0.0: answered([True], [False]), 1.0: answered([True], [True])})
-    lines = comparison.shown().splitlines()
+    lines = comparison.render().splitlines()
     assert lines[0] == "mmlu"
     assert lines[1].split() == ["diversity", "questions", "accuracy", "difference", "to", "0", "p"]
     assert lines[2].split()[:3] == ["0", "2", "50.0"]
@@ -114,7 +116,7 @@ def test_a_table_and_json():
 
 def found(task: str, said: str) -> str:
     """What lm-eval's `regex` filter finds with the pattern of the task."""
-    (step,) = yaml.safe_load((harness.TASKS / f"{task}.yaml").read_text())["filter_list"]
+    (step,) = yaml.safe_load((lm_eval.TASKS / f"{task}.yaml").read_text())["filter_list"]
     pattern = step["filter"][0]
     hits = re.findall(pattern["regex_pattern"], said)
     if not hits:
@@ -196,7 +198,7 @@ def data(tmp_path) -> Path:
 
 
 def prepared(task: str, data: Path, folder: Path, **options) -> list[dict]:
-    count = harness.prepare(task, data, folder, **{"limit": None, "samples": 1, **options})
+    count = lm_eval.prepare(task, data, folder, **{"limit": None, "samples": 1, **options})
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in rows}) == count
     return rows
@@ -223,7 +225,7 @@ def test_a_limit_is_spread_and_samples_repeat(data, tmp_path):
 
 @given(st.integers(1, 50), st.integers(1, 60))
 def test_a_spread_is_even(count, limit):
-    chosen = harness.spread(list(range(count)), limit)
+    chosen = lm_eval.spread(list(range(count)), limit)
     assert len(chosen) == min(count, limit)
     steps = {b - a for a, b in itertools.pairwise(chosen)}
     assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)
@@ -232,7 +234,7 @@ def test_a_spread_is_even(count, limit):
 def test_a_subject_with_too_few_examples(data, tmp_path):
     (data / "mmlu_dev.jsonl").write_text("")
     with pytest.raises(ValueError, match="0 questions of law; accepted: at least 5"):
-        harness.prepare("mmlu", data, tmp_path, limit=None, samples=1)
+        lm_eval.prepare("mmlu", data, tmp_path, limit=None, samples=1)
 
 
 # What is sent
@@ -240,25 +242,25 @@ def test_a_subject_with_too_few_examples(data, tmp_path):
 
 def test_no_seed_is_sent_and_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "ours")
-    asked = harness.settings("mmlu", Served("http://h/v1", "m", temperature=0.8), 0.3, tmp_path)
+    asked = lm_eval.settings("mmlu", Served("http://h/v1", "m", temperature=0.8), 0.3, tmp_path)
     wanted = {"temperature": 0.8, "do_sample": True, "diversity": 0.3, "seed": None}
     assert asked["gen_kwargs"] == wanted
-    environment = harness.environment(tmp_path, "key")
+    environment = lm_eval.environment(tmp_path, "key")
     assert environment["HF_HUB_OFFLINE"] == environment["HF_DATASETS_OFFLINE"] == "1"
     assert environment["OPENAI_API_KEY"] == "key"
     assert "PYTHONPATH" not in environment
 
 
 def test_a_missing_environment_says_how_to_make_it(monkeypatch, tmp_path):
-    monkeypatch.setenv(harness.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(lm_eval.ENVIRONMENT, str(tmp_path))
     with pytest.raises(RuntimeError, match="make eval-env"):
-        harness.lm_eval()
+        lm_eval.executable()
 
 
 @pytest.fixture
 def _lm_eval():
     try:
-        harness.lm_eval()
+        lm_eval.executable()
     except RuntimeError as error:
         pytest.skip(str(error))
 
@@ -269,12 +271,13 @@ def _lm_eval():
 def test_lm_eval_asks_what_we_want(data, tmp_path, monkeypatch, is_chat):
     """Every request carries the level and no seed; scores are those of the answers. A folder that
     is named from here is found from where lm-eval runs."""
-    settings = {"api_key": "key", "temperature": 0.7, "is_chat": is_chat, "max_tokens": 77}
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    settings = {"temperature": 0.7, "is_chat": is_chat, "max_tokens": 77}
     monkeypatch.chdir(tmp_path.parent)
     with a_server(lambda body: "#### 3 or so") as (url, bodies):
         prepared("gsm8k", data, tmp_path, samples=2)
         asked = Served(f"{url}/v1", "m", **settings)
-        measured = harness.measure("gsm8k", Path(tmp_path.name), asked, 0.25)
+        measured = lm_eval.measure("gsm8k", Path(tmp_path.name), asked, 0.25)
     assert [each.question for each in measured] == [f"gsm8k/{n}" for n in range(9)]
     assert [each.right for each in measured] == [(n == 2, n == 2) for n in range(9)]
     assert {each.judged for each in measured} == {("3", "3")}
@@ -292,9 +295,9 @@ def test_lm_eval_asks_what_we_want(data, tmp_path, monkeypatch, is_chat):
 @pytest.mark.long
 @pytest.mark.usefixtures("_lm_eval")
 def test_a_failing_server_is_an_error_with_the_log(data, tmp_path):
-    harness.prepare("mmlu", data, tmp_path, limit=1, samples=1)
+    lm_eval.prepare("mmlu", data, tmp_path, limit=1, samples=1)
     with pytest.raises(RuntimeError, match=r"lm-eval failed on mmlu(.|\n)*Connect"):
-        harness.measure("mmlu", tmp_path, Served("http://127.0.0.1:9/v1", "m"), 0.5)
+        lm_eval.measure("mmlu", tmp_path, Served("http://127.0.0.1:9/v1", "m"), 0.5)
 
 
 # A whole job
@@ -408,17 +411,17 @@ def test_a_server_that_would_ignore_the_field(tmp_path):
         a_server(always_one, active=False) as (url, _),
         pytest.raises(ValueError, match="does not honour `diversity`"),
     ):
-        served.find(url, None, None)
+        client.find(url, None, None)
 
 
 def test_a_server_that_is_not_there_or_serves_another_model():
-    with pytest.raises(ValueError, match="accepted: the address of a running server"):
-        served.find("http://127.0.0.1:9", None, None)
+    with pytest.raises(ServerError, match="is the server running, and is this its address"):
+        client.find("http://127.0.0.1:9", None, None)
     with a_server(always_one) as (url, _):
-        assert served.find(url, None, None).model == "m"
-        assert served.find(f"{url}/v1/", "m", "k").url == f"{url}/v1"
+        assert client.find(url, None, None).model == "m"
+        assert client.find(f"{url}/v1/", "m", None).url == f"{url}/v1"
         with pytest.raises(ValueError, match="model: got 'n'; accepted: m"):
-            served.find(url, "n", None)
+            client.find(url, "n", None)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from dftserve.evaluate import anchors
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
 
 TEXTS = human_like(160)
@@ -34,13 +34,13 @@ def samples(request):
 
 @pytest.fixture(scope="module")
 def built(samples):
-    return anchors.build(samples)
+    return reference.build(samples)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("anchors") / "anchors"
-    anchors.save(anchors.build(PROMPTS), folder)
+    reference.save(reference.build(PROMPTS), folder)
     return folder
 
 
@@ -59,19 +59,19 @@ def same(a, b):
 
 
 def test_what_is_saved_is_loaded(built, tmp_path):
-    anchors.save(built, tmp_path / "anchors")
-    loaded = anchors.load(tmp_path / "anchors")
+    reference.save(built, tmp_path / "anchors")
+    loaded = reference.load(tmp_path / "anchors")
     assert same(loaded, built)
     assert loaded.test == loaded.splits["test"]
-    assert len(anchors.digest(tmp_path / "anchors")) == 64
-    anchors.save(loaded, tmp_path / "again")
-    assert anchors.digest(tmp_path / "again") == anchors.digest(tmp_path / "anchors")
-    assert anchors.shown(loaded) == anchors.shown(built)
+    assert len(reference.digest(tmp_path / "anchors")) == 64
+    reference.save(loaded, tmp_path / "again")
+    assert reference.digest(tmp_path / "again") == reference.digest(tmp_path / "anchors")
+    assert reference.render(loaded) == reference.render(built)
 
 
 def test_a_folder_is_not_written_over(built, tmp_path):
     with pytest.raises(FileExistsError):
-        anchors.save(built, tmp_path)
+        reference.save(built, tmp_path)
 
 
 def test_people_score_high(built):
@@ -80,12 +80,12 @@ def test_people_score_high(built):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_the_input_does_not_matter(samples, built, seed):
-    assert same(anchors.build(random.Random(seed).sample(samples, len(samples))), built)
+    assert same(reference.build(random.Random(seed).sample(samples, len(samples))), built)
 
 
 def test_the_order_does_not_matter_for_copies_under_two_sources():
     twice = [*SOURCES, *(Sample(s.text, "", f"other {i % 9}") for i, s in enumerate(SOURCES[:40]))]
-    forward, backward = anchors.build(twice), anchors.build(twice[::-1])
+    forward, backward = reference.build(twice), reference.build(twice[::-1])
     assert forward.dropped["copies"] == 40
     assert same(forward, backward)
     assert [w.sources for w in forward.splits.values()] == [
@@ -94,7 +94,7 @@ def test_the_order_does_not_matter_for_copies_under_two_sources():
 
 
 def test_another_seed_is_another_split(samples, built):
-    assert anchors.build(samples, seed=1).test.texts != built.test.texts
+    assert reference.build(samples, seed=1).test.texts != built.test.texts
 
 
 def test_splits_are_disjoint_and_whole(samples, built):
@@ -110,40 +110,40 @@ def test_splits_are_disjoint_and_whole(samples, built):
     for name in ("prompts", "sources"):
         seen = [set(getattr(split, name)) - {""} for split in splits.values()]
         assert sum(map(len, seen)) == len(set.union(*seen))
-    assert built.ruler.by_prompt == (samples is PROMPTS)
+    assert built.sds_reference.by_prompt == (samples is PROMPTS)
 
 
 def test_what_is_left_out_is_counted():
     copies = [Sample(s.text + " The end.", s.prompt) for s in PROMPTS[:5]]
     lonely = [Sample(text, f"lonely {i}") for i, text in enumerate(human_like(3, seed=9))]
-    built = anchors.build([*PROMPTS, *copies, *lonely, Sample("Too short.", "prompt 1")])
+    built = reference.build([*PROMPTS, *copies, *lonely, Sample("Too short.", "prompt 1")])
     assert built.dropped == {"short": 1, "copies": 5, "alone": 3}
     assert same(
-        anchors.Anchors(0, {}, built.splits, built.ruler, built.human),
-        anchors.Anchors(0, {}, anchors.build(PROMPTS).splits, built.ruler, built.human),
+        reference.Anchors(0, {}, built.splits, built.sds_reference, built.human),
+        reference.Anchors(0, {}, reference.build(PROMPTS).splits, built.sds_reference, built.human),
     )
 
 
 def test_few_prompts_among_many_texts_without_are_not_what_is_compared():
     """They are split by source, so that what is compared are all texts."""
     mixed = [Sample(s.text, "asked" if i < 60 else "") for i, s in enumerate(ALONE)]
-    built = anchors.build(mixed)
+    built = reference.build(mixed)
     assert built.dropped["alone"] == 0
-    assert not built.ruler.by_prompt
+    assert not built.sds_reference.by_prompt
 
 
 def test_a_prompt_may_hold_any_character(tmp_path):
     strange = 'Write\u2028a \x85story\x0b, "please"\r\nof \U0001f600'
-    built = anchors.build([*ALONE[1:], Sample(TEXTS[0], strange)])
-    anchors.save(built, tmp_path / "anchors")
-    assert same(anchors.load(tmp_path / "anchors"), built)
+    built = reference.build([*ALONE[1:], Sample(TEXTS[0], strange)])
+    reference.save(built, tmp_path / "anchors")
+    assert same(reference.load(tmp_path / "anchors"), built)
 
 
 def test_a_larger_window(tmp_path):
-    built = anchors.build(ALONE, words=151)
-    anchors.save(built, tmp_path / "anchors")
-    assert same(anchors.load(tmp_path / "anchors"), built)
-    assert anchors.load(tmp_path / "anchors").words == 151
+    built = reference.build(ALONE, words=151)
+    reference.save(built, tmp_path / "anchors")
+    assert same(reference.load(tmp_path / "anchors"), built)
+    assert reference.load(tmp_path / "anchors").words == 151
 
 
 # ── Refused ──────────────────────────────────────────────────────────────────────────────────────
@@ -152,29 +152,29 @@ def test_a_larger_window(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 63])
 def test_too_few_texts(count):
     with pytest.raises(ValueError, match=f"got {count} texts.*accepted: 64 or more"):
-        anchors.build(ALONE[:count])
+        reference.build(ALONE[:count])
 
 
 def test_just_enough_texts():
-    splits = anchors.build(ALONE[:64]).splits
+    splits = reference.build(ALONE[:64]).splits
     assert [len(split) for split in splits.values()] == [32, 16, 16]
 
 
 def test_too_short_texts():
     with pytest.raises(ValueError, match="100 of them shorter than 120 words; accepted"):
-        anchors.build([Sample(" ".join(text.split()[:100])) for text in TEXTS[:100]])
+        reference.build([Sample(" ".join(text.split()[:100])) for text in TEXTS[:100]])
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3])
 def test_too_few_prompts_for_three_splits(prompts):
     few = [Sample(text, f"p{i % prompts}") for i, text in enumerate(TEXTS)]
     with pytest.raises(ValueError, match=r"human texts: got .*accepted: at least .*prompts"):
-        anchors.build(few)
+        reference.build(few)
 
 
 def test_too_few_sources_for_three_splits():
     with pytest.raises(ValueError, match=r"human texts: got .*accepted: at least .*sources"):
-        anchors.build([Sample(text, "", f"{i % 2}") for i, text in enumerate(TEXTS)])
+        reference.build([Sample(text, "", f"{i % 2}") for i, text in enumerate(TEXTS)])
 
 
 @pytest.mark.parametrize("passage", [GERMAN, FINNISH], ids=["German", "Finnish"])
@@ -182,12 +182,12 @@ def test_another_language(passage):
     said = passage.split()
     foreign = [Sample(" ".join(random.Random(i).choices(said, k=130))) for i in range(80)]
     with pytest.raises(ValueError, match="English function words; accepted: English prose"):
-        anchors.build(foreign)
+        reference.build(foreign)
 
 
 def test_texts_that_are_all_alike():
     with pytest.raises(ValueError, match=r"'copies': 99.*accepted"):
-        anchors.build([Sample(f"{TEXTS[0]} {i}") for i in range(100)])
+        reference.build([Sample(f"{TEXTS[0]} {i}") for i in range(100)])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -197,7 +197,7 @@ def test_soup_is_no_human_text(seed):
     draw = random.Random(seed)
     soups = [Sample(" ".join(draw.choices(said, k=140))) for _ in range(100)]
     with pytest.raises(ValueError, match=r"human texts: .*accepted: prose"):
-        anchors.build(soups)
+        reference.build(soups)
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
@@ -206,7 +206,7 @@ def test_a_flipped_bit_in_the_texts(folder, at):
     content[int(at * len(content))] ^= 1
     (folder / "texts.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"texts\.jsonl: changed"):
-        anchors.load(folder)
+        reference.load(folder)
 
 
 def edit(folder, change):
@@ -218,7 +218,7 @@ def edit(folder, change):
 def test_another_format(folder):
     edit(folder, lambda about: about.update(format="dftserve-anchors-0", texts_blake3=None))
     with pytest.raises(ValueError, match="got the format 'dftserve-anchors-0'; accepted"):
-        anchors.load(folder)
+        reference.load(folder)
 
 
 def numbers(value, path=()):
@@ -245,33 +245,33 @@ def test_any_figure_that_is_edited_by_hand(folder):
 
         edit(folder, change)
         with pytest.raises(ValueError, match="build it again"):
-            anchors.load(folder)
+            reference.load(folder)
 
 
 @pytest.mark.parametrize("edited", [{"words": 100}, {"by_prompt": False}, {"texts": {}}, {"x": 1}])
 def test_what_the_texts_do_not_say(folder, edited):
     edit(folder, lambda about: about.update(edited))
     with pytest.raises(ValueError, match="build it again"):
-        anchors.load(folder)
+        reference.load(folder)
 
 
 def test_a_folder_without_anchors(tmp_path, folder):
     with pytest.raises(ValueError, match="that `dftserve evaluate anchors` wrote"):
-        anchors.load(tmp_path / "none")
+        reference.load(tmp_path / "none")
     for content in ("", "[]", "{}", '{"format"', "\x00"):
         (folder / "anchors.json").write_text(content)
         with pytest.raises(ValueError, match="that `dftserve evaluate anchors` wrote"):
-            anchors.load(folder)
+            reference.load(folder)
 
 
 def test_a_folder_whose_texts_are_gone(folder):
     (folder / "texts.jsonl").unlink()
     with pytest.raises(ValueError, match=r"texts\.jsonl"):
-        anchors.load(folder)
+        reference.load(folder)
 
 
 @pytest.mark.parametrize("name", ["words", "seed", "dropped", "texts_blake3", "human"])
 def test_anchors_that_lack_something(folder, name):
     edit(folder, lambda about: about.pop(name))
     with pytest.raises(ValueError, match="build it again"):
-        anchors.load(folder)
+        reference.load(folder)

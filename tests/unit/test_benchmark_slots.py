@@ -20,7 +20,7 @@ from dftserve.evaluate.benchmark.slots import (
     parse,
     wording,
 )
-from dftserve.evaluate.text import ngrams, normalise, tokens
+from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens
 
 MEANING = parse(
     "name[Café Zoë], eatType[pub], food[Thai], priceRange[less than £20], "

@@ -9,8 +9,8 @@ import yaml
 
 from dftserve.evaluate.benchmark import rst, slots, tasks
 from dftserve.evaluate.benchmark.tasks import Missing, load, shipped
-from dftserve.evaluate.text import words
-from dftserve.evaluate.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.evaluate.text.tokenize import words
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 
 OWN = {
     "title": "Mine",

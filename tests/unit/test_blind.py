@@ -14,8 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dftserve.evaluate.blind import QUESTIONS, judgments_needed, p_equivalent, page, verdict
-from dftserve.evaluate.judge import Pair
+from dftserve.evaluate.preference.human_test import (
+    QUESTIONS,
+    judgments_needed,
+    p_equivalent,
+    page,
+    verdict,
+)
+from dftserve.evaluate.preference.pairs import Pair
 
 PAIRS = [Pair(f"prompt {i}", f"system {i}", f"human {i}") for i in range(6)]
 
@@ -350,12 +356,12 @@ def test_the_test_keeps_its_level_and_its_power():
 def test_parity_is_said_only_where_it_is_shown(tmp_path):
     few = outcome(tmp_path, [True, False] * 10)
     assert not few.equivalent
-    assert "not shown to be within 10 points" in few.shown()
+    assert "not shown to be within 10 points" in few.render()
     assert any("20 judgments; 227 are needed" in each for each in few.warnings)
     many = outcome(tmp_path, [True, False] * 140)
     assert many.equivalent
     assert many.warnings == ()
-    assert "\nwithin 10 points" in many.shown()
+    assert "\nwithin 10 points" in many.render()
     apart = outcome(tmp_path, [True] * 180 + [False] * 100)
     assert not apart.equivalent
     assert apart.p_half < 1e-5

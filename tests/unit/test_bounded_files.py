@@ -12,8 +12,8 @@ import pytest
 
 from dftserve import bounded_files, checkpoint, model_folder, settings
 from dftserve.bounded_files import FileError
-from dftserve.evaluate import anchors
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate.text.windows import Sample
 from dftserve.spec import Promise
 from dftserve.targets.principles import load_principles
 from tests.bounded_commands import Commands
@@ -46,7 +46,7 @@ def whole(tmp_path_factory) -> Path:
     promise = {"recipe": "a test", "diversity": {"level": 0.5}}
     (place / "promised" / "dft.json").write_text(json.dumps(promise))
     texts = human_like(96)
-    anchors.save(anchors.build([Sample(text) for text in texts]), place / "anchors")
+    reference.save(reference.build([Sample(text) for text in texts]), place / "anchors")
     (place / "corpus").mkdir()
     for number, text in enumerate(texts[:6]):
         (place / "corpus" / f"{number}.txt").write_text(text)

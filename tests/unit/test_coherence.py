@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from dftserve.evaluate.coherence import PASS, Bigrams, Gate
-from dftserve.evaluate.text import normalise, words
+from dftserve.evaluate.metrics.coherence import PASS, Bigrams, CoherenceFilter
+from dftserve.evaluate.text.tokenize import normalise, words
 from tests.texts import human_like, soup
 
 UNKNOWN = "?"
@@ -76,7 +76,7 @@ def said():
 
 @pytest.fixture(scope="module")
 def gate(said):
-    return Gate.fit(said[:80], said[80:120])
+    return CoherenceFilter.fit(said[:80], said[80:120])
 
 
 def test_order_is_worth_something(gate):
@@ -99,11 +99,11 @@ def test_any_soup_is_found_out(gate, said):
 
 
 def test_the_gate_is_the_same_every_time(gate, said):
-    again = Gate.fit(said[:80], said[80:120])
+    again = CoherenceFilter.fit(said[:80], said[80:120])
     assert (again.human, again.shuffled) == (gate.human, gate.shuffled)
 
 
 @pytest.mark.parametrize("texts", [[["a"] * 100] * 9, [["a"]], [[]]])
 def test_texts_without_order_are_refused(texts):
     with pytest.raises(ValueError, match="accepted: prose"):
-        Gate.fit(texts, texts)
+        CoherenceFilter.fit(texts, texts)

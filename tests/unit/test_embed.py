@@ -6,11 +6,11 @@ import zlib
 import numpy as np
 import pytest
 
-from dftserve.evaluate.embed import INSTALL, Embedder, embedder
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.measures import MEASURES, Instruments, measure
-from dftserve.evaluate.slop import read_phrases
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics.slop import read_phrases
+from dftserve.evaluate.metrics.stylometry import StyleSpace
+from dftserve.evaluate.metrics.suite import MEASURES, Instruments, measure
+from dftserve.evaluate.text.embeddings import INSTALL, Embedder, embedder
+from dftserve.evaluate.text.windows import Sample, Windows
 from tests.texts import human_like
 
 
@@ -41,7 +41,7 @@ def test_without_the_extra_it_says_what_to_install():
 
 def test_meaning_is_measured_where_something_embeds():
     people = Windows.of([Sample(text) for text in human_like(48)])
-    frame = Frame.fit(people)
+    frame = StyleSpace.fit(people)
     answers = human_like(8, seed=2)
     same = [Sample(text, "Q1") for text in answers[:1] * 8]
     others = [Sample(text, "Q2") for text in answers]

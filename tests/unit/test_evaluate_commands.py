@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from dftserve.cli import main
-from dftserve.evaluate import anchors
-from dftserve.evaluate.generate import Asking, generate
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate import run as evaluation
+from dftserve.evaluate.generate.grid import RequestGrid, generate
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.windows import Sample
+from dftserve.openai_client import Server
 from tests.local_server import reply, serving
 from tests.texts import human_like
 from tests.training import save_model
@@ -47,14 +49,14 @@ def place(tmp_path_factory) -> Path:
     """An evaluation's answers, people's answers to the same prompts, and anchors."""
     place = tmp_path_factory.mktemp("commands")
     texts = dict(zip(PROMPTS, human_like(8, seed=3), strict=True))
-    asking = Asking("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
+    asking = RequestGrid("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
     with chat(lambda body: texts[body["messages"][-1]["content"]]) as url:
-        common = {"api_key": "EMPTY", "concurrency": 2, "tick": lambda: None}
-        generate(asking, place / "out", url=f"{url}/v1", **common)
+        server = Server(f"{url}/v1")
+        generate(asking, place / "out", server=server, concurrency=2, tick=lambda: None)
     people = zip(PROMPTS, human_like(8, seed=4), strict=True)
     lines = [json.dumps({"prompt": prompt, "response": text}) for prompt, text in people]
     (place / "people.jsonl").write_text("\n".join(lines))
-    anchors.save(anchors.build([Sample(text) for text in human_like(96)]), place / "anchors")
+    reference.save(reference.build([Sample(text) for text in human_like(96)]), place / "anchors")
     return place
 
 
@@ -130,3 +132,33 @@ def test_accuracy_refuses_before_it_asks(tmp_path):
     out = ("--out", tmp_path / "accuracy.json", "--data", tmp_path)
     assert "0 among them" in run("accuracy", "http://127.0.0.1:1", *out, "--grid", ".5").output
     assert "humaneval" in run("accuracy", "http://127.0.0.1:1", *out, "--tasks", "humanevil").output
+
+
+def test_prompts_are_read_once(place, tmp_path, monkeypatch):
+    """What is refused, what is asked and what is reported is one reading of the file."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    read, reads = evaluation.read_prompts, []
+    monkeypatch.setattr(evaluation, "read_prompts", lambda path: reads.append(path) or read(path))
+    words = ("--prompts", prompts, "--anchors", place / "anchors", "--out", tmp_path / "out")
+    asked = run("run", "http://127.0.0.1:1", *words)
+    assert "is the server running" in asked.output
+    assert reads == [prompts]
+
+
+def test_a_key_variable_that_is_named_must_be_set(place, tmp_path, monkeypatch):
+    """In every command that asks a server; nothing is asked without it."""
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    url = "http://127.0.0.1:1"
+    out = ("--out", tmp_path / "out")
+    human = ("--human", place / "people.jsonl", "--url", url, "--judge", "x")
+    for words in (
+        ("run", url, "--prompts", prompts, "--anchors", place / "anchors", *out),
+        ("judge", place / "out", *human, "--words", "80"),
+        ("accuracy", url, *out, "--data", tmp_path),
+    ):
+        refused = run(*words, "--api-key-env", "NO_SUCH_KEY")
+        assert refused.exit_code == 2, refused.output
+        assert "NO_SUCH_KEY holds no API key" in refused.output

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from dftserve.evaluate import distance
-from dftserve.evaluate.text import normalise, tokens, window
+from dftserve.evaluate.metrics import two_sample
+from dftserve.evaluate.text.tokenize import normalise, tokens, window
 
 SEEDS = range(100)
 some_texts = st.lists(
@@ -45,7 +45,7 @@ def test_median_distance_is_over_pairs():
     for seed in SEEDS:
         x, _ = pair(seed)
         wanted = np.median([math.dist(a, b) for a, b in itertools.combinations(x, 2)])
-        assert distance.median_distance(x) == pytest.approx(wanted)
+        assert two_sample.median_distance(x) == pytest.approx(wanted)
 
 
 def test_mmd2_is_its_definition():
@@ -59,17 +59,17 @@ def test_mmd2_is_its_definition():
         within_y = np.mean([k(a, b) for a, b in itertools.permutations(y, 2)])
         between = np.mean([k(a, b) for a in x for b in y])
         wanted = within_x + within_y - 2 * between
-        assert distance.mmd2(x, y, 1.3) == pytest.approx(wanted, abs=1e-12)
+        assert two_sample.mmd2(x, y, 1.3) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_mmd2_laws():
     for seed in SEEDS:
         x, y = pair(seed)
-        once = distance.mmd2(x, y, 1.3)
+        once = two_sample.mmd2(x, y, 1.3)
         assert once <= 2
-        assert distance.mmd2(y, x, 1.3) == pytest.approx(once, abs=1e-12)
-        assert distance.mmd2(x[::-1], y, 1.3) == pytest.approx(once, abs=1e-12)
-        assert distance.mmd2(5 * x + 1, 5 * y + 1, 5 * 1.3) == pytest.approx(once, abs=1e-12)
+        assert two_sample.mmd2(y, x, 1.3) == pytest.approx(once, abs=1e-12)
+        assert two_sample.mmd2(x[::-1], y, 1.3) == pytest.approx(once, abs=1e-12)
+        assert two_sample.mmd2(5 * x + 1, 5 * y + 1, 5 * 1.3) == pytest.approx(once, abs=1e-12)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])
@@ -79,7 +79,7 @@ def test_mmd2_of_shifted_gaussians_in_closed_form(shift):
     near = (σ**2 / (σ**2 + 2)) ** (width / 2)
     truth = 2 * near * (1 - math.exp(-width * shift**2 / (2 * (σ**2 + 2))))
     values = [
-        distance.mmd2(normal(seed, 50), normal(seed + 1000, 40, shift=shift), σ)
+        two_sample.mmd2(normal(seed, 50), normal(seed + 1000, 40, shift=shift), σ)
         for seed in range(200)
     ]
     assert within_six_errors(values, truth)
@@ -87,8 +87,8 @@ def test_mmd2_of_shifted_gaussians_in_closed_form(shift):
 
 def test_mmd2_of_far_sets_is_the_sum_within():
     x, y = np.zeros((4, 2)), np.full((5, 2), 1e6)
-    assert distance.mmd2(x, y, 1.0) == 2
-    test = distance.mmd_test(x, y, 1.0)
+    assert two_sample.mmd2(x, y, 1.0) == 2
+    test = two_sample.mmd_test(x, y, 1.0)
     assert test.value == math.sqrt(2)
     assert test.mmd2 == 2
 
@@ -99,10 +99,10 @@ def test_permutation_p_is_the_share_of_all_splits():
         x, y = normal(seed, 3), normal(seed + 1000, 3, shift=0.5)
         rows = np.concatenate([x, y])
         every = [
-            distance.mmd2(rows[list(chosen)], np.delete(rows, chosen, axis=0), 1.3)
+            two_sample.mmd2(rows[list(chosen)], np.delete(rows, chosen, axis=0), 1.3)
             for chosen in itertools.combinations(range(6), 3)
         ]
-        test = distance.mmd_test(x, y, 1.3, permutations=20_000, seed=seed)
+        test = two_sample.mmd_test(x, y, 1.3, permutations=20_000, seed=seed)
         assert test.mmd2 == pytest.approx(every[0])
         assert test.p == pytest.approx(np.mean(np.array(every) >= every[0] - 1e-9), abs=0.022)
         assert test.null_mean == pytest.approx(np.mean(every), abs=0.02)
@@ -112,22 +112,22 @@ def test_permutation_p_is_the_share_of_all_splits():
 def test_permutation_p_of_two_halves_is_uniform():
     """200 splits of one sample; a false alarm, p of the KS test below 1e-6, once in a million."""
     rows = normal(0, 60, width=8)
-    σ = distance.median_distance(rows)
+    σ = two_sample.median_distance(rows)
     values = []
     for seed in range(200):
         order = np.random.default_rng(seed + 5000).permutation(60)
         halves = rows[order[:30]], rows[order[30:]]
-        values.append(distance.mmd_test(*halves, σ, permutations=499, seed=seed).p)
+        values.append(two_sample.mmd_test(*halves, σ, permutations=499, seed=seed).p)
     assert stats.kstest(values, "uniform").pvalue > 1e-6
 
 
 def test_permutation_p_of_other_sources_is_its_least():
     x, y = normal(0, 40), normal(1, 30, shift=2)
-    test = distance.mmd_test(x, y, 1.5, permutations=499)
+    test = two_sample.mmd_test(x, y, 1.5, permutations=499)
     assert test.p == 1 / 500
     assert test.value == math.sqrt(test.mmd2)
     assert test.mmd2 > test.null_high > test.null_mean
-    assert test == distance.mmd_test(x, y, 1.5, permutations=499)
+    assert test == two_sample.mmd_test(x, y, 1.5, permutations=499)
 
 
 # C2ST
@@ -139,7 +139,7 @@ def test_auc_is_the_share_of_pairs():
         scores = rng.integers(6, size=15).astype(float)
         is_y = np.append(rng.integers(2, size=13), [0, 1]).astype(float)
         pairs = [(y > x) + (y == x) / 2 for x in scores[is_y == 0] for y in scores[is_y == 1]]
-        assert distance._auc(scores, is_y) == pytest.approx(np.mean(pairs))
+        assert two_sample._auc(scores, is_y) == pytest.approx(np.mean(pairs))
 
 
 def test_logistic_regression_finds_the_minimum():
@@ -158,7 +158,7 @@ def test_logistic_regression_finds_the_minimum():
             )
 
         wanted = optimize.minimize(loss, np.zeros(4), method="BFGS").x[:-1]
-        assert distance._logistic(rows, (sign + 1) / 2) == pytest.approx(wanted, abs=2e-3)
+        assert two_sample._logistic(rows, (sign + 1) / 2) == pytest.approx(wanted, abs=2e-3)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.5])
@@ -166,19 +166,19 @@ def test_c2st_approaches_the_best_classifier(shift):
     """Of unit Gaussians shifted in one of two dimensions: AUC Φ(shift/√2). What the fit of two
     weights on 480 rows loses is far below the error of one AUC, .021 at most."""
     move = np.array([shift, 0])
-    found = distance.c2st(normal(0, 300, width=2), normal(1, 300, width=2) + move)
+    found = two_sample.c2st(normal(0, 300, width=2), normal(1, 300, width=2) + move)
     best = stats.norm.cdf(shift / math.sqrt(2))
     assert abs(found.value - best) < 6 * 0.024
     assert found.low < found.value < found.high
 
 
 def test_c2st_of_one_source_is_a_half_on_average():
-    values = [distance.c2st(normal(s, 25), normal(s + 500, 20), seed=s).value for s in range(100)]
+    values = [two_sample.c2st(normal(s, 25), normal(s + 500, 20), seed=s).value for s in range(100)]
     assert within_six_errors(values, 0.5)
 
 
 def test_c2st_of_what_a_line_parts_is_1_with_an_interval():
-    found = distance.c2st(normal(0, 30), normal(1, 20, shift=50))
+    found = two_sample.c2st(normal(0, 30), normal(1, 20, shift=50))
     assert found.value == found.high == 1
     assert 0.8 < found.low < 1
 
@@ -186,10 +186,12 @@ def test_c2st_of_what_a_line_parts_is_1_with_an_interval():
 def test_c2st_does_not_see_the_features_scale():
     x, y = normal(0, 30), normal(1, 20, shift=0.5)
     scales = np.array([4.0, 0.5, 64.0])
-    assert distance.c2st(x * scales, y * scales) == distance.c2st(x, y)
+    assert two_sample.c2st(x * scales, y * scales) == two_sample.c2st(x, y)
     still = np.ones((1, 2)).repeat
     with_constant = [np.hstack([rows, still(len(rows), 0)]) for rows in (x, y)]
-    assert distance.c2st(*with_constant).value == pytest.approx(distance.c2st(x, y).value, abs=0.01)
+    assert two_sample.c2st(*with_constant).value == pytest.approx(
+        two_sample.c2st(x, y).value, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("truth", [0.5, 0.8, 0.97])
@@ -200,8 +202,8 @@ def test_aucs_interval_holds_the_truth(truth):
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         scores = np.concatenate([rng.normal(0, 1, 40), rng.normal(shift, 1, 60)])
-        auc = distance._auc(scores, np.repeat([0.0, 1.0], [40, 60]))
-        low, high = distance._auc_interval(auc, 40, 60)
+        auc = two_sample._auc(scores, np.repeat([0.0, 1.0], [40, 60]))
+        low, high = two_sample._auc_interval(auc, 40, 60)
         assert 0 <= low <= auc <= high <= 1
         held += low <= truth <= high
     assert held >= 900
@@ -223,24 +225,24 @@ def test_token_distances_are_their_definitions():
         for own, other in ((f, g), (g, f)):
             for t, count in own.items():
                 js += count / 15 * math.log(2 * count / (count + other[t])) / 2
-        assert distance.token_distances(a, b) == pytest.approx((l2, js))
+        assert two_sample.token_distances(a, b) == pytest.approx((l2, js))
 
 
 @given(some_texts, some_texts, st.integers(2, 4))
 def test_token_distances_laws(a, b, copies):
-    l2, js = distance.token_distances(a, b)
+    l2, js = two_sample.token_distances(a, b)
     assert 0 <= l2 <= math.sqrt(2) + 1e-12
     assert 0 <= js <= math.log(2) + 1e-12
-    assert distance.token_distances(b, a) == pytest.approx((l2, js))
-    assert distance.token_distances(a[::-1] * copies, b) == pytest.approx((l2, js))
-    assert distance.token_distances(a, a * copies) == pytest.approx((0, 0), abs=1e-12)
+    assert two_sample.token_distances(b, a) == pytest.approx((l2, js))
+    assert two_sample.token_distances(a[::-1] * copies, b) == pytest.approx((l2, js))
+    assert two_sample.token_distances(a, a * copies) == pytest.approx((0, 0), abs=1e-12)
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
 def test_token_distances_of_what_shares_nothing(m, n):
     a, b = [[f"a{i}" for i in range(m)]], [[f"b{i}" for i in range(n)]]
     wanted = math.sqrt(1 / m + 1 / n), math.log(2)
-    assert distance.token_distances(a, b) == pytest.approx(wanted)
+    assert two_sample.token_distances(a, b) == pytest.approx(wanted)
 
 
 def test_a_models_tokens_are_further_from_human_than_other_humans_are():
@@ -258,8 +260,8 @@ def test_a_models_tokens_are_further_from_human_than_other_humans_are():
             [row["output"] for row in model["samples"]][:200],
         )
     ]
-    others = distance.token_distances(said[1], said[0])
-    models = distance.token_distances(said[2], said[0])
+    others = two_sample.token_distances(said[1], said[0])
+    models = two_sample.token_distances(said[2], said[0])
     assert models[0] > 1.5 * others[0]
     assert models[1] > 1.5 * others[1]
 
@@ -270,18 +272,18 @@ def test_a_models_tokens_are_further_from_human_than_other_humans_are():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: distance.median_distance([[1.0]]),
-        lambda: distance.median_distance(np.ones((5, 2))),
-        lambda: distance.median_distance([[1.0], [math.nan]]),
-        lambda: distance.mmd2(normal(0, 1), normal(1, 5), 1),
-        lambda: distance.mmd2(normal(0, 5), normal(1, 5, width=4), 1),
-        lambda: distance.mmd2(normal(0, 5), normal(1, 5), 0),
-        lambda: distance.mmd2(normal(0, 5), normal(1, 5), math.nan),
-        lambda: distance.mmd2([1.0, 2.0], normal(1, 5), 1),
-        lambda: distance.mmd_test(normal(0, 5), normal(1, 5), 1, permutations=0),
-        lambda: distance.c2st(normal(0, 4), normal(1, 50)),
-        lambda: distance.c2st(normal(0, 50), normal(1, 50), folds=1),
-        lambda: distance.token_distances([["a"]], [[]]),
+        lambda: two_sample.median_distance([[1.0]]),
+        lambda: two_sample.median_distance(np.ones((5, 2))),
+        lambda: two_sample.median_distance([[1.0], [math.nan]]),
+        lambda: two_sample.mmd2(normal(0, 1), normal(1, 5), 1),
+        lambda: two_sample.mmd2(normal(0, 5), normal(1, 5, width=4), 1),
+        lambda: two_sample.mmd2(normal(0, 5), normal(1, 5), 0),
+        lambda: two_sample.mmd2(normal(0, 5), normal(1, 5), math.nan),
+        lambda: two_sample.mmd2([1.0, 2.0], normal(1, 5), 1),
+        lambda: two_sample.mmd_test(normal(0, 5), normal(1, 5), 1, permutations=0),
+        lambda: two_sample.c2st(normal(0, 4), normal(1, 50)),
+        lambda: two_sample.c2st(normal(0, 50), normal(1, 50), folds=1),
+        lambda: two_sample.token_distances([["a"]], [[]]),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call):

@@ -13,7 +13,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.evaluate import diversity
+from dftserve.evaluate.metrics import lexical
 
 SEEDS = range(100)
 some_texts = st.lists(
@@ -48,17 +48,17 @@ def test_distinct_n_is_the_share_of_different_ones(n):
         texts = random_texts(seed)
         every = [gram for text in texts for gram in grams(text, n)]
         if every:
-            assert diversity.distinct_n(texts, n) == len(set(every)) / len(every)
+            assert lexical.distinct_n(texts, n) == len(set(every)) / len(every)
         else:
             with pytest.raises(ValueError, match="no text with"):
-                diversity.distinct_n(texts, n)
+                lexical.distinct_n(texts, n)
 
 
 @given(some_texts, st.integers(2, 5))
 def test_distinct_n_of_copies_falls_by_their_number(texts, copies):
-    once = diversity.distinct_n(texts, 1)
+    once = lexical.distinct_n(texts, 1)
     assert 0 < once <= 1
-    assert diversity.distinct_n(texts * copies, 1) == pytest.approx(once / copies)
+    assert lexical.distinct_n(texts * copies, 1) == pytest.approx(once / copies)
 
 
 # self-BLEU
@@ -78,7 +78,7 @@ def by_sacrebleu(texts: list[list[str]], order: int) -> float:
 def test_self_bleu_is_sacrebleus(order):
     for seed in SEEDS:
         texts = random_texts(seed, count=2 + seed % 5)
-        assert diversity.self_bleu(texts, order) == pytest.approx(
+        assert lexical.self_bleu(texts, order) == pytest.approx(
             by_sacrebleu(texts, order), abs=1e-9
         )
 
@@ -90,21 +90,21 @@ def test_self_bleu_is_sacrebleus_on_twenty_long_texts():
     texts = [chosen.choices(words, weights, k=chosen.randint(80, 160)) for _ in range(20)]
     wanted = by_sacrebleu(texts, 4)
     assert 1 < wanted < 99
-    assert diversity.self_bleu(texts) == pytest.approx(wanted, abs=1e-9)
+    assert lexical.self_bleu(texts) == pytest.approx(wanted, abs=1e-9)
 
 
 @given(some_texts, st.randoms(use_true_random=False))
 def test_self_bleu_knows_no_order_and_rises_to_100_with_copies(texts, chance):
-    once = diversity.self_bleu(texts)
+    once = lexical.self_bleu(texts)
     mixed = list(texts)
     chance.shuffle(mixed)
     assert 0 <= once <= 100 + 1e-9
-    assert diversity.self_bleu(mixed) == pytest.approx(once, abs=1e-9)
-    assert diversity.self_bleu(texts * 2) == pytest.approx(100)
+    assert lexical.self_bleu(mixed) == pytest.approx(once, abs=1e-9)
+    assert lexical.self_bleu(texts * 2) == pytest.approx(100)
 
 
 def test_self_bleu_of_texts_that_share_nothing_is_0():
-    assert diversity.self_bleu([["a", "b"], ["c", "d"], ["e"]]) == 0
+    assert lexical.self_bleu([["a", "b"], ["c", "d"], ["e"]]) == 0
 
 
 def test_self_bleu_of_a_thousand_texts_takes_seconds():
@@ -112,7 +112,7 @@ def test_self_bleu_of_a_thousand_texts_takes_seconds():
     ranks = np.random.default_rng(0).zipf(1.3, size=(1000, 500)) % 20_000
     texts = [[str(rank) for rank in row] for row in ranks.tolist()]
     began = time.process_time()
-    diversity.self_bleu(texts)
+    lexical.self_bleu(texts)
     assert time.process_time() - began < 5
 
 
@@ -121,18 +121,18 @@ def test_self_bleu_of_a_thousand_texts_takes_seconds():
 
 def test_compression_is_of_one_gzip():
     text = "".join(random.Random(0).choices("abcdefgh \n", k=4000))
-    assert diversity.compression_ratio([text]) == 4000 / len(gzip.compress(text.encode()))
-    assert diversity.compression_ratio(["ab", "c"]) == diversity.compression_ratio(["ab\nc"])
+    assert lexical.compression_ratio([text]) == 4000 / len(gzip.compress(text.encode()))
+    assert lexical.compression_ratio(["ab", "c"]) == lexical.compression_ratio(["ab\nc"])
 
 
 def test_compression_of_repeated_text_approaches_gzips_limit():
     """Deflate writes 258 bytes in at least two bits: no ratio is above 1032."""
-    assert 500 < diversity.compression_ratio(["a" * 1_000_000]) <= 1032
+    assert 500 < lexical.compression_ratio(["a" * 1_000_000]) <= 1032
 
 
 @given(st.text("abcdef ", min_size=200, max_size=400), st.integers(2, 4))
 def test_compression_rises_with_copies(text, copies):
-    ratios = [diversity.compression_ratio([text] * count) for count in (1, copies, 2 * copies)]
+    ratios = [lexical.compression_ratio([text] * count) for count in (1, copies, 2 * copies)]
     assert ratios[0] < ratios[1] < ratios[2]
 
 
@@ -145,15 +145,15 @@ def test_self_repetition_counts_the_other_texts(n):
             others = texts[:i] + texts[i + 1 :]
             found = sum(gram in grams(other, n) for gram in set(grams(text, n)) for other in others)
             logs.append(math.log(1 + found))
-        assert diversity.self_repetition(texts, n) == pytest.approx(np.mean(logs))
+        assert lexical.self_repetition(texts, n) == pytest.approx(np.mean(logs))
 
 
 @given(st.integers(5, 30), st.integers(2, 6))
 def test_self_repetition_of_copies_in_closed_form(length, copies):
     text = [str(place) for place in range(length)]
     wanted = math.log(1 + (copies - 1) * (length - 3))
-    assert diversity.self_repetition([text] * copies) == pytest.approx(wanted)
-    assert diversity.self_repetition([text, [f"other {word}" for word in text]]) == 0
+    assert lexical.self_repetition([text] * copies) == pytest.approx(wanted)
+    assert lexical.self_repetition([text, [f"other {word}" for word in text]]) == 0
 
 
 # Vendi
@@ -161,8 +161,8 @@ def test_self_repetition_of_copies_in_closed_form(length, copies):
 
 @pytest.mark.parametrize("q", [0.5, 1.0, 1.7, 2.0, 3.0, 50.0, math.inf])
 def test_vendi_of_all_different_is_n_and_of_all_equal_is_1(q):
-    assert diversity.vendi(np.eye(9), q) == pytest.approx(9)
-    assert diversity.vendi(np.ones((9, 9)), q) == pytest.approx(1, abs=1e-6)
+    assert lexical.vendi(np.eye(9), q) == pytest.approx(9)
+    assert lexical.vendi(np.ones((9, 9)), q) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("q", [0.5, 1.0, 2.0, 3.0, math.inf])
@@ -178,33 +178,33 @@ def test_vendi_of_classes_is_their_hill_number(q):
         else:
             wanted = (shares**q).sum() ** (1 / (1 - q))
         same = (labels[:, None] == labels).astype(float)
-        assert diversity.vendi(same, q) == pytest.approx(wanted, abs=1e-6)
+        assert lexical.vendi(same, q) == pytest.approx(wanted, abs=1e-6)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 4))
 def test_vendi_laws(seed, copies):
     K = random_kernel(seed)
     orders = [0.5, 0.9999999, 1.0, 1.5, 2.0, 4.0, math.inf]
-    values = [diversity.vendi(K, q) for q in orders]
+    values = [lexical.vendi(K, q) for q in orders]
     order = np.random.default_rng(seed).permutation(len(K))
     assert all(1 - 1e-9 <= value <= 3 + 1e-6 for value in values[1:]), "three dimensions"
     assert all(a >= b - 1e-6 for a, b in itertools.pairwise(values)), "falls with the order"
     assert values[1] == pytest.approx(values[2], rel=1e-5)
     for q, value in zip(orders[2:], values[2:], strict=True):
-        assert diversity.vendi(K[np.ix_(order, order)], q) == pytest.approx(value)
-        assert diversity.vendi(np.kron(K, np.ones((copies, copies))), q) == pytest.approx(value)
+        assert lexical.vendi(K[np.ix_(order, order)], q) == pytest.approx(value)
+        assert lexical.vendi(np.kron(K, np.ones((copies, copies))), q) == pytest.approx(value)
 
 
 def test_vendi_of_order_2_is_that_of_the_eigenvalues():
     for seed in SEEDS:
         K = random_kernel(seed)
         eigenvalues = np.linalg.eigvals(K / len(K)).real
-        assert diversity.vendi(K, 2) == pytest.approx(1 / (eigenvalues**2).sum())
+        assert lexical.vendi(K, 2) == pytest.approx(1 / (eigenvalues**2).sum())
 
 
 def test_vendi_takes_what_float32_leaves():
     K = random_kernel(3).astype(np.float32)
-    assert diversity.vendi(K) == pytest.approx(diversity.vendi(random_kernel(3)), rel=1e-3)
+    assert lexical.vendi(K) == pytest.approx(lexical.vendi(random_kernel(3)), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_vendi_takes_what_float32_leaves():
 )
 def test_vendi_refuses_what_is_no_kernel(K, said):
     with pytest.raises(ValueError, match=said):
-        diversity.vendi(K)
+        lexical.vendi(K)
 
 
 @pytest.mark.parametrize("q", [0, -1, math.nan])
 def test_vendi_refuses_orders(q):
     with pytest.raises(ValueError, match="q:"):
-        diversity.vendi(np.eye(2), q)
+        lexical.vendi(np.eye(2), q)
 
 
 # Zipf and burstiness
@@ -236,7 +236,7 @@ def test_vendi_refuses_orders(q):
 def test_zipf_slope_of_a_power_law_is_its_exponent(power):
     scale = math.lcm(*range(1, 9)) ** power
     texts = [[str(rank)] * (scale // rank**power) for rank in range(1, 9 if power == 1 else 5)]
-    assert diversity.zipf_slope(texts) == pytest.approx(-power)
+    assert lexical.zipf_slope(texts) == pytest.approx(-power)
 
 
 def test_zipf_slope_is_least_squares():
@@ -247,29 +247,29 @@ def test_zipf_slope_is_least_squares():
             continue
         ranks = np.log(range(1, len(counts) + 1))
         wanted = np.polyfit(ranks, np.log(counts), 1)[0]
-        assert diversity.zipf_slope(texts) == pytest.approx(wanted, abs=1e-9)
-        assert diversity.zipf_slope(texts * 3) == pytest.approx(wanted, abs=1e-9)
+        assert lexical.zipf_slope(texts) == pytest.approx(wanted, abs=1e-9)
+        assert lexical.zipf_slope(texts * 3) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_zipf_slope_leaves_out_the_rare():
-    common = [[str(rank)] * 2 for rank in range(diversity.ZIPF_RANKS)]
-    assert diversity.zipf_slope(common) == pytest.approx(0, abs=1e-12)
-    assert diversity.zipf_slope([*common, ["once"]]) == pytest.approx(0, abs=1e-12)
+    common = [[str(rank)] * 2 for rank in range(lexical.ZIPF_RANKS)]
+    assert lexical.zipf_slope(common) == pytest.approx(0, abs=1e-12)
+    assert lexical.zipf_slope([*common, ["once"]]) == pytest.approx(0, abs=1e-12)
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 9))
 def test_burstiness_is_scale_free_and_bounded(lengths, scale):
     if not any(lengths):
         with pytest.raises(ValueError, match="only zeros"):
-            diversity.burstiness(lengths)
+            lexical.burstiness(lengths)
         return
-    value = diversity.burstiness(lengths)
+    value = lexical.burstiness(lengths)
     σ = math.sqrt(sum((x - sum(lengths) / len(lengths)) ** 2 for x in lengths) / len(lengths))
     μ = sum(lengths) / len(lengths)
     assert -1 <= value < 1
     assert value == pytest.approx((σ - μ) / (σ + μ))
-    assert diversity.burstiness([scale * length for length in lengths]) == pytest.approx(value)
-    assert diversity.burstiness([7] * len(lengths)) == -1
+    assert lexical.burstiness([scale * length for length in lengths]) == pytest.approx(value)
+    assert lexical.burstiness([7] * len(lengths)) == -1
 
 
 # Classes
@@ -287,15 +287,15 @@ def test_classes_are_those_of_a_loop():
             else:
                 wanted.append(len(firsts))
                 firsts.append(i)
-        assert diversity.classes(K, 0.6).tolist() == wanted
+        assert lexical.classes(K, 0.6).tolist() == wanted
 
 
 def test_classes_at_the_ends():
-    assert diversity.classes(np.eye(4), 1).tolist() == [0, 1, 2, 3]
-    assert diversity.classes([[1, 0.5], [0.5, 1]], 0.5).tolist() == [0, 0]
-    assert diversity.classes(random_kernel(0), -2).tolist() == [0] * 7
+    assert lexical.classes(np.eye(4), 1).tolist() == [0, 1, 2, 3]
+    assert lexical.classes([[1, 0.5], [0.5, 1]], 0.5).tolist() == [0, 0]
+    assert lexical.classes(random_kernel(0), -2).tolist() == [0] * 7
     with pytest.raises(ValueError, match="threshold"):
-        diversity.classes(np.eye(4), 1.1)
+        lexical.classes(np.eye(4), 1.1)
 
 
 def test_distinct_k_is_the_mean_over_all_draws():
@@ -303,19 +303,19 @@ def test_distinct_k_is_the_mean_over_all_draws():
         labels = np.random.default_rng(seed).integers(4, size=7)
         for k in (1, 2, 4, 7):
             drawn = [len(set(some)) for some in itertools.combinations(labels.tolist(), k)]
-            assert diversity.distinct_k(labels, k) == pytest.approx(np.mean(drawn))
+            assert lexical.distinct_k(labels, k) == pytest.approx(np.mean(drawn))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 @settings(max_examples=50)
 def test_distinct_k_laws(labels):
-    values = [diversity.distinct_k(labels, k) for k in range(1, len(labels) + 1)]
+    values = [lexical.distinct_k(labels, k) for k in range(1, len(labels) + 1)]
     assert values[0] == pytest.approx(1)
     assert values[-1] == pytest.approx(len(set(labels)))
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
     for k in (0, len(labels) + 1):
         with pytest.raises(ValueError, match="k:"):
-            diversity.distinct_k(labels, k)
+            lexical.distinct_k(labels, k)
 
 
 # Errors
@@ -324,17 +324,17 @@ def test_distinct_k_laws(labels):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: diversity.distinct_n([["a"]], 0),
-        lambda: diversity.distinct_n([], 1),
-        lambda: diversity.self_bleu([["a"]]),
-        lambda: diversity.self_bleu([["a"], ["b"]], 0),
-        lambda: diversity.compression_ratio([]),
-        lambda: diversity.compression_ratio([""]),
-        lambda: diversity.self_repetition([["a"]]),
-        lambda: diversity.self_repetition([["a"], ["b"]], 0),
-        lambda: diversity.zipf_slope([["a", "a"]]),
-        lambda: diversity.burstiness([]),
-        lambda: diversity.burstiness([3, -1]),
+        lambda: lexical.distinct_n([["a"]], 0),
+        lambda: lexical.distinct_n([], 1),
+        lambda: lexical.self_bleu([["a"]]),
+        lambda: lexical.self_bleu([["a"], ["b"]], 0),
+        lambda: lexical.compression_ratio([]),
+        lambda: lexical.compression_ratio([""]),
+        lambda: lexical.self_repetition([["a"]]),
+        lambda: lexical.self_repetition([["a"], ["b"]], 0),
+        lambda: lexical.zipf_slope([["a", "a"]]),
+        lambda: lexical.burstiness([]),
+        lambda: lexical.burstiness([3, -1]),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.evaluate import slop
-from dftserve.evaluate.slop import Phrases, Repeated
-from dftserve.evaluate.text import normalise, tokens, words
+from dftserve.evaluate.metrics import slop
+from dftserve.evaluate.metrics.slop import Phrases, Repeated
+from dftserve.evaluate.text.tokenize import normalise, tokens, words
 
 SEEDS = range(100)
 LETTERS = "abcd"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dftserve.evaluate.statistics import (
+from dftserve.evaluate.metrics.intervals import (
     Estimate,
     difference,
     jackknife,
@@ -110,8 +110,8 @@ def test_paired_difference_is_antisymmetric_and_wants_pairs():
 
 
 def test_estimates_are_shown_with_their_interval():
-    assert Estimate(1.234, 1, 2).shown() == "1.23 [1.00, 2.00]"
-    assert Estimate(1.234, None, None).shown(1) == "1.2"
+    assert Estimate(1.234, 1, 2).render() == "1.23 [1.00, 2.00]"
+    assert Estimate(1.234, None, None).render(1) == "1.2"
 
 
 # The jackknife

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.evaluate.text import (
+from dftserve.evaluate.text.tokenize import (
     ngrams,
     normalise,
     paragraphs,

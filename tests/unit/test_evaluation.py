@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from dftserve.cli import main
-from dftserve.evaluate import anchors as human_anchors
-from dftserve.evaluate.compare import compare
-from dftserve.evaluate.evaluation import Answer, Asking, Frame, Instruments, assess
-from dftserve.evaluate.measures import MEASURES
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.report import as_html, as_text
-from dftserve.evaluate.slop import read_phrases
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.metrics.slop import read_phrases
+from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.report.compare import compare
+from dftserve.evaluate.report.html import as_html, as_text
+from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess
+from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
 
 TEXTS = 24
@@ -26,18 +26,18 @@ TEXTS = 24
 
 @pytest.fixture(scope="module")
 def anchors():
-    return human_anchors.build([Sample(text) for text in human_like(160)])
+    return reference.build([Sample(text) for text in human_like(160)])
 
 
 @pytest.fixture(scope="module")
 def instruments(anchors):
-    return Instruments(Frame.fit(anchors.splits["reference"]), read_phrases(), None)
+    return Instruments(StyleSpace.fit(anchors.splits["reference"]), read_phrases(), None)
 
 
-def asking(**changes) -> Asking:
+def asking(**changes) -> RequestGrid:
     prompts = tuple(Prompt(f"Prompt {number} <script>") for number in range(TEXTS))
     values = {"model": "a & b", "prompts": prompts, "grid": (0.0, 0.5), "samples": 1}
-    return Asking(**{**values, **changes})
+    return RequestGrid(**{**values, **changes})
 
 
 def answers(texts: list[str], level: int, figures=None) -> list[Answer]:
@@ -92,7 +92,7 @@ def test_the_report_is_whole_and_harmless(result):
     assert "&lt;script&gt;" in html
     assert "a &amp; b" in html
     assert not re.search(r'(src|href)="?http', html), "it needs nothing else"
-    shown = result.levels[1].side.score.sds.shown(1)
+    shown = result.levels[1].side.score.sds.render(1)
     assert shown in html
     assert shown in as_text(result)
 
@@ -105,7 +105,7 @@ def test_a_run_against_itself_differs_by_nothing(result, tmp_path):
             if row.difference.low is not None and row.title != "told apart":
                 assert row.difference.value == 0
                 assert abs(row.difference.high - row.difference.low) < 1e-9 or row.title in UNPAIRED
-    assert "b − a" in compared.shown()
+    assert "b − a" in compared.render()
     assert json.loads(compared.as_json())["a"] == "a & b"
 
 
@@ -182,12 +182,12 @@ def test_a_thousand_texts_of_five_hundred_words(tmp_path, figure):
 
 def build(place: str) -> None:
     samples = [Sample(text) for text in human_like(4400, 560)]
-    human_anchors.save(human_anchors.build(samples, words=500), Path(place) / "anchors")
+    reference.save(reference.build(samples, words=500), Path(place) / "anchors")
 
 
 def measure(place: str) -> None:
-    human = human_anchors.load(Path(place) / "anchors")
-    with_ = Instruments(Frame.fit(human.splits["reference"]), read_phrases(), None)
+    human = reference.load(Path(place) / "anchors")
+    with_ = Instruments(StyleSpace.fit(human.splits["reference"]), read_phrases(), None)
     prompts = tuple(Prompt(f"Prompt {number}") for number in range(1000))
     said = answers(human_like(1000, 560, seed=1), 0)
     found = assess(asking(prompts=prompts, grid=(0.0,)), said, human, "d", with_)

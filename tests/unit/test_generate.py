@@ -12,21 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.generate import ANSWERS, Answer, Asking, answered, generate
-from dftserve.evaluate.prompts import Prompt
+from dftserve.evaluate.generate.grid import ANSWERS, Answer, RequestGrid, count_answers, generate
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.openai_client import Server
 from tests.local_server import reply, serving
 
 CONCURRENCY = 4
 
 
-def asking(**changes) -> Asking:
+def asking(**changes) -> RequestGrid:
     values = {
         "model": "fake",
         "prompts": tuple(Prompt(f"Say {number}.") for number in range(10)),
         "grid": (0.0, 0.5, 1.0),
         "samples": 2,
     }
-    return Asking(**{**values, **changes})
+    return RequestGrid(**{**values, **changes})
 
 
 class FakeServer:
@@ -59,12 +60,11 @@ def _usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
 
 
-def run(url: str, folder: Path, what: Asking | None = None) -> list[Answer]:
+def run(url: str, folder: Path, what: RequestGrid | None = None, retries: int = 4) -> list[Answer]:
     return generate(
         what or asking(),
         folder,
-        url=f"{url}/v1",
-        api_key="EMPTY",
+        server=Server(f"{url}/v1", retries=retries),
         concurrency=CONCURRENCY,
         tick=lambda: None,
     )
@@ -77,7 +77,7 @@ def test_every_answer_once_and_in_order(tmp_path):
         assert run(url, tmp_path) == answers
     assert set(server.asked.values()) == {1}
     assert [answer.key for answer in answers] == [each.key for each in asking().requests()]
-    assert len(answers) == 60 == answered(tmp_path)
+    assert len(answers) == 60 == count_answers(tmp_path)
 
 
 def test_a_grid_is_asked_in_pairs(tmp_path):
@@ -152,12 +152,11 @@ def test_a_server_without_the_plug_in_is_found_out(tmp_path):
         assert len(run(url, tmp_path / "off", off)) == 20, "diversity 0 is any server's"
 
 
-def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr("dftserve.evaluate.generate.RETRIES", 0)
+def test_no_server(tmp_path):
     with serving(FakeServer()) as url:
         gone = url
     with pytest.raises(RuntimeError, match="is the server running"):
-        run(gone, tmp_path)
+        run(gone, tmp_path, retries=0)
 
 
 def test_a_refusal_names_its_reason(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dftserve.evaluate.likelihood import bits_per_byte, surprisal, token_nats
+from dftserve.evaluate.metrics.likelihood import bits_per_byte, surprisal, token_nats
 from tests.training import VOCABULARY, WORDS, save_model, small_model, tokenizer
 
 START = 1

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.evaluate import prompts
-from dftserve.evaluate.prompts import Prompt, read
+from dftserve.evaluate.generate import prompts
+from dftserve.evaluate.generate.prompts import Prompt, read
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from dftserve.evaluate.accuracy import cgroups, sandbox, seccomp
-from dftserve.evaluate.accuracy.confine import BUBBLEWRAP, OWN
 from dftserve.evaluate.accuracy.sandbox import STDERR_BYTES, USERS, Limits
+from dftserve.evaluate.accuracy.sandbox_init import BUBBLEWRAP, OWN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT, AMPLE = 1.5, 60.0
@@ -69,7 +69,7 @@ def victim(tmp_path, monkeypatch):
     process.wait()
     assert kept.read_text() == "as it was"
     assert Path("/proc/self/mounts").read_text() == mounts
-    assert set(os.listdir()) <= {"kept", "confine.py", "bin"}
+    assert set(os.listdir()) <= {"kept", "sandbox_init.py", "bin"}
     waited(lambda: not survivors())
     waited(lambda: not groups())
 
@@ -90,7 +90,7 @@ def survivors() -> list[str]:
         except OSError:  # It has ended since.
             continue
         user = int(status.partition("Uid:")[2].split()[0])
-        if user in USERS or b"confine.py" in command:
+        if user in USERS or b"sandbox_init.py" in command:
             found.append(status)
     return found
 
@@ -556,8 +556,8 @@ def python_for_nobody() -> list[str]:
         pytest.skip("no setpriv to become someone else with")
     become = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
     asks = (
-        "import os, sys; from dftserve.evaluate.accuracy import confine\n"
-        "sys.exit(sys.version_info < (3, 11) or not os.access(confine.INTERPRETER, os.X_OK))"
+        "import os, sys; from dftserve.evaluate.accuracy import sandbox_init\n"
+        "sys.exit(sys.version_info < (3, 11) or not os.access(sandbox_init.INTERPRETER, os.X_OK))"
     )
     for python in (sys.executable, "/usr/bin/python3"):
         command = [*become, python, "-c", asks]
@@ -571,7 +571,7 @@ def test_without_namespaces_it_refuses(monkeypatch, tmp_path):
     original = sandbox.CONFINE.read_text()
     refusing = original.replace('called("unshare", flags', 'called("unshare", -1')
     assert refusing != original
-    monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "confine.py")
+    monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "sandbox_init.py")
     sandbox.CONFINE.write_text(refusing)
     with pytest.raises(RuntimeError, match=r"unshare: .*--unsafe-no-sandbox"):
         sandbox.run("pass", way=OWN)

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dftserve.evaluate.coherence import PASS
-from dftserve.evaluate.sds import Ruler, _Observed, score
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.style import features
-from dftserve.evaluate.text import tokens, window, words
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics.coherence import PASS
+from dftserve.evaluate.metrics.overlap import ngram_overlap
+from dftserve.evaluate.metrics.sds import SDSReference, _Observed, score
+from dftserve.evaluate.metrics.stylometry import features
+from dftserve.evaluate.text.tokenize import tokens, window, words
+from dftserve.evaluate.text.windows import Sample, Windows
 from tests.texts import human_like, soup, write
 
 TEXTS = human_like(250)
@@ -33,8 +33,8 @@ def prompts(request):
 
 
 @pytest.fixture(scope="module")
-def ruler(prompts):
-    return Ruler.fit(REFERENCE, windows(TEXTS[110:170], prompts))
+def sds_reference(prompts):
+    return SDSReference.fit(REFERENCE, windows(TEXTS[110:170], prompts))
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,21 @@ def pair_means(places, halves, shared, passed):
     return math.fsum(products) / len(pairs), math.fsum(shared[i][j] for i, j in pairs) / len(pairs)
 
 
-def by_pairs(texts, ruler):
+def by_pairs(texts, sds_reference):
     """v, o and the share that passes."""
     half = texts.words // 2
-    a = ruler.scale.z(features([window(text, 0, half) for text in texts.texts])).tolist()
-    b = ruler.scale.z(features([window(text, half, 2 * half) for text in texts.texts])).tolist()
-    halves = a, b, ruler.scale.reliability_F.tolist()
-    shared = sharing([tokens(text) for text in texts.texts]).tolist()
-    passed = [text != "" and ruler.gate.coherence(words(text)) >= PASS for text in texts.texts]
+    a = sds_reference.scale.z(features([window(text, 0, half) for text in texts.texts])).tolist()
+    b = sds_reference.scale.z(
+        features([window(text, half, 2 * half) for text in texts.texts])
+    ).tolist()
+    halves = a, b, sds_reference.scale.reliability_F.tolist()
+    shared = ngram_overlap([tokens(text) for text in texts.texts]).tolist()
+    passed = [
+        text != "" and sds_reference.coherence_filter.coherence(words(text)) >= PASS
+        for text in texts.texts
+    ]
     groups = [range(len(texts))]
-    if ruler.by_prompt:
+    if sds_reference.by_prompt:
         asked = sorted(set(texts.prompts) - {""})
         groups = [[i for i, p in enumerate(texts.prompts) if p == prompt] for prompt in asked]
         groups = [group for group in groups if len(group) >= 8]
@@ -76,9 +81,9 @@ def by_pairs(texts, ruler):
     return [math.fsum(column) / len(groups) for column in zip(*found, strict=True)]
 
 
-def expected_score(texts, ruler, calibration):
-    v, o, passed = by_pairs(texts, ruler)
-    v_human, o_human, passed_human = by_pairs(calibration, ruler)
+def expected_score(texts, sds_reference, calibration):
+    v, o, passed = by_pairs(texts, sds_reference)
+    v_human, o_human, passed_human = by_pairs(calibration, sds_reference)
     variety = math.sqrt(max(0, v) / v_human)
     wording = math.log(max(o, 1e-4)) / math.log(max(o_human, 1e-4))
     coherence = passed / passed_human
@@ -99,12 +104,12 @@ def mixed(prompts):
     )
 
 
-def test_against_a_loop_over_pairs(ruler, human, prompts):
-    assert ruler.by_prompt == (prompts > 0)
+def test_against_a_loop_over_pairs(sds_reference, human, prompts):
+    assert sds_reference.by_prompt == (prompts > 0)
     for texts in (human, mixed(prompts)):
-        got = score(texts, ruler)
+        got = score(texts, sds_reference)
         parts = [each.value for each in (got.sds, got.variety, got.wording, got.coherence)]
-        expected = expected_score(texts, ruler, windows(TEXTS[110:170], prompts))
+        expected = expected_score(texts, sds_reference, windows(TEXTS[110:170], prompts))
         assert parts == pytest.approx(expected, rel=1e-9)
         assert (got.texts, got.short) == (len(texts), texts.short)
         assert got.sds.low is not None
@@ -112,54 +117,56 @@ def test_against_a_loop_over_pairs(ruler, human, prompts):
         assert got.sds.low <= got.sds.high
 
 
-def test_held_out_humans_score_high(ruler, human):
-    got = score(human, ruler)
+def test_held_out_humans_score_high(sds_reference, human):
+    got = score(human, sds_reference)
     assert got.sds.value > 75
     assert got.sds.low is not None
     assert got.sds.low > 50
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_order_of_the_texts_does_not_matter(ruler, prompts, seed):
+def test_the_order_of_the_texts_does_not_matter(sds_reference, prompts, seed):
     texts = mixed(prompts)
     shuffled = texts.pick(np.random.default_rng(seed).permutation(len(texts)).tolist())
-    assert score(shuffled, ruler).sds.value == pytest.approx(score(texts, ruler).sds.value)
+    assert score(shuffled, sds_reference).sds.value == pytest.approx(
+        score(texts, sds_reference).sds.value
+    )
 
 
-def test_copies_score_nothing(ruler, human):
-    got = score(replace(human, texts=(human.texts[0],) * len(human)), ruler)
+def test_copies_score_nothing(sds_reference, human):
+    got = score(replace(human, texts=(human.texts[0],) * len(human)), sds_reference)
     assert (got.sds.value, got.sds.low, got.sds.high) == (0, 0, 0)
     assert got.variety.value == pytest.approx(0, abs=1e-6)
     assert got.wording.value == 0
 
 
-def test_the_more_copies_the_less(ruler, human):
+def test_the_more_copies_the_less(sds_reference, human):
     scores = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         copied = round(share * len(human))
         texts = (human.texts[0],) * copied + human.texts[copied:]
-        scores.append(score(replace(human, texts=texts), ruler).sds.value)
+        scores.append(score(replace(human, texts=texts), sds_reference).sds.value)
     assert scores == sorted(scores, reverse=True)
     assert scores[1] > scores[2] > scores[4] == 0
 
 
-def test_soup_scores_nothing(ruler, prompts):
-    got = score(windows([soup(text) for text in TEXTS[170:234]], prompts), ruler)
+def test_soup_scores_nothing(sds_reference, prompts):
+    got = score(windows([soup(text) for text in TEXTS[170:234]], prompts), sds_reference)
     assert got.sds.value == 0
     assert got.coherence.value == 0
 
 
-def test_one_author_is_less_varied_than_many(ruler, human, prompts):
+def test_one_author_is_less_varied_than_many(sds_reference, human, prompts):
     alone = windows([write("one", f"{text}") for text in range(64)], prompts)
-    assert score(alone, ruler).sds.value < 0.6 * score(human, ruler).sds.value
+    assert score(alone, sds_reference).sds.value < 0.6 * score(human, sds_reference).sds.value
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_resample_pairs_no_text_with_its_copy(seed):
     """Weights of texts, against every pair of an explicit list of draws with other texts."""
-    ruler = Ruler.fit(REFERENCE, windows(TEXTS[110:170]))
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     texts = mixed(0).pick(range(0, 48, 3))
-    observed = _Observed.of(texts, ruler.scale, ruler.gate, False)
+    observed = _Observed.of(texts, sds_reference.scale, sds_reference.coherence_filter, False)
     drawn = np.random.default_rng(seed).integers(len(texts), size=len(texts)).tolist()
     weights_U = np.bincount(drawn, minlength=len(texts)).astype(float)
     got = observed.spread(np.array([weights_U, np.ones(len(texts))]))
@@ -169,14 +176,16 @@ def test_a_resample_pairs_no_text_with_its_copy(seed):
     pairs = [(i, j) for i in kept for j in kept if i != j]
     v = np.mean([(a[i] - a[j]) @ (b[i] - b[j]) / 2 for i, j in pairs])
     assert got.variance[0] == pytest.approx(v)
-    assert got.sharing[0] == pytest.approx(np.mean([observed.sharing_TT[i, j] for i, j in pairs]))
+    assert got.sharing[0] == pytest.approx(np.mean([observed.overlap_TT[i, j] for i, j in pairs]))
     assert got.passed[0] == pytest.approx(len(kept) / len(drawn))
     assert got.passed[1] == pytest.approx(observed.passed_T.mean())
 
 
 def test_a_resample_of_prompts_is_a_mean_over_prompts():
-    ruler = Ruler.fit(REFERENCE, windows(TEXTS[110:170], 4))
-    observed = _Observed.of(windows(TEXTS[170:202], 4), ruler.scale, ruler.gate, True)
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170], 4))
+    observed = _Observed.of(
+        windows(TEXTS[170:202], 4), sds_reference.scale, sds_reference.coherence_filter, True
+    )
     each = observed.spread(np.eye(4))
     some = observed.spread(np.array([[0.0, 3, 1, 0]]))
     for name in ("variance", "sharing", "passed"):
@@ -185,10 +194,10 @@ def test_a_resample_of_prompts_is_a_mean_over_prompts():
 
 
 def test_a_text_that_says_nothing_or_too_little_is_no_variety():
-    ruler = Ruler.fit(REFERENCE, windows(TEXTS[110:170]))
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     good = TEXTS[170:190]
-    plain = score(windows(good), ruler)
-    got = score(windows([*good, *[SHORT.text] * 20]), ruler)
+    plain = score(windows(good), sds_reference)
+    got = score(windows([*good, *[SHORT.text] * 20]), sds_reference)
     assert got.coherence.value == pytest.approx(plain.coherence.value / 2)
     assert got.variety.value == pytest.approx(plain.variety.value)
     assert got.wording.value == pytest.approx(plain.wording.value)
@@ -196,8 +205,8 @@ def test_a_text_that_says_nothing_or_too_little_is_no_variety():
 
 
 def test_one_prompt_is_resampled_by_its_texts():
-    ruler = Ruler.fit(REFERENCE, windows(TEXTS[110:170], 4))
-    got = score(windows(TEXTS[170:190], 1), ruler)
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170], 4))
+    got = score(windows(TEXTS[170:190], 1), sds_reference)
     assert got.sds.low is not None
     assert got.sds.high is not None
     assert got.sds.low < got.sds.high
@@ -206,27 +215,27 @@ def test_one_prompt_is_resampled_by_its_texts():
 def test_prompts_that_only_some_texts_have_are_not_what_is_compared():
     """Eight answers among sixty texts do not make it a comparison within prompts."""
     given = windows(TEXTS[110:170])
-    ruler = Ruler.fit(REFERENCE, replace(given, prompts=("p",) * 8 + ("",) * 52))
-    assert not ruler.by_prompt
+    sds_reference = SDSReference.fit(REFERENCE, replace(given, prompts=("p",) * 8 + ("",) * 52))
+    assert not sds_reference.by_prompt
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_too_few_texts_are_refused(count):
-    ruler = Ruler.fit(REFERENCE, windows(TEXTS[110:170]))
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     with pytest.raises(ValueError, match="accepted: 8 or more"):
-        score(windows([*TEXTS[170 : 170 + count], *[SHORT.text] * 9]), ruler)
-    assert score(windows(TEXTS[170:178]), ruler).texts == 8
+        score(windows([*TEXTS[170 : 170 + count], *[SHORT.text] * 9]), sds_reference)
+    assert score(windows(TEXTS[170:178]), sds_reference).texts == 8
 
 
 def test_answers_to_too_many_prompts_are_refused():
-    ruler = Ruler.fit(REFERENCE, windows(TEXTS[110:170], 4))
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170], 4))
     for prompts in (0, 4):
         with pytest.raises(ValueError, match="no prompt has 8"):
-            score(windows(TEXTS[170:198], prompts), ruler)
+            score(windows(TEXTS[170:198], prompts), sds_reference)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("texts", [[TEXTS[0]] * 20, [soup(TEXTS[0])] * 20], ids=["copies", "soup"])
 def test_humans_that_are_all_alike_are_refused(texts):
     with pytest.raises(ValueError, match="accepted"):
-        Ruler.fit(REFERENCE, windows(texts))
+        SDSReference.fit(REFERENCE, windows(texts))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dftserve.evaluate import anchors
-from dftserve.evaluate.anchors import Anchors
+from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
-from dftserve.evaluate.distance import c2st, median_distance, mmd_test
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.sds import score
-from dftserve.evaluate.windows import Sample, Windows
+from dftserve.evaluate.metrics.sds import score
+from dftserve.evaluate.metrics.stylometry import StyleSpace
+from dftserve.evaluate.metrics.two_sample import c2st, median_distance, mmd_test
+from dftserve.evaluate.reference import Anchors
+from dftserve.evaluate.text.windows import Sample, Windows
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,12 @@ def story(data) -> tasks.Task:
 
 @pytest.fixture(scope="module")
 def human(story) -> Anchors:
-    return anchors.build(story.human)
+    return reference.build(story.human)
 
 
 @pytest.fixture(scope="module")
-def frame(human) -> Frame:
-    return Frame.fit(human.splits["reference"])
+def frame(human) -> StyleSpace:
+    return StyleSpace.fit(human.splits["reference"])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def systems(bench, data) -> dict[str, Windows]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_held_out_human_text_scores_85_or_more(story, seed):
-    assert anchors.build(story.human, seed=seed).human.sds.value >= 85
+    assert reference.build(story.human, seed=seed).human.sds.value >= 85
 
 
 def test_copies_fall_strictly_to_0(bench, human):
@@ -59,7 +59,7 @@ def test_copies_fall_strictly_to_0(bench, human):
 
 def test_soup_scores_0(bench, human):
     for texts in bench.soups(human.test).values():
-        assert score(texts, human.ruler).sds.value == 0
+        assert score(texts, human.sds_reference).sds.value == 0
 
 
 def test_the_usual_measures_prefer_soup(bench, human, frame):
@@ -76,7 +76,7 @@ def test_the_usual_measures_prefer_soup(bench, human, frame):
 @pytest.mark.parametrize("name", ["gemma-3-27b-it", "Mistral Nemo"])
 def test_models_are_10_points_under_held_out_human_text(systems, human, name):
     """At the ends of the intervals that are nearest to each other."""
-    model = score(systems[name], human.ruler).sds
+    model = score(systems[name], human.sds_reference).sds
     assert model.high is not None
     assert human.human.sds.low is not None
     assert model.high + 10 <= human.human.sds.low
@@ -84,7 +84,7 @@ def test_models_are_10_points_under_held_out_human_text(systems, human, name):
 
 def test_the_order_of_the_texts_changes_nothing(human):
     turned = human.test.pick(range(len(human.test))[::-1])
-    assert score(turned, human.ruler).sds.value == pytest.approx(human.human.sds.value)
+    assert score(turned, human.sds_reference).sds.value == pytest.approx(human.human.sds.value)
 
 
 @pytest.mark.parametrize("size", [16, 48])
@@ -93,8 +93,8 @@ def test_a_few_texts_score_as_all_of_them_on_average(bench, systems, human, size
     5 away is 4.5 standard errors off, p < 1e-5."""
     whole = systems["gemma-3-27b-it"].whole()
     drawn = [bench.drawn(whole, size, seed) for seed in range(40)]
-    found = np.mean([score(each, human.ruler).sds.value for each in drawn])
-    assert found == pytest.approx(score(whole, human.ruler).sds.value, abs=5)
+    found = np.mean([score(each, human.sds_reference).sds.value for each in drawn])
+    assert found == pytest.approx(score(whole, human.sds_reference).sds.value, abs=5)
 
 
 # ── Distance ─────────────────────────────────────────────────────────────────────────────────────
@@ -134,4 +134,4 @@ def test_the_frame_refuses_another_length_and_too_few_texts(frame, story):
     with pytest.raises(ValueError, match="got 100 words; accepted: 120"):
         frame.features(Windows.of(story.human[:9], 100))
     with pytest.raises(ValueError, match="got 0 of 120 words; accepted: at least 2"):
-        Frame.fit(Windows.of([Sample("short")]))
+        StyleSpace.fit(Windows.of([Sample("short")]))

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.style import FUNCTION_WORDS
-from dftserve.evaluate.text import tokens
+from dftserve.evaluate.metrics.overlap import ngram_overlap
+from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
+from dftserve.evaluate.text.tokenize import tokens
 from tests.texts import human_like
 
 SAID = ["the", "and", "of", "he", ",", ".", "...", "river", "singing", "ringing", "1999", "x", '"']
@@ -43,7 +43,7 @@ def drawn(seed):
 @pytest.mark.parametrize("seed", range(100))
 def test_against_sets(seed):
     texts = drawn(seed)
-    o_TT = sharing(texts)
+    o_TT = ngram_overlap(texts)
     assert o_TT.shape == (len(texts), len(texts))
     assert o_TT == pytest.approx(np.array([[by_sets(a, b) for b in texts] for a in texts]))
     assert (o_TT == o_TT.T).all()
@@ -54,18 +54,18 @@ def test_against_sets(seed):
 
 def test_copies_share_everything_and_strangers_nothing():
     said = tokens(human_like(1)[0])
-    assert (sharing([said] * 5) == 1).all()
+    assert (ngram_overlap([said] * 5) == 1).all()
     others = [f"w{i}{i % 26:02d}" for i in range(200)], list("abcdefghi")
-    assert sharing(others)[0, 1] == 0
+    assert ngram_overlap(others)[0, 1] == 0
 
 
 def test_a_pattern_counts_though_its_nouns_change():
     a = tokens("the old singer walked to the burning river and")
     b = tokens("the old ranger talked to the morning clover and")
-    assert sharing([a, b])[0, 1] == pytest.approx(by_sets(a, b))
-    assert sharing([a, b])[0, 1] >= 0.25
+    assert ngram_overlap([a, b])[0, 1] == pytest.approx(by_sets(a, b))
+    assert ngram_overlap([a, b])[0, 1] >= 0.25
 
 
 @pytest.mark.parametrize("texts", [[[]], [[], []], [["a"], ["a"]], []])
 def test_texts_too_short_for_a_phrase_share_nothing(texts):
-    assert not sharing(texts).any()
+    assert not ngram_overlap(texts).any()

@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.evaluate.style import FUNCTION_WORDS, MARKS, NAMES, Scale, features, function_share
-from dftserve.evaluate.text import normalise
+from dftserve.evaluate.metrics.stylometry import (
+    FUNCTION_WORDS,
+    MARKS,
+    NAMES,
+    Scale,
+    features,
+    function_share,
+)
+from dftserve.evaluate.text.tokenize import normalise
 from tests.texts import human_like, write
 
 

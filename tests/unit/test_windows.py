@@ -2,8 +2,8 @@
 
 import pytest
 
-from dftserve.evaluate.text import words
-from dftserve.evaluate.windows import LEAST_TEXTS, LEAST_WORDS, Sample, Windows, pieces
+from dftserve.evaluate.text.tokenize import words
+from dftserve.evaluate.text.windows import LEAST_TEXTS, LEAST_WORDS, Sample, Windows, pieces
 from tests.texts import human_like
 
 TEXTS = human_like(12)

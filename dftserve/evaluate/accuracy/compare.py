@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dftserve.evaluate import statistics
-from dftserve.evaluate.statistics import Estimate
+from dftserve.evaluate.metrics import intervals
+from dftserve.evaluate.metrics.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def shown(self) -> str:
+    def render(self) -> str:
         """A table, in points of a hundred."""
         rows = [("diversity", "questions", "accuracy", "difference to 0", "p")]
         for level in self.levels:
@@ -94,16 +94,16 @@ def _level(diversity: float, answered: Sequence[Answered], base: Sequence[Answer
     base_Q = np.array([np.mean(each.right) for each in base])
     once = all(len(each.right) == 1 for each in base)
     if once:
-        accuracy = statistics.wilson(int(share_Q.sum()), len(share_Q))
+        accuracy = intervals.wilson(int(share_Q.sum()), len(share_Q))
     else:
-        accuracy = statistics.mean(share_Q)
+        accuracy = intervals.mean(share_Q)
     if diversity == 0:
         return Level(diversity, len(answered), accuracy, None, None)
-    difference = statistics.paired_difference(base_Q, share_Q)
-    p = statistics.mcnemar(base_Q, share_Q) if once else None
+    difference = intervals.paired_difference(base_Q, share_Q)
+    p = intervals.mcnemar(base_Q, share_Q) if once else None
     return Level(diversity, len(answered), accuracy, difference, p)
 
 
 def _points(estimate: Estimate) -> str:
     low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
-    return Estimate(100 * estimate.value, low, high).shown(1)
+    return Estimate(100 * estimate.value, low, high).render(1)

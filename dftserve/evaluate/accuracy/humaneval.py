@@ -6,26 +6,29 @@
 arXiv 2107.03374.
 """
 
+import contextlib
 import gzip
-import json
 import math
 import os
 import re
 import textwrap
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dftserve import atomic
 from dftserve.bounded_files import lines_of, open_file, parse_json, shaped_as
 from dftserve.evaluate.accuracy import sandbox
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.sandbox import Limits, Result
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate.answers import AnswerStore
+from dftserve.evaluate.generate.client import Served
+from dftserve.openai_client import ask_all
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a continuation has left its function, as in arXiv 2107.03374."""
@@ -48,6 +51,15 @@ class Problem:
     entry_point: str
     canonical_solution: str
     test: str
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A line of the file of answers: what was said to one problem."""
+
+    problem: str
+    """Its task_id."""
+    said: tuple[str, ...]
 
 
 def read(path: Path) -> tuple[Problem, ...]:
@@ -94,7 +106,8 @@ def measure(
         kept: a .jsonl to which completions are added as they come; what is there is not asked for.
 
     Raises:
-        openai.OpenAIError: the server, as the client raised it.
+        ValueError: the server refuses.
+        ServerError: it cannot be reached, or fails.
         RuntimeError: as `judge`.
     """
     completions = ask(problems, served, diversity, samples=samples, kept=kept)
@@ -121,10 +134,10 @@ def ask(
     """Completions [problem][sample]: what to put behind each prompt; `kept` as in `measure`.
 
     Raises:
-        openai.OpenAIError: the server, as the client raised it.
+        ValueError: the server refuses.
+        ServerError: it cannot be reached, or fails.
     """
-    client = served.client()
-    request = {
+    request: dict[str, Any] = {
         "model": served.model,
         "n": samples,
         "temperature": served.temperature,
@@ -132,39 +145,34 @@ def ask(
         "extra_body": {"diversity": diversity},
     }
 
-    def chat(problem: Problem) -> list[str]:
-        message = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt)}
-        said = client.chat.completions.create(messages=[message], **request)
-        return [completion(problem, choice.message.content or "") for choice in said.choices]
+    async def chat(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
+        message: Any = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt)}
+        with served.server.errors():
+            said = await client.chat.completions.create(messages=[message], **request)
+        choices = served.server.choices(said)
+        return tuple(completion(problem, choice.message.content or "") for choice in choices)
 
-    def continued(problem: Problem) -> list[str]:
-        said = client.completions.create(prompt=problem.prompt, stop=list(STOPS), **request)
-        return [choice.text for choice in said.choices]
+    async def continued(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
+        with served.server.errors():
+            said = await client.completions.create(
+                prompt=problem.prompt, stop=list(STOPS), **request
+            )
+        return tuple(choice.text for choice in served.server.choices(said))
 
-    known = {} if kept is None else _kept(kept)
-    lock = threading.Lock()
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(AnswerStore(kept, Completions)) if kept else None
+        known = {row.problem: row.said for row in store.rows} if store else {}
 
-    def once(problem: Problem) -> list[str]:
-        if problem.task_id in known:
-            return known[problem.task_id]
-        said = (chat if served.is_chat else continued)(problem)
-        if kept is not None:
-            with lock:
-                atomic.append_line(kept, json.dumps({"problem": problem.task_id, "said": said}))
-        return said
+        async def once(client: "AsyncOpenAI", problem: Problem) -> None:
+            said = await (chat if served.is_chat else continued)(client, problem)
+            if store:
+                store.append(Completions(problem.task_id, said))
+            known[problem.task_id] = said
 
-    with ThreadPoolExecutor(served.at_once) as pool:
-        return list(pool.map(once, problems))
-
-
-def _kept(path: Path) -> dict[str, list[str]]:
-    known = {}
-    for number, line in enumerate(atomic.read_lines(path), 1):
-        where = f"{path}, line {number}"
-        row = parse_json(line, where)
-        with shaped_as(where, "a problem and what was said, as this command keeps them"):
-            known[row["problem"]] = list(row["said"])
-    return known
+        missing = {each.task_id: each for each in problems if each.task_id not in known}
+        if missing:
+            ask_all(served.server, missing.values(), once, served.at_once)
+    return [list(known[problem.task_id]) for problem in problems]
 
 
 def completion(problem: Problem, answer: str) -> str:

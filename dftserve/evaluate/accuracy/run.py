@@ -15,10 +15,11 @@ from typing import Any
 
 from dftserve import atomic
 from dftserve.bounded_files import read_json, read_text, shaped_as
-from dftserve.evaluate import statistics
-from dftserve.evaluate.accuracy import harness, humaneval, sandbox, served
+from dftserve.evaluate.accuracy import humaneval, lm_eval, sandbox
 from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate import client
+from dftserve.evaluate.generate.client import Served
+from dftserve.evaluate.metrics import intervals
 from dftserve.settings import among
 from dftserve.spec import parse
 
@@ -48,7 +49,8 @@ class Job:
     tasks: tuple[str, ...] = tuple(FILES)
     model: str | None = None
     """As the server names it; None: its first."""
-    api_key: str | None = None
+    key_variable: str | None = None
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     limit: int | None = None
     """Questions of each task; None: all."""
     samples: int = 1
@@ -95,7 +97,7 @@ def run(job: Job, say: Callable[[str], object]) -> str:
         say(f"humaneval: programs run in {confined}")
     names = ("temperature", "at_once", "is_chat", "max_tokens")
     asked = {name: getattr(job, name) for name in names}
-    model = served.find(job.url, job.model, job.api_key, **asked)
+    model = client.find(job.url, job.model, job.key_variable, **asked)
     parts = _begin(job, model)
     answers = {
         task: {level: _part(job, parts, data, task, model, level, say) for level in job.grid}
@@ -105,7 +107,7 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     report = _report(job, model, comparisons, answers, skipped) | {"sandbox": confined}
     atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
     lines = [f"{task}: skipped: {why}" for task, why in skipped.items()]
-    return "\n\n".join([*(each.shown() for each in comparisons), *lines])
+    return "\n\n".join([*(each.render() for each in comparisons), *lines])
 
 
 def _data(job: Job) -> Path:
@@ -131,7 +133,7 @@ def _check_tools(tasks: Sequence[str], *, unsafe: bool) -> None:
     if "humaneval" in tasks and not unsafe and (missing := sandbox.available()) is not None:
         raise RuntimeError(missing)
     if set(tasks) - {"humaneval"}:
-        harness.lm_eval()
+        lm_eval.executable()
 
 
 def _confined(job: Job, tasks: Sequence[str]) -> str | None:
@@ -181,12 +183,12 @@ def _part(
     if not os.path.lexists(kept):
         say(f"{task} at diversity {level:g}")
         if task == "humaneval":
-            problems = harness.spread(list(humaneval.read(data / FILES[task][0])), job.limit)
+            problems = lm_eval.spread(list(humaneval.read(data / FILES[task][0])), job.limit)
             said = parts / f"{task}-{level:g}.jsonl"
             answered = _humaneval(job, problems, model, level, said)
         else:
-            harness.prepare(task, data, parts, limit=job.limit, samples=job.samples)
-            answered = harness.measure(task, parts, model, level)
+            lm_eval.prepare(task, data, parts, limit=job.limit, samples=job.samples)
+            answered = lm_eval.measure(task, parts, model, level)
         atomic.write_text(kept, json.dumps([asdict(each) for each in answered], indent=1))
     rows = read_json(kept, within=parts, largest=LARGEST)
     names = ("right", "said", "judged")
@@ -199,8 +201,6 @@ def _part(
 def _humaneval(
     job: Job, problems: Sequence[humaneval.Problem], model: Served, level: float, kept: Path
 ) -> tuple[Answered, ...]:
-    import openai
-
     try:
         return humaneval.measure(
             problems,
@@ -210,9 +210,8 @@ def _humaneval(
             kept=kept,
             unsafe=job.unsafe_no_sandbox,
         )
-    except openai.OpenAIError as error:
-        told = getattr(error, "message", error)
-        raise RuntimeError(f"{model.url}: {told} (`--max-tokens` bounds an answer)") from None
+    except ValueError as error:
+        raise ValueError(f"{error} (`--max-tokens` bounds an answer)") from None
 
 
 def _report(
@@ -237,7 +236,7 @@ def _pass_at_k(answers: Mapping[float, Sequence[Answered]], samples: int) -> lis
             "diversity": level,
             "k": k,
             **asdict(
-                statistics.mean(
+                intervals.mean(
                     [humaneval.pass_at_k(samples, sum(each.right), k) for each in answered]
                 )
             ),

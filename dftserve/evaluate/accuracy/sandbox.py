@@ -5,15 +5,15 @@
 The program runs as an unprivileged user in namespaces of its own (processes, network, mounts, IPC):
 it sees the interpreter read-only, one small folder of its own and nothing else of the machine, no
 network, no environment, no other process, and when its time is over nothing of it is left
-(confine.py). bubblewrap makes the namespaces where it is installed and works, confine.py itself
-elsewhere. System calls that such a program has no use for are forbidden (seccomp.py), and where a
-control group can be made all that its processes use is counted together (cgroups.py); `described`
-says what of this is to be had here. Where there are no namespaces, `run` refuses. Bugs of the
-kernel are outside.
+(sandbox_init.py). bubblewrap makes the namespaces where it is installed and works, sandbox_init.py
+itself elsewhere. System calls that such a program has no use for are forbidden (seccomp.py), and
+where a control group can be made all that its processes use is counted together (cgroups.py);
+`described` says what of this is to be had here. Where there are no namespaces, `run` refuses. Bugs
+of the kernel are outside.
 
 That a program passed is proven by a random token that is written after its last statement, so
 leaving early is no success. The token is in the program's own process: code that studies
-confine.py can forge it, and an object that claims to equal everything passes any assert. This
+sandbox_init.py can forge it, and an object that claims to equal everything passes any assert. This
 measures models; it does not judge adversaries.
 
 Standard library only.
@@ -34,17 +34,17 @@ from pathlib import Path
 from typing import Any
 
 from dftserve.evaluate.accuracy import cgroups, seccomp
-from dftserve.evaluate.accuracy.confine import BUBBLEWRAP, OUT_OF_MEMORY, OWN
-from dftserve.evaluate.accuracy.confine import UNSAFE as UNCONFINED
+from dftserve.evaluate.accuracy.sandbox_init import BUBBLEWRAP, OUT_OF_MEMORY, OWN
+from dftserve.evaluate.accuracy.sandbox_init import UNSAFE as UNCONFINED
 
 UNSAFE = "--unsafe-no-sandbox"
-CONFINE = Path(__file__).with_name("confine.py")
+CONFINE = Path(__file__).with_name("sandbox_init.py")
 ENDS = ("ok", "exception", "exit", "timeout", "killed", "memory")
 USERS = range(61184, 65520)
 """Users without an account: systemd's dynamic ones. One a run, for processes count by user."""
 STDERR_BYTES = 4000
 OURS_BYTES, OURS_PROCESSES = 64 << 20, 4
-"""What the control group holds besides the program: confine.py and bubblewrap."""
+"""What the control group holds besides the program: sandbox_init.py and bubblewrap."""
 GRACE_SECONDS = 10.0
 """What a run may take beyond its limit to begin and to be cleared away."""
 
@@ -194,7 +194,7 @@ def _counted(order: dict[str, Any], limits: Limits, stderr: Any) -> tuple[dict[s
 def _ordered(
     order: dict[str, Any], stderr: Any, group: cgroups.Group | None
 ) -> tuple[dict[str, Any], bytes]:
-    """What confine.py reported, and what came through the proof's pipe."""
+    """What sandbox_init.py reported, and what came through the proof's pipe."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)  # Without the sandbox a survivor may hold the other end.
     with open(reader, "rb", buffering=0) as proof:
@@ -219,7 +219,7 @@ def _ordered(
             process.kill()  # Its namespace ends with it.
             process.wait()
         if not said:
-            raise RuntimeError(f"sandbox: confine.py failed:\n{_tail(stderr)}")
+            raise RuntimeError(f"sandbox: sandbox_init.py failed:\n{_tail(stderr)}")
         return json.loads(said), proof.read(64) or b""
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.evaluate import anchors, evaluation, report
+from dftserve.evaluate import reference
+from dftserve.evaluate import run as evaluation
 from dftserve.evaluate.benchmark import slots, tasks
 from dftserve.evaluate.benchmark.tasks import Missing, Task
-from dftserve.evaluate.generate import said
-from dftserve.evaluate.statistics import Estimate
-from dftserve.evaluate.windows import Sample
+from dftserve.evaluate.generate.grid import samples_by_level
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.report import html
+from dftserve.evaluate.text.windows import Sample
 
 PROMPTS = "prompts.jsonl"
 ANCHORS = "anchors"
@@ -39,7 +41,7 @@ class Job:
     """None: what each task says."""
     body: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
-    api_key: str | None = None
+    key_variable: str | None = None
     concurrency: int = 16
     serve_flags: tuple[str, ...] = ()
 
@@ -103,21 +105,21 @@ def _style(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) 
     folder = job.out / name
     if not (folder / ANCHORS).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        anchors.save(anchors.build(task.human, words=task.words), folder / ANCHORS)
+        reference.save(reference.build(task.human, words=task.words), folder / ANCHORS)
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
     result = evaluation.evaluate(asked, lambda _: None, tick)
-    report.write(result, folder)
-    return report.as_text(result)
+    html.write(result, folder)
+    return html.as_text(result)
 
 
 def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) -> str:
     folder = job.out / name
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
-    evaluation.ask(asked, lambda _: None, tick)
+    evaluation.ask(asked, task.prompts, lambda _: None, tick)
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
     found = [_measured(None, people, people, meanings)]
-    for level, answers in said(folder):
+    for level, answers in samples_by_level(folder):
         found.append(_measured(level, _by_prompt(answers), people, meanings))
     document = json.dumps([asdict(each) for each in found], ensure_ascii=False, indent=1)
     atomic.write_text(folder / MEANING, document + "\n")
@@ -146,9 +148,9 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[str]]:
 
 
 def _line(found: Meaning) -> str:
-    name = "human" if found.diversity is None else f"diversity {report.shown(found.diversity)}"
-    wording = "1" if found.wording is None else found.wording.shown()
-    return f"{name:24}{wording:>24}{found.slot_errors.shown(3):>24}"
+    name = "human" if found.diversity is None else f"diversity {html.render(found.diversity)}"
+    wording = "1" if found.wording is None else found.wording.render()
+    return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}"
 
 
 def _written(folder: Path, task: Task) -> Path:
@@ -174,7 +176,7 @@ def _evaluation(
         max_tokens=job.max_tokens or max_tokens,
         body=job.body,
         name=job.name,
-        api_key=job.api_key,
+        key_variable=job.key_variable,
         concurrency=job.concurrency,
         serve_flags=job.serve_flags,
     )

@@ -17,11 +17,11 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.sds import LEAST_SHARING
-from dftserve.evaluate.sharing import PATTERN, sharing
-from dftserve.evaluate.statistics import Estimate, over_units
-from dftserve.evaluate.text import normalise, tokens
-from dftserve.evaluate.windows import LEAST_TEXTS
+from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.metrics.overlap import PATTERN, ngram_overlap
+from dftserve.evaluate.metrics.sds import LEAST_OVERLAP
+from dftserve.evaluate.text.tokenize import normalise, tokens
+from dftserve.evaluate.text.windows import LEAST_TEXTS
 
 _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*")
 NAMED = ("name", "near")
@@ -282,12 +282,12 @@ def _values(text: str, slot: str) -> set[str]:
 def _shared(texts: Sequence[str]) -> float:
     """The mean o of two of the texts."""
     said = [tokens(normalise(text)) for text in texts]
-    shared_TT = sharing(said)
+    shared_TT = ngram_overlap(said)
     short_T = np.array([len(text) < PATTERN for text in said])
     shared_TT[short_T, :] = shared_TT[:, short_T] = 1.0
     return float(shared_TT[~np.eye(len(said), dtype=bool)].mean())
 
 
 def _ratio(weights_P: NDArray, shared_P2: NDArray) -> float:
-    o, o_human = np.maximum(weights_P @ shared_P2 / weights_P.sum(), LEAST_SHARING)
+    o, o_human = np.maximum(weights_P @ shared_P2 / weights_P.sum(), LEAST_OVERLAP)
     return abs(float(np.log(o))) / abs(float(np.log(o_human)))

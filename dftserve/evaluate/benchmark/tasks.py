@@ -7,7 +7,7 @@ keys. Its texts are not in it but under a folder of data, where the files of all
     about       what the human texts are, and what they are not
     kind        style: how varied, and how near to people;
                 meaning: one meaning in many words (`benchmark.slots`)
-    prompts     file   .txt or .jsonl, as `evaluate.prompts`; .json, a list of texts; .csv, the
+    prompts     file   .txt or .jsonl, as `generate.prompts`; .json, a list of texts; .csv, the
                        different meanings of its column `mr`
                 first, count     of its rows, from 0
                 ask    the text that is sent, with `{}` for the row
@@ -36,10 +36,12 @@ from typing import Any
 from dftserve import settings
 from dftserve.bounded_files import decoded, read_bytes, read_json, read_text, real_file
 from dftserve.corpus.read import LARGEST_RECORDS
-from dftserve.evaluate import anchors, prompts, windows
+from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import rst, slots
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.windows import LEAST_WORDS, WORDS, Sample
+from dftserve.evaluate.generate import prompts
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text import windows
+from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample
 
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
@@ -266,7 +268,7 @@ def _read(path: Path, ask: str) -> Iterable[Sample]:
             rows = _csv(path, "mr", "ref")
             return [Sample(row["ref"], ask.replace("{}", row["mr"])) for row in rows]
         case _:
-            return anchors.samples(path)
+            return reference.samples(path)
 
 
 def _shared_beginning(a: str, b: str) -> str:

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from dftserve.evaluate.style import FUNCTION_WORDS
-from dftserve.evaluate.text import ngrams
+from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
+from dftserve.evaluate.text.tokenize import ngrams
 
 PHRASE = 4
 PATTERN = 6
 _KNOWN = frozenset(FUNCTION_WORDS)
 
 
-def sharing(texts: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+def ngram_overlap(texts: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """o, float64 [T, T], of tokenised texts; 1 where two texts have the same phrases."""
     both_TT = _shared([set(ngrams(list(said), PHRASE)) for said in texts])
     both_TT += _shared([set(ngrams([_masked(t) for t in said], PATTERN)) for said in texts])

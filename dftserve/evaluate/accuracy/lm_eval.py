@@ -19,7 +19,8 @@ from typing import Any
 from dftserve import atomic
 from dftserve.bounded_files import lines, parse_json, shaped_as
 from dftserve.evaluate.accuracy.compare import Answered
-from dftserve.evaluate.accuracy.served import Served
+from dftserve.evaluate.generate.client import Served
+from dftserve.openai_client import NO_KEY, key_of
 
 TASKS = Path(__file__).parent / "tasks"
 ENVIRONMENT = "DFTSERVE_EVAL_ENV"
@@ -60,7 +61,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
     Raises:
         RuntimeError: there is no lm-eval, or it failed: with the last lines of its log.
     """
-    command = lm_eval()
+    command = executable()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         work = Path(place).resolve()  # lm-eval runs in `folder`.
         config = work / "config.yaml"
@@ -70,7 +71,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
             done = subprocess.run(
                 [command, "run", "--config", config],
                 cwd=folder,
-                env=environment(work, served.api_key),
+                env=environment(work, key_of(served.key_variable) or NO_KEY),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -83,7 +84,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
         return read_samples(found[0].read_text(encoding="utf-8").splitlines())
 
 
-def lm_eval() -> Path:
+def executable() -> Path:
     """The command, in the environment that `make eval-env` made.
 
     Raises:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from dftserve.bounded_files import parse_json, read_text
-from dftserve.evaluate.statistics import Estimate, over_units
-from dftserve.evaluate.text import ngrams, normalise, tokens, words
+from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
 OURS = Path(__file__).with_name("phrases.txt")
 LARGEST = 64 << 20

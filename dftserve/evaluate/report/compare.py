@@ -1,6 +1,6 @@
 """Two evaluations of the same prompts, level by level, as pairs.
 
-print(compare(Path("base/result.json"), Path("dft/result.json")).shown())
+print(compare(Path("base/result.json"), Path("dft/result.json")).render())
 """
 
 import json
@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dftserve.bounded_files import FileError, advised, read_json, shaped_as
-from dftserve.evaluate.evaluation import FORMAT, RESULT
-from dftserve.evaluate.measures import MEASURES
-from dftserve.evaluate.slop import cut
-from dftserve.evaluate.statistics import Estimate, difference, estimate
+from dftserve.bounded_files import shaped_as
+from dftserve.evaluate.metrics.intervals import Estimate, difference, estimate
+from dftserve.evaluate.metrics.slop import cut
+from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.report import results
 
 PARTS = {"variety": "V, style variance", "wording": "P, wording", "coherence": "q, coherence"}
-LARGEST = 256 << 20
-"""Bytes of a result."""
-WRITTEN = "the result.json of `dftserve evaluate`"
 P_VALUE = "mmd_style_p"
 """A difference of p-values says nothing."""
 
@@ -50,13 +47,13 @@ class Comparison:
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         lines = [f"a: {self.a}", f"b: {self.b}"]
         for (diversity, rows), (_, cut_) in zip(self.levels, self.slop_cut, strict=True):
             lines += ["", f"diversity {diversity}", _line("", "a", "b", "b − a", "human")]
             for row in rows:
                 human = "–" if row.human is None else f"{row.human:.{row.digits}f}"
-                numbers = (each.shown(row.digits) for each in (row.a, row.b, row.difference))
+                numbers = (each.render(row.digits) for each in (row.a, row.b, row.difference))
                 lines.append(_line(row.title, *numbers, human))
             if cut_ is not None:
                 lines.append(f"AI phrases: {cut_ + 0:.0%} of the way from a to human.")
@@ -71,8 +68,8 @@ def compare(a: Path, b: Path) -> Comparison:
         ValueError: a file that is no result, another question, other anchors, or no diversity in
             common.
     """
-    first, second = _read(a), _read(b)
-    with shaped_as(f"{a} and {b}", WRITTEN):
+    first, second = results.read(a), results.read(b)
+    with shaped_as(f"{a} and {b}", results.WRITTEN):
         return _compared(first, second, f"{a} and {b}")
 
 
@@ -137,23 +134,6 @@ def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
 
 def _estimate(given: Mapping) -> Estimate:
     return Estimate(given["value"], given["low"], given["high"], tuple(given.get("left_out", ())))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    path = path / RESULT if path.is_dir() else path
-    try:
-        # NaN stands where a measure has no value.
-        result = read_json(path, largest=LARGEST, finite=False)
-    except FileError as error:
-        raise ValueError(advised(error, f"give {WRITTEN}")) from None
-    except OSError as error:
-        told = error.strerror or "there is none"
-        raise ValueError(f"{path}: no result that can be read ({told}); give {WRITTEN}.") from None
-    with shaped_as(path, WRITTEN):
-        form = result["format"]
-    if form != FORMAT:
-        raise ValueError(f"{path}: got the format {form!r}; accepted: {FORMAT}.")
-    return result
 
 
 def _same(what: str, a: object, b: object) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dftserve.evaluate.text import normalise, window, without_echo, words
+from dftserve.evaluate.text.tokenize import normalise, window, without_echo, words
 
 WORDS = 120
 LEAST_WORDS = 80

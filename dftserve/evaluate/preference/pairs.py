@@ -1,12 +1,21 @@
-"""A model's answers beside people's to the same prompts, cut to one length: what is judged."""
+"""Pairs of a model's and a person's answer to the same prompt, cut to the same length."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from dftserve.evaluate.anchors import samples as human_samples
-from dftserve.evaluate.generate import said
-from dftserve.evaluate.judge import Pair
-from dftserve.evaluate.windows import WORDS, Windows
+from dftserve.evaluate.generate.grid import samples_by_level
+from dftserve.evaluate.reference import samples as human_samples
+from dftserve.evaluate.text.windows import WORDS, Windows
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts for one prompt."""
+
+    prompt: str
+    system: str
+    human: str
 
 
 def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS) -> list[Pair]:
@@ -22,7 +31,7 @@ def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS)
     Raises:
         ValueError: no evaluation there, a diversity that it did not ask, or no pair.
     """
-    levels = said(folder)
+    levels = samples_by_level(folder)
     at = [samples for level, samples in levels if level == diversity]
     if not at:
         grid = ", ".join(json.dumps(level) for level, _ in levels)

@@ -2,7 +2,7 @@
 
     pairs = [Pair(prompt, system, human), …]
     judge = Judge("http://localhost:8000/v1", "org/model")
-    print(judged(pairs, judge, Path("answers.jsonl")).shown())
+    print(judged(pairs, judge, Path("answers.jsonl")).render())
 
 Each pair is asked about twice, in both orders. A text that is preferred both times wins, anything
 else is a tie (arXiv:2306.05685, §3.4). JMQ = 100·(wins + ties/2)/pairs, in percent: 50 is parity
@@ -11,28 +11,27 @@ with people, the goal; more is not better, since judges prefer what models write
 without ties: JMQ/50.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import re
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.bounded_files import open_growing, parse_json, read_text
-from dftserve.evaluate.statistics import Estimate, over_units, wilson
+from dftserve.bounded_files import read_text
+from dftserve.evaluate.generate.answers import AnswerStore
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
+from dftserve.evaluate.preference.pairs import Pair
+from dftserve.openai_client import Server, ask_all
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 LARGEST_RUBRIC = 1 << 20
-LARGEST_ANSWERS = 1 << 30
-"""Bytes of the file of answers."""
+"""Bytes."""
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece
@@ -64,17 +63,6 @@ You may think first, in a few sentences. The last line of your answer holds one 
 else: A when the text A is better, B when the text B is better, tie when neither is."""
 
 VERDICTS = ("A", "B", "tie")
-BEGINNING = b'{"question": "'
-"""Of each line in a file of answers."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts for one prompt."""
-
-    prompt: str
-    system: str
-    human: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ class Judge:
     """As the `openai` package takes it, with /v1."""
     model: str
     key_variable: str | None = None
-    """The environment variable that holds the API key, where the server wants one."""
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     rubric: str = field(default=RUBRIC, repr=False)
     max_tokens: int = 1024
     """Of one answer; one that is cut there has no verdict."""
@@ -107,6 +95,11 @@ class Judge:
             raise ValueError(f"timeout_s: got {self.timeout_s}; accepted: above 0.")
         if not self.rubric.strip():
             raise ValueError("rubric: got an empty text; accepted: what the judge shall look at.")
+
+    @property
+    def server(self) -> Server:
+        name = f"the judge {self.model}"
+        return Server(self.base_url, self.key_variable, self.retries, self.timeout_s, name)
 
 
 @dataclass(frozen=True)
@@ -135,13 +128,13 @@ class Quality:
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         lines = [
-            f"JMQ {self.jmq.shown(1)} % by {self.judge}; 50 is parity with people "
+            f"JMQ {self.jmq.render(1)} % by {self.judge}; 50 is parity with people "
             f"({self.jmq.value / 50:.2f} as published, where 1 is)",
             f"{self.pairs} pairs of {self.prompts} prompts: {self.wins} won, {self.ties} tied, "
             f"{self.losses} lost",
-            f"position bias: {self.flips.shown(1)} % of verdicts turned with the order",
+            f"position bias: {self.flips.render(1)} % of verdicts turned with the order",
         ]
         if self.unparsable:
             lines.append(
@@ -151,8 +144,13 @@ class Quality:
         return "\n".join(lines)
 
 
-class JudgeError(RuntimeError):
-    """The judge cannot be asked; the message says what to do."""
+@dataclass(frozen=True)
+class Judgment:
+    """A line of the file of answers."""
+
+    question: str
+    """A digest of what was sent."""
+    answer: str
 
 
 def read_rubric(path: Path) -> str:
@@ -176,8 +174,8 @@ def judged(pairs: Sequence[Pair], judge: Judge, answers: Path) -> Quality:
 
     Raises:
         ValueError: no pairs, empty texts, a key variable that is not set, a file that holds
-            something else, or no pair with two verdicts.
-        JudgeError: the judge is unreachable or refuses; what it answered before is kept.
+            something else, a request that the judge refuses, or no pair with two verdicts.
+        ServerError: the judge is unreachable or fails; what it answered before is kept.
     """
     _check(pairs)
     questions = [
@@ -187,12 +185,12 @@ def judged(pairs: Sequence[Pair], judge: Judge, answers: Path) -> Quality:
         )
         for pair in pairs
     ]
-    with _Answers(answers) as kept:
-        _ask(judge, [each for both in questions for each in both], kept)
-        verdicts = [
-            (verdict_of(kept[_key(first)]), verdict_of(kept[_key(second)]))
-            for first, second in questions
-        ]
+    with AnswerStore(answers, Judgment) as store:
+        known = _ask(judge, [each for both in questions for each in both], store)
+    verdicts = [
+        (verdict_of(known[_key(first)]), verdict_of(known[_key(second)]))
+        for first, second in questions
+    ]
     return score(pairs, verdicts, judge)
 
 
@@ -259,7 +257,7 @@ def _mean_percent(held: Sequence[tuple[str, float, bool]]) -> Estimate:
     return over_units(units_P2, mean)
 
 
-# ── Asking ───────────────────────────────────────────────────────────────────────────────────────
+# ── Requests ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check(pairs: Sequence[Pair]) -> None:
@@ -284,181 +282,38 @@ def _question(judge: Judge, prompt: str, first: str, second: str) -> Mapping[str
     }
 
 
-def _ask(judge: Judge, questions: Sequence[Mapping[str, Any]], kept: "_Answers") -> None:
-    """Every question that has no answer yet, each once."""
+def _ask(
+    judge: Judge, questions: Sequence[Mapping[str, Any]], store: AnswerStore[Judgment]
+) -> dict[str, str]:
+    """Answers by key; every question that has none yet is asked once."""
     from tqdm import tqdm
 
+    known = {row.question: row.answer for row in store.rows}
     asked = {_key(question): question for question in questions}
-    open_questions = [key for key in asked if key not in kept]
+    open_questions = [key for key in asked if key not in known]
     if not open_questions:
-        return
-    client = _client(judge)
-    with (
-        tqdm(
-            total=len(asked),
-            initial=len(asked) - len(open_questions),
-            desc="judge",
-            unit=" verdicts",
-            disable=None,
-        ) as bar,
-        client,
-        ThreadPoolExecutor(judge.at_once) as pool,
-    ):
+        return known
+    with tqdm(
+        total=len(asked),
+        initial=len(asked) - len(open_questions),
+        desc="judge",
+        unit=" verdicts",
+        disable=None,
+    ) as bar:
 
-        def one(key: str) -> None:
-            kept.keep(key, _answer(client, judge, asked[key]))
+        async def ask(client: "AsyncOpenAI", key: str) -> None:
+            with judge.server.errors():
+                answer = await client.chat.completions.create(**asked[key])
+            text = judge.server.choices(answer)[0].message.content or ""
+            store.append(Judgment(key, text))
+            known[key] = text
+            bar.update()
 
-        try:
-            for done in as_completed([pool.submit(one, key) for key in open_questions]):
-                done.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        ask_all(judge.server, open_questions, ask, judge.at_once)
+    return known
 
 
-def _client(judge: Judge) -> Any:
-    from openai import OpenAI
-
-    key = "EMPTY"
-    if judge.key_variable is not None:
-        key = os.environ.get(judge.key_variable, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            raise ValueError(
-                f"key_variable: the environment variable {judge.key_variable} holds no API key; "
-                "accepted: one line of printable ASCII. Export it first."
-            )
-    return OpenAI(
-        base_url=judge.base_url, api_key=key, max_retries=judge.retries, timeout=judge.timeout_s
-    )
-
-
-def _answer(client: Any, judge: Judge, question: Mapping[str, Any]) -> str:
-    import openai
-
-    at = f"the judge {judge.model} at {judge.base_url}"
-    tried = f"Tried {judge.retries + 1} times."
-    try:
-        answer = client.chat.completions.create(**question)
-    except openai.APITimeoutError:
-        raise JudgeError(
-            f"{at} did not answer within {judge.timeout_s:g} s; give it longer, or ask less at "
-            f"once. {tried}"
-        ) from None
-    except openai.APIConnectionError as error:
-        raise JudgeError(
-            f"{at} is unreachable ({error.__cause__ or error}); start it, or give its right "
-            f"address. {tried}"
-        ) from None
-    except openai.AuthenticationError as error:
-        raise JudgeError(
-            f"{at} refuses the API key (401: {_said(error)}); name the environment variable that "
-            "holds the right one."
-        ) from None
-    except openai.RateLimitError as error:
-        raise JudgeError(
-            f"{at} is busy or the account is used up (429: {_said(error)}); ask less at once, or "
-            f"later: the same command goes on. {tried}"
-        ) from None
-    except openai.APIStatusError as error:
-        raise JudgeError(
-            f"{at} answers {error.status_code} ({_said(error)}); see its log, and whether it "
-            "serves this model."
-        ) from None
-    except (openai.OpenAIError, ValueError) as error:
-        raise JudgeError(f"{at} answers what is no chat completion ({error}).") from None
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        raise JudgeError(f"{at} answers what is no chat completion; does the address end in /v1?")
-    return choices[0].message.content or ""
-
-
-def _said(error: Any) -> str:
-    """The server's own words, shortened."""
-    body = error.body
-    text = body.get("message", body) if isinstance(body, Mapping) else body or error
-    return re.sub(r"\s+", " ", f"{text}")[:300]
-
-
-# ── Answers that stay ────────────────────────────────────────────────────────────────────────────
-
-
-class _Answers:
-    """Answers by question, in a file of one JSON object a line that only grows.
-
-    Raises:
-        ValueError: on entering, where the file holds something else, another run writes to it, or
-            it cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._answers: dict[str, str] = {}
-        self._closing = contextlib.ExitStack()
-
-    def __enter__(self) -> "_Answers":
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            opened = open_growing(self._path, largest=LARGEST_ANSWERS)
-            self._file = self._closing.enter_context(opened)
-        except OSError as error:
-            raise ValueError(
-                f"answers: got {self._path}, which cannot be written: {error}."
-            ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BlockingIOError:
-            self._closing.close()
-            raise ValueError(
-                f"answers: got {self._path}, to which another run writes; wait for it, or name "
-                "another file."
-            ) from None
-        except BaseException:
-            self._closing.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> str:
-        return self._answers[key]
-
-    def keep(self, key: str, answer: str) -> None:
-        line = json.dumps({"question": key, "answer": answer}).encode() + b"\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._answers[key] = answer
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        *whole, torn = self._file.read().split(b"\n")
-        for number, line in enumerate(whole, 1):
-            self._answers.update([self._entry(number, line)])
-        if torn and not (torn.startswith(BEGINNING) or BEGINNING.startswith(torn)):
-            raise self._foreign(len(whole) + 1)
-        # A kill while its line was written: that question is asked again.
-        self._file.truncate(sum(len(line) + 1 for line in whole))
-
-    def _entry(self, number: int, line: bytes) -> tuple[str, str]:
-        with contextlib.suppress(ValueError):
-            match parse_json(line, f"{self._path}, line {number}"):
-                case {"question": str(key), "answer": str(answer)}:
-                    return key, answer
-        raise self._foreign(number)
-
-    def _foreign(self, number: int) -> ValueError:
-        return ValueError(
-            f"answers: got {self._path}, whose line {number} is no answer of a judge; accepted: a "
-            "file that this command wrote, or one that does not exist."
-        )
+# ── Keys ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _key(question: Mapping[str, Any]) -> str:

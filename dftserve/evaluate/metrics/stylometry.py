@@ -1,4 +1,4 @@
-"""Style as numbers: how a text is written, whatever it is about.
+"""Stylometric features of a text, independent of its topic, and the space they are compared in.
 
 Shares of English function words and marks, lengths of sentences and words, richness of the
 vocabulary, endings, contractions, capitals, digits, paragraphs. Shares enter as √(100·count/words),
@@ -14,7 +14,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.text import paragraphs, sentences, tokens, words
+from dftserve.evaluate.metrics.two_sample import median_distance
+from dftserve.evaluate.text.tokenize import paragraphs, sentences, tokens, words
+from dftserve.evaluate.text.windows import Windows
 
 _ENGLISH = """
 the a an this that these those some any no every each all both either neither another other such
@@ -101,7 +103,7 @@ def _features(text: str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Human style as a ruler: what is usual, how much it varies, and how reliably.
+    """Mean, spread and reliability of each style feature in human text.
 
     mean_F, spread_F: float64, of half windows of the reference texts.
     reliability_F: float64 in [0, 1], how far the two halves of a text agree, at unit spread; 0 for
@@ -129,3 +131,47 @@ class Scale:
         """Standardised features, clipped to ±3; 0 where human texts do not vary at all."""
         z_TF = np.clip((features_TF - self.mean_F) / (self.spread_F + 0.001), -3.0, 3.0)
         return np.where(self.spread_F > 0, z_TF, 0.0)
+
+
+@dataclass(frozen=True)
+class StyleSpace:
+    """Standardised style features of whole windows, fitted on human text and then frozen, so that
+    every system is measured in the same space.
+
+    scale: of whole windows; its reliabilities are all 1, halves are not compared.
+    sigma: the median distance of two human texts, the width of the kernel of `two_sample.mmd2`.
+    words: of the windows, L.
+    """
+
+    scale: Scale
+    sigma: float
+    words: int
+
+    @classmethod
+    def fit(cls, reference: Windows) -> "StyleSpace":
+        """From human texts.
+
+        Raises:
+            ValueError: fewer than two that are long enough, or all alike.
+        """
+        features_TF = features(reference.whole().texts)
+        if len(features_TF) < 2:
+            raise ValueError(
+                f"human texts: got {len(features_TF)} of {reference.words} words; accepted: at "
+                "least 2."
+            )
+        ones_F = np.ones(features_TF.shape[1])
+        scale = Scale(features_TF.mean(axis=0), features_TF.std(axis=0), ones_F)
+        return cls(scale, median_distance(scale.z(features_TF)), reference.words)
+
+    def features(self, texts: Windows) -> NDArray[np.float64]:
+        """z, float64 [T, F], clipped to ±3, of the T texts that are long enough.
+
+        Raises:
+            ValueError: windows of another length.
+        """
+        if texts.words != self.words:
+            raise ValueError(
+                f"windows: got {texts.words} words; accepted: {self.words}, as the human texts."
+            )
+        return self.scale.z(features(texts.whole().texts))

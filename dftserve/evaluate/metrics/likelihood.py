@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.statistics import Estimate, over_units
+from dftserve.evaluate.metrics.intervals import Estimate, over_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

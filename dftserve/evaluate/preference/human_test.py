@@ -1,7 +1,7 @@
 """A blind test by people: which of two texts did a person write, or which one is preferred?
 
     page(pairs, Path("blind.html"), seed=7, title="Stories")    # and blind.html.key.json
-    print(verdict([Path("answers-….json")], Path("blind.html.key.json")).shown())
+    print(verdict([Path("answers-….json")], Path("blind.html.key.json")).render())
 
 Two-alternative forced choice. Where the share of the person's texts among the chosen ones is 1/2
 within a margin, the texts are as good as people's. That is shown by two one-sided exact binomial
@@ -27,8 +27,8 @@ from scipy import stats
 
 from dftserve import atomic, settings
 from dftserve.bounded_files import read_json
-from dftserve.evaluate.judge import Pair
-from dftserve.evaluate.statistics import Estimate, wilson
+from dftserve.evaluate.metrics.intervals import Estimate, wilson
+from dftserve.evaluate.preference.pairs import Pair
 
 QUESTIONS: Mapping[str, str] = {
     "person": "Which was written by a person?",
@@ -125,14 +125,14 @@ class Verdict:
         found = asdict(self) | {"equivalent": self.equivalent}
         return json.dumps(found, ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         points = f"{100 * self.margin:g} points of parity"
         said = "within" if self.equivalent else "not shown to be within"
         return "\n".join(
             [
                 f"{QUESTIONS[self.question]} {self.judgments} judgments of {self.trials} trials by "
                 f"{self.judges} judges",
-                f"chose the person's text: {self.share.shown()} (0.50 is parity; p against it "
+                f"chose the person's text: {self.share.render()} (0.50 is parity; p against it "
                 f"{self.p_half:.3g})",
                 f"{said} {points}: p {self.p_equivalent:.3g}, level {self.level:g}",
                 f"for {POWER:.0%} power: {self.needed} independent judgments",
@@ -164,7 +164,11 @@ def page(
     for each in (out, key_file):
         if each.exists():
             raise FileExistsError(f"{each} exists; choose another place, or remove it.")
-    template = resources.files("dftserve.evaluate").joinpath("blind.html").read_text("utf-8")
+    template = (
+        resources.files("dftserve.evaluate.preference")
+        .joinpath("human_test.html")
+        .read_text("utf-8")
+    )
     parts = {"__TITLE__": escape(title), "__DATA__": _in_script(data)}
     # In one pass: what a text says in the place of a mark stays a text.
     html = re.sub("|".join(parts), lambda found: parts[found[0]], template)

@@ -1,15 +1,15 @@
-"""How a causal language model takes human text, and an evaluation's answers beside it."""
+"""Likelihood of human text, and of an evaluation's answers, under a causal language model."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dftserve.evaluate import anchors as human_anchors
-from dftserve.evaluate.generate import said
-from dftserve.evaluate.likelihood import Surprisal, bits_of, surprisal_of, token_nats
-from dftserve.evaluate.statistics import Estimate
-from dftserve.evaluate.windows import Windows
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.grid import samples_by_level
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics.likelihood import Surprisal, bits_of, surprisal_of, token_nats
+from dftserve.evaluate.text.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Surprise:
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
-    def shown(self) -> str:
+    def render(self) -> str:
         lines = [
-            f"{self.model}: {self.bits_per_byte.shown(3)} bits per byte of held-out human text",
+            f"{self.model}: {self.bits_per_byte.render(3)} bits per byte of held-out human text",
             f"{'nats a token':20}{'mean':>24}{'spread':>24}",
             _line("human", self.human),
             *(_line(f"diversity {json.dumps(level)}", found) for level, found in self.answers),
@@ -42,9 +42,9 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
     Raises:
         ValueError: anchors, an evaluation or a model that cannot be taken.
     """
-    test = human_anchors.load(anchors).test
+    test = reference.load(anchors).test
     sets = [(None, test.texts)]
-    for level, samples in said(evaluation) if evaluation else []:
+    for level, samples in samples_by_level(evaluation) if evaluation else []:
         sets.append((level, Windows.of(samples, test.words).whole().texts))
     nats = iter(token_nats(model, [text for _, texts in sets for text in texts]))
     (_, human), *answers = [(level, [next(nats) for _ in texts]) for level, texts in sets]
@@ -57,4 +57,4 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
 
 
 def _line(name: str, found: Surprisal) -> str:
-    return f"{name:20}{found.mean.shown():>24}{found.sd.shown():>24}"
+    return f"{name:20}{found.mean.render():>24}{found.sd.render():>24}"

@@ -1,6 +1,6 @@
 """What stands between sandbox.py and untrusted code: a script that it starts, never imported.
 
-    python -I -S confine.py < order.json > report.json
+    python -I -S sandbox_init.py < order.json > report.json
 
 Namespaces of its own (mounts, processes, network, IPC; users too where we are not root), a root of
 its own that holds the interpreter read-only and one small tmpfs, an unprivileged user without

@@ -1,20 +1,21 @@
-"""Answers from a server: every prompt, several times, at each diversity of a grid.
+"""Request answers from a server: each prompt, several times, at each diversity of a grid.
 
 An answer is appended to `answers.jsonl` as soon as it is there. The same call goes on where it was
 stopped: what has been answered is not asked again, only what was under way when it stopped.
 """
 
-import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from dftserve import atomic
-from dftserve.bounded_files import open_growing, parse_json, read_json, shaped_as
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.windows import Sample
+from dftserve.bounded_files import read_json, shaped_as
+from dftserve.evaluate.generate.answers import AnswerStore, read
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.windows import Sample
+from dftserve.openai_client import Server, ServerError, ask_all
 from dftserve.spec import parse
 
 if TYPE_CHECKING:
@@ -24,16 +25,14 @@ ANSWERS = "answers.jsonl"
 ASKED = "asked.json"
 LARGEST_ASKED = 512 << 20
 """Bytes: the prompts are in it."""
-RETRIES = 4
-TIMEOUT_SECONDS = 600.0
 OURS = frozenset(
     ("model", "messages", "max_tokens", "temperature", "seed", "diversity", "n", "stream")
 )
 
 
 @dataclass(frozen=True)
-class Asking:
-    """What is asked of a model. Two runs with equal values ask the same."""
+class RequestGrid:
+    """The requests of a run. Two runs with equal values send the same requests."""
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -103,7 +102,7 @@ class Answer:
     place: int
     sample: int
     text: str
-    finish_reason: str
+    finish_reason: str | None
     tokens: int
     figures: dict[str, float] | None
     """The answer's own `diversity.choices[0]`; None where the field was off."""
@@ -114,11 +113,10 @@ class Answer:
 
 
 def generate(
-    asking: Asking,
+    request_grid: RequestGrid,
     folder: Path,
     *,
-    url: str,
-    api_key: str,
+    server: Server,
     concurrency: int,
     tick: Callable[[], object],
 ) -> list[Answer]:
@@ -128,31 +126,32 @@ def generate(
         tick: called after each answer that came.
 
     Raises:
-        ValueError: the folder holds the answers to something else, or the server refuses.
-        RuntimeError: the server cannot be reached, or answers with something else.
+        ValueError: the folder holds the answers to something else, another run writes to it, or
+            the server refuses.
+        ServerError: the server cannot be reached, or answers with something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _agree(asking, folder / ASKED)
-    known = {answer.key: answer for answer in _read(folder / ANSWERS)}
-    missing = [request for request in asking.requests() if request.key not in known]
-    if missing:
-        with open_growing(folder / ANSWERS, largest=atomic.LARGEST_LINES) as file:
+    with AnswerStore(folder / ANSWERS, Answer) as store:
+        _agree(request_grid, folder / ASKED)
+        known = {answer.key: answer for answer in store.rows}
+        missing = [request for request in request_grid.requests() if request.key not in known]
 
-            def keep(answer: Answer) -> None:
-                _append(file, answer)
-                known[answer.key] = answer
-                tick()
+        async def ask(client: "AsyncOpenAI", request: Request) -> None:
+            answer = await _ask(client, server, request_grid, request)
+            store.append(answer)
+            known[answer.key] = answer
+            tick()
 
-            asyncio.run(_ask_all(asking, missing, url, api_key, concurrency, keep))
-    return [known[request.key] for request in asking.requests()]
+        if missing:
+            ask_all(server, missing, ask, concurrency)
+    return [known[request.key] for request in request_grid.requests()]
 
 
-def answered(folder: Path) -> int:
+def count_answers(folder: Path) -> int:
     """How many answers a folder holds."""
-    return len(_read(folder / ANSWERS))
+    return len(read(folder / ANSWERS, Answer))
 
 
-def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
+def samples_by_level(folder: Path) -> list[tuple[Any, list[Sample]]]:
     """The answers that a folder holds, by the diversity that they were asked at.
 
     Raises:
@@ -164,7 +163,7 @@ def said(folder: Path) -> list[tuple[Any, list[Sample]]]:
     with shaped_as(folder, "the OUT of `dftserve evaluate`"):
         prompts = [prompt["text"] for prompt in asked["prompts"]]
         levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
-        for answer in _read(folder / ANSWERS):
+        for answer in read(folder / ANSWERS, Answer):
             levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
     return levels
 
@@ -184,8 +183,8 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
     return asked
 
 
-def _agree(asking: Asking, path: Path) -> None:
-    wanted = json.loads(json.dumps(asdict(asking)))
+def _agree(request_grid: RequestGrid, path: Path) -> None:
+    wanted = json.loads(json.dumps(asdict(request_grid)))
     before = read_asked(path.parent)
     if before is None:
         atomic.write_text(path, json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
@@ -202,65 +201,16 @@ def _agree(asking: Asking, path: Path) -> None:
         )
 
 
-def _read(path: Path) -> list[Answer]:
-    answers = []
-    for number, line in enumerate(atomic.read_lines(path), 1):
-        where = f"{path}, line {number}"
-        with shaped_as(where, "an answer, as `dftserve evaluate` keeps them"):
-            answers.append(Answer(**parse_json(line, where)))
-    return answers
-
-
-def _append(file: BinaryIO, answer: Answer) -> None:
-    file.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
-    file.flush()
-
-
-async def _ask_all(
-    asking: Asking,
-    missing: Sequence[Request],
-    url: str,
-    api_key: str,
-    concurrency: int,
-    keep: Callable[[Answer], None],
-) -> None:
-    from openai import AsyncOpenAI
-
-    waiting = iter(missing)
-    async with AsyncOpenAI(
-        base_url=url, api_key=api_key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS
-    ) as client:
-
-        async def work() -> None:
-            for request in waiting:
-                keep(await _ask(client, asking, request))
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, len(missing))):
-                    group.create_task(work())
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-
-
-async def _ask(client: "AsyncOpenAI", asking: Asking, request: Request) -> Answer:
-    import openai
-
-    try:
-        answer = await client.chat.completions.create(**asking.request_body(request))
-    except openai.BadRequestError as error:
-        raise ValueError(f"the server refuses: {error.message}") from None
-    except openai.APIConnectionError as error:
-        raise RuntimeError(
-            f"{client.base_url}: no answer ({error.__cause__ or error}); is the server running?"
-        ) from None
-    except openai.APIStatusError as error:
-        raise RuntimeError(f"the server answered {error.status_code}: {error.message}") from None
-    choice = answer.choices[0]
+async def _ask(
+    client: "AsyncOpenAI", server: Server, request_grid: RequestGrid, request: Request
+) -> Answer:
+    with server.errors():
+        answer = await client.chat.completions.create(**request_grid.request_body(request))
+    choice = server.choices(answer)[0]
     report = (answer.model_extra or {}).get("diversity")
-    wanted = parse(asking.grid[request.level])
+    wanted = parse(request_grid.grid[request.level])
     if report is None and not wanted.is_off:
-        raise RuntimeError(
+        raise ServerError(
             "the server answers without a `diversity` object: the plug-in is not there. "
             "`dftserve doctor --url` says why."
         )

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 from scipy.spatial import distance
 
-from dftserve.evaluate.diversity import gram_counts
-from dftserve.evaluate.statistics import LEVEL, Estimate
+from dftserve.evaluate.metrics.intervals import LEVEL, Estimate
+from dftserve.evaluate.metrics.lexical import gram_counts
 
 NULL_LEVEL = 0.95
 PENALTY = 1.0

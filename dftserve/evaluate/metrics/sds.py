@@ -5,7 +5,7 @@
     V = √(v / v_human)              reliable style variance between texts: what both halves of a
                                     text agree on. Copies have none; in word soup the halves agree
                                     on nothing.
-    P = ln o / ln o_human           phrases that come back from text to text (`sharing`)
+    P = ln o / ln o_human           phrases that come back from text to text (`overlap`)
     q = pass rate / human's         the share of texts whose word order carries at least half of
                                     the information that it carries in human text (`coherence`)
 
@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.coherence import PASS, Gate
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.statistics import Estimate, estimate, resamples
-from dftserve.evaluate.style import Scale, features
-from dftserve.evaluate.text import tokens, words
-from dftserve.evaluate.windows import LEAST_TEXTS, Windows
+from dftserve.evaluate.metrics.coherence import PASS, CoherenceFilter
+from dftserve.evaluate.metrics.intervals import Estimate, estimate, resamples
+from dftserve.evaluate.metrics.overlap import ngram_overlap
+from dftserve.evaluate.metrics.stylometry import Scale, features
+from dftserve.evaluate.text.tokenize import tokens, words
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Windows
 
-LEAST_SHARING = 1e-4
+LEAST_OVERLAP = 1e-4
 """Two short texts that share nothing by luck are not infinitely varied."""
 
 
@@ -45,19 +45,19 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Ruler:
+class SDSReference:
     """What human text gives to measure by, frozen."""
 
     words: int
     """Of a window; other windows cannot be measured."""
     scale: Scale
-    gate: Gate
+    coherence_filter: CoherenceFilter
     by_prompt: bool
     human: Spread
     """Of human texts that neither the scale nor the bigrams were made from."""
 
     @classmethod
-    def fit(cls, reference: Windows, calibration: Windows) -> "Ruler":
+    def fit(cls, reference: Windows, calibration: Windows) -> "SDSReference":
         """From two disjoint sets of human texts.
 
         Raises:
@@ -65,10 +65,10 @@ class Ruler:
         """
         first, second = reference.halves()
         scale = Scale.fit(features(first), features(second))
-        gate = Gate.fit(_words(reference), _words(calibration))
+        coherence_filter = CoherenceFilter.fit(_words(reference), _words(calibration))
         grouped = sum(len(places) for places in calibration.answered().values())
         by_prompt = 2 * grouped >= len(calibration)
-        observed = _Observed.of(calibration, scale, gate, by_prompt)
+        observed = _Observed.of(calibration, scale, coherence_filter, by_prompt)
         human = observed.spread(np.ones((1, observed.units)))
         if not (human.variance > 0 and human.sharing < 1 and human.passed > 0):
             raise ValueError(
@@ -76,7 +76,7 @@ class Ruler:
                 f"{float(human.sharing[0]):.4f}, {float(human.passed[0]):.0%} coherent; accepted: "
                 "different texts by different people, in English."
             )
-        return cls(reference.words, scale, gate, by_prompt, human)
+        return cls(reference.words, scale, coherence_filter, by_prompt, human)
 
 
 @dataclass(frozen=True)
@@ -92,32 +92,34 @@ class Score:
     """q."""
     texts: int
     short: int
-    """Of these, shorter than the window: they fail the gate."""
+    """Of these, shorter than the window: they do not pass the filter."""
     by_prompt: bool
     drawn: tuple[float, ...] = field(default=(), repr=False)
     """The score of each bootstrap resample: two runs over the same prompts are compared in pairs,
     as the resamples are the same."""
 
 
-def score(texts: Windows, ruler: Ruler) -> Score:
+def score(texts: Windows, reference: SDSReference) -> Score:
     """The score of a system's texts.
 
     Raises:
         ValueError: windows of another length, fewer than eight texts that are long enough, or no
             prompt with as many.
     """
-    if texts.words != ruler.words:
+    if texts.words != reference.words:
         raise ValueError(
-            f"windows: got {texts.words} words; accepted: {ruler.words}, as the human texts."
+            f"windows: got {texts.words} words; accepted: {reference.words}, as the human texts."
         )
-    observed = _Observed.of(texts, ruler.scale, ruler.gate, ruler.by_prompt)
-    here = _parts(observed.spread(np.ones((1, observed.units))), ruler.human)
-    drawn = _parts(observed.spread(resamples(observed.units)), ruler.human)
+    observed = _Observed.of(texts, reference.scale, reference.coherence_filter, reference.by_prompt)
+    here = _parts(observed.spread(np.ones((1, observed.units))), reference.human)
+    drawn = _parts(observed.spread(resamples(observed.units)), reference.human)
     sds, variety, wording, coherence = (
         estimate(float(value[0]), draws_D) for value, draws_D in zip(here, drawn, strict=True)
     )
     scores = tuple(round(float(draw), 3) for draw in drawn[0])
-    return Score(sds, variety, wording, coherence, len(texts), texts.short, ruler.by_prompt, scores)
+    return Score(
+        sds, variety, wording, coherence, len(texts), texts.short, reference.by_prompt, scores
+    )
 
 
 def _parts(spread: Spread, human: Spread) -> tuple[NDArray, NDArray, NDArray, NDArray]:
@@ -131,7 +133,7 @@ def _parts(spread: Spread, human: Spread) -> tuple[NDArray, NDArray, NDArray, ND
 
 def _unlike(sharing: NDArray) -> NDArray:
     """−ln o: 0 where every phrase is shared."""
-    return np.abs(np.log(np.maximum(sharing, LEAST_SHARING)))
+    return np.abs(np.log(np.maximum(sharing, LEAST_OVERLAP)))
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,21 @@ class _Observed:
     first_TF: NDArray[np.float64]
     second_TF: NDArray[np.float64]
     """z of the halves, scaled so that their inner product is the reliable covariance."""
-    sharing_TT: NDArray[np.float64]
+    overlap_TT: NDArray[np.float64]
     passed_T: NDArray[np.float64]
     groups: Sequence[NDArray[np.intp]]
 
     @classmethod
-    def of(cls, texts: Windows, scale: Scale, gate: Gate, by_prompt: bool) -> "_Observed":
+    def of(
+        cls, texts: Windows, scale: Scale, coherence_filter: CoherenceFilter, by_prompt: bool
+    ) -> "_Observed":
         groups = _groups(texts, by_prompt)
         weight_F = np.sqrt(scale.reliability_F / scale.reliability_F.sum())
         first_TF, second_TF = (scale.z(features(half)) * weight_F for half in texts.halves())
-        passed = [bool(said) and gate.coherence(said) >= PASS for said in _words(texts)]
-        sharing_TT = sharing([tokens(text) for text in texts.texts])
-        np.fill_diagonal(sharing_TT, 0.0)
-        return cls(first_TF, second_TF, sharing_TT, np.array(passed, float), groups)
+        passed = [bool(said) and coherence_filter.coherence(said) >= PASS for said in _words(texts)]
+        overlap_TT = ngram_overlap([tokens(text) for text in texts.texts])
+        np.fill_diagonal(overlap_TT, 0.0)
+        return cls(first_TF, second_TF, overlap_TT, np.array(passed, float), groups)
 
     @property
     def units(self) -> int:
@@ -178,7 +182,7 @@ class _Observed:
         pairs_D = total_D**2 - (w_DN**2).sum(axis=1)
         products_D = w_DN @ (first_NF * second_NF).sum(axis=1)
         means_D = ((w_DN @ first_NF) * (w_DN @ second_NF)).sum(axis=1)
-        shared_D = ((w_DN @ self.sharing_TT[np.ix_(group, group)]) * w_DN).sum(axis=1)
+        shared_D = ((w_DN @ self.overlap_TT[np.ix_(group, group)]) * w_DN).sum(axis=1)
         some_D = pairs_D > 0
         pairs_D = np.where(some_D, pairs_D, 1.0)
         return Spread(

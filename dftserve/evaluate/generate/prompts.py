@@ -1,4 +1,4 @@
-"""What a model is asked: prompts from a file.
+"""Prompts from a file.
 
 .txt      one a line
 .jsonl    one object a line: `prompt`, and `system` where there is one; other fields are kept

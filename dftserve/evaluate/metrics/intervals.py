@@ -1,4 +1,4 @@
-"""Intervals and tests that the measures share. Every number that is shown has one of these."""
+"""Confidence intervals and significance tests that the metrics share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Estimate:
     left_out: tuple[float, ...] = field(default=(), repr=False)
     """The value without each tenth of the texts, where the interval comes from these."""
 
-    def shown(self, digits: int = 2) -> str:
+    def render(self, digits: int = 2) -> str:
         if self.low is None or self.high is None:
             return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"

@@ -21,12 +21,12 @@ from dftserve import atomic
 from dftserve.bounded_files import FileError, advised, lines, parse_json, read_json, shaped_as
 from dftserve.corpus.read import read
 from dftserve.digest import digest_of
-from dftserve.evaluate.sds import Ruler, Score, score
-from dftserve.evaluate.sharing import sharing
-from dftserve.evaluate.style import function_share
-from dftserve.evaluate.text import tokens
-from dftserve.evaluate.windows import LEAST_WORDS, WORDS, Sample, Windows
-from dftserve.evaluate.windows import pieces as cut
+from dftserve.evaluate.metrics.overlap import ngram_overlap
+from dftserve.evaluate.metrics.sds import Score, SDSReference, score
+from dftserve.evaluate.metrics.stylometry import function_share
+from dftserve.evaluate.text.tokenize import tokens
+from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample, Windows
+from dftserve.evaluate.text.windows import pieces as cut
 
 FORMAT = "dftserve-anchors-1"
 FILE = "anchors.json"
@@ -54,7 +54,7 @@ class Anchors:
     """Texts that were left out, by reason: `short`, `copies`, `alone` (their prompt has too few
     where others have enough)."""
     splits: dict[str, Windows]
-    ruler: Ruler
+    sds_reference: SDSReference
     human: Score
     """Of the `test` split."""
 
@@ -174,17 +174,17 @@ def load(folder: Path) -> Anchors:
     return anchors
 
 
-def shown(anchors: Anchors) -> str:
+def render(anchors: Anchors) -> str:
     """For a terminal."""
     counts = ", ".join(f"{len(split)} {name}" for name, split in anchors.splits.items())
     dropped = ", ".join(f"{count} {reason}" for reason, count in anchors.dropped.items() if count)
     score = anchors.human
-    pairs = "within prompts" if anchors.ruler.by_prompt else "between all texts"
+    pairs = "within prompts" if anchors.sds_reference.by_prompt else "between all texts"
     return (
         f"{counts}, of {anchors.words} words each; left out: {dropped or 'none'}; "
         f"compared {pairs}.\n"
-        f"Held-out human text scores {score.sds.shown(1)}: V {score.variety.shown()}, "
-        f"P {score.wording.shown()}, q {score.coherence.shown()}."
+        f"Held-out human text scores {score.sds.render(1)}: V {score.variety.render()}, "
+        f"P {score.wording.render()}, q {score.coherence.render()}."
     )
 
 
@@ -215,7 +215,7 @@ def _in_order(windows: Windows, seed: int) -> Windows:
 
 
 def _originals(windows: Windows) -> list[int]:
-    shared_TT = sharing([tokens(text) for text in windows.texts])
+    shared_TT = ngram_overlap([tokens(text) for text in windows.texts])
     kept: list[int] = []
     for place in range(len(windows)):
         if not kept or shared_TT[place, kept].max() <= COPY:
@@ -265,8 +265,8 @@ def _refuse_foreign(windows: Windows) -> None:
 
 
 def _measured(seed: int, dropped: dict[str, int], splits: dict[str, Windows]) -> Anchors:
-    ruler = Ruler.fit(splits["reference"], splits["calibration"])
-    return Anchors(seed, dropped, splits, ruler, score(splits["test"], ruler))
+    sds_reference = SDSReference.fit(splits["reference"], splits["calibration"])
+    return Anchors(seed, dropped, splits, sds_reference, score(splits["test"], sds_reference))
 
 
 def _about(anchors: Anchors) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _about(anchors: Anchors) -> dict[str, Any]:
         "format": FORMAT,
         "words": anchors.words,
         "seed": anchors.seed,
-        "by_prompt": anchors.ruler.by_prompt,
+        "by_prompt": anchors.sds_reference.by_prompt,
         "texts": {name: len(split) for name, split in anchors.splits.items()},
         "dropped": anchors.dropped,
         "human": human,

@@ -1,4 +1,4 @@
-"""Every measure of a set of texts, beside the same measure of human text.
+"""All metrics of a set of texts, computed beside the same metrics of human text.
 
 Many depend on the length and the number of texts: both sides are cut to the same.
 """
@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist, squareform
 
-from dftserve.evaluate import distance, diversity, slop
-from dftserve.evaluate.embed import Embedder
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.statistics import (
+from dftserve.evaluate.metrics import lexical, slop, two_sample
+from dftserve.evaluate.metrics.intervals import (
     GROUPS,
     Estimate,
     from_left_out,
@@ -22,8 +20,10 @@ from dftserve.evaluate.statistics import (
     mean,
     tenths,
 )
-from dftserve.evaluate.text import sentences, tokens, words
-from dftserve.evaluate.windows import LEAST_TEXTS, Windows
+from dftserve.evaluate.metrics.stylometry import StyleSpace
+from dftserve.evaluate.text.embeddings import Embedder
+from dftserve.evaluate.text.tokenize import sentences, tokens, words
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Windows
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ MEASURES = {
 class Instruments:
     """What measuring needs beside the texts, frozen for a whole evaluation."""
 
-    frame: Frame
+    style_space: StyleSpace
     phrases: slop.Phrases
     embed: Embedder | None
     """None: nothing is said about meaning."""
@@ -91,22 +91,24 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
             measures of a set to be comparable.
     """
     said = [tokens(text) for text in texts.texts]
-    style_TF, human_TF = with_.frame.features(texts), with_.frame.features(human)
-    kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * with_.frame.sigma**2))
+    style_TF, human_TF = with_.style_space.features(texts), with_.style_space.features(human)
+    kernel_TT = np.exp(
+        -squareform(pdist(style_TF, "sqeuclidean")) / (2 * with_.style_space.sigma**2)
+    )
     found = {
-        **_apart(style_TF, human_TF, with_.frame.sigma, "style"),
+        **_apart(style_TF, human_TF, with_.style_space.sigma, "style"),
         **_frequencies(said, [tokens(text) for text in human.texts]),
         "slop": slop.rate(texts.texts, with_.phrases),
         "contrast": slop.contrast_rate(texts.texts),
         **_wording(texts, said),
-        "vendi_style": _of_set(texts, lambda at: diversity.vendi(_square(kernel_TT, at), q=2)),
+        "vendi_style": _of_set(texts, lambda at: lexical.vendi(_square(kernel_TT, at), q=2)),
         "burstiness": _burstiness(texts),
     }
     if with_.embed is not None:
         meaning_TF, human_TF = with_.embed(texts.texts), with_.embed(human.texts)
-        found |= _apart(meaning_TF, human_TF, distance.median_distance(human_TF), "meaning")
+        found |= _apart(meaning_TF, human_TF, two_sample.median_distance(human_TF), "meaning")
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
-        found["vendi_meaning"] = _of_set(texts, lambda at: diversity.vendi(_square(cosine_TT, at)))
+        found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
     return {name: found[name] for name in MEASURES if name in found}
 
@@ -116,12 +118,12 @@ def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> E
 
 
 def _apart(x_TF: NDArray, human_TF: NDArray, sigma: float, space: str) -> dict[str, Estimate]:
-    mmd = distance.mmd_test(x_TF, human_TF, sigma)
-    near = jackknife(len(x_TF), lambda at: _root(distance.mmd2(x_TF[at], human_TF, sigma)))
+    mmd = two_sample.mmd_test(x_TF, human_TF, sigma)
+    near = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
     return {
         f"mmd_{space}": near,
         f"mmd_{space}_p": Estimate(mmd.p, None, None),
-        f"c2st_{space}": distance.c2st(human_TF, x_TF),
+        f"c2st_{space}": two_sample.c2st(human_TF, x_TF),
     }
 
 
@@ -133,28 +135,26 @@ def _frequencies(
     said: Sequence[Sequence[str]], human: Sequence[Sequence[str]]
 ) -> dict[str, Estimate]:
     parts_T = np.concatenate((tenths(len(said)), np.full(len(human), GROUPS)))
-    counts_KV = diversity.gram_counts([*said, *human], 1, parts_T)
+    counts_KV = lexical.gram_counts([*said, *human], 1, parts_T)
     own_KV, human_V = counts_KV[:-1], counts_KV[-1]
 
     def of(place: int) -> Estimate:
-        return _without_each(own_KV, lambda c: distance.frequency_distances(c, human_V)[place])
+        return _without_each(own_KV, lambda c: two_sample.frequency_distances(c, human_V)[place])
 
     return {"token_l2": of(0), "token_js": of(1)}
 
 
 def _wording(texts: Windows, said: Sequence[Sequence[str]]) -> dict[str, Estimate]:
     tenth_T = tenths(len(said))
-    words_KV = diversity.gram_counts([words(text) for text in texts.texts], 1, tenth_T)
-    bleu_T, repetition_T = diversity.self_bleus(said), diversity.self_repetitions(said)
+    words_KV = lexical.gram_counts([words(text) for text in texts.texts], 1, tenth_T)
+    bleu_T, repetition_T = lexical.self_bleus(said), lexical.self_repetitions(said)
     return {
-        "distinct_1": _without_each(words_KV, diversity.distinct),
-        "distinct_3": _without_each(diversity.gram_counts(said, 3, tenth_T), diversity.distinct),
+        "distinct_1": _without_each(words_KV, lexical.distinct),
+        "distinct_3": _without_each(lexical.gram_counts(said, 3, tenth_T), lexical.distinct),
         "self_bleu": _of_set(texts, lambda at: bleu_T[at].mean()),
-        "compression": _of_set(
-            texts, lambda at: diversity.compression_ratio(_pick(texts.texts, at))
-        ),
+        "compression": _of_set(texts, lambda at: lexical.compression_ratio(_pick(texts.texts, at))),
         "self_repetition": _of_set(texts, lambda at: repetition_T[at].mean()),
-        "zipf": _without_each(words_KV, diversity.slope_on_rank),
+        "zipf": _without_each(words_KV, lexical.slope_on_rank),
     }
 
 
@@ -171,13 +171,13 @@ def _pick(items: Sequence[T], at: NDArray[np.intp]) -> list[T]:
 
 def _burstiness(texts: Windows) -> Estimate:
     lengths_T = [[len(words(each)) for each in sentences(text)] for text in texts.texts]
-    return _of_set(texts, lambda at: diversity.burstiness(np.concatenate(_pick(lengths_T, at))))
+    return _of_set(texts, lambda at: lexical.burstiness(np.concatenate(_pick(lengths_T, at))))
 
 
 def _classes(texts: Windows, cosine_TT: NDArray[np.float64]) -> dict[str, Estimate]:
     """Only where prompts have enough answers to compare."""
     kinds = [
-        diversity.distinct_k(diversity.classes(_square(cosine_TT, at), SAME_MEANING), LEAST_TEXTS)
+        lexical.distinct_k(lexical.classes(_square(cosine_TT, at), SAME_MEANING), LEAST_TEXTS)
         for at in map(np.array, texts.answered().values())
     ]
     if not kinds:

@@ -1,4 +1,4 @@
-"""Does the order of the words carry information? The gate that word soup does not pass.
+"""A filter for word salad: does the order of the words carry information?
 
     gain(text) = mean over t of ln p(w_t | w_{t-1}) / p(w_t)
 
@@ -57,7 +57,7 @@ LEAST_GAIN = 0.1
 
 
 @dataclass(frozen=True)
-class Gate:
+class CoherenceFilter:
     """The bigram model and the two ends of its scale, in nats a word."""
 
     bigrams: Bigrams
@@ -69,7 +69,7 @@ class Gate:
     @classmethod
     def fit(
         cls, reference: Sequence[Sequence[str]], calibration: Sequence[Sequence[str]], seed: int = 0
-    ) -> "Gate":
+    ) -> "CoherenceFilter":
         """From the words of reference texts, and of other human texts.
 
         Raises:

@@ -11,7 +11,14 @@ from pathlib import Path
 import click
 
 from dftserve.bounded_files import parse_json
-from dftserve.commandline import api_key_of, usage_errors
+from dftserve.commandline import usage_errors
+
+_key = click.option(
+    "--api-key-env",
+    "key_variable",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
 
 
 class _OrRun(click.Group):
@@ -49,23 +56,22 @@ def evaluate() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@_key
 @click.option("--concurrency", type=int, default=16, show_default=True)
 @click.option("--phrases", type=click.Path(path_type=Path), help="Phrases to count. Default: ours.")
 @click.option("--embeddings", metavar="MODEL|installed", help="Also measure meaning.")
-def evaluate_run(flags: tuple[str, ...], grid: str, body: str, api_key_env: str, **options) -> None:
+def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> None:
     """Ask MODEL_OR_URL at each diversity, measure the answers beside human text, write a report.
 
     A checkpoint is served for the time being. The same command goes on where it was stopped.
     """
     with usage_errors():
-        from dftserve.evaluate.evaluation import Job, evaluate
-        from dftserve.evaluate.report import REPORT, as_text, write
+        from dftserve.evaluate.report.html import REPORT, as_text, write
+        from dftserve.evaluate.run import Job, evaluate
 
         job = Job(
             grid=_grid(grid),
             body=_object(body, "--body"),
-            api_key=api_key_of(api_key_env),
             serve_flags=flags,
             **options,
         )
@@ -83,10 +89,10 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, api_key_env: str,
 def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
     """Pair two runs over the same prompts: A and B are their result.json."""
     with usage_errors():
-        from dftserve.evaluate.compare import compare
+        from dftserve.evaluate.report.compare import compare
 
         compared = compare(a, b)
-        click.echo(compared.as_json() if as_json else compared.shown())
+        click.echo(compared.as_json() if as_json else compared.render())
 
 
 @evaluate.command("accuracy")
@@ -101,10 +107,10 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--model", help="As the server names it. Default: its first.")
 @click.option("--completions", is_flag=True, help="For a base model, without a chat template.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@_key
 @click.option("--concurrency", "at_once", type=int, default=16, show_default=True)
 @click.option("--unsafe-no-sandbox", is_flag=True, help="Run what the model wrote as yourself.")
-def accuracy(grid: str, tasks: str, api_key_env: str, completions: bool, **options) -> None:
+def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
     """Ask the server at URL questions with an answer, at each diversity: what does it cost?
 
     MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own.
@@ -116,7 +122,6 @@ def accuracy(grid: str, tasks: str, api_key_env: str, completions: bool, **optio
             grid=_numbers(grid),
             tasks=tuple(tasks.split(",")),
             is_chat=not completions,
-            api_key=api_key_of(api_key_env),
             **options,
         )
         click.echo(run(job, lambda line: click.echo(line, err=True)))
@@ -134,11 +139,9 @@ def accuracy(grid: str, tasks: str, api_key_env: str, completions: bool, **optio
 @click.option("--max-tokens", type=int, help="Of an answer. Default: what each task says.")
 @click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@_key
 @click.option("--concurrency", type=int, default=16, show_default=True)
-def benchmark(
-    flags: tuple[str, ...], grid: str, tasks: str, body: str, api_key_env: str, **options
-) -> None:
+def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **options) -> None:
     """The Style Diversity Benchmark: stories, essays, and the same meaning in other words."""
     with usage_errors():
         from dftserve.evaluate.benchmark.run import Job, run
@@ -147,7 +150,6 @@ def benchmark(
             grid=_grid(grid),
             tasks=tuple(tasks.split(",")),
             body=_object(body, "--body"),
-            api_key=api_key_of(api_key_env),
             serve_flags=flags,
             **options,
         )
@@ -166,11 +168,11 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
     with usage_errors():
         from transformers.utils import logging
 
-        from dftserve.evaluate.surprise import surprise
+        from dftserve.evaluate.perplexity import surprise
 
         logging.disable_progress_bar()
         found = surprise(model, anchors, answers)
-        click.echo(found.as_json() if as_json else found.shown())
+        click.echo(found.as_json() if as_json else found.render())
 
 
 @evaluate.command("judge")
@@ -178,7 +180,7 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
 @click.option("--human", required=True, type=click.Path(path_type=Path), help="Human answers.")
 @click.option("--url", required=True, help="Of the judge.")
 @click.option("--judge", "model", required=True, help="As its server names it.")
-@click.option("--api-key-env", metavar="NAME", help="The variable that holds the judge's key.")
+@_key
 @click.option("--diversity", type=float, default=0.0, show_default=True, help="Of the grid.")
 @click.option("--words", type=int, default=120, show_default=True, help="Of each text.")
 @click.option("--rubric", type=click.Path(path_type=Path), help="In place of ours.")
@@ -190,7 +192,7 @@ def judge(
     human: Path,
     url: str,
     model: str,
-    api_key_env: str | None,
+    key_variable: str | None,
     diversity: float,
     words: int,
     rubric: Path | None,
@@ -200,20 +202,20 @@ def judge(
 ) -> None:
     """Let a model judge the answers in OUT against people's to the same prompts (JMQ)."""
     with usage_errors():
-        from dftserve.evaluate.judge import RUBRIC, Judge, judged, read_rubric
-        from dftserve.evaluate.pairs import pairs
+        from dftserve.evaluate.preference.judge import RUBRIC, Judge, judged, read_rubric
+        from dftserve.evaluate.preference.pairs import pairs
         from dftserve.serve import base_url
 
         asked = Judge(
             base_url=base_url(url),
             model=model,
-            key_variable=api_key_env,
+            key_variable=key_variable,
             rubric=read_rubric(rubric) if rubric else RUBRIC,
             max_tokens=max_tokens,
             at_once=concurrency,
         )
         found = judged(pairs(out, human, diversity, words), asked, out / "judged.jsonl")
-        click.echo(found.as_json() if as_json else found.shown())
+        click.echo(found.as_json() if as_json else found.render())
 
 
 @evaluate.group("blind")
@@ -242,8 +244,8 @@ def blind_page(
 ) -> None:
     """Write the test of the answers in OUT as one HTML file, and its key beside it."""
     with usage_errors():
-        from dftserve.evaluate.blind import KEY, page
-        from dftserve.evaluate.pairs import pairs
+        from dftserve.evaluate.preference.human_test import KEY, page
+        from dftserve.evaluate.preference.pairs import pairs
 
         found = pairs(out, human, diversity, words)
         page(found, html, seed=seed, title=title, question=question)
@@ -258,10 +260,10 @@ def blind_page(
 def blind_verdict(key: Path, answers: tuple[Path, ...], margin: float, as_json: bool) -> None:
     """Join exported ANSWERS with the page's KEY, and test for parity."""
     with usage_errors():
-        from dftserve.evaluate.blind import verdict
+        from dftserve.evaluate.preference.human_test import verdict
 
         found = verdict(answers, key, margin=margin)
-        click.echo(found.as_json() if as_json else found.shown())
+        click.echo(found.as_json() if as_json else found.render())
 
 
 @evaluate.group("anchors")
@@ -278,13 +280,13 @@ def evaluate_anchors() -> None:
 def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -> None:
     """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl, .parquet, or a folder."""
     with usage_errors():
-        from dftserve.evaluate import anchors
+        from dftserve.evaluate import reference
 
-        found = anchors.samples(corpus, words=words, pieces=pieces)
+        found = reference.samples(corpus, words=words, pieces=pieces)
         click.echo(f"{len(found)} texts of {len({each.source for each in found})} works.")
-        built = anchors.build(found, words=words, seed=seed)
-        anchors.save(built, out)
-        click.echo(anchors.shown(built))
+        built = reference.build(found, words=words, seed=seed)
+        reference.save(built, out)
+        click.echo(reference.render(built))
 
 
 @evaluate_anchors.command("inspect")
@@ -292,9 +294,9 @@ def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -
 def anchors_inspect(folder: Path) -> None:
     """Say what the anchors in FOLDER are made of, and what people score."""
     with usage_errors():
-        from dftserve.evaluate import anchors
+        from dftserve.evaluate import reference
 
-        click.echo(anchors.shown(anchors.load(folder)))
+        click.echo(reference.render(reference.load(folder)))
 
 
 def _grid(text: str) -> tuple[object, ...]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.evaluate.evaluation import BIN_NATS, Entropy, Level, Result
-from dftserve.evaluate.measures import MEASURES
-from dftserve.evaluate.sds import Score
-from dftserve.evaluate.statistics import Estimate
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics.sds import Score
+from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.report.results import BIN_NATS, Entropy, Level, Result
 from dftserve.page import bars, note, page, section, table
 
 REPORT = "report.html"
@@ -83,12 +83,12 @@ def _cut(result: Result) -> str:
     return f"Whole answers; their first {result.anchors['words']} words were measured."
 
 
-def shown(diversity: Any) -> str:
+def render(diversity: Any) -> str:
     return f"{diversity:g}" if isinstance(diversity, int | float) else json.dumps(diversity)
 
 
 def _sides(result: Result) -> list[tuple[str, Any]]:
-    levels = [(f"diversity {shown(level.diversity)}", level.side) for level in result.levels]
+    levels = [(f"diversity {render(level.diversity)}", level.side) for level in result.levels]
     return [("human", result.human), *levels]
 
 
@@ -98,7 +98,7 @@ def _head(result: Result) -> list[str]:
 
 def _score_rows(result: Result) -> list[list[str]]:
     def cell(score: Score, part: str, digits: int) -> str:
-        return getattr(score, part).shown(digits)
+        return getattr(score, part).render(digits)
 
     return [
         [title, about, *(cell(side.score, part, digits) for _, side in _sides(result))]
@@ -112,7 +112,7 @@ def _measure_rows(result: Result) -> list[list[str]]:
             measure.title,
             measure.about,
             *(
-                side.measures[name].shown(measure.digits) if name in side.measures else "–"
+                side.measures[name].render(measure.digits) if name in side.measures else "–"
                 for _, side in _sides(result)
             ),
         ]
@@ -127,13 +127,13 @@ _RUN_HEAD = ("diversity", "texts", "too short", "unfinished", "tokens", "entropy
 def _run_row(level: Level) -> list[str]:
     entropy = level.entropy
     return [
-        shown(level.diversity),
+        render(level.diversity),
         f"{level.side.score.texts}",
         f"{level.side.score.short}",
         f"{level.unfinished}",
-        level.tokens.shown(0),
-        "off" if entropy is None else f"{entropy.before.shown()} → {entropy.after.shown()}",
-        "–" if entropy is None else entropy.temperature.shown(),
+        level.tokens.render(0),
+        "off" if entropy is None else f"{entropy.before.render()} → {entropy.after.render()}",
+        "–" if entropy is None else entropy.temperature.render(),
     ]
 
 
@@ -145,7 +145,7 @@ def _entropies(level: Level) -> str:
         for counts in (entropy.histogram_before, entropy.histogram_after)
     )
     return section(
-        f"Mean entropy of the answers at diversity {shown(level.diversity)}",
+        f"Mean entropy of the answers at diversity {render(level.diversity)}",
         note("Answers by their mean next-token entropy in nats: before, then after heating."),
         f'<div class="side">{bars(before)}{bars(after)}</div>',
     )
@@ -166,7 +166,7 @@ def _samples(result: Result) -> list[str]:
     parts = []
     for place, (prompt, _) in enumerate(result.levels[0].samples):
         texts = "".join(
-            f'<div class="sample"><b>diversity {escape(shown(level.diversity))}</b>\n\n'
+            f'<div class="sample"><b>diversity {escape(render(level.diversity))}</b>\n\n'
             f"{escape(level.samples[place][1])}</div>"
             for level in result.levels
         )
@@ -226,7 +226,7 @@ def _point(name: str, across: Estimate, up: Estimate, x: _Axis, y: _Axis) -> str
         lines += f'<path d="M{cx:.1f} {y.at(up.low):.1f}V{y.at(up.high):.1f}" {bars_}/>'
     return (
         f'{lines}<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{colour}">'
-        f"<title>{escape(name)}: {across.shown(1)}, {up.shown(3)}</title></circle>"
+        f"<title>{escape(name)}: {across.render(1)}, {up.render(3)}</title></circle>"
         f'<text x="{cx + 7:.1f}" y="{cy - 6:.1f}">{escape(name.removeprefix("diversity "))}</text>'
     )
 

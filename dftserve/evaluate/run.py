@@ -1,4 +1,4 @@
-"""An evaluation: ask a model at each diversity of a grid, measure, write it down.
+"""Run an evaluation: request answers at each diversity of a grid, measure them, write the result.
 
 OUT/asked.json      what was asked                  OUT/result.json   every number
 OUT/answers.jsonl   every answer, as it came        OUT/report.html   (`report.write`)
@@ -17,28 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import __version__, atomic
-from dftserve.evaluate import anchors as human_anchors
-from dftserve.evaluate import prompts as prompt_files
-from dftserve.evaluate import slop
-from dftserve.evaluate.anchors import LEAST_FUNCTION_WORDS, Anchors
-from dftserve.evaluate.embed import Embedder, embedder
-from dftserve.evaluate.frame import Frame
-from dftserve.evaluate.generate import Answer, Asking, answered, generate, read_asked
-from dftserve.evaluate.measures import Instruments, measure
-from dftserve.evaluate.prompts import Prompt
-from dftserve.evaluate.sds import Score, score
-from dftserve.evaluate.statistics import Estimate, mean
-from dftserve.evaluate.style import function_share
-from dftserve.evaluate.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.grid import Answer, RequestGrid, count_answers, generate, read_asked
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.generate.prompts import read as read_prompts
+from dftserve.evaluate.metrics import slop
+from dftserve.evaluate.metrics.intervals import mean
+from dftserve.evaluate.metrics.sds import Score, score
+from dftserve.evaluate.metrics.stylometry import StyleSpace, function_share
+from dftserve.evaluate.metrics.suite import Instruments, measure
+from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
+from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
+from dftserve.evaluate.text.embeddings import Embedder, embedder
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.openai_client import Server, key_of
 from dftserve.serve import base_url, running
 
-FORMAT = "dftserve-evaluation-1"
-RESULT = "result.json"
 SHOWN = 3
 """Prompts whose answers stand side by side in the report."""
-BIN_NATS = 0.25
-BINS = 16
-"""Of the histogram of the answers' mean entropies; the last bin holds all that is above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +55,8 @@ class Job:
     """More fields of each request."""
     name: str | None = None
     """As the server names the model; None: its first."""
-    api_key: str | None = None
+    key_variable: str | None = None
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     concurrency: int = 16
     phrases: Path | None = None
     """A list of phrases to count; None: our own."""
@@ -86,63 +83,6 @@ class Job:
         return self.model.startswith(("http://", "https://"))
 
 
-@dataclass(frozen=True)
-class Entropy:
-    """What the answers say of themselves: nats a token, means over answers."""
-
-    before: Estimate
-    after: Estimate
-    temperature: Estimate
-    changed: Estimate
-    histogram_before: tuple[int, ...]
-    histogram_after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is measured of a set of texts: a model's at one diversity, or people's."""
-
-    score: Score
-    measures: dict[str, Estimate]
-    repeated: tuple[slop.Repeated, ...]
-
-
-@dataclass(frozen=True)
-class Level:
-    diversity: Any
-    side: Side
-    tokens: Estimate
-    """Of an answer."""
-    unfinished: int
-    """Answers that ended at `max_tokens`."""
-    entropy: Entropy | None
-    """None where the field was off."""
-    samples: tuple[tuple[str, str], ...]
-    """Some prompts and an answer to each, the same prompts at every level."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """An evaluation; `human` is the same of held-out human text."""
-
-    model: str
-    asked: dict[str, Any]
-    """What was asked, less the prompts; `prompts` is their digest, `answers` their number."""
-    anchors: dict[str, Any]
-    compared: int
-    """Texts on each side of the measures that depend on their number."""
-    embeddings: str | None
-    human: Side
-    levels: tuple[Level, ...]
-    cost: dict[str, float]
-    """seconds_scoring, peak_bytes."""
-    versions: dict[str, str] = field(default_factory=dict)
-    format: str = FORMAT
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
-
-
 def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]) -> Result:
     """Ask, measure, write.
 
@@ -154,33 +94,39 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
         ValueError: a file, a setting or the texts are not what is accepted.
         RuntimeError: a server does not start, cannot be reached or fails.
     """
-    anchors = human_anchors.load(job.anchors)
-    _refuse_few(anchors, prompt_files.read(job.prompts), job.samples)
+    anchors = reference.load(job.anchors)
+    prompts = read_prompts(job.prompts)
+    _refuse_few(anchors, prompts, job.samples)
     instruments = Instruments(
-        frame=Frame.fit(anchors.splits["reference"]),
+        style_space=StyleSpace.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),
         embed=_embedder(job.embeddings),
     )
-    asking, answers = ask(job, say, tick)
+    request_grid, answers = ask(job, prompts, say, tick)
     say("Measuring…")
-    result = assess(asking, answers, anchors, human_anchors.digest(job.anchors), instruments)
+    result = assess(request_grid, answers, anchors, reference.digest(job.anchors), instruments)
     atomic.write_text(job.out / RESULT, result.as_json())
     return result
 
 
 def ask(
-    job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]
-) -> tuple[Asking, list[Answer]]:
+    job: Job,
+    prompts: tuple[Prompt, ...],
+    say: Callable[[str], object],
+    tick: Callable[[int, int], object],
+) -> tuple[RequestGrid, list[Answer]]:
     """All answers; those that the folder lacks are asked for, and no server is needed for none.
+
+    Args:
+        prompts: what `job.prompts` holds.
 
     Raises as `evaluate`.
     """
-    prompts = prompt_files.read(job.prompts)
-    done, total = answered(job.out), len(prompts) * len(job.grid) * job.samples
+    done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
     before = read_asked(job.out) or {}
     name = job.name or before.get("model")
-    asking = Asking(
+    request_grid = RequestGrid(
         model=name or "",
         prompts=prompts,
         grid=job.grid,
@@ -198,21 +144,18 @@ def ask(
 
     with contextlib.ExitStack() as stack:
         url = "" if name and done == total else stack.enter_context(server(job, say))
-        asking = replace(asking, model=name or _first_model(url, job.api_key))
+        address = Server(url, job.key_variable)
+        request_grid = replace(request_grid, model=name or address.models()[0])
         answers = generate(
-            asking,
-            job.out,
-            url=url,
-            api_key=job.api_key or "EMPTY",
-            concurrency=job.concurrency,
-            tick=one_more,
+            request_grid, job.out, server=address, concurrency=job.concurrency, tick=one_more
         )
-    return asking, answers
+    return request_grid, answers
 
 
 @contextlib.contextmanager
 def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
     """The URL of the job's server, which is started for the time being where there is none."""
+    key_of(job.key_variable)  # Before minutes go into starting one.
     if job.is_url:
         yield base_url(job.model)
         return
@@ -227,22 +170,8 @@ def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
         yield started.url
 
 
-def _first_model(url: str, api_key: str | None) -> str:
-    import openai
-
-    try:
-        with openai.OpenAI(base_url=url, api_key=api_key or "EMPTY") as client:
-            return client.models.list().data[0].id
-    except openai.APIConnectionError as error:
-        raise RuntimeError(
-            f"{url}: no answer ({error.__cause__ or error}); is the server running?"
-        ) from None
-    except openai.APIStatusError as error:
-        raise RuntimeError(f"{url}: {error.status_code}: {error.message}") from None
-
-
 def assess(
-    asking: Asking,
+    request_grid: RequestGrid,
     answers: Sequence[Answer],
     anchors: Anchors,
     anchors_digest: str,
@@ -255,11 +184,13 @@ def assess(
     """
     start = time.perf_counter()
     said = [
-        [answer for answer in answers if answer.level == level] for level in range(len(asking.grid))
+        [answer for answer in answers if answer.level == level]
+        for level in range(len(request_grid.grid))
     ]
     windows = [
         Windows.of(
-            [Sample(each.text, asking.prompts[each.place].text) for each in level], anchors.words
+            [Sample(each.text, request_grid.prompts[each.place].text) for each in level],
+            anchors.words,
         )
         for level in said
     ]
@@ -271,7 +202,7 @@ def assess(
         raise ValueError(
             f"answers of {anchors.words} words or more, by diversity: {shown}; accepted: "
             f"{LEAST_TEXTS} at each. Ask more or for longer texts (`--max-tokens`, now "
-            f"{asking.max_tokens}), or build anchors with fewer `--words`."
+            f"{request_grid.max_tokens}), or build anchors with fewer `--words`."
         )
     _refuse_foreign(windows)
 
@@ -283,22 +214,22 @@ def assess(
 
     levels = tuple(
         Level(
-            diversity=asking.grid[place],
-            side=side(texts, test, score(texts, anchors.ruler)),
+            diversity=request_grid.grid[place],
+            side=side(texts, test, score(texts, anchors.sds_reference)),
             tokens=mean([each.tokens for each in level]),
             unfinished=sum(each.finish_reason == "length" for each in level),
             entropy=_entropy(level),
-            samples=_samples(asking.prompts, level),
+            samples=_samples(request_grid.prompts, level),
         )
         for place, (level, texts) in enumerate(zip(said, windows, strict=True))
     )
     return Result(
-        model=asking.model,
-        asked=_asked(asking),
+        model=request_grid.model,
+        asked=_asked(request_grid),
         anchors={
             "digest": anchors_digest,
             "words": anchors.words,
-            "by_prompt": anchors.ruler.by_prompt,
+            "by_prompt": anchors.sds_reference.by_prompt,
             "texts": {name: len(split) for name, split in anchors.splits.items()},
         },
         compared=compared,
@@ -315,7 +246,7 @@ def assess(
 
 def _refuse_few(anchors: Anchors, asked: Sequence[Prompt], samples: int) -> None:
     """Before anything is generated."""
-    if anchors.ruler.by_prompt and samples < LEAST_TEXTS:
+    if anchors.sds_reference.by_prompt and samples < LEAST_TEXTS:
         raise ValueError(
             f"samples: got {samples}; accepted: {LEAST_TEXTS} or more, as these anchors compare "
             "texts within prompts."
@@ -381,14 +312,14 @@ def _samples(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> tuple[tupl
     return tuple((prompts[place].text, first[place]) for place in sorted(first)[:SHOWN])
 
 
-def _asked(asking: Asking) -> dict[str, Any]:
-    prompts = json.dumps([asdict(prompt) for prompt in asking.prompts], sort_keys=True)
+def _asked(request_grid: RequestGrid) -> dict[str, Any]:
+    prompts = json.dumps([asdict(prompt) for prompt in request_grid.prompts], sort_keys=True)
     return {
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
-        "answers": len(asking.prompts) * asking.samples,
-        "samples": asking.samples,
-        "max_tokens": asking.max_tokens,
-        "temperature": asking.temperature,
-        "seed": asking.seed,
-        "body": dict(asking.body),
+        "answers": len(request_grid.prompts) * request_grid.samples,
+        "samples": request_grid.samples,
+        "max_tokens": request_grid.max_tokens,
+        "temperature": request_grid.temperature,
+        "seed": request_grid.seed,
+        "body": dict(request_grid.body),
     }

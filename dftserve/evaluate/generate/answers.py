@@ -1,0 +1,165 @@
+"""Answers on disk: a JSON Lines file that only grows, with one writer at a time.
+
+    with AnswerStore(path, Judgment) as store:
+        known = {row.question: row.answer for row in store.rows}
+        store.append(Judgment(question, answer))
+
+A line is a row: a frozen dataclass as a JSON object in UTF-8. It is written and synced before
+`append` returns, so that a kill loses the row being written and no other; the next writer cuts off
+what is left of it. A writer holds an exclusive `flock` while it is open, and a second one is
+refused. Readers take no lock, change nothing, and ignore an unfinished last line.
+
+Windows has no `flock`: the file is not locked there, and only one process may write to it.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from dftserve import settings
+from dftserve.bounded_files import FileError, chunks, open_growing, parse_json, read_bytes
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+Row = TypeVar("Row")
+
+LARGEST = 4 << 30
+"""Bytes of a file of answers, which is held in memory whole."""
+
+
+class AnswerStore(Generic[Row]):
+    """The writer of a file of answers, which is made where there is none.
+
+    Attributes:
+        rows: what the file held on entering.
+
+    Raises:
+        ValueError: on entering, where the file is a link, no regular file, or more than `LARGEST`,
+            holds something else, another writer has it, or it cannot be written. What it holds is
+            then as it was.
+    """
+
+    rows: tuple[Row, ...]
+
+    def __init__(self, path: Path, row: type[Row]) -> None:
+        """
+        Args:
+            row: a dataclass of what JSON has, as `settings.load` takes it.
+        """
+        self._path, self._row = path, row
+        self._closing = contextlib.ExitStack()
+        self._threads = threading.Lock()
+
+    def __enter__(self) -> "AnswerStore[Row]":
+        with contextlib.ExitStack() as opened:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Unbuffered: a row reaches the file in one call, or `append` knows that it did not.
+                file = open_growing(self._path, largest=LARGEST, buffering=0)
+                self._file = opened.enter_context(file)
+            except OSError as error:
+                raise ValueError(
+                    f"answers: got {self._path}, which cannot be written: {error}."
+                ) from None
+            self._lock()
+            self._file.seek(0)
+            content = b"".join(chunks(self._file, self._path, largest=LARGEST))
+            self.rows = tuple(_rows(content, self._path, self._row))
+            self._file.truncate(content.rfind(b"\n") + 1)
+            self._closing = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closing.close()
+
+    def append(self, row: Row) -> None:
+        """Add a row; from any thread.
+
+        Raises:
+            OSError: as the disk raised it; the file is then as it was.
+        """
+        line = _line(row)
+        with self._threads:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+            except BaseException:
+                # Half a row in front of the next one would spoil both.
+                self._file.truncate(end)
+                raise
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"answers: got {self._path}, to which another run writes; wait for it, or name "
+                "another file."
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"answers: got {self._path}, which cannot be locked ({error}); accepted: a file on "
+                "a file system with locks."
+            ) from None
+
+
+def read(path: Path, row: type[Row]) -> list[Row]:
+    """The rows of a file of answers, none where there is no file; also while it is written to.
+
+    Raises:
+        ValueError: it holds something else, is no regular file of its folder, or is larger than
+            `LARGEST`.
+        OSError: it cannot be read.
+    """
+    try:
+        content = read_bytes(path, within=path.parent, largest=LARGEST)
+    except FileNotFoundError:
+        return []
+    return list(_rows(content, path, row))
+
+
+def _rows(content: bytes, path: Path, row: type[Row]) -> Iterator[Row]:
+    *lines, unfinished = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            yield settings.load(row, parse_json(line, "line"), "line")
+        except ValueError as error:
+            why = error.problem if isinstance(error, FileError) else f"{error}"
+            raise _foreign(path, number, why) from None
+    beginning = b'{"%s": ' % fields(row)[0].name.encode()  # type: ignore[arg-type]
+    if not (unfinished.startswith(beginning) or beginning.startswith(unfinished)):
+        raise _foreign(path, len(lines) + 1, "it begins otherwise")
+
+
+def _foreign(path: Path, number: int, why: str) -> ValueError:
+    return ValueError(
+        f"answers: got {path}, whose line {number} is no answer ({why}); accepted: a file that "
+        "this command wrote, or one that does not exist."
+    )
+
+
+def _line(row: Any) -> bytes:
+    content = asdict(row)
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # A lone surrogate, which UTF-8 has not.
+        text = json.dumps(content).encode()
+    return text + b"\n"

@@ -1,0 +1,216 @@
+"""One client for OpenAI-compatible servers: the key, the retries, errors that a user can act on.
+
+    server = Server("http://127.0.0.1:8000/v1", key_variable="MY_KEY")
+    with server.client() as client, server.errors():
+        client.chat.completions.create(…)
+
+Connections, retries and their pauses are the `openai` package's.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
+
+Item = TypeVar("Item")
+
+KEY = "OPENAI_API_KEY"
+NO_KEY = "EMPTY"
+"""What is sent where there is no key: the package insists on one, vLLM without a key ignores it."""
+RETRIES = 4
+TIMEOUT_S = 600.0
+
+
+class ServerError(RuntimeError):
+    """A server that cannot be reached, fails, or answers something else; it says what to do."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server is, and how it is called."""
+
+    url: str
+    """As the `openai` package takes it, with /v1."""
+    key_variable: str | None = None
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
+    retries: int = RETRIES
+    """Further attempts, with growing pauses, where the server is busy, fails or is not there."""
+    timeout_s: float = TIMEOUT_S
+    """Of one attempt."""
+    name: str = "the server"
+    """In errors."""
+
+    def client(self) -> "OpenAI":
+        """
+        Raises:
+            ValueError: the key's variable is not set.
+        """
+        from openai import OpenAI
+
+        return OpenAI(**self._options())
+
+    def async_client(self) -> "AsyncOpenAI":
+        """Raises as `client`."""
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(**self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "base_url": self.url,
+            "api_key": key_of(self.key_variable) or NO_KEY,
+            "max_retries": self.retries,
+            "timeout": self.timeout_s,
+        }
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What the package raises in the body, as an error that a user can act on.
+
+        Raises:
+            ValueError: the server refuses the request (400, 422).
+            ServerError: anything else.
+        """
+        import openai
+
+        at, tried = f"{self.name} at {self.url}", f"Tried {self.retries + 1} times."
+        try:
+            yield
+        except openai.APITimeoutError:
+            raise ServerError(
+                f"{at} did not answer within {self.timeout_s:g} s; give it longer, or ask less at "
+                f"once. {tried}"
+            ) from None
+        except openai.APIConnectionError as error:
+            raise ServerError(
+                f"{at} is unreachable ({error.__cause__ or error}); is the server running, and is "
+                f"this its address? {tried}"
+            ) from None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise ValueError(f"{at} refuses the request: {_message(error)}") from None
+        except openai.AuthenticationError as error:
+            raise ServerError(
+                f"{at} refuses the API key (401: {_message(error)}); name the environment variable "
+                "that holds the right one."
+            ) from None
+        except openai.RateLimitError as error:
+            raise ServerError(
+                f"{at} is busy or the account is used up (429: {_message(error)}); ask less at "
+                f"once, or later. {tried}"
+            ) from None
+        except openai.APIStatusError as error:
+            raise ServerError(
+                f"{at} answers {error.status_code} ({_message(error)}); see its log, and whether "
+                "it serves this model."
+            ) from None
+        except (openai.OpenAIError, ValueError) as error:
+            raise self._no_completion(f" ({error})") from None
+
+    def choices(self, completion: Any) -> list[Any]:
+        """The choices of a completion or chat completion.
+
+        Raises:
+            ServerError: it has none.
+        """
+        choices = getattr(completion, "choices", None)
+        if not choices:
+            raise self._no_completion("")
+        return choices
+
+    def _no_completion(self, why: str) -> ServerError:
+        return ServerError(
+            f"{self.name} at {self.url} answers what is no completion{why}; does the address end "
+            "in /v1?"
+        )
+
+    def models(self) -> list[str]:
+        """The names of what it serves, the first one first.
+
+        Raises:
+            ValueError, ServerError: as `errors`, or it serves nothing.
+        """
+        with self.client() as client, self.errors():
+            # As it came: the package's own type fails on an answer of another shape.
+            once_more = client.with_options(max_retries=min(self.retries, 1))
+            listed: Any = once_more.get("/models", cast_to=object)
+        try:
+            names = [str(model["id"]) for model in listed["data"]]
+        except (KeyError, TypeError):
+            names = []
+        if not names:
+            raise ServerError(f"{self.name} at {self.url} names no model; see {self.url}/models.")
+        return names
+
+
+def key_of(variable: str | None) -> str | None:
+    """The API key that an environment variable holds; None: OPENAI_API_KEY's, where it is set.
+
+    Raises:
+        ValueError: the variable that is named holds none, or what cannot be a key. Sent as it is,
+            it would end up in an error message.
+    """
+    key = os.environ.get(variable or KEY, "").strip()
+    if not key and variable is None:
+        return None
+    if not (key and key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the environment variable {variable or KEY} holds no API key; accepted: one line of "
+            "printable ASCII. Export it first."
+        )
+    return key
+
+
+def ask_all(
+    server: Server,
+    items: Iterable[Item],
+    ask: "Callable[[AsyncOpenAI, Item], Awaitable[None]]",
+    at_once: int,
+) -> None:
+    """`ask(client, item)` for each item, in order, so many at once. The first error, and Ctrl-C,
+    ends those that are under way.
+
+    Raises:
+        ValueError: the key's variable is not set.
+        Exception: as `ask` raised it.
+    """
+
+    async def every() -> None:
+        waiting = iter(items)
+        async with server.async_client() as client:
+
+            async def work() -> None:
+                for item in waiting:
+                    await ask(client, item)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(at_once):
+                        group.create_task(work())
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+
+    _run(every())
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    # A notebook has a loop of its own in this thread.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _message(error: Any) -> str:
+    """The server's own words, shortened."""
+    body = error.body
+    text = body.get("message", body) if isinstance(body, Mapping) else body or error
+    return re.sub(r"\s+", " ", f"{text}")[:300]
