@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from dftserve_vllm import app, hooks
+from dftserve_vllm.response_middleware import ResponseMiddleware
 from fastapi import FastAPI, Request
+from starlette.middleware.gzip import GZipMiddleware
 
 
 def made() -> FastAPI:
@@ -41,13 +43,29 @@ def test_an_app_is_extended_once_by_both_ways():
     assert len(fast.user_middleware) == 1
 
 
-def test_an_app_whose_middleware_is_built_is_extended_too():
+def test_an_app_whose_middleware_is_built_is_built_again_with_ours_innermost():
     fast = made()
+    fast.add_middleware(GZipMiddleware)
     fast.middleware_stack = fast.build_middleware_stack()
-    stack = fast.middleware_stack
     app.extend(fast)
-    assert fast.middleware_stack is not stack
+    assert [each.cls for each in fast.user_middleware] == [GZipMiddleware, ResponseMiddleware]
     assert post(fast, b"{}").status_code == 200
+
+
+def test_what_someone_put_around_the_app_stays():
+    fast = made()
+    seen = []
+
+    async def around(scope, receive, send):
+        seen.append(scope["path"])
+        await stack(scope, receive, send)
+
+    stack = fast.build_middleware_stack()
+    fast.middleware_stack = around
+    app.extend(fast)
+    assert isinstance(fast.middleware_stack, ResponseMiddleware)
+    assert post(fast, b"{}").status_code == 200
+    assert seen == ["/v1/completions"]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ elsewhere `hooks` calls `extend` around `build_app`. Both may happen: an app is 
 from typing import Any
 
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from dftserve_vllm import capabilities, hooks, metrics
 from dftserve_vllm.field_guard import FieldGuard
@@ -34,10 +35,16 @@ def extend(app: Any) -> Any:
 
 
 def _add(app: Any, middleware: Any) -> None:
-    """Innermost, so that what others do to an answer (compression) is done to ours too; around
-    everything where vLLM has put the app together already."""
+    """Innermost, so that what others do to an answer (compression) is done to ours too.
+
+    vLLM may have built the stack already, for a container's middleware: it is built again, unless
+    someone has put something around it, which would be lost. Then ours goes around everything.
+    """
     if app.middleware_stack is None:
         app.user_middleware.append(Middleware(middleware))
+    elif type(app.middleware_stack) is ServerErrorMiddleware:
+        app.user_middleware.append(Middleware(middleware))
+        app.middleware_stack = app.build_middleware_stack()
     else:
         app.middleware_stack = middleware(app.middleware_stack)
 
