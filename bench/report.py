@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/clients.md from bench/results.
+"""Write the tables of the README, docs/results.md and docs/clients.md from bench/results.
 
     python bench/report.py
 
@@ -204,7 +204,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
 }
-PLACES = {"clients": "docs/clients.md"}
+PLACES = {
+    "clients": "docs/clients.md",
+    **dict.fromkeys(
+        ("overhead", "served", "sampler", "train_cost", "sds_validation"), "docs/results.md"
+    ),
+}
 """Where a table stands that is not the README's."""
 
 
