@@ -5,11 +5,12 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test test-long lint bench eval-env clients-env
+.PHONY: setup demo test test-unit test-long lint bench eval-env clients-env
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
 test: setup ; @$(RUN) -m pytest -m "not long"
+test-unit: setup ; @$(RUN) -m pytest -m "not long" tests/unit
 test-long: setup ; @$(RUN) -m pytest -m long
 eval-env: setup ; @$(PYTHON) tools/eval_env.py
 clients-env: setup ; @$(PYTHON) tools/clients_env.py
