@@ -9,19 +9,20 @@ Shapes: N tokens of a document, T trained positions, K top entries.
 """
 
 import math
-import os
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 
+from dftserve.openai_client import RETRIES, Server, key_of
 from dftserve.targets.document import Document
 from dftserve.targets.source import Source
 from dftserve.targets.sparse import Targets
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 NO_CHANCE = -9999.0
 """What vLLM writes for −inf, which JSON has not."""
@@ -51,40 +52,30 @@ class ServedTeacher(Source):
         vocabulary: int,
         key_variable: str | None = None,
         at_once: int = 4,
-        retries: int = 5,
-        backoff_s: float = 1.0,
+        retries: int = RETRIES,
         timeout_s: float = 300.0,
     ) -> None:
         """
         Args:
             url: the server, with or without /v1.
             model: its name there; the tokenizer must be the one that made the documents.
-            key_variable: the environment variable that holds the API key, if it wants one.
+            key_variable: the environment variable that holds the API key; None: OPENAI_API_KEY,
+                where it is set.
             at_once: requests under way at a time.
             retries: further attempts when the server is busy (429), fails (5xx) or is unreachable.
-            backoff_s: before the first of them; doubled before each next one.
 
         Raises:
             ValueError: the variable is not set, or numbers that are not accepted.
         """
-        if key_variable is not None and not os.environ.get(key_variable):
-            raise ValueError(
-                f"key_variable: the environment variable {key_variable} is not set; put the "
-                "server's API key there."
-            )
-        if key_variable is not None and not os.environ[key_variable].isprintable():
-            raise ValueError(
-                f"key_variable: {key_variable} holds a line break or the like; accepted: one line."
-            )
+        key_of(key_variable)
         if at_once < 1 or retries < 0:
             raise ValueError(
                 f"got at_once {at_once}, retries {retries}; accepted: 1 or more, 0 or more."
             )
         self.vocabulary = vocabulary
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/completions"
-        self._model, self._key_variable = model, key_variable
-        self._at_once, self._retries = at_once, retries
-        self._backoff_s, self._timeout_s = backoff_s, timeout_s
+        base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._server = Server(base_url, key_variable, retries, timeout_s)
+        self._url, self._model, self._at_once = f"{base_url}/completions", model, at_once
 
     def describe(self) -> Mapping[str, Any]:
         """The model's name; where it is served, and by which key, does not bear on the targets."""
@@ -97,18 +88,14 @@ class ServedTeacher(Source):
         `tail_ids_TM` has no columns.
 
         Raises:
-            ValueError: unreachable, refused, or an answer that is not what was asked for.
+            ValueError: refused, or an answer that is not what was asked for.
+            ServerError: unreachable, failing, or another key or model.
         """
         k = min(k, self.vocabulary)
-        key = os.environ[self._key_variable] if self._key_variable else None
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with (
-            httpx.Client(headers=headers, timeout=self._timeout_s) as client,
-            ThreadPoolExecutor(self._at_once) as pool,
-        ):
+        with self._server.client() as client, ThreadPoolExecutor(self._at_once) as pool:
             return list(pool.map(lambda document: self._one(client, document, k), documents))
 
-    def _one(self, client: httpx.Client, document: Document, k: int) -> Targets:
+    def _one(self, client: "OpenAI", document: Document, k: int) -> Targets:
         answer = self._ask(client, document.tokens_N.tolist(), k)
         positions = self._positions(answer, len(document.tokens_N))
         return _joined(
@@ -119,9 +106,7 @@ class ServedTeacher(Source):
             k,
         )
 
-    # ── Asking ──
-
-    def _ask(self, client: httpx.Client, tokens: list[int], k: int) -> Any:
+    def _ask(self, client: "OpenAI", tokens: list[int], k: int) -> Any:
         request = {
             "model": self._model,
             "prompt": tokens,
@@ -129,49 +114,14 @@ class ServedTeacher(Source):
             "temperature": 0,
             "prompt_logprobs": k,
         }
-        failure = ""
-        for attempt in range(self._retries + 1):
-            if attempt:
-                time.sleep(self._backoff_s * 2 ** (attempt - 1))
-            try:
-                response = client.post(self._url, json=request)
-            except httpx.TransportError as error:
-                failure = f"is unreachable ({type(error).__name__}: {error}); start it"
-                continue
-            if response.status_code != 429 and response.status_code < 500:
-                return self._content(response, k)
-            failure = f"answers {response.status_code} ({_said(response)}); see its log"
-        raise ValueError(
-            f"the server {self._url} {failure}, or give its right address. Tried "
-            f"{self._retries + 1} times."
-        )
-
-    def _content(self, response: httpx.Response, k: int) -> Any:
-        status, said = response.status_code, _said(response)
-        if status in (401, 403):
-            variable = self._key_variable
-            told = f"the key in {variable}" if variable else "a request without a key"
-            raise ValueError(
-                f"the server {self._url} refuses {told} ({status}); set key_variable to the name "
-                "of an environment variable that holds the right one."
-            )
-        if status == 404:
-            raise ValueError(
-                f"the server {self._url} does not know the model {self._model!r} ({said}); "
-                "GET /v1/models lists what it serves."
-            )
-        if status == 400 and "logprobs" in said:
-            raise ValueError(
-                f"the server {self._url} does not give {k} log-probabilities ({said}); start it "
-                f"with --max-logprobs {k} or more, or ask for a smaller k."
-            )
-        if status != 200:
-            raise ValueError(f"the server {self._url} refuses the request ({status}): {said}")
         try:
-            return response.json()
-        except ValueError:
+            with self._server.errors():
+                return client.post("/completions", body=request, cast_to=object)
+        except ValueError as error:
+            if "logprobs" not in str(error):
+                raise
             raise ValueError(
-                f"the server {self._url} answers no JSON ({said}); accepted: vLLM's OpenAI server."
+                f"{error} Start it with --max-logprobs {k} or more, or ask for a smaller k."
             ) from None
 
     # ── Reading the answer ──
@@ -267,14 +217,3 @@ def _joined(parts: list[Targets], k: int) -> Targets:
         token_logprob_T=none,
         entropy_T=none,
     )
-
-
-def _said(response: httpx.Response) -> str:
-    """The server's own words, shortened."""
-    try:
-        content = response.json()
-        error = content.get("error", content) if isinstance(content, dict) else content
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
-        text = response.text
-    return f"{text}"[:300]
