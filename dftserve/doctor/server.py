@@ -16,6 +16,8 @@ from dftserve.doctor.packages import PLUGIN
 
 ROUTE = "/v1/dft/capabilities"
 ANSWER_SECONDS = 10.0
+LARGEST_ANSWER = 1 << 20
+"""Bytes that are read of an answer."""
 
 
 def ask(url: str, api_key: str | None = None) -> list[Finding]:
@@ -38,8 +40,12 @@ def ask(url: str, api_key: str | None = None) -> list[Finding]:
 
 
 def _base(url: str) -> str:
-    parts = urlsplit(url)
     accepted = "accepted: http://HOST:PORT or https://HOST."
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # Raises where it is no number up to 65,535.
+    except ValueError:
+        raise ValueError(f"--url: got {url!r}; {accepted}") from None
     if "@" in parts.netloc:
         raise ValueError(f"--url: got an address with a user's name in it; {accepted}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -89,7 +95,10 @@ def _read(response: Any) -> _Answer:
     with response:
         said = response.headers
         return _Answer(
-            response.status, said.get_content_type(), said.get("Location"), response.read()
+            response.status,
+            said.get_content_type(),
+            said.get("Location"),
+            response.read(LARGEST_ANSWER),
         )
 
 

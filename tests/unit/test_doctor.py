@@ -598,3 +598,21 @@ def test_one_error_is_enough_for_exit_code_one():
 def test_the_environment_is_what_is_given_and_no_other(monkeypatch):
     monkeypatch.setitem(os.environ, "DFTSERVE_DISABLE", "1")
     assert found("DFTSERVE_DISABLE") is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host",
+        "http://",
+        "http://[",
+        "http://host:port",
+        "http://host:99999",
+        "http://me:secret@host",
+    ],
+)
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(ValueError, match="accepted: http://HOST:PORT or https://HOST") as caught:
+        doctor.ask(url)
+    assert "secret" not in str(caught.value)
