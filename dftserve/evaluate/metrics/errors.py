@@ -1,0 +1,84 @@
+"""Errors of writing that need no model to see: marks of a grammar checker, and unknown words.
+
+    checked = [check(text, linter()) for text in texts]
+    error_rate(checked), unknown_rate(checked)
+
+The checker is Harper (https://writewithharper.com), offline, by the package `harper-py`. Names are
+no errors: a word with a capital that the dictionary lacks is not counted. People get marks too,
+some 1 per 100 words of their stories: read a rate beside theirs. English only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.text.tokenize import words
+
+PER = 100
+"""Rates are per so many words."""
+SHORTEST = 3
+"""Letters of a word that counts as unknown."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Counts of one text."""
+
+    words: int
+    marks: int
+    """Spelling, agreement, grammar and the like, without the spelling of names."""
+    unknown: int
+    """Words in lower case that the dictionary lacks."""
+
+
+def linter() -> Any:
+    """Harper's checker; it takes about a second to make, so make one.
+
+    Raises:
+        RuntimeError: `harper-py` is not installed.
+    """
+    try:
+        from harper import Linter
+    except ImportError:
+        raise RuntimeError(
+            "harper-py, which counts errors of writing, is not installed: pip install harper-py."
+        ) from None
+    return Linter()
+
+
+def check(text: str, linter: Any) -> Checked:
+    """The counts of a text; `linter` is that of `linter()`."""
+    marks = unknown = 0
+    for mark in linter.lint(text):
+        word = mark.problem_text
+        is_spelling = mark.lint_kind == "Spelling"
+        marks += not (is_spelling and word[:1].isupper())
+        unknown += is_spelling and len(word) >= SHORTEST and word.isalpha() and word.islower()
+    return Checked(len(words(text)), marks, unknown)
+
+
+def error_rate(checked: Sequence[Checked]) -> Estimate:
+    """Marks per 100 words, with a bootstrap interval over the texts.
+
+    Raises:
+        ValueError: no texts.
+    """
+    return _rate([(each.marks, each.words) for each in checked])
+
+
+def unknown_rate(checked: Sequence[Checked]) -> Estimate:
+    """Unknown words per 100 words; raises as `error_rate`."""
+    return _rate([(each.unknown, each.words) for each in checked])
+
+
+def _rate(counts: Sequence[tuple[int, int]]) -> Estimate:
+    counts_N2 = np.array(counts, float).reshape(-1, 2)
+
+    def rate(weights_N: np.ndarray, counts_N2: np.ndarray) -> float:
+        marks, said = weights_N @ counts_N2
+        return PER * marks / said if said else float("nan")
+
+    return over_units(counts_N2, rate)

@@ -1,0 +1,38 @@
+"""Errors of writing: what counts, what does not, and rates over texts of any length."""
+
+import pytest
+
+from dftserve.evaluate.metrics import errors
+from dftserve.evaluate.metrics.errors import Checked, check, error_rate, unknown_rate
+
+
+@pytest.fixture(scope="module")
+def linter():
+    pytest.importorskip("harper", reason="harper-py is not installed")
+    return errors.linter()
+
+
+@pytest.mark.parametrize(
+    ("text", "marks", "unknown"),
+    [
+        ("The old man walks into the room and takes off his hat.", 0, 0),
+        ("Zorblax walked in. Mara greeted Zorblax.", 0, 0),
+        ("He have a hat.", 1, 0),
+        ("She wore a gloopish hat and a blarvy coat.", 2, 2),
+        ("", 0, 0),
+    ],
+)
+def test_names_are_no_errors(linter, text, marks, unknown):
+    found = check(text, linter)
+    assert (found.marks, found.unknown) == (marks, unknown)
+
+
+def test_a_rate_weighs_texts_by_their_words():
+    texts = [Checked(100, 1, 0), Checked(300, 7, 4)]
+    assert error_rate(texts).value == pytest.approx(2.0)
+    assert unknown_rate(texts).value == pytest.approx(1.0)
+
+
+def test_no_texts_have_no_rate():
+    with pytest.raises(ValueError, match="at least one"):
+        error_rate([])
