@@ -255,24 +255,18 @@ def _await_end(process: subprocess.Popen[bytes]) -> None:
 
 def _is_alive(process: subprocess.Popen[bytes]) -> bool:
     """Whether anything of the group still runs."""
+    import psutil
+
     process.poll()  # Or the ended leader stays in its group as a zombie.
     if not _signal(process, 0):
         return False
     # Children that have ended may wait long for init to reap them, and are no one's loss.
-    states = _states(process.pid)
-    return states is None or bool(states - {"Z", "X"})
-
-
-def _states(group: int) -> set[str] | None:
-    """The states of the group's processes; None where the system has no /proc to tell."""
-    states, processes = set(), list(Path("/proc").glob("[0-9]*/stat"))
-    for process in processes:
-        with contextlib.suppress(OSError):  # It has ended since.
-            # pid (command) state parent group …, and the command may hold anything.
-            state, _, its_group = process.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(its_group) == group:
-                states.add(state)
-    return states if processes else None
+    ended = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+    for member in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # It has ended since.
+            if os.getpgid(member.pid) == process.pid and member.status() not in ended:
+                return True
+    return False
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
