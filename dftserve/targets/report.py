@@ -9,10 +9,10 @@ Shapes: T trained positions.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from dftserve.page import bars, code_table, page, section, table
 from dftserve.targets.document import Document, fingerprint
@@ -229,18 +229,20 @@ def as_html(summary: Summary) -> str:
     plan = json.dumps(summary.plan, indent=2, ensure_ascii=False)
     return page(
         summary.folder,
-        f"<p>{escape(_listed(summary.plan))}, {summary.bytes_a_token:.1f} bytes a token</p>",
+        Markup("<p>{}, {:.1f} bytes a token</p>").format(
+            _listed(summary.plan), summary.bytes_a_token
+        ),
         table(_HEAD, (_split_cells(*each) for each in summary.splits.items())),
         section("Entropy of the training targets, nats", bars(_bins(summary.splits["train"]))),
         *(
             section(
                 f"Example {number}",
-                f"<pre>{escape(_visible(example.before))}</pre>",
+                Markup("<pre>{}</pre>").format(_visible(example.before)),
                 code_table(_EXAMPLE_HEAD, map(_cells, example.positions), (0, 3)),
             )
             for number, example in enumerate(summary.examples, 1)
         ),
-        section("Plan", f"<pre>{escape(plan)}</pre>"),
+        section("Plan", Markup("<pre>{}</pre>").format(plan)),
     )
 
 

@@ -4,16 +4,17 @@ its human value, the most repeated phrases, texts side by side."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from dftserve import atomic
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.sds import Score
 from dftserve.evaluate.metrics.suite import MEASURES
 from dftserve.evaluate.report.results import BIN_NATS, Entropy, Level, Result
-from dftserve.page import bars, note, page, section, table
+from dftserve.page import bars, joined, note, page, section, table
 
 REPORT = "report.html"
 WIDTH, HEIGHT, EDGE, TOP = 560, 340, 48, 32
@@ -137,7 +138,7 @@ def _run_row(level: Level) -> list[str]:
     ]
 
 
-def _entropies(level: Level) -> str:
+def _entropies(level: Level) -> Markup:
     entropy = level.entropy
     assert isinstance(entropy, Entropy)
     before, after = (
@@ -147,11 +148,11 @@ def _entropies(level: Level) -> str:
     return section(
         f"Mean entropy of the answers at diversity {render(level.diversity)}",
         note("Answers by their mean next-token entropy in nats: before, then after heating."),
-        f'<div class="side">{bars(before)}{bars(after)}</div>',
+        Markup('<div class="side">{}{}</div>').format(bars(before), bars(after)),
     )
 
 
-def _phrases(result: Result) -> str:
+def _phrases(result: Result) -> Markup:
     columns = [
         [f"{each.phrase} ({each.texts})" for each in side.repeated[:PHRASES]]
         for _, side in _sides(result)
@@ -162,15 +163,16 @@ def _phrases(result: Result) -> str:
     return table(head, rows, range(len(head)))
 
 
-def _samples(result: Result) -> list[str]:
+def _samples(result: Result) -> list[Markup]:
     parts = []
     for place, (prompt, _) in enumerate(result.levels[0].samples):
-        texts = "".join(
-            f'<div class="sample"><b>diversity {escape(render(level.diversity))}</b>\n\n'
-            f"{escape(level.samples[place][1])}</div>"
+        texts = joined(
+            Markup('<div class="sample"><b>diversity {}</b>\n\n{}</div>').format(
+                render(level.diversity), level.samples[place][1]
+            )
             for level in result.levels
         )
-        parts.append(f'<h3>{escape(prompt[:300])}</h3><div class="side">{texts}</div>')
+        parts.append(Markup('<h3>{}</h3><div class="side">{}</div>').format(prompt[:300], texts))
     return parts
 
 
@@ -189,46 +191,50 @@ class _Axis:
         return self.start + share * (self.stop - self.start)
 
 
-def _plot(result: Result) -> str:
+def _plot(result: Result) -> Markup:
     """A point a diversity, with its intervals: right is more varied, up is nearer to people."""
     sides = _sides(result)
     farthest = max(_high(side.measures["mmd_style"]) for _, side in sides)
     x = _Axis(0.0, 105.0, EDGE, WIDTH - 8)
     y = _Axis(0.0, 1.15 * max(farthest, 0.05), TOP, HEIGHT - EDGE)
-    points = "".join(
+    points = joined(
         _point(name, side.score.sds, side.measures["mmd_style"], x, y) for name, side in sides
     )
-    ticks = "".join(
-        f'<text x="{x.at(tick):.0f}" y="{HEIGHT - EDGE + 16}">{tick}</text>'
+    across = joined(
+        Markup('<text x="{:.0f}" y="{}">{}</text>').format(x.at(tick), HEIGHT - EDGE + 16, tick)
         for tick in (0, 20, 40, 60, 80, 100)
-    ) + "".join(
-        f'<text x="4" y="{y.at(y.high * i / 4):.0f}">{y.high * i / 4:.2f}</text>' for i in range(5)
     )
-    frame = (
+    up = joined(
+        Markup('<text x="4" y="{:.0f}">{:.2f}</text>').format(y.at(tick), tick)
+        for tick in (y.high * i / 4 for i in range(5))
+    )
+    frame = Markup(
         f'<path d="M{EDGE} {TOP}V{HEIGHT - EDGE}H{WIDTH - 8}" fill="none" stroke="#999"/>'
         f'<text x="{WIDTH // 2 - 70}" y="{HEIGHT - 12}">Style Diversity Score →</text>'
         f'<text x="{EDGE + 6}" y="12">↑ style distance to human text (0 is at the top)</text>'
     )
-    return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="diversity against distance">{frame}{ticks}{points}</svg>'
+    drawing = Markup(
+        '<svg width="{}" height="{}" role="img" aria-label="diversity against distance">{}</svg>'
     )
+    return drawing.format(WIDTH, HEIGHT, joined((frame, across, up, points)))
 
 
-def _point(name: str, across: Estimate, up: Estimate, x: _Axis, y: _Axis) -> str:
+def _point(name: str, across: Estimate, up: Estimate, x: _Axis, y: _Axis) -> Markup:
     colour = "#228833" if name == "human" else "#4477aa"
     cx, cy = x.at(across.value), y.at(up.value)
-    bars_ = f'stroke="{colour}" stroke-opacity=".5" stroke-width="1.5"'
-    lines = ""
+    line = Markup(f'<path d="{{}}" stroke="{colour}" stroke-opacity=".5" stroke-width="1.5"/>')
+    lines = []
     if across.low is not None and across.high is not None:
-        lines += f'<path d="M{x.at(across.low):.1f} {cy:.1f}H{x.at(across.high):.1f}" {bars_}/>'
+        lines.append(line.format(f"M{x.at(across.low):.1f} {cy:.1f}H{x.at(across.high):.1f}"))
     if up.low is not None and up.high is not None:
-        lines += f'<path d="M{cx:.1f} {y.at(up.low):.1f}V{y.at(up.high):.1f}" {bars_}/>'
-    return (
-        f'{lines}<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{colour}">'
-        f"<title>{escape(name)}: {across.render(1)}, {up.render(3)}</title></circle>"
-        f'<text x="{cx + 7:.1f}" y="{cy - 6:.1f}">{escape(name.removeprefix("diversity "))}</text>'
+        lines.append(line.format(f"M{cx:.1f} {y.at(up.low):.1f}V{y.at(up.high):.1f}"))
+    point = Markup(
+        '{}<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"><title>{}</title></circle>'
+        '<text x="{:.1f}" y="{:.1f}">{}</text>'
     )
+    title = f"{name}: {across.render(1)}, {up.render(3)}"
+    label = name.removeprefix("diversity ")
+    return point.format(joined(lines), cx, cy, colour, title, cx + 7, cy - 6, label)
 
 
 def _high(estimate: Estimate) -> float:
