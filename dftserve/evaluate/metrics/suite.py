@@ -91,12 +91,13 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
             measures of a set to be comparable.
     """
     said = [tokens(text) for text in texts.texts]
+    prompts = (*texts.prompts, *human.prompts)
     style_TF, human_TF = with_.style_space.features(texts), with_.style_space.features(human)
     kernel_TT = np.exp(
         -squareform(pdist(style_TF, "sqeuclidean")) / (2 * with_.style_space.sigma**2)
     )
     found = {
-        **_apart(style_TF, human_TF, with_.style_space.sigma, "style"),
+        **_apart(style_TF, human_TF, prompts, with_.style_space.sigma, "style"),
         **_frequencies(said, [tokens(text) for text in human.texts]),
         "slop": slop.rate(texts.texts, with_.phrases),
         "contrast": slop.contrast_rate(texts.texts),
@@ -106,7 +107,8 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
     }
     if with_.embed is not None:
         meaning_TF, human_TF = with_.embed(texts.texts), with_.embed(human.texts)
-        found |= _apart(meaning_TF, human_TF, two_sample.median_distance(human_TF), "meaning")
+        sigma = two_sample.median_distance(human_TF)
+        found |= _apart(meaning_TF, human_TF, prompts, sigma, "meaning")
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
@@ -117,14 +119,21 @@ def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> E
     return jackknife(len(texts), statistic)
 
 
-def _apart(x_TF: NDArray, human_TF: NDArray, sigma: float, space: str) -> dict[str, Estimate]:
+def _apart(
+    x_TF: NDArray, human_TF: NDArray, prompts: Sequence[str], sigma: float, space: str
+) -> dict[str, Estimate]:
+    """`prompts`: of the texts, then of the human ones. One prompt alone leaves no fold to test on
+    for a classifier, which is then left out."""
     mmd = two_sample.mmd_test(x_TF, human_TF, sigma)
     near = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
-    return {
+    found = {
         f"mmd_{space}": near,
         f"mmd_{space}_p": Estimate(mmd.p, None, None),
-        f"c2st_{space}": two_sample.c2st(human_TF, x_TF),
     }
+    sides = prompts[: len(x_TF)], prompts[len(x_TF) :]
+    if all("" in side or len(set(side)) > 1 for side in sides):
+        found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=prompts)
+    return found
 
 
 def _root(mmd2: float) -> float:

@@ -4,13 +4,18 @@ they use each token.
 A set is given as its features `x_MF`, M texts with F features each, or as its tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 from scipy.spatial import distance
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from dftserve.evaluate.metrics.intervals import LEVEL, Estimate
 from dftserve.evaluate.metrics.lexical import gram_counts
@@ -90,7 +95,14 @@ def mmd_test(
     )
 
 
-def c2st(x_MF: ArrayLike, y_NF: ArrayLike, *, folds: int = 5, seed: int = 0) -> Estimate:
+def c2st(
+    x_MF: ArrayLike,
+    y_NF: ArrayLike,
+    *,
+    groups: Sequence[str] = (),
+    folds: int = 5,
+    seed: int = 0,
+) -> Estimate:
     """How well a linear classifier tells the two sets apart: AUC on texts that it has not seen,
     .5 where it cannot (classifier two-sample test, Lopez-Paz & Oquab, arXiv 1610.06545).
 
@@ -99,26 +111,53 @@ def c2st(x_MF: ArrayLike, y_NF: ArrayLike, *, folds: int = 5, seed: int = 0) -> 
     the variance of Hanley & McNeil and so has a width at 1; it takes the M + N scores as
     independent.
 
+    Args:
+        groups: of the M rows of x, then of the N of y, as the prompt that a text answers; rows of
+            one group are in one fold, those of "" each by themselves. None: all by themselves.
+        folds: as many, or as there are groups on a side.
+
     Raises:
-        ValueError: fewer rows on a side than folds, fewer than two folds, other widths, or numbers
-            that are not finite.
+        ValueError: fewer rows on a side than folds, fewer than two folds or groups, other widths,
+            or numbers that are not finite.
     """
     if folds < 2:
         raise ValueError(f"folds: got {folds}; accepted: at least 2.")
     x_MF, y_NF = _features(x_MF, "x", folds), _features(y_NF, "y", folds)
     all_LF, is_y_L = _joined(x_MF, y_NF)
-    rng = np.random.default_rng(seed)
-    # In each set as many rows in each fold as can be.
-    fold_L = np.concatenate([rng.permutation(len(rows)) % folds for rows in (x_MF, y_NF)])
     aucs = []
-    for fold in range(folds):
-        tested_L = fold_L == fold
-        mean_F, scale_F = all_LF[~tested_L].mean(0), all_LF[~tested_L].std(0)
-        z_LF = (all_LF - mean_F) / np.where(scale_F > 0, scale_F, 1)
-        weights_F = _logistic(z_LF[~tested_L], is_y_L[~tested_L])
-        aucs.append(_auc(z_LF[tested_L] @ weights_F, is_y_L[tested_L]))
+    for fitted_L, tested_L in _folds(is_y_L, groups, folds, seed):
+        both = len(set(is_y_L[fitted_L])), len(set(is_y_L[tested_L]))
+        if both != (2, 2):  # The groups of the fold are all of one side.
+            continue
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1 / PENALTY))
+        classifier.fit(all_LF[fitted_L], is_y_L[fitted_L])
+        score_L = classifier.decision_function(all_LF[tested_L])
+        aucs.append(roc_auc_score(is_y_L[tested_L], score_L))
+    if not aucs:
+        raise ValueError("groups: got no fold with both sets; accepted: prompts that both answer.")
     auc = float(np.mean(aucs))
     return Estimate(auc, *_auc_interval(auc, len(x_MF), len(y_NF)))
+
+
+def _folds(
+    is_y_L: NDArray[np.float64], groups: Sequence[str], folds: int, seed: int
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """(rows to fit, rows to test) of each fold."""
+    empty_LF = np.empty((len(is_y_L), 0))
+    named = [name or f"row {row}" for row, name in enumerate(groups)]
+    if len(set(named)) == len(named):
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        yield from splitter.split(empty_LF, is_y_L)
+        return
+    if len(named) != len(is_y_L):
+        raise ValueError(f"groups: got {len(named)}; accepted: one for each of {len(is_y_L)} rows.")
+    count = min(
+        len({n for n, y in zip(named, is_y_L, strict=True) if y == side}) for side in (0, 1)
+    )
+    if count < 2:
+        raise ValueError(f"groups: got {count} on a side; accepted: at least 2.")
+    grouped = StratifiedGroupKFold(min(folds, count), shuffle=True, random_state=seed)
+    yield from grouped.split(empty_LF, is_y_L, named)
 
 
 def token_distances(
@@ -166,28 +205,6 @@ def _mmd2(K_LL: NDArray[np.float64], member_PL: NDArray[np.float64]) -> NDArray[
     m = member_PL[0].sum()
     n = len(K_LL) - m
     return within_x_P / (m * (m - 1)) + within_y_P / (n * (n - 1)) - 2 * between_P / (m * n)
-
-
-def _logistic(z_LF: NDArray[np.float64], is_y_L: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights w that minimise Σ ln(1 + e^{−s(z·w + b)}) + PENALTY·‖w‖²/2, s = ±1; b is free."""
-    sign_L = 2 * is_y_L - 1
-
-    def loss(parameters: NDArray) -> tuple[float, NDArray]:
-        weights_F, bias = parameters[:-1], parameters[-1]
-        margin_L = sign_L * (z_LF @ weights_F + bias)
-        pull_L = -sign_L * special.expit(-margin_L)
-        value = np.logaddexp(0, -margin_L).sum() + PENALTY * weights_F @ weights_F / 2
-        return value, np.append(pull_L @ z_LF + PENALTY * weights_F, pull_L.sum())
-
-    start = np.zeros(z_LF.shape[1] + 1)
-    return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x[:-1]
-
-
-def _auc(score_L: NDArray[np.float64], is_y_L: NDArray[np.float64]) -> float:
-    """P(a y scores above an x), ties as half: the Mann-Whitney statistic."""
-    n = is_y_L.sum()
-    above = stats.rankdata(score_L) @ is_y_L - n * (n + 1) / 2
-    return float(above / (n * (len(is_y_L) - n)))
 
 
 def _auc_interval(auc: float, m: int, n: int) -> tuple[float, float]:
