@@ -163,6 +163,15 @@ def stock(request) -> Engine:
     return request.getfixturevalue(request.param)
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """For pytest-xdist's `--dist loadgroup`: tests that share an engine, or the fixtures of a
+    module, run in one worker."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        group = item.path.name if folder == "unit" else "engines"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def long(*values):
     """A parameter set of `make test-long`."""
     return pytest.param(*values, marks=pytest.mark.long)

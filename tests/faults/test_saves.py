@@ -23,7 +23,7 @@ from dftserve.targets.store import StoreError, TargetStore
 from tests.conftest import ROOT, long
 from tests.training import WORDS, save_model, save_store
 
-FEW = 6
+FEW = 4
 """Events that a short run takes, spread over all of them."""
 RECIPE = {
     "name": "small",

@@ -10,7 +10,7 @@ import pytest
 from tests.client import chat_body, gather, some_prompt
 from tests.conftest import long
 
-COUNTS = [("v1", "v1_stock", 200), ("v2", "v2_stock", 40)]
+COUNTS = [("v1", "v1_stock", 200), ("v2", "v2_stock", 16)]
 LONG_COUNTS = [long("v1", "v1_bare", 1000), long("v2", "v2_bare", 200)]
 
 

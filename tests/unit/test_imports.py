@@ -1,48 +1,85 @@
 """Changing a module when it is imported, and the hooks on vLLM's real request classes."""
 
+import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 
 import pytest
 
+FORKS = """
+import json, os, sys, traceback
+import torch, transformers, fastapi, openai.types.chat, openai.types.responses
+for line in sys.stdin:
+    order = json.loads(line)
+    got, gave = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(gave, 1)
+        os.environ.update(order["env"])
+        code = 0
+        try:
+            exec(order["code"], {"__name__": "__main__"})
+        except BaseException:
+            code = 1
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(gave)
+    with open(got) as said:
+        text = said.read()
+    _, status = os.waitpid(child, 0)
+    sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(status), text]) + "\\n")
+    sys.stdout.flush()
+"""
+"""Each line of the input is code to run in a fork of this process, which has imported what takes
+long of what vLLM needs, and neither vLLM nor the plug-in: these are imported once."""
 
-def run(code: str, **env: str) -> str:
-    """In a fresh interpreter, since modules are imported once."""
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+Run = Callable[..., str]
 
 
-def test_a_change_comes_right_after_the_import_and_once():
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """run(code, **environment): what the code prints in an interpreter of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+
+        def in_fork(code: str, **env: str) -> str:
+            print(json.dumps({"code": textwrap.dedent(code), "env": env}), file=forks.stdin)
+            forks.stdin.flush()
+            status, said = json.loads(forks.stdout.readline())
+            assert status == 0, said[-3000:]
+            return said
+
+        yield in_fork
+        forks.stdin.close()
+
+
+def test_a_change_comes_right_after_the_import_and_once(run):
     said = run(
         """
         from dftserve_vllm.imports import when_imported
-        when_imported("colorsys", lambda module: print("changed", module.__name__))
+        when_imported("tabnanny", lambda module: print("changed", module.__name__))
         print("before")
-        import colorsys, importlib
-        print("after", type(colorsys.__spec__.loader).__name__)
-        importlib.import_module("colorsys")
-        when_imported("colorsys", lambda module: print("at once"))
+        import tabnanny, importlib
+        print("after", type(tabnanny.__spec__.loader).__name__)
+        importlib.import_module("tabnanny")
+        when_imported("tabnanny", lambda module: print("at once"))
         """
     )
     assert said.split("\n")[:-1] == [
         "before",
-        "changed colorsys",
+        "changed tabnanny",
         "after SourceFileLoader",
         "at once",
     ]
 
 
-def test_registering_twice_changes_once_and_imports_nothing_of_vllm():
+def test_registering_twice_changes_once_and_imports_nothing_of_vllm(run):
     said = run(
         """
         import sys, dftserve_vllm
@@ -57,7 +94,7 @@ def test_registering_twice_changes_once_and_imports_nothing_of_vllm():
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
-def test_disabled_changes_nothing(value):
+def test_disabled_changes_nothing(run, value):
     said = run(
         """
         import dftserve_vllm
@@ -70,7 +107,7 @@ def test_disabled_changes_nothing(value):
     assert said.strip() == "False"
 
 
-def test_the_operators_default_and_what_it_skips():
+def test_the_operators_default_and_what_it_skips(run):
     said = run(
         """
         import dftserve_vllm
@@ -93,7 +130,7 @@ def test_the_operators_default_and_what_it_skips():
     assert said.split() == ["0.4", "0.4", "None", "0.9", "None", "None", "None", "0.4", "0.9"]
 
 
-def test_a_wrong_default_is_named():
+def test_a_wrong_default_is_named(run):
     said = run(
         """
         from dftserve_vllm.request_params import default_diversity
@@ -107,7 +144,7 @@ def test_a_wrong_default_is_named():
     assert "DFTSERVE_DEFAULT_DIVERSITY.level: got 1.5" in said
 
 
-def test_the_operators_own_cuts_are_explicit():
+def test_the_operators_own_cuts_are_explicit(run):
     said = run(
         """
         import types, dftserve_vllm
@@ -127,7 +164,7 @@ def test_the_operators_own_cuts_are_explicit():
     assert said.split() == ["0.8", "0", "0.0", "0.6", "0.1"]
 
 
-def test_speculative_decoding_on_v1_is_refused_with_the_reason():
+def test_speculative_decoding_on_v1_is_refused_with_the_reason(run):
     said = run(
         """
         import types, dftserve_vllm
@@ -151,7 +188,7 @@ def test_speculative_decoding_on_v1_is_refused_with_the_reason():
     assert said.split() == ["VLLMValidationError", "diversity", "True"]
 
 
-def test_an_unsupported_vllm_is_refused_with_the_reason():
+def test_an_unsupported_vllm_is_refused_with_the_reason(run):
     said = run(
         """
         import vllm, dftserve_vllm
