@@ -10,7 +10,7 @@ run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, ch
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -26,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dftserve import atomic, checkpoint
+from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import FileError, advised, read_json, shaped_as
 from dftserve.digest import digest_of
 from dftserve.spec import Promise
@@ -54,6 +53,61 @@ class Material:
     train: Rows
     heldout: Rows
     collate: Collator
+    found: lm.Examined
+    """The model, before its weights."""
+
+    @property
+    def text_N(self) -> Sequence[int]:
+        """The first tokens of the store: what the model is checked on."""
+        tokens: list[int] = []
+        for row in range(len(self.train)):
+            for document, _ in self.train[row]:
+                tokens += document.tokens_N.tolist()
+            if len(tokens) >= 2 * lm.PROBE_TOKENS:
+                break
+        return tokens
+
+    def unpacked(self, config: TrainConfig) -> "Material":
+        """The same with one document a row."""
+        train, heldout = (
+            _rows(self.store, split, config, packing=False) for split in ("train", "heldout")
+        )
+        return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that computes its divergence, and what it was checked as."""
+
+    model: Any
+    """With adapters where the run has them."""
+    language_model: lm.LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What is trained, checked: everything that can be refused has been."""
+
+    material: Material
+    loaded: Loaded
+    unpacked: str | None
+    """Why documents do not share rows although the configuration packs; None where they do."""
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read the store, load the model, and try what training and saving will need of them.
+
+    Raises:
+        ValueError: what the run cannot be made from; nothing has been written.
+    """
+    material = read(config)
+    set_seed(config.seed)
+    loaded = load_model(config, material)
+    unpacked = loaded.language_model.packing_leak() if config.packing else None
+    if unpacked is not None:
+        _say(f"{loaded.language_model.family}: one document a row, not packed: {unpacked}.")
+        material = material.unpacked(config)
+    return Prepared(material, loaded, unpacked)
 
 
 def train(config: TrainConfig) -> Path:
@@ -70,16 +124,18 @@ def train(config: TrainConfig) -> Path:
             f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
         )
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
-    material = read(config)
+    _refuse_another(output, config)
+    prepared = prepare(of_first_candidate(config))
+    material = prepared.material
     _begin(output, config)
     resume = last_checkpoint(output)
     if resume is not None:
         _say(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
         config = _with_weight(config, material, output)
-    set_seed(config.seed)
-    model = load_model(config)
-    trainer = make_trainer(config, model, material)
+        set_seed(config.seed)
+        prepared = replace(prepared, loaded=load_model(config, material))
+    trainer = make_trainer(config, prepared.loaded.model, material)
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -87,10 +143,10 @@ def train(config: TrainConfig) -> Path:
         _say(f"Stopped, and saved in {output}; the same command goes on from there.")
         raise SystemExit(128 + stop.received)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
-    model = whole_model(trainer, config)
-    if trainer.is_world_process_zero():
+    whole = whole_model(trainer, config, prepared)
+    if whole is not None:
         steps = trainer.state.global_step
-        finish(output / FINAL, config, model, material, steps=steps, figures=figures)
+        finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
@@ -102,12 +158,14 @@ def read(config: TrainConfig) -> Material:
         ValueError: no store, a store of another tokenizer or template, a lumped tail where draws
             are needed.
     """
+    found = lm.examine(config.model)
     tokenizer = load_tokenizer(config.model)
+    found.check_tokenizer(tokenizer)
     store = TargetStore(Path(config.targets))
     store.belongs_to(
         tokenizer=fingerprint(tokenizer),
         template=template_fingerprint(tokenizer),
-        vocabulary=_vocabulary(config.model),
+        vocabulary=found.vocabulary,
     )
     needs = config.divergence
     if DIVERGENCES[needs.name].needs_draws and store.manifest.plan.tail == "lumped":
@@ -125,30 +183,39 @@ def read(config: TrainConfig) -> Material:
     if needs.target_weight == AUTO and not store.count("heldout"):
         raise ValueError("target_weight: auto needs held-out text; build the store with some.")
     rows = {
-        split: Rows(
-            store, split, longest=config.max_length, packing=config.packing, seed=config.seed
-        )
-        for split in ("train", "heldout")
+        split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
     }
-    return Material(tokenizer, store, rows["train"], rows["heldout"], Collator())
+    parts = (part for each in rows.values() for row in each.rows for part in row)
+    longest = max(map(len, parts), default=0)
+    found.check_length(longest, "max_length")
+    collate = Collator(packing=config.packing)
+    return Material(tokenizer, store, rows["train"], rows["heldout"], collate, found)
 
 
-def load_model(config: TrainConfig) -> Any:
+def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool) -> Rows:
+    return Rows(store, split, longest=config.max_length, packing=packing, seed=config.seed)
+
+
+def load_model(config: TrainConfig, material: Material) -> Loaded:
     """The model with its divergence attached, and with adapters where the run has them.
 
     Weights are kept in float32: bf16 is how they are computed with.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: got {config.model!r}: {_line(error)}.") from None
+    found = material.found
+    model: Any = lm.load(found, dtype=torch.float32, device=_device(config))
     if config.gradient_checkpointing:
         model.config.use_cache = False
     embeddings: Any = model.get_input_embeddings().weight
-    attach(model, config.divergence.build(embeddings, config.seed))
-    return model if config.lora is None else _adapted(model, config)
+    divergence = config.divergence.build(embeddings, config.seed)
+    language_model = attach(model, divergence, name=found.name, tokens_N=material.text_N)
+    return Loaded(model if config.lora is None else _adapted(model, config), language_model)
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """Where the Trainer will put the model, so that what is checked is what is trained."""
+    if not torch.cuda.is_available() or config.fsdp:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def make_trainer(
@@ -208,37 +275,38 @@ def make_trainer(
     return trainer
 
 
-def whole_model(trainer: DFTTrainer, config: TrainConfig) -> Any:
-    """The trained model on this process; where it is sharded, a copy that is not."""
+def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) -> Prepared | None:
+    """The trained model; where it is sharded, a copy that is not. None but on the first process."""
     if not trainer.is_fsdp_enabled:
-        return trainer.model
+        return prepared if trainer.is_world_process_zero() else None
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return None
-    model = load_model(config)
-    model.load_state_dict(weights)
-    return model
+    loaded = load_model(config, prepared.material)
+    loaded.model.load_state_dict(weights)
+    return replace(prepared, loaded=loaded)
 
 
 def finish(
     folder: Path,
     config: TrainConfig,
-    model: Any,
-    material: Material,
+    prepared: Prepared,
     *,
     steps: int,
     figures: Mapping[str, float],
 ) -> None:
     """Write the checkpoint: whole, or not at all."""
+    model, material = prepared.loaded.model, prepared.material
     model = model.merge_and_unload() if config.lora is not None else model
     model.eval()
-    seen = profile(model, config, material)
+    seen = profile(prepared.loaded.language_model, config, material)
     plan = material.store.manifest.plan
     data = {
         "model": Path(config.model).name,
         "targets": digest_of(material.store.folder / MANIFEST, within=material.store.folder),
         "corpus": plan.corpus_blake3,
         "tokenizer": plan.tokenizer,
+        "packing": {"used": material.collate.packing, "refused_because": prepared.unpacked},
     }
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
@@ -249,8 +317,8 @@ def finish(
         checkpoint.seal(made)
 
 
-def profile(model: Any, config: TrainConfig, material: Material) -> Profile:
-    device = next(model.parameters()).device
+def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
+    device = language_model.model.device
     loader = DataLoader(
         _some(material.heldout, PROFILE_TOKENS),  # type: ignore[arg-type]
         batch_size=config.batch_size,
@@ -259,7 +327,7 @@ def profile(model: Any, config: TrainConfig, material: Material) -> Profile:
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
     end: Any = material.tokenizer.eos_token_id
     stops: frozenset[int] = frozenset() if end is None else frozenset({end})
-    return measure(model, batches, stop_ids=stops, tokens=PROFILE_TOKENS)
+    return measure(language_model, batches, stop_ids=stops, tokens=PROFILE_TOKENS)
 
 
 def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
@@ -277,13 +345,10 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     )
 
 
-def _begin(output: Path, config: TrainConfig) -> None:
-    """Make the folder, or refuse one of another run; the first of several processes does it."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
+def _refuse_another(output: Path, config: TrainConfig) -> None:
+    """Refuse a folder that holds something else than a start of this run."""
     wanted = json.loads(json.dumps(asdict(config)))
-    path = output / SETTINGS
-    found = _read(path)
+    found = _read(output / SETTINGS)
     if found is not None:
         was, now = _flat(found), _flat(wanted)
         for name in now:
@@ -296,8 +361,14 @@ def _begin(output: Path, config: TrainConfig) -> None:
     # A kill may have left what was to become the settings, and nothing else.
     if output.exists() and any(p.name != SETTINGS + atomic.PARTIAL for p in output.iterdir()):
         raise ValueError(f"{output} is neither empty nor a run; choose another output.")
+
+
+def _begin(output: Path, config: TrainConfig) -> None:
+    """Make the folder and its settings; the first of several processes does it."""
+    if int(os.environ.get("RANK", "0")) != 0 or (output / SETTINGS).exists():
+        return
     output.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, json.dumps(wanted, indent=2) + "\n")
+    atomic.write_text(output / SETTINGS, json.dumps(asdict(config), indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -343,7 +414,7 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
             report_to="none",
         )
         set_seed(config.seed)
-        trainer = make_trainer(probe, load_model(probe), material)
+        trainer = make_trainer(probe, load_model(probe, material).model, material)
         trainer.args.save_strategy = "no"
         trainer.train()
         tried[f"{weight:g}"] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
@@ -354,6 +425,12 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     best = min(tried, key=lambda weight: tried[weight])
     _say(f"target_weight {best}: held-out human NLL {tried[best]:.4f} nats a token, of {tried}")
     return _weighted(config, float(best))
+
+
+def of_first_candidate(config: TrainConfig) -> TrainConfig:
+    """The configuration itself, with a weight where it is still to be chosen."""
+    is_auto = config.divergence.target_weight == AUTO
+    return _weighted(config, config.divergence.candidates[0]) if is_auto else config
 
 
 def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
@@ -394,13 +471,3 @@ def _some(rows: Rows, tokens: int) -> list:
         some.append(rows[place])
         held += sum(map(len, row))
     return some
-
-
-def _vocabulary(model: str) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -4,6 +4,7 @@ Shapes: T trained positions of a batch.
 """
 
 import math
+import os
 import shutil
 import signal
 from collections.abc import Mapping
@@ -210,12 +211,14 @@ class DFTTrainer(Trainer):
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint to resume from, verified; leftovers of a kill are removed.
+    """The newest checkpoint to resume from, verified; leftovers of a kill are removed by the first
+    of several processes.
 
     Raises:
         CheckpointError: the newest one is damaged: resuming from it would not be exact.
     """
-    for leftover in run.glob(f"*{atomic.PARTIAL}"):
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    for leftover in run.glob(f"*{atomic.PARTIAL}") if is_first else ():
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
