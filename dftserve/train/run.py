@@ -4,13 +4,15 @@ train(TrainConfig(model="base", targets="store", output="run"))
 
 run/settings.json     the resolved configuration; a resumed run must have the same
 run/checkpoint-N/     to resume from
-run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json
+run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json;
+                      the adapter in final/adapter
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,16 @@ from dftserve.digest import digest_of
 from dftserve.spec import Promise
 from dftserve.targets.document import fingerprint, load_tokenizer, template_fingerprint
 from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
+from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-SETTINGS, WEIGHTS, FINAL = "settings.json", "weights.json", "final"
+SETTINGS, WEIGHTS, FINAL, ADAPTER = "settings.json", "weights.json", "final", "adapter"
 LARGEST = 1 << 20
 """Bytes of either."""
 PROFILE_TOKENS = 20_000
@@ -107,6 +111,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if unpacked is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {unpacked}.")
         material = material.unpacked(config)
+    try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, loaded, unpacked)
 
 
@@ -116,6 +121,8 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: anything that the run cannot be made from, before anything is written; or a
             divergence that is no longer a number.
+        SaveError: a final checkpoint that cannot be made, or is not what was trained; says where
+            the weights are.
         OSError: the disk; the last checkpoint is then whole.
     """
     output = Path(config.output)
@@ -145,8 +152,9 @@ def train(config: TrainConfig) -> Path:
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
-        steps = trainer.state.global_step
-        finish(output / FINAL, config, whole, steps=steps, figures=figures)
+        with _weights_kept(trainer, output):
+            steps = trainer.state.global_step
+            finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
@@ -208,7 +216,9 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
     embeddings: Any = model.get_input_embeddings().weight
     divergence = config.divergence.build(embeddings, config.seed)
     language_model = attach(model, divergence, name=found.name, tokens_N=material.text_N)
-    return Loaded(model if config.lora is None else _adapted(model, config), language_model)
+    if config.lora is not None:
+        model = adapted(model, config.lora, checkpointing=config.gradient_checkpointing)
+    return Loaded(model, language_model)
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -287,6 +297,24 @@ def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) ->
     return replace(prepared, loaded=loaded)
 
 
+@contextmanager
+def _weights_kept(trainer: DFTTrainer, output: Path) -> Iterator[None]:
+    """Whatever goes wrong with the final checkpoint, the last one to resume from is there.
+
+    Raises:
+        SaveError: what went wrong, and where the trained weights are.
+    """
+    try:
+        yield
+    except Exception as error:
+        best = trainer.state.best_model_checkpoint
+        kept = Path(best) if best else last_checkpoint(output)
+        raise SaveError(
+            f"{output / FINAL} could not be made: {' '.join(str(error).split())}. The trained "
+            f"weights are in {kept}; the same command tries again from there."
+        ) from error
+
+
 def finish(
     folder: Path,
     config: TrainConfig,
@@ -295,10 +323,11 @@ def finish(
     steps: int,
     figures: Mapping[str, float],
 ) -> None:
-    """Write the checkpoint: whole, or not at all."""
+    """Write the checkpoint and read it back: whole and the same, or not at all."""
     model, material = prepared.loaded.model, prepared.material
-    model = model.merge_and_unload() if config.lora is not None else model
     model.eval()
+    sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
+    trained = nll(prepared.loaded.language_model, sample)
     seen = profile(prepared.loaded.language_model, config, material)
     plan = material.store.manifest.plan
     data = {
@@ -311,8 +340,12 @@ def finish(
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
     with atomic.folder(folder) as made, checkpoint.writing(folder):
+        if config.lora is not None:
+            model.save_pretrained(made / ADAPTER)
+            model = model.merge_and_unload()
         model.save_pretrained(made)
         material.tokenizer.save_pretrained(made)
+        check_reloaded(made, trained, sample)
         checkpoint.describe(made, promise(config, seen, plan.source), run)
         checkpoint.seal(made)
 
@@ -440,26 +473,6 @@ def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
 def _say(line: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print(line, file=sys.stderr, flush=True)
-
-
-def _adapted(model: Any, config: TrainConfig) -> Any:
-    import peft
-
-    assert config.lora is not None
-    modules = config.lora.modules
-    wrapped = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=modules if isinstance(modules, str) else list(modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return wrapped
 
 
 def _some(rows: Rows, tokens: int) -> list:

@@ -70,7 +70,10 @@ class DFTTrainer(Trainer):
         tokens = len(inputs["positions_T"]) if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP average gradients over processes; the tokens are already all processes'.
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = output.loss * (processes / tokens)  # type: ignore[operator]
+        total: Any = output.loss
+        if output.auxiliary is not None and torch.is_grad_enabled():
+            total = total + output.auxiliary
+        loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.
             seen = [output.loss, output.model_entropy, output.target_entropy]

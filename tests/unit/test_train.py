@@ -278,8 +278,19 @@ def _stop_after(step: int):
     return Stop()
 
 
-def test_adapters_are_merged(run, base):
+def test_adapters_are_merged_and_kept(run, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     final = train(replace(run, lora=LoraConfig(rank=4)))
+    merged = AutoModelForCausalLM.from_pretrained(final)
+    beside = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), final / "adapter"
+    )
+    tokens_1N = torch.arange(2, 30)[None]
+    torch.testing.assert_close(
+        merged(tokens_1N).logits, beside(tokens_1N).logits, atol=1e-5, rtol=1e-4
+    )
     before, after = (load_file(each / "model.safetensors") for each in (base, final))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
