@@ -31,12 +31,12 @@ from transformers.utils import logging
 
 from dftserve.corpus.prepare import cut
 from dftserve.corpus.read import Text, read
+from dftserve.lm import LanguageModel, examine, load
 from dftserve.targets import store
 from dftserve.targets.document import Document, encode_text, fingerprint
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
-from dftserve.train.data import Collator, Rows
-from dftserve.train.head import Head
+from dftserve.train.data import Collator, Rows, model_inputs
 from dftserve.train.run import train
 
 from provenance import machine, versions
@@ -179,12 +179,11 @@ def run(place: Path, method: DivergenceConfig, tokens: int, seed: int) -> Path:
 @torch.no_grad()
 def nats(folder: Path, rows: Rows, temperatures: Sequence[float]) -> np.ndarray:
     """Σ −ln p of the rows' tokens at each temperature."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    head, total = Head.of(model), np.zeros(len(temperatures))
+    model = load(examine(folder), dtype=torch.float32)
+    language_model, total = LanguageModel(model, str(folder)), np.zeros(len(temperatures))
     for batch in DataLoader(rows, batch_size=16, collate_fn=Collator()):  # type: ignore[arg-type]
-        given = {name: batch[name] for name in ("input_ids", "position_ids")}
-        hidden_TD = model.get_decoder()(**given).last_hidden_state.flatten(0, 1)
-        logits_TV = head.logits(hidden_TD[batch["positions_T"]])
+        hidden_TD = language_model.states(**model_inputs(batch)).hidden_BND.flatten(0, 1)
+        logits_TV = language_model.head.logits(hidden_TD[batch["positions_T"]])
         for place, temperature in enumerate(temperatures):
             total[place] += float(
                 torch.nn.functional.cross_entropy(

@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dftserve.lm import Head
 from dftserve.targets import store
 from dftserve.targets.document import Document
 from dftserve.targets.ngram import Ngram
@@ -51,7 +52,7 @@ from dftserve.targets.teacher import Teacher
 from dftserve.train.config import DivergenceConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import Divergence, ForwardKL, TargetRows
-from dftserve.train.head import Head, head_loss
+from dftserve.train.head import head_loss
 from dftserve.train.model import attach
 
 from provenance import machine, versions

@@ -1,6 +1,8 @@
 """A model's folder, looked through before transformers or vLLM open its files by name.
 
-    check_model_folder(Path("models/base"))
+    check_model_folder(Path("models/base"))     for every loader
+    check_full_precision(config, "models/base") for what reads logits or trains
+    weight_files(Path("models/base"))           the safetensors files, each whole
 
 Weights may be links to anywhere: they often lie on other disks, and are read as safetensors, which
 nothing else passes for. All else of a model can reach what is trained or saved from it (a chat
@@ -10,16 +12,25 @@ means in the Hugging Face cache.
 Standard library only.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dftserve.bounded_files import check, read_json, real_file
+from dftserve.bounded_files import check, open_file, parse_json, read_json, real_file
 
 LARGEST_TEXT = 256 << 20
 """Bytes of a model's file that is no weights; the largest tokenizer.json have some 40 MiB."""
 LARGEST_WEIGHTS = 1 << 40
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHERWISE = (
+    "accepted: a causal language model saved by save_pretrained() in safetensors. Convert other "
+    "formats first."
+)
+LARGEST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header: the format's own bound."""
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 FOLDERS = ("additional_chat_templates",)
 NUMBERS: Mapping[str, int] = {
@@ -74,3 +85,77 @@ def _check_numbers(given: Any, path: Path) -> None:
     elif isinstance(given, list):
         for each in given:
             _check_numbers(each, path)
+
+
+# ── Weights ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_full_precision(config: Mapping[str, Any], model: str) -> None:
+    """Refuse a quantised model: its weights have no gradient, and its logits are not the base's.
+
+    Args:
+        config: the content of its config.json.
+        model: what the error calls it.
+
+    Raises:
+        ValueError: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors or any other method.
+    """
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, Mapping) else {}):
+        for name in ("quantization_config", "compression_config"):
+            given = settings.get(name)
+            if given:
+                method = given.get("quant_method") if isinstance(given, Mapping) else None
+                raise ValueError(
+                    f"{model} is quantised ({name}: {method or 'of an unnamed method'}); accepted: "
+                    "weights in float32, bfloat16 or float16. Take the model that it was made from."
+                )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a loader reads, each of the size that its header says.
+
+    Raises:
+        ValueError: none, a shard that the index names and that is missing, or a file that was cut
+            short or is no safetensors file.
+    """
+    index = folder / INDEX
+    names = [WEIGHTS] if (folder / WEIGHTS).exists() or not index.exists() else _shards(index)
+    for name in names:
+        if not (folder / name).exists():
+            why = f", which {INDEX} names; copy it anew." if index.exists() else f"; {OTHERWISE}"
+            raise ValueError(f"{folder} has no {name}{why}")
+        _check_whole(folder / name)
+    return [folder / name for name in names]
+
+
+def _shards(index: Path) -> list[str]:
+    content = read_json(index, within=index.parent, largest=LARGEST_TEXT)
+    places = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(places, Mapping) or not places:
+        raise ValueError(f"{index}: it has no weight_map; copy it anew.")
+    names = sorted({str(name) for name in places.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: got {name!r}; accepted: names of files beside it.")
+    return names
+
+
+def _check_whole(path: Path) -> None:
+    """8 bytes of the header's length, the header, and the tensors to the last offset."""
+    with open_file(path, largest=LARGEST_WEIGHTS) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+            raise ValueError(f"{path} is no whole safetensors file; copy it anew.")
+        header = parse_json(file.read(length), str(path))
+    try:
+        ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ValueError(f"{path} is no whole safetensors file; copy it anew.") from None
+    if size != expected:
+        raise ValueError(
+            f"{path}: got {size:,} bytes; its header names {expected:,}: it was cut short or "
+            "damaged. Copy it anew."
+        )

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dftserve.corpus.read import Text
+from dftserve.lm import check_path
 from dftserve.model_folder import check_model_folder
 
 
@@ -74,14 +75,15 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: no such folder, no tokenizer in it, or files that `model_folder` refuses.
     """
+    check_path(model)
     if Path(model).is_dir():
         check_model_folder(Path(model))
-    elif model.startswith((".", "/", "~")):
-        raise ValueError(f"model: got {model!r}; there is no such folder.")
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in why:
+            why = "it needs code of its own (auto_map), which dftserve never runs"
         raise ValueError(
             f"model: got {model!r}: no tokenizer that can be loaded ({why})."
         ) from None

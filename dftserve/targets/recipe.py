@@ -203,6 +203,20 @@ class _Given:
         return [document for split in self.documents.values() for document in split]
 
 
+def teacher_models(recipe: Recipe) -> Iterator[str]:
+    """Folders or names of the models that a recipe's sources load, principles' own among them."""
+    waiting: list[Any] = [recipe.source]
+    while waiting:
+        given = waiting.pop()
+        if isinstance(given, Mapping):
+            teacher = given.get("teacher")
+            if isinstance(teacher, Mapping) and "model" in teacher:
+                yield str(teacher["model"])
+            waiting += given.values()
+        elif isinstance(given, list | tuple):
+            waiting += given
+
+
 def _checked(given: Any, where: str, depth: int = 0) -> None:
     """Refuse what `_built` could not build, before anything is loaded."""
     if depth > DEEPEST:

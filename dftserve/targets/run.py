@@ -18,9 +18,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dftserve import atomic
+from dftserve import atomic, lm
 from dftserve.corpus.prepare import Corpus, prepare
 from dftserve.corpus.read import Text, read
+from dftserve.model_folder import CONFIG
 from dftserve.targets import recipe as recipes
 from dftserve.targets import report, store
 from dftserve.targets.document import (
@@ -75,9 +76,13 @@ def build(job: Job, say: Say = print) -> Manifest:
     """
     recipe = recipes.load(job.recipe, job.values)
     tokenizer = _tokenizer(job.model)
+    teachers = _examined(job, recipe, tokenizer)
     corpus = prepare(read(job.corpus), recipe.corpus, heldout=job.heldout, seed=job.seed)
     documents, told = encode_all(corpus, tokenizer, job.max_tokens)
     say(shown(told))
+    longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
+    for teacher in teachers:
+        teacher.check_length(longest, "--max-tokens")
     source = _source(recipe, tokenizer, documents)
     plan = store.plan(
         source,
@@ -147,6 +152,20 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     # How much a model reads at once is the trainer's concern: no warning for each long text.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
+
+
+def _examined(job: Job, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
+    """The teachers; refused, as the model that will be trained, before any text is read.
+
+    Raises:
+        ValueError: as `lm.examine`; or a tokenizer with more tokens than an embedding.
+    """
+    if not Path(job.model).is_dir() or (Path(job.model) / CONFIG).exists():
+        lm.examine(job.model, weights=False).check_tokenizer(tokenizer)
+    found = [lm.examine(model) for model in recipes.teacher_models(recipe)]
+    for teacher in found:
+        teacher.check_tokenizer(tokenizer)
+    return found
 
 
 # ── Documents ────────────────────────────────────────────────────────────────────────────────────

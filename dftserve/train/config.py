@@ -16,6 +16,7 @@ from dftserve.train import divergences
 from dftserve.train.divergences import DIVERGENCES, Divergence, Projections
 
 AUTO = "auto"
+ALL_LINEAR = "all-linear"
 PRECISIONS = ("fp32", "bf16")
 REPORTS = ("none", "tensorboard", "trackio")
 MOST = 1 << 30
@@ -104,13 +105,13 @@ TAKES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters, merged into the weights at the end."""
+    """Low-rank adapters, merged into the weights at the end and kept beside them."""
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    modules: str | tuple[str, ...] = "all-linear"
-    """Names as peft takes them; the head is always left out."""
+    modules: str | tuple[str, ...] = ALL_LINEAR
+    """One name of modules, as `q_proj`, or a list; the output layer is always left out."""
 
     def __post_init__(self) -> None:
         _between(1, 1 << 16, self, "rank", "alpha")

@@ -1,14 +1,16 @@
 """Batches of a target store: documents packed into rows, and the targets of what they train.
 
 A row holds whole documents, or a window of one that is longer than a row; positions start anew
-with each, so no document sees another (transformers reads the packing off the positions).
+with each, so no document sees another (transformers reads the packing off the positions). A model
+that does not keep them apart (`lm.LanguageModel.packing_leak`) gets one document a row, and a mask
+of what fills it.
 
 Shapes: B rows, N tokens of the longest, T trained positions of the batch.
 """
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -20,6 +22,8 @@ from dftserve.targets.document import Document, spans
 from dftserve.targets.sparse import Targets
 from dftserve.targets.store import TargetStore
 from dftserve.train.divergences import TargetRows
+
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Rows(Dataset):
         self, store: TargetStore, split: str, *, longest: int, packing: bool, seed: int
     ) -> None:
         self._store, self._split = store, split
+        self.packing = packing
         parts = pieces(store.lengths(split), longest)
         self.rows = packed(parts, longest, seed) if packing else [(part,) for part in parts]
 
@@ -94,16 +99,26 @@ class Rows(Dataset):
         return document.window(piece.start, piece.stop), targets[int(first) : int(last)]
 
 
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model itself reads."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+@dataclass(frozen=True)
 class Collator:
     """Makes a model's batch of items: tokens, positions, and the targets flattened to T rows.
 
     Rows are filled with token 0, which is never predicted and never attended to.
     """
 
+    packing: bool = True
+    """Give `position_ids` that start anew with each document; else an `attention_mask`."""
+
     def __call__(self, items: Sequence[Sequence[tuple[Document, Targets]]]) -> dict[str, Tensor]:
         longest = max(sum(len(document.tokens_N) for document, _ in item) for item in items)
         tokens_BN = np.zeros((len(items), longest), dtype=np.int64)
         position_BN = np.zeros((len(items), longest), dtype=np.int64)
+        mask_BN = np.zeros((len(items), longest), dtype=np.int64)
         predicted_from: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         for row, item in enumerate(items):
@@ -116,11 +131,13 @@ class Collator:
                 labels.append(document.labels_T)
             # What fills the row is a document of its own, after all others.
             position_BN[row, end:] = np.arange(longest - end)
+            mask_BN[row, :end] = 1
         targets = Targets.joined([targets for item in items for _, targets in item])
         rows = TargetRows.of(np.concatenate(labels), targets)
+        places = {"position_ids": position_BN} if self.packing else {"attention_mask": mask_BN}
         return {
             "input_ids": torch.from_numpy(tokens_BN),
-            "position_ids": torch.from_numpy(position_BN),
+            **{name: torch.from_numpy(value) for name, value in places.items()},
             "positions_T": torch.from_numpy(np.concatenate(predicted_from)),
             **{each.name: getattr(rows, each.name) for each in fields(rows)},
         }

@@ -13,46 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dftserve.lm import Head
 from dftserve.train.divergences import Divergence, Rows, TargetRows
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Elements of one chunk's logits: what stays in a CPU's cache, what keeps a GPU busy."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: cap·tanh(scale·(h Wᵀ + b)/cap)."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    scale: float = 1.0
-    cap: float | None = None
-
-    @staticmethod
-    def of(model: Any) -> "Head":
-        """A causal LM's own, as its configuration has it.
-
-        Raises:
-            ValueError: the head is no linear layer (an adapter on it, for one).
-        """
-        layer = model.get_output_embeddings()
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(
-                f"the head is a {type(layer).__name__}; accepted: a torch Linear. "
-                "Leave the head (lm_head) out of the adapter's modules."
-            )
-        config = model.config.get_text_config()
-        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps.
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        cap = getattr(config, "final_logit_softcapping", None)
-        return Head(layer.weight, layer.bias, float(scale), cap)
-
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """[R, V] in float32, or in float64 where the hidden states are; for autograd."""
-        logits_RV = _upcast(nn.functional.linear(hidden_RD, self.weight_VD, self.bias_V))
-        logits_RV = logits_RV * self.scale
-        return logits_RV if self.cap is None else self.cap * (logits_RV / self.cap).tanh()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +129,3 @@ def chunks(rows: int, vocabulary: int, device: str) -> Iterator[slice]:
 
 def _autocasts(device: str) -> bool:
     return torch.is_autocast_enabled(device)
-
-
-def _upcast(values: Tensor) -> Tensor:
-    return values if values.dtype is torch.float64 else values.float()

@@ -8,6 +8,7 @@ Shapes: B rows of tokens, N tokens of a row, T trained positions of the batch, D
 """
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from dftserve.lm import Head, LanguageModel
 from dftserve.train.divergences import SFT, Divergence, TargetRows
-from dftserve.train.head import Head, head_loss
+from dftserve.train.head import head_loss
 
 TARGET_NAMES = tuple(each.name for each in fields(TargetRows))
+SAME_LOSS = 1e-3
+"""Nats a token by which the chunked head's loss may lie from that of the model's own logits."""
 
 
 @dataclass
@@ -27,6 +31,8 @@ class DFTOutput(ModelOutput):
     """Sums over a batch's trained positions, in nats."""
 
     loss: Tensor | None = None
+    auxiliary: Tensor | None = None
+    """What a router's balance adds to the loss, with its weight; not part of the divergence."""
     model_entropy: Tensor | None = None
     target_entropy: Tensor | None = None
     """Of q, the stored target; 0 for a baseline that reads none."""
@@ -34,24 +40,66 @@ class DFTOutput(ModelOutput):
     """−ln p of the text's own tokens; only while evaluating."""
 
 
-def attach(model: PreTrainedModel, divergence: Divergence) -> None:
+def attach(
+    model: PreTrainedModel,
+    divergence: Divergence,
+    *,
+    name: str = "the model",
+    tokens_N: Sequence[int] | None = None,
+) -> LanguageModel:
     """Make `model(input_ids, position_ids, positions_T, **target)` return a DFTOutput.
 
+    In place of `position_ids` of packed documents it takes an `attention_mask` of padded ones.
+
+    Args:
+        name: what errors call the model.
+        tokens_N: a text to compare the losses on; see `LanguageModel`.
+
     Raises:
-        ValueError: the model's head is no linear layer; see `Head.of`.
+        ValueError: the model's own logits give another loss; see `LanguageModel`.
     """
-    Head.of(model)
-    plain = model.forward
+    language_model = LanguageModel(model, name, tokens_N)
+    _check_loss(language_model)
 
     def forward(self, *args, positions_T: Tensor | None = None, **given: Any) -> Any:
         if positions_T is None:
             return plain(*args, **given)
         target = TargetRows(**{name: given.pop(name) for name in TARGET_NAMES})
-        hidden_BND = self.get_decoder()(*args, use_cache=False, **given).last_hidden_state
-        hidden_TD = hidden_BND.flatten(0, 1)[positions_T]
-        return _output(Head.of(self), hidden_TD, target, divergence, training=self.training)
+        states = language_model.states(**given)
+        hidden_BND = states.hidden_BND
+        hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[positions_T]
+        output = _output(language_model.head, hidden_TD, target, divergence, training=self.training)
+        if states.auxiliary is not None:
+            # A mean over the batch beside sums over its tokens.
+            output.auxiliary = states.auxiliary * len(positions_T)
+        return output
 
+    plain = model.forward
     model.forward = types.MethodType(forward, model)
+    return language_model
+
+
+@torch.no_grad()
+def _check_loss(language_model: LanguageModel) -> None:
+    """The chunked head against cross-entropy on the model's own logits."""
+    model, text_N = language_model.model, language_model.text_N
+    was = model.training
+    model.eval()
+    ids_1N = text_N[None].to(model.device)
+    labels_T = ids_1N[0, 1:]
+    logits_TV = language_model.own_logits(input_ids=ids_1N)[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits_TV, labels_T)
+    hidden_BND = language_model.states(input_ids=ids_1N).hidden_BND
+    hidden_TD = hidden_BND.reshape(len(text_N), -1)[:-1]
+    none = TargetRows.none(labels_T.cpu().numpy())
+    target = TargetRows(**{n: getattr(none, n).to(model.device) for n in TARGET_NAMES})
+    found = head_loss(language_model.head, hidden_TD, target, SFT()).loss / len(labels_T)
+    model.train(was)
+    if not float((found - expected).abs()) <= SAME_LOSS:
+        raise ValueError(
+            f"{language_model.family}: the loss of its own logits is {float(expected):.4f} nats a "
+            f"token and that of its chunked head {float(found):.4f}; it cannot be trained here."
+        )
 
 
 def checkpointing_name() -> str:

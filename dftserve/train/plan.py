@@ -6,7 +6,7 @@ One batch goes forward and backward through the real model; nothing is written.
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Rows
 from dftserve.train.head import CHUNK_ELEMENTS
 from dftserve.train.model import enable_checkpointing
-from dftserve.train.run import Material, load_model, read
+from dftserve.train.run import Material, of_first_candidate, prepare
 
 OPTIMIZER_BYTES = 8
 """Two float32 moments of AdamW for a trained parameter."""
@@ -29,6 +29,8 @@ class TrainPlan:
     trained_parameters: int
     documents: int
     rows: int
+    unpacked: str | None
+    """Why there is one document a row although the configuration packs; None where it does."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     steps: int
@@ -71,6 +73,8 @@ class TrainPlan:
             f"{_size(self.activation_bytes)}, head {_size(self.head_bytes)}",
             "disk": f"{_size(self.disk_bytes)} at most",
         }
+        if self.unpacked is not None:
+            lines["packing"] = f"none, one document a row: {self.unpacked}"
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
 
 
@@ -80,13 +84,11 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     Raises:
         ValueError: as `train` would.
     """
-    material = read(config)
     tries = 0
     if config.divergence.target_weight == AUTO:
         tries = config.divergence.probe_steps * len(config.divergence.candidates)
-        first = replace(config.divergence, target_weight=config.divergence.candidates[0])
-        config = replace(config, divergence=first)
-    model = load_model(config)
+    prepared = prepare(of_first_candidate(config))
+    material, model = prepared.material, prepared.loaded.model
     model.train()
     if config.gradient_checkpointing:
         enable_checkpointing(model)
@@ -103,6 +105,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         trained_parameters=trained,
         documents=material.store.count("train"),
         rows=len(material.train),
+        unpacked=prepared.unpacked,
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=learnt,
         steps=steps,

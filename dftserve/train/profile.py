@@ -6,16 +6,17 @@ Shapes: T trained positions, R of them in a chunk, V vocabulary.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dftserve.lm import LanguageModel
 from dftserve.sampling import Controls, control_row, transform
 from dftserve.spec import Diversity, parse
+from dftserve.train.data import model_inputs
 from dftserve.train.divergences import Rows
-from dftserve.train.head import Head, chunks
+from dftserve.train.head import chunks
 
 LEVELS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
@@ -40,18 +41,21 @@ class Profile:
 
 @torch.no_grad()
 def measure(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], *, stop_ids: frozenset[int], tokens: int
+    model: LanguageModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    stop_ids: frozenset[int],
+    tokens: int,
 ) -> Profile:
     """Over the first batches that together hold `tokens` trained positions or more."""
-    head = Head.of(model)
+    head = model.head
     targets: list[Tensor] = []
     entropies: list[Tensor] = []
     sums = dict.fromkeys(LEVELS, 0.0)
     seen = 0
     for batch in batches:
-        given = {name: batch[name] for name in ("input_ids", "position_ids")}
-        hidden_BND = model.get_decoder()(use_cache=False, **given).last_hidden_state
-        hidden_TD = hidden_BND.flatten(0, 1)[batch["positions_T"]]
+        hidden_BND = model.states(**model_inputs(batch)).hidden_BND
+        hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[batch["positions_T"]]
         targets.append(batch["entropy_R"])
         for part in chunks(len(hidden_TD), len(head.weight_VD), hidden_TD.device.type):
             logits_RV = head.logits(hidden_TD[part]).float()

@@ -4,13 +4,15 @@ train(TrainConfig(model="base", targets="store", output="run"))
 
 run/settings.json     the resolved configuration; a resumed run must have the same
 run/checkpoint-N/     to resume from
-run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json
+run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json;
+                      the adapter in final/adapter
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -26,20 +27,22 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dftserve import atomic, checkpoint
+from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import FileError, advised, read_json, shaped_as
 from dftserve.digest import digest_of
 from dftserve.spec import Promise
 from dftserve.targets.document import fingerprint, load_tokenizer, template_fingerprint
 from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
+from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-SETTINGS, WEIGHTS, FINAL = "settings.json", "weights.json", "final"
+SETTINGS, WEIGHTS, FINAL, ADAPTER = "settings.json", "weights.json", "final", "adapter"
 LARGEST = 1 << 20
 """Bytes of either."""
 PROFILE_TOKENS = 20_000
@@ -54,6 +57,62 @@ class Material:
     train: Rows
     heldout: Rows
     collate: Collator
+    found: lm.Examined
+    """The model, before its weights."""
+
+    @property
+    def text_N(self) -> Sequence[int]:
+        """The first tokens of the store: what the model is checked on."""
+        tokens: list[int] = []
+        for row in range(len(self.train)):
+            for document, _ in self.train[row]:
+                tokens += document.tokens_N.tolist()
+            if len(tokens) >= 2 * lm.PROBE_TOKENS:
+                break
+        return tokens
+
+    def unpacked(self, config: TrainConfig) -> "Material":
+        """The same with one document a row."""
+        train, heldout = (
+            _rows(self.store, split, config, packing=False) for split in ("train", "heldout")
+        )
+        return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that computes its divergence, and what it was checked as."""
+
+    model: Any
+    """With adapters where the run has them."""
+    language_model: lm.LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What is trained, checked: everything that can be refused has been."""
+
+    material: Material
+    loaded: Loaded
+    unpacked: str | None
+    """Why documents do not share rows although the configuration packs; None where they do."""
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read the store, load the model, and try what training and saving will need of them.
+
+    Raises:
+        ValueError: what the run cannot be made from; nothing has been written.
+    """
+    material = read(config)
+    set_seed(config.seed)
+    loaded = load_model(config, material)
+    unpacked = loaded.language_model.packing_leak() if config.packing else None
+    if unpacked is not None:
+        _say(f"{loaded.language_model.family}: one document a row, not packed: {unpacked}.")
+        material = material.unpacked(config)
+    try_save(loaded.language_model.model, material.tokenizer, material.found.name)
+    return Prepared(material, loaded, unpacked)
 
 
 def train(config: TrainConfig) -> Path:
@@ -62,6 +121,8 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: anything that the run cannot be made from, before anything is written; or a
             divergence that is no longer a number.
+        SaveError: a final checkpoint that cannot be made, or is not what was trained; says where
+            the weights are.
         OSError: the disk; the last checkpoint is then whole.
     """
     output = Path(config.output)
@@ -70,16 +131,18 @@ def train(config: TrainConfig) -> Path:
             f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
         )
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
-    material = read(config)
+    _refuse_another(output, config)
+    prepared = prepare(of_first_candidate(config))
+    material = prepared.material
     _begin(output, config)
     resume = last_checkpoint(output)
     if resume is not None:
         _say(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
         config = _with_weight(config, material, output)
-    set_seed(config.seed)
-    model = load_model(config)
-    trainer = make_trainer(config, model, material)
+        set_seed(config.seed)
+        prepared = replace(prepared, loaded=load_model(config, material))
+    trainer = make_trainer(config, prepared.loaded.model, material)
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -87,10 +150,11 @@ def train(config: TrainConfig) -> Path:
         _say(f"Stopped, and saved in {output}; the same command goes on from there.")
         raise SystemExit(128 + stop.received)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
-    model = whole_model(trainer, config)
-    if trainer.is_world_process_zero():
-        steps = trainer.state.global_step
-        finish(output / FINAL, config, model, material, steps=steps, figures=figures)
+    whole = whole_model(trainer, config, prepared)
+    if whole is not None:
+        with _weights_kept(trainer, output):
+            steps = trainer.state.global_step
+            finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
@@ -102,12 +166,14 @@ def read(config: TrainConfig) -> Material:
         ValueError: no store, a store of another tokenizer or template, a lumped tail where draws
             are needed.
     """
+    found = lm.examine(config.model)
     tokenizer = load_tokenizer(config.model)
+    found.check_tokenizer(tokenizer)
     store = TargetStore(Path(config.targets))
     store.belongs_to(
         tokenizer=fingerprint(tokenizer),
         template=template_fingerprint(tokenizer),
-        vocabulary=_vocabulary(config.model),
+        vocabulary=found.vocabulary,
     )
     needs = config.divergence
     if DIVERGENCES[needs.name].needs_draws and store.manifest.plan.tail == "lumped":
@@ -125,30 +191,41 @@ def read(config: TrainConfig) -> Material:
     if needs.target_weight == AUTO and not store.count("heldout"):
         raise ValueError("target_weight: auto needs held-out text; build the store with some.")
     rows = {
-        split: Rows(
-            store, split, longest=config.max_length, packing=config.packing, seed=config.seed
-        )
-        for split in ("train", "heldout")
+        split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
     }
-    return Material(tokenizer, store, rows["train"], rows["heldout"], Collator())
+    parts = (part for each in rows.values() for row in each.rows for part in row)
+    longest = max(map(len, parts), default=0)
+    found.check_length(longest, "max_length")
+    collate = Collator(packing=config.packing)
+    return Material(tokenizer, store, rows["train"], rows["heldout"], collate, found)
 
 
-def load_model(config: TrainConfig) -> Any:
+def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool) -> Rows:
+    return Rows(store, split, longest=config.max_length, packing=packing, seed=config.seed)
+
+
+def load_model(config: TrainConfig, material: Material) -> Loaded:
     """The model with its divergence attached, and with adapters where the run has them.
 
     Weights are kept in float32: bf16 is how they are computed with.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: got {config.model!r}: {_line(error)}.") from None
+    found = material.found
+    model: Any = lm.load(found, dtype=torch.float32, device=_device(config))
     if config.gradient_checkpointing:
         model.config.use_cache = False
     embeddings: Any = model.get_input_embeddings().weight
-    attach(model, config.divergence.build(embeddings, config.seed))
-    return model if config.lora is None else _adapted(model, config)
+    divergence = config.divergence.build(embeddings, config.seed)
+    language_model = attach(model, divergence, name=found.name, tokens_N=material.text_N)
+    if config.lora is not None:
+        model = adapted(model, config.lora, checkpointing=config.gradient_checkpointing)
+    return Loaded(model, language_model)
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """Where the Trainer will put the model, so that what is checked is what is trained."""
+    if not torch.cuda.is_available() or config.fsdp:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def make_trainer(
@@ -208,49 +285,73 @@ def make_trainer(
     return trainer
 
 
-def whole_model(trainer: DFTTrainer, config: TrainConfig) -> Any:
-    """The trained model on this process; where it is sharded, a copy that is not."""
+def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) -> Prepared | None:
+    """The trained model; where it is sharded, a copy that is not. None but on the first process."""
     if not trainer.is_fsdp_enabled:
-        return trainer.model
+        return prepared if trainer.is_world_process_zero() else None
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return None
-    model = load_model(config)
-    model.load_state_dict(weights)
-    return model
+    loaded = load_model(config, prepared.material)
+    loaded.model.load_state_dict(weights)
+    return replace(prepared, loaded=loaded)
+
+
+@contextmanager
+def _weights_kept(trainer: DFTTrainer, output: Path) -> Iterator[None]:
+    """Whatever goes wrong with the final checkpoint, the last one to resume from is there.
+
+    Raises:
+        SaveError: what went wrong, and where the trained weights are.
+    """
+    try:
+        yield
+    except Exception as error:
+        best = trainer.state.best_model_checkpoint
+        kept = Path(best) if best else last_checkpoint(output)
+        raise SaveError(
+            f"{output / FINAL} could not be made: {' '.join(str(error).split())}. The trained "
+            f"weights are in {kept}; the same command tries again from there."
+        ) from error
 
 
 def finish(
     folder: Path,
     config: TrainConfig,
-    model: Any,
-    material: Material,
+    prepared: Prepared,
     *,
     steps: int,
     figures: Mapping[str, float],
 ) -> None:
-    """Write the checkpoint: whole, or not at all."""
-    model = model.merge_and_unload() if config.lora is not None else model
+    """Write the checkpoint and read it back: whole and the same, or not at all."""
+    model, material = prepared.loaded.model, prepared.material
     model.eval()
-    seen = profile(model, config, material)
+    sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
+    trained = nll(prepared.loaded.language_model, sample)
+    seen = profile(prepared.loaded.language_model, config, material)
     plan = material.store.manifest.plan
     data = {
         "model": Path(config.model).name,
         "targets": digest_of(material.store.folder / MANIFEST, within=material.store.folder),
         "corpus": plan.corpus_blake3,
         "tokenizer": plan.tokenizer,
+        "packing": {"used": material.collate.packing, "refused_because": prepared.unpacked},
     }
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
     with atomic.folder(folder) as made, checkpoint.writing(folder):
+        if config.lora is not None:
+            model.save_pretrained(made / ADAPTER)
+            model = model.merge_and_unload()
         model.save_pretrained(made)
         material.tokenizer.save_pretrained(made)
+        check_reloaded(made, trained, sample)
         checkpoint.describe(made, promise(config, seen, plan.source), run)
         checkpoint.seal(made)
 
 
-def profile(model: Any, config: TrainConfig, material: Material) -> Profile:
-    device = next(model.parameters()).device
+def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
+    device = language_model.model.device
     loader = DataLoader(
         _some(material.heldout, PROFILE_TOKENS),  # type: ignore[arg-type]
         batch_size=config.batch_size,
@@ -259,7 +360,7 @@ def profile(model: Any, config: TrainConfig, material: Material) -> Profile:
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
     end: Any = material.tokenizer.eos_token_id
     stops: frozenset[int] = frozenset() if end is None else frozenset({end})
-    return measure(model, batches, stop_ids=stops, tokens=PROFILE_TOKENS)
+    return measure(language_model, batches, stop_ids=stops, tokens=PROFILE_TOKENS)
 
 
 def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
@@ -277,13 +378,10 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     )
 
 
-def _begin(output: Path, config: TrainConfig) -> None:
-    """Make the folder, or refuse one of another run; the first of several processes does it."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
+def _refuse_another(output: Path, config: TrainConfig) -> None:
+    """Refuse a folder that holds something else than a start of this run."""
     wanted = json.loads(json.dumps(asdict(config)))
-    path = output / SETTINGS
-    found = _read(path)
+    found = _read(output / SETTINGS)
     if found is not None:
         was, now = _flat(found), _flat(wanted)
         for name in now:
@@ -296,8 +394,14 @@ def _begin(output: Path, config: TrainConfig) -> None:
     # A kill may have left what was to become the settings, and nothing else.
     if output.exists() and any(p.name != SETTINGS + atomic.PARTIAL for p in output.iterdir()):
         raise ValueError(f"{output} is neither empty nor a run; choose another output.")
+
+
+def _begin(output: Path, config: TrainConfig) -> None:
+    """Make the folder and its settings; the first of several processes does it."""
+    if int(os.environ.get("RANK", "0")) != 0 or (output / SETTINGS).exists():
+        return
     output.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, json.dumps(wanted, indent=2) + "\n")
+    atomic.write_text(output / SETTINGS, json.dumps(asdict(config), indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -343,7 +447,7 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
             report_to="none",
         )
         set_seed(config.seed)
-        trainer = make_trainer(probe, load_model(probe), material)
+        trainer = make_trainer(probe, load_model(probe, material).model, material)
         trainer.args.save_strategy = "no"
         trainer.train()
         tried[f"{weight:g}"] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
@@ -356,6 +460,12 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     return _weighted(config, float(best))
 
 
+def of_first_candidate(config: TrainConfig) -> TrainConfig:
+    """The configuration itself, with a weight where it is still to be chosen."""
+    is_auto = config.divergence.target_weight == AUTO
+    return _weighted(config, config.divergence.candidates[0]) if is_auto else config
+
+
 def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
     return replace(config, divergence=replace(config.divergence, target_weight=weight))
 
@@ -363,26 +473,6 @@ def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
 def _say(line: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print(line, file=sys.stderr, flush=True)
-
-
-def _adapted(model: Any, config: TrainConfig) -> Any:
-    import peft
-
-    assert config.lora is not None
-    modules = config.lora.modules
-    wrapped = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=modules if isinstance(modules, str) else list(modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return wrapped
 
 
 def _some(rows: Rows, tokens: int) -> list:
@@ -394,13 +484,3 @@ def _some(rows: Rows, tokens: int) -> list:
         some.append(rows[place])
         held += sum(map(len, row))
     return some
-
-
-def _vocabulary(model: str) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

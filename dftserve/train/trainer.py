@@ -4,6 +4,7 @@ Shapes: T trained positions of a batch.
 """
 
 import math
+import os
 import shutil
 import signal
 from collections.abc import Mapping
@@ -69,7 +70,10 @@ class DFTTrainer(Trainer):
         tokens = len(inputs["positions_T"]) if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP average gradients over processes; the tokens are already all processes'.
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = output.loss * (processes / tokens)  # type: ignore[operator]
+        total: Any = output.loss
+        if output.auxiliary is not None and torch.is_grad_enabled():
+            total = total + output.auxiliary
+        loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.
             seen = [output.loss, output.model_entropy, output.target_entropy]
@@ -210,12 +214,14 @@ class DFTTrainer(Trainer):
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint to resume from, verified; leftovers of a kill are removed.
+    """The newest checkpoint to resume from, verified; leftovers of a kill are removed by the first
+    of several processes.
 
     Raises:
         CheckpointError: the newest one is damaged: resuming from it would not be exact.
     """
-    for leftover in run.glob(f"*{atomic.PARTIAL}"):
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    for leftover in run.glob(f"*{atomic.PARTIAL}") if is_first else ():
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -6,11 +6,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dftserve.demo.grammar import PROMPTS
+from dftserve.lm import LanguageModel
 from dftserve.targets.document import encode_text
 from dftserve.targets.served import ServedTeacher
 from dftserve.targets.teacher import Teacher
 from dftserve.train.divergences import SFT, TargetRows
-from dftserve.train.head import Head, head_loss
+from dftserve.train.head import head_loss
 from tests.client import post
 from tests.conftest import KEY
 
@@ -47,9 +48,10 @@ def served(engine, tokens: list[int]) -> np.ndarray:
 @torch.no_grad()
 def trained(model, tokens: list[int]) -> np.ndarray:
     """The same through the trainer's head, a position at a time: its loss is −ln p."""
-    hidden_ND = model.get_decoder()(torch.tensor([tokens])).last_hidden_state[0, :-1]
+    language_model = LanguageModel(model, "the checkpoint")
+    hidden_ND = language_model.states(input_ids=torch.tensor([tokens])).hidden_BND[0, :-1]
     target = TargetRows.none(np.array(tokens[1:]))
-    head = Head.of(model)
+    head = language_model.head
     return -np.array(
         [
             float(head_loss(head, hidden_ND[n : n + 1], target[n : n + 1], SFT()).loss)

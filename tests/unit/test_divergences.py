@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dftserve.lm import Head
 from dftserve.targets.sparse import sparsify
 from dftserve.train import divergences as d
-from dftserve.train.head import CHUNK_ELEMENTS, Head, head_loss
+from dftserve.train.head import CHUNK_ELEMENTS, head_loss
 
 V, R, D = 41, 7, 5
 

@@ -154,5 +154,5 @@ def test_weights_that_could_run_code_are_refused(model, tmp_path):
     network = small_model()
     network.config.save_pretrained(tmp_path)
     torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"no \.safetensors"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
         bits_per_byte(tmp_path, ["w1"], window=16, stride=8)

@@ -127,6 +127,7 @@ def test_what_is_not_accepted(tmp_path):
         Teacher(model_of("llama"), vocabulary=V, name="m", temperature=0.0)
     with pytest.raises(ValueError, match="vocabulary"):
         Teacher(model_of("llama"), vocabulary=V + 1, name="m")
+    model_of("llama").config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="safetensors"):
         Teacher.load(tmp_path, vocabulary=V)
 

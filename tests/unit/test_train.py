@@ -25,7 +25,7 @@ from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
-from dftserve.train.run import make_trainer, read, train
+from dftserve.train.run import make_trainer, prepare, read, train
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
 
@@ -258,10 +258,7 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path):
 
 
 def _model(config):
-    from dftserve.train.run import load_model, set_seed
-
-    set_seed(config.seed)
-    return load_model(config)
+    return prepare(config).loaded.model
 
 
 def _begin(config):
@@ -281,8 +278,19 @@ def _stop_after(step: int):
     return Stop()
 
 
-def test_adapters_are_merged(run, base):
+def test_adapters_are_merged_and_kept(run, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     final = train(replace(run, lora=LoraConfig(rank=4)))
+    merged = AutoModelForCausalLM.from_pretrained(final)
+    beside = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), final / "adapter"
+    )
+    tokens_1N = torch.arange(2, 30)[None]
+    torch.testing.assert_close(
+        merged(tokens_1N).logits, beside(tokens_1N).logits, atol=1e-5, rtol=1e-4
+    )
     before, after = (load_file(each / "model.safetensors") for each in (base, final))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -393,7 +401,7 @@ def test_a_run_that_cannot_be_leaves_nothing(run, base, store, tmp_path):
         (base / "tokenizer.json").read_text().replace('"w7"', '"w7x"')
     )
     wrong = {
-        "no tokenizer": replace(run, model=str(tmp_path)),
+        "no config.json": replace(run, model=str(tmp_path)),
         "another tokenizer": replace(run, model=str(other)),
         "has no manifest.json": replace(run, targets=str(tmp_path)),
     }
@@ -423,15 +431,12 @@ def test_another_runs_folder_is_not_touched(run):
     assert os.listdir(run.output) == ["notes.txt"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(run, tmp_path):
-    broken = save_model(tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][:] = torch.nan
-    from safetensors.torch import save_file
-
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(run):
+    prepared = prepare(run)
+    trainer = make_trainer(run, prepared.loaded.model, prepared.material)
+    prepared.loaded.model.model.norm.weight.data[:] = torch.nan
     with pytest.raises(ValueError, match="the divergence is nan"):
-        train(replace(run, model=str(broken)))
+        trainer.train()
     assert not list(Path(run.output).glob("checkpoint-*"))
 
 

@@ -134,6 +134,7 @@ def token_nats(
 
     Arguments and errors as in `bits_per_byte`.
     """
+    from dftserve.lm import examine
     from dftserve.targets.document import load_tokenizer
     from dftserve.targets.teacher import Teacher
 
@@ -141,11 +142,13 @@ def token_nats(
         raise ValueError("texts: got none; accepted: at least one.")
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more.")
+    found_model = examine(model)
     tokenizer = load_tokenizer(str(model))
+    found_model.check_tokenizer(tokenizer)
     # The windows are ours: no warning for each long text.
     tokenizer.model_max_length = sys.maxsize
     encoded = [_encoded(tokenizer, text, place) for place, text in enumerate(texts)]
-    teacher = Teacher.load(model, vocabulary=len(tokenizer))
+    teacher = Teacher.load(found_model, vocabulary=len(tokenizer), tokens_N=encoded[0].tolist())
     window, stride = _windows_of(teacher, window, stride)
     found = [np.empty(len(tokens_T) - 1) for tokens_T in encoded]
     for place, first, nats_T in _scored(teacher, encoded, window, stride, batch_size):

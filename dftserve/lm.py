@@ -1,0 +1,579 @@
+"""A causal language model of transformers, loaded and checked before anything is made with it.
+
+    found = examine("models/base")                 its files and configuration, no weights
+    model = load(found, dtype=torch.float32)       safetensors only, every weight accounted for
+    lm = LanguageModel(model, found.name)          reproduces the model's own logits, or ValueError
+    hidden_BND = lm.states(input_ids=ids_BN).hidden_BND
+    lm.head.logits(hidden_BND.flatten(0, 1)[positions_T])
+
+The teacher, the trainer and the likelihood of texts all take their models from here, so a model
+that one of them refuses is refused by all, for the same reason.
+
+`states` runs the model's own forward with the output layer put out of use: what reaches that layer
+is taken, and the logits of a whole batch are never made. What the family does to its logits after
+that (a scale, a soft cap) must be what `Head` can do; which of it is found by comparing.
+
+Shapes: B rows of tokens, N tokens of a row, R rows of a chunk, D hidden size, V vocabulary.
+"""
+
+import inspect
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dftserve.bounded_files import read_json
+from dftserve.model_folder import (
+    CONFIG,
+    INDEX,
+    LARGEST_TEXT,
+    WEIGHTS,
+    check_full_precision,
+    check_model_folder,
+    weight_files,
+)
+
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Attributes of configurations that multiply or divide logits, each family as it likes."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""How far, of the largest logit, two ways to the same logits may lie apart."""
+HALF_TOLERANCE = 0.02
+PROBE_TOKENS = 24
+"""Of each text that a check reads."""
+NAMED = 5
+"""Weights that an error names; the rest are counted."""
+
+
+# ── Before weights are loaded ────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """A model of which only the configuration has been read."""
+
+    folder: Path
+    name: str
+    """As the user gave it."""
+    config: Any
+    """A PretrainedConfig."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V: rows of the embedding."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model can read at once; None where its configuration names no bound."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_tokenizer(self, tokenizer: Sized) -> None:
+        """Raises ValueError where the tokenizer has tokens that the embedding has not."""
+        if len(tokenizer) > self.vocabulary:
+            raise ValueError(
+                f"{self.name}: its tokenizer has {len(tokenizer):,} tokens and its embedding "
+                f"{self.vocabulary:,}; accepted: no more tokens than rows. Take the tokenizer that "
+                "belongs to it, or resize the embedding and save the model."
+            )
+
+    def check_length(self, longest: int, setting: str) -> None:
+        """Refuse texts that are longer than the model's positions.
+
+        Args:
+            longest: tokens of the longest text that would be read at once.
+            setting: what bounds it, for the error.
+        """
+        if self.positions is not None and longest > self.positions:
+            raise ValueError(
+                f"{self.name} reads up to {self.positions:,} tokens at once, and a document has "
+                f"{longest:,}; accepted: {setting} of at most {self.positions}."
+            )
+
+
+def examine(model: str | Path, *, weights: bool = True) -> Examined:
+    """Find a model and refuse, in a sentence, what could not be used.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub, from which no more than its
+            configuration is fetched.
+        weights: a folder must hold its weights; False where its configuration is enough. What is
+            there must be whole either way.
+
+    Raises:
+        ValueError: no such folder or name, no causal language model, code of its own, quantised or
+            truncated weights, or files that `model_folder` refuses.
+    """
+    folder = _fetched(model, ["*.json"])
+    check_model_folder(folder)
+    if not (folder / CONFIG).exists():
+        raise ValueError(
+            f"model: {model} has no {CONFIG}; accepted: a folder that save_pretrained() wrote."
+        )
+    content = read_json(folder / CONFIG, within=folder, largest=LARGEST_TEXT, finite=False)
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / CONFIG}: got a {type(content).__name__}; accepted: an object.")
+    _check_type(content, str(model))
+    check_full_precision(content, str(model))
+    is_local = Path(model).is_dir()
+    if is_local and (weights or any((folder / name).exists() for name in (WEIGHTS, INDEX))):
+        weight_files(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model: {model}: its {CONFIG} cannot be read ({_line(error)}).") from None
+    return Examined(folder, str(model), config)
+
+
+def check_path(model: str | Path) -> None:
+    """Raises ValueError at once where `model` is written as a path and no folder is there."""
+    text = str(model)
+    if Path(text).is_dir():
+        return
+    first = Path(text).parts[0] if Path(text).parts else ""
+    is_path = (
+        text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or text.count("/") != text.strip("/").count("/")
+        or text.count("/") > 1
+        or os.sep * 2 in text
+        or "\\" in text
+        or Path(text).exists()
+        or ("/" in text and Path(first).is_dir())
+    )
+    if is_path:
+        raise ValueError(f"model: got {text!r}; there is no such folder.")
+
+
+def _check_type(content: Mapping[str, Any], model: str) -> None:
+    kind = content.get("model_type")
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        # Code that lies beside such a model is not run: transformers has the family itself.
+        return
+    if content.get("auto_map"):
+        raise ValueError(
+            f"{model} needs code of its own (auto_map in its {CONFIG}), which dftserve never runs; "
+            "accepted: a family that transformers has. Convert the model to one."
+        )
+    raise ValueError(
+        f"{model}: got model_type {kind!r}, which this transformers has no causal language model "
+        "for; accepted: a decoder-only model such as llama, qwen3, mistral, gemma2."
+    )
+
+
+def _fetched(model: str | Path, patterns: Sequence[str]) -> Path:
+    """The folder itself, or where the hub's files lie on this machine."""
+    check_path(model)
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model: got {str(model)!r}, which is no folder, and the Hugging Face hub does not "
+            f"give it either ({type(error).__name__}); accepted: a folder that save_pretrained() "
+            "wrote, or a model's name on the hub."
+        ) from None
+
+
+# ── Weights ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetched(found: Examined) -> Path:
+    """The folder that holds the model's weights; the hub's are fetched, once."""
+    is_local = Path(found.name).is_dir()
+    return found.folder if is_local else _fetched(found.name, ["*.json", "model*.safetensors"])
+
+
+def load(
+    found: Examined, *, dtype: str | torch.dtype, device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """The model with every weight from its safetensors files, in evaluation mode.
+
+    Args:
+        dtype: "auto" keeps the weights' own.
+        device: None: the CPU.
+
+    Raises:
+        ValueError: weights that are missing (they would stay random), that the model has no place
+            for, or that cannot be loaded.
+    """
+    folder = fetched(found)
+    weight_files(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"model: {found.name} cannot be loaded as a causal language model ({_line(error)})."
+        ) from None
+    model, told = loaded
+    for kind, what in (
+        ("missing_keys", "has no tensor for"),
+        ("unexpected_keys", "holds what the model has no place for:"),
+    ):
+        if told[kind]:
+            raise ValueError(
+                f"{found.name} {what} {_named(told[kind])}; accepted: a file for each weight of "
+                f"{type(model).__name__} and no other. Copy the model anew, or save it with the "
+                "transformers that it was made with."
+            )
+    model.name_or_path = found.name
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval()
+
+
+# ── Hidden states and logits ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: cap·tanh(scale·(h Wᵀ + b)/cap)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] in float32, or in float64 where the hidden states are; for autograd."""
+        return self.rescaled(nn.functional.linear(hidden_RD, self.weight_VD, self.bias_V))
+
+    def rescaled(self, raw_RV: Tensor) -> Tensor:
+        """What becomes of the linear layer's output."""
+        logits_RV = raw_RV if raw_RV.dtype is torch.float64 else raw_RV.float()
+        logits_RV = logits_RV * self.scale
+        return logits_RV if self.cap is None else self.cap * (logits_RV / self.cap).tanh()
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """One pass through the model without its output layer."""
+
+    hidden_BND: Tensor
+    """What the output layer would have read."""
+    auxiliary: Tensor | None
+    """The router's loss times its weight, where the configuration asks for one."""
+
+
+class LanguageModel:
+    """A causal LM whose logits are made from its hidden states, chunk by chunk.
+
+    The constructor compares this with the model's own logits, and looks whether a position depends
+    on what stands after it or on the other rows of a batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str, tokens_N: Sequence[int] | None = None
+    ) -> None:
+        """
+        Args:
+            model: its `forward` as it is now is what will be called; the mode (training or
+                evaluation) is left as it is.
+            name: what errors call it.
+            tokens_N: a text for the checks; None: token ids spread over the vocabulary.
+
+        Raises:
+            ValueError: a family whose logits are not reproduced, a model that is not causal; says
+                which family, and why.
+        """
+        self.model, self.name = model, name
+        self._forward = model.forward
+        self._accepts = inspect.signature(model.forward).parameters
+        self._layer = self._linear()
+        self._config = model.config.get_text_config()
+        self._scale, self._cap = 1.0, None
+        self.text_N = _text(tokens_N, self._config.vocab_size)
+        with _evaluating(model), torch.no_grad():
+            logits_NV = self._check_head()
+            self._check_rows(logits_NV)
+
+    @property
+    def family(self) -> str:
+        return f"{self.name} ({type(self.model).__name__})"
+
+    @property
+    def head(self) -> Head:
+        """Made anew from the layer: its weights may have been replaced, or gathered from shards."""
+        return Head(self._layer.weight, self._layer.bias, self._scale, self._cap)
+
+    @property
+    def positions(self) -> int | None:
+        return getattr(self._config, "max_position_embeddings", None)
+
+    def states(self, **inputs: Tensor) -> States:
+        """The model's own forward up to its output layer.
+
+        Args:
+            inputs: `input_ids` int64 [B, N]; and `position_ids` or `attention_mask`, likewise.
+        """
+        with _out_of_use(self._layer) as seen:
+            output = self._forward(**self._given(inputs))
+        if len(seen) != 1:
+            raise ValueError(
+                f"{self.family} uses its output layer {len(seen)} times in one forward; accepted: "
+                "once."
+            )
+        return States(seen[0], self._auxiliary(output))
+
+    def own_logits(self, **inputs: Tensor) -> Tensor:
+        """As the model itself makes them: [B, N, V], float32 or wider."""
+        logits_BNV = self._forward(**self._given(inputs)).logits
+        return logits_BNV if logits_BNV.dtype is torch.float64 else logits_BNV.float()
+
+    def packing_leak(self) -> str | None:
+        """Why documents must not share a row: what the model cannot keep apart; None where it can.
+
+        A document behind another is compared with itself alone, and with itself behind a third.
+        """
+        if "position_ids" not in self._accepts and not self._takes_any:
+            return "its forward takes no position_ids"
+        count = len(self.text_N) // 2
+        before_2N = torch.stack([self.text_N[:count], self.text_N[:count].flip(0) + 1])
+        before_2N %= self._config.vocab_size
+        text_N = self.text_N[count:]
+        places_N = torch.cat([torch.arange(count), torch.arange(len(text_N))])
+        with _evaluating(self.model), torch.no_grad():
+            alone_NV = self._logprobs(text_N[None], torch.arange(len(text_N))[None])[0]
+            behind_2NV = torch.stack(
+                [
+                    self._logprobs(torch.cat([each, text_N])[None], places_N[None])[0, count:]
+                    for each in before_2N
+                ]
+            )
+        spread = self._spread(alone_NV)
+        apart = float((behind_2NV - alone_NV).abs().max()) / spread
+        if apart <= self._tolerance:
+            return None
+        return (
+            "a document's log-probabilities change by "
+            f"{apart:.1g} of their spread with the document before it in the row"
+        )
+
+    # ── Checks ───────────────────────────────────────────────────────────────────────────────────
+
+    def _linear(self) -> nn.Linear:
+        layer = self.model.get_output_embeddings()
+        if not isinstance(layer, nn.Linear):
+            got = (
+                "no output layer" if layer is None else f"a {type(layer).__name__} as output layer"
+            )
+            raise ValueError(
+                f"{self.family} has {got}; accepted: a torch Linear. "
+                "Leave the head (lm_head) out of the adapter's modules."
+            )
+        return layer
+
+    def _check_head(self) -> Tensor:
+        """Choose scale and cap so that our logits are the model's own; [N, V]."""
+        ids_1N = self.text_N[None].to(self.model.device)
+        raw: list[Any] = []
+        keep = self._layer.register_forward_hook(lambda layer, given, output: raw.append(output))
+        try:
+            own_NV = self._tried(self.own_logits, input_ids=ids_1N)
+        finally:
+            keep.remove()
+        shape = (len(self.text_N), self._layer.out_features)
+        if len(raw) != 1 or own_NV.shape != (1, *shape) or raw[0].numel() != own_NV.numel():
+            raise ValueError(
+                f"{self.family} makes logits of {tuple(own_NV.shape)} for a text of {shape[0]} "
+                f"tokens, by {len(raw)} uses of an output layer of {shape[1]} columns; accepted: "
+                "one use, whose output becomes the logits."
+            )
+        own_NV, gaps = own_NV[0], {}
+        if not bool(own_NV.isfinite().all()):
+            raise ValueError(
+                f"{self.family} makes logits that are no numbers; its weights are damaged, or its "
+                "dtype is too narrow. Copy the model anew, or load it in float32."
+            )
+        for scale, cap in _rescalings(self._config):
+            self._scale, self._cap = scale, cap
+            gap = _gap(self.head.rescaled(raw[0]).reshape(shape), own_NV)
+            gaps[scale, cap] = gap
+            if gap <= self._tolerance:
+                break
+        else:
+            raise ValueError(
+                f"{self.family} makes its logits in a way not known here: they are "
+                f"{min(gaps.values()):.2g} of the largest from those of its output layer. "
+                f"Accepted: a linear layer, a factor ({', '.join(SCALES)}) and a soft cap "
+                f"({', '.join(CAPS)}). Serve this model with vLLM and use the served teacher."
+            )
+        hidden_BND = self._tried(self.states, input_ids=ids_1N).hidden_BND
+        ours_NV = self.head.logits(hidden_BND.reshape(shape[0], -1))
+        if not (gap := _gap(ours_NV, own_NV)) <= self._tolerance:
+            raise ValueError(
+                f"{self.family}: logits from its hidden states are {gap:.2g} of the largest from "
+                "its own; it cannot be used without its output layer."
+            )
+        return own_NV
+
+    def _check_rows(self, logits_NV: Tensor) -> None:
+        """In a batch, another continuation and padding behind must change nothing before them."""
+        count = len(self.text_N) // 2
+        ids_2N = self.text_N.repeat(2, 1)
+        ids_2N[0, count:] = (ids_2N[0, count:].flip(0) + 1) % self._config.vocab_size
+        mask_2N = torch.ones_like(ids_2N)
+        ids_2N[1, count:] = mask_2N[1, count:] = 0
+        device = self.model.device
+        given = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
+        hidden_BND = self._tried(self.states, **given).hidden_BND
+        found_2NV = self.head.logits(hidden_BND.reshape(2, len(self.text_N), -1)[:, :count])
+        apart_2NV = (found_2NV - logits_NV[:count]).abs()
+        # A mean: in half precision a router may send a token elsewhere in a batch.
+        for apart, what in zip(apart_2NV.mean((1, 2)), ("another ending", "padding"), strict=True):
+            if not float(apart) <= self._tolerance * self._spread(logits_NV):
+                raise ValueError(
+                    f"{self.family} is not causal: {what} behind a text changes the logits before "
+                    "it; accepted: a decoder-only language model."
+                )
+
+    def _tried(self, call: Any, **inputs: Tensor) -> Any:
+        """What a family raises on plain text is the reason to refuse it."""
+        try:
+            return call(**inputs)
+        except Exception as error:
+            raise ValueError(
+                f"{self.family} does not read plain text: {type(error).__name__}: {_line(error)}."
+            ) from error
+
+    def _logprobs(self, ids_BN: Tensor, places_BN: Tensor) -> Tensor:
+        device = self.model.device
+        given = {"input_ids": ids_BN.to(device), "position_ids": places_BN.to(device)}
+        hidden_BND = self._tried(self.states, **given).hidden_BND
+        hidden_BND = hidden_BND.reshape(*ids_BN.shape, -1)
+        return self.head.logits(hidden_BND).log_softmax(-1)
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
+
+    @staticmethod
+    def _spread(values_NV: Tensor) -> float:
+        """So that a random model, whose logits are nearly equal, is judged as strictly."""
+        return max(float(values_NV.std(dim=-1).mean()), 1e-12)
+
+    # ── Calls ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _takes_any(self) -> bool:
+        kinds = [each.kind for each in self._accepts.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+    def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        given = {
+            name: value
+            for name, value in inputs.items()
+            if name in self._accepts or self._takes_any or name == "input_ids"
+        }
+        settings = {"use_cache": False, "return_dict": True}
+        return given | {name: settings[name] for name in settings if name in self._accepts}
+
+    def _auxiliary(self, output: Any) -> Tensor | None:
+        loss = getattr(output, "aux_loss", None)
+        if not isinstance(loss, Tensor):
+            return None
+        places = (self.model, self._config, getattr(self._config, "ffn_config", None))
+        for place, name in itertools.product(places, AUXILIARY_WEIGHTS):
+            weight = getattr(place, name, None)
+            if isinstance(weight, int | float):
+                return weight * loss
+        raise ValueError(
+            f"{self.family}: its configuration asks for the router's loss (output_router_logits) "
+            f"and names no weight for it; accepted: one of {', '.join(AUXILIARY_WEIGHTS)}."
+        )
+
+
+def _rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
+    """(scale, cap) that a configuration may mean, all that it names first."""
+    caps = [cap for name in CAPS if (cap := _number(getattr(config, name, None))) is not None]
+    factors = [[1.0]]
+    for name in SCALES:
+        value = getattr(config, name, None)
+        if value == "inv_sqrt_d_model":  # MPT
+            value = getattr(config, "d_model", config.hidden_size) ** -0.5
+        if (number := _number(value)) is not None and number != 1.0:
+            factors.append([number, 1 / number, 1.0])
+    for cap in (*caps, None):
+        for each in itertools.product(*factors):
+            scale = 1.0
+            for factor in each:
+                scale *= factor
+            yield scale, cap
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and value > 0 else None
+
+
+def _gap(ours_NV: Tensor, own_NV: Tensor) -> float:
+    """The largest difference, of the largest logit."""
+    largest = max(float(own_NV.abs().max()), 1e-12)
+    return float((ours_NV - own_NV).abs().max()) / largest
+
+
+def _text(tokens_N: Sequence[int] | None, vocabulary: int) -> Tensor:
+    """int64 [2 · PROBE_TOKENS]."""
+    count = 2 * PROBE_TOKENS
+    if tokens_N is None or len(tokens_N) == 0:
+        return torch.arange(count) * 7919 % vocabulary
+    text_N = torch.as_tensor(list(tokens_N[:count]), dtype=torch.int64)
+    return text_N.repeat(-(-count // len(text_N)))[:count]
+
+
+@contextmanager
+def _out_of_use(layer: nn.Linear) -> Iterator[list[Tensor]]:
+    """The layer takes what it is given, and gives one column of it: enough for what follows it."""
+    seen: list[Tensor] = []
+
+    def take(hidden_BND: Tensor) -> Tensor:
+        seen.append(hidden_BND)
+        return hidden_BND[..., :1]
+
+    before = vars(layer).get("forward")
+    layer.forward = take  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _named(names: Sequence[str] | set[str]) -> str:
+    told = sorted(map(str, names))
+    more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
+    return ", ".join(told[:NAMED]) + more
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,82 @@
+"""A checkpoint is tried before the first step, and read back after the last.
+
+Shapes: T trained positions of a batch.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dftserve import lm
+from dftserve.train.data import model_inputs
+from dftserve.train.divergences import SFT, TargetRows
+from dftserve.train.head import head_loss
+from dftserve.train.model import TARGET_NAMES
+
+SAME_NLL = 1e-3
+"""Nats a token by which a saved model may differ from the one that was trained."""
+
+
+class SaveError(OSError):
+    """A final checkpoint that could not be made; says where the trained weights are."""
+
+
+def try_save(model: Any, tokenizer: Any, name: str) -> None:
+    """Save all but the weights to a temporary folder.
+
+    Args:
+        model: the causal LM, without adapters.
+        name: what errors call it.
+
+    Raises:
+        ValueError: what transformers would not save, as a generation_config.json that says
+            `temperature` and not `do_sample`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            told = " ".join(str(error).split())[:200].rstrip(". ")
+            raise ValueError(
+                f"{name} loads but cannot be saved, so its training would be lost: {told}. Correct "
+                "the model's config.json, generation_config.json or tokenizer first."
+            ) from error
+
+
+@torch.no_grad()
+def nll(language_model: lm.LanguageModel, batch: Mapping[str, Tensor]) -> float:
+    """Mean −ln p of a batch's own tokens in float32, nats; on whatever device the model is."""
+    model, device = language_model.model, language_model.model.device
+    was = model.training
+    model.eval()
+    given = {name: value.to(device) for name, value in model_inputs(batch).items()}
+    hidden_BND = language_model.states(**given).hidden_BND
+    positions_T = batch["positions_T"].to(device)
+    hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[positions_T]
+    target = TargetRows(**{name: batch[name].to(device) for name in TARGET_NAMES})
+    found = head_loss(language_model.head, hidden_TD, target, SFT()).loss
+    model.train(was)
+    return float(found) / len(positions_T)
+
+
+def check_reloaded(folder: Path, trained: float, batch: Mapping[str, Tensor]) -> None:
+    """Load what was saved and compare its likelihood of a batch with the trained model's.
+
+    Args:
+        trained: `nll` of the model that was trained, on the same batch.
+
+    Raises:
+        ValueError: it cannot be loaded, or it is another model.
+    """
+    model = lm.load(lm.examine(folder), dtype=torch.float32)
+    saved = nll(lm.LanguageModel(model, folder.name), batch)
+    if not abs(saved - trained) <= SAME_NLL:
+        raise ValueError(
+            f"what was saved is not what was trained: {saved:.4f} nats a token on held-out text in "
+            f"place of {trained:.4f}"
+        )

@@ -1,0 +1,257 @@
+"""A model is used as it would be by its own forward, or refused for a reason that names it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dftserve.evaluate.metrics.likelihood import bits_per_byte
+from dftserve.lm import LanguageModel, check_path, examine, load
+from dftserve.targets.run import Job, build
+from dftserve.train.config import TrainConfig
+from dftserve.train.plan import plan_of
+from dftserve.train.run import train
+from tests.training import SMALL, VOCABULARY, save_model, save_store, small_model, tokenizer
+
+RESCALED = {
+    "falcon_h1": {"lm_head_multiplier": 0.25, "head_dim": 16, "mamba_d_ssm": 32, "mamba_n_heads": 2,
+                  "mamba_d_state": 8, "mamba_d_head": 16},
+    "recurrent_gemma": {"logits_soft_cap": 2.0, "head_dim": 16, "lru_width": 32,
+                        "block_types": ["recurrent", "attention"]},
+    "hyperclovax": {"logits_scaling": 0.25, "head_dim": 16},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.3},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+    "mpt": {"logit_scale": "inv_sqrt_d_model", "d_model": 32, "n_heads": 2, "n_layers": 2},
+    "minicpm3": {"num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
+                 "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "llama4_text": {"head_dim": 16, "intermediate_size_mlp": 48, "num_local_experts": 2},
+}  # fmt: skip
+LEAKING = {
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mamba": {"state_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "bloom": {"n_head": 2, "n_layer": 2},
+}
+
+
+def family(kind: str, **given):
+    """A model whose logits are far enough apart to show a cap or a scale that is left out."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, **{**SMALL, "initializer_range": 0.3, "init_std": 0.3, **given}
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("kind", RESCALED)
+def test_logits_of_chunks_are_the_models_own(kind):
+    model = family(kind, **RESCALED[kind])
+    ids_BN = torch.randint(2, VOCABULARY, (2, 11))
+    with torch.no_grad():
+        own_BNV = model(ids_BN).logits
+        found = LanguageModel(model, "m")
+        ours_BNV = found.head.logits(found.states(input_ids=ids_BN).hidden_BND)
+    torch.testing.assert_close(ours_BNV, own_BNV, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(model(ids_BN).logits, own_BNV), "the model is left as it was"
+
+
+def test_a_factor_under_another_name_is_refused():
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, *args, **given):
+            output = super().forward(*args, **given)
+            output.logits = output.logits * 1.5
+            return output
+
+    with pytest.raises(ValueError, match=r"m \(Odd\) makes its logits in a way not known here"):
+        LanguageModel(Odd(small_model().config), "m")
+
+
+def test_a_head_that_reads_the_logits_elsewhere_is_refused():
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, *args, **given):
+            output = super().forward(*args, **given)
+            output.logits = self.lm_head(self.model(args[0] if args else given["input_ids"])[0])
+            return output
+
+    with pytest.raises(ValueError, match="by 2 uses of an output layer"):
+        LanguageModel(Odd(small_model().config), "m")
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    model = family("bert", is_decoder=False)
+    with pytest.raises(ValueError, match=r"m \(BertLMHeadModel\) is not causal: another ending"):
+        LanguageModel(model, "m")
+
+
+@pytest.mark.parametrize("kind", LEAKING)
+def test_a_family_that_cannot_keep_documents_apart_says_so(kind):
+    assert LanguageModel(family(kind, **LEAKING[kind]), "m").packing_leak() is not None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "cohere"])
+def test_a_family_that_keeps_documents_apart_is_packed(kind):
+    assert LanguageModel(small_model(kind), "m").packing_leak() is None
+
+
+# ── What is refused before any work ──────────────────────────────────────────────────────────────
+
+
+def edited(folder: Path, name: str, **changes) -> None:
+    path = folder / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | changes))
+
+
+def without(folder: Path, tensor: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[tensor]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+
+
+def quantised(method):
+    return lambda folder: edited(
+        folder, "config.json", quantization_config={"quant_method": method}
+    )
+
+
+def added_tokens(folder: Path) -> None:
+    larger = tokenizer()
+    larger.add_tokens([f"new{i}" for i in range(9)])
+    larger.save_pretrained(folder)
+
+
+EARLY = {
+    "bitsandbytes": (quantised("bitsandbytes"), "quantised .*bitsandbytes"),
+    "gptq": (quantised("gptq"), "quantised .*gptq"),
+    "awq": (quantised("awq"), "quantised .*awq"),
+    "fp8": (quantised("fp8"), "quantised .*fp8"),
+    "compressed-tensors": (quantised("compressed-tensors"), "quantised .*compressed-tensors"),
+    "truncated": (cut, "cut short"),
+    "custom code": (
+        lambda folder: edited(
+            folder, "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"}
+        ),
+        "code of its own .*never runs",
+    ),
+    "no such family": (
+        lambda folder: edited(folder, "config.json", model_type="mine"),
+        "model_type 'mine'",
+    ),
+    "tokens": (added_tokens, f"{VOCABULARY + 9} tokens and its embedding {VOCABULARY}"),
+    "no folder": (shutil.rmtree, "there is no such folder"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return save_store(tmp_path_factory.mktemp("targets") / "store")
+
+
+@pytest.mark.parametrize("kind", EARLY)
+def test_every_command_refuses_it_alike_and_writes_nothing(kind, store, tmp_path, monkeypatch):
+    """Also without loading weights, reading a corpus, or asking the hub."""
+    base = save_model(tmp_path / "base")
+    spoil, says = EARLY[kind]
+    spoil(base)
+
+    def never(*args, **given):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    monkeypatch.setattr("dftserve.targets.run.read", never)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
+    monkeypatch.setattr("dftserve.targets.store.TargetStore.__getitem__", never)
+    run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
+    job = Job(corpus=tmp_path / "corpus", model=str(base), recipe="creative", out=tmp_path / "out")
+    for call in (
+        lambda: train(run),
+        lambda: plan_of(run),
+        lambda: build(job, lambda line: None),
+        lambda: bits_per_byte(base, ["w1 w2"]),
+    ):
+        with pytest.raises(ValueError, match=says) as refused:
+            call()
+        assert "trust_remote_code" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch):
+    base, teacher = save_model(tmp_path / "base"), save_model(tmp_path / "teacher")
+    quantised("awq")(teacher)
+    monkeypatch.setattr("dftserve.targets.run.read", lambda place: pytest.fail("read"))
+    job = Job(
+        corpus=tmp_path / "corpus",
+        model=str(base),
+        recipe="creative",
+        out=tmp_path / "out",
+        values={"teacher": str(teacher)},
+    )
+    with pytest.raises(ValueError, match="teacher is quantised"):
+        build(job, lambda line: None)
+
+
+@pytest.mark.parametrize("path", ["./m", "/m", "~/m", "a/b/m", "m/", "a\\m", "tests/no_such_model"])
+def test_what_is_written_as_a_path_is_not_asked_of_the_hub(path):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        check_path(path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai/gpt2"])
+def test_what_may_be_a_name_on_the_hub_is(name):
+    check_path(name)
+
+
+def test_a_native_family_with_code_beside_it_is_loaded_without_that_code(tmp_path):
+    base = save_model(tmp_path / "base")
+    edited(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (base / "evil.py").write_text("raise SystemExit('ran')")
+    assert type(load(examine(base), dtype=torch.float32)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_without_a_tensor_are_refused_by_its_name(tied, tmp_path):
+    base = save_model(tmp_path / "base", tied=tied)
+    load(examine(base), dtype=torch.float32)
+    without(base, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(examine(base), dtype=torch.float32)
+
+
+def test_weights_without_a_place_are_refused_by_their_name(tmp_path):
+    base = save_model(tmp_path / "base")
+    edited(base, "config.json", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"no place for: model\.layers\.1"):
+        load(examine(base), dtype=torch.float32)
+
+
+def test_an_index_that_names_a_shard_that_is_not_there(tmp_path):
+    base = tmp_path / "base"
+    small_model().save_pretrained(base, max_shard_size="20KB")
+    tokenizer().save_pretrained(base)
+    examine(base)
+    next(base.glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match=r"no model-00002.* which model\.safetensors\.index\.json"):
+        examine(base)
+
+
+def test_documents_longer_than_the_positions_are_refused_before_the_weights(store, tmp_path):
+    base = save_model(tmp_path / "base", "gpt2")
+    edited(base, "config.json", n_positions=16)
+    run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="accepted: max_length of at most 16"):
+        train(run)
+    assert not (tmp_path / "run").exists()
