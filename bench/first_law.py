@@ -20,8 +20,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -37,7 +36,7 @@ from transformers.utils import logging
 from dftserve import spec
 from dftserve.demo import grammar
 from dftserve.demo.model import STEPS, build
-from dftserve.sampling import Controls, control_row, laws, transform
+from dftserve.sampling import Controls, LawConstants, control_row, get_backend, transform
 
 from provenance import machine, versions
 
@@ -72,18 +71,9 @@ Rewrite = Callable[[Tensor, int], Tensor]
 """(logits_RV, the end token) → logits_RV to sample from at temperature 1."""
 
 
-@dataclass(frozen=True)
-class Constants:
-    """The law's constants; by default those in force in dftserve.sampling.laws."""
-
-    guard_start: float = laws.GUARD_START
-    guard_end: float = laws.GUARD_END
-    strength: float = laws.STRENGTH
-    gate_power: float = laws.GATE_POWER
-
-    def __str__(self) -> str:
-        guard = f"guard {self.guard_start:g}→{self.guard_end:g}"
-        return f"{guard}, c {self.strength:g}, power {self.gate_power:g}"
+def described(constants: LawConstants) -> str:
+    guard = f"guard {constants.guard_start:g}→{constants.guard_end:g}"
+    return f"{guard}, c {constants.strength:g}, power {constants.gate_power:g}"
 
 
 SEARCHED: Mapping[str, Sequence[float]] = {
@@ -94,6 +84,10 @@ SEARCHED: Mapping[str, Sequence[float]] = {
 }
 
 
+def searched(constants: LawConstants) -> dict[str, float]:
+    return {name: getattr(constants, name) for name in SEARCHED}
+
+
 @dataclass(frozen=True)
 class Setting:
     family: str
@@ -102,26 +96,12 @@ class Setting:
     rewrite: Rewrite
 
 
-@contextmanager
-def in_force(constants: Constants) -> Iterator[None]:
-    """Let the law use these constants."""
-    names = [name.upper() for name in asdict(constants)]
-    former = {name: getattr(laws, name) for name in names}
-    try:
-        for name, value in zip(names, asdict(constants).values(), strict=True):
-            setattr(laws, name, value)
-        yield
-    finally:
-        for name, value in former.items():
-            setattr(laws, name, value)
-
-
 def by_transform(
-    diversity: object, constants: Constants | None = None, temperature: float = 1.0
+    diversity: object, constants: LawConstants | None = None, temperature: float = 1.0
 ) -> Rewrite:
     """What a request with this `diversity` and temperature gets."""
     wanted = spec.parse(diversity)
-    constants = constants or Constants()
+    backend = get_backend("cpu", constants or LawConstants())
 
     @cache
     def controls(rows: int, end: int) -> Controls:
@@ -132,8 +112,7 @@ def by_transform(
 
     def rewrite(logits_RV: Tensor, end: int) -> Tensor:
         logits_RV = (logits_RV / temperature).contiguous()
-        with in_force(constants):
-            transform(logits_RV, controls(len(logits_RV), end))
+        transform(logits_RV, controls(len(logits_RV), end), None, backend)
         return logits_RV
 
     return rewrite
@@ -143,12 +122,12 @@ def stock() -> Setting:
     return Setting("stock", "T=1", lambda logits_RV, end: logits_RV)
 
 
-def gated(constants: Constants, level: float, family: str = "gated") -> Setting:
-    label = f"level {level:g} ({constants})"
+def gated(constants: LawConstants, level: float, family: str = "gated") -> Setting:
+    label = f"level {level:g} ({described(constants)})"
     return Setting(family, label, by_transform(level, constants))
 
 
-def one_temperature(constants: Constants, level: float) -> Setting:
+def one_temperature(constants: LawConstants, level: float) -> Setting:
     """The same guard and one temperature exp(c·level) for all steps: a gate of power 0 is 1."""
     return gated(replace(constants, gate_power=0.0), level, "one temperature, same guard")
 
@@ -160,9 +139,9 @@ def fixed(min_p: float, temperature: float) -> Setting:
     return Setting("fixed", label, by_transform(diversity, temperature=temperature))
 
 
-def dynatemp(reach: float, level: float) -> Setting:
-    diversity = {"law": "dynatemp", "dynatemp_range": reach, "level": level}
-    return Setting("dynatemp", f"range {reach:g}, level {level:g}", by_transform(diversity))
+def dynatemp(half_width: float, level: float) -> Setting:
+    diversity = {"law": "dynatemp", "dynatemp_range": half_width, "level": level}
+    return Setting("dynatemp", f"range {half_width:g}, level {level:g}", by_transform(diversity))
 
 
 def min_p_last(min_p: float, temperature: float) -> Setting:
@@ -582,31 +561,31 @@ def best(trials: Mapping) -> object:
     return max(admissible, key=lambda key: np.nan_to_num(trials[key].leads_B[0], nan=-1.0))
 
 
-def search(measured: Measurements) -> dict[Constants, Trial]:
+def search(measured: Measurements) -> dict[LawConstants, Trial]:
     """Each constant alone, then every combination of the best two values of each but the start."""
-    trials: dict[Constants, Trial] = {}
+    trials: dict[LawConstants, Trial] = {}
 
-    def attempt_once(constants: Constants) -> float:
+    def attempt_once(constants: LawConstants) -> float:
         if constants not in trials:
             settings = [gated(constants, level) for level in DEV_LEVELS]
-            trials[constants] = attempt(measured, str(constants), settings)
+            trials[constants] = attempt(measured, described(constants), settings)
         trial = trials[constants]
         return trial.leads_B[0] if trial.admissible else -math.inf
 
-    attempt_once(Constants())
+    attempt_once(LawConstants())
     ranked = {
         name: sorted(
-            values, key=lambda v: attempt_once(replace(Constants(), **{name: v})), reverse=True
+            values, key=lambda v: attempt_once(replace(LawConstants(), **{name: v})), reverse=True
         )
         for name, values in SEARCHED.items()
     }
     pairs = [ranked[name][: 1 if name == "guard_start" else 2] for name in SEARCHED]
     for values in itertools.product(*pairs):
-        attempt_once(Constants(*values))
+        attempt_once(LawConstants(**dict(zip(SEARCHED, values, strict=True))))
     return trials
 
 
-def rivals(measured: Measurements, constants: Constants) -> dict[str, dict[object, Trial]]:
+def rivals(measured: Measurements, constants: LawConstants) -> dict[str, dict[object, Trial]]:
     """The rivals' own constants, searched as the law's are."""
 
     def each(values, settings: Callable[[float], list[Setting]]) -> dict[object, Trial]:
@@ -623,7 +602,7 @@ def rivals(measured: Measurements, constants: Constants) -> dict[str, dict[objec
 
 
 def families(
-    constants: Constants, candidate: Constants, chosen: Mapping[str, float]
+    constants: LawConstants, candidate: LawConstants, chosen: Mapping[str, float]
 ) -> dict[str, list[Setting]]:
     """Who meets on the confirmation split, six settings each, stock's one apart."""
     slower = replace(constants, strength=chosen["one_temperature_strength"])
@@ -767,7 +746,7 @@ def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> No
     measured = Measurements(
         writers([stage] if stage else list(STAGES)), {"dev": dev_sequences, "confirm": sequences}
     )
-    constants = candidate = Constants()
+    constants = candidate = LawConstants()
     chosen = {"one_temperature_strength": 0.75, "min_p": 0.1, "dynatemp_range": 1.0}
     trials, others = {}, {}
     if dev_sequences:
@@ -786,8 +765,8 @@ def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> No
         "sequences_per_setting": {"dev": dev_sequences, "confirm": sequences},
         "free_slots": sorted(free_slots()),
         "constants": {
-            "in_force": asdict(constants),
-            "best_of_dev": asdict(candidate),
+            "in_force": searched(constants),
+            "best_of_dev": searched(candidate),
             "rivals": chosen,
         },
         "dev": {

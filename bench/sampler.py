@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling import Controls, control_row, fastest, transform
+from dftserve.sampling import Controls, control_row, get_backend, transform
 from dftserve.spec import parse
 
 import others
@@ -186,15 +186,15 @@ def copy(rows: int, device: torch.device) -> Way:
 
 
 def ours(rows: int, device: torch.device) -> Way:
-    controls, way = controls_of(rows, device), fastest(device)
-    return lambda logits_RV: transform(logits_RV, controls, None, way)
+    controls, backend = controls_of(rows, device), get_backend(device)
+    return lambda logits_RV: transform(logits_RV, controls, None, backend)
 
 
 def every(nth: int, rows: int, device: torch.device) -> Way:
     """Ours, with every nth row active."""
     rows_R = torch.arange(0, rows, nth, device=device)
-    controls, way = controls_of(len(rows_R), device), fastest(device)
-    return lambda logits_XV: transform(logits_XV, controls, rows_R, way)
+    controls, backend = controls_of(len(rows_R), device), get_backend(device)
+    return lambda logits_XV: transform(logits_XV, controls, rows_R, backend)
 
 
 def controls_of(rows: int, device: torch.device) -> Controls:

@@ -345,11 +345,11 @@ def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
     """Of a request's slot, and of the room that the CPU's kernel works in, for each vocabulary."""
     from dftserve_vllm.request_stats import RequestStats
 
-    from dftserve.sampling.fused_numba import _scratch
+    from dftserve.sampling.backends.numba import scratch
 
     kept = vars(RequestStats(SLOTS, 1, torch.device("cpu")).slots).values()
     by_slot = [t for t in kept if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
-    rooms = {v: _scratch(v) for v in vocabularies}
+    rooms = {v: scratch(v) for v in vocabularies}
     return {
         "slot": sum(t.nbytes for t in by_slot) // SLOTS,
         "room": {v: sum(array.nbytes for array in room) for v, room in rooms.items()},

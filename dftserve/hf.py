@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from dftserve import spec
-from dftserve.sampling import Controls, Statistics, control_row, fastest, fastest_slots, transform
+from dftserve.sampling import Controls, Statistics, control_row, get_backend, transform
 
 
 class DiversityProcessor(LogitsProcessor):
@@ -19,7 +19,7 @@ class DiversityProcessor(LogitsProcessor):
 
     It runs before transformers' own temperature, which must be the same `temperature`: use
     `sampling(temperature)`. One processor serves one call at a time; a longer or other prompt
-    starts a new one. `statistics` holds the last step's figures.
+    starts a new one. `statistics` holds the last step's statistics.
 
     Args:
         diversity: a number from 0 to 1, or the object form of the request field.
@@ -56,15 +56,17 @@ class DiversityProcessor(LogitsProcessor):
         self._length = length
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
-        controls = self._slots.settle(self._controls, self._slot_R, position_R, self._zero_R)
-        self.statistics = transform(logits_RV, controls, None, self._way)
+        controls = self._slots.commit_accepted(
+            self._controls, self._slot_R, position_R, self._zero_R
+        )
+        self.statistics = transform(logits_RV, controls, None, self._backend)
         samples_R = torch.ones_like(self._slot_R, dtype=torch.bool)
-        self._slots.remember(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
+        self._slots.stage_step(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
         return cast(torch.FloatTensor, logits_RV)
 
     def _begin(self, rows: int, device: torch.device) -> None:
-        self._way = fastest(device)
-        self._slots = fastest_slots(rows, 1, device)
+        self._backend = get_backend(device)
+        self._slots = self._backend.create_slots(rows, 1)
         self._slot_R = torch.arange(rows, device=device)
         self._zero_R = torch.zeros_like(self._slot_R)
         self._controls = Controls.stack([self._row] * rows, device)

@@ -17,11 +17,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dftserve.sampling import fused_triton, slots_triton
+from dftserve.sampling.backends import triton, triton_slots
 
 KERNELS = {
     name: kernel
-    for module in (fused_triton, slots_triton)
+    for module in (triton, triton_slots)
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction)
 }

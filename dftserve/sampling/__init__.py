@@ -1,24 +1,25 @@
 """Decode-time maths on logits: guard, entropy, control laws, one transform. Torch and numpy only.
 
 Shapes by suffix: R logits rows, V padded vocabulary, K support (in slots.py: rows of one request),
-E stop tokens, S slots, F figures.
+E stop tokens, S slots, F columns (of controls, or of statistics).
 """
 
-from dftserve.sampling.fused import fastest, fastest_slots, transform
-from dftserve.sampling.kernels import Way
-from dftserve.sampling.laws import ControlRow, Controls, control_row
-from dftserve.sampling.slots import Account, Slots
+from dftserve.sampling.api import transform
+from dftserve.sampling.backends import get_backend
+from dftserve.sampling.backends.base import Backend
+from dftserve.sampling.controls import ControlRow, Controls, LawConstants, control_row
+from dftserve.sampling.slots import Slots, SlotStatistics
 from dftserve.sampling.transform import Statistics
 
 __all__ = [
-    "Account",
+    "Backend",
     "ControlRow",
     "Controls",
+    "LawConstants",
+    "SlotStatistics",
     "Slots",
     "Statistics",
-    "Way",
     "control_row",
-    "fastest",
-    "fastest_slots",
+    "get_backend",
     "transform",
 ]

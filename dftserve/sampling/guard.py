@@ -32,38 +32,38 @@ def guard(
     logits_RV: Tensor,
     *,
     log_guard_R: Tensor,
-    divided_R: Tensor,
+    logits_divisor_R: Tensor,
     stop_ids_RE: Tensor,
 ) -> tuple[Support, Tensor]:
     """The support of each row, and which rows have one.
 
     Args:
-        logits_RV: float32, already divided by `divided_R`; -inf where a token is forbidden.
+        logits_RV: float32, already divided by `logits_divisor_R`; -inf where a token is forbidden.
         log_guard_R: ln a, in nats; -inf keeps every finite token.
-        divided_R: the temperature that the rows were divided by; 1 for raw logits.
+        logits_divisor_R: the temperature that the rows were divided by; 1 for raw logits.
         stop_ids_RE: int64, each row's distinct stop tokens, padded with -1.
 
     Returns:
-        The support, and sound_R: bool, False for a row with NaN, +inf or no finite logit.
+        The support, and valid_R: bool, False for a row with NaN, +inf or no finite logit.
     """
     peak_R = logits_RV.amax(dim=1)
-    sound_R = torch.isfinite(peak_R)
-    peak_R = torch.where(sound_R, peak_R, 0.0)
-    floor_R = (peak_R + log_guard_R / divided_R).clamp_min(torch.finfo(torch.float32).min)
+    valid_R = torch.isfinite(peak_R)
+    peak_R = torch.where(valid_R, peak_R, 0.0)
+    floor_R = (peak_R + log_guard_R / logits_divisor_R).clamp_min(torch.finfo(torch.float32).min)
     kept_RV = logits_RV >= floor_R[:, None]
-    stop_RE = _stop_weights(logits_RV, stop_ids_RE, peak_R, divided_R)
+    stop_RE = _stop_weights(logits_RV, stop_ids_RE, peak_R, logits_divisor_R)
     if stop_ids_RE.shape[1]:
         _forget(kept_RV, stop_ids_RE)
-    below_RV = (logits_RV - peak_R[:, None]) * divided_R[:, None]
-    return Support(torch.where(kept_RV, below_RV, ABSENT), stop_RE), sound_R
+    below_RV = (logits_RV - peak_R[:, None]) * logits_divisor_R[:, None]
+    return Support(torch.where(kept_RV, below_RV, ABSENT), stop_RE), valid_R
 
 
 def _stop_weights(
-    logits_RV: Tensor, stop_ids_RE: Tensor, peak_R: Tensor, divided_R: Tensor
+    logits_RV: Tensor, stop_ids_RE: Tensor, peak_R: Tensor, logits_divisor_R: Tensor
 ) -> Tensor:
     known_RE = _known(stop_ids_RE, logits_RV)
     logits_RE = logits_RV.gather(1, torch.where(known_RE, stop_ids_RE, 0))
-    below_RE = (logits_RE - peak_R[:, None]) * divided_R[:, None]
+    below_RE = (logits_RE - peak_R[:, None]) * logits_divisor_R[:, None]
     allowed_RE = known_RE & torch.isfinite(logits_RE)
     return torch.where(allowed_RE, below_RE.clamp_min(FARTHEST), ABSENT)
 

@@ -1,8 +1,8 @@
-"""What is remembered between steps: one slot for each request, on the rows' device.
+"""Statistics and steering state between steps: one slot for each request, on the rows' device.
 
 A step computes rows that may not become tokens: chunks of a prompt, and rejected drafts of
-speculative decoding. So a row's figures wait until the request's position shows that its token
-was accepted; only then do they count, and only then does the `budget` law steer.
+speculative decoding. So a row's statistics are staged until the request's position shows that its
+token was accepted; only then are they committed, and only then does the `budget` law steer.
 """
 
 import math
@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling.laws import BUDGET_OPEN_LOOP, LAW_CODES, Controls, steer
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
+from dftserve.sampling.laws import steer
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
 
 COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED = range(5)
-"""Columns of the figures F: 1 for a sound row, then the four statistics of `transform`."""
+"""The columns F: 1 for a valid row, then the four statistics of `transform`."""
 
 NOTHING_WAITS = 2**62
 """As the position of the first waiting row: no later position is beyond it."""
 
 
 @dataclass(frozen=True)
-class Account:
-    """One slot's figures, read out: sums over accepted tokens, and those still waiting."""
+class SlotStatistics:
+    """One slot's statistics, read out: sums over accepted tokens, and rows still waiting."""
 
     tokens: Tensor
     """int64 [], accepted tokens so far."""
@@ -53,7 +54,7 @@ def means(
     """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
 
     Args:
-        tokens, sums_F, waiting_KF: as in an `Account`.
+        tokens, sums_F, waiting_KF: as in `SlotStatistics`.
         total_tokens: how many tokens the request produced in all: as many waiting rows count as
             are missing.
 
@@ -66,25 +67,25 @@ def means(
 
 
 ALIGNMENT = 16
-"""Bytes: where each part of a `Block` begins, for kernels that load 16 bytes at once."""
+"""Bytes: where each part of a `StatisticsLayout` begins, for kernels that load 16 at once."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Where all slots' figures lie in one piece of memory, so that one copy takes them all."""
+class StatisticsLayout:
+    """How all slots' statistics lie in one block of memory, so that one copy takes them all."""
 
     slots: int
     rows_per_request: int
 
     @cached_property
     def _parts(self) -> list[tuple[str, tuple[int, ...], slice]]:
-        """unsound, tokens_S, sums_SF, waiting_SKF: type, shape, and bytes."""
-        figures, begin, parts = CHANGED + 1, 0, []
+        """invalid, tokens_S, sums_SF, waiting_SKF: type, shape, and bytes."""
+        columns, begin, parts = CHANGED + 1, 0, []
         for dtype, shape in (
             ("int64", ()),
             ("int64", (self.slots,)),
-            ("float32", (self.slots, figures)),
-            ("float32", (self.slots, self.rows_per_request, figures)),
+            ("float32", (self.slots, columns)),
+            ("float32", (self.slots, self.rows_per_request, columns)),
         ):
             end = begin + np.dtype(dtype).itemsize * math.prod(shape)
             parts.append((dtype, shape, slice(begin, end)))
@@ -92,7 +93,7 @@ class Block:
         return parts
 
     def zeros(self, device: torch.device | str) -> Tensor:
-        """uint8, as large as the figures are."""
+        """A block of zeros, uint8."""
         _, _, last = self._parts[-1]
         return torch.zeros(last.stop, dtype=torch.uint8, device=device)
 
@@ -109,9 +110,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All slots' figures at the end of one step, on the host: see `Account`."""
+    """All slots' statistics at the end of one step, on the host: see `SlotStatistics`."""
 
-    layout: Block
+    layout: StatisticsLayout
     block: Array
     copied: "torch.cuda.Event | None" = None
     """Recorded after a copy that may still be under way."""
@@ -129,7 +130,7 @@ class Snapshot:
         return self.layout.arrays(self.block)
 
     @property
-    def unsound(self) -> int:
+    def invalid(self) -> int:
         """Sampled rows that were passed through, of all requests, since the start."""
         return int(self._arrays[0])
 
@@ -140,27 +141,34 @@ class Snapshot:
         parts = (tokens_S[:, None].astype(np.float32), sums_SF, waiting_SX)
         return np.concatenate([part.take(slots_R, axis=0) for part in parts], axis=1)
 
-    def account(self, slot: int) -> Account:
-        """One slot's figures, in memory of their own."""
-        return Account(*(torch.tensor(part[slot]) for part in self._arrays[1:]))
+    def read(self, slot: int) -> SlotStatistics:
+        """One slot's statistics, in memory of their own."""
+        return SlotStatistics(*(torch.tensor(part[slot]) for part in self._arrays[1:]))
 
 
 def means_of_row(row_X: Sequence[float], total_tokens: int) -> list[float] | None:
     """`means` of a row of `Snapshot.rows`."""
     tokens, *rest = row_X
-    figures = CHANGED + 1
-    sums_F, *waiting_KF = (rest[i : i + figures] for i in range(0, len(rest), figures))
+    columns = CHANGED + 1
+    sums_F, *waiting_KF = (rest[i : i + columns] for i in range(0, len(rest), columns))
     return means(int(tokens), sums_F, waiting_KF, total_tokens)
 
 
 class Slots:
-    """Figures and steering of up to `slots` requests, `rows_per_request` rows a step for each."""
+    """Statistics and steering of up to `slots` requests, `rows_per_request` rows a step each."""
 
-    def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
-        self._layout = Block(slots, rows_per_request)
+    def __init__(
+        self,
+        slots: int,
+        rows_per_request: int,
+        device: torch.device | str,
+        constants: LawConstants = DEFAULT_CONSTANTS,
+    ) -> None:
+        self._constants = constants
+        self._layout = StatisticsLayout(slots, rows_per_request)
         self._block = self._layout.zeros(device)
         parts = self._layout.tensors(self._block)
-        self.unsound, self._tokens_S, self._sums_SF, self._waiting_SKF = parts
+        self.invalid, self._tokens_S, self._sums_SF, self._waiting_SKF = parts
         self._level_S = torch.zeros(slots, device=device)
         self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._base_S = torch.full((slots,), NOTHING_WAITS, device=device)
@@ -168,7 +176,7 @@ class Slots:
         self._staging = PinnedStaging(device)
         self._opened: dict[int, tuple[float, ...]] = {}
 
-    def open(self, slot: int, resumed: Account | None = None, produced: int = 0) -> None:
+    def open(self, slot: int, resumed: SlotStatistics | None = None, produced: int = 0) -> None:
         """Begin a request in a slot; the controller starts open-loop, also after a preemption.
 
         The request is only noted here. The next call of another method begins all that were noted,
@@ -176,8 +184,8 @@ class Slots:
         that was opened twice holds the later request.
 
         Args:
-            resumed: the request's figures when it left its slot before; it keeps them. On the host,
-                as `Snapshot.account` gives them: figures on a device are waited for.
+            resumed: the request's statistics when it left its slot before; it keeps them. On the
+                host, as `Snapshot.read` gives them: those on a device are waited for.
             produced: tokens that are known to have been accepted before.
 
         Raises:
@@ -209,17 +217,17 @@ class Slots:
         self._steered_S.index_fill_(0, slot_N, 0)
         self._base_S.index_fill_(0, slot_N, NOTHING_WAITS)
 
-    def account(self, slot: int) -> Account:
-        """A copy of a slot's figures; no host sync."""
+    def read(self, slot: int) -> SlotStatistics:
+        """A copy of a slot's statistics; no host sync."""
         self._flush()
-        return Account(
+        return SlotStatistics(
             self._tokens_S[slot].clone(),
             self._sums_SF[slot].clone(),
             self._waiting_SKF[slot].clone(),
         )
 
     def snapshot(self) -> "Snapshot":
-        """A copy of all slots' figures on the host; on a GPU it is only enqueued, into pinned
+        """A copy of all slots' statistics on the host; on a GPU it is only enqueued, into pinned
         memory: see `Snapshot.wait`."""
         self._flush()
         if self._block.device.type != "cuda":
@@ -229,10 +237,10 @@ class Slots:
         copied.record()
         return Snapshot(self._layout, block.numpy(), copied)
 
-    def settle(
+    def commit_accepted(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
     ) -> Controls:
-        """Count the waiting rows whose tokens turned out accepted, and steer by them.
+        """Count the staged rows whose tokens turned out accepted, and steer by them.
 
         Args:
             controls: of each row; target entropies are read from it.
@@ -262,16 +270,16 @@ class Slots:
         steered_R = self._steered_S.index_select(0, slot_R)
         for row_RF in counted_RKF.unbind(dim=1):
             counts_R = row_RF[:, COUNT] > 0
-            next_R = steer(level_R, controls.target_entropy_R, row_RF[:, AFTER])
+            next_R = steer(level_R, controls.target_entropy_R, row_RF[:, AFTER], self._constants)
             level_R = torch.where(counts_R, next_R, level_R)
             steered_R = steered_R + counts_R
         self._level_S.index_copy_(0, slot_R, level_R)
         self._steered_S.index_copy_(0, slot_R, steered_R)
-        level_R = torch.where(steered_R < BUDGET_OPEN_LOOP, 0.0, level_R)
+        level_R = torch.where(steered_R < self._constants.budget_open_loop, 0.0, level_R)
         is_budget_R = controls.law_R == LAW_CODES["budget"]
         return controls.with_level(torch.where(is_budget_R, level_R, controls.level_R))
 
-    def remember(
+    def stage_step(
         self,
         slot_R: Tensor,
         position_R: Tensor,
@@ -279,13 +287,13 @@ class Slots:
         samples_R: Tensor,
         statistics: Statistics,
     ) -> None:
-        """Let this step's figures wait. `samples_R`: bool, False for a chunk of a prompt."""
+        """Stage this step's statistics. `samples_R`: bool, False for a chunk of a prompt."""
         self._flush()
-        figures_RF = torch.stack((statistics.sound_R.float(), *statistics.figures()), dim=1)
-        counts_R1 = (samples_R & statistics.sound_R)[:, None]
+        values_RF = torch.stack((statistics.valid_R.float(), *statistics.values()), dim=1)
+        counts_R1 = (samples_R & statistics.valid_R)[:, None]
         waiting_XF = self._waiting_SKF.view(-1, CHANGED + 1)
         place_R = slot_R * len(self._places_K) + offset_R
-        waiting_XF.index_copy_(0, place_R, torch.where(counts_R1, figures_RF, 0.0))
+        waiting_XF.index_copy_(0, place_R, torch.where(counts_R1, values_RF, 0.0))
         base_R = torch.where(samples_R, position_R - offset_R, NOTHING_WAITS)
         self._base_S.index_copy_(0, slot_R, base_R)
-        self.unsound += (samples_R & ~statistics.sound_R).sum()
+        self.invalid += (samples_R & ~statistics.valid_R).sum()

@@ -17,7 +17,7 @@ NEARLY = 1e-5
 """Where the content may not be heated at all, its temperature is found up to rounding."""
 
 
-def heat(
+def apply_temperature(
     support: Support, temperature_R: Tensor, wanted_R: Tensor, cool: Distribution
 ) -> tuple[Tensor, Distribution]:
     """The content at the wanted temperature, or at the nearest to it that keeps the argmax.
@@ -29,19 +29,21 @@ def heat(
         The temperature reached and the content at it.
     """
     stop_R = support.stop_RE.amax(dim=1) / temperature_R
-    tie_R = cool.log_z_R - stop_R
+    argmax_bound_R = cool.log_z_R - stop_R
     hot = normalise(support.content_RV / wanted_R[:, None])
     leads_R = support.content_RV.amax(dim=1) >= support.stop_RE.amax(dim=1)
-    passes_R = leads_R != (-hot.peak() <= tie_R)
+    passes_R = leads_R != (-hot.peak() <= argmax_bound_R)
     passes_R &= is_present(cool.log_z_R) & is_present(stop_R)
     if not bool(passes_R.any()):
         return wanted_R, hot
-    reached_R = temperature_at(support.content_RV, temperature_R, wanted_R, tie_R)
+    reached_R = temperature_at_bound(support.content_RV, temperature_R, wanted_R, argmax_bound_R)
     reached_R = torch.where(passes_R, reached_R, wanted_R)
     return reached_R, normalise(support.content_RV / reached_R[:, None])
 
 
-def temperature_at(content_RK: Tensor, one_R: Tensor, other_R: Tensor, tie_R: Tensor) -> Tensor:
+def temperature_at_bound(
+    content_RK: Tensor, one_R: Tensor, other_R: Tensor, argmax_bound_R: Tensor
+) -> Tensor:
     """Where D(T') = B between two temperatures, by Newton's method on β = 1/T'.
 
     D(β) = ln Σ exp(β(w − w_max)) is convex and falls, with D' = E[w − w_max]: from the hotter end,
@@ -53,12 +55,12 @@ def temperature_at(content_RK: Tensor, one_R: Tensor, other_R: Tensor, tie_R: Te
     for _ in range(NEWTON_STEPS):
         distribution = normalise(below_RK * beta_R[:, None])
         slope_R = (exp(distribution.log_p_RK) * below_RK).sum(dim=1).clamp_max(-1e-12)
-        step_R = (tie_R - distribution.log_z_R) / slope_R
+        step_R = (argmax_bound_R - distribution.log_z_R) / slope_R
         beta_R = torch.minimum(torch.maximum(beta_R + step_R, low_R), high_R)
     return 1 / beta_R
 
 
-def beside_stops(
+def rescale_stop_tokens(
     support: Support,
     temperature_R: Tensor,
     reached_R: Tensor,

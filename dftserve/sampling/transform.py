@@ -3,8 +3,8 @@
     guard at T=1 → H0 of the plausible tokens → the law's temperature T' → content at T',
     stop tokens at the probability they had at T → one write
 
-This is the reference that the fast ways are tested against, and what runs where there is none
-(`fused.py` chooses).
+This is the reference that the backends' kernels are tested against, and what runs on a device that
+has none (`backends/plain_torch.py`).
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
 from dftserve.sampling.entropy import ABSENT, Distribution, exp, is_present, normalise
 from dftserve.sampling.guard import Support, guard
-from dftserve.sampling.laws import Controls, log_guard, temperature
-from dftserve.sampling.stops import beside_stops, heat
+from dftserve.sampling.laws import log_guard, temperature
+from dftserve.sampling.stops import apply_temperature, rescale_stop_tokens
 
 
 @dataclass(frozen=True)
@@ -27,51 +28,56 @@ class Statistics:
     temperature_R: float32, of the content.
     changed_R: float32, total variation distance between the guarded row at T and the final one:
         the share of tokens that come out otherwise because of the new temperature.
-    sound_R: bool, False for a row that was passed through (NaN, +inf, or nothing finite in it).
+    valid_R: bool, False for a row that was passed through (NaN, +inf, or nothing finite in it).
     """
 
     entropy_before_R: Tensor
     entropy_after_R: Tensor
     temperature_R: Tensor
     changed_R: Tensor
-    sound_R: Tensor
+    valid_R: Tensor
 
-    def figures(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four that are numbers, in the order above."""
         return self.entropy_before_R, self.entropy_after_R, self.temperature_R, self.changed_R
 
 
-def transform(logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None) -> Statistics:
-    """The contract is `fused.transform`'s; here every step is one line of torch on whole rows."""
+def transform(
+    logits_XV: Tensor,
+    controls: Controls,
+    rows_R: Tensor | None = None,
+    constants: LawConstants = DEFAULT_CONSTANTS,
+) -> Statistics:
+    """As `api.transform`; here every step is one line of torch on whole rows."""
     logits_RV = logits_XV if rows_R is None else logits_XV.index_select(0, rows_R)
-    log_guard_R = log_guard(controls)
-    support, sound_R = guard(
+    log_guard_R = log_guard(controls, constants)
+    support, valid_R = guard(
         logits_RV,
         log_guard_R=log_guard_R,
-        divided_R=controls.divided_R,
+        logits_divisor_R=controls.logits_divisor_R,
         stop_ids_RE=controls.stop_ids_RE,
     )
-    entropy_before_R, plausible_R = _openness(support, log_guard_R)
-    wanted_R = temperature(controls, entropy_before_R, plausible_R)
+    entropy_before_R, plausible_R = base_entropy(support, log_guard_R)
+    wanted_R = temperature(controls, entropy_before_R, plausible_R, constants)
     cool = normalise(support.content_RV / controls.temperature_R[:, None])
-    temperature_R, hot = heat(support, controls.temperature_R, wanted_R, cool)
-    weights = beside_stops(support, controls.temperature_R, temperature_R, cool, hot)
+    temperature_R, hot = apply_temperature(support, controls.temperature_R, wanted_R, cool)
+    weights = rescale_stop_tokens(support, controls.temperature_R, temperature_R, cool, hot)
     final = normalise(torch.cat(weights, dim=1))
     statistics = Statistics(
         entropy_before_R=entropy_before_R,
         entropy_after_R=final.entropy(),
         temperature_R=temperature_R,
         changed_R=_changed(cool, hot, final),
-        sound_R=sound_R,
+        valid_R=valid_R,
     )
-    scale_R1 = (controls.temperature_R / controls.divided_R)[:, None]
+    scale_R1 = (controls.temperature_R / controls.logits_divisor_R)[:, None]
     rewritten_RK = final.log_p_RK * scale_R1
     rewritten_RK.masked_fill_(~is_present(final.log_p_RK), -torch.inf)
-    _write(logits_XV, logits_RV, rows_R, controls.stop_ids_RE, rewritten_RK, sound_R)
+    _write(logits_XV, logits_RV, rows_R, controls.stop_ids_RE, rewritten_RK, valid_R)
     return statistics
 
 
-def _openness(support: Support, log_guard_R: Tensor) -> tuple[Tensor, Tensor]:
+def base_entropy(support: Support, log_guard_R: Tensor) -> tuple[Tensor, Tensor]:
     """H0 in nats and the number of plausible tokens, stop tokens counted where plausible."""
     plausible_stop_RE = torch.where(
         support.stop_RE >= log_guard_R[:, None], support.stop_RE, ABSENT
@@ -94,13 +100,13 @@ def _write(
     rows_R: Tensor | None,
     stop_ids_RE: Tensor,
     rewritten_RK: Tensor,
-    sound_R: Tensor,
+    valid_R: Tensor,
 ) -> None:
     """The final write. `amax` onto -inf lets absent stop tokens, which hold -inf, fall anywhere."""
     vocabulary = logits_XV.shape[1]
     content_RV, stop_RE = rewritten_RK.split((vocabulary, stop_ids_RE.shape[1]), dim=1)
     new_RV = content_RV.scatter_reduce(1, stop_ids_RE.clamp(0, vocabulary - 1), stop_RE, "amax")
-    new_RV = torch.where(sound_R[:, None], new_RV, logits_RV)
+    new_RV = torch.where(valid_R[:, None], new_RV, logits_RV)
     if rows_R is None:
         logits_XV.copy_(new_RV)
     else:

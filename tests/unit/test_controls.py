@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, control_row
-from dftserve.sampling.laws import NUMBERS, stop_width
+from dftserve.sampling.controls import NUMBERS, stop_width
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import parse
 
@@ -48,7 +48,7 @@ def test_columns_are_what_their_names_say():
     expected = {
         "law": 2.0,
         "temperature": 1.5,
-        "divided": 2.0,
+        "logits_divisor": 2.0,
         "level": 0.75,
         "log_min_p": np.log(0.125),
         "max_temperature": np.inf,

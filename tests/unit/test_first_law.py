@@ -10,8 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from dftserve.demo import grammar
-from dftserve.sampling import laws
+from dftserve.sampling import Controls, LawConstants, control_row
+from dftserve.sampling.transform import transform as plain
+from dftserve.spec import parse
 from tests.future import no_future_warnings
+from tests.rows import make_rows
 from tests.training import VOCABULARY, small_model
 
 pytestmark = no_future_warnings
@@ -118,11 +121,33 @@ def test_rows_close_up(bench):
     assert bench.closed_up(going).tolist() == [0, 4, 2]
 
 
-def test_constants_are_in_force_only_inside(bench):
-    former = laws.STRENGTH
-    with bench.in_force(bench.Constants(strength=3.0)):
-        assert laws.STRENGTH == 3.0
-    assert former == laws.STRENGTH
+@pytest.mark.parametrize(
+    "constants",
+    [
+        LawConstants(strength=0.0),
+        LawConstants(strength=3.0),
+        LawConstants(guard_start=0.5, guard_end=0.5),
+        LawConstants(gate_power=0.0),
+    ],
+    ids=["c 0", "c 3", "guard .5", "power 0"],
+)
+def test_a_setting_samples_the_law_of_its_constants(bench, constants):
+    """The entropy of what the bench samples is plain torch's under the same constants."""
+    source_RV = make_rows(["gaussian", "zipf", "few"], 200, seed=2)
+    after_RV = bench.gated(constants, 1.0).rewrite(source_RV, 3)
+    p_RV = after_RV.softmax(dim=1)
+    entropy_R = torch.special.entr(p_RV).sum(dim=1)
+    expected_R, by_default_R = (
+        _entropy_after(source_RV, each) for each in (constants, LawConstants())
+    )
+    torch.testing.assert_close(entropy_R, expected_R, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected_R, by_default_R, rtol=1e-2)
+
+
+def _entropy_after(logits_RV, constants):
+    row = control_row(parse(1.0), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
+    controls = Controls.stack([row] * len(logits_RV))
+    return plain(logits_RV.clone(), controls, None, constants).entropy_after_R
 
 
 def test_rewrites_keep_what_they_say(bench):

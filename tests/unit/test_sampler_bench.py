@@ -53,10 +53,10 @@ def test_a_captured_graph_keeps_the_buffers_of_its_way(sampler):
     assert buffer() is None
 
 
-def test_the_ways_hold_what_their_kernels_use(sampler):
+def test_the_ways_hold_the_backend_that_they_use(sampler):
     """Ours are closures: the transform with its buffers lives in them."""
     for name in ("ours", "half", "tenth"):
         way = sampler.WAYS[name](4, torch.device("cpu"))
         way(torch.randn(4, 300))
         held = [cell.cell_contents for cell in way.__closure__]
-        assert any(type(each).__name__ == "NumbaTransform" for each in held), name
+        assert any(type(each).__name__ == "NumbaBackend" for each in held), name

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, Slots, Statistics, control_row
-from dftserve.sampling.laws import BUDGET_LEVELS, BUDGET_OPEN_LOOP, BUDGET_RATE, STRENGTH
-from dftserve.sampling.slots_numba import NumbaSlots
-from dftserve.sampling.slots_triton import TritonSlots
+from dftserve.sampling.backends.numba_slots import NumbaSlots
+from dftserve.sampling.backends.triton_slots import TritonSlots
+from dftserve.sampling.controls import DEFAULT_CONSTANTS
 from dftserve.spec import parse
 
 
@@ -34,13 +34,14 @@ def controls_of(target, rows):
     return Controls.stack([row] * rows)
 
 
-def replay(entropies, target):
+def replay(entropies, target, constants=DEFAULT_CONSTANTS):
     """The level after these accepted tokens, in plain Python."""
     level = 0.0
     for entropy in entropies:
-        level += BUDGET_RATE / STRENGTH * (target - entropy) / max(target, 0.1)
-        level = min(max(level, BUDGET_LEVELS[0]), BUDGET_LEVELS[1])
-    return level if len(entropies) >= BUDGET_OPEN_LOOP else 0.0
+        level += constants.budget_gain * (target - entropy) / max(target, 0.1)
+        level = max(level, constants.budget_lowest_level)
+        level = min(level, constants.budget_highest_level)
+    return level if len(entropies) >= constants.budget_open_loop else 0.0
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,14 +75,16 @@ def test_only_accepted_tokens_count_and_steer(kind, seed, rows_per_request, targ
             position[slot] += chunk * 7
         slot_R, position_R, offset_R = (torch.tensor([row[i] for row in rows]) for i in range(3))
         samples_R = torch.tensor([row[3] for row in rows])
-        steered = slots.settle(controls_of(target, len(rows)), slot_R, position_R, offset_R)
+        steered = slots.commit_accepted(
+            controls_of(target, len(rows)), slot_R, position_R, offset_R
+        )
         expected = [replay(accepted[row[0]], target) for row in rows]
         torch.testing.assert_close(steered.level_R, torch.tensor(expected), atol=1e-4, rtol=1e-4)
         figures = statistics_of([row[4] for row in rows])
-        slots.remember(slot_R, position_R, offset_R, samples_R, figures)
+        slots.stage_step(slot_R, position_R, offset_R, samples_R, figures)
     for slot in range(3):
         total = accepted[slot] + waiting[slot][:1]
-        means = slots.account(slot).means(len(total))
+        means = slots.read(slot).means(len(total))
         if not total:
             assert means is None
             continue
@@ -95,11 +98,11 @@ def test_a_resumed_request_keeps_its_figures_and_starts_open_loop(kind):
     slots.open(0)
     zero, one_row = torch.tensor([0]), torch.tensor([True])
     for position in range(40):
-        slots.settle(controls, zero, torch.tensor([position]), zero)
-        slots.remember(zero, torch.tensor([position]), zero, one_row, statistics_of([1.0]))
-    slots.open(1, resumed=slots.account(0), produced=40)
-    assert slots.account(1).means(40)[0] == 40
-    steered = slots.settle(controls, torch.tensor([1]), torch.tensor([40]), zero)
+        slots.commit_accepted(controls, zero, torch.tensor([position]), zero)
+        slots.stage_step(zero, torch.tensor([position]), zero, one_row, statistics_of([1.0]))
+    slots.open(1, resumed=slots.read(0), produced=40)
+    assert slots.read(1).means(40)[0] == 40
+    steered = slots.commit_accepted(controls, torch.tensor([1]), torch.tensor([40]), zero)
     assert steered.level_R.item() == 0.0
 
 
@@ -108,36 +111,38 @@ def test_requests_that_begin_together_begin_as_if_one_after_another(kind):
     """The slots were in use; a resumed request keeps what had been accepted of what waited."""
     slots, controls = kind(4, 2, "cpu"), controls_of(3.0, 4)
     slot_R, zeros_R = torch.arange(4), torch.zeros(4, dtype=torch.int64)
-    for position in range(BUDGET_OPEN_LOOP + 2):
+    for position in range(DEFAULT_CONSTANTS.budget_open_loop + 2):
         position_R = zeros_R + position
-        slots.settle(controls, slot_R, position_R, zeros_R)
-        slots.remember(slot_R, position_R, zeros_R, zeros_R == 0, statistics_of([1.0] * 4))
-    left = slots.snapshot().account(1)
+        slots.commit_accepted(controls, slot_R, position_R, zeros_R)
+        slots.stage_step(slot_R, position_R, zeros_R, zeros_R == 0, statistics_of([1.0] * 4))
+    left = slots.snapshot().read(1)
     waiting_KF = torch.arange(10.0).reshape(2, 5)
     drafts = replace(left, waiting_KF=waiting_KF)
     slots.open(0)
     slots.open(3, drafts, produced=int(left.tokens) + 1)
     slots.open(2, produced=9)
     slots.open(2, produced=5)
-    accounts = [slots.account(slot) for slot in range(4)]
+    accounts = [slots.read(slot) for slot in range(4)]
     assert [int(account.tokens) for account in accounts] == [0, 17, 5, 18]
     assert torch.equal(accounts[3].sums_F, left.sums_F + waiting_KF[0])
     assert torch.equal(accounts[1].sums_F, left.sums_F)
     assert not any(accounts[slot].sums_F.any() for slot in (0, 2))
     assert [bool(account.waiting_KF.any()) for account in accounts] == [False, True, False, False]
     # Open-loop at first; then steered by what came since, which is at the target, and no more.
-    levels_R = slots.settle(controls, slot_R, zeros_R + 30, zeros_R).level_R
+    levels_R = slots.commit_accepted(controls, slot_R, zeros_R + 30, zeros_R).level_R
     assert [bool(level) for level in levels_R] == [False, True, False, False]
-    for position in range(30, 32 + BUDGET_OPEN_LOOP):
-        steered = slots.settle(controls, slot_R, zeros_R + position, zeros_R)
-        slots.remember(slot_R, zeros_R + position, zeros_R, zeros_R == 0, statistics_of([3.0] * 4))
+    for position in range(30, 32 + DEFAULT_CONSTANTS.budget_open_loop):
+        steered = slots.commit_accepted(controls, slot_R, zeros_R + position, zeros_R)
+        slots.stage_step(
+            slot_R, zeros_R + position, zeros_R, zeros_R == 0, statistics_of([3.0] * 4)
+        )
     assert [bool(level) for level in steered.level_R] == [False, True, False, False]
 
 
 READS = {
-    "settle": lambda slots, *at: slots.settle(controls_of(1.0, 1), *at).level_R,
-    "remember": lambda slots, *at: slots.remember(*at, at[0] == 0, statistics_of([1.0])),
-    "account": lambda slots, *at: slots.account(0),
+    "commit_accepted": lambda slots, *at: slots.commit_accepted(controls_of(1.0, 1), *at).level_R,
+    "stage_step": lambda slots, *at: slots.stage_step(*at, at[0] == 0, statistics_of([1.0])),
+    "read": lambda slots, *at: slots.read(0),
     "snapshot": lambda slots, *at: slots.snapshot(),
 }
 
@@ -157,33 +162,33 @@ def test_a_request_in_a_slot_that_is_not_there_is_refused(kind, slot):
     slots = kind(2, 1, "cpu")
     with pytest.raises(IndexError, match=f"got {slot}; accepted: 0 to 1"):
         slots.open(slot)
-    assert [int(slots.account(s).tokens) for s in (0, 1)] == [0, 0]
+    assert [int(slots.read(s).tokens) for s in (0, 1)] == [0, 0]
 
 
 @KINDS
-def test_an_unsound_row_is_no_figure(kind):
+def test_an_invalid_row_has_no_statistics(kind):
     slots, controls = kind(1, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
     zero, position = torch.tensor([0]), torch.tensor([3])
     nan = torch.tensor([float("nan")])
-    unsound = Statistics(nan, nan, nan, nan, torch.tensor([False]))
-    slots.settle(controls, zero, position, zero)
-    slots.remember(zero, position, zero, torch.tensor([True]), unsound)
-    slots.settle(controls, zero, position + 1, zero)
-    slots.remember(zero, position + 1, zero, torch.tensor([True]), statistics_of([2.0]))
-    assert slots.account(0).means(2) == [1.0, 2.0, 2.0, 1.0, 0.5]
-    assert slots.unsound == 1
+    invalid = Statistics(nan, nan, nan, nan, torch.tensor([False]))
+    slots.commit_accepted(controls, zero, position, zero)
+    slots.stage_step(zero, position, zero, torch.tensor([True]), invalid)
+    slots.commit_accepted(controls, zero, position + 1, zero)
+    slots.stage_step(zero, position + 1, zero, torch.tensor([True]), statistics_of([2.0]))
+    assert slots.read(0).means(2) == [1.0, 2.0, 2.0, 1.0, 0.5]
+    assert slots.invalid == 1
 
 
 @KINDS
-def test_an_unsound_row_of_a_prompt_is_not_counted(kind):
+def test_an_invalid_row_of_a_prompt_is_not_counted(kind):
     """It is no token: the engine throws it away."""
     slots = kind(1, 1, "cpu")
     slots.open(0)
     zero, nan = torch.tensor([0]), torch.tensor([float("nan")])
-    unsound = Statistics(nan, nan, nan, nan, torch.tensor([False]))
-    slots.remember(zero, zero, zero, torch.tensor([False]), unsound)
-    assert slots.unsound == 0
+    invalid = Statistics(nan, nan, nan, nan, torch.tensor([False]))
+    slots.stage_step(zero, zero, zero, torch.tensor([False]), invalid)
+    assert slots.invalid == 0
 
 
 @KINDS
@@ -193,10 +198,10 @@ def test_rows_of_no_budget_keep_their_level(kind):
     ]
     controls, slots = Controls.stack(rows), kind(2, 1, "cpu")
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
-    for position in range(BUDGET_OPEN_LOOP + 5):
+    for position in range(DEFAULT_CONSTANTS.budget_open_loop + 5):
         at = torch.tensor([position, position])
-        steered = slots.settle(controls, torch.tensor([0, 1]), at, zeros)
-        slots.remember(torch.tensor([0, 1]), at, zeros, ones, statistics_of([3.0, 3.0]))
+        steered = slots.commit_accepted(controls, torch.tensor([0, 1]), at, zeros)
+        slots.stage_step(torch.tensor([0, 1]), at, zeros, ones, statistics_of([3.0, 3.0]))
     assert steered.level_R[0] == 0.25
     assert steered.level_R[1] < 0
 
@@ -210,7 +215,9 @@ def test_a_slot_that_is_not_there_is_refused(slot, offset):
     """The kernels check no other index."""
     slots = NumbaSlots(2, 1, "cpu")
     with pytest.raises(IndexError, match="beyond what there is room for"):
-        slots.settle(controls_of(1.0, 1), torch.tensor([slot]), *torch.tensor([[3], [offset]]))
+        slots.commit_accepted(
+            controls_of(1.0, 1), torch.tensor([slot]), *torch.tensor([[3], [offset]])
+        )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")

@@ -8,7 +8,7 @@ from dftserve_vllm.step_report import Forwarder, PendingReport
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.sampling.slots import CHANGED, Block, Snapshot
+from dftserve.sampling.slots import CHANGED, Snapshot, StatisticsLayout
 
 SLOTS, ROWS = 8, 2
 CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=3)
@@ -16,10 +16,10 @@ CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max
 
 def snapshot(nan_rows: int = 0) -> Snapshot:
     """Every figure of slot s is s, so that a row says which slot it came from."""
-    layout = Block(SLOTS, ROWS)
+    layout = StatisticsLayout(SLOTS, ROWS)
     block = layout.zeros("cpu").numpy()
-    unsound, tokens_S, sums_SF, _ = layout.arrays(block)
-    unsound[...] = nan_rows
+    invalid, tokens_S, sums_SF, _ = layout.arrays(block)
+    invalid[...] = nan_rows
     tokens_S[:] = np.arange(SLOTS)
     sums_SF[:] = np.arange(SLOTS)[:, None]
     return Snapshot(layout, block)

@@ -170,7 +170,7 @@ def test_an_unsound_row_passes_through_and_is_reported(poison):
     before_RV = logits_RV.clone()
     asked = [({"level": 0.5}, 1.0, frozenset({0}))] * 3
     statistics = transform(logits_RV, controls_of(asked))
-    assert statistics.sound_R.tolist() == [True, False, True]
+    assert statistics.valid_R.tolist() == [True, False, True]
     torch.testing.assert_close(logits_RV[1], before_RV[1], rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(logits_RV[0], before_RV[0])
 

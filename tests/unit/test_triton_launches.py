@@ -1,10 +1,9 @@
 """That the Triton kernels compile to machine code, and may be launched as often as one likes: by
 Triton's own bookkeeping, its comparison of globals at every launch included, without a GPU. What
-they compute is tested by the interpreter (test_fused_triton.py, test_slots.py)."""
+they compute is tested by the interpreter (test_backend_triton.py, test_slots.py)."""
 
 import math
 import os
-from functools import partial
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import language as tl
 
 from dftserve.sampling import Controls, control_row
-from dftserve.sampling.fused_triton import TritonTransform
-from dftserve.sampling.kernels import Kernels, agrees
-from dftserve.sampling.slots_triton import TritonSlots
+from dftserve.sampling.backends import self_check
+from dftserve.sampling.backends.triton import TritonBackend
 from dftserve.spec import parse
 from tests.fake_gpu import KERNELS, compiled_kernels, fake_gpu
 
@@ -22,11 +20,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets: nothing is compiled", allow_module_level=True)
 
 CPU = torch.device("cpu")
-LAUNCHED = {"_maxima", "_decide", "_write", "_settle", "_remember", "_open"}
+LAUNCHED = {"_maxima", "_decide", "_write", "_commit_accepted", "_stage_step", "_open"}
 OTHER_TYPES = {
     **dict.fromkeys(("rows", "stop_ids", "slot", "position", "offset"), "*i64"),
-    **dict.fromkeys(("steered", "tokens", "base", "unsound"), "*i64"),
-    **dict.fromkeys(("sound_rows", "samples", "sound"), "*u1"),
+    **dict.fromkeys(("steered", "tokens", "base", "invalid"), "*i64"),
+    **dict.fromkeys(("valid_rows", "samples", "valid"), "*u1"),
     **dict.fromkeys(("stride", "vocabulary", "chunks", "width", "count"), "i32"),
     "rows_per_request": "i32",
     "active": "*i32",
@@ -50,8 +48,8 @@ class Engine:
     """What an engine does to a batch at every step."""
 
     def __init__(self, slots=8, rows_per_request=2):
-        self.way = TritonTransform(CPU)
-        self.slots = TritonSlots(slots, rows_per_request, CPU)
+        self.backend = TritonBackend(CPU)
+        self.slots = self.backend.create_slots(slots, rows_per_request)
 
     def step(self, logits_XV, rows_R=None, stop_counts=(1,)):
         rows = len(logits_XV) if rows_R is None else len(rows_R)
@@ -61,9 +59,9 @@ class Engine:
         return lambda: self.run(logits_XV, rows_R, controls, (slot_R, slot_R, offset_R), samples_R)
 
     def run(self, logits_XV, rows_R, controls, places, samples_R):
-        controls = self.slots.settle(controls, *places)
-        statistics = self.way(logits_XV, controls, rows_R)
-        self.slots.remember(*places, samples_R, statistics)
+        controls = self.slots.commit_accepted(controls, *places)
+        statistics = self.backend(logits_XV, controls, rows_R)
+        self.slots.stage_step(*places, samples_R, statistics)
 
 
 def controls_of(rows, stop_counts=(1,)):
@@ -108,7 +106,7 @@ def test_arguments_have_the_types_that_the_kernels_read(gpu):
             expected = OTHER_TYPES.get(argument, "*fp32")
             if argument.isupper():
                 expected = "constexpr"
-            elif (name, argument) == ("_settle", "rows"):
+            elif (name, argument) == ("_commit_accepted", "rows"):
                 expected = "i32"
             assert kind == expected, (name, argument)
 
@@ -125,7 +123,7 @@ def test_aligned_rows_are_moved_sixteen_bytes_at_a_time(gpu):
 
 def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
     """Rows of any length, from any address, as many as may be; any stop tokens, any drafts."""
-    assert not agrees(Kernels(partial(TritonTransform, CPU), TritonSlots), CPU), "it ran nothing"
+    assert not self_check(TritonBackend, CPU), "it ran nothing"
     assert set(gpu.loaded) == LAUNCHED
     loaded, launches = gpu.loaded.copy(), len(gpu.launches)
     wide_XW = torch.randn(9, 50_304)
@@ -145,7 +143,7 @@ def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
             engine.slots.open(0)
             engine.step(logits_XV, rows_R, stop_counts)()
             controls = controls_of(5).select(torch.arange(5)[1:2])
-            engine.way(logits_XV, controls, torch.arange(3)[1:2] * 0)
+            engine.backend(logits_XV, controls, torch.arange(3)[1:2] * 0)
     assert len(gpu.launches) > launches
     assert gpu.loaded == loaded
 
@@ -176,11 +174,11 @@ def test_a_steady_step_is_five_launches(gpu, rows_R):
     with Work() as work:
         step()
     assert [name for name, _ in gpu.launches] == [
-        "_settle",
+        "_commit_accepted",
         "_maxima",
         "_decide",
         "_write",
-        "_remember",
+        "_stage_step",
     ]
     assert work.done == []
 

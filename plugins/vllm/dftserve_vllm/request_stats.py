@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling import Account, Controls, fastest, fastest_slots, transform
+from dftserve.sampling import Controls, SlotStatistics, get_backend, transform
 from dftserve.sampling.slots import Snapshot
 from dftserve_vllm.step_report import Array, PendingReport
 
@@ -27,13 +27,13 @@ class RequestStats:
     """Statistics by slot while a request runs, by its identity while it is preempted."""
 
     def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
-        self.slots = fastest_slots(capacity, rows_per_request, device)
+        self._backend = get_backend(device)
+        self.slots = self._backend.create_slots(capacity, rows_per_request)
         self.faults = 0
-        self._transform = fastest(device)
         self._identity: dict[int, str] = {}
         self._slot: dict[str, int] = {}
         self._leaving: deque[tuple[str, Snapshot, int]] = deque()
-        self._left: OrderedDict[str, Account] = OrderedDict()
+        self._left: OrderedDict[str, SlotStatistics] = OrderedDict()
         self._snapshot: Snapshot | None = None
         self._report: PendingReport | None = None
         self._reported_faults = 0
@@ -64,7 +64,7 @@ class RequestStats:
         if self._snapshot is not None:
             self._leaving.append((identity, self._snapshot, slot))
 
-    def _resumed(self, identity: str) -> Account | None:
+    def _resumed(self, identity: str) -> SlotStatistics | None:
         self._collect_left(wait=True)
         return self._left.pop(identity, None)
 
@@ -77,7 +77,7 @@ class RequestStats:
             elif not snapshot.is_copied():
                 break
             self._leaving.popleft()
-            self._left[identity] = snapshot.account(slot)
+            self._left[identity] = snapshot.read(slot)
         while len(self._left) > MAX_LEFT:
             self._left.popitem(last=False)
 
@@ -96,12 +96,12 @@ class RequestStats:
 
         Args:
             rows_R: which rows of the logits; None for all, in order.
-            slot_R, position_R, offset_R: see `Slots.settle`.
+            slot_R, position_R, offset_R: see `Slots.commit_accepted`.
             samples_R: bool, False where the row is a chunk of a prompt.
         """
-        controls = self.slots.settle(controls, slot_R, position_R, offset_R)
-        statistics = transform(logits_XV, controls, rows_R, self._transform)
-        self.slots.remember(slot_R, position_R, offset_R, samples_R, statistics)
+        controls = self.slots.commit_accepted(controls, slot_R, position_R, offset_R)
+        statistics = transform(logits_XV, controls, rows_R, self._backend)
+        self.slots.stage_step(slot_R, position_R, offset_R, samples_R, statistics)
 
     def end_step(self, positions: list[int], slots: Array, always: list[bool]) -> None:
         """Let the step's output carry the statistics of its active requests.

@@ -64,7 +64,7 @@ class PendingReport:
         """Call it when the step's tokens are on the host: the copy was enqueued before theirs."""
         self.snapshot.wait()
         rows = self.snapshot.rows(self.slots).tobytes()
-        counts = self.faults, self.snapshot.unsound
+        counts = self.faults, self.snapshot.invalid
         return StepReport(self.positions, self.always, rows, *counts)
 
 

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from dftserve.sampling import ControlRow, Controls
-from dftserve.sampling.laws import NUMBERS, stop_width
+from dftserve.sampling.controls import NUMBERS, stop_width
 from dftserve.sampling.staging import PinnedStaging
 from dftserve_vllm.extra_args import active
 from dftserve_vllm.request_stats import RequestStats

@@ -1,11 +1,12 @@
 """The transform on a CPU: one kernel, compiled by numba when an engine starts.
 
-Row by row: the maxima of its chunks are read; a chunk whose maximum is below the guard's floor
-holds no plausible token; from the others the survivors are listed, and all that follows costs what
-the survivors cost; then -inf and the survivors' new values are written. Buffers stay. The maths is
-that of `transform.py`, which is the reference.
+For each row: read the maxima of its chunks; skip the chunks whose maximum is below the guard's
+threshold, since they hold no plausible token; list the survivors of the others; compute on the
+survivors only; write -inf everywhere and the survivors' new values. The maths is that of
+`transform.py`, which is the reference.
 
-vLLM brings numba along. Shapes: V vocabulary, J chunks, K survivors of one row, E stop tokens.
+vLLM brings numba along. Shapes: V vocabulary, J chunks, K survivors of one row, E stop tokens,
+C constants.
 """
 
 # Kernels are numba's, not Python, to a type checker's eye.
@@ -19,8 +20,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from dftserve.sampling import entropy, guard, laws, stops
-from dftserve.sampling.laws import Controls
+from dftserve.sampling import controls as columns
+from dftserve.sampling import entropy, guard, stops
+from dftserve.sampling.backends.base import Backend
+from dftserve.sampling.backends.numba_slots import NumbaSlots
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
 from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
@@ -29,55 +33,63 @@ CHUNK = 64
 """Wide enough that a maximum costs little, narrow enough that few tokens are looked at again."""
 
 
-class NumbaTransform:
-    """`transform` with room of its own; for one thread at a time."""
+class NumbaBackend(Backend):
+    """The transform with scratch buffers of its own; for one thread at a time."""
 
-    def __init__(self) -> None:
-        self._scratch = _scratch(0)
-        self._figures = _Figures(0)
+    def __init__(
+        self, device: torch.device | str = "cpu", constants: LawConstants = DEFAULT_CONSTANTS
+    ) -> None:
+        super().__init__(device, constants)
+        self._constants_C = np.array(constants.packed)
+        self._scratch = scratch(0)
+        self._result = _Result(0)
         self._stops_2E = np.empty((2, 0), np.float32)
 
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
-        """As `transform.transform`."""
         rows, width = controls.stop_ids_RE.shape
         vocabulary = logits_XV.shape[1]
         if len(self._scratch[1]) != vocabulary:
-            self._scratch = _scratch(vocabulary)
-        if len(self._figures.sound_R) != rows:
-            self._figures = _Figures(rows)
+            self._scratch = scratch(vocabulary)
+        if len(self._result.valid_R) != rows:
+            self._result = _Result(rows)
         if self._stops_2E.shape[1] < width:
             self._stops_2E = np.empty((2, width), np.float32)
         _transform(
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
             vocabulary,
-            self._figures.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
+            self._result.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
             controls.numbers_RF.contiguous().numpy(),
             controls.stop_ids_RE.contiguous().numpy(),
+            self._constants_C,
             (*self._scratch, self._stops_2E),
-            self._figures.figures_FR,
-            self._figures.sound_R,
+            self._result.values_FR,
+            self._result.valid_R,
         )
-        return self._figures.statistics
+        return self._result.statistics
+
+    def create_slots(self, slots: int, rows_per_request: int) -> NumbaSlots:
+        return NumbaSlots(slots, rows_per_request, self.device, self.constants)
 
 
-def _scratch(vocabulary: int) -> tuple[Array, Array, Array]:
-    """Where a row's chunks and survivors are kept: all that grows with the vocabulary."""
+def scratch(vocabulary: int) -> tuple[Array, Array, Array]:
+    """Scratch for one row's chunk maxima, survivors' ids and survivors' weights: all that grows
+    with the vocabulary."""
     maxima_J = np.empty(-(-vocabulary // CHUNK), np.float32)
     return maxima_J, np.empty(vocabulary, np.int32), np.empty((4, vocabulary), np.float32)
 
 
-class _Figures:
-    """What a call says of so many rows."""
+class _Result:
+    """Where a call on so many rows writes its statistics."""
 
     def __init__(self, rows: int) -> None:
         self.all_rows_R = np.arange(rows)
-        self.figures_FR = np.empty((4, rows), np.float32)
-        self.sound_R = np.empty(rows, np.bool_)
+        self.values_FR = np.empty((4, rows), np.float32)
+        self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
-            *torch.from_numpy(self.figures_FR), sound_R=torch.from_numpy(self.sound_R)
+            *torch.from_numpy(self.values_FR), valid_R=torch.from_numpy(self.valid_R)
         )
 
 
@@ -89,16 +101,13 @@ def _flat(logits_XV: Tensor) -> Tensor:
     return logits_XV.as_strided((size,), (1,))
 
 
-# What a kernel reads from outside is a constant to it. Weights are float32, as the logits are; the
-# few numbers of a row are Python's own floats.
+# Globals that a kernel reads are frozen into it when it is compiled: only what never changes may be
+# one, and the laws' constants are an argument. Weights are float32, as the logits are; the few
+# scalars of a row are float64.
 _ABSENT = np.float32(entropy.ABSENT)
 _FARTHEST = np.float32(guard.FARTHEST)
 _LOWEST = float(np.finfo(np.float32).min)
-_GUARD_START = math.log(laws.GUARD_START)
-_GUARD_STEP = math.log(laws.GUARD_END / laws.GUARD_START)
-_STRENGTH, _GATE_POWER = laws.STRENGTH, laws.GATE_POWER
-_LOWEST_TEMPERATURE = laws.LOWEST_TEMPERATURE
-_DYNATEMP = laws.LAW_CODES["dynatemp"]
+_DYNATEMP = LAW_CODES["dynatemp"]
 _NEARLY, _NEWTON_STEPS = stops.NEARLY, stops.NEWTON_STEPS
 _RESOLUTION = 1e-8
 """Less than float32 resolves: another step of Newton's would change nothing."""
@@ -120,10 +129,12 @@ def _transform(
     rows_R: Array,
     numbers_RF: Array,
     stop_ids_RE: Array,
+    constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
-    figures_FR: Array,
-    sound_R: Array,
+    values_FR: Array,
+    valid_R: Array,
 ) -> None:
+    # No other index is checked by the kernels.
     if len(rows_R) != len(numbers_RF):
         raise ValueError("rows: not as many as rows of controls.")
     for row in rows_R:
@@ -132,17 +143,17 @@ def _transform(
     for r in range(len(rows_R)):
         row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
         peak = _maxima(row_V.view(np.int32), scratch[0])
-        sound_R[r] = math.isfinite(peak)
-        figures = (0.0, 0.0, 0.0, 0.0)
-        if sound_R[r]:
-            figures = _rewrite(row_V, peak, numbers_RF[r], stop_ids_RE[r], scratch)
-        for f in range(len(figures)):
-            figures_FR[f, r] = figures[f]
+        valid_R[r] = math.isfinite(peak)
+        values = (0.0, 0.0, 0.0, 0.0)
+        if valid_R[r]:
+            values = _rewrite(row_V, peak, numbers_RF[r], stop_ids_RE[r], constants_C, scratch)
+        for f in range(len(values)):
+            values_FR[f, r] = values[f]
 
 
 @_kernel
 def _maxima(bits_V: Array, maxima_J: Array) -> float:
-    """Each chunk's maximum, and the row's; NaN counts as +inf: neither leaves a row sound."""
+    """Each chunk's maximum, and the row's; NaN counts as +inf: neither leaves a row valid."""
     peak = _NEGATIVE_INFINITY
     whole = len(bits_V) // CHUNK
     for j in range(whole):
@@ -178,46 +189,59 @@ def _rewrite(
     peak: float,
     numbers_F: Array,
     stop_ids_E: Array,
+    constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, float, float, float]:
-    """One sound row; returns its figures, in the order of `Statistics`."""
+    """One valid row; returns its statistics, in the order of `Statistics`."""
     maxima_J, tokens_K, weights_4K, stops_2E = scratch
     # By index: to a compiler, arrays that were unpacked from one are not contiguous.
     below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
     stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
     below_E, weight_E = stops_2E[0][: len(stop_ids_E)], stops_2E[1][: len(stop_ids_E)]
-    temperature, divided = float(numbers_F[laws.TEMPERATURE]), numbers_F[laws.DIVIDED]
-    floor = np.float32(max(peak + _log_guard(numbers_F) / divided, _LOWEST))
-    plausible = _survivors(row_V, peak, floor, divided, maxima_J, tokens_K, below_K)
+    temperature, divisor = (
+        float(numbers_F[columns.TEMPERATURE]),
+        numbers_F[columns.LOGITS_DIVISOR],
+    )
 
+    # 1. The guard: the plausible tokens and their log-weights at temperature 1.
+    threshold = np.float32(max(peak + _log_guard(numbers_F, constants_C) / divisor, _LOWEST))
+    plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
+
+    # 2. Their entropy H0, stop tokens included, and the temperature that the law wants.
     z, a = _sums(below_K[:plausible], hot_K)
     entropy_before = math.log(z) - a / z
-    wanted = _temperature(numbers_F, entropy_before, plausible)
+    wanted = _temperature(numbers_F, entropy_before, plausible, constants_C)
 
-    # The content below its own maximum, at T and at T'.
-    stop_peak = _take_stops(row_V, peak, divided, stop_ids_E, below_E)
-    count, content_peak = _content(row_V, floor, tokens_K, below_K, plausible)
+    # 3. Stop tokens leave the row; what is left is content, at T (cool) and at T' (hot), both
+    #    below the content's own maximum.
+    stop_peak = _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
+    count, content_peak = _content(row_V, threshold, tokens_K, below_K, plausible)
     below_K, exists = below_K[:count], count > 0
     top = content_peak if exists else np.float32(0.0)
     cool_z, _ = _at(temperature, below_K, top, weight_K, cool_K)
     hot_z, hot_a = _at(wanted, below_K, top, weight_K, hot_K)
     cool_log_z = top / temperature + math.log(cool_z)
 
-    # No hotter than where content and the likeliest stop token tie: stops.heat.
+    # 4. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
     reached = wanted
-    tie = cool_log_z - stop_peak / temperature
+    argmax_bound = cool_log_z - stop_peak / temperature
     leads = content_peak >= stop_peak
-    if exists and stop_peak > _ABSENT and leads != (math.log(hot_z) <= tie):
-        reached = _tie(below_K, top, weight_K, hot_K, temperature, wanted, tie)
+    if exists and stop_peak > _ABSENT and leads != (math.log(hot_z) <= argmax_bound):
+        reached = _temperature_at_bound(
+            below_K, top, weight_K, hot_K, temperature, wanted, argmax_bound
+        )
         hot_z, hot_a = _at(reached, below_K, top, weight_K, hot_K)
     hot_log_z = top / reached + math.log(hot_z)
+
+    # 5. Stop tokens keep their probability beside it, and ln Z of both together.
     lift = np.float32(top / reached)
     shift = hot_log_z - cool_log_z if exists else 0.0
-    stop_top = _beside(
+    stop_top = _rescale_stop_tokens(
         exists and leads, content_peak, lift, temperature, reached, shift, below_E, weight_E
     )
     log_z, stop_entropy = _beside_content(hot_log_z, exists, stop_top, weight_E)
 
+    # 6. The statistics of the final distribution.
     entropy_after, moved = stop_entropy, 0.0
     if exists:
         content_log_p = hot_log_z - log_z
@@ -225,8 +249,9 @@ def _rewrite(
         entropy_after += content_share * (math.log(hot_z) - hot_a / hot_z - content_log_p)
         moved = content_share * _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
 
+    # 7. Write: -inf, the content (held at the likeliest stop token where that leads), the stops.
     held = np.float32(np.inf) if leads else stop_top
-    base, scale = np.float32(log_z), np.float32(temperature / divided)
+    base, scale = np.float32(log_z), np.float32(temperature / divisor)
     for v in range(len(row_V)):
         row_V[v] = _NEGATIVE_INFINITY
     for k in range(count):
@@ -238,19 +263,20 @@ def _rewrite(
 
 
 @_kernel
-def _log_guard(numbers_F: Array) -> float:
+def _log_guard(numbers_F: Array, constants_C: Array) -> float:
     """laws.log_guard."""
-    if math.isnan(numbers_F[laws.LOG_MIN_P]):
-        return _GUARD_START + _GUARD_STEP * min(max(numbers_F[laws.LEVEL], 0.0), 1.0)
-    return numbers_F[laws.LOG_MIN_P]
+    if math.isnan(numbers_F[columns.LOG_MIN_P]):
+        level = min(max(numbers_F[columns.LEVEL], 0.0), 1.0)
+        return constants_C[columns.LOG_GUARD_START] + constants_C[columns.LOG_GUARD_STEP] * level
+    return numbers_F[columns.LOG_MIN_P]
 
 
 @_kernel
 def _survivors(
     row_V: Array,
     peak: float,
-    floor: float,
-    divided: float,
+    threshold: float,
+    divisor: float,
     maxima_J: Array,
     tokens_K: Array,
     below_K: Array,
@@ -258,12 +284,12 @@ def _survivors(
     """Lists the plausible tokens, in order, and their log-weights; returns their number."""
     count = 0
     for j in range(len(maxima_J)):
-        if maxima_J[j] >= floor:
+        if maxima_J[j] >= threshold:
             for token in range(j * CHUNK, min((j + 1) * CHUNK, len(row_V))):
                 # Written whether it survives or not: a branch that is not foreseen costs more.
                 tokens_K[count] = token
-                below_K[count] = (row_V[token] - peak) * divided
-                count += row_V[token] >= floor
+                below_K[count] = (row_V[token] - peak) * divisor
+                count += row_V[token] >= threshold
     return count
 
 
@@ -300,21 +326,29 @@ def _exp(x: float) -> float:
 
 
 @_kernel
-def _temperature(numbers_F: Array, open_nats: float, plausible: int) -> float:
+def _temperature(
+    numbers_F: Array, entropy_before: float, plausible: int, constants_C: Array
+) -> float:
     """laws.temperature."""
-    temperature, level = float(numbers_F[laws.TEMPERATURE]), float(numbers_F[laws.LEVEL])
-    if numbers_F[laws.LAW] == _DYNATEMP:
+    temperature, level = float(numbers_F[columns.TEMPERATURE]), float(numbers_F[columns.LEVEL])
+    if numbers_F[columns.LAW] == _DYNATEMP:
         if plausible < 2:
             return temperature
-        reach = numbers_F[laws.DYNATEMP_RANGE] * level
-        coolest = max(temperature - reach, 0.0)
-        share = (
-            min(max(open_nats / math.log(plausible), 0.0), 1.0) ** numbers_F[laws.DYNATEMP_EXPONENT]
-        )
-        return max(coolest + (temperature + reach - coolest) * share, _LOWEST_TEMPERATURE)
-    gate = (open_nats / (open_nats + 1.0)) ** _GATE_POWER
-    wanted = temperature * math.exp(_STRENGTH * level * gate)
-    return min(wanted, max(temperature, numbers_F[laws.MAX_TEMPERATURE]))
+        half_width = numbers_F[columns.DYNATEMP_RANGE] * level
+        coolest = max(temperature - half_width, 0.0)
+        share = min(max(entropy_before / math.log(plausible), 0.0), 1.0)
+        share = share ** numbers_F[columns.DYNATEMP_EXPONENT]
+        wanted = coolest + (temperature + half_width - coolest) * share
+        return max(wanted, constants_C[columns.LOWEST_TEMPERATURE])
+    gate = _power(entropy_before / (entropy_before + 1.0), constants_C[columns.GATE_POWER])
+    wanted = temperature * math.exp(constants_C[columns.STRENGTH] * level * gate)
+    return min(wanted, max(temperature, numbers_F[columns.MAX_TEMPERATURE]))
+
+
+@_kernel
+def _power(base: float, exponent: float) -> float:
+    """A square is a product, as where the exponent is known to the compiler."""
+    return base * base if exponent == 2.0 else base**exponent
 
 
 @_kernel
@@ -328,7 +362,7 @@ def _own_stops(stop_ids_E: Array) -> int:
 
 @_kernel
 def _take_stops(
-    row_V: Array, peak: float, divided: float, stop_ids_E: Array, below_E: Array
+    row_V: Array, peak: float, divisor: float, stop_ids_E: Array, below_E: Array
 ) -> float:
     """Takes the stop tokens out of the row, and keeps their weights: `_ABSENT` where the
     vocabulary has no such token or the grammar forbids it. Returns the highest."""
@@ -336,7 +370,7 @@ def _take_stops(
     for e in range(len(stop_ids_E)):
         below_E[e] = _ABSENT
         if stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
-            below_E[e] = max((row_V[stop_ids_E[e]] - peak) * divided, _FARTHEST)
+            below_E[e] = max((row_V[stop_ids_E[e]] - peak) * divisor, _FARTHEST)
             row_V[stop_ids_E[e]] = _NEGATIVE_INFINITY
         highest = max(highest, below_E[e])
     return highest
@@ -344,13 +378,13 @@ def _take_stops(
 
 @_kernel
 def _content(
-    row_V: Array, floor: float, tokens_K: Array, below_K: Array, listed: int
+    row_V: Array, threshold: float, tokens_K: Array, below_K: Array, listed: int
 ) -> tuple[int, float]:
     """Drops from the list what was taken out of the row; returns how many are left, and their
     maximum."""
     count, highest = 0, _ABSENT
     for k in range(listed):
-        if row_V[tokens_K[k]] >= floor:
+        if row_V[tokens_K[k]] >= threshold:
             tokens_K[count], below_K[count] = tokens_K[k], below_K[k]
             highest = max(highest, below_K[k])
             count += 1
@@ -369,29 +403,29 @@ def _at(
 
 
 @_kernel
-def _tie(
+def _temperature_at_bound(
     below_K: Array,
     top: float,
     weight_K: Array,
     share_K: Array,
     temperature: float,
     wanted: float,
-    tie: float,
+    argmax_bound: float,
 ) -> float:
-    """stops.temperature_at."""
+    """stops.temperature_at_bound."""
     low, high = 1 / max(temperature, wanted), 1 / min(temperature, wanted)
     beta = low
     for _ in range(_NEWTON_STEPS):
         z, a = _at(1 / beta, below_K, top, weight_K, share_K)
         slope = min(a / z / beta, -1e-12)
-        before, beta = beta, min(max(beta + (tie - math.log(z)) / slope, low), high)
+        before, beta = beta, min(max(beta + (argmax_bound - math.log(z)) / slope, low), high)
         if abs(beta - before) < _RESOLUTION * beta:
             break
     return 1 / beta
 
 
 @_kernel
-def _beside(
+def _rescale_stop_tokens(
     leads: bool,
     content_peak: float,
     lift: float,
@@ -401,7 +435,7 @@ def _beside(
     below_E: Array,
     weight_E: Array,
 ) -> float:
-    """stops.beside_stops: stop tokens keep their probability, and rounding changes no order."""
+    """stops.rescale_stop_tokens; returns the highest weight."""
     tied_at = content_peak if abs(reached / temperature - 1) < _NEARLY else np.float32(np.nan)
     highest = _ABSENT
     for e in range(len(below_E)):

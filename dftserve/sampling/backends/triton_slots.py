@@ -10,29 +10,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dftserve.sampling import laws, slots
-from dftserve.sampling.fused_triton import EXACT
-from dftserve.sampling.laws import Controls
+from dftserve.sampling import controls as columns
+from dftserve.sampling import slots
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
 from dftserve.sampling.slots import Slots
 from dftserve.sampling.transform import Statistics
+
+EXACT = {"enable_fp_fusion": False}
+"""Launch options of every kernel: the same product has the same bits in all of them, since ties
+between tokens must stay ties."""
 
 
 class TritonSlots(Slots):
     """`Slots`, one program a row; nothing waits for the host, so no slot and no offset is checked:
     they are within what there is room for."""
 
-    def settle(
+    def __init__(
+        self,
+        slots: int,
+        rows_per_request: int,
+        device: torch.device | str,
+        constants: LawConstants = DEFAULT_CONSTANTS,
+    ) -> None:
+        super().__init__(slots, rows_per_request, device, constants)
+        self._constants_C = torch.tensor(constants.packed, dtype=torch.float32, device=device)
+
+    def commit_accepted(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
     ) -> Controls:
-        """As `Slots.settle`."""
+        """As `Slots.commit_accepted`."""
         self._flush()
         numbers_RF = torch.empty_like(controls.numbers_RF)
-        _settle[(len(slot_R),)](
+        _commit_accepted[(len(slot_R),)](
             slot_R,
             position_R,
             offset_R,
             controls.numbers_RF,
             numbers_RF,
+            self._constants_C,
             self._level_S,
             self._steered_S,
             self._tokens_S,
@@ -59,7 +74,7 @@ class TritonSlots(Slots):
             **EXACT,
         )
 
-    def remember(
+    def stage_step(
         self,
         slot_R: Tensor,
         position_R: Tensor,
@@ -67,18 +82,18 @@ class TritonSlots(Slots):
         samples_R: Tensor,
         statistics: Statistics,
     ) -> None:
-        """As `Slots.remember`."""
+        """As `Slots.stage_step`."""
         self._flush()
-        _remember[(len(slot_R),)](
+        _stage_step[(len(slot_R),)](
             slot_R,
             position_R,
             offset_R,
             samples_R,
-            statistics.sound_R,
-            *statistics.figures(),
+            statistics.valid_R,
+            *statistics.values(),
             self._base_S,
             self._waiting_SKF,
-            self.unsound,
+            self.invalid,
             self._waiting_SKF.shape[1],
             **EXACT,
         )
@@ -86,17 +101,18 @@ class TritonSlots(Slots):
 
 # What a kernel reads from outside has to be marked so.
 _COUNT, _AFTER = tl.constexpr(slots.COUNT), tl.constexpr(slots.AFTER)
-_FIGURES = tl.constexpr(slots.CHANGED + 1)
+_COLUMNS = tl.constexpr(slots.CHANGED + 1)
 _WIDE = tl.constexpr(triton.next_power_of_2(slots.CHANGED + 1))
 _NOTHING_WAITS = tl.constexpr(slots.NOTHING_WAITS)
-_NUMBERS = tl.constexpr(len(laws.NUMBERS))
-_NUMBERS_WIDE = tl.constexpr(triton.next_power_of_2(len(laws.NUMBERS)))
-_LAW, _LEVEL = tl.constexpr(laws.LAW), tl.constexpr(laws.LEVEL)
-_TARGET = tl.constexpr(laws.TARGET_ENTROPY)
-_BUDGET = tl.constexpr(laws.LAW_CODES["budget"])
-_RATE = tl.constexpr(laws.BUDGET_RATE / laws.STRENGTH)
-_LOWEST, _HIGHEST = (tl.constexpr(level) for level in laws.BUDGET_LEVELS)
-_OPEN_LOOP = tl.constexpr(laws.BUDGET_OPEN_LOOP)
+_NUMBERS = tl.constexpr(len(columns.NUMBERS))
+_NUMBERS_WIDE = tl.constexpr(triton.next_power_of_2(len(columns.NUMBERS)))
+_LAW, _LEVEL = tl.constexpr(columns.LAW), tl.constexpr(columns.LEVEL)
+_TARGET = tl.constexpr(columns.TARGET_ENTROPY)
+_BUDGET = tl.constexpr(LAW_CODES["budget"])
+_GAIN = tl.constexpr(columns.BUDGET_GAIN)
+_LOWEST = tl.constexpr(columns.BUDGET_LOWEST_LEVEL)
+_HIGHEST = tl.constexpr(columns.BUDGET_HIGHEST_LEVEL)
+_OPEN_LOOP = tl.constexpr(columns.BUDGET_OPEN_LOOP)
 
 
 # A tensor of few rows may begin anywhere: no kernel of its own for each alignment.
@@ -105,14 +121,15 @@ _ANYWHERE = ["slot", "position", "offset"]
 
 @triton.jit(
     do_not_specialize=["rows", "rows_per_request"],
-    do_not_specialize_on_alignment=[*_ANYWHERE, "numbers", "numbers_after"],
+    do_not_specialize_on_alignment=[*_ANYWHERE, "numbers", "numbers_after", "constants"],
 )
-def _settle(
+def _commit_accepted(
     slot,
     position,
     offset,
     numbers,
     numbers_after,
+    constants,
     level,
     steered,
     tokens,
@@ -125,29 +142,35 @@ def _settle(
     """The program of a request's first row does the work for all of them: its neighbours."""
     r = tl.program_id(0)
     if tl.load(offset + r) == 0:
+        # 1. How many of the rows that wait in the slot were accepted since.
         s = tl.load(slot + r)
-        waiting += s * rows_per_request * _FIGURES
+        waiting += s * rows_per_request * _COLUMNS
         accepted = tl.load(position + r) - tl.load(base + s)
         accepted = tl.minimum(tl.maximum(accepted, 0), rows_per_request)
+        # 2. Add them up, and steer by each.
+        gain, open_loop = tl.load(constants + _GAIN), tl.load(constants + _OPEN_LOOP)
+        lowest, highest = tl.load(constants + _LOWEST), tl.load(constants + _HIGHEST)
         f = tl.arange(0, _WIDE)
-        sum_F = tl.load(sums + s * _FIGURES + f, mask=f < _FIGURES, other=0.0)
+        sum_F = tl.load(sums + s * _COLUMNS + f, mask=f < _COLUMNS, other=0.0)
         steered_level, count = tl.load(level + s), tl.load(steered + s)
         goal = tl.load(numbers + r * _NUMBERS + _TARGET)
         for k in range(accepted):
-            row = waiting + k * _FIGURES
-            sum_F += tl.load(row + f, mask=f < _FIGURES, other=0.0)
+            row = waiting + k * _COLUMNS
+            sum_F += tl.load(row + f, mask=f < _COLUMNS, other=0.0)
             error = (goal - tl.load(row + _AFTER)) / tl.maximum(goal, 0.1)
-            moved = tl.minimum(tl.maximum(steered_level + _RATE * error, _LOWEST), _HIGHEST)
+            moved = tl.minimum(tl.maximum(steered_level + gain * error, lowest), highest)
             counts = tl.load(row + _COUNT) > 0
             steered_level = tl.where(counts, moved, steered_level)
             count += counts.to(tl.int64)
+        # 3. Nothing waits any more.
         for k in range(rows_per_request):
-            tl.store(waiting + k * _FIGURES + f, 0.0, mask=f < _FIGURES)
-        tl.store(sums + s * _FIGURES + f, sum_F, mask=f < _FIGURES)
+            tl.store(waiting + k * _COLUMNS + f, 0.0, mask=f < _COLUMNS)
+        tl.store(sums + s * _COLUMNS + f, sum_F, mask=f < _COLUMNS)
         tl.store(level + s, steered_level)
         tl.store(steered + s, count)
         tl.store(tokens + s, tl.load(tokens + s) + accepted)
-        in_force = tl.where(count < _OPEN_LOOP, 0.0, steered_level)
+        # 4. The level of all rows of the request, where its law is `budget`.
+        in_force = tl.where(count.to(tl.float32) < open_loop, 0.0, steered_level)
         c = tl.arange(0, _NUMBERS_WIDE)
         for k in range(rows_per_request):
             n = tl.minimum(r + k, rows - 1)
@@ -162,49 +185,49 @@ def _settle(
 @triton.jit(
     do_not_specialize=["rows_per_request"],
     do_not_specialize_on_alignment=[
-        *(*_ANYWHERE, "samples", "sound", "before", "after", "temperature", "changed")
+        *(*_ANYWHERE, "samples", "valid", "before", "after", "temperature", "changed")
     ],
 )
-def _remember(
+def _stage_step(
     slot,
     position,
     offset,
     samples,
-    sound,
+    valid,
     before,
     after,
     temperature,
     changed,
     base,
     waiting,
-    unsound,
+    invalid,
     rows_per_request,
 ):
     r = tl.program_id(0)
     s, k = tl.load(slot + r), tl.load(offset + r)
-    is_sample, is_sound = tl.load(samples + r) != 0, tl.load(sound + r) != 0
+    is_sample, is_valid = tl.load(samples + r) != 0, tl.load(valid + r) != 0
     tl.store(base + s, tl.where(is_sample, tl.load(position + r) - k, _NOTHING_WAITS))
-    counts = is_sample & is_sound
-    row = waiting + (s * rows_per_request + k) * _FIGURES
+    counts = is_sample & is_valid
+    row = waiting + (s * rows_per_request + k) * _COLUMNS
     tl.store(row, counts.to(tl.float32))
     tl.store(row + 1, tl.where(counts, tl.load(before + r), 0.0))
     tl.store(row + 2, tl.where(counts, tl.load(after + r), 0.0))
     tl.store(row + 3, tl.where(counts, tl.load(temperature + r), 0.0))
     tl.store(row + 4, tl.where(counts, tl.load(changed + r), 0.0))
-    tl.atomic_add(unsound, 1, mask=is_sample & (is_sound == 0))
+    tl.atomic_add(invalid, 1, mask=is_sample & (is_valid == 0))
 
 
 @triton.jit(do_not_specialize=["rows_per_request"], do_not_specialize_on_alignment=["order"])
 def _open(order, level, steered, tokens, base, sums, waiting, rows_per_request):
     """One program a request that begins: see `Slots._begin`."""
-    order += tl.program_id(0) * (2 + _FIGURES)
+    order += tl.program_id(0) * (2 + _COLUMNS)
     s = tl.load(order).to(tl.int64)
     f = tl.arange(0, _WIDE)
-    sum_F = tl.load(order + 2 + f, mask=f < _FIGURES, other=0.0)
-    tl.store(sums + s * _FIGURES + f, sum_F.to(tl.float32), mask=f < _FIGURES)
+    sum_F = tl.load(order + 2 + f, mask=f < _COLUMNS, other=0.0)
+    tl.store(sums + s * _COLUMNS + f, sum_F.to(tl.float32), mask=f < _COLUMNS)
     for k in range(rows_per_request):
-        row = waiting + (s * rows_per_request + k) * _FIGURES
-        tl.store(row + f, 0.0, mask=f < _FIGURES)
+        row = waiting + (s * rows_per_request + k) * _COLUMNS
+        tl.store(row + f, 0.0, mask=f < _COLUMNS)
     tl.store(tokens + s, tl.load(order + 1).to(tl.int64))
     tl.store(level + s, 0.0)
     tl.store(steered + s, 0)

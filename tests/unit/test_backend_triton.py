@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter, against the fp64 reference and the plain way. No GPU is
+"""The kernels under Triton's interpreter, against the fp64 reference and plain torch. No GPU is
 needed, and none is tested: `bench/sampler.py` times one.
 
 Triton decides at its import whether it interprets, so the kernels run in a process of their own:
@@ -94,20 +94,20 @@ def interpreted(tmp_path_factory):
 
 
 def _after(interpreted, name: str) -> tuple[torch.Tensor, Statistics]:
-    figures_FR = interpreted[f"{name}: figures"]
-    return interpreted[name], Statistics(*figures_FR[:4], sound_R=figures_FR[4] > 0)
+    values_FR = interpreted[f"{name}: statistics"]
+    return interpreted[name], Statistics(*values_FR[:4], valid_R=values_FR[4] > 0)
 
 
 @pytest.mark.parametrize("name", list(REGIMES))
-def test_the_kernels_do_what_the_plain_way_does(interpreted, name):
+def test_the_kernels_do_what_plain_torch_does(interpreted, name):
     logits_RV, asked = REGIMES[name]
     after_RV, statistics = _after(interpreted, name)
     expected_RV = logits_RV.clone()
     expected = plain(expected_RV, controls_of(asked, divide=False))
     assert torch.equal(after_RV == -torch.inf, expected_RV == -torch.inf)
     torch.testing.assert_close(after_RV, expected_RV, rtol=1e-5, atol=2e-4)
-    for figure_R, expected_R in zip(statistics.figures(), expected.figures(), strict=True):
-        torch.testing.assert_close(figure_R, expected_R, rtol=1e-3, atol=NATS)
+    for value_R, expected_R in zip(statistics.values(), expected.values(), strict=True):
+        torch.testing.assert_close(value_R, expected_R, rtol=1e-3, atol=NATS)
     best_R1 = logits_RV.argmax(dim=1, keepdim=True)
     assert torch.equal(after_RV.gather(1, best_R1)[:, 0], after_RV.amax(dim=1))
 
@@ -134,7 +134,7 @@ def test_the_kernels_sample_the_law_in_fp64(interpreted, name):
 def test_rows_not_asked_for_and_unsound_rows_keep_their_bits(interpreted):
     before_XV, rows_R = mixed()
     after_XV, statistics = _after(interpreted, "mixed")
-    assert statistics.sound_R.tolist() == [True, False, False, False, True]
+    assert statistics.valid_R.tolist() == [True, False, False, False, True]
     changed = {int(rows_R[0]), int(rows_R[-1])}
     for x in range(len(before_XV)):
         same = torch.equal(after_XV[x].view(torch.int32), before_XV[x].view(torch.int32))
@@ -142,7 +142,7 @@ def test_rows_not_asked_for_and_unsound_rows_keep_their_bits(interpreted):
 
 
 def mixed() -> tuple[torch.Tensor, torch.Tensor]:
-    """Seven rows, five of them asked for, three of those unsound."""
+    """Seven rows, five of them asked for, three of those invalid."""
     logits_XV = make_rows(["peaky"] * 7, 300, seed=5)
     logits_XV[2, 17], logits_XV[3, 299], logits_XV[4] = torch.nan, torch.inf, -torch.inf
     return logits_XV, torch.tensor([6, 2, 3, 4, 0])
@@ -194,29 +194,29 @@ def divided():
 
 
 def main(file: str) -> None:
-    from dftserve.sampling.fused_triton import TritonTransform
+    from dftserve.sampling.backends.triton import TritonBackend
 
-    way = TritonTransform(torch.device("cpu"))
+    backend = TritonBackend(torch.device("cpu"))
     arrays = {}
 
     def keep(name, after_XV, statistics):
         arrays[name] = after_XV.numpy()
-        figures = (*statistics.figures(), statistics.sound_R.float())
-        arrays[f"{name}: figures"] = torch.stack(figures).numpy()
+        values = (*statistics.values(), statistics.valid_R.float())
+        arrays[f"{name}: statistics"] = torch.stack(values).numpy()
 
     for name, (logits_RV, asked) in REGIMES.items():
         after_RV = logits_RV.clone()
-        keep(name, after_RV, way(after_RV, controls_of(asked, divide=False)))
+        keep(name, after_RV, backend(after_RV, controls_of(asked, divide=False)))
     after_XV, rows_R = mixed()
     asked = [(GATED, 1.0, frozenset({3}))] * len(rows_R)
-    keep("mixed", after_XV, way(after_XV, controls_of(asked, divide=False), rows_R))
+    keep("mixed", after_XV, backend(after_XV, controls_of(asked, divide=False), rows_R))
     after_RV, asked = divided()
-    keep("divided", after_RV, way(after_RV, controls_of(asked, divide=True)))
+    keep("divided", after_RV, backend(after_RV, controls_of(asked, divide=True)))
     wide_RW = padded()
-    keep("padded", wide_RW, way(wide_RW[:, :300], controls_of(asked, divide=False)))
+    keep("padded", wide_RW, backend(wide_RW[:, :300], controls_of(asked, divide=False)))
     for name, controls in zip(("own stops", "own stops, others behind"), own_stops(), strict=True):
         after_RV = make_rows(["few", "gaussian"], 300, seed=8)
-        keep(name, after_RV, way(after_RV, controls))
+        keep(name, after_RV, backend(after_RV, controls))
     np.savez(file, **arrays)
 
 

@@ -1,5 +1,5 @@
-"""The fast way on a CPU against the plain one, where its own shape could go wrong: chunks, runs of
-rows, buffers that stay. The law itself is tested in test_transform.py, which runs on this way."""
+"""The CPU's kernels against plain torch, where their own shape could go wrong: chunks, runs of
+rows, buffers that stay. test_transform.py tests the law itself on this backend."""
 
 import tracemalloc
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from dftserve.sampling import Controls, control_row, fastest, transform
-from dftserve.sampling.fused_numba import CHUNK, NumbaTransform, _sums, _transform
+from dftserve.sampling import Controls, control_row, get_backend, transform
+from dftserve.sampling.backends.numba import CHUNK, NumbaBackend, _sums, _transform
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
 from tests.rows import KINDS, make_rows
@@ -43,10 +43,10 @@ def controls_of(rows: int, seed: int = 0) -> Controls:
 def assert_agree(got_XV, expected_XV, got, expected):
     assert torch.equal(got_XV == -torch.inf, expected_XV == -torch.inf)
     torch.testing.assert_close(got_XV, expected_XV, rtol=1e-5, atol=1e-4, equal_nan=True)
-    assert torch.equal(got.sound_R, expected.sound_R)
-    for figure_R, expected_R in zip(got.figures(), expected.figures(), strict=True):
-        sound_R = expected.sound_R
-        torch.testing.assert_close(figure_R[sound_R], expected_R[sound_R], rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.valid_R, expected.valid_R)
+    for value_R, expected_R in zip(got.values(), expected.values(), strict=True):
+        valid_R = expected.valid_R
+        torch.testing.assert_close(value_R[valid_R], expected_R[valid_R], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=200, deadline=None)
@@ -56,8 +56,8 @@ def assert_agree(got_XV, expected_XV, got, expected):
     st.integers(0, 2**32 - 1),
     st.data(),
 )
-def test_it_is_the_plain_way(kinds, vocabulary, seed, data):
-    """Rows of every kind, some unsound, in any order and any choice of them."""
+def test_it_is_plain_torch(kinds, vocabulary, seed, data):
+    """Rows of every kind, some invalid, in any order and any choice of them."""
     known = [kind if kind in KINDS else "peaky" for kind in kinds]
     logits_XV = make_rows(known, vocabulary, seed)
     for x, kind in enumerate(kinds):
@@ -70,7 +70,7 @@ def test_it_is_the_plain_way(kinds, vocabulary, seed, data):
     rows_R = None if data.draw(st.booleans()) else torch.tensor(rows)
     controls = controls_of(len(kinds) if rows_R is None else len(rows), seed % 12)
     got_XV, expected_XV = logits_XV.clone(), logits_XV.clone()
-    got = NumbaTransform()(got_XV, controls, rows_R)
+    got = NumbaBackend()(got_XV, controls, rows_R)
     expected = plain(expected_XV, controls, rows_R)
     assert_agree(got_XV, expected_XV, got, expected)
     untouched = [x for x in range(len(kinds)) if rows_R is not None and x not in rows]
@@ -86,7 +86,7 @@ def test_large_vocabularies(vocabulary):
     logits_XV = make_rows(kinds, vocabulary, seed=3)
     expected_XV = logits_XV.clone()
     controls = controls_of(len(kinds))
-    got = NumbaTransform()(logits_XV, controls)
+    got = NumbaBackend()(logits_XV, controls)
     assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
 
 
@@ -100,7 +100,7 @@ def test_a_row_with_many_stop_tokens_beside_others():
     logits_XV = make_rows(["zipf", "gaussian", "few"], vocabulary, seed=3)
     expected_XV = logits_XV.clone()
     controls = Controls.stack(rows)
-    got = NumbaTransform()(logits_XV, controls)
+    got = NumbaBackend()(logits_XV, controls)
     assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
 
 
@@ -111,16 +111,16 @@ def test_a_row_reads_its_own_stop_tokens_only():
     controls = controls_of(3)
     stops_RE = torch.full((3, 8), -1)
     stops_RE[0, 0], stops_RE[1, :2] = 7, torch.tensor([3, 9])
-    NumbaTransform()(logits_XV, Controls(controls.numbers_RF, stops_RE))
+    NumbaBackend()(logits_XV, Controls(controls.numbers_RF, stops_RE))
     other_RE = stops_RE.clone()
     other_RE[0, 2:], other_RE[1, 3:], other_RE[2, 1:] = 11, 12, 13
-    NumbaTransform()(other_XV, Controls(controls.numbers_RF, other_RE))
+    NumbaBackend()(other_XV, Controls(controls.numbers_RF, other_RE))
     assert torch.equal(logits_XV, other_XV)
 
 
 def test_what_was_kept_from_one_call_does_not_show_in_the_next():
     """Batches of other sizes, vocabularies and controls through one way."""
-    way = NumbaTransform()
+    way = NumbaBackend()
     for seed, (rows, vocabulary) in enumerate([(3, 700), (1, 64), (8, 1000), (3, 700), (2, 129)]):
         logits_XV = make_rows([sorted(KINDS)[r] for r in range(rows)], vocabulary, seed)
         expected_XV = logits_XV.clone()
@@ -130,7 +130,7 @@ def test_what_was_kept_from_one_call_does_not_show_in_the_next():
 
 
 def test_in_inference_mode_and_out_of_it():
-    way, controls = NumbaTransform(), controls_of(2)
+    way, controls = NumbaBackend(), controls_of(2)
     with torch.inference_mode():
         way(torch.randn(2, 300), controls)
     way(torch.randn(2, 300), controls)
@@ -143,14 +143,14 @@ def test_a_stop_token_that_would_overtake_is_held():
     row = control_row(parse(1.0), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
     controls = Controls.stack([row] * 2)
     expected_XV = logits_XV.clone()
-    got, expected = NumbaTransform()(logits_XV, controls), plain(expected_XV, controls)
+    got, expected = NumbaBackend()(logits_XV, controls), plain(expected_XV, controls)
     assert_agree(logits_XV, expected_XV, got, expected)
     assert got.temperature_R[0] < 1.5 < got.temperature_R[1]
     assert logits_XV[0, 7] == logits_XV[0].max()
     assert logits_XV[1, 3] == logits_XV[1].max()
 
 
-@pytest.mark.parametrize("way", [NumbaTransform(), plain], ids=["fast", "plain"])
+@pytest.mark.parametrize("way", [NumbaBackend(), plain], ids=["fast", "plain"])
 def test_content_that_ties_with_a_stop_token_below_another(way):
     """Hardly heated, so that the tie holds; the token that leads is a stop token."""
     logits_RV = torch.zeros(1, 200)
@@ -181,11 +181,11 @@ def test_a_steady_step_allocates_nothing_that_grows_with_the_vocabulary(rows_R):
     logits_XV = make_rows(["few"] * 8, vocabulary, seed=0)
     source_XV = logits_XV.clone()
     controls = controls_of(8 if rows_R is None else len(rows_R))
-    way = fastest(torch.device("cpu"))
+    backend = get_backend("cpu")
 
     def step():
         logits_XV.copy_(source_XV)
-        transform(logits_XV, controls, rows_R, way)
+        transform(logits_XV, controls, rows_R, backend)
 
     for _ in range(3):
         step()
@@ -213,9 +213,9 @@ def test_a_row_that_is_not_there_is_refused_and_nothing_is_written(row):
     logits_XV = torch.randn(3, 200)
     before_XV = logits_XV.clone()
     with pytest.raises(IndexError, match="not among the logits"):
-        NumbaTransform()(logits_XV, controls_of(2), torch.tensor([0, row]))
+        NumbaBackend()(logits_XV, controls_of(2), torch.tensor([0, row]))
     with pytest.raises(ValueError, match="not as many"):
-        NumbaTransform()(logits_XV, controls_of(2), torch.tensor([0]))
+        NumbaBackend()(logits_XV, controls_of(2), torch.tensor([0]))
     assert torch.equal(logits_XV, before_XV)
 
 
@@ -237,7 +237,7 @@ def test_controls_for_other_rows_are_refused(rows):
 
 def test_room_that_grows_with_the_vocabulary_is_made_once():
     """Whatever batches come: of 8 rows, of 3, with more stop tokens."""
-    way = NumbaTransform()
+    way = NumbaBackend()
     rooms = []
     for rows, seed in ((8, 0), (3, 5), (8, 2)):
         way(torch.randn(rows, 300), controls_of(rows, seed))
@@ -247,7 +247,7 @@ def test_room_that_grows_with_the_vocabulary_is_made_once():
 
 def test_nothing_is_compiled_after_the_first_call():
     """A compiler takes seconds: whatever comes later has the types of what came first."""
-    way = NumbaTransform()
+    way = NumbaBackend()
     for rows_R in (None, torch.tensor([0]), torch.arange(0, 4, 2), torch.arange(8)[::4]):
         rows = 4 if rows_R is None else len(rows_R)
         controls = controls_of(rows)
@@ -268,7 +268,7 @@ def test_other_logits_are_refused(logits_XV):
         transform(logits_XV, controls_of(2))
 
 
-@pytest.mark.parametrize("way", [NumbaTransform(), plain], ids=["fast", "plain"])
+@pytest.mark.parametrize("way", [NumbaBackend(), plain], ids=["fast", "plain"])
 def test_a_stop_token_that_ties_with_the_content_ties_still(way):
     """Whatever the temperatures round to: 2,000 rows, each with its own."""
     rows = 2000

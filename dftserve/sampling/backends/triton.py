@@ -2,7 +2,7 @@
 
     _maxima   streams the rows once, for the maxima of their chunks, in as many programs as fit
     _decide   one program a row: takes the stop tokens out, gathers the few chunks that can hold
-              survivors; H0, the law's temperature, the stop tokens' probabilities, figures
+              survivors; H0, the law's temperature, the stop tokens' probabilities, statistics
     _write    -inf and the rewritten survivors; reads again only the chunks that hold some; the
               stop tokens last
 
@@ -26,9 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dftserve.sampling import entropy, guard, laws, stops
+from dftserve.sampling import controls as columns
+from dftserve.sampling import entropy, guard, stops
+from dftserve.sampling.backends.base import Backend
+from dftserve.sampling.backends.triton_slots import EXACT, TritonSlots
 from dftserve.sampling.buffers import Buffer
-from dftserve.sampling.laws import Controls
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
 from dftserve.sampling.transform import Statistics
 
 CHUNK = 64
@@ -41,26 +44,32 @@ STOPS = 128
 ALIGNMENT = 16
 """Rows are moved 16 bytes at a time where they begin at, and are as long as, multiples of this."""
 
-EXACT = {"enable_fp_fusion": False}
-"""The same product has the same bits in every kernel: ties between tokens must stay ties."""
 
+class TritonBackend(Backend):
+    """The transform with scratch buffers of its own; for one stream at a time."""
 
-class TritonTransform:
-    """`transform` with buffers of its own; for one stream at a time."""
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device | str = "cuda", constants: LawConstants = DEFAULT_CONSTANTS
+    ) -> None:
+        super().__init__(device, constants)
+        device = self.device
+        # A tensor made in inference mode could not be used outside of it.
+        with torch.inference_mode(mode=False):
+            self._constants_C = torch.tensor(constants.packed, dtype=torch.float32, device=device)
         self._all_rows_R = torch.arange(0, device=device)
         self._maxima = Buffer(device)
         self._active = Buffer(device, torch.int32)
         self._plan = Buffer(device)
         self._stop_value = Buffer(device)
-        self._figures = Buffer(device)
-        self._sound = Buffer(device, torch.bool)
+        self._values = Buffer(device)
+        self._valid = Buffer(device, torch.bool)
+
+    def create_slots(self, slots: int, rows_per_request: int) -> TritonSlots:
+        return TritonSlots(slots, rows_per_request, self.device, self.constants)
 
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
-        """As `transform.transform`."""
         rows, width = controls.stop_ids_RE.shape
         stride, vocabulary = logits_XV.stride(0), logits_XV.shape[1]
         chunks = triton.cdiv(vocabulary, CHUNK)
@@ -69,7 +78,7 @@ class TritonTransform:
         maxima_RJ = self._maxima.take(rows, chunks)
         plan_RP = self._plan.take(rows, _PLAN.value)
         stop_value_RE = self._stop_value.take(rows, width)
-        figures_FR, sound_R = self._figures.take(4, rows), self._sound.take(1, rows)[0]
+        values_FR, valid_R = self._values.take(4, rows), self._valid.take(1, rows)[0]
         tiles = (rows, triton.cdiv(vocabulary, TILE))
         aligned = _is_aligned(logits_XV)
         _maxima[tiles](
@@ -90,11 +99,12 @@ class TritonTransform:
             maxima_RJ,
             numbers_RF,
             stop_ids_RE,
+            self._constants_C,
             self._active.take(rows, chunks),
             plan_RP,
             stop_value_RE,
-            figures_FR,
-            sound_R,
+            values_FR,
+            valid_R,
             stride,
             vocabulary,
             chunks,
@@ -124,7 +134,7 @@ class TritonTransform:
             STOPS=STOPS,
             **EXACT,
         )
-        return Statistics(*figures_FR, sound_R=sound_R)
+        return Statistics(*values_FR, valid_R=valid_R)
 
     def _all_rows(self, rows: int) -> Tensor:
         if rows > len(self._all_rows_R):
@@ -137,29 +147,31 @@ def _is_aligned(logits_XV: Tensor) -> bool:
     return all(size % ALIGNMENT == 0 for size in sizes)
 
 
-# What a kernel reads from outside has to be marked so. Triton compares these with what it compiled
-# at every launch, so none may be NaN, which is not equal to itself.
+# Globals that a kernel reads must be constexpr, and are frozen into it: only what never changes may
+# be one, and the laws' constants are an argument. Triton compares globals with what it compiled at
+# every launch, so none may be NaN, which is not equal to itself.
 _ABSENT = tl.constexpr(entropy.ABSENT)
 _FARTHEST = tl.constexpr(guard.FARTHEST)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-_GUARD_START = tl.constexpr(math.log(laws.GUARD_START))
-_GUARD_STEP = tl.constexpr(math.log(laws.GUARD_END / laws.GUARD_START))
-_STRENGTH = tl.constexpr(laws.STRENGTH)
-_GATE_POWER = tl.constexpr(laws.GATE_POWER)
-_LOWEST_TEMPERATURE = tl.constexpr(laws.LOWEST_TEMPERATURE)
-_DYNATEMP = tl.constexpr(laws.LAW_CODES["dynatemp"])
+_DYNATEMP = tl.constexpr(LAW_CODES["dynatemp"])
 _NEARLY = tl.constexpr(stops.NEARLY)
 _NEWTON_STEPS = tl.constexpr(stops.NEWTON_STEPS)
 _INFINITY = tl.constexpr(math.inf)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 # Columns of the controls' numbers.
-_NUMBERS = tl.constexpr(len(laws.NUMBERS))
-_LAW, _TEMPERATURE = tl.constexpr(laws.LAW), tl.constexpr(laws.TEMPERATURE)
-_DIVIDED, _LEVEL = tl.constexpr(laws.DIVIDED), tl.constexpr(laws.LEVEL)
-_LOG_MIN_P = tl.constexpr(laws.LOG_MIN_P)
-_MAX_TEMPERATURE = tl.constexpr(laws.MAX_TEMPERATURE)
-_RANGE, _EXPONENT = tl.constexpr(laws.DYNATEMP_RANGE), tl.constexpr(laws.DYNATEMP_EXPONENT)
+_NUMBERS = tl.constexpr(len(columns.NUMBERS))
+_LAW, _TEMPERATURE = tl.constexpr(columns.LAW), tl.constexpr(columns.TEMPERATURE)
+_DIVISOR, _LEVEL = tl.constexpr(columns.LOGITS_DIVISOR), tl.constexpr(columns.LEVEL)
+_LOG_MIN_P = tl.constexpr(columns.LOG_MIN_P)
+_MAX_TEMPERATURE = tl.constexpr(columns.MAX_TEMPERATURE)
+_RANGE, _EXPONENT = tl.constexpr(columns.DYNATEMP_RANGE), tl.constexpr(columns.DYNATEMP_EXPONENT)
+
+# Elements of the laws' constants.
+_LOG_GUARD_START = tl.constexpr(columns.LOG_GUARD_START)
+_LOG_GUARD_STEP = tl.constexpr(columns.LOG_GUARD_STEP)
+_STRENGTH, _GATE_POWER = tl.constexpr(columns.STRENGTH), tl.constexpr(columns.GATE_POWER)
+_LOWEST_TEMPERATURE = tl.constexpr(columns.LOWEST_TEMPERATURE)
 
 _PLAN = tl.constexpr(9)
 """Numbers of a row that `_decide` leaves for `_write`."""
@@ -191,7 +203,7 @@ def _maxima(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """NaN counts as +inf: neither leaves a row sound."""
+    """NaN counts as +inf: neither leaves a row valid."""
     r = tl.program_id(0)
     row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
     chunk = tl.program_id(1) * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
@@ -203,7 +215,7 @@ def _maxima(
 
 @triton.jit(
     do_not_specialize=["stride", "vocabulary", "chunks", "width", "count"],
-    do_not_specialize_on_alignment=["logits", "rows", "numbers", "stop_ids"],
+    do_not_specialize_on_alignment=["logits", "rows", "numbers", "stop_ids", "constants"],
 )
 def _decide(
     logits,
@@ -211,11 +223,12 @@ def _decide(
     maxima,
     numbers,
     stop_ids,
+    constants,
     active,
     plan,
     stop_value,
-    figures,
-    sound_rows,
+    values,
+    valid_rows,
     stride,
     vocabulary,
     chunks,
@@ -233,26 +246,26 @@ def _decide(
     stop_ids += r * width
     stop_value += r * width
     numbers += r * _NUMBERS
-    temperature, divided = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVIDED)
+    temperature, divisor = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVISOR)
 
-    # The guard: where the row's survivors are. A row that is not sound has none.
+    # 1. The guard: the chunks that hold the row's survivors. An invalid row has none.
     peak = _peak(maxima, chunks, BLOCK)
-    sound = (peak > -_INFINITY) & (peak < _INFINITY)
-    peak = tl.where(sound, peak, 0.0)
-    floor = tl.maximum(peak + _log_guard(numbers) / divided, _LOWEST)
-    listed = _list_active(maxima, active, floor, chunks, BLOCK)
-    gathered = tl.where(sound, listed * CHUNK, 0)
+    valid = (peak > -_INFINITY) & (peak < _INFINITY)
+    peak = tl.where(valid, peak, 0.0)
+    threshold = tl.maximum(peak + _log_guard(numbers, constants) / divisor, _LOWEST)
+    listed = _list_active(maxima, active, threshold, chunks, BLOCK)
+    gathered = tl.where(valid, listed * CHUNK, 0)
 
-    # Stop tokens leave the row, so that whatever survives in it is content.
+    # 2. Stop tokens leave the row, so that whatever survives in it is content.
     stops, stop_peak, stop_z, stop_a, plausible = _stop_weights(
-        row, stop_ids, stop_value, width, vocabulary, peak, divided, floor, STOPS
+        row, stop_ids, stop_value, width, vocabulary, peak, divisor, threshold, STOPS
     )
     tl.debug_barrier()  # Every thread has read them.
-    _take_out(row, stop_ids, tl.where(sound, stops, 0), vocabulary, STOPS)
+    _take_out(row, stop_ids, tl.where(valid, stops, 0), vocabulary, STOPS)
     tl.debug_barrier()
-    source = (row, active, gathered, vocabulary, peak, divided, floor)
+    source = (row, active, gathered, vocabulary, peak, divisor, threshold)
 
-    # Openness, of all that is plausible, and the law's temperature.
+    # 3. The entropy H0 of all that is plausible, and the temperature that the law wants.
     z_K = tl.zeros([BLOCK], tl.float32)
     a_K = tl.zeros([BLOCK], tl.float32)
     plausible_K = tl.zeros([BLOCK], tl.int32)
@@ -264,12 +277,12 @@ def _decide(
         a_K += share_K * below_K
         plausible_K += is_content_K.to(tl.int32)
         content_peak_K = tl.maximum(content_peak_K, tl.where(is_content_K, below_K, _ABSENT))
-    z = tl.where(sound, tl.sum(z_K) + stop_z, 1.0)
+    z = tl.where(valid, tl.sum(z_K) + stop_z, 1.0)
     plausible += tl.sum(plausible_K)
     entropy_before = tl.log(z) - (tl.sum(a_K) + stop_a) / z
-    wanted = _temperature(numbers, entropy_before, plausible.to(tl.float32))
+    wanted = _temperature(numbers, constants, entropy_before, plausible.to(tl.float32))
 
-    # The content at T and at T', its sums below its own maximum.
+    # 4. The content at T (cool) and at T' (hot), its sums below its own maximum.
     content_peak = tl.max(content_peak_K)
     exists = content_peak > _ABSENT
     top = tl.where(exists, content_peak, 0.0)
@@ -277,45 +290,50 @@ def _decide(
     hot_z, hot_a = _sums(source, top, 1 / wanted, exists, CHUNK, BLOCK)
     cool_log_z = top / temperature + tl.log(cool_z)
 
-    # No hotter than where content and the likeliest stop token tie: stops.heat.
+    # 5. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
     reached = wanted
-    tie = cool_log_z - stop_peak / temperature
+    argmax_bound = cool_log_z - stop_peak / temperature
     leads = content_peak >= stop_peak
-    leads_hot = tl.log(hot_z) <= tie
+    leads_hot = tl.log(hot_z) <= argmax_bound
     if exists & (stop_peak > _ABSENT) & (leads != leads_hot):
-        reached = _tie(source, top, temperature, wanted, tie, CHUNK, BLOCK)
+        reached = _temperature_at_bound(
+            source, top, temperature, wanted, argmax_bound, CHUNK, BLOCK
+        )
         hot_z, hot_a = _sums(source, top, 1 / reached, exists, CHUNK, BLOCK)
     inverse = 1 / reached
     hot_log_z = top * inverse + tl.log(hot_z)
 
-    # Stop tokens keep their probability, and rounding changes no order: stops.beside_stops.
+    # 6. Stop tokens keep their probability, and rounding changes no order:
+    #    stops.rescale_stop_tokens.
     shift = tl.where(exists, hot_log_z - cool_log_z, 0.0)
     held_stop = tl.where(leads, top * inverse, _INFINITY)
     is_same = tl.abs(reached / temperature - 1) < _NEARLY
     # No weight is infinite: nothing ties there.
     tied_at = tl.where(exists & leads & is_same, content_peak, _INFINITY)
-    beside = (stop_value, stops, temperature, shift, held_stop, tied_at)
+    rescaling = (stop_value, stops, temperature, shift, held_stop, tied_at)
     stop_top_E = tl.full([STOPS], _ABSENT, tl.float32)
     for start in range(0, stops, STOPS):
-        _is_allowed_E, weight_E = _beside(beside, start, STOPS)
+        _is_allowed_E, weight_E = _rescale_stop_tokens(rescaling, start, STOPS)
         stop_top_E = tl.maximum(stop_top_E, weight_E)
     stop_top = tl.max(stop_top_E)
     held = tl.where(leads, _INFINITY, stop_top)
     content_log_z = tl.where(exists, hot_log_z, _ABSENT)
+
+    # 7. ln Z of content and stop tokens together, the stop tokens' final values, the statistics.
     highest = tl.maximum(content_log_z, stop_top)
     z_E = tl.zeros([STOPS], tl.float32)
     for start in range(0, stops, STOPS):
-        _is_allowed_E, weight_E = _beside(beside, start, STOPS)
+        _is_allowed_E, weight_E = _rescale_stop_tokens(rescaling, start, STOPS)
         z_E += tl.exp(weight_E - highest)
     log_z = highest + tl.log(tl.exp(content_log_z - highest) + tl.sum(z_E))
-    scale = temperature / divided
+    scale = temperature / divisor
     content_log_p = content_log_z - log_z
     content_share = tl.exp(content_log_p)
     content_entropy = tl.log(hot_z) - hot_a / hot_z
     entropy_after = content_share * tl.where(exists, content_entropy - content_log_p, 0.0)
     a_E = tl.zeros([STOPS], tl.float32)
     for start in range(0, stops, STOPS):
-        is_allowed_E, weight_E = _beside(beside, start, STOPS)
+        is_allowed_E, weight_E = _rescale_stop_tokens(rescaling, start, STOPS)
         log_p_E = weight_E - log_z
         a_E += tl.exp(log_p_E) * log_p_E
         e = start + tl.arange(0, STOPS)
@@ -331,16 +349,18 @@ def _decide(
         hot_K = tl.exp((below_K - top) * inverse) / hot_z
         moved_K += tl.where(is_content_K, tl.maximum(cool_K - hot_K, 0.0), 0.0)
 
-    tl.store(figures + r, tl.where(sound, entropy_before, 0.0))
-    tl.store(figures + count + r, tl.where(sound, entropy_after, 0.0))
-    tl.store(figures + 2 * count + r, tl.where(sound, reached, 0.0))
-    tl.store(figures + 3 * count + r, tl.where(sound, content_share * tl.sum(moved_K), 0.0))
-    tl.store(sound_rows + r, sound)
+    tl.store(values + r, tl.where(valid, entropy_before, 0.0))
+    tl.store(values + count + r, tl.where(valid, entropy_after, 0.0))
+    tl.store(values + 2 * count + r, tl.where(valid, reached, 0.0))
+    tl.store(values + 3 * count + r, tl.where(valid, content_share * tl.sum(moved_K), 0.0))
+    tl.store(valid_rows + r, valid)
+
+    # 8. What `_write` needs.
     plan += r * _PLAN
-    tl.store(plan, sound.to(tl.float32))
+    tl.store(plan, valid.to(tl.float32))
     tl.store(plan + 1, peak)
-    tl.store(plan + 2, floor)
-    tl.store(plan + 3, divided)
+    tl.store(plan + 2, threshold)
+    tl.store(plan + 3, divisor)
     tl.store(plan + 4, inverse)
     tl.store(plan + 5, held)
     tl.store(plan + 6, log_z)
@@ -358,20 +378,21 @@ def _peak(maxima, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _log_guard(numbers):
+def _log_guard(numbers, constants):
     """laws.log_guard."""
     level, log_min_p = tl.load(numbers + _LEVEL), tl.load(numbers + _LOG_MIN_P)
-    follows = tl.minimum(tl.maximum(level, 0.0), 1.0) * _GUARD_STEP + _GUARD_START
+    start, step = tl.load(constants + _LOG_GUARD_START), tl.load(constants + _LOG_GUARD_STEP)
+    follows = tl.minimum(tl.maximum(level, 0.0), 1.0) * step + start
     return tl.where(log_min_p != log_min_p, follows, log_min_p)
 
 
 @triton.jit
-def _list_active(maxima, active, floor, chunks, BLOCK: tl.constexpr):
+def _list_active(maxima, active, threshold, chunks, BLOCK: tl.constexpr):
     """The chunks that hold a survivor, in order; returns their number."""
     listed = 0
     for start in range(0, chunks, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        is_active = tl.load(maxima + j, mask=j < chunks, other=-_INFINITY) >= floor
+        is_active = tl.load(maxima + j, mask=j < chunks, other=-_INFINITY) >= threshold
         place = listed + tl.cumsum(is_active.to(tl.int32)) - 1
         tl.store(active + place, j, mask=is_active)
         listed += tl.sum(is_active.to(tl.int32))
@@ -386,8 +407,8 @@ def _stop_weights(
     width,
     vocabulary,
     peak,
-    divided,
-    floor,
+    divisor,
+    threshold,
     STOPS: tl.constexpr,
 ):
     """Keeps the stop tokens' weights: `_ABSENT` where the vocabulary has no such token or the
@@ -411,10 +432,10 @@ def _stop_weights(
         is_known_E = (place_E < own) & (token_E < vocabulary)
         logit_E = tl.load(row + token_E, mask=is_known_E, other=-_INFINITY)
         is_allowed_E = logit_E > -_INFINITY
-        below_E = tl.where(is_allowed_E, tl.maximum((logit_E - peak) * divided, _FARTHEST), _ABSENT)
+        below_E = tl.where(is_allowed_E, tl.maximum((logit_E - peak) * divisor, _FARTHEST), _ABSENT)
         tl.store(stop_value + e, below_E, mask=e < width)
         peak_E = tl.maximum(peak_E, below_E)
-        is_plausible_E = logit_E >= floor
+        is_plausible_E = logit_E >= threshold
         share_E = tl.where(is_plausible_E, tl.exp(below_E), 0.0)
         z_E += share_E
         a_E += share_E * below_E
@@ -436,14 +457,14 @@ def _take_out(row, stop_ids, stops, vocabulary, STOPS: tl.constexpr):
 def _survivors(source, start, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """A block of gathered tokens: log-weights at temperature 1 below the row's maximum (0 where
     one does not survive), and which survive."""
-    row, active, gathered, vocabulary, peak, divided, floor = source
+    row, active, gathered, vocabulary, peak, divisor, threshold = source
     k = start + tl.arange(0, BLOCK)
     chunk = tl.load(active + k // CHUNK, mask=k < gathered, other=0)
     token = chunk * CHUNK + k % CHUNK
     is_there = (k < gathered) & (token < vocabulary)
     logit = tl.load(row + token, mask=is_there, other=-_INFINITY)
-    is_content = logit >= floor
-    return tl.where(is_content, (logit - peak) * divided, 0.0), is_content
+    is_content = logit >= threshold
+    return tl.where(is_content, (logit - peak) * divisor, 0.0), is_content
 
 
 @triton.jit
@@ -461,19 +482,20 @@ def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _temperature(numbers, entropy, plausible):
+def _temperature(numbers, constants, entropy, plausible):
     """laws.temperature."""
     temperature, level = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _LEVEL)
-    gate = _power(entropy / (entropy + 1), _GATE_POWER)
-    heated = temperature * tl.exp(level * gate * _STRENGTH)
+    gate = _power(entropy / (entropy + 1), tl.load(constants + _GATE_POWER))
+    heated = temperature * tl.exp(level * gate * tl.load(constants + _STRENGTH))
     heated = tl.minimum(heated, tl.maximum(temperature, tl.load(numbers + _MAX_TEMPERATURE)))
 
-    reach = tl.load(numbers + _RANGE) * level
-    coolest = tl.maximum(temperature - reach, 0.0)
+    half_width = tl.load(numbers + _RANGE) * level
+    coolest = tl.maximum(temperature - half_width, 0.0)
     share = entropy / tl.log(tl.maximum(plausible, 2.0))
     share = _power(tl.minimum(tl.maximum(share, 0.0), 1.0), tl.load(numbers + _EXPONENT))
-    ranged = coolest + (temperature + reach - coolest) * share
-    ranged = tl.where(plausible > 1, tl.maximum(ranged, _LOWEST_TEMPERATURE), temperature)
+    ranged = coolest + (temperature + half_width - coolest) * share
+    ranged = tl.maximum(ranged, tl.load(constants + _LOWEST_TEMPERATURE))
+    ranged = tl.where(plausible > 1, ranged, temperature)
     return tl.where(tl.load(numbers + _LAW) == _DYNATEMP, ranged, heated)
 
 
@@ -484,10 +506,10 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _beside(beside, start, STOPS: tl.constexpr):
+def _rescale_stop_tokens(rescaling, start, STOPS: tl.constexpr):
     """A block of stop tokens: which may come at all, and their log-weights beside the content:
-    stops.beside_stops."""
-    stop_value, stops, temperature, shift, held_stop, tied_at = beside
+    stops.rescale_stop_tokens."""
+    stop_value, stops, temperature, shift, held_stop, tied_at = rescaling
     e = start + tl.arange(0, STOPS)
     below_E = tl.load(stop_value + e, mask=e < stops, other=_ABSENT)
     weight_E = tl.minimum(below_E / temperature + shift, held_stop)
@@ -495,15 +517,17 @@ def _beside(beside, start, STOPS: tl.constexpr):
 
 
 @triton.jit
-def _tie(source, top, temperature, wanted, tie, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """stops.temperature_at."""
+def _temperature_at_bound(
+    source, top, temperature, wanted, argmax_bound, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """stops.temperature_at_bound."""
     low = 1 / tl.maximum(temperature, wanted)
     high = 1 / tl.minimum(temperature, wanted)
     beta = low
     for _ in range(_NEWTON_STEPS):
         z, a = _sums(source, top, beta, True, CHUNK, BLOCK)
         slope = tl.minimum(a / z / beta, -1e-12)
-        beta = tl.minimum(tl.maximum(beta + (tie - tl.log(z)) / slope, low), high)
+        beta = tl.minimum(tl.maximum(beta + (argmax_bound - tl.log(z)) / slope, low), high)
     return 1 / beta
 
 
@@ -530,19 +554,19 @@ def _write(
     r = tl.program_id(0)
     row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
     plan += r * _PLAN
-    is_sound, peak, floor = tl.load(plan) > 0, tl.load(plan + 1), tl.load(plan + 2)
-    divided, inverse, held = tl.load(plan + 3), tl.load(plan + 4), tl.load(plan + 5)
+    is_valid, peak, threshold = tl.load(plan) > 0, tl.load(plan + 1), tl.load(plan + 2)
+    divisor, inverse, held = tl.load(plan + 3), tl.load(plan + 4), tl.load(plan + 5)
     log_z, scale, stops = tl.load(plan + 6), tl.load(plan + 7), tl.load(plan + 8).to(tl.int32)
     first = tl.program_id(1) * TILE
     chunk = tl.program_id(1) * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
     token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     is_there = token < vocabulary
     maximum = tl.load(maxima + r * chunks + chunk, mask=chunk < chunks, other=-_INFINITY)
-    is_active = (maximum >= floor)[:, None]
-    if is_sound:  # Else the row keeps its bits.
+    is_active = (maximum >= threshold)[:, None]
+    if is_valid:  # Else the row keeps its bits.
         logit = tl.load(row + token, mask=is_there & is_active, other=-_INFINITY)
-        weight = tl.minimum((logit - peak) * divided * inverse, held)
-        value = tl.where(logit >= floor, (weight - log_z) * scale, -_INFINITY)
+        weight = tl.minimum((logit - peak) * divisor * inverse, held)
+        value = tl.where(logit >= threshold, (weight - log_z) * scale, -_INFINITY)
         tl.store(row + token, value, mask=is_there)
         tl.debug_barrier()  # The stop tokens' places were written too.
         for start in range(0, stops, STOPS):

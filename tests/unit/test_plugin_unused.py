@@ -88,14 +88,14 @@ def test_v2_says_which_requests_it_changes_and_runs_nothing_for_the_others(v2):
     assert v2.stats.faults == 0
 
 
-def test_an_engine_keeps_one_way_for_all_its_steps(monkeypatch):
+def test_an_engine_keeps_one_backend_for_all_its_steps(monkeypatch):
     """Its buffers last as long as the engine, and belong to no other."""
     seen = []
     processors = [V1Processor(config(), torch.device("cpu"), False) for _ in range(2)]
 
-    def noting(logits_XV, controls, rows_R, way):
-        seen.append(way)
-        return way(logits_XV, controls, rows_R)
+    def noting(logits_XV, controls, rows_R, backend):
+        seen.append(backend)
+        return backend(logits_XV, controls, rows_R)
 
     monkeypatch.setattr("dftserve_vllm.request_stats.transform", noting)
     for processor in processors:
@@ -103,4 +103,4 @@ def test_an_engine_keeps_one_way_for_all_its_steps(monkeypatch):
         for _ in range(3):
             processor.apply(torch.randn(1, V))
         assert processor.stats.faults == 0
-    assert [seen.count(way) for way in (seen[0], seen[-1])] == [3, 3]
+    assert [seen.count(backend) for backend in (seen[0], seen[-1])] == [3, 3]

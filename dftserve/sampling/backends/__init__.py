@@ -1,0 +1,156 @@
+"""Backend selection and a start-up self-check against the torch reference.
+
+cpu     numba.py, numba_slots.py      } where the compiler is installed, as it is wherever vLLM
+cuda    triton.py, triton_slots.py    } is, and the kernels pass the check
+other   plain_torch.py
+"""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dftserve.sampling.backends.base import Backend
+from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.sampling.controls import (
+    DEFAULT_CONSTANTS,
+    ControlRow,
+    Controls,
+    LawConstants,
+    control_row,
+)
+from dftserve.sampling.slots import SlotStatistics
+from dftserve.sampling.transform import Statistics
+from dftserve.spec import parse
+
+logger = logging.getLogger(__name__)
+
+BackendClass = type[Backend]
+
+
+def get_backend(device: torch.device | str, constants: LawConstants = DEFAULT_CONSTANTS) -> Backend:
+    """The fastest backend of a device that passes the self-check, with buffers of its own."""
+    device = torch.device(device)
+    return checked_class(device)(device, constants)
+
+
+@cache
+def checked_class(device: torch.device) -> BackendClass:
+    """The device's own backend, or `TorchBackend` where its kernels do not compile or compute
+    something else. An engine calls this as it starts, so that no request waits for a compiler or
+    meets a wrong kernel."""
+    try:
+        found = _preferred_class(device)
+        if found is TorchBackend:
+            return TorchBackend
+        agrees = self_check(found, device)
+    except ModuleNotFoundError as error:
+        logger.warning("diversity: no kernels (%s); plain torch instead.", error)
+        return TorchBackend
+    except Exception:  # A compiler that fails, a driver that does not load.
+        logger.warning("diversity: the kernels fail; plain torch instead.", exc_info=True)
+        return TorchBackend
+    if not agrees:
+        logger.warning("diversity: the kernels disagree with plain torch, which is used instead.")
+        return TorchBackend
+    return found
+
+
+def _preferred_class(device: torch.device) -> BackendClass:
+    if device.type == "cpu":
+        from dftserve.sampling.backends.numba import NumbaBackend
+
+        return NumbaBackend
+    if device.type == "cuda":
+        from dftserve.sampling.backends.triton import TritonBackend
+
+        return TritonBackend
+    return TorchBackend
+
+
+def self_check(found: BackendClass, device: torch.device) -> bool:
+    """Whether a backend computes what plain torch does.
+
+    Whatever a request could wait for is compiled on the way, and every kernel runs more than once,
+    as it does for requests.
+    """
+    # Lists, here and below: one that disagrees must not keep the next from being compiled.
+    return all([_same_rows(found, device), _same_slots(found, device)])
+
+
+def _same_rows(found: BackendClass, device: torch.device) -> bool:
+    """Rows of any length, padded rows, aligned rows; stop tokens in every width that
+    `controls.stop_width` gives to as many as requests have."""
+    backend, reference = found(device), TorchBackend(device)
+    sizes = [(257, 257, 1), (257, 272, 1), *((4096, 4096, 1 << step) for step in range(9))]
+    return all([_same_batch(backend, reference, *size) for size in sizes])
+
+
+def _same_batch(
+    backend: Backend, reference: Backend, vocabulary: int, stride: int, stop_count: int
+) -> bool:
+    """All rows at once, then some of them."""
+    device = reference.device
+    controls = Controls.stack(_control_rows(4, stop_count), device)
+    some_R = torch.arange(4, device=device)[1:]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for rows_R, step in ((None, controls), (some_R, controls.select(some_R))):
+        expected_XV, got_XV = (_rows(vocabulary, stride, device) for _ in range(2))
+        expected, got = reference(expected_XV, step, rows_R), backend(got_XV, step, rows_R)
+        valid_R = expected.valid_R
+        pairs += [(expected_XV, got_XV), (valid_R, got.valid_R.clone())]
+        values = zip(expected.values(), got.values(), strict=True)
+        pairs += [(wanted_R[valid_R], value_R[valid_R]) for wanted_R, value_R in values]
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in pairs)
+
+
+def _rows(vocabulary: int, stride: int, device: torch.device) -> Tensor:
+    """A flat row, a peaked one, one with a grammar's mask, an invalid one; quarters, so that none
+    is at a floor."""
+    steps_V = torch.arange(vocabulary, device=device) * 37 % 101
+    masked_V = torch.where(steps_V < 9, -0.25 * steps_V, -torch.inf)
+    invalid_V = torch.where(steps_V == 7, torch.nan, 0.0)
+    rows = (0.0 * steps_V, -0.25 * steps_V, masked_V, invalid_V)
+    padding = (0, stride - vocabulary)
+    return torch.nn.functional.pad(torch.stack(rows), padding)[:, :vocabulary]
+
+
+def _control_rows(rows: int, stop_count: int) -> list[ControlRow]:
+    """The second row has `stop_count` stop tokens, the others one."""
+    diversity = parse({"level": 0.5})
+    many = frozenset(range(3, 3 + 15 * stop_count, 15))
+    stops = [many if row == 1 else frozenset({3}) for row in range(rows)]
+    return [control_row(diversity, temperature=0.8, divided=1.0, stop_ids=ids) for ids in stops]
+
+
+def _same_slots(found: BackendClass, device: torch.device) -> bool:
+    """A new request and a resumed one, of two rows each; one token is accepted at every step, and
+    they are steered before the end."""
+    diversity = parse({"law": "budget", "target_entropy": 1.5})
+    row = control_row(diversity, temperature=1.0, divided=1.0, stop_ids=frozenset())
+    controls = Controls.stack([row] * 4, device)
+    slot_R, offset_R = torch.tensor([[2, 2, 0, 0], [0, 1, 0, 1]], device=device)
+    samples_R = torch.ones(4, dtype=torch.bool, device=device)
+    before = SlotStatistics(torch.tensor(3), torch.arange(5.0), torch.ones(2, 5))
+    expected, got = (kind(device).create_slots(3, 2) for kind in (TorchBackend, found))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for slots in (expected, got):
+        slots.open(2)
+        slots.open(0, before, produced=4)
+    for step in range(DEFAULT_CONSTANTS.budget_open_loop + 3):
+        position_R = step + offset_R
+        value_R = 0.25 * (position_R + slot_R)
+        statistics = Statistics(*[value_R] * 4, valid_R=value_R != 1.0)
+        levels_R: list[Tensor] = []
+        for slots in (expected, got):
+            accepted = slots.commit_accepted(controls, slot_R, position_R, offset_R)
+            levels_R.append(accepted.level_R)
+            slots.stage_step(slot_R, position_R, offset_R, samples_R, statistics)
+        pairs.append((levels_R[0], levels_R[1]))
+    pairs.append((expected.invalid, got.invalid))
+    for slot in (0, 2):
+        wanted, read = expected.read(slot), got.read(slot)
+        pairs += [(wanted.tokens, read.tokens), (wanted.sums_F, read.sums_F)]
+        pairs.append((wanted.waiting_KF, read.waiting_KF))
+    return all(torch.allclose(a, b, rtol=1e-4) for a, b in pairs)

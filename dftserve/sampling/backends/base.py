@@ -1,0 +1,35 @@
+"""What every backend provides: the transform and the slots of one device."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
+from dftserve.sampling.slots import Slots
+from dftserve.sampling.transform import Statistics
+
+
+class Backend(ABC):
+    """The transform on one device, with scratch buffers of its own: one for each engine and thread.
+
+    Args:
+        device: where the logits are.
+        constants: of the laws; `create_slots` steers by the same ones.
+    """
+
+    def __init__(
+        self, device: torch.device | str = "cpu", constants: LawConstants = DEFAULT_CONSTANTS
+    ) -> None:
+        self.device = torch.device(device)
+        self.constants = constants
+
+    @abstractmethod
+    def __call__(
+        self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
+    ) -> Statistics:
+        """As `api.transform`, with arguments that were checked there."""
+
+    @abstractmethod
+    def create_slots(self, slots: int, rows_per_request: int) -> Slots:
+        """Statistics and steering of up to `slots` requests on this backend's device."""

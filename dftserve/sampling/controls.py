@@ -1,0 +1,268 @@
+"""A request's parameters as the transform reads them, and the constants of the laws.
+
+Both have one order of columns, which every backend reads by the indices below: `NUMBERS` for what
+differs between rows, `CONSTANTS` for what is the same for all of them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dftserve.sampling.staging import PinnedStaging
+from dftserve.spec import Diversity
+
+LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2}
+
+NUMBERS = (
+    "law",
+    "temperature",
+    "logits_divisor",
+    "level",
+    "log_min_p",
+    "max_temperature",
+    "dynatemp_range",
+    "dynatemp_exponent",
+    "target_entropy",
+)
+"""The columns of `Controls.numbers_RF`."""
+(
+    LAW,
+    TEMPERATURE,
+    LOGITS_DIVISOR,
+    LEVEL,
+    LOG_MIN_P,
+    MAX_TEMPERATURE,
+    DYNATEMP_RANGE,
+    DYNATEMP_EXPONENT,
+    TARGET_ENTROPY,
+) = range(len(NUMBERS))
+
+CONSTANTS = (
+    "log_guard_start",
+    "log_guard_step",
+    "strength",
+    "gate_power",
+    "lowest_temperature",
+    "budget_gain",
+    "budget_lowest_level",
+    "budget_highest_level",
+    "budget_open_loop",
+)
+"""The elements of `LawConstants.packed`, each an attribute or a property of `LawConstants`."""
+(
+    LOG_GUARD_START,
+    LOG_GUARD_STEP,
+    STRENGTH,
+    GATE_POWER,
+    LOWEST_TEMPERATURE,
+    BUDGET_GAIN,
+    BUDGET_LOWEST_LEVEL,
+    BUDGET_HIGHEST_LEVEL,
+    BUDGET_OPEN_LOOP,
+) = range(len(CONSTANTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawConstants:
+    """The constants of the laws; docs/maths.md derives them, docs/log.md has the measurements.
+
+    A backend is made with one of these and passes it to its kernels as an argument, so that other
+    constants are another law on every backend and compile nothing.
+    """
+
+    guard_start: float = 0.05
+    guard_end: float = 0.02
+    """The guard's a falls geometrically from start (level 0) to end (level 1): heat needs room."""
+    strength: float = 2.0
+    """c: at level 1 a wide-open step is heated by up to e^c."""
+    gate_power: float = 2.0
+    """The exponent of the gate g(H) = (H/(H+1))^power."""
+    lowest_temperature: float = 0.01
+    """Cooling ends here, where sampling is already greedy in effect."""
+    budget_rate: float = 0.2
+    budget_lowest_level: float = -1.0
+    budget_highest_level: float = 2.0
+    """The levels between which the budget law steers; below 0 it cools."""
+    budget_open_loop: int = 16
+    """Tokens before the budget law starts to steer."""
+
+    @property
+    def log_guard_start(self) -> float:
+        return math.log(self.guard_start)
+
+    @property
+    def log_guard_step(self) -> float:
+        """What ln a changes by from level 0 to level 1."""
+        return math.log(self.guard_end / self.guard_start)
+
+    @property
+    def budget_gain(self) -> float:
+        """η/c: the rate in units of the level, 0 where no level changes the temperature."""
+        return self.budget_rate / self.strength if self.strength else 0.0
+
+    @property
+    def packed(self) -> tuple[float, ...]:
+        """In the order of `CONSTANTS`, for kernels."""
+        return tuple(float(getattr(self, name)) for name in CONSTANTS)
+
+
+DEFAULT_CONSTANTS = LawConstants()
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The parameters of each row, on the rows' device.
+
+    numbers_RF: float32 [R, `len(NUMBERS)`], contiguous.
+    stop_ids_RE: int64, each row's distinct stop tokens, then -1: whatever comes after a row's
+        first -1 is not read.
+
+    Not to be changed in place: what reads it may run later.
+    """
+
+    numbers_RF: Tensor
+    stop_ids_RE: Tensor
+
+    @classmethod
+    def of(cls, numbers_RF: Tensor, stop_ids_RE: Tensor) -> "Controls":
+        """From rows gathered elsewhere.
+
+        Raises:
+            ValueError: they are not of the types and shapes of `Controls`, or not as many rows.
+        """
+        numbers, stops = tuple(numbers_RF.shape), tuple(stop_ids_RE.shape)
+        if (
+            numbers_RF.dtype != torch.float32
+            or stop_ids_RE.dtype != torch.int64
+            or len(stops) != 2
+            or numbers != (stops[0], len(NUMBERS))
+        ):
+            raise ValueError(
+                f"controls: got {numbers_RF.dtype} {numbers} and {stop_ids_RE.dtype} {stops}; "
+                f"accepted: float32 [rows, {len(NUMBERS)}] and int64 [rows, stop tokens]."
+            )
+        return cls(numbers_RF.contiguous(), stop_ids_RE)
+
+    @classmethod
+    def stack(
+        cls,
+        rows: "Sequence[ControlRow]",
+        device: torch.device | str = "cpu",
+        staging: PinnedStaging | None = None,
+    ) -> "Controls":
+        """One row of controls for each request; with `staging`, its device, without a wait."""
+        to_device = (staging or PinnedStaging(device)).to_device
+        numbers = [row.numbers for row in rows]
+        numbers_RF = np.array(numbers, dtype=np.float32).reshape(-1, len(NUMBERS))
+        stop_ids_RE = np.full((len(rows), stop_width(rows)), -1)
+        for row, stop_ids_E in zip(rows, stop_ids_RE, strict=True):
+            stop_ids_E[: len(row.stop_ids)] = row.stop_ids
+        return cls(to_device(numbers_RF), to_device(stop_ids_RE))
+
+    def select(self, chosen_R: Tensor) -> "Controls":
+        """Some of the rows, by index or by mask."""
+        return Controls(self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R])
+
+    def with_level(self, level_R: Tensor) -> "Controls":
+        """The same controls at other levels, in tensors of their own."""
+        numbers_RF = self.numbers_RF.clone()
+        numbers_RF[:, LEVEL] = level_R
+        return Controls(numbers_RF, self.stop_ids_RE)
+
+    @property
+    def law_R(self) -> Tensor:
+        """One of `LAW_CODES`."""
+        return self.numbers_RF[:, LAW]
+
+    @property
+    def temperature_R(self) -> Tensor:
+        """T, the request's own."""
+        return self.numbers_RF[:, TEMPERATURE]
+
+    @property
+    def logits_divisor_R(self) -> Tensor:
+        """What the rows were divided by before they came: T after a temperature stage, else 1."""
+        return self.numbers_RF[:, LOGITS_DIVISOR]
+
+    @property
+    def level_R(self) -> Tensor:
+        return self.numbers_RF[:, LEVEL]
+
+    @property
+    def log_min_p_R(self) -> Tensor:
+        """ln of the request's min_p; NaN where the guard follows the level."""
+        return self.numbers_RF[:, LOG_MIN_P]
+
+    @property
+    def max_temperature_R(self) -> Tensor:
+        return self.numbers_RF[:, MAX_TEMPERATURE]
+
+    @property
+    def dynatemp_range_R(self) -> Tensor:
+        return self.numbers_RF[:, DYNATEMP_RANGE]
+
+    @property
+    def dynatemp_exponent_R(self) -> Tensor:
+        return self.numbers_RF[:, DYNATEMP_EXPONENT]
+
+    @property
+    def target_entropy_R(self) -> Tensor:
+        """Nats, for the `budget` law's controller; the transform itself does not read it."""
+        return self.numbers_RF[:, TARGET_ENTROPY]
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """One request's row of `Controls`, on the host."""
+
+    numbers: tuple[float, ...]
+    """In the order of `NUMBERS`."""
+    stop_ids: tuple[int, ...]
+    """Distinct, none negative."""
+
+    def padded_stops(self, width: int) -> list[int]:
+        return [*self.stop_ids, *[-1] * (width - len(self.stop_ids))]
+
+
+def stop_width(rows: Iterable[ControlRow]) -> int:
+    """Columns that the stop tokens of these rows take: of the longest, up to a power of two.
+
+    Recomputed from the rows in use, it shrinks when a request with many stop tokens has left; the
+    steps keep a matrix of this width from changing with every request.
+    """
+    longest = max((len(row.stop_ids) for row in rows), default=0)
+    return 1 << max(longest - 1, 0).bit_length()
+
+
+def control_row(
+    diversity: Diversity, *, temperature: float, divided: float, stop_ids: frozenset[int]
+) -> ControlRow:
+    """The controls of one request.
+
+    Args:
+        temperature: the request's T, above 0.
+        divided: the logits' divisor: what they were divided by before the transform (T or 1).
+        stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
+
+    Raises:
+        ValueError: the temperature is not above 0: greedy rows are not transformed.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}; accepted: above 0 (0 stays greedy).")
+    numbers = {
+        "law": LAW_CODES[diversity.law],
+        "temperature": temperature,
+        "logits_divisor": divided,
+        "level": diversity.level or 0.0,
+        "log_min_p": math.nan if diversity.min_p is None else math.log(diversity.min_p),
+        "max_temperature": diversity.max_temperature or math.inf,
+        "dynatemp_range": diversity.dynatemp_range or 0.0,
+        "dynatemp_exponent": diversity.dynatemp_exponent or 1.0,
+        "target_entropy": diversity.target_entropy or 0.0,
+    }
+    tokens = sorted(token for token in stop_ids if token >= 0)
+    return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(tokens))

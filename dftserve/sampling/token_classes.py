@@ -1,0 +1,396 @@
+"""Token classes of a vocabulary: does a token begin a word, go on with one, or do neither?
+
+    start    a word begins in the token: a letter after a blank or punctuation; every token of a
+             script that is written without blanks (Han, Kana, Thai, Lao, Khmer, Myanmar)
+    inside   the token goes on with a word, a number or a character that is not whole yet
+    other    punctuation, blanks, first digits, symbols, special tokens, ids without a token
+
+What a token is depends on where the text before it ends, and one byte a token has it all:
+
+    bits 0-1, 2-3, 4-5   its class where the text ends outside a word, in a word, or in a word and a
+                         joiner (apostrophe, hyphen or underscore)
+    bits 6-7             where a text that ends in this token ends: 0, 1 or 2 as above
+
+Letters, digits and marks are Unicode's categories. A token is looked at as bytes: as its tokenizer
+decodes it, not as it writes it in its vocabulary.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Bytes = NDArray[np.uint8]
+Pieces = list[bytes | None]
+"""What each token id adds to a text; None for a special token, or an id without a token."""
+
+OTHER, START, INSIDE = range(3)
+OUTSIDE_WORD, IN_WORD, AT_JOINER = range(3)
+"""Where a text ends."""
+STATE_SHIFT, CLASS_MASK = 6, 3
+
+
+@dataclass(frozen=True, eq=False)
+class TokenClasses:
+    """The classes of one vocabulary: see the module's docstring for `packed_V`, uint8."""
+
+    packed_V: Bytes
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> "TokenClasses":
+        """The classes of a tokenizer's vocabulary, made once for each vocabulary in a process.
+
+        Args:
+            tokenizer: of `transformers` (fast, or slow with a vocabulary of a known form), of
+                `tokenizers`, or a `tiktoken.Encoding`.
+
+        Raises:
+            ValueError: its vocabulary is of no known form.
+        """
+        pieces = token_pieces(tokenizer)
+        key = _fingerprint(pieces)
+        if key not in _made:
+            _made[key] = cls.from_pieces(pieces)
+        _made.move_to_end(key)
+        while len(_made) > MAX_MADE:
+            _made.popitem(last=False)
+        return _made[key]
+
+    @classmethod
+    def from_pieces(cls, pieces: Pieces) -> "TokenClasses":
+        """From what each token id adds to a text."""
+        return cls(_packed(pieces))
+
+    def states(self) -> Bytes:
+        """uint8 [V]: where a text that ends in each token ends."""
+        return self.packed_V >> STATE_SHIFT
+
+    def classes_after(self, state: int) -> Bytes:
+        """uint8 [V]: the class of each token after a text that ends so."""
+        return (self.packed_V >> (2 * state)) & CLASS_MASK
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """`packed_V` on a device."""
+        # A tensor made in inference mode could not be used outside of it.
+        with torch.inference_mode(mode=False):
+            return torch.from_numpy(self.packed_V.copy()).to(device)
+
+
+MAX_MADE = 8
+_made: "OrderedDict[bytes, TokenClasses]" = OrderedDict()
+
+
+def _fingerprint(pieces: Pieces) -> bytes:
+    digest = hashlib.sha256()
+    digest.update(np.array([-1 if p is None else len(p) for p in pieces], np.int64).tobytes())
+    digest.update(b"".join(p for p in pieces if p))
+    return digest.digest()
+
+
+# ── What a token adds to a text ──────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a vocabulary writes its tokens."""
+
+    byte_level: bool = False
+    """Each byte as one printable character (GPT-2's table)."""
+    byte_fallback: bool = False
+    """Bytes of characters that are not in the vocabulary as <0xE2>."""
+    replaced: tuple[tuple[str, str], ...] = ()
+    """What decoding replaces: ▁ by a blank."""
+    continuing: str | None = None
+    """The prefix of tokens that follow without a blank: ##."""
+    ending: str | None = None
+    """The suffix of tokens that a blank follows: </w>."""
+
+
+def token_pieces(tokenizer: Any) -> Pieces:
+    """What each token id adds to a text, in bytes.
+
+    Raises:
+        ValueError: the tokenizer's vocabulary is of no known form.
+    """
+    if hasattr(tokenizer, "decode_single_token_bytes"):
+        return _of_tiktoken(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+    if hasattr(backend, "get_added_tokens_decoder"):
+        added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
+        special |= {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        form = _form_of_decoder(backend.decoder) or _form_of_vocabulary(vocabulary)
+    elif hasattr(tokenizer, "get_vocab"):
+        vocabulary = tokenizer.get_vocab()
+        added = {i: token for token, i in getattr(tokenizer, "get_added_vocab", dict)().items()}
+        form = _form_of_vocabulary(vocabulary)
+    else:
+        form, vocabulary, added = None, {}, {}
+    if form is None:
+        raise ValueError(
+            f"tokenizer: got {type(tokenizer).__name__}, whose vocabulary is of no known form; "
+            "accepted: byte-level BPE, SentencePiece, WordPiece, tiktoken."
+        )
+    return _pieces(vocabulary, added, special, form)
+
+
+def _of_tiktoken(encoding: Any) -> Pieces:
+    special = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
+    pieces: Pieces = []
+    for token in range(encoding.n_vocab):
+        try:
+            pieces.append(None if token in special else encoding.decode_single_token_bytes(token))
+        except KeyError:  # Ranks may have gaps.
+            pieces.append(None)
+    return pieces
+
+
+def _form_of_decoder(decoder: Any) -> _Form | None:
+    """From the decoder of a `tokenizers` tokenizer; None where it does not tell."""
+    if decoder is None:
+        return None
+    said = json.loads(decoder.__getstate__())
+    steps = said["decoders"] if said["type"] == "Sequence" else [said]
+    kinds = {step["type"]: step for step in steps}
+    if "ByteLevel" in kinds:
+        return _Form(byte_level=True)
+    if "WordPiece" in kinds:
+        return _Form(continuing=kinds["WordPiece"]["prefix"])
+    if "BPEDecoder" in kinds:
+        return _Form(ending=kinds["BPEDecoder"]["suffix"])
+    replaced = [
+        (step["pattern"]["String"], step["content"])
+        for step in steps
+        if step["type"] == "Replace" and "String" in step["pattern"]
+    ]
+    if "Metaspace" in kinds:
+        replaced.append((kinds["Metaspace"]["replacement"], " "))
+    if not replaced:
+        return None
+    return _Form(byte_fallback="ByteFallback" in kinds, replaced=tuple(replaced))
+
+
+def _form_of_vocabulary(vocabulary: Mapping[Any, int]) -> _Form | None:
+    """By how most tokens that tell something are written."""
+    if any(isinstance(token, bytes) for token in vocabulary):
+        return _Form()
+    counts = {
+        _Form(byte_level=True): sum(token[:1] in ("Ġ", "Ċ") for token in vocabulary),
+        _Form(byte_fallback=True, replaced=(("▁", " "),)): sum("▁" in t for t in vocabulary),
+        _Form(continuing="##"): sum(token.startswith("##") for token in vocabulary),
+        _Form(ending="</w>"): sum(token.endswith("</w>") for token in vocabulary),
+    }
+    form = max(counts, key=lambda form: counts[form])
+    return form if counts[form] else None
+
+
+def _pieces(
+    vocabulary: Mapping[Any, int], added: Mapping[int, str], special: frozenset[int], form: _Form
+) -> Pieces:
+    pieces: Pieces = [None] * (1 + max([*vocabulary.values(), *added], default=-1))
+    piece_of = _byte_level_piece if form.byte_level else _other_piece
+    for token, i in vocabulary.items():
+        if i not in special:
+            pieces[i] = token if isinstance(token, bytes) else piece_of(token, form)
+    for i, text in added.items():
+        pieces[i] = None if i in special else text.encode("utf-8", "surrogatepass")
+    return pieces
+
+
+@cache
+def _byte_of_character() -> dict[int, int]:
+    """GPT-2's table, the other way round: printable bytes stand for themselves, the others have
+    the characters from U+0100 on, in their order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {b: b for b in printable} | {0x100 + n: byte for n, byte in enumerate(hidden)}
+
+
+def _byte_level_piece(token: str, form: _Form) -> bytes:
+    try:
+        return token.translate(_byte_of_character()).encode("latin-1")
+    except UnicodeEncodeError:  # No character of the table: a token that is written as it is.
+        return token.encode("utf-8", "surrogatepass")
+
+
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _other_piece(token: str, form: _Form) -> bytes:
+    if form.byte_fallback and (byte := _FALLBACK.fullmatch(token)):
+        return bytes([int(byte[1], 16)])
+    for old, new in form.replaced:
+        token = token.replace(old, new)
+    if form.continuing is not None:
+        # Whatever is not marked as continuing follows a blank.
+        is_continuing = token.startswith(form.continuing)
+        token = token[len(form.continuing) :] if is_continuing else f" {token}"
+    if form.ending is not None and token.endswith(form.ending):
+        token = f"{token[: -len(form.ending)]} "
+    return token.encode("utf-8", "surrogatepass")
+
+
+# ── Classes ──────────────────────────────────────────────────────────────────────────────────────
+
+_BLANK, _LETTER, _UNSPACED, _DIGIT, _EXTEND, _JOINER, _CONNECTOR, _SYMBOL = range(8)
+"""Kinds of characters."""
+
+_JOINERS = frozenset("'’ʼ＇-‐‑־׳״·")
+"""Between letters, they belong to the word: apostrophes, hyphens, Hebrew and Catalan marks."""
+_UNSPACED_NAMES = (
+    "CJK",
+    "IDEOGRAPHIC",
+    "HIRAGANA",
+    "KATAKANA",
+    "HALFWIDTH KATAKANA",
+    "BOPOMOFO",
+    "YI ",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TAI ",
+    "NEW TAI",
+    "JAVANESE",
+    "BALINESE",
+)
+"""How Unicode's names of letters of scripts without blanks begin."""
+
+
+def _kind(character: str) -> int:
+    point = ord(character)
+    if 0xDC80 <= point < 0xDCC0:  # A byte that goes on with a character, on its own.
+        return _EXTEND
+    if 0xDCC0 <= point <= 0xDCFF:
+        return _kind_of_prefix(bytes([point - 0xDC00]))
+    category = unicodedata.category(character)
+    if character in _JOINERS:
+        return _JOINER
+    if category[0] == "Z" or character.isspace():
+        return _BLANK
+    if category in ("Mn", "Mc", "Me", "Cf"):
+        return _EXTEND
+    if category[0] == "L" or category == "Nl":
+        is_unspaced = unicodedata.name(character, "").startswith(_UNSPACED_NAMES)
+        return _UNSPACED if is_unspaced else _LETTER
+    if category == "Nd":
+        return _DIGIT
+    return _CONNECTOR if category == "Pc" else _SYMBOL
+
+
+MAX_SAMPLED = 1024
+
+
+@cache
+def _kind_of_prefix(prefix: bytes) -> int:
+    """The kind of most characters whose first bytes these are."""
+    lead = prefix[0]
+    if prefix in (b"\xf0", b"\xf0\x9f"):
+        return _SYMBOL  # By number it is rare Han; in texts it is emoji.
+    length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    missing = length - len(prefix)
+    if not 0xC2 <= lead <= 0xF4 or missing < 1:
+        return _SYMBOL  # In no UTF-8.
+    point = lead & (0x7F >> length)
+    for byte in prefix[1:]:
+        point = point << 6 | byte & 0x3F
+    low = max(point << 6 * missing, (0x80, 0x800, 0x10000)[length - 2])
+    high = min((point + 1 << 6 * missing) - 1, 0x10FFFF)
+    sampled = map(chr, range(low, high + 1, max((high - low) // MAX_SAMPLED, 1)))
+    kinds = [_kind(c) for c in sampled if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+    return max(set(kinds), key=kinds.count) if kinds else _SYMBOL
+
+
+def _kinds(text: str) -> Bytes:
+    """uint8, the kind of each character; bytes of characters that are not whole are the lone
+    surrogates of "surrogateescape"."""
+    points_N = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    unique, inverse_N = np.unique(points_N, return_inverse=True)
+    kinds_N = np.array([_kind(chr(p)) for p in unique.tolist()], np.uint8)[inverse_N]
+    # The bytes behind a leading one tell more of the character.
+    for n in np.flatnonzero((points_N >= 0xDCE0) & (points_N <= 0xDCF4)).tolist():
+        end = n + 1
+        while end < min(n + 3, len(points_N)) and 0xDC80 <= points_N[end] < 0xDCC0:
+            end += 1
+        kinds_N[n] = _kind_of_prefix(bytes((points_N[n:end] - 0xDC00).tolist()))
+    return kinds_N
+
+
+def _packed(pieces: Pieces) -> Bytes:
+    """The byte of each token; 0, which is `other` outside a word, where there is no text."""
+    packed_V = np.zeros(len(pieces), np.uint8)
+    texts = [piece.decode("utf-8", "surrogateescape") if piece else "" for piece in pieces]
+    lengths_V = np.fromiter(map(len, texts), np.int64, len(texts))
+    filled = np.flatnonzero(lengths_V)
+    if not len(filled):
+        return packed_V
+    # A NUL between them: no byte of one token is taken for the next one's.
+    kinds_N = _kinds("\0".join(texts[v] for v in filled.tolist()))
+    ends_W = np.cumsum(lengths_V[filled] + 1) - 1
+    begins_W = ends_W - lengths_V[filled]
+    by_state = _classes(kinds_N, begins_W, ends_W)
+    packed_V[filled] = sum(c << (2 * state) for state, c in enumerate(by_state)) | (
+        _states(kinds_N, begins_W, ends_W) << STATE_SHIFT
+    )
+    return packed_V
+
+
+def _classes(kinds_N: Bytes, begins_W: NDArray, ends_W: NDArray) -> tuple[Bytes, Bytes, Bytes]:
+    """uint8 [W] for each of `OUTSIDE_WORD`, `IN_WORD`, `AT_JOINER`."""
+    place_N = np.arange(len(kinds_N))
+    beyond = len(kinds_N)
+
+    def first(of: Iterable[int]) -> NDArray:
+        """Where each token has the first character of these kinds."""
+        found_N = np.where(np.isin(kinds_N, list(of)), place_N, beyond)
+        # From each beginning to the next one: the separator between them is of no such kind.
+        return np.minimum.reduceat(found_N, begins_W)
+
+    letter_W, digit_W = first([_LETTER, _UNSPACED]), first([_DIGIT])
+    has_word_W = letter_W < digit_W
+    kind_W = kinds_N[begins_W]
+    next_W = np.where(begins_W + 1 < ends_W, kinds_N[np.minimum(begins_W + 1, beyond - 1)], _SYMBOL)
+    joins_W = (kind_W == _JOINER) & (next_W == _LETTER)
+    opens_W = np.where(has_word_W, START, OTHER)
+    outside = {_UNSPACED: START, _LETTER: START, _EXTEND: INSIDE, _DIGIT: OTHER}
+    in_word = {
+        _UNSPACED: START,
+        _LETTER: INSIDE,
+        _EXTEND: INSIDE,
+        _DIGIT: INSIDE,
+        _CONNECTOR: INSIDE,
+    }
+    at_joiner = in_word | {_DIGIT: OTHER}
+
+    def by_kind(classes: Mapping[int, int], joined: int) -> Bytes:
+        chosen = [kind_W == kind for kind in classes]
+        class_W = np.select([joins_W, *chosen], [joined, *classes.values()], opens_W)
+        return class_W.astype(np.uint8)
+
+    return by_kind(outside, START), by_kind(in_word, INSIDE), by_kind(at_joiner, START)
+
+
+def _states(kinds_N: Bytes, begins_W: NDArray, ends_W: NDArray) -> Bytes:
+    """uint8 [W]: where a text that ends in each token ends."""
+    place_N = np.arange(len(kinds_N))
+    # Marks belong to the character before them; the separators are not marks either.
+    base_N = np.where(kinds_N != _EXTEND, place_N, -1)
+    base_N[ends_W[ends_W < len(kinds_N)]] = -1
+    last_W = np.maximum.reduceat(base_N, begins_W)
+    kind_W = np.where(last_W >= 0, kinds_N[last_W], _LETTER)
+    before_W = kinds_N[np.maximum(last_W - 1, 0)]
+    follows_W = np.isin(before_W, [_LETTER, _DIGIT, _EXTEND, _CONNECTOR]) | (last_W == begins_W)
+    is_joiner_W = np.isin(kind_W, [_JOINER, _CONNECTOR]) & follows_W
+    is_word_W = np.isin(kind_W, [_LETTER, _DIGIT])
+    return np.select([is_joiner_W, is_word_W], [AT_JOINER, IN_WORD], OUTSIDE_WORD).astype(np.uint8)

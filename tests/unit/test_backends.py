@@ -1,0 +1,206 @@
+"""Which backend is chosen on a device, that an engine starts whatever its kernels do, and that the
+laws' constants reach every backend."""
+
+import logging
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dftserve.sampling import Controls, LawConstants, Slots, control_row, get_backend
+from dftserve.sampling.backends import checked_class
+from dftserve.sampling.backends.numba import NumbaBackend
+from dftserve.sampling.backends.numba_slots import NumbaSlots
+from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.sampling.controls import CONSTANTS
+from dftserve.sampling.transform import transform as plain
+from dftserve.spec import parse
+from tests.rows import make_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def undecided():
+    checked_class.cache_clear()
+    yield
+    checked_class.cache_clear()
+
+
+def test_each_engine_has_buffers_of_its_own():
+    one, other = get_backend(CPU), get_backend(CPU)
+    assert isinstance(one, NumbaBackend)
+    assert isinstance(one.create_slots(1, 1), NumbaSlots)
+    assert one is not other
+
+
+def test_a_device_without_kernels_takes_plain_torch(caplog):
+    assert isinstance(get_backend("meta"), TorchBackend)
+    assert not caplog.records
+
+
+def test_without_a_compiler_it_is_plain_torch(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "dftserve.sampling.backends.numba", None)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "no kernels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda row_XV: row_XV.mul_(1.01), lambda row_XV: row_XV.fill_(0)], ids=["1 %", "all"]
+)
+def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
+    def wrong(self, logits_XV, controls, rows_R=None):
+        done = plain(logits_XV, controls, rows_R)
+        spoil(logits_XV)
+        return done
+
+    monkeypatch.setattr(NumbaBackend, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        backend = get_backend(CPU)
+    assert isinstance(backend, TorchBackend)
+    assert "disagree" in caplog.text
+    assert type(backend.create_slots(1, 1)) is Slots
+
+
+def _many_stops(logits_XV, controls, rows_R, calls):
+    return controls.stop_ids_RE.shape[1] == 128
+
+
+def _padded_rows(logits_XV, controls, rows_R, calls):
+    return logits_XV.stride(0) != logits_XV.shape[1]
+
+
+def _a_later_call(logits_XV, controls, rows_R, calls):
+    return calls > 1
+
+
+def _some_rows(logits_XV, controls, rows_R, calls):
+    return rows_R is not None
+
+
+@pytest.mark.parametrize("case", [_many_stops, _padded_rows, _a_later_call, _some_rows])
+def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, caplog):
+    """In the last row only: one row is not enough to see it."""
+    calls = []
+
+    def wrong(self, logits_XV, controls, rows_R=None):
+        calls.append(self)
+        done = plain(logits_XV, controls, rows_R)
+        if case(logits_XV, controls, rows_R, calls.count(self)):
+            logits_XV[2].mul_(1.01)
+        return done
+
+    monkeypatch.setattr(NumbaBackend, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "disagree" in caplog.text
+
+
+def test_kernels_that_touch_an_invalid_row_are_not_used(monkeypatch, caplog):
+    def wrong(self, logits_XV, controls, rows_R=None):
+        done = plain(logits_XV, controls, rows_R)
+        logits_XV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        return done
+
+    monkeypatch.setattr(NumbaBackend, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "disagree" in caplog.text
+
+
+def test_slots_that_forget_what_a_resumed_request_had_are_not_used(monkeypatch, caplog):
+    opens = NumbaSlots.open
+    monkeypatch.setattr(NumbaSlots, "open", lambda self, slot, *_, **__: opens(self, slot))
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "disagree" in caplog.text
+
+
+def test_slots_that_are_wrong_are_not_used(monkeypatch, caplog):
+    """They steer, and count nothing."""
+    monkeypatch.setattr(NumbaSlots, "stage_step", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "disagree" in caplog.text
+
+
+def test_kernels_that_fail_are_not_used(monkeypatch, caplog):
+    def failing(self, logits_XV, controls, rows_R=None):
+        raise RuntimeError("a compiler that fails")
+
+    monkeypatch.setattr(NumbaBackend, "__call__", failing)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "a compiler that fails" in caplog.text
+
+
+COOLED = {"law": "dynatemp", "dynatemp_range": 1.0, "dynatemp_exponent": 10.0}
+# Another value of each constant of the transform, and a request that it concerns.
+OTHERS = {
+    "guard_start": (0.3, {"level": 0.1}),
+    "guard_end": (0.3, {"level": 1.0}),
+    "strength": (0.0, {"level": 1.0}),
+    "gate_power": (0.0, {"level": 1.0}),
+    "lowest_temperature": (0.5, COOLED),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_a_constant_reaches_the_kernels(name):
+    """As if it were the default: what plain torch samples, which is not what it samples by
+    default."""
+    value, diversity = OTHERS[name]
+    constants = replace(LawConstants(), **{name: value})
+    row = control_row(parse(diversity), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
+    source_RV = make_rows(["gaussian", "zipf", "few"], 300, seed=1)
+    controls = Controls.stack([row] * 3)
+    after = {}
+    for kind, given in ((NumbaBackend, constants), (TorchBackend, constants), (TorchBackend, None)):
+        logits_RV = source_RV.clone()
+        backend = kind(CPU, given) if given is not None else kind(CPU)
+        entropy_R = backend(logits_RV, controls).entropy_after_R.clone()
+        after[kind, given] = logits_RV, entropy_R
+    got, expected, by_default = after.values()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(expected[1], by_default[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"budget_rate": 0.05},
+        {"strength": 4.0},
+        {"budget_lowest_level": -0.01},
+        {"budget_highest_level": 0.01},
+        {"budget_open_loop": 30},
+    ],
+    ids=str,
+)
+def test_a_constant_of_the_controller_reaches_the_kernels(changed):
+    constants = replace(LawConstants(), **changed)
+    got = _steered(NumbaBackend(CPU, constants))
+    torch.testing.assert_close(got, _steered(TorchBackend(CPU, constants)))
+    assert not torch.allclose(got, _steered(TorchBackend(CPU)))
+
+
+def _steered(backend):
+    """The levels of two requests after twenty tokens: one above its target, one below."""
+    asked = [parse({"law": "budget", "target_entropy": target}) for target in (0.5, 3.0)]
+    rows = [control_row(d, temperature=1.0, divided=1.0, stop_ids=frozenset()) for d in asked]
+    controls, slots = Controls.stack(rows), backend.create_slots(2, 1)
+    slot_R, zero_R = torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    ones_R = torch.ones(2, dtype=torch.bool)
+    for step in range(20):
+        level_R = slots.commit_accepted(controls, slot_R, zero_R + step, zero_R).level_R
+        logits_RV = make_rows(["gaussian"] * 2, 100, seed=step)
+        statistics = backend(logits_RV, controls.with_level(level_R))
+        slots.stage_step(slot_R, zero_R + step, zero_R, ones_R, statistics)
+    return level_R
+
+
+def test_constants_are_packed_in_the_order_of_their_columns():
+    constants = LawConstants(strength=3.0, budget_open_loop=7)
+    assert constants.packed == tuple(getattr(constants, name) for name in CONSTANTS)
+    assert constants.packed[CONSTANTS.index("budget_open_loop")] == 7.0

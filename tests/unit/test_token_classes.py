@@ -1,0 +1,314 @@
+"""Token classes against Unicode's word segmentation of the text that the tokens make."""
+
+import math
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from dftserve.sampling.token_classes import (
+    AT_JOINER,
+    IN_WORD,
+    INSIDE,
+    OTHER,
+    OUTSIDE_WORD,
+    START,
+    TokenClasses,
+    token_pieces,
+)
+
+TEXTS = {
+    "English": (
+        "It was the best of times, it was the worst of times; we had everything before us. “Don't "
+        "go,” said the well-known captain's sister-in-law, who didn't like 1,984 of the old ships' "
+        "3rd-rate sails (or so she'd say). In 1805 they'd sailed 12 leagues — twenty-one, perhaps. "
+        "“Perhaps,” he said. “Never,” said she. “Go,” they said."
+    ),
+    "French": (
+        "Tous les êtres humains naissent libres et égaux en dignité et en droits. Longtemps, je me "
+        "suis couché de bonne heure. L'homme qu'il aperçut aujourd'hui n'était peut-être que "
+        "l'ombre d'un garçon : « Où vas-tu ? » demanda-t-elle. Ils étaient là depuis l'été 1793."
+    ),
+    "German": (
+        "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Über allen Gipfeln ist "
+        "Ruh; in allen Wipfeln spürest du kaum einen Hauch. Das Donaudampfschifffahrts-Büro war "
+        "schon geschlossen, größer und heißer als im Jahre 1871."
+    ),
+    "Russian": (
+        "Все люди рождаются свободными и равными в своём достоинстве и правах. Все счастливые "
+        "семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему. Кто-то "
+        "спросил: «Который час?» Было 7 часов."
+    ),
+    "Arabic": (
+        "يولد جميع الناس أحراراً متساوين في الكرامة والحقوق، وقد وهبوا عقلاً وضميراً وعليهم أن "
+        "يعامل بعضهم بعضاً بروح الإخاء. كان يا ما كان، في قديم الزمان، ١٢ ملكاً."
+    ),
+    "Hindi": (
+        "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। उन्हें बुद्धि और "
+        "अन्तरात्मा की देन प्राप्त है और परस्पर उन्हें भाईचारे के भाव से बर्ताव करना चाहिए। १२ लोग आए।"
+    ),
+    "Korean": (
+        "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 인간은 천부적으로 이성과 양심을 "
+        "부여받았으며 서로 형제애의 정신으로 행동하여야 한다. 1948년 12월 10일에 말했다."
+    ),
+}
+PUBLIC = list(TEXTS.values())
+
+
+def byte_level_bpe() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
+    )
+    made.train_from_iterator(PUBLIC, trainer)
+    return made
+
+
+def sentencepiece_bpe() -> Tokenizer:
+    """As Llama's and Gemma's: ▁ for blanks, and bytes for what the vocabulary lacks."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence(steps)
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<unk>", "</s>", *fallback], show_progress=False
+    )
+    # Letters beyond ASCII stay out of the vocabulary, so that bytes stand for them.
+    made.train_from_iterator([TEXTS["English"].encode("ascii", "ignore").decode()], trainer)
+    return made
+
+
+def unigram() -> Tokenizer:
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=700, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator(PUBLIC, trainer)
+    return made
+
+
+def word_piece() -> Tokenizer:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=900, special_tokens=["[UNK]"], show_progress=False
+    )
+    made.train_from_iterator(PUBLIC, trainer)
+    return made
+
+
+class Tiktoken:
+    """An encoding of tiktoken with the ids of a `tokenizers` one."""
+
+    def __init__(self, vocabulary: dict[bytes, int]) -> None:
+        pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+        special = {"<|end|>": max(vocabulary.values()) + 5}
+        self.encoding = tiktoken.Encoding(
+            "test", pat_str=pattern, mergeable_ranks=vocabulary, special_tokens=special
+        )
+
+
+def tiktoken_encoding() -> tiktoken.Encoding:
+    """Its pattern lets one punctuation mark begin a token of letters, as GPT-4's does."""
+    pieces = [piece for piece in token_pieces(byte_level_bpe()) if piece]
+    return Tiktoken({piece: rank for rank, piece in enumerate(pieces)}).encoding
+
+
+TOKENIZERS = {
+    make.__name__: make
+    for make in (byte_level_bpe, sentencepiece_bpe, unigram, word_piece, tiktoken_encoding)
+}
+
+
+@pytest.fixture(scope="module", params=list(TOKENIZERS))
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    found = tokenizer.encode(text)
+    return found if isinstance(found, list) else found.ids
+
+
+def by_table(classes: TokenClasses, ids: list[int]) -> list[int]:
+    """The class of each token, from the token before it alone."""
+    states = classes.states()
+    after = [classes.classes_after(state) for state in (OUTSIDE_WORD, IN_WORD, AT_JOINER)]
+    said, state = [], OUTSIDE_WORD
+    for token in ids:
+        said.append(int(after[state][token]))
+        state = states[token]
+    return said
+
+
+HYPHENS = "-‐‑"
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """(begin, end) of each word or number: Unicode's segments that hold a letter or a digit.
+
+    Unlike Unicode, hyphens between letters join, and what is neither an apostrophe nor a letter
+    does not: "e.g" is two words, and so is "1,984".
+    """
+    segments = [match.span() for match in regex.finditer(r"(?w)\b.+?\b", text, regex.DOTALL)]
+    parts: list[tuple[int, int]] = []
+    for begin, end in segments:
+        for match in regex.finditer(r"[^.,:;٫٬]+", text[begin:end]):
+            parts.append((begin + match.start(), begin + match.end()))
+    joined: list[tuple[int, int]] = []
+    for begin, end in parts:
+        if not regex.search(r"[\p{L}\p{Nd}\p{Nl}]", text[begin:end]):
+            continue
+        last = joined[-1] if joined else None
+        between = text[last[1] : begin] if last else ""
+        if last and between in [*HYPHENS] and _letters(text, last[1] - 1) and _letters(text, begin):
+            joined[-1] = (last[0], end)
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _letters(text: str, place: int) -> bool:
+    return regex.match(r"[\p{L}\p{M}\p{Nd}]", text[place]) is not None
+
+
+def by_text(pieces: list[bytes]) -> list[int]:
+    """The class of each token, from the words of the whole text."""
+    whole = b"".join(pieces)
+    text = whole.decode("utf-8", "replace")
+    place = np.cumsum([0, *(len(character.encode()) for character in text)])
+    words = [(place[begin], place[end], text[begin]) for begin, end in words_of(text)]
+    is_begun = set(place.tolist())
+    said, begin = [], 0
+    for piece in pieces:
+        end = begin + len(piece)
+        inside = any(b < begin < e for b, e, _ in words) or begin not in is_begun
+        begins = [first for b, _, first in words if begin <= b < end]
+        is_start = bool(begins) and not begins[0].isdigit()
+        said.append(INSIDE if inside else START if is_start else OTHER)
+        # Whether a letter follows is not known yet.
+        is_joiner = piece.decode("utf-8", "replace") in ("'", "’", *HYPHENS)
+        said[-1] = OTHER if is_joiner else said[-1]
+        begin = end
+    return said
+
+
+def agreement(tokenizer, ids: list[int]) -> float:
+    pieces = token_pieces(tokenizer)
+    ids = [i for i in ids if pieces[i] is not None]
+    said = by_table(TokenClasses.from_tokenizer(tokenizer), ids)
+    expected = by_text([pieces[i] or b"" for i in ids])
+    return float(np.mean(np.array(said) == np.array(expected)))
+
+
+@pytest.mark.parametrize("language", list(TEXTS))
+def test_classes_follow_the_words_of_a_text(tokenizer, language):
+    ids = encode(tokenizer, TEXTS[language])
+    assert len(ids) > 40
+    pieces = token_pieces(tokenizer)
+    kept = [i for i in ids if pieces[i] is not None]
+    said = by_table(TokenClasses.from_tokenizer(tokenizer), kept)
+    expected = by_text([pieces[i] or b"" for i in kept])
+    wrong = [
+        (pieces[kept[max(n - 1, 0)]], pieces[kept[n]], said[n], expected[n])
+        for n in range(len(kept))
+        if said[n] != expected[n]
+    ]
+    # One in a short text may be a byte that is common to a letter and something else.
+    assert len(wrong) <= max(0.005 * len(kept), 1), wrong
+
+
+def test_classes_follow_the_words_of_random_tokens(tokenizer):
+    """Tokens in no order: many a text that nobody writes."""
+    pieces = token_pieces(tokenizer)
+    # Single bytes in no order are no characters, and symbols between letters no words.
+    known = [i for i, p in enumerate(pieces) if p and _is_text(p)]
+    ids = np.random.default_rng(0).choice(known, 400).tolist()
+    assert agreement(tokenizer, ids) >= 0.97
+
+
+def _is_text(piece: bytes) -> bool:
+    try:
+        return bool(regex.search(r"[\p{L}\p{Nd}\s]", piece.decode()))
+    except UnicodeDecodeError:
+        return False
+
+
+def classes_of(*pieces: str | bytes) -> list[int]:
+    """The class of the last piece behind the others."""
+    given = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+    return by_table(TokenClasses.from_pieces([*given]), list(range(len(given))))
+
+
+CASES = [
+    (["get", "Name"], [START, INSIDE]),
+    (["snake", "_case"], [START, INSIDE]),
+    (["snake", "_", "case"], [START, INSIDE, INSIDE]),
+    ([" don", "'t"], [START, INSIDE]),
+    ([" don", "’", "t"], [START, OTHER, INSIDE]),
+    ([" '", "tis"], [OTHER, START]),
+    ([" -", "x"], [OTHER, START]),
+    (["well", "-known"], [START, INSIDE]),
+    (["well", "-", "known"], [START, OTHER, INSIDE]),
+    (["well", "--", "known"], [START, OTHER, START]),
+    ([" 19", "84"], [OTHER, INSIDE]),
+    (["19", "-", "84"], [OTHER, OTHER, OTHER]),
+    (["3", "rd"], [OTHER, INSIDE]),
+    (["GPT", "4"], [START, INSIDE]),
+    (["漢字", "漢", "A"], [START, START, START]),
+    (["ひらがな", "カタカナ", "。"], [START, START, OTHER]),
+    (["สวัส", "ดี", "ครับ"], [START, START, START]),
+    (["한국", "어", " 말"], [START, INSIDE, START]),
+    (["שלום", " עולם", "ים"], [START, START, INSIDE]),
+    (["क", "ि", "त"], [START, INSIDE, INSIDE]),
+    (["caf", b"\xc3", b"\xa9", "s"], [START, INSIDE, INSIDE, INSIDE]),
+    ([b"\xe6", b"\xbc", b"\xa2"], [START, INSIDE, INSIDE]),
+    ([" ", b"\xe2\x80", b"\x9c", "\n\n"], [OTHER, OTHER, INSIDE, OTHER]),
+    ([b"\xf0\x9f", b"\x98\x80"], [OTHER, INSIDE]),
+    (["\nThe", "(the", ".", " "], [START, START, OTHER, OTHER]),
+]
+
+
+@pytest.mark.parametrize(("pieces", "expected"), CASES)
+def test_classes_of_a_few_tokens(pieces, expected):
+    assert classes_of(*pieces) == expected
+
+
+def test_special_tokens_and_ids_without_a_token_are_other(tokenizer):
+    pieces, classes = token_pieces(tokenizer), TokenClasses.from_tokenizer(tokenizer)
+    absent = [i for i, piece in enumerate(pieces) if piece is None]
+    assert absent
+    assert not classes.packed_V[absent].any()
+
+
+def test_one_vocabulary_is_classified_once():
+    assert TokenClasses.from_tokenizer(byte_level_bpe()) is TokenClasses.from_tokenizer(
+        byte_level_bpe()
+    )
+
+
+def test_a_vocabulary_of_no_known_form_is_refused():
+    with pytest.raises(ValueError, match="got object, whose vocabulary is of no known form"):
+        TokenClasses.from_tokenizer(object())
+
+
+def test_every_piece_of_a_character_has_a_class():
+    """All prefixes of UTF-8 characters; none raises, and what goes on with one is inside."""
+    points = [*range(0x80, 0x3000, 37), *range(0x3000, 0x30000, 1009), 0x1F600, 0x10FFFF]
+    characters = [chr(p).encode() for p in points if not 0xD800 <= p < 0xE000]
+    tails = [character[cut:] for character in characters for cut in range(1, len(character))]
+    heads = [character[:cut] for character in characters for cut in range(1, len(character))]
+    classes = TokenClasses.from_pieces([*heads, *tails])
+    for state in (OUTSIDE_WORD, IN_WORD, AT_JOINER):
+        assert (classes.classes_after(state)[len(heads) :] == INSIDE).all()
+    assert math.isclose(len(classes.packed_V), len(heads) + len(tails))
