@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dftserve.bounded_files import chunks, open_file
+from dftserve.gguf import resolve
 from dftserve.model_folder import LARGEST_WEIGHTS, check_model_folder
 from dftserve.targets.document import Document
 from dftserve.targets.source import DenseSource, Rows
@@ -81,6 +82,7 @@ class Teacher(DenseSource):
         Raises:
             ValueError: nothing there that can be loaded, or as the constructor.
         """
+        path = resolve(str(path))
         folder = _folder(path)
         check_model_folder(folder)
         weights = sorted(folder.glob("*.safetensors"))
