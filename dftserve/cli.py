@@ -109,7 +109,7 @@ def doctor(
 @main.command()
 @click.argument("folder", default="build/demo", type=click.Path(file_okay=False, path_type=Path))
 def demo(folder: Path) -> None:
-    """Train a small model into FOLDER, serve it, and see what diversity does to it."""
+    """Ask a small model at three diversities, tune it, and ask it again; all is kept in FOLDER."""
     from dftserve.demo.run import demo
 
     with usage_errors():

@@ -61,7 +61,7 @@ def resolve(model: str, say: Say | None = None) -> str:
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder):
             if not folder.exists():  # Another process may have made it while we waited.
                 (say or _to_stderr)(f"Converting {file} to {folder}, once.")
                 convert(file, folder, digest=digest)
@@ -119,7 +119,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """One process at a time: each rank of torchrun resolves the same file at once."""
     with open(folder.with_name(folder.name + ".lock"), "wb") as lock:
         if fcntl is not None:
