@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python bench/first_law.py
     OMP_NUM_THREADS=1 python bench/first_law.py --stage well --sequences 200 --dev-sequences 0
 
-The demo's model, at two stages of its training, writes stories whose validity is decided by their
+The stories' model, at two stages of its training, writes stories whose validity is decided by their
 grammar. On a development split (its own prompts and seed) the law's constants and each rival's are
 searched by one criterion: the lead, the mean gain of diversity at equal validity over the best
 that any fixed guard and temperature do. On the other prompts the families meet at equal numbers
@@ -34,9 +34,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 from dftserve import spec
-from dftserve.demo import grammar
-from dftserve.demo.model import STEPS, build
 from dftserve.sampling import Controls, LawConstants, control_row, get_backend, transform
+from dftserve.stories import grammar
+from dftserve.stories.model import STEPS, build
 
 from provenance import machine, versions
 
@@ -668,7 +668,7 @@ SOURCES = ("words", "narrators", "grammar", "model")
 
 def writers(stages: Sequence[str]) -> list[Writer]:
     """The stages of the model, trained where the folder for this very grammar and model is bare."""
-    sources = [ROOT / "dftserve" / "demo" / f"{name}.py" for name in SOURCES]
+    sources = [ROOT / "dftserve" / "stories" / f"{name}.py" for name in SOURCES]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     folders = {s: ROOT / "build" / "first_law" / f"{digest}-{n}" for s, n in STAGES.items()}
     if not all(folder.exists() for folder in folders.values()):
@@ -740,7 +740,7 @@ def confirm(measured: Measurements, met: Mapping[str, list[Setting]]) -> dict[st
 @click.option("--dev-sequences", default=500, show_default=True, help="Per setting; 0: no search.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="The JSON's place.")
 def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> None:
-    """Compare the law with its rivals on the demo's model."""
+    """Compare the law with its rivals on the stories' model."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     measured = Measurements(

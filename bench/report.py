@@ -112,9 +112,9 @@ def first_law(document: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(
-        f"`bench/first_law.py`, the demo's grammar and model, on prompts that did not choose the "
-        f"constants (c = {constants['strength']:g}); 95 % intervals. Variety is the entropy of the "
-        "free choices in valid stories, as a share of uniform."
+        f"`bench/first_law.py`, a story grammar and a small model of it, on prompts that did not "
+        f"choose the constants (c = {constants['strength']:g}); 95 % intervals. Variety is the "
+        "entropy of the free choices in valid stories, as a share of uniform."
     )
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ Thin: each subcommand calls the module that does the work, and imports it only t
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -108,7 +109,7 @@ def doctor(
 @main.command()
 @click.argument("folder", default="build/demo", type=click.Path(file_okay=False, path_type=Path))
 def demo(folder: Path) -> None:
-    """Train a small model into FOLDER, serve it, and see what diversity does to it."""
+    """Ask a small model at three diversities, tune it, and ask it again; all is kept in FOLDER."""
     from dftserve.demo.run import demo
 
     with usage_errors():
@@ -137,8 +138,10 @@ def target_build(values: tuple[str, ...], **options) -> None:
     """
     with usage_errors():
         named = _named(values)
+        from dftserve.gguf import resolve
         from dftserve.targets.run import Job, build
 
+        options["model"] = resolve(options["model"])
         build(Job(values=named, **options), lambda line: click.echo(line, err=True))
 
 
@@ -149,9 +152,11 @@ def target_build(values: tuple[str, ...], **options) -> None:
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
 def target_inspect(folder: Path, model: str | None, as_json: bool, html: Path | None) -> None:
     """Show what the target store FOLDER holds."""
+    from dftserve.gguf import resolve
     from dftserve.targets.run import inspect
 
     with usage_errors():
+        model = resolve(model) if model is not None else None
         click.echo(inspect(folder, model=model, html=html, as_json=as_json))
 
 
@@ -180,9 +185,11 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
     """
     with usage_errors():
         named = _named(values)
+        from dftserve.gguf import resolve
         from dftserve.train import config as configs
 
         wanted = configs.load(config, named)
+        wanted = replace(wanted, model=resolve(wanted.model))
         if plan or as_json:
             from dftserve.train.plan import plan_of
 

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dftserve.bounded_files import read_json
+from dftserve.gguf import resolve
 from dftserve.model_folder import (
     CONFIG,
     INDEX,
@@ -104,8 +105,8 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
     """Find a model and refuse, in a sentence, what could not be used.
 
     Args:
-        model: a folder, or a name on the Hugging Face hub, from which no more than its
-            configuration is fetched.
+        model: a folder, a GGUF file or a folder of one (`gguf.resolve`), or a name on the Hugging
+            Face hub, from which no more than its configuration is fetched.
         weights: a folder must hold its weights; False where its configuration is enough. What is
             there must be whole either way.
 
@@ -113,6 +114,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
         ValueError: no such folder or name, no causal language model, code of its own, quantised or
             truncated weights, or files that `model_folder` refuses.
     """
+    model = resolve(str(model))
     folder = _fetched(model, ["*.json"])
     check_model_folder(folder)
     if not (folder / CONFIG).exists():

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
+from dftserve.gguf import resolve
 from dftserve.model_folder import check_model_folder
 from dftserve.spec import CHECKSUMS, Diversity, Promise, parse_json
 
@@ -33,6 +34,7 @@ HOST = "127.0.0.1"
 LOG_LINES = 30
 """How much of a failed server's log its error carries."""
 POLL_SECONDS = 0.25
+SERVED_NAME = "--served-model-name"
 SECRET_FLAGS = ("--api-key", "--hf-token")
 GRACE_SECONDS = 20.0
 """What a server has between SIGTERM and SIGKILL."""
@@ -91,13 +93,17 @@ def launch(
             `checkpoint` for what the checkpoint's dft.json suggests.
 
     A checkpoint that carries checksums is compared with them first, and the files of any folder
-    are looked through (`model_folder`).
+    are looked through (`model_folder`). A GGUF file is converted (`gguf`), and served under the
+    name that was given.
 
     Raises:
-        ValueError: the default is not acceptable, the checkpoint suggests none, or a file of it is
-            not what was written, or none that may be opened.
+        ValueError: the default is not acceptable, the checkpoint suggests none, a file of it is
+            not what was written, or none that may be opened, or a GGUF cannot be converted.
         RuntimeError: there is no vllm command.
     """
+    given, model = model, resolve(model)
+    if model != given and not any(map(_names_model, flags)):
+        flags = [*flags, SERVED_NAME, given]
     if os.path.lexists(Path(model) / CHECKSUMS):
         from dftserve import checkpoint
 
@@ -204,10 +210,14 @@ def _served_name(model: str, flags: Sequence[str]) -> str:
     """vLLM lets the last `--served-model-name` win, and the first of its names."""
     name = model
     for i, flag in enumerate(flags):
-        option, _, value = flag.partition("=")
-        if option.replace("_", "-") == "--served-model-name":
+        _, _, value = flag.partition("=")
+        if _names_model(flag):
             name = value or (flags[i + 1] if i + 1 < len(flags) else model)
     return name
+
+
+def _names_model(flag: str) -> bool:
+    return flag.partition("=")[0].replace("_", "-") == SERVED_NAME
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, timeout: float, log: Path) -> None:

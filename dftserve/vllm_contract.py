@@ -22,7 +22,7 @@ TRANSFORMERS = ("5.16.1", "5.25")
 """The first version of transformers that training and evaluation are tested on, and the first
 that they are not. Beside vLLM, its own narrower range holds."""
 
-Hook = Literal["field", "statistics", "answer", "processor V1", "processor V2", "numba"]
+Hook = Literal["field", "statistics", "answer", "processor V1", "processor V2", "numba", "seeds"]
 
 
 def minor(version: str) -> tuple[int, int] | None:
@@ -245,6 +245,16 @@ SYMBOLS: tuple[Symbol, ...] = (
         "numba",
         "vllm.triton_utils.dispatcher",
         ("_rebind_kernels", ("overrides",)),
+        required=False,
+    ),
+    *_needed(
+        "seeds",
+        "vllm.v1.worker.gpu_model_runner",
+        ("GPUModelRunner._sample", ("logits",)),
+        ("GPUModelRunner._bookkeeping_sync", ("scheduler_output", "sampler_output")),
+        "GPUModelRunner.input_batch",
+        "GPUModelRunner.discard_request_mask",
+        "GPUModelRunner.device",
         required=False,
     ),
 )

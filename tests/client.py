@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 
-from dftserve.demo.grammar import PROMPTS
+from dftserve.stories.grammar import PROMPTS
 from tests.conftest import KEY, Engine
 
 LIVELY = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}

@@ -74,13 +74,13 @@ def data() -> Path:
 def model_folder() -> Path:
     """A checkpoint that this project tuned, with sampling defaults that would cut.
 
-    The demo's model after a short training, and two small steps toward itself.
+    The stories' model after a short training, and two small steps toward itself.
     """
     from dftserve import checkpoint
-    from dftserve.demo.model import QUICK_STEPS
-    from dftserve.demo.tune import tune
+    from dftserve.stories.model import QUICK_STEPS
+    from dftserve.stories.tune import tune
 
-    sources = [*(ROOT / "dftserve/demo").glob("*"), *(ROOT / "dftserve/train").glob("*.py")]
+    sources = [*(ROOT / "dftserve/stories").glob("*"), *(ROOT / "dftserve/train").glob("*.py")]
     content = b"".join(path.read_bytes() for path in sorted(sources) if path.is_file())
     place = ROOT / "build" / "test-model" / hashlib.sha256(content).hexdigest()[:16]
     folder = tune(place, print, steps=QUICK_STEPS, **BRIEFLY)[-1].folder

@@ -1,5 +1,6 @@
-"""The embedded default of `make demo`: decidable stories and a small model of them.
+"""`make demo`: a real language model at three diversities, before and after a short tuning.
 
-`words` and `narrators` hold the language, `grammar` writes and reads it, `model` trains a language
-model on it, `run` shows that model at work. Importing this package loads none of them.
+`model` fetches it, `ask` asks it, `mark` finds what is shared, worn or wrong in what it wrote,
+`show` puts that on the terminal and on one page, `tune` tunes it on `prose.jsonl`, and `run` does
+one after the other. Importing this package loads none of them.
 """

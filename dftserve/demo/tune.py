@@ -1,114 +1,58 @@
-"""Tune the demo's model on a few hundred stories twice: plainly, and toward a distribution.
+"""Tune the demo's model toward a distribution, on paragraphs by eighteen authors, by LoRA.
 
-    tune(Path("build/demo"))
-
-Both runs start from the same model and read the same stories for the same steps; only the
-divergence differs. What a user would do by hand with `dftserve target build` and `dftserve train`.
+What a user would do with `dftserve target build` and `dftserve train`; `prose.md` names the texts.
 """
 
-import json
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from dftserve.bounded_files import read_json
-from dftserve.demo.grammar import PROMPTS, generate
-from dftserve.demo.model import STEPS, build
 from dftserve.targets.run import Job
 from dftserve.targets.run import build as build_targets
-from dftserve.train.config import DivergenceConfig, TrainConfig
+from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.run import FINAL, train
 
-RECIPE = Path(__file__).with_name("recipe.yaml")
-STORIES = 400
-DIVERGENCES = {
-    "sft": DivergenceConfig(name="sft"),
-    "dft": DivergenceConfig(name="forward_kl", target_weight=0.9),
-}
+HERE = Path(__file__).parent
+PROSE, RECIPE = HERE / "prose.jsonl", HERE / "recipe.yaml"
+HELDOUT = 0.1
+"""Share of the paragraphs that only measure."""
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """One of the two checkpoints."""
-
-    name: str
-    folder: Path
-
-    def figure(self, name: str) -> float:
-        """As measured on the held-out stories, nats a token."""
-        run = read_json(self.folder / "run.json", within=self.folder, largest=1 << 20, finite=False)
-        return run["figures"][name]
-
-
-def tune(
-    folder: Path,
-    say: Callable[[str], None],
-    *,
-    steps: int = STEPS,
-    stories: int = STORIES,
-    epochs: float = 3.0,
-    learning_rate: float = 1e-3,
-) -> list[Tuned]:
-    """Both checkpoints; what a former call has finished stays."""
-    base, texts, targets = folder / "base", folder / "stories.jsonl", folder / "targets"
-    if not base.exists():
-        say("Writing stories and training a small model on them, about a minute:")
-        folder.mkdir(parents=True, exist_ok=True)
-        build({base: steps})
-    if not targets.exists() or not (folder / "dft" / FINAL).exists():
-        say(f"Writing {stories} more stories, and for each of their tokens what may stand there:")
-        write_stories(texts, stories)
-        build_targets(
-            Job(
-                corpus=texts,
-                model=str(base),
-                recipe=str(RECIPE),
-                out=targets,
-                values={"teacher": str(base)},
-                heldout=0.15,
-            ),
-            lambda line: None,
+def tune(model: Path, folder: Path, say: Callable[[str], None]) -> Path:
+    """The tuned checkpoint's folder; what a former call has finished stays."""
+    targets, output = folder / "targets", folder / "dft"
+    if (output / FINAL).exists():
+        return output / FINAL
+    build_targets(
+        Job(
+            corpus=PROSE,
+            model=str(model),
+            recipe=str(RECIPE),
+            out=targets,
+            values={"teacher": str(model)},
+            heldout=HELDOUT,
+        ),
+        say,
+    )
+    return train(
+        TrainConfig(
+            model=str(model),
+            targets=str(targets),
+            output=str(output),
+            divergence=DivergenceConfig(name="forward_kl", target_weight=0.5),
+            lora=LoraConfig(rank=16, alpha=32),
+            max_length=256,
+            batch_size=4,
+            learning_rate=2e-3,
+            save_every=5,
+            keep=1,
+            evaluate_every=1000,
+            log_every=1000,
         )
-    return [
-        _tuned(folder, name, say, epochs=epochs, learning_rate=learning_rate)
-        for name in DIVERGENCES
-    ]
+    )
 
 
-def write_stories(path: Path, count: int, seed: int = 7) -> None:
-    """So many prompts and answers as .jsonl."""
-    rng = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        prompt = rng.choice(list(PROMPTS))
-        lines.append(json.dumps({"prompt": prompt, "response": generate(rng, prompt).text}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _tuned(
-    folder: Path, name: str, say: Callable[[str], None], *, epochs: float, learning_rate: float
-) -> Tuned:
-    final = folder / name / FINAL
-    if not final.exists():
-        words = {
-            "sft": "Plain fine-tuning on them (SFT):",
-            "dft": "Distribution fine-tuning (DFT):",
-        }
-        say(words[name])
-        train(
-            TrainConfig(
-                model=str(folder / "base"),
-                targets=str(folder / "targets"),
-                output=str(folder / name),
-                divergence=DIVERGENCES[name],
-                epochs=epochs,
-                max_length=512,
-                batch_size=4,
-                learning_rate=learning_rate,
-                evaluate_every=1000,
-                save_every=1000,
-                log_every=1000,
-            )
-        )
-    return Tuned(name, final)
+def held_out_figures(final: Path) -> dict[str, float]:
+    """Of the tuned model, nats a token of the paragraphs that were not trained on."""
+    run = read_json(final / "run.json", within=final, largest=1 << 20, finite=False)
+    return run["figures"]

@@ -19,6 +19,7 @@ WITHOUT: Mapping[Hook, str] = {
     "answer": "answers could not say what was in force, and the field is refused; no "
     "/v1/dft/capabilities and no dft:* metrics",
     "numba": "nothing guards vLLM's rebinding of kernels against numba; the field works",
+    "seeds": "on a CPU, requests with a seed may end the engine, as on stock vLLM; the field works",
 }
 """What is lost where a hook finds a symbol of its own missing."""
 

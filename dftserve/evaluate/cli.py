@@ -169,9 +169,10 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
         from transformers.utils import logging
 
         from dftserve.evaluate.perplexity import surprise
+        from dftserve.gguf import resolve
 
         logging.disable_progress_bar()
-        found = surprise(model, anchors, answers)
+        found = surprise(resolve(model), anchors, answers)
         click.echo(found.as_json() if as_json else found.render())
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dftserve.demo.grammar import PROMPTS
 from dftserve.lm import LanguageModel
+from dftserve.stories.grammar import PROMPTS
 from dftserve.targets.document import encode_text
 from dftserve.targets.served import ServedTeacher
 from dftserve.targets.teacher import Teacher

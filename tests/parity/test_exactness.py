@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 
-from dftserve.demo.grammar import generate
+from dftserve.stories.grammar import generate
 from tests.client import gather, post
 from tests.conftest import long
 from tests.reference import reference

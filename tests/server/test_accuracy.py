@@ -17,9 +17,9 @@ from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dftserve.demo.model import CHAT_TEMPLATE, END, PAD, SPECIALS, save
 from dftserve.evaluate.accuracy import lm_eval, sandbox
 from dftserve.evaluate.accuracy.run import Job, run
+from dftserve.stories.model import CHAT_TEMPLATE, END, PAD, SPECIALS, save
 from tests.client import metric
 from tests.conftest import KEY, engine_running
 from tests.reference import reference

@@ -153,7 +153,7 @@ def test_two_ranks_agree(model_folder, tmp_path, figure):
 
 
 def _even_heads(model_folder: Path, folder: Path) -> Path:
-    """A model whose heads two ranks can share, with the demo's tokenizer."""
+    """A model whose heads two ranks can share, with the stories' tokenizer."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=4096,

@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from dftserve.cli import main
-from dftserve.demo.grammar import PROMPTS
 from dftserve.evaluate import reference
 from dftserve.evaluate.text.windows import Sample
+from dftserve.stories.grammar import PROMPTS
 from tests.client import metric
 from tests.conftest import KEY
 from tests.texts import human_like

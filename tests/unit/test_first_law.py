@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dftserve.demo import grammar
 from dftserve.sampling import Controls, LawConstants, control_row
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
+from dftserve.stories import grammar
 from tests.future import no_future_warnings
 from tests.rows import make_rows
 from tests.training import VOCABULARY, small_model
@@ -44,7 +44,7 @@ def test_entropy_of_counts_by_hand(bench):
 
 
 def test_entropy_does_not_depend_on_how_many_texts_are_valid(bench):
-    """80 uniform options, as often as a demo slot is seen among 1,000 half-valid texts.
+    """80 uniform options, as often as a slot is seen among 1,000 half-valid texts.
 
     Mean of 200 draws: standard error below .0005 of uniform, so .005 is ten of them.
     """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.demo.grammar import ANY_STORY, PROMPTS, generate, options, parse, valid
+from dftserve.stories.grammar import ANY_STORY, PROMPTS, generate, options, parse, valid
 
 seeds = st.integers(0, 2**32 - 1)
 prompts = st.sampled_from(list(PROMPTS))

@@ -11,6 +11,8 @@
       .process_outputs
     build_app                           header, body, route, metrics
     _rebind_kernels                     survive that numba is loaded, as our kernels need it
+    GPUModelRunner._sample,             survive seeds on a CPU (seeds.py)
+      ._bookkeeping_sync
 
 Each is made when vLLM imports the module, once in a process. Whatever goes wrong with one stops
 nothing: the server starts, stock requests stay stock, and the field is refused with the reason
@@ -135,7 +137,7 @@ def _import_what_the_engine_runs() -> None:
     """The engine core and its workers may be other processes, from which nobody can refuse: what
     is missing there is missing here as well, and is seen when it is imported."""
     for hook in _installed:
-        if hook.module.startswith("vllm.v1."):
+        if hook.is_needed and hook.module.startswith("vllm.v1."):
             with contextlib.suppress(ImportError):  # `problems` names it.
                 importlib.import_module(hook.module)
 
@@ -229,6 +231,18 @@ def _survives_numba(rebind: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _takes_draws_back(sample: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import seeds
+
+    return seeds.takes_back(sample)
+
+
+def _leaves_offsets(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import seeds
+
+    return seeds.leaves_offsets(bookkeeping)
+
+
 _PROTOCOLS = {
     "ChatCompletionRequest": "vllm.entrypoints.openai.chat_completion.protocol",
     "CompletionRequest": "vllm.entrypoints.openai.completion.protocol",
@@ -246,6 +260,7 @@ REQUEST_HOOKS = (
 
 _WORKER = "vllm.v1.worker.worker_base"
 _OUTPUTS = "vllm.v1.engine.output_processor"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
 HOOKS = (
     *REQUEST_HOOKS,
     Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _remembers_configuration),
@@ -259,6 +274,8 @@ HOOKS = (
     Hook("vllm.entrypoints.launchers.app", "build_app", _extends_app),
     Hook("vllm.entrypoints.launchers.api_server.entry", "build_app", _extends_app),
     Hook("vllm.triton_utils.dispatcher", "_rebind_kernels", _survives_numba, is_needed=False),
+    Hook(_RUNNER, "GPUModelRunner._sample", _takes_draws_back, is_needed=False),
+    Hook(_RUNNER, "GPUModelRunner._bookkeeping_sync", _leaves_offsets, is_needed=False),
 )
 
 _installed: tuple[Hook, ...] = ()

@@ -1,4 +1,4 @@
-"""The word lists of the demo's stories: everything a narrator may pick freely."""
+"""The word lists of the stories: everything a narrator may pick freely."""
 
 from itertools import product
 

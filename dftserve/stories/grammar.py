@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from dftserve.demo.narrators import NARRATORS
-from dftserve.demo.words import LISTS, WOMEN
+from dftserve.stories.narrators import NARRATORS
+from dftserve.stories.words import LISTS, WOMEN
 
 ANY_STORY = "Tell me a story."
 PROMPTS: Mapping[str, Mapping[str, str]] = {

@@ -1,4 +1,4 @@
-"""The demo's tokenizer and checkpoint: ordinary ones, of the size they claim."""
+"""The stories' tokenizer and checkpoint: ordinary ones, of the size they claim."""
 
 import json
 import random
@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dftserve.demo.grammar import PROMPTS, generate
-from dftserve.demo.model import VOCABULARY, build
+from dftserve.stories.grammar import PROMPTS, generate
+from dftserve.stories.model import VOCABULARY, build
 
 
 @pytest.fixture(scope="module")

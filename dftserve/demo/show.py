@@ -1,0 +1,179 @@
+"""The demo's answers on a terminal and on one HTML page, with their marks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from statistics import fmean
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dftserve import page as html
+from dftserve.demo.ask import LEVELS, PROMPTS, TIMES, Answer
+from dftserve.demo.mark import ERROR, PHRASE, SHARED, Mark, Marked, can_find_errors, mark
+
+STYLES = {SHARED: "yellow", PHRASE: "magenta", ERROR: "red underline"}
+MEANING = {
+    SHARED: "four words or more in a row that another answer to the same prompt also has",
+    PHRASE: "a phrase of assistants: far more often in their prose than in people's",
+    ERROR: "an error of grammar or spelling, as Harper sees it",
+}
+CSS = """
+<style>mark{color:inherit;border-radius:2px}mark.shared{background:#ffe9a8}
+mark.phrase{background:#efd0f5}mark.error{background:none;border-bottom:2px solid #d33}
+.answer{background:#f7f7f7;padding:.6rem .8rem;margin:.5rem 0;white-space:pre-wrap}
+.side{grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}</style>
+"""
+HEAD = (
+    "level",
+    "shared words",
+    "AI phrases per 1,000",
+    "errors per 100",
+    "openings",
+    "entropy, nats",
+    "temperature",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one model said."""
+
+    title: str
+    answers: Sequence[Answer]
+
+    def cell(self, prompt: str, level: float | None) -> list[Marked]:
+        return mark([a.text for a in self.answers if (a.prompt, a.level) == (prompt, level)])
+
+
+def level_name(level: float | None) -> str:
+    return "stock" if level is None else f"diversity {level:g}"
+
+
+# ── Terminal ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_terminal(stage: Stage, console: Console, shown: int = 2) -> None:
+    """`shown` answers of each cell, levels side by side, and the table of all of them."""
+    console.rule(stage.title)
+    for prompt in PROMPTS:
+        console.print(f"\n[bold]{prompt}[/bold]")
+        panels = [
+            Panel(
+                Text("\n\n").join(map(_styled, stage.cell(prompt, level)[:shown])),
+                title=level_name(level),
+            )
+            for level in LEVELS
+        ]
+        width = max(console.width // len(LEVELS) - 1, 30)
+        console.print(Columns(panels, equal=True, width=width))
+    console.print(_legend())
+    console.print(_table(stage))
+
+
+def _styled(marked: Marked) -> Text:
+    text = Text(marked.text)
+    for each in marked.marks:
+        text.stylize(STYLES[each.kind], each.start, each.stop)
+    return text
+
+
+def _legend() -> Text:
+    lines = [Text(f"{kind}: {MEANING[kind]}", style=STYLES[kind]) for kind in _kinds()]
+    return Text("\n").join(lines)
+
+
+def _kinds() -> list[str]:
+    return [kind for kind in MEANING if kind != ERROR or can_find_errors()]
+
+
+def _table(stage: Stage) -> Table:
+    table = Table(title=f"{stage.title}: {TIMES} answers to each of {len(PROMPTS)} prompts")
+    for name in HEAD:
+        table.add_column(name, justify="left" if name == "level" else "right")
+    for row in rows(stage):
+        table.add_row(*row)
+    return table
+
+
+def rows(stage: Stage) -> list[list[str]]:
+    """The figures of each level, as HEAD names them."""
+    return [_row(stage, level) for level in LEVELS]
+
+
+def _row(stage: Stage, level: float | None) -> list[str]:
+    texts = [each for prompt in PROMPTS for each in stage.cell(prompt, level)]
+    words = max(1, sum(each.words for each in texts))
+    figures = [a.figures for a in stage.answers if a.level == level and a.figures]
+    openings = {" ".join(each.text.split()[:4]).lower() for each in texts}
+    return [
+        level_name(level),
+        f"{sum(each.words_in(SHARED) for each in texts) / words:.0%}",
+        f"{1000 * sum(each.count(PHRASE) for each in texts) / words:.1f}",
+        f"{100 * sum(each.count(ERROR) for each in texts) / words:.1f}"
+        if can_find_errors()
+        else "–",
+        f"{len(openings)} of {len(texts)}",
+        _entropy(figures),
+        f"{fmean(f['mean_temperature'] for f in figures):.2f}" if figures else "–",
+    ]
+
+
+def _entropy(figures: Sequence[Mapping[str, float]]) -> str:
+    if not figures:
+        return "–"
+    before, after = (
+        fmean(each[f"mean_entropy_{when}"] for each in figures) for when in ("before", "after")
+    )
+    return f"{before:.2f} → {after:.2f}"
+
+
+# ── Page ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_page(stages: Iterable[Stage], notes: Sequence[str] = ()) -> str:
+    """One HTML file that needs nothing else."""
+    legend = "".join(
+        f"<p><mark class={kind}>{kind}</mark> {escape(MEANING[kind])}</p>" for kind in _kinds()
+    )
+    sections = [
+        html.section(
+            stage.title,
+            html.table(HEAD, rows(stage)),
+            *(_prompt(stage, prompt) for prompt in PROMPTS),
+        )
+        for stage in stages
+    ]
+    told = "".join(map(html.note, notes))
+    return html.page("One small model, three diversities", CSS, legend, told, *sections)
+
+
+def _prompt(stage: Stage, prompt: str) -> str:
+    columns = "".join(
+        f"<div><h4>{escape(level_name(level))}</h4>"
+        + "".join(f"<div class=answer>{_html(each)}</div>" for each in stage.cell(prompt, level))
+        + "</div>"
+        for level in LEVELS
+    )
+    return f"<h3>{escape(prompt)}</h3><div class=side>{columns}</div>"
+
+
+def _html(marked: Marked) -> str:
+    """Marks may overlap: the text is cut at every border, and a piece shows the gravest."""
+    borders = {0, len(marked.text)}
+    borders.update(at for each in marked.marks for at in (each.start, each.stop))
+    cuts = sorted(borders)
+    return "".join(_piece(marked, start, stop) for start, stop in pairwise(cuts))
+
+
+def _piece(marked: Marked, start: int, stop: int) -> str:
+    text = escape(marked.text[start:stop])
+    over = [each for each in marked.marks if each.start <= start and stop <= each.stop]
+    if not over:
+        return text
+    gravest: Mark = max(over, key=lambda each: list(MEANING).index(each.kind))
+    return f'<mark class={gravest.kind} title="{escape(gravest.why)}">{text}</mark>'

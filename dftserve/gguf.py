@@ -1,0 +1,314 @@
+"""GGUF files as models: each converted once into an ordinary Hugging Face folder, and kept.
+
+    folder = resolve("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+`resolve` takes what a command was given as a model. A GGUF file, or a folder whose weights are one,
+comes back as the folder of its conversion: safetensors, tokenizer, chat template, generation
+config. Anything else comes back as it was. transformers reads the format; what it leaves to us is
+to say what cannot be converted, to notice what was not, and to write plain weights.
+
+Importing this loads neither torch nor transformers.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dftserve import atomic
+from dftserve.bounded_files import chunks, open_file, real_file
+from dftserve.model_folder import LARGEST_WEIGHTS, check_model_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows: two conversions of one file at once are not kept apart there.
+    fcntl = None
+
+SUFFIX, MAGIC = ".gguf", b"GGUF"
+CACHE = "DFTSERVE_CACHE"
+"""The environment variable that names another cache folder."""
+ORIGIN = "gguf.json"
+"""In a converted folder: what it was made from."""
+PLAIN_WEIGHTS = ("*.safetensors", "*.bin")
+DTYPES = {0: "float32", 1: "float16"}
+"""By `general.file_type`, what plain floats are kept in; all other weights become bfloat16."""
+
+Say = Callable[[str], None]
+
+
+def resolve(model: str, say: Say | None = None) -> str:
+    """The folder of a model that was named as a GGUF file or a folder of one; else `model` itself.
+
+    Args:
+        say: is told of a conversion, once; stderr where it is None.
+
+    Raises:
+        ValueError: no GGUF file in spite of its name, one of several parts, several in a folder, or
+            one that transformers cannot convert: names its architecture.
+        RuntimeError: the gguf package is not installed.
+        OSError: a file that cannot be read, or a disk that cannot be written.
+    """
+    file = find(model)
+    if file is None:
+        return model
+    digest = sha256_of(file)
+    folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            if not folder.exists():  # Another process may have made it while we waited.
+                (say or _to_stderr)(f"Converting {file} to {folder}, once.")
+                convert(file, folder, digest=digest)
+    return str(folder)
+
+
+def find(model: str) -> Path | None:
+    """The GGUF file that `model` names, or holds in place of other weights.
+
+    Raises:
+        ValueError: a file of that suffix which is no GGUF, or several in a folder.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return _only_one(path)
+    if path.suffix != SUFFIX:
+        return None
+    if not os.path.lexists(path):
+        raise ValueError(f"model: got {model!r}; there is no such file.")
+    with open_file(path, largest=LARGEST_WEIGHTS) as file:
+        if (found := file.read(len(MAGIC))) != MAGIC:
+            raise ValueError(
+                f"{path}: got a file that begins with {found!r}; accepted: a GGUF file, which "
+                f"begins with {MAGIC!r}. Was its download complete?"
+            )
+    return path
+
+
+def _only_one(folder: Path) -> Path | None:
+    if any(True for pattern in PLAIN_WEIGHTS for _ in folder.glob(pattern)):
+        return None
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4]) + (", …" if len(files) > 4 else "")
+        raise ValueError(
+            f"{folder}: got {len(files)} GGUF files ({names}); accepted: one. Name the file itself."
+        )
+    return find(str(files[0])) if files else None
+
+
+def cache_folder() -> Path:
+    """$DFTSERVE_CACHE, or `dftserve` where the system keeps caches."""
+    if own := os.environ.get(CACHE):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dftserve"
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_file(path, largest=LARGEST_WEIGHTS) as file:
+        for chunk in chunks(file, path, largest=LARGEST_WEIGHTS):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time: each rank of torchrun resolves the same file at once."""
+    with open(folder.with_name(folder.name + ".lock"), "wb") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ── Conversion ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Header:
+    """What of a GGUF file's metadata decides how it is converted."""
+
+    architecture: str
+    file_type: int | None
+    """llama.cpp's number of the kind of weights."""
+    pre_tokenizer: str | None
+    parts: int
+    """Files that the model is split into."""
+
+    @property
+    def dtype(self) -> str:
+        return DTYPES.get(-1 if self.file_type is None else self.file_type, "bfloat16")
+
+
+def convert(file: Path, folder: Path, *, digest: str) -> None:
+    """Write the model of a GGUF file into `folder`, which must not exist; whole or not at all.
+
+    Raises:
+        ValueError, RuntimeError, OSError: as `resolve`.
+    """
+    header = read_header(file)
+    if header.parts > 1:
+        raise ValueError(
+            f"{file}: got one of {header.parts} parts of a model; accepted: a whole one. "
+            "`llama-gguf-split --merge` of llama.cpp joins them."
+        )
+    real = real_file(file, largest=LARGEST_WEIGHTS)
+    with atomic.folder(folder) as partial, _quietly():
+        with _refusing(file, header.architecture):
+            config = _config(real)
+        config.save_pretrained(partial)
+        check_model_folder(partial)  # Before anything of the sizes that it names is allocated.
+        with _refusing(file, header.architecture):
+            model, tokenizer = _model(real, header, config), _tokenizer(real, header, config)
+        model.save_pretrained(partial)
+        model.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / ORIGIN).write_text(json.dumps(_origin(file, header, digest), indent=1) + "\n")
+
+
+def read_header(file: Path) -> Header:
+    """Raises ValueError for a file that ends too early or names no architecture."""
+    reader_of = _reader()
+    try:
+        fields = reader_of(file).fields
+        found = {
+            name: fields[key].contents() if key in fields else None
+            for name, key in (
+                ("architecture", "general.architecture"),
+                ("file_type", "general.file_type"),
+                ("pre_tokenizer", "tokenizer.ggml.pre"),
+                ("parts", "split.count"),
+            )
+        }
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+        raise ValueError(
+            f"{file}: a GGUF file that cannot be read ({type(error).__name__}: {error}); its "
+            "download may have been cut."
+        ) from None
+    if not isinstance(found["architecture"], str):
+        raise ValueError(f"{file}: got a GGUF file that names no architecture.")
+    return Header(**{**found, "parts": found["parts"] or 1})
+
+
+def _reader() -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise RuntimeError(
+            "a GGUF file needs the gguf package: pip install 'gguf>=0.17'."
+        ) from None
+    return GGUFReader
+
+
+@contextlib.contextmanager
+def _refusing(file: Path, architecture: str) -> Iterator[None]:
+    """transformers says in many ways that it cannot convert something."""
+    try:
+        yield
+    except (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
+        import transformers
+
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"{file}: got a GGUF of the architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} cannot convert ({why}); take the model's own safetensors."
+        ) from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and its advice about packed weights, which we do not keep."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config(file: Path) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.__dict__.pop("_model_name_or_path", None)  # The file's title, which is no place.
+    return config
+
+
+def _model(file: Path, header: Header, config: Any) -> Any:
+    """The model with plain weights. `config` is given, or the file would be parsed again for it.
+
+    Raises:
+        ValueError: the file lacks some of them; a model with random ones in their place would
+            load, and write nonsense.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        config=config,
+        dtype=getattr(torch, header.dtype),
+        output_loading_info=True,
+        **_unpacked(),
+    )
+    model, told = loaded
+    for what in ("missing_keys", "mismatched_keys"):
+        if lacks := sorted(map(str, told.get(what, ()))):
+            raise ValueError(f"{what.replace('_', ' ')}: {', '.join(lacks[:3])}")
+    # Weights are plain from here on, and are saved as such.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _unpacked() -> dict[str, Any]:
+    """transformers from 5.19 on would keep the weights of some architectures in GGUF's blocks."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _tokenizer(file: Path, header: Header, config: Any) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, config=config)
+    if header.pre_tokenizer == "smollm":
+        # Each digit alone, also after two spaces; transformers does not know this name.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    return tokenizer
+
+
+def _origin(file: Path, header: Header, digest: str) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "gguf": file.name,
+        "sha256": digest,
+        "architecture": header.architecture,
+        "dtype": header.dtype,
+        "transformers": transformers.__version__,
+    }
