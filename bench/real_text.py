@@ -32,7 +32,8 @@ from transformers.utils import logging
 from dftserve.corpus.prepare import cut
 from dftserve.corpus.read import Text, read
 from dftserve.targets import store
-from dftserve.targets.document import Document, encode_text, fingerprint
+from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
 from dftserve.train.data import Collator, Rows

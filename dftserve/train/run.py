@@ -55,6 +55,13 @@ class Material:
     heldout: Rows
     collate: Collator
 
+    def shown(self) -> str:
+        """How much there is to learn from, in a line."""
+        told = self.store.manifest.plan.corpus
+        trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
+        learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
+        return f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
+
 
 def train(config: TrainConfig) -> Path:
     """Train, or go on where a run of the same settings stopped; the final checkpoint's folder.
@@ -72,6 +79,7 @@ def train(config: TrainConfig) -> Path:
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
     material = read(config)
     _begin(output, config)
+    _say(material.shown())
     resume = last_checkpoint(output)
     if resume is not None:
         _say(f"Going on from {resume}.")

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dftserve.demo.grammar import PROMPTS
-from dftserve.targets.document import encode_text
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.served import ServedTeacher
 from dftserve.targets.teacher import Teacher
 from dftserve.train.divergences import SFT, TargetRows
