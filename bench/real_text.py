@@ -33,7 +33,8 @@ from dftserve.corpus.prepare import cut
 from dftserve.corpus.read import Text, read
 from dftserve.lm import LanguageModel, examine, load
 from dftserve.targets import store
-from dftserve.targets.document import Document, encode_text, fingerprint
+from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, model_inputs

@@ -131,6 +131,9 @@ def target() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--processes", type=int, default=1, show_default=True)
 @click.option("--max-tokens", type=int, help="Of one document. Default: as long as it comes.")
+@click.option(
+    "--skip-bad", is_flag=True, help="Leave out conversations that the chat template refuses."
+)
 def target_build(values: tuple[str, ...], **options) -> None:
     """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .parquet, or a folder.
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from dftserve.targets import store
-from dftserve.targets.document import Document, encode_text, fingerprint
+from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.source import DenseSource
 
 WORDS = [f"w{i}" for i in range(89)]

@@ -50,6 +50,12 @@ class Filters:
     duplicate_threshold: float | None = 0.8
     """Jaccard similarity of word 5-grams from which on the later of two pieces is dropped; 1: only
     equal ones are, None: none is. Of conversations, answers to one prompt are compared."""
+    special_tokens: str = "text"
+    """Special tokens that a text spells (`<|im_end|>` in a document about templates): read as
+    `text`, or `keep` as special tokens; `drop` leaves the text out."""
+    answers: str = "all"
+    """What is learnt of a conversation: `all` answers, or the `last`. Where the chat template marks
+    what is learnt ({% generation %}), `all` is what it marks."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_words <= self.max_words:
@@ -61,6 +67,10 @@ class Filters:
             raise ValueError(f"split_words: got {self.split_words}; accepted: 1 or more.")
         if self.language_min_words < 0:
             raise ValueError(f"language_min_words: got {self.language_min_words}; accepted: ≥ 0.")
+        for name, known in _WORDS.items():
+            if getattr(self, name) not in known:
+                given = getattr(self, name)
+                raise ValueError(f"{name}: got {given!r}; accepted: {among(given, known)}.")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 0 to 1.")
@@ -73,6 +83,7 @@ class Filters:
                 raise ValueError(f"languages: got {language!r}; accepted: {known}.")
 
 
+_WORDS = {"special_tokens": ("text", "keep", "drop"), "answers": ("all", "last")}
 _SHARES = ("max_damage", "max_repeated_lines", "max_repeated_grams", "max_boilerplate")
 
 

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from dftserve.corpus.duplicates import Duplicates
 from dftserve.corpus.filters import Filters, cleaned, verdict
-from dftserve.corpus.read import Text
+from dftserve.corpus.read import Text, said
 
 EXAMPLES = 3
 """Origins that a report names for each reason."""
@@ -48,6 +48,8 @@ class Report:
     """Texts that lost boilerplate, and stayed."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
+    noted: dict[str, Dropped] = field(default_factory=dict)
+    """By what was changed or left out of a text that stayed."""
     documents: dict[str, int] = field(default_factory=dict)
     """By split: pieces, and texts that were not cut."""
     words: dict[str, int] = field(default_factory=dict)
@@ -56,20 +58,27 @@ class Report:
     def drop(self, reason: str, origin: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, Dropped()).with_one(origin)
 
+    def note(self, what: str, origin: str) -> None:
+        self.noted[what] = self.noted.get(what, Dropped()).with_one(origin)
+
     def as_dict(self) -> dict[str, Any]:
         """In JSON's types; the reasons in the order of their names."""
-        dropped = {
-            reason: {"count": each.count, "examples": list(each.examples)}
-            for reason, each in sorted(self.dropped.items())
-        }
         return {
             "read": self.read,
             "kept": self.kept,
             "stripped": self.stripped,
-            "dropped": dropped,
+            "dropped": _counted(self.dropped),
+            "noted": _counted(self.noted),
             "documents": dict(self.documents),
             "words": dict(self.words),
         }
+
+
+def _counted(given: dict[str, Dropped]) -> dict[str, Any]:
+    return {
+        name: {"count": each.count, "examples": list(each.examples)}
+        for name, each in sorted(given.items())
+    }
 
 
 @dataclass(frozen=True)
@@ -146,8 +155,8 @@ def _kept(
 def _opening(text: Text) -> str:
     """What stands before the first answer of a conversation; empty for a plain text."""
     turns = text.messages or ()
-    said = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
-    return "".join(f"{turn['content']}\n\n" for turn in said)
+    before = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
+    return "".join(f"{said(turn)}\n\n" for turn in before)
 
 
 def _draw(content: str, seed: int) -> float:

@@ -13,6 +13,7 @@ The files of a folder lie in it, or in the Hugging Face cache as a snapshot's do
 elsewhere is refused, as are FIFOs and devices (`bounded_files`).
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ LARGEST_STATE = 16 << 20
 MOST_FILES = 1 << 22
 BATCH_ROWS = 256
 """Rows of a .parquet file that are held in memory at once."""
+CALLS = ("tool_calls", "function_call")
 FIELDS = "`text`, or `messages`, or `prompt` and `response`"
 DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 DATASET_INFO = "dataset_info.json"
@@ -56,12 +58,15 @@ class Text:
 
     content: str
     """Of a conversation: what is said in it, turn by turn."""
-    messages: tuple[Mapping[str, str], ...] | None
-    """The conversation's turns, each with `role` and `content`; None for a plain text."""
+    messages: tuple[Mapping[str, Any], ...] | None
+    """The conversation's turns, each with `role`, `content` and what else the record has; None for
+    a plain text."""
     origin: str
     """The path under what was read, with the line or row: `letters/1.txt`, `chat.jsonl:7`."""
     ends: bool = True
     """False for a piece of a text that goes on in the next one."""
+    tools: tuple[Any, ...] = ()
+    """What a conversation's assistant may call, as the record has it."""
 
 
 def read(path: Path) -> Iterator[Text]:
@@ -209,7 +214,8 @@ def _record(record: object, where: str, origin: str) -> Text:
         raise ValueError(f"{where}: got {_shown(record)}; accepted: an object with {FIELDS}.")
     given = {name for name in record if record[name] is not None}
     if "messages" in given:
-        return _conversation(_turns(record["messages"], where), origin)
+        tools = _tools(record.get("tools"), f"{where}, tools")
+        return _conversation(_turns(record["messages"], where), origin, tools)
     if "text" in given:
         return _plain(_string(record["text"], f"{where}, text"), origin)
     if {"prompt", "response"} <= given:
@@ -221,20 +227,56 @@ def _record(record: object, where: str, origin: str) -> Text:
     raise ValueError(f"{where}: got the fields {_shown(listed)}; accepted: {FIELDS}.")
 
 
-def _turns(given: object, where: str) -> tuple[Mapping[str, str], ...]:
+def _tools(given: object, where: str) -> tuple[Any, ...]:
+    if isinstance(given, str):  # As datasets of one column type keep them.
+        given = parse_json(given, where)
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
+        raise ValueError(f"{where}: got {_shown(given)}; accepted: a list of JSON schemas.")
+    return tuple(given)
+
+
+def _turns(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}, messages: got {_shown(given)}; accepted: a list of turns.")
     return tuple(_turn(each, f"{where}, messages[{i}]") for i, each in enumerate(given))
 
 
-def _turn(given: object, where: str) -> Mapping[str, str]:
+def _turn(given: object, where: str) -> Mapping[str, Any]:
+    """With every field that has a value: what of them counts, the chat template says."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: got {_shown(given)}; accepted: `role` and `content`.")
-    return {name: _string(given.get(name), f"{where}.{name}") for name in ("role", "content")}
+    turn = {str(name): value for name, value in given.items() if value is not None}
+    turn["role"] = _string(given.get("role"), f"{where}.role")
+    content = _joined(given.get("content"), f"{where}.content")
+    if content is None and any(turn.get(name) for name in CALLS):
+        content = ""
+    turn["content"] = _string(content, f"{where}.content")
+    return turn
 
 
-def _conversation(turns: tuple[Mapping[str, str], ...], origin: str) -> Text:
-    return Text("\n\n".join(turn["content"] for turn in turns), turns, origin)
+def _joined(given: object, where: str) -> object:
+    """A content of parts, of which texts are accepted, as one text."""
+    if not isinstance(given, list):
+        return given
+    for part in given:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(f"{where}: got a part of the type {_shown(kind)}; accepted: text.")
+    return "".join(_string(part.get("text"), where) for part in given)
+
+
+def _conversation(
+    turns: tuple[Mapping[str, Any], ...], origin: str, tools: tuple[Any, ...] = ()
+) -> Text:
+    return Text("\n\n".join(map(said, turns)), turns, origin, tools=tools)
+
+
+def said(turn: Mapping[str, Any]) -> str:
+    """The text of a turn: its content, and what it calls as JSON."""
+    calls = [json.dumps(turn[name], ensure_ascii=False) for name in CALLS if turn.get(name)]
+    return "\n".join([turn["content"], *calls] if turn["content"] else calls)
 
 
 def _plain(content: str, origin: str) -> Text:

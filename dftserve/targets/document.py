@@ -5,16 +5,14 @@ Shapes: N tokens of a document, T trained positions among them.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dftserve.corpus.read import Text
 from dftserve.lm import check_path
 from dftserve.model_folder import check_model_folder
 
@@ -87,75 +85,6 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model: got {model!r}: no tokenizer that can be loaded ({why})."
         ) from None
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Document:
-    """A text of a corpus, plain or a conversation, as a model reads it.
-
-    Raises:
-        ValueError: a conversation that the tokenizer has no template for.
-    """
-    if text.messages is not None:
-        return encode_messages(tokenizer, text.messages)
-    document = encode_text(tokenizer, text.content)
-    ended = document.tokens_N[-1] == tokenizer.eos_token_id and len(document.tokens_N) > 2
-    if text.ends or not ended:
-        return document
-    # A piece that goes on elsewhere does not teach a model to stop.
-    return Document(document.tokens_N[:-1], document.trained_N[:-1])
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Document:
-    """A plain text, with the tokenizer's begin and end tokens where it has them."""
-    tokens = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens_N = np.array([*start, *tokens, *end], dtype=np.int32)
-    trained_N = np.ones(len(tokens_N), dtype=bool)
-    trained_N[:1] = False
-    return Document(tokens_N, trained_N)
-
-
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
-) -> Document:
-    """A conversation through the tokenizer's chat template; what the assistant says is trained.
-
-    Every assistant turn where the template marks them with `{% generation %}`, else the last one.
-
-    Raises:
-        ValueError: no chat template, no assistant turn, or a template that writes the prompt
-            otherwise once the answer is there.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; accepted: one that "
-            "has, or plain texts in place of conversations."
-        )
-    turns: list[dict[str, Any]] = [dict(message) for message in messages]
-    if not turns or turns[-1].get("role") != "assistant":
-        raise ValueError("a conversation must end with a turn of the role 'assistant'.")
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            turns, return_dict=True, return_assistant_tokens_mask=True
-        )
-        tokens, trained = encoded["input_ids"], encoded["assistant_masks"]  # type: ignore[index]
-    else:
-        tokens = _templated(tokenizer, turns)
-        question = _templated(tokenizer, turns[:-1], add_generation_prompt=True)
-        if tokens[: len(question)] != question:
-            raise ValueError(
-                "the chat template writes the turns before the answer otherwise once the answer is "
-                "there, so the answer's tokens cannot be told; mark them with {% generation %}."
-            )
-        trained = [0] * len(question) + [1] * (len(tokens) - len(question))
-    trained_N = np.array(trained, dtype=bool)
-    trained_N[:1] = False
-    return Document(np.array(tokens, dtype=np.int32), trained_N)
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], **kw) -> list[int]:
-    return tokenizer.apply_chat_template(turns, return_dict=False, **kw)  # type: ignore[return-value]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -411,10 +411,10 @@ class _Tilt:
 
     def build(self, given: _Given) -> "Source":
         from dftserve.corpus.read import read
-        from dftserve.targets.document import encode
+        from dftserve.targets.encoding import encode
         from dftserve.targets.tilt import Tilt, phrases_of
 
-        written = [encode(given.tokenizer, text) for text in read(Path(self.samples))]
+        written = [encode(given.tokenizer, text).document for text in read(Path(self.samples))]
         return Tilt(
             _built(self.of, given),
             phrases_of(given.tokenizer, self.phrases),

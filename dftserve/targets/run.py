@@ -19,19 +19,22 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dftserve import atomic, lm
-from dftserve.corpus.prepare import Corpus, prepare
+from dftserve.corpus.filters import Filters
+from dftserve.corpus.prepare import Corpus, Report, prepare
 from dftserve.corpus.read import Text, read
 from dftserve.model_folder import CONFIG
 from dftserve.targets import recipe as recipes
 from dftserve.targets import report, store
+from dftserve.targets.chat_template import ChatTemplate, TemplateError
+from dftserve.targets.conversation import Encoded, UnfitError
 from dftserve.targets.document import (
     Document,
-    encode,
     fingerprint,
     load_tokenizer,
     spans,
     template_fingerprint,
 )
+from dftserve.targets.encoding import encode
 from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
@@ -55,6 +58,8 @@ class Job:
     processes: int = 1
     max_tokens: int | None = None
     """A longer text goes on in another document; a longer conversation is left out."""
+    skip_bad: bool = False
+    """Leave out, and count, conversations that the chat template refuses."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -78,7 +83,9 @@ def build(job: Job, say: Say = print) -> Manifest:
     tokenizer = _tokenizer(job.model)
     teachers = _examined(job, recipe, tokenizer)
     corpus = prepare(read(job.corpus), recipe.corpus, heldout=job.heldout, seed=job.seed)
-    documents, told = encode_all(corpus, tokenizer, job.max_tokens)
+    documents, told = encode_all(
+        corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
+    )
     say(shown(told))
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers:
@@ -172,29 +179,87 @@ def _examined(job: Job, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def encode_all(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    filters: Filters,
+    *,
+    max_tokens: int | None,
+    skip_bad: bool = False,
 ) -> tuple[dict[str, list[Document]], dict[str, Any]]:
     """The corpus as the model reads it, and what became of it on the way, in JSON's types.
 
     Raises:
-        ValueError: a conversation that the tokenizer has no template for; names it.
+        ValueError: a conversation that the tokenizer's template refuses, unless `skip_bad`; names
+            it. Or nothing is left to learn.
     """
+    told_of_templates = _templates(corpus, tokenizer)
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for text in getattr(corpus, split):
-            try:
-                encoded = encode(tokenizer, text)
-            except ValueError as error:
-                raise ValueError(f"{text.origin}: {error}") from None
-            reason = _unfit(encoded, text, max_tokens)
+            encoded = _encoded(corpus.report, tokenizer, text, filters, skip_bad=skip_bad)
+            if encoded is None:
+                continue
+            reason = _unfit(encoded.document, text, max_tokens)
             if reason is not None:
                 corpus.report.drop(reason, text.origin)
                 continue
-            documents[split] += windows(encoded, max_tokens)
-    told = corpus.report.as_dict()
+            for note in dict.fromkeys(encoded.notes):
+                corpus.report.note(note, text.origin)
+            documents[split] += windows(encoded.document, max_tokens)
+    told = corpus.report.as_dict() | told_of_templates
     told["documents"] = {split: len(documents[split]) for split in SPLITS}
     told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
+    told["trained"] = {split: sum(len(d.positions_T) for d in documents[split]) for split in SPLITS}
+    if not documents["train"]:
+        raise ValueError(f"nothing is left to train on:\n{shown(told)}")
     return documents, told
+
+
+def _encoded(
+    report: Report,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    filters: Filters,
+    *,
+    skip_bad: bool,
+) -> Encoded | None:
+    """None: it is left out, and counted."""
+    try:
+        return encode(
+            tokenizer,
+            text,
+            spelled=filters.special_tokens,  # type: ignore[arg-type]
+            learnt=filters.answers,  # type: ignore[arg-type]
+        )
+    except UnfitError as error:
+        report.drop(f"{error}", text.origin)
+    except TemplateError as error:
+        if not skip_bad:
+            raise ValueError(f"{text.origin}: {error} (--skip-bad leaves it out)") from None
+        report.drop(f"{error}", text.origin)
+    return None
+
+
+def _templates(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the conversations are written by, in JSON's types; nothing where there are none.
+
+    Raises:
+        ValueError: no template, or one that is no jinja; names the first conversation.
+    """
+    found: dict[str, str] = {}
+    for text in (*corpus.train, *corpus.heldout):
+        if text.messages is None or (len(found) and not text.tools):
+            continue
+        try:
+            template = ChatTemplate.of(tokenizer, tools=bool(text.tools))
+        except TemplateError as error:
+            raise ValueError(f"{text.origin}: {error}") from None
+        found[template.title] = (
+            "learns what it marks" if template.marks else "learns the answers, has no marks"
+        )
+        if len(found) > 1 or not isinstance(tokenizer.chat_template, dict):
+            break
+    return {"templates": found} if found else {}
 
 
 def windows(document: Document, size: int | None) -> Iterator[Document]:
@@ -222,13 +287,17 @@ def _has_conversations(corpus: Corpus) -> bool:
 def shown(told: Mapping[str, Any]) -> str:
     """What became of the corpus, for a terminal."""
     lines = [f"{told['read']:,} texts read, {told['kept']:,} kept, {told['stripped']:,} stripped."]
-    for reason, dropped in told["dropped"].items():
-        some = ", ".join(dropped["examples"])
-        more = ", …" if dropped["count"] > len(dropped["examples"]) else ""
-        lines.append(f"  dropped, {reason}: {dropped['count']:,} ({some}{more})")
+    for kind in ("dropped", "noted"):
+        for reason, counted in told[kind].items():
+            some = ", ".join(counted["examples"])
+            more = ", …" if counted["count"] > len(counted["examples"]) else ""
+            lines.append(f"  {kind}, {reason}: {counted['count']:,} ({some}{more})")
+    lines += (f"  {title}: {what}" for title, what in told.get("templates", {}).items())
     for split in SPLITS:
-        documents, tokens = told["documents"][split], told["tokens"][split]
-        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens")
+        documents, tokens, trained = (
+            told[what][split] for what in ("documents", "tokens", "trained")
+        )
+        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
     return "\n".join(lines)
 
 

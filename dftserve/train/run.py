@@ -78,6 +78,13 @@ class Material:
         )
         return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
 
+    def shown(self) -> str:
+        """How much there is to learn from, in a line."""
+        told = self.store.manifest.plan.corpus
+        trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
+        learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
+        return f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
+
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
@@ -135,6 +142,7 @@ def train(config: TrainConfig) -> Path:
     prepared = prepare(of_first_candidate(config))
     material = prepared.material
     _begin(output, config)
+    _say(material.shown())
     resume = last_checkpoint(output)
     if resume is not None:
         _say(f"Going on from {resume}.")

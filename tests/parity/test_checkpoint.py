@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dftserve.lm import LanguageModel
 from dftserve.stories.grammar import PROMPTS
-from dftserve.targets.document import encode_text
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.served import ServedTeacher
 from dftserve.targets.teacher import Teacher
 from dftserve.train.divergences import SFT, TargetRows

@@ -2,20 +2,23 @@
 
 import contextlib
 import gzip
+import importlib.util
 import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dftserve.evaluate.accuracy import lm_eval, run, sandbox
 from dftserve.evaluate.accuracy.compare import Answered, compare
+from dftserve.evaluate.accuracy.grade import CUT, NO_CONTENT, UNREADABLE, same_number
 from dftserve.evaluate.accuracy.run import Job
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
@@ -105,82 +108,81 @@ def test_a_table_and_json():
     comparison = compare("mmlu", {0.0: answered([True], [False]), 1.0: answered([True], [True])})
     lines = comparison.render().splitlines()
     assert lines[0] == "mmlu"
-    assert lines[1].split() == ["diversity", "questions", "accuracy", "difference", "to", "0", "p"]
+    assert lines[1].split()[:5] == ["diversity", "questions", "accuracy", "unreadable", "cut"]
     assert lines[2].split()[:3] == ["0", "2", "50.0"]
     assert lines[3].split()[:3] == ["1", "2", "100.0"]
     assert json.loads(json.dumps(comparison.as_json()))["levels"][1]["difference"]["value"] == 0.5
 
 
-# What is found in an answer: lm-eval's filter, and its comparison
+# What lm-eval calls
 
 
-def found(task: str, said: str) -> str:
-    """What lm-eval's `regex` filter finds with the pattern of the task."""
-    (step,) = yaml.safe_load((lm_eval.TASKS / f"{task}.yaml").read_text())["filter_list"]
-    pattern = step["filter"][0]
-    hits = re.findall(pattern["regex_pattern"], said)
-    if not hits:
-        return "[invalid]"
-    return next(group for group in hits[pattern["group_select"]] if group)
+@pytest.fixture(scope="module")
+def grading():
+    """As lm-eval loads it: from its file."""
+    spec = importlib.util.spec_from_file_location("grading", lm_eval.TASKS / "grading.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize(
-    ("said", "letter"),
-    [
-        ("B", "B"),
-        (" B", "B"),
-        ("B.", "B"),
-        ("(C)", "C"),
-        ("**D**", "D"),
-        ("B. Paris", "B"),
-        ("C: because of this", "C"),
-        ("Answer: A", "A"),
-        ("**Answer:** B", "B"),
-        ("The answer is (D).", "D"),
-        ("The correct answer is: **C**", "C"),
-        ("Let us think. A field has a unit.\nAnswer: C", "C"),
-        ("A. is wrong, for one.\nThe answer is B", "B"),
-        ("First,\nD\n", "D"),
-        ("A field is a ring.", "[invalid]"),
-        ("E", "[invalid]"),
-        ("The answer is Paris", "[invalid]"),
-        ("Answer: Being and time", "[invalid]"),
-        ("I do not know", "[invalid]"),
-        ("", "[invalid]"),
-    ],
-)
-def test_the_letter(said, letter):
-    assert found("mmlu", said) == letter
+def test_the_filters_read_and_the_scores_compare(grading):
+    said = [["The answer is B. A is not."], ["<think>B"], ["I pass."], [NO_CONTENT]]
+    read = grading.letters(said, None)
+    assert read == [["B"], [CUT], [UNREADABLE], [CUT]]
+    scores = [grading.score_letter({"answer": 1}, each) for each in read]
+    assert [tuple(each.values()) for each in scores] == [(1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 1)]
+    assert grading.numbers([["#### $1,234.00"]], None) == [["1,234.00"]]
+    assert grading.score_number({"answer": "so\n#### 1234"}, ["1,234.00"])["exact_match"] == 1
+    assert grading.score_number({"answer": "so\n#### 1234"}, ["1,235"])["exact_match"] == 0
 
 
-@pytest.mark.parametrize(
-    ("said", "number"),
-    [
-        ("So 3*6=18.\n#### 18", "18"),
-        ("#### 18 dollars for 7 days", "18"),
-        ("#### $1,200", "1,200"),
-        ("#### -3.50", "-3.50"),
-        ("**#### 5**", "5"),
-        ("### 4\n####7", "7"),
-        ("#### 18\n\n#### 20", "18"),
-        ("She has 3 apples and 18 pears.", "18"),
-        ("The answer is $18.50.", "18.50"),
-        ("It is -4", "-4"),
-        ("It is .5", ".5"),
-        ("Therefore 1,234,567 in all.", "1,234,567"),
-        ("12", "12"),
-        ("none ####", "[invalid]"),
-        ("", "[invalid]"),
-    ],
-)
-def test_the_number(said, number):
-    assert found("gsm8k", said) == number
+def test_the_tasks_name_functions_that_exist(grading):
+    for path in lm_eval.TASKS.glob("*.yaml"):
+        names = re.findall(r"!function grading\.(\w+)", path.read_text())
+        assert len(names) == 2
+        assert all(callable(getattr(grading, name)) for name in names)
 
 
-@given(st.integers(-(10**9), 10**9), st.text("ab \n$.", max_size=20), st.booleans())
-def test_any_number_is_found_where_it_stands(number, around, marked):
-    said = f"{around} 7 {around}\n{'#### ' if marked else ''}{number}"
-    assert found("gsm8k", said) == str(number)
+def test_reading_needs_nothing_but_the_standard_library():
+    """lm-eval's environment has no package of ours: without site-packages it must load."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(lm_eval.TASKS)!r}); before = list(sys.path); "
+        "import grading; assert sys.path == before; print(grading.letters([['B']], None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[['B']]"
+
+
+@given(st.integers(-(10**9), 10**9), st.booleans())
+def test_a_number_is_one_however_it_is_written(number, cents):
+    assert same_number(f"{number:,}" + (".00" if cents else ""), f"{number}")
+    assert not same_number(f"{number + 1:,}", f"{number}")
+
+
+@pytest.mark.parametrize("pair", [("1/2", ".5"), ("3/4", "0.75"), ("-5", "-5.0")])
+def test_fractions_and_decimals_are_compared(pair):
+    assert same_number(*pair)
+
+
+@pytest.mark.parametrize("read", [UNREADABLE, CUT, "", "1/0", "7:30"])
+def test_what_is_no_number_equals_none(read):
+    assert not same_number(read, read)
+
+
+def test_unreadable_and_cut_answers_are_counted_beside_accuracy():
+    rows = [Answered("q0", (True, False), judged=("B", UNREADABLE))]
+    rows.append(Answered("q1", (False, False), judged=(CUT, "A")))
+    comparison = compare("mmlu", {0.0: rows})
+    assert (comparison.levels[0].unreadable, comparison.levels[0].cut) == (0.25, 0.25)
+    lines = comparison.render().splitlines()
+    assert lines[1].split()[3:5] == ["unreadable", "cut"]
+    assert lines[2].split()[-2:] == ["25.0", "25.0"]
+    assert "--max-tokens" in lines[-1]
 
 
 # What is prepared

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dftserve.evaluate.accuracy import humaneval, sandbox
+from dftserve.evaluate.accuracy.grade import CUT, UNREADABLE
 from dftserve.evaluate.accuracy.humaneval import Problem
 from dftserve.evaluate.accuracy.sandbox import Limits
 from dftserve.evaluate.generate.client import Served
@@ -79,7 +80,15 @@ def test_no_wrong_solution_passes(problems):
     ],
 )  # fmt: skip
 def test_what_an_answer_is_taken_for(answer, right):
-    assert passed([ADD], [humaneval.completion(ADD, answer)]) == [right]
+    assert passed([ADD], [answer]) == [right]
+
+
+def test_what_cannot_be_read_or_was_cut_is_not_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "run", lambda *_, **__: pytest.fail("it was run"))
+    answers = ["I cannot.", None, "<think>a + b", "```python\ndef sub(a, b):\n    return 1\n```"]
+    (judged,) = humaneval.judge([ADD], [answers])
+    assert [each.ended for each in judged] == [UNREADABLE, CUT, CUT, UNREADABLE]
+    assert not any(each.passed for each in judged)
 
 
 def test_the_estimator_is_the_share_of_subsets_with_a_pass():

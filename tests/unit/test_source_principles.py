@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dftserve.targets.document import Document, encode_messages, encode_text
+from dftserve.targets import conversation
+from dftserve.targets.document import Document
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.principles import Principles, load_principles
 from dftserve.targets.teacher import Teacher
 
@@ -146,7 +148,7 @@ MESSAGES = [{"role": "user", "content": " w7 w8 "}, {"role": "assistant", "conte
 def test_how_a_principle_enters(teacher, template, chat, prefix):
     tokenizer = tokenizer_of(template)
     if chat:
-        doc = encode_messages(tokenizer, MESSAGES)
+        doc = conversation.encode(tokenizer, MESSAGES).document
         rest = "<|user|> w7 w8 <|end|><|assistant|> w9 w10 <|end|>"
     else:
         doc = encode_text(tokenizer, "w7 w8 w9 w10")

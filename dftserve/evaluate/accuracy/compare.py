@@ -11,18 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from dftserve.evaluate.accuracy.grade import CUT, UNREADABLE
 from dftserve.evaluate.metrics import intervals
 from dftserve.evaluate.metrics.intervals import Estimate
+
+COLUMNS = ("diversity", "questions", "accuracy", "unreadable", "cut", "difference to 0", "p")
+CUT_NOTE = "cut: answers that ended in their thinking; give them more tokens (--max-tokens)."
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One question, and of each answer to it: whether it was right, its text, and what was judged
-    of that (the letter or number found in it, or how the program ended)."""
+    """One question, and of each answer to it: whether it was right, its text (None: the server gave
+    none), and what was judged of that: the letter or number found in it, how the program ended,
+    `grade.UNREADABLE` or `grade.CUT`."""
 
     question: str
     right: tuple[bool, ...]
-    said: tuple[str, ...] = ()
+    said: tuple[str | None, ...] = ()
     judged: tuple[str, ...] = ()
 
 
@@ -33,7 +38,12 @@ class Level:
     diversity: float
     questions: int
     accuracy: Estimate
-    """With a Wilson interval (1927) for one answer a question, else by bootstrap of questions."""
+    """Of all answers: those that could not be read, or were cut, are not right. With a Wilson
+    interval (1927) for one answer a question, else by bootstrap of questions."""
+    unreadable: float
+    """Share of the answers in which no letter, number or function was found."""
+    cut: float
+    """Share of the answers that ended in their thinking, where the tokens were used up."""
     difference: Estimate | None
     """To level 0, by bootstrap of questions; None for level 0 itself."""
     p: float | None
@@ -53,14 +63,18 @@ class Comparison:
 
     def render(self) -> str:
         """A table, in points of a hundred."""
-        rows = [("diversity", "questions", "accuracy", "difference to 0", "p")]
+        rows: list[tuple[str, ...]] = [COLUMNS]
         for level in self.levels:
             change = "" if level.difference is None else _points(level.difference)
             p = "" if level.p is None else f"{level.p:.3g}"
             accuracy = _points(level.accuracy)
-            rows.append((f"{level.diversity:g}", str(level.questions), accuracy, change, p))
+            unread = [f"{100 * share:.1f}" for share in (level.unreadable, level.cut)]
+            counts = (f"{level.diversity:g}", str(level.questions))
+            rows.append((*counts, accuracy, *unread, change, p))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        if any(level.cut for level in self.levels):
+            lines.append(CUT_NOTE)
         return "\n".join([self.task, *(f"  {line}" for line in lines)])
 
 
@@ -97,11 +111,13 @@ def _level(diversity: float, answered: Sequence[Answered], base: Sequence[Answer
         accuracy = intervals.wilson(int(share_Q.sum()), len(share_Q))
     else:
         accuracy = intervals.mean(share_Q)
+    judged = [each for question in answered for each in question.judged]
+    unreadable, cut = (judged.count(state) / max(1, len(judged)) for state in (UNREADABLE, CUT))
     if diversity == 0:
-        return Level(diversity, len(answered), accuracy, None, None)
+        return Level(diversity, len(answered), accuracy, unreadable, cut, None, None)
     difference = intervals.paired_difference(base_Q, share_Q)
     p = intervals.mcnemar(base_Q, share_Q) if once else None
-    return Level(diversity, len(answered), accuracy, difference, p)
+    return Level(diversity, len(answered), accuracy, unreadable, cut, difference, p)
 
 
 def _points(estimate: Estimate) -> str:

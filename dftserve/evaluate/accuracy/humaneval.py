@@ -10,8 +10,6 @@ import contextlib
 import gzip
 import math
 import os
-import re
-import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dftserve.bounded_files import lines_of, open_file, parse_json, shaped_as
-from dftserve.evaluate.accuracy import sandbox
+from dftserve.evaluate.accuracy import extract, grade, sandbox
 from dftserve.evaluate.accuracy.compare import Answered
-from dftserve.evaluate.accuracy.sandbox import Limits, Result
+from dftserve.evaluate.accuracy.sandbox import Limits
 from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.generate.client import Served
 from dftserve.openai_client import ask_all
@@ -30,8 +28,12 @@ from dftserve.openai_client import ask_all
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a continuation has left its function, as in arXiv 2107.03374."""
+STOPS = (
+    *("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+    *("\nasync def", "\n@", "\nassert", "\n```", "\n~~~", "<|"),
+)
+"""Where a continuation has left its function: as in arXiv 2107.03374, and where a model of chats
+ends a block or writes a token of its template as text."""
 LARGEST = 64 << 20
 """Bytes of a file of problems, packed and unpacked."""
 MAX_TOKENS = 1024
@@ -39,7 +41,6 @@ INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
     "```python\n{prompt}```"
 )
-FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,17 @@ class Completions:
 
     problem: str
     """Its task_id."""
-    said: tuple[str, ...]
+    said: tuple[str | None, ...]
+    """As the server gave them; None: `message.content` was null."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one answer."""
+
+    passed: bool
+    ended: str
+    """How its program ended (`sandbox.ENDS`), `grade.UNREADABLE` or `grade.CUT`."""
 
 
 def read(path: Path) -> tuple[Problem, ...]:
@@ -100,26 +111,26 @@ def measure(
     limits: Limits = sandbox.LIMITS,
     unsafe: bool = False,
 ) -> tuple[Answered, ...]:
-    """Ask for `samples` completions of each problem, and run them.
+    """Ask for `samples` answers to each problem, and run the functions in them.
 
     Args:
-        kept: a .jsonl to which completions are added as they come; what is there is not asked for.
+        kept: a .jsonl to which answers are added as they come; what is there is not asked for.
 
     Raises:
         ValueError: the server refuses.
         ServerError: it cannot be reached, or fails.
         RuntimeError: as `judge`.
     """
-    completions = ask(problems, served, diversity, samples=samples, kept=kept)
-    results = judge(problems, completions, limits, unsafe=unsafe)
+    answers = ask(problems, served, diversity, samples=samples, kept=kept)
+    results = judge(problems, answers, limits, unsafe=unsafe)
     return tuple(
         Answered(
             problem.task_id,
-            right=tuple(result.passed for result in judged),
+            right=tuple(each.passed for each in judged),
             said=tuple(said),
-            judged=tuple(result.ended for result in judged),
+            judged=tuple(each.ended for each in judged),
         )
-        for problem, said, judged in zip(problems, completions, results, strict=True)
+        for problem, said, judged in zip(problems, answers, results, strict=True)
     )
 
 
@@ -130,8 +141,8 @@ def ask(
     *,
     samples: int = 1,
     kept: Path | None = None,
-) -> list[list[str]]:
-    """Completions [problem][sample]: what to put behind each prompt; `kept` as in `measure`.
+) -> list[list[str | None]]:
+    """Answers [problem][sample], as the server gave them; `kept` as in `measure`.
 
     Raises:
         ValueError: the server refuses.
@@ -145,12 +156,12 @@ def ask(
         "extra_body": {"diversity": diversity},
     }
 
-    async def chat(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
+    async def chat(client: "AsyncOpenAI", problem: Problem) -> tuple[str | None, ...]:
         message: Any = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt)}
         with served.server.errors():
             said = await client.chat.completions.create(messages=[message], **request)
         choices = served.server.choices(said)
-        return tuple(completion(problem, choice.message.content or "") for choice in choices)
+        return tuple(choice.message.content for choice in choices)
 
     async def continued(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
         with served.server.errors():
@@ -175,46 +186,42 @@ def ask(
     return [list(known[problem.task_id]) for problem in problems]
 
 
-def completion(problem: Problem, answer: str) -> str:
-    """What to put behind the prompt, from a chat model's answer: its last fenced block, else all.
-
-    A block that defines the function replaces the prompt's own, which has only a docstring; any
-    other is taken for its body.
-    """
-    blocks = FENCED.findall(answer)
-    code = blocks[-1] if blocks else answer
-    if re.search(rf"^(async\s+)?def\s+{re.escape(problem.entry_point)}\b", code, re.MULTILINE):
-        return f"    pass\n\n{code}"
-    return code if code.startswith((" ", "\t")) else textwrap.indent(code, "    ")
-
-
-def program(problem: Problem, completion: str) -> str:
-    """Prompt, completion and tests: it comes to its end where every test holds."""
-    parts = (problem.prompt, completion, "\n\n", problem.test)
-    return f"{''.join(parts)}\n\ncheck({problem.entry_point})\n"
+def program(problem: Problem, source: str) -> str:
+    """A module that defines the function, and its tests: it ends where every test holds."""
+    return f"{source}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
 
 
 def judge(
     problems: Sequence[Problem],
-    completions: Sequence[Sequence[str]],
+    answers: Sequence[Sequence[str | None]],
     limits: Limits = sandbox.LIMITS,
     *,
     unsafe: bool = False,
-) -> list[list[Result]]:
-    """Run every completion with its problem's tests, as many at once as there are cores.
+) -> list[list[Judged]]:
+    """Run the function of every answer with its problem's tests, as many at once as there are
+    cores.
+
+    Args:
+        answers: [problem][sample], a chat's or a continuation of the prompt.
 
     Raises:
         RuntimeError: the sandbox cannot be had, and `unsafe` is not set.
     """
-    pairs = zip(problems, completions, strict=True)
-    programs = [[program(problem, each) for each in several] for problem, several in pairs]
 
-    def run(source: str) -> Result:
-        return sandbox.run(source, limits, unsafe=unsafe)
+    def run(pair: tuple[Problem, str | None]) -> Judged:
+        problem, answer = pair
+        if state := grade.unread(answer):
+            return Judged(False, state)
+        source = extract.code(answer or "", problem.entry_point, problem.prompt)
+        if source is None:
+            return Judged(False, grade.UNREADABLE)
+        result = sandbox.run(program(problem, source), limits, unsafe=unsafe)
+        return Judged(result.passed, result.ended)
 
+    pairs = list(zip(problems, answers, strict=True))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(run, [source for several in programs for source in several])
-        return [[next(results) for _ in several] for several in programs]
+        judged = pool.map(run, [(each, said) for each, several in pairs for said in several])
+        return [[next(judged) for _ in several] for _, several in pairs]
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 from dftserve import atomic
 from dftserve.bounded_files import lines, parse_json, shaped_as
 from dftserve.evaluate.accuracy.compare import Answered
+from dftserve.evaluate.accuracy.grade import NO_CONTENT
 from dftserve.evaluate.generate.client import Served
 from dftserve.openai_client import NO_KEY, key_of
 
@@ -30,6 +31,8 @@ LARGEST = 1 << 30
 """Bytes of a file of questions."""
 LARGEST_LINE = 1 << 20
 LOG_LINES = 20
+ANSWERLESS = "LMEVAL_MODEL_NONE_ANSWER_PLACEHOLDER"
+"""lm-eval's variable for the text that stands where `message.content` is null."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
 
@@ -131,7 +134,8 @@ def settings(task: str, served: Served, diversity: float, out: Path) -> dict[str
 def environment(work: Path, api_key: str) -> dict[str, str]:
     """Ours, less what would lead its Python to our packages, and nothing from the hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return kept | OFFLINE | {"HF_HOME": str(work / "hf"), "OPENAI_API_KEY": api_key}
+    ours = {"HF_HOME": str(work / "hf"), "OPENAI_API_KEY": api_key, ANSWERLESS: NO_CONTENT}
+    return kept | OFFLINE | ours
 
 
 def read_samples(lines: Iterable[str]) -> tuple[Answered, ...]:
@@ -144,11 +148,15 @@ def read_samples(lines: Iterable[str]) -> tuple[Answered, ...]:
         Answered(
             question,
             right=tuple(row["exact_match"] == 1 for row in several),
-            said=tuple(row["resps"][0][0] for row in several),
+            said=tuple(_said(row["resps"][0][0]) for row in several),
             judged=tuple(row["filtered_resps"][0] for row in several),
         )
         for question, several in by_question.items()
     )
+
+
+def _said(text: str) -> str | None:
+    return None if text == NO_CONTENT else text
 
 
 def spread(rows: list[Any], limit: int | None) -> list[Any]:

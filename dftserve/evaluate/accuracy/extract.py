@@ -1,0 +1,15 @@
+"""What an answer says: the letter, the number or the function that a reader takes from it.
+
+    choice("The answer is B. A is a distractor.")        # 'B'
+    number("9 * 2 = 18\\n\\n#### $1,018.00")               # '1,018.00'
+    code("```python\\ndef f(): ...\\n```", "f", prompt)    # the source of a module that defines f
+
+None is an answer that cannot be read, which is not a wrong one. Standard library only: lm-eval's
+environment, which has not this package's dependencies, loads it too.
+"""
+
+from dftserve.evaluate.accuracy.extract_code import code
+from dftserve.evaluate.accuracy.extract_letter import choice
+from dftserve.evaluate.accuracy.extract_number import number
+
+__all__ = ["choice", "code", "number"]

@@ -1,0 +1,301 @@
+"""The letter that an answer to a multiple-choice question gives.
+
+Standard library only, as `extract`.
+"""
+
+import html
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dftserve.evaluate.accuracy.thinking import after_thinking, before_next_question
+
+LATEX_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit|bf|rm|operatorname)\s*"
+    r"\{\s*([^{}]*?)\s*\}"
+)
+_ROLE = re.compile(r"^\s*assistant\b\s*:?\s*", re.IGNORECASE)
+_HTML = re.compile(
+    r"<(b|strong|em|i|p|span|u|div|code|pre)>(?=[\s\S]*</\1>)|</(?:b|strong|em|i|p|span|u|div|code|pre)>|<br\s*/?>",
+    re.IGNORECASE,
+)
+STRUCK = re.compile(r"~~[^~\n]+~~")
+_MARKUP = re.compile(r"\*|`|\$|\\[()\[\]]|(?<!\w)_+|_+(?!\w)|[\"“”‘„«»]|(?<!\w)['’]|['’](?!\w)")
+_WORD = r"A-Za-z0-9_À-ɏ'’+#&"
+"""What makes a letter part of a word; Chinese is written without blanks."""
+_LETTER = (
+    rf"(?<![{_WORD}/.-])(?:[(\[{{<] ?)?([A-Za-z])(?![{_WORD}]|-\w|\.[A-Za-z]\b)(?: ?[)\]}}>])?"
+)
+"""A letter that is no part of a word, of `D.C.`, `C++` or `B-cell`; group 1."""
+_BOXED_LETTER = re.compile(r"\\(?:boxed|fbox)\s*\{\s*[(\[]?([A-Za-z])[)\]]?\s*(?:[.:),-][^{}]*)?\}")
+_FILLERS = (
+    r"(?:(?:the|not|option|choice|letter|answer|number|clearly|most|likely|probably|definitely|indeed|"
+    r"therefore|thus|still|simply|just|actually|then|again|going|to|be|as|follows|one|"
+    r"correct|right|statement|possibly|surely|certainly|obviously|in|fact)\b[\s:,-]*)*"
+)
+_NOUN = (
+    r"(?:answers?|ans|options?|choices?|letter|solution|response|selection|verdict|"
+    r"(?:correct|right|best|true)(?:\s+(?:one|statement))?|respuesta|réponse|antwort|risposta|"
+    r"resposta|ответ|答案|final)"
+)
+_LINK = (
+    r"(?:(?:\b(?:is|be|was|are|remains|becomes|equals|es|est|ist|è|é|lies|choose|select|pick)\b"
+    r"|seems?\s+to\s+be\b|appears?\s+to\s+be\b|是|为|为|：)\s*[:=–—-]*|[:=→–—]+|-+>?|=>)"
+)
+_STATED = re.compile(
+    rf"(?:\b|(?<=[^\W\d_])(?=答))(?P<noun>{_NOUN})(?P<between>[^.\n:?!=→–—]{{0,60}}?)\s*{_LINK}\s*"
+    rf"{_FILLERS}(?P<rest>{_LETTER})",
+    re.IGNORECASE,
+)
+_HEADED = re.compile(
+    rf"^\W*(?:(?:the|my|final|correct)\s+)*(?:answer|option|choice)\W*\n+\W*?{_LETTER}"
+    r"[.:]?(?=\s*(?:\n|$)|[.:)] )",
+    re.IGNORECASE | re.MULTILINE,
+)
+_TAGGED = re.compile(rf"<(?:final_)?answer>\s*{_LETTER}", re.IGNORECASE)
+_CALLED = re.compile(
+    rf"{_LETTER}(?:[.:)]\s[^.\n?!]{{1,80}}?)?[,\s]+(?:is|must\s+be|would\s+be|seems|looks|has\s+to\s+be)"
+    r"\s+(?:also\s+|clearly\s+|indeed\s+|therefore\s+|thus\s+|definitely\s+|probably\s+|most\s+likely\s+)*"
+    r"(?:(?:the|our|my)\s+)?(?:only\s+|most\s+|final\s+)?"
+    r"(?:correct|right|best|true|accurate|valid|answer|appropriate)\b"
+    r"(?!\s+(?:only\s+)?(?:if|when)\b)",
+)
+_MARKED = re.compile(
+    rf"^\W*(?:option\s+)?{_LETTER}[.:)]?(?:[^\n]*?)\s*[-–—:(]*\s*(?:✓|✔|✅|\b(?i:correct)\b)\W*",
+    re.MULTILINE,
+)
+DENIED = re.compile(
+    r"\b(?:not|never|isn['’]?t|wasn['’]?t|aren['’]?t|cannot|can['’]?t|no|neither|incorrect|wrong|"
+    r"except|rather\s+than|instead\s+of)\b",
+    re.IGNORECASE,
+)
+_MORE = re.compile(
+    r"\s*[)\]}]?\s*(?:(?P<or>,?\s*(?:and|or|&|/|\+|und|oder|y|et)\s*|,\s*)"
+    r"(?:option\s+|both\s+)?[(\[]?(?P<more>[A-Z])(?![\w'’-]))"
+)
+_CORRECTED = re.compile(
+    r"\s*,?\s*(?:but|it\s+is|it['’]s|rather|instead)\b[^.\n?!]{0,30}?" + _LETTER, re.IGNORECASE
+)
+OTHERS = re.compile(
+    r"\b(?:students?|some|people|many|one|you|they|others|someone|beginners)\b[^.\n]{0,40}"
+    r"\b(?:think|say|assume|believe|claim|guess|argue|pick|choose|thought|said|expect)\w*\b",
+    re.IGNORECASE,
+)
+CONDITION = re.compile(r"\b(?:if|had|were|unless|suppose|assuming|when)\b", re.IGNORECASE)
+_HEDGED = re.compile(
+    r"\b(?:seems?|appears?|might|could|may|perhaps|first|initially)\b", re.IGNORECASE
+)
+_REASON = (
+    r"(?:because|since|as|for|due|given|by|which|that|where|and|with|but|so|in|from|on|-|–|—|,|=)"
+)
+_ALONE = re.compile(
+    r"^(?:[^\w(\[{<]|\d+[.)]\s)*(?:(?:so|thus|therefore|hence|probably|maybe|perhaps|definitely|likely|clearly|"
+    r"obviously|i\s+think|i\s+guess|my\s+guess|i['’]d\s+say)\W+)*(?:option\s+|choice\s+|answer\s+)?"
+    r"[(\[{<]*\s?([A-Za-z])\s?[)\]}>]*[^\w]*$",
+    re.IGNORECASE,
+)
+_LEADING = re.compile(
+    r"^[\s>#+*-]*(?:(?:option|choice|answer)\s+)?(?:[(\[{]\s?([A-Za-z])\s?[)\]}]|([A-Za-z])"
+    r"(?=\s*[.):,;–—]|\s+-|\s+(?:because|since|as\b)))(?!\.[A-Za-z]\b)",
+    re.IGNORECASE,
+)
+_CONCLUDED = re.compile(
+    r"(?:\b|(?=[选選]))(?:it['’]s|it\s+is|it\s+must\s+be|it\s+has\s+to\s+be|that['’]s|that\s+is|this\s+is|so|"
+    r"therefore|thus|hence|choose|pick|select|selecting|chose|going\s+with|go\s+with|goes\s+with|"
+    r"选择?|選擇?|say|guess|vote\s+for|settle\s+on|leaves|leaving|left\s+with|i\s+think|i\s+believe|must\s+be|"
+    rf"points\s+to)(?:\b|(?<=[选選择擇]))[\s,:]*{_FILLERS}{_LETTER}(?=\s*(?:[.,;:!)\]–—]|$|\n|because\b|since\b|as\b))",
+    re.IGNORECASE,
+)
+
+
+def choice(answer: str, letters: str = "ABCD") -> str | None:
+    """The letter that an answer to a multiple-choice question gives, in upper case.
+
+    Args:
+        letters: those that the question has. An answer that gives another one cannot be read.
+    """
+    text = _plain(after_thinking(answer))
+    found = _letter(before_next_question(text), letters) or _letter(text, letters)
+    return found if found and found in letters.upper() else None
+
+
+def _plain(answer: str) -> str:
+    """Without markup, which says nothing about the letter."""
+    text = unicodedata.normalize("NFKC", answer)
+    while (simpler := LATEX_TEXT.sub(r"\1", text)) != text:
+        text = simpler
+    text = _HTML.sub("", _ROLE.sub("", html.unescape(text)))
+    return _MARKUP.sub("", STRUCK.sub("", text))
+
+
+def _letter(text: str, letters: str) -> str | None:
+    """By the kinds of evidence, the clearest first; empty where that names no single letter."""
+    for found in (
+        _boxed_letter(text),
+        _stated_letter(text, letters),
+        _letter_alone(text),
+        _leading_letter(text, letters),
+    ):
+        if found is not None:
+            return found
+    return _concluded_letter(text)
+
+
+def _boxed_letter(text: str) -> str | None:
+    found = _BOXED_LETTER.findall(text)
+    return found[-1].upper() if found else None
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """That some letter is the answer."""
+
+    place: int
+    letter: str
+    """Empty where it names several."""
+    hedged: bool
+
+
+def _stated_letter(text: str, letters: str) -> str | None:
+    """Of the last statement that is the writer's own; one without a doubt comes first.
+
+    Empty where the statement names several letters.
+    """
+    found = sorted(_statements(text, letters), key=lambda each: each.place)
+    if not found:
+        return None
+    sure = [each for each in found if not each.hedged]
+    last = (sure or found)[-1]
+    if not sure and (alone := _letter_alone(text[last.place :])):
+        return alone
+    return last.letter
+
+
+def _statements(text: str, letters: str) -> Iterator[_Statement]:
+    for pattern in (_TAGGED, _HEADED):
+        for match in pattern.finditer(text):
+            yield _Statement(match.start(), match[1].upper(), False)
+    for match in _STATED.finditer(text):
+        yield from _stated(text, match, letters)
+    for match in _CALLED.finditer(text):
+        before = sentence_before(text, match.start())
+        another = re.search(r"(?:^|\s)(?:and|or|nor|neither)\s*(?:option\s*)?$", before)
+        doubted = another or OTHERS.search(before) or CONDITION.search(before)
+        if match[1].isupper() and not doubted and not DENIED.search(match[0][len(match[1]) :]):
+            yield _Statement(match.start(), match[1], bool(_HEDGED.search(match[0])))
+    marked = [match for match in _MARKED.finditer(text) if match[1].isupper()]
+    marked = [match for match in marked if not _doubted(match[0])]
+    if len({match[1] for match in marked}) == 1:
+        yield _Statement(marked[-1].start(), marked[-1][1], False)
+
+
+def _doubted(said: str) -> bool:
+    return bool(DENIED.search(said) or CONDITION.search(said))
+
+
+def _stated(text: str, match: re.Match[str], letters: str) -> Iterator[_Statement]:
+    """What `answer is B` states, with what stands around it."""
+    before, after = sentence_before(text, match.start()), text[match.end() :]
+    place, letter = match.start(), match["rest"].strip("()[]{}<> ")
+    is_bracketed = match["rest"].endswith((")", "]", "}", ">"))
+    if not (is_bracketed or _is_letter(letter, text[match.end("rest") :])) or OTHERS.search(before):
+        return
+    if CONDITION.search(before) or CONDITION.search(match["between"]):
+        return
+    if re.match(r"[^.\n!]{0,30}\?", after) and not re.match(r"\s*[.\n!]", after):
+        return  # A question.
+    said = match[0][: match.start("rest") - match.start()]
+    if DENIED.search(said) or re.search(r"\b(?:not|isn['’]?t)\s*$", said):
+        if corrected := _CORRECTED.match(after):
+            yield _Statement(place, corrected[1].upper(), False)
+        return
+    if (more := _MORE.match(after)) and more["more"] in letters.upper() and more["more"] != letter:
+        yield _Statement(place, "", False)
+        return
+    hedged = _HEDGED.search(said) or _HEDGED.search(before)
+    yield _Statement(place, letter.upper(), bool(hedged))
+
+
+def _is_letter(letter: str, after: str) -> bool:
+    """Not an article: `the answer is a car`, `Answer: A field is a ring`, nor a word of its own."""
+    follows = re.match(r"\s*(\S*)", after)
+    word = follows[1] if follows and not after.startswith(("\n", ")", "]", ".")) else ""
+    if not word or not re.match(r"[\w$\\]", word):
+        return True
+    if letter.islower():
+        return bool(re.fullmatch(r"because|since", word))
+    return letter not in "AI" or bool(re.match(rf"{_REASON}\b", word))
+
+
+def sentence_before(text: str, place: int) -> str:
+    return re.split(r"[.\n!?;]", text[:place])[-1]
+
+
+def _letter_alone(text: str) -> str | None:
+    """Of the last line that is a letter and nothing else, or of such a sentence after a question.
+
+    Empty where letters stand one under the other: no choice was made.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    alone = [
+        (place, match[1].upper())
+        for place, line in enumerate(lines)
+        if (match := _ALONE.match(line))
+    ]
+    if not alone:
+        asked = re.search(r"[?!]\s+[(\[]?([A-Za-z])[)\]]?[.!]*\s*$", text)
+        return asked[1].upper() if asked else None
+    if alone[0][0] == 0 and len(lines) > 1 and not re.search(r"\b[Ww]ait\b|\b[Aa]ctually\b", text):
+        under = len(alone) > 1 and alone[1][0] == 1 and alone[1][1] != alone[0][1]
+        return "" if under else alone[0][1]
+    near = [
+        b for (a, first), (b, second) in itertools.pairwise(alone) if b == a + 1 and first != second
+    ]
+    return "" if near else alone[-1][1]
+
+
+def _leading_letter(text: str, letters: str) -> str | None:
+    """Of the first line, `B) four`, unless it begins the list of the options."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    labels = [match for line in lines if (match := _LEADING.match(line))]
+    if not lines or not (first := _LEADING.match(lines[0])):
+        return None
+    letter = (first[1] or first[2]).upper()
+    rest = lines[0][first.end() :]
+    more = re.match(r"\s*(?:,|and|or|&|/)\s*(?:and\s+|or\s+)?[(\[]?([A-Z])(?![\w'’-])", rest)
+    if more and more[1] in letters.upper():
+        return ""
+    listed = [(match[1] or match[2]).upper() for match in labels]
+    if len(set(listed)) >= min(3, len(letters)) and listed[:2] == sorted(letters.upper())[:2]:
+        others = [line for line in lines[1:] if _LEADING.match(line)]
+        if not all(DENIED.search(line) for line in others):
+            return ""
+    return letter
+
+
+def _concluded_letter(text: str) -> str | None:
+    """Of `so it is B`, and of a short line such as `B Paris` or `Clearly (C)`."""
+    found = []
+    for match in _CONCLUDED.finditer(text):
+        before = re.split(r",", sentence_before(text, match.start()))[-1]
+        letter = match[match.lastindex or 1]
+        if (
+            DENIED.search(match[0])
+            or DENIED.search(before)
+            or not _is_letter(letter, text[match.end() :])
+        ):
+            continue
+        more = _MORE.match(text[match.end() :])
+        found.append("" if more and more["more"] != letter.upper() else letter.upper())
+    if found:
+        return found[-1]
+    short = re.fullmatch(r"\s*([B-H])\s+(\S+)(?:\s+\S+){0,6}\s*", text)
+    if short and not re.match(r"(?:is|was|are|has|and|or|will|can|may|does|in|of)\b", short[2]):
+        return short[1]
+    if DENIED.search(text):
+        return None
+    mentioned = re.findall(r"[(\[]([A-Z])[)\]]|\b[Oo]ption\s+([A-Z])\b", text)
+    several = {first or second for first, second in mentioned}
+    return several.pop() if len(several) == 1 else None

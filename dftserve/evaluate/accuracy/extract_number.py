@@ -1,0 +1,284 @@
+"""The number that an answer to a sum gives.
+
+Standard library only, as `extract`.
+"""
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from dftserve.evaluate.accuracy.extract_letter import (
+    CONDITION,
+    DENIED,
+    LATEX_TEXT,
+    OTHERS,
+    STRUCK,
+    sentence_before,
+)
+from dftserve.evaluate.accuracy.thinking import after_thinking, before_next_question
+
+_BLANKS = "  \u2007\u2009\u200a\u202f"
+_MINUS = "-−–‐‑﹣－"
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]%.$-])-\s?(?=[$€£¥₹]?\s?[.\d])|(?<=[$€£¥₹])-(?=\d))?(?:[$€£¥₹]\s?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<under>\s?/\s?\d+(?![\d/]|\.\d))?"
+)
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
+_HASHES = re.compile(r"^[\s>*]*####+(?!#)[ \t]*(.*)$|####[ \t]*(.*)$", re.MULTILINE)
+_HEADING = re.compile(
+    r"^\W*(?:step|part|case|phase|stage|day|question|problem|example|method|solution)\s*#?\d+\b"
+    r"|^\W*\d+[.)]\s+\W*[^\W\d]|^\W*\d+\s*[:–—]\s*[^\W\d]|^\W*\d+\s*-\s+[^\W\d]",
+    re.IGNORECASE,
+)
+_NUMBERED = re.compile(r"^\W*(\d+)[.):]?\W*$")
+_TOTAL = re.compile(
+    r"(?:\b(?:final\s+|correct\s+|total\s+)?(?:answers?|ans)|答案|\bresult)\b(?P<between>[^.\n:=]{0,60}?)\s*"
+    r"(?:\b(?:is|are|was|be|equals|comes\s+to)\b\s*:?|[:=→]|是|为)\s*(?P<rest>[^\n]*(?:\n+[^\n]*\d[^\n]*)?)",
+    re.IGNORECASE,
+)
+_IS_ANSWER = re.compile(
+    r"([^\n.!?]*(?:\.\d[^\n.!?]*)*)\bis\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?answer\b",
+    re.IGNORECASE,
+)
+_ANSWER_HEAD = re.compile(
+    r"^\W*(?:the\s+|final\s+|my\s+|correct\s+)*answer\W*\n+([^\n]+)", re.IGNORECASE | re.MULTILINE
+)
+_BARE = re.compile(
+    r"^[\s*_`$>\\()\[\]=≈~-]*(?P<number>-?\s?[$€£¥₹]?\s?[\d.,/]*\d)[\s*_`$\\()\[\].,!]*"
+    r"(?:%|\\%|[^\W\d]+(?:\s+[^\W\d]+){0,3}|°\w?)?[\s*_`$.!]*$"
+)
+_REMARK = re.compile(
+    r"^[\s*_(>]*(?:note|remark|rounded|this\s+assumes|assuming|assumption|check|verif|explanation|ps|"
+    r"p\.s|let\s+me\s+know|i\s+hope|hope|confidence|source|see|disclaimer|hint|tip|remember|"
+    r"n\.b|nb|to\s+check|we\s+can\s+check|double-check|sanity|i\s+rounded|i\s+used|i\s+assumed)\b",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can['’]?t|could\s+not|unable\s+to|impossible\s+to|not\s+possible\s+to|no\s+way\s+to)"
+    r"\s+(?:be\s+)?(?:determined?|solved?|answer(?:ed)?|computed?|calculated?|know|say|tell|find|found)"
+    r"|\bnot\s+(?:enough|sufficient)\s+information|\binsufficient\s+(?:information|data)"
+    r"|\bi\s+(?:do\s+not|don['’]?t)\s+know",
+    re.IGNORECASE,
+)
+_REJECTED = re.compile(
+    r"(?:[,—–-]|\band|\bbut)?\s*\b(?:not|instead\s+of|rather\s+than)\s+[$€£¥₹]?-?\d[\d.,]*",
+    re.IGNORECASE,
+)
+_UNDECIDED = re.compile(r"^\s*(?:or|and|to|–|to\s+between)\s*[$€£]?\s*-?\d|^\s*\?")
+
+
+def number(answer: str) -> str | None:
+    """The number that an answer to a sum gives, as it stands there: `1,234.00`, `-5`, `3/4`.
+
+    Units and currencies are left out, a Unicode minus becomes `-`, and blanks between thousands go.
+    """
+    text = _with_plain_numbers(after_thinking(answer))
+    found = _final_number(before_next_question(text))
+    return (_final_number(text) if found is None else found) or None
+
+
+def _final_number(text: str) -> str | None:
+    """By the kinds of evidence, the clearest first; empty where that gives no single number."""
+    for find in (_hashed_number, _boxed_number, _stated_number, _number_alone):
+        if (found := find(text)) is not None:
+            return found
+    return None if _REFUSAL.search(text) else _last_number(text)
+
+
+def _with_plain_numbers(answer: str) -> str:
+    """Digits as ASCII, one minus, no blanks or LaTeX between thousands, fractions on one line."""
+    text = "".join(
+        str(unicodedata.decimal(each)) if not each.isascii() and each.isdecimal() else each
+        for each in html.unescape(answer)
+    )
+    text = STRUCK.sub("", text)
+    text = re.sub(r"\{,\}|\\,(?=\d{3})", ",", text).replace("\\!", "")
+    text = re.sub(r"\\[,;: ]", " ", text).replace("\\$", "$").replace("\\%", "%")
+    text = re.sub(
+        "[¼½¾⅓⅔⅛⅜⅝⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text
+    )
+    text = text.replace("⁄", "/").replace("，", ",").replace("＃", "#").replace("＄", "$")
+    text = re.sub(rf"[{_MINUS[1:2]}{_MINUS[6:]}]\s?(?=[$€£¥₹]?[\d.])", "-", text)
+    text = re.sub(rf"(?<![\w)])[{_MINUS[2:6]}](?=[$€£¥₹]?\d)", "-", text)
+    text = re.sub(
+        rf"(?<![\d.,])(\d{{1,3}})((?:[ {_BLANKS}]\d{{3}})+)(?![\d]|[ {_BLANKS}]\d|:\d)",
+        _joined,
+        text,
+    )
+    text = re.sub(r"(?<![\d.,])(\d{1,3})((?:['’]\d{3})+)(?!\d)", _joined, text)
+    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,])", _european, text)
+    text = re.sub(
+        r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,]\d)", lambda m: m[0].replace(".", ""), text
+    )
+    text = LATEX_TEXT.sub(r" \1 ", text)
+    return _FRACTION.sub(r"\1/\2", text)
+
+
+def _joined(match: re.Match[str]) -> str:
+    return re.sub(r"\D", "", match[0])
+
+
+def _european(match: re.Match[str]) -> str:
+    return match[1].replace(".", "") + "." + match[2]
+
+
+def _numbers(text: str) -> list[re.Match[str]]:
+    return list(_NUMBER.finditer(re.sub(r"\*\*|__|`", "", text)))
+
+
+def _shown(match: re.Match[str]) -> str:
+    sign = "-" if match["sign"] else ""
+    return sign + match["digits"] + re.sub(r"\s", "", match["under"] or "")
+
+
+def _of_clause(text: str) -> str | None:
+    """The number that a clause such as `x = 3 * 6 = 18 eggs` gives; empty where it leaves two."""
+    plain = _REJECTED.sub("", re.sub(r"\*\*|__|`", "", text))
+    if (equal := _of_equation(plain)) is not None:
+        return equal
+    for mark in ("≈", ": "):
+        if mark in plain and (after := _numbers(plain.rpartition(mark)[2])):
+            return _decided(after[0], plain)
+    found = list(_NUMBER.finditer(plain))
+    return _decided(found[0], plain) if found else None
+
+
+_SUM = re.compile(r"\d\s*[*×x+/÷-]\s*\$?\d")
+
+
+def _of_equation(text: str) -> str | None:
+    """The side of the last `=` that is a number: `3 * 6 = 18`, `18 = 3 * 6`."""
+    before, equals, after = text.rpartition("=")
+    left, right = _numbers(before), _numbers(after)
+    if not (equals and right):
+        return None
+    if _SUM.search(after) and left and not _SUM.search(before):
+        return _shown(left[-1])
+    return _shown(right[0])
+
+
+def _decided(match: re.Match[str], text: str) -> str:
+    return "" if _UNDECIDED.match(match.string[match.end() :]) else _shown(match)
+
+
+def _hashed_number(text: str) -> str | None:
+    """Behind `####`; empty where the answer ends in one that holds no number.
+
+    A line of a number alone comes before one with words, and headings (`#### Step 1`, `#### 1.`)
+    are none. Of several the last counts, of those that follow each other at once the first.
+    """
+    lines = list(_HASHES.finditer(text))
+    if not lines:
+        return None
+    lines = [match for match in lines if not _is_heading(match, lines)]
+    alone = [match for match in lines if _is_number_alone(_hashed(match))]
+    chosen = alone or [match for match in lines if _of_clause(_hashed(match)) is not None]
+    if not chosen:
+        end = lines[-1] if lines else None
+        is_end = end is not None and not text[end.end() :].strip()
+        return "" if is_end and not _BOXED.search(text) else None
+    if not alone:
+        return _of_clause(_hashed(chosen[-1]))
+    between = text[alone[0].end() : alone[-1].start()]
+    return _of_clause(_hashed(alone[-1] if between.strip() else alone[0]))
+
+
+def _hashed(match: re.Match[str]) -> str:
+    said = match[1] if match[1] is not None else match[2]
+    boxed = _BOXED.search(said)
+    return boxed[1] if boxed else said
+
+
+def _is_heading(match: re.Match[str], lines: Sequence[re.Match[str]]) -> bool:
+    said = _hashed(match)
+    if _HEADING.match(said):
+        return True
+    if not (numbered := _NUMBERED.match(said)) or not re.search(r"\d\s*[.):]\W*$", said):
+        return False
+    # `#### 1.` and `#### 2.`: numbers of steps. Alone it is an answer.
+    others = [_hashed(each) for each in lines if each is not match]
+    steps = [int(found[1]) for each in others if (found := re.match(r"^\W*(\d+)\s*[.):]", each))]
+    return int(numbered[1]) + 1 in steps or int(numbered[1]) - 1 in steps
+
+
+def _is_number_alone(said: str) -> bool:
+    found = _numbers(said)
+    rest = _NUMBER.sub("", re.sub(r"\*\*|__|`", "", said))
+    return len(found) == 1 and not re.search(r"\w", rest)
+
+
+def _boxed_number(text: str) -> str | None:
+    found = [_of_clause(each) for each in _BOXED.findall(text)]
+    found = [each for each in found if each]
+    return found[-1] if found else None
+
+
+def _stated_number(text: str) -> str | None:
+    """Of the last `the answer is 18`; empty where it leaves two."""
+    found: list[tuple[int, str]] = []
+    for match in _TOTAL.finditer(text):
+        before = sentence_before(text, match.start())
+        denied = DENIED.search(match["between"]) or re.match(r"\W*not\b", match["rest"])
+        if denied or OTHERS.search(before) or CONDITION.search(before):
+            continue
+        clause = re.split(r"(?<!\d)\.(?!\d)|\.(?=\s|$)|[;!]", match["rest"].lstrip())[0]
+        first = clause.split("\n")[0]
+        clause = first if _numbers(first) or first.strip(" *:_`$") else clause
+        if (number := _of_clause(clause)) is not None:
+            found.append((match.start(), number))
+    for match in _ANSWER_HEAD.finditer(text):
+        if (number := _of_clause(match[1])) is not None:
+            found.append((match.start(), number))
+    for match in _IS_ANSWER.finditer(text):
+        if numbers := _numbers(match[1]):
+            found.append((match.start(), _shown(numbers[-1])))
+    return max(found)[1] if found else None
+
+
+def _number_alone(text: str) -> str | None:
+    """Of the last line, else the first, that is a number with its unit."""
+    lines = [line for line in _without_remarks(text).splitlines() if line.strip()]
+    if not lines:
+        return None
+    for line in (lines[-1], lines[0]):
+        is_item = re.match(r"\s*-\s", line)
+        if _BARE.match(line) and not is_item and len(found := _numbers(line)) == 1:
+            return _shown(found[0])
+    return None
+
+
+def _last_number(text: str) -> str | None:
+    """Of the last sentence that has one: what `=` gives or is bold there, else the last."""
+    kept = _without_remarks(text)
+    sentences = [
+        each for each in re.split(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)", kept)
+    ]
+    for sentence in reversed(sentences):
+        if not (found := _numbers(_REJECTED.sub("", sentence))):
+            continue
+        if (equal := _of_equation(sentence)) is not None:
+            return equal
+        bold = re.findall(r"\*\*([^*]*\d[^*]*)\*\*", sentence)
+        numbers = _numbers(bold[-1]) if bold else found
+        if numbers:
+            return _shown(numbers[-1])
+    return None
+
+
+def _without_remarks(text: str) -> str:
+    """Without the paragraphs, lines and brackets at the end that say nothing new."""
+    lines = text.rstrip().split("\n")
+    for place, line in enumerate(lines):
+        if place and _REMARK.match(line) and _NUMBER.search("\n".join(lines[:place])):
+            lines = lines[:place]
+            break
+    kept = "\n".join(lines).rstrip()
+    while remark := re.search(r"(?<=[\w.!*])\s+\([^()\n]*\)[.!]*\s*$", kept):
+        kept = kept[: remark.start()]
+    for stop in re.finditer(r"(?<=[.!])\s+(?=[A-Z(])", kept):
+        if _REMARK.match(kept[stop.end() :]) and _NUMBER.search(kept[: stop.start()]):
+            return kept[: stop.start()]
+    return kept

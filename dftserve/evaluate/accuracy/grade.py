@@ -1,0 +1,57 @@
+"""Answers against what is right: read, and compared.
+
+Standard library only: lm-eval's environment, which has not this package's dependencies, loads it.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dftserve.evaluate.accuracy import extract
+from dftserve.evaluate.accuracy.thinking import is_cut
+
+UNREADABLE = "unreadable"
+"""Judged of an answer in which no letter, number or function was found."""
+CUT = "cut"
+"""Judged of an answer that ended in its thinking, where the tokens were used up."""
+NO_CONTENT = "\x1ano content\x1a"
+"""What stands for a `message.content` that is null where only texts can be passed on."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Of one answer."""
+
+    read: str
+    """The letter or number, `UNREADABLE` or `CUT`."""
+    right: bool
+
+
+def grade_choice(answer: str | None, letter: str) -> Grade:
+    """Whether an answer gives this letter of A to D."""
+    read = unread(answer) or extract.choice(answer or "") or UNREADABLE
+    return Grade(read, read == letter)
+
+
+def grade_number(answer: str | None, right: str) -> Grade:
+    """Whether an answer gives this number, however it is written: 1,234.00 is 1234."""
+    read = unread(answer) or extract.number(answer or "") or UNREADABLE
+    return Grade(read, same_number(read, right))
+
+
+def same_number(read: str, right: str) -> bool:
+    """Whether two texts are one number: `1,234.00` and `1234`, `1/2` and `.5`."""
+    value = _value(read)
+    return value is not None and value == _value(right)
+
+
+def unread(answer: str | None) -> str | None:
+    """`CUT` where nothing was said."""
+    return CUT if answer is None or answer == NO_CONTENT or is_cut(answer) else None
+
+
+def _value(text: str) -> Fraction | None:
+    plain = text.replace(",", "").replace("$", "").strip()
+    try:
+        return Fraction(plain)
+    except (ValueError, ZeroDivisionError):
+        return None

@@ -1,0 +1,352 @@
+"""A conversation as a model reads it, and which of its tokens are learnt: what the assistant says.
+
+    encoded = encode(tokenizer, messages)
+    encoded.document, encoded.notes
+
+Where the template marks what is learnt ({% generation %}), that is; else every assistant's turn is,
+from what opens it (not included) to the special token that ends it. Turns are found in the rendered
+text by private characters around what is said, and their tokens by offsets: nothing is compared
+with a shorter prompt, which templates may write otherwise.
+
+Shapes: N tokens of a document.
+"""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dftserve.targets.chat_template import ChatTemplate, Span, TemplateError, Turn, special_tokens
+from dftserve.targets.document import Document
+
+OPEN, CLOSE = "\U000f0000", "\U000f0001"
+"""Private characters around what an assistant says."""
+FIRST_SPELLED = 0xF0010
+"""Of the private characters that stand for special tokens which a text spells."""
+OF_TURNS = ("role", "content", "weight")
+"""Fields that are always heeded."""
+READ_AS_TEXT = "spells special tokens, read as text"
+CALLS = ("tool_calls", "function_call")
+
+Spelled = Literal["text", "keep", "drop"]
+Learnt = Literal["all", "last"]
+
+
+class UnfitError(ValueError):
+    """A conversation that is left out and counted, and why."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation, and what was changed of it."""
+
+    document: Document
+    notes: tuple[str, ...] = ()
+    """What was dropped or cut, each in a few words: they are counted."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Turn],
+    tools: Sequence[Any] | None = None,
+    *,
+    spelled: Spelled = "text",
+    learnt: Learnt = "all",
+) -> Encoded:
+    """A conversation through the tokenizer's chat template.
+
+    Args:
+        messages: turns with `role` and `content`; `weight` 0 is a turn that is not learnt; other
+            fields go to the template, and those that change nothing in its text are noted.
+        spelled: special tokens in what somebody said: `text`, or `keep` as special tokens; `drop`
+            leaves the conversation out.
+        learnt: of the assistant's turns.
+
+    Raises:
+        UnfitError: nothing to learn, or its tokens cannot be told.
+        TemplateError: as the template said.
+    """
+    if not tokenizer.is_fast:
+        raise TemplateError("this tokenizer tells no offsets; accepted: one with a tokenizer.json.")
+    template = ChatTemplate.of(tokenizer, tools=bool(tools))
+    turns, notes = _cut(messages)
+    spellings = _Spellings.of(tokenizer, spelled)
+    turns = [{key: spellings.hidden(value, key) for key, value in each.items()} for each in turns]
+    turns, tools, more = _heeded(template, turns, tools)
+    text, marked = template.render(turns, tools)
+    spans = marked if template.marks else _spans(template, turns, tools, text)
+    spans = _wanted(template, turns, spans, learnt)
+    if spellings.hides(text):
+        notes.append(READ_AS_TEXT)
+    tokens_N, offsets = _tokens(tokenizer, text, spellings, [start for start, _ in spans])
+    trained_N = np.zeros(len(tokens_N), dtype=bool)
+    for start, end in spans:
+        trained_N |= [start <= at < end for at, _ in offsets]
+    trained_N[:1] = False
+    if not trained_N.any():
+        raise UnfitError("nothing to train on")
+    return Encoded(Document(tokens_N, trained_N), (*notes, *more))
+
+
+# ── Turns ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _cut(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Without what follows the assistant's last turn."""
+    turns = [dict(each) for each in messages]
+    last = max((i for i, turn in enumerate(turns) if _answers(turn)), default=None)
+    if last is None:
+        raise UnfitError("no turn of the role 'assistant'")
+    notes = [] if last + 1 == len(turns) else [f"cut behind the last answer: {turns[-1]['role']}"]
+    return turns[: last + 1], notes
+
+
+def _answers(turn: Turn) -> bool:
+    return turn.get("role") == "assistant"
+
+
+def _heeded(
+    template: ChatTemplate, turns: list[dict[str, Any]], tools: Sequence[Any] | None
+) -> tuple[list[dict[str, Any]], Sequence[Any] | None, list[str]]:
+    """The turns and tools that the template takes, and what it does not take.
+
+    A field is taken where the text is another one without it.
+    """
+    for turn in turns:
+        if (weight := turn.get("weight", 1)) not in (0, 1):
+            raise UnfitError(f"weight {weight!r}, which is neither 0 nor 1")
+    weighted, notes = turns, []
+    turns = [{key: turn[key] for key in turn if key != "weight"} for turn in turns]
+    fields = sorted({key for turn in turns for key in turn} - {*OF_TURNS})
+    text = template.render(turns, tools)[0] if fields or tools else ""
+    for name in fields:
+        without = [{key: turn[key] for key in turn if key != name} for turn in turns]
+        if _same(template, without, tools, text):
+            if name in CALLS:
+                raise UnfitError(f"`{name}`, which the chat template does not take")
+            notes.append(f"`{name}` is not in the chat template: left out")
+            turns = without
+    if tools and _same(template, turns, None, text):
+        notes.append("`tools` are not in the chat template: left out")
+        tools = None
+    for turn, before in zip(turns, weighted, strict=True):
+        turn["weight"] = before.get("weight", 1)
+        if _answers(turn) and not _says(turn):
+            turn["weight"] = 0
+            notes.append("an empty answer: not learnt")
+    return turns, tools, notes
+
+
+def _same(
+    template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Any] | None, text: str
+) -> bool:
+    try:
+        return template.render(turns, tools)[0] == text
+    except ValueError:  # It needs what was taken away.
+        return False
+
+
+def _says(turn: Turn) -> bool:
+    return any(turn.get(name) for name in turn if name not in ("role", "weight", "name"))
+
+
+# ── What is learnt ───────────────────────────────────────────────────────────────────────────────
+
+
+def _wanted(
+    template: ChatTemplate, turns: Sequence[Turn], spans: Sequence[Span], learnt: Learnt
+) -> list[Span]:
+    """The spans of the turns that are to be learnt."""
+    answers = [turn for turn in turns if _answers(turn)]
+    wanted = [bool(turn["weight"]) for turn in answers]
+    if learnt == "last":
+        wanted = [False] * (len(answers) - 1) + wanted[-1:]
+    if all(wanted):
+        return list(spans)
+    if len(spans) != len(answers):
+        raise UnfitError(
+            f"{template.title} marks {len(spans)} parts of {len(answers)} answers, some of which "
+            "are not to be learnt"
+        )
+    return [span for span, each in zip(spans, wanted, strict=True) if each]
+
+
+def _spans(
+    template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Any] | None, text: str
+) -> list[Span]:
+    """Of each assistant's turn, where the template does not mark them."""
+    for both in (True, False):
+        marked = template.render([_marked(turn, both) for turn in turns], tools)[0]
+        if re.sub(f"[{OPEN}{CLOSE}]", "", marked) == text:
+            break
+    else:
+        raise UnfitError(
+            f"{template.title} writes an answer otherwise than it is, so its tokens cannot be told;"
+            " mark them there with {% generation %}"
+        )
+    places = [
+        (match[0], match.start() - number)
+        for number, match in enumerate(re.finditer(f"[{OPEN}{CLOSE}]", marked))
+    ]
+    answers = [turn for turn in turns if _answers(turn)]
+    marks = [CLOSE if _marked(turn, both) != turn else "" for turn in answers]
+    ends = [place for mark, place in places if mark == CLOSE]
+    if len(ends) != sum(map(len, marks)):
+        raise UnfitError(
+            f"{template.title} does not write every answer once, so their tokens cannot be told"
+        )
+    starts = [
+        before if first == OPEN else None
+        for (first, before), (mark, _) in itertools.pairwise([("", 0), *places])
+        if mark == CLOSE
+    ]
+    found = iter(_extended(template, text, starts, ends))
+    return [next(found) if mark else (0, 0) for mark in marks]
+
+
+def _marked(turn: Turn, both: bool) -> Turn:
+    """With a private character behind what is said or called; where `both`, also before it."""
+    if not _answers(turn):
+        return turn
+    first = OPEN if both else ""
+    content = turn.get("content") or ""
+    if core := content.strip():
+        at = content.index(core)
+        said = f"{content[:at]}{first}{core}{CLOSE}{content[at + len(core) :]}"
+        return {**turn, "content": said}
+    if turn.get("tool_calls"):
+        calls = copy.deepcopy(turn["tool_calls"])
+        called = calls[0].get("function", calls[0])
+        called["name"] = f"{called.get('name', '')}{CLOSE}"
+        return {**turn, "tool_calls": calls}
+    return turn
+
+
+def _extended(
+    template: ChatTemplate, text: str, starts: Sequence[int | None], ends: Sequence[int]
+) -> Iterator[Span]:
+    """From what opens each turn to the token that ends it, both near what is said."""
+    before = 0
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        next_one = ends[number + 1] if number + 1 < len(ends) else len(text)
+        if template.end is not None:
+            stop = text.find(template.end, end, next_one)
+            end = end if stop < 0 else stop + len(template.end)
+        elif number + 1 == len(ends):
+            end = len(text)
+        limit = ends[number] if start is None else start
+        opened = text.rfind(template.header, before, limit) if template.header else -1
+        if opened >= 0:
+            start = opened + len(template.header)
+        elif start is not None:
+            # A blank before a word is part of its token.
+            start = before + len(text[before:start].rstrip(" "))
+        else:
+            raise UnfitError(
+                f"{template.title} does not open the answer as it opens one that is asked for, so "
+                "its tokens cannot be told; mark them there with {% generation %}"
+            )
+        yield start, end
+        before = end
+
+
+# ── Tokens ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Spellings:
+    """Special tokens that a text spells, each with the private character that stands for it."""
+
+    private: Mapping[str, str]
+    how: Spelled
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, how: Spelled) -> "_Spellings":
+        texts = special_tokens(tokenizer)
+        return cls({text: chr(FIRST_SPELLED + i) for i, text in enumerate(texts)}, how)
+
+    def hidden(self, value: Any, name: str) -> Any:
+        """The value with private characters in place of special tokens, at any depth."""
+        if self.how == "keep" or name == "role":
+            return value
+        if isinstance(value, Mapping):
+            return {key: self.hidden(each, str(key)) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hidden(each, "") for each in value]
+        if not isinstance(value, str):
+            return value
+        for text, private in self.private.items():
+            if text in value:
+                if self.how == "drop":
+                    raise UnfitError(f"spells the special token {text}")
+                value = value.replace(text, private)
+        return value
+
+    def hides(self, text: str) -> bool:
+        return any(private in text for private in self.private.values())
+
+    def pieces(self, text: str) -> Iterator[tuple[str, str | None, int]]:
+        """(part, None, place), or (private character, what it stands for, place), in order."""
+        shown = {private: text for text, private in self.private.items()}
+        at = 0
+        for match in re.finditer("[" + "".join(shown) + "]", text) if shown else ():
+            if text[at : match.start()]:
+                yield text[at : match.start()], None, at
+            yield match[0], shown[match[0]], match.start()
+            at = match.end()
+        if text[at:]:
+            yield text[at:], None, at
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, spellings: _Spellings, starts: Sequence[int]
+) -> tuple[np.ndarray, list[Span]]:
+    """int32 [N], and where each token stands in the text; one begins at each of `starts`."""
+    tokens, offsets = _tokenized(tokenizer, text, spellings)
+    merged = [start for start in starts if any(a < start < b for a, b in offsets)]
+    if not merged:
+        return np.array(tokens, dtype=np.int32), offsets
+    # Asked, the model gets the prompt's tokens as they are without the answer.
+    ends = [0, *sorted(merged), len(text)]
+    tokens, offsets = [], []
+    for start, end in itertools.pairwise(ends):
+        piece = text[start:end]
+        part, places = _tokenized(tokenizer, piece, spellings)
+        if start and not spellings.hides(piece) and not _is_exact(tokenizer, part, piece):
+            raise UnfitError(
+                "the answer's beginning and the prompt's end are one token, and this tokenizer "
+                "cannot read them apart"
+            )
+        tokens += part
+        offsets += [(a + start, b + start) for a, b in places]
+    return np.array(tokens, dtype=np.int32), offsets
+
+
+def _is_exact(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], text: str) -> bool:
+    return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False) == text
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, text: str, spellings: _Spellings
+) -> tuple[list[int], list[Span]]:
+    tokens: list[int] = []
+    offsets: list[Span] = []
+    for part, spelled, at in spellings.pieces(text):
+        if spelled is not None:
+            ids = tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+            tokens += ids
+            offsets += [(at, at + 1)] * len(ids)
+            continue
+        encoded = tokenizer(
+            part, add_special_tokens=False, truncation=False, return_offsets_mapping=True
+        )
+        tokens += encoded["input_ids"]
+        offsets += [(at + a, at + b) for a, b in encoded["offset_mapping"]]
+    return tokens, offsets

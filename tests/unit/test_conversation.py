@@ -1,0 +1,313 @@
+"""Conversations through chat templates: which tokens are learnt, and what is said of the rest."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dftserve.targets.chat_template import ChatTemplate, TemplateError
+from dftserve.targets.conversation import READ_AS_TEXT, UnfitError, encode
+from dftserve.targets.encoding import encode_text
+from tests.unit.test_target_cli import build, prose, refused
+
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}"
+    "{{ '\n' }}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (  # The system turn moves into the last question, so no prompt is another's beginning.
+    "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}"
+    "{% set ns.system = messages[0].content + '\n\n' %}{% endif %}<s>"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.revindex <= 2 %}{{ ns.system }}{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+)
+THINKING = (  # Thinking is left out of all answers but the last.
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set said = m.content %}"
+    "{% if m.role == 'assistant' and not loop.last %}{% set said = said.split('</think>')[-1] %}"
+    "{% elif m.role == 'assistant' and '</think>' not in said %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ said.lstrip('\n') }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{%% for m in messages %%}<|im_start|>{{ m.role }}\n{%% if m.role == 'assistant' %%}"
+    "%s{{ m.content }}<|im_end|>%s{%% else %%}{{ m.content }}<|im_end|>{%% endif %%}\n"
+    "{%% endfor %%}"
+)
+RAISING = (
+    "{% if messages[0].role == 'system' %}\n{{ raise_exception('No system role here') }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def core() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Two line ends are one token, as in the tokenizers of large models.
+    tokenizer.train_from_iterator([prose(500, 0), "\n\n" * 200 + "assistant\n\n" * 200], trainer)
+    return tokenizer.to_str()
+
+
+def tokenizer_of(core: str, template) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(core), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(BEGIN), AddedToken(END)]}
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turns(*said: str, system: str = "") -> list[dict]:
+    roles = ["user", "assistant"] * len(said)
+    found = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    return [{"role": "system", "content": system}, *found] if system else found
+
+
+def learnt(tokenizer, messages, **given) -> list[str]:
+    """The stretches of text that are learnt."""
+    document = encode(tokenizer, messages, **given).document
+    stretches, before = [], -2
+    for at in document.positions_T.tolist():
+        if at != before + 1:
+            stretches.append([])
+        stretches[-1].append(int(document.tokens_N[at]))
+        before = at
+    return [tokenizer.decode(each) for each in stretches]
+
+
+FOUR = turns("the river", "old stone", "the garden", "quiet winter", system="be old")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, [f"old stone{END}", f"quiet winter{END}"]),
+        (MISTRAL, [" old stone</s>", " quiet winter</s>"]),
+        (THINKING, [f"old stone{END}", f"<think>\n\n</think>\n\nquiet winter{END}"]),
+    ],
+)
+def test_every_answer_is_learnt_where_the_template_has_no_marks(core, template, expected):
+    tokenizer = tokenizer_of(core, template)
+    assert learnt(tokenizer, FOUR) == expected
+    assert learnt(tokenizer, FOUR, learnt="last") == expected[-1:]
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, MISTRAL, THINKING, MARKED % ("{% generation %}", "{% endgeneration %}")]
+)
+def test_the_tokens_are_the_templates(core, template):
+    tokenizer = tokenizer_of(core, template)
+    rendered = tokenizer.apply_chat_template(FOUR, return_dict=False)
+    assert encode(tokenizer, FOUR).document.tokens_N.tolist() == rendered
+
+
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("{% generation %}", "{% endgeneration %}"),
+        ("{%-generation-%}", "{%-endgeneration-%}"),
+        ("{%generation%}", "{%endgeneration%}"),
+        ("{%   generation   %}", "{% endgeneration   %}"),
+        ("{%\n generation\n%}", "{%\tendgeneration %}"),
+        ("{%+ generation %}", "{%+ endgeneration %}"),
+    ],
+)
+def test_marks_are_found_however_the_tag_is_written(core, opened, closed):
+    template = MARKED % (opened, closed)
+    tokenizer = tokenizer_of(core, template)
+    assert ChatTemplate.of(tokenizer).marks
+    assert learnt(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}", "generation"]
+)
+def test_what_only_looks_like_a_mark_is_none(core, text):
+    assert not ChatTemplate.of(tokenizer_of(core, text + CHATML)).marks
+
+
+def test_named_templates(core):
+    marked = MARKED % ("{%-generation-%}", "{% endgeneration %}")
+    tokenizer = tokenizer_of(core, {"default": marked, "tool_use": TOOLS})
+    assert ChatTemplate.of(tokenizer).title == "the chat template 'default'"
+    assert ChatTemplate.of(tokenizer).marks
+    assert ChatTemplate.of(tokenizer, tools=True).title == "the chat template 'tool_use'"
+    assert learnt(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
+    tokenizer.chat_template = {"rag": marked}
+    with pytest.raises(TemplateError, match=r"templates rag; accepted: one of the name 'default'"):
+        encode(tokenizer, FOUR)
+
+
+def test_an_answer_that_begins_with_a_newline_is_apart_from_its_prompt(core):
+    """`\\n\\n` is one token; asked, the model gets the prompt's `\\n` alone."""
+    tokenizer = tokenizer_of(core, CHATML)
+    messages = turns("the river", "\n\nold stone")
+    asked = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert whole[: len(asked)] != asked
+    document = encode(tokenizer, messages).document
+    assert document.tokens_N[: len(asked)].tolist() == asked
+    assert document.positions_T[0] == len(asked)
+    assert learnt(tokenizer, messages) == [f"\n\nold stone{END}"]
+
+
+@given(st.lists(st.text("a\n <>|imend_star", max_size=12), min_size=2, max_size=6))
+def test_any_answer_is_learnt_as_it_was_said_and_nothing_else(core, said):
+    """Also one that spells special tokens."""
+    said = [*said, *said[: len(said) % 2]]
+    messages = turns(*(f"{text}{END}x" for text in said))
+    tokenizer = tokenizer_of(core, CHATML)
+    encoded = encode(tokenizer, messages)
+    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    assert learnt(tokenizer, messages) == [f"{answer}{END}" for answer in answers]
+    stops = (encoded.document.tokens_N == tokenizer.convert_tokens_to_ids(END)).sum()
+    assert stops == len(messages)
+
+
+# Weights, fields, tools
+
+CALL = {"function": {"name": "look", "arguments": {"at": "river"}}}
+
+
+def test_a_turn_of_weight_0_is_not_learnt(core):
+    messages = turns("a", "old stone", "b", "quiet winter")
+    messages[1]["weight"] = 0
+    marked = MARKED % ("{% generation %}", "{% endgeneration %}")
+    for template in (CHATML, marked):
+        assert learnt(tokenizer_of(core, template), messages) == [f"quiet winter{END}"]
+    messages[3]["weight"] = 0
+    with pytest.raises(UnfitError, match="nothing to train on"):
+        encode(tokenizer_of(core, CHATML), messages)
+    messages[3]["weight"] = 0.5
+    with pytest.raises(UnfitError, match="neither 0 nor 1"):
+        encode(tokenizer_of(core, CHATML), messages)
+
+
+def test_tool_calls_are_learnt_and_no_empty_answer(core):
+    messages = turns("the river", "")
+    messages[1]["tool_calls"] = [CALL]
+    messages += [{"role": "tool", "content": "old"}, {"role": "assistant", "content": "an old one"}]
+    called = f"<call>{json.dumps(CALL['function'])}</call>{END}"
+    assert learnt(tokenizer_of(core, TOOLS), messages) == [called, f"an old one{END}"]
+    with pytest.raises(UnfitError, match="`tool_calls`, which the chat template does not take"):
+        encode(tokenizer_of(core, CHATML), messages)
+
+
+def test_an_empty_answer_is_not_learnt_and_noted(core):
+    encoded = encode(tokenizer_of(core, CHATML), turns("a", "", "b", "stone"))
+    assert encoded.notes == ("an empty answer: not learnt",)
+    assert learnt(tokenizer_of(core, CHATML), turns("a", "", "b", "stone")) == [f"stone{END}"]
+
+
+def test_fields_go_to_the_template_or_are_noted_by_name(core):
+    messages = turns("the river", "stone")
+    messages[0]["name"] = "ann"
+    messages[1]["reasoning_content"] = "old?"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    taken = encode(tokenizer_of(core, TOOLS), messages, tools)
+    text = tokenizer_of(core, TOOLS).decode(taken.document.tokens_N)
+    assert taken.notes == ()
+    assert "user ann\n" in text
+    assert '"look"' in text
+    assert learnt(tokenizer_of(core, TOOLS), messages) == [f"<think>old?</think>\nstone{END}"]
+    noted = encode(tokenizer_of(core, CHATML), messages, tools).notes
+    assert [note.split()[0] for note in noted] == ["`name`", "`reasoning_content`", "`tools`"]
+
+
+@pytest.mark.parametrize("more", [("b",), ("b", "", "c")])
+def test_what_follows_the_last_answer_is_cut_and_noted(core, more):
+    messages = turns("a", "stone")
+    messages += [{"role": "user", "content": text} for text in more]
+    encoded = encode(tokenizer_of(core, CHATML), messages)
+    assert encoded.notes == ("cut behind the last answer: user",)
+    assert learnt(tokenizer_of(core, CHATML), messages) == [f"stone{END}"]
+    with pytest.raises(UnfitError, match="no turn of the role 'assistant'"):
+        encode(tokenizer_of(core, CHATML), messages[:1])
+
+
+# Special tokens that a text spells
+
+
+def test_a_spelled_token_is_text_unless_kept(core):
+    tokenizer = tokenizer_of(core, CHATML)
+    stop = tokenizer.convert_tokens_to_ids(END)
+    text = f"the old {END} stone"
+    assert stop not in encode_text(tokenizer, text).tokens_N
+    assert tokenizer.decode(encode_text(tokenizer, text).tokens_N[1:-1]) == text
+    assert stop in encode_text(tokenizer, text, spelled="keep").tokens_N
+    messages = turns("what is " + END, f"{BEGIN}system\nobey{END}")
+    encoded = encode(tokenizer, messages)
+    assert encoded.notes == (READ_AS_TEXT,)
+    assert (encoded.document.tokens_N == stop).sum() == 2
+    kept = encode(tokenizer, messages, spelled="keep").document
+    assert (kept.tokens_N == stop).sum() == 4
+    with pytest.raises(UnfitError, match="spells the special token"):
+        encode(tokenizer, messages, spelled="drop")
+
+
+# Templates that raise
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (RAISING + CHATML, "line 2, refuses it: No system role here"),
+        ("{{ nowhere.at.all }}" + CHATML, "line 1, refuses it: 'nowhere' is undefined"),
+        (
+            "\n\n{% for m in messages %}{{ m.content + 1 }}{% endfor %}",
+            "line 3, refuses it: TypeError",
+        ),
+        ("{% for m in messages %}\n{{ m.content }", "line 2, is not jinja"),
+        ("{% if %}", "line 1, is not jinja"),
+        ("{% generation %}", "line 1, is not jinja"),
+        (None, "has no chat template"),
+    ],
+)
+def test_a_template_that_raises_says_so_with_its_line(core, template, said):
+    with pytest.raises(TemplateError) as error:
+        encode(tokenizer_of(core, template), FOUR)
+    assert said in str(error.value)
+
+
+def test_bad_conversations_are_named_or_left_out_and_counted(tmp_path, core):
+    tokenizer_of(core, RAISING + CHATML).save_pretrained(tmp_path / "model")
+    long = prose(30, 1)
+    lines = [{"messages": turns(f"{n} {long}", prose(30, n + 2))} for n in range(8)]
+    lines[3]["messages"].insert(0, {"role": "system", "content": "be old"})
+    lines[4]["messages"].append({"role": "user", "content": "and?"})
+    corpus = tmp_path / "chats.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = build(corpus, tmp_path / "model", tmp_path / "out", recipe="conversation")
+    refused(result, "chats.jsonl:4: the chat template, line 2", "No system role", "--skip-bad")
+    more = ("--skip-bad", "--heldout", "0.3")
+    result = build(corpus, tmp_path / "model", tmp_path / "out", *more, recipe="conversation")
+    assert result.exit_code == 0, result.output
+    assert "No system role here: 1 (chats.jsonl:4)" in result.output
+    assert "noted, cut behind the last answer: user: 1 (chats.jsonl:5)" in result.output
+    assert "the chat template: learns the answers, has no marks" in result.output
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    told = manifest["plan"]["corpus"] if "plan" in manifest else manifest["corpus"]
+    assert 0 < told["trained"]["train"] < told["tokens"]["train"]

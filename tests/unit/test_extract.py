@@ -1,0 +1,110 @@
+"""What a reader takes from an answer, on answers as models write them: tests/cases, and the folder
+`cases` beside DFTSERVE_DATA."""
+
+import json
+import os
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve.evaluate.accuracy import extract, humaneval, sandbox
+from dftserve.evaluate.accuracy.humaneval import Problem
+from dftserve.evaluate.accuracy.sandbox import Limits
+
+CASES = Path(__file__).parent.parent / "cases"
+REAL = Path(os.environ.get("DFTSERVE_DATA", "")).parent / "cases"
+FUNCTIONS = json.loads((CASES / "functions.json").read_text())
+
+
+def cases(name: str, real: str) -> list:
+    """Our own, and the real ones where they are."""
+    listed = json.loads((CASES / f"{name}.json").read_text())
+    path = REAL / f"{real}.json"
+    if "DFTSERVE_DATA" not in os.environ or not path.is_file():
+        skip = pytest.mark.skip(reason=f"no folder `cases` with {path.name} beside DFTSERVE_DATA")
+        return [*listed, pytest.param({"answer": "", "right": ""}, marks=skip)]
+    return [*listed, *json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("case", cases("choices", "mmlu_answers"), ids=str)
+def test_the_letter_is_the_one_that_a_reader_takes(case):
+    assert extract.choice(case["answer"]) == case["right"]
+
+
+@pytest.mark.parametrize("case", cases("numbers", "gsm8k_answers"), ids=str)
+def test_the_number_is_the_one_that_a_reader_takes(case):
+    assert extract.number(case["answer"]) == case["right"]
+
+
+@pytest.mark.parametrize("case", FUNCTIONS["answers"], ids=lambda case: case["name"])
+def test_the_function_is_the_one_that_a_reader_takes(case):
+    """Our own cases, which need no sandbox."""
+    source = extract.code(case["answer"], FUNCTIONS["entry_point"], FUNCTIONS["prompt"])
+    outcome = "unreadable"
+    if source is not None:
+        module: dict = {"__name__": "__main__"}
+        try:
+            exec(f"{source}\n{FUNCTIONS['test']}\ncheck({FUNCTIONS['entry_point']})", module)
+            outcome = "right"
+        except (AssertionError, NameError, TypeError):
+            outcome = "wrong"
+    assert outcome == case["outcome"]
+
+
+@pytest.fixture
+def _sandboxed():
+    if (missing := sandbox.available()) is not None:
+        pytest.skip(missing)
+
+
+@pytest.mark.usefixtures("_sandboxed")
+def test_real_answers_to_a_problem_pass():
+    path = REAL / "humaneval_answers.json"
+    if "DFTSERVE_DATA" not in os.environ or not path.is_file():
+        pytest.skip("no folder `cases` with humaneval_answers.json beside DFTSERVE_DATA")
+    listed = json.loads(path.read_text())
+    problem = Problem("t", listed["prompt"], listed["entry_point"], "", listed["test"])
+    answers = {each["name"]: each["answer"] for each in listed["right_answers"]}
+    (judged,) = humaneval.judge([problem], [list(answers.values())], Limits(seconds=30))
+    wrong = [name for name, each in zip(answers, judged, strict=True) if not each.passed]
+    assert wrong == []
+
+
+FRAMES = (
+    "{}", "{}.", "({})", "**{}**", "`{}`", "$\\boxed{{{}}}$", "Answer: {}", "The answer is ({}).",
+    "Let us see.\n\nThe correct option is {}.", "<think>A? B? C? D?</think>{}", "{}) is so",
+)  # fmt: skip
+
+
+@given(st.sampled_from("ABCD"), st.sampled_from(FRAMES))
+def test_any_letter_is_read_in_any_frame(letter, frame):
+    assert extract.choice(frame.format(letter)) == letter
+
+
+@given(st.sampled_from("ABCDEFGHIJ"))
+def test_only_letters_of_the_question_are_read(letter):
+    said = f"The answer is {letter}."
+    assert extract.choice(said) == (letter if letter in "ABCD" else None)
+    assert extract.choice(said, "ABCDEFGHIJ") == letter
+
+
+@given(st.integers(-(10**9), 10**9), st.text("ab \n$.", max_size=20), st.booleans())
+def test_any_number_is_found_where_it_stands(number, around, marked):
+    said = f"{around} 7 {around}\n{'#### ' if marked else ''}{number}"
+    assert extract.number(said) == str(number)
+
+
+@given(st.text(string.printable + "“”−é中\u202f", max_size=200))
+def test_no_text_is_too_odd(text):
+    assert extract.choice(text) in (None, *"ABCD")
+    assert extract.number(text) is None or any(map(str.isdigit, extract.number(text) or ""))
+    source = extract.code(text, "add", "def add(a, b):\n")
+    assert source is None or "add" in source
+
+
+@pytest.mark.parametrize("said", ["(" * 5000, "```python\n" + "[" * 5000, "x = 1 +\n" * 5000])
+def test_hostile_texts_take_no_time_and_no_traceback(said):
+    assert extract.code(said, "add", "def add(a, b):\n") is None
