@@ -154,9 +154,9 @@ def train(config: TrainConfig) -> Path:
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if stop.received is not None:
+    if stop.agreed is not None:
         _say(f"Stopped, and saved in {output}; the same command goes on from there.")
-        raise SystemExit(128 + stop.received)
+        raise SystemExit(128 + stop.agreed)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
     whole = whole_model(trainer, config, prepared)
     if whole is not None:

@@ -7,15 +7,14 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, distributed
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -118,16 +117,21 @@ class DFTTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the held-out tokens, in nats: divergence, entropies, human NLL."""
-        loader: DataLoader = self.get_eval_dataloader(eval_dataset)
+        """Means over the held-out tokens, in nats: divergence, entropies, human NLL.
+
+        Each row counts once, whatever the number of processes.
+        """
         # As training wrapped it, where it did: sharded weights have no other way in.
         model: Any = self.model_wrapped
         model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
-        for batch in loader:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        for batch, counts in self._shared_out(rows):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 output: DFTOutput = model(**inputs)
+            if not counts:
+                continue
             values = [float(output[name]) for name in SUMS]
             sums += sums.new_tensor([*values, len(inputs["positions_T"])])
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
@@ -141,6 +145,18 @@ class DFTTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _shared_out(self, rows: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+        """This process's batches, and whether they count.
+
+        As many for each process: one that has fewer reads the first row again, since DDP and FSDP
+        wait for all in every forward.
+        """
+        size, world = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        mine = range(self.accelerator.process_index, len(rows), world)
+        for start in range(0, math.ceil(len(rows) / world), size):
+            part = [rows[place] for place in mine[start : start + size]]
+            yield self.data_collator(part or [rows[0]]), bool(part)  # type: ignore[arg-type]
 
     # ── Saving ───────────────────────────────────────────────────────────────────────────────────
 
@@ -243,14 +259,21 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT: finish the step, save, leave."""
+    """SIGTERM and SIGINT: finish the step, save, leave; all processes at the same step.
+
+    The signal may reach one process of several, or each at another time. One that left alone would
+    leave the others waiting for it.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.agreed: int | None = None
+        """The signal for which all processes stopped."""
+        self._received = 0
         self._former: dict[int, Any] = {}
+        self._group: Any = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self._received = number
 
     @contextmanager
     def installed(self):
@@ -262,9 +285,20 @@ class StopOnSignal(TrainerCallback):
             for number, former in self._former.items():
                 signal.signal(number, former)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            # On the CPU: a GPU would have to finish its step before the flag could be read.
+            self._group = distributed.new_group(backend="gloo")
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        if self.received is not None:
+        received = torch.tensor(self._received)
+        if self._group is not None:
+            distributed.all_reduce(received, distributed.ReduceOp.MAX, group=self._group)
+        if received:
+            self.agreed = int(received)
             control.should_save = True
             control.should_training_stop = True

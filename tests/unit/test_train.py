@@ -177,6 +177,20 @@ GRADIENTS = """
 """
 
 
+def launched(processes: int, *command: Path) -> None:
+    """A script in so many processes that talk over loopback."""
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    launch += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=127.0.0.1:0"]
+    subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), *command],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+    )
+
+
 @pytest.mark.parametrize(
     "fsdp", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp", marks=pytest.mark.long)]
 )
@@ -192,22 +206,57 @@ def test_two_processes_have_the_gradients_of_one(run, fsdp, tmp_path):
         content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
         settings_file.write_text(json.dumps(content))
         result = tmp_path / f"{name}.safetensors"
-        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launch += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
-        launch += ["--rdzv-endpoint=127.0.0.1:0"]
-        python = [sys.executable] if processes == 1 else [sys.executable, *launch]
-        subprocess.run(
-            [*python, script, settings_file, result],
-            check=True,
-            timeout=300,
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
-        )
+        launched(processes, script, settings_file, result)
         weights.append(load_file(result))
     start = small_model().state_dict()
     for name, first in weights[0].items():
         gradient = start[name] - first
         assert (first - weights[1][name]).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+STOPPED = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from transformers import TrainerCallback
+    from dftserve.train.config import load
+    from dftserve.train.run import make_trainer, prepare
+    from dftserve.train.trainer import StopOnSignal
+    config = load(Path(sys.argv[1]), {})
+    prepared = prepare(config)
+    trainer = make_trainer(config, prepared.loaded.model, prepared.material)
+    rank = trainer.accelerator.process_index
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if rank == 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+    with StopOnSignal().installed() as stop:
+        trainer.add_callback(Signalled())
+        trainer.add_callback(stop)
+        before = trainer.evaluate()["eval_human_nll"]
+        trainer.train()
+    told = {"nll": before, "agreed": stop.agreed, "step": trainer.state.global_step}
+    Path(f"{sys.argv[2]}-{rank}").write_text(json.dumps(told))
+"""
+
+
+def test_several_processes_stop_together_and_score_each_held_out_row_once(run, tmp_path):
+    """The signal reaches one of them; eight rows do not fill two batches of three."""
+    config = replace(run, evaluate_every=1000, save_every=1000, packing=False, steps=50)
+    config = replace(config, batch_size=3)
+    script, settings_file = tmp_path / "stopped.py", tmp_path / "run.yaml"
+    script.write_text(textwrap.dedent(STOPPED))
+    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+    settings_file.write_text(json.dumps(content))
+    prepared = prepare(config)
+    rows = len(prepared.material.heldout)
+    assert rows % (2 * config.batch_size), "there is nothing to fill up"
+    launched(2, script, settings_file, tmp_path / "told")
+    told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in (0, 1)]
+    assert [each["agreed"] for each in told] == [signal.SIGTERM] * 2
+    assert [each["step"] for each in told] == [2, 2]
+    checkpoint.verify(Path(run.output) / "checkpoint-2")
+    alone = make_trainer(config, prepared.loaded.model, prepared.material).evaluate()
+    assert told[0]["nll"] == told[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
