@@ -8,10 +8,17 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from dftserve import spec
-from dftserve.sampling import Controls, Statistics, control_row, get_backend, transform
+from dftserve.sampling import (
+    Controls,
+    Statistics,
+    TokenClasses,
+    control_row,
+    get_backend,
+    transform,
+)
 
 
 class DiversityProcessor(LogitsProcessor):
@@ -25,10 +32,12 @@ class DiversityProcessor(LogitsProcessor):
         diversity: a number from 0 to 1, or the object form of the request field.
         temperature: T, above 0.
         stop_ids: the tokens that end the text; they keep their probability.
+        tokenizer: the model's, which the law `words` needs.
 
     Raises:
         DiversityError: the diversity is not acceptable.
-        ValueError: the temperature is not above 0.
+        ValueError: the temperature is not above 0, or the law is `words` and the tokenizer missing
+            or of no known form.
     """
 
     def __init__(
@@ -37,8 +46,18 @@ class DiversityProcessor(LogitsProcessor):
         *,
         temperature: float = 1.0,
         stop_ids: Iterable[int] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.diversity = spec.parse(diversity)
+        self._reads_last_token = self.diversity.law == "words"
+        if self._reads_last_token and tokenizer is None:
+            raise ValueError(
+                "tokenizer: got none; accepted: the model's tokenizer, whose tokens the law "
+                "'words' tells apart."
+            )
+        self._token_classes = (
+            TokenClasses.from_tokenizer(tokenizer) if self._reads_last_token else None
+        )
         self.statistics: Statistics | None = None
         self._row = control_row(
             self.diversity, temperature=temperature, divided=1.0, stop_ids=frozenset(stop_ids)
@@ -59,13 +78,15 @@ class DiversityProcessor(LogitsProcessor):
         controls = self._slots.commit_accepted(
             self._controls, self._slot_R, position_R, self._zero_R
         )
+        if self._reads_last_token:
+            controls = controls.after(input_ids[:, -1])
         self.statistics = transform(logits_RV, controls, None, self._backend)
         samples_R = torch.ones_like(self._slot_R, dtype=torch.bool)
         self._slots.stage_step(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
         return cast(torch.FloatTensor, logits_RV)
 
     def _begin(self, rows: int, device: torch.device) -> None:
-        self._backend = get_backend(device)
+        self._backend = get_backend(device, token_classes=self._token_classes)
         self._slots = self._backend.create_slots(rows, 1)
         self._slot_R = torch.arange(rows, device=device)
         self._zero_R = torch.zeros_like(self._slot_R)

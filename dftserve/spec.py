@@ -77,12 +77,13 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
         "level": 1.0,
         "min_p": None,
     },
+    "words": {"level": _REQUIRED, "max_temperature": 4.0, "min_p": None},
 }
 DEFAULT_LAW = "gated"
 
 ACCEPTED = (
     "a number from 0 (off) to 1 (as varied as stays coherent), or an object such as "
-    '{"level": 0.5}, {"law": "budget", "target_entropy": 1.5} or '
+    '{"level": 0.5}, {"law": "words", "level": 0.5}, {"law": "budget", "target_entropy": 1.5} or '
     '{"law": "dynatemp", "dynatemp_range": 0.5}'
 )
 

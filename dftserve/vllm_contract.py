@@ -190,6 +190,8 @@ SYMBOLS: tuple[Symbol, ...] = (
         "LogitsContext.expanded_local_pos",
         "LogitsContext.pos",
     ),
+    # For the law `words` alone: its rows pass unchanged, as a fault, without.
+    *_needed("processor V2", _V2, "LogitsContext.input_ids", required=False),
     *_needed(
         "processor V2",
         "vllm.v1.worker.gpu.buffer_utils",

@@ -106,3 +106,40 @@ def _softmax(weights) -> list[float]:
 
 def _entropy(p) -> float:
     return -sum(q * math.log(q) for q in p if q > 0)
+
+
+def words_reference(
+    logits_V,
+    class_V,
+    *,
+    temperature: float,
+    level: float,
+    max_temperature: float = 4.0,
+    min_p: float | None = None,
+    stop_ids=frozenset(),
+) -> Reference:
+    """The law `words`. `class_V`: 0 other, 1 start, 2 inside a word."""
+    z = np.asarray(logits_V, dtype=np.float64)
+    finite = [i for i in range(len(z)) if np.isfinite(z[i])]
+    top = max(z[i] for i in finite)
+    a = min_p if min_p is not None else 0.05 * (0.02 / 0.05) ** level
+    plausible = [i for i in finite if z[i] >= top + math.log(a)]
+    margin = min((abs(z[i] - top - math.log(a)) for i in finite), default=math.inf)
+    support = [i for i in finite if i in stop_ids or i in set(plausible)]
+    before = dict(zip(support, _softmax([z[i] / temperature for i in support]), strict=True))
+    heated = min(temperature * (1 + 2 * level), max(temperature, max_temperature))
+    temperatures = {0: temperature, 1: heated, 2: temperature * (1 - 0.3 * level)}
+    p = {i: before[i] for i in support if i in stop_ids}
+    mean, content_mass = 0.0, 0.0
+    for c, t in temperatures.items():
+        members = [i for i in plausible if i not in stop_ids and class_V[i] == c]
+        mass = sum(before[i] for i in members)
+        shares = _softmax([z[i] / t for i in members])
+        p |= {i: mass * share for i, share in zip(members, shares, strict=True)}
+        mean, content_mass = mean + mass * t, content_mass + mass
+    log_p_V = np.full(len(z), -np.inf)
+    for i, value in p.items():
+        log_p_V[i] = math.log(value) if value > 0 else -1e30
+    h0 = _entropy(_softmax([z[i] for i in plausible]))
+    reached = mean / content_mass if content_mass else temperature
+    return Reference(log_p_V, h0, _entropy(list(p.values())), reached, margin)

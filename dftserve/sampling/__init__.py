@@ -9,6 +9,7 @@ from dftserve.sampling.backends import get_backend
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.controls import ControlRow, Controls, LawConstants, control_row
 from dftserve.sampling.slots import Slots, SlotStatistics
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SlotStatistics",
     "Slots",
     "Statistics",
+    "TokenClasses",
     "control_row",
     "get_backend",
     "transform",

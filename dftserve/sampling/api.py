@@ -20,7 +20,8 @@ def transform(
 
     A row comes as L/divisor and leaves as y·T/divisor, where softmax(y) is the distribution to
     sample from: whoever divided by T before, or does so afterwards, draws from softmax(y). The
-    former argmax still attains the maximum, -inf stays -inf, other rows keep their bits.
+    former argmax still attains the maximum (under the law `words`: that of each token class does
+    within its class), -inf stays -inf, other rows keep their bits.
 
     Args:
         logits_XV: float32, each row contiguous, changed in place. An engine that pads its
@@ -36,7 +37,8 @@ def transform(
 
     Raises:
         ValueError: the logits are not a float32 matrix of contiguous rows, the rows not a list of
-            int64, or not as many as rows of controls.
+            int64, or not as many as rows of controls; or these have last tokens, which the law
+            `words` reads, and the backend has no token classes.
     """
     if logits_XV.dtype != torch.float32 or logits_XV.dim() != 2 or logits_XV.stride(1) != 1:
         raise ValueError(
@@ -50,4 +52,10 @@ def transform(
     rows, asked = len(logits_XV if rows_R is None else rows_R), len(controls.stop_ids_RE)
     if rows != asked:
         raise ValueError(f"rows: got {rows} and {asked} rows of controls; accepted: one for each.")
-    return (backend or get_backend(logits_XV.device))(logits_XV, controls, rows_R)
+    backend = backend or get_backend(logits_XV.device)
+    if controls.last_token_R is not None and backend.token_classes is None:
+        raise ValueError(
+            "last tokens: got some, and a backend without token classes; give `get_backend` the "
+            "`TokenClasses` of the model's tokenizer, which the law 'words' needs."
+        )
+    return backend(logits_XV, controls, rows_R)

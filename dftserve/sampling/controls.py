@@ -15,7 +15,7 @@ from torch import Tensor
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import Diversity
 
-LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2}
+LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2, "words": 3}
 
 NUMBERS = (
     "law",
@@ -51,6 +51,8 @@ CONSTANTS = (
     "budget_lowest_level",
     "budget_highest_level",
     "budget_open_loop",
+    "word_start_rise",
+    "word_inside_fall",
 )
 """The elements of `LawConstants.packed`, each an attribute or a property of `LawConstants`."""
 (
@@ -63,6 +65,8 @@ CONSTANTS = (
     BUDGET_LOWEST_LEVEL,
     BUDGET_HIGHEST_LEVEL,
     BUDGET_OPEN_LOOP,
+    WORD_START_RISE,
+    WORD_INSIDE_FALL,
 ) = range(len(CONSTANTS))
 
 
@@ -89,6 +93,10 @@ class LawConstants:
     """The levels between which the budget law steers; below 0 it cools."""
     budget_open_loop: int = 16
     """Tokens before the budget law starts to steer."""
+    word_start_rise: float = 2.0
+    """Under `words`, tokens that begin a word are at T·(1 + rise·level)."""
+    word_inside_fall: float = 0.3
+    """Under `words`, tokens inside a word are at T·(1 − fall·level)."""
 
     @property
     def log_guard_start(self) -> float:
@@ -126,9 +134,14 @@ class Controls:
 
     numbers_RF: Tensor
     stop_ids_RE: Tensor
+    last_token_R: Tensor | None = None
+    """int64, the token before each row's: of a step whose rows include one of the law `words`;
+    -1, or None for all rows, where the text is empty."""
 
     @classmethod
-    def of(cls, numbers_RF: Tensor, stop_ids_RE: Tensor) -> "Controls":
+    def of(
+        cls, numbers_RF: Tensor, stop_ids_RE: Tensor, last_token_R: Tensor | None = None
+    ) -> "Controls":
         """From rows gathered elsewhere.
 
         Raises:
@@ -145,7 +158,7 @@ class Controls:
                 f"controls: got {numbers_RF.dtype} {numbers} and {stop_ids_RE.dtype} {stops}; "
                 f"accepted: float32 [rows, {len(NUMBERS)}] and int64 [rows, stop tokens]."
             )
-        return cls(numbers_RF.contiguous(), stop_ids_RE)
+        return cls(numbers_RF.contiguous(), stop_ids_RE, last_token_R)
 
     @classmethod
     def stack(
@@ -165,13 +178,18 @@ class Controls:
 
     def select(self, chosen_R: Tensor) -> "Controls":
         """Some of the rows, by index or by mask."""
-        return Controls(self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R])
+        last_token_R = None if self.last_token_R is None else self.last_token_R[chosen_R]
+        return Controls(self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R], last_token_R)
+
+    def after(self, last_token_R: Tensor) -> "Controls":
+        """The same controls after these tokens, int64 [R]."""
+        return Controls(self.numbers_RF, self.stop_ids_RE, last_token_R)
 
     def with_level(self, level_R: Tensor) -> "Controls":
         """The same controls at other levels, in tensors of their own."""
         numbers_RF = self.numbers_RF.clone()
         numbers_RF[:, LEVEL] = level_R
-        return Controls(numbers_RF, self.stop_ids_RE)
+        return Controls(numbers_RF, self.stop_ids_RE, self.last_token_R)
 
     @property
     def law_R(self) -> Tensor:
@@ -223,6 +241,11 @@ class ControlRow:
     """In the order of `NUMBERS`."""
     stop_ids: tuple[int, ...]
     """Distinct, none negative."""
+
+    @property
+    def reads_last_token(self) -> bool:
+        """Whether the row's law depends on the token before it."""
+        return self.numbers[LAW] == LAW_CODES["words"]
 
     def padded_stops(self, width: int) -> list[int]:
         return [*self.stop_ids, *[-1] * (width - len(self.stop_ids))]

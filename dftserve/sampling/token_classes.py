@@ -73,11 +73,11 @@ class TokenClasses:
 
     def states(self) -> Bytes:
         """uint8 [V]: where a text that ends in each token ends."""
-        return self.packed_V >> STATE_SHIFT
+        return self.packed_V >> np.uint8(STATE_SHIFT)
 
     def classes_after(self, state: int) -> Bytes:
         """uint8 [V]: the class of each token after a text that ends so."""
-        return (self.packed_V >> (2 * state)) & CLASS_MASK
+        return (self.packed_V >> np.uint8(2 * state)) & np.uint8(CLASS_MASK)
 
     def to(self, device: torch.device | str) -> Tensor:
         """`packed_V` on a device."""

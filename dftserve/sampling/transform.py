@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dftserve.sampling import words
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
 from dftserve.sampling.entropy import ABSENT, Distribution, exp, is_present, normalise
 from dftserve.sampling.guard import Support, guard
@@ -47,8 +48,12 @@ def transform(
     controls: Controls,
     rows_R: Tensor | None = None,
     constants: LawConstants = DEFAULT_CONSTANTS,
+    classes_V: Tensor | None = None,
 ) -> Statistics:
-    """As `api.transform`; here every step is one line of torch on whole rows."""
+    """As `api.transform`; here every step is one line of torch on whole rows.
+
+    `classes_V`: `TokenClasses.packed_V`, which the law `words` needs.
+    """
     logits_RV = logits_XV if rows_R is None else logits_XV.index_select(0, rows_R)
     log_guard_R = log_guard(controls, constants)
     support, valid_R = guard(
@@ -62,6 +67,18 @@ def transform(
     cool = normalise(support.content_RV / controls.temperature_R[:, None])
     temperature_R, hot = apply_temperature(support, controls.temperature_R, wanted_R, cool)
     weights = rescale_stop_tokens(support, controls.temperature_R, temperature_R, cool, hot)
+    is_words_R = words.is_words(controls)
+    if bool(is_words_R.any()):
+        mean_R, by_class, by_class_weights = _by_class(
+            support, controls, cool, constants, classes_V
+        )
+        temperature_R = torch.where(is_words_R, mean_R, temperature_R)
+        hot = Distribution(
+            torch.where(is_words_R[:, None], by_class.log_p_RK, hot.log_p_RK),
+            torch.where(is_words_R, by_class.log_z_R, hot.log_z_R),
+        )
+        pairs = zip(by_class_weights, weights, strict=True)
+        weights = tuple(torch.where(is_words_R[:, None], a, b) for a, b in pairs)
     final = normalise(torch.cat(weights, dim=1))
     statistics = Statistics(
         entropy_before_R=entropy_before_R,
@@ -75,6 +92,23 @@ def transform(
     rewritten_RK.masked_fill_(~is_present(final.log_p_RK), -torch.inf)
     _write(logits_XV, logits_RV, rows_R, controls.stop_ids_RE, rewritten_RK, valid_R)
     return statistics
+
+
+def _by_class(
+    support: Support,
+    controls: Controls,
+    cool: Distribution,
+    constants: LawConstants,
+    classes_V: Tensor | None,
+) -> tuple[Tensor, Distribution, tuple[Tensor, Tensor]]:
+    """The law `words`: its temperature, the content, and the log-weights of content and stops."""
+    if classes_V is None:
+        raise ValueError("the law 'words': got a backend without token classes; give it some.")
+    rows, width = support.content_RV.shape
+    class_RV = words.row_classes(classes_V, controls.last_token_R, rows, width)
+    mean_R, hot = words.heat_by_class(support, class_RV, controls, cool, constants)
+    content_RV = hot.log_p_RK + hot.log_z_R[:, None]
+    return mean_R, hot, (content_RV, support.stop_RE / controls.temperature_R[:, None])
 
 
 def base_entropy(support: Support, log_guard_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def test_capabilities_are_behind_the_key(engine):
     said = get(engine, "/v1/dft/capabilities").json()
     assert said["active"] is True
     assert said["runner"] == ("V2" if engine.is_v2 else "V1")
-    assert set(said["laws"]) == {"gated", "budget", "dynatemp"}
+    assert set(said["laws"]) == {"gated", "budget", "dynatemp", "words"}
 
 
 @BOTH

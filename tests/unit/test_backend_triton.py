@@ -16,7 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dftserve.sampling import Controls, control_row
+from dftserve.sampling import Controls, TokenClasses, control_row
+from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.sampling.transform import Statistics
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
@@ -188,6 +189,38 @@ def own_stops() -> tuple[Controls, Controls]:
     return Controls(controls.numbers_RF, stops_RE), Controls(controls.numbers_RF, other_RE)
 
 
+def test_the_law_words_is_plain_torch_s(interpreted):
+    """Beside another law; classes of any pattern, texts that end anywhere or nowhere."""
+    for seed in WORDS_SEEDS:
+        logits_RV, controls, classes = words(seed)
+        after_RV, statistics = _after(interpreted, f"words {seed}")
+        expected_RV = logits_RV.clone()
+        expected = TorchBackend("cpu", token_classes=classes)(expected_RV, controls)
+        assert torch.equal(after_RV == -torch.inf, expected_RV == -torch.inf)
+        torch.testing.assert_close(after_RV, expected_RV, rtol=1e-5, atol=2e-4)
+        for value_R, expected_R in zip(statistics.values(), expected.values(), strict=True):
+            torch.testing.assert_close(value_R, expected_R, rtol=1e-3, atol=NATS)
+
+
+WORDS_SEEDS = range(6)
+
+
+def words(seed: int) -> tuple[torch.Tensor, Controls, TokenClasses]:
+    source = np.random.default_rng(seed)
+    vocabulary = (2, 17, 257, 300, 1024, 2500)[seed]
+    kinds = sorted(KINDS)[seed % 3 :: 3]
+    packed_V = source.integers(0, 3, (4, max(vocabulary - 9, 1)))
+    classes = TokenClasses(sum(packed_V << 2 * np.arange(4)[:, None]).astype(np.uint8))
+    asked = []
+    for r in range(len(kinds)):
+        diversity = {"law": "words", "level": float(source.uniform(0.01, 1)), "min_p": 1e-3}
+        stops = frozenset(source.integers(0, 20, 2).tolist())
+        asked.append((diversity if r % 3 else GATED, float(source.uniform(0.3, 1.8)), stops))
+    last_R = torch.from_numpy(source.integers(-1, vocabulary + 2, len(kinds)))
+    controls = controls_of(asked, divide=False).after(last_R)
+    return make_rows(kinds, vocabulary, seed), controls, classes
+
+
 def divided():
     _, asked = REGIMES["few, V=257"]
     return make_rows(["few", "gaussian", "zipf", "peaky"], 300, seed=8), asked
@@ -217,6 +250,10 @@ def main(file: str) -> None:
     for name, controls in zip(("own stops", "own stops, others behind"), own_stops(), strict=True):
         after_RV = make_rows(["few", "gaussian"], 300, seed=8)
         keep(name, after_RV, backend(after_RV, controls))
+    for seed in WORDS_SEEDS:
+        after_RV, controls, classes = words(seed)
+        with_classes = TritonBackend("cpu", token_classes=classes)
+        keep(f"words {seed}", after_RV, with_classes(after_RV, controls))
     np.savez(file, **arrays)
 
 

@@ -1,16 +1,25 @@
 """The transformers processor: the same law through a real `generate()`."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
 
 from dftserve.hf import DiversityProcessor, sampling
+from dftserve.sampling import TokenClasses
+from dftserve.sampling.token_classes import IN_WORD
 from tests.conftest import long
 from tests.future import no_future_warnings
-from tests.reference import reference
+from tests.reference import reference, words_reference
 
 pytestmark = no_future_warnings
 
@@ -108,6 +117,43 @@ def _steered(diversity, rows=4, steps=200):
         processor(torch.zeros(rows, 5 + step, dtype=torch.int64), scores_RV)
         entropies.append(processor.statistics.entropy_after_R.mean().item())
     return float(np.mean(entropies))
+
+
+def words_tokenizer():
+    """Of the model's vocabulary: words with and without a blank before them, marks, digits."""
+    pieces = ["<s>", "<pad>", "<unk>", "</s>"]
+    for n in range(297):
+        text = f"{chr(97 + n % 26)}{chr(97 + n // 26)}"
+        pieces.append((f"Ġ{text}", text, f"'{text}", f"{n}", f"!{n}")[n % 5])
+    made = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", bos_token="<s>")
+
+
+def test_generate_samples_the_law_words(model):
+    """After a prompt that ends in a word, in a blank, and in a special token."""
+    tokenizer = words_tokenizer()
+    classes = TokenClasses.from_tokenizer(tokenizer)
+    assert len({*classes.classes_after(IN_WORD)}) == 3
+    for level, last in itertools.product((0.3, 1.0), (5, 4, 8, 0)):
+        asked = {"law": "words", "level": level}
+        processor = DiversityProcessor(asked, temperature=0.8, stop_ids=[EOS], tokenizer=tokenizer)
+        prompt = torch.tensor([[7, 9, last]])
+        out = generate(model, prompt, processor, sampling(0.8, max_new_tokens=1))
+        class_V = classes.classes_after(int(classes.states()[last]))
+        said = words_reference(
+            out.logits[0][0].numpy(), class_V, temperature=0.8, level=level, stop_ids={EOS}
+        )
+        assert said.margin > 1e-4
+        got_V = torch.log_softmax(out.scores[0][0].double(), 0).numpy()
+        assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
+        likely_V = said.log_p_V > -25
+        np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+
+
+def test_words_without_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="tokenizer: got none; accepted: the model's tokenizer"):
+        DiversityProcessor({"law": "words", "level": 0.5})
 
 
 def test_a_wrong_diversity_is_refused():

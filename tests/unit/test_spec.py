@@ -19,7 +19,12 @@ from dftserve.spec import (
     parse_json,
 )
 
-REQUIRED = {"gated": "level", "budget": "target_entropy", "dynatemp": "dynatemp_range"}
+REQUIRED = {
+    "gated": "level",
+    "budget": "target_entropy",
+    "dynatemp": "dynatemp_range",
+    "words": "level",
+}
 
 
 def numbers(name):

@@ -22,12 +22,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 CPU = torch.device("cpu")
 LAUNCHED = {"_maxima", "_decide", "_write", "_commit_accepted", "_stage_step", "_open"}
 OTHER_TYPES = {
-    **dict.fromkeys(("rows", "stop_ids", "slot", "position", "offset"), "*i64"),
+    **dict.fromkeys(("rows", "stop_ids", "last_token", "slot", "position", "offset"), "*i64"),
     **dict.fromkeys(("steered", "tokens", "base", "invalid"), "*i64"),
     **dict.fromkeys(("valid_rows", "samples", "valid"), "*u1"),
-    **dict.fromkeys(("stride", "vocabulary", "chunks", "width", "count"), "i32"),
+    **dict.fromkeys(("stride", "vocabulary", "chunks", "width", "count", "known"), "i32"),
     "rows_per_request": "i32",
     "active": "*i32",
+    "classes": "*u8",
     "order": "*fp64",
 }
 """Of arguments that are no pointers to float32. `rows` of slots is a number."""

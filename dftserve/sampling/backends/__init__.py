@@ -8,6 +8,7 @@ other   plain_torch.py
 import logging
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from dftserve.sampling.controls import (
     control_row,
 )
 from dftserve.sampling.slots import SlotStatistics
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 from dftserve.spec import parse
 
@@ -29,10 +31,14 @@ logger = logging.getLogger(__name__)
 BackendClass = type[Backend]
 
 
-def get_backend(device: torch.device | str, constants: LawConstants = DEFAULT_CONSTANTS) -> Backend:
+def get_backend(
+    device: torch.device | str,
+    constants: LawConstants = DEFAULT_CONSTANTS,
+    token_classes: TokenClasses | None = None,
+) -> Backend:
     """The fastest backend of a device that passes the self-check, with buffers of its own."""
     device = torch.device(device)
-    return checked_class(device)(device, constants)
+    return checked_class(device)(device, constants, token_classes)
 
 
 @cache
@@ -82,7 +88,10 @@ def self_check(found: BackendClass, device: torch.device) -> bool:
 def _same_rows(found: BackendClass, device: torch.device) -> bool:
     """Rows of any length, padded rows, aligned rows; stop tokens in every width that
     `controls.stop_width` gives to as many as requests have."""
-    backend, reference = found(device), TorchBackend(device)
+    # Each combination of classes and states, and tokens beyond the table.
+    classes = TokenClasses(np.arange(3000).astype(np.uint8))
+    backend = found(device, token_classes=classes)
+    reference = TorchBackend(device, token_classes=classes)
     sizes = [(257, 257, 1), (257, 272, 1), *((4096, 4096, 1 << step) for step in range(9))]
     return all([_same_batch(backend, reference, *size) for size in sizes])
 
@@ -93,6 +102,7 @@ def _same_batch(
     """All rows at once, then some of them."""
     device = reference.device
     controls = Controls.stack(_control_rows(4, stop_count), device)
+    controls = controls.after(torch.tensor([64, 128, 64, -1], device=device))
     some_R = torch.arange(4, device=device)[1:]
     pairs: list[tuple[Tensor, Tensor]] = []
     for rows_R, step in ((None, controls), (some_R, controls.select(some_R))):
@@ -117,11 +127,14 @@ def _rows(vocabulary: int, stride: int, device: torch.device) -> Tensor:
 
 
 def _control_rows(rows: int, stop_count: int) -> list[ControlRow]:
-    """The second row has `stop_count` stop tokens, the others one."""
-    diversity = parse({"level": 0.5})
+    """The second row has `stop_count` stop tokens, the others one; two laws."""
+    laws = [parse({"law": law, "level": 0.5}) for law in ("gated", "words", "gated", "gated")]
     many = frozenset(range(3, 3 + 15 * stop_count, 15))
     stops = [many if row == 1 else frozenset({3}) for row in range(rows)]
-    return [control_row(diversity, temperature=0.8, divided=1.0, stop_ids=ids) for ids in stops]
+    return [
+        control_row(diversity, temperature=0.8, divided=1.0, stop_ids=ids)
+        for diversity, ids in zip(laws, stops, strict=True)
+    ]
 
 
 def _same_slots(found: BackendClass, device: torch.device) -> bool:

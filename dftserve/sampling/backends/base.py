@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
 from dftserve.sampling.slots import Slots
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
 
@@ -16,13 +17,18 @@ class Backend(ABC):
     Args:
         device: where the logits are.
         constants: of the laws; `create_slots` steers by the same ones.
+        token_classes: of the model's vocabulary. Without them no row may ask for the law `words`.
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", constants: LawConstants = DEFAULT_CONSTANTS
+        self,
+        device: torch.device | str = "cpu",
+        constants: LawConstants = DEFAULT_CONSTANTS,
+        token_classes: TokenClasses | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.constants = constants
+        self.token_classes = token_classes
 
     @abstractmethod
     def __call__(

@@ -21,10 +21,11 @@ from numba import njit
 from torch import Tensor
 
 from dftserve.sampling import controls as columns
-from dftserve.sampling import entropy, guard, stops
+from dftserve.sampling import entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.backends.numba_slots import NumbaSlots
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
@@ -37,9 +38,15 @@ class NumbaBackend(Backend):
     """The transform with scratch buffers of its own; for one thread at a time."""
 
     def __init__(
-        self, device: torch.device | str = "cpu", constants: LawConstants = DEFAULT_CONSTANTS
+        self,
+        device: torch.device | str = "cpu",
+        constants: LawConstants = DEFAULT_CONSTANTS,
+        token_classes: TokenClasses | None = None,
     ) -> None:
-        super().__init__(device, constants)
+        super().__init__(device, constants, token_classes)
+        # Without classes every token is `other`; rows that need them are refused before.
+        no_classes_V = np.zeros(0, np.uint8)
+        self._classes_V = no_classes_V if token_classes is None else token_classes.packed_V.copy()
         self._constants_C = np.array(constants.packed)
         self._scratch = scratch(0)
         self._result = _Result(0)
@@ -63,6 +70,10 @@ class NumbaBackend(Backend):
             self._result.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
             controls.numbers_RF.contiguous().numpy(),
             controls.stop_ids_RE.contiguous().numpy(),
+            self._result.no_tokens_R
+            if controls.last_token_R is None
+            else np.ascontiguousarray(controls.last_token_R.numpy()),
+            self._classes_V,
             self._constants_C,
             (*self._scratch, self._stops_2E),
             self._result.values_FR,
@@ -86,6 +97,7 @@ class _Result:
 
     def __init__(self, rows: int) -> None:
         self.all_rows_R = np.arange(rows)
+        self.no_tokens_R = np.full(rows, -1)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
@@ -107,7 +119,10 @@ def _flat(logits_XV: Tensor) -> Tensor:
 _ABSENT = np.float32(entropy.ABSENT)
 _FARTHEST = np.float32(guard.FARTHEST)
 _LOWEST = float(np.finfo(np.float32).min)
-_DYNATEMP = LAW_CODES["dynatemp"]
+_DYNATEMP, _WORDS = LAW_CODES["dynatemp"], LAW_CODES["words"]
+_START, _INSIDE = token_classes.START, token_classes.INSIDE
+_STATE_SHIFT, _CLASS_MASK = token_classes.STATE_SHIFT, token_classes.CLASS_MASK
+_COOLEST = words.COOLEST
 _NEARLY, _NEWTON_STEPS = stops.NEARLY, stops.NEWTON_STEPS
 _RESOLUTION = 1e-8
 """Less than float32 resolves: another step of Newton's would change nothing."""
@@ -129,13 +144,15 @@ def _transform(
     rows_R: Array,
     numbers_RF: Array,
     stop_ids_RE: Array,
+    last_token_R: Array,
+    classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
     values_FR: Array,
     valid_R: Array,
 ) -> None:
     # No other index is checked by the kernels.
-    if len(rows_R) != len(numbers_RF):
+    if len(rows_R) != len(numbers_RF) or len(rows_R) != len(last_token_R):
         raise ValueError("rows: not as many as rows of controls.")
     for row in rows_R:
         if row < 0 or row * stride + vocabulary > len(logits):
@@ -145,7 +162,14 @@ def _transform(
         peak = _maxima(row_V.view(np.int32), scratch[0])
         valid_R[r] = math.isfinite(peak)
         values = (0.0, 0.0, 0.0, 0.0)
-        if valid_R[r]:
+        if valid_R[r] and numbers_RF[r, columns.LAW] == _WORDS:
+            state = 0
+            if 0 <= last_token_R[r] < len(classes_V):
+                state = np.int64(classes_V[last_token_R[r]]) >> _STATE_SHIFT
+            values = _rewrite_by_class(
+                row_V, peak, numbers_RF[r], stop_ids_RE[r], state, classes_V, constants_C, scratch
+            )
+        elif valid_R[r]:
             values = _rewrite(row_V, peak, numbers_RF[r], stop_ids_RE[r], constants_C, scratch)
         for f in range(len(values)):
             values_FR[f, r] = values[f]
@@ -260,6 +284,121 @@ def _rewrite(
         if below_E[e] > _ABSENT:
             row_V[stop_ids_E[e]] = (weight_E[e] - base) * scale
     return entropy_before, entropy_after, reached, moved
+
+
+@_kernel
+def _rewrite_by_class(
+    row_V: Array,
+    peak: float,
+    numbers_F: Array,
+    stop_ids_E: Array,
+    state: int,
+    classes_V: Array,
+    constants_C: Array,
+    scratch: tuple[Array, Array, Array, Array],
+) -> tuple[float, float, float, float]:
+    """One valid row of the law `words`; returns its statistics, in the order of `Statistics`."""
+    maxima_J, tokens_K, weights_4K, stops_2E = scratch
+    below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
+    stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
+    below_E, weight_E = stops_2E[0][: len(stop_ids_E)], stops_2E[1][: len(stop_ids_E)]
+    temperature, divisor = (
+        float(numbers_F[columns.TEMPERATURE]),
+        numbers_F[columns.LOGITS_DIVISOR],
+    )
+
+    # 1. The guard, H0, and the content beside the stop tokens: as in `_rewrite`.
+    threshold = np.float32(max(peak + _log_guard(numbers_F, constants_C) / divisor, _LOWEST))
+    plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
+    z, a = _sums(below_K[:plausible], hot_K)
+    entropy_before = math.log(z) - a / z
+    _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
+    count, _ = _content(row_V, threshold, tokens_K, below_K, plausible)
+
+    # 2. Each class: its maximum, then its sums at T and at its own temperature below that maximum.
+    temperatures_3 = _class_temperatures(numbers_F, constants_C)
+    tops_3 = np.full(3, _ABSENT)
+    for k in range(count):
+        c = _class_after(state, tokens_K[k], classes_V)
+        tops_3[c] = max(tops_3[c], below_K[k])
+    cool_3, hot_3, hot_a_3 = np.zeros(3), np.zeros(3), np.zeros(3)
+    for k in range(count):
+        c = _class_after(state, tokens_K[k], classes_V)
+        below = below_K[k] - tops_3[c]
+        weight_K[k] = below / temperatures_3[c]
+        cool_K[k] = _exp(np.float32(below / temperature))
+        hot_K[k] = _exp(weight_K[k])
+        cool_3[c] += cool_K[k]
+        hot_3[c] += hot_K[k]
+        hot_a_3[c] += hot_K[k] * weight_K[k]
+
+    # 3. ln Z of the classes and the stop tokens together, all at T: no class's share changes.
+    log_z_3 = np.full(3, float(_ABSENT))
+    highest = float(_ABSENT)
+    for c in range(3):
+        if cool_3[c] > 0:
+            log_z_3[c] = tops_3[c] / temperature + math.log(cool_3[c])
+        highest = max(highest, log_z_3[c])
+    for e in range(len(stop_ids_E)):
+        weight_E[e] = below_E[e] / temperature
+        highest = max(highest, weight_E[e])
+    highest = float(np.float32(highest))
+    stop_z, stop_a = _stop_sums(weight_E, np.float32(highest))
+    total = float(stop_z)
+    for c in range(3):
+        total += math.exp(log_z_3[c] - highest)
+    log_z = highest + math.log(total)
+
+    # 4. The statistics; the temperature is the mean over the content.
+    entropy_after = math.exp(highest - log_z) * ((log_z - highest) * stop_z - stop_a)
+    moved, content_share, mean = 0.0, 0.0, 0.0
+    lifts_3, moved_3 = np.zeros(3), np.zeros(3)
+    for k in range(count):
+        c = _class_after(state, tokens_K[k], classes_V)
+        moved_3[c] += max(cool_K[k] / cool_3[c] - hot_K[k] / hot_3[c], 0.0)
+    for c in range(3):
+        if cool_3[c] > 0:
+            log_share = log_z_3[c] - log_z
+            share = math.exp(log_share)
+            entropy_after += share * (math.log(hot_3[c]) - hot_a_3[c] / hot_3[c] - log_share)
+            moved += share * moved_3[c]
+            content_share += share
+            mean += share * temperatures_3[c]
+            lifts_3[c] = log_share - math.log(hot_3[c])
+    reached = mean / content_share if content_share > 0 else temperature
+
+    # 5. Write: -inf, the content class by class, the stop tokens.
+    scale = np.float32(temperature / divisor)
+    for v in range(len(row_V)):
+        row_V[v] = _NEGATIVE_INFINITY
+    for k in range(count):
+        c = _class_after(state, tokens_K[k], classes_V)
+        row_V[tokens_K[k]] = (weight_K[k] + np.float32(lifts_3[c])) * scale
+    base = np.float32(log_z)
+    for e in range(len(stop_ids_E)):
+        if below_E[e] > _ABSENT:
+            row_V[stop_ids_E[e]] = (weight_E[e] - base) * scale
+    return entropy_before, entropy_after, reached, moved
+
+
+@_kernel
+def _class_temperatures(numbers_F: Array, constants_C: Array) -> Array:
+    """words.class_temperatures."""
+    temperature, level = float(numbers_F[columns.TEMPERATURE]), float(numbers_F[columns.LEVEL])
+    temperatures_3 = np.full(3, temperature)
+    start = temperature * (1.0 + constants_C[columns.WORD_START_RISE] * level)
+    temperatures_3[_START] = min(start, max(temperature, numbers_F[columns.MAX_TEMPERATURE]))
+    fall = 1.0 - constants_C[columns.WORD_INSIDE_FALL] * level
+    temperatures_3[_INSIDE] = temperature * max(fall, _COOLEST)
+    return temperatures_3
+
+
+@_kernel
+def _class_after(state: int, token: int, classes_V: Array) -> int:
+    """words.row_classes, of one token."""
+    if token >= len(classes_V):
+        return 0
+    return (np.int64(classes_V[token]) >> (2 * state)) & _CLASS_MASK
 
 
 @_kernel

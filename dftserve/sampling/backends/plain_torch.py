@@ -1,20 +1,31 @@
 """Plain torch: the reference on any device, and the fallback where no kernels can be used."""
 
+import torch
 from torch import Tensor
 
 from dftserve.sampling.backends.base import Backend
-from dftserve.sampling.controls import Controls
+from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
 from dftserve.sampling.slots import Slots
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics, transform
 
 
 class TorchBackend(Backend):
     """`transform.transform` and `slots.Slots` as they are; allocates at every call."""
 
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        constants: LawConstants = DEFAULT_CONSTANTS,
+        token_classes: TokenClasses | None = None,
+    ) -> None:
+        super().__init__(device, constants, token_classes)
+        self._classes_V = None if token_classes is None else token_classes.to(self.device)
+
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
-        return transform(logits_XV, controls, rows_R, self.constants)
+        return transform(logits_XV, controls, rows_R, self.constants, self._classes_V)
 
     def create_slots(self, slots: int, rows_per_request: int) -> Slots:
         return Slots(slots, rows_per_request, self.device, self.constants)

@@ -27,11 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dftserve.sampling import controls as columns
-from dftserve.sampling import entropy, guard, stops
+from dftserve.sampling import entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.backends.triton_slots import EXACT, TritonSlots
 from dftserve.sampling.buffers import Buffer
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
 CHUNK = 64
@@ -49,14 +50,21 @@ class TritonBackend(Backend):
     """The transform with scratch buffers of its own; for one stream at a time."""
 
     def __init__(
-        self, device: torch.device | str = "cuda", constants: LawConstants = DEFAULT_CONSTANTS
+        self,
+        device: torch.device | str = "cuda",
+        constants: LawConstants = DEFAULT_CONSTANTS,
+        token_classes: TokenClasses | None = None,
     ) -> None:
-        super().__init__(device, constants)
+        super().__init__(device, constants, token_classes)
         device = self.device
         # A tensor made in inference mode could not be used outside of it.
         with torch.inference_mode(mode=False):
             self._constants_C = torch.tensor(constants.packed, dtype=torch.float32, device=device)
+            # Without classes every token is `other`; rows that need them are refused before.
+            none_V = torch.zeros(0, dtype=torch.uint8, device=device)
+            self._classes_V = none_V if token_classes is None else token_classes.to(device)
         self._all_rows_R = torch.arange(0, device=device)
+        self._no_tokens_R = self._all_rows_R - 1
         self._maxima = Buffer(device)
         self._active = Buffer(device, torch.int32)
         self._plan = Buffer(device)
@@ -73,12 +81,15 @@ class TritonBackend(Backend):
         rows, width = controls.stop_ids_RE.shape
         stride, vocabulary = logits_XV.stride(0), logits_XV.shape[1]
         chunks = triton.cdiv(vocabulary, CHUNK)
-        rows_R = self._all_rows(rows) if rows_R is None else rows_R.contiguous()
+        self._make_room(rows)
+        rows_R = self._all_rows_R[:rows] if rows_R is None else rows_R.contiguous()
         numbers_RF, stop_ids_RE = controls.numbers_RF, controls.stop_ids_RE.contiguous()
         maxima_RJ = self._maxima.take(rows, chunks)
         plan_RP = self._plan.take(rows, _PLAN.value)
         stop_value_RE = self._stop_value.take(rows, width)
         values_FR, valid_R = self._values.take(4, rows), self._valid.take(1, rows)[0]
+        last_token_R = controls.last_token_R
+        last_token_R = self._no_tokens_R[:rows] if last_token_R is None else last_token_R
         tiles = (rows, triton.cdiv(vocabulary, TILE))
         aligned = _is_aligned(logits_XV)
         _maxima[tiles](
@@ -99,6 +110,8 @@ class TritonBackend(Backend):
             maxima_RJ,
             numbers_RF,
             stop_ids_RE,
+            last_token_R.contiguous(),
+            self._classes_V,
             self._constants_C,
             self._active.take(rows, chunks),
             plan_RP,
@@ -110,6 +123,7 @@ class TritonBackend(Backend):
             chunks,
             width,
             rows,
+            len(self._classes_V),
             ALIGNED=aligned,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
@@ -124,10 +138,12 @@ class TritonBackend(Backend):
             plan_RP,
             stop_ids_RE,
             stop_value_RE,
+            self._classes_V,
             stride,
             vocabulary,
             chunks,
             width,
+            len(self._classes_V),
             ALIGNED=aligned,
             CHUNK=CHUNK,
             TILE=TILE,
@@ -136,10 +152,10 @@ class TritonBackend(Backend):
         )
         return Statistics(*values_FR, valid_R=valid_R)
 
-    def _all_rows(self, rows: int) -> Tensor:
+    def _make_room(self, rows: int) -> None:
         if rows > len(self._all_rows_R):
-            self._all_rows_R = torch.arange(2 * rows, device=self._all_rows_R.device)
-        return self._all_rows_R[:rows]
+            self._all_rows_R = torch.arange(2 * rows, device=self.device)
+            self._no_tokens_R = torch.full((2 * rows,), -1, device=self.device)
 
 
 def _is_aligned(logits_XV: Tensor) -> bool:
@@ -153,7 +169,12 @@ def _is_aligned(logits_XV: Tensor) -> bool:
 _ABSENT = tl.constexpr(entropy.ABSENT)
 _FARTHEST = tl.constexpr(guard.FARTHEST)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-_DYNATEMP = tl.constexpr(LAW_CODES["dynatemp"])
+_DYNATEMP, _WORDS = tl.constexpr(LAW_CODES["dynatemp"]), tl.constexpr(LAW_CODES["words"])
+_START, _INSIDE = tl.constexpr(token_classes.START), tl.constexpr(token_classes.INSIDE)
+_OTHER = tl.constexpr(token_classes.OTHER)
+_STATE_SHIFT = tl.constexpr(token_classes.STATE_SHIFT)
+_CLASS_MASK = tl.constexpr(token_classes.CLASS_MASK)
+_COOLEST = tl.constexpr(words.COOLEST)
 _NEARLY = tl.constexpr(stops.NEARLY)
 _NEWTON_STEPS = tl.constexpr(stops.NEWTON_STEPS)
 _INFINITY = tl.constexpr(math.inf)
@@ -172,9 +193,14 @@ _LOG_GUARD_START = tl.constexpr(columns.LOG_GUARD_START)
 _LOG_GUARD_STEP = tl.constexpr(columns.LOG_GUARD_STEP)
 _STRENGTH, _GATE_POWER = tl.constexpr(columns.STRENGTH), tl.constexpr(columns.GATE_POWER)
 _LOWEST_TEMPERATURE = tl.constexpr(columns.LOWEST_TEMPERATURE)
+_WORD_START_RISE = tl.constexpr(columns.WORD_START_RISE)
+_WORD_INSIDE_FALL = tl.constexpr(columns.WORD_INSIDE_FALL)
 
-_PLAN = tl.constexpr(9)
+_PLAN = tl.constexpr(17)
 """Numbers of a row that `_decide` leaves for `_write`."""
+_STATE = tl.constexpr(9)
+"""Among them: where the text of a `words` row ends, or -1 for other laws. Then, for other, start
+and inside: 1/T_c, and what is added to weights at T_c."""
 
 
 @triton.jit
@@ -214,8 +240,10 @@ def _maxima(
 
 
 @triton.jit(
-    do_not_specialize=["stride", "vocabulary", "chunks", "width", "count"],
-    do_not_specialize_on_alignment=["logits", "rows", "numbers", "stop_ids", "constants"],
+    do_not_specialize=["stride", "vocabulary", "chunks", "width", "count", "known"],
+    do_not_specialize_on_alignment=[
+        *("logits", "rows", "numbers", "stop_ids", "last_token", "classes", "constants")
+    ],
 )
 def _decide(
     logits,
@@ -223,6 +251,8 @@ def _decide(
     maxima,
     numbers,
     stop_ids,
+    last_token,
+    classes,
     constants,
     active,
     plan,
@@ -234,6 +264,7 @@ def _decide(
     chunks,
     width,
     count,
+    known,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -246,6 +277,7 @@ def _decide(
     stop_ids += r * width
     stop_value += r * width
     numbers += r * _NUMBERS
+    plan += r * _PLAN
     temperature, divisor = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVISOR)
 
     # 1. The guard: the chunks that hold the row's survivors. An invalid row has none.
@@ -290,12 +322,19 @@ def _decide(
     hot_z, hot_a = _sums(source, top, 1 / wanted, exists, CHUNK, BLOCK)
     cool_log_z = top / temperature + tl.log(cool_z)
 
+    is_words = valid & (tl.load(numbers + _LAW) == _WORDS)
+    state = -1
+    if is_words:
+        state = _state(classes, tl.load(last_token + r), known)
+    tl.store(plan + _STATE, state.to(tl.float32))
+
     # 5. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
+    #    Under `words` the content keeps its share, and no temperature is looked for.
     reached = wanted
     argmax_bound = cool_log_z - stop_peak / temperature
     leads = content_peak >= stop_peak
     leads_hot = tl.log(hot_z) <= argmax_bound
-    if exists & (stop_peak > _ABSENT) & (leads != leads_hot):
+    if exists & (stop_peak > _ABSENT) & (leads != leads_hot) & (is_words == 0):
         reached = _temperature_at_bound(
             source, top, temperature, wanted, argmax_bound, CHUNK, BLOCK
         )
@@ -305,11 +344,12 @@ def _decide(
 
     # 6. Stop tokens keep their probability, and rounding changes no order:
     #    stops.rescale_stop_tokens.
-    shift = tl.where(exists, hot_log_z - cool_log_z, 0.0)
-    held_stop = tl.where(leads, top * inverse, _INFINITY)
+    shift = tl.where(exists & (is_words == 0), hot_log_z - cool_log_z, 0.0)
+    leads = leads | is_words  # The content is not held at the stop tokens.
+    held_stop = tl.where(leads & (is_words == 0), top * inverse, _INFINITY)
     is_same = tl.abs(reached / temperature - 1) < _NEARLY
     # No weight is infinite: nothing ties there.
-    tied_at = tl.where(exists & leads & is_same, content_peak, _INFINITY)
+    tied_at = tl.where(exists & leads & is_same & (is_words == 0), content_peak, _INFINITY)
     rescaling = (stop_value, stops, temperature, shift, held_stop, tied_at)
     stop_top_E = tl.full([STOPS], _ABSENT, tl.float32)
     for start in range(0, stops, STOPS):
@@ -317,7 +357,7 @@ def _decide(
         stop_top_E = tl.maximum(stop_top_E, weight_E)
     stop_top = tl.max(stop_top_E)
     held = tl.where(leads, _INFINITY, stop_top)
-    content_log_z = tl.where(exists, hot_log_z, _ABSENT)
+    content_log_z = tl.where(exists, tl.where(is_words, cool_log_z, hot_log_z), _ABSENT)
 
     # 7. ln Z of content and stop tokens together, the stop tokens' final values, the statistics.
     highest = tl.maximum(content_log_z, stop_top)
@@ -330,6 +370,17 @@ def _decide(
     content_log_p = content_log_z - log_z
     content_share = tl.exp(content_log_p)
     content_entropy = tl.log(hot_z) - hot_a / hot_z
+    words_moved = 0.0
+    if is_words:
+        content_entropy, words_moved, reached = _by_class(
+            (source, classes, known, state, content_log_z),
+            numbers,
+            constants,
+            temperature,
+            plan,
+            CHUNK,
+            BLOCK,
+        )
     entropy_after = content_share * tl.where(exists, content_entropy - content_log_p, 0.0)
     a_E = tl.zeros([STOPS], tl.float32)
     for start in range(0, stops, STOPS):
@@ -343,7 +394,7 @@ def _decide(
     entropy_after -= tl.sum(a_E)
 
     moved_K = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, gathered, BLOCK):
+    for start in range(0, tl.where(is_words, 0, gathered), BLOCK):
         below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
         cool_K = tl.exp((below_K - top) / temperature) / cool_z
         hot_K = tl.exp((below_K - top) * inverse) / hot_z
@@ -352,11 +403,13 @@ def _decide(
     tl.store(values + r, tl.where(valid, entropy_before, 0.0))
     tl.store(values + count + r, tl.where(valid, entropy_after, 0.0))
     tl.store(values + 2 * count + r, tl.where(valid, reached, 0.0))
-    tl.store(values + 3 * count + r, tl.where(valid, content_share * tl.sum(moved_K), 0.0))
+    tl.store(
+        values + 3 * count + r,
+        tl.where(valid, content_share * (tl.sum(moved_K) + words_moved), 0.0),
+    )
     tl.store(valid_rows + r, valid)
 
     # 8. What `_write` needs.
-    plan += r * _PLAN
     tl.store(plan, valid.to(tl.float32))
     tl.store(plan + 1, peak)
     tl.store(plan + 2, threshold)
@@ -482,6 +535,164 @@ def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _state(classes, last_token, known):
+    """Where a text ends that ends in this token: words.row_classes."""
+    is_known = (last_token >= 0) & (last_token < known)
+    return tl.load(classes + last_token, mask=is_known, other=0).to(tl.int32) >> _STATE_SHIFT
+
+
+@triton.jit
+def _class_after(classes, token, is_wanted, state, known):
+    """The class of each token of a text that ends so; other where it is not wanted."""
+    packed = tl.load(classes + token, mask=is_wanted & (token < known), other=0).to(tl.int32)
+    return (packed >> (2 * state)) & _CLASS_MASK
+
+
+@triton.jit
+def _block_classes(words, start, is_content_K, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The classes of a block of gathered tokens, and -1 where one is no content."""
+    source, classes, known, state, _content_log_z = words
+    k = start + tl.arange(0, BLOCK)
+    chunk = tl.load(source[1] + k // CHUNK, mask=k < source[2], other=0)
+    class_K = _class_after(classes, chunk * CHUNK + k % CHUNK, is_content_K, state, known)
+    return tl.where(is_content_K, class_K, -1)
+
+
+@triton.jit
+def _by_class(
+    words,
+    numbers,
+    constants,
+    temperature,
+    plan,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """words.heat_by_class. Leaves for `_write` each class's 1/T_c and what to add to its weights.
+
+    Returns:
+        Of the content alone: its entropy, what moved, and the mean of its temperatures.
+    """
+    source, _classes, _known, _state, content_log_z = words
+    # 1. The temperatures: words.class_temperatures.
+    level = tl.load(numbers + _LEVEL)
+    start_T = temperature * (1.0 + tl.load(constants + _WORD_START_RISE) * level)
+    start_T = tl.minimum(start_T, tl.maximum(temperature, tl.load(numbers + _MAX_TEMPERATURE)))
+    fall = 1.0 - tl.load(constants + _WORD_INSIDE_FALL) * level
+    inside_T = temperature * tl.maximum(fall, _COOLEST)
+
+    # 2. Each class's maximum.
+    other_top_K = tl.full([BLOCK], _ABSENT, tl.float32)
+    start_top_K = tl.full([BLOCK], _ABSENT, tl.float32)
+    inside_top_K = tl.full([BLOCK], _ABSENT, tl.float32)
+    for start in range(0, source[2], BLOCK):
+        below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+        class_K = _block_classes(words, start, is_content_K, CHUNK, BLOCK)
+        other_top_K = tl.maximum(other_top_K, tl.where(class_K == _OTHER, below_K, _ABSENT))
+        start_top_K = tl.maximum(start_top_K, tl.where(class_K == _START, below_K, _ABSENT))
+        inside_top_K = tl.maximum(inside_top_K, tl.where(class_K == _INSIDE, below_K, _ABSENT))
+    other_top, start_top = tl.max(other_top_K), tl.max(start_top_K)
+    inside_top = tl.max(inside_top_K)
+
+    # 3. Each class's sums at T and at T_c, below its maximum; those of `other` are the same.
+    other_z_K = tl.zeros([BLOCK], tl.float32)
+    other_a_K = tl.zeros([BLOCK], tl.float32)
+    start_cool_K = tl.zeros([BLOCK], tl.float32)
+    start_z_K = tl.zeros([BLOCK], tl.float32)
+    start_a_K = tl.zeros([BLOCK], tl.float32)
+    inside_cool_K = tl.zeros([BLOCK], tl.float32)
+    inside_z_K = tl.zeros([BLOCK], tl.float32)
+    inside_a_K = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, source[2], BLOCK):
+        below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+        class_K = _block_classes(words, start, is_content_K, CHUNK, BLOCK)
+        share_K, weight_K = _share(below_K, class_K == _OTHER, other_top, temperature)
+        other_z_K += share_K
+        other_a_K += share_K * weight_K
+        share_K, weight_K = _share(below_K, class_K == _START, start_top, temperature)
+        start_cool_K += share_K
+        share_K, weight_K = _share(below_K, class_K == _START, start_top, start_T)
+        start_z_K += share_K
+        start_a_K += share_K * weight_K
+        share_K, weight_K = _share(below_K, class_K == _INSIDE, inside_top, temperature)
+        inside_cool_K += share_K
+        share_K, weight_K = _share(below_K, class_K == _INSIDE, inside_top, inside_T)
+        inside_z_K += share_K
+        inside_a_K += share_K * weight_K
+    other_z, start_cool, inside_cool = (
+        tl.sum(other_z_K),
+        tl.sum(start_cool_K),
+        tl.sum(inside_cool_K),
+    )
+    start_z, inside_z = tl.sum(start_z_K), tl.sum(inside_z_K)
+
+    # 4. The share of each class in the content, and ln of it.
+    other_p, other_log_p = _class_share(other_z, other_top, temperature, content_log_z)
+    start_p, start_log_p = _class_share(start_cool, start_top, temperature, content_log_z)
+    inside_p, inside_log_p = _class_share(inside_cool, inside_top, temperature, content_log_z)
+    entropy = _part(other_p, other_log_p, other_z, tl.sum(other_a_K))
+    entropy += _part(start_p, start_log_p, start_z, tl.sum(start_a_K))
+    entropy += _part(inside_p, inside_log_p, inside_z, tl.sum(inside_a_K))
+    content_p = other_p + start_p + inside_p
+    mean = other_p * temperature + start_p * start_T + inside_p * inside_T
+    has_share = content_p > 0
+    mean = tl.where(has_share, mean / tl.where(has_share, content_p, 1.0), temperature)
+
+    # 5. What moved, within the classes.
+    start_moved_K = tl.zeros([BLOCK], tl.float32)
+    inside_moved_K = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, source[2], BLOCK):
+        below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+        class_K = _block_classes(words, start, is_content_K, CHUNK, BLOCK)
+        cool_K, _w = _share(below_K, class_K == _START, start_top, temperature)
+        hot_K, _w = _share(below_K, class_K == _START, start_top, start_T)
+        moved_K = cool_K / tl.maximum(start_cool, 1.0) - hot_K / tl.maximum(start_z, 1.0)
+        start_moved_K += tl.maximum(moved_K, 0.0)
+        cool_K, _w = _share(below_K, class_K == _INSIDE, inside_top, temperature)
+        hot_K, _w = _share(below_K, class_K == _INSIDE, inside_top, inside_T)
+        moved_K = cool_K / tl.maximum(inside_cool, 1.0) - hot_K / tl.maximum(inside_z, 1.0)
+        inside_moved_K += tl.maximum(moved_K, 0.0)
+    moved = start_p * tl.sum(start_moved_K) + inside_p * tl.sum(inside_moved_K)
+
+    # 6. For `_write`: w/T_c + added is ln of the token's weight at T, all content together.
+    plan += _STATE + 1
+    _plan_class(plan, temperature, other_top, other_log_p + content_log_z, other_z)
+    _plan_class(plan + 2, start_T, start_top, start_log_p + content_log_z, start_z)
+    _plan_class(plan + 4, inside_T, inside_top, inside_log_p + content_log_z, inside_z)
+    return entropy, moved, mean
+
+
+@triton.jit
+def _share(below_K, is_member_K, top, temperature):
+    """e^w and w, w = (weight − top)/temperature, for the members of a class; 0 for others."""
+    weight_K = tl.where(is_member_K, (below_K - top) / temperature, 0.0)
+    return tl.where(is_member_K, tl.exp(weight_K), 0.0), weight_K
+
+
+@triton.jit
+def _class_share(z, top, temperature, content_log_z):
+    """The share of a class in the content at T, and ln of it; 0 and 0 where it has no member."""
+    exists = z > 0
+    log_p = top / temperature + tl.log(tl.where(exists, z, 1.0)) - content_log_z
+    return tl.where(exists, tl.exp(log_p), 0.0), tl.where(exists, log_p, 0.0)
+
+
+@triton.jit
+def _part(p, log_p, z, a):
+    """A class's part of the content's entropy."""
+    z = tl.where(z > 0, z, 1.0)
+    return p * (tl.log(z) - a / z - log_p)
+
+
+@triton.jit
+def _plan_class(plan, temperature, top, log_mass, z):
+    exists = z > 0
+    added = log_mass - tl.log(tl.where(exists, z, 1.0)) - top / temperature
+    tl.store(plan, 1 / temperature)
+    tl.store(plan + 1, tl.where(exists, added, 0.0))
+
+
+@triton.jit
 def _temperature(numbers, constants, entropy, plausible):
     """laws.temperature."""
     temperature, level = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _LEVEL)
@@ -532,8 +743,8 @@ def _temperature_at_bound(
 
 
 @triton.jit(
-    do_not_specialize=["stride", "vocabulary", "chunks", "width"],
-    do_not_specialize_on_alignment=["logits", "rows", "stop_ids"],
+    do_not_specialize=["stride", "vocabulary", "chunks", "width", "known"],
+    do_not_specialize_on_alignment=["logits", "rows", "stop_ids", "classes"],
 )
 def _write(
     logits,
@@ -542,10 +753,12 @@ def _write(
     plan,
     stop_ids,
     stop_value,
+    classes,
     stride,
     vocabulary,
     chunks,
     width,
+    known,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -566,6 +779,16 @@ def _write(
     if is_valid:  # Else the row keeps its bits.
         logit = tl.load(row + token, mask=is_there & is_active, other=-_INFINITY)
         weight = tl.minimum((logit - peak) * divisor * inverse, held)
+        state = tl.load(plan + _STATE).to(tl.int32)
+        if state >= 0:  # The law `words`: a temperature for each class.
+            class_ = _class_after(classes, token, logit >= threshold, state, known)
+            by_class = plan + _STATE + 1
+            is_start, is_inside = class_ == _START, class_ == _INSIDE
+            inverses = tl.where(is_start, tl.load(by_class + 2), tl.load(by_class))
+            inverses = tl.where(is_inside, tl.load(by_class + 4), inverses)
+            added = tl.where(is_start, tl.load(by_class + 3), tl.load(by_class + 1))
+            added = tl.where(is_inside, tl.load(by_class + 5), added)
+            weight = (logit - peak) * divisor * inverses + added
         value = tl.where(logit >= threshold, (weight - log_z) * scale, -_INFINITY)
         tl.store(row + token, value, mask=is_there)
         tl.debug_barrier()  # The stop tokens' places were written too.

@@ -58,7 +58,7 @@ class TritonSlots(Slots):
             self._waiting_SKF.shape[1],
             **EXACT,
         )
-        return Controls(numbers_RF, controls.stop_ids_RE)
+        return Controls(numbers_RF, controls.stop_ids_RE, controls.last_token_R)
 
     def _begin(self, order_NX: Tensor) -> None:
         """As `Slots._begin`."""

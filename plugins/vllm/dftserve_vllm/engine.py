@@ -10,6 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dftserve import vllm_contract
+from dftserve.spec import Diversity
+from dftserve_vllm import vocabulary
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,6 +57,14 @@ def refusal() -> str | None:
     from dftserve_vllm import hooks
 
     return unsupported() or hooks.refusal() or _unfit()
+
+
+def refusal_of(diversity: Diversity) -> str | None:
+    """`refusal`, or why this engine cannot honour the law that is asked for."""
+    reason = refusal()
+    if reason is None and diversity.law == "words" and _config is not None:
+        return vocabulary.refusal(_config)
+    return reason
 
 
 def _unfit() -> str | None:

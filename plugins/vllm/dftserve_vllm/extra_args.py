@@ -28,6 +28,7 @@ GREEDY_BELOW = 1e-5
 class Active:
     """A request whose rows are to be changed."""
 
+    diversity: spec.Diversity
     controls: ControlRow
     identity: str | None
     may_end_anywhere: bool
@@ -79,4 +80,4 @@ def active(params: "SamplingParams", *, divided: bool) -> Active | None:
         divided=params.temperature if divided else 1.0,
         stop_ids=frozenset(stops or ()),
     )
-    return Active(controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))
+    return Active(diversity, controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))

@@ -63,7 +63,8 @@ class DiversityProcessor(*_BASES):
         """
         if is_disabled():
             return
-        if active(sampling_params, divided=False) is not None and (reason := engine.refusal()):
+        asked = active(sampling_params, divided=False)
+        if asked is not None and (reason := engine.refusal_of(asked.diversity)):
             raise ValueError(f"diversity: {reason}")
 
 

@@ -44,7 +44,7 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
         diversity = asked or _default(request)
         if diversity is None:
             return _stripped(params_with(default_sampling_params or {}))
-        if (reason := engine.refusal()) and not diversity.is_off:
+        if not diversity.is_off and (reason := engine.refusal_of(diversity)):
             raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
         if diversity.is_off:
             params = _stripped(params_with(default_sampling_params or {}))
@@ -91,7 +91,7 @@ def _asked(request: Any) -> spec.Diversity | None:
 def _default(request: Any) -> spec.Diversity | None:
     """The operator's default, for requests that it is meant for: text, freely sampled."""
     diversity = default_diversity()
-    if diversity is None or engine.refusal() is not None:
+    if diversity is None or engine.refusal_of(diversity) is not None:
         return None
     response_format = getattr(request, "response_format", None)
     structured = getattr(request, "structured_outputs", None) is not None or (

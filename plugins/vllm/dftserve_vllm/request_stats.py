@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling import Controls, SlotStatistics, get_backend, transform
+from dftserve.sampling import Controls, SlotStatistics, TokenClasses, get_backend, transform
 from dftserve.sampling.slots import Snapshot
 from dftserve_vllm.step_report import Array, PendingReport
 
@@ -26,8 +26,14 @@ MAX_LEFT = 4096
 class RequestStats:
     """Statistics by slot while a request runs, by its identity while it is preempted."""
 
-    def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
-        self._backend = get_backend(device)
+    def __init__(
+        self,
+        capacity: int,
+        rows_per_request: int,
+        device: torch.device,
+        token_classes: TokenClasses | None = None,
+    ) -> None:
+        self._backend = get_backend(device, token_classes=token_classes)
         self.slots = self._backend.create_slots(capacity, rows_per_request)
         self.faults = 0
         self._identity: dict[int, str] = {}

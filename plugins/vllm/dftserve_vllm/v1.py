@@ -17,6 +17,7 @@ from vllm.v1.sample.logits_processor.interface import (
 
 from dftserve.sampling import Controls
 from dftserve.sampling.staging import PinnedStaging
+from dftserve_vllm import vocabulary
 from dftserve_vllm.extra_args import Active, active
 from dftserve_vllm.request_stats import RequestStats
 from dftserve_vllm.step_report import Array
@@ -30,8 +31,13 @@ if TYPE_CHECKING:
 class _Entry:
     slot: int
     active: Active
+    prompt_end: int
+    """The prompt's last token; -1 where it has none, as of embeddings."""
     output_ids: list[int]
-    """The engine's own list, which grows; only its length is read."""
+    """The engine's own list, which grows; its length and its last token are read."""
+
+    def last_token(self) -> int:
+        return self.output_ids[-1] if self.output_ids else self.prompt_end
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class _Batch:
     may_end_anywhere: list[bool]
     rows_R: torch.Tensor
     controls: Controls
+    reads_last_token: bool
     slot_R: torch.Tensor
     zeros_R: torch.Tensor
     samples_R: torch.Tensor
@@ -58,7 +65,7 @@ class V1Processor(LogitsProcessor):
         capacity = vllm_config.scheduler_config.max_num_seqs
         self._device = device
         self._staging = PinnedStaging(device)
-        self.stats = RequestStats(capacity, 1, device)
+        self.stats = RequestStats(capacity, 1, device, vocabulary.token_classes(vllm_config))
         self._free = list(range(capacity))
         self._entries: dict[int, _Entry] = {}
         self._batch: _Batch | None = None
@@ -75,16 +82,18 @@ class V1Processor(LogitsProcessor):
                 self._update(batch_update)
 
     def _update(self, batch_update: BatchUpdate) -> None:
-        for index, params, _, output_ids in batch_update.added:
+        for index, params, prompt_ids, output_ids in batch_update.added:
             self._remove(index)
             with self.stats.isolated():
-                self._add(index, params, output_ids)
+                self._add(index, params, prompt_ids[-1] if prompt_ids else -1, output_ids)
         for index in batch_update.removed:
             self._remove(index)
         for a, b, direction in batch_update.moved:
             self._move(a, b, swap=direction == MoveDirectionality.SWAP)
 
-    def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
+    def _add(
+        self, index: int, params: "SamplingParams", prompt_end: int, output_ids: list[int]
+    ) -> None:
         asked = active(params, divided=True)
         if asked is None:
             return
@@ -94,7 +103,7 @@ class V1Processor(LogitsProcessor):
         except BaseException:
             self._free.append(slot)
             raise
-        self._entries[index] = _Entry(slot, asked, output_ids)
+        self._entries[index] = _Entry(slot, asked, prompt_end, output_ids)
         self._batch = None
 
     def _remove(self, index: int) -> None:
@@ -134,9 +143,13 @@ class V1Processor(LogitsProcessor):
         self._batch = batch
         positions = [len(entry.output_ids) for entry in batch.entries]
         everything = len(batch.index) == len(logits)
+        controls = batch.controls
+        if batch.reads_last_token:
+            last = [entry.last_token() for entry in batch.entries]
+            controls = controls.after(self._staging.to_device(last))
         self.stats.apply(
             logits,
-            batch.controls,
+            controls,
             None if everything else batch.rows_R,
             slot_R=batch.slot_R,
             position_R=self._staging.to_device(positions),
@@ -162,6 +175,7 @@ class V1Processor(LogitsProcessor):
             controls=Controls.stack(
                 [entry.active.controls for entry in entries], self._device, self._staging
             ),
+            reads_last_token=any(e.active.controls.reads_last_token for e in entries),
             slot_R=slot_R,
             zeros_R=torch.zeros_like(slot_R),
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted.

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 from dftserve.sampling import ControlRow, Controls
 from dftserve.sampling.controls import NUMBERS, stop_width
 from dftserve.sampling.staging import PinnedStaging
+from dftserve_vllm import vocabulary
 from dftserve_vllm.extra_args import active
 from dftserve_vllm.request_stats import RequestStats
 
@@ -33,13 +34,15 @@ class V2Processor(LogitsProcessor):
         drafts = speculative.num_speculative_tokens if speculative is not None else 0
         self._states = req_states
         self._device = req_states.device
-        self.stats = RequestStats(req_states.max_num_reqs, 1 + drafts, self._device)
+        classes = vocabulary.token_classes(vllm_config)
+        self.stats = RequestStats(req_states.max_num_reqs, 1 + drafts, self._device, classes)
         self._is_active = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._staging = PinnedStaging(self._device)
         self._host_numbers_SF = np.ones((req_states.max_num_reqs, len(NUMBERS)), dtype=np.float32)
         self._host_stop_ids_SE = np.full((req_states.max_num_reqs, 1), -1)
         self._stop_width_S = np.ones(req_states.max_num_reqs, dtype=np.int64)
         self._may_end_anywhere = np.zeros(req_states.max_num_reqs, dtype=bool)
+        self._reads_last_token = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._staged: list[int] = []
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
@@ -69,6 +72,7 @@ class V2Processor(LogitsProcessor):
         self._host_stop_ids_SE[slot] = row.padded_stops(self._host_stop_ids_SE.shape[1])
         self._host_numbers_SF[slot] = row.numbers
         self._stop_width_S[slot] = stop_width([row])
+        self._reads_last_token[slot] = row.reads_last_token
         self._staged.append(slot)
 
     def apply_staged_writes(self) -> None:
@@ -98,10 +102,15 @@ class V2Processor(LogitsProcessor):
         slot_R = ctx.expanded_idx_mapping[chosen].long()
         position_R = ctx.pos[chosen].long()
         # No wider than the requests of this step need, whatever others asked for before.
-        width = int(self._stop_width_S[ctx.idx_mapping_np[is_active_B]].max())
+        slots = ctx.idx_mapping_np[is_active_B]
+        width = int(self._stop_width_S[slots].max())
+        # A row's input is the token before it: the last one sampled, or a draft.
+        reads_last_token = self._reads_last_token[slots].any()
+        last_token_R = ctx.input_ids[chosen].long() if reads_last_token else None
+        stop_ids_RE = self._stop_ids_SE[:, :width][slot_R]
         self.stats.apply(
             logits,
-            Controls.of(self._numbers_SF[slot_R], self._stop_ids_SE[:, :width][slot_R]),
+            Controls.of(self._numbers_SF[slot_R], stop_ids_RE, last_token_R),
             rows_R,
             slot_R=slot_R,
             position_R=position_R,

@@ -1,0 +1,80 @@
+"""The token classes of the engine's vocabulary, which the law `words` needs."""
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+from dftserve.sampling import TokenClasses
+
+logger = logging.getLogger("vllm.dftserve")
+
+
+def token_classes(vllm_config: Any) -> TokenClasses | None:
+    """Of the engine with this configuration, made from its tokenizer; None where that cannot be.
+
+    A worker calls this once, as it starts. The API process refuses the requests that would need
+    the classes: see `refusal`.
+    """
+    model_config = getattr(vllm_config, "model_config", None)
+    if model_config is None:
+        return None
+    found = _classes_or_reason(_Identity(model_config))
+    if isinstance(found, TokenClasses):
+        return found
+    logger.info("diversity: the law 'words' is not available: %s", found)
+    return None
+
+
+def refusal(vllm_config: Any) -> str | None:
+    """Why this engine cannot honour the law `words`, with what to do about it, or None."""
+    # V1 repairs the placeholders of asynchronous scheduling only for processors given by flag.
+    scheduler = getattr(vllm_config, "scheduler_config", None)
+    if (
+        not vllm_config.use_v2_model_runner
+        and getattr(scheduler, "async_scheduling", False)
+        and not getattr(vllm_config.model_config, "logits_processors", None)
+    ):
+        return (
+            "the law 'words' needs the last token, which vLLM's V1 model runner does not tell "
+            "under asynchronous scheduling; use --no-async-scheduling or the V2 runner "
+            "(VLLM_USE_V2_MODEL_RUNNER=1)"
+        )
+    found = _classes_or_reason(_Identity(vllm_config.model_config))
+    return found if isinstance(found, str) else None
+
+
+class _Identity:
+    """A configuration as a key: it is not hashable, and there is one for each engine."""
+
+    def __init__(self, model_config: Any) -> None:
+        self.model_config = model_config
+
+    def __hash__(self) -> int:
+        return id(self.model_config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.model_config is self.model_config
+
+
+@lru_cache(maxsize=8)
+def _classes_or_reason(identity: _Identity) -> TokenClasses | str:
+    """The classes, or why there are none; asked once, since it reads the whole vocabulary."""
+    try:
+        return TokenClasses.from_tokenizer(_tokenizer(identity.model_config))
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error)
+    except Exception as error:  # Code of the model's own; it must not keep the engine from it.
+        logger.warning("diversity: the tokenizer cannot be read", exc_info=True)
+        reason = repr(error)
+    return f"the law 'words' needs the tokens' text: {reason}"
+
+
+def _tokenizer(model_config: Any) -> Any:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        raise ValueError(
+            "the engine runs without a tokenizer (--skip-tokenizer-init); start it with one"
+        )
+    return tokenizer
