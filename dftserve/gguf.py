@@ -163,7 +163,7 @@ def convert(file: Path, folder: Path, *, digest: str) -> None:
             "`llama-gguf-split --merge` of llama.cpp joins them."
         )
     real = real_file(file, largest=LARGEST_WEIGHTS)
-    with atomic.folder(folder) as partial, _quietly():
+    with atomic.folder(folder) as partial, quietly():
         with _refusing(file, header.architecture):
             config = _config(real)
         config.save_pretrained(partial)
@@ -226,7 +226,7 @@ def _refusing(file: Path, architecture: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' bars and its advice about packed weights, which we do not keep."""
     from transformers.utils import logging
 

@@ -114,7 +114,8 @@ def _errors(text: str) -> Iterator[Mark]:
     for lint in linter.lint(text) if linter else ():
         is_name = lint.lint_kind == "Spelling" and lint.problem_text[:1].isupper()
         is_cut = lint.span.end == len(text)  # The answer's length is bounded, and so its last word.
-        if lint.lint_kind in ERRORS and not is_name and not is_cut:
+        is_letter = len(lint.problem_text) < 2  # The s of "my mid-30s", for one.
+        if lint.lint_kind in ERRORS and not (is_name or is_cut or is_letter):
             yield Mark(lint.span.start, lint.span.end, ERROR, lint.message)
 
 

@@ -128,8 +128,9 @@ def check(folder: Path, expected: Expected = Expected()) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    with gguf.quietly():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     digits = [each for each in tokenizer.tokenize(DIGITS) if any(c.isdigit() for c in each)]
     nats = _nats(model, tokenizer, SENTENCE)
     found = {

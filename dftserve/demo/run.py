@@ -39,6 +39,9 @@ def demo(folder: Path, console: Console | None = None) -> None:
     Raises:
         RuntimeError: the model could not be fetched, or a server did not start.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # Of weights that load: each part says what it does.
     console = console or Console()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from itertools import pairwise
 from statistics import fmean
@@ -47,7 +48,13 @@ class Stage:
     answers: Sequence[Answer]
 
     def cell(self, prompt: str, level: float | None) -> list[Marked]:
-        return mark([a.text for a in self.answers if (a.prompt, a.level) == (prompt, level)])
+        asked = (prompt, level)
+        return _marked(tuple(a.text for a in self.answers if (a.prompt, a.level) == asked))
+
+
+@cache
+def _marked(texts: tuple[str, ...]) -> list[Marked]:
+    return mark(texts)
 
 
 def level_name(level: float | None) -> str:
@@ -72,6 +79,7 @@ def on_terminal(stage: Stage, console: Console, shown: int = 2) -> None:
         width = max(console.width // len(LEVELS) - 1, 30)
         console.print(Columns(panels, equal=True, width=width))
     console.print(_legend())
+    console.print("Answers that stand side by side have the same seed.")
     console.print(_table(stage))
 
 

@@ -68,7 +68,9 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> Non
     with usage_errors():
         from dftserve.evaluate.report.html import REPORT, as_text, write
         from dftserve.evaluate.run import Job, evaluate
+        from dftserve.gguf import resolve
 
+        options["model"] = resolve(options["model"])
         job = Job(
             grid=_grid(grid),
             body=_object(body, "--body"),
@@ -145,7 +147,9 @@ def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **option
     """The Style Diversity Benchmark: stories, essays, and the same meaning in other words."""
     with usage_errors():
         from dftserve.evaluate.benchmark.run import Job, run
+        from dftserve.gguf import resolve
 
+        options["model"] = resolve(options["model"])
         job = Job(
             grid=_grid(grid),
             tasks=tuple(tasks.split(",")),

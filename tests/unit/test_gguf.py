@@ -201,6 +201,32 @@ def test_it_is_served_from_the_folder_under_its_own_name(file):
     assert chosen.count("--served-model-name") == 1
 
 
+@pytest.mark.parametrize("command", ["run", "benchmark", "likelihood"])
+def test_evaluate_takes_it(file, tmp_path, monkeypatch, command):
+    """Each is stopped where it would go on: what counts is which model it was given."""
+    from dftserve.evaluate import perplexity, run
+    from dftserve.evaluate.benchmark import run as benchmark
+
+    given = []
+
+    def stopped(job, *_):
+        given.append(getattr(job, "model", job))
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(run, "evaluate", stopped)
+    monkeypatch.setattr(benchmark, "run", stopped)
+    monkeypatch.setattr(perplexity, "surprise", stopped)
+    there = str(tmp_path)
+    options = {
+        "run": ("--prompts", there, "--anchors", there, "--out", there),
+        "benchmark": ("--out", there),
+        "likelihood": ("--anchors", there),
+    }
+    result = CliRunner().invoke(main, ["evaluate", command, str(file), *options[command]])
+    assert "stopped" in result.output
+    assert given == [resolve(str(file))]
+
+
 RECIPE = """
 name: tiny
 about: a test
