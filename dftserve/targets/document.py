@@ -75,13 +75,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if Path(model).is_dir():
         check_model_folder(Path(model))
     elif model.startswith((".", "/", "~")):
-        raise ValueError(f"model: got {model!r}; there is no such folder.")
+        raise ValueError(f"model: got {model!r}; there is no such folder; give the model's.")
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"model: got {model!r}: no tokenizer that can be loaded ({why})."
+            f"model: got {model!r}: no tokenizer that can be loaded ({why}); accepted: a "
+            "folder with a tokenizer.json, or a model's name where there is a hub."
         ) from None
 
 
