@@ -152,7 +152,8 @@ def _checksums(folder: Path) -> dict[str, str]:
         given = read_json(path, within=folder, largest=LARGEST_CHECKSUMS)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {CHECKSUMS}: dftserve did not write it, or not to the end."
+            f"{folder} has no {CHECKSUMS}: dftserve did not write it, or not to the end; "
+            "give the `final` folder of a run."
         ) from None
     if not isinstance(given, dict) or not all(
         isinstance(digest, str) and _BLAKE3.fullmatch(digest) for digest in given.values()

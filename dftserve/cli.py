@@ -14,11 +14,11 @@ from pathlib import Path
 import click
 
 from dftserve import __version__
-from dftserve.commandline import api_key_of, usage_errors
+from dftserve.commandline import Group, api_key_of, usage_errors
 from dftserve.evaluate.cli import evaluate
 
 
-@click.group()
+@click.group(cls=Group)
 @click.version_option(__version__, prog_name="dftserve")
 def main() -> None:
     """Open models that write like many people, and stay right."""

@@ -20,6 +20,8 @@ from dftserve.sampling import (
     transform,
 )
 
+NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks texts. Leave it out."
+
 
 class DiversityProcessor(LogitsProcessor):
     """A request's `diversity` on every row of a `generate()` call.
@@ -31,13 +33,14 @@ class DiversityProcessor(LogitsProcessor):
     Args:
         diversity: a number from 0 to 1, or the object form of the request field.
         temperature: T, above 0.
-        stop_ids: the tokens that end the text; they keep their probability.
+        stop_ids: the tokens that end the text; they keep their probability. As configurations and
+            tokenizers have them: one, several, or None; a None among several is passed over.
         tokenizer: the model's, which the law `words` needs.
 
     Raises:
         DiversityError: the diversity is not acceptable.
-        ValueError: the temperature is not above 0, or the law is `words` and the tokenizer missing
-            or of no known form.
+        ValueError: the temperature is not above 0, a stop token is no token id, or the law is
+            `words` and the tokenizer missing or of no known form.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class DiversityProcessor(LogitsProcessor):
         diversity: float | Mapping[str, object],
         *,
         temperature: float = 1.0,
-        stop_ids: Iterable[int] = (),
+        stop_ids: int | Iterable[int | None] | None = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.diversity = spec.parse(diversity)
@@ -60,17 +63,22 @@ class DiversityProcessor(LogitsProcessor):
         )
         self.statistics: Statistics | None = None
         self._row = control_row(
-            self.diversity, temperature=temperature, divided=1.0, stop_ids=frozenset(stop_ids)
+            self.diversity, temperature=temperature, divided=1.0, stop_ids=_stop_ids(stop_ids)
         )
         self._length = -1
         self._begin(0, torch.device("cpu"))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched."""
+        """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched.
+
+        Raises:
+            ValueError: beam search, which ranks texts and does not sample.
+        """
         if self.diversity.is_off:
             return scores
         rows, length = input_ids.shape
         if length != self._length + 1 or rows != len(self._slot_R):
+            _refuse_beams(input_ids, scores)
             self._begin(rows, scores.device)
         self._length = length
         position_R = torch.full_like(self._slot_R, length)
@@ -98,7 +106,29 @@ def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
 
     transformers cuts to the 50 likeliest tokens unless told otherwise. `settings` are any other
     GenerationConfig fields (`max_new_tokens=…`).
+
+    Raises:
+        ValueError: beam search, which does not sample.
     """
+    if (beams := settings.get("num_beams")) not in (None, 1):
+        raise ValueError(f"num_beams: got {beams}; {NO_BEAMS}")
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     neutral |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
     return GenerationConfig(do_sample=True, temperature=temperature, **{**neutral, **settings})
+
+
+def _stop_ids(given: int | Iterable[int | None] | None) -> frozenset[int]:
+    listed = [given] if given is None or isinstance(given, int) else list(given)
+    found = {each for each in listed if each is not None}
+    for each in found:
+        if not isinstance(each, int) or isinstance(each, bool) or each < 0:
+            raise ValueError(f"stop_ids: got {each!r}; accepted: token ids, which are 0 or more.")
+    return frozenset(found)
+
+
+def _refuse_beams(input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+    """Beam search begins with equal rows, and hands over log-probabilities in place of logits."""
+    if len(input_ids) < 2 or not bool((input_ids[0] == input_ids[1]).all()):
+        return
+    if bool((scores.float().logsumexp(-1).abs() < 1e-4).all()):
+        raise ValueError(f"generate() with several beams; {NO_BEAMS}")

@@ -77,7 +77,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         # Not only YAMLError: a tag on a text that does not fit it, as in `!!bool maybe`.
         told = " ".join(str(error).split())
-        raise ValueError(f"{where}: not YAML ({told}).") from None
+        raise ValueError(f"{where}: not YAML ({told}); correct it there.") from None
     if problem:
         raise ValueError(f"{where}: {problem}.")
     return content

@@ -6,6 +6,7 @@ the same texts in the same order always lose the same ones.
 
 import re
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -14,7 +15,15 @@ from dftserve.corpus.filters import GRAM
 
 PERMUTATIONS = 128
 SEED = 1
-_WORD = re.compile(r"\w+")
+WEIGHTS = (0.02, 0.98)
+"""Of false and of missed candidates in the tables: the former are compared once more."""
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+"""Thai, Lao, Burmese, Khmer, kana and Han, which are written without blanks: a character counts as
+a word there, else a clause would."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _MIX = np.array(
     [0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(GRAM + 1)], dtype=np.uint64
 )
@@ -31,7 +40,7 @@ class Duplicates:
         self._equal: dict[tuple[str, str], str] = {}
         self._near = None
         if threshold is not None and threshold < 1:
-            self._near = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+            self._near = MinHashLSH(threshold, PERMUTATIONS, weights=WEIGHTS)
 
     def of(self, content: str, name: str, *, within: str = "") -> str | None:
         """The name of the earlier text that this is a near-duplicate of.
@@ -45,7 +54,7 @@ class Duplicates:
         equal = self._equal.setdefault((within, content), name)
         if equal != name or self._near is None:
             return None if equal == name else equal
-        signature = _signature(content, within)
+        signature = signature_of(content, within)
         near = [str(each) for each in self._near.query(signature)]
         # The tables of the hash let some pairs below the threshold through.
         near = [each for each in near if self._kept[each].jaccard(signature) >= self._threshold]
@@ -58,8 +67,10 @@ class Duplicates:
 
 def shingles(content: str, within: str = "") -> np.ndarray:
     """uint32: a hash of each run of five words, without case and punctuation, with `within`."""
-    words = [zlib.crc32(word.encode()) for word in _WORD.findall(content.casefold())]
-    words_W = np.array(words or [0], dtype=np.uint64)
+    folded = content.casefold()
+    # A text of marks alone is told by these, an empty one by nothing.
+    units = _WORD.findall(folded) or folded.split() or [""]
+    words_W = np.array([zlib.crc32(unit.encode()) for unit in units], dtype=np.uint64)
     size = min(GRAM, len(words_W))
     grams = np.lib.stride_tricks.sliding_window_view(words_W, size)
     within_1 = np.array([zlib.crc32(within.encode())], dtype=np.uint64)
@@ -68,7 +79,47 @@ def shingles(content: str, within: str = "") -> np.ndarray:
     return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
 
 
-def _signature(content: str, within: str) -> MinHash:
+class Families:
+    """Which texts are copies of one another, changed in some words, also by way of a third."""
+
+    def __init__(self, threshold: float | None) -> None:
+        """threshold: Jaccard similarity, in (0, 1); None: each text is a family of its own."""
+        self._threshold = threshold
+        self._signatures: dict[str, MinHash] = {}
+        self._first: list[int] = []
+        """Of each text, an earlier one of its family, or itself."""
+        self._near = None
+        if threshold is not None:
+            self._near = MinHashLSH(threshold, PERMUTATIONS, weights=WEIGHTS)
+
+    def add(self, contents: Iterable[str]) -> None:
+        """The next text, in pieces."""
+        number = len(self._first)
+        self._first.append(number)
+        if self._near is None or self._threshold is None:
+            return
+        for piece, content in enumerate(contents):
+            signature = signature_of(content)
+            for near in map(str, self._near.query(signature)):
+                if self._signatures[near].jaccard(signature) >= self._threshold:
+                    self._join(number, int(near.split()[0]))
+            name = f"{number} {piece}"
+            self._near.insert(name, signature)
+            self._signatures[name] = signature
+
+    def first(self, number: int) -> int:
+        """The first text of the family that a text is of; by their numbers in order."""
+        while self._first[number] != number:
+            number = self._first[number]
+        return number
+
+    def _join(self, one: int, other: int) -> None:
+        low, high = sorted((self.first(one), self.first(other)))
+        self._first[high] = low
+
+
+def signature_of(content: str, within: str = "") -> MinHash:
+    """What similarity is estimated from."""
     signature = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=int)
     signature.update_batch(shingles(content, within))  # type: ignore[arg-type]
     return signature

@@ -4,18 +4,19 @@
 
 Each text goes to training or to the held-out part by a hash of its own content, before it is cut:
 texts that are added later move none, and the pieces of a book stay together. A conversation goes by
-its turns before the first answer: all answers to one prompt stay together.
+its turns before the first answer: all answers to one prompt stay together, and so do texts that are
+copies of one another with some words changed.
 """
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blake3 import blake3
 
-from dftserve.corpus.duplicates import Duplicates
+from dftserve.corpus.duplicates import Duplicates, Families
 from dftserve.corpus.filters import Filters, cleaned, verdict
 from dftserve.corpus.read import Text, said
 
@@ -54,6 +55,13 @@ class Report:
     """By split: pieces, and texts that were not cut."""
     words: dict[str, int] = field(default_factory=dict)
     """By split."""
+    heldout_asked: float = 0.0
+    """Share of texts."""
+
+    @property
+    def heldout_share(self) -> float:
+        """Share of the words that is held out."""
+        return self.words.get("heldout", 0) / max(1, sum(self.words.values()))
 
     def drop(self, reason: str, origin: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, Dropped()).with_one(origin)
@@ -71,6 +79,8 @@ class Report:
             "noted": _counted(self.noted),
             "documents": dict(self.documents),
             "words": dict(self.words),
+            "heldout_asked": self.heldout_asked,
+            "heldout_share": round(self.heldout_share, 6),
         }
 
 
@@ -111,12 +121,12 @@ def prepare(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
             f"such as min_words ({filters.min_words} here)."
         )
-    draws = [_draw(_opening(pieces[0]) or text, seed) for text, pieces in kept]
+    draws = _draws(kept, filters, seed, report) if heldout else [1.0] * len(kept)
     if heldout and len(set(draws)) == 1:
         raise ValueError(
-            f"the corpus is one text, or answers to one prompt ({kept[0][1][0].origin}; "
-            f"{_losses(report)}): none can be held out. Give more texts, a book as a file a "
-            "chapter, or hold out nothing (--heldout 0)."
+            f"the corpus is one text, copies of one, or answers to one prompt "
+            f"({kept[0][1][0].origin}; {_losses(report)}): none can be held out. Give more texts, "
+            "a book as a file a chapter, or hold out nothing (--heldout 0)."
         )
     aside = _heldout(set(draws), heldout)
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
@@ -125,6 +135,7 @@ def prepare(
     for split, pieces in splits.items():
         report.documents[split] = len(pieces)
         report.words[split] = sum(len(piece.content.split()) for piece in pieces)
+    report.heldout_asked = heldout
     return Corpus(tuple(splits["train"]), tuple(splits["heldout"]), report)
 
 
@@ -150,6 +161,34 @@ def _kept(
         if pieces:
             report.stripped += clean is not text
             yield clean.content, pieces
+
+
+def _draws(
+    kept: Sequence[tuple[str, list[Text]]], filters: Filters, seed: int, report: Report
+) -> list[float]:
+    """Of each text, in [0, 1): equal for answers to one prompt, and for texts of one family.
+
+    A family draws by its first text, so that a text which is added behind moves none.
+    """
+    families = Families(filters.family_threshold)
+    openings: dict[str, int] = {}
+    firsts = []
+    for number, (content, pieces) in enumerate(kept):
+        families.add(map(_of_both, pieces))
+        firsts.append(openings.setdefault(_opening(pieces[0]) or content, number))
+    found = [families.first(firsts[families.first(number)]) for number in range(len(kept))]
+    for number, first in enumerate(found):
+        if first != number and firsts[number] == number:
+            report.note("near-copies kept on one side", kept[number][1][0].origin)
+    return [_draw(_opening(kept[first][1][0]) or kept[first][0], seed) for first in found]
+
+
+def _of_both(text: Text) -> str:
+    """What is said in a conversation but by the system, which may be the same in all."""
+    turns = text.messages
+    if turns is None:
+        return text.content
+    return "\n\n".join(said(turn) for turn in turns if turn["role"] != "system")
 
 
 def _opening(text: Text) -> str:

@@ -146,7 +146,10 @@ def _parquet(path: Path, origin: str, within: Path | None) -> Iterator[Text]:
                 row += 1
                 yield _record(record, f"{path}, row {row}", f"{origin}:{row}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a .parquet file that can be read ({error}).") from None
+        raise ValueError(
+            f"{path}: not a .parquet file that can be read ({error}); write it "
+            "anew, or leave it out."
+        ) from None
 
 
 def _refuse_large_groups(metadata: Any, path: Path) -> None:

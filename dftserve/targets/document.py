@@ -83,7 +83,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         if "trust_remote_code" in why:
             why = "it needs code of its own (auto_map), which dftserve never runs"
         raise ValueError(
-            f"model: got {model!r}: no tokenizer that can be loaded ({why})."
+            f"model: got {model!r}: no tokenizer that can be loaded ({why}); accepted: a "
+            "folder with a tokenizer.json, or a model's name where there is a hub."
         ) from None
 
 

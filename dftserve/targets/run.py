@@ -39,6 +39,8 @@ from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
 
+FAR = 2.0
+"""How many times more or less than asked may be held out without a warning."""
 ENDED_SECONDS = 0.5
 """How often a wait for the processes looks whether they live."""
 
@@ -298,6 +300,13 @@ def shown(told: Mapping[str, Any]) -> str:
             told[what][split] for what in ("documents", "tokens", "trained")
         )
         lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
+    asked, share = told["heldout_asked"], told["heldout_share"]
+    lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
+    if asked and not asked / FAR <= share <= asked * FAR:
+        lines.append(
+            "  warning: that is far from what was asked: texts are few, or of very different "
+            "lengths; give more of them, or another --heldout or --seed"
+        )
     return "\n".join(lines)
 
 

@@ -192,7 +192,11 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_symlink() and not path.exists():
             unfinished = (folder / PLAN).exists()
-            why = "is unfinished; run its build again" if unfinished else f"has no {MANIFEST}"
+            why = (
+                "is unfinished; run its build again"
+                if unfinished
+                else f"has no {MANIFEST}; give the --out of a build"
+            )
             raise StoreError(f"the target store {folder} {why}.")
         try:
             content = read_json(path, within=folder, largest=LARGEST_MANIFEST)

@@ -268,6 +268,48 @@ def test_near_duplicates_are_found_and_others_are_not():
     assert known.of(first[: len(first) // 2] + prose(150, seed=2), "half") is None
 
 
+def changed(content: str, share: float, seed: int) -> str:
+    """A copy with so many of its words replaced by others of the same kind of text."""
+    words, chosen = content.split(), random.Random(seed)
+    for place in chosen.sample(range(len(words)), round(share * len(words))):
+        words[place] = chosen.choice([word for word in WORDS if word != words[place]])
+    return " ".join(words)
+
+
+@pytest.mark.parametrize("words", [100, 300, 1000])
+def test_copies_with_3_percent_of_their_words_changed_are_found(words):
+    """At .8, the threshold before this was measured, one in seven was."""
+    threshold = Filters().duplicate_threshold
+    missed = 0
+    for seed in range(30):
+        known = Duplicates(threshold)
+        known.of(prose(words, seed), "first")
+        missed += known.of(changed(prose(words, seed), 0.03, seed), "copy") is None
+    assert missed <= 1  # 0 of 150 on real prose; a similarity below .6 is four deviations away.
+
+
+HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁"
+
+
+def clauses(seed: int) -> str:
+    chosen = random.Random(seed)
+    return "".join("".join(chosen.choices(HAN, k=9)) + "，" for _ in range(30))
+
+
+def test_chinese_copies_are_found_and_other_texts_are_not():
+    known = Duplicates(Filters().duplicate_threshold)
+    first = clauses(0)
+    edited = "".join("某" if place % 50 == 7 else each for place, each in enumerate(first))
+    assert known.of(first, "first") is None
+    assert known.of(edited, "edited") == "first"
+    assert known.of(clauses(1), "other") is None
+
+
+def test_texts_without_words_are_told_apart():
+    known = Duplicates(0.6)
+    assert [known.of(each, each) for each in ("—", "😀", "…", "", "😀 😀")] == [None] * 5
+
+
 def test_thresholds_at_the_ends():
     first, edited = prose(300), prose(300).replace("river", "brook", 1)
     equal, none = Duplicates(1.0), Duplicates(None)
@@ -373,6 +415,46 @@ def test_the_share_that_is_held_out():
     """Of 1,000 texts, binomial: outside 200 ± 65 with probability 3e-7; the seed is fixed."""
     corpus = prepare(texts(1000, words=20), ANY, heldout=0.2)
     assert abs(len(corpus.heldout) - 200) <= 65
+
+
+def test_copies_of_one_another_stay_on_one_side():
+    """Also those that are not like enough to be dropped, by way of a third."""
+    families = []
+    for seed in range(40):
+        first = prose(200, seed)
+        second = changed(first, 0.07, seed)
+        families.append([first, second, changed(second, 0.07, seed + 1)])
+    listed = [
+        text(each, f"{i}/{j}") for i, row in enumerate(families) for j, each in enumerate(row)
+    ]
+    together = Filters(min_words=0, duplicate_threshold=None)
+    corpus = prepare(listed, together, heldout=0.3, seed=3)
+    sides = [
+        {each.origin.split("/")[0] for each in part} for part in (corpus.train, corpus.heldout)
+    ]
+    assert not sides[0] & sides[1]
+    assert corpus.report.noted["near-copies kept on one side"].count >= 70
+    apart = Filters(min_words=0, duplicate_threshold=None, family_threshold=None)
+    corpus = prepare(listed, apart, heldout=0.3, seed=3)
+    assert {each.origin.split("/")[0] for each in corpus.train} & {
+        each.origin.split("/")[0] for each in corpus.heldout
+    }
+
+
+def test_what_the_system_says_makes_no_family():
+    system = {"role": "system", "content": prose(400, 99)}
+    listed = [answered(prose(30, seed), prose(40, seed + 50), f"c:{seed}") for seed in range(30)]
+    listed = [Text(each.content, (system, *(each.messages or ())), each.origin) for each in listed]
+    corpus = prepare(listed, ANY, heldout=0.3)
+    assert corpus.report.noted == {}
+    assert 0.05 < corpus.report.heldout_share < 0.6
+
+
+def test_the_share_of_words_that_is_held_out_is_said():
+    report = prepare(texts(200), ANY, heldout=0.2).report
+    words = report.words["heldout"] / (report.words["train"] + report.words["heldout"])
+    assert report.as_dict()["heldout_share"] == pytest.approx(words, abs=1e-6)
+    assert report.as_dict()["heldout_asked"] == 0.2
 
 
 def test_pieces_of_one_file_stay_together():

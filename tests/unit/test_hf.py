@@ -159,3 +159,28 @@ def test_words_without_a_tokenizer_is_refused():
 def test_a_wrong_diversity_is_refused():
     with pytest.raises(ValueError, match="level"):
         DiversityProcessor(1.5)
+
+
+def test_stop_ids_as_configurations_have_them():
+    """`eos_token_id` is a number, a list or None, and tokenizers give None."""
+    for given, ids in ((EOS, [EOS]), (None, []), ([EOS, None, 7], [EOS, 7]), ({EOS}, [EOS])):
+        processor = DiversityProcessor(0.5, stop_ids=given)
+        same = DiversityProcessor(0.5, stop_ids=ids)
+        scores_RV = torch.randn(2, 301, generator=torch.Generator().manual_seed(0)) * 3
+        rows = torch.tensor([[5], [6]])
+        assert torch.equal(processor(rows, scores_RV), same(rows, scores_RV))
+    for wrong in (["</s>"], [-1], [True]):
+        with pytest.raises(ValueError, match="accepted: token ids"):
+            DiversityProcessor(0.5, stop_ids=wrong)
+
+
+def test_beams_are_refused(model):
+    with pytest.raises(ValueError, match=r"num_beams: got 4; accepted: 1"):
+        sampling(num_beams=4)
+    config = sampling(max_new_tokens=2)
+    config.num_beams = 2
+    prompt = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="several beams; accepted: 1"):
+        generate(model, prompt, DiversityProcessor(0.5, stop_ids=EOS), config)
+    config.num_beams, config.num_return_sequences = 1, 2
+    generate(model, prompt, DiversityProcessor(0.5, stop_ids=EOS), config)
