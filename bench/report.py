@@ -1,4 +1,4 @@
-"""Write the tables of the README, docs/results.md and docs/clients.md from bench/results.
+"""Write the tables of the README and of docs/ from bench/results.
 
     python bench/report.py
 
@@ -219,6 +219,31 @@ def sds_validation(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def families(document: dict[str, Any]) -> str:
+    """Every family once, under what became of it."""
+    outcomes = {
+        "packed": "trained, documents packed into rows",
+        "unpacked": "trained, one document a row: it does not keep documents of a row apart",
+    }
+    named: dict[str, list[str]] = {}
+    for row in document["rows"]:
+        reason = outcomes.get(row["outcome"]) or f"{row['outcome']}: {short(row['reason'])}"
+        named.setdefault(reason, []).append(f"`{row['family']}`")
+    order = sorted(named, key=lambda reason: (reason not in outcomes.values(), reason))
+    lines = ["| | | families |", "|---|---|---|"]
+    lines += [
+        f"| {reason} | {len(named[reason])} | {', '.join(named[reason])} |" for reason in order
+    ]
+    return "\n".join(lines)
+
+
+def short(reason: str) -> str:
+    """A refusal's reason without the model's class, which its family says already."""
+    reason = re.sub(r"the model \(\w+\) ", "", reason).partition("; accepted")[0]
+    reason = re.sub(r"it has [\w, ]+;", "images or sound;", reason)
+    return reason[:120].rstrip(".").replace("|", "/")
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "first_law": first_law,
     "overhead": overhead,
@@ -228,9 +253,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_cost": train_cost,
     "sds_validation": sds_validation,
     "clients": client_table.table,
+    "families": families,
 }
 PLACES = {
     "clients": "docs/clients.md",
+    "families": "docs/training.md",
     **dict.fromkeys(
         ("overhead", "served", "sampler", "train_cost", "sds_validation"), "docs/results.md"
     ),

@@ -44,7 +44,7 @@ from dftserve.model_folder import (
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Attributes of configurations that multiply or divide logits, each family as it likes."""
-CAPS = ("final_logit_softcapping", "logits_soft_cap")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """How far, of the largest logit, two ways to the same logits may lie apart."""
@@ -76,7 +76,7 @@ class Examined:
     @property
     def positions(self) -> int | None:
         """Tokens that the model can read at once; None where its configuration names no bound."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return _positions(self.config.get_text_config())
 
     def check_tokenizer(self, tokenizer: Sized) -> None:
         """Raises ValueError where the tokenizer has tokens that the embedding has not."""
@@ -319,7 +319,7 @@ class LanguageModel:
 
     @property
     def positions(self) -> int | None:
-        return getattr(self._config, "max_position_embeddings", None)
+        return _positions(self._config)
 
     def states(self, **inputs: Tensor) -> States:
         """The model's own forward up to its output layer.
@@ -520,6 +520,11 @@ def _rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
             for factor in each:
                 scale *= factor
             yield scale, cap
+
+
+def _positions(config: Any) -> int | None:
+    given = _number(getattr(config, "max_position_embeddings", None))
+    return None if given is None else int(given)  # XLNet says −1 for no bound.
 
 
 def _number(value: Any) -> float | None:

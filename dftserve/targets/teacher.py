@@ -117,6 +117,11 @@ class Teacher(DenseSource):
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it reads at once; None where its configuration names no bound."""
+        return self._lm.positions
+
     def describe(self) -> Mapping[str, Any]:
         return {
             "kind": "teacher",
@@ -179,7 +184,7 @@ class Teacher(DenseSource):
         return self._lm.states(**given).hidden_BND.reshape(*ids_BN.shape, -1)
 
     def _check_lengths(self, texts: Sequence[np.ndarray]) -> None:
-        most = self._lm.positions
+        most = self.positions
         long = [len(tokens_N) for tokens_N in texts if most and len(tokens_N) > most]
         if long:
             raise ValueError(

@@ -108,7 +108,8 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Collator:
     """Makes a model's batch of items: tokens, positions, and the targets flattened to T rows.
 
-    Rows are filled with token 0, which is never predicted and never attended to.
+    Rows are filled with their own last token, which is not predicted there and not attended to. A
+    padding token's embedding may be zero, where the square root in some norms has no gradient.
     """
 
     packing: bool = True
@@ -132,6 +133,7 @@ class Collator:
             # What fills the row is a document of its own, after all others.
             position_BN[row, end:] = np.arange(longest - end)
             mask_BN[row, :end] = 1
+            tokens_BN[row, end:] = tokens_BN[row, end - 1]
         targets = Targets.joined([targets for item in items for _, targets in item])
         rows = TargetRows.of(np.concatenate(labels), targets)
         places = {"position_ids": position_BN} if self.packing else {"attention_mask": mask_BN}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dftserve import lm
+from dftserve import checkpoint, lm
 from dftserve.train.data import model_inputs
 from dftserve.train.divergences import SFT, TargetRows
 from dftserve.train.head import head_loss
@@ -35,11 +35,15 @@ def try_save(model: Any, tokenizer: Any, name: str) -> None:
     Raises:
         ValueError: what transformers would not save, as a generation_config.json that says
             `temperature` and not `do_sample`.
+        OSError: the temporary folder cannot be written.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.save_pretrained(folder, state_dict={})
-            tokenizer.save_pretrained(folder)
+            with checkpoint.writing(Path(folder)):
+                model.save_pretrained(folder, state_dict={})
+                tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
         except Exception as error:
             told = " ".join(str(error).split())[:200].rstrip(". ")
             raise ValueError(

@@ -164,6 +164,19 @@ def test_an_unpacked_batch_is_each_document_alone(store):
     torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_are_filled_with_a_token_of_their_own(store, packing):
+    rows = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
+    items = sorted(
+        (rows[i] for i in range(9)), key=lambda item: sum(len(d.tokens_N) for d, _ in item)
+    )
+    ids_BN = Collator(packing=packing)(items)["input_ids"]
+    counts = [sum(len(document.tokens_N) for document, _ in item) for item in items]
+    assert counts[0] < ids_BN.shape[1], "there is nothing to fill"
+    for ids_N, count in zip(ids_BN, counts, strict=True):
+        assert set(ids_N[count:].tolist()) <= {int(ids_N[count - 1])}
+
+
 # ── Routers ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -177,7 +177,7 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, place: int) -> NDA
 
 
 def _windows_of(teacher: "Teacher", window: int | None, stride: int | None) -> tuple[int, int]:
-    most = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    most = teacher.positions
     window = min(WINDOW, most or WINDOW) if window is None else window
     stride = window // 2 if stride is None else stride
     if most and window > most:

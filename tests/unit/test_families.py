@@ -1,0 +1,44 @@
+"""The table of families: each has a row, each row says what became of it."""
+
+import json
+import re
+
+import families
+import report
+
+
+def row(family, outcome, reason=None):
+    return {"family": family, "model": "M", "outcome": outcome, "reason": reason}
+
+
+def test_every_family_stands_in_the_table_once_with_what_became_of_it():
+    rows = [
+        row("a", "packed"),
+        row("b", "unpacked", "a document's log-probabilities change"),
+        row("c", "refused", "the model (CForCausalLM) is not causal: padding; accepted: others."),
+        row("d", "refused", "the model (DForCausalLM) is not causal: padding; accepted: others."),
+        row("e", "failed", "TypeError: a | b"),
+        row("f", "not tried", "no tiny model: ValueError"),
+    ]
+    table = report.families({"rows": rows})
+    assert sorted(re.findall(r"`(\w)`", table)) == list("abcdef")
+    assert "| refused: is not causal: padding | 2 | `c`, `d` |" in table
+    assert "| failed: TypeError: a / b | 1 | `e` |" in table
+    assert all(line.count(" | ") == 2 for line in table.splitlines()[2:])
+
+
+def test_the_results_have_a_row_for_every_family_and_a_reason_where_it_is_not_trained():
+    document = json.loads(families.RESULT.read_text())
+    named = [each["family"] for each in document["rows"]]
+    assert len(named) == len(set(named)) >= 150
+    assert all(each["reason"] for each in document["rows"] if each["outcome"] != "packed")
+    trained = [each for each in document["rows"] if each["outcome"] in ("packed", "unpacked")]
+    assert len(trained) >= 60
+    for each in trained:
+        assert max(each["head"], each["packing"] or 0.0, each["reload"]) <= families.SAME
+
+
+def test_a_family_that_is_refused_has_the_reason_that_a_user_sees(tmp_path):
+    found = families.row_of("bert", tmp_path)
+    assert found.outcome == "refused"
+    assert "is not causal" in found.reason
