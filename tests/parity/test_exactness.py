@@ -88,7 +88,7 @@ def test_the_law_words_goes_by_the_last_token(engine, count, figure):
             sampled_V = _log_p(answer, vocabulary, step)
             assert (np.isinf(sampled_V) == np.isinf(said.log_p_V)).all()
             likely_V = said.log_p_V > -25
-            worst = max(worst, np.abs(sampled_V - said.log_p_V)[likely_V].max())
+            worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
             assert worst <= LOG_PROBABILITY
             seen |= {(state, int(c)) for c in class_V[likely_V]}
             checked += 1
