@@ -192,6 +192,13 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     # For the law `words` alone: its rows pass unchanged, as a fault, without.
     *_needed("processor V2", _V2, "LogitsContext.input_ids", required=False),
+    # Likewise, with a 400.
+    *_needed(
+        "field",
+        "vllm.tokenizers",
+        ("cached_tokenizer_from_config", ("model_config",)),
+        required=False,
+    ),
     *_needed(
         "processor V2",
         "vllm.v1.worker.gpu.buffer_utils",

@@ -46,6 +46,11 @@ class TokenClasses:
 
     packed_V: Bytes
 
+    def __post_init__(self) -> None:
+        # Kernels take them for indices, and check none.
+        if (self.packed_V & self.packed_V >> np.uint8(1) & np.uint8(0b01010101)).any():
+            raise ValueError("token classes: got a fourth class or state; accepted: three of each.")
+
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "TokenClasses":
         """The classes of a tokenizer's vocabulary, made once for each vocabulary in a process.

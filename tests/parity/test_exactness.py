@@ -9,11 +9,13 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from dftserve.sampling import TokenClasses
 from dftserve.stories.grammar import generate
 from tests.client import gather, post
 from tests.conftest import long
-from tests.reference import reference
+from tests.reference import reference, words_reference
 
 LOG_PROBABILITY = 2e-4
 NATS = 1e-3
@@ -53,6 +55,46 @@ def test_the_sampled_distribution_is_the_law(engine, count, figure):
             assert answer["mean_temperature"] == pytest.approx(said.temperature, rel=1e-4)
             worst_logprob, worst_nats = max(worst_logprob, error), max(worst_nats, nats)
     figure(draws=count, redrawn=redrawn, worst_logprob=worst_logprob, worst_nats=worst_nats)
+
+
+@pytest.mark.parametrize(("engine", "count"), [("v1", 16), long("v2", 16)], indirect=["engine"])
+def test_the_law_words_goes_by_the_last_token(engine, count, figure):
+    """Three steps each: the first goes by the prompt's end, the third by what was sampled."""
+    source, vocabulary = random.Random(8), _vocabulary(engine)
+    tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
+    classes = TokenClasses.from_tokenizer(tokenizer)
+    seen, checked, worst = set(), 0, 0.0
+    while checked < count:
+        text = generate(source).text
+        prompt = tokenizer.encode(text[: source.randrange(20, len(text) - 1)]).ids
+        asked = {"law": "words", "level": source.uniform(0.1, 1.0)}
+        temperature = source.uniform(0.5, 1.5)
+        body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": 1}
+        answer = _reading(engine, [body | {"max_tokens": 3, "ignore_eos": True}], vocabulary)[0]
+        tokens = [
+            int(token.removeprefix("token_id:"))
+            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
+        ]
+        for step in (0, 2):
+            before = [*prompt, *tokens[:step]]
+            plain = _plain({"prompt": before, "shaping": {"ignore_eos": True}})
+            logits_V = _read(engine, [plain], vocabulary)[0]
+            state = int(classes.states()[before[-1]])
+            class_V = np.zeros(vocabulary, np.uint8)
+            class_V[: len(classes.packed_V)] = classes.classes_after(state)
+            said = words_reference(logits_V, class_V, temperature=temperature, level=asked["level"])
+            if said.margin < NEAR_THRESHOLD:
+                continue
+            sampled_V = _log_p(answer, vocabulary, step)
+            assert (np.isinf(sampled_V) == np.isinf(said.log_p_V)).all()
+            likely_V = said.log_p_V > -25
+            worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
+            assert worst <= LOG_PROBABILITY
+            seen |= {(state, int(c)) for c in class_V[likely_V]}
+            checked += 1
+    assert {c for _, c in seen} == {0, 1, 2}
+    assert len({state for state, _ in seen}) > 1
+    figure(checked=checked, worst_logprob=worst)
 
 
 def _draw(source: random.Random) -> dict:
@@ -95,23 +137,27 @@ def _active(draw: dict) -> dict:
 
 
 def _ask(engine, bodies: list[dict], vocabulary: int) -> list[tuple[np.ndarray, dict | None]]:
+    answers = _reading(engine, bodies, vocabulary)
+    return [(_log_p(answer, vocabulary), _first_choice(answer)) for answer in answers]
+
+
+def _reading(engine, bodies: list[dict], vocabulary: int) -> list:
     reading = {
         "model": "demo",
         "max_tokens": 1,
         "logprobs": vocabulary,
         "return_tokens_as_token_ids": True,
     }
-    answers = gather(engine, [("/v1/completions", reading | body) for body in bodies])
-    return [(_log_p(answer, vocabulary), _first_choice(answer)) for answer in answers]
+    return gather(engine, [("/v1/completions", reading | body) for body in bodies])
 
 
 def _read(engine, bodies: list[dict], vocabulary: int) -> list[np.ndarray]:
     return [log_p_V for log_p_V, _ in _ask(engine, bodies, vocabulary)]
 
 
-def _log_p(answer, vocabulary: int) -> np.ndarray:
+def _log_p(answer, vocabulary: int, step: int = 0) -> np.ndarray:
     assert answer.status_code == 200, answer.text
-    top = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
+    top = answer.json()["choices"][0]["logprobs"]["top_logprobs"][step]
     log_p_V = np.full(vocabulary, np.nan)
     for token, value in top.items():
         log_p_V[int(token.removeprefix("token_id:"))] = value if value > -9998 else -np.inf

@@ -14,7 +14,6 @@ from dftserve.sampling.backends.numba import NumbaBackend
 from dftserve.sampling.backends.numba_slots import NumbaSlots
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.sampling.controls import CONSTANTS
-from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
 from tests.rows import make_rows
 
@@ -52,7 +51,7 @@ def test_without_a_compiler_it_is_plain_torch(monkeypatch, caplog):
 )
 def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
     def wrong(self, logits_XV, controls, rows_R=None):
-        done = plain(logits_XV, controls, rows_R)
+        done = _plain(self, logits_XV, controls, rows_R)
         spoil(logits_XV)
         return done
 
@@ -62,6 +61,12 @@ def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
     assert isinstance(backend, TorchBackend)
     assert "disagree" in caplog.text
     assert type(backend.create_slots(1, 1)) is Slots
+
+
+def _plain(backend, logits_XV, controls, rows_R):
+    """What plain torch makes of it."""
+    plain = TorchBackend(backend.device, backend.constants, backend.token_classes)
+    return plain(logits_XV, controls, rows_R)
 
 
 def _many_stops(logits_XV, controls, rows_R, calls):
@@ -87,7 +92,7 @@ def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, capl
 
     def wrong(self, logits_XV, controls, rows_R=None):
         calls.append(self)
-        done = plain(logits_XV, controls, rows_R)
+        done = _plain(self, logits_XV, controls, rows_R)
         if case(logits_XV, controls, rows_R, calls.count(self)):
             logits_XV[2].mul_(1.01)
         return done
@@ -100,9 +105,23 @@ def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, capl
 
 def test_kernels_that_touch_an_invalid_row_are_not_used(monkeypatch, caplog):
     def wrong(self, logits_XV, controls, rows_R=None):
-        done = plain(logits_XV, controls, rows_R)
+        done = _plain(self, logits_XV, controls, rows_R)
         logits_XV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         return done
+
+    monkeypatch.setattr(NumbaBackend, "__call__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert "disagree" in caplog.text
+
+
+def test_kernels_that_take_every_token_for_one_class_are_not_used(monkeypatch, caplog):
+    """Wrong under the law `words` alone."""
+    calls = NumbaBackend.__call__
+
+    def wrong(self, logits_XV, controls, rows_R=None):
+        self._classes_V[:] = 0
+        return calls(self, logits_XV, controls, rows_R)
 
     monkeypatch.setattr(NumbaBackend, "__call__", wrong)
     with caplog.at_level(logging.WARNING):

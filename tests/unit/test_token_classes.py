@@ -303,6 +303,11 @@ def test_a_vocabulary_of_no_known_form_is_refused():
         TokenClasses.from_tokenizer(object())
 
 
+def test_a_fourth_class_is_refused():
+    with pytest.raises(ValueError, match="accepted: three of each"):
+        TokenClasses(np.array([0, 0b1100], np.uint8))
+
+
 def test_every_piece_of_a_character_has_a_class():
     """All prefixes of UTF-8 characters; none raises, and what goes on with one is inside."""
     points = [*range(0x80, 0x3000, 37), *range(0x3000, 0x30000, 1009), 0x1F600, 0x10FFFF]
