@@ -126,11 +126,14 @@ def check(folder: Path, expected: Expected = Expected()) -> None:
     Raises:
         RuntimeError: it is not; names every figure that differs.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with gguf.quietly():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
     digits = [each for each in tokenizer.tokenize(DIGITS) if any(c.isdigit() for c in each)]
     nats = _nats(model, tokenizer, SENTENCE)
     found = {
