@@ -110,9 +110,12 @@ def doctor(
 @click.argument("folder", default="build/demo", type=click.Path(file_okay=False, path_type=Path))
 def demo(folder: Path) -> None:
     """Ask a small model at three diversities, tune it, and ask it again; all is kept in FOLDER."""
-    from dftserve.demo.run import demo
-
     with usage_errors():
+        try:
+            from dftserve.demo.run import demo
+        except ModuleNotFoundError as error:
+            wanted = "pip install 'dftserve[train,eval,demo,serve]'"
+            raise RuntimeError(f"the demo needs {error.name}: {wanted}.") from None
         demo(folder)
 
 

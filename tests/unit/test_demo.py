@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
 from rich.console import Console
 
+from dftserve.cli import main
 from dftserve.demo import ask, model, show
 from dftserve.demo.mark import ERROR, PHRASE, SHARED, mark
 from dftserve.demo.run import next_steps
@@ -126,6 +128,15 @@ def test_terminal_and_page_show_every_level():
 def test_the_last_line_asks_what_the_demo_asked():
     body = json.loads(next_steps(Path("build/demo/dft/final")).rpartition("-d '")[2][:-1])
     assert body == ask.body("build/demo/dft/final", ask.PROMPTS[0], 0.5, 1)
+
+
+def test_what_the_demo_lacks_is_named(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "dftserve.demo.run", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    result = CliRunner().invoke(main, ["demo", str(tmp_path / "demo")])
+    assert result.exit_code == 1
+    assert "the demo needs rich.console: pip install 'dftserve[" in result.output
+    assert not (tmp_path / "demo").exists()
 
 
 def test_the_prose_is_of_many_hands_and_answers_none_of_the_questions():
