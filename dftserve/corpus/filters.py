@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from dftserve.corpus.read import Text
+from dftserve.corpus.text import Text
 from dftserve.settings import among
 
 LANGUAGE_CHARACTERS = 20_000
