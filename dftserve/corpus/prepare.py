@@ -16,13 +16,15 @@ from typing import Any
 from blake3 import blake3
 
 from dftserve.corpus.duplicates import Duplicates, Families
-from dftserve.corpus.filters import Filters, cleaned, verdict
+from dftserve.corpus.filters import Filters, cleaned, language_of, verdict
 from dftserve.corpus.records import opening, said
 from dftserve.corpus.text import Text
 
 EXAMPLES = 3
 """Origins that a report names for each reason."""
 DUPLICATE = "near-duplicate"
+TOLD = 200
+"""Texts whose language is told: more would take longer than the rest."""
 LIKE_HELDOUT = "copy of a held-out text, or answer to its prompt"
 
 
@@ -47,7 +49,7 @@ class Report:
     kept: int = 0
     """Texts of which something stayed."""
     stripped: int = 0
-    """Texts that lost boilerplate, and stayed."""
+    """Texts that lost boilerplate or wrapped lines, and stayed."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
     noted: dict[str, Dropped] = field(default_factory=dict)
@@ -56,6 +58,8 @@ class Report:
     """By split: pieces, and texts that were not cut."""
     words: dict[str, int] = field(default_factory=dict)
     """By split."""
+    languages: dict[str, int] = field(default_factory=dict)
+    """How many of the first `TOLD` texts that stayed are of each."""
     heldout_asked: float = 0.0
     """Share of texts."""
 
@@ -80,6 +84,7 @@ class Report:
             "noted": _counted(self.noted),
             "documents": dict(self.documents),
             "words": dict(self.words),
+            "languages": dict(sorted(self.languages.items(), key=lambda each: -each[1])),
             "heldout_asked": self.heldout_asked,
             "heldout_share": round(self.heldout_share, 6),
         }
@@ -117,7 +122,6 @@ def prepare(
         raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
     report = Report()
     kept = list(_kept(texts, filters, report))
-    report.kept = len(kept)
     if not kept:
         raise ValueError(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
@@ -170,6 +174,10 @@ def _kept(
             else:
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
+            if report.kept < TOLD and len(clean.content.split()) >= filters.language_min_words:
+                language = language_of(clean.content)
+                report.languages[language] = report.languages.get(language, 0) + 1
+            report.kept += 1
             report.stripped += clean is not text
             yield clean.content, pieces
 

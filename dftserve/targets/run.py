@@ -287,6 +287,9 @@ def shown(told: Mapping[str, Any]) -> str:
             told[what][split] for what in ("documents", "tokens", "trained")
         )
         lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
+    if languages := told["languages"]:
+        counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
+        lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
     asked, share = told["heldout_asked"], told["heldout_share"]
     lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
     if asked and not asked / FAR <= share <= asked * FAR:
