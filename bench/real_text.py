@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from dftserve.corpus.prepare import cut
-from dftserve.corpus.read import Text, read
+from dftserve.corpus.read import read
+from dftserve.corpus.text import Text
 from dftserve.lm import LanguageModel, examine, load
 from dftserve.targets import store
 from dftserve.targets.document import Document, fingerprint

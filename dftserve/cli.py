@@ -129,8 +129,19 @@ def target() -> None:
 @click.option("--model", required=True, help="The model that will be tuned: a folder, or a name.")
 @click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="For the recipe.")
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For the recipe; corpus.FIELD for its filters.",
+)
 @click.option("--heldout", type=float, default=0.05, show_default=True, help="Share of texts.")
+@click.option(
+    "--heldout-from",
+    type=click.Path(path_type=Path),
+    help="Instead: texts of their own, such as a test set. Copies of them are not trained on.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--processes", type=int, default=1, show_default=True)
 @click.option("--max-tokens", type=int, help="Of one document. Default: as long as it comes.")
@@ -138,7 +149,8 @@ def target() -> None:
     "--skip-bad", is_flag=True, help="Leave out conversations that the chat template refuses."
 )
 def target_build(values: tuple[str, ...], **options) -> None:
-    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .parquet, or a folder.
+    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .parquet, a folder, or a .yaml of
+    several.
 
     The same command goes on where it was stopped.
     """

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from dftserve.corpus.read import Text
+from dftserve.corpus.text import Text
+from dftserve.corpus.tidy import STRIPS, tidied
 from dftserve.settings import among
 
 LANGUAGE_CHARACTERS = 20_000
@@ -45,6 +46,10 @@ class Filters:
     """Share of words in a run of five that the text already had."""
     strip_boilerplate: bool = True
     """Take out Gutenberg frames, licence paragraphs, cookie and navigation lines."""
+    join_lines: bool = True
+    """Join lines of prose that an editor wrapped; verse, lists, tables and code stay."""
+    strip: tuple[str, ...] = ()
+    """Take out `html` (tags), `comments` (HTML's), `front_matter`, `code` (fenced)."""
     max_boilerplate: float = 0.5
     """Share of licence paragraphs, cookie and navigation lines above which a text is dropped."""
     duplicate_threshold: float | None = 0.6
@@ -78,6 +83,9 @@ class Filters:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 0 to 1.")
+        for name in self.strip:
+            if name not in STRIPS:
+                raise ValueError(f"strip: got {name!r}; accepted: {among(name, STRIPS)}.")
         family = self.family_threshold
         if family is not None and not 0 < family < 1:
             raise ValueError(f"family_threshold: got {family}; accepted: between 0 and 1.")
@@ -95,13 +103,16 @@ _SHARES = ("max_damage", "max_repeated_lines", "max_repeated_grams", "max_boiler
 
 
 def cleaned(text: Text, filters: Filters) -> Text:
-    """A plain text without its boilerplate, where the filters ask for that."""
-    if not filters.strip_boilerplate or text.messages is not None:
+    """A plain text without its boilerplate, and tidied, as the filters ask."""
+    if text.messages is not None:
         return text
-    body = _unframed(text.content)
-    if _boilerplate(body):
-        kept = "".join(part for part, is_boilerplate in _parts(body) if not is_boilerplate)
-        body = _BLANK_LINES.sub("\n\n", kept).strip("\n")
+    body = text.content
+    if filters.strip_boilerplate:
+        body = _unframed(body)
+        if _boilerplate(body):
+            kept = "".join(part for part, is_boilerplate in _parts(body) if not is_boilerplate)
+            body = _BLANK_LINES.sub("\n\n", kept).strip("\n")
+    body = tidied(body, join_lines=filters.join_lines, strip=filters.strip)
     return text if body == text.content else replace(text, content=body)
 
 
@@ -123,7 +134,7 @@ def verdict(text: Text, filters: Filters) -> str | None:
     if repeated_grams(words) > filters.max_repeated_grams:
         return "repeated phrases"
     if filters.languages and len(words) >= filters.language_min_words:
-        found = _language(content[:LANGUAGE_CHARACTERS])
+        found = language_of(content)
         if found not in filters.languages:
             return f"language {found}"
     return None
@@ -165,10 +176,11 @@ def repeated_grams(words: Sequence[str]) -> float:
     return repeated / max(1, sum(map(len, words)))
 
 
-def _language(content: str) -> str:
+def language_of(content: str) -> str:
+    """Its ISO 639-1 code, as py3langid tells it from the beginning."""
     import py3langid
 
-    return py3langid.classify(content)[0]
+    return py3langid.classify(content[:LANGUAGE_CHARACTERS])[0]
 
 
 @cache

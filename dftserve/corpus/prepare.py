@@ -8,7 +8,6 @@ its turns before the first answer: all answers to one prompt stay together, and 
 copies of one another with some words changed.
 """
 
-import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,16 @@ from typing import Any
 from blake3 import blake3
 
 from dftserve.corpus.duplicates import Duplicates, Families
-from dftserve.corpus.filters import Filters, cleaned, verdict
-from dftserve.corpus.read import Text, said
+from dftserve.corpus.filters import Filters, cleaned, language_of, verdict
+from dftserve.corpus.records import opening, said
+from dftserve.corpus.text import Text
 
 EXAMPLES = 3
 """Origins that a report names for each reason."""
 DUPLICATE = "near-duplicate"
+TOLD = 200
+"""Texts whose language is told: more would take longer than the rest."""
+LIKE_HELDOUT = "copy of a held-out text, or answer to its prompt"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Report:
     kept: int = 0
     """Texts of which something stayed."""
     stripped: int = 0
-    """Texts that lost boilerplate, and stayed."""
+    """Texts that lost boilerplate or wrapped lines, and stayed."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
     noted: dict[str, Dropped] = field(default_factory=dict)
@@ -55,6 +58,8 @@ class Report:
     """By split: pieces, and texts that were not cut."""
     words: dict[str, int] = field(default_factory=dict)
     """By split."""
+    languages: dict[str, int] = field(default_factory=dict)
+    """How many of the first `TOLD` texts that stayed are of each."""
     heldout_asked: float = 0.0
     """Share of texts."""
 
@@ -79,6 +84,7 @@ class Report:
             "noted": _counted(self.noted),
             "documents": dict(self.documents),
             "words": dict(self.words),
+            "languages": dict(sorted(self.languages.items(), key=lambda each: -each[1])),
             "heldout_asked": self.heldout_asked,
             "heldout_share": round(self.heldout_share, 6),
         }
@@ -105,7 +111,8 @@ def prepare(
 
     Args:
         heldout: the share of texts, in [0, 1), that is not trained on. Above 0 it is one text at
-            least, and one at least is trained on.
+            least, and one at least is trained on. Not heeded where texts say by `split` that they
+            are held out: those are, and no others.
         seed: of the split.
 
     Raises:
@@ -115,27 +122,35 @@ def prepare(
         raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
     report = Report()
     kept = list(_kept(texts, filters, report))
-    report.kept = len(kept)
     if not kept:
         raise ValueError(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
             f"such as min_words ({filters.min_words} here)."
         )
-    draws = _draws(kept, filters, seed, report) if heldout else [1.0] * len(kept)
-    if heldout and len(set(draws)) == 1:
+    is_given = any(pieces[0].split == "heldout" for _, pieces in kept)
+    draws = _draws(kept, filters, seed, report) if heldout or is_given else [1.0] * len(kept)
+    if heldout and not is_given and len(set(draws)) == 1:
         raise ValueError(
             f"the corpus is one text, copies of one, or answers to one prompt "
             f"({kept[0][1][0].origin}; {_losses(report)}): none can be held out. Give more texts, "
             "a book as a file a chapter, or hold out nothing (--heldout 0)."
         )
-    aside = _heldout(set(draws), heldout)
+    if is_given:
+        aside = {draw for draw, (_, pieces) in zip(draws, kept, strict=True) if _is_aside(pieces)}
+    else:
+        aside = _heldout(set(draws), heldout)
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
     for draw, (_, pieces) in zip(draws, kept, strict=True):
-        splits["heldout" if draw in aside else "train"] += pieces
+        if is_given and draw in aside and not _is_aside(pieces):
+            report.drop(LIKE_HELDOUT, pieces[0].origin)
+        else:
+            splits["heldout" if draw in aside else "train"] += pieces
+    report.heldout_asked = 0.0 if is_given else heldout
+    if not splits["train"]:
+        raise ValueError(f"nothing is left to train on: {_losses(report)}; give more texts.")
     for split, pieces in splits.items():
         report.documents[split] = len(pieces)
         report.words[split] = sum(len(piece.content.split()) for piece in pieces)
-    report.heldout_asked = heldout
     return Corpus(tuple(splits["train"]), tuple(splits["heldout"]), report)
 
 
@@ -153,14 +168,22 @@ def _kept(
         clean = cleaned(text, filters)
         pieces = []
         for number, piece in enumerate(cut(clean, filters.split_words)):
-            prompt, name = _opening(piece), f"{report.read} {number}"
+            prompt, name = opening(piece), f"{report.read} {number}"
             if duplicates.of(piece.content[len(prompt) :], name, within=prompt) is None:
                 pieces.append(piece)
             else:
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
+            if report.kept < TOLD and len(clean.content.split()) >= filters.language_min_words:
+                language = language_of(clean.content)
+                report.languages[language] = report.languages.get(language, 0) + 1
+            report.kept += 1
             report.stripped += clean is not text
             yield clean.content, pieces
+
+
+def _is_aside(pieces: Sequence[Text]) -> bool:
+    return pieces[0].split == "heldout"
 
 
 def _draws(
@@ -175,12 +198,12 @@ def _draws(
     firsts = []
     for number, (content, pieces) in enumerate(kept):
         families.add(map(_of_both, pieces))
-        firsts.append(openings.setdefault(_opening(pieces[0]) or content, number))
+        firsts.append(openings.setdefault(opening(pieces[0]) or content, number))
     found = [families.first(firsts[families.first(number)]) for number in range(len(kept))]
     for number, first in enumerate(found):
         if first != number and firsts[number] == number:
             report.note("near-copies kept on one side", kept[number][1][0].origin)
-    return [_draw(_opening(kept[first][1][0]) or kept[first][0], seed) for first in found]
+    return [_draw(opening(kept[first][1][0]) or kept[first][0], seed) for first in found]
 
 
 def _of_both(text: Text) -> str:
@@ -189,13 +212,6 @@ def _of_both(text: Text) -> str:
     if turns is None:
         return text.content
     return "\n\n".join(said(turn) for turn in turns if turn["role"] != "system")
-
-
-def _opening(text: Text) -> str:
-    """What stands before the first answer of a conversation; empty for a plain text."""
-    turns = text.messages or ()
-    before = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
-    return "".join(f"{said(turn)}\n\n" for turn in before)
 
 
 def _draw(content: str, seed: int) -> float:

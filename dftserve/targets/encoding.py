@@ -3,7 +3,7 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dftserve.corpus.read import Text
+from dftserve.corpus.text import Text
 from dftserve.targets import conversation
 from dftserve.targets.chat_template import special_tokens
 from dftserve.targets.conversation import Encoded, Learnt, Spelled, UnfitError

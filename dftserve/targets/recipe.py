@@ -20,6 +20,7 @@ YAML, shipped under recipes/ or the user's own:
 of a mix with `when` is left out, and its weight shared out, unless that name is set.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ SUFFIXES = (".yaml", ".yml")
 """Bytes of a recipe."""
 DEEPEST = 16
 """Sources within sources."""
+OF_CORPUS = "corpus."
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -100,6 +102,7 @@ def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
     if not isinstance(defaults, dict):
         raise ValueError(f"{where}.defaults: accepted: names and values.")
     values = dict(values or {})
+    given["corpus"] = _with_filters(given.get("corpus"), values, where)
     settings.refuse_unknown(values, sorted(_names(given)), f"--set for the recipe {where}")
     known = {**defaults, **{key: _scalar(value) for key, value in values.items()}}
     return settings.load(Recipe, _filled(given, known, where), where)
@@ -142,6 +145,19 @@ def _path(name: str) -> Path:
         f"no recipe has the name {name!r}; accepted: {settings.among(name, shipped())}, "
         "or the path of a .yaml file."
     )
+
+
+def _with_filters(corpus: Any, values: dict[str, str], where: str) -> Any:
+    """The recipe's filters with what `corpus.FIELD` among the values says, which leave these."""
+    named = [name for name in values if name.startswith(OF_CORPUS)]
+    if not named:
+        return corpus or {}
+    if corpus is not None and not isinstance(corpus, dict):
+        raise ValueError(f"{where}.corpus: got {corpus!r}; accepted: keys and values.")
+    said = {name.removeprefix(OF_CORPUS): values.pop(name) for name in named}
+    known = [each.name for each in dataclasses.fields(Filters)]
+    settings.refuse_unknown(said, known, f"--set {OF_CORPUS}…")
+    return {**(corpus or {}), **{name: settings.parse_yaml(said[name], name) for name in said}}
 
 
 def _scalar(value: str) -> Any:

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from dftserve import atomic, lm
 from dftserve.corpus.filters import Filters
 from dftserve.corpus.prepare import Corpus, Report, prepare
-from dftserve.corpus.read import Text, read
+from dftserve.corpus.sources import read_all
+from dftserve.corpus.text import Text
 from dftserve.model_folder import CONFIG
 from dftserve.targets import recipe as recipes
 from dftserve.targets import report, store
@@ -48,6 +49,7 @@ ENDED_SECONDS = 0.5
 @dataclass(frozen=True, kw_only=True)
 class Job:
     corpus: Path
+    """A file or folder, or a YAML of several (`corpus.sources`)."""
     model: str
     """The folder, or the name on the Hub, of the model that will be trained: its tokenizer."""
     recipe: str
@@ -55,7 +57,10 @@ class Job:
     values: Mapping[str, str] = field(default_factory=dict)
     """For the recipe's placeholders."""
     heldout: float = 0.05
-    """Share of texts that is not trained on."""
+    """Share of texts that is not trained on; where the corpus has splits, or `heldout_from` is
+    given, those are held out and no others."""
+    heldout_from: Path | None = None
+    """A file or folder of texts that are held out."""
     seed: int = 0
     processes: int = 1
     max_tokens: int | None = None
@@ -84,7 +89,8 @@ def build(job: Job, say: Say = print) -> Manifest:
     recipe = recipes.load(job.recipe, job.values)
     tokenizer = _tokenizer(job.model)
     teachers = _examined(job, recipe, tokenizer)
-    corpus = prepare(read(job.corpus), recipe.corpus, heldout=job.heldout, seed=job.seed)
+    texts = read_all(job.corpus, job.heldout_from)
+    corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
     documents, told = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )
@@ -300,6 +306,9 @@ def shown(told: Mapping[str, Any]) -> str:
             told[what][split] for what in ("documents", "tokens", "trained")
         )
         lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
+    if languages := told["languages"]:
+        counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
+        lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
     asked, share = told["heldout_asked"], told["heldout_share"]
     lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
     if asked and not asked / FAR <= share <= asked * FAR:

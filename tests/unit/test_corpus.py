@@ -20,7 +20,8 @@ from dftserve.corpus import read as read_module
 from dftserve.corpus.duplicates import Duplicates, shingles
 from dftserve.corpus.filters import Filters, cleaned, verdict
 from dftserve.corpus.prepare import DUPLICATE, cut, prepare
-from dftserve.corpus.read import Text, read
+from dftserve.corpus.read import read
+from dftserve.corpus.text import Text
 
 WORDS = [
     *("river", "stone", "quiet", "lantern", "garden", "winter", "letter", "captain", "orchard"),

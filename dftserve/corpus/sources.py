@@ -1,0 +1,86 @@
+"""Several corpora as one: a YAML that names them, and what is held out by name.
+
+    corpora:
+      - {path: novels}
+      - {path: forum.jsonl, weight: 0.25, fields: {prompt: question, response: answer}}
+      - {path: exam.jsonl, split: heldout}
+
+Paths are as seen from the YAML. `weight` is the share of a corpus's texts that is taken, by a hash
+of each: a text is never taken twice, since n-grams count what the *other* texts say. `fields` is as
+in `records.Fields`; `split` is `train` or `heldout`, else as `read` finds, else drawn.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from dftserve import settings
+from dftserve.corpus.read import read
+from dftserve.corpus.records import Fields, opening
+from dftserve.corpus.text import Text
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus of several."""
+
+    path: str
+    weight: float = 1.0
+    """Share of its texts, above 0 and at most 1."""
+    fields: Fields = field(default_factory=Fields)
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(
+                f"weight: got {self.weight}; accepted: above 0 and at most 1, the share of its "
+                "texts. To give a corpus more weight, give the others less."
+            )
+        if self.split not in (None, "train", "heldout"):
+            raise ValueError(f"split: got {self.split!r}; accepted: train, heldout.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Corpora:
+    corpora: tuple[Source, ...]
+
+
+def read_all(path: Path, heldout_from: Path | None = None) -> Iterator[Text]:
+    """The texts of a file, a folder, or the corpora that a YAML names.
+
+    Args:
+        heldout_from: more texts, all of which are held out.
+
+    Raises:
+        ValueError: as `read`, or the YAML is no list of corpora.
+    """
+    if heldout_from is not None:
+        # First: of two near-copies the later one goes.
+        for text in _sources(heldout_from):
+            yield replace(text, split="heldout", origin=f"held out: {text.origin}")
+    yield from _sources(path)
+
+
+def _sources(path: Path) -> Iterator[Text]:
+    if path.suffix.lower() not in SUFFIXES:
+        yield from read(path)
+        return
+    sources = settings.load(_Corpora, settings.read_yaml(path), path.name).corpora
+    if not sources:
+        raise ValueError(f"{path}: got no corpora; accepted: one at least.")
+    for source in sources:
+        for text in read(path.parent / source.path, source.fields):
+            if _draw(text) < source.weight:
+                split: Any = source.split or text.split
+                yield replace(text, split=split, origin=f"{source.path}/{text.origin}")
+
+
+def _draw(text: Text) -> float:
+    """Uniform in [0, 1); of answers to one prompt the same."""
+    digest = blake3(b"weight\n" + (opening(text) or text.content).encode()).digest(length=8)
+    return int.from_bytes(digest, "little") / 2**64

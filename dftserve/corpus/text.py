@@ -1,0 +1,24 @@
+"""What every part of the corpus works on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, or one conversation."""
+
+    content: str
+    """Of a conversation: what is said in it, turn by turn."""
+    messages: tuple[Mapping[str, Any], ...] | None
+    """The conversation's turns, each with `role`, `content` and what else the record has; None for
+    a plain text."""
+    origin: str
+    """The path under what was read, with the line or row: `letters/1.txt`, `chat.jsonl:7`."""
+    ends: bool = True
+    """False for a piece of a text that goes on in the next one."""
+    tools: tuple[Any, ...] = ()
+    """What a conversation's assistant may call, as the record has it."""
+    split: Literal["train", "heldout"] | None = None
+    """Where its corpus says that it belongs; None: drawn."""
