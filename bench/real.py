@@ -53,6 +53,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min-p .02, temperature 1.3": {"min_p": 0.02, "temperature": 1.3},
     "`diversity` .5": {"diversity": 0.5},
     "`diversity` 1": {"diversity": 1},
+    "`words` .5": {"diversity": {"law": "words", "level": 0.5}},
+    "`words` 1": {"diversity": {"law": "words", "level": 1}},
 }
 """Sampling parameters of vLLM by name, and `diversity`."""
 MEASURED = ("self_bleu", "distinct_3", "slop", "mmd_style")

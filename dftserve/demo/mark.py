@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from dftserve.evaluate.metrics import errors
 from dftserve.evaluate.metrics.slop import read_phrases
 from dftserve.evaluate.text.tokenize import normalise
 
 SHARED, PHRASE, ERROR = "shared", "phrase", "error"
 SEQUENCE = 4
 """Words in a row that another answer also has."""
-ERRORS = frozenset(("Agreement", "Capitalization", "Grammar", "Repetition", "Spelling", "Typo"))
-"""Harper's kinds of what is wrong; its others are matters of taste."""
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
@@ -111,12 +110,8 @@ def _phrases(text: str) -> Iterator[Mark]:
 
 def _errors(text: str) -> Iterator[Mark]:
     linter = _linter()
-    for lint in linter.lint(text) if linter else ():
-        is_name = lint.lint_kind == "Spelling" and lint.problem_text[:1].isupper()
-        is_cut = lint.span.end == len(text)  # The answer's length is bounded, and so its last word.
-        is_letter = len(lint.problem_text) < 2  # The s of "my mid-30s", for one.
-        if lint.lint_kind in ERRORS and not (is_name or is_cut or is_letter):
-            yield Mark(lint.span.start, lint.span.end, ERROR, lint.message)
+    for found in errors.marks(text, linter) if linter else ():
+        yield Mark(found.span.start, found.span.end, ERROR, found.message)
 
 
 @cache
@@ -128,7 +123,6 @@ def _worn() -> Any:
 def _linter() -> Any:
     """Harper's; None where harper-py is not installed."""
     try:
-        from harper import Linter
-    except ImportError:
+        return errors.linter()
+    except RuntimeError:
         return None
-    return Linter()

@@ -4,11 +4,11 @@
     error_rate(checked), unknown_rate(checked)
 
 The checker is Harper (https://writewithharper.com), offline, by the package `harper-py`. Names are
-no errors: a word with a capital that the dictionary lacks is not counted. People get marks too,
-some 1 per 100 words of their stories: read a rate beside theirs. English only.
+no errors: a word with a capital that the dictionary lacks is not counted. People get marks too:
+read a rate beside theirs. English only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from dftserve.evaluate.metrics.intervals import Estimate, over_units
 from dftserve.evaluate.text.tokenize import words
 
+KINDS = frozenset(("Agreement", "Capitalization", "Grammar", "Repetition", "Spelling", "Typo"))
+"""Harper's kinds of what is wrong; its others are matters of taste."""
 PER = 100
 """Rates are per so many words."""
 SHORTEST = 3
@@ -29,7 +31,7 @@ class Checked:
 
     words: int
     marks: int
-    """Spelling, agreement, grammar and the like, without the spelling of names."""
+    """As `marks` finds them."""
     unknown: int
     """Words in lower case that the dictionary lacks."""
 
@@ -49,15 +51,23 @@ def linter() -> Any:
     return Linter()
 
 
-def check(text: str, linter: Any) -> Checked:
-    """The counts of a text; `linter` is that of `linter()`."""
-    marks = unknown = 0
+def marks(text: str, linter: Any) -> Iterator[Any]:
+    """Harper's marks (`Lint`) of what is wrong. Names are left out, single letters (the s of
+    "mid-30s"), and what ends the text, whose last word may have been cut."""
     for mark in linter.lint(text):
         word = mark.problem_text
-        is_spelling = mark.lint_kind == "Spelling"
-        marks += not (is_spelling and word[:1].isupper())
-        unknown += is_spelling and len(word) >= SHORTEST and word.isalpha() and word.islower()
-    return Checked(len(words(text)), marks, unknown)
+        is_name = mark.lint_kind == "Spelling" and word[:1].isupper()
+        is_cut = mark.span.end == len(text)
+        if mark.lint_kind in KINDS and not (is_name or is_cut) and len(word) > 1:
+            yield mark
+
+
+def check(text: str, linter: Any) -> Checked:
+    """The counts of a text; `linter` is that of `linter()`."""
+    found = list(marks(text, linter))
+    spelled = [mark.problem_text for mark in found if mark.lint_kind == "Spelling"]
+    unknown = [word for word in spelled if len(word) >= SHORTEST and word.islower()]
+    return Checked(len(words(text)), len(found), len(unknown))
 
 
 def error_rate(checked: Sequence[Checked]) -> Estimate:
