@@ -239,6 +239,7 @@ STOPPED = """
 """
 
 
+@pytest.mark.long
 def test_several_processes_stop_together_and_score_each_held_out_row_once(run, tmp_path):
     """The signal reaches one of them; eight rows do not fill two batches of three."""
     config = replace(run, evaluate_every=1000, save_every=1000, packing=False, steps=50)
