@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from itertools import pairwise
 from statistics import fmean
 
+from markupsafe import Markup
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -23,12 +23,12 @@ MEANING = {
     PHRASE: "a phrase of assistants: far more often in their prose than in people's",
     ERROR: "an error of grammar or spelling, as Harper sees it",
 }
-CSS = """
+CSS = Markup("""
 <style>mark{color:inherit;border-radius:2px}mark.shared{background:#ffe9a8}
 mark.phrase{background:#efd0f5}mark.error{background:none;border-bottom:2px solid #d33}
 .answer{background:#f7f7f7;padding:.6rem .8rem;margin:.5rem 0;white-space:pre-wrap}
 .side{grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}</style>
-"""
+""")
 HEAD = (
     "level",
     "shared words",
@@ -145,9 +145,8 @@ def _entropy(figures: Sequence[Mapping[str, float]]) -> str:
 
 def as_page(stages: Iterable[Stage], notes: Sequence[str] = ()) -> str:
     """One HTML file that needs nothing else."""
-    legend = "".join(
-        f"<p><mark class={kind}>{kind}</mark> {escape(MEANING[kind])}</p>" for kind in _kinds()
-    )
+    kind_line = Markup('<p><mark class="{}">{}</mark> {}</p>')
+    legend = html.joined(kind_line.format(kind, kind, MEANING[kind]) for kind in _kinds())
     sections = [
         html.section(
             stage.title,
@@ -156,32 +155,34 @@ def as_page(stages: Iterable[Stage], notes: Sequence[str] = ()) -> str:
         )
         for stage in stages
     ]
-    told = "".join(map(html.note, notes))
-    return html.page("One small model, three diversities", CSS, legend, told, *sections)
+    told = map(html.note, notes)
+    return html.page("One small model, three diversities", CSS, legend, *told, *sections)
 
 
-def _prompt(stage: Stage, prompt: str) -> str:
-    columns = "".join(
-        f"<div><h4>{escape(level_name(level))}</h4>"
-        + "".join(f"<div class=answer>{_html(each)}</div>" for each in stage.cell(prompt, level))
-        + "</div>"
+def _prompt(stage: Stage, prompt: str) -> Markup:
+    answer = Markup('<div class="answer">{}</div>')
+    columns = html.joined(
+        Markup("<div><h4>{}</h4>{}</div>").format(
+            level_name(level),
+            html.joined(answer.format(_html(each)) for each in stage.cell(prompt, level)),
+        )
         for level in LEVELS
     )
-    return f"<h3>{escape(prompt)}</h3><div class=side>{columns}</div>"
+    return Markup('<h3>{}</h3><div class="side">{}</div>').format(prompt, columns)
 
 
-def _html(marked: Marked) -> str:
+def _html(marked: Marked) -> Markup:
     """Marks may overlap: the text is cut at every border, and a piece shows the gravest."""
     borders = {0, len(marked.text)}
     borders.update(at for each in marked.marks for at in (each.start, each.stop))
     cuts = sorted(borders)
-    return "".join(_piece(marked, start, stop) for start, stop in pairwise(cuts))
+    return html.joined(_piece(marked, start, stop) for start, stop in pairwise(cuts))
 
 
 def _piece(marked: Marked, start: int, stop: int) -> str:
-    text = escape(marked.text[start:stop])
+    text = marked.text[start:stop]
     over = [each for each in marked.marks if each.start <= start and stop <= each.stop]
     if not over:
         return text
     gravest: Mark = max(over, key=lambda each: list(MEANING).index(each.kind))
-    return f'<mark class={gravest.kind} title="{escape(gravest.why)}">{text}</mark>'
+    return Markup('<mark class="{}" title="{}">{}</mark>').format(gravest.kind, gravest.why, text)
