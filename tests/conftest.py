@@ -163,6 +163,7 @@ def stock(request) -> Engine:
     return request.getfixturevalue(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the marks.
 def pytest_collection_modifyitems(items) -> None:
     """For pytest-xdist's `--dist loadgroup`: tests that share an engine, or the fixtures of a
     module, run in one worker."""

@@ -50,7 +50,7 @@ def test_errors_are_marked_and_names_and_cut_ends_are_not():
 @given(st.lists(st.text(alphabet="aB <>&\"'.\n’é", max_size=60), min_size=1, max_size=4))
 def test_the_page_holds_every_character_and_nothing_unescaped(texts):
     for each in mark(texts):
-        written = show._html(each)
+        written = str(show._html(each))
         plain = written.split("<mark class=")
         body = plain[0] + "".join(part.partition(">")[2] for part in plain[1:])
         body = body.replace("</mark>", "")
