@@ -163,14 +163,11 @@ def stock(request) -> Engine:
     return request.getfixturevalue(request.param)
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the marks.
-def pytest_collection_modifyitems(items) -> None:
+def pytest_itemcollected(item) -> None:
     """For pytest-xdist's `--dist loadgroup`: tests that share an engine, or the fixtures of a
     module, run in one worker."""
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        group = item.path.name if folder == "unit" else "engines"
-        item.add_marker(pytest.mark.xdist_group(group))
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    item.add_marker(pytest.mark.xdist_group(item.path.name if folder == "unit" else "engines"))
 
 
 def long(*values):
