@@ -163,11 +163,18 @@ def stock(request) -> Engine:
     return request.getfixturevalue(request.param)
 
 
-def pytest_itemcollected(item) -> None:
-    """For pytest-xdist's `--dist loadgroup`: tests that share an engine, or the fixtures of a
-    module, run in one worker."""
-    folder = item.path.relative_to(ROOT / "tests").parts[0]
-    item.add_marker(pytest.mark.xdist_group(item.path.name if folder == "unit" else "engines"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several processes, tests that share engines run in one; others file by file, as modules
+    have fixtures that take long."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngines(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.startswith("tests/unit/") else "engines"
+
+    return ByEngines(config, log)
 
 
 def long(*values):
