@@ -172,9 +172,14 @@ def pytest_xdist_make_scheduler(config, log):
     class ByEngines(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file.startswith("tests/unit/") else "engines"
+            shares = file.startswith(("tests/parity/", "tests/server/")) or file in FAULTY
+            return "engines" if shares else file
 
     return ByEngines(config, log)
+
+
+FAULTY = ("tests/faults/test_faults.py",)
+"""Of the tests of faults, those that need the shared engines."""
 
 
 def long(*values):
