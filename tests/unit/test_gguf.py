@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import random
+import string
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +241,8 @@ source: {teacher: {model: "${teacher}"}}
 
 def test_the_commands_take_it(file, tmp_path):
     corpus, recipe, out = (tmp_path / name for name in ("texts.jsonl", "recipe.yaml", "targets"))
-    texts = [f"The {word} of the town went away, and no one saw why." for word in "abcdefgh"]
+    drawn = random.Random(0)  # Of the alphabet, so that no text is nearly another's copy.
+    texts = [" ".join(drawn.choices(string.ascii_lowercase, k=12)) for _ in range(8)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe.write_text(RECIPE)
     both = ("--model", file, "--set", f"teacher={file}")
