@@ -171,7 +171,7 @@ def test_every_command_refuses_it_alike_and_writes_nothing(kind, store, tmp_path
         raise AssertionError("work was begun")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
-    monkeypatch.setattr("dftserve.targets.run.read", never)
+    monkeypatch.setattr("dftserve.targets.run.read_all", never)
     monkeypatch.setattr("huggingface_hub.snapshot_download", never)
     monkeypatch.setattr("dftserve.targets.store.TargetStore.__getitem__", never)
     run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
@@ -192,7 +192,7 @@ def test_every_command_refuses_it_alike_and_writes_nothing(kind, store, tmp_path
 def test_a_teacher_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch):
     base, teacher = save_model(tmp_path / "base"), save_model(tmp_path / "teacher")
     quantised("awq")(teacher)
-    monkeypatch.setattr("dftserve.targets.run.read", lambda place: pytest.fail("read"))
+    monkeypatch.setattr("dftserve.targets.run.read_all", lambda *_: pytest.fail("read"))
     job = Job(
         corpus=tmp_path / "corpus",
         model=str(base),
