@@ -153,7 +153,7 @@ def check_path(model: str | Path) -> None:
         or ("/" in text and Path(first).is_dir())
     )
     if is_path:
-        raise ValueError(f"model: got {text!r}; there is no such folder.")
+        raise ValueError(f"model: got {text!r}; there is no such folder; give the model's.")
 
 
 def _check_type(content: Mapping[str, Any], model: str) -> None:

@@ -568,7 +568,7 @@ def test_a_file_that_is_appended_to_is_no_link(tmp_path):
     "text", ["!!bool maybe", "!!timestamp x", "!!int x", "2001-99-99", "{[a]: b}"]
 )
 def test_what_yaml_cannot_make_anything_of_is_one_sentence(text):
-    with pytest.raises(ValueError, match=r"^w: not YAML \(.*\)\.$"):
+    with pytest.raises(ValueError, match=r"^w: not YAML \(.*\); correct it there\.$"):
         settings.parse_yaml(text, "w")
 
 
