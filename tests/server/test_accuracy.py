@@ -138,10 +138,10 @@ def test_humaneval_sees_diversity(rigged, tmp_path, figure):
     if (missing := sandbox.available()) is not None:
         pytest.skip(missing)
     problem = {
-        "prompt": 'A = 1\n\n\ndef f():\n    """Only A is a name that is known."""\n',
+        "prompt": 'A = 1\n\n\ndef f():\n    """Only A is a name that is known."""\n    return ',
         "entry_point": "f",
-        "canonical_solution": "    A\n",
-        # An empty body would do no harm: the test asks for the name in it.
+        "canonical_solution": "A\n",
+        # An empty answer would do no harm: the test asks for the name in the body.
         "test": "def check(candidate):\n    assert 'A' in candidate.__code__.co_names\n",
     }
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
