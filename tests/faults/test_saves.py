@@ -23,7 +23,7 @@ from dftserve.targets.store import StoreError, TargetStore
 from tests.conftest import ROOT, long
 from tests.training import WORDS, save_model, save_store
 
-FEW = 4
+FEW = 3
 """Events that a short run takes, spread over all of them."""
 RECIPE = {
     "name": "small",
@@ -216,7 +216,7 @@ def test_a_kill_at_any_write_sync_or_rename(work, count, tmp_path, figure):
     figure(kills=len(events), events=work.events)
 
 
-@pytest.mark.parametrize("count", [3, long(None)])
+@pytest.mark.parametrize("count", [2, long(None)])
 def test_a_kill_of_a_run_that_stops_early(stopping, count, tmp_path, figure):
     events = spread(stopping.events, count)
     for event in events:
@@ -234,7 +234,7 @@ def test_a_kill_in_the_middle_of_a_write(work, tmp_path):
         goes_on(work, folder)
 
 
-@pytest.mark.parametrize(("work", "count"), each_work(3, 20), indirect=["work"])
+@pytest.mark.parametrize(("work", "count"), each_work(2, 20), indirect=["work"])
 def test_a_kill_at_any_time(work, count, tmp_path, figure):
     drawn = random.Random(0)
     ends = []
