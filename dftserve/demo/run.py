@@ -28,8 +28,8 @@ PAGE = "demo.html"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
 ESTIMATE = (
-    "About five minutes on two idle cores, in five parts; what is finished is kept in {folder} and "
-    "not done again."
+    "About seven minutes on two idle cores, in five parts; what is finished is kept in {folder} "
+    "and not done again."
 )
 
 
