@@ -208,6 +208,37 @@ def _turned(bits: int) -> int:
 
 
 @_kernel
+def _guard_and_content(
+    row_V: Array,
+    peak: float,
+    numbers_F: Array,
+    stop_ids_E: Array,
+    constants_C: Array,
+    scratch: tuple[Array, Array, Array, Array],
+) -> tuple[float, int, float, int, float]:
+    """What every law begins with; `stop_ids_E` are the row's own.
+
+    Returns H0, the number of plausible tokens, the highest stop token, the number of content tokens
+    and their maximum. The scratch then holds the content's tokens, its log-weights at temperature 1
+    and those of the stop tokens; the row has the stop tokens no more.
+    """
+    maxima_J, tokens_K, weights_4K, stops_2E = scratch
+    below_K, hot_K, below_E = weights_4K[0], weights_4K[3], stops_2E[0][: len(stop_ids_E)]
+    divisor = numbers_F[columns.LOGITS_DIVISOR]
+
+    # The plausible tokens, and their entropy, stop tokens included.
+    threshold = np.float32(max(peak + _log_guard(numbers_F, constants_C) / divisor, _LOWEST))
+    plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
+    z, a = _sums(below_K[:plausible], hot_K)
+    entropy_before = math.log(z) - a / z
+
+    # Stop tokens leave the row; what is left is content.
+    stop_peak = _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
+    count, content_peak = _content(row_V, threshold, tokens_K, below_K, plausible)
+    return entropy_before, plausible, stop_peak, count, content_peak
+
+
+@_kernel
 def _rewrite(
     row_V: Array,
     peak: float,
@@ -217,7 +248,7 @@ def _rewrite(
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, float, float, float]:
     """One valid row; returns its statistics, in the order of `Statistics`."""
-    maxima_J, tokens_K, weights_4K, stops_2E = scratch
+    _, tokens_K, weights_4K, stops_2E = scratch
     # By index: to a compiler, arrays that were unpacked from one are not contiguous.
     below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
     stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
@@ -227,19 +258,15 @@ def _rewrite(
         numbers_F[columns.LOGITS_DIVISOR],
     )
 
-    # 1. The guard: the plausible tokens and their log-weights at temperature 1.
-    threshold = np.float32(max(peak + _log_guard(numbers_F, constants_C) / divisor, _LOWEST))
-    plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
+    # 1. The guard, H0, and the content without the stop tokens.
+    entropy_before, plausible, stop_peak, count, content_peak = _guard_and_content(
+        row_V, peak, numbers_F, stop_ids_E, constants_C, scratch
+    )
 
-    # 2. Their entropy H0, stop tokens included, and the temperature that the law wants.
-    z, a = _sums(below_K[:plausible], hot_K)
-    entropy_before = math.log(z) - a / z
+    # 2. The temperature that the law wants.
     wanted = _temperature(numbers_F, entropy_before, plausible, constants_C)
 
-    # 3. Stop tokens leave the row; what is left is content, at T (cool) and at T' (hot), both
-    #    below the content's own maximum.
-    stop_peak = _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
-    count, content_peak = _content(row_V, threshold, tokens_K, below_K, plausible)
+    # 3. The content at T (cool) and at T' (hot), both below the content's own maximum.
     below_K, exists = below_K[:count], count > 0
     top = content_peak if exists else np.float32(0.0)
     cool_z, _ = _at(temperature, below_K, top, weight_K, cool_K)
@@ -298,7 +325,7 @@ def _rewrite_by_class(
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, float, float, float]:
     """One valid row of the law `words`; returns its statistics, in the order of `Statistics`."""
-    maxima_J, tokens_K, weights_4K, stops_2E = scratch
+    _, tokens_K, weights_4K, stops_2E = scratch
     below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
     stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
     below_E, weight_E = stops_2E[0][: len(stop_ids_E)], stops_2E[1][: len(stop_ids_E)]
@@ -307,13 +334,10 @@ def _rewrite_by_class(
         numbers_F[columns.LOGITS_DIVISOR],
     )
 
-    # 1. The guard, H0, and the content beside the stop tokens: as in `_rewrite`.
-    threshold = np.float32(max(peak + _log_guard(numbers_F, constants_C) / divisor, _LOWEST))
-    plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
-    z, a = _sums(below_K[:plausible], hot_K)
-    entropy_before = math.log(z) - a / z
-    _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
-    count, _ = _content(row_V, threshold, tokens_K, below_K, plausible)
+    # 1. The guard, H0, and the content without the stop tokens.
+    entropy_before, _, _, count, _ = _guard_and_content(
+        row_V, peak, numbers_F, stop_ids_E, constants_C, scratch
+    )
 
     # 2. Each class: its maximum, then its sums at T and at its own temperature below that maximum.
     temperatures_3 = _class_temperatures(numbers_F, constants_C)
