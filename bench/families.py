@@ -373,10 +373,7 @@ def save_store(folder: Path) -> Path:
         draws=6,
         seed=0,
     )
-    store.begin(folder, plan)
-    for _ in store.build(folder, plan, source, held):
-        pass
-    store.finish(folder, plan, held, store.versions())
+    store.write(folder, plan, source, held)
     return folder
 
 

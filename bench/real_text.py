@@ -146,10 +146,7 @@ def build_store(
         draws=6,
         seed=0,
     )
-    store.begin(folder, plan)
-    for _ in store.build(folder, plan, source, sides):
-        pass
-    store.finish(folder, plan, sides, store.versions())
+    store.write(folder, plan, source, sides)
 
 
 def run(place: Path, method: DivergenceConfig, tokens: int, seed: int) -> Path:

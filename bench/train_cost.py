@@ -184,10 +184,7 @@ def rows_of(size: Size, folder: Path, count: int = 32) -> Rows:
     plan = store.plan(
         source, held, tokenizer="", template=None, corpus={}, k=K, draws=DRAWS, seed=0
     )
-    store.begin(folder, plan)
-    for _ in store.build(folder, plan, source, held):
-        pass
-    store.finish(folder, plan, held, {})
+    store.write(folder, plan, source, held)
     return Rows(TargetStore(folder), "train", longest=LENGTH, packing=True, seed=0)
 
 

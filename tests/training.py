@@ -121,8 +121,5 @@ def save_store(folder: Path, *, count: int = 60, heldout: int = 8, seed: int = 0
         draws=6,
         seed=seed,
     )
-    store.begin(folder, plan)
-    for _ in store.build(folder, plan, source, held):
-        pass
-    store.finish(folder, plan, held, store.versions())
+    store.write(folder, plan, source, held)
     return folder

@@ -267,6 +267,16 @@ def plan(
     )
 
 
+def write(
+    folder: Path, wanted: Plan, source: Source, documents: Mapping[str, Sequence[Document]]
+) -> Manifest:
+    """A whole store, built in this process; raises as `begin` and `finish`."""
+    begin(folder, wanted)
+    for _ in build(folder, wanted, source, documents):
+        pass
+    return finish(folder, wanted, documents, versions())
+
+
 def begin(folder: Path, wanted: Plan) -> None:
     """Start a build, or go on with one of the same plan.
 
