@@ -135,31 +135,6 @@ SHOWN = (
 )
 
 
-def real(document: dict[str, Any]) -> str:
-    """People, and the settings in the order in which they were asked."""
-    head = [f"{document['prompts']} stories, {document['repeats']} times", *REAL]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for name, row in document["rows"].items():
-        cells = [interval(row[key], digits) for key, digits in REAL.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def interval(found: dict[str, float], digits: int) -> str:
-    value, low, high = (f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-REAL = {
-    "errors": ("errors", 2),
-    "unknown words": ("unknown", 2),
-    "self-BLEU": ("self_bleu", 1),
-    "distinct-3": ("distinct_3", 3),
-    "AI phrases": ("slop", 1),
-    "style distance": ("mmd_style", 2),
-}
-
-
 def known_source(document: dict[str, Any]) -> str:
     """True forward KL of the ways that are offered, nearest first."""
     lines = ["| way of training | true KL, nats a token |", "|---|---|"]

@@ -26,13 +26,14 @@ def api_key_of(variable: str, *, must: bool = False) -> str | None:
 EXTRAS = {
     "train": (
         *("transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "yaml"),
-        *("datasketch", "py3langid", "pyarrow", "scipy", "blake3", "tqdm", "tensorboard", "jinja2"),
+        *("datasketch", "py3langid", "pyarrow", "scipy", "blake3", "tqdm", "jinja2", "openai"),
+        "gguf",
     ),
-    "eval": ("openai", "httpx"),
+    "eval": ("sklearn", "harper"),
     "meaning": ("sentence_transformers",),
-    "serve": ("vllm", "rich"),
+    "serve": ("vllm", "dftserve_vllm", "psutil", "rich"),
 }
-"""Which extra of dftserve brings a package."""
+"""Which extra of dftserve brings a package, by the name that is imported: the first that does."""
 FAULT = 70
 """The exit code of a fault of ours (EX_SOFTWARE)."""
 CLICKS = (click.ClickException, click.exceptions.Exit, click.Abort)

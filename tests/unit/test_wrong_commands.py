@@ -6,14 +6,16 @@ import re
 import shlex
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from dftserve import cli
+from dftserve import cli, commandline
 from dftserve.commandline import FAULT, Group, usage_errors
+from tests.conftest import ROOT
 from tests.training import tokenizer
 
 CASES = Path(__file__).parent.parent / "cases" / "wrong_commands.json"
@@ -144,6 +146,17 @@ def raised(error: BaseException):
         raise error
 
     return raising
+
+
+def test_an_extra_brings_what_the_advice_says_it_does():
+    """`EXTRAS` has import names, pyproject.toml those of distributions."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {"sklearn": "scikit-learn", "yaml": "pyyaml", "harper": "harper-py"}
+    for extra, packages in commandline.EXTRAS.items():
+        lines = declared["optional-dependencies"][extra]
+        brought = {re.split(r"[<>=~! ]", line, maxsplit=1)[0] for line in lines}
+        wanted = {named.get(each, each.replace("_", "-")) for each in packages}
+        assert wanted <= brought, extra
 
 
 def test_a_package_that_is_missing_is_named_with_what_brings_it():
