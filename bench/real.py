@@ -1,268 +1,257 @@
-"""A real model's stories under the usual settings and under the field: variety and errors.
+"""A real model's stories by sampling settings: variety, errors, and what each costs of the other.
 
-    DFTSERVE_DATA=path/to/data python bench/real.py [--model FOLDER] [--repeats 3] [--prompts 150]
-        [--settings NAME ...] [--answers build/real] [--output bench/results/real.json]
+    python bench/real_answers.py --model FOLDER            # first: the answers
+    python bench/real.py [--folder build/real]
 
-One engine of stock vLLM with the plug-in answers the story prompts of data/slop, each setting once
-a repeat, in an order that turns. The answers are kept, so that a run goes on where it was stopped
-and new settings join old ones. Then, for each setting, beside people's own stories:
-    errors      marks of a grammar checker per 100 words, without names; unknown: words in lower
-                case that no dictionary has
-    self-BLEU, distinct-3, AI phrases, style distance, Style Diversity Score
-                as `dftserve evaluate` has them, of windows of 120 words
-    speed       output tokens per second over those of stock at temperature 1 in the same repeat
-A value is the mean over the repeats; the ends of its interval are the means of the repeats' ends,
-which are 95 % intervals over prompts. The last line is one JSON document.
+Of each setting's answers to the story prompts, beside people's own stories:
+    errors      marks of a grammar checker per 100 words, without names
+    unknown     words in lower case per 100 words that no dictionary has
+    phrases     AI phrases per 1,000 words
+    self-BLEU, distinct-3   of windows of 120 words, between answers to different prompts
+    alike       self-BLEU between the answers to one prompt
+    style       √MMD² of style features to people's stories
+    SDS         the Style Diversity Score
+and, for each way of sampling, the errors at the variety (self-BLEU) of stock's temperature 1 and
+the variety at the errors of its temperature .7, read between its settings. Intervals are 95 %, by
+leaving out a tenth of the prompts at a time; differences between settings are of the same prompts.
+The last line is one JSON document.
 """
 
 import json
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 import click
+import numpy as np
+from numpy.typing import NDArray
+from real_answers import COOL, SETTINGS, STOCK, STORIES, Answer, data_folder, kept, prompt_sets
 
 from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
-from dftserve.evaluate.generate.answers import AnswerStore, read
-from dftserve.evaluate.metrics import errors, slop
-from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics import errors, lexical, slop, two_sample
+from dftserve.evaluate.metrics.intervals import Estimate, difference, from_left_out, jackknife
 from dftserve.evaluate.metrics.sds import score
 from dftserve.evaluate.metrics.stylometry import StyleSpace
-from dftserve.evaluate.metrics.suite import Instruments, measure
 from dftserve.evaluate.reference import Anchors
+from dftserve.evaluate.text.tokenize import tokens
 from dftserve.evaluate.text.windows import Sample, Windows
 
 from provenance import machine, versions
 
-BENCH = Path(__file__).parent
-STOCK = "stock, temperature 1"
-SETTINGS: dict[str, dict[str, Any]] = {
-    STOCK: {},
-    "stock, temperature .7": {"temperature": 0.7},
-    "temperature .2, top-p .9 (the model's card)": {"temperature": 0.2, "top_p": 0.9},
-    "top-p .95": {"top_p": 0.95},
-    "min-p .1, temperature 1.5": {"min_p": 0.1, "temperature": 1.5},
-    "min-p .05, temperature 1.5": {"min_p": 0.05, "temperature": 1.5},
-    "min-p .02, temperature 1.3": {"min_p": 0.02, "temperature": 1.3},
-    "`diversity` .5": {"diversity": 0.5},
-    "`diversity` 1": {"diversity": 1},
-    "`words` .5": {"diversity": {"law": "words", "level": 0.5}},
-    "`words` 1": {"diversity": {"law": "words", "level": 1}},
-}
-"""Sampling parameters of vLLM by name, and `diversity`."""
-MEASURED = ("self_bleu", "distinct_3", "slop", "mmd_style")
+RESULTS = Path(__file__).parent / "results"
 PEOPLE = "people"
-TOKENS = 200
-SLOTS = 64
-
-
-@dataclass(frozen=True)
-class Answer:
-    setting: str
-    repeat: int
-    prompt: int
-    text: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Round:
-    """All answers of a setting, asked for at once."""
-
-    setting: str
-    repeat: int
-    tokens: int
-    seconds: float
+WAYS: Mapping[str, Sequence[str]] = {
+    "stock, T": ("stock, T .2", "stock, T .5", COOL, STOCK, "stock, T 1.1", "stock, T 1.2"),
+    "min-p and T": ("min-p .1, T 1.5", "min-p .05, T 1.5", "min-p .02, T 1.3"),
+    "`gated`": ("`gated` .25", "`gated` .5", "`gated` .75", "`gated` 1"),
+    "`words`": ("`words` .25", "`words` .5", "`words` .75", "`words` 1"),
+}
+"""Settings of one way of sampling, from the least varied to the most."""
 
 
 @click.command()
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--repeats", default=3, type=click.IntRange(1))
-@click.option("--prompts", default=150, type=click.IntRange(32, 150))
-@click.option("--settings", multiple=True, help="Some of them; none: all.")
-@click.option("--answers", default=Path("build/real"), type=click.Path(path_type=Path))
-@click.option("--output", default=BENCH / "results" / "real.json", type=click.Path(path_type=Path))
-def main(
-    model: Path, repeats: int, prompts: int, settings: tuple[str, ...], answers: Path, output: Path
-) -> None:
-    data = os.environ.get(tasks.DATA)
-    if not data:
-        raise click.UsageError(f"{tasks.DATA} is not set; give the folder of the texts.")
-    if unknown := set(settings) - set(SETTINGS):
-        raise click.UsageError(f"--settings: got {unknown}; accepted: {', '.join(SETTINGS)}.")
-    start = time.perf_counter()
-    asked = story_prompts(Path(data))[:prompts]
-    chosen = {name: SETTINGS[name] for name in settings or SETTINGS}
-    with (
-        AnswerStore(answers / "answers.jsonl", Answer) as kept,
-        AnswerStore(answers / "rounds.jsonl", Round) as rounds,
-    ):
-        generate(model, asked, chosen, repeats, kept, rounds)
-    found = read(answers / "answers.jsonl", Answer)
+@click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
+@click.option("--output", default=RESULTS / "real.json", type=click.Path(path_type=Path))
+def main(folder: Path, output: Path) -> None:
+    stories = next(each for each in prompt_sets(data_folder()) if each.name == STORIES)
     people = reference.build(tasks.load("story").human)
+    checks = Checks(people)
+    rows = {PEOPLE: checks.of_people(len(stories.prompts))}
+    for name, answers in by_setting(kept(folder), STORIES).items():
+        rows[name] = checks.of_answers(answers, stories.prompts)
     document: dict[str, Any] = {
-        "what": "stories of a real model by sampling settings; 95 % intervals",
-        "model": model.name,
+        "what": "stories of SmolLM2-135M-Instruct by sampling settings; 95 % intervals",
         "machine": machine(),
         "versions": versions("vllm", "transformers", "harper-py"),
-        "prompts": prompts,
-        "repeats": repeats,
-        "max_tokens": TOKENS,
-        "settings": chosen,
-        "rows": rows(found, chosen, asked, repeats, people),
-        "speed": speed(read(answers / "rounds.jsonl", Round), chosen),
-        "bench_seconds": round(time.perf_counter() - start, 1),
+        "prompts": len(stories.prompts),
+        "answers_to_each": stories.answers,
+        "max_tokens": stories.tokens,
+        "settings": {name: SETTINGS[name] for name in rows if name != PEOPLE},
+        "rows": {name: written(row) for name, row in rows.items()},
+        "to_stock": {
+            name: written({key: difference(rows[STOCK][key], row[key]) for key in row})
+            for name, row in rows.items()
+            if name not in (PEOPLE, STOCK)
+        },
+        "at_equal": at_equal(rows),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 
-def story_prompts(data: Path) -> list[str]:
-    """Prompts for stories; those for essays come behind them in the file."""
-    return json.loads((data / "slop" / "slopscore_prompts.json").read_text())[:150]
+def by_setting(answers: Sequence[Answer], prompt_set: str) -> dict[str, list[Answer]]:
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        if answer.prompt_set == prompt_set:
+            found.setdefault(answer.setting, []).append(answer)
+    return {name: found[name] for name in SETTINGS if name in found}
 
 
-# ── Answers ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def generate(
-    model: Path,
-    prompts: Sequence[str],
-    settings: Mapping[str, Mapping[str, Any]],
-    repeats: int,
-    answers: AnswerStore[Answer],
-    rounds: AnswerStore[Round],
-) -> None:
-    """Ask for what the stores lack."""
-    known = {(row.setting, row.repeat, row.prompt) for row in answers.rows}
-    names = list(settings)
-    missing = [
-        (name, repeat)
-        for repeat in range(repeats)
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]
-        if any((name, repeat, place) not in known for place in range(len(prompts)))
-    ]
-    if not missing:
-        return
-    llm = engine(model, seed=len(known))
-    for number, (name, repeat) in enumerate(missing):
-        places = [i for i in range(len(prompts)) if (name, repeat, i) not in known]
-        start = time.perf_counter()
-        texts = ask(llm, [prompts[place] for place in places], settings[name])
-        seconds = time.perf_counter() - start
-        for place, (text, tokens) in zip(places, texts, strict=True):
-            answers.append(Answer(name, repeat, place, text, tokens))
-        tokens = sum(tokens for _, tokens in texts)
-        if len(places) == len(prompts):
-            rounds.append(Round(name, repeat, tokens, round(seconds, 2)))
-        speed = tokens / seconds
-        print(f"{number + 1}/{len(missing)} {name}, repeat {repeat}: {speed:.0f} tokens/s")
-
-
-def engine(model: Path, seed: int) -> Any:
-    from vllm import LLM
-
-    return LLM(
-        str(model),
-        max_model_len=1024,
-        max_num_seqs=SLOTS,
-        kv_cache_memory_bytes=2 << 30,
-        enforce_eager=True,
-        generation_config="vllm",
-        seed=seed,
-    )
-
-
-def ask(llm: Any, prompts: Sequence[str], setting: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Each prompt's answer and its number of tokens."""
-    from vllm import SamplingParams
-
-    sampling = {name: value for name, value in setting.items() if name != "diversity"}
-    extra = {"diversity": setting["diversity"]} if "diversity" in setting else None
-    parameters = SamplingParams(max_tokens=TOKENS, extra_args=extra, **sampling)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    outputs = [request.outputs[0] for request in llm.chat(chats, parameters, use_tqdm=False)]
-    return [(output.text, len(output.token_ids)) for output in outputs]
+def written(row: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {
+        name: {
+            "value": round(found.value, 4),
+            "low": None if found.low is None else round(found.low, 4),
+            "high": None if found.high is None else round(found.high, 4),
+        }
+        for name, found in row.items()
+    }
 
 
 # ── Measures ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def rows(
-    answers: Sequence[Answer],
-    settings: Mapping[str, Any],
-    prompts: Sequence[str],
-    repeats: int,
-    people: Anchors,
-) -> dict[str, dict[str, Any]]:
-    instruments = Instruments(
-        StyleSpace.fit(people.splits["reference"]), slop.read_phrases(slop.OURS), embed=None
-    )
-    checker = errors.linter()
-    found = {
-        PEOPLE: mean_of([measured(people.test, people.test.texts, people, instruments, checker)])
+@dataclass(frozen=True)
+class Counts:
+    """Of the answers to one prompt."""
+
+    words: int
+    marks: int
+    unknown: int
+    phrases: int
+
+
+class Checks:
+    """What measures a setting's answers; the instruments are made once."""
+
+    def __init__(self, people: Anchors) -> None:
+        self._people = people
+        self._space = StyleSpace.fit(people.splits["reference"])
+        self._human_NF = self._space.features(people.splits["calibration"])
+        self._linter = errors.linter()
+        self._phrases = slop.read_phrases(slop.OURS)
+
+    def of_people(self, set_size: int) -> dict[str, Estimate]:
+        """Each person answered a prompt of their own, once; wording is compared within sets of
+        `set_size`, as that of a model."""
+        windows = self._people.test.whole()
+        windows = windows.pick(range(len(windows) // set_size * set_size))
+        place_T = np.arange(len(windows))
+        said = [tokens(text) for text in windows.texts]
+        return {
+            **rates([self._counts([text]) for text in windows.texts]),
+            **between(place_T // set_size, place_T, said, len(windows)),
+            **self._style(windows, place_T, len(windows)),
+        }
+
+    def of_answers(self, answers: Sequence[Answer], prompts: Sequence[str]) -> dict[str, Estimate]:
+        """`answers`: as many to each prompt."""
+        answers = sorted(answers, key=lambda answer: (answer.prompt, answer.number))
+        count = 1 + answers[-1].prompt
+        counts = [
+            self._counts([answer.text for answer in answers if answer.prompt == place])
+            for place in range(count)
+        ]
+        windows = Windows.of(Sample(a.text, prompts[a.prompt]) for a in answers)
+        long = [place for place, text in enumerate(windows.texts) if text]
+        said = [tokens(windows.texts[place]) for place in long]
+        number_T = np.array([answers[place].number for place in long])
+        prompt_T = np.array([answers[place].prompt for place in long])
+        return {
+            **rates(counts),
+            **between(number_T, prompt_T, said, count),
+            "alike": within(prompt_T, said, count),
+            **self._style(windows.pick(long), prompt_T, count),
+            "short": jackknife(
+                count, lambda at: 1 - np.isin(prompt_T, at).sum() * count / len(at) / len(answers)
+            ),
+        }
+
+    def _counts(self, texts: Sequence[str]) -> Counts:
+        checked = [errors.check(text, self._linter) for text in texts]
+        return Counts(
+            words=sum(each.words for each in checked),
+            marks=sum(each.marks for each in checked),
+            unknown=sum(each.unknown for each in checked),
+            phrases=sum(len(list(self._phrases.found(text))) for text in texts),
+        )
+
+    def _style(self, windows: Windows, prompt_T: NDArray, count: int) -> dict[str, Estimate]:
+        style_TF = self._space.features(windows)
+
+        def apart(at: NDArray[np.intp]) -> float:
+            mmd2 = two_sample.mmd2(
+                style_TF[np.isin(prompt_T, at)], self._human_NF, self._space.sigma
+            )
+            return float(np.sqrt(max(0.0, mmd2)))
+
+        sds = score(windows, self._people.sds_reference).sds
+        return {"style": jackknife(count, apart), "sds": sds}
+
+
+def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:
+    """Of one prompt each."""
+    counts_P4 = np.array([[c.words, c.marks, c.unknown, c.phrases] for c in counts], float)
+
+    def rate(column: int, per: int) -> Estimate:
+        return jackknife(
+            len(counts), lambda at: per * counts_P4[at, column].sum() / counts_P4[at, 0].sum()
+        )
+
+    return {"errors": rate(1, 100), "unknown": rate(2, 100), "phrases": rate(3, 1000)}
+
+
+def between(
+    number_T: NDArray, prompt_T: NDArray, said: Sequence[Sequence[str]], count: int
+) -> dict[str, Estimate]:
+    """Between answers of one number, which are to different prompts; the mean over the numbers."""
+
+    def each(statistic: Callable[[list[Sequence[str]]], float]) -> Estimate:
+        def mean(at: NDArray[np.intp]) -> float:
+            chosen_T = np.isin(prompt_T, at)
+            sets = [np.flatnonzero(chosen_T & (number_T == n)) for n in np.unique(number_T)]
+            return float(np.mean([statistic([said[int(i)] for i in texts]) for texts in sets]))
+
+        return jackknife(count, mean)
+
+    return {
+        "self_bleu": each(lexical.self_bleu),
+        "distinct_3": each(lambda texts: lexical.distinct_n(texts, 3)),
     }
-    for name in settings:
-        each = []
-        for repeat in range(repeats):
-            said = {a.prompt: a.text for a in answers if (a.setting, a.repeat) == (name, repeat)}
-            texts = [said[place] for place in range(len(prompts))]
-            windows = Windows.of(map(Sample, texts, prompts), people.words)
-            each.append(measured(windows, texts, people, instruments, checker))
-        found[name] = mean_of(each)
+
+
+def within(prompt_T: NDArray, said: Sequence[Sequence[str]], count: int) -> Estimate:
+    """Self-BLEU between the answers to one prompt; the mean over prompts with two or more."""
+    sets = [[said[int(i)] for i in np.flatnonzero(prompt_T == place)] for place in range(count)]
+    alike_P = np.array([lexical.self_bleu(s) if len(s) > 1 else np.nan for s in sets])
+    return jackknife(count, lambda at: float(np.nanmean(alike_P[at])))
+
+
+# ── Errors at equal variety, variety at equal errors ─────────────────────────────────────────────
+
+
+def at_equal(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    """Of each way of sampling whose settings reach that far on both sides."""
+    found: dict[str, Any] = {}
+    for way, names in WAYS.items():
+        curve = [rows[name] for name in names if name in rows]
+        each = {
+            "errors_at_variety_of_stock": read_at(curve, "self_bleu", "errors", rows[STOCK]),
+            "variety_at_errors_of_cool": read_at(curve, "errors", "self_bleu", rows[COOL]),
+        }
+        known = {name: estimate for name, estimate in each.items() if estimate is not None}
+        found[way] = written(known)
     return found
 
 
-def measured(
-    windows: Windows, texts: Sequence[str], people: Anchors, instruments: Instruments, checker: Any
-) -> dict[str, Estimate]:
-    """Of one repeat: windows are compared with as many of people's, whole answers are checked."""
-    whole, others = windows.whole(), people.splits["calibration"]
-    count = min(len(whole), len(others))
-    checked = [errors.check(text, checker) for text in texts]
-    suite = measure(whole.pick(range(count)), others.pick(range(count)), instruments)
-    return {
-        "errors": errors.error_rate(checked),
-        "unknown": errors.unknown_rate(checked),
-        **{name: suite[name] for name in MEASURED},
-        "sds": score(windows, people.sds_reference).sds,
-    }
+def read_at(
+    curve: Sequence[Mapping[str, Estimate]], key: str, asked: str, at: Mapping[str, Estimate]
+) -> Estimate | None:
+    """`asked` where `key` is as in `at`, between a way's settings on a log scale; None where the
+    settings do not reach there, with or without one of the tenths."""
+    draws = range(len(at[key].left_out))
 
+    def read(value_of: Callable[[Estimate], float]) -> float:
+        points = sorted((value_of(row[key]), value_of(row[asked])) for row in curve)
+        keys, values = (np.log([point[side] for point in points]) for side in (0, 1))
+        place = np.log(value_of(at[key]))
+        return float(np.exp(np.interp(place, keys, values, left=np.nan, right=np.nan)))
 
-def mean_of(repeats: Sequence[Mapping[str, Estimate]]) -> dict[str, Any]:
-    return {
-        name: {
-            "value": round(fmean(each[name].value for each in repeats), 4),
-            "low": round(fmean(bound(each[name].low) for each in repeats), 4),
-            "high": round(fmean(bound(each[name].high) for each in repeats), 4),
-            "repeats": [round(each[name].value, 4) for each in repeats],
-        }
-        for name in repeats[0]
-    }
-
-
-def bound(end: float | None) -> float:
-    return float("nan") if end is None else end
-
-
-def speed(rounds: Sequence[Round], settings: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Tokens per second over stock's, of each repeat that has both."""
-    per_second = {(each.setting, each.repeat): each.tokens / each.seconds for each in rounds}
-    return {
-        name: [
-            round(rate / per_second[STOCK, repeat], 3)
-            for (setting, repeat), rate in per_second.items()
-            if setting == name and (STOCK, repeat) in per_second
-        ]
-        for name in settings
-    }
+    value = read(lambda found: found.value)
+    left_out = [read(lambda found, draw=draw: found.left_out[draw]) for draw in draws]
+    return from_left_out(value, left_out) if np.isfinite([value, *left_out]).all() else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make `.venv-eval`: lm-eval apart from the engine's environment, whose versions it would change.
+"""Make `.venv-eval`: lm-eval and IFEval's rules, whose needs would change the engine's environment.
 
     python3 tools/eval_env.py
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from separate_env import make
 from setup import ROOT
 
-REQUIREMENTS = ["lm-eval[api]==0.4.13"]
+REQUIREMENTS = ["lm-eval[api]==0.4.13", "if-verifiable==0.1.2"]
 
 if __name__ == "__main__":
     make(ROOT / ".venv-eval", REQUIREMENTS, [Path(__file__)])

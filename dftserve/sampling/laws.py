@@ -4,9 +4,10 @@
     budget    the same; `level` is steered, step by step, toward the target entropy
     dynatemp  T ± range·level, by (H0/ln n)^exponent   (llama.cpp's formula)
 
-H0 is the entropy of the plausible tokens at temperature 1, in nats, and n their number. g heats
-open steps and leaves sure ones and even two-way choices nearly alone: docs/maths.md has the
-derivation, docs/log.md the measurement that settled the constants, which are `LawConstants`.
+This is the reference; the kernels of `backends/` have the same formulas and change with it.
+H0 is the entropy of the plausible tokens at temperature 1, in nats, and n their number; c is
+`LawConstants.strength`. g heats open steps and leaves sure ones and even two-way choices nearly
+alone: docs/maths.md has the derivation, docs/log.md the measurement that settled the constants.
 """
 
 import torch

@@ -144,7 +144,7 @@ class Shard:
             raise StoreError(f"blake3: got {self.blake3!r:.80}; accepted: 64 hexadecimal digits.")
 
     def tensor_bytes(self, plan: Plan) -> int:
-        """Of all its tensors, as `_write` packs them."""
+        """Of all its tensors, as `_write_shard` packs them."""
         return sum(
             shape[0] * (shape[1] if len(shape) > 1 else 1) * _BYTES[dtype]
             for dtype, shape in self.tensors(plan).values()
@@ -338,7 +338,7 @@ def build(
                     seeds = [_seed(wanted, split, first + start + i) for i in range(len(some))]
                     parts += source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
                     yield sum(len(document.tokens_N) for document in some)
-                atomic.write_file(path, lambda temporary: _write(temporary, batch, parts))  # noqa: B023
+                atomic.write_file(path, lambda temporary: _write_shard(temporary, batch, parts))  # noqa: B023
             elif mine:
                 yield sum(len(document.tokens_N) for document in batch)
             index += 1
@@ -399,7 +399,7 @@ def _seed(wanted: Plan, split: str, document: int) -> int:
     return int.from_bytes(blake3(name).digest(length=8), "little") >> 1
 
 
-def _write(path: Path, documents: Sequence[Document], parts: Sequence[Targets]) -> None:
+def _write_shard(path: Path, documents: Sequence[Document], parts: Sequence[Targets]) -> None:
     targets = Targets.joined(list(parts))
     tokens_N = np.concatenate([document.tokens_N for document in documents])
     tensors = {

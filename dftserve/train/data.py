@@ -2,8 +2,8 @@
 
 A row holds whole documents, or a window of one that is longer than a row; positions start anew
 with each, so no document sees another (transformers reads the packing off the positions). A model
-that does not keep them apart (`lm.LanguageModel.packing_leak`) gets one document a row, and a mask
-of what fills it.
+that does not keep them apart gets one document a row, and a mask of what fills it: `run.prepare`
+asks the model (`lm.LanguageModel.packing_leak`) and decides.
 
 Shapes: B rows, N tokens of the longest, T trained positions of the batch.
 """

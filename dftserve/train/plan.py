@@ -29,7 +29,7 @@ class TrainPlan:
     trained_parameters: int
     documents: int
     rows: int
-    unpacked: str | None
+    not_packed_because: str | None
     """Why there is one document a row although the configuration packs; None where it does."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
@@ -73,8 +73,8 @@ class TrainPlan:
             f"{_size(self.activation_bytes)}, head {_size(self.head_bytes)}",
             "disk": f"{_size(self.disk_bytes)} at most",
         }
-        if self.unpacked is not None:
-            lines["packing"] = f"none, one document a row: {self.unpacked}"
+        if self.not_packed_because is not None:
+            lines["packing"] = f"none, one document a row: {self.not_packed_because}"
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
 
 
@@ -105,7 +105,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         trained_parameters=trained,
         documents=material.store.count("train"),
         rows=len(material.train),
-        unpacked=prepared.unpacked,
+        not_packed_because=prepared.not_packed_because,
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=learnt,
         steps=steps,

@@ -101,7 +101,7 @@ class Prepared:
 
     material: Material
     loaded: Loaded
-    unpacked: str | None
+    not_packed_because: str | None
     """Why documents do not share rows although the configuration packs; None where they do."""
 
 
@@ -114,12 +114,12 @@ def prepare(config: TrainConfig) -> Prepared:
     material = read(config)
     set_seed(config.seed)
     loaded = load_model(config, material)
-    unpacked = loaded.language_model.packing_leak() if config.packing else None
-    if unpacked is not None:
-        _say(f"{loaded.language_model.family}: one document a row, not packed: {unpacked}.")
+    reason = loaded.language_model.packing_leak() if config.packing else None
+    if reason is not None:
+        _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
-    return Prepared(material, loaded, unpacked)
+    return Prepared(material, loaded, reason)
 
 
 def train(config: TrainConfig) -> Path:
@@ -343,7 +343,10 @@ def finish(
         "targets": digest_of(material.store.folder / MANIFEST, within=material.store.folder),
         "corpus": plan.corpus_blake3,
         "tokenizer": plan.tokenizer,
-        "packing": {"used": material.collate.packing, "refused_because": prepared.unpacked},
+        "packing": {
+            "used": material.collate.packing,
+            "refused_because": prepared.not_packed_because,
+        },
     }
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)

@@ -152,7 +152,7 @@ def test_a_family_that_does_not_keep_documents_apart_is_trained_unpacked(run, tm
     told = json.loads((final / "run.json").read_text())["data"]["packing"]
     assert told["used"] is False
     assert told["refused_because"]
-    assert plan_of(run).unpacked is None
+    assert plan_of(run).not_packed_because is None
 
 
 def test_an_unpacked_batch_is_each_document_alone(store):

@@ -86,6 +86,10 @@ class CoherenceFilter:
             )
         return cls(bigrams, human, shuffled)
 
+    def passes(self, said: Sequence[str]) -> bool:
+        """Whether a text counts as coherent; one without words does not."""
+        return bool(said) and self.coherence(said) >= PASS
+
     def coherence(self, said: Sequence[str]) -> float:
         """0 for word soup, about 1 for human text."""
         return (self.bigrams.gain(said) - self.shuffled) / (self.human - self.shuffled)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.metrics.coherence import PASS, CoherenceFilter
+from dftserve.evaluate.metrics.coherence import CoherenceFilter
 from dftserve.evaluate.metrics.intervals import Estimate, estimate, resamples
 from dftserve.evaluate.metrics.overlap import ngram_overlap
 from dftserve.evaluate.metrics.stylometry import Scale, features
@@ -154,7 +154,7 @@ class _Observed:
         groups = _groups(texts, by_prompt)
         weight_F = np.sqrt(scale.reliability_F / scale.reliability_F.sum())
         first_TF, second_TF = (scale.z(features(half)) * weight_F for half in texts.halves())
-        passed = [bool(said) and coherence_filter.coherence(said) >= PASS for said in _words(texts)]
+        passed = [coherence_filter.passes(said) for said in _words(texts)]
         overlap_TT = ngram_overlap([tokens(text) for text in texts.texts])
         np.fill_diagonal(overlap_TT, 0.0)
         return cls(first_TF, second_TF, overlap_TT, np.array(passed, float), groups)

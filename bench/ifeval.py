@@ -1,0 +1,66 @@
+"""Which of IFEval's instructions each setting's answers follow, by its rules, strictly.
+
+    make eval-env
+    .venv-eval/bin/python bench/ifeval.py DATA [FOLDER]     # build/real by default
+
+Reads FOLDER/answers.jsonl of bench/real_answers.py and DATA/ifeval/prompts.jsonl; writes
+FOLDER/ifeval.json: for each setting the prompts by key, each a list of whether its instructions
+were followed. Prompts whose rules need NLTK's data, which is no package, are left out and counted.
+A script of its own: the rules (`if-verifiable`) need packages that the engine's environment lacks.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+
+def main(data: Path, folder: Path) -> None:
+    lines = (data / "ifeval" / "prompts.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    followed_by: dict[str, dict[int, list[bool]]] = {}
+    left_out: set[int] = set()
+    for line in (folder / "answers.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        if answer["prompt_set"] == "ifeval":
+            sample = samples[answer["prompt"]]
+            try:
+                kept = followed(sample, answer["text"])
+            except LookupError:
+                left_out.add(sample["key"])
+            else:
+                followed_by.setdefault(answer["setting"], {})[sample["key"]] = kept
+    settings = {
+        setting: {key: kept for key, kept in prompts.items() if key not in left_out}
+        for setting, prompts in followed_by.items()
+    }
+    document = {"left_out": sorted(left_out), "settings": settings}
+    (folder / "ifeval.json").write_text(json.dumps(document) + "\n")
+    for setting, prompts in settings.items():
+        share = sum(all(kept) for kept in prompts.values()) / len(prompts)
+        print(f"{setting}: {share:.1%} of {len(prompts)} prompts")
+
+
+def followed(sample: dict[str, Any], text: str) -> list[bool]:
+    """Whether each instruction was followed.
+
+    Raises:
+        LookupError: a rule needs NLTK's data.
+    """
+    found = []
+    for name, given in zip(sample["instruction_id_list"], sample["kwargs"], strict=True):
+        rule = INSTRUCTION_DICT[name](name)
+        rule.build_description(**{key: value for key, value in given.items() if value is not None})
+        arguments = rule.get_instruction_args()
+        if arguments and "prompt" in arguments:
+            rule.build_description(prompt=sample["prompt"])
+        found.append(bool(text.strip()) and bool(rule.check_following(text)))
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("ifeval.py: give the folder of the texts (DATA), then that of the answers.")
+    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else "build/real"))

@@ -1,0 +1,189 @@
+"""Answers of a real model for bench/real.py and bench/words.py, kept so that a run goes on.
+
+    DFTSERVE_DATA=path/to/data python bench/real_answers.py --model FOLDER [--only SET ...]
+        [--dtype float32] [--folder build/real]
+
+One engine of stock vLLM with the plug-in answers three sets of prompts of DFTSERVE_DATA: stories
+(eight answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file) and
+IFEval (one to each). A setting's answers to a set are one line of the plan; what the folder has is
+not asked for again, and new settings join old ones. bf16 by default, as the checkpoint is; on a CPU
+without instructions for it float32 is many times as fast.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import click
+
+from dftserve.evaluate.benchmark import tasks
+from dftserve.evaluate.generate.answers import AnswerStore, read
+
+STOCK = "stock, T 1"
+COOL = "stock, T .7"
+GATED = "`gated` 1"
+WORDS = "`words` 1"
+MIN_P = "min-p .02, T 1.3"
+ONE_TEMPERATURE = "one T 1.5 on the guard .02"
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    STOCK: {},
+    WORDS: {"diversity": {"law": "words", "level": 1}},
+    GATED: {"diversity": {"law": "gated", "level": 1}},
+    MIN_P: {"min_p": 0.02, "temperature": 1.3},
+    COOL: {"temperature": 0.7},
+    "`words` .5": {"diversity": {"law": "words", "level": 0.5}},
+    "`gated` .5": {"diversity": {"law": "gated", "level": 0.5}},
+    "min-p .05, T 1.5": {"min_p": 0.05, "temperature": 1.5},
+    ONE_TEMPERATURE: {
+        "temperature": 1.5,
+        "diversity": {"law": "dynatemp", "dynatemp_range": 0, "min_p": 0.02},
+    },
+    "T .2, top-p .9 (the model's card)": {"temperature": 0.2, "top_p": 0.9},
+    "min-p .1, T 1.5": {"min_p": 0.1, "temperature": 1.5},
+    "`words` .75": {"diversity": {"law": "words", "level": 0.75}},
+    "`words` .25": {"diversity": {"law": "words", "level": 0.25}},
+    "`gated` .75": {"diversity": {"law": "gated", "level": 0.75}},
+    "`gated` .25": {"diversity": {"law": "gated", "level": 0.25}},
+    "top-p .95": {"top_p": 0.95},
+    "stock, T .2": {"temperature": 0.2},
+    "stock, T .5": {"temperature": 0.5},
+    "stock, T 1.1": {"temperature": 1.1},
+    "stock, T 1.2": {"temperature": 1.2},
+    "stock, T 1.5": {"temperature": 1.5},
+}
+"""Sampling parameters of vLLM by name, and `diversity`; the first are the first asked for."""
+SLOTS = 128
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts and how they are answered."""
+
+    name: str
+    prompts: Sequence[str]
+    answers: int
+    """To each prompt."""
+    tokens: int
+    settings: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `prompt` is a place in its set, `number` counts the answers to it."""
+
+    prompt_set: str
+    setting: str
+    prompt: int
+    number: int
+    text: str
+    tokens: int
+
+
+STORIES, ESSAYS, IFEVAL = "stories", "essays", "ifeval"
+COMPARED = (WORDS, GATED, MIN_P, STOCK)
+"""Settings of all three sets."""
+HALF = ("`words` .5", "`gated` .5")
+
+
+def prompt_sets(data: Path) -> list[PromptSet]:
+    asked = json.loads((data / "slop" / "slopscore_prompts.json").read_text())
+    stories, essays = asked[:150], asked[150:]
+    lines = (data / "ifeval" / "prompts.jsonl").read_text().splitlines()
+    instructions = [json.loads(line)["prompt"] for line in lines]
+    return [
+        PromptSet(STORIES, stories[:32], 8, 200, tuple(SETTINGS)),
+        PromptSet(ESSAYS, essays[:60], 2, 200, (*COMPARED, *HALF)),
+        PromptSet(IFEVAL, instructions, 1, 256, COMPARED),
+    ]
+
+
+def kept(folder: Path) -> list[Answer]:
+    """The answers of a folder."""
+    return read(folder / "answers.jsonl", Answer)
+
+
+def data_folder() -> Path:
+    """
+    Raises:
+        click.UsageError: DFTSERVE_DATA is not set.
+    """
+    if not os.environ.get(tasks.DATA):
+        raise click.UsageError(f"{tasks.DATA} is not set; give the folder of the texts.")
+    return Path(os.environ[tasks.DATA])
+
+
+@click.command()
+@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice([STORIES, ESSAYS, IFEVAL]))
+@click.option("--dtype", default="auto")
+@click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
+def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:
+    sets = [each for each in prompt_sets(data_folder()) if not only or each.name in only]
+    with AnswerStore(folder / "answers.jsonl", Answer) as store:
+        known = {(row.prompt_set, row.setting) for row in store.rows}
+        missing = [(each, name) for each, name in in_turn(sets) if (each.name, name) not in known]
+        llm = engine(model, dtype, seed=len(store.rows)) if missing else None
+        for number, (prompts, name) in enumerate(missing):
+            start = time.perf_counter()
+            answers = ask(llm, prompts, name)
+            rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - start)
+            for answer in answers:
+                store.append(answer)
+            print(
+                f"{number + 1}/{len(missing)} {prompts.name}, {name}: {rate:.0f} tokens/s",
+                flush=True,
+            )
+
+
+def in_turn(sets: Sequence[PromptSet]) -> Iterator[tuple[PromptSet, str]]:
+    """Settings before sets, so that a run that ends early has all sets of the first settings."""
+    for name in SETTINGS:
+        yield from ((each, name) for each in sets if name in each.settings)
+
+
+def engine(model: Path, dtype: Any, seed: int) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        str(model),
+        dtype=dtype,
+        max_model_len=2048,
+        max_num_seqs=SLOTS,
+        kv_cache_memory_bytes=4 << 30,
+        # Small blocks, so that a prompt is read once, however often it is asked.
+        block_size=32,
+        enforce_eager=True,
+        generation_config="vllm",
+        seed=seed,
+    )
+
+
+def ask(llm: Any, prompts: PromptSet, name: str) -> list[Answer]:
+    """The answers of a setting to a set, all asked for at once."""
+    from vllm import SamplingParams
+
+    sampling = {key: value for key, value in SETTINGS[name].items() if key != "diversity"}
+    diversity = SETTINGS[name].get("diversity")
+    parameters = SamplingParams(
+        n=prompts.answers,
+        max_tokens=prompts.tokens,
+        extra_args=None if diversity is None else {"diversity": diversity},
+        **sampling,
+    )
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts.prompts]
+    requests = llm.chat(chats, parameters, use_tqdm=False)
+    return [
+        Answer(prompts.name, name, place, number, output.text, len(output.token_ids))
+        for place, request in enumerate(requests)
+        for number, output in enumerate(request.outputs)
+    ]
+
+
+if __name__ == "__main__":
+    main()

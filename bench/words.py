@@ -1,0 +1,140 @@
+"""Is the law `words` better than `gated`, min-p with a temperature, and stock? On a real model.
+
+    python bench/real_answers.py --model FOLDER                          # first: the answers
+    .venv-eval/bin/python bench/ifeval.py DATA                           # and which follow
+    python bench/words.py [--folder build/real]
+
+The law's temperatures were chosen on stories (docs/log.md). Tested on what did not choose them:
+    essays      errors and variety, as bench/real.py has them, of the settings of both laws; the
+                errors of `words` over those of another setting at that setting's variety
+    IFEval      the share of prompts all of whose instructions are followed, by rule; exact McNemar
+                tests of `words` against each
+Intervals are 95 %. The last line is one JSON document, with the decision which law `diversity`
+with a number means.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from real import RESULTS, Checks, by_setting, read_at, written
+from real_answers import ESSAYS, GATED, IFEVAL, WORDS, data_folder, kept, prompt_sets
+from scipy import stats
+
+from dftserve.evaluate import reference
+from dftserve.evaluate.benchmark import tasks
+from dftserve.evaluate.metrics.intervals import (
+    Estimate,
+    difference,
+    from_left_out,
+    mcnemar,
+    wilson,
+)
+
+from provenance import machine, versions
+
+LEVELS = ("`words` .5", WORDS)
+"""The curve of the law, from the least varied."""
+FEWER = 0.8
+"""Errors at equal variety, over those of `gated`, that make `words` the default."""
+ALPHA = 0.05
+
+
+@click.command()
+@click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
+@click.option("--output", default=RESULTS / "words.json", type=click.Path(path_type=Path))
+def main(folder: Path, output: Path) -> None:
+    sets = {each.name: each for each in prompt_sets(data_folder())}
+    checks = Checks(reference.build(tasks.load("story").human))
+    essays = {
+        name: checks.of_answers(answers, sets[ESSAYS].prompts)
+        for name, answers in by_setting(kept(folder), ESSAYS).items()
+    }
+    followed = json.loads((folder / "ifeval.json").read_text())
+    instructions = ifeval(followed["settings"])
+    against = {name: compared(essays, name) for name in essays if name not in LEVELS}
+    document = {
+        "what": "the law `words` on prompts that did not choose its temperatures; 95 % intervals",
+        "machine": machine(),
+        "versions": versions("vllm", "transformers", "harper-py"),
+        "essays": {
+            "prompts": len(sets[ESSAYS].prompts),
+            "answers_to_each": sets[ESSAYS].answers,
+            "rows": {name: written(row) for name, row in essays.items()},
+            "words_against": against,
+        },
+        "ifeval": {
+            "prompts": len(sets[IFEVAL].prompts) - len(followed["left_out"]),
+            "left_out": len(followed["left_out"]),
+            "rows": instructions,
+        },
+        "default": default(against[GATED], instructions),
+    }
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+def compared(rows: Mapping[str, Mapping[str, Estimate]], other: str) -> dict[str, Any]:
+    """`words` at level 1 minus another setting, and the ratio of errors at the other's variety."""
+    found = {
+        key: with_p(difference(rows[other][key], rows[WORDS][key]))
+        for key in ("errors", "unknown", "self_bleu", "distinct_3")
+    }
+    curve = [rows[name] for name in LEVELS if name in rows]
+    equal = read_at(curve, "self_bleu", "errors", rows[other])
+    if equal is not None:
+        found["errors_ratio_at_equal_variety"] = with_p(
+            ratio(equal, rows[other]["errors"]), nothing=1.0
+        )
+    return found
+
+
+def ratio(a: Estimate, b: Estimate) -> Estimate:
+    """a / b, with the same tenths left out of both."""
+    return from_left_out(
+        a.value / b.value, [x / y for x, y in zip(a.left_out, b.left_out, strict=True)]
+    )
+
+
+def with_p(found: Estimate, nothing: float = 0.0) -> dict[str, float]:
+    """With the p of "it is `nothing`", by Student's distribution over the tenths left out."""
+    groups = len(found.left_out)
+    error = float(np.sqrt((groups - 1) * np.var(found.left_out)))
+    away = abs(found.value - nothing)
+    p = 2 * stats.t.sf(away / error, groups - 1) if error else float(away == 0)
+    return {**written({"": found})[""], "p": round(float(p), 5)}
+
+
+def ifeval(settings: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, Any]:
+    keys = sorted(set.intersection(*(set(prompts) for prompts in settings.values())))
+    whole = {name: [all(prompts[key]) for key in keys] for name, prompts in settings.items()}
+    found: dict[str, Any] = {}
+    for name, right in whole.items():
+        pairs = list(zip(whole[WORDS], right, strict=True))
+        found[name] = {
+            "followed": written({"": wilson(sum(right), len(right))})[""],
+            "words_wins": sum(a and not b for a, b in pairs),
+            "words_losses": sum(b and not a for a, b in pairs),
+            "p": round(mcnemar(whole[WORDS], right), 5),
+        }
+    return found
+
+
+def default(against_gated: Mapping[str, Any], instructions: Mapping[str, Any]) -> dict[str, Any]:
+    """`words` where it has clearly fewer errors at the variety of `gated`, or is more varied at no
+    more errors, and follows no fewer instructions; else `gated`."""
+    errors = against_gated.get("errors_ratio_at_equal_variety")
+    fewer = errors is not None and errors["value"] <= FEWER and errors["p"] < ALPHA
+    variety, more_errors = against_gated["self_bleu"], against_gated["errors"]
+    more_varied = variety["value"] < 0 and variety["p"] < ALPHA and more_errors["value"] <= 0
+    followed = {name: instructions[name]["followed"]["value"] for name in (WORDS, GATED)}
+    follows = followed[WORDS] >= followed[GATED]
+    law = "words" if (fewer or more_varied) and follows else "gated"
+    return {"law": law, "fewer_errors": fewer, "more_varied": more_varied, "follows": follows}
+
+
+if __name__ == "__main__":
+    main()
