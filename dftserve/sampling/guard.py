@@ -1,8 +1,8 @@
 """The guard against the implausible tail: which tokens of a row stay.
 
-A token is plausible when z >= max + ln a (`laws.log_guard`), at temperature 1: min-p (arXiv 2407.01082) before any
-heat, so that what is kept does not depend on the temperature. Stop tokens always stay: diversity
-changes what is said, not when it ends.
+A token is plausible when z >= max + ln a (`laws.log_guard`), at temperature 1: min-p (arXiv
+2407.01082) before any heat, so that what is kept does not depend on the temperature. Stop tokens
+always stay: diversity changes what is said, not when it ends.
 """
 
 from dataclasses import dataclass
