@@ -8,7 +8,7 @@ import pytest
 
 from dftserve.evaluate.metrics.coherence import PASS
 from dftserve.evaluate.metrics.overlap import ngram_overlap
-from dftserve.evaluate.metrics.sds import SDSReference, _Observed, score
+from dftserve.evaluate.metrics.sds import WITHIN_VARIANCE, SDSReference, _Observed, score
 from dftserve.evaluate.metrics.stylometry import features
 from dftserve.evaluate.text.tokenize import tokens, window, words
 from dftserve.evaluate.text.windows import Sample, Windows
@@ -65,6 +65,7 @@ def by_pairs(texts, sds_reference):
     ).tolist()
     halves = a, b, sds_reference.scale.reliability_F.tolist()
     shared = ngram_overlap([tokens(text) for text in texts.texts]).tolist()
+    long = [text != "" for text in texts.texts]
     passed = [
         text != "" and sds_reference.coherence_filter.coherence(words(text)) >= PASS
         for text in texts.texts
@@ -74,11 +75,16 @@ def by_pairs(texts, sds_reference):
         asked = sorted(set(texts.prompts) - {""})
         groups = [[i for i, p in enumerate(texts.prompts) if p == prompt] for prompt in asked]
         groups = [group for group in groups if len(group) >= 8]
-    found = [
-        (*pair_means(group, halves, shared, passed), sum(passed[i] for i in group) / len(group))
-        for group in groups
-    ]
-    return [math.fsum(column) / len(groups) for column in zip(*found, strict=True)]
+    found = [pair_means(group, halves, shared, passed) for group in groups]
+    kept = [sum(passed[i] for i in group) for group in groups]
+    degrees = [max(count - 1, 0) for count in kept]
+    pairs = [count * (count - 1) for count in kept]
+    answered = sum(long[i] for group in groups for i in group)
+    return (
+        math.fsum(v * d for (v, _), d in zip(found, degrees, strict=True)) / sum(degrees),
+        math.fsum(o * n for (_, o), n in zip(found, pairs, strict=True)) / sum(pairs),
+        sum(kept) / answered,
+    )
 
 
 def expected_score(texts, sds_reference, calibration):
@@ -193,14 +199,13 @@ def test_a_resample_of_prompts_is_a_mean_over_prompts():
         assert getattr(some, name)[0] == pytest.approx((3 * values_G[1] + values_G[2]) / 4)
 
 
-def test_a_text_that_says_nothing_or_too_little_is_no_variety():
+def test_texts_that_are_too_short_are_left_out_and_counted():
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     good = TEXTS[170:190]
     plain = score(windows(good), sds_reference)
     got = score(windows([*good, *[SHORT.text] * 20]), sds_reference)
-    assert got.coherence.value == pytest.approx(plain.coherence.value / 2)
-    assert got.variety.value == pytest.approx(plain.variety.value)
-    assert got.wording.value == pytest.approx(plain.wording.value)
+    for part in ("sds", "coherence", "variety", "wording"):
+        assert getattr(got, part).value == pytest.approx(getattr(plain, part).value)
     assert (got.texts, got.short) == (40, 20)
 
 
@@ -210,6 +215,29 @@ def test_one_prompt_is_resampled_by_its_texts():
     assert got.sds.low is not None
     assert got.sds.high is not None
     assert got.sds.low < got.sds.high
+
+
+def test_what_different_prompts_bring_is_no_variety():
+    """Eight copies of an answer to each of eight prompts, where people answered each once."""
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
+    copied = [text for text in TEXTS[170:178] for _ in range(8)]
+    asked = [f"p{i // 8}" for i in range(64)]
+    samples = [Sample(text, prompt) for text, prompt in zip(copied, asked, strict=True)]
+    got = score(Windows.of(samples), sds_reference)
+    assert got.by_prompt
+    assert got.sds.value == 0
+    assert score(windows(copied), sds_reference).sds.value > 0
+
+
+def test_people_who_answer_one_prompt_score_as_people(human):
+    """Within prompts, beside what is estimated from people who answered a prompt each."""
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
+    apart = score(human, sds_reference)
+    within = score(windows(TEXTS[170:234], 4), sds_reference)
+    assert within.by_prompt
+    assert within.variety.value == pytest.approx(
+        apart.variety.value / WITHIN_VARIANCE**0.5, rel=0.1
+    )
 
 
 def test_prompts_that_only_some_texts_have_are_not_what_is_compared():

@@ -60,7 +60,8 @@ def _columns(title: str, cells: Sequence[str]) -> str:
 
 
 def _about(result: Result) -> str:
-    pairs = "within prompts" if result.anchors["by_prompt"] else "between all texts"
+    within = all(level.side.score.by_prompt for level in result.levels)
+    pairs = "within prompts" if within else "between all texts"
     cost = result.cost
     return (
         f"{result.asked['answers']} answers at each diversity, their first "
