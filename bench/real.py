@@ -224,15 +224,19 @@ def within(prompt_T: NDArray, said: Sequence[Sequence[str]], count: int) -> Esti
 
 def at_equal(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
     """Of each way of sampling whose settings reach that far on both sides."""
+    asked = {
+        "errors_at_variety_of_stock": ("self_bleu", "errors", STOCK),
+        "variety_at_errors_of_cool": ("errors", "self_bleu", COOL),
+    }
     found: dict[str, Any] = {}
     for way, names in WAYS.items():
         curve = [rows[name] for name in names if name in rows]
         each = {
-            "errors_at_variety_of_stock": read_at(curve, "self_bleu", "errors", rows[STOCK]),
-            "variety_at_errors_of_cool": read_at(curve, "errors", "self_bleu", rows[COOL]),
+            question: read_at(curve, key, value, rows[at])
+            for question, (key, value, at) in asked.items()
+            if at in rows and len(curve) > 1
         }
-        known = {name: estimate for name, estimate in each.items() if estimate is not None}
-        found[way] = written(known)
+        found[way] = written({name: known for name, known in each.items() if known is not None})
     return found
 
 

@@ -1,0 +1,74 @@
+"""What bench/real.py and bench/words.py make of measures that were taken."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+
+from dftserve.evaluate.metrics.intervals import from_left_out
+
+real = importlib.import_module("real")
+words = importlib.import_module("words")
+
+
+def estimate(value):
+    """The same whichever tenth is left out."""
+    return from_left_out(value, [value] * 10)
+
+
+def row(self_bleu, errors):
+    return {"self_bleu": estimate(self_bleu), "errors": estimate(errors)}
+
+
+def test_errors_are_read_between_two_settings_on_a_log_scale():
+    curve = [row(8.0, 4.0), row(32.0, 1.0)]
+    found = real.read_at(curve, "self_bleu", "errors", row(16.0, 9.0))
+    assert found.value == pytest.approx(2.0)
+    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
+
+
+@pytest.mark.parametrize("place", [7.9, 32.1])
+def test_nothing_is_read_beyond_the_settings(place):
+    curve = [row(8.0, 4.0), row(32.0, 1.0)]
+    assert real.read_at(curve, "self_bleu", "errors", row(place, 1.0)) is None
+
+
+def test_self_bleu_between_prompts_does_not_see_what_one_prompt_repeats():
+    """Three prompts with two equal answers each, and nothing in common between them."""
+    said = [list(text) for text in ("abcdefgh", "ijklmnop", "qrstuvwx") for _ in range(2)]
+    numbers, prompts = np.array([0, 1] * 3), np.array([0, 0, 1, 1, 2, 2])
+    assert real.within(prompts, said, 3).value == pytest.approx(100.0)
+    assert real.between(numbers, prompts, said, 3)["self_bleu"].value < 10
+
+
+def test_p_is_students():
+    """Ten tenths with a standard error of 1, and 2.262 of these away: the 95 % point of t(9)."""
+    spread = math.sqrt(1 / 9)
+    left_out = [2.262 + spread, 2.262 - spread] * 5
+    assert words.with_p(from_left_out(2.262, left_out))["p"] == pytest.approx(0.05, abs=1e-4)
+
+
+def followed(share):
+    return {"followed": {"value": share}}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "p", "with_words", "law"),
+    [
+        (0.7, 0.01, 0.2, "words"),
+        (0.7, 0.2, 0.2, "gated"),
+        (0.9, 0.01, 0.2, "gated"),
+        (0.7, 0.01, 0.05, "gated"),
+    ],
+)
+def test_the_default_needs_fewer_errors_for_sure_and_no_fewer_instructions(
+    ratio, p, with_words, law
+):
+    against = {
+        "errors_ratio_at_equal_variety": {"value": ratio, "p": p},
+        "self_bleu": {"value": 0.1, "p": 0.9},
+        "errors": {"value": -0.1, "p": 0.01},
+    }
+    instructions = {words.WORDS: followed(with_words), words.GATED: followed(0.1)}
+    assert words.default(against, instructions)["law"] == law
