@@ -18,8 +18,8 @@ the machine, so what the client takes is in every way. Also how much longer a se
 start, to a poll of a quarter second, and what the plug-in keeps in memory.
 Short answers, of one token or two, are rows of their own: answers per second of the ways `no field`
 and `field`, each of 32 clients asking eight times in a round. What an answer costs beside its
-tokens shows there. With --only-short they alone are measured, and the rest of the output file is
-kept.
+tokens shows there. With --only-short they alone are measured, and the rest of the output file, if
+there is one, is kept.
 The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
 result.
 """
@@ -149,7 +149,7 @@ def main(
         "pairs": pairs,
     }
     if only_short:
-        document = json.loads(output.read_text())
+        document = json.loads(output.read_text()) if output.exists() else {}
     else:
         document = {
             "what": "streamed completions over HTTP, ratios to a stock server, 95 % intervals",

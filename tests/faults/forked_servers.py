@@ -106,6 +106,7 @@ def _import_vllm() -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.plugins import load_general_plugins
 
+    _let_aborts_end()
     load_general_plugins()
 
 
@@ -120,6 +121,16 @@ def _let_metrics_be_shared() -> None:
         return (shared if is_shared else values.MutexValue)(*arguments, **named)
 
     values.ValueClass = value
+
+
+def _let_aborts_end() -> None:
+    """As vLLM 0.32 aborts, it cancels the task that tells the requests in flight that the engine
+    is gone. Where its event loop is late, that is before they were told, and the server waits for
+    them without end, with the plug-in and without. The task ends by itself when it has told them.
+    """
+    from vllm.v1.engine import async_llm
+
+    async_llm.cancel_task_threadsafe = lambda task: None
 
 
 def _serve(argv: list[str], log: str) -> None:

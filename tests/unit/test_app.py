@@ -68,6 +68,19 @@ def test_what_someone_put_around_the_app_stays():
     assert seen == ["/v1/completions"]
 
 
+@pytest.mark.parametrize("lost", ["state", "add_api_route", "user_middleware"])
+def test_an_app_that_cannot_be_extended_starts_and_the_field_is_refused(monkeypatch, lost):
+    """Such as what another plug-in's wrapper of `build_app` made of it."""
+    found = vars(made()) | {"add_api_route": lambda *_, **__: None, "middleware_stack": None}
+    del found[lost]
+    strange = SimpleNamespace(**found)
+    monkeypatch.setattr(hooks, "_installed", hooks.HOOKS)
+    monkeypatch.setattr(hooks, "_failed", {})
+    assert app.extend(strange) is strange
+    assert lost in hooks.problems()[hooks.APP]
+    assert hooks.refusal() is not None
+
+
 @pytest.fixture
 def guarded(monkeypatch) -> FastAPI:
     """The app of a server whose CompletionRequest could not be changed."""

@@ -5,8 +5,10 @@ import sys
 import types
 
 import pytest
-from dftserve_vllm import hooks
+from dftserve_vllm import hooks, request_params, seeds
 from dftserve_vllm.hooks import Hook
+from vllm import SamplingParams
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from dftserve import vllm_contract
 
@@ -246,3 +248,39 @@ def test_a_hook_that_is_not_needed_refuses_nothing(monkeypatch, module):
     installed(monkeypatch, is_needed=False)
     assert hooks.problems()
     assert hooks.refusal() is None
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_a_request_s_parameters_are_made_from_passes_as_it_came(by_name):
+    """Also what a later vLLM may add; the model's own cuts are taken out of the second."""
+
+    def to_sampling_params(
+        request, default_max_tokens, default_sampling_params=None, *rest, **named
+    ):
+        given.append((default_max_tokens, default_sampling_params, rest, named))
+        return SamplingParams()
+
+    given = []
+    honoured = request_params.honour(to_sampling_params)
+    for extra in ({}, {"diversity": 0.5}):
+        request = CompletionRequest(model="m", prompt="x", **extra)
+        if by_name:
+            honoured(request, new=1, default_sampling_params={"top_p": 0.9}, default_max_tokens=8)
+        else:
+            honoured(request, 8, {"top_p": 0.9}, "rest", new=1)
+    rest = () if by_name else ("rest",)
+    assert given == [(8, {"top_p": 0.9}, rest, {"new": 1}), (8, {}, rest, {"new": 1})]
+
+
+@pytest.mark.parametrize("wrapper", [seeds.takes_back, seeds.leaves_offsets])
+def test_a_runner_whose_seeds_we_do_not_understand_runs_as_it_is(wrapper):
+    ran = wrapper(lambda self, *args, **kwargs: (self, args, kwargs))
+    runner = object()
+    assert ran(runner, 1, two=2) == (runner, (1,), {"two": 2})
+
+
+def test_a_numba_that_we_do_not_understand_keeps_no_engine_from_starting(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", types.ModuleType("ffi"))
+    seen = []
+    hooks._survives_numba(seen.append)("overrides")
+    assert seen == ["overrides"]

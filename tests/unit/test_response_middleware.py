@@ -82,3 +82,23 @@ def test_inside_of_gzip_the_object_is_in_the_compressed_body():
     messages = sent_by(GZipMiddleware(ResponseMiddleware(app(b"application/json", [PLAIN]))))
     assert json.loads(gzip.decompress(b"".join(bodies(messages))))["diversity"]["level"] == 0.5
     assert HEADER in dict(messages[0]["headers"])
+
+
+@pytest.mark.parametrize("end", ["completed", "incomplete", "failed"])
+def test_responses_carry_the_object_in_their_last_event_however_they_end(end):
+    """vLLM says `completed` of every end up to 0.32, and `incomplete` of a cut text since 0.33."""
+    kinds = ("created", "in_progress", end)
+    usages = (None, None, {"output_tokens": 16})
+    events = [
+        {"type": f"response.{kind}", "response": {"status": kind, "usage": usage}}
+        for kind, usage in zip(kinds, usages, strict=True)
+    ]
+    pieces = [
+        f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
+        for event in events
+    ]
+    messages = sent_by(ResponseMiddleware(app(b"text/event-stream", pieces)))
+    assert bodies(messages)[:-1] == pieces[:-1]
+    last = json.loads(bodies(messages)[-1].split(b"data: ")[1])
+    assert last["response"].pop("diversity")["level"] == 0.5
+    assert last == events[-1]

@@ -17,13 +17,21 @@ ROUTE = "/v1/dft/capabilities"
 
 
 def extend(app: Any) -> Any:
-    """Add to a FastAPI app what it does not have yet.
+    """Add to a FastAPI app what it does not have yet; where that fails, the field is refused.
 
     Args:
         app: vLLM's app, or what it became: its middleware may have been built already.
     """
+    try:
+        _extend(app)
+    except Exception as error:  # noqa: BLE001 - the server must start
+        hooks.failed(hooks.APP, error)
+    return app
+
+
+def _extend(app: Any) -> None:
     if getattr(app.state, "dftserve", False):
-        return app
+        return
     app.state.dftserve = True
     metrics.metrics()
     app.add_api_route(ROUTE, capabilities.capabilities, methods=["GET"])
@@ -31,7 +39,6 @@ def extend(app: Any) -> Any:
     _add(app, ResponseMiddleware)
     if unseen:
         _add(app, FieldGuard)
-    return app
 
 
 def _add(app: Any, middleware: Any) -> None:

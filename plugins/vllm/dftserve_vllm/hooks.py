@@ -35,7 +35,7 @@ from dftserve import vllm_contract
 from dftserve.vllm_contract import Symbol
 from dftserve_vllm import engine
 from dftserve_vllm.imports import when_imported
-from dftserve_vllm.log import logger
+from dftserve_vllm.log import logged_once, logger
 
 MARK = "__dftserve__"
 """On every function of ours that stands in the place of one of vLLM's."""
@@ -224,8 +224,9 @@ def _survives_numba(rebind: Callable[..., None]) -> Callable[..., None]:
     or one after numba was imported, would not start."""
 
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        if (llvmlite := sys.modules.get("llvmlite.binding.ffi")) is not None:
-            llvmlite.lib._fntab["__dict__"] = {}
+        with logged_once("numba's library may keep an engine from starting"):
+            if (llvmlite := sys.modules.get("llvmlite.binding.ffi")) is not None:
+                llvmlite.lib._fntab["__dict__"] = {}
         rebind(*args, **kwargs)
 
     return wrapped
@@ -261,6 +262,7 @@ REQUEST_HOOKS = (
 _WORKER = "vllm.v1.worker.worker_base"
 _OUTPUTS = "vllm.v1.engine.output_processor"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
+_APP = "vllm.entrypoints.launchers.app"
 HOOKS = (
     *REQUEST_HOOKS,
     Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _remembers_configuration),
@@ -271,12 +273,14 @@ HOOKS = (
     Hook(_OUTPUTS, "OutputProcessor.add_request", _notes_choices),
     Hook(_OUTPUTS, "OutputProcessor.process_outputs", _collects_statistics),
     # The second holds its own name for the first's function, and may have been imported before us.
-    Hook("vllm.entrypoints.launchers.app", "build_app", _extends_app),
+    Hook(_APP, "build_app", _extends_app),
     Hook("vllm.entrypoints.launchers.api_server.entry", "build_app", _extends_app),
     Hook("vllm.triton_utils.dispatcher", "_rebind_kernels", _survives_numba, is_needed=False),
     Hook(_RUNNER, "GPUModelRunner._sample", _takes_draws_back, is_needed=False),
     Hook(_RUNNER, "GPUModelRunner._bookkeeping_sync", _leaves_offsets, is_needed=False),
 )
+APP = f"{_APP}.build_app"
+"""The name of the hook that answers go through."""
 
 _installed: tuple[Hook, ...] = ()
 _failed: dict[str, str] = {}
@@ -297,8 +301,13 @@ def _apply(hook: Hook, module: ModuleType) -> None:
     try:
         hook.apply(module)
     except Exception as error:  # noqa: BLE001 - the server must start
-        _failed[hook.name] = f"{type(error).__name__}: {error}"
-        logger.warning("dftserve: %s is not in place: %s", hook.name, error)
+        failed(hook.name, error)
+
+
+def failed(name: str, error: Exception) -> None:
+    """A hook does not do what it is there for, although the server goes on."""
+    _failed[name] = f"{type(error).__name__}: {error}"
+    logger.warning("dftserve: %s is not in place: %s", name, error)
 
 
 def problems() -> dict[str, str]:

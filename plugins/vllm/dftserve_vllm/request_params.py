@@ -12,6 +12,8 @@ from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, is_greedy, parse_field
 from dftserve_vllm.request_context import PromptContext
 
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
+DEFAULTS = "default_sampling_params"
+"""The second argument of vLLM's `to_sampling_params`, by place or by name."""
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
 MAX_STOP_IDS = 64
@@ -34,23 +36,25 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
     """`Request.to_sampling_params` that knows the field."""
 
     @wraps(to_sampling_params)
-    def wrapped(
-        request: Any, max_tokens: int, default_sampling_params: Any = None, **kwargs: Any
-    ) -> Any:
+    def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (args[1] if len(args) > 1 else kwargs.get(DEFAULTS)) or {}
+
         def params_with(defaults: Any) -> Any:
-            return to_sampling_params(request, max_tokens, defaults, **kwargs)
+            if len(args) > 1:
+                return to_sampling_params(request, args[0], defaults, *args[2:], **kwargs)
+            return to_sampling_params(request, *args, **{**kwargs, DEFAULTS: defaults})
 
         asked = _asked(request)
         diversity = asked or _default(request)
         if diversity is None:
-            return _stripped(params_with(default_sampling_params or {}))
+            return _stripped(params_with(given))
         if not diversity.is_off and (reason := engine.refusal_of(diversity)):
             raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
         if diversity.is_off:
-            params = _stripped(params_with(default_sampling_params or {}))
+            params = _stripped(params_with(given))
             _note(request, PromptContext(diversity, params.n))
             return params
-        defaults, dropped = _without_cuts(request, default_sampling_params or {})
+        defaults, dropped = _without_cuts(request, given)
         return _marked(request, params_with(defaults), diversity, dropped, is_default=asked is None)
 
     return wrapped

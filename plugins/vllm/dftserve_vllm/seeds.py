@@ -10,12 +10,18 @@ is left alone; so a seed means the same text however its prompt was divided.
 from collections.abc import Callable
 from typing import Any
 
+from dftserve_vllm.log import logged_once
+
+CONSEQUENCE = "a seed on a CPU is left to vLLM"
+
 
 def takes_back(sample: Callable[..., Any]) -> Callable[..., Any]:
     """Around GPUModelRunner._sample."""
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = [(each, each.get_state()) for each in _thrown_away(self).values()]
+        before = []
+        with logged_once(CONSEQUENCE):
+            before = [(each, each.get_state()) for each in _thrown_away(self).values()]
         output = sample(self, *args, **kwargs)
         for generator, state in before:
             generator.set_state(state)
@@ -28,14 +34,16 @@ def leaves_offsets(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
     """Around GPUModelRunner._bookkeeping_sync, which finds no generator whose offset to move."""
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        hidden = _thrown_away(self)
+        hidden: dict[int, Any] = {}
+        with logged_once(CONSEQUENCE):
+            hidden = _thrown_away(self)
         for row in hidden:
-            del generators[row]
+            del self.input_batch.generators[row]
         try:
             return bookkeeping(self, *args, **kwargs)
         finally:
-            generators.update(hidden)
+            if hidden:
+                self.input_batch.generators.update(hidden)
 
     return wrapped
 
