@@ -16,8 +16,11 @@ that (a scale, a soft cap) must be what `Head` can do; which of it is found by c
 Shapes: B rows of tokens, N tokens of a row, R rows of a chunk, D hidden size, V vocabulary.
 """
 
+import functools
 import inspect
 import itertools
+import logging
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dftserve import cpu
 from dftserve.bounded_files import read_json
 from dftserve.gguf import resolve
 from dftserve.model_folder import (
@@ -53,6 +57,8 @@ PROBE_TOKENS = 24
 """Of each text that a check reads."""
 NAMED = 5
 """Weights that an error names; the rest are counted."""
+
+logger = logging.getLogger(__name__)
 
 
 # ── Before weights are loaded ────────────────────────────────────────────────────────────────────
@@ -199,13 +205,41 @@ def fetched(found: Examined) -> Path:
     return found.folder if is_local else _fetched(found.name, ["*.json", "model*.safetensors"])
 
 
+def dtype_for(
+    found: Examined, dtype: str | torch.dtype, device: str | torch.device | None
+) -> str | torch.dtype:
+    """What a model is loaded in; says so, once a process, where the choice is ours.
+
+    Args:
+        dtype: "auto": the weights' own, but on a CPU without bfloat16 instructions, where half
+            precision is many times slower than float32, float32 in its place. Any other is taken
+            as it is.
+        device: None: the CPU.
+    """
+    is_on_cpu = device is None or torch.device(device).type == "cpu"
+    is_wide = getattr(found.config, "dtype", None) in TOLERANCE
+    if dtype != "auto" or not is_on_cpu or is_wide or cpu.has_bf16():
+        return dtype
+    _tell_float32()
+    return torch.float32
+
+
+@functools.cache
+def _tell_float32() -> None:
+    if multiprocessing.parent_process() is None:  # Workers would all say it again.
+        logger.warning(
+            "dtype auto: weights in half precision are computed with in float32, since this CPU "
+            "has no bfloat16 instructions; a dtype that is named is taken as it is."
+        )
+
+
 def load(
     found: Examined, *, dtype: str | torch.dtype, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """The model with every weight from its safetensors files, in evaluation mode.
 
     Args:
-        dtype: "auto" keeps the weights' own.
+        dtype: as `dtype_for` takes it.
         device: None: the CPU.
 
     Raises:
@@ -217,7 +251,7 @@ def load(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype_for(found, dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dftserve.evaluate.metrics.likelihood import bits_per_byte
-from dftserve.lm import LanguageModel, check_path, examine, load
+from dftserve.lm import LanguageModel, _tell_float32, check_path, dtype_for, examine, load
 from dftserve.targets.run import Job, build
 from dftserve.train.config import TrainConfig
 from dftserve.train.plan import plan_of
@@ -220,6 +220,44 @@ def test_a_native_family_with_code_beside_it_is_loaded_without_that_code(tmp_pat
     edited(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
     (base / "evil.py").write_text("raise SystemExit('ran')")
     assert type(load(examine(base), dtype=torch.float32)).__name__ == "LlamaForCausalLM"
+
+
+BF16 = {"avx512_bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "stored", "asked", "loaded"),
+    [
+        ({}, "bfloat16", "auto", torch.float32),
+        ({}, "float16", "auto", torch.float32),
+        ({"avx512_bf16": False}, "bfloat16", "auto", torch.float32),
+        (BF16, "bfloat16", "auto", torch.bfloat16),
+        ({"amx_bf16": True}, "bfloat16", "auto", torch.bfloat16),
+        ({}, "float64", "auto", torch.float64),
+        ({}, "bfloat16", "bfloat16", torch.bfloat16),
+        ({}, "bfloat16", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_auto_is_float32_on_a_cpu_without_bfloat16_instructions(
+    capabilities, stored, asked, loaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    small_model().to(getattr(torch, stored)).save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert load(found, dtype=asked).dtype is loaded
+    on_gpu = dtype_for(found, asked, "cuda")
+    assert on_gpu == asked, "a GPU keeps the weights' own"
+
+
+def test_float32_in_place_of_auto_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    _tell_float32.cache_clear()
+    small_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    for dtype in ("auto", "auto", "float32"):
+        dtype_for(found, dtype, "cpu")
+    assert [record.name for record in caplog.records] == ["dftserve.lm"]
+    assert "computed with in float32" in caplog.text
 
 
 @pytest.mark.parametrize("tied", [True, False])
