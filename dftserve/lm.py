@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dftserve import cpu
@@ -244,7 +245,7 @@ def load(
 
     Raises:
         ValueError: weights that are missing (they would stay random), that the model has no place
-            for, or that cannot be loaded.
+            for, that transformers overwrites, or that cannot be loaded.
     """
     folder = fetched(found)
     weight_files(folder)
@@ -271,10 +272,31 @@ def load(
                 f"{type(model).__name__} and no other. Copy the model anew, or save it with the "
                 "transformers that it was made with."
             )
+    _check_padding_row(model, found.name)
     model.name_or_path = found.name
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()
+
+
+def _check_padding_row(model: PreTrainedModel, name: str) -> None:
+    """Refuse a family whose initialiser zeroes the padding token's row after it was loaded.
+
+    With tied embeddings that row is trained, as it is the token's column of the logits.
+    """
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is None:
+        return
+    row = nn.Embedding.from_pretrained(torch.ones(1, 1), padding_idx=0)
+    row.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # As the loader marks it.
+    with guard_torch_init_functions():
+        model._init_weights(row)
+    if not bool(row.weight.all()):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) loses the embedding of its padding token, "
+            f"{embedding.padding_idx}, which transformers sets to zero whenever it loads the "
+            f'model; accepted: "pad_token_id": null in its {CONFIG}.'
+        )
 
 
 # ── Hidden states and logits ─────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dftserve.evaluate.metrics.likelihood import bits_per_byte
 from dftserve.lm import LanguageModel, _tell_float32, check_path, dtype_for, examine, load
@@ -274,6 +274,22 @@ def test_weights_without_a_place_are_refused_by_their_name(tmp_path):
     edited(base, "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"no place for: model\.layers\.1"):
         load(examine(base), dtype=torch.float32)
+
+
+def test_a_family_that_zeroes_a_loaded_row_is_refused_with_what_to_do(tmp_path):
+    """Youtu's initialiser zeroes the padding token's row of a model that was loaded."""
+    torch.manual_seed(0)
+    small = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16, "qk_nope_head_dim": 8}
+    given = {**SMALL, **small, "qk_rope_head_dim": 8, "pad_token_id": 3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("youtu", **given))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = 1.0
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'padding token, 3, .* to zero.*"pad_token_id": null'):
+        load(examine(tmp_path), dtype=torch.float32)
+    edited(tmp_path, "config.json", pad_token_id=None)
+    loaded = load(examine(tmp_path), dtype=torch.float32)
+    assert bool((loaded.get_input_embeddings().weight[3] == 1.0).all())
 
 
 def test_an_index_that_names_a_shard_that_is_not_there(tmp_path):
