@@ -106,7 +106,7 @@ def by_transform(
     @cache
     def controls(rows: int, end: int) -> Controls:
         row = control_row(
-            wanted, temperature=temperature, divided=temperature, stop_ids=frozenset({end})
+            wanted, temperature=temperature, logits_divisor=temperature, stop_ids=frozenset({end})
         )
         return Controls.stack([row] * rows)
 
