@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from dftserve.evaluate.accuracy.extract_letter import (
+from dftserve.evaluate.accuracy.extract.letters import (
     CONDITION,
     DENIED,
     LATEX_TEXT,
