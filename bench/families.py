@@ -161,7 +161,7 @@ class Row:
 
 
 @click.command()
-@click.option("--only", help="Families, by commas.")
+@click.option("--only", help="Families, by commas; the other rows of the output stay.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULT)
 def main(only: str | None, output: Path) -> None:
     families = only.split(",") if only else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -178,11 +178,31 @@ def main(only: str | None, output: Path) -> None:
         "versions": versions("transformers"),
         "steps": STEPS,
         "minutes": round((time.monotonic() - start) / 60, 1),
-        "outcomes": dict(Counter(row.outcome for row in rows)),
+        "outcomes": {},
         "rows": [asdict(row) for row in rows],
     }
+    if only and output.exists():
+        document = merged(json.loads(output.read_text()), document)
+    document["outcomes"] = dict(Counter(row["outcome"] for row in document["rows"]))
     output.write_text(json.dumps(document, indent=1) + "\n")
     click.echo(json.dumps(document["outcomes"]))
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The rows of both, one a family, the newer one; rows of other versions are no one table.
+
+    Raises:
+        ClickException: `before` was made with other versions.
+    """
+    for name in ("versions", "steps"):
+        if before[name] != now[name]:
+            raise click.ClickException(
+                f"{name}: the output has {before[name]}, this run {now[name]}; run all families, "
+                "or name another --output."
+            )
+    newer = {row["family"]: row for row in now["rows"]}
+    rows = [newer.pop(row["family"], row) for row in before["rows"]]
+    return {**before, "rows": [*rows, *newer.values()]}
 
 
 def apart(family: str) -> Row:

@@ -1,7 +1,8 @@
-"""The first measurement of the law: what each way of sampling pays in validity for its variety.
+r"""The first measurement of the law: what each way of sampling pays in validity for its variety.
 
     OMP_NUM_THREADS=1 python bench/first_law.py
-    OMP_NUM_THREADS=1 python bench/first_law.py --stage well --sequences 200 --dev-sequences 0
+    OMP_NUM_THREADS=1 python bench/first_law.py --stage well-trained --sequences 200 \
+      --dev-sequences 0
 
 The stories' model, at two stages of its training, writes stories whose validity is decided by their
 grammar. On a development split (its own prompts and seed) the law's constants and each rival's are
@@ -106,7 +107,7 @@ def by_transform(
     @cache
     def controls(rows: int, end: int) -> Controls:
         row = control_row(
-            wanted, temperature=temperature, divided=temperature, stop_ids=frozenset({end})
+            wanted, temperature=temperature, logits_divisor=temperature, stop_ids=frozenset({end})
         )
         return Controls.stack([row] * rows)
 

@@ -198,7 +198,7 @@ def every(nth: int, rows: int, device: torch.device) -> Way:
 
 
 def controls_of(rows: int, device: torch.device) -> Controls:
-    row = control_row(parse(LEVEL), temperature=1.0, divided=1.0, stop_ids=frozenset({0}))
+    row = control_row(parse(LEVEL), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({0}))
     return Controls.stack([row] * rows, device)
 
 

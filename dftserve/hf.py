@@ -63,7 +63,10 @@ class DiversityProcessor(LogitsProcessor):
         )
         self.statistics: Statistics | None = None
         self._row = control_row(
-            self.diversity, temperature=temperature, divided=1.0, stop_ids=_stop_ids(stop_ids)
+            self.diversity,
+            temperature=temperature,
+            logits_divisor=1.0,
+            stop_ids=_stop_ids(stop_ids),
         )
         self._length = -1
         self._begin(0, torch.device("cpu"))

@@ -16,8 +16,11 @@ that (a scale, a soft cap) must be what `Head` can do; which of it is found by c
 Shapes: B rows of tokens, N tokens of a row, R rows of a chunk, D hidden size, V vocabulary.
 """
 
+import functools
 import inspect
 import itertools
+import logging
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -28,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dftserve import cpu
 from dftserve.bounded_files import read_json
 from dftserve.gguf import resolve
 from dftserve.model_folder import (
@@ -53,6 +58,8 @@ PROBE_TOKENS = 24
 """Of each text that a check reads."""
 NAMED = 5
 """Weights that an error names; the rest are counted."""
+
+logger = logging.getLogger(__name__)
 
 
 # ── Before weights are loaded ────────────────────────────────────────────────────────────────────
@@ -199,25 +206,53 @@ def fetched(found: Examined) -> Path:
     return found.folder if is_local else _fetched(found.name, ["*.json", "model*.safetensors"])
 
 
+def dtype_for(
+    found: Examined, dtype: str | torch.dtype, device: str | torch.device | None
+) -> str | torch.dtype:
+    """What a model is loaded in; says so, once a process, where the choice is ours.
+
+    Args:
+        dtype: "auto": the weights' own, but on a CPU without bfloat16 instructions, where half
+            precision is many times slower than float32, float32 in its place. Any other is taken
+            as it is.
+        device: None: the CPU.
+    """
+    is_on_cpu = device is None or torch.device(device).type == "cpu"
+    is_wide = getattr(found.config, "dtype", None) in TOLERANCE
+    if dtype != "auto" or not is_on_cpu or is_wide or cpu.has_bf16():
+        return dtype
+    _tell_float32()
+    return torch.float32
+
+
+@functools.cache
+def _tell_float32() -> None:
+    if multiprocessing.parent_process() is None:  # Workers would all say it again.
+        logger.warning(
+            "dtype auto: weights in half precision are computed with in float32, since this CPU "
+            "has no bfloat16 instructions; a dtype that is named is taken as it is."
+        )
+
+
 def load(
     found: Examined, *, dtype: str | torch.dtype, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """The model with every weight from its safetensors files, in evaluation mode.
 
     Args:
-        dtype: "auto" keeps the weights' own.
+        dtype: as `dtype_for` takes it.
         device: None: the CPU.
 
     Raises:
         ValueError: weights that are missing (they would stay random), that the model has no place
-            for, or that cannot be loaded.
+            for, that transformers overwrites, or that cannot be loaded.
     """
     folder = fetched(found)
     weight_files(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype_for(found, dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -237,10 +272,31 @@ def load(
                 f"{type(model).__name__} and no other. Copy the model anew, or save it with the "
                 "transformers that it was made with."
             )
+    _check_padding_row(model, found.name)
     model.name_or_path = found.name
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()
+
+
+def _check_padding_row(model: PreTrainedModel, name: str) -> None:
+    """Refuse a family whose initialiser zeroes the padding token's row after it was loaded.
+
+    With tied embeddings that row is trained, as it is the token's column of the logits.
+    """
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is None:
+        return
+    row = nn.Embedding.from_pretrained(torch.ones(1, 1), padding_idx=0)
+    row.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # As the loader marks it.
+    with guard_torch_init_functions():
+        model._init_weights(row)
+    if not bool(row.weight.all()):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) loses the embedding of its padding token, "
+            f"{embedding.padding_idx}, which transformers sets to zero whenever it loads the "
+            f'model; accepted: "pad_token_id": null in its {CONFIG}.'
+        )
 
 
 # ── Hidden states and logits ─────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -23,8 +24,14 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
+from dftserve.bounded_files import read_json
 from dftserve.gguf import resolve
-from dftserve.model_folder import check_model_folder
+from dftserve.model_folder import (
+    CONFIG,
+    LARGEST_TEXT,
+    check_full_precision,
+    check_model_folder,
+)
 from dftserve.spec import CHECKSUMS, Diversity, Promise, parse_json
 
 DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
@@ -35,9 +42,13 @@ LOG_LINES = 30
 """How much of a failed server's log its error carries."""
 POLL_SECONDS = 0.25
 SERVED_NAME = "--served-model-name"
+DTYPE_FLAGS = ("--dtype", "--config", "--quantization", "-q")
+"""Beside these no dtype is chosen here."""
 SECRET_FLAGS = ("--api-key", "--hf-token")
 GRACE_SECONDS = 20.0
 """What a server has between SIGTERM and SIGKILL."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
 def launch(
     model: str, flags: Sequence[str] = (), *, default_diversity: str | None = None
 ) -> Launch:
-    """The command that serves a model: vLLM's own, with the flags as they are given.
+    """The command that serves a model: vLLM's own, with the flags as they are given; and with
+    `--dtype float32` where `_float32` says so.
 
     Args:
         default_diversity: for requests that name none: a number or an object as JSON text, or
@@ -110,11 +122,42 @@ def launch(
         checkpoint.verify(Path(model))
     if Path(model).is_dir():
         check_model_folder(Path(model))
-    environment = {}
+    command, environment = _command(), {}
+    if _float32(model, flags, command):
+        flags = [*flags, "--dtype", "float32"]
+        logger.warning(
+            "--dtype float32: this CPU has no bfloat16 instructions, and vLLM's own choice, half "
+            "precision, would be many times slower; it takes twice the memory for the weights. "
+            "Give --dtype to choose another."
+        )
     if default_diversity is not None:
         default = _default(model, default_diversity)
         environment[DEFAULT_DIVERSITY] = json.dumps(default.as_dict())
-    return Launch((_command(), "serve", model, *flags), environment)
+    return Launch((command, "serve", model, *flags), environment)
+
+
+def _float32(model: str, flags: Sequence[str], command: str) -> bool:
+    """Whether vLLM would compute in half precision on a CPU without instructions for it.
+
+    Not where a flag may say otherwise, nor where it cannot be known: for a model that is no folder
+    here, a quantised one, whose kernels want half precision, or a vLLM of another environment,
+    which may use a device that this one's torch does not see.
+    """
+    folder = Path(model)
+    if any(flag.partition("=")[0] in DTYPE_FLAGS for flag in flags):
+        return False
+    if not (folder / CONFIG).is_file() or Path(command).parent != Path(_scripts()):
+        return False
+    config = read_json(folder / CONFIG, within=folder, largest=LARGEST_TEXT, finite=False)
+    try:
+        check_full_precision(config, model)
+    except (ValueError, AttributeError):  # Quantised, or no object: vLLM's to say.
+        return False
+    import torch
+
+    from dftserve import cpu
+
+    return not torch.accelerator.is_available() and not cpu.has_bf16()
 
 
 def _default(model: str, text: str) -> Diversity:
@@ -132,9 +175,13 @@ def _default(model: str, text: str) -> Diversity:
     return suggested
 
 
+def _scripts() -> str:
+    return sysconfig.get_path("scripts")
+
+
 def _command() -> str:
     # The engine of this environment first: it is the one that has the plug-in.
-    found = shutil.which("vllm", path=sysconfig.get_path("scripts")) or shutil.which("vllm")
+    found = shutil.which("vllm", path=_scripts()) or shutil.which("vllm")
     if found is None:
         raise RuntimeError(
             "no vllm command, neither beside this Python nor on PATH: "

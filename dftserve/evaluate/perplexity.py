@@ -44,8 +44,8 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
     """
     test = reference.load(anchors).test
     sets = [(None, test.texts)]
-    for level, samples in samples_by_level(evaluation) if evaluation else []:
-        sets.append((level, Windows.of(samples, test.words).whole().texts))
+    for level in samples_by_level(evaluation) if evaluation else []:
+        sets.append((level.diversity, Windows.of(level.samples, test.words).whole().texts))
     nats = iter(token_nats(model, [text for _, texts in sets for text in texts]))
     (_, human), *answers = [(level, [next(nats) for _ in texts]) for level, texts in sets]
     return Surprise(

@@ -183,13 +183,15 @@ def assess(
         ValueError: too few that are long enough.
     """
     start = time.perf_counter()
-    said = [
+    at = [
         [answer for answer in answers if answer.level == level]
         for level in range(len(request_grid.grid))
     ]
+    said = [[answer for answer in level if not answer.is_cut] for level in at]
+    cut = [len(level) - len(whole) for level, whole in zip(at, said, strict=True)]
     windows = [
         Windows.of(
-            [Sample(each.text, request_grid.prompts[each.place].text) for each in level],
+            [Sample(each.said, request_grid.prompts[each.place].text) for each in level],
             anchors.words,
         )
         for level in said
@@ -198,7 +200,9 @@ def assess(
     calibration, test = anchors.splits["calibration"], anchors.test
     compared = min(*whole, len(calibration), len(test)) if whole else 0
     if compared < LEAST_TEXTS:
-        shown = ", ".join(f"{n} of {len(w)}" for n, w in zip(whole, windows, strict=True))
+        shown = ", ".join(f"{n} of {len(level)}" for n, level in zip(whole, at, strict=True))
+        if any(cut):
+            shown += f" ({sum(cut)} ended in their thinking)"
         raise ValueError(
             f"answers of {anchors.words} words or more, by diversity: {shown}; accepted: "
             f"{LEAST_TEXTS} at each. Ask more or for longer texts (`--max-tokens`, now "
@@ -217,9 +221,10 @@ def assess(
             diversity=request_grid.grid[place],
             side=side(texts, test, score(texts, anchors.sds_reference)),
             tokens=mean([each.tokens for each in level]),
+            cut=cut[place],
             unfinished=sum(each.finish_reason == "length" for each in level),
             entropy=_entropy(level),
-            samples=_samples(request_grid.prompts, level),
+            samples=_samples(request_grid.prompts, at[place]),
         )
         for place, (level, texts) in enumerate(zip(said, windows, strict=True))
     )
@@ -307,8 +312,14 @@ def _histogram(nats: Sequence[float]) -> tuple[int, ...]:
     return tuple(bins)
 
 
-def _samples(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> tuple[tuple[str, str], ...]:
-    first = {answer.place: answer.text for answer in answers if answer.sample == 0}
+def _samples(
+    prompts: Sequence[Prompt], answers: Sequence[Answer]
+) -> tuple[tuple[str, str | None], ...]:
+    first = {
+        answer.place: None if answer.is_cut else answer.said
+        for answer in answers
+        if answer.sample == 0
+    }
     return tuple((prompts[place].text, first[place]) for place in sorted(first)[:SHOWN])
 
 

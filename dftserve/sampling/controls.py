@@ -262,13 +262,13 @@ def stop_width(rows: Iterable[ControlRow]) -> int:
 
 
 def control_row(
-    diversity: Diversity, *, temperature: float, divided: float, stop_ids: frozenset[int]
+    diversity: Diversity, *, temperature: float, logits_divisor: float, stop_ids: frozenset[int]
 ) -> ControlRow:
     """The controls of one request.
 
     Args:
         temperature: the request's T, above 0.
-        divided: the logits' divisor: what they were divided by before the transform (T or 1).
+        logits_divisor: what the logits were divided by before the transform (T or 1).
         stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
 
     Raises:
@@ -279,7 +279,7 @@ def control_row(
     numbers = {
         "law": LAW_CODES[diversity.law],
         "temperature": temperature,
-        "logits_divisor": divided,
+        "logits_divisor": logits_divisor,
         "level": diversity.level or 0.0,
         "log_min_p": math.nan if diversity.min_p is None else math.log(diversity.min_p),
         "max_temperature": diversity.max_temperature or math.inf,

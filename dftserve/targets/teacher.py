@@ -80,7 +80,7 @@ class Teacher(DenseSource):
         """From a folder, or a name on the Hugging Face hub; safetensors only, no code from there.
 
         Args:
-            dtype: "auto" keeps the weights' own.
+            dtype: "auto" keeps the weights' own; float32 on a CPU without bfloat16 instructions.
             device: None is the first GPU, or the CPU where there is none.
 
         Raises:

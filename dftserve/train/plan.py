@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dftserve import cpu
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Rows
 from dftserve.train.head import CHUNK_ELEMENTS
@@ -29,6 +30,8 @@ class TrainPlan:
     trained_parameters: int
     documents: int
     rows: int
+    precision: str
+    """What the float32 weights are computed in, and where this CPU has no instructions for it."""
     not_packed_because: str | None
     """Why there is one document a row although the configuration packs; None where it does."""
     tokens_per_epoch: int
@@ -71,6 +74,7 @@ class TrainPlan:
             "memory": f"{_size(self.memory_bytes)}: weights {_size(self.weights_bytes)}, gradients "
             f"{_size(self.gradient_bytes)}, optimizer {_size(self.optimizer_bytes)}, activations "
             f"{_size(self.activation_bytes)}, head {_size(self.head_bytes)}",
+            "precision": f"weights float32, computed in {self.precision}",
             "disk": f"{_size(self.disk_bytes)} at most",
         }
         if self.not_packed_because is not None:
@@ -105,6 +109,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         trained_parameters=trained,
         documents=material.store.count("train"),
         rows=len(material.train),
+        precision=_precision(config.precision, device),
         not_packed_because=prepared.not_packed_because,
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=learnt,
@@ -145,6 +150,12 @@ def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[flo
         kept = sum(size for place, size in seen.items() if place not in weights)
         model.zero_grad()
     return seconds, kept
+
+
+def _precision(named: str, device: str) -> str:
+    if named != "bf16" or device != "cpu" or cpu.has_bf16():
+        return named
+    return f"{named}, for which this CPU has no instructions: fp32 is many times as fast"
 
 
 def _tokens(rows: Rows) -> tuple[int, int]:

@@ -79,6 +79,6 @@ def deciles(entropies_T: np.ndarray) -> tuple[float, ...]:
 
 
 def _entropy_at(level: float, logits_RV: Tensor, stop_ids: frozenset[int]) -> float:
-    row = control_row(parse(level), temperature=1.0, divided=1.0, stop_ids=stop_ids)
+    row = control_row(parse(level), temperature=1.0, logits_divisor=1.0, stop_ids=stop_ids)
     controls = Controls.stack([row] * len(logits_RV), device=logits_RV.device)
     return float(transform(logits_RV.clone(), controls).entropy_after_R.sum())

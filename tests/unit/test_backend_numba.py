@@ -25,7 +25,7 @@ STOPS = (frozenset(), frozenset({0}), frozenset({1, 5, 9}), frozenset(range(0, 4
 
 
 def controls_of(rows: int, seed: int = 0) -> Controls:
-    """Laws, temperatures and stop tokens in turn; `divided` is the temperature for every third."""
+    """Laws, temperatures and stop tokens in turn; every third row is divided by its temperature."""
     made = []
     for r in range(seed, seed + rows):
         temperature = 0.4 + 0.2 * (r % 5)
@@ -33,7 +33,7 @@ def controls_of(rows: int, seed: int = 0) -> Controls:
         row = control_row(
             parse(LAWS[r % 3]),
             temperature=temperature,
-            divided=divided,
+            logits_divisor=divided,
             stop_ids=STOPS[r // 3 % len(STOPS)],
         )
         made.append(row)
@@ -95,7 +95,8 @@ def test_a_row_with_many_stop_tokens_beside_others():
     many = frozenset(np.random.default_rng(0).permutation(vocabulary)[:30_000].tolist())
     asked = [frozenset({2}), many, frozenset()]
     rows = [
-        control_row(parse(0.5), temperature=0.8, divided=1.0, stop_ids=stops) for stops in asked
+        control_row(parse(0.5), temperature=0.8, logits_divisor=1.0, stop_ids=stops)
+        for stops in asked
     ]
     logits_XV = make_rows(["zipf", "gaussian", "few"], vocabulary, seed=3)
     expected_XV = logits_XV.clone()
@@ -140,7 +141,7 @@ def test_a_stop_token_that_would_overtake_is_held():
     """Content one nat above many others, a stop token close behind: heat makes them tie."""
     logits_XV = torch.zeros(2, 200)
     logits_XV[:, 7], logits_XV[0, 3], logits_XV[1, 3] = 1.0, 0.95, 1.05
-    row = control_row(parse(1.0), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
+    row = control_row(parse(1.0), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({3}))
     controls = Controls.stack([row] * 2)
     expected_XV = logits_XV.clone()
     got, expected = NumbaBackend()(logits_XV, controls), plain(expected_XV, controls)
@@ -155,7 +156,7 @@ def test_content_that_ties_with_a_stop_token_below_another(way):
     """Hardly heated, so that the tie holds; the token that leads is a stop token."""
     logits_RV = torch.zeros(1, 200)
     logits_RV[0, [3, 7, 9]] = torch.tensor([1.5, 1.0, 1.0])
-    row = control_row(parse(1e-6), temperature=1.0, divided=1.0, stop_ids=frozenset({3, 9}))
+    row = control_row(parse(1e-6), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({3, 9}))
     before_RV = torch.log_softmax(logits_RV, dim=1)
     way(logits_RV, Controls.stack([row]), None)
     torch.testing.assert_close(logits_RV, before_RV, rtol=1e-5, atol=1e-5)
@@ -280,7 +281,7 @@ def test_a_stop_token_that_ties_with_the_content_ties_still(way):
         control_row(
             parse({"law": "dynatemp", "dynatemp_range": 0.5, "level": 0.2}),
             temperature=t,
-            divided=1.0,
+            logits_divisor=1.0,
             stop_ids=frozenset({7}),
         )
         for t in temperatures_R.tolist()

@@ -70,7 +70,7 @@ def regimes() -> dict[str, tuple[torch.Tensor, list[tuple[dict, float, frozenset
 
 def controls_of(asked, *, divide: bool) -> Controls:
     rows = [
-        control_row(parse(d), temperature=t, divided=t if divide else 1.0, stop_ids=stops)
+        control_row(parse(d), temperature=t, logits_divisor=t if divide else 1.0, stop_ids=stops)
         for d, t, stops in asked
     ]
     return Controls.stack(rows)

@@ -172,7 +172,9 @@ def test_a_constant_reaches_the_kernels(name):
     default."""
     value, diversity = OTHERS[name]
     constants = replace(LawConstants(), **{name: value})
-    row = control_row(parse(diversity), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
+    row = control_row(
+        parse(diversity), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({3})
+    )
     source_RV = make_rows(["gaussian", "zipf", "few"], 300, seed=1)
     controls = Controls.stack([row] * 3)
     after = {}
@@ -207,7 +209,9 @@ def test_a_constant_of_the_controller_reaches_the_kernels(changed):
 def _steered(backend):
     """The levels of two requests after twenty tokens: one above its target, one below."""
     asked = [parse({"law": "budget", "target_entropy": target}) for target in (0.5, 3.0)]
-    rows = [control_row(d, temperature=1.0, divided=1.0, stop_ids=frozenset()) for d in asked]
+    rows = [
+        control_row(d, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset()) for d in asked
+    ]
     controls, slots = Controls.stack(rows), backend.create_slots(2, 1)
     slot_R, zero_R = torch.arange(2), torch.zeros(2, dtype=torch.int64)
     ones_R = torch.ones(2, dtype=torch.bool)

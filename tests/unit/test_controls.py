@@ -13,7 +13,7 @@ from dftserve.spec import parse
 
 
 def row_of(stops, level=0.5):
-    return control_row(parse(level), temperature=0.7, divided=1.0, stop_ids=frozenset(stops))
+    return control_row(parse(level), temperature=0.7, logits_divisor=1.0, stop_ids=frozenset(stops))
 
 
 @settings(deadline=None)
@@ -42,7 +42,7 @@ def test_ids_that_are_no_tokens_are_left_out():
 def test_columns_are_what_their_names_say():
     asked = {"law": "dynatemp", "dynatemp_range": 0.25, "dynatemp_exponent": 0.5, "level": 0.75}
     row = control_row(
-        parse({**asked, "min_p": 0.125}), temperature=1.5, divided=2.0, stop_ids=frozenset()
+        parse({**asked, "min_p": 0.125}), temperature=1.5, logits_divisor=2.0, stop_ids=frozenset()
     )
     controls = Controls.stack([row, row])
     expected = {

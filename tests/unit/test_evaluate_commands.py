@@ -11,8 +11,11 @@ from click.testing import CliRunner
 from dftserve.cli import main
 from dftserve.evaluate import reference
 from dftserve.evaluate import run as evaluation
+from dftserve.evaluate.benchmark import run as benchmark
+from dftserve.evaluate.benchmark.tasks import Task
 from dftserve.evaluate.generate.grid import RequestGrid, generate
 from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.evaluate.text.windows import Sample
 from dftserve.openai_client import Server
 from tests.local_server import reply, serving
@@ -23,7 +26,7 @@ PROMPTS = tuple(f"Write about number {number}." for number in range(8))
 DATA = os.environ.get("DFTSERVE_DATA")
 
 
-def chat(answer: Callable[[dict], str]):
+def chat(answer: Callable[[dict], str | None]):
     """A server that speaks the chat API; `answer` takes the body."""
 
     def handle(request) -> None:
@@ -126,6 +129,26 @@ def test_the_benchmark_runs_each_task_and_skips_what_is_not_there(tmp_path):
     skipped = run("benchmark", "http://127.0.0.1:1", "--out", out, "--data", tmp_path)
     assert skipped.exit_code == 0
     assert skipped.output.count("skipped") == 3
+
+
+def test_the_slot_error_rate_leaves_out_answers_that_end_in_their_thinking(tmp_path):
+    """An answer that was never given forgot no slot; where all were cut, that is the error."""
+    prompt = Prompt("Describe it.", about={"meaning": "name[Zizzi], area[riverside]"})
+    human = [Sample(f"Zizzi, {each}, is by the riverside.", prompt.text) for each in "abcdefgh"]
+    task = Task("Meaning", "", "meaning", (prompt,), tuple(human), 0, 16, 64)
+
+    def measured(folder: str, said: list[str | None]) -> str:
+        with chat(lambda body: said.pop()) as url:
+            job = benchmark.Job(model=url, out=tmp_path / folder, grid=(0.0,), concurrency=1)
+            return benchmark._meaning(job, "e2e", task, lambda *_: None)
+
+    lines = measured("some", [*(sample.text for sample in human), *[None] * 8]).splitlines()
+    assert [line.split()[-1] for line in (lines[0], lines[2])] == ["cut", "8"]
+    assert lines[-1] == CUT_NOTE
+    found = json.loads((tmp_path / "some" / "e2e" / "meaning.json").read_text())[1]
+    assert found["slot_errors"]["value"] == 0
+    with pytest.raises(ValueError, match=r"diversity 0: all 16 .*max-tokens"):
+        measured("none", [None] * 16)
 
 
 def test_accuracy_refuses_before_it_asks(tmp_path):

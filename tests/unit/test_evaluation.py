@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dftserve.evaluate.metrics.suite import MEASURES
 from dftserve.evaluate.report.compare import compare
 from dftserve.evaluate.report.html import as_html, as_text
 from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess
+from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
 
@@ -154,6 +156,80 @@ def test_texts_that_are_too_short_are_said_to_be(anchors, instruments):
     short = [text[:200] for text in human_like(TEXTS, seed=7)]
     with pytest.raises(ValueError, match=r"0 of 24.*max-tokens"):
         assess(asking(grid=(0.0,)), answers(short, 0), anchors, "d", instruments)
+
+
+THINKING = (None, "<think>He wants a story. Let me", "</think>", "<think>a</think>\n<think>b")
+"""As servers without and with a parser of thinking end an answer whose tokens were used up."""
+
+
+def with_cut(said: list[Answer]) -> list[Answer]:
+    """The same answers, and others that ended in their thinking."""
+    cut = [
+        Answer(said[0].level, TEXTS + i, 0, text, "length", 1024, None)
+        for i, text in enumerate(THINKING)
+    ]
+    return [*cut, *said]
+
+
+def asking_more() -> RequestGrid:
+    prompts = tuple(Prompt(f"Prompt {number}") for number in range(TEXTS + len(THINKING)))
+    return asking(grid=(0.0,), prompts=prompts)
+
+
+def test_answers_that_end_in_their_thinking_are_counted_and_in_no_measure(anchors, instruments):
+    people = answers(human_like(TEXTS, seed=7), 0)
+    plain = assess(asking_more(), people, anchors, "d", instruments).levels[0]
+    result = assess(asking_more(), with_cut(people), anchors, "d", instruments)
+    level = result.levels[0]
+    assert (level.cut, level.unfinished, plain.cut) == (len(THINKING), 0, 0)
+    assert (level.side, level.tokens) == (plain.side, plain.tokens)
+    assert level.side.score.short == 0, "they are no short texts either"
+    assert json.loads(result.as_json())["levels"][0]["cut"] == len(THINKING)
+    lines = as_text(result).splitlines()
+    assert ["cut", "–", "4"] in [line.split() for line in lines]
+    assert lines[-1] == CUT_NOTE
+    assert CUT_NOTE in as_html(result)
+
+
+def test_an_answer_that_was_cut_is_shown_as_one(anchors, instruments):
+    people = answers(human_like(TEXTS, seed=7), 0)
+    said = [replace(people[0], text=None), *people[1:]]
+    result = assess(asking(grid=(0.0,)), said, anchors, "d", instruments)
+    assert result.levels[0].samples[0][1] is None
+    assert "(ended in its thinking)" in as_html(result)
+
+
+def test_thinking_before_an_answer_is_not_measured(anchors, instruments):
+    people = answers(human_like(TEXTS, seed=7), 0)
+    thought = [replace(each, text=f"<think>{LONG}</think>\n\n{each.text}") for each in people]
+    one = asking(grid=(0.0,))
+    plain, other = (
+        assess(one, said, anchors, "d", instruments).levels[0] for said in (people, thought)
+    )
+    assert other.side == plain.side
+    assert f"{other.samples[0][1]}".strip() == plain.samples[0][1]
+
+
+LONG = "the same thought, " * 80
+
+
+def test_answers_that_are_all_cut_say_what_to_do(anchors, instruments):
+    people = answers(human_like(TEXTS, seed=7), 0)
+    said = [replace(each, text=None) for each in people]
+    with pytest.raises(ValueError, match=r"0 of 24 \(24 ended in their thinking\).*max-tokens"):
+        assess(asking(grid=(0.0,)), said, anchors, "d", instruments)
+
+
+def test_runs_with_cut_answers_are_no_pairs_of_texts(anchors, instruments, tmp_path):
+    """Their resamples are of other texts: the intervals are joined as strangers'."""
+    people = answers(human_like(TEXTS, seed=7), 0)
+    whole = assess(asking_more(), people, anchors, "d", instruments)
+    cut = assess(asking_more(), with_cut(people), anchors, "d", instruments)
+    paths = [write(each, tmp_path / f"{i}.json") for i, each in enumerate((whole, whole, cut))]
+    paired = compare(paths[0], paths[1]).levels[0][1][0].difference
+    strangers = compare(paths[0], paths[2]).levels[0][1][0].difference
+    assert paired.high == paired.low == paired.value == strangers.value == 0
+    assert (strangers.low or 0) < 0 < (strangers.high or 0)
 
 
 def test_order_of_answers_within_a_level_is_theirs(anchors, instruments):

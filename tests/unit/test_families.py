@@ -3,7 +3,9 @@
 import json
 import re
 
+import click
 import families
+import pytest
 import report
 
 
@@ -31,11 +33,24 @@ def test_the_results_have_a_row_for_every_family_and_a_reason_where_it_is_not_tr
     document = json.loads(families.RESULT.read_text())
     named = [each["family"] for each in document["rows"]]
     assert len(named) == len(set(named)) >= 150
+    assert not [each for each in document["rows"] if each["outcome"] == "failed"]
     assert all(each["reason"] for each in document["rows"] if each["outcome"] != "packed")
     trained = [each for each in document["rows"] if each["outcome"] in ("packed", "unpacked")]
     assert len(trained) >= 60
     for each in trained:
         assert max(each["head"], each["packing"] or 0.0, each["reload"]) <= families.SAME
+
+
+def test_rows_that_are_run_again_take_their_places():
+    before = {"versions": {"torch": "1"}, "steps": 5, "minutes": 16.0}
+    rows = [{"family": "a", "outcome": "packed"}, {"family": "b", "outcome": "failed"}]
+    again = [{"family": "c", "outcome": "packed"}, {"family": "b", "outcome": "refused"}]
+    found = families.merged({**before, "rows": rows}, {**before, "rows": again})
+    assert [row["family"] for row in found["rows"]] == ["a", "b", "c"]
+    assert found["rows"][1]["outcome"] == "refused"
+    other = {**before, "versions": {"torch": "2"}, "rows": again}
+    with pytest.raises(click.ClickException, match="run all families"):
+        families.merged({**before, "rows": rows}, other)
 
 
 def test_a_family_that_is_refused_has_the_reason_that_a_user_sees(tmp_path):

@@ -145,7 +145,7 @@ def test_a_setting_samples_the_law_of_its_constants(bench, constants):
 
 
 def _entropy_after(logits_RV, constants):
-    row = control_row(parse(1.0), temperature=1.0, divided=1.0, stop_ids=frozenset({3}))
+    row = control_row(parse(1.0), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({3}))
     controls = Controls.stack([row] * len(logits_RV))
     return plain(logits_RV.clone(), controls, None, constants).entropy_after_R
 

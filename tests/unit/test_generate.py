@@ -8,16 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.generate.grid import ANSWERS, Answer, RequestGrid, count_answers, generate
+from dftserve.evaluate.generate.grid import (
+    ANSWERS,
+    Answer,
+    RequestGrid,
+    count_answers,
+    generate,
+    samples_by_level,
+)
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.openai_client import Server
 from tests.local_server import reply, serving
 
 CONCURRENCY = 4
+
+Content = Callable[[dict], str | None]
 
 
 def asking(**changes) -> RequestGrid:
@@ -33,10 +43,14 @@ def asking(**changes) -> RequestGrid:
 class FakeServer:
     """Says what it was asked, and how often it was asked each thing."""
 
-    def __init__(self, seconds: float = 0.0, plugged: bool = True) -> None:
+    def __init__(
+        self, seconds: float = 0.0, plugged: bool = True, *, content: Content | None = None
+    ) -> None:
+        """`content`: what stands in a message in place of the question, from the body."""
         self.asked: collections.Counter[str] = collections.Counter()
         self.bodies: list[dict] = []
         self.seconds, self.plugged = seconds, plugged
+        self.content = content or (lambda body: f"{body['messages']} {body['seed']}")
 
     def __call__(self, request) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
@@ -47,7 +61,7 @@ class FakeServer:
         choice = {
             "index": 0,
             "finish_reason": "stop",
-            "message": {"role": "assistant", "content": f"{body['messages']} {body['seed']}"},
+            "message": {"role": "assistant", "content": self.content(body)},
         }
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
         answer |= {"choices": [choice], "usage": _usage(7)}
@@ -90,6 +104,22 @@ def test_a_grid_is_asked_in_pairs(tmp_path):
         seeds[body["seed"]].add(body["diversity"])
     assert len(seeds) == 20
     assert all(levels == {0.0, 0.5, 1.0} for levels in seeds.values())
+
+
+def test_answers_without_content_are_kept_as_they_came_and_counted(tmp_path):
+    """A server with a parser of thinking gives null where the tokens ended inside it."""
+
+    def content(body: dict) -> str | None:
+        return None if body["diversity"] == 1 else f"<think>so</think>{body['seed']}"
+
+    with serving(FakeServer(content=content)) as url:
+        answers = run(url, tmp_path)
+    assert [answer.text is None for answer in answers] == [answer.level == 2 for answer in answers]
+    levels = samples_by_level(tmp_path)
+    assert [(level.diversity, len(level.samples), level.cut) for level in levels] == [
+        *((0.0, 20, 0), (0.5, 20, 0), (1.0, 0, 20))
+    ]
+    assert all(sample.text.isdecimal() for sample in levels[0].samples), "thinking is left out"
 
 
 KILLED = """

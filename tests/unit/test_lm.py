@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dftserve.evaluate.metrics.likelihood import bits_per_byte
-from dftserve.lm import LanguageModel, check_path, examine, load
+from dftserve.lm import LanguageModel, _tell_float32, check_path, dtype_for, examine, load
 from dftserve.targets.run import Job, build
 from dftserve.train.config import TrainConfig
 from dftserve.train.plan import plan_of
@@ -222,6 +222,44 @@ def test_a_native_family_with_code_beside_it_is_loaded_without_that_code(tmp_pat
     assert type(load(examine(base), dtype=torch.float32)).__name__ == "LlamaForCausalLM"
 
 
+BF16 = {"avx512_bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "stored", "asked", "loaded"),
+    [
+        ({}, "bfloat16", "auto", torch.float32),
+        ({}, "float16", "auto", torch.float32),
+        ({"avx512_bf16": False}, "bfloat16", "auto", torch.float32),
+        (BF16, "bfloat16", "auto", torch.bfloat16),
+        ({"amx_bf16": True}, "bfloat16", "auto", torch.bfloat16),
+        ({}, "float64", "auto", torch.float64),
+        ({}, "bfloat16", "bfloat16", torch.bfloat16),
+        ({}, "bfloat16", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_auto_is_float32_on_a_cpu_without_bfloat16_instructions(
+    capabilities, stored, asked, loaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    small_model().to(getattr(torch, stored)).save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert load(found, dtype=asked).dtype is loaded
+    on_gpu = dtype_for(found, asked, "cuda")
+    assert on_gpu == asked, "a GPU keeps the weights' own"
+
+
+def test_float32_in_place_of_auto_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    _tell_float32.cache_clear()
+    small_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    for dtype in ("auto", "auto", "float32"):
+        dtype_for(found, dtype, "cpu")
+    assert [record.name for record in caplog.records] == ["dftserve.lm"]
+    assert "computed with in float32" in caplog.text
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_without_a_tensor_are_refused_by_its_name(tied, tmp_path):
     base = save_model(tmp_path / "base", tied=tied)
@@ -236,6 +274,22 @@ def test_weights_without_a_place_are_refused_by_their_name(tmp_path):
     edited(base, "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"no place for: model\.layers\.1"):
         load(examine(base), dtype=torch.float32)
+
+
+def test_a_family_that_zeroes_a_loaded_row_is_refused_with_what_to_do(tmp_path):
+    """Youtu's initialiser zeroes the padding token's row of a model that was loaded."""
+    torch.manual_seed(0)
+    small = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16, "qk_nope_head_dim": 8}
+    given = {**SMALL, **small, "qk_rope_head_dim": 8, "pad_token_id": 3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("youtu", **given))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = 1.0
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'padding token, 3, .* to zero.*"pad_token_id": null'):
+        load(examine(tmp_path), dtype=torch.float32)
+    edited(tmp_path, "config.json", pad_token_id=None)
+    loaded = load(examine(tmp_path), dtype=torch.float32)
+    assert bool((loaded.get_input_embeddings().weight[3] == 1.0).all())
 
 
 def test_an_index_that_names_a_shard_that_is_not_there(tmp_path):

@@ -38,10 +38,12 @@ def params(diversity=WORDS):
     return SamplingParams(temperature=0.9, extra_args={"diversity": diversity})
 
 
-def expected(logits_RV, last, *, divided=1.0, diversity=WORDS):
+def expected(logits_RV, last, *, logits_divisor=1.0, diversity=WORDS):
     """The rows after these tokens, by the transform itself."""
     after_RV = logits_RV.clone()
-    row = control_row(parse(diversity), temperature=0.9, divided=divided, stop_ids=frozenset())
+    row = control_row(
+        parse(diversity), temperature=0.9, logits_divisor=logits_divisor, stop_ids=frozenset()
+    )
     controls = Controls.stack([row] * len(after_RV)).after(torch.tensor(last))
     transform(after_RV, controls, None, get_backend("cpu", token_classes=CLASSES))
     return after_RV
@@ -57,9 +59,9 @@ def test_v1_reads_the_prompt_s_last_token_and_then_the_output_s():
         logits_RV = torch.randn(2, V)
         after_RV = logits_RV.clone()
         processor.apply(after_RV)
-        assert torch.equal(after_RV, expected(logits_RV, last, divided=0.9))
+        assert torch.equal(after_RV, expected(logits_RV, last, logits_divisor=0.9))
         other = [token + 2 for token in last]
-        assert not torch.equal(after_RV, expected(logits_RV, other, divided=0.9))
+        assert not torch.equal(after_RV, expected(logits_RV, other, logits_divisor=0.9))
         for output, token in zip(outputs, {3: [9, 1], 9: [11, 2]}.get(last[0], []), strict=False):
             output.append(token)
     assert processor.stats.faults == 0
@@ -72,7 +74,7 @@ def test_v1_takes_a_prompt_of_embeddings_as_outside_a_word():
     logits_RV = torch.randn(1, V)
     after_RV = logits_RV.clone()
     processor.apply(after_RV)
-    assert torch.equal(after_RV, expected(logits_RV, [-1], divided=0.9))
+    assert torch.equal(after_RV, expected(logits_RV, [-1], logits_divisor=0.9))
 
 
 def test_v2_reads_each_row_s_input_drafts_included():

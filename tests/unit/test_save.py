@@ -147,12 +147,21 @@ def test_a_family_that_does_not_keep_documents_apart_is_trained_unpacked(run, tm
     planned = plan_of(config)
     assert planned.rows == planned.documents
     assert "one document a row" in planned.shown()
+    assert "computed in fp32\n" in planned.shown()
     final = train(config)
     assert "one document a row, not packed: a document's log-prob" in capsys.readouterr().err
     told = json.loads((final / "run.json").read_text())["data"]["packing"]
     assert told["used"] is False
     assert told["refused_because"]
     assert plan_of(run).not_packed_because is None
+
+
+def test_a_plan_says_where_bfloat16_has_no_instructions(run, monkeypatch):
+    bf16 = replace(run, precision="bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert "no instructions: fp32 is many times as fast" in plan_of(bf16).shown()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
+    assert plan_of(bf16).precision == "bf16"
 
 
 def test_an_unpacked_batch_is_each_document_alone(store):

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,6 +145,56 @@ def test_the_engine_of_this_environment_comes_before_the_path(stand_in, tmp_path
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert Path(launch("m").argv[0]).parent == Path(sysconfig.get_path("scripts"))
+
+
+@pytest.fixture
+def without_bf16(tmp_path, monkeypatch):
+    """A folder with a model, a vLLM beside this Python, no accelerator and a CPU without bf16."""
+    command = tmp_path / "vllm"
+    command.write_text("")
+    command.chmod(0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}')
+    return folder
+
+
+def test_a_cpu_without_bfloat16_instructions_serves_in_float32_and_says_so(without_bf16, caplog):
+    command = launch(str(without_bf16), ["--max-model-len", "512"])
+    assert command.argv[3:] == ("--max-model-len", "512", "--dtype", "float32")
+    assert "--dtype float32" in command.shown()
+    assert "Give --dtype to choose another" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags", [["--dtype", "bfloat16"], ["--dtype=auto"], ["--config", "vllm.yaml"], ["-q", "awq"]]
+)
+def test_the_users_own_dtype_stays(flags, without_bf16, caplog):
+    assert launch(str(without_bf16), flags).argv[3:] == tuple(flags)
+    assert not caplog.text
+
+
+def test_float32_is_not_chosen_elsewhere(without_bf16, tmp_path, monkeypatch):
+    def chosen(model: Path | str = without_bf16) -> bool:
+        return "float32" in launch(str(model)).argv
+
+    assert chosen()
+    assert not chosen("org/model"), "a model that is not here may be quantised"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+        assert not chosen()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        assert not chosen()
+    with monkeypatch.context() as patch:
+        patch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "nowhere"))
+        patch.setenv("PATH", str(tmp_path))
+        assert not chosen(), "a vLLM of another environment may have another device"
+    (without_bf16 / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    assert not chosen()
 
 
 # running

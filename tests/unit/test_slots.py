@@ -30,7 +30,7 @@ def statistics_of(entropies):
 
 def controls_of(target, rows):
     diversity = parse({"law": "budget", "target_entropy": target})
-    row = control_row(diversity, temperature=1.0, divided=1.0, stop_ids=frozenset())
+    row = control_row(diversity, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
     return Controls.stack([row] * rows)
 
 
@@ -194,7 +194,8 @@ def test_an_invalid_row_of_a_prompt_is_not_counted(kind):
 @KINDS
 def test_rows_of_no_budget_keep_their_level(kind):
     rows = [
-        control_row(parse(d), temperature=1.0, divided=1.0, stop_ids=frozenset()) for d in ASKED
+        control_row(parse(d), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
+        for d in ASKED
     ]
     controls, slots = Controls.stack(rows), kind(2, 1, "cpu")
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)

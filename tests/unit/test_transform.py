@@ -43,7 +43,9 @@ def batches(draw, max_rows=6):
 
 def controls_of(asked, *, divide=False):
     rows = [
-        control_row(parse(diversity), temperature=t, divided=t if divide else 1.0, stop_ids=stops)
+        control_row(
+            parse(diversity), temperature=t, logits_divisor=t if divide else 1.0, stop_ids=stops
+        )
         for diversity, t, stops in asked
     ]
     return Controls.stack(rows)
@@ -194,7 +196,7 @@ def test_an_even_choice_of_two_is_hardly_heated_and_one_of_a_hundred_is():
 
 def test_temperature_zero_is_refused():
     with pytest.raises(ValueError, match="above 0"):
-        control_row(parse(0.5), temperature=0.0, divided=1.0, stop_ids=frozenset())
+        control_row(parse(0.5), temperature=0.0, logits_divisor=1.0, stop_ids=frozenset())
 
 
 @pytest.mark.long

@@ -70,7 +70,7 @@ def controls_of(rows, stop_counts=(1,)):
         control_row(
             parse({"law": "budget", "target_entropy": 1.5}),
             temperature=0.8,
-            divided=1.0,
+            logits_divisor=1.0,
             stop_ids=frozenset(range(stop_counts[r % len(stop_counts)])),
         )
         for r in range(rows)

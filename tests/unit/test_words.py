@@ -63,7 +63,9 @@ def batches(draw, max_rows=6):
 
 def controls_of(asked, last, *, divide=False):
     rows = [
-        control_row(parse(diversity), temperature=t, divided=t if divide else 1.0, stop_ids=stops)
+        control_row(
+            parse(diversity), temperature=t, logits_divisor=t if divide else 1.0, stop_ids=stops
+        )
         for diversity, t, stops in asked
     ]
     return Controls.stack(rows).after(torch.tensor(last))

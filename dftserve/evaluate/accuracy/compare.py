@@ -14,9 +14,9 @@ import numpy as np
 from dftserve.evaluate.accuracy.grade import CUT, UNREADABLE
 from dftserve.evaluate.metrics import intervals
 from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.text.thinking import CUT_NOTE
 
 COLUMNS = ("diversity", "questions", "accuracy", "unreadable", "cut", "difference to 0", "p")
-CUT_NOTE = "cut: answers that ended in their thinking; give them more tokens (--max-tokens)."
 
 
 @dataclass(frozen=True)

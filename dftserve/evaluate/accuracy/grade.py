@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from dftserve.evaluate.accuracy import extract
-from dftserve.evaluate.accuracy.thinking import is_cut
+from dftserve.evaluate.text.thinking import is_cut
 
 UNREADABLE = "unreadable"
 """Judged of an answer in which no letter, number or function was found."""

@@ -18,6 +18,7 @@ from dftserve.evaluate.benchmark.tasks import Missing, Task
 from dftserve.evaluate.generate.grid import samples_by_level
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.report import html
+from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.evaluate.text.windows import Sample
 
 PROMPTS = "prompts.jsonl"
@@ -59,6 +60,8 @@ class Meaning:
     wording: Estimate | None
     """P: 1 as varied as people, 0 for copies."""
     slot_errors: Estimate
+    cut: int = 0
+    """Answers that ended in their thinking, which are left out."""
 
 
 def run(job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]) -> None:
@@ -119,11 +122,19 @@ def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
     found = [_measured(None, people, people, meanings)]
-    for level, answers in samples_by_level(folder):
-        found.append(_measured(level, _by_prompt(answers), people, meanings))
+    for level in samples_by_level(folder):
+        if not level.samples:
+            raise ValueError(
+                f"diversity {html.render(level.diversity)}: all {level.cut} answers ended in their "
+                "thinking; give them more tokens (`--max-tokens`)."
+            )
+        measured = _measured(level.diversity, _by_prompt(level.samples), people, meanings)
+        found.append(replace(measured, cut=level.cut))
     document = json.dumps([asdict(each) for each in found], ensure_ascii=False, indent=1)
     atomic.write_text(folder / MEANING, document + "\n")
-    return "\n".join([f"{'':24}{'wording, human = 1':>24}{'slot errors':>24}", *map(_line, found)])
+    head = f"{'':24}{'wording, human = 1':>24}{'slot errors':>24}{'cut':>8}"
+    lines = [head, *map(_line, found)]
+    return "\n".join([*lines, CUT_NOTE] if any(each.cut for each in found) else lines)
 
 
 def _measured(
@@ -150,7 +161,8 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[str]]:
 def _line(found: Meaning) -> str:
     name = "human" if found.diversity is None else f"diversity {html.render(found.diversity)}"
     wording = "1" if found.wording is None else found.wording.render()
-    return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}"
+    cut = "" if found.diversity is None else f"{found.cut}"
+    return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}{cut:>8}".rstrip()
 
 
 def _written(folder: Path, task: Task) -> Path:

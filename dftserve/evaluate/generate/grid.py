@@ -14,6 +14,7 @@ from dftserve import atomic
 from dftserve.bounded_files import read_json, shaped_as
 from dftserve.evaluate.generate.answers import AnswerStore, read
 from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.thinking import after_thinking, is_cut
 from dftserve.evaluate.text.windows import Sample
 from dftserve.openai_client import Server, ServerError, ask_all
 from dftserve.spec import parse
@@ -101,7 +102,8 @@ class Answer:
     level: int
     place: int
     sample: int
-    text: str
+    text: str | None
+    """As the server gave it; None: `message.content` was null."""
     finish_reason: str | None
     tokens: int
     figures: dict[str, float] | None
@@ -110,6 +112,27 @@ class Answer:
     @property
     def key(self) -> tuple[int, int, int]:
         return self.level, self.place, self.sample
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended in its thinking: there is no text to measure."""
+        return is_cut(self.text)
+
+    @property
+    def said(self) -> str:
+        """The text without the thinking before it."""
+        return after_thinking(self.text)
+
+
+@dataclass(frozen=True)
+class LevelSamples:
+    """What a folder holds of one diversity."""
+
+    diversity: Any
+    samples: tuple[Sample, ...]
+    """Answers that say something."""
+    cut: int
+    """Answers that ended in their thinking, which are left out."""
 
 
 def generate(
@@ -151,7 +174,7 @@ def count_answers(folder: Path) -> int:
     return len(read(folder / ANSWERS, Answer))
 
 
-def samples_by_level(folder: Path) -> list[tuple[Any, list[Sample]]]:
+def samples_by_level(folder: Path) -> list[LevelSamples]:
     """The answers that a folder holds, by the diversity that they were asked at.
 
     Raises:
@@ -162,10 +185,17 @@ def samples_by_level(folder: Path) -> list[tuple[Any, list[Sample]]]:
         raise ValueError(f"{folder}: no {ASKED}; accepted: the OUT of `dftserve evaluate`.")
     with shaped_as(folder, "the OUT of `dftserve evaluate`"):
         prompts = [prompt["text"] for prompt in asked["prompts"]]
-        levels: list[tuple[Any, list[Sample]]] = [(level, []) for level in asked["grid"]]
+        levels: list[list[Answer]] = [[] for _ in asked["grid"]]
         for answer in read(folder / ANSWERS, Answer):
-            levels[answer.level][1].append(Sample(answer.text, prompts[answer.place]))
-    return levels
+            levels[answer.level].append(answer)
+        return [
+            LevelSamples(
+                diversity,
+                tuple(Sample(a.said, prompts[a.place]) for a in answers if not a.is_cut),
+                sum(answer.is_cut for answer in answers),
+            )
+            for diversity, answers in zip(asked["grid"], levels, strict=True)
+        ]
 
 
 def read_asked(folder: Path) -> dict[str, Any] | None:
@@ -217,7 +247,7 @@ async def _ask(
     figures = (report or {}).get("choices") or [None]
     return Answer(
         *request.key,
-        text=choice.message.content or "",
+        text=choice.message.content,
         finish_reason=choice.finish_reason,
         tokens=answer.usage.completion_tokens if answer.usage else 0,
         figures=figures[0],

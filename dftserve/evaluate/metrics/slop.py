@@ -20,7 +20,7 @@ from dftserve.bounded_files import parse_json, read_text
 from dftserve.evaluate.metrics.intervals import Estimate, over_units
 from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
-OURS = Path(__file__).with_name("phrases.txt")
+OURS = Path(__file__).parents[1] / "text" / "phrases.txt"
 LARGEST = 64 << 20
 """Bytes of a file of phrases."""
 PER = 1000

@@ -22,7 +22,8 @@ def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS)
     """Answers of an evaluation at one diversity, each with a person's answer to the same prompt.
 
     No text comes twice, or a judge would know it again: a prompt gives as many pairs as the side
-    that has fewer texts. Texts shorter than `words` are left out.
+    that has fewer texts. Texts shorter than `words`, and answers that ended in their thinking, are
+    left out.
 
     Args:
         folder: the OUT of `dftserve evaluate`.
@@ -32,9 +33,9 @@ def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS)
         ValueError: no evaluation there, a diversity that it did not ask, or no pair.
     """
     levels = samples_by_level(folder)
-    at = [samples for level, samples in levels if level == diversity]
+    at = [level.samples for level in levels if level.diversity == diversity]
     if not at:
-        grid = ", ".join(json.dumps(level) for level, _ in levels)
+        grid = ", ".join(json.dumps(level.diversity) for level in levels)
         raise ValueError(f"diversity: got {diversity:g}; accepted: one of {grid}.")
     people = _by_prompt(Windows.of(human_samples(human), words).whole())
     model = _by_prompt(Windows.of(at[0], words).whole())

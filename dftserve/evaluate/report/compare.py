@@ -92,7 +92,7 @@ def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
 def _rows(a: Mapping, b: Mapping, human: Mapping) -> tuple[Row, ...]:
     scores = a["side"]["score"], b["side"]["score"], human["score"]
     return (
-        _score_row(*scores),
+        _score_row(*scores, paired=not (a["cut"] or b["cut"])),
         *(_part_row(title, *(score[name] for score in scores)) for name, title in PARTS.items()),
         *(
             _measure_row(name, a["side"]["measures"], b["side"]["measures"], human["measures"])
@@ -102,11 +102,11 @@ def _rows(a: Mapping, b: Mapping, human: Mapping) -> tuple[Row, ...]:
     )
 
 
-def _score_row(a: Mapping, b: Mapping, human: Mapping) -> Row:
-    """Paired: the resamples of both runs are the same prompts or texts."""
+def _score_row(a: Mapping, b: Mapping, human: Mapping, *, paired: bool) -> Row:
+    """Paired where the resamples of both runs are the same prompts or texts: no answer is cut."""
     first, second = _estimate(a["sds"]), _estimate(b["sds"])
     value = second.value - first.value
-    if a["drawn"] and len(a["drawn"]) == len(b["drawn"]):
+    if paired and a["drawn"] and len(a["drawn"]) == len(b["drawn"]):
         apart = estimate(value, np.array(b["drawn"]) - np.array(a["drawn"]))
     else:
         apart = difference(first, second)

@@ -14,6 +14,7 @@ from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.sds import Score
 from dftserve.evaluate.metrics.suite import MEASURES
 from dftserve.evaluate.report.results import BIN_NATS, Entropy, Level, Result
+from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.page import bars, joined, note, page, section, table
 
 REPORT = "report.html"
@@ -38,7 +39,7 @@ def as_html(result: Result) -> str:
         section("Diversity against distance to human text", _plot(result)),
         section("The score and its parts", table(_head(result), _score_rows(result), (0, 1))),
         section("Every measure", table(_head(result), _measure_rows(result), (0, 1))),
-        section("At each diversity", table(_RUN_HEAD, map(_run_row, result.levels))),
+        section("At each diversity", table(_RUN_HEAD, map(_run_row, result.levels)), note(_ENDS)),
         *(_entropies(level) for level in result.levels if level.entropy is not None),
         section("Phrases that the most texts have", _phrases(result)),
         section("The same prompts", note(_cut(result)), *_samples(result)),
@@ -52,6 +53,12 @@ def as_text(result: Result) -> str:
         lines.append(_columns(title, cells))
     for title, *cells in ([row[0], *row[2:]] for row in _measure_rows(result)):
         lines.append(_columns(title, cells))
+    for title in ("cut", "unfinished"):
+        counts = [getattr(level, title) for level in result.levels]
+        if any(counts):
+            lines.append(_columns(title, ["–", *map(str, counts)]))
+    if any(level.cut for level in result.levels):
+        lines.append(CUT_NOTE)
     return "\n".join(lines)
 
 
@@ -123,7 +130,14 @@ def _measure_rows(result: Result) -> list[list[str]]:
     ]
 
 
-_RUN_HEAD = ("diversity", "texts", "too short", "unfinished", "tokens", "entropy, nats", "T")
+_RUN_HEAD = (
+    *("diversity", "texts", "too short", "cut", "unfinished"),
+    *("tokens", "entropy, nats", "T"),
+)
+_ENDS = (
+    f"{CUT_NOTE} They are in no measure. unfinished: texts that ended at the bound on their "
+    "tokens; their first words are measured."
+)
 
 
 def _run_row(level: Level) -> list[str]:
@@ -132,6 +146,7 @@ def _run_row(level: Level) -> list[str]:
         render(level.diversity),
         f"{level.side.score.texts}",
         f"{level.side.score.short}",
+        f"{level.cut}",
         f"{level.unfinished}",
         level.tokens.render(0),
         "off" if entropy is None else f"{entropy.before.render()} → {entropy.after.render()}",
@@ -169,12 +184,16 @@ def _samples(result: Result) -> list[Markup]:
     for place, (prompt, _) in enumerate(result.levels[0].samples):
         texts = joined(
             Markup('<div class="sample"><b>diversity {}</b>\n\n{}</div>').format(
-                render(level.diversity), level.samples[place][1]
+                render(level.diversity), _shown(level.samples[place][1])
             )
             for level in result.levels
         )
         parts.append(Markup('<h3>{}</h3><div class="side">{}</div>').format(prompt[:300], texts))
     return parts
+
+
+def _shown(text: str | None) -> str:
+    return "(ended in its thinking)" if text is None else text
 
 
 # ── The plot ─────────────────────────────────────────────────────────────────────────────────────

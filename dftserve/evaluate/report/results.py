@@ -50,12 +50,15 @@ class Level:
     side: Side
     tokens: Estimate
     """Of an answer."""
+    cut: int
+    """Answers that ended in their thinking; they are in no measure."""
     unfinished: int
-    """Answers that ended at `max_tokens`."""
+    """Of the others, those that ended at `max_tokens`; their first words are measured."""
     entropy: Entropy | None
     """None where the field was off."""
-    samples: tuple[tuple[str, str], ...]
-    """Some prompts and an answer to each, the same prompts at every level."""
+    samples: tuple[tuple[str, str | None], ...]
+    """Some prompts and an answer to each, None for one that was cut; the same prompts at every
+    level."""
 
 
 @dataclass(frozen=True)

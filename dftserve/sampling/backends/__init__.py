@@ -133,7 +133,7 @@ def _control_rows(rows: int, stop_count: int) -> list[ControlRow]:
     many = frozenset(range(3, 3 + 15 * stop_count, 15))
     stops = [many if row == 1 else frozenset({3}) for row in range(rows)]
     return [
-        control_row(diversity, temperature=0.8, divided=1.0, stop_ids=ids)
+        control_row(diversity, temperature=0.8, logits_divisor=1.0, stop_ids=ids)
         for diversity, ids in zip(laws, stops, strict=True)
     ]
 
@@ -142,7 +142,7 @@ def _same_slots(found: BackendClass, device: torch.device) -> bool:
     """A new request and a resumed one, of two rows each; one token is accepted at every step, and
     they are steered before the end."""
     diversity = parse({"law": "budget", "target_entropy": 1.5})
-    row = control_row(diversity, temperature=1.0, divided=1.0, stop_ids=frozenset())
+    row = control_row(diversity, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
     controls = Controls.stack([row] * 4, device)
     slot_R, offset_R = torch.tensor([[2, 2, 0, 0], [0, 1, 0, 1]], device=device)
     samples_R = torch.ones(4, dtype=torch.bool, device=device)

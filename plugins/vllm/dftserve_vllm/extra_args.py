@@ -62,10 +62,10 @@ def is_greedy(params: "SamplingParams") -> bool:
     return params.temperature < GREEDY_BELOW
 
 
-def active(params: "SamplingParams", *, divided: bool) -> Active | None:
+def active(params: "SamplingParams", *, temperature_applied: bool) -> Active | None:
     """What to do for a request, or None where its rows are to stay as they are.
 
-    `divided` tells whether the engine has divided the rows by the temperature already.
+    `temperature_applied`: the engine has divided the rows by the temperature already.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
     if carried.get(DIVERSITY) is None or is_greedy(params):
@@ -77,7 +77,7 @@ def active(params: "SamplingParams", *, divided: bool) -> Active | None:
     controls = control_row(
         diversity,
         temperature=params.temperature,
-        divided=params.temperature if divided else 1.0,
+        logits_divisor=params.temperature if temperature_applied else 1.0,
         stop_ids=frozenset(stops or ()),
     )
     return Active(diversity, controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))

@@ -63,7 +63,7 @@ class DiversityProcessor(*_BASES):
         """
         if is_disabled():
             return
-        asked = active(sampling_params, divided=False)
+        asked = active(sampling_params, temperature_applied=False)
         if asked is not None and (reason := engine.refusal_of(asked.diversity)):
             raise ValueError(f"diversity: {reason}")
 

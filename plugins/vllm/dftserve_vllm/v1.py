@@ -94,7 +94,7 @@ class V1Processor(LogitsProcessor):
     def _add(
         self, index: int, params: "SamplingParams", prompt_end: int, output_ids: list[int]
     ) -> None:
-        asked = active(params, divided=True)
+        asked = active(params, temperature_applied=True)
         if asked is None:
             return
         slot = self._free.pop()

@@ -54,7 +54,7 @@ class V2Processor(LogitsProcessor):
         return bool(self._is_active[req_idx])
 
     def _open(self, slot: int, sampling_params: "SamplingParams") -> bool:
-        asked = active(sampling_params, divided=False)
+        asked = active(sampling_params, temperature_applied=False)
         if asked is None:
             self.stats.close(slot)
             return False

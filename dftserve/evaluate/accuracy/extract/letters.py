@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dftserve.evaluate.accuracy.thinking import after_thinking, before_next_question
+from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
 LATEX_TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit|bf|rm|operatorname)\s*"

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dftserve.evaluate.accuracy.thinking import after_thinking
+from dftserve.evaluate.text.thinking import after_thinking
 
 _TOKEN = re.compile(r"(?:<\|[\w▁|-]*\|?>|</s>|<eos>|<end_of_turn>|<｜[^｜\n]*｜>)\s*")
 _FENCE = re.compile(

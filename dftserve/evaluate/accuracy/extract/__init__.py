@@ -8,8 +8,8 @@ None is an answer that cannot be read, which is not a wrong one. Standard librar
 environment, which has not this package's dependencies, loads it too.
 """
 
-from dftserve.evaluate.accuracy.extract_code import code
-from dftserve.evaluate.accuracy.extract_letter import choice
-from dftserve.evaluate.accuracy.extract_number import number
+from dftserve.evaluate.accuracy.extract.functions import code
+from dftserve.evaluate.accuracy.extract.letters import choice
+from dftserve.evaluate.accuracy.extract.numbers import number
 
 __all__ = ["choice", "code", "number"]

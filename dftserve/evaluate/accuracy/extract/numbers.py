@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from dftserve.evaluate.accuracy.extract_letter import (
+from dftserve.evaluate.accuracy.extract.letters import (
     CONDITION,
     DENIED,
     LATEX_TEXT,
@@ -16,7 +16,7 @@ from dftserve.evaluate.accuracy.extract_letter import (
     STRUCK,
     sentence_before,
 )
-from dftserve.evaluate.accuracy.thinking import after_thinking, before_next_question
+from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
 _BLANKS = "  \u2007\u2009\u200a\u202f"
 _MINUS = "-−–‐‑﹣－"

@@ -1,10 +1,12 @@
 """What of an answer is said: not the thinking before it, nor a next question behind it.
 
-Standard library only, as `extract`.
+Standard library only: `accuracy.extract` is loaded without this package's dependencies.
 """
 
 import re
 
+CUT_NOTE = "cut: answers that ended in their thinking; give them more tokens (--max-tokens)."
+"""Under a table with a column `cut`."""
 _THINKING = r"think|thinking|thought|reasoning|reflection|scratchpad"
 _OPENED = re.compile(rf"<(?:{_THINKING})>", re.IGNORECASE)
 _CLOSED = re.compile(rf"</(?:{_THINKING})>", re.IGNORECASE)
