@@ -239,14 +239,15 @@ def count_transforms() -> Calls:
     """Counts calls of the transform from here on."""
     from dftserve_vllm import request_stats
 
-    calls, transform = Calls(), getattr(request_stats.transform, "counted", request_stats.transform)
+    now = request_stats.transform_step
+    calls, transform_step = Calls(), getattr(now, "counted", now)
 
     def counting(*args: Any) -> Any:
         calls.count += 1
-        return transform(*args)
+        return transform_step(*args)
 
-    counting.counted = transform  # type: ignore[attr-defined]
-    request_stats.transform = counting
+    counting.counted = transform_step  # type: ignore[attr-defined]
+    request_stats.transform_step = counting
     return calls
 
 

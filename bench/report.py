@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_table
+
 import client_table
 from ratios import shown
 
@@ -20,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> None:
     for name in TABLES:
+        if name in OPTIONAL and not (RESULTS / f"{name}.json").exists():
+            continue
         place = ROOT / PLACES.get(name, "README.md")
         place.write_text(written(place.read_text(), name))
 
@@ -263,12 +267,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
     "families": families,
+    "gpu": gpu_table.table,
 }
+OPTIONAL = {"gpu"}
+"""Tables of what not every machine can measure: without a result their place stays as it is."""
 PLACES = {
     "clients": "docs/clients.md",
     "families": "docs/training.md",
     **dict.fromkeys(
-        ("overhead", "served", "sampler", "train_cost", "sds_validation"), "docs/results.md"
+        ("overhead", "served", "sampler", "train_cost", "sds_validation", "gpu"),
+        "docs/results.md",
     ),
 }
 """Where a table stands that is not the README's."""

@@ -14,10 +14,11 @@ from dftserve import spec
 from dftserve.sampling import (
     Controls,
     Statistics,
+    Step,
     TokenClasses,
     control_row,
     get_backend,
-    transform,
+    transform_step,
 )
 
 NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks texts. Leave it out."
@@ -86,21 +87,16 @@ class DiversityProcessor(LogitsProcessor):
         self._length = length
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
-        controls = self._slots.commit_accepted(
-            self._controls, self._slot_R, position_R, self._zero_R
-        )
-        if self._reads_last_token:
-            controls = controls.after(input_ids[:, -1])
-        self.statistics = transform(logits_RV, controls, None, self._backend)
-        samples_R = torch.ones_like(self._slot_R, dtype=torch.bool)
-        self._slots.stage_step(self._slot_R, position_R, self._zero_R, samples_R, self.statistics)
+        last_token_R = input_ids[:, -1].int() if self._reads_last_token else None
+        step = Step(self._controls, self._slot_R, position_R, self._zero_R, last_token_R)
+        self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
         return cast(torch.FloatTensor, logits_RV)
 
     def _begin(self, rows: int, device: torch.device) -> None:
         self._backend = get_backend(device, token_classes=self._token_classes)
         self._slots = self._backend.create_slots(rows, 1)
         self._slot_R = torch.arange(rows, device=device)
-        self._zero_R = torch.zeros_like(self._slot_R)
+        self._zero_R = torch.zeros_like(self._slot_R, dtype=torch.int32)
         self._controls = Controls.stack([self._row] * rows, device)
 
 

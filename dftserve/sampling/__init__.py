@@ -4,11 +4,13 @@ Shapes by suffix: R logits rows, V padded vocabulary, K support (in slots.py: ro
 E stop tokens, S slots, F columns (of controls, or of statistics).
 """
 
-from dftserve.sampling.api import transform
+from dftserve.sampling.api import transform, transform_step
 from dftserve.sampling.backends import get_backend
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.controls import ControlRow, Controls, LawConstants, control_row
+from dftserve.sampling.slot_controls import SlotControls
 from dftserve.sampling.slots import Slots, SlotStatistics
+from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
@@ -17,11 +19,14 @@ __all__ = [
     "ControlRow",
     "Controls",
     "LawConstants",
+    "SlotControls",
     "SlotStatistics",
     "Slots",
     "Statistics",
+    "Step",
     "TokenClasses",
     "control_row",
     "get_backend",
     "transform",
+    "transform_step",
 ]

@@ -1,4 +1,4 @@
-"""The entry point of every adapter (transformers, vLLM's V1 and V2 runners): arguments are checked
+"""The entry points of every adapter (transformers, vLLM's V1 and V2 runners): arguments are checked
 here, and a backend does the work. No adapter repeats the maths."""
 
 import torch
@@ -7,6 +7,8 @@ from torch import Tensor
 from dftserve.sampling.backends import get_backend
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.controls import Controls
+from dftserve.sampling.slots import Slots
+from dftserve.sampling.step import Step
 from dftserve.sampling.transform import Statistics
 
 
@@ -40,11 +42,7 @@ def transform(
             int64, or not as many as rows of controls; or these have last tokens, which the law
             `words` reads, and the backend has no token classes.
     """
-    if logits_XV.dtype != torch.float32 or logits_XV.dim() != 2 or logits_XV.stride(1) != 1:
-        raise ValueError(
-            f"logits: got {logits_XV.dtype}, shape {tuple(logits_XV.shape)}, strides "
-            f"{logits_XV.stride()}; accepted: a float32 matrix whose rows are contiguous."
-        )
+    _check_logits(logits_XV)
     if rows_R is not None and (rows_R.dtype != torch.int64 or rows_R.dim() != 1):
         raise ValueError(
             f"rows: got {rows_R.dtype}, shape {tuple(rows_R.shape)}; accepted: a list of int64."
@@ -53,9 +51,45 @@ def transform(
     if rows != asked:
         raise ValueError(f"rows: got {rows} and {asked} rows of controls; accepted: one for each.")
     backend = backend or get_backend(logits_XV.device)
-    if controls.last_token_R is not None and backend.token_classes is None:
+    _check_classes(controls.last_token_R, backend)
+    return backend(logits_XV, controls, rows_R)
+
+
+def transform_step(logits_XV: Tensor, step: Step, slots: Slots, backend: Backend) -> Statistics:
+    """`transform` of a step's rows with what is remembered of their requests between steps: counts
+    the rows of the step before whose tokens turned out accepted, steers by them, rewrites this
+    step's rows, and stages their statistics.
+
+    Args:
+        logits_XV: as in `transform`.
+        slots: of `backend.create_slots`; a slot of the step's is one of these.
+
+    Returns:
+        As `transform`; an idle row counts as invalid.
+
+    Raises:
+        ValueError: as `transform`. A backend that checks the slots raises IndexError before it
+            writes anything; a GPU's does not look at them.
+    """
+    _check_logits(logits_XV)
+    rows = len(logits_XV)
+    if step.rows_R is None and len(step.slot_R) != rows:
+        raise ValueError(f"rows: got {rows} and {len(step.slot_R)} slots; accepted: one for each.")
+    _check_classes(step.last_token_R, backend)
+    return backend.step(logits_XV, step, slots)
+
+
+def _check_logits(logits_XV: Tensor) -> None:
+    if logits_XV.dtype != torch.float32 or logits_XV.dim() != 2 or logits_XV.stride(1) != 1:
+        raise ValueError(
+            f"logits: got {logits_XV.dtype}, shape {tuple(logits_XV.shape)}, strides "
+            f"{logits_XV.stride()}; accepted: a float32 matrix whose rows are contiguous."
+        )
+
+
+def _check_classes(last_token_R: Tensor | None, backend: Backend) -> None:
+    if last_token_R is not None and backend.token_classes is None:
         raise ValueError(
             "last tokens: got some, and a backend without token classes; give `get_backend` the "
             "`TokenClasses` of the model's tokenizer, which the law 'words' needs."
         )
-    return backend(logits_XV, controls, rows_R)

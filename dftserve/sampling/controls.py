@@ -16,6 +16,8 @@ from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import Diversity
 
 LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2, "words": 3}
+NO_LAW = -1
+"""As the law of a slot that holds no request."""
 
 NUMBERS = (
     "law",
@@ -184,6 +186,10 @@ class Controls:
     def after(self, last_token_R: Tensor) -> "Controls":
         """The same controls after these tokens, int64 [R]."""
         return Controls(self.numbers_RF, self.stop_ids_RE, last_token_R)
+
+    def holds_request(self) -> Tensor:
+        """bool: of controls by slot, whether each holds a request."""
+        return self.law_R != NO_LAW
 
     def with_level(self, level_R: Tensor) -> "Controls":
         """The same controls at other levels, in tensors of their own."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
 from dftserve.sampling.laws import steer
-from dftserve.sampling.staging import PinnedStaging
+from dftserve.sampling.staging import ALIGNMENT, PinnedStaging
 from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
@@ -66,13 +66,10 @@ def means(
     return [count, *(each / count for each in sums)] if count else None
 
 
-ALIGNMENT = 16
-"""Bytes: where each part of a `StatisticsLayout` begins, for kernels that load 16 at once."""
-
-
 @dataclass(frozen=True)
 class StatisticsLayout:
-    """How all slots' statistics lie in one block of memory, so that one copy takes them all."""
+    """How all slots' statistics lie in one block of memory, so that one copy takes them all; each
+    part begins where kernels may load 16 bytes at once."""
 
     slots: int
     rows_per_request: int
@@ -172,6 +169,8 @@ class Slots:
         self._level_S = torch.zeros(slots, device=device)
         self._steered_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._base_S = torch.full((slots,), NOTHING_WAITS, device=device)
+        counters = (self._level_S, self._steered_S, self._tokens_S, self._base_S)
+        self._state = (*counters, self._sums_SF, self._waiting_SKF, self.invalid)
         self._places_K = torch.arange(rows_per_request, device=device)
         self._staging = PinnedStaging(device)
         self._opened: dict[int, tuple[float, ...]] = {}
@@ -198,6 +197,12 @@ class Slots:
             missing = max(produced - int(resumed.tokens), 0)
             sums_F = (resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)).tolist()
         self._opened[slot] = (slot, produced, *sums_F)
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What a backend's kernels read and write: level_S, steered_S, tokens_S, base_S, sums_SF,
+        waiting_SKF, invalid."""
+        self._flush()
+        return self._state
 
     def _flush(self) -> None:
         """Begin the requests that were opened since."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Values = NDArray[np.generic] | list[int]
 
+ALIGNMENT = 16
+"""Bytes; see `to_device_together`."""
 SMALLEST = 4096
 """Bytes of a pinned buffer, at least: most of what a step sends fits."""
 
@@ -67,6 +69,20 @@ class PinnedStaging:
         sent, is_read = self._transport.send(_as_tensor(buffer, array))
         self._in_flight.append(_InFlight(buffer, is_read))
         return sent
+
+    def to_device_together(self, *arrays: NDArray[np.generic]) -> list[Tensor]:
+        """Copies of several arrays by one transfer; each begins where kernels may read 16 bytes at
+        once."""
+        starts, size = [], 0
+        for array in arrays:
+            starts.append(size)
+            size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        together = np.zeros(size, dtype=np.uint8)
+        for start, array in zip(starts, arrays, strict=True):
+            together[start : start + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
+        sent = self.to_device(together)
+        pairs = zip(starts, arrays, strict=True)
+        return [_as_tensor(sent[start:], array) for start, array in pairs]
 
     def _free_buffer(self, size: int) -> Tensor:
         """The longest in flight if it has been read and is large enough, else a new one."""

@@ -8,6 +8,7 @@ TEST_FAULT_FILE=F   while F exists, every call of the transform fails after comp
 TEST_HOOK_FAULT=H:K a fault where the plug-in meets vLLM: see hook_faults
 """
 
+import copy
 import importlib.util
 import os
 from pathlib import Path
@@ -46,24 +47,24 @@ def _no_triton_sampler(module):
 
 
 def _faulty(module):
-    transform = module.transform
+    transform_step = module.transform_step
     trigger = os.environ["TEST_FAULT_FILE"]
 
     def counted(name, times):
         with open(f"{name}.count", "ab") as count:
             count.write(b"." * times)
 
-    def failing(logits_XV, controls, rows_R, way):
+    def failing(logits_XV, step, slots, way):
         if os.path.exists(f"{trigger}.nan"):
-            counted(f"{trigger}.nan", len(logits_XV) if rows_R is None else len(rows_R))
-            return transform(logits_XV * float("nan"), controls, rows_R, way)
+            counted(f"{trigger}.nan", len(step.slot_R))
+            return transform_step(logits_XV * float("nan"), step, slots, way)
         if not os.path.exists(trigger):
-            return transform(logits_XV, controls, rows_R, way)
+            return transform_step(logits_XV, step, slots, way)
         counted(trigger, 1)
-        transform(logits_XV.clone(), controls, rows_R, way)
+        transform_step(logits_XV.clone(), step, copy.deepcopy(slots), way)
         raise RuntimeError("an injected fault")
 
-    module.transform = failing
+    module.transform_step = failing
 
 
 def _when_imported():

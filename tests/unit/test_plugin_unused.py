@@ -93,11 +93,11 @@ def test_an_engine_keeps_one_backend_for_all_its_steps(monkeypatch):
     seen = []
     processors = [V1Processor(config(), torch.device("cpu"), False) for _ in range(2)]
 
-    def noting(logits_XV, controls, rows_R, backend):
+    def noting(logits_XV, step, slots, backend):
         seen.append(backend)
-        return backend(logits_XV, controls, rows_R)
+        return backend.step(logits_XV, step, slots)
 
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform", noting)
+    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", noting)
     for processor in processors:
         processor.update_state(v1_update([SamplingParams(extra_args={"diversity": 0.5})]))
         for _ in range(3):

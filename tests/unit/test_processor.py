@@ -2,15 +2,19 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.request_context import ChoiceStatistics
 from dftserve_vllm.v1 import V1Processor
+from dftserve_vllm.v2 import V2Processor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Base
+
+from dftserve.sampling.staging import PinnedStaging
 
 V = 50
 
@@ -136,7 +140,7 @@ def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
     def failing(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform", failing)
+    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", failing)
     logits_RV = torch.randn(1, V)
     before_RV = logits_RV.clone()
     assert torch.equal(processor.apply(logits_RV), before_RV)
@@ -199,3 +203,65 @@ def test_nan_rows_are_counted():
     processor = v1_with((params(0.5, "a"), []))
     processor.apply(torch.full((1, V), float("nan")))
     assert processor.stats.take_report().resolve().nan_rows == 1
+
+
+@pytest.fixture
+def v2():
+    known_S = torch.ones(4, dtype=torch.int32)
+    known = SimpleNamespace(np=known_S.numpy(), gpu=known_S)
+    states = SimpleNamespace(
+        max_num_reqs=4, device=torch.device("cpu"), prefill_len=known, prompt_len=known
+    )
+    return V2Processor(config(), states)
+
+
+def changed_by(v2, slots):
+    """Whether a step changes each of these slots' rows."""
+    context = SimpleNamespace(
+        idx_mapping_np=np.array(slots),
+        expanded_idx_mapping=torch.tensor(slots),
+        expanded_local_pos=torch.zeros(len(slots), dtype=torch.int32),
+        pos=torch.full((len(slots),), 5),
+        input_ids=torch.zeros(len(slots), dtype=torch.int32),
+    )
+    logits_RV = torch.randn(len(slots), V) * 3
+    after_RV = logits_RV.clone()
+    assert v2.apply(after_RV, context) is after_RV
+    return [not torch.equal(a, b) for a, b in zip(logits_RV, after_RV, strict=True)]
+
+
+def test_v2_changes_the_rows_of_the_requests_that_ask(v2):
+    """Also where a slot's former request had asked."""
+    assert v2.add_request(1, params(0.5, "a"))
+    assert v2.add_request(3, params(0.5, "b"))
+    v2.apply_staged_writes()
+    assert changed_by(v2, [3, 0, 1]) == [True, False, True]
+    assert not v2.add_request(3, SamplingParams())
+    v2.apply_staged_writes()
+    assert changed_by(v2, [3, 0, 1]) == [False, False, True]
+    assert v2.stats.faults == 0
+
+
+def test_v2_leaves_the_rows_of_controls_that_did_not_arrive(v2, monkeypatch):
+    """One fault, and the other requests go on."""
+    assert v2.add_request(1, params(0.5, "a"))
+    v2.apply_staged_writes()
+    assert v2.add_request(2, params(0.5, "b"))
+    monkeypatch.setattr(PinnedStaging, "to_device", breaking)
+    v2.apply_staged_writes()
+    monkeypatch.undo()
+    assert changed_by(v2, [1, 2]) == [True, False]
+    assert v2.stats.faults == 1
+
+
+def test_v2_changes_nothing_while_the_device_s_controls_are_not_the_host_s(v2, monkeypatch):
+    assert v2.add_request(1, params(0.5, "a"))
+    assert v2.add_request(2, params(0.5, "b"))
+    v2.apply_staged_writes()
+    assert changed_by(v2, [1, 2]) == [True, True]
+    assert not v2.add_request(2, SamplingParams())
+    monkeypatch.setattr(PinnedStaging, "to_device", breaking)
+    assert changed_by(v2, [1, 2]) == [False, False]
+    assert v2.stats.faults == 1
+    monkeypatch.undo()
+    assert changed_by(v2, [1, 2]) == [True, False]

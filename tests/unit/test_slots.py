@@ -1,13 +1,8 @@
 """What is remembered between steps, against a plain replay of the accepted tokens only.
 
-Every kind of slots passes the same tests. Triton decides at its import whether it interprets, so
-its kind is tested in a process of its own, by the last test of all.
-"""
+What kernels make of the same steps is tested against these slots: test_steps.py."""
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +12,6 @@ from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, Slots, Statistics, control_row
 from dftserve.sampling.backends.numba_slots import NumbaSlots
-from dftserve.sampling.backends.triton_slots import TritonSlots
 from dftserve.sampling.controls import DEFAULT_CONSTANTS
 from dftserve.spec import parse
 
@@ -44,8 +38,7 @@ def replay(entropies, target, constants=DEFAULT_CONSTANTS):
     return level if len(entropies) >= constants.budget_open_loop else 0.0
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KINDS = pytest.mark.parametrize("kind", [TritonSlots] if INTERPRETED else [Slots, NumbaSlots])
+KINDS = pytest.mark.parametrize("kind", [Slots, NumbaSlots])
 
 
 @KINDS
@@ -210,7 +203,6 @@ def test_rows_of_no_budget_keep_their_level(kind):
 ASKED = ({"level": 0.25}, {"law": "budget", "target_entropy": 1.0})
 
 
-@pytest.mark.skipif(INTERPRETED, reason="another kind is under test")
 @pytest.mark.parametrize(("slot", "offset"), [(-1, 0), (2, 0), (0, 1), (0, -1)])
 def test_a_slot_that_is_not_there_is_refused(slot, offset):
     """The kernels check no other index."""
@@ -219,16 +211,3 @@ def test_a_slot_that_is_not_there_is_refused(slot, offset):
         slots.commit_accepted(
             controls_of(1.0, 1), torch.tensor([slot]), *torch.tensor([[3], [offset]])
         )
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_the_triton_kernels_pass_the_same_tests_interpreted():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "12 passed, 5 skipped" in done.stdout

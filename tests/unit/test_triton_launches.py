@@ -4,13 +4,19 @@ they compute is tested by the interpreter (test_backend_triton.py, test_slots.py
 
 import math
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from dftserve_vllm.v1 import V1Processor
+from dftserve_vllm.v2 import V2Processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import language as tl
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
-from dftserve.sampling import Controls, control_row
+from dftserve.sampling import Controls, Step, TokenClasses, control_row
 from dftserve.sampling.backends import self_check
 from dftserve.sampling.backends.triton import TritonBackend
 from dftserve.spec import parse
@@ -20,18 +26,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets: nothing is compiled", allow_module_level=True)
 
 CPU = torch.device("cpu")
-LAUNCHED = {"_maxima", "_decide", "_write", "_commit_accepted", "_stage_step", "_open"}
+STEP = ["_maxima", "_decide", "_write"]
+LAUNCHED = {*STEP, "_open"}
 OTHER_TYPES = {
-    **dict.fromkeys(("rows", "stop_ids", "last_token", "slot", "position", "offset"), "*i64"),
+    **dict.fromkeys(("rows", "stop_ids", "slot", "position"), "*i64"),
     **dict.fromkeys(("steered", "tokens", "base", "invalid"), "*i64"),
-    **dict.fromkeys(("valid_rows", "samples", "valid"), "*u1"),
-    **dict.fromkeys(("stride", "vocabulary", "chunks", "width", "count", "known"), "i32"),
-    "rows_per_request": "i32",
-    "active": "*i32",
+    **dict.fromkeys(("offset", "last_token", "known", "active"), "*i32"),
+    **dict.fromkeys(("stride", "vocabulary", "chunks", "width", "count", "classified"), "i32"),
+    **dict.fromkeys(("rows_per_request", "has_slots", "has_idle_rows"), "i32"),
+    "valid_rows": "*u1",
     "classes": "*u8",
     "order": "*fp64",
 }
-"""Of arguments that are no pointers to float32. `rows` of slots is a number."""
+"""Of arguments that are no pointers to float32."""
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +61,10 @@ class Engine:
 
     def step(self, logits_XV, rows_R=None, stop_counts=(1,)):
         rows = len(logits_XV) if rows_R is None else len(rows_R)
-        controls = controls_of(rows, stop_counts)
         slot_R = torch.arange(rows) % 2
-        offset_R, samples_R = slot_R * 0, slot_R == 0
-        return lambda: self.run(logits_XV, rows_R, controls, (slot_R, slot_R, offset_R), samples_R)
-
-    def run(self, logits_XV, rows_R, controls, places, samples_R):
-        controls = self.slots.commit_accepted(controls, *places)
-        statistics = self.backend(logits_XV, controls, rows_R)
-        self.slots.stage_step(*places, samples_R, statistics)
+        zero_R = torch.zeros(rows, dtype=torch.int32)
+        step = Step(controls_of(2, stop_counts), slot_R, slot_R, zero_R, zero_R, rows_R)
+        return lambda: self.backend.step(logits_XV, step, self.slots)
 
 
 def controls_of(rows, stop_counts=(1,)):
@@ -78,7 +80,7 @@ def controls_of(rows, stop_counts=(1,)):
     return Controls.stack(made)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("vocabulary", [257, 4096], ids=["any V", "V=16n"])
 def test_every_kernel_is_compiled_once_and_launched_again(capability, vocabulary, cache):
     with fake_gpu(capability, cache) as gpu:
@@ -107,8 +109,6 @@ def test_arguments_have_the_types_that_the_kernels_read(gpu):
             expected = OTHER_TYPES.get(argument, "*fp32")
             if argument.isupper():
                 expected = "constexpr"
-            elif (name, argument) == ("_commit_accepted", "rows"):
-                expected = "i32"
             assert kind == expected, (name, argument)
 
 
@@ -134,7 +134,7 @@ def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
         (torch.randn(2, 50_257), None),
         (wide_XW[:, :50_257], some_R),
         (wide_XW[:, 1:], some_R),
-        (wide_XW[1:], torch.arange(8)[::2]),
+        (wide_XW[1:], torch.arange(9)[1:]),
         (torch.randn(64, 17), None),
         (torch.randn(1, 1), None),
     ]
@@ -144,6 +144,7 @@ def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
             engine.slots.open(0)
             engine.step(logits_XV, rows_R, stop_counts)()
             controls = controls_of(5).select(torch.arange(5)[1:2])
+            controls = controls.after(torch.arange(9)[5:6])
             engine.backend(logits_XV, controls, torch.arange(3)[1:2] * 0)
     assert len(gpu.launches) > launches
     assert gpu.loaded == loaded
@@ -152,7 +153,7 @@ def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
 class Work(TorchDispatchMode):
     """Operations of torch that are more than another view or room for a result."""
 
-    FREE = ("view", "slice", "select", "unbind", "empty", "empty_like", "as_strided", "detach")
+    FREE = ("view", "slice", "select", "unbind", "empty", "as_strided", "detach", "lift_fresh")
 
     def __init__(self):
         super().__init__()
@@ -166,7 +167,7 @@ class Work(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows_R", [None, torch.tensor([2, 0])], ids=["all", "some"])
-def test_a_steady_step_is_five_launches(gpu, rows_R):
+def test_a_steady_step_is_three_launches(gpu, rows_R):
     """Each costs the host tens of microseconds, whatever the batch."""
     engine = Engine()
     step = engine.step(torch.randn(3, 257), rows_R)
@@ -174,14 +175,88 @@ def test_a_steady_step_is_five_launches(gpu, rows_R):
     gpu.launches.clear()
     with Work() as work:
         step()
-    assert [name for name, _ in gpu.launches] == [
-        "_commit_accepted",
-        "_maxima",
-        "_decide",
-        "_write",
-        "_stage_step",
-    ]
+    assert [name for name, _ in gpu.launches] == STEP
     assert work.done == []
+
+
+CLASSES = TokenClasses(np.zeros(257, np.uint8))
+ASKED = ({"law": "words", "level": 0.5}, {"law": "budget", "target_entropy": 1.5}, 0.7)
+
+
+@pytest.fixture
+def engine(gpu, monkeypatch):
+    """An engine's configuration, whose plug-in has Triton's backend."""
+
+    def triton_backend(device, token_classes):
+        return TritonBackend(device, token_classes=token_classes)
+
+    monkeypatch.setattr("dftserve_vllm.request_stats.get_backend", triton_backend)
+    monkeypatch.setattr("dftserve_vllm.vocabulary.token_classes", lambda config: CLASSES)
+    scheduler = SimpleNamespace(max_num_seqs=8)
+    drafts = SimpleNamespace(num_speculative_tokens=2)
+    return SimpleNamespace(scheduler_config=scheduler, speculative_config=drafts)
+
+
+def params(diversity):
+    """With stop tokens of its own."""
+    asked = SamplingParams(temperature=0.9, extra_args={"diversity": diversity})
+    asked._all_stop_token_ids = {3, 7}
+    return asked
+
+
+def steady(gpu, processor, step):
+    """Launches of the third step, and what torch did beside them."""
+    step()
+    step()
+    gpu.launches.clear()
+    with Work() as work:
+        step()
+    assert processor.stats.faults == 0
+    return [name for name, _ in gpu.launches], work.done
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_step_of_the_v1_runner_is_three_launches(gpu, engine, others):
+    """Every law at once, stop tokens, statistics; beside requests without the field or alone."""
+    outputs = [[5] for _ in range(len(ASKED) + others)]
+    processor = V1Processor(engine, CPU, False)
+    asked = [*map(params, ASKED), *[SamplingParams()] * others]
+    added = [(i, each, [1], outputs[i]) for i, each in enumerate(asked)]
+    processor.update_state(BatchUpdate(len(asked), removed=[], added=added, moved=[]))
+    logits_XV = torch.randn(len(asked), 257)
+
+    def step():
+        processor.apply(logits_XV)
+        for output in outputs:
+            output.append(9)
+
+    assert steady(gpu, processor, step) == (STEP, [])
+    assert processor.stats.take_report() is not None
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_step_of_the_v2_runner_is_three_launches(gpu, engine, others):
+    """Likewise, with drafts; the tensors are of the types that vLLM's have."""
+    known_S = torch.ones(8, dtype=torch.int32)
+    known = SimpleNamespace(np=known_S.numpy(), gpu=known_S)
+    states = SimpleNamespace(max_num_reqs=8, device=CPU, prefill_len=known, prompt_len=known)
+    processor = V2Processor(engine, states)
+    for slot, diversity in enumerate(ASKED):
+        assert processor.add_request(slot, params(diversity))
+    for slot in range(len(ASKED), len(ASKED) + others):
+        assert not processor.add_request(slot, SamplingParams())
+    processor.apply_staged_writes()
+    slots = [0, 0, 0, 1, 2, 2, 3][: 6 + others]
+    logits_XV = torch.randn(len(slots), 257)
+    context = SimpleNamespace(
+        idx_mapping_np=np.arange(len(ASKED) + others),
+        expanded_idx_mapping=torch.tensor(slots),
+        expanded_local_pos=torch.tensor([0, 1, 2, 0, 0, 1, 0][: len(slots)], dtype=torch.int32),
+        pos=torch.tensor([4, 5, 6, 9, 1, 2, 3][: len(slots)]),
+        input_ids=torch.tensor([3, 4, 5, 7, 1, 1, 1][: len(slots)], dtype=torch.int32),
+    )
+    assert steady(gpu, processor, lambda: processor.apply(logits_XV, context)) == (STEP, [])
+    assert processor.stats.take_report() is not None
 
 
 def test_requests_begin_by_one_launch(gpu):

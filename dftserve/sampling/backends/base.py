@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
 from dftserve.sampling.slots import Slots
+from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
@@ -36,6 +37,20 @@ class Backend(ABC):
     ) -> Statistics:
         """As `api.transform`, with arguments that were checked there."""
 
-    @abstractmethod
+    def step(self, logits_XV: Tensor, step: Step, slots: Slots) -> Statistics:
+        """As `api.transform_step`, with arguments that were checked there; `slots` are of
+        `create_slots`. This is the reference; kernels do the same without a gather."""
+        step = step.busy()
+        slot_R, offset_R = step.slot_R, step.offset_R.long()
+        last_token_R = None if step.last_token_R is None else step.last_token_R.long()
+        controls = step.controls.select(slot_R)
+        if last_token_R is not None:
+            controls = controls.after(last_token_R)
+        controls = slots.commit_accepted(controls, slot_R, step.position_R, offset_R)
+        statistics = self(logits_XV, controls, step.rows_R)
+        slots.stage_step(slot_R, step.position_R, offset_R, step.samples_R(), statistics)
+        return statistics
+
     def create_slots(self, slots: int, rows_per_request: int) -> Slots:
         """Statistics and steering of up to `slots` requests on this backend's device."""
+        return Slots(slots, rows_per_request, self.device, self.constants)

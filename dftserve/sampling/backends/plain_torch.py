@@ -5,13 +5,12 @@ from torch import Tensor
 
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
-from dftserve.sampling.slots import Slots
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics, transform
 
 
 class TorchBackend(Backend):
-    """`transform.transform` and `slots.Slots` as they are; allocates at every call."""
+    """`transform.transform`, and `slots.Slots` as they are; allocates at every call."""
 
     def __init__(
         self,
@@ -26,6 +25,3 @@ class TorchBackend(Backend):
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
         return transform(logits_XV, controls, rows_R, self.constants, self._classes_V)
-
-    def create_slots(self, slots: int, rows_per_request: int) -> Slots:
-        return Slots(slots, rows_per_request, self.device, self.constants)

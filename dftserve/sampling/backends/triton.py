@@ -1,10 +1,16 @@
 """The transform on a GPU: three Triton kernels, one read and one write of the rows.
 
-    _maxima   streams the rows once, for the maxima of their chunks, in as many programs as fit
+    _maxima   streams the rows once, for the maxima of their chunks, in as many programs as fit;
+              beside them one program a request settles what the step before left in its slot
     _decide   one program a row: takes the stop tokens out, gathers the few chunks that can hold
-              survivors; H0, the law's temperature, the stop tokens' probabilities, statistics
+              survivors; H0, the law's temperature, the stop tokens' probabilities; leaves its
+              statistics in the request's slot
     _write    -inf and the rewritten survivors; reads again only the chunks that hold some; the
               stop tokens last
+
+That is a whole step: controls, token classes and slots stay on the device and are read by index.
+A slot is settled one launch before it is read, for a request may have several rows, whose programs
+run at once: none of them could wait for another.
 
 A peaked row is gathered from a few kilobytes that are still in cache; a flat one takes the same
 way and is streamed again for each sum. Nothing waits for the host, buffers stay once the largest
@@ -29,9 +35,23 @@ from torch import Tensor
 from dftserve.sampling import controls as columns
 from dftserve.sampling import entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
-from dftserve.sampling.backends.triton_slots import EXACT, TritonSlots
+from dftserve.sampling.backends.triton_slots import (
+    EXACT,
+    TritonSlots,
+    level_in_force,
+    remember,
+    settle,
+)
 from dftserve.sampling.buffers import Buffer
-from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
+from dftserve.sampling.controls import (
+    DEFAULT_CONSTANTS,
+    LAW_CODES,
+    NO_LAW,
+    Controls,
+    LawConstants,
+)
+from dftserve.sampling.slots import Slots
+from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
@@ -63,8 +83,8 @@ class TritonBackend(Backend):
             # Without classes every token is `other`; rows that need them are refused before.
             none_V = torch.zeros(0, dtype=torch.uint8, device=device)
             self._classes_V = none_V if token_classes is None else token_classes.to(device)
-        self._all_rows_R = torch.arange(0, device=device)
-        self._no_tokens_R = self._all_rows_R - 1
+        self._rows = _Rows(0, device)
+        self._no_slots = TritonSlots(1, 1, device, constants)
         self._maxima = Buffer(device)
         self._active = Buffer(device, torch.int32)
         self._plan = Buffer(device)
@@ -78,27 +98,63 @@ class TritonBackend(Backend):
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
-        rows, width = controls.stop_ids_RE.shape
-        stride, vocabulary = logits_XV.stride(0), logits_XV.shape[1]
-        chunks = triton.cdiv(vocabulary, CHUNK)
+        rows = len(controls.stop_ids_RE)
         self._make_room(rows)
-        rows_R = self._all_rows_R[:rows] if rows_R is None else rows_R.contiguous()
-        numbers_RF, stop_ids_RE = controls.numbers_RF, controls.stop_ids_RE.contiguous()
+        last_token_R = controls.last_token_R
+        if last_token_R is not None:
+            last_token_R = last_token_R.to(torch.int32).contiguous()
+        by_row = Step(
+            Controls(controls.numbers_RF, controls.stop_ids_RE.contiguous()),
+            slot_R=self._rows.index_R[:rows],
+            position_R=self._rows.index_R[:rows],
+            offset_R=self._rows.zero_R[:rows],
+            last_token_R=last_token_R,
+            rows_R=None if rows_R is None else rows_R.contiguous(),
+        )
+        return self._launch(logits_XV, by_row, None)
+
+    def step(self, logits_XV: Tensor, step: Step, slots: Slots) -> Statistics:
+        """As `Backend.step`, in three launches."""
+        assert isinstance(slots, TritonSlots)
+        self._make_room(len(step.slot_R))
+        return self._launch(logits_XV, step, slots)
+
+    def _launch(self, logits_XV: Tensor, step: Step, slots: TritonSlots | None) -> Statistics:
+        """Without slots nothing is settled and nothing remembered."""
+        rows = len(step.slot_R)
+        numbers_SF, stop_ids_SE = step.controls.numbers_RF, step.controls.stop_ids_RE
+        stride, vocabulary, width = logits_XV.stride(0), logits_XV.shape[1], stop_ids_SE.shape[1]
+        chunks, tiles = triton.cdiv(vocabulary, CHUNK), triton.cdiv(vocabulary, TILE)
+        aligned = _is_aligned(logits_XV)
+        has_slots, has_idle_rows = int(slots is not None), int(step.has_idle_rows)
+        slots = slots or self._no_slots
+        *counters, sums_SF, waiting_SKF, invalid = slots.state()
+        level_S, steered_S, _tokens_S, base_S = counters
+        known_S = slots.nothing_known_S if step.known_S is None else step.known_S
+        rows_R = self._rows.index_R if step.rows_R is None else step.rows_R
+        last_token_R = self._rows.none_R if step.last_token_R is None else step.last_token_R
         maxima_RJ = self._maxima.take(rows, chunks)
         plan_RP = self._plan.take(rows, _PLAN.value)
         stop_value_RE = self._stop_value.take(rows, width)
         values_FR, valid_R = self._values.take(4, rows), self._valid.take(1, rows)[0]
-        last_token_R = controls.last_token_R
-        last_token_R = self._no_tokens_R[:rows] if last_token_R is None else last_token_R
-        tiles = (rows, triton.cdiv(vocabulary, TILE))
-        aligned = _is_aligned(logits_XV)
-        _maxima[tiles](
+        _maxima[(rows, 1 + tiles)](
             logits_XV,
             rows_R,
             maxima_RJ,
+            step.slot_R,
+            step.position_R,
+            step.offset_R,
+            numbers_SF,
+            self._constants_C,
+            *counters,
+            sums_SF,
+            waiting_SKF,
             stride,
             vocabulary,
             chunks,
+            slots.rows_per_request,
+            has_slots,
+            has_idle_rows,
             ALIGNED=aligned,
             CHUNK=CHUNK,
             TILE=TILE,
@@ -108,11 +164,20 @@ class TritonBackend(Backend):
             logits_XV,
             rows_R,
             maxima_RJ,
-            numbers_RF,
-            stop_ids_RE,
-            last_token_R.contiguous(),
+            step.slot_R,
+            step.position_R,
+            step.offset_R,
+            last_token_R,
+            numbers_SF,
+            stop_ids_SE,
             self._classes_V,
             self._constants_C,
+            level_S,
+            steered_S,
+            base_S,
+            waiting_SKF,
+            invalid,
+            known_S,
             self._active.take(rows, chunks),
             plan_RP,
             stop_value_RE,
@@ -124,6 +189,8 @@ class TritonBackend(Backend):
             width,
             rows,
             len(self._classes_V),
+            slots.rows_per_request,
+            has_slots,
             ALIGNED=aligned,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
@@ -131,12 +198,13 @@ class TritonBackend(Backend):
             num_warps=8,
             **EXACT,
         )
-        _write[tiles](
+        _write[(rows, tiles)](
             logits_XV,
             rows_R,
             maxima_RJ,
+            step.slot_R,
             plan_RP,
-            stop_ids_RE,
+            stop_ids_SE,
             stop_value_RE,
             self._classes_V,
             stride,
@@ -153,9 +221,18 @@ class TritonBackend(Backend):
         return Statistics(*values_FR, valid_R=valid_R)
 
     def _make_room(self, rows: int) -> None:
-        if rows > len(self._all_rows_R):
-            self._all_rows_R = torch.arange(2 * rows, device=self.device)
-            self._no_tokens_R = torch.full((2 * rows,), -1, device=self.device)
+        if rows > len(self._rows.index_R):
+            with torch.inference_mode(mode=False):
+                self._rows = _Rows(2 * rows, self.device)
+
+
+class _Rows:
+    """What kernels read where a step has nothing of its own to say."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.index_R = torch.arange(rows, device=device)
+        self.zero_R = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.none_R = self.zero_R - 1
 
 
 def _is_aligned(logits_XV: Tensor) -> bool:
@@ -170,6 +247,7 @@ _ABSENT = tl.constexpr(entropy.ABSENT)
 _FARTHEST = tl.constexpr(guard.FARTHEST)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _DYNATEMP, _WORDS = tl.constexpr(LAW_CODES["dynatemp"]), tl.constexpr(LAW_CODES["words"])
+_NO_LAW = tl.constexpr(NO_LAW)
 _START, _INSIDE = tl.constexpr(token_classes.START), tl.constexpr(token_classes.INSIDE)
 _OTHER = tl.constexpr(token_classes.OTHER)
 _STATE_SHIFT = tl.constexpr(token_classes.STATE_SHIFT)
@@ -214,46 +292,88 @@ def _row(logits, rows, stride, vocabulary, ALIGNED: tl.constexpr):
     return row, vocabulary
 
 
+# Tensors of few rows, or that somebody else made, may begin anywhere: no kernel of its own for each
+# alignment.
+_ANYWHERE = ["logits", "rows", "slot", "position", "offset", "numbers", "constants"]
+
+
 @triton.jit(
-    do_not_specialize=["stride", "vocabulary", "chunks"],
-    do_not_specialize_on_alignment=["logits", "rows"],
+    do_not_specialize=[
+        *("stride", "vocabulary", "chunks", "rows_per_request", "has_slots", "has_idle_rows")
+    ],
+    do_not_specialize_on_alignment=_ANYWHERE,
 )
 def _maxima(
     logits,
     rows,
     maxima,
+    slot,
+    position,
+    offset,
+    numbers,
+    constants,
+    level,
+    steered,
+    tokens,
+    base,
+    sums,
+    waiting,
     stride,
     vocabulary,
     chunks,
+    rows_per_request,
+    has_slots,
+    has_idle_rows,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """NaN counts as +inf: neither leaves a row valid."""
-    r = tl.program_id(0)
-    row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
-    chunk = tl.program_id(1) * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
-    token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    logit = tl.load(row + token, mask=token < vocabulary, other=-_INFINITY)
-    logit = tl.where(logit != logit, _INFINITY, logit)
-    tl.store(maxima + r * chunks + chunk, tl.max(logit, axis=1), mask=chunk < chunks)
+    """Program 0 of a request's first row settles its slot, the others take a tile of a row each.
+    NaN counts as +inf: neither leaves a row valid."""
+    r, tile = tl.program_id(0), tl.program_id(1) - 1
+    is_busy = True
+    if has_idle_rows != 0:
+        is_busy = tl.load(numbers + tl.load(slot + r) * _NUMBERS + _LAW) != _NO_LAW
+    if is_busy:
+        if tile >= 0:
+            row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
+            chunk = tile * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
+            token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+            logit = tl.load(row + token, mask=token < vocabulary, other=-_INFINITY)
+            logit = tl.where(logit != logit, _INFINITY, logit)
+            tl.store(maxima + r * chunks + chunk, tl.max(logit, axis=1), mask=chunk < chunks)
+        elif (has_slots != 0) & (tl.load(offset + r) == 0):
+            s = tl.load(slot + r)
+            state = (level, steered, tokens, base, sums, waiting)
+            own = numbers + s * _NUMBERS
+            settle(state, s, tl.load(position + r), own, constants, rows_per_request)
 
 
 @triton.jit(
-    do_not_specialize=["stride", "vocabulary", "chunks", "width", "count", "known"],
-    do_not_specialize_on_alignment=[
-        *("logits", "rows", "numbers", "stop_ids", "last_token", "classes", "constants")
+    do_not_specialize=[
+        *("stride", "vocabulary", "chunks", "width", "count", "classified"),
+        *("rows_per_request", "has_slots"),
     ],
+    do_not_specialize_on_alignment=[*_ANYWHERE, "last_token", "stop_ids", "classes", "known"],
 )
 def _decide(
     logits,
     rows,
     maxima,
+    slot,
+    position,
+    offset,
+    last_token,
     numbers,
     stop_ids,
-    last_token,
     classes,
     constants,
+    level,
+    steered,
+    base,
+    waiting,
+    invalid,
+    known,
     active,
     plan,
     stop_value,
@@ -264,7 +384,9 @@ def _decide(
     chunks,
     width,
     count,
-    known,
+    classified,
+    rows_per_request,
+    has_slots,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -274,17 +396,24 @@ def _decide(
     row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
     maxima += r * chunks
     active += r * chunks
-    stop_ids += r * width
     stop_value += r * width
-    numbers += r * _NUMBERS
     plan += r * _PLAN
+    s = tl.load(slot + r)
+    stop_ids += s * width
+    numbers += s * _NUMBERS
     temperature, divisor = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVISOR)
+    own_level = tl.load(numbers + _LEVEL)
+    if has_slots != 0:
+        own_level = level_in_force(s, numbers, constants, level, steered)
 
-    # 1. The guard: the chunks that hold the row's survivors. An invalid row has none.
+    # 1. The guard: the chunks that hold the row's survivors. An invalid row has none, and an idle
+    #    one, whose maxima nobody wrote, is taken for one.
+    is_busy = tl.load(numbers + _LAW) != _NO_LAW
     peak = _peak(maxima, chunks, BLOCK)
-    valid = (peak > -_INFINITY) & (peak < _INFINITY)
+    valid = (peak > -_INFINITY) & (peak < _INFINITY) & is_busy
     peak = tl.where(valid, peak, 0.0)
-    threshold = tl.maximum(peak + _log_guard(numbers, constants) / divisor, _LOWEST)
+    log_guard = _log_guard(own_level, numbers, constants)
+    threshold = tl.maximum(peak + log_guard / divisor, _LOWEST)
     listed = _list_active(maxima, active, threshold, chunks, BLOCK)
     gathered = tl.where(valid, listed * CHUNK, 0)
 
@@ -312,7 +441,7 @@ def _decide(
     z = tl.where(valid, tl.sum(z_K) + stop_z, 1.0)
     plausible += tl.sum(plausible_K)
     entropy_before = tl.log(z) - (tl.sum(a_K) + stop_a) / z
-    wanted = _temperature(numbers, constants, entropy_before, plausible.to(tl.float32))
+    wanted = _temperature(own_level, numbers, constants, entropy_before, plausible.to(tl.float32))
 
     # 4. The content at T (cool) and at T' (hot), its sums below its own maximum.
     content_peak = tl.max(content_peak_K)
@@ -325,7 +454,7 @@ def _decide(
     is_words = valid & (tl.load(numbers + _LAW) == _WORDS)
     state = -1
     if is_words:
-        state = _state(classes, tl.load(last_token + r), known)
+        state = _state(classes, tl.load(last_token + r), classified)
     tl.store(plan + _STATE, state.to(tl.float32))
 
     # 5. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
@@ -373,7 +502,8 @@ def _decide(
     words_moved = 0.0
     if is_words:
         content_entropy, words_moved, reached = _by_class(
-            (source, classes, known, state, content_log_z),
+            (source, classes, classified, state, content_log_z),
+            own_level,
             numbers,
             constants,
             temperature,
@@ -400,14 +530,18 @@ def _decide(
         hot_K = tl.exp((below_K - top) * inverse) / hot_z
         moved_K += tl.where(is_content_K, tl.maximum(cool_K - hot_K, 0.0), 0.0)
 
+    changed = content_share * (tl.sum(moved_K) + words_moved)
     tl.store(values + r, tl.where(valid, entropy_before, 0.0))
     tl.store(values + count + r, tl.where(valid, entropy_after, 0.0))
     tl.store(values + 2 * count + r, tl.where(valid, reached, 0.0))
-    tl.store(
-        values + 3 * count + r,
-        tl.where(valid, content_share * (tl.sum(moved_K) + words_moved), 0.0),
-    )
+    tl.store(values + 3 * count + r, tl.where(valid, changed, 0.0))
     tl.store(valid_rows + r, valid)
+    if (has_slots != 0) & is_busy:
+        at, k = tl.load(position + r), tl.load(offset + r)
+        samples = at + 1 >= tl.load(known + s)
+        statistics = (entropy_before, entropy_after, reached, changed)
+        kept = (base, waiting, invalid)
+        remember(kept, s, k, at, samples, valid, statistics, rows_per_request)
 
     # 8. What `_write` needs.
     tl.store(plan, valid.to(tl.float32))
@@ -431,9 +565,9 @@ def _peak(maxima, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _log_guard(numbers, constants):
+def _log_guard(level, numbers, constants):
     """laws.log_guard."""
-    level, log_min_p = tl.load(numbers + _LEVEL), tl.load(numbers + _LOG_MIN_P)
+    log_min_p = tl.load(numbers + _LOG_MIN_P)
     start, step = tl.load(constants + _LOG_GUARD_START), tl.load(constants + _LOG_GUARD_STEP)
     follows = tl.minimum(tl.maximum(level, 0.0), 1.0) * step + start
     return tl.where(log_min_p != log_min_p, follows, log_min_p)
@@ -535,32 +669,35 @@ def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _state(classes, last_token, known):
+def _state(classes, last_token, classified):
     """Where a text ends that ends in this token: words.row_classes."""
-    is_known = (last_token >= 0) & (last_token < known)
+    is_known = (last_token >= 0) & (last_token < classified)
     return tl.load(classes + last_token, mask=is_known, other=0).to(tl.int32) >> _STATE_SHIFT
 
 
 @triton.jit
-def _class_after(classes, token, is_wanted, state, known):
+def _class_after(classes, token, is_wanted, state, classified):
     """The class of each token of a text that ends so; other where it is not wanted."""
-    packed = tl.load(classes + token, mask=is_wanted & (token < known), other=0).to(tl.int32)
+    mask = is_wanted & (token < classified)
+    packed = tl.load(classes + token, mask=mask, other=0).to(tl.int32)
     return (packed >> (2 * state)) & _CLASS_MASK
 
 
 @triton.jit
 def _block_classes(words, start, is_content_K, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """The classes of a block of gathered tokens, and -1 where one is no content."""
-    source, classes, known, state, _content_log_z = words
+    source, classes, classified, state, _content_log_z = words
     k = start + tl.arange(0, BLOCK)
     chunk = tl.load(source[1] + k // CHUNK, mask=k < source[2], other=0)
-    class_K = _class_after(classes, chunk * CHUNK + k % CHUNK, is_content_K, state, known)
+    token = chunk * CHUNK + k % CHUNK
+    class_K = _class_after(classes, token, is_content_K, state, classified)
     return tl.where(is_content_K, class_K, -1)
 
 
 @triton.jit
 def _by_class(
     words,
+    level,
     numbers,
     constants,
     temperature,
@@ -573,9 +710,8 @@ def _by_class(
     Returns:
         Of the content alone: its entropy, what moved, and the mean of its temperatures.
     """
-    source, _classes, _known, _state, content_log_z = words
+    source, _classes, _classified, _state, content_log_z = words
     # 1. The temperatures: words.class_temperatures.
-    level = tl.load(numbers + _LEVEL)
     start_T = temperature * (1.0 + tl.load(constants + _WORD_START_RISE) * level)
     start_T = tl.minimum(start_T, tl.maximum(temperature, tl.load(numbers + _MAX_TEMPERATURE)))
     fall = 1.0 - tl.load(constants + _WORD_INSIDE_FALL) * level
@@ -693,9 +829,9 @@ def _plan_class(plan, temperature, top, log_mass, z):
 
 
 @triton.jit
-def _temperature(numbers, constants, entropy, plausible):
+def _temperature(level, numbers, constants, entropy, plausible):
     """laws.temperature."""
-    temperature, level = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _LEVEL)
+    temperature = tl.load(numbers + _TEMPERATURE)
     gate = _power(entropy / (entropy + 1), tl.load(constants + _GATE_POWER))
     heated = temperature * tl.exp(level * gate * tl.load(constants + _STRENGTH))
     heated = tl.minimum(heated, tl.maximum(temperature, tl.load(numbers + _MAX_TEMPERATURE)))
@@ -743,13 +879,14 @@ def _temperature_at_bound(
 
 
 @triton.jit(
-    do_not_specialize=["stride", "vocabulary", "chunks", "width", "known"],
-    do_not_specialize_on_alignment=["logits", "rows", "stop_ids", "classes"],
+    do_not_specialize=["stride", "vocabulary", "chunks", "width", "classified"],
+    do_not_specialize_on_alignment=["logits", "rows", "slot", "stop_ids", "classes"],
 )
 def _write(
     logits,
     rows,
     maxima,
+    slot,
     plan,
     stop_ids,
     stop_value,
@@ -758,7 +895,7 @@ def _write(
     vocabulary,
     chunks,
     width,
-    known,
+    classified,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -781,7 +918,7 @@ def _write(
         weight = tl.minimum((logit - peak) * divisor * inverse, held)
         state = tl.load(plan + _STATE).to(tl.int32)
         if state >= 0:  # The law `words`: a temperature for each class.
-            class_ = _class_after(classes, token, logit >= threshold, state, known)
+            class_ = _class_after(classes, token, logit >= threshold, state, classified)
             by_class = plan + _STATE + 1
             is_start, is_inside = class_ == _START, class_ == _INSIDE
             inverses = tl.where(is_start, tl.load(by_class + 2), tl.load(by_class))
@@ -792,9 +929,10 @@ def _write(
         value = tl.where(logit >= threshold, (weight - log_z) * scale, -_INFINITY)
         tl.store(row + token, value, mask=is_there)
         tl.debug_barrier()  # The stop tokens' places were written too.
+        stop_ids += tl.load(slot + r) * width
         for start in range(0, stops, STOPS):
             e = start + tl.arange(0, STOPS)
-            stop_E = tl.load(stop_ids + r * width + e, mask=e < stops, other=-1)
+            stop_E = tl.load(stop_ids + e, mask=e < stops, other=-1)
             is_here_E = (stop_E >= first) & (stop_E < first + TILE) & (stop_E < vocabulary)
             value_E = tl.load(stop_value + r * width + e, mask=is_here_E, other=-_INFINITY)
             tl.store(row + stop_E, value_E, mask=is_here_E)

@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling import Controls, SlotStatistics, TokenClasses, get_backend, transform
+from dftserve.sampling import (
+    SlotStatistics,
+    Step,
+    TokenClasses,
+    get_backend,
+    transform_step,
+)
 from dftserve.sampling.slots import Snapshot
 from dftserve_vllm.step_report import Array, PendingReport
 
@@ -87,27 +93,9 @@ class RequestStats:
         while len(self._left) > MAX_LEFT:
             self._left.popitem(last=False)
 
-    def apply(
-        self,
-        logits_XV: Tensor,
-        controls: Controls,
-        rows_R: Tensor | None,
-        *,
-        slot_R: Tensor,
-        position_R: Tensor,
-        offset_R: Tensor,
-        samples_R: Tensor,
-    ) -> None:
-        """Transform the rows in place; if it raises, they are as they were.
-
-        Args:
-            rows_R: which rows of the logits; None for all, in order.
-            slot_R, position_R, offset_R: see `Slots.commit_accepted`.
-            samples_R: bool, False where the row is a chunk of a prompt.
-        """
-        controls = self.slots.commit_accepted(controls, slot_R, position_R, offset_R)
-        statistics = transform(logits_XV, controls, rows_R, self._backend)
-        self.slots.stage_step(slot_R, position_R, offset_R, samples_R, statistics)
+    def apply(self, logits_XV: Tensor, step: Step) -> None:
+        """Transform the rows in place; if it raises, they are as they were."""
+        transform_step(logits_XV, step, self.slots, self._backend)
 
     def end_step(self, positions: list[int], slots: Array, always: list[bool]) -> None:
         """Let the step's output carry the statistics of its active requests.

@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor.interface import (
     MoveDirectionality,
 )
 
-from dftserve.sampling import Controls
+from dftserve.sampling import SlotControls, Step
 from dftserve.sampling.staging import PinnedStaging
 from dftserve_vllm import vocabulary
 from dftserve_vllm.extra_args import Active, active
@@ -45,15 +45,14 @@ class _Batch:
     """The active rows of the batch, as tensors; made anew only when the batch changes."""
 
     entries: list[_Entry]
+    outputs: list[list[int]]
     index: list[int]
     slots: Array
     may_end_anywhere: list[bool]
-    rows_R: torch.Tensor
-    controls: Controls
     reads_last_token: bool
+    rows_R: torch.Tensor
     slot_R: torch.Tensor
-    zeros_R: torch.Tensor
-    samples_R: torch.Tensor
+    offset_R: torch.Tensor
 
 
 class V1Processor(LogitsProcessor):
@@ -63,8 +62,8 @@ class V1Processor(LogitsProcessor):
         self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
     ) -> None:
         capacity = vllm_config.scheduler_config.max_num_seqs
-        self._device = device
         self._staging = PinnedStaging(device)
+        self._controls = SlotControls(capacity, device, self._staging)
         self.stats = RequestStats(capacity, 1, device, vocabulary.token_classes(vllm_config))
         self._free = list(range(capacity))
         self._entries: dict[int, _Entry] = {}
@@ -100,6 +99,7 @@ class V1Processor(LogitsProcessor):
         slot = self._free.pop()
         try:
             self.stats.open(slot, asked.identity, produced=len(output_ids))
+            self._controls.put(slot, asked.controls)
         except BaseException:
             self._free.append(slot)
             raise
@@ -113,6 +113,7 @@ class V1Processor(LogitsProcessor):
         if entry is not None:
             self._batch = None
             self._free.append(entry.slot)
+            self._controls.clear(entry.slot)
             with self.stats.isolated():
                 self.stats.close(entry.slot)
 
@@ -141,21 +142,27 @@ class V1Processor(LogitsProcessor):
     def _apply(self, logits: torch.Tensor) -> None:
         batch = self._batch or self._gather()
         self._batch = batch
-        positions = [len(entry.output_ids) for entry in batch.entries]
-        everything = len(batch.index) == len(logits)
-        controls = batch.controls
-        if batch.reads_last_token:
-            last = [entry.last_token() for entry in batch.entries]
-            controls = controls.after(self._staging.to_device(last))
-        self.stats.apply(
-            logits,
-            controls,
-            None if everything else batch.rows_R,
-            slot_R=batch.slot_R,
-            position_R=self._staging.to_device(positions),
-            offset_R=batch.zeros_R,
-            samples_R=batch.samples_R,
+        position_R, last_token_R = self._progress(batch)
+        step = Step(
+            self._controls.on_device(),
+            batch.slot_R,
+            position_R,
+            batch.offset_R,
+            last_token_R,
+            rows_R=None if len(batch.index) == len(logits) else batch.rows_R,
+            # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
+            # that all rows sample does no harm.
         )
+        self.stats.apply(logits, step)
+
+    def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """How long each row's output is, and its last token where that is read: in one copy."""
+        positions = np.fromiter(map(len, batch.outputs), np.int64, len(batch.outputs))
+        if not batch.reads_last_token:
+            return self._staging.to_device(positions), None
+        last = np.array([entry.last_token() for entry in batch.entries], dtype=np.int32)
+        position_R, last_token_R = self._staging.to_device_together(positions, last)
+        return position_R, last_token_R
 
     def _report(self) -> None:
         batch = self._batch or self._gather()
@@ -165,19 +172,17 @@ class V1Processor(LogitsProcessor):
         index = sorted(self._entries)
         entries = [self._entries[i] for i in index]
         slots = [entry.slot for entry in entries]
-        slot_R = self._staging.to_device(slots)
+        rows_R, slot_R, offset_R = self._staging.to_device_together(
+            np.array(index), np.array(slots), np.zeros(len(slots), np.int32)
+        )
         return _Batch(
             entries=entries,
+            outputs=[entry.output_ids for entry in entries],
             index=index,
             slots=np.array(slots),
             may_end_anywhere=[entry.active.may_end_anywhere for entry in entries],
-            rows_R=self._staging.to_device(index),
-            controls=Controls.stack(
-                [entry.active.controls for entry in entries], self._device, self._staging
-            ),
             reads_last_token=any(e.active.controls.reads_last_token for e in entries),
+            rows_R=rows_R,
             slot_R=slot_R,
-            zeros_R=torch.zeros_like(slot_R),
-            # A chunk of a prompt does not lengthen the output, so it never counts as accepted.
-            samples_R=torch.ones_like(slot_R, dtype=torch.bool),
+            offset_R=offset_R,
         )

@@ -1,0 +1,516 @@
+"""What the project does on a GPU: exactness, the sampler, a step's price, training, targets.
+
+    python bench/gpu.py [--device cpu] [--quick] [--model FOLDER] [--output FILE.json]
+
+From a copy of the tree, on a machine that has torch, Triton, transformers and numba, and no
+network; under four minutes on one GPU. `--device cpu --quick` rehearses it in under three. Stages:
+    exactness  rows of every kind and law against the law in fp64 numpy (tests/reference.py)
+    sampler    bench/sampler.py's ways: ours over a copy of the logits
+    step       what a whole step takes, statistics, stop tokens and token classes included: of the
+               host until it may go on, and of the device
+    train      a training step, forward and backward, beside the stock model's own loss
+    targets    tokens a second of building targets from a teacher
+    generate   transformers' generate() with the field and without, of the model in FOLDER
+A stage that fails says so in the result, and the others go on. The last line is one JSON document.
+It is written to FILE.json; of a whole run on a GPU, to bench/results/gpu.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+import numpy as np
+import sampler
+import torch
+from torch import Tensor
+
+from dftserve.sampling import (
+    Controls,
+    SlotControls,
+    Step,
+    TokenClasses,
+    control_row,
+    get_backend,
+    transform_step,
+)
+from dftserve.spec import parse
+from tests.reference import reference, words_reference
+from tests.rows import KINDS, make_rows
+
+from provenance import machine
+from ratios import ratio
+
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything: shapes of a real engine, or enough for a rehearsal."""
+
+    vocabularies: tuple[int, ...]
+    rows: tuple[int, ...]
+    step_vocabulary: int
+    step_rows: tuple[int, ...]
+    pairs: int
+    calls: int
+    hidden: int
+    layers: int
+    tokens: int
+    """Of a training step."""
+    train_steps: int
+    documents: int
+    batches: tuple[int, ...]
+    """Of `generate`."""
+    new_tokens: int
+
+
+WHOLE = Size(
+    vocabularies=(4096, 32_768, 131_072, 262_144),
+    rows=(1, 8, 64, 256, 512),
+    step_vocabulary=131_072,
+    step_rows=(1, 32, 256),
+    pairs=15,
+    calls=200,
+    hidden=2048,
+    layers=16,
+    tokens=8192,
+    train_steps=5,
+    documents=32,
+    batches=(1, 64),
+    new_tokens=64,
+)
+QUICK = Size(
+    vocabularies=(4096, 32_768),
+    rows=(1, 8),
+    step_vocabulary=32_768,
+    step_rows=(1, 32),
+    pairs=3,
+    calls=20,
+    hidden=64,
+    layers=2,
+    tokens=256,
+    train_steps=2,
+    documents=2,
+    batches=(1,),
+    new_tokens=8,
+)
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    asked.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    asked.add_argument("--quick", action="store_true", help="A rehearsal: small sizes.")
+    asked.add_argument("--model", type=Path, help="A folder for `generate`; without it, none.")
+    asked.add_argument("--output", type=Path)
+    options = asked.parse_args()
+    device, size = torch.device(options.device), QUICK if options.quick else WHOLE
+    if options.model and not options.model.is_dir():
+        asked.error(f"--model: got {options.model}; accepted: a model's folder.")
+    is_whole_run = device.type == "cuda" and not options.quick
+    output = options.output or (RESULTS if is_whole_run else None)
+    stand_in_for_absent_packages()
+    start = time.perf_counter()
+    stages: dict[str, Callable[[], Any]] = {
+        "exactness": lambda: exactness(device, size),
+        "sampler": lambda: samplers(device, size),
+        "step": lambda: steps(device, size),
+        "train": lambda: training(device, size),
+        "targets": lambda: targets(device, size),
+        "generate": lambda: generation(device, size, options.model),
+    }
+    document = {
+        "what": "exactness against fp64; ratios to a copy, to stock training, to no field",
+        "machine": machine() | {"device": device_name(device)},
+        "versions": {name: version_of(name) for name in ("torch", "triton", "transformers")},
+        "is_whole_run": is_whole_run,
+        **{name: guarded(name, stage) for name, stage in stages.items()},
+    }
+    document["bench_seconds"] = round(time.perf_counter() - start, 1)
+    if output is not None:
+        output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+class Absent(ModuleType):
+    """A package that this machine lacks and whose importers are run without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def stand_in_for_absent_packages() -> None:
+    for package in ("blake3", "click", "yaml"):
+        try:
+            __import__(package)
+        except ModuleNotFoundError:
+            sys.modules[package] = Absent(package)
+
+
+def guarded(name: str, stage: Callable[[], Any]) -> dict[str, Any]:
+    """A stage's result with its seconds, or what went wrong."""
+    start = time.perf_counter()
+    try:
+        found = {"result": stage()}
+    except Exception as error:  # noqa: BLE001  Whatever it is, the other stages are worth their time.
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    print(f"{name}: {found}", flush=True)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return str(__import__(name).__version__)
+    except ModuleNotFoundError:
+        return None
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ── Exactness ────────────────────────────────────────────────────────────────────────────────────
+
+LAWS = (
+    {"level": 0.7},
+    {"level": 1.0, "min_p": 1e-3},
+    {"law": "dynatemp", "dynatemp_range": 0.8, "dynatemp_exponent": 0.7, "level": 1.0},
+    {"law": "words", "level": 0.8},
+)
+SURE, RESOLUTION = 1e-4, 2.0**-22
+"""Nats from the guard's threshold, at least, and by the row's largest logit: nearer, fp32 and fp64
+may cut differently."""
+
+
+def exactness(device: torch.device, size: Size) -> dict[str, Any]:
+    """The worst difference from fp64, of log-probabilities above -30 and of entropies (nats)."""
+    backend_classes = TokenClasses((np.arange(size.step_vocabulary) % 3).astype(np.uint8))
+    backend = get_backend(device, token_classes=backend_classes)
+    worst = {"log_p": 0.0, "nats": 0.0}
+    compared = 0
+    for seed, vocabulary in enumerate((257, 4096, size.step_vocabulary)):
+        kinds = sorted(KINDS) if vocabulary <= 4096 else ["few", "grammar"]
+        for law, asked in enumerate(LAWS):
+            logits_RV = make_rows(kinds, vocabulary, seed)
+            stops = (frozenset(), frozenset({3}), frozenset({1, 5, 9}))[(seed + law) % 3]
+            after_RV, entropy_R = rewritten(logits_RV.to(device), asked, stops, backend)
+            for r in range(len(kinds)):
+                said = in_fp64(logits_RV[r].numpy(), asked, stops, backend_classes.packed_V)
+                largest = logits_RV[r].nan_to_num(neginf=0.0).abs().max().item()
+                if said.margin < SURE + RESOLUTION * largest:
+                    continue
+                got_V = torch.log_softmax(after_RV[r].double() / 0.9, dim=0).cpu().numpy()
+                if not np.array_equal(np.isinf(got_V), np.isinf(said.log_p_V)):
+                    raise ArithmeticError(f"{kinds[r]}, {vocabulary}, {asked}: another support")
+                likely_V = said.log_p_V > -30
+                off = np.abs(got_V[likely_V] - said.log_p_V[likely_V]).max()
+                worst["log_p"] = max(worst["log_p"], float(off))
+                off = abs(float(entropy_R[r]) - said.entropy_after)
+                worst["nats"] = max(worst["nats"], off)
+                compared += 1
+    return {"backend": type(backend).__name__, "rows": compared, "worst": worst}
+
+
+def rewritten(
+    logits_RV: Tensor, asked: dict[str, Any], stops: frozenset[int], backend: Any
+) -> tuple[Tensor, Tensor]:
+    row = control_row(parse(asked), temperature=0.9, logits_divisor=1.0, stop_ids=stops)
+    controls = Controls.stack([row] * len(logits_RV), logits_RV.device)
+    after_RV = logits_RV.clone()
+    return after_RV, backend(after_RV, controls).entropy_after_R.clone()
+
+
+def in_fp64(
+    row_V: np.ndarray, asked: dict[str, Any], stops: frozenset[int], packed_V: np.ndarray
+) -> Any:
+    if asked.get("law") == "words":
+        given = {key: value for key, value in asked.items() if key != "law"}
+        class_V = packed_V[: len(row_V)] & 3
+        return words_reference(row_V, class_V, temperature=0.9, stop_ids=stops, **given)
+    return reference(row_V, temperature=0.9, stop_ids=stops, **asked)
+
+
+# ── Sampler and step ─────────────────────────────────────────────────────────────────────────────
+
+
+def samplers(device: torch.device, size: Size) -> list[dict[str, Any]]:
+    """One call, a replay of a CUDA graph on a GPU."""
+    ways = ("copy", "ours", "naive", "sampler")
+    with torch.inference_mode():
+        return [
+            sampler.measure(rows, vocabulary, device, size.pairs, ways)
+            for vocabulary in size.vocabularies
+            for rows in size.rows
+        ]
+
+
+def steps(device: torch.device, size: Size) -> list[dict[str, Any]]:
+    """A whole step as an engine calls it, of the laws in turn, and a copy of the same logits."""
+    with torch.inference_mode():
+        return [step_cost(rows, device, size) for rows in size.step_rows]
+
+
+def step_cost(rows: int, device: torch.device, size: Size) -> dict[str, Any]:
+    """Microseconds, medians: `host` until the call returns, `device` until its work is done."""
+    source_RV = sampler.logits(rows, size.step_vocabulary, device)
+    logits_RV = source_RV.clone()
+    call = step_of(rows, device, size)
+    for _ in range(3):
+        call(logits_RV, 0)
+    host: list[float] = []
+    whole: list[float] = []
+    for at in range(size.calls):
+        logits_RV.copy_(source_RV)
+        wait(device)
+        start = time.perf_counter()
+        call(logits_RV, at)
+        host.append(1e6 * (time.perf_counter() - start))
+        wait(device)
+        whole.append(1e6 * (time.perf_counter() - start))
+    row = {"rows": rows, "vocabulary": size.step_vocabulary}
+    return row | {
+        "host_us": round(statistics.median(host), 1),
+        "whole_us": round(statistics.median(whole), 1),
+    }
+
+
+def step_of(rows: int, device: torch.device, size: Size) -> Callable[[Tensor, int], None]:
+    classes = TokenClasses((np.arange(size.step_vocabulary) % 3).astype(np.uint8))
+    backend = get_backend(device, token_classes=classes)
+    slots, controls = backend.create_slots(rows, 1), SlotControls(rows, device)
+    for slot in range(rows):
+        diversity = parse(LAWS[slot % len(LAWS)])
+        slots.open(slot)
+        controls.put(
+            slot,
+            control_row(diversity, temperature=0.9, logits_divisor=1.0, stop_ids=frozenset({3, 7})),
+        )
+    slot_R = torch.arange(rows, device=device)
+    offset_R = torch.zeros(rows, dtype=torch.int32, device=device)
+    positions_R = [slot_R * 0 + at for at in range(size.calls)]
+    last_R = offset_R + 5
+
+    def call(logits_RV: Tensor, at: int) -> None:
+        step = Step(controls.on_device(), slot_R, positions_R[at], offset_R, last_R)
+        transform_step(logits_RV, step, slots, backend)
+
+    return call
+
+
+# ── Training and targets ─────────────────────────────────────────────────────────────────────────
+
+
+def model_of(device: torch.device, size: Size) -> Any:
+    """A Llama, of 1.24 billion parameters at the whole size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.step_vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=4 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=max(size.hidden // 64, 1),
+        num_key_value_heads=max(size.hidden // 256, 1),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype)
+
+
+DIVERGENCES = ("sft", "forward_kl", "reverse_kl", "skew_kl", "jsd")
+LENGTH = 1024
+K = 6
+
+
+def training(device: torch.device, size: Size) -> dict[str, Any]:
+    """Forward and backward of `size.tokens` tokens: time and peak memory over the weights' own,
+    each as a ratio to the stock model's."""
+    from dftserve.lm import Head
+    from dftserve.train import divergences
+    from dftserve.train.head import head_loss
+
+    classes = divergences.SFT, divergences.ForwardKL, divergences.ReverseKL
+    built = [kind() for kind in (*classes, divergences.SkewKL, divergences.JSD)]
+    model = model_of(device, size)
+    length = min(LENGTH, size.tokens)
+    ids_BN = torch.randint(0, size.step_vocabulary, (size.tokens // length, length), device=device)
+    target = target_rows(ids_BN[:, 1:].reshape(-1), size.step_vocabulary)
+
+    def stock() -> None:
+        model(input_ids=ids_BN, labels=ids_BN, use_cache=False).loss.backward()
+
+    def ours(divergence: Any) -> Callable[[], None]:
+        def once() -> None:
+            states = model.model(input_ids=ids_BN, use_cache=False).last_hidden_state
+            hidden_ND = states[:, :-1].reshape(-1, size.hidden)
+            head = Head(model.lm_head.weight, None)
+            (head_loss(head, hidden_ND, target, divergence).loss / len(hidden_ND)).backward()
+
+        return once
+
+    ways = {"stock": stock} | dict(zip(DIVERGENCES, map(ours, built), strict=True))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, int] = {}
+    for step in range(1 + size.train_steps):
+        for name, way in ways.items():
+            taken, peak = one_step(model, way, device)
+            if step:  # The first of each compiles and allocates.
+                seconds[name].append(taken)
+                peaks[name] = peak
+    return {
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "tokens": ids_BN.numel(),
+        "stock_seconds": round(statistics.median(seconds["stock"]), 4),
+        "stock_peak_bytes": peaks["stock"],
+        "time": {name: ratio(seconds[name], seconds["stock"]) for name in DIVERGENCES},
+        "memory": {
+            name: round(peaks[name] / peaks["stock"], 4) if peaks["stock"] else None
+            for name in DIVERGENCES
+        },
+    }
+
+
+def one_step(model: Any, way: Callable[[], None], device: torch.device) -> tuple[float, int]:
+    """Seconds, and bytes at the peak beyond what was there before; 0 on a CPU."""
+    model.zero_grad(set_to_none=True)
+    wait(device)
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    way()
+    wait(device)
+    taken = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+    return taken, peak
+
+
+def target_rows(labels_R: Tensor, vocabulary: int) -> Any:
+    """As wide as stored ones, of nothing: what they say does not change what they cost."""
+    from dftserve.train.divergences import TargetRows
+
+    rows, device = len(labels_R), labels_R.device
+    shares_RK = torch.rand(rows, K + 1, device=device) + 0.01
+    log_RK = (shares_RK / shares_RK.sum(dim=1, keepdim=True)).log()
+    top_ids_RK = (labels_R[:, None] + 1 + torch.arange(K, device=device)) % vocabulary
+    return TargetRows(
+        labels_R=labels_R,
+        top_ids_RK=top_ids_RK,
+        top_logprobs_RK=log_RK[:, :K],
+        tail_ids_RM=torch.randint(0, vocabulary, (rows, K), device=device),
+        tail_logprob_R=log_RK[:, K],
+        token_logprob_R=torch.full((rows,), -5.0, device=device),
+        entropy_R=torch.full((rows,), 3.0, device=device),
+    )
+
+
+def targets(device: torch.device, size: Size) -> dict[str, Any]:
+    """From a teacher of the same shape, after one document that warms it up."""
+    from dftserve.targets.document import Document
+    from dftserve.targets.teacher import Teacher
+
+    teacher = Teacher(model_of(device, size), vocabulary=size.step_vocabulary, name="bench")
+    length = min(LENGTH, size.tokens)
+    random = np.random.default_rng(0)
+    trained_N = np.arange(length) > 0
+    documents = [
+        Document(random.integers(0, size.step_vocabulary, length).astype(np.int32), trained_N)
+        for _ in range(size.documents)
+    ]
+    teacher.targets(documents[:1], k=K, draws=K, seeds=[0])
+    wait(device)
+    start, done = time.perf_counter(), 0
+    for first in range(0, len(documents), 8):
+        batch = documents[first : first + 8]
+        teacher.targets(batch, k=K, draws=K, seeds=range(len(batch)))
+        done += sum(len(each.positions_T) for each in batch)
+        if time.perf_counter() - start > TARGET_SECONDS:
+            break
+    wait(device)
+    return {"tokens": done, "tokens_per_second": round(done / (time.perf_counter() - start), 1)}
+
+
+TARGET_SECONDS = 20.0
+"""No batch begins after these."""
+
+
+# ── generate() ───────────────────────────────────────────────────────────────────────────────────
+
+
+def generation(device: torch.device, size: Size, folder: Path | None) -> Any:
+    """Tokens a second with the field's processor and without, in turns."""
+    if folder is None:
+        return "not run: no --model"
+    from transformers import AutoModelForCausalLM
+
+    from dftserve.hf import DiversityProcessor, sampling
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    settings = sampling(
+        0.8, max_new_tokens=size.new_tokens, min_new_tokens=size.new_tokens, pad_token_id=0
+    )
+
+    def once(batch: int, processors: list[Any]) -> float:
+        ids_BN = torch.randint(5, 1000, (batch, 16), device=device)
+        mask_BN = torch.ones_like(ids_BN)
+        wait(device)
+        start = time.perf_counter()
+        model.generate(
+            ids_BN,
+            attention_mask=mask_BN,
+            generation_config=settings,
+            logits_processor=processors,
+        )
+        wait(device)
+        return time.perf_counter() - start
+
+    rows = []
+    for batch in size.batches:
+        seconds: dict[str, list[float]] = {"none": [], "field": []}
+        for pair in range(1 + size.train_steps):
+            taken = {"none": once(batch, [])}
+            processor = DiversityProcessor(0.5, temperature=0.8, stop_ids=[2])
+            taken["field"] = once(batch, [processor])
+            for name in taken if pair else ():
+                seconds[name].append(taken[name])
+        tokens = batch * size.new_tokens
+        rows.append(
+            {
+                "batch": batch,
+                "tokens_per_second": round(tokens / statistics.median(seconds["field"]), 1),
+                "throughput": ratio(seconds["none"], seconds["field"]),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The rows of one step of an engine, and the request that each belongs to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dftserve.sampling.controls import Controls
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows R of a step's logits, in the layout that an engine has anyway: kernels read what they
+    need by index, and nothing is gathered for them. All on the logits' device, contiguous."""
+
+    controls: Controls
+    """Of each slot, not of each row; without last tokens."""
+    slot_R: Tensor
+    """int64, each row's slot; the rows of a request are neighbours, all of a step's."""
+    position_R: Tensor
+    """int64, each row's position in its sequence."""
+    offset_R: Tensor
+    """int32, each row's place among the rows of its request in this step."""
+    last_token_R: Tensor | None = None
+    """int32, the token before each row's, of a step whose rows include one of the law `words`; -1,
+    or None for all rows, where the text is empty."""
+    rows_R: Tensor | None = None
+    """int64, which rows of the logits; None for all of them, in order."""
+    known_S: Tensor | None = None
+    """int32, how many tokens of each slot's sequence were known before its first is sampled: a row
+    before their last computes a chunk of a prompt and samples nothing. None where all rows do."""
+    has_idle_rows: bool = False
+    """Whether rows of slots without a request (`controls.NO_LAW`) may be among them: those keep
+    their bits, and no slot hears of them."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as
+        long as the others."""
+        for name, dtype in _TYPES.items():
+            given: Tensor | None = getattr(self, name)
+            if given is None:
+                continue
+            if given.dtype != dtype or given.dim() != 1 or not given.is_contiguous():
+                raise ValueError(
+                    f"{name}: got {given.dtype}, shape {tuple(given.shape)}, strides "
+                    f"{given.stride()}; accepted: a contiguous list of {dtype}."
+                )
+            if len(given) != len(self.slot_R) and name != "known_S":
+                raise ValueError(
+                    f"{name}: got {len(given)} and {len(self.slot_R)} slots; accepted: as many."
+                )
+
+    def samples_R(self) -> Tensor:
+        """bool [R]: whether each row's token is sampled."""
+        if self.known_S is None:
+            return torch.ones_like(self.slot_R, dtype=torch.bool)
+        return self.position_R + 1 >= self.known_S[self.slot_R]
+
+    def busy(self) -> "Step":
+        """The step without its idle rows; asks the device how many there are."""
+        if not self.has_idle_rows:
+            return self
+        chosen_R = self.controls.holds_request()[self.slot_R].nonzero().flatten()
+        last_token_R = None if self.last_token_R is None else self.last_token_R[chosen_R]
+        return Step(
+            self.controls,
+            self.slot_R[chosen_R],
+            self.position_R[chosen_R],
+            self.offset_R[chosen_R],
+            last_token_R,
+            chosen_R if self.rows_R is None else self.rows_R[chosen_R],
+            self.known_S,
+        )
+
+
+_TYPES = {
+    "slot_R": torch.int64,
+    "position_R": torch.int64,
+    "offset_R": torch.int32,
+    "last_token_R": torch.int32,
+    "rows_R": torch.int64,
+    "known_S": torch.int32,
+}
