@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     COOL: {"temperature": 0.7},
     "`words` .5": {"diversity": {"law": "words", "level": 0.5}},
     "`gated` .5": {"diversity": {"law": "gated", "level": 0.5}},
+    "stock, T .2": {"temperature": 0.2},
     "min-p .05, T 1.5": {"min_p": 0.05, "temperature": 1.5},
     ONE_TEMPERATURE: {
         "temperature": 1.5,
@@ -51,7 +52,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "`gated` .75": {"diversity": {"law": "gated", "level": 0.75}},
     "`gated` .25": {"diversity": {"law": "gated", "level": 0.25}},
     "top-p .95": {"top_p": 0.95},
-    "stock, T .2": {"temperature": 0.2},
     "stock, T .5": {"temperature": 0.5},
     "stock, T 1.1": {"temperature": 1.1},
     "stock, T 1.2": {"temperature": 1.2},

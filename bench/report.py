@@ -113,9 +113,10 @@ def real(document: dict[str, Any]) -> str:
     lines.append(
         f"`bench/real.py`: SmolLM2-135M-Instruct, {count} answers a row ({document['prompts']} "
         f"story prompts, {document['answers_to_each']} each, at most {document['max_tokens']} "
-        "tokens), and people's stories; 95 % intervals. Errors: marks of a grammar checker per 100 words, names "
-        "apart; AI phrases per 1,000 words; self-BLEU, lower is more varied, between answers to "
-        "different prompts; SDS within prompts, 100 is as varied in style as people."
+        "tokens), and people's stories; 95 % intervals. Errors: marks of a grammar checker per "
+        "100 words, names apart; AI phrases per 1,000 words; self-BLEU, lower is more varied, "
+        "between answers to different prompts; SDS within prompts, 100 is as varied in style as "
+        "people."
     )
     return "\n".join(lines)
 
@@ -275,7 +276,10 @@ PLACES = {
     "clients": "docs/clients.md",
     "families": "docs/training.md",
     **dict.fromkeys(
-        ("overhead", "served", "sampler", "train_cost", "sds_validation", "gpu"),
+        (
+            *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
+            "gpu",
+        ),
         "docs/results.md",
     ),
 }
