@@ -43,6 +43,14 @@ def test_an_app_is_extended_once_by_both_ways():
     assert len(fast.user_middleware) == 1
 
 
+def test_a_disabled_plug_in_adds_nothing_as_an_endpoint_plug_in_either(monkeypatch):
+    monkeypatch.setenv("DFTSERVE_DISABLE", "1")
+    fast = made()
+    app.EndpointPlugin().attach_router(fast)
+    assert routes(fast) == 0
+    assert fast.user_middleware == []
+
+
 def test_an_app_whose_middleware_is_built_is_built_again_with_ours_innermost():
     fast = made()
     fast.add_middleware(GZipMiddleware)

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
 
-from dftserve_vllm import capabilities, hooks, metrics
+from dftserve_vllm import capabilities, hooks, is_disabled, metrics
 from dftserve_vllm.field_guard import FieldGuard
 from dftserve_vllm.response_middleware import ResponseMiddleware
 
@@ -64,7 +64,8 @@ class EndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        extend(app)
+        if not is_disabled():
+            extend(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Nothing: the configuration is recorded when the engine is made."""
