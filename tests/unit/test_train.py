@@ -177,18 +177,20 @@ GRADIENTS = """
 """
 
 
-def launched(processes: int, *command: Path) -> None:
-    """A script in so many processes that talk over loopback."""
+def launched(processes: int, *command: Path | str, ends: bool = True) -> None:
+    """A script in so many processes that talk over loopback; `ends`: as it should, not by force."""
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     launch += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=127.0.0.1:0"]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), *command],
-        check=True,
+        check=False,
         timeout=300,
         capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
     )
+    assert (done.returncode == 0) is ends, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,57 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
     checkpoint.verify(Path(run.output) / "checkpoint-2")
     alone = make_trainer(config, prepared.loaded.model, prepared.material).evaluate()
     assert told[0]["nll"] == told[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
+
+
+INTERRUPTED = """
+    import os, signal, sys
+    from pathlib import Path
+    from transformers import TrainerCallback
+    from dftserve.train import run
+    from dftserve.train.config import load
+    number, step = int(sys.argv[2]), int(sys.argv[3])
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if os.environ["RANK"] == "1" and state.global_step == step:
+                os.kill(os.getpid(), number)
+    made = run.make_trainer
+    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Signalled()) or trainer
+    run.train(load(Path(sys.argv[1]), {}))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_that_are_stopped_and_killed_end_as_two_that_are_not_and_as_one(
+    run, fsdp, tmp_path
+):
+    """Signals reach the second of them: one that is saved for in step 2, one in step 5 that is not.
+    One process takes the same rows in batches of twice the size."""
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+
+    def settled(name: str) -> tuple[Path, Path]:
+        config = replace(run, batch_size=2, fsdp=fsdp, output=str(tmp_path / name))
+        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        return tmp_path / f"{name}.yaml", Path(config.output)
+
+    never, (settings_file, whole) = "100", settled("whole")
+    launched(2, script, settings_file, "0", never)
+    settings_file, halves = settled("halves")
+    launched(2, script, settings_file, str(int(signal.SIGTERM)), "1", ends=False)
+    assert [place.name for place in halves.glob("checkpoint-*")] == ["checkpoint-2"]
+    launched(2, script, settings_file, str(int(signal.SIGKILL)), "5", ends=False)
+    assert not (halves / "final").exists()
+    launched(2, script, settings_file, "0", never)
+    ours, theirs = (load_file(each / "final" / "model.safetensors") for each in (halves, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    one = train(replace(run, batch_size=4, output=str(tmp_path / "one")))
+    alone, together = (
+        json.loads((each / checkpoint.RUN).read_text())["figures"]["human_nll"]
+        for each in (one, whole / "final")
+    )
+    assert together == pytest.approx(alone, rel=1e-4)
 
 
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
