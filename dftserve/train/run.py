@@ -151,6 +151,8 @@ def train(config: TrainConfig) -> Path:
         set_seed(config.seed)
         prepared = replace(prepared, loaded=load_model(config, material))
     trainer = make_trainer(config, prepared.loaded.model, material)
+    # The untouched model, before the first step; a run that goes on has its figures already.
+    trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -158,6 +160,7 @@ def train(config: TrainConfig) -> Path:
         _say(f"Stopped, and saved in {output}; the same command goes on from there.")
         raise SystemExit(128 + stop.agreed)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
+    figures |= _beside_untouched(trainer, figures)
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
         with _weights_kept(trainer, output):
@@ -165,6 +168,25 @@ def train(config: TrainConfig) -> Path:
             finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
+
+
+def _beside_untouched(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
+    """Say what training did to the likelihood of held-out text; the figure from before it."""
+    name = f"eval_{HUMAN_NLL}"
+    before = [
+        line[name] for line in trainer.state.log_history if name in line and line["step"] == 0
+    ]
+    if not (before and figures):
+        return {}
+    after = figures[f"final_{HUMAN_NLL}"]
+    _say(f"Held-out human NLL: {after:.4f} nats a token; {before[0]:.4f} before training.")
+    if after > before[0]:
+        _say(
+            "Warning: the trained model is worse at held-out text than the one that was not "
+            "trained. Take a lower learning_rate, fewer steps (`patience` stops by itself), "
+            "another target_weight, or more text."
+        )
+    return {f"untouched_{HUMAN_NLL}": before[0]}
 
 
 def read(config: TrainConfig) -> Material:

@@ -327,9 +327,24 @@ def test_a_run_ends_in_a_checkpoint_that_says_what_it_is(run):
     told = json.loads((final / checkpoint.RUN).read_text())
     assert told["settings"]["learning_rate"] == 1e-2
     assert told["figures"]["human_nll"] > 0
+    assert told["figures"]["untouched_human_nll"] > 0
     assert told["versions"]["torch"] == torch.__version__
     with pytest.raises(ValueError, match="this run is finished"):
         train(run)
+
+
+def test_the_untouched_model_is_scored_first_and_a_worse_one_says_so(run, capsys):
+    prepared = prepare(run)
+    trainer = make_trainer(run, prepared.loaded.model, prepared.material)
+    untouched = trainer.evaluate()["eval_human_nll"]
+    config = replace(run, divergence=DivergenceConfig(name="sft"), schedule="constant")
+    final = train(replace(config, learning_rate=0.3))
+    figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
+    assert figures["untouched_human_nll"] == pytest.approx(untouched, rel=1e-6)
+    assert figures["human_nll"] > untouched, "a rate that ruins the model"
+    told = capsys.readouterr().err
+    assert f"{untouched:.4f} before training" in told
+    assert "Warning: the trained model is worse" in told
 
 
 @pytest.mark.parametrize("keep", [1, 2])
