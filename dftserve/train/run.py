@@ -9,6 +9,7 @@ run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, ch
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -464,14 +465,15 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     """λ by the held-out human NLL after a short run of each candidate; each is run once."""
     path = output / WEIGHTS
     tried = _read(path) or {}
-    candidates = config.divergence.candidates
+    candidates = config.divergence.to_try
+    steps = probe_steps(config, material)
     for weight in candidates:
         if f"{weight:g}" in tried:
             continue
-        _say(f"Trying target_weight {weight:g}, {config.divergence.probe_steps} steps:")
+        _say(f"Trying target_weight {weight:g}, {steps} steps:")
         probe = replace(
             _weighted(config, weight),
-            steps=config.divergence.probe_steps,
+            steps=steps,
             evaluate_every=1 << 30,
             patience=None,
             report_to="none",
@@ -490,10 +492,22 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     return _weighted(config, float(best))
 
 
+def steps_of(config: TrainConfig, material: Material) -> int:
+    """Optimizer steps of the run, of one process."""
+    of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
+    return config.steps or math.ceil(of_epoch * config.epochs)
+
+
+def probe_steps(config: TrainConfig, material: Material) -> int:
+    """Of each candidate of `auto`."""
+    third = steps_of(config, material) // (3 * len(config.divergence.to_try))
+    return min(config.divergence.probe_steps, max(1, third))
+
+
 def of_first_candidate(config: TrainConfig) -> TrainConfig:
     """The configuration itself, with a weight where it is still to be chosen."""
     is_auto = config.divergence.target_weight == AUTO
-    return _weighted(config, config.divergence.candidates[0]) if is_auto else config
+    return _weighted(config, config.divergence.to_try[0]) if is_auto else config
 
 
 def _weighted(config: TrainConfig, weight: float) -> TrainConfig:

@@ -25,7 +25,7 @@ from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
-from dftserve.train.run import make_trainer, prepare, read, train
+from dftserve.train.run import make_trainer, prepare, probe_steps, read, train
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
 
@@ -443,11 +443,23 @@ def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
 def test_the_weight_is_chosen_by_held_out_text(run):
     """The target is noise: the text alone must win."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
-    train(replace(run, divergence=divergence))
+    config = replace(run, divergence=divergence, steps=90, evaluate_every=90, save_every=90)
+    train(config)
     tried = json.loads((Path(run.output) / "weights.json").read_text())
     assert tried["0"] < tried["0.9"]
     told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
     assert told["settings"]["divergence"]["target_weight"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "steps", "each"),
+    [("forward_kl", 0.0, 600, 50), ("forward_kl", 0.0, 120, 10), ("reverse_kl", 0.3, 18, 2),
+     ("jsd", 0.0, 3, 1)],
+)  # fmt: skip
+def test_auto_tries_the_text_alone_and_takes_a_third_of_the_run(run, name, first, steps, each):
+    config = replace(run, steps=steps, divergence=DivergenceConfig(name=name, target_weight="auto"))
+    assert config.divergence.to_try[0] == first
+    assert probe_steps(config, read(config)) == each
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
