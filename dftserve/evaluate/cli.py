@@ -288,10 +288,13 @@ def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -
         from dftserve.evaluate import reference
 
         found = reference.samples(corpus, words=words, pieces=pieces)
-        click.echo(f"{len(found)} texts of {len({each.source for each in found})} works.")
+        works = len({each.source for each in found})
+        click.echo(f"{len(found)} texts of {works} works.")
         built = reference.build(found, words=words, seed=seed)
         reference.save(built, out)
         click.echo(reference.render(built))
+        for doubt in reference.doubts(built, works):
+            click.echo(f"Warning: {doubt}", err=True)
 
 
 @evaluate_anchors.command("inspect")

@@ -41,6 +41,9 @@ LARGEST = 1 << 20
 LARGEST_TEXTS = 2 << 30
 LARGEST_LINE = 64 << 20
 MOST_WORDS = 1_000_000
+FEW_WORKS = 16
+LOW_SCORE = 80.0
+"""Of held-out human text, which scores 92 to 100 on ten splits of the story set."""
 LEAST_FUNCTION_WORDS = 0.25
 """English prose has .4 to .6; other languages, which the style features do not know, below .1."""
 
@@ -186,6 +189,26 @@ def render(anchors: Anchors) -> str:
         f"Held-out human text scores {score.sds.render(1)}: V {score.variety.render()}, "
         f"P {score.wording.render()}, q {score.coherence.render()}."
     )
+
+
+def doubts(anchors: Anchors, works: int) -> list[str]:
+    """Why scores beside these anchors may mean little, a sentence each.
+
+    Args:
+        works: from how many works the texts are.
+    """
+    found, people = [], anchors.human.sds.value
+    if works < FEW_WORKS:
+        found.append(
+            f"The texts are of {works} works: what counts as human variety is that of few authors. "
+            f"Add texts of other people, {FEW_WORKS} works or more."
+        )
+    if people < LOW_SCORE:
+        found.append(
+            f"Held-out human text scores {people:.0f} and should score about 95: the splits are "
+            "not of one kind. Add texts of more works, or leave out what is unlike the rest."
+        )
+    return found
 
 
 def digest(folder: Path) -> str:

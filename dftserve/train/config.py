@@ -34,9 +34,12 @@ class DivergenceConfig:
     name: str = "forward_kl"
     target_weight: float | str | None = None
     """λ; `auto` tries `candidates` and takes the one of the lowest held-out human NLL."""
-    candidates: tuple[float, ...] = (0.3, 0.6, 0.9)
+    candidates: tuple[float, ...] | None = None
+    """None: 0, which is the text alone, .3, .6 and .9; for reverse_kl, which cannot be 0, the last
+    three."""
     probe_steps: int = 50
-    """Optimizer steps of each candidate of `auto`."""
+    """Optimizer steps of each candidate of `auto`, at most; all together take no more than a third
+    of the run's."""
     skew: float | None = None
     share: float | None = None
     projections: int = 8
@@ -55,7 +58,7 @@ class DivergenceConfig:
                 f"{AUTO!r}."
             )
         given = self.target_weight
-        weights = [*self.candidates, *([given] if isinstance(given, float | int) else [])]
+        weights = [*self.to_try, *([given] if isinstance(given, float | int) else [])]
         for weight in weights:
             if not 0 <= weight <= 1 or (self.name == "reverse_kl" and weight == 0):
                 least = "above 0" if self.name == "reverse_kl" else "from 0"
@@ -63,7 +66,7 @@ class DivergenceConfig:
                 raise ValueError(f"{where}: got {weight:g}; accepted: a number {least} to 1.")
         _between(1, MOST, self, "probe_steps")
         _between(1, 1 << 16, self, "projections")
-        if not self.candidates:
+        if not self.to_try:
             raise ValueError("candidates: got none; accepted: weights to try.")
         takes = TAKES[self.name]
         for name in sorted({one for each in TAKES.values() for one in each} - set(takes)):
@@ -73,6 +76,13 @@ class DivergenceConfig:
                 )
         if self.target_weight != AUTO and self.name != "sliced_w1":
             self.build(None)
+
+    @property
+    def to_try(self) -> tuple[float, ...]:
+        """λ that `auto` tries."""
+        if self.candidates is not None:
+            return self.candidates
+        return (0.3, 0.6, 0.9) if self.name == "reverse_kl" else (0.0, 0.3, 0.6, 0.9)
 
     def build(self, embeddings_VD: torch.Tensor | None, seed: int = 0) -> Divergence:
         """The divergence; `embeddings_VD` only where it is sliced_w1.

@@ -16,7 +16,7 @@ from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Rows
 from dftserve.train.head import CHUNK_ELEMENTS
 from dftserve.train.model import enable_checkpointing
-from dftserve.train.run import Material, of_first_candidate, prepare
+from dftserve.train.run import Material, of_first_candidate, prepare, probe_steps, steps_of
 
 OPTIMIZER_BYTES = 8
 """Two float32 moments of AdamW for a trained parameter."""
@@ -88,11 +88,10 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     Raises:
         ValueError: as `train` would.
     """
-    tries = 0
-    if config.divergence.target_weight == AUTO:
-        tries = config.divergence.probe_steps * len(config.divergence.candidates)
     prepared = prepare(of_first_candidate(config))
     material, model = prepared.material, prepared.loaded.model
+    is_auto = config.divergence.target_weight == AUTO
+    tries = probe_steps(config, material) * len(config.divergence.to_try) if is_auto else 0
     model.train()
     if config.gradient_checkpointing:
         enable_checkpointing(model)
@@ -100,7 +99,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
-    steps = config.steps or math.ceil(of_epoch * config.epochs)
+    steps = steps_of(config, material)
     tokens, learnt = _tokens(material.train)
     device = next(model.parameters()).device.type
     whole = 4 * sum(parameters)

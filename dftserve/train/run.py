@@ -9,6 +9,7 @@ run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, ch
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,6 +152,8 @@ def train(config: TrainConfig) -> Path:
         set_seed(config.seed)
         prepared = replace(prepared, loaded=load_model(config, material))
     trainer = make_trainer(config, prepared.loaded.model, material)
+    # The untouched model, before the first step; a run that goes on has its figures already.
+    trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -158,6 +161,7 @@ def train(config: TrainConfig) -> Path:
         _say(f"Stopped, and saved in {output}; the same command goes on from there.")
         raise SystemExit(128 + stop.agreed)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
+    figures |= _beside_untouched(trainer, figures)
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
         with _weights_kept(trainer, output):
@@ -165,6 +169,25 @@ def train(config: TrainConfig) -> Path:
             finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
+
+
+def _beside_untouched(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
+    """Say what training did to the likelihood of held-out text; the figure from before it."""
+    name = f"eval_{HUMAN_NLL}"
+    before = [
+        line[name] for line in trainer.state.log_history if name in line and line["step"] == 0
+    ]
+    if not (before and figures):
+        return {}
+    after = figures[f"final_{HUMAN_NLL}"]
+    _say(f"Held-out human NLL: {after:.4f} nats a token; {before[0]:.4f} before training.")
+    if after > before[0]:
+        _say(
+            "Warning: the trained model is worse at held-out text than the one that was not "
+            "trained. Take a lower learning_rate, fewer steps (`patience` stops by itself), "
+            "another target_weight, or more text."
+        )
+    return {f"untouched_{HUMAN_NLL}": before[0]}
 
 
 def read(config: TrainConfig) -> Material:
@@ -445,14 +468,15 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     """λ by the held-out human NLL after a short run of each candidate; each is run once."""
     path = output / WEIGHTS
     tried = _read(path) or {}
-    candidates = config.divergence.candidates
+    candidates = config.divergence.to_try
+    steps = probe_steps(config, material)
     for weight in candidates:
         if f"{weight:g}" in tried:
             continue
-        _say(f"Trying target_weight {weight:g}, {config.divergence.probe_steps} steps:")
+        _say(f"Trying target_weight {weight:g}, {steps} steps:")
         probe = replace(
             _weighted(config, weight),
-            steps=config.divergence.probe_steps,
+            steps=steps,
             evaluate_every=1 << 30,
             patience=None,
             report_to="none",
@@ -471,10 +495,22 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     return _weighted(config, float(best))
 
 
+def steps_of(config: TrainConfig, material: Material) -> int:
+    """Optimizer steps of the run, of one process."""
+    of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
+    return config.steps or math.ceil(of_epoch * config.epochs)
+
+
+def probe_steps(config: TrainConfig, material: Material) -> int:
+    """Of each candidate of `auto`."""
+    third = steps_of(config, material) // (3 * len(config.divergence.to_try))
+    return min(config.divergence.probe_steps, max(1, third))
+
+
 def of_first_candidate(config: TrainConfig) -> TrainConfig:
     """The configuration itself, with a weight where it is still to be chosen."""
     is_auto = config.divergence.target_weight == AUTO
-    return _weighted(config, config.divergence.candidates[0]) if is_auto else config
+    return _weighted(config, config.divergence.to_try[0]) if is_auto else config
 
 
 def _weighted(config: TrainConfig, weight: float) -> TrainConfig:

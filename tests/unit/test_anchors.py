@@ -3,10 +3,12 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from dftserve.evaluate import reference
+from dftserve.evaluate.reference import FEW_WORKS, doubts
 from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
 
@@ -275,3 +277,11 @@ def test_anchors_that_lack_something(folder, name):
     edit(folder, lambda about: about.pop(name))
     with pytest.raises(ValueError, match="build it again"):
         reference.load(folder)
+
+
+def test_anchors_of_few_works_or_of_a_low_score_are_doubted(built):
+    assert doubts(built, FEW_WORKS) == []
+    assert "are of 4 works" in doubts(built, 4)[0]
+    low = replace(built.human, sds=replace(built.human.sds, value=52.0))
+    (told,) = doubts(replace(built, human=low), FEW_WORKS)
+    assert "scores 52" in told

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from dftserve.cli import main
 from dftserve.evaluate import reference
 from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.slop import read_phrases
-from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.metrics.suite import MEASURES, _bounded
 from dftserve.evaluate.report.compare import compare
 from dftserve.evaluate.report.html import as_html, as_text
 from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess
@@ -79,6 +80,18 @@ def test_every_number_has_an_interval_and_a_human_value_beside_it(result):
                 assert value.low <= value.value + 1e-9, name
                 assert value.value <= value.high + 1e-9, name
     assert set(result.human.measures) <= set(MEASURES)
+
+
+def test_no_interval_leaves_the_range_of_its_measure(result):
+    """Half of a level is one text twelve times: leaving out a tenth moves its measures far."""
+    for side in (result.human, *(level.side for level in result.levels)):
+        for name, found in side.measures.items():
+            least, most = MEASURES[name].least, MEASURES[name].most
+            assert least <= found.value <= most, name
+            if found.low is not None and found.high is not None:
+                assert least <= found.low <= found.high <= most, name
+    wide = _bounded(Estimate(0.95, 0.8, 1.1), MEASURES["c2st_style"])
+    assert (wide.low, wide.high) == (0.8, 1.0)
 
 
 def test_entropies_are_the_answers_own(result):

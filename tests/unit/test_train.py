@@ -25,7 +25,7 @@ from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
-from dftserve.train.run import make_trainer, prepare, read, train
+from dftserve.train.run import make_trainer, prepare, probe_steps, read, train
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
 
@@ -177,18 +177,20 @@ GRADIENTS = """
 """
 
 
-def launched(processes: int, *command: Path) -> None:
-    """A script in so many processes that talk over loopback."""
+def launched(processes: int, *command: Path | str, ends: bool = True) -> None:
+    """A script in so many processes that talk over loopback; `ends`: as it should, not by force."""
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     launch += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=127.0.0.1:0"]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), *command],
-        check=True,
+        check=False,
         timeout=300,
         capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
     )
+    assert (done.returncode == 0) is ends, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,57 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
     assert told[0]["nll"] == told[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
+INTERRUPTED = """
+    import os, signal, sys
+    from pathlib import Path
+    from transformers import TrainerCallback
+    from dftserve.train import run
+    from dftserve.train.config import load
+    number, step = int(sys.argv[2]), int(sys.argv[3])
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if os.environ["RANK"] == "1" and state.global_step == step:
+                os.kill(os.getpid(), number)
+    made = run.make_trainer
+    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Signalled()) or trainer
+    run.train(load(Path(sys.argv[1]), {}))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_that_are_stopped_and_killed_end_as_two_that_are_not_and_as_one(
+    run, fsdp, tmp_path
+):
+    """Signals reach the second of them: one that is saved for in step 2, one in step 5 that is not.
+    One process takes the same rows in batches of twice the size."""
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+
+    def settled(name: str) -> tuple[Path, Path]:
+        config = replace(run, batch_size=2, fsdp=fsdp, output=str(tmp_path / name))
+        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        return tmp_path / f"{name}.yaml", Path(config.output)
+
+    never, (settings_file, whole) = "100", settled("whole")
+    launched(2, script, settings_file, "0", never)
+    settings_file, halves = settled("halves")
+    launched(2, script, settings_file, str(int(signal.SIGTERM)), "1", ends=False)
+    assert [place.name for place in halves.glob("checkpoint-*")] == ["checkpoint-2"]
+    launched(2, script, settings_file, str(int(signal.SIGKILL)), "5", ends=False)
+    assert not (halves / "final").exists()
+    launched(2, script, settings_file, "0", never)
+    ours, theirs = (load_file(each / "final" / "model.safetensors") for each in (halves, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    one = train(replace(run, batch_size=4, output=str(tmp_path / "one")))
+    alone, together = (
+        json.loads((each / checkpoint.RUN).read_text())["figures"]["human_nll"]
+        for each in (one, whole / "final")
+    )
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -274,9 +327,24 @@ def test_a_run_ends_in_a_checkpoint_that_says_what_it_is(run):
     told = json.loads((final / checkpoint.RUN).read_text())
     assert told["settings"]["learning_rate"] == 1e-2
     assert told["figures"]["human_nll"] > 0
+    assert told["figures"]["untouched_human_nll"] > 0
     assert told["versions"]["torch"] == torch.__version__
     with pytest.raises(ValueError, match="this run is finished"):
         train(run)
+
+
+def test_the_untouched_model_is_scored_first_and_a_worse_one_says_so(run, capsys):
+    prepared = prepare(run)
+    trainer = make_trainer(run, prepared.loaded.model, prepared.material)
+    untouched = trainer.evaluate()["eval_human_nll"]
+    config = replace(run, divergence=DivergenceConfig(name="sft"), schedule="constant")
+    final = train(replace(config, learning_rate=0.3))
+    figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
+    assert figures["untouched_human_nll"] == pytest.approx(untouched, rel=1e-6)
+    assert figures["human_nll"] > untouched, "a rate that ruins the model"
+    told = capsys.readouterr().err
+    assert f"{untouched:.4f} before training" in told
+    assert "Warning: the trained model is worse" in told
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -375,11 +443,23 @@ def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
 def test_the_weight_is_chosen_by_held_out_text(run):
     """The target is noise: the text alone must win."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
-    train(replace(run, divergence=divergence))
+    config = replace(run, divergence=divergence, steps=90, evaluate_every=90, save_every=90)
+    train(config)
     tried = json.loads((Path(run.output) / "weights.json").read_text())
     assert tried["0"] < tried["0.9"]
     told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
     assert told["settings"]["divergence"]["target_weight"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "steps", "each"),
+    [("forward_kl", 0.0, 600, 50), ("forward_kl", 0.0, 120, 10), ("reverse_kl", 0.3, 18, 2),
+     ("jsd", 0.0, 3, 1)],
+)  # fmt: skip
+def test_auto_tries_the_text_alone_and_takes_a_third_of_the_run(run, name, first, steps, each):
+    config = replace(run, steps=steps, divergence=DivergenceConfig(name=name, target_weight="auto"))
+    assert config.divergence.to_try[0] == first
+    assert probe_steps(config, read(config)) == each
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):

@@ -3,8 +3,9 @@
 Many depend on the length and the number of texts: both sides are cut to the same.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -38,6 +39,9 @@ class Measure:
     title: str
     about: str
     digits: int = 2
+    least: float = 0.0
+    most: float = math.inf
+    """What the measure can be; an interval does not go beyond."""
 
 
 MEASURES = {
@@ -47,29 +51,36 @@ MEASURES = {
         3,
     ),
     "mmd_style_p": Measure(
-        "its p", "of “written by the same people”, at least .001: 999 permutations", 4
+        "its p", "of “written by the same people”, at least .001: 999 permutations", 4, most=1
     ),
     "c2st_style": Measure(
         "told apart",
         "AUC of a linear classifier on style; .5: cannot tell, or has too few texts to learn",
         3,
+        most=1,
     ),
     "mmd_meaning": Measure("meaning distance", "√MMD² of embeddings to held-out human text", 3),
-    "c2st_meaning": Measure("told apart by meaning", "AUC on embeddings; .5: cannot tell", 3),
+    "c2st_meaning": Measure(
+        "told apart by meaning", "AUC on embeddings; .5: cannot tell", 3, most=1
+    ),
     "token_l2": Measure("token L2", "‖f − f_human‖₂ of token frequencies", 4),
-    "token_js": Measure("token JS", "Jensen–Shannon divergence of token frequencies, nats", 4),
+    "token_js": Measure(
+        "token JS", "Jensen–Shannon divergence of token frequencies, nats", 4, most=math.log(2)
+    ),
     "slop": Measure("AI phrases", "per 1,000 words; to be as human"),
     "contrast": Measure("“not X, but Y”", "per 1,000 words; to be as human"),
-    "distinct_1": Measure("distinct-1", "different words / words; soup wins it", 3),
-    "distinct_3": Measure("distinct-3", "different trigrams / trigrams; soup wins it", 3),
-    "self_bleu": Measure("self-BLEU", "0 to 100, lower: less alike; soup wins it", 1),
+    "distinct_1": Measure("distinct-1", "different words / words; soup wins it", 3, most=1),
+    "distinct_3": Measure("distinct-3", "different trigrams / trigrams; soup wins it", 3, most=1),
+    "self_bleu": Measure("self-BLEU", "0 to 100, lower: less alike; soup wins it", 1, most=100),
     "compression": Measure("compression", "bytes / gzipped bytes; lower: less repetition"),
     "self_repetition": Measure("self-repetition", "4-grams that come back in other texts, ln"),
     "vendi_style": Measure("Vendi, style", "effective number of styles among the texts", 1),
     "vendi_meaning": Measure("Vendi, meaning", "effective number of meanings among the texts", 1),
-    "distinct_8": Measure("distinct of 8", "classes of meaning among eight answers to a prompt"),
-    "zipf": Measure("Zipf slope", "ln frequency on ln rank"),
-    "burstiness": Measure("burstiness", "of sentence lengths, −1 to 1"),
+    "distinct_8": Measure(
+        "distinct of 8", "classes of meaning among eight answers to a prompt", least=1, most=8
+    ),
+    "zipf": Measure("Zipf slope", "ln frequency on ln rank", least=-math.inf),
+    "burstiness": Measure("burstiness", "of sentence lengths, −1 to 1", least=-1, most=1),
 }
 
 
@@ -112,7 +123,16 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
-    return {name: found[name] for name in MEASURES if name in found}
+    return {name: _bounded(found[name], MEASURES[name]) for name in MEASURES if name in found}
+
+
+def _bounded(found: Estimate, measure: Measure) -> Estimate:
+    """The jackknife's interval is symmetrical, and would leave the measure's range."""
+    low, high = (
+        None if end is None else min(max(end, measure.least), measure.most)
+        for end in (found.low, found.high)
+    )
+    return replace(found, low=low, high=high)
 
 
 def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> Estimate:
