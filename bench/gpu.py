@@ -93,19 +93,19 @@ WHOLE = Size(
     new_tokens=64,
 )
 QUICK = Size(
-    vocabularies=(4096, 32_768),
+    vocabularies=(4096,),
     rows=(1, 8),
-    step_vocabulary=32_768,
+    step_vocabulary=8192,
     step_rows=(1, 32),
-    pairs=3,
-    calls=20,
+    pairs=2,
+    calls=10,
     hidden=64,
     layers=2,
-    tokens=256,
-    train_steps=2,
-    documents=2,
+    tokens=128,
+    train_steps=1,
+    documents=1,
     batches=(1,),
-    new_tokens=8,
+    new_tokens=2,
 )
 
 

@@ -235,20 +235,27 @@ def _tell_float32() -> None:
 
 
 def load(
-    found: Examined, *, dtype: str | torch.dtype, device: str | torch.device | None = None
+    found: Examined,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The model with every weight from its safetensors files, in evaluation mode.
 
     Args:
         dtype: as `dtype_for` takes it.
         device: None: the CPU.
+        attention: transformers' name of an implementation; None leaves it the choice.
 
     Raises:
-        ValueError: weights that are missing (they would stay random), that the model has no place
+        ValueError: an attention that the model does not have or whose package is not installed;
+            weights that are missing (they would stay random), that the model has no place
             for, that transformers overwrites, or that cannot be loaded.
     """
     folder = fetched(found)
     weight_files(folder)
+    chosen = {} if attention is None else {"attn_implementation": attention}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -256,7 +263,12 @@ def load(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **chosen,
         )
+    except ImportError as error:
+        raise ValueError(
+            f"attention: got {attention!r}, which cannot be used here ({_line(error)})."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(
             f"model: {found.name} cannot be loaded as a causal language model ({_line(error)})."

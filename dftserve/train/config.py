@@ -18,6 +18,9 @@ from dftserve.train.divergences import DIVERGENCES, Divergence, Projections
 AUTO = "auto"
 ALL_LINEAR = "all-linear"
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
+"""Those of transformers that need no further package."""
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 REPORTS = ("none", "tensorboard", "trackio")
 MOST = 1 << 30
 """Of a count of steps, rows or checkpoints: what is beyond is a slip, and would be allocated."""
@@ -150,6 +153,7 @@ class TrainConfig:
     """Rows of one process's one step."""
     accumulation: int = 1
     """Batches of one optimizer step."""
+    optim: str = "adamw_torch_fused"
     learning_rate: float = 2e-5
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -158,6 +162,12 @@ class TrainConfig:
     clip: float = 1.0
     """The gradient's largest norm."""
     precision: str = "fp32"
+    attention: str | None = None
+    """Which implementation; None leaves the choice to transformers."""
+    torch_compile: bool = False
+    """Compile the model; the first steps then take minutes."""
+    workers: int = 0
+    """Processes that read batches; 0 reads them between steps."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass; transformers from 5.23 on calls it
     `activation_checkpointing`, and this key keeps its name on every version."""
@@ -182,15 +192,18 @@ class TrainConfig:
         for name, known in (
             ("precision", PRECISIONS),
             ("report_to", REPORTS),
+            ("optim", OPTIMIZERS),
+            ("attention", (None, *ATTENTIONS)),
             ("schedule", ("cosine", "linear", "constant")),
         ):
             value = getattr(self, name)
             if value not in known:
-                accepted = settings.among(value, known)
+                accepted = settings.among(value, [each for each in known if each is not None])
                 raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.")
         _between(1, 1 << 16, self, "batch_size", "accumulation")
         _between(1, MOST, self, "save_every", "keep", "evaluate_every", "log_every")
         _between(1, 1 << 40, self, "evaluate_tokens")
+        _between(0, 256, self, "workers")
         _between(2, MOST_TOKENS, self, "max_length")
         _between(0, MOST_SEED, self, "seed")
         _between(0, math.inf, self, "weight_decay", "clip")

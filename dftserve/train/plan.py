@@ -18,8 +18,9 @@ from dftserve.train.head import CHUNK_ELEMENTS
 from dftserve.train.model import enable_checkpointing
 from dftserve.train.run import Material, of_first_candidate, prepare, probe_steps, steps_of
 
-OPTIMIZER_BYTES = 8
-"""Two float32 moments of AdamW for a trained parameter."""
+OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adafactor": 0, "sgd": 0}
+"""Of a trained parameter: AdamW has two float32 moments, Adafactor one of each row and column, SGD
+none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     steps = steps_of(config, material)
     tokens, learnt = _tokens(material.train)
     device = next(model.parameters()).device.type
-    whole = 4 * sum(parameters)
+    whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
     return TrainPlan(
         parameters=sum(parameters),
         trained_parameters=trained,
@@ -119,10 +120,10 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         seconds=seconds * config.accumulation * (steps + tries),
         weights_bytes=whole,
         gradient_bytes=4 * trained,
-        optimizer_bytes=OPTIMIZER_BYTES * trained,
+        optimizer_bytes=optimizer_bytes,
         activation_bytes=activations,
         head_bytes=2 * 4 * CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]),
-        disk_bytes=(config.keep + 1) * (whole + OPTIMIZER_BYTES * trained) + whole,
+        disk_bytes=(config.keep + 1) * (whole + optimizer_bytes) + whole,
     )
 
 

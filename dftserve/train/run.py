@@ -241,7 +241,9 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
     Weights are kept in float32: bf16 is how they are computed with.
     """
     found = material.found
-    model: Any = lm.load(found, dtype=torch.float32, device=_device(config))
+    model: Any = lm.load(
+        found, dtype=torch.float32, device=_device(config), attention=config.attention
+    )
     if config.gradient_checkpointing:
         model.config.use_cache = False
     embeddings: Any = model.get_input_embeddings().weight
@@ -272,6 +274,7 @@ def make_trainer(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
+        optim=config.optim,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
@@ -298,6 +301,8 @@ def make_trainer(
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
+        torch_compile=config.torch_compile,
+        dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
         **renamed,

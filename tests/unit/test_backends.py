@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dftserve.sampling import Controls, LawConstants, Slots, control_row, get_backend
+from dftserve.sampling import Controls, LawConstants, Slots, Step, control_row, get_backend
 from dftserve.sampling.backends import checked_class
 from dftserve.sampling.backends.numba import NumbaBackend
 from dftserve.sampling.backends.numba_slots import NumbaSlots
@@ -139,7 +139,14 @@ def test_slots_that_forget_what_a_resumed_request_had_are_not_used(monkeypatch, 
 
 def test_slots_that_are_wrong_are_not_used(monkeypatch, caplog):
     """They steer, and count nothing."""
-    monkeypatch.setattr(NumbaSlots, "stage_step", lambda *_: None)
+    steps = NumbaBackend.step
+
+    def forgetting(self, logits_XV, step, slots):
+        done = steps(self, logits_XV, step, slots)
+        slots._waiting_SKF.zero_()
+        return done
+
+    monkeypatch.setattr(NumbaBackend, "step", forgetting)
     with caplog.at_level(logging.WARNING):
         assert isinstance(get_backend(CPU), TorchBackend)
     assert "disagree" in caplog.text
@@ -207,20 +214,17 @@ def test_a_constant_of_the_controller_reaches_the_kernels(changed):
 
 
 def _steered(backend):
-    """The levels of two requests after twenty tokens: one above its target, one below."""
+    """The temperatures of two requests after twenty tokens: one above its target, one below."""
     asked = [parse({"law": "budget", "target_entropy": target}) for target in (0.5, 3.0)]
     rows = [
         control_row(d, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset()) for d in asked
     ]
     controls, slots = Controls.stack(rows), backend.create_slots(2, 1)
     slot_R, zero_R = torch.arange(2), torch.zeros(2, dtype=torch.int64)
-    ones_R = torch.ones(2, dtype=torch.bool)
-    for step in range(20):
-        level_R = slots.commit_accepted(controls, slot_R, zero_R + step, zero_R).level_R
-        logits_RV = make_rows(["gaussian"] * 2, 100, seed=step)
-        statistics = backend(logits_RV, controls.with_level(level_R))
-        slots.stage_step(slot_R, zero_R + step, zero_R, ones_R, statistics)
-    return level_R
+    for at in range(20):
+        step = Step(controls, slot_R, zero_R + at, zero_R.int())
+        statistics = backend.step(make_rows(["gaussian"] * 2, 100, seed=at), step, slots)
+    return statistics.temperature_R.clone()
 
 
 def test_constants_are_packed_in_the_order_of_their_columns():

@@ -190,7 +190,7 @@ def test_an_update_that_is_not_understood_leaves_every_row(monkeypatch):
     assert processor.stats.faults == 1
 
 
-@pytest.mark.parametrize("method", ["commit_accepted", "stage_step", "snapshot"])
+@pytest.mark.parametrize("method", ["arrays", "snapshot"])
 def test_a_fault_of_the_statistics_does_not_end_a_step(monkeypatch, method):
     processor = v1_with((params(0.5, "a"), []))
     monkeypatch.setattr(processor.stats.slots, method, breaking)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, Slots, Statistics, control_row
-from dftserve.sampling.backends.numba_slots import NumbaSlots
 from dftserve.sampling.controls import DEFAULT_CONSTANTS
 from dftserve.spec import parse
 
@@ -38,16 +37,12 @@ def replay(entropies, target, constants=DEFAULT_CONSTANTS):
     return level if len(entropies) >= constants.budget_open_loop else 0.0
 
 
-KINDS = pytest.mark.parametrize("kind", [Slots, NumbaSlots])
-
-
-@KINDS
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0.05, 4.0))
-def test_only_accepted_tokens_count_and_steer(kind, seed, rows_per_request, target):
+def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
     """Drafts are rejected at random, requests skip steps, prompts come in chunks."""
     source = random.Random(seed)
-    slots = kind(3, rows_per_request, "cpu")
+    slots = Slots(3, rows_per_request, "cpu")
     accepted = {slot: [] for slot in range(3)}
     waiting = {slot: [] for slot in range(3)}
     position = dict.fromkeys(range(3), 5)
@@ -85,9 +80,8 @@ def test_only_accepted_tokens_count_and_steer(kind, seed, rows_per_request, targ
         assert means[2] == pytest.approx(sum(total) / len(total), abs=1e-4)
 
 
-@KINDS
-def test_a_resumed_request_keeps_its_figures_and_starts_open_loop(kind):
-    slots, controls = kind(2, 1, "cpu"), controls_of(3.0, 1)
+def test_a_resumed_request_keeps_its_figures_and_starts_open_loop():
+    slots, controls = Slots(2, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
     zero, one_row = torch.tensor([0]), torch.tensor([True])
     for position in range(40):
@@ -99,10 +93,9 @@ def test_a_resumed_request_keeps_its_figures_and_starts_open_loop(kind):
     assert steered.level_R.item() == 0.0
 
 
-@KINDS
-def test_requests_that_begin_together_begin_as_if_one_after_another(kind):
+def test_requests_that_begin_together_begin_as_if_one_after_another():
     """The slots were in use; a resumed request keeps what had been accepted of what waited."""
-    slots, controls = kind(4, 2, "cpu"), controls_of(3.0, 4)
+    slots, controls = Slots(4, 2, "cpu"), controls_of(3.0, 4)
     slot_R, zeros_R = torch.arange(4), torch.zeros(4, dtype=torch.int64)
     for position in range(DEFAULT_CONSTANTS.budget_open_loop + 2):
         position_R = zeros_R + position
@@ -140,27 +133,24 @@ READS = {
 }
 
 
-@KINDS
 @pytest.mark.parametrize("name", list(READS))
-def test_whatever_comes_next_sees_the_requests_that_were_opened(kind, name):
-    slots = kind(1, 1, "cpu")
+def test_whatever_comes_next_sees_the_requests_that_were_opened(name):
+    slots = Slots(1, 1, "cpu")
     slots.open(0, produced=7)
     READS[name](slots, *torch.zeros(3, 1, dtype=torch.int64))
     assert slots._tokens_S.tolist() == [7]
 
 
-@KINDS
 @pytest.mark.parametrize("slot", [-1, 2])
-def test_a_request_in_a_slot_that_is_not_there_is_refused(kind, slot):
-    slots = kind(2, 1, "cpu")
+def test_a_request_in_a_slot_that_is_not_there_is_refused(slot):
+    slots = Slots(2, 1, "cpu")
     with pytest.raises(IndexError, match=f"got {slot}; accepted: 0 to 1"):
         slots.open(slot)
     assert [int(slots.read(s).tokens) for s in (0, 1)] == [0, 0]
 
 
-@KINDS
-def test_an_invalid_row_has_no_statistics(kind):
-    slots, controls = kind(1, 1, "cpu"), controls_of(3.0, 1)
+def test_an_invalid_row_has_no_statistics():
+    slots, controls = Slots(1, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
     zero, position = torch.tensor([0]), torch.tensor([3])
     nan = torch.tensor([float("nan")])
@@ -173,10 +163,9 @@ def test_an_invalid_row_has_no_statistics(kind):
     assert slots.invalid == 1
 
 
-@KINDS
-def test_an_invalid_row_of_a_prompt_is_not_counted(kind):
+def test_an_invalid_row_of_a_prompt_is_not_counted():
     """It is no token: the engine throws it away."""
-    slots = kind(1, 1, "cpu")
+    slots = Slots(1, 1, "cpu")
     slots.open(0)
     zero, nan = torch.tensor([0]), torch.tensor([float("nan")])
     invalid = Statistics(nan, nan, nan, nan, torch.tensor([False]))
@@ -184,13 +173,12 @@ def test_an_invalid_row_of_a_prompt_is_not_counted(kind):
     assert slots.invalid == 0
 
 
-@KINDS
-def test_rows_of_no_budget_keep_their_level(kind):
+def test_rows_of_no_budget_keep_their_level():
     rows = [
         control_row(parse(d), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
         for d in ASKED
     ]
-    controls, slots = Controls.stack(rows), kind(2, 1, "cpu")
+    controls, slots = Controls.stack(rows), Slots(2, 1, "cpu")
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
     for position in range(DEFAULT_CONSTANTS.budget_open_loop + 5):
         at = torch.tensor([position, position])
@@ -201,13 +189,3 @@ def test_rows_of_no_budget_keep_their_level(kind):
 
 
 ASKED = ({"level": 0.25}, {"law": "budget", "target_entropy": 1.0})
-
-
-@pytest.mark.parametrize(("slot", "offset"), [(-1, 0), (2, 0), (0, 1), (0, -1)])
-def test_a_slot_that_is_not_there_is_refused(slot, offset):
-    """The kernels check no other index."""
-    slots = NumbaSlots(2, 1, "cpu")
-    with pytest.raises(IndexError, match="beyond what there is room for"):
-        slots.commit_accepted(
-            controls_of(1.0, 1), torch.tensor([slot]), *torch.tensor([[3], [offset]])
-        )

@@ -25,7 +25,7 @@ from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
-from dftserve.train.run import make_trainer, prepare, probe_steps, read, train
+from dftserve.train.run import load_model, make_trainer, prepare, probe_steps, read, train
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
 
@@ -434,6 +434,30 @@ def test_bf16_and_gradient_checkpointing_run(run):
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+def test_what_transformers_is_told_of_the_machine(run):
+    told = {"optim": "sgd", "attention": "eager", "torch_compile": True, "workers": 2}
+    config = replace(run, **told)
+    material = read(config)
+    trainer = make_trainer(config, load_model(config, material).model, material)
+    assert trainer.args.optim == "sgd"
+    assert trainer.args.torch_compile is True
+    assert trainer.args.dataloader_num_workers == 2
+    assert trainer.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_another_optimizer_trains(run, optim):
+    final = train(replace(run, optim=optim))
+    weights = load_file(final / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_an_attention_whose_package_is_missing_is_refused(run):
+    with pytest.raises(ValueError, match="attention: got 'flash_attention_2', which cannot be"):
+        train(replace(run, attention="flash_attention_2"))
+    assert not (Path(run.output) / "final").exists()
+
+
 def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
     model = small_model()
     enable_checkpointing(model)
@@ -508,6 +532,10 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
         ({"precision": "[" * 100}, "more than 64 levels"),
         ({"batch_size": "many"}, "accepted: a whole number"),
         ({"precision": "fp16"}, "accepted: fp32, bf16"),
+        ({"optim": "lion"}, "optim: got 'lion'; accepted: .*adafactor"),
+        ({"attention": "fast"}, "attention: got 'fast'; accepted: .*sdpa"),
+        ({"workers": "-1"}, "workers: got -1; accepted: from 0 to 256"),
+        ({"torch_compile": "maybe"}, "torch_compile: got 'maybe'"),
         ({"report_to": "wandb"}, "accepted: none, tensorboard"),
         ({"steps": "[1"}, "not YAML"),
         ({"max_length": "1"}, "max_length: got 1; accepted: from 2 to"),

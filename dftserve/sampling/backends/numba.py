@@ -23,8 +23,22 @@ from torch import Tensor
 from dftserve.sampling import controls as columns
 from dftserve.sampling import entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
-from dftserve.sampling.backends.numba_slots import NumbaSlots
-from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
+from dftserve.sampling.backends.numba_slots import (
+    NumbaSlots,
+    check_places,
+    put_level_in_force,
+    remember,
+    settle,
+)
+from dftserve.sampling.controls import (
+    DEFAULT_CONSTANTS,
+    LAW_CODES,
+    NO_LAW,
+    Controls,
+    LawConstants,
+)
+from dftserve.sampling.slots import Slots
+from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
@@ -55,18 +69,11 @@ class NumbaBackend(Backend):
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
-        rows, width = controls.stop_ids_RE.shape
-        vocabulary = logits_XV.shape[1]
-        if len(self._scratch[1]) != vocabulary:
-            self._scratch = scratch(vocabulary)
-        if len(self._result.valid_R) != rows:
-            self._result = _Result(rows)
-        if self._stops_2E.shape[1] < width:
-            self._stops_2E = np.empty((2, width), np.float32)
+        self._make_room(logits_XV.shape[1], *controls.stop_ids_RE.shape)
         _transform(
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
-            vocabulary,
+            logits_XV.shape[1],
             self._result.all_rows_R if rows_R is None else np.ascontiguousarray(rows_R.numpy()),
             controls.numbers_RF.contiguous().numpy(),
             controls.stop_ids_RE.contiguous().numpy(),
@@ -80,6 +87,41 @@ class NumbaBackend(Backend):
             self._result.valid_R,
         )
         return self._result.statistics
+
+    def step(self, logits_XV: Tensor, step: Step, slots: Slots) -> Statistics:
+        """As `Backend.step`, by one kernel."""
+        assert isinstance(slots, NumbaSlots)
+        stop_ids_SE = step.controls.stop_ids_RE.numpy()
+        self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
+        result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
+        _step(
+            _flat(logits_XV).numpy(),
+            logits_XV.stride(0),
+            logits_XV.shape[1],
+            result.all_rows_R if step.rows_R is None else step.rows_R.numpy(),
+            step.slot_R.numpy(),
+            step.position_R.numpy(),
+            step.offset_R.numpy(),
+            result.no_ids_R if last_token_R is None else last_token_R.numpy(),
+            slots.nothing_known_S if known_S is None else known_S.numpy(),
+            step.controls.numbers_RF.numpy(),
+            stop_ids_SE,
+            self._classes_V,
+            self._constants_C,
+            (*self._scratch, self._stops_2E),
+            slots.arrays(),
+            result.values_FR,
+            result.valid_R,
+        )
+        return result.statistics
+
+    def _make_room(self, vocabulary: int, rows: int, width: int) -> None:
+        if len(self._scratch[1]) != vocabulary:
+            self._scratch = scratch(vocabulary)
+        if len(self._result.valid_R) != rows:
+            self._result = _Result(rows)
+        if self._stops_2E.shape[1] < width:
+            self._stops_2E = np.empty((2, width), np.float32)
 
     def create_slots(self, slots: int, rows_per_request: int) -> NumbaSlots:
         return NumbaSlots(slots, rows_per_request, self.device, self.constants)
@@ -98,6 +140,7 @@ class _Result:
     def __init__(self, rows: int) -> None:
         self.all_rows_R = np.arange(rows)
         self.no_tokens_R = np.full(rows, -1)
+        self.no_ids_R = np.full(rows, -1, np.int32)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
@@ -151,28 +194,109 @@ def _transform(
     values_FR: Array,
     valid_R: Array,
 ) -> None:
-    # No other index is checked by the kernels.
     if len(rows_R) != len(numbers_RF) or len(rows_R) != len(last_token_R):
         raise ValueError("rows: not as many as rows of controls.")
+    _check_rows(rows_R, stride, vocabulary, logits)
+    for r in range(len(rows_R)):
+        row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
+        valid_R[r], values = _rewrite_if_valid(
+            row_V,
+            numbers_RF[r],
+            stop_ids_RE[r],
+            last_token_R[r],
+            classes_V,
+            constants_C,
+            scratch,
+        )
+        for f in range(len(values)):
+            values_FR[f, r] = values[f]
+
+
+@_kernel
+def _step(
+    logits: Array,
+    stride: int,
+    vocabulary: int,
+    rows_R: Array,
+    slot_R: Array,
+    position_R: Array,
+    offset_R: Array,
+    last_token_R: Array,
+    known_S: Array,
+    numbers_SF: Array,
+    stop_ids_SE: Array,
+    classes_V: Array,
+    constants_C: Array,
+    scratch: tuple[Array, Array, Array, Array],
+    state: tuple[Array, ...],
+    values_FR: Array,
+    valid_R: Array,
+) -> None:
+    """A whole step: settle each request's slot, rewrite its rows, remember their statistics."""
+    check_places(slot_R, offset_R, state[5])
+    _check_rows(rows_R, stride, vocabulary, logits)
+    # 1. What the step before left, once for each request: all its rows share the level.
+    for r in range(len(rows_R)):
+        s = slot_R[r]
+        if offset_R[r] == 0 and numbers_SF[s, columns.LAW] != NO_LAW:
+            settle(state, s, position_R[r], numbers_SF[s], constants_C)
+    numbers_F = np.empty(numbers_SF.shape[1], numbers_SF.dtype)
+    for r in range(len(rows_R)):
+        s = slot_R[r]
+        valid_R[r] = False
+        values_FR[:, r] = 0.0
+        if numbers_SF[s, columns.LAW] == NO_LAW:
+            continue
+        # 2. The row, at the level that is in force.
+        numbers_F[:] = numbers_SF[s]
+        put_level_in_force(state, s, numbers_F, constants_C)
+        row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
+        valid_R[r], values = _rewrite_if_valid(
+            row_V,
+            numbers_F,
+            stop_ids_SE[s],
+            np.int64(last_token_R[r]),
+            classes_V,
+            constants_C,
+            scratch,
+        )
+        for f in range(len(values)):
+            values_FR[f, r] = values[f]
+        # 3. Its statistics wait until its token turns out accepted.
+        samples = position_R[r] + 1 >= known_S[s]
+        remember(state, s, offset_R[r], position_R[r], samples, valid_R[r], values)
+
+
+@_kernel
+def _check_rows(rows_R: Array, stride: int, vocabulary: int, logits: Array) -> None:
+    """No other index of a row is checked by the kernels."""
     for row in rows_R:
         if row < 0 or row * stride + vocabulary > len(logits):
             raise IndexError("rows: one of them is not among the logits.")
-    for r in range(len(rows_R)):
-        row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
-        peak = _maxima(row_V.view(np.int32), scratch[0])
-        valid_R[r] = math.isfinite(peak)
-        values = (0.0, 0.0, 0.0, 0.0)
-        if valid_R[r] and numbers_RF[r, columns.LAW] == _WORDS:
-            state = 0
-            if 0 <= last_token_R[r] < len(classes_V):
-                state = np.int64(classes_V[last_token_R[r]]) >> _STATE_SHIFT
-            values = _rewrite_by_class(
-                row_V, peak, numbers_RF[r], stop_ids_RE[r], state, classes_V, constants_C, scratch
-            )
-        elif valid_R[r]:
-            values = _rewrite(row_V, peak, numbers_RF[r], stop_ids_RE[r], constants_C, scratch)
-        for f in range(len(values)):
-            values_FR[f, r] = values[f]
+
+
+@_kernel
+def _rewrite_if_valid(
+    row_V: Array,
+    numbers_F: Array,
+    stop_ids_E: Array,
+    last_token: int,
+    classes_V: Array,
+    constants_C: Array,
+    scratch: tuple[Array, Array, Array, Array],
+) -> tuple[bool, tuple[float, float, float, float]]:
+    """Whether the row is valid, and its statistics, in the order of `Statistics`."""
+    peak = _maxima(row_V.view(np.int32), scratch[0])
+    if not math.isfinite(peak):
+        return False, (0.0, 0.0, 0.0, 0.0)
+    if numbers_F[columns.LAW] == _WORDS:
+        state = 0
+        if 0 <= last_token < len(classes_V):
+            state = np.int64(classes_V[last_token]) >> _STATE_SHIFT
+        return True, _rewrite_by_class(
+            row_V, peak, numbers_F, stop_ids_E, state, classes_V, constants_C, scratch
+        )
+    return True, _rewrite(row_V, peak, numbers_F, stop_ids_E, constants_C, scratch)
 
 
 @_kernel
