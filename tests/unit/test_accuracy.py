@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.evaluate.accuracy import lm_eval, run, sandbox
@@ -44,6 +44,7 @@ def answered(*rights) -> list[Answered]:
 marks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 
 
+@settings(max_examples=25)
 @given(marks)
 def test_levels_are_compared_on_the_same_questions(pairs):
     base, other = (answered(*([right] for right in column)) for column in zip(*pairs, strict=True))

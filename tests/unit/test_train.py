@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -492,13 +491,14 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
     content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
     settings_file.write_text(json.dumps(content))
     command = [sys.executable, "-m", "dftserve.cli", "train", settings_file]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (Path(run.output) / "settings.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(5)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    assert any("'loss':" in line for line in process.stdout), "it ended before the first step"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
     saved = sorted(Path(run.output).glob("checkpoint-*"))
     assert len(saved) == 1
     checkpoint.verify(saved[0])
