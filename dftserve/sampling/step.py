@@ -36,19 +36,18 @@ class Step:
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as
         long as the others."""
+        rows = len(self.slot_R)
         for name, dtype in _TYPES.items():
             given: Tensor | None = getattr(self, name)
             if given is None:
                 continue
-            if given.dtype != dtype or given.dim() != 1 or not given.is_contiguous():
+            if given.dtype is not dtype or given.dim() != 1 or not given.is_contiguous():
                 raise ValueError(
                     f"{name}: got {given.dtype}, shape {tuple(given.shape)}, strides "
                     f"{given.stride()}; accepted: a contiguous list of {dtype}."
                 )
-            if len(given) != len(self.slot_R) and name != "known_S":
-                raise ValueError(
-                    f"{name}: got {len(given)} and {len(self.slot_R)} slots; accepted: as many."
-                )
+            if name != "known_S" and len(given) != rows:
+                raise ValueError(f"{name}: got {len(given)} and {rows} slots; accepted: as many.")
 
     def samples_R(self) -> Tensor:
         """bool [R]: whether each row's token is sampled."""
