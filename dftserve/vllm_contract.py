@@ -215,6 +215,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         "vllm.v1.worker.worker_base",
         ("WorkerWrapperBase.execute_model", ("scheduler_output",)),
         "WorkerWrapperBase.__getattr__",
+        ("WorkerBase.sample_tokens", ("grammar_output",)),
     ),
     *_needed(
         "statistics",

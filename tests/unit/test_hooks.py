@@ -218,6 +218,34 @@ def test_a_function_that_is_not_as_we_know_it_is_left_alone(monkeypatch, module,
     assert "Engine.run" in hooks.refusal()
 
 
+class Base:
+    """A worker's, of whose methods the wrapper knows nothing."""
+
+    def run(self, step):
+        return step + 1
+
+
+class Wrapper:
+    """As vLLM's: it passes on what it has not."""
+
+    worker = Base()
+
+    def __getattr__(self, attribute):
+        return getattr(self.worker, attribute)
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_method_that_is_passed_on_must_be_the_workers(monkeypatch, module, is_renamed):
+    """Around a name that the engine no longer calls, a hook would be in place and see nothing."""
+    monkeypatch.setattr(vllm_contract, "SYMBOLS", ())
+    module.Wrapper, module.Base = type("Wrapper", (Wrapper,), {}), object if is_renamed else Base
+    hook = Hook("engine", "Wrapper.run", doubling, passes_on="Base")
+    monkeypatch.setattr(hooks, "_installed", (hook,))
+    hooks._apply(hook, module)
+    assert module.Wrapper().run(1) == (2 if is_renamed else 4)
+    assert ("Base.run" in (hooks.refusal() or "")) == is_renamed
+
+
 def test_an_exception_of_ours_stays_ours(monkeypatch, module):
     def breaking(_):
         raise OSError("no")

@@ -51,8 +51,9 @@ class Hook:
     target: str
     """A function, or `Class.method`."""
     wrapper: Wrapper
-    passes_on: bool = False
-    """The class need not have the method: it passes unknown ones on to its `worker`."""
+    passes_on: str | None = None
+    """The class need not have the method: it passes unknown ones on to its `worker`, whose base
+    class, named here, must have it. Else vLLM calls another one, and nothing would be seen."""
     is_needed: bool = True
     """Without it the field is refused; else less is done, and nothing wrong."""
 
@@ -74,6 +75,8 @@ class Hook:
         holder = getattr(module, owner) if owner else module
         original = getattr(holder, attribute, None)
         if original is None and self.passes_on:
+            if not hasattr(getattr(module, self.passes_on, None), attribute):
+                raise AttributeError(f"{module.__name__} has no {self.passes_on}.{attribute}")
             original = _passing_on(attribute)
         if original is None:
             raise AttributeError(f"{module.__name__} has no {self.target}")
@@ -268,7 +271,7 @@ HOOKS = (
     Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _remembers_configuration),
     Hook("vllm.v1.engine.parallel_sampling", "ParentRequest.get_child_info", _tells_choices_apart),
     Hook(_WORKER, "WorkerWrapperBase.execute_model", _reports),
-    Hook(_WORKER, "WorkerWrapperBase.sample_tokens", _reports, passes_on=True),
+    Hook(_WORKER, "WorkerWrapperBase.sample_tokens", _reports, passes_on="WorkerBase"),
     Hook("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", _forwards_reports),
     Hook(_OUTPUTS, "OutputProcessor.add_request", _notes_choices),
     Hook(_OUTPUTS, "OutputProcessor.process_outputs", _collects_statistics),
