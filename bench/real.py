@@ -10,7 +10,7 @@ Of each setting's answers to the story prompts, beside people's own stories:
     self-BLEU, distinct-3   of windows of 120 words, between answers to different prompts
     alike       self-BLEU between the answers to one prompt
     style       √MMD² of style features to people's stories
-    SDS         the Style Diversity Score
+    SDS         the Style Diversity Score, within prompts
 and, for each way of sampling, the errors at the variety (self-BLEU) of stock's temperature 1 and
 the variety at the errors of its temperature .7, read between its settings. Intervals are 95 %, by
 leaving out a tenth of the prompts at a time; differences between settings are of the same prompts.
@@ -26,7 +26,17 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from real_answers import COOL, SETTINGS, STOCK, STORIES, Answer, data_folder, kept, prompt_sets
+from real_answers import (
+    COOL,
+    GATED,
+    SETTINGS,
+    STOCK,
+    STORIES,
+    Answer,
+    data_folder,
+    kept,
+    prompt_sets,
+)
 
 from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
@@ -70,15 +80,21 @@ def main(folder: Path, output: Path) -> None:
         "max_tokens": stories.tokens,
         "settings": {name: SETTINGS[name] for name in rows if name != PEOPLE},
         "rows": {name: written(row) for name, row in rows.items()},
-        "to_stock": {
-            name: written({key: difference(rows[STOCK][key], row[key]) for key in row})
-            for name, row in rows.items()
-            if name not in (PEOPLE, STOCK)
-        },
+        "to_stock": against(rows, STOCK),
+        "to_gated": against(rows, GATED),
         "at_equal": at_equal(rows),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
+
+
+def against(rows: Mapping[str, Mapping[str, Estimate]], base: str) -> dict[str, Any]:
+    """Each setting minus another, of the same prompts."""
+    return {
+        name: written({key: difference(rows[base][key], row[key]) for key in row})
+        for name, row in rows.items()
+        if base in rows and name not in (PEOPLE, base)
+    }
 
 
 def by_setting(answers: Sequence[Answer], prompt_set: str) -> dict[str, list[Answer]]:
@@ -134,6 +150,7 @@ class Checks:
             **rates([self._counts([text]) for text in windows.texts]),
             **between(place_T // set_size, place_T, said, len(windows)),
             **self._style(windows, place_T, len(windows)),
+            "sds": score(windows, self._people.sds_reference).sds,
         }
 
     def of_answers(self, answers: Sequence[Answer], prompts: Sequence[str]) -> dict[str, Estimate]:
@@ -154,6 +171,7 @@ class Checks:
             **between(number_T, prompt_T, said, count),
             "alike": within(prompt_T, said, count),
             **self._style(windows.pick(long), prompt_T, count),
+            "sds": score(windows, self._people.sds_reference).sds,
             "short": jackknife(
                 count, lambda at: 1 - np.isin(prompt_T, at).sum() * count / len(at) / len(answers)
             ),
@@ -177,8 +195,7 @@ class Checks:
             )
             return float(np.sqrt(max(0.0, mmd2)))
 
-        sds = score(windows, self._people.sds_reference).sds
-        return {"style": jackknife(count, apart), "sds": sds}
+        return {"style": jackknife(count, apart)}
 
 
 def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:

@@ -102,18 +102,19 @@ def ratios(head: list[str], rows: list[tuple[tuple[int, int], list[dict[str, Any
 
 
 def real(document: dict[str, Any]) -> str:
-    """A real model's stories, from the most errors to the least."""
+    """People's stories, and a real model's from the most errors to the least."""
     rows = document["rows"]
     lines = [f"| | {' | '.join(MEASURED)} |", f"|---|{'---|' * len(MEASURED)}"]
-    for name in sorted(rows, key=lambda name: -rows[name]["errors"]["value"]):
+    for name in sorted(rows, key=lambda n: (n != "people", -rows[n]["errors"]["value"])):
         cells = [interval(rows[name][key], digits) for key, digits in MEASURED.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        told = re.sub(r"`(\w+)` ([\d.]+)", r"`diversity` \2, law `\1`", name)
+        lines.append(f"| {told} | {' | '.join(cells)} |")
     count = document["prompts"] * document["answers_to_each"]
     lines.append("")
     lines.append(
         f"`bench/real.py`: SmolLM2-135M-Instruct, {count} answers a row ({document['prompts']} "
         f"story prompts, {document['answers_to_each']} each, at most {document['max_tokens']} "
-        "tokens), and people's stories; 95 % intervals. Errors: marks of a grammar checker per "
+        "tokens, float32), and people's stories; 95 % intervals. Errors: marks of a grammar checker per "
         "100 words, names apart; AI phrases per 1,000 words; self-BLEU, lower is more varied, "
         "between answers to different prompts; SDS within prompts, 100 is as varied in style as "
         "people."
