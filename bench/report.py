@@ -114,10 +114,10 @@ def real(document: dict[str, Any]) -> str:
     lines.append(
         f"`bench/real.py`: SmolLM2-135M-Instruct, {count} answers a row ({document['prompts']} "
         f"story prompts, {document['answers_to_each']} each, at most {document['max_tokens']} "
-        "tokens, float32), and people's stories; 95 % intervals. Errors: marks of a grammar checker per "
-        "100 words, names apart; AI phrases per 1,000 words; self-BLEU, lower is more varied, "
-        "between answers to different prompts; SDS within prompts, 100 is as varied in style as "
-        "people."
+        "tokens, float32), and people's stories; 95 % intervals. Errors: marks of a grammar "
+        "checker per 100 words, names apart; AI phrases per 1,000 words; self-BLEU, lower is more "
+        "varied, between answers to different prompts; SDS within prompts, 100 is as varied in "
+        "style as people."
     )
     return "\n".join(lines)
 
