@@ -27,7 +27,7 @@ EXTRAS = {
     "train": (
         *("transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "yaml"),
         *("datasketch", "py3langid", "pyarrow", "scipy", "blake3", "tqdm", "jinja2", "openai"),
-        "gguf",
+        *("gguf", "psutil"),
     ),
     "eval": ("sklearn", "harper"),
     "meaning": ("sentence_transformers",),

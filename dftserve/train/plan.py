@@ -40,11 +40,15 @@ class TrainPlan:
     steps: int
     probe_steps: int
     """Of all candidates, where the target's weight is chosen."""
+    candidates: tuple[float, ...]
+    """λ that are tried before the run; none where it is given."""
     tokens: int
     """Of all steps."""
     seconds_per_step: float
     """Measured on this machine: one batch, times the accumulation."""
     seconds: float
+    process_bytes: int
+    """Measured: resident before the model is loaded; 0 on a GPU, whose memory has none of it."""
     weights_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -57,7 +61,7 @@ class TrainPlan:
 
     @property
     def memory_bytes(self) -> int:
-        parts = (self.weights_bytes, self.gradient_bytes, self.optimizer_bytes)
+        parts = (self.process_bytes, self.weights_bytes, self.gradient_bytes, self.optimizer_bytes)
         return sum(parts) + self.activation_bytes + self.head_bytes
 
     def as_json(self) -> str:
@@ -68,19 +72,25 @@ class TrainPlan:
             "parameters": f"{self.parameters:,}, {self.trained_parameters:,} of them trained",
             "text": f"{self.documents:,} documents in {self.rows:,} rows, "
             f"{self.tokens_per_epoch:,} tokens, {self.trained_tokens_per_epoch:,} of them learnt",
-            "steps": f"{self.steps:,}, {self.tokens:,} tokens"
-            + (f"; before them {self.probe_steps:,} to choose λ" if self.probe_steps else ""),
+            "steps": f"{self.steps:,}, {self.tokens:,} tokens" + self._probes_shown(),
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
             "on one batch; evaluation and saving apart",
-            "memory": f"{_size(self.memory_bytes)}: weights {_size(self.weights_bytes)}, gradients "
-            f"{_size(self.gradient_bytes)}, optimizer {_size(self.optimizer_bytes)}, activations "
-            f"{_size(self.activation_bytes)}, head {_size(self.head_bytes)}",
+            "memory": f"{_size(self.memory_bytes)}: process {_size(self.process_bytes)}, weights "
+            f"{_size(self.weights_bytes)}, gradients {_size(self.gradient_bytes)}, optimizer "
+            f"{_size(self.optimizer_bytes)}, activations {_size(self.activation_bytes)}, head "
+            f"{_size(self.head_bytes)}",
             "precision": f"weights float32, computed in {self.precision}",
             "disk": f"{_size(self.disk_bytes)} at most",
         }
         if self.not_packed_because is not None:
             lines["packing"] = f"none, one document a row: {self.not_packed_because}"
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
+
+    def _probes_shown(self) -> str:
+        if not self.candidates:
+            return ""
+        tried = ", ".join(f"{weight:g}" for weight in self.candidates)
+        return f"; before them {self.probe_steps:,} for target_weight auto, which tries {tried}"
 
 
 def plan_of(config: TrainConfig) -> TrainPlan:
@@ -92,7 +102,8 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     prepared = prepare(of_first_candidate(config))
     material, model = prepared.material, prepared.loaded.model
     is_auto = config.divergence.target_weight == AUTO
-    tries = probe_steps(config, material) * len(config.divergence.to_try) if is_auto else 0
+    candidates = config.divergence.to_try if is_auto else ()
+    tries = probe_steps(config, material) * len(candidates)
     model.train()
     if config.gradient_checkpointing:
         enable_checkpointing(model)
@@ -102,7 +113,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
     steps = steps_of(config, material)
     tokens, learnt = _tokens(material.train)
-    device = next(model.parameters()).device.type
+    device = _device_of(model)
     whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
     return TrainPlan(
         parameters=sum(parameters),
@@ -115,9 +126,11 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         trained_tokens_per_epoch=learnt,
         steps=steps,
         probe_steps=tries,
+        candidates=candidates,
         tokens=round(tokens * steps / of_epoch),
         seconds_per_step=seconds * config.accumulation,
         seconds=seconds * config.accumulation * (steps + tries),
+        process_bytes=prepared.process_bytes if device == "cpu" else 0,
         weights_bytes=whole,
         gradient_bytes=4 * trained,
         optimizer_bytes=optimizer_bytes,
@@ -125,6 +138,10 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         head_bytes=2 * 4 * CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]),
         disk_bytes=(config.keep + 1) * (whole + optimizer_bytes) + whole,
     )
+
+
+def _device_of(model: Any) -> str:
+    return next(model.parameters()).device.type
 
 
 def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[float, int]:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
@@ -104,6 +105,8 @@ class Prepared:
     loaded: Loaded
     not_packed_because: str | None
     """Why documents do not share rows although the configuration packs; None where they do."""
+    process_bytes: int
+    """Resident before the model was loaded: interpreter, libraries, tokenizer, store."""
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -114,13 +117,14 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     material = read(config)
     set_seed(config.seed)
+    resident = psutil.Process().memory_info().rss
     loaded = load_model(config, material)
     reason = loaded.language_model.packing_leak() if config.packing else None
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
-    return Prepared(material, loaded, reason)
+    return Prepared(material, loaded, reason, resident)
 
 
 def train(config: TrainConfig) -> Path:

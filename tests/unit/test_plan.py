@@ -1,0 +1,86 @@
+"""What `train --plan` says that a run takes."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dftserve.train import plan as plans
+from dftserve.train import run as runs
+from dftserve.train.config import DivergenceConfig, TrainConfig, load
+from dftserve.train.plan import plan_of
+from tests.conftest import ROOT
+from tests.training import save_model, save_store
+
+HELD = 256 << 20
+"""Bytes; what else the process takes or gives back in a test is far less."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("plan")
+    return TrainConfig(
+        model=str(save_model(folder / "base")),
+        targets=str(save_store(folder / "store")),
+        output=str(folder / "run"),
+        max_length=64,
+        batch_size=2,
+        steps=120,
+    )
+
+
+def test_memory_counts_what_the_process_holds_already(config):
+    before = plan_of(config)
+    held = np.ones(HELD, dtype=np.uint8)
+    after = plan_of(config)
+    assert after.process_bytes - before.process_bytes > HELD // 2
+    assert after.memory_bytes - before.memory_bytes > HELD // 2
+    assert len(held) == HELD
+
+
+def test_memory_counts_the_weights_once(config, monkeypatch):
+    """What comes with the model is not the process's own."""
+    held, before, load_model = [], plan_of(config), runs.load_model
+
+    def heavy(*given):
+        held.append(np.ones(HELD, dtype=np.uint8))
+        return load_model(*given)
+
+    monkeypatch.setattr(runs, "load_model", heavy)
+    assert plan_of(config).process_bytes - before.process_bytes < HELD // 2
+    assert len(held) == 1
+
+
+def test_the_parts_of_memory_are_shown_and_add_up(config):
+    told = plan_of(config)
+    whole = json.loads(told.as_json())
+    parts = ("process", "weights", "gradient", "optimizer", "activation", "head")
+    assert sum(whole[f"{name}_bytes"] for name in parts) == whole["memory_bytes"]
+    assert re.search(r"^memory +.*: process [\d.e+]+ MiB, weights ", told.shown(), re.MULTILINE)
+
+
+def test_memory_of_a_gpu_has_none_of_the_process(config, monkeypatch):
+    monkeypatch.setattr(plans, "_device_of", lambda model: "cuda")
+    assert plan_of(config).process_bytes == 0
+
+
+def test_what_auto_tries_is_among_the_steps(config):
+    assert "auto" not in plan_of(config).shown()
+    auto = DivergenceConfig(target_weight="auto")
+    told = plan_of(replace(config, divergence=auto)).shown()
+    assert "before them 40 for target_weight auto, which tries 0, 0.3, 0.6, 0.9\n" in told
+
+
+def test_the_readme_plans_the_run_that_it_shows():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    dftserve train (--[^#\n]*)", text, re.MULTILINE)
+    planned, run = [_settings(line) for line in lines]
+    assert planned == run
+    assert planned.divergence.target_weight == "auto"
+
+
+def _settings(line: str) -> TrainConfig:
+    pairs = re.findall(r"--set (\S+?)=(\S+)", line)
+    return load(None, dict(pairs))
