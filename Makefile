@@ -10,8 +10,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
 # Two processes: one for the tests that share engines, which mostly wait, one for the others.
-test: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope
-test-unit: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope tests/unit
+test: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope --no-loadscope-reorder
+test-unit: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope --no-loadscope-reorder tests/unit
 test-long: setup ; @$(RUN) -m pytest -m long
 eval-env: setup ; @$(PYTHON) tools/eval_env.py
 clients-env: setup ; @$(PYTHON) tools/clients_env.py

@@ -151,6 +151,10 @@ def work(request) -> Work:
 BOTH = ("training", "building")
 
 
+TRAINING_IS_LONG = (long("training"), "building")
+"""A trained run takes half a minute to a minute and a half of each test."""
+
+
 def each_work(short: int, long_run: int | None) -> list:
     """(work, how many) of a short and a long run; None: all."""
     return [(name, short) for name in BOTH] + [long(name, long_run) for name in BOTH]
@@ -226,7 +230,7 @@ def test_a_kill_of_a_run_that_stops_early(stopping, count, tmp_path, figure):
     figure(kills=len(events), events=stopping.events)
 
 
-@pytest.mark.parametrize("work", BOTH, indirect=True)
+@pytest.mark.parametrize("work", TRAINING_IS_LONG, indirect=True)
 def test_a_kill_in_the_middle_of_a_write(work, tmp_path):
     for size in work.sizes:
         folder = tmp_path / str(size)
@@ -265,7 +269,7 @@ def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, figure):
     figure(failures=failed, events=work.events)
 
 
-@pytest.mark.parametrize("work", BOTH, indirect=True)
+@pytest.mark.parametrize("work", TRAINING_IS_LONG, indirect=True)
 def test_a_file_that_cannot_grow(work, tmp_path):
     """Whoever writes it: Python, Rust (safetensors) or C++ (torch)."""
     for size in work.sizes:

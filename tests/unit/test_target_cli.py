@@ -323,7 +323,7 @@ def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path, novels, model, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_write", full)
+        patched.setattr(store, "_write_shard", full)
         refused(build(novels, model, tmp_path / "out"), "No space left on device")
     assert list(bytes_of(tmp_path / "out")) == ["plan.json"]
     assert build(novels, model, tmp_path / "out").exit_code == 0

@@ -57,9 +57,17 @@ def breaking(*_, **__):
     raise RuntimeError("a fault")
 
 
-@pytest.mark.parametrize("name", ["dftserve_vllm.v2.active", "dftserve_vllm.v2.stop_width"])
-def test_as_a_request_joins(v2, monkeypatch, name):
-    monkeypatch.setattr(name, breaking)
+def test_as_a_request_joins(v2, monkeypatch):
+    monkeypatch.setattr("dftserve_vllm.v2.active", breaking)
+    check_the_fault_is_the_joining_requests(v2, monkeypatch)
+
+
+def test_as_its_controls_are_put(v2, monkeypatch):
+    monkeypatch.setattr(v2._controls, "put", breaking)
+    check_the_fault_is_the_joining_requests(v2, monkeypatch)
+
+
+def check_the_fault_is_the_joining_requests(v2, monkeypatch):
     assert joined(v2, 1) is False
     monkeypatch.undo()
     assert v2.stats.faults == 1
@@ -69,25 +77,23 @@ def test_as_a_request_joins(v2, monkeypatch, name):
 
 
 def test_as_controls_go_to_the_device(v2, monkeypatch):
-    monkeypatch.setattr(v2._staging, "to_device", breaking)
+    monkeypatch.setattr(v2._controls, "on_device", breaking)
     joined(v2, 1)
     monkeypatch.undo()
     assert v2.stats.faults == 1
     assert changed(v2) == [True, False, False]
 
 
-@pytest.mark.parametrize("name", ["commit_accepted", "stage_step", "snapshot"])
-def test_in_a_step(v2, monkeypatch, name):
-    before = v2.stats.faults
-    monkeypatch.setattr(v2.stats.slots, name, breaking)
+def test_as_a_step_is_reported(v2, monkeypatch):
+    monkeypatch.setattr(v2.stats.slots, "snapshot", breaking)
     changed(v2)
     monkeypatch.undo()
-    assert v2.stats.faults == before + 1
+    assert v2.stats.faults == 1
     assert changed(v2) == [True, False, False]
 
 
 def test_in_the_transform(v2, monkeypatch):
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform", breaking)
+    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", breaking)
     assert changed(v2) == [False, False, False]
     assert v2.stats.faults == 1
 
@@ -98,18 +104,19 @@ def test_a_context_that_is_not_understood(v2):
     assert v2.stats.faults == 1
 
 
-def test_a_step_looks_up_no_more_stop_tokens_than_its_own_requests_have(v2, monkeypatch):
+def test_a_step_looks_up_no_more_stop_tokens_than_the_requests_that_are_there_have(v2, monkeypatch):
     widths = []
     apply = v2.stats.apply
 
-    def noting(logits_RV, controls, *args, **kwargs):
-        widths.append(controls.stop_ids_RE.shape[1])
-        apply(logits_RV, controls, *args, **kwargs)
+    def noting(logits_XV, step):
+        widths.append(step.controls.stop_ids_RE.shape[1])
+        apply(logits_XV, step)
 
     monkeypatch.setattr(v2.stats, "apply", noting)
     many = SamplingParams(extra_args=ASKED.extra_args, stop_token_ids=list(range(64)))
     joined(v2, 1, many)
     assert changed(v2, (0, 1)) == [True, True]
+    joined(v2, 1, SamplingParams())
     assert changed(v2, (0,)) == [True]
     assert widths[0] >= 64
     assert widths[1] == 1
