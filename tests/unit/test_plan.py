@@ -58,7 +58,7 @@ def test_the_parts_of_memory_are_shown_and_add_up(config):
     whole = json.loads(told.as_json())
     parts = ("process", "weights", "gradient", "optimizer", "activation", "head")
     assert sum(whole[f"{name}_bytes"] for name in parts) == whole["memory_bytes"]
-    assert re.search(r"^memory +.*: process [\d.e+]+ MiB, weights ", told.shown(), re.MULTILINE)
+    assert re.search(r"^memory +.*: process [\d.e+]+ [MG]iB, weights ", told.shown(), re.MULTILINE)
 
 
 def test_memory_of_a_gpu_has_none_of_the_process(config, monkeypatch):
