@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from real import RESULTS, Checks, by_setting, read_at, written
 from real_answers import ESSAYS, GATED, IFEVAL, WORDS, data_folder, kept, prompt_sets
 from scipy import stats
@@ -31,6 +30,7 @@ from dftserve.evaluate.metrics.intervals import (
     difference,
     from_left_out,
     mcnemar,
+    standard_error,
     wilson,
 )
 
@@ -101,10 +101,8 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
 
 def with_p(found: Estimate, nothing: float = 0.0) -> dict[str, float]:
     """With the p of "it is `nothing`", by Student's distribution over the tenths left out."""
-    groups = len(found.left_out)
-    error = float(np.sqrt((groups - 1) * np.var(found.left_out)))
-    away = abs(found.value - nothing)
-    p = 2 * stats.t.sf(away / error, groups - 1) if error else float(away == 0)
+    error, away = standard_error(found.left_out), abs(found.value - nothing)
+    p = 2 * stats.t.sf(away / error, len(found.left_out) - 1) if error else float(away == 0)
     return {**written({"": found})[""], "p": round(float(p), 5)}
 
 

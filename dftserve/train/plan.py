@@ -4,7 +4,6 @@ One batch goes forward and backward through the real model; nothing is written.
 """
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,14 @@ from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Rows
 from dftserve.train.head import CHUNK_ELEMENTS
 from dftserve.train.model import enable_checkpointing
-from dftserve.train.run import Material, of_first_candidate, prepare, probe_steps, steps_of
+from dftserve.train.run import (
+    Material,
+    of_first_candidate,
+    prepare,
+    probe_steps,
+    steps_of,
+    steps_of_epoch,
+)
 
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adafactor": 0, "sgd": 0}
 """Of a trained parameter: AdamW has two float32 moments, Adafactor one of each row and column, SGD
@@ -110,7 +116,6 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     seconds, activations = _one_batch(config, model, material)
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
     steps = steps_of(config, material)
     tokens, learnt = _tokens(material.train)
     device = _device_of(model)
@@ -127,7 +132,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         steps=steps,
         probe_steps=tries,
         candidates=candidates,
-        tokens=round(tokens * steps / of_epoch),
+        tokens=round(tokens * steps / steps_of_epoch(config, material)),
         seconds_per_step=seconds * config.accumulation,
         seconds=seconds * config.accumulation * (steps + tries),
         process_bytes=prepared.process_bytes if device == "cpu" else 0,

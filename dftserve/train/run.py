@@ -506,8 +506,11 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
 
 def steps_of(config: TrainConfig, material: Material) -> int:
     """Optimizer steps of the run, of one process."""
-    of_epoch = math.ceil(len(material.train) / config.batch_size / config.accumulation)
-    return config.steps or math.ceil(of_epoch * config.epochs)
+    return config.steps or math.ceil(steps_of_epoch(config, material) * config.epochs)
+
+
+def steps_of_epoch(config: TrainConfig, material: Material) -> int:
+    return math.ceil(len(material.train) / config.batch_size / config.accumulation)
 
 
 def probe_steps(config: TrainConfig, material: Material) -> int:

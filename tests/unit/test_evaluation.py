@@ -149,6 +149,26 @@ def test_pairs_are_narrower_than_strangers(anchors, instruments, tmp_path):
     assert row.difference.high - row.difference.low < row.a.high - row.a.low
 
 
+def test_a_score_within_prompts_and_one_between_texts_are_no_pair(result, tmp_path):
+    """So many answers of one run were cut that its prompts have too few to be compared within."""
+    first = write(result, tmp_path / "a.json")
+    other = json.loads(first.read_text())
+    for level in other["levels"]:
+        score = level["side"]["score"]
+        score["by_prompt"] = not score["by_prompt"]
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="within prompts"):
+        compare(first, tmp_path / "b.json")
+
+
+def test_a_report_says_where_diversities_are_not_compared_alike(result):
+    low, high = result.levels
+    score = replace(high.side.score, by_prompt=not high.side.score.by_prompt)
+    mixed = replace(result, levels=(low, replace(high, side=replace(high.side, score=score))))
+    assert "within prompts at some diversities only" in as_text(mixed)
+    assert "at some diversities only" not in as_text(result)
+
+
 def test_other_prompts_or_anchors_are_no_pair(result, anchors, instruments, tmp_path):
     people = human_like(TEXTS, seed=7)
     said = [*answers(people, 0), *answers(people, 1)]

@@ -209,6 +209,17 @@ def test_texts_that_are_too_short_are_left_out_and_counted():
     assert (got.texts, got.short) == (40, 20)
 
 
+def test_a_text_that_is_too_short_keeps_its_place_among_what_is_resampled():
+    """Else the resamples of two runs over the same prompts would be of different prompts."""
+    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
+    some = windows([*TEXTS[170:180], SHORT.text, *TEXTS[180:190]])
+    scale, gate = sds_reference.scale, sds_reference.coherence_filter
+    assert _Observed.of(some, scale, gate, False).units == len(some)
+    asked = tuple(f"p{i // 8}" for i in range(24))
+    answers = replace(windows([*TEXTS[170:186], *[SHORT.text] * 8]), prompts=asked)
+    assert _Observed.of(answers, scale, gate, True).units == 3
+
+
 def test_one_prompt_is_resampled_by_its_texts():
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170], 4))
     got = score(windows(TEXTS[170:190], 1), sds_reference)

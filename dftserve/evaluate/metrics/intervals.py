@@ -139,10 +139,13 @@ def tenths(count: int) -> NDArray[np.intp]:
 
 def from_left_out(value: float, left_out: Sequence[float]) -> Estimate:
     """The interval from the value without each tenth."""
-    groups = len(left_out)
-    error = np.sqrt((groups - 1) * np.var(left_out))
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, groups - 1) * error)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(left_out) - 1) * standard_error(left_out))
     return Estimate(value, value - reach, value + reach, tuple(left_out))
+
+
+def standard_error(left_out: Sequence[float]) -> float:
+    """Of a value, from the value without each tenth (Tukey 1958)."""
+    return float(np.sqrt((len(left_out) - 1) * np.var(left_out)))
 
 
 def difference(a: Estimate, b: Estimate) -> Estimate:

@@ -81,6 +81,9 @@ def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     shared = [(level, others[_key(level)]) for level in first["levels"] if _key(level) in others]
     if not shared:
         raise ValueError(f"{where}: no diversity in common; accepted: grids that overlap.")
+    for pair in shared:
+        modes = [level["side"]["score"]["by_prompt"] for level in pair]
+        _same("texts compared within prompts", *modes)
     return Comparison(
         a=first["model"],
         b=second["model"],

@@ -67,8 +67,10 @@ def _columns(title: str, cells: Sequence[str]) -> str:
 
 
 def _about(result: Result) -> str:
-    within = all(level.side.score.by_prompt for level in result.levels)
-    pairs = "within prompts" if within else "between all texts"
+    modes = [level.side.score.by_prompt for level in result.levels]
+    pairs = "within prompts" if all(modes) else "between all texts"
+    if any(modes) and not all(modes):
+        pairs = "within prompts at some diversities only, as too many answers were cut at others"
     cost = result.cost
     return (
         f"{result.asked['answers']} answers at each diversity, their first "
