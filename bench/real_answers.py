@@ -3,11 +3,11 @@
     DFTSERVE_DATA=path/to/data python bench/real_answers.py --model FOLDER [--only SET ...]
         [--dtype float32] [--folder build/real]
 
-One engine of stock vLLM with the plug-in answers three sets of prompts of DFTSERVE_DATA: stories
-(eight answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file) and
-IFEval (one to each). A setting's answers to a set are one line of the plan; what the folder has is
-not asked for again, and new settings join old ones. bf16 by default, as the checkpoint is; on a CPU
-without instructions for it float32 is many times as fast.
+One engine of stock vLLM with the plug-in answers four sets of prompts of DFTSERVE_DATA: stories
+(eight answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file),
+IFEval and 300 questions of MMLU (one to each). A setting's answers to a set are one line of the
+plan; what the folder has is not asked for again, and new settings join old ones. bf16 by default,
+as the checkpoint is; on a CPU without instructions for it float32 is many times as fast.
 """
 
 import json
@@ -85,10 +85,11 @@ class Answer:
     tokens: int
 
 
-STORIES, ESSAYS, IFEVAL = "stories", "essays", "ifeval"
+STORIES, ESSAYS, IFEVAL, MMLU = "stories", "essays", "ifeval", "mmlu"
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
-"""Settings of all three sets."""
+"""Settings of all sets."""
 HALF = ("`words` .5", "`gated` .5")
+MMLU_QUESTIONS = 300
 
 
 def prompt_sets(data: Path) -> list[PromptSet]:
@@ -99,8 +100,22 @@ def prompt_sets(data: Path) -> list[PromptSet]:
     return [
         PromptSet(STORIES, stories[:32], 8, 200, tuple(SETTINGS)),
         PromptSet(ESSAYS, essays[:60], 2, 200, (*COMPARED, *HALF)),
-        PromptSet(IFEVAL, instructions, 1, 256, COMPARED),
+        PromptSet(IFEVAL, instructions, 1, 256, (*COMPARED, COOL)),
+        PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, (*COMPARED, COOL)),
     ]
+
+
+def mmlu(data: Path) -> list[dict[str, Any]]:
+    """Questions of MMLU's test set, spread evenly over it and so over its subjects."""
+    lines = (data / "accuracy" / "mmlu_test.jsonl").read_text().splitlines()
+    return [json.loads(lines[n * len(lines) // MMLU_QUESTIONS]) for n in range(MMLU_QUESTIONS)]
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """A question as a chat asks it, without examples."""
+    choices = zip("ABCD", row["choices"], strict=True)
+    lines = [row["question"], *(f"{letter}. {choice}" for letter, choice in choices)]
+    return "\n".join([*lines, "Answer with the letter of the right choice."])
 
 
 def kept(folder: Path) -> list[Answer]:
@@ -120,7 +135,7 @@ def data_folder() -> Path:
 
 @click.command()
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", multiple=True, type=click.Choice([STORIES, ESSAYS, IFEVAL]))
+@click.option("--only", multiple=True, type=click.Choice([STORIES, ESSAYS, IFEVAL, MMLU]))
 @click.option("--dtype", default="auto")
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
 def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:

@@ -7,8 +7,9 @@
 The law's temperatures were chosen on stories (docs/log.md). Tested on what did not choose them:
     essays      errors and variety, as bench/real.py has them, of the settings of both laws; the
                 errors of `words` over those of another setting at that setting's variety
-    IFEval      the share of prompts all of whose instructions are followed, by rule; exact McNemar
-                tests of `words` against each
+    IFEval      the share of prompts all of whose instructions are followed, by rule
+    MMLU        the share of questions answered right, and of answers that cannot be read
+each with exact McNemar tests of `words` against the others.
 Intervals are 95 %. The last line is one JSON document, with the decision which law `diversity`
 with a number means.
 """
@@ -20,10 +21,22 @@ from typing import Any
 
 import click
 from real import RESULTS, Checks, by_setting, read_at, written
-from real_answers import ESSAYS, GATED, IFEVAL, WORDS, data_folder, kept, prompt_sets
+from real_answers import (
+    ESSAYS,
+    GATED,
+    IFEVAL,
+    MMLU,
+    WORDS,
+    Answer,
+    data_folder,
+    kept,
+    mmlu,
+    prompt_sets,
+)
 from scipy import stats
 
 from dftserve.evaluate import reference
+from dftserve.evaluate.accuracy import extract
 from dftserve.evaluate.benchmark import tasks
 from dftserve.evaluate.metrics.intervals import (
     Estimate,
@@ -71,6 +84,7 @@ def main(folder: Path, output: Path) -> None:
             "left_out": len(followed["left_out"]),
             "rows": instructions,
         },
+        "mmlu": questions(by_setting(kept(folder), MMLU), mmlu(data_folder())),
         "default": default(against[GATED], instructions),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
@@ -109,16 +123,52 @@ def with_p(found: Estimate, nothing: float = 0.0) -> dict[str, float]:
 def ifeval(settings: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, Any]:
     keys = sorted(set.intersection(*(set(prompts) for prompts in settings.values())))
     whole = {name: [all(prompts[key]) for key in keys] for name, prompts in settings.items()}
-    found: dict[str, Any] = {}
-    for name, right in whole.items():
-        pairs = list(zip(whole[WORDS], right, strict=True))
-        found[name] = {
-            "followed": written({"": wilson(sum(right), len(right))})[""],
-            "words_wins": sum(a and not b for a, b in pairs),
-            "words_losses": sum(b and not a for a, b in pairs),
-            "p": round(mcnemar(whole[WORDS], right), 5),
-        }
-    return found
+    return {
+        name: {"followed": share(right), **paired(whole, name)} for name, right in whole.items()
+    }
+
+
+def questions(
+    answers: Mapping[str, Sequence[Answer]], asked: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Of each setting: right answers, answers that cannot be read, and `words` against it."""
+    letters = {
+        name: [extract.choice(answer.text, letters="ABCD") for answer in given]
+        for name, given in answers.items()
+    }
+    right = {
+        name: [
+            letter == "ABCD"[asked[answer.prompt]["answer"]]
+            for letter, answer in zip(letters[name], given, strict=True)
+        ]
+        for name, given in answers.items()
+    }
+    return {
+        "questions": len(asked),
+        "rows": {
+            name: {
+                "right": share(right[name]),
+                "unreadable": share([letter is None for letter in letters[name]]),
+                **paired(right, name),
+            }
+            for name in answers
+        },
+    }
+
+
+def share(of: Sequence[bool]) -> dict[str, float]:
+    return written({"": wilson(sum(of), len(of))})[""]
+
+
+def paired(by_setting: Mapping[str, Sequence[bool]], name: str) -> dict[str, float]:
+    """Where `words` succeeded and the other setting did not, the other way round, and the p."""
+    ours, theirs = by_setting[WORDS], by_setting[name]
+    pairs = list(zip(ours, theirs, strict=True))
+    return {
+        "words_wins": sum(a and not b for a, b in pairs),
+        "words_losses": sum(b and not a for a, b in pairs),
+        "p": round(mcnemar(ours, theirs), 5),
+    }
 
 
 def default(against_gated: Mapping[str, Any], instructions: Mapping[str, Any]) -> dict[str, Any]:

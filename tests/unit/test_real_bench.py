@@ -72,3 +72,26 @@ def test_the_default_needs_fewer_errors_for_sure_and_no_fewer_instructions(
     }
     instructions = {words.WORDS: followed(with_words), words.GATED: followed(0.1)}
     assert words.default(against, instructions)["law"] == law
+
+
+def answered(setting, *texts):
+    return [
+        words.Answer(words.MMLU, setting, place, 0, text, 1) for place, text in enumerate(texts)
+    ]
+
+
+def test_right_and_unreadable_answers_are_counted_and_paired():
+    asked = [{"answer": 1}, {"answer": 0}, {"answer": 3}]
+    answers = {
+        words.WORDS: answered(words.WORDS, "B", "The answer is A.", "C"),
+        words.GATED: answered(words.GATED, "B", "I cannot say.", "D"),
+    }
+    rows = words.questions(answers, asked)["rows"]
+    found = {
+        name: (row["right"]["value"], row["unreadable"]["value"]) for name, row in rows.items()
+    }
+    third = pytest.approx(1 / 3, abs=1e-4)
+    two = pytest.approx(2 / 3, abs=1e-4)
+    assert found == {words.WORDS: (two, 0.0), words.GATED: (two, third)}
+    assert (rows[words.GATED]["words_wins"], rows[words.GATED]["words_losses"]) == (1, 1)
+    assert rows[words.WORDS]["p"] == 1.0
