@@ -3,9 +3,9 @@
     DFTSERVE_DATA=path/to/data python bench/real_answers.py --model FOLDER [--only SET ...]
         [--dtype float32] [--folder build/real]
 
-One engine of stock vLLM with the plug-in answers four sets of prompts of DFTSERVE_DATA: stories
-(eight answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file),
-IFEval and 300 questions of MMLU (one to each). A setting's answers to a set are one line of the
+One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
+answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
+each of the other 90), IFEval and 300 questions of MMLU (one to each). A setting's answers to a set are one line of the
 plan; what the folder has is not asked for again, and new settings join old ones. bf16 by default,
 as the checkpoint is; on a CPU without instructions for it float32 is many times as fast.
 """
@@ -86,6 +86,8 @@ class Answer:
 
 
 STORIES, ESSAYS, IFEVAL, MMLU = "stories", "essays", "ifeval", "mmlu"
+OTHER_ESSAYS = "other essays"
+"""Asked for once the essays had shown how many answers tell the laws apart."""
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
 """Settings of all sets."""
 HALF = ("`words` .5", "`gated` .5")
@@ -100,6 +102,7 @@ def prompt_sets(data: Path) -> list[PromptSet]:
     return [
         PromptSet(STORIES, stories[:32], 8, 200, tuple(SETTINGS)),
         PromptSet(ESSAYS, essays[:60], 2, 200, (*COMPARED, *HALF)),
+        PromptSet(OTHER_ESSAYS, essays[60:], 4, 200, (WORDS, GATED, HALF[0], MIN_P)),
         PromptSet(IFEVAL, instructions, 1, 256, (*COMPARED, COOL)),
         PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, (*COMPARED, COOL)),
     ]
@@ -135,7 +138,9 @@ def data_folder() -> Path:
 
 @click.command()
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", multiple=True, type=click.Choice([STORIES, ESSAYS, IFEVAL, MMLU]))
+@click.option(
+    "--only", multiple=True, type=click.Choice([STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU])
+)
 @click.option("--dtype", default="auto")
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
 def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:
