@@ -5,9 +5,10 @@
 
 One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
 answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
-each of the other 90), IFEval and 300 questions of MMLU (one to each). A setting's answers to a set are one line of the
-plan; what the folder has is not asked for again, and new settings join old ones. bf16 by default,
-as the checkpoint is; on a CPU without instructions for it float32 is many times as fast.
+each of the other 90), IFEval and 300 questions of MMLU (one to each). A setting's answers to a set
+are one line of the plan; what the folder has is not asked for again, and new settings join old
+ones. bf16 by default, as the checkpoint is; on a CPU without instructions for it float32 is many
+times as fast.
 """
 
 import json
@@ -85,9 +86,8 @@ class Answer:
     tokens: int
 
 
-STORIES, ESSAYS, IFEVAL, MMLU = "stories", "essays", "ifeval", "mmlu"
-OTHER_ESSAYS = "other essays"
-"""Asked for once the essays had shown how many answers tell the laws apart."""
+STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU = "stories", "essays", "other essays", "ifeval", "mmlu"
+"""The other essays were asked for once the essays had shown how many answers tell laws apart."""
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
 """Settings of all sets."""
 HALF = ("`words` .5", "`gated` .5")
@@ -144,7 +144,12 @@ def data_folder() -> Path:
 @click.option("--dtype", default="auto")
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
 def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:
-    sets = [each for each in prompt_sets(data_folder()) if not only or each.name in only]
+    sets = prompt_sets(data_folder())
+    names = [each.name for each in sets]
+    for name in only:
+        if name not in names:
+            raise click.UsageError(f"--only: got {name!r}; accepted: {', '.join(names)}.")
+    sets = [each for each in sets if not only or each.name in only]
     with AnswerStore(folder / "answers.jsonl", Answer) as store:
         known = {(row.prompt_set, row.setting) for row in store.rows}
         missing = [(each, name) for each, name in in_turn(sets) if (each.name, name) not in known]
