@@ -78,6 +78,7 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
         "min_p": None,
     },
     "words": {"level": _REQUIRED, "max_temperature": 4.0, "min_p": None},
+    "guard": {"min_p": _REQUIRED},
 }
 DEFAULT_LAW = "gated"
 

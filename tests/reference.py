@@ -143,3 +143,34 @@ def words_reference(
     h0 = _entropy(_softmax([z[i] for i in plausible]))
     reached = mean / content_mass if content_mass else temperature
     return Reference(log_p_V, h0, _entropy(list(p.values())), reached, margin)
+
+
+def cut_reference(
+    logits_V,
+    *,
+    temperature: float,
+    law: str,
+    min_p: float | None = None,
+    stop_ids=frozenset(),
+) -> Reference:
+    """The laws that cut and do not heat."""
+    z = np.asarray(logits_V, dtype=np.float64)
+    finite = [i for i in range(len(z)) if np.isfinite(z[i])]
+    top = max(z[i] for i in finite)
+    floor = top + math.log(min_p)
+    margin = min((abs(z[i] - floor) for i in finite), default=math.inf)
+    plausible = [i for i in finite if z[i] >= floor]
+    h0 = _entropy(_softmax([z[i] for i in plausible]))
+    content = [i for i in plausible if i not in stop_ids]
+    stops = [i for i in finite if i in stop_ids]
+    before = dict(
+        zip(content + stops, _softmax([z[i] / temperature for i in content + stops]), strict=True)
+    )
+    stop_mass = sum(before[i] for i in stops)
+    shares = _softmax([z[i] / temperature for i in content])
+    p = {i: share * (1.0 - stop_mass) for i, share in zip(content, shares, strict=True)}
+    p |= {i: before[i] for i in stops}
+    log_p_V = np.full(len(z), -np.inf)
+    for i, value in p.items():
+        log_p_V[i] = math.log(value) if value > 0 else -1e30
+    return Reference(log_p_V, h0, _entropy(list(p.values())), temperature, margin)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import Diversity
 
-LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2, "words": 3}
+LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2, "words": 3, "guard": 4}
 NO_LAW = -1
 """As the law of a slot that holds no request."""
 
