@@ -25,6 +25,8 @@ REQUIRED = {
     "dynatemp": "dynatemp_range",
     "words": "level",
     "guard": "min_p",
+    "top_n_sigma": "n_sigma",
+    "xtc": "xtc_probability",
 }
 
 

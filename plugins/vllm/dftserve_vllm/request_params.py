@@ -143,6 +143,14 @@ def _marked(
             f"most {MAX_STOP_IDS}, since the law looks each of them up at every step."
         )
         raise _bad_request(message, "stop_token_ids")
+    if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
+        if is_default:
+            return _stripped(params)
+        message = (
+            f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
+            "accepted: one of them."
+        )
+        raise _bad_request(message, "min_p")
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         if diversity.min_p is not None and diversity.min_p != params.min_p:
