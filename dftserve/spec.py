@@ -87,6 +87,8 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
     "xtc": {"xtc_probability": _REQUIRED, "xtc_threshold": 0.1, "min_p": None},
 }
 DEFAULT_LAW = "gated"
+HUMAN = "human"
+"""To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
 
 ACCEPTED = (
     "a number from 0 (off) to 1 (as varied as stays coherent), or an object such as "
@@ -191,6 +193,14 @@ class Promise:
     """The target's next-token entropies at 10, 20, …, 90 % of the tokens, in nats."""
     model_deciles: tuple[float, ...] | None = None
     """The tuned model's."""
+
+    @property
+    def human_diversity(self) -> Diversity | None:
+        """The law `budget` at the target's entropy; None where that is not stated, or 0."""
+        entropy = self.target_entropy
+        if entropy is None or entropy not in BOUNDS["target_entropy"]:
+            return None
+        return parse({"law": "budget", "target_entropy": entropy})
 
     FILE = "dft.json"
     LARGEST = 1 << 20

@@ -7,7 +7,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from dftserve import spec
-from dftserve_vllm import engine, metrics, request_context
+from dftserve_vllm import engine, human, metrics, request_context
 from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, is_greedy, parse_field
 from dftserve_vllm.request_context import PromptContext
 
@@ -79,8 +79,10 @@ def _asked(request: Any) -> spec.Diversity | None:
     top = (request.model_extra or {}).get(DIVERSITY)
     argument = (getattr(request, "vllm_xargs", None) or {}).get(DIVERSITY)
     try:
-        first = None if top is None else spec.parse(top)
-        second = None if argument is None else parse_field(argument, f"vllm_xargs.{DIVERSITY}")
+        first = None if top is None else _parsed(top, DIVERSITY, spec.parse)
+        second = None
+        if argument is not None:
+            second = _parsed(argument, f"vllm_xargs.{DIVERSITY}", parse_field)
     except spec.DiversityError as error:
         raise _bad_request(str(error), error.parameter) from None
     if first is not None and second is not None and first != second:
@@ -90,6 +92,12 @@ def _asked(request: Any) -> spec.Diversity | None:
         )
         raise _bad_request(message, DIVERSITY)
     return first or second
+
+
+def _parsed(
+    value: object, parameter: str, parse: Callable[[object, str], spec.Diversity]
+) -> spec.Diversity:
+    return human.resolved(parameter) if value == spec.HUMAN else parse(value, parameter)
 
 
 def _default(request: Any) -> spec.Diversity | None:
