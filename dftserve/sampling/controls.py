@@ -201,8 +201,10 @@ class Controls:
 
     def select(self, chosen_R: Tensor) -> "Controls":
         """Some of the rows, by index or by mask."""
-        rows = (self.numbers_RF, self.stop_ids_RE, self.last_token_R, self.position_R)
-        return Controls(*(None if each is None else each[chosen_R] for each in rows))
+        last_token_R = None if self.last_token_R is None else self.last_token_R[chosen_R]
+        position_R = None if self.position_R is None else self.position_R[chosen_R]
+        numbers_RF, stop_ids_RE = self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R]
+        return Controls(numbers_RF, stop_ids_RE, last_token_R, position_R)
 
     def after(self, last_token_R: Tensor) -> "Controls":
         """The same controls after these tokens, int64 [R]."""

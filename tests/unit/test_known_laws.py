@@ -174,11 +174,11 @@ def test_top_n_sigma_goes_by_the_finite_logits_stop_tokens_included(kind):
         assert [i for i, p in enumerate(left) if p > 0] == kept
 
 
-def test_a_step_s_draw_goes_by_its_request_and_its_position():
+@BACKENDS
+def test_a_step_s_draw_goes_by_its_request_and_its_position(kind):
     """And by nothing else: rows in another order and another batch have the same."""
     row = [0.5, 0.3, 0.2]
     diversity = parse({"law": "xtc", "xtc_probability": 0.5})
-    backend = get_backend("cpu")
     fields = {"temperature": 1.0, "logits_divisor": 1.0, "stop_ids": frozenset()}
     keys = [draw_key(seed) for seed in range(8)]
     rows = [control_row(diversity, draw_key=key, **fields) for key in keys for _ in range(64)]
@@ -188,7 +188,7 @@ def test_a_step_s_draw_goes_by_its_request_and_its_position():
         logits_RV = torch.tensor([row]).log().repeat(512, 1)
         controls = Controls.stack(rows).at(position_R).select(order_R)
         state = torch.get_rng_state()
-        transform(logits_RV, controls, None, backend)
+        transform(logits_RV, controls, None, kind("cpu"))
         assert torch.equal(torch.get_rng_state(), state)
         excluded_R = logits_RV[:, 0] == -torch.inf
         assert excluded_R.tolist() == [said_R[r] for r in order_R.tolist()]
