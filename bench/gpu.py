@@ -47,7 +47,7 @@ from dftserve.sampling import (
     transform_step,
 )
 from dftserve.spec import parse
-from tests.reference import reference, words_reference
+from tests.reference import cut_reference, reference, words_reference
 from tests.rows import KINDS, make_rows
 
 from provenance import machine
@@ -200,6 +200,10 @@ LAWS = (
     {"law": "dynatemp", "dynatemp_range": 0.8, "dynatemp_exponent": 0.7, "level": 1.0},
     {"law": "words", "level": 0.8},
 )
+CUTTING_LAWS = (
+    {"law": "top_n_sigma", "n_sigma": 1.3},
+    {"law": "xtc", "xtc_probability": 1.0, "xtc_threshold": 0.01},
+)
 SURE, RESOLUTION = 1e-4, 2.0**-22
 """Nats from the guard's threshold, at least, and by the row's largest logit: nearer, fp32 and fp64
 may cut differently."""
@@ -213,7 +217,7 @@ def exactness(device: torch.device, size: Size) -> dict[str, Any]:
     compared = 0
     for seed, vocabulary in enumerate((257, 4096, size.step_vocabulary)):
         kinds = sorted(KINDS) if vocabulary <= 4096 else ["few", "grammar"]
-        for law, asked in enumerate(LAWS):
+        for law, asked in enumerate((*LAWS, *CUTTING_LAWS)):
             logits_RV = make_rows(kinds, vocabulary, seed)
             stops = (frozenset(), frozenset({3}), frozenset({1, 5, 9}))[(seed + law) % 3]
             after_RV, entropy_R = rewritten(logits_RV.to(device), asked, stops, backend)
@@ -250,6 +254,8 @@ def in_fp64(
         given = {key: value for key, value in asked.items() if key != "law"}
         class_V = packed_V[: len(row_V)] & 3
         return words_reference(row_V, class_V, temperature=0.9, stop_ids=stops, **given)
+    if asked in CUTTING_LAWS:
+        return cut_reference(row_V, temperature=0.9, stop_ids=stops, draw=0.0, **asked)
     return reference(row_V, temperature=0.9, stop_ids=stops, **asked)
 
 

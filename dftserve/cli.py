@@ -29,8 +29,9 @@ def main() -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
 @click.option(
     "--default-diversity",
-    metavar="NUMBER|OBJECT|checkpoint",
-    help="For requests that name none; `checkpoint`: what its dft.json suggests. Else: off.",
+    metavar="NUMBER|OBJECT|checkpoint|human",
+    help="For requests that name none; `checkpoint`: what its dft.json suggests; `human`: the "
+    "target entropy that it states. Else: off.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
 def serve(model: str, flags: tuple[str, ...], default_diversity: str | None, dry_run: bool) -> None:

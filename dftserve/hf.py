@@ -4,7 +4,9 @@ processor = DiversityProcessor(0.5, temperature=0.8, stop_ids=[tokenizer.eos_tok
 model.generate(**inputs, logits_processor=[processor], generation_config=sampling(0.8))
 """
 
+import secrets
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,6 +22,7 @@ from dftserve.sampling import (
     get_backend,
     transform_step,
 )
+from dftserve.sampling.draws import draw_key
 
 NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks texts. Leave it out."
 
@@ -37,6 +40,8 @@ class DiversityProcessor(LogitsProcessor):
         stop_ids: the tokens that end the text; they keep their probability. As configurations and
             tokenizers have them: one, several, or None; a None among several is passed over.
         tokenizer: the model's, which the law `words` needs.
+        seed: by which the law `xtc` draws, beside transformers' own sampling; None for another one
+            at each text. The rows of a batch draw apart.
 
     Raises:
         DiversityError: the diversity is not acceptable.
@@ -51,6 +56,7 @@ class DiversityProcessor(LogitsProcessor):
         temperature: float = 1.0,
         stop_ids: int | Iterable[int | None] | None = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = None,
     ) -> None:
         self.diversity = spec.parse(diversity)
         self._reads_last_token = self.diversity.law == "words"
@@ -63,12 +69,15 @@ class DiversityProcessor(LogitsProcessor):
             TokenClasses.from_tokenizer(tokenizer) if self._reads_last_token else None
         )
         self.statistics: Statistics | None = None
-        self._row = control_row(
+        self._seed = seed
+        self._row = partial(
+            control_row,
             self.diversity,
             temperature=temperature,
             logits_divisor=1.0,
             stop_ids=_stop_ids(stop_ids),
         )
+        self._row()  # What is wrong is refused here.
         self._length = -1
         self._begin(0, torch.device("cpu"))
 
@@ -97,7 +106,9 @@ class DiversityProcessor(LogitsProcessor):
         self._slots = self._backend.create_slots(rows, 1)
         self._slot_R = torch.arange(rows, device=device)
         self._zero_R = torch.zeros_like(self._slot_R, dtype=torch.int32)
-        self._controls = Controls.stack([self._row] * rows, device)
+        seed = secrets.randbits(64) if self._seed is None else self._seed
+        rows_R = [self._row(draw_key=draw_key(seed, r)) for r in range(rows)]
+        self._controls = Controls.stack(rows_R, device)
 
 
 def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:

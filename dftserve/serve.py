@@ -32,7 +32,7 @@ from dftserve.model_folder import (
     check_full_precision,
     check_model_folder,
 )
-from dftserve.spec import CHECKSUMS, Diversity, Promise, parse_json
+from dftserve.spec import CHECKSUMS, HUMAN, Diversity, Promise, parse_json
 
 DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
 """The environment variable in which the plug-in finds the server's default."""
@@ -102,7 +102,8 @@ def launch(
 
     Args:
         default_diversity: for requests that name none: a number or an object as JSON text, or
-            `checkpoint` for what the checkpoint's dft.json suggests.
+            `checkpoint` for what the checkpoint's dft.json suggests, or `human` for the law
+            `budget` at the target entropy that it states.
 
     A checkpoint that carries checksums is compared with them first, and the files of any folder
     are looked through (`model_folder`). A GGUF file is converted (`gguf`), and served under the
@@ -161,18 +162,20 @@ def _float32(model: str, flags: Sequence[str], command: str) -> bool:
 
 
 def _default(model: str, text: str) -> Diversity:
-    if text != FROM_CHECKPOINT:
+    if text not in (FROM_CHECKPOINT, HUMAN):
         return parse_json(text, "--default-diversity")
-    wanted = f"--default-diversity {FROM_CHECKPOINT}"
+    wanted = f"--default-diversity {text}"
     instead = "give a number or an object instead, such as --default-diversity 0.5."
     try:
-        suggested = Promise.read(Path(model)).diversity
+        promise = Promise.read(Path(model))
     except (FileNotFoundError, NotADirectoryError):
         accepted = f"a checkpoint folder with a {Promise.FILE}"
         raise ValueError(f"{wanted}: got {model!r}; accepted: {accepted}; {instead}") from None
-    if suggested is None:
-        raise ValueError(f"{wanted}: the {Promise.FILE} of {model!r} suggests none; {instead}")
-    return suggested
+    chosen = promise.diversity if text == FROM_CHECKPOINT else promise.human_diversity
+    if chosen is None:
+        lacks = "suggests none" if text == FROM_CHECKPOINT else "has no target_entropy above 0"
+        raise ValueError(f"{wanted}: the {Promise.FILE} of {model!r} {lacks}; {instead}")
+    return chosen
 
 
 def _scripts() -> str:

@@ -51,6 +51,10 @@ BOUNDS: Mapping[str, Bounds] = {
     "target_entropy": Bounds(low=0, high=20, low_included=False),
     "dynatemp_range": Bounds(low=0, high=100),
     "dynatemp_exponent": Bounds(low=0, high=10, low_included=False),
+    "n_sigma": Bounds(low=0, high=100, low_included=False),
+    # No two tokens have more than half: a higher threshold would never exclude anything.
+    "xtc_threshold": Bounds(low=0, high=0.5, low_included=False),
+    "xtc_probability": Bounds(low=0, high=1, low_included=False),
 }
 
 # What a checkpoint may say that it measured, in nats per token.
@@ -78,8 +82,13 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
         "min_p": None,
     },
     "words": {"level": _REQUIRED, "max_temperature": 4.0, "min_p": None},
+    "guard": {"min_p": _REQUIRED},
+    "top_n_sigma": {"n_sigma": _REQUIRED},
+    "xtc": {"xtc_probability": _REQUIRED, "xtc_threshold": 0.1, "min_p": None},
 }
 DEFAULT_LAW = "gated"
+HUMAN = "human"
+"""To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
 
 ACCEPTED = (
     "a number from 0 (off) to 1 (as varied as stays coherent), or an object such as "
@@ -107,6 +116,12 @@ class Diversity:
     """The mean next-token entropy, in nats, that the `budget` law steers the sequence to."""
     dynatemp_range: float | None = None
     dynatemp_exponent: float | None = None
+    n_sigma: float | None = None
+    """A token stays when its logit is at most this many standard deviations below the highest."""
+    xtc_threshold: float | None = None
+    """Tokens of at least this probability are top choices, of which all but the least go …"""
+    xtc_probability: float | None = None
+    """… in this share of the steps."""
 
     @property
     def is_off(self) -> bool:
@@ -178,6 +193,14 @@ class Promise:
     """The target's next-token entropies at 10, 20, …, 90 % of the tokens, in nats."""
     model_deciles: tuple[float, ...] | None = None
     """The tuned model's."""
+
+    @property
+    def human_diversity(self) -> Diversity | None:
+        """The law `budget` at the target's entropy; None where that is not stated, or 0."""
+        entropy = self.target_entropy
+        if entropy is None or entropy not in BOUNDS["target_entropy"]:
+            return None
+        return parse({"law": "budget", "target_entropy": entropy})
 
     FILE = "dft.json"
     LARGEST = 1 << 20

@@ -143,3 +143,61 @@ def words_reference(
     h0 = _entropy(_softmax([z[i] for i in plausible]))
     reached = mean / content_mass if content_mass else temperature
     return Reference(log_p_V, h0, _entropy(list(p.values())), reached, margin)
+
+
+def cut_reference(
+    logits_V,
+    *,
+    temperature: float,
+    law: str,
+    min_p: float | None = None,
+    n_sigma: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_probability: float = 0.0,
+    draw: float = 1.0,
+    stop_ids=frozenset(),
+) -> Reference:
+    """The laws that cut and do not heat. `draw`: from 0 to below 1, the step's own."""
+    z = np.asarray(logits_V, dtype=np.float64)
+    finite = [i for i in range(len(z)) if np.isfinite(z[i])]
+    top = max(z[i] for i in finite)
+    if law == "top_n_sigma":
+        floor = top - n_sigma * float(np.std([z[i] for i in finite]))
+    else:
+        floor = top + math.log(min_p) if min_p is not None else -math.inf
+    # The highest logits of all are no further from the floor than σ says.
+    margin = min((abs(z[i] - floor) for i in finite if z[i] < top), default=math.inf)
+    plausible = [i for i in finite if z[i] >= floor or z[i] == top]
+    at_one = dict(zip(plausible, _softmax([z[i] for i in plausible]), strict=True))
+    content = [i for i in plausible if i not in stop_ids]
+    stops = [i for i in finite if i in stop_ids]
+    before = dict(
+        zip(content + stops, _softmax([z[i] / temperature for i in content + stops]), strict=True)
+    )
+    if law == "xtc":
+        choices = sorted((i for i in content if at_one[i] >= xtc_threshold), key=lambda i: z[i])
+        near = (abs(math.log(at_one[i] / xtc_threshold)) for i in content if at_one[i] > 0)
+        margin = min([margin, *near])
+        if draw < xtc_probability:
+            content = [i for i in content if not choices or z[i] <= z[choices[0]]]
+    stop_mass = sum(before[i] for i in stops)
+    shares = _softmax([z[i] / temperature for i in content])
+    p = {i: share * (1.0 - stop_mass) for i, share in zip(content, shares, strict=True)}
+    p |= {i: before[i] for i in stops}
+    log_p_V = np.full(len(z), -np.inf)
+    for i, value in p.items():
+        log_p_V[i] = math.log(value) if value > 0 else -1e30
+    h0, h = _entropy(list(at_one.values())), _entropy(list(p.values()))
+    return Reference(log_p_V, h0, h, temperature, margin)
+
+
+def draw_reference(key: int, position: int) -> float:
+    """The number of a position, from a key of 48 bits."""
+
+    def mixed(h: int) -> int:
+        h = (h ^ h >> 16) * 0x7FEB352D % 2**32
+        h = (h ^ h >> 15) * 0x1B873593 % 2**32
+        return h ^ h >> 16
+
+    high, low = divmod(key, 2**24)
+    return (mixed(mixed((position + low) % 2**32) ^ high) >> 8) / 2**24

@@ -23,7 +23,8 @@ def transform(
     A row comes as L/divisor and leaves as y·T/divisor, where softmax(y) is the distribution to
     sample from: whoever divided by T before, or does so afterwards, draws from softmax(y). The
     former argmax still attains the maximum (under the law `words`: that of each token class does
-    within its class), -inf stays -inf, other rows keep their bits.
+    within its class; not under `xtc`, which may exclude it), -inf stays -inf, other rows keep their
+    bits.
 
     Args:
         logits_XV: float32, each row contiguous, changed in place. An engine that pads its

@@ -6,16 +6,25 @@ differs between rows, `CONSTANTS` for what is the same for all of them.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dftserve.sampling.draws import key_halves
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import Diversity
 
-LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2, "words": 3}
+LAW_CODES = {
+    "gated": 0,
+    "budget": 1,
+    "dynatemp": 2,
+    "words": 3,
+    "guard": 4,
+    "top_n_sigma": 5,
+    "xtc": 6,
+}
 NO_LAW = -1
 """As the law of a slot that holds no request."""
 
@@ -29,6 +38,11 @@ NUMBERS = (
     "dynatemp_range",
     "dynatemp_exponent",
     "target_entropy",
+    "n_sigma",
+    "log_xtc_threshold",
+    "xtc_probability",
+    "draw_key_high",
+    "draw_key_low",
 )
 """The columns of `Controls.numbers_RF`."""
 (
@@ -41,6 +55,11 @@ NUMBERS = (
     DYNATEMP_RANGE,
     DYNATEMP_EXPONENT,
     TARGET_ENTROPY,
+    N_SIGMA,
+    LOG_XTC_THRESHOLD,
+    XTC_PROBABILITY,
+    DRAW_KEY_HIGH,
+    DRAW_KEY_LOW,
 ) = range(len(NUMBERS))
 
 CONSTANTS = (
@@ -139,6 +158,8 @@ class Controls:
     last_token_R: Tensor | None = None
     """int64, the token before each row's: of a step whose rows include one of the law `words`;
     -1, or None for all rows, where the text is empty."""
+    position_R: Tensor | None = None
+    """int64, each row's position in its text, by which the law `xtc` draws; None: 0 for all."""
 
     @classmethod
     def of(
@@ -181,11 +202,17 @@ class Controls:
     def select(self, chosen_R: Tensor) -> "Controls":
         """Some of the rows, by index or by mask."""
         last_token_R = None if self.last_token_R is None else self.last_token_R[chosen_R]
-        return Controls(self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R], last_token_R)
+        position_R = None if self.position_R is None else self.position_R[chosen_R]
+        numbers_RF, stop_ids_RE = self.numbers_RF[chosen_R], self.stop_ids_RE[chosen_R]
+        return Controls(numbers_RF, stop_ids_RE, last_token_R, position_R)
 
     def after(self, last_token_R: Tensor) -> "Controls":
         """The same controls after these tokens, int64 [R]."""
-        return Controls(self.numbers_RF, self.stop_ids_RE, last_token_R)
+        return replace(self, last_token_R=last_token_R)
+
+    def at(self, position_R: Tensor) -> "Controls":
+        """The same controls at these positions, int64 [R]."""
+        return replace(self, position_R=position_R)
 
     def holds_request(self) -> Tensor:
         """bool: of controls by slot, whether each holds a request."""
@@ -195,7 +222,7 @@ class Controls:
         """The same controls at other levels, in tensors of their own."""
         numbers_RF = self.numbers_RF.clone()
         numbers_RF[:, LEVEL] = level_R
-        return Controls(numbers_RF, self.stop_ids_RE, self.last_token_R)
+        return replace(self, numbers_RF=numbers_RF)
 
     @property
     def law_R(self) -> Tensor:
@@ -238,6 +265,27 @@ class Controls:
         """Nats, for the `budget` law's controller; the transform itself does not read it."""
         return self.numbers_RF[:, TARGET_ENTROPY]
 
+    @property
+    def n_sigma_R(self) -> Tensor:
+        return self.numbers_RF[:, N_SIGMA]
+
+    @property
+    def log_xtc_threshold_R(self) -> Tensor:
+        return self.numbers_RF[:, LOG_XTC_THRESHOLD]
+
+    @property
+    def xtc_probability_R(self) -> Tensor:
+        return self.numbers_RF[:, XTC_PROBABILITY]
+
+    @property
+    def draw_key_high_R(self) -> Tensor:
+        """The high half of each request's key, a whole number: see `draws.uniform`."""
+        return self.numbers_RF[:, DRAW_KEY_HIGH]
+
+    @property
+    def draw_key_low_R(self) -> Tensor:
+        return self.numbers_RF[:, DRAW_KEY_LOW]
+
 
 @dataclass(frozen=True)
 class ControlRow:
@@ -268,7 +316,12 @@ def stop_width(rows: Iterable[ControlRow]) -> int:
 
 
 def control_row(
-    diversity: Diversity, *, temperature: float, logits_divisor: float, stop_ids: frozenset[int]
+    diversity: Diversity,
+    *,
+    temperature: float,
+    logits_divisor: float,
+    stop_ids: frozenset[int],
+    draw_key: int = 0,
 ) -> ControlRow:
     """The controls of one request.
 
@@ -276,22 +329,36 @@ def control_row(
         temperature: the request's T, above 0.
         logits_divisor: what the logits were divided by before the transform (T or 1).
         stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
+        draw_key: of `draws.draw_key`, for the law `xtc`.
 
     Raises:
         ValueError: the temperature is not above 0: greedy rows are not transformed.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}; accepted: above 0 (0 stays greedy).")
+    draw_key_high, draw_key_low = key_halves(draw_key)
     numbers = {
         "law": LAW_CODES[diversity.law],
         "temperature": temperature,
         "logits_divisor": logits_divisor,
         "level": diversity.level or 0.0,
-        "log_min_p": math.nan if diversity.min_p is None else math.log(diversity.min_p),
+        "log_min_p": _log_min_p(diversity),
         "max_temperature": diversity.max_temperature or math.inf,
         "dynatemp_range": diversity.dynatemp_range or 0.0,
         "dynatemp_exponent": diversity.dynatemp_exponent or 1.0,
         "target_entropy": diversity.target_entropy or 0.0,
+        "n_sigma": diversity.n_sigma or 0.0,
+        "log_xtc_threshold": math.log(diversity.xtc_threshold or 1.0),
+        "xtc_probability": diversity.xtc_probability or 0.0,
+        "draw_key_high": float(draw_key_high),
+        "draw_key_low": float(draw_key_low),
     }
     tokens = sorted(token for token in stop_ids if token >= 0)
     return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(tokens))
+
+
+def _log_min_p(diversity: Diversity) -> float:
+    """-inf keeps every finite token: `xtc` cuts nothing that was not asked for."""
+    if diversity.min_p is not None:
+        return math.log(diversity.min_p)
+    return -math.inf if diversity.law == "xtc" else math.nan

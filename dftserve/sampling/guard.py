@@ -27,6 +27,11 @@ class Support:
     content_RV: Tensor
     stop_RE: Tensor
 
+    def plausible(self, log_guard_R: Tensor) -> Tensor:
+        """The plausible tokens, stop tokens counted where plausible: [R, V + E]."""
+        stop_RE = torch.where(self.stop_RE >= log_guard_R[:, None], self.stop_RE, ABSENT)
+        return torch.cat((self.content_RV, stop_RE), dim=1)
+
 
 def guard(
     logits_RV: Tensor,

@@ -3,6 +3,8 @@
     gated     T·exp(c·level·g(H0)),  g(H) = (H/(H+1))²
     budget    the same; `level` is steered, step by step, toward the target entropy
     dynatemp  T ± range·level, by (H0/ln n)^exponent   (llama.cpp's formula)
+    guard     T: what `gated` is at level 0, with the request's own min_p
+    top_n_sigma, xtc   T too: their cuts are in files of their own
 
 This is the reference; the kernels of `backends/` have the same formulas and change with it.
 H0 is the entropy of the plausible tokens at temperature 1, in nats, and n their number; c is

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dftserve.sampling import words
+from dftserve.sampling import top_n_sigma, words, xtc
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, Controls, LawConstants
-from dftserve.sampling.entropy import ABSENT, Distribution, exp, is_present, normalise
+from dftserve.sampling.entropy import Distribution, exp, is_present, normalise
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.laws import log_guard, temperature
 from dftserve.sampling.stops import apply_temperature, rescale_stop_tokens
+
+_Content = tuple[Distribution, tuple[Tensor, Tensor]]
+"""The content's distribution, and the log-weights of content and stop tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ def transform(
     """
     logits_RV = logits_XV if rows_R is None else logits_XV.index_select(0, rows_R)
     log_guard_R = log_guard(controls, constants)
+    is_sigma_R = top_n_sigma.is_top_n_sigma(controls)
+    if bool(is_sigma_R.any()):
+        by_sigma_R = top_n_sigma.log_guard(logits_RV, controls)
+        log_guard_R = torch.where(is_sigma_R, by_sigma_R, log_guard_R)
     support, valid_R = guard(
         logits_RV,
         log_guard_R=log_guard_R,
@@ -73,12 +80,11 @@ def transform(
             support, controls, cool, constants, classes_V
         )
         temperature_R = torch.where(is_words_R, mean_R, temperature_R)
-        hot = Distribution(
-            torch.where(is_words_R[:, None], by_class.log_p_RK, hot.log_p_RK),
-            torch.where(is_words_R, by_class.log_z_R, hot.log_z_R),
-        )
-        pairs = zip(by_class_weights, weights, strict=True)
-        weights = tuple(torch.where(is_words_R[:, None], a, b) for a, b in pairs)
+        hot, weights = _instead(is_words_R, (by_class, by_class_weights), (hot, weights))
+    is_xtc_R = xtc.is_xtc(controls)
+    if bool(is_xtc_R.any()):
+        left = xtc.without_top_choices(support, log_guard_R, controls, cool)
+        hot, weights = _instead(is_xtc_R, left, (hot, weights))
     final = normalise(torch.cat(weights, dim=1))
     statistics = Statistics(
         entropy_before_R=entropy_before_R,
@@ -111,12 +117,22 @@ def _by_class(
     return mean_R, hot, (content_RV, support.stop_RE / controls.temperature_R[:, None])
 
 
+def _instead(is_law_R: Tensor, made: _Content, other: _Content) -> _Content:
+    """What a law made of its rows, in place of what another made of them."""
+    hot, weights = other
+    log_p_RK = torch.where(is_law_R[:, None], made[0].log_p_RK, hot.log_p_RK)
+    content_RK, stop_RE = (
+        torch.where(is_law_R[:, None], a, b) for a, b in zip(made[1], weights, strict=True)
+    )
+    return (
+        Distribution(log_p_RK, torch.where(is_law_R, made[0].log_z_R, hot.log_z_R)),
+        (content_RK, stop_RE),
+    )
+
+
 def base_entropy(support: Support, log_guard_R: Tensor) -> tuple[Tensor, Tensor]:
     """H0 in nats and the number of plausible tokens, stop tokens counted where plausible."""
-    plausible_stop_RE = torch.where(
-        support.stop_RE >= log_guard_R[:, None], support.stop_RE, ABSENT
-    )
-    plausible_RV = torch.cat((support.content_RV, plausible_stop_RE), dim=1)
+    plausible_RV = support.plausible(log_guard_R)
     count_R = is_present(plausible_RV).sum(dim=1, dtype=torch.float32)
     return normalise(plausible_RV).entropy(), count_R
 

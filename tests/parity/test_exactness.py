@@ -4,18 +4,21 @@ Reference logits come from the same engine, same prefix, field off, temperature 
 law does not care for a constant shift, so log-probabilities serve as logits.
 """
 
+import itertools
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from dftserve.sampling import TokenClasses
+from dftserve.sampling.draws import draw_key
 from dftserve.stories.grammar import generate
 from tests.client import gather, post
 from tests.conftest import long
-from tests.reference import reference, words_reference
+from tests.reference import cut_reference, draw_reference, reference, words_reference
 
 LOG_PROBABILITY = 2e-4
 NATS = 1e-3
@@ -95,6 +98,61 @@ def test_the_law_words_goes_by_the_last_token(engine, count, figure):
     assert {c for _, c in seen} == {0, 1, 2}
     assert len({state for state, _ in seen}) > 1
     figure(checked=checked, worst_logprob=worst)
+
+
+@pytest.mark.parametrize(("engine", "count"), [("v1", 24), ("v2", 24)], indirect=["engine"])
+def test_the_laws_that_only_cut_are_sampled(engine, count, figure):
+    """The first step and the last of up to three each; `xtc` draws by the seed and the position."""
+    source, vocabulary = random.Random(9), _vocabulary(engine)
+    tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
+    checked, worst, excludes = Counter(), 0.0, set()
+    for number in itertools.count():
+        if sum(checked.values()) >= count:
+            break
+        text = generate(source).text
+        prompt = tokenizer.encode(text[: source.randrange(20, len(text) - 1)]).ids
+        asked, temperature, seed = _cut(number, source), source.uniform(0.5, 1.5), number
+        body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": seed}
+        answer = _reading(engine, [body | {"max_tokens": 3}], vocabulary)[0]
+        tokens = [
+            int(token.removeprefix("token_id:"))
+            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
+        ]
+        for step in {0, len(tokens) - 1}:
+            before = [*prompt, *tokens[:step]]
+            logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+            position = len(before) - 1 if engine.is_v2 else step
+            draw = draw_reference(draw_key("seed", seed), position)
+            said = cut_reference(
+                logits_V,
+                temperature=temperature,
+                stop_ids=_stops(engine, {"shaping": {}}),
+                draw=draw,
+                **asked,
+            )
+            if said.margin < NEAR_THRESHOLD:
+                continue
+            sampled_V = _log_p(answer, vocabulary, step)
+            assert (np.isinf(sampled_V) == np.isinf(said.log_p_V)).all(), (asked, step)
+            likely_V = said.log_p_V > -25
+            worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
+            assert worst <= LOG_PROBABILITY
+            checked[asked["law"]] += 1
+            if asked["law"] == "xtc":
+                excludes.add(bool(np.isinf(said.log_p_V[logits_V.argmax()])))
+    assert set(checked) == {"guard", "top_n_sigma", "xtc"}
+    assert excludes == {False, True}
+    figure(checked=dict(checked), worst_logprob=worst)
+
+
+def _cut(number: int, source: random.Random) -> dict:
+    """A diversity of each such law in turn."""
+    if number % 3 == 0:
+        return {"law": "guard", "min_p": source.choice([0.01, 0.1, 0.3])}
+    if number % 3 == 1:
+        return {"law": "top_n_sigma", "n_sigma": source.uniform(0.3, 2.0)}
+    asked = {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": source.uniform(0.01, 0.2)}
+    return asked | {"min_p": 0.02} if source.random() < 0.5 else asked
 
 
 def _draw(source: random.Random) -> dict:

@@ -27,6 +27,10 @@ VALUES = [
     {"law": "dynatemp", "dynatemp_range": -1},
     {"level": 0.5, "min_p": 0},
     {"level": 0.5, "max_temperature": 0},
+    {"law": "guard"},
+    {"law": "top_n_sigma", "n_sigma": 0},
+    {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.6},
+    "human",
 ]
 RAW = ["NaN", "Infinity", "-Infinity", '{"level": NaN}', "1e999"]
 

@@ -29,6 +29,8 @@ VALID = (
     '{"level": 0.25, "min_p": 0.1, "max_temperature": null}',
     '{"law": "budget", "target_entropy": 1.5}',
     '{"law": "dynatemp", "dynatemp_range": 0.5}',
+    '{"law": "top_n_sigma", "n_sigma": 1}',
+    '{"law": "xtc", "xtc_probability": 0.5}',
 )
 TEXTS = (
     CANARY,

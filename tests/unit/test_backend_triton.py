@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from dftserve.sampling import Controls, TokenClasses, control_row
 from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.sampling.draws import draw_key
 from dftserve.sampling.transform import Statistics
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
@@ -221,6 +222,48 @@ def words(seed: int) -> tuple[torch.Tensor, Controls, TokenClasses]:
     return make_rows(kinds, vocabulary, seed), controls, classes
 
 
+def test_the_laws_that_only_cut_are_plain_torch_s(interpreted):
+    """Beside another law; with rows longer than a tile, and positions that draw otherwise."""
+    for seed in CUT_SEEDS:
+        logits_RV, controls = cut(seed)
+        after_RV, statistics = _after(interpreted, f"cut {seed}")
+        expected_RV = logits_RV.clone()
+        expected = plain(expected_RV, controls)
+        assert torch.equal(after_RV == -torch.inf, expected_RV == -torch.inf)
+        torch.testing.assert_close(after_RV, expected_RV, rtol=1e-5, atol=2e-4)
+        for value_R, expected_R in zip(statistics.values(), expected.values(), strict=True):
+            torch.testing.assert_close(value_R, expected_R, rtol=1e-3, atol=NATS)
+
+
+CUT = (
+    {"law": "top_n_sigma", "n_sigma": 1.3},
+    {"law": "xtc", "xtc_probability": 0.7, "xtc_threshold": 0.01},
+    {"law": "guard", "min_p": 0.03},
+    GATED,
+    {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.003, "min_p": 0.02},
+)
+CUT_SEEDS = range(6)
+
+
+def cut(seed: int) -> tuple[torch.Tensor, Controls]:
+    source = np.random.default_rng(seed)
+    vocabulary = (3, 17, 257, 1024, 2500, 5000)[seed]
+    kinds = sorted(KINDS)
+    rows = [
+        control_row(
+            parse(CUT[(r + seed) % len(CUT)]),
+            temperature=(temperature := float(source.uniform(0.3, 1.8))),
+            logits_divisor=temperature if r % 2 else 1.0,
+            stop_ids=frozenset(source.integers(0, 20, 2).tolist()),
+            draw_key=draw_key(seed, r),
+        )
+        for r in range(len(kinds))
+    ]
+    controls = Controls.stack(rows)
+    logits_RV = make_rows(kinds, vocabulary, seed) / controls.logits_divisor_R[:, None]
+    return logits_RV, controls.at(torch.from_numpy(source.integers(0, 2**40, len(kinds))))
+
+
 def divided():
     _, asked = REGIMES["few, V=257"]
     return make_rows(["few", "gaussian", "zipf", "peaky"], 300, seed=8), asked
@@ -254,6 +297,9 @@ def main(file: str) -> None:
         after_RV, controls, classes = words(seed)
         with_classes = TritonBackend("cpu", token_classes=classes)
         keep(f"words {seed}", after_RV, with_classes(after_RV, controls))
+    for seed in CUT_SEEDS:
+        after_RV, controls = cut(seed)
+        keep(f"cut {seed}", after_RV, backend(after_RV, controls))
     np.savez(file, **arrays)
 
 

@@ -55,6 +55,11 @@ def test_columns_are_what_their_names_say():
         "dynatemp_range": 0.25,
         "dynatemp_exponent": 0.5,
         "target_entropy": 0.0,
+        "n_sigma": 0.0,
+        "log_xtc_threshold": 0.0,
+        "xtc_probability": 0.0,
+        "draw_key_high": 0.0,
+        "draw_key_low": 0.0,
     }
     assert tuple(expected) == NUMBERS
     for name, value in expected.items():
@@ -93,5 +98,5 @@ def test_a_staging_sends_both_parts():
     ids=["rows", "columns", "float64", "float stops", "no matrix"],
 )
 def test_controls_of_another_form_are_refused(numbers, stops):
-    with pytest.raises(ValueError, match=r"accepted: float32 \[rows, 9\] and int64"):
+    with pytest.raises(ValueError, match=rf"accepted: float32 \[rows, {len(NUMBERS)}\] and int64"):
         Controls.of(numbers, stops)

@@ -16,10 +16,11 @@ from transformers import (
 
 from dftserve.hf import DiversityProcessor, sampling
 from dftserve.sampling import TokenClasses
+from dftserve.sampling.draws import draw_key
 from dftserve.sampling.token_classes import IN_WORD
 from tests.conftest import long
 from tests.future import no_future_warnings
-from tests.reference import reference, words_reference
+from tests.reference import cut_reference, draw_reference, reference, words_reference
 
 pytestmark = no_future_warnings
 
@@ -149,6 +150,48 @@ def test_generate_samples_the_law_words(model):
         assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
         likely_V = said.log_p_V > -25
         np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"law": "guard", "min_p": 0.05},
+        {"law": "top_n_sigma", "n_sigma": 1.5},
+        {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.05},
+    ],
+    ids=lambda asked: asked["law"],
+)
+def test_generate_samples_the_laws_that_only_cut(model, asked):
+    """Rows of a batch draw apart, and each step for itself, by the seed."""
+    processor = DiversityProcessor(asked, temperature=0.8, stop_ids=[EOS], seed=7)
+    prompt = torch.tensor([[7, 9, 5], [4, 8, 6]])
+    config = sampling(0.8, max_new_tokens=8, eos_token_id=None)
+    out = generate(model, prompt, processor, config)
+    for step, (logits_RV, scores_RV) in enumerate(zip(out.logits, out.scores, strict=True)):
+        for r in range(2):
+            draw = draw_reference(draw_key(7, r), 3 + step)
+            said = cut_reference(
+                logits_RV[r].numpy(), temperature=0.8, stop_ids={EOS}, draw=draw, **asked
+            )
+            if said.margin < 1e-4:
+                continue
+            got_V = torch.log_softmax(scores_RV[r].double(), 0).numpy()
+            assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
+            likely_V = said.log_p_V > -25
+            np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+
+
+def test_without_a_seed_each_text_draws_otherwise():
+    asked = {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.1}
+    scores_RV = torch.tensor([[0.5, 0.3, 0.2]]).log()
+
+    def excluded(processor):
+        texts = [torch.zeros(1, 5 + step, dtype=torch.int64) for step in range(64)]
+        return [bool(processor(text, scores_RV)[0, 0] == -torch.inf) for text in texts]
+
+    seeded, free = DiversityProcessor(asked, seed=1), DiversityProcessor(asked)
+    assert excluded(seeded) == excluded(seeded) != excluded(DiversityProcessor(asked, seed=2))
+    assert excluded(free) != excluded(free)
 
 
 def test_words_without_a_tokenizer_is_refused():

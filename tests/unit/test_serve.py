@@ -117,6 +117,17 @@ def test_the_default_may_be_what_the_checkpoint_suggests(tmp_path):
     assert json.loads(command.environment["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.3
 
 
+def test_the_default_may_be_the_entropy_of_the_checkpoint_s_target(tmp_path):
+    Promise(recipe="r", target_entropy=1.25).write(tmp_path)
+    environment = launch(str(tmp_path), default_diversity="human").environment
+    asked = {"law": "budget", "target_entropy": 1.25}
+    assert parse(json.loads(environment["DFTSERVE_DEFAULT_DIVERSITY"])) == parse(asked)
+    for entropy in (None, 0.0):
+        Promise(recipe="r", target_entropy=entropy).write(tmp_path)
+        with pytest.raises(ValueError, match=r"diversity human: .* has no target_entropy above 0"):
+            launch(str(tmp_path), default_diversity="human")
+
+
 @pytest.mark.parametrize("text", ["1.5", "half", "null", '{"levle": 1}', "[0.5]", "NaN", ""])
 def test_a_wrong_default_is_refused_by_its_option(text):
     with pytest.raises(DiversityError, match="--default-diversity"):

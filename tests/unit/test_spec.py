@@ -24,6 +24,9 @@ REQUIRED = {
     "budget": "target_entropy",
     "dynatemp": "dynatemp_range",
     "words": "level",
+    "guard": "min_p",
+    "top_n_sigma": "n_sigma",
+    "xtc": "xtc_probability",
 }
 
 
@@ -40,7 +43,7 @@ def objects(draw):
     """Objects that are accepted: what the law needs, and any of the rest, or null for it."""
     law = draw(st.sampled_from(sorted(LAWS)))
     optional = [name for name in LAWS[law] if name != REQUIRED[law]]
-    chosen = draw(st.lists(st.sampled_from(optional), unique=True))
+    chosen = draw(st.sets(st.sampled_from(optional))) if optional else ()
     content = {name: draw(numbers(name) | st.none()) for name in chosen}
     content[REQUIRED[law]] = draw(numbers(REQUIRED[law]))
     if law != "gated" or draw(st.booleans()):

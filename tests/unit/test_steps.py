@@ -26,6 +26,7 @@ from dftserve.sampling import (
 from dftserve.sampling.backends.numba import NumbaBackend
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.sampling.backends.triton import TritonBackend
+from dftserve.sampling.draws import draw_key
 from dftserve.spec import parse
 from tests.rows import make_rows
 
@@ -39,7 +40,7 @@ CLASSES = TokenClasses((np.arange(V - 5) % 3 * 0b01_00_01 + 0b01_00).astype(np.u
 ASKED = (
     {"law": "budget", "target_entropy": 0.4},
     {"law": "words", "level": 0.8},
-    {"level": 0.6},
+    {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.02},
     {"law": "budget", "target_entropy": 3.0},
 )
 STOPS = ({3}, {1, 4, 7}, set(), {140})
@@ -48,7 +49,11 @@ STOPS = ({3}, {1, 4, 7}, set(), {140})
 def row_of(slot):
     diversity = parse(ASKED[slot])
     return control_row(
-        diversity, temperature=0.9, logits_divisor=1.0, stop_ids=frozenset(STOPS[slot])
+        diversity,
+        temperature=0.9,
+        logits_divisor=1.0,
+        stop_ids=frozenset(STOPS[slot]),
+        draw_key=draw_key(slot),
     )
 
 

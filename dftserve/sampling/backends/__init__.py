@@ -103,9 +103,9 @@ def _same_batch(
 ) -> bool:
     """All rows at once, then some of them."""
     device = reference.device
-    controls = Controls.stack(_control_rows(4, stop_count), device)
-    controls = controls.after(torch.tensor([0, 27, 54, -1], device=device))
-    some_R = torch.arange(4, device=device)[1:]
+    controls = Controls.stack(_control_rows(stop_count), device)
+    controls = controls.after(torch.tensor([0, 27, 54, -1, 0, 0], device=device))
+    some_R = torch.arange(6, device=device)[1:]
     pairs: list[tuple[Tensor, Tensor]] = []
     for rows_R, step in ((None, controls), (some_R, controls.select(some_R))):
         expected_XV, got_XV = (_rows(vocabulary, stride, device) for _ in range(2))
@@ -118,21 +118,24 @@ def _same_batch(
 
 
 def _rows(vocabulary: int, stride: int, device: torch.device) -> Tensor:
-    """A flat row, a peaked one, one with a grammar's mask, an invalid one; quarters, so that none
-    is at a floor."""
+    """A flat row, a peaked one, one with a grammar's mask, an invalid one, and two more peaked;
+    quarters, so that none is at a floor."""
     steps_V = torch.arange(vocabulary, device=device) * 37 % 101
     masked_V = torch.where(steps_V < 9, -0.25 * steps_V, -torch.inf)
     invalid_V = torch.where(steps_V == 7, torch.nan, 0.0)
-    rows = (0.0 * steps_V, -0.25 * steps_V, masked_V, invalid_V)
+    peaked_V = -0.25 * steps_V
+    rows = (0.0 * steps_V, peaked_V, masked_V, invalid_V, peaked_V, peaked_V)
     padding = (0, stride - vocabulary)
     return torch.nn.functional.pad(torch.stack(rows), padding)[:, :vocabulary]
 
 
-def _control_rows(rows: int, stop_count: int) -> list[ControlRow]:
-    """The second row has `stop_count` stop tokens, the others one; two laws."""
+def _control_rows(stop_count: int) -> list[ControlRow]:
+    """The second row has `stop_count` stop tokens, the others one; four laws."""
     laws = [parse({"law": law, "level": 0.5}) for law in ("gated", "words", "words", "gated")]
+    laws.append(parse({"law": "top_n_sigma", "n_sigma": 1.1}))
+    laws.append(parse({"law": "xtc", "xtc_probability": 1.0, "xtc_threshold": 1e-3, "min_p": 0.01}))
     many = frozenset(range(3, 3 + 15 * stop_count, 15))
-    stops = [many if row == 1 else frozenset({3}) for row in range(rows)]
+    stops = [many if row == 1 else frozenset({3}) for row in range(len(laws))]
     return [
         control_row(diversity, temperature=0.8, logits_divisor=1.0, stop_ids=ids)
         for diversity, ids in zip(laws, stops, strict=True)

@@ -43,7 +43,7 @@ class Backend(ABC):
         step = step.busy()
         slot_R, offset_R = step.slot_R, step.offset_R.long()
         last_token_R = None if step.last_token_R is None else step.last_token_R.long()
-        controls = step.controls.select(slot_R)
+        controls = step.controls.select(slot_R).at(step.position_R)
         if last_token_R is not None:
             controls = controls.after(last_token_R)
         controls = slots.commit_accepted(controls, slot_R, step.position_R, offset_R)

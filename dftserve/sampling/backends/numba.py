@@ -21,7 +21,7 @@ from numba import njit
 from torch import Tensor
 
 from dftserve.sampling import controls as columns
-from dftserve.sampling import entropy, guard, stops, token_classes, words
+from dftserve.sampling import draws, entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.backends.numba_slots import (
     NumbaSlots,
@@ -80,6 +80,9 @@ class NumbaBackend(Backend):
             self._result.no_tokens_R
             if controls.last_token_R is None
             else np.ascontiguousarray(controls.last_token_R.numpy()),
+            self._result.zero_R
+            if controls.position_R is None
+            else np.ascontiguousarray(controls.position_R.numpy()),
             self._classes_V,
             self._constants_C,
             (*self._scratch, self._stops_2E),
@@ -140,6 +143,7 @@ class _Result:
     def __init__(self, rows: int) -> None:
         self.all_rows_R = np.arange(rows)
         self.no_tokens_R = np.full(rows, -1)
+        self.zero_R = np.zeros(rows, np.int64)
         self.no_ids_R = np.full(rows, -1, np.int32)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
@@ -163,6 +167,9 @@ _ABSENT = np.float32(entropy.ABSENT)
 _FARTHEST = np.float32(guard.FARTHEST)
 _LOWEST = float(np.finfo(np.float32).min)
 _DYNATEMP, _WORDS = LAW_CODES["dynatemp"], LAW_CODES["words"]
+_TOP_N_SIGMA, _XTC = LAW_CODES["top_n_sigma"], LAW_CODES["xtc"]
+_WORD, _FIRST, _SECOND = draws.WORD, draws.FIRST, draws.SECOND
+_SHIFT, _UNIT = 32 - draws.DRAW_BITS, np.float32(2.0**-draws.DRAW_BITS)
 _START, _INSIDE = token_classes.START, token_classes.INSIDE
 _STATE_SHIFT, _CLASS_MASK = token_classes.STATE_SHIFT, token_classes.CLASS_MASK
 _COOLEST = words.COOLEST
@@ -188,13 +195,15 @@ def _transform(
     numbers_RF: Array,
     stop_ids_RE: Array,
     last_token_R: Array,
+    position_R: Array,
     classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
     values_FR: Array,
     valid_R: Array,
 ) -> None:
-    if len(rows_R) != len(numbers_RF) or len(rows_R) != len(last_token_R):
+    rows = len(rows_R)
+    if rows != len(numbers_RF) or rows != len(last_token_R) or rows != len(position_R):
         raise ValueError("rows: not as many as rows of controls.")
     _check_rows(rows_R, stride, vocabulary, logits)
     for r in range(len(rows_R)):
@@ -204,6 +213,7 @@ def _transform(
             numbers_RF[r],
             stop_ids_RE[r],
             last_token_R[r],
+            position_R[r],
             classes_V,
             constants_C,
             scratch,
@@ -256,6 +266,7 @@ def _step(
             numbers_F,
             stop_ids_SE[s],
             np.int64(last_token_R[r]),
+            position_R[r],
             classes_V,
             constants_C,
             scratch,
@@ -281,6 +292,7 @@ def _rewrite_if_valid(
     numbers_F: Array,
     stop_ids_E: Array,
     last_token: int,
+    position: int,
     classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
@@ -296,7 +308,7 @@ def _rewrite_if_valid(
         return True, _rewrite_by_class(
             row_V, peak, numbers_F, stop_ids_E, state, classes_V, constants_C, scratch
         )
-    return True, _rewrite(row_V, peak, numbers_F, stop_ids_E, constants_C, scratch)
+    return True, _rewrite(row_V, peak, numbers_F, stop_ids_E, position, constants_C, scratch)
 
 
 @_kernel
@@ -339,27 +351,30 @@ def _guard_and_content(
     stop_ids_E: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
-) -> tuple[float, int, float, int, float]:
+) -> tuple[float, int, float, int, float, float]:
     """What every law begins with; `stop_ids_E` are the row's own.
 
     Returns H0, the number of plausible tokens, the highest stop token, the number of content tokens
-    and their maximum. The scratch then holds the content's tokens, its log-weights at temperature 1
-    and those of the stop tokens; the row has the stop tokens no more.
+    and their maximum, and ln Z of the plausible tokens. The scratch then holds the content's
+    tokens, its log-weights at temperature 1 and those of the stop tokens; the row has the stop
+    tokens no more.
     """
     maxima_J, tokens_K, weights_4K, stops_2E = scratch
     below_K, hot_K, below_E = weights_4K[0], weights_4K[3], stops_2E[0][: len(stop_ids_E)]
     divisor = numbers_F[columns.LOGITS_DIVISOR]
 
     # The plausible tokens, and their entropy, stop tokens included.
-    threshold = np.float32(max(peak + _log_guard(numbers_F, constants_C) / divisor, _LOWEST))
+    log_guard = _log_guard(row_V, peak, numbers_F, constants_C)
+    threshold = np.float32(max(peak + log_guard / divisor, _LOWEST))
     plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
     z, a = _sums(below_K[:plausible], hot_K)
-    entropy_before = math.log(z) - a / z
+    log_z = math.log(z)
+    entropy_before = log_z - a / z
 
     # Stop tokens leave the row; what is left is content.
     stop_peak = _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
     count, content_peak = _content(row_V, threshold, tokens_K, below_K, plausible)
-    return entropy_before, plausible, stop_peak, count, content_peak
+    return entropy_before, plausible, stop_peak, count, content_peak, log_z
 
 
 @_kernel
@@ -368,6 +383,7 @@ def _rewrite(
     peak: float,
     numbers_F: Array,
     stop_ids_E: Array,
+    position: int,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, float, float, float]:
@@ -383,7 +399,7 @@ def _rewrite(
     )
 
     # 1. The guard, H0, and the content without the stop tokens.
-    entropy_before, plausible, stop_peak, count, content_peak = _guard_and_content(
+    entropy_before, plausible, stop_peak, count, content_peak, log_plausible_z = _guard_and_content(
         row_V, peak, numbers_F, stop_ids_E, constants_C, scratch
     )
 
@@ -394,14 +410,22 @@ def _rewrite(
     below_K, exists = below_K[:count], count > 0
     top = content_peak if exists else np.float32(0.0)
     cool_z, _ = _at(temperature, below_K, top, weight_K, cool_K)
-    hot_z, hot_a = _at(wanted, below_K, top, weight_K, hot_K)
     cool_log_z = top / temperature + math.log(cool_z)
+    is_xtc, excluded = numbers_F[columns.LAW] == _XTC, 0.0
+    if is_xtc and exists and _draw(numbers_F, position) < numbers_F[columns.XTC_PROBABILITY]:
+        # Top choices leave the content, and the list; what is left may have another maximum.
+        least = np.float32(log_plausible_z + numbers_F[columns.LOG_XTC_THRESHOLD])
+        count, top, excluded = _exclude_top(below_K, least, tokens_K, cool_K)
+        below_K = below_K[:count]
+    hot_z, hot_a = _at(wanted, below_K, top, weight_K, hot_K)
 
     # 4. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
+    #    Under `xtc` the temperature is T, and whoever leads may lead.
     reached = wanted
     argmax_bound = cool_log_z - stop_peak / temperature
-    leads = content_peak >= stop_peak
-    if exists and stop_peak > _ABSENT and leads != (math.log(hot_z) <= argmax_bound):
+    leads = content_peak >= stop_peak or is_xtc
+    leads_hot = math.log(hot_z) <= argmax_bound
+    if exists and stop_peak > _ABSENT and leads != leads_hot and not is_xtc:
         reached = _temperature_at_bound(
             below_K, top, weight_K, hot_K, temperature, wanted, argmax_bound
         )
@@ -412,7 +436,14 @@ def _rewrite(
     lift = np.float32(top / reached)
     shift = hot_log_z - cool_log_z if exists else 0.0
     stop_top = _rescale_stop_tokens(
-        exists and leads, content_peak, lift, temperature, reached, shift, below_E, weight_E
+        exists and leads and not is_xtc,
+        content_peak,
+        lift,
+        temperature,
+        reached,
+        shift,
+        below_E,
+        weight_E,
     )
     log_z, stop_entropy = _beside_content(hot_log_z, exists, stop_top, weight_E)
 
@@ -422,7 +453,8 @@ def _rewrite(
         content_log_p = hot_log_z - log_z
         content_share = math.exp(content_log_p)
         entropy_after += content_share * (math.log(hot_z) - hot_a / hot_z - content_log_p)
-        moved = content_share * _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
+        moved = _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
+        moved = content_share * (moved + excluded / cool_z)
 
     # 7. Write: -inf, the content (held at the likeliest stop token where that leads), the stops.
     held = np.float32(np.inf) if leads else stop_top
@@ -459,7 +491,7 @@ def _rewrite_by_class(
     )
 
     # 1. The guard, H0, and the content without the stop tokens.
-    entropy_before, _, _, count, _ = _guard_and_content(
+    entropy_before, _, _, count, _, _ = _guard_and_content(
         row_V, peak, numbers_F, stop_ids_E, constants_C, scratch
     )
 
@@ -550,12 +582,68 @@ def _class_after(state: int, token: int, classes_V: Array) -> int:
 
 
 @_kernel
-def _log_guard(numbers_F: Array, constants_C: Array) -> float:
-    """laws.log_guard."""
+def _log_guard(row_V: Array, peak: float, numbers_F: Array, constants_C: Array) -> float:
+    """laws.log_guard, or top_n_sigma.log_guard."""
+    if numbers_F[columns.LAW] == _TOP_N_SIGMA:
+        deviation = _deviation(row_V, peak) * numbers_F[columns.LOGITS_DIVISOR]
+        return -numbers_F[columns.N_SIGMA] * deviation
     if math.isnan(numbers_F[columns.LOG_MIN_P]):
         level = min(max(numbers_F[columns.LEVEL], 0.0), 1.0)
         return constants_C[columns.LOG_GUARD_START] + constants_C[columns.LOG_GUARD_STEP] * level
     return numbers_F[columns.LOG_MIN_P]
+
+
+@_reduction
+def _deviation(row_V: Array, peak: float) -> float:
+    """top_n_sigma: σ of the finite logits, in units of the row."""
+    count, total = 0, 0.0
+    for v in range(len(row_V)):
+        is_finite = row_V[v] > _NEGATIVE_INFINITY
+        count += is_finite
+        total += np.float64(row_V[v] - peak) if is_finite else 0.0
+    mean, squares = total / count, 0.0
+    for v in range(len(row_V)):
+        from_mean = np.float64(row_V[v] - peak) - mean
+        squares += from_mean * from_mean if row_V[v] > _NEGATIVE_INFINITY else 0.0
+    return math.sqrt(squares / count)
+
+
+@_kernel
+def _draw(numbers_F: Array, position: int) -> float:
+    """draws.uniform."""
+    high = np.int64(numbers_F[columns.DRAW_KEY_HIGH])
+    low = np.int64(numbers_F[columns.DRAW_KEY_LOW])
+    bits = _mixed(_mixed((position + low) & _WORD) ^ high)
+    return np.float32(bits >> _SHIFT) * _UNIT
+
+
+@_kernel
+def _mixed(bits: int) -> int:
+    bits = ((bits ^ (bits >> 16)) * _FIRST) & _WORD
+    bits = ((bits ^ (bits >> 15)) * _SECOND) & _WORD
+    return bits ^ (bits >> 16)
+
+
+@_kernel
+def _exclude_top(
+    below_K: Array, least: float, tokens_K: Array, cool_K: Array
+) -> tuple[int, float, float]:
+    """xtc.ceilings: drops the top choices, of log-weight `least` or more, from the lists, all but
+    the least probable. Returns how many tokens are left, their maximum, and the sum over `cool_K`
+    of those that went."""
+    ceiling = np.float32(np.inf)
+    for k in range(len(below_K)):
+        if below_K[k] >= least:
+            ceiling = min(ceiling, below_K[k])
+    count, highest, gone = 0, _ABSENT, 0.0
+    for k in range(len(below_K)):
+        if below_K[k] > ceiling:
+            gone += cool_K[k]
+        else:
+            highest = max(highest, below_K[k])
+            tokens_K[count], below_K[count], cool_K[count] = tokens_K[k], below_K[k], cool_K[k]
+            count += 1
+    return count, highest, gone
 
 
 @_kernel

@@ -1,7 +1,8 @@
 """The transform on a GPU: three Triton kernels, one read and one write of the rows.
 
-    _maxima   streams the rows once, for the maxima of their chunks, in as many programs as fit;
-              beside them one program a request settles what the step before left in its slot
+    _maxima   streams the rows once, for the maxima of their chunks (and, of `top_n_sigma` rows, the
+              moments of their tiles), in as many programs as fit; beside them one program a
+              request settles what the step before left in its slot
     _decide   one program a row: takes the stop tokens out, gathers the few chunks that can hold
               survivors; H0, the law's temperature, the stop tokens' probabilities; leaves its
               statistics in the request's slot
@@ -33,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dftserve.sampling import controls as columns
-from dftserve.sampling import entropy, guard, stops, token_classes, words
+from dftserve.sampling import draws, entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.backends.triton_slots import (
     EXACT,
@@ -86,6 +87,7 @@ class TritonBackend(Backend):
         self._rows = _Rows(0, device)
         self._no_slots = TritonSlots(1, 1, device, constants)
         self._maxima = Buffer(device)
+        self._moments = Buffer(device)
         self._active = Buffer(device, torch.int32)
         self._plan = Buffer(device)
         self._stop_value = Buffer(device)
@@ -103,10 +105,11 @@ class TritonBackend(Backend):
         last_token_R = controls.last_token_R
         if last_token_R is not None:
             last_token_R = last_token_R.to(torch.int32).contiguous()
+        position_R = controls.position_R
         by_row = Step(
             Controls(controls.numbers_RF, controls.stop_ids_RE.contiguous()),
             slot_R=self._rows.index_R[:rows],
-            position_R=self._rows.index_R[:rows],
+            position_R=self._rows.start_R[:rows] if position_R is None else position_R.contiguous(),
             offset_R=self._rows.zero_R[:rows],
             last_token_R=last_token_R,
             rows_R=None if rows_R is None else rows_R.contiguous(),
@@ -134,6 +137,7 @@ class TritonBackend(Backend):
         rows_R = self._rows.index_R if step.rows_R is None else step.rows_R
         last_token_R = self._rows.none_R if step.last_token_R is None else step.last_token_R
         maxima_RJ = self._maxima.take(rows, chunks)
+        moments_RX = self._moments.take(rows, 3 * tiles)
         plan_RP = self._plan.take(rows, _PLAN.value)
         stop_value_RE = self._stop_value.take(rows, width)
         values_FR, valid_R = self._values.take(4, rows), self._valid.take(1, rows)[0]
@@ -141,6 +145,7 @@ class TritonBackend(Backend):
             logits_XV,
             rows_R,
             maxima_RJ,
+            moments_RX,
             step.slot_R,
             step.position_R,
             step.offset_R,
@@ -152,6 +157,7 @@ class TritonBackend(Backend):
             stride,
             vocabulary,
             chunks,
+            tiles,
             slots.rows_per_request,
             has_slots,
             has_idle_rows,
@@ -164,6 +170,7 @@ class TritonBackend(Backend):
             logits_XV,
             rows_R,
             maxima_RJ,
+            moments_RX,
             step.slot_R,
             step.position_R,
             step.offset_R,
@@ -186,6 +193,7 @@ class TritonBackend(Backend):
             stride,
             vocabulary,
             chunks,
+            tiles,
             width,
             rows,
             len(self._classes_V),
@@ -231,6 +239,7 @@ class _Rows:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.index_R = torch.arange(rows, device=device)
+        self.start_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.zero_R = torch.zeros(rows, dtype=torch.int32, device=device)
         self.none_R = self.zero_R - 1
 
@@ -247,6 +256,7 @@ _ABSENT = tl.constexpr(entropy.ABSENT)
 _FARTHEST = tl.constexpr(guard.FARTHEST)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _DYNATEMP, _WORDS = tl.constexpr(LAW_CODES["dynatemp"]), tl.constexpr(LAW_CODES["words"])
+_TOP_N_SIGMA, _XTC = tl.constexpr(LAW_CODES["top_n_sigma"]), tl.constexpr(LAW_CODES["xtc"])
 _NO_LAW = tl.constexpr(NO_LAW)
 _START, _INSIDE = tl.constexpr(token_classes.START), tl.constexpr(token_classes.INSIDE)
 _OTHER = tl.constexpr(token_classes.OTHER)
@@ -256,6 +266,9 @@ _COOLEST = tl.constexpr(words.COOLEST)
 _NEARLY = tl.constexpr(stops.NEARLY)
 _NEWTON_STEPS = tl.constexpr(stops.NEWTON_STEPS)
 _INFINITY = tl.constexpr(math.inf)
+_WORD = tl.constexpr(draws.WORD)
+_FIRST, _SECOND = tl.constexpr(draws.FIRST), tl.constexpr(draws.SECOND)
+_SHIFT, _UNIT = tl.constexpr(32 - draws.DRAW_BITS), tl.constexpr(2.0**-draws.DRAW_BITS)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 # Columns of the controls' numbers.
@@ -265,6 +278,10 @@ _DIVISOR, _LEVEL = tl.constexpr(columns.LOGITS_DIVISOR), tl.constexpr(columns.LE
 _LOG_MIN_P = tl.constexpr(columns.LOG_MIN_P)
 _MAX_TEMPERATURE = tl.constexpr(columns.MAX_TEMPERATURE)
 _RANGE, _EXPONENT = tl.constexpr(columns.DYNATEMP_RANGE), tl.constexpr(columns.DYNATEMP_EXPONENT)
+_N_SIGMA = tl.constexpr(columns.N_SIGMA)
+_LOG_XTC_THRESHOLD = tl.constexpr(columns.LOG_XTC_THRESHOLD)
+_XTC_PROBABILITY = tl.constexpr(columns.XTC_PROBABILITY)
+_KEY_HIGH, _KEY_LOW = tl.constexpr(columns.DRAW_KEY_HIGH), tl.constexpr(columns.DRAW_KEY_LOW)
 
 # Elements of the laws' constants.
 _LOG_GUARD_START = tl.constexpr(columns.LOG_GUARD_START)
@@ -279,6 +296,8 @@ _PLAN = tl.constexpr(17)
 _STATE = tl.constexpr(9)
 """Among them: where the text of a `words` row ends, or -1 for other laws. Then, for other, start
 and inside: 1/T_c, and what is added to weights at T_c."""
+_CEILING = tl.constexpr(16)
+"""And the log-weight above which the content went (`xtc`), else inf."""
 
 
 @triton.jit
@@ -299,7 +318,8 @@ _ANYWHERE = ["logits", "rows", "slot", "position", "offset", "numbers", "constan
 
 @triton.jit(
     do_not_specialize=[
-        *("stride", "vocabulary", "chunks", "rows_per_request", "has_slots", "has_idle_rows")
+        *("stride", "vocabulary", "chunks", "tiles"),
+        *("rows_per_request", "has_slots", "has_idle_rows"),
     ],
     do_not_specialize_on_alignment=_ANYWHERE,
 )
@@ -307,6 +327,7 @@ def _maxima(
     logits,
     rows,
     maxima,
+    moments,
     slot,
     position,
     offset,
@@ -321,6 +342,7 @@ def _maxima(
     stride,
     vocabulary,
     chunks,
+    tiles,
     rows_per_request,
     has_slots,
     has_idle_rows,
@@ -342,6 +364,8 @@ def _maxima(
             logit = tl.load(row + token, mask=token < vocabulary, other=-_INFINITY)
             logit = tl.where(logit != logit, _INFINITY, logit)
             tl.store(maxima + r * chunks + chunk, tl.max(logit, axis=1), mask=chunk < chunks)
+            if tl.load(numbers + tl.load(slot + r) * _NUMBERS + _LAW) == _TOP_N_SIGMA:
+                _tile_moments(logit, moments + r * 3 * tiles + tile, tiles)
         elif (has_slots != 0) & (tl.load(offset + r) == 0):
             s = tl.load(slot + r)
             state = (level, steered, tokens, base, sums, waiting)
@@ -349,9 +373,23 @@ def _maxima(
             settle(state, s, tl.load(position + r), own, constants, rows_per_request)
 
 
+@triton.jit
+def _tile_moments(logit, moments, tiles):
+    """Of a tile's finite logits: how many, their mean, and the squares of their distances from it,
+    summed. Around its own mean a tile loses nothing to rounding, wherever the logits lie."""
+    is_finite = (logit > -_INFINITY) & (logit < _INFINITY)
+    count = tl.sum(tl.sum(is_finite.to(tl.float32), axis=1), axis=0)
+    total = tl.sum(tl.sum(tl.where(is_finite, logit, 0.0), axis=1), axis=0)
+    mean = total / tl.maximum(count, 1.0)
+    from_mean = tl.where(is_finite, logit - mean, 0.0)
+    tl.store(moments, count)
+    tl.store(moments + tiles, mean)
+    tl.store(moments + 2 * tiles, tl.sum(tl.sum(from_mean * from_mean, axis=1), axis=0))
+
+
 @triton.jit(
     do_not_specialize=[
-        *("stride", "vocabulary", "chunks", "width", "count", "classified"),
+        *("stride", "vocabulary", "chunks", "tiles", "width", "count", "classified"),
         *("rows_per_request", "has_slots"),
     ],
     do_not_specialize_on_alignment=[*_ANYWHERE, "last_token", "stop_ids", "classes", "known"],
@@ -360,6 +398,7 @@ def _decide(
     logits,
     rows,
     maxima,
+    moments,
     slot,
     position,
     offset,
@@ -382,6 +421,7 @@ def _decide(
     stride,
     vocabulary,
     chunks,
+    tiles,
     width,
     count,
     classified,
@@ -402,17 +442,21 @@ def _decide(
     stop_ids += s * width
     numbers += s * _NUMBERS
     temperature, divisor = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVISOR)
+    law = tl.load(numbers + _LAW)
     own_level = tl.load(numbers + _LEVEL)
     if has_slots != 0:
         own_level = level_in_force(s, numbers, constants, level, steered)
 
     # 1. The guard: the chunks that hold the row's survivors. An invalid row has none, and an idle
     #    one, whose maxima nobody wrote, is taken for one.
-    is_busy = tl.load(numbers + _LAW) != _NO_LAW
+    is_busy = law != _NO_LAW
     peak = _peak(maxima, chunks, BLOCK)
     valid = (peak > -_INFINITY) & (peak < _INFINITY) & is_busy
     peak = tl.where(valid, peak, 0.0)
     log_guard = _log_guard(own_level, numbers, constants)
+    if valid & (law == _TOP_N_SIGMA):
+        deviation = _deviation(moments + r * 3 * tiles, tiles, BLOCK)
+        log_guard = -tl.load(numbers + _N_SIGMA) * (deviation * divisor)
     threshold = tl.maximum(peak + log_guard / divisor, _LOWEST)
     listed = _list_active(maxima, active, threshold, chunks, BLOCK)
     gathered = tl.where(valid, listed * CHUNK, 0)
@@ -424,7 +468,7 @@ def _decide(
     tl.debug_barrier()  # Every thread has read them.
     _take_out(row, stop_ids, tl.where(valid, stops, 0), vocabulary, STOPS)
     tl.debug_barrier()
-    source = (row, active, gathered, vocabulary, peak, divisor, threshold)
+    source = (row, active, gathered, vocabulary, peak, divisor, threshold, _INFINITY)
 
     # 3. The entropy H0 of all that is plausible, and the temperature that the law wants.
     z_K = tl.zeros([BLOCK], tl.float32)
@@ -448,37 +492,46 @@ def _decide(
     exists = content_peak > _ABSENT
     top = tl.where(exists, content_peak, 0.0)
     cool_z, _cool_a = _sums(source, top, 1 / temperature, exists, CHUNK, BLOCK)
-    hot_z, hot_a = _sums(source, top, 1 / wanted, exists, CHUNK, BLOCK)
     cool_log_z = top / temperature + tl.log(cool_z)
+    is_xtc = valid & (law == _XTC)
+    ceiling = _INFINITY
+    if is_xtc:  # Top choices leave the content, whose maximum is then the least of them.
+        least = tl.log(z) + tl.load(numbers + _LOG_XTC_THRESHOLD)
+        ceiling = _ceiling(source, least, numbers, tl.load(position + r), CHUNK, BLOCK)
+    left = (row, active, gathered, vocabulary, peak, divisor, threshold, ceiling)
+    left_top = tl.minimum(top, ceiling)
+    hot_z, hot_a = _sums(left, left_top, 1 / wanted, exists, CHUNK, BLOCK)
 
-    is_words = valid & (tl.load(numbers + _LAW) == _WORDS)
+    is_words = valid & (law == _WORDS)
     state = -1
     if is_words:
         state = _state(classes, tl.load(last_token + r), classified)
     tl.store(plan + _STATE, state.to(tl.float32))
 
     # 5. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
-    #    Under `words` the content keeps its share, and no temperature is looked for.
+    #    Under `words` and `xtc` the content keeps its share, whoever leads, and no temperature is
+    #    looked for.
+    is_free = is_words | is_xtc
     reached = wanted
     argmax_bound = cool_log_z - stop_peak / temperature
     leads = content_peak >= stop_peak
     leads_hot = tl.log(hot_z) <= argmax_bound
-    if exists & (stop_peak > _ABSENT) & (leads != leads_hot) & (is_words == 0):
+    if exists & (stop_peak > _ABSENT) & (leads != leads_hot) & (is_free == 0):
         reached = _temperature_at_bound(
             source, top, temperature, wanted, argmax_bound, CHUNK, BLOCK
         )
         hot_z, hot_a = _sums(source, top, 1 / reached, exists, CHUNK, BLOCK)
     inverse = 1 / reached
-    hot_log_z = top * inverse + tl.log(hot_z)
+    hot_log_z = left_top * inverse + tl.log(hot_z)
 
     # 6. Stop tokens keep their probability, and rounding changes no order:
     #    stops.rescale_stop_tokens.
     shift = tl.where(exists & (is_words == 0), hot_log_z - cool_log_z, 0.0)
-    leads = leads | is_words  # The content is not held at the stop tokens.
-    held_stop = tl.where(leads & (is_words == 0), top * inverse, _INFINITY)
+    leads = leads | is_free  # The content is not held at the stop tokens.
+    held_stop = tl.where(leads & (is_free == 0), top * inverse, _INFINITY)
     is_same = tl.abs(reached / temperature - 1) < _NEARLY
     # No weight is infinite: nothing ties there.
-    tied_at = tl.where(exists & leads & is_same & (is_words == 0), content_peak, _INFINITY)
+    tied_at = tl.where(exists & leads & is_same & (is_free == 0), content_peak, _INFINITY)
     rescaling = (stop_value, stops, temperature, shift, held_stop, tied_at)
     stop_top_E = tl.full([STOPS], _ABSENT, tl.float32)
     for start in range(0, stops, STOPS):
@@ -527,7 +580,8 @@ def _decide(
     for start in range(0, tl.where(is_words, 0, gathered), BLOCK):
         below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
         cool_K = tl.exp((below_K - top) / temperature) / cool_z
-        hot_K = tl.exp((below_K - top) * inverse) / hot_z
+        is_left_K = below_K <= ceiling
+        hot_K = tl.exp(tl.where(is_left_K, (below_K - left_top) * inverse, _ABSENT)) / hot_z
         moved_K += tl.where(is_content_K, tl.maximum(cool_K - hot_K, 0.0), 0.0)
 
     changed = content_share * (tl.sum(moved_K) + words_moved)
@@ -553,6 +607,7 @@ def _decide(
     tl.store(plan + 6, log_z)
     tl.store(plan + 7, scale)
     tl.store(plan + 8, stops.to(tl.float32))
+    tl.store(plan + _CEILING, ceiling)
 
 
 @triton.jit
@@ -571,6 +626,58 @@ def _log_guard(level, numbers, constants):
     start, step = tl.load(constants + _LOG_GUARD_START), tl.load(constants + _LOG_GUARD_STEP)
     follows = tl.minimum(tl.maximum(level, 0.0), 1.0) * step + start
     return tl.where(log_min_p != log_min_p, follows, log_min_p)
+
+
+@triton.jit
+def _deviation(moments, tiles, BLOCK: tl.constexpr):
+    """top_n_sigma: σ of the row's finite logits, in units of the row, from its tiles' moments."""
+    count_K = tl.zeros([BLOCK], tl.float32)
+    total_K = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        tile_count_K = tl.load(moments + t, mask=t < tiles, other=0.0)
+        count_K += tile_count_K
+        total_K += tile_count_K * tl.load(moments + tiles + t, mask=t < tiles, other=0.0)
+    count = tl.maximum(tl.sum(count_K), 1.0)
+    mean = tl.sum(total_K) / count
+    squares_K = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        tile_count_K = tl.load(moments + t, mask=t < tiles, other=0.0)
+        from_mean_K = tl.load(moments + tiles + t, mask=t < tiles, other=0.0) - mean
+        squares_K += tl.load(moments + 2 * tiles + t, mask=t < tiles, other=0.0)
+        squares_K += tile_count_K * from_mean_K * from_mean_K
+    return tl.sqrt(tl.sum(squares_K) / count)
+
+
+@triton.jit
+def _ceiling(source, least, numbers, position, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """xtc.ceilings; a top choice has a log-weight of `least` or more."""
+    ceiling = _INFINITY
+    if _draw(numbers, position) < tl.load(numbers + _XTC_PROBABILITY):
+        least_K = tl.full([BLOCK], _INFINITY, tl.float32)
+        for start in range(0, source[2], BLOCK):
+            below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
+            is_top_K = is_content_K & (below_K >= least)
+            least_K = tl.minimum(least_K, tl.where(is_top_K, below_K, _INFINITY))
+        ceiling = tl.min(least_K)
+    return ceiling
+
+
+@triton.jit
+def _draw(numbers, position):
+    """draws.uniform."""
+    high = tl.load(numbers + _KEY_HIGH).to(tl.int64)
+    low = tl.load(numbers + _KEY_LOW).to(tl.int64)
+    bits = _mixed(_mixed((position + low) & _WORD) ^ high)
+    return (bits >> _SHIFT).to(tl.float32) * _UNIT
+
+
+@triton.jit
+def _mixed(bits):
+    bits = ((bits ^ (bits >> 16)) * _FIRST) & _WORD
+    bits = ((bits ^ (bits >> 15)) * _SECOND) & _WORD
+    return bits ^ (bits >> 16)
 
 
 @triton.jit
@@ -643,15 +750,17 @@ def _take_out(row, stop_ids, stops, vocabulary, STOPS: tl.constexpr):
 @triton.jit
 def _survivors(source, start, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """A block of gathered tokens: log-weights at temperature 1 below the row's maximum (0 where
-    one does not survive), and which survive."""
-    row, active, gathered, vocabulary, peak, divisor, threshold = source
+    one does not survive), and which survive: from the guard's threshold to the ceiling."""
+    row, active, gathered, vocabulary, peak, divisor, threshold, ceiling = source
     k = start + tl.arange(0, BLOCK)
     chunk = tl.load(active + k // CHUNK, mask=k < gathered, other=0)
     token = chunk * CHUNK + k % CHUNK
     is_there = (k < gathered) & (token < vocabulary)
     logit = tl.load(row + token, mask=is_there, other=-_INFINITY)
     is_content = logit >= threshold
-    return tl.where(is_content, (logit - peak) * divisor, 0.0), is_content
+    below = tl.where(is_content, (logit - peak) * divisor, 0.0)
+    is_content = is_content & (below <= ceiling)
+    return tl.where(is_content, below, 0.0), is_content
 
 
 @triton.jit
@@ -915,7 +1024,8 @@ def _write(
     is_active = (maximum >= threshold)[:, None]
     if is_valid:  # Else the row keeps its bits.
         logit = tl.load(row + token, mask=is_there & is_active, other=-_INFINITY)
-        weight = tl.minimum((logit - peak) * divisor * inverse, held)
+        below = (logit - peak) * divisor
+        weight = tl.minimum(below * inverse, held)
         state = tl.load(plan + _STATE).to(tl.int32)
         if state >= 0:  # The law `words`: a temperature for each class.
             class_ = _class_after(classes, token, logit >= threshold, state, classified)
@@ -926,7 +1036,8 @@ def _write(
             added = tl.where(is_start, tl.load(by_class + 3), tl.load(by_class + 1))
             added = tl.where(is_inside, tl.load(by_class + 5), added)
             weight = (logit - peak) * divisor * inverses + added
-        value = tl.where(logit >= threshold, (weight - log_z) * scale, -_INFINITY)
+        is_kept = (logit >= threshold) & (below <= tl.load(plan + _CEILING))
+        value = tl.where(is_kept, (weight - log_z) * scale, -_INFINITY)
         tl.store(row + token, value, mask=is_there)
         tl.debug_barrier()  # The stop tokens' places were written too.
         stop_ids += tl.load(slot + r) * width

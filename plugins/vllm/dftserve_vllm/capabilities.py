@@ -4,12 +4,13 @@ from typing import Any
 
 import dftserve
 from dftserve import spec
-from dftserve_vllm import engine, hooks, metrics, request_params
+from dftserve_vllm import engine, hooks, human, metrics, request_params
 
 
 def capabilities() -> dict[str, Any]:
     reason = engine.refusal()
     default = request_params.default_diversity()
+    of_humans = human.diversity()
     return {
         "dftserve": dftserve.__version__,
         "vllm": engine.vllm_version(),
@@ -22,6 +23,7 @@ def capabilities() -> dict[str, Any]:
             for law, takes in spec.LAWS.items()
         },
         "default": default and default.as_dict(),
+        spec.HUMAN: of_humans and of_humans.as_dict(),
         "answers": True,
         "speculative_decoding": engine.speculative_method(),
         **metrics.totals(),

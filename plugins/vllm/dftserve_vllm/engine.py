@@ -105,6 +105,11 @@ def served_model_name() -> str:
     return "" if _config is None else str(getattr(_config.model_config, "served_model_name", ""))
 
 
+def model() -> str | None:
+    """What the engine was started with: a folder or a name. None before it is configured."""
+    return None if _config is None else str(getattr(_config.model_config, "model", ""))
+
+
 def engines() -> int:
     """How many engines this process may hear of; 0 before they are configured."""
     parallel = getattr(_config, "parallel_config", None)

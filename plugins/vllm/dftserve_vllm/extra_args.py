@@ -6,13 +6,15 @@
                    of; absent offline
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from dftserve import spec
 from dftserve.sampling import ControlRow, control_row
+from dftserve.sampling.draws import draw_key
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -22,6 +24,8 @@ IDENTITY = "diversity_id"
 
 GREEDY_BELOW = 1e-5
 """vLLM's own border: lower temperatures are greedy there, and greedy stays greedy."""
+
+_NO_NUMBERS = repeat(0)
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,15 @@ def is_greedy(params: "SamplingParams") -> bool:
     return params.temperature < GREEDY_BELOW
 
 
-def active(params: "SamplingParams", *, temperature_applied: bool) -> Active | None:
+def active(
+    params: "SamplingParams", *, temperature_applied: bool, arrivals: Iterator[int] = _NO_NUMBERS
+) -> Active | None:
     """What to do for a request, or None where its rows are to stay as they are.
 
-    `temperature_applied`: the engine has divided the rows by the temperature already.
+    Args:
+        temperature_applied: the engine has divided the rows by the temperature already.
+        arrivals: numbers the requests that have neither a seed nor an identity; the same on all
+            tensor-parallel ranks, which take the same requests in the same order.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
     if carried.get(DIVERSITY) is None or is_greedy(params):
@@ -79,5 +88,16 @@ def active(params: "SamplingParams", *, temperature_applied: bool) -> Active | N
         temperature=params.temperature,
         logits_divisor=params.temperature if temperature_applied else 1.0,
         stop_ids=frozenset(stops or ()),
+        draw_key=_draw_key(params, arrivals) if diversity.law == "xtc" else 0,
     )
     return Active(diversity, controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))
+
+
+def _draw_key(params: "SamplingParams", arrivals: Iterator[int]) -> int:
+    """By which the request draws, beside vLLM's own sampling."""
+    identity = (params.extra_args or {}).get(IDENTITY)
+    if params.seed is not None:
+        return draw_key("seed", params.seed)
+    if identity is not None:
+        return draw_key("identity", identity)
+    return draw_key("arrival", next(arrivals))

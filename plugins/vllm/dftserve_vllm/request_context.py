@@ -6,6 +6,7 @@ statistics, and the middleware writes them into the answer. One task, one contex
 
 import itertools
 import os
+import secrets
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from dftserve.spec import Diversity
 from dftserve_vllm.step_report import Payload
 
 _numbers = itertools.count()
+_start = secrets.token_hex(4)
+"""In identities, so that requests without a seed draw otherwise after each start."""
 
 
 @dataclass(eq=False)
@@ -65,7 +68,7 @@ class PromptContext:
     def __post_init__(self) -> None:
         self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
         if self.reason is None and not self.diversity.is_off:
-            self.identity = f"{os.getpid():x}-{next(_numbers):x}"
+            self.identity = f"{os.getpid():x}-{_start}-{next(_numbers):x}"
             _prompts[self.identity] = self
 
     def effective(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from dftserve import spec
-from dftserve_vllm import engine, metrics, request_context
+from dftserve_vllm import engine, human, metrics, request_context
 from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, is_greedy, parse_field
 from dftserve_vllm.request_context import PromptContext
 
@@ -79,8 +79,10 @@ def _asked(request: Any) -> spec.Diversity | None:
     top = (request.model_extra or {}).get(DIVERSITY)
     argument = (getattr(request, "vllm_xargs", None) or {}).get(DIVERSITY)
     try:
-        first = None if top is None else spec.parse(top)
-        second = None if argument is None else parse_field(argument, f"vllm_xargs.{DIVERSITY}")
+        first = None if top is None else _parsed(top, DIVERSITY, spec.parse)
+        second = None
+        if argument is not None:
+            second = _parsed(argument, f"vllm_xargs.{DIVERSITY}", parse_field)
     except spec.DiversityError as error:
         raise _bad_request(str(error), error.parameter) from None
     if first is not None and second is not None and first != second:
@@ -90,6 +92,12 @@ def _asked(request: Any) -> spec.Diversity | None:
         )
         raise _bad_request(message, DIVERSITY)
     return first or second
+
+
+def _parsed(
+    value: object, parameter: str, parse: Callable[[object, str], spec.Diversity]
+) -> spec.Diversity:
+    return human.resolved(parameter) if value == spec.HUMAN else parse(value, parameter)
 
 
 def _default(request: Any) -> spec.Diversity | None:
@@ -143,6 +151,14 @@ def _marked(
             f"most {MAX_STOP_IDS}, since the law looks each of them up at every step."
         )
         raise _bad_request(message, "stop_token_ids")
+    if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
+        if is_default:
+            return _stripped(params)
+        message = (
+            f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
+            "accepted: one of them."
+        )
+        raise _bad_request(message, "min_p")
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         if diversity.min_p is not None and diversity.min_p != params.min_p:

@@ -5,6 +5,7 @@ field moves into the guard). Rows are places in the persistent batch, which move
 """
 
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,11 +67,13 @@ class V1Processor(LogitsProcessor):
         self._controls = SlotControls(capacity, device, self._staging)
         self.stats = RequestStats(capacity, 1, device, vocabulary.token_classes(vllm_config))
         self._free = list(range(capacity))
+        self._arrivals = count()
         self._entries: dict[int, _Entry] = {}
         self._batch: _Batch | None = None
 
     def is_argmax_invariant(self) -> bool:
-        """True: the former argmax stays one, so greedy rows need not be visited."""
+        """True, so that it runs after the temperature. Greedy rows stay as they are, and in a row
+        of another only the laws `words` and `xtc` may change the argmax."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -93,7 +96,7 @@ class V1Processor(LogitsProcessor):
     def _add(
         self, index: int, params: "SamplingParams", prompt_end: int, output_ids: list[int]
     ) -> None:
-        asked = active(params, temperature_applied=True)
+        asked = active(params, temperature_applied=True, arrivals=self._arrivals)
         if asked is None:
             return
         slot = self._free.pop()

@@ -4,6 +4,7 @@ V2 calls it before the temperature, with unscaled rows, several for a request un
 decoding, keyed by a request's slot. Where no request of the batch asked for it, nothing runs.
 """
 
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,7 @@ class V2Processor(LogitsProcessor):
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
         self._staged: list[int] = []
+        self._arrivals = count()
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
         """Whether the request's rows are to be changed. There is no hook for its leaving: the
@@ -51,7 +53,7 @@ class V2Processor(LogitsProcessor):
         return bool(self._is_active[req_idx])
 
     def _open(self, slot: int, sampling_params: "SamplingParams") -> bool:
-        asked = active(sampling_params, temperature_applied=False)
+        asked = active(sampling_params, temperature_applied=False, arrivals=self._arrivals)
         if asked is None:
             self.stats.close(slot)
             return False

@@ -1,0 +1,48 @@
+"""`"diversity": "human"`: the law `budget` at the entropy that the served checkpoint's target has.
+
+A checkpoint says it in its dft.json, in the folder that the engine was started with.
+"""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+from dftserve.spec import ACCEPTED, HUMAN, Diversity, DiversityError, Promise
+from dftserve_vllm import engine
+
+logger = logging.getLogger("vllm.dftserve")
+
+
+def resolved(parameter: str) -> Diversity:
+    """What `human` means on this server.
+
+    Raises:
+        DiversityError: the served model says nothing of it.
+    """
+    found = diversity()
+    if found is None:
+        accepted = (
+            f"{ACCEPTED}; {HUMAN!r} where the served model's folder has a {Promise.FILE} with a "
+            "target_entropy above 0"
+        )
+        raise DiversityError(parameter, HUMAN, accepted)
+    return found
+
+
+def diversity() -> Diversity | None:
+    """What `human` means on this server; None where the served model does not say."""
+    model = engine.model()
+    return None if model is None else _promised(model)
+
+
+@lru_cache(maxsize=8)
+def _promised(model: str) -> Diversity | None:
+    """Read once: a folder does not change while it is served."""
+    folder = Path(model)
+    if not (folder / Promise.FILE).is_file():
+        return None
+    try:
+        return Promise.read(folder).human_diversity
+    except (OSError, ValueError) as error:
+        logger.warning("diversity: %r is not available: %s", HUMAN, error)
+        return None

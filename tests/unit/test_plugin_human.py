@@ -1,0 +1,73 @@
+"""`"diversity": "human"`: the entropy that the served checkpoint's target has."""
+
+from types import SimpleNamespace
+
+import pytest
+from dftserve_vllm import capabilities, engine, human, request_context, request_params
+from dftserve_vllm.request_context import RequestContext
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+
+from dftserve.spec import Promise
+
+EFFECTIVE = {"law": "budget", "target_entropy": 1.25, "max_temperature": 4.0}
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """The folder of the model that is served."""
+    model_config = SimpleNamespace(
+        model=str(tmp_path), is_diffusion=False, override_generation_config={}
+    )
+    config = SimpleNamespace(
+        model_config=model_config, speculative_config=None, use_v2_model_runner=True
+    )
+    monkeypatch.setattr(engine, "_config", config)
+    human._promised.cache_clear()
+    yield tmp_path
+    human._promised.cache_clear()
+
+
+def ask(**fields):
+    request = CompletionRequest(model="m", prompt="x", **fields)
+    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"diversity": "human"}, {"vllm_xargs": {"diversity": "human"}}], ids=["top", "xargs"]
+)
+def test_it_is_the_budget_law_at_the_target_s_entropy(served, fields):
+    Promise(recipe="r", target_entropy=1.25).write(served)
+    assert ask(**fields).extra_args["diversity"] == EFFECTIVE
+    assert capabilities.capabilities()["human"] == EFFECTIVE
+
+
+def test_it_is_echoed_as_what_is_in_force(served):
+    Promise(recipe="r", target_entropy=1.25).write(served)
+    context = RequestContext()
+    token = request_context.current.set(context)
+    try:
+        ask(diversity="human")
+    finally:
+        request_context.current.reset(token)
+    assert EFFECTIVE.items() <= context.answer().items()
+
+
+@pytest.mark.parametrize("written", ["nothing", "no entropy", "entropy 0", "something else"])
+def test_without_such_an_entropy_it_is_refused(served, written):
+    if written == "something else":
+        (served / Promise.FILE).write_text("{")
+    elif written != "nothing":
+        Promise(recipe="r", target_entropy=0.0 if written == "entropy 0" else None).write(served)
+    with pytest.raises(VLLMValidationError, match="target_entropy above 0") as raised:
+        ask(diversity="human")
+    assert raised.value.parameter == "diversity"
+    assert "got 'human'; accepted: a number from 0" in str(raised.value)
+    assert capabilities.capabilities()["human"] is None
+    assert ask(diversity=0.5).extra_args["diversity"]["level"] == 0.5
+
+
+def test_before_the_engine_is_configured_it_is_refused(monkeypatch):
+    monkeypatch.setattr(engine, "_config", None)
+    with pytest.raises(VLLMValidationError, match="target_entropy above 0"):
+        ask(diversity="human")

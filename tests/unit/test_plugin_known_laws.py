@@ -1,0 +1,143 @@
+"""The laws that only cut, in the plug-in: by what `xtc` draws on both runners, and `min_p`."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from dftserve_vllm import request_params
+from dftserve_vllm.extra_args import of_choice
+from dftserve_vllm.request_context import PromptContext
+from dftserve_vllm.v1 import V1Processor
+from dftserve_vllm.v2 import V2Processor
+from vllm import SamplingParams
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+from dftserve.sampling.draws import draw_key
+from dftserve.spec import parse
+from tests.reference import draw_reference
+
+XTC = {"law": "xtc", "xtc_probability": 0.5}
+ROW = torch.tensor([0.5, 0.3, 0.2]).log()
+STEPS = 48
+CPU = torch.device("cpu")
+
+
+def params(seed=None, identity=None):
+    carried = {"diversity": XTC, "diversity_id": identity}
+    return SamplingParams(temperature=0.9, seed=seed, extra_args=carried)
+
+
+def config():
+    scheduler = SimpleNamespace(max_num_seqs=4)
+    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None)
+
+
+def said(key, first=0):
+    """In which steps top choices go."""
+    return [draw_reference(key, first + step) < 0.5 for step in range(STEPS)]
+
+
+def v1_excludes(*asked):
+    """Of each request, in which steps its top choice went."""
+    outputs = [[] for _ in asked]
+    processor = V1Processor(config(), CPU, False)
+    added = [(i, each, [1], outputs[i]) for i, each in enumerate(asked)]
+    processor.update_state(BatchUpdate(len(asked), removed=[], added=added, moved=[]))
+    excluded = []
+    for _ in range(STEPS):
+        logits_RV = (ROW / 0.9).repeat(len(asked), 1)
+        processor.apply(logits_RV)
+        excluded.append((logits_RV[:, 0] == -torch.inf).tolist())
+        for output in outputs:
+            output.append(2)
+    assert processor.stats.faults == 0
+    return [list(each) for each in zip(*excluded, strict=True)]
+
+
+def v2_excludes(asked, *, drafts):
+    """Likewise of one request from position 4 on, with so many drafts at each step."""
+    known = SimpleNamespace(np=np.ones(4, int), gpu=torch.ones(4))
+    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=known, prompt_len=known)
+    given = config()
+    given.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
+    processor = V2Processor(given, states)
+    assert processor.add_request(2, asked)
+    processor.apply_staged_writes()
+    excluded = []
+    for first in range(0, STEPS, 1 + drafts):
+        offset_R = torch.arange(1 + drafts)
+        context = SimpleNamespace(
+            idx_mapping_np=np.array([2]),
+            expanded_idx_mapping=torch.full_like(offset_R, 2),
+            expanded_local_pos=offset_R,
+            pos=4 + first + offset_R,
+        )
+        logits_RV = ROW.repeat(1 + drafts, 1)
+        processor.apply(logits_RV, context)
+        excluded += (logits_RV[:, 0] == -torch.inf).tolist()
+    assert processor.stats.faults == 0
+    return excluded
+
+
+def test_v1_draws_by_the_seed_and_how_long_the_output_is():
+    assert v1_excludes(params(seed=3), params(seed=4), params(seed=3)) == [
+        said(draw_key("seed", seed)) for seed in (3, 4, 3)
+    ]
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_v2_draws_by_the_seed_and_each_row_s_position(drafts):
+    assert v2_excludes(params(seed=3), drafts=drafts) == said(draw_key("seed", 3), first=4)
+
+
+def test_without_a_seed_it_draws_by_the_request_s_identity_and_choice():
+    """Which every tensor-parallel rank is told."""
+    of_prompt = params(identity="x")
+    choices = [of_choice(of_prompt, index) for index in range(2)]
+    expected = [said(draw_key("identity", name)) for name in ("x.0", "x.1")]
+    assert v1_excludes(*choices) == expected
+    assert v2_excludes(choices[1], drafts=1) == said(draw_key("identity", "x.1"), first=4)
+
+
+def test_without_either_it_draws_by_how_many_came_before():
+    """Offline: ranks take the same requests in the same order."""
+    expected = [said(draw_key("arrival", n)) for n in range(3)]
+    assert v1_excludes(params(), params(), params()) == expected
+
+
+def test_identities_are_of_one_start():
+    """Else the first request after each start would draw the same."""
+    first, second = (PromptContext(parse(XTC), 1).identity for _ in range(2))
+    assert first.rpartition("-")[0] == second.rpartition("-")[0] != ""
+    assert len(first.split("-")[1]) == 8
+
+
+def ask(diversity, min_p=None):
+    request = CompletionRequest(model="m", prompt="x", diversity=diversity, min_p=min_p)
+    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
+
+
+SIGMA = {"law": "top_n_sigma", "n_sigma": 1}
+
+
+def test_min_p_becomes_the_guard_of_laws_that_have_one():
+    asked = ask(XTC, min_p=0.1)
+    assert (asked.min_p, asked.extra_args["diversity"]["min_p"]) == (0, 0.1)
+    assert ask({"law": "guard", "min_p": 0.1}, min_p=0.1).min_p == 0
+    assert "min_p" not in ask(SIGMA).extra_args["diversity"]
+
+
+def test_min_p_beside_a_law_with_a_cut_of_its_own_is_refused():
+    with pytest.raises(VLLMValidationError, match="beside the law 'top_n_sigma'") as raised:
+        ask(SIGMA, min_p=0.1)
+    assert raised.value.parameter == "min_p"
+
+
+def test_such_a_default_leaves_requests_with_min_p_alone(monkeypatch):
+    monkeypatch.setattr(request_params, "default_diversity", lambda: parse(SIGMA))
+    assert ask(None).extra_args["diversity"] == SIGMA
+    asked = ask(None, min_p=0.1)
+    assert (asked.min_p, asked.extra_args) == (0.1, None)
