@@ -18,6 +18,8 @@ from dftserve.spec import Diversity
 LAW_CODES = {"gated": 0, "budget": 1, "dynatemp": 2, "words": 3}
 NO_LAW = -1
 """As the law of a slot that holds no request."""
+NO_STYLE = -1
+"""As the style of a request without one."""
 
 NUMBERS = (
     "law",
@@ -29,6 +31,10 @@ NUMBERS = (
     "dynatemp_range",
     "dynatemp_exponent",
     "target_entropy",
+    "style",
+    "style_strength",
+    "style_max_kl",
+    "style_log_guard",
 )
 """The columns of `Controls.numbers_RF`."""
 (
@@ -41,6 +47,10 @@ NUMBERS = (
     DYNATEMP_RANGE,
     DYNATEMP_EXPONENT,
     TARGET_ENTROPY,
+    STYLE,
+    STYLE_STRENGTH,
+    STYLE_MAX_KL,
+    STYLE_LOG_GUARD,
 ) = range(len(NUMBERS))
 
 CONSTANTS = (
@@ -239,6 +249,17 @@ class Controls:
         return self.numbers_RF[:, TARGET_ENTROPY]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StyleControls:
+    """One request's style, as its row of `Controls` has it."""
+
+    profile: int
+    """Its place among the profiles of the engine: see `style.StyleTables`."""
+    strength: float
+    max_kl: float
+    """Nats a token."""
+
+
 @dataclass(frozen=True)
 class ControlRow:
     """One request's row of `Controls`, on the host."""
@@ -247,6 +268,10 @@ class ControlRow:
     """In the order of `NUMBERS`."""
     stop_ids: tuple[int, ...]
     """Distinct, none negative."""
+
+    @property
+    def has_style(self) -> bool:
+        return self.numbers[STYLE] != NO_STYLE
 
     @property
     def reads_last_token(self) -> bool:
@@ -268,7 +293,13 @@ def stop_width(rows: Iterable[ControlRow]) -> int:
 
 
 def control_row(
-    diversity: Diversity, *, temperature: float, logits_divisor: float, stop_ids: frozenset[int]
+    diversity: Diversity,
+    *,
+    temperature: float,
+    logits_divisor: float,
+    stop_ids: frozenset[int],
+    style: StyleControls | None = None,
+    constants: LawConstants = DEFAULT_CONSTANTS,
 ) -> ControlRow:
     """The controls of one request.
 
@@ -276,22 +307,39 @@ def control_row(
         temperature: the request's T, above 0.
         logits_divisor: what the logits were divided by before the transform (T or 1).
         stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
+        style: its style. The rows are guarded before it, and once: the law behind it keeps every
+            token. Level 0 of the diversity is then a law that leaves the temperature as it is.
+        constants: of the guard before a style.
 
     Raises:
         ValueError: the temperature is not above 0: greedy rows are not transformed.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}; accepted: above 0 (0 stays greedy).")
+    log_min_p = math.nan if diversity.min_p is None else math.log(diversity.min_p)
     numbers = {
         "law": LAW_CODES[diversity.law],
         "temperature": temperature,
         "logits_divisor": logits_divisor,
         "level": diversity.level or 0.0,
-        "log_min_p": math.nan if diversity.min_p is None else math.log(diversity.min_p),
+        "log_min_p": log_min_p if style is None else -math.inf,
         "max_temperature": diversity.max_temperature or math.inf,
         "dynatemp_range": diversity.dynatemp_range or 0.0,
         "dynatemp_exponent": diversity.dynatemp_exponent or 1.0,
         "target_entropy": diversity.target_entropy or 0.0,
+        "style": NO_STYLE if style is None else style.profile,
+        "style_strength": 0.0 if style is None else style.strength,
+        "style_max_kl": 0.0 if style is None else style.max_kl,
+        "style_log_guard": _style_log_guard(diversity, constants),
     }
     tokens = sorted(token for token in stop_ids if token >= 0)
     return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(tokens))
+
+
+def _style_log_guard(diversity: Diversity, constants: LawConstants) -> float:
+    """ln a of the guard before a style: that of `laws.log_guard`. `budget` steers its level while
+    a style's guard stays: it is the widest that the law could come to, that of level 1."""
+    if diversity.min_p is not None:
+        return math.log(diversity.min_p)
+    level = 1.0 if diversity.law == "budget" else diversity.level or 0.0
+    return constants.log_guard_start + constants.log_guard_step * level

@@ -33,7 +33,7 @@ OTHER_TYPES = {
     **dict.fromkeys(("steered", "tokens", "base", "invalid"), "*i64"),
     **dict.fromkeys(("offset", "last_token", "known", "active"), "*i32"),
     **dict.fromkeys(("stride", "vocabulary", "chunks", "width", "count", "classified"), "i32"),
-    **dict.fromkeys(("rows_per_request", "has_slots", "has_idle_rows"), "i32"),
+    **dict.fromkeys(("rows_per_request", "has_slots", "has_figures", "has_idle_rows"), "i32"),
     "valid_rows": "*u1",
     "classes": "*u8",
     "order": "*fp64",

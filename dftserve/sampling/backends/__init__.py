@@ -6,6 +6,7 @@ other   plain_torch.py
 """
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -22,8 +23,9 @@ from dftserve.sampling.controls import (
     control_row,
 )
 from dftserve.sampling.slot_controls import SlotControls
-from dftserve.sampling.slots import SlotStatistics
+from dftserve.sampling.slots import COLUMNS, SlotStatistics
 from dftserve.sampling.step import Step
+from dftserve.sampling.style import PlainStyleStage, ProfileArrays, StyleStage, StyleTables
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.spec import parse
 
@@ -40,6 +42,12 @@ def get_backend(
     """The fastest backend of a device that passes the self-check, with buffers of its own."""
     device = torch.device(device)
     return checked_class(device)(device, constants, token_classes)
+
+
+def get_style_stage(device: torch.device | str, profiles: Sequence[ProfileArrays]) -> StyleStage:
+    """The style stage of a device, for requests with one of these profiles: a request's `style` is
+    its place among them."""
+    return PlainStyleStage(StyleTables.of(profiles, device))
 
 
 @cache
@@ -148,7 +156,7 @@ def _same_steps(found: BackendClass, device: torch.device) -> bool:
     requests = SlotControls(3, device)
     for slot in (2, 0):
         requests.put(slot, row)
-    before = SlotStatistics(torch.tensor(3), torch.arange(5.0), torch.ones(2, 5))
+    before = SlotStatistics(torch.tensor(3), torch.arange(float(COLUMNS)), torch.ones(2, COLUMNS))
     backends = [kind(device) for kind in (TorchBackend, found)]
     both = [backend.create_slots(3, 2) for backend in backends]
     for slots in both:

@@ -37,7 +37,7 @@ from dftserve.sampling.controls import (
     Controls,
     LawConstants,
 )
-from dftserve.sampling.slots import Slots
+from dftserve.sampling.slots import COLUMNS, KL, Slots
 from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
@@ -94,6 +94,7 @@ class NumbaBackend(Backend):
         stop_ids_SE = step.controls.stop_ids_RE.numpy()
         self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
         result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
+        figures_RF = step.figures_RF
         _step(
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
@@ -110,6 +111,7 @@ class NumbaBackend(Backend):
             self._constants_C,
             (*self._scratch, self._stops_2E),
             slots.arrays(),
+            result.no_figures_RF if figures_RF is None else figures_RF.numpy(),
             result.values_FR,
             result.valid_R,
         )
@@ -141,6 +143,7 @@ class _Result:
         self.all_rows_R = np.arange(rows)
         self.no_tokens_R = np.full(rows, -1)
         self.no_ids_R = np.full(rows, -1, np.int32)
+        self.no_figures_RF = np.zeros((rows, COLUMNS - KL), np.float32)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
@@ -229,6 +232,7 @@ def _step(
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
+    figures_RF: Array,
     values_FR: Array,
     valid_R: Array,
 ) -> None:
@@ -264,7 +268,7 @@ def _step(
             values_FR[f, r] = values[f]
         # 3. Its statistics wait until its token turns out accepted.
         samples = position_R[r] + 1 >= known_S[s]
-        remember(state, s, offset_R[r], position_R[r], samples, valid_R[r], values)
+        remember(state, s, offset_R[r], position_R[r], samples, valid_R[r], values, figures_RF[r])
 
 
 @_kernel
