@@ -19,8 +19,11 @@ from dftserve.sampling import (
     StyleTables,
     Texts,
     control_row,
+    get_style_stage,
     transform_step,
 )
+from dftserve.sampling.backends.numba_slots import NumbaSlots
+from dftserve.sampling.backends.numba_style import NumbaStyleStage
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.sampling.slots import COUNT, KL, TILT_KL
 from dftserve.sampling.style import PlainStyleStage
@@ -32,7 +35,8 @@ from tests.style_reference import style_reference
 LOG_PROBABILITY = 5e-4
 NATS = 1e-3
 OFF = Diversity(level=0.0)
-STAGES = pytest.mark.parametrize("stage", [PlainStyleStage], ids=["plain"])
+KINDS_OF_STAGE = [PlainStyleStage, NumbaStyleStage]
+STAGES = pytest.mark.parametrize("stage", KINDS_OF_STAGE, ids=["plain", "numba"])
 
 
 class Row:
@@ -94,7 +98,7 @@ def step_of(rows, *, without=()):
 def restyle(stage, profiles, rows, logits_RV, **others):
     """The rows afterwards, and their figures."""
     after_RV, step = logits_RV.clone(), step_of(rows, **others)
-    slots = Slots(len(rows), 1 + max(row.drafts for row in rows), "cpu")
+    slots = NumbaSlots(len(rows), 1 + max(row.drafts for row in rows), "cpu")
     figures_RF = stage(StyleTables.of(profiles))(after_RV, step, slots)
     return after_RV, figures_RF.clone()
 
@@ -277,7 +281,7 @@ def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
     profile = random_profile(4, 64, tilt=4.0)
     source = np.random.default_rng(9)
     tables = StyleTables.of([profile])
-    stage, slots = stage(tables), Slots(answers, 1 + drafts, "cpu")
+    stage, slots = stage(tables), NumbaSlots(answers, 1 + drafts, "cpu")
     backend = TorchBackend("cpu")
     for s in range(answers):
         slots.open(s)
@@ -317,6 +321,20 @@ def test_the_law_behind_it_leaves_what_the_style_left():
         torch.testing.assert_close(p_RV[:, 3], q_RV[:, 3], atol=1e-6, rtol=1e-4)
         assert torch.allclose(p_RV, q_RV, atol=1e-5) == diversity.is_off
         assert torch.equal(slots.read(1).waiting_KF[0, KL:], figures_RF[1])
+
+
+def test_a_stage_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    class Wrong(PlainStyleStage):
+        def __call__(self, logits_XV, step, slots):
+            figures_RF = super().__call__(logits_XV, step, slots)
+            logits_XV[3] += 0.1
+            return figures_RF
+
+    profiles = [random_profile(3, 64)]
+    assert isinstance(get_style_stage("cpu", profiles), NumbaStyleStage)
+    monkeypatch.setattr("dftserve.sampling.backends._preferred_stage", lambda device: Wrong)
+    assert type(get_style_stage("cpu", profiles)) is PlainStyleStage
+    assert "disagrees" in caplog.text
 
 
 def test_texts_without_a_stage_are_refused():

@@ -35,7 +35,6 @@ from dftserve.sampling.step import Step, Texts
 from dftserve.sampling.style.strength import largest_strength
 from dftserve.sampling.style.tables import StyleTables
 
-
 WEAKEST = 0.01
 """A strength below it is reported as if it were it: the quotient would be rounding alone."""
 
