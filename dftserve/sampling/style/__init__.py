@@ -6,6 +6,6 @@ strength.py  how far a row may be tilted
 """
 
 from dftserve.sampling.style.stage import PlainStyleStage, StyleStage
-from dftserve.sampling.style.tables import ProfileArrays, StyleTables
+from dftserve.sampling.style.tables import ProfileArrays, StyleTables, depth_of
 
-__all__ = ["PlainStyleStage", "ProfileArrays", "StyleStage", "StyleTables"]
+__all__ = ["PlainStyleStage", "ProfileArrays", "StyleStage", "StyleTables", "depth_of"]

@@ -118,7 +118,7 @@ class StyleTables:
             tensors = [torch.from_numpy(_plain(array)).to(device) for array in arrays]
         return cls(
             *tensors,
-            depth=max(_depth(profile) for profile in profiles),
+            depth=depth_of(profiles),
             search_steps=max(longest, 1).bit_length(),
         )
 
@@ -153,6 +153,11 @@ class StyleTables:
             found_X = found_X & has_context_X
             delta_X = torch.where(found_X, self.bigram_delta_M[entry_X], delta_X)
         return torch.where(is_known_X, delta_X, 0.0)
+
+
+def depth_of(profiles: Sequence[ProfileArrays]) -> int:
+    """Tokens of a text that its state depends on, at most."""
+    return max(_depth(profile) for profile in profiles)
 
 
 def _find(start: Tensor, tokens: Tensor, row_X: Tensor, token_X: Tensor) -> tuple[Tensor, Tensor]:

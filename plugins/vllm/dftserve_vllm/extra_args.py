@@ -2,6 +2,7 @@
 
 `extra_args` crosses the process boundary as JSON-like values:
     diversity      a number, the object form, or (through a proxy) its JSON text
+    style          a name, the object form, or its JSON text
     diversity_id   names the request across preemptions, and the choice that its statistics are
                    of; absent offline
 """
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from dftserve import spec
 from dftserve.sampling import ControlRow, control_row
+from dftserve_vllm.styles import NONE, Styles
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 DIVERSITY = "diversity"
+STYLE = "style"
 IDENTITY = "diversity_id"
 
 GREEDY_BELOW = 1e-5
@@ -31,6 +34,7 @@ class Active:
     diversity: spec.Diversity
     controls: ControlRow
     identity: str | None
+    """Of the request's diversity and style."""
     may_end_anywhere: bool
     """Whether its text may end where the engine does not see it: at a stop string."""
 
@@ -48,6 +52,17 @@ def parse_field(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
     )
 
 
+def parse_style_field(value: object, parameter: str = STYLE) -> spec.Style:
+    """A name, an object, or the object as JSON text.
+
+    Raises:
+        DiversityError: names the parameter, what came and what is accepted.
+    """
+    if isinstance(value, str):
+        return spec.parse_style_json(value, parameter)
+    return spec.parse_style(value, parameter)
+
+
 def of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
     """The parameters of one of several choices, under an identity of its own."""
     identity = (params.extra_args or {}).get(IDENTITY)
@@ -62,16 +77,30 @@ def is_greedy(params: "SamplingParams") -> bool:
     return params.temperature < GREEDY_BELOW
 
 
-def active(params: "SamplingParams", *, temperature_applied: bool) -> Active | None:
+OFF = spec.Diversity(level=0.0)
+
+
+def active(
+    params: "SamplingParams", *, temperature_applied: bool, styles: Styles = NONE
+) -> Active | None:
     """What to do for a request, or None where its rows are to stay as they are.
 
-    `temperature_applied`: the engine has divided the rows by the temperature already.
+    Args:
+        temperature_applied: the engine has divided the rows by the temperature already.
+        styles: of the engine.
+
+    Raises:
+        ValueError: what the request carries is not acceptable, or not to be honoured here.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
-    if carried.get(DIVERSITY) is None or is_greedy(params):
+    if is_greedy(params):
         return None
-    diversity = parse_field(carried[DIVERSITY])
-    if diversity.is_off:
+    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
+    diversity = OFF if asked is None else parse_field(asked)
+    style = None if named is None else styles.completed(parse_style_field(named))
+    if style is not None and style.is_off:
+        style = None
+    if diversity.is_off and style is None:
         return None
     stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
     controls = control_row(
@@ -79,5 +108,6 @@ def active(params: "SamplingParams", *, temperature_applied: bool) -> Active | N
         temperature=params.temperature,
         logits_divisor=params.temperature if temperature_applied else 1.0,
         stop_ids=frozenset(stops or ()),
+        style=None if style is None else styles.controls(style),
     )
     return Active(diversity, controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))
