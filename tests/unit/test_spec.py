@@ -278,24 +278,3 @@ def test_bytes_that_are_no_text_are_no_promise(tmp_path):
 def test_a_folder_without_a_promise(tmp_path):
     with pytest.raises(FileNotFoundError):
         Promise.read(tmp_path)
-
-
-@given(st.text(max_size=8) | st.none() | st.integers() | st.floats() | st.lists(st.text()))
-def test_of_a_style_nothing_but_a_diversity_error_is_raised(value):
-    for content in (value, {"name": value}, {"name": "a", "strength": value}, {"max_kl": value}):
-        for parse in (spec.parse_style, lambda each: spec.parse_style_json(json.dumps(each))):
-            try:
-                style = parse(content)
-            except spec.DiversityError as error:
-                assert str(error).startswith("style")
-                continue
-            assert spec.parse_style(style.as_dict()) == style
-            assert 0 < len(style.name) <= spec.LONGEST_NAME
-
-
-def test_a_style_is_a_name_or_an_object():
-    human = spec.Style(name="human")
-    assert spec.parse_style("human") == spec.parse_style_json("human") == human
-    assert spec.parse_style_json('{"name": "human", "strength": 0}').is_off
-    with pytest.raises(spec.DiversityError, match="style.strength: got 1.5; accepted: a number"):
-        spec.parse_style({"name": "human", "strength": 1.5})

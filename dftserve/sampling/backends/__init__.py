@@ -65,6 +65,10 @@ def _preferred_stage(device: torch.device) -> Callable[[StyleTables], StyleStage
         from dftserve.sampling.backends.numba_style import NumbaStyleStage
 
         return NumbaStyleStage
+    if device.type == "cuda" and checked_class(device) is not TorchBackend:
+        from dftserve.sampling.backends.triton_style import TritonStyleStage
+
+        return TritonStyleStage
     return PlainStyleStage
 
 
