@@ -1,4 +1,4 @@
-"""What a request asks for (`Diversity`) and what a checkpoint promises (`Promise`).
+"""What a request asks for (`Diversity`, `Style`) and what a checkpoint promises (`Promise`).
 
 Standard library only: clients, servers and trainers share these words without sharing a tensor.
 """
@@ -175,6 +175,85 @@ def parse_json(text: str, parameter: str = "diversity") -> Diversity:
     except (ValueError, RecursionError):
         raise DiversityError(parameter, text, f"as JSON text, {ACCEPTED}") from None
     return parse(value, parameter)
+
+
+STYLE_BOUNDS: Mapping[str, Bounds] = {
+    "strength": Bounds(low=0, high=1),
+    "max_kl": Bounds(low=0, high=10),
+}
+STYLE_ACCEPTED = (
+    'the name of a style, or an object such as {"name": "human"} or '
+    '{"name": "human", "strength": 0.6, "max_kl": 0.05}'
+)
+LONGEST_NAME = 64
+"""Characters of a style's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """One request's `style`. What it leaves out is the profile's own; which names there are, the
+    server knows. Build one with `parse_style` or `parse_style_json`, which refuse what is wrong."""
+
+    name: str
+    strength: float | None = None
+    """0 = off, 1 = as the profile was built."""
+    max_kl: float | None = None
+    """Nats a token that the tilt of word choice may cost in the mean."""
+
+    @property
+    def is_off(self) -> bool:
+        return self.strength == 0
+
+    def as_dict(self) -> dict[str, str | float]:
+        """The object form; `parse_style` gives it back unchanged."""
+        everything = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in everything.items() if value is not None}
+
+
+def parse_style(value: object, parameter: str = "style") -> Style:
+    """A `Style` from a name or an object.
+
+    Raises:
+        DiversityError: names the parameter, what came and what is accepted.
+    """
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise DiversityError(parameter, value, STYLE_ACCEPTED)
+    takes = [field.name for field in fields(Style)]
+    for key in value:
+        if key not in takes:
+            accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
+            raise DiversityError(f"{parameter}.{_cut(key)}", value[key], accepted)
+    name = value.get("name", NOTHING)
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+        accepted = f"the name of a style, of at most {LONGEST_NAME} characters"
+        raise DiversityError(f"{parameter}.name", name, accepted)
+    given = {key: value[key] for key in STYLE_BOUNDS if value.get(key) is not None}
+    numbers = {
+        key: _number(given[key], bounds, f"{parameter}.{key}")
+        for key, bounds in STYLE_BOUNDS.items()
+        if key in given
+    }
+    return Style(name=name, **numbers)
+
+
+def parse_style_json(text: str, parameter: str = "style") -> Style:
+    """A `Style` from a name, or from JSON text of the object.
+
+    Raises:
+        DiversityError: not JSON, too long, or refused by `parse_style`.
+    """
+    if not text.lstrip().startswith("{"):
+        return parse_style(text, parameter)
+    if len(text) > MAX_JSON_CHARACTERS:
+        accepted = f"at most {MAX_JSON_CHARACTERS} characters of JSON"
+        raise DiversityError(parameter, f"{len(text)} characters", accepted)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DiversityError(parameter, text, f"as JSON text, {STYLE_ACCEPTED}") from None
+    return parse_style(value, parameter)
 
 
 @dataclass(frozen=True, kw_only=True)

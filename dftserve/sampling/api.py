@@ -1,6 +1,8 @@
 """The entry points of every adapter (transformers, vLLM's V1 and V2 runners): arguments are checked
 here, and a backend does the work. No adapter repeats the maths."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.controls import Controls
 from dftserve.sampling.slots import Slots
 from dftserve.sampling.step import Step
+from dftserve.sampling.style import StyleStage
 from dftserve.sampling.transform import Statistics
 
 
@@ -56,7 +59,13 @@ def transform(
     return backend(logits_XV, controls, rows_R)
 
 
-def transform_step(logits_XV: Tensor, step: Step, slots: Slots, backend: Backend) -> Statistics:
+def transform_step(
+    logits_XV: Tensor,
+    step: Step,
+    slots: Slots,
+    backend: Backend,
+    style_stage: StyleStage | None = None,
+) -> Statistics:
     """`transform` of a step's rows with what is remembered of their requests between steps: counts
     the rows of the step before whose tokens turned out accepted, steers by them, rewrites this
     step's rows, and stages their statistics.
@@ -64,19 +73,25 @@ def transform_step(logits_XV: Tensor, step: Step, slots: Slots, backend: Backend
     Args:
         logits_XV: as in `transform`.
         slots: of `backend.create_slots`; a slot of the step's is one of these.
+        style_stage: of `get_style_stage`; needed for a step with `texts`, whose styles it applies
+            first. The figures of the styles are staged with the statistics.
 
     Returns:
         As `transform`; an idle row counts as invalid.
 
     Raises:
-        ValueError: as `transform`. A backend that checks the slots raises IndexError before it
-            writes anything; a GPU's does not look at them.
+        ValueError: as `transform`, or texts without a style stage. A backend that checks the slots
+            raises IndexError before it writes anything; a GPU's does not look at them.
     """
     _check_logits(logits_XV)
     rows = len(logits_XV)
     if step.rows_R is None and len(step.slot_R) != rows:
         raise ValueError(f"rows: got {rows} and {len(step.slot_R)} slots; accepted: one for each.")
     _check_classes(step.last_token_R, backend)
+    if step.texts is not None:
+        if style_stage is None:
+            raise ValueError("texts: got some, and no style stage; give one of `get_style_stage`.")
+        step = replace(step, figures_RF=style_stage(logits_XV, step, slots))
     return backend.step(logits_XV, step, slots)
 
 

@@ -27,6 +27,8 @@ LAW_CODES = {
 }
 NO_LAW = -1
 """As the law of a slot that holds no request."""
+NO_STYLE = -1
+"""As the style of a request without one."""
 
 NUMBERS = (
     "law",
@@ -43,6 +45,10 @@ NUMBERS = (
     "xtc_probability",
     "draw_key_high",
     "draw_key_low",
+    "style",
+    "style_strength",
+    "style_max_kl",
+    "style_log_guard",
 )
 """The columns of `Controls.numbers_RF`."""
 (
@@ -60,6 +66,10 @@ NUMBERS = (
     XTC_PROBABILITY,
     DRAW_KEY_HIGH,
     DRAW_KEY_LOW,
+    STYLE,
+    STYLE_STRENGTH,
+    STYLE_MAX_KL,
+    STYLE_LOG_GUARD,
 ) = range(len(NUMBERS))
 
 CONSTANTS = (
@@ -287,6 +297,17 @@ class Controls:
         return self.numbers_RF[:, DRAW_KEY_LOW]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StyleControls:
+    """One request's style, as its row of `Controls` has it."""
+
+    profile: int
+    """Its place among the profiles of the engine: see `style.StyleTables`."""
+    strength: float
+    max_kl: float
+    """Nats a token."""
+
+
 @dataclass(frozen=True)
 class ControlRow:
     """One request's row of `Controls`, on the host."""
@@ -295,6 +316,10 @@ class ControlRow:
     """In the order of `NUMBERS`."""
     stop_ids: tuple[int, ...]
     """Distinct, none negative."""
+
+    @property
+    def has_style(self) -> bool:
+        return self.numbers[STYLE] != NO_STYLE
 
     @property
     def reads_last_token(self) -> bool:
@@ -322,6 +347,8 @@ def control_row(
     logits_divisor: float,
     stop_ids: frozenset[int],
     draw_key: int = 0,
+    style: StyleControls | None = None,
+    constants: LawConstants = DEFAULT_CONSTANTS,
 ) -> ControlRow:
     """The controls of one request.
 
@@ -330,6 +357,9 @@ def control_row(
         logits_divisor: what the logits were divided by before the transform (T or 1).
         stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
         draw_key: of `draws.draw_key`, for the law `xtc`.
+        style: its style. The rows are guarded before it, and once: the law behind it keeps every
+            token. Level 0 of the diversity is then a law that leaves the temperature as it is.
+        constants: of the guard before a style.
 
     Raises:
         ValueError: the temperature is not above 0: greedy rows are not transformed.
@@ -342,7 +372,7 @@ def control_row(
         "temperature": temperature,
         "logits_divisor": logits_divisor,
         "level": diversity.level or 0.0,
-        "log_min_p": _log_min_p(diversity),
+        "log_min_p": _log_min_p(diversity) if style is None else -math.inf,
         "max_temperature": diversity.max_temperature or math.inf,
         "dynatemp_range": diversity.dynatemp_range or 0.0,
         "dynatemp_exponent": diversity.dynatemp_exponent or 1.0,
@@ -352,6 +382,10 @@ def control_row(
         "xtc_probability": diversity.xtc_probability or 0.0,
         "draw_key_high": float(draw_key_high),
         "draw_key_low": float(draw_key_low),
+        "style": NO_STYLE if style is None else style.profile,
+        "style_strength": 0.0 if style is None else style.strength,
+        "style_max_kl": 0.0 if style is None else style.max_kl,
+        "style_log_guard": _style_log_guard(diversity, constants),
     }
     tokens = sorted(token for token in stop_ids if token >= 0)
     return ControlRow(tuple(numbers[name] for name in NUMBERS), tuple(tokens))
@@ -362,3 +396,12 @@ def _log_min_p(diversity: Diversity) -> float:
     if diversity.min_p is not None:
         return math.log(diversity.min_p)
     return -math.inf if diversity.law == "xtc" else math.nan
+
+
+def _style_log_guard(diversity: Diversity, constants: LawConstants) -> float:
+    """ln a of the guard before a style: that of `laws.log_guard`. `budget` steers its level while
+    a style's guard stays: it is the widest that the law could come to, that of level 1."""
+    if diversity.min_p is not None:
+        return math.log(diversity.min_p)
+    level = 1.0 if diversity.law == "budget" else diversity.level or 0.0
+    return constants.log_guard_start + constants.log_guard_step * level

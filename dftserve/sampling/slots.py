@@ -22,8 +22,10 @@ from dftserve.sampling.transform import Statistics
 
 Array = np.ndarray[Any, Any]
 
-COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED = range(5)
-"""The columns F: 1 for a valid row, then the four statistics of `transform`."""
+COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED, KL, TILT_KL, HELD_BACK, STRENGTH = range(9)
+"""The columns F: 1 for a valid row, the four statistics of `transform`, and the four figures of a
+style (`style.stage`), which are 0 for rows without one."""
+COLUMNS = 9
 
 NOTHING_WAITS = 2**62
 """As the position of the first waiting row: no later position is beyond it."""
@@ -51,7 +53,7 @@ def means(
     waiting_KF: Sequence[Sequence[float]],
     total_tokens: int,
 ) -> list[float] | None:
-    """[tokens, entropy before, entropy after, temperature, changed], means over the counted.
+    """The counted tokens, then each other column's mean over them.
 
     Args:
         tokens, sums_F, waiting_KF: as in `SlotStatistics`.
@@ -77,7 +79,7 @@ class StatisticsLayout:
     @cached_property
     def _parts(self) -> list[tuple[str, tuple[int, ...], slice]]:
         """invalid, tokens_S, sums_SF, waiting_SKF: type, shape, and bytes."""
-        columns, begin, parts = CHANGED + 1, 0, []
+        columns, begin, parts = COLUMNS, 0, []
         for dtype, shape in (
             ("int64", ()),
             ("int64", (self.slots,)),
@@ -146,8 +148,7 @@ class Snapshot:
 def means_of_row(row_X: Sequence[float], total_tokens: int) -> list[float] | None:
     """`means` of a row of `Snapshot.rows`."""
     tokens, *rest = row_X
-    columns = CHANGED + 1
-    sums_F, *waiting_KF = (rest[i : i + columns] for i in range(0, len(rest), columns))
+    sums_F, *waiting_KF = (rest[i : i + COLUMNS] for i in range(0, len(rest), COLUMNS))
     return means(int(tokens), sums_F, waiting_KF, total_tokens)
 
 
@@ -162,6 +163,7 @@ class Slots:
         constants: LawConstants = DEFAULT_CONSTANTS,
     ) -> None:
         self._constants = constants
+        self.rows_per_request = rows_per_request
         self._layout = StatisticsLayout(slots, rows_per_request)
         self._block = self._layout.zeros(device)
         parts = self._layout.tensors(self._block)
@@ -192,7 +194,7 @@ class Slots:
         """
         if not 0 <= slot < len(self._level_S):
             raise IndexError(f"slot: got {slot}; accepted: 0 to {len(self._level_S) - 1}.")
-        sums_F = [0.0] * (CHANGED + 1)
+        sums_F = [0.0] * COLUMNS
         if resumed is not None:
             missing = max(produced - int(resumed.tokens), 0)
             sums_F = (resumed.sums_F + resumed.waiting_KF[:missing].sum(dim=0)).tolist()
@@ -257,11 +259,7 @@ class Slots:
             The controls with the level of `budget` rows as steered so far.
         """
         self._flush()
-        passed_R = position_R - offset_R - self._base_S.index_select(0, slot_R)
-        accepted_R = passed_R.clamp(0, len(self._places_K))
-        counted_RK = self._places_K < accepted_R[:, None]
-        waiting_RKF = self._waiting_SKF.index_select(0, slot_R)
-        counted_RKF = torch.where(counted_RK[:, :, None], waiting_RKF, 0.0)
+        accepted_R, counted_RKF = self._accepted(slot_R, position_R, offset_R)
         # Rows of one request agree on these values, so which of them writes last does not matter.
         sums_RF = self._sums_SF.index_select(0, slot_R) + counted_RKF.sum(dim=1)
         self._sums_SF.index_copy_(0, slot_R, sums_RF)
@@ -269,6 +267,24 @@ class Slots:
         self._tokens_S.index_copy_(0, slot_R, tokens_R)
         self._waiting_SKF.index_fill_(0, slot_R, 0.0)
         return self._steered(controls, slot_R, counted_RKF)
+
+    def _accepted(
+        self, slot_R: Tensor, position_R: Tensor, offset_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How many of the waiting rows of each row's request were accepted, and those rows, 0
+        where one was not."""
+        passed_R = position_R - offset_R - self._base_S.index_select(0, slot_R)
+        accepted_R = passed_R.clamp(0, len(self._places_K))
+        counted_RK = self._places_K < accepted_R[:, None]
+        waiting_RKF = self._waiting_SKF.index_select(0, slot_R)
+        return accepted_R, torch.where(counted_RK[:, :, None], waiting_RKF, 0.0)
+
+    def sums_before(self, slot_R: Tensor, position_R: Tensor, offset_R: Tensor) -> Tensor:
+        """float32 [R, F]: the sums over all tokens that were accepted before this step, as
+        `commit_accepted` will leave them; nothing is changed."""
+        self._flush()
+        _, counted_RKF = self._accepted(slot_R, position_R, offset_R)
+        return self._sums_SF.index_select(0, slot_R) + counted_RKF.sum(dim=1)
 
     def _steered(self, controls: Controls, slot_R: Tensor, counted_RKF: Tensor) -> Controls:
         level_R = self._level_S.index_select(0, slot_R)
@@ -291,12 +307,17 @@ class Slots:
         offset_R: Tensor,
         samples_R: Tensor,
         statistics: Statistics,
+        figures_RF: Tensor | None = None,
     ) -> None:
-        """Stage this step's statistics. `samples_R`: bool, False for a chunk of a prompt."""
+        """Stage this step's statistics, and the figures of its styles where it has any.
+        `samples_R`: bool, False for a chunk of a prompt."""
         self._flush()
         values_RF = torch.stack((statistics.valid_R.float(), *statistics.values()), dim=1)
+        if figures_RF is None:
+            figures_RF = values_RF.new_zeros(len(values_RF), COLUMNS - KL)
+        values_RF = torch.cat((values_RF, figures_RF), dim=1)
         counts_R1 = (samples_R & statistics.valid_R)[:, None]
-        waiting_XF = self._waiting_SKF.view(-1, CHANGED + 1)
+        waiting_XF = self._waiting_SKF.view(-1, COLUMNS)
         place_R = slot_R * len(self._places_K) + offset_R
         waiting_XF.index_copy_(0, place_R, torch.where(counts_R1, values_RF, 0.0))
         base_R = torch.where(samples_R, position_R - offset_R, NOTHING_WAITS)

@@ -9,6 +9,20 @@ from dftserve.sampling.controls import Controls
 
 
 @dataclass(frozen=True)
+class Texts:
+    """The text before each row, for the styles: all on the logits' device."""
+
+    tokens_SL: Tensor
+    """int32, rows contiguous: each slot's text as far as it is certain."""
+    begin_S: Tensor
+    """int32, where in it the answer begins."""
+    at_R: Tensor
+    """int64, where in it each row's input stands, or would stand: drafts are not in it."""
+    input_R: Tensor
+    """int32, the token before each row's, drafts included."""
+
+
+@dataclass(frozen=True)
 class Step:
     """Rows R of a step's logits, in the layout that an engine has anyway: kernels read what they
     need by index, and nothing is gathered for them. All on the logits' device, contiguous."""
@@ -32,6 +46,10 @@ class Step:
     has_idle_rows: bool = False
     """Whether rows of slots without a request (`controls.NO_LAW`) may be among them: those keep
     their bits, and no slot hears of them."""
+    texts: Texts | None = None
+    """Of a step whose rows include one with a style."""
+    figures_RF: Tensor | None = None
+    """float32 [R, 4], what the styles did to the rows before they came here: see `style.stage`."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as
@@ -69,6 +87,7 @@ class Step:
             last_token_R,
             chosen_R if self.rows_R is None else self.rows_R[chosen_R],
             self.known_S,
+            figures_RF=None if self.figures_RF is None else self.figures_RF[chosen_R],
         )
 
 

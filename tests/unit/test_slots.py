@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dftserve.sampling import Controls, Slots, Statistics, control_row
 from dftserve.sampling.controls import DEFAULT_CONSTANTS
+from dftserve.sampling.slots import COLUMNS
 from dftserve.spec import parse
 
 
@@ -102,7 +103,7 @@ def test_requests_that_begin_together_begin_as_if_one_after_another():
         slots.commit_accepted(controls, slot_R, position_R, zeros_R)
         slots.stage_step(slot_R, position_R, zeros_R, zeros_R == 0, statistics_of([1.0] * 4))
     left = slots.snapshot().read(1)
-    waiting_KF = torch.arange(10.0).reshape(2, 5)
+    waiting_KF = torch.arange(2.0 * COLUMNS).reshape(2, COLUMNS)
     drafts = replace(left, waiting_KF=waiting_KF)
     slots.open(0)
     slots.open(3, drafts, produced=int(left.tokens) + 1)
@@ -159,7 +160,7 @@ def test_an_invalid_row_has_no_statistics():
     slots.stage_step(zero, position, zero, torch.tensor([True]), invalid)
     slots.commit_accepted(controls, zero, position + 1, zero)
     slots.stage_step(zero, position + 1, zero, torch.tensor([True]), statistics_of([2.0]))
-    assert slots.read(0).means(2) == [1.0, 2.0, 2.0, 1.0, 0.5]
+    assert slots.read(0).means(2) == [1.0, 2.0, 2.0, 1.0, 0.5, *[0.0] * (COLUMNS - 5)]
     assert slots.invalid == 1
 
 

@@ -8,7 +8,7 @@ from dftserve_vllm.step_report import Forwarder, PendingReport
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.sampling.slots import CHANGED, Snapshot, StatisticsLayout
+from dftserve.sampling.slots import COLUMNS, Snapshot, StatisticsLayout
 
 SLOTS, ROWS = 8, 2
 CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=3)
@@ -61,8 +61,8 @@ def test_a_request_that_ends_gets_its_own_statistics_and_no_other_does(active, e
             payload = step_report.take(one)
             if index in active and (index in ends or index in always):
                 slot = SLOTS - 1 - index
-                waiting = [0] * ROWS * (CHANGED + 1)
-                assert payload["row"] == [slot] * (1 + CHANGED + 1) + waiting
+                waiting = [0] * ROWS * COLUMNS
+                assert payload["row"] == [slot] * (1 + COLUMNS) + waiting
                 assert payload["engine"] == 3
             else:
                 assert payload is None

@@ -27,6 +27,7 @@ from dftserve.sampling.backends.numba import NumbaBackend
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.sampling.backends.triton import TritonBackend
 from dftserve.sampling.draws import draw_key
+from dftserve.sampling.slots import COLUMNS
 from dftserve.spec import parse
 from tests.rows import make_rows
 
@@ -106,8 +107,8 @@ def test_every_step_is_plain_torch_s(seed, rows_per_request):
     constants = LawConstants(budget_open_loop=OPEN_LOOP)
     backends = [kind(CPU, constants, CLASSES) for kind in (TorchBackend, KIND)]
     both = [backend.create_slots(5, rows_per_request) for backend in backends]
-    waiting_KF = torch.arange(5.0 * rows_per_request).reshape(-1, 5)
-    resumed = SlotStatistics(torch.tensor(3), torch.ones(5), waiting_KF)
+    waiting_KF = torch.arange(float(COLUMNS) * rows_per_request).reshape(-1, COLUMNS)
+    resumed = SlotStatistics(torch.tensor(3), torch.ones(COLUMNS), waiting_KF)
     for slots in both:
         for slot in (0, 1, 3):
             slots.open(slot, produced=slot)

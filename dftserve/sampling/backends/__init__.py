@@ -6,6 +6,8 @@ other   plain_torch.py
 """
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -19,13 +21,15 @@ from dftserve.sampling.controls import (
     ControlRow,
     Controls,
     LawConstants,
+    StyleControls,
     control_row,
 )
 from dftserve.sampling.slot_controls import SlotControls
-from dftserve.sampling.slots import SlotStatistics
-from dftserve.sampling.step import Step
+from dftserve.sampling.slots import COLUMNS, SlotStatistics
+from dftserve.sampling.step import Step, Texts
+from dftserve.sampling.style import PlainStyleStage, ProfileArrays, StyleStage, StyleTables
 from dftserve.sampling.token_classes import TokenClasses
-from dftserve.spec import parse
+from dftserve.spec import Diversity, parse
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,85 @@ def get_backend(
     """The fastest backend of a device that passes the self-check, with buffers of its own."""
     device = torch.device(device)
     return checked_class(device)(device, constants, token_classes)
+
+
+def get_style_stage(device: torch.device | str, profiles: Sequence[ProfileArrays]) -> StyleStage:
+    """The style stage of a device, for requests with one of these profiles: a request's `style` is
+    its place among them."""
+    device = torch.device(device)
+    tables = StyleTables.of(profiles, device)
+    with _or_plain(f"styles on {device}"):
+        found = _preferred_stage(device)
+        if found is PlainStyleStage or same_styles(found, tables, checked_class(device)):
+            return found(tables)
+        logger.warning("styles: the kernel disagrees with plain torch, which is used instead.")
+    return PlainStyleStage(tables)
+
+
+def _preferred_stage(device: torch.device) -> Callable[[StyleTables], StyleStage]:
+    """The stage that belongs to the backend of a device, whose slots it reads."""
+    if device.type == "cpu" and checked_class(device) is not TorchBackend:
+        from dftserve.sampling.backends.numba_style import NumbaStyleStage
+
+        return NumbaStyleStage
+    if device.type == "cuda" and checked_class(device) is not TorchBackend:
+        from dftserve.sampling.backends.triton_style import TritonStyleStage
+
+        return TritonStyleStage
+    return PlainStyleStage
+
+
+def same_styles(
+    found: Callable[[StyleTables], StyleStage], tables: StyleTables, kind: BackendClass
+) -> bool:
+    """Whether a stage does to rows what plain torch does. Whatever a request could wait for is
+    compiled on the way."""
+    device = tables.root_P.device
+    stages = PlainStyleStage(tables), found(tables)
+    return all([_same_restyled(stages, kind, v, device) for v in (257, 4096)])
+
+
+def _same_restyled(
+    stages: tuple[StyleStage, StyleStage], kind: BackendClass, vocabulary: int, device: torch.device
+) -> bool:
+    """Two rows of a request that was there before, and a row without a style between others."""
+    off = Diversity(level=0.0)
+    styles = [StyleControls(profile=0, strength=s, max_kl=0.05) for s in (1.0, 0.5)]
+    rows = [
+        control_row(off, temperature=0.8, logits_divisor=1.0, stop_ids=frozenset({3}), style=style)
+        for style in (styles[0], None, styles[1])
+    ]
+    slot_R = torch.tensor([0, 0, 1, 2], device=device)
+    texts = Texts(
+        torch.arange(3 * 8, dtype=torch.int32, device=device).view(3, 8),
+        torch.tensor([1, 0, 0], dtype=torch.int32, device=device),
+        torch.tensor([6, 7, 3, 2], device=device),
+        torch.tensor([5, 9, 3, 2], dtype=torch.int32, device=device),
+    )
+    offset_R = torch.tensor([0, 1, 0, 0], dtype=torch.int32, device=device)
+    controls = Controls.stack(rows, device)
+    step = Step(controls, slot_R, texts.at_R, offset_R, texts=texts)
+    slots = kind(device).create_slots(3, 2)
+    before = SlotStatistics(torch.tensor(3), torch.full((COLUMNS,), 0.1), torch.ones(2, COLUMNS))
+    slots.open(0, before, produced=4)
+    expected_XV, got_XV = (_rows(vocabulary, vocabulary, device) for _ in range(2))
+    expected_RF, got_RF = (
+        stage(logits_XV, step, slots)
+        for stage, logits_XV in zip(stages, (expected_XV, got_XV), strict=True)
+    )
+    pairs = ((expected_XV, got_XV), (expected_RF, got_RF))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=2e-3, equal_nan=True) for a, b in pairs)
+
+
+@contextmanager
+def _or_plain(what: str) -> Iterator[None]:
+    """A compiler that fails or a driver that does not load ends here: plain torch goes on."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        logger.warning("%s: no kernels (%s); plain torch instead.", what, error)
+    except Exception:
+        logger.warning("%s: the kernels fail; plain torch instead.", what, exc_info=True)
 
 
 @cache
@@ -151,7 +234,7 @@ def _same_steps(found: BackendClass, device: torch.device) -> bool:
     requests = SlotControls(3, device)
     for slot in (2, 0):
         requests.put(slot, row)
-    before = SlotStatistics(torch.tensor(3), torch.arange(5.0), torch.ones(2, 5))
+    before = SlotStatistics(torch.tensor(3), torch.arange(float(COLUMNS)), torch.ones(2, COLUMNS))
     backends = [kind(device) for kind in (TorchBackend, found)]
     both = [backend.create_slots(3, 2) for backend in backends]
     for slots in both:

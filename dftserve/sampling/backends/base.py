@@ -48,7 +48,9 @@ class Backend(ABC):
             controls = controls.after(last_token_R)
         controls = slots.commit_accepted(controls, slot_R, step.position_R, offset_R)
         statistics = self(logits_XV, controls, step.rows_R)
-        slots.stage_step(slot_R, step.position_R, offset_R, step.samples_R(), statistics)
+        slots.stage_step(
+            slot_R, step.position_R, offset_R, step.samples_R(), statistics, step.figures_RF
+        )
         return statistics
 
     def create_slots(self, slots: int, rows_per_request: int) -> Slots:

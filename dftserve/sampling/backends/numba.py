@@ -37,7 +37,7 @@ from dftserve.sampling.controls import (
     Controls,
     LawConstants,
 )
-from dftserve.sampling.slots import Slots
+from dftserve.sampling.slots import COLUMNS, KL, Slots
 from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
@@ -97,6 +97,7 @@ class NumbaBackend(Backend):
         stop_ids_SE = step.controls.stop_ids_RE.numpy()
         self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
         result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
+        figures_RF = step.figures_RF
         _step(
             _flat(logits_XV).numpy(),
             logits_XV.stride(0),
@@ -113,6 +114,7 @@ class NumbaBackend(Backend):
             self._constants_C,
             (*self._scratch, self._stops_2E),
             slots.arrays(),
+            result.no_figures_RF if figures_RF is None else figures_RF.numpy(),
             result.values_FR,
             result.valid_R,
         )
@@ -145,6 +147,7 @@ class _Result:
         self.no_tokens_R = np.full(rows, -1)
         self.zero_R = np.zeros(rows, np.int64)
         self.no_ids_R = np.full(rows, -1, np.int32)
+        self.no_figures_RF = np.zeros((rows, COLUMNS - KL), np.float32)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
@@ -239,6 +242,7 @@ def _step(
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
+    figures_RF: Array,
     values_FR: Array,
     valid_R: Array,
 ) -> None:
@@ -275,7 +279,7 @@ def _step(
             values_FR[f, r] = values[f]
         # 3. Its statistics wait until its token turns out accepted.
         samples = position_R[r] + 1 >= known_S[s]
-        remember(state, s, offset_R[r], position_R[r], samples, valid_R[r], values)
+        remember(state, s, offset_R[r], position_R[r], samples, valid_R[r], values, figures_RF[r])
 
 
 @_kernel

@@ -23,7 +23,9 @@ from dftserve.sampling.slots import (
     AFTER,
     BEFORE,
     CHANGED,
+    COLUMNS,
     COUNT,
+    KL,
     NOTHING_WAITS,
     TEMPERATURE,
     Slots,
@@ -83,7 +85,7 @@ def settle(
             error = (target - waiting_SKF[s, k, AFTER]) / max(target, 0.1)
             level_S[s] = min(max(level_S[s] + gain * error, lowest), highest)
             steered_S[s] += 1
-        for f in range(CHANGED + 1):
+        for f in range(COLUMNS):
             sums_SF[s, f] += waiting_SKF[s, k, f]
     tokens_S[s] += accepted
     waiting_SKF[s] = 0.0
@@ -108,6 +110,7 @@ def remember(
     samples: bool,
     valid: bool,
     values: tuple[float, float, float, float],
+    figures_F: Array,
 ) -> None:
     """`Slots.stage_step` of one row, the k-th of its request."""
     _level_S, _steered_S, _tokens_S, base_S, _sums_SF, waiting_SKF, invalid_1 = state
@@ -119,5 +122,7 @@ def remember(
         waiting_SKF[s, k, AFTER] = values[1]
         waiting_SKF[s, k, TEMPERATURE] = values[2]
         waiting_SKF[s, k, CHANGED] = values[3]
+        for f in range(COLUMNS - KL):
+            waiting_SKF[s, k, KL + f] = figures_F[f]
     elif samples:
         invalid_1[0] += 1

@@ -51,7 +51,7 @@ from dftserve.sampling.controls import (
     Controls,
     LawConstants,
 )
-from dftserve.sampling.slots import Slots
+from dftserve.sampling.slots import COLUMNS, KL, Slots
 from dftserve.sampling.step import Step
 from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
@@ -190,6 +190,7 @@ class TritonBackend(Backend):
             stop_value_RE,
             values_FR,
             valid_R,
+            values_FR if step.figures_RF is None else step.figures_RF,
             stride,
             vocabulary,
             chunks,
@@ -199,6 +200,7 @@ class TritonBackend(Backend):
             len(self._classes_V),
             slots.rows_per_request,
             has_slots,
+            int(step.figures_RF is not None),
             ALIGNED=aligned,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
@@ -291,6 +293,7 @@ _LOWEST_TEMPERATURE = tl.constexpr(columns.LOWEST_TEMPERATURE)
 _WORD_START_RISE = tl.constexpr(columns.WORD_START_RISE)
 _WORD_INSIDE_FALL = tl.constexpr(columns.WORD_INSIDE_FALL)
 
+_FIGURES = tl.constexpr(COLUMNS - KL)
 _PLAN = tl.constexpr(17)
 """Numbers of a row that `_decide` leaves for `_write`."""
 _STATE = tl.constexpr(9)
@@ -390,9 +393,12 @@ def _tile_moments(logit, moments, tiles):
 @triton.jit(
     do_not_specialize=[
         *("stride", "vocabulary", "chunks", "tiles", "width", "count", "classified"),
-        *("rows_per_request", "has_slots"),
+        *("rows_per_request", "has_slots", "has_figures"),
     ],
-    do_not_specialize_on_alignment=[*_ANYWHERE, "last_token", "stop_ids", "classes", "known"],
+    do_not_specialize_on_alignment=[
+        *_ANYWHERE,
+        *("last_token", "stop_ids", "classes", "known", "figures"),
+    ],
 )
 def _decide(
     logits,
@@ -418,6 +424,7 @@ def _decide(
     stop_value,
     values,
     valid_rows,
+    figures,
     stride,
     vocabulary,
     chunks,
@@ -427,6 +434,7 @@ def _decide(
     classified,
     rows_per_request,
     has_slots,
+    has_figures,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -595,7 +603,8 @@ def _decide(
         samples = at + 1 >= tl.load(known + s)
         statistics = (entropy_before, entropy_after, reached, changed)
         kept = (base, waiting, invalid)
-        remember(kept, s, k, at, samples, valid, statistics, rows_per_request)
+        own = figures + r * _FIGURES
+        remember(kept, s, k, at, samples, valid, statistics, own, has_figures, rows_per_request)
 
     # 8. What `_write` needs.
     tl.store(plan, valid.to(tl.float32))

@@ -32,7 +32,6 @@ class TritonSlots(Slots):
         constants: LawConstants = DEFAULT_CONSTANTS,
     ) -> None:
         super().__init__(slots, rows_per_request, device, constants)
-        self.rows_per_request = rows_per_request
         self.nothing_known_S = torch.zeros(slots, dtype=torch.int32, device=device)
         """As `Step.known_S`, where every row samples."""
 
@@ -53,8 +52,9 @@ class TritonSlots(Slots):
 
 # What a kernel reads from outside has to be marked so.
 _COUNT, _AFTER = tl.constexpr(slots.COUNT), tl.constexpr(slots.AFTER)
-_COLUMNS = tl.constexpr(slots.CHANGED + 1)
-_WIDE = tl.constexpr(triton.next_power_of_2(slots.CHANGED + 1))
+_COLUMNS, _KL = tl.constexpr(slots.COLUMNS), tl.constexpr(slots.KL)
+_FIGURES = tl.constexpr(slots.COLUMNS - slots.KL)
+_WIDE = tl.constexpr(triton.next_power_of_2(slots.COLUMNS))
 _NOTHING_WAITS = tl.constexpr(slots.NOTHING_WAITS)
 _LAW, _LEVEL = tl.constexpr(columns.LAW), tl.constexpr(columns.LEVEL)
 _TARGET = tl.constexpr(columns.TARGET_ENTROPY)
@@ -106,7 +106,9 @@ def level_in_force(s, numbers, constants, level, steered):
 
 
 @triton.jit
-def remember(state, s, k, position, samples, valid, statistics, rows_per_request):
+def remember(
+    state, s, k, position, samples, valid, statistics, figures, has_figures, rows_per_request
+):
     """`Slots.stage_step` of one row, the k-th of its request."""
     base, waiting, invalid = state
     before, after, temperature, changed = statistics
@@ -119,6 +121,9 @@ def remember(state, s, k, position, samples, valid, statistics, rows_per_request
     tl.store(row + 2, tl.where(counts, after, 0.0))
     tl.store(row + 3, tl.where(counts, temperature, 0.0))
     tl.store(row + 4, tl.where(counts, changed, 0.0))
+    f = tl.arange(0, _FIGURES)
+    figure_F = tl.load(figures + f, mask=f < has_figures * _FIGURES, other=0.0)
+    tl.store(row + _KL + f, tl.where(counts, figure_F, 0.0))
     tl.atomic_add(invalid, 1, mask=samples & (valid == 0))
 
 

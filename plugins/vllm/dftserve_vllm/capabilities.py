@@ -22,6 +22,8 @@ def capabilities() -> dict[str, Any]:
             law: {name: str(spec.BOUNDS[name]) for name in takes}
             for law, takes in spec.LAWS.items()
         },
+        "styles": [profile.name for profile in engine.styles().profiles],
+        "styles_refused": dict(engine.styles().refused),
         "default": default and default.as_dict(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
         "answers": True,

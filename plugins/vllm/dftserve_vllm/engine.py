@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dftserve import vllm_contract
 from dftserve.spec import Diversity
+from dftserve_vllm import styles as engine_styles
 from dftserve_vllm import vocabulary
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def refusal_of(diversity: Diversity) -> str | None:
     if reason is None and diversity.law == "words" and _config is not None:
         return vocabulary.refusal(_config)
     return reason
+
+
+def styles() -> engine_styles.Styles:
+    """Those of this engine; none before it is configured."""
+    return engine_styles.of_engine(_config)
 
 
 def _unfit() -> str | None:

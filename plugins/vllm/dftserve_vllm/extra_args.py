@@ -2,6 +2,7 @@
 
 `extra_args` crosses the process boundary as JSON-like values:
     diversity      a number, the object form, or (through a proxy) its JSON text
+    style          a name, the object form, or its JSON text
     diversity_id   names the request across preemptions, and the choice that its statistics are
                    of; absent offline
 """
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from dftserve import spec
 from dftserve.sampling import ControlRow, control_row
 from dftserve.sampling.draws import draw_key
+from dftserve_vllm.styles import NONE, Styles
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 DIVERSITY = "diversity"
+STYLE = "style"
 IDENTITY = "diversity_id"
 
 GREEDY_BELOW = 1e-5
@@ -35,6 +38,7 @@ class Active:
     diversity: spec.Diversity
     controls: ControlRow
     identity: str | None
+    """Of the request's diversity and style."""
     may_end_anywhere: bool
     """Whether its text may end where the engine does not see it: at a stop string."""
 
@@ -52,6 +56,17 @@ def parse_field(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
     )
 
 
+def parse_style_field(value: object, parameter: str = STYLE) -> spec.Style:
+    """A name, an object, or the object as JSON text.
+
+    Raises:
+        DiversityError: names the parameter, what came and what is accepted.
+    """
+    if isinstance(value, str):
+        return spec.parse_style_json(value, parameter)
+    return spec.parse_style(value, parameter)
+
+
 def of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
     """The parameters of one of several choices, under an identity of its own."""
     identity = (params.extra_args or {}).get(IDENTITY)
@@ -66,8 +81,27 @@ def is_greedy(params: "SamplingParams") -> bool:
     return params.temperature < GREEDY_BELOW
 
 
+OFF = spec.Diversity(level=0.0)
+
+
+CUTTING = ("top_n_sigma", "xtc")
+"""Laws that cut by what a style has changed before them."""
+
+
+def clash(diversity: spec.Diversity, style: spec.Style | None) -> str | None:
+    """Why the two cannot be honoured together, or None."""
+    if style is None or style.is_off or diversity.law not in CUTTING:
+        return None
+    accepted = ", ".join(law for law in spec.LAWS if law not in CUTTING)
+    return f"{STYLE}: got it beside the law {diversity.law!r}; accepted beside a style: {accepted}."
+
+
 def active(
-    params: "SamplingParams", *, temperature_applied: bool, arrivals: Iterator[int] = _NO_NUMBERS
+    params: "SamplingParams",
+    *,
+    temperature_applied: bool,
+    arrivals: Iterator[int] = _NO_NUMBERS,
+    styles: Styles = NONE,
 ) -> Active | None:
     """What to do for a request, or None where its rows are to stay as they are.
 
@@ -75,13 +109,23 @@ def active(
         temperature_applied: the engine has divided the rows by the temperature already.
         arrivals: numbers the requests that have neither a seed nor an identity; the same on all
             tensor-parallel ranks, which take the same requests in the same order.
+        styles: of the engine.
+
+    Raises:
+        ValueError: what the request carries is not acceptable, or not to be honoured here.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
-    if carried.get(DIVERSITY) is None or is_greedy(params):
+    if is_greedy(params):
         return None
-    diversity = parse_field(carried[DIVERSITY])
-    if diversity.is_off:
+    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
+    diversity = OFF if asked is None else parse_field(asked)
+    style = None if named is None else styles.completed(parse_style_field(named))
+    if style is not None and style.is_off:
+        style = None
+    if diversity.is_off and style is None:
         return None
+    if (reason := clash(diversity, style)) is not None:
+        raise ValueError(reason)
     stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
     controls = control_row(
         diversity,
@@ -89,6 +133,7 @@ def active(
         logits_divisor=params.temperature if temperature_applied else 1.0,
         stop_ids=frozenset(stops or ()),
         draw_key=_draw_key(params, arrivals) if diversity.law == "xtc" else 0,
+        style=None if style is None else styles.controls(style),
     )
     return Active(diversity, controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dftserve_vllm import engine, metrics
-from dftserve_vllm.extra_args import DIVERSITY
+from dftserve_vllm.extra_args import DIVERSITY, STYLE
 
 MAX_BODY_BYTES = 32 << 20
 
@@ -28,10 +28,11 @@ class FieldGuard:
             await self._app(scope, receive, send)
             return
         body, messages = await _read(receive)
-        if _has_field(body):
-            metrics.metrics().count_refusal()
-            await _refuse(send, f"{DIVERSITY}: {engine.refusal()}.")
-            return
+        for name in (DIVERSITY, STYLE):
+            if _has_field(body, name):
+                metrics.metrics().count_refusal()
+                await _refuse(send, f"{name}: {engine.refusal()}.", name)
+                return
         await self._app(scope, _replayed(messages, receive), send)
 
 
@@ -47,9 +48,9 @@ async def _read(receive: Any) -> tuple[bytes, list[Message]]:
     return b"".join(message.get("body", b"") for message in messages), messages
 
 
-def _has_field(body: bytes) -> bool:
-    """Whether a JSON body asks for more than level 0; vLLM answers what is not JSON."""
-    if DIVERSITY.encode() not in body:
+def _has_field(body: bytes, name: str) -> bool:
+    """Whether a JSON body has the field, at more than level 0; vLLM answers what is not JSON."""
+    if name.encode() not in body:
         return False
     try:
         content = json.loads(body)
@@ -58,8 +59,8 @@ def _has_field(body: bytes) -> bool:
     if not isinstance(content, dict):
         return False
     arguments = content.get("vllm_xargs")
-    inner = arguments.get(DIVERSITY) if isinstance(arguments, dict) else None
-    return any(value not in (None, 0, "0") for value in (content.get(DIVERSITY), inner))
+    inner = arguments.get(name) if isinstance(arguments, dict) else None
+    return any(value not in (None, 0, "0") for value in (content.get(name), inner))
 
 
 def _replayed(messages: list[Message], receive: Any) -> Any:
@@ -71,9 +72,9 @@ def _replayed(messages: list[Message], receive: Any) -> Any:
     return replay
 
 
-async def _refuse(send: Any, message: str) -> None:
+async def _refuse(send: Any, message: str, name: str) -> None:
     """As vLLM words its 400."""
-    error = {"message": message, "type": "BadRequestError", "param": DIVERSITY, "code": 400}
+    error = {"message": message, "type": "BadRequestError", "param": name, "code": 400}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 400, "headers": headers})

@@ -120,6 +120,7 @@ def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., No
 
         engine.record(vllm_config)
         _import_what_the_engine_runs()
+        engine.styles()  # What is refused is logged as the server starts.
         default = default_diversity()  # A wrong one stops the server here, not a request.
         if (reason := engine.refusal()) is not None:
             logger.warning(

@@ -24,9 +24,12 @@ class Metrics:
         self.requests = Counter(
             "dft:requests", "Requests with an active diversity.", ["model_name", "law"]
         )
+        self.styled = Counter(
+            "dft:styled_requests", "Requests with an active style.", ["model_name", "style"]
+        )
         self.refused = Counter(
             "dft:requests_refused",
-            "Requests whose diversity was answered with 400.",
+            "Requests whose diversity or style was answered with 400.",
             ["model_name"],
         )
         self.unavailable = Counter(
@@ -65,6 +68,9 @@ class Metrics:
 
     def count_request(self, law: str) -> None:
         self.requests.labels(engine.served_model_name(), law).inc()
+
+    def count_style(self, name: str) -> None:
+        self.styled.labels(engine.served_model_name(), name).inc()
 
     def count_refusal(self) -> None:
         self.refused.labels(engine.served_model_name()).inc()

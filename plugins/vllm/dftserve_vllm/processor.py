@@ -56,14 +56,15 @@ class DiversityProcessor(*_BASES):
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse a wrong `extra_args["diversity"]`; the only check that offline `LLM()` meets.
+        """Refuse a wrong `extra_args["diversity"]` or `["style"]`; the only check that offline
+        `LLM()` meets.
 
         Raises:
-            ValueError: the diversity is not acceptable, or cannot be honoured by this engine.
+            ValueError: one is not acceptable, or cannot be honoured by this engine.
         """
         if is_disabled():
             return
-        asked = active(sampling_params, temperature_applied=False)
+        asked = active(sampling_params, temperature_applied=False, styles=engine.styles())
         if asked is not None and (reason := engine.refusal_of(asked.diversity)):
             raise ValueError(f"diversity: {reason}")
 

@@ -12,8 +12,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE, means_of_row
-from dftserve.spec import Diversity
+from dftserve.sampling.slots import (
+    AFTER,
+    BEFORE,
+    CHANGED,
+    HELD_BACK,
+    KL,
+    STRENGTH,
+    TEMPERATURE,
+    means_of_row,
+)
+from dftserve.spec import Diversity, Style
+from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.step_report import Payload
 
 _numbers = itertools.count()
@@ -32,8 +42,7 @@ class ChoiceStatistics:
     """The engine's last report of it; see `step_report.put`."""
 
     def means(self) -> list[float] | None:
-        """[tokens, entropy before, entropy after, temperature, changed], means over its tokens;
-        None where they are not known."""
+        """See `slots.means`; None where they are not known."""
         if self.payload is None:
             return None
         return means_of_row(self.payload["row"], self.produced)
@@ -50,10 +59,22 @@ class ChoiceStatistics:
             "tokens_changed": round(values[CHANGED], 6),
         }
 
+    def of_style(self) -> dict[str, float] | None:
+        """What the style did to it."""
+        values = self.means()
+        if values is None:
+            return None
+        return {
+            "tokens": int(values[0]),
+            "mean_kl": round(values[KL], 6),
+            "effective_strength": round(values[STRENGTH], 6),
+            "phrases_held_back": round(1000 * values[HELD_BACK], 6),
+        }
+
 
 @dataclass(eq=False)
 class PromptContext:
-    """One prompt's diversity: what is in force, what was dropped for it, what came of it."""
+    """What is in force for one prompt, what was dropped for it, what came of it."""
 
     diversity: Diversity
     count: int
@@ -61,20 +82,30 @@ class PromptContext:
     dropped: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
     """Why the effective level is 0 although one was asked for."""
+    style: Style | None = None
+    has_diversity: bool = True
+    """Whether the answer speaks of the diversity: it was asked for, or is the default."""
     identity: str | None = None
     """Names it to the engine; None where no row is changed."""
     choices: list[ChoiceStatistics] = field(init=False)
 
     def __post_init__(self) -> None:
         self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
-        if self.reason is None and not self.diversity.is_off:
+        has_style = self.style is not None and not self.style.is_off
+        if self.reason is None and (has_style or not self.diversity.is_off):
             self.identity = f"{os.getpid():x}-{_start}-{next(_numbers):x}"
             _prompts[self.identity] = self
 
-    def effective(self) -> dict[str, Any]:
-        """The object form of what is in force."""
-        as_asked = self.diversity.as_dict()
-        return as_asked if self.reason is None else as_asked | {"level": 0, "reason": self.reason}
+    def effective(self) -> dict[str, dict[str, Any]]:
+        """The object form of what is in force, by field."""
+        fields: dict[str, dict[str, Any]] = {}
+        if self.has_diversity:
+            none = {} if self.reason is None else {"level": 0, "reason": self.reason}
+            fields[DIVERSITY] = self.diversity.as_dict() | none
+        if self.style is not None:
+            none = {} if self.reason is None else {"strength": 0, "reason": self.reason}
+            fields[STYLE] = self.style.as_dict() | none
+        return fields
 
 
 @dataclass(eq=False)
@@ -88,16 +119,17 @@ class RequestContext:
     def choices(self) -> int:
         return sum(prompt.count for prompt in self.prompts)
 
-    def answer(self) -> dict[str, Any]:
-        """The `diversity` object of the answer."""
+    def members(self) -> dict[str, dict[str, Any]]:
+        """The `diversity` and the `style` object of the answer, as far as it has them."""
         first = self.prompts[0]
-        answer = first.effective()
-        if first.dropped:
-            answer["dropped"] = first.dropped
-        answer["choices"] = [
-            choice.as_dict() for prompt in self.prompts for choice in prompt.choices
-        ]
-        return answer
+        members = first.effective()
+        choices = [choice for prompt in self.prompts for choice in prompt.choices]
+        for name, answer in members.items():
+            if first.dropped:
+                answer["dropped"] = first.dropped
+            of_choice = ChoiceStatistics.of_style if name == STYLE else ChoiceStatistics.as_dict
+            answer["choices"] = [of_choice(choice) for choice in choices]
+        return members
 
 
 current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", default=None)

@@ -1,14 +1,23 @@
-"""The request field: from the body to SamplingParams, or to a 400 that says what is accepted."""
+"""The request fields: from the body to SamplingParams, or to a 400 that says what is accepted."""
 
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, wraps
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, TypeVar
 
 from dftserve import spec
 from dftserve_vllm import engine, human, metrics, request_context
-from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, is_greedy, parse_field
+from dftserve_vllm.extra_args import (
+    DIVERSITY,
+    IDENTITY,
+    OFF,
+    STYLE,
+    clash,
+    is_greedy,
+    parse_field,
+    parse_style_field,
+)
 from dftserve_vllm.request_context import PromptContext
 
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
@@ -44,18 +53,24 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
                 return to_sampling_params(request, args[0], defaults, *args[2:], **kwargs)
             return to_sampling_params(request, *args, **{**kwargs, DEFAULTS: defaults})
 
-        asked = _asked(request)
+        asked, style = _asked(request), _asked_style(request)
         diversity = asked or _default(request)
-        if diversity is None:
+        if diversity is None and style is None:
             return _stripped(params_with(given))
+        has_diversity, diversity = diversity is not None, diversity or OFF
         if not diversity.is_off and (reason := engine.refusal_of(diversity)):
             raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
-        if diversity.is_off:
+        prompt = partial(PromptContext, style=style, has_diversity=has_diversity)
+        if (reason := clash(diversity, style)) is not None:
+            raise _bad_request(reason, STYLE)
+        if diversity.is_off and (style is None or style.is_off):
             params = _stripped(params_with(given))
-            _note(request, PromptContext(diversity, params.n))
+            _note(request, prompt(diversity, params.n))
             return params
         defaults, dropped = _without_cuts(request, given)
-        return _marked(request, params_with(defaults), diversity, dropped, is_default=asked is None)
+        is_default = asked is None and style is None
+        prompt = partial(prompt, dropped=dropped)
+        return _marked(request, params_with(defaults), diversity, prompt, is_default=is_default)
 
     return wrapped
 
@@ -66,9 +81,12 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
     @wraps(to_beam_search_params)
     def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
         asked = _asked(request)
+        together = "got it together with use_beam_search, which does not sample; drop one"
         if asked is not None and not asked.is_off:
-            together = "got it together with use_beam_search, which does not sample; drop one"
             raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
+        style = _asked_style(request)
+        if style is not None and not style.is_off:
+            raise _bad_request(f"{STYLE}: {together}.", STYLE)
         return to_beam_search_params(request, *args, **kwargs)
 
     return wrapped
@@ -76,28 +94,54 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
 
 def _asked(request: Any) -> spec.Diversity | None:
     """What the body asks for, at top level or in vllm_xargs; None where it does not."""
-    top = (request.model_extra or {}).get(DIVERSITY)
-    argument = (getattr(request, "vllm_xargs", None) or {}).get(DIVERSITY)
+    return _field(request, DIVERSITY, _or_human(spec.parse), _or_human(parse_field))
+
+
+def _or_human(parse: Callable[[object, str], spec.Diversity]) -> Callable[..., spec.Diversity]:
+    """With the text that means the entropy of human writing."""
+
+    def parsed(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
+        return human.resolved(parameter) if value == spec.HUMAN else parse(value, parameter)
+
+    return parsed
+
+
+def _asked_style(request: Any) -> spec.Style | None:
+    """Likewise the style, with its profile's own numbers; refused where it cannot be honoured."""
+    style = _field(request, STYLE, spec.parse_style, parse_style_field)
+    if style is None:
+        return None
+    styles = engine.styles()
+    if (reason := engine.refusal()) is not None:
+        raise _bad_request(f"{STYLE}: {reason}.", STYLE)
+    if (reason := styles.refusal_of(style)) is not None:
+        raise _bad_request(reason, reason.partition(":")[0])
+    return styles.completed(style)
+
+
+Asked = TypeVar("Asked", spec.Diversity, spec.Style)
+
+
+def _field(
+    request: Any,
+    name: str,
+    parse: Callable[[object], Asked],
+    parse_argument: Callable[[object, str], Asked],
+) -> Asked | None:
+    top = (request.model_extra or {}).get(name)
+    argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
     try:
-        first = None if top is None else _parsed(top, DIVERSITY, spec.parse)
-        second = None
-        if argument is not None:
-            second = _parsed(argument, f"vllm_xargs.{DIVERSITY}", parse_field)
+        first = None if top is None else parse(top)
+        second = None if argument is None else parse_argument(argument, f"vllm_xargs.{name}")
     except spec.DiversityError as error:
         raise _bad_request(str(error), error.parameter) from None
     if first is not None and second is not None and first != second:
         message = (
-            f"{DIVERSITY}: got {spec.shown(top)} at top level and {spec.shown(argument)} in "
+            f"{name}: got {spec.shown(top)} at top level and {spec.shown(argument)} in "
             "vllm_xargs; accepted: one of them, or both the same."
         )
-        raise _bad_request(message, DIVERSITY)
+        raise _bad_request(message, name)
     return first or second
-
-
-def _parsed(
-    value: object, parameter: str, parse: Callable[[object, str], spec.Diversity]
-) -> spec.Diversity:
-    return human.resolved(parameter) if value == spec.HUMAN else parse(value, parameter)
 
 
 def _default(request: Any) -> spec.Diversity | None:
@@ -133,15 +177,15 @@ def _marked(
     request: Any,
     params: Any,
     diversity: spec.Diversity,
-    dropped: dict[str, Any],
+    prompt_with: Callable[..., PromptContext],
     *,
     is_default: bool,
 ) -> Any:
-    """The parameters carrying the diversity to the workers."""
+    """The parameters carrying the diversity and the style to the workers."""
     if is_greedy(params):
         if not is_default:
             reason = "temperature 0 stays greedy"
-            _note(request, PromptContext(diversity, params.n, reason=reason))
+            _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
         return _stripped(params)
     if len(params.stop_token_ids or ()) > MAX_STOP_IDS:
         if is_default:
@@ -169,18 +213,23 @@ def _marked(
             raise _bad_request(message, "min_p")
         diversity = replace(diversity, min_p=float(params.min_p))
         params.min_p = 0.0
-    prompt = PromptContext(diversity, params.n, dropped=dropped)
+    prompt = prompt_with(diversity, params.n)
     _note(request, prompt)
-    metrics.metrics().count_request(diversity.law)
-    carried = {DIVERSITY: diversity.as_dict(), IDENTITY: prompt.identity}
+    carried: dict[str, Any] = {DIVERSITY: diversity.as_dict(), IDENTITY: prompt.identity}
+    if not diversity.is_off:
+        metrics.metrics().count_request(diversity.law)
+    params = _stripped(params)
+    if prompt.style is not None and not prompt.style.is_off:
+        metrics.metrics().count_style(prompt.style.name)
+        carried[STYLE] = prompt.style.as_dict()
     params.extra_args = {**(params.extra_args or {}), **carried}
     return params
 
 
 def _stripped(params: Any) -> Any:
     """Without our keys: off is off, and nobody outside names our figures."""
-    if params.extra_args and (DIVERSITY in params.extra_args or IDENTITY in params.extra_args):
-        ours = (DIVERSITY, IDENTITY)
+    ours = (DIVERSITY, STYLE, IDENTITY)
+    if params.extra_args and any(name in params.extra_args for name in ours):
         kept = {name: value for name, value in params.extra_args.items() if name not in ours}
         params.extra_args = kept or None
     return params

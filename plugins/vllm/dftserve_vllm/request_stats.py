@@ -6,7 +6,7 @@ leaves the rows that it concerns as they came, is counted, and is logged once.
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,9 +18,11 @@ from dftserve.sampling import (
     Step,
     TokenClasses,
     get_backend,
+    get_style_stage,
     transform_step,
 )
 from dftserve.sampling.slots import Snapshot
+from dftserve.sampling.style import ProfileArrays
 from dftserve_vllm.step_report import Array, PendingReport
 
 logger = logging.getLogger("vllm.dftserve")
@@ -38,8 +40,10 @@ class RequestStats:
         rows_per_request: int,
         device: torch.device,
         token_classes: TokenClasses | None = None,
+        profiles: Sequence[ProfileArrays] = (),
     ) -> None:
         self._backend = get_backend(device, token_classes=token_classes)
+        self._style_stage = get_style_stage(device, profiles) if profiles else None
         self.slots = self._backend.create_slots(capacity, rows_per_request)
         self.faults = 0
         self._identity: dict[int, str] = {}
@@ -95,7 +99,7 @@ class RequestStats:
 
     def apply(self, logits_XV: Tensor, step: Step) -> None:
         """Transform the rows in place; if it raises, they are as they were."""
-        transform_step(logits_XV, step, self.slots, self._backend)
+        transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
 
     def end_step(self, positions: list[int], slots: Array, always: list[bool]) -> None:
         """Let the step's output carry the statistics of its active requests.

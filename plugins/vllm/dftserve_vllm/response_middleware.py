@@ -1,4 +1,5 @@
-"""The answer: a header, and a `diversity` object in the body or in the stream's last chunk.
+"""The answer: a header, and an object in the body or in the stream's last chunk, for each field
+that was asked for.
 
 Pure ASGI, around vLLM's own app: it reads no request body, and touches the answers of requests
 that had a diversity only. A body that came compressed gets the header alone.
@@ -9,9 +10,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dftserve_vllm import request_context
-from dftserve_vllm.extra_args import DIVERSITY
 
-HEADER = b"x-dftserve-diversity"
+HEADER = b"x-dftserve-"
+"""And the name of the field."""
 # Only events with one of these can be the one that carries ours; the others are not parsed.
 _SIGNS = (b'"finish_reason":"', b'"usage":{', b'"stop_reason":"')
 
@@ -66,8 +67,12 @@ class _Response:
         if message["status"] >= 400:
             await self._send(message)
             return
-        effective = json.dumps(self._context.prompts[0].effective(), separators=(",", ":"))
-        headers = [*message["headers"], (HEADER, effective.encode())]
+        effective = self._context.prompts[0].effective()
+        said = [
+            (HEADER + name.encode(), json.dumps(value, separators=(",", ":")).encode())
+            for name, value in effective.items()
+        ]
+        headers = [*message["headers"], *said]
         self._start = {**message, "headers": headers}
         if given.get(b"content-encoding", b"identity") != b"identity":
             # Compressed by a middleware inside of ours: its bytes are no JSON and no events.
@@ -85,7 +90,7 @@ class _Response:
         self._body.append(message.get("body", b""))
         if message.get("more_body"):
             return
-        body = _with_diversity(b"".join(self._body), self._context.answer())
+        body = _with_members(b"".join(self._body), self._context.members())
         headers = [
             (name, str(len(body)).encode() if name == b"content-length" else value)
             for name, value in self._start["headers"]
@@ -102,16 +107,16 @@ class _Response:
         await self._send(message)
 
     def _marked(self, event: bytes) -> bytes:
-        """The event, with the `diversity` object if it is the one that is to carry it."""
+        """The event, with the objects of the fields if it is the one that is to carry it."""
         prefix, found, data = event.partition(b"data: ")
         if self._handle == self._pass_on or not found or not data.startswith(b"{"):
             return event
         content = json.loads(data)
         if isinstance(response := content.get("response"), dict) and response.get("usage"):
-            content["response"] = response | {DIVERSITY: self._context.answer()}
+            content["response"] = response | self._context.members()
             data = json.dumps(content, separators=(",", ":")).encode()
         elif self._is_last(content):
-            data = _with_diversity(data, self._context.answer())
+            data = _with_members(data, self._context.members())
         else:
             return event
         self._handle = self._pass_on
@@ -126,14 +131,11 @@ class _Response:
         return self._finished == self._context.choices()
 
 
-def _with_diversity(body: bytes, answer: dict[str, Any]) -> bytes:
-    """The JSON object `body` with one more member, the rest of its bytes as they were."""
+def _with_members(body: bytes, members: dict[str, Any]) -> bytes:
+    """The JSON object `body` with more members, the rest of its bytes as they were."""
     head = body.rstrip()
     if not head.startswith(b"{") or not head.endswith(b"}"):
         return body
     comma = b"" if head[1:-1].strip() == b"" else b","
-    return head[:-1] + comma + _member(answer) + b"}"
-
-
-def _member(answer: dict[str, Any]) -> bytes:
-    return json.dumps({DIVERSITY: answer}, separators=(",", ":"))[1:-1].encode()
+    added = json.dumps(members, separators=(",", ":"))[1:-1].encode()
+    return head[:-1] + comma + added + b"}"

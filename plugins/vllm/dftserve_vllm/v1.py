@@ -6,19 +6,21 @@ field moves into the guard). Rows are places in the persistent batch, which move
 
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import (
     BatchUpdate,
     LogitsProcessor,
     MoveDirectionality,
 )
 
-from dftserve.sampling import SlotControls, Step
+from dftserve.sampling import SlotControls, Step, Texts
 from dftserve.sampling.staging import PinnedStaging
-from dftserve_vllm import vocabulary
+from dftserve.sampling.style import depth_of
+from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.extra_args import Active, active
 from dftserve_vllm.request_stats import RequestStats
 from dftserve_vllm.step_report import Array
@@ -51,9 +53,28 @@ class _Batch:
     slots: Array
     may_end_anywhere: list[bool]
     reads_last_token: bool
+    has_style: bool
     rows_R: torch.Tensor
     slot_R: torch.Tensor
     offset_R: torch.Tensor
+
+
+class _TextEnds:
+    """The last tokens of each slot's answer, as far as a style's state depends on them."""
+
+    def __init__(self, slots: int, depth: int) -> None:
+        self._tokens_SL = np.full((slots, max(depth, 1)), -1, np.int32)
+        self._begin_S = np.zeros(slots, np.int32)
+
+    def of(self, entries: list[_Entry]) -> tuple[NDArray[Any], ...]:
+        """`Texts.tokens_SL`, `begin_S` and `at_R`, where the last token stands last."""
+        length = self._tokens_SL.shape[1]
+        for entry in entries:
+            if entry.active.controls.has_style:
+                ending = entry.output_ids[-length:]
+                self._begin_S[entry.slot] = length - len(ending)
+                self._tokens_SL[entry.slot, length - len(ending) :] = ending
+        return self._tokens_SL, self._begin_S, np.full(len(entries), length - 1)
 
 
 class V1Processor(LogitsProcessor):
@@ -65,7 +86,11 @@ class V1Processor(LogitsProcessor):
         capacity = vllm_config.scheduler_config.max_num_seqs
         self._staging = PinnedStaging(device)
         self._controls = SlotControls(capacity, device, self._staging)
-        self.stats = RequestStats(capacity, 1, device, vocabulary.token_classes(vllm_config))
+        self._styles = styles.of_engine(vllm_config)
+        profiles = self._styles.profiles
+        classes = vocabulary.token_classes(vllm_config)
+        self.stats = RequestStats(capacity, 1, device, classes, profiles)
+        self._text = _TextEnds(capacity, depth_of(profiles)) if profiles else None
         self._free = list(range(capacity))
         self._arrivals = count()
         self._entries: dict[int, _Entry] = {}
@@ -73,7 +98,7 @@ class V1Processor(LogitsProcessor):
 
     def is_argmax_invariant(self) -> bool:
         """True, so that it runs after the temperature. Greedy rows stay as they are, and in a row
-        of another only the laws `words` and `xtc` may change the argmax."""
+        of another only a style and the laws `words` and `xtc` may change the argmax."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -96,7 +121,9 @@ class V1Processor(LogitsProcessor):
     def _add(
         self, index: int, params: "SamplingParams", prompt_end: int, output_ids: list[int]
     ) -> None:
-        asked = active(params, temperature_applied=True, arrivals=self._arrivals)
+        asked = active(
+            params, temperature_applied=True, arrivals=self._arrivals, styles=self._styles
+        )
         if asked is None:
             return
         slot = self._free.pop()
@@ -145,7 +172,7 @@ class V1Processor(LogitsProcessor):
     def _apply(self, logits: torch.Tensor) -> None:
         batch = self._batch or self._gather()
         self._batch = batch
-        position_R, last_token_R = self._progress(batch)
+        position_R, last_token_R, texts = self._progress(batch)
         step = Step(
             self._controls.on_device(),
             batch.slot_R,
@@ -153,19 +180,26 @@ class V1Processor(LogitsProcessor):
             batch.offset_R,
             last_token_R,
             rows_R=None if len(batch.index) == len(logits) else batch.rows_R,
+            texts=texts,
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
             # that all rows sample does no harm.
         )
         self.stats.apply(logits, step)
 
-    def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """How long each row's output is, and its last token where that is read: in one copy."""
+    def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
+        """How long each row's output is, and where they are read its last token and its text's
+        end: in one copy."""
         positions = np.fromiter(map(len, batch.outputs), np.int64, len(batch.outputs))
-        if not batch.reads_last_token:
-            return self._staging.to_device(positions), None
+        if not (batch.reads_last_token or batch.has_style):
+            return self._staging.to_device(positions), None, None
         last = np.array([entry.last_token() for entry in batch.entries], dtype=np.int32)
-        position_R, last_token_R = self._staging.to_device_together(positions, last)
-        return position_R, last_token_R
+        if not batch.has_style or self._text is None:
+            position_R, last_token_R = self._staging.to_device_together(positions, last)
+            return position_R, last_token_R, None
+        ends = self._text.of(batch.entries)
+        position_R, last_R, *sent = self._staging.to_device_together(positions, last, *ends)
+        texts = Texts(*sent, input_R=last_R)
+        return position_R, last_R if batch.reads_last_token else None, texts
 
     def _report(self) -> None:
         batch = self._batch or self._gather()
@@ -185,6 +219,7 @@ class V1Processor(LogitsProcessor):
             slots=np.array(slots),
             may_end_anywhere=[entry.active.may_end_anywhere for entry in entries],
             reads_last_token=any(e.active.controls.reads_last_token for e in entries),
+            has_style=any(e.active.controls.has_style for e in entries),
             rows_R=rows_R,
             slot_R=slot_R,
             offset_R=offset_R,

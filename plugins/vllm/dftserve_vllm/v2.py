@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from dftserve.sampling import SlotControls, Step
-from dftserve_vllm import vocabulary
+from dftserve.sampling import SlotControls, Step, Texts
+from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.extra_args import active
 from dftserve_vllm.request_stats import RequestStats
 
@@ -35,11 +35,13 @@ class V2Processor(LogitsProcessor):
         self._states = req_states
         classes = vocabulary.token_classes(vllm_config)
         slots, device = req_states.max_num_reqs, req_states.device
-        self.stats = RequestStats(slots, 1 + drafts, device, classes)
+        self._styles = styles.of_engine(vllm_config)
+        self.stats = RequestStats(slots, 1 + drafts, device, classes, self._styles.profiles)
         self._controls = SlotControls(slots, device)
         self._is_active = np.zeros(slots, dtype=bool)
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
+        self._has_style = np.zeros(slots, dtype=bool)
         self._staged: list[int] = []
         self._arrivals = count()
 
@@ -53,7 +55,12 @@ class V2Processor(LogitsProcessor):
         return bool(self._is_active[req_idx])
 
     def _open(self, slot: int, sampling_params: "SamplingParams") -> bool:
-        asked = active(sampling_params, temperature_applied=False, arrivals=self._arrivals)
+        asked = active(
+            sampling_params,
+            temperature_applied=False,
+            arrivals=self._arrivals,
+            styles=self._styles,
+        )
         if asked is None:
             self.stats.close(slot)
             return False
@@ -61,6 +68,7 @@ class V2Processor(LogitsProcessor):
         self.stats.open(slot, asked.identity, int(produced))
         self._may_end_anywhere[slot] = asked.may_end_anywhere
         self._reads_last_token[slot] = asked.controls.reads_last_token
+        self._has_style[slot] = asked.controls.has_style
         self._controls.put(slot, asked.controls)
         self._staged.append(slot)
         return True
@@ -90,7 +98,8 @@ class V2Processor(LogitsProcessor):
     def _apply(self, logits: torch.Tensor, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         """All rows of the batch, in the runner's own order: which of them are ours, the device
         knows."""
-        reads_last_token = self._reads_last_token[ctx.idx_mapping_np[is_active_B]].any()
+        slots = ctx.idx_mapping_np[is_active_B]
+        reads_last_token = self._reads_last_token[slots].any()
         # `to` copies nothing: these are the types that the runner has.
         step = Step(
             # The device's, unless a copy of them failed.
@@ -102,8 +111,18 @@ class V2Processor(LogitsProcessor):
             ctx.input_ids.to(torch.int32) if reads_last_token else None,
             known_S=self._states.prefill_len.gpu.to(torch.int32),
             has_idle_rows=not is_active_B.all(),
+            texts=self._texts(ctx) if self._has_style[slots].any() else None,
         )
         self.stats.apply(logits, step)
+
+    def _texts(self, ctx: LogitsContext) -> Texts:
+        """The runner's own: committed tokens by slot, drafts among the rows' inputs."""
+        return Texts(
+            self._states.all_token_ids.gpu,
+            self._states.prompt_len.gpu.to(torch.int32),
+            ctx.pos.to(torch.int64),
+            ctx.input_ids.to(torch.int32),
+        )
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]

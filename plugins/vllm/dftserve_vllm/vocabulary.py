@@ -18,7 +18,7 @@ def token_classes(vllm_config: Any) -> TokenClasses | None:
     model_config = getattr(vllm_config, "model_config", None)
     if model_config is None:
         return None
-    found = _classes_or_reason(_Identity(model_config))
+    found = _classes_or_reason(Identity(model_config))
     if isinstance(found, TokenClasses):
         return found
     logger.info("diversity: the law 'words' is not available: %s", found)
@@ -27,23 +27,28 @@ def token_classes(vllm_config: Any) -> TokenClasses | None:
 
 def refusal(vllm_config: Any) -> str | None:
     """Why this engine cannot honour the law `words`, with what to do about it, or None."""
-    # V1 repairs the placeholders of asynchronous scheduling only for processors given by flag.
-    scheduler = getattr(vllm_config, "scheduler_config", None)
-    if (
-        not vllm_config.use_v2_model_runner
-        and getattr(scheduler, "async_scheduling", False)
-        and not getattr(vllm_config.model_config, "logits_processors", None)
-    ):
+    if hides_last_token(vllm_config):
         return (
             "the law 'words' needs the last token, which vLLM's V1 model runner does not tell "
             "under asynchronous scheduling; use --no-async-scheduling or the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
-    found = _classes_or_reason(_Identity(vllm_config.model_config))
+    found = _classes_or_reason(Identity(vllm_config.model_config))
     return found if isinstance(found, str) else None
 
 
-class _Identity:
+def hides_last_token(vllm_config: Any) -> bool:
+    """Whether the engine's runner keeps the last token from logits processors."""
+    # V1 repairs the placeholders of asynchronous scheduling only for processors given by flag.
+    scheduler = getattr(vllm_config, "scheduler_config", None)
+    return (
+        not vllm_config.use_v2_model_runner
+        and getattr(scheduler, "async_scheduling", False)
+        and not getattr(vllm_config.model_config, "logits_processors", None)
+    )
+
+
+class Identity:
     """A configuration as a key: it is not hashable, and there is one for each engine."""
 
     def __init__(self, model_config: Any) -> None:
@@ -53,14 +58,14 @@ class _Identity:
         return id(self.model_config)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.model_config is self.model_config
+        return isinstance(other, Identity) and other.model_config is self.model_config
 
 
 @lru_cache(maxsize=8)
-def _classes_or_reason(identity: _Identity) -> TokenClasses | str:
+def _classes_or_reason(identity: Identity) -> TokenClasses | str:
     """The classes, or why there are none; asked once, since it reads the whole vocabulary."""
     try:
-        return TokenClasses.from_tokenizer(_tokenizer(identity.model_config))
+        return TokenClasses.from_tokenizer(tokenizer(identity.model_config))
     except (ImportError, OSError, ValueError) as error:
         reason = str(error)
     except Exception as error:  # Code of the model's own; it must not keep the engine from it.
@@ -69,12 +74,17 @@ def _classes_or_reason(identity: _Identity) -> TokenClasses | str:
     return f"the law 'words' needs the tokens' text: {reason}"
 
 
-def _tokenizer(model_config: Any) -> Any:
+def tokenizer(model_config: Any) -> Any:
+    """The engine's own.
+
+    Raises:
+        ValueError: it runs without one.
+    """
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    tokenizer = cached_tokenizer_from_config(model_config)
-    if tokenizer is None:
+    found = cached_tokenizer_from_config(model_config)
+    if found is None:
         raise ValueError(
             "the engine runs without a tokenizer (--skip-tokenizer-init); start it with one"
         )
-    return tokenizer
+    return found

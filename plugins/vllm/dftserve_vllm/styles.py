@@ -1,0 +1,156 @@
+"""The styles that an engine has: profiles of the folder that `DFTSERVE_STYLES` names.
+
+Each folder in it with a profile.json is one. A profile that does not fit the engine's model, or
+cannot be read, is refused by its name: the server starts, and requests with it get the reason.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dftserve import fingerprints, spec
+from dftserve.sampling import StyleControls
+from dftserve_vllm import vocabulary
+
+if TYPE_CHECKING:
+    from dftserve.styles.profile import Profile
+
+logger = logging.getLogger("vllm.dftserve")
+
+VARIABLE = "DFTSERVE_STYLES"
+
+
+@dataclass(frozen=True)
+class Styles:
+    """An engine's styles. Its workers load the same folder, and so have the same order."""
+
+    profiles: "tuple[Profile, ...]" = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why a profile is not among them, by its name, or its folder's where it could not be read."""
+    unavailable: str | None = None
+    """Why no style can be honoured on this engine."""
+
+    def refusal_of(self, style: spec.Style, parameter: str = "style") -> str | None:
+        """Why the style cannot be honoured, as the message of an error, or None."""
+        if self.unavailable is not None:
+            return f"{parameter}: {self.unavailable}."
+        if self._place(style.name) is not None:
+            return None
+        got = f"{parameter}.name: got {spec.shown(style.name)}"
+        if (reason := self.refused.get(style.name)) is not None:
+            return f"{got}, which was refused: {reason}"
+        return f"{got}; accepted: {self.accepted()}."
+
+    def accepted(self) -> str:
+        """The names, as an error says them."""
+        names = ", ".join(profile.name for profile in self.profiles)
+        return names or f"none, since no profile is loaded; start the server with {VARIABLE}"
+
+    def controls(self, style: spec.Style) -> StyleControls:
+        """As the workers read it.
+
+        Raises:
+            ValueError: the engine has no such style, or can honour none.
+        """
+        if (reason := self.refusal_of(style)) is not None:
+            raise ValueError(reason)
+        place = self._place(style.name)
+        assert place is not None
+        profile = self.profiles[place]
+        return StyleControls(
+            profile=place,
+            strength=profile.strength if style.strength is None else style.strength,
+            max_kl=profile.max_kl if style.max_kl is None else style.max_kl,
+        )
+
+    def completed(self, style: spec.Style) -> spec.Style:
+        """With the profile's own numbers where the request names none."""
+        place = self._place(style.name)
+        if place is None:
+            return style
+        profile = self.profiles[place]
+        return spec.Style(
+            name=style.name,
+            strength=profile.strength if style.strength is None else style.strength,
+            max_kl=profile.max_kl if style.max_kl is None else style.max_kl,
+        )
+
+    def _place(self, name: str) -> int | None:
+        names = [profile.name for profile in self.profiles]
+        return names.index(name) if name in names else None
+
+
+NONE = Styles()
+
+
+def of_engine(vllm_config: Any) -> Styles:
+    """Of the engine with this configuration, read once in a process."""
+    model_config = getattr(vllm_config, "model_config", None)
+    folder = os.environ.get(VARIABLE, "")
+    if not folder or model_config is None:
+        return NONE
+    unavailable = None
+    if vocabulary.hides_last_token(vllm_config):
+        unavailable = (
+            "styles need the text so far, which vLLM's V1 model runner does not tell under "
+            "asynchronous scheduling; use --no-async-scheduling or the V2 runner "
+            "(VLLM_USE_V2_MODEL_RUNNER=1)"
+        )
+    loaded = _load(Path(folder), vocabulary.Identity(model_config))
+    return Styles(loaded.profiles, loaded.refused, unavailable or loaded.unavailable)
+
+
+@lru_cache(maxsize=8)
+def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
+    try:
+        # Not before there is a folder: it brings libraries that nothing else here needs.
+        from dftserve.styles import profile as profiles
+
+        fitting = _Fitting.of(identity.model_config)
+        found = sorted(each for each in folder.iterdir() if (each / profiles.MANIFEST).exists())
+    except Exception as error:  # Code of the model's own among them; the server must start.
+        logger.warning("styles: none are available", exc_info=True)
+        return Styles(unavailable=f"no style could be loaded ({error}); see {VARIABLE}")
+    made: dict[str, Profile] = {}
+    refused: dict[str, str] = {}
+    for place in found:
+        name = place.name
+        try:
+            profile = profiles.read(place)
+            name = profile.name
+            if name in made:
+                raise profiles.ProfileError(f"another profile in {VARIABLE} has the name {name!r}.")
+            fitting.check(profile)
+            made[name] = profile
+        except (profiles.ProfileError, OSError) as error:
+            refused.setdefault(name, str(error))
+            logger.warning("styles: %r is refused: %s", name, error)
+    logger.info("styles: %s", ", ".join(made) or f"no profile in {folder} is in force")
+    return Styles(tuple(made.values()), refused)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """What a profile has to fit."""
+
+    tokenizer: str
+    template: str | None
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model_config: Any) -> "_Fitting":
+        tokenizer = vocabulary.tokenizer(model_config)
+        return cls(
+            fingerprints.tokenizer_fingerprint(tokenizer),
+            fingerprints.template_fingerprint(tokenizer),
+            int(model_config.get_vocab_size()),
+        )
+
+    def check(self, profile: "Profile") -> None:
+        profile.belongs_to(
+            tokenizer=self.tokenizer, template=self.template, vocabulary=self.vocabulary
+        )

@@ -1,0 +1,47 @@
+"""The field `style`: a name or an object, and what is refused."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve.spec import LONGEST_NAME, DiversityError, Style, parse_style, parse_style_json
+
+VALUES = st.text(max_size=8) | st.none() | st.integers() | st.floats() | st.lists(st.text())
+
+
+@given(VALUES)
+def test_nothing_but_a_diversity_error_is_raised(value):
+    for content in (value, {"name": value}, {"name": "a", "strength": value}, {"max_kl": value}):
+        for read in (parse_style, lambda each: parse_style_json(json.dumps(each))):
+            with contextlib.suppress(DiversityError):
+                style = read(content)
+                assert parse_style(style.as_dict()) == style
+                assert 0 < len(style.name) <= LONGEST_NAME
+
+
+def test_a_style_is_a_name_or_an_object():
+    human = Style(name="human")
+    assert parse_style("human") == parse_style_json("human") == human
+    assert parse_style({"name": "human", "strength": None}) == human
+    assert parse_style_json('{"name": "human", "strength": 0}').is_off
+    assert parse_style({"name": "human", "max_kl": 1}).max_kl == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"name": "human", "strength": 1.5}, "style.strength: got 1.5; accepted: a number"),
+        ({"name": "human", "strength": True}, "style.strength: got True"),
+        ({"name": ""}, "style.name: got ''; accepted: the name of a style"),
+        ({"nmae": "human"}, "style.nmae: got 'human'; accepted: name, .*did you mean 'name'"),
+        (None, "style: got None; accepted: the name of a style, or an object"),
+    ],
+)
+def test_what_is_wrong_is_named(value, told):
+    with pytest.raises(DiversityError, match=told):
+        parse_style(value)
+    with pytest.raises(DiversityError, match=r"style: got .*; accepted: as JSON text"):
+        parse_style_json("{")

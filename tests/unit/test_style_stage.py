@@ -1,0 +1,450 @@
+"""A style's stage on rows of every kind: against fp64, what it promises, and what it is for.
+
+Triton decides at its import whether it interprets, so its kernel runs in a process of its own, by
+the last test."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dftserve.sampling import (
+    Controls,
+    Slots,
+    Step,
+    StyleControls,
+    StyleTables,
+    Texts,
+    control_row,
+    get_style_stage,
+    transform_step,
+)
+from dftserve.sampling.backends.numba_slots import NumbaSlots
+from dftserve.sampling.backends.numba_style import NumbaStyleStage
+from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.sampling.backends.triton import TritonBackend
+from dftserve.sampling.backends.triton_slots import TritonSlots
+from dftserve.sampling.backends.triton_style import TritonStyleStage
+from dftserve.sampling.slots import COUNT, KL, TILT_KL
+from dftserve.sampling.style import PlainStyleStage
+from dftserve.spec import Diversity, parse
+from tests.profiles import random_profile, toy_profile
+from tests.rows import KINDS, make_rows
+from tests.style_reference import style_reference
+
+LOG_PROBABILITY = 5e-4
+NATS = 1e-3
+OFF = Diversity(level=0.0)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+STAGES = pytest.mark.parametrize(
+    "stage", [TritonStyleStage] if INTERPRETED else [PlainStyleStage, NumbaStyleStage]
+)
+SLOTS = TritonSlots if INTERPRETED else NumbaSlots
+EXAMPLES = 8 if INTERPRETED else 60
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="of no kernel, or too long")
+
+
+class Row:
+    """A request's row: what it asks for, its text and how many of its last tokens are drafts."""
+
+    def __init__(self, text=(), *, prompt=(), strength=1.0, max_kl=100.0, **others):
+        self.text, self.prompt = list(text), list(prompt)
+        self.style = StyleControls(
+            profile=others.get("profile", 0), strength=strength, max_kl=max_kl
+        )
+        self.diversity = others.get("diversity", OFF)
+        self.temperature = others.get("temperature", 1.0)
+        self.divisor = others.get("divisor", 1.0)
+        self.stop_ids = others.get("stop_ids", frozenset())
+        self.drafts = others.get("drafts", 0)
+
+    def controls(self, *, has_style=True):
+        return control_row(
+            self.diversity,
+            temperature=self.temperature,
+            logits_divisor=self.divisor,
+            stop_ids=self.stop_ids,
+            style=self.style if has_style else None,
+        )
+
+
+def step_of(rows, *, without=()):
+    """Each row and its drafts, as one request's rows of a step; `without`: rows without a style."""
+    length = max(len(row.prompt) + len(row.text) for row in rows) + 1
+    tokens_SL = np.full((len(rows), length), 10**6, np.int32)
+    slots, positions, offsets, at, inputs = [], [], [], [], []
+    for s, row in enumerate(rows):
+        whole = [*row.prompt, *row.text]
+        certain = len(whole) - row.drafts
+        # The last certain token is an input as well, and need not be there yet.
+        tokens_SL[s, : max(certain - 1, 0)] = whole[: max(certain - 1, 0)]
+        for k in range(row.drafts + 1):
+            slots.append(s)
+            at.append(certain - 1 + k)
+            positions.append(certain - 1 + k)
+            offsets.append(k)
+            inputs.append(whole[certain - 1 + k] if whole else -1)
+    texts = Texts(
+        torch.from_numpy(tokens_SL),
+        torch.tensor([len(row.prompt) for row in rows], dtype=torch.int32),
+        torch.tensor(at),
+        torch.tensor(inputs, dtype=torch.int32),
+    )
+    controls = [row.controls(has_style=s not in without) for s, row in enumerate(rows)]
+    return Step(
+        Controls.stack(controls),
+        torch.tensor(slots),
+        torch.tensor(positions),
+        torch.tensor(offsets, dtype=torch.int32),
+        texts=texts,
+    )
+
+
+def restyle(stage, profiles, rows, logits_RV, **others):
+    """The rows afterwards, and their figures."""
+    after_RV, step = logits_RV.clone(), step_of(rows, **others)
+    slots = SLOTS(len(rows), 1 + max(row.drafts for row in rows), "cpu")
+    figures_RF = stage(StyleTables.of(profiles))(after_RV, step, slots)
+    return after_RV, figures_RF.clone()
+
+
+@st.composite
+def batches(draw):
+    seed = draw(st.integers(0, 2**32 - 1))
+    vocabulary = draw(st.sampled_from([2, 3, 17, 64, 257]))
+    kinds = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=4))
+    profiles = [random_profile(seed + p, vocabulary) for p in range(draw(st.integers(1, 3)))]
+    token = st.integers(0, min(vocabulary - 1, 4))
+    rows = []
+    for _ in kinds:
+        text = draw(st.lists(token, min_size=1, max_size=9))
+        level = draw(st.floats(0.0, 1.0))
+        min_p = draw(st.none() | st.floats(1e-4, 0.5))
+        rows.append(
+            Row(
+                text,
+                prompt=draw(st.lists(token, max_size=2)),
+                profile=draw(st.integers(0, len(profiles) - 1)),
+                strength=draw(st.sampled_from([0.0, 0.3, 1.0])),
+                max_kl=draw(st.sampled_from([0.01, 0.05, 100.0])),
+                diversity=Diversity(level=level, min_p=min_p),
+                temperature=draw(st.floats(0.3, 2.0)),
+                stop_ids=draw(st.frozensets(st.integers(0, 20), max_size=3)),
+            )
+        )
+    if draw(st.booleans()):
+        for row in rows:
+            row.divisor = row.temperature
+    return make_rows(kinds, vocabulary, seed), profiles, rows
+
+
+def log_guard_of(row):
+    if row.diversity.min_p is not None:
+        return math.log(row.diversity.min_p)
+    return math.log(0.05) + row.diversity.level * math.log(0.02 / 0.05)
+
+
+def said_of(row, profile, logits_V):
+    return style_reference(
+        logits_V,
+        profile.factors(row.text),
+        profile.delta_VV[row.text[-1]],
+        temperature=row.temperature,
+        log_guard=log_guard_of(row),
+        strength=row.style.strength,
+        allowance=row.style.max_kl,
+        stop_ids=row.stop_ids,
+    )
+
+
+@STAGES
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(batches())
+def test_what_comes_out_is_the_formula_in_fp64(stage, batch):
+    logits_RV, profiles, rows = batch
+    divisor_R1 = torch.tensor([row.divisor for row in rows], dtype=torch.float64)[:, None]
+    given_RV = (logits_RV.double() / divisor_R1).float()
+    after_RV, figures_RF = restyle(stage, profiles, rows, given_RV)
+    for r, row in enumerate(rows):
+        arrived_V = (given_RV[r].double() * divisor_R1[r]).numpy()
+        said = said_of(row, profiles[row.style.profile], arrived_V)
+        largest = np.abs(np.where(np.isfinite(arrived_V), arrived_V, 0)).max()
+        resolution = float(np.spacing(np.float32(largest))) / row.temperature
+        if said.margin < max(1e-4, 2 * resolution * row.temperature):
+            continue
+        got_V = after_RV[r].double() * row.divisor / row.temperature
+        got_V = torch.log_softmax(got_V, dim=0).numpy()
+        assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
+        likely_V = said.log_p_V > -25
+        tolerance = max(LOG_PROBABILITY, 4 * resolution)
+        kl, tilt_kl, held_back, strength = figures_RF[r].tolist()
+        # Where a strength was looked for, it is as near as false position comes.
+        tolerance += 20 * abs(strength - said.strength)
+        np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=tolerance)
+        assert kl == pytest.approx(said.kl, abs=NATS)
+        assert tilt_kl == pytest.approx(said.tilt_kl, abs=NATS)
+        assert tilt_kl <= row.style.max_kl + 1e-3
+        assert held_back == pytest.approx(said.held_back, abs=NATS)
+        assert strength == pytest.approx(said.strength, abs=0.01)
+
+
+@STAGES
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(batches())
+def test_stop_tokens_infinities_and_the_guard_s_support_are_kept(stage, batch):
+    logits_RV, profiles, rows = batch
+    for row in rows:
+        row.divisor = 1.0
+    after_RV, _ = restyle(stage, profiles, rows, logits_RV)
+    assert not after_RV.isnan().any()
+    for r, row in enumerate(rows):
+        stops = [v for v in row.stop_ids if v < logits_RV.shape[1]]
+        peak = logits_RV[r].max()
+        kept_V = logits_RV[r] >= peak + log_guard_of(row)
+        near_V = (logits_RV[r] - peak - log_guard_of(row)).abs() < 1e-3 + 1e-6 * peak.abs()
+        kept_V[stops] = logits_RV[r, stops] > -torch.inf
+        near_V[stops] = False
+        finite_V = after_RV[r] > -torch.inf
+        assert ((finite_V == kept_V) | near_V).all()
+        assert finite_V.any()
+        assert torch.equal(after_RV[r, stops], logits_RV[r, stops])
+        if finite_V.equal(kept_V) and stops and logits_RV[r].abs().nan_to_num(posinf=0).max() < 50:
+            guarded_V = torch.where(kept_V, logits_RV[r].double(), -torch.inf) / row.temperature
+            before_V = torch.softmax(guarded_V, dim=0)
+            after_V = torch.softmax(after_RV[r].double() / row.temperature, dim=0)
+            torch.testing.assert_close(after_V[stops], before_V[stops], atol=1e-6, rtol=1e-3)
+
+
+@STAGES
+def test_nothing_to_do_leaves_every_survivor_s_bits(stage):
+    """No phrase rarer (λ = 0) and no δ at any strength, or strength 0 of any profile."""
+    logits_RV = make_rows(sorted(KINDS), 257, seed=3)
+    idle = toy_profile([(0, 1)], {}, 257)
+    for profile, strength in ((idle, 1.0), (idle, 0.3), (random_profile(5, 257), 0.0)):
+        rows = [Row([0], strength=strength, temperature=0.7) for _ in logits_RV]
+        after_RV, figures_RF = restyle(stage, [profile], rows, logits_RV)
+        kept_RV = after_RV > -torch.inf
+        assert torch.equal(after_RV[kept_RV], logits_RV[kept_RV])
+        assert kept_RV.any(dim=1).all()
+        assert not figures_RF[:, :3].any()
+
+
+@STAGES
+def test_rows_without_a_style_and_invalid_ones_keep_their_bits(stage):
+    logits_RV = make_rows(["gaussian"] * 5, 64, seed=1)
+    logits_RV[3, 7] = torch.nan
+    logits_RV[4] = -torch.inf
+    rows = [Row([0, 1]) for _ in logits_RV]
+    after_RV, figures_RF = restyle(stage, [random_profile(1, 64)], rows, logits_RV, without=(1,))
+    same = [
+        torch.equal(a.view(torch.int32), b.view(torch.int32))
+        for a, b in zip(after_RV, logits_RV, strict=True)
+    ]
+    assert same == [False, True, False, True, True]
+    assert figures_RF.any(dim=1).tolist() == [True, False, True, False, False]
+
+
+@not_interpreted
+@STAGES
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_stronger_tilt_is_farther_from_the_model(stage, seed):
+    profile = random_profile(seed, 64)
+    tilt = toy_profile([(0,)], {}, 64, profile.unigram_V)
+    row_RV = make_rows(["gaussian"], 64, seed)
+    costs = []
+    for strength in np.linspace(0, 1, 6).tolist():
+        _, figures_RF = restyle(stage, [tilt], [Row([1], strength=strength)], row_RV)
+        costs.append(figures_RF[0, 1].item())
+    assert (np.diff(costs) >= -1e-5).all()
+
+
+@STAGES
+def test_each_draft_is_behind_the_drafts_before_it(stage):
+    """And a state goes by the answer alone, however long it is."""
+    profile = random_profile(11, 17)
+    source = np.random.default_rng(2)
+    for drafts in (0, 1, 3):
+        texts = [source.integers(0, 4, n).tolist() for n in (4, 5, 12)]
+        rows = [Row(text, prompt=[0, 1, 2, 3], drafts=drafts) for text in texts]
+        logits_RV = make_rows(["gaussian"] * (3 * (1 + drafts)), 17, seed=drafts)
+        after_RV, _ = restyle(stage, [profile], rows, logits_RV)
+        for r in range(len(logits_RV)):
+            row = rows[r // (1 + drafts)]
+            text = row.text[: len(row.text) - drafts + r % (1 + drafts)]
+            said = said_of(Row(text, prompt=row.prompt), profile, logits_RV[r].numpy())
+            got_V = torch.log_softmax(after_RV[r].double(), 0).numpy()
+            likely_V = said.log_p_V > -25
+            np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=1e-3)
+
+
+@STAGES
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
+    """Over answers of some hundred tokens with rows of every openness. Nothing is drawn that could
+    make it fail: the bound holds for any rows and any number of accepted drafts."""
+    bounds, answers = (0.01, 0.05, 0.2), 3
+    profile = random_profile(4, 64, tilt=4.0)
+    source = np.random.default_rng(9)
+    tables = StyleTables.of([profile])
+    stage, slots = stage(tables), SLOTS(answers, 1 + drafts, "cpu")
+    backend = TritonBackend("cpu") if INTERPRETED else TorchBackend("cpu")
+    for s in range(answers):
+        slots.open(s)
+    position, means = [0] * answers, []
+    for at in range(10 if INTERPRETED else 120):
+        kinds = [str(source.choice(["flat", "gaussian", "few", "peaky"])) for _ in bounds]
+        rows = [
+            Row(source.integers(0, 4, 6 + drafts).tolist(), max_kl=b, drafts=drafts) for b in bounds
+        ]
+        step = step_of(rows)
+        offset_R = step.offset_R.long()
+        positions_R = torch.tensor(position)[step.slot_R] + offset_R
+        logits_RV = make_rows([kind for kind in kinds for _ in range(1 + drafts)], 64, at)
+        step = Step(step.controls, step.slot_R, positions_R, step.offset_R, texts=step.texts)
+        transform_step(logits_RV, step, slots, backend, stage)
+        position = [each + int(source.integers(1, 2 + drafts)) for each in position]
+    for s, bound in enumerate(bounds):
+        read = slots.read(s)
+        means.append((read.sums_F[TILT_KL] / read.sums_F[COUNT]).item())
+        assert means[s] <= bound + 1e-3
+        assert read.sums_F[KL] > 0
+    assert INTERPRETED or means[0] > 0.008, "the bound was never met"
+
+
+@not_interpreted
+def test_the_law_behind_it_leaves_what_the_style_left():
+    """A style alone is sampled from as it is; with a level, its support and its stop tokens are
+    kept, and the content is heated."""
+    profile, logits_RV = random_profile(7, 64), make_rows(["gaussian", "zipf"], 64, seed=2)
+    for diversity in (OFF, parse(0.8), parse({"law": "dynatemp", "dynatemp_range": 0.5})):
+        rows = [Row([0, 1], diversity=diversity, stop_ids=frozenset({3})) for _ in logits_RV]
+        styled_RV, figures_RF = restyle(PlainStyleStage, [profile], rows, logits_RV)
+        backend, after_RV, slots = TorchBackend("cpu"), logits_RV.clone(), Slots(2, 1, "cpu")
+        stage = PlainStyleStage(StyleTables.of([profile]))
+        transform_step(after_RV, step_of(rows), slots, backend, stage)
+        p_RV, q_RV = styled_RV.softmax(dim=1), after_RV.softmax(dim=1)
+        assert torch.equal(p_RV > 0, q_RV > 0)
+        torch.testing.assert_close(p_RV[:, 3], q_RV[:, 3], atol=1e-6, rtol=1e-4)
+        assert torch.allclose(p_RV, q_RV, atol=1e-5) == diversity.is_off
+        assert torch.equal(slots.read(1).waiting_KF[0, KL:], figures_RF[1])
+
+
+@not_interpreted
+def test_a_stage_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    class Wrong(PlainStyleStage):
+        def __call__(self, logits_XV, step, slots):
+            figures_RF = super().__call__(logits_XV, step, slots)
+            logits_XV[3] += 0.1
+            return figures_RF
+
+    profiles = [random_profile(3, 64)]
+    assert isinstance(get_style_stage("cpu", profiles), NumbaStyleStage)
+    monkeypatch.setattr("dftserve.sampling.backends._preferred_stage", lambda device: Wrong)
+    assert type(get_style_stage("cpu", profiles)) is PlainStyleStage
+    assert "disagrees" in caplog.text
+
+
+@not_interpreted
+def test_texts_without_a_stage_are_refused():
+    step, backend = step_of([Row([0])]), TorchBackend("cpu")
+    with pytest.raises(ValueError, match="texts: got some, and no style stage"):
+        transform_step(torch.zeros(1, 8), step, Slots(1, 1, "cpu"), backend)
+
+
+class Chain:
+    """An order-2 chain over V tokens that writes the phrase "a b c" ten times as often as people,
+    and the rates of its texts, exactly: no text is drawn, so that no test fails by chance."""
+
+    V, A, B, C = 24, 0, 1, 2
+    HUMAN = 0.60
+    """Of the phrase, per 1,000 tokens."""
+
+    def __init__(self):
+        source = np.random.default_rng(7)
+        p_UUV = source.dirichlet(np.full(self.V, 2.0), (self.V, self.V))
+        p_UUV[:, :, self.A] = 0.019
+        p_UUV[:, self.A, self.B] = 0.38
+        p_UUV[self.A, self.B, self.C] = 0.796
+        for u1 in range(self.V):
+            for u2 in range(self.V):
+                fixed = [self.A]
+                fixed += [self.B] if u2 == self.A else []
+                fixed += [self.C] if (u1, u2) == (self.A, self.B) else []
+                held = p_UUV[u1, u2, fixed].sum()
+                others = np.setdiff1d(np.arange(self.V), fixed)
+                p_UUV[u1, u2, others] *= (1 - held) / p_UUV[u1, u2, others].sum()
+        self.p_UUV = p_UUV
+
+    def stationary(self, p_UUV):
+        pairs_UU = np.full((self.V, self.V), self.V**-2.0)
+        for _ in range(200):
+            pairs_UU = np.einsum("ij,ijk->jk", pairs_UU, p_UUV)
+        return pairs_UU
+
+    def rates(self, p_UUV):
+        """Per 1,000 tokens: the phrase, "ab" then something else, "a" then something else."""
+        pairs_UU = self.stationary(p_UUV)
+        phrase = pairs_UU[self.A, self.B] * p_UUV[self.A, self.B, self.C]
+        orphan = pairs_UU[self.A, self.B] - phrase
+        innocent = pairs_UU[self.A].sum() - pairs_UU[self.A, self.B]
+        return 1000 * np.array([phrase, orphan, innocent])
+
+    def profile(self, rate):
+        """The chance that the phrase is completed, counted on the chain's own text."""
+        pairs_UU, a, b, c = self.stationary(self.p_UUV), self.A, self.B, self.C
+        into_a_U = pairs_UU[:, a] / pairs_UU[:, a].sum()
+        after_ab = self.p_UUV[a, b, c]
+        after_a = (into_a_U * self.p_UUV[:, a, b]).sum() * after_ab
+        ratio = math.log(rate / self.HUMAN)
+        chances = {(a,): after_a, (a, b): after_ab, (a, b, c): 1.0}
+        factors = {s: math.log1p(math.expm1(-ratio) * h) for s, h in chances.items()}
+        return toy_profile([(a, b, c)], factors, self.V)
+
+
+@not_interpreted
+@STAGES
+def test_a_phrase_comes_as_often_as_people_write_it_and_nothing_else_changes(stage):
+    """The rates of the chain as the stage leaves it, each pair of tokens being one row."""
+    chain = Chain()
+    before = chain.rates(chain.p_UUV)
+    profile = chain.profile(before[0])
+    texts = [[u1, u2] for u1 in range(chain.V) for u2 in range(chain.V)]
+    widest = Diversity(level=0.0, min_p=1e-9)
+    logits_RV = torch.tensor(np.log(chain.p_UUV)).reshape(-1, chain.V).float()
+    pairs_UU = chain.stationary(chain.p_UUV)
+    phrases = {}
+    for strength in (1.0, 0.5):
+        rows = [Row(text, diversity=widest, strength=strength) for text in texts]
+        after_RV, figures_RF = restyle(stage, [profile], rows, logits_RV)
+        q_UUV = after_RV.double().softmax(dim=1).reshape(chain.p_UUV.shape).numpy()
+        phrases[strength], orphan, innocent = chain.rates(q_UUV)
+        pairs_UU = chain.stationary(q_UUV)
+        kl, _, held_back, _ = (pairs_UU.reshape(-1, 1) * figures_RF.numpy()).sum(axis=0)
+        assert orphan == pytest.approx(before[1], rel=0.05)
+        assert innocent == pytest.approx(before[2], rel=0.05)
+        assert kl < 0.006
+        avoided = before[0] - phrases[strength]
+        assert 1000 * held_back == pytest.approx(0.9 * avoided, rel=0.1)
+    assert before[0] == pytest.approx(10 * chain.HUMAN, rel=0.1)
+    assert 0.54 <= phrases[1.0] <= 0.66
+    assert phrases[0.5] == pytest.approx((before[0] + chain.HUMAN) / 2, rel=0.1)
+
+
+@not_interpreted
+def test_the_triton_kernel_passes_the_same_tests_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:randomly", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "7 passed" in done.stdout
