@@ -17,11 +17,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dftserve.sampling.backends import triton, triton_slots
+from dftserve.sampling.backends import triton, triton_slots, triton_style
 
 KERNELS = {
     name: kernel
-    for module in (triton, triton_slots)
+    for module in (triton, triton_slots, triton_style)
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction)
 }

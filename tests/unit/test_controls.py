@@ -60,10 +60,16 @@ def test_columns_are_what_their_names_say():
         "xtc_probability": 0.0,
         "draw_key_high": 0.0,
         "draw_key_low": 0.0,
+        "style": -1.0,
+        "style_strength": 0.0,
+        "style_max_kl": 0.0,
+        "style_log_guard": np.log(0.125),
     }
     assert tuple(expected) == NUMBERS
-    for name, value in expected.items():
-        assert getattr(controls, f"{name}_R").tolist() == pytest.approx([value] * 2)
+    for column, (name, value) in enumerate(expected.items()):
+        assert controls.numbers_RF[:, column].tolist() == pytest.approx([value] * 2)
+        if not name.startswith("style"):  # A style's are read by its stage, by column.
+            assert getattr(controls, f"{name}_R").tolist() == pytest.approx([value] * 2)
 
 
 def test_another_level_leaves_the_former_controls_as_they_were():

@@ -50,7 +50,7 @@ def test_it_is_echoed_as_what_is_in_force(served):
         ask(diversity="human")
     finally:
         request_context.current.reset(token)
-    assert EFFECTIVE.items() <= context.answer().items()
+    assert EFFECTIVE.items() <= context.members()["diversity"].items()
 
 
 @pytest.mark.parametrize("written", ["nothing", "no entropy", "entropy 0", "something else"])

@@ -239,6 +239,15 @@ def test_different_styles_in_both_places_and_beam_search_are_refused(configured)
         refuse(request)
 
 
+@pytest.mark.parametrize("law", ["top_n_sigma", "xtc"])
+def test_a_law_that_cuts_by_the_whole_row_is_refused_beside_a_style(configured, law):
+    diversity = {"top_n_sigma": {"n_sigma": 1.0}, "xtc": {"xtc_probability": 0.5}}[law]
+    error = refused(style="small", diversity={"law": law, **diversity})
+    assert error.parameter == "style"
+    assert "gated" in str(error)
+    ask(style={"name": "small", "strength": 0}, diversity={"law": law, **diversity})
+
+
 def test_what_is_off_is_stock(configured):
     assert ask(style={"name": "small", "strength": 0}).extra_args is None
     assert ask(style="small", temperature=0).extra_args is None

@@ -16,11 +16,22 @@ from triton import language as tl
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
-from dftserve.sampling import Controls, Step, TokenClasses, control_row
+from dftserve.sampling import (
+    Controls,
+    Step,
+    StyleControls,
+    StyleTables,
+    Texts,
+    TokenClasses,
+    control_row,
+    transform_step,
+)
 from dftserve.sampling.backends import self_check
 from dftserve.sampling.backends.triton import TritonBackend
+from dftserve.sampling.backends.triton_style import TritonStyleStage
 from dftserve.spec import parse
 from tests.fake_gpu import KERNELS, compiled_kernels, fake_gpu
+from tests.profiles import random_profile
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets: nothing is compiled", allow_module_level=True)
@@ -28,6 +39,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 CPU = torch.device("cpu")
 STEP = ["_maxima", "_decide", "_write"]
 LAUNCHED = {*STEP, "_open"}
+STYLED = "_restyle"
+"""Beside the others, only where a row has a style."""
 OTHER_TYPES = {
     **dict.fromkeys(("rows", "stop_ids", "slot", "position"), "*i64"),
     **dict.fromkeys(("steered", "tokens", "base", "invalid"), "*i64"),
@@ -96,7 +109,7 @@ def test_every_kernel_is_compiled_once_and_launched_again(capability, vocabulary
 def test_every_function_is_launched_or_called_by_another():
     """So that the test above left none out."""
     sources = {name: kernel.src for name, kernel in KERNELS.items()}
-    for name in KERNELS.keys() - LAUNCHED:
+    for name in KERNELS.keys() - LAUNCHED - {STYLED}:
         callers = [other for other in sources if other != name and f"{name}(" in sources[other]]
         assert callers, name
 
@@ -258,6 +271,40 @@ def test_a_step_of_the_v2_runner_is_three_launches(gpu, engine, others):
     )
     assert steady(gpu, processor, lambda: processor.apply(logits_XV, context)) == (STEP, [])
     assert processor.stats.take_report() is not None
+
+
+@pytest.mark.parametrize("vocabulary", [257, 4096], ids=["any V", "V=16n"])
+def test_a_step_with_a_style_is_one_launch_more(gpu, vocabulary):
+    """Compiled once, and nothing but launches; each argument of the type that the kernel reads."""
+    engine = Engine()
+    stage = TritonStyleStage(StyleTables.of([random_profile(1, 64), random_profile(2, 64)]))
+    style = StyleControls(profile=1, strength=0.5, max_kl=0.05)
+    row = control_row(
+        parse(0.5), temperature=0.8, logits_divisor=1.0, stop_ids=frozenset({3}), style=style
+    )
+    slot_R, zero_R = torch.arange(3) % 2, torch.zeros(3, dtype=torch.int32)
+    tokens_SL = torch.zeros(2, 9, dtype=torch.int32)
+    texts = Texts(tokens_SL, torch.zeros(2, dtype=torch.int32), slot_R + 3, zero_R)
+    step = Step(Controls.stack([row] * 2), slot_R, slot_R, zero_R, texts=texts)
+    logits_XV = torch.randn(3, vocabulary)
+    for _ in range(2):
+        gpu.launches.clear()
+        with Work() as work:
+            transform_step(logits_XV, step, engine.slots, engine.backend, stage)
+    assert [name for name, _ in gpu.launches] == [STYLED, *STEP]
+    assert gpu.launches[0][1] == (3, 1, 1)
+    assert work.done == []
+    assert gpu.loaded == dict.fromkeys([STYLED, *STEP], 1)
+    integers = {"slot", "position", "rows", "stop_ids", "at", "base"}
+    floats = {"logits", "numbers", "root_log_factor", "row_log_factor", "unigram", "bigram_delta"}
+    floats |= {"sums", "waiting", "maxima", "stop_value", "figures"}
+    for argument, kind in gpu.signatures[STYLED].items():
+        if argument in integers:
+            assert kind == "*i64", argument
+        elif argument in floats:
+            assert kind == "*fp32", argument
+        elif not argument.isupper():
+            assert kind in ("*i32", "i32"), argument
 
 
 def test_requests_begin_by_one_launch(gpu):

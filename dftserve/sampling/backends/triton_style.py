@@ -313,7 +313,7 @@ def _delta(context, token, mask, tilt, sizes):
     place = style.to(tl.int64) * known_tokens
     low = tl.load(bigram_start + place + context, mask=has_context, other=0) + token * 0
     end = tl.load(bigram_start + place + context + 1, mask=has_context, other=0) + token * 0
-    entry, is_found = _find(bigram_token, low, end, token, mask & has_context, search_steps)
+    entry, is_found = _find(bigram_token, low, end, token, mask, search_steps)
     alone = tl.load(unigram + place + token, mask=mask & (is_found == 0), other=0.0)
     return tl.where(is_found, tl.load(bigram_delta + entry, mask=is_found, other=0.0), alone)
 
