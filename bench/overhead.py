@@ -9,7 +9,7 @@ take turns on it, round by round:
     min_p     stock, with vLLM's own min_p .05 and temperature 1.5
     no field  the processor there, no request asks for it
     tenth     a tenth of the requests, one at least, ask for diversity .5: a mixed batch
-    field     every request does; figures are fetched at the end, here and above
+    field     every request does; their figures come with their outputs, here and above
     naive     the same law on every row, written plainly in torch
     peer      the nearest peer's law on every row (`others.py` has both)
 Tokens per second of all requests together, and milliseconds per token of each, which is a step.
@@ -34,7 +34,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import click
 import torch
+from dftserve_vllm.request_context import PromptContext
 from vllm import LLM, SamplingParams
+
+from dftserve import spec
 
 import processors
 from provenance import machine, versions
@@ -42,6 +45,7 @@ from ratios import ratio, shown
 from tiny_model import MAX_LENGTH, TOKENS, VOCABULARIES, save_model
 
 BATCHES = (1, 8, 32, 64)
+DIVERSITY = spec.parse(0.5)
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 
@@ -142,26 +146,30 @@ def rounds(
     prompts = [{"prompt_token_ids": [1 + i, 7, 11, 13]} for i in range(batch)]
 
     def once() -> float:
+        asked = PromptContext(DIVERSITY, count=asking)
         params = [
             SamplingParams(
                 max_tokens=tokens,
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={"diversity": 0.5, "diversity_id": f"bench-{i}"} if i < asking else {},
+                extra_args=asking_for(asked, i) if i < asking else {},
                 **{"temperature": 1.0, **settings},
             )
             for i in range(batch)
         ]
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        if asking:
-            taken = llm.collective_rpc(
-                "dftserve_figures", args=({f"bench-{i}": tokens for i in range(asking)},)
-            )
-            assert len(taken[0]["figures"]) == asking
-        return batch * tokens / (time.perf_counter() - start)
+        counted = [choice.as_dict() for choice in asked.choices]
+        seconds = time.perf_counter() - start
+        assert [said and said["tokens"] for said in counted] == [tokens] * asking
+        return batch * tokens / seconds
 
     return once
+
+
+def asking_for(asked: PromptContext, choice: int) -> dict[str, Any]:
+    """What the plug-in's API process adds to a request, so that its statistics come back."""
+    return {"diversity": asked.diversity.level, "diversity_id": f"{asked.identity}.{choice}"}
 
 
 def stock(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:

@@ -9,14 +9,14 @@ import httpx
 import openai
 
 from dftserve.stories.grammar import PROMPTS
-from tests.conftest import KEY, Engine
+from tests.conftest import KEY, PATIENCE, Engine
 
 LIVELY = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
 """A story past its end loops over sure tokens, which no temperature opens; penalties end that."""
 
 
 def sync_client(engine: Engine) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{engine.url}/v1", api_key=KEY, max_retries=0, timeout=300)
+    return openai.OpenAI(base_url=f"{engine.url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
 
 
 def chat_body(prompt: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _all(
         # A kept connection may be closed by the server in the moment it is used again.
         limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(
-            base_url=engine.url, headers=headers, timeout=600, trust_env=False, limits=limits
+            base_url=engine.url, headers=headers, timeout=PATIENCE, trust_env=False, limits=limits
         ) as client:
 
             async def one(path: str, body: Any) -> httpx.Response:
@@ -80,7 +80,7 @@ def post(engine: Engine, path: str, body: dict[str, Any]) -> httpx.Response:
 
 def get(engine: Engine, path: str, key: str | None = KEY) -> httpx.Response:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return httpx.get(f"{engine.url}{path}", headers=headers, timeout=60, trust_env=False)
+    return httpx.get(f"{engine.url}{path}", headers=headers, timeout=PATIENCE, trust_env=False)
 
 
 def metric(engine: Engine, name: str) -> float:

@@ -43,6 +43,9 @@ FLAGS = (
 BRIEFLY = {"stories": 24, "epochs": 1.0, "learning_rate": 1e-4}
 # So few blocks that sixteen long texts do not fit at once, and sixteen short ones do.
 FEW_BLOCKS = "--num-gpu-blocks-override=20"
+PATIENCE = 3600.0
+"""Seconds for a server's start or an answer: a busy machine is slow, which is no failure, and a
+server that ends is seen at once."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def engine_running(
     if name.startswith("v2"):
         environment["TEST_V2_ON_CPU"] = "1"
     log = place / f"{name}.log"
-    with running(str(model_folder), *FLAGS, *flags, env=environment, log=log) as server:
+    with running(
+        str(model_folder), *FLAGS, *flags, env=environment, log=log, timeout=PATIENCE
+    ) as server:
         yield Engine(
             name, server.url.removesuffix("/v1"), model_folder, fault_file, log, server.pid
         )

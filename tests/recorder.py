@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from tests.conftest import PATIENCE
 from tests.local_server import serving
 
 HEADER = "x-dftserve-diversity"
@@ -51,7 +52,7 @@ class Recorder:
             if name.lower() not in _OF_THE_CONNECTION | {"accept-encoding"}
         }
         with (
-            httpx.Client(trust_env=False, timeout=300) as client,
+            httpx.Client(trust_env=False, timeout=PATIENCE) as client,
             client.stream(
                 request.command,
                 f"{self.engine}/{path}",

@@ -43,7 +43,9 @@ class SlotControls:
             self._width_S[slot] = 1
 
     def on_device(self) -> Controls:
-        """Of all slots, as they are now; no wider than the requests in them need."""
+        """Of all slots, as they are now; no wider than the requests in them need. One that left
+        without `clear` counts until its slot is used again, in the size of a copy alone: a row
+        reads its own stop tokens, however many columns there are."""
         if self._sent is None:
             stop_ids_SE = self._stop_ids_SE[:, : self._width_S.max()]
             numbers_SF, stop_ids_SE = self._staging.to_device_together(

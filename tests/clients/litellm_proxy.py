@@ -18,7 +18,7 @@ import httpx
 from ways import KEY, MESSAGES, MODEL, PROMPT, RefusedError, Seen, Way, ask_all, cases, header_in
 
 MASTER_KEY = "sk-of-a-proxy-that-lives-for-one-test-and-listens-on-loopback-only"
-START_SECONDS = 300
+PATIENCE = 3600
 
 ROUTES = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 8},
@@ -119,7 +119,7 @@ def free_port() -> int:
 
 
 def await_life(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health/liveliness", trust_env=False).status_code == 200:
@@ -130,7 +130,7 @@ def await_life(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 def main() -> None:
     client = httpx.Client(
-        trust_env=False, timeout=300, headers={"Authorization": f"Bearer {MASTER_KEY}"}
+        trust_env=False, timeout=PATIENCE, headers={"Authorization": f"Bearer {MASTER_KEY}"}
     )
 
     def ask(url: str, path: str, written: str, value: Any, stream: bool) -> Seen:

@@ -14,7 +14,7 @@ import pytest
 from tests import nginx
 from tests.client import chat_body
 from tests.client_rows import Said, as_recorded, read, refusal, row
-from tests.conftest import KEY, engine_running
+from tests.conftest import KEY, PATIENCE, engine_running
 from tests.local_server import serving
 from tests.recorder import HEADER, recording
 
@@ -48,7 +48,7 @@ def _ask(url: str, kind: str, route: str) -> Said:
         json=body | {"stream": kind == "stream"},
         headers={"Authorization": f"Bearer {KEY}"},
         trust_env=False,
-        timeout=300,
+        timeout=PATIENCE,
     )
     about = {"case": kind, "route": route, "written": "top level"}
     if answer.status_code == 200:
@@ -81,7 +81,7 @@ def _events(buffering: str, place: Path) -> str:
     with (
         serving(upstream) as behind,
         nginx.before(behind, buffering, place) as url,
-        httpx.stream("POST", url, content=b"{}", trust_env=False, timeout=300) as answer,
+        httpx.stream("POST", url, content=b"{}", trust_env=False, timeout=PATIENCE) as answer,
     ):
         for piece in answer.iter_raw():
             pieces.append(piece)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from dftserve.sampling import Controls, control_row, get_backend, transform
-from dftserve.sampling.backends.numba import CHUNK, NumbaBackend, _sums, _transform
+from dftserve.sampling.backends.numba import CHUNK, NumbaBackend, _step, _sums, _transform
 from dftserve.sampling.transform import transform as plain
 from dftserve.spec import parse
 from tests.rows import KINDS, make_rows
@@ -257,6 +257,14 @@ def test_nothing_is_compiled_after_the_first_call():
             way(logits_XV, controls, rows_R)
             way(logits_XV, controls.select(torch.arange(rows)), rows_R)
     assert len(_transform.signatures) == 1
+
+
+def test_kernels_handle_no_text():
+    """As numba's own message about arrays of two lengths would: every start would compile it."""
+    get_backend("cpu")
+    for kernel in (_transform, _step):
+        assert kernel.signatures
+        assert not [code for code in kernel.inspect_llvm().values() if "unicode" in code]
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,9 @@ def _step(
         if numbers_SF[s, columns.LAW] == NO_LAW:
             continue
         # 2. The row, at the level that is in force.
-        numbers_F[:] = numbers_SF[s]
+        # Not by a slice: the message of a length that differs would be compiled too, for seconds.
+        for f in range(len(numbers_F)):
+            numbers_F[f] = numbers_SF[s, f]
         put_level_in_force(state, s, numbers_F, constants_C)
         row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
         valid_R[r], values = _rewrite_if_valid(
