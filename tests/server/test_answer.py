@@ -184,6 +184,15 @@ def test_structured_output_is_as_valid_as_without(v1):
 
 
 @BOTH
+def test_human_is_the_budget_law_at_the_checkpoint_s_target(engine):
+    entropy = spec.Promise.read(engine.model_folder).target_entropy
+    answer = post(engine, "/v1/chat/completions", chat_body(diversity="human", **SHORT)).json()
+    effective = {"law": "budget", "target_entropy": entropy, "max_temperature": 4.0}
+    assert effective.items() <= answer["diversity"].items()
+    assert get(engine, "/v1/dft/capabilities").json()["human"] == effective
+
+
+@BOTH
 def test_capabilities_are_behind_the_key(engine):
     assert get(engine, "/v1/dft/capabilities", key=None).status_code == 401
     said = get(engine, "/v1/dft/capabilities").json()

@@ -30,7 +30,6 @@ VALUES = [
     {"law": "guard"},
     {"law": "top_n_sigma", "n_sigma": 0},
     {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.6},
-    "human",
 ]
 RAW = ["NaN", "Infinity", "-Infinity", '{"level": NaN}', "1e999"]
 
