@@ -296,6 +296,25 @@ class Controls:
     def draw_key_low_R(self) -> Tensor:
         return self.numbers_RF[:, DRAW_KEY_LOW]
 
+    @property
+    def style_R(self) -> Tensor:
+        """The profile's place, or `NO_STYLE`; means nothing where there is no request."""
+        return self.numbers_RF[:, STYLE]
+
+    @property
+    def style_strength_R(self) -> Tensor:
+        return self.numbers_RF[:, STYLE_STRENGTH]
+
+    @property
+    def style_max_kl_R(self) -> Tensor:
+        """Nats a token."""
+        return self.numbers_RF[:, STYLE_MAX_KL]
+
+    @property
+    def style_log_guard_R(self) -> Tensor:
+        """ln a of the guard before the style."""
+        return self.numbers_RF[:, STYLE_LOG_GUARD]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StyleControls:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.sampling import Controls, control_row
+from dftserve.sampling import Controls, StyleControls, control_row
 from dftserve.sampling.controls import NUMBERS, stop_width
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.spec import parse
@@ -66,10 +66,27 @@ def test_columns_are_what_their_names_say():
         "style_log_guard": np.log(0.125),
     }
     assert tuple(expected) == NUMBERS
-    for column, (name, value) in enumerate(expected.items()):
-        assert controls.numbers_RF[:, column].tolist() == pytest.approx([value] * 2)
-        if not name.startswith("style"):  # A style's are read by its stage, by column.
-            assert getattr(controls, f"{name}_R").tolist() == pytest.approx([value] * 2)
+    for name, value in expected.items():
+        assert getattr(controls, f"{name}_R").tolist() == pytest.approx([value] * 2)
+
+
+def test_a_style_s_guard_comes_before_it_and_once():
+    """It is the law's own; that of `budget`, whose level moves, is the widest."""
+    style = StyleControls(profile=2, strength=0.5, max_kl=0.05)
+    wide, narrow = np.log(0.02), np.log(0.05)
+    budget = {"law": "budget", "target_entropy": 1.0}
+    cases = [
+        ({"level": 0.0}, narrow),
+        (1.0, wide),
+        (budget, wide),
+        ({**budget, "min_p": 0.3}, -1.2),
+    ]
+    for asked, log_guard in cases:
+        given = {"temperature": 1.0, "logits_divisor": 1.0, "stop_ids": frozenset()}
+        controls = Controls.stack([control_row(parse(asked), style=style, **given)])
+        assert controls.log_min_p_R.tolist() == [-np.inf]
+        assert controls.style_log_guard_R.item() == pytest.approx(log_guard, abs=5e-3)
+        assert controls.style_R.tolist() == [2]
 
 
 def test_another_level_leaves_the_former_controls_as_they_were():

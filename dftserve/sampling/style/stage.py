@@ -142,15 +142,15 @@ def restyled(
     """
     support, valid_R = guard(
         logits_RV,
-        log_guard_R=controls.numbers_RF[:, columns.STYLE_LOG_GUARD],
+        log_guard_R=controls.style_log_guard_R,
         logits_divisor_R=controls.logits_divisor_R,
         stop_ids_RE=controls.stop_ids_RE,
     )
-    profile_R1 = controls.numbers_RF[:, columns.STYLE].long()[:, None]
+    profile_R1 = controls.style_R.long()[:, None]
     token_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)[None]
     _, log_factor_RV = tables.step(profile_R1, state_R[:, None], token_V)
     delta_RV = tables.delta(profile_R1, last_token_R[:, None], token_V)
-    strength_R = controls.numbers_RF[:, columns.STYLE_STRENGTH]
+    strength_R = controls.style_strength_R
     tilted = tilt(support, controls.temperature_R, log_factor_RV, delta_RV, strength_R, allowance_R)
     scale_R1 = (controls.temperature_R / controls.logits_divisor_R)[:, None]
     kept_RV = is_present(support.content_RV)
