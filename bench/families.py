@@ -41,8 +41,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
-from dftserve.targets.document import Document, fingerprint, load_tokenizer
+from dftserve.targets.document import Document, load_tokenizer
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
 from dftserve.train.run import FINAL, Prepared, finish, make_trainer, prepare
@@ -378,7 +379,7 @@ def save_store(folder: Path) -> Path:
 
     As transformers loads it: for some families it adds tokens of its own.
     """
-    read_by = fingerprint(load_tokenizer(str(folder / "base")))
+    read_by = tokenizer_fingerprint(load_tokenizer(str(folder / "base")))
     folder = folder / "targets"
     random = np.random.default_rng(0)
     held = {split: [drawn(random) for _ in range(DOCUMENTS)] for split in store.SPLITS}

@@ -32,9 +32,10 @@ from transformers.utils import logging
 from dftserve.corpus.prepare import cut
 from dftserve.corpus.read import read
 from dftserve.corpus.text import Text
+from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.lm import LanguageModel, examine, load
 from dftserve.targets import store
-from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
@@ -139,7 +140,7 @@ def build_store(
     plan = store.plan(
         source,
         sides,
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=tokenizer_fingerprint(tokenizer),
         template=None,
         corpus={},
         k=6,

@@ -16,8 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
-from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
 from dftserve.targets.source import DenseSource
 
@@ -114,7 +115,7 @@ def save_store(folder: Path, *, count: int = 60, heldout: int = 8, seed: int = 0
     plan = store.plan(
         source,
         held,
-        tokenizer=fingerprint(tokenizer()),
+        tokenizer=tokenizer_fingerprint(tokenizer()),
         template=None,
         corpus={},
         k=6,

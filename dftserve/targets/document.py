@@ -3,8 +3,6 @@
 Shapes: N tokens of a document, T trained positions among them.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,24 +84,3 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             f"model: got {model!r}: no tokenizer that can be loaded ({why}); accepted: a "
             "folder with a tokenizer.json, or a model's name where there is a hub."
         ) from None
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides a text's tokens: vocabulary, merges, special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    core = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab())
-    if isinstance(core, dict):
-        # How one call pads and cuts is not what the tokenizer is.
-        core = {name: core[name] for name in core if name not in ("truncation", "padding")}
-    specials = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return _digest([core, specials])
-
-
-def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of the chat template; None where there is none."""
-    return _digest(tokenizer.chat_template) if tokenizer.chat_template else None
-
-
-def _digest(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

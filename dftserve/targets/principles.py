@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dftserve import settings
-from dftserve.targets.document import Document, fingerprint, template_fingerprint
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
+from dftserve.targets.document import Document
 from dftserve.targets.source import CHUNK_ELEMENTS, DenseSource, Rows
 from dftserve.targets.teacher import Teacher
 
@@ -90,7 +91,7 @@ class Principles(DenseSource):
         return {
             "kind": "principles",
             "teacher": self._teacher.describe(),
-            "tokenizer": fingerprint(self._tokenizer),
+            "tokenizer": tokenizer_fingerprint(self._tokenizer),
             "template": template_fingerprint(self._tokenizer),
             "principles": self._principles,
             "weights": self._prior,

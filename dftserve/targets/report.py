@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.page import bars, code_table, page, section, table
-from dftserve.targets.document import Document, fingerprint
+from dftserve.targets.document import Document
 from dftserve.targets.sparse import Targets
 from dftserve.targets.store import SPLITS, StoreError, TargetStore
 
@@ -86,7 +87,7 @@ def inspect(store: TargetStore, tokenizer: "PreTrainedTokenizerBase | None" = No
         StoreError: the store was built with another tokenizer, or cannot be read.
     """
     plan = store.manifest.plan
-    if tokenizer is not None and fingerprint(tokenizer) != plan.tokenizer:
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != plan.tokenizer:
         raise StoreError(f"{store.folder} was built with another tokenizer; name its model.")
     splits = {split: _figures(store, split) for split in SPLITS}
     tokens = sum(map(store.manifest.tokens, SPLITS))

@@ -23,6 +23,7 @@ from dftserve.corpus.filters import Filters
 from dftserve.corpus.prepare import Corpus, Report, prepare
 from dftserve.corpus.sources import read_all
 from dftserve.corpus.text import Text
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.model_folder import CONFIG
 from dftserve.targets import recipe as recipes
 from dftserve.targets import report, store
@@ -30,10 +31,8 @@ from dftserve.targets.chat_template import ChatTemplate, TemplateError
 from dftserve.targets.conversation import Encoded, UnfitError
 from dftserve.targets.document import (
     Document,
-    fingerprint,
     load_tokenizer,
     spans,
-    template_fingerprint,
 )
 from dftserve.targets.encoding import encode
 from dftserve.targets.recipe import Recipe
@@ -102,7 +101,7 @@ def build(job: Job, say: Say = print) -> Manifest:
     plan = store.plan(
         source,
         documents,
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=tokenizer_fingerprint(tokenizer),
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
         corpus={
             "recipe": recipe.name,

@@ -80,7 +80,7 @@ class Plan:
     """Everything that decides a store's content."""
 
     tokenizer: str
-    """SHA-256; see `document.fingerprint`."""
+    """SHA-256; see `fingerprints`."""
     template: str | None
     """SHA-256 of the chat template; None for plain texts."""
     vocabulary: int

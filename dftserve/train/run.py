@@ -32,8 +32,9 @@ from transformers.utils import logging
 from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import FileError, advised, read_json, shaped_as
 from dftserve.digest import digest_of
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.spec import Promise
-from dftserve.targets.document import fingerprint, load_tokenizer, template_fingerprint
+from dftserve.targets.document import load_tokenizer
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
@@ -206,7 +207,7 @@ def read(config: TrainConfig) -> Material:
     found.check_tokenizer(tokenizer)
     store = TargetStore(Path(config.targets))
     store.belongs_to(
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=tokenizer_fingerprint(tokenizer),
         template=template_fingerprint(tokenizer),
         vocabulary=found.vocabulary,
     )

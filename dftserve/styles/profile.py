@@ -1,0 +1,583 @@
+"""A style profile: phrases with their automaton, a tilt of word choice, and the folder it lies in.
+
+    profile = read(Path("profiles/novels"))
+
+    profile.json           what it is: format, fingerprints, phrases, settings, counts, checksums
+    tensors.safetensors    every array of `Profile`, and what its factors are made of
+
+A profile may come from anywhere. Both files are regular ones that lie in its folder
+(`bounded_files`), are bounded, and are compared with their checksums; every index in them is
+checked before anything follows it.
+
+Shapes: V token ids of the tokenizer, A automaton states (0 is the root), N entries of their rows,
+C contexts, M bigrams in them, P phrases, H (state, phrase) pairs. An engine's rows of logits may
+be wider than V: the ids beyond lead to the root, with factor 1 and no tilt.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from dftserve import __version__, atomic, settings
+from dftserve.bounded_files import FileError, advised, parse_json, read_bytes, read_text
+
+FORMAT = 1
+MANIFEST, TENSORS = "profile.json", "tensors.safetensors"
+ANEW = "build the profile anew"
+MOST_PHRASES = 100_000
+LARGEST_LOG_RATIO = 10.0
+"""λ in nats: no phrase is made more than 22,026 times rarer."""
+LARGEST_DELTA = 10.0
+"""|δ| in nats."""
+LARGEST_VOCABULARY = (1 << 24) - 1
+MOST_STATES = 1 << 24
+MOST_ENTRIES = 1 << 27
+"""Of a tensor whose length is not bounded by the above."""
+LARGEST_MANIFEST = 64 << 20
+LARGEST_TENSORS = 2 << 30
+LARGEST_HEADER = 1 << 14
+"""Bytes of the file that are not tensors: its names and shapes take some 1,500."""
+LONGEST_PHRASE = 200
+"""Characters."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used: which, what is wrong with it, what to do."""
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A phrase that the model writes more often than people."""
+
+    text: str
+    log_ratio: float
+    """λ ≥ 0, in nats: at strength 1 the phrase comes e^−λ times as often."""
+    model_rate: float
+    """Per 1,000 words of the model's own answers, as counted."""
+    human_rate: float
+
+    def __post_init__(self) -> None:
+        if not (self.text.strip() and len(self.text) <= LONGEST_PHRASE):
+            _refuse("phrase", f"{self.text!r:.80}", f"text of at most {LONGEST_PHRASE} characters")
+        if not 0 <= self.log_ratio <= LARGEST_LOG_RATIO:
+            where = f"the log ratio of {self.text!r:.80}"
+            _refuse(where, f"{self.log_ratio}", f"0 to {LARGEST_LOG_RATIO:g} nats")
+        for rate in (self.model_rate, self.human_rate):
+            if not 0 <= rate <= 1000:
+                _refuse(f"a rate of {self.text!r:.80}", f"{rate}", "0 to 1,000 per 1,000 words")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Profile:
+    """What decoding applies, checked when it is made.
+
+    Raises:
+        ProfileError: an array of another type or shape, an index that is out of range, rows that
+            are not sorted, a number that is not finite or beyond its bound.
+    """
+
+    name: str
+    vocabulary: int
+    """V: token ids of the tokenizer."""
+    tokenizer_fingerprint: str
+    """See `dftserve.fingerprints`."""
+    template_fingerprint: str | None
+    model: str
+    """Whose answers were counted; for readers."""
+    phrases: tuple[Phrase, ...]
+
+    root_next_V: NDArray[np.int32]
+    """The state after each token from the root; 0: the root."""
+    root_log_factor_V: NDArray[np.float32]
+    """ln Π_k [1 − (1 − e^−λ_k)·h_k(state after the token)], ≤ 0, of taking each token from the root
+    at strength 1."""
+    row_start_A: NDArray[np.int32]
+    """[A + 1]: a state's row is the entries from its start up to the next one's; tokens rise. It
+    holds every token that leads elsewhere than from the root."""
+    row_token_N: NDArray[np.int32]
+    row_next_N: NDArray[np.int32]
+    row_log_factor_N: NDArray[np.float32]
+
+    unigram_V: NDArray[np.float32]
+    """δ(v) in nats; 0 where nothing is known."""
+    bigram_context_C: NDArray[np.int32]
+    """Tokens u, rising."""
+    bigram_start_C: NDArray[np.int32]
+    """[C + 1]: the entries of each context; tokens rise."""
+    bigram_token_M: NDArray[np.int32]
+    bigram_delta_M: NDArray[np.float32]
+    """δ(v|u), in place of the unigram's."""
+
+    strength: float = 1.0
+    """Where a request names none."""
+    max_kl: float = 0.05
+    """Nats a token that the tilt may cost where a request names no bound."""
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+        if not 0 < self.vocabulary <= LARGEST_VOCABULARY:
+            _refuse("vocabulary", f"{self.vocabulary}", f"1 to {LARGEST_VOCABULARY:,}")
+        if len(self.phrases) > MOST_PHRASES:
+            _refuse("phrases", f"{len(self.phrases):,}", f"at most {MOST_PHRASES:,}")
+        for name, value, most in (("strength", self.strength, 1), ("max_kl", self.max_kl, 10)):
+            if not 0 <= value <= most:
+                _refuse(name, f"{value}", f"0 to {most}")
+        _check_automaton(self)
+        _check_tilt(self)
+
+    @property
+    def states(self) -> int:
+        """A."""
+        return len(self.row_start_A) - 1
+
+    def belongs_to(self, *, tokenizer: str, template: str | None, vocabulary: int) -> None:
+        """Refuse a model that reads text otherwise.
+
+        Args:
+            tokenizer, template: its fingerprints.
+            vocabulary: columns of its logits.
+
+        Raises:
+            ProfileError: another tokenizer, another chat template, or fewer columns.
+        """
+        if self.tokenizer_fingerprint != tokenizer:
+            raise ProfileError(
+                f"the style {self.name!r} was built with another tokenizer "
+                f"({self.tokenizer_fingerprint[:12]}…) than the model's ({tokenizer[:12]}…); "
+                "build one with the model's."
+            )
+        if self.template_fingerprint is not None and self.template_fingerprint != template:
+            raise ProfileError(
+                f"the style {self.name!r} was counted under another chat template than the "
+                "model's; build one with the model's."
+            )
+        if self.vocabulary > vocabulary:
+            raise ProfileError(
+                f"the style {self.name!r} names tokens up to {self.vocabulary - 1}; the model has "
+                f"{vocabulary} columns of logits. Build one with the model's tokenizer."
+            )
+
+    def step(self, state: int, token: int) -> tuple[int, float]:
+        """The next state and the log factor of a token: the reference of what an engine does."""
+        entries = slice(self.row_start_A[state], self.row_start_A[state + 1])
+        place = int(np.searchsorted(self.row_token_N[entries], token)) + entries.start
+        if place < entries.stop and self.row_token_N[place] == token:
+            return int(self.row_next_N[place]), float(self.row_log_factor_N[place])
+        if token >= self.vocabulary:
+            return 0, 0.0
+        return int(self.root_next_V[token]), float(self.root_log_factor_V[token])
+
+    def delta(self, context: int | None, token: int) -> float:
+        """δ of a token behind another one: the reference of what an engine does."""
+        if token >= self.vocabulary:
+            return 0.0
+        place = 0 if context is None else int(np.searchsorted(self.bigram_context_C, context))
+        known = context is not None and place < len(self.bigram_context_C)
+        if known and self.bigram_context_C[place] == context:
+            entries = slice(self.bigram_start_C[place], self.bigram_start_C[place + 1])
+            at = int(np.searchsorted(self.bigram_token_M[entries], token)) + entries.start
+            if at < entries.stop and self.bigram_token_M[at] == token:
+                return float(self.bigram_delta_M[at])
+        return float(self.unigram_V[token])
+
+
+@dataclass(frozen=True, eq=False)
+class Harms:
+    """h_k(s): how likely a phrase that state s is in is completed, of all pairs where it may be.
+
+    `start_A`, int32 [A + 1], are the pairs of each state; their phrases rise.
+    """
+
+    start_A: NDArray[np.int32]
+    phrase_H: NDArray[np.int32]
+    chance_H: NDArray[np.float32]
+    """In [0, 1]; 1 in a state that completes the phrase."""
+
+    def log_factors(self, log_ratio_P: NDArray) -> NDArray[np.float32]:
+        """float32 [A]: ln Π_k [1 − (1 − e^−λ_k)·h_k(s)] of reaching each state; summed in fp64."""
+        lost_H = -np.expm1(-np.asarray(log_ratio_P, np.float64)[self.phrase_H]) * self.chance_H
+        # λ ≤ 10 keeps it above 0 where h is 1.
+        sums_H = np.concatenate([[0.0], np.cumsum(np.log1p(-lost_H))])
+        factor_A = sums_H[self.start_A[1:]] - sums_H[self.start_A[:-1]]
+        return np.minimum(factor_A, 0).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stored:
+    """A profile with all that its folder says of it."""
+
+    profile: Profile
+    harms: Harms
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    """What was counted: words and texts of each side, counts by phrase, recall, report."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it was built with."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def with_log_ratios(stored: Stored, log_ratio_P: NDArray) -> Profile:
+    """The profile at other λ: its phrases' and its factors anew; all else as it was.
+
+    Raises:
+        ProfileError: a λ that is out of bounds.
+    """
+    profile = stored.profile
+    pairs = zip(profile.phrases, np.asarray(log_ratio_P, float).tolist(), strict=True)
+    phrases = tuple(replace(phrase, log_ratio=value) for phrase, value in pairs)
+    factor_A = stored.harms.log_factors(log_ratio_P)
+    return replace(
+        profile,
+        phrases=phrases,
+        root_log_factor_V=factor_A[profile.root_next_V],
+        row_log_factor_N=factor_A[profile.row_next_N],
+    )
+
+
+# ── Checks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_name(name: str) -> bool:
+    """Whether a profile may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _check_names(profile: Profile) -> None:
+    if not is_name(profile.name):
+        _refuse("name", f"{profile.name!r:.80}", "up to 64 letters, digits, '.', '_' and '-'")
+    prints = [profile.tokenizer_fingerprint]
+    if profile.template_fingerprint is not None:
+        prints.append(profile.template_fingerprint)
+    for each in prints:
+        if not _SHA256.fullmatch(each):
+            _refuse("fingerprint", f"{each!r:.80}", "64 hexadecimal digits")
+    if not profile.model or len(profile.model) > 255 or not profile.model.isprintable():
+        _refuse("model", f"{profile.model!r:.80}", "a name of at most 255 printable characters")
+
+
+def _check_automaton(profile: Profile) -> None:
+    V = profile.vocabulary
+    states = profile.states
+    if not 1 <= states <= MOST_STATES:
+        _refuse("row_start_A", f"{states} states", f"1 to {MOST_STATES:,}")
+    _check_kind("root_next_V", profile.root_next_V, np.int32, V)
+    _check_range("root_next_V", profile.root_next_V, states)
+    _check_kind("root_log_factor_V", profile.root_log_factor_V, np.float32, V)
+    N = len(profile.row_token_N)
+    _check_rows("row_start_A", profile.row_start_A, states, N)
+    _check_kind("row_token_N", profile.row_token_N, np.int32, N)
+    _check_range("row_token_N", profile.row_token_N, V)
+    _check_rising("row_token_N", profile.row_token_N, profile.row_start_A)
+    _check_kind("row_next_N", profile.row_next_N, np.int32, N)
+    _check_range("row_next_N", profile.row_next_N, states)
+    _check_kind("row_log_factor_N", profile.row_log_factor_N, np.float32, N)
+    for name in ("root_log_factor_V", "row_log_factor_N"):
+        factors = getattr(profile, name)
+        if not (np.isfinite(factors) & (factors <= 0)).all():
+            _refuse(name, "numbers above 0, infinite or not numbers", "finite log factors up to 0")
+
+
+def _check_tilt(profile: Profile) -> None:
+    V = profile.vocabulary
+    _check_kind("unigram_V", profile.unigram_V, np.float32, V)
+    C, M = len(profile.bigram_context_C), len(profile.bigram_token_M)
+    _check_kind("bigram_context_C", profile.bigram_context_C, np.int32, C)
+    _check_range("bigram_context_C", profile.bigram_context_C, V)
+    _check_rising("bigram_context_C", profile.bigram_context_C, np.array([0, C]))
+    _check_rows("bigram_start_C", profile.bigram_start_C, C, M)
+    _check_kind("bigram_token_M", profile.bigram_token_M, np.int32, M)
+    _check_range("bigram_token_M", profile.bigram_token_M, V)
+    _check_rising("bigram_token_M", profile.bigram_token_M, profile.bigram_start_C)
+    _check_kind("bigram_delta_M", profile.bigram_delta_M, np.float32, M)
+    for name in ("unigram_V", "bigram_delta_M"):
+        # NaN compares false.
+        if not (np.abs(getattr(profile, name)) <= LARGEST_DELTA).all():
+            _refuse(name, "numbers beyond it", f"-{LARGEST_DELTA:g} to {LARGEST_DELTA:g} nats")
+
+
+def _check_harms(harms: Harms, states: int, phrases: int) -> None:
+    H = len(harms.phrase_H)
+    _check_rows("harm_start_A", harms.start_A, states, H)
+    _check_kind("harm_phrase_H", harms.phrase_H, np.int32, H)
+    _check_range("harm_phrase_H", harms.phrase_H, phrases)
+    _check_rising("harm_phrase_H", harms.phrase_H, harms.start_A)
+    _check_kind("harm_chance_H", harms.chance_H, np.float32, H)
+    if not ((harms.chance_H >= 0) & (harms.chance_H <= 1)).all():
+        _refuse("harm_chance_H", "numbers beyond it", "chances from 0 to 1")
+
+
+def _check_kind(name: str, array: NDArray, dtype: Any, length: int) -> None:
+    if array.dtype != dtype or array.shape != (length,):
+        got = f"{array.dtype} {list(array.shape)}"
+        _refuse(name, got, f"{np.dtype(dtype)} [{length}]")
+
+
+def _check_range(name: str, ids: NDArray, stop: int) -> None:
+    if len(ids) and not (ids.min() >= 0 and ids.max() < stop):
+        _refuse(name, f"{ids.min()} to {ids.max()}", f"0 to {stop - 1}")
+
+
+def _check_rows(name: str, start: NDArray, rows: int, entries: int) -> None:
+    _check_kind(name, start, np.int32, rows + 1)
+    if start[0] != 0 or start[-1] != entries or (np.diff(start) < 0).any():
+        _refuse(name, "starts in another order", f"starts that rise from 0 to {entries}")
+
+
+def _check_rising(name: str, ids: NDArray, start: NDArray) -> None:
+    falls_N = np.zeros(len(ids), bool)
+    falls_N[1:] = np.diff(ids) <= 0
+    begins = start[:-1]
+    falls_N[begins[begins < len(ids)]] = False
+    if falls_N.any():
+        _refuse(name, "ids out of order", "ids that rise in each row")
+
+
+def _refuse(where: str, got: str, accepted: str) -> NoReturn:
+    raise ProfileError(f"{where}: got {got}; accepted: {accepted}; {ANEW}.")
+
+
+# ── The folder ───────────────────────────────────────────────────────────────────────────────────
+
+_TENSORS: Mapping[str, tuple[type, str]] = {
+    "root_next_V": (np.int32, "vocabulary"),
+    "root_log_factor_V": (np.float32, "vocabulary"),
+    "row_start_A": (np.int32, "states"),
+    "row_token_N": (np.int32, "entries"),
+    "row_next_N": (np.int32, "entries"),
+    "row_log_factor_N": (np.float32, "entries"),
+    "unigram_V": (np.float32, "vocabulary"),
+    "bigram_context_C": (np.int32, "contexts"),
+    "bigram_start_C": (np.int32, "contexts"),
+    "bigram_token_M": (np.int32, "bigrams"),
+    "bigram_delta_M": (np.float32, "bigrams"),
+    "harm_start_A": (np.int32, "states"),
+    "harm_phrase_H": (np.int32, "harms"),
+    "harm_chance_H": (np.float32, "harms"),
+}
+"""Type and size of each; `*_start_*` have one more."""
+_HARMS = {"start_A": "harm_start_A", "phrase_H": "harm_phrase_H", "chance_H": "harm_chance_H"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    vocabulary: int
+    states: int
+    entries: int
+    contexts: int
+    bigrams: int
+    harms: int
+
+    def __post_init__(self) -> None:
+        bounds = {"vocabulary": LARGEST_VOCABULARY, "states": MOST_STATES}
+        for name, value in asdict(self).items():
+            most = bounds.get(name, MOST_ENTRIES)
+            if not 0 <= value <= most:
+                _refuse(name, f"{value}", f"0 to {most:,}")
+        if self.tensor_bytes() > LARGEST_TENSORS:
+            _refuse(
+                "sizes", f"{self.tensor_bytes():,} bytes of tensors", f"{LARGEST_TENSORS:,} bytes"
+            )
+
+    def length(self, tensor: str) -> int:
+        return getattr(self, _TENSORS[tensor][1]) + ("_start_" in tensor)
+
+    def tensor_bytes(self) -> int:
+        return sum(4 * self.length(name) for name in _TENSORS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    """What profile.json says."""
+
+    format: int
+    name: str
+    model: str
+    vocabulary: int
+    tokenizer_fingerprint: str
+    template_fingerprint: str | None
+    strength: float
+    max_kl: float
+    phrases: tuple[Phrase, ...]
+    sizes: _Sizes
+    counts: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    tensors_blake3: str
+    blake3: str = ""
+    """Of all of the above, as it is written."""
+
+
+def write(folder: Path, stored: Stored) -> None:
+    """Put a profile at `folder`, whole or not at all.
+
+    Raises:
+        FileExistsError: something is there.
+        ProfileError: chances of other states or phrases than the profile's.
+        OSError: as the disk raised it.
+    """
+    profile = stored.profile
+    _check_harms(stored.harms, profile.states, len(profile.phrases))
+    tensors = save_tensors(
+        {name: np.ascontiguousarray(each) for name, each in _arrays(stored).items()}
+    )
+    manifest = {
+        "format": FORMAT,
+        **{name: getattr(profile, name) for name in _NAMED},
+        "phrases": [asdict(phrase) for phrase in profile.phrases],
+        "sizes": asdict(_sizes(stored)),
+        "counts": stored.counts,
+        "settings": stored.settings,
+        "versions": stored.versions,
+        "tensors_blake3": blake3(tensors).hexdigest(),
+        "blake3": "",
+    }
+    manifest["blake3"] = _digest_of(manifest)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.folder(folder) as temporary:
+        (temporary / TENSORS).write_bytes(tensors)
+        (temporary / MANIFEST).write_text(_json(manifest), encoding="utf-8")
+
+
+_NAMED = (
+    "name",
+    "model",
+    "vocabulary",
+    "tokenizer_fingerprint",
+    "template_fingerprint",
+    "strength",
+    "max_kl",
+)
+
+
+def read(folder: Path) -> Profile:
+    """The profile in a folder; raises as `load`."""
+    return load(folder).profile
+
+
+def load(folder: Path) -> Stored:
+    """The profile in a folder and all that the folder says of it.
+
+    Raises:
+        ProfileError: names the file and what is wrong with it: none there, no regular file of the
+            folder, too large, damaged, or not what `write` writes.
+    """
+    manifest = _manifest(folder)
+    arrays = _tensors(folder, manifest)
+    harms = Harms(**{name: arrays.pop(tensor) for name, tensor in _HARMS.items()})
+    try:
+        profile = Profile(
+            **{name: getattr(manifest, name) for name in _NAMED},
+            phrases=manifest.phrases,
+            **arrays,
+        )
+        _check_harms(harms, profile.states, len(profile.phrases))
+    except ProfileError as error:
+        raise ProfileError(f"{folder / TENSORS}: {error}") from None
+    return Stored(
+        profile=profile,
+        harms=harms,
+        counts=manifest.counts,
+        settings=manifest.settings,
+        versions=manifest.versions,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what a profile is made with."""
+    return {"dftserve": __version__, **{n: version(n) for n in ("numpy", "tokenizers")}}
+
+
+def _arrays(stored: Stored) -> dict[str, NDArray]:
+    names = {tensor: name for name, tensor in _HARMS.items()}
+    return {
+        tensor: getattr(stored.harms, names[tensor])
+        if tensor in names
+        else getattr(stored.profile, tensor)
+        for tensor in _TENSORS
+    }
+
+
+def _sizes(stored: Stored) -> _Sizes:
+    profile = stored.profile
+    return _Sizes(
+        vocabulary=profile.vocabulary,
+        states=profile.states,
+        entries=len(profile.row_token_N),
+        contexts=len(profile.bigram_context_C),
+        bigrams=len(profile.bigram_token_M),
+        harms=len(stored.harms.phrase_H),
+    )
+
+
+def _manifest(folder: Path) -> _Manifest:
+    path = folder / MANIFEST
+    try:
+        text = read_text(path, within=folder, largest=LARGEST_MANIFEST)
+        content = parse_json(text, str(path))
+        named = content.get("phrases") if isinstance(content, dict) else None
+        if isinstance(named, list) and len(named) > MOST_PHRASES:
+            _refuse(f"{path}, phrases", f"{len(named):,}", f"at most {MOST_PHRASES:,}")
+        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+            _refuse(f"{path}, format", f"{content['format']!r:.40}", f"{FORMAT}")
+        manifest = settings.load(_Manifest, content, str(path))
+    except FileNotFoundError:
+        raise ProfileError(
+            f"{folder} has no {MANIFEST}; give the --out of a `dftserve style build`."
+        ) from None
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be read ({error.strerror}); {ANEW}.") from None
+    except ValueError as error:
+        told = str(error)  # What a dataclass of ours refuses has the advice already.
+        raise ProfileError(told if ANEW in told else advised(error, ANEW)) from None
+    if manifest.blake3 != _digest_of(content):
+        raise ProfileError(f"{path} is not the file that was written, by its checksum; {ANEW}.")
+    if manifest.sizes.vocabulary != manifest.vocabulary:
+        got = f"{manifest.sizes.vocabulary}"
+        _refuse(f"{path}, sizes.vocabulary", got, f"{manifest.vocabulary}")
+    return manifest
+
+
+def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
+    path = folder / TENSORS
+    largest = manifest.sizes.tensor_bytes() + LARGEST_HEADER
+    try:
+        content = read_bytes(path, within=folder, largest=largest)
+        if blake3(content).hexdigest() != manifest.tensors_blake3:
+            raise ProfileError(
+                f"{path} is not the file that was written, by the checksum in {MANIFEST}; {ANEW}."
+            )
+        arrays = load_tensors(content)
+    except FileNotFoundError:
+        raise ProfileError(f"{path} is missing; {ANEW}.") from None
+    except FileError as error:
+        raise ProfileError(advised(error, ANEW)) from None
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ProfileError(f"{path} cannot be read ({error}); {ANEW}.") from None
+    found = {name: (each.dtype.type, each.shape) for name, each in arrays.items()}
+    wanted = {
+        name: (dtype, (manifest.sizes.length(name),)) for name, (dtype, _) in _TENSORS.items()
+    }
+    if found != wanted:
+        differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        _refuse(f"{path}", f"the tensors {', '.join(differing)}"[:80], f"those of {MANIFEST}")
+    return arrays
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return blake3(_json({**manifest, "blake3": ""}).encode()).hexdigest()
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
