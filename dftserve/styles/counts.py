@@ -7,8 +7,8 @@ counts once in the tests, however often it has a phrase, so that one text's refr
 a habit. The G statistic ranks; as it follows its χ² law badly at counts of five, p is the exact
 conditional test's: of n occurrences in all, as many in the model's texts as a binomial draw with
 the share of its words has or more. False discoveries are held by Benjamini and Hochberg's
-procedure over every run that comes often enough in both sides together, which does not depend on
-what is tested; known phrases are a family of their own.
+procedure over every telling run that comes often enough in both sides together, which does not
+depend on what is tested; known phrases are a family of their own.
 
 Left out are names (capitalised inside a sentence), runs with a digit, short runs of common words,
 topics (said under few prompts, mostly under one, or over and over in a text) and echoes of the
@@ -17,7 +17,7 @@ the shorter, and else the shorter.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -35,6 +35,8 @@ from dftserve.evaluate.text.windows import Sample
 Gram = tuple[str, ...]
 
 SIZES = range(2, 7)
+PER = 1000
+"""Rates are per so many words."""
 PRIOR = 2.0
 """Occurrences at the rate of both sides together that each side's rate leans on."""
 CAPITAL = 0.5
@@ -110,6 +112,10 @@ class Side:
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = tuple(samples)
+        self.asked = [
+            sample.prompt or sample.source or f"text {n}" for n, sample in enumerate(samples)
+        ]
+        """The prompt of each text, or what stands for one where there is none."""
         self.spans = [spans(sample.text) for sample in self.samples]
         self.runs = [
             [list(run) for is_word, run in groupby(said, lambda s: s[0][0].isalnum()) if is_word]
@@ -196,19 +202,17 @@ class _Uses:
 
 def _mined(model: Side, human: Side, choice: Choice) -> list[tuple[Gram, Tally]]:
     uses = _frequent(model, human, choice.least_texts)
-    grams = list(uses)
+    called, common = names(model, human), _common(human)
+    # Before the tests: what is not tested costs the others nothing.
+    grams = [gram for gram in uses if _tells(gram, called, common)]
     if not grams:
         return []
-    texts_G2 = np.array([(len(uses[gram].model), len(uses[gram].human)) for gram in grams])
-    p_G = p_value(texts_G2[:, 0], model.words, texts_G2[:, 1], human.words)
-    g_G = g_statistic(texts_G2[:, 0], model.words, texts_G2[:, 1], human.words)
+    p_G, g_G = _tested([uses[gram] for gram in grams], model, human)
     passes_G = stats.false_discovery_control(p_G) <= choice.false_discoveries
-    names, common = _names(model, human), _common(human)
     kept = [
         n
         for n in np.flatnonzero(passes_G).tolist()
-        if _tells(grams[n], names, common)
-        and _is_habit(grams[n], uses[grams[n]].model, model, choice)
+        if _is_habit(grams[n], uses[grams[n]].model, model, choice)
     ]
     written = _surfaces(model, {grams[n] for n in kept})
     tallies = [
@@ -219,6 +223,15 @@ def _mined(model: Side, human: Side, choice: Choice) -> list[tuple[Gram, Tally]]
         for n in kept
     ]
     return [(gram, t) for gram, t in tallies if t.log_ratio >= np.log(choice.least_ratio)]
+
+
+def _tested(
+    uses: Sequence[_Uses], model: Side, human: Side
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """p and G of each, by texts over words."""
+    texts_2G = np.array([(len(use.model), len(use.human)) for use in uses]).T
+    sides = texts_2G[0], model.words, texts_2G[1], human.words
+    return p_value(*sides), g_statistic(*sides)
 
 
 def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
@@ -243,15 +256,18 @@ def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
     return found
 
 
-def _tells(gram: Gram, names: frozenset[str], common: frozenset[str]) -> bool:
+def _tells(gram: Gram, called: frozenset[str], common: frozenset[str]) -> bool:
     """Whether a run is a phrase: no name, no number, and content words where it is short."""
-    if any(word in names or any(map(str.isdigit, word)) for word in gram):
+    if any(word in called or any(map(str.isdigit, word)) for word in gram):
         return False
-    if len(gram) > 3 or any("'" in word for word in gram):
+    content = _content(gram)
+    if len(gram) > 3:
         return True
+    if any("'" in word for word in gram):  # "I'm not sure"
+        return bool(content)
     if len(gram) == 2 and gram[0] in _FUNCTION:
         return False
-    return any(word not in common for word in _content(gram))
+    return any(word not in common for word in content)
 
 
 def _content(gram: Gram) -> list[str]:
@@ -260,7 +276,7 @@ def _content(gram: Gram) -> list[str]:
 
 def _is_habit(gram: Gram, uses: Counter[int], model: Side, choice: Choice) -> bool:
     """Whether the model says it whatever it is asked."""
-    prompts = Counter(model.samples[text].prompt for text in uses)
+    prompts = Counter(model.asked[text] for text in uses)
     texts = len(uses)
     if texts < choice.least_texts or len(prompts) < choice.least_prompts:
         return False
@@ -273,7 +289,7 @@ def _is_habit(gram: Gram, uses: Counter[int], model: Side, choice: Choice) -> bo
     return echoes <= ECHO * texts
 
 
-def _names(*sides: Side) -> frozenset[str]:
+def names(*sides: Side) -> frozenset[str]:
     """Words that are mostly capitalised inside sentences."""
     capital: Counter[str] = Counter()
     inside: Counter[str] = Counter()
@@ -328,7 +344,7 @@ def _tally(
         human_count=counts[1],
         model_texts=len(uses.model),
         human_texts=len(uses.human),
-        prompts=len({model.samples[text].prompt for text in uses.model}),
+        prompts=len({model.asked[text] for text in uses.model}),
         p=float(p),
         g=float(g),
         known=known,
@@ -337,6 +353,8 @@ def _tally(
 
 # ── Known phrases ────────────────────────────────────────────────────────────────────────────────
 
+LONGEST_KNOWN = 8
+"""Words and marks."""
 LEAST_KNOWN = 2
 """Texts and prompts of the model with a known phrase: that it is a phrase is known."""
 
@@ -344,35 +362,39 @@ LEAST_KNOWN = 2
 def _known(
     model: Side, human: Side, choice: Choice, phrases: Iterable[str], taken: set[Gram]
 ) -> list[tuple[Gram, Tally]]:
-    by_words = {tuple(word for word, _, _ in spans(phrase)): phrase for phrase in phrases}
-    by_words = {key: phrase for key, phrase in by_words.items() if key and key not in taken}
-    uses = {key: _Uses() for key in by_words}
-    for side, of in ((model, "model"), (human, "human")):
+    wanted = {tuple(word for word, _, _ in spans(phrase)) for phrase in phrases} - taken - {()}
+    uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
+    written: defaultdict[Gram, Counter[str]] = defaultdict(Counter)
+    for is_model, side in ((True, model), (False, human)):
         for text, said in enumerate(side.spans):
-            for key in _occurrences(tuple(word for word, _, _ in said), by_words):
-                getattr(uses[key], of)[text] += 1
-    keys = [key for key in by_words if uses[key].model or uses[key].human]
+            for gram, start, end in _occurrences(said, wanted):
+                (uses[gram].model if is_model else uses[gram].human)[text] += 1
+                if is_model:
+                    written[gram][side.samples[text].text[start:end].replace("’", "'")] += 1
+    keys = sorted(gram for gram in uses if uses[gram].model)
     if not keys:
         return []
-    texts_K2 = np.array([(len(uses[key].model), len(uses[key].human)) for key in keys])
-    p_K = p_value(texts_K2[:, 0], model.words, texts_K2[:, 1], human.words)
-    g_K = g_statistic(texts_K2[:, 0], model.words, texts_K2[:, 1], human.words)
+    p_K, g_K = _tested([uses[key] for key in keys], model, human)
     passes_K = stats.false_discovery_control(p_K) <= choice.false_discoveries
     found = []
     for n in np.flatnonzero(passes_K).tolist():
-        tally = _tally(by_words[keys[n]], uses[keys[n]], model, human, p_K[n], g_K[n], known=True)
+        text = _surface(keys[n], written[keys[n]])
+        tally = _tally(text, uses[keys[n]], model, human, p_K[n], g_K[n], known=True)
         enough = min(tally.model_texts, tally.prompts) >= LEAST_KNOWN
         if enough and tally.log_ratio >= np.log(choice.least_ratio):
             found.append((keys[n], tally))
     return found
 
 
-def _occurrences(words: Gram, phrases: Mapping[Gram, str]) -> Iterator[Gram]:
-    sizes = sorted({len(phrase) for phrase in phrases})
+def _occurrences(
+    said: Sequence[tuple[str, int, int]], phrases: Container[Gram]
+) -> Iterator[tuple[Gram, int, int]]:
+    """(phrase, start, end) of each in a text's words and marks."""
+    words = tuple(word for word, _, _ in said)
     for at in range(len(words)):
-        for size in sizes:
-            if (gram := words[at : at + size]) in phrases and len(gram) == size:
-                yield gram
+        for size in range(1, min(LONGEST_KNOWN, len(words) - at) + 1):
+            if (gram := words[at : at + size]) in phrases:
+                yield gram, said[at][1], said[at + size - 1][2]
 
 
 # ── A run and a longer one ───────────────────────────────────────────────────────────────────────
