@@ -331,8 +331,7 @@ def _settings(job: Job) -> dict[str, Any]:
 
 def _held_out(model: Side) -> list[bool]:
     """Whether each answer belongs to a prompt that is held out, one of `HELD_OUT`."""
-    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(model.asked))}
-    return [place[prompt] % HELD_OUT == HELD_OUT - 1 for prompt in model.asked]
+    return [group % HELD_OUT == HELD_OUT - 1 for group in model.groups]
 
 
 def _judged(
@@ -368,6 +367,7 @@ def _tilt(
         side: tilt.count(
             [np.array(each.tokens, np.int64) for each in encoded[side]],
             [_outside(automaton, each) for each in encoded[side]],
+            side.groups,
             vocabulary=V,
         )
         for side in (model, human)

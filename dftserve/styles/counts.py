@@ -16,6 +16,7 @@ prompt. Of a run and a longer one with it, the longer stands if it explains most
 the shorter, and else the shorter.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,9 +68,13 @@ class Choice:
     least_ratio: float = 1.5
     """e^λ, after shrinking."""
     explained: float = 0.75
-    """Share of a run's texts in which a longer run explains it."""
+    """Share of a phrase's occurrences that another one must explain to stand for it."""
     most: int = 2000
     """Phrases, those with the largest G."""
+
+    @property
+    def least_log_ratio(self) -> float:
+        return math.log(self.least_ratio)
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -123,6 +128,12 @@ class Side:
         ]
         self.words = sum(len(run) for runs in self.runs for run in runs)
 
+    @cached_property
+    def groups(self) -> list[int]:
+        """Of each text the number of its prompt, from 0."""
+        place = {prompt: n for n, prompt in enumerate(dict.fromkeys(self.asked))}
+        return [place[prompt] for prompt in self.asked]
+
     def grams(self, text: int, size: int) -> Iterator[tuple[Gram, int, int]]:
         """(gram, start, end) of each run of `size` words in a text."""
         for run in self.runs[text]:
@@ -149,8 +160,8 @@ def over_used(model: Side, human: Side, choice: Choice, known: Iterable[str] = (
         if not side.words:
             raise ValueError(f"{name}: got no words; accepted: English prose.")
     found = _mined(model, human, choice)
-    found += _known(model, human, choice, known, taken={key for key, _ in found})
-    chosen = _without_parts(found, choice.explained)
+    found |= _known(model, human, choice, known, taken=set(found))
+    chosen = _without_overlaps(_without_parts(found, choice.explained), choice.explained)
     return sorted(chosen, key=_weight, reverse=True)[: choice.most]
 
 
@@ -172,6 +183,11 @@ def p_value(a_N: ArrayLike, a_words: float, b_N: ArrayLike, b_words: float) -> N
     return stats.binom.sf(a_N - 1, a_N + b_N, a_words / (a_words + b_words))
 
 
+def discoveries(p_N: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
+    """Which are, with at most that share of false ones expected (Benjamini and Hochberg 1995)."""
+    return stats.false_discovery_control(p_N) <= share
+
+
 def shrunk_log_ratio(a: float, a_words: float, b: float, b_words: float) -> float:
     """ln of the ratio of two rates, each leaning by `PRIOR` occurrences on the common rate."""
     if not a + b:
@@ -188,9 +204,21 @@ def _weight(tally: Tally) -> tuple[float, str]:
 # ── Runs of words ────────────────────────────────────────────────────────────────────────────────
 
 
+Place = tuple[int, int, int]
+"""A text, and start and end in it."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A phrase and where the model says it."""
+
+    tally: Tally
+    places: Sequence[Place]
+
+
 @dataclass
 class _Uses:
-    """Where a gram is: its texts with the number of its occurrences in each."""
+    """The texts with a gram, and how often each has it."""
 
     model: Counter[int] = field(default_factory=Counter)
     human: Counter[int] = field(default_factory=Counter)
@@ -200,29 +228,26 @@ class _Uses:
         return len(self.model) + len(self.human)
 
 
-def _mined(model: Side, human: Side, choice: Choice) -> list[tuple[Gram, Tally]]:
+def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
     uses = _frequent(model, human, choice.least_texts)
     called, common = names(model, human), _common(human)
     # Before the tests: what is not tested costs the others nothing.
     grams = [gram for gram in uses if _tells(gram, called, common)]
     if not grams:
-        return []
+        return {}
     p_G, g_G = _tested([uses[gram] for gram in grams], model, human)
-    passes_G = stats.false_discovery_control(p_G) <= choice.false_discoveries
-    kept = [
-        n
+    passes_G = discoveries(p_G, choice.false_discoveries)
+    tested = {
+        grams[n]: (p_G[n], g_G[n])
         for n in np.flatnonzero(passes_G).tolist()
         if _is_habit(grams[n], uses[grams[n]].model, model, choice)
-    ]
-    written = _surfaces(model, {grams[n] for n in kept})
-    tallies = [
-        (
-            grams[n],
-            _tally(written[grams[n]], uses[grams[n]], model, human, p_G[n], g_G[n], known=False),
-        )
-        for n in kept
-    ]
-    return [(gram, t) for gram, t in tallies if t.log_ratio >= np.log(choice.least_ratio)]
+    }
+    places = _places(model, tested)
+    found = {
+        gram: _found(gram, places[gram], uses[gram], model, human, *tested[gram], known=False)
+        for gram in tested
+    }
+    return {gram: f for gram, f in found.items() if f.tally.log_ratio >= choice.least_log_ratio}
 
 
 def _tested(
@@ -313,32 +338,42 @@ def _common(human: Side) -> frozenset[str]:
     return frozenset(word for word, n in counts.items() if 1000 * n >= COMMON * human.words)
 
 
-def _surfaces(model: Side, grams: set[Gram]) -> dict[Gram, str]:
-    """How the model mostly writes each: inside a sentence rather than at its start."""
-    written: defaultdict[Gram, Counter[str]] = defaultdict(Counter)
-    sizes = sorted({len(gram) for gram in grams})
-    for text, sample in enumerate(model.samples):
-        for size in sizes:
+def _places(model: Side, grams: Container[Gram]) -> dict[Gram, list[Place]]:
+    found: defaultdict[Gram, list[Place]] = defaultdict(list)
+    for text in range(len(model.samples)):
+        for size in SIZES:
             for gram, start, end in model.grams(text, size):
                 if gram in grams:
-                    written[gram][sample.text[start:end].replace("’", "'")] += 1
-    return {gram: _surface(gram, forms) for gram, forms in written.items()}
+                    found[gram].append((text, start, end))
+    return found
 
 
-def _surface(gram: Gram, forms: Mapping[str, int]) -> str:
-    begun_small = {form: n for form, n in forms.items() if form[0].islower() or gram[0] == "i"}
-    best = max(sorted(begun_small or forms), key=lambda form: forms[form])
-    best = " ".join(best.split())
-    first = gram[0] == "i" or gram[0].startswith("i'")
-    return best if begun_small or first else best[0].lower() + best[1:]
+def _surface(gram: Gram, places: Sequence[Place], model: Side) -> str:
+    """How the model mostly writes it: inside a sentence rather than at its start."""
+    forms = Counter(
+        " ".join(model.samples[text].text[start:end].replace("’", "'").split())
+        for text, start, end in places
+    )
+    is_i = gram[0] == "i" or gram[0].startswith("i'")
+    small = {form: n for form, n in forms.items() if form[0].islower() or is_i}
+    best = max(sorted(small or forms), key=lambda form: forms[form])
+    return best if small else best[0].lower() + best[1:]
 
 
-def _tally(
-    text: str, uses: _Uses, model: Side, human: Side, p: Any, g: Any, *, known: bool
-) -> Tally:
+def _found(
+    gram: Gram,
+    places: Sequence[Place],
+    uses: _Uses,
+    model: Side,
+    human: Side,
+    p: Any,
+    g: Any,
+    *,
+    known: bool,
+) -> _Found:
     counts = uses.model.total(), uses.human.total()
-    return Tally(
-        text=text,
+    tally = Tally(
+        text=_surface(gram, places, model),
         log_ratio=shrunk_log_ratio(counts[0], model.words, counts[1], human.words),
         model_count=counts[0],
         human_count=counts[1],
@@ -349,6 +384,7 @@ def _tally(
         g=float(g),
         known=known,
     )
+    return _Found(tally, places)
 
 
 # ── Known phrases ────────────────────────────────────────────────────────────────────────────────
@@ -361,28 +397,28 @@ LEAST_KNOWN = 2
 
 def _known(
     model: Side, human: Side, choice: Choice, phrases: Iterable[str], taken: set[Gram]
-) -> list[tuple[Gram, Tally]]:
+) -> dict[Gram, _Found]:
     wanted = {tuple(word for word, _, _ in spans(phrase)) for phrase in phrases} - taken - {()}
     uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
-    written: defaultdict[Gram, Counter[str]] = defaultdict(Counter)
-    for is_model, side in ((True, model), (False, human)):
-        for text, said in enumerate(side.spans):
-            for gram, start, end in _occurrences(said, wanted):
-                (uses[gram].model if is_model else uses[gram].human)[text] += 1
-                if is_model:
-                    written[gram][side.samples[text].text[start:end].replace("’", "'")] += 1
-    keys = sorted(gram for gram in uses if uses[gram].model)
-    if not keys:
-        return []
-    p_K, g_K = _tested([uses[key] for key in keys], model, human)
-    passes_K = stats.false_discovery_control(p_K) <= choice.false_discoveries
-    found = []
-    for n in np.flatnonzero(passes_K).tolist():
-        text = _surface(keys[n], written[keys[n]])
-        tally = _tally(text, uses[keys[n]], model, human, p_K[n], g_K[n], known=True)
-        enough = min(tally.model_texts, tally.prompts) >= LEAST_KNOWN
-        if enough and tally.log_ratio >= np.log(choice.least_ratio):
-            found.append((keys[n], tally))
+    places: defaultdict[Gram, list[Place]] = defaultdict(list)
+    for text, said in enumerate(model.spans):
+        for gram, start, end in _occurrences(said, wanted):
+            uses[gram].model[text] += 1
+            places[gram].append((text, start, end))
+    for text, said in enumerate(human.spans):
+        for gram, _, _ in _occurrences(said, uses.keys()):
+            uses[gram].human[text] += 1
+    grams = sorted(uses)
+    if not grams:
+        return {}
+    p_K, g_K = _tested([uses[gram] for gram in grams], model, human)
+    found = {}
+    for n in np.flatnonzero(discoveries(p_K, choice.false_discoveries)).tolist():
+        gram = grams[n]
+        one = _found(gram, places[gram], uses[gram], model, human, p_K[n], g_K[n], known=True)
+        enough = min(one.tally.model_texts, one.tally.prompts) >= LEAST_KNOWN
+        if enough and one.tally.log_ratio >= choice.least_log_ratio:
+            found[gram] = one
     return found
 
 
@@ -397,27 +433,38 @@ def _occurrences(
                 yield gram, said[at][1], said[at + size - 1][2]
 
 
-# ── A run and a longer one ───────────────────────────────────────────────────────────────────────
+# ── One phrase and another ───────────────────────────────────────────────────────────────────────
 
 
-def _without_parts(found: Sequence[tuple[Gram, Tally]], explained: float) -> list[Tally]:
+def _without_parts(found: Mapping[Gram, _Found], explained: float) -> list[_Found]:
     """Of two phrases, one inside the other, one."""
-    tallies = dict(found)
+    left = dict(found)
     # From the longest on: a part may be explained by what is not explained itself.
-    for gram in sorted(tallies, key=lambda gram: (-len(gram), gram)):
-        parts = [part for part in _parts(gram) if part in tallies]
-        if not parts:
+    for gram in sorted(found, key=lambda gram: (-len(gram), gram)):
+        if gram not in left:
             continue
-        texts = tallies[gram].model_texts
-        if all(texts >= explained * tallies[part].model_texts for part in parts):
-            for part in parts:
-                del tallies[part]
+        parts = [part for part in _parts(gram) if part in left]
+        texts = left[gram].tally.model_texts
+        if any(texts < explained * left[part].tally.model_texts for part in parts):
+            del left[gram]
         else:
-            del tallies[gram]
-    return list(tallies.values())
+            for part in parts:
+                del left[part]
+    return list(left.values())
 
 
 def _parts(gram: Gram) -> set[Gram]:
     return {
         gram[at : at + size] for size in range(1, len(gram)) for at in range(len(gram) - size + 1)
     }
+
+
+def _without_overlaps(found: Sequence[_Found], explained: float) -> Iterator[Tally]:
+    """Without phrases that mostly share words with one that is more telling."""
+    taken: set[tuple[int, int]] = set()
+    for one in sorted(found, key=lambda f: (-f.tally.g, f.tally.text)):
+        letters = [{(text, at) for at in range(a, b)} for text, a, b in one.places]
+        shared = sum(bool(each & taken) for each in letters)
+        if shared < explained * len(letters):
+            taken.update(*letters)
+            yield one.tally

@@ -8,10 +8,11 @@ answers. Both are Witten and Bell's interpolation (1991): behind a context u wit
 T(u) kinds, p(v|u) = (c(uv) + T(u)·p(v)) / (c(u) + T(u)), and p(v) itself leans on the uniform
 distribution in the same way.
 
-A token that few texts use often is a topic, not a choice: the variance of a rate is that of a ratio
-over whole texts, Σ_d (c_d − r·n_d)² / (Σ_d c_d)², and at least Poisson's. Kept is what lies more
-than `Z` standard errors from nothing (of a bigram: from what its unigram says), is used in
-`LEAST_TEXTS` texts or more, and is shrunk to what a prior of `PRIOR_SD` nats leaves of it.
+A token that is used often under few prompts is a topic, not a choice: the variance of a rate is
+that of a ratio over all answers to each prompt, Σ_d (c_d − r·n_d)² / (Σ_d c_d)², and at least
+Poisson's. Kept is what lies more than `Z` standard errors from nothing (of a bigram: from what its
+unigram says), is used under `LEAST_GROUPS` prompts or more, and is shrunk to what a prior of
+`PRIOR_SD` nats leaves of it.
 
 Shapes: V token ids, C contexts, M bigrams.
 """
@@ -25,8 +26,8 @@ from numpy.typing import NDArray
 from dftserve.styles.profile import LARGEST_DELTA
 
 Z = 3.0
-LEAST_TEXTS = 5
-"""Texts of either side with the token, or the bigram."""
+LEAST_GROUPS = 5
+"""Groups of texts of either side with the token, or the bigram."""
 PRIOR_SD = 0.5
 """Nats: how far choices mostly lie apart."""
 MOST_BIGRAMS = 1_000_000
@@ -52,8 +53,8 @@ class Counts:
 
     token_V: NDArray[np.int64]
     token_variance_V: NDArray[np.float64]
-    """Of the logarithm of each token's rate, over whole texts."""
-    token_texts_V: NDArray[np.int64]
+    """Of the logarithm of each token's rate, over groups of texts."""
+    token_groups_V: NDArray[np.int64]
     context_V: NDArray[np.int64]
     """How often something counted stands behind each token."""
     kinds_V: NDArray[np.int64]
@@ -61,49 +62,49 @@ class Counts:
     pair_P: NDArray[np.int64]
     count_P: NDArray[np.int64]
     pair_variance_P: NDArray[np.float64]
-    pair_texts_P: NDArray[np.int64]
+    pair_groups_P: NDArray[np.int64]
 
 
 def count(
     texts: Sequence[NDArray[np.int64]],
     counted: Sequence[NDArray[np.bool_]],
+    groups: Sequence[int],
     *,
     vocabulary: int,
 ) -> Counts:
     """
     Args:
         counted: which tokens of each text are; one that is not still is the context of the next.
+        groups: of each text, from 0: those of one group are not independent.
     """
-    V = vocabulary
-    texts_N = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    V, D = vocabulary, max(groups, default=0) + 1
+    lengths = [len(text) for text in texts]
+    text_N = np.repeat(np.arange(len(texts)), lengths)
+    group_N = np.repeat(np.asarray(groups, np.int64), lengths)
     token_N = _joined(texts)
-    counted_N = np.concatenate([*counted, np.zeros(0, bool)])
-    chosen = np.flatnonzero(counted_N)
+    chosen = np.flatnonzero(np.concatenate([*counted, np.zeros(0, bool)]))
     token_V = np.bincount(token_N[chosen], minlength=V)
-    size_D = np.bincount(texts_N[chosen], minlength=len(texts)).astype(float)
-    use_U, times_U = _by_text(token_N[chosen], texts_N[chosen], len(texts))
-    token_U, text_U = np.divmod(use_U, max(len(texts), 1))
-    token_variance_V = _log_rate_variance(
-        token_U, times_U, size_D[text_U], token_V, size_D.sum(), (size_D**2).sum()
+    size_D = np.bincount(group_N[chosen], minlength=D).astype(float)
+    token_U, group_U, times_U = _by_group(token_N[chosen], group_N[chosen], D)
+    behind = chosen[(chosen > 0) & (text_N[chosen] == text_N[chosen - 1])]
+    context_N = token_N[behind - 1]
+    pair_P, place_N, count_P = np.unique(
+        context_N * V + token_N[behind], return_inverse=True, return_counts=True
     )
-    behind = chosen[(chosen > 0) & (texts_N[chosen] == texts_N[chosen - 1])]
-    code_N = token_N[behind - 1] * V + token_N[behind]
-    pair_P, place_N, count_P = np.unique(code_N, return_inverse=True, return_counts=True)
-    context_V = np.bincount(token_N[behind - 1], minlength=V)
-    exposed_U, exposed_times_U = _by_text(token_N[behind - 1], texts_N[behind], len(texts))
-    squared_V = np.bincount(
-        exposed_U // max(len(texts), 1), exposed_times_U.astype(float) ** 2, minlength=V
-    )
-    pair_use_U, pair_times_U = _by_text(place_N, texts_N[behind], len(texts))
-    pair_U, pair_text_U = np.divmod(pair_use_U, max(len(texts), 1))
+    context_V = np.bincount(context_N, minlength=V)
+    exposed_X, exposed_group_X, exposed_times_X = _by_group(context_N, group_N[behind], D)
+    squared_V = np.bincount(exposed_X, exposed_times_X.astype(float) ** 2, minlength=V)
+    pair_U, pair_group_U, pair_times_U = _by_group(place_N, group_N[behind], D)
     context_P = pair_P // V
-    exposure_U = exposed_times_U[
-        np.searchsorted(exposed_U, context_P[pair_U] * len(texts) + pair_text_U)
+    exposure_U = exposed_times_X[
+        np.searchsorted(exposed_X * D + exposed_group_X, context_P[pair_U] * D + pair_group_U)
     ]
     return Counts(
         token_V=token_V,
-        token_variance_V=token_variance_V,
-        token_texts_V=np.bincount(token_U, minlength=V),
+        token_variance_V=_log_rate_variance(
+            token_U, times_U, size_D[group_U], token_V, size_D.sum(), (size_D**2).sum()
+        ),
+        token_groups_V=np.bincount(token_U, minlength=V),
         context_V=context_V,
         kinds_V=np.bincount(context_P, minlength=V),
         pair_P=pair_P,
@@ -111,7 +112,7 @@ def count(
         pair_variance_P=_log_rate_variance(
             pair_U, pair_times_U, exposure_U, count_P, context_V[context_P], squared_V[context_P]
         ),
-        pair_texts_P=np.bincount(pair_U, minlength=len(pair_P)),
+        pair_groups_P=np.bincount(pair_U, minlength=len(pair_P)),
     )
 
 
@@ -119,11 +120,12 @@ def _joined(texts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([*texts, np.zeros(0, np.int64)]).astype(np.int64)
 
 
-def _by_text(
-    of_N: NDArray[np.int64], text_N: NDArray[np.int64], texts: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Codes of·texts + text that occur, rising, and how often each."""
-    return np.unique(of_N * max(texts, 1) + text_N, return_counts=True)
+def _by_group(
+    item_N: NDArray[np.int64], group_N: NDArray[np.int64], groups: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(item, group, times) of each pair that occurs, in order."""
+    code_U, times_U = np.unique(item_N * groups + group_N, return_counts=True)
+    return code_U // groups, code_U % groups, times_U
 
 
 def _log_rate_variance(
@@ -134,10 +136,10 @@ def _log_rate_variance(
     exposure_I: NDArray | float,
     squared_I: NDArray | float,
 ) -> NDArray[np.float64]:
-    """Σ_d (c_d − r·n_d)² / c² of each item, r = c/n, over texts; at least 1/c.
+    """Σ_d (c_d − r·n_d)² / c² of each item, r = c/n, over groups; at least 1/c.
 
     Args:
-        item_U, times_U, exposure_U: of each (item, text) that occurs: the item, c_d and n_d.
+        item_U, times_U, exposure_U: of each (item, group) that occurs: the item, c_d and n_d.
         count_I, exposure_I, squared_I: of each item: c, n and Σ_d n_d².
     """
     size = len(count_I)
@@ -192,8 +194,8 @@ def fit(human: Counts, model: Counts, allowed_V: NDArray[np.bool_]) -> Tilt:
     """
     raw_V = np.log(token_rates(human)) - np.log(token_rates(model))
     variance_V = human.token_variance_V + model.token_variance_V
-    texts_V = np.maximum(human.token_texts_V, model.token_texts_V)
-    keep_V = allowed_V & (texts_V >= LEAST_TEXTS) & (np.abs(raw_V) > Z * np.sqrt(variance_V))
+    groups_V = np.maximum(human.token_groups_V, model.token_groups_V)
+    keep_V = allowed_V & (groups_V >= LEAST_GROUPS) & (np.abs(raw_V) > Z * np.sqrt(variance_V))
     unigram_V = np.where(keep_V, _shrunk(raw_V, variance_V), 0.0)
     pair_M, delta_M = _pairs(human, model, allowed_V, raw_V, unigram_V)
     V = len(allowed_V)
@@ -222,12 +224,12 @@ def _pairs(
     variance_P = sum(
         _looked_up(side.pair_P, side.pair_variance_P, pair_P, 2.0) for side in (human, model)
     )
-    texts_P = np.maximum(
-        *(_looked_up(side.pair_P, side.pair_texts_P, pair_P, 0) for side in (human, model))
+    groups_P = np.maximum(
+        *(_looked_up(side.pair_P, side.pair_groups_P, pair_P, 0) for side in (human, model))
     )
     beyond_P = raw_P - raw_V[token_P]
     far_P = np.abs(beyond_P) / np.sqrt(variance_P)
-    keep_P = allowed_V[token_P] & (texts_P >= LEAST_TEXTS) & (far_P > Z)
+    keep_P = allowed_V[token_P] & (groups_P >= LEAST_GROUPS) & (far_P > Z)
     kept = np.flatnonzero(keep_P)
     if len(kept) > MOST_BIGRAMS:
         kept = np.sort(kept[np.argsort(-far_P[kept], kind="stable")[:MOST_BIGRAMS]])
