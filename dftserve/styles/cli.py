@@ -91,6 +91,39 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None) -> None:
         click.echo(as_json(summary) if in_json else as_text(summary))
 
 
+@style.command("fit", context_settings={"ignore_unknown_options": True})
+@click.argument("server", metavar="MODEL_OR_URL")
+@click.argument("serve_flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
+@click.option("--profile", required=True, type=click.Path(path_type=Path))
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), help=".txt or .jsonl.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--anchors", type=click.Path(path_type=Path), help="For what is not fitted.")
+@click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
+@click.option("--max-tokens", type=int, default=400, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
+@_key
+@click.option("--concurrency", type=int, default=16, show_default=True)
+def style_fit(**options) -> None:
+    """Correct a profile's phrases on what MODEL_OR_URL writes with it, and freeze the result.
+
+    A model's folder is served anew for each round. A server at a URL is to be started with
+    DFTSERVE_STYLES=OUT/styles for each; the same command then goes on.
+    """
+    with usage_errors():
+        from dftserve.styles.fit import Job, fit
+
+        job = Job(**options)
+        with _progress() as tick:
+            found = fit(job, lambda line: click.echo(line, err=True), tick)
+        place = job.out / found.stored.profile.name
+        click.echo(
+            f"{place}: the frozen profile, after {len(found.rounds)} rounds ({found.ended})."
+        )
+
+
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm

@@ -181,13 +181,14 @@ def as_html(summary: Summary) -> str:
 
 
 def _about(summary: Summary) -> list[str]:
-    model, human, sizes = summary.sides["model"], summary.sides["human"], summary.sizes
-    recall = summary.recall
+    sizes, recall = summary.sizes, summary.recall
+    model, human = summary.sides["model"], summary.sides["human"]
     return [
         f"{summary.name}: {sizes['phrases']:,} phrases that {summary.model} over-uses, and a tilt "
         f"of {sizes['unigrams']:,} tokens and {sizes['bigrams']:,} bigrams.",
         f"Counted on {model['words']:,} words of {model['texts']:,} answers to "
-        f"{model['prompts']:,} prompts, and {human['words']:,} words of {human['texts']:,} texts by people.",
+        f"{model['prompts']:,} prompts, and {human['words']:,} words of {human['texts']:,} texts "
+        "by people.",
         f"Automaton: {sizes['states']:,} states and {sizes['entries']:,} entries of "
         f"{sizes['patterns']:,} tokenisations. It finds {recall['recall']:.1%} of "
         f"{recall['searched']:,} occurrences in texts that it was not made from, and "
