@@ -11,9 +11,10 @@ procedure over every telling run that comes often enough in both sides together,
 depend on what is tested; known phrases are a family of their own.
 
 Left out are names (capitalised inside a sentence), runs with a digit, short runs of common words,
-topics (said under few prompts, mostly under one, or over and over in a text) and echoes of the
-prompt. Of a run and a longer one with it, the longer stands if it explains most of
-the shorter, and else the shorter.
+topics (said under few prompts, mostly under one, or over and over in a text), echoes of the
+prompt, and runs that one of their words explains. Of a run and a longer one with it, the longer
+stands if it explains most of the shorter, and else the shorter; of two that mostly overlap, the
+one with the larger G.
 """
 
 import math
@@ -50,6 +51,9 @@ COMMON = 0.25
 """Per 1,000 words of the corpus: content words that come as often make no phrase of two or three
 words ("to make a"). How often they come is the tilt's matter, as is that of a word behind an
 article or a preposition ("the universe")."""
+OWN, BY_WORD = 0.25, 0.75
+"""A run with a smaller share of a word's occurrences, where that word's λ is so much of the run's,
+is left to the tilt: the word is over-used, whatever stands beside it."""
 SENTENCE_ENDS = frozenset(".!?:\"'*“”—…([#-")
 _FUNCTION = frozenset(FUNCTION_WORDS)
 
@@ -127,6 +131,11 @@ class Side:
             for said in self.spans
         ]
         self.words = sum(len(run) for runs in self.runs for run in runs)
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """Of words and marks."""
+        return Counter(word for said in self.spans for word, _, _ in said)
 
     @cached_property
     def groups(self) -> list[int]:
@@ -247,7 +256,22 @@ def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
         gram: _found(gram, places[gram], uses[gram], model, human, *tested[gram], known=False)
         for gram in tested
     }
-    return {gram: f for gram, f in found.items() if f.tally.log_ratio >= choice.least_log_ratio}
+    return {
+        gram: one
+        for gram, one in found.items()
+        if one.tally.log_ratio >= choice.least_log_ratio
+        and not _is_a_words(gram, one.tally, model, human)
+    }
+
+
+def _is_a_words(gram: Gram, tally: Tally, model: Side, human: Side) -> bool:
+    """Whether a run is over-used for a word of it, which the model mostly says elsewhere."""
+    for word in _content(gram):
+        counts = model.counts[word], human.counts[word]
+        log_ratio = shrunk_log_ratio(counts[0], model.words, counts[1], human.words)
+        if tally.model_count < OWN * counts[0] and log_ratio >= BY_WORD * tally.log_ratio:
+            return True
+    return False
 
 
 def _tested(
@@ -334,8 +358,7 @@ def names(*sides: Side) -> frozenset[str]:
 
 def _common(human: Side) -> frozenset[str]:
     """Words that people use often."""
-    counts = Counter(word for said in human.spans for word, _, _ in said)
-    return frozenset(word for word, n in counts.items() if 1000 * n >= COMMON * human.words)
+    return frozenset(word for word, n in human.counts.items() if 1000 * n >= COMMON * human.words)
 
 
 def _places(model: Side, grams: Container[Gram]) -> dict[Gram, list[Place]]:

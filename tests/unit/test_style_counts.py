@@ -114,6 +114,17 @@ def test_a_shorter_phrase_stands_where_the_longer_does_not_explain_it():
     assert list(both) == ["tapestry of"]
 
 
+def test_a_word_that_is_over_used_everywhere_makes_no_phrases():
+    rng = random.Random(4)
+    pairs = ["blurry rivers", "blurry clocks", "blurry lamps", "blurry doors", "blurry bells"]
+    model = [Sample(text(rng, pairs[n % 5], pairs[n // 5 % 5]), PROMPTS[n % 8]) for n in range(120)]
+    human = [
+        Sample(text(rng, *(pair.split()[1] for pair in rng.sample(pairs, 2))), f"human {n}")
+        for n in range(240)
+    ]
+    assert over_used(Side(model), Side(human), Choice()) == []
+
+
 def test_a_known_phrase_needs_less():
     inserted = {"delve": range(2)}
     assert found(inserted, every=6) == {}
