@@ -16,6 +16,7 @@ import click
 from dftserve import __version__
 from dftserve.commandline import Group, api_key_of, usage_errors
 from dftserve.evaluate.cli import evaluate
+from dftserve.styles.cli import style
 
 
 @click.group(cls=Group)
@@ -221,6 +222,7 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
 
 
 main.add_command(evaluate)
+main.add_command(style)
 
 
 @main.group()

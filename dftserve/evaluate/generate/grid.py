@@ -107,7 +107,8 @@ class Answer:
     finish_reason: str | None
     tokens: int
     figures: dict[str, float] | None
-    """The answer's own `diversity.choices[0]`; None where the field was off."""
+    """The answer's own `diversity.choices[0]`, and `style.choices[0]` where there was a style; None
+    where both were off."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -237,18 +238,22 @@ async def _ask(
     with server.errors():
         answer = await client.chat.completions.create(**request_grid.request_body(request))
     choice = server.choices(answer)[0]
-    report = (answer.model_extra or {}).get("diversity")
-    wanted = parse(request_grid.grid[request.level])
-    if report is None and not wanted.is_off:
-        raise ServerError(
-            "the server answers without a `diversity` object: the plug-in is not there. "
-            "`dftserve doctor --url` says why."
-        )
-    figures = (report or {}).get("choices") or [None]
+    extra = answer.model_extra or {}
+    asked = {
+        "diversity": not parse(request_grid.grid[request.level]).is_off,
+        "style": "style" in request_grid.body,
+    }
+    for name, is_asked in asked.items():
+        if is_asked and extra.get(name) is None:
+            raise ServerError(
+                f"the server answers without a `{name}` object: the plug-in is not there. "
+                "`dftserve doctor --url` says why."
+            )
+    figures = [(extra.get(name) or {}).get("choices") or [None] for name in asked]
     return Answer(
         *request.key,
         text=choice.message.content,
         finish_reason=choice.finish_reason,
         tokens=answer.usage.completion_tokens if answer.usage else 0,
-        figures=figures[0],
+        figures={**(figures[0][0] or {}), **(figures[1][0] or {})} or None,
     )

@@ -100,12 +100,20 @@ def read_phrases(path: Path = OURS) -> Phrases:
     Raises:
         ValueError: another shape, no phrase, or not UTF-8.
     """
-    content = read_text(path, largest=LARGEST)
-    lines = _from_json(path, content) if path.suffix == ".json" else _from_lines(content)
     try:
-        return Phrases.of(lines)
+        return Phrases.of(read_lines(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_lines(path: Path = OURS) -> list[str]:
+    """The phrases of a file as they stand there.
+
+    Raises:
+        ValueError: another shape, or not UTF-8.
+    """
+    content = read_text(path, largest=LARGEST)
+    return _from_json(path, content) if path.suffix == ".json" else _from_lines(content)
 
 
 def rate(texts: Sequence[str], phrases: Phrases) -> Estimate:

@@ -7,10 +7,11 @@ import re
 import unicodedata
 from itertools import pairwise
 
+_QUOTES = {**dict.fromkeys("‘’‚‛`´ʼ", "'"), **dict.fromkeys("“”„‟«»", '"')}
+_PLAIN_QUOTES = str.maketrans(_QUOTES)
 _PLAIN = str.maketrans(
     {
-        **dict.fromkeys("‘’‚‛`´ʼ", "'"),
-        **dict.fromkeys("“”„‟«»", '"'),
+        **_QUOTES,
         **dict.fromkeys("–—―", " — "),
         "…": "...",
         "‑": "-",
@@ -45,6 +46,15 @@ def words(text: str) -> list[str]:
 def tokens(text: str) -> list[str]:
     """The words and marks of a normalised text, lower case."""
     return [token.lower() for token in _TOKENS.findall(text)]
+
+
+def spans(text: str) -> list[tuple[str, int, int]]:
+    """The words and marks of a text as it was written, lower case, each with its start and end.
+
+    Of what `normalise` does, quotes alone are made plain: no place moves.
+    """
+    found = _TOKENS.finditer(text.translate(_PLAIN_QUOTES))
+    return [(match.group().lower(), *match.span()) for match in found]
 
 
 def sentences(text: str) -> list[str]:

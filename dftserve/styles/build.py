@@ -1,0 +1,419 @@
+"""From a corpus and a model's answers to a style profile: what `dftserve style build` does.
+
+    build(Job(corpus=Path("novels"), model="path/to/model", answers=Path("answers.jsonl"),
+              out=Path("profiles/novels")))
+
+Answers come from a file or a folder of an evaluation, or from a server, which is asked for those
+that the folder of answers lacks: the same job goes on where it was stopped.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dftserve.evaluate.generate import grid, prompts
+from dftserve.evaluate.generate.grid import ASKED, RequestGrid
+from dftserve.evaluate.metrics import slop
+from dftserve.evaluate.reference import samples as read_samples
+from dftserve.evaluate.text.tokenize import normalise, sentences, words
+from dftserve.evaluate.text.windows import Sample
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
+from dftserve.openai_client import Server
+from dftserve.sampling.token_classes import token_pieces
+from dftserve.serve import base_url
+from dftserve.spec import parse
+from dftserve.styles import profile as profiles
+from dftserve.styles import spellings, tilt
+from dftserve.styles.automaton import Automaton, completions, count_harms
+from dftserve.styles.automaton import build as build_automaton
+from dftserve.styles.counts import PER, Choice, Side, Tally, names, over_used
+from dftserve.styles.profile import Phrase, Profile, Stored
+from dftserve.styles.spellings import Encoded, Finder
+from dftserve.targets.document import load_tokenizer
+
+PIECE = 400
+"""Words of a piece of a long work: a text in which a phrase counts once."""
+MOST_PIECES = 1_000_000
+LEAST_ANSWERS = 32
+LEAST_RECALL = 0.98
+HELD_OUT = 5
+"""One prompt of so many: its answers show no spellings, and recall is measured on them."""
+SHOWN_OPENERS = 20
+ANSWERS = "-answers"
+
+Say = Callable[[str], object]
+Tick = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    corpus: Path
+    """Texts by people: a file or folder, as `dftserve.corpus` reads them."""
+    model: str
+    """The folder, or the name on the Hub, of the model: its tokenizer."""
+    out: Path
+    answers: Path | None = None
+    """The model's answers: a .jsonl of `prompt` and `response`, or the OUT of an evaluation. With
+    `server`: the folder in which they are kept; default: beside `out`."""
+    server: str | None = None
+    """The URL of a server that answers `prompts`."""
+    prompts: Path | None = None
+    served_as: str | None = None
+    """The model's name on the server; default: its first."""
+    key_variable: str | None = None
+    name: str | None = None
+    """Of the profile; default: the name of `out`."""
+    phrases: Path | None = None
+    """Known phrases (`slop.read_lines`); default: ours."""
+    samples: int = 8
+    max_tokens: int = 400
+    temperature: float = 1.0
+    seed: int = 0
+    concurrency: int = 16
+    strength: float = 1.0
+    max_kl: float = 0.05
+    choice: Choice = field(default_factory=Choice)
+
+    def __post_init__(self) -> None:
+        if not profiles.is_name(self.called):
+            raise ValueError(
+                f"name: got {self.called!r:.80}; accepted: up to 64 letters, digits, '.', '_' and "
+                "'-'; give one with --name."
+            )
+        if self.server is None and self.answers is None:
+            raise ValueError(
+                "answers: got neither --answers nor --server; accepted: a file of the model's "
+                "answers, or the server to ask for them."
+            )
+        if self.server is not None and self.prompts is None:
+            raise ValueError("prompts: got none; accepted: a .txt or .jsonl file to ask with.")
+        if self.server is not None and self.answers is not None and self.answers.is_file():
+            raise ValueError(
+                f"answers: got the file {self.answers} and a server; accepted: a file of answers "
+                "without --server, or a folder in which to keep those of the server."
+            )
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency: got {self.concurrency}; accepted: 1 or more.")
+
+    @property
+    def called(self) -> str:
+        return self.name or self.out.name
+
+    @property
+    def kept(self) -> Path:
+        """The folder of the server's answers."""
+        return self.answers or self.out.with_name(self.out.name + ANSWERS)
+
+
+def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Stored:
+    """Build the profile.
+
+    Args:
+        say: takes a line for the user.
+        tick: takes how many answers there are, of how many.
+
+    Raises:
+        ValueError: corpus, model, answers or a setting are not what is accepted.
+        FileExistsError: something is at `out`.
+        RuntimeError: the server cannot be reached or fails.
+    """
+    if job.out.exists():
+        raise FileExistsError(f"{job.out} exists; choose another place, or remove it.")
+    tokenizer = load_tokenizer(job.model)
+    known = slop.read_lines(job.phrases or slop.OURS)
+    human = read_samples(job.corpus, words=PIECE, pieces=MOST_PIECES)
+    model = answers_of(job, say, tick)
+    if len(model) < LEAST_ANSWERS:
+        raise ValueError(
+            f"answers: got {len(model)}; accepted: {LEAST_ANSWERS} or more, and a few thousand are "
+            "better. Ask more prompts, or more often (--samples)."
+        )
+    model, human, is_shared = on_shared_prompts(model, human)
+    say(f"Counting {len(model):,} answers beside {len(human):,} texts…")
+    stored = made(job, tokenizer, Side(model), Side(human), known, is_shared)
+    profiles.write(job.out, stored)
+    for line in doubts(stored):
+        say(f"Warning: {line}")
+    return stored
+
+
+def doubts(stored: Stored) -> Iterator[str]:
+    """What a user should know before the profile is used."""
+    recall = stored.counts["recall"]
+    if recall["searched"] and recall["recall"] < LEAST_RECALL:
+        yield (
+            f"the automaton finds {recall['recall']:.1%} of the phrases (wanted: "
+            f"{LEAST_RECALL:.0%}); missed: {', '.join(map(repr, list(recall['missed'])[:5]))}."
+        )
+    if not stored.profile.phrases:
+        yield (
+            "no phrase is over-used beyond doubt; more answers tell more (--samples, --prompts), "
+            "and --false-discoveries says how much doubt is accepted."
+        )
+
+
+# ── Texts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def answers_of(job: Job, say: Say, tick: Tick) -> list[Sample]:
+    """The model's answers, asked for where there is a server."""
+    if job.server is not None:
+        return _asked(job, say, tick)
+    assert job.answers is not None
+    if (job.answers / ASKED).exists():
+        return _evaluated(job.answers)
+    if not job.answers.exists():
+        raise ValueError(
+            f"answers: got {job.answers}, where nothing is; accepted: a .jsonl with `prompt` and "
+            "`response`, or the OUT of `dftserve evaluate`."
+        )
+    return read_samples(job.answers, words=PIECE, pieces=1)
+
+
+def _evaluated(folder: Path) -> list[Sample]:
+    """Of an evaluation's answers those without the field."""
+    levels = grid.samples_by_level(folder)
+    plain = [level for level in levels if parse(level.diversity).is_off]
+    if not plain:
+        asked = ", ".join(str(level.diversity) for level in levels)
+        raise ValueError(
+            f"answers: got {folder} with the diversities {asked}; accepted: an evaluation that has "
+            "0 among them: a profile says what the model does on its own."
+        )
+    return list(plain[0].samples)
+
+
+def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
+    assert job.server is not None
+    assert job.prompts is not None
+    asked = prompts.read(job.prompts)
+    total = len(asked) * job.samples
+    done = grid.count_answers(job.kept)
+    say(f"{job.kept}: {done} of {total} answers are there.")
+    server = Server(base_url(job.server), job.key_variable)
+    before = grid.read_asked(job.kept) or {}
+    name = job.served_as or before.get("model") or server.models()[0]
+    wanted = RequestGrid(
+        model=name,
+        prompts=asked,
+        grid=(0,),
+        samples=job.samples,
+        max_tokens=job.max_tokens,
+        temperature=job.temperature,
+        seed=job.seed,
+    )
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        tick(done, total)
+
+    answers = grid.generate(
+        wanted, job.kept, server=server, concurrency=job.concurrency, tick=one_more
+    )
+    return [Sample(each.said, asked[each.place].text) for each in answers if each.said.strip()]
+
+
+def on_shared_prompts(
+    model: Sequence[Sample], human: Sequence[Sample]
+) -> tuple[list[Sample], list[Sample], bool]:
+    """Both sides, and whether they are cut down to the prompts that both answer: where these are
+    at least half of the model's, so that a difference of topics is none of style."""
+    shared = {s.prompt for s in model} & {s.prompt for s in human} - {""}
+    if not shared or 2 * len(shared) < len({sample.prompt for sample in model}):
+        return list(model), list(human), False
+    sides = ([s for s in side if s.prompt in shared] for side in (model, human))
+    return *sides, True  # type: ignore[return-value]
+
+
+# ── The profile ──────────────────────────────────────────────────────────────────────────────────
+
+
+def made(
+    job: Job, tokenizer: Any, model: Side, human: Side, known: Sequence[str], is_shared: bool
+) -> Stored:
+    """The profile of two sides."""
+    tallies = over_used(model, human, job.choice, known)
+    phrases = [tally.text for tally in tallies]
+    texts = {side: [s.text for s in side.samples] for side in (model, human)}
+    encoded = {side: spellings.encode(tokenizer, texts[side]) for side in (model, human)}
+    held = _held_out(model)
+    shown = [n for n, is_held in enumerate(held) if not is_held]
+    patterns = spellings.spell(
+        tokenizer,
+        phrases,
+        seen=[texts[model][n] for n in shown],
+        seen_encoded=[encoded[model][n] for n in shown],
+    )
+    V = len(tokenizer)
+    automaton = build_automaton(patterns, vocabulary=V)
+    harms = count_harms(automaton, [each.tokens for each in encoded[model]])
+    judged = _judged(automaton, phrases, texts, encoded, model, human, held)
+    of_choice = _tilt(tokenizer, automaton, model, human, encoded)
+    factor_A = harms.log_factors(np.array([tally.log_ratio for tally in tallies]))
+    profile = Profile(
+        name=job.called,
+        vocabulary=V,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        template_fingerprint=template_fingerprint(tokenizer),
+        model=Path(job.model).name,
+        phrases=tuple(_phrase(tally, model, human) for tally in tallies),
+        root_next_V=automaton.root_next_V,
+        root_log_factor_V=factor_A[automaton.root_next_V],
+        row_start_A=automaton.row_start_A,
+        row_token_N=automaton.row_token_N,
+        row_next_N=automaton.row_next_N,
+        row_log_factor_N=factor_A[automaton.row_next_N],
+        unigram_V=of_choice.unigram_V,
+        bigram_context_C=of_choice.context_C,
+        bigram_start_C=of_choice.start_C,
+        bigram_token_M=of_choice.token_M,
+        bigram_delta_M=of_choice.delta_M,
+        strength=job.strength,
+        max_kl=job.max_kl,
+    )
+    counts = {
+        "model": _size(model),
+        "human": _size(human),
+        "shared_prompts": is_shared,
+        "phrases": [_counted(tally) for tally in tallies],
+        "recall": judged,
+        "patterns": len(patterns),
+        "unigrams": int(np.count_nonzero(of_choice.unigram_V)),
+        "bigrams": len(of_choice.token_M),
+        "habits": habits(texts[model], texts[human]),
+    }
+    return Stored(
+        profile=profile,
+        harms=harms,
+        counts=counts,
+        settings=_settings(job),
+        versions=profiles.versions(),
+    )
+
+
+def _phrase(tally: Tally, model: Side, human: Side) -> Phrase:
+    return Phrase(
+        text=tally.text,
+        log_ratio=min(max(tally.log_ratio, 0.0), profiles.LARGEST_LOG_RATIO),
+        model_rate=PER * tally.model_count / model.words,
+        human_rate=PER * tally.human_count / human.words,
+    )
+
+
+def _counted(tally: Tally) -> dict[str, Any]:
+    return {name: value for name, value in asdict(tally).items() if name != "text"}
+
+
+def _size(side: Side) -> dict[str, int]:
+    return {
+        "texts": len(side.samples),
+        "words": side.words,
+        "prompts": len({sample.prompt for sample in side.samples if sample.prompt}),
+    }
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What decides the profile beside the texts; no path of this machine."""
+    return {
+        "samples": job.samples,
+        "max_tokens": job.max_tokens,
+        "temperature": job.temperature,
+        "seed": job.seed,
+        **asdict(job.choice),
+    }
+
+
+def _held_out(model: Side) -> list[bool]:
+    """Whether each answer belongs to a prompt that is held out, one of `HELD_OUT`."""
+    return [group % HELD_OUT == HELD_OUT - 1 for group in model.groups]
+
+
+def _judged(
+    automaton: Automaton,
+    phrases: Sequence[str],
+    texts: Mapping[Side, Sequence[str]],
+    encoded: Mapping[Side, Sequence[Encoded]],
+    model: Side,
+    human: Side,
+    held: Sequence[bool],
+) -> dict[str, Any]:
+    """Recall and precision on the answers that are held out and the corpus."""
+    places = [n for n, is_held in enumerate(held) if is_held]
+    found = spellings.compare(
+        automaton,
+        Finder(phrases),
+        [*(texts[model][n] for n in places), *texts[human]],
+        [*(encoded[model][n] for n in places), *encoded[human]],
+    )
+    return {**asdict(found), "recall": found.recall, "precision": found.precision}
+
+
+def _tilt(
+    tokenizer: Any,
+    automaton: Automaton,
+    model: Side,
+    human: Side,
+    encoded: Mapping[Side, Sequence[Encoded]],
+) -> tilt.Tilt:
+    """Of the tokens outside the phrases: those the automaton cares for."""
+    V = automaton.vocabulary
+    counts = {
+        side: tilt.count(
+            [np.array(each.tokens, np.int64) for each in encoded[side]],
+            [_outside(automaton, each) for each in encoded[side]],
+            side.groups,
+            vocabulary=V,
+        )
+        for side in (model, human)
+    }
+    allowed_V = _allowed(tokenizer, V, names(model, human))
+    return tilt.fit(counts[human], counts[model], allowed_V)
+
+
+def _outside(automaton: Automaton, encoded: Encoded) -> NDArray[np.bool_]:
+    outside = np.ones(len(encoded.tokens), bool)
+    for _, first, last in completions(automaton, encoded.tokens):
+        outside[first : last + 1] = False
+    return outside
+
+
+def _allowed(tokenizer: Any, vocabulary: int, known_names: frozenset[str]) -> NDArray[np.bool_]:
+    """Tokens that are text, no part of a number, and no name."""
+    allowed_V = np.zeros(vocabulary, bool)
+    for token, piece in enumerate(token_pieces(tokenizer)[:vocabulary]):
+        text = "" if piece is None else piece.decode(errors="replace").strip()
+        is_name = text[:1].isupper() and text.lower() in known_names
+        allowed_V[token] = piece is not None and not is_name and not any(map(str.isdigit, text))
+    return allowed_V
+
+
+# ── Habits that are reported ─────────────────────────────────────────────────────────────────────
+
+
+def habits(model: Sequence[str], human: Sequence[str]) -> dict[str, Any]:
+    """Em dashes and "not X but Y" per 1,000 words, and how sentences begin, on both sides."""
+    sides = {"model": [normalise(t) for t in model], "human": [normalise(t) for t in human]}
+    total = {name: sum(len(words(text)) for text in texts) for name, texts in sides.items()}
+    firsts = {name: _openers(texts) for name, texts in sides.items()}
+    begun = {name: firsts[name].total() for name in sides}
+    share = {
+        word: {n: firsts[n][word] / max(begun[n], 1) for n in sides}
+        for word in sorted(firsts["model"])
+    }
+    telling = sorted(share, key=lambda word: share[word]["human"] - share[word]["model"])
+    return {
+        "em_dashes": {n: PER * sum(t.count("—") for t in sides[n]) / total[n] for n in sides},
+        "contrasts": {n: slop.contrast_rate(sides[n]).value for n in sides},
+        "openers": {word: share[word] for word in telling[:SHOWN_OPENERS]},
+    }
+
+
+def _openers(texts: Sequence[str]) -> Counter[str]:
+    begun = (words(sentence)[:1] for text in texts for sentence in sentences(text))
+    return Counter(word for first in begun for word in first)

@@ -1,0 +1,137 @@
+"""The `dftserve style` command.
+
+Thin, like `dftserve.cli`: what does the work is imported where it is called.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from dftserve.commandline import usage_errors
+
+_key = click.option(
+    "--api-key-env",
+    "key_variable",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
+
+
+@click.group()
+def style() -> None:
+    """Style profiles: phrases that a model over-uses, and a tilt toward a corpus."""
+
+
+@style.command("build")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A folder, or a name: its tokenizer.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--answers",
+    type=click.Path(path_type=Path),
+    help="The model's: a .jsonl of `prompt` and `response`, or the OUT of an evaluation. With "
+    "--server: where they are kept.",
+)
+@click.option("--server", metavar="URL", help="Ask this server for the answers.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="To ask with: .txt or .jsonl.")
+@click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
+@_key
+@click.option("--name", help="Of the profile. Default: the name of --out.")
+@click.option("--phrases", type=click.Path(path_type=Path), help="Known phrases. Default: ours.")
+@click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
+@click.option("--max-tokens", type=int, default=400, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--concurrency", type=int, default=16, show_default=True)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="If none is asked.")
+@click.option("--max-kl", type=float, default=0.05, show_default=True, help="Likewise, in nats.")
+@click.option(
+    "--false-discoveries",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of them among the phrases.",
+)
+@click.option("--most", type=int, default=2000, show_default=True, help="Phrases at most.")
+def style_build(false_discoveries: float, most: int, **options) -> None:
+    """Build a profile from CORPUS, texts by people: .txt, .md, .rst, .jsonl, .parquet, a folder.
+
+    The same command goes on where asking the server was stopped.
+    """
+    with usage_errors():
+        from dftserve.gguf import resolve
+        from dftserve.styles.build import Job, build
+        from dftserve.styles.counts import Choice
+        from dftserve.styles.report import as_text, inspect
+
+        options["model"] = resolve(options["model"])
+        choice = Choice(false_discoveries=false_discoveries, most=most)
+        job = Job(choice=choice, **options)
+        with _progress() as tick:
+            stored = build(job, lambda line: click.echo(line, err=True), tick)
+        click.echo(as_text(inspect(stored)))
+
+
+@style.command("inspect")
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--json", "in_json", is_flag=True, help="One JSON document.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
+def style_inspect(profile: Path, in_json: bool, html: Path | None) -> None:
+    """Show what the style profile in the folder PROFILE holds."""
+    with usage_errors():
+        from dftserve import atomic
+        from dftserve.styles.profile import load
+        from dftserve.styles.report import as_html, as_json, as_text, inspect
+
+        summary = inspect(load(profile))
+        if html is not None:
+            atomic.write_text(html, as_html(summary))
+        click.echo(as_json(summary) if in_json else as_text(summary))
+
+
+@style.command("fit", context_settings={"ignore_unknown_options": True})
+@click.argument("server", metavar="MODEL_OR_URL")
+@click.argument("serve_flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
+@click.option("--profile", required=True, type=click.Path(path_type=Path))
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), help=".txt or .jsonl.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--anchors", type=click.Path(path_type=Path), help="For what is not fitted.")
+@click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
+@click.option("--max-tokens", type=int, default=400, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
+@_key
+@click.option("--concurrency", type=int, default=16, show_default=True)
+def style_fit(**options) -> None:
+    """Correct a profile's phrases on what MODEL_OR_URL writes with it, and freeze the result.
+
+    A model's folder is served anew for each round. A server at a URL is to be started with
+    DFTSERVE_STYLES=OUT/styles for each; the same command then goes on.
+    """
+    with usage_errors():
+        from dftserve.styles.fit import Job, fit
+
+        job = Job(**options)
+        with _progress() as tick:
+            found = fit(job, lambda line: click.echo(line, err=True), tick)
+        place = job.out / found.stored.profile.name
+        click.echo(
+            f"{place}: the frozen profile, after {len(found.rounds)} rounds ({found.ended})."
+        )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(unit=" answers", disable=None, leave=False) as bar:
+
+        def tick(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tick

@@ -1,0 +1,493 @@
+"""Phrases that a model writes more often than people: found, tested, and cut down to the telling.
+
+    found = over_used(model, human, Choice(), known=read_lines(phrases))
+
+Candidates are all runs of 2 to 6 words without a mark inside, and a list of known phrases. A text
+counts once in the tests, however often it has a phrase, so that one text's refrain is not taken for
+a habit. The G statistic ranks; as it follows its χ² law badly at counts of five, p is the exact
+conditional test's: of n occurrences in all, as many in the model's texts as a binomial draw with
+the share of its words has or more. False discoveries are held by Benjamini and Hochberg's
+procedure over every telling run that comes often enough in both sides together, which does not
+depend on what is tested; known phrases are a family of their own.
+
+Left out are names (capitalised inside a sentence), runs with a digit, short runs of common words,
+topics (said under few prompts, mostly under one, or over and over in a text), echoes of the
+prompt, and runs that one of their words explains. Of a run and a longer one with it, the longer
+stands if it explains most of the shorter, and else the shorter; of two that mostly overlap, the
+one with the larger G.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.special import xlogy
+
+from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
+from dftserve.evaluate.text.tokenize import spans
+from dftserve.evaluate.text.windows import Sample
+
+Gram = tuple[str, ...]
+
+SIZES = range(2, 7)
+PER = 1000
+"""Rates are per so many words."""
+PRIOR = 2.0
+"""Occurrences at the rate of both sides together that each side's rate leans on."""
+CAPITAL = 0.5
+"""Share of a word's places inside sentences where it is capitalised: more make it a name."""
+REFRAIN = 2.0
+"""Occurrences in a text that has any, on average: more make a phrase a topic."""
+ECHO = 1 / 3
+"""Share of texts whose prompt has one of the phrase's content words: more make it an echo."""
+COMMON = 0.25
+"""Per 1,000 words of the corpus: content words that come as often make no phrase of two or three
+words ("to make a"). How often they come is the tilt's matter, as is that of a word behind an
+article or a preposition ("the universe")."""
+OWN, BY_WORD = 0.25, 0.75
+"""A run with a smaller share of a word's occurrences, where that word's λ is so much of the run's,
+is left to the tilt: the word is over-used, whatever stands beside it."""
+SENTENCE_ENDS = frozenset(".!?:\"'*“”—…([#-")
+_FUNCTION = frozenset(FUNCTION_WORDS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is taken for over-used."""
+
+    false_discoveries: float = 0.05
+    """Share among the phrases that are chosen by the test."""
+    least_texts: int = 4
+    """Of the model's, with the phrase."""
+    least_prompts: int = 3
+    most_of_one_prompt: float = 0.5
+    """Share of the model's texts with the phrase."""
+    least_ratio: float = 1.5
+    """e^λ, after shrinking."""
+    explained: float = 0.75
+    """Share of a phrase's occurrences that another one must explain to stand for it."""
+    most: int = 2000
+    """Phrases, those with the largest G."""
+
+    @property
+    def least_log_ratio(self) -> float:
+        return math.log(self.least_ratio)
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("false_discoveries", 0, 1),
+            ("most_of_one_prompt", 0, 1),
+            ("explained", 0, 1),
+            ("least_texts", 1, 10**9),
+            ("least_prompts", 1, 10**9),
+            ("least_ratio", 1, 22026),
+            ("most", 1, 100_000),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name}: got {value}; accepted: {least} to {most:,}.")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A phrase in the texts of both sides."""
+
+    text: str
+    """As the model mostly writes it inside a sentence."""
+    log_ratio: float
+    """λ, shrunk."""
+    model_count: int
+    human_count: int
+    model_texts: int
+    """Texts with the phrase."""
+    human_texts: int
+    prompts: int
+    """Of the model's texts with it."""
+    p: float
+    g: float
+    known: bool
+    """From the list of known phrases."""
+
+
+class Side:
+    """The texts of one side as runs of words."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = tuple(samples)
+        self.asked = [
+            sample.prompt or sample.source or f"text {n}" for n, sample in enumerate(samples)
+        ]
+        """The prompt of each text, or what stands for one where there is none."""
+        self.spans = [spans(sample.text) for sample in self.samples]
+        self.runs = [
+            [list(run) for is_word, run in groupby(said, lambda s: s[0][0].isalnum()) if is_word]
+            for said in self.spans
+        ]
+        self.words = sum(len(run) for runs in self.runs for run in runs)
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """Of words and marks."""
+        return Counter(word for said in self.spans for word, _, _ in said)
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """Of each text the number of its prompt, from 0."""
+        place = {prompt: n for n, prompt in enumerate(dict.fromkeys(self.asked))}
+        return [place[prompt] for prompt in self.asked]
+
+    def grams(self, text: int, size: int) -> Iterator[tuple[Gram, int, int]]:
+        """(gram, start, end) of each run of `size` words in a text."""
+        for run in self.runs[text]:
+            words = [word for word, _, _ in run]
+            for at in range(len(run) - size + 1):
+                yield tuple(words[at : at + size]), run[at][1], run[at + size - 1][2]
+
+    @cached_property
+    def prompt_words(self) -> list[frozenset[str]]:
+        """Of each text."""
+        return [
+            frozenset(word.rstrip("s") for word, _, _ in spans(sample.prompt))
+            for sample in self.samples
+        ]
+
+
+def over_used(model: Side, human: Side, choice: Choice, known: Iterable[str] = ()) -> list[Tally]:
+    """The phrases, those with the largest λ·√count first.
+
+    Raises:
+        ValueError: a side without words.
+    """
+    for name, side in (("the model's answers", model), ("the corpus", human)):
+        if not side.words:
+            raise ValueError(f"{name}: got no words; accepted: English prose.")
+    found = _mined(model, human, choice)
+    found |= _known(model, human, choice, known, taken=set(found))
+    chosen = _without_overlaps(_without_parts(found, choice.explained), choice.explained)
+    return sorted(chosen, key=_weight, reverse=True)[: choice.most]
+
+
+def g_statistic(
+    a_N: ArrayLike, a_words: float, b_N: ArrayLike, b_words: float
+) -> NDArray[np.float64]:
+    """2·Σ O·ln(O/E) of each table [[a, a_words − a], [b, b_words − b]] (Dunning 1993)."""
+    a_N, b_N = np.asarray(a_N, float), np.asarray(b_N, float)
+    table = np.array([[a_N, a_words - a_N], [b_N, b_words - b_N]])
+    expected = table.sum(0, keepdims=True) * table.sum(1, keepdims=True) / table.sum((0, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = xlogy(table, table) - xlogy(table, expected)
+    return np.maximum(2 * terms.sum((0, 1)), 0)
+
+
+def p_value(a_N: ArrayLike, a_words: float, b_N: ArrayLike, b_words: float) -> NDArray[np.float64]:
+    """How likely `a` or more of the a + b occurrences are on that side, where both write alike."""
+    a_N, b_N = np.asarray(a_N), np.asarray(b_N)
+    return stats.binom.sf(a_N - 1, a_N + b_N, a_words / (a_words + b_words))
+
+
+def discoveries(p_N: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
+    """Which are, with at most that share of false ones expected (Benjamini and Hochberg 1995)."""
+    return stats.false_discovery_control(p_N) <= share
+
+
+def shrunk_log_ratio(a: float, a_words: float, b: float, b_words: float) -> float:
+    """ln of the ratio of two rates, each leaning by `PRIOR` occurrences on the common rate."""
+    if not a + b:
+        return 0.0
+    prior_words = PRIOR * (a_words + b_words) / (a + b)
+    rates = [(n + PRIOR) / (words + prior_words) for n, words in ((a, a_words), (b, b_words))]
+    return float(np.log(rates[0] / rates[1]))
+
+
+def _weight(tally: Tally) -> tuple[float, str]:
+    return tally.log_ratio * tally.model_count**0.5, tally.text
+
+
+# ── Runs of words ────────────────────────────────────────────────────────────────────────────────
+
+
+Place = tuple[int, int, int]
+"""A text, and start and end in it."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A phrase and where the model says it."""
+
+    tally: Tally
+    places: Sequence[Place]
+
+
+@dataclass
+class _Uses:
+    """The texts with a gram, and how often each has it."""
+
+    model: Counter[int] = field(default_factory=Counter)
+    human: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def texts(self) -> int:
+        return len(self.model) + len(self.human)
+
+
+def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
+    uses = _frequent(model, human, choice.least_texts)
+    called, common = names(model, human), _common(human)
+    # Before the tests: what is not tested costs the others nothing.
+    grams = [gram for gram in uses if _tells(gram, called, common)]
+    if not grams:
+        return {}
+    p_G, g_G = _tested([uses[gram] for gram in grams], model, human)
+    passes_G = discoveries(p_G, choice.false_discoveries)
+    tested = {
+        grams[n]: (p_G[n], g_G[n])
+        for n in np.flatnonzero(passes_G).tolist()
+        if _is_habit(grams[n], uses[grams[n]].model, model, choice)
+    }
+    places = _places(model, tested)
+    found = {
+        gram: _found(gram, places[gram], uses[gram], model, human, *tested[gram], known=False)
+        for gram in tested
+    }
+    return {
+        gram: one
+        for gram, one in found.items()
+        if one.tally.log_ratio >= choice.least_log_ratio
+        and not _is_a_words(gram, one.tally, model, human)
+    }
+
+
+def _is_a_words(gram: Gram, tally: Tally, model: Side, human: Side) -> bool:
+    """Whether a run is over-used for a word of it, which the model mostly says elsewhere."""
+    for word in _content(gram):
+        counts = model.counts[word], human.counts[word]
+        log_ratio = shrunk_log_ratio(counts[0], model.words, counts[1], human.words)
+        if tally.model_count < OWN * counts[0] and log_ratio >= BY_WORD * tally.log_ratio:
+            return True
+    return False
+
+
+def _tested(
+    uses: Sequence[_Uses], model: Side, human: Side
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """p and G of each, by texts over words."""
+    texts_2G = np.array([(len(use.model), len(use.human)) for use in uses]).T
+    sides = texts_2G[0], model.words, texts_2G[1], human.words
+    return p_value(*sides), g_statistic(*sides)
+
+
+def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
+    """Grams that enough texts of both sides together have: each size from the next shorter."""
+    found: dict[Gram, _Uses] = {}
+    shorter: set[Gram] = set()
+    for size in SIZES:
+        uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
+        for is_model, side in ((True, model), (False, human)):
+            for text in range(len(side.samples)):
+                for gram, _, _ in side.grams(text, size):
+                    # What is rare does not become frequent by a further word.
+                    if size == SIZES[0] or (gram[:-1] in shorter and gram[1:] in shorter):
+                        (uses[gram].model if is_model else uses[gram].human)[text] += 1
+        often = {
+            gram: use
+            for gram, use in uses.items()
+            if len(use.model) + len(use.human) >= least_texts
+        }
+        shorter = set(often)
+        found |= often
+    return found
+
+
+def _tells(gram: Gram, called: frozenset[str], common: frozenset[str]) -> bool:
+    """Whether a run is a phrase: no name, no number, and content words where it is short."""
+    if any(word in called or any(map(str.isdigit, word)) for word in gram):
+        return False
+    content = _content(gram)
+    if len(gram) > 3:
+        return True
+    if any("'" in word for word in gram):  # "I'm not sure"
+        return bool(content)
+    if len(gram) == 2 and gram[0] in _FUNCTION:
+        return False
+    return any(word not in common for word in content)
+
+
+def _content(gram: Gram) -> list[str]:
+    return [word for word in gram if word not in _FUNCTION and "'" not in word]
+
+
+def _is_habit(gram: Gram, uses: Counter[int], model: Side, choice: Choice) -> bool:
+    """Whether the model says it whatever it is asked."""
+    prompts = Counter(model.asked[text] for text in uses)
+    texts = len(uses)
+    if texts < choice.least_texts or len(prompts) < choice.least_prompts:
+        return False
+    if max(prompts.values()) > choice.most_of_one_prompt * texts:
+        return False
+    if uses.total() > REFRAIN * texts:
+        return False
+    content = [word.rstrip("s") for word in _content(gram)]
+    echoes = sum(any(word in model.prompt_words[text] for word in content) for text in uses)
+    return echoes <= ECHO * texts
+
+
+def names(*sides: Side) -> frozenset[str]:
+    """Words that are mostly capitalised inside sentences."""
+    capital: Counter[str] = Counter()
+    inside: Counter[str] = Counter()
+    for side in sides:
+        for sample, said in zip(side.samples, side.spans, strict=True):
+            for (before, _, end), (word, start, _) in pairwise(said):
+                if before in SENTENCE_ENDS or "\n" in sample.text[end:start]:
+                    continue
+                inside[word] += 1
+                capital[word] += sample.text[start].isupper()
+    return frozenset(
+        word
+        for word, count in capital.items()
+        if count > CAPITAL * inside[word] and word != "i" and not word.startswith("i'")
+    )
+
+
+def _common(human: Side) -> frozenset[str]:
+    """Words that people use often."""
+    return frozenset(word for word, n in human.counts.items() if 1000 * n >= COMMON * human.words)
+
+
+def _places(model: Side, grams: Container[Gram]) -> dict[Gram, list[Place]]:
+    found: defaultdict[Gram, list[Place]] = defaultdict(list)
+    for text in range(len(model.samples)):
+        for size in SIZES:
+            for gram, start, end in model.grams(text, size):
+                if gram in grams:
+                    found[gram].append((text, start, end))
+    return found
+
+
+def _surface(gram: Gram, places: Sequence[Place], model: Side) -> str:
+    """How the model mostly writes it: inside a sentence rather than at its start."""
+    forms = Counter(
+        " ".join(model.samples[text].text[start:end].replace("’", "'").split())
+        for text, start, end in places
+    )
+    is_i = gram[0] == "i" or gram[0].startswith("i'")
+    small = {form: n for form, n in forms.items() if form[0].islower() or is_i}
+    best = max(sorted(small or forms), key=lambda form: forms[form])
+    return best if small else best[0].lower() + best[1:]
+
+
+def _found(
+    gram: Gram,
+    places: Sequence[Place],
+    uses: _Uses,
+    model: Side,
+    human: Side,
+    p: Any,
+    g: Any,
+    *,
+    known: bool,
+) -> _Found:
+    counts = uses.model.total(), uses.human.total()
+    tally = Tally(
+        text=_surface(gram, places, model),
+        log_ratio=shrunk_log_ratio(counts[0], model.words, counts[1], human.words),
+        model_count=counts[0],
+        human_count=counts[1],
+        model_texts=len(uses.model),
+        human_texts=len(uses.human),
+        prompts=len({model.asked[text] for text in uses.model}),
+        p=float(p),
+        g=float(g),
+        known=known,
+    )
+    return _Found(tally, places)
+
+
+# ── Known phrases ────────────────────────────────────────────────────────────────────────────────
+
+LONGEST_KNOWN = 8
+"""Words and marks."""
+LEAST_KNOWN = 2
+"""Texts and prompts of the model with a known phrase: that it is a phrase is known."""
+
+
+def _known(
+    model: Side, human: Side, choice: Choice, phrases: Iterable[str], taken: set[Gram]
+) -> dict[Gram, _Found]:
+    wanted = {tuple(word for word, _, _ in spans(phrase)) for phrase in phrases} - taken - {()}
+    uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
+    places: defaultdict[Gram, list[Place]] = defaultdict(list)
+    for text, said in enumerate(model.spans):
+        for gram, start, end in _occurrences(said, wanted):
+            uses[gram].model[text] += 1
+            places[gram].append((text, start, end))
+    for text, said in enumerate(human.spans):
+        for gram, _, _ in _occurrences(said, uses.keys()):
+            uses[gram].human[text] += 1
+    grams = sorted(uses)
+    if not grams:
+        return {}
+    p_K, g_K = _tested([uses[gram] for gram in grams], model, human)
+    found = {}
+    for n in np.flatnonzero(discoveries(p_K, choice.false_discoveries)).tolist():
+        gram = grams[n]
+        one = _found(gram, places[gram], uses[gram], model, human, p_K[n], g_K[n], known=True)
+        enough = min(one.tally.model_texts, one.tally.prompts) >= LEAST_KNOWN
+        if enough and one.tally.log_ratio >= choice.least_log_ratio:
+            found[gram] = one
+    return found
+
+
+def _occurrences(
+    said: Sequence[tuple[str, int, int]], phrases: Container[Gram]
+) -> Iterator[tuple[Gram, int, int]]:
+    """(phrase, start, end) of each in a text's words and marks."""
+    words = tuple(word for word, _, _ in said)
+    for at in range(len(words)):
+        for size in range(1, min(LONGEST_KNOWN, len(words) - at) + 1):
+            if (gram := words[at : at + size]) in phrases:
+                yield gram, said[at][1], said[at + size - 1][2]
+
+
+# ── One phrase and another ───────────────────────────────────────────────────────────────────────
+
+
+def _without_parts(found: Mapping[Gram, _Found], explained: float) -> list[_Found]:
+    """Of two phrases, one inside the other, one."""
+    left = dict(found)
+    # From the longest on: a part may be explained by what is not explained itself.
+    for gram in sorted(found, key=lambda gram: (-len(gram), gram)):
+        if gram not in left:
+            continue
+        parts = [part for part in _parts(gram) if part in left]
+        texts = left[gram].tally.model_texts
+        if any(texts < explained * left[part].tally.model_texts for part in parts):
+            del left[gram]
+        else:
+            for part in parts:
+                del left[part]
+    return list(left.values())
+
+
+def _parts(gram: Gram) -> set[Gram]:
+    return {
+        gram[at : at + size] for size in range(1, len(gram)) for at in range(len(gram) - size + 1)
+    }
+
+
+def _without_overlaps(found: Sequence[_Found], explained: float) -> Iterator[Tally]:
+    """Without phrases that mostly share words with one that is more telling."""
+    taken: set[tuple[int, int]] = set()
+    for one in sorted(found, key=lambda f: (-f.tally.g, f.tally.text)):
+        letters = [{(text, at) for at in range(a, b)} for text, a, b in one.places]
+        shared = sum(bool(each & taken) for each in letters)
+        if shared < explained * len(letters):
+            taken.update(*letters)
+            yield one.tally

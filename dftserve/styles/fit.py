@@ -1,0 +1,429 @@
+"""A profile's λ, corrected on what a server writes with the profile in force.
+
+    fit(Job(server="path/to/model", profile=Path("profiles/novels"), prompts=Path("prompts.txt"),
+            out=Path("fits/novels")))
+
+Of all distributions with the human rates, the one nearest to the model's is p·e^−λ·φ, φ being the
+counts; the gradient of its dual in λ is what the rates are above people's. Rates are roughly
+proportional to e^−λ and counts are small, so a round steps in their logarithm:
+
+    λ ← clip(λ + STEP·ln((n + PRIOR) / (N·μ + PRIOR)), 0, 10)
+
+with n occurrences in the N words of a round's answers and μ people's rate. One to three rounds
+suffice; what is left is the counts' own error. λ is fitted on four prompts of five; the fifth, and
+the measures that are not fitted, say whether it helped. A fit never follows users' texts: it makes
+another profile, which is frozen.
+
+A round that would leave too few of its answers effective, by importance sampling, is not taken.
+
+    OUT/styles/NAME-1 …     the profile of each round: what the server is given
+    OUT/round-1 …           its answers (`evaluate.generate`): the same command goes on
+    OUT/NAME                the frozen profile
+    OUT/fit.json            each round's figures
+
+Shapes: P phrases, T answers.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dftserve import atomic
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate import grid, prompts
+from dftserve.evaluate.generate.grid import Answer, RequestGrid
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.metrics.sds import score
+from dftserve.evaluate.metrics.stylometry import StyleSpace
+from dftserve.evaluate.metrics.two_sample import mmd2
+from dftserve.evaluate.reference import Anchors
+from dftserve.evaluate.text.tokenize import words
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.openai_client import Server
+from dftserve.serve import base_url, running
+from dftserve.settings import among
+from dftserve.styles import profile as profiles
+from dftserve.styles.build import HELD_OUT, Say, Tick
+from dftserve.styles.counts import PER
+from dftserve.styles.profile import LARGEST_LOG_RATIO, ProfileError, Stored, with_log_ratios
+from dftserve.styles.spellings import Finder
+
+STEP = 0.7
+PRIOR = 2.0
+"""Occurrences that both sides of the logarithm lean on."""
+LEAST_EFFECTIVE = 0.1
+"""Share of a round's answers: a step that leaves fewer goes beyond what they show."""
+SETTLED = 0.05
+"""Nats: a round in which no λ moves further is the last one."""
+MOST_ROUNDS = 20
+STYLES = "DFTSERVE_STYLES"
+"""The environment variable of a server that names its folder of profiles."""
+RESULT = "fit.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    server: str
+    """A model's folder, which is served anew for each round; or the URL of a server, which is to
+    be started anew with `OUT/styles` for each."""
+    profile: Path
+    prompts: Path
+    out: Path
+    rounds: int = 3
+    anchors: Path | None = None
+    """Human anchors, for what is measured and not fitted."""
+    samples: int = 8
+    max_tokens: int = 400
+    temperature: float = 1.0
+    seed: int = 0
+    concurrency: int = 16
+    served_as: str | None = None
+    key_variable: str | None = None
+    serve_flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, most in (("rounds", MOST_ROUNDS), ("concurrency", 10_000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 1 to {most}.")
+        if self.is_url and self.serve_flags:
+            raise ValueError(
+                f"got the flags {' '.join(self.serve_flags)} and a URL; accepted: vLLM's flags "
+                "with a model's folder."
+            )
+        if not self.is_url and not Path(self.server).is_dir():
+            raise ValueError(f"{self.server}: no such folder; accepted: a model's folder or a URL.")
+
+    @property
+    def is_url(self) -> bool:
+        return self.server.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer with a profile in force."""
+
+    text: str
+    prompt: str
+    held_out: bool
+    kl: float | None
+    """Mean nats a token that the style cost, where the server says it."""
+
+
+Ask = Callable[[str, int], Sequence[Said]]
+"""(name of the profile in `OUT/styles`, round) → answers."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a profile in force did, and what came of it. Rates are per 1,000 words, of all phrases
+    together."""
+
+    number: int
+    words: int
+    rate: float
+    held_out_rate: float | None
+    human_rate: float
+    above: int
+    """Phrases that came more than twice as often as people's rate makes of the words."""
+    mean_kl: float | None
+    largest_step: float
+    effective: float
+    """Share of the answers that the step leaves effective."""
+    unfitted: Mapping[str, float]
+    """`sds` and `mmd_style`, where there are anchors."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    stored: Stored
+    rounds: tuple[Round, ...]
+    ended: str
+    """Why it ended."""
+
+
+def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fit:
+    """Fit, and write the frozen profile.
+
+    Raises:
+        ValueError: profile, prompts, anchors or a setting are not what is accepted, `out` holds
+            another fit, or the server at a URL has not the round's profile.
+        RuntimeError: a server does not start, cannot be reached or fails.
+    """
+    stored = profiles.load(job.profile)
+    asked = prompts.read(job.prompts)
+    anchors = None if job.anchors is None else reference.load(job.anchors)
+    if (job.out / stored.profile.name).exists():
+        raise FileExistsError(
+            f"{job.out / stored.profile.name} exists: this fit is done; choose another --out."
+        )
+
+    def ask(name: str, number: int) -> list[Said]:
+        say(f"Round {number}: asking with {name}…")
+        return _answers(job, asked, name, number, tick)
+
+    found = rounds(stored, ask, job.out, job.rounds, anchors, say)
+    atomic.write_text(
+        job.out / RESULT,
+        json.dumps({"ended": found.ended, "rounds": [asdict(r) for r in found.rounds]}, indent=1)
+        + "\n",
+    )
+    profiles.write(job.out / found.stored.profile.name, found.stored)
+    return found
+
+
+def rounds(
+    stored: Stored,
+    ask: Ask,
+    out: Path,
+    most: int,
+    anchors: Anchors | None = None,
+    say: Say = lambda line: None,
+) -> Fit:
+    """The rounds of a fit, against whatever answers.
+
+    Raises:
+        ProfileError: no phrases to fit.
+        ValueError: `out` holds another fit; answers without words.
+    """
+    phrases = stored.profile.phrases
+    if not phrases:
+        raise ProfileError(f"the style {stored.profile.name!r} has no phrases to fit; build more.")
+    finder = Finder([phrase.text for phrase in phrases])
+    human_P = np.array([phrase.human_rate for phrase in phrases])
+    log_ratio_P = np.array([phrase.log_ratio for phrase in phrases])
+    done: list[Round] = []
+    ended = f"{most} rounds"
+    for number in range(1, most + 1):
+        name = _offer(stored, log_ratio_P, number, out)
+        said = ask(name, number)
+        counts_TP, words_T = _counted(said, finder, len(phrases))
+        step_P = _step(said, counts_TP, words_T, human_P, log_ratio_P)
+        effective = effective_share(counts_TP[_fitted(said)], step_P)
+        done.append(_round(number, said, counts_TP, words_T, human_P, step_P, effective, anchors))
+        say(shown(done[-1]))
+        if effective < LEAST_EFFECTIVE:
+            ended = (
+                f"round {number}'s step would leave {effective:.0%} of its answers effective; "
+                "ask more at once (--samples)"
+            )
+            break
+        log_ratio_P = log_ratio_P + step_P
+        if np.abs(step_P).max() < SETTLED:
+            ended = f"settled in round {number}"
+            break
+    profile = with_log_ratios(stored, log_ratio_P)
+    fitted = {"ended": ended, "rounds": [asdict(each) for each in done]}
+    counts = {**stored.counts, "fit": fitted}
+    return Fit(replace(stored, profile=profile, counts=counts), tuple(done), ended)
+
+
+def updated(
+    log_ratio_P: NDArray[np.float64],
+    count_P: NDArray[np.float64],
+    expected_P: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """λ after a round: the rule above, with N·μ as `expected_P`."""
+    step_P = STEP * np.log((count_P + PRIOR) / (expected_P + PRIOR))
+    return np.clip(log_ratio_P + step_P, 0, LARGEST_LOG_RATIO)
+
+
+def effective_share(counts_TP: NDArray[np.float64], step_P: NDArray[np.float64]) -> float:
+    """(Σw)² / (T·Σw²) of the answers, weighted as the step makes them likelier: e^−Δλ·φ."""
+    log_weight_T = -(counts_TP @ step_P)
+    weight_T = np.exp(log_weight_T - log_weight_T.max(initial=-np.inf))
+    return float(weight_T.sum() ** 2 / (len(weight_T) * (weight_T**2).sum()))
+
+
+def shown(one: Round) -> str:
+    """A line for the user."""
+    parts = [
+        f"Round {one.number}: {one.rate:.2f} phrases per 1,000 words (people {one.human_rate:.2f}"
+        + ("" if one.held_out_rate is None else f", held-out prompts {one.held_out_rate:.2f}")
+        + ")",
+        f"{one.above} above twice people's rate",
+        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats a token"]),
+        f"largest step {one.largest_step:.2f}",
+        f"{one.effective:.0%} effective",
+        *(f"{name} {value:.3f}" for name, value in one.unfitted.items()),
+    ]
+    return "; ".join(parts) + "."
+
+
+# ── A round ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _offer(stored: Stored, log_ratio_P: NDArray, number: int, out: Path) -> str:
+    """Put the round's profile among `OUT/styles`, where it is not there already; its name."""
+    suffix = f"-{number}"
+    name = stored.profile.name[: 64 - len(suffix)] + suffix
+    profile = replace(with_log_ratios(stored, log_ratio_P), name=name)
+    folder = out / "styles" / name
+    if not folder.exists():
+        profiles.write(folder, replace(stored, profile=profile))
+        return name
+    found = profiles.read(folder)
+    same = [phrase.text for phrase in found.phrases] == [p.text for p in profile.phrases]
+    there_P = np.array([phrase.log_ratio for phrase in found.phrases])
+    if not same or not np.allclose(there_P, log_ratio_P, atol=1e-6):
+        raise ValueError(
+            f"{folder} is a profile of another fit; accepted: the same command, or another --out."
+        )
+    return name
+
+
+def _counted(
+    said: Sequence[Said], finder: Finder, phrases: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """float64 [T, P] and [T]: occurrences and words of each answer."""
+    counts_TP = np.zeros((len(said), phrases))
+    for place, answer in enumerate(said):
+        for phrase, _, _ in finder.found(answer.text):
+            counts_TP[place, phrase] += 1
+    words_T = np.array([len(words(answer.text)) for answer in said], float)
+    if not words_T[_fitted(said)].sum():
+        raise ValueError(f"answers: got {len(said)} without words; is the server all right?")
+    return counts_TP, words_T
+
+
+def _fitted(said: Sequence[Said]) -> NDArray[np.bool_]:
+    return np.array([not answer.held_out for answer in said], bool)
+
+
+def _step(
+    said: Sequence[Said],
+    counts_TP: NDArray,
+    words_T: NDArray,
+    human_P: NDArray,
+    log_ratio_P: NDArray,
+) -> NDArray[np.float64]:
+    fitted_T = _fitted(said)
+    expected_P = human_P * words_T[fitted_T].sum() / PER
+    return updated(log_ratio_P, counts_TP[fitted_T].sum(axis=0), expected_P) - log_ratio_P
+
+
+def _round(
+    number: int,
+    said: Sequence[Said],
+    counts_TP: NDArray,
+    words_T: NDArray,
+    human_P: NDArray,
+    step_P: NDArray,
+    effective: float,
+    anchors: Anchors | None,
+) -> Round:
+    fitted_T = _fitted(said)
+    count_P, total = counts_TP[fitted_T].sum(axis=0), words_T[fitted_T].sum()
+    held = words_T[~fitted_T].sum()
+    costs = [answer.kl for answer in said if answer.kl is not None]
+    return Round(
+        number=number,
+        words=int(words_T.sum()),
+        rate=float(PER * count_P.sum() / total),
+        held_out_rate=float(PER * counts_TP[~fitted_T].sum() / held) if held else None,
+        human_rate=float(human_P.sum()),
+        above=int((count_P > 2 * human_P * total / PER + PRIOR).sum()),
+        mean_kl=float(np.mean(costs)) if costs else None,
+        largest_step=float(np.abs(step_P).max()),
+        effective=effective,
+        unfitted={} if anchors is None else unfitted(said, anchors),
+    )
+
+
+def unfitted(said: Sequence[Said], anchors: Anchors) -> dict[str, float]:
+    """What no λ follows: the Style Diversity Score, and √MMD² of style features to held-out human
+    text; nothing where too few answers are long enough."""
+    texts = Windows.of([Sample(answer.text, answer.prompt) for answer in said], anchors.words)
+    whole, human = texts.whole(), anchors.test
+    if len(whole) < LEAST_TEXTS:
+        return {}
+    space = StyleSpace.fit(anchors.splits["reference"])
+    distance = mmd2(space.features(whole), space.features(human), space.sigma)
+    return {
+        "sds": score(texts, anchors.sds_reference).sds.value,
+        "mmd_style": float(np.sqrt(max(distance, 0.0))),
+    }
+
+
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _answers(job: Job, asked: tuple[Prompt, ...], name: str, number: int, tick: Tick) -> list[Said]:
+    folder = job.out / f"round-{number}"
+    total = len(asked) * job.samples
+    done = grid.count_answers(folder)
+    before = grid.read_asked(folder) or {}
+    served_as = job.served_as or before.get("model")
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        tick(done, total)
+
+    with contextlib.ExitStack() as stack:
+        is_there = served_as is not None and done == total
+        url = "" if is_there else stack.enter_context(_served(job, name, number))
+        server = Server(url, job.key_variable)
+        wanted = RequestGrid(
+            model=served_as or server.models()[0],
+            prompts=asked,
+            grid=(0,),
+            samples=job.samples,
+            max_tokens=job.max_tokens,
+            temperature=job.temperature,
+            # Rounds draw on their own: else one's luck is the next one's.
+            seed=job.seed + number,
+            body={"style": {"name": name, "strength": 1}},
+        )
+        answers = grid.generate(
+            wanted, folder, server=server, concurrency=job.concurrency, tick=one_more
+        )
+    return [_said(answer, asked) for answer in answers if answer.said.strip()]
+
+
+def _said(answer: Answer, asked: tuple[Prompt, ...]) -> Said:
+    return Said(
+        text=answer.said,
+        prompt=asked[answer.place].text,
+        held_out=len(asked) >= HELD_OUT and answer.place % HELD_OUT == HELD_OUT - 1,
+        kl=(answer.figures or {}).get("mean_kl"),
+    )
+
+
+@contextlib.contextmanager
+def _served(job: Job, name: str, number: int) -> Iterator[str]:
+    """The URL of a server that has the round's profile."""
+    styles = (job.out / "styles").resolve()
+    if job.is_url:
+        url = base_url(job.server)
+        _check_offered(Server(url, job.key_variable, retries=0), name, styles)
+        yield url
+        return
+    log = job.out / f"server-{number}.log"
+    with running(job.server, *job.serve_flags, env={STYLES: str(styles)}, log=log) as server:
+        _check_offered(Server(server.url, job.key_variable, retries=0), name, styles)
+        yield server.url
+
+
+def _check_offered(server: Server, name: str, styles: Path) -> None:
+    """
+    Raises:
+        ValueError: the server has not the profile.
+    """
+    with server.client() as client, server.errors():
+        told = client.get("/dft/capabilities", cast_to=object)
+    known = told.get("styles") if isinstance(told, Mapping) else None
+    refused = told.get("styles_refused") if isinstance(told, Mapping) else None
+    if isinstance(known, list) and name in known:
+        return
+    if isinstance(refused, Mapping) and name in refused:
+        raise ValueError(f"{server.url} refuses the style {name!r}: {refused[name]}")
+    listed = among(name, map(str, known)) if isinstance(known, list) and known else "none"
+    raise ValueError(
+        f"{server.url} has not the style {name!r} (it has: {listed}); start it anew with "
+        f"{STYLES}={styles}, and run this command again: it goes on with this round."
+    )

@@ -1,0 +1,220 @@
+"""What a style profile holds, for a reader: phrases with their rates on both sides, the automaton.
+
+summary = inspect(load(Path("profiles/novels")))
+print(as_text(summary))
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from markupsafe import Markup
+from scipy import stats
+
+from dftserve.bounded_files import FileError, shaped_as
+from dftserve.page import note, page, section, table
+from dftserve.styles.counts import PER
+from dftserve.styles.profile import MANIFEST, ProfileError, Stored
+
+SHOWN = 20
+"""Phrases of the text; a page and the JSON have all."""
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Occurrences per 1,000 words, and the interval of a Poisson count (Garwood 1936) at 95 %.
+
+    It holds for occurrences that come on their own; where a text repeats itself it is too narrow.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, count: int, words: int) -> "Rate":
+        tail = (1 - LEVEL) / 2
+        low = float(stats.chi2.ppf(tail, 2 * count)) / 2 if count else 0.0
+        high = float(stats.chi2.ppf(1 - tail, 2 * count + 2)) / 2
+        return cls(*(PER * n / words for n in (count, low, high)))
+
+    def render(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    text: str
+    log_ratio: float
+    model: Rate
+    human: Rate
+    prompts: int | None
+    """Of the model's, under which it is said."""
+    p: float | None
+    known: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    name: str
+    model: str
+    strength: float
+    max_kl: float
+    sizes: Mapping[str, int]
+    """Of the automaton and the tilt."""
+    sides: Mapping[str, Mapping[str, int]]
+    """Texts, words and prompts."""
+    recall: Mapping[str, Any]
+    habits: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def inspect(stored: Stored) -> Summary:
+    """
+    Raises:
+        ProfileError: its counts are not those of its phrases.
+    """
+    profile, counts = stored.profile, stored.counts
+    try:
+        with shaped_as(MANIFEST, "the counts that `dftserve style build` writes"):
+            sides = {name: dict(counts[name]) for name in ("model", "human")}
+            counted = list(counts["phrases"])
+            if len(counted) != len(profile.phrases):
+                raise TypeError(f"{len(counted)} counts of {len(profile.phrases)} phrases")
+            rows = tuple(
+                Row(
+                    text=phrase.text,
+                    log_ratio=phrase.log_ratio,
+                    model=Rate.of(int(of["model_count"]), max(int(sides["model"]["words"]), 1)),
+                    human=Rate.of(int(of["human_count"]), max(int(sides["human"]["words"]), 1)),
+                    prompts=of["prompts"],
+                    p=of["p"],
+                    known=bool(of["known"]),
+                )
+                for phrase, of in zip(profile.phrases, counted, strict=True)
+            )
+            recall, habits = dict(counts["recall"]), dict(counts["habits"])
+            sizes = {
+                "phrases": len(profile.phrases),
+                "patterns": int(counts["patterns"]),
+                "states": profile.states,
+                "entries": len(profile.row_token_N),
+                "unigrams": int(counts["unigrams"]),
+                "bigrams": len(profile.bigram_token_M),
+            }
+    except FileError as error:
+        raise ProfileError(str(error)) from None
+    return Summary(
+        name=profile.name,
+        model=profile.model,
+        strength=profile.strength,
+        max_kl=profile.max_kl,
+        sizes=sizes,
+        sides=sides,
+        recall=recall,
+        habits=habits,
+        rows=rows,
+        settings=dict(stored.settings),
+        versions=dict(stored.versions),
+    )
+
+
+def as_json(summary: Summary) -> str:
+    return json.dumps(asdict(summary), indent=2, ensure_ascii=False)
+
+
+def as_text(summary: Summary) -> str:
+    lines = [*_about(summary), ""]
+    head = ("phrase", "λ", "model, per 1,000 words", "people, per 1,000 words")
+    rows = [
+        (row.text, f"{row.log_ratio:.2f}", row.model.render(), row.human.render())
+        for row in summary.rows[:SHOWN]
+    ]
+    lines += _columns([head, *rows])
+    if len(summary.rows) > SHOWN:
+        lines.append(f"and {len(summary.rows) - SHOWN} more; --json and --html have all.")
+    return "\n".join([*lines, "", *_habit_lines(summary)])
+
+
+def as_html(summary: Summary) -> str:
+    head = ("phrase", "λ, nats", "model", "people", "prompts", "p", "")
+    rows = [
+        (
+            row.text,
+            f"{row.log_ratio:.2f}",
+            row.model.render(),
+            row.human.render(),
+            "" if row.prompts is None else f"{row.prompts}",
+            "" if row.p is None else f"{row.p:.1e}",
+            "known" if row.known else "",
+        )
+        for row in summary.rows
+    ]
+    openers = summary.habits.get("openers", {})
+    return page(
+        f"Style {summary.name}",
+        Markup("").join(Markup("<p>{}</p>").format(line) for line in _about(summary)),
+        section(
+            "Phrases",
+            note(
+                "Per 1,000 words, with the 95 % interval of a Poisson count; at strength 1 a "
+                "phrase comes e^−λ times as often."
+            ),
+            table(head, rows, text=(0, 6)),
+        ),
+        section("Habits", *(Markup("<p>{}</p>").format(line) for line in _habit_lines(summary))),
+        section(
+            "How sentences begin",
+            table(
+                ("first word", "model", "people"),
+                [
+                    (word, f"{of['model']:.2%}", f"{of['human']:.2%}")
+                    for word, of in openers.items()
+                ],
+            ),
+        ),
+    )
+
+
+def _about(summary: Summary) -> list[str]:
+    sizes, recall = summary.sizes, summary.recall
+    model, human = summary.sides["model"], summary.sides["human"]
+    return [
+        f"{summary.name}: {sizes['phrases']:,} phrases that {summary.model} over-uses, and a tilt "
+        f"of {sizes['unigrams']:,} tokens and {sizes['bigrams']:,} bigrams.",
+        f"Counted on {model['words']:,} words of {model['texts']:,} answers to "
+        f"{model['prompts']:,} prompts, and {human['words']:,} words of {human['texts']:,} texts "
+        "by people.",
+        f"Automaton: {sizes['states']:,} states and {sizes['entries']:,} entries of "
+        f"{sizes['patterns']:,} tokenisations. It finds {recall['recall']:.1%} of "
+        f"{recall['searched']:,} occurrences in texts that it was not made from, and "
+        f"{recall['precision']:.1%} of what it finds is one.",
+        f"Strength {summary.strength:g}; the tilt costs at most {summary.max_kl:g} nats a token.",
+    ]
+
+
+def _habit_lines(summary: Summary) -> list[str]:
+    named = {"em_dashes": "Em dashes", "contrasts": "“Not X but Y”"}
+    lines = [
+        f"{title}: {of['model']:.2f} and {of['human']:.2f} per 1,000 words of the model's and "
+        "people's (reported, not changed)."
+        for name, title in named.items()
+        if (of := summary.habits.get(name))
+    ]
+    begun = list(summary.habits.get("openers", {}).items())[:5]
+    if begun:
+        told = ", ".join(f"{word} {of['model']:.1%} / {of['human']:.1%}" for word, of in begun)
+        lines.append(f"Sentences begin with, model / people: {told}.")
+    return lines
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

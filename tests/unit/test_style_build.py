@@ -1,0 +1,177 @@
+"""From texts to a profile: what is in it follows from how the texts were made."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dftserve import cli
+from dftserve.evaluate.text.windows import Sample
+from dftserve.fingerprints import tokenizer_fingerprint
+from dftserve.styles import build as builds
+from dftserve.styles import profile as profiles
+from dftserve.styles.automaton import completions
+from dftserve.styles.build import Job, build, on_shared_prompts
+from dftserve.styles.report import Rate, as_html, as_json, as_text, inspect
+
+PLAIN = [f"{a}{b}o" for a in "bdfgklmnprst" for b in ("a", "e", "i", "u", "ou", "an")]
+
+
+def text(rng, *inserted):
+    words = rng.choices(PLAIN, k=40)
+    for phrase in inserted:
+        words.insert(rng.randrange(1, len(words)), phrase)
+    return f"{' '.join(words)}."
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Of a model that says one phrase in every third answer and "blurry" for "pale"."""
+    folder = tmp_path_factory.mktemp("style")
+    rng = random.Random(1)
+    model = [
+        {
+            "prompt": f"Ask {n % 8}.",
+            "response": text(rng, *["a testament to"] * (n // 8 % 3 == 0), *["blurry"] * 2),
+        }
+        for n in range(96)
+    ]
+    human = [text(rng, "pale", "pale") for _ in range(192)]
+    (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in model))
+    (folder / "human.jsonl").write_text("".join(f"{json.dumps({'text': t})}\n" for t in human))
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([*human, *(row["response"] for row in model)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder / "model")
+    return Job(
+        corpus=folder / "human.jsonl",
+        model=str(folder / "model"),
+        answers=folder / "answers.jsonl",
+        out=folder / "profile",
+    )
+
+
+@pytest.fixture(scope="module")
+def stored(job):
+    said = []
+    made = build(job, said.append)
+    assert said == ["Counting 96 answers beside 192 texts…"]
+    return made
+
+
+def test_a_profile_has_the_phrase_and_the_words_and_belongs_to_the_model(job, stored):
+    profile = profiles.read(job.out)
+    tokenizer = builds.load_tokenizer(job.model)
+    assert [phrase.text for phrase in profile.phrases] == ["a testament to"]
+    phrase = profile.phrases[0]
+    assert phrase.model_rate == pytest.approx(1000 * 32 / stored.counts["model"]["words"])
+    assert phrase.human_rate == 0
+    assert phrase.log_ratio > 2
+    assert profile.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    assert (profile.name, profile.model) == ("profile", "model")
+    assert stored.counts["recall"]["recall"] == 1
+    said = {word: tokenizer(f" {word}")["input_ids"] for word in ("blurry", "pale")}
+    assert profile.unigram_V[said["blurry"]].min() < -0.5
+    assert profile.unigram_V[said["pale"]].max() > 0.5
+    # What belongs to the phrase is the automaton's matter.
+    assert profile.unigram_V[tokenizer(" testament")["input_ids"]].min() == 0
+
+
+def test_its_factors_fall_along_the_phrase(job, stored):
+    profile = stored.profile
+    tokens = builds.load_tokenizer(job.model)(" a testament to")["input_ids"]
+    state, factors = 0, []
+    for token in tokens:
+        state, factor = profile.step(state, token)
+        factors.append(factor)
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] == pytest.approx(-profile.phrases[0].log_ratio, abs=1e-4)
+
+
+def test_the_same_texts_make_the_same_profile(job, stored, tmp_path):
+    build(replace(job, out=tmp_path / "profile"), lambda line: None)
+    for name in (profiles.MANIFEST, profiles.TENSORS):
+        assert (tmp_path / "profile" / name).read_bytes() == (job.out / name).read_bytes()
+
+
+def test_a_reader_sees_phrases_with_both_rates(job, stored):
+    summary = inspect(profiles.load(job.out))
+    assert "a testament to" in as_text(summary)
+    assert "It finds 100.0% of" in as_text(summary)
+    assert json.loads(as_json(summary))["rows"][0]["human"]["value"] == 0
+    assert '<td class="text">a testament to</td>' in as_html(summary)
+
+
+def test_an_interval_covers_the_rate_as_often_as_it_says():
+    """Of Poisson counts at the true rate, 95 % or more: over 2,000 draws, six standard errors."""
+    counts = np.random.default_rng(0).poisson(4, 2000)
+    rates = {count: Rate.of(count, 1000) for count in set(counts.tolist())}
+    covered = np.mean([rates[n].low <= 4 <= rates[n].high for n in counts.tolist()])
+    assert covered > 0.95 - 6 * (0.95 * 0.05 / 2000) ** 0.5
+    assert Rate.of(0, 1000).low == 0
+
+
+def test_both_sides_are_cut_to_the_prompts_that_they_share():
+    def of(*prompts):
+        return [Sample("text", prompt) for prompt in prompts]
+
+    model, human, is_shared = on_shared_prompts(of("a", "a", "b", "c"), of("b", "c", "d"))
+    assert is_shared
+    assert [s.prompt for s in model] == ["b", "c"]
+    assert [s.prompt for s in human] == ["b", "c"]
+    model, human, is_shared = on_shared_prompts(of("a", "b", "c"), of("c", "", "d"))
+    assert (len(model), len(human), is_shared) == (3, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("build human.jsonl --model model --out new", "got neither --answers nor --server"),
+        ("build human.jsonl --model model --out new --answers none", "where nothing is"),
+        ("build none --model model --out new --answers answers.jsonl", "nothing is there"),
+        ("build human.jsonl --model ./none --out new --answers answers.jsonl", "no such folder"),
+        ("build human.jsonl --model model --out profile --answers answers.jsonl", "exists; choose"),
+        ("build human.jsonl --model model --out .x --answers answers.jsonl", "name: got '.x'"),
+        ("build human.jsonl --model model --out new --answers few.jsonl", "got 1; accepted: 32"),
+        ("build human.jsonl --model model --out new --server http://x", "prompts: got none"),
+        (
+            "build human.jsonl --model model --out new --answers answers.jsonl --server http://x "
+            "--prompts p.txt",
+            "and a server; accepted: a file of answers without --server",
+        ),
+        (
+            "build human.jsonl --model model --out new --answers answers.jsonl "
+            "--false-discoveries 2",
+            "false_discoveries: got 2.0; accepted: 0 to 1",
+        ),
+        ("inspect none", "give the --out of a `dftserve style build`"),
+        ("fit none --profile profile --prompts p.txt --out fit", "none: no such folder"),
+        ("fit model --profile none --prompts p.txt --out fit", "none has no profile.json"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_a_sentence(job, stored, monkeypatch, arguments, told):
+    monkeypatch.chdir(job.out.parent)
+    (job.out.parent / "few.jsonl").write_text('{"prompt": "p", "response": "some words"}\n')
+    ended = CliRunner().invoke(cli.main, ["style", *arguments.split()])
+    assert ended.exit_code in (1, 2), ended.output
+    assert told in " ".join(ended.output.split())
+    assert "Traceback" not in ended.output
+    assert not (job.out.parent / "new").exists()
+
+
+def test_occurrences_in_the_answers_are_the_ones_counted(job, stored):
+    """The profile's own automaton finds in the answers what its model rate says."""
+    tokenizer = builds.load_tokenizer(job.model)
+    texts = [sample.text for sample in builds.answers_of(job, print, lambda done, total: None)]
+    patterns = builds.spellings.spell(tokenizer, ["a testament to"])
+    automaton = builds.build_automaton(patterns, vocabulary=len(tokenizer))
+    encoded = builds.spellings.encode(tokenizer, texts)
+    found = sum(len(completions(automaton, each.tokens)) for each in encoded)
+    assert found == stored.counts["phrases"][0]["model_count"] == 32

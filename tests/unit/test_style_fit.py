@@ -1,0 +1,209 @@
+"""Rounds of a style's fit against writers whose rates are known."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dftserve.styles import fit as fits
+from dftserve.styles import profile as profiles
+from dftserve.styles.fit import Job, Said, effective_share, fit, rounds, updated
+from dftserve.styles.profile import Phrase, ProfileError
+from tests.local_server import reply, serving
+from tests.styles import stored
+
+HUMAN = 1.0
+"""Per 1,000 words, of each phrase."""
+NATIVE = (10.0, 3.0)
+"""The writer's rates without a style."""
+PHRASES = ("velvet shadows", "a testament to")
+
+
+def small(log_ratio_P=(0.0, 0.0)):
+    made = stored(log_ratio_P=log_ratio_P)
+    phrases = tuple(
+        Phrase(text, x, native, HUMAN)
+        for text, x, native in zip(PHRASES, log_ratio_P, NATIVE, strict=True)
+    )
+    return replace(made, profile=replace(made.profile, phrases=phrases))
+
+
+class Writer:
+    """Writes each phrase at its native rate times e^−λ·`obeys` of the profile that it is given."""
+
+    def __init__(self, out, *, texts=300, obeys=(1.0, 1.0), kl=0.01):
+        self.out, self.texts, self.obeys, self.kl = out, texts, obeys, kl
+        self.names = []
+
+    def __call__(self, name, number):
+        self.names.append(name)
+        given = profiles.read(self.out / "styles" / name)
+        rng = np.random.default_rng(number)
+        return [
+            Said(self.text(given, rng), f"prompt {n % 10}", n % 5 == 4, self.kl)
+            for n in range(self.texts)
+        ]
+
+    def text(self, given, rng, words=200):
+        parts = ["so"] * words
+        for phrase, native, obeys in zip(given.phrases, NATIVE, self.obeys, strict=True):
+            expected = words / 1000 * native * np.exp(-phrase.log_ratio * obeys)
+            for place in rng.integers(0, words, rng.poisson(expected)):
+                parts[place] += f", {phrase.text}."
+        return " ".join(parts)
+
+
+def test_rounds_bring_the_rates_to_peoples(tmp_path):
+    writer = Writer(tmp_path)
+    found = rounds(small(), writer, tmp_path, 5)
+    first, last = found.rounds[0], found.rounds[-1]
+    assert first.rate > 10
+    assert first.above == 2
+    assert last.rate == pytest.approx(2 * HUMAN, rel=0.35)
+    assert last.held_out_rate == pytest.approx(2 * HUMAN, rel=0.5)
+    assert last.human_rate == 2 * HUMAN
+    assert last.mean_kl == pytest.approx(0.01)
+    log_ratios = [phrase.log_ratio for phrase in found.stored.profile.phrases]
+    assert log_ratios == pytest.approx([np.log(10), np.log(3)], abs=0.4)
+    assert writer.names == [f"small-{n}" for n in range(1, len(found.rounds) + 1)]
+    assert found.stored.counts["fit"]["rounds"][0]["number"] == 1
+
+
+def test_a_phrase_that_obeys_by_half_gets_twice_the_log_ratio(tmp_path):
+    """The profile's own λ is the wrong one where the factors are not what they should be; a fit
+    does not ask why."""
+    found = rounds(small(np.log(NATIVE)), Writer(tmp_path, obeys=(0.5, 1.0)), tmp_path, 8)
+    assert found.stored.profile.phrases[0].log_ratio == pytest.approx(2 * np.log(10), rel=0.25)
+
+
+def test_a_phrase_that_people_say_more_often_is_left_to_the_model(tmp_path):
+    made = small((1.0, 1.0))
+    phrases = tuple(replace(phrase, human_rate=50.0) for phrase in made.profile.phrases)
+    made = replace(made, profile=replace(made.profile, phrases=phrases))
+    found = rounds(made, Writer(tmp_path), tmp_path, 4)
+    assert [phrase.log_ratio for phrase in found.stored.profile.phrases] == [0, 0]
+
+
+def test_a_round_follows_the_rule_and_its_bounds():
+    found = updated(np.array([1.0, 9.9, 0.1]), np.array([18, 998, 0]), np.array([8, 3, 98]))
+    wanted = [1 + 0.7 * np.log(20 / 10), 10, 0]
+    assert found == pytest.approx(wanted)
+
+
+def test_held_out_prompts_are_not_fitted(tmp_path):
+    def ask(name, number):
+        return [Said("so " * 200 + PHRASES[0], f"prompt {n}", n % 5 == 4, None) for n in range(50)]
+
+    def without(name, number):
+        return [replace(s, text="so " * 200) if s.held_out else s for s in ask(name, number)]
+
+    found = [
+        rounds(small(), writer, tmp_path / str(n), 1) for n, writer in enumerate((ask, without))
+    ]
+    a, b = ([phrase.log_ratio for phrase in f.stored.profile.phrases] for f in found)
+    assert a == b
+    assert found[0].rounds[0].held_out_rate > found[1].rounds[0].held_out_rate == 0
+    assert found[0].rounds[0].mean_kl is None
+
+
+def test_the_effective_share_is_importance_samplings():
+    counts_TP = np.array([[0.0, 1], [2, 0], [1, 1]])
+    step_P = np.array([0.5, -0.25])
+    weights = [np.exp(-(0.5 * a - 0.25 * b)) for a, b in counts_TP]
+    wanted = sum(weights) ** 2 / (3 * sum(w * w for w in weights))
+    assert effective_share(counts_TP, step_P) == pytest.approx(wanted)
+    assert effective_share(counts_TP, 0 * step_P) == pytest.approx(1)
+
+
+def test_a_step_beyond_what_the_answers_show_is_not_taken(tmp_path):
+    """One answer in fifty lacks the phrase that all others repeat."""
+
+    def ask(name, number):
+        text = "so " + f"{PHRASES[0]}. " * 60
+        return [Said(text if n else "so on", f"prompt {n}", False, None) for n in range(50)]
+
+    found = rounds(small(), ask, tmp_path, 3)
+    assert len(found.rounds) == 1
+    assert "round 1's step would leave 2% of its answers effective" in found.ended
+    assert [phrase.log_ratio for phrase in found.stored.profile.phrases] == [0, 0]
+
+
+def test_a_profile_without_phrases_or_another_fits_folder_is_refused(tmp_path):
+    made = small()
+    rounds(made, Writer(tmp_path), tmp_path, 1)
+    with pytest.raises(ValueError, match="small-1 is a profile of another fit"):
+        rounds(small((2.0, 2.0)), Writer(tmp_path), tmp_path, 1)
+    bare = stored((), log_ratio_P=())
+    with pytest.raises(ProfileError, match="has no phrases to fit"):
+        rounds(bare, Writer(tmp_path), tmp_path / "bare", 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"rounds": 0}, "rounds: got 0; accepted: 1 to 20"),
+        ({"server": "nowhere"}, "nowhere: no such folder; accepted: a model's folder or a URL"),
+        ({"serve_flags": ("--dtype", "x")}, "got the flags --dtype x and a URL"),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_refused(tmp_path, changed, told):
+    values = {"server": "http://127.0.0.1:9", "profile": tmp_path, "prompts": tmp_path}
+    with pytest.raises(ValueError, match=told):
+        Job(**{**values, "out": tmp_path / "out", **changed})
+
+
+class FakeServer:
+    """Has the styles that it is told of, and says one phrase in each answer."""
+
+    def __init__(self, *styles):
+        self.styles, self.bodies = list(styles), []
+
+    def __call__(self, request):
+        if request.command == "GET":
+            known = {"styles": self.styles, "styles_refused": {"small-3": "a bad file"}}
+            models = {"data": [{"id": "fake"}]}
+            content = known if request.path.endswith("capabilities") else models
+        else:
+            body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+            self.bodies.append(body)
+            message = {"role": "assistant", "content": f"Well, {PHRASES[0]} {body['seed']}."}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            content = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
+            content |= {"choices": [choice], "style": {"choices": [{"mean_kl": 0.02}]}}
+        reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+
+
+def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
+    profiles.write(tmp_path / "small", small())
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
+    server = FakeServer("small-1")
+    with serving(server) as url:
+        job = Job(
+            server=url,
+            profile=tmp_path / "small",
+            prompts=tmp_path / "prompts.txt",
+            out=tmp_path / "fit",
+            rounds=2,
+            samples=1,
+        )
+        with pytest.raises(ValueError, match=r"has not the style 'small-2' \(it has: small-1"):
+            fit(job, lambda line: None)
+        assert len(server.bodies) == 5
+        assert {json.dumps(body["style"]) for body in server.bodies} == {
+            '{"name": "small-1", "strength": 1}'
+        }
+        server.styles.append("small-2")
+        found = fit(job, lambda line: None)
+        assert len(server.bodies) == 10
+    assert [one.mean_kl for one in found.rounds] == pytest.approx([0.02, 0.02])
+    frozen = profiles.load(tmp_path / "fit" / "small")
+    assert frozen.profile.phrases == found.stored.profile.phrases
+    assert len(json.loads((tmp_path / "fit" / fits.RESULT).read_text())["rounds"]) == 2
+    with pytest.raises(FileExistsError, match="this fit is done"):
+        fit(job, lambda line: None)
+
+
+def test_a_style_that_the_server_refuses_is_told_with_its_reason(tmp_path):
+    with serving(FakeServer()) as url, pytest.raises(ValueError, match=r"'small-3': a bad file"):
+        fits._check_offered(fits.Server(f"{url}/v1", retries=0), "small-3", tmp_path)
