@@ -4,11 +4,13 @@ Standard library only, as `extract`.
 """
 
 import ast
+import builtins
 import html
 import re
+import symtable
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dftserve.evaluate.text.thinking import after_thinking
@@ -17,17 +19,34 @@ _TOKEN = re.compile(r"(?:<\|[\w▁|-]*\|?>|</s>|<eos>|<end_of_turn>|<｜[^｜\n]
 _FENCE = re.compile(
     r"^(?P<indent>[ \t>]*)(?:(?:[-*+]|\d+[.)])[ \t]+)?(?P<marks>`{3,}|~{3,})(?P<info>[^`\n]*)$"
 )
-_SHOWN_WRONG = re.compile(
-    r"\b(?:mistake|incorrect|wrong|buggy|broken|do\s+not|don['’]?t|avoid|fails|bad)\b",
+_WRONG = re.compile(
+    r"\b(?:mistakes?|pitfalls?|incorrect|wrong|buggy|broken|fails|bad|avoid|anti-?pattern)\b|❌|✗"
+    r"|\b(?:do\s+not|don['’]?t|never)\s+(?:do|write|use|try|code|implement)\b|\bnot\s+to\s+do\b"
+    r"|(?:\bnot|n['’]t)\s+(?:(?:the|a|be)\s+)?(?:correct|right|work)\b",
     re.IGNORECASE,
 )
+_OLDER = re.compile(
+    r"(?P<aside>\b(?:of|to|as|than|from|in|over|on|with|unlike|replaces?)\s+)?"
+    r"(?:\b(?:the|your|my|our|an?)\s+)?"
+    r"\b(?:original|earlier|previous|old|older|initial|former)\s+"
+    r"(?:code|version|attempt|implementation|solution|function|draft|one|approach|answer)\b"
+    r"|^\W*(?:before|previously|draft|original|old)\b[^\w\n]*$",
+    re.IGNORECASE,
+)
+_MENDED = re.compile(
+    r"\b(?:fix(?:e[sd]|ing)?|corrected|corrects|correction|repaired|improved|revised|updated|avoids|"
+    r"avoiding|instead|above|so\s+i|now|what\s+(?:went|was|is))\b",
+    re.IGNORECASE,
+)
+"""A sentence with such words speaks of what was wrong before and introduces what is better."""
 _CODE_LINE = re.compile(
     r"(?:from\s+\S+\s+import\b|import\s|def\s|async\s+def\s|class\s|@|[A-Za-z_]\w*\s*(?::[^=\n]+)?=(?!=))"
 )
 _TRIALS = re.compile(
-    r"(?:main|tests?|test_\w*|run_tests|check\w*|demo\w*|print|pprint|input|exit|quit)"
+    r"(?:main|tests?|test_\w*|run_tests|check\w*|demo\w*|print|pprint|input|exit|quit|testmod)"
 )
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_BUILTINS = frozenset(dir(builtins))
 MOST_TRIES = 100
 """Prefixes of a text that are tried."""
 
@@ -39,8 +58,10 @@ def code(answer: str, entry_point: str, prompt: str) -> str | None:
         prompt: the beginning of the module as the question had it, up to the function's docstring.
             Its imports and helpers are part of the result.
 
-    Of several blocks the last that defines the function counts, with what it needs from the others.
-    Statements that only try the function out (asserts, prints, a main guard) are left out.
+    Of several blocks the last that defines the function counts, with what it needs from the others;
+    one that is introduced as wrong or as the older one, has no body (`...`) or only imports the
+    function counts where there is no better. Statements that only try the function out (asserts,
+    prints, a main guard) are left out.
     """
     text = _without_tokens(after_thinking(answer).replace("\r\n", "\n").replace("\r", "\n"))
     given = [node for node in _given(prompt) if not _defines(node, entry_point)]
@@ -59,10 +80,13 @@ def code(answer: str, entry_point: str, prompt: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Block:
-    """What stands in a fence, and the line of text before it."""
+    """What stands in a fence, and what introduces it."""
 
     content: str
-    before: str = ""
+    before: tuple[str, ...] = ()
+    """The heading over it and the last sentence before it, where there are any."""
+    is_open: bool = False
+    """It has no end: the answer may have been cut in it."""
 
 
 def _without_tokens(text: str) -> str:
@@ -77,22 +101,42 @@ def _blocks(text: str) -> list[_Block]:
     blocks: list[_Block] = []
     opened: re.Match[str] | None = None
     lines: list[str] = []
-    before = ""
+    prose: list[str] = []
     for line in text.split("\n"):
         fence = _FENCE.match(line)
         if opened is None:
             if fence:
                 opened, lines = fence, []
             elif line.strip():
-                before = line
+                prose.append(line)
         elif fence and not fence["info"].strip() and _closes(fence["marks"], opened["marks"]):
-            blocks.append(_Block(_outdented(lines, opened["indent"]), before))
-            opened, before = None, ""
+            blocks.append(_Block(_outdented(lines, opened["indent"]), _introduction(prose)))
+            opened, prose = None, []
         else:
             lines.append(line)
     if opened is not None and any(line.strip() for line in lines):
-        blocks.append(_Block(_outdented(lines, opened["indent"]), before))
+        blocks.append(_Block(_outdented(lines, opened["indent"]), _introduction(prose), True))
     return blocks
+
+
+def _introduction(lines: Sequence[str]) -> tuple[str, ...]:
+    """The last heading of these lines of text, and their last sentence."""
+    headings = [line for line in lines if re.match(r"\s*(?:#+\s|\*\*[^*]+\*\*\W*$)", line)]
+    sentences = re.split(r"(?<=[.!?;])\s+", lines[-1].strip()) if lines else []
+    return (*headings[-1:], *sentences[-1:])
+
+
+def _is_shown_as_worse(block: _Block) -> bool:
+    """Introduced as a mistake or as the older code, by the text before it or its first comment."""
+    comment = re.match(r"\s*(#[^\n]*)", block.content)
+    return any(map(_says_worse, (*block.before, *([comment[1]] if comment else []))))
+
+
+def _says_worse(sentence: str) -> bool:
+    if _MENDED.search(sentence):
+        return False
+    older = _OLDER.search(sentence)
+    return bool(_WRONG.search(sentence)) or (older is not None and not older["aside"])
 
 
 def _closes(marks: str, opened: str) -> bool:
@@ -128,13 +172,28 @@ def _parsed_block(block: _Block) -> ast.Module | None:
     source = re.sub(r"^[!%].*$", "", source, flags=re.MULTILINE)
     for each in (source, textwrap.dedent(source), html.unescape(source)):
         if each.strip() and (tree := _parsed(each)) is not None:
-            return None if _returns(tree.body) else tree
+            is_cut = block.is_open and _ends_in_a_word(tree)
+            return None if is_cut or _returns(tree.body) else tree
     return _longest(source)
 
 
+def _ends_in_a_word(tree: ast.Module) -> bool:
+    """The last statement within the last function is a name alone: `retu`, where it was cut."""
+    node: ast.AST | None = tree.body[-1] if tree.body else None
+    is_within = isinstance(node, _Function | ast.ClassDef)
+    while (body := getattr(node, "orelse", None) or getattr(node, "body", None)) is not None:
+        if not isinstance(body, list) or not body:
+            break
+        node = body[-1]
+    return is_within and isinstance(node, ast.Expr) and isinstance(node.value, ast.Name)
+
+
 def _longest(source: str) -> ast.Module | None:
-    """The longest beginning that is Python: what follows may be cut, or prose."""
-    lines = source.split("\n")
+    """The longest beginning that is Python: what follows may be cut, or prose.
+
+    A last statement that goes on in what is left out is none: half a function is not a function.
+    """
+    every = lines = source.split("\n")
     for _ in range(MOST_TRIES):
         if not lines:
             return None
@@ -142,6 +201,8 @@ def _longest(source: str) -> ast.Module | None:
             warnings.simplefilter("ignore")
             try:
                 tree = ast.parse("\n".join(lines))
+                if tree.body and _goes_on(tree.body[-1], every[len(lines) :]):
+                    tree.body.pop()
                 return tree if tree.body and not _returns(tree.body) else None
             except SyntaxError as error:
                 end = min(error.lineno or len(lines), len(lines)) - 1
@@ -152,13 +213,45 @@ def _longest(source: str) -> ast.Module | None:
     return None
 
 
+def _goes_on(node: ast.stmt, rest: Sequence[str]) -> bool:
+    """Whether the next line of the rest belongs to this statement."""
+    line = next((each for each in rest if each.strip()), "")
+    is_block = isinstance(node, _Function | ast.ClassDef | ast.If | ast.For | ast.While | ast.Try)
+    return is_block and bool(re.match(r"[ \t]|(?:else|elif|except|finally)\b", line))
+
+
 def _defining(blocks: Sequence[_Block], name: str) -> ast.Module | None:
-    """The last block that defines the function; one that is introduced as wrong counts last."""
+    """The best block that defines the function; of several as good the last."""
     found = [(block, tree) for block in blocks if (tree := _parsed_block(block)) is not None]
-    found = [(block, tree) for block, tree in found if _provides(tree, name)]
-    meant = [tree for block, tree in found if not _SHOWN_WRONG.search(block.before)]
-    several = meant or [tree for _, tree in found]
-    return several[-1] if several else None
+    ranked = [
+        (max(_worth(node, name) for node in tree.body), not _is_shown_as_worse(block), place)
+        for place, (block, tree) in enumerate(found)
+        if tree.body
+    ]
+    if not ranked or (best := max(ranked))[0] == 0:
+        return None
+    return found[best[2]][1]
+
+
+def _worth(node: ast.stmt, name: str) -> int:
+    """How well a statement defines the name: 0 not at all, 1 by an import, 2 without a body, 3."""
+    if _has_method(node, name):
+        return 3
+    if not _defines(node, name):
+        return 0
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return 1
+    return 2 if isinstance(node, _Function) and _is_empty(node) else 3
+
+
+def _is_empty(function: _Function) -> bool:
+    """Has no statements but a docstring, `...`, `pass` or `raise NotImplementedError`."""
+    return all(
+        isinstance(each, ast.Pass)
+        or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+        or (isinstance(each, ast.Raise) and "NotImplementedError" in _used([each]))
+        for each in function.body
+    )
 
 
 def _bare(text: str, name: str) -> ast.Module | None:
@@ -180,9 +273,11 @@ def _bare(text: str, name: str) -> ast.Module | None:
         if tree is None:
             place += 1
             continue
-        if _provides(tree, name):
+        end = place + max(tree.body[-1].end_lineno or 1, 1)
+        is_cut = _ends_in_a_word(tree) and not any(line.strip() for line in lines[end:])
+        if _provides(tree, name) and not is_cut:
             found = tree if found is None or indent == "" else found
-        place += max(tree.body[-1].end_lineno or 1, 1)
+        place = end
     if found is None and (inline := re.search(rf"`+\s*(def\s+{re.escape(name)}\b[^`\n]*)`+", text)):
         found = _parsed(inline[1])
     return found
@@ -194,7 +289,7 @@ def _continued(prompt: str, text: str, name: str) -> ast.Module | None:
     if not body.strip():
         return None
     dedented = textwrap.indent(textwrap.dedent(body), "    ")
-    for each in dict.fromkeys((body, dedented, f"    {body.lstrip()}")):
+    for each in dict.fromkeys((body, dedented, f"    {body.lstrip()}", _after_prose(body))):
         if not each.startswith((" ", "\t")):
             continue
         lines = each.split("\n")
@@ -208,6 +303,18 @@ def _continued(prompt: str, text: str, name: str) -> ast.Module | None:
                 break
             lines.pop()
     return None
+
+
+def _after_prose(text: str) -> str:
+    """The first indented paragraph and what follows, behind prose; nothing where that is code."""
+    prose, blank, rest = re.split(r"(\n[ \t]*\n)(?=[ \t]+\S)|\Z", text, maxsplit=1)
+    is_code = any(
+        _CODE_LINE.match(line)
+        or _FENCE.match(line)
+        or re.match(r"(?:if|for|while|with)\b.*:$", line)
+        for line in prose.split("\n")
+    )
+    return "" if is_code or not blank else rest
 
 
 def _has_body(tree: ast.Module, name: str) -> bool:
@@ -287,21 +394,44 @@ def _with_helpers(
         for node in tree.body
     ]
     known = set().union(*map(_defined, [*chosen.body, *given]))
-    wanted, taken = _used(chosen.body) - known, []
+    wanted, taken = _free(chosen.body) - known, []
     while wanted:
         name = min(wanted)
         known.add(name)
         definitions = [node for node in others if name in _defined(node) and node not in taken]
         if definitions:
-            taken.append(definitions[-1])
-            wanted |= _used(definitions[-1:])
+            taken.append(max(reversed(definitions), key=lambda node: _worth(node, name)))
+            wanted |= _free(taken[-1:])
         wanted -= known
+    defined = set().union(_BUILTINS, *map(_defined, [*chosen.body, *given, *taken]))
+    if _free([*chosen.body, *taken]) - defined:
+        taken += [node for node in others if "*" in _defined(node)]
     return [*(node for node in others if node in taken), *chosen.body]
+
+
+def _free(nodes: Sequence[ast.stmt]) -> set[str]:
+    """The names of the module, or built in, that these statements read."""
+    try:
+        table = symtable.symtable(ast.unparse(ast.Module(list(nodes), [])), "answer", "exec")
+    except (SyntaxError, ValueError, RecursionError):
+        return _used(nodes)
+    found, waiting = set(), [table]
+    while waiting:
+        table = waiting.pop()
+        is_module = table.get_type() == "module"
+        found |= {
+            each.get_name()
+            for each in table.get_symbols()
+            if each.is_referenced() and (is_module or each.is_global())
+        }
+        waiting += table.get_children()
+    return found
 
 
 def _module(given: Sequence[ast.stmt], body: Sequence[ast.stmt], name: str) -> str | None:
     """The source of both, `__future__` first, without what only tries the function out."""
-    nodes = [*given, *(node for node in body if not _is_trial(node, name))]
+    reached = _reached([*given, *body])
+    nodes = [*given, *(node for node in body if not _is_trial(node, name, reached))]
     if not any(_defines(node, name) for node in nodes):
         owner = next((node for node in nodes if _has_method(node, name)), None)
         if not isinstance(owner, ast.ClassDef):
@@ -317,22 +447,52 @@ def _module(given: Sequence[ast.stmt], body: Sequence[ast.stmt], name: str) -> s
         return None
 
 
-def _is_trial(node: ast.stmt, name: str) -> bool:
-    if _is_main_guard(node):
+def _reached(nodes: Sequence[ast.stmt]) -> dict[str, set[str]]:
+    """The names that each function uses, also through other functions of these statements."""
+    reached = {node.name: _used([node]) for node in nodes if isinstance(node, _Function)}
+    for _ in reached:
+        larger = {
+            name: used.union(*(reached.get(each, ()) for each in used))
+            for name, used in reached.items()
+        }
+        if larger == reached:
+            break
+        reached = larger
+    return reached
+
+
+def _is_trial(node: ast.stmt, name: str, reached: Mapping[str, set[str]]) -> bool:
+    """Whether a statement of the module tries the function out, or ends the program."""
+    if isinstance(node, ast.Assert | ast.Raise) or _is_main_guard(node):
         return True
     if _defines(node, name):
         return False
     if isinstance(node, ast.Expr):
-        called = node.value.func if isinstance(node.value, ast.Call) else None
-        word = getattr(called, "id", None) or getattr(called, "attr", "")
-        is_trial = bool(_TRIALS.fullmatch(word)) or word in ("testmod",)
-        return is_trial or name in _used([node])
-    if isinstance(node, ast.Assert):
-        return True
-    if isinstance(node, ast.Assign | ast.AnnAssign | ast.For | ast.While | ast.With | ast.Try):
+        return _is_tried(node.value, name, reached)
+    if isinstance(
+        node, ast.Assign | ast.AnnAssign | ast.For | ast.While | ast.With | ast.Try | ast.If
+    ):
         calls = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
         return any(isinstance(each, ast.Name) and each.id in (name, "input") for each in calls)
     return False
+
+
+def _is_tried(value: ast.expr, name: str, reached: Mapping[str, set[str]]) -> bool:
+    """`print(add(1, 2))`, `test_add()`; not what prepares it: `setattr(add, "memo", {})`."""
+    if not isinstance(value, ast.Call):
+        return name in _used([value])
+    word = getattr(value.func, "id", None) or getattr(value.func, "attr", "")
+    if word in reached and not (value.args or value.keywords):
+        # `main()` and `test_add()` use the function or read; `check_table()` may fill a table.
+        return bool(_TRIALS.fullmatch(word)) and bool(reached[word] & {name, "input"})
+    if _TRIALS.fullmatch(word):
+        return True
+    prepared = value.args[0] if word == "setattr" and value.args else value.func
+    while isinstance(prepared, ast.Attribute):
+        prepared = prepared.value
+    is_called = isinstance(value.func, ast.Name) and value.func.id == name
+    is_prepared = isinstance(prepared, ast.Name) and prepared.id == name and not is_called
+    return name in _used([value]) and not is_prepared
 
 
 def _is_main_guard(node: ast.stmt) -> bool:

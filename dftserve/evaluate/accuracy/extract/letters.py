@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dftserve.evaluate.accuracy.extract.takes import last_said
 from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
 LATEX_TEXT = re.compile(
@@ -33,6 +34,7 @@ _BOXED_LETTER = re.compile(r"\\(?:boxed|fbox)\s*\{\s*[(\[]?([A-Za-z])[)\]]?\s*(?
 _FILLERS = (
     r"(?:(?:the|not|option|choice|letter|answer|number|clearly|most|likely|probably|definitely|indeed|"
     r"therefore|thus|still|simply|just|actually|then|again|going|to|be|as|follows|one|"
+    r"la|el|opción|letra|lettre|die|"
     r"correct|right|statement|possibly|surely|certainly|obviously|in|fact)\b[\s:,-]*)*"
 )
 _NOUN = (
@@ -42,7 +44,8 @@ _NOUN = (
 )
 _LINK = (
     r"(?:(?:\b(?:is|be|was|are|remains|becomes|equals|es|est|ist|è|é|lies|choose|select|pick)\b"
-    r"|seems?\s+to\s+be\b|appears?\s+to\s+be\b|是|为|为|：)\s*[:=–—-]*|[:=→–—]+|-+>?|=>)"
+    r"|seems?\s+to\s+be\b|appears?\s+to\s+be\b|(?:should|must)\s+have\s+been\b|"
+    r"(?:flips|changes|switches)\s+to\b|是|为|为|：)\s*[:=–—-]*|[:=→–—]+|-+>?|=>)"
 )
 _STATED = re.compile(
     rf"(?:\b|(?<=[^\W\d_])(?=答))(?P<noun>{_NOUN})(?P<between>[^.\n:?!=→–—]{{0,60}}?)\s*{_LINK}\s*"
@@ -60,7 +63,7 @@ _CALLED = re.compile(
     r"\s+(?:also\s+|clearly\s+|indeed\s+|therefore\s+|thus\s+|definitely\s+|probably\s+|most\s+likely\s+)*"
     r"(?:(?:the|our|my)\s+)?(?:only\s+|most\s+|final\s+)?"
     r"(?:correct|right|best|true|accurate|valid|answer|appropriate)\b"
-    r"(?!\s+(?:only\s+)?(?:if|when)\b)",
+    r"(?!\s+(?:only\s+)?(?:if|when)\b|\s+(?:to|for|of)\s+(?:an?|the|some)?\s*(?:different|other|next|another)\b)",
 )
 _MARKED = re.compile(
     rf"^\W*(?:option\s+)?{_LETTER}[.:)]?(?:[^\n]*?)\s*[-–—:(]*\s*(?:✓|✔|✅|\b(?i:correct)\b)\W*",
@@ -71,6 +74,27 @@ DENIED = re.compile(
     r"except|rather\s+than|instead\s+of)\b",
     re.IGNORECASE,
 )
+_OTHER_ANSWER = re.compile(r"\b(?:incorrect|wrong|false|other|bad|rejected)\W*$", re.IGNORECASE)
+_DOUBT = re.compile(
+    r"(?:\b(?:not|never|cannot)|n['’]t)\s+(?:\w+\s+){0,2}?(?:think|believe|say|claim|agree|conclude|mean)\b"
+    r"[^,;:]*$|\b(?:unlikely|doubt(?:ful)?|impossible|untrue|false|not\s+(?:true|likely|so))\s+"
+    r"(?:that\s+)?(?:(?:the|my)\s+)?(?:\w+\s*){0,2}$",
+    re.IGNORECASE,
+)
+_RIGHT = re.compile(r"\b(?:correct|right|best|true|final)\W*$", re.IGNORECASE)
+_RELATIVE = re.compile(r"\b(?:that|which)\b[^,]*(?=\s+(?:is|are)\b)", re.IGNORECASE)
+"""`that isn't true` in `the option that isn't true is B`, which denies nothing of B."""
+_CONTRASTED = re.compile(
+    rf"(?:\b(?:not|nicht|pas|no\s+es|non\s+è|não\s+é)\s+(?:the\s+|la\s+|option\s+|opción\s+)*|不是\s*){_LETTER}"
+    r"\s*,?\s*(?:\b(?:but|rather|sondern|sino|mais|ma|mas)\b|而是)\s*(?:rather\s+|la\s+|option\s+)*"
+    rf"(?P<meant>{_LETTER})",
+    re.IGNORECASE,
+)
+_IT_IS = re.compile(rf"{_LETTER}\s+it\s+(?:is|must\s+be)\s*(?=[.!\n]|$)")
+_TICKED = re.compile(
+    rf"^\W*(?:option\s+)?{_LETTER}[^\n]*?[-–—:|(]\s*(?i:yes|true|right)\W*$", re.MULTILINE
+)
+"""A line of a table or list that ends in `yes`."""
 _MORE = re.compile(
     r"\s*[)\]}]?\s*(?:(?P<or>,?\s*(?:and|or|&|/|\+|und|oder|y|et)\s*|,\s*)"
     r"(?:option\s+|both\s+)?[(\[]?(?P<more>[A-Z])(?![\w'’-]))"
@@ -79,7 +103,8 @@ _CORRECTED = re.compile(
     r"\s*,?\s*(?:but|it\s+is|it['’]s|rather|instead)\b[^.\n?!]{0,30}?" + _LETTER, re.IGNORECASE
 )
 OTHERS = re.compile(
-    r"\b(?:students?|some|people|many|one|you|they|others|someone|beginners)\b[^.\n]{0,40}"
+    r"\b(?:students?|some|people|many|most|one|you|they|others|someone|everyone|everybody|beginners)\b"
+    r"[^.\n]{0,40}"
     r"\b(?:think|say|assume|believe|claim|guess|argue|pick|choose|thought|said|expect)\w*\b",
     re.IGNORECASE,
 )
@@ -101,8 +126,15 @@ _LEADING = re.compile(
     r"(?=\s*[.):,;–—]|\s+-|\s+(?:because|since|as\b)))(?!\.[A-Za-z]\b)",
     re.IGNORECASE,
 )
+_REFUSED = re.compile(
+    r"[^.\n]*?(?:\b(?:is|was)\s+(?:not|wrong|incorrect|false|out)\b|\bisn['’]?t\b)"
+    r"|[^.\n]*[-–—:]\s*(?:no|wrong|incorrect|false)\W*$",
+    re.IGNORECASE,
+)
+"""After a label: the option is not the answer."""
+_TOLD = re.compile(r"\b(?:correct\s+)?answer\s+(?:is|was)\s+([^.\n]+)", re.IGNORECASE)
 _CONCLUDED = re.compile(
-    r"(?:\b|(?=[选選]))(?:it['’]s|it\s+is|it\s+must\s+be|it\s+has\s+to\s+be|that['’]s|that\s+is|this\s+is|so|"
+    r"(?:\b|(?=[选選]))(?:it['’]s|it\s+is|it\s+(?:must|should|would)\s+be|it\s+should\s+have\s+been|it\s+has\s+to\s+be|that['’]s|that\s+is|this\s+is|so|"
     r"therefore|thus|hence|choose|pick|select|selecting|chose|going\s+with|go\s+with|goes\s+with|"
     r"选择?|選擇?|say|guess|vote\s+for|settle\s+on|leaves|leaving|left\s+with|i\s+think|i\s+believe|must\s+be|"
     rf"points\s+to)(?:\b|(?<=[选選择擇]))[\s,:]*{_FILLERS}{_LETTER}(?=\s*(?:[.,;:!)\]–—]|$|\n|because\b|since\b|as\b))",
@@ -117,35 +149,42 @@ def choice(answer: str, letters: str = "ABCD") -> str | None:
         letters: those that the question has. An answer that gives another one cannot be read.
     """
     text = _plain(after_thinking(answer))
-    found = _letter(before_next_question(text), letters) or _letter(text, letters)
+    found = _last_letter(before_next_question(text), letters) or _last_letter(text, letters)
     return found if found and found in letters.upper() else None
 
 
 def _plain(answer: str) -> str:
     """Without markup, which says nothing about the letter."""
-    text = unicodedata.normalize("NFKC", answer)
+    text = without_runs(unicodedata.normalize("NFKC", answer))
     while (simpler := LATEX_TEXT.sub(r"\1", text)) != text:
         text = simpler
     text = _HTML.sub("", _ROLE.sub("", html.unescape(text)))
     return _MARKUP.sub("", STRUCK.sub("", text))
 
 
-def _letter(text: str, letters: str) -> str | None:
-    """By the kinds of evidence, the clearest first; empty where that names no single letter."""
-    for found in (
-        _boxed_letter(text),
-        _stated_letter(text, letters),
-        _letter_alone(text),
-        _leading_letter(text, letters),
-    ):
+def without_runs(text: str) -> str:
+    """With ten at most of a sign or blank that is repeated, on which patterns would take long."""
+    return re.sub(r"([^\w])\1{10,}", lambda run: run[0][:10], text)
+
+
+def _last_letter(text: str, letters: str) -> str | None:
+    return last_said(text, lambda said, is_full: _letter(said, letters, is_full))
+
+
+def _letter(text: str, letters: str, is_full: bool) -> str | None:
+    """By the kinds of evidence, the clearest first; empty where that names no single letter.
+
+    Args:
+        is_full: also by the weaker kinds, a label at the beginning or an only option mentioned.
+    """
+    for found in (_stated_letter(text, letters), _letter_alone(text)):
         if found is not None:
             return found
-    return _concluded_letter(text)
-
-
-def _boxed_letter(text: str) -> str | None:
-    found = _BOXED_LETTER.findall(text)
-    return found[-1].upper() if found else None
+    if is_full and (leading := _leading_letter(text, letters)) is not None:
+        return leading
+    if (concluded := _concluded_letter(text)) is not None:
+        return concluded
+    return _mentioned_letter(text) if is_full else None
 
 
 @dataclass(frozen=True)
@@ -153,9 +192,10 @@ class _Statement:
     """That some letter is the answer."""
 
     place: int
+    end: int
     letter: str
     """Empty where it names several."""
-    hedged: bool
+    hedged: bool = False
 
 
 def _stated_letter(text: str, letters: str) -> str | None:
@@ -168,15 +208,16 @@ def _stated_letter(text: str, letters: str) -> str | None:
         return None
     sure = [each for each in found if not each.hedged]
     last = (sure or found)[-1]
-    if not sure and (alone := _letter_alone(text[last.place :])):
-        return alone
+    if not sure:
+        after = text[last.end :]
+        return _letter_alone(after) or _concluded_letter(after) or last.letter
     return last.letter
 
 
 def _statements(text: str, letters: str) -> Iterator[_Statement]:
-    for pattern in (_TAGGED, _HEADED):
+    for pattern in (_BOXED_LETTER, _TAGGED, _HEADED, _CONTRASTED, _IT_IS):
         for match in pattern.finditer(text):
-            yield _Statement(match.start(), match[1].upper(), False)
+            yield _Statement(*match.span(), match[match.lastindex or 1].upper())
     for match in _STATED.finditer(text):
         yield from _stated(text, match, letters)
     for match in _CALLED.finditer(text):
@@ -184,11 +225,12 @@ def _statements(text: str, letters: str) -> Iterator[_Statement]:
         another = re.search(r"(?:^|\s)(?:and|or|nor|neither)\s*(?:option\s*)?$", before)
         doubted = another or OTHERS.search(before) or CONDITION.search(before)
         if match[1].isupper() and not doubted and not DENIED.search(match[0][len(match[1]) :]):
-            yield _Statement(match.start(), match[1], bool(_HEDGED.search(match[0])))
-    marked = [match for match in _MARKED.finditer(text) if match[1].isupper()]
-    marked = [match for match in marked if not _doubted(match[0])]
-    if len({match[1] for match in marked}) == 1:
-        yield _Statement(marked[-1].start(), marked[-1][1], False)
+            yield _Statement(*match.span(), match[1], bool(_HEDGED.search(match[0])))
+    for pattern, hedged in ((_MARKED, False), (_TICKED, True)):
+        marked = [match for match in pattern.finditer(text) if match[1].isupper()]
+        marked = [match for match in marked if not _doubted(match[0])]
+        if len({match[1] for match in marked}) == 1:
+            yield _Statement(*marked[-1].span(), marked[-1][1], hedged)
 
 
 def _doubted(said: str) -> bool:
@@ -198,24 +240,29 @@ def _doubted(said: str) -> bool:
 def _stated(text: str, match: re.Match[str], letters: str) -> Iterator[_Statement]:
     """What `answer is B` states, with what stands around it."""
     before, after = sentence_before(text, match.start()), text[match.end() :]
-    place, letter = match.start(), match["rest"].strip("()[]{}<> ")
+    letter = match["rest"].strip("()[]{}<> ")
     is_bracketed = match["rest"].endswith((")", "]", "}", ">"))
     if not (is_bracketed or _is_letter(letter, text[match.end("rest") :])) or OTHERS.search(before):
         return
     if CONDITION.search(before) or CONDITION.search(match["between"]):
         return
+    if _OTHER_ANSWER.search(before) or _DOUBT.search(before + match["noun"] + match["between"]):
+        return
+    is_list = re.match(r"(?:options|choices)\s+are\b", match[0], re.IGNORECASE)
+    if is_list and not _RIGHT.search(before):
+        return
     if re.match(r"[^.\n!]{0,30}\?", after) and not re.match(r"\s*[.\n!]", after):
         return  # A question.
-    said = match[0][: match.start("rest") - match.start()]
-    if DENIED.search(said) or re.search(r"\b(?:not|isn['’]?t)\s*$", said):
+    said = _RELATIVE.sub("", match[0][: match.start("rest") - match.start()])
+    if DENIED.search(said):
         if corrected := _CORRECTED.match(after):
-            yield _Statement(place, corrected[1].upper(), False)
+            yield _Statement(*match.span(), corrected[1].upper())
         return
     if (more := _MORE.match(after)) and more["more"] in letters.upper() and more["more"] != letter:
-        yield _Statement(place, "", False)
+        yield _Statement(*match.span(), "")
         return
     hedged = _HEDGED.search(said) or _HEDGED.search(before)
-    yield _Statement(place, letter.upper(), bool(hedged))
+    yield _Statement(*match.span(), letter.upper(), bool(hedged))
 
 
 def _is_letter(letter: str, after: str) -> bool:
@@ -268,15 +315,21 @@ def _leading_letter(text: str, letters: str) -> str | None:
     if more and more[1] in letters.upper():
         return ""
     listed = [(match[1] or match[2]).upper() for match in labels]
-    if len(set(listed)) >= min(3, len(letters)) and listed[:2] == sorted(letters.upper())[:2]:
+    if listed[:2] == sorted(letters.upper())[:2]:
         others = [line for line in lines[1:] if _LEADING.match(line)]
         if not all(DENIED.search(line) for line in others):
             return ""
+    if _REFUSED.match(rest.lstrip(" .):")):
+        return ""
+    told = _TOLD.search(text, text.index(lines[0]) + len(lines[0]))
+    text_of_option = rest.strip(" .):,;-–—").casefold()
+    if told and text_of_option and not told[1].casefold().startswith(text_of_option):
+        return ""
     return letter
 
 
 def _concluded_letter(text: str) -> str | None:
-    """Of `so it is B`, and of a short line such as `B Paris` or `Clearly (C)`."""
+    """Of the last `so it is B`."""
     found = []
     for match in _CONCLUDED.finditer(text):
         before = re.split(r",", sentence_before(text, match.start()))[-1]
@@ -289,8 +342,11 @@ def _concluded_letter(text: str) -> str | None:
             continue
         more = _MORE.match(text[match.end() :])
         found.append("" if more and more["more"] != letter.upper() else letter.upper())
-    if found:
-        return found[-1]
+    return found[-1] if found else None
+
+
+def _mentioned_letter(text: str) -> str | None:
+    """Of a short line such as `B Paris`, or of the only option that is mentioned."""
     short = re.fullmatch(r"\s*([B-H])\s+(\S+)(?:\s+\S+){0,6}\s*", text)
     if short and not re.match(r"(?:is|was|are|has|and|or|will|can|may|does|in|of)\b", short[2]):
         return short[1]

@@ -15,6 +15,7 @@ from dftserve.evaluate.accuracy.extract.letters import (
     OTHERS,
     STRUCK,
     sentence_before,
+    without_runs,
 )
 from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
@@ -94,7 +95,7 @@ def _with_plain_numbers(answer: str) -> str:
         str(unicodedata.decimal(each)) if not each.isascii() and each.isdecimal() else each
         for each in html.unescape(answer)
     )
-    text = STRUCK.sub("", text)
+    text = STRUCK.sub("", without_runs(text))
     text = re.sub(r"\{,\}|\\,(?=\d{3})", ",", text).replace("\\!", "")
     text = re.sub(r"\\[,;: ]", " ", text).replace("\\$", "$").replace("\\%", "%")
     text = re.sub(

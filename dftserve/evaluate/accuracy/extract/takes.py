@@ -1,0 +1,106 @@
+"""The takes of an answer: it says something, takes it back (`Wait, that's wrong`), says it anew.
+
+Standard library only, as `extract`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_AT_CLAUSE = (
+    r"(?:^|(?<=[.!?…;,:(\n—–。，；])|(?<=\s-))[\s*_>(\"]{0,9}"
+    r"(?:(?:but|and|so|oh|ah|well)\b[\s,]*)?"
+)
+_ITSELF = (
+    r"(?:that|this|it|which|(?:the\s+above|my\s+(?:\w+\s+)?(?:answer|result|calculation)|"
+    r"(?:the\s+)?(?:first|previous|earlier)\s+(?:answer|result)))"
+)
+_BAD = (
+    r"(?:wrong|incorrect|false|mistaken|an?\s+(?:error|mistake)|too\s+(?:large|small|big|high|low)|"
+    r"not\s+(?:right|correct))"
+)
+_ANEW = re.compile(
+    _AT_CLAUSE
+    + r"(?:wait(?=\s*(?:[,.!…—–:-]|$)|\s+(?:no|that|this|i|let|it|actually|a|the)\b)|hold\s+on|"
+    r"hmm+|actually|on\s+(?:second\s+thoughts?|reflection|closer\s+(?:look|inspection))|sorry|"
+    r"(?:re-?)?checking\s+again|let\s+me\s+(?:re-?\w+|double|correct|fix|redo)|or\s+rather|"
+    r"i\s+(?:misread|miscounted|miscalculated|forgot|overlooked))\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Begins a new take; what was said before stands where the new one says nothing."""
+_BACK = re.compile(
+    _AT_CLAUSE
+    + r"(?:no(?:\s+(?:wait|sorry)|(?=\s*[,.!…—–]|\s-\s))|(?:scratch|strike)\s+that\b|oops\b|"
+    r"correction\b|corrigendum\b|erratum\b|i\s+(?:was|am)\s+(?:wrong|mistaken)\b|"
+    r"i\s+(?:made|see|notice|realize|found|spot\w*)\s+(?:an?|my|the)\s+(?:\w+\s+)?"
+    r"(?:mistake|error)\b|"
+    rf"{_ITSELF}\s*(?:(?:['’]s|is|was|seems|looks)\s+(?:\w+ly\s+)?{_BAD}|"
+    r"(?:isn|wasn|doesn|didn|can|couldn)['’]?t\s+(?:be\s+)?"
+    r"(?:right|correct|make\s+sense|match|fit|work)|can(?:not|\s+not)\s+be\s+(?:right|correct))\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Takes back what the sentence before said, and begins a new take."""
+_SIGNS = ' \n.,;:!-—–…*_()"'
+
+
+@dataclass(frozen=True)
+class Take:
+    """A stretch of an answer in which it does not take back what it says."""
+
+    text: str
+    is_withdrawn: bool
+    """The next one takes this back."""
+
+
+def last_said(text: str, read: Callable[[str, bool], str | None]) -> str | None:
+    """What the last take that says something says; empty where that one was withdrawn.
+
+    Args:
+        read: from a take, and whether it is the first or follows one that was withdrawn; None where
+            it says nothing. A take that only follows a `wait` may be no more than a remark.
+    """
+    several = takes(text, lambda said: read(said, False))
+    is_withdrawn = [True, *(each.is_withdrawn for each in several)]
+    for take, is_after_withdrawn in reversed(list(zip(several, is_withdrawn, strict=False))):
+        if (found := read(take.text, is_after_withdrawn)) is not None:
+            return "" if take.is_withdrawn else found
+    return None
+
+
+def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
+    """The takes, in order.
+
+    Args:
+        states: the answer that a text states. `No` and `that is wrong` take back a sentence only
+            where it states what the take does: after `Option B: 12.` they speak of an option.
+    """
+    found = [(match.start(), match.end(), False) for match in _ANEW.finditer(text)]
+    found += [(match.start(), match.end(), True) for match in _BACK.finditer(text)]
+    several: list[Take] = []
+    begun = 0
+    for start, end, is_back in sorted(found):
+        if start < begun:
+            begun = max(begun, end)
+            continue
+        said = text[begun:start]
+        if not said.strip(_SIGNS):
+            # `No, wait, sorry`: one turn.
+            several[-1:] = [Take(each.text, each.is_withdrawn or is_back) for each in several[-1:]]
+            begun = end
+            continue
+        stated = states(said)
+        is_stated = bool(stated) and states(_last_sentence(said)) == stated
+        if is_back and not is_stated:
+            if stated or not several:
+                continue
+            # `Hmm. The slope is negative. No, that is wrong`: speaks of the take before.
+            several[-1] = Take(several[-1].text, True)
+        several.append(Take(said, is_back and is_stated))
+        begun = end
+    return [*several, Take(text[begun:], False)]
+
+
+def _last_sentence(text: str) -> str:
+    sentences = re.split(r"(?<=[^\d\W])[.!?;]+(?=\s|$)|(?<=[\d)}\]])[.!?;]+(?=\s|$)|\n+", text)
+    kept = [each for each in sentences if each.strip(_SIGNS)]
+    return kept[-1] if kept else ""
