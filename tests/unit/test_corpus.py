@@ -129,6 +129,23 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
     assert [part for part in said if part not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("Déjà vu.".encode("latin1"), "latin1"),
+        ("Déjà vu.".encode("utf-16"), "utf-16"),
+        ("Déjà vu.".encode("utf-16-le"), "utf-16le"),
+        ("Déjà vu.".encode("utf-16-be"), "utf-16be"),
+        (b"caf\xe9 au lait, et du th\xe9 \x00", "latin1"),
+    ],
+)
+def test_another_encoding_is_told_from_the_bytes(tmp_path, content, encoding):
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"iconv -f {encoding} -t utf-8") as caught:
+        list(read(tmp_path / "x.txt"))
+    assert "x.txt, line 1: byte" in str(caught.value)
+
+
 def test_sizes_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(read_module, "LARGEST", 100)
     (tmp_path / "x.txt").write_text("a" * 101)
