@@ -204,16 +204,28 @@ _GUTENBERG_END = re.compile(
 )
 _LICENCE = re.compile(
     "permission is hereby granted, free of charge"
-    "|licensed under the (?:apache|mit|mozilla|gnu|creative commons)"
     "|redistribution and use in source and binary forms"
     "|the software is provided .as is"
-    "|gnu (?:lesser |affero )?general public license"
-    "|placed in the public domain"
-    "|all rights reserved"
-    "|spdx-license-identifier"
+    "|under the terms of the gnu "
+    "|you may not use this file except in compliance"
     "|project gutenberg(?:-tm)? (?:license|literary archive)",
     re.IGNORECASE,
 )
+"""The wording of licences themselves."""
+_NOTICE = re.compile(
+    "licensed under the (?:apache|mit|mozilla|gnu|creative commons)"
+    "|gnu (?:lesser |affero )?general public license"
+    "|placed in the public domain"
+    "|spdx-license-identifier"
+    r"|^\W*all rights reserved\W*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""What also prose may say, in longer paragraphs."""
+_RESERVED = re.compile(
+    r"(?:copyright|©|\(c\)).*all rights reserved|all rights reserved.*(?:copyright|©|\(c\))",
+    re.IGNORECASE,
+)
+"""Of one line."""
 _SITE_LINE = re.compile(
     "we use cookies|(?:accept|reject) (?:all )?cookies|cookie (?:policy|settings|preferences)"
     "|skip to (?:main )?content|terms of (?:use|service)|privacy policy|subscribe to our newsletter"
@@ -223,8 +235,9 @@ _SITE_LINE = re.compile(
 _NAVIGATION = re.compile(r"^\s*(?:[^|»›·•\n]{1,30}\s[|»›·•]\s){2,}[^|»›·•\n]{1,30}$")
 _PARAGRAPHS = re.compile(r"(\n[ \t]*\n\s*)")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
-LICENCE_WORDS, SITE_WORDS = 400, 25
-"""A longer paragraph speaks of a licence, a longer line of cookies; it is not one of theirs."""
+LICENCE_WORDS, NOTICE_WORDS, LINE_WORDS = 400, 40, 25
+"""A longer paragraph quotes a licence, or speaks of one; a longer line speaks of cookies, or of
+rights."""
 
 
 def _unframed(content: str) -> str:
@@ -242,14 +255,23 @@ def _parts(content: str) -> list[tuple[str, bool]]:
     """Paragraphs, lines and what stands between, in order, each with whether it is boilerplate."""
     parts: list[tuple[str, bool]] = []
     for paragraph in _PARAGRAPHS.split(content):
-        if _LICENCE.search(paragraph) and len(paragraph.split()) <= LICENCE_WORDS:
+        if _is_licence(paragraph):
             parts.append((paragraph, True))
         else:
-            parts += ((line, _is_site_line(line)) for line in paragraph.splitlines(keepends=True))
+            parts += ((line, _is_line(line)) for line in paragraph.splitlines(keepends=True))
     return parts
 
 
-def _is_site_line(line: str) -> bool:
+def _is_licence(paragraph: str) -> bool:
+    words = len(paragraph.split())
+    if words > NOTICE_WORDS:
+        return words <= LICENCE_WORDS and bool(_LICENCE.search(paragraph))
+    return any(pattern.search(paragraph) for pattern in (_LICENCE, _NOTICE, _RESERVED))
+
+
+def _is_line(line: str) -> bool:
+    """Whether a line alone is boilerplate, wherever it stands."""
     if _NAVIGATION.match(line.rstrip("\n")):
         return True
-    return bool(_SITE_LINE.search(line)) and len(line.split()) <= SITE_WORDS
+    found = _SITE_LINE.search(line) or _RESERVED.search(line) or "SPDX-License-Identifier" in line
+    return bool(found) and len(line.split()) <= LINE_WORDS

@@ -253,6 +253,28 @@ def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
     assert cleaned(clean, ANY) is clean
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "He signed: all rights reserved to the elder son. {0}",
+        "He signed: all rights reserved to the elder son.",
+        "{0} It was licensed under the GNU way of living, placed in the public domain. {0}",
+    ],
+)
+def test_prose_that_speaks_of_rights_stays(said):
+    novel = said.format(prose(90).replace("\n\n", " ")) + "\n\n" + prose(200, 1)
+    for content in (novel, novel.replace(" all", "\nall")):
+        assert cleaned(text(content), ANY).content.strip() == content.strip()
+
+
+def test_a_copyright_line_takes_nothing_with_it():
+    code = "".join(f"x{i} = compute({i})\n" for i in range(60))
+    for notice in ("# Copyright 2024 X. All rights reserved.", "# SPDX-License-Identifier: MIT"):
+        file = text(f"import numpy\n{notice}\n{code}")
+        assert cleaned(file, ANY).content == f"import numpy\n{code}".strip()
+        assert verdict(file, ANY) is None
+
+
 def test_a_conversation_is_judged_and_not_changed():
     chat = answered("Why?", "We use cookies.\nBecause.")
     assert cleaned(chat, ANY) is chat
