@@ -16,6 +16,7 @@ from functools import cache
 
 from dftserve.corpus.text import Text
 from dftserve.corpus.tidy import STRIPS, tidied
+from dftserve.corpus.wrapping import joined
 from dftserve.settings import among
 
 LANGUAGE_CHARACTERS = 20_000
@@ -47,7 +48,7 @@ class Filters:
     strip_boilerplate: bool = True
     """Take out Gutenberg frames, licence paragraphs, cookie and navigation lines."""
     join_lines: bool = True
-    """Join lines of prose that an editor wrapped; verse, lists, tables and code stay."""
+    """Join lines of prose that an editor wrapped; verse, lists, tables, records and code stay."""
     strip: tuple[str, ...] = ()
     """Take out `html` (tags), `comments` (HTML's), `front_matter`, `code` (fenced)."""
     max_boilerplate: float = 0.5
@@ -103,7 +104,12 @@ _SHARES = ("max_damage", "max_repeated_lines", "max_repeated_grams", "max_boiler
 
 
 def cleaned(text: Text, filters: Filters) -> Text:
-    """A plain text without its boilerplate, and tidied, as the filters ask."""
+    """A plain text without its boilerplate, and with its wrapped lines joined, as is asked."""
+    return unwrapped(stripped(text, filters), filters)
+
+
+def stripped(text: Text, filters: Filters) -> Text:
+    """A plain text without its boilerplate, and without what `strip` names."""
     if text.messages is not None:
         return text
     body = text.content
@@ -112,8 +118,18 @@ def cleaned(text: Text, filters: Filters) -> Text:
         if _boilerplate(body):
             kept = "".join(part for part, is_boilerplate in _parts(body) if not is_boilerplate)
             body = _BLANK_LINES.sub("\n\n", kept).strip("\n")
-    body = tidied(body, join_lines=filters.join_lines, strip=filters.strip)
-    return text if body == text.content else replace(text, content=body)
+    return _with(text, tidied(body, filters.strip))
+
+
+def unwrapped(text: Text, filters: Filters) -> Text:
+    """A plain text with its wrapped lines joined."""
+    if text.messages is not None or not filters.join_lines:
+        return text
+    return _with(text, joined(text.content))
+
+
+def _with(text: Text, content: str) -> Text:
+    return text if content == text.content else replace(text, content=content)
 
 
 def verdict(text: Text, filters: Filters) -> str | None:
