@@ -12,18 +12,14 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from dftserve.corpus.filters import GRAM
+from dftserve.corpus.text import UNSPACED
 
 PERMUTATIONS = 128
 SEED = 1
 WEIGHTS = (0.02, 0.98)
 """Of false and of missed candidates in the tables: the former are compared once more."""
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
-)
-"""Thai, Lao, Burmese, Khmer, kana and Han, which are written without blanks: a character counts as
-a word there, else a clause would."""
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+"""Of a script without blanks a character counts as a word, else a clause would."""
 _MIX = np.array(
     [0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(GRAM + 1)], dtype=np.uint64
 )

@@ -16,6 +16,7 @@ from functools import cache
 
 from dftserve.corpus.text import Text
 from dftserve.corpus.tidy import STRIPS, tidied
+from dftserve.corpus.wrapping import joined
 from dftserve.settings import among
 
 LANGUAGE_CHARACTERS = 20_000
@@ -47,7 +48,7 @@ class Filters:
     strip_boilerplate: bool = True
     """Take out Gutenberg frames, licence paragraphs, cookie and navigation lines."""
     join_lines: bool = True
-    """Join lines of prose that an editor wrapped; verse, lists, tables and code stay."""
+    """Join lines of prose that an editor wrapped; verse, lists, tables, records and code stay."""
     strip: tuple[str, ...] = ()
     """Take out `html` (tags), `comments` (HTML's), `front_matter`, `code` (fenced)."""
     max_boilerplate: float = 0.5
@@ -103,7 +104,12 @@ _SHARES = ("max_damage", "max_repeated_lines", "max_repeated_grams", "max_boiler
 
 
 def cleaned(text: Text, filters: Filters) -> Text:
-    """A plain text without its boilerplate, and tidied, as the filters ask."""
+    """A plain text without its boilerplate, and with its wrapped lines joined, as is asked."""
+    return unwrapped(stripped(text, filters), filters)
+
+
+def stripped(text: Text, filters: Filters) -> Text:
+    """A plain text without its boilerplate, and without what `strip` names."""
     if text.messages is not None:
         return text
     body = text.content
@@ -112,8 +118,18 @@ def cleaned(text: Text, filters: Filters) -> Text:
         if _boilerplate(body):
             kept = "".join(part for part, is_boilerplate in _parts(body) if not is_boilerplate)
             body = _BLANK_LINES.sub("\n\n", kept).strip("\n")
-    body = tidied(body, join_lines=filters.join_lines, strip=filters.strip)
-    return text if body == text.content else replace(text, content=body)
+    return _with(text, tidied(body, filters.strip))
+
+
+def unwrapped(text: Text, filters: Filters) -> Text:
+    """A plain text with its wrapped lines joined."""
+    if text.messages is not None or not filters.join_lines:
+        return text
+    return _with(text, joined(text.content))
+
+
+def _with(text: Text, content: str) -> Text:
+    return text if content == text.content else replace(text, content=content)
 
 
 def verdict(text: Text, filters: Filters) -> str | None:
@@ -204,16 +220,28 @@ _GUTENBERG_END = re.compile(
 )
 _LICENCE = re.compile(
     "permission is hereby granted, free of charge"
-    "|licensed under the (?:apache|mit|mozilla|gnu|creative commons)"
     "|redistribution and use in source and binary forms"
     "|the software is provided .as is"
-    "|gnu (?:lesser |affero )?general public license"
-    "|placed in the public domain"
-    "|all rights reserved"
-    "|spdx-license-identifier"
+    "|under the terms of the gnu "
+    "|you may not use this file except in compliance"
     "|project gutenberg(?:-tm)? (?:license|literary archive)",
     re.IGNORECASE,
 )
+"""The wording of licences themselves."""
+_NOTICE = re.compile(
+    "licensed under the (?:apache|mit|mozilla|gnu|creative commons)"
+    "|gnu (?:lesser |affero )?general public license"
+    "|placed in the public domain"
+    "|spdx-license-identifier"
+    r"|^\W*all rights reserved\W*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""What also prose may say, in longer paragraphs."""
+_RESERVED = re.compile(
+    r"(?:copyright|©|\(c\)).*all rights reserved|all rights reserved.*(?:copyright|©|\(c\))",
+    re.IGNORECASE,
+)
+"""Of one line."""
 _SITE_LINE = re.compile(
     "we use cookies|(?:accept|reject) (?:all )?cookies|cookie (?:policy|settings|preferences)"
     "|skip to (?:main )?content|terms of (?:use|service)|privacy policy|subscribe to our newsletter"
@@ -223,8 +251,9 @@ _SITE_LINE = re.compile(
 _NAVIGATION = re.compile(r"^\s*(?:[^|»›·•\n]{1,30}\s[|»›·•]\s){2,}[^|»›·•\n]{1,30}$")
 _PARAGRAPHS = re.compile(r"(\n[ \t]*\n\s*)")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
-LICENCE_WORDS, SITE_WORDS = 400, 25
-"""A longer paragraph speaks of a licence, a longer line of cookies; it is not one of theirs."""
+LICENCE_WORDS, NOTICE_WORDS, LINE_WORDS = 400, 40, 25
+"""A longer paragraph quotes a licence, or speaks of one; a longer line speaks of cookies, or of
+rights."""
 
 
 def _unframed(content: str) -> str:
@@ -242,14 +271,23 @@ def _parts(content: str) -> list[tuple[str, bool]]:
     """Paragraphs, lines and what stands between, in order, each with whether it is boilerplate."""
     parts: list[tuple[str, bool]] = []
     for paragraph in _PARAGRAPHS.split(content):
-        if _LICENCE.search(paragraph) and len(paragraph.split()) <= LICENCE_WORDS:
+        if _is_licence(paragraph):
             parts.append((paragraph, True))
         else:
-            parts += ((line, _is_site_line(line)) for line in paragraph.splitlines(keepends=True))
+            parts += ((line, _is_line(line)) for line in paragraph.splitlines(keepends=True))
     return parts
 
 
-def _is_site_line(line: str) -> bool:
+def _is_licence(paragraph: str) -> bool:
+    words = len(paragraph.split())
+    if words > NOTICE_WORDS:
+        return words <= LICENCE_WORDS and bool(_LICENCE.search(paragraph))
+    return any(pattern.search(paragraph) for pattern in (_LICENCE, _NOTICE, _RESERVED))
+
+
+def _is_line(line: str) -> bool:
+    """Whether a line alone is boilerplate, wherever it stands."""
     if _NAVIGATION.match(line.rstrip("\n")):
         return True
-    return bool(_SITE_LINE.search(line)) and len(line.split()) <= SITE_WORDS
+    found = _SITE_LINE.search(line) or _RESERVED.search(line) or "SPDX-License-Identifier" in line
+    return bool(found) and len(line.split()) <= LINE_WORDS

@@ -16,7 +16,7 @@ from typing import Any
 from blake3 import blake3
 
 from dftserve.corpus.duplicates import Duplicates, Families
-from dftserve.corpus.filters import Filters, cleaned, language_of, verdict
+from dftserve.corpus.filters import Filters, language_of, stripped, unwrapped, verdict
 from dftserve.corpus.records import opening, said
 from dftserve.corpus.text import Text
 
@@ -49,7 +49,9 @@ class Report:
     kept: int = 0
     """Texts of which something stayed."""
     stripped: int = 0
-    """Texts that lost boilerplate or wrapped lines, and stayed."""
+    """Texts that lost boilerplate, and stayed."""
+    joined: int = 0
+    """Texts whose wrapped lines were joined, and that stayed."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
     noted: dict[str, Dropped] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class Report:
             "read": self.read,
             "kept": self.kept,
             "stripped": self.stripped,
+            "joined": self.joined,
             "dropped": _counted(self.dropped),
             "noted": _counted(self.noted),
             "documents": dict(self.documents),
@@ -165,7 +168,8 @@ def _kept(
         if reason is not None:
             report.drop(reason, text.origin)
             continue
-        clean = cleaned(text, filters)
+        bare = stripped(text, filters)
+        clean = unwrapped(bare, filters)
         pieces = []
         for number, piece in enumerate(cut(clean, filters.split_words)):
             prompt, name = opening(piece), f"{report.read} {number}"
@@ -178,7 +182,8 @@ def _kept(
                 language = language_of(clean.content)
                 report.languages[language] = report.languages.get(language, 0) + 1
             report.kept += 1
-            report.stripped += clean is not text
+            report.stripped += bare is not text
+            report.joined += clean is not bare
             yield clean.content, pieces
 
 

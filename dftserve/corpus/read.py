@@ -16,6 +16,7 @@ The files of a folder lie in it, or in the Hugging Face cache as a snapshot's do
 elsewhere is refused, as are FIFOs and devices (`bounded_files`).
 """
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -53,6 +54,8 @@ LARGEST_STATE = 16 << 20
 MOST_FILES = 1 << 22
 BATCH_ROWS = 256
 """Rows of a .parquet file that are held in memory at once."""
+SAMPLE = 1 << 16
+"""Bytes of a file by which its encoding is told."""
 DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 DATASET_INFO = "dataset_info.json"
 
@@ -227,5 +230,18 @@ def _decoded(content: bytes, where: str) -> str:
         place = where if ", line " in where else f"{where}, line {line}"
         raise ValueError(
             f"{place}: byte 0x{content[error.start]:02x} is not UTF-8; accepted: UTF-8. "
-            "Convert it first, as in: iconv -f latin1 -t utf-8."
+            f"Convert it first, as in: iconv -f {_encoding(content)} -t utf-8."
         ) from None
+
+
+def _encoding(content: bytes) -> str:
+    """What bytes that are not UTF-8 may be, as iconv names it.
+
+    UTF-16 has a byte order mark, or a null byte beside each ASCII character.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    nulls = [content[start:SAMPLE:2].count(0) for start in (0, 1)]
+    if max(nulls) * 8 < min(len(content), SAMPLE):  # A quarter of the characters.
+        return "latin1"
+    return "utf-16be" if nulls[0] > nulls[1] else "utf-16le"

@@ -13,6 +13,7 @@ Shapes: N tokens of a document.
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from dftserve.targets.chat_template import ChatTemplate, Span, TemplateError, Turn, special_tokens
 from dftserve.targets.document import Document
 
-OPEN, CLOSE = "\U000f0000", "\U000f0001"
-"""Private characters around what an assistant says."""
-FIRST_SPELLED = 0xF0010
-"""Of the private characters that stand for special tokens which a text spells."""
+PRIVATE = range(0xF0000, 0xFFFFE)
+"""Private characters, of which those that a conversation lacks serve as marks in it. Fonts have
+icons there, so a text may hold some."""
 OF_TURNS = ("role", "content", "weight")
 """Fields that are always heeded."""
 READ_AS_TEXT = "spells special tokens, read as text"
@@ -75,11 +75,13 @@ def encode(
         raise TemplateError("this tokenizer tells no offsets; accepted: one with a tokenizer.json.")
     template = ChatTemplate.of(tokenizer, tools=bool(tools))
     turns, notes = _cut(messages)
-    spellings = _Spellings.of(tokenizer, spelled)
+    marks = _unused(turns, tools, template.source)
+    around = next(marks), next(marks)
+    spellings = _Spellings.of(tokenizer, spelled, marks)
     turns = [{key: spellings.hidden(value, key) for key, value in each.items()} for each in turns]
     turns, tools, more = _heeded(template, turns, tools)
     text, marked = template.render(turns, tools)
-    spans = marked if template.marks else _spans(template, turns, tools, text)
+    spans = marked if template.marks else _spans(template, turns, tools, text, around)
     spans = _wanted(template, turns, spans, learnt)
     if spellings.hides(text):
         notes.append(READ_AS_TEXT)
@@ -91,6 +93,12 @@ def encode(
     if not trained_N.any():
         raise UnfitError("nothing to train on")
     return Encoded(Document(tokens_N, trained_N), (*notes, *more))
+
+
+def _unused(*values: Any) -> Iterator[str]:
+    """Private characters that no value holds, at any depth."""
+    held = set(json.dumps(values, ensure_ascii=False, default=str))
+    return (mark for mark in map(chr, PRIVATE) if mark not in held)
 
 
 # ── Turns ────────────────────────────────────────────────────────────────────────────────────────
@@ -177,12 +185,21 @@ def _wanted(
 
 
 def _spans(
-    template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Any] | None, text: str
+    template: ChatTemplate,
+    turns: Sequence[Turn],
+    tools: Sequence[Any] | None,
+    text: str,
+    around: tuple[str, str],
 ) -> list[Span]:
-    """Of each assistant's turn, where the template does not mark them."""
-    for both in (True, False):
-        marked = template.render([_marked(turn, both) for turn in turns], tools)[0]
-        if re.sub(f"[{OPEN}{CLOSE}]", "", marked) == text:
+    """Of each assistant's turn, where the template does not mark them.
+
+    Args:
+        around: two characters to mark what is said with, which the text lacks.
+    """
+    last = around[1]
+    for first in (around[0], ""):
+        marked = template.render([_marked(turn, first, last) for turn in turns], tools)[0]
+        if re.sub(f"[{first}{last}]", "", marked) == text:
             break
     else:
         raise UnfitError(
@@ -191,38 +208,37 @@ def _spans(
         )
     places = [
         (match[0], match.start() - number)
-        for number, match in enumerate(re.finditer(f"[{OPEN}{CLOSE}]", marked))
+        for number, match in enumerate(re.finditer(f"[{first}{last}]", marked))
     ]
     answers = [turn for turn in turns if _answers(turn)]
-    marks = [CLOSE if _marked(turn, both) != turn else "" for turn in answers]
-    ends = [place for mark, place in places if mark == CLOSE]
+    marks = [last if _marked(turn, first, last) != turn else "" for turn in answers]
+    ends = [place for mark, place in places if mark == last]
     if len(ends) != sum(map(len, marks)):
         raise UnfitError(
             f"{template.title} does not write every answer once, so their tokens cannot be told"
         )
     starts = [
-        before if first == OPEN else None
-        for (first, before), (mark, _) in itertools.pairwise([("", 0), *places])
-        if mark == CLOSE
+        place if first and opening == first else None
+        for (opening, place), (mark, _) in itertools.pairwise([("", 0), *places])
+        if mark == last
     ]
     found = iter(_extended(template, text, starts, ends))
     return [next(found) if mark else (0, 0) for mark in marks]
 
 
-def _marked(turn: Turn, both: bool) -> Turn:
-    """With a private character behind what is said or called; where `both`, also before it."""
+def _marked(turn: Turn, first: str, last: str) -> Turn:
+    """An answer with `first` before what is said and `last` behind what is said or called."""
     if not _answers(turn):
         return turn
-    first = OPEN if both else ""
     content = turn.get("content") or ""
     if core := content.strip():
         at = content.index(core)
-        said = f"{content[:at]}{first}{core}{CLOSE}{content[at + len(core) :]}"
+        said = f"{content[:at]}{first}{core}{last}{content[at + len(core) :]}"
         return {**turn, "content": said}
     if turn.get("tool_calls"):
         calls = copy.deepcopy(turn["tool_calls"])
         called = calls[0].get("function", calls[0])
-        called["name"] = f"{called.get('name', '')}{CLOSE}"
+        called["name"] = f"{called.get('name', '')}{last}"
         return {**turn, "tool_calls": calls}
     return turn
 
@@ -266,9 +282,10 @@ class _Spellings:
     how: Spelled
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, how: Spelled) -> "_Spellings":
-        texts = special_tokens(tokenizer)
-        return cls({text: chr(FIRST_SPELLED + i) for i, text in enumerate(texts)}, how)
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, how: Spelled, marks: Iterator[str]
+    ) -> "_Spellings":
+        return cls({text: next(marks) for text in special_tokens(tokenizer)}, how)
 
     def hidden(self, value: Any, name: str) -> Any:
         """The value with private characters in place of special tokens, at any depth."""

@@ -293,7 +293,8 @@ def _has_conversations(corpus: Corpus) -> bool:
 
 def shown(told: Mapping[str, Any]) -> str:
     """What became of the corpus, for a terminal."""
-    lines = [f"{told['read']:,} texts read, {told['kept']:,} kept, {told['stripped']:,} stripped."]
+    counts = ", ".join(f"{told[what]:,} {what}" for what in ("kept", "stripped", "joined"))
+    lines = [f"{told['read']:,} texts read, {counts}."]
     for kind in ("dropped", "noted"):
         for reason, counted in told[kind].items():
             some = ", ".join(counted["examples"])

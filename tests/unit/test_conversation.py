@@ -268,6 +268,22 @@ def test_a_spelled_token_is_text_unless_kept(core):
         encode(tokenizer, messages, spelled="drop")
 
 
+@pytest.mark.parametrize("spelled", ["text", "keep"])
+@pytest.mark.parametrize(
+    "template", [CHATML, MISTRAL, MARKED % ("{% generation %}", "{% endgeneration %}")]
+)
+def test_private_characters_of_a_text_are_learnt_as_they_are(core, template, spelled):
+    """Fonts have icons there; which of them serve as marks is ours to choose."""
+    tokenizer = tokenizer_of(core, template)
+    icons = "".join(map(chr, range(0xF0000, 0xF0020)))
+    messages = turns(f"the {icons} river", f"old {icons} stone", system=f"be {icons}")
+    encoded = encode(tokenizer, messages, spelled=spelled)
+    assert encoded.notes == ()
+    assert tokenizer.decode(encoded.document.tokens_N).count(icons) == 3
+    (answer,) = learnt(tokenizer, messages, spelled=spelled)
+    assert answer.strip().removesuffix(END).removesuffix("</s>") == f"old {icons} stone"
+
+
 # Templates that raise
 
 

@@ -129,6 +129,23 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
     assert [part for part in said if part not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("Déjà vu.".encode("latin1"), "latin1"),
+        ("Déjà vu.".encode("utf-16"), "utf-16"),
+        ("Déjà vu.".encode("utf-16-le"), "utf-16le"),
+        ("Déjà vu.".encode("utf-16-be"), "utf-16be"),
+        (b"caf\xe9 au lait, et du th\xe9 \x00", "latin1"),
+    ],
+)
+def test_another_encoding_is_told_from_the_bytes(tmp_path, content, encoding):
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"iconv -f {encoding} -t utf-8") as caught:
+        list(read(tmp_path / "x.txt"))
+    assert "x.txt, line 1: byte" in str(caught.value)
+
+
 def test_sizes_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(read_module, "LARGEST", 100)
     (tmp_path / "x.txt").write_text("a" * 101)
@@ -234,6 +251,28 @@ def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
     assert cleaned(text(page), ANY).content == "\n\n".join(body)
     clean = text("He had a privacy policy of his own, and it was this: " + prose(60))
     assert cleaned(clean, ANY) is clean
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "He signed: all rights reserved to the elder son. {0}",
+        "He signed: all rights reserved to the elder son.",
+        "{0} It was licensed under the GNU way of living, placed in the public domain. {0}",
+    ],
+)
+def test_prose_that_speaks_of_rights_stays(said):
+    novel = said.format(prose(90).replace("\n\n", " ")) + "\n\n" + prose(200, 1)
+    for content in (novel, novel.replace(" all", "\nall")):
+        assert cleaned(text(content), ANY).content.strip() == content.strip()
+
+
+def test_a_copyright_line_takes_nothing_with_it():
+    code = "".join(f"x{i} = compute({i})\n" for i in range(60))
+    for notice in ("# Copyright 2024 X. All rights reserved.", "# SPDX-License-Identifier: MIT"):
+        file = text(f"import numpy\n{notice}\n{code}")
+        assert cleaned(file, ANY).content == f"import numpy\n{code}".strip()
+        assert verdict(file, ANY) is None
 
 
 def test_a_conversation_is_judged_and_not_changed():
