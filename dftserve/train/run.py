@@ -2,7 +2,7 @@
 
 train(TrainConfig(model="base", targets="store", output="run"))
 
-run/settings.json     the resolved configuration; a resumed run must have the same
+run/settings.json     what a resumed run must agree with (`run_folder`)
 run/checkpoint-N/     to resume from
 run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json;
                       the adapter in final/adapter
@@ -30,23 +30,21 @@ from transformers import (
 from transformers.utils import logging
 
 from dftserve import atomic, checkpoint, lm
-from dftserve.bounded_files import FileError, advised, read_json, shaped_as
-from dftserve.digest import digest_of
+from dftserve.bounded_files import shaped_as
 from dftserve.spec import Promise
 from dftserve.targets.document import fingerprint, load_tokenizer, template_fingerprint
-from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.targets.store import TargetStore
 from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
+from dftserve.train.run_folder import RunFolder, model_digest, read_object, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-SETTINGS, WEIGHTS, FINAL, ADAPTER = "settings.json", "weights.json", "final", "adapter"
-LARGEST = 1 << 20
-"""Bytes of either."""
+WEIGHTS, FINAL, ADAPTER = "weights.json", "final", "adapter"
 PROFILE_TOKENS = 20_000
 
 
@@ -61,6 +59,8 @@ class Material:
     collate: Collator
     found: lm.Examined
     """The model, before its weights."""
+    weights: str
+    """`model_digest` of it."""
 
     @property
     def text_N(self) -> Sequence[int]:
@@ -143,10 +143,14 @@ def train(config: TrainConfig) -> Path:
             f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
         )
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
-    _refuse_another(output, config)
+    with RunFolder(config) as folder:
+        return _train(config, folder, output)
+
+
+def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     prepared = prepare(of_first_candidate(config))
     material = prepared.material
-    _begin(output, config)
+    folder.begin()
     _say(material.shown())
     resume = last_checkpoint(output)
     if resume is not None:
@@ -232,7 +236,8 @@ def read(config: TrainConfig) -> Material:
     longest = max(map(len, parts), default=0)
     found.check_length(longest, "max_length")
     collate = Collator(packing=config.packing)
-    return Material(tokenizer, store, rows["train"], rows["heldout"], collate, found)
+    weights = model_digest(found)
+    return Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
 
 
 def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool) -> Rows:
@@ -372,7 +377,8 @@ def finish(
     plan = material.store.manifest.plan
     data = {
         "model": Path(config.model).name,
-        "targets": digest_of(material.store.folder / MANIFEST, within=material.store.folder),
+        "weights": material.weights,
+        "targets": targets_digest(material.store.folder),
         "corpus": plan.corpus_blake3,
         "tokenizer": plan.tokenizer,
         "packing": {
@@ -421,62 +427,10 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     )
 
 
-def _refuse_another(output: Path, config: TrainConfig) -> None:
-    """Refuse a folder that holds something else than a start of this run."""
-    wanted = json.loads(json.dumps(asdict(config)))
-    found = _read(output / SETTINGS)
-    if found is not None:
-        was, now = _flat(found), _flat(wanted)
-        for name in now:
-            if was.get(name) != now[name]:
-                raise ValueError(
-                    f"{output} holds a run whose {name} is {was.get(name)!r}, not {now[name]!r}; "
-                    "choose another output, or remove it."
-                )
-        return
-    # A kill may have left what was to become the settings, and nothing else.
-    if output.exists() and any(p.name != SETTINGS + atomic.PARTIAL for p in output.iterdir()):
-        raise ValueError(f"{output} is neither empty nor a run; choose another output.")
-
-
-def _begin(output: Path, config: TrainConfig) -> None:
-    """Make the folder and its settings; the first of several processes does it."""
-    if int(os.environ.get("RANK", "0")) != 0 or (output / SETTINGS).exists():
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(output / SETTINGS, json.dumps(asdict(config), indent=2) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What an earlier start of the run wrote; None where there was none.
-
-    Raises:
-        ValueError: it is not what a run writes.
-    """
-    try:
-        content = read_json(path, within=path.parent, largest=LARGEST)
-    except FileNotFoundError:
-        return None
-    except FileError as error:
-        raise ValueError(advised(error, "choose another output, or remove it")) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not what a run writes; choose another output, or remove it.")
-    return content
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}, as settings are named."""
-    flat = {}
-    for name, value in content.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
-
-
 def _with_weight(config: TrainConfig, material: Material, output: Path) -> TrainConfig:
     """λ by the held-out human NLL after a short run of each candidate; each is run once."""
     path = output / WEIGHTS
-    tried = _read(path) or {}
+    tried = read_object(path) or {}
     candidates = config.divergence.to_try
     steps = probe_steps(config, material)
     for weight in candidates:
