@@ -88,6 +88,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer's own post-processor puts before a text, as a begin token."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return list(whole[: next(starts, 0)])
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what decides a text's tokens: vocabulary, merges, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
