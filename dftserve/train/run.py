@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch.utils.data import DataLoader
@@ -32,8 +33,9 @@ from transformers.utils import logging
 from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import shaped_as
 from dftserve.spec import Promise
+from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.document import fingerprint, load_tokenizer, template_fingerprint
-from dftserve.targets.store import TargetStore
+from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
@@ -63,6 +65,17 @@ class Material:
     """`model_digest` of it."""
 
     @property
+    def splits(self) -> tuple[Rows, Rows]:
+        return self.train, self.heldout
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, or window of one, in a row."""
+        return max(
+            (len(part) for each in self.splits for row in each.rows for part in row), default=0
+        )
+
+    @property
     def text_N(self) -> Sequence[int]:
         """The first tokens of the store: what the model is checked on."""
         tokens: list[int] = []
@@ -85,7 +98,22 @@ class Material:
         told = self.store.manifest.plan.corpus
         trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
         learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
-        return f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
+        line = f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
+        return line if self.warning is None else f"{line}\nWarning: {self.warning}"
+
+    @property
+    def warning(self) -> str | None:
+        """What its build noted and a run should not pass over."""
+        place = f"{self.store.folder / MANIFEST}: plan.corpus.noted"
+        with shaped_as(place, "a count for each note"):
+            noted = self.store.manifest.plan.corpus.get("noted", {}).get(NO_STOP)
+            count = int(noted["count"]) if noted else 0
+        if not count:
+            return None
+        return (
+            f"in {count:,} conversations {NO_STOP}. End the template's generation marks "
+            "behind the token that ends a turn, and build the store anew."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +147,19 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     resident = psutil.Process().memory_info().rss
     loaded = load_model(config, material)
-    reason = loaded.language_model.packing_leak() if config.packing else None
+    reason = _why_not_packed(loaded.language_model, material) if config.packing else None
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
+    if config.batch_size > 1:
+        loaded.language_model.check_batch(material.longest)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, loaded, reason, resident)
+
+
+def _why_not_packed(language_model: lm.LanguageModel, material: Material) -> str | None:
+    rows = (sum(map(len, row)) for each in material.splits for row in each.rows)
+    return language_model.packing_leak(material.longest, max(rows, default=0))
 
 
 def train(config: TrainConfig) -> Path:
@@ -232,12 +267,11 @@ def read(config: TrainConfig) -> Material:
     rows = {
         split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
     }
-    parts = (part for each in rows.values() for row in each.rows for part in row)
-    longest = max(map(len, parts), default=0)
-    found.check_length(longest, "max_length")
     collate = Collator(packing=config.packing)
     weights = model_digest(found)
-    return Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
+    material = Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
+    found.check_length(material.longest, "max_length")
+    return material
 
 
 def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool) -> Rows:
@@ -286,7 +320,7 @@ def make_trainer(
         optim=config.optim,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        warmup_steps=warmup_of(config, material),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         bf16=config.precision == "bf16",
@@ -448,14 +482,43 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
         trainer = make_trainer(probe, load_model(probe, material).model, material)
         trainer.args.save_strategy = "no"
         trainer.train()
-        tried[f"{weight:g}"] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+        nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+        tried[f"{weight:g}"] = {HUMAN_NLL: nll, "batches": trainer.batch_nll}
         if trainer.is_world_process_zero():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
-    with shaped_as(path, "a likelihood for each weight"):
-        tried = {f"{weight:g}": float(tried[f"{weight:g}"]) for weight in candidates}
-    best = min(tried, key=lambda weight: tried[weight])
-    _say(f"target_weight {best}: held-out human NLL {tried[best]:.4f} nats a token, of {tried}")
+    with shaped_as(path, "likelihoods for each weight"):
+        each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
+        found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
+        # Of the same batches for each.
+        stacked = np.stack(
+            [np.array(told["batches"], float).reshape(-1, 2) for told in each.values()]
+        )
+        batches = dict(zip(each, stacked, strict=True))
+    best = min(found, key=lambda name: found[name])
+    _say(f"target_weight {best}: held-out human NLL {found[best]:.4f} nats a token, of {found}")
+    alike = [name for name in found if name != best and not _is_apart(batches[best], batches[name])]
+    if alike:
+        _say(
+            f"Warning: on this held-out text that is not told apart from {', '.join(alike)}, by "
+            "two standard errors over its batches. Take more steps, more divergence.probe_steps or "
+            "more held-out text, or choose target_weight yourself."
+        )
     return _weighted(config, float(best))
+
+
+def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray) -> bool:
+    """Whether two held-out NLLs differ by more than two standard errors of their difference.
+
+    Args:
+        ours_B2: (nats, tokens) of each batch; both are of the same batches.
+    """
+    nats_B, tokens_B = ours_B2[:, 0] - theirs_B2[:, 0], ours_B2[:, 1]
+    if len(nats_B) < 2:
+        return False
+    mean = nats_B.sum() / tokens_B.sum()
+    rest_B = nats_B - mean * tokens_B
+    error = np.sqrt((rest_B**2).sum() * len(rest_B) / (len(rest_B) - 1)) / tokens_B.sum()
+    return bool(abs(mean) > 2 * error)
 
 
 def steps_of(config: TrainConfig, material: Material) -> int:
@@ -465,6 +528,11 @@ def steps_of(config: TrainConfig, material: Material) -> int:
 
 def steps_of_epoch(config: TrainConfig, material: Material) -> int:
     return math.ceil(len(material.train) / config.batch_size / config.accumulation)
+
+
+def warmup_of(config: TrainConfig, material: Material) -> float:
+    """As a share; none where it comes to less than a step, which would be taken at a rate of 0."""
+    return config.warmup if config.warmup * steps_of(config, material) >= 1 else 0.0
 
 
 def probe_steps(config: TrainConfig, material: Material) -> int:

@@ -48,6 +48,8 @@ class DFTTrainer(Trainer):
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
         self.model_accepts_loss_kwargs = True
+        self.batch_nll: list[tuple[float, int]] = []
+        """(nats, tokens) of each held-out batch of this process, as last evaluated."""
         self._seen = torch.zeros(len(SEEN), dtype=torch.float64, device=self.args.device)
 
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
@@ -128,6 +130,7 @@ class DFTTrainer(Trainer):
         model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.batch_nll = []
         for batch, counts in self._shared_out(rows):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -135,11 +138,13 @@ class DFTTrainer(Trainer):
             if not counts:
                 continue
             values = [float(output[name]) for name in SUMS]
-            sums += sums.new_tensor([*values, len(inputs["positions_T"])])
+            tokens = len(inputs["positions_T"])
+            sums += sums.new_tensor([*values, tokens])
+            self.batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
-        *totals, tokens = summed.tolist()
+        *totals, count = summed.tolist()
         metrics = {
-            f"{metric_key_prefix}_{SHOWN.get(name, name)}": total / max(tokens, 1.0)
+            f"{metric_key_prefix}_{SHOWN.get(name, name)}": total / max(count, 1.0)
             for name, total in zip(SUMS, totals, strict=True)
         }
         self.log(dict(metrics))

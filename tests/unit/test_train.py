@@ -24,7 +24,15 @@ from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
-from dftserve.train.run import load_model, make_trainer, prepare, probe_steps, read, train
+from dftserve.train.run import (
+    load_model,
+    make_trainer,
+    prepare,
+    probe_steps,
+    read,
+    train,
+    warmup_of,
+)
 from dftserve.train.run_folder import RunFolder
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
@@ -460,15 +468,39 @@ def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
-def test_the_weight_is_chosen_by_held_out_text(run):
+def test_the_weight_is_chosen_by_held_out_text(run, capsys):
     """The target is noise: the text alone must win."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
     config = replace(run, divergence=divergence, steps=90, evaluate_every=90, save_every=90)
     train(config)
     tried = json.loads((Path(run.output) / "weights.json").read_text())
-    assert tried["0"] < tried["0.9"]
+    assert tried["0"]["human_nll"] < tried["0.9"]["human_nll"]
+    assert "not told apart" not in capsys.readouterr().err
     told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
     assert told["settings"]["divergence"]["target_weight"] == 0.0
+
+
+def test_weights_that_held_out_text_does_not_tell_apart_are_named(run, capsys):
+    """The same weight twice, to the last digit but one."""
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.00001, 0.9))
+    train(replace(run, divergence=divergence, steps=9, evaluate_every=90))
+    assert "not told apart from 1e-05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_step_of_a_short_run_is_taken_at_a_rate_of_0(run, steps):
+    """`auto` tries its candidates in short runs: one step at 0 of one would try nothing."""
+    config = replace(run, steps=steps)
+    trainer = make_trainer(config, _model(config), read(config))
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert len(rates) == steps
+    assert rates[0] == config.learning_rate
+
+
+def test_a_long_run_warms_up(run):
+    assert warmup_of(replace(run, steps=100), read(run)) == run.warmup > 0
 
 
 @pytest.mark.parametrize(
