@@ -314,7 +314,7 @@ def trained(
     language_model = prepared.loaded.language_model
     ids_BN = torch.randint(2, WORDS, (2, 23), generator=torch.Generator().manual_seed(5))
     head = head_gap(language_model, ids_BN)
-    is_packed = prepared.unpacked is None
+    is_packed = prepared.not_packed_because is None
     packing = packing_gap(language_model, ids_BN) if is_packed else None
     trainer = make_trainer(config, prepared.loaded.model, prepared.material)
     trainer.args.save_strategy = "no"
@@ -333,7 +333,7 @@ def trained(
         family,
         named(family),
         "failed" if wrong else "packed" if is_packed else "unpacked",
-        "; ".join(wrong) or prepared.unpacked,
+        "; ".join(wrong) or prepared.not_packed_because,
         parameters,
         head,
         packing,

@@ -1,5 +1,7 @@
-"""What a file's bytes are, in one word."""
+"""What files' bytes are, in one word."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -8,6 +10,8 @@ from dftserve.bounded_files import chunks, open_file
 
 LARGEST = 1 << 40
 """Bytes of a file of weights or targets; beyond it lie sparse files that nobody wrote."""
+SAMPLES, SAMPLE_BYTES = 1024, 1 << 13
+"""Parts of a large file that `sampled_digest` reads, and the size of each: 8 MiB in all."""
 
 
 def digest_of(path: Path, *, within: Path | None = None, largest: int = LARGEST) -> str:
@@ -22,3 +26,30 @@ def digest_of(path: Path, *, within: Path | None = None, largest: int = LARGEST)
         for chunk in chunks(file, path, largest=largest):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """BLAKE3 of a file's size and bytes; of a large one, of parts at equal distances.
+
+    It tells files of weights apart that were trained or cast otherwise, which differ nearly
+    everywhere; a change between two parts of a large file is not seen.
+
+    Raises:
+        ValueError: no regular file, or more than `LARGEST` bytes.
+        OSError: as the system raised it.
+    """
+    with open_file(path, largest=LARGEST) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = blake3(str(size).encode())
+        step = max(SAMPLE_BYTES, -(-(size - SAMPLE_BYTES) // (SAMPLES - 1)))
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+        file.seek(max(0, size - SAMPLE_BYTES))
+        digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """BLAKE3 of several, in their order."""
+    return blake3(" ".join(digests).encode()).hexdigest()

@@ -21,14 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dftserve import atomic
+from dftserve import atomic, lock
 from dftserve.bounded_files import chunks, open_file, real_file
 from dftserve.model_folder import LARGEST_WEIGHTS, check_model_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows: two conversions of one file at once are not kept apart there.
-    fcntl = None
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 CACHE = "DFTSERVE_CACHE"
@@ -121,9 +116,8 @@ def sha256_of(path: Path) -> str:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process at a time: each rank of torchrun resolves the same file at once."""
-    with open(folder.with_name(folder.name + ".lock"), "wb") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(folder.with_name(folder.name + ".lock"), "wb") as file:
+        lock.take(file, wait=True)
         yield
 
 

@@ -50,12 +50,17 @@ from dftserve.model_folder import (
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Attributes of configurations that multiply or divide logits, each family as it likes."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+"""Attributes that bound what is read at once, whatever a family calls them (`n_positions` has the
+first name too); the first that a configuration has."""
 AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """How far, of the largest logit, two ways to the same logits may lie apart."""
 HALF_TOLERANCE = 0.02
 PROBE_TOKENS = 24
-"""Of each text that a check reads."""
+"""Of each text that a check reads, where no length is named."""
+COMPARED = 64
+"""Positions of a long text, at equal distances, whose log-probabilities are compared."""
 NAMED = 5
 """Weights that an error names; the rest are counted."""
 
@@ -409,34 +414,76 @@ class LanguageModel:
         logits_BNV = self._forward(**self._given(inputs)).logits
         return logits_BNV if logits_BNV.dtype is torch.float64 else logits_BNV.float()
 
-    def packing_leak(self) -> str | None:
+    def packing_leak(self, longest: int = PROBE_TOKENS, row: int = 2 * PROBE_TOKENS) -> str | None:
         """Why documents must not share a row: what the model cannot keep apart; None where it can.
 
-        A document behind another is compared with itself alone, and with itself behind a third.
+        A text of the longest document's length is compared with itself alone, all along a row that
+        is full of its copies behind another text, and its beginning with itself before it. So what
+        begins far into a row is seen: attention in chunks, positions that are rescaled.
+
+        Args:
+            longest: tokens of the longest document.
+            row: tokens of the longest row.
+
+        Raises:
+            ValueError: the model cannot read so many tokens.
         """
         if "position_ids" not in self._accepts and not self._takes_any:
             return "its forward takes no position_ids"
-        count = len(self.text_N) // 2
-        before_2N = torch.stack([self.text_N[:count], self.text_N[:count].flip(0) + 1])
-        before_2N %= self._config.vocab_size
-        text_N = self.text_N[count:]
-        places_N = torch.cat([torch.arange(count), torch.arange(len(text_N))])
+        longest = max(longest, PROBE_TOKENS)
+        text_N = _repeated(self.text_N.roll(-PROBE_TOKENS), longest)
+        # Of an odd length, so that no copy begins where a chunk does.
+        before_N = (self.text_N[: PROBE_TOKENS - 1].flip(0) + 1) % self._config.vocab_size
+        copies = max(1, (row - len(before_N)) // longest)
+        full = [before_N, *[text_N] * copies]
+        starts = len(before_N) + longest * torch.arange(copies)
+        seen_P = _spread_over(longest, max(2, COMPARED // copies))
+        short = min(PROBE_TOKENS, longest)
+        beginning_P = torch.arange(short)
         with _evaluating(self.model), torch.no_grad():
-            alone_NV = self._logprobs(text_N[None], torch.arange(len(text_N))[None])[0]
-            behind_2NV = torch.stack(
-                [
-                    self._logprobs(torch.cat([each, text_N])[None], places_N[None])[0, count:]
-                    for each in before_2N
-                ]
-            )
-        spread = self._spread(alone_NV)
-        apart = float((behind_2NV - alone_NV).abs().max()) / spread
+            alone_PV = self._packed_logprobs([text_N], seen_P)
+            behind_CV = self._packed_logprobs(full, (starts[:, None] + seen_P).flatten())
+            before_PV = self._packed_logprobs([text_N[:short]], beginning_P)
+            beside_PV = self._packed_logprobs([text_N[:short], text_N], beginning_P)
+        gaps = (behind_CV - alone_PV.repeat(copies, 1), beside_PV - before_PV)
+        apart = max(float(gap.abs().max()) for gap in gaps) / self._spread(alone_PV)
         if apart <= self._tolerance:
             return None
         return (
-            "a document's log-probabilities change by "
-            f"{apart:.1g} of their spread with the document before it in the row"
+            f"a document's log-probabilities change by {apart:.1g} of their spread with the others "
+            "in its row"
         )
+
+    def check_batch(self, longest: int) -> None:
+        """Refuse a model that reads a text otherwise where a longer one is in its batch.
+
+        Args:
+            longest: tokens of the longest document.
+
+        Raises:
+            ValueError: it does, or it cannot read so many tokens.
+        """
+        if longest <= PROBE_TOKENS:
+            return
+        text_N = _repeated(self.text_N, longest)
+        ids_2N, mask_2N = text_N.repeat(2, 1), torch.ones(2, longest, dtype=torch.int64)
+        ids_2N[1, PROBE_TOKENS:] = mask_2N[1, PROBE_TOKENS:] = 0
+        device = self.model.device
+        given = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
+        alone = {name: value[1:, :PROBE_TOKENS] for name, value in given.items()}
+        with _evaluating(self.model), torch.no_grad():
+            beside_NV, alone_NV = (
+                self._states_logprobs(each, torch.arange(PROBE_TOKENS)) for each in (given, alone)
+            )
+        # A mean: a router may send a token elsewhere in a batch.
+        apart = float((beside_NV - alone_NV).abs().mean()) / self._spread(alone_NV)
+        if apart > self._tolerance:
+            raise ValueError(
+                f"{self.family} reads a text otherwise beside one of {longest:,} tokens in its "
+                f"batch: its log-probabilities change by {apart:.1g} of their spread"
+                f"{_originally(self._config)}; accepted: a max_length up to which it does not, or "
+                "batch_size 1 (with accumulation in its place)."
+            )
 
     # ── Checks ───────────────────────────────────────────────────────────────────────────────────
 
@@ -525,12 +572,19 @@ class LanguageModel:
                 f"{self.family} does not read plain text: {type(error).__name__}: {_line(error)}."
             ) from error
 
-    def _logprobs(self, ids_BN: Tensor, places_BN: Tensor) -> Tensor:
+    def _packed_logprobs(self, texts: Sequence[Tensor], at_P: Tensor) -> Tensor:
+        """[P, V]: of the texts in one row, each with positions of its own."""
         device = self.model.device
-        given = {"input_ids": ids_BN.to(device), "position_ids": places_BN.to(device)}
-        hidden_BND = self._tried(self.states, **given).hidden_BND
-        hidden_BND = hidden_BND.reshape(*ids_BN.shape, -1)
-        return self.head.logits(hidden_BND).log_softmax(-1)
+        places_N = torch.cat([torch.arange(len(text_N)) for text_N in texts])
+        row_N = torch.cat(list(texts))
+        given = {"input_ids": row_N[None].to(device), "position_ids": places_N[None].to(device)}
+        return self._states_logprobs(given, at_P)
+
+    def _states_logprobs(self, given: Mapping[str, Tensor], at_P: Tensor) -> Tensor:
+        """[P, V]: at positions of the last row."""
+        rows, tokens = given["input_ids"].shape
+        hidden_BND = self._tried(self.states, **given).hidden_BND.reshape(rows, tokens, -1)
+        return self.head.logits(hidden_BND[-1, at_P.to(hidden_BND.device)]).log_softmax(-1)
 
     @property
     def _tolerance(self) -> float:
@@ -591,7 +645,8 @@ def _rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
 
 
 def _positions(config: Any) -> int | None:
-    given = _number(getattr(config, "max_position_embeddings", None))
+    named = (_number(getattr(config, name, None)) for name in POSITIONS)
+    given = next((number for number in named if number is not None), None)
     return None if given is None else int(given)  # XLNet says −1 for no bound.
 
 
@@ -613,6 +668,23 @@ def _text(tokens_N: Sequence[int] | None, vocabulary: int) -> Tensor:
         return torch.arange(count) * 7919 % vocabulary
     text_N = torch.as_tensor(list(tokens_N[:count]), dtype=torch.int64)
     return text_N.repeat(-(-count // len(text_N)))[:count]
+
+
+def _repeated(text_N: Tensor, count: int) -> Tensor:
+    """The text over and over, `count` tokens of it."""
+    return text_N.repeat(-(-count // len(text_N)))[:count]
+
+
+def _spread_over(count: int, some: int) -> Tensor:
+    """At most `some` of `count` positions at equal distances, the first and the last with them."""
+    return torch.linspace(0, count - 1, min(some, count)).round().long()
+
+
+def _originally(config: Any) -> str:
+    """What a configuration says of the length that its positions were made for."""
+    given = getattr(config, "rope_parameters", None)
+    number = given.get("original_max_position_embeddings") if isinstance(given, Mapping) else None
+    return "" if number is None else f" (original_max_position_embeddings: {number:,})"
 
 
 @contextmanager

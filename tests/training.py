@@ -109,8 +109,13 @@ class Noise(DenseSource):
         return lambda start, stop: logprobs_TV[start:stop]
 
 
-def save_store(folder: Path, *, count: int = 60, heldout: int = 8, seed: int = 0) -> Path:
-    held = {"train": documents(count, seed=seed), "heldout": documents(heldout, seed=seed + 1)}
+def save_store(
+    folder: Path, *, count: int = 60, heldout: int = 8, seed: int = 0, longest: int = 40
+) -> Path:
+    held = {
+        "train": documents(count, seed=seed, longest=longest),
+        "heldout": documents(heldout, seed=seed + 1, longest=longest),
+    }
     source = Noise()
     plan = store.plan(
         source,

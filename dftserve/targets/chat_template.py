@@ -7,8 +7,9 @@ Generation marks are found by jinja's parser, so that every way to write the tag
 a comment or a raw block does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, cast
 
@@ -22,6 +23,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
 """Characters from a start to an end."""
+Clock = Callable[[str], str]
+"""From a format of strftime to the text that a template writes for it."""
+CLOCK = "strftime_now"
+"""What templates call it."""
 
 _NAMES_OF_TEMPLATES = ("<template>", "<unknown>")
 """What jinja calls the file of a template from a string, in a traceback."""
@@ -43,6 +48,8 @@ class ChatTemplate:
     """Whether it marks with `{% generation %}` what is learnt."""
     special: Mapping[str, str]
     """The special tokens that it may name."""
+    clock: Clock
+    """What it takes for the date and time."""
     header: str = ""
     """What it opens an assistant's turn with; empty where it has no such thing."""
     end: str | None = None
@@ -57,7 +64,8 @@ class ChatTemplate:
         """
         name, source = _chosen(tokenizer, tools)
         special = ((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
-        return _analysed(name, source, tuple(special), tuple(special_tokens(tokenizer)))
+        clock, specials = clock_of(tokenizer), tuple(special_tokens(tokenizer))
+        return _analysed(name, source, tuple(special), specials, clock)
 
     @property
     def title(self) -> str:
@@ -82,6 +90,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.marks,
                 add_generation_prompt=ask,
+                strftime_now=self.clock,
                 **self.special,
             )
         except (jinja2.TemplateError, *_FAULTS) as error:
@@ -98,6 +107,27 @@ def _shown(turn: Turn) -> dict[str, Any]:
 
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's own expressions raise."""
+
+
+def tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template of the tokenizer writes the date or the time."""
+    given: Any = tokenizer.chat_template or ""
+    return any(
+        CLOCK in source for source in (given.values() if isinstance(given, dict) else [given])
+    )
+
+
+def stop_clock(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> None:
+    """Whenever this tokenizer's templates are rendered from now on, it is that moment to them."""
+    tokenizer.clock = moment.strftime  # type: ignore[attr-defined]
+
+
+def clock_of(tokenizer: PreTrainedTokenizerBase) -> Clock:
+    return getattr(tokenizer, "clock", _now)
+
+
+def _now(wanted: str) -> str:
+    return datetime.now().strftime(wanted)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -128,9 +158,13 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, tools: bool) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def _analysed(
-    name: str, source: str, special: tuple[tuple[str, str], ...], specials: tuple[str, ...]
+    name: str,
+    source: str,
+    special: tuple[tuple[str, str], ...],
+    specials: tuple[str, ...],
+    clock: Clock,
 ) -> ChatTemplate:
-    bare = ChatTemplate(name, source, _has_marks(name, source), dict(special))
+    bare = ChatTemplate(name, source, _has_marks(name, source), dict(special), clock)
     header, end = _frame(bare, specials)
     return replace(bare, header=header, end=end)
 

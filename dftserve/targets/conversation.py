@@ -31,6 +31,7 @@ icons there, so a text may hold some."""
 OF_TURNS = ("role", "content", "weight")
 """Fields that are always heeded."""
 READ_AS_TEXT = "spells special tokens, read as text"
+NO_STOP = "no answer is learnt to a special token at its end: the model does not learn to stop"
 CALLS = ("tool_calls", "function_call")
 
 Spelled = Literal["text", "keep", "drop"]
@@ -80,6 +81,7 @@ def encode(
     spellings = _Spellings.of(tokenizer, spelled, marks)
     turns = [{key: spellings.hidden(value, key) for key, value in each.items()} for each in turns]
     turns, tools, more = _heeded(template, turns, tools)
+    notes += _left_out(template, turns, tools, marks)
     text, marked = template.render(turns, tools)
     spans = marked if template.marks else _spans(template, turns, tools, text, around)
     spans = _wanted(template, turns, spans, learnt)
@@ -92,6 +94,8 @@ def encode(
     trained_N[:1] = False
     if not trained_N.any():
         raise UnfitError("nothing to train on")
+    if not _stops(tokenizer, tokens_N, trained_N):
+        notes.append(NO_STOP)
     return Encoded(Document(tokens_N, trained_N), (*notes, *more))
 
 
@@ -157,6 +161,37 @@ def _same(
         return template.render(turns, tools)[0] == text
     except ValueError:  # It needs what was taken away.
         return False
+
+
+def _left_out(
+    template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Any] | None, marks: Iterator[str]
+) -> list[str]:
+    """A note for each role of which the template leaves out whole turns, without a word of it.
+
+    Each turn that says something ends in a mark of its own, and is there where the mark is.
+    """
+    said = [bool(turn.get("content")) and isinstance(turn["content"], str) for turn in turns]
+    ends = [next(marks, "") if each else "" for each in said]
+    marked = [
+        {**turn, "content": f"{turn['content']}{end}"} if end else turn
+        for turn, end in zip(turns, ends, strict=True)
+    ]
+    try:
+        written = template.render(marked, tools)[0]
+    except TemplateError:  # It reads what is said, as JSON for one.
+        return []
+    gone = [i for i, end in enumerate(ends) if end and end not in written]
+    text = template.render(turns, tools)[0] if gone else ""
+    # A mark may also go where a template rewrites what is said.
+    roles = [
+        turns[i].get("role")
+        for i in gone
+        if _same(template, [*turns[:i], *turns[i + 1 :]], tools, text)
+    ]
+    return [
+        f"a turn of the role {role!r} is not in the chat template: left out"
+        for role in dict.fromkeys(roles)
+    ]
 
 
 def _says(turn: Turn) -> bool:
@@ -269,6 +304,20 @@ def _extended(
             )
         yield start, end
         before = end
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, tokens_N: np.ndarray, trained_N: np.ndarray) -> bool:
+    """Whether some stretch that is learnt ends in a special token, blanks behind it apart."""
+    special = {*tokenizer.all_special_ids} | {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ends = np.flatnonzero(trained_N & ~np.append(trained_N[1:], False))
+    for end in ends.tolist():
+        while end > 0 and trained_N[end] and not tokenizer.decode([int(tokens_N[end])]).strip():
+            end -= 1
+        if trained_N[end] and int(tokens_N[end]) in special:
+            return True
+    return False
 
 
 # ── Tokens ───────────────────────────────────────────────────────────────────────────────────────

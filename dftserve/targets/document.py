@@ -84,3 +84,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             f"model: got {model!r}: no tokenizer that can be loaded ({why}); accepted: a "
             "folder with a tokenizer.json, or a model's name where there is a hub."
         ) from None
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer's own post-processor puts before a text, as a begin token."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return list(whole[: next(starts, 0)])

@@ -7,7 +7,7 @@ from dftserve.corpus.text import Text
 from dftserve.targets import conversation
 from dftserve.targets.chat_template import special_tokens
 from dftserve.targets.conversation import Encoded, Learnt, Spelled, UnfitError
-from dftserve.targets.document import Document
+from dftserve.targets.document import Document, beginning
 
 
 def encode(
@@ -47,7 +47,10 @@ def encode(
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, *, spelled: Spelled = "text"
 ) -> Document:
-    """A plain text, with the tokenizer's begin and end tokens where it has them.
+    """A plain text: behind what the tokenizer itself puts before one, and with its end token.
+
+    The end token is learnt, so it is there even where the tokenizer leaves it to its user; a begin
+    token that the tokenizer has and does not write (a chat's first mark, say) is not.
 
     Raises:
         UnfitError: it has no token.
@@ -55,7 +58,7 @@ def encode_text(
     tokens = tokenizer(
         text, add_special_tokens=False, truncation=False, split_special_tokens=spelled == "text"
     )["input_ids"]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens_N = np.array([*start, *tokens, *end], dtype=np.int32)
     if len(tokens_N) < 2:

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dftserve import settings
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
+from dftserve.targets.chat_template import clock_of
 from dftserve.targets.document import Document
 from dftserve.targets.source import CHUNK_ELEMENTS, DenseSource, Rows
 from dftserve.targets.teacher import Teacher
@@ -42,7 +43,9 @@ class Opening:
     replaces: tuple[int, ...]
     """How the template opens a conversation without it: a begin token, a default system turn."""
     text: tuple[int, ...]
-    """As plain text: the begin token, the principle, a blank line."""
+    """As plain text: the principle, a blank line."""
+    begin: int | None
+    """The begin token, which stays first in a document that has it."""
 
 
 class Principles(DenseSource):
@@ -158,10 +161,10 @@ class _Mixture:
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, principle: str) -> Opening:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = tokenizer(f"{principle}\n\n", add_special_tokens=False, truncation=False)["input_ids"]
     conversation, replaces = _system_turn(tokenizer, principle)
-    return Opening(conversation, replaces, (*start, *text))  # type: ignore[arg-type]
+    begin: Any = tokenizer.bos_token_id
+    return Opening(conversation, replaces, tuple(text), begin)  # type: ignore[arg-type]
 
 
 def _system_turn(
@@ -188,7 +191,9 @@ def _system_turn(
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
-    return tokenizer.apply_chat_template(turns, return_dict=False)  # type: ignore[return-value]
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]
+        turns, return_dict=False, strftime_now=clock_of(tokenizer)
+    )
 
 
 def _opened(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarray]:
@@ -200,8 +205,9 @@ def _opened(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarra
     if opening.conversation is not None and is_conversation and first >= len(replaces):
         before, dropped = opening.conversation, len(replaces)
     else:
-        before = opening.text
-        dropped = int(before[:1] == (int(document.tokens_N[0]),))  # One begin token is enough.
+        begins = int(document.tokens_N[0]) == opening.begin
+        before = (opening.begin, *opening.text) if begins else opening.text
+        dropped = int(begins)
     tokens = np.concatenate([np.array(before, np.int64), document.tokens_N[dropped:]])
     return tokens, positions_T + (len(before) - dropped)
 

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.model_folder import CONFIG
 from dftserve.targets import recipe as recipes
 from dftserve.targets import report, store
-from dftserve.targets.chat_template import ChatTemplate, TemplateError
+from dftserve.targets.chat_template import ChatTemplate, TemplateError, stop_clock, tells_time
 from dftserve.targets.conversation import Encoded, UnfitError
 from dftserve.targets.document import (
     Document,
@@ -41,6 +42,8 @@ from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetSto
 
 FAR = 2.0
 """How many times more or less than asked may be held out without a warning."""
+WRITTEN_AT = "written_at"
+"""Of a plan's corpus: the date and time that the chat template wrote, where it writes one."""
 ENDED_SECONDS = 0.5
 """How often a wait for the processes looks whether they live."""
 
@@ -87,6 +90,7 @@ def build(job: Job, say: Say = print) -> Manifest:
     """
     recipe = recipes.load(job.recipe, job.values)
     tokenizer = _tokenizer(job.model)
+    moment = _stopped(tokenizer, job.out)
     teachers = _examined(job, recipe, tokenizer)
     texts = read_all(job.corpus, job.heldout_from)
     corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
@@ -108,6 +112,7 @@ def build(job: Job, say: Say = print) -> Manifest:
             "filters": asdict(recipe.corpus),
             "heldout": job.heldout,
             "max_tokens": job.max_tokens,
+            **({WRITTEN_AT: moment.isoformat()} if moment else {}),
             **told,
         },
         k=recipe.store.k,
@@ -166,6 +171,23 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     # How much a model reads at once is the trainer's concern: no warning for each long text.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
+
+
+def _stopped(tokenizer: PreTrainedTokenizerBase, out: Path) -> datetime | None:
+    """The moment that templates are given for now: of the build that `out` holds, else the real.
+
+    So a build goes on, or is found complete, on another day. None where no template asks for it.
+    """
+    if not tells_time(tokenizer):
+        return None
+    told = store.begun(out).get("corpus")
+    given = told.get(WRITTEN_AT) if isinstance(told, Mapping) else None
+    try:
+        moment = datetime.fromisoformat(given) if given else datetime.now()
+    except (TypeError, ValueError):
+        moment = datetime.now()  # Another plan, which `store.begin` refuses.
+    stop_clock(tokenizer, moment)
+    return moment
 
 
 def _examined(job: Job, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
@@ -397,7 +419,9 @@ def _worker(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, rank: int,
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Unwinds: no half a file stays behind.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        source = _source(recipe, _tokenizer(job.model), documents)
+        tokenizer = _tokenizer(job.model)
+        _stopped(tokenizer, job.out)
+        source = _source(recipe, tokenizer, documents)
         built = store.build(job.out, plan, source, documents, rank=rank, world=job.processes)
         for tokens in built:
             told.put(tokens)

@@ -303,6 +303,18 @@ def begin(folder: Path, wanted: Plan) -> None:
     atomic.write_text(folder / PLAN, _json(asdict(wanted)))
 
 
+def begun(folder: Path) -> Mapping[str, Any]:
+    """The plan of the build that the folder holds, finished or not; empty where it holds none.
+
+    Raises:
+        StoreError: what is there is no plan.
+    """
+    for path in (folder / MANIFEST, folder / PLAN):
+        if path.exists():
+            return _plan_in(folder, path)
+    return {}
+
+
 def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
     """What a manifest or an unfinished build says that it is of."""
     try:

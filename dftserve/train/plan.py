@@ -41,6 +41,8 @@ class TrainPlan:
     """What the float32 weights are computed in, and where this CPU has no instructions for it."""
     not_packed_because: str | None
     """Why there is one document a row although the configuration packs; None where it does."""
+    warning: str | None
+    """What the build of the targets noted and a run should not pass over."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     steps: int
@@ -90,6 +92,8 @@ class TrainPlan:
         }
         if self.not_packed_because is not None:
             lines["packing"] = f"none, one document a row: {self.not_packed_because}"
+        if self.warning is not None:
+            lines["warning"] = self.warning
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
 
     def _probes_shown(self) -> str:
@@ -127,6 +131,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         rows=len(material.train),
         precision=_precision(config.precision, device),
         not_packed_because=prepared.not_packed_because,
+        warning=material.warning,
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=learnt,
         steps=steps,

@@ -2,7 +2,7 @@
 
 train(TrainConfig(model="base", targets="store", output="run"))
 
-run/settings.json     the resolved configuration; a resumed run must have the same
+run/settings.json     what a resumed run must agree with (`run_folder`)
 run/checkpoint-N/     to resume from
 run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json;
                       the adapter in final/adapter
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch.utils.data import DataLoader
@@ -30,10 +31,10 @@ from transformers import (
 from transformers.utils import logging
 
 from dftserve import atomic, checkpoint, lm
-from dftserve.bounded_files import FileError, advised, read_json, shaped_as
-from dftserve.digest import digest_of
+from dftserve.bounded_files import shaped_as
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.spec import Promise
+from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.document import load_tokenizer
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train.adapters import adapted
@@ -42,12 +43,11 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
+from dftserve.train.run_folder import RunFolder, model_digest, read_object, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-SETTINGS, WEIGHTS, FINAL, ADAPTER = "settings.json", "weights.json", "final", "adapter"
-LARGEST = 1 << 20
-"""Bytes of either."""
+WEIGHTS, FINAL, ADAPTER = "weights.json", "final", "adapter"
 PROFILE_TOKENS = 20_000
 
 
@@ -62,6 +62,19 @@ class Material:
     collate: Collator
     found: lm.Examined
     """The model, before its weights."""
+    weights: str
+    """`model_digest` of it."""
+
+    @property
+    def splits(self) -> tuple[Rows, Rows]:
+        return self.train, self.heldout
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, or window of one, in a row."""
+        return max(
+            (len(part) for each in self.splits for row in each.rows for part in row), default=0
+        )
 
     @property
     def text_N(self) -> Sequence[int]:
@@ -86,7 +99,22 @@ class Material:
         told = self.store.manifest.plan.corpus
         trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
         learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
-        return f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
+        line = f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
+        return line if self.warning is None else f"{line}\nWarning: {self.warning}"
+
+    @property
+    def warning(self) -> str | None:
+        """What its build noted and a run should not pass over."""
+        place = f"{self.store.folder / MANIFEST}: plan.corpus.noted"
+        with shaped_as(place, "a count for each note"):
+            noted = self.store.manifest.plan.corpus.get("noted", {}).get(NO_STOP)
+            count = int(noted["count"]) if noted else 0
+        if not count:
+            return None
+        return (
+            f"in {count:,} conversations {NO_STOP}. End the template's generation marks "
+            "behind the token that ends a turn, and build the store anew."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +148,19 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     resident = psutil.Process().memory_info().rss
     loaded = load_model(config, material)
-    reason = loaded.language_model.packing_leak() if config.packing else None
+    reason = _why_not_packed(loaded.language_model, material) if config.packing else None
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
+    if config.batch_size > 1:
+        loaded.language_model.check_batch(material.longest)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, loaded, reason, resident)
+
+
+def _why_not_packed(language_model: lm.LanguageModel, material: Material) -> str | None:
+    rows = (sum(map(len, row)) for each in material.splits for row in each.rows)
+    return language_model.packing_leak(material.longest, max(rows, default=0))
 
 
 def train(config: TrainConfig) -> Path:
@@ -144,10 +179,14 @@ def train(config: TrainConfig) -> Path:
             f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
         )
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
-    _refuse_another(output, config)
+    with RunFolder(config) as folder:
+        return _train(config, folder, output)
+
+
+def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     prepared = prepare(of_first_candidate(config))
     material = prepared.material
-    _begin(output, config)
+    folder.begin()
     _say(material.shown())
     resume = last_checkpoint(output)
     if resume is not None:
@@ -229,11 +268,11 @@ def read(config: TrainConfig) -> Material:
     rows = {
         split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
     }
-    parts = (part for each in rows.values() for row in each.rows for part in row)
-    longest = max(map(len, parts), default=0)
-    found.check_length(longest, "max_length")
     collate = Collator(packing=config.packing)
-    return Material(tokenizer, store, rows["train"], rows["heldout"], collate, found)
+    weights = model_digest(found)
+    material = Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
+    found.check_length(material.longest, "max_length")
+    return material
 
 
 def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool) -> Rows:
@@ -282,7 +321,7 @@ def make_trainer(
         optim=config.optim,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        warmup_steps=warmup_of(config, material),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         bf16=config.precision == "bf16",
@@ -373,7 +412,8 @@ def finish(
     plan = material.store.manifest.plan
     data = {
         "model": Path(config.model).name,
-        "targets": digest_of(material.store.folder / MANIFEST, within=material.store.folder),
+        "weights": material.weights,
+        "targets": targets_digest(material.store.folder),
         "corpus": plan.corpus_blake3,
         "tokenizer": plan.tokenizer,
         "packing": {
@@ -422,62 +462,10 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     )
 
 
-def _refuse_another(output: Path, config: TrainConfig) -> None:
-    """Refuse a folder that holds something else than a start of this run."""
-    wanted = json.loads(json.dumps(asdict(config)))
-    found = _read(output / SETTINGS)
-    if found is not None:
-        was, now = _flat(found), _flat(wanted)
-        for name in now:
-            if was.get(name) != now[name]:
-                raise ValueError(
-                    f"{output} holds a run whose {name} is {was.get(name)!r}, not {now[name]!r}; "
-                    "choose another output, or remove it."
-                )
-        return
-    # A kill may have left what was to become the settings, and nothing else.
-    if output.exists() and any(p.name != SETTINGS + atomic.PARTIAL for p in output.iterdir()):
-        raise ValueError(f"{output} is neither empty nor a run; choose another output.")
-
-
-def _begin(output: Path, config: TrainConfig) -> None:
-    """Make the folder and its settings; the first of several processes does it."""
-    if int(os.environ.get("RANK", "0")) != 0 or (output / SETTINGS).exists():
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(output / SETTINGS, json.dumps(asdict(config), indent=2) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What an earlier start of the run wrote; None where there was none.
-
-    Raises:
-        ValueError: it is not what a run writes.
-    """
-    try:
-        content = read_json(path, within=path.parent, largest=LARGEST)
-    except FileNotFoundError:
-        return None
-    except FileError as error:
-        raise ValueError(advised(error, "choose another output, or remove it")) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not what a run writes; choose another output, or remove it.")
-    return content
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}, as settings are named."""
-    flat = {}
-    for name, value in content.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
-
-
 def _with_weight(config: TrainConfig, material: Material, output: Path) -> TrainConfig:
     """λ by the held-out human NLL after a short run of each candidate; each is run once."""
     path = output / WEIGHTS
-    tried = _read(path) or {}
+    tried = read_object(path) or {}
     candidates = config.divergence.to_try
     steps = probe_steps(config, material)
     for weight in candidates:
@@ -495,14 +483,43 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
         trainer = make_trainer(probe, load_model(probe, material).model, material)
         trainer.args.save_strategy = "no"
         trainer.train()
-        tried[f"{weight:g}"] = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+        nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+        tried[f"{weight:g}"] = {HUMAN_NLL: nll, "batches": trainer.batch_nll}
         if trainer.is_world_process_zero():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
-    with shaped_as(path, "a likelihood for each weight"):
-        tried = {f"{weight:g}": float(tried[f"{weight:g}"]) for weight in candidates}
-    best = min(tried, key=lambda weight: tried[weight])
-    _say(f"target_weight {best}: held-out human NLL {tried[best]:.4f} nats a token, of {tried}")
+    with shaped_as(path, "likelihoods for each weight"):
+        each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
+        found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
+        # Of the same batches for each.
+        stacked = np.stack(
+            [np.array(told["batches"], float).reshape(-1, 2) for told in each.values()]
+        )
+        batches = dict(zip(each, stacked, strict=True))
+    best = min(found, key=lambda name: found[name])
+    _say(f"target_weight {best}: held-out human NLL {found[best]:.4f} nats a token, of {found}")
+    alike = [name for name in found if name != best and not _is_apart(batches[best], batches[name])]
+    if alike:
+        _say(
+            f"Warning: on this held-out text that is not told apart from {', '.join(alike)}, by "
+            "two standard errors over its batches. Take more steps, more divergence.probe_steps or "
+            "more held-out text, or choose target_weight yourself."
+        )
     return _weighted(config, float(best))
+
+
+def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray) -> bool:
+    """Whether two held-out NLLs differ by more than two standard errors of their difference.
+
+    Args:
+        ours_B2: (nats, tokens) of each batch; both are of the same batches.
+    """
+    nats_B, tokens_B = ours_B2[:, 0] - theirs_B2[:, 0], ours_B2[:, 1]
+    if len(nats_B) < 2:
+        return False
+    mean = nats_B.sum() / tokens_B.sum()
+    rest_B = nats_B - mean * tokens_B
+    error = np.sqrt((rest_B**2).sum() * len(rest_B) / (len(rest_B) - 1)) / tokens_B.sum()
+    return bool(abs(mean) > 2 * error)
 
 
 def steps_of(config: TrainConfig, material: Material) -> int:
@@ -512,6 +529,11 @@ def steps_of(config: TrainConfig, material: Material) -> int:
 
 def steps_of_epoch(config: TrainConfig, material: Material) -> int:
     return math.ceil(len(material.train) / config.batch_size / config.accumulation)
+
+
+def warmup_of(config: TrainConfig, material: Material) -> float:
+    """As a share; none where it comes to less than a step, which would be taken at a rate of 0."""
+    return config.warmup if config.warmup * steps_of(config, material) >= 1 else 0.0
 
 
 def probe_steps(config: TrainConfig, material: Material) -> int:

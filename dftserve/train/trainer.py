@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
+from dftserve.checkpoint import CheckpointError
 from dftserve.train.model import DFTOutput
 
 HUMAN_NLL = "human_nll"
@@ -47,6 +48,8 @@ class DFTTrainer(Trainer):
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
         self.model_accepts_loss_kwargs = True
+        self.batch_nll: list[tuple[float, int]] = []
+        """(nats, tokens) of each held-out batch of this process, as last evaluated."""
         self._seen = torch.zeros(len(SEEN), dtype=torch.float64, device=self.args.device)
 
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
@@ -99,6 +102,7 @@ class DFTTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **given: Any) -> None:
         """Nothing, where what is resumed had ended: the Trainer's own takes one more step."""
+        self._place_best()
         spent = any(
             isinstance(each, EarlyStoppingCallback)
             and each.early_stopping_patience_counter >= each.early_stopping_patience
@@ -126,6 +130,7 @@ class DFTTrainer(Trainer):
         model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.batch_nll = []
         for batch, counts in self._shared_out(rows):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -133,11 +138,13 @@ class DFTTrainer(Trainer):
             if not counts:
                 continue
             values = [float(output[name]) for name in SUMS]
-            sums += sums.new_tensor([*values, len(inputs["positions_T"])])
+            tokens = len(inputs["positions_T"])
+            sums += sums.new_tensor([*values, tokens])
+            self.batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
-        *totals, tokens = summed.tolist()
+        *totals, count = summed.tolist()
         metrics = {
-            f"{metric_key_prefix}_{SHOWN.get(name, name)}": total / max(tokens, 1.0)
+            f"{metric_key_prefix}_{SHOWN.get(name, name)}": total / max(count, 1.0)
             for name, total in zip(SUMS, totals, strict=True)
         }
         self.log(dict(metrics))
@@ -172,7 +179,9 @@ class DFTTrainer(Trainer):
         try:
             with self._output_in(staging), checkpoint.writing(staging):
                 super()._save_checkpoint(model, trial)
-                self._name_best(run, staging / name)
+                self._place_best()
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -182,13 +191,14 @@ class DFTTrainer(Trainer):
             self._rotate(run)
         self.accelerator.wait_for_everyone()
 
-    def _name_best(self, run: Path, made: Path) -> None:
-        """The best checkpoint by the place where it will stand, not where it is being written."""
+    def _place_best(self) -> None:
+        """The best checkpoint by the place where it stands: not where it is being written, nor
+        where the run's folder was before it was moved or named in another way.
+        """
         if self.state.best_global_step:
+            run = Path(str(self.args.output_dir))
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self.state.save_to_json(str(made / TRAINER_STATE_NAME))
 
     def _put(self, staging: Path, place: Path) -> None:
         try:
@@ -234,7 +244,8 @@ def last_checkpoint(run: Path) -> Path | None:
     of several processes.
 
     Raises:
-        CheckpointError: the newest one is damaged: resuming from it would not be exact.
+        CheckpointError: the newest one is damaged: resuming from it would not be exact. Says which
+            older one is whole, where one is.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
     for leftover in run.glob(f"*{atomic.PARTIAL}") if is_first else ():
@@ -245,8 +256,26 @@ def last_checkpoint(run: Path) -> Path | None:
     found = _checkpoints(run)
     if not found:
         return None
-    checkpoint.verify(found[max(found)])
-    return found[max(found)]
+    *older, newest = (found[step] for step in sorted(found))
+    try:
+        checkpoint.verify(newest)
+    except CheckpointError as error:
+        whole = next((path for path in reversed(older) if _is_whole(path)), None)
+        if whole is None:
+            raise
+        raise CheckpointError(
+            f"{str(error).removesuffix('.')}, or remove {newest} to go on from {whole.name}, which "
+            "is whole."
+        ) from None
+    return newest
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        checkpoint.verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:

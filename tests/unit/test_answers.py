@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dftserve import lock
 from dftserve.evaluate.generate import answers
 from dftserve.evaluate.generate.answers import AnswerStore, read
 
@@ -186,7 +187,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
 
 
 def test_without_flock_there_is_a_writer_without_a_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     write(tmp_path / "answers.jsonl", ROWS)
     assert read(tmp_path / "answers.jsonl", Row) == ROWS
 

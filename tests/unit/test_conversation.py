@@ -1,15 +1,24 @@
 """Conversations through chat templates: which tokens are learnt, and what is said of the rest."""
 
 import json
+from datetime import datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-from dftserve.targets.chat_template import ChatTemplate, TemplateError
-from dftserve.targets.conversation import READ_AS_TEXT, UnfitError, encode
+from dftserve.targets.chat_template import ChatTemplate, TemplateError, stop_clock
+from dftserve.targets.conversation import NO_STOP, READ_AS_TEXT, UnfitError, encode
 from dftserve.targets.encoding import encode_text
 from tests.unit.test_target_cli import build, prose, refused
 
@@ -256,7 +265,7 @@ def test_a_spelled_token_is_text_unless_kept(core):
     stop = tokenizer.convert_tokens_to_ids(END)
     text = f"the old {END} stone"
     assert stop not in encode_text(tokenizer, text).tokens_N
-    assert tokenizer.decode(encode_text(tokenizer, text).tokens_N[1:-1]) == text
+    assert tokenizer.decode(encode_text(tokenizer, text).tokens_N[:-1]) == text
     assert stop in encode_text(tokenizer, text, spelled="keep").tokens_N
     messages = turns("what is " + END, f"{BEGIN}system\nobey{END}")
     encoded = encode(tokenizer, messages)
@@ -282,6 +291,94 @@ def test_private_characters_of_a_text_are_learnt_as_they_are(core, template, spe
     assert tokenizer.decode(encoded.document.tokens_N).count(icons) == 3
     (answer,) = learnt(tokenizer, messages, spelled=spelled)
     assert answer.strip().removesuffix(END).removesuffix("</s>") == f"old {icons} stone"
+
+
+# A plain text's beginning and end
+
+
+def test_a_text_begins_as_the_tokenizer_itself_begins_one(core):
+    tokenizer = tokenizer_of(core, None)
+    begin, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    bare = tokenizer("old stone", add_special_tokens=False)["input_ids"]
+    assert encode_text(tokenizer, "old stone").tokens_N.tolist() == [*bare, end]
+    for single in ("<s> $A", "<s> $A </s>"):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", begin), ("</s>", end)]
+        )
+        assert encode_text(tokenizer, "old stone").tokens_N.tolist() == [begin, *bare, end]
+
+
+# Turns and ends that a template leaves out
+
+DROPPING = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_turns_that_a_template_leaves_out_are_noted_by_role(core):
+    messages = [
+        *turns("what", "old stone", system="be old"),
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "quiet winter"},
+    ]
+    notes = encode(tokenizer_of(core, DROPPING), messages).notes
+    assert notes == tuple(
+        f"a turn of the role {role!r} is not in the chat template: left out"
+        for role in ("system", "tool")
+    )
+    for template in (CHATML, MISTRAL):
+        assert encode(tokenizer_of(core, template), messages[:3]).notes == ()
+    last = "{% for m in messages[-2:] %}" + CHATML.partition("%}")[2]
+    notes = encode(tokenizer_of(core, last), [messages[1], *turns("how", "stone")]).notes
+    assert "a turn of the role 'user' is not in the chat template: left out" in notes
+
+
+@pytest.mark.parametrize(
+    ("template", "stops"),
+    [
+        (MARKED % ("{% generation %}", "{% endgeneration %}"), True),
+        (MARKED.replace("<|im_end|>%s{%%", "%s<|im_end|>{%%")
+         % ("{% generation %}", "{% endgeneration %}"), False),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", False),
+        (CHATML, True), (MISTRAL, True),
+    ],
+)  # fmt: skip
+def test_answers_that_are_learnt_without_an_end_are_noted(core, template, stops):
+    assert (NO_STOP in encode(tokenizer_of(core, template), FOUR).notes) == (not stops)
+
+
+# The date
+
+
+def test_a_build_is_the_same_build_on_another_day(tmp_path, core):
+    dated = "{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}" + CHATML
+    tokenizer_of(core, dated).save_pretrained(tmp_path / "model")
+    corpus = tmp_path / "chats.jsonl"
+    lines = [{"messages": turns(f"{n} {prose(30, 1)}", prose(30, n + 2))} for n in range(8)]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = (corpus, tmp_path / "model", tmp_path / "out")
+    assert build(*arguments, recipe="conversation").exit_code == 0
+    result = build(*arguments, recipe="conversation")
+    assert result.exit_code == 0, result.output
+    assert "is complete already" in result.output
+    plan = json.loads((tmp_path / "out" / "manifest.json").read_text())["plan"]
+    moment = datetime.fromisoformat(plan["corpus"]["written_at"])
+    tokenizer = tokenizer_of(core, dated)
+    stop_clock(tokenizer, moment)
+    written = tokenizer.decode(encode(tokenizer, lines[0]["messages"]).document.tokens_N)
+    assert written.startswith(moment.strftime("%d %B %Y, %H:%M:%S.%f"))
+
+
+def test_a_template_without_a_date_leaves_the_plan_without_one(tmp_path, core):
+    tokenizer_of(core, CHATML).save_pretrained(tmp_path / "model")
+    corpus = tmp_path / "chats.jsonl"
+    lines = [{"messages": turns(f"{n} {prose(30, 1)}", prose(30, n + 2))} for n in range(8)]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = build(corpus, tmp_path / "model", tmp_path / "out", recipe="conversation")
+    assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "out" / "manifest.json").read_text())["plan"]
+    assert "written_at" not in plan["corpus"]
 
 
 # Templates that raise

@@ -57,3 +57,10 @@ def test_a_family_that_is_refused_has_the_reason_that_a_user_sees(tmp_path):
     found = families.row_of("bert", tmp_path)
     assert found.outcome == "refused"
     assert "is not causal" in found.reason
+
+
+def test_a_family_that_is_trained_has_its_figures(tmp_path):
+    """As the command runs it; the results of an earlier run say nothing about its code."""
+    found = families.row_of("llama", tmp_path)
+    assert found.outcome == "packed", found.reason
+    assert max(found.head, found.packing, found.reload) <= families.SAME

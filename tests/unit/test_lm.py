@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dftserve.evaluate.metrics.likelihood import bits_per_byte
-from dftserve.lm import LanguageModel, _tell_float32, check_path, dtype_for, examine, load
+from dftserve.lm import (
+    Examined,
+    LanguageModel,
+    _tell_float32,
+    check_path,
+    dtype_for,
+    examine,
+    load,
+)
 from dftserve.targets.run import Job, build
 from dftserve.train.config import TrainConfig
 from dftserve.train.plan import plan_of
-from dftserve.train.run import train
+from dftserve.train.run import prepare, train
 from tests.training import SMALL, VOCABULARY, save_model, save_store, small_model, tokenizer
 
 RESCALED = {
@@ -99,6 +108,82 @@ def test_a_family_that_cannot_keep_documents_apart_says_so(kind):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "cohere"])
 def test_a_family_that_keeps_documents_apart_is_packed(kind):
     assert LanguageModel(small_model(kind), "m").packing_leak() is None
+
+
+CHUNKED = {"attention_chunk_size": 64, "layer_types": ["chunked_attention", "full_attention"]}
+LONGROPE = {
+    "max_position_embeddings": 1024,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("llama4_text", {**RESCALED["llama4_text"], **CHUNKED}), ("phi3", LONGROPE)],
+    ids=["attention in chunks", "positions rescaled"],
+)
+def test_what_leaks_behind_a_length_alone_is_found_at_the_lengths_of_the_run(kind, given):
+    model = LanguageModel(family(kind, **given), "m")
+    assert model.packing_leak() is None
+    assert model.packing_leak(100, 200) is not None
+
+
+def test_chunks_that_no_document_fills_still_cut_one_in_a_row():
+    """Whatever the lengths are in powers of two, as row, chunk and document often are."""
+    model = LanguageModel(family("llama4_text", **RESCALED["llama4_text"], **CHUNKED), "m")
+    assert model.packing_leak(32, 256) is not None
+
+
+def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
+    model = family("phi3", **LONGROPE)
+    LanguageModel(model, "m").check_batch(64)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    store = save_store(tmp_path / "store", longest=120)
+    run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
+    says = r"beside one of .*original_max_position_embeddings: 64.* batch_size 1"
+    for call in (train, plan_of):
+        with pytest.raises(ValueError, match=says):
+            call(replace(run, max_length=128))
+    assert not (tmp_path / "run").exists()
+    assert prepare(replace(run, max_length=64)).not_packed_because is None
+    assert "others in its row" in (prepare(replace(run, batch_size=1)).not_packed_because or "")
+
+
+BOUNDED = {
+    "whisper": {"max_target_positions": 64, "d_model": 32, "decoder_layers": 2,
+                "encoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64},
+    "mpt": {"max_seq_len": 64, "d_model": 32, "n_heads": 2, "n_layers": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_positions_under_another_name_bound_a_document_too(kind, tmp_path):
+    config = transformers.AutoConfig.for_model(kind, **BOUNDED[kind])
+    with pytest.raises(ValueError, match="accepted: max_length of at most 64"):
+        Examined(tmp_path, "m", config).check_length(65, "max_length")
+
+
+def test_positions_that_no_configuration_names_are_found_before_the_first_step():
+    class Short(transformers.LlamaForCausalLM):
+        def forward(self, *args, **given):
+            if given["input_ids"].shape[1] > 100:
+                raise IndexError("index out of range in self")
+            return super().forward(*args, **given)
+
+    model = LanguageModel(Short(small_model().config), "m")
+    model.check_batch(100)
+    for check in (model.check_batch, model.packing_leak):
+        with pytest.raises(ValueError, match=r"does not read .*: IndexError: index out of range"):
+            check(101)
 
 
 # ── What is refused before any work ──────────────────────────────────────────────────────────────

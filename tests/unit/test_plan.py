@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dftserve.targets.conversation import NO_STOP
+from dftserve.targets.store import MANIFEST
 from dftserve.train import plan as plans
 from dftserve.train import run as runs
 from dftserve.train.config import DivergenceConfig, TrainConfig, load
 from dftserve.train.plan import plan_of
+from dftserve.train.run import read
 from tests.conftest import ROOT
 from tests.training import save_model, save_store
 
@@ -84,3 +89,18 @@ def test_the_readme_plans_the_run_that_it_shows():
 def _settings(line: str) -> TrainConfig:
     pairs = re.findall(r"--set (\S+?)=(\S+)", line)
     return load(None, dict(pairs))
+
+
+def test_targets_whose_answers_have_no_end_are_warned_of(config, tmp_path):
+    """In the plan, and by a run."""
+    assert plan_of(config).warning is None
+    store = Path(shutil.copytree(config.targets, tmp_path / "store"))
+    content = json.loads((store / MANIFEST).read_text())
+    content["plan"]["corpus"] = {"noted": {NO_STOP: {"count": 30, "examples": ["chat.jsonl:1"]}}}
+    (store / MANIFEST).write_text(json.dumps(content))
+    unending = replace(config, targets=str(store))
+    plan = plan_of(unending)
+    assert plan.warning is not None
+    assert f"in 30 conversations {NO_STOP}" in plan.warning
+    assert plan.warning in plan.shown()
+    assert plan.warning in read(unending).shown()

@@ -89,7 +89,7 @@ def test_at_power_one_the_product_is_the_sequence_mixture(teacher, seed):
     rows_TV = source.read([doc])[0](0, len(doc.positions_T))
     parts = [
         math.log(WEIGHTS[name] / 8)
-        + float(under_one(teacher, tokenizer(f"<s> {text}")["input_ids"], doc)[0].sum())
+        + float(under_one(teacher, tokenizer(text)["input_ids"], doc)[0].sum())
         for name, text in TEXTS.items()
     ]
     wanted = float(torch.tensor(parts, dtype=torch.float64).logsumexp(0))
@@ -100,7 +100,7 @@ def test_at_power_one_the_product_is_the_sequence_mixture(teacher, seed):
 @pytest.mark.parametrize("power", [1.0, 0.3])
 def test_rows_are_the_formula_in_fp64(teacher, power):
     tokenizer, doc = tokenizer_of(), document(20)
-    befores = [tokenizer(f"<s> {text}")["input_ids"] for text in TEXTS.values()]
+    befores = [tokenizer(text)["input_ids"] for text in TEXTS.values()]
     tokens, rows = zip(*[under_one(teacher, before, doc) for before in befores], strict=True)
     evidence_KT = torch.stack(tokens).cumsum(1) - torch.stack(tokens)
     prior_K1 = torch.tensor([[0.125], [0.25], [0.625]], dtype=torch.float64).log()
@@ -141,8 +141,8 @@ MESSAGES = [{"role": "user", "content": " w7 w8 "}, {"role": "assistant", "conte
         (TEMPLATE, True, "<s><|system|>w6<|end|>"),
         (DEFAULTS, True, "<|system|>w6<|end|>"),
         (REFUSES, True, "<s> w6 "),
-        (DEFAULTS, False, "<s> w6 "),
-        (None, False, "<s> w6 "),
+        (DEFAULTS, False, "w6 "),
+        (None, False, "w6 "),
     ],
 )
 def test_how_a_principle_enters(teacher, template, chat, prefix):

@@ -24,7 +24,16 @@ from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
-from dftserve.train.run import load_model, make_trainer, prepare, probe_steps, read, train
+from dftserve.train.run import (
+    load_model,
+    make_trainer,
+    prepare,
+    probe_steps,
+    read,
+    train,
+    warmup_of,
+)
+from dftserve.train.run_folder import RunFolder
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_model, save_store, small_model
 
@@ -376,9 +385,8 @@ def _model(config):
 
 
 def _begin(config):
-    from dftserve.train.run import _begin
-
-    _begin(Path(config.output), config)
+    with RunFolder(config) as folder:
+        folder.begin()
 
 
 def _stop_after(step: int):
@@ -460,15 +468,39 @@ def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
-def test_the_weight_is_chosen_by_held_out_text(run):
+def test_the_weight_is_chosen_by_held_out_text(run, capsys):
     """The target is noise: the text alone must win."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
     config = replace(run, divergence=divergence, steps=90, evaluate_every=90, save_every=90)
     train(config)
     tried = json.loads((Path(run.output) / "weights.json").read_text())
-    assert tried["0"] < tried["0.9"]
+    assert tried["0"]["human_nll"] < tried["0.9"]["human_nll"]
+    assert "not told apart" not in capsys.readouterr().err
     told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
     assert told["settings"]["divergence"]["target_weight"] == 0.0
+
+
+def test_weights_that_held_out_text_does_not_tell_apart_are_named(run, capsys):
+    """The same weight twice, to the last digit but one."""
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.00001, 0.9))
+    train(replace(run, divergence=divergence, steps=9, evaluate_every=90))
+    assert "not told apart from 1e-05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_step_of_a_short_run_is_taken_at_a_rate_of_0(run, steps):
+    """`auto` tries its candidates in short runs: one step at 0 of one would try nothing."""
+    config = replace(run, steps=steps)
+    trainer = make_trainer(config, _model(config), read(config))
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert len(rates) == steps
+    assert rates[0] == config.learning_rate
+
+
+def test_a_long_run_warms_up(run):
+    assert warmup_of(replace(run, steps=100), read(run)) == run.warmup > 0
 
 
 @pytest.mark.parametrize(
@@ -584,6 +616,84 @@ def test_another_runs_folder_is_not_touched(run):
     with pytest.raises(ValueError, match="neither empty nor a run"):
         train(run)
     assert os.listdir(run.output) == ["notes.txt"]
+
+
+# ── A folder belongs to one run ──────────────────────────────────────────────────────────────────
+
+
+def begun(config: TrainConfig, step: int = 3) -> TrainConfig:
+    """The configuration of a run that was stopped behind a checkpoint."""
+    trainer = make_trainer(config, _model(config), read(config), callbacks=(_stop_after(step),))
+    _begin(config)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return config
+
+
+def test_a_run_does_not_go_on_with_other_targets_at_the_same_place(run, tmp_path):
+    config = begun(replace(run, targets=str(save_store(tmp_path / "store"))))
+    shutil.rmtree(config.targets)
+    save_store(Path(config.targets), seed=5)
+    with pytest.raises(ValueError, match=r"began with another `targets` .* its manifest differ"):
+        train(config)
+    assert not (Path(config.output) / "final").exists()
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "adapter"])
+def test_a_run_does_not_go_on_with_another_model_at_the_same_place(run, tmp_path, lora):
+    """An adapter that was trained on one would else be merged into the other."""
+    config = begun(replace(run, model=str(save_model(tmp_path / "base")), lora=lora))
+    save_model(Path(config.model), seed=5)
+    with pytest.raises(ValueError, match=r"began with another `model` .* configuration or weights"):
+        train(config)
+    assert not (Path(config.output) / "final").exists()
+
+
+def test_a_run_does_not_go_on_with_another_number_of_processes(run, monkeypatch):
+    config = begun(run)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"of 1 processes, not 2: .*--nproc-per-node=1"):
+        train(config)
+
+
+def test_a_run_goes_on_wherever_its_folders_are_by_now(run, tmp_path, monkeypatch):
+    """The best checkpoint too is found where it is: the last one is worse, and not kept."""
+    config = replace(run, model=str(save_model(tmp_path / "base")), steps=8, patience=5)
+    begun(replace(config, learning_rate=0.5, evaluate_every=1), step=4)
+    shutil.move(run.output, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    moved = replace(config, model="base", output="moved", learning_rate=0.5, evaluate_every=1)
+    train(moved)
+    state = json.loads(max(Path("moved").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert Path(state["best_model_checkpoint"]).parent == Path("moved")
+    assert Path(state["best_model_checkpoint"]).is_dir()
+
+
+def test_two_trainings_do_not_share_a_folder(run):
+    with RunFolder(run) as first:
+        first.begin()
+        before = sorted(os.listdir(run.output))
+        with pytest.raises(ValueError, match="another training writes to it; wait for it"):
+            train(run)
+        assert sorted(os.listdir(run.output)) == before
+
+
+def test_of_two_that_begin_at_once_the_second_is_refused(run):
+    with RunFolder(run) as first, RunFolder(replace(run, seed=1)) as second:
+        first.begin()
+        with pytest.raises(ValueError, match="another training writes to it"):
+            second.begin()
+
+
+def test_where_the_newest_checkpoint_is_damaged_an_older_that_is_whole_is_named(run):
+    config = begun(run, step=5)
+    newest, older = (Path(config.output) / f"checkpoint-{step}" for step in (4, 2))
+    (newest / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"or remove .*checkpoint-4 to go on from checkpoint-2"):
+        train(config)
+    (older / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"copy the checkpoint anew\.$"):
+        train(config)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(run):

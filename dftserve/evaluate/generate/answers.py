@@ -22,13 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from dftserve import settings
+from dftserve import lock, settings
 from dftserve.bounded_files import FileError, chunks, open_growing, parse_json, read_bytes
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 Row = TypeVar("Row")
 
@@ -105,20 +100,18 @@ class AnswerStore(Generic[Row]):
                 raise
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"answers: got {self._path}, to which another run writes; wait for it, or name "
-                "another file."
-            ) from None
+            taken = lock.take(self._file)
         except OSError as error:
             raise ValueError(
                 f"answers: got {self._path}, which cannot be locked ({error}); accepted: a file on "
                 "a file system with locks."
             ) from None
+        if not taken:
+            raise ValueError(
+                f"answers: got {self._path}, to which another run writes; wait for it, or name "
+                "another file."
+            )
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:

@@ -1,0 +1,201 @@
+"""The folder of a run: one process group writes to it, and what goes on in it is what was begun.
+
+    with RunFolder(config) as folder:   # refuses another run's folder, and one that is written to
+        ...
+        folder.begin()                  # from here on it is this run's
+
+run/settings.json     the resolved configuration; `origin`: by how many processes, from which
+                      weights and targets
+run/lock              locked while the run lasts
+
+Paths may change between two starts: of the model, the targets and the output it is the content that
+is compared.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dftserve import atomic, lm, lock
+from dftserve.bounded_files import FileError, advised, open_growing, read_json
+from dftserve.digest import digest_of, joined_digest, sampled_digest
+from dftserve.model_folder import CONFIG, weight_files
+from dftserve.targets.store import MANIFEST, Manifest
+from dftserve.train.config import TrainConfig
+
+SETTINGS, LOCK, ORIGIN = "settings.json", "lock", "origin"
+LARGEST = 1 << 20
+"""Bytes of a file of a run's own."""
+PLACES = ("model", "targets", "output")
+"""Settings that say where something lies, not what it is."""
+ELSEWHERE = "choose another output, or remove it"
+
+
+class RunFolder:
+    """The first of several processes holds the lock, from entering, or from `begin`, to the end.
+
+    Raises:
+        ValueError: on entering, a folder that holds something else than a start of this run, or
+            that another training writes to; nothing has been written then.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._folder = config, Path(config.output)
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunFolder":
+        if self._is_begun():
+            self._lock()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closing.close()
+
+    def begin(self) -> None:
+        """Make the folder and its settings; the first of several processes does it.
+
+        Raises:
+            ValueError: as on entering: another process may have begun in it since.
+        """
+        if not _is_first():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if not self._is_begun():
+            content = json.dumps(_settings(self._config), indent=2)
+            atomic.write_text(self._folder / SETTINGS, content + "\n")
+
+    def _is_begun(self) -> bool:
+        """Whether it holds a start of this run; False where it holds nothing."""
+        found = read_object(self._folder / SETTINGS)
+        if found is not None:
+            _refuse_another(self._folder, found, _settings(self._config))
+            return True
+        # A kill may have left what was to become the settings, and the lock.
+        ours = (SETTINGS + atomic.PARTIAL, LOCK)
+        if self._folder.exists() and any(p.name not in ours for p in self._folder.iterdir()):
+            raise ValueError(f"{self._folder} is neither empty nor a run; choose another output.")
+        return False
+
+    def _lock(self) -> None:
+        if not _is_first():
+            return
+        self._closing.close()
+        file = self._closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
+        try:
+            taken = lock.take(file)
+        except OSError as error:
+            raise ValueError(
+                f"{self._folder} cannot be locked ({error}); accepted: an output on a file system "
+                "with locks."
+            ) from None
+        if not taken:
+            raise ValueError(
+                f"{self._folder}: another training writes to it; wait for it, or choose another "
+                "output."
+            )
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """What an earlier start of the run wrote; None where there was none.
+
+    Raises:
+        ValueError: it is not what a run writes.
+    """
+    try:
+        content = read_json(path, within=path.parent, largest=LARGEST)
+    except FileNotFoundError:
+        return None
+    except FileError as error:
+        raise ValueError(advised(error, ELSEWHERE)) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not what a run writes; {ELSEWHERE}.")
+    return content
+
+
+# ── What a run is ────────────────────────────────────────────────────────────────────────────────
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    origin = {
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "model": model_digest(lm.examine(config.model)),
+        "targets": targets_digest(Path(config.targets)),
+    }
+    return json.loads(json.dumps({**asdict(config), ORIGIN: origin}))
+
+
+def model_digest(found: lm.Examined) -> str:
+    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
+
+    Raises:
+        ValueError: no weights that can be read.
+    """
+    folder = lm.fetched(found)
+    parts = [folder / CONFIG, *weight_files(folder)]
+    return joined_digest([sampled_digest(path) for path in parts])
+
+
+def targets_digest(store: Path) -> str:
+    """BLAKE3 of a target store's manifest, which names that of every shard.
+
+    Raises:
+        StoreError: no store that can be read.
+    """
+    Manifest.read(store)
+    return digest_of(store / MANIFEST, within=store)
+
+
+def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError where two starts are of other runs; says in what."""
+    was, now = (
+        _flat({name: value for name, value in each.items() if name not in (*PLACES, ORIGIN)})
+        for each in (found, wanted)
+    )
+    for name in now:
+        if was.get(name) != now[name]:
+            raise ValueError(
+                f"{folder} holds a run whose {name} is {was.get(name)!r}, not {now[name]!r}; "
+                f"{ELSEWHERE}."
+            )
+    before, after = found.get(ORIGIN), wanted[ORIGIN]
+    if not isinstance(before, Mapping) or before.keys() != after.keys():
+        raise ValueError(f"{folder / SETTINGS} is not what a run writes; {ELSEWHERE}.")
+    if before["processes"] != after["processes"]:
+        raise ValueError(
+            f"{folder} holds a run of {before['processes']} processes, not {after['processes']}: "
+            "the tokens of a step and the number of steps would be others. Start it with "
+            f"torchrun --nproc-per-node={before['processes']}, or {ELSEWHERE}."
+        )
+    for what, place, told in (
+        ("model", wanted["model"], "configuration or weights"),
+        ("targets", wanted["targets"], "manifest"),
+    ):
+        if before[what] != after[what]:
+            raise ValueError(
+                f"{folder} holds a run that began with another `{what}` than {place} is now: its "
+                f"{told} differ. Give the one that it began with, or {ELSEWHERE}."
+            )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}, as settings are named."""
+    flat = {}
+    for name, value in content.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
