@@ -283,7 +283,7 @@ def test_what_cannot_be_built(tmp_path, novels, model):
     empty.mkdir()
     one.mkdir()
     (one / "a.txt").write_text(prose(60, 1))
-    refused(build(empty, model, out), "the corpus is empty: 0 read")
+    refused(build(empty, model, out), "got no files with the suffix")
     refused(build(one, model, out), "is one text", "--heldout 0")
     refused(build(tmp_path / "none", model, out), "nothing is there")
     refused(build(novels, model, out, recipe="creatif"), "did you mean 'creative'")
@@ -295,6 +295,11 @@ def test_what_cannot_be_built(tmp_path, novels, model):
     refused(build(novels, model, out, "--max-tokens", 1), "max_tokens: got 1")
     refused(build(novels, model, out, "--heldout", 1), "heldout: got 1")
     assert not out.exists()
+
+
+def test_the_corpus_is_no_place_for_its_store(novels, model):
+    refused(build(novels, model, novels), "--out", "the corpus itself")
+    assert {path.suffix for path in novels.iterdir()} == {".txt"}
 
 
 def test_another_tokenizer_is_refused(tmp_path, novels, model):
