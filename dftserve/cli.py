@@ -8,6 +8,7 @@ Thin: each subcommand calls the module that does the work, and imports it only t
 """
 
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -162,7 +163,10 @@ def target_build(values: tuple[str, ...], **options) -> None:
         options["model"] = model_of(options["model"])
         from dftserve.targets.run import Job, build
 
-        build(Job(values=named, **options), lambda line: click.echo(line, err=True))
+        try:
+            build(Job(values=named, **options), lambda line: click.echo(line, err=True))
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None  # Its own words are enough.
 
 
 def _check_names(options: Mapping[str, Any], values: Mapping[str, str]) -> None:

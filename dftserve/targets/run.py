@@ -36,6 +36,7 @@ from dftserve.targets.document import (
     template_fingerprint,
 )
 from dftserve.targets.encoding import encode
+from dftserve.targets.progress import Progress
 from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
@@ -89,7 +90,7 @@ def build(job: Job, say: Say = print) -> Manifest:
     recipe = recipes.load(job.recipe, job.values)
     tokenizer = _tokenizer(job.model)
     teachers = _examined(job, recipe, tokenizer)
-    texts = read_all(job.corpus, job.heldout_from)
+    texts = _told(read_all(job.corpus, job.heldout_from), say)
     corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
     documents, told = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
@@ -121,15 +122,32 @@ def build(job: Job, say: Say = print) -> Manifest:
             TargetStore(job.out).verify()
             say(f"{job.out} is complete already.")
             return Manifest.read(job.out)
-        _work(job, recipe, plan, documents, source)
+        _work(job, recipe, plan, documents, source, say)
         manifest = store.finish(job.out, plan, documents, store.versions())
     except KeyboardInterrupt:
-        say(f"Stopped; the same command goes on in {job.out} where this one ended.")
+        say(_stopped(job.out))
         raise
     except OSError as error:
         raise StoreError(f"{job.out} cannot be written: {error}.") from None
     say(f"{job.out}: {len(manifest.shards)} shards, {sum(map(manifest.tokens, SPLITS)):,} tokens.")
     return manifest
+
+
+def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:
+    """The texts, and now and then a line that says how many they are."""
+    progress = Progress("texts read", say)
+    for text in texts:
+        progress.add(1)
+        yield text
+
+
+def _stopped(out: Path) -> str:
+    """What an interrupted build leaves: whole shards alone."""
+    kept = len(list(out.glob("*.safetensors")))
+    if not kept:
+        return f"Stopped before the first shard of {out} was whole; the same command starts again."
+    shards = "1 shard" if kept == 1 else f"{kept:,} shards"
+    return f"Stopped; {shards} in {out} are kept, and the same command goes on behind them."
 
 
 def inspect(folder: Path, *, model: str | None, html: Path | None, as_json: bool) -> str:
@@ -328,17 +346,26 @@ def _source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, documents: Mappi
     )
 
 
-def _work(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, source: Source) -> None:
+def _work(
+    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, source: Source, say: Say
+) -> None:
     from tqdm import tqdm
 
     total = sum(len(document.tokens_N) for split in SPLITS for document in documents[split])
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
+        # tqdm shows nothing where there is no terminal.
+        progress = Progress("tokens", say if bar.disable else _nothing, total=total)
         if job.processes == 1:
             done = store.build(job.out, plan, source, documents)
         else:
             done = _shared(job, recipe, plan, documents)
         for tokens in done:
             bar.update(tokens)
+            progress.add(tokens)
+
+
+def _nothing(line: str) -> None:
+    """What a bar shows already."""
 
 
 def _shared(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Iterator[int]:

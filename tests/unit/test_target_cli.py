@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dftserve.cli import main
-from dftserve.targets import report, run, store
+from dftserve.targets import progress, report, run, store
 from dftserve.targets.document import Document
 from dftserve.targets.run import windows
 from dftserve.targets.store import TargetStore
@@ -240,18 +240,42 @@ def test_a_build_that_is_interrupted_goes_on(tmp_path, novels, model, small_shar
     out, real = tmp_path / "out", store.build
 
     def interrupted(*given, **named):
-        steps = real(*given, **named)
-        yield next(steps)
-        raise KeyboardInterrupt
+        for step, tokens in enumerate(real(*given, **named)):
+            if step == stop_after:
+                raise KeyboardInterrupt
+            yield tokens
 
     monkeypatch.setattr(store, "build", interrupted)
-    result = build(novels, model, out)
-    assert result.exit_code == 1
-    assert "the same command goes on" in result.output
+    for stop_after, said in ((0, "Stopped before the first shard"), (1, "Stopped; 1 shard in")):
+        result = build(novels, model, out)
+        assert result.exit_code == 130
+        assert said in result.output
+        assert len(list(out.glob("*.safetensors"))) == stop_after
+        assert "Aborted" not in result.output
     refused(target("verify", out), "is unfinished; run its build again")
     monkeypatch.setattr(store, "build", real)
     assert build(novels, model, out).exit_code == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_log_is_told_how_far_it_is(tmp_path, novels, model, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    result = build(novels, model, tmp_path / "out")
+    assert "  13 texts read, " in result.output
+    total = sum(TargetStore(tmp_path / "out").manifest.tokens(split) for split in store.SPLITS)
+    assert f"  {total:,} of {total:,} tokens (100%), " in result.output
+
+
+def test_a_line_has_the_count_the_rate_and_what_is_left():
+    said: list[str] = []
+    times = iter([0.0, 1.0, 20.0, 21.0, 40.0])
+    told = progress.Progress("tokens", said.append, total=10_000, clock=lambda: next(times))
+    for count in (1000, 1000, 50, 150):
+        told.add(count)
+    assert said == [
+        "  2,000 of 10,000 tokens (20%), 100 a second, about 80 s left",
+        "  2,200 of 10,000 tokens (22%), 10 a second, about 13 min left",
+    ]
 
 
 def test_several_processes_and_a_signal(tmp_path, novels, model):
