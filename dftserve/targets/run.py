@@ -9,6 +9,7 @@ goes on where it was stopped, and each of several processes writes the same shar
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -219,19 +220,25 @@ def encode_all(
             it. Or nothing is left to learn.
     """
     told_of_templates = _templates(corpus, tokenizer)
+    kept: set[str] = set()
+    lost: set[str] = set()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for text in getattr(corpus, split):
             encoded = _encoded(corpus.report, tokenizer, text, filters, skip_bad=skip_bad)
             if encoded is None:
+                lost.add(_whole(text))
                 continue
             reason = _unfit(encoded.document, text, max_tokens)
             if reason is not None:
                 corpus.report.drop(reason, text.origin)
+                lost.add(_whole(text))
                 continue
             for note in dict.fromkeys(encoded.notes):
                 corpus.report.note(note, text.origin)
             documents[split] += windows(encoded.document, max_tokens)
+            kept.add(_whole(text))
+    corpus.report.kept -= len(lost - kept)
     told = corpus.report.as_dict() | told_of_templates
     told["documents"] = {split: len(documents[split]) for split in SPLITS}
     told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
@@ -239,6 +246,14 @@ def encode_all(
     if not documents["train"]:
         raise ValueError(f"nothing is left to train on:\n{shown(told)}")
     return documents, told
+
+
+def _whole(text: Text) -> str:
+    """The origin of the text that a piece was cut from, or of the text itself."""
+    return _PIECE.sub("", text.origin)
+
+
+_PIECE = re.compile(r"#\d+$")
 
 
 def _encoded(
@@ -319,6 +334,8 @@ def shown(told: Mapping[str, Any]) -> str:
             more = ", …" if counted["count"] > len(counted["examples"]) else ""
             lines.append(f"  {kind}, {reason}: {counted['count']:,} ({some}{more})")
     lines += (f"  {title}: {what}" for title, what in told.get("templates", {}).items())
+    if told["kept"] != (count := sum(told["documents"].values())):
+        lines.append(f"  {told['kept']:,} texts in {count:,} documents: longer ones are cut")
     for split in SPLITS:
         documents, tokens, trained = (
             told[what][split] for what in ("documents", "tokens", "trained")

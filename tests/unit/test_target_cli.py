@@ -183,6 +183,28 @@ def test_conversations(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_counts_of_the_report_add_up(tmp_path, model):
+    """Also with what was left out after the filters: 1 too short, 10 whose calls no template takes,
+    and 4 long texts, each in several documents."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    records = [{"text": "short"}, *({"text": prose(2500, 100 + i)} for i in range(4))]
+    for i in range(30):
+        answer = {"role": "assistant", "content": prose(30, i)}
+        more = {"tool_calls": calls} if i < 10 else {}
+        turns = [{"role": "user", "content": f"question {i}?"}, {**answer, **more}]
+        records.append({"messages": turns})
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    result = build(path, model, tmp_path / "out", "--set", "corpus.min_words=5")
+    assert result.exit_code == 0, result.output
+    told = TargetStore(tmp_path / "out").manifest.plan.corpus
+    dropped = sum(each["count"] for each in told["dropped"].values())
+    assert (told["read"], told["kept"], dropped) == (35, 24, 11)
+    documents = sum(told["documents"].values())
+    assert "35 texts read, 24 kept" in result.output
+    assert f"  24 texts in {documents} documents: longer ones are cut" in result.output
+
+
 def test_max_tokens(tmp_path, novels, model):
     assert build(novels, model, tmp_path / "a", "--heldout", "0").exit_code == 0
     assert build(novels, model, tmp_path / "b", "--heldout", "0", "--max-tokens", 64).exit_code == 0
