@@ -8,13 +8,16 @@ Thin: each subcommand calls the module that does the work, and imports it only t
 """
 
 import os
+import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dftserve import __version__
-from dftserve.commandline import Group, api_key_of, usage_errors
+from dftserve.commandline import Group, api_key_of, model_of, usage_errors
 from dftserve.evaluate.cli import evaluate
 from dftserve.styles.cli import style
 
@@ -151,18 +154,33 @@ def target() -> None:
     "--skip-bad", is_flag=True, help="Leave out conversations that the chat template refuses."
 )
 def target_build(values: tuple[str, ...], **options) -> None:
-    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .parquet, a folder, or a .yaml of
-    several.
+    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .json, .parquet, a folder, or a
+    .yaml of several.
 
     The same command goes on where it was stopped.
     """
     with usage_errors():
         named = _named(values)
-        from dftserve.gguf import resolve
+        _check_names(options, named)
+        options["model"] = model_of(options["model"])
         from dftserve.targets.run import Job, build
 
-        options["model"] = resolve(options["model"])
-        build(Job(values=named, **options), lambda line: click.echo(line, err=True))
+        try:
+            build(Job(values=named, **options), lambda line: click.echo(line, err=True))
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None  # Its own words are enough.
+
+
+def _check_names(options: Mapping[str, Any], values: Mapping[str, str]) -> None:
+    """Before the modules that do the work are imported, which takes long."""
+    from dftserve.corpus.sources import check_all
+    from dftserve.targets import recipe
+
+    check_all(options["corpus"], options["heldout_from"])
+    recipe.load(options["recipe"], values)
+    corpus, out = options["corpus"], options["out"]
+    if out.exists() and out.samefile(corpus):
+        raise ValueError(f"--out: got {out}, the corpus itself; give a folder for the store.")
 
 
 @target.command("inspect")
@@ -172,11 +190,10 @@ def target_build(values: tuple[str, ...], **options) -> None:
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
 def target_inspect(folder: Path, model: str | None, as_json: bool, html: Path | None) -> None:
     """Show what the target store FOLDER holds."""
-    from dftserve.gguf import resolve
-    from dftserve.targets.run import inspect
-
     with usage_errors():
-        model = resolve(model) if model is not None else None
+        model = model_of(model) if model is not None else None
+        from dftserve.targets.run import inspect
+
         click.echo(inspect(folder, model=model, html=html, as_json=as_json))
 
 
@@ -205,11 +222,10 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
     """
     with usage_errors():
         named = _named(values)
-        from dftserve.gguf import resolve
         from dftserve.train import config as configs
 
         wanted = configs.load(config, named)
-        wanted = replace(wanted, model=resolve(wanted.model))
+        wanted = replace(wanted, model=model_of(wanted.model))
         if plan or as_json:
             from dftserve.train.plan import plan_of
 

@@ -23,6 +23,22 @@ def api_key_of(variable: str, *, must: bool = False) -> str | None:
     return key or None
 
 
+def model_of(given: str) -> str:
+    """What a command was given as a model, there: a GGUF file as the folder of its conversion.
+
+    Before the modules that load models are imported, which takes long.
+
+    Raises:
+        ValueError: neither a folder nor a name that the hub gives, or as `gguf.resolve`.
+    """
+    from dftserve.gguf import resolve
+    from dftserve.hub import folder_of
+
+    model = resolve(given)
+    folder_of(model)
+    return model
+
+
 EXTRAS = {
     "train": (
         *("transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "yaml"),

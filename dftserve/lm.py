@@ -21,7 +21,6 @@ import inspect
 import itertools
 import logging
 import multiprocessing
-import os
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dftserve import cpu
 from dftserve.bounded_files import read_json
 from dftserve.gguf import resolve
+from dftserve.hub import WEIGHTS_TOO, folder_of
 from dftserve.model_folder import (
     CONFIG,
     INDEX,
@@ -118,7 +118,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
 
     Args:
         model: a folder, a GGUF file or a folder of one (`gguf.resolve`), or a name on the Hugging
-            Face hub, from which no more than its configuration is fetched.
+            Face hub, of which all but the weights is fetched.
         weights: a folder must hold its weights; False where its configuration is enough. What is
             there must be whole either way.
 
@@ -127,7 +127,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
             truncated weights, or files that `model_folder` refuses.
     """
     model = resolve(str(model))
-    folder = _fetched(model, ["*.json"])
+    folder = folder_of(model)
     check_model_folder(folder)
     if not (folder / CONFIG).exists():
         raise ValueError(
@@ -148,26 +148,6 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
     return Examined(folder, str(model), config)
 
 
-def check_path(model: str | Path) -> None:
-    """Raises ValueError at once where `model` is written as a path and no folder is there."""
-    text = str(model)
-    if Path(text).is_dir():
-        return
-    first = Path(text).parts[0] if Path(text).parts else ""
-    is_path = (
-        text.startswith((".", "/", "~"))
-        or text.endswith("/")
-        or text.count("/") != text.strip("/").count("/")
-        or text.count("/") > 1
-        or os.sep * 2 in text
-        or "\\" in text
-        or Path(text).exists()
-        or ("/" in text and Path(first).is_dir())
-    )
-    if is_path:
-        raise ValueError(f"model: got {text!r}; there is no such folder; give the model's.")
-
-
 def _check_type(content: Mapping[str, Any], model: str) -> None:
     kind = content.get("model_type")
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -184,31 +164,13 @@ def _check_type(content: Mapping[str, Any], model: str) -> None:
     )
 
 
-def _fetched(model: str | Path, patterns: Sequence[str]) -> Path:
-    """The folder itself, or where the hub's files lie on this machine."""
-    check_path(model)
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"model: got {str(model)!r}, which is no folder, and the Hugging Face hub does not "
-            f"give it either ({type(error).__name__}); accepted: a folder that save_pretrained() "
-            "wrote, or a model's name on the hub."
-        ) from None
-
-
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def fetched(found: Examined) -> Path:
     """The folder that holds the model's weights; the hub's are fetched, once."""
     is_local = Path(found.name).is_dir()
-    return found.folder if is_local else _fetched(found.name, ["*.json", "model*.safetensors"])
+    return found.folder if is_local else folder_of(found.name, WEIGHTS_TOO)
 
 
 def dtype_for(

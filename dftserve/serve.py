@@ -26,6 +26,7 @@ from pathlib import Path
 
 from dftserve.bounded_files import read_json
 from dftserve.gguf import resolve
+from dftserve.hub import check_path
 from dftserve.model_folder import (
     CONFIG,
     LARGEST_TEXT,
@@ -123,6 +124,8 @@ def launch(
         checkpoint.verify(Path(model))
     if Path(model).is_dir():
         check_model_folder(Path(model))
+    elif "://" not in model:  # vLLM has loaders for buckets.
+        check_path(model)
     command, environment = _command(), {}
     if _float32(model, flags, command):
         flags = [*flags, "--dtype", "float32"]

@@ -114,9 +114,13 @@ def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) ->
 def among(name: object, known: Iterable[str]) -> str:
     """The known names in a list and, where one is near, a question after it."""
     known = list(known)
-    text = name[:80] if isinstance(name, str) else _shown(name)
-    close = difflib.get_close_matches(text, known, n=1)
-    return ", ".join(known) + (f" (did you mean {close[0]!r}?)" if close else "")
+    close = nearest(name if isinstance(name, str) else _shown(name), known)
+    return ", ".join(known) + (f" (did you mean {close!r}?)" if close else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one is nearest to; None where none is near."""
+    return next(iter(difflib.get_close_matches(name[:80], list(known), n=1)), None)
 
 
 def _value(hint: Any, given: object, where: str) -> Any:

@@ -145,6 +145,7 @@ def prepare(
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
     for draw, (_, pieces) in zip(draws, kept, strict=True):
         if is_given and draw in aside and not _is_aside(pieces):
+            report.kept -= 1
             report.drop(LIKE_HELDOUT, pieces[0].origin)
         else:
             splits["heldout" if draw in aside else "train"] += pieces

@@ -4,6 +4,7 @@ for text in read(Path("novels")): ...
 
 .txt .md .rst    one text a file, UTF-8
 .jsonl           one a line: `text`, `messages`, `prompt` and `response`, … (records.py)
+.json            one an object of its list, the same fields
 .parquet         one a row, the same fields
 a folder         of these, at any depth, in the order of their paths; hidden files are left out
 a folder that datasets' save_to_disk wrote    one a row, the same fields
@@ -42,9 +43,11 @@ from dftserve.corpus.text import Text
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 _SPLIT = re.compile(rf"(train|{'|'.join(HELDOUT_SPLITS)})(?:[-_.]\d+(?:-of-\d+)?)?")
 TEXTS = (".txt", ".md", ".rst")
-RECORDS = (".jsonl", ".parquet")
+RECORDS = (".jsonl", ".json", ".parquet")
 LARGEST = 64 << 20
 """Bytes of one text file, and of one line of a .jsonl file: either is held in memory whole."""
+LARGEST_LIST = 1 << 30
+"""Bytes of a .json file: its list is held in memory whole, in several times as much."""
 LARGEST_RECORDS = 1 << 42
 """Bytes of a file of records, of which a line or some rows are held at once."""
 LARGEST_GROUP = 4 << 30
@@ -68,9 +71,8 @@ def read(path: Path, fields: Fields = KNOWN) -> Iterator[Text]:
             not UTF-8, too large, broken JSON, a field that is missing or of a wrong type, no
             regular file, or one that lies elsewhere.
     """
-    if not path.exists():
-        raise ValueError(f"{path}: nothing is there; accepted: {_accepted()}.")
-    if path.is_dir() and any((path / mark).exists() for mark in (DATASET_SPLITS, DATASET_STATE)):
+    check(path)
+    if _is_dataset(path):
         yield from _dataset(path, fields)
     elif path.is_dir():
         files = _files(path)
@@ -82,11 +84,36 @@ def read(path: Path, fields: Fields = KNOWN) -> Iterator[Text]:
         yield from _file(path, path.name, fields)
 
 
+def check(path: Path) -> None:
+    """Refuse by its name what `read` could not read, without opening anything.
+
+    Raises:
+        ValueError: nothing there, a suffix that is not known, or a folder without files.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: nothing is there; accepted: {_accepted()}.")
+    if _is_dataset(path):
+        return
+    files = _files(path) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: got no files with the suffix {_SUFFIXES}; give some.")
+    for file in files:
+        suffix = file.suffix.lower()
+        if suffix not in (*TEXTS, *RECORDS):
+            raise ValueError(f"{file}: got the suffix {suffix!r}; accepted: {_accepted()}.")
+
+
+_SUFFIXES = ", ".join((*TEXTS, *RECORDS))
+
+
 def _accepted() -> str:
-    suffixes = ", ".join((*TEXTS, *RECORDS))
     return (
-        f"files with the suffix {suffixes}, a folder of them, or a folder of Hugging Face datasets"
+        f"files with the suffix {_SUFFIXES}, a folder of them, or a folder of Hugging Face datasets"
     )
+
+
+def _is_dataset(path: Path) -> bool:
+    return path.is_dir() and any((path / mark).exists() for mark in (DATASET_SPLITS, DATASET_STATE))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -116,19 +143,38 @@ def _file(path: Path, origin: str, fields: Fields, within: Path | None = None) -
         yield _text_file(path, origin, within)
     elif suffix == ".jsonl":
         yield from _lines(path, origin, fields, within)
-    elif suffix == ".parquet":
-        yield from _parquet(path, origin, fields, within)
+    elif suffix == ".json":
+        yield from _list(path, origin, fields, within)
     else:
-        raise ValueError(f"{path}: got the suffix {suffix!r}; accepted: {_accepted()}.")
+        yield from _parquet(path, origin, fields, within)
 
 
 def _text_file(path: Path, origin: str, within: Path | None) -> Text:
     try:
-        with open_file(path, within=within, largest=LARGEST) as file:
-            content = b"".join(chunks(file, path, largest=LARGEST))
+        content = _content(path, within, LARGEST)
     except FileError as error:
         raise ValueError(advised(error, "cut it into several texts, or leave it out")) from None
     return plain(_decoded(content, f"{path}"), origin)
+
+
+def _content(path: Path, within: Path | None, largest: int) -> bytes:
+    with open_file(path, within=within, largest=largest) as file:
+        return b"".join(chunks(file, path, largest=largest))
+
+
+def _list(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
+    try:
+        content = _content(path, within, LARGEST_LIST)
+    except FileError as error:
+        raise ValueError(advised(error, "write it as .jsonl, one record a line")) from None
+    given = parse_json(_decoded(content, f"{path}"), f"{path}", finite=False)
+    if not isinstance(given, list):
+        raise ValueError(
+            f"{path}: got a {type(given).__name__}; accepted: a list of records, [{{…}}, …]. One "
+            "record a line is .jsonl."
+        )
+    for number, each in enumerate(given, 1):
+        yield record(each, f"{path}, record {number}", f"{origin}:{number}", fields)
 
 
 def _lines(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:

@@ -18,7 +18,7 @@ from typing import Any
 from blake3 import blake3
 
 from dftserve import settings
-from dftserve.corpus.read import read
+from dftserve.corpus.read import check, read
 from dftserve.corpus.records import Fields, opening
 from dftserve.corpus.text import Text
 
@@ -66,18 +66,34 @@ def read_all(path: Path, heldout_from: Path | None = None) -> Iterator[Text]:
     yield from _sources(path)
 
 
+def check_all(path: Path, heldout_from: Path | None = None) -> None:
+    """Refuse what `read_all` could not read, as far as names tell; raises ValueError as it does."""
+    for each in (path, heldout_from):
+        if each is None:
+            continue
+        if each.suffix.lower() not in SUFFIXES:
+            check(each)
+            continue
+        for source in _listed(each):
+            check(each.parent / source.path)
+
+
 def _sources(path: Path) -> Iterator[Text]:
     if path.suffix.lower() not in SUFFIXES:
         yield from read(path)
         return
-    sources = settings.load(_Corpora, settings.read_yaml(path), path.name).corpora
-    if not sources:
-        raise ValueError(f"{path}: got no corpora; accepted: one at least.")
-    for source in sources:
+    for source in _listed(path):
         for text in read(path.parent / source.path, source.fields):
             if _draw(text) < source.weight:
                 split: Any = source.split or text.split
                 yield replace(text, split=split, origin=f"{source.path}/{text.origin}")
+
+
+def _listed(path: Path) -> tuple[Source, ...]:
+    sources = settings.load(_Corpora, settings.read_yaml(path), path.name).corpora
+    if not sources:
+        raise ValueError(f"{path}: got no corpora; accepted: one at least.")
+    return sources
 
 
 def _draw(text: Text) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from dftserve.bounded_files import parse_json
-from dftserve.commandline import usage_errors
+from dftserve.commandline import model_of, usage_errors
 
 _key = click.option(
     "--api-key-env",
@@ -170,13 +170,13 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
     """Bits per byte of held-out human text under the causal language model MODEL, and how
     surprising it finds an evaluation's answers beside human text."""
     with usage_errors():
+        model = model_of(model)
         from transformers.utils import logging
 
         from dftserve.evaluate.perplexity import surprise
-        from dftserve.gguf import resolve
 
         logging.disable_progress_bar()
-        found = surprise(resolve(model), anchors, answers)
+        found = surprise(model, anchors, answers)
         click.echo(found.as_json() if as_json else found.render())
 
 
@@ -283,7 +283,8 @@ def evaluate_anchors() -> None:
 @click.option("--pieces", type=int, default=1, show_default=True, help="Cut from one long work.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -> None:
-    """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl, .parquet, or a folder."""
+    """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl, .json, .parquet, or a
+    folder of these."""
     with usage_errors():
         from dftserve.evaluate import reference
 

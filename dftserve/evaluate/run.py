@@ -30,6 +30,7 @@ from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
 from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
 from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.hub import check_path
 from dftserve.openai_client import Server, key_of
 from dftserve.serve import base_url, running
 
@@ -75,8 +76,8 @@ class Job:
             )
         if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", self.model):
             raise ValueError(f"{self.model}: accepted: http://{self.model}, or a checkpoint.")
-        if not self.is_url and self.model.startswith(("/", ".")) and not Path(self.model).is_dir():
-            raise ValueError(f"{self.model}: no such folder; accepted: a checkpoint or a URL.")
+        if not self.is_url:
+            check_path(self.model)
 
     @property
     def is_url(self) -> bool:

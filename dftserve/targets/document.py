@@ -6,12 +6,11 @@ Shapes: N tokens of a document, T trained positions among them.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dftserve.lm import check_path
+from dftserve.hub import folder_of
 from dftserve.model_folder import check_model_folder
 
 
@@ -69,13 +68,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Of a model's folder, or of its name where there is a hub.
 
     Raises:
-        ValueError: no such folder, no tokenizer in it, or files that `model_folder` refuses.
+        ValueError: no such folder or name, no tokenizer in it, or files that `model_folder`
+            refuses.
     """
-    check_path(model)
-    if Path(model).is_dir():
-        check_model_folder(Path(model))
+    folder = folder_of(model)
+    check_model_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
         if "trust_remote_code" in why:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from dftserve import settings
 from dftserve.corpus.filters import Filters
-from dftserve.targets.store import LARGEST_KEPT
+from dftserve.targets.limits import LARGEST_KEPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

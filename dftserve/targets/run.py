@@ -9,6 +9,7 @@ goes on where it was stopped, and each of several processes writes the same shar
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from dftserve.targets.document import (
     spans,
 )
 from dftserve.targets.encoding import encode
+from dftserve.targets.progress import Progress
 from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
@@ -92,7 +94,7 @@ def build(job: Job, say: Say = print) -> Manifest:
     tokenizer = _tokenizer(job.model)
     moment = _stopped(tokenizer, job.out)
     teachers = _examined(job, recipe, tokenizer)
-    texts = read_all(job.corpus, job.heldout_from)
+    texts = _told(read_all(job.corpus, job.heldout_from), say)
     corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
     documents, told = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
@@ -125,15 +127,32 @@ def build(job: Job, say: Say = print) -> Manifest:
             TargetStore(job.out).verify()
             say(f"{job.out} is complete already.")
             return Manifest.read(job.out)
-        _work(job, recipe, plan, documents, source)
+        _work(job, recipe, plan, documents, source, say)
         manifest = store.finish(job.out, plan, documents, store.versions())
     except KeyboardInterrupt:
-        say(f"Stopped; the same command goes on in {job.out} where this one ended.")
+        say(_stopped(job.out))
         raise
     except OSError as error:
         raise StoreError(f"{job.out} cannot be written: {error}.") from None
     say(f"{job.out}: {len(manifest.shards)} shards, {sum(map(manifest.tokens, SPLITS)):,} tokens.")
     return manifest
+
+
+def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:
+    """The texts, and now and then a line that says how many they are."""
+    progress = Progress("texts read", say)
+    for text in texts:
+        progress.add(1)
+        yield text
+
+
+def _stopped(out: Path) -> str:
+    """What an interrupted build leaves: whole shards alone."""
+    kept = len(list(out.glob("*.safetensors")))
+    if not kept:
+        return f"Stopped before the first shard of {out} was whole; the same command starts again."
+    shards = "1 shard" if kept == 1 else f"{kept:,} shards"
+    return f"Stopped; {shards} in {out} are kept, and the same command goes on behind them."
 
 
 def inspect(folder: Path, *, model: str | None, html: Path | None, as_json: bool) -> str:
@@ -222,19 +241,25 @@ def encode_all(
             it. Or nothing is left to learn.
     """
     told_of_templates = _templates(corpus, tokenizer)
+    kept: set[str] = set()
+    lost: set[str] = set()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for text in getattr(corpus, split):
             encoded = _encoded(corpus.report, tokenizer, text, filters, skip_bad=skip_bad)
             if encoded is None:
+                lost.add(_whole(text))
                 continue
             reason = _unfit(encoded.document, text, max_tokens)
             if reason is not None:
                 corpus.report.drop(reason, text.origin)
+                lost.add(_whole(text))
                 continue
             for note in dict.fromkeys(encoded.notes):
                 corpus.report.note(note, text.origin)
             documents[split] += windows(encoded.document, max_tokens)
+            kept.add(_whole(text))
+    corpus.report.kept -= len(lost - kept)
     told = corpus.report.as_dict() | told_of_templates
     told["documents"] = {split: len(documents[split]) for split in SPLITS}
     told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
@@ -242,6 +267,14 @@ def encode_all(
     if not documents["train"]:
         raise ValueError(f"nothing is left to train on:\n{shown(told)}")
     return documents, told
+
+
+def _whole(text: Text) -> str:
+    """The origin of the text that a piece was cut from, or of the text itself."""
+    return _PIECE.sub("", text.origin)
+
+
+_PIECE = re.compile(r"#\d+$")
 
 
 def _encoded(
@@ -323,6 +356,8 @@ def shown(told: Mapping[str, Any]) -> str:
             more = ", …" if counted["count"] > len(counted["examples"]) else ""
             lines.append(f"  {kind}, {reason}: {counted['count']:,} ({some}{more})")
     lines += (f"  {title}: {what}" for title, what in told.get("templates", {}).items())
+    if told["kept"] != (count := sum(told["documents"].values())):
+        lines.append(f"  {told['kept']:,} texts in {count:,} documents: longer ones are cut")
     for split in SPLITS:
         documents, tokens, trained = (
             told[what][split] for what in ("documents", "tokens", "trained")
@@ -350,17 +385,26 @@ def _source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, documents: Mappi
     )
 
 
-def _work(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, source: Source) -> None:
+def _work(
+    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, source: Source, say: Say
+) -> None:
     from tqdm import tqdm
 
     total = sum(len(document.tokens_N) for split in SPLITS for document in documents[split])
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
+        # tqdm shows nothing where there is no terminal.
+        progress = Progress("tokens", say if bar.disable else _nothing, total=total)
         if job.processes == 1:
             done = store.build(job.out, plan, source, documents)
         else:
             done = _shared(job, recipe, plan, documents)
         for tokens in done:
             bar.update(tokens)
+            progress.add(tokens)
+
+
+def _nothing(line: str) -> None:
+    """What a bar shows already."""
 
 
 def _shared(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Iterator[int]:

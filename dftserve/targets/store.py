@@ -48,6 +48,7 @@ from dftserve.bounded_files import (
 )
 from dftserve.digest import digest_of
 from dftserve.targets.document import Document
+from dftserve.targets.limits import LARGEST_KEPT
 from dftserve.targets.source import Source
 from dftserve.targets.sparse import Targets
 
@@ -60,8 +61,6 @@ DOCUMENTS_AT_ONCE = 8
 LARGEST_ID = (1 << 24) - 1
 LARGEST_MANIFEST = 16 << 20
 """Bytes: some 60,000 shards, 6e10 tokens."""
-LARGEST_KEPT = 1024
-"""Top entries of a target, and draws."""
 LARGEST_DOCUMENT = 1 << 26
 """Tokens: what the largest text of a corpus comes to, at one for a byte."""
 LARGEST_HEADER = 1 << 14

@@ -408,6 +408,8 @@ def finish(
     model.eval()
     sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
     trained = nll(prepared.loaded.language_model, sample)
+    if len(material.heldout):
+        _say("Measuring the diversity to suggest, on held-out text.")
     seen = profile(prepared.loaded.language_model, config, material)
     plan = material.store.manifest.plan
     data = {
@@ -423,6 +425,7 @@ def finish(
     }
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
+    _say(f"Writing {folder}, and reading it back.")
     with atomic.folder(folder) as made, checkpoint.writing(folder):
         if config.lora is not None:
             model.save_pretrained(made / ADAPTER)

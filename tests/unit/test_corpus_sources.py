@@ -1,6 +1,7 @@
 """Records of other formats, several corpora as one, and what is held out by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -62,6 +63,51 @@ def test_formats_that_are_known(tmp_path, record, turns):
     (text,) = read(lines(tmp_path / "a.jsonl", record))
     assert text.messages is not None
     assert [dict(turn) for turn in text.messages] == turns
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_in_a_json_file_is_what_its_records_are_in_a_jsonl_file(tmp_path, indent):
+    """As Alpaca and ShareGPT usually come."""
+    records = [
+        {"instruction": "Name a river.", "input": "", "output": "The Rhine\u2028is one."},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"text": "é"},
+    ]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records, indent=indent), "utf-8")
+    found = list(read(tmp_path / "a.json"))
+    expected = list(read(lines(tmp_path / "a.jsonl", *records)))
+    assert [replace(text, origin="") for text in found] == [
+        replace(text, origin="") for text in expected
+    ]
+    assert [text.origin for text in found] == ["a.json:1", "a.json:2", "a.json:3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a"}', "got a dict; accepted: a list of records.*jsonl"),
+        ('{"text": "a"}\n{"text": "b"}', "not JSON"),
+        ('[{"text": "a"}, "b"]', "record 2: got 'b'"),
+        ('[{"text": "a"}, {"body": "b"}]', "record 2: "),
+    ],
+)
+def test_another_json_file_is_refused(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        list(read(tmp_path / "a.json"))
+
+
+def test_a_json_file_is_bounded(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text('[{"text": "a"}]')
+    monkeypatch.setattr("dftserve.corpus.read.LARGEST_LIST", 8)
+    with pytest.raises(ValueError, match=r"write it as \.jsonl, one record a line"):
+        list(read(tmp_path / "a.json"))
+
+
+def test_a_folder_without_files_is_refused(tmp_path):
+    (tmp_path / ".hidden.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"got no files with the suffix \.txt, \.md"):
+        list(read(tmp_path))
 
 
 def test_other_names_by_a_mapping(tmp_path):

@@ -16,7 +16,6 @@ from dftserve.lm import (
     Examined,
     LanguageModel,
     _tell_float32,
-    check_path,
     dtype_for,
     examine,
     load,
@@ -287,17 +286,6 @@ def test_a_teacher_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="teacher is quantised"):
         build(job, lambda line: None)
-
-
-@pytest.mark.parametrize("path", ["./m", "/m", "~/m", "a/b/m", "m/", "a\\m", "tests/no_such_model"])
-def test_what_is_written_as_a_path_is_not_asked_of_the_hub(path):
-    with pytest.raises(ValueError, match="there is no such folder"):
-        check_path(path)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "openai/gpt2"])
-def test_what_may_be_a_name_on_the_hub_is(name):
-    check_path(name)
 
 
 def test_a_native_family_with_code_beside_it_is_loaded_without_that_code(tmp_path):

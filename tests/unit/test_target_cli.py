@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dftserve.cli import main
-from dftserve.targets import report, run, store
+from dftserve.targets import progress, report, run, store
 from dftserve.targets.document import Document
 from dftserve.targets.run import windows
 from dftserve.targets.store import TargetStore
@@ -183,6 +183,28 @@ def test_conversations(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_counts_of_the_report_add_up(tmp_path, model):
+    """Also with what was left out after the filters: 1 too short, 10 whose calls no template takes,
+    and 4 long texts, each in several documents."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    records = [{"text": "short"}, *({"text": prose(2500, 100 + i)} for i in range(4))]
+    for i in range(30):
+        answer = {"role": "assistant", "content": prose(30, i)}
+        more = {"tool_calls": calls} if i < 10 else {}
+        turns = [{"role": "user", "content": f"question {i}?"}, {**answer, **more}]
+        records.append({"messages": turns})
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    result = build(path, model, tmp_path / "out", "--set", "corpus.min_words=5")
+    assert result.exit_code == 0, result.output
+    told = TargetStore(tmp_path / "out").manifest.plan.corpus
+    dropped = sum(each["count"] for each in told["dropped"].values())
+    assert (told["read"], told["kept"], dropped) == (35, 24, 11)
+    documents = sum(told["documents"].values())
+    assert "35 texts read, 24 kept" in result.output
+    assert f"  24 texts in {documents} documents: longer ones are cut" in result.output
+
+
 def test_max_tokens(tmp_path, novels, model):
     assert build(novels, model, tmp_path / "a", "--heldout", "0").exit_code == 0
     assert build(novels, model, tmp_path / "b", "--heldout", "0", "--max-tokens", 64).exit_code == 0
@@ -240,18 +262,42 @@ def test_a_build_that_is_interrupted_goes_on(tmp_path, novels, model, small_shar
     out, real = tmp_path / "out", store.build
 
     def interrupted(*given, **named):
-        steps = real(*given, **named)
-        yield next(steps)
-        raise KeyboardInterrupt
+        for step, tokens in enumerate(real(*given, **named)):
+            if step == stop_after:
+                raise KeyboardInterrupt
+            yield tokens
 
     monkeypatch.setattr(store, "build", interrupted)
-    result = build(novels, model, out)
-    assert result.exit_code == 1
-    assert "the same command goes on" in result.output
+    for stop_after, said in ((0, "Stopped before the first shard"), (1, "Stopped; 1 shard in")):
+        result = build(novels, model, out)
+        assert result.exit_code == 130
+        assert said in result.output
+        assert len(list(out.glob("*.safetensors"))) == stop_after
+        assert "Aborted" not in result.output
     refused(target("verify", out), "is unfinished; run its build again")
     monkeypatch.setattr(store, "build", real)
     assert build(novels, model, out).exit_code == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_log_is_told_how_far_it_is(tmp_path, novels, model, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    result = build(novels, model, tmp_path / "out")
+    assert "  13 texts read, " in result.output
+    total = sum(TargetStore(tmp_path / "out").manifest.tokens(split) for split in store.SPLITS)
+    assert f"  {total:,} of {total:,} tokens (100%), " in result.output
+
+
+def test_a_line_has_the_count_the_rate_and_what_is_left():
+    said: list[str] = []
+    times = iter([0.0, 1.0, 20.0, 21.0, 40.0])
+    told = progress.Progress("tokens", said.append, total=10_000, clock=lambda: next(times))
+    for count in (1000, 1000, 50, 150):
+        told.add(count)
+    assert said == [
+        "  2,000 of 10,000 tokens (20%), 100 a second, about 80 s left",
+        "  2,200 of 10,000 tokens (22%), 10 a second, about 13 min left",
+    ]
 
 
 def test_several_processes_and_a_signal(tmp_path, novels, model):
@@ -283,7 +329,7 @@ def test_what_cannot_be_built(tmp_path, novels, model):
     empty.mkdir()
     one.mkdir()
     (one / "a.txt").write_text(prose(60, 1))
-    refused(build(empty, model, out), "the corpus is empty: 0 read")
+    refused(build(empty, model, out), "got no files with the suffix")
     refused(build(one, model, out), "is one text", "--heldout 0")
     refused(build(tmp_path / "none", model, out), "nothing is there")
     refused(build(novels, model, out, recipe="creatif"), "did you mean 'creative'")
@@ -295,6 +341,11 @@ def test_what_cannot_be_built(tmp_path, novels, model):
     refused(build(novels, model, out, "--max-tokens", 1), "max_tokens: got 1")
     refused(build(novels, model, out, "--heldout", 1), "heldout: got 1")
     assert not out.exists()
+
+
+def test_the_corpus_is_no_place_for_its_store(novels, model):
+    refused(build(novels, model, novels), "--out", "the corpus itself")
+    assert {path.suffix for path in novels.iterdir()} == {".txt"}
 
 
 def test_another_tokenizer_is_refused(tmp_path, novels, model):

@@ -350,6 +350,9 @@ def test_the_untouched_model_is_scored_first_and_a_worse_one_says_so(run, capsys
     told = capsys.readouterr().err
     assert f"{untouched:.4f} before training" in told
     assert "Warning: the trained model is worse" in told
+    # Nothing takes long in silence after the last step.
+    assert "Measuring the diversity to suggest, on held-out text." in told
+    assert f"Writing {final}, and reading it back." in told
 
 
 @pytest.mark.parametrize("keep", [1, 2])

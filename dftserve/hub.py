@@ -1,0 +1,98 @@
+"""Where a model's files lie: the folder that was named, or the Hugging Face hub's on this machine.
+
+    folder = folder_of("models/base")
+    folder = folder_of("openai-community/gpt2")     fetched, but for its weights
+
+Every command that loads a model asks here, before anything heavy is imported: a name that is
+misspelt is told at once, with the folder that has nearly that name. The hub is asked once, without
+a second try; where it cannot be reached, what an earlier command fetched is taken.
+
+Importing this loads neither torch nor transformers.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dftserve.settings import nearest
+
+ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+WEIGHTS_TOO = (*ALL_BUT_WEIGHTS, "model*.safetensors")
+MOST_BESIDE = 1000
+"""Entries of a folder that a near name is looked for among."""
+
+
+def folder_of(model: str | Path, patterns: Sequence[str] = ALL_BUT_WEIGHTS) -> Path:
+    """The folder itself, or where the hub's files lie on this machine.
+
+    Args:
+        patterns: of the files that are fetched where `model` is a name on the hub.
+
+    Raises:
+        ValueError: no such folder, and no such name that the hub gives.
+    """
+    check_path(model)
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
+    except GatedRepoError:
+        why = "gives it only to accounts that were let in (`hf auth login`)"
+    except RepositoryNotFoundError:
+        why = "has no model of that name"
+    except LocalEntryNotFoundError:
+        why = "cannot be reached, nor was it fetched before"
+    except HFValidationError:
+        why = "has no such names"
+    except (HfHubHTTPError, OSError) as error:
+        why = f"does not give it ({type(error).__name__})"
+    raise ValueError(
+        f"model: got {str(model)!r}; there is no such folder here{_near(Path(model))}, and the "
+        f"Hugging Face hub {why}; accepted: a folder that save_pretrained() wrote, or a model's "
+        "name on the hub."
+    ) from None
+
+
+def check_path(model: str | Path) -> None:
+    """Raises ValueError at once where `model` is written as a path and no folder is there."""
+    text = str(model)
+    if Path(text).is_dir():
+        return
+    first = Path(text).parts[0] if Path(text).parts else ""
+    is_path = (
+        text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or text.count("/") != text.strip("/").count("/")
+        or text.count("/") > 1
+        or os.sep * 2 in text
+        or "\\" in text
+        or Path(text).exists()
+        or ("/" in text and Path(first).is_dir())
+    )
+    if is_path:
+        raise ValueError(
+            f"model: got {text!r}; there is no such folder{_near(Path(text))}; give the model's."
+        )
+
+
+def _near(path: Path) -> str:
+    """The folder beside a missing one whose name is nearest, as a question."""
+    beside = []
+    try:
+        with os.scandir(path.parent) as entries:
+            for entry, _ in zip(entries, range(MOST_BESIDE), strict=False):
+                if entry.is_dir():
+                    beside.append(entry.name)
+    except OSError:
+        return ""
+    found = nearest(path.name, sorted(beside))
+    return f" (did you mean {str(path.parent / found)!r}?)" if found else ""

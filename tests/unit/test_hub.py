@@ -1,0 +1,102 @@
+"""A model's name: what is written as a path is no name, and a misspelt one is told at once."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from dftserve.cli import main
+from dftserve.hub import check_path, folder_of
+
+
+@pytest.mark.parametrize("path", ["./m", "/m", "~/m", "a/b/m", "m/", "a\\m", "tests/no_such_model"])
+def test_what_is_written_as_a_path_is_not_asked_of_the_hub(path):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        check_path(path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai/gpt2"])
+def test_what_may_be_a_name_on_the_hub_is(name):
+    check_path(name)
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[str]:
+    """What the hub was asked for; it is out of reach."""
+    asked = []
+
+    def unreachable(name, **more):
+        asked.append(name)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    return asked
+
+
+def test_the_folder_of_the_nearest_name_is_told(tmp_path, monkeypatch, hub):
+    (tmp_path / "models" / "tinyllama").mkdir(parents=True)
+    (tmp_path / "models" / "tinylama.txt").write_text("no folder")
+    with pytest.raises(ValueError, match=r"did you mean '.*/models/tinyllama'\?"):
+        folder_of(tmp_path / "models" / "tinylama")
+    monkeypatch.chdir(tmp_path / "models")
+    with pytest.raises(ValueError, match=r"no such folder here \(did you mean 'tinyllama'\?\)"):
+        folder_of("tinylama")
+    assert hub == ["tinylama"], "asked once, of a name alone"
+
+
+COMMANDS = """
+target build texts --recipe creative --out out --model tinylama
+target inspect store --model tinylama
+train --set targets=store --set output=out --set model=tinylama
+train --plan --set targets=store --set output=out --set model=tinylama
+evaluate likelihood tinylama --anchors anchors
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_so(command, tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tinyllama", "texts", "store", "anchors"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("The old river runs under the garden wall. " * 9)
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 2
+    assert "model: got 'tinylama'; there is no such folder here (did you mean" in result.output
+    assert hub == ["tinylama"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_heavy_is_imported_before_a_mistake_is_told(tmp_path):
+    """They take half a minute on a busy machine."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("A text.")
+    (tmp_path / "texts" / "b.docx").write_text("A text.")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    rest = ["--model", "model", "--recipe", "creative", "--out", "out"]
+    wrong = [
+        ["nowhere", *rest],
+        ["texts", *rest],
+        ["texts/b.docx", *rest],
+        ["empty", *rest],
+        ["texts/a.txt", *rest, "--heldout-from", "nowhere"],
+        ["texts/a.txt", *rest[:-3], "creativ", *rest[-2:]],
+        ["texts/a.txt", *rest, "--set", "corpus.strip=html"],
+        ["texts/a.txt", "--model", "./none", *rest[2:]],
+    ]
+    code = f"""
+import sys
+from click.testing import CliRunner
+from dftserve.cli import main
+for arguments in {wrong!r}:
+    result = CliRunner().invoke(main, ["target", "build", *arguments])
+    assert result.exit_code == 2, (arguments, result.output)
+    heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,73 @@
+"""The entropies of a trained model, and what each level of diversity adds to them."""
+
+import numpy as np
+import pytest
+import torch
+
+from dftserve import sampling
+from dftserve.lm import LanguageModel
+from dftserve.sampling import Controls, backends, control_row, transform
+from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.spec import parse
+from dftserve.targets.store import TargetStore
+from dftserve.train import profile
+from dftserve.train.data import Collator, Rows, model_inputs
+from dftserve.train.run import _some
+from tests.training import save_store, small_model
+
+STOPS = frozenset({1})
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(small_model(), "small")
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory) -> list:
+    store = TargetStore(save_store(tmp_path_factory.mktemp("targets") / "store"))
+    rows = Rows(store, "train", longest=64, packing=True, seed=0)
+    collate = Collator(packing=True)
+    return [collate(_some(rows, 200)[:2]), collate(_some(rows, 200)[2:])]
+
+
+def _logits(model, batches) -> torch.Tensor:
+    with torch.no_grad():
+        hidden = [
+            model.states(**model_inputs(each)).hidden_BND.flatten(0, 1)[each["positions_T"]]
+            for each in batches
+        ]
+        return model.head.logits(torch.cat(hidden))
+
+
+def _entropies(logits_RV: torch.Tensor, level: float) -> np.ndarray:
+    row = control_row(parse(level), temperature=1.0, logits_divisor=1.0, stop_ids=STOPS)
+    controls = Controls.stack([row] * len(logits_RV), device=logits_RV.device)
+    return transform(logits_RV.clone(), controls, backend=TorchBackend()).entropy_after_R.numpy()
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_what_a_level_adds_is_measured_on_every_so_many_positions(
+    model, batches, monkeypatch, step
+):
+    logits_RV = _logits(model, batches)
+    total = logits_RV.numel()
+    monkeypatch.setattr(profile, "LEVEL_ELEMENTS", total if step == 1 else total // step + 1)
+    monkeypatch.setattr(profile, "AT_ONCE", 3 * logits_RV.shape[1])
+    found = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
+    own_R = torch.distributions.Categorical(logits=logits_RV).entropy().numpy()
+    assert found.model_T == pytest.approx(own_R, abs=1e-4)
+    for level, mean in found.by_level.items():
+        added_R = _entropies(logits_RV[::step], level) - own_R[::step]
+        assert mean == pytest.approx(own_R.mean() + added_R.mean(), abs=1e-4), level
+
+
+def test_no_kernel_is_compiled_for_it(model, batches, monkeypatch):
+    def compiles(device):
+        raise AssertionError(f"a backend was made for {device}")
+
+    monkeypatch.setattr(backends, "checked_class", compiles)
+    with pytest.raises(AssertionError):
+        sampling.get_backend("cpu")
+    found = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
+    assert found.suggested is not None
