@@ -92,7 +92,7 @@ def build(job: Job, say: Say = print) -> Manifest:
     """
     recipe = recipes.load(job.recipe, job.values)
     tokenizer = _tokenizer(job.model)
-    moment = _stopped(tokenizer, job.out)
+    moment = _stopped_clock(tokenizer, job.out)
     teachers = _examined(job, recipe, tokenizer)
     texts = _told(read_all(job.corpus, job.heldout_from), say)
     corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
@@ -130,7 +130,7 @@ def build(job: Job, say: Say = print) -> Manifest:
         _work(job, recipe, plan, documents, source, say)
         manifest = store.finish(job.out, plan, documents, store.versions())
     except KeyboardInterrupt:
-        say(_stopped(job.out))
+        say(_kept(job.out))
         raise
     except OSError as error:
         raise StoreError(f"{job.out} cannot be written: {error}.") from None
@@ -146,7 +146,7 @@ def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:
         yield text
 
 
-def _stopped(out: Path) -> str:
+def _kept(out: Path) -> str:
     """What an interrupted build leaves: whole shards alone."""
     kept = len(list(out.glob("*.safetensors")))
     if not kept:
@@ -192,7 +192,7 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _stopped(tokenizer: PreTrainedTokenizerBase, out: Path) -> datetime | None:
+def _stopped_clock(tokenizer: PreTrainedTokenizerBase, out: Path) -> datetime | None:
     """The moment that templates are given for now: of the build that `out` holds, else the real.
 
     So a build goes on, or is found complete, on another day. None where no template asks for it.
@@ -464,7 +464,7 @@ def _worker(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, rank: int,
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = _tokenizer(job.model)
-        _stopped(tokenizer, job.out)
+        _stopped_clock(tokenizer, job.out)
         source = _source(recipe, tokenizer, documents)
         built = store.build(job.out, plan, source, documents, rank=rank, world=job.processes)
         for tokens in built:
