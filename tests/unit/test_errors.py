@@ -36,3 +36,9 @@ def test_a_rate_weighs_texts_by_their_words():
 def test_no_texts_have_no_rate():
     with pytest.raises(ValueError, match="at least one"):
         error_rate([])
+
+
+@pytest.mark.parametrize("end", ["", " ", "\n"])
+def test_a_text_may_end_behind_anything(linter, end):
+    """In harper-py 0.2.0 a rule panics behind these two words."""
+    assert check(f"He looked for reasons in both two{end}", linter).words == 7
