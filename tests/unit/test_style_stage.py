@@ -46,7 +46,7 @@ STAGES = pytest.mark.parametrize(
     "stage", [TritonStyleStage] if INTERPRETED else [PlainStyleStage, NumbaStyleStage]
 )
 SLOTS = TritonSlots if INTERPRETED else NumbaSlots
-EXAMPLES = 8 if INTERPRETED else 60
+EXAMPLES = 5 if INTERPRETED else 60
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="of no kernel, or too long")
 
 
@@ -298,7 +298,7 @@ def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
     for s in range(answers):
         slots.open(s)
     position, means = [0] * answers, []
-    for at in range(10 if INTERPRETED else 120):
+    for at in range(3 if INTERPRETED else 120):
         kinds = [str(source.choice(["flat", "gaussian", "few", "peaky"])) for _ in bounds]
         rows = [
             Row(source.integers(0, 4, 6 + drafts).tolist(), max_kl=b, drafts=drafts) for b in bounds
@@ -437,6 +437,7 @@ def test_a_phrase_comes_as_often_as_people_write_it_and_nothing_else_changes(sta
     assert phrases[0.5] == pytest.approx((before[0] + chain.HUMAN) / 2, rel=0.1)
 
 
+@pytest.mark.long
 @not_interpreted
 def test_the_triton_kernel_passes_the_same_tests_interpreted():
     done = subprocess.run(
