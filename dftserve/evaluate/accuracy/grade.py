@@ -4,9 +4,9 @@ Standard library only: lm-eval's environment, which has not this package's depen
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 from dftserve.evaluate.accuracy import extract
+from dftserve.evaluate.accuracy.extract.sums import meanings
 from dftserve.evaluate.text.thinking import is_cut
 
 UNREADABLE = "unreadable"
@@ -39,19 +39,11 @@ def grade_number(answer: str | None, right: str) -> Grade:
 
 
 def same_number(read: str, right: str) -> bool:
-    """Whether two texts are one number: `1,234.00` and `1234`, `1/2` and `.5`."""
-    value = _value(read)
-    return value is not None and value == _value(right)
+    """Whether two texts are one number: `1,234.00` and `1234`, `1/2` and `.5`; `4 million`
+    is 4000000 and 4, since a question may ask for millions."""
+    return not meanings(read).isdisjoint(meanings(right))
 
 
 def unread(answer: str | None) -> str | None:
     """`CUT` where nothing was said."""
     return CUT if answer is None or answer == NO_CONTENT or is_cut(answer) else None
-
-
-def _value(text: str) -> Fraction | None:
-    plain = text.replace(",", "").replace("$", "").strip()
-    try:
-        return Fraction(plain)
-    except (ValueError, ZeroDivisionError):
-        return None

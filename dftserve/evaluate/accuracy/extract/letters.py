@@ -277,7 +277,7 @@ def _is_letter(letter: str, after: str) -> bool:
 
 
 def sentence_before(text: str, place: int) -> str:
-    return re.split(r"[.\n!?;]", text[:place])[-1]
+    return re.split(r"[.\n!?;]", text[max(0, place - 300) : place])[-1]
 
 
 def _letter_alone(text: str) -> str | None:

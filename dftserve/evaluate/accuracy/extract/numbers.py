@@ -17,14 +17,24 @@ from dftserve.evaluate.accuracy.extract.letters import (
     sentence_before,
     without_runs,
 )
+from dftserve.evaluate.accuracy.extract.sums import (
+    SCALES,
+    SUM,
+    UNKNOWN,
+    plain,
+    value_of,
+    with_plain_values,
+)
+from dftserve.evaluate.accuracy.extract.takes import last_said
 from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
 _BLANKS = "  \u2007\u2009\u200a\u202f"
 _MINUS = "-−–‐‑﹣－"
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]%.$-])-\s?(?=[$€£¥₹]?\s?[.\d])|(?<=[$€£¥₹])-(?=\d))?(?:[$€£¥₹]\s?)?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
     r"(?P<under>\s?/\s?\d+(?![\d/]|\.\d))?"
+    rf"(?P<scale>\s?(?i:{SCALES})\b)?"
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
@@ -37,13 +47,11 @@ _HEADING = re.compile(
 _NUMBERED = re.compile(r"^\W*(\d+)[.):]?\W*$")
 _TOTAL = re.compile(
     r"(?:\b(?:final\s+|correct\s+|total\s+)?(?:answers?|ans)|答案|\bresult)\b(?P<between>[^.\n:=]{0,60}?)\s*"
-    r"(?:\b(?:is|are|was|be|equals|comes\s+to)\b\s*:?|[:=→]|是|为)\s*(?P<rest>[^\n]*(?:\n+[^\n]*\d[^\n]*)?)",
+    r"(?:\b(?:is|are|was|be|equals|comes\s+to)\b\s*:?|[:=→]|是|为)\s*"
+    r"(?=(?P<rest>[^\n]{0,400}(?:\n+[^\n]{0,400}\d[^\n]{0,400})?))",
     re.IGNORECASE,
 )
-_IS_ANSWER = re.compile(
-    r"([^\n.!?]*(?:\.\d[^\n.!?]*)*)\bis\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?answer\b",
-    re.IGNORECASE,
-)
+_IS_ANSWER = re.compile(r"\bis\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?answer\b", re.IGNORECASE)
 _ANSWER_HEAD = re.compile(
     r"^\W*(?:the\s+|final\s+|my\s+|correct\s+)*answer\W*\n+([^\n]+)", re.IGNORECASE | re.MULTILINE
 )
@@ -68,25 +76,68 @@ _REJECTED = re.compile(
     r"(?:[,—–-]|\band|\bbut)?\s*\b(?:not|instead\s+of|rather\s+than)\s+[$€£¥₹]?-?\d[\d.,]*",
     re.IGNORECASE,
 )
-_UNDECIDED = re.compile(r"^\s*(?:or|and|to|–|to\s+between)\s*[$€£]?\s*-?\d|^\s*\?")
+_AMOUNT = rf"[$€£¥₹]?\s*-?(?:\d|{UNKNOWN})"
+_SEVERAL = re.compile(
+    rf"\s*(?:%|[^\W\d]+\s*)?(?:[^\W\d]+\s*)?,?\s*(?:\b(?:or|and|to)\b|–)\s*{_AMOUNT}"
+    rf"|\s*,\s*{_AMOUNT}|\s*[+*×÷]\s*{_AMOUNT}|-\d|\s*\?|\s*['’]\s*\d"
+    r"|\s*(?:feet|foot|ft|hours?|hrs?|h|minutes?|pounds?|lbs?|dollars|years?|weeks?|days?|yards?)"
+    r"\s*\d+\s*(?:inch|in\b|ft|feet|ounce|oz|min|sec|cent|month|week|day|hour)"
+    r"|\s+(?:[^\W\d]+\s+)?(?:less|more|fewer|greater)\s+than\s+\S*\d"
+)
+"""After a number: it is one of several, or a part of what is meant."""
+_LABEL = re.compile(
+    r"\b(?:step|part|case|question|problem|method|figure|table|page|example|equation|line|"
+    r"(?:less|more|fewer|greater)\s+than|(?:third|quarter|fifth|tenth)\s+of)\s*[#$]?$",
+    re.IGNORECASE,
+)
+"""Before a number that is not the value itself."""
+_RESTATED = re.compile(
+    r"\b(?:ie|that\s+is|in\s+other\s+words|namely|which\s+(?:is|equals|makes|gives))\b\W*(?=[$€£]?-?\d)",
+    re.IGNORECASE,
+)
+_CLOSE = re.compile(rf"(?:\W|only\b|then\b|now\b|therefore\b|actually\b)*?{_AMOUNT}")
+_OR = re.compile(rf",?\s+or\s+(?={_AMOUNT}|\w\s*=)", re.IGNORECASE)
+_UNFINISHED = re.compile(r"(?:=|(?<=\s)[+*×÷/])\s*$|\b(?:plus|minus)\s*$")
+_CHECKED = re.compile(
+    r"\b(?:correct|confirm\w*|verif\w*|match(?:es)?|consistent|checks?\s+out)\b", re.IGNORECASE
+)
+_IT_IS = re.compile(
+    rf"(?:['’]s|\b(?:is|be|are|get|makes?|gives?|costs?|total|makes)\b|=)[\s:*]*({_AMOUNT}[^=]*)$",
+    re.IGNORECASE,
+)
 
 
 def number(answer: str) -> str | None:
     """The number that an answer to a sum gives, as it stands there: `1,234.00`, `-5`, `3/4`.
 
     Units and currencies are left out, a Unicode minus becomes `-`, and blanks between thousands go.
+    A mixed number, a power and a sum are given as their value, exactly: `13/4`, `1000`, `8`; a
+    scale stays behind its number: `1.5 million`. None where several numbers are given, or one that
+    is no fraction (`2π`).
     """
     text = _with_plain_numbers(after_thinking(answer))
-    found = _final_number(before_next_question(text))
-    return (_final_number(text) if found is None else found) or None
+    found = last_said(before_next_question(text), _final_number)
+    return (last_said(text, _final_number) if found is None else found) or None
 
 
-def _final_number(text: str) -> str | None:
-    """By the kinds of evidence, the clearest first; empty where that gives no single number."""
+def _final_number(text: str, is_full: bool) -> str | None:
+    """By the kinds of evidence, the clearest first; empty where that gives no single number.
+
+    Args:
+        is_full: also the last number, which may be one of an explanation.
+    """
     for find in (_hashed_number, _boxed_number, _stated_number, _number_alone):
         if (found := find(text)) is not None:
             return found
-    return None if _REFUSAL.search(text) else _last_number(text)
+    if _REFUSAL.search(text):
+        return None
+    return _last_number(text) if is_full else _concluded_number(text)
+
+
+def _concluded_number(text: str) -> str | None:
+    """Of a last sentence `it is 25`, which says more than that what was said is confirmed."""
+    said = _IT_IS.search(re.sub(r"\W+$", "", text).split("\n")[-1])
+    return None if said is None or _CHECKED.search(text) else _of_clause(said[1])
 
 
 def _with_plain_numbers(answer: str) -> str:
@@ -98,8 +149,9 @@ def _with_plain_numbers(answer: str) -> str:
     text = STRUCK.sub("", without_runs(text))
     text = re.sub(r"\{,\}|\\,(?=\d{3})", ",", text).replace("\\!", "")
     text = re.sub(r"\\[,;: ]", " ", text).replace("\\$", "$").replace("\\%", "%")
+    text = re.sub(r"\b(i|e)\.\s?(e|g)\.", r"\1\2", text)
     text = re.sub(
-        "[¼½¾⅓⅔⅛⅜⅝⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text
+        "[¼½¾⅓⅔⅛⅜⅝⅞]", lambda m: unicodedata.normalize("NFKC", f" {m[0]}").replace("⁄", "/"), text
     )
     text = text.replace("⁄", "/").replace("，", ",").replace("＃", "#").replace("＄", "$")
     text = re.sub(rf"[{_MINUS[1:2]}{_MINUS[6:]}]\s?(?=[$€£¥₹]?[\d.])", "-", text)
@@ -115,7 +167,7 @@ def _with_plain_numbers(answer: str) -> str:
         r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,]\d)", lambda m: m[0].replace(".", ""), text
     )
     text = LATEX_TEXT.sub(r" \1 ", text)
-    return _FRACTION.sub(r"\1/\2", text)
+    return with_plain_values(_FRACTION.sub(r" \1/\2", text))
 
 
 def _joined(match: re.Match[str]) -> str:
@@ -132,37 +184,70 @@ def _numbers(text: str) -> list[re.Match[str]]:
 
 def _shown(match: re.Match[str]) -> str:
     sign = "-" if match["sign"] else ""
-    return sign + match["digits"] + re.sub(r"\s", "", match["under"] or "")
+    scale = f" {match['scale'].strip().lower()}" if match["scale"] else ""
+    return sign + match["digits"] + re.sub(r"\s", "", match["under"] or "") + scale
 
 
 def _of_clause(text: str) -> str | None:
     """The number that a clause such as `x = 3 * 6 = 18 eggs` gives; empty where it leaves two."""
-    plain = _REJECTED.sub("", re.sub(r"\*\*|__|`", "", text))
-    if (equal := _of_equation(plain)) is not None:
+    clause = _REJECTED.sub("", re.sub(r"\*\*|__|`", "", text))
+    parts = _OR.split(clause)
+    values = [value for part in parts if (value := _of_part(part)) is not None]
+    if len(values) > 1:
+        first, last = value_of(values[0]), value_of(values[-1])
+        is_percent = first is not None and re.search(r"%|percent", parts[0]) is not None
+        is_same = first == last or (is_percent and first == (last or 0) * 100)
+        return values[0] if is_same else ""
+    return values[0] if values else None
+
+
+def _of_part(text: str) -> str | None:
+    if (equal := _of_equation(text)) is not None:
         return equal
     for mark in ("≈", ": "):
-        if mark in plain and (after := _numbers(plain.rpartition(mark)[2])):
-            return _decided(after[0], plain)
-    found = list(_NUMBER.finditer(plain))
-    return _decided(found[0], plain) if found else None
-
-
-_SUM = re.compile(r"\d\s*[*×x+/÷-]\s*\$?\d")
+        after = text.rpartition(mark)[2] if mark in text else ""
+        if _numbers(after):
+            return _first_value(after)
+    if (value := _first_value(text)) != "":
+        return value
+    restated = _RESTATED.split(text)[1:]
+    return _first_value(restated[-1]) if restated else ""
 
 
 def _of_equation(text: str) -> str | None:
     """The side of the last `=` that is a number: `3 * 6 = 18`, `18 = 3 * 6`."""
     before, equals, after = text.rpartition("=")
-    left, right = _numbers(before), _numbers(after)
-    if not (equals and right):
+    left = _numbers(before)
+    if not equals or not (_numbers(after) or UNKNOWN in after):
         return None
-    if _SUM.search(after) and left and not _SUM.search(before):
+    if SUM.search(after) and left and not SUM.search(before):
         return _shown(left[-1])
-    return _shown(right[0])
+    return _first_value(after)
 
 
-def _decided(match: re.Match[str], text: str) -> str:
-    return "" if _UNDECIDED.match(match.string[match.end() :]) else _shown(match)
+def _first_value(text: str) -> str | None:
+    """The first number or sum; empty where it is one of several, or no number: `2π`."""
+    found = _NUMBER.search(text)
+    unknown = text.find(UNKNOWN)
+    if unknown >= 0 and (found is None or unknown < found.start()):
+        return ""
+    if found is None:
+        return None
+    summed = SUM.search(text)
+    if summed and summed.start() <= found.start():
+        value, end = value_of(summed[0]), summed.end()
+        if value is None:
+            return ""
+        is_fraction = bool(found["under"]) and found.end() >= end
+        said = _shown(found) if is_fraction else plain(value)
+    else:
+        value, said, end = value_of(_shown(found)), _shown(found), found.end()
+    if _LABEL.search(text[: found.start()]):
+        return ""
+    if several := _SEVERAL.match(text, end):
+        other = _NUMBER.search(text, several.end() - 1)
+        return said if other and value_of(_shown(other)) == value else ""
+    return said
 
 
 def _hashed_number(text: str) -> str | None:
@@ -212,17 +297,33 @@ def _is_number_alone(said: str) -> bool:
 
 
 def _boxed_number(text: str) -> str | None:
-    found = [_of_clause(each) for each in _BOXED.findall(text)]
-    found = [each for each in found if each]
-    return found[-1] if found else None
+    """Of the last box that holds one, unless an answer is stated after it."""
+    found = [(match.end(), _of_box(match[1])) for match in _BOXED.finditer(text)]
+    found = [(end, value) for end, value in found if value is not None]
+    if not found:
+        return None
+    end, value = found[-1]
+    stated = _stated_number(text[end:], is_close=True)
+    return value if stated is None else stated
 
 
-def _stated_number(text: str) -> str | None:
-    """Of the last `the answer is 18`; empty where it leaves two."""
+def _of_box(said: str) -> str | None:
+    """A factorial, which a sentence's `4!` is not, has no value here."""
+    return "" if re.fullmatch(r"\s*\d+!\s*", said) else _of_clause(said)
+
+
+def _stated_number(text: str, is_close: bool = False) -> str | None:
+    """Of the last `the answer is 18`; empty where it leaves two.
+
+    Args:
+        is_close: the number must follow at once: not `the answer is divisible by 3`.
+    """
     found: list[tuple[int, str]] = []
-    for match in _TOTAL.finditer(text):
+    for match in reversed(list(_TOTAL.finditer(text))):
         before = sentence_before(text, match.start())
         denied = DENIED.search(match["between"]) or re.match(r"\W*not\b", match["rest"])
+        if is_close and not _CLOSE.match(match["rest"]):
+            continue
         if denied or OTHERS.search(before) or CONDITION.search(before):
             continue
         clause = re.split(r"(?<!\d)\.(?!\d)|\.(?=\s|$)|[;!]", match["rest"].lstrip())[0]
@@ -230,11 +331,13 @@ def _stated_number(text: str) -> str | None:
         clause = first if _numbers(first) or first.strip(" *:_`$") else clause
         if (number := _of_clause(clause)) is not None:
             found.append((match.start(), number))
+            break
     for match in _ANSWER_HEAD.finditer(text):
         if (number := _of_clause(match[1])) is not None:
             found.append((match.start(), number))
     for match in _IS_ANSWER.finditer(text):
-        if numbers := _numbers(match[1]):
+        before = text[max(0, match.start() - 300) : match.start()]
+        if numbers := _numbers(re.split(r"[\n!?]|\.(?!\d)", before)[-1]):
             found.append((match.start(), _shown(numbers[-1])))
     return max(found)[1] if found else None
 
@@ -258,15 +361,28 @@ def _last_number(text: str) -> str | None:
         each for each in re.split(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)", kept)
     ]
     for sentence in reversed(sentences):
-        if not (found := _numbers(_REJECTED.sub("", sentence))):
+        if _UNFINISHED.search(sentence):
+            return ""
+        kept = _REJECTED.sub("", re.sub(r"\*\*(?=[^*]*$)|__|`", "", sentence))
+        if not (_numbers(kept) or UNKNOWN in kept):
             continue
-        if (equal := _of_equation(sentence)) is not None:
+        if (equal := _of_equation(kept)) is not None:
             return equal
         bold = re.findall(r"\*\*([^*]*\d[^*]*)\*\*", sentence)
-        numbers = _numbers(bold[-1]) if bold else found
-        if numbers:
-            return _shown(numbers[-1])
+        return _last_value(bold[-1] if bold else re.sub(r"\*\*", "", kept))
     return None
+
+
+def _last_value(text: str) -> str | None:
+    found = [match.span() for match in SUM.finditer(text)]
+    numbers = list(_NUMBER.finditer(text))
+    if text.rfind(UNKNOWN) > (numbers[-1].start() if numbers else -1):
+        return ""
+    if not numbers:
+        return None
+    if found and found[-1][0] <= numbers[-1].start() < found[-1][1]:
+        return _first_value(text[found[-1][0] : found[-1][1]])
+    return _shown(numbers[-1])
 
 
 def _without_remarks(text: str) -> str:

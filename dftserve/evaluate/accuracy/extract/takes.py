@@ -40,6 +40,10 @@ _BACK = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 """Takes back what the sentence before said, and begins a new take."""
+MOST_TURNS = 50
+"""The last of an answer that are heeded; an answer that repeats itself has thousands."""
+MOST_IN_A_SENTENCE = 1000
+"""Characters of the end of a text in which its last sentence is sought."""
 _SIGNS = ' \n.,;:!-—–…*_()"'
 
 
@@ -78,7 +82,7 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
     found += [(match.start(), match.end(), True) for match in _BACK.finditer(text)]
     several: list[Take] = []
     begun = 0
-    for start, end, is_back in sorted(found):
+    for start, end, is_back in sorted(found)[-MOST_TURNS:]:
         if start < begun:
             begun = max(begun, end)
             continue
@@ -88,19 +92,20 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
             several[-1:] = [Take(each.text, each.is_withdrawn or is_back) for each in several[-1:]]
             begun = end
             continue
-        stated = states(said)
-        is_stated = bool(stated) and states(_last_sentence(said)) == stated
+        last = states(_last_sentence(said)) if is_back else None
+        is_stated = bool(last) and states(said) == last
         if is_back and not is_stated:
-            if stated or not several:
+            if last or not several or states(said):
                 continue
             # `Hmm. The slope is negative. No, that is wrong`: speaks of the take before.
             several[-1] = Take(several[-1].text, True)
-        several.append(Take(said, is_back and is_stated))
+        several.append(Take(said, is_stated))
         begun = end
     return [*several, Take(text[begun:], False)]
 
 
 def _last_sentence(text: str) -> str:
-    sentences = re.split(r"(?<=[^\d\W])[.!?;]+(?=\s|$)|(?<=[\d)}\]])[.!?;]+(?=\s|$)|\n+", text)
+    end = text[-MOST_IN_A_SENTENCE:]
+    sentences = re.split(r"(?<=[^\d\W])[.!?;]+(?=\s|$)|(?<=[\d)}\]])[.!?;]+(?=\s|$)|\n+", end)
     kept = [each for each in sentences if each.strip(_SIGNS)]
     return kept[-1] if kept else ""
