@@ -393,7 +393,7 @@ class LanguageModel:
         if "position_ids" not in self._accepts and not self._takes_any:
             return "its forward takes no position_ids"
         longest = max(longest, PROBE_TOKENS)
-        text_N = _repeated(self.text_N.roll(-PROBE_TOKENS), longest)
+        text_N = _repeated(self.text_N[PROBE_TOKENS:], longest)
         # Of an odd length, so that no copy begins where a chunk does.
         before_N = (self.text_N[: PROBE_TOKENS - 1].flip(0) + 1) % self._config.vocab_size
         copies = max(1, (row - len(before_N)) // longest)

@@ -77,13 +77,14 @@ class RunFolder:
 
     def _is_begun(self) -> bool:
         """Whether it holds a start of this run; False where it holds nothing."""
+        # Looked at first: another process of this run may write the settings meanwhile.
+        names = {p.name for p in self._folder.iterdir()} if self._folder.exists() else set()
         found = read_object(self._folder / SETTINGS)
         if found is not None:
             _refuse_another(self._folder, found, _settings(self._config))
             return True
         # A kill may have left what was to become the settings, and the lock.
-        ours = (SETTINGS + atomic.PARTIAL, LOCK)
-        if self._folder.exists() and any(p.name not in ours for p in self._folder.iterdir()):
+        if names - {SETTINGS + atomic.PARTIAL, LOCK}:
             raise ValueError(f"{self._folder} is neither empty nor a run; choose another output.")
         return False
 
