@@ -503,7 +503,7 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     with shaped_as(path, "a likelihood for each weight"):
         tried = {f"{weight:g}": float(tried[f"{weight:g}"]) for weight in candidates}
     best = min(tried, key=lambda weight: tried[weight])
-    _say(f"target_weight {best}: held-out human NLL {tried[best]:.4f} nats a token, of {tried}")
+    _say(weights_shown(tried, best))
     return _weighted(config, float(best))
 
 
@@ -520,6 +520,16 @@ def probe_steps(config: TrainConfig, material: Material) -> int:
     """Of each candidate of `auto`."""
     third = steps_of(config, material) // (3 * len(config.divergence.to_try))
     return min(config.divergence.probe_steps, max(1, third))
+
+
+def weights_shown(tried: Mapping[str, float], best: str) -> str:
+    """The likelihood of each candidate of `auto`, a line each."""
+    width = max(map(len, tried))
+    lines = (
+        f"  {weight:<{width}}  {nll:.4f}{'  taken' if weight == best else ''}"
+        for weight, nll in tried.items()
+    )
+    return "\n".join(("Held-out human NLL by target_weight, nats a token:", *lines))
 
 
 def of_first_candidate(config: TrainConfig) -> TrainConfig:
