@@ -33,6 +33,8 @@ from dftserve.digest import digest_of
 from dftserve.spec import CHECKSUMS, Promise
 
 RUN, CARD = "run.json", "README.md"
+FINAL, RUN_SETTINGS = "final", "settings.json"
+"""Of the folder of a run: its checkpoint, and what the run begins with."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = 1 << 20
 MOST_FILES = 10_000
@@ -145,16 +147,22 @@ def verify(folder: Path) -> Verified:
     return Verified(len(expected), beside)
 
 
+def _instead(folder: Path) -> str:
+    """What to do about a folder that is no checkpoint."""
+    if (folder / FINAL / CHECKSUMS).exists():
+        return f"it is a run; give its checkpoint, {folder / FINAL}"
+    if (folder / RUN_SETTINGS).exists():
+        return f"it is a run that has not ended; run the same train again, which makes {FINAL}"
+    return "dftserve did not write it, or not to the end; give the `final` folder of a run"
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """Digests by name. Raises CheckpointError where they are not what `seal` writes."""
     path = folder / CHECKSUMS
     try:
         given = read_json(path, within=folder, largest=LARGEST_CHECKSUMS)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {CHECKSUMS}: dftserve did not write it, or not to the end; "
-            "give the `final` folder of a run."
-        ) from None
+        raise CheckpointError(f"{folder} has no {CHECKSUMS}: {_instead(folder)}.") from None
     if not isinstance(given, dict) or not all(
         isinstance(digest, str) and _BLAKE3.fullmatch(digest) for digest in given.values()
     ):

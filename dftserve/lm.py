@@ -21,7 +21,7 @@ import inspect
 import itertools
 import logging
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +143,11 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
         weight_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model: {model}: its {CONFIG} cannot be read ({_line(error)}).") from None
+    except Exception as error:  # Its classes check themselves, each with errors of its own.
+        raise ValueError(
+            f"{folder / CONFIG}: transformers cannot use it ({_line(error).rstrip('.')}); correct "
+            "it, or copy the model anew."
+        ) from error
     return Examined(folder, str(model), config)
 
 
@@ -224,14 +227,17 @@ def load(
     weight_files(folder)
     chosen = {} if attention is None else {"attn_implementation": attention}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype_for(found, dtype, device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **chosen,
-        )
+        with _without_its_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype_for(found, dtype, device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # Told below, in a sentence; transformers would print a table and raise.
+                ignore_mismatched_sizes=True,
+                **chosen,
+            )
     except ImportError as error:
         raise ValueError(
             f"attention: got {attention!r}, which cannot be used here ({_line(error)})."
@@ -241,6 +247,7 @@ def load(
             f"model: {found.name} cannot be loaded as a causal language model ({_line(error)})."
         ) from None
     model, told = loaded
+    _check_sizes(told["mismatched_keys"], found.name)
     for kind, what in (
         ("missing_keys", "has no tensor for"),
         ("unexpected_keys", "holds what the model has no place for:"),
@@ -256,6 +263,35 @@ def load(
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()
+
+
+@contextmanager
+def _without_its_report() -> Iterator[None]:
+    """Without transformers' table of weights that are not as the model has them: they are told."""
+    report = logging.getLogger("transformers.modeling_utils")
+    kept = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(kept)
+
+
+def _check_sizes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], name: str) -> None:
+    """Raises ValueError for tensors of another shape than the configuration gives the weight."""
+    listed = sorted((key, tuple(of_file), tuple(of_model)) for key, of_file, of_model in mismatched)
+    if not listed:
+        return
+    key, of_file, of_model = listed[0]
+    more = f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""
+    raise ValueError(
+        f"{name}: {key} is {_shape(of_file)} in its weights and {_shape(of_model)} by its {CONFIG}"
+        f"{more}; accepted: the same. Take the {CONFIG} that belongs to the weights."
+    )
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return " × ".join(map(str, sizes)) or "a number"
 
 
 def _check_padding_row(model: PreTrainedModel, name: str) -> None:

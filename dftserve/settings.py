@@ -19,8 +19,50 @@ from dftserve.bounded_files import DEEPEST, INTEGERS, read_text
 
 T = TypeVar("T")
 
+SYNONYMS = {
+    "lr": "learning_rate",
+    "model_name_or_path": "model",
+    "data": "targets",
+    "dataset": "targets",
+    "store": "targets",
+    "out": "output",
+    "output_dir": "output",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "grad_accum": "accumulation",
+    "max_seq_length": "max_length",
+    "seq_len": "max_length",
+    "context_length": "max_length",
+    "optimizer": "optim",
+    "lr_scheduler_type": "schedule",
+    "scheduler": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "grad_clip": "clip",
+    "bf16": "precision",
+    "dtype": "precision",
+    "attn_implementation": "attention",
+    "lora_r": "lora",
+    "r": "rank",
+    "lambda": "target_weight",
+    "target_weight": "divergence",
+    "loss": "divergence",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "eval_steps": "evaluate_every",
+    "early_stopping_patience": "patience",
+    "logging_steps": "log_every",
+}
+"""What other trainers call a setting of ours: no spelling brings one to the other."""
 LARGEST = 1 << 16
 """Bytes of a file of settings."""
+MOST_TOLD = 5
+"""Unknown keys that an error names."""
 
 
 def load(cls: type[T], given: object, where: str) -> T:
@@ -47,6 +89,19 @@ def load(cls: type[T], given: object, where: str) -> T:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def check_field(cls: type, name: str, given: object, where: str) -> None:
+    """Raises ValueError where `given` is not of the type of a field, with the values that the
+    field's metadata lists as `accepted`."""
+    try:
+        _value(typing.get_type_hints(cls)[name], given, where)
+    except ValueError as error:
+        field = next(each for each in fields(cls) if each.name == name)
+        values = field.metadata.get("accepted")
+        raise ValueError(
+            f"{error} It takes {', '.join(values)}." if values else f"{error}"
+        ) from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -102,20 +157,29 @@ def _unbounded(text: str) -> str | None:
 
 
 def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) -> None:
-    """Raise ValueError for the first key that is not known, with the nearest name."""
+    """Raise ValueError for keys that are not known, with the nearest name of each."""
     known = list(known)
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"{where}: got the key {_shown(name)}; accepted: {among(name, known)}."
-            )
+    unknown = [name for name in given if name not in known]
+    if len(unknown) == 1:
+        name = unknown[0]
+        raise ValueError(f"{where}: got the key {_shown(name)}; accepted: {among(name, known)}.")
+    if unknown:
+        told = ", ".join(_shown(name) + _question(name, known) for name in unknown[:MOST_TOLD])
+        more = ", …" if len(unknown) > MOST_TOLD else ""
+        raise ValueError(f"{where}: got the keys {told}{more}; accepted: {', '.join(known)}.")
 
 
 def among(name: object, known: Iterable[str]) -> str:
     """The known names in a list and, where one is near, a question after it."""
     known = list(known)
-    close = nearest(name if isinstance(name, str) else _shown(name), known)
-    return ", ".join(known) + (f" (did you mean {close!r}?)" if close else "")
+    return ", ".join(known) + _question(name, known)
+
+
+def _question(name: object, known: Sequence[str]) -> str:
+    text = name if isinstance(name, str) else _shown(name)
+    close = SYNONYMS.get(text)
+    close = close if close in known else nearest(text, known)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -137,7 +201,8 @@ def _value(hint: Any, given: object, where: str) -> Any:
         return _value(choices[-1], given, where)
     if origin is tuple:
         if isinstance(given, str) or not isinstance(given, Sequence):
-            raise ValueError(f"{where}: got {_shown(given)}; accepted: a list.")
+            example = f", such as [{given}]" if isinstance(given, str) and given else ""
+            raise ValueError(f"{where}: got {_shown(given)}; accepted: a list{example:.80}.")
         return tuple(_value(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(given))
     if hasattr(hint, "__dataclass_fields__"):
         return given if isinstance(given, hint) else load(hint, given, where)

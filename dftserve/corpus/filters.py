@@ -11,7 +11,7 @@ lines that stand there before, at most .15 in 5-grams that do.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from dftserve.corpus.text import Text
@@ -49,7 +49,7 @@ class Filters:
     """Take out Gutenberg frames, licence paragraphs, cookie and navigation lines."""
     join_lines: bool = True
     """Join lines of prose that an editor wrapped; verse, lists, tables, records and code stay."""
-    strip: tuple[str, ...] = ()
+    strip: tuple[str, ...] = field(default=(), metadata={"accepted": STRIPS})
     """Take out `html` (tags), `comments` (HTML's), `front_matter`, `code` (fenced)."""
     max_boilerplate: float = 0.5
     """Share of licence paragraphs, cookie and navigation lines above which a text is dropped."""

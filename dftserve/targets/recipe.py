@@ -5,9 +5,9 @@
 
 YAML, shipped under recipes/ or the user's own:
 
-    name: mine
+    name: mine                          # else the file's
     about: What it is for, and why it is made so.
-    text: What text it wants.
+    text: What text it wants.           # these three may be left out
     defaults: {order: 5}                # of placeholders
     corpus: {min_words: 50}             # fields of corpus.filters.Filters
     store: {k: 6, draws: 6}
@@ -67,7 +67,8 @@ class Kept:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
-    about: str
+    """Without one, that of its file."""
+    about: str = ""
     text: str = ""
     corpus: Filters = field(default_factory=Filters)
     store: Kept = field(default_factory=Kept)
@@ -98,6 +99,7 @@ def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
     where = path.name
     if not isinstance(given, dict):
         raise ValueError(f"{where}: accepted: keys and values.")
+    given.setdefault("name", path.stem)
     defaults = given.pop("defaults", None) or {}
     if not isinstance(defaults, dict):
         raise ValueError(f"{where}.defaults: accepted: names and values.")
@@ -157,7 +159,10 @@ def _with_filters(corpus: Any, values: dict[str, str], where: str) -> Any:
     said = {name.removeprefix(OF_CORPUS): values.pop(name) for name in named}
     known = [each.name for each in dataclasses.fields(Filters)]
     settings.refuse_unknown(said, known, f"--set {OF_CORPUS}…")
-    return {**(corpus or {}), **{name: settings.parse_yaml(said[name], name) for name in said}}
+    read = {name: settings.parse_yaml(said[name], f"--set {OF_CORPUS}{name}") for name in said}
+    for name, value in read.items():
+        settings.check_field(Filters, name, value, f"--set {OF_CORPUS}{name}")
+    return {**(corpus or {}), **read}
 
 
 def _scalar(value: str) -> Any:

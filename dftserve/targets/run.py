@@ -91,9 +91,12 @@ def build(job: Job, say: Say = print) -> Manifest:
         KeyboardInterrupt: likewise.
     """
     recipe = recipes.load(job.recipe, job.values)
+    base = _base(job)
     tokenizer = _tokenizer(job.model)
     moment = _stopped_clock(tokenizer, job.out)
-    teachers = _examined(job, recipe, tokenizer)
+    if base is not None:
+        base.check_tokenizer(tokenizer)
+    teachers = _examined(recipe, tokenizer)
     texts = _told(read_all(job.corpus, job.heldout_from), say)
     corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
     documents, told = encode_all(
@@ -209,14 +212,19 @@ def _stopped_clock(tokenizer: PreTrainedTokenizerBase, out: Path) -> datetime | 
     return moment
 
 
-def _examined(job: Job, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
+def _base(job: Job) -> lm.Examined | None:
+    """The model that will be trained, refused as `lm.examine` does; None: a tokenizer alone."""
+    if Path(job.model).is_dir() and not (Path(job.model) / CONFIG).exists():
+        return None
+    return lm.examine(job.model, weights=False)
+
+
+def _examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
     """The teachers; refused, as the model that will be trained, before any text is read.
 
     Raises:
         ValueError: as `lm.examine`; or a tokenizer with more tokens than an embedding.
     """
-    if not Path(job.model).is_dir() or (Path(job.model) / CONFIG).exists():
-        lm.examine(job.model, weights=False).check_tokenizer(tokenizer)
     found = [lm.examine(model) for model in recipes.teacher_models(recipe)]
     for teacher in found:
         teacher.check_tokenizer(tokenizer)

@@ -499,7 +499,7 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
         )
         batches = dict(zip(each, stacked, strict=True))
     best = min(found, key=lambda name: found[name])
-    _say(f"target_weight {best}: held-out human NLL {found[best]:.4f} nats a token, of {found}")
+    _say(weights_shown(found, best))
     alike = [name for name in found if name != best and not _is_apart(batches[best], batches[name])]
     if alike:
         _say(
@@ -543,6 +543,16 @@ def probe_steps(config: TrainConfig, material: Material) -> int:
     """Of each candidate of `auto`."""
     third = steps_of(config, material) // (3 * len(config.divergence.to_try))
     return min(config.divergence.probe_steps, max(1, third))
+
+
+def weights_shown(tried: Mapping[str, float], best: str) -> str:
+    """The likelihood of each candidate of `auto`, a line each."""
+    width = max(map(len, tried))
+    lines = (
+        f"  {weight:<{width}}  {nll:.4f}{'  taken' if weight == best else ''}"
+        for weight, nll in tried.items()
+    )
+    return "\n".join(("Held-out human NLL by target_weight, nats a token:", *lines))
 
 
 def of_first_candidate(config: TrainConfig) -> TrainConfig:

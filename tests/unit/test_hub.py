@@ -100,3 +100,12 @@ for arguments in {wrong!r}:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_server_is_not_started_on_a_folder_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("dftserve.serve._command", lambda: "vllm")
+    refused = CliRunner().invoke(main, ["serve", "./no_such_model", "--dry-run"])
+    assert refused.exit_code == 2
+    assert "there is no such folder" in refused.output
+    for name in ("openai-community/gpt2", "s3://bucket/models/base"):
+        assert CliRunner().invoke(main, ["serve", name, "--dry-run"]).exit_code == 0

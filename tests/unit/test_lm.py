@@ -234,6 +234,10 @@ EARLY = {
         lambda folder: edited(folder, "config.json", model_type="mine"),
         "model_type 'mine'",
     ),
+    "damaged configuration": (
+        lambda folder: edited(folder, "config.json", num_attention_heads=5),
+        r"base/config\.json: transformers cannot use it \(.*attention heads.*correct it",
+    ),
     "tokens": (added_tokens, f"{VOCABULARY + 9} tokens and its embedding {VOCABULARY}"),
     "no folder": (shutil.rmtree, "there is no such folder"),
 }  # fmt: skip
@@ -347,6 +351,18 @@ def test_weights_without_a_place_are_refused_by_their_name(tmp_path):
     edited(base, "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"no place for: model\.layers\.1"):
         load(examine(base), dtype=torch.float32)
+
+
+def test_weights_of_another_shape_are_refused_in_a_sentence(tmp_path, capfd):
+    base = save_model(tmp_path / "base")
+    edited(base, "config.json", intermediate_size=64)
+    with pytest.raises(
+        ValueError, match=r"mlp\.down_proj\.weight is 32 × 48 in its weights"
+    ) as told:
+        load(examine(base), dtype=torch.float32)
+    assert "32 × 64 by its config.json (and 5 more)" in str(told.value)
+    assert str(told.value).startswith(str(base))
+    assert "MISMATCH" not in capfd.readouterr().err
 
 
 def test_a_family_that_zeroes_a_loaded_row_is_refused_with_what_to_do(tmp_path):

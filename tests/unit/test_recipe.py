@@ -170,6 +170,27 @@ def test_files_that_are_no_recipe(tmp_path, content, said):
         load(str(path))
 
 
+def test_a_recipe_is_named_by_its_file_and_needs_no_more_than_a_source(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("source: {ngram: {order: 3}}\n")
+    assert (load(str(path)).name, load(str(path)).about) == ("mine", "")
+
+
+def test_all_unknown_keys_are_told_at_once(written):
+    with pytest.raises(
+        ValueError, match=r"keys 'sorce' \(did you mean 'source'\?\), 'x'; accepted"
+    ):
+        load(written(sorce=1, x=2))
+
+
+def test_a_value_of_the_command_line_is_blamed_on_it_and_its_form_told():
+    with pytest.raises(ValueError, match=r"^--set corpus\.strip: got 'front_matter'.*list") as told:
+        load("technical", {"corpus.strip": "front_matter"})
+    assert "such as [front_matter]" in str(told.value)
+    assert "html, comments, front_matter, code" in str(told.value)
+    assert load("technical", {"corpus.strip": "[front_matter]"}).corpus.strip == ("front_matter",)
+
+
 def test_sources_within_sources_end(written):
     source: dict = NGRAM
     for _ in range(20):

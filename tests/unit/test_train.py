@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dftserve import checkpoint
+from dftserve.settings import SYNONYMS
 from dftserve.spec import Promise
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
@@ -32,6 +33,7 @@ from dftserve.train.run import (
     read,
     train,
     warmup_of,
+    weights_shown,
 )
 from dftserve.train.run_folder import RunFolder
 from tests.future import no_future_warnings
@@ -577,6 +579,35 @@ def test_a_wrong_setting_is_refused_by_name(change, says):
     given = {"model": "m", "targets": "t", "output": "o"} | change
     with pytest.raises(ValueError, match=says):
         configs.load(None, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("lr", "learning_rate"), ("per_device_train_batch_size", "batch_size")]
+)
+def test_what_other_trainers_call_a_setting_leads_to_ours(given, meant):
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        configs.load(None, {"model": "m", "targets": "t", "output": "o", given: "1"})
+
+
+def test_every_synonym_leads_to_a_setting():
+    kinds = (TrainConfig, DivergenceConfig, LoraConfig)
+    assert set(SYNONYMS.values()) <= {each.name for kind in kinds for each in fields(kind)}
+    assert not set(SYNONYMS) & {each.name for each in fields(TrainConfig)}
+
+
+def test_the_candidates_are_a_list_of_lines():
+    told = weights_shown({"0": 10.736137517668388, "0.6": 10.709326459946533}, "0.6")
+    assert told.splitlines()[1:] == ["  0    10.7361", "  0.6  10.7093  taken"]
+
+
+def test_verify_says_of_a_run_what_its_checkpoint_is(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="a run that has not ended; run the same train again"):
+        checkpoint.verify(tmp_path)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "checksums.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"it is a run; give its checkpoint, .*/final"):
+        checkpoint.verify(tmp_path)
 
 
 def test_a_learning_rate_in_yamls_own_dialect(tmp_path):
