@@ -136,6 +136,44 @@ def interval(found: dict[str, float | None], digits: int) -> str:
     return f"{value:.{digits}f} [{max(low or 0.0, 0.0):.{digits}f}, {high:.{digits}f}]"
 
 
+def words(document: dict[str, Any]) -> str:
+    """Both laws and their rivals on prompts that chose neither, from the most errors."""
+    essays, followed = document["other_essays"]["rows"], document["ifeval"]["rows"]
+    questions = document["mmlu"]["rows"]
+    measured = {"errors": 2, "unknown": 2, "self_bleu": 1}
+    shares = {"followed": followed, "right": questions, "unreadable": questions}
+    lines = [
+        "| | errors | unknown words | self-BLEU | IFEval | MMLU right | MMLU unreadable |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    named = {**essays, **followed, **questions}
+    for name in sorted(named, key=lambda n: -essays.get(n, NOTHING)["errors"]["value"]):
+        cells = [
+            interval(essays[name][key], digits) if name in essays else ""
+            for key, digits in measured.items()
+        ]
+        cells += [percent(rows[name][key]) if name in rows else "" for key, rows in shares.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    others, ifeval = document["other_essays"], document["ifeval"]
+    lines.append("")
+    lines.append(
+        f"`bench/words.py`: SmolLM2-135M-Instruct; {others['prompts']} essay prompts, "
+        f"{others['answers_to_each']} answers each, asked for after the first 60 had been seen; "
+        f"{ifeval['prompts']} prompts of IFEval all of whose instructions were followed, and "
+        f"{document['mmlu']['questions']} questions of MMLU in a chat, one answer each. Errors and "
+        "unknown words per 100 words; 95 % intervals."
+    )
+    return "\n".join(lines)
+
+
+NOTHING = {"errors": {"value": 0.0}}
+
+
+def percent(found: dict[str, float]) -> str:
+    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
+    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
+
+
 def first_law(document: dict[str, Any]) -> str:
     """Stock, the usual cut, and three levels of the field, on the well-trained stage."""
     rows = document["confirm"]["well-trained"]["settings"]
@@ -260,6 +298,7 @@ def short(reason: str) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real": real,
+    "words": words,
     "first_law": first_law,
     "overhead": overhead,
     "served": served,
@@ -279,7 +318,7 @@ PLACES = {
     **dict.fromkeys(
         (
             *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
-            "gpu",
+            *("gpu", "words"),
         ),
         "docs/results.md",
     ),

@@ -52,8 +52,8 @@ from dftserve.evaluate.metrics.intervals import (
 
 from provenance import machine, versions
 
-LEVELS = ("`words` .5", WORDS)
-"""The curve of the law, from the least varied."""
+LAWS = {WORDS: ("`words` .5", WORDS), GATED: ("`gated` .5", GATED)}
+"""Level 1 of a law, and its curve, from the least varied."""
 FEWER = 0.8
 """Errors at equal variety, over those of `gated`, that make `words` the default."""
 ALPHA = 0.05
@@ -83,7 +83,7 @@ def main(folder: Path, output: Path) -> None:
             "rows": instructions,
         },
         "mmlu": questions(by_setting(kept(folder), MMLU), mmlu(data_folder())),
-        "default": default(others["words_against"][GATED], instructions),
+        "default": default(others["against"][WORDS][GATED], instructions),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
@@ -97,17 +97,22 @@ def written_essays(
         "prompts": len(asked.prompts),
         "answers_to_each": asked.answers,
         "rows": {name: written(row) for name, row in rows.items()},
-        "words_against": {name: compared(rows, name) for name in rows if name not in LEVELS},
+        "against": {
+            law: {name: compared(rows, law, name) for name in rows if name not in LAWS[law]}
+            for law in LAWS
+        },
     }
 
 
-def compared(rows: Mapping[str, Mapping[str, Estimate]], other: str) -> dict[str, Any]:
-    """`words` at level 1 minus another setting, and the ratio of errors at the other's variety."""
+def compared(
+    rows: Mapping[str, Mapping[str, Estimate]], law: str, other: str
+) -> dict[str, dict[str, float]]:
+    """A law at level 1 minus another setting, and the ratio of errors at the other's variety."""
     found = {
-        key: with_p(difference(rows[other][key], rows[WORDS][key]))
+        key: with_p(difference(rows[other][key], rows[law][key]))
         for key in ("errors", "unknown", "self_bleu", "distinct_3")
     }
-    curve = [rows[name] for name in LEVELS if name in rows]
+    curve = [rows[name] for name in LAWS[law] if name in rows]
     equal = read_at(curve, "self_bleu", "errors", rows[other])
     if equal is not None:
         found["errors_ratio_at_equal_variety"] = with_p(

@@ -170,6 +170,13 @@ def test_fractions_and_decimals_are_compared(pair):
     assert same_number(*pair)
 
 
+def test_a_scale_counts_or_is_a_unit():
+    """`$4 million` is right where dollars are asked for, and where millions of dollars are."""
+    assert same_number("4 million", "4000000")
+    assert same_number("4 million", "4")
+    assert not same_number("4 million", "400")
+
+
 @pytest.mark.parametrize("read", [UNREADABLE, CUT, "", "1/0", "7:30"])
 def test_what_is_no_number_equals_none(read):
     assert not same_number(read, read)

@@ -91,6 +91,36 @@ def test_only_letters_of_the_question_are_read(letter):
     assert extract.choice(said, "ABCDEFGHIJ") == letter
 
 
+TURNS = (
+    " Wait, that's wrong. The answer is {}.", "\n\nCorrection: {}", " No, sorry, it's {}.",
+    "\n\nActually, on second thought, {}.", " Oops. It should be {}.", "... no, {}.",
+)  # fmt: skip
+
+
+@given(st.sampled_from("ABCD"), st.sampled_from("ABCD"), st.sampled_from(TURNS))
+def test_a_letter_that_is_taken_back_is_not_read(first, second, turn):
+    assert extract.choice(f"The answer is {first}.{turn.format(second)}") == second
+    assert extract.choice(f"The answer is {first}. That's wrong.") is None
+
+
+@given(st.integers(2, 999), st.integers(2, 999), st.sampled_from(TURNS))
+def test_a_number_that_is_taken_back_is_not_read(first, second, turn):
+    assert extract.number(f"The answer is {first}.{turn.format(second)}") == str(second)
+    assert extract.number(f"The answer is {first}. That's wrong.") is None
+
+
+@given(st.integers(0, 999), st.integers(1, 999), st.sampled_from("+-*"))
+def test_a_sum_is_read_as_its_value(left, right, sign):
+    value = {"+": left + right, "-": left - right, "*": left * right}[sign]
+    for frame in ("The answer is {}", "\\boxed{{{}}}", "#### {}", "So it is {}."):
+        assert extract.number(frame.format(f"{left} {sign} {right}")) == str(value)
+
+
+@pytest.mark.parametrize("said", ["9" * 5000, "10^99999", "9^9^9", "1e99999", "2" * 299 + "^9"])
+def test_a_number_without_end_is_unreadable(said):
+    assert extract.number(f"The answer is {said}") is None
+
+
 @given(st.integers(-(10**9), 10**9), st.text("ab \n$.", max_size=20), st.booleans())
 def test_any_number_is_found_where_it_stands(number, around, marked):
     said = f"{around} 7 {around}\n{'#### ' if marked else ''}{number}"

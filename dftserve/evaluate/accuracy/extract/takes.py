@@ -36,7 +36,9 @@ _BACK = re.compile(
     r"(?:mistake|error)\b|"
     rf"{_ITSELF}\s*(?:(?:['’]s|is|was|seems|looks)\s+(?:\w+ly\s+)?{_BAD}|"
     r"(?:isn|wasn|doesn|didn|can|couldn)['’]?t\s+(?:be\s+)?"
-    r"(?:right|correct|make\s+sense|match|fit|work)|can(?:not|\s+not)\s+be\s+(?:right|correct))\b)",
+    r"(?:right|correct|make\s+sense|match|fit|work)|can(?:not|\s+not)\s+be\s+(?:right|correct))\b"
+    # `It is wrong to say …`, `this is false for B`: not of what was said.
+    r"(?!\s+(?:to|for)\b))",
     re.IGNORECASE | re.MULTILINE,
 )
 """Takes back what the sentence before said, and begins a new take."""
@@ -86,7 +88,7 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
         if start < begun:
             begun = max(begun, end)
             continue
-        said = text[begun:start]
+        said = text[begun:start].lstrip(" \n,;:…—") if begun else text[:start]
         if not said.strip(_SIGNS):
             # `No, wait, sorry`: one turn.
             several[-1:] = [Take(each.text, each.is_withdrawn or is_back) for each in several[-1:]]
@@ -101,7 +103,8 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
             several[-1] = Take(several[-1].text, True)
         several.append(Take(said, is_stated))
         begun = end
-    return [*several, Take(text[begun:], False)]
+    said = text[begun:].lstrip(" \n,;:…—") if begun else text
+    return [*several, Take(said, False)]
 
 
 def _last_sentence(text: str) -> str:
