@@ -120,12 +120,24 @@ def engine_running(
 
 def _shared(name: str, *flags: str, env: dict[str, str] | None = None):
     @pytest.fixture(scope="session", name=name)
-    def engine_fixture(model_folder, tmp_path_factory):
+    def engine_fixture(model_folder, styles_folder, tmp_path_factory):
         place = tmp_path_factory.mktemp(name)
-        with engine_running(name, model_folder, place, *flags, env=env) as engine:
+        variables = {"DFTSERVE_STYLES": str(styles_folder), **(env or {})}
+        with engine_running(name, model_folder, place, *flags, env=variables) as engine:
             yield engine
 
     return engine_fixture
+
+
+@pytest.fixture(scope="session")
+def styles_folder(model_folder, tmp_path_factory) -> Path:
+    """The style profiles of v1 and v2: `habits`."""
+    from dftserve.styles import profile
+    from tests.styles import of_stories
+
+    folder = tmp_path_factory.mktemp("styles")
+    profile.write(folder / "habits", of_stories(model_folder))
+    return folder
 
 
 v1 = _shared("v1", FEW_BLOCKS)

@@ -1,9 +1,14 @@
 """Small style profiles for tests."""
 
+import random
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
+from dftserve.stories.grammar import generate
 from dftserve.styles.automaton import Automaton, Pattern, build, count_harms
 from dftserve.styles.profile import Harms, Phrase, Profile, Stored
 
@@ -62,3 +67,37 @@ def profile(automaton: Automaton, harms: Harms, log_ratio_P, **values) -> Profil
         bigram_delta_M=np.array([1.0, -1.0], np.float32),
     )
     return replace(made, **values)
+
+
+def of_stories(model_folder: Path) -> Stored:
+    """The profile `habits` of the stories' model: what its stories say most, and a tilt of fifty
+    tokens and a few pairs."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    source = random.Random(0)
+    texts = [tuple(tokenizer.encode(generate(source).text)) for _ in range(60)]
+    runs = Counter(text[n : n + 3] for text in texts for n in range(len(text) - 2))
+    often = [run for run, _ in runs.most_common(40)][::10]
+    patterns = [pattern(number, *run) for number, run in enumerate(often)]
+    vocabulary = len(tokenizer)
+    made = stored(patterns, log_ratio_P=(2.0, 1.0, 0.5, 3.0), vocabulary=vocabulary, texts=texts)
+    unigram_V = np.zeros(vocabulary, np.float32)
+    tokens = [token for token, _ in Counter(t for text in texts for t in text).most_common(50)]
+    unigram_V[tokens] = [source.uniform(-1.5, 1.5) for _ in tokens]
+    followers = sorted({(text[n], text[n + 1]) for text in texts[:2] for n in range(20)})
+    contexts = sorted({context for context, _ in followers})
+    profile_ = replace(
+        made.profile,
+        name="habits",
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        template_fingerprint=template_fingerprint(tokenizer),
+        unigram_V=unigram_V,
+        bigram_context_C=np.array(contexts, np.int32),
+        bigram_start_C=np.searchsorted([c for c, _ in followers], [*contexts, np.inf]).astype(
+            np.int32
+        ),
+        bigram_token_M=np.array([token for _, token in followers], np.int32),
+        bigram_delta_M=np.array([source.uniform(-2, 2) for _ in followers], np.float32),
+    )
+    return replace(made, profile=profile_)
