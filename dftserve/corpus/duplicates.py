@@ -5,8 +5,8 @@ the same texts in the same order always lose the same ones.
 """
 
 import re
+import unicodedata
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -18,8 +18,14 @@ PERMUTATIONS = 128
 SEED = 1
 WEIGHTS = (0.02, 0.98)
 """Of false and of missed candidates in the tables: the former are compared once more."""
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-"""Of a script without blanks a character counts as a word, else a clause would."""
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+"""Without the underscores of emphasis. In a script without blanks a character counts as a word,
+else a clause would."""
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufe00-\ufe0f\ufeff]"
+)
+"""Soft hyphens, joiners, marks of direction and the like."""
 _MIX = np.array(
     [0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(GRAM + 1)], dtype=np.uint64
 )
@@ -55,6 +61,8 @@ class Duplicates:
         # The tables of the hash let some pairs below the threshold through.
         near = [each for each in near if self._kept[each].jaccard(signature) >= self._threshold]
         if near:
+            # What equals this one later on is like that one too: this one is not remembered.
+            self._equal[within, content] = min(near)
             return min(near)
         self._near.insert(name, signature)
         self._kept[name] = signature
@@ -62,8 +70,11 @@ class Duplicates:
 
 
 def shingles(content: str, within: str = "") -> np.ndarray:
-    """uint32: a hash of each run of five words, without case and punctuation, with `within`."""
-    folded = content.casefold()
+    """uint32: a hash of each run of five words, without case and punctuation, with `within`.
+
+    However its characters are composed, and whatever stands invisible between them.
+    """
+    folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", content)).casefold()
     # A text of marks alone is told by these, an empty one by nothing.
     units = _WORD.findall(folded) or folded.split() or [""]
     words_W = np.array([zlib.crc32(unit.encode()) for unit in units], dtype=np.uint64)
@@ -73,45 +84,6 @@ def shingles(content: str, within: str = "") -> np.ndarray:
     hashes = (grams * _MIX[:size]).sum(axis=1) + within_1 * _MIX[-1:]
     # The high half of a product depends on every bit of its factors.
     return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
-
-
-class Families:
-    """Which texts are copies of one another, changed in some words, also by way of a third."""
-
-    def __init__(self, threshold: float | None) -> None:
-        """threshold: Jaccard similarity, in (0, 1); None: each text is a family of its own."""
-        self._threshold = threshold
-        self._signatures: dict[str, MinHash] = {}
-        self._first: list[int] = []
-        """Of each text, an earlier one of its family, or itself."""
-        self._near = None
-        if threshold is not None:
-            self._near = MinHashLSH(threshold, PERMUTATIONS, weights=WEIGHTS)
-
-    def add(self, contents: Iterable[str]) -> None:
-        """The next text, in pieces."""
-        number = len(self._first)
-        self._first.append(number)
-        if self._near is None or self._threshold is None:
-            return
-        for piece, content in enumerate(contents):
-            signature = signature_of(content)
-            for near in map(str, self._near.query(signature)):
-                if self._signatures[near].jaccard(signature) >= self._threshold:
-                    self._join(number, int(near.split()[0]))
-            name = f"{number} {piece}"
-            self._near.insert(name, signature)
-            self._signatures[name] = signature
-
-    def first(self, number: int) -> int:
-        """The first text of the family that a text is of; by their numbers in order."""
-        while self._first[number] != number:
-            number = self._first[number]
-        return number
-
-    def _join(self, one: int, other: int) -> None:
-        low, high = sorted((self.first(one), self.first(other)))
-        self._first[high] = low
 
 
 def signature_of(content: str, within: str = "") -> MinHash:

@@ -57,9 +57,10 @@ class Filters:
     """Jaccard similarity of word 5-grams from which on the later of two pieces is dropped; 1: only
     equal ones are, None: none is. Of conversations, answers to one prompt are compared. A copy
     with 3 % of its words changed has a similarity of .75, with 5 % .63, with 10 % .42."""
-    family_threshold: float | None = 0.4
-    """The same similarity from which on two texts are both trained on or both held out; None: each
-    text by itself. What a system turn says does not count."""
+    family_threshold: float | None = 0.25
+    """Share of the smaller text's word 5-grams that stand in the other, from which on two texts, or
+    pieces of them, are both trained on or both held out; None: each text by itself. Of
+    conversations, answers are compared."""
     special_tokens: str = "text"
     """Special tokens that a text spells (`<|im_end|>` in a document about templates): read as
     `text`, or `keep` as special tokens; `drop` leaves the text out."""

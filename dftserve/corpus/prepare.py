@@ -15,7 +15,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from dftserve.corpus.duplicates import Duplicates, Families
+from dftserve.corpus.duplicates import Duplicates
+from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, language_of, stripped, unwrapped, verdict
 from dftserve.corpus.records import opening, said
 from dftserve.corpus.text import Text
@@ -23,6 +24,8 @@ from dftserve.corpus.text import Text
 EXAMPLES = 3
 """Origins that a report names for each reason."""
 DUPLICATE = "near-duplicate"
+ANSWER_WORDS = 20
+"""A shorter answer may be the same to many prompts, and joins none of them."""
 TOLD = 200
 """Texts whose language is told: more would take longer than the rest."""
 LIKE_HELDOUT = "copy of a held-out text, or answer to its prompt"
@@ -130,25 +133,26 @@ def prepare(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
             f"such as min_words ({filters.min_words} here)."
         )
-    is_given = any(pieces[0].split == "heldout" for _, pieces in kept)
+    is_given = any(map(_is_aside, kept))
     draws = _draws(kept, filters, seed, report) if heldout or is_given else [1.0] * len(kept)
     if heldout and not is_given and len(set(draws)) == 1:
         raise ValueError(
-            f"the corpus is one text, copies of one, or answers to one prompt "
-            f"({kept[0][1][0].origin}; {_losses(report)}): none can be held out. Give more texts, "
-            "a book as a file a chapter, or hold out nothing (--heldout 0)."
+            f"the corpus is one text, copies of one in large part, or answers to one prompt "
+            f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out. Give more "
+            "texts, a book as a file a chapter, or hold out nothing (--heldout 0). Where texts "
+            "share a form and are no copies, corpus.family_threshold=null takes each by itself."
         )
     if is_given:
-        aside = {draw for draw, (_, pieces) in zip(draws, kept, strict=True) if _is_aside(pieces)}
+        aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_aside(text)}
     else:
         aside = _heldout(set(draws), heldout)
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
-    for draw, (_, pieces) in zip(draws, kept, strict=True):
-        if is_given and draw in aside and not _is_aside(pieces):
+    for draw, text in zip(draws, kept, strict=True):
+        if is_given and draw in aside and not _is_aside(text):
             report.kept -= 1
-            report.drop(LIKE_HELDOUT, pieces[0].origin)
+            report.drop(LIKE_HELDOUT, text.pieces[0].origin)
         else:
-            splits["heldout" if draw in aside else "train"] += pieces
+            splits["heldout" if draw in aside else "train"] += text.pieces
     report.heldout_asked = 0.0 if is_given else heldout
     if not splits["train"]:
         raise ValueError(f"nothing is left to train on: {_losses(report)}; give more texts.")
@@ -158,10 +162,18 @@ def prepare(
     return Corpus(tuple(splits["train"]), tuple(splits["heldout"]), report)
 
 
-def _kept(
-    texts: Iterable[Text], filters: Filters, report: Report
-) -> Iterator[tuple[str, list[Text]]]:
-    """The whole content of each text that stays, and its pieces."""
+@dataclass(frozen=True)
+class _Kept:
+    """A text of which something stays."""
+
+    content: str
+    """The whole of it."""
+    pieces: Sequence[Text]
+    copied: Collection[int]
+    """The texts, by their numbers among those that stay, that dropped pieces are copies from."""
+
+
+def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_Kept]:
     duplicates = Duplicates(filters.duplicate_threshold)
     for text in texts:
         report.read += 1
@@ -171,12 +183,15 @@ def _kept(
             continue
         bare = stripped(text, filters)
         clean = unwrapped(bare, filters)
-        pieces = []
+        pieces: list[Text] = []
+        copied: set[int] = set()
         for number, piece in enumerate(cut(clean, filters.split_words)):
-            prompt, name = opening(piece), f"{report.read} {number}"
-            if duplicates.of(piece.content[len(prompt) :], name, within=prompt) is None:
+            prompt, name = opening(piece), f"{report.kept} {number}"
+            known = duplicates.of(piece.content[len(prompt) :], name, within=prompt)
+            if known is None:
                 pieces.append(piece)
             else:
+                copied.add(int(known.split()[0]))
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
             if report.kept < TOLD and len(clean.content.split()) >= filters.language_min_words:
@@ -185,39 +200,47 @@ def _kept(
             report.kept += 1
             report.stripped += bare is not text
             report.joined += clean is not bare
-            yield clean.content, pieces
+            yield _Kept(clean.content, pieces, copied)
 
 
-def _is_aside(pieces: Sequence[Text]) -> bool:
-    return pieces[0].split == "heldout"
+def _is_aside(text: _Kept) -> bool:
+    return text.pieces[0].split == "heldout"
 
 
-def _draws(
-    kept: Sequence[tuple[str, list[Text]]], filters: Filters, seed: int, report: Report
-) -> list[float]:
+def _draws(kept: Sequence[_Kept], filters: Filters, seed: int, report: Report) -> list[float]:
     """Of each text, in [0, 1): equal for answers to one prompt, and for texts of one family.
 
     A family draws by its first text, so that a text which is added behind moves none.
     """
     families = Families(filters.family_threshold)
-    openings: dict[str, int] = {}
-    firsts = []
-    for number, (content, pieces) in enumerate(kept):
-        families.add(map(_of_both, pieces))
-        firsts.append(openings.setdefault(opening(pieces[0]) or content, number))
-    found = [families.first(firsts[families.first(number)]) for number in range(len(kept))]
-    for number, first in enumerate(found):
-        if first != number and firsts[number] == number:
-            report.note("near-copies kept on one side", kept[number][1][0].origin)
-    return [_draw(opening(kept[first][1][0]) or kept[first][0], seed) for first in found]
+    prompts: dict[str, int] = {}
+    answered = []
+    for number, text in enumerate(kept):
+        families.add(_compared(text.pieces))
+        answered.append(prompts.setdefault(opening(text.pieces[0]) or text.content, number))
+        families.join(number, answered[-1])
+        for other in text.copied if filters.family_threshold is not None else ():
+            families.join(number, other)
+    firsts = families.firsts()
+    for number, first in enumerate(firsts):
+        if first != number and answered[number] == number:
+            report.note("near-copies kept on one side", kept[number].pieces[0].origin)
+    return [_draw(opening(kept[first].pieces[0]) or kept[first].content, seed) for first in firsts]
 
 
-def _of_both(text: Text) -> str:
-    """What is said in a conversation but by the system, which may be the same in all."""
-    turns = text.messages
-    if turns is None:
-        return text.content
-    return "\n\n".join(said(turn) for turn in turns if turn["role"] != "system")
+def _compared(pieces: Sequence[Text]) -> Iterator[str]:
+    """What families are told by; of a conversation what is learnt, which is the answers.
+
+    Instructions and passages may be the same in all prompts, and so may short answers.
+    """
+    for piece in pieces:
+        turns = piece.messages
+        if turns is None:
+            yield piece.content
+            continue
+        answers = "\n\n".join(said(turn) for turn in turns if turn["role"] == "assistant")
+        if len(answers.split()) >= ANSWER_WORDS:
+            yield answers
 
 
 def _draw(content: str, seed: int) -> float:

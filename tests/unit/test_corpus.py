@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 
 import datasets
 import pyarrow
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dftserve import settings
+from dftserve.corpus import families as families_module
 from dftserve.corpus import filters as filters_module
 from dftserve.corpus import read as read_module
 from dftserve.corpus.duplicates import Duplicates, shingles
+from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, cleaned, verdict
 from dftserve.corpus.prepare import DUPLICATE, cut, prepare
 from dftserve.corpus.read import read
@@ -479,6 +482,110 @@ def test_copies_of_one_another_stay_on_one_side():
     assert {each.origin.split("/")[0] for each in corpus.train} & {
         each.origin.split("/")[0] for each in corpus.heldout
     }
+
+
+def are_family(one: str, other: str) -> bool:
+    """Whether a text is dropped for another or kept on its side, in pieces of 300 words."""
+    given_ = [text(one, "one.txt"), text(prose(40, 500), "third.txt"), text(other, "other.txt")]
+    corpus = prepare(given_, Filters(min_words=0, split_words=300), heldout=0.5)
+    parts = [{each.origin.split("#")[0] for each in p} for p in (corpus.train, corpus.heldout)]
+    found = "near-copies kept on one side" in corpus.report.noted
+    is_gone = all("other.txt" not in part for part in parts)
+    assert is_gone or not found or {"one.txt", "other.txt"} in parts
+    return found or is_gone
+
+
+def interleaved(content: str) -> str:
+    """Each third paragraph, from the first on, the second and the third."""
+    parts = content.strip().split("\n\n")
+    return "\n\n".join([*parts[::3], *parts[1::3], *parts[2::3]])
+
+
+BOOK = prose(900, 7)
+ACCENTED = BOOK.replace("e", "é")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *(prose(words, 8) + "\n" + BOOK for words in (150, 290)),
+        " ".join(BOOK.split()[:100]),
+        " ".join(BOOK.split()[400:490]),
+        interleaved(BOOK),
+        changed(BOOK, 0.15, 1),
+        BOOK.replace("er", "e\u00adr").replace("in", "i\u200bn"),
+        unicodedata.normalize("NFD", ACCENTED),
+    ],
+    ids=lambda content: f"{len(content.split())} words",
+)
+def test_copies_in_part_are_on_one_side(other):
+    """An edition with a foreword, an excerpt, paragraphs shuffled, words changed, other forms."""
+    assert are_family(ACCENTED if "é" in unicodedata.normalize("NFC", other) else BOOK, other)
+
+
+def test_other_texts_are_no_family():
+    assert not are_family(BOOK, prose(300, 9))
+    assert not are_family(BOOK, prose(900, 9))
+
+
+def test_a_text_whose_first_piece_goes_as_a_copy_is_of_that_family():
+    known = Duplicates(0.6)
+    first, edited = prose(300), changed(prose(300), 0.03, 1)
+    assert known.of(first, "0 0") is None
+    assert [known.of(edited, name) for name in ("1 0", "2 0")] == ["0 0", "0 0"]
+    copy = first.strip() + "\n\n" + prose(290, 5)
+    assert are_family(first, copy)
+
+
+def test_unrelated_real_texts_are_no_family(data):
+    """Of 5,000 passages of 100 words from novels; those of one novel may quote one another."""
+    families, owners = Families(Filters().family_threshold), []
+    for number, path in enumerate(sorted((data / "books" / "heldout").glob("*.txt"))[1:11]):
+        words = path.read_text().split()[2000:22_000]
+        for start in range(0, len(words) - 100, 100):
+            families.add([" ".join(words[start : start + 100])])
+            owners.append(number)
+    firsts = families.firsts()
+    assert all(owners[first] == owner for first, owner in zip(firsts, owners, strict=True))
+    assert sum(first != number for number, first in enumerate(firsts)) <= 5
+
+
+def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
+    monkeypatch.setattr(families_module, "MOST", 4000)
+    families = Families(0.25)
+    for seed in range(30):
+        families.add([prose(300, seed), prose(300, seed + 100)])
+        families.add([changed(prose(300, seed), 0.1, seed)])
+    assert sum(map(len, families._grams)) <= 4000
+    assert families.firsts() == [number - number % 2 for number in range(60)]
+
+
+def test_one_instruction_in_all_prompts_makes_no_family():
+    instruction = prose(200, 99)
+    listed = [
+        answered(f"{instruction}\n\n{prose(20, seed)}", prose(words, seed + 50), f"c:{seed}")
+        for words in (8, 60)
+        for seed in range(30)
+    ]
+    corpus = prepare(listed, ANY, heldout=0.3)
+    assert corpus.report.noted == {}
+    assert 0.05 < corpus.report.heldout_share < 0.6
+
+
+def test_answers_that_are_copies_are_on_one_side():
+    listed = [answered(prose(20, seed), prose(60, seed // 2 + 50), f"{seed}") for seed in range(40)]
+    corpus = prepare(listed, ANY, heldout=0.3)
+    found = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
+    assert not found[0] & found[1]
+
+
+def test_letters_of_one_form_are_refused_with_the_way_out():
+    form = prose(200, 99)
+    letters = [text(f"{form}\n{prose(160, seed)}", f"{seed}.txt") for seed in range(10)]
+    with pytest.raises(ValueError, match=r"corpus\.family_threshold=null"):
+        prepare(letters, ANY)
+    apart = settings.load(Filters, {"min_words": 0, "family_threshold": None}, "corpus")
+    assert prepare(letters, apart).heldout
 
 
 def test_what_the_system_says_makes_no_family():
