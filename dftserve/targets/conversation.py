@@ -296,7 +296,7 @@ def _stops(tokenizer: PreTrainedTokenizerBase, tokens_N: np.ndarray, trained_N: 
     }
     ends = np.flatnonzero(trained_N & ~np.append(trained_N[1:], False))
     for end in ends.tolist():
-        while end > 0 and trained_N[end] and not tokenizer.decode([int(tokens_N[end])]).strip():
+        while trained_N[end] and not str(tokenizer.decode([int(tokens_N[end])])).strip():
             end -= 1
         if trained_N[end] and int(tokens_N[end]) in special:
             return True
