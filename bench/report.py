@@ -159,9 +159,9 @@ def words(document: dict[str, Any]) -> str:
     lines.append(
         f"`bench/words.py`: SmolLM2-135M-Instruct; {others['prompts']} essay prompts, "
         f"{others['answers_to_each']} answers each, asked for after the first 60 had been seen; "
-        f"{ifeval['prompts']} prompts of IFEval all of whose instructions were followed, and "
-        f"{document['mmlu']['questions']} questions of MMLU in a chat, one answer each. Errors and "
-        "unknown words per 100 words; 95 % intervals."
+        f"IFEval: of {ifeval['prompts']} prompts, those all of whose instructions were followed; "
+        f"MMLU: of {document['mmlu']['questions']} questions in a chat, by one answer each. Errors "
+        "and unknown words per 100 words; 95 % intervals."
     )
     return "\n".join(lines)
 
