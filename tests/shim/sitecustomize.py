@@ -54,14 +54,14 @@ def _faulty(module):
         with open(f"{name}.count", "ab") as count:
             count.write(b"." * times)
 
-    def failing(logits_XV, step, slots, way):
+    def failing(logits_XV, step, slots, *rest):
         if os.path.exists(f"{trigger}.nan"):
             counted(f"{trigger}.nan", len(step.slot_R))
-            return transform_step(logits_XV * float("nan"), step, slots, way)
+            return transform_step(logits_XV * float("nan"), step, slots, *rest)
         if not os.path.exists(trigger):
-            return transform_step(logits_XV, step, slots, way)
+            return transform_step(logits_XV, step, slots, *rest)
         counted(trigger, 1)
-        transform_step(logits_XV.clone(), step, copy.deepcopy(slots), way)
+        transform_step(logits_XV.clone(), step, copy.deepcopy(slots), *rest)
         raise RuntimeError("an injected fault")
 
     module.transform_step = failing

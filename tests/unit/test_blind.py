@@ -396,8 +396,8 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
     refused([empty], "answers: got none")
     refused([], "answers: got none")
     refused([good], "not JSON", tmp_path / "blind.html")
-    refused([key_file], "got the key 'question'")
-    refused([good], "got the key 'judge'", good)
+    refused([key_file], "got the keys 'question'")
+    refused([good], "got the keys 'judge'", good)
     for name, value, said in (
         ("trial", "0123", "the trial '0123', which the key has not"),
         ("shown", [0, 0], r"shown: got \[0, 0\]"),

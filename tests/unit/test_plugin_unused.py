@@ -93,7 +93,8 @@ def test_an_engine_keeps_one_backend_for_all_its_steps(monkeypatch):
     seen = []
     processors = [V1Processor(config(), torch.device("cpu"), False) for _ in range(2)]
 
-    def noting(logits_XV, step, slots, backend):
+    def noting(logits_XV, step, slots, backend, style_stage):
+        assert style_stage is None
         seen.append(backend)
         return backend.step(logits_XV, step, slots)
 

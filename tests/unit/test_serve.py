@@ -86,7 +86,7 @@ def is_gone(pid: int) -> bool:
 # launch
 
 
-@given(words, st.lists(words))
+@given(st.from_regex(r"[a-z0-9-]{1,20}", fullmatch=True), st.lists(words))
 def test_the_argv_is_the_model_and_the_flags_as_they_were_given(model, flags):
     command = launch(model, flags)
     assert command.argv[1:] == ("serve", model, *flags)

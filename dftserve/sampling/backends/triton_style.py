@@ -441,7 +441,7 @@ def _restyle_row(
     tl.debug_barrier()
     _take_out(row, stop_ids, stops, vocabulary, STOPS)
     tl.debug_barrier()
-    source = (row, active, listed * CHUNK, vocabulary, peak, divisor, threshold)
+    source = (row, active, listed * CHUNK, vocabulary, peak, divisor, threshold, _INFINITY)
 
     # 2. The content's maximum.
     top_K = tl.full([BLOCK], _ABSENT, tl.float32)
