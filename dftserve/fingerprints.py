@@ -15,7 +15,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         tokenizer: of `transformers`, fast or slow.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    core = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab())
+    core = (
+        json.loads(backend.to_str())
+        if backend is not None
+        else sorted(tokenizer.get_vocab().items())
+    )
     if isinstance(core, dict):
         # How one call pads and cuts is not what the tokenizer is.
         core = {name: core[name] for name in core if name not in ("truncation", "padding")}

@@ -80,7 +80,8 @@ def transform_step(
         As `transform`; an idle row counts as invalid.
 
     Raises:
-        ValueError: as `transform`, or texts without a style stage. A backend that checks the slots
+        ValueError: as `transform`, or texts without a style stage. Where the law fails behind a
+            style, the rows are as the style left them. A backend that checks the slots
             raises IndexError before it writes anything; a GPU's does not look at them.
     """
     _check_logits(logits_XV)

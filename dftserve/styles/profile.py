@@ -576,7 +576,9 @@ def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:
-    return blake3(_json({**manifest, "blake3": ""}).encode()).hexdigest()
+    # A lone surrogate, which JSON may hold, is a difference like any other.
+    content = _json({**manifest, "blake3": ""}).encode("utf-8", "surrogatepass")
+    return blake3(content).hexdigest()
 
 
 def _json(content: object) -> str:

@@ -19,9 +19,10 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
 from dftserve import fingerprints, spec
 from dftserve.sampling.slots import COLUMNS, COUNT, HELD_BACK, KL, STRENGTH
+from dftserve.sampling.style.tables import DEEPEST
 from dftserve.styles import profile as profiles
 from tests.style_reference import style_reference
-from tests.styles import stored
+from tests.styles import pattern, stored
 
 V = 40
 CPU = torch.device("cpu")
@@ -320,6 +321,15 @@ def test_profiles_that_do_not_fit_the_engine_are_refused_by_their_names(monkeypa
         profiles.write(tmp_path / name, stored(vocabulary=vocabulary, name=name, **values))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / profiles.MANIFEST).write_text("{")
+    surrogate = (tmp_path / "fits" / profiles.MANIFEST).read_text()
+    (tmp_path / "surrogate").mkdir()
+    (tmp_path / "surrogate" / profiles.MANIFEST).write_text(
+        surrogate.replace('"words": 10', '"\\ud800": 10')
+    )
+    long = pattern(0, *(n % V for n in range(DEEPEST + 1)))
+    deep = stored([long], log_ratio_P=(1.0,), vocabulary=V, tokenizer_fingerprint=own, name="deep")
+    profiles.write(tmp_path / "deep", deep)
+    (tmp_path / "lost+found").mkdir()
     monkeypatch.setattr("dftserve_vllm.vocabulary.tokenizer", lambda model_config: tokenizer)
     model = SimpleNamespace(get_vocab_size=lambda: V)
     given = config(model_config=model, use_v2_model_runner=True)
@@ -327,7 +337,10 @@ def test_profiles_that_do_not_fit_the_engine_are_refused_by_their_names(monkeypa
     monkeypatch.setenv(styles.VARIABLE, str(tmp_path))
     found = styles.of_engine(given)
     assert [profile.name for profile in found.profiles] == ["fits"]
-    assert set(found.refused) == {"other", "templated", "larger", "broken"}
+    refused = {"other", "templated", "larger", "broken", "surrogate", "deep"}
+    assert set(found.refused) == refused
+    assert "256 tokens" in found.refused["deep"]
+    assert str(tmp_path) not in "".join(found.refused.values())
     assert "another tokenizer" in found.refused["other"]
     assert "columns of logits" in found.refused["larger"]
     assert styles.of_engine(given).profiles is found.profiles, "read once"
@@ -344,3 +357,24 @@ def test_v1_with_asynchronous_scheduling_refuses_every_style(monkeypatch, tmp_pa
     given.scheduler_config.async_scheduling = True
     refusal = styles.of_engine(given).refusal_of(spec.Style(name="small"))
     assert "--no-async-scheduling" in str(refusal)
+    assert styles.of_engine(given).profiles == ()
+
+
+@pytest.mark.parametrize("default", ['{"law": "xtc", "xtc_probability": 0.5}', "0.5"])
+def test_an_operator_s_default_steps_back_where_a_style_cannot_be_beside_it(
+    configured, monkeypatch, default
+):
+    monkeypatch.setattr(
+        request_params, "default_diversity", lambda: spec.parse_json(default, "default")
+    )
+    carried = ask(style="small").extra_args
+    assert carried["style"]["name"] == "small"
+    assert carried["diversity"]["level" if default == "0.5" else "law"] in (0.5, "gated")
+
+
+def test_a_client_s_min_p_is_its_own_beside_an_operator_s_default(configured, monkeypatch):
+    guard = spec.parse({"law": "guard", "min_p": 0.05})
+    monkeypatch.setattr(request_params, "default_diversity", lambda: guard)
+    params = ask(min_p=0.1)
+    assert params.min_p == 0.1
+    assert "diversity" not in (params.extra_args or {})

@@ -155,8 +155,12 @@ class StyleTables:
         return torch.where(is_known_X, delta_X, 0.0)
 
 
+DEEPEST = 256
+"""Tokens of the longest phrase that an engine takes: each row looks that far back."""
+
+
 def depth_of(profiles: Sequence[ProfileArrays]) -> int:
-    """Tokens of a text that its state depends on, at most."""
+    """Tokens of a text that its state depends on, at most; more than `DEEPEST` are not counted."""
     return max(_depth(profile) for profile in profiles)
 
 
@@ -195,7 +199,7 @@ def _depth(profile: ProfileArrays) -> int:
     is_seen = np.zeros(states, bool)
     is_seen[0] = True
     reached, depth = np.unique(profile.root_next_V), 0
-    while len(reached := reached[~is_seen[reached]]):
+    while len(reached := reached[~is_seen[reached]]) and depth <= DEEPEST:
         depth += 1
         is_seen[reached] = True
         is_from = np.zeros(states, bool)

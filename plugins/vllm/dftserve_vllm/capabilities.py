@@ -24,6 +24,7 @@ def capabilities() -> dict[str, Any]:
         },
         "styles": [profile.name for profile in engine.styles().profiles],
         "styles_refused": dict(engine.styles().refused),
+        "styles_unavailable": engine.styles().unavailable,
         "default": default and default.as_dict(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
         "answers": True,

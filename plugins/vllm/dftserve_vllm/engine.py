@@ -82,6 +82,12 @@ def _unfit() -> str | None:
             "vLLM replaces the sampler for diffusion language models, and no logits processor "
             "runs; serve an autoregressive model"
         )
+    parallel = getattr(_config, "parallel_config", None)
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        return (
+            "--enable-batch-sharded-sampling shows each rank a part of the batch, whose figures "
+            "could not be told apart; drop it"
+        )
     speculative = _config.speculative_config
     if speculative is None:
         return None

@@ -37,7 +37,9 @@ class Metrics:
             "Choices that ended without statistics from the engine.",
             ["model_name"],
         )
-        self.tokens = Counter("dft:tokens", "Tokens sampled with an active diversity.", PER_ENGINE)
+        self.tokens = Counter(
+            "dft:tokens", "Tokens sampled with an active diversity or style.", PER_ENGINE
+        )
         self.faults = Counter(
             "dft:faults", "Faults of the plug-in in a worker; rows passed unchanged.", PER_ENGINE
         )

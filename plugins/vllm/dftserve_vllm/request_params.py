@@ -55,6 +55,8 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
 
         asked, style = _asked(request), _asked_style(request)
         diversity = asked or _default(request)
+        if asked is None and diversity is not None and clash(diversity, style) is not None:
+            diversity = None  # The operator's default steps back.
         if diversity is None and style is None:
             return _stripped(params_with(given))
         has_diversity, diversity = diversity is not None, diversity or OFF
@@ -191,8 +193,8 @@ def _marked(
         if is_default:
             return _stripped(params)
         message = (
-            f"stop_token_ids: got {len(params.stop_token_ids)} beside {DIVERSITY}; accepted: at "
-            f"most {MAX_STOP_IDS}, since the law looks each of them up at every step."
+            f"stop_token_ids: got {len(params.stop_token_ids)} beside {DIVERSITY} or {STYLE}; "
+            f"accepted: at most {MAX_STOP_IDS}, since each is looked up at every step."
         )
         raise _bad_request(message, "stop_token_ids")
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
@@ -206,6 +208,8 @@ def _marked(
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         if diversity.min_p is not None and diversity.min_p != params.min_p:
+            if is_default:
+                return _stripped(params)
             message = (
                 f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
                 "accepted: one of them, or both the same."

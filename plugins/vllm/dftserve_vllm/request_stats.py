@@ -98,7 +98,8 @@ class RequestStats:
             self._left.popitem(last=False)
 
     def apply(self, logits_XV: Tensor, step: Step) -> None:
-        """Transform the rows in place; if it raises, they are as they were."""
+        """Transform the rows in place; if it raises, they are as they were, or as a style, which
+        comes before the law, has left them."""
         transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
 
     def end_step(self, positions: list[int], slots: Array, always: list[bool]) -> None:

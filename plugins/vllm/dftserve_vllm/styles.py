@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dftserve import fingerprints, spec
 from dftserve.sampling import StyleControls
+from dftserve.sampling.style.tables import DEEPEST, depth_of
 from dftserve_vllm import vocabulary
 
 if TYPE_CHECKING:
@@ -100,8 +101,16 @@ def of_engine(vllm_config: Any) -> Styles:
             "asynchronous scheduling; use --no-async-scheduling or the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
-    loaded = _load(Path(folder), vocabulary.Identity(model_config))
-    return Styles(loaded.profiles, loaded.refused, unavailable or loaded.unavailable)
+    if unavailable is not None:
+        _tell(unavailable)
+        return Styles(unavailable=unavailable)
+    return _load(Path(folder), vocabulary.Identity(model_config))
+
+
+@lru_cache
+def _tell(reason: str) -> None:
+    """Once in a process."""
+    logger.warning("styles: none are available: %s", reason)
 
 
 @lru_cache(maxsize=8)
@@ -111,10 +120,13 @@ def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
         from dftserve.styles import profile as profiles
 
         fitting = _Fitting.of(identity.model_config)
-        found = sorted(each for each in folder.iterdir() if (each / profiles.MANIFEST).exists())
-    except Exception as error:  # Code of the model's own among them; the server must start.
+        # os.path.exists is False for what may not be looked at, such as a volume's lost+found.
+        found = [
+            each for each in sorted(folder.iterdir()) if os.path.exists(each / profiles.MANIFEST)
+        ]
+    except Exception:  # Code of the model's own among them; the server must start.
         logger.warning("styles: none are available", exc_info=True)
-        return Styles(unavailable=f"no style could be loaded ({error}); see {VARIABLE}")
+        return Styles(unavailable=f"no style could be loaded ({VARIABLE}); the log says why")
     made: dict[str, Profile] = {}
     refused: dict[str, str] = {}
     for place in found:
@@ -126,8 +138,9 @@ def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
                 raise profiles.ProfileError(f"another profile in {VARIABLE} has the name {name!r}.")
             fitting.check(profile)
             made[name] = profile
-        except (profiles.ProfileError, OSError) as error:
-            refused.setdefault(name, str(error))
+        except Exception as error:  # noqa: BLE001 - the server and the other profiles start
+            # The log has the whole path; who asks for the style is told the file alone.
+            refused.setdefault(name, str(error).replace(str(place), place.name))
             logger.warning("styles: %r is refused: %s", name, error)
     logger.info("styles: %s", ", ".join(made) or f"no profile in {folder} is in force")
     return Styles(tuple(made.values()), refused)
@@ -154,3 +167,7 @@ class _Fitting:
         profile.belongs_to(
             tokenizer=self.tokenizer, template=self.template, vocabulary=self.vocabulary
         )
+        if depth_of([profile]) > DEEPEST:
+            raise ValueError(
+                f"phrases: got one of more than {DEEPEST} tokens; accepted: shorter ones."
+            )
