@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from dftserve_vllm import v2 as v2_module
 from dftserve_vllm.v2 import V2Processor
 from vllm import SamplingParams
 
@@ -51,6 +52,16 @@ def changed(processor: V2Processor, slots: tuple[int, ...] = (0, 1, 2)) -> list[
     )
     assert processor.apply(after_RV, context) is after_RV
     return (after_RV != logits_RV).any(dim=1).tolist()
+
+
+@pytest.mark.parametrize(("rows", "tells"), [(0, True), (4, True), (5, False)])
+def test_no_figures_where_drafts_may_be_verified_in_parts(v2, monkeypatch, rows, tells):
+    """A part's requests have other places than the batch's; without drafts there are no parts."""
+    v2.stats.take_report()
+    monkeypatch.setattr(v2_module, "PART_BYTES", 4 * 4 * V)
+    monkeypatch.setattr(v2, "_verified_rows", rows)
+    assert changed(v2) == [True, False, False]
+    assert (v2.stats.take_report() is not None) == tells
 
 
 def breaking(*_, **__):

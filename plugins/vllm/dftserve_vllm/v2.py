@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+PART_BYTES = 1 << 30
+"""float32 logits of drafts that vLLM verifies at once (`MAX_CHUNK_BYTES` of rejection_sampler.py);
+more are verified in parts, of which a processor does not learn whose place in the batch they have.
+"""
+
+
 class V2Processor(LogitsProcessor):
     """Keeps one row of controls for each slot; a step reads them, and what the runner has on the
     device itself, by slot."""
@@ -38,6 +44,7 @@ class V2Processor(LogitsProcessor):
         self._styles = styles.of_engine(vllm_config)
         self.stats = RequestStats(slots, 1 + drafts, device, classes, self._styles.profiles)
         self._controls = SlotControls(slots, device)
+        self._verified_rows = slots * (1 + drafts) if drafts else 0
         self._is_active = np.zeros(slots, dtype=bool)
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
@@ -92,7 +99,8 @@ class V2Processor(LogitsProcessor):
             if is_active_B.any():
                 with self.stats.isolated():
                     self._apply(logits, ctx, is_active_B)
-                self._report(ctx, is_active_B)
+                if 4 * self._verified_rows * logits.shape[1] <= PART_BYTES:
+                    self._report(ctx, is_active_B)
         return logits
 
     def _apply(self, logits: torch.Tensor, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
