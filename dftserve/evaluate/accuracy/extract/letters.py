@@ -127,12 +127,19 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _REFUSED = re.compile(
-    r"[^.\n]*?(?:\b(?:is|was)\s+(?:not|wrong|incorrect|false|out)\b|\bisn['’]?t\b)"
-    r"|[^.\n]*[-–—:]\s*(?:no|wrong|incorrect|false)\W*$",
+    r"\s+(?:is|was)\s+not\b"
+    r"|[\s.):]*(?:(?:wrong|incorrect)(?=\W*$|\W+(?:because|since|as)\b)"
+    r"|(?:is|was)\s+(?:(?:wrong|incorrect|false)\b|out\W*$)"
+    r"|(?:(?:is|was)\s+not|isn['’]?t|wasn['’]?t)\s+(?:the\s+)?"
+    r"(?:correct|right|true|best|answer|it)\b)"
+    r"|\s*[-–—]\s*(?:wrong|incorrect)\W*$"
+    r"|\W*\w.*(?:\s-|[–—])\s*(?:no|wrong|incorrect|false)\W*$",
     re.IGNORECASE,
 )
-"""After a label: the option is not the answer."""
-_TOLD = re.compile(r"\b(?:correct\s+)?answer\s+(?:is|was)\s+([^.\n]+)", re.IGNORECASE)
+"""After a label: the option is not the answer. A negation further on is the option's own:
+`B. The covenant is not enforceable`, `B. is not liable`, `B. No`, `B. Wrong, Not wrong`."""
+_NUMBER = r"[$€£]?(-?\d(?:[\d.,]*\d)?)(?!\s*[×+/=^-])"
+_TOLD = re.compile(rf"\b(?:correct\s+)?answer\s+(?:is|was)\s+{_NUMBER}", re.IGNORECASE)
 _CONCLUDED = re.compile(
     r"(?:\b|(?=[选選]))(?:it['’]s|it\s+is|it\s+(?:must|should|would)\s+be|it\s+should\s+have\s+been|it\s+has\s+to\s+be|that['’]s|that\s+is|this\s+is|so|"
     r"therefore|thus|hence|choose|pick|select|selecting|chose|going\s+with|go\s+with|goes\s+with|"
@@ -315,15 +322,16 @@ def _leading_letter(text: str, letters: str) -> str | None:
     if more and more[1] in letters.upper():
         return ""
     listed = [(match[1] or match[2]).upper() for match in labels]
-    if listed[:2] == sorted(letters.upper())[:2]:
+    is_list = len(set(listed)) >= 3 or bool(_LEADING.match("".join(lines[1:2])))
+    if is_list and listed[:2] == sorted(letters.upper())[:2]:
         others = [line for line in lines[1:] if _LEADING.match(line)]
         if not all(DENIED.search(line) for line in others):
             return ""
-    if _REFUSED.match(rest.lstrip(" .):")):
+    if _REFUSED.match(rest):
         return ""
     told = _TOLD.search(text, text.index(lines[0]) + len(lines[0]))
-    text_of_option = rest.strip(" .):,;-–—").casefold()
-    if told and text_of_option and not told[1].casefold().startswith(text_of_option):
+    own = re.match(rf"[\s.):,;–—-]*{_NUMBER}", rest)
+    if told and own and told[1].replace(",", "") != own[1].replace(",", ""):
         return ""
     return letter
 

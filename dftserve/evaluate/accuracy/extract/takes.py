@@ -29,19 +29,28 @@ _ANEW = re.compile(
 )
 """Begins a new take; what was said before stands where the new one says nothing."""
 _BACK = re.compile(
-    _AT_CLAUSE
-    + r"(?:no(?:\s+(?:wait|sorry)|(?=\s*[,.!…—–]|\s-\s))|(?:scratch|strike)\s+that\b|oops\b|"
+    _AT_CLAUSE + r"(?:no(?:\s+(?:wait|sorry)|(?=\s*[,.!…—–]|\s-\s)"
+    # `No, because …`, `No, the others do not fit`: not of what was said.
+    r"(?!\W{1,3}(?:because|since|(?:(?:all|none)\s+(?:of\s+)?)?(?:the\s+)?(?:others?|rest|remaining)\b)))"
+    r"|(?:scratch|strike)\s+that\b|oops\b|"
     r"correction\b|corrigendum\b|erratum\b|i\s+(?:was|am)\s+(?:wrong|mistaken)\b|"
     r"i\s+(?:made|see|notice|realize|found|spot\w*)\s+(?:an?|my|the)\s+(?:\w+\s+)?"
     r"(?:mistake|error)\b|"
     rf"{_ITSELF}\s*(?:(?:['’]s|is|was|seems|looks)\s+(?:\w+ly\s+)?{_BAD}|"
     r"(?:isn|wasn|doesn|didn|can|couldn)['’]?t\s+(?:be\s+)?"
     r"(?:right|correct|make\s+sense|match|fit|work)|can(?:not|\s+not)\s+be\s+(?:right|correct))\b"
-    # `It is wrong to say …`, `this is false for B`: not of what was said.
-    r"(?!\s+(?:to|for)\b))",
+    # `It is wrong to say …`, `it is false that …`, `this is false for B`: neither.
+    r"(?!\s+(?:to|for|that)\b))",
     re.IGNORECASE | re.MULTILINE,
 )
 """Takes back what the sentence before said, and begins a new take."""
+_BEHIND_A_LABEL = re.compile(r"\b[A-J][.):]\s*(?:[Nn]o\W{1,3})?$")
+_REJECTED = re.compile(r"\b[A-J][.):]\s*[Nn]o\b")
+_OPTION_WORDS = re.compile(
+    r"\W*(?:no\b(?!\W{1,3}(?:wait|sorry|that(?:['’]s|\s+(?:is|was|can|isn)))\b)|it\b)",
+    re.IGNORECASE,
+)
+"""Of what takes back, that with which an option's own text may begin."""
 MOST_TURNS = 50
 """The last of an answer that are heeded; an answer that repeats itself has thousands."""
 MOST_IN_A_SENTENCE = 1000
@@ -81,7 +90,11 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
             where it states what the take does: after `Option B: 12.` they speak of an option.
     """
     found = [(match.start(), match.end(), False) for match in _ANEW.finditer(text)]
-    found += [(match.start(), match.end(), True) for match in _BACK.finditer(text)]
+    found += [
+        (match.start(), match.end(), True)
+        for match in list(_BACK.finditer(text))[-MOST_TURNS:]
+        if not _is_of_an_option(text, match, states)
+    ]
     several: list[Take] = []
     begun = 0
     for start, end, is_back in sorted(found)[-MOST_TURNS:]:
@@ -105,6 +118,19 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
         begun = end
     said = text[begun:].lstrip(" \n,;:…—") if begun else text
     return [*several, Take(said, False)]
+
+
+def _is_of_an_option(text: str, match: re.Match[str], states: Callable[[str], str | None]) -> bool:
+    """`B. No, it is void`: the option's text.
+
+    Not so in `B. No, it's C` and `A. No, too small. B. No, too large. So C`, which state an answer.
+    """
+    before = text[max(0, match.start() - 20) : match.start()]
+    if not (_OPTION_WORDS.match(text, match.start()) and _BEHIND_A_LABEL.search(before)):
+        return False
+    after = text[match.end() : match.end() + MOST_IN_A_SENTENCE].lstrip(_SIGNS)
+    is_one_of_several = _REJECTED.search(after) is not None
+    return not states(after if is_one_of_several else re.split(r"[.!?;\n]", after)[0])
 
 
 def _last_sentence(text: str) -> str:
