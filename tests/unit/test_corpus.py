@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -245,6 +246,20 @@ def test_a_gutenberg_frame_is_stripped():
     assert cleaned(text(framed), untouched).content == framed
 
 
+@pytest.mark.parametrize(
+    ("pattern", "line"),
+    [
+        ("_GUTENBERG_START", "** START OF THIS PROJECT GUTENBERG EBOOK X"),
+        ("_GUTENBERG_END", "** END OF THIS PROJECT GUTENBERG EBOOK X"),
+        ("_NOTICE", "** all rights reserved **"),
+    ],
+)
+def test_marks_are_looked_for_line_by_line(pattern, line):
+    """From each of many blank lines, a match over lines would read all that follow."""
+    found = getattr(filters_module, pattern).search(f"*\n\n{line}\n\n*")
+    assert found and line.startswith(found[0].strip("\n")) and found.start() == len("*\n\n")
+
+
 def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
     body = prose(300).strip().split("\n\n")
     licence = (
@@ -269,6 +284,31 @@ def test_prose_that_speaks_of_rights_stays(said):
     novel = said.format(prose(90).replace("\n\n", " ")) + "\n\n" + prose(200, 1)
     for content in (novel, novel.replace(" all", "\nall")):
         assert cleaned(text(content), ANY).content.strip() == content.strip()
+
+
+def test_a_long_line_is_not_searched_for_boilerplate(monkeypatch):
+    searched = []
+
+    class Recorded:
+        def search(self, line: str) -> None:
+            searched.append(line)
+
+    monkeypatch.setattr(filters_module, "_SITE_LINE", Recorded())
+    monkeypatch.setattr(filters_module, "_is_reserved", searched.append)
+    long = "(c) " * (filters_module.NOTICE_WORDS + 1)
+    short = "(c) " * filters_module.LINE_WORDS
+    assert cleaned(text(f"{long}\n{short}"), ANY).content == f"{long}\n{short}"
+    assert set(searched) == {short}
+
+
+MARKS = ["(c)", "(C)", "©", "Copyright", "all rights reserved", "All Rights Reserved.", "x", " "]
+
+
+@given(st.lists(st.sampled_from(MARKS), max_size=6).map("".join))
+def test_rights_are_reserved_where_a_line_says_whose(line):
+    mark, rights = r"(?:copyright|©|\(c\))", "all rights reserved"
+    found = re.search(f"{mark}.*{rights}|{rights}.*{mark}", line, re.IGNORECASE)
+    assert filters_module._is_reserved(line) == bool(found)
 
 
 def test_a_copyright_line_takes_nothing_with_it():
