@@ -213,13 +213,13 @@ def _share(parts: Iterable[str], content: str) -> float:
 
 # ── Boilerplate ──────────────────────────────────────────────────────────────────────────────────
 
+# `\W*` would go over line ends, and read the blank lines that follow again from each of them.
 _GUTENBERG_START = re.compile(
     r"^[^\w\n]*START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$\n?", re.IGNORECASE | re.MULTILINE
 )
 _GUTENBERG_END = re.compile(
     r"^[^\w\n]*END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK", re.IGNORECASE | re.MULTILINE
 )
-# `\W*` would go over line ends, and read the blank lines that follow again from each of them.
 _LICENCE = re.compile(
     "permission is hereby granted, free of charge"
     "|redistribution and use in source and binary forms"

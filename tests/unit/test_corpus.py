@@ -9,6 +9,7 @@ import sys
 import unicodedata
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import given
@@ -257,7 +258,8 @@ def test_a_gutenberg_frame_is_stripped():
 def test_marks_are_looked_for_line_by_line(pattern, line):
     """From each of many blank lines, a match over lines would read all that follow."""
     found = getattr(filters_module, pattern).search(f"*\n\n{line}\n\n*")
-    assert found and line.startswith(found[0].strip("\n")) and found.start() == len("*\n\n")
+    assert found and line.startswith(found[0].strip("\n"))
+    assert found.start() == len("*\n\n")
 
 
 def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
@@ -591,6 +593,18 @@ def test_unrelated_real_texts_are_no_family(data):
     assert sum(first != number for number, first in enumerate(firsts)) <= 5
 
 
+def test_a_pair_is_counted_once_and_none_is_within_a_text():
+    """Of a text in three pieces, its whole, and a copy: not the pieces with their own whole."""
+    pieces = [shingles(prose(100, seed)) for seed in range(3)]
+    whole = np.unique(np.concatenate(pieces))
+    pairs_K, shared_K = families_module._shared([*pieces, whole, whole], np.array([0, 0, 0, 0, 1]))
+    expected = {(i, 4): len(grams) for i, grams in enumerate([*pieces, whole]) if i != 4}
+    found = {
+        divmod(int(pair), 5): int(count) for pair, count in zip(pairs_K, shared_K, strict=True)
+    }
+    assert found == expected
+
+
 def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
     monkeypatch.setattr(families_module, "MOST", 4000)
     families = Families(0.25)
@@ -598,7 +612,44 @@ def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
         families.add([prose(300, seed), prose(300, seed + 100)])
         families.add([changed(prose(300, seed), 0.1, seed)])
     assert sum(map(len, families._grams)) <= 4000
+    assert families.share < 1
     assert families.firsts() == [number - number % 2 for number in range(60)]
+
+
+def phrased(words: int, seed: int) -> str:
+    """Random words, of which one in five is in a phrase of nine that other texts have too."""
+    chosen, said = random.Random(seed), []
+    while words > 0:
+        said += [f"w{chosen.randrange(5000)}" for _ in range(36)]
+        phrase = chosen.randrange(30)
+        said += [f"p{phrase}w{place}" for place in range(9)]
+        words -= 45
+    return " ".join(said)
+
+
+def families_of(listed: list[str]) -> tuple[list[int], float]:
+    families = Families(0.25)
+    for each in listed:
+        families.add([each])
+    share = families.share
+    return families.firsts(), share
+
+
+@pytest.mark.parametrize(("most", "share", "at_least"), [(40_000, 1 / 8, 58), (8_000, 1 / 32, 45)])
+def test_a_sample_joins_nothing_else(monkeypatch, most, share, at_least):
+    """Short texts and long ones that have phrases in common, and copies of the short ones."""
+    listed = [phrased(90, seed) for seed in range(300)]
+    listed += [phrased(5000, seed) for seed in range(300, 320)]
+    assert families_of(listed)[0] == list(range(320))
+    copies = [changed(each, 0.07, seed) for seed, each in enumerate(listed[:60])]
+    whole, all_of_them = families_of(listed + copies)
+    monkeypatch.setattr(families_module, "MOST", most)
+    found, sampled = families_of(listed + copies)
+    assert (all_of_them, sampled) == (1, share)
+    assert whole == [*range(320), *range(60)]
+    missed = [320 + copy for copy in range(60) if found[320 + copy] != copy]
+    assert found == [number if number in missed else first for number, first in enumerate(whole)]
+    assert len(copies) - len(missed) >= at_least
 
 
 def test_one_instruction_in_all_prompts_makes_no_family():
