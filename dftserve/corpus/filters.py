@@ -213,11 +213,12 @@ def _share(parts: Iterable[str], content: str) -> float:
 
 # ── Boilerplate ──────────────────────────────────────────────────────────────────────────────────
 
+# `\W*` would go over line ends, and read the blank lines that follow again from each of them.
 _GUTENBERG_START = re.compile(
-    r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$\n?", re.IGNORECASE | re.MULTILINE
+    r"^[^\w\n]*START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$\n?", re.IGNORECASE | re.MULTILINE
 )
 _GUTENBERG_END = re.compile(
-    r"^\W*END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*", re.IGNORECASE | re.MULTILINE | re.DOTALL
+    r"^[^\w\n]*END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK", re.IGNORECASE | re.MULTILINE
 )
 _LICENCE = re.compile(
     "permission is hereby granted, free of charge"
@@ -234,15 +235,13 @@ _NOTICE = re.compile(
     "|gnu (?:lesser |affero )?general public license"
     "|placed in the public domain"
     "|spdx-license-identifier"
-    r"|^\W*all rights reserved\W*$",
+    r"|^[^\w\n]*all rights reserved[^\w\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 """What also prose may say, in longer paragraphs."""
-_RESERVED = re.compile(
-    r"(?:copyright|©|\(c\)).*all rights reserved|all rights reserved.*(?:copyright|©|\(c\))",
-    re.IGNORECASE,
-)
-"""Of one line."""
+_RESERVED, _OWNED = "all rights reserved", ("copyright", "©", "(c)")
+"""In one line, the former and any of the latter. Not a pattern: `.*` between them would read the
+rest of a line again for each of its marks."""
 _SITE_LINE = re.compile(
     "we use cookies|(?:accept|reject) (?:all )?cookies|cookie (?:policy|settings|preferences)"
     "|skip to (?:main )?content|terms of (?:use|service)|privacy policy|subscribe to our newsletter"
@@ -261,7 +260,8 @@ def _unframed(content: str) -> str:
     """What stands between Project Gutenberg's own start and end marks."""
     start = _GUTENBERG_START.search(content)
     body = content[start.end() :] if start else content
-    return _GUTENBERG_END.sub("", body)
+    end = _GUTENBERG_END.search(body)
+    return body[: end.start()].rstrip() + "\n" if end else body
 
 
 def _boilerplate(content: str) -> list[str]:
@@ -283,12 +283,22 @@ def _is_licence(paragraph: str) -> bool:
     words = len(paragraph.split())
     if words > NOTICE_WORDS:
         return words <= LICENCE_WORDS and bool(_LICENCE.search(paragraph))
-    return any(pattern.search(paragraph) for pattern in (_LICENCE, _NOTICE, _RESERVED))
+    if _LICENCE.search(paragraph) or _NOTICE.search(paragraph):
+        return True
+    return any(map(_is_reserved, paragraph.split("\n")))
 
 
 def _is_line(line: str) -> bool:
     """Whether a line alone is boilerplate, wherever it stands."""
     if _NAVIGATION.match(line.rstrip("\n")):
         return True
-    found = _SITE_LINE.search(line) or _RESERVED.search(line) or "SPDX-License-Identifier" in line
-    return bool(found) and len(line.split()) <= LINE_WORDS
+    if len(line.split()) > LINE_WORDS:
+        return False
+    found = _SITE_LINE.search(line) or _is_reserved(line) or "SPDX-License-Identifier" in line
+    return bool(found)
+
+
+def _is_reserved(line: str) -> bool:
+    """Whether it says whose all rights are."""
+    lowered = line.lower()
+    return _RESERVED in lowered and any(mark in lowered for mark in _OWNED)

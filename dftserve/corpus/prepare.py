@@ -3,12 +3,17 @@
     corpus = prepare(read(Path("novels")), Filters(languages=("en",)))
 
 Each text goes to training or to the held-out part by a hash of its own content, before it is cut:
-texts that are added later move none, and the pieces of a book stay together. A conversation goes by
-its turns before the first answer: all answers to one prompt stay together, and so do texts that are
-copies of one another with some words changed.
+the pieces of a book stay together. A conversation goes by its turns before the first answer: all
+answers to one prompt stay together. So do texts that are copies of one another with some words
+changed, which go by the first of them.
+
+A text that is added behind moves no other, but where it is like two that were apart (the later
+one's family goes by the earlier one), where so few texts are there that one is held out only for
+there to be one, or where the corpus becomes so large that families are told by a sample.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,10 +56,10 @@ class Report:
     """Texts, as they came."""
     kept: int = 0
     """Texts of which something stayed."""
-    stripped: int = 0
-    """Texts that lost boilerplate, and stayed."""
-    joined: int = 0
-    """Texts whose wrapped lines were joined, and that stayed."""
+    stripped: Counter[str] = field(default_factory=Counter)
+    """Texts that lost boilerplate, and stayed, by their origins."""
+    joined: Counter[str] = field(default_factory=Counter)
+    """Texts whose wrapped lines were joined, and that stayed, by their origins."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
     noted: dict[str, Dropped] = field(default_factory=dict)
@@ -67,6 +72,8 @@ class Report:
     """How many of the first `TOLD` texts that stayed are of each."""
     heldout_asked: float = 0.0
     """Share of texts."""
+    compared: float = 1.0
+    """Of the 5-grams of long texts, the share by which families are told: 1 up to some size."""
 
     @property
     def heldout_share(self) -> float:
@@ -79,13 +86,20 @@ class Report:
     def note(self, what: str, origin: str) -> None:
         self.noted[what] = self.noted.get(what, Dropped()).with_one(origin)
 
+    def lose(self, origin: str) -> None:
+        """A text that had stayed goes after all; `drop` says why."""
+        self.kept -= 1
+        for changed in (self.stripped, self.joined):
+            if changed[origin]:
+                changed[origin] -= 1
+
     def as_dict(self) -> dict[str, Any]:
         """In JSON's types; the reasons in the order of their names."""
         return {
             "read": self.read,
             "kept": self.kept,
-            "stripped": self.stripped,
-            "joined": self.joined,
+            "stripped": self.stripped.total(),
+            "joined": self.joined.total(),
             "dropped": _counted(self.dropped),
             "noted": _counted(self.noted),
             "documents": dict(self.documents),
@@ -93,6 +107,7 @@ class Report:
             "languages": dict(sorted(self.languages.items(), key=lambda each: -each[1])),
             "heldout_asked": self.heldout_asked,
             "heldout_share": round(self.heldout_share, 6),
+            "compared": self.compared,
         }
 
 
@@ -149,7 +164,7 @@ def prepare(
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
     for draw, text in zip(draws, kept, strict=True):
         if is_given and draw in aside and not _is_aside(text):
-            report.kept -= 1
+            report.lose(text.origin)
             report.drop(LIKE_HELDOUT, text.pieces[0].origin)
         else:
             splits["heldout" if draw in aside else "train"] += text.pieces
@@ -168,6 +183,7 @@ class _Kept:
 
     content: str
     """The whole of it."""
+    origin: str
     pieces: Sequence[Text]
     copied: Collection[int]
     """The texts, by their numbers among those that stay, that dropped pieces are copies from."""
@@ -198,9 +214,11 @@ def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_
                 language = language_of(clean.content)
                 report.languages[language] = report.languages.get(language, 0) + 1
             report.kept += 1
-            report.stripped += bare is not text
-            report.joined += clean is not bare
-            yield _Kept(clean.content, pieces, copied)
+            if bare is not text:
+                report.stripped[text.origin] += 1
+            if clean is not bare:
+                report.joined[text.origin] += 1
+            yield _Kept(clean.content, text.origin, pieces, copied)
 
 
 def _is_aside(text: _Kept) -> bool:
@@ -210,7 +228,8 @@ def _is_aside(text: _Kept) -> bool:
 def _draws(kept: Sequence[_Kept], filters: Filters, seed: int, report: Report) -> list[float]:
     """Of each text, in [0, 1): equal for answers to one prompt, and for texts of one family.
 
-    A family draws by its first text, so that a text which is added behind moves none.
+    A family draws by its first text: one that is added behind changes no draw, unless it joins two
+    families.
     """
     families = Families(filters.family_threshold)
     prompts: dict[str, int] = {}
@@ -221,6 +240,7 @@ def _draws(kept: Sequence[_Kept], filters: Filters, seed: int, report: Report) -
         families.join(number, answered[-1])
         for other in text.copied if filters.family_threshold is not None else ():
             families.join(number, other)
+    report.compared = families.share
     firsts = families.firsts()
     for number, first in enumerate(firsts):
         if first != number and answered[number] == number:

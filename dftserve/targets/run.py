@@ -267,7 +267,8 @@ def encode_all(
                 corpus.report.note(note, text.origin)
             documents[split] += windows(encoded.document, max_tokens)
             kept.add(_whole(text))
-    corpus.report.kept -= len(lost - kept)
+    for origin in lost - kept:
+        corpus.report.lose(origin)
     told = corpus.report.as_dict() | told_of_templates
     told["documents"] = {split: len(documents[split]) for split in SPLITS}
     told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
@@ -374,6 +375,10 @@ def shown(told: Mapping[str, Any]) -> str:
     if languages := told["languages"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
         lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
+    if told["compared"] < 1:
+        lines.append(
+            f"  copies in part: long texts were compared by {told['compared']:.2%} of their 5-grams"
+        )
     asked, share = told["heldout_asked"], told["heldout_share"]
     lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
     if asked and not asked / FAR <= share <= asked * FAR:

@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import textwrap
 import unicodedata
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import given
@@ -22,7 +25,7 @@ from dftserve.corpus import read as read_module
 from dftserve.corpus.duplicates import Duplicates, shingles
 from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, cleaned, verdict
-from dftserve.corpus.prepare import DUPLICATE, cut, prepare
+from dftserve.corpus.prepare import DUPLICATE, LIKE_HELDOUT, cut, prepare
 from dftserve.corpus.read import read
 from dftserve.corpus.text import Text
 
@@ -245,6 +248,22 @@ def test_a_gutenberg_frame_is_stripped():
     assert cleaned(text(framed), untouched).content == framed
 
 
+@pytest.mark.parametrize(
+    ("pattern", "line"),
+    [
+        ("_GUTENBERG_START", "** START OF THIS PROJECT GUTENBERG EBOOK X"),
+        ("_GUTENBERG_END", "** END OF THIS PROJECT GUTENBERG EBOOK X"),
+        ("_NOTICE", "** all rights reserved **"),
+    ],
+)
+def test_marks_are_looked_for_line_by_line(pattern, line):
+    """From each of many blank lines, a match over lines would read all that follow."""
+    found = getattr(filters_module, pattern).search(f"*\n\n{line}\n\n*")
+    assert found
+    assert line.startswith(found[0].strip("\n"))
+    assert found.start() == len("*\n\n")
+
+
 def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
     body = prose(300).strip().split("\n\n")
     licence = (
@@ -269,6 +288,31 @@ def test_prose_that_speaks_of_rights_stays(said):
     novel = said.format(prose(90).replace("\n\n", " ")) + "\n\n" + prose(200, 1)
     for content in (novel, novel.replace(" all", "\nall")):
         assert cleaned(text(content), ANY).content.strip() == content.strip()
+
+
+def test_a_long_line_is_not_searched_for_boilerplate(monkeypatch):
+    searched = []
+
+    class Recorded:
+        def search(self, line: str) -> None:
+            searched.append(line)
+
+    monkeypatch.setattr(filters_module, "_SITE_LINE", Recorded())
+    monkeypatch.setattr(filters_module, "_is_reserved", searched.append)
+    long = "(c) " * (filters_module.NOTICE_WORDS + 1)
+    short = "(c) " * filters_module.LINE_WORDS
+    assert cleaned(text(f"{long}\n{short}"), ANY).content == f"{long}\n{short}"
+    assert set(searched) == {short}
+
+
+MARKS = ["(c)", "(C)", "©", "Copyright", "all rights reserved", "All Rights Reserved.", "x", " "]
+
+
+@given(st.lists(st.sampled_from(MARKS), max_size=6).map("".join))
+def test_rights_are_reserved_where_a_line_says_whose(line):
+    mark, rights = r"(?:copyright|©|\(c\))", "all rights reserved"
+    found = re.search(f"{mark}.*{rights}|{rights}.*{mark}", line, re.IGNORECASE)
+    assert filters_module._is_reserved(line) == bool(found)
 
 
 def test_a_copyright_line_takes_nothing_with_it():
@@ -448,6 +492,20 @@ def test_the_report_counts_everything():
     assert json.loads(json.dumps(told)) == told
 
 
+def test_what_goes_as_a_copy_of_a_held_out_text_is_not_counted_as_changed():
+    bodies = [prose(100, seed) for seed in range(3)]
+    listed = [
+        Text(bodies[0], None, "aside.txt", split="heldout"),
+        text(f"We use cookies.\n\n{changed(bodies[0], 0.1, 1)}", "copy.txt"),
+        text(textwrap.fill(changed(bodies[0], 0.1, 2), 60), "wrapped.txt"),
+        text(f"We use cookies.\n\n{bodies[1]}", "stripped.txt"),
+        text(textwrap.fill(bodies[2].replace("\n", " "), 60), "joined.txt"),
+    ]
+    told = prepare(listed, ANY).report.as_dict()
+    assert told["dropped"][LIKE_HELDOUT]["count"] == 2
+    assert (told["kept"], told["stripped"], told["joined"]) == (3, 1, 1)
+
+
 def test_added_texts_move_none():
     some = prepare(texts(60), ANY, heldout=0.3)
     more = prepare(reversed(texts(120)), ANY, heldout=0.3)
@@ -551,14 +609,63 @@ def test_unrelated_real_texts_are_no_family(data):
     assert sum(first != number for number, first in enumerate(firsts)) <= 5
 
 
+def test_a_pair_is_counted_once_and_none_is_within_a_text():
+    """Of a text in three pieces, its whole, and a copy: not the pieces with their own whole."""
+    pieces = [shingles(prose(100, seed)) for seed in range(3)]
+    whole = np.unique(np.concatenate(pieces))
+    pairs_K, shared_K = families_module._shared([*pieces, whole, whole], np.array([0, 0, 0, 0, 1]))
+    expected = {(i, 4): len(grams) for i, grams in enumerate([*pieces, whole]) if i != 4}
+    found = {
+        divmod(int(pair), 5): int(count) for pair, count in zip(pairs_K, shared_K, strict=True)
+    }
+    assert found == expected
+
+
 def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
-    monkeypatch.setattr(families_module, "MOST", 4000)
+    monkeypatch.setattr(families_module, "MOST", 8000)
     families = Families(0.25)
     for seed in range(30):
         families.add([prose(300, seed), prose(300, seed + 100)])
         families.add([changed(prose(300, seed), 0.1, seed)])
-    assert sum(map(len, families._grams)) <= 4000
+    assert sum(map(len, families._grams)) <= 8000
+    assert families.share < 1
     assert families.firsts() == [number - number % 2 for number in range(60)]
+
+
+def phrased(words: int, seed: int) -> str:
+    """Random words, of which one in five is in a phrase of nine that other texts have too."""
+    chosen, said = random.Random(seed), []
+    while words > 0:
+        said += [f"w{chosen.randrange(5000)}" for _ in range(36)]
+        phrase = chosen.randrange(30)
+        said += [f"p{phrase}w{place}" for place in range(9)]
+        words -= 45
+    return " ".join(said)
+
+
+def families_of(listed: list[str]) -> tuple[list[int], float]:
+    families = Families(0.25)
+    for each in listed:
+        families.add([each])
+    share = families.share
+    return families.firsts(), share
+
+
+@pytest.mark.parametrize(("most", "share", "at_least"), [(40_000, 1 / 8, 58), (16_000, 1 / 16, 55)])
+def test_a_sample_joins_nothing_else(monkeypatch, most, share, at_least):
+    """Short texts and long ones that have phrases in common, and copies of the short ones."""
+    listed = [phrased(90, seed) for seed in range(300)]
+    listed += [phrased(5000, seed) for seed in range(300, 320)]
+    assert families_of(listed)[0] == list(range(320))
+    copies = [changed(each, 0.07, seed) for seed, each in enumerate(listed[:60])]
+    whole, all_of_them = families_of(listed + copies)
+    monkeypatch.setattr(families_module, "MOST", most)
+    found, sampled = families_of(listed + copies)
+    assert (all_of_them, sampled) == (1, share)
+    assert whole == [*range(320), *range(60)]
+    missed = [320 + copy for copy in range(60) if found[320 + copy] != copy]
+    assert found == [number if number in missed else first for number, first in enumerate(whole)]
+    assert len(copies) - len(missed) >= at_least
 
 
 def test_one_instruction_in_all_prompts_makes_no_family():

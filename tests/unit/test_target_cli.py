@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -181,6 +182,19 @@ def test_conversations(tmp_path, model):
     result = build(path, bare, tmp_path / "other", recipe="conversation")
     refused(result, "chat.jsonl:", "has no chat template")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_text_that_is_left_out_is_not_counted_as_joined(tmp_path, model):
+    """Six texts with wrapped lines, two of which spell a special token."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(6):
+        wrapped = textwrap.fill(prose(100, i).replace("\n", " "), 60)
+        (folder / f"{i}.txt").write_text(f"{wrapped} </s>" if i < 2 else wrapped)
+    result = build(folder, model, tmp_path / "out", "--set", "corpus.special_tokens=drop")
+    assert result.exit_code == 0, result.output
+    told = TargetStore(tmp_path / "out").manifest.plan.corpus
+    assert (told["read"], told["kept"], told["joined"]) == (6, 4, 4)
 
 
 def test_the_counts_of_the_report_add_up(tmp_path, model):
