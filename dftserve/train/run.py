@@ -49,6 +49,8 @@ from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_che
 
 WEIGHTS, FINAL, ADAPTER = "weights.json", "final", "adapter"
 PROFILE_TOKENS = 20_000
+CHECKED_TOKENS = 256
+"""That the checks of a model read at once where they run on the CPU and training does not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,19 +150,35 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     resident = psutil.Process().memory_info().rss
     loaded = load_model(config, material)
-    reason = _why_not_packed(loaded.language_model, material) if config.packing else None
+    most = _most_checked(config)
+    reason = _why_not_packed(loaded.language_model, material, most) if config.packing else None
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
     if config.batch_size > 1:
-        loaded.language_model.check_batch(material.longest)
+        loaded.language_model.check_batch(material.longest, most=most)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, loaded, reason, resident)
 
 
-def _why_not_packed(language_model: lm.LanguageModel, material: Material) -> str | None:
+def _most_checked(config: TrainConfig) -> int | None:
+    """Tokens that the checks read at once; None: as many as the run. Says where it is fewer."""
+    if not config.fsdp or not torch.cuda.is_available():
+        return None
+    if (config.packing or config.batch_size > 1) and config.max_length > CHECKED_TOKENS:
+        _say(
+            "fsdp: whether documents are kept apart is tried on the CPU, with at most "
+            f"{CHECKED_TOKENS} tokens at once; of longer rows the configuration alone is asked "
+            f"({lm.CHUNK}, and {lm.ORIGINAL} of longrope)."
+        )
+    return CHECKED_TOKENS
+
+
+def _why_not_packed(
+    language_model: lm.LanguageModel, material: Material, most: int | None
+) -> str | None:
     rows = (sum(map(len, row)) for each in material.splits for row in each.rows)
-    return language_model.packing_leak(material.longest, max(rows, default=0))
+    return language_model.packing_leak(material.longest, max(rows, default=0), most=most)
 
 
 def train(config: TrainConfig) -> Path:

@@ -595,6 +595,22 @@ def test_every_synonym_leads_to_a_setting():
     assert not set(SYNONYMS) & {each.name for each in fields(TrainConfig)}
 
 
+@pytest.mark.parametrize(("fsdp", "most"), [(True, 256), (False, None)])
+def test_checks_on_the_cpu_of_a_run_on_gpus_are_short_and_say_so(
+    run, monkeypatch, capsys, fsdp, most
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("dftserve.train.run._device", lambda config: torch.device("cpu"))
+    given = []
+    for name in ("packing_leak", "check_batch"):
+        monkeypatch.setattr(
+            f"dftserve.lm.LanguageModel.{name}", lambda *_, most: given.append(most)
+        )
+    prepare(replace(run, fsdp=fsdp, max_length=1024))
+    assert given == [most, most]
+    assert ("at most 256 tokens at once" in capsys.readouterr().err) is fsdp
+
+
 def test_the_candidates_are_a_list_of_lines():
     told = weights_shown({"0": 10.736137517668388, "0.6": 10.709326459946533}, "0.6")
     assert told.splitlines()[1:] == ["  0    10.7361", "  0.6  10.7093  taken"]
