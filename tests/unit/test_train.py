@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dftserve import checkpoint
+from dftserve import checkpoint, digest
 from dftserve.settings import SYNONYMS
 from dftserve.spec import Promise
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
+from dftserve.train import run_folder
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
@@ -717,6 +719,88 @@ def test_a_run_goes_on_wherever_its_folders_are_by_now(run, tmp_path, monkeypatc
     state = json.loads(max(Path("moved").glob("checkpoint-*/trainer_state.json")).read_text())
     assert Path(state["best_model_checkpoint"]).parent == Path("moved")
     assert Path(state["best_model_checkpoint"]).is_dir()
+
+
+def rewritten(config: TrainConfig, change) -> None:
+    path = Path(config.output) / "settings.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "names", [("workers",), ("divergence", "projections"), ("lora", "dropout")]
+)
+def test_a_run_goes_on_where_a_setting_came_later_and_has_its_default(run, names):
+    config = replace(run, lora=LoraConfig())
+    _begin(config)
+
+    def without(content):
+        for name in names[:-1]:
+            content = content[name]
+        del content[names[-1]]
+
+    rewritten(config, without)
+    with RunFolder(config):
+        pass
+    other = {"workers": replace(config, workers=2),
+             "divergence": replace(config, divergence=DivergenceConfig(projections=9)),
+             "lora": replace(config, lora=LoraConfig(dropout=0.1))}[names[0]]  # fmt: skip
+    with pytest.raises(ValueError, match=f"whose {'.'.join(names)} is"), RunFolder(other):
+        pass
+
+
+@pytest.mark.parametrize("given", [(LoraConfig(), None), (None, LoraConfig())])
+def test_adapters_do_not_come_or_go_in_a_run(run, given):
+    before, after = (replace(run, lora=lora) for lora in given)
+    _begin(before)
+    with pytest.raises(ValueError, match=r"whose lora.* is"), RunFolder(after):
+        pass
+
+
+def test_a_setting_that_this_version_does_not_have_is_told(run):
+    _begin(run)
+    rewritten(run, lambda content: content.update(momentum=0.9))
+    with pytest.raises(ValueError, match=r"whose momentum is 0\.9, not None"), RunFolder(run):
+        pass
+
+
+def test_a_run_without_its_origin_is_one_of_an_earlier_version_and_not_to_be_removed(run):
+    _begin(run)
+    rewritten(run, lambda content: content.pop("origin"))
+    with pytest.raises(ValueError, match="begun by an earlier version") as told, RunFolder(run):
+        pass
+    assert "remove" not in str(told.value)
+
+
+def test_a_folder_that_is_written_to_is_refused_before_weights_are_read(run, monkeypatch):
+    with RunFolder(run) as folder:
+        folder.begin()
+        monkeypatch.setattr(run_folder, "model_digest", lambda found: pytest.fail("weights read"))
+        with pytest.raises(ValueError, match="another training writes to it"), RunFolder(run):
+            pass
+
+
+def test_a_refused_start_gives_the_lock_back(run):
+    _begin(run)
+    with pytest.raises(ValueError, match="whose seed is 0, not 1"):
+        RunFolder(replace(run, seed=1)).__enter__()
+    with RunFolder(run):
+        pass
+
+
+def test_a_file_is_sampled_once_a_process_until_it_changes(tmp_path, monkeypatch):
+    path, digests = tmp_path / "weights", []
+    monkeypatch.setattr(digest, "blake3", lambda *given: digests.append(1) or blake3(*given))
+    path.write_bytes(b"1" * 100)
+    first = digest.sampled_digest(path)
+    assert digest.sampled_digest(path) == first
+    assert len(digests) == 1
+    before = path.stat().st_mtime_ns
+    path.write_bytes(b"2" * 100)
+    os.utime(path, ns=(before, before + 1))
+    assert digest.sampled_digest(path) != first
+    assert len(digests) == 2
 
 
 def test_two_trainings_do_not_share_a_folder(run):
