@@ -553,7 +553,7 @@ def steps_of_epoch(config: TrainConfig, material: Material) -> int:
 
 
 def warmup_of(config: TrainConfig, material: Material) -> float:
-    """As a share; none where it comes to less than a step, which would be taken at a rate of 0."""
+    """As a share of the steps; a warm-up of less than one step is none."""
     return config.warmup if config.warmup * steps_of(config, material) >= 1 else 0.0
 
 

@@ -244,8 +244,10 @@ STOPPED = """
         trainer.add_callback(Signalled())
         trainer.add_callback(stop)
         before = trainer.evaluate()["eval_human_nll"]
+        batches = trainer.batch_nll
         trainer.train()
-    told = {"nll": before, "agreed": stop.agreed, "step": trainer.state.global_step}
+    told = {"batches": batches}
+    told |= {"nll": before, "agreed": stop.agreed, "step": trainer.state.global_step}
     Path(f"{sys.argv[2]}-{rank}").write_text(json.dumps(told))
 """
 
@@ -268,6 +270,10 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
     assert [each["step"] for each in told] == [2, 2]
     checkpoint.verify(Path(run.output) / "checkpoint-2")
     alone = make_trainer(config, prepared.loaded.model, prepared.material).evaluate()
+    # What `auto` judges by is of all rows, and the same in every process.
+    assert told[0]["batches"] == told[1]["batches"]
+    nats, tokens = (sum(each) for each in zip(*told[0]["batches"], strict=True))
+    assert nats / tokens == pytest.approx(told[0]["nll"], rel=1e-6)
     assert told[0]["nll"] == told[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
