@@ -511,11 +511,7 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     with shaped_as(path, "likelihoods for each weight"):
         each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
         found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
-        # Of the same batches for each.
-        stacked = np.stack(
-            [np.array(told["batches"], float).reshape(-1, 2) for told in each.values()]
-        )
-        batches = dict(zip(each, stacked, strict=True))
+        batches = _of_same_batches(path, {name: told["batches"] for name, told in each.items()})
     best = min(found, key=lambda name: found[name])
     _say(weights_shown(found, best))
     alike = [name for name in found if name != best and not _is_apart(batches[best], batches[name])]
@@ -526,6 +522,23 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
             "more held-out text, or choose target_weight yourself."
         )
     return _weighted(config, float(best))
+
+
+def _of_same_batches(path: Path, told: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """(nats, tokens) of each batch, by candidate.
+
+    Raises:
+        ValueError: an earlier start wrote something else, or of other batches; the same in every
+            process, as the file is.
+    """
+    try:
+        stacked = np.stack([np.array(each, float).reshape(-1, 2) for each in told.values()])
+    except ValueError:
+        raise ValueError(
+            f"{path}: got candidates that were judged by different batches of held-out text; "
+            "accepted: the same for each. Remove it, and all are tried again."
+        ) from None
+    return dict(zip(told, stacked, strict=True))
 
 
 def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray) -> bool:

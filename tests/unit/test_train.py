@@ -500,6 +500,17 @@ def test_weights_that_held_out_text_does_not_tell_apart_are_named(run, capsys):
     assert "not told apart from 1e-05" in capsys.readouterr().err
 
 
+def test_candidates_that_were_judged_by_other_batches_are_refused_with_what_to_do(run):
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
+    config = replace(run, divergence=divergence)
+    _begin(config)
+    judged = {"0": [[9.0, 3], [8.0, 3]], "0.9": [[9.0, 3]]}
+    tried = {name: {"human_nll": 3.0, "batches": batches} for name, batches in judged.items()}
+    (Path(run.output) / "weights.json").write_text(json.dumps(tried))
+    with pytest.raises(ValueError, match=r"weights\.json: got candidates .* Remove it"):
+        train(config)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_no_step_of_a_short_run_is_taken_at_a_rate_of_0(run, steps):
     """`auto` tries its candidates in short runs: one step at 0 of one would try nothing."""
