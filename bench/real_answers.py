@@ -6,15 +6,15 @@
 One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
 answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
 each of the other 90), IFEval and 300 questions of MMLU (one to each). A setting's answers to a set
-are one line of the plan; what the folder has is not asked for again, and new settings join old
-ones. bf16 by default, as the checkpoint is; on a CPU without instructions for it float32 is many
-times as fast.
+are one line of the plan; what the folder has is not asked for again, a set that a kill left in part
+is completed, and new settings join old ones. bf16 by default, as the checkpoint is; on a CPU
+without instructions for it float32 is many times as fast.
 """
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ class Answer:
     tokens: int
 
 
+Place = tuple[str, str, int, int]
+"""A set, a setting, a prompt of the set and the number of its answer."""
 STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU = "stories", "essays", "other essays", "ifeval", "mmlu"
 """The other essays were asked for once the essays had shown how many answers tell laws apart."""
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
@@ -151,19 +153,31 @@ def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:
             raise click.UsageError(f"--only: got {name!r}; accepted: {', '.join(names)}.")
     sets = [each for each in sets if not only or each.name in only]
     with AnswerStore(folder / "answers.jsonl", Answer) as store:
-        known = {(row.prompt_set, row.setting) for row in store.rows}
-        missing = [(each, name) for each, name in in_turn(sets) if (each.name, name) not in known]
+        known = {place_of(row) for row in store.rows}
+        missing = [(each, name) for each, name in in_turn(sets) if not is_whole(each, name, known)]
         llm = engine(model, dtype, seed=len(store.rows)) if missing else None
         for number, (prompts, name) in enumerate(missing):
             start = time.perf_counter()
             answers = ask(llm, prompts, name)
             rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - start)
             for answer in answers:
-                store.append(answer)
+                # A kill between two rows leaves part of a set.
+                if place_of(answer) not in known:
+                    store.append(answer)
             print(
                 f"{number + 1}/{len(missing)} {prompts.name}, {name}: {rate:.0f} tokens/s",
                 flush=True,
             )
+
+
+def place_of(answer: Answer) -> Place:
+    return answer.prompt_set, answer.setting, answer.prompt, answer.number
+
+
+def is_whole(prompts: PromptSet, name: str, known: Set[Place]) -> bool:
+    """Whether a setting's answers to a set are all there."""
+    held = sum(place[:2] == (prompts.name, name) for place in known)
+    return held == len(prompts.prompts) * prompts.answers
 
 
 def in_turn(sets: Sequence[PromptSet]) -> Iterator[tuple[PromptSet, str]]:

@@ -12,6 +12,7 @@ LARGEST = 1 << 40
 """Bytes of a file of weights or targets; beyond it lie sparse files that nobody wrote."""
 SAMPLES, SAMPLE_BYTES = 1024, 1 << 13
 """Parts of a large file that `sampled_digest` reads, and the size of each: 8 MiB in all."""
+_sampled: dict[tuple[int, int, int, int], str] = {}
 
 
 def digest_of(path: Path, *, within: Path | None = None, largest: int = LARGEST) -> str:
@@ -31,15 +32,20 @@ def digest_of(path: Path, *, within: Path | None = None, largest: int = LARGEST)
 def sampled_digest(path: Path) -> str:
     """BLAKE3 of a file's size and bytes; of a large one, of parts at equal distances.
 
-    It tells files of weights apart that were trained or cast otherwise, which differ nearly
-    everywhere; a change between two parts of a large file is not seen.
+    It is computed once a process for a file that has not changed since (inode, size, time of its
+    last change). It tells files of weights apart that were trained or cast otherwise, which differ
+    nearly everywhere; a change between two parts of a large file is not seen.
 
     Raises:
         ValueError: no regular file, or more than `LARGEST` bytes.
         OSError: as the system raised it.
     """
     with open_file(path, largest=LARGEST) as file:
-        size = os.fstat(file.fileno()).st_size
+        found = os.fstat(file.fileno())
+        size = found.st_size
+        key = (found.st_dev, found.st_ino, size, found.st_mtime_ns)
+        if key in _sampled:
+            return _sampled[key]
         digest = blake3(str(size).encode())
         step = max(SAMPLE_BYTES, -(-(size - SAMPLE_BYTES) // (SAMPLES - 1)))
         for start in range(0, size, step):
@@ -47,7 +53,7 @@ def sampled_digest(path: Path) -> str:
             digest.update(file.read(SAMPLE_BYTES))
         file.seek(max(0, size - SAMPLE_BYTES))
         digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+    return _sampled.setdefault(key, digest.hexdigest())
 
 
 def joined_digest(digests: Sequence[str]) -> str:

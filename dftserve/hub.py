@@ -4,8 +4,9 @@
     folder = folder_of("openai-community/gpt2")     fetched, but for its weights
 
 Every command that loads a model asks here, before anything heavy is imported: a name that is
-misspelt is told at once, with the folder that has nearly that name. The hub is asked once, without
-a second try; where it cannot be reached, what an earlier command fetched is taken.
+misspelt is told at once, with the folder that has nearly that name. The hub is asked by
+huggingface_hub, as often as that tries, at each call; where it cannot be reached, what an earlier
+command fetched is taken.
 
 Importing this loads neither torch nor transformers.
 """

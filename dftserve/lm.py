@@ -53,6 +53,8 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 """Attributes that bound what is read at once, whatever a family calls them (`n_positions` has the
 first name too); the first that a configuration has."""
+CHUNK, ORIGINAL = "attention_chunk_size", "original_max_position_embeddings"
+"""Lengths that a configuration may name, beyond which a text is read otherwise."""
 AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """How far, of the largest logit, two ways to the same logits may lie apart."""
@@ -412,7 +414,9 @@ class LanguageModel:
         logits_BNV = self._forward(**self._given(inputs)).logits
         return logits_BNV if logits_BNV.dtype is torch.float64 else logits_BNV.float()
 
-    def packing_leak(self, longest: int = PROBE_TOKENS, row: int = 2 * PROBE_TOKENS) -> str | None:
+    def packing_leak(
+        self, longest: int = PROBE_TOKENS, row: int = 2 * PROBE_TOKENS, *, most: int | None = None
+    ) -> str | None:
         """Why documents must not share a row: what the model cannot keep apart; None where it can.
 
         A text of the longest document's length is compared with itself alone, all along a row that
@@ -422,12 +426,22 @@ class LanguageModel:
         Args:
             longest: tokens of the longest document.
             row: tokens of the longest row.
+            most: tokens that are read at once; of longer rows the configuration alone tells, by
+                the lengths that it names. None: all are read.
 
         Raises:
             ValueError: the model cannot read so many tokens.
         """
         if "position_ids" not in self._accepts and not self._takes_any:
             return "its forward takes no position_ids"
+        if most is not None and max(longest, row) > most:
+            for name, length, reached in (
+                (CHUNK, _chunk(self._config), row),
+                (ORIGINAL, _rescaled_beyond(self._config), longest),
+            ):
+                if length is not None and reached > length:
+                    return f"its {name} is {length:,}, and there are {reached:,} tokens"
+            longest, row = min(longest, (most - PROBE_TOKENS) // 2), min(row, most)
         longest = max(longest, PROBE_TOKENS)
         text_N = _repeated(self.text_N[PROBE_TOKENS:], longest)
         # Of an odd length, so that no copy begins where a chunk does.
@@ -452,17 +466,23 @@ class LanguageModel:
             "in its row"
         )
 
-    def check_batch(self, longest: int) -> None:
+    def check_batch(self, longest: int, *, most: int | None = None) -> None:
         """Refuse a model that reads a text otherwise where a longer one is in its batch.
 
         Args:
             longest: tokens of the longest document.
+            most: as `packing_leak` takes it.
 
         Raises:
             ValueError: it does, or it cannot read so many tokens.
         """
         if longest <= PROBE_TOKENS:
             return
+        if most is not None and longest > most:
+            beyond = _rescaled_beyond(self._config)
+            if beyond is not None and longest > beyond:
+                raise self._batch_error(longest, "its positions are rescaled")
+            longest = most
         text_N = _repeated(self.text_N, longest)
         ids_2N, mask_2N = text_N.repeat(2, 1), torch.ones(2, longest, dtype=torch.int64)
         ids_2N[1, PROBE_TOKENS:] = mask_2N[1, PROBE_TOKENS:] = 0
@@ -476,12 +496,16 @@ class LanguageModel:
         # A mean: a router may send a token elsewhere in a batch.
         apart = float((beside_NV - alone_NV).abs().mean()) / self._spread(alone_NV)
         if apart > self._tolerance:
-            raise ValueError(
-                f"{self.family} reads a text otherwise beside one of {longest:,} tokens in its "
-                f"batch: its log-probabilities change by {apart:.1g} of their spread"
-                f"{_originally(self._config)}; accepted: a max_length up to which it does not, or "
-                "batch_size 1 (with accumulation in its place)."
+            raise self._batch_error(
+                longest, f"its log-probabilities change by {apart:.1g} of their spread"
             )
+
+    def _batch_error(self, longest: int, why: str) -> ValueError:
+        return ValueError(
+            f"{self.family} reads a text otherwise beside one of {longest:,} tokens in its batch: "
+            f"{why}{_originally(self._config)}; accepted: a max_length up to which it does not, or "
+            "batch_size 1 (with accumulation in its place)."
+        )
 
     # ── Checks ───────────────────────────────────────────────────────────────────────────────────
 
@@ -678,11 +702,26 @@ def _spread_over(count: int, some: int) -> Tensor:
     return torch.linspace(0, count - 1, min(some, count)).round().long()
 
 
+def _chunk(config: Any) -> int | None:
+    """Tokens of a row that attention does not look across; None where the family has no chunks."""
+    number = _number(getattr(config, CHUNK, None))
+    return None if number is None else int(number)
+
+
+def _rescaled_beyond(config: Any) -> int | None:
+    """Tokens of a text beyond which all positions of its batch are rescaled."""
+    given = getattr(config, "rope_parameters", None) or {}
+    # A family may have a set of its own for each type of layer.
+    sets = (given, *(each for each in given.values() if isinstance(each, Mapping)))
+    named = [_number(each.get(ORIGINAL)) for each in sets if each.get("rope_type") == "longrope"]
+    return min((int(number) for number in named if number is not None), default=None)
+
+
 def _originally(config: Any) -> str:
     """What a configuration says of the length that its positions were made for."""
     given = getattr(config, "rope_parameters", None)
-    number = given.get("original_max_position_embeddings") if isinstance(given, Mapping) else None
-    return "" if number is None else f" (original_max_position_embeddings: {number:,})"
+    number = given.get(ORIGINAL) if isinstance(given, Mapping) else None
+    return "" if number is None else f" ({ORIGINAL}: {number:,})"
 
 
 @contextmanager

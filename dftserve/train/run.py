@@ -49,6 +49,8 @@ from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_che
 
 WEIGHTS, FINAL, ADAPTER = "weights.json", "final", "adapter"
 PROFILE_TOKENS = 20_000
+CHECKED_TOKENS = 256
+"""That the checks of a model read at once where they run on the CPU and training does not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,19 +150,35 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     resident = psutil.Process().memory_info().rss
     loaded = load_model(config, material)
-    reason = _why_not_packed(loaded.language_model, material) if config.packing else None
+    most = _most_checked(config)
+    reason = _why_not_packed(loaded.language_model, material, most) if config.packing else None
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
     if config.batch_size > 1:
-        loaded.language_model.check_batch(material.longest)
+        loaded.language_model.check_batch(material.longest, most=most)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, loaded, reason, resident)
 
 
-def _why_not_packed(language_model: lm.LanguageModel, material: Material) -> str | None:
+def _most_checked(config: TrainConfig) -> int | None:
+    """Tokens that the checks read at once; None: as many as the run. Says where it is fewer."""
+    if not config.fsdp or not torch.cuda.is_available():
+        return None
+    if (config.packing or config.batch_size > 1) and config.max_length > CHECKED_TOKENS:
+        _say(
+            "fsdp: whether documents are kept apart is tried on the CPU, with at most "
+            f"{CHECKED_TOKENS} tokens at once; of longer rows the configuration alone is asked "
+            f"({lm.CHUNK}, and {lm.ORIGINAL} of longrope)."
+        )
+    return CHECKED_TOKENS
+
+
+def _why_not_packed(
+    language_model: lm.LanguageModel, material: Material, most: int | None
+) -> str | None:
     rows = (sum(map(len, row)) for each in material.splits for row in each.rows)
-    return language_model.packing_leak(material.longest, max(rows, default=0))
+    return language_model.packing_leak(material.longest, max(rows, default=0), most=most)
 
 
 def train(config: TrainConfig) -> Path:
@@ -493,11 +511,7 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
     with shaped_as(path, "likelihoods for each weight"):
         each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
         found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
-        # Of the same batches for each.
-        stacked = np.stack(
-            [np.array(told["batches"], float).reshape(-1, 2) for told in each.values()]
-        )
-        batches = dict(zip(each, stacked, strict=True))
+        batches = _of_same_batches(path, {name: told["batches"] for name, told in each.items()})
     best = min(found, key=lambda name: found[name])
     _say(weights_shown(found, best))
     alike = [name for name in found if name != best and not _is_apart(batches[best], batches[name])]
@@ -508,6 +522,23 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
             "more held-out text, or choose target_weight yourself."
         )
     return _weighted(config, float(best))
+
+
+def _of_same_batches(path: Path, told: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """(nats, tokens) of each batch, by candidate.
+
+    Raises:
+        ValueError: an earlier start wrote something else, or of other batches; the same in every
+            process, as the file is.
+    """
+    try:
+        stacked = np.stack([np.array(each, float).reshape(-1, 2) for each in told.values()])
+    except ValueError:
+        raise ValueError(
+            f"{path}: got candidates that were judged by different batches of held-out text; "
+            "accepted: the same for each. Remove it, and all are tried again."
+        ) from None
+    return dict(zip(told, stacked, strict=True))
 
 
 def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray) -> bool:
@@ -535,7 +566,7 @@ def steps_of_epoch(config: TrainConfig, material: Material) -> int:
 
 
 def warmup_of(config: TrainConfig, material: Material) -> float:
-    """As a share; none where it comes to less than a step, which would be taken at a rate of 0."""
+    """As a share of the steps; a warm-up of less than one step is none."""
     return config.warmup if config.warmup * steps_of(config, material) >= 1 else 0.0
 
 

@@ -26,7 +26,7 @@ from dftserve.bounded_files import FileError, advised, open_growing, read_json
 from dftserve.digest import digest_of, joined_digest, sampled_digest
 from dftserve.model_folder import CONFIG, weight_files
 from dftserve.targets.store import MANIFEST, Manifest
-from dftserve.train.config import TrainConfig
+from dftserve.train.config import LoraConfig, TrainConfig
 
 SETTINGS, LOCK, ORIGIN = "settings.json", "lock", "origin"
 LARGEST = 1 << 20
@@ -46,11 +46,16 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._folder = config, Path(config.output)
-        self._closing = contextlib.ExitStack()
+        self._closing, self._is_locked = contextlib.ExitStack(), False
 
     def __enter__(self) -> "RunFolder":
-        if self._is_begun():
-            self._lock()
+        with contextlib.ExitStack() as opened:
+            # Before the weights are read, which takes long where they are large.
+            if (self._folder / LOCK).exists():
+                self._lock(opened)
+            if self._is_begun():
+                self._lock(opened)
+            self._closing = opened.pop_all()
         return self
 
     def __exit__(
@@ -60,6 +65,7 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         self._closing.close()
+        self._is_locked = False
 
     def begin(self) -> None:
         """Make the folder and its settings; the first of several processes does it.
@@ -70,7 +76,7 @@ class RunFolder:
         if not _is_first():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        self._lock(self._closing)
         if not self._is_begun():
             content = json.dumps(_settings(self._config), indent=2)
             atomic.write_text(self._folder / SETTINGS, content + "\n")
@@ -88,11 +94,11 @@ class RunFolder:
             raise ValueError(f"{self._folder} is neither empty nor a run; choose another output.")
         return False
 
-    def _lock(self) -> None:
-        if not _is_first():
+    def _lock(self, closing: contextlib.ExitStack) -> None:
+        """Take the lock, which is kept until `closing` ends, where it is not held already."""
+        if not _is_first() or self._is_locked:
             return
-        self._closing.close()
-        file = self._closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
+        file = closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
         try:
             taken = lock.take(file)
         except OSError as error:
@@ -105,6 +111,7 @@ class RunFolder:
                 f"{self._folder}: another training writes to it; wait for it, or choose another "
                 "output."
             )
+        self._is_locked = True
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -161,15 +168,20 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     """Raises ValueError where two starts are of other runs; says in what."""
     was, now = (
         _flat({name: value for name, value in each.items() if name not in (*PLACES, ORIGIN)})
-        for each in (found, wanted)
+        for each in (_completed(found), wanted)
     )
-    for name in now:
-        if was.get(name) != now[name]:
+    for name in {**now, **was}:
+        if was.get(name) != now.get(name):
             raise ValueError(
-                f"{folder} holds a run whose {name} is {was.get(name)!r}, not {now[name]!r}; "
+                f"{folder} holds a run whose {name} is {was.get(name)!r}, not {now.get(name)!r}; "
                 f"{ELSEWHERE}."
             )
     before, after = found.get(ORIGIN), wanted[ORIGIN]
+    if before is None:
+        raise ValueError(
+            f"{folder} holds a run that was begun by an earlier version, which did not note its "
+            "processes, weights and targets; go on with that version, or choose another output."
+        )
     if not isinstance(before, Mapping) or before.keys() != after.keys():
         raise ValueError(f"{folder / SETTINGS} is not what a run writes; {ELSEWHERE}.")
     if before["processes"] != after["processes"]:
@@ -187,6 +199,20 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
                 f"{folder} holds a run that began with another `{what}` than {place} is now: its "
                 f"{told} differ. Give the one that it began with, or {ELSEWHERE}."
             )
+
+
+def _completed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """With the default of each setting that there was not yet when the run was begun."""
+    defaults = TrainConfig(**dict.fromkeys(PLACES, ""), lora=LoraConfig())
+    return _laid_over(json.loads(json.dumps(asdict(defaults))), {"lora": None, **found})
+
+
+def _laid_over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **given}
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(merged[name], dict):
+            merged[name] = _laid_over(value, merged[name])
+    return merged
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

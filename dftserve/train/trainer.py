@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, distributed
 from transformers import (
     EarlyStoppingCallback,
@@ -49,7 +50,7 @@ class DFTTrainer(Trainer):
         super().__init__(*args, **given)
         self.model_accepts_loss_kwargs = True
         self.batch_nll: list[tuple[float, int]] = []
-        """(nats, tokens) of each held-out batch of this process, as last evaluated."""
+        """(nats, tokens) of each held-out batch of all processes, as last evaluated."""
         self._seen = torch.zeros(len(SEEN), dtype=torch.float64, device=self.args.device)
 
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
@@ -130,7 +131,7 @@ class DFTTrainer(Trainer):
         model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.batch_nll = []
+        batch_nll = []
         for batch, counts in self._shared_out(rows):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -140,7 +141,9 @@ class DFTTrainer(Trainer):
             values = [float(output[name]) for name in SUMS]
             tokens = len(inputs["positions_T"])
             sums += sums.new_tensor([*values, tokens])
-            self.batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
+            batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
+        # One list after the other, in the same order each time.
+        self.batch_nll = gather_object(batch_nll)
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
         *totals, count = summed.tolist()
         metrics = {

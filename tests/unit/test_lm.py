@@ -1,6 +1,7 @@
 """A model is used as it would be by its own forward, or refused for a reason that names it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,42 @@ def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
     assert prepare(replace(run, max_length=64)).not_packed_because is None
     assert "others in its row" in (prepare(replace(run, batch_size=1)).not_packed_because or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "says"),
+    [
+        (
+            "llama4_text",
+            {**RESCALED["llama4_text"], **CHUNKED},
+            "_chunk_size is 64, .*200",
+        ),
+        ("phi3", LONGROPE, "original_max_position_embeddings is 64, .*100"),
+    ],
+    ids=["attention in chunks", "positions rescaled"],
+)
+def test_beyond_what_is_read_the_configuration_tells(kind, given, says):
+    model = LanguageModel(family(kind, **given), "m")
+    assert re.search(says, model.packing_leak(100, 200, most=60) or "")
+    assert model.packing_leak(24, 60, most=60) is None
+
+
+def test_a_batch_longer_than_what_is_read_is_refused_by_the_configuration():
+    model = LanguageModel(family("phi3", **LONGROPE), "m")
+    model.check_batch(64, most=60)
+    with pytest.raises(ValueError, match=r"beside one of 65 .*original_max.*: 64.* batch_size 1"):
+        model.check_batch(65, most=60)
+
+
+def test_no_check_reads_more_than_it_may():
+    seen, model = [], small_model()
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda layer, given: seen.append(given[0].shape[1])
+    )
+    model = LanguageModel(model, "m")
+    assert model.packing_leak(500, 1000, most=100) is None
+    model.check_batch(500, most=100)
+    assert max(seen) == 100
 
 
 BOUNDED = {

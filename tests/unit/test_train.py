@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dftserve import checkpoint
+from dftserve import checkpoint, digest
 from dftserve.settings import SYNONYMS
 from dftserve.spec import Promise
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
+from dftserve.train import run_folder
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import SFT, ForwardKL, TargetRows
@@ -242,8 +244,10 @@ STOPPED = """
         trainer.add_callback(Signalled())
         trainer.add_callback(stop)
         before = trainer.evaluate()["eval_human_nll"]
+        batches = trainer.batch_nll
         trainer.train()
-    told = {"nll": before, "agreed": stop.agreed, "step": trainer.state.global_step}
+    told = {"batches": batches}
+    told |= {"nll": before, "agreed": stop.agreed, "step": trainer.state.global_step}
     Path(f"{sys.argv[2]}-{rank}").write_text(json.dumps(told))
 """
 
@@ -266,6 +270,10 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
     assert [each["step"] for each in told] == [2, 2]
     checkpoint.verify(Path(run.output) / "checkpoint-2")
     alone = make_trainer(config, prepared.loaded.model, prepared.material).evaluate()
+    # What `auto` judges by is of all rows, and the same in every process.
+    assert told[0]["batches"] == told[1]["batches"]
+    nats, tokens = (sum(each) for each in zip(*told[0]["batches"], strict=True))
+    assert nats / tokens == pytest.approx(told[0]["nll"], rel=1e-6)
     assert told[0]["nll"] == told[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
@@ -492,6 +500,17 @@ def test_weights_that_held_out_text_does_not_tell_apart_are_named(run, capsys):
     assert "not told apart from 1e-05" in capsys.readouterr().err
 
 
+def test_candidates_that_were_judged_by_other_batches_are_refused_with_what_to_do(run):
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
+    config = replace(run, divergence=divergence)
+    _begin(config)
+    judged = {"0": [[9.0, 3], [8.0, 3]], "0.9": [[9.0, 3]]}
+    tried = {name: {"human_nll": 3.0, "batches": batches} for name, batches in judged.items()}
+    (Path(run.output) / "weights.json").write_text(json.dumps(tried))
+    with pytest.raises(ValueError, match=r"weights\.json: got candidates .* Remove it"):
+        train(config)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_no_step_of_a_short_run_is_taken_at_a_rate_of_0(run, steps):
     """`auto` tries its candidates in short runs: one step at 0 of one would try nothing."""
@@ -593,6 +612,22 @@ def test_every_synonym_leads_to_a_setting():
     kinds = (TrainConfig, DivergenceConfig, LoraConfig)
     assert set(SYNONYMS.values()) <= {each.name for kind in kinds for each in fields(kind)}
     assert not set(SYNONYMS) & {each.name for each in fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(("fsdp", "most"), [(True, 256), (False, None)])
+def test_checks_on_the_cpu_of_a_run_on_gpus_are_short_and_say_so(
+    run, monkeypatch, capsys, fsdp, most
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("dftserve.train.run._device", lambda config: torch.device("cpu"))
+    given = []
+    for name in ("packing_leak", "check_batch"):
+        monkeypatch.setattr(
+            f"dftserve.lm.LanguageModel.{name}", lambda *_, most: given.append(most)
+        )
+    prepare(replace(run, fsdp=fsdp, max_length=1024))
+    assert given == [most, most]
+    assert ("at most 256 tokens at once" in capsys.readouterr().err) is fsdp
 
 
 def test_the_candidates_are_a_list_of_lines():
@@ -701,6 +736,88 @@ def test_a_run_goes_on_wherever_its_folders_are_by_now(run, tmp_path, monkeypatc
     state = json.loads(max(Path("moved").glob("checkpoint-*/trainer_state.json")).read_text())
     assert Path(state["best_model_checkpoint"]).parent == Path("moved")
     assert Path(state["best_model_checkpoint"]).is_dir()
+
+
+def rewritten(config: TrainConfig, change) -> None:
+    path = Path(config.output) / "settings.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "names", [("workers",), ("divergence", "projections"), ("lora", "dropout")]
+)
+def test_a_run_goes_on_where_a_setting_came_later_and_has_its_default(run, names):
+    config = replace(run, lora=LoraConfig())
+    _begin(config)
+
+    def without(content):
+        for name in names[:-1]:
+            content = content[name]
+        del content[names[-1]]
+
+    rewritten(config, without)
+    with RunFolder(config):
+        pass
+    other = {"workers": replace(config, workers=2),
+             "divergence": replace(config, divergence=DivergenceConfig(projections=9)),
+             "lora": replace(config, lora=LoraConfig(dropout=0.1))}[names[0]]  # fmt: skip
+    with pytest.raises(ValueError, match=f"whose {'.'.join(names)} is"), RunFolder(other):
+        pass
+
+
+@pytest.mark.parametrize("given", [(LoraConfig(), None), (None, LoraConfig())])
+def test_adapters_do_not_come_or_go_in_a_run(run, given):
+    before, after = (replace(run, lora=lora) for lora in given)
+    _begin(before)
+    with pytest.raises(ValueError, match=r"whose lora.* is"), RunFolder(after):
+        pass
+
+
+def test_a_setting_that_this_version_does_not_have_is_told(run):
+    _begin(run)
+    rewritten(run, lambda content: content.update(momentum=0.9))
+    with pytest.raises(ValueError, match=r"whose momentum is 0\.9, not None"), RunFolder(run):
+        pass
+
+
+def test_a_run_without_its_origin_is_one_of_an_earlier_version_and_not_to_be_removed(run):
+    _begin(run)
+    rewritten(run, lambda content: content.pop("origin"))
+    with pytest.raises(ValueError, match="begun by an earlier version") as told, RunFolder(run):
+        pass
+    assert "remove" not in str(told.value)
+
+
+def test_a_folder_that_is_written_to_is_refused_before_weights_are_read(run, monkeypatch):
+    with RunFolder(run) as folder:
+        folder.begin()
+        monkeypatch.setattr(run_folder, "model_digest", lambda found: pytest.fail("weights read"))
+        with pytest.raises(ValueError, match="another training writes to it"), RunFolder(run):
+            pass
+
+
+def test_a_refused_start_gives_the_lock_back(run):
+    _begin(run)
+    with pytest.raises(ValueError, match="whose seed is 0, not 1"):
+        RunFolder(replace(run, seed=1)).__enter__()
+    with RunFolder(run):
+        pass
+
+
+def test_a_file_is_sampled_once_a_process_until_it_changes(tmp_path, monkeypatch):
+    path, digests = tmp_path / "weights", []
+    monkeypatch.setattr(digest, "blake3", lambda *given: digests.append(1) or blake3(*given))
+    path.write_bytes(b"1" * 100)
+    first = digest.sampled_digest(path)
+    assert digest.sampled_digest(path) == first
+    assert len(digests) == 1
+    before = path.stat().st_mtime_ns
+    path.write_bytes(b"2" * 100)
+    os.utime(path, ns=(before, before + 1))
+    assert digest.sampled_digest(path) != first
+    assert len(digests) == 2
 
 
 def test_two_trainings_do_not_share_a_folder(run):
