@@ -632,6 +632,12 @@ def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
     assert families.firsts() == [number - number % 2 for number in range(60)]
 
 
+def test_the_report_says_by_how_much_families_were_told(monkeypatch):
+    assert prepare(texts(40), ANY, heldout=0.3).report.as_dict()["compared"] == 1
+    monkeypatch.setattr(families_module, "MOST", 1000)
+    assert prepare(texts(40), ANY, heldout=0.3).report.as_dict()["compared"] < 1
+
+
 def phrased(words: int, seed: int) -> str:
     """Random words, of which one in five is in a phrase of nine that other texts have too."""
     chosen, said = random.Random(seed), []
