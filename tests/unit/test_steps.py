@@ -6,8 +6,6 @@ at its import whether it interprets, so its kernels run in a process of their ow
 
 import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +27,7 @@ from dftserve.sampling.backends.triton import TritonBackend
 from dftserve.sampling.draws import draw_key
 from dftserve.sampling.slots import COLUMNS
 from dftserve.spec import parse
+from tests import interpreted
 from tests.rows import make_rows
 
 CPU = torch.device("cpu")
@@ -177,12 +176,4 @@ def test_tensors_of_another_type_or_length_are_refused():
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_triton_kernels_pass_the_same_tests_interpreted():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:randomly", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "2 passed, 5 skipped" in done.stdout
+    assert "2 passed, 5 skipped" in interpreted.run(__file__)

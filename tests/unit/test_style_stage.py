@@ -5,8 +5,6 @@ the last test."""
 
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -34,6 +32,7 @@ from dftserve.sampling.backends.triton_style import TritonStyleStage
 from dftserve.sampling.slots import COUNT, KL, TILT_KL
 from dftserve.sampling.style import PlainStyleStage
 from dftserve.spec import Diversity, parse
+from tests import interpreted
 from tests.profiles import random_profile, toy_profile
 from tests.rows import KINDS, make_rows
 from tests.style_reference import style_reference
@@ -298,7 +297,7 @@ def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
     for s in range(answers):
         slots.open(s)
     position, means = [0] * answers, []
-    for at in range(3 if INTERPRETED else 120):
+    for at in range(8 if INTERPRETED else 120):  # With fewer some answer meets sure rows alone.
         kinds = [str(source.choice(["flat", "gaussian", "few", "peaky"])) for _ in bounds]
         rows = [
             Row(source.integers(0, 4, 6 + drafts).tolist(), max_kl=b, drafts=drafts) for b in bounds
@@ -440,12 +439,4 @@ def test_a_phrase_comes_as_often_as_people_write_it_and_nothing_else_changes(sta
 @pytest.mark.long
 @not_interpreted
 def test_the_triton_kernel_passes_the_same_tests_interpreted():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:randomly", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "7 passed" in done.stdout
+    assert "7 passed" in interpreted.run(__file__)
