@@ -99,13 +99,7 @@ class NumbaBackend(Backend):
         result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
         figures_RF = step.figures_RF
         _step(
-            _flat(logits_XV).numpy(),
-            logits_XV.stride(0),
-            logits_XV.shape[1],
-            result.all_rows_R if step.rows_R is None else step.rows_R.numpy(),
-            step.slot_R.numpy(),
-            step.position_R.numpy(),
-            step.offset_R.numpy(),
+            *placed(logits_XV, step, result.all_rows_R),
             result.no_ids_R if last_token_R is None else last_token_R.numpy(),
             slots.nothing_known_S if known_S is None else known_S.numpy(),
             step.controls.numbers_RF.numpy(),
@@ -130,6 +124,22 @@ class NumbaBackend(Backend):
 
     def create_slots(self, slots: int, rows_per_request: int) -> NumbaSlots:
         return NumbaSlots(slots, rows_per_request, self.device, self.constants)
+
+
+def placed(
+    logits_XV: Tensor, step: Step, all_rows_R: Array
+) -> tuple[Array, int, int, Array, Array, Array, Array]:
+    """What the kernels of a step begin with: the logits in one line, their stride and width, and
+    of each row its place among them, slot, position and offset."""
+    return (
+        _flat(logits_XV).numpy(),
+        logits_XV.stride(0),
+        logits_XV.shape[1],
+        all_rows_R if step.rows_R is None else step.rows_R.numpy(),
+        step.slot_R.numpy(),
+        step.position_R.numpy(),
+        step.offset_R.numpy(),
+    )
 
 
 def scratch(vocabulary: int) -> tuple[Array, Array, Array]:

@@ -21,12 +21,12 @@ from dftserve.sampling.backends.numba import (
     _check_rows,
     _content,
     _exp,
-    _flat,
     _kernel,
     _maxima,
     _own_stops,
     _reduction,
     _survivors,
+    placed,
     scratch,
 )
 from dftserve.sampling.backends.numba_slots import NumbaSlots, check_places
@@ -45,22 +45,7 @@ class NumbaStyleStage:
 
     def __init__(self, tables: StyleTables) -> None:
         self._depth = tables.depth
-        self._tables = tuple(
-            each.numpy()
-            for each in (
-                tables.root_P,
-                tables.root_next_PV,
-                tables.root_log_factor_PV,
-                tables.row_start_A,
-                tables.row_token_N,
-                tables.row_next_N,
-                tables.row_log_factor_N,
-                tables.unigram_PV,
-                tables.bigram_start_X,
-                tables.bigram_token_M,
-                tables.bigram_delta_M,
-            )
-        )
+        self._tables = tuple(each.numpy() for each in tables.arrays())
         self._scratch = scratch(0)
         self._stops_E = np.empty(0, np.float32)
         self._rows_R = np.empty(0, np.int64)
@@ -72,13 +57,7 @@ class NumbaStyleStage:
         assert texts is not None
         self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
         _restyle(
-            _flat(logits_XV).numpy(),
-            logits_XV.stride(0),
-            logits_XV.shape[1],
-            self._rows_R if step.rows_R is None else step.rows_R.numpy(),
-            step.slot_R.numpy(),
-            step.position_R.numpy(),
-            step.offset_R.numpy(),
+            *placed(logits_XV, step, self._rows_R),
             np.ascontiguousarray(texts.tokens_SL.numpy()),
             texts.begin_S.numpy(),
             texts.at_R.numpy(),

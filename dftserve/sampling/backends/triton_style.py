@@ -55,7 +55,7 @@ class TritonStyleStage:
     """`StyleStage` with buffers of its own, for one stream at a time; none before it is needed."""
 
     def __init__(self, tables: StyleTables) -> None:
-        self._tables = tables
+        self._tables, self._arrays = tables, tables.arrays()
         device = tables.root_P.device
         self._maxima, self._figures = Buffer(device), Buffer(device)
         self._active = Buffer(device, torch.int32)
@@ -85,17 +85,7 @@ class TritonStyleStage:
             texts.begin_S,
             texts.at_R,
             texts.input_R,
-            tables.root_P,
-            tables.root_next_PV,
-            tables.root_log_factor_PV,
-            tables.row_start_A,
-            tables.row_token_N,
-            tables.row_next_N,
-            tables.row_log_factor_N,
-            tables.unigram_PV,
-            tables.bigram_start_X,
-            tables.bigram_token_M,
-            tables.bigram_delta_M,
+            *self._arrays,
             base_S,
             sums_SF,
             waiting_SKF,

@@ -9,7 +9,7 @@ their rows, M bigrams, R rows, W columns of the logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -125,6 +125,11 @@ class StyleTables:
     @property
     def vocabulary(self) -> int:
         return self.unigram_PV.shape[1]
+
+    def arrays(self) -> tuple[Tensor, ...]:
+        """In the order of their fields, as kernels take them."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Tensor))
 
     def step(self, profile_X: Tensor, state_X: Tensor, token_X: Tensor) -> tuple[Tensor, Tensor]:
         """The state that each token leads to from each state, and its log factor at strength 1.

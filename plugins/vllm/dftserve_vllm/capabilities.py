@@ -11,6 +11,7 @@ def capabilities() -> dict[str, Any]:
     reason = engine.refusal()
     default = request_params.default_diversity()
     of_humans = human.diversity()
+    styles = engine.styles()
     return {
         "dftserve": dftserve.__version__,
         "vllm": engine.vllm_version(),
@@ -22,9 +23,9 @@ def capabilities() -> dict[str, Any]:
             law: {name: str(spec.BOUNDS[name]) for name in takes}
             for law, takes in spec.LAWS.items()
         },
-        "styles": [profile.name for profile in engine.styles().profiles],
-        "styles_refused": dict(engine.styles().refused),
-        "styles_unavailable": engine.styles().unavailable,
+        "styles": [profile.name for profile in styles.profiles],
+        "styles_refused": dict(styles.refused),
+        "styles_unavailable": styles.unavailable,
         "default": default and default.as_dict(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
         "answers": True,
