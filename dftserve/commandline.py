@@ -1,16 +1,37 @@
-"""What the commands share: how a mistake ends, and where a key comes from."""
+"""What the commands share: how a mistake ends, where a key comes from, and how far one is."""
 
 import contextlib
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import click
 
 from dftserve import __version__
+
+key_option = click.option(
+    "--api-key-env",
+    "key_variable",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
+
+
+@contextlib.contextmanager
+def answers_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, moved by how many answers there are, of how many."""
+    from tqdm import tqdm
+
+    with tqdm(unit=" answers", disable=None, leave=False) as bar:
+
+        def tick(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tick
 
 
 def api_key_of(variable: str, *, must: bool = False) -> str | None:

@@ -3,22 +3,13 @@
 Thin, like `dftserve.cli`: what does the work is imported where it is called.
 """
 
-import contextlib
 import difflib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 from dftserve.bounded_files import parse_json
-from dftserve.commandline import model_of, usage_errors
-
-_key = click.option(
-    "--api-key-env",
-    "key_variable",
-    metavar="NAME",
-    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
-)
+from dftserve.commandline import answers_bar, key_option, model_of, usage_errors
 
 
 class _OrRun(click.Group):
@@ -56,7 +47,7 @@ def evaluate() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
-@_key
+@key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
 @click.option("--phrases", type=click.Path(path_type=Path), help="Phrases to count. Default: ours.")
 @click.option("--embeddings", metavar="MODEL|installed", help="Also measure meaning.")
@@ -77,7 +68,7 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> Non
             serve_flags=flags,
             **options,
         )
-        with _progress() as tick:
+        with answers_bar() as tick:
             result = evaluate(job, lambda line: click.echo(line, err=True), tick)
         write(result, job.out)
         click.echo(as_text(result))
@@ -109,7 +100,7 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--model", help="As the server names it. Default: its first.")
 @click.option("--completions", is_flag=True, help="For a base model, without a chat template.")
-@_key
+@key_option
 @click.option("--concurrency", "at_once", type=int, default=16, show_default=True)
 @click.option("--unsafe-no-sandbox", is_flag=True, help="Run what the model wrote as yourself.")
 def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
@@ -141,7 +132,7 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
 @click.option("--max-tokens", type=int, help="Of an answer. Default: what each task says.")
 @click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
-@_key
+@key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
 def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **options) -> None:
     """The Style Diversity Benchmark: stories, essays, and the same meaning in other words."""
@@ -157,7 +148,7 @@ def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **option
             serve_flags=flags,
             **options,
         )
-        with _progress() as tick:
+        with answers_bar() as tick:
             run(job, click.echo, tick)
 
 
@@ -185,7 +176,7 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
 @click.option("--human", required=True, type=click.Path(path_type=Path), help="Human answers.")
 @click.option("--url", required=True, help="Of the judge.")
 @click.option("--judge", "model", required=True, help="As its server names it.")
-@_key
+@key_option
 @click.option("--diversity", type=float, default=0.0, show_default=True, help="Of the grid.")
 @click.option("--words", type=int, default=120, show_default=True, help="Of each text.")
 @click.option("--rubric", type=click.Path(path_type=Path), help="In place of ours.")
@@ -334,16 +325,3 @@ def _object(text: str, option: str) -> dict[str, object]:
     if not isinstance(given, dict):
         raise ValueError(f"{option}: got {text!r:.80}; accepted: a JSON object.")
     return given
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(unit=" answers", disable=None, leave=False) as bar:
-
-        def tick(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield tick

@@ -138,17 +138,12 @@ def ask(
         body=job.body,
     )
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        tick(done, total)
-
     with contextlib.ExitStack() as stack:
         url = "" if name and done == total else stack.enter_context(server(job, say))
         address = Server(url, job.key_variable)
         request_grid = replace(request_grid, model=name or address.models()[0])
         answers = generate(
-            request_grid, job.out, server=address, concurrency=job.concurrency, tick=one_more
+            request_grid, job.out, server=address, concurrency=job.concurrency, tick=tick
         )
     return request_grid, answers
 

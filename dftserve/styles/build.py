@@ -192,8 +192,7 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
     assert job.server is not None
     assert job.prompts is not None
     asked = prompts.read(job.prompts)
-    total = len(asked) * job.samples
-    done = grid.count_answers(job.kept)
+    done, total = grid.count_answers(job.kept), len(asked) * job.samples
     say(f"{job.kept}: {done} of {total} answers are there.")
     server = Server(base_url(job.server), job.key_variable)
     before = grid.read_asked(job.kept) or {}
@@ -208,14 +207,7 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
         seed=job.seed,
     )
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        tick(done, total)
-
-    answers = grid.generate(
-        wanted, job.kept, server=server, concurrency=job.concurrency, tick=one_more
-    )
+    answers = grid.generate(wanted, job.kept, server=server, concurrency=job.concurrency, tick=tick)
     return [Sample(each.said, asked[each.place].text) for each in answers if each.said.strip()]
 
 

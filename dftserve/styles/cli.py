@@ -3,20 +3,11 @@
 Thin, like `dftserve.cli`: what does the work is imported where it is called.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from dftserve.commandline import usage_errors
-
-_key = click.option(
-    "--api-key-env",
-    "key_variable",
-    metavar="NAME",
-    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
-)
+from dftserve.commandline import answers_bar, key_option, model_of, usage_errors
 
 
 @click.group()
@@ -37,7 +28,7 @@ def style() -> None:
 @click.option("--server", metavar="URL", help="Ask this server for the answers.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="To ask with: .txt or .jsonl.")
 @click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
-@_key
+@key_option
 @click.option("--name", help="Of the profile. Default: the name of --out.")
 @click.option("--phrases", type=click.Path(path_type=Path), help="Known phrases. Default: ours.")
 @click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
@@ -61,15 +52,14 @@ def style_build(false_discoveries: float, most: int, **options) -> None:
     The same command goes on where asking the server was stopped.
     """
     with usage_errors():
-        from dftserve.gguf import resolve
         from dftserve.styles.build import Job, build
         from dftserve.styles.counts import Choice
         from dftserve.styles.report import as_text, inspect
 
-        options["model"] = resolve(options["model"])
+        options["model"] = model_of(options["model"])
         choice = Choice(false_discoveries=false_discoveries, most=most)
         job = Job(choice=choice, **options)
-        with _progress() as tick:
+        with answers_bar() as tick:
             stored = build(job, lambda line: click.echo(line, err=True), tick)
         click.echo(as_text(inspect(stored)))
 
@@ -104,7 +94,7 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None) -> None:
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
-@_key
+@key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
 def style_fit(**options) -> None:
     """Correct a profile's phrases on what MODEL_OR_URL writes with it, and freeze the result.
@@ -116,22 +106,9 @@ def style_fit(**options) -> None:
         from dftserve.styles.fit import Job, fit
 
         job = Job(**options)
-        with _progress() as tick:
+        with answers_bar() as tick:
             found = fit(job, lambda line: click.echo(line, err=True), tick)
         place = job.out / found.stored.profile.name
         click.echo(
             f"{place}: the frozen profile, after {len(found.rounds)} rounds ({found.ended})."
         )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(unit=" answers", disable=None, leave=False) as bar:
-
-        def tick(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield tick

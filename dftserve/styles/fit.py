@@ -354,18 +354,12 @@ def unfitted(said: Sequence[Said], anchors: Anchors) -> dict[str, float]:
 
 def _answers(job: Job, asked: tuple[Prompt, ...], name: str, number: int, tick: Tick) -> list[Said]:
     folder = job.out / f"round-{number}"
-    total = len(asked) * job.samples
-    done = grid.count_answers(folder)
     before = grid.read_asked(folder) or {}
     served_as = job.served_as or before.get("model")
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        tick(done, total)
-
     with contextlib.ExitStack() as stack:
-        is_there = served_as is not None and done == total
+        there = grid.count_answers(folder)
+        is_there = served_as is not None and there == len(asked) * job.samples
         url = "" if is_there else stack.enter_context(_served(job, name, number))
         server = Server(url, job.key_variable)
         wanted = RequestGrid(
@@ -380,7 +374,7 @@ def _answers(job: Job, asked: tuple[Prompt, ...], name: str, number: int, tick: 
             body={"style": {"name": name, "strength": 1}},
         )
         answers = grid.generate(
-            wanted, folder, server=server, concurrency=job.concurrency, tick=one_more
+            wanted, folder, server=server, concurrency=job.concurrency, tick=tick
         )
     return [_said(answer, asked) for answer in answers if answer.said.strip()]
 

@@ -55,7 +55,7 @@ def place(tmp_path_factory) -> Path:
     asking = RequestGrid("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
     with chat(lambda body: texts[body["messages"][-1]["content"]]) as url:
         server = Server(f"{url}/v1")
-        generate(asking, place / "out", server=server, concurrency=2, tick=lambda: None)
+        generate(asking, place / "out", server=server, concurrency=2, tick=lambda done, total: None)
     people = zip(PROMPTS, human_like(8, seed=4), strict=True)
     lines = [json.dumps({"prompt": prompt, "response": text}) for prompt, text in people]
     (place / "people.jsonl").write_text("\n".join(lines))

@@ -80,7 +80,7 @@ def run(url: str, folder: Path, what: RequestGrid | None = None, retries: int = 
         folder,
         server=Server(f"{url}/v1", retries=retries),
         concurrency=CONCURRENCY,
-        tick=lambda: None,
+        tick=lambda done, total: None,
     )
 
 

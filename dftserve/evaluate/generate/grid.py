@@ -142,12 +142,12 @@ def generate(
     *,
     server: Server,
     concurrency: int,
-    tick: Callable[[], object],
+    tick: Callable[[int, int], object],
 ) -> list[Answer]:
     """All answers, in the order of the requests; those that the folder lacks are asked for.
 
     Args:
-        tick: called after each answer that came.
+        tick: takes how many answers there are, of how many, after each that came.
 
     Raises:
         ValueError: the folder holds the answers to something else, another run writes to it, or
@@ -157,17 +157,18 @@ def generate(
     with AnswerStore(folder / ANSWERS, Answer) as store:
         _agree(request_grid, folder / ASKED)
         known = {answer.key: answer for answer in store.rows}
-        missing = [request for request in request_grid.requests() if request.key not in known]
+        requests = list(request_grid.requests())
+        missing = [request for request in requests if request.key not in known]
 
         async def ask(client: "AsyncOpenAI", request: Request) -> None:
             answer = await _ask(client, server, request_grid, request)
             store.append(answer)
             known[answer.key] = answer
-            tick()
+            tick(len(known), len(requests))
 
         if missing:
             ask_all(server, missing, ask, concurrency)
-    return [known[request.key] for request in request_grid.requests()]
+    return [known[request.key] for request in requests]
 
 
 def count_answers(folder: Path) -> int:
