@@ -41,12 +41,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dftserve.checkpoint import FINAL
 from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
 from dftserve.targets.document import Document, load_tokenizer
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
-from dftserve.train.run import FINAL, Prepared, finish, make_trainer, prepare
+from dftserve.train.run import Prepared, finish, make_trainer, prepare
 
 from provenance import machine, versions
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dftserve.bounded_files import read_json
+from dftserve.checkpoint import FINAL
 from dftserve.targets.run import Job
 from dftserve.targets.run import build as build_targets
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
-from dftserve.train.run import FINAL, train
+from dftserve.train.run import train
 
 HERE = Path(__file__).parent
 PROSE, RECIPE = HERE / "prose.jsonl", HERE / "recipe.yaml"

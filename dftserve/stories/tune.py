@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dftserve.bounded_files import read_json
+from dftserve.checkpoint import FINAL
 from dftserve.stories.grammar import PROMPTS, generate
 from dftserve.stories.model import STEPS, build
 from dftserve.targets.run import Job
 from dftserve.targets.run import build as build_targets
 from dftserve.train.config import DivergenceConfig, TrainConfig
-from dftserve.train.run import FINAL, train
+from dftserve.train.run import train
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 STORIES = 400

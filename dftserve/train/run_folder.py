@@ -23,12 +23,13 @@ from typing import Any
 
 from dftserve import atomic, lm, lock
 from dftserve.bounded_files import FileError, advised, open_growing, read_json
+from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
 from dftserve.digest import digest_of, joined_digest, sampled_digest
 from dftserve.model_folder import CONFIG, weight_files
 from dftserve.targets.store import MANIFEST, Manifest
 from dftserve.train.config import LoraConfig, TrainConfig
 
-SETTINGS, LOCK, ORIGIN = "settings.json", "lock", "origin"
+LOCK, ORIGIN = "lock", "origin"
 LARGEST = 1 << 20
 """Bytes of a file of a run's own."""
 PLACES = ("model", "targets", "output")
