@@ -18,6 +18,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from dftserve.sampling.draws import draw_key
 from dftserve.spec import parse
 from tests.reference import draw_reference
+from tests.vllm_config import config
 
 XTC = {"law": "xtc", "xtc_probability": 0.5}
 ROW = torch.tensor([0.5, 0.3, 0.2]).log()
@@ -28,11 +29,6 @@ CPU = torch.device("cpu")
 def params(seed=None, identity=None):
     carried = {"diversity": XTC, "diversity_id": identity}
     return SamplingParams(temperature=0.9, seed=seed, extra_args=carried)
-
-
-def config():
-    scheduler = SimpleNamespace(max_num_seqs=4)
-    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None)
 
 
 def said(key, first=0):

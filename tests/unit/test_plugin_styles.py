@@ -23,6 +23,7 @@ from dftserve.sampling.style.tables import DEEPEST
 from dftserve.styles import profile as profiles
 from tests.style_reference import style_reference
 from tests.styles import pattern, stored
+from tests.vllm_config import config
 
 V = 40
 CPU = torch.device("cpu")
@@ -34,11 +35,6 @@ HUMAN = {"name": "small", "strength": 0.8, "max_kl": 0.2}
 @pytest.fixture(autouse=True)
 def of_engine(monkeypatch):
     monkeypatch.setattr(styles, "of_engine", lambda vllm_config: STYLES)
-
-
-def config(**fields):
-    scheduler = SimpleNamespace(max_num_seqs=4)
-    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None, **fields)
 
 
 def params(style=HUMAN, **extra):

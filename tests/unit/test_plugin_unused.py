@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
+from tests.vllm_config import config
+
 V = 300
 UNASKED = (
     SamplingParams(temperature=0.7),
@@ -30,11 +32,6 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations += 1
         return function(*args, **(kwargs or {}))
-
-
-def config():
-    scheduler = SimpleNamespace(max_num_seqs=4)
-    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None)
 
 
 def v1_update(params):

@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
 from dftserve.sampling import Controls, TokenClasses, control_row, get_backend, transform
 from dftserve.spec import parse
+from tests.vllm_config import config
 
 V = 40
 WORDS = {"law": "words", "level": 0.8}
@@ -27,11 +28,6 @@ CLASSES = TokenClasses(PACKED_V.astype(np.uint8))
 @pytest.fixture(autouse=True)
 def classes(monkeypatch):
     monkeypatch.setattr(vocabulary, "token_classes", lambda vllm_config: CLASSES)
-
-
-def config(**fields):
-    scheduler = SimpleNamespace(max_num_seqs=4)
-    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None, **fields)
 
 
 def params(diversity=WORDS):

@@ -15,13 +15,9 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Base
 
 from dftserve.sampling.staging import PinnedStaging
+from tests.vllm_config import config
 
 V = 50
-
-
-def config(**fields):
-    scheduler = SimpleNamespace(max_num_seqs=4)
-    return SimpleNamespace(scheduler_config=scheduler, speculative_config=None, **fields)
 
 
 def params(diversity=None, identity=None, **fields):
