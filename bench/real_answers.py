@@ -5,7 +5,8 @@
 
 One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
 answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
-each of the other 90), IFEval and 300 questions of MMLU (one to each). A setting's answers to a set
+each of the other 90), IFEval and 300 questions of MMLU (one to each), and every other prompt of
+NoveltyBench, which have many right answers (eight to each). A setting's answers to a set
 are one line of the plan; what the folder has is not asked for again, a set that a kill left in part
 is completed, and new settings join old ones. bf16 by default, as the checkpoint is; on a CPU
 without instructions for it float32 is many times as fast.
@@ -46,13 +47,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "temperature": 1.5,
         "diversity": {"law": "dynatemp", "dynatemp_range": 0, "min_p": 0.02},
     },
+    "top-p .95": {"top_p": 0.95},
+    "top-nσ 1, T 1.5": {"temperature": 1.5, "diversity": {"law": "top_n_sigma", "n_sigma": 1}},
     "T .2, top-p .9 (the model's card)": {"temperature": 0.2, "top_p": 0.9},
     "min-p .1, T 1.5": {"min_p": 0.1, "temperature": 1.5},
     "`words` .75": {"diversity": {"law": "words", "level": 0.75}},
     "`words` .25": {"diversity": {"law": "words", "level": 0.25}},
     "`gated` .75": {"diversity": {"law": "gated", "level": 0.75}},
     "`gated` .25": {"diversity": {"law": "gated", "level": 0.25}},
-    "top-p .95": {"top_p": 0.95},
     "stock, T .5": {"temperature": 0.5},
     "stock, T 1.1": {"temperature": 1.1},
     "stock, T 1.2": {"temperature": 1.2},
@@ -89,6 +91,7 @@ class Answer:
 Place = tuple[str, str, int, int]
 """A set, a setting, a prompt of the set and the number of its answer."""
 STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU = "stories", "essays", "other essays", "ifeval", "mmlu"
+OPEN = "open"
 """The other essays were asked for once the essays had shown how many answers tell laws apart."""
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
 """Settings of all sets."""
@@ -107,7 +110,14 @@ def prompt_sets(data: Path) -> list[PromptSet]:
         PromptSet(OTHER_ESSAYS, essays[60:], 4, 200, (WORDS, GATED, HALF[0], MIN_P)),
         PromptSet(IFEVAL, instructions, 1, 256, (*COMPARED, COOL)),
         PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, (*COMPARED, COOL)),
+        PromptSet(OPEN, open_prompts(data), 8, 64, (*COMPARED, COOL, HALF[1])),
     ]
+
+
+def open_prompts(data: Path) -> list[str]:
+    """Prompts with many right answers: every other one of NoveltyBench's curated hundred."""
+    lines = (data / "prompts" / "noveltybench_curated.jsonl").read_text().splitlines()
+    return [json.loads(line)["prompt"] for line in lines[::2]]
 
 
 def mmlu(data: Path) -> list[dict[str, Any]]:
@@ -141,7 +151,7 @@ def data_folder() -> Path:
 @click.command()
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--only", multiple=True, type=click.Choice([STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU])
+    "--only", multiple=True, type=click.Choice([STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU, OPEN])
 )
 @click.option("--dtype", default="auto")
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
