@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -44,6 +44,7 @@ from provenance import machine, versions
 from ratios import ratio, shown
 from tiny_model import MAX_LENGTH, TOKENS, VOCABULARIES, save_model
 
+T = TypeVar("T")
 BATCHES = (1, 8, 32, 64)
 DIVERSITY = spec.parse(0.5)
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
@@ -173,18 +174,19 @@ def asking_for(asked: PromptContext, choice: int) -> dict[str, Any]:
 
 
 def stock(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
-    return _without_ours(llm, rounds(llm, vocabulary, batch))
+    return without_ours(llm, rounds(llm, vocabulary, batch))
 
 
 def min_p(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
-    return _without_ours(llm, rounds(llm, vocabulary, batch, temperature=1.5, min_p=0.05))
+    return without_ours(llm, rounds(llm, vocabulary, batch, temperature=1.5, min_p=0.05))
 
 
-def _without_ours(llm: LLM, plain: Callable[[], float]) -> Callable[[], float]:
+def without_ours(llm: LLM, plain: Callable[[], T]) -> Callable[[], T]:
+    """What `plain` gives with the plug-in's processor taken out of the engine's list."""
     listed = processor_list(llm)
     ours = next(p for p in listed if type(p).__name__ == "V1Processor")
 
-    def once() -> float:
+    def once() -> T:
         place = listed.index(ours)
         listed.remove(ours)
         try:

@@ -169,6 +169,28 @@ def words(document: dict[str, Any]) -> str:
 NOTHING = {"errors": {"value": 0.0}}
 
 
+def variety(document: dict[str, Any]) -> str:
+    """Eight answers to an open prompt, from the fewest meanings."""
+    measured = {"distinct": 2, "alike": 3, "openings": 3, "self_bleu": 1, "errors": 2}
+    rows = document["rows"]
+    lines = [
+        "| | meanings of 8 | mean cosine | same opening | self-BLEU | errors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(rows, key=lambda n: rows[n]["distinct"]["value"]):
+        cells = [interval(rows[name][key], digits) for key, digits in measured.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("")
+    lines.append(
+        f"`bench/variety.py`: SmolLM2-135M-Instruct, {document['answers_to_each']} answers of at "
+        f"most {document['max_tokens']} tokens to each of {document['prompts']} prompts of "
+        f"NoveltyBench; two answers mean the same where a sentence encoder ({document['encoder']}) "
+        f"gives them a cosine of {document['same_meaning']}. Same opening: pairs that begin with "
+        "the same three words. Errors per 100 words; 95 % intervals."
+    )
+    return "\n".join(lines)
+
+
 def percent(found: dict[str, float]) -> str:
     value, low, high = (100 * found[key] for key in ("value", "low", "high"))
     return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
@@ -307,6 +329,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_cost": train_cost,
     "sds_validation": sds_validation,
     "clients": client_table.table,
+    "variety": variety,
     "families": families,
     "gpu": gpu_table.table,
 }
