@@ -33,6 +33,14 @@ GATED = "`gated` 1"
 WORDS = "`words` 1"
 MIN_P = "min-p .02, T 1.3"
 ONE_TEMPERATURE = "one T 1.5 on the guard .02"
+WORD_LAWS = (
+    "gate on starts",
+    "function words apart",
+    "budget on starts",
+    "cooler as it goes",
+    "adapt",
+)
+"""Other ways to heat where words are chosen, of word_laws.py."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     STOCK: {},
     WORDS: {"diversity": {"law": "words", "level": 1}},
@@ -59,8 +67,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "stock, T 1.1": {"temperature": 1.1},
     "stock, T 1.2": {"temperature": 1.2},
     "stock, T 1.5": {"temperature": 1.5},
+    **{name: {"word_law": name} for name in WORD_LAWS},
 }
-"""Sampling parameters of vLLM by name, and `diversity`; the first are the first asked for."""
+"""Sampling parameters of vLLM by name, `diversity`, and what word_laws.py adds; the first are the
+first asked for."""
+EXTRA_ARGS = ("diversity", "word_law")
 SLOTS = 128
 
 
@@ -105,8 +116,8 @@ def prompt_sets(data: Path) -> list[PromptSet]:
     lines = (data / "ifeval" / "prompts.jsonl").read_text().splitlines()
     instructions = [json.loads(line)["prompt"] for line in lines]
     return [
-        PromptSet(STORIES, stories[:32], 8, 200, tuple(SETTINGS)),
-        PromptSet(ESSAYS, essays[:60], 2, 200, (*COMPARED, *HALF)),
+        PromptSet(STORIES, stories[:32], 8, 200, tuple(n for n in SETTINGS if n not in WORD_LAWS)),
+        PromptSet(ESSAYS, essays[:60], 2, 200, (*COMPARED, *HALF, *WORD_LAWS)),
         PromptSet(OTHER_ESSAYS, essays[60:], 4, 200, (WORDS, GATED, HALF[0], MIN_P)),
         PromptSet(IFEVAL, instructions, 1, 256, (*COMPARED, COOL)),
         PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, (*COMPARED, COOL)),
@@ -197,6 +208,7 @@ def in_turn(sets: Sequence[PromptSet]) -> Iterator[tuple[PromptSet, str]]:
 
 
 def engine(model: Path, dtype: Any, seed: int) -> Any:
+    import word_laws
     from vllm import LLM
 
     return LLM(
@@ -208,6 +220,7 @@ def engine(model: Path, dtype: Any, seed: int) -> Any:
         # Small blocks, so that a prompt is read once, however often it is asked.
         block_size=32,
         enforce_eager=True,
+        logits_processors=[word_laws.WordLaws],
         generation_config="vllm",
         seed=seed,
     )
@@ -217,12 +230,12 @@ def ask(llm: Any, prompts: PromptSet, name: str) -> list[Answer]:
     """The answers of a setting to a set, all asked for at once."""
     from vllm import SamplingParams
 
-    sampling = {key: value for key, value in SETTINGS[name].items() if key != "diversity"}
-    diversity = SETTINGS[name].get("diversity")
+    ours = {key: value for key, value in SETTINGS[name].items() if key in EXTRA_ARGS}
+    sampling = {key: value for key, value in SETTINGS[name].items() if key not in EXTRA_ARGS}
     parameters = SamplingParams(
         n=prompts.answers,
         max_tokens=prompts.tokens,
-        extra_args=None if diversity is None else {"diversity": diversity},
+        extra_args=ours or None,
         **sampling,
     )
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts.prompts]
