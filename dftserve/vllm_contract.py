@@ -269,6 +269,10 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
 )
 
+INHERITED: tuple[tuple[str, str], ...] = ((_V1, "LogitsProcessor"), (_V2, "LogitsProcessor"))
+"""(module, class) of vLLM's base classes of ours: each abstract method of theirs is a symbol, as
+without a definition of it no object of ours can be made."""
+
 
 # In source files
 
@@ -286,11 +290,24 @@ def missing_in_source(root: Root) -> list[Problem]:
     """
     folder = package(root)
     sources = {name: _Source(folder, name) for name in {symbol.module for symbol in SYMBOLS}}
-    return [
+    lacking = [
         Problem(symbol, text)
         for symbol in SYMBOLS
         if (text := sources[symbol.module].fault(symbol)) is not None
     ]
+    return lacking + [
+        Problem(symbol, "it is abstract, and the plug-in has no such method")
+        for module, owner in INHERITED
+        for symbol in _not_known(module, owner, sources[module].abstract(owner))
+    ]
+
+
+def _not_known(module: str, owner: str, methods: Iterable[str]) -> Iterator[Symbol]:
+    known = {symbol.name: symbol for symbol in SYMBOLS if symbol.module == module}
+    hook = known[f"{owner}.__init__"].hook
+    for name in (f"{owner}.{method}" for method in methods):
+        if name not in known:
+            yield Symbol(module=module, name=name, hook=hook, required=True)
 
 
 def package(root: Root) -> Root:
@@ -357,6 +374,13 @@ class _Source:
         found = (self.member(base, name) for base in bases)
         return next((one for one in found if one is not None), None)
 
+    def abstract(self, owner: str) -> list[str]:
+        """The methods that this class asks those derived from it to define."""
+        definition = self._names.get(owner)
+        if not isinstance(definition, ast.ClassDef):
+            return []
+        return [name for name, found in _defined(definition.body) if _is_abstract(found)]
+
     def _elsewhere(self, imported: ast.ImportFrom, owner: str, name: str) -> Definition | None:
         module = imported.module or ""
         if imported.level or not module.startswith("vllm."):
@@ -381,6 +405,13 @@ def _defined(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Definition]]:
                 yield from _defined([*then, *otherwise])
             case ast.Try(body=tried, handlers=handlers):
                 yield from _defined([*tried, *(s for h in handlers for s in h.body)])
+
+
+def _is_abstract(definition: Definition) -> bool:
+    if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    names = (ast.unparse(decorator) for decorator in definition.decorator_list)
+    return any(name.rpartition(".")[2] == "abstractmethod" for name in names)
 
 
 def _assigned_to_self(definition: ast.ClassDef) -> Iterator[tuple[str, Definition]]:

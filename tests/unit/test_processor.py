@@ -1,10 +1,13 @@
 """What vLLM's loaders see: one class, the right implementation, and nothing done twice."""
 
+from abc import abstractmethod
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from dftserve_vllm import engine
+from dftserve_vllm import processor as processor_module
 from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.request_context import ChoiceStatistics
 from dftserve_vllm.v1 import V1Processor
@@ -49,6 +52,19 @@ def test_a_second_load_for_the_same_engine_does_nothing():
     assert not isinstance(second, V1Processor)
     untouched = object()
     assert second.apply(untouched) is untouched
+
+
+def test_on_a_later_vllm_that_asks_for_more_methods_the_engine_starts(monkeypatch):
+    class LaterBase(V1Base):
+        @abstractmethod
+        def of_a_later_version(self): ...
+
+    monkeypatch.setattr(processor_module, "V1Base", LaterBase)
+    monkeypatch.setattr(engine, "unsupported", lambda: "vLLM 0.99 is not supported")
+    made = DiversityProcessor(config(), torch.device("cpu"), False)
+    assert isinstance(made, LaterBase)
+    untouched = object()
+    assert made.apply(untouched) is untouched
 
 
 def test_without_the_field_no_tensor_is_touched():

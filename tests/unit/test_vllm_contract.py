@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from dftserve import vllm_contract
 from dftserve.vllm_contract import (
+    INHERITED,
     SUPPORTED,
     SYMBOLS,
     TRANSFORMERS,
@@ -235,6 +236,22 @@ def test_another_plug_ins_wrapper_is_looked_through():
         "class VLLMValidationError:\n    @wraps\n    def __init__(self, renamed): ...\n"
     )
     assert one_module(source, ERROR) == ["it takes (renamed)"]
+
+
+@pytest.mark.parametrize(("module", "owner"), INHERITED)
+@pytest.mark.parametrize("decorator", ["abstractmethod", "abc.abstractmethod"])
+def test_a_method_that_a_base_class_asks_for_and_we_have_not_is_named(
+    tmp_path, module, owner, decorator
+):
+    write_vllm(tmp_path)
+    file = tmp_path / FILES[module]
+    new = f"    @{decorator}\n    def of_a_later_version(self): ...\n"
+    optional = "    def with_a_default(self): ...\n"
+    head = f"class {owner}:\n"
+    file.write_text(file.read_text().replace(head, head + new + optional))
+    (problem,) = missing_in_source(tmp_path)
+    assert problem.symbol.name == f"{owner}.of_a_later_version"
+    assert "abstract" in problem.text
 
 
 def test_source_that_this_python_cannot_read_is_a_problem_and_no_traceback(tmp_path):

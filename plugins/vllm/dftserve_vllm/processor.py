@@ -92,4 +92,6 @@ def _inert(base: type) -> Any:
         def apply(self, logits: Any, ctx: Any = None) -> Any:
             return logits
 
+    # It stands in on versions that are not supported as well, which may ask for more methods.
+    Inert.__abstractmethods__ = frozenset()
     return Inert()

@@ -22,25 +22,30 @@ def with_report(worker: Any, output: Any) -> Any:
     with stats.isolated():
         if isinstance(output, AsyncModelRunnerOutput):
             pending = stats.take_report()
-            return output if pending is None else ReportingOutput(output, pending, stats)
+            if pending is not None:
+                _report_when_ready(output, pending, stats)
+            return output
         # One without requests is an object that vLLM shares among all such steps.
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
             step_report.attach(output, stats.take_report())
     return output
 
 
-class ReportingOutput(AsyncModelRunnerOutput):
-    """An output that vLLM will wait for; the report is there when it is."""
+def _report_when_ready(
+    output: AsyncModelRunnerOutput, pending: PendingReport, stats: RequestStats
+) -> None:
+    """Let what vLLM waits for carry the report once it is there.
 
-    def __init__(
-        self, output: AsyncModelRunnerOutput, pending: PendingReport, stats: RequestStats
-    ) -> None:
-        self._output = output
-        self._pending = pending
-        self._stats = stats
+    The output stays vLLM's own object: which other methods it has, and has to have, differs
+    between versions.
+    """
 
-    def get_output(self) -> ModelRunnerOutput:
-        output = self._output.get_output()
-        with self._stats.isolated():
-            step_report.attach(output, self._pending)
-        return output
+    def get_output() -> ModelRunnerOutput:
+        # It is called once; and the output and this function would keep each other in memory.
+        del vars(output)["get_output"]
+        ready = output.get_output()
+        with stats.isolated():
+            step_report.attach(ready, pending)
+        return ready
+
+    vars(output)["get_output"] = get_output

@@ -1,0 +1,77 @@
+"""A step's output on its way out of the worker: vLLM's own object, and the report with it."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from dftserve_vllm import processor, step_report, worker
+from dftserve_vllm.request_stats import RequestStats
+from dftserve_vllm.step_report import PendingReport
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from dftserve.sampling.slots import Snapshot, StatisticsLayout
+
+
+class Awaited(AsyncModelRunnerOutput):
+    """Of a vLLM whose executor asks such an output for more than its result, as 0.33's does."""
+
+    def __init__(self, ready):
+        self.ready = ready
+
+    def get_output(self):
+        if isinstance(self.ready, Exception):
+            raise self.ready
+        return self.ready
+
+    def get_kv_connector_output(self):
+        return "of a connector"
+
+
+class Stats(RequestStats):
+    """Of a step with nothing to report but one fault."""
+
+    def __init__(self):
+        self.faults = 1
+
+    def take_report(self):
+        layout = StatisticsLayout(1, 1)
+        snapshot = Snapshot(layout, layout.zeros("cpu").numpy())
+        return PendingReport([], [], np.empty(0, np.int64), snapshot, self.faults)
+
+
+@pytest.fixture
+def stats(monkeypatch) -> RequestStats:
+    made = Stats()
+    monkeypatch.setattr(processor, "stats_of", lambda _: made)
+    return made
+
+
+def test_an_output_that_is_waited_for_carries_the_report(stats):
+    ready = SimpleNamespace()
+    output = worker.with_report(None, Awaited(ready))
+    assert output.get_output() is ready
+    assert getattr(ready, step_report.ATTRIBUTE).faults == 1
+    assert stats.faults == 1
+
+
+def test_all_else_of_it_is_vllm_s(stats):
+    output = worker.with_report(None, Awaited(RuntimeError("the step failed")))
+    with pytest.raises(RuntimeError, match="the step failed"):
+        output.get_output()
+    assert output.get_kv_connector_output() == "of a connector"
+    assert stats.faults == 1
+
+
+def test_it_is_freed_as_soon_as_it_was_read(stats):
+    """It holds tensors of the device: none may wait for the garbage collector."""
+    output = worker.with_report(None, Awaited(SimpleNamespace()))
+    output.get_output()
+    seen = weakref.ref(output)
+    gc.disable()
+    try:
+        del output
+        assert seen() is None
+    finally:
+        gc.enable()
