@@ -57,7 +57,7 @@ class _Batch:
     """The active rows of the batch, as tensors; made anew only when the batch changes."""
 
     outputs: list[list[int]]
-    prompt_end_R: Array
+    prompt_end_R: NDArray[np.int32]
     index: Array
     slots: Array
     may_end_anywhere: NDArray[np.bool_]
@@ -72,8 +72,8 @@ class _Batch:
         """Tokens of each row's answer so far."""
         return np.fromiter(map(len, self.outputs), np.int64, len(self.outputs))
 
-    def last_tokens(self, lengths: Array) -> Array:
-        """int32: the token before each row's."""
+    def last_tokens(self, lengths: Array) -> NDArray[np.int32]:
+        """The token before each row's."""
         last = self.prompt_end_R.copy()
         written = np.flatnonzero(lengths)
         ends = map(_LAST, compress(self.outputs, lengths.tolist()))
@@ -98,7 +98,9 @@ class _TextEnds:
         """Another request is in the slot: its answer is read anew, whatever its length."""
         self._length_S[slot] = _UNREAD
 
-    def of(self, batch: _Batch, lengths: Array, last: Array) -> tuple[NDArray[Any], ...]:
+    def of(
+        self, batch: _Batch, lengths: Array, last: NDArray[np.int32]
+    ) -> tuple[NDArray[Any], ...]:
         """`Texts.tokens_SL`, `begin_S` and `at_R`, where the last token stands last."""
         slots, length = batch.slots[batch.styled], lengths[batch.styled]
         by_one = length == self._length_S[slots] + 1
@@ -107,7 +109,7 @@ class _TextEnds:
         self._tokens_SL[grown, -1] = last[batch.styled][by_one]
         self._begin_S[grown] = np.maximum(self._begin_S[grown] - 1, 0)
         for row in batch.styled[~by_one].tolist():
-            self._read(batch.slots[row], batch.outputs[row])
+            self._read(int(batch.slots[row]), batch.outputs[row])
         self._length_S[slots] = length
         return self._tokens_SL, self._begin_S, np.full(len(last), self._tokens_SL.shape[1] - 1)
 
