@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -37,6 +39,8 @@ class FakeGPU:
         """Machine code that was loaded: once for each time that a kernel was compiled."""
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
         """Kernel and grid."""
+        self.arguments: list[list[Any]] = []
+        """Of each launch, what the kernel was given."""
         self.signatures: dict[str, dict[str, str]] = {}
         """Type of each argument, by kernel."""
         self.utils = SimpleNamespace(load_binary=self._load, unload_module=lambda module: None)
@@ -56,8 +60,9 @@ class FakeGPU:
     def launcher_cls(self, source, metadata):
         self.signatures[metadata.name] = source.signature
 
-        def launch(x, y, z, *_):
+        def launch(x, y, z, *rest):
             self.launches.append((metadata.name, (x, y, z)))
+            self.arguments.append([each for each in rest if isinstance(each, torch.Tensor | int)])
 
         return launch
 
