@@ -298,7 +298,7 @@ def step_cost(rows: int, device: torch.device, size: Size) -> dict[str, Any]:
         host.append(1e6 * (time.perf_counter() - start))
         wait(device)
         whole.append(1e6 * (time.perf_counter() - start))
-    row = {"rows": rows, "vocabulary": size.step_vocabulary}
+    row: dict[str, Any] = {"rows": rows, "vocabulary": size.step_vocabulary}
     row["host_us"], row["whole_us"] = (round(statistics.median(each), 1) for each in (host, whole))
     if device.type == "cuda":
         ways = {"captured_us": lambda x: call(x, 0), "copy_us": sampler.copy(rows, device)}

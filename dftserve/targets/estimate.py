@@ -61,7 +61,7 @@ def estimate_of(
     # The first are the longest documents: each batch in turn from both ends.
     mixed = [batches.pop(-(turn % 2)) for turn in range(len(batches))]
     _read(source, plan, mixed[0])
-    measured, start = 0, clock()
+    measured, seconds, start = 0, 0.0, clock()
     for batch in mixed:
         measured += _read(source, plan, batch)
         seconds = clock() - start
