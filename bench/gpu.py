@@ -7,8 +7,9 @@ network; under four minutes on one GPU. `--device cpu --quick` rehearses it in u
     exactness  rows of every kind and law against the law in fp64 numpy (tests/reference.py)
     sampler    bench/sampler.py's ways: ours over a copy of the logits
     step       what a whole step takes, statistics, stop tokens and token classes included: of the
-               host until it may go on, and of the device
-    train      a training step, forward and backward, beside the stock model's own loss
+               host until it may go on, of the device, and of a replay of it in a CUDA graph
+    train      a training step, forward and backward, beside the stock model's own loss; and of it
+               the pass over one chunk's logits, by the kernel and by plain torch
     targets    tokens a second of building targets from a teacher
     generate   transformers' generate() with the field and without, of the model in FOLDER
 A stage that fails says so in the result, and the others go on. The last line is one JSON document.
@@ -280,7 +281,8 @@ def steps(device: torch.device, size: Size) -> list[dict[str, Any]]:
 
 
 def step_cost(rows: int, device: torch.device, size: Size) -> dict[str, Any]:
-    """Microseconds, medians: `host` until the call returns, `device` until its work is done."""
+    """Microseconds, medians: `host` until the call returns, `whole` until its work is done;
+    `captured`, on a GPU, of a replay of the step, and `copy` of a copy of its logits."""
     source_RV = sampler.logits(rows, size.step_vocabulary, device)
     logits_RV = source_RV.clone()
     call = step_of(rows, device, size)
@@ -296,11 +298,15 @@ def step_cost(rows: int, device: torch.device, size: Size) -> dict[str, Any]:
         host.append(1e6 * (time.perf_counter() - start))
         wait(device)
         whole.append(1e6 * (time.perf_counter() - start))
-    row = {"rows": rows, "vocabulary": size.step_vocabulary}
-    return row | {
-        "host_us": round(statistics.median(host), 1),
-        "whole_us": round(statistics.median(whole), 1),
-    }
+    row: dict[str, Any] = {"rows": rows, "vocabulary": size.step_vocabulary}
+    row["host_us"], row["whole_us"] = (round(statistics.median(each), 1) for each in (host, whole))
+    if device.type == "cuda":
+        ways = {"captured_us": lambda x: call(x, 0), "copy_us": sampler.copy(rows, device)}
+        for name, way in ways.items():
+            once = sampler.timer(way, source_RV)
+            taken = [once() for _ in range(size.calls)]
+            row[name] = round(1e6 * statistics.median(taken), 1)
+    return row
 
 
 def step_of(rows: int, device: torch.device, size: Size) -> Callable[[Tensor, int], None]:
@@ -390,6 +396,7 @@ def training(device: torch.device, size: Size) -> dict[str, Any]:
                 seconds[name].append(taken)
                 peaks[name] = peak
     return {
+        "row_pass": row_passes(dict(zip(DIVERGENCES, built, strict=True)), target, size),
         "parameters": sum(each.numel() for each in model.parameters()),
         "tokens": ids_BN.numel(),
         "stock_seconds": round(statistics.median(seconds["stock"]), 4),
@@ -400,6 +407,47 @@ def training(device: torch.device, size: Size) -> dict[str, Any]:
             for name in DIVERGENCES
         },
     }
+
+
+CHUNK_ROWS = 512
+
+
+def row_passes(divergences: dict[str, Any], target: Any, size: Size) -> dict[str, Any]:
+    """Microseconds of the pass over a chunk's logits: as training takes it, by plain torch, and of
+    a copy; medians."""
+    from dftserve.train import row_pass
+
+    device = target.labels_R.device
+    target = target[slice(0, CHUNK_ROWS)].to(torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source_RV = torch.randn(len(target), size.step_vocabulary, device=device).to(dtype)
+    whole = slice(0, len(target))
+
+    def taken(way: Callable[[Tensor], Any]) -> float:
+        seconds = []
+        for _ in range(2 + size.train_steps):
+            raw_RV = source_RV.clone()
+            wait(device)
+            start = time.perf_counter()
+            way(raw_RV)
+            wait(device)
+            seconds.append(time.perf_counter() - start)
+        return round(1e6 * statistics.median(seconds[2:]), 1)
+
+    given = {"scale": 1.0, "cap": None}
+    found: dict[str, Any] = {
+        "rows": len(target),
+        "by_kernel": row_pass.has_kernel(device),
+        "copy_us": taken(lambda raw_RV: source_RV.copy_(raw_RV)),
+    }
+    for name, divergence in divergences.items():
+        ours = row_pass.row_pass(divergence, target, dtype=dtype, **given)
+        plain = row_pass.PlainPass(divergence, target, **given)
+        found[name] = {
+            "us": taken(lambda raw_RV, way=ours: way(raw_RV, whole)),
+            "plain_us": taken(lambda raw_RV, way=plain: way(raw_RV, whole)),
+        }
+    return found
 
 
 def one_step(model: Any, way: Callable[[], None], device: torch.device) -> tuple[float, int]:

@@ -42,9 +42,14 @@ def _sampler_cells(found: Any) -> list[tuple[str, str, str, str]]:
 
 
 def _step_cells(found: Any) -> list[tuple[str, str, str, str]]:
-    return [
+    cells = [
         ("host time of a step", f"R={row['rows']}", f"{row['host_us']:.0f} µs", "60 µs")
         for row in found
+    ]
+    return cells + [
+        ("a step in a graph / a copy", f"R={row['rows']}", f"{row['captured_us'] / copy:.2f}", "–")
+        for row in found
+        if (copy := row.get("copy_us"))
     ]
 
 

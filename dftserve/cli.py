@@ -153,7 +153,9 @@ def target() -> None:
 @click.option(
     "--skip-bad", is_flag=True, help="Leave out conversations that the chat template refuses."
 )
-def target_build(values: tuple[str, ...], **options) -> None:
+@click.option("--plan", is_flag=True, help="Say what it would take, by its first batches.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
+def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) -> None:
     """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .json, .parquet, a folder, or a
     .yaml of several.
 
@@ -163,12 +165,21 @@ def target_build(values: tuple[str, ...], **options) -> None:
         named = _named(values)
         _check_names(options, named)
         options["model"] = model_of(options["model"])
-        from dftserve.targets.run import Job, build
+        from dftserve.targets.run import Job, build, estimate
 
+        job = Job(values=named, **options)
+        if plan or as_json:
+            planned = estimate(job, _said)
+            click.echo(planned.as_json() if as_json else planned.shown())
+            return
         try:
-            build(Job(values=named, **options), lambda line: click.echo(line, err=True))
+            build(job, _said)
         except KeyboardInterrupt:
             raise SystemExit(128 + signal.SIGINT) from None  # Its own words are enough.
+
+
+def _said(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _check_names(options: Mapping[str, Any], values: Mapping[str, str]) -> None:

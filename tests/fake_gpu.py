@@ -5,12 +5,14 @@ Tensors stay on the CPU: to this driver an address is a number.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -37,6 +39,8 @@ class FakeGPU:
         """Machine code that was loaded: once for each time that a kernel was compiled."""
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
         """Kernel and grid."""
+        self.arguments: list[list[Any]] = []
+        """Of each launch, what the kernel was given."""
         self.signatures: dict[str, dict[str, str]] = {}
         """Type of each argument, by kernel."""
         self.utils = SimpleNamespace(load_binary=self._load, unload_module=lambda module: None)
@@ -56,8 +60,9 @@ class FakeGPU:
     def launcher_cls(self, source, metadata):
         self.signatures[metadata.name] = source.signature
 
-        def launch(x, y, z, *_):
+        def launch(x, y, z, *rest):
             self.launches.append((metadata.name, (x, y, z)))
+            self.arguments.append([each for each in rest if isinstance(each, torch.Tensor | int)])
 
         return launch
 
@@ -69,23 +74,25 @@ class FakeGPU:
 
 
 @contextmanager
-def fake_gpu(capability: int, cache: Path) -> Iterator[FakeGPU]:
+def fake_gpu(
+    capability: int, cache: Path, kernels: Mapping[str, JITFunction] = KERNELS
+) -> Iterator[FakeGPU]:
     """Triton's driver for a while; `cache` keeps what was compiled, for the next one."""
     gpu = FakeGPU(capability)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knobs.cache, "dir", str(cache))
         patch.setattr(driver, "_active", gpu)
         patch.setattr("triton.compiler.compiler.max_shared_mem", lambda device: 232_448)
-        for kernel in KERNELS.values():
+        for kernel in kernels.values():
             patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         try:
             yield gpu
         finally:
-            for compiled in compiled_kernels():
+            for compiled in compiled_kernels(kernels):
                 compiled.module = None  # Else it is unloaded when there is no such driver any more.
 
 
-def compiled_kernels() -> list[CompiledKernel]:
+def compiled_kernels(kernels: Mapping[str, JITFunction] = KERNELS) -> list[CompiledKernel]:
     """Of all kernels, whatever they were compiled for."""
-    caches = [kernel.device_caches[0][0] for kernel in KERNELS.values()]
+    caches = [kernel.device_caches[0][0] for kernel in kernels.values()]
     return [compiled for cache in caches for compiled in cache.values()]

@@ -85,9 +85,9 @@ def transform_step(
             raises IndexError before it writes anything; a GPU's does not look at them.
     """
     _check_logits(logits_XV)
-    rows = len(logits_XV)
-    if step.rows_R is None and len(step.slot_R) != rows:
-        raise ValueError(f"rows: got {rows} and {len(step.slot_R)} slots; accepted: one for each.")
+    rows, slots_given = logits_XV.shape[0], step.slot_R.shape[0]
+    if step.rows_R is None and slots_given != rows:
+        raise ValueError(f"rows: got {rows} and {slots_given} slots; accepted: one for each.")
     _check_classes(step.last_token_R, backend)
     if step.texts is not None:
         if style_stage is None:

@@ -166,6 +166,7 @@ class Slots:
         self.rows_per_request = rows_per_request
         self._layout = StatisticsLayout(slots, rows_per_request)
         self._block = self._layout.zeros(device)
+        self._on_host = self._block.numpy() if self._block.device.type == "cpu" else None
         parts = self._layout.tensors(self._block)
         self.invalid, self._tokens_S, self._sums_SF, self._waiting_SKF = parts
         self._level_S = torch.zeros(slots, device=device)
@@ -237,8 +238,10 @@ class Slots:
         """A copy of all slots' statistics on the host; on a GPU it is only enqueued, into pinned
         memory: see `Snapshot.wait`."""
         self._flush()
+        if self._on_host is not None:
+            return Snapshot(self._layout, self._on_host.copy())
         if self._block.device.type != "cuda":
-            return Snapshot(self._layout, self._block.cpu().numpy().copy())
+            return Snapshot(self._layout, self._block.cpu().numpy())
         block = self._block.to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()

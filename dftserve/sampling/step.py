@@ -54,7 +54,7 @@ class Step:
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as
         long as the others."""
-        rows = len(self.slot_R)
+        rows = self.slot_R.shape
         for name, dtype in _TYPES.items():
             given: Tensor | None = getattr(self, name)
             if given is None:
@@ -64,8 +64,10 @@ class Step:
                     f"{name}: got {given.dtype}, shape {tuple(given.shape)}, strides "
                     f"{given.stride()}; accepted: a contiguous list of {dtype}."
                 )
-            if name != "known_S" and len(given) != rows:
-                raise ValueError(f"{name}: got {len(given)} and {rows} slots; accepted: as many.")
+            if name != "known_S" and given.shape != rows:
+                raise ValueError(
+                    f"{name}: got {len(given)} and {len(self.slot_R)} slots; accepted: as many."
+                )
 
     def samples_R(self) -> Tensor:
         """bool [R]: whether each row's token is sampled."""

@@ -126,9 +126,16 @@ def _combined(
 
 def _rows(parts: Sequence[Rows], combine: Callable[[Sequence[Tensor]], Tensor]) -> Rows:
     def rows(start: int, stop: int) -> Tensor:
-        return combine([part(start, stop) for part in parts])
+        return combine(_on_one_device([part(start, stop) for part in parts]))
 
     return rows
+
+
+def _on_one_device(parts_RV: Sequence[Tensor]) -> list[Tensor]:
+    """The first accelerator's among theirs, where there is one."""
+    devices = [part_RV.device for part_RV in parts_RV]
+    device = next((each for each in devices if each.type != "cpu"), devices[0])
+    return [part_RV.to(device) for part_RV in parts_RV]
 
 
 def _accepted(sources: Sequence[Source], who: str) -> list[DenseSource]:

@@ -25,7 +25,12 @@ from blake3 import blake3
 from torch import Tensor
 
 from dftserve.targets.document import Document
+from dftserve.targets.interpolated import Entries, Shared, sparsify
 from dftserve.targets.source import DenseSource, Rows
+from dftserve.targets.sparse import Targets
+
+ROWS_AT_ONCE = 1024
+"""Of sparse rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +116,40 @@ class Ngram(DenseSource):
     def read(self, documents: Sequence[Document]) -> list[Rows]:
         return [self._rows(document) for document in documents]
 
+    def targets(
+        self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
+    ) -> list[Targets]:
+        """No row is made dense: what no context gave is shared out by the single tokens."""
+        each = zip(documents, seeds, strict=True)
+        return [self._targets(*one, k, draws) for one in each]
+
+    def _targets(self, document: Document, seed: int, k: int, draws: int) -> Targets:
+        at_T, own, single_V = self._found(document)
+        shared, random = Shared(single_V), np.random.default_rng(seed)
+        labels_T = document.labels_T.astype(np.int64)
+        parts = []
+        for start in range(0, len(labels_T), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            given, left_R = self._given([at[part] for at in at_T], own, len(labels_T[part]))
+            entries = Entries.of(given, left_R, self.vocabulary)
+            parts.append(sparsify(entries, shared, labels_T[part], k=k, draws=draws, random=random))
+        return Targets.joined(parts)
+
     def _rows(self, document: Document) -> Rows:
-        contexts = self._contexts(document)
-        own = self._own(document, contexts)
-        single_V = _method_c(self._singles_V - own.singles_V, 1 / self.vocabulary)
-        at_T = [contexts_N[document.positions_T] for contexts_N in contexts]
+        at_T, own, single_V = self._found(document)
 
         def rows(start: int, stop: int) -> Tensor:
             return self._dense([at[start:stop] for at in at_T], own, single_V, stop - start)
 
         return rows
+
+    def _found(self, document: Document) -> tuple[list[np.ndarray], Own, np.ndarray]:
+        """Of each level the trained positions' contexts; what the document itself counted; and the
+        probabilities of single tokens without it."""
+        contexts = self._contexts(document)
+        own = self._own(document, contexts)
+        single_V = _method_c(self._singles_V - own.singles_V, 1 / self.vocabulary)
+        return [contexts_N[document.positions_T] for contexts_N in contexts], own, single_V
 
     def _contexts(self, document: Document) -> list[np.ndarray]:
         """Of each level, int64 [N]: the context before each token; −1 where the corpus has none."""
@@ -154,9 +183,20 @@ class Ngram(DenseSource):
     def _dense(
         self, contexts: Sequence[np.ndarray], own: Own, single_V: np.ndarray, rows: int
     ) -> Tensor:
-        """From the longest context down: what is not given out yet goes on to the next."""
         dense_RV = np.zeros((rows, self.vocabulary), dtype=np.float32)
-        left_R = np.ones(rows)
+        given, left_R = self._given(contexts, own, rows)
+        for row_E, next_E, mass_E in given:
+            # A row and a token meet once in a level, so this adds nothing twice.
+            dense_RV[row_E, next_E] += mass_E.astype(np.float32)
+        dense_RV += np.outer(left_R.astype(np.float32), single_V.astype(np.float32))
+        return torch.from_numpy(np.log(dense_RV, out=dense_RV))
+
+    def _given(
+        self, contexts: Sequence[np.ndarray], own: Own, rows: int
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray]:
+        """From the longest context down: what is not given out yet goes on to the next. Of each
+        level rows, tokens and masses; and of each row what is left for single tokens."""
+        given, left_R = [], np.ones(rows)
         for level, found_R, (pairs, times) in zip(
             reversed(self._levels), reversed(contexts), reversed(own.pairs), strict=True
         ):
@@ -172,11 +212,9 @@ class Ngram(DenseSource):
             used_R = total_R >= self.min_count
             whole_R = np.where(used_R, total_R + different_R, 1)
             share_R = np.where(used_R, left_R / whole_R, 0.0)
-            # A row and a token meet once in a level, so this adds nothing twice.
-            dense_RV[row_E, next_E] += (share_R[row_E] * counts_E).astype(np.float32)
+            given.append((row_E, next_E, share_R[row_E] * counts_E))
             left_R = np.where(used_R, left_R * different_R / whole_R, left_R)
-        dense_RV += np.outer(left_R.astype(np.float32), single_V.astype(np.float32))
-        return torch.from_numpy(np.log(dense_RV, out=dense_RV))
+        return given, left_R
 
 
 def _entries(level: Level, found_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -126,10 +126,12 @@ class _Mixture:
         power: float,
     ) -> None:
         self._teacher, self._states, self._power = teacher, states, power
-        self._labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
+        self._device = states[0].device
+        self._labels_T = torch.from_numpy(document.labels_T.astype(np.int64)).to(self._device)
         self._known = 0
         # ln w_k + β Σ_{s<t} ln p(x_s | h_s, c_k), filled up to position `_known`.
-        self._belief_KT = torch.zeros(len(states), len(self._labels_T) + 1, dtype=torch.float64)
+        shape = len(states), len(self._labels_T) + 1
+        self._belief_KT = torch.zeros(shape, dtype=torch.float64, device=self._device)
         self._belief_KT[:, 0] = log_prior_K
 
     def __call__(self, start: int, stop: int) -> Tensor:
@@ -141,8 +143,9 @@ class _Mixture:
     def _read(self, start: int, stop: int) -> Tensor:
         """One principle after another: two chunks of rows are held, not K of them."""
         labels_R = self._labels_T[start:stop]
-        mixture_RV = torch.full((stop - start, self._teacher.vocabulary), -torch.inf)
-        log_total_R = torch.full((stop - start,), -torch.inf, dtype=torch.float64)
+        shape = stop - start, self._teacher.vocabulary
+        mixture_RV = torch.full(shape, -torch.inf, device=self._device)
+        log_total_R = self._belief_KT.new_full((stop - start,), -torch.inf)
         for states_TD, belief_T in zip(self._states, self._belief_KT, strict=True):
             logprobs_RV = self._teacher.logprobs(states_TD[start:stop])
             token_R = logprobs_RV.gather(1, labels_R[:, None])[:, 0].double()

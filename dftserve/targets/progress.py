@@ -44,10 +44,11 @@ class Progress:
     def _left(self, rate: float) -> str:
         if self.total is None or not rate:
             return ""
-        return f", about {_duration((self.total - self.done) / rate)} left"
+        return f", about {shown_seconds((self.total - self.done) / rate)} left"
 
 
-def _duration(seconds: float) -> str:
+def shown_seconds(seconds: float) -> str:
+    """As a line says how long something takes."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -37,6 +37,7 @@ from dftserve.targets.document import (
     spans,
 )
 from dftserve.targets.encoding import encode
+from dftserve.targets.estimate import Estimate, estimate_of
 from dftserve.targets.progress import Progress
 from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
@@ -90,6 +91,44 @@ def build(job: Job, say: Say = print) -> Manifest:
             shards that the same job finds again.
         KeyboardInterrupt: likewise.
     """
+    prepared = _prepared(job, say)
+    plan, documents = prepared.plan, prepared.documents
+    try:
+        store.begin(job.out, plan)
+        if (job.out / store.MANIFEST).exists():
+            TargetStore(job.out).verify()
+            say(f"{job.out} is complete already.")
+            return Manifest.read(job.out)
+        _work(job, prepared, say)
+        manifest = store.finish(job.out, plan, documents, store.versions())
+    except KeyboardInterrupt:
+        say(_kept(job.out))
+        raise
+    except OSError as error:
+        raise StoreError(f"{job.out} cannot be written: {error}.") from None
+    say(f"{job.out}: {len(manifest.shards)} shards, {sum(map(manifest.tokens, SPLITS)):,} tokens.")
+    return manifest
+
+
+def estimate(job: Job, say: Say = print) -> Estimate:
+    """What the build would take: measured on the first batches, where they would be read.
+
+    Raises:
+        ValueError: as `build`; nothing is written.
+    """
+    prepared = _prepared(job, say)
+    return estimate_of(prepared.source, prepared.plan, prepared.documents, job.processes)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    recipe: Recipe
+    documents: Mapping[str, Sequence[Document]]
+    source: Source
+    plan: Plan
+
+
+def _prepared(job: Job, say: Say) -> _Prepared:
     recipe = recipes.load(job.recipe, job.values)
     base = _base(job)
     tokenizer = _tokenizer(job.model)
@@ -124,21 +163,7 @@ def build(job: Job, say: Say = print) -> Manifest:
         draws=recipe.store.draws,
         seed=job.seed,
     )
-    try:
-        store.begin(job.out, plan)
-        if (job.out / store.MANIFEST).exists():
-            TargetStore(job.out).verify()
-            say(f"{job.out} is complete already.")
-            return Manifest.read(job.out)
-        _work(job, recipe, plan, documents, source, say)
-        manifest = store.finish(job.out, plan, documents, store.versions())
-    except KeyboardInterrupt:
-        say(_kept(job.out))
-        raise
-    except OSError as error:
-        raise StoreError(f"{job.out} cannot be written: {error}.") from None
-    say(f"{job.out}: {len(manifest.shards)} shards, {sum(map(manifest.tokens, SPLITS)):,} tokens.")
-    return manifest
+    return _Prepared(recipe, documents, source, plan)
 
 
 def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:
@@ -398,19 +423,18 @@ def _source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, documents: Mappi
     )
 
 
-def _work(
-    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, source: Source, say: Say
-) -> None:
+def _work(job: Job, prepared: _Prepared, say: Say) -> None:
     from tqdm import tqdm
 
+    plan, documents = prepared.plan, prepared.documents
     total = sum(len(document.tokens_N) for split in SPLITS for document in documents[split])
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
         # tqdm shows nothing where there is no terminal.
         progress = Progress("tokens", say if bar.disable else _nothing, total=total)
         if job.processes == 1:
-            done = store.build(job.out, plan, source, documents)
+            done = store.build(job.out, plan, prepared.source, documents)
         else:
-            done = _shared(job, recipe, plan, documents)
+            done = _shared(job, prepared.recipe, plan, documents)
         for tokens in done:
             bar.update(tokens)
             progress.add(tokens)
@@ -472,9 +496,18 @@ def _heard(told: Any, workers: Sequence[Any]) -> Iterator[int]:
             yield said
 
 
+def _take_device(rank: int) -> None:
+    """Processes share out the GPUs that there are: "cuda" is another for each."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
 def _worker(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, rank: int, told: Any) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Unwinds: no half a file stays behind.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _take_device(rank)
     try:
         tokenizer = _tokenizer(job.model)
         _stopped_clock(tokenizer, job.out)

@@ -40,7 +40,8 @@ class Rows(Protocol):
     """The dense targets of one document."""
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """ln q, float32 [R, V], for trained positions `start` to `stop`; each row sums to 1."""
+        """ln q, float32 [R, V], for trained positions `start` to `stop`; each row sums to 1. On
+        whichever device they are made."""
         ...
 
 
@@ -54,20 +55,19 @@ class DenseSource(Source):
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
     ) -> list[Targets]:
+        each = zip(documents, self.read(documents), seeds, strict=True)
+        return [self._sparse(*one, k, draws) for one in each]
+
+    def _sparse(self, document: Document, rows: Rows, seed: int, k: int, draws: int) -> Targets:
+        """Where the rows are: only what the store keeps leaves their device. A device draws by a
+        generator of its own, so a GPU's draws are others than a CPU's."""
         size = max(1, CHUNK_ELEMENTS // self.vocabulary)
-        found = []
-        for document, rows, seed in zip(documents, self.read(documents), seeds, strict=True):
-            generator = torch.Generator().manual_seed(seed)
-            labels_T = torch.from_numpy(document.labels_T.astype("int64"))
-            parts = [
-                sparsify(
-                    rows(start, min(start + size, len(labels_T))),
-                    labels_T[start : start + size],
-                    k=k,
-                    draws=draws,
-                    generator=generator,
-                )
-                for start in range(0, len(labels_T), size)
-            ]
-            found.append(Targets.joined(parts))
-        return found
+        labels_T = torch.from_numpy(document.labels_T.astype("int64"))
+        parts, generator = [], None
+        for start in range(0, len(labels_T), size):
+            logprobs_RV = rows(start, min(start + size, len(labels_T)))
+            if generator is None:
+                generator = torch.Generator(logprobs_RV.device).manual_seed(seed)
+            labels_R = labels_T[start : start + size].to(logprobs_RV.device)
+            parts.append(sparsify(logprobs_RV, labels_R, k=k, draws=draws, generator=generator))
+        return Targets.joined(parts)

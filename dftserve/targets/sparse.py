@@ -58,7 +58,7 @@ def sparsify(
 
     Args:
         logprobs_TV: float32, each row summing to 1 in probability; −inf is allowed.
-        labels_T: int64, the text's own tokens.
+        labels_T: int64, the text's own tokens; on the same device, as the generator is.
 
     Raises:
         ValueError: a row that is not a distribution.
@@ -72,7 +72,7 @@ def sparsify(
     rest_TV = logprobs_TV.scatter(1, top_TK.indices, -torch.inf)
     tail_T = rest_TV.logsumexp(dim=1)
     has_tail_T = tail_T > -torch.inf
-    tail_ids_TM = torch.zeros(len(labels_T), draws, dtype=torch.int64)
+    tail_ids_TM = torch.zeros(len(labels_T), draws, dtype=torch.int64, device=labels_T.device)
     if draws and bool(has_tail_T.any()):
         # Scaled to the largest: a tail of tiny probabilities keeps its digits in float32.
         weights_TV = (rest_TV[has_tail_T] - rest_TV[has_tail_T].amax(dim=1, keepdim=True)).exp()
@@ -82,10 +82,10 @@ def sparsify(
     finite_TV = logprobs_TV.clamp_min(torch.finfo(torch.float32).min)
     entropy_T = -(logprobs_TV.exp() * finite_TV).sum(dim=1)
     return Targets(
-        top_ids_TK=top_TK.indices.numpy(),
-        top_logprobs_TK=top_TK.values.numpy(),
-        tail_ids_TM=tail_ids_TM.numpy(),
-        tail_logprob_T=tail_T.numpy(),
-        token_logprob_T=logprobs_TV.gather(1, labels_T[:, None])[:, 0].numpy(),
-        entropy_T=entropy_T.numpy(),
+        top_ids_TK=top_TK.indices.cpu().numpy(),
+        top_logprobs_TK=top_TK.values.cpu().numpy(),
+        tail_ids_TM=tail_ids_TM.cpu().numpy(),
+        tail_logprob_T=tail_T.cpu().numpy(),
+        token_logprob_T=logprobs_TV.gather(1, labels_T[:, None])[:, 0].cpu().numpy(),
+        entropy_T=entropy_T.cpu().numpy(),
     )

@@ -56,8 +56,8 @@ FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 1 << 20
-DOCUMENTS_AT_ONCE = 8
-"""Documents that a source reads in one batch."""
+TOKENS_AT_ONCE = 8192
+"""That a source reads in one batch, padding included; a longer document is read alone."""
 LARGEST_ID = (1 << 24) - 1
 LARGEST_MANIFEST = 16 << 20
 """Bytes: some 60,000 shards, 6e10 tokens."""
@@ -343,17 +343,31 @@ def build(
             path = folder / f"{split}-{number:05}.safetensors"
             mine = index % world == rank
             if mine and not path.exists():
-                parts: list[Targets] = []
-                for start in range(0, len(batch), DOCUMENTS_AT_ONCE):
-                    some = batch[start : start + DOCUMENTS_AT_ONCE]
-                    seeds = [_seed(wanted, split, first + start + i) for i in range(len(some))]
-                    parts += source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
+                found: dict[int, Targets] = {}
+                for places in batches_of(batch):
+                    some = [batch[place] for place in places]
+                    seeds = [_seed(wanted, split, first + place) for place in places]
+                    given = source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
+                    found |= zip(places, given, strict=True)
                     yield sum(len(document.tokens_N) for document in some)
+                parts = [found[place] for place in range(len(batch))]
                 atomic.write_file(path, lambda temporary: _write_shard(temporary, batch, parts))  # noqa: B023
             elif mine:
                 yield sum(len(document.tokens_N) for document in batch)
             index += 1
             first += len(batch)
+
+
+def batches_of(documents: Sequence[Document]) -> Iterator[list[int]]:
+    """The places of documents that are read together: of like lengths, since a batch is as wide as
+    its longest; the longest come first, so that memory that suffices for them suffices."""
+    lengths = [len(document.tokens_N) for document in documents]
+    places = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    start = 0
+    while start < len(places):
+        many = max(TOKENS_AT_ONCE // lengths[places[start]], 1)
+        yield places[start : start + many]
+        start += many
 
 
 def finish(

@@ -174,8 +174,8 @@ class Teacher(DenseSource):
 
     @torch.no_grad()
     def logprobs(self, states_RD: Tensor) -> Tensor:
-        """ln p of hidden states: float32 [R, V] on the CPU, nats."""
-        logits_RV = self._lm.head.logits(states_RD)[:, : self.vocabulary].float().cpu()
+        """ln p of hidden states: float32 [R, V] on the model's device, nats."""
+        logits_RV = self._lm.head.logits(states_RD)[:, : self.vocabulary].float()
         return (logits_RV / self.temperature).log_softmax(dim=1)
 
     def _decode(self, ids_BN: Tensor, mask_BN: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ class Tilt(DenseSource):
             at = (torch.from_numpy(place_E[span] - start), torch.from_numpy(token_E[span]))
             added = torch.from_numpy(strength_E[span])
             logprobs_RV = base(start, stop)
+            at, added = tuple(each.to(logprobs_RV.device) for each in at), added.to(logprobs_RV)
             shift_RV = torch.zeros_like(logprobs_RV).index_put(at, added, accumulate=True)
             return (logprobs_RV + shift_RV).log_softmax(dim=1)
 

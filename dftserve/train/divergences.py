@@ -152,7 +152,7 @@ class ForwardKL(Divergence):
         _bounded("weight", self.weight, 0.0, 1.0)
 
     def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
-        ids_RE, mass_RE = self._entries(target)
+        ids_RE, mass_RE = self.entries(target)
         cross_entropy_R = rows.log_z_R - (mass_RE * rows.logits_RV.gather(1, ids_RE)).sum(dim=1)
         gradient_RV = rows.p_RV.scatter_add_(1, ids_RE, -mass_RE)
         return cross_entropy_R - mixed_entropy(target, self.weight), gradient_RV
@@ -165,7 +165,7 @@ class ForwardKL(Divergence):
         cross_entropy_R = -((1 - self.weight) * own_R + self.weight * (top_R + tail_R))
         return cross_entropy_R - mixed_entropy(target, self.weight)
 
-    def _entries(self, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def entries(self, target: TargetRows) -> tuple[Tensor, Tensor]:
         """ids_RE and mass_RE: the estimate of q' as points, E = 1 + K + M; ids may repeat."""
         own_R1 = target.token_logprob_R.new_full((len(target), 1), 1 - self.weight)
         if self.weight == 0:
@@ -225,7 +225,7 @@ class LumpedDivergence(Divergence):
 
     def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
         p_RV = rows.p_RV
-        ids_RS, single_RS, t_RC = self._cells(target)
+        ids_RS, single_RS, t_RC = self.cells(target)
         p_RC = _with_rest(p_RV.gather(1, ids_RS) * single_RS)
         slope_RC = self.slope(p_RC, t_RC)
         mean_R1 = (p_RC * slope_RC).sum(dim=1, keepdim=True)
@@ -236,10 +236,10 @@ class LumpedDivergence(Divergence):
 
     def reference(self, logits_RV: Tensor, target: TargetRows) -> Tensor:
         p_RV = logits_RV.softmax(dim=1)
-        ids_RS, single_RS, t_RC = self._cells(target)
+        ids_RS, single_RS, t_RC = self.cells(target)
         return self.value(_with_rest(p_RV.gather(1, ids_RS) * single_RS), t_RC)
 
-    def _cells(self, target: TargetRows) -> tuple[Tensor, Tensor, Tensor]:
+    def cells(self, target: TargetRows) -> tuple[Tensor, Tensor, Tensor]:
         """(ids_RS, single_RS, t_RC): the tokens with cells of their own, S = K + 1; 0 for the
         text's own token where it is among the top; and q' of each cell, the rest last."""
         ids_RS = torch.cat([target.top_ids_RK, target.labels_R[:, None]], dim=1)
@@ -387,7 +387,7 @@ class SlicedW1(Divergence):
 
     def _excess(self, p_RV: Tensor, target: TargetRows) -> Tensor:
         """p − q'."""
-        ids_RE, mass_RE = ForwardKL(weight=self.weight)._entries(target)
+        ids_RE, mass_RE = ForwardKL(weight=self.weight).entries(target)
         return p_RV.scatter_add(1, ids_RE, -mass_RE)
 
 

@@ -1,7 +1,7 @@
 """A model's head and a divergence as one function that never holds the logits of a whole batch.
 
-Rows go through in chunks: logits, loss, the closed-form gradient of the logits, and from it the
-gradients of hidden states and head, all in the forward pass. Backward only scales them.
+Rows go through in chunks: logits, loss, the closed-form gradient of the logits (`row_pass`), and
+from it the gradients of hidden states and head, all in the forward pass. Backward only scales them.
 
 Shapes: N trained positions of a batch, R of them in a chunk, D hidden size, V vocabulary.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dftserve.lm import Head
-from dftserve.train.divergences import Divergence, Rows, TargetRows
+from dftserve.train.divergences import Divergence, TargetRows
+from dftserve.train.row_pass import row_pass
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Elements of one chunk's logits: what stays in a CPU's cache, what keeps a GPU busy."""
@@ -51,17 +52,13 @@ class _ChunkedHead(torch.autograd.Function):
         gradients = _Gradients.room(hidden_ND, matrix_VD, ctx.needs_input_grad[:3], wide)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         entropy = torch.zeros_like(loss)
-        target = target.to(wide)
+        rows = row_pass(divergence, target.to(wide), scale=scale, cap=cap, dtype=compute)
         with torch.autocast(device, enabled=False):
             for part in chunks(len(hidden_ND), len(matrix_VD), device):
-                raw_RV = nn.functional.linear(hidden_ND[part], matrix_VD, offset_V).to(wide)
-                logits_RV, bend_RV = _bent(raw_RV, scale, cap)
-                rows = Rows.of(logits_RV)
-                entropy += rows.entropy_R.sum()
-                loss_R, gradient_RV = divergence.loss_and_gradient(rows, target[part])
+                raw_RV = nn.functional.linear(hidden_ND[part], matrix_VD, offset_V)
+                loss_R, entropy_R, gradient_RV = rows(raw_RV, part)
                 loss += loss_R.sum()
-                if bend_RV is not None:
-                    gradient_RV.mul_(bend_RV)
+                entropy += entropy_R.sum()
                 gradients.add(part, gradient_RV, hidden_ND[part], matrix_VD)
         gradients.keep(ctx)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
@@ -97,7 +94,7 @@ class _Gradients:
 
     def add(self, part: slice, gradient_RV: Tensor, hidden_RD: Tensor, weight_VD: Tensor) -> None:
         if self.bias_V is not None:
-            self.bias_V.add_(gradient_RV.sum(dim=0))
+            self.bias_V.add_(gradient_RV.sum(dim=0, dtype=self.bias_V.dtype))
         gradient_RV = gradient_RV.to(hidden_RD.dtype)
         if self.hidden_ND is not None:
             torch.mm(gradient_RV, weight_VD, out=self.hidden_ND[part])
@@ -109,16 +106,6 @@ class _Gradients:
     def keep(self, ctx: Any) -> None:
         kept = (self.hidden_ND, self.weight_VD, self.bias_V)
         ctx.save_for_backward(*(each for each in kept if each is not None))
-
-
-def _bent(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """The logits, and d logits / d raw where it is not 1; `raw_RV` is overwritten."""
-    if scale != 1.0:
-        raw_RV.mul_(scale)
-    if cap is None:
-        return raw_RV, None if scale == 1.0 else raw_RV.new_tensor(scale)
-    share_RV = raw_RV.div_(cap).tanh_()
-    return share_RV * cap, share_RV.square_().neg_().add_(1.0).mul_(scale)
 
 
 def chunks(rows: int, vocabulary: int, device: str) -> Iterator[slice]:

@@ -155,9 +155,11 @@ def _device_of(model: Any) -> str:
 
 
 def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[float, int]:
-    """(seconds, bytes kept for the backward pass) of a batch after one that warms up."""
+    """(seconds, bytes kept for the backward pass) of a batch after one that warms up; on the
+    device where the model is."""
+    device = next(model.parameters()).device
     rows = [material.train[i] for i in range(min(config.batch_size, len(material.train)))]
-    batch = material.collate(rows)
+    batch = {name: value.to(device) for name, value in material.collate(rows).items()}
     seconds, kept = 0.0, 0
     for _ in range(2):
         seen: dict[int, int] = {}
@@ -167,16 +169,24 @@ def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[flo
             seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        _wait(device)
         start = time.perf_counter()
-        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         with bf16, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(**batch).loss
         (loss / len(batch["positions_T"])).backward()
+        _wait(device)
         seconds = time.perf_counter() - start
         weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
         kept = sum(size for place, size in seen.items() if place not in weights)
         model.zero_grad()
     return seconds, kept
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _precision(named: str, device: str) -> str:

@@ -87,7 +87,7 @@ def test_v1_goes_by_the_answer_so_far_also_after_a_preemption():
             check(after_RV[r], said(arrived_V, answers[r], last), divisor=0.9)
             answers[r].append(following[r])
     assert processor.stats.faults == 0
-    assert processor.stats.slots.read(processor._entries[0].slot).sums_F[COUNT] == 3
+    assert processor.stats.slots.read(processor._slots[0]).sums_F[COUNT] == 3
 
 
 def v2_processor(drafts=0):

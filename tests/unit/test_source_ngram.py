@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dftserve.targets.document import Document
 from dftserve.targets.ngram import Ngram
+from dftserve.targets.source import DenseSource
 
 V = 7
 
@@ -151,3 +152,51 @@ def test_speed_is_of_the_right_order():
         rows(0, 499)
     assert built - start < 10
     assert 8 * 499 / (time.process_time() - built) > 200
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(1, 4), st.integers(1, 3), st.integers(1, V))
+def test_targets_are_those_of_the_dense_rows(corpus, order, min_count, k):
+    """Up to float32; ties may be in another order, and draws are others."""
+    source = Ngram(corpus, vocabulary=V, order=order, min_count=min_count)
+    expected = DenseSource.targets(source, corpus, k=k, draws=2, seeds=range(len(corpus)))
+    found = source.targets(corpus, k=k, draws=2, seeds=range(len(corpus)))
+    for doc, wanted, got in zip(corpus, expected, found, strict=True):
+        if not len(doc.positions_T):
+            continue
+        rows_TV = rows_of(source, doc).numpy()
+        at_top_TK = np.take_along_axis(rows_TV, got.top_ids_TK, axis=1)
+        np.testing.assert_allclose(at_top_TK, wanted.top_logprobs_TK, atol=1e-4)
+        assert all(len(set(ids)) == k for ids in got.top_ids_TK.tolist())
+        for name in ("top_logprobs_TK", "token_logprob_T", "entropy_T"):
+            np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), atol=1e-4)
+        tails = np.exp(got.tail_logprob_T), np.exp(wanted.tail_logprob_T)
+        np.testing.assert_allclose(*tails, atol=1e-5)
+        if k < V:
+            is_top_TMK = got.tail_ids_TM[:, :, None] == got.top_ids_TK[:, None, :]
+            assert not is_top_TMK.any()
+
+
+def test_draws_follow_the_rest_of_the_row():
+    """χ² of at most V − 3 degrees in each row: six standard deviations above its mean, which chance
+    passes less than once in a million rows."""
+    random = np.random.default_rng(3)
+    corpus = [document(random.integers(0, V, 40)) for _ in range(4)]
+    source, draws = Ngram(corpus, vocabulary=V, order=3, min_count=1), 20_000
+    found = source.targets(corpus[:1], k=2, draws=draws, seeds=[5])[0]
+    rest_TV = np.exp(rows_of(source, corpus[0]).double().numpy())
+    np.put_along_axis(rest_TV, found.top_ids_TK, 0.0, axis=1)
+    rest_TV /= rest_TV.sum(axis=1, keepdims=True)
+    for ids_M, rest_V in zip(found.tail_ids_TM, rest_TV, strict=True):
+        seen_V, wanted_V = np.bincount(ids_M, minlength=V), draws * rest_V
+        there_V = wanted_V > 0
+        degrees = int(there_V.sum()) - 1
+        chi = float(((seen_V - wanted_V)[there_V] ** 2 / wanted_V[there_V]).sum())
+        assert chi < degrees + 6 * math.sqrt(2 * degrees) + 12
+
+
+def test_no_row_is_made_dense(monkeypatch):
+    corpus = [document([0, 1, 2, 3, 1, 2]), document([1, 2, 3, 4, 5, 6])]
+    source = Ngram(corpus, vocabulary=V)
+    monkeypatch.setattr(source, "_dense", None)
+    assert len(source.targets(corpus, k=3, draws=3, seeds=[0, 1])[0]) == 5

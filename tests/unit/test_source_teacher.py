@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -142,3 +143,24 @@ def test_an_unknown_rescaling_is_refused():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="not known here"):
         Teacher(Odd(LlamaConfig(**SIZES)), vocabulary=V, name="m")
+
+
+class Moved(TorchFunctionMode):
+    """How many elements each tensor had that was to leave its device."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.cpu, torch.Tensor.numpy):
+            self.sizes.append(args[0].numel())
+        return function(*args, **(kwargs or {}))
+
+
+def test_of_a_row_only_what_is_kept_leaves_the_device():
+    teacher, doc = Teacher(model_of("llama"), vocabulary=V, name="m"), document(30)
+    with Moved() as moved:
+        found = teacher.targets([doc], k=4, draws=3, seeds=[0])[0]
+    assert len(found) == len(doc.positions_T)
+    assert moved.sizes
+    assert max(moved.sizes) == 4 * len(doc.positions_T)

@@ -34,8 +34,8 @@ def output(request_id: str, *, ends: bool, params=None):
 def step(active, ends, always, *, faults=0, nan_rows=0, clients=1, params=None):
     """One step of SLOTS requests "0", "1", …, request i at batch position i, in slot SLOTS-1-i."""
     pending = PendingReport(
-        positions=active,
-        always=[i in always for i in active],
+        positions=np.array(active, dtype=np.int64),
+        always=np.array([i in always for i in active], dtype=bool),
         slots=np.array([SLOTS - 1 - i for i in active], dtype=np.int64),
         snapshot=snapshot(nan_rows),
         faults=faults,

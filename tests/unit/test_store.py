@@ -394,3 +394,25 @@ def test_rows_that_are_no_distribution_are_refused():
     for row in (torch.zeros(1, 5), torch.full((1, 5), torch.nan), torch.full((1, 5), -torch.inf)):
         with pytest.raises(ValueError, match="accepted: rows that sum to 1"):
             sparsify(row, torch.zeros(1, dtype=torch.int64), k=2, draws=2, generator=generator)
+
+
+@given(st.lists(st.integers(2, 2 * store.TOKENS_AT_ONCE), max_size=30))
+def test_batches_are_bounded_by_tokens_and_hold_each_document_once(lengths):
+    """Padding included; a document that is longer is alone."""
+    documents = [Document(np.zeros(n, np.int32), np.zeros(n, bool)) for n in lengths]
+    batches = list(store.batches_of(documents))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    for batch in batches:
+        width = max(lengths[place] for place in batch)
+        assert len(batch) * width <= store.TOKENS_AT_ONCE or len(batch) == 1
+
+
+def test_targets_are_of_their_own_documents_whatever_the_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "TOKENS_AT_ONCE", 50)
+    source, documents = RandomSource(), {"train": documents_of([7, 40, 3, 12, 90, 25, 2, 12])}
+    plan = plan_of(source, documents)
+    store.write(tmp_path / "batches", plan, source, documents)
+    monkeypatch.setattr(store, "TOKENS_AT_ONCE", 1)
+    store.write(tmp_path / "alone", plan, source, documents)
+    shards = [(tmp_path / name / "train-00000.safetensors") for name in ("batches", "alone")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()

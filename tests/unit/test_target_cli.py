@@ -10,9 +10,11 @@ import textwrap
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from dftserve.cli import main
 from dftserve.targets import progress, report, run, store
 from dftserve.targets.document import Document
+from dftserve.targets.estimate import estimate_of
 from dftserve.targets.run import windows
 from dftserve.targets.store import TargetStore
 
@@ -433,3 +436,48 @@ def test_help_needs_no_torch():
     ).stdout
     assert output.endswith("[]\n")
     assert "--max-tokens" in output
+
+
+# What it would take
+
+
+def test_a_plan_is_measured_and_nothing_is_written(tmp_path, novels, model):
+    out = tmp_path / "out"
+    result = build(novels, model, out, "--json")
+    assert result.exit_code == 0, result.output
+    planned = json.loads(result.stdout)
+    assert planned["documents"] == 12
+    assert planned["tokens"] >= planned["measured_tokens"] > 200
+    expected = planned["tokens"] / planned["tokens_per_second"]
+    assert planned["seconds"] == pytest.approx(expected)
+    assert "a second and process, measured on" in build(novels, model, out, "--plan").stdout
+    assert not out.exists()
+
+
+def test_a_plan_stops_measuring_in_time_and_shares_the_work_out():
+    tokens_N = np.arange(4096, dtype=np.int32)
+    documents = [Document(tokens_N, tokens_N > 0) for _ in range(40)]
+    ticks = iter(np.arange(0, 1000, 4.0))
+    source = SimpleNamespace(read=0)
+
+    def targets(some, **_):
+        source.read += len(some)
+
+    source.targets = targets
+    plan = SimpleNamespace(k=1, draws=1)
+    found = estimate_of(source, plan, {"train": documents}, 4, clock=lambda: next(ticks))
+    # Batches of two: one to warm up, and three until more than ten seconds have passed.
+    assert source.read == 2 + 6
+    assert found.measured_tokens == 6 * 4096
+    assert found.tokens_per_second == pytest.approx(6 * 4096 / 12)
+    assert found.seconds == pytest.approx(40 * 4096 / found.tokens_per_second / 4)
+
+
+def test_processes_share_out_the_gpus(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank in range(3):
+        run._take_device(rank)
+    assert taken == [0, 1, 0]

@@ -331,3 +331,32 @@ def test_what_a_kernel_reads_from_outside_is_equal_to_itself_and_stays(name):
         assert isinstance(value.value, int | float), global_name
         assert not math.isnan(value.value), global_name
         assert value == value, global_name
+
+
+class Everything(Work):
+    """Every operation but views; among them what allocates and what reads back."""
+
+    FREE = ("view", "slice", "select", "unbind", "as_strided", "detach")
+
+
+def test_a_step_can_be_captured(gpu):
+    """At a fixed number of rows it allocates nothing, reads nothing back, and its kernels are given
+    the same addresses at each call: a graph of it may be replayed."""
+    engine = Engine()
+    step = engine.step(torch.randn(3, 257), stop_counts=(2,))
+    step()
+    given = []
+    for _ in range(2):
+        gpu.launches.clear()
+        gpu.arguments.clear()
+        with Everything() as everything:
+            step()
+        assert everything.done == []
+        addresses = [
+            [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+            for arguments in gpu.arguments
+        ]
+        given.append(addresses)
+        assert [name for name, _ in gpu.launches] == STEP
+    assert all(sum(map(len, each)) > 20 for each in given)
+    assert given[0] == given[1]

@@ -95,7 +95,7 @@ class NumbaBackend(Backend):
         """As `Backend.step`, by one kernel."""
         assert isinstance(slots, NumbaSlots)
         stop_ids_SE = step.controls.stop_ids_RE.numpy()
-        self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
+        self._make_room(logits_XV.shape[1], step.slot_R.shape[0], stop_ids_SE.shape[1])
         result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
         figures_RF = step.figures_RF
         _step(
@@ -131,10 +131,12 @@ def placed(
 ) -> tuple[Array, int, int, Array, Array, Array, Array]:
     """What the kernels of a step begin with: the logits in one line, their stride and width, and
     of each row its place among them, slot, position and offset."""
+    stride, vocabulary = logits_XV.stride(0), logits_XV.shape[1]
+    is_whole = stride == vocabulary
     return (
-        _flat(logits_XV).numpy(),
-        logits_XV.stride(0),
-        logits_XV.shape[1],
+        logits_XV.numpy().reshape(-1) if is_whole else _flat(logits_XV).numpy(),
+        stride,
+        vocabulary,
         all_rows_R if step.rows_R is None else step.rows_R.numpy(),
         step.slot_R.numpy(),
         step.position_R.numpy(),

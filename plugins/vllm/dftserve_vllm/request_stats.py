@@ -6,11 +6,12 @@ leaves the rows that it concerns as they came, is counted, and is logged once.
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dftserve.sampling import (
@@ -102,7 +103,7 @@ class RequestStats:
         comes before the law, has left them."""
         transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
 
-    def end_step(self, positions: list[int], slots: Array, always: list[bool]) -> None:
+    def end_step(self, positions: Array, slots: Array, always: NDArray[np.bool_]) -> None:
         """Let the step's output carry the statistics of its active requests.
 
         Args:
@@ -118,27 +119,44 @@ class RequestStats:
         """The report of the step that was sampled last; each is given once."""
         report, self._report = self._report, None
         if report is None and self.faults > self._reported_faults:
+            none = np.empty(0, np.int64)
             report = PendingReport(
-                [], [], np.empty(0, np.int64), self.slots.snapshot(), self.faults
+                none, none.astype(bool), none, self.slots.snapshot(), self.faults
             )
         self._reported_faults = self.faults
         return report
 
-    @contextmanager
-    def isolated(self, otherwise: Callable[[], None] | None = None) -> Iterator[None]:
+    def isolated(self, otherwise: Callable[[], None] | None = None) -> "_Isolated":
         """Whatever goes wrong in here is counted, logged once, and goes no further.
 
         Args:
             otherwise: called after a fault, to leave a state in which the rows stay as they come.
         """
-        try:
-            yield
-        except Exception:  # Whatever it is, it must not end the engine.
-            if not self.faults:
-                logger.exception(
-                    "diversity: a fault; what it concerns passes through unchanged. "
-                    "Further faults are only counted (dft:faults_total)."
-                )
-            self.faults += 1
-            if otherwise is not None:
-                otherwise()
+        return _Isolated(self, otherwise)
+
+
+class _Isolated:
+    """A class, since every step enters several and a generator costs three times as much."""
+
+    __slots__ = ("_otherwise", "_stats")
+
+    def __init__(self, stats: RequestStats, otherwise: Callable[[], None] | None) -> None:
+        self._stats, self._otherwise = stats, otherwise
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        # Whatever it is, it must not end the engine.
+        if not self._stats.faults:
+            logger.error(
+                "diversity: a fault; what it concerns passes through unchanged. "
+                "Further faults are only counted (dft:faults_total).",
+                exc_info=error,
+            )
+        self._stats.faults += 1
+        if self._otherwise is not None:
+            self._otherwise()
+        return True

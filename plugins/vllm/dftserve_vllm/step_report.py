@@ -12,6 +12,7 @@ request; `take` removes what was put there.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ Payload = Mapping[str, Any]
 class StepReport:
     """The statistics of one step's active requests R, on the host: see `Snapshot`."""
 
-    positions: list[int]
-    """Each request's position in the batch."""
-    always: list[bool]
+    positions: Array
+    """int64, each request's position in the batch."""
+    always: NDArray[np.bool_]
     """Whether the request may end in the API process: it has stop strings."""
     rows: bytes
     """float32 [R, X], see `Snapshot.rows`; as bytes, which are cheapest to send."""
@@ -53,8 +54,8 @@ class StepReport:
 class PendingReport:
     """A report whose copy to the host may still be under way."""
 
-    positions: list[int]
-    always: list[bool]
+    positions: Array
+    always: NDArray[np.bool_]
     slots: Array
     """int64, of the active requests."""
     snapshot: Snapshot
@@ -91,10 +92,12 @@ class Forwarder:
         report: StepReport | None = getattr(model_runner_output, ATTRIBUTE, None)
         if report is None:
             return
-        row_of = {position: row for row, position in enumerate(report.positions)}
-        position_of = model_runner_output.req_id_to_index
         news = self._news(report)
-        sends_all = any(report.always)
+        sends_all = bool(report.always.any())
+        if not (news or sends_all or any(map(_some_end, outputs.values()))):
+            return
+        row_of = {position: row for row, position in enumerate(report.positions.tolist())}
+        position_of = model_runner_output.req_id_to_index
         for output in (output for client in outputs.values() for output in client.outputs):
             # Most steps end no request, and most requests end where the engine core sees it.
             if not (news or sends_all or output.finish_reason is not None):
@@ -113,6 +116,15 @@ class Forwarder:
         """How far the worker's counts have risen since they were last sent; only what has."""
         rise = {name: getattr(report, name) - sent for name, sent in self._sent.items()}
         return {name: count for name, count in rise.items() if count > 0}
+
+
+def _some_end(client: Any) -> bool:
+    """Whether one of a client's outputs is its request's last; no loop of Python's, since most
+    steps end none."""
+    return not _GOES_ON.issuperset(map(_REASON, client.outputs))
+
+
+_GOES_ON, _REASON = frozenset([None]), attrgetter("finish_reason")
 
 
 def put(output: Any, payload: Payload) -> None:

@@ -5,7 +5,8 @@ field moves into the guard). Rows are places in the persistent batch, which move
 """
 
 from dataclasses import dataclass
-from itertools import count
+from itertools import compress, count
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,33 +31,58 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-@dataclass(frozen=True)
-class _Entry:
-    slot: int
-    active: Active
-    prompt_end: int
-    """The prompt's last token; -1 where it has none, as of embeddings."""
-    output_ids: list[int]
-    """The engine's own list, which grows; its length and its last token are read."""
+class _Requests:
+    """What a step reads of each request, by slot: in arrays, so that neither a step nor a change of
+    the batch looks at every request in Python."""
 
-    def last_token(self) -> int:
-        return self.output_ids[-1] if self.output_ids else self.prompt_end
+    def __init__(self, slots: int) -> None:
+        self.outputs: list[list[int]] = [[] for _ in range(slots)]
+        """The engine's own lists, which grow; their lengths and last tokens are read."""
+        self.prompt_end_S = np.full(slots, -1, np.int32)
+        """The prompt's last token; -1 where it has none, as of embeddings."""
+        self.may_end_anywhere_S = np.zeros(slots, bool)
+        self.reads_last_token_S = np.zeros(slots, bool)
+        self.has_style_S = np.zeros(slots, bool)
+
+    def put(self, slot: int, asked: Active, prompt_end: int, output_ids: list[int]) -> None:
+        self.outputs[slot] = output_ids
+        self.prompt_end_S[slot] = prompt_end
+        self.may_end_anywhere_S[slot] = asked.may_end_anywhere
+        self.reads_last_token_S[slot] = asked.controls.reads_last_token
+        self.has_style_S[slot] = asked.controls.has_style
 
 
 @dataclass(frozen=True)
 class _Batch:
     """The active rows of the batch, as tensors; made anew only when the batch changes."""
 
-    entries: list[_Entry]
     outputs: list[list[int]]
-    index: list[int]
+    prompt_end_R: NDArray[np.int32]
+    index: Array
     slots: Array
-    may_end_anywhere: list[bool]
+    may_end_anywhere: NDArray[np.bool_]
     reads_last_token: bool
-    has_style: bool
+    styled: Array
+    """Which of the rows have a style."""
     rows_R: torch.Tensor
     slot_R: torch.Tensor
     offset_R: torch.Tensor
+
+    def lengths(self) -> Array:
+        """Tokens of each row's answer so far."""
+        return np.fromiter(map(len, self.outputs), np.int64, len(self.outputs))
+
+    def last_tokens(self, lengths: Array) -> NDArray[np.int32]:
+        """The token before each row's."""
+        last = self.prompt_end_R.copy()
+        written = np.flatnonzero(lengths)
+        ends = map(_LAST, compress(self.outputs, lengths.tolist()))
+        last[written] = np.fromiter(ends, np.int32, len(written))
+        return last
+
+
+_LAST = itemgetter(-1)
+_UNREAD = -2
 
 
 class _TextEnds:
@@ -65,20 +91,37 @@ class _TextEnds:
     def __init__(self, slots: int, depth: int) -> None:
         self._tokens_SL = np.full((slots, max(depth, 1)), -1, np.int32)
         self._begin_S = np.zeros(slots, np.int32)
+        self._length_S = np.full(slots, _UNREAD)
+        """Of the answer, when its end was taken."""
 
-    def of(self, entries: list[_Entry]) -> tuple[NDArray[Any], ...]:
+    def forget(self, slot: int) -> None:
+        """Another request is in the slot: its answer is read anew, whatever its length."""
+        self._length_S[slot] = _UNREAD
+
+    def of(
+        self, batch: _Batch, lengths: Array, last: NDArray[np.int32]
+    ) -> tuple[NDArray[Any], ...]:
         """`Texts.tokens_SL`, `begin_S` and `at_R`, where the last token stands last."""
-        length = self._tokens_SL.shape[1]
-        for entry in entries:
-            if entry.active.controls.has_style:
-                ending = entry.output_ids[-length:]
-                self._begin_S[entry.slot] = length - len(ending)
-                self._tokens_SL[entry.slot, length - len(ending) :] = ending
-        return self._tokens_SL, self._begin_S, np.full(len(entries), length - 1)
+        slots, length = batch.slots[batch.styled], lengths[batch.styled]
+        by_one = length == self._length_S[slots] + 1
+        grown = slots[by_one]
+        self._tokens_SL[grown, :-1] = self._tokens_SL[grown, 1:]
+        self._tokens_SL[grown, -1] = last[batch.styled][by_one]
+        self._begin_S[grown] = np.maximum(self._begin_S[grown] - 1, 0)
+        for row in batch.styled[~by_one].tolist():
+            self._read(int(batch.slots[row]), batch.outputs[row])
+        self._length_S[slots] = length
+        return self._tokens_SL, self._begin_S, np.full(len(last), self._tokens_SL.shape[1] - 1)
+
+    def _read(self, slot: int, output: list[int]) -> None:
+        size = self._tokens_SL.shape[1]
+        ending = output[-size:]
+        self._begin_S[slot] = size - len(ending)
+        self._tokens_SL[slot, size - len(ending) :] = ending
 
 
 class V1Processor(LogitsProcessor):
-    """Keeps entries by batch index, slots by request."""
+    """Keeps slots by batch index, and requests by slot."""
 
     def __init__(
         self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
@@ -93,7 +136,8 @@ class V1Processor(LogitsProcessor):
         self._text = _TextEnds(capacity, depth_of(profiles)) if profiles else None
         self._free = list(range(capacity))
         self._arrivals = count()
-        self._entries: dict[int, _Entry] = {}
+        self._requests = _Requests(capacity)
+        self._slots: dict[int, int] = {}
         self._batch: _Batch | None = None
 
     def is_argmax_invariant(self) -> bool:
@@ -130,39 +174,42 @@ class V1Processor(LogitsProcessor):
         try:
             self.stats.open(slot, asked.identity, produced=len(output_ids))
             self._controls.put(slot, asked.controls)
+            self._requests.put(slot, asked, prompt_end, output_ids)
+            if self._text is not None:
+                self._text.forget(slot)
         except BaseException:
             self._free.append(slot)
             raise
-        self._entries[index] = _Entry(slot, asked, prompt_end, output_ids)
+        self._slots[index] = slot
         self._batch = None
 
     def _remove(self, index: int) -> None:
-        self._release(self._entries.pop(index, None))
+        self._release(self._slots.pop(index, None))
 
-    def _release(self, entry: _Entry | None) -> None:
-        if entry is not None:
+    def _release(self, slot: int | None) -> None:
+        if slot is not None:
             self._batch = None
-            self._free.append(entry.slot)
-            self._controls.clear(entry.slot)
+            self._free.append(slot)
+            self._controls.clear(slot)
             with self.stats.isolated():
-                self.stats.close(entry.slot)
+                self.stats.close(slot)
 
     def _move(self, a: int, b: int, *, swap: bool) -> None:
-        entry_a, entry_b = self._entries.pop(a, None), self._entries.pop(b, None)
+        slot_a, slot_b = self._slots.pop(a, None), self._slots.pop(b, None)
         self._batch = None
-        if entry_a is not None:
-            self._entries[b] = entry_a
-        if entry_b is not None and swap:
-            self._entries[a] = entry_b
+        if slot_a is not None:
+            self._slots[b] = slot_a
+        if slot_b is not None and swap:
+            self._slots[a] = slot_b
         else:
-            self._release(entry_b)
+            self._release(slot_b)
 
     def _drop_all(self) -> None:
-        for index in list(self._entries):
+        for index in list(self._slots):
             self._remove(index)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if self._entries:
+        if self._slots:
             with self.stats.isolated():
                 self._apply(logits)
             with self.stats.isolated():
@@ -189,14 +236,15 @@ class V1Processor(LogitsProcessor):
     def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
         """How long each row's output is, and where they are read its last token and its text's
         end: in one copy."""
-        positions = np.fromiter(map(len, batch.outputs), np.int64, len(batch.outputs))
-        if not (batch.reads_last_token or batch.has_style):
+        positions = batch.lengths()
+        has_style = self._text is not None and len(batch.styled) > 0
+        if not (batch.reads_last_token or has_style):
             return self._staging.to_device(positions), None, None
-        last = np.array([entry.last_token() for entry in batch.entries], dtype=np.int32)
-        if not batch.has_style or self._text is None:
+        last = batch.last_tokens(positions)
+        if self._text is None or not has_style:
             position_R, last_token_R = self._staging.to_device_together(positions, last)
             return position_R, last_token_R, None
-        ends = self._text.of(batch.entries)
+        ends = self._text.of(batch, positions, last)
         position_R, last_R, *sent = self._staging.to_device_together(positions, last, *ends)
         texts = Texts(*sent, input_R=last_R)
         return position_R, last_R if batch.reads_last_token else None, texts
@@ -206,20 +254,20 @@ class V1Processor(LogitsProcessor):
         self.stats.end_step(batch.index, batch.slots, batch.may_end_anywhere)
 
     def _gather(self) -> _Batch:
-        index = sorted(self._entries)
-        entries = [self._entries[i] for i in index]
-        slots = [entry.slot for entry in entries]
+        requests, places = self._requests, sorted(self._slots)
+        index = np.array(places)
+        slots = np.fromiter(map(self._slots.__getitem__, places), np.int64, len(places))
         rows_R, slot_R, offset_R = self._staging.to_device_together(
-            np.array(index), np.array(slots), np.zeros(len(slots), np.int32)
+            index, slots, np.zeros(len(slots), np.int32)
         )
         return _Batch(
-            entries=entries,
-            outputs=[entry.output_ids for entry in entries],
+            outputs=list(map(requests.outputs.__getitem__, slots.tolist())),
+            prompt_end_R=requests.prompt_end_S[slots],
             index=index,
-            slots=np.array(slots),
-            may_end_anywhere=[entry.active.may_end_anywhere for entry in entries],
-            reads_last_token=any(e.active.controls.reads_last_token for e in entries),
-            has_style=any(e.active.controls.has_style for e in entries),
+            slots=slots,
+            may_end_anywhere=requests.may_end_anywhere_S[slots],
+            reads_last_token=bool(requests.reads_last_token_S[slots].any()),
+            styled=np.flatnonzero(requests.has_style_S[slots]),
             rows_R=rows_R,
             slot_R=slot_R,
             offset_R=offset_R,

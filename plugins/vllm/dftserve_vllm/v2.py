@@ -134,7 +134,6 @@ class V2Processor(LogitsProcessor):
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]
-        positions = np.flatnonzero(is_active_B).tolist()
         self.stats.end_step(
-            positions, slots.astype(np.int64), self._may_end_anywhere[slots].tolist()
+            np.flatnonzero(is_active_B), slots.astype(np.int64), self._may_end_anywhere[slots]
         )

@@ -1,0 +1,87 @@
+"""What a build would take: its first batches are read for some seconds, where all of them would be.
+
+estimate = estimate_of(source, plan, documents, processes=1)
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from dftserve.targets.document import Document
+from dftserve.targets.progress import shown_seconds
+from dftserve.targets.source import Source
+from dftserve.targets.store import SPLITS, Plan, batches_of, shards_of
+
+MEASURED_SECONDS = 10.0
+"""No further batch is read after these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one build."""
+
+    documents: int
+    tokens: int
+    """All that the source reads; fewer are learnt."""
+    measured_tokens: int
+    tokens_per_second: float
+    """Of one process."""
+    seconds: float
+    """Of the whole build by so many processes, where each is as fast as one alone: on devices or
+    cores of their own."""
+    device: str
+    """A GPU's name, or cpu."""
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def shown(self) -> str:
+        lines = {
+            "text": f"{self.documents:,} documents, {self.tokens:,} tokens",
+            "time": f"{shown_seconds(self.seconds)} at {self.tokens_per_second:,.4g} tokens a "
+            f"second and process, measured on {self.measured_tokens:,} tokens",
+            "device": self.device,
+        }
+        return "\n".join(f"{name:12}{value}" for name, value in lines.items())
+
+
+def estimate_of(
+    source: Source,
+    plan: Plan,
+    documents: Mapping[str, Sequence[Document]],
+    processes: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Estimate:
+    """From the first shard's batches, after one that warms up; nothing is written."""
+    shard = next(shards_of(documents[SPLITS[0]]))
+    batches = [[shard[place] for place in places] for places in batches_of(shard)]
+    # The first are the longest documents: each batch in turn from both ends.
+    mixed = [batches.pop(-(turn % 2)) for turn in range(len(batches))]
+    _read(source, plan, mixed[0])
+    measured, seconds, start = 0, 0.0, clock()
+    for batch in mixed:
+        measured += _read(source, plan, batch)
+        seconds = clock() - start
+        if seconds > MEASURED_SECONDS:
+            break
+    rate = measured / max(seconds, 1e-9)
+    every = [document for split in SPLITS for document in documents.get(split, ())]
+    tokens = sum(len(document.tokens_N) for document in every)
+    has_gpu = torch.cuda.is_available()
+    return Estimate(
+        documents=len(every),
+        tokens=tokens,
+        measured_tokens=measured,
+        tokens_per_second=rate,
+        seconds=tokens / rate / processes,
+        device=torch.cuda.get_device_name() if has_gpu else "cpu",
+    )
+
+
+def _read(source: Source, plan: Plan, batch: Sequence[Document]) -> int:
+    """The batch's tokens, when its targets are there."""
+    source.targets(batch, k=plan.k, draws=plan.draws, seeds=range(len(batch)))
+    return sum(len(document.tokens_N) for document in batch)

@@ -1,0 +1,140 @@
+"""The training kernel: interpreted, against fp64 autograd of the definitions; compiled to machine
+code and launched, without a GPU."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dftserve.lm import Head
+from dftserve.targets.sparse import sparsify
+from dftserve.train import divergences as d
+from dftserve.train import head, row_kernel, row_pass
+from tests import interpreted
+from tests.fake_gpu import compiled_kernels, fake_gpu
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiled_only = pytest.mark.skipif(IS_INTERPRETED, reason="Triton interprets")
+interpreted_only = pytest.mark.skipif(not IS_INTERPRETED, reason="another process interprets")
+CPU = torch.device("cpu")
+R, D = 5, 8
+KINDS = [
+    d.SFT(),
+    d.ForwardKL(weight=0.7),
+    d.ForwardKL(weight=0.0),
+    d.ReverseKL(weight=0.7),
+    d.SkewKL(weight=0.7, skew=0.2),
+    d.JSD(weight=0.7, share=0.3),
+]
+
+
+@compiled_only
+def test_interpreted():
+    assert " passed" in interpreted.run(__file__)
+
+
+def target_of(vocabulary, *, is_sparse=False):
+    """Of few tokens, so that draws and the text's own token are among each other and the top."""
+    generator = torch.Generator().manual_seed(1)
+    logits_RV = 2 * torch.randn(R, vocabulary, generator=generator)
+    if is_sparse:
+        logits_RV[:, 9:] = -torch.inf
+    labels_R = torch.randint(9, (R,), generator=generator)
+    kept = sparsify(logits_RV.log_softmax(1), labels_R, k=4, draws=6, generator=generator)
+    return d.TargetRows.of(labels_R.numpy(), kept)
+
+
+def head_of(vocabulary, scale, cap):
+    generator = torch.Generator().manual_seed(2)
+    shapes = (R, D), (vocabulary, D), (vocabulary,)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    return leaves, lambda hidden_RD, weight_VD, bias_V: (
+        hidden_RD,
+        Head(weight_VD, bias_V, scale, cap),
+    )
+
+
+@interpreted_only
+@pytest.mark.parametrize("divergence", KINDS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    ("scale", "cap", "vocabulary", "is_sparse"), [(2.0, 5.0, 41, False), (1.0, None, 5000, True)]
+)
+def test_gradients_are_those_of_fp64(monkeypatch, divergence, scale, cap, vocabulary, is_sparse):
+    """Of hidden states, head and bias, over several chunks: 1e-5 of their norm, and what float32
+    leaves of numbers around 1 that cancel."""
+    monkeypatch.setattr(row_pass, "has_kernel", lambda device: True)
+    monkeypatch.setattr(d.Rows, "of", None)  # What plain torch would begin with.
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 2 * vocabulary)
+    target = target_of(vocabulary, is_sparse=is_sparse)
+    leaves, of = head_of(vocabulary, scale, cap)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    hidden_RD, exact = of(*wide)
+    logits_RV = exact.logits(hidden_RD)
+    expected = divergence.reference(logits_RV, target).sum()
+    expected_gradients = torch.autograd.grad(expected, wide, retain_graph=True)
+    hidden_RD, ours = of(*leaves)
+    found = head.head_loss(ours, hidden_RD, target, divergence)
+    gradients = torch.autograd.grad(found.loss, leaves)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm() + 2e-6
+    p_RV = logits_RV.softmax(dim=1)
+    entropy = -torch.xlogy(p_RV, p_RV).sum().item()
+    assert found.model_entropy.item() == pytest.approx(entropy, rel=1e-5)
+
+
+@interpreted_only
+def test_the_check_at_the_start_agrees():
+    assert row_pass.self_check(CPU)
+
+
+@interpreted_only
+@pytest.mark.parametrize("name", ["POINTS", "REVERSE_KL", "SKEW_KL", "JENSEN_SHANNON"])
+def test_the_check_at_the_start_sees_another_divergence(monkeypatch, name):
+    other = (getattr(row_kernel, name) + 1) % 4
+    monkeypatch.setattr(row_kernel, name, other)
+    assert not row_pass.self_check(CPU)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
+@compiled_only
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_divergence_is_compiled_once_and_launched_again(capability, cache):
+    """Whatever the part of a batch; logits are loaded sixteen bytes at a time."""
+    kernels = {"_row_pass": row_kernel._row_pass}
+    target = target_of(64).to(torch.float32)
+    with fake_gpu(capability, cache, kernels) as gpu:
+        cases = [(each, torch.bfloat16, None) for each in KINDS]
+        cases += [(KINDS[-1], torch.float32, None), (KINDS[1], torch.bfloat16, 5.0)]
+        for divergence, dtype, cap in cases:
+            way = row_pass._fused(divergence, target, 1.0, cap)
+            for part in (slice(0, 3), slice(3, 5)):
+                way(torch.zeros(part.stop - part.start, 64, dtype=dtype), part)
+        assert gpu.launched() == {"_row_pass": 2 * len(cases)}
+        # SFT is forward KL without a target.
+        assert gpu.loaded == {"_row_pass": len(cases) - 1}
+        for compiled in compiled_kernels(kernels):
+            assert "ld.global.v4" in compiled.asm["ptx"]
+            assert "st.global.v4" in compiled.asm["ptx"]
+
+
+@compiled_only
+def test_a_kernel_that_fails_or_disagrees_is_said_and_not_used(monkeypatch, caplog):
+    """On whatever is called a GPU: plain torch goes on."""
+
+    def fails(device):
+        raise RuntimeError("no compiler")
+
+    for check, says in ((fails, "fails"), (lambda device: False, "disagrees")):
+        monkeypatch.setattr(row_pass, "self_check", check)
+        row_pass.has_kernel.cache_clear()
+        assert not row_pass.has_kernel(torch.device("cuda"))
+        assert says in caplog.text
+    row_pass.has_kernel.cache_clear()
+    assert not row_pass.has_kernel(CPU)
