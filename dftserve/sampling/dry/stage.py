@@ -14,7 +14,7 @@ from torch import Tensor
 from dftserve.sampling import controls as columns
 from dftserve.sampling import laws, top_n_sigma
 from dftserve.sampling.controls import LAW_CODES, Controls, LawConstants
-from dftserve.sampling.entropy import Distribution, is_present, normalise
+from dftserve.sampling.entropy import exp, is_present
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.step import Penalties, Step
 
@@ -75,11 +75,11 @@ def _stop_shift(
     before, valid_P = _support(logits_PV, controls, constants)
     after, _ = _support(lower_PV, controls, constants)
     temperature_P, divisor_P = controls.temperature_R, controls.logits_divisor_R
-    cool, less = (_at(support, temperature_P) for support in (before, after))
+    cool_P, less_P = (_log_z(support, temperature_P) for support in (before, after))
     peaks_P = (lower_PV.amax(dim=1) - logits_PV.amax(dim=1)) * divisor_P / temperature_P
-    fall_P = peaks_P + less.log_z_R - cool.log_z_R
+    fall_P = peaks_P + less_P - cool_P
     # Where no content is plausible, there is nothing to keep a distance from.
-    exists_P = is_present(cool.log_z_R) & is_present(less.log_z_R) & valid_P
+    exists_P = is_present(cool_P) & is_present(less_P) & valid_P
     return torch.where(exists_P, fall_P * temperature_P / divisor_P, 0.0), valid_P
 
 
@@ -95,8 +95,11 @@ def _support(
     )
 
 
-def _at(support: Support, temperature_P: Tensor) -> Distribution:
-    return normalise(support.content_RV / temperature_P[:, None])
+def _log_z(support: Support, temperature_P: Tensor) -> Tensor:
+    """Not by way of `normalise`, whose softmax is slow where most of a row underflows."""
+    weight_PV = support.content_RV / temperature_P[:, None]
+    peak_P = weight_PV.amax(dim=1)
+    return peak_P + exp(weight_PV - peak_P[:, None]).sum(dim=1).log()
 
 
 def _log_guard(logits_PV: Tensor, controls: Controls, constants: LawConstants) -> Tensor:
@@ -105,7 +108,9 @@ def _log_guard(logits_PV: Tensor, controls: Controls, constants: LawConstants) -
     is_budget_P = controls.law_R == LAW_CODES["budget"]
     level_P = torch.where(is_budget_P, 1.0, controls.level_R)
     by_law_P = laws.log_guard(controls.with_level(level_P), constants)
-    by_sigma_P = top_n_sigma.log_guard(logits_PV, controls)
-    by_law_P = torch.where(top_n_sigma.is_top_n_sigma(controls), by_sigma_P, by_law_P)
+    is_sigma_P = top_n_sigma.is_top_n_sigma(controls)
+    if logits_PV.device.type != "cpu" or is_sigma_P.any():  # A GPU would have to be asked.
+        by_sigma_P = top_n_sigma.log_guard(logits_PV, controls)
+        by_law_P = torch.where(is_sigma_P, by_sigma_P, by_law_P)
     has_style_P = controls.style_R != columns.NO_STYLE
     return torch.where(has_style_P, controls.style_log_guard_R, by_law_P)
