@@ -254,7 +254,7 @@ main.add_command(style)
 
 @main.group()
 def checkpoint() -> None:
-    """Look at checkpoints."""
+    """Look at checkpoints, and at adapters."""
 
 
 @checkpoint.command("verify")
@@ -268,6 +268,26 @@ def checkpoint_verify(folder: Path) -> None:
         click.echo(f"{folder}: {found.files} files, each as it was written.")
         if found.beside:
             click.echo(f"Not listed, as the hub leaves them: {', '.join(found.beside)}.")
+
+
+@checkpoint.command("scale")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--strengths", default=".25,.5,.75,1", show_default=True, metavar="NUMBERS")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
+def checkpoint_scale(adapter: Path, strengths: str, out: Path) -> None:
+    """Write the LoRA ADAPTER at several strengths to DIR, each an adapter of its own."""
+    from dftserve.adapter_strengths import flags, scale
+
+    with usage_errors():
+        folders = scale(adapter, _numbers(strengths), out)
+        click.echo(flags(folders))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--strengths: got {text!r:.80}; accepted: as .25,.5,1.") from None
 
 
 def _named(values: tuple[str, ...]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
@@ -17,12 +18,15 @@ from dftserve.sampling import (
     Controls,
     Statistics,
     Step,
+    Texts,
     TokenClasses,
     control_row,
     get_backend,
     transform_step,
 )
 from dftserve.sampling.draws import draw_key
+from dftserve.sampling.dry import Breakers, DryControls, SlotRepeats
+from dftserve.sampling.step import Penalties
 
 NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks texts. Leave it out."
 
@@ -39,14 +43,14 @@ class DiversityProcessor(LogitsProcessor):
         temperature: T, above 0.
         stop_ids: the tokens that end the text; they keep their probability. As configurations and
             tokenizers have them: one, several, or None; a None among several is passed over.
-        tokenizer: the model's, which the law `words` needs.
+        tokenizer: the model's, which the law `words` and the sequence breakers of DRY need.
         seed: by which the law `xtc` draws, beside transformers' own sampling; None for another one
             at each text. The rows of a batch draw apart.
 
     Raises:
         DiversityError: the diversity is not acceptable.
-        ValueError: the temperature is not above 0, a stop token is no token id, or the law is
-            `words` and the tokenizer missing or of no known form.
+        ValueError: the temperature is not above 0, a stop token is no token id, or the tokenizer
+            is needed and missing, or of no known form.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class DiversityProcessor(LogitsProcessor):
         self._token_classes = (
             TokenClasses.from_tokenizer(tokenizer) if self._reads_last_token else None
         )
+        self._dry = _dry_controls(self.diversity.dry, tokenizer)
         self.statistics: Statistics | None = None
         self._seed = seed
         self._row = partial(
@@ -97,7 +102,10 @@ class DiversityProcessor(LogitsProcessor):
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
         last_token_R = input_ids[:, -1].int() if self._reads_last_token else None
-        step = Step(self._controls, self._slot_R, position_R, self._zero_R, last_token_R)
+        step = Step(
+            *(self._controls, self._slot_R, position_R, self._zero_R, last_token_R),
+            penalties=None if self._dry is None else self._penalties(input_ids),
+        )
         self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
         return cast(torch.FloatTensor, logits_RV)
 
@@ -109,6 +117,16 @@ class DiversityProcessor(LogitsProcessor):
         seed = secrets.randbits(64) if self._seed is None else self._seed
         rows_R = [self._row(draw_key=draw_key(seed, r)) for r in range(rows)]
         self._controls = Controls.stack(rows_R, device)
+        self._repeats = SlotRepeats(rows, device)
+        if self._dry is not None:
+            for row in range(rows):
+                self._repeats.put(row, self._dry)
+
+    def _penalties(self, input_ids: torch.LongTensor) -> Penalties:
+        ids_RL = input_ids.int()
+        at_R = torch.full_like(self._slot_R, ids_RL.shape[1] - 1)
+        texts = Texts(ids_RL, self._zero_R, at_R, ids_RL[:, -1])
+        return self._repeats.penalties(texts, self._slot_R, self._zero_R)
 
 
 def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
@@ -125,6 +143,21 @@ def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     neutral |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
     return GenerationConfig(do_sample=True, temperature=temperature, **{**neutral, **settings})
+
+
+def _dry_controls(
+    dry: spec.Dry | None, tokenizer: PreTrainedTokenizerBase | None
+) -> DryControls | None:
+    if dry is None:
+        return None
+    if not dry.sequence_breakers:
+        return DryControls.of(dry, np.zeros(1, bool))
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer: got none; accepted: the model's tokenizer, whose tokens "
+            f"{spec.DRY_BREAKERS} are looked up in (an empty list needs none)."
+        )
+    return DryControls.of(dry, Breakers.from_tokenizer(tokenizer).tokens(dry.sequence_breakers))
 
 
 def _stop_ids(given: int | Iterable[int | None] | None) -> frozenset[int]:

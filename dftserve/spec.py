@@ -7,7 +7,7 @@ import difflib
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -34,14 +34,16 @@ class Bounds:
     low: float
     high: float
     low_included: bool = True
+    whole: bool = False
+    """Whether only whole numbers are accepted."""
 
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.low_included else value > self.low
-        return above and value <= self.high
+        return above and value <= self.high and (not self.whole or value == int(value))
 
     def __str__(self) -> str:
         low = f"from {self.low:g}" if self.low_included else f"above {self.low:g}"
-        return f"a number {low} to {self.high:g}"
+        return f"a {'whole ' if self.whole else ''}number {low} to {self.high:g}"
 
 
 BOUNDS: Mapping[str, Bounds] = {
@@ -56,6 +58,17 @@ BOUNDS: Mapping[str, Bounds] = {
     "xtc_threshold": Bounds(low=0, high=0.5, low_included=False),
     "xtc_probability": Bounds(low=0, high=1, low_included=False),
 }
+
+DRY_BOUNDS: Mapping[str, Bounds] = {
+    "dry_multiplier": Bounds(low=0, high=5),
+    "dry_base": Bounds(low=1, high=4),
+    "dry_allowed_length": Bounds(low=1, high=64, whole=True),
+}
+"""Of the numbers of DRY, which stands beside every law."""
+DRY_BREAKERS = "dry_sequence_breakers"
+MOST_BREAKERS, LONGEST_BREAKER = 32, 64
+"""Strings, and characters of each."""
+DRY_NAMES = (*DRY_BOUNDS, DRY_BREAKERS)
 
 # What a checkpoint may say that it measured, in nats per token.
 MEASURED = Bounds(low=0, high=20)
@@ -98,6 +111,23 @@ ACCEPTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dry:
+    """DRY, "don't repeat yourself": what would continue a sequence that the text already has is
+    made less likely, beside any law. The names are the request's, less their `dry_`."""
+
+    multiplier: float
+    """Of the penalty multiplier·base^(length of the repeated sequence − allowed_length), nats."""
+    base: float = 1.75
+    allowed_length: int = 2
+    sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    """A repeated sequence ends where the text has one of these."""
+
+    def as_dict(self) -> dict[str, Any]:
+        named = {f"dry_{field.name}": getattr(self, field.name) for field in fields(self)}
+        return named | {DRY_BREAKERS: list(self.sequence_breakers)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diversity:
     """One request's `diversity`, with every default filled in.
 
@@ -122,15 +152,24 @@ class Diversity:
     """Tokens of at least this probability are top choices, of which all but the least go …"""
     xtc_probability: float | None = None
     """… in this share of the steps."""
+    dry: Dry | None = None
+    """None: off."""
 
     @property
     def is_off(self) -> bool:
-        return self.level == 0
+        return self.level == 0 and self.dry is None
 
-    def as_dict(self) -> dict[str, str | float]:
+    @property
+    def is_dry_alone(self) -> bool:
+        """Whether repeats are all that is changed: nothing is heated, and nothing cut."""
+        return self.level == 0 and self.dry is not None
+
+    def as_dict(self) -> dict[str, Any]:
         """The object form; `parse` gives it back unchanged."""
         everything = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in everything.items() if value is not None}
+        dry = everything.pop("dry")
+        found = {name: value for name, value in everything.items() if value is not None}
+        return found if dry is None else {**found, **dry.as_dict()}
 
 
 def parse(value: object, parameter: str = "diversity") -> Diversity:
@@ -149,16 +188,51 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
         raise DiversityError(f"{parameter}.law", law, accepted)
     takes = LAWS[law]
     for name in value:
-        if name != "law" and name not in takes:
+        if name != "law" and name not in takes and name not in DRY_NAMES:
             raise _unknown_field(parameter, name, value[name], law)
-    given = {name: value[name] for name in value if name != "law" and value[name] is not None}
+    dry = _parse_dry(value, parameter)
+    given = {name: value[name] for name in takes if value.get(name) is not None}
+    if value.get("law") is None and value.get("dry_multiplier") is not None:
+        given = {"level": 0, **given}  # DRY needs no law beside it.
     numbers = {name: _number(given[name], BOUNDS[name], f"{parameter}.{name}") for name in given}
     for name, default in takes.items():
         if name not in numbers and default is _REQUIRED:
             accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
             raise DiversityError(f"{parameter}.{name}", value.get(name, NOTHING), accepted)
     defaults = {name: default for name, default in takes.items() if default is not _REQUIRED}
-    return Diversity(law=law, **{**defaults, **numbers})
+    return Diversity(law=law, dry=dry, **{**defaults, **numbers})
+
+
+def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
+    """Of an object whose names are known; None where it has no DRY, or a multiplier of 0."""
+    given = {name: value[name] for name in DRY_NAMES if value.get(name) is not None}
+    if not given:
+        return None
+    numbers = {
+        name.removeprefix("dry_"): _number(given[name], bounds, f"{parameter}.{name}")
+        for name, bounds in DRY_BOUNDS.items()
+        if name in given
+    }
+    if "multiplier" not in numbers:
+        accepted = f"{DRY_BOUNDS['dry_multiplier']} (the other names of DRY need it)"
+        raise DiversityError(f"{parameter}.dry_multiplier", NOTHING, accepted)
+    dry = Dry(**numbers)  # pyright: ignore[reportArgumentType]
+    dry = replace(dry, allowed_length=int(dry.allowed_length))
+    if DRY_BREAKERS in given:
+        breakers = _strings(given[DRY_BREAKERS], f"{parameter}.{DRY_BREAKERS}")
+        dry = replace(dry, sequence_breakers=breakers)
+    return dry if dry.multiplier else None
+
+
+def _strings(value: object, parameter: str) -> tuple[str, ...]:
+    """Distinct, in their order."""
+    accepted = f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
+    if not isinstance(value, list | tuple) or len(value) > MOST_BREAKERS:
+        raise DiversityError(parameter, value, accepted)
+    for each in value:
+        if not isinstance(each, str) or not 0 < len(each) <= LONGEST_BREAKER:
+            raise DiversityError(parameter, each, accepted)
+    return tuple(dict.fromkeys(value))
 
 
 def parse_json(text: str, parameter: str = "diversity") -> Diversity:
@@ -349,7 +423,8 @@ def _unknown_field(parameter: str, name: object, value: object, law: str) -> Div
     takes = LAWS[law]
     owners = [other for other, theirs in LAWS.items() if name in theirs]
     hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
-    accepted = f"for the law {law!r}: {', '.join(takes)}{hint or _nearest(name, takes)}"
+    names = [*takes, *DRY_NAMES]
+    accepted = f"for the law {law!r}: {', '.join(names)}{hint or _nearest(name, names)}"
     return DiversityError(f"{parameter}.{_cut(name)}", value, accepted)
 
 

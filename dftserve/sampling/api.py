@@ -9,6 +9,7 @@ from torch import Tensor
 from dftserve.sampling.backends import get_backend
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.controls import Controls
+from dftserve.sampling.dry import penalise
 from dftserve.sampling.slots import Slots
 from dftserve.sampling.step import Step
 from dftserve.sampling.style import StyleStage
@@ -81,7 +82,7 @@ def transform_step(
 
     Raises:
         ValueError: as `transform`, or texts without a style stage. Where the law fails behind a
-            style, the rows are as the style left them. A backend that checks the slots
+            style or penalties, the rows are as these left them. A backend that checks the slots
             raises IndexError before it writes anything; a GPU's does not look at them.
     """
     _check_logits(logits_XV)
@@ -89,9 +90,11 @@ def transform_step(
     if step.rows_R is None and slots_given != rows:
         raise ValueError(f"rows: got {rows} and {slots_given} slots; accepted: one for each.")
     _check_classes(step.last_token_R, backend)
-    if step.texts is not None:
-        if style_stage is None:
-            raise ValueError("texts: got some, and no style stage; give one of `get_style_stage`.")
+    if step.texts is not None and style_stage is None:
+        raise ValueError("texts: got some, and no style stage; give one of `get_style_stage`.")
+    if step.penalties is not None:
+        penalise(logits_XV, step, step.penalties, backend.constants)
+    if step.texts is not None and style_stage is not None:
         step = replace(step, figures_RF=style_stage(logits_XV, step, slots))
     return backend.step(logits_XV, step, slots)
 

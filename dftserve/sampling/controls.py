@@ -411,10 +411,11 @@ def control_row(
 
 
 def _log_min_p(diversity: Diversity) -> float:
-    """-inf keeps every finite token: `xtc` cuts nothing that was not asked for."""
+    """-inf keeps every finite token: `xtc` and DRY alone cut nothing that was not asked for."""
     if diversity.min_p is not None:
         return math.log(diversity.min_p)
-    return -math.inf if diversity.law == "xtc" else math.nan
+    keeps_all = diversity.law == "xtc" or diversity.is_dry_alone
+    return -math.inf if keeps_all else math.nan
 
 
 def _style_log_guard(diversity: Diversity, constants: LawConstants) -> float:

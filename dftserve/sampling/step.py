@@ -23,6 +23,18 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Penalties:
+    """What rows lose before the law, of `sampling.dry`: all on the logits' device."""
+
+    token_PK: Tensor
+    """int64, tokens of each row that has some, none negative; in any order."""
+    nats_PK: Tensor
+    """float32, what each loses; 0 for nothing, and the largest of a token's counts."""
+    place_P: Tensor
+    """int64, the rows' places among the step's."""
+
+
+@dataclass(frozen=True)
 class Step:
     """Rows R of a step's logits, in the layout that an engine has anyway: kernels read what they
     need by index, and nothing is gathered for them. All on the logits' device, contiguous."""
@@ -50,6 +62,8 @@ class Step:
     """Of a step whose rows include one with a style."""
     figures_RF: Tensor | None = None
     """float32 [R, 4], what the styles did to the rows before they came here: see `style.stage`."""
+    penalties: Penalties | None = None
+    """Of a step whose rows include one with DRY; they come off before anything else."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as

@@ -23,6 +23,7 @@ def capabilities() -> dict[str, Any]:
             law: {name: str(spec.BOUNDS[name]) for name in takes}
             for law, takes in spec.LAWS.items()
         },
+        "dry": {name: str(bounds) for name, bounds in spec.DRY_BOUNDS.items()},
         "styles": [profile.name for profile in styles.profiles],
         "styles_refused": dict(styles.refused),
         "styles_unavailable": styles.unavailable,

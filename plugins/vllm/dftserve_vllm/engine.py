@@ -61,10 +61,12 @@ def refusal() -> str | None:
 
 
 def refusal_of(diversity: Diversity) -> str | None:
-    """`refusal`, or why this engine cannot honour the law that is asked for."""
+    """`refusal`, or why this engine cannot honour the law, or DRY, that is asked for."""
     reason = refusal()
     if reason is None and diversity.law == "words" and _config is not None:
-        return vocabulary.refusal(_config)
+        reason = vocabulary.refusal(_config)
+    if reason is None and diversity.dry is not None and _config is not None:
+        reason = vocabulary.dry_refusal(_config, diversity.dry)
     return reason
 
 

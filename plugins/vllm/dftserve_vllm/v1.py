@@ -22,6 +22,7 @@ from dftserve.sampling import SlotControls, Step, Texts
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.style import depth_of
 from dftserve_vllm import styles, vocabulary
+from dftserve_vllm.dry import HostRepeats
 from dftserve_vllm.extra_args import Active, active
 from dftserve_vllm.request_stats import RequestStats
 from dftserve_vllm.step_report import Array
@@ -134,6 +135,7 @@ class V1Processor(LogitsProcessor):
         classes = vocabulary.token_classes(vllm_config)
         self.stats = RequestStats(capacity, 1, device, classes, profiles)
         self._text = _TextEnds(capacity, depth_of(profiles)) if profiles else None
+        self._repeats = HostRepeats(vocabulary.breakers(vllm_config), self._staging)
         self._free = list(range(capacity))
         self._arrivals = count()
         self._requests = _Requests(capacity)
@@ -142,7 +144,7 @@ class V1Processor(LogitsProcessor):
 
     def is_argmax_invariant(self) -> bool:
         """True, so that it runs after the temperature. Greedy rows stay as they are, and in a row
-        of another only a style and the laws `words` and `xtc` may change the argmax."""
+        of another only a style, DRY and the laws `words` and `xtc` may change the argmax."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -156,23 +158,25 @@ class V1Processor(LogitsProcessor):
         for index, params, prompt_ids, output_ids in batch_update.added:
             self._remove(index)
             with self.stats.isolated():
-                self._add(index, params, prompt_ids[-1] if prompt_ids else -1, output_ids)
+                self._add(index, params, prompt_ids or [], output_ids)
         for index in batch_update.removed:
             self._remove(index)
         for a, b, direction in batch_update.moved:
             self._move(a, b, swap=direction == MoveDirectionality.SWAP)
 
     def _add(
-        self, index: int, params: "SamplingParams", prompt_end: int, output_ids: list[int]
+        self, index: int, params: "SamplingParams", prompt_ids: list[int], output_ids: list[int]
     ) -> None:
         asked = active(
             params, temperature_applied=True, arrivals=self._arrivals, styles=self._styles
         )
         if asked is None:
             return
+        prompt_end = prompt_ids[-1] if prompt_ids else -1
         slot = self._free.pop()
         try:
             self.stats.open(slot, asked.identity, produced=len(output_ids))
+            self._repeats.open(slot, asked.diversity.dry, prompt_ids)
             self._controls.put(slot, asked.controls)
             self._requests.put(slot, asked, prompt_end, output_ids)
             if self._text is not None:
@@ -191,6 +195,7 @@ class V1Processor(LogitsProcessor):
             self._batch = None
             self._free.append(slot)
             self._controls.clear(slot)
+            self._repeats.close(slot)
             with self.stats.isolated():
                 self.stats.close(slot)
 
@@ -228,6 +233,7 @@ class V1Processor(LogitsProcessor):
             last_token_R,
             rows_R=None if len(batch.index) == len(logits) else batch.rows_R,
             texts=texts,
+            penalties=self._repeats.penalties(batch.slots, batch.outputs),
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
             # that all rows sample does no harm.
         )

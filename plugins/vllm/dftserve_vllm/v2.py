@@ -16,7 +16,10 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from dftserve.sampling import SlotControls, Step, Texts
+from dftserve.sampling.dry import SlotRepeats
+from dftserve.sampling.step import Penalties
 from dftserve_vllm import styles, vocabulary
+from dftserve_vllm.dry import dry_controls
 from dftserve_vllm.extra_args import active
 from dftserve_vllm.request_stats import RequestStats
 
@@ -44,6 +47,8 @@ class V2Processor(LogitsProcessor):
         self._styles = styles.of_engine(vllm_config)
         self.stats = RequestStats(slots, 1 + drafts, device, classes, self._styles.profiles)
         self._controls = SlotControls(slots, device)
+        self._repeats = SlotRepeats(slots, device)
+        self._breakers = vocabulary.breakers(vllm_config)
         self._verified_rows = slots * (1 + drafts) if drafts else 0
         self._is_active = np.zeros(slots, dtype=bool)
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
@@ -57,6 +62,7 @@ class V2Processor(LogitsProcessor):
         slot's former request is closed here."""
         self._is_active[req_idx] = False
         self._controls.clear(req_idx)
+        self._repeats.clear(req_idx)
         with self.stats.isolated():
             self._is_active[req_idx] = self._open(req_idx, sampling_params)
         return bool(self._is_active[req_idx])
@@ -76,6 +82,8 @@ class V2Processor(LogitsProcessor):
         self._may_end_anywhere[slot] = asked.may_end_anywhere
         self._reads_last_token[slot] = asked.controls.reads_last_token
         self._has_style[slot] = asked.controls.has_style
+        if asked.diversity.dry is not None:
+            self._repeats.put(slot, dry_controls(asked.diversity.dry, self._breakers))
         self._controls.put(slot, asked.controls)
         self._staged.append(slot)
         return True
@@ -92,6 +100,7 @@ class V2Processor(LogitsProcessor):
         self._is_active[self._staged] = False
         for slot in self._staged:
             self._controls.clear(slot)
+            self._repeats.clear(slot)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         with self.stats.isolated():
@@ -108,6 +117,7 @@ class V2Processor(LogitsProcessor):
         knows."""
         slots = ctx.idx_mapping_np[is_active_B]
         reads_last_token = self._reads_last_token[slots].any()
+        has_dry_B = is_active_B & self._repeats.has(ctx.idx_mapping_np)
         # `to` copies nothing: these are the types that the runner has.
         step = Step(
             # The device's, unless a copy of them failed.
@@ -120,6 +130,7 @@ class V2Processor(LogitsProcessor):
             known_S=self._states.prefill_len.gpu.to(torch.int32),
             has_idle_rows=not is_active_B.all(),
             texts=self._texts(ctx) if self._has_style[slots].any() else None,
+            penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else None,
         )
         self.stats.apply(logits, step)
 
@@ -130,6 +141,18 @@ class V2Processor(LogitsProcessor):
             self._states.prompt_len.gpu.to(torch.int32),
             ctx.pos.to(torch.int64),
             ctx.input_ids.to(torch.int32),
+        )
+
+    def _penalties(self, ctx: LogitsContext, has_dry_B: np.ndarray) -> Penalties:
+        """Of the rows with DRY; of all rows where drafts are among them, since their places are
+        known on the device alone."""
+        without_drafts = len(ctx.expanded_idx_mapping) == len(ctx.idx_mapping_np)
+        return self._repeats.penalties(
+            self._texts(ctx),
+            ctx.expanded_idx_mapping.to(torch.int64),
+            ctx.expanded_local_pos.to(torch.int32),
+            np.flatnonzero(has_dry_B) if without_drafts else None,
+            int(ctx.seq_lens_upper_bound_np.max()),
         )
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:

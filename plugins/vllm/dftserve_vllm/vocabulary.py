@@ -1,12 +1,18 @@
-"""The token classes of the engine's vocabulary, which the law `words` needs."""
+"""What is known of the engine's vocabulary: the token classes that the law `words` needs, and the
+sequence breakers of DRY."""
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from dftserve.sampling import TokenClasses
+from dftserve.sampling.dry import Breakers
+from dftserve.spec import DRY_BREAKERS, Dry
 
 logger = logging.getLogger("vllm.dftserve")
+
+Made = TypeVar("Made")
 
 
 def token_classes(vllm_config: Any) -> TokenClasses | None:
@@ -37,6 +43,31 @@ def refusal(vllm_config: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def breakers(vllm_config: Any) -> Breakers | None:
+    """As `token_classes`, of the texts that end a sequence under DRY."""
+    model_config = getattr(vllm_config, "model_config", None)
+    if model_config is None:
+        return None
+    found = _breakers_or_reason(Identity(model_config))
+    return found if isinstance(found, Breakers) else None
+
+
+def dry_refusal(vllm_config: Any, dry: Dry) -> str | None:
+    """Why this engine cannot honour a request's DRY, with what to do about it, or None."""
+    if hides_last_token(vllm_config):
+        return (
+            "DRY needs the text so far, which vLLM's V1 model runner does not tell under "
+            "asynchronous scheduling; use --no-async-scheduling or the V2 runner "
+            "(VLLM_USE_V2_MODEL_RUNNER=1)"
+        )
+    if not dry.sequence_breakers:
+        return None
+    found = _breakers_or_reason(Identity(vllm_config.model_config))
+    if isinstance(found, Breakers):
+        return None
+    return f"{DRY_BREAKERS} need the tokens' text: {found}; an empty list needs none"
+
+
 def hides_last_token(vllm_config: Any) -> bool:
     """Whether the engine's runner keeps the last token from logits processors."""
     # V1 repairs the placeholders of asynchronous scheduling only for processors given by flag.
@@ -64,14 +95,24 @@ class Identity:
 @lru_cache(maxsize=8)
 def _classes_or_reason(identity: Identity) -> TokenClasses | str:
     """The classes, or why there are none; asked once, since it reads the whole vocabulary."""
+    found = _made_or_reason(TokenClasses.from_tokenizer, identity)
+    return f"the law 'words' needs the tokens' text: {found}" if isinstance(found, str) else found
+
+
+@lru_cache(maxsize=8)
+def _breakers_or_reason(identity: Identity) -> Breakers | str:
+    return _made_or_reason(Breakers.from_tokenizer, identity)
+
+
+def _made_or_reason(make: Callable[[Any], Made], identity: Identity) -> Made | str:
+    """Of the engine's tokenizer, or why it cannot be made of it."""
     try:
-        return TokenClasses.from_tokenizer(tokenizer(identity.model_config))
+        return make(tokenizer(identity.model_config))
     except (ImportError, OSError, ValueError) as error:
-        reason = str(error)
+        return str(error)
     except Exception as error:  # Code of the model's own; it must not keep the engine from it.
         logger.warning("diversity: the tokenizer cannot be read", exc_info=True)
-        reason = repr(error)
-    return f"the law 'words' needs the tokens' text: {reason}"
+        return repr(error)
 
 
 def tokenizer(model_config: Any) -> Any:

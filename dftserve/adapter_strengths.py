@@ -1,0 +1,124 @@
+"""One LoRA adapter at several strengths, for engines that have no strength a request: each is an
+adapter of its own, whose `lora_alpha` is scaled, so that its change of every weight is too."""
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dftserve import atomic
+from dftserve.bounded_files import FileError, chunks, inner_path, open_file, read_json
+from dftserve.model_folder import LARGEST_WEIGHTS
+from dftserve.spec import Bounds
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_CONFIG = 1 << 20
+MOST_STRENGTHS = 32
+STRENGTHS = Bounds(low=0, high=1, low_included=False)
+
+_NOT_SCALED = {
+    "use_dora": "DoRA, whose magnitudes do not follow lora_alpha",
+    "modules_to_save": "whole modules (modules_to_save), which lora_alpha does not scale",
+    "lora_bias": "biases of the adapter (lora_bias), which vLLM does not serve",
+    "trainable_token_indices": "whole embeddings of tokens (trainable_token_indices)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "Activated LoRA (alora_invocation_tokens)",
+}
+"""Settings of an adapter whose effect is not lora_alpha times something, or that vLLM refuses."""
+
+
+def scale(adapter: Path, strengths: Sequence[float], out: Path) -> list[Path]:
+    """Write the adapter at each strength to a folder of its own in `out`, which must not exist.
+
+    Args:
+        strengths: above 0, to 1: as it was trained.
+
+    Returns:
+        The folders, named after the adapter and the strength.
+
+    Raises:
+        ValueError: a strength, or an adapter that is no LoRA of safetensors that scales as a whole.
+        OSError: as the disk raised it, or `out` exists.
+    """
+    _check_strengths(strengths)
+    settings = _settings(adapter)
+    names = [f"{adapter.resolve().name}-{strength:g}" for strength in strengths]
+    with atomic.folder(out) as made:
+        for name, strength in zip(names, strengths, strict=True):
+            (made / name).mkdir()
+            text = json.dumps(_scaled(settings, strength), indent=2)
+            (made / name / CONFIG).write_text(text + "\n", encoding="utf-8")
+            _copy(adapter, made / name / WEIGHTS)
+    return [out / name for name in names]
+
+
+def flags(folders: Sequence[Path]) -> str:
+    """What `vllm serve` is given to serve them."""
+    config = read_json(folders[0] / CONFIG, largest=LARGEST_CONFIG)
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    modules = " ".join(shlex.quote(f"{each.name}={each.resolve()}") for each in folders)
+    # vLLM has these maximal ranks.
+    accepted = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+    return (
+        f"--enable-lora --max-loras {len(folders)} --max-lora-rank {accepted} "
+        f"--lora-modules {modules}"
+    )
+
+
+def _check_strengths(strengths: Sequence[float]) -> None:
+    named = [f"{each:g}" for each in strengths]
+    if not 0 < len(strengths) <= MOST_STRENGTHS or len(set(named)) < len(named):
+        accepted = f"1 to {MOST_STRENGTHS}, each once"
+        raise ValueError(f"--strengths: got {', '.join(named) or 'none'}; accepted: {accepted}.")
+    for each in strengths:
+        if each not in STRENGTHS:
+            raise ValueError(f"--strengths: got {each:g}; accepted: {STRENGTHS}.")
+
+
+def _settings(adapter: Path) -> dict[str, Any]:
+    path = adapter / CONFIG
+    found = read_json(path, within=adapter, largest=LARGEST_CONFIG)
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        kind = found.get("peft_type") if isinstance(found, dict) else found
+        raise FileError(f"{path}: got {kind!r:.80}; accepted: a LoRA adapter", "name another")
+    for name, what in _NOT_SCALED.items():
+        if found.get(name):
+            raise FileError(f"{path}: got {what}; accepted: plain LoRA or rsLoRA", "name another")
+    if found.get("bias", "none") != "none":
+        raise FileError(f"{path}: got trained biases (bias); accepted: none", "name another")
+    patterns = [found.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
+    if not all(isinstance(each, dict) for each in patterns):
+        raise FileError(f"{path}: got patterns that are no objects", "name another")
+    alphas = [found.get("lora_alpha"), *patterns[0].values()]
+    ranks = [found.get("r"), *patterns[1].values()]
+    for each in (*alphas, *ranks):
+        if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
+            got = f"{path}: got {each!r:.80} as lora_alpha or r"
+            raise FileError(f"{got}; accepted: numbers", "name another")
+    if not all(isinstance(each, int) and each > 0 for each in ranks):
+        raise FileError(f"{path}: got ranks {ranks!r:.80}; accepted: above 0", "name another")
+    return found
+
+
+def _scaled(settings: dict[str, Any], strength: float) -> dict[str, Any]:
+    pattern = settings.get("alpha_pattern") or {}
+    return settings | {
+        "lora_alpha": settings["lora_alpha"] * strength,
+        "alpha_pattern": {name: alpha * strength for name, alpha in pattern.items()},
+    }
+
+
+def _copy(adapter: Path, to: Path) -> None:
+    path = adapter / inner_path(WEIGHTS, str(adapter))
+    try:
+        source = open_file(path, largest=LARGEST_WEIGHTS, within=adapter)
+    except FileNotFoundError:
+        problem = f"{adapter}: got no {WEIGHTS}; accepted: an adapter of safetensors"
+        raise FileError(problem, "save it with peft's safe_serialization") from None
+    with source, to.open("wb") as copy:
+        for chunk in chunks(source, path, largest=LARGEST_WEIGHTS):
+            copy.write(chunk)

@@ -1,0 +1,97 @@
+"""DRY is what the server samples from: over HTTP, against fp64, from the prompt and the answer.
+
+A prompt that says the same twice, so that its end is a match, and a few tokens behind it.
+"""
+
+import random
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from dftserve.sampling import LawConstants
+from dftserve.sampling.dry import Breakers
+from dftserve.stories.grammar import generate
+from tests.conftest import long
+from tests.dry_reference import dry_reference, penalties_reference
+from tests.parity.test_exactness import (
+    LOG_PROBABILITY,
+    NEAR_THRESHOLD,
+    _log_p,
+    _plain,
+    _read,
+    _reading,
+    _stops,
+    _vocabulary,
+)
+from tests.reference import reference
+
+TOKENS = 3
+ALONE = 1e-30
+"""The min_p of a row that nothing is cut from."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "count"), [("v1", 6), ("v2", 6), long("v1", 40), long("v2", 40)], indirect=["engine"]
+)
+def test_repeats_are_penalised_before_the_law(engine, count, figure):
+    source, vocabulary = random.Random(13), _vocabulary(engine)
+    tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
+    breaks_V = Breakers.from_tokenizer(tokenizer).tokens(("\n", "."))
+    stops = _stops(engine, {"shaping": {}})
+    checked, penalised, worst = 0, 0, 0.0
+    for number in range(count):
+        text = tokenizer.encode(generate(source).text).ids[: source.randrange(20, 60)]
+        prompt = [*text, *text[: source.randrange(4, 12)]]
+        numbers = {"multiplier": source.uniform(0.5, 3.0), "base": 1.75, "allowed_length": 2}
+        dry = {f"dry_{name}": value for name, value in numbers.items()}
+        level = source.uniform(0.1, 1.0) if number % 2 else None
+        temperature = source.uniform(0.5, 1.5)
+        breaking = number % 3 == 0
+        asked = dry | {"dry_sequence_breakers": ["\n", "."] if breaking else []}
+        asked |= {} if level is None else {"level": level}
+        body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": number}
+        answer = _reading(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
+        tokens = [
+            int(token.removeprefix("token_id:"))
+            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
+        ]
+        for step in range(len(tokens)):
+            before = [*prompt, *tokens[:step]]
+            logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+            breakers = set(np.flatnonzero(breaks_V).tolist()) if breaking else set()
+            nats = penalties_reference(before, breakers=breakers, **numbers)
+            row_V = dry_reference(
+                logits_V,
+                nats,
+                temperature=temperature,
+                log_guard=_log_guard(level),
+                stop_ids=stops,
+            )
+            said = reference(
+                row_V,
+                temperature=temperature,
+                level=level or 0.0,
+                min_p=ALONE if level is None else None,
+                stop_ids=stops,
+            )
+            if said.margin < NEAR_THRESHOLD:
+                continue
+            sampled_V = _log_p(answer, vocabulary, step)
+            likely_V = said.log_p_V > -20
+            worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
+            assert worst <= LOG_PROBABILITY, (number, step, level)
+            checked += 1
+            penalised += bool(nats)
+        told = answer.json()["diversity"]
+        assert told["dry_multiplier"] == pytest.approx(numbers["multiplier"])
+    assert checked >= 2 * count
+    assert penalised > count // 2
+    figure(checked=checked, penalised=penalised, worst_logprob=worst)
+
+
+def _log_guard(level: float | None) -> float:
+    constants = LawConstants()
+    return (
+        -np.inf if level is None else constants.log_guard_start + constants.log_guard_step * level
+    )

@@ -1,0 +1,86 @@
+"""An adapter at several strengths: what it adds to each weight is scaled, and nothing else."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from dftserve.adapter_strengths import CONFIG, WEIGHTS, flags, scale
+from dftserve.cli import main
+
+SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+
+
+def adapter(folder, **settings):
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(SETTINGS | settings))
+    torch.manual_seed(0)
+    weights = {"a.lora_A.weight": torch.randn(4, 6), "a.lora_B.weight": torch.randn(5, 4)}
+    save_file(weights, folder / WEIGHTS)
+    return folder
+
+
+def added(folder, root=False) -> torch.Tensor:
+    """What a plain LoRA adds to its weight: alpha/r·BA, by its own files."""
+    settings, weights = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    rank = settings["r"] ** 0.5 if root else settings["r"]
+    product = weights["a.lora_B.weight"].double() @ weights["a.lora_A.weight"].double()
+    return settings["lora_alpha"] / rank * product
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_what_is_added_scales_exactly(tmp_path, root):
+    whole = adapter(tmp_path / "prose", use_rslora=root, alpha_pattern={"q_proj": 4})
+    strengths = [0.25, 0.5, 1.0]
+    folders = scale(whole, strengths, tmp_path / "out")
+    assert [each.name for each in folders] == ["prose-0.25", "prose-0.5", "prose-1"]
+    for folder, strength in zip(folders, strengths, strict=True):
+        assert torch.equal(added(folder, root), strength * added(whole, root))
+        settings = json.loads((folder / CONFIG).read_text())
+        assert settings["alpha_pattern"] == {"q_proj": 4 * strength}
+    assert f"prose-0.5={folders[1].resolve()}" in flags(folders)
+    assert "--max-lora-rank 8 " in flags(folders)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"lora_alpha": "8"}, "numbers"),
+        ({"r": 0}, "above 0"),
+        ({"alpha_pattern": [1]}, "no objects"),
+    ],
+)
+def test_what_would_not_scale_is_refused_by_name(tmp_path, settings, says):
+    found = adapter(tmp_path / "prose", **settings)
+    asked = ["checkpoint", "scale", str(found), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strengths", ["0", "1.5", "x", "", ".5,0.5", "nan"])
+def test_strengths_are_refused(tmp_path, strengths):
+    found = adapter(tmp_path / "prose")
+    asked = ["checkpoint", "scale", str(found), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, [*asked, "--strengths", strengths])
+    assert result.exit_code == 2
+    assert "accepted" in result.output
+
+
+def test_weights_are_safetensors_of_the_folder(tmp_path):
+    found = adapter(tmp_path / "prose")
+    weights = found / WEIGHTS
+    weights.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="safetensors"):
+        scale(found, [0.5], tmp_path / "out")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=WEIGHTS):
+        scale(found, [0.5], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

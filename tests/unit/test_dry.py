@@ -1,0 +1,436 @@
+"""DRY: which tokens are penalised, against a naive search in fp64; what becomes of the rows; how it
+comes from a request to the runners."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from dftserve import spec
+from dftserve.sampling import Controls, Step, Texts, control_row, transform_step
+from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.sampling.dry import (
+    Breakers,
+    DryControls,
+    SlotRepeats,
+    TokenHistory,
+    penalties,
+    together,
+)
+from dftserve.sampling.dry.repeats import HISTORY, LONGEST_MATCH, MAX_PENALTY
+from dftserve.sampling.step import Penalties
+from tests.dry_reference import dry_reference, penalties_reference
+from tests.reference import reference
+from tests.rows import KINDS, make_rows
+
+V = 40
+BREAKERS = frozenset({3, 7})
+BREAKS_V = np.array([v in BREAKERS for v in range(V)])
+TEXTS = st.one_of(
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.lists(st.integers(0, 1), min_size=1, max_size=200),
+    st.lists(st.integers(4, 6), min_size=1, max_size=120),
+)
+NUMBERS = st.fixed_dictionaries(
+    {
+        "multiplier": st.floats(0.1, 5),
+        "base": st.sampled_from([1.0, 1.02, 1.75, 4.0]),
+        "allowed_length": st.integers(1, 6) | st.just(LONGEST_MATCH),
+    }
+)
+
+
+def controls(breaks_V=BREAKS_V, **numbers) -> DryControls:
+    given_numbers = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2} | numbers
+    return DryControls(**given_numbers, breaks_V=breaks_V)
+
+
+def on_host(text, dry: DryControls) -> dict[int, float]:
+    found = penalties(TokenHistory([]).after(text), dry)
+    return dict(zip(*(each.tolist() for each in found), strict=True))
+
+
+def on_device(texts, rows: list[DryControls | None], drafts=0, places=None) -> list[dict]:
+    """Several rows at once; the last tokens of each text are drafts, which are not known yet."""
+    width = max(map(len, texts)) + 3
+    tokens_SL = torch.full((len(texts), width), 5, dtype=torch.int32)
+    for slot, text in enumerate(texts):
+        tokens_SL[slot, : len(text) - drafts] = torch.tensor(text[: len(text) - drafts])
+    row_R = [(s, d) for s in range(len(texts)) for d in range(drafts + 1)]
+    at_R = torch.tensor([len(texts[s]) - 1 - drafts + d for s, d in row_R])
+    input_R = torch.tensor([texts[s][at] for (s, _), at in zip(row_R, at_R, strict=True)])
+    repeats = SlotRepeats(len(texts), "cpu")
+    for slot, dry in enumerate(rows):
+        if dry is not None:
+            repeats.put(slot, dry)
+    found = repeats.penalties(
+        Texts(tokens_SL, torch.zeros(len(texts), dtype=torch.int32), at_R, input_R.int()),
+        torch.tensor([s for s, _ in row_R]),
+        torch.tensor([d for _, d in row_R], dtype=torch.int32),
+        places,
+        int(at_R.max()) + 1,
+    )
+    return [
+        {
+            token: max(n for t, n in zip(tokens, nats, strict=True) if t == token)
+            for token, nat in zip(tokens, nats, strict=True)
+            if nat > 0
+        }
+        for tokens, nats in zip(found.token_PK.tolist(), found.nats_PK.tolist(), strict=True)
+    ]
+
+
+@settings(max_examples=150)
+@given(text=TEXTS, numbers=NUMBERS, breaks=st.booleans())
+def test_the_penalties_are_those_of_a_naive_search(text, numbers, breaks):
+    dry = controls(BREAKS_V if breaks else np.zeros(1, bool), **numbers)
+    expected = penalties_reference(text, breakers=BREAKERS if breaks else (), **numbers)
+    assert on_host(text, dry) == pytest.approx(expected, rel=1e-5)
+    assert on_device([text, [1, 2, 1]], [dry, None])[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_as_its_output_grows_and_beyond_what_is_looked_at():
+    """Each step's penalties are the whole text's last `HISTORY` tokens'."""
+    random = np.random.default_rng(0)
+    text = random.integers(4, 30, HISTORY + 700).tolist()
+    history, dry = TokenHistory(text[:5]), controls()
+    for end in (5, 6, 400, HISTORY - 1, HISTORY + 100, HISTORY + 101, len(text)):
+        tokens_N = history.after(text[5:end])
+        assert tokens_N.tolist() == text[max(end - HISTORY, 0) : end]
+    numbers = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2}
+    expected = penalties_reference(text, breakers=BREAKERS, **numbers)
+    assert on_host(text, dry) == pytest.approx(expected, rel=1e-5)
+
+
+def test_drafts_are_part_of_the_text_that_each_row_follows():
+    text = [5, 6, 8, 9, 4, 5, 6, 8, 9]
+    numbers = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2}
+    rows = on_device([text, text[::-1]], [controls(), controls()], drafts=2)
+    expected = [
+        penalties_reference(whole[: len(whole) - 2 + d], breakers=BREAKERS, **numbers)
+        for whole in (text, text[::-1])
+        for d in range(3)
+    ]
+    assert rows == [pytest.approx(each) for each in expected]
+    assert any(expected)
+
+
+def test_some_rows_of_a_step_and_sets_of_breakers_of_their_own():
+    text = [5, 6, 3, 5, 6]
+    none, all_of_them = np.zeros(1, bool), np.ones(V, bool)
+    rows = [controls(none), None, controls(all_of_them), controls(BREAKS_V)]
+    found = on_device([text] * 4, rows, places=np.array([0, 2, 3]))
+    assert found == [{3: pytest.approx(0.8)}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"multiplier": 5.0, "base": 4.0, "allowed_length": 1},
+        {"multiplier": 0.01, "base": 1.0, "allowed_length": 64},
+        {"multiplier": 0.01, "base": 1.02},
+    ],
+)
+def test_penalties_are_bounded_and_a_longer_match_than_counts_changes_nothing(numbers):
+    dry = controls(np.zeros(1, bool), **numbers)
+    assert on_host([6] * 500, dry)[6] <= MAX_PENALTY
+    assert dry.penalty(dry.longest) == dry.penalty(LONGEST_MATCH)
+    assert dry.longest == dry.allowed_length or dry.penalty(dry.longest - 1) < dry.penalty(
+        LONGEST_MATCH
+    )
+
+
+# ── Rows ─────────────────────────────────────────────────────────────────────────────────────────
+
+STOPS = frozenset({1, 2})
+
+
+def transformed(row_V, diversity, nats, *, temperature=1.0, divisor=1.0, stops=STOPS):
+    """Log-probabilities that a row is sampled from."""
+    logits_XV = (torch.as_tensor(row_V).float() / divisor)[None].clone()
+    row = control_row(diversity, temperature=temperature, logits_divisor=divisor, stop_ids=stops)
+    token_PK, nats_PK = together(
+        [(np.array(list(nats), np.int64), np.array(list(nats.values()), np.float32))]
+    )
+    zero_R = torch.zeros(1, dtype=torch.int64)
+    given_penalties = Penalties(torch.tensor(token_PK), torch.tensor(nats_PK), zero_R)
+    step = Step(Controls.stack([row]), zero_R, zero_R, zero_R.int(), penalties=given_penalties)
+    backend = TorchBackend()
+    transform_step(logits_XV, step, backend.create_slots(1, 1), backend)
+    return torch.log_softmax(logits_XV[0].double() * divisor / temperature, 0).numpy()
+
+
+@settings(max_examples=80)
+@given(
+    kind=st.sampled_from(sorted(set(KINDS) - {"far apart"})),
+    seed=st.integers(0, 10**6),
+    level=st.floats(0.05, 1.0),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    divided=st.booleans(),
+)
+def test_the_law_gets_the_row_less_its_penalties(kind, seed, level, temperature, divided):
+    logits_V = make_rows([kind], 64, seed)[0].double().numpy()
+    order = np.argsort(-logits_V)
+    nats = {int(order[0]): 7.0, int(order[2]): 0.5, 1: 3.0, 63: 100.0}
+    log_guard = math.log(0.05) + math.log(0.4) * level
+    row_V = dry_reference(
+        logits_V, nats, temperature=temperature, log_guard=log_guard, stop_ids=STOPS
+    )
+    said = reference(row_V, temperature=temperature, level=level, stop_ids=STOPS)
+    got_V = transformed(
+        logits_V,
+        spec.parse(level),
+        nats,
+        temperature=temperature,
+        divisor=temperature if divided else 1.0,
+    )
+    if said.margin < 1e-3:
+        return
+    likely_V = said.log_p_V > -20
+    assert np.abs(got_V[likely_V] - said.log_p_V[likely_V]).max() < 5e-3
+    assert (np.isinf(got_V) >= np.isinf(logits_V)).all()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"level": 0.5},
+        {"law": "guard", "min_p": 0.1},
+        {"law": "xtc", "xtc_probability": 1.0, "xtc_threshold": 0.05},
+        {"law": "top_n_sigma", "n_sigma": 2.0},
+        {"dry_multiplier": 1.0},
+    ],
+)
+def test_stop_tokens_keep_the_probability_that_they_have_without_it(asked):
+    """A loop that is sure to go on, and stop tokens behind: what replaces it is other content."""
+    logits_V = np.full(64, -3.0)
+    logits_V[[10, 11, 12, 1, 2]] = [9.0, 6.0, 5.9, 5.5, 4.0]
+    without_V = transformed(logits_V, spec.parse(asked), {})
+    with_V = transformed(logits_V, spec.parse(asked), {10: 12.0, 1: 50.0})
+    assert with_V[[1, 2]] == pytest.approx(without_V[[1, 2]], abs=1e-4)
+    assert with_V[10] < without_V[10] - 5
+
+
+def test_alone_it_cuts_nothing_and_heats_nothing():
+    logits_V = make_rows(["few"], 64, 5)[0].numpy() if "few" in KINDS else np.linspace(0, -9, 64)
+    got_V = transformed(logits_V, spec.parse({"dry_multiplier": 1}), {9: 2.0}, stops=frozenset())
+    expected_V = torch.tensor(logits_V).double()
+    expected_V[9] -= 2.0
+    assert got_V == pytest.approx(torch.log_softmax(expected_V, 0).numpy(), abs=1e-4)
+
+
+def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
+    """Idle rows among them: only the rows of DRY are touched before the law."""
+    from dftserve.sampling.dry import penalise
+
+    rows_XV = make_rows(["normal" if "normal" in KINDS else sorted(KINDS)[0]] * 3, 64, 3)
+    rows_XV[1, 5] = torch.nan
+    before_XV = rows_XV.clone()
+    row = control_row(spec.parse(0.5), temperature=1.0, logits_divisor=1.0, stop_ids=STOPS)
+    place_R = torch.arange(3)
+    found = Penalties(
+        torch.tensor([[0, 9], [9, 9], [0, 99]]),
+        torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 5.0]]),
+        place_R,
+    )
+    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int(), penalties=found)
+    penalise(rows_XV, step, found, TorchBackend().constants)
+    assert torch.equal(rows_XV.view(torch.int32), before_XV.view(torch.int32))
+
+
+# ── Breakers ─────────────────────────────────────────────────────────────────────────────────────
+
+WORDS = ["\n", "\n\n", ":", "):", " Char", "lotte", "a", "é", "<end>"]
+
+
+def breakers() -> Breakers:
+    pieces = [None if word == "<end>" else word.encode() for word in WORDS]
+    return Breakers(pieces, lambda text: [4, 5] if text == "Charlotte" else [])
+
+
+@pytest.mark.parametrize(
+    ("texts", "broken"),
+    [
+        (("\n",), {"\n", "\n\n", "<end>"}),
+        ((":",), {":", "):", "<end>"}),
+        (("é", "\n\n"), {"é", "\n\n", "<end>"}),
+        (("Charlotte",), {"lotte", "<end>"}),
+        (("not there",), {"<end>"}),
+        ((), set()),
+    ],
+)
+def test_a_token_breaks_where_its_text_has_a_breaker(texts, broken):
+    found_V = breakers().tokens(texts)
+    assert {WORDS[v] for v in np.flatnonzero(found_V)} == broken
+
+
+def test_breakers_of_a_real_tokenizer():
+    characters = {"Ċ": 0, "Ġthe": 1, "a": 2, "b": 3, ":": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    found = Breakers.from_tokenizer(tokenizer)
+    assert np.flatnonzero(found.tokens(("\n", ":"))).tolist() == [0, 4]
+    assert np.flatnonzero(found.tokens(("ab",))).tolist() == [3]
+
+
+# ── The request ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("value", "parameter", "says"),
+    [
+        ({"dry_multipler": 0.8}, "diversity.dry_multipler", "did you mean 'dry_multiplier'"),
+        ({"dry_base": 2}, "diversity.dry_multiplier", "got nothing"),
+        ({"dry_multiplier": 5.1}, "diversity.dry_multiplier", "from 0 to 5"),
+        ({"dry_multiplier": 1, "dry_base": 0.9}, "diversity.dry_base", "from 1 to 4"),
+        (
+            {"dry_multiplier": 1, "dry_allowed_length": 1.5},
+            "diversity.dry_allowed_length",
+            "a whole number from 1 to 64",
+        ),
+        (
+            {"dry_multiplier": 1, "dry_sequence_breakers": "\n"},
+            "diversity.dry_sequence_breakers",
+            "a list of at most 32",
+        ),
+        (
+            {"dry_multiplier": 1, "dry_sequence_breakers": [str(n) for n in range(33)]},
+            "diversity.dry_sequence_breakers",
+            "a list of at most 32",
+        ),
+        (
+            {"dry_multiplier": 1, "dry_sequence_breakers": ["x" * 65]},
+            "diversity.dry_sequence_breakers",
+            "1 to 64 characters",
+        ),
+        ({"law": "words", "dry_multiplier": 1}, "diversity.level", "needs it"),
+    ],
+)
+def test_wrong_values_are_refused(value, parameter, says):
+    with pytest.raises(spec.DiversityError, match=says) as refused:
+        spec.parse(value)
+    assert refused.value.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"dry_multiplier": 0.8},
+        {"law": "budget", "target_entropy": 1.5, "dry_multiplier": 2, "dry_sequence_breakers": []},
+        {"level": 0.3, "dry_multiplier": 1, "dry_base": 1, "dry_allowed_length": 64},
+    ],
+)
+def test_the_object_form_comes_back_unchanged(value):
+    parsed = spec.parse(value)
+    assert spec.parse_json(json.dumps(parsed.as_dict())) == parsed
+    assert not parsed.is_off
+    assert parsed.dry is not None
+
+
+def test_a_multiplier_of_0_is_off():
+    assert spec.parse({"dry_multiplier": 0}).is_off
+    assert spec.parse({"level": 0.5, "dry_multiplier": 0}) == spec.parse(0.5)
+
+
+# ── Engines ──────────────────────────────────────────────────────────────────────────────────────
+
+ASKED = {"dry_multiplier": 2.0, "dry_sequence_breakers": []}
+TEXT = [9, 10, 11, 12, 9, 10]
+
+
+def logits() -> torch.Tensor:
+    return torch.linspace(0, -4, 2 * 50).view(2, 50).clone()
+
+
+def sampling_params(diversity=None):
+    from vllm import SamplingParams
+
+    carried = {"diversity": diversity, "diversity_id": "a"} if diversity else None
+    return SamplingParams(temperature=0.5, extra_args=carried)
+
+
+def check(rows_RV: torch.Tensor, divisor: float) -> None:
+    """The first row lost 2 nats of token 11, the second is as it was."""
+    expected_V = logits()[0] / divisor
+    expected_V[11] -= 2.0 / divisor
+    for row_V, wanted_V in zip(rows_RV, (expected_V, logits()[1] / divisor), strict=True):
+        said_V, wanted_V = torch.log_softmax(row_V, 0), torch.log_softmax(wanted_V, 0)
+        assert torch.allclose(said_V, wanted_V, atol=1e-4)
+
+
+def test_v1_reads_the_prompt_and_the_output():
+    from dftserve_vllm.v1 import V1Processor
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+    from tests.vllm_config import config
+
+    processor = V1Processor(config(), torch.device("cpu"), False)
+    output = []
+    added = [
+        (0, sampling_params(ASKED), TEXT[:3], output),
+        (1, sampling_params(), TEXT[:3], output),
+    ]
+    processor.update_state(BatchUpdate(2, removed=[], added=added, moved=[]))
+    processor.apply(logits() / 0.5)  # Nothing repeats yet.
+    output += TEXT[3:]
+    rows_RV = logits() / 0.5
+    processor.apply(rows_RV)
+    check(rows_RV, 0.5)
+    assert torch.equal(rows_RV[1], logits()[1] / 0.5)
+    processor.update_state(BatchUpdate(1, removed=[0], added=[], moved=[]))
+    assert not processor._repeats._by_slot
+    assert processor.stats.faults == 0
+
+
+def test_v2_reads_the_text_on_the_device():
+    from dftserve_vllm.v2 import V2Processor
+
+    all_tokens_SL = torch.zeros(3, 20, dtype=torch.int32)
+    all_tokens_SL[2, :6] = torch.tensor(TEXT)
+    known = SimpleNamespace(np=np.full(3, 6), gpu=torch.full((3,), 6))
+    states = SimpleNamespace(
+        max_num_reqs=3,
+        device=torch.device("cpu"),
+        prefill_len=known,
+        prompt_len=known,
+        all_token_ids=SimpleNamespace(gpu=all_tokens_SL),
+    )
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=3), speculative_config=None
+    )
+    processor = V2Processor(config, states)
+    processor.add_request(2, sampling_params(ASKED))
+    processor.add_request(0, sampling_params())
+    processor.apply_staged_writes()
+    slot_R = torch.tensor([2, 0])
+    context = SimpleNamespace(
+        idx_mapping_np=slot_R.numpy(),
+        expanded_idx_mapping=slot_R,
+        expanded_local_pos=torch.zeros_like(slot_R),
+        pos=torch.tensor([5, 5]),
+        input_ids=torch.tensor([10, 0]),
+        seq_lens_upper_bound_np=np.array([6, 6]),
+    )
+    rows_RV = logits()
+    processor.apply(rows_RV, context)
+    check(rows_RV * 2, 0.5)
+    assert torch.equal(rows_RV[1], logits()[1])
+    assert processor.stats.faults == 0
+    processor.add_request(2, sampling_params())
+    assert not processor._repeats.has(np.array([2])).any()
+
+
+def test_transformers_rows_read_their_own_text():
+    from dftserve.hf import DiversityProcessor
+
+    processor = DiversityProcessor(ASKED, temperature=0.5)
+    ids_RL = torch.tensor([TEXT, [9, 10, 11, 12, 11, 10]])
+    check(processor(ids_RL, logits()) * 2, 0.5)
+    with pytest.raises(ValueError, match="tokenizer"):
+        DiversityProcessor({"dry_multiplier": 1})
