@@ -23,6 +23,7 @@ def capabilities() -> dict[str, Any]:
             law: {name: str(spec.BOUNDS[name]) for name in takes}
             for law, takes in spec.LAWS.items()
         },
+        "groups_unavailable": engine.refusal_of_groups(),
         "styles": [profile.name for profile in styles.profiles],
         "styles_refused": dict(styles.refused),
         "styles_unavailable": styles.unavailable,

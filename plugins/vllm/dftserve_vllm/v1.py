@@ -57,6 +57,8 @@ class _Batch:
     rows_R: torch.Tensor
     slot_R: torch.Tensor
     offset_R: torch.Tensor
+    grouped_N: torch.Tensor | None
+    """Which of them are of groups."""
 
 
 class _TextEnds:
@@ -128,7 +130,8 @@ class V1Processor(LogitsProcessor):
             return
         slot = self._free.pop()
         try:
-            self.stats.open(slot, asked.identity, produced=len(output_ids))
+            produced = len(output_ids)
+            self.stats.open(slot, asked.identity, produced, asked.group)
             self._controls.put(slot, asked.controls)
         except BaseException:
             self._free.append(slot)
@@ -184,7 +187,7 @@ class V1Processor(LogitsProcessor):
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
             # that all rows sample does no harm.
         )
-        self.stats.apply(logits, step)
+        self.stats.apply(logits, step, batch.grouped_N)
 
     def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
         """How long each row's output is, and where they are read its last token and its text's
@@ -209,6 +212,7 @@ class V1Processor(LogitsProcessor):
         index = sorted(self._entries)
         entries = [self._entries[i] for i in index]
         slots = [entry.slot for entry in entries]
+        grouped = [row for row, entry in enumerate(entries) if entry.active.group is not None]
         rows_R, slot_R, offset_R = self._staging.to_device_together(
             np.array(index), np.array(slots), np.zeros(len(slots), np.int32)
         )
@@ -223,4 +227,5 @@ class V1Processor(LogitsProcessor):
             rows_R=rows_R,
             slot_R=slot_R,
             offset_R=offset_R,
+            grouped_N=self._staging.to_device(grouped) if grouped else None,
         )
