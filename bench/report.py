@@ -296,6 +296,49 @@ def short(reason: str) -> str:
     return reason[:120].rstrip(".").replace("|", "/")
 
 
+def groups(document: dict[str, Any]) -> str:
+    """Distinct answers of known sources; votes; short answers of a real model."""
+    head = ["source", "spellings", "n", "independent", "group", "gain", "at most"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in document["rows"]:
+        alone, together = row["independent, computed"], row["group"]["distinct"]
+        low, high = row["group"]["interval"]
+        cells = [row["source"], str(row["spellings"]), str(row["n"]), f"{alone:.2f}"]
+        cells += [f"{together:.2f} [{low:.2f}, {high:.2f}]", f"{together / alone - 1:+.0%}"]
+        lines.append(f"| {' | '.join(cells)} | {row['at most']:.2f} |")
+    told = (
+        f"`bench/groups.py`: valid answers among n that are distinct, {document['groups']:,} "
+        f"groups a row; {document['invalid']:.0%} of each source is no answer. *Independent* and "
+        "*at most* are computed."
+    )
+    return "\n".join([*lines, "", f"{told} {_votes(document)} {_short_answers(document)}".rstrip()])
+
+
+def _votes(document: dict[str, Any]) -> str:
+    votes = document["votes"]
+    alone, together = (100 * votes["accuracy"][way] for way in ("independent", "group"))
+    low, high = (100 * end for end in votes["interval"])
+    return (
+        f"The vote of {votes['n']} texts on {votes['questions']} made-up questions is right in "
+        f"{alone:.1f} % where they are independent and in {together:.1f} % where they are a group "
+        f"(difference {100 * votes['difference']:+.1f} points [{low:+.1f}, {high:+.1f}])."
+    )
+
+
+def _short_answers(document: dict[str, Any]) -> str:
+    short = document["short_answers"]
+    if short is None:
+        return ""
+    low, high = short["interval"]
+    return (
+        f"{short['model']} at `diversity` {short['diversity']:g}, {short['questions']} questions "
+        f"for one word or name: {short['distinct']['independent']:.2f} of {short['n']} first lines "
+        f"are distinct, in groups {short['distinct']['group']:.2f} (difference "
+        f"{short['difference']:+.2f} [{low:+.2f}, {high:+.2f}]); the commonest has "
+        f"{100 * short['share_of_the_commonest']:.0f} %."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real": real,
     "words": words,
@@ -308,6 +351,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
     "families": families,
+    "groups": groups,
     "gpu": gpu_table.table,
 }
 OPTIONAL = {"gpu"}
@@ -318,7 +362,7 @@ PLACES = {
     **dict.fromkeys(
         (
             *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
-            *("gpu", "words"),
+            *("gpu", "words", "groups"),
         ),
         "docs/results.md",
     ),
