@@ -259,7 +259,7 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
     from dftserve.hf import DiversityProcessor, sampling
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config = sampling(max_new_tokens=LONGEST, num_return_sequences=8)
     found: dict[str, list[int]] = {"independent": [], "group": []}
     mode: list[float] = []

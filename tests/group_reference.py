@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,10 +29,10 @@ def cut_reference(
     return cut_V / cut_V.sum()
 
 
-def drawn_reference(p_V: Sequence[float], code: float) -> tuple[int, float]:
+def drawn_reference(p_V: np.ndarray, code: float) -> tuple[int, float]:
     """The token whose interval holds the code, and the code's place in it."""
     begin = 0.0
-    for token, p in enumerate(p_V):
+    for token, p in enumerate(p_V.tolist()):
         if p > 0 and code < begin + p:
             return token, (code - begin) / p
         begin += p

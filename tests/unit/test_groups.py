@@ -72,7 +72,9 @@ def test_tokens_are_those_of_the_reference(monkeypatch, cuts, whole_rows):
     if whole_rows:  # As on a device that would have to be asked how many survive.
         tokens_V = torch.arange(V)
         monkeypatch.setattr(
-            stage, "survivors", lambda rows: (rows.double(), tokens_V.expand(rows.shape))
+            stage,
+            "survivors",
+            lambda rows, row_N: (rows[row_N].double(), tokens_V.expand(len(row_N), -1)),
         )
     codes = [first_code("some", index, 40) for index in range(40)]
     assert codes == [first_code_reference("some", index, 40) for index in range(40)]

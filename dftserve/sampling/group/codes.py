@@ -19,6 +19,7 @@ All of it is float64, on the rows' device. Shapes: R rows, K survivors.
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class Ladder:
     """A step's survivors as intervals, one row for each row of logits."""
 
     token_RK: Tensor
-    """int64, rising."""
+    """int64, rising as far as there are survivors."""
     weight_RK: Tensor
     """float64, unnormalised probabilities; 0 where there is no survivor."""
     top_RK: Tensor
@@ -91,24 +92,24 @@ class Ladder:
         return self.token_RK.gather(1, place_R1)[:, 0], inside_R, bits_R
 
 
-def survivors(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The finite logits of each row as float64 [R, K], -inf behind them, and their tokens, int64.
+def survivors(logits_XV: Tensor, row_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The finite logits of some rows as float64 [N, K], and their tokens, int64.
 
-    On a CPU K is what the fullest row has. Elsewhere that would have to be asked for, and K is V.
+    On a CPU K is what the fullest of the rows has; behind the survivors of another stand -inf and
+    its first token. On a device K would have to be asked for, and is V.
     """
-    if logits_RV.device.type != "cpu":
-        tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-        return logits_RV.double(), tokens_V.expand(logits_RV.shape)
-    kept_RV = logits_RV != -torch.inf
-    row_N, token_N = kept_RV.nonzero(as_tuple=True)
-    count_R = kept_RV.sum(dim=1)
-    place_N = torch.arange(len(row_N)) - (count_R.cumsum(dim=0) - count_R)[row_N]
-    shape = (len(logits_RV), max(int(count_R.max()), 1))
-    value_RK = torch.full(shape, -torch.inf, dtype=torch.float64)
-    value_RK[row_N, place_N] = logits_RV[row_N, token_N].double()
-    token_RK = torch.zeros(shape, dtype=torch.int64)
-    token_RK[row_N, place_N] = token_N
-    return value_RK, token_RK
+    if logits_XV.device.type != "cpu":
+        tokens_V = torch.arange(logits_XV.shape[1], device=logits_XV.device)
+        return logits_XV[row_N].double(), tokens_V.expand(len(row_N), -1)
+    rows = [logits_XV[row].numpy() for row in row_N.tolist()]
+    kept = [np.flatnonzero(row_V != -np.inf) for row_V in rows]
+    shape = (len(rows), max(1, *map(len, kept)))
+    value_NK, token_NK = np.full(shape, -np.inf), np.zeros(shape, np.int64)
+    for row_V, token_K, values_K, tokens_K in zip(rows, kept, value_NK, token_NK, strict=True):
+        values_K[: len(token_K)] = row_V[token_K]
+        tokens_K[:] = token_K[0] if len(token_K) else 0
+        tokens_K[: len(token_K)] = token_K
+    return torch.from_numpy(value_NK), torch.from_numpy(token_NK)
 
 
 def cut(log_p_RK: Tensor, min_p_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:

@@ -129,9 +129,9 @@ class GroupCodes:
         at_once = max(ELEMENTS // logits_XV.shape[1], 1)
         for first in range(0, len(row_N), at_once):
             part = slice(first, first + at_once)
-            ladder = _ladder(logits_XV[row_N[part]], state_NX[part], cuts=cuts)
+            ladder = _ladder(logits_XV, row_N[part], state_NX[part], cuts=cuts)
             token_N, after_NP[part] = self._drawn(ladder, after_NP, part, offset_N[part])
-            _write(logits_XV, row_N[part], token_N)
+            _write(logits_XV, row_N[part], token_N, ladder)
         self._stage(slot_N, begin_N, offset_N, step.samples_R()[chosen_N], after_NP)
 
     def _accept(self, slot_N: Tensor, begin_N: Tensor) -> Tensor:
@@ -178,16 +178,21 @@ class GroupCodes:
         self._states_SX[slot_N, BASE] = torch.where(samples_N, begin_N, NOTHING_WAITS).double()
 
 
-def _ladder(logits_NV: Tensor, state_NX: Tensor, *, cuts: bool) -> Ladder:
-    value_NK, token_NK = survivors(logits_NV)
+def _ladder(logits_XV: Tensor, row_N: Tensor, state_NX: Tensor, *, cuts: bool) -> Ladder:
+    value_NK, token_NK = survivors(logits_XV, row_N)
     log_p_NK = value_NK * state_NX[:, SCALE, None]
     if cuts:
         log_p_NK = cut(log_p_NK, state_NX[:, MIN_P], state_NX[:, TOP_K], state_NX[:, TOP_P])
     return Ladder.of(log_p_NK, token_NK)
 
 
-def _write(logits_XV: Tensor, row_N: Tensor, token_N: Tensor) -> None:
-    is_drawn_N1 = (token_N >= 0)[:, None]
+def _write(logits_XV: Tensor, row_N: Tensor, token_N: Tensor, ladder: Ladder) -> None:
+    is_drawn_N = token_N >= 0
+    if ladder.token_RK.shape[1] < logits_XV.shape[1]:  # What did not survive is -inf already.
+        row_D = row_N[is_drawn_N]
+        logits_XV[row_D[:, None], ladder.token_RK[is_drawn_N]] = -torch.inf
+        logits_XV[row_D, token_N[is_drawn_N]] = 0.0
+        return
     only_NV = logits_XV.new_full((len(row_N), logits_XV.shape[1]), -torch.inf)
     only_NV.scatter_(1, token_N.clamp_min(0)[:, None], 0.0)
-    logits_XV.index_copy_(0, row_N, torch.where(is_drawn_N1, only_NV, logits_XV[row_N]))
+    logits_XV.index_copy_(0, row_N, torch.where(is_drawn_N[:, None], only_NV, logits_XV[row_N]))
