@@ -47,6 +47,7 @@ INVALID = 0.05
 """The share of texts that are no answer."""
 WHOLE = {"law": "guard", "min_p": 1e-12}
 """A law that cuts nothing here: the source is sampled as it is."""
+TREES = 40
 QUESTIONS, VOTES = 200, 8
 OPENING = 3
 """Steps of four tokens by which a text takes its way to an answer …"""
@@ -150,19 +151,24 @@ def answers(tree: Source, drawing: Drawing) -> np.ndarray:
 
 
 def distinct(name: str, spellings: int, size: int, groups: int) -> dict[str, Any]:
-    tree = source(SHARES[name], spellings, seed=size)
+    """Over trees of the same answers whose tokens lie otherwise; intervals are over the trees."""
     row: dict[str, Any] = {"source": name, "spellings": spellings, "n": size}
-    row["independent, computed"] = round(float((1 - (1 - tree.share_A) ** size).sum()), 4)
-    row["at most"] = round(float(np.minimum(1, size * tree.share_A).sum()), 4)
+    share_A = source(SHARES[name], spellings, seed=0).share_A
+    row["independent, computed"] = round(float((1 - (1 - share_A) ** size).sum()), 4)
+    row["at most"] = round(float(np.minimum(1, size * share_A).sum()), 4)
+    trees = [source(SHARES[name], spellings, seed=seed) for seed in range(TREES)]
     for way, grouped in (("independent", False), ("group", True)):
-        found_R = answers(tree, Drawing(groups, size, grouped=grouped, seed=size))
-        of_groups = found_R.reshape(groups, size)
-        counts = np.array([len(set(each) - {-1}) for each in of_groups.tolist()])
-        error = counts.std(ddof=1) / math.sqrt(groups)
+        means, valid = [], []
+        for seed, tree in enumerate(trees):
+            found_R = answers(tree, Drawing(groups // TREES, size, grouped=grouped, seed=seed))
+            of_groups = found_R.reshape(-1, size).tolist()
+            means.append(np.mean([len(set(each) - {-1}) for each in of_groups]))
+            valid.append(np.mean(found_R >= 0))
+        error = np.std(means, ddof=1) / math.sqrt(TREES)
         row[way] = {
-            "distinct": round(float(counts.mean()), 4),
-            "interval": [round(float(counts.mean() + z * error), 4) for z in (-1.96, 1.96)],
-            "valid": round(float((found_R >= 0).mean()), 4),
+            "distinct": round(float(np.mean(means)), 4),
+            "interval": [round(float(np.mean(means) + z * error), 4) for z in (-1.96, 1.96)],
+            "valid": round(float(np.mean(valid)), 4),
         }
     return row
 
@@ -317,7 +323,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--groups", default=2000, show_default=True, help="Groups of each setting.")
+@click.option("--groups", default=2000, show_default=True, help="Groups of each source and n.")
 @click.option("--vote-groups", default=100, show_default=True, help="Groups of each question.")
 @click.option("--model", help="A folder with a chat model, for the short answers.")
 @click.option("--repeats", default=6, show_default=True, help="Groups of each short question.")

@@ -8,7 +8,7 @@ import pytest
 from dftserve.sampling.draws import draw_key
 from dftserve.stories.grammar import PROMPTS
 from tests.client import chat_body, gather, metric
-from tests.conftest import long
+from tests.conftest import Engine, long
 from tests.group_reference import cut_reference, drawn_reference, first_code_reference
 from tests.parity.test_exactness import _plain, _read, _reading, _stops, _vocabulary
 from tests.reference import reference
@@ -20,17 +20,25 @@ bit of the code that is used makes it twice as large."""
 
 
 @pytest.mark.parametrize(
-    ("engine", "prompts"), [("v1", 3), ("v2", 2), long("v1", 20), long("v2", 20)],
+    ("engine", "prompts"),
+    [("v1", 3), ("v2", 2), long("v1", 20), long("v2", 20)],
     indirect=["engine"],
-)  # fmt: skip
+)
 def test_texts_are_those_of_their_codes(engine, prompts, figure):
-    """With cuts of the request's own and without; n choices, and as many requests."""
+    figure(checked=check(engine, prompts))
+
+
+def check(engine: Engine, prompts: int) -> int:
+    """With cuts of the request's own and without; n choices, and as many requests. Returns how many
+    tokens were found to be right."""
     source, vocabulary = random.Random(21), _vocabulary(engine)
     checked, first_steps = 0, set()
     for number, prompt in enumerate(source.sample(list(PROMPTS), prompts)):
         level, temperature = source.uniform(0.3, 1.0), source.uniform(0.8, 1.5)
         cuts = {"top_k": 5, "top_p": 0.9} if number % 2 else {"top_k": 0, "top_p": 1.0}
-        body = {"prompt": f"{prompt}\n", "temperature": temperature, "max_tokens": TOKENS} | cuts
+        # Said twice, so that drafts of n-grams find something.
+        body = {"prompt": f"{prompt}\n{prompt}\n", "temperature": temperature} | cuts
+        body |= {"max_tokens": TOKENS}
         if number % 3 == 2:
             places = [{"id": f"g{number}", "index": i, "size": SIZE} for i in range(SIZE)]
             asked = [body | {"diversity": {"level": level, "group": place}} for place in places]
@@ -44,9 +52,8 @@ def test_texts_are_those_of_their_codes(engine, prompts, figure):
             code, used = first_code_reference(name, index, SIZE), 0.0
             for step, token in enumerate(tokens):
                 before = [body["prompt"], tokens[:step]]
-                logits_V = _logits(engine, before, vocabulary)
                 law = reference(
-                    logits_V,
+                    _logits(engine, before, vocabulary),
                     temperature=temperature,
                     level=level,
                     stop_ids=_stops(engine, {"shaping": {}}),
@@ -64,7 +71,7 @@ def test_texts_are_those_of_their_codes(engine, prompts, figure):
                     first_steps.add(token)
     assert checked >= 2 * SIZE * prompts
     assert len(first_steps) > 1
-    figure(checked=checked)
+    return checked
 
 
 def _choices(answer) -> list[list[int]]:
