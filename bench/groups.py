@@ -113,17 +113,18 @@ SHARES = {
 class Drawing:
     """Texts in groups of n, or one by one; step after step, as an engine would."""
 
-    def __init__(self, groups: int, size: int, *, grouped: bool, seed: int) -> None:
+    def __init__(self, groups: int, size: int, *, bits: float | None, seed: int) -> None:
+        """`bits`: of a code that are used; None for texts one by one."""
         self.rows = groups * size
         self._random = torch.Generator().manual_seed(seed)
         self._backend = get_backend("cpu")
         self._slots = self._backend.create_slots(self.rows, 1)
         row = control_row(parse(WHOLE), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
         self._controls = Controls.stack([row] * self.rows)
-        self._codes = GroupCodes(self.rows, 1, "cpu") if grouped else None
-        for place in range(self.rows if grouped else 0):
+        self._codes = GroupCodes(self.rows, 1, "cpu") if bits is not None else None
+        for place in range(self.rows if self._codes else 0):
             code = first_code(f"{seed} {place // size}", place % size, size)
-            self._codes.open(place, GroupRow(code=code, scale=1.0))
+            self._codes.open(place, GroupRow(code=code, bits=bits, scale=1.0))
         self._at = 0
 
     def step(self, logits_RV: Tensor) -> Tensor:
@@ -157,10 +158,10 @@ def distinct(name: str, spellings: int, size: int, groups: int) -> dict[str, Any
     row["independent, computed"] = round(float((1 - (1 - share_A) ** size).sum()), 4)
     row["at most"] = round(float(np.minimum(1, size * share_A).sum()), 4)
     trees = [source(SHARES[name], spellings, seed=seed) for seed in range(TREES)]
-    for way, grouped in (("independent", False), ("group", True)):
+    for way, bits in (("independent", None), ("group", math.log2(size))):
         means, valid = [], []
         for seed, tree in enumerate(trees):
-            found_R = answers(tree, Drawing(groups // TREES, size, grouped=grouped, seed=seed))
+            found_R = answers(tree, Drawing(groups // TREES, size, bits=bits, seed=seed))
             of_groups = found_R.reshape(-1, size).tolist()
             means.append(np.mean([len(set(each) - {-1}) for each in of_groups]))
             valid.append(np.mean(found_R >= 0))

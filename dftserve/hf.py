@@ -4,6 +4,7 @@ processor = DiversityProcessor(0.5, temperature=0.8, stop_ids=[tokenizer.eos_tok
 model.generate(**inputs, logits_processor=[processor], generation_config=sampling(0.8))
 """
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -135,7 +136,7 @@ class DiversityProcessor(LogitsProcessor):
         for row, prompt in enumerate(prompts):
             name = f"{seed} {list(sizes).index(prompt)}"
             code = first_code(name, seen[prompt], sizes[prompt])
-            codes.open(row, self._group_row(code=code))
+            codes.open(row, self._group_row(code=code, bits=math.log2(sizes[prompt])))
             seen[prompt] += 1
         return codes
 

@@ -13,10 +13,9 @@ from tests.group_reference import cut_reference, drawn_reference, first_code_ref
 from tests.parity.test_exactness import _plain, _read, _reading, _stops, _vocabulary
 from tests.reference import reference
 
-SIZE, TOKENS = 4, 6
+SIZE, TOKENS = 16, 6
 NEAR = 1e-3
-"""A code that near to the end of an interval may fall into the next one: float32 rounds, and each
-bit of the code that is used makes it twice as large."""
+"""A code that near to the end of an interval may fall into the next one: float32 rounds."""
 
 
 @pytest.mark.parametrize(
@@ -60,8 +59,7 @@ def check(engine: Engine, prompts: int) -> int:
                 )
                 p_V = cut_reference(np.exp(law.log_p_V), **cuts)
                 wanted, inside = drawn_reference(p_V, code)
-                near = NEAR * 2**used / 2**14
-                if used > 14 or not near < inside < 1 - near:
+                if used >= np.log2(SIZE) or not NEAR < inside < 1 - NEAR:
                     break
                 assert token == wanted, (number, index, step)
                 used -= np.log2(p_V[token])
@@ -69,7 +67,7 @@ def check(engine: Engine, prompts: int) -> int:
                 checked += 1
                 if step == 0:
                     first_steps.add(token)
-    assert checked >= 2 * SIZE * prompts
+    assert checked > SIZE * prompts
     assert len(first_steps) > 1
     return checked
 

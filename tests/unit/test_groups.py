@@ -9,11 +9,10 @@ from scipy.stats import chi2
 
 from dftserve.sampling import Controls, Step, control_row
 from dftserve.sampling.group import GroupCodes, GroupRow, first_code, stage
-from dftserve.sampling.group.codes import BITS
 from dftserve.spec import parse
 from tests.group_reference import cut_reference, drawn_reference, first_code_reference
 
-V = 24
+V, BITS = 24, 40.0
 FALSE_ALARM = 1e-6
 CPU = torch.device("cpu")
 CONTROLS = Controls.stack(
@@ -28,10 +27,14 @@ def step_of(slots, position, offsets=None, known=None):
     return Step(CONTROLS, slot_R, position + offset_R.long(), offset_R, known_S=known_S)
 
 
+def row_of(code, **fields):
+    return GroupRow(code=float(code), **({"scale": 1.0, "bits": BITS} | fields))
+
+
 def opened(codes, **fields):
     group = GroupCodes(len(codes), 1, CPU)
     for slot, code in enumerate(codes):
-        group.open(slot, GroupRow(code=float(code), scale=1.0, **fields))
+        group.open(slot, row_of(code, **fields))
     return group
 
 
@@ -97,7 +100,7 @@ def test_a_row_comes_as_its_divisor_left_it():
     for code in np.linspace(0, 1, 9)[:-1]:
         token, _ = drawn_reference(probabilities(log_p_V / 0.5), code)
         group = GroupCodes(1, 1, CPU)
-        group.open(0, GroupRow(code=code, scale=2.0))
+        group.open(0, row_of(code, scale=2.0))
         assert draw(group, log_p_V[None], step_of([0], 0)) == [token]
 
 
@@ -162,7 +165,7 @@ def test_drafts_are_drawn_behind_one_another_and_count_when_accepted():
     plain = opened([0.7])
     expected = [draw(plain, rows_RV[None, t], step_of([0], t))[0] for t in range(20)]
     group = GroupCodes(2, 3, CPU)
-    group.open(1, GroupRow(code=0.7, scale=1.0))
+    group.open(1, row_of(0.7))
     at, step = 0, 0
     while at + 3 <= 20 and expected[at] >= 0:
         # Between rows of a slot without a group.
@@ -181,7 +184,7 @@ def test_parts_of_a_step_are_drawn_as_the_whole(monkeypatch):
         monkeypatch.setattr(stage, "ELEMENTS", elements)
         group = GroupCodes(4, 3, CPU)
         for slot in range(4):
-            group.open(slot, GroupRow(code=first_code("a", slot, 4), scale=1.0))
+            group.open(slot, row_of(first_code("a", slot, 4)))
         found.append([draw(group, rows_RV, step_of(slots, at, offsets)) for at in (0, 2, 3)])
     assert found[0] == found[1] == found[2]
 
@@ -208,26 +211,45 @@ def test_a_preempted_text_goes_on_as_it_would_have():
             draw(group, rows_RV[t : t + 1], step_of([0], t))
         left = group.snapshot().read(0)
         group.close(0)
-        group.open(1, GroupRow(code=0.3, scale=1.0), left, produced)
+        group.open(1, row_of(0.3), left, produced)
         got = [draw(group, rows_RV[t : t + 1], step_of([1], t))[0] for t in range(produced, 8)]
         assert got == expected[produced:]
 
 
 def test_a_text_whose_code_is_lost_is_left_to_the_engine():
     group = GroupCodes(1, 1, CPU)
-    group.open(0, GroupRow(code=0.3, scale=1.0), None, produced=3)
+    group.open(0, row_of(0.3), None, produced=3)
     assert draw(group, log_rows(1), step_of([0], 3)) == [-1]
 
 
-def test_the_engine_goes_on_after_forty_bits():
+def test_the_engine_goes_on_when_the_bits_are_used():
     """Of 2⁸ equal tokens each takes eight bits."""
-    group = opened([0.123, 0.456])
-    flat_RV = np.zeros((2, 256))
-    for position in range(8):
-        drawn = draw(group, flat_RV, step_of([0, 1], position))
-        assert (drawn == [-1, -1]) == (8 * position >= BITS), position
-    group.open(1, GroupRow(code=0.5, scale=1.0))  # Another request of the slot begins anew.
-    assert draw(group, flat_RV, step_of([0, 1], 0)) == [-1, 128]
+    for bits in (3.0, 8.0, 17.0):
+        group = opened([0.123, 0.456], bits=bits)
+        flat_RV = np.zeros((2, 256))
+        for position in range(5):
+            drawn = draw(group, flat_RV, step_of([0, 1], position))
+            assert (drawn == [-1, -1]) == (8 * position >= bits), (bits, position)
+        group.open(1, row_of(0.5))  # Another request of the slot begins anew.
+        assert draw(group, flat_RV, step_of([0, 1], 0)) == [-1, 128]
+
+
+def test_no_two_texts_begin_alike_when_the_engine_goes_on():
+    """After log₂ n bits; so as many answers are distinct as at most can be, Σ min(1, n·p)."""
+    for size, name in itertools.product((3, 8, 16), range(12)):
+        codes = [first_code(f"{name}", index, size) for index in range(size)]
+        group = opened(codes, bits=np.log2(size))
+        texts, alone = [()] * size, set()
+        for position in range(40):
+            rows_RV = np.stack([log_rows(1, seed=hash(text) % 2**32)[0] for text in texts])
+            drawn = draw(group, rows_RV, step_of(range(size), position))
+            alone |= {index for index, token in enumerate(drawn) if token < 0}
+            texts = [(*text, token) for text, token in zip(texts, drawn, strict=True)]
+            if len(alone) == size:
+                break
+        assert len(alone) == size
+        begun = [tuple(token for token in text if token >= 0) for text in texts]
+        assert len(set(begun)) == size
 
 
 def test_rows_of_no_group_and_rows_that_are_not_valid_keep_their_bits():

@@ -21,9 +21,9 @@ from tests.group_reference import cut_reference, drawn_reference, first_code_ref
 from tests.reference import reference
 from tests.vllm_config import config
 
-V, T = 40, 0.9
-STEPS = 4
-"""Some 12 bits of a code: each makes what float32 rounds twice as large."""
+V, T, STEPS = 40, 0.9, 6
+SIZE = 1024
+"""Of a group: its codes last for ten bits, several steps."""
 CPU = torch.device("cpu")
 PLACE = {"id": "mine", "index": 2, "size": 4}
 
@@ -48,8 +48,8 @@ def refused(**fields) -> VLLMValidationError:
 
 
 def placed(index=0, level=0.5, identity="a", **fields):
-    """One text of a group of four."""
-    group = {"id": "mine", "index": index, "size": 4}
+    """One text of a group."""
+    group = {"id": "mine", "index": index, "size": SIZE}
     carried = {"diversity": {"level": level, "group": group}, "diversity_id": identity}
     return SamplingParams(temperature=T, extra_args=carried, **fields)
 
@@ -64,17 +64,22 @@ def children(params, request_id="r"):
 
 
 def logits_of(step, row=0):
-    return np.random.default_rng((step, row)).normal(scale=1.5, size=V).astype(np.float32)
+    return np.random.default_rng((step, row)).normal(scale=2.5, size=V).astype(np.float32)
 
 
 def expected(index, steps, *, level=0.5, row=0, **cuts):
-    """The tokens of a text of the group, by the law's fp64 reference and then the code's."""
-    code, tokens = first_code_reference("mine", index, 4), []
+    """The tokens of a text of the group, by the law's fp64 reference and then the code's; -1 where
+    the code's bits are used."""
+    code, used, tokens = first_code_reference("mine", index, SIZE), 0.0, []
     for step in steps:
+        if used >= math.log2(SIZE):
+            tokens.append(-1)
+            continue
         law = reference(logits_of(step, row), temperature=T, level=level, stop_ids=frozenset())
         p_V = cut_reference(np.exp(law.log_p_V), **cuts)
         token, code = drawn_reference(p_V, code)
         tokens.append(token)
+        used -= math.log2(p_V[token])
     return tokens
 
 
@@ -119,6 +124,7 @@ def test_v1_draws_by_the_law_the_request_s_cuts_and_the_code():
     assert batch.outputs[0] == expected(0, range(STEPS))
     assert batch.outputs[1] == expected(1, range(STEPS), level=1e-9, row=1)
     assert batch.outputs[2] == expected(2, range(STEPS), row=2, **cuts)
+    assert all(-1 not in output[:3] and output[-1] == -1 for output in batch.outputs[:2])
     assert batch.outputs[3] == [-1] * STEPS
 
 
@@ -139,7 +145,7 @@ def test_v1_goes_on_after_a_preemption_as_if_there_had_been_none(dropped):
     for step in range(3 - dropped, 8):
         batch.step(step, rows=(1, 0))
     assert batch.outputs == whole.outputs[::-1]
-    assert -1 not in batch.outputs[0]
+    assert -1 not in whole.outputs[0][:4] + whole.outputs[1][:4]
 
 
 def test_without_an_identity_a_preempted_text_is_left_to_the_engine():

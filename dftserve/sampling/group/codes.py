@@ -10,8 +10,9 @@ Choice i of a group of n begins with u = frac(u₀ + i/n). u₀ is uniform, so e
 choice alone is a draw from the model's distribution, exactly. Among one another they are spread: of
 n choices, ⌊n·p⌋ or ⌈n·p⌉ begin with a text of probability p, as long as it is one interval.
 
-u₀ has 53 bits, as many as a float64. Each step uses some up; after `BITS` the rest is too coarse,
-and the engine's own sampler goes on.
+After log₂ n bits a text is alone with its beginning. What is left of u would spread nothing more,
+and where probabilities are even it is the same in all texts, which would go on alike. So the engine's
+own sampler goes on from there.
 
 All of it is float64, on the rows' device. Shapes: R rows, K survivors.
 """
@@ -23,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BITS = 40.0
-"""Bits of a code that are used: 13 are left then, which is how finely the last token is drawn."""
 CODE_BITS = 53
+"""Of u₀, as many as a float64 has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class GroupRow:
 
     code: float
     """Its number before the first token: see `first_code`."""
+    bits: float
+    """How many bits of the code are used: the log₂ of the group's size."""
     scale: float
     """What a row that the law has written is multiplied by to be log-probabilities: the divisor
     of the logits by the temperature."""

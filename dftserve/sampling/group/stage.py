@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling.group.codes import BITS, GroupRow, Ladder, cut, survivors
+from dftserve.sampling.group.codes import GroupRow, Ladder, cut, survivors
 from dftserve.sampling.slots import NOTHING_WAITS
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Step
 
 Array = np.ndarray[Any, Any]
 
-TOKENS, BASE, SCALE, TOP_K, TOP_P, MIN_P, CODES = range(7)
+TOKENS, BASE, BITS, SCALE, TOP_K, TOP_P, MIN_P, CODES = range(8)
 """The columns of a slot's state: tokens that were accepted, the position of the first waiting row,
 the request's own numbers; then a code and its bits, of the accepted text and after each waiting
 row."""
@@ -62,7 +62,7 @@ class GroupCodes:
 
     def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
         self._rows_per_request = rows_per_request
-        self._nothing_X = np.array([0, NOTHING_WAITS, 1, 0, 1, 0, *self._codes(0.0, math.inf)])
+        self._nothing_X = np.array([0, NOTHING_WAITS, 0, 1, 0, 1, 0, *self._codes(0.0, math.inf)])
         states_SX = np.tile(self._nothing_X, (slots, 1))
         self._staging = PinnedStaging(device)
         self._states_SX = self._staging.to_device(states_SX)
@@ -84,8 +84,8 @@ class GroupCodes:
         if produced and left is not None:
             accepted = min(max(produced - int(left[TOKENS]), 0), self._rows_per_request)
             code, used = left[CODES:].reshape(-1, PAIR)[accepted]
-        numbers = (produced, NOTHING_WAITS, row.scale, row.top_k, row.top_p, row.min_p)
-        self._changed[slot] = np.array([*numbers, *self._codes(code, used)])
+        own = (row.bits, row.scale, row.top_k, row.top_p, row.min_p)
+        self._changed[slot] = np.array([produced, NOTHING_WAITS, *own, *self._codes(code, used)])
         self._open[slot] = row.cuts
 
     def close(self, slot: int) -> None:
@@ -130,7 +130,9 @@ class GroupCodes:
         for first in range(0, len(row_N), at_once):
             part = slice(first, first + at_once)
             ladder = _ladder(logits_XV, row_N[part], state_NX[part], cuts=cuts)
-            token_N, after_NP[part] = self._drawn(ladder, after_NP, part, offset_N[part])
+            token_N, after_NP[part] = self._drawn(
+                ladder, after_NP, part, offset_N[part], state_NX[part, BITS]
+            )
             _write(logits_XV, row_N[part], token_N, ladder)
         self._stage(slot_N, begin_N, offset_N, step.samples_R()[chosen_N], after_NP)
 
@@ -149,7 +151,7 @@ class GroupCodes:
         return state_NX
 
     def _drawn(
-        self, ladder: Ladder, codes_NP: Tensor, part: slice, offset_N: Tensor
+        self, ladder: Ladder, codes_NP: Tensor, part: slice, offset_N: Tensor, bits_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The token of each row of a part, -1 where none is drawn, and the code behind it.
 
@@ -163,9 +165,9 @@ class GroupCodes:
             if place:
                 row_before_NP = torch.cat((ahead_P, after_NP[:-1]))
                 before_NP = torch.where((offset_N == place)[:, None], row_before_NP, before_NP)
-            found_N, code_N, bits_N = ladder.pick(before_NP[:, CODE])
-            is_drawn_N = ladder.is_valid_R & (before_NP[:, USED] < BITS)
-            next_NP = torch.stack((code_N, before_NP[:, USED] + bits_N), dim=1)
+            found_N, code_N, taken_N = ladder.pick(before_NP[:, CODE])
+            is_drawn_N = ladder.is_valid_R & (before_NP[:, USED] < bits_N)
+            next_NP = torch.stack((code_N, before_NP[:, USED] + taken_N), dim=1)
             token_N = torch.where(is_drawn_N, found_N, -1)
             after_NP = torch.where(is_drawn_N[:, None], next_NP, before_NP)
         return token_N, after_NP

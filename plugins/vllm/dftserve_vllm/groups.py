@@ -4,6 +4,7 @@ A request with `"group": true` is asked for once and runs as n requests of the e
 carries the object form, as a client would send it that asks for the choices one by one.
 """
 
+import math
 import secrets
 from collections import OrderedDict, deque
 from dataclasses import replace
@@ -64,6 +65,7 @@ def group_row(
         return None
     return GroupRow(
         code=first_code(group.id, group.index, group.size),
+        bits=math.log2(group.size),
         scale=1.0 if temperature_applied else 1.0 / params.temperature,
         top_k=max(params.top_k, 0),
         top_p=params.top_p,

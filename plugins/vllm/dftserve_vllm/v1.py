@@ -100,7 +100,7 @@ class V1Processor(LogitsProcessor):
 
     def is_argmax_invariant(self) -> bool:
         """True, so that it runs after the temperature. Greedy rows stay as they are, and in a row
-        of another only a style and the laws `words` and `xtc` may change the argmax."""
+        of another only a style, a group and the laws `words` and `xtc` may change the argmax."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
