@@ -50,7 +50,7 @@ WHOLE = {"law": "guard", "min_p": 1e-12}
 TREES = 40
 QUESTIONS, VOTES = 200, 8
 OPENING = 3
-"""Steps of four tokens by which a text takes its way to an answer …"""
+"""Steps of four tokens each by which a text takes its way to an answer …"""
 FILLING = 6
 """… and such steps that decide nothing, before it."""
 RESAMPLES = 2000
@@ -181,62 +181,75 @@ def distinct(name: str, spellings: int, size: int, groups: int) -> dict[str, Any
 class Question:
     """Of four answers, of which 0 is right; the way that a text begins with says how likely."""
 
+    log_p_SV: Tensor
+    """The tokens of each step before the answer."""
     log_p_WV: Tensor
     """The answers behind each of the 4³ ways."""
 
 
-def question(random: np.random.Generator) -> Question:
-    """The right answer is the likeliest in three questions of four, and each way has its own
-    leaning."""
+def question(random: np.random.Generator, *, even: bool) -> Question:
+    """The right answer is the likeliest in most questions, and each way has its own leaning. The
+    tokens of a step are equally likely, or some more than others."""
     right = random.beta(3.0, 3.5)
     others = random.dirichlet([0.7] * 3) * (1 - right)
-    mean_A = np.array([right, *others])
-    ways = random.dirichlet(4 * mean_A + 0.02, size=4**OPENING)
-    log_p_WV = torch.full((len(ways), V), -torch.inf)
-    log_p_WV[:, :4] = torch.from_numpy(np.log(np.maximum(ways, 1e-9))).float()
-    return Question(log_p_WV)
+    ways = random.dirichlet(4 * np.array([right, *others]) + 0.02, size=4**OPENING)
+    steps = np.full((OPENING + FILLING, 4), 0.25)
+    if not even:
+        steps = random.dirichlet([2.0] * 4, size=OPENING + FILLING)
+    return Question(_rows(steps, begin=8), _rows(ways, begin=0))
 
 
-def credit(asked: Question, drawing: Drawing, size: int) -> np.ndarray:
+def _rows(p_R4: np.ndarray, begin: int) -> Tensor:
+    log_p_RV = torch.full((len(p_R4), V), -torch.inf)
+    log_p_RV[:, begin : begin + 4] = torch.from_numpy(np.log(np.maximum(p_R4, 1e-9))).float()
+    return log_p_RV
+
+
+def credit(asked: Question, drawing: Drawing) -> np.ndarray:
     """Of each group, whether the right answer has most votes; a tie counts as its part."""
-    even_RV = torch.full((drawing.rows, V), -torch.inf)
-    even_RV[:, 8:12] = 0.0
     way_R = torch.zeros(drawing.rows, dtype=torch.int64)
-    for step in range(OPENING + FILLING):
-        token_R = drawing.step(even_RV.clone())
+    for step, log_p_V in enumerate(asked.log_p_SV):
+        token_R = drawing.step(log_p_V.repeat(drawing.rows, 1))
         if step < OPENING:
             way_R = 4 * way_R + token_R - 8
     answer_R = drawing.step(asked.log_p_WV[way_R]).numpy()
-    votes = np.stack([(answer_R.reshape(-1, size) == a).sum(axis=1) for a in range(4)], axis=1)
-    most = votes.max(axis=1, keepdims=True)
-    return (votes[:, 0] == most[:, 0]) / (votes == most).sum(axis=1)
+    counts = np.stack([(answer_R.reshape(-1, VOTES) == a).sum(axis=1) for a in range(4)], axis=1)
+    most = counts.max(axis=1, keepdims=True)
+    return (counts[:, 0] == most[:, 0]) / (counts == most).sum(axis=1)
 
 
-def votes(groups: int) -> dict[str, Any]:
-    """Accuracy over questions; the difference is paired by question."""
-    right: dict[str, list[float]] = {"independent": [], "group": []}
-    shares: dict[str, list[float]] = {"independent": [], "group": []}
+WAYS = {"independent": None, "group": math.log2(VOTES), "group, 40 bits": 40.0}
+"""And a group whose codes are used further."""
+
+
+def votes(groups: int, *, even: bool) -> dict[str, Any]:
+    """Accuracy over questions; differences are paired by question."""
+    right: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(QUESTIONS):
-        asked = question(np.random.default_rng(number))
-        for way, grouped in (("independent", False), ("group", True)):
-            drawing = Drawing(groups, VOTES, grouped=grouped, seed=number)
-            found = credit(asked, drawing, VOTES)
-            right[way].append(float(found.mean()))
-            shares[way].append(float(found.var()))
-    difference = np.array(right["group"]) - np.array(right["independent"])
-    draws = np.random.default_rng(0).choice(difference, size=(RESAMPLES, len(difference)))
-    low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
+        asked = question(np.random.default_rng(number), even=even)
+        for way, bits in WAYS.items():
+            drawing = Drawing(groups, VOTES, bits=bits, seed=number)
+            right[way].append(float(credit(asked, drawing).mean()))
     return {
         "n": VOTES,
+        "even_steps": even,
         "questions": QUESTIONS,
         "groups_each": groups,
         "accuracy": {way: round(float(np.mean(each)), 4) for way, each in right.items()},
-        "variance_within_questions": {
-            way: round(float(np.mean(each)), 5) for way, each in shares.items()
+        "difference": {
+            way: paired(np.array(right[way]) - np.array(right["independent"]))
+            for way in WAYS
+            if way != "independent"
         },
-        "difference": round(float(difference.mean()), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
     }
+
+
+def paired(difference: np.ndarray) -> dict[str, Any]:
+    """Its mean and 95 % interval by bootstrap."""
+    draws = np.random.default_rng(0).choice(difference, size=(RESAMPLES, len(difference)))
+    low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
+    interval = [round(float(low), 4), round(float(high), 4)]
+    return {"value": round(float(difference.mean()), 4), "interval": interval}
 
 
 # ── A real model ─────────────────────────────────────────────────────────────────────────────────
@@ -294,8 +307,6 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
             found[way].append(len(set(heard)))
         mode.append(Counter(lines).most_common(1)[0][1] / len(lines))
     pairs = np.array(found["group"]) - np.array(found["independent"])
-    draws = np.random.default_rng(0).choice(pairs, size=(RESAMPLES, len(pairs)))
-    low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
     return {
         "model": Path(folder).name,
         "n": 8,
@@ -303,8 +314,7 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
         "questions": len(ASKED),
         "repeats": repeats,
         "distinct": {way: round(float(np.mean(each)), 3) for way, each in found.items()},
-        "difference": round(float(pairs.mean()), 3),
-        "interval": [round(float(low), 3), round(float(high), 3)],
+        "difference": paired(pairs),
         "share_of_the_commonest": round(float(np.mean(mode)), 3),
     }
 
@@ -325,15 +335,15 @@ def shown(rows: Sequence[dict[str, Any]]) -> str:
 
 @click.command(help=__doc__)
 @click.option("--groups", default=2000, show_default=True, help="Groups of each source and n.")
-@click.option("--vote-groups", default=100, show_default=True, help="Groups of each question.")
+@click.option("--vote-groups", default=40, show_default=True, help="Groups of each question.")
 @click.option("--model", help="A folder with a chat model, for the short answers.")
-@click.option("--repeats", default=6, show_default=True, help="Groups of each short question.")
+@click.option("--repeats", default=4, show_default=True, help="Groups of each short question.")
 @click.option("--out", type=Path, default=RESULT, show_default=False)
 def main(groups: int, vote_groups: int, model: str | None, repeats: int, out: Path) -> None:
     settings = [(name, s, n) for name in SHARES for s in (1, SPELLINGS) for n in SIZES]
     rows = [distinct(name, spellings, size, groups) for name, spellings, size in settings]
     click.echo(shown(rows))
-    voted = votes(vote_groups)
+    voted = [votes(vote_groups, even=even) for even in (False, True)]
     click.echo(json.dumps(voted))
     before = json.loads(out.read_text()) if out.exists() else {}
     short = before.get("short_answers") if model is None else real(model, repeats)

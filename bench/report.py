@@ -315,26 +315,38 @@ def groups(document: dict[str, Any]) -> str:
 
 
 def _votes(document: dict[str, Any]) -> str:
-    votes = document["votes"]
-    alone, together = (100 * votes["accuracy"][way] for way in ("independent", "group"))
-    low, high = (100 * end for end in votes["interval"])
+    shown = [
+        f"{'even' if votes['even_steps'] else 'uneven'} steps: {_of_kind(votes)}"
+        for votes in document["votes"]
+    ]
+    first = document["votes"][0]
     return (
-        f"The vote of {votes['n']} texts on {votes['questions']} made-up questions is right in "
-        f"{alone:.1f} % where they are independent and in {together:.1f} % where they are a group "
-        f"(difference {100 * votes['difference']:+.1f} points [{low:+.1f}, {high:+.1f}])."
+        f"The vote of {first['n']} texts on {first['questions']} made-up questions, behind steps "
+        f"of four tokens, is right in (%): {'; '.join(shown)}."
     )
+
+
+def _of_kind(votes: dict[str, Any]) -> str:
+    accuracy = {way: 100 * each for way, each in votes["accuracy"].items()}
+    cells = [f"independent {accuracy['independent']:.1f}"]
+    for way, found in votes["difference"].items():
+        low, high = (100 * end for end in found["interval"])
+        cells.append(
+            f"{way} {accuracy[way]:.1f} ({100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}])"
+        )
+    return ", ".join(cells)
 
 
 def _short_answers(document: dict[str, Any]) -> str:
     short = document["short_answers"]
     if short is None:
         return ""
-    low, high = short["interval"]
+    low, high = short["difference"]["interval"]
     return (
         f"{short['model']} at `diversity` {short['diversity']:g}, {short['questions']} questions "
         f"for one word or name: {short['distinct']['independent']:.2f} of {short['n']} first lines "
         f"are distinct, in groups {short['distinct']['group']:.2f} (difference "
-        f"{short['difference']:+.2f} [{low:+.2f}, {high:+.2f}]); the commonest has "
+        f"{short['difference']['value']:+.2f} [{low:+.2f}, {high:+.2f}]); the commonest has "
         f"{100 * short['share_of_the_commonest']:.0f} %."
     )
 

@@ -11,8 +11,8 @@ choice alone is a draw from the model's distribution, exactly. Among one another
 n choices, ⌊n·p⌋ or ⌈n·p⌉ begin with a text of probability p, as long as it is one interval.
 
 After log₂ n bits a text is alone with its beginning. What is left of u would spread nothing more,
-and where probabilities are even it is the same in all texts, which would go on alike. So the engine's
-own sampler goes on from there.
+and where probabilities are even it is the same in all texts, which would go on alike. So the
+engine's own sampler goes on from there.
 
 All of it is float64, on the rows' device. Shapes: R rows, K survivors.
 """
