@@ -68,15 +68,18 @@ def logits_of(step, row=0):
 
 
 def expected(index, steps, *, level=0.5, row=0, **cuts):
-    """The tokens of a text of the group, by the law's fp64 reference and then the code's; -1 where
-    the code's bits are used."""
-    code, used, tokens = first_code_reference("mine", index, SIZE), 0.0, []
+    """The tokens of a text of the group, by the law's fp64 reference and then the code's; behind
+    the code's bits, and where the index is None, what `token_of` makes of the law's rows."""
+    used = math.inf if index is None else 0.0
+    code = 0.0 if index is None else first_code_reference("mine", index, SIZE)
+    tokens = []
     for step in steps:
-        if used >= math.log2(SIZE):
-            tokens.append(-1)
-            continue
         law = reference(logits_of(step, row), temperature=T, level=level, stop_ids=frozenset())
-        p_V = cut_reference(np.exp(law.log_p_V), **cuts)
+        p_V = np.exp(law.log_p_V)
+        if used >= math.log2(SIZE):
+            tokens.append(int(p_V.argmax()) if (p_V > 0).sum() == 1 else -1)
+            continue
+        p_V = cut_reference(p_V, **cuts)
         token, code = drawn_reference(p_V, code)
         tokens.append(token)
         used -= math.log2(p_V[token])
@@ -84,6 +87,7 @@ def expected(index, steps, *, level=0.5, row=0, **cuts):
 
 
 def token_of(row_V):
+    """-1 where a row has more than one token left."""
     found = torch.isfinite(row_V).nonzero().flatten().tolist()
     return found[0] if len(found) == 1 else -1
 
@@ -124,8 +128,9 @@ def test_v1_draws_by_the_law_the_request_s_cuts_and_the_code():
     assert batch.outputs[0] == expected(0, range(STEPS))
     assert batch.outputs[1] == expected(1, range(STEPS), level=1e-9, row=1)
     assert batch.outputs[2] == expected(2, range(STEPS), row=2, **cuts)
-    assert all(-1 not in output[:6] and output[-1] == -1 for output in batch.outputs[:3])
-    assert batch.outputs[3] == [-1] * STEPS
+    assert -1 in batch.outputs[0][6:]
+    assert -1 not in batch.outputs[0][:6]
+    assert batch.outputs[3] == expected(None, range(STEPS), row=3)
 
 
 @pytest.mark.parametrize("dropped", [0, 1])
