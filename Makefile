@@ -17,5 +17,5 @@ eval-env: setup ; @$(PYTHON) tools/eval_env.py
 clients-env: setup ; @$(PYTHON) tools/clients_env.py
 lint: setup ; @ruff check . && ruff format --check . && pyright && lint-imports
 bench: setup
-	@for question in overhead served sampler first_law known_source train_cost families; do $(RUN) bench/$$question.py || exit 1; done
+	@for question in overhead served sampler first_law known_source train_cost families groups; do $(RUN) bench/$$question.py || exit 1; done
 	@$(RUN) bench/report.py

@@ -318,6 +318,61 @@ def short(reason: str) -> str:
     return reason[:120].rstrip(".").replace("|", "/")
 
 
+def groups(document: dict[str, Any]) -> str:
+    """Distinct answers of known sources; votes; short answers of a real model."""
+    head = ["source", "spellings", "n", "independent", "group", "gain", "at most"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in document["rows"]:
+        alone, together = row["independent, computed"], row["group"]["distinct"]
+        low, high = row["group"]["interval"]
+        cells = [row["source"], str(row["spellings"]), str(row["n"]), f"{alone:.2f}"]
+        cells += [f"{together:.2f} [{low:.2f}, {high:.2f}]", f"{together / alone - 1:+.0%}"]
+        lines.append(f"| {' | '.join(cells)} | {row['at most']:.2f} |")
+    told = (
+        f"`bench/groups.py`: valid answers among n that are distinct, {document['groups']:,} "
+        f"groups a row; {document['invalid']:.0%} of each source is no answer. *Independent* and "
+        "*at most* are computed."
+    )
+    return "\n".join([*lines, "", f"{told} {_votes(document)} {_short_answers(document)}".rstrip()])
+
+
+def _votes(document: dict[str, Any]) -> str:
+    shown = [
+        f"{'even' if votes['even_steps'] else 'uneven'} steps: {_of_kind(votes)}"
+        for votes in document["votes"]
+    ]
+    first = document["votes"][0]
+    return (
+        f"The vote of {first['n']} texts on {first['questions']} made-up questions, behind steps "
+        f"of four tokens, is right in (%): {'; '.join(shown)}."
+    )
+
+
+def _of_kind(votes: dict[str, Any]) -> str:
+    accuracy = {way: 100 * each for way, each in votes["accuracy"].items()}
+    cells = [f"independent {accuracy['independent']:.1f}"]
+    for way, found in votes["difference"].items():
+        low, high = (100 * end for end in found["interval"])
+        cells.append(
+            f"{way} {accuracy[way]:.1f} ({100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}])"
+        )
+    return ", ".join(cells)
+
+
+def _short_answers(document: dict[str, Any]) -> str:
+    short = document["short_answers"]
+    if short is None:
+        return ""
+    low, high = short["difference"]["interval"]
+    return (
+        f"{short['model']} at `diversity` {short['diversity']:g}, {short['questions']} questions "
+        f"for one word or name: {short['distinct']['independent']:.2f} of {short['n']} first lines "
+        f"are distinct, in groups {short['distinct']['group']:.2f} (difference "
+        f"{short['difference']['value']:+.2f} [{low:+.2f}, {high:+.2f}]); the commonest has "
+        f"{100 * short['share_of_the_commonest']:.0f} %."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real": real,
     "words": words,
@@ -331,6 +386,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "clients": client_table.table,
     "variety": variety,
     "families": families,
+    "groups": groups,
     "gpu": gpu_table.table,
 }
 OPTIONAL = {"gpu"}
@@ -341,7 +397,7 @@ PLACES = {
     **dict.fromkeys(
         (
             *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
-            *("gpu", "words"),
+            *("gpu", "words", "groups"),
         ),
         "docs/results.md",
     ),

@@ -4,7 +4,9 @@ processor = DiversityProcessor(0.5, temperature=0.8, stop_ids=[tokenizer.eos_tok
 model.generate(**inputs, logits_processor=[processor], generation_config=sampling(0.8))
 """
 
+import math
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import cast
@@ -26,6 +28,7 @@ from dftserve.sampling import (
 )
 from dftserve.sampling.draws import draw_key
 from dftserve.sampling.dry import Breakers, DryControls, SlotRepeats
+from dftserve.sampling.group import GroupCodes, GroupRow, first_code
 from dftserve.sampling.step import Penalties
 
 NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks texts. Leave it out."
@@ -44,13 +47,16 @@ class DiversityProcessor(LogitsProcessor):
         stop_ids: the tokens that end the text; they keep their probability. As configurations and
             tokenizers have them: one, several, or None; a None among several is passed over.
         tokenizer: the model's, which the law `words` and the sequence breakers of DRY need.
-        seed: by which the law `xtc` draws, beside transformers' own sampling; None for another one
-            at each text. The rows of a batch draw apart.
+        seed: by which the law `xtc` and groups draw, beside transformers' own sampling; None for
+            another one at each text. The rows of a batch draw apart, or as a group.
+        top_k, top_p: of a diversity with `"group": true`, which makes the rows of equal prompts a
+            group each: cuts of the GenerationConfig come after a group's tokens are drawn, and are
+            to be given here.
 
     Raises:
         DiversityError: the diversity is not acceptable.
-        ValueError: the temperature is not above 0, a stop token is no token id, or the tokenizer
-            is needed and missing, or of no known form.
+        ValueError: the temperature is not above 0, a stop token is no token id, the tokenizer is
+            needed and missing, or of no known form, or the group is one text's place.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class DiversityProcessor(LogitsProcessor):
         stop_ids: int | Iterable[int | None] | None = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> None:
         self.diversity = spec.parse(diversity)
         self._reads_last_token = self.diversity.law == "words"
@@ -73,8 +81,14 @@ class DiversityProcessor(LogitsProcessor):
             TokenClasses.from_tokenizer(tokenizer) if self._reads_last_token else None
         )
         self._dry = _dry_controls(self.diversity.dry, tokenizer)
+        if isinstance(self.diversity.group, spec.Group):
+            raise ValueError(
+                "diversity.group: got one text's place; accepted: true, for the rows of equal "
+                "prompts."
+            )
         self.statistics: Statistics | None = None
         self._seed = seed
+        self._group_row = partial(GroupRow, scale=1.0 / temperature, top_k=top_k, top_p=top_p)
         self._row = partial(
             control_row,
             self.diversity,
@@ -84,7 +98,7 @@ class DiversityProcessor(LogitsProcessor):
         )
         self._row()  # What is wrong is refused here.
         self._length = -1
-        self._begin(0, torch.device("cpu"))
+        self._begin(torch.empty(0, 0))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched.
@@ -97,7 +111,7 @@ class DiversityProcessor(LogitsProcessor):
         rows, length = input_ids.shape
         if length != self._length + 1 or rows != len(self._slot_R):
             _refuse_beams(input_ids, scores)
-            self._begin(rows, scores.device)
+            self._begin(input_ids)
         self._length = length
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
@@ -107,9 +121,12 @@ class DiversityProcessor(LogitsProcessor):
             penalties=None if self._dry is None else self._penalties(input_ids),
         )
         self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
+        if self._codes is not None:
+            self._codes.draw(logits_RV, step, self._slot_R)
         return cast(torch.FloatTensor, logits_RV)
 
-    def _begin(self, rows: int, device: torch.device) -> None:
+    def _begin(self, input_ids: torch.Tensor) -> None:
+        rows, device = len(input_ids), input_ids.device
         self._backend = get_backend(device, token_classes=self._token_classes)
         self._slots = self._backend.create_slots(rows, 1)
         self._slot_R = torch.arange(rows, device=device)
@@ -121,12 +138,25 @@ class DiversityProcessor(LogitsProcessor):
         if self._dry is not None:
             for row in range(rows):
                 self._repeats.put(row, self._dry)
+        self._codes = self._groups(input_ids, seed) if self.diversity.group else None
 
     def _penalties(self, input_ids: torch.LongTensor) -> Penalties:
         ids_RL = input_ids.int()
         at_R = torch.full_like(self._slot_R, ids_RL.shape[1] - 1)
         texts = Texts(ids_RL, self._zero_R, at_R, ids_RL[:, -1])
         return self._repeats.penalties(texts, self._slot_R, self._zero_R)
+
+    def _groups(self, input_ids: torch.Tensor, seed: int) -> GroupCodes:
+        """The rows of equal prompts are a group each."""
+        codes = GroupCodes(len(input_ids), 1, input_ids.device)
+        prompts = [tuple(prompt) for prompt in input_ids.tolist()]
+        sizes, seen = Counter(prompts), Counter[tuple[int, ...]]()
+        for row, prompt in enumerate(prompts):
+            name = f"{seed} {list(sizes).index(prompt)}"
+            code = first_code(name, seen[prompt], sizes[prompt])
+            codes.open(row, self._group_row(code=code, bits=math.log2(sizes[prompt])))
+            seen[prompt] += 1
+        return codes
 
 
 def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:

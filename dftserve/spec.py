@@ -7,7 +7,7 @@ import difflib
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -100,6 +100,13 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
     "xtc": {"xtc_probability": _REQUIRED, "xtc_threshold": 0.1, "min_p": None},
 }
 DEFAULT_LAW = "gated"
+GROUP = "group"
+"""Beside what the law takes, with every law: see `Group`."""
+GROUP_SIZE = 2, 1024
+GROUP_ACCEPTED = (
+    "true, for the choices of a request with n > 1, or an object such as "
+    '{"id": "essay-17", "index": 0, "size": 8}'
+)
 HUMAN = "human"
 """To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
 
@@ -125,6 +132,17 @@ class Dry:
     def as_dict(self) -> dict[str, Any]:
         named = {f"dry_{field.name}": getattr(self, field.name) for field in fields(self)}
         return named | {DRY_BREAKERS: list(self.sequence_breakers)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Which of a group's texts a request is. They are drawn together: see docs/groups.md."""
+
+    id: str
+    """The group's own: the texts of a group have the same, and no other group has it."""
+    index: int
+    """From 0 to `size` - 1."""
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,22 +172,27 @@ class Diversity:
     """… in this share of the steps."""
     dry: Dry | None = None
     """None: off."""
+    group: "bool | Group | None" = None
+    """True: the request's choices are a group."""
 
     @property
     def is_off(self) -> bool:
-        return self.level == 0 and self.dry is None
+        """Level 0 leaves rows as they come; a group at level 0 is guarded, and not heated."""
+        return self.level == 0 and self.dry is None and self.group is None
 
     @property
     def is_dry_alone(self) -> bool:
         """Whether repeats are all that is changed: nothing is heated, and nothing cut."""
-        return self.level == 0 and self.dry is not None
+        return self.level == 0 and self.dry is not None and self.group is None
 
     def as_dict(self) -> dict[str, Any]:
         """The object form; `parse` gives it back unchanged."""
         everything = {field.name: getattr(self, field.name) for field in fields(self)}
-        dry = everything.pop("dry")
+        dry, group = everything.pop("dry"), self.group
         found = {name: value for name, value in everything.items() if value is not None}
-        return found if dry is None else {**found, **dry.as_dict()}
+        if dry is not None:
+            found |= dry.as_dict()
+        return found | ({GROUP: asdict(group)} if isinstance(group, Group) else {})
 
 
 def parse(value: object, parameter: str = "diversity") -> Diversity:
@@ -188,7 +211,7 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
         raise DiversityError(f"{parameter}.law", law, accepted)
     takes = LAWS[law]
     for name in value:
-        if name != "law" and name not in takes and name not in DRY_NAMES:
+        if name not in ("law", GROUP) and name not in takes and name not in DRY_NAMES:
             raise _unknown_field(parameter, name, value[name], law)
     dry = _parse_dry(value, parameter)
     given = {name: value[name] for name in takes if value.get(name) is not None}
@@ -200,7 +223,8 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
             accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
             raise DiversityError(f"{parameter}.{name}", value.get(name, NOTHING), accepted)
     defaults = {name: default for name, default in takes.items() if default is not _REQUIRED}
-    return Diversity(law=law, dry=dry, **{**defaults, **numbers})
+    group = _group(value.get(GROUP), f"{parameter}.{GROUP}")
+    return Diversity(law=law, dry=dry, **{**defaults, **numbers}, group=group)
 
 
 def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
@@ -235,6 +259,25 @@ def _strings(value: object, parameter: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+def _group(value: object, parameter: str) -> bool | Group | None:
+    if value is None or isinstance(value, bool):
+        return value or None
+    if not isinstance(value, Mapping):
+        raise DiversityError(parameter, value, GROUP_ACCEPTED)
+    takes = [field.name for field in fields(Group)]
+    for key in value:
+        if key not in takes:
+            accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
+            raise DiversityError(f"{parameter}.{_cut(key)}", value[key], accepted)
+    name, low, high = value.get("id", NOTHING), *GROUP_SIZE
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        accepted = f"a text of 1 to {LONGEST_NAME} printable characters, the group's own"
+        raise DiversityError(f"{parameter}.id", name, accepted)
+    size = _whole(value.get("size", NOTHING), low, high, f"{parameter}.size")
+    index = _whole(value.get("index", NOTHING), 0, size - 1, f"{parameter}.index")
+    return Group(id=name, index=index, size=size)
+
+
 def parse_json(text: str, parameter: str = "diversity") -> Diversity:
     """A `Diversity` from JSON text: `0.5` (or `.5`) or `{"level": 0.5}`.
 
@@ -260,7 +303,7 @@ STYLE_ACCEPTED = (
     '{"name": "human", "strength": 0.6, "max_kl": 0.05}'
 )
 LONGEST_NAME = 64
-"""Characters of a style's name."""
+"""Characters of a style's name, and of a group's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +456,12 @@ def _number(value: object, bounds: Bounds, parameter: str) -> float:
     return float(value)
 
 
+def _whole(value: object, low: int, high: int, parameter: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise DiversityError(parameter, value, f"a whole number from {low} to {high}")
+    return value
+
+
 def _deciles(value: object, parameter: str) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != 9:
         raise DiversityError(parameter, value, "a list of nine entropies in nats")
@@ -420,7 +469,7 @@ def _deciles(value: object, parameter: str) -> tuple[float, ...]:
 
 
 def _unknown_field(parameter: str, name: object, value: object, law: str) -> DiversityError:
-    takes = LAWS[law]
+    takes = [*LAWS[law], GROUP]
     owners = [other for other, theirs in LAWS.items() if name in theirs]
     hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
     names = [*takes, *DRY_NAMES]

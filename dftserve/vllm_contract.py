@@ -103,7 +103,8 @@ _OPENAI = "vllm.entrypoints.openai"
 _V1 = "vllm.v1.sample.logits_processor.interface"
 _V2 = "vllm.v1.worker.gpu.sample.logits_processor.interface"
 _ASKED = ("max_tokens", "default_sampling_params")
-_CARRIED = ("extra_args", "temperature", "min_p", "n", "stop_token_ids", "ignore_eos")
+_CUTS = ("min_p", "top_k", "top_p")
+_CARRIED = ("extra_args", "temperature", *_CUTS, "n", "seed", "stop_token_ids", "ignore_eos")
 
 SYMBOLS: tuple[Symbol, ...] = (
     *_needed(
@@ -209,6 +210,8 @@ SYMBOLS: tuple[Symbol, ...] = (
         "statistics",
         "vllm.v1.engine.parallel_sampling",
         ("ParentRequest.get_child_info", ("index",)),
+        "ParentRequest.request_id",
+        "ParentRequest.sampling_params",
     ),
     *_needed(
         "statistics",

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tests.client import LIVELY, chat_body, gather, get, metric, post
 from tests.conftest import SHIM, Engine, engine_running
 from tests.environment import Environment, build_wheels, make_environment, uv
+from tests.parity import test_groups
 
 pytestmark = pytest.mark.long
 
@@ -91,7 +92,8 @@ def _environment_031(tmp_path_factory, wheels: list[Path]) -> Environment:
 
 
 def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
-    """Several rows a request and step: figures count accepted tokens, `budget` still steers."""
+    """Several rows a request and step: figures count accepted tokens, `budget` still steers, and a
+    group's texts are those of their codes."""
     flags = ("--speculative-config", NGRAM)
     with engine_running("v2_ngram", model_folder, tmp_path, *flags) as engine:
         assert get(engine, "/v1/dft/capabilities").json()["speculative_decoding"] == "ngram"
@@ -104,7 +106,8 @@ def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
         accepted = metric(engine, "vllm:spec_decode_num_accepted_tokens_total")
         assert accepted > 0, "no draft was ever accepted: the test shows nothing"
         assert reached == pytest.approx(target, rel=0.1)
-        figure(accepted_drafts=accepted, target=target, reached=reached)
+        of_groups = test_groups.check(engine, 4)
+        figure(accepted_drafts=accepted, target=target, reached=reached, of_groups=of_groups)
 
 
 def _figures(answers) -> float:

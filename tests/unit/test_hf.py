@@ -20,6 +20,8 @@ from dftserve.sampling.draws import draw_key
 from dftserve.sampling.token_classes import IN_WORD
 from tests.conftest import long
 from tests.future import no_future_warnings
+from tests.group_reference import cut_reference as codes_cut_reference
+from tests.group_reference import drawn_reference, first_code_reference
 from tests.reference import cut_reference, draw_reference, reference, words_reference
 
 pytestmark = no_future_warnings
@@ -192,6 +194,32 @@ def test_without_a_seed_each_text_draws_otherwise():
     seeded, free = DiversityProcessor(asked, seed=1), DiversityProcessor(asked)
     assert excluded(seeded) == excluded(seeded) != excluded(DiversityProcessor(asked, seed=2))
     assert excluded(free) != excluded(free)
+
+
+def test_rows_of_equal_prompts_are_a_group(model):
+    """Four texts of each of two prompts: their first tokens are those of four codes, of the law
+    that `reference` has, after the processor's own cuts."""
+    asked = {"level": 0.5, "group": True}
+    prompts = torch.tensor([[5, 6, 7]] * 4 + [[8, 9, 10]] * 4)
+    for cuts in ({}, {"top_k": 3}):
+        processor = DiversityProcessor(asked, stop_ids=EOS, seed=11, **cuts)
+        output = generate(model, prompts, processor, sampling(max_new_tokens=3))
+        for row in range(8):
+            law = reference(
+                output.logits[0][row].numpy(), temperature=1.0, level=0.5, stop_ids=frozenset([EOS])
+            )
+            code = first_code_reference(f"11 {row // 4}", row % 4, 4)
+            p_V = codes_cut_reference(np.exp(law.log_p_V), **cuts)
+            token, _ = drawn_reference(p_V, code)
+            assert output.sequences[row, 3] == token
+        other = generate(model, prompts, processor, sampling(max_new_tokens=3), seed=1)
+        assert torch.equal(other.sequences[:, 3], output.sequences[:, 3])
+
+
+def test_one_text_s_place_is_refused():
+    place = {"id": "a", "index": 0, "size": 2}
+    with pytest.raises(ValueError, match=r"diversity\.group: got one text's place; accepted: true"):
+        DiversityProcessor({"level": 0.5, "group": place})
 
 
 def test_words_without_a_tokenizer_is_refused():

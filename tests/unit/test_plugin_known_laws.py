@@ -92,7 +92,7 @@ def test_v2_draws_by_the_seed_and_each_row_s_position(drafts):
 def test_without_a_seed_it_draws_by_the_request_s_identity_and_choice():
     """Which every tensor-parallel rank is told."""
     of_prompt = params(identity="x")
-    choices = [of_choice(of_prompt, index) for index in range(2)]
+    choices = [of_choice(of_prompt, index, None) for index in range(2)]
     expected = [said(draw_key("identity", name)) for name in ("x.0", "x.1")]
     assert v1_excludes(*choices) == expected
     assert v2_excludes(choices[1], drafts=1) == said(draw_key("identity", "x.1"), first=4)

@@ -119,9 +119,9 @@ def test_a_step_looks_up_no_more_stop_tokens_than_the_requests_that_are_there_ha
     widths = []
     apply = v2.stats.apply
 
-    def noting(logits_XV, step):
+    def noting(logits_XV, step, *rest):
         widths.append(step.controls.stop_ids_RE.shape[1])
-        apply(logits_XV, step)
+        apply(logits_XV, step, *rest)
 
     monkeypatch.setattr(v2.stats, "apply", noting)
     many = SamplingParams(extra_args=ASKED.extra_args, stop_token_ids=list(range(64)))

@@ -24,6 +24,7 @@ def capabilities() -> dict[str, Any]:
             for law, takes in spec.LAWS.items()
         },
         "dry": {name: str(bounds) for name, bounds in spec.DRY_BOUNDS.items()},
+        "groups_unavailable": engine.refusal_of_groups(),
         "styles": [profile.name for profile in styles.profiles],
         "styles_refused": dict(styles.refused),
         "styles_unavailable": styles.unavailable,

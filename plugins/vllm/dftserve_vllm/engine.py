@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dftserve import vllm_contract
 from dftserve.spec import Diversity
+from dftserve_vllm import groups, vocabulary
 from dftserve_vllm import styles as engine_styles
-from dftserve_vllm import vocabulary
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,7 +67,12 @@ def refusal_of(diversity: Diversity) -> str | None:
         reason = vocabulary.refusal(_config)
     if reason is None and diversity.dry is not None and _config is not None:
         reason = vocabulary.dry_refusal(_config, diversity.dry)
-    return reason
+    return reason or (refusal_of_groups() if diversity.group else None)
+
+
+def refusal_of_groups() -> str | None:
+    """Why this engine cannot honour a group, beside what keeps it from the field, or None."""
+    return groups.WATERMARKED if getattr(_config, "watermark_config", None) is not None else None
 
 
 def styles() -> engine_styles.Styles:

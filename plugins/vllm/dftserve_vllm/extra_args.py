@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from dftserve import spec
 from dftserve.sampling import ControlRow, control_row
 from dftserve.sampling.draws import draw_key
+from dftserve.sampling.group import GroupRow
+from dftserve_vllm import groups
 from dftserve_vllm.styles import NONE, Styles
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Active:
     """Of the request's diversity and style."""
     may_end_anywhere: bool
     """Whether its text may end where the engine does not see it: at a stop string."""
+    group: GroupRow | None
 
 
 def parse_field(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
@@ -67,13 +70,25 @@ def parse_style_field(value: object, parameter: str = STYLE) -> spec.Style:
     return spec.parse_style(value, parameter)
 
 
-def of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
-    """The parameters of one of several choices, under an identity of its own."""
-    identity = (params.extra_args or {}).get(IDENTITY)
-    if identity is None:
+def of_choice(params: "SamplingParams", index: int, parent: Any) -> "SamplingParams":
+    """The parameters of one of several choices: under an identity of its own, and in its place of
+    their group.
+
+    Args:
+        parent: vLLM's ParentRequest of the choices.
+    """
+    carried: dict[str, Any] = params.extra_args or {}
+    identity, asked = carried.get(IDENTITY), carried.get(DIVERSITY)
+    own: dict[str, Any] = {}
+    if identity is not None:
+        own[IDENTITY] = f"{identity}.{index}"
+    if asked is not None and (diversity := parse_field(asked)).group is True:
+        given = parent.sampling_params
+        own[DIVERSITY] = groups.of_choice(diversity, index, given.n, given.seed, parent.request_id)
+    if not own:
         return params
     params = copy(params)
-    params.extra_args = {**(params.extra_args or {}), IDENTITY: f"{identity}.{index}"}
+    params.extra_args = {**carried, **own}
     return params
 
 
@@ -124,7 +139,7 @@ def active(
         style = None
     if diversity.is_off and style is None:
         return None
-    if (reason := clash(diversity, style)) is not None:
+    if (reason := clash(diversity, style) or groups.clash(params.n, diversity)) is not None:
         raise ValueError(reason)
     stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
     controls = control_row(
@@ -135,7 +150,13 @@ def active(
         draw_key=_draw_key(params, arrivals) if diversity.law == "xtc" else 0,
         style=None if style is None else styles.controls(style),
     )
-    return Active(diversity, controls, carried.get(IDENTITY), may_end_anywhere=bool(params.stop))
+    return Active(
+        diversity,
+        controls,
+        carried.get(IDENTITY),
+        may_end_anywhere=bool(params.stop),
+        group=groups.group_row(diversity, params, temperature_applied=temperature_applied),
+    )
 
 
 def _draw_key(params: "SamplingParams", arrivals: Iterator[int]) -> int:

@@ -3,7 +3,8 @@
     InputProcessor.__init__             remember the engine's configuration
     *Request.to_sampling_params         the field, with its early 400
     *Request.to_beam_search_params      refuse the field
-    ParentRequest.get_child_info        give each of n choices its own statistics
+    ParentRequest.get_child_info        give each of n choices its own statistics, and its place
+                                          in their group
     WorkerWrapperBase.execute_model,    a step's statistics travel with its output:
       .sample_tokens                      from the worker …
     Scheduler.update_from_output          … through the engine core …
@@ -163,7 +164,7 @@ def _tells_choices_apart(get_child_info: Callable[..., Any]) -> Callable[..., An
 
     def wrapped(self: Any, index: int, *args: Any, **kwargs: Any) -> tuple[str, Any]:
         request_id, params = get_child_info(self, index, *args, **kwargs)
-        return request_id, extra_args.of_choice(params, index)
+        return request_id, extra_args.of_choice(params, index, self)
 
     return wrapped
 

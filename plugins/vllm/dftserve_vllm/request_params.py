@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 from dftserve import spec
-from dftserve_vllm import engine, human, metrics, request_context
+from dftserve_vllm import engine, groups, human, metrics, request_context
 from dftserve_vllm.extra_args import (
     DIVERSITY,
     IDENTITY,
@@ -38,6 +38,11 @@ def default_diversity() -> spec.Diversity | None:
     """
     text = os.environ.get(DEFAULT_VARIABLE, "")
     diversity = spec.parse_json(text, DEFAULT_VARIABLE) if text else None
+    if diversity is not None and isinstance(diversity.group, spec.Group):
+        accepted = "true, for requests with n > 1; one request's place cannot be a default"
+        raise spec.DiversityError(
+            f"{DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
+        )
     return None if diversity is None or diversity.is_off else diversity
 
 
@@ -184,8 +189,22 @@ def _marked(
     is_default: bool,
 ) -> Any:
     """The parameters carrying the diversity and the style to the workers."""
+    if is_default and diversity.group and params.n == 1:
+        diversity = replace(diversity, group=None)  # A default's group is for several choices.
+        if diversity.is_off:
+            return _stripped(params)
+    if (reason := groups.clash(params.n, diversity)) is not None:
+        if is_default:
+            return _stripped(params)
+        raise _bad_request(reason, groups.PARAMETER)
     if is_greedy(params):
         if not is_default:
+            if diversity.group:
+                message = (
+                    f"temperature: got {params.temperature:g} beside {groups.PARAMETER}; accepted: "
+                    "above 0, since at 0 all texts are the same."
+                )
+                raise _bad_request(message, "temperature")
             reason = "temperature 0 stays greedy"
             _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
         return _stripped(params)

@@ -22,8 +22,10 @@ from dftserve.sampling import (
     get_style_stage,
     transform_step,
 )
+from dftserve.sampling.group import GroupRow
 from dftserve.sampling.slots import Snapshot
 from dftserve.sampling.style import ProfileArrays
+from dftserve_vllm.groups import Codes
 from dftserve_vllm.step_report import Array, PendingReport
 
 logger = logging.getLogger("vllm.dftserve")
@@ -46,6 +48,7 @@ class RequestStats:
         self._backend = get_backend(device, token_classes=token_classes)
         self._style_stage = get_style_stage(device, profiles) if profiles else None
         self.slots = self._backend.create_slots(capacity, rows_per_request)
+        self._codes = Codes(capacity, rows_per_request, device)
         self.faults = 0
         self._identity: dict[int, str] = {}
         self._slot: dict[str, int] = {}
@@ -55,12 +58,15 @@ class RequestStats:
         self._report: PendingReport | None = None
         self._reported_faults = 0
 
-    def open(self, slot: int, identity: str | None, produced: int) -> None:
+    def open(
+        self, slot: int, identity: str | None, produced: int, group: GroupRow | None = None
+    ) -> None:
         """A request enters a slot.
 
         Args:
             identity: names the request; None where nobody asks for its statistics.
             produced: tokens that are there already: the request was preempted.
+            group: its own, where it is drawn as one of a group.
         """
         self.close(slot)
         resumed = None
@@ -71,9 +77,12 @@ class RequestStats:
             self._identity[slot] = identity
             self._slot[identity] = slot
         self.slots.open(slot, resumed, produced)
+        if group is not None:
+            self._codes.open(slot, group, identity, produced)
 
     def close(self, slot: int) -> None:
         """The slot's request has left it: it has ended, or was preempted."""
+        self._codes.close(slot)
         identity = self._identity.pop(slot, None)
         if identity is None:
             return
@@ -98,10 +107,16 @@ class RequestStats:
         while len(self._left) > MAX_LEFT:
             self._left.popitem(last=False)
 
-    def apply(self, logits_XV: Tensor, step: Step) -> None:
+    def apply(self, logits_XV: Tensor, step: Step, grouped_N: Tensor | None = None) -> None:
         """Transform the rows in place; if it raises, they are as they were, or as a style, which
-        comes before the law, has left them."""
+        comes before the law, has left them.
+
+        Args:
+            grouped_N: int64, which of the step's rows may be of groups, in order; None for none.
+        """
         transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
+        if grouped_N is not None:
+            self._codes.draw(logits_XV, step, grouped_N)
 
     def end_step(self, positions: Array, slots: Array, always: NDArray[np.bool_]) -> None:
         """Let the step's output carry the statistics of its active requests.

@@ -44,6 +44,7 @@ class _Requests:
         self.may_end_anywhere_S = np.zeros(slots, bool)
         self.reads_last_token_S = np.zeros(slots, bool)
         self.has_style_S = np.zeros(slots, bool)
+        self.has_group_S = np.zeros(slots, bool)
 
     def put(self, slot: int, asked: Active, prompt_end: int, output_ids: list[int]) -> None:
         self.outputs[slot] = output_ids
@@ -51,6 +52,7 @@ class _Requests:
         self.may_end_anywhere_S[slot] = asked.may_end_anywhere
         self.reads_last_token_S[slot] = asked.controls.reads_last_token
         self.has_style_S[slot] = asked.controls.has_style
+        self.has_group_S[slot] = asked.group is not None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class _Batch:
     rows_R: torch.Tensor
     slot_R: torch.Tensor
     offset_R: torch.Tensor
+    grouped_N: torch.Tensor | None
+    """Which of them are of groups."""
 
     def lengths(self) -> Array:
         """Tokens of each row's answer so far."""
@@ -144,7 +148,8 @@ class V1Processor(LogitsProcessor):
 
     def is_argmax_invariant(self) -> bool:
         """True, so that it runs after the temperature. Greedy rows stay as they are, and in a row
-        of another only a style, DRY and the laws `words` and `xtc` may change the argmax."""
+        of another only a style, DRY, a group and the laws `words` and `xtc` may change the
+        argmax."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -175,7 +180,7 @@ class V1Processor(LogitsProcessor):
         prompt_end = prompt_ids[-1] if prompt_ids else -1
         slot = self._free.pop()
         try:
-            self.stats.open(slot, asked.identity, produced=len(output_ids))
+            self.stats.open(slot, asked.identity, len(output_ids), asked.group)
             self._repeats.open(slot, asked.diversity.dry, prompt_ids)
             self._controls.put(slot, asked.controls)
             self._requests.put(slot, asked, prompt_end, output_ids)
@@ -237,7 +242,7 @@ class V1Processor(LogitsProcessor):
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
             # that all rows sample does no harm.
         )
-        self.stats.apply(logits, step)
+        self.stats.apply(logits, step, batch.grouped_N)
 
     def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
         """How long each row's output is, and where they are read its last token and its text's
@@ -263,6 +268,7 @@ class V1Processor(LogitsProcessor):
         requests, places = self._requests, sorted(self._slots)
         index = np.array(places)
         slots = np.fromiter(map(self._slots.__getitem__, places), np.int64, len(places))
+        grouped = np.flatnonzero(requests.has_group_S[slots])
         rows_R, slot_R, offset_R = self._staging.to_device_together(
             index, slots, np.zeros(len(slots), np.int32)
         )
@@ -277,4 +283,5 @@ class V1Processor(LogitsProcessor):
             rows_R=rows_R,
             slot_R=slot_R,
             offset_R=offset_R,
+            grouped_N=self._staging.to_device(grouped) if len(grouped) else None,
         )

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from dftserve.sampling import SlotControls, Step, Texts
 from dftserve.sampling.dry import SlotRepeats
+from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.dry import dry_controls
@@ -54,6 +55,8 @@ class V2Processor(LogitsProcessor):
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
         self._has_style = np.zeros(slots, dtype=bool)
+        self._has_group = np.zeros(slots, dtype=bool)
+        self._staging = PinnedStaging(device)
         self._staged: list[int] = []
         self._arrivals = count()
 
@@ -78,10 +81,11 @@ class V2Processor(LogitsProcessor):
             self.stats.close(slot)
             return False
         produced = self._states.prefill_len.np[slot] - self._states.prompt_len.np[slot]
-        self.stats.open(slot, asked.identity, int(produced))
+        self.stats.open(slot, asked.identity, int(produced), asked.group)
         self._may_end_anywhere[slot] = asked.may_end_anywhere
         self._reads_last_token[slot] = asked.controls.reads_last_token
         self._has_style[slot] = asked.controls.has_style
+        self._has_group[slot] = asked.group is not None
         if asked.diversity.dry is not None:
             self._repeats.put(slot, dry_controls(asked.diversity.dry, self._breakers))
         self._controls.put(slot, asked.controls)
@@ -132,7 +136,16 @@ class V2Processor(LogitsProcessor):
             texts=self._texts(ctx) if self._has_style[slots].any() else None,
             penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else None,
         )
-        self.stats.apply(logits, step)
+        self.stats.apply(logits, step, self._grouped(ctx, is_active_B))
+
+    def _grouped(self, ctx: LogitsContext, is_active_B: np.ndarray) -> torch.Tensor | None:
+        """Rows that may be of groups. With drafts the device alone knows whose rows are where."""
+        is_grouped_B = is_active_B & self._has_group[ctx.idx_mapping_np]
+        if not is_grouped_B.any():
+            return None
+        if self._verified_rows:
+            return torch.arange(len(ctx.pos), device=self._states.device)
+        return self._staging.to_device(np.flatnonzero(is_grouped_B))
 
     def _texts(self, ctx: LogitsContext) -> Texts:
         """The runner's own: committed tokens by slot, drafts among the rows' inputs."""

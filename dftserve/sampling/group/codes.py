@@ -1,0 +1,135 @@
+"""Arithmetic codes: a text is found by one number, and n numbers that are spread evenly find n
+texts that differ as early as they can (arXiv 2210.15458).
+
+A step's survivors, in the order of their tokens, divide [0, 1) by their probabilities. The token is
+the one whose interval holds the number u, and u's place in that interval is the next step's number:
+
+    v = min {v: CDF(v) > u},   u ← (u − CDF(v − 1))/p_v,   bits ← bits − log₂ p_v
+
+Choice i of a group of n begins with u = frac(u₀ + i/n). u₀ is uniform, so each u is, and each
+choice alone is a draw from the model's distribution, exactly. Among one another they are spread: of
+n choices, ⌊n·p⌋ or ⌈n·p⌉ begin with a text of probability p, as long as it is one interval.
+
+After log₂ n bits a text is alone with its beginning. What is left of u would spread nothing more,
+and where probabilities are even it is the same in all texts, which would go on alike. So the
+engine's own sampler goes on from there.
+
+All of it is float64, on the rows' device. Shapes: R rows, K survivors.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CODE_BITS = 53
+"""Of u₀, as many as a float64 has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """One request of a group, on the host."""
+
+    code: float
+    """Its number before the first token: see `first_code`."""
+    bits: float
+    """How many bits of the code are used: the log₂ of the group's size."""
+    scale: float
+    """What a row that the law has written is multiplied by to be log-probabilities: the divisor
+    of the logits by the temperature."""
+    top_k: int = 0
+    """The request's own cuts, which the engine would make after the row is drawn. 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def cuts(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def first_code(name: str, index: int, size: int) -> float:
+    """frac(u₀ + index/size); u₀ is the BLAKE2 hash of the group's name."""
+    digest = hashlib.blake2b(repr(("group", name)).encode(), digest_size=8).digest()
+    first = (int.from_bytes(digest, "big") >> (64 - CODE_BITS)) * 2.0**-CODE_BITS
+    return (first + index / size) % 1.0
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A step's survivors as intervals, one row for each row of logits."""
+
+    token_RK: Tensor
+    """int64, rising as far as there are survivors."""
+    weight_RK: Tensor
+    """float64, unnormalised probabilities; 0 where there is no survivor."""
+    top_RK: Tensor
+    """float64, the end of each token's interval, unnormalised."""
+    total_R: Tensor
+    is_valid_R: Tensor
+    """bool, False for a row with NaN or +inf, or with nothing finite in it."""
+
+    @classmethod
+    def of(cls, log_p_RK: Tensor, token_RK: Tensor) -> "Ladder":
+        """`log_p_RK`: float64, up to a constant for each row; -inf where there is no survivor."""
+        weight_RK = torch.exp(log_p_RK - log_p_RK.amax(dim=1, keepdim=True))
+        top_RK = weight_RK.cumsum(dim=1)
+        total_R = top_RK[:, -1]
+        return cls(token_RK, weight_RK, top_RK, total_R, torch.isfinite(total_R) & (total_R > 0))
+
+    def pick(self, code_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The token of each code, the code in its interval, and the bits that it took."""
+        wanted_R1 = (code_R * self.total_R)[:, None]
+        places_K = torch.arange(self.top_RK.shape[1], device=self.top_RK.device)
+        is_token_RK = self.weight_RK > 0
+        # A parallel sum may round the same end to two numbers: only what has a weight is chosen.
+        above_RK = torch.where(is_token_RK & (self.top_RK > wanted_R1), places_K, len(places_K))
+        last_R = torch.where(is_token_RK, places_K, 0).amax(dim=1)
+        place_R1 = torch.minimum(above_RK.amin(dim=1), last_R)[:, None]
+        width_R1 = self.weight_RK.gather(1, place_R1)
+        begin_R1 = self.top_RK.gather(1, place_R1) - width_R1
+        inside_R = ((wanted_R1 - begin_R1) / width_R1)[:, 0].clamp(0.0, 1.0 - 2.0**-CODE_BITS)
+        bits_R = torch.log2(self.total_R / width_R1[:, 0])
+        return self.token_RK.gather(1, place_R1)[:, 0], inside_R, bits_R
+
+
+def survivors(logits_XV: Tensor, row_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The finite logits of some rows as float64 [N, K], and their tokens, int64.
+
+    On a CPU K is what the fullest of the rows has; behind the survivors of another stand -inf and
+    its first token. On a device K would have to be asked for, and is V.
+    """
+    if logits_XV.device.type != "cpu":
+        tokens_V = torch.arange(logits_XV.shape[1], device=logits_XV.device)
+        return logits_XV[row_N].double(), tokens_V.expand(len(row_N), -1)
+    rows = [logits_XV[row].numpy() for row in row_N.tolist()]
+    kept = [np.flatnonzero(row_V != -np.inf) for row_V in rows]
+    shape = (len(rows), max(1, *map(len, kept)))
+    value_NK, token_NK = np.full(shape, -np.inf), np.zeros(shape, np.int64)
+    for row_V, token_K, values_K, tokens_K in zip(rows, kept, value_NK, token_NK, strict=True):
+        values_K[: len(token_K)] = row_V[token_K]
+        tokens_K[:] = token_K[0] if len(token_K) else 0
+        tokens_K[: len(token_K)] = token_K
+    return torch.from_numpy(value_NK), torch.from_numpy(token_NK)
+
+
+def cut(log_p_RK: Tensor, min_p_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """What min_p, then top_k, then top_p leave, each of what the one before has left, as vLLM
+    orders them: tokens that tie with the last of the top_k stay; top_p cuts from the least
+    probable on, while what goes is at most 1 − top_p.
+
+    Args:
+        log_p_RK: float64; -inf elsewhere.
+        min_p_R, top_k_R, top_p_R: float64; 0, 0 and 1 cut nothing.
+    """
+    floor_R1 = log_p_RK.amax(dim=1, keepdim=True) + min_p_R.log()[:, None]
+    rising_RK, order_RK = log_p_RK.sort(dim=1, stable=True)
+    width = rising_RK.shape[1]
+    top_k_R = torch.where(top_k_R > 0, top_k_R, width)
+    kth_R1 = (width - top_k_R).clamp(0, width - 1).long()[:, None]
+    floor_R1 = torch.maximum(floor_R1, rising_RK.gather(1, kth_R1))
+    rising_RK = torch.where(rising_RK < floor_R1, -torch.inf, rising_RK)
+    gone_RK = rising_RK.softmax(dim=1).cumsum(dim=1) <= (1.0 - top_p_R)[:, None]
+    gone_RK[:, -1] = False
+    return rising_RK.masked_fill(gone_RK, -torch.inf).gather(1, order_RK.argsort(dim=1))

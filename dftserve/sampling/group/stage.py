@@ -1,0 +1,200 @@
+"""The codes of an engine's requests between steps, and the stage that draws by them, after the law.
+
+A row of a group becomes its token: 0 there and -inf elsewhere, whatever the engine then samples
+with. Rows of a speculative step are drawn one after another, each behind the tokens that the rows
+before it have become: where a draft is another token, the engine rejects it and all behind it.
+
+As in `slots.py`, a code waits until its row's token turns out accepted: chunks of a prompt and
+rejected drafts leave no trace. The codes of a request that was preempted are in the snapshot of its
+last step.
+
+Plain torch on every device. It waits for no device, and runs only where a group is in the batch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dftserve.sampling.group.codes import GroupRow, Ladder, cut, survivors
+from dftserve.sampling.slots import NOTHING_WAITS
+from dftserve.sampling.staging import PinnedStaging
+from dftserve.sampling.step import Step
+
+Array = np.ndarray[Any, Any]
+
+TOKENS, BASE, BITS, SCALE, TOP_K, TOP_P, MIN_P, CODES = range(8)
+"""The columns of a slot's state: tokens that were accepted, the position of the first waiting row,
+the request's own numbers; then a code and its bits, of the accepted text and after each waiting
+row."""
+PAIR = 2
+CODE, USED = range(PAIR)
+
+ELEMENTS = 1 << 22
+"""Of a float64 matrix of rows that are drawn at once, of which there are several: 32 MiB."""
+
+
+@dataclass(frozen=True)
+class CodesSnapshot:
+    """All slots' states after one step, on the host."""
+
+    states_SX: Array
+    copied: "torch.cuda.Event | None" = None
+    """Recorded after a copy that may still be under way."""
+
+    def is_copied(self) -> bool:
+        return self.copied is None or self.copied.query()
+
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def read(self, slot: int) -> Array:
+        """One slot's state, in memory of its own."""
+        return self.states_SX[slot].copy()
+
+
+class GroupCodes:
+    """The codes of up to `slots` requests, `rows_per_request` rows a step each."""
+
+    def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
+        self._rows_per_request = rows_per_request
+        self._nothing_X = np.array([0, NOTHING_WAITS, 0, 1, 0, 1, 0, *self._codes(0.0, math.inf)])
+        states_SX = np.tile(self._nothing_X, (slots, 1))
+        self._staging = PinnedStaging(device)
+        self._states_SX = self._staging.to_device(states_SX)
+        self._changed: dict[int, Array] = {}
+        self._open: dict[int, bool] = {}
+
+    def _codes(self, code: float, used: float) -> list[float]:
+        return [code, used] * (1 + self._rows_per_request)
+
+    def open(self, slot: int, row: GroupRow, left: Array | None = None, produced: int = 0) -> None:
+        """Begin a request in a slot.
+
+        Args:
+            left: its state when it left its slot before, of `CodesSnapshot.read`.
+            produced: tokens that were accepted before. Where it has some and what it left is not
+                known, its code is not either, and the engine's sampler goes on.
+        """
+        code, used = (row.code, 0.0) if produced == 0 else (0.0, math.inf)
+        if produced and left is not None:
+            accepted = min(max(produced - int(left[TOKENS]), 0), self._rows_per_request)
+            code, used = left[CODES:].reshape(-1, PAIR)[accepted]
+        own = (row.bits, row.scale, row.top_k, row.top_p, row.min_p)
+        self._changed[slot] = np.array([produced, NOTHING_WAITS, *own, *self._codes(code, used)])
+        self._open[slot] = row.cuts
+
+    def close(self, slot: int) -> None:
+        """The slot's request has left it, or its next is of no group."""
+        if self._open.pop(slot, None) is not None:
+            self._changed[slot] = self._nothing_X
+
+    def snapshot(self) -> CodesSnapshot:
+        """A copy on the host; on a GPU it is only enqueued: see `CodesSnapshot.wait`."""
+        self._flush()
+        if self._states_SX.device.type != "cuda":
+            return CodesSnapshot(self._states_SX.cpu().numpy().copy())
+        states_SX = self._states_SX.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return CodesSnapshot(states_SX.numpy(), copied)
+
+    def _flush(self) -> None:
+        """The states of requests that came and went, in one copy."""
+        if self._changed:
+            slots = [float(slot) for slot in self._changed]
+            changed_NX = np.column_stack([slots, np.array(list(self._changed.values()))])
+            self._changed.clear()
+            sent_NX = self._staging.to_device(changed_NX)
+            self._states_SX.index_copy_(0, sent_NX[:, 0].long(), sent_NX[:, 1:])
+
+    def draw(self, logits_XV: Tensor, step: Step, chosen_N: Tensor) -> None:
+        """Draw rows that the law has written, in place; those of no group keep their bits.
+
+        Args:
+            logits_XV: float32.
+            chosen_N: int64, which of the step's rows to look at: all of those of groups, in order.
+        """
+        self._flush()
+        row_N = chosen_N if step.rows_R is None else step.rows_R[chosen_N]
+        slot_N, offset_N = step.slot_R[chosen_N], step.offset_R[chosen_N].long()
+        begin_N = step.position_R[chosen_N] - offset_N
+        state_NX = self._accept(slot_N, begin_N)
+        after_NP = state_NX[:, CODES : CODES + PAIR].clone()
+        cuts = any(self._open.values())
+        at_once = max(ELEMENTS // logits_XV.shape[1], 1)
+        for first in range(0, len(row_N), at_once):
+            part = slice(first, first + at_once)
+            ladder = _ladder(logits_XV, row_N[part], state_NX[part], cuts=cuts)
+            token_N, after_NP[part] = self._drawn(
+                ladder, after_NP, part, offset_N[part], state_NX[part, BITS]
+            )
+            _write(logits_XV, row_N[part], token_N, ladder)
+        self._stage(slot_N, begin_N, offset_N, step.samples_R()[chosen_N], after_NP)
+
+    def _accept(self, slot_N: Tensor, begin_N: Tensor) -> Tensor:
+        """The slots' states at the step's start, for each row: the code behind the waiting row that
+        was the last to be accepted. Rows of one request agree on it."""
+        state_NX = self._states_SX[slot_N]
+        accepted_N = (begin_N - state_NX[:, BASE]).clamp(0, self._rows_per_request)
+        codes_NKP = state_NX[:, CODES:].unflatten(1, (-1, PAIR))
+        rows_N = torch.arange(len(slot_N), device=slot_N.device)
+        code_NP = codes_NKP[rows_N, accepted_N.long()]
+        state_NX[:, TOKENS] += accepted_N
+        state_NX[:, BASE] = NOTHING_WAITS
+        state_NX[:, CODES : CODES + PAIR] = code_NP
+        self._states_SX.index_copy_(0, slot_N, state_NX)
+        return state_NX
+
+    def _drawn(
+        self, ladder: Ladder, codes_NP: Tensor, part: slice, offset_N: Tensor, bits_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The token of each row of a part, -1 where none is drawn, and the code behind it.
+
+        `codes_NP`: of all rows, behind those before the part, and at the step's start from there
+        on. The rows of a request are neighbours.
+        """
+        before_NP = codes_NP[part]
+        ahead_P = codes_NP[max(part.start - 1, 0)][None]
+        token_N, after_NP = torch.full_like(offset_N, -1), before_NP
+        for place in range(self._rows_per_request):
+            if place:
+                row_before_NP = torch.cat((ahead_P, after_NP[:-1]))
+                before_NP = torch.where((offset_N == place)[:, None], row_before_NP, before_NP)
+            found_N, code_N, taken_N = ladder.pick(before_NP[:, CODE])
+            is_drawn_N = ladder.is_valid_R & (before_NP[:, USED] < bits_N)
+            next_NP = torch.stack((code_N, before_NP[:, USED] + taken_N), dim=1)
+            token_N = torch.where(is_drawn_N, found_N, -1)
+            after_NP = torch.where(is_drawn_N[:, None], next_NP, before_NP)
+        return token_N, after_NP
+
+    def _stage(
+        self, slot_N: Tensor, begin_N: Tensor, offset_N: Tensor, samples_N: Tensor, after_NP: Tensor
+    ) -> None:
+        codes_SKP = self._states_SX[:, CODES:].unflatten(1, (-1, PAIR))
+        codes_SKP[slot_N, 1 + offset_N] = after_NP
+        self._states_SX[slot_N, BASE] = torch.where(samples_N, begin_N, NOTHING_WAITS).double()
+
+
+def _ladder(logits_XV: Tensor, row_N: Tensor, state_NX: Tensor, *, cuts: bool) -> Ladder:
+    value_NK, token_NK = survivors(logits_XV, row_N)
+    log_p_NK = value_NK * state_NX[:, SCALE, None]
+    if cuts:
+        log_p_NK = cut(log_p_NK, state_NX[:, MIN_P], state_NX[:, TOP_K], state_NX[:, TOP_P])
+    return Ladder.of(log_p_NK, token_NK)
+
+
+def _write(logits_XV: Tensor, row_N: Tensor, token_N: Tensor, ladder: Ladder) -> None:
+    is_drawn_N = token_N >= 0
+    if ladder.token_RK.shape[1] < logits_XV.shape[1]:  # What did not survive is -inf already.
+        row_D = row_N[is_drawn_N]
+        logits_XV[row_D[:, None], ladder.token_RK[is_drawn_N]] = -torch.inf
+        logits_XV[row_D, token_N[is_drawn_N]] = 0.0
+        return
+    only_NV = logits_XV.new_full((len(row_N), logits_XV.shape[1]), -torch.inf)
+    only_NV.scatter_(1, token_N.clamp_min(0)[:, None], 0.0)
+    logits_XV.index_copy_(0, row_N, torch.where(is_drawn_N[:, None], only_NV, logits_XV[row_N]))

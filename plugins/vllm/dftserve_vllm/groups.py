@@ -1,0 +1,128 @@
+"""Requests that are drawn as a group: what is refused, each choice's place, codes of the preempted.
+
+A request with `"group": true` is asked for once and runs as n requests of the engine. Each of these
+carries the object form, as a client would send it that asks for the choices one by one.
+"""
+
+import math
+import secrets
+from collections import OrderedDict, deque
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dftserve import spec
+from dftserve.sampling import Step
+from dftserve.sampling.draws import draw_key
+from dftserve.sampling.group import CodesSnapshot, GroupCodes, GroupRow, first_code
+from dftserve_vllm.step_report import Array
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+PARAMETER = "diversity.group"
+
+WATERMARKED = (
+    "a group's tokens are drawn before the engine's sampler, which would leave no watermark in "
+    "them; drop --watermark-config or diversity.group"
+)
+
+MAX_LEFT = 4096
+"""Requests that left their slot, and may come back to one after a preemption."""
+
+_start = secrets.token_hex(8)
+"""In the names of groups without a seed, so that they draw otherwise after each start."""
+
+
+def clash(n: int, diversity: spec.Diversity) -> str | None:
+    """Why a request for n choices does not go with its group, or None."""
+    low, high = spec.GROUP_SIZE
+    if diversity.group is True and not low <= n <= high:
+        one = '{"id": …, "index": …, "size": …} for each of several requests'
+        return f"{PARAMETER}: got true beside n = {n}; accepted: n from {low} to {high}, or {one}."
+    if isinstance(diversity.group, spec.Group) and n != 1:
+        all_choices = "or true for the choices of one request"
+        return f"{PARAMETER}: got one text's place beside n = {n}; accepted: n = 1, {all_choices}."
+    return None
+
+
+def of_choice(
+    diversity: spec.Diversity, index: int, size: int, seed: int | None, request_id: str
+) -> dict[str, Any]:
+    """The diversity of one of a request's choices, in the object form."""
+    name = ("request", _start, request_id) if seed is None else ("seed", seed)
+    group = spec.Group(id=f"{draw_key('group', *name):012x}", index=index, size=size)
+    return replace(diversity, group=group).as_dict()
+
+
+def group_row(
+    diversity: spec.Diversity, params: "SamplingParams", *, temperature_applied: bool
+) -> GroupRow | None:
+    """What the workers draw by, of one choice; None for a request that is in no group."""
+    group = diversity.group
+    if not isinstance(group, spec.Group):
+        return None
+    return GroupRow(
+        code=first_code(group.id, group.index, group.size),
+        bits=math.log2(group.size),
+        scale=1.0 if temperature_applied else 1.0 / params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        # The V1 runner makes this cut before the rows come.
+        min_p=0.0 if temperature_applied else params.min_p,
+    )
+
+
+class Codes:
+    """An engine's codes: by slot while a request runs, by its identity while it is preempted."""
+
+    def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
+        self._codes = GroupCodes(capacity, rows_per_request, device)
+        self._identity: dict[int, str | None] = {}
+        self._leaving: deque[tuple[str, CodesSnapshot, int]] = deque()
+        self._left: OrderedDict[str, Array] = OrderedDict()
+        self._snapshot: CodesSnapshot | None = None
+
+    def open(self, slot: int, row: GroupRow, identity: str | None, produced: int) -> None:
+        """A request of a group enters a slot.
+
+        Args:
+            identity: names it across preemptions; after one, without it, its codes are not known.
+            produced: tokens that are there already.
+        """
+        self.close(slot)
+        left = None
+        if produced and identity is not None:
+            self._collect_left(wait=True)
+            left = self._left.pop(identity, None)
+        self._codes.open(slot, row, left, produced)
+        self._identity[slot] = identity
+
+    def close(self, slot: int) -> None:
+        """The slot's request has left it: it has ended, or was preempted."""
+        if slot not in self._identity:
+            return
+        identity = self._identity.pop(slot)
+        self._codes.close(slot)
+        if identity is not None and self._snapshot is not None:
+            self._leaving.append((identity, self._snapshot, slot))
+
+    def draw(self, logits_XV: torch.Tensor, step: Step, chosen_N: torch.Tensor) -> None:
+        """See `GroupCodes.draw`."""
+        self._codes.draw(logits_XV, step, chosen_N)
+        self._collect_left(wait=False)
+        self._snapshot = self._codes.snapshot()
+
+    def _collect_left(self, *, wait: bool) -> None:
+        """Take what left its slot out of the snapshots, so that these can go."""
+        while self._leaving:
+            identity, snapshot, slot = self._leaving[0]
+            if wait:
+                snapshot.wait()
+            elif not snapshot.is_copied():
+                break
+            self._leaving.popleft()
+            self._left[identity] = snapshot.read(slot)
+        while len(self._left) > MAX_LEFT:
+            self._left.popitem(last=False)
