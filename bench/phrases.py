@@ -11,7 +11,7 @@ the profile, each way of sampling at the same seeds:
     phrases      the profile's phrases alone (`max_kl` 0)
     style        its phrases and its tilt
     bad_words    the most over-used phrases banned, as many as bring the rate of the texts that
-                 built the profile down to people's
+                 built the profile down to people's, or as vLLM takes in one request
     logit_bias   -λ on the word of each phrase that people's stories have least
 Of each, over stock's, by the bootstrap over prompts (95 %; of twenty intervals one misses):
     phrases      target phrases per 1,000 words
@@ -76,6 +76,8 @@ BLOCK = 8
 SAMPLES = 2
 MAX_TOKENS = 200
 STOCK = "stock"
+MOST_BAD_WORDS = 128
+"""Tokenisations of `bad_words` in one request: vLLM answers 400 to more."""
 TEXTS = RESULTS / "texts" / "phrases.jsonl.gz"
 UNFITTED = ("errors", "unknown", "phrases", "self_bleu", "style", "sds")
 
@@ -214,15 +216,16 @@ def ways_of(stored: Stored, tokenizer: Any) -> dict[str, dict[str, Any]]:
 
 
 def banned(phrases: Sequence[Phrase]) -> list[str]:
-    """The most over-used first, also capitalised, until the rest comes as often as people's."""
+    """The most over-used first, until the rest comes as often as people's; no more than vLLM takes,
+    which makes up to two of each."""
     left = sum(phrase.model_rate for phrase in phrases)
     wanted = sum(phrase.human_rate for phrase in phrases)
     chosen = []
-    for phrase in sorted(phrases, key=lambda p: -p.model_rate):
+    for phrase in sorted(phrases, key=lambda p: -p.model_rate)[: MOST_BAD_WORDS // 2]:
         if left <= wanted:
             break
         left -= phrase.model_rate
-        chosen += dict.fromkeys((phrase.text, phrase.text[:1].upper() + phrase.text[1:]))
+        chosen.append(phrase.text)
     return chosen
 
 

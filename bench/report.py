@@ -282,6 +282,7 @@ def phrases(document: dict[str, Any]) -> str:
         lines.append(f"| {row['way']} | {' | '.join(numbers)} | {row['kl']:.4f} |")
     found = document["model"]
     if found is None:
+        lines += ["", "`bench/phrases.py`: exact, per 1,000 tokens and nats a token; no model yet."]
         return "\n".join(lines)
     built = found["rates_when_built"]
     lines += [

@@ -4,11 +4,11 @@
 
     field    the diversity of every row, as the plug-in runs it in a step
     style    the same, and the style's stage before it, on the same logits
-taking turns on the device at hand, over rows and vocabularies. The profile has 200 phrases of two
-to five tokens, and a tilt of 300 tokens and as many pairs; each row's text ends inside a phrase.
-An engine's step is these stages and a model, whose share `overhead.json` has: the throughput with a
-style is told as step / (step + what the style adds), the step being that of `field` there. The last
-line is one JSON document.
+taking turns on the device at hand, over rows and vocabularies; on a CPU in seconds of the one
+thread. The profile has 200 phrases of two to five tokens, and a tilt of 300 tokens and as many
+pairs; each row's text ends inside a phrase. An engine's step is these stages and a model, whose
+share `overhead.json` has: the throughput with a style is told as step / (step + what the style
+adds), the step being that of `field` there. The last line is one JSON document.
 """
 
 import argparse
