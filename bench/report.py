@@ -293,6 +293,66 @@ def sds_validation(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def phrases(document: dict[str, Any]) -> str:
+    """On the chain: exact rates. On the model: target phrases, and what else changed."""
+    lines = [
+        '| chain | "a b c" (people: .60) | "a b" then else | "a" then else | KL |',
+        "|---|---|---|---|---|",
+    ]
+    for row in document["chain"]:
+        numbers = [f"{row[key]:.2f}" for key in ("phrase", "orphan", "innocent")]
+        lines.append(f"| {row['way']} | {' | '.join(numbers)} | {row['kl']:.4f} |")
+    found = document["model"]
+    if found is None:
+        lines += ["", "`bench/phrases.py`: exact, per 1,000 tokens and nats a token; no model yet."]
+        return "\n".join(lines)
+    built = found["rates_when_built"]
+    lines += [
+        "",
+        "| model | phrases (people: {:.2f}) | orphans / stock | first words / stock | errors | SDS "
+        "| style distance | KL |".format(built["people"]),
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found["rows"].items():
+        to_stock = found["to_stock"].get(name)
+        cells = [
+            interval(row["target"], 1),
+            *(
+                "" if to_stock is None else interval(to_stock[f"{key}_ratio"], 2)
+                for key in ("orphans", "firsts")
+            ),
+            *(interval(row[key], digits) for key, digits in QUALITY.items()),
+            "" if row["mean_kl"] is None else f"{row['mean_kl']:.4f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    answers = found["prompts"] * found["answers_to_each"]
+    lines.append("")
+    lines.append(
+        f"`bench/phrases.py`: the chain exact, per 1,000 tokens and nats a token; SmolLM2-135M-"
+        f"Instruct at T {found['temperature']:g}, {answers} answers a row ({found['prompts']} "
+        f"story prompts that did not build the profile, {found['answers_to_each']} each, at most "
+        f"{found['max_tokens']} tokens), {found['target_phrases']} phrases, per 1,000 words; "
+        f"{built['model']:.1f} when the profile was built. Errors per 100 words; 95 % intervals, "
+        "of which one in twenty misses."
+    )
+    return "\n".join(lines)
+
+
+QUALITY = {"errors": 2, "sds": 0, "style": 3}
+
+
+def style_cost(document: dict[str, Any]) -> str:
+    lines = [
+        "| vocabulary | rows | stages with a style / without | ms added | throughput of a step |",
+        "|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        cells = (shown(row["style_to_field"]), f"{1000 * row['added_seconds']:.2f}")
+        told = f"{row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)}"
+        lines.append(f"| {told} | {row['throughput']:.3f} |")
+    return "\n".join(lines)
+
+
 def families(document: dict[str, Any]) -> str:
     """Every family once, under what became of it."""
     outcomes = {
@@ -380,6 +440,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead": overhead,
     "served": served,
     "sampler": sampler,
+    "phrases": phrases,
+    "style_cost": style_cost,
     "known_source": known_source,
     "train_cost": train_cost,
     "sds_validation": sds_validation,
@@ -397,7 +459,7 @@ PLACES = {
     **dict.fromkeys(
         (
             *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
-            *("gpu", "words", "groups"),
+            *("gpu", "words", "groups", "phrases", "style_cost"),
         ),
         "docs/results.md",
     ),

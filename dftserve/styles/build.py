@@ -127,6 +127,11 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
     tokenizer = load_tokenizer(job.model)
     known = slop.read_lines(job.phrases or slop.OURS)
     human = read_samples(job.corpus, words=PIECE, pieces=MOST_PIECES)
+    if not any(words(text.text) for text in human):  # Before a server is asked for hours.
+        raise ValueError(
+            f"corpus: got {job.corpus}, which holds no words; accepted: texts by people (.txt, "
+            ".md, .rst, .jsonl, .parquet, or a folder of such)."
+        )
     model = answers_of(job, say, tick)
     if len(model) < LEAST_ANSWERS:
         raise ValueError(

@@ -44,7 +44,7 @@ from dftserve.evaluate.metrics.two_sample import mmd2
 from dftserve.evaluate.reference import Anchors
 from dftserve.evaluate.text.tokenize import words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
-from dftserve.openai_client import Server
+from dftserve.openai_client import Server, ServerError
 from dftserve.serve import base_url, running
 from dftserve.settings import among
 from dftserve.styles import profile as profiles
@@ -407,9 +407,17 @@ def _check_offered(server: Server, name: str, styles: Path) -> None:
     """
     Raises:
         ValueError: the server has not the profile.
+        ServerError: there is no server, or it fails.
     """
-    with server.client() as client, server.errors():
-        told = client.get("/dft/capabilities", cast_to=object)
+    anew = (
+        f"start it anew with {STYLES}={styles}, and run this command again: it goes on with this "
+        "round."
+    )
+    try:
+        with server.client() as client, server.errors():
+            told = client.get("/dft/capabilities", cast_to=object)
+    except ServerError as error:
+        raise ServerError(f"{error} The profile {name!r} is written; {anew}") from None
     known = told.get("styles") if isinstance(told, Mapping) else None
     refused = told.get("styles_refused") if isinstance(told, Mapping) else None
     if isinstance(known, list) and name in known:
@@ -417,7 +425,4 @@ def _check_offered(server: Server, name: str, styles: Path) -> None:
     if isinstance(refused, Mapping) and name in refused:
         raise ValueError(f"{server.url} refuses the style {name!r}: {refused[name]}")
     listed = among(name, map(str, known)) if isinstance(known, list) and known else "none"
-    raise ValueError(
-        f"{server.url} has not the style {name!r} (it has: {listed}); start it anew with "
-        f"{STYLES}={styles}, and run this command again: it goes on with this round."
-    )
+    raise ValueError(f"{server.url} has not the style {name!r} (it has: {listed}); {anew}")

@@ -136,6 +136,9 @@ def test_both_sides_are_cut_to_the_prompts_that_they_share():
         ("build human.jsonl --model model --out new", "got neither --answers nor --server"),
         ("build human.jsonl --model model --out new --answers none", "where nothing is"),
         ("build none --model model --out new --answers answers.jsonl", "nothing is there"),
+        ("build empty.jsonl --model model --out new --answers answers.jsonl", "empty.jsonl"),
+        ("build empty.txt --model model --out new --answers answers.jsonl", "empty.txt"),
+        ("build empty --model model --out new --answers answers.jsonl", "empty"),
         ("build human.jsonl --model ./none --out new --answers answers.jsonl", "no such folder"),
         ("build human.jsonl --model model --out profile --answers answers.jsonl", "exists; choose"),
         ("build human.jsonl --model model --out .x --answers answers.jsonl", "name: got '.x'"),
@@ -158,6 +161,9 @@ def test_both_sides_are_cut_to_the_prompts_that_they_share():
 )
 def test_what_cannot_be_used_is_refused_in_a_sentence(job, stored, monkeypatch, arguments, told):
     monkeypatch.chdir(job.out.parent)
+    (job.out.parent / "empty").mkdir(exist_ok=True)
+    for name in ("empty.jsonl", "empty.txt"):
+        (job.out.parent / name).touch()
     (job.out.parent / "few.jsonl").write_text('{"prompt": "p", "response": "some words"}\n')
     ended = CliRunner().invoke(cli.main, ["style", *arguments.split()])
     assert ended.exit_code in (1, 2), ended.output

@@ -207,3 +207,12 @@ def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
 def test_a_style_that_the_server_refuses_is_told_with_its_reason(tmp_path):
     with serving(FakeServer()) as url, pytest.raises(ValueError, match=r"'small-3': a bad file"):
         fits._check_offered(fits.Server(f"{url}/v1", retries=0), "small-3", tmp_path)
+
+
+def test_where_no_server_is_yet_it_is_told_how_to_start_one(tmp_path):
+    """The first round's profile exists once the fit was started: no server can have it before."""
+    with serving(FakeServer()) as url:
+        pass
+    nobody = fits.Server(f"{url}/v1", retries=0)
+    with pytest.raises(fits.ServerError, match=r"unreachable.*'small-1' is written; start it anew"):
+        fits._check_offered(nobody, "small-1", tmp_path)

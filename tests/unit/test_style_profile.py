@@ -152,6 +152,7 @@ def test_a_manifest_that_does_not_fit_is_refused(folder):
         ({"sizes": {**good["sizes"], "bigrams": 1 << 26, "harms": 1 << 27}}, None),
         ({"sizes": {**good["sizes"], "bigrams": 3}}, "bigram"),
         ({"phrases": [{**phrase, "log_ratio": 10.5}]}, "got 10.5; accepted: 0 to 10 nats"),
+        ({"phrases": [{**phrase, "log_ratio": 50}]}, "got 50.0; accepted: 0 to 10 nats"),
         ({"phrases": [{**phrase, "log_ratio": -0.5}]}, "got -0.5; accepted: 0 to 10 nats"),
         ({"phrases": [{**phrase, "model_rate": 1001}]}, "1001.0; accepted: 0 to 1,000 per"),
         ({"phrases": [{**phrase, "text": " "}]}, "phrase: got ' '"),

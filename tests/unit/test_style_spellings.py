@@ -79,3 +79,28 @@ def test_the_search_is_for_words_and_not_for_letters():
 def test_a_tokenizer_without_places_is_refused():
     with pytest.raises(ValueError, match=r"got int, which does not say where"):
         encode(3, ["text"])
+
+
+def test_a_phrase_that_begins_another_is_found_alone_and_within_it(tokenizer):
+    phrases = ["a testament", "a testament to"]
+    automaton = build(spell(tokenizer, phrases), vocabulary=len(tokenizer))
+    texts = ["so a testament to her", "so a testament, too"]
+    found = compare(automaton, Finder(phrases), texts, encode(tokenizer, texts))
+    assert (found.searched, found.matched, found.both) == (3, 3, 3)
+
+
+FOREIGN = {
+    "French": ("à la lumière de", "Il vit, À la lumière de la lune, et à la lumière d'un feu."),
+    "Russian": ("в тени", "Он жил в тени. В тени — тепло; в тениста нет."),
+    "Greek": ("στη σκιά", "Ζει στη σκιά. Στη σκιά!"),
+    "Korean": ("그림자 속에서", "그는 그림자 속에서 산다."),
+    "Chinese": ("光影 交错", "光影 交错，很美。"),
+}
+
+
+@pytest.mark.parametrize(("phrase", "text"), FOREIGN.values(), ids=list(FOREIGN))
+def test_other_languages_are_found_where_blanks_part_their_words(tokenizer, phrase, text):
+    automaton = build(spell(tokenizer, [phrase]), vocabulary=len(tokenizer))
+    found = compare(automaton, Finder([phrase]), [text], encode(tokenizer, [text]))
+    assert found.searched >= 1
+    assert found.recall == 1
