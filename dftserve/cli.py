@@ -37,8 +37,20 @@ def main() -> None:
     help="For requests that name none; `checkpoint`: what its dft.json suggests; `human`: the "
     "target entropy that it states. Else: off.",
 )
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A YAML file of caps: docs/operations.md.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
-def serve(model: str, flags: tuple[str, ...], default_diversity: str | None, dry_run: bool) -> None:
+def serve(
+    model: str,
+    flags: tuple[str, ...],
+    default_diversity: str | None,
+    policy: Path | None,
+    dry_run: bool,
+) -> None:
     """Serve MODEL with vLLM, on this terminal.
 
     Prints the command, then becomes it. Every other flag goes to vLLM as it is:
@@ -49,7 +61,7 @@ def serve(model: str, flags: tuple[str, ...], default_diversity: str | None, dry
     if model.startswith("-"):
         raise click.UsageError(f"got {model!r} first; accepted: MODEL first, then vLLM's flags.")
     with usage_errors():
-        command = launch(model, flags, default_diversity=default_diversity)
+        command = launch(model, flags, default_diversity=default_diversity, policy=policy)
     click.echo(command.shown(), err=True)
     if not dry_run:
         os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})

@@ -4,7 +4,7 @@ from typing import Any
 
 import dftserve
 from dftserve import spec
-from dftserve_vllm import engine, hooks, human, metrics, request_params
+from dftserve_vllm import engine, hooks, human, metrics, policy, request_params
 
 
 def capabilities() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def capabilities() -> dict[str, Any]:
         "styles_unavailable": styles.unavailable,
         "default": default and default.as_dict(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
+        "policy": policy.summary(),
         "answers": True,
         "speculative_decoding": engine.speculative_method(),
         **metrics.totals(),
