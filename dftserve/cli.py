@@ -124,6 +124,32 @@ def doctor(
 
 
 @main.command()
+@click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
+@click.option("--model", help="As the server names it. Default: its first.")
+@click.option(
+    "--api-key-env",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document, to paste in an issue.")
+def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) -> None:
+    """Ask a running server a few short questions, and say whether the field does what it should.
+
+    Exit code 1 where something is wrong. The report has no text and no key.
+    """
+    from dftserve import doctor
+    from dftserve.openai_client import Server
+    from dftserve.serve import base_url
+
+    key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
+    with usage_errors():
+        server = Server(base_url(url), api_key_env, retries=1, timeout_s=60.0)
+        report = doctor.verify(server, model, key)
+    click.echo(report.as_json() if as_json else doctor.shown(report.findings))
+    raise SystemExit(doctor.exit_code(report.findings))
+
+
+@main.command()
 @click.argument("folder", default="build/demo", type=click.Path(file_okay=False, path_type=Path))
 def demo(folder: Path) -> None:
     """Ask a small model at three diversities, tune it, and ask it again; all is kept in FOLDER."""

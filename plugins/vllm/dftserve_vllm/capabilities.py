@@ -16,6 +16,7 @@ def capabilities() -> dict[str, Any]:
         "dftserve": dftserve.__version__,
         "vllm": engine.vllm_version(),
         "runner": engine.runner(),
+        "device": engine.device(),
         "active": reason is None,
         "reason": reason,
         "hooks_missing": hooks.problems(),

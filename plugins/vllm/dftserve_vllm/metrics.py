@@ -73,8 +73,12 @@ class Metrics:
             buckets=SHARES,
         )
 
-        for index in range(engine.engines()):  # At zero from the start, for whoever watches them.
+        # At zero from the start: of a counter's first value Prometheus sees no increase.
+        for index in range(engine.engines()):
             self.count_engine({"engine": index})
+        for counter in (self.refused, self.clamped, self.unavailable, self.audit_lost):
+            if engine.engines():
+                counter.labels(engine.served_model_name())
 
     def count_request(self, law: str) -> None:
         self.requests.labels(engine.served_model_name(), law).inc()
