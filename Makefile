@@ -5,7 +5,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test test-unit test-long lint bench eval-env clients-env
+.PHONY: setup demo test test-unit test-long lint bench sbom audit eval-env clients-env
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
@@ -16,6 +16,10 @@ test-long: setup ; @$(RUN) -m pytest -m long
 eval-env: setup ; @$(PYTHON) tools/eval_env.py
 clients-env: setup ; @$(PYTHON) tools/clients_env.py
 lint: setup ; @ruff check . && ruff format --check . && pyright && lint-imports
+# Both fetch their tool into an environment of its own. `audit` asks a service for known weaknesses, which a
+# machine that reaches package indexes only does not reach: so it is not part of `lint`.
+sbom: setup  ; @$(PYTHON) tools/supply_chain.py sbom
+audit:       ; @$(PYTHON) tools/supply_chain.py audit
 bench: setup
 	@for question in overhead served sampler first_law known_source train_cost families groups; do $(RUN) bench/$$question.py || exit 1; done
 	@$(RUN) bench/report.py

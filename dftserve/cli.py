@@ -37,8 +37,20 @@ def main() -> None:
     help="For requests that name none; `checkpoint`: what its dft.json suggests; `human`: the "
     "target entropy that it states. Else: off.",
 )
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A YAML file of caps: docs/operations.md.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
-def serve(model: str, flags: tuple[str, ...], default_diversity: str | None, dry_run: bool) -> None:
+def serve(
+    model: str,
+    flags: tuple[str, ...],
+    default_diversity: str | None,
+    policy: Path | None,
+    dry_run: bool,
+) -> None:
     """Serve MODEL with vLLM, on this terminal.
 
     Prints the command, then becomes it. Every other flag goes to vLLM as it is:
@@ -49,7 +61,7 @@ def serve(model: str, flags: tuple[str, ...], default_diversity: str | None, dry
     if model.startswith("-"):
         raise click.UsageError(f"got {model!r} first; accepted: MODEL first, then vLLM's flags.")
     with usage_errors():
-        command = launch(model, flags, default_diversity=default_diversity)
+        command = launch(model, flags, default_diversity=default_diversity, policy=policy)
     click.echo(command.shown(), err=True)
     if not dry_run:
         os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
@@ -109,6 +121,32 @@ def doctor(
             findings += doctor.ask(url, key)
     click.echo(doctor.as_json(findings) if as_json else doctor.shown(findings))
     raise SystemExit(doctor.exit_code(findings))
+
+
+@main.command()
+@click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
+@click.option("--model", help="As the server names it. Default: its first.")
+@click.option(
+    "--api-key-env",
+    metavar="NAME",
+    help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document, to paste in an issue.")
+def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) -> None:
+    """Ask a running server a few short questions, and say whether the field does what it should.
+
+    Exit code 1 where something is wrong. The report has no text and no key.
+    """
+    from dftserve import doctor
+    from dftserve.openai_client import Server
+    from dftserve.serve import base_url
+
+    key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
+    with usage_errors():
+        server = Server(base_url(url), api_key_env, retries=1, timeout_s=60.0)
+        report = doctor.verify(server, model, key)
+    click.echo(report.as_json() if as_json else doctor.shown(report.findings))
+    raise SystemExit(doctor.exit_code(report.findings))
 
 
 @main.command()

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
+from dftserve import policy as policies
 from dftserve.bounded_files import read_json
 from dftserve.gguf import resolve
 from dftserve.hub import check_path
@@ -96,7 +97,11 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def launch(
-    model: str, flags: Sequence[str] = (), *, default_diversity: str | None = None
+    model: str,
+    flags: Sequence[str] = (),
+    *,
+    default_diversity: str | None = None,
+    policy: str | os.PathLike[str] | None = None,
 ) -> Launch:
     """The command that serves a model: vLLM's own, with the flags as they are given; and with
     `--dtype float32` where `_float32` says so.
@@ -105,14 +110,16 @@ def launch(
         default_diversity: for requests that name none: a number or an object as JSON text, or
             `checkpoint` for what the checkpoint's dft.json suggests, or `human` for the law
             `budget` at the target entropy that it states.
+        policy: a file of caps (`dftserve.policy`), which is read here, and again by the server.
 
     A checkpoint that carries checksums is compared with them first, and the files of any folder
     are looked through (`model_folder`). A GGUF file is converted (`gguf`), and served under the
     name that was given.
 
     Raises:
-        ValueError: the default is not acceptable, the checkpoint suggests none, a file of it is
-            not what was written, or none that may be opened, or a GGUF cannot be converted.
+        ValueError: the default or the policy is not acceptable, the checkpoint suggests none, a
+            file of it is not what was written, or none that may be opened, or a GGUF cannot be
+            converted.
         RuntimeError: there is no vllm command.
     """
     given, model = model, resolve(model)
@@ -137,6 +144,9 @@ def launch(
     if default_diversity is not None:
         default = _default(model, default_diversity)
         environment[DEFAULT_DIVERSITY] = json.dumps(default.as_dict())
+    if policy is not None:
+        policies.read(os.fspath(policy))
+        environment[policies.VARIABLE] = os.path.abspath(policy)
     return Launch((command, "serve", model, *flags), environment)
 
 

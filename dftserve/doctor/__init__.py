@@ -3,6 +3,7 @@
     examine      this Python and its environment variables
     judge        one vLLM's source: a folder, or a wheel that is not installed
     ask          a running server
+    verify       a running server, by requests
 
 Nothing heavy is imported: versions and files are read where they lie.
 """
@@ -10,11 +11,22 @@ Nothing heavy is imported: versions and files are read where they lie.
 from collections.abc import Mapping
 
 from dftserve.doctor import contract, engine, entry_points, packages, switches
+from dftserve.doctor.behaviour import Report, verify
 from dftserve.doctor.contract import judge
 from dftserve.doctor.findings import Finding, as_json, exit_code, shown
 from dftserve.doctor.server import ask
 
-__all__ = ["Finding", "as_json", "ask", "examine", "exit_code", "judge", "shown"]
+__all__ = [
+    "Finding",
+    "Report",
+    "as_json",
+    "ask",
+    "examine",
+    "exit_code",
+    "judge",
+    "shown",
+    "verify",
+]
 
 
 def examine(environment: Mapping[str, str]) -> list[Finding]:

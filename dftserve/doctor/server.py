@@ -26,17 +26,24 @@ def ask(url: str, api_key: str | None = None) -> list[Finding]:
     Raises:
         ValueError: the address is not one of http or https.
     """
+    return capabilities_of(url, api_key)[0]
+
+
+def capabilities_of(
+    url: str, api_key: str | None = None
+) -> tuple[list[Finding], dict[str, Any] | None]:
+    """As `ask`, and the capabilities themselves; None where it has none of ours."""
     base = _base(url)
     try:
         answer = _get(base + ROUTE, api_key)
     except (OSError, HTTPException) as problem:
-        return [error("server", _unreachable(base, problem))]
+        return [error("server", _unreachable(base, problem))], None
     if answer.status != 200:
-        return [error("server", _refused(base, answer, has_key=api_key is not None))]
+        return [error("server", _refused(base, answer, has_key=api_key is not None))], None
     content = answer.content()
     if not isinstance(content, dict) or "active" not in content:
-        return [error("server", _foreign(base, answer))]
-    return list(_capabilities(content))
+        return [error("server", _foreign(base, answer))], None
+    return list(_capabilities(content)), content
 
 
 def _base(url: str) -> str:

@@ -1,8 +1,9 @@
 """What the doctor says of real servers: one with the plug-in, one where it is disabled."""
 
 from dftserve import doctor
+from dftserve.openai_client import Server
 from tests.client import metric
-from tests.conftest import KEY
+from tests.conftest import KEY, PATIENCE
 
 
 def test_a_server_with_the_plug_in(v1):
@@ -30,3 +31,12 @@ def test_a_wrong_path(v1):
 def test_a_wrong_key_and_none(v1):
     assert "--api-key-env NAME" in doctor.ask(v1.url)[0].text
     assert "another key" in doctor.ask(v1.url, "wrong")[0].text
+
+
+def test_verify_says_that_a_real_server_does_as_it_says(v1, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", KEY)
+    report = doctor.verify(Server(f"{v1.url}/v1", "SERVER_KEY", timeout_s=PATIENCE), None, KEY)
+    found = {finding.name: finding.state for finding in report.findings}
+    del found["server faults"]  # Other tests of this engine inject some.
+    assert set(found.values()) == {"ok"}, report.findings
+    assert report.about["device"]

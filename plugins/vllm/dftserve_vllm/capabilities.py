@@ -4,7 +4,7 @@ from typing import Any
 
 import dftserve
 from dftserve import spec
-from dftserve_vllm import engine, hooks, human, metrics, request_params
+from dftserve_vllm import engine, hooks, human, metrics, policy, request_params
 
 
 def capabilities() -> dict[str, Any]:
@@ -16,6 +16,7 @@ def capabilities() -> dict[str, Any]:
         "dftserve": dftserve.__version__,
         "vllm": engine.vllm_version(),
         "runner": engine.runner(),
+        "device": engine.device(),
         "active": reason is None,
         "reason": reason,
         "hooks_missing": hooks.problems(),
@@ -30,6 +31,7 @@ def capabilities() -> dict[str, Any]:
         "styles_unavailable": styles.unavailable,
         "default": default and default.as_dict(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
+        "policy": policy.summary(),
         "answers": True,
         "speculative_decoding": engine.speculative_method(),
         **metrics.totals(),

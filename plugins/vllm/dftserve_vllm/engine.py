@@ -119,6 +119,15 @@ def runner() -> str | None:
     return "V2" if _config.use_v2_model_runner else "V1"
 
 
+def device() -> str | None:
+    """What the engine computes on, as vLLM names it; None where it cannot say."""
+    with contextlib.suppress(Exception):  # For a report: nothing depends on it.
+        from vllm.platforms import current_platform
+
+        return str(current_platform.get_device_name())
+    return None
+
+
 def served_model_name() -> str:
     """As the label `model_name` of vLLM's own metrics; empty before the engine is configured."""
     return "" if _config is None else str(getattr(_config.model_config, "served_model_name", ""))

@@ -117,12 +117,14 @@ def _passing_on(attribute: str) -> Callable[..., Any]:
 
 def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from dftserve_vllm.policy import policy
         from dftserve_vllm.request_params import default_diversity
 
         engine.record(vllm_config)
         _import_what_the_engine_runs()
         engine.styles()  # What is refused is logged as the server starts.
         default = default_diversity()  # A wrong one stops the server here, not a request.
+        policy()  # Likewise.
         if (reason := engine.refusal()) is not None:
             logger.warning(
                 "diversity: %s. Requests with the field are answered with 400, "

@@ -32,6 +32,14 @@ class Metrics:
             "Requests whose diversity or style was answered with 400.",
             ["model_name"],
         )
+        self.clamped = Counter(
+            "dft:requests_clamped",
+            "Requests whose diversity or style was lowered to the operator's caps.",
+            ["model_name"],
+        )
+        self.audit_lost = Counter(
+            "dft:audit_lost", "Lines that the audit log could not take.", ["model_name"]
+        )
         self.unavailable = Counter(
             "dft:statistics_unavailable",
             "Choices that ended without statistics from the engine.",
@@ -65,8 +73,12 @@ class Metrics:
             buckets=SHARES,
         )
 
-        for index in range(engine.engines()):  # At zero from the start, for whoever watches them.
+        # At zero from the start: of a counter's first value Prometheus sees no increase.
+        for index in range(engine.engines()):
             self.count_engine({"engine": index})
+        for counter in (self.refused, self.clamped, self.unavailable, self.audit_lost):
+            if engine.engines():
+                counter.labels(engine.served_model_name())
 
     def count_request(self, law: str) -> None:
         self.requests.labels(engine.served_model_name(), law).inc()
@@ -76,6 +88,12 @@ class Metrics:
 
     def count_refusal(self) -> None:
         self.refused.labels(engine.served_model_name()).inc()
+
+    def count_clamped(self) -> None:
+        self.clamped.labels(engine.served_model_name()).inc()
+
+    def count_lost_audit(self) -> None:
+        self.audit_lost.labels(engine.served_model_name()).inc()
 
     def count_engine(self, payload: Payload) -> None:
         """What is new in an engine's counts."""

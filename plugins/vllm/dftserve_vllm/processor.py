@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 
-from dftserve_vllm import engine, is_disabled
+from dftserve_vllm import engine, is_disabled, policy
 from dftserve_vllm.extra_args import active
 
 try:
@@ -64,6 +64,7 @@ class DiversityProcessor(*_BASES):
         """
         if is_disabled():
             return
+        policy.check_carried(sampling_params)
         asked = active(sampling_params, temperature_applied=False, styles=engine.styles())
         if asked is not None and (reason := engine.refusal_of(asked.diversity)):
             raise ValueError(f"diversity: {reason}")

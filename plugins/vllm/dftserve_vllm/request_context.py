@@ -8,6 +8,7 @@ import itertools
 import os
 import secrets
 import weakref
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,8 @@ class PromptContext:
     count: int
     """How many choices were asked for."""
     dropped: dict[str, float] = field(default_factory=dict)
+    clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By field: what was asked for beyond the operator's caps."""
     reason: str | None = None
     """Why the effective level is 0 although one was asked for."""
     style: Style | None = None
@@ -112,6 +115,8 @@ class PromptContext:
 class RequestContext:
     """All prompts of one HTTP request, in their order."""
 
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    """Of the request, as ASGI has them."""
     prompts: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
@@ -125,6 +130,8 @@ class RequestContext:
         members = first.effective()
         choices = [choice for prompt in self.prompts for choice in prompt.choices]
         for name, answer in members.items():
+            if clamped := first.clamped.get(name):
+                answer["clamped"] = dict(clamped)
             if first.dropped:
                 answer["dropped"] = first.dropped
             of_choice = ChoiceStatistics.of_style if name == STYLE else ChoiceStatistics.as_dict

@@ -7,7 +7,7 @@ from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 from dftserve import spec
-from dftserve_vllm import engine, groups, human, metrics, request_context
+from dftserve_vllm import audit, engine, groups, human, metrics, policy, request_context
 from dftserve_vllm.extra_args import (
     DIVERSITY,
     IDENTITY,
@@ -51,6 +51,10 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(to_sampling_params)
     def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
+        with audit.refusals(request):
+            return decide(request, *args, **kwargs)
+
+    def decide(request: Any, *args: Any, **kwargs: Any) -> Any:
         given = (args[1] if len(args) > 1 else kwargs.get(DEFAULTS)) or {}
 
         def params_with(defaults: Any) -> Any:
@@ -58,8 +62,9 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
                 return to_sampling_params(request, args[0], defaults, *args[2:], **kwargs)
             return to_sampling_params(request, *args, **{**kwargs, DEFAULTS: defaults})
 
-        asked, style = _asked(request), _asked_style(request)
-        diversity = asked or _default(request)
+        allowed = _allowed(request)
+        asked, style = allowed.diversity, allowed.style
+        diversity = asked or policy.of_default(request, _default(request))
         if asked is None and diversity is not None and clash(diversity, style) is not None:
             diversity = None  # The operator's default steps back.
         if diversity is None and style is None:
@@ -67,7 +72,8 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
         has_diversity, diversity = diversity is not None, diversity or OFF
         if not diversity.is_off and (reason := engine.refusal_of(diversity)):
             raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
-        prompt = partial(PromptContext, style=style, has_diversity=has_diversity)
+        told = {"style": style, "has_diversity": has_diversity, "clamped": allowed.clamped}
+        prompt = partial(PromptContext, **told)
         if (reason := clash(diversity, style)) is not None:
             raise _bad_request(reason, STYLE)
         if diversity.is_off and (style is None or style.is_off):
@@ -87,6 +93,11 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
 
     @wraps(to_beam_search_params)
     def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
+        with audit.refusals(request):
+            refuse(request)
+        return to_beam_search_params(request, *args, **kwargs)
+
+    def refuse(request: Any) -> None:
         asked = _asked(request)
         together = "got it together with use_beam_search, which does not sample; drop one"
         if asked is not None and not asked.is_off:
@@ -94,9 +105,16 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
         style = _asked_style(request)
         if style is not None and not style.is_off:
             raise _bad_request(f"{STYLE}: {together}.", STYLE)
-        return to_beam_search_params(request, *args, **kwargs)
 
     return wrapped
+
+
+def _allowed(request: Any) -> policy.Allowed:
+    """What the body asks for, as far as the operator's policy allows it."""
+    try:
+        return policy.allowed(request, _asked(request), _asked_style(request))
+    except spec.DiversityError as error:
+        raise _bad_request(str(error), error.parameter) from None
 
 
 def _asked(request: Any) -> spec.Diversity | None:
@@ -259,6 +277,9 @@ def _stripped(params: Any) -> Any:
 
 
 def _note(request: Any, prompt: PromptContext) -> None:
+    audit.note(request, prompt)
+    if prompt.clamped:
+        metrics.metrics().count_clamped()
     current = request_context.current.get()
     if current is None:
         return

@@ -31,7 +31,7 @@ class ResponseMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        opened = request_context.RequestContext()
+        opened = request_context.RequestContext(scope.get("headers", ()))
         token = request_context.current.set(opened)
         try:
             await self._app(scope, receive, _Response(opened, send))

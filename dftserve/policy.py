@@ -1,0 +1,173 @@
+"""What an operator allows: a YAML file of caps, for a server, a served model and an API key.
+
+    on_excess: reject                 # or clamp
+    server: {level: 0.6, laws: [gated, guard], styles: [human]}
+    models:
+      demo: {level: 0.4}
+    keys:                             # by the SHA-256 of the key
+      2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae: {level: 1}
+    audit: {file: /var/log/dftserve/audit.jsonl}
+
+A key's word stands over a model's, and a model's over the server's, each cap by itself.
+Standard library only, but for YAML.
+"""
+
+import string
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dftserve import settings, spec
+
+VARIABLE = "DFTSERVE_POLICY"
+"""The environment variable in which the plug-in finds the file."""
+REJECT, CLAMP = "reject", "clamp"
+KEY_DIGITS = 64
+"""Hexadecimal digits of a SHA-256."""
+MIB = 1 << 20
+
+Asked = TypeVar("Asked", spec.Diversity, spec.Style)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that is allowed of each number; None: this place does not say."""
+
+    level: float | None = None
+    max_temperature: float | None = None
+    target_entropy: float | None = None
+    dynatemp_range: float | None = None
+    n_sigma: float | None = None
+    xtc_probability: float | None = None
+    strength: float | None = None
+    """Of a style."""
+    max_kl: float | None = None
+    """Of a style, in nats a token."""
+    laws: tuple[str, ...] | None = None
+    """The laws that may be asked for."""
+    styles: tuple[str, ...] | None = None
+    """The styles that may be asked for."""
+
+    def __post_init__(self) -> None:
+        for name in self.laws or ():
+            if name not in spec.LAWS:
+                raise ValueError(f"laws: got {name!r}; accepted: {settings.among(name, spec.LAWS)}")
+        for name, bounds in (*spec.BOUNDS.items(), *spec.STYLE_BOUNDS.items()):
+            cap = getattr(self, name, None)
+            if cap is not None and cap not in bounds:
+                raise ValueError(f"{name}: got {cap:g}; accepted: {bounds}.")
+
+    def over(self, outer: "Limits") -> "Limits":
+        """These, and where they say nothing, those of the place around."""
+        return replace(outer, **self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is said."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def refusal_of(self, asked: spec.Diversity | spec.Style) -> tuple[str, str, str] | None:
+        """The name, the value and what is accepted instead, of a law or a style that may not be
+        asked for; None where it may."""
+        if isinstance(asked, spec.Diversity):
+            name, value, accepted = "law", asked.law, self.laws
+        else:
+            name, value, accepted = "name", asked.name, self.styles
+        if asked.is_off or accepted is None or value in accepted:
+            return None
+        return name, value, ", ".join(accepted) or "none"
+
+    def excess(self, asked: spec.Diversity | spec.Style) -> dict[str, float]:
+        """The caps that the numbers of a request exceed, by name."""
+        if asked.is_off:
+            return {}
+        caps = {each.name: getattr(self, each.name, None) for each in fields(asked)}
+        return {
+            name: cap
+            for name, cap in caps.items()
+            if cap is not None and (value := getattr(asked, name)) is not None and value > cap
+        }
+
+    def lowered(self, asked: Asked) -> Asked:
+        """The request with every number at most its cap."""
+        caps: dict[str, Any] = self.excess(asked)
+        return replace(asked, **caps) if caps else asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Where requests with a field are noted, without any text of theirs."""
+
+    file: str
+    largest_mib: int = 64
+    """Of one file, in MiB; then it is renamed to FILE.1, FILE.1 to FILE.2 and so on."""
+    keep: int = 4
+    """Files that were renamed; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        if not Path(self.file).is_absolute():
+            raise ValueError(f"file: got {self.file!r}; accepted: a path that begins with /.")
+        for name, value in (("largest_mib", self.largest_mib), ("keep", self.keep)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}; accepted: a whole number from 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A policy file."""
+
+    on_excess: str = REJECT
+    server: Limits = Limits()
+    models: Mapping[str, Limits] = field(default_factory=dict)
+    """By the name that a client asks for."""
+    keys: Mapping[str, Limits] = field(default_factory=dict)
+    """By the SHA-256 of the API key, in hexadecimal digits."""
+    audit: Audit | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_excess not in (REJECT, CLAMP):
+            raise ValueError(f"on_excess: got {self.on_excess!r}; accepted: {REJECT}, {CLAMP}.")
+        for number, digest in enumerate(self.keys, start=1):
+            _check_digest(digest, number)
+        for name in ("models", "keys"):
+            object.__setattr__(self, name, _limits(getattr(self, name), name))
+
+    def limits(self, models: Collection[str], key: str | None) -> Limits:
+        """What holds for a request.
+
+        Args:
+            models: the name that it asks for, and after it the names whose entries stand in
+                where that one has none.
+            key: the SHA-256 of its API key; None where it has none.
+        """
+        of_key = Limits() if key is None else self.keys.get(key, Limits())
+        of_model = next((self.models[name] for name in models if name in self.models), Limits())
+        return of_key.over(of_model.over(self.server))
+
+
+def read(path: str | Path) -> Policy:
+    """The policy of a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read, or says something else; names the place in it.
+    """
+    path = Path(path)
+    return settings.load(Policy, settings.read_yaml(path), path.name)
+
+
+def _check_digest(digest: object, number: int) -> None:
+    """What came is not repeated: it may be the key itself."""
+    digits = set(string.digits + "abcdef")
+    if not isinstance(digest, str) or len(digest) != KEY_DIGITS or not set(digest) <= digits:
+        raise ValueError(
+            f"keys: got an entry (number {number}) that is no SHA-256; accepted: {KEY_DIGITS} "
+            'digits, 0-9 and a-f, of the key: printf %s "$KEY" | sha256sum.'
+        )
+
+
+def _limits(given: Mapping[Any, Any], where: str) -> dict[str, Limits]:
+    shown = (name if where == "models" else f"{name:.8}…" for name in given)
+    return {
+        name: each if isinstance(each, Limits) else settings.load(Limits, each, f"{where}.{said}")
+        for (name, each), said in zip(given.items(), shown, strict=True)
+    }

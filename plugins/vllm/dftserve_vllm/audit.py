@@ -1,0 +1,198 @@
+"""The audit log: one JSON line for each request with a field, without any text of the client's.
+
+    {"time": "2026-11-28T06:50:00.123+00:00", "request_id": "3f…", "model": "demo",
+     "key": "2c26b46b68ff", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
+     "outcome": "clamped"}
+
+Opt-in, by `audit` of the policy. Whatever keeps a line from being written is counted
+(`dft:audit_lost_total`) and logged once; the request goes on.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from dftserve import bounded_files, spec
+from dftserve.policy import MIB, Audit
+from dftserve_vllm import engine, metrics, policy, request_context
+from dftserve_vllm.extra_args import DIVERSITY, STYLE, parse_field, parse_style_field
+from dftserve_vllm.log import logged_once
+from dftserve_vllm.request_context import PromptContext
+
+KEY_DIGITS = 12
+"""Of the key's SHA-256: enough to tell keys apart."""
+LONGEST_NAME = 128
+"""Characters of a request's id and of a model's name; both come from clients."""
+ENCODED_ROOM = 1 << 20
+"""Bytes by which a file may exceed its size before it is renamed: processes share it."""
+
+
+class AuditLog:
+    """A file of lines, renamed as it grows; several processes may write to it."""
+
+    def __init__(self, settings: Audit) -> None:
+        self._path = Path(settings.file)
+        self._largest = settings.largest_mib * MIB
+        self._keep = settings.keep
+        self._descriptor: int | None = None
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """
+        Raises:
+            OSError, ValueError: the line is not written; the next one is tried anew.
+        """
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        try:
+            descriptor = self._current()
+            if os.write(descriptor, line) != len(line):
+                os.write(descriptor, b"\n")  # What is whole after it stays readable.
+                raise OSError(f"{self._path}: a line was cut: is the disk full?")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _current(self) -> int:
+        """The file under the path, which another process may have renamed since the last line."""
+        if self._descriptor is not None and not self._is_at_path(self._descriptor):
+            self.close()
+        if self._descriptor is None:
+            self._descriptor = self._open()
+        if os.fstat(self._descriptor).st_size >= self._largest:
+            self._rotate(self._descriptor)
+            self.close()
+            self._descriptor = self._open()
+        return self._descriptor
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        # Neither a link nor a pipe in its place is written to.
+        descriptor = os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            largest = self._largest + ENCODED_ROOM
+            bounded_files.check(self._path, os.fstat(descriptor), largest)
+        except ValueError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.lstat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _rotate(self, descriptor: int) -> None:
+        """FILE.3 to FILE.4 …, FILE to FILE.1, by the one process that has the lock."""
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # Released as the file is closed.
+        if not self._is_at_path(descriptor):
+            return
+        for number in range(self._keep - 1, 0, -1):
+            if (older := self._numbered(number)).exists():
+                os.replace(older, self._numbered(number + 1))
+        os.replace(self._path, self._numbered(1))
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}")
+
+
+@lru_cache
+def log() -> AuditLog | None:
+    """Of this process; None where the policy asks for none."""
+    found = policy.policy()
+    return AuditLog(found.audit) if found is not None and found.audit is not None else None
+
+
+def note(request: Any, prompt: PromptContext) -> None:
+    """A request that is accepted, with what is in force for it."""
+    if log() is not None:
+        outcome = "clamped" if prompt.clamped else "accepted"
+        _write(request, {"effective": prompt.effective(), "outcome": outcome})
+
+
+@contextmanager
+def refusals(request: Any) -> Iterator[None]:
+    """Notes what vLLM's 400 of ours in the body refuses."""
+    try:
+        yield
+    except Exception as error:
+        parameter = getattr(error, "parameter", None)
+        if log() is not None and isinstance(parameter, str) and _asked(request) is not None:
+            name = parameter.removeprefix("vllm_xargs.").partition(".")[0]
+            _write(request, {"effective": None, "outcome": "refused", "param": name})
+        raise
+
+
+def _write(request: Any, rest: dict[str, Any]) -> None:
+    found = log()
+    assert found is not None
+    with logged_once("the audit log has gaps; dft:audit_lost_total counts them"):
+        try:
+            found.write({**_of_request(request), **rest})
+        except BaseException:
+            metrics.metrics().count_lost_audit()
+            raise
+
+
+def _of_request(request: Any) -> dict[str, Any]:
+    digest = policy.key_digest()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request_id": _cut(_request_id(request)),
+        "model": _cut(getattr(request, "model", None) or engine.served_model_name()),
+        "key": None if digest is None else digest[:KEY_DIGITS],
+        "asked": _asked(request),
+    }
+
+
+def _request_id(request: Any) -> object:
+    """As vLLM takes it: the header's, or the body's."""
+    current = request_context.current.get()
+    headers = Headers(raw=list(current.headers)) if current is not None else {}
+    return headers.get("x-request-id") or getattr(request, "request_id", None)
+
+
+def _cut(text: object) -> str | None:
+    return None if text is None else str(text)[:LONGEST_NAME]
+
+
+def _asked(request: Any) -> dict[str, Any] | None:
+    """The fields that the request has, as we read them; None where it has none."""
+    found: dict[str, Any] = {}
+    for name, shown in ((DIVERSITY, _diversity), (STYLE, _style)):
+        top = (getattr(request, "model_extra", None) or {}).get(name)
+        argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
+        if (value := argument if top is None else top) is not None:
+            found[name] = shown(value)
+    return found or None
+
+
+def _diversity(value: object) -> object:
+    if value == spec.HUMAN:
+        return spec.HUMAN
+    try:
+        return parse_field(value).as_dict()
+    except spec.DiversityError:
+        return "not acceptable"
+
+
+def _style(value: object) -> object:
+    """A name that the server does not know could be any text."""
+    try:
+        style = parse_style_field(value)
+    except spec.DiversityError:
+        return "not acceptable"
+    known = [profile.name for profile in engine.styles().profiles]
+    return style.as_dict() if style.name in known else "unknown"

@@ -1,0 +1,181 @@
+"""The operator's policy on this server: whose caps hold for a request, and what they make of it.
+
+Every request's parameters are decided in `request_params`, which asks `allowed` and `of_default`.
+What reaches an engine on a route without the field (audio, tokens in and out, offline) meets
+`check_carried`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from dftserve import policy as policies
+from dftserve import spec
+from dftserve.policy import VARIABLE, Limits, Policy
+from dftserve_vllm import engine, request_context
+from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, STYLE, parse_field, parse_style_field
+
+WHOSE = "which is what the operator's policy allows here"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a request asked for, as far as it is allowed."""
+
+    diversity: spec.Diversity | None
+    style: spec.Style | None
+    clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By field: the numbers that were asked for, and were lowered."""
+
+
+@lru_cache
+def policy() -> Policy | None:
+    """The policy of `DFTSERVE_POLICY`, read once in a process; None where there is none.
+
+    Raises:
+        ValueError: the file says something else; names the place in it.
+    """
+    path = os.environ.get(VARIABLE, "")
+    return policies.read(path) if path else None
+
+
+def allowed(request: Any, diversity: spec.Diversity | None, style: spec.Style | None) -> Allowed:
+    """What is left of what a request asks for itself.
+
+    Raises:
+        DiversityError: it exceeds a cap that rejects, or a law or a style may not be asked for.
+    """
+    if policy() is None or (diversity is None and style is None):
+        return Allowed(diversity, style)
+    limits = _limits(request)
+    clamped: dict[str, Mapping[str, float]] = {}
+    if diversity is not None:
+        diversity = _within(limits, diversity, request, DIVERSITY, clamped)
+    if style is not None:
+        style = _within(limits, style, request, STYLE, clamped)
+    return Allowed(diversity, style, clamped)
+
+
+def of_default(request: Any, diversity: spec.Diversity | None) -> spec.Diversity | None:
+    """The operator's default for a request: lowered to the caps, since the client did not ask;
+    None where its law is not allowed."""
+    if policy() is None or diversity is None:
+        return diversity
+    limits = _limits(request)
+    lowered = limits.lowered(diversity)
+    return None if limits.refusal_of(diversity) or lowered.is_off else lowered
+
+
+def check_carried(params: Any) -> None:
+    """Of SamplingParams that `request_params` has not made: no answer would say what was lowered,
+    so that all excess is refused.
+
+    Raises:
+        DiversityError: they carry more than is allowed.
+    """
+    carried: Mapping[str, Any] = params.extra_args or {}
+    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
+    if policy() is None or (asked is None and named is None) or _is_ours(carried.get(IDENTITY)):
+        return
+    limits = _limits(None)
+    if asked is not None:
+        _refuse_excess(limits, parse_field(asked), DIVERSITY)
+    if named is not None:
+        _refuse_excess(limits, engine.styles().completed(parse_style_field(named)), STYLE)
+
+
+def summary() -> dict[str, Any] | None:
+    """For the capabilities: what holds for a request without an entry of its own."""
+    found = policy()
+    if found is None:
+        return None
+    return {
+        "on_excess": found.on_excess,
+        **found.limits([engine.served_model_name()], None).as_dict(),
+    }
+
+
+def key_digest() -> str | None:
+    """The SHA-256 of the API key of the HTTP request, in hexadecimal digits; None without one.
+
+    The key is where vLLM's own check looks for it.
+    """
+    current = request_context.current.get()
+    if current is None:
+        return None
+    scheme, _, key = Headers(raw=list(current.headers)).get("authorization", "").partition(" ")
+    return hashlib.sha256(key.encode()).hexdigest() if scheme.lower() == "bearer" else None
+
+
+def _limits(request: Any) -> Limits:
+    found = policy()
+    assert found is not None
+    asked = getattr(request, "model", None) or ""
+    return found.limits([asked, engine.served_model_name()], key_digest())
+
+
+def _within(
+    limits: Limits,
+    asked: policies.Asked,
+    request: Any,
+    name: str,
+    clamped: dict[str, Mapping[str, float]],
+) -> policies.Asked:
+    """What the request leaves to defaults is lowered, whatever becomes of what it names."""
+    found = policy()
+    assert found is not None
+    parameter, named = _said(request, name)
+    _refuse_name(limits, asked, parameter)
+    excess = {key: cap for key, cap in limits.excess(asked).items() if key in named}
+    if excess and found.on_excess == policies.REJECT:
+        key, cap = next(iter(excess.items()))
+        raise _error(f"{parameter}.{key}", getattr(asked, key), f"at most {cap:g}")
+    if excess:
+        clamped[name] = {key: getattr(asked, key) for key in excess}
+    return limits.lowered(asked)
+
+
+def _refuse_excess(limits: Limits, asked: spec.Diversity | spec.Style, name: str) -> None:
+    _refuse_name(limits, asked, name)
+    for key, cap in limits.excess(asked).items():
+        raise _error(f"{name}.{key}", getattr(asked, key), f"at most {cap:g}")
+
+
+def _refuse_name(limits: Limits, asked: spec.Diversity | spec.Style, parameter: str) -> None:
+    if (refused := limits.refusal_of(asked)) is not None:
+        key, value, accepted = refused
+        raise _error(f"{parameter}.{key}", value, accepted)
+
+
+def _error(parameter: str, value: object, accepted: str) -> spec.DiversityError:
+    return spec.DiversityError(parameter, value, f"{accepted}, {WHOSE}")
+
+
+def _said(request: Any, name: str) -> tuple[str, set[str]]:
+    """Where a request has the field, and which of its keys have a value there."""
+    top = (request.model_extra or {}).get(name)
+    argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
+    parameter = name if top is not None else f"vllm_xargs.{name}"
+    return parameter, _keys(top) | _keys(argument)
+
+
+def _keys(value: object) -> set[str]:
+    """Of a value that has been parsed before: a number, an object, either as JSON text, a name."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        return {key for key, each in value.items() if each is not None}
+    if value == spec.HUMAN:
+        return {"target_entropy"}
+    return set() if value is None else {"level"}
+
+
+def _is_ours(identity: object) -> bool:
+    """Whether it names a request that is under way here; nobody outside is told one."""
+    return isinstance(identity, str) and request_context.choice_of(identity) is not None

@@ -1,0 +1,142 @@
+"""The audit log: what a line says, what it never says, and what happens where it cannot be kept."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from dftserve_vllm import audit, engine, log, metrics, policy, request_context, request_params
+from dftserve_vllm.request_context import RequestContext
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+
+from dftserve import spec
+from dftserve.policy import VARIABLE, Audit
+
+KEY = "a-secret-key"
+PROMPT = "canary: once upon a time"
+HEADERS = [(b"authorization", f"Bearer {KEY}".encode()), (b"x-request-id", b"r" * 500)]
+
+
+@pytest.fixture
+def set_audit(tmp_path, monkeypatch):
+    """Sets a policy with an audit log, in the context of an HTTP request with a key."""
+    model_config = SimpleNamespace(
+        is_diffusion=False, override_generation_config={}, served_model_name="demo"
+    )
+    config = SimpleNamespace(
+        model_config=model_config, speculative_config=None, use_v2_model_runner=True
+    )
+    monkeypatch.setattr(engine, "_config", config)
+    monkeypatch.setattr(log, "_logged", set())
+
+    def write(file):
+        content = {"server": {"level": 0.5}, "on_excess": "clamp", "audit": {"file": str(file)}}
+        (tmp_path / "policy.yaml").write_text(json.dumps(content))
+        monkeypatch.setenv(VARIABLE, str(tmp_path / "policy.yaml"))
+        policy.policy.cache_clear()
+        audit.log.cache_clear()
+
+    token = request_context.current.set(RequestContext(HEADERS))
+    yield write
+    request_context.current.reset(token)
+    policy.policy.cache_clear()
+    audit.log.cache_clear()
+
+
+def ask(**fields):
+    request = CompletionRequest(model="demo", prompt=PROMPT, **fields)
+    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
+
+
+def lost() -> float:
+    return metrics.metrics().audit_lost.labels("demo")._value.get()
+
+
+def test_a_line_says_what_was_asked_and_what_came_of_it(set_audit, tmp_path):
+    set_audit(tmp_path / "audit.jsonl")
+    ask()
+    ask(diversity=0.2)
+    ask(vllm_xargs={"diversity": "0.9"})
+    for wrong in ({"diversity": PROMPT}, {"style": PROMPT}, {"diversity": {PROMPT: 1}}):
+        with pytest.raises(VLLMValidationError):
+            ask(**wrong)
+    text = (tmp_path / "audit.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["outcome"] for line in lines] == ["accepted", "clamped", *["refused"] * 3]
+    assert [line["asked"]["diversity"]["level"] for line in lines[:2]] == [0.2, 0.9]
+    assert [line["effective"]["diversity"]["level"] for line in lines[:2]] == [0.2, 0.5]
+    assert [line["param"] for line in lines[2:]] == ["diversity", "style", "diversity"]
+    assert {line["key"] for line in lines} == {hashlib.sha256(KEY.encode()).hexdigest()[:12]}
+    assert {line["request_id"] for line in lines} == {"r" * audit.LONGEST_NAME}
+    assert {line["model"] for line in lines} == {"demo"}
+    assert "canary" not in text
+    assert KEY not in text
+    assert os.stat(tmp_path / "audit.jsonl").st_mode & 0o077 == 0
+
+
+def test_the_operator_s_default_is_noted_as_not_asked_for(set_audit, tmp_path, monkeypatch):
+    set_audit(tmp_path / "audit.jsonl")
+    monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(0.9))
+    ask()
+    (line,) = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+    assert line["asked"] is None
+    assert line["effective"]["diversity"]["level"] == 0.5
+
+
+@pytest.mark.parametrize("place", ["missing folder", "a pipe", "a link", "a full disk"])
+def test_where_it_cannot_be_kept_requests_go_on(set_audit, tmp_path, monkeypatch, caplog, place):
+    file = tmp_path / "audit.jsonl"
+    if place == "missing folder":
+        file = tmp_path / "none" / "audit.jsonl"
+    elif place == "a pipe":
+        os.mkfifo(file)
+    elif place == "a link":
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(audit.os, "write", lambda *_: (_ for _ in ()).throw(full))
+    set_audit(file)
+    monkeypatch.setattr(log.logger, "propagate", True)
+    before = lost()
+    for _ in range(3):
+        assert ask(diversity=0.2).extra_args["diversity"]["level"] == 0.2
+    assert lost() - before == 3
+    assert caplog.text.count("the audit log has gaps") == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_after_a_full_disk_lines_are_whole_again(set_audit, tmp_path, monkeypatch):
+    set_audit(tmp_path / "audit.jsonl")
+    write = os.write
+    monkeypatch.setattr(audit.os, "write", lambda fd, line: write(fd, line[:20]))
+    ask(diversity=0.1)
+    monkeypatch.setattr(audit.os, "write", write)
+    ask(diversity=0.2)
+    cut, whole = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert len(cut) == 20
+    assert json.loads(whole)["outcome"] == "accepted"
+
+
+def test_files_are_renamed_by_size_and_the_oldest_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "MIB", 100)
+    file = tmp_path / "audit.jsonl"
+    settings = Audit(file=str(file), largest_mib=1, keep=2)
+    writers = [audit.AuditLog(settings), audit.AuditLog(settings)]  # As of two processes.
+    for number in range(60):
+        writers[number % 2].write({"number": number})
+    for writer in writers:
+        writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "audit.jsonl",
+        "audit.jsonl.1",
+        "audit.jsonl.2",
+    ]
+    places = (f"{file}.2", f"{file}.1", file)
+    lines = [line for place in places for line in Path(place).read_text().splitlines()]
+    numbers = [json.loads(line)["number"] for line in lines]
+    assert numbers == list(range(60 - len(numbers), 60))
+    assert all(os.stat(place).st_size < 100 + 20 for place in places)

@@ -1,0 +1,313 @@
+"""A policy's file, and its caps on every path by which a value can reach an engine."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+from dftserve_vllm import capabilities, engine, human, policy, request_context, request_params
+from dftserve_vllm.processor import DiversityProcessor
+from dftserve_vllm.request_context import RequestContext
+from dftserve_vllm.styles import Styles
+from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
+
+from dftserve import policy as policies
+from dftserve import spec
+from dftserve.serve import launch
+
+KEY = "a-secret-key"
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+DYNATEMP = {"law": "dynatemp", "dynatemp_range": 0.1}
+"""Of a law that is not among those of `CAPS`."""
+CAPS = {"level": 0.4, "target_entropy": 1, "max_temperature": 3, "laws": ["gated", "budget"]}
+CAPS |= {"styles": ["habits"], "strength": 0.5, "max_kl": 0.02}
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """An engine that has styles and says what `human` means."""
+    model_config = SimpleNamespace(
+        is_diffusion=False, override_generation_config={}, served_model_name="demo"
+    )
+    config = SimpleNamespace(
+        model_config=model_config, speculative_config=None, use_v2_model_runner=True
+    )
+    monkeypatch.setattr(engine, "_config", config)
+    profiles = [SimpleNamespace(name=name, strength=1.0, max_kl=0.05) for name in ("habits", "b")]
+    monkeypatch.setattr(engine, "styles", lambda: Styles(tuple(profiles)))
+    of_humans = spec.parse({"law": "budget", "target_entropy": 2})
+    monkeypatch.setattr(human, "diversity", lambda: of_humans)
+    policy.policy.cache_clear()
+    yield
+    policy.policy.cache_clear()
+
+
+@pytest.fixture
+def set_policy(tmp_path, monkeypatch, served):
+    def write(**content):
+        path = tmp_path / "policy.yaml"
+        path.write_text(json.dumps(content))  # JSON is YAML.
+        monkeypatch.setenv(policies.VARIABLE, str(path))
+        policy.policy.cache_clear()
+
+    return write
+
+
+CLASSES = {
+    "completions": (CompletionRequest, {"prompt": "x"}),
+    "chat": (ChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
+    "responses": (ResponsesRequest, {"input": "x"}),
+}
+
+
+def params_of(route="completions", model="demo", **fields):
+    kind, base = CLASSES[route]
+    request = kind(model=model, **base, **fields)
+    return request_params.honour(kind.to_sampling_params)(request, 8, {})
+
+
+def refused(**fields) -> VLLMValidationError:
+    with pytest.raises(VLLMValidationError) as refusal:
+        params_of(**fields)
+    return refusal.value
+
+
+def opened(key: str | None):
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    return request_context.current.set(RequestContext(headers))
+
+
+@pytest.fixture
+def context():
+    token = opened(None)
+    yield request_context.current.get()
+    request_context.current.reset(token)
+
+
+HEAT = {"level": 0.9, "max_temperature": 9}
+PATHS = {
+    "a number": ({"diversity": 0.9}, "diversity.level"),
+    "an object": ({"diversity": {"level": 0.9}}, "diversity.level"),
+    "its second number": (
+        {"diversity": {"level": 0.1} | {"max_temperature": 9}},
+        "diversity.max_temperature",
+    ),
+    "another law's number": (
+        {"diversity": {"law": "budget", "target_entropy": 2}},
+        "diversity.target_entropy",
+    ),
+    "another law": ({"diversity": DYNATEMP}, "diversity.law"),
+    "human": ({"diversity": "human"}, "diversity.target_entropy"),
+    "xargs: a number": ({"vllm_xargs": {"diversity": 0.9}}, "vllm_xargs.diversity.level"),
+    "xargs: a number's text": ({"vllm_xargs": {"diversity": ".9"}}, "vllm_xargs.diversity.level"),
+    "xargs: an object's text": (
+        {"vllm_xargs": {"diversity": json.dumps(HEAT)}},
+        "vllm_xargs.diversity.level",
+    ),
+    "xargs: human": ({"vllm_xargs": {"diversity": "human"}}, "vllm_xargs.diversity.target_entropy"),
+    "both": ({"diversity": 0.9, "vllm_xargs": {"diversity": "0.9"}}, "diversity.level"),
+    "a style": ({"style": "b"}, "style.name"),
+    "a style's strength": ({"style": {"name": "habits", "strength": 0.9}}, "style.strength"),
+    "a style's max_kl": ({"style": {"name": "habits", "max_kl": 1}}, "style.max_kl"),
+    "xargs: a style": ({"vllm_xargs": {"style": "b"}}, "vllm_xargs.style.name"),
+    "xargs: a style's object": (
+        {"vllm_xargs": {"style": '{"name": "habits", "strength": 1}'}},
+        "vllm_xargs.style.strength",
+    ),
+    "beside one that is allowed": ({"diversity": 0.9, "style": "habits"}, "diversity.level"),
+}
+
+
+@pytest.mark.parametrize("route", CLASSES)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_cap_that_rejects_holds_on_every_path(set_policy, route, path):
+    fields, parameter = PATHS[path]
+    set_policy(server=CAPS)
+    assert refused(route=route, **fields).parameter == parameter
+    set_policy()
+    params_of(route, **fields)  # The same without caps.
+
+
+@pytest.mark.parametrize("route", CLASSES)
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if PATHS[path][1][-4:] not in ("name", ".law")]
+)
+def test_a_cap_that_clamps_holds_on_every_path(set_policy, context, route, path):
+    set_policy(server=CAPS, on_excess="clamp")
+    carried = params_of(route, **PATHS[path][0]).extra_args
+    for name in ("diversity", "style"):
+        for key, value in carried.get(name, {}).items():
+            if key in CAPS:
+                assert value <= CAPS[key]
+    (prompt,) = context.prompts
+    assert context.members().keys() == prompt.effective().keys()
+    clamped = [context.members()[name]["clamped"] for name in prompt.clamped]
+    assert clamped
+    assert all(value > CAPS[key] for each in clamped for key, value in each.items())
+
+
+@pytest.mark.parametrize("fields", [{"diversity": DYNATEMP}, {"style": "b"}])
+def test_a_law_or_a_style_that_is_not_listed_cannot_be_lowered(set_policy, fields):
+    set_policy(server=CAPS, on_excess="clamp")
+    assert "policy" in str(refused(**fields))
+
+
+@pytest.mark.parametrize("on_excess", ["reject", "clamp"])
+def test_what_the_client_did_not_name_is_lowered(set_policy, context, on_excess):
+    set_policy(server=CAPS, on_excess=on_excess)
+    carried = params_of(diversity=0.3, style="habits").extra_args
+    assert carried["diversity"] == {"law": "gated", "level": 0.3, "max_temperature": 3}
+    assert carried["style"] == {"name": "habits", "strength": 0.5, "max_kl": 0.02}
+    assert context.prompts[0].clamped == {}
+
+
+@pytest.mark.parametrize("on_excess", ["reject", "clamp"])
+def test_the_operator_s_own_default_is_lowered(set_policy, monkeypatch, on_excess):
+    set_policy(server=CAPS, on_excess=on_excess, keys={DIGEST: {"level": 0}})
+    monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(0.9))
+    assert params_of().extra_args["diversity"]["level"] == 0.4
+    token = opened(KEY)
+    assert params_of().extra_args is None
+    request_context.current.reset(token)
+    other = spec.parse(DYNATEMP)
+    monkeypatch.setattr(request_params, "default_diversity", lambda: other)
+    assert params_of().extra_args is None
+
+
+@pytest.mark.parametrize("on_excess", ["reject", "clamp"])
+@pytest.mark.parametrize(
+    "carried",
+    [
+        {"diversity": 0.9},
+        {"diversity": "0.9"},
+        {"diversity": DYNATEMP},
+        {"style": "b"},
+        {"diversity": 0.9, "diversity_id": "1-2-3"},
+        {"diversity": {"level": 0.1, "max_temperature": 3}, "style": '{"name": "habits"}'},
+    ],
+)
+def test_routes_without_the_field_refuse_excess(set_policy, on_excess, carried):
+    """Speech to text, tokens in and out, and offline carry `extra_args` past the field."""
+    params = SamplingParams(extra_args=carried)
+    set_policy(server=CAPS, on_excess=on_excess)
+    with pytest.raises(ValueError, match="policy"):
+        DiversityProcessor.validate_params(params)
+    set_policy()
+    DiversityProcessor.validate_params(params)
+
+
+def test_what_was_decided_is_not_decided_again(set_policy, context):
+    set_policy(server={"level": 0.2}, models={"alias": {"level": 0.9}})
+    params = params_of(model="alias", diversity=0.8)
+    DiversityProcessor.validate_params(params)
+
+
+@pytest.mark.parametrize("on_excess", ["reject", "clamp"])
+def test_clients_name_no_identity(set_policy, on_excess):
+    set_policy(server=CAPS, on_excess=on_excess)
+    assert params_of(vllm_xargs={"diversity_id": "1"}).extra_args is None
+    made = params_of(diversity=0.1, vllm_xargs={"diversity_id": "1"}).extra_args
+    assert made["diversity_id"] != "1"
+
+
+def test_a_key_stands_over_a_model_and_a_model_over_the_server(set_policy):
+    set_policy(
+        server={"level": 0.1, "laws": ["gated"]},
+        models={"demo": {"level": 0.2}, "adapter": {"level": 0.3}},
+        keys={DIGEST: {"level": 0.4}},
+    )
+
+    def most(model, key):
+        token = opened(key)
+        try:
+            refusal = refused(model=model, diversity=1)
+            assert "law" in refused(diversity=DYNATEMP).parameter
+        finally:
+            request_context.current.reset(token)
+        return float(str(refusal).partition("at most ")[2].partition(",")[0])
+
+    assert most("demo", None) == 0.2
+    assert most("adapter", None) == 0.3
+    assert most("adapter", "another key") == 0.3
+    assert most("adapter", KEY) == 0.4
+    # A name without an entry is the server's first name: an alias escapes no cap.
+    assert most("alias", None) == most(None, None) == 0.2
+
+
+def test_level_0_is_off_and_always_allowed(set_policy):
+    set_policy(server={"level": 0, "laws": [], "styles": []})
+    assert params_of(diversity=0).extra_args is None
+    assert params_of(diversity=DYNATEMP | {"level": 0}).extra_args is None
+    assert params_of(style={"name": "habits", "strength": 0}).extra_args is None
+    assert "none" in str(refused(style="habits"))
+
+
+def test_capabilities_say_the_caps(set_policy):
+    set_policy(server=CAPS, models={"demo": {"level": 0.2}})
+    said = capabilities.capabilities()["policy"]
+    assert said["level"] == 0.2
+    assert said["on_excess"] == "reject"
+    json.dumps(said)
+    set_policy()
+    assert capabilities.capabilities()["policy"] == {"on_excess": "reject"}
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("server: {levle: 1}", "did you mean 'level'"),
+        ("sever: {}", "did you mean 'server'"),
+        ("on_excess: refuse", "accepted: reject, clamp"),
+        ("server: {level: 2}", "server: level: got 2; accepted: a number from 0 to 1"),
+        ("server: {level: yes}", "server.level"),
+        ("server: {max_temperature: 0}", "above 0"),
+        ("server: {laws: [gatd]}", "did you mean 'gated'"),
+        ("server: {laws: gated}", "accepted: a list"),
+        ("models: {demo: 1}", "models.demo"),
+        ("audit: {file: audit.jsonl}", "begins with /"),
+        ("audit: {file: /a, keep: 0}", "keep"),
+        ("[]", "keys and values"),
+        ("server: &a {level: 1}\nmodels: {x: *a}", "alias"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(tmp_path, text, told):
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"policy\.yaml") as refusal:
+        policies.read(path)
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("digest", [KEY, DIGEST.upper(), DIGEST[1:], f"sha256:{DIGEST}", 7])
+def test_a_key_in_place_of_its_hash_is_refused_and_not_repeated(tmp_path, digest):
+    path = tmp_path / "policy.yaml"
+    path.write_text(json.dumps({"keys": {digest: {"level": 1}}}).replace('"7"', "7"))
+    with pytest.raises(ValueError, match="sha256sum") as refusal:
+        policies.read(path)
+    assert str(digest) not in str(refusal.value).replace("SHA-256", "").replace("number 1", "")
+
+
+def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path):
+    path = tmp_path / "policy.yaml"
+    with pytest.raises(ValueError, match="give a YAML file"):
+        policies.read(path)
+    path.write_text("#" * 70_000)
+    with pytest.raises(ValueError, match=r"65,?536"):
+        policies.read(path)
+
+
+def test_serve_checks_the_file_and_hands_its_path_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.yaml").write_text("server: {level: 0.5}")
+    environment = launch("m", policy="policy.yaml").environment
+    assert environment == {policies.VARIABLE: str(tmp_path / "policy.yaml")}
+    (tmp_path / "policy.yaml").write_text("server: {levle: 0.5}")
+    with pytest.raises(ValueError, match="'level'"):
+        launch("m", policy="policy.yaml")
