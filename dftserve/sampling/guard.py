@@ -22,14 +22,16 @@ class Support:
 
     content_RV: float32, the plausible tokens that do not stop the text; `ABSENT` elsewhere.
     stop_RE: float32, the stop tokens; `ABSENT` where the row has none or the grammar forbids it.
+    is_plausible_stop_RE: bool, those that the guard would keep if they were content.
     """
 
     content_RV: Tensor
     stop_RE: Tensor
+    is_plausible_stop_RE: Tensor
 
-    def plausible(self, log_guard_R: Tensor) -> Tensor:
+    def plausible(self) -> Tensor:
         """The plausible tokens, stop tokens counted where plausible: [R, V + E]."""
-        stop_RE = torch.where(self.stop_RE >= log_guard_R[:, None], self.stop_RE, ABSENT)
+        stop_RE = torch.where(self.is_plausible_stop_RE, self.stop_RE, ABSENT)
         return torch.cat((self.content_RV, stop_RE), dim=1)
 
 
@@ -56,21 +58,17 @@ def guard(
     peak_R = torch.where(valid_R, peak_R, 0.0)
     floor_R = (peak_R + log_guard_R / logits_divisor_R).clamp_min(torch.finfo(torch.float32).min)
     kept_RV = logits_RV >= floor_R[:, None]
-    stop_RE = _stop_weights(logits_RV, stop_ids_RE, peak_R, logits_divisor_R)
-    if stop_ids_RE.shape[1]:
-        _forget(kept_RV, stop_ids_RE)
-    below_RV = (logits_RV - peak_R[:, None]) * logits_divisor_R[:, None]
-    return Support(torch.where(kept_RV, below_RV, ABSENT), stop_RE), valid_R
-
-
-def _stop_weights(
-    logits_RV: Tensor, stop_ids_RE: Tensor, peak_R: Tensor, logits_divisor_R: Tensor
-) -> Tensor:
     known_RE = _known(stop_ids_RE, logits_RV)
     logits_RE = logits_RV.gather(1, torch.where(known_RE, stop_ids_RE, 0))
     below_RE = (logits_RE - peak_R[:, None]) * logits_divisor_R[:, None]
     allowed_RE = known_RE & torch.isfinite(logits_RE)
-    return torch.where(allowed_RE, below_RE.clamp_min(FARTHEST), ABSENT)
+    stop_RE = torch.where(allowed_RE, below_RE.clamp_min(FARTHEST), ABSENT)
+    is_plausible_RE = allowed_RE & (logits_RE >= floor_R[:, None])
+    if stop_ids_RE.shape[1]:
+        _forget(kept_RV, stop_ids_RE)
+    below_RV = (logits_RV - peak_R[:, None]) * logits_divisor_R[:, None]
+    content_RV = torch.where(kept_RV, below_RV, ABSENT)
+    return Support(content_RV, stop_RE, is_plausible_RE), valid_R
 
 
 def _forget(kept_RV: Tensor, stop_ids_RE: Tensor) -> None:

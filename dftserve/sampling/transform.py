@@ -69,7 +69,7 @@ def transform(
         logits_divisor_R=controls.logits_divisor_R,
         stop_ids_RE=controls.stop_ids_RE,
     )
-    entropy_before_R, plausible_R = base_entropy(support, log_guard_R)
+    entropy_before_R, plausible_R = base_entropy(support)
     wanted_R = temperature(controls, entropy_before_R, plausible_R, constants)
     cool = normalise(support.content_RV / controls.temperature_R[:, None])
     temperature_R, hot = apply_temperature(support, controls.temperature_R, wanted_R, cool)
@@ -83,7 +83,7 @@ def transform(
         hot, weights = _instead(is_words_R, (by_class, by_class_weights), (hot, weights))
     is_xtc_R = xtc.is_xtc(controls)
     if bool(is_xtc_R.any()):
-        left = xtc.without_top_choices(support, log_guard_R, controls, cool)
+        left = xtc.without_top_choices(support, controls, cool)
         hot, weights = _instead(is_xtc_R, left, (hot, weights))
     final = normalise(torch.cat(weights, dim=1))
     statistics = Statistics(
@@ -130,9 +130,9 @@ def _instead(is_law_R: Tensor, made: _Content, other: _Content) -> _Content:
     )
 
 
-def base_entropy(support: Support, log_guard_R: Tensor) -> tuple[Tensor, Tensor]:
+def base_entropy(support: Support) -> tuple[Tensor, Tensor]:
     """H0 in nats and the number of plausible tokens, stop tokens counted where plausible."""
-    plausible_RV = support.plausible(log_guard_R)
+    plausible_RV = support.plausible()
     count_R = is_present(plausible_RV).sum(dim=1, dtype=torch.float32)
     return normalise(plausible_RV).entropy(), count_R
 

@@ -24,13 +24,13 @@ def is_xtc(controls: Controls) -> Tensor:
 
 
 def without_top_choices(
-    support: Support, log_guard_R: Tensor, controls: Controls, cool: Distribution
+    support: Support, controls: Controls, cool: Distribution
 ) -> tuple[Distribution, tuple[Tensor, Tensor]]:
     """The content at T that is left, and log-weights of it and of the stop tokens beside it.
 
     `cool` is the content at T before anything went.
     """
-    ceiling_R1 = ceilings(support, log_guard_R, controls)[:, None]
+    ceiling_R1 = ceilings(support, controls)[:, None]
     left_RV = torch.where(support.content_RV <= ceiling_R1, support.content_RV, ABSENT)
     hot = normalise(left_RV / controls.temperature_R[:, None])
     shift_R = torch.where(is_present(cool.log_z_R), hot.log_z_R - cool.log_z_R, 0.0)
@@ -38,10 +38,10 @@ def without_top_choices(
     return hot, (hot.log_p_RK + hot.log_z_R[:, None], stop_RE)
 
 
-def ceilings(support: Support, log_guard_R: Tensor, controls: Controls) -> Tensor:
+def ceilings(support: Support, controls: Controls) -> Tensor:
     """The log-weight at temperature 1 above which content goes: of the least probable top choice;
     inf in steps whose draw excludes nothing."""
-    log_z_R = normalise(support.plausible(log_guard_R)).log_z_R
+    log_z_R = normalise(support.plausible()).log_z_R
     lowest_R1 = (log_z_R + controls.log_xtc_threshold_R)[:, None]
     is_top_RV = support.content_RV >= lowest_R1
     least_R = torch.where(is_top_RV, support.content_RV, torch.inf).amin(dim=1)

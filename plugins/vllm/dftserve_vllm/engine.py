@@ -120,12 +120,9 @@ def runner() -> str | None:
 
 
 def device() -> str | None:
-    """What the engine computes on, as vLLM names it; None where it cannot say."""
-    with contextlib.suppress(Exception):  # For a report: nothing depends on it.
-        from vllm.platforms import current_platform
-
-        return str(current_platform.get_device_name())
-    return None
+    """The kind of device that the engine computes on, as vLLM names it (`cuda`, `cpu`); None before
+    the engine is configured."""
+    return getattr(getattr(_config, "device_config", None), "device_type", None)
 
 
 def served_model_name() -> str:
