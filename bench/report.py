@@ -78,6 +78,29 @@ def served(document: dict[str, Any]) -> str:
     return ratios(["vocabulary", "concurrent requests", *ways], rows)
 
 
+def real_cost(document: dict[str, Any]) -> str:
+    """Throughput and the wait for a first token, a real model, by requests at once."""
+    ways = {
+        "no field": "no field",
+        "`gated` 1": "gated",
+        "`words` 1": "words",
+        "min-p .02, T 1.3": "min_p",
+        "top-p .95": "top_p",
+    }
+    lines = [f"| | requests | {' | '.join(ways)} |", f"|{'---|' * (len(ways) + 2)}"]
+    for told, key in {"throughput": "throughput", "first token after": "first_token"}.items():
+        for row in document["rows"]:
+            cells = " | ".join(shown(row[key][way]) for way in ways.values())
+            lines.append(f"| {told} | {row['requests']} | {cells} |")
+    lines.append("")
+    lines.append(
+        f"`bench/real_cost.py`: SmolLM2-135M-Instruct in one engine, rounds of {document['tokens']}"
+        f" tokens an answer that take turns, {document['pairs']} of each; medians of the ratios to "
+        "stock vLLM. Of throughput more is better, of the wait less."
+    )
+    return "\n".join(lines)
+
+
 def sampler(document: dict[str, Any]) -> str:
     """Ours over a copy; how many times as long as ours each other way takes."""
     ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "nearest peer's law": "peer"}
@@ -461,6 +484,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "first_law": first_law,
     "overhead": overhead,
     "served": served,
+    "real_cost": real_cost,
     "sampler": sampler,
     "phrases": phrases,
     "style_cost": style_cost,
@@ -483,7 +507,16 @@ PLACES = {
     **dict.fromkeys(
         (
             *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
-            *("gpu", "words", "groups", "phrases", "style_cost", "every_setting", "variety"),
+            *(
+                "real_cost",
+                "gpu",
+                "words",
+                "groups",
+                "phrases",
+                "style_cost",
+                "every_setting",
+                "variety",
+            ),
         ),
         "docs/results.md",
     ),
