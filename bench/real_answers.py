@@ -5,8 +5,9 @@
 
 One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
 answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
-each of the other 90), IFEval and 300 questions of MMLU (one to each), and every other prompt of
-NoveltyBench, which have many right answers (eight to each). A setting's answers to a set
+each of the other 90), IFEval and 300 questions of MMLU (one to each), every other prompt of
+NoveltyBench, which have many right answers (eight to each), and tasks of forms and languages of
+our own (five to each). A setting's answers to a set
 are one line of the plan; what the folder has is not asked for again, a set that a kill left in part
 is completed, and new settings join old ones. bf16 by default, as the checkpoint is; on a CPU
 without instructions for it float32 is many times as fast.
@@ -102,11 +103,12 @@ class Answer:
 Place = tuple[str, str, int, int]
 """A set, a setting, a prompt of the set and the number of its answer."""
 STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU = "stories", "essays", "other essays", "ifeval", "mmlu"
-OPEN = "open"
+OPEN, FORMS = "open", "forms"
 """The other essays were asked for once the essays had shown how many answers tell laws apart."""
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
 """Settings of all sets."""
 HALF = ("`words` .5", "`gated` .5")
+IN_FORMS = (WORDS, GATED, STOCK, COOL)
 MMLU_QUESTIONS = 300
 
 
@@ -122,7 +124,15 @@ def prompt_sets(data: Path) -> list[PromptSet]:
         PromptSet(IFEVAL, instructions, 1, 256, (*COMPARED, COOL)),
         PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, (*COMPARED, COOL)),
         PromptSet(OPEN, open_prompts(data), 8, 64, (*COMPARED, COOL, HALF[1])),
+        PromptSet(
+            FORMS, [task for each in form_tasks().values() for task in each], 5, 128, IN_FORMS
+        ),
     ]
+
+
+def form_tasks() -> dict[str, list[str]]:
+    """Tasks by the form or language that they ask for."""
+    return json.loads((Path(__file__).parent / "form_tasks.json").read_text())
 
 
 def open_prompts(data: Path) -> list[str]:
@@ -162,7 +172,9 @@ def data_folder() -> Path:
 @click.command()
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--only", multiple=True, type=click.Choice([STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU, OPEN])
+    "--only",
+    multiple=True,
+    type=click.Choice([STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU, OPEN, FORMS]),
 )
 @click.option("--dtype", default="auto")
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
