@@ -235,6 +235,20 @@ def variety(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def forms(document: dict[str, Any]) -> str:
+    """Shares of answers that keep a form or language, by setting."""
+    named = list(document["tasks"])
+    lines = [f"| | {' | '.join(named)} |", f"|---|{'---|' * len(named)}"]
+    for name, row in document["rows"].items():
+        lines.append(f"| {name} | {' | '.join(percent(row[form]['kept']) for form in named)} |")
+    lines.append("")
+    lines.append(
+        "`bench/forms.py`: SmolLM2-135M-Instruct; the share of answers (20 a cell, cut after 128 "
+        "tokens) that keep the form or language that was asked for, by rule; 95 % intervals."
+    )
+    return "\n".join(lines)
+
+
 def percent(found: dict[str, float]) -> str:
     value, low, high = (100 * found[key] for key in ("value", "low", "high"))
     return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
@@ -493,6 +507,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
     "variety": variety,
+    "forms": forms,
     "families": families,
     "groups": groups,
     "gpu": gpu_table.table,
