@@ -516,25 +516,9 @@ RESULT_OF = {"every_setting": "real"}
 """Tables of a result that has another name."""
 OPTIONAL = {"gpu"}
 """Tables of what not every machine can measure: without a result their place stays as it is."""
-PLACES = {
+PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {
     "clients": "docs/clients.md",
     "families": "docs/training.md",
-    **dict.fromkeys(
-        (
-            *("overhead", "served", "sampler", "train_cost", "sds_validation", "first_law"),
-            *(
-                "real_cost",
-                "gpu",
-                "words",
-                "groups",
-                "phrases",
-                "style_cost",
-                "every_setting",
-                "variety",
-            ),
-        ),
-        "docs/results.md",
-    ),
 }
 """Where a table stands that is not the README's."""
 
