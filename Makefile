@@ -5,7 +5,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test test-unit test-long lint bench sbom audit eval-env clients-env
+.PHONY: setup demo test test-unit test-long lint bench sbom audit eval-env clients-env wheels smoke
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
@@ -20,6 +20,9 @@ lint: setup ; @ruff check . && ruff format --check . && pyright && lint-imports
 # machine that reaches package indexes only does not reach: so it is not part of `lint`.
 sbom: setup  ; @$(PYTHON) tools/supply_chain.py sbom
 audit:       ; @$(PYTHON) tools/supply_chain.py audit
+# What a release is: both wheels in dist/, and that they serve from an environment of their own.
+wheels:      ; @$(PYTHON) tools/release.py wheels
+smoke:       ; @$(PYTHON) tools/release.py smoke
 bench: setup
 	@for question in overhead served sampler first_law known_source train_cost families groups; do $(RUN) bench/$$question.py || exit 1; done
 	@$(RUN) bench/report.py

@@ -43,12 +43,19 @@ def main() -> None:
     metavar="FILE",
     help="A YAML file of caps: docs/operations.md.",
 )
+@click.option(
+    "--styles",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder of style profiles: docs/styles.md.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
 def serve(
     model: str,
     flags: tuple[str, ...],
     default_diversity: str | None,
     policy: Path | None,
+    styles: Path | None,
     dry_run: bool,
 ) -> None:
     """Serve MODEL with vLLM, on this terminal.
@@ -61,7 +68,9 @@ def serve(
     if model.startswith("-"):
         raise click.UsageError(f"got {model!r} first; accepted: MODEL first, then vLLM's flags.")
     with usage_errors():
-        command = launch(model, flags, default_diversity=default_diversity, policy=policy)
+        command = launch(
+            model, flags, default_diversity=default_diversity, policy=policy, styles=styles
+        )
     click.echo(command.shown(), err=True)
     if not dry_run:
         os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
@@ -97,15 +106,29 @@ def chat(url: str, model: str | None, api_key_env: str, temperature: float | Non
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Instead: does the vLLM in this folder, installed or a checkout?",
 )
+@click.option(
+    "--styles",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The style profiles that a server is to load. Default: of DFTSERVE_STYLES.",
+)
+@click.option("--model", help="Do these profiles fit this model? A folder, or a name.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(
-    url: str | None, api_key_env: str | None, wheel: Path | None, vllm: Path | None, as_json: bool
+    url: str | None,
+    api_key_env: str | None,
+    wheel: Path | None,
+    vllm: Path | None,
+    styles: Path | None,
+    model: str | None,
+    as_json: bool,
 ) -> None:
     """Say what is installed, what will run, and what is wrong.
 
     Exit code 1 where something is wrong, 0 otherwise, with warnings too.
     """
     from dftserve import doctor
+    from dftserve.serve import STYLES
 
     elsewhere = [place for place in (wheel, vllm) if place is not None]
     if len(elsewhere) + (url is not None) > 1:
@@ -114,7 +137,11 @@ def doctor(
         with usage_errors():
             findings = doctor.judge(elsewhere[0])
     else:
-        findings = doctor.examine(os.environ)
+        environment = {**os.environ, **({STYLES: str(styles)} if styles is not None else {})}
+        if model is not None and not environment.get(STYLES):
+            accepted = f"it beside --styles DIR, or where {STYLES} is set"
+            raise click.UsageError(f"--model: got {model!r} and no styles; accepted: {accepted}.")
+        findings = doctor.examine(environment, model)
     if url is not None:
         key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
         with usage_errors():

@@ -27,6 +27,15 @@ KEY_DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
 MIB = 1 << 20
 
+BOUNDS: Mapping[str, spec.Bounds] = {
+    **spec.BOUNDS,
+    **spec.DRY_BOUNDS,
+    spec.DRY_BREAKERS: spec.Bounds(low=0, high=spec.MOST_BREAKERS, whole=True),
+    "group_size": spec.Bounds(low=1, high=spec.GROUP_SIZE[1], whole=True),
+    **spec.STYLE_BOUNDS,
+}
+"""What a cap may be, by its name."""
+
 Asked = TypeVar("Asked", spec.Diversity, spec.Style)
 
 
@@ -40,6 +49,14 @@ class Limits:
     dynatemp_range: float | None = None
     n_sigma: float | None = None
     xtc_probability: float | None = None
+    dry_multiplier: float | None = None
+    """0: no DRY."""
+    dry_base: float | None = None
+    dry_allowed_length: float | None = None
+    dry_sequence_breakers: float | None = None
+    """How many; the first ones are kept."""
+    group_size: float | None = None
+    """Texts of a group, which cannot be lowered; 1: no groups."""
     strength: float | None = None
     """Of a style."""
     max_kl: float | None = None
@@ -53,7 +70,7 @@ class Limits:
         for name in self.laws or ():
             if name not in spec.LAWS:
                 raise ValueError(f"laws: got {name!r}; accepted: {settings.among(name, spec.LAWS)}")
-        for name, bounds in (*spec.BOUNDS.items(), *spec.STYLE_BOUNDS.items()):
+        for name, bounds in BOUNDS.items():
             cap = getattr(self, name, None)
             if cap is not None and cap not in bounds:
                 raise ValueError(f"{name}: got {cap:g}; accepted: {bounds}.")
@@ -71,27 +88,66 @@ class Limits:
         asked for; None where it may."""
         if isinstance(asked, spec.Diversity):
             name, value, accepted = "law", asked.law, self.laws
+            is_in_force = asked.level != 0  # DRY or a group may stand beside it.
         else:
             name, value, accepted = "name", asked.name, self.styles
-        if asked.is_off or accepted is None or value in accepted:
+            is_in_force = not asked.is_off
+        if not is_in_force or accepted is None or value in accepted:
             return None
         return name, value, ", ".join(accepted) or "none"
+
+    def allows_group(self, diversity: spec.Diversity, choices: int) -> bool:
+        """Whether the request's group is not too large.
+
+        Args:
+            choices: of the request, which are the group where it says `true`.
+        """
+        return self.group_size is None or size_of_group(diversity, choices) <= self.group_size
 
     def excess(self, asked: spec.Diversity | spec.Style) -> dict[str, float]:
         """The caps that the numbers of a request exceed, by name."""
         if asked.is_off:
             return {}
-        caps = {each.name: getattr(self, each.name, None) for each in fields(asked)}
         return {
             name: cap
-            for name, cap in caps.items()
-            if cap is not None and (value := getattr(asked, name)) is not None and value > cap
+            for name, value in numbers(asked).items()
+            if (cap := getattr(self, name, None)) is not None and value > cap
         }
 
     def lowered(self, asked: Asked) -> Asked:
         """The request with every number at most its cap."""
         caps: dict[str, Any] = self.excess(asked)
+        of_dry = {name: caps.pop(name) for name in spec.DRY_NAMES if name in caps}
+        if of_dry and isinstance(asked, spec.Diversity) and asked.dry is not None:
+            caps["dry"] = _lowered_dry(asked.dry, of_dry)
         return replace(asked, **caps) if caps else asked
+
+
+def numbers(asked: spec.Diversity | spec.Style) -> dict[str, float]:
+    """What is capped of a request, by the names of `Limits`; of the breakers, how many."""
+    found = {each.name: getattr(asked, each.name) for each in fields(asked)}
+    if (dry := found.pop("dry", None)) is not None:
+        found |= dry.as_dict() | {spec.DRY_BREAKERS: len(dry.sequence_breakers)}
+    return {name: found[name] for name in BOUNDS if found.get(name) is not None}
+
+
+def size_of_group(diversity: spec.Diversity, choices: int) -> int:
+    """1 where there is none."""
+    if isinstance(diversity.group, spec.Group):
+        return diversity.group.size
+    return choices if diversity.group else 1
+
+
+def _lowered_dry(dry: spec.Dry, caps: Mapping[str, float]) -> spec.Dry | None:
+    lowered: dict[str, Any] = {
+        name.removeprefix("dry_"): cap for name, cap in caps.items() if name != spec.DRY_BREAKERS
+    }
+    if "allowed_length" in lowered:
+        lowered["allowed_length"] = int(lowered["allowed_length"])
+    if spec.DRY_BREAKERS in caps:
+        lowered["sequence_breakers"] = dry.sequence_breakers[: int(caps[spec.DRY_BREAKERS])]
+    dry = replace(dry, **lowered)
+    return dry if dry.multiplier else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ from dftserve.spec import CHECKSUMS, HUMAN, Diversity, Promise, parse_json
 
 DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
 """The environment variable in which the plug-in finds the server's default."""
+STYLES = "DFTSERVE_STYLES"
+"""The one in which it finds the folder of style profiles."""
 FROM_CHECKPOINT = "checkpoint"
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -102,6 +104,7 @@ def launch(
     *,
     default_diversity: str | None = None,
     policy: str | os.PathLike[str] | None = None,
+    styles: str | os.PathLike[str] | None = None,
 ) -> Launch:
     """The command that serves a model: vLLM's own, with the flags as they are given; and with
     `--dtype float32` where `_float32` says so.
@@ -111,15 +114,17 @@ def launch(
             `checkpoint` for what the checkpoint's dft.json suggests, or `human` for the law
             `budget` at the target entropy that it states.
         policy: a file of caps (`dftserve.policy`), which is read here, and again by the server.
+        styles: a folder of style profiles, which the server reads: one that it refuses does not
+            keep it from starting.
 
     A checkpoint that carries checksums is compared with them first, and the files of any folder
     are looked through (`model_folder`). A GGUF file is converted (`gguf`), and served under the
     name that was given.
 
     Raises:
-        ValueError: the default or the policy is not acceptable, the checkpoint suggests none, a
-            file of it is not what was written, or none that may be opened, or a GGUF cannot be
-            converted.
+        ValueError: the default, the policy or the folder of styles is not acceptable, the
+            checkpoint suggests none, a file of it is not what was written, or none that may be
+            opened, or a GGUF cannot be converted.
         RuntimeError: there is no vllm command.
     """
     given, model = model, resolve(model)
@@ -147,6 +152,12 @@ def launch(
     if policy is not None:
         policies.read(os.fspath(policy))
         environment[policies.VARIABLE] = os.path.abspath(policy)
+    if styles is not None:
+        if not os.path.isdir(styles):
+            got = os.fspath(styles)
+            accepted = "a folder of profiles; build one with dftserve style build"
+            raise ValueError(f"--styles: got {got!r}, which is no folder; accepted: {accepted}.")
+        environment[STYLES] = os.path.abspath(styles)
     return Launch((command, "serve", model, *flags), environment)
 
 

@@ -8,6 +8,7 @@ import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -490,7 +491,14 @@ def _cut(name: object) -> str:
 MAX_SHOWN = 80
 """Characters of a value that an error repeats."""
 
-_short = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Of the first keys: the library would sort all of them."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+_short = _Short()
 _short.maxlevel, _short.maxstring, _short.maxother = 3, MAX_SHOWN, MAX_SHOWN
 
 

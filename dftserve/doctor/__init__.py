@@ -5,12 +5,12 @@
     ask          a running server
     verify       a running server, by requests
 
-Nothing heavy is imported: versions and files are read where they lie.
+Nothing heavy is imported, but where there are styles: versions and files are read where they lie.
 """
 
 from collections.abc import Mapping
 
-from dftserve.doctor import contract, engine, entry_points, packages, switches
+from dftserve.doctor import contract, engine, entry_points, packages, styles, switches
 from dftserve.doctor.behaviour import Report, verify
 from dftserve.doctor.contract import judge
 from dftserve.doctor.findings import Finding, as_json, exit_code, shown
@@ -29,12 +29,17 @@ __all__ = [
 ]
 
 
-def examine(environment: Mapping[str, str]) -> list[Finding]:
-    """What this Python and these environment variables say; vLLM is not started."""
+def examine(environment: Mapping[str, str], model: str | None = None) -> list[Finding]:
+    """What this Python and these environment variables say; vLLM is not started.
+
+    Args:
+        model: what will be served, which the style profiles are compared with.
+    """
     return [
         *packages.findings(),
         *entry_points.findings(environment),
         *switches.findings(environment),
+        *styles.findings(environment, model),
         *engine.findings(environment),
         *contract.findings(),
     ]

@@ -190,6 +190,7 @@ def _capabilities(answer: dict[str, Any]) -> Iterator[Finding]:
     else:
         yield error("server plug-in", f"not active: {answer.get('reason')}")
     yield _default(answer)
+    yield from _styles(answer)
     if not answer.get("answers"):
         yield warning("server answers", "without header and statistics.")
     yield _faults(answer)
@@ -215,6 +216,15 @@ def _default(answer: dict[str, Any]) -> Finding:
     return warning(
         "server default", f"{shown} is set but not applied: this engine cannot honour it."
     )
+
+
+def _styles(answer: dict[str, Any]) -> Iterator[Finding]:
+    if reason := answer.get("styles_unavailable"):
+        yield warning("server styles", f"none: {reason}.")
+    elif names := answer.get("styles"):
+        yield ok("server styles", ", ".join(names))
+    for name, reason in (answer.get("styles_refused") or {}).items():
+        yield warning(f"server style {name}", f"refused: {reason}")
 
 
 def _faults(answer: dict[str, Any]) -> Finding:

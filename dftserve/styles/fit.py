@@ -45,7 +45,7 @@ from dftserve.evaluate.reference import Anchors
 from dftserve.evaluate.text.tokenize import words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.openai_client import Server, ServerError
-from dftserve.serve import base_url, running
+from dftserve.serve import STYLES, base_url, running
 from dftserve.settings import among
 from dftserve.styles import profile as profiles
 from dftserve.styles.build import HELD_OUT, Say, Tick
@@ -61,8 +61,6 @@ LEAST_EFFECTIVE = 0.1
 SETTLED = 0.05
 """Nats: a round in which no λ moves further is the last one."""
 MOST_ROUNDS = 20
-STYLES = "DFTSERVE_STYLES"
-"""The environment variable of a server that names its folder of profiles."""
 RESULT = "fit.json"
 
 

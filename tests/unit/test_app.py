@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from dftserve_vllm import app, hooks
+from dftserve_vllm.body_limit import BodyLimit
 from dftserve_vllm.response_middleware import ResponseMiddleware
 from fastapi import FastAPI, Request
 from starlette.middleware.gzip import GZipMiddleware
@@ -40,7 +41,7 @@ def test_an_app_is_extended_once_by_both_ways():
     app.EndpointPlugin().attach_router(fast)
     assert app.extend(fast) is fast
     assert routes(fast) == 1
-    assert len(fast.user_middleware) == 1
+    assert [each.cls for each in fast.user_middleware] == [ResponseMiddleware, BodyLimit]
 
 
 def test_a_disabled_plug_in_adds_nothing_as_an_endpoint_plug_in_either(monkeypatch):
@@ -56,7 +57,8 @@ def test_an_app_whose_middleware_is_built_is_built_again_with_ours_innermost():
     fast.add_middleware(GZipMiddleware)
     fast.middleware_stack = fast.build_middleware_stack()
     app.extend(fast)
-    assert [each.cls for each in fast.user_middleware] == [GZipMiddleware, ResponseMiddleware]
+    ours = [ResponseMiddleware, BodyLimit]
+    assert [each.cls for each in fast.user_middleware] == [GZipMiddleware, *ours]
     assert post(fast, b"{}").status_code == 200
 
 
@@ -105,10 +107,12 @@ def guarded(monkeypatch) -> FastAPI:
         {"diversity": {"level": 0.2}},
         {"diversity": "wrong"},
         {"vllm_xargs": {"diversity": "0.5"}},
+        '{"\\u0064iversity": 0.5}',
     ],
 )
 def test_where_the_field_would_be_ignored_it_is_refused(guarded, body):
-    answer = post(guarded, json.dumps(body).encode())
+    text = body if isinstance(body, str) else json.dumps(body)
+    answer = post(guarded, text.encode())
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == "diversity"
@@ -153,4 +157,4 @@ def test_a_body_in_many_pieces_passes_the_guard_whole(guarded):
 def test_no_guard_where_nothing_is_lost(monkeypatch):
     monkeypatch.setattr(hooks, "problems", dict)
     fast = app.extend(made())
-    assert [one.cls for one in fast.user_middleware] == [app.ResponseMiddleware]
+    assert [one.cls for one in fast.user_middleware] == [ResponseMiddleware, BodyLimit]

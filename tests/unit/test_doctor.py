@@ -450,6 +450,9 @@ def test_the_key_goes_with_the_question():
         ({"answers": False}, "server answers", "warning", "without header"),
         ({"speculative_decoding": "ngram"}, "server", "ok", "speculative decoding ngram"),
         ({"dftserve": "9.9.9"}, "server", "warning", "9.9.9"),
+        ({"styles": ["human", "b"]}, "server styles", "ok", "human, b"),
+        ({"styles_refused": {"c": "another tokenizer"}}, "server style c", "warning", "tokenizer"),
+        ({"styles_unavailable": "use the V2 runner"}, "server styles", "warning", "V2 runner"),
     ],
 )
 def test_what_a_server_says_of_itself(change, name, state, said):

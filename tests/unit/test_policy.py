@@ -5,7 +5,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from dftserve_vllm import capabilities, engine, human, policy, request_context, request_params
+from dftserve_vllm import (
+    capabilities,
+    engine,
+    human,
+    policy,
+    request_context,
+    request_params,
+    vocabulary,
+)
 from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.request_context import RequestContext
 from dftserve_vllm.styles import Styles
@@ -25,6 +33,10 @@ DYNATEMP = {"law": "dynatemp", "dynatemp_range": 0.1}
 """Of a law that is not among those of `CAPS`."""
 CAPS = {"level": 0.4, "target_entropy": 1, "max_temperature": 3, "laws": ["gated", "budget"]}
 CAPS |= {"styles": ["habits"], "strength": 0.5, "max_kl": 0.02}
+CAPS |= {"dry_multiplier": 0.5, "dry_base": 1.5, "dry_allowed_length": 3, "group_size": 4}
+CAPS |= {"dry_sequence_breakers": 2}
+DRY = {"dry_multiplier": 0.4, "dry_base": 1.2, "dry_sequence_breakers": ["a", "b"]}
+"""Within `CAPS`."""
 
 
 @pytest.fixture
@@ -41,6 +53,7 @@ def served(monkeypatch):
     monkeypatch.setattr(engine, "styles", lambda: Styles(tuple(profiles)))
     of_humans = spec.parse({"law": "budget", "target_entropy": 2})
     monkeypatch.setattr(human, "diversity", lambda: of_humans)
+    monkeypatch.setattr(vocabulary, "dry_refusal", lambda *_: None)
     policy.policy.cache_clear()
     yield
     policy.policy.cache_clear()
@@ -88,6 +101,8 @@ def context():
     request_context.current.reset(token)
 
 
+GROUP = {"group": {"id": "a", "index": 5, "size": 8}}
+NOT_LOWERED = ("name", "law", "group")
 HEAT = {"level": 0.9, "max_temperature": 9}
 PATHS = {
     "a number": ({"diversity": 0.9}, "diversity.level"),
@@ -118,6 +133,29 @@ PATHS = {
         {"vllm_xargs": {"style": '{"name": "habits", "strength": 1}'}},
         "vllm_xargs.style.strength",
     ),
+    **{
+        f"DRY: {name}": ({"diversity": DRY | {name: value}}, f"diversity.{name}")
+        for name, value in {
+            "dry_multiplier": 0.6,
+            "dry_base": 2,
+            "dry_allowed_length": 9,
+            "dry_sequence_breakers": ["a", "b", "c"],
+        }.items()
+    },
+    "DRY beside a law": (
+        {"diversity": {"level": 0.1, "max_temperature": 2} | DRY | {"dry_multiplier": 4}},
+        "diversity.dry_multiplier",
+    ),
+    "xargs: DRY": (
+        {"vllm_xargs": {"diversity": json.dumps(DRY | {"dry_multiplier": 4})}},
+        "vllm_xargs.diversity.dry_multiplier",
+    ),
+    "a group's size": ({"diversity": {"level": 0.1} | GROUP}, "diversity.group"),
+    "a group's size at level 0": ({"diversity": {"level": 0} | GROUP}, "diversity.group"),
+    "xargs: a group": (
+        {"vllm_xargs": {"diversity": json.dumps({"level": 0.1} | GROUP)}},
+        "vllm_xargs.diversity.group",
+    ),
     "beside one that is allowed": ({"diversity": 0.9, "style": "habits"}, "diversity.level"),
 }
 
@@ -134,7 +172,7 @@ def test_a_cap_that_rejects_holds_on_every_path(set_policy, route, path):
 
 @pytest.mark.parametrize("route", CLASSES)
 @pytest.mark.parametrize(
-    "path", [path for path in PATHS if PATHS[path][1][-4:] not in ("name", ".law")]
+    "path", [path for path in PATHS if not PATHS[path][1].endswith(NOT_LOWERED)]
 )
 def test_a_cap_that_clamps_holds_on_every_path(set_policy, context, route, path):
     set_policy(server=CAPS, on_excess="clamp")
@@ -142,7 +180,7 @@ def test_a_cap_that_clamps_holds_on_every_path(set_policy, context, route, path)
     for name in ("diversity", "style"):
         for key, value in carried.get(name, {}).items():
             if key in CAPS:
-                assert value <= CAPS[key]
+                assert (len(value) if isinstance(value, list) else value) <= CAPS[key]
     (prompt,) = context.prompts
     assert context.members().keys() == prompt.effective().keys()
     clamped = [context.members()[name]["clamped"] for name in prompt.clamped]
@@ -150,10 +188,64 @@ def test_a_cap_that_clamps_holds_on_every_path(set_policy, context, route, path)
     assert all(value > CAPS[key] for each in clamped for key, value in each.items())
 
 
-@pytest.mark.parametrize("fields", [{"diversity": DYNATEMP}, {"style": "b"}])
-def test_a_law_or_a_style_that_is_not_listed_cannot_be_lowered(set_policy, fields):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"diversity": DYNATEMP},
+        {"style": "b"},
+        {"diversity": {"level": 0.1} | GROUP},
+        {"diversity": {"level": 0, "group": True}, "n": 5},
+    ],
+)
+def test_a_law_a_style_and_a_group_cannot_be_lowered(set_policy, fields):
     set_policy(server=CAPS, on_excess="clamp")
     assert "policy" in str(refused(**fields))
+
+
+@pytest.mark.parametrize("route", ["completions", "chat"])
+@pytest.mark.parametrize("on_excess", ["reject", "clamp"])
+def test_a_request_s_choices_are_its_group(set_policy, on_excess, route):
+    set_policy(server={"group_size": 4}, on_excess=on_excess)
+    group = {"level": 0.1, "group": True}
+    assert params_of(route, diversity=group, n=4).n == 4
+    refusal = refused(route=route, diversity=group, n=5)
+    assert refusal.parameter == "diversity.group"
+    assert "at most 4" in str(refusal)
+    set_policy(server={"group_size": 1}, on_excess=on_excess)
+    assert "no group" in str(refused(route=route, diversity=group, n=2))
+    assert params_of(route, diversity=0.1, n=5).n == 5
+
+
+@pytest.mark.parametrize("count", ["many", [], None, -1])
+def test_what_is_no_number_of_choices_on_a_route_without_them_is_one_choice(set_policy, count):
+    set_policy(server=CAPS)
+    assert "n = 1" in str(
+        refused(route="responses", diversity={"level": 0, "group": True}, n=count)
+    )
+
+
+def test_dry_that_is_clamped_to_nothing_is_off_and_the_answer_says_so(set_policy, context):
+    set_policy(server={"dry_multiplier": 0}, on_excess="clamp")
+    assert params_of(diversity=DRY).extra_args is None
+    answer = context.members()["diversity"]
+    assert answer["level"] == 0
+    assert answer["clamped"] == {"dry_multiplier": 0.4}
+    assert "dry_multiplier" not in answer
+
+
+def test_breakers_are_clamped_to_the_first_and_the_answer_has_both(set_policy, context):
+    set_policy(server={"dry_sequence_breakers": 2}, on_excess="clamp")
+    params_of(diversity=DRY | {"dry_sequence_breakers": ["a", "b", "c"]})
+    answer = context.members()["diversity"]
+    assert answer["dry_sequence_breakers"] == ["a", "b"]
+    assert answer["clamped"] == {"dry_sequence_breakers": 3}
+
+
+def test_dry_and_a_group_need_no_law_beside_them(set_policy):
+    set_policy(server={"laws": ["budget"]})
+    assert params_of(diversity=DRY).extra_args is not None
+    assert params_of(diversity={"level": 0, "group": True}, n=2).extra_args is not None
+    assert "budget" in str(refused(diversity=DRY | {"level": 0.1}))
 
 
 @pytest.mark.parametrize("on_excess", ["reject", "clamp"])
@@ -162,7 +254,10 @@ def test_what_the_client_did_not_name_is_lowered(set_policy, context, on_excess)
     carried = params_of(diversity=0.3, style="habits").extra_args
     assert carried["diversity"] == {"law": "gated", "level": 0.3, "max_temperature": 3}
     assert carried["style"] == {"name": "habits", "strength": 0.5, "max_kl": 0.02}
-    assert context.prompts[0].clamped == {}
+    dry = params_of(diversity={"dry_multiplier": 0.5}).extra_args["diversity"]
+    assert dry["dry_base"] == 1.5  # Of 1.75, and the first of four.
+    assert dry["dry_sequence_breakers"] == ["\n", ":"]
+    assert [prompt.clamped for prompt in context.prompts] == [{}, {}]
 
 
 @pytest.mark.parametrize("on_excess", ["reject", "clamp"])
@@ -173,6 +268,11 @@ def test_the_operator_s_own_default_is_lowered(set_policy, monkeypatch, on_exces
     token = opened(KEY)
     assert params_of().extra_args is None
     request_context.current.reset(token)
+    of_dry = spec.parse(DRY | {"dry_multiplier": 4, "group": True})
+    monkeypatch.setattr(request_params, "default_diversity", lambda: of_dry)
+    lowered = params_of(n=8).extra_args["diversity"]
+    assert lowered["dry_multiplier"] == 0.5
+    assert spec.parse(lowered).group is None  # A default's group steps back.
     other = spec.parse(DYNATEMP)
     monkeypatch.setattr(request_params, "default_diversity", lambda: other)
     assert params_of().extra_args is None
@@ -187,6 +287,9 @@ def test_the_operator_s_own_default_is_lowered(set_policy, monkeypatch, on_exces
         {"diversity": DYNATEMP},
         {"style": "b"},
         {"diversity": 0.9, "diversity_id": "1-2-3"},
+        {"diversity": DRY | {"dry_multiplier": 4}},
+        {"diversity": DRY | {"dry_sequence_breakers": ["a", "b", "c"]}},
+        {"diversity": {"level": 0.1, "max_temperature": 2} | GROUP},
         {"diversity": {"level": 0.1, "max_temperature": 3}, "style": '{"name": "habits"}'},
     ],
 )
@@ -268,6 +371,10 @@ def test_capabilities_say_the_caps(set_policy):
         ("server: {level: 2}", "server: level: got 2; accepted: a number from 0 to 1"),
         ("server: {level: yes}", "server.level"),
         ("server: {max_temperature: 0}", "above 0"),
+        ("server: {dry_multiplier: 9}", "from 0 to 5"),
+        ("server: {dry_allowed_length: 1.5}", "whole number"),
+        ("server: {dry_sequence_breakers: 33}", "to 32"),
+        ("server: {group_size: 0}", "from 1 to 1024"),
         ("server: {laws: [gatd]}", "did you mean 'gated'"),
         ("server: {laws: gated}", "accepted: a list"),
         ("models: {demo: 1}", "models.demo"),

@@ -86,6 +86,19 @@ def is_gone(pid: int) -> bool:
 # launch
 
 
+def test_a_folder_of_styles_is_handed_on_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "styles").mkdir()
+    environment = launch("m", styles="styles").environment
+    assert environment == {serve.STYLES: str(tmp_path / "styles")}
+    said = launch("m", styles=Path("styles")).shown()
+    assert said.startswith(f"{serve.STYLES}={tmp_path / 'styles'} ")
+    (tmp_path / "file").touch()
+    for wrong in ("file", "nowhere"):
+        with pytest.raises(ValueError, match=f"--styles: got '{wrong}'.*dftserve style build"):
+            launch("m", styles=wrong)
+
+
 @given(st.from_regex(r"[a-z0-9-]{1,20}", fullmatch=True), st.lists(words))
 def test_the_argv_is_the_model_and_the_flags_as_they_were_given(model, flags):
     command = launch(model, flags)

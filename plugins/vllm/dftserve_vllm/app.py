@@ -1,4 +1,5 @@
-"""What the plug-in adds to vLLM's HTTP app: the answer's middleware, and one route.
+"""What the plug-in adds to vLLM's HTTP app: middleware for the answer and for large bodies, and
+one route.
 
 vLLM's own way for this is `EndpointPlugin` below, which it loads only if `VLLM_PLUGINS` names it;
 elsewhere `hooks` calls `extend` around `build_app`. Both may happen: an app is extended once.
@@ -10,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from dftserve_vllm import capabilities, hooks, is_disabled, metrics
+from dftserve_vllm.body_limit import BodyLimit
 from dftserve_vllm.field_guard import FieldGuard
 from dftserve_vllm.response_middleware import ResponseMiddleware
 
@@ -36,24 +38,25 @@ def _extend(app: Any) -> None:
     metrics.metrics()
     app.add_api_route(ROUTE, capabilities.capabilities, methods=["GET"])
     unseen = [hook for hook in hooks.REQUEST_HOOKS if hook.name in hooks.problems()]
-    _add(app, ResponseMiddleware)
-    if unseen:
-        _add(app, FieldGuard)
+    # What `BodyLimit` raises is answered by the app's own handlers: nothing of ours is inside.
+    _add(app, ResponseMiddleware, *([FieldGuard] if unseen else []), BodyLimit)
 
 
-def _add(app: Any, middleware: Any) -> None:
-    """Innermost, so that what others do to an answer (compression) is done to ours too.
+def _add(app: Any, *middleware: Any) -> None:
+    """Innermost, so that what others do to an answer (compression) is done to ours too; the last
+    innermost of all.
 
     vLLM may have built the stack already, for a container's middleware: it is built again, unless
     someone has put something around it, which would be lost. Then ours goes around everything.
     """
     if app.middleware_stack is None:
-        app.user_middleware.append(Middleware(middleware))
+        app.user_middleware += map(Middleware, middleware)
     elif type(app.middleware_stack) is ServerErrorMiddleware:
-        app.user_middleware.append(Middleware(middleware))
+        app.user_middleware += map(Middleware, middleware)
         app.middleware_stack = app.build_middleware_stack()
     else:
-        app.middleware_stack = middleware(app.middleware_stack)
+        for each in reversed(middleware):
+            app.middleware_stack = each(app.middleware_stack)
 
 
 class EndpointPlugin:

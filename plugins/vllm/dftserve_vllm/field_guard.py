@@ -8,10 +8,11 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from dftserve_vllm import engine, metrics
+from dftserve_vllm import body_limit, engine, metrics
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 
-MAX_BODY_BYTES = 32 << 20
+ESCAPED = rb"\u00"
+"""Begins a letter of a name as JSON may write it."""
 
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -37,10 +38,13 @@ class FieldGuard:
 
 
 async def _read(receive: Any) -> tuple[bytes, list[Message]]:
-    """The body as far as it is bounded, and the messages that it came in."""
+    """The body as far as it is bounded, and the messages that it came in.
+
+    A larger one passes: where it names a field, `BodyLimit`, inside of this, refuses it.
+    """
     messages: list[Message] = []
     size = 0
-    while size <= MAX_BODY_BYTES:
+    while size <= body_limit.largest():
         messages.append(await receive())
         size += len(messages[-1].get("body", b""))
         if not messages[-1].get("more_body", False):
@@ -50,7 +54,7 @@ async def _read(receive: Any) -> tuple[bytes, list[Message]]:
 
 def _has_field(body: bytes, name: str) -> bool:
     """Whether a JSON body has the field, at more than level 0; vLLM answers what is not JSON."""
-    if name.encode() not in body:
+    if name.encode() not in body and ESCAPED not in body:
         return False
     try:
         content = json.loads(body)

@@ -117,6 +117,7 @@ def _passing_on(attribute: str) -> Callable[..., Any]:
 
 def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from dftserve_vllm import body_limit
         from dftserve_vllm.policy import policy
         from dftserve_vllm.request_params import default_diversity
 
@@ -125,6 +126,7 @@ def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., No
         engine.styles()  # What is refused is logged as the server starts.
         default = default_diversity()  # A wrong one stops the server here, not a request.
         policy()  # Likewise.
+        body_limit.largest()
         if (reason := engine.refusal()) is not None:
             logger.warning(
                 "diversity: %s. Requests with the field are answered with 400, "

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -68,6 +68,8 @@ def of_default(request: Any, diversity: spec.Diversity | None) -> spec.Diversity
     if policy() is None or diversity is None:
         return diversity
     limits = _limits(request)
+    if not limits.allows_group(diversity, _choices(request)):
+        diversity = replace(diversity, group=None)
     lowered = limits.lowered(diversity)
     return None if limits.refusal_of(diversity) or lowered.is_off else lowered
 
@@ -85,9 +87,10 @@ def check_carried(params: Any) -> None:
         return
     limits = _limits(None)
     if asked is not None:
-        _refuse_excess(limits, parse_field(asked), DIVERSITY)
+        _refuse_excess(limits, parse_field(asked), DIVERSITY, params.n)
     if named is not None:
-        _refuse_excess(limits, engine.styles().completed(parse_style_field(named)), STYLE)
+        style = engine.styles().completed(parse_style_field(named))
+        _refuse_excess(limits, style, STYLE, params.n)
 
 
 def summary() -> dict[str, Any] | None:
@@ -131,26 +134,41 @@ def _within(
     found = policy()
     assert found is not None
     parameter, named = _said(request, name)
-    _refuse_name(limits, asked, parameter)
+    _refuse_what_cannot_be_lowered(limits, asked, parameter, _choices(request))
     excess = {key: cap for key, cap in limits.excess(asked).items() if key in named}
     if excess and found.on_excess == policies.REJECT:
         key, cap = next(iter(excess.items()))
-        raise _error(f"{parameter}.{key}", getattr(asked, key), f"at most {cap:g}")
+        raise _error(f"{parameter}.{key}", policies.numbers(asked)[key], f"at most {cap:g}")
     if excess:
-        clamped[name] = {key: getattr(asked, key) for key in excess}
+        clamped[name] = {key: policies.numbers(asked)[key] for key in excess}
     return limits.lowered(asked)
 
 
-def _refuse_excess(limits: Limits, asked: spec.Diversity | spec.Style, name: str) -> None:
-    _refuse_name(limits, asked, name)
+def _refuse_excess(
+    limits: Limits, asked: spec.Diversity | spec.Style, name: str, choices: int
+) -> None:
+    _refuse_what_cannot_be_lowered(limits, asked, name, choices)
     for key, cap in limits.excess(asked).items():
-        raise _error(f"{name}.{key}", getattr(asked, key), f"at most {cap:g}")
+        raise _error(f"{name}.{key}", policies.numbers(asked)[key], f"at most {cap:g}")
 
 
-def _refuse_name(limits: Limits, asked: spec.Diversity | spec.Style, parameter: str) -> None:
+def _refuse_what_cannot_be_lowered(
+    limits: Limits, asked: spec.Diversity | spec.Style, parameter: str, choices: int
+) -> None:
+    """A law, a style, the size of a group."""
     if (refused := limits.refusal_of(asked)) is not None:
         key, value, accepted = refused
         raise _error(f"{parameter}.{key}", value, accepted)
+    if isinstance(asked, spec.Diversity) and not limits.allows_group(asked, choices):
+        size, most = policies.size_of_group(asked, choices), limits.group_size
+        accepted = f"groups of at most {most:g}" if most != 1 else "no group"
+        raise _error(f"{parameter}.{spec.GROUP}", f"a group of {size}", accepted)
+
+
+def _choices(request: Any) -> int:
+    """How many a request asks for; on a route without `n`, what is there may be anything."""
+    count = getattr(request, "n", None)
+    return count if isinstance(count, int) else 1
 
 
 def _error(parameter: str, value: object, accepted: str) -> spec.DiversityError:

@@ -12,9 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dftserve import fingerprints, spec
+from dftserve import spec
 from dftserve.sampling import StyleControls
-from dftserve.sampling.style.tables import DEEPEST, depth_of
 from dftserve_vllm import vocabulary
 
 if TYPE_CHECKING:
@@ -117,57 +116,19 @@ def _tell(reason: str) -> None:
 def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
     try:
         # Not before there is a folder: it brings libraries that nothing else here needs.
-        from dftserve.styles import profile as profiles
+        from dftserve.styles.folder import Reader, load
 
-        fitting = _Fitting.of(identity.model_config)
-        # os.path.exists is False for what may not be looked at, such as a volume's lost+found.
-        found = [
-            each for each in sorted(folder.iterdir()) if os.path.exists(each / profiles.MANIFEST)
-        ]
+        model_config = identity.model_config
+        reader = Reader.of(vocabulary.tokenizer(model_config), int(model_config.get_vocab_size()))
+        made, found = load(folder, reader.check)
     except Exception:  # Code of the model's own among them; the server must start.
         logger.warning("styles: none are available", exc_info=True)
         return Styles(unavailable=f"no style could be loaded ({VARIABLE}); the log says why")
-    made: dict[str, Profile] = {}
     refused: dict[str, str] = {}
-    for place in found:
-        name = place.name
-        try:
-            profile = profiles.read(place)
-            name = profile.name
-            if name in made:
-                raise profiles.ProfileError(f"another profile in {VARIABLE} has the name {name!r}.")
-            fitting.check(profile)
-            made[name] = profile
-        except Exception as error:  # noqa: BLE001 - the server and the other profiles start
-            # The log has the whole path; who asks for the style is told the file alone.
-            refused.setdefault(name, str(error).replace(str(place), place.name))
-            logger.warning("styles: %r is refused: %s", name, error)
-    logger.info("styles: %s", ", ".join(made) or f"no profile in {folder} is in force")
-    return Styles(tuple(made.values()), refused)
-
-
-@dataclass(frozen=True)
-class _Fitting:
-    """What a profile has to fit."""
-
-    tokenizer: str
-    template: str | None
-    vocabulary: int
-
-    @classmethod
-    def of(cls, model_config: Any) -> "_Fitting":
-        tokenizer = vocabulary.tokenizer(model_config)
-        return cls(
-            fingerprints.tokenizer_fingerprint(tokenizer),
-            fingerprints.template_fingerprint(tokenizer),
-            int(model_config.get_vocab_size()),
-        )
-
-    def check(self, profile: "Profile") -> None:
-        profile.belongs_to(
-            tokenizer=self.tokenizer, template=self.template, vocabulary=self.vocabulary
-        )
-        if depth_of([profile]) > DEEPEST:
-            raise ValueError(
-                f"phrases: got one of more than {DEEPEST} tokens; accepted: shorter ones."
-            )
+    for each in found:
+        # The log has the whole path; who asks for the style is told the file alone.
+        refused.setdefault(each.name, each.told)
+        logger.warning("styles: %r is refused: %s", each.name, each.reason)
+    names = ", ".join(profile.name for profile in made)
+    logger.info("styles: %s", names or f"no profile in {folder} is in force")
+    return Styles(made, refused)

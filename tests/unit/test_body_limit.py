@@ -1,0 +1,175 @@
+"""Large bodies that name our fields are a 413 before they are read whole; others are stock's."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from dftserve_vllm import app, body_limit, hooks
+from fastapi import FastAPI, Request
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+LIMIT = 1 << 20
+PIECE = 1 << 16
+FIELD = b'{"diversity": 0.5, "prompt": "'
+STYLE = b'{"vllm_xargs": {"style" : "human"}, "prompt": "'
+PLAIN = b'{"user": "diversity", "prompt": "'
+ROUTE = "/v1/completions"
+
+
+@pytest.fixture
+def one_mebibyte(monkeypatch):
+    monkeypatch.setenv(body_limit.VARIABLE, "1")
+    body_limit.largest.cache_clear()
+    yield
+    body_limit.largest.cache_clear()
+
+
+@pytest.fixture
+def served(one_mebibyte) -> FastAPI:
+    """A route that answers as vLLM's do, errors too."""
+    fast = FastAPI()
+    fast.state.args = SimpleNamespace(log_error_stack=False)
+
+    @fast.post(ROUTE)
+    async def route(body: dict) -> dict:
+        return {"characters": len(body["prompt"])}
+
+    @fast.post("/v1/audio/transcriptions")
+    async def audio(request: Request) -> dict:
+        return {"characters": len(await request.body())}
+
+    init_exception_handler(fast)
+    return app.extend(fast)
+
+
+class Pieces:
+    """A body of at least `size` bytes, sent in pieces as they are asked for."""
+
+    def __init__(self, begins: bytes, size: int, ends: bytes = b'"}') -> None:
+        filler = [b"x" * PIECE] * (size // PIECE)
+        self._pieces = [begins, *filler, ends]
+        self.sent = 0
+        self.length = sum(map(len, self._pieces))
+
+    async def __aiter__(self):
+        for piece in self._pieces:
+            self.sent += len(piece)
+            yield piece
+
+
+def post(
+    fast, pieces: Pieces, *, declared: bool, path: str = ROUTE, kind: str = "application/json"
+):
+    headers = {"content-type": kind}
+    if declared:
+        headers["content-length"] = str(pieces.length)
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(fast)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path, content=pieces, headers=headers)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("begins", [FIELD, STYLE])
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_with_a_field_is_refused_before_it_is_read_whole(served, begins, declared):
+    pieces = Pieces(begins, 16 * LIMIT)
+    answer = post(served, pieces, declared=declared)
+    assert answer.status_code == 413
+    error = answer.json()["error"]
+    assert error["code"] == 413
+    assert "1 MiB" in error["message"]
+    assert body_limit.VARIABLE in error["message"]
+    # What is declared is refused at the field's name, and the rest as the bound is passed.
+    most = len(begins) if declared else LIMIT + PIECE
+    assert pieces.sent <= most
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_field_at_the_end_of_a_large_body_is_refused(served, declared):
+    pieces = Pieces(b'{"prompt": "', 2 * LIMIT, b'", "diversity": 0.5}')
+    assert post(served, pieces, declared=declared).status_code == 413
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize(
+    ("begins", "size"), [(PLAIN, 3 * LIMIT), (FIELD, LIMIT // 2), (STYLE, LIMIT // 2)]
+)
+def test_other_bodies_are_stocks(served, begins, size, declared):
+    answer = post(served, Pieces(begins, size), declared=declared)
+    assert answer.status_code == 200
+    assert answer.json() == {"characters": size}
+
+
+def test_a_body_that_is_not_json_is_stocks(served):
+    pieces = Pieces(FIELD, 2 * LIMIT)
+    path, kind = "/v1/audio/transcriptions", "multipart/form-data; boundary=x"
+    assert post(served, pieces, declared=False, path=path, kind=kind).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_where_the_field_is_not_seen_a_large_body_with_it_is_refused_too(
+    monkeypatch, one_mebibyte, declared, is_wrapped
+):
+    lost = hooks.REQUEST_HOOKS[1]
+    monkeypatch.setattr(hooks, "_installed", hooks.HOOKS)
+    monkeypatch.setattr(hooks, "problems", lambda: {lost.name: "it is not there"})
+    fast = FastAPI()
+    fast.state.args = SimpleNamespace(log_error_stack=False)
+
+    @fast.post(ROUTE)
+    async def route(body: dict) -> dict:
+        return {"characters": len(body["prompt"])}
+
+    init_exception_handler(fast)
+    if is_wrapped:
+        stack = fast.build_middleware_stack()
+        fast.middleware_stack = lambda *given: stack(*given)
+    app.extend(fast)
+    refused = post(fast, Pieces(b'{"prompt": "', 2 * LIMIT, b'", "style": "a"}'), declared=declared)
+    assert refused.status_code == 413
+    answer = post(fast, Pieces(PLAIN, 2 * LIMIT), declared=declared)
+    assert answer.json() == {"characters": 2 * LIMIT}
+
+
+@pytest.mark.parametrize("cut", range(len('"diversity"  :') + 1))
+@pytest.mark.parametrize("whole", [b'xx"diversity"  :0.5,"a":1', b'"style":' + b"1" * 100])
+def test_a_name_is_found_however_the_body_is_cut(whole, cut):
+    for pieces in ([whole[:cut], whole[cut:]], [whole[i : i + 1] for i in range(len(whole))]):
+        names = body_limit.FieldNames()
+        for piece in pieces:
+            names.look(piece)
+        assert names.seen
+
+
+@pytest.mark.parametrize("body", [{"user": "style"}, {"styles": 1}, {"prompt": '"diversity": 1'}])
+def test_a_text_is_no_name(body):
+    names = body_limit.FieldNames()
+    names.look(json.dumps(body).encode())
+    assert not names.seen
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "4097", "9" * 5000, "²"])
+def test_a_wrong_bound_is_refused(monkeypatch, text):
+    monkeypatch.setenv(body_limit.VARIABLE, text)
+    body_limit.largest.cache_clear()
+    with pytest.raises(ValueError, match="from 1 to 4096") as refusal:
+        body_limit.largest()
+    assert len(str(refusal.value)) < 200
+    body_limit.largest.cache_clear()
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_the_bound_is_32_mebibytes_where_nothing_is_said(monkeypatch, text):
+    if text is None:
+        monkeypatch.delenv(body_limit.VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(body_limit.VARIABLE, text)
+    body_limit.largest.cache_clear()
+    assert body_limit.largest() == 32 << 20
+    body_limit.largest.cache_clear()

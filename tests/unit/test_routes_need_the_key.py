@@ -1,0 +1,104 @@
+"""Every route that the plug-in adds to vLLM's app answers nothing without the server's API key."""
+
+import asyncio
+import re
+
+import httpx
+import pytest
+from dftserve_vllm import app
+from fastapi import FastAPI
+from starlette.routing import BaseRoute
+
+KEY = "the-servers-key"
+REFUSED = 401
+
+
+def built(*flags: str) -> FastAPI:
+    """vLLM's own app, without an engine."""
+    from vllm.platforms import current_platform  # What every process of vLLM does first.
+
+    assert current_platform
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags))
+    return build_app(arguments, ("generate",))
+
+
+@pytest.fixture(params=["hook", "plug-in"])
+def attach(request):
+    """The two ways by which our routes come to an app."""
+    return app.extend if request.param == "hook" else app.EndpointPlugin().attach_router
+
+
+@pytest.fixture
+def served(attach, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.delenv("DFTSERVE_DISABLE", raising=False)
+    monkeypatch.setattr("vllm.plugins.plugins_loaded", True)  # Or this process would have hooks.
+
+    def serve(*flags: str) -> tuple[FastAPI, list[BaseRoute]]:
+        """The app, and the routes that are ours."""
+        fast = built(*flags)
+        stock = list(fast.routes)
+        attach(fast)
+        return fast, [route for route in fast.routes if route not in stock]
+
+    return serve
+
+
+def asked(fast: FastAPI, route: BaseRoute, key: str | None) -> dict[str, int]:
+    """The status by method, of a route of any kind."""
+    path = re.sub(r"{[^}]*}", "x", getattr(route, "path", "")) or "/"
+    methods = getattr(route, "methods", None) or {"GET", "POST"}
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+
+    async def run() -> dict[str, int]:
+        transport = httpx.ASGITransport(fast, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return {
+                method: (await client.request(method, path, headers=headers)).status_code
+                for method in sorted(methods)
+            }
+
+    return asyncio.run(run())
+
+
+def open_to_all(fast: FastAPI, routes: list[BaseRoute]) -> list[str]:
+    """The paths and methods of routes that answer without the key, or with another one."""
+    return [
+        f"{method} {getattr(route, 'path', route)}"
+        for route in routes
+        for key in (None, "another", "")
+        for method, status in asked(fast, route, key).items()
+        if status != REFUSED
+    ]
+
+
+def test_every_own_route_is_behind_the_key(served):
+    fast, ours = served("--api-key", KEY)
+    assert app.ROUTE in {getattr(route, "path", None) for route in ours}
+    assert open_to_all(fast, ours) == []
+    for route in ours:
+        assert not {REFUSED, 404, 405, 500} & set(asked(fast, route, KEY).values())
+
+
+def test_a_server_without_a_key_answers(served):
+    fast, ours = served()
+    assert ours
+    for route in ours:
+        assert set(asked(fast, route, None).values()) == {200}
+
+
+@pytest.mark.parametrize("path", ["/dft/open", "/dft/{name}", "/metrics/dft"])
+def test_a_new_route_that_is_open_is_found(served, monkeypatch, path):
+    extend = app._extend
+
+    def with_more(fast: FastAPI) -> None:
+        extend(fast)
+        fast.add_api_route(path, lambda: "open", methods=["GET", "POST"])
+
+    monkeypatch.setattr(app, "_extend", with_more)
+    fast, ours = served("--api-key", KEY)
+    assert any(path in found for found in open_to_all(fast, ours))
