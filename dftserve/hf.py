@@ -118,7 +118,7 @@ class DiversityProcessor(LogitsProcessor):
         last_token_R = input_ids[:, -1].int() if self._reads_last_token else None
         step = Step(
             *(self._controls, self._slot_R, position_R, self._zero_R, last_token_R),
-            penalties=None if self._dry is None else self._penalties(input_ids),
+            penalties=() if self._dry is None else self._penalties(input_ids),
         )
         self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
         if self._codes is not None:
@@ -140,11 +140,15 @@ class DiversityProcessor(LogitsProcessor):
                 self._repeats.put(row, self._dry)
         self._codes = self._groups(input_ids, seed) if self.diversity.group else None
 
-    def _penalties(self, input_ids: torch.LongTensor) -> Penalties:
+    def _penalties(self, input_ids: torch.LongTensor) -> Iterable[Penalties]:
         ids_RL = input_ids.int()
         at_R = torch.full_like(self._slot_R, ids_RL.shape[1] - 1)
         texts = Texts(ids_RL, self._zero_R, at_R, ids_RL[:, -1])
-        return self._repeats.penalties(texts, self._slot_R, self._zero_R)
+        return self._repeats.penalties(
+            *(texts, self._slot_R, self._zero_R),
+            slots=np.arange(len(input_ids)),
+            most_rows=len(input_ids),
+        )
 
     def _groups(self, input_ids: torch.Tensor, seed: int) -> GroupCodes:
         """The rows of equal prompts are a group each."""

@@ -3,6 +3,7 @@ comes from a request to the runners."""
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dftserve import spec
 from dftserve.sampling import Controls, Step, Texts, control_row, transform_step
@@ -23,6 +25,8 @@ from dftserve.sampling.dry import (
     penalties,
     together,
 )
+from dftserve.sampling.dry import on_device as on_device_module
+from dftserve.sampling.dry import stage as stage_module
 from dftserve.sampling.dry.repeats import HISTORY, LONGEST_MATCH, MAX_PENALTY
 from dftserve.sampling.step import Penalties
 from tests.dry_reference import dry_reference, penalties_reference
@@ -56,7 +60,7 @@ def on_host(text, dry: DryControls) -> dict[int, float]:
     return dict(zip(*(each.tolist() for each in found), strict=True))
 
 
-def on_device(texts, rows: list[DryControls | None], drafts=0, places=None) -> list[dict]:
+def on_device(texts, rows: list[DryControls | None], drafts=0) -> list[dict]:
     """Several rows at once; the last tokens of each text are drafts, which are not known yet."""
     width = max(map(len, texts)) + 3
     tokens_SL = torch.full((len(texts), width), 5, dtype=torch.int32)
@@ -69,21 +73,23 @@ def on_device(texts, rows: list[DryControls | None], drafts=0, places=None) -> l
     for slot, dry in enumerate(rows):
         if dry is not None:
             repeats.put(slot, dry)
-    found = repeats.penalties(
+    slots = np.flatnonzero(repeats.has(np.arange(len(texts))))
+    parts = repeats.penalties(
         Texts(tokens_SL, torch.zeros(len(texts), dtype=torch.int32), at_R, input_R.int()),
         torch.tensor([s for s, _ in row_R]),
         torch.tensor([d for _, d in row_R], dtype=torch.int32),
-        places,
-        int(at_R.max()) + 1,
+        slots=slots,
+        most_rows=min(len(slots) * (drafts + 1), len(row_R)),
+        longest_text=max(len(texts[slot]) for slot in slots),
     )
-    return [
-        {
-            token: max(n for t, n in zip(tokens, nats, strict=True) if t == token)
-            for token, nat in zip(tokens, nats, strict=True)
-            if nat > 0
-        }
-        for tokens, nats in zip(found.token_PK.tolist(), found.nats_PK.tolist(), strict=True)
-    ]
+    found = [{} for _ in row_R]
+    for part in parts:
+        each = zip(part.place_P.tolist(), part.token_PK, part.nats_PK, strict=True)
+        for place, token_K, nats_K in each:
+            for token, nats in zip(token_K.tolist(), nats_K.tolist(), strict=True):
+                if nats > 0:
+                    found[place][token] = max(found[place].get(token, 0), nats)
+    return found
 
 
 @settings(max_examples=150)
@@ -121,12 +127,21 @@ def test_drafts_are_part_of_the_text_that_each_row_follows():
     assert any(expected)
 
 
+def test_parts_of_a_step_s_rows_have_the_penalties_of_the_whole(monkeypatch):
+    random = np.random.default_rng(1)
+    texts = [random.integers(4, 7, size).tolist() for size in (9, 30, 17, 30)]
+    rows = [controls(), None, controls(multiplier=2.0), controls(np.zeros(1, bool))]
+    whole = on_device(texts, rows, drafts=2)
+    monkeypatch.setattr(on_device_module, "ELEMENTS", 2 * 30)
+    assert on_device(texts, rows, drafts=2) == whole
+    assert sum(map(bool, whole)) > 6
+
+
 def test_some_rows_of_a_step_and_sets_of_breakers_of_their_own():
     text = [5, 6, 3, 5, 6]
     none, all_of_them = np.zeros(1, bool), np.ones(V, bool)
     rows = [controls(none), None, controls(all_of_them), controls(BREAKS_V)]
-    found = on_device([text] * 4, rows, places=np.array([0, 2, 3]))
-    assert found == [{3: pytest.approx(0.8)}, {}, {}]
+    assert on_device([text] * 4, rows) == [{3: pytest.approx(0.8)}, {}, {}, {}]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +174,7 @@ def transformed(row_V, diversity, nats, *, temperature=1.0, divisor=1.0, stops=S
         [(np.array(list(nats), np.int64), np.array(list(nats.values()), np.float32))]
     )
     zero_R = torch.zeros(1, dtype=torch.int64)
-    given_penalties = Penalties(torch.tensor(token_PK), torch.tensor(nats_PK), zero_R)
+    given_penalties = (Penalties(torch.tensor(token_PK), torch.tensor(nats_PK), zero_R),)
     step = Step(Controls.stack([row]), zero_R, zero_R, zero_R.int(), penalties=given_penalties)
     backend = TorchBackend()
     transform_step(logits_XV, step, backend.create_slots(1, 1), backend)
@@ -239,7 +254,7 @@ def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
         torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 5.0]]),
         place_R,
     )
-    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int(), penalties=found)
+    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int(), penalties=(found,))
     penalise(rows_XV, step, found, TorchBackend().constants)
     assert torch.equal(rows_XV.view(torch.int32), before_XV.view(torch.int32))
 
@@ -388,42 +403,152 @@ def test_v1_reads_the_prompt_and_the_output():
     assert processor.stats.faults == 0
 
 
-def test_v2_reads_the_text_on_the_device():
-    from dftserve_vllm.v2 import V2Processor
+class V2:
+    """Four slots of an engine, whose texts are in `tokens_SL`."""
 
-    all_tokens_SL = torch.zeros(3, 20, dtype=torch.int32)
-    all_tokens_SL[2, :6] = torch.tensor(TEXT)
-    known = SimpleNamespace(np=np.full(3, 6), gpu=torch.full((3,), 6))
-    states = SimpleNamespace(
-        max_num_reqs=3,
-        device=torch.device("cpu"),
-        prefill_len=known,
-        prompt_len=known,
-        all_token_ids=SimpleNamespace(gpu=all_tokens_SL),
-    )
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=3), speculative_config=None
-    )
-    processor = V2Processor(config, states)
-    processor.add_request(2, sampling_params(ASKED))
-    processor.add_request(0, sampling_params())
-    processor.apply_staged_writes()
-    slot_R = torch.tensor([2, 0])
-    context = SimpleNamespace(
-        idx_mapping_np=slot_R.numpy(),
-        expanded_idx_mapping=slot_R,
-        expanded_local_pos=torch.zeros_like(slot_R),
-        pos=torch.tensor([5, 5]),
-        input_ids=torch.tensor([10, 0]),
-        seq_lens_upper_bound_np=np.array([6, 6]),
-    )
+    def __init__(self, drafts=0, length=6):
+        from dftserve_vllm.v2 import V2Processor
+
+        self.drafts = drafts
+        self.tokens_SL = torch.zeros(4, length + 8, dtype=torch.int32)
+        known = SimpleNamespace(np=np.full(4, 3), gpu=torch.full((4,), 3))
+        states = SimpleNamespace(
+            max_num_reqs=4,
+            device=torch.device("cpu"),
+            prefill_len=known,
+            prompt_len=known,
+            all_token_ids=SimpleNamespace(gpu=self.tokens_SL),
+        )
+        speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=4), speculative_config=speculative
+        )
+        self.processor = V2Processor(config, states)
+
+    def join(self, **asked):
+        for slot, diversity in asked.items():
+            self.processor.add_request(int(slot[1:]), sampling_params(diversity))
+        self.processor.apply_staged_writes()
+
+    def step(self, slots, rows_of, texts, rows_RV, watch=nullcontext):
+        """`rows_of`: how many rows each request has, the last of them drafts of `texts`. What
+        `watch` makes is entered for the step alone, and given back."""
+        slot_R = torch.from_numpy(np.repeat(slots, rows_of))
+        offset_R = torch.cat([torch.arange(rows) for rows in rows_of])
+        ends = np.array([len(texts[slot]) for slot in slots])
+        pos_R = torch.from_numpy(np.repeat(ends - rows_of, rows_of)) + offset_R
+        for slot, rows in zip(slots, rows_of, strict=True):
+            certain = texts[slot][: len(texts[slot]) - rows + 1]
+            self.tokens_SL[slot, : len(certain)] = torch.tensor(certain)
+        inputs = [texts[s][at] for s, at in zip(slot_R.tolist(), pos_R.tolist(), strict=True)]
+        context = SimpleNamespace(
+            idx_mapping_np=np.array(slots),
+            expanded_idx_mapping=slot_R,
+            expanded_local_pos=offset_R,
+            pos=pos_R,
+            input_ids=torch.tensor(inputs, dtype=torch.int32),
+            seq_lens_upper_bound_np=ends,
+        )
+        with watch() as watching:
+            self.processor.apply(rows_RV, context)
+        assert self.processor.stats.faults == 0
+        return watching
+
+
+def test_v2_reads_the_text_on_the_device():
+    engine = V2()
+    engine.join(s2=ASKED, s0=None)
     rows_RV = logits()
-    processor.apply(rows_RV, context)
+    engine.step([2, 0], [1, 1], {2: TEXT, 0: TEXT}, rows_RV)
     check(rows_RV * 2, 0.5)
     assert torch.equal(rows_RV[1], logits()[1])
-    assert processor.stats.faults == 0
-    processor.add_request(2, sampling_params())
-    assert not processor._repeats.has(np.array([2])).any()
+    engine.join(s2=None)
+    assert not engine.processor._repeats.has(np.array([2])).any()
+
+
+def test_v2_takes_each_draft_into_the_text_that_the_rows_behind_it_follow():
+    """Requests of one to three rows, in any order, of which two have DRY, and one of these drafts:
+    each row loses what the naive search finds behind its own text."""
+    engine = V2(drafts=2)
+    law = {"level": 0.5}
+    engine.join(s0=law, s1=ASKED, s2=None, s3=ASKED)
+    texts = {0: TEXT, 1: [*TEXT, 11, 12], 2: TEXT, 3: [5, 5, 5, 6, 5, 5]}
+    slots, rows_of = [2, 1, 0, 3], [1, 3, 2, 1]
+    before_RV = torch.linspace(0, -4, 7 * 50).view(7, 50)
+    rows_RV = before_RV.clone()
+    engine.step(slots, rows_of, texts, rows_RV)
+    numbers = {"multiplier": 2.0, "base": 1.75, "allowed_length": 2}
+    ends = {1: texts[1][:6], 2: texts[1][:7], 3: texts[1], 6: texts[3]}
+    lost = {row: penalties_reference(text, **numbers) for row, text in ends.items()}
+    assert all(lost.values())
+    for row, nats in lost.items():
+        expected_V = before_RV[row].clone()
+        for token, each in nats.items():
+            expected_V[token] -= each
+        said_V = torch.log_softmax(rows_RV[row] * 2, 0)
+        assert torch.allclose(said_V, torch.log_softmax(expected_V * 2, 0), atol=1e-4)
+    assert torch.equal(rows_RV[0], before_RV[0])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor has which torch makes while it is entered; views, and what
+    is rewritten in place, are not made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {memory_of(each) for each in args if isinstance(each, torch.Tensor)}
+        for each in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(each, torch.Tensor) and memory_of(each) not in given:
+                self.elements = max(self.elements, each.numel())
+        return found
+
+
+def memory_of(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+LONG = 6000
+
+
+def largest_of_a_step(**asked):
+    """Elements of the largest tensor of a step with three drafts, of one short text and three long
+    ones; the rows have 50 logits each."""
+    engine = V2(drafts=3, length=LONG)
+    engine.join(**asked)
+    texts = {0: [7] * LONG, 1: TEXT * 4, 2: [7] * LONG, 3: [7] * LONG}
+    rows_RV = torch.linspace(0, -4, 16 * 50).view(16, 50).clone()
+    return engine.step([0, 1, 2, 3], [4, 4, 4, 4], texts, rows_RV, Largest).elements
+
+
+def test_a_request_costs_its_own_rows_and_text_alone():
+    assert largest_of_a_step(s1=ASKED) < LONG
+
+
+def test_no_step_makes_more_at_once_than_a_part_has(monkeypatch):
+    monkeypatch.setattr(on_device_module, "ELEMENTS", 2 * LONG)
+    monkeypatch.setattr(stage_module, "ELEMENTS", 2 * 50)
+    assert LONG < largest_of_a_step(s0=ASKED, s1=ASKED, s2=ASKED, s3=ASKED) <= 2 * LONG
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_are_rewritten_in_parts(monkeypatch, parts):
+    """No tensor that the stage makes of six long rows is larger than a part."""
+    wide, rows = 1 << 12, 6
+    monkeypatch.setattr(stage_module, "ELEMENTS", wide * rows // parts)
+    rows_RV = torch.randn(rows, wide, generator=torch.Generator().manual_seed(0))
+    place_R = torch.arange(rows)
+    row = control_row(spec.parse(0.5), temperature=1.0, logits_divisor=1.0, stop_ids=STOPS)
+    found = Penalties(torch.full((rows, 1), 9), torch.full((rows, 1), 2.0), place_R)
+    step = Step(Controls.stack([row] * rows), place_R, place_R, place_R.int())
+    whole_RV = rows_RV.clone()
+    for part in found.split(1):
+        stage_module.penalise(whole_RV, step, part, TorchBackend().constants)
+    with Largest() as largest:
+        stage_module.penalise(rows_RV, step, found, TorchBackend().constants)
+    assert largest.elements <= wide * rows // parts
+    assert torch.equal(rows_RV, whole_RV)
 
 
 def test_transformers_rows_read_their_own_text():

@@ -1,6 +1,7 @@
 """Repeated sequences of texts that lie on the logits' device: `repeats`, for many rows at once and
 without a wait, since the host does not know the tokens yet."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from dftserve.sampling.dry.repeats import HISTORY, MAX_PENALTY, DryControls
 from dftserve.sampling.staging import PinnedStaging
-from dftserve.sampling.step import Penalties, Texts
+from dftserve.sampling.step import Penalties, Texts, chosen_first
+
+ELEMENTS = 1 << 22
+"""Tokens of texts that are looked at at once, at some 46 bytes each for all that is made of them:
+193 MB."""
 
 NUMBERS = 4
 MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST = range(NUMBERS)
@@ -27,6 +32,33 @@ class _Sent:
     """bool; the last column is False, for tokens that are in no set."""
 
 
+@dataclass(frozen=True)
+class DevicePenalties:
+    """The penalties of a step's rows in parts, each made when it is asked for."""
+
+    texts: Texts
+    slot_R: Tensor
+    offset_R: Tensor
+    place_P: Tensor
+    width: int
+    """Of a text's end that is looked at, in tokens."""
+    longest: int
+    """Tokens of a match that change a penalty, at most."""
+    sent: _Sent
+
+    def __iter__(self) -> Iterator[Penalties]:
+        for place_P in self.place_P.split(max(ELEMENTS // self.width, 1)):
+            yield self._of(place_P)
+
+    def _of(self, place_P: Tensor) -> Penalties:
+        sent, slot_P = self.sent, self.slot_R[place_P]
+        window_PW = _windows(self.texts, self.slot_R, self.offset_R, place_P, self.width)
+        nats_PK = _nats(
+            window_PW, sent.numbers_S4[slot_P], sent.breaks_BV, sent.set_S[slot_P], self.longest
+        )
+        return Penalties(window_PW[:, 1:].clamp_min(0), nats_PK, place_P)
+
+
 class SlotRepeats:
     """DRY of an engine's requests, one a slot at most. What changed goes to the device by one copy
     before the next step that has any."""
@@ -37,10 +69,12 @@ class SlotRepeats:
         self._staging = staging or PinnedStaging(device)
         self._controls: dict[int, DryControls] = {}
         self._has_S = np.zeros(slots, bool)
+        self._longest_S = np.zeros(slots, np.int64)
         self._sent: _Sent | None = None
 
     def put(self, slot: int, dry: DryControls) -> None:
         self._controls[slot], self._has_S[slot], self._sent = dry, True, None
+        self._longest_S[slot] = dry.longest
 
     def clear(self, slot: int) -> None:
         if self._controls.pop(slot, None) is not None:
@@ -55,34 +89,31 @@ class SlotRepeats:
         texts: Texts,
         slot_R: Tensor,
         offset_R: Tensor,
-        places: np.ndarray | None = None,
+        *,
+        slots: np.ndarray,
+        most_rows: int,
         longest_text: int = HISTORY,
-    ) -> Penalties:
+    ) -> "DevicePenalties":
         """Of each row's text, with duplicates: the largest of a token's penalties is the one.
 
         Args:
             texts: their whole tokens: where an answer begins is not looked at.
             slot_R, offset_R: of the step's rows.
-            places: which of the rows, on the host; None for all of them.
-            longest_text: tokens that no row's text exceeds.
+            slots: those of the step that have DRY, on the host.
+            most_rows: rows that these have at most, of which the host may not know the places.
+            longest_text: tokens that the text of none of these rows exceeds.
         """
         sent = self._on_device()
-        place_P = (
-            torch.arange(len(slot_R), device=slot_R.device)
-            if places is None
-            else self._staging.to_device(places.astype(np.int64))
+        has_dry_R = sent.numbers_S4[:, MULTIPLIER][slot_R] > 0
+        return DevicePenalties(
+            texts,
+            slot_R,
+            offset_R,
+            chosen_first(has_dry_R, most_rows),
+            width=max(min(longest_text, HISTORY, texts.tokens_SL.shape[1]), 2),
+            longest=int(self._longest_S[slots].max()),
+            sent=sent,
         )
-        slot_P, set_P = slot_R[place_P], sent.set_S[slot_R[place_P]]
-        width = max(min(longest_text, HISTORY, texts.tokens_SL.shape[1]), 2)
-        window_PW = _windows(texts, slot_R, offset_R, place_P, width)
-        return Penalties(
-            window_PW[:, 1:].clamp_min(0),
-            _nats(window_PW, sent.numbers_S4[slot_P], sent.breaks_BV, set_P, self._longest()),
-            place_P,
-        )
-
-    def _longest(self) -> int:
-        return max(dry.longest for dry in self._controls.values())
 
     def _on_device(self) -> _Sent:
         if self._sent is None:

@@ -19,13 +19,21 @@ from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.step import Penalties, Step
 
 
+ELEMENTS = 1 << 22
+"""Logits that are rewritten at once, at some 34 bytes each for all that is made of them: 142 MB."""
+
+
 def penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: LawConstants) -> None:
     """Rewrite, in place, the rows of the step that have penalties. Tokens beyond the vocabulary and
     stop tokens have none."""
     if logits_XV.device.type == "cpu":  # Which rows have any, a GPU would have to be asked.
         penalties = _only_present(penalties)
-        if not len(penalties.place_P):
-            return
+    for part in penalties.split(max(ELEMENTS // logits_XV.shape[1], 1)):
+        if len(part.place_P):
+            _penalise(logits_XV, step, part, constants)
+
+
+def _penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: LawConstants) -> None:
     place_P = penalties.place_P
     row_P = place_P if step.rows_R is None else step.rows_R[place_P]
     controls = step.controls.select(step.slot_R[place_P])

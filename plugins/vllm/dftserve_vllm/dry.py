@@ -50,10 +50,10 @@ class HostRepeats:
     def close(self, slot: int) -> None:
         self._by_slot.pop(slot, None)
 
-    def penalties(self, slots: Array, outputs: list[list[int]]) -> Penalties | None:
-        """Of a step's rows, by the output so far of each; None where no row has any."""
+    def penalties(self, slots: Array, outputs: list[list[int]]) -> tuple[Penalties, ...]:
+        """Of a step's rows, by the output so far of each; nothing where no row has any."""
         if not self._by_slot:
-            return None
+            return ()
         places, found = [], []
         for place, (slot, output) in enumerate(zip(slots.tolist(), outputs, strict=True)):
             if slot in self._by_slot:
@@ -63,8 +63,8 @@ class HostRepeats:
                     places.append(place)
                     found.append(row)
         if not places:
-            return None
+            return ()
         sent: list[torch.Tensor] = self._staging.to_device_together(
             *together(found), np.array(places)
         )
-        return Penalties(*sent)
+        return (Penalties(*sent),)

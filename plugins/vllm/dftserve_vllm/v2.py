@@ -4,6 +4,7 @@ V2 calls it before the temperature, with unscaled rows, several for a request un
 decoding, keyed by a request's slot. Where no request of the batch asked for it, nothing runs.
 """
 
+from collections.abc import Iterable
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ class V2Processor(LogitsProcessor):
         self._controls = SlotControls(slots, device)
         self._repeats = SlotRepeats(slots, device)
         self._breakers = vocabulary.breakers(vllm_config)
+        self._rows_per_request = 1 + drafts
         self._verified_rows = slots * (1 + drafts) if drafts else 0
         self._is_active = np.zeros(slots, dtype=bool)
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
@@ -134,7 +136,7 @@ class V2Processor(LogitsProcessor):
             known_S=self._states.prefill_len.gpu.to(torch.int32),
             has_idle_rows=not is_active_B.all(),
             texts=self._texts(ctx) if self._has_style[slots].any() else None,
-            penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else None,
+            penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else (),
         )
         self.stats.apply(logits, step, self._grouped(ctx, is_active_B))
 
@@ -156,17 +158,21 @@ class V2Processor(LogitsProcessor):
             ctx.input_ids.to(torch.int32),
         )
 
-    def _penalties(self, ctx: LogitsContext, has_dry_B: np.ndarray) -> Penalties:
-        """Of the rows with DRY; of all rows where drafts are among them, since their places are
-        known on the device alone."""
-        without_drafts = len(ctx.expanded_idx_mapping) == len(ctx.idx_mapping_np)
+    def _penalties(self, ctx: LogitsContext, has_dry_B: np.ndarray) -> Iterable[Penalties]:
+        slots = ctx.idx_mapping_np[has_dry_B]
         return self._repeats.penalties(
             self._texts(ctx),
             ctx.expanded_idx_mapping.to(torch.int64),
             ctx.expanded_local_pos.to(torch.int32),
-            np.flatnonzero(has_dry_B) if without_drafts else None,
-            int(ctx.seq_lens_upper_bound_np.max()),
+            slots=slots,
+            most_rows=self._most_rows(ctx, len(slots)),
+            longest_text=int(ctx.seq_lens_upper_bound_np[has_dry_B].max()),
         )
+
+    def _most_rows(self, ctx: LogitsContext, requests: int) -> int:
+        """Rows that so many of the step's requests have at most: with drafts the device alone knows
+        how many each has, and where."""
+        return min(len(ctx.expanded_idx_mapping), requests * self._rows_per_request)
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]
