@@ -121,8 +121,8 @@ class DiversityProcessor(LogitsProcessor):
             penalties=() if self._dry is None else self._penalties(input_ids),
         )
         self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
-        if self._codes is not None:
-            self._codes.draw(logits_RV, step, self._slot_R)
+        if self._codes is not None and (drawn := self._codes.draws(np.arange(rows)).sum()):
+            self._codes.draw(logits_RV, step, int(drawn))
         return cast(torch.FloatTensor, logits_RV)
 
     def _begin(self, input_ids: torch.Tensor) -> None:

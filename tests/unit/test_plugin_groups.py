@@ -226,7 +226,7 @@ def test_nothing_is_drawn_where_no_row_is_of_a_group(monkeypatch, runner):
         processor.add_request(0, asked)
         processor.apply_staged_writes()
         run = lambda: v2_step(processor, [0], 1, 3)  # noqa: E731
-    monkeypatch.setattr(processor.stats, "_codes", None)
+    monkeypatch.setattr(processor.stats._codes, "draw", None)
     run()
 
 

@@ -18,7 +18,6 @@ from dftserve.sampling.entropy import exp, is_present
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.step import Penalties, Step
 
-
 ELEMENTS = 1 << 22
 """Logits that are rewritten at once, at some 34 bytes each for all that is made of them: 142 MB."""
 

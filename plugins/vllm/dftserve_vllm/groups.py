@@ -10,7 +10,9 @@ from collections import OrderedDict, deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dftserve import spec
 from dftserve.sampling import Step
@@ -92,11 +94,11 @@ class Codes:
             produced: tokens that are there already.
         """
         self.close(slot)
-        left = None
+        resumed = None
         if produced and identity is not None:
             self._collect_left(wait=True)
-            left = self._left.pop(identity, None)
-        self._codes.open(slot, row, left, produced)
+            resumed = self._left.pop(identity, None)
+        self._codes.open(slot, row, resumed, produced)
         self._identity[slot] = identity
 
     def close(self, slot: int) -> None:
@@ -108,11 +110,14 @@ class Codes:
         if identity is not None and self._snapshot is not None:
             self._leaving.append((identity, self._snapshot, slot))
 
-    def draw(self, logits_XV: torch.Tensor, step: Step, chosen_N: torch.Tensor) -> None:
+    def draws(self, slots_R: Array) -> NDArray[np.bool_]:
+        """See `GroupCodes.draws`."""
+        return self._codes.draws(slots_R)
+
+    def draw(self, logits_XV: torch.Tensor, step: Step, most_rows: int) -> None:
         """See `GroupCodes.draw`."""
-        self._codes.draw(logits_XV, step, chosen_N)
+        self._snapshot = self._codes.draw(logits_XV, step, most_rows)
         self._collect_left(wait=False)
-        self._snapshot = self._codes.snapshot()
 
     def _collect_left(self, *, wait: bool) -> None:
         """Take what left its slot out of the snapshots, so that these can go."""

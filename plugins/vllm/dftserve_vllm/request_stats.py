@@ -107,16 +107,20 @@ class RequestStats:
         while len(self._left) > MAX_LEFT:
             self._left.popitem(last=False)
 
-    def apply(self, logits_XV: Tensor, step: Step, grouped_N: Tensor | None = None) -> None:
+    def drawn_by_code(self, slots_R: Array) -> NDArray[np.bool_]:
+        """bool [R]: which of these slots' next tokens are drawn as a group's."""
+        return self._codes.draws(slots_R)
+
+    def apply(self, logits_XV: Tensor, step: Step, most_group_rows: int = 0) -> None:
         """Transform the rows in place; if it raises, they are as they were, or as a style, which
         comes before the law, has left them.
 
         Args:
-            grouped_N: int64, which of the step's rows may be of groups, in order; None for none.
+            most_group_rows: rows that the slots which are drawn by code have at most.
         """
         transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
-        if grouped_N is not None:
-            self._codes.draw(logits_XV, step, grouped_N)
+        if most_group_rows:
+            self._codes.draw(logits_XV, step, most_group_rows)
 
     def end_step(self, positions: Array, slots: Array, always: NDArray[np.bool_]) -> None:
         """Let the step's output carry the statistics of its active requests.

@@ -4,7 +4,8 @@ V2 calls it before the temperature, with unscaled rows, several for a request un
 decoding, keyed by a request's slot. Where no request of the batch asked for it, nothing runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,6 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from dftserve.sampling import SlotControls, Step, Texts
 from dftserve.sampling.dry import SlotRepeats
-from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.dry import dry_controls
@@ -57,8 +57,6 @@ class V2Processor(LogitsProcessor):
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
         self._has_style = np.zeros(slots, dtype=bool)
-        self._has_group = np.zeros(slots, dtype=bool)
-        self._staging = PinnedStaging(device)
         self._staged: list[int] = []
         self._arrivals = count()
 
@@ -68,7 +66,7 @@ class V2Processor(LogitsProcessor):
         self._is_active[req_idx] = False
         self._controls.clear(req_idx)
         self._repeats.clear(req_idx)
-        with self.stats.isolated():
+        with self.stats.isolated(partial(self._drop, (req_idx,))):
             self._is_active[req_idx] = self._open(req_idx, sampling_params)
         return bool(self._is_active[req_idx])
 
@@ -87,7 +85,6 @@ class V2Processor(LogitsProcessor):
         self._may_end_anywhere[slot] = asked.may_end_anywhere
         self._reads_last_token[slot] = asked.controls.reads_last_token
         self._has_style[slot] = asked.controls.has_style
-        self._has_group[slot] = asked.group is not None
         if asked.diversity.dry is not None:
             self._repeats.put(slot, dry_controls(asked.diversity.dry, self._breakers))
         self._controls.put(slot, asked.controls)
@@ -98,15 +95,17 @@ class V2Processor(LogitsProcessor):
         """Controls of the requests that came go to the device; where that fails, their rows stay
         as they come."""
         if self._staged:
-            with self.stats.isolated(self._deactivate):
+            with self.stats.isolated(partial(self._drop, self._staged)):
                 self._controls.on_device()
             self._staged.clear()
 
-    def _deactivate(self) -> None:
-        self._is_active[self._staged] = False
-        for slot in self._staged:
+    def _drop(self, slots: Sequence[int]) -> None:
+        """After a fault; on the device, too, none of these slots asks for anything then."""
+        for slot in slots:
+            self._is_active[slot] = False
             self._controls.clear(slot)
             self._repeats.clear(slot)
+            self.stats.close(slot)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         with self.stats.isolated():
@@ -138,16 +137,8 @@ class V2Processor(LogitsProcessor):
             texts=self._texts(ctx) if self._has_style[slots].any() else None,
             penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else (),
         )
-        self.stats.apply(logits, step, self._grouped(ctx, is_active_B))
-
-    def _grouped(self, ctx: LogitsContext, is_active_B: np.ndarray) -> torch.Tensor | None:
-        """Rows that may be of groups. With drafts the device alone knows whose rows are where."""
-        is_grouped_B = is_active_B & self._has_group[ctx.idx_mapping_np]
-        if not is_grouped_B.any():
-            return None
-        if self._verified_rows:
-            return torch.arange(len(ctx.pos), device=self._states.device)
-        return self._staging.to_device(np.flatnonzero(is_grouped_B))
+        drawn_by_code = int(self.stats.drawn_by_code(slots).sum())
+        self.stats.apply(logits, step, self._most_rows(ctx, drawn_by_code))
 
     def _texts(self, ctx: LogitsContext) -> Texts:
         """The runner's own: committed tokens by slot, drafts among the rows' inputs."""
