@@ -27,7 +27,7 @@ from dftserve.sampling import (
     transform_step,
 )
 from dftserve.sampling.draws import draw_key
-from dftserve.sampling.dry import Breakers, DryControls, SlotRepeats
+from dftserve.sampling.dry import NO_BREAKERS, Breakers, DryControls, SlotRepeats
 from dftserve.sampling.group import GroupCodes, GroupRow, first_code
 from dftserve.sampling.step import Penalties
 
@@ -185,7 +185,7 @@ def _dry_controls(
     if dry is None:
         return None
     if not dry.sequence_breakers:
-        return DryControls.of(dry, np.zeros(1, bool))
+        return DryControls.of(dry, NO_BREAKERS)
     if tokenizer is None:
         raise ValueError(
             "tokenizer: got none; accepted: the model's tokenizer, whose tokens "

@@ -1,6 +1,7 @@
 """DRY: which tokens are penalised, against a naive search in fp64; what becomes of the rows; how it
 comes from a request to the runners."""
 
+import itertools
 import json
 import math
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from dftserve.sampling.dry import (
 from dftserve.sampling.dry import on_device as on_device_module
 from dftserve.sampling.dry import stage as stage_module
 from dftserve.sampling.dry.repeats import HISTORY, LONGEST_MATCH, MAX_PENALTY
+from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from tests.dry_reference import dry_reference, penalties_reference
 from tests.reference import reference
@@ -283,6 +285,68 @@ def breakers() -> Breakers:
 def test_a_token_breaks_where_its_text_has_a_breaker(texts, broken):
     found_V = breakers().tokens(texts)
     assert {WORDS[v] for v in np.flatnonzero(found_V)} == broken
+
+
+def test_each_text_is_searched_once_however_the_requests_order_them(monkeypatch):
+    found = breakers()
+    searched = []
+    holding = found._holding
+
+    def noted(text):
+        searched.append(text)
+        return holding(text)
+
+    monkeypatch.setattr(found, "_holding", noted)
+    letters = ("\n", ":", "a", "Charlotte")
+    masks = [found.tokens(order) for order in itertools.permutations(letters)]
+    assert all(mask is masks[0] for mask in masks)
+    found.tokens(("a", "b"))
+    found.tokens(("b", ":", "\n"))
+    assert sorted(searched) == sorted(text.encode() for text in (*letters, "b"))
+
+
+def test_a_set_goes_to_the_device_when_it_is_new_and_a_slot_when_it_changes(monkeypatch):
+    """Whatever the other requests have. A request with another set finds its own, not the one
+    whose row it took."""
+    staging = PinnedStaging("cpu")
+    sent = []
+    send = staging.to_device
+
+    def noted(values):
+        sent.append(values.nbytes)
+        return send(values)
+
+    monkeypatch.setattr(staging, "to_device", noted)
+    wide = 8 * 1000
+    masks = [np.arange(wide) == v for v in range(12)]
+    repeats = SlotRepeats(9, "cpu", staging)
+
+    def step():
+        """Bytes that are sent."""
+        sent.clear()
+        sets = repeats._on_device()
+        rows_S = sets.numbers_SC[:, on_device_module.SET].long()
+        for slot in np.flatnonzero(repeats.has(np.arange(9))):
+            token_W = torch.arange(wide)[None]
+            broken_W = on_device_module._breaks(token_W, sets.breaks_BX, rows_S[slot : slot + 1])[0]
+            assert torch.equal(broken_W, torch.from_numpy(held[slot]))
+        return sum(sent)
+
+    held = {}
+    for slot in range(8):
+        held[slot] = masks[slot]
+        repeats.put(slot, controls(masks[slot]))
+    assert 8 * 1000 <= step() < 9 * 1000
+    assert step() == 0
+    held[8] = masks[3]
+    repeats.put(8, controls(masks[3]))
+    assert 0 < step() < 200
+    for slot in (1, 3, 5):
+        repeats.clear(slot)
+    held[1], held[3] = masks[10], masks[5]
+    repeats.put(1, controls(masks[10]))
+    repeats.put(3, controls(masks[5]))
+    assert 1000 <= step() < 1500
 
 
 def test_breakers_of_a_real_tokenizer():

@@ -6,30 +6,30 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dftserve.sampling.dry.breaker_sets import BreakerSets
 from dftserve.sampling.dry.repeats import HISTORY, MAX_PENALTY, DryControls
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties, Texts, chosen_first
 
 ELEMENTS = 1 << 22
-"""Tokens of texts that are looked at at once, at some 46 bytes each for all that is made of them:
-193 MB."""
+"""Tokens of texts that are looked at at once, at some 50 bytes each for all that is made of them:
+200 MB."""
 
-NUMBERS = 4
-MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST = range(NUMBERS)
+COLUMNS = 5
+MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST, SET = range(COLUMNS)
 
 
 @dataclass(frozen=True)
 class _Sent:
     """Of all slots, on the device."""
 
-    numbers_S4: Tensor
-    """float32; multiplier 0 where a slot has no DRY."""
-    set_S: Tensor
-    """int64: each slot's breakers, a row of `breaks_BV`."""
-    breaks_BV: Tensor
-    """bool; the last column is False, for tokens that are in no set."""
+    numbers_SC: Tensor
+    """float64; multiplier 0 where a slot has no DRY; the row of `breaks_BX` that it has."""
+    breaks_BX: Tensor
+    """uint8, sets of breakers, a bit for each token, the lowest first."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,39 @@ class DevicePenalties:
             yield self._of(place_P)
 
     def _of(self, place_P: Tensor) -> Penalties:
-        sent, slot_P = self.sent, self.slot_R[place_P]
+        numbers_PC = self.sent.numbers_SC[self.slot_R[place_P]]
         window_PW = _windows(self.texts, self.slot_R, self.offset_R, place_P, self.width)
-        nats_PK = _nats(
-            window_PW, sent.numbers_S4[slot_P], sent.breaks_BV, sent.set_S[slot_P], self.longest
-        )
+        breaks_PW = _breaks(window_PW, self.sent.breaks_BX, numbers_PC[:, SET].long())
+        nats_PK = _nats(window_PW, breaks_PW, numbers_PC[:, :SET].float(), self.longest)
         return Penalties(window_PW[:, 1:].clamp_min(0), nats_PK, place_P)
 
 
 class SlotRepeats:
-    """DRY of an engine's requests, one a slot at most. What changed goes to the device by one copy
-    before the next step that has any."""
+    """DRY of an engine's requests, one a slot at most. The slots that changed, and the sets of
+    breakers that are new, go to the device by one copy each before the next step that has any."""
 
     def __init__(
         self, slots: int, device: torch.device | str, staging: PinnedStaging | None = None
     ) -> None:
         self._staging = staging or PinnedStaging(device)
-        self._controls: dict[int, DryControls] = {}
+        self._nothing_C = np.array([0.0, 1.0, 1.0, 1.0, 0.0])
+        self._numbers_SC = self._staging.to_device(np.tile(self._nothing_C, (slots, 1)))
+        self._changed: dict[int, NDArray[np.float64]] = {}
+        self._sets = BreakerSets(self._staging)
         self._has_S = np.zeros(slots, bool)
         self._longest_S = np.zeros(slots, np.int64)
-        self._sent: _Sent | None = None
 
     def put(self, slot: int, dry: DryControls) -> None:
-        self._controls[slot], self._has_S[slot], self._sent = dry, True, None
-        self._longest_S[slot] = dry.longest
+        self.clear(slot)
+        numbers = dry.multiplier, dry.base, dry.allowed_length, dry.longest
+        self._changed[slot] = np.array([*numbers, self._sets.take(slot, dry.breaks_V)])
+        self._has_S[slot], self._longest_S[slot] = True, dry.longest
 
     def clear(self, slot: int) -> None:
-        if self._controls.pop(slot, None) is not None:
-            self._has_S[slot], self._sent = False, None
+        if self._has_S[slot]:
+            self._has_S[slot] = False
+            self._sets.leave(slot)
+            self._changed[slot] = self._nothing_C
 
     def has(self, slots_R: np.ndarray) -> np.ndarray:
         """bool [R]: which of these slots have DRY."""
@@ -104,7 +109,7 @@ class SlotRepeats:
             longest_text: tokens that the text of none of these rows exceeds.
         """
         sent = self._on_device()
-        has_dry_R = sent.numbers_S4[:, MULTIPLIER][slot_R] > 0
+        has_dry_R = sent.numbers_SC[:, MULTIPLIER][slot_R] > 0
         return DevicePenalties(
             texts,
             slot_R,
@@ -116,22 +121,13 @@ class SlotRepeats:
         )
 
     def _on_device(self) -> _Sent:
-        if self._sent is None:
-            sets = {id(dry.breaks_V): dry.breaks_V for dry in self._controls.values()}
-            width = 1 + max(len(breaks_V) for breaks_V in sets.values())
-            breaks_BV = np.zeros((len(sets), width), bool)
-            for row_V, breaks_V in zip(breaks_BV, sets.values(), strict=True):
-                row_V[: len(breaks_V)] = breaks_V
-            rows = {key: row for row, key in enumerate(sets)}
-            numbers_S4 = np.ones((len(self._has_S), NUMBERS), np.float32)
-            numbers_S4[:, MULTIPLIER] = 0
-            set_S = np.zeros(len(self._has_S), np.int64)
-            for slot, dry in self._controls.items():
-                numbers = dry.multiplier, dry.base, dry.allowed_length, dry.longest
-                numbers_S4[slot], set_S[slot] = numbers, rows[id(dry.breaks_V)]
-            sent = self._staging.to_device_together(numbers_S4, set_S, breaks_BV)
-            self._sent = _Sent(*sent)
-        return self._sent
+        if self._changed:
+            slots = [float(slot) for slot in self._changed]
+            changed_NX = np.column_stack([slots, np.array(list(self._changed.values()))])
+            self._changed.clear()
+            sent_NX = self._staging.to_device(changed_NX)
+            self._numbers_SC.index_copy_(0, sent_NX[:, 0].long(), sent_NX[:, 1:])
+        return _Sent(self._numbers_SC, self._sets.on_device())
 
 
 def _windows(texts: Texts, slot_R: Tensor, offset_R: Tensor, place_P: Tensor, width: int) -> Tensor:
@@ -146,13 +142,16 @@ def _windows(texts: Texts, slot_R: Tensor, offset_R: Tensor, place_P: Tensor, wi
     return torch.where(at_PW >= 0, token_PW, -1).long()
 
 
-def _nats(
-    window_PW: Tensor, numbers_P4: Tensor, breaks_BV: Tensor, set_P: Tensor, longest: int
-) -> Tensor:
+def _breaks(window_PW: Tensor, breaks_BX: Tensor, set_P: Tensor) -> Tensor:
+    """bool [P, W]: which tokens are in the row's set of breakers."""
+    is_known_PW = (window_PW >= 0) & (window_PW < 8 * breaks_BX.shape[1])
+    token_PW = torch.where(is_known_PW, window_PW, 0)
+    eight_PW = breaks_BX[set_P[:, None], token_PW >> 3]
+    return is_known_PW & ((eight_PW >> (token_PW & 7)) & 1).bool()
+
+
+def _nats(window_PW: Tensor, breaks_PW: Tensor, numbers_P4: Tensor, longest: int) -> Tensor:
     """float32 [P, W − 1]: the penalty of each place's next token; 0 for none."""
-    beyond = breaks_BV.shape[1] - 1
-    known_PW = torch.where((window_PW >= 0) & (window_PW < beyond), window_PW, beyond)
-    breaks_PW = breaks_BV[set_P[:, None], known_PW]
     multiplier_P1, base_P1, allowed_P1, longest_P1 = numbers_P4.split(1, dim=1)
     width = window_PW.shape[1]
     alive_PK = (window_PW[:, :-1] == window_PW[:, -1:]) & ~breaks_PW[:, -1:]

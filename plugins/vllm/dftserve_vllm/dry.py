@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dftserve.sampling.dry import Breakers, DryControls, TokenHistory, penalties, together
+from dftserve.sampling.dry import (
+    NO_BREAKERS,
+    Breakers,
+    DryControls,
+    TokenHistory,
+    penalties,
+    together,
+)
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from dftserve.spec import DRY_BREAKERS, Dry
@@ -23,7 +30,7 @@ def dry_controls(dry: Dry, breakers: Breakers | None) -> DryControls:
         ValueError: it has breakers, and the vocabulary is not known.
     """
     if not dry.sequence_breakers:
-        return DryControls.of(dry, np.zeros(1, bool))
+        return DryControls.of(dry, NO_BREAKERS)
     if breakers is None:
         raise ValueError(
             f"{DRY_BREAKERS}: got some, and an engine whose tokens' text is not known; accepted: "
