@@ -4,6 +4,7 @@ comes from a request to the runners."""
 import itertools
 import json
 import math
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -22,8 +23,7 @@ from dftserve.sampling.dry import (
     Breakers,
     DryControls,
     SlotRepeats,
-    TokenHistory,
-    penalties,
+    TextRepeats,
     together,
 )
 from dftserve.sampling.dry import on_device as on_device_module
@@ -58,7 +58,10 @@ def controls(breaks_V=BREAKS_V, **numbers) -> DryControls:
 
 
 def on_host(text, dry: DryControls) -> dict[int, float]:
-    found = penalties(TokenHistory([]).after(text), dry)
+    return as_dict(TextRepeats([], dry).after(text))
+
+
+def as_dict(found) -> dict[int, float]:
     return dict(zip(*(each.tolist() for each in found), strict=True))
 
 
@@ -103,17 +106,67 @@ def test_the_penalties_are_those_of_a_naive_search(text, numbers, breaks):
     assert on_device([text, [1, 2, 1]], [dry, None])[0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_text_as_its_output_grows_and_beyond_what_is_looked_at():
-    """Each step's penalties are the whole text's last `HISTORY` tokens'."""
+@settings(max_examples=60)
+@given(
+    text=TEXTS,
+    numbers=NUMBERS,
+    prompt=st.integers(0, 40),
+    steps=st.lists(st.integers(-6, 20), max_size=12),
+)
+def test_a_text_whose_output_grows_and_shrinks_has_the_penalties_of_what_it_is(
+    text, numbers, prompt, steps
+):
+    """vLLM takes tokens off the engine's own list after a failed load of a KV cache."""
+    text, output = text * 3, []
+    prompt, rest = text[:prompt], text[prompt:]
+    repeats = TextRepeats(prompt, controls(**numbers))
+    for step in steps:
+        if step < 0:
+            del output[step:]
+            rest = rest[::-1]  # The text goes on otherwise.
+        else:
+            output += rest[len(output) : len(output) + step]
+        expected = penalties_reference(prompt + output, breakers=BREAKERS, **numbers)
+        assert as_dict(repeats.after(output)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_beyond_what_is_looked_at():
+    """Each step's penalties are those of the whole text's last `HISTORY` tokens."""
     random = np.random.default_rng(0)
-    text = random.integers(4, 30, HISTORY + 700).tolist()
-    history, dry = TokenHistory(text[:5]), controls()
-    for end in (5, 6, 400, HISTORY - 1, HISTORY + 100, HISTORY + 101, len(text)):
-        tokens_N = history.after(text[5:end])
-        assert tokens_N.tolist() == text[max(end - HISTORY, 0) : end]
-    numbers = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2}
-    expected = penalties_reference(text, breakers=BREAKERS, **numbers)
-    assert on_host(text, dry) == pytest.approx(expected, rel=1e-5)
+    block = random.integers(4, 9, 40).tolist()
+    text = [*random.integers(4, 9, HISTORY + 660).tolist(), *block, *block[:-1]]
+    dry = controls(allowed_length=5, base=1.1)
+    grown = TextRepeats(text[:5], dry)
+    numbers = {"multiplier": 0.8, "base": 1.1, "allowed_length": 5}
+    for end in (400, HISTORY - 1, HISTORY + 100, HISTORY + 101, len(text) - 1, len(text)):
+        found = as_dict(grown.after(text[5:end]))
+        expected = penalties_reference(text[:end], breakers=BREAKERS, **numbers)
+        assert found == on_host(text[:end], dry) == pytest.approx(expected, rel=1e-5)
+    # The first place that is looked at matches by itself alone.
+    edge = [4, 5, 6] + [8] * (HISTORY - 3) + [4, 5]
+    assert on_host(edge, controls()) == {}
+
+
+def test_a_text_that_repeats_itself_throughout_takes_no_more_work(monkeypatch):
+    """Counted in calls of numpy; and none is of more than the text that is looked at."""
+
+    def work(text):
+        repeats = TextRepeats(text[:-1], controls(np.zeros(1, bool), base=1.01))
+        repeats.after([])
+        calls = 0
+
+        def count(frame, event, arg):
+            nonlocal calls
+            calls += event == "c_call"
+
+        sys.setprofile(count)
+        try:
+            assert len(repeats.after(text[-1:])[0]) == (text[-1] == text[-2])
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert work([9] * 3000) == work(list(range(10, 3010))) == work([9] * 30)
 
 
 def test_drafts_are_part_of_the_text_that_each_row_follows():
@@ -259,6 +312,50 @@ def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
     step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int(), penalties=(found,))
     penalise(rows_XV, step, found, TorchBackend().constants)
     assert torch.equal(rows_XV.view(torch.int32), before_XV.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"level": 0.5},
+        {"dry_multiplier": 1},
+        {"law": "guard", "min_p": 0.01},
+        {"law": "top_n_sigma", "n_sigma": 1.0},
+    ],
+)
+def test_a_cpu_rewrites_rows_by_their_few_tokens_as_a_device_rewrites_whole_rows(
+    monkeypatch, asked
+):
+    """Rows of all kinds, one of them with NaN; penalties that are given twice, for the maximum, a
+    stop token and a token that is none."""
+    wide = 1 << 14
+    kinds = sorted(KINDS)
+    rows_RV = make_rows(kinds, wide, 4)
+    rows_RV[0, 17] = torch.nan
+    place_R = torch.arange(len(kinds))
+    top_R = rows_RV[:, 3:].nan_to_num(-1e9).argmax(dim=1) + 3
+    token_RK = torch.stack([top_R, top_R, *[torch.full_like(top_R, t) for t in (1, 9, wide)]], 1)
+    nats_RK = torch.tensor([[1.0, 4.0, 50.0, 2.0, 3.0]]).repeat(len(kinds), 1)
+    row = control_row(spec.parse(asked), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
+    step = Step(Controls.stack([row] * len(kinds)), place_R, place_R, place_R.int())
+    found = Penalties(token_RK, nats_RK, place_R)
+    by_few_RV, whole_RV = rows_RV.clone(), rows_RV.clone()
+    stage_module.penalise(by_few_RV, step, found, TorchBackend().constants)
+    monkeypatch.setattr(stage_module, "_may_be_asked", lambda logits_XV: False)
+    stage_module.penalise(whole_RV, step, found, TorchBackend().constants)
+    assert torch.allclose(by_few_RV, whole_RV, atol=2e-5, equal_nan=True)
+    assert (by_few_RV != rows_RV).sum() > len(kinds)
+
+
+def test_what_a_cpu_makes_of_a_row_does_not_grow_with_the_vocabulary():
+    wide, place_R = 1 << 14, torch.arange(3)
+    rows_RV = torch.randn(3, wide, generator=torch.Generator().manual_seed(0)) * 5
+    row = control_row(spec.parse(0.5), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
+    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int())
+    found = Penalties(torch.full((3, 1), 9), torch.ones(3, 1), place_R)
+    with Largest() as largest:
+        stage_module.penalise(rows_RV, step, found, TorchBackend().constants)
+    assert largest.elements < wide // 20
 
 
 # ── Breakers ─────────────────────────────────────────────────────────────────────────────────────
@@ -601,6 +698,7 @@ def test_rows_are_rewritten_in_parts(monkeypatch, parts):
     """No tensor that the stage makes of six long rows is larger than a part."""
     wide, rows = 1 << 12, 6
     monkeypatch.setattr(stage_module, "ELEMENTS", wide * rows // parts)
+    monkeypatch.setattr(stage_module, "_may_be_asked", lambda logits_XV: False)
     rows_RV = torch.randn(rows, wide, generator=torch.Generator().manual_seed(0))
     place_R = torch.arange(rows)
     row = control_row(spec.parse(0.5), temperature=1.0, logits_divisor=1.0, stop_ids=STOPS)

@@ -182,6 +182,16 @@ def test_one_request_of_its_kind_costs_the_same_beside_many_as_beside_few(engine
     assert work[0] > v2_work(engine, 2, "a law", drafts=drafts)
 
 
+@pytest.mark.parametrize("one", ONE)
+def test_one_request_of_its_kind_costs_the_v1_runner_the_same_beside_many(engine, one):
+    def work(rows):
+        processor, _, then = v1_of(engine, rows, "a law", one)
+        logits_RV = torch.zeros(rows, V)
+        return work_of(lambda: processor.apply(logits_RV), then)
+
+    assert work(SLOTS) == work(2)
+
+
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_a_text_of_a_group_costs_nothing_more_when_its_bits_are_used(engine, runner):
     def work(one):

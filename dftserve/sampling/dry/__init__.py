@@ -13,7 +13,7 @@ sets of breakers.
 
 from dftserve.sampling.dry.breakers import NO_BREAKERS, Breakers
 from dftserve.sampling.dry.on_device import SlotRepeats
-from dftserve.sampling.dry.repeats import DryControls, TokenHistory, penalties, together
+from dftserve.sampling.dry.repeats import DryControls, TextRepeats, together
 from dftserve.sampling.dry.stage import penalise
 
 __all__ = [
@@ -21,8 +21,7 @@ __all__ = [
     "Breakers",
     "DryControls",
     "SlotRepeats",
-    "TokenHistory",
+    "TextRepeats",
     "penalise",
-    "penalties",
     "together",
 ]

@@ -13,8 +13,7 @@ from dftserve.sampling.dry import (
     NO_BREAKERS,
     Breakers,
     DryControls,
-    TokenHistory,
-    penalties,
+    TextRepeats,
     together,
 )
 from dftserve.sampling.staging import PinnedStaging
@@ -45,14 +44,13 @@ class HostRepeats:
     def __init__(self, breakers: Breakers | None, staging: PinnedStaging) -> None:
         self._breakers = breakers
         self._staging = staging
-        self._by_slot: dict[int, tuple[DryControls, TokenHistory]] = {}
+        self._by_slot: dict[int, TextRepeats] = {}
 
     def open(self, slot: int, dry: Dry | None, prompt: Sequence[int] | None) -> None:
         """A request enters a slot; `prompt` is None for one of embeddings."""
         self.close(slot)
         if dry is not None:
-            controls = dry_controls(dry, self._breakers)
-            self._by_slot[slot] = controls, TokenHistory(prompt or ())
+            self._by_slot[slot] = TextRepeats(prompt or (), dry_controls(dry, self._breakers))
 
     def close(self, slot: int) -> None:
         self._by_slot.pop(slot, None)
@@ -62,13 +60,11 @@ class HostRepeats:
         if not self._by_slot:
             return ()
         places, found = [], []
-        for place, (slot, output) in enumerate(zip(slots.tolist(), outputs, strict=True)):
-            if slot in self._by_slot:
-                controls, history = self._by_slot[slot]
-                row = penalties(history.after(output), controls)
-                if len(row[0]):
-                    places.append(place)
-                    found.append(row)
+        for place in np.flatnonzero(np.isin(slots, list(self._by_slot))).tolist():
+            row = self._by_slot[int(slots[place])].after(outputs[place])
+            if len(row[0]):
+                places.append(place)
+                found.append(row)
         if not places:
             return ()
         sent: list[torch.Tensor] = self._staging.to_device_together(
