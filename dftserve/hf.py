@@ -38,8 +38,8 @@ class DiversityProcessor(LogitsProcessor):
     """A request's `diversity` on every row of a `generate()` call.
 
     It runs before transformers' own temperature, which must be the same `temperature`: use
-    `sampling(temperature)`. One processor serves one call at a time; a longer or other prompt
-    starts a new one. `statistics` holds the last step's statistics.
+    `sampling(temperature)`. One processor serves one call at a time; rows that do not go on from
+    the last call's by a token each are a new one. `statistics` holds the last step's statistics.
 
     Args:
         diversity: a number from 0 to 1, or the object form of the request field.
@@ -97,8 +97,8 @@ class DiversityProcessor(LogitsProcessor):
             stop_ids=_stop_ids(stop_ids),
         )
         self._row()  # What is wrong is refused here.
-        self._length = -1
-        self._begin(torch.empty(0, 0))
+        self._ids_RL = torch.empty(0, 0)
+        self._begin(self._ids_RL)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched.
@@ -109,10 +109,10 @@ class DiversityProcessor(LogitsProcessor):
         if self.diversity.is_off:
             return scores
         rows, length = input_ids.shape
-        if length != self._length + 1 or rows != len(self._slot_R):
+        if not self._goes_on(input_ids):
             _refuse_beams(input_ids, scores)
             self._begin(input_ids)
-        self._length = length
+        self._ids_RL = input_ids
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
         last_token_R = input_ids[:, -1].int() if self._reads_last_token else None
@@ -124,6 +124,15 @@ class DiversityProcessor(LogitsProcessor):
         if self._codes is not None and (drawn := self._codes.draws(np.arange(rows)).sum()):
             self._codes.draw(logits_RV, step, int(drawn))
         return cast(torch.FloatTensor, logits_RV)
+
+    def _goes_on(self, input_ids: torch.Tensor) -> bool:
+        """By the texts themselves: another call's may be one token longer by chance."""
+        before_RL = input_ids[:, :-1]
+        return (
+            before_RL.shape == self._ids_RL.shape
+            and before_RL.device == self._ids_RL.device
+            and torch.equal(before_RL, self._ids_RL)
+        )
 
     def _begin(self, input_ids: torch.Tensor) -> None:
         rows, device = len(input_ids), input_ids.device
