@@ -240,12 +240,12 @@ def test_a_text_whose_bits_are_used_is_not_looked_at_any_more(monkeypatch, behin
     that has come to the slot since is drawn."""
     steps = 0
 
-    def is_copied(snapshot):
-        asked.setdefault(id(snapshot), (snapshot, steps))
-        return steps - asked[id(snapshot)][1] >= behind
+    def is_there(copy):
+        asked.setdefault(id(copy), (copy, steps))
+        return steps - asked[id(copy)][1] >= behind
 
     asked = {}
-    monkeypatch.setattr(stage.CodesSnapshot, "is_copied", is_copied)
+    monkeypatch.setattr(stage.HostCopy, "is_there", is_there)
     group = opened([0.1, 0.2, 0.3], bits=8.0)
     group.open(2, row_of(0.3, bits=1000.0))
     flat_RV = np.zeros((3, 256))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dftserve.sampling.group.codes import Cdf, GroupRow, cut, survivors
+from dftserve.sampling.host_copy import HostCopy
 from dftserve.sampling.slots import NOTHING_WAITS
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Step, chosen_first
@@ -42,20 +43,11 @@ ELEMENTS = 1 << 22
 class CodesSnapshot:
     """All slots' states after one step, on the host."""
 
-    states_SX: Array
-    copied: "torch.cuda.Event | None" = None
-    """Recorded after a copy that may still be under way."""
-
-    def is_copied(self) -> bool:
-        return self.copied is None or self.copied.query()
-
-    def wait(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
+    copy: HostCopy
 
     def read(self, slot: int) -> Array:
         """One slot's state, in memory of its own."""
-        return self.states_SX[slot].copy()
+        return self.copy.array[slot].copy()
 
 
 class GroupCodes:
@@ -114,14 +106,9 @@ class GroupCodes:
         return self._draws_S[slots_R]
 
     def snapshot(self) -> CodesSnapshot:
-        """A copy on the host; on a GPU it is only enqueued: see `CodesSnapshot.wait`."""
+        """A copy on the host; on a GPU it is only enqueued."""
         self._flush()
-        if self._states_SX.device.type != "cuda":
-            return CodesSnapshot(self._states_SX.cpu().numpy().copy())
-        states_SX = self._states_SX.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return CodesSnapshot(states_SX.numpy(), copied)
+        return CodesSnapshot(HostCopy.of(self._states_SX))
 
     def _flush(self) -> None:
         """The states of requests that came and went, in one copy."""
@@ -169,8 +156,8 @@ class GroupCodes:
         if self._watched is None:
             self._watched = snapshot
             self._opened.clear()
-        if self._watched.is_copied():
-            states_SX, self._watched = self._watched.states_SX, None
+        if self._watched.copy.is_there():
+            states_SX, self._watched = self._watched.copy.array, None
             is_used_S = self._draws_S & (states_SX[:, CODES + USED] >= states_SX[:, BITS])
             for slot in np.flatnonzero(is_used_S).tolist():
                 if slot not in self._opened:
