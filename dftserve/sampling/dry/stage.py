@@ -92,8 +92,8 @@ def _less(logits_PV: Tensor, penalties: Penalties, controls: Controls) -> Tensor
     is_known_PK = token_PK < logits_PV.shape[1]
     token_PK = torch.where(is_known_PK, token_PK, 0)
     nats_PK = torch.where(is_known_PK, penalties.nats_PK, 0.0)
-    left_PK = logits_PV.gather(1, token_PK) - nats_PK / controls.logits_divisor_R[:, None]
-    return _put(logits_PV, token_PK, left_PK, "amin")
+    lowered_PK = logits_PV.gather(1, token_PK) - nats_PK / controls.logits_divisor_R[:, None]
+    return _put(logits_PV, token_PK, lowered_PK, "amin")
 
 
 def _stop_shift(
