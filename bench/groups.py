@@ -134,7 +134,7 @@ class Drawing:
         step = Step(self._controls, slot_R, at_R, torch.zeros_like(slot_R, dtype=torch.int32))
         transform_step(logits_RV, step, self._slots, self._backend)
         if self._codes is not None:
-            self._codes.draw(logits_RV, step, slot_R)
+            self._codes.draw(logits_RV, step, self.rows)
         self._at += 1
         return torch.multinomial(logits_RV.softmax(1), 1, generator=self._random)[:, 0]
 

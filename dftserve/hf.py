@@ -27,7 +27,7 @@ from dftserve.sampling import (
     transform_step,
 )
 from dftserve.sampling.draws import draw_key
-from dftserve.sampling.dry import Breakers, DryControls, SlotRepeats
+from dftserve.sampling.dry import NO_BREAKERS, Breakers, DryControls, SlotRepeats
 from dftserve.sampling.group import GroupCodes, GroupRow, first_code
 from dftserve.sampling.step import Penalties
 
@@ -38,8 +38,8 @@ class DiversityProcessor(LogitsProcessor):
     """A request's `diversity` on every row of a `generate()` call.
 
     It runs before transformers' own temperature, which must be the same `temperature`: use
-    `sampling(temperature)`. One processor serves one call at a time; a longer or other prompt
-    starts a new one. `statistics` holds the last step's statistics.
+    `sampling(temperature)`. One processor serves one call at a time; rows that do not go on from
+    the last call's by a token each are a new one. `statistics` holds the last step's statistics.
 
     Args:
         diversity: a number from 0 to 1, or the object form of the request field.
@@ -97,8 +97,8 @@ class DiversityProcessor(LogitsProcessor):
             stop_ids=_stop_ids(stop_ids),
         )
         self._row()  # What is wrong is refused here.
-        self._length = -1
-        self._begin(torch.empty(0, 0))
+        self._ids_RL = torch.empty(0, 0)
+        self._begin(self._ids_RL)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched.
@@ -109,21 +109,30 @@ class DiversityProcessor(LogitsProcessor):
         if self.diversity.is_off:
             return scores
         rows, length = input_ids.shape
-        if length != self._length + 1 or rows != len(self._slot_R):
+        if not self._goes_on(input_ids):
             _refuse_beams(input_ids, scores)
             self._begin(input_ids)
-        self._length = length
+        self._ids_RL = input_ids
         position_R = torch.full_like(self._slot_R, length)
         logits_RV = scores.float().clone(memory_format=torch.contiguous_format)
         last_token_R = input_ids[:, -1].int() if self._reads_last_token else None
         step = Step(
             *(self._controls, self._slot_R, position_R, self._zero_R, last_token_R),
-            penalties=None if self._dry is None else self._penalties(input_ids),
+            penalties=() if self._dry is None else self._penalties(input_ids),
         )
         self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
-        if self._codes is not None:
-            self._codes.draw(logits_RV, step, self._slot_R)
+        if self._codes is not None and (drawn := self._codes.draws(np.arange(rows)).sum()):
+            self._codes.draw(logits_RV, step, int(drawn))
         return cast(torch.FloatTensor, logits_RV)
+
+    def _goes_on(self, input_ids: torch.Tensor) -> bool:
+        """By the texts themselves: another call's may be one token longer by chance."""
+        before_RL = input_ids[:, :-1]
+        return (
+            before_RL.shape == self._ids_RL.shape
+            and before_RL.device == self._ids_RL.device
+            and torch.equal(before_RL, self._ids_RL)
+        )
 
     def _begin(self, input_ids: torch.Tensor) -> None:
         rows, device = len(input_ids), input_ids.device
@@ -140,11 +149,15 @@ class DiversityProcessor(LogitsProcessor):
                 self._repeats.put(row, self._dry)
         self._codes = self._groups(input_ids, seed) if self.diversity.group else None
 
-    def _penalties(self, input_ids: torch.LongTensor) -> Penalties:
+    def _penalties(self, input_ids: torch.LongTensor) -> Iterable[Penalties]:
         ids_RL = input_ids.int()
         at_R = torch.full_like(self._slot_R, ids_RL.shape[1] - 1)
         texts = Texts(ids_RL, self._zero_R, at_R, ids_RL[:, -1])
-        return self._repeats.penalties(texts, self._slot_R, self._zero_R)
+        return self._repeats.penalties(
+            *(texts, self._slot_R, self._zero_R),
+            slots=np.arange(len(input_ids)),
+            most_rows=len(input_ids),
+        )
 
     def _groups(self, input_ids: torch.Tensor, seed: int) -> GroupCodes:
         """The rows of equal prompts are a group each."""
@@ -181,7 +194,7 @@ def _dry_controls(
     if dry is None:
         return None
     if not dry.sequence_breakers:
-        return DryControls.of(dry, np.zeros(1, bool))
+        return DryControls.of(dry, NO_BREAKERS)
     if tokenizer is None:
         raise ValueError(
             "tokenizer: got none; accepted: the model's tokenizer, whose tokens "

@@ -50,8 +50,8 @@ def dry_reference(
     content = [i for i in range(len(before)) if np.isfinite(before[i]) and i not in stop_ids]
     top = max(before[np.isfinite(before)])
     kept = [before[i] for i in content if before[i] >= top + log_guard]
-    left = max((after[i] for i in content), default=-math.inf)
-    kept_after = [after[i] for i in content if after[i] >= left + log_guard]
+    most_after = max((after[i] for i in content), default=-math.inf)
+    kept_after = [after[i] for i in content if after[i] >= most_after + log_guard]
     if kept and kept_after:
         moved = temperature * (_log_z(kept_after, temperature) - _log_z(kept, temperature))
         for i in stop_ids:

@@ -92,8 +92,8 @@ def transform_step(
     _check_classes(step.last_token_R, backend)
     if step.texts is not None and style_stage is None:
         raise ValueError("texts: got some, and no style stage; give one of `get_style_stage`.")
-    if step.penalties is not None:
-        penalise(logits_XV, step, step.penalties, backend.constants)
+    for part in step.penalties:
+        penalise(logits_XV, step, part, backend.constants)
     if step.texts is not None and style_stage is not None:
         step = replace(step, figures_RF=style_stage(logits_XV, step, slots))
     return backend.step(logits_XV, step, slots)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, Controls, LawConstants
+from dftserve.sampling.host_copy import HostCopy
 from dftserve.sampling.laws import steer
 from dftserve.sampling.staging import ALIGNMENT, PinnedStaging
 from dftserve.sampling.transform import Statistics
@@ -112,21 +113,12 @@ class Snapshot:
     """All slots' statistics at the end of one step, on the host: see `SlotStatistics`."""
 
     layout: StatisticsLayout
-    block: Array
-    copied: "torch.cuda.Event | None" = None
-    """Recorded after a copy that may still be under way."""
-
-    def is_copied(self) -> bool:
-        return self.copied is None or self.copied.query()
-
-    def wait(self) -> None:
-        """Until the copy is there; nothing below may be asked for before."""
-        if self.copied is not None:
-            self.copied.synchronize()
+    copy: HostCopy
+    """Of the block; nothing below may be asked for before it is there."""
 
     @cached_property
     def _arrays(self) -> list[Array]:
-        return self.layout.arrays(self.block)
+        return self.layout.arrays(self.copy.array)
 
     @property
     def invalid(self) -> int:
@@ -166,7 +158,6 @@ class Slots:
         self.rows_per_request = rows_per_request
         self._layout = StatisticsLayout(slots, rows_per_request)
         self._block = self._layout.zeros(device)
-        self._on_host = self._block.numpy() if self._block.device.type == "cpu" else None
         parts = self._layout.tensors(self._block)
         self.invalid, self._tokens_S, self._sums_SF, self._waiting_SKF = parts
         self._level_S = torch.zeros(slots, device=device)
@@ -235,17 +226,9 @@ class Slots:
         )
 
     def snapshot(self) -> "Snapshot":
-        """A copy of all slots' statistics on the host; on a GPU it is only enqueued, into pinned
-        memory: see `Snapshot.wait`."""
+        """A copy of all slots' statistics on the host; on a GPU it is only enqueued."""
         self._flush()
-        if self._on_host is not None:
-            return Snapshot(self._layout, self._on_host.copy())
-        if self._block.device.type != "cuda":
-            return Snapshot(self._layout, self._block.cpu().numpy())
-        block = self._block.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return Snapshot(self._layout, block.numpy(), copied)
+        return Snapshot(self._layout, HostCopy.of(self._block))
 
     def commit_accepted(
         self, controls: Controls, slot_R: Tensor, position_R: Tensor, offset_R: Tensor

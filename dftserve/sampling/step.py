@@ -1,5 +1,6 @@
 """The rows of one step of an engine, and the request that each belongs to."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,18 @@ class Penalties:
     place_P: Tensor
     """int64, the rows' places among the step's."""
 
+    def split(self, rows: int) -> Iterator["Penalties"]:
+        """In parts of at most so many rows, as views."""
+        given = self.token_PK, self.nats_PK, self.place_P
+        for part in zip(*(each.split(rows) for each in given), strict=True):
+            yield Penalties(*part)
+
+
+def chosen_first(is_chosen_R: Tensor, rows: int) -> Tensor:
+    """int64 [rows], without a wait: the places of the chosen, in order; where these are fewer,
+    others behind them."""
+    return torch.argsort((~is_chosen_R).byte(), stable=True)[:rows]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -62,8 +75,9 @@ class Step:
     """Of a step whose rows include one with a style."""
     figures_RF: Tensor | None = None
     """float32 [R, 4], what the styles did to the rows before they came here: see `style.stage`."""
-    penalties: Penalties | None = None
-    """Of a step whose rows include one with DRY; they come off before anything else."""
+    penalties: Iterable[Penalties] = ()
+    """Of rows with DRY, each in one part; they come off before anything else. A part may be made
+    only when it is asked for, so that no more than one takes memory."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as

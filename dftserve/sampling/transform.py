@@ -83,8 +83,8 @@ def transform(
         hot, weights = _instead(is_words_R, (by_class, by_class_weights), (hot, weights))
     is_xtc_R = xtc.is_xtc(controls)
     if bool(is_xtc_R.any()):
-        left = xtc.without_top_choices(support, controls, cool)
-        hot, weights = _instead(is_xtc_R, left, (hot, weights))
+        rest = xtc.without_top_choices(support, controls, cool)
+        hot, weights = _instead(is_xtc_R, rest, (hot, weights))
     final = normalise(torch.cat(weights, dim=1))
     statistics = Statistics(
         entropy_before_R=entropy_before_R,

@@ -14,6 +14,8 @@ from tests.parity.test_exactness import _plain, _read, _reading, _stops, _vocabu
 from tests.reference import reference
 
 SIZE, TOKENS = 16, 6
+NEVER = -9999.0
+"""As vLLM writes a logprob of -inf."""
 NEAR = 1e-3
 """A code that near to the end of an interval may fall into the next one: float32 rounds."""
 
@@ -101,17 +103,37 @@ def _tokens(engine, text: str) -> list[int]:
 
 
 def test_preempted_texts_of_a_group_stay_drawn(v1, figure):
-    """Sixteen long texts in twenty blocks: no fault, and each choice has its figures."""
+    """Sixteen long texts in twenty blocks. So near to temperature 0 a text takes next to none of
+    its code's ten bits: each of its tokens is the code's, and stands alone in its row. Where a code
+    was lost, others show beside it, as in the text without a group."""
+    sharp = {"temperature": 0.02, "max_tokens": 380, "ignore_eos": True}
+    sharp |= {"logprobs": True, "top_logprobs": 2}
+    places = [{"id": "long", "index": 64 * i, "size": 1024} for i in range(16)]
+    asked = [chat_body(diversity={"level": 0, "group": place}, **sharp) for place in places]
+    alone = chat_body(diversity={"law": "guard", "min_p": 0.01}, **sharp)
     before = metric(v1, "vllm:num_preemptions_total")
-    asked = {"level": 0.5, "group": True}
-    body = chat_body(diversity=asked, n=16, seed=3, max_tokens=380, ignore_eos=True)
     faults = metric(v1, "dft:faults_total")
-    long_texts, short = gather(v1, [("/v1/chat/completions", body)] * 2, at_once=2)
-    figure(preemptions=metric(v1, "vllm:num_preemptions_total") - before)
-    assert metric(v1, "vllm:num_preemptions_total") > before
+    answers = gather(
+        v1, [("/v1/chat/completions", body) for body in (*asked, alone)], at_once=len(asked) + 1
+    )
+    preemptions = metric(v1, "vllm:num_preemptions_total") - before
+    *drawn, others = map(_not_alone, answers)
+    figure(preemptions=preemptions, open_tokens_without_a_group=others)
+    assert preemptions > 0
     assert metric(v1, "dft:faults_total") == faults
-    for answer in (long_texts, short):
-        assert [each["tokens"] for each in answer.json()["diversity"]["choices"]] == [380] * 16
+    assert drawn == [0] * len(asked)
+    assert others > 20
+
+
+def _not_alone(answer) -> int:
+    """How many of a text's tokens had another beside them that could have been drawn."""
+    (choice,) = answer.json()["choices"]
+    rows = [
+        [each["logprob"] for each in token["top_logprobs"]]
+        for token in choice["logprobs"]["content"]
+    ]
+    assert len(rows) == 380
+    return sum(min(row) > NEVER for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """DRY: which tokens are penalised, against a naive search in fp64; what becomes of the rows; how it
 comes from a request to the runners."""
 
+import itertools
 import json
 import math
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dftserve import spec
 from dftserve.sampling import Controls, Step, Texts, control_row, transform_step
@@ -19,11 +23,13 @@ from dftserve.sampling.dry import (
     Breakers,
     DryControls,
     SlotRepeats,
-    TokenHistory,
-    penalties,
+    TextRepeats,
     together,
 )
+from dftserve.sampling.dry import on_device as on_device_module
+from dftserve.sampling.dry import stage as stage_module
 from dftserve.sampling.dry.repeats import HISTORY, LONGEST_MATCH, MAX_PENALTY
+from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from tests.dry_reference import dry_reference, penalties_reference
 from tests.reference import reference
@@ -52,11 +58,14 @@ def controls(breaks_V=BREAKS_V, **numbers) -> DryControls:
 
 
 def on_host(text, dry: DryControls) -> dict[int, float]:
-    found = penalties(TokenHistory([]).after(text), dry)
+    return as_dict(TextRepeats([], dry).after(text))
+
+
+def as_dict(found) -> dict[int, float]:
     return dict(zip(*(each.tolist() for each in found), strict=True))
 
 
-def on_device(texts, rows: list[DryControls | None], drafts=0, places=None) -> list[dict]:
+def on_device(texts, rows: list[DryControls | None], drafts=0) -> list[dict]:
     """Several rows at once; the last tokens of each text are drafts, which are not known yet."""
     width = max(map(len, texts)) + 3
     tokens_SL = torch.full((len(texts), width), 5, dtype=torch.int32)
@@ -69,21 +78,23 @@ def on_device(texts, rows: list[DryControls | None], drafts=0, places=None) -> l
     for slot, dry in enumerate(rows):
         if dry is not None:
             repeats.put(slot, dry)
-    found = repeats.penalties(
+    slots = np.flatnonzero(repeats.has(np.arange(len(texts))))
+    parts = repeats.penalties(
         Texts(tokens_SL, torch.zeros(len(texts), dtype=torch.int32), at_R, input_R.int()),
         torch.tensor([s for s, _ in row_R]),
         torch.tensor([d for _, d in row_R], dtype=torch.int32),
-        places,
-        int(at_R.max()) + 1,
+        slots=slots,
+        most_rows=min(len(slots) * (drafts + 1), len(row_R)),
+        longest_text=max(len(texts[slot]) for slot in slots),
     )
-    return [
-        {
-            token: max(n for t, n in zip(tokens, nats, strict=True) if t == token)
-            for token, nat in zip(tokens, nats, strict=True)
-            if nat > 0
-        }
-        for tokens, nats in zip(found.token_PK.tolist(), found.nats_PK.tolist(), strict=True)
-    ]
+    found = [{} for _ in row_R]
+    for part in parts:
+        each = zip(part.place_P.tolist(), part.token_PK, part.nats_PK, strict=True)
+        for place, token_K, nats_K in each:
+            for token, nats in zip(token_K.tolist(), nats_K.tolist(), strict=True):
+                if nats > 0:
+                    found[place][token] = max(found[place].get(token, 0), nats)
+    return found
 
 
 @settings(max_examples=150)
@@ -95,17 +106,67 @@ def test_the_penalties_are_those_of_a_naive_search(text, numbers, breaks):
     assert on_device([text, [1, 2, 1]], [dry, None])[0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_text_as_its_output_grows_and_beyond_what_is_looked_at():
-    """Each step's penalties are the whole text's last `HISTORY` tokens'."""
+@settings(max_examples=60)
+@given(
+    text=TEXTS,
+    numbers=NUMBERS,
+    prompt=st.integers(0, 40),
+    steps=st.lists(st.integers(-6, 20), max_size=12),
+)
+def test_a_text_whose_output_grows_and_shrinks_has_the_penalties_of_what_it_is(
+    text, numbers, prompt, steps
+):
+    """vLLM takes tokens off the engine's own list after a failed load of a KV cache."""
+    text, output = text * 3, []
+    prompt, rest = text[:prompt], text[prompt:]
+    repeats = TextRepeats(prompt, controls(**numbers))
+    for step in steps:
+        if step < 0:
+            del output[step:]
+            rest = rest[::-1]  # The text goes on otherwise.
+        else:
+            output += rest[len(output) : len(output) + step]
+        expected = penalties_reference(prompt + output, breakers=BREAKERS, **numbers)
+        assert as_dict(repeats.after(output)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_beyond_what_is_looked_at():
+    """Each step's penalties are those of the whole text's last `HISTORY` tokens."""
     random = np.random.default_rng(0)
-    text = random.integers(4, 30, HISTORY + 700).tolist()
-    history, dry = TokenHistory(text[:5]), controls()
-    for end in (5, 6, 400, HISTORY - 1, HISTORY + 100, HISTORY + 101, len(text)):
-        tokens_N = history.after(text[5:end])
-        assert tokens_N.tolist() == text[max(end - HISTORY, 0) : end]
-    numbers = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2}
-    expected = penalties_reference(text, breakers=BREAKERS, **numbers)
-    assert on_host(text, dry) == pytest.approx(expected, rel=1e-5)
+    block = random.integers(4, 9, 40).tolist()
+    text = [*random.integers(4, 9, HISTORY + 660).tolist(), *block, *block[:-1]]
+    dry = controls(allowed_length=5, base=1.1)
+    grown = TextRepeats(text[:5], dry)
+    numbers = {"multiplier": 0.8, "base": 1.1, "allowed_length": 5}
+    for end in (400, HISTORY - 1, HISTORY + 100, HISTORY + 101, len(text) - 1, len(text)):
+        found = as_dict(grown.after(text[5:end]))
+        expected = penalties_reference(text[:end], breakers=BREAKERS, **numbers)
+        assert found == on_host(text[:end], dry) == pytest.approx(expected, rel=1e-5)
+    # The first place that is looked at matches by itself alone.
+    edge = [4, 5, 6] + [8] * (HISTORY - 3) + [4, 5]
+    assert on_host(edge, controls()) == {}
+
+
+def test_a_text_that_repeats_itself_throughout_takes_no_more_work(monkeypatch):
+    """Counted in calls of numpy; and none is of more than the text that is looked at."""
+
+    def work(text):
+        repeats = TextRepeats(text[:-1], controls(np.zeros(1, bool), base=1.01))
+        repeats.after([])
+        calls = 0
+
+        def count(frame, event, arg):
+            nonlocal calls
+            calls += event == "c_call"
+
+        sys.setprofile(count)
+        try:
+            assert len(repeats.after(text[-1:])[0]) == (text[-1] == text[-2])
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert work([9] * 3000) == work(list(range(10, 3010))) == work([9] * 30)
 
 
 def test_drafts_are_part_of_the_text_that_each_row_follows():
@@ -121,12 +182,21 @@ def test_drafts_are_part_of_the_text_that_each_row_follows():
     assert any(expected)
 
 
+def test_parts_of_a_step_s_rows_have_the_penalties_of_the_whole(monkeypatch):
+    random = np.random.default_rng(1)
+    texts = [random.integers(4, 7, size).tolist() for size in (9, 30, 17, 30)]
+    rows = [controls(), None, controls(multiplier=2.0), controls(np.zeros(1, bool))]
+    whole = on_device(texts, rows, drafts=2)
+    monkeypatch.setattr(on_device_module, "ELEMENTS", 2 * 30)
+    assert on_device(texts, rows, drafts=2) == whole
+    assert sum(map(bool, whole)) > 6
+
+
 def test_some_rows_of_a_step_and_sets_of_breakers_of_their_own():
     text = [5, 6, 3, 5, 6]
     none, all_of_them = np.zeros(1, bool), np.ones(V, bool)
     rows = [controls(none), None, controls(all_of_them), controls(BREAKS_V)]
-    found = on_device([text] * 4, rows, places=np.array([0, 2, 3]))
-    assert found == [{3: pytest.approx(0.8)}, {}, {}]
+    assert on_device([text] * 4, rows) == [{3: pytest.approx(0.8)}, {}, {}, {}]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +229,7 @@ def transformed(row_V, diversity, nats, *, temperature=1.0, divisor=1.0, stops=S
         [(np.array(list(nats), np.int64), np.array(list(nats.values()), np.float32))]
     )
     zero_R = torch.zeros(1, dtype=torch.int64)
-    given_penalties = Penalties(torch.tensor(token_PK), torch.tensor(nats_PK), zero_R)
+    given_penalties = (Penalties(torch.tensor(token_PK), torch.tensor(nats_PK), zero_R),)
     step = Step(Controls.stack([row]), zero_R, zero_R, zero_R.int(), penalties=given_penalties)
     backend = TorchBackend()
     transform_step(logits_XV, step, backend.create_slots(1, 1), backend)
@@ -239,9 +309,53 @@ def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
         torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 5.0]]),
         place_R,
     )
-    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int(), penalties=found)
+    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int(), penalties=(found,))
     penalise(rows_XV, step, found, TorchBackend().constants)
     assert torch.equal(rows_XV.view(torch.int32), before_XV.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"level": 0.5},
+        {"dry_multiplier": 1},
+        {"law": "guard", "min_p": 0.01},
+        {"law": "top_n_sigma", "n_sigma": 1.0},
+    ],
+)
+def test_a_cpu_rewrites_rows_by_their_few_tokens_as_a_device_rewrites_whole_rows(
+    monkeypatch, asked
+):
+    """Rows of all kinds, one of them with NaN; penalties that are given twice, for the maximum, a
+    stop token and a token that is none."""
+    wide = 1 << 14
+    kinds = sorted(KINDS)
+    rows_RV = make_rows(kinds, wide, 4)
+    rows_RV[0, 17] = torch.nan
+    place_R = torch.arange(len(kinds))
+    top_R = rows_RV[:, 3:].nan_to_num(-1e9).argmax(dim=1) + 3
+    token_RK = torch.stack([top_R, top_R, *[torch.full_like(top_R, t) for t in (1, 9, wide)]], 1)
+    nats_RK = torch.tensor([[1.0, 4.0, 50.0, 2.0, 3.0]]).repeat(len(kinds), 1)
+    row = control_row(spec.parse(asked), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
+    step = Step(Controls.stack([row] * len(kinds)), place_R, place_R, place_R.int())
+    found = Penalties(token_RK, nats_RK, place_R)
+    by_few_RV, whole_RV = rows_RV.clone(), rows_RV.clone()
+    stage_module.penalise(by_few_RV, step, found, TorchBackend().constants)
+    monkeypatch.setattr(stage_module, "_may_be_asked", lambda logits_XV: False)
+    stage_module.penalise(whole_RV, step, found, TorchBackend().constants)
+    assert torch.allclose(by_few_RV, whole_RV, atol=2e-5, equal_nan=True)
+    assert (by_few_RV != rows_RV).sum() > len(kinds)
+
+
+def test_what_a_cpu_makes_of_a_row_does_not_grow_with_the_vocabulary():
+    wide, place_R = 1 << 14, torch.arange(3)
+    rows_RV = torch.randn(3, wide, generator=torch.Generator().manual_seed(0)) * 5
+    row = control_row(spec.parse(0.5), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
+    step = Step(Controls.stack([row] * 3), place_R, place_R, place_R.int())
+    found = Penalties(torch.full((3, 1), 9), torch.ones(3, 1), place_R)
+    with Largest() as largest:
+        stage_module.penalise(rows_RV, step, found, TorchBackend().constants)
+    assert largest.elements < wide // 20
 
 
 # ── Breakers ─────────────────────────────────────────────────────────────────────────────────────
@@ -268,6 +382,68 @@ def breakers() -> Breakers:
 def test_a_token_breaks_where_its_text_has_a_breaker(texts, broken):
     found_V = breakers().tokens(texts)
     assert {WORDS[v] for v in np.flatnonzero(found_V)} == broken
+
+
+def test_each_text_is_searched_once_however_the_requests_order_them(monkeypatch):
+    found = breakers()
+    searched = []
+    holding = found._holding
+
+    def noted(text):
+        searched.append(text)
+        return holding(text)
+
+    monkeypatch.setattr(found, "_holding", noted)
+    letters = ("\n", ":", "a", "Charlotte")
+    masks = [found.tokens(order) for order in itertools.permutations(letters)]
+    assert all(mask is masks[0] for mask in masks)
+    found.tokens(("a", "b"))
+    found.tokens(("b", ":", "\n"))
+    assert sorted(searched) == sorted(text.encode() for text in (*letters, "b"))
+
+
+def test_a_set_goes_to_the_device_when_it_is_new_and_a_slot_when_it_changes(monkeypatch):
+    """Whatever the other requests have. A request with another set finds its own, not the one
+    whose row it took."""
+    staging = PinnedStaging("cpu")
+    sent = []
+    send = staging.to_device
+
+    def noted(values):
+        sent.append(values.nbytes)
+        return send(values)
+
+    monkeypatch.setattr(staging, "to_device", noted)
+    wide = 8 * 1000
+    masks = [np.arange(wide) == v for v in range(12)]
+    repeats = SlotRepeats(9, "cpu", staging)
+
+    def step():
+        """Bytes that are sent."""
+        sent.clear()
+        sets = repeats._on_device()
+        rows_S = sets.numbers_SC[:, on_device_module.SET].long()
+        for slot in np.flatnonzero(repeats.has(np.arange(9))):
+            token_W = torch.arange(wide)[None]
+            broken_W = on_device_module._breaks(token_W, sets.breaks_BX, rows_S[slot : slot + 1])[0]
+            assert torch.equal(broken_W, torch.from_numpy(held[slot]))
+        return sum(sent)
+
+    held = {}
+    for slot in range(8):
+        held[slot] = masks[slot]
+        repeats.put(slot, controls(masks[slot]))
+    assert 8 * 1000 <= step() < 9 * 1000
+    assert step() == 0
+    held[8] = masks[3]
+    repeats.put(8, controls(masks[3]))
+    assert 0 < step() < 200
+    for slot in (1, 3, 5):
+        repeats.clear(slot)
+    held[1], held[3] = masks[10], masks[5]
+    repeats.put(1, controls(masks[10]))
+    repeats.put(3, controls(masks[5]))
+    assert 1000 <= step() < 1500
 
 
 def test_breakers_of_a_real_tokenizer():
@@ -388,42 +564,153 @@ def test_v1_reads_the_prompt_and_the_output():
     assert processor.stats.faults == 0
 
 
-def test_v2_reads_the_text_on_the_device():
-    from dftserve_vllm.v2 import V2Processor
+class V2:
+    """Four slots of an engine, whose texts are in `tokens_SL`."""
 
-    all_tokens_SL = torch.zeros(3, 20, dtype=torch.int32)
-    all_tokens_SL[2, :6] = torch.tensor(TEXT)
-    known = SimpleNamespace(np=np.full(3, 6), gpu=torch.full((3,), 6))
-    states = SimpleNamespace(
-        max_num_reqs=3,
-        device=torch.device("cpu"),
-        prefill_len=known,
-        prompt_len=known,
-        all_token_ids=SimpleNamespace(gpu=all_tokens_SL),
-    )
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=3), speculative_config=None
-    )
-    processor = V2Processor(config, states)
-    processor.add_request(2, sampling_params(ASKED))
-    processor.add_request(0, sampling_params())
-    processor.apply_staged_writes()
-    slot_R = torch.tensor([2, 0])
-    context = SimpleNamespace(
-        idx_mapping_np=slot_R.numpy(),
-        expanded_idx_mapping=slot_R,
-        expanded_local_pos=torch.zeros_like(slot_R),
-        pos=torch.tensor([5, 5]),
-        input_ids=torch.tensor([10, 0]),
-        seq_lens_upper_bound_np=np.array([6, 6]),
-    )
+    def __init__(self, drafts=0, length=6):
+        from dftserve_vllm.v2 import V2Processor
+
+        self.drafts = drafts
+        self.tokens_SL = torch.zeros(4, length + 8, dtype=torch.int32)
+        known = SimpleNamespace(np=np.full(4, 3), gpu=torch.full((4,), 3))
+        states = SimpleNamespace(
+            max_num_reqs=4,
+            device=torch.device("cpu"),
+            prefill_len=known,
+            prompt_len=known,
+            all_token_ids=SimpleNamespace(gpu=self.tokens_SL),
+        )
+        speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=4), speculative_config=speculative
+        )
+        self.processor = V2Processor(config, states)
+
+    def join(self, **asked):
+        for slot, diversity in asked.items():
+            self.processor.add_request(int(slot[1:]), sampling_params(diversity))
+        self.processor.apply_staged_writes()
+
+    def step(self, slots, rows_of, texts, rows_RV, watch=nullcontext):
+        """`rows_of`: how many rows each request has, the last of them drafts of `texts`. What
+        `watch` makes is entered for the step alone, and given back."""
+        slot_R = torch.from_numpy(np.repeat(slots, rows_of))
+        offset_R = torch.cat([torch.arange(rows) for rows in rows_of])
+        ends = np.array([len(texts[slot]) for slot in slots])
+        pos_R = torch.from_numpy(np.repeat(ends - rows_of, rows_of)) + offset_R
+        for slot, rows in zip(slots, rows_of, strict=True):
+            certain = texts[slot][: len(texts[slot]) - rows + 1]
+            self.tokens_SL[slot, : len(certain)] = torch.tensor(certain)
+        inputs = [texts[s][at] for s, at in zip(slot_R.tolist(), pos_R.tolist(), strict=True)]
+        context = SimpleNamespace(
+            idx_mapping_np=np.array(slots),
+            expanded_idx_mapping=slot_R,
+            expanded_local_pos=offset_R,
+            pos=pos_R,
+            input_ids=torch.tensor(inputs, dtype=torch.int32),
+            seq_lens_upper_bound_np=ends,
+        )
+        with watch() as watching:
+            self.processor.apply(rows_RV, context)
+        assert self.processor.stats.faults == 0
+        return watching
+
+
+def test_v2_reads_the_text_on_the_device():
+    engine = V2()
+    engine.join(s2=ASKED, s0=None)
     rows_RV = logits()
-    processor.apply(rows_RV, context)
+    engine.step([2, 0], [1, 1], {2: TEXT, 0: TEXT}, rows_RV)
     check(rows_RV * 2, 0.5)
     assert torch.equal(rows_RV[1], logits()[1])
-    assert processor.stats.faults == 0
-    processor.add_request(2, sampling_params())
-    assert not processor._repeats.has(np.array([2])).any()
+    engine.join(s2=None)
+    assert not engine.processor._repeats.has(np.array([2])).any()
+
+
+def test_v2_takes_each_draft_into_the_text_that_the_rows_behind_it_follow():
+    """Requests of one to three rows, in any order, of which two have DRY, and one of these drafts:
+    each row loses what the naive search finds behind its own text."""
+    engine = V2(drafts=2)
+    law = {"level": 0.5}
+    engine.join(s0=law, s1=ASKED, s2=None, s3=ASKED)
+    texts = {0: TEXT, 1: [*TEXT, 11, 12], 2: TEXT, 3: [5, 5, 5, 6, 5, 5]}
+    slots, rows_of = [2, 1, 0, 3], [1, 3, 2, 1]
+    before_RV = torch.linspace(0, -4, 7 * 50).view(7, 50)
+    rows_RV = before_RV.clone()
+    engine.step(slots, rows_of, texts, rows_RV)
+    numbers = {"multiplier": 2.0, "base": 1.75, "allowed_length": 2}
+    ends = {1: texts[1][:6], 2: texts[1][:7], 3: texts[1], 6: texts[3]}
+    lost = {row: penalties_reference(text, **numbers) for row, text in ends.items()}
+    assert all(lost.values())
+    for row, nats in lost.items():
+        expected_V = before_RV[row].clone()
+        for token, each in nats.items():
+            expected_V[token] -= each
+        said_V = torch.log_softmax(rows_RV[row] * 2, 0)
+        assert torch.allclose(said_V, torch.log_softmax(expected_V * 2, 0), atol=1e-4)
+    assert torch.equal(rows_RV[0], before_RV[0])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor has which torch makes while it is entered; views, and what
+    is rewritten in place, are not made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {memory_of(each) for each in args if isinstance(each, torch.Tensor)}
+        for each in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(each, torch.Tensor) and memory_of(each) not in given:
+                self.elements = max(self.elements, each.numel())
+        return found
+
+
+def memory_of(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+LONG = 6000
+
+
+def largest_of_a_step(**asked):
+    """Elements of the largest tensor of a step with three drafts, of one short text and three long
+    ones; the rows have 50 logits each."""
+    engine = V2(drafts=3, length=LONG)
+    engine.join(**asked)
+    texts = {0: [7] * LONG, 1: TEXT * 4, 2: [7] * LONG, 3: [7] * LONG}
+    rows_RV = torch.linspace(0, -4, 16 * 50).view(16, 50).clone()
+    return engine.step([0, 1, 2, 3], [4, 4, 4, 4], texts, rows_RV, Largest).elements
+
+
+def test_a_request_costs_its_own_rows_and_text_alone():
+    assert largest_of_a_step(s1=ASKED) < LONG
+
+
+def test_no_step_makes_more_at_once_than_a_part_has(monkeypatch):
+    monkeypatch.setattr(on_device_module, "ELEMENTS", 2 * LONG)
+    monkeypatch.setattr(stage_module, "ELEMENTS", 2 * 50)
+    assert LONG < largest_of_a_step(s0=ASKED, s1=ASKED, s2=ASKED, s3=ASKED) <= 2 * LONG
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_are_rewritten_in_parts(monkeypatch, parts):
+    """No tensor that the stage makes of six long rows is larger than a part."""
+    wide, rows = 1 << 12, 6
+    monkeypatch.setattr(stage_module, "ELEMENTS", wide * rows // parts)
+    monkeypatch.setattr(stage_module, "_may_be_asked", lambda logits_XV: False)
+    rows_RV = torch.randn(rows, wide, generator=torch.Generator().manual_seed(0))
+    place_R = torch.arange(rows)
+    row = control_row(spec.parse(0.5), temperature=1.0, logits_divisor=1.0, stop_ids=STOPS)
+    found = Penalties(torch.full((rows, 1), 9), torch.full((rows, 1), 2.0), place_R)
+    step = Step(Controls.stack([row] * rows), place_R, place_R, place_R.int())
+    whole_RV = rows_RV.clone()
+    for part in found.split(1):
+        stage_module.penalise(whole_RV, step, part, TorchBackend().constants)
+    with Largest() as largest:
+        stage_module.penalise(rows_RV, step, found, TorchBackend().constants)
+    assert largest.elements <= wide * rows // parts
+    assert torch.equal(rows_RV, whole_RV)
 
 
 def test_transformers_rows_read_their_own_text():

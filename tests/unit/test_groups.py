@@ -42,7 +42,7 @@ def draw(group, log_p_RV, step):
     """The tokens, -1 for rows that keep their bits."""
     rows_RV = torch.as_tensor(log_p_RV).float().clone()
     before_RV = rows_RV.clone()
-    group.draw(rows_RV, step, torch.arange(len(rows_RV)))
+    group.draw(rows_RV, step, int(group.draws(step.slot_R.numpy()).sum()))
     tokens = []
     for before_V, after_V in zip(before_RV, rows_RV, strict=True):
         if torch.equal(before_V.nan_to_num(), after_V.nan_to_num()):
@@ -209,9 +209,9 @@ def test_a_preempted_text_goes_on_as_it_would_have():
         group = opened([0.3, 0.9])
         for t in range(5):
             draw(group, rows_RV[t : t + 1], step_of([0], t))
-        left = group.snapshot().read(0)
+        preempted = group.snapshot().read(0)
         group.close(0)
-        group.open(1, row_of(0.3), left, produced)
+        group.open(1, row_of(0.3), preempted, produced)
         got = [draw(group, rows_RV[t : t + 1], step_of([1], t))[0] for t in range(produced, 8)]
         assert got == expected[produced:]
 
@@ -232,6 +232,39 @@ def test_the_engine_goes_on_when_the_bits_are_used():
             assert (drawn == [-1, -1]) == (8 * position >= bits), (bits, position)
         group.open(1, row_of(0.5))  # Another request of the slot begins anew.
         assert draw(group, flat_RV, step_of([0, 1], 0)) == [-1, 128]
+
+
+@pytest.mark.parametrize("behind", [0, 2, 5])
+def test_a_text_whose_bits_are_used_is_not_looked_at_any_more(monkeypatch, behind):
+    """When a copy of a step's states is there, `behind` steps after it was asked for; a request
+    that has come to the slot since is drawn."""
+    steps = 0
+
+    def is_there(copy):
+        asked.setdefault(id(copy), (copy, steps))
+        return steps - asked[id(copy)][1] >= behind
+
+    asked = {}
+    monkeypatch.setattr(stage.HostCopy, "is_there", is_there)
+    group = opened([0.1, 0.2, 0.3], bits=8.0)
+    group.open(2, row_of(0.3, bits=1000.0))
+    flat_RV = np.zeros((3, 256))
+    seen = []
+    for steps in range(3 * behind + 5):
+        draw(group, flat_RV, step_of(range(3), steps))
+        if steps == behind:
+            group.open(1, row_of(0.4, bits=8.0 * (steps + 100)), produced=0)
+        seen.append(group.draws(np.arange(3)).tolist())
+    assert seen[0] == [True] * 3
+    assert seen[-1] == [False, True, True]
+    assert all(slot_1 and slot_2 for _, slot_1, slot_2 in seen)
+
+
+def test_a_text_that_comes_back_with_its_bits_used_is_not_looked_at():
+    for preempted in (None, np.array([3, 0, 0, 1, 0, 1, 0, 0.5, 9.0, 0.5, 9.0])):
+        group = GroupCodes(1, 1, CPU)
+        group.open(0, row_of(0.3, bits=8.0), preempted, produced=3)
+        assert not group.draws(np.array([0])).any()
 
 
 def test_no_two_texts_begin_alike_when_the_engine_goes_on():

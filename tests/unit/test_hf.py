@@ -216,6 +216,20 @@ def test_rows_of_equal_prompts_are_a_group(model):
         assert torch.equal(other.sequences[:, 3], output.sequences[:, 3])
 
 
+@pytest.mark.parametrize(
+    "asked", [{"level": 0.5, "group": True}, {"law": "budget", "target_entropy": 2.0}]
+)
+def test_another_call_begins_anew_though_its_prompt_is_one_token_longer(asked):
+    """As many rows as before; what a processor of its own would do with them."""
+    scores_RV = torch.randn(2, 301, generator=torch.Generator().manual_seed(0)) * 3
+    used, own = (DiversityProcessor(asked, seed=5) for _ in range(2))
+    for length in range(3, 60):
+        used(torch.full((2, length), 9), scores_RV)
+    prompt = torch.full((2, 60), 11)
+    for text in (prompt, torch.nn.functional.pad(prompt, (0, 1), value=12)):
+        assert torch.equal(used(text, scores_RV), own(text, scores_RV))
+
+
 def test_one_text_s_place_is_refused():
     place = {"id": "a", "index": 0, "size": 2}
     with pytest.raises(ValueError, match=r"diversity\.group: got one text's place; accepted: true"):

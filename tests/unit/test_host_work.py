@@ -27,6 +27,13 @@ ASKED = {
     "last tokens": {"diversity": {"law": "words", "level": 0.5}},
     "a style": {"style": {"name": PROFILE.name, "strength": 0.8, "max_kl": 0.2}},
 }
+ONE = {
+    "a group": {"diversity": {"level": 0.5, "group": {"id": "a", "index": 3, "size": 1024}}},
+    "DRY": {"diversity": {"dry_multiplier": 0.8, "dry_sequence_breakers": []}},
+}
+PAIR = {"id": "a", "index": 1, "size": 2}
+USED = {"a group of two": {"diversity": {"level": 0.5, "group": PAIR}}}
+"""A flat row's token takes more bits than it has."""
 
 
 class Operations(TorchDispatchMode):
@@ -74,14 +81,15 @@ def engine(monkeypatch):
 
 
 def params(asked):
-    return SamplingParams(temperature=0.9, extra_args=ASKED[asked])
+    return SamplingParams(temperature=0.9, extra_args=(ASKED | ONE | USED)[asked])
 
 
-def v1_of(engine, rows, asked):
-    """The processor, its batch's answers, and what ends a step."""
-    outputs = [[5] for _ in range(rows)]
+def v1_of(engine, rows, asked, *others):
+    """The processor, its batch's answers, and what ends a step; the first ask for `others`."""
+    outputs = [[] if i < len(others) else [5] for i in range(rows)]
     processor = V1Processor(engine, CPU, False)
-    added = [(i, params(asked), [1], outputs[i]) for i in range(rows)]
+    kinds = [*others, *[asked] * (rows - len(others))]
+    added = [(i, params(kind), [1], outputs[i]) for i, kind in enumerate(kinds)]
     processor.update_state(BatchUpdate(rows, removed=[], added=added, moved=[]))
 
     def then():
@@ -126,36 +134,74 @@ def test_a_step_of_the_v1_runner_whose_batch_has_changed(engine, asked):
     assert work(SLOTS) == work(2)
 
 
-@pytest.mark.parametrize("asked", ASKED)
+def v2_work(engine, rows, asked, *others, drafts=0):
+    """The work of a step of so many requests, which ask for `asked`, the first of them for
+    `others`."""
+    if drafts:
+        engine.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
+    lengths = torch.ones(SLOTS, dtype=torch.int32)
+    known = SimpleNamespace(np=lengths.numpy(), gpu=lengths)
+    tokens = SimpleNamespace(gpu=torch.zeros(SLOTS, 16, dtype=torch.int32))
+    states = SimpleNamespace(
+        max_num_reqs=SLOTS,
+        device=CPU,
+        prefill_len=known,
+        prompt_len=known,
+        all_token_ids=tokens,
+    )
+    processor = V2Processor(engine, states)
+    for slot in range(rows):
+        assert processor.add_request(slot, params(others[slot] if slot < len(others) else asked))
+    processor.apply_staged_writes()
+    offsets = torch.arange(1 + drafts, dtype=torch.int32).repeat(rows)
+    context = SimpleNamespace(
+        idx_mapping_np=np.arange(rows),
+        expanded_idx_mapping=torch.arange(rows).repeat_interleave(1 + drafts),
+        expanded_local_pos=offsets,
+        pos=1 + offsets.long(),
+        input_ids=torch.ones(len(offsets), dtype=torch.int32),
+        seq_lens_upper_bound_np=np.full(rows, 12),
+    )
+    logits_RV = torch.zeros(len(offsets), V)
+    found = work_of(lambda: processor.apply(logits_RV, context), lambda: context.pos.add_(1))
+    assert processor.stats.faults == 0
+    return found
+
+
+@pytest.mark.parametrize("asked", [*ASKED, "DRY"])
 def test_a_step_of_the_v2_runner(engine, asked):
+    assert v2_work(engine, SLOTS, asked) == v2_work(engine, 2, asked)
+
+
+@pytest.mark.parametrize("drafts", [0, 5])
+@pytest.mark.parametrize("one", ONE)
+def test_one_request_of_its_kind_costs_the_same_beside_many_as_beside_few(engine, one, drafts):
+    """Of which rows there are several for each request, and the host knows not where."""
+    work = [v2_work(engine, rows, "a law", one, drafts=drafts) for rows in (2, SLOTS)]
+    assert work[0] == work[1]
+    assert work[0] > v2_work(engine, 2, "a law", drafts=drafts)
+
+
+@pytest.mark.parametrize("one", ONE)
+def test_one_request_of_its_kind_costs_the_v1_runner_the_same_beside_many(engine, one):
     def work(rows):
-        lengths = torch.ones(SLOTS, dtype=torch.int32)
-        known = SimpleNamespace(np=lengths.numpy(), gpu=lengths)
-        tokens = SimpleNamespace(gpu=torch.zeros(SLOTS, 16, dtype=torch.int32))
-        states = SimpleNamespace(
-            max_num_reqs=SLOTS,
-            device=CPU,
-            prefill_len=known,
-            prompt_len=known,
-            all_token_ids=tokens,
-        )
-        processor = V2Processor(engine, states)
-        for slot in range(rows):
-            assert processor.add_request(slot, params(asked))
-        processor.apply_staged_writes()
-        context = SimpleNamespace(
-            idx_mapping_np=np.arange(rows),
-            expanded_idx_mapping=torch.arange(rows),
-            expanded_local_pos=torch.zeros(rows, dtype=torch.int32),
-            pos=torch.ones(rows, dtype=torch.int64),
-            input_ids=torch.ones(rows, dtype=torch.int32),
-        )
+        processor, _, then = v1_of(engine, rows, "a law", one)
         logits_RV = torch.zeros(rows, V)
-        found = work_of(lambda: processor.apply(logits_RV, context), lambda: context.pos.add_(1))
-        assert processor.stats.faults == 0
-        return found
+        return work_of(lambda: processor.apply(logits_RV), then)
 
     assert work(SLOTS) == work(2)
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_a_text_of_a_group_costs_nothing_more_when_its_bits_are_used(engine, runner):
+    def work(one):
+        if runner == "V2":
+            return v2_work(engine, 4, "a law", one, drafts=5)
+        processor, _, then = v1_of(engine, 4, "a law", one)
+        logits_RV = torch.zeros(4, V)
+        return work_of(lambda: processor.apply(logits_RV), then)
+
+    assert work("a group of two") == work("a law") != work("a group")
 
 
 def test_a_report_on_its_way(engine):

@@ -153,6 +153,25 @@ def test_v1_goes_on_after_a_preemption_as_if_there_had_been_none(dropped):
     assert -1 not in whole.outputs[0][:4] + whole.outputs[1][:4]
 
 
+def test_v1_goes_on_after_a_second_preemption_before_any_step():
+    """Into a slot whose former request was another text of the group."""
+    first, second = placed(3), placed(1, identity="b")
+    whole, batch = V1(first, second), V1(first, second)
+    for step in range(8):
+        whole.step(step)
+    for step in range(3):
+        batch.step(step)
+    batch.leave()
+    batch.outputs.reverse()
+    batch.join(second, first)
+    batch.leave()
+    batch.outputs.reverse()
+    batch.join(first, second)
+    for step in range(3, 8):
+        batch.step(step)
+    assert batch.outputs == whole.outputs
+
+
 def test_without_an_identity_a_preempted_text_is_left_to_the_engine():
     batch = V1(placed(3, identity=None))
     batch.step(0)
@@ -226,7 +245,7 @@ def test_nothing_is_drawn_where_no_row_is_of_a_group(monkeypatch, runner):
         processor.add_request(0, asked)
         processor.apply_staged_writes()
         run = lambda: v2_step(processor, [0], 1, 3)  # noqa: E731
-    monkeypatch.setattr(processor.stats, "_codes", None)
+    monkeypatch.setattr(processor.stats._codes, "draw", None)
     run()
 
 

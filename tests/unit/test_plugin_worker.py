@@ -11,6 +11,7 @@ from dftserve_vllm.request_stats import RequestStats
 from dftserve_vllm.step_report import PendingReport
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from dftserve.sampling.host_copy import HostCopy
 from dftserve.sampling.slots import Snapshot, StatisticsLayout
 
 
@@ -37,7 +38,7 @@ class Stats(RequestStats):
 
     def take_report(self):
         layout = StatisticsLayout(1, 1)
-        snapshot = Snapshot(layout, layout.zeros("cpu").numpy())
+        snapshot = Snapshot(layout, HostCopy.of(layout.zeros("cpu")))
         return PendingReport([], [], np.empty(0, np.int64), snapshot, self.faults)
 
 

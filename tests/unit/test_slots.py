@@ -102,17 +102,17 @@ def test_requests_that_begin_together_begin_as_if_one_after_another():
         position_R = zeros_R + position
         slots.commit_accepted(controls, slot_R, position_R, zeros_R)
         slots.stage_step(slot_R, position_R, zeros_R, zeros_R == 0, statistics_of([1.0] * 4))
-    left = slots.snapshot().read(1)
+    preempted = slots.snapshot().read(1)
     waiting_KF = torch.arange(2.0 * COLUMNS).reshape(2, COLUMNS)
-    drafts = replace(left, waiting_KF=waiting_KF)
+    drafts = replace(preempted, waiting_KF=waiting_KF)
     slots.open(0)
-    slots.open(3, drafts, produced=int(left.tokens) + 1)
+    slots.open(3, drafts, produced=int(preempted.tokens) + 1)
     slots.open(2, produced=9)
     slots.open(2, produced=5)
     accounts = [slots.read(slot) for slot in range(4)]
     assert [int(account.tokens) for account in accounts] == [0, 17, 5, 18]
-    assert torch.equal(accounts[3].sums_F, left.sums_F + waiting_KF[0])
-    assert torch.equal(accounts[1].sums_F, left.sums_F)
+    assert torch.equal(accounts[3].sums_F, preempted.sums_F + waiting_KF[0])
+    assert torch.equal(accounts[1].sums_F, preempted.sums_F)
     assert not any(accounts[slot].sums_F.any() for slot in (0, 2))
     assert [bool(account.waiting_KF.any()) for account in accounts] == [False, True, False, False]
     # Open-loop at first; then steered by what came since, which is at the target, and no more.

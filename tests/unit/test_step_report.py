@@ -8,6 +8,7 @@ from dftserve_vllm.step_report import Forwarder, PendingReport
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dftserve.sampling.host_copy import HostCopy
 from dftserve.sampling.slots import COLUMNS, Snapshot, StatisticsLayout
 
 SLOTS, ROWS = 8, 2
@@ -22,7 +23,7 @@ def snapshot(nan_rows: int = 0) -> Snapshot:
     invalid[...] = nan_rows
     tokens_S[:] = np.arange(SLOTS)
     sums_SF[:] = np.arange(SLOTS)[:, None]
-    return Snapshot(layout, block)
+    return Snapshot(layout, HostCopy(block))
 
 
 def output(request_id: str, *, ends: bool, params=None):

@@ -7,7 +7,7 @@ where a turn of a conversation does.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,10 @@ from dftserve.sampling.token_classes import Pieces, token_pieces
 
 Mask = NDArray[np.bool_]
 
-MAX_MADE = 64
-"""Sets of breakers that are kept."""
+MAX_SETS = 64
+"""Sets of breakers that are kept as a mask, so that equal ones are one."""
+MAX_TEXTS = 1024
+"""Texts whose tokens are kept, in a bit each: 19 kB a text where there are 150,000 tokens."""
 
 _BETWEEN = 0xFF
 """Between two tokens' bytes; in no UTF-8, so that no text is found across it."""
@@ -35,11 +37,13 @@ class Breakers:
         self._encode = encode
         self._special_V = np.array([piece is None for piece in pieces], bool)
         lengths_V = np.array([len(piece or b"") + 1 for piece in pieces], np.int64)
-        self._end_V = np.cumsum(lengths_V)
         between = bytes([_BETWEEN])
         text = between.join(piece or b"" for piece in pieces) + between
         self._text_N = np.frombuffer(text, np.uint8)
-        self._made: OrderedDict[tuple[str, ...], Mask] = OrderedDict()
+        self._owner_N = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths_V)
+        """The token that each byte is of."""
+        self._sets: OrderedDict[frozenset[str], Mask] = OrderedDict()
+        self._texts: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "Breakers":
@@ -54,29 +58,43 @@ class Breakers:
         """bool [V]: the tokens that break; none where there are no texts. Not to be changed."""
         if not texts:
             return NO_BREAKERS
-        if texts not in self._made:
-            self._made[texts] = self._find(texts)
-        self._made.move_to_end(texts)
-        while len(self._made) > MAX_MADE:
-            self._made.popitem(last=False)
-        return self._made[texts]
+        return _kept(self._sets, frozenset(texts), self._of_all, MAX_SETS)
 
-    def _find(self, texts: tuple[str, ...]) -> Mask:
-        breaks_V = self._special_V.copy()
-        for text in texts:
-            found_K = self._holding(text.encode("utf-8", "surrogatepass"))
-            if not len(found_K):
-                found_K = np.array(self._encode(text)[-1:], np.int64)
-            breaks_V[found_K[found_K < len(breaks_V)]] = True
-        return breaks_V
+    def _of_all(self, texts: frozenset[str]) -> Mask:
+        packed = [_kept(self._texts, text, self._packed, MAX_TEXTS) for text in texts]
+        any_V = np.unpackbits(np.bitwise_or.reduce(packed), count=len(self._special_V))
+        return any_V.view(bool) | self._special_V
 
-    def _holding(self, text: bytes) -> NDArray[np.int64]:
-        """The tokens whose bytes have these in them."""
+    def _packed(self, text: str) -> NDArray[np.uint8]:
+        """A bit a token."""
+        breaks_V = np.zeros(len(self._special_V), bool)
+        found_K = self._holding(text.encode("utf-8", "surrogatepass"))
+        if not len(found_K):
+            found_K = np.array(self._encode(text)[-1:], np.int64)
+        breaks_V[found_K[found_K < len(breaks_V)]] = True
+        return np.packbits(breaks_V)
+
+    def _holding(self, text: bytes) -> NDArray[np.int32]:
+        """The tokens whose bytes have these in them, some more than once."""
         place_K = np.flatnonzero(self._text_N == text[0])
         for behind, byte in enumerate(text[1:], 1):
             place_K = place_K[place_K + behind < len(self._text_N)]
             place_K = place_K[self._text_N[place_K + behind] == byte]
-        return np.unique(np.searchsorted(self._end_V, place_K, side="right"))
+        return self._owner_N[place_K]
+
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
+
+
+def _kept(kept: OrderedDict[Key, Made], key: Key, make: Callable[[Key], Made], most: int) -> Made:
+    """As `lru_cache` has it, which would keep the whole object of a method."""
+    if key not in kept:
+        kept[key] = make(key)
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+    return kept[key]
 
 
 NO_BREAKERS: Mask = np.zeros(1, bool)

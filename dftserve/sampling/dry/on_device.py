@@ -1,50 +1,89 @@
 """Repeated sequences of texts that lie on the logits' device: `repeats`, for many rows at once and
 without a wait, since the host does not know the tokens yet."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dftserve.sampling.dry.breaker_sets import BreakerSets
 from dftserve.sampling.dry.repeats import HISTORY, MAX_PENALTY, DryControls
 from dftserve.sampling.staging import PinnedStaging
-from dftserve.sampling.step import Penalties, Texts
+from dftserve.sampling.step import Penalties, Texts, chosen_first
 
-NUMBERS = 4
-MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST = range(NUMBERS)
+ELEMENTS = 1 << 22
+"""Tokens of texts that are looked at at once, at some 50 bytes each for all that is made of them:
+200 MB."""
+
+COLUMNS = 5
+MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST, SET = range(COLUMNS)
 
 
 @dataclass(frozen=True)
 class _Sent:
     """Of all slots, on the device."""
 
-    numbers_S4: Tensor
-    """float32; multiplier 0 where a slot has no DRY."""
-    set_S: Tensor
-    """int64: each slot's breakers, a row of `breaks_BV`."""
-    breaks_BV: Tensor
-    """bool; the last column is False, for tokens that are in no set."""
+    numbers_SC: Tensor
+    """float64; multiplier 0 where a slot has no DRY; the row of `breaks_BX` that it has."""
+    breaks_BX: Tensor
+    """uint8, sets of breakers, a bit for each token, the lowest first."""
+
+
+@dataclass(frozen=True)
+class DevicePenalties:
+    """The penalties of a step's rows in parts, each made when it is asked for."""
+
+    texts: Texts
+    slot_R: Tensor
+    offset_R: Tensor
+    place_P: Tensor
+    width: int
+    """Of a text's end that is looked at, in tokens."""
+    longest: int
+    """Tokens of a match that change a penalty, at most."""
+    sent: _Sent
+
+    def __iter__(self) -> Iterator[Penalties]:
+        for place_P in self.place_P.split(max(ELEMENTS // self.width, 1)):
+            yield self._of(place_P)
+
+    def _of(self, place_P: Tensor) -> Penalties:
+        numbers_PC = self.sent.numbers_SC[self.slot_R[place_P]]
+        window_PW = _windows(self.texts, self.slot_R, self.offset_R, place_P, self.width)
+        breaks_PW = _breaks(window_PW, self.sent.breaks_BX, numbers_PC[:, SET].long())
+        nats_PK = _nats(window_PW, breaks_PW, numbers_PC[:, :SET].float(), self.longest)
+        return Penalties(window_PW[:, 1:].clamp_min(0), nats_PK, place_P)
 
 
 class SlotRepeats:
-    """DRY of an engine's requests, one a slot at most. What changed goes to the device by one copy
-    before the next step that has any."""
+    """DRY of an engine's requests, one a slot at most. The slots that changed, and the sets of
+    breakers that are new, go to the device by one copy each before the next step that has any."""
 
     def __init__(
         self, slots: int, device: torch.device | str, staging: PinnedStaging | None = None
     ) -> None:
         self._staging = staging or PinnedStaging(device)
-        self._controls: dict[int, DryControls] = {}
+        self._nothing_C = np.array([0.0, 1.0, 1.0, 1.0, 0.0])
+        self._numbers_SC = self._staging.to_device(np.tile(self._nothing_C, (slots, 1)))
+        self._changed: dict[int, NDArray[np.float64]] = {}
+        self._sets = BreakerSets(self._staging)
         self._has_S = np.zeros(slots, bool)
-        self._sent: _Sent | None = None
+        self._longest_S = np.zeros(slots, np.int64)
 
     def put(self, slot: int, dry: DryControls) -> None:
-        self._controls[slot], self._has_S[slot], self._sent = dry, True, None
+        self.clear(slot)
+        numbers = dry.multiplier, dry.base, dry.allowed_length, dry.longest
+        self._changed[slot] = np.array([*numbers, self._sets.take(slot, dry.breaks_V)])
+        self._has_S[slot], self._longest_S[slot] = True, dry.longest
 
     def clear(self, slot: int) -> None:
-        if self._controls.pop(slot, None) is not None:
-            self._has_S[slot], self._sent = False, None
+        if self._has_S[slot]:
+            self._has_S[slot] = False
+            self._sets.leave(slot)
+            self._changed[slot] = self._nothing_C
 
     def has(self, slots_R: np.ndarray) -> np.ndarray:
         """bool [R]: which of these slots have DRY."""
@@ -55,52 +94,40 @@ class SlotRepeats:
         texts: Texts,
         slot_R: Tensor,
         offset_R: Tensor,
-        places: np.ndarray | None = None,
+        *,
+        slots: np.ndarray,
+        most_rows: int,
         longest_text: int = HISTORY,
-    ) -> Penalties:
+    ) -> "DevicePenalties":
         """Of each row's text, with duplicates: the largest of a token's penalties is the one.
 
         Args:
             texts: their whole tokens: where an answer begins is not looked at.
             slot_R, offset_R: of the step's rows.
-            places: which of the rows, on the host; None for all of them.
-            longest_text: tokens that no row's text exceeds.
+            slots: those of the step that have DRY, on the host.
+            most_rows: rows that these have at most, of which the host may not know the places.
+            longest_text: tokens that the text of none of these rows exceeds.
         """
         sent = self._on_device()
-        place_P = (
-            torch.arange(len(slot_R), device=slot_R.device)
-            if places is None
-            else self._staging.to_device(places.astype(np.int64))
+        has_dry_R = sent.numbers_SC[:, MULTIPLIER][slot_R] > 0
+        return DevicePenalties(
+            texts,
+            slot_R,
+            offset_R,
+            chosen_first(has_dry_R, most_rows),
+            width=max(min(longest_text, HISTORY, texts.tokens_SL.shape[1]), 2),
+            longest=int(self._longest_S[slots].max()),
+            sent=sent,
         )
-        slot_P, set_P = slot_R[place_P], sent.set_S[slot_R[place_P]]
-        width = max(min(longest_text, HISTORY, texts.tokens_SL.shape[1]), 2)
-        window_PW = _windows(texts, slot_R, offset_R, place_P, width)
-        return Penalties(
-            window_PW[:, 1:].clamp_min(0),
-            _nats(window_PW, sent.numbers_S4[slot_P], sent.breaks_BV, set_P, self._longest()),
-            place_P,
-        )
-
-    def _longest(self) -> int:
-        return max(dry.longest for dry in self._controls.values())
 
     def _on_device(self) -> _Sent:
-        if self._sent is None:
-            sets = {id(dry.breaks_V): dry.breaks_V for dry in self._controls.values()}
-            width = 1 + max(len(breaks_V) for breaks_V in sets.values())
-            breaks_BV = np.zeros((len(sets), width), bool)
-            for row_V, breaks_V in zip(breaks_BV, sets.values(), strict=True):
-                row_V[: len(breaks_V)] = breaks_V
-            rows = {key: row for row, key in enumerate(sets)}
-            numbers_S4 = np.ones((len(self._has_S), NUMBERS), np.float32)
-            numbers_S4[:, MULTIPLIER] = 0
-            set_S = np.zeros(len(self._has_S), np.int64)
-            for slot, dry in self._controls.items():
-                numbers = dry.multiplier, dry.base, dry.allowed_length, dry.longest
-                numbers_S4[slot], set_S[slot] = numbers, rows[id(dry.breaks_V)]
-            sent = self._staging.to_device_together(numbers_S4, set_S, breaks_BV)
-            self._sent = _Sent(*sent)
-        return self._sent
+        if self._changed:
+            slots = [float(slot) for slot in self._changed]
+            changed_NX = np.column_stack([slots, np.array(list(self._changed.values()))])
+            self._changed.clear()
+            sent_NX = self._staging.to_device(changed_NX)
+            self._numbers_SC.index_copy_(0, sent_NX[:, 0].long(), sent_NX[:, 1:])
+        return _Sent(self._numbers_SC, self._sets.on_device())
 
 
 def _windows(texts: Texts, slot_R: Tensor, offset_R: Tensor, place_P: Tensor, width: int) -> Tensor:
@@ -115,13 +142,16 @@ def _windows(texts: Texts, slot_R: Tensor, offset_R: Tensor, place_P: Tensor, wi
     return torch.where(at_PW >= 0, token_PW, -1).long()
 
 
-def _nats(
-    window_PW: Tensor, numbers_P4: Tensor, breaks_BV: Tensor, set_P: Tensor, longest: int
-) -> Tensor:
+def _breaks(window_PW: Tensor, breaks_BX: Tensor, set_P: Tensor) -> Tensor:
+    """bool [P, W]: which tokens are in the row's set of breakers."""
+    is_known_PW = (window_PW >= 0) & (window_PW < 8 * breaks_BX.shape[1])
+    token_PW = torch.where(is_known_PW, window_PW, 0)
+    eight_PW = breaks_BX[set_P[:, None], token_PW >> 3]
+    return is_known_PW & ((eight_PW >> (token_PW & 7)) & 1).bool()
+
+
+def _nats(window_PW: Tensor, breaks_PW: Tensor, numbers_P4: Tensor, longest: int) -> Tensor:
     """float32 [P, W − 1]: the penalty of each place's next token; 0 for none."""
-    beyond = breaks_BV.shape[1] - 1
-    known_PW = torch.where((window_PW >= 0) & (window_PW < beyond), window_PW, beyond)
-    breaks_PW = breaks_BV[set_P[:, None], known_PW]
     multiplier_P1, base_P1, allowed_P1, longest_P1 = numbers_P4.split(1, dim=1)
     width = window_PW.shape[1]
     alive_PK = (window_PW[:, :-1] == window_PW[:, -1:]) & ~breaks_PW[:, -1:]

@@ -26,9 +26,10 @@ LONGEST_MATCH = int(DRY_BOUNDS["dry_allowed_length"].high)
 MAX_PENALTY = 100.0
 """Nats: e^−100 is nothing, and no logit overflows."""
 
+LENGTH_BITS = 8
+
 Ids = NDArray[np.int64]
 Nats = NDArray[np.float32]
-NOTHING = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,65 +62,95 @@ class DryControls:
         return known_K & self.breaks_V[np.where(known_K, token_K, 0)]
 
 
-def penalties(tokens_N: NDArray[np.int32], dry: DryControls) -> tuple[Ids, Nats]:
-    """The tokens that are penalised after a text, each once, and by how many nats: one comparison
-    of the text, and work for each place where its last token stands."""
-    ending = tokens_N[: -dry.longest - 1 : -1]
-    stops_L = dry.breaks(ending)
-    limit = int(stops_L.argmax()) if stops_L.any() else len(ending)
-    if limit < dry.allowed_length:
-        return NOTHING
-    place_K = np.flatnonzero(tokens_N[:-1] == tokens_N[-1])
-    length_K = np.ones(len(place_K), np.int64)
-    alive_K = np.arange(len(place_K))
-    for back in range(1, limit):
-        alive_K = alive_K[place_K[alive_K] >= back]
-        alive_K = alive_K[tokens_N[place_K[alive_K] - back] == ending[back]]
-        if not len(alive_K):
-            break
-        length_K[alive_K] += 1
-    chosen_K = length_K >= dry.allowed_length
-    token_K, length_K = tokens_N[place_K[chosen_K] + 1], length_K[chosen_K]
-    free_K = ~dry.breaks(token_K) & (token_K >= 0)
-    return _longest_of_each(token_K[free_K], length_K[free_K], dry)
+class TextRepeats:
+    """The end of a request's text as its output grows, and by how many tokens each place of it
+    matches its end.
 
+    A token more makes of the n tokens that the place before matched by n + 1, where it is that
+    place's token, else none: one vector operation of the text that is looked at, however it repeats
+    itself. After a fault of the engine's the output may be shorter than before; the text is then
+    read anew.
+    """
 
-def _longest_of_each(
-    token_K: NDArray[np.int32], length_K: Ids, dry: DryControls
-) -> tuple[Ids, Nats]:
-    descending_K = np.argsort(-length_K, kind="stable")
-    unique_K, first_K = np.unique(token_K[descending_K], return_index=True)
-    value_K = dry.penalty(length_K[descending_K][first_K])
-    return unique_K.astype(np.int64), value_K.astype(np.float32)
+    def __init__(self, prompt: Sequence[int], dry: DryControls) -> None:
+        self._dry = dry
+        self._prompt_N = np.array(prompt[-HISTORY:], np.int32)
+        self._begin()
 
+    def _begin(self) -> None:
+        self._tokens_N = np.empty(max(2 * len(self._prompt_N), 256), np.int32)
+        self._matched_N = np.zeros(len(self._tokens_N), np.uint8)
+        self._length = self._taken = 0
+        self._take(self._prompt_N)
 
-class TokenHistory:
-    """The end of a request's text, as its output grows; `HISTORY` tokens of it, or more."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        begin = list(prompt[-HISTORY:])
-        self._tokens_N = np.empty(max(2 * len(begin), 256), np.int32)
-        self._tokens_N[: len(begin)] = begin
-        self._length = len(begin)
-        self._taken = 0
-
-    def after(self, output: Sequence[int]) -> NDArray[np.int32]:
-        """The text's last tokens, at most `HISTORY`, after the whole output so far; which has all
-        of what it had the last time."""
-        new = output[max(self._taken, len(output) - HISTORY) :]
-        self._make_room(len(new))
-        self._tokens_N[self._length : self._length + len(new)] = new
-        self._length += len(new)
+    def after(self, output: Sequence[int]) -> tuple[Ids, Nats]:
+        """The tokens that are penalised after the whole output so far, each once, and by how many
+        nats."""
+        if len(output) < self._taken:
+            self._begin()
+        new_N = np.array(output[max(self._taken, len(output) - HISTORY) :], np.int32)
+        self._take(new_N)
         self._taken = len(output)
-        return self._tokens_N[max(self._length - HISTORY, 0) : self._length]
+        return self._penalties()
+
+    def _take(self, new_N: NDArray[np.int32]) -> None:
+        """No match of more than `longest` tokens counts, so that these alone are taken one by one
+        where there are more."""
+        self._make_room(len(new_N))
+        at_once = max(len(new_N) - self._dry.longest, 0)
+        self._tokens_N[self._length : self._length + at_once] = new_N[:at_once]
+        self._length += at_once
+        if at_once:
+            self._matched_N[: self._length] = 0
+        for token, breaks in zip(new_N[at_once:], self._dry.breaks(new_N[at_once:]), strict=True):
+            self._take_one(token, breaks=bool(breaks))
+
+    def _take_one(self, token: np.int32, *, breaks: bool) -> None:
+        length = self._length
+        self._tokens_N[length] = token
+        self._length += 1
+        begin = max(self._length - HISTORY, 0)
+        matched_N = self._matched_N[begin : self._length]
+        if breaks:
+            matched_N[:] = 0
+            return
+        before_N = np.zeros_like(matched_N)
+        before_N[1:] = matched_N[:-1]
+        np.minimum(before_N + 1, self._dry.longest, out=matched_N)
+        matched_N *= self._tokens_N[begin : self._length] == token
+
+    def _penalties(self) -> tuple[Ids, Nats]:
+        begin = max(self._length - HISTORY, 0)
+        tokens_N = self._tokens_N[begin : self._length]
+        matched_N = self._matched_N[begin : self._length][:-1]
+        place_K = np.flatnonzero(matched_N >= self._dry.allowed_length)
+        # What is before the text that is looked at matches nothing.
+        length_K = np.minimum(matched_N[place_K], place_K + 1)
+        token_K = tokens_N[place_K + 1]
+        counts_K = (length_K >= self._dry.allowed_length) & (token_K >= 0)
+        token_K, length_K = _longest_of_each(token_K[counts_K], length_K[counts_K])
+        free_K = ~self._dry.breaks(token_K)
+        return token_K[free_K], self._dry.penalty(length_K[free_K]).astype(np.float32)
 
     def _make_room(self, more: int) -> None:
         if self._length + more <= len(self._tokens_N):
             return
-        kept_N = self._tokens_N[max(self._length - HISTORY, 0) : self._length]
-        larger_N = np.empty(2 * (len(kept_N) + more), np.int32)
-        larger_N[: len(kept_N)] = kept_N
-        self._tokens_N, self._length = larger_N, len(kept_N)
+        kept = slice(max(self._length - HISTORY, 0), self._length)
+        tokens_N, matched_N = self._tokens_N[kept], self._matched_N[kept]
+        self._length = len(tokens_N)
+        self._tokens_N = np.empty(2 * (self._length + more), np.int32)
+        self._tokens_N[: self._length] = tokens_N
+        self._matched_N = np.zeros(len(self._tokens_N), np.uint8)
+        self._matched_N[: self._length] = matched_N
+
+
+def _longest_of_each(token_K: NDArray[np.int32], length_K: Ids) -> tuple[Ids, Ids]:
+    """Each token once, with the longest of its matches: by one sort of both together."""
+    both_K = np.sort((token_K.astype(np.int64) << LENGTH_BITS) | length_K)
+    token_K, length_K = both_K >> LENGTH_BITS, both_K & ((1 << LENGTH_BITS) - 1)
+    is_last_K = np.ones(len(token_K), bool)
+    is_last_K[:-1] = token_K[1:] != token_K[:-1]
+    return token_K[is_last_K], length_K[is_last_K]
 
 
 def together(rows: Sequence[tuple[Ids, Nats]]) -> tuple[Ids, Nats]:

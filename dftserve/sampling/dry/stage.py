@@ -6,6 +6,9 @@ the law.
 
 So a stop token keeps the probability that it has without DRY, where the content leads: the guard
 before is the row's own, and that after goes by the content. A row without a penalty keeps its bits.
+
+A CPU looks at the tokens alone that count (`few.py`); on a device how many these are would have to
+be asked.
 """
 
 import torch
@@ -14,30 +17,55 @@ from torch import Tensor
 from dftserve.sampling import controls as columns
 from dftserve.sampling import laws, top_n_sigma
 from dftserve.sampling.controls import LAW_CODES, Controls, LawConstants
+from dftserve.sampling.dry.few import Few
 from dftserve.sampling.entropy import exp, is_present
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.step import Penalties, Step
+
+ELEMENTS = 1 << 22
+"""Logits that are rewritten at once, at some 34 bytes each for all that is made of them: 142 MB."""
 
 
 def penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: LawConstants) -> None:
     """Rewrite, in place, the rows of the step that have penalties. Tokens beyond the vocabulary and
     stop tokens have none."""
-    if logits_XV.device.type == "cpu":  # Which rows have any, a GPU would have to be asked.
+    if _may_be_asked(logits_XV):
         penalties = _only_present(penalties)
-        if not len(penalties.place_P):
-            return
+    for part in penalties.split(max(ELEMENTS // logits_XV.shape[1], 1)):
+        if len(part.place_P):
+            _penalise(logits_XV, step, part, constants)
+
+
+def _penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: LawConstants) -> None:
     place_P = penalties.place_P
     row_P = place_P if step.rows_R is None else step.rows_R[place_P]
     controls = step.controls.select(step.slot_R[place_P])
+    log_guard_P = _log_guard(logits_XV, row_P, controls, constants)
+    if _may_be_asked(logits_XV):
+        few = Few.of(logits_XV, row_P, penalties, controls, log_guard_P)
+        few.write(logits_XV, *_lowered(few.logits_PJ, few.penalties, few.controls, log_guard_P))
+        return
     logits_PV = logits_XV[row_P]
+    lower_PV, changes_P = _lowered(logits_PV, penalties, controls, log_guard_P)
+    logits_XV.index_copy_(0, row_P, torch.where(changes_P[:, None], lower_PV, logits_PV))
+
+
+def _lowered(
+    logits_PV: Tensor, penalties: Penalties, controls: Controls, log_guard_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows less their penalties, and which of them change: bool [P]."""
     stop_PE, known_PE = _stops(controls.stop_ids_RE, logits_PV)
     lower_PV = _less(logits_PV, penalties, controls)
     lower_PV = _put(lower_PV, stop_PE, torch.where(known_PE, -torch.inf, torch.inf), "amin")
-    shift_P, valid_P = _stop_shift(logits_PV, lower_PV, controls, constants)
+    shift_P, valid_P = _stop_shift(logits_PV, lower_PV, controls, log_guard_P)
     moved_PE = logits_PV.gather(1, stop_PE) + shift_P[:, None]
     lower_PV = _put(lower_PV, stop_PE, torch.where(known_PE, moved_PE, -torch.inf), "amax")
-    changes_P = (penalties.nats_PK > 0).any(dim=1) & valid_P
-    logits_XV.index_copy_(0, row_P, torch.where(changes_P[:, None], lower_PV, logits_PV))
+    return lower_PV, (penalties.nats_PK > 0).any(dim=1) & valid_P
+
+
+def _may_be_asked(logits_XV: Tensor) -> bool:
+    """Whether the host reads a tensor without waiting for a device."""
+    return logits_XV.device.type == "cpu"
 
 
 def _only_present(penalties: Penalties) -> Penalties:
@@ -64,16 +92,16 @@ def _less(logits_PV: Tensor, penalties: Penalties, controls: Controls) -> Tensor
     is_known_PK = token_PK < logits_PV.shape[1]
     token_PK = torch.where(is_known_PK, token_PK, 0)
     nats_PK = torch.where(is_known_PK, penalties.nats_PK, 0.0)
-    left_PK = logits_PV.gather(1, token_PK) - nats_PK / controls.logits_divisor_R[:, None]
-    return _put(logits_PV, token_PK, left_PK, "amin")
+    lowered_PK = logits_PV.gather(1, token_PK) - nats_PK / controls.logits_divisor_R[:, None]
+    return _put(logits_PV, token_PK, lowered_PK, "amin")
 
 
 def _stop_shift(
-    logits_PV: Tensor, lower_PV: Tensor, controls: Controls, constants: LawConstants
+    logits_PV: Tensor, lower_PV: Tensor, controls: Controls, log_guard_P: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the stop tokens' logits move by, and which rows are valid; `lower_PV` has no stops."""
-    before, valid_P = _support(logits_PV, controls, constants)
-    after, _ = _support(lower_PV, controls, constants)
+    before, valid_P = _support(logits_PV, controls, log_guard_P)
+    after, _ = _support(lower_PV, controls, log_guard_P)
     temperature_P, divisor_P = controls.temperature_R, controls.logits_divisor_R
     cool_P, less_P = (_log_z(support, temperature_P) for support in (before, after))
     peaks_P = (lower_PV.amax(dim=1) - logits_PV.amax(dim=1)) * divisor_P / temperature_P
@@ -83,10 +111,7 @@ def _stop_shift(
     return torch.where(exists_P, fall_P * temperature_P / divisor_P, 0.0), valid_P
 
 
-def _support(
-    logits_PV: Tensor, controls: Controls, constants: LawConstants
-) -> tuple[Support, Tensor]:
-    log_guard_P = _log_guard(logits_PV, controls, constants)
+def _support(logits_PV: Tensor, controls: Controls, log_guard_P: Tensor) -> tuple[Support, Tensor]:
     return guard(
         logits_PV,
         log_guard_R=log_guard_P,
@@ -102,15 +127,17 @@ def _log_z(support: Support, temperature_P: Tensor) -> Tensor:
     return peak_P + exp(weight_PV - peak_P[:, None]).sum(dim=1).log()
 
 
-def _log_guard(logits_PV: Tensor, controls: Controls, constants: LawConstants) -> Tensor:
+def _log_guard(
+    logits_XV: Tensor, row_P: Tensor, controls: Controls, constants: LawConstants
+) -> Tensor:
     """ln a of the guard that comes behind: the style's, or the law's. Under `budget`, whose level
     moves, it is that of level 1, as before a style."""
     is_budget_P = controls.law_R == LAW_CODES["budget"]
     level_P = torch.where(is_budget_P, 1.0, controls.level_R)
     by_law_P = laws.log_guard(controls.with_level(level_P), constants)
     is_sigma_P = top_n_sigma.is_top_n_sigma(controls)
-    if logits_PV.device.type != "cpu" or is_sigma_P.any():  # A GPU would have to be asked.
-        by_sigma_P = top_n_sigma.log_guard(logits_PV, controls)
+    if not _may_be_asked(logits_XV) or is_sigma_P.any():
+        by_sigma_P = top_n_sigma.log_guard(logits_XV[row_P], controls)
         by_law_P = torch.where(is_sigma_P, by_sigma_P, by_law_P)
     has_style_P = controls.style_R != columns.NO_STYLE
     return torch.where(has_style_P, controls.style_log_guard_R, by_law_P)

@@ -10,7 +10,7 @@ Choice i of a group of n begins with u = frac(u₀ + i/n). u₀ is uniform, so e
 choice alone is a draw from the model's distribution, exactly. Among one another they are spread: of
 n choices, ⌊n·p⌋ or ⌈n·p⌉ begin with a text of probability p, as long as it is one interval.
 
-After log₂ n bits a text is alone with its beginning. What is left of u would spread nothing more,
+After log₂ n bits a text is alone with its beginning. The rest of u would spread nothing more,
 and where probabilities are even it is the same in all texts, which would go on alike. So the
 engine's own sampler goes on from there.
 
@@ -57,38 +57,43 @@ def first_code(name: str, index: int, size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """A step's survivors as intervals, one row for each row of logits."""
+class Cdf:
+    """The cumulative distribution of a step's survivors, one row for each row of logits."""
 
     token_RK: Tensor
     """int64, rising as far as there are survivors."""
     weight_RK: Tensor
     """float64, unnormalised probabilities; 0 where there is no survivor."""
-    top_RK: Tensor
-    """float64, the end of each token's interval, unnormalised."""
+    end_RK: Tensor
+    """float64, where each token's interval ends, unnormalised; never falling, and no more than
+    before where there is no survivor."""
     total_R: Tensor
+    last_R1: Tensor
+    """int64, the place of the last survivor."""
     is_valid_R: Tensor
     """bool, False for a row with NaN or +inf, or with nothing finite in it."""
 
     @classmethod
-    def of(cls, log_p_RK: Tensor, token_RK: Tensor) -> "Ladder":
+    def of(cls, log_p_RK: Tensor, token_RK: Tensor) -> "Cdf":
         """`log_p_RK`: float64, up to a constant for each row; -inf where there is no survivor."""
         weight_RK = torch.exp(log_p_RK - log_p_RK.amax(dim=1, keepdim=True))
-        top_RK = weight_RK.cumsum(dim=1)
-        total_R = top_RK[:, -1]
-        return cls(token_RK, weight_RK, top_RK, total_R, torch.isfinite(total_R) & (total_R > 0))
+        is_token_RK = weight_RK > 0
+        # A parallel sum may round the same end to two numbers: only what has a weight is chosen.
+        end_RK = torch.where(is_token_RK, weight_RK.cumsum(dim=1), -1.0).cummax(dim=1).values
+        places_K = torch.arange(weight_RK.shape[1], device=weight_RK.device)
+        last_R1 = torch.where(is_token_RK, places_K, 0).amax(dim=1, keepdim=True)
+        total_R = end_RK[:, -1]
+        is_valid_R = torch.isfinite(total_R) & (total_R > 0)
+        return cls(token_RK, weight_RK, end_RK, total_R, last_R1, is_valid_R)
 
     def pick(self, code_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The token of each code, the code in its interval, and the bits that it took."""
+        """The token of each code, the code in its interval, and the bits that it took; a search
+        for each row, whatever the vocabulary."""
         wanted_R1 = (code_R * self.total_R)[:, None]
-        places_K = torch.arange(self.top_RK.shape[1], device=self.top_RK.device)
-        is_token_RK = self.weight_RK > 0
-        # A parallel sum may round the same end to two numbers: only what has a weight is chosen.
-        above_RK = torch.where(is_token_RK & (self.top_RK > wanted_R1), places_K, len(places_K))
-        last_R = torch.where(is_token_RK, places_K, 0).amax(dim=1)
-        place_R1 = torch.minimum(above_RK.amin(dim=1), last_R)[:, None]
+        place_R1 = torch.searchsorted(self.end_RK, wanted_R1, right=True)
+        place_R1 = torch.minimum(place_R1, self.last_R1)
         width_R1 = self.weight_RK.gather(1, place_R1)
-        begin_R1 = self.top_RK.gather(1, place_R1) - width_R1
+        begin_R1 = self.end_RK.gather(1, place_R1) - width_R1
         inside_R = ((wanted_R1 - begin_R1) / width_R1)[:, 0].clamp(0.0, 1.0 - 2.0**-CODE_BITS)
         bits_R = torch.log2(self.total_R / width_R1[:, 0])
         return self.token_RK.gather(1, place_R1)[:, 0], inside_R, bits_R
@@ -115,7 +120,7 @@ def survivors(logits_XV: Tensor, row_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cut(log_p_RK: Tensor, min_p_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-    """What min_p, then top_k, then top_p leave, each of what the one before has left, as vLLM
+    """What min_p, then top_k, then top_p keep, each of what the one before has kept, as vLLM
     orders them: tokens that tie with the last of the top_k stay; top_p cuts from the least
     probable on, while what goes is at most 1 − top_p.
 

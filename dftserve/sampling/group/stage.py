@@ -8,7 +8,8 @@ As in `slots.py`, a code waits until its row's token turns out accepted: chunks 
 rejected drafts leave no trace. The codes of a request that was preempted are in the snapshot of its
 last step.
 
-Plain torch on every device. It waits for no device, and runs only where a group is in the batch.
+Plain torch on every device. It waits for no device, and runs only where a row of the batch is still
+drawn by its code.
 """
 
 import math
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dftserve.sampling.group.codes import GroupRow, Ladder, cut, survivors
+from dftserve.sampling.group.codes import Cdf, GroupRow, cut, survivors
+from dftserve.sampling.host_copy import HostCopy
 from dftserve.sampling.slots import NOTHING_WAITS
 from dftserve.sampling.staging import PinnedStaging
-from dftserve.sampling.step import Step
+from dftserve.sampling.step import Step, chosen_first
 
 Array = np.ndarray[Any, Any]
 
@@ -41,20 +43,11 @@ ELEMENTS = 1 << 22
 class CodesSnapshot:
     """All slots' states after one step, on the host."""
 
-    states_SX: Array
-    copied: "torch.cuda.Event | None" = None
-    """Recorded after a copy that may still be under way."""
-
-    def is_copied(self) -> bool:
-        return self.copied is None or self.copied.query()
-
-    def wait(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
+    copy: HostCopy
 
     def read(self, slot: int) -> Array:
         """One slot's state, in memory of its own."""
-        return self.states_SX[slot].copy()
+        return self.copy.array[slot].copy()
 
 
 class GroupCodes:
@@ -67,41 +60,55 @@ class GroupCodes:
         self._staging = PinnedStaging(device)
         self._states_SX = self._staging.to_device(states_SX)
         self._changed: dict[int, Array] = {}
-        self._open: dict[int, bool] = {}
+        self._cuts: dict[int, bool] = {}
+        """Of the slots that draw, whether the request has cuts of its own."""
+        self._draws_S = np.zeros(slots, bool)
+        self._watched: CodesSnapshot | None = None
+        """In which it is looked for codes that are used up, once its copy is there."""
+        self._opened: set[int] = set()
+        """Slots whose request is not in it yet."""
 
     def _codes(self, code: float, used: float) -> list[float]:
         return [code, used] * (1 + self._rows_per_request)
 
-    def open(self, slot: int, row: GroupRow, left: Array | None = None, produced: int = 0) -> None:
+    def open(
+        self, slot: int, row: GroupRow, resumed: Array | None = None, produced: int = 0
+    ) -> None:
         """Begin a request in a slot.
 
         Args:
-            left: its state when it left its slot before, of `CodesSnapshot.read`.
-            produced: tokens that were accepted before. Where it has some and what it left is not
-                known, its code is not either, and the engine's sampler goes on.
+            resumed: its state as it was preempted, of `CodesSnapshot.read`.
+            produced: tokens that were accepted before. Where it has some and no state is known, its
+                code is not either, and the engine's sampler goes on.
         """
         code, used = (row.code, 0.0) if produced == 0 else (0.0, math.inf)
-        if produced and left is not None:
-            accepted = min(max(produced - int(left[TOKENS]), 0), self._rows_per_request)
-            code, used = left[CODES:].reshape(-1, PAIR)[accepted]
-        own = (row.bits, row.scale, row.top_k, row.top_p, row.min_p)
-        self._changed[slot] = np.array([produced, NOTHING_WAITS, *own, *self._codes(code, used)])
-        self._open[slot] = row.cuts
+        if produced and resumed is not None:
+            accepted = min(max(produced - int(resumed[TOKENS]), 0), self._rows_per_request)
+            code, used = resumed[CODES:].reshape(-1, PAIR)[accepted]
+        self.close(slot)
+        if used < row.bits:
+            own = (row.bits, row.scale, row.top_k, row.top_p, row.min_p)
+            state = [produced, NOTHING_WAITS, *own, *self._codes(code, used)]
+            self._changed[slot], self._cuts[slot] = np.array(state), row.cuts
+            self._draws_S[slot] = True
+            self._opened.add(slot)
 
     def close(self, slot: int) -> None:
-        """The slot's request has left it, or its next is of no group."""
-        if self._open.pop(slot, None) is not None:
+        """The slot's request has left it, or its bits are used."""
+        if self._draws_S[slot]:
+            self._draws_S[slot] = False
             self._changed[slot] = self._nothing_X
+            del self._cuts[slot]
+
+    def draws(self, slots_R: Array) -> Array:
+        """bool [R]: in which of these slots the code draws the next token, as far as the host
+        knows; some steps after the bits are used it says so still."""
+        return self._draws_S[slots_R]
 
     def snapshot(self) -> CodesSnapshot:
-        """A copy on the host; on a GPU it is only enqueued: see `CodesSnapshot.wait`."""
+        """A copy on the host; on a GPU it is only enqueued."""
         self._flush()
-        if self._states_SX.device.type != "cuda":
-            return CodesSnapshot(self._states_SX.cpu().numpy().copy())
-        states_SX = self._states_SX.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return CodesSnapshot(states_SX.numpy(), copied)
+        return CodesSnapshot(HostCopy.of(self._states_SX))
 
     def _flush(self) -> None:
         """The states of requests that came and went, in one copy."""
@@ -112,29 +119,49 @@ class GroupCodes:
             sent_NX = self._staging.to_device(changed_NX)
             self._states_SX.index_copy_(0, sent_NX[:, 0].long(), sent_NX[:, 1:])
 
-    def draw(self, logits_XV: Tensor, step: Step, chosen_N: Tensor) -> None:
+    def draw(self, logits_XV: Tensor, step: Step, most_rows: int) -> CodesSnapshot:
         """Draw rows that the law has written, in place; those of no group keep their bits.
 
         Args:
             logits_XV: float32.
-            chosen_N: int64, which of the step's rows to look at: all of those of groups, in order.
+            most_rows: rows that the slots which draw have at most among the step's.
+
+        Returns:
+            The states after the step.
         """
         self._flush()
+        chosen_N = chosen_first((self._states_SX[:, BITS] > 0)[step.slot_R], most_rows)
         row_N = chosen_N if step.rows_R is None else step.rows_R[chosen_N]
         slot_N, offset_N = step.slot_R[chosen_N], step.offset_R[chosen_N].long()
         begin_N = step.position_R[chosen_N] - offset_N
         state_NX = self._accept(slot_N, begin_N)
         after_NP = state_NX[:, CODES : CODES + PAIR].clone()
-        cuts = any(self._open.values())
+        cuts = any(self._cuts.values())
         at_once = max(ELEMENTS // logits_XV.shape[1], 1)
         for first in range(0, len(row_N), at_once):
             part = slice(first, first + at_once)
-            ladder = _ladder(logits_XV, row_N[part], state_NX[part], cuts=cuts)
+            cdf = _cdf(logits_XV, row_N[part], state_NX[part], cuts=cuts)
             token_N, after_NP[part] = self._drawn(
-                ladder, after_NP, part, offset_N[part], state_NX[part, BITS]
+                cdf, after_NP, part, offset_N[part], state_NX[part, BITS]
             )
-            _write(logits_XV, row_N[part], token_N, ladder)
+            _write(logits_XV, row_N[part], token_N, cdf)
         self._stage(slot_N, begin_N, offset_N, step.samples_R()[chosen_N], after_NP)
+        snapshot = self.snapshot()
+        self._close_used(snapshot)
+        return snapshot
+
+    def _close_used(self, snapshot: CodesSnapshot) -> None:
+        """Texts whose bits are used are the engine's alone, and cost nothing more. It is seen in
+        one snapshot after another, each when its copy is there: the device is not waited for."""
+        if self._watched is None:
+            self._watched = snapshot
+            self._opened.clear()
+        if self._watched.copy.is_there():
+            states_SX, self._watched = self._watched.copy.array, None
+            is_used_S = self._draws_S & (states_SX[:, CODES + USED] >= states_SX[:, BITS])
+            for slot in np.flatnonzero(is_used_S).tolist():
+                if slot not in self._opened:
+                    self.close(slot)
 
     def _accept(self, slot_N: Tensor, begin_N: Tensor) -> Tensor:
         """The slots' states at the step's start, for each row: the code behind the waiting row that
@@ -151,7 +178,7 @@ class GroupCodes:
         return state_NX
 
     def _drawn(
-        self, ladder: Ladder, codes_NP: Tensor, part: slice, offset_N: Tensor, bits_N: Tensor
+        self, cdf: Cdf, codes_NP: Tensor, part: slice, offset_N: Tensor, bits_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The token of each row of a part, -1 where none is drawn, and the code behind it.
 
@@ -165,8 +192,8 @@ class GroupCodes:
             if place:
                 row_before_NP = torch.cat((ahead_P, after_NP[:-1]))
                 before_NP = torch.where((offset_N == place)[:, None], row_before_NP, before_NP)
-            found_N, code_N, taken_N = ladder.pick(before_NP[:, CODE])
-            is_drawn_N = ladder.is_valid_R & (before_NP[:, USED] < bits_N)
+            found_N, code_N, taken_N = cdf.pick(before_NP[:, CODE])
+            is_drawn_N = cdf.is_valid_R & (before_NP[:, USED] < bits_N)
             next_NP = torch.stack((code_N, before_NP[:, USED] + taken_N), dim=1)
             token_N = torch.where(is_drawn_N, found_N, -1)
             after_NP = torch.where(is_drawn_N[:, None], next_NP, before_NP)
@@ -180,19 +207,19 @@ class GroupCodes:
         self._states_SX[slot_N, BASE] = torch.where(samples_N, begin_N, NOTHING_WAITS).double()
 
 
-def _ladder(logits_XV: Tensor, row_N: Tensor, state_NX: Tensor, *, cuts: bool) -> Ladder:
+def _cdf(logits_XV: Tensor, row_N: Tensor, state_NX: Tensor, *, cuts: bool) -> Cdf:
     value_NK, token_NK = survivors(logits_XV, row_N)
     log_p_NK = value_NK * state_NX[:, SCALE, None]
     if cuts:
         log_p_NK = cut(log_p_NK, state_NX[:, MIN_P], state_NX[:, TOP_K], state_NX[:, TOP_P])
-    return Ladder.of(log_p_NK, token_NK)
+    return Cdf.of(log_p_NK, token_NK)
 
 
-def _write(logits_XV: Tensor, row_N: Tensor, token_N: Tensor, ladder: Ladder) -> None:
+def _write(logits_XV: Tensor, row_N: Tensor, token_N: Tensor, cdf: Cdf) -> None:
     is_drawn_N = token_N >= 0
-    if ladder.token_RK.shape[1] < logits_XV.shape[1]:  # What did not survive is -inf already.
+    if cdf.token_RK.shape[1] < logits_XV.shape[1]:  # What did not survive is -inf already.
         row_D = row_N[is_drawn_N]
-        logits_XV[row_D[:, None], ladder.token_RK[is_drawn_N]] = -torch.inf
+        logits_XV[row_D[:, None], cdf.token_RK[is_drawn_N]] = -torch.inf
         logits_XV[row_D, token_N[is_drawn_N]] = 0.0
         return
     only_NV = logits_XV.new_full((len(row_N), logits_XV.shape[1]), -torch.inf)

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dftserve.sampling.dry import Breakers, DryControls, TokenHistory, penalties, together
+from dftserve.sampling.dry import (
+    NO_BREAKERS,
+    Breakers,
+    DryControls,
+    TextRepeats,
+    together,
+)
 from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from dftserve.spec import DRY_BREAKERS, Dry
@@ -23,7 +29,7 @@ def dry_controls(dry: Dry, breakers: Breakers | None) -> DryControls:
         ValueError: it has breakers, and the vocabulary is not known.
     """
     if not dry.sequence_breakers:
-        return DryControls.of(dry, np.zeros(1, bool))
+        return DryControls.of(dry, NO_BREAKERS)
     if breakers is None:
         raise ValueError(
             f"{DRY_BREAKERS}: got some, and an engine whose tokens' text is not known; accepted: "
@@ -38,33 +44,30 @@ class HostRepeats:
     def __init__(self, breakers: Breakers | None, staging: PinnedStaging) -> None:
         self._breakers = breakers
         self._staging = staging
-        self._by_slot: dict[int, tuple[DryControls, TokenHistory]] = {}
+        self._by_slot: dict[int, TextRepeats] = {}
 
     def open(self, slot: int, dry: Dry | None, prompt: Sequence[int] | None) -> None:
         """A request enters a slot; `prompt` is None for one of embeddings."""
         self.close(slot)
         if dry is not None:
-            controls = dry_controls(dry, self._breakers)
-            self._by_slot[slot] = controls, TokenHistory(prompt or ())
+            self._by_slot[slot] = TextRepeats(prompt or (), dry_controls(dry, self._breakers))
 
     def close(self, slot: int) -> None:
         self._by_slot.pop(slot, None)
 
-    def penalties(self, slots: Array, outputs: list[list[int]]) -> Penalties | None:
-        """Of a step's rows, by the output so far of each; None where no row has any."""
+    def penalties(self, slots: Array, outputs: list[list[int]]) -> tuple[Penalties, ...]:
+        """Of a step's rows, by the output so far of each; nothing where no row has any."""
         if not self._by_slot:
-            return None
+            return ()
         places, found = [], []
-        for place, (slot, output) in enumerate(zip(slots.tolist(), outputs, strict=True)):
-            if slot in self._by_slot:
-                controls, history = self._by_slot[slot]
-                row = penalties(history.after(output), controls)
-                if len(row[0]):
-                    places.append(place)
-                    found.append(row)
+        for place in np.flatnonzero(np.isin(slots, list(self._by_slot))).tolist():
+            row = self._by_slot[int(slots[place])].after(outputs[place])
+            if len(row[0]):
+                places.append(place)
+                found.append(row)
         if not places:
-            return None
+            return ()
         sent: list[torch.Tensor] = self._staging.to_device_together(
             *together(found), np.array(places)
         )
-        return Penalties(*sent)
+        return (Penalties(*sent),)

@@ -6,16 +6,18 @@ carries the object form, as a client would send it that asks for the choices one
 
 import math
 import secrets
-from collections import OrderedDict, deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dftserve import spec
 from dftserve.sampling import Step
 from dftserve.sampling.draws import draw_key
-from dftserve.sampling.group import CodesSnapshot, GroupCodes, GroupRow, first_code
+from dftserve.sampling.group import GroupCodes, GroupRow, first_code
+from dftserve_vllm.preempted import Preempted
 from dftserve_vllm.step_report import Array
 
 if TYPE_CHECKING:
@@ -28,8 +30,7 @@ WATERMARKED = (
     "them; drop --watermark-config or diversity.group"
 )
 
-MAX_LEFT = 4096
-"""Requests that left their slot, and may come back to one after a preemption."""
+StateArray = NDArray[np.float64]
 
 _start = secrets.token_hex(8)
 """In the names of groups without a seed, so that they draw otherwise after each start."""
@@ -79,10 +80,7 @@ class Codes:
 
     def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
         self._codes = GroupCodes(capacity, rows_per_request, device)
-        self._identity: dict[int, str | None] = {}
-        self._leaving: deque[tuple[str, CodesSnapshot, int]] = deque()
-        self._left: OrderedDict[str, Array] = OrderedDict()
-        self._snapshot: CodesSnapshot | None = None
+        self._preempted = Preempted[StateArray]()
 
     def open(self, slot: int, row: GroupRow, identity: str | None, produced: int) -> None:
         """A request of a group enters a slot.
@@ -92,37 +90,18 @@ class Codes:
             produced: tokens that are there already.
         """
         self.close(slot)
-        left = None
-        if produced and identity is not None:
-            self._collect_left(wait=True)
-            left = self._left.pop(identity, None)
-        self._codes.open(slot, row, left, produced)
-        self._identity[slot] = identity
+        resumed = self._preempted.enter(slot, identity, produced)
+        self._codes.open(slot, row, resumed, produced)
 
     def close(self, slot: int) -> None:
         """The slot's request has left it: it has ended, or was preempted."""
-        if slot not in self._identity:
-            return
-        identity = self._identity.pop(slot)
+        self._preempted.leave(slot)
         self._codes.close(slot)
-        if identity is not None and self._snapshot is not None:
-            self._leaving.append((identity, self._snapshot, slot))
 
-    def draw(self, logits_XV: torch.Tensor, step: Step, chosen_N: torch.Tensor) -> None:
+    def draws(self, slots_R: Array) -> NDArray[np.bool_]:
+        """See `GroupCodes.draws`."""
+        return self._codes.draws(slots_R)
+
+    def draw(self, logits_XV: torch.Tensor, step: Step, most_rows: int) -> None:
         """See `GroupCodes.draw`."""
-        self._codes.draw(logits_XV, step, chosen_N)
-        self._collect_left(wait=False)
-        self._snapshot = self._codes.snapshot()
-
-    def _collect_left(self, *, wait: bool) -> None:
-        """Take what left its slot out of the snapshots, so that these can go."""
-        while self._leaving:
-            identity, snapshot, slot = self._leaving[0]
-            if wait:
-                snapshot.wait()
-            elif not snapshot.is_copied():
-                break
-            self._leaving.popleft()
-            self._left[identity] = snapshot.read(slot)
-        while len(self._left) > MAX_LEFT:
-            self._left.popitem(last=False)
+        self._preempted.saw(self._codes.draw(logits_XV, step, most_rows))

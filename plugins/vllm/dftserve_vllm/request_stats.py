@@ -5,7 +5,6 @@ leaves the rows that it concerns as they came, is counted, and is logged once.
 """
 
 import logging
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,15 +22,12 @@ from dftserve.sampling import (
     transform_step,
 )
 from dftserve.sampling.group import GroupRow
-from dftserve.sampling.slots import Snapshot
 from dftserve.sampling.style import ProfileArrays
 from dftserve_vllm.groups import Codes
+from dftserve_vllm.preempted import Preempted
 from dftserve_vllm.step_report import Array, PendingReport
 
 logger = logging.getLogger("vllm.dftserve")
-
-MAX_LEFT = 4096
-"""Requests that left their slot, and may come back to one after a preemption."""
 
 
 class RequestStats:
@@ -50,11 +46,7 @@ class RequestStats:
         self.slots = self._backend.create_slots(capacity, rows_per_request)
         self._codes = Codes(capacity, rows_per_request, device)
         self.faults = 0
-        self._identity: dict[int, str] = {}
-        self._slot: dict[str, int] = {}
-        self._leaving: deque[tuple[str, Snapshot, int]] = deque()
-        self._left: OrderedDict[str, SlotStatistics] = OrderedDict()
-        self._snapshot: Snapshot | None = None
+        self._preempted = Preempted[SlotStatistics]()
         self._report: PendingReport | None = None
         self._reported_faults = 0
 
@@ -69,54 +61,31 @@ class RequestStats:
             group: its own, where it is drawn as one of a group.
         """
         self.close(slot)
-        resumed = None
-        if identity is not None:
-            if (old := self._slot.get(identity)) is not None:
-                self.close(old)
-            resumed = self._resumed(identity) if produced else None
-            self._identity[slot] = identity
-            self._slot[identity] = slot
-        self.slots.open(slot, resumed, produced)
+        if identity is not None and (old := self._preempted.slot(identity)) is not None:
+            self.close(old)
+        self.slots.open(slot, self._preempted.enter(slot, identity, produced), produced)
         if group is not None:
             self._codes.open(slot, group, identity, produced)
 
     def close(self, slot: int) -> None:
         """The slot's request has left it: it has ended, or was preempted."""
         self._codes.close(slot)
-        identity = self._identity.pop(slot, None)
-        if identity is None:
-            return
-        del self._slot[identity]
-        if self._snapshot is not None:
-            self._leaving.append((identity, self._snapshot, slot))
+        self._preempted.leave(slot)
 
-    def _resumed(self, identity: str) -> SlotStatistics | None:
-        self._collect_left(wait=True)
-        return self._left.pop(identity, None)
+    def drawn_by_code(self, slots_R: Array) -> NDArray[np.bool_]:
+        """bool [R]: which of these slots' next tokens are drawn as a group's."""
+        return self._codes.draws(slots_R)
 
-    def _collect_left(self, *, wait: bool) -> None:
-        """Take what left its slot out of the snapshots, so that these can go."""
-        while self._leaving:
-            identity, snapshot, slot = self._leaving[0]
-            if wait:
-                snapshot.wait()
-            elif not snapshot.is_copied():
-                break
-            self._leaving.popleft()
-            self._left[identity] = snapshot.read(slot)
-        while len(self._left) > MAX_LEFT:
-            self._left.popitem(last=False)
-
-    def apply(self, logits_XV: Tensor, step: Step, grouped_N: Tensor | None = None) -> None:
+    def apply(self, logits_XV: Tensor, step: Step, most_group_rows: int = 0) -> None:
         """Transform the rows in place; if it raises, they are as they were, or as a style, which
         comes before the law, has left them.
 
         Args:
-            grouped_N: int64, which of the step's rows may be of groups, in order; None for none.
+            most_group_rows: rows that the slots which are drawn by code have at most.
         """
         transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
-        if grouped_N is not None:
-            self._codes.draw(logits_XV, step, grouped_N)
+        if most_group_rows:
+            self._codes.draw(logits_XV, step, most_group_rows)
 
     def end_step(self, positions: Array, slots: Array, always: NDArray[np.bool_]) -> None:
         """Let the step's output carry the statistics of its active requests.
@@ -126,9 +95,9 @@ class RequestStats:
             slots: their slots.
             always: whether each may end in the API process; see `StepReport`.
         """
-        self._collect_left(wait=False)
-        self._snapshot = self.slots.snapshot()
-        self._report = PendingReport(positions, always, slots, self._snapshot, self.faults)
+        snapshot = self.slots.snapshot()
+        self._preempted.saw(snapshot)
+        self._report = PendingReport(positions, always, slots, snapshot, self.faults)
 
     def take_report(self) -> PendingReport | None:
         """The report of the step that was sampled last; each is given once."""

@@ -63,7 +63,7 @@ class PendingReport:
 
     def resolve(self) -> StepReport:
         """Call it when the step's tokens are on the host: the copy was enqueued before theirs."""
-        self.snapshot.wait()
+        self.snapshot.copy.wait()
         rows = self.snapshot.rows(self.slots).tobytes()
         counts = self.faults, self.snapshot.invalid
         return StepReport(self.positions, self.always, rows, *counts)

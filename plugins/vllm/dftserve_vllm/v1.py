@@ -44,7 +44,6 @@ class _Requests:
         self.may_end_anywhere_S = np.zeros(slots, bool)
         self.reads_last_token_S = np.zeros(slots, bool)
         self.has_style_S = np.zeros(slots, bool)
-        self.has_group_S = np.zeros(slots, bool)
 
     def put(self, slot: int, asked: Active, prompt_end: int, output_ids: list[int]) -> None:
         self.outputs[slot] = output_ids
@@ -52,7 +51,6 @@ class _Requests:
         self.may_end_anywhere_S[slot] = asked.may_end_anywhere
         self.reads_last_token_S[slot] = asked.controls.reads_last_token
         self.has_style_S[slot] = asked.controls.has_style
-        self.has_group_S[slot] = asked.group is not None
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,6 @@ class _Batch:
     rows_R: torch.Tensor
     slot_R: torch.Tensor
     offset_R: torch.Tensor
-    grouped_N: torch.Tensor | None
-    """Which of them are of groups."""
 
     def lengths(self) -> Array:
         """Tokens of each row's answer so far."""
@@ -242,7 +238,7 @@ class V1Processor(LogitsProcessor):
             # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
             # that all rows sample does no harm.
         )
-        self.stats.apply(logits, step, batch.grouped_N)
+        self.stats.apply(logits, step, int(self.stats.drawn_by_code(batch.slots).sum()))
 
     def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
         """How long each row's output is, and where they are read its last token and its text's
@@ -268,7 +264,6 @@ class V1Processor(LogitsProcessor):
         requests, places = self._requests, sorted(self._slots)
         index = np.array(places)
         slots = np.fromiter(map(self._slots.__getitem__, places), np.int64, len(places))
-        grouped = np.flatnonzero(requests.has_group_S[slots])
         rows_R, slot_R, offset_R = self._staging.to_device_together(
             index, slots, np.zeros(len(slots), np.int32)
         )
@@ -283,5 +278,4 @@ class V1Processor(LogitsProcessor):
             rows_R=rows_R,
             slot_R=slot_R,
             offset_R=offset_R,
-            grouped_N=self._staging.to_device(grouped) if len(grouped) else None,
         )

@@ -4,6 +4,8 @@ V2 calls it before the temperature, with unscaled rows, several for a request un
 decoding, keyed by a request's slot. Where no request of the batch asked for it, nothing runs.
 """
 
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,6 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from dftserve.sampling import SlotControls, Step, Texts
 from dftserve.sampling.dry import SlotRepeats
-from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties
 from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.dry import dry_controls
@@ -50,13 +51,12 @@ class V2Processor(LogitsProcessor):
         self._controls = SlotControls(slots, device)
         self._repeats = SlotRepeats(slots, device)
         self._breakers = vocabulary.breakers(vllm_config)
+        self._rows_per_request = 1 + drafts
         self._verified_rows = slots * (1 + drafts) if drafts else 0
         self._is_active = np.zeros(slots, dtype=bool)
         self._may_end_anywhere = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
         self._has_style = np.zeros(slots, dtype=bool)
-        self._has_group = np.zeros(slots, dtype=bool)
-        self._staging = PinnedStaging(device)
         self._staged: list[int] = []
         self._arrivals = count()
 
@@ -66,7 +66,7 @@ class V2Processor(LogitsProcessor):
         self._is_active[req_idx] = False
         self._controls.clear(req_idx)
         self._repeats.clear(req_idx)
-        with self.stats.isolated():
+        with self.stats.isolated(partial(self._drop, (req_idx,))):
             self._is_active[req_idx] = self._open(req_idx, sampling_params)
         return bool(self._is_active[req_idx])
 
@@ -85,7 +85,6 @@ class V2Processor(LogitsProcessor):
         self._may_end_anywhere[slot] = asked.may_end_anywhere
         self._reads_last_token[slot] = asked.controls.reads_last_token
         self._has_style[slot] = asked.controls.has_style
-        self._has_group[slot] = asked.group is not None
         if asked.diversity.dry is not None:
             self._repeats.put(slot, dry_controls(asked.diversity.dry, self._breakers))
         self._controls.put(slot, asked.controls)
@@ -96,15 +95,17 @@ class V2Processor(LogitsProcessor):
         """Controls of the requests that came go to the device; where that fails, their rows stay
         as they come."""
         if self._staged:
-            with self.stats.isolated(self._deactivate):
+            with self.stats.isolated(partial(self._drop, self._staged)):
                 self._controls.on_device()
             self._staged.clear()
 
-    def _deactivate(self) -> None:
-        self._is_active[self._staged] = False
-        for slot in self._staged:
+    def _drop(self, slots: Sequence[int]) -> None:
+        """After a fault; on the device, too, none of these slots asks for anything then."""
+        for slot in slots:
+            self._is_active[slot] = False
             self._controls.clear(slot)
             self._repeats.clear(slot)
+            self.stats.close(slot)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         with self.stats.isolated():
@@ -134,18 +135,10 @@ class V2Processor(LogitsProcessor):
             known_S=self._states.prefill_len.gpu.to(torch.int32),
             has_idle_rows=not is_active_B.all(),
             texts=self._texts(ctx) if self._has_style[slots].any() else None,
-            penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else None,
+            penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else (),
         )
-        self.stats.apply(logits, step, self._grouped(ctx, is_active_B))
-
-    def _grouped(self, ctx: LogitsContext, is_active_B: np.ndarray) -> torch.Tensor | None:
-        """Rows that may be of groups. With drafts the device alone knows whose rows are where."""
-        is_grouped_B = is_active_B & self._has_group[ctx.idx_mapping_np]
-        if not is_grouped_B.any():
-            return None
-        if self._verified_rows:
-            return torch.arange(len(ctx.pos), device=self._states.device)
-        return self._staging.to_device(np.flatnonzero(is_grouped_B))
+        drawn_by_code = int(self.stats.drawn_by_code(slots).sum())
+        self.stats.apply(logits, step, self._most_rows(ctx, drawn_by_code))
 
     def _texts(self, ctx: LogitsContext) -> Texts:
         """The runner's own: committed tokens by slot, drafts among the rows' inputs."""
@@ -156,17 +149,21 @@ class V2Processor(LogitsProcessor):
             ctx.input_ids.to(torch.int32),
         )
 
-    def _penalties(self, ctx: LogitsContext, has_dry_B: np.ndarray) -> Penalties:
-        """Of the rows with DRY; of all rows where drafts are among them, since their places are
-        known on the device alone."""
-        without_drafts = len(ctx.expanded_idx_mapping) == len(ctx.idx_mapping_np)
+    def _penalties(self, ctx: LogitsContext, has_dry_B: np.ndarray) -> Iterable[Penalties]:
+        slots = ctx.idx_mapping_np[has_dry_B]
         return self._repeats.penalties(
             self._texts(ctx),
             ctx.expanded_idx_mapping.to(torch.int64),
             ctx.expanded_local_pos.to(torch.int32),
-            np.flatnonzero(has_dry_B) if without_drafts else None,
-            int(ctx.seq_lens_upper_bound_np.max()),
+            slots=slots,
+            most_rows=self._most_rows(ctx, len(slots)),
+            longest_text=int(ctx.seq_lens_upper_bound_np[has_dry_B].max()),
         )
+
+    def _most_rows(self, ctx: LogitsContext, requests: int) -> int:
+        """Rows that so many of the step's requests have at most: with drafts the device alone knows
+        how many each has, and where."""
+        return min(len(ctx.expanded_idx_mapping), requests * self._rows_per_request)
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]

@@ -1,0 +1,114 @@
+"""Rows of a CPU with the few of their tokens that count: those that have penalties, the stop
+tokens, and the content that the guard may keep once the penalties are off. To find these a row is
+read three times, and the formulas see no more of it.
+
+J: the columns of a row that has the most of them.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dftserve.sampling.controls import Controls
+from dftserve.sampling.step import Penalties
+
+LOWEST = float(np.finfo(np.float32).min)
+FARTHEST = 32.0
+"""Nats at T below the maximum; beyond are, all together, less than float32 tells from nothing."""
+MARGIN = 1e-3
+"""In logits, so that no rounding loses a token that the guard keeps."""
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Few:
+    """Rows P by the tokens of each that count."""
+
+    row_P: list[int]
+    token_PJ: list[Ids]
+    """Of each row, which tokens its columns are; rising."""
+    logits_PJ: Tensor
+    """-inf behind a row's columns; NaN throughout in a row that is not valid."""
+    penalties: Penalties
+    """By column; beyond all columns where a token is none."""
+    controls: Controls
+    """With stop tokens by column."""
+
+    @classmethod
+    def of(
+        cls,
+        logits_XV: Tensor,
+        row_P: Tensor,
+        penalties: Penalties,
+        controls: Controls,
+        log_guard_P: Tensor,
+    ) -> "Few":
+        divisor_P = controls.logits_divisor_R
+        reach_P = torch.minimum(-log_guard_P, FARTHEST * controls.temperature_R) / divisor_P
+        lost_PK = penalties.nats_PK / divisor_P[:, None]
+        token_PK, stop_PE = penalties.token_PK.numpy(), controls.stop_ids_RE.numpy()
+        rows = row_P.tolist()
+        given = zip(rows, token_PK, lost_PK.numpy(), stop_PE, reach_P.tolist(), strict=True)
+        found = [_that_count(logits_XV[row].numpy(), *each) for row, *each in given]
+        width = max(1, *map(len, found))
+        logits_PJ = np.full((len(rows), width), -np.inf, np.float32)
+        for row, token_J, values_J in zip(rows, found, logits_PJ, strict=True):
+            values_J[: len(token_J)] = logits_XV[row].numpy()[token_J]
+            if not len(token_J):
+                values_J[:] = np.nan
+        column_PK = _columns(token_PK, found, otherwise=width)
+        column_PE = _columns(stop_PE, found, otherwise=-1)
+        return cls(
+            rows,
+            found,
+            torch.from_numpy(logits_PJ),
+            replace(penalties, token_PK=torch.from_numpy(column_PK)),
+            replace(controls, stop_ids_RE=torch.from_numpy(column_PE)),
+        )
+
+    def write(self, logits_XV: Tensor, lower_PJ: Tensor, changes_P: Tensor) -> None:
+        """Put the rows that change where they came from."""
+        given = zip(self.row_P, self.token_PJ, lower_PJ.numpy(), changes_P.tolist(), strict=True)
+        for row, token_J, lower_J, changes in given:
+            if changes:
+                logits_XV[row].numpy()[token_J] = lower_J[: len(token_J)]
+
+
+def _that_count(
+    row_V: NDArray[np.float32],
+    token_K: Ids,
+    lost_K: NDArray[np.float32],
+    stop_E: Ids,
+    reach: float,
+) -> Ids:
+    """The tokens of a row that count; none where it is not valid. The row is changed on the way and
+    comes out as it was."""
+    if not np.isfinite(row_V.max()):
+        return np.empty(0, np.int64)
+    is_known_K, is_known_E = token_K < len(row_V), (stop_E >= 0) & (stop_E < len(row_V))
+    token_K, stop_E = token_K[is_known_K], stop_E[is_known_E]
+    before_K, before_E = row_V[token_K], row_V[stop_E]
+    np.minimum.at(row_V, token_K, before_K - lost_K[is_known_K])
+    row_V[stop_E] = -np.inf
+    counts_V = row_V >= max(row_V.max() - reach - MARGIN, LOWEST)
+    row_V[stop_E] = before_E
+    row_V[token_K] = before_K
+    counts_V[token_K] = True
+    counts_V[stop_E] = True
+    return np.flatnonzero(counts_V)
+
+
+def _columns(token_PK: NDArray[Any], found: list[Ids], *, otherwise: int) -> Ids:
+    """In which column of its row each token is."""
+    column_PK = np.full(token_PK.shape, otherwise)
+    for column_K, token_K, token_J in zip(column_PK, token_PK, found, strict=True):
+        if len(token_J):
+            place_K = np.minimum(np.searchsorted(token_J, token_K), len(token_J) - 1)
+            is_there_K = token_J[place_K] == token_K
+            column_K[is_there_K] = place_K[is_there_K]
+    return column_PK
