@@ -16,6 +16,7 @@ one chunk, G contexts of one length, E pairs of context and next token, V vocabu
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,36 @@ class Ngram(DenseSource):
             "vocabulary": self.vocabulary,
         }
 
+    def at_order(self, order: int) -> "Ngram":
+        """The same counts, looked at by contexts of at most `order` − 1 tokens.
+
+        Raises:
+            ValueError: an order below 1 or above this one's.
+        """
+        if not 1 <= order <= self.order:
+            raise ValueError(f"order: got {order}; accepted: from 1 to {self.order}.")
+        lower = copy(self)
+        lower.order, lower._levels = order, self._levels[: order - 1]
+        return lower
+
+    def matches(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """Of each trained position the length of the longest context that is used, in tokens, and
+        how many continuations it has outside the document; int64 [T], 0 and 0 where none is."""
+        contexts, own, _ = self._found(document)
+        rows = len(document.positions_T)
+        length_T, count_T = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        for length, (level, found_T, (pairs, times)) in enumerate(
+            zip(self._levels, contexts, own.pairs, strict=True), 1
+        ):
+            row_E, _, counts_E = self._elsewhere(level, found_T, pairs, times)
+            total_T = np.bincount(row_E, counts_E, minlength=rows).astype(np.int64)
+            used_T = total_T >= self.min_count
+            length_T, count_T = (
+                np.where(used_T, length, length_T),
+                np.where(used_T, total_T, count_T),
+            )
+        return length_T, count_T
+
     def read(self, documents: Sequence[Document]) -> list[Rows]:
         return [self._rows(document) for document in documents]
 
@@ -200,13 +231,7 @@ class Ngram(DenseSource):
         for level, found_R, (pairs, times) in zip(
             reversed(self._levels), reversed(contexts), reversed(own.pairs), strict=True
         ):
-            row_E, entry_E = _entries(level, found_R)
-            next_E = level.next_E[entry_E].astype(np.int64)
-            counts_E = level.counts_E[entry_E].astype(np.int64)
-            if len(pairs):
-                keys_E = found_R[row_E] * self.vocabulary + next_E
-                at_E = np.searchsorted(pairs, keys_E).clip(max=len(pairs) - 1)
-                counts_E -= np.where(pairs[at_E] == keys_E, times[at_E], 0)
+            row_E, next_E, counts_E = self._elsewhere(level, found_R, pairs, times)
             total_R = np.bincount(row_E, counts_E, minlength=rows)
             different_R = np.bincount(row_E[counts_E > 0], minlength=rows)
             used_R = total_R >= self.min_count
@@ -215,6 +240,20 @@ class Ngram(DenseSource):
             given.append((row_E, next_E, share_R[row_E] * counts_E))
             left_R = np.where(used_R, left_R * different_R / whole_R, left_R)
         return given, left_R
+
+    def _elsewhere(
+        self, level: Level, found_R: np.ndarray, pairs: np.ndarray, times: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of each row's context: row, token, and count without what the document itself
+        gave, `pairs` of it and how many `times`."""
+        row_E, entry_E = _entries(level, found_R)
+        next_E = level.next_E[entry_E].astype(np.int64)
+        counts_E = level.counts_E[entry_E].astype(np.int64)
+        if len(pairs):
+            keys_E = found_R[row_E] * self.vocabulary + next_E
+            at_E = np.searchsorted(pairs, keys_E).clip(max=len(pairs) - 1)
+            counts_E -= np.where(pairs[at_E] == keys_E, times[at_E], 0)
+        return row_E, next_E, counts_E
 
 
 def _entries(level: Level, found_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

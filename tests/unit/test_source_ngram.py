@@ -77,6 +77,45 @@ def test_rows_are_those_of_a_scan_without_the_document(corpus, stranger, order, 
         torch.testing.assert_close(found_TV, wanted_TV, atol=1e-6, rtol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(corpora, documents(), st.integers(1, 6), st.integers(1, 3))
+def test_a_lower_order_has_the_rows_of_a_source_of_that_order(corpus, stranger, order, min_count):
+    source = Ngram(corpus, vocabulary=V, order=6, min_count=min_count).at_order(order)
+    own = Ngram(corpus, vocabulary=V, order=order, min_count=min_count)
+    assert source.describe() == own.describe()
+    for doc in [corpus[0], stranger]:
+        torch.testing.assert_close(rows_of(source, doc), rows_of(own, doc))
+    with pytest.raises(ValueError, match="order: got 4; accepted: from 1 to 3"):
+        Ngram(corpus, vocabulary=V, order=3).at_order(4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, documents(), st.integers(1, 6), st.integers(1, 3))
+def test_matches_are_those_of_a_scan_without_the_document(corpus, stranger, order, min_count):
+    source = Ngram(corpus, vocabulary=V, order=order, min_count=min_count)
+    for doc in [*corpus, stranger]:
+        length_T, count_T = source.matches(doc)
+        found = list(zip(length_T.tolist(), count_T.tolist(), strict=True))
+        assert found == scanned_matches(corpus, doc, order, min_count)
+
+
+def scanned_matches(corpus, doc, order, min_count):
+    text, found = doc.tokens_N.tolist(), []
+    others = [each for each in corpus if each.tokens_N.tolist() != text]
+    for place in doc.positions_T.tolist():
+        longest = (0, 0)
+        for length in range(1, min(order - 1, place) + 1):
+            follows = sum(
+                each.tokens_N.tolist()[i - length : i] == text[place - length : place]
+                for each in others
+                for i in each.positions_T.tolist()
+                if i >= length
+            )
+            longest = (length, follows) if follows >= min_count else longest
+        found.append(longest)
+    return found
+
+
 @settings(max_examples=100, deadline=None)
 @given(corpora, documents())
 def test_a_documents_own_text_does_not_influence_its_target(others, doc):
