@@ -23,8 +23,8 @@ class Document:
     trained_N: np.ndarray
     """bool: the tokens that are learnt. The first is not: nothing stands before it."""
     group: str = ""
-    """Documents of one text, or of answers to one prompt, have it in common; empty: none has. A
-    store does not keep it."""
+    """Documents of one text, of its copies or of answers to one prompt have it in common; empty: it
+    is alone. A store does not keep it."""
 
     def __post_init__(self) -> None:
         if len(self.tokens_N) < 2 or self.tokens_N.shape != self.trained_N.shape:

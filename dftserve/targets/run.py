@@ -294,7 +294,7 @@ def encode_all(
                 continue
             for note in dict.fromkeys(encoded.notes):
                 corpus.report.note(note, text.origin)
-            grouped = replace(encoded.document, group=opening(text) or _whole(text))
+            grouped = replace(encoded.document, group=text.family or opening(text) or _whole(text))
             documents[split] += windows(grouped, max_tokens)
             kept.add(_whole(text))
     for origin in lost - kept:
