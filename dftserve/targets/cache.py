@@ -42,16 +42,31 @@ class Cache(DenseSource):
     def read(self, documents: Sequence[Document]) -> list[Rows]:
         return [self._rows(document) for document in documents]
 
-    def _rows(self, document: Document) -> Rows:
-        tokens_N = document.tokens_N.astype(np.int64)
+    def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """No row is made dense."""
+        return [self._of_own_tokens(document) for document in documents]
 
+    def _of_own_tokens(self, document: Document) -> np.ndarray:
+        mass_T = np.zeros(len(document.positions_T))
+        for row, place in enumerate(document.positions_T.tolist()):
+            before, worth = self._before(document, place)
+            mass_T[row] = worth[before == document.tokens_N[place]].sum()
+        with np.errstate(divide="ignore"):
+            return np.log(mass_T)
+
+    def _rows(self, document: Document) -> Rows:
         def rows(start: int, stop: int) -> Tensor:
             dense_RV = np.zeros((stop - start, self.vocabulary), dtype=np.float32)
             for row, place in enumerate(document.positions_T[start:stop].tolist()):
-                before = tokens_N[max(place - self._reach, 0) : place][::-1]
-                worth = self.decay ** np.arange(len(before))
-                np.add.at(dense_RV[row], before, (worth / worth.sum()).astype(np.float32))
+                before, worth = self._before(document, place)
+                np.add.at(dense_RV[row], before, worth.astype(np.float32))
             with np.errstate(divide="ignore"):
                 return torch.from_numpy(np.log(dense_RV, out=dense_RV))
 
         return rows
+
+    def _before(self, document: Document, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens before a position, the nearest first, and the share of each."""
+        before = document.tokens_N[max(place - self._reach, 0) : place][::-1]
+        worth = self.decay ** np.arange(len(before))
+        return before, worth / worth.sum()

@@ -313,36 +313,35 @@ def _observed(
     progress = Progress("held-out tokens read", say, total=total)
     names = sorted({_group(document) for document in documents})
     numbers = {name: number for number, name in enumerate(names)}
+    first, *others = [dense(part, KIND) for part in parts.values()]
     logprobs, found_bins, groups = [], [], []
     for places in batches_of(documents):
         some = [documents[place] for place in places]
-        read = [dense(part, KIND).read(some) for part in parts.values()]
-        for document, *rows in zip(some, *read, strict=True):
+        read = [part.token_logprobs(some) for part in others]
+        for document, rows, *columns in zip(some, first.read(some), *read, strict=True):
             known = _Known.of(document, ngram)
-            for logprobs_RC, bins_R in _chunks(document, rows, known, bins, ngram.vocabulary):
-                logprobs.append(logprobs_RC)
-                found_bins.append(bins_R)
-                groups.append(np.full(len(bins_R), numbers[_group(document)]))
-            progress.add(len(document.tokens_N))
+            first_T, bins_T = _of_first(document, rows, known, bins, ngram.vocabulary)
+            logprobs.append(np.stack([first_T, *columns], axis=1))
+            found_bins.append(bins_T)
+            groups.append(np.full(len(bins_T), numbers[_group(document)]))
+        progress.add(sum(len(document.tokens_N) for document in some))
     return _Seen(np.concatenate(logprobs), np.concatenate(found_bins), np.concatenate(groups))
 
 
-def _chunks(
-    document: Document, rows: Sequence[Rows], known: _Known, bins: Bins, vocabulary: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """float64 [R, C] of the text's own tokens, and their bins."""
+def _of_first(
+    document: Document, rows: Rows, known: _Known, bins: Bins, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [T]: what the model before tuning gave the text's own tokens; and their bins."""
     labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
     size = max(1, CHUNK_ELEMENTS // vocabulary)
+    logprobs, found_bins = [], []
     for start in range(0, len(labels_T), size):
         stop = min(start + size, len(labels_T))
-        columns, bins_R = [], np.zeros(0, np.int64)
-        for c, part in enumerate(rows):
-            part_RV = part(start, stop)
-            if c == 0:
-                bins_R = known.bins(bins, start, stop, _entropy(part_RV))
-            labels_R1 = labels_T[start:stop, None].to(part_RV.device)
-            columns.append(part_RV.gather(1, labels_R1)[:, 0].double().cpu().numpy())
-        yield np.stack(columns, axis=1), bins_R
+        first_RV = rows(start, stop)
+        found_bins.append(known.bins(bins, start, stop, _entropy(first_RV)))
+        labels_R1 = labels_T[start:stop, None].to(first_RV.device)
+        logprobs.append(first_RV.gather(1, labels_R1)[:, 0].double().cpu().numpy())
+    return np.concatenate(logprobs), np.concatenate(found_bins)
 
 
 # ── What they say ────────────────────────────────────────────────────────────────────────────────

@@ -166,6 +166,25 @@ class Ngram(DenseSource):
             parts.append(sparsify(entries, shared, labels_T[part], k=k, draws=draws, random=random))
         return Targets.joined(parts)
 
+    def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """No row is made dense."""
+        return [self._of_own_tokens(document) for document in documents]
+
+    def _of_own_tokens(self, document: Document) -> np.ndarray:
+        at_T, own, single_V = self._found(document)
+        labels_T = document.labels_T.astype(np.int64)
+        parts = [np.zeros(0)]
+        for start in range(0, len(labels_T), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            labels_R = labels_T[part]
+            given, left_R = self._given([at[part] for at in at_T], own, len(labels_R))
+            mass_R = left_R * single_V[labels_R]
+            for row_E, next_E, mass_E in given:
+                is_own_E = next_E == labels_R[row_E]
+                mass_R += np.bincount(row_E[is_own_E], mass_E[is_own_E], minlength=len(mass_R))
+            parts.append(np.log(mass_R))
+        return np.concatenate(parts)
+
     def _rows(self, document: Document) -> Rows:
         at_T, own, single_V = self._found(document)
 

@@ -468,6 +468,8 @@ class _Calibrated:
     min_count: int = 1
     decays: tuple[float, ...] = (0.95, 0.995)
     """Of caches of the document's own words, each a component."""
+    students: str | None = None
+    """A folder that `train.cross_fit` wrote."""
     others: tuple[Mapping[str, Any], ...] = ()
     """Further sources, each a component."""
     bins: Bins = field(default_factory=Bins)
@@ -496,11 +498,19 @@ class _Calibrated:
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.cache import Cache
-        from dftserve.targets.calibrated import NGRAM, TEACHER, Calibrated, Fit, calibrate
+        from dftserve.targets.calibrated import (
+            NGRAM,
+            STUDENTS,
+            TEACHER,
+            Calibrated,
+            Fit,
+            calibrate,
+        )
         from dftserve.targets.combine import dense
         from dftserve.targets.in_context import InContext
         from dftserve.targets.ngram import Ngram
         from dftserve.targets.source import DenseSource
+        from dftserve.targets.students import Students
 
         train, heldout = given.documents["train"], given.documents["heldout"]
         teacher = self.teacher.build(given)
@@ -520,6 +530,14 @@ class _Calibrated:
             f"cache {decay:g}": Cache(decay=decay, vocabulary=given.vocabulary)
             for decay in self.decays
         }
+        if self.students is not None:
+            parts[STUDENTS] = Students.load(
+                Path(self.students),
+                train,
+                vocabulary=given.vocabulary,
+                dtype=self.teacher.dtype,
+                device=self.teacher.device,
+            )
         for i, other in enumerate(self.others, 1):
             parts[f"{next(iter(other))} ({i})"] = dense(_built(other, given), "calibrated")
         found = calibrate(

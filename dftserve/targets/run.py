@@ -122,6 +122,19 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 
 
 @dataclass(frozen=True)
+class Material:
+    """A corpus as the model reads it."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    documents: Mapping[str, Sequence[Document]]
+    template: str | None
+    """SHA-256 of the chat template; None for plain texts."""
+    corpus: Mapping[str, Any]
+    """What was read, and what of it was kept and dropped: a plan's `corpus`."""
+
+
+@dataclass(frozen=True)
 class _Prepared:
     recipe: Recipe
     documents: Mapping[str, Sequence[Document]]
@@ -130,6 +143,31 @@ class _Prepared:
 
 
 def _prepared(job: Job, say: Say) -> _Prepared:
+    material = read_documents(job, say)
+    recipe, documents = material.recipe, material.documents
+    known = store.begun(job.out).get("source")
+    source = _source(recipe, material.tokenizer, documents, known, say)
+    for found in calibrated.calibrations(source.describe()):
+        say(calibrated.shown(found))
+    plan = store.plan(
+        source,
+        documents,
+        tokenizer=tokenizer_fingerprint(material.tokenizer),
+        template=material.template,
+        corpus=material.corpus,
+        k=recipe.store.k,
+        draws=recipe.store.draws,
+        seed=job.seed,
+    )
+    return _Prepared(recipe, documents, source, plan)
+
+
+def read_documents(job: Job, say: Say) -> Material:
+    """The corpus of a job, filtered, split and encoded.
+
+    Raises:
+        ValueError: what is wrong with corpus, recipe or a model.
+    """
     recipe = recipes.load(job.recipe, job.values)
     base = _base(job)
     tokenizer = _tokenizer(job.model)
@@ -146,14 +184,10 @@ def _prepared(job: Job, say: Say) -> _Prepared:
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers:
         teacher.check_length(longest, "--max-tokens")
-    known = store.begun(job.out).get("source")
-    source = _source(recipe, tokenizer, documents, known, say)
-    for found in calibrated.calibrations(source.describe()):
-        say(calibrated.shown(found))
-    plan = store.plan(
-        source,
-        documents,
-        tokenizer=tokenizer_fingerprint(tokenizer),
+    return Material(
+        recipe=recipe,
+        tokenizer=tokenizer,
+        documents=documents,
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
         corpus={
             "recipe": recipe.name,
@@ -163,11 +197,7 @@ def _prepared(job: Job, say: Say) -> _Prepared:
             **({WRITTEN_AT: moment.isoformat()} if moment else {}),
             **told,
         },
-        k=recipe.store.k,
-        draws=recipe.store.draws,
-        seed=job.seed,
     )
-    return _Prepared(recipe, documents, source, plan)
 
 
 def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:

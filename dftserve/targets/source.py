@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,21 @@ class DenseSource(Source):
     @abstractmethod
     def read(self, documents: Sequence[Document]) -> list[Rows]:
         """The rows of each document, computed when asked for: [R, V] is made chunk by chunk."""
+
+    def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """ln q of each document's own trained tokens, float64 [T]."""
+        each = zip(documents, self.read(documents), strict=True)
+        return [self._of_tokens(document, rows) for document, rows in each]
+
+    def _of_tokens(self, document: Document, rows: Rows) -> np.ndarray:
+        labels_T = torch.from_numpy(document.labels_T.astype("int64"))
+        parts = [np.zeros(0)]
+        size = max(1, CHUNK_ELEMENTS // self.vocabulary)
+        for start in range(0, len(labels_T), size):
+            logprobs_RV = rows(start, min(start + size, len(labels_T)))
+            labels_R1 = labels_T[start : start + size, None].to(logprobs_RV.device)
+            parts.append(logprobs_RV.gather(1, labels_R1)[:, 0].double().cpu().numpy())
+        return np.concatenate(parts)
 
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]

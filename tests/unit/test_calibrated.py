@@ -183,6 +183,8 @@ def test_a_cache_counts_what_stands_before_by_its_age():
     wanted_TV[1, [3, 4]] = np.array([0.5, 1]) / 1.5
     wanted_TV[2, [3, 4]] = np.array([1 + 0.25, 0.5]) / 1.75
     np.testing.assert_allclose(rows_TV, wanted_TV, atol=1e-6)
+    own_T = np.exp(source.token_logprobs([document([3, 4, 3, 5])])[0])
+    np.testing.assert_allclose(own_T, wanted_TV[[0, 1, 2], [4, 3, 5]])
     with pytest.raises(ValueError, match=r"decay: got 1\.0; accepted: above 0, below 1"):
         Cache(decay=1.0, vocabulary=V)
 

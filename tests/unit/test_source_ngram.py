@@ -75,6 +75,9 @@ def test_rows_are_those_of_a_scan_without_the_document(corpus, stranger, order, 
         wanted_TV = scanned(corpus, doc, order, min_count)
         found_TV = rows_of(source, doc).double().exp()
         torch.testing.assert_close(found_TV, wanted_TV, atol=1e-6, rtol=1e-5)
+        labels_T1 = torch.from_numpy(doc.labels_T.astype(np.int64))[:, None]
+        own_T = torch.from_numpy(source.token_logprobs([doc])[0]).exp()
+        torch.testing.assert_close(own_T, wanted_TV.gather(1, labels_T1)[:, 0])
 
 
 @settings(max_examples=40, deadline=None)
