@@ -288,9 +288,10 @@ def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
     counted = sum(len(document.positions_T) for document in learnt)
     if len(groups) < LEAST_GROUPS or counted < LEAST_TOKENS:
         raise ValueError(
-            f"{KIND}: {len(groups)} texts of {counted:,} learnt tokens are held out; accepted: "
-            f"{LEAST_GROUPS} texts and {LEAST_TOKENS:,} tokens at least, since weights are fitted "
-            "and judged on them. Hold out more (--heldout 0.2), or give more text."
+            f"{KIND}: got {counted:,} learnt tokens of held-out text, of {len(groups)} texts that "
+            f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_GROUPS} at least, "
+            "since weights are fitted and judged on them. Hold out more (--heldout 0.2), or give "
+            "more text."
         )
     chosen, taken = [], 0
     for document in sorted(learnt, key=lambda each: (_group(each), _digest(each))):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_STEPS = 1000
-LEAST_GAIN = 1e-8
+LEAST_GAIN = 1e-7
 """Nats a position by which a step must raise what is maximised for another to follow."""
 
 

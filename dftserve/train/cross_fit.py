@@ -8,7 +8,7 @@ was stopped: finished folds stay, and the trainer resumes the one that was being
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from dftserve.targets.students import (
 )
 from dftserve.targets.text_itself import TextItself
 from dftserve.train import config as configs
-from dftserve.train.config import TrainConfig
+from dftserve.train.config import DivergenceConfig, TrainConfig
 from dftserve.train.run import train
 
-OURS = ("model", "targets", "output", "divergence")
+PLACES = ("model", "targets", "output")
+OURS = (*PLACES, "divergence")
 """Settings of the trainer that a fold sets by itself."""
 
 
@@ -80,7 +81,7 @@ def cross_fit(
             continue
         say(f"Fold {fold + 1} of {folds}: {len(part):,} of {len(documents):,} documents aside.")
         others = [each for each in documents if fold_of(each, folds) != fold]
-        _train(job.out, fold, material, {"train": others, "heldout": part}, training, job)
+        _train(job, fold, material, {"train": others, "heldout": part}, config)
     return job.out
 
 
@@ -92,7 +93,9 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
             f"--train {taken[0]}: a student's {taken[0].split('.')[0]} is set by its fold; "
             "accepted: the trainer's other settings, as epochs=2."
         )
-    return configs.load(None, {**training, "model": job.model, "targets": "-", "output": "-"})
+    places = dict.fromkeys(PLACES, "set by the fold")
+    config = configs.load(None, {**training, **places})
+    return replace(config, model=job.model, divergence=DivergenceConfig(name="sft"))
 
 
 def _begin(folder: Path, wanted: CrossFitted) -> None:
@@ -119,15 +122,14 @@ def _json(wanted: CrossFitted) -> str:
 
 
 def _train(
-    folder: Path,
+    job: Job,
     fold: int,
     material: Material,
     documents: Mapping[str, Sequence[Document]],
-    training: Mapping[str, str],
-    job: Job,
+    config: TrainConfig,
 ) -> None:
     """One student: a store of the text itself, and a run on it."""
-    output = run_of(folder, fold)
+    output = run_of(job.out, fold)
     targets = output.parent / "targets"
     source = TextItself(vocabulary=len(material.tokenizer))
     planned = store.plan(
@@ -141,5 +143,4 @@ def _train(
         seed=job.seed,
     )
     store.write(targets, planned, source, documents)
-    places = {"model": job.model, "targets": str(targets), "output": str(output)}
-    train(configs.load(None, {**training, **places, "divergence.name": "sft"}))
+    train(replace(config, targets=str(targets), output=str(output)))

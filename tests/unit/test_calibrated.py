@@ -20,7 +20,7 @@ from dftserve.targets.ngram import Ngram
 from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
-from tests.training import WORDS, documents, save_model, small_model
+from tests.training import documents, save_model, save_texts, small_model
 
 V = 12
 SMALL = Bins(match=(1,), count=(), entropy=(2.0,), position=())
@@ -293,13 +293,13 @@ def test_bins_are_told_by_their_edges():
 
 @pytest.mark.parametrize("heldout", [[], HELDOUT[:9], [document([1, 2])] * 40])
 def test_too_little_held_out_text_is_refused(heldout):
-    with pytest.raises(ValueError, match=r"held out; accepted: 10 texts and 1,000 tokens.*--held"):
+    with pytest.raises(ValueError, match=r"held-out text, of .*; accepted: 1,000 of 10 at.*--held"):
         made(TRUTH, TRAIN, heldout)
 
 
 def test_pieces_of_one_text_count_as_one():
     pieces = [document(each.tokens_N.tolist(), "a book") for each in HELDOUT]
-    with pytest.raises(ValueError, match="1 texts of 1,770 learnt tokens are held out"):
+    with pytest.raises(ValueError, match="got 1,770 learnt tokens of held-out text, of 1 texts"):
         made(TRUTH, TRAIN, pieces)
 
 
@@ -331,17 +331,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Runs through the list of words from here and there."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for i in range(44):
-        words, place = [], 0
-        for _ in range(60):
-            place = int(random.integers(89)) if random.random() < 0.2 else place + 1
-            words.append(WORDS[place % 89])
-        (folder / f"{i:02}.txt").write_text(" ".join(words))
-    return folder
+    return save_texts(tmp_path / "texts", 44)
 
 
 def build(texts, small, out, *more):
@@ -375,5 +365,5 @@ def test_a_plan_tells_it_too(tmp_path, texts, small):
 def test_a_corpus_without_enough_held_out_text_ends_in_a_sentence(tmp_path, texts, small):
     result = build(texts, small, tmp_path / "out", "--heldout", "0.05")
     assert result.exit_code == 2
-    assert "accepted: 10 texts and 1,000 tokens at least" in result.output
+    assert "accepted: 1,000 of 10 at least" in result.output
     assert not (tmp_path / "out").exists()
