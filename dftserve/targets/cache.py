@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from dftserve.targets.document import Document
-from dftserve.targets.source import DenseSource, Rows
+from dftserve.targets.source import AdditiveSource, Adds
 
 FORGOTTEN = 1e-4
 """A token worth less than this is no longer counted."""
+_NONE = np.zeros(0, dtype=np.int64)
 
 
-class Cache(DenseSource):
+class Cache(AdditiveSource):
     """Reads the tokens before a position, prompt and answer alike, and nothing behind it. Words
     that the document has not said have the log-probability −inf: a component of a mixture."""
 
@@ -39,8 +40,8 @@ class Cache(DenseSource):
     def describe(self) -> Mapping[str, Any]:
         return {"kind": "cache", "decay": self.decay, "vocabulary": self.vocabulary}
 
-    def read(self, documents: Sequence[Document]) -> list[Rows]:
-        return [self._rows(document) for document in documents]
+    def adds(self, documents: Sequence[Document]) -> list[Adds]:
+        return [self._adds(document) for document in documents]
 
     def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """No row is made dense."""
@@ -54,16 +55,23 @@ class Cache(DenseSource):
         with np.errstate(divide="ignore"):
             return np.log(mass_T)
 
-    def _rows(self, document: Document) -> Rows:
-        def rows(start: int, stop: int) -> Tensor:
-            dense_RV = np.zeros((stop - start, self.vocabulary), dtype=np.float32)
-            for row, place in enumerate(document.positions_T[start:stop].tolist()):
-                before, worth = self._before(document, place)
-                np.add.at(dense_RV[row], before, worth.astype(np.float32))
-            with np.errstate(divide="ignore"):
-                return torch.from_numpy(np.log(dense_RV, out=dense_RV))
+    def _adds(self, document: Document) -> Adds:
+        def add(mass_RV: Tensor, start: int, weight_R: Tensor) -> None:
+            places = document.positions_T[start : start + len(mass_RV)].tolist()
+            summed = [self._summed(document, place) for place in places]
+            row_E = np.repeat(np.arange(len(summed)), [len(tokens) for tokens, _ in summed])
+            tokens = np.concatenate([_NONE, *(tokens for tokens, _ in summed)])
+            share_E = torch.from_numpy(np.concatenate([[], *(share for _, share in summed)]))
+            at = tuple(torch.from_numpy(each).to(mass_RV.device) for each in (row_E, tokens))
+            mass_RV[at] += share_E.float().to(mass_RV.device) * weight_R[at[0]]
 
-        return rows
+        return Adds(add)
+
+    def _summed(self, document: Document, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """The different tokens before a position, and the share of each."""
+        before, worth = self._before(document, place)
+        tokens, which = np.unique(before, return_inverse=True)
+        return tokens.astype(np.int64), np.bincount(which, worth)
 
     def _before(self, document: Document, place: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens before a position, the nearest first, and the share of each."""

@@ -31,7 +31,7 @@ from dftserve.targets.document import Document
 from dftserve.targets.gate import Gate, Interval, gate, interval
 from dftserve.targets.ngram import Ngram
 from dftserve.targets.progress import Progress
-from dftserve.targets.source import CHUNK_ELEMENTS, DenseSource, Rows
+from dftserve.targets.source import CHUNK_ELEMENTS, AdditiveSource, Adds, DenseSource, Rows
 from dftserve.targets.store import batches_of
 
 KIND = "calibrated"
@@ -185,7 +185,7 @@ class Calibrated(DenseSource):
         self._parts = {name: dense(part, KIND) for name, part in parts.items()}
         self._ngram, self._bins, self.found = ngram, bins, found
         self.vocabulary = ngram.vocabulary
-        self._log_weights_BC = _log(np.array([each.weights for each in found.bins]))
+        self._weights_BC = np.array([each.weights for each in found.bins])
         self._share_B = np.array([each.share for each in found.bins])
         self._heldout = {_digest(document) for document in heldout}
 
@@ -198,29 +198,40 @@ class Calibrated(DenseSource):
         }
 
     def read(self, documents: Sequence[Document]) -> list[Rows]:
-        read = [part.read(documents) for part in self._parts.values()]
+        first, *others = self._parts.values()
+        read = [_read(part, documents) for part in others]
         return [
-            self._rows(document, parts) for document, *parts in zip(documents, *read, strict=True)
+            self._rows(document, rows, parts)
+            for document, rows, *parts in zip(documents, first.read(documents), *read, strict=True)
         ]
 
-    def _rows(self, document: Document, parts: Sequence[Rows]) -> Rows:
+    def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
         known = _Known.of(document, self._ngram)
         labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
         is_learnt = _digest(document) not in self._heldout
 
         def rows(start: int, stop: int) -> Tensor:
-            first_RV = parts[0](start, stop)
+            first_RV = first(start, stop)
             bins_R = known.bins(self._bins, start, stop, _entropy(first_RV))
-            log_RC = torch.from_numpy(self._log_weights_BC[bins_R]).float().to(first_RV.device)
-            mixed_RV = first_RV + log_RC[:, :1]
-            for c, part in enumerate(parts[1:], 1):
-                part_RV = part(start, stop).to(mixed_RV.device)
-                mixed_RV = torch.logaddexp(mixed_RV, part_RV + log_RC[:, c : c + 1])
+            weights_RC = torch.from_numpy(self._weights_BC[bins_R]).float().to(first_RV.device)
+            mass_RV = torch.zeros_like(first_RV)
+            mixed_RV = first_RV + weights_RC[:, :1].log()
+            for part, weight_R in zip(others, weights_RC.T[1:], strict=True):
+                if isinstance(part, Adds):
+                    part.add(mass_RV, start, weight_R)
+                else:
+                    part_RV = part(start, stop).to(mixed_RV.device)
+                    mixed_RV = torch.logaddexp(mixed_RV, part_RV + weight_R[:, None].log())
+            mixed_RV = torch.logaddexp(mixed_RV, mass_RV.log_())
             if not is_learnt:
                 return mixed_RV
             return with_text(mixed_RV, labels_T[start:stop], self._share_B[bins_R])
 
         return rows
+
+
+def _read(part: DenseSource, documents: Sequence[Document]) -> Sequence[Rows | Adds]:
+    return part.adds(documents) if isinstance(part, AdditiveSource) else part.read(documents)
 
 
 def with_text(mixed_RV: Tensor, labels_R: Tensor, share_R: np.ndarray) -> Tensor:
@@ -479,8 +490,3 @@ def _group(document: Document) -> str:
 def _digest(document: Document) -> bytes:
     content = document.tokens_N.astype(np.int32).tobytes() + document.trained_N.tobytes()
     return blake3(content).digest()
-
-
-def _log(values: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.log(values)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dftserve.targets.document import Document
 from dftserve.targets.interpolated import Entries, Shared, sparsify
-from dftserve.targets.source import DenseSource, Rows
+from dftserve.targets.source import AdditiveSource, Adds
 from dftserve.targets.sparse import Targets
 
 ROWS_AT_ONCE = 1024
@@ -58,7 +58,7 @@ class Own:
     """int64: how often each token is trained in it."""
 
 
-class Ngram(DenseSource):
+class Ngram(AdditiveSource):
     """Leave-one-document-out n-gram probabilities of a corpus.
 
     What follows counts where it is trained; contexts reach over all tokens of a document and never
@@ -144,8 +144,8 @@ class Ngram(DenseSource):
             )
         return length_T, count_T
 
-    def read(self, documents: Sequence[Document]) -> list[Rows]:
-        return [self._rows(document) for document in documents]
+    def adds(self, documents: Sequence[Document]) -> list[Adds]:
+        return [self._adds(document) for document in documents]
 
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
@@ -185,13 +185,21 @@ class Ngram(DenseSource):
             parts.append(np.log(mass_R))
         return np.concatenate(parts)
 
-    def _rows(self, document: Document) -> Rows:
+    def _adds(self, document: Document) -> Adds:
         at_T, own, single_V = self._found(document)
+        rest_V = torch.from_numpy(single_V).float()
 
-        def rows(start: int, stop: int) -> Tensor:
-            return self._dense([at[start:stop] for at in at_T], own, single_V, stop - start)
+        def add(mass_RV: Tensor, start: int, weight_R: Tensor) -> None:
+            rows, device = len(mass_RV), mass_RV.device
+            given, left_R = self._given([at[start : start + rows] for at in at_T], own, rows)
+            for row_E, next_E, share_E in given:
+                # A row and a token meet once in a level, so that sums have no order to differ by.
+                at = torch.from_numpy(row_E).to(device), torch.from_numpy(next_E).to(device)
+                added_E = torch.from_numpy(share_E).float().to(device) * weight_R[at[0]]
+                mass_RV[at] += added_E
+            mass_RV.addr_(torch.from_numpy(left_R).float().to(device) * weight_R, rest_V.to(device))
 
-        return rows
+        return Adds(add)
 
     def _found(self, document: Document) -> tuple[list[np.ndarray], Own, np.ndarray]:
         """Of each level the trained positions' contexts; what the document itself counted; and the
@@ -229,17 +237,6 @@ class Ngram(DenseSource):
             pairs.append((unique, weights.astype(np.int64)))
         singles = np.bincount(tokens_N, marks_N, minlength=self.vocabulary)
         return Own(pairs, singles.astype(np.int64))
-
-    def _dense(
-        self, contexts: Sequence[np.ndarray], own: Own, single_V: np.ndarray, rows: int
-    ) -> Tensor:
-        dense_RV = np.zeros((rows, self.vocabulary), dtype=np.float32)
-        given, left_R = self._given(contexts, own, rows)
-        for row_E, next_E, mass_E in given:
-            # A row and a token meet once in a level, so this adds nothing twice.
-            dense_RV[row_E, next_E] += mass_E.astype(np.float32)
-        dense_RV += np.outer(left_R.astype(np.float32), single_V.astype(np.float32))
-        return torch.from_numpy(np.log(dense_RV, out=dense_RV))
 
     def _given(
         self, contexts: Sequence[np.ndarray], own: Own, rows: int

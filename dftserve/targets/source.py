@@ -4,7 +4,8 @@ Shapes: T trained positions of a document, R of them in one chunk, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -87,3 +88,31 @@ class DenseSource(Source):
             labels_R = labels_T[start : start + size].to(logprobs_RV.device)
             parts.append(sparsify(logprobs_RV, labels_R, k=k, draws=draws, generator=generator))
         return Targets.joined(parts)
+
+
+@dataclass(frozen=True)
+class Adds:
+    """The dense targets of one document, into a sum of several."""
+
+    add: Callable[[Tensor, int, Tensor], None]
+    """(mass_RV, start, weight_R): adds weight · q of the trained positions from `start` on, on the
+    tensors' device."""
+
+
+class AdditiveSource(DenseSource):
+    """A source of few tokens a row, and one row for the rest: cheaper to add than to make dense."""
+
+    @abstractmethod
+    def adds(self, documents: Sequence[Document]) -> list[Adds]:
+        """Of each document."""
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        return [self._dense_rows(adds) for adds in self.adds(documents)]
+
+    def _dense_rows(self, adds: Adds) -> Rows:
+        def rows(start: int, stop: int) -> Tensor:
+            mass_RV = torch.zeros(stop - start, self.vocabulary)
+            adds.add(mass_RV, start, torch.ones(stop - start))
+            return mass_RV.log_()
+
+        return rows

@@ -20,6 +20,7 @@ from dftserve.targets.ngram import Ngram
 from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
+from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
 from tests.training import documents, save_model, save_texts, small_model
 
 V = 12
@@ -116,6 +117,19 @@ def test_where_a_source_is_better_than_the_model_it_takes_a_share(better):
     own_T = rows_of(source, TRAIN[0]).exp().gather(1, torch.from_numpy(labels(TRAIN[0]))[:, None])
     assert float(own_T.min()) >= 1 - max(each.share for each in found.bins) - 1e-6
     assert float(own_T.mean()) < 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+def test_to_train_on_a_refused_mixture_is_plain_fine_tuning(known, weight):
+    targets = known[1].targets(TRAIN[:1], k=4, draws=4, seeds=[0])[0]
+    rows = TargetRows.of(TRAIN[0].labels_T, targets)
+    logits_TV = torch.randn(59, V, generator=torch.Generator().manual_seed(0)).double()
+    for divergence in (ForwardKL(weight=weight), SFT()):
+        loss_T, gradient_TV = divergence.loss_and_gradient(Rows.of(logits_TV.clone()), rows)
+        wanted_T = torch.nn.functional.cross_entropy(logits_TV, rows.labels_R, reduction="none")
+        torch.testing.assert_close(loss_T, wanted_T)
+        wanted_TV = logits_TV.softmax(1) - torch.nn.functional.one_hot(rows.labels_R, V)
+        torch.testing.assert_close(gradient_TV, wanted_TV)
 
 
 def labels(doc):

@@ -239,5 +239,5 @@ def test_draws_follow_the_rest_of_the_row():
 def test_no_row_is_made_dense(monkeypatch):
     corpus = [document([0, 1, 2, 3, 1, 2]), document([1, 2, 3, 4, 5, 6])]
     source = Ngram(corpus, vocabulary=V)
-    monkeypatch.setattr(source, "_dense", None)
+    monkeypatch.setattr(source, "_adds", None)
     assert len(source.targets(corpus, k=3, draws=3, seeds=[0, 1])[0]) == 5
