@@ -365,7 +365,10 @@ def test_a_build_tells_what_it_measured_and_goes_on_with_it(tmp_path, texts, sma
     again = build(texts, small, out, "--set", "in_context=2")
     assert "is complete already" in again.output
     assert "Fitting a mixture" not in again.output
-    assert "nats a token" in again.output
+    inspected = CliRunner().invoke(main, ["target", "inspect", str(out)])
+    for told in (again, inspected):
+        assert "in context" in told.output
+        assert "gain over teacher" in told.output
 
 
 def test_a_plan_tells_it_too(tmp_path, texts, small):
