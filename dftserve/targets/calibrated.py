@@ -68,8 +68,10 @@ class Component:
     name: str
     weight: float
     """Pooled."""
-    nll: Interval
-    """Of the held-out text."""
+    nll: Interval | None
+    """Of the held-out tokens that it does not rule out; None: it rules out all."""
+    ruled_out: float
+    """Share of the held-out tokens that it gives no probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +147,14 @@ def calibrate(
     nll_T = _unseen_nll(seen, number, fit)
     baselines = _baselines(list(parts), seen.logprobs_TC)
     passed = gate(nll_T, baselines, seen.groups_T, seen.bins_T, bins=number)
-    names = list(parts)
     return Calibration(
         inputs=inputs,
         documents=len(chosen),
         tokens=len(nll_T),
         mixture=interval(nll_T, seen.groups_T),
         components=tuple(
-            Component(
-                name=name,
-                weight=float(found.pooled_C[c]),
-                nll=interval(_bounded(-seen.logprobs_TC[:, c]), seen.groups_T),
-            )
-            for c, name in enumerate(names)
+            _component(name, float(found.pooled_C[c]), seen.logprobs_TC[:, c], seen.groups_T)
+            for c, name in enumerate(parts)
         ),
         gains=tuple(Gain(over=name, nats=nats) for name, nats in passed.gains.items()),
         share=float(passed.share_B[seen.bins_T].mean()),
@@ -386,11 +383,21 @@ def _baselines(names: Sequence[str], logprobs_TC: np.ndarray) -> dict[str, np.nd
     return {names[c]: _bounded(-logprobs_TC[:, c]) for c in (*taken, best)}
 
 
+def _component(name: str, weight: float, logprobs_T: np.ndarray, groups_T: np.ndarray) -> Component:
+    possible_T = logprobs_T > -np.inf
+    return Component(
+        name=name,
+        weight=weight,
+        nll=interval(-logprobs_T[possible_T], groups_T[possible_T]) if possible_T.any() else None,
+        ruled_out=float(1 - possible_T.mean()),
+    )
+
+
 LARGEST_NATS = 100.0
 
 
 def _bounded(nll_T: np.ndarray) -> np.ndarray:
-    """A token that is ruled out counts as `LARGEST_NATS`: a mean of infinities says nothing."""
+    """Of a baseline: a token that it rules out counts as `LARGEST_NATS`."""
     return np.minimum(nll_T, LARGEST_NATS)
 
 
@@ -421,15 +428,15 @@ def calibrations(description: object) -> Iterator[Calibration]:
 
 def shown(found: Calibration) -> str:
     """For a terminal: likelihoods, gains, and where the mixture takes the text's place."""
-    rows = [("mixture", found.mixture, None)]
-    rows += [(each.name, each.nll, each.weight) for each in found.components]
     lines = [
         f"{found.documents:,} held-out documents, {found.tokens:,} learnt tokens",
-        f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}",
+        f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}{'ruled out':>11}",
+        f"  {'mixture':16}{found.mixture.mean:8.3f}{_ends(found.mixture):>18}",
     ]
-    for name, nll, weight in rows:
-        share = "" if weight is None else f"{weight:9.3f}"
-        lines.append(f"  {name:16}{nll.mean:8.3f}{_ends(nll):>18}{share}")
+    for each in found.components:
+        mean, ends = ("", "") if each.nll is None else (f"{each.nll.mean:.3f}", _ends(each.nll))
+        figures = f"{mean:>8}{ends:>18}{each.weight:9.3f}{each.ruled_out:11.1%}"
+        lines.append(f"  {each.name:16}{figures}")
     for gain in found.gains:
         lines.append(f"  gain over {gain.over}: {gain.nats.mean:.4f} ({_ends(gain.nats, 4)})")
     used = sorted((b for b in found.bins if b.share), key=lambda b: -b.share * b.positions)

@@ -139,9 +139,20 @@ def labels(doc):
 def test_the_mixture_is_as_good_as_its_best_component(better):
     """Held out, by weights of the other folds: within what fitting so few weights may cost."""
     found, _ = better
-    best = min(each.nll.mean for each in found.components)
+    best = min(each.nll.mean for each in found.components if not each.ruled_out)
     free = sum(1 for each in found.bins if each.positions) * (len(found.components) - 1)
     assert found.mixture.mean < best + 2 * free / found.tokens
+
+
+def test_what_a_component_rules_out_is_told_and_not_averaged(better):
+    """A cache knows the words that a document has said, and gives no other any probability."""
+    cache = {each.name: each for each in better[0].components}["cache"]
+    counted = [Cache(decay=0.9, vocabulary=V).token_logprobs([doc])[0] for doc in HELDOUT]
+    logprobs_T = np.concatenate(counted)
+    possible_T = np.isfinite(logprobs_T)
+    assert cache.ruled_out == pytest.approx(1 - possible_T.mean())
+    assert cache.nll.mean == pytest.approx(-logprobs_T[possible_T].mean())
+    assert f"{cache.ruled_out:.1%}" in shown(better[0])
 
 
 def test_rows_are_distributions(known, better):
