@@ -9,7 +9,7 @@ Thin: each subcommand calls the module that does the work, and imports it only t
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,30 +194,51 @@ def target() -> None:
     """Build and look at target stores: what a model is tuned toward."""
 
 
+def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What says which texts a model learns from."""
+    options = (
+        click.argument("corpus", type=click.Path(path_type=Path)),
+        click.option(
+            "--model", required=True, help="The model that will be tuned: a folder, or a name."
+        ),
+        click.option(
+            "--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own."
+        ),
+        click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path)),
+        click.option(
+            "--set",
+            "values",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="For the recipe; corpus.FIELD for its filters.",
+        ),
+        click.option(
+            "--heldout", type=float, default=0.05, show_default=True, help="Share of texts."
+        ),
+        click.option(
+            "--heldout-from",
+            type=click.Path(path_type=Path),
+            help="Instead: texts of their own, such as a test set. Copies of them are not trained "
+            "on.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--max-tokens", type=int, help="Of one document. Default: as long as it comes."
+        ),
+        click.option(
+            "--skip-bad",
+            is_flag=True,
+            help="Leave out conversations that the chat template refuses.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @target.command("build")
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="The model that will be tuned: a folder, or a name.")
-@click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--set",
-    "values",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="For the recipe; corpus.FIELD for its filters.",
-)
-@click.option("--heldout", type=float, default=0.05, show_default=True, help="Share of texts.")
-@click.option(
-    "--heldout-from",
-    type=click.Path(path_type=Path),
-    help="Instead: texts of their own, such as a test set. Copies of them are not trained on.",
-)
-@click.option("--seed", type=int, default=0, show_default=True)
+@_corpus_options
 @click.option("--processes", type=int, default=1, show_default=True)
-@click.option("--max-tokens", type=int, help="Of one document. Default: as long as it comes.")
-@click.option(
-    "--skip-bad", is_flag=True, help="Leave out conversations that the chat template refuses."
-)
 @click.option("--plan", is_flag=True, help="Say what it would take, by its first batches.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
 def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) -> None:
@@ -257,6 +278,32 @@ def _check_names(options: Mapping[str, Any], values: Mapping[str, str]) -> None:
     corpus, out = options["corpus"], options["out"]
     if out.exists() and out.samefile(corpus):
         raise ValueError(f"--out: got {out}, the corpus itself; give a folder for the store.")
+
+
+@target.command("students")
+@_corpus_options
+@click.option("--folds", type=int, default=3, show_default=True)
+@click.option(
+    "--train",
+    "training",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For the trainer, as epochs=2 or lora.rank=16.",
+)
+def target_students(values: tuple[str, ...], training: tuple[str, ...], folds: int, **options):
+    """Tune a model for each fold of CORPUS on the other folds, for the recipe calibrated.
+
+    Give the options that `target build` is given. The same command goes on where it was stopped.
+    """
+    with usage_errors():
+        named, trained = _named(values), _named(training, "--train")
+        _check_names(options, named)
+        options["model"] = model_of(options["model"])
+        from dftserve.targets.run import Job
+        from dftserve.train.cross_fit import cross_fit
+
+        job = Job(values=named, **options)
+        click.echo(cross_fit(job, folds=folds, training=trained, say=_said))
 
 
 @target.command("inspect")
@@ -355,12 +402,12 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f"--strengths: got {text!r:.80}; accepted: as .25,.5,1.") from None
 
 
-def _named(values: tuple[str, ...]) -> dict[str, str]:
+def _named(values: tuple[str, ...], option: str = "--set") -> dict[str, str]:
     named = {}
     for value in values:
         name, equals, said = value.partition("=")
         if not (name and equals):
-            raise ValueError(f"--set: got {value!r}; accepted: KEY=VALUE.")
+            raise ValueError(f"{option}: got {value!r}; accepted: KEY=VALUE.")
         named[name] = said
     return named
 

@@ -91,6 +91,20 @@ def documents(count: int, *, seed: int = 0, longest: int = 40) -> list[Document]
     return [encode_text(tokenizer(), text()) for _ in range(count)]
 
 
+def save_texts(folder: Path, count: int, *, words: int = 60) -> Path:
+    """Text files: runs through the list of words from here and there."""
+    folder.mkdir()
+    source = random.Random(0)
+    for i in range(count):
+        places = [source.randrange(len(WORDS))]
+        while len(places) < words:
+            jump = source.random() < 0.5
+            places.append(source.randrange(len(WORDS)) if jump else places[-1] + 1)
+        written = " ".join(WORDS[place % len(WORDS)] for place in places)
+        (folder / f"{i:02}.txt").write_text(written)
+    return folder
+
+
 class Noise(DenseSource):
     """A target drawn at random, the same for the same document."""
 

@@ -33,6 +33,8 @@ ANSWER_WORDS = 20
 """A shorter answer may be the same to many prompts, and joins none of them."""
 TOLD = 200
 """Texts whose language is told: more would take longer than the rest."""
+ALIKE = 1.0
+"""The draw of every text where none is held out, which no text draws otherwise."""
 LIKE_HELDOUT = "copy of a held-out text, or answer to its prompt"
 
 
@@ -149,7 +151,7 @@ def prepare(
             f"such as min_words ({filters.min_words} here)."
         )
     is_given = any(map(_is_aside, kept))
-    draws = _draws(kept, filters, seed, report) if heldout or is_given else [1.0] * len(kept)
+    draws = _draws(kept, filters, seed, report) if heldout or is_given else [ALIKE] * len(kept)
     if heldout and not is_given and len(set(draws)) == 1:
         raise ValueError(
             f"the corpus is one text, copies of one in large part, or answers to one prompt "
@@ -167,7 +169,8 @@ def prepare(
             report.lose(text.origin)
             report.drop(LIKE_HELDOUT, text.pieces[0].origin)
         else:
-            splits["heldout" if draw in aside else "train"] += text.pieces
+            split = splits["heldout" if draw in aside else "train"]
+            split += [replace(piece, family=_family(draw)) for piece in text.pieces]
     report.heldout_asked = 0.0 if is_given else heldout
     if not splits["train"]:
         raise ValueError(f"nothing is left to train on: {_losses(report)}; give more texts.")
@@ -267,6 +270,10 @@ def _draw(content: str, seed: int) -> float:
     """Uniform in [0, 1), from the content alone."""
     digest = blake3(f"{seed}\n{content}".encode()).digest(length=8)
     return int.from_bytes(digest, "little") / 2**64
+
+
+def _family(draw: float) -> str:
+    return "" if draw == ALIKE else draw.hex()
 
 
 def _heldout(draws: Collection[float], share: float) -> set[float]:

@@ -1,7 +1,7 @@
 """What every part of the corpus works on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 UNSPACED = (
@@ -29,3 +29,6 @@ class Text:
     """What a conversation's assistant may call, as the record has it."""
     split: Literal["train", "heldout"] | None = None
     """Where its corpus says that it belongs; None: drawn."""
+    family: str = field(default="", compare=False)
+    """Texts that are held out together have it in common: pieces of one, copies, answers to one
+    prompt. Empty before `prepare`, and where nothing is held out."""

@@ -126,12 +126,12 @@ def _combined(
 
 def _rows(parts: Sequence[Rows], combine: Callable[[Sequence[Tensor]], Tensor]) -> Rows:
     def rows(start: int, stop: int) -> Tensor:
-        return combine(_on_one_device([part(start, stop) for part in parts]))
+        return combine(on_one_device([part(start, stop) for part in parts]))
 
     return rows
 
 
-def _on_one_device(parts_RV: Sequence[Tensor]) -> list[Tensor]:
+def on_one_device(parts_RV: Sequence[Tensor]) -> list[Tensor]:
     """The first accelerator's among theirs, where there is one."""
     devices = [part_RV.device for part_RV in parts_RV]
     device = next((each for each in devices if each.type != "cpu"), devices[0])

@@ -22,6 +22,9 @@ class Document:
     """int32."""
     trained_N: np.ndarray
     """bool: the tokens that are learnt. The first is not: nothing stands before it."""
+    group: str = ""
+    """Documents of one text, of its copies or of answers to one prompt have it in common; empty: it
+    is alone. A store does not keep it."""
 
     def __post_init__(self) -> None:
         if len(self.tokens_N) < 2 or self.tokens_N.shape != self.trained_N.shape:
@@ -46,7 +49,7 @@ class Document:
         """Tokens `start` to `stop`, the first of them context alone."""
         trained_N = self.trained_N[start:stop].copy()
         trained_N[0] = False
-        return Document(self.tokens_N[start:stop], trained_N)
+        return Document(self.tokens_N[start:stop], trained_N, self.group)
 
     @property
     def prompt(self) -> tuple[int, ...]:

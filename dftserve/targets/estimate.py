@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from dftserve.targets.calibrated import Calibration, calibrations
 from dftserve.targets.document import Document
 from dftserve.targets.progress import shown_seconds
 from dftserve.targets.source import Source
@@ -34,6 +35,8 @@ class Estimate:
     cores of their own."""
     device: str
     """A GPU's name, or cpu."""
+    calibrations: tuple[Calibration, ...] = ()
+    """What was fitted and measured on held-out text, before the first batch."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -78,6 +81,7 @@ def estimate_of(
         tokens_per_second=rate,
         seconds=tokens / rate / processes,
         device=torch.cuda.get_device_name() if has_gpu else "cpu",
+        calibrations=tuple(calibrations(plan.source)),
     )
 
 

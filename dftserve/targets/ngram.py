@@ -16,6 +16,7 @@ one chunk, G contexts of one length, E pairs of context and next token, V vocabu
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from dftserve.targets.document import Document
 from dftserve.targets.interpolated import Entries, Shared, sparsify
-from dftserve.targets.source import DenseSource, Rows
+from dftserve.targets.source import AdditiveSource, Adds
 from dftserve.targets.sparse import Targets
 
 ROWS_AT_ONCE = 1024
@@ -57,7 +58,7 @@ class Own:
     """int64: how often each token is trained in it."""
 
 
-class Ngram(DenseSource):
+class Ngram(AdditiveSource):
     """Leave-one-document-out n-gram probabilities of a corpus.
 
     What follows counts where it is trained; contexts reach over all tokens of a document and never
@@ -113,8 +114,38 @@ class Ngram(DenseSource):
             "vocabulary": self.vocabulary,
         }
 
-    def read(self, documents: Sequence[Document]) -> list[Rows]:
-        return [self._rows(document) for document in documents]
+    def at_order(self, order: int) -> "Ngram":
+        """The same counts, looked at by contexts of at most `order` − 1 tokens.
+
+        Raises:
+            ValueError: an order below 1 or above this one's.
+        """
+        if not 1 <= order <= self.order:
+            raise ValueError(f"order: got {order}; accepted: from 1 to {self.order}.")
+        lower = copy(self)
+        lower.order, lower._levels = order, self._levels[: order - 1]
+        return lower
+
+    def matches(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """Of each trained position the length of the longest context that is used, in tokens, and
+        how many continuations it has outside the document; int64 [T], 0 and 0 where none is."""
+        contexts, own, _ = self._found(document)
+        rows = len(document.positions_T)
+        length_T, count_T = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        for length, (level, found_T, (pairs, times)) in enumerate(
+            zip(self._levels, contexts, own.pairs, strict=True), 1
+        ):
+            row_E, _, counts_E = self._elsewhere(level, found_T, pairs, times)
+            total_T = np.bincount(row_E, counts_E, minlength=rows).astype(np.int64)
+            used_T = total_T >= self.min_count
+            length_T, count_T = (
+                np.where(used_T, length, length_T),
+                np.where(used_T, total_T, count_T),
+            )
+        return length_T, count_T
+
+    def adds(self, documents: Sequence[Document]) -> list[Adds]:
+        return [self._adds(document) for document in documents]
 
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
@@ -135,13 +166,40 @@ class Ngram(DenseSource):
             parts.append(sparsify(entries, shared, labels_T[part], k=k, draws=draws, random=random))
         return Targets.joined(parts)
 
-    def _rows(self, document: Document) -> Rows:
+    def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """No row is made dense."""
+        return [self._of_own_tokens(document) for document in documents]
+
+    def _of_own_tokens(self, document: Document) -> np.ndarray:
         at_T, own, single_V = self._found(document)
+        labels_T = document.labels_T.astype(np.int64)
+        parts = [np.zeros(0)]
+        for start in range(0, len(labels_T), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            labels_R = labels_T[part]
+            given, left_R = self._given([at[part] for at in at_T], own, len(labels_R))
+            mass_R = left_R * single_V[labels_R]
+            for row_E, next_E, mass_E in given:
+                is_own_E = next_E == labels_R[row_E]
+                mass_R += np.bincount(row_E[is_own_E], mass_E[is_own_E], minlength=len(mass_R))
+            parts.append(np.log(mass_R))
+        return np.concatenate(parts)
 
-        def rows(start: int, stop: int) -> Tensor:
-            return self._dense([at[start:stop] for at in at_T], own, single_V, stop - start)
+    def _adds(self, document: Document) -> Adds:
+        at_T, own, single_V = self._found(document)
+        rest_V = torch.from_numpy(single_V).float()
 
-        return rows
+        def add(mass_RV: Tensor, start: int, weight_R: Tensor) -> None:
+            rows, device = len(mass_RV), mass_RV.device
+            given, left_R = self._given([at[start : start + rows] for at in at_T], own, rows)
+            for row_E, next_E, share_E in given:
+                # A row and a token meet once in a level, so that sums have no order to differ by.
+                at = torch.from_numpy(row_E).to(device), torch.from_numpy(next_E).to(device)
+                added_E = torch.from_numpy(share_E).float().to(device) * weight_R[at[0]]
+                mass_RV[at] += added_E
+            mass_RV.addr_(torch.from_numpy(left_R).float().to(device) * weight_R, rest_V.to(device))
+
+        return Adds(add)
 
     def _found(self, document: Document) -> tuple[list[np.ndarray], Own, np.ndarray]:
         """Of each level the trained positions' contexts; what the document itself counted; and the
@@ -180,17 +238,6 @@ class Ngram(DenseSource):
         singles = np.bincount(tokens_N, marks_N, minlength=self.vocabulary)
         return Own(pairs, singles.astype(np.int64))
 
-    def _dense(
-        self, contexts: Sequence[np.ndarray], own: Own, single_V: np.ndarray, rows: int
-    ) -> Tensor:
-        dense_RV = np.zeros((rows, self.vocabulary), dtype=np.float32)
-        given, left_R = self._given(contexts, own, rows)
-        for row_E, next_E, mass_E in given:
-            # A row and a token meet once in a level, so this adds nothing twice.
-            dense_RV[row_E, next_E] += mass_E.astype(np.float32)
-        dense_RV += np.outer(left_R.astype(np.float32), single_V.astype(np.float32))
-        return torch.from_numpy(np.log(dense_RV, out=dense_RV))
-
     def _given(
         self, contexts: Sequence[np.ndarray], own: Own, rows: int
     ) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray]:
@@ -200,13 +247,7 @@ class Ngram(DenseSource):
         for level, found_R, (pairs, times) in zip(
             reversed(self._levels), reversed(contexts), reversed(own.pairs), strict=True
         ):
-            row_E, entry_E = _entries(level, found_R)
-            next_E = level.next_E[entry_E].astype(np.int64)
-            counts_E = level.counts_E[entry_E].astype(np.int64)
-            if len(pairs):
-                keys_E = found_R[row_E] * self.vocabulary + next_E
-                at_E = np.searchsorted(pairs, keys_E).clip(max=len(pairs) - 1)
-                counts_E -= np.where(pairs[at_E] == keys_E, times[at_E], 0)
+            row_E, next_E, counts_E = self._elsewhere(level, found_R, pairs, times)
             total_R = np.bincount(row_E, counts_E, minlength=rows)
             different_R = np.bincount(row_E[counts_E > 0], minlength=rows)
             used_R = total_R >= self.min_count
@@ -215,6 +256,20 @@ class Ngram(DenseSource):
             given.append((row_E, next_E, share_R[row_E] * counts_E))
             left_R = np.where(used_R, left_R * different_R / whole_R, left_R)
         return given, left_R
+
+    def _elsewhere(
+        self, level: Level, found_R: np.ndarray, pairs: np.ndarray, times: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of each row's context: row, token, and count without what the document itself
+        gave, `pairs` of it and how many `times`."""
+        row_E, entry_E = _entries(level, found_R)
+        next_E = level.next_E[entry_E].astype(np.int64)
+        counts_E = level.counts_E[entry_E].astype(np.int64)
+        if len(pairs):
+            keys_E = found_R[row_E] * self.vocabulary + next_E
+            at_E = np.searchsorted(pairs, keys_E).clip(max=len(pairs) - 1)
+            counts_E -= np.where(pairs[at_E] == keys_E, times[at_E], 0)
+        return row_E, next_E, counts_E
 
 
 def _entries(level: Level, found_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

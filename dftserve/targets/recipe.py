@@ -22,13 +22,14 @@ of a mix with `when` is left out, and its weight shared out, unless that name is
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dftserve import settings
 from dftserve.corpus.filters import Filters
+from dftserve.targets.bins import Bins
 from dftserve.targets.limits import LARGEST_KEPT
 
 if TYPE_CHECKING:
@@ -116,17 +117,22 @@ def source_of(
     tokenizer: "PreTrainedTokenizerBase",
     documents: "Mapping[str, Sequence[Document]]",
     vocabulary: int,
+    known: "Mapping[str, Any] | None" = None,
+    say: "Callable[[str], object]" = lambda line: None,
 ) -> "Source":
     """The source that a recipe describes.
 
     Args:
         documents: by split; n-grams are counted in the training part alone.
         vocabulary: one more than the largest token id that it may name.
+        known: the description of the same source from an earlier start: what was fitted for it is
+            not fitted again.
+        say: is told what takes long.
 
     Raises:
         ValueError: a part that cannot be built, as it said.
     """
-    return _built(recipe.source, _Given(tokenizer, documents, vocabulary))
+    return _built(recipe.source, _Given(tokenizer, documents, vocabulary, known, say))
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
@@ -218,6 +224,8 @@ class _Given:
     tokenizer: "PreTrainedTokenizerBase"
     documents: "Mapping[str, Sequence[Document]]"
     vocabulary: int
+    known: "Mapping[str, Any] | None"
+    say: "Callable[[str], object]"
 
     @property
     def all_documents(self) -> "list[Document]":
@@ -250,6 +258,9 @@ def _checked(given: Any, where: str, depth: int = 0) -> None:
     loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
     if isinstance(loaded, _Temper | _Tilt):
         _checked(loaded.of, f"{where}.{kind}.of", depth + 1)
+    if isinstance(loaded, _Calibrated):
+        for i, part in enumerate(loaded.others):
+            _checked(part, f"{where}.{kind}.others[{i}]", depth + 1)
 
 
 def _only(given: Any, where: str) -> tuple[str, Any]:
@@ -444,6 +455,103 @@ class _Tilt:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Calibrated:
+    teacher: _Teacher
+    """The model before tuning."""
+    in_context: int = 0
+    """Documents of the corpus that it reads before each, as a component of its own; 0: none."""
+    context_tokens: int = 768
+    """Of these, at most."""
+    orders: tuple[int, ...] = (1, 2, 3, 5)
+    """Of n-gram models, each a component."""
+    min_count: int = 1
+    decays: tuple[float, ...] = (0.95, 0.995)
+    """Of caches of the document's own words, each a component."""
+    students: str | None = None
+    """A folder that `train.cross_fit` wrote."""
+    others: tuple[Mapping[str, Any], ...] = ()
+    """Further sources, each a component."""
+    bins: Bins = field(default_factory=Bins)
+    tokens: int = 30_000
+    folds: int = 5
+    shrinkage: float = 200.0
+    """These three as `calibrated.Fit`'s."""
+
+    def __post_init__(self) -> None:
+        _between(0, 1 << 10, in_context=self.in_context)
+        _between(1, 1 << 20, context_tokens=self.context_tokens)
+        _between(1, 1 << 30, min_count=self.min_count)
+        _between(1000, 1 << 30, tokens=self.tokens)
+        _between(2, 100, folds=self.folds)
+        _between(0, 1e9, shrinkage=self.shrinkage)
+        for order in self.orders:
+            _between(1, 64, orders=order)
+        for decay in self.decays:
+            _between(1e-3, 1 - 1e-6, decays=decay)
+        if not self.orders:
+            raise ValueError("orders: got none; accepted: one at least, as [1, 2, 3].")
+        for name in ("orders", "decays"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: got {list(values)}; accepted: each once.")
+
+    def build(self, given: _Given) -> "Source":
+        from dftserve.targets.cache import Cache
+        from dftserve.targets.calibrated import (
+            NGRAM,
+            STUDENTS,
+            TEACHER,
+            Calibrated,
+            Fit,
+            calibrate,
+        )
+        from dftserve.targets.combine import dense
+        from dftserve.targets.in_context import InContext
+        from dftserve.targets.ngram import Ngram
+        from dftserve.targets.source import DenseSource
+        from dftserve.targets.students import Students
+
+        train, heldout = given.documents["train"], given.documents["heldout"]
+        teacher = self.teacher.build(given)
+        ngram = Ngram(
+            train,
+            vocabulary=given.vocabulary,
+            order=max(self.orders),
+            min_count=self.min_count,
+        )
+        parts: dict[str, DenseSource] = {TEACHER: teacher}
+        if self.in_context:
+            parts["in context"] = InContext(
+                teacher, train, number=self.in_context, tokens=self.context_tokens
+            )
+        parts |= {f"{NGRAM}{order}": ngram.at_order(order) for order in sorted(self.orders)}
+        parts |= {
+            f"cache {decay:g}": Cache(decay=decay, vocabulary=given.vocabulary)
+            for decay in self.decays
+        }
+        if self.students is not None:
+            parts[STUDENTS] = Students.load(
+                Path(self.students),
+                train,
+                vocabulary=given.vocabulary,
+                dtype=self.teacher.dtype,
+                device=self.teacher.device,
+            )
+        for i, other in enumerate(self.others, 1):
+            parts[f"{next(iter(other))} ({i})"] = dense(_built(other, given), "calibrated")
+        found = calibrate(
+            parts,
+            ngram,
+            heldout,
+            bins=self.bins,
+            fit=Fit(tokens=self.tokens, folds=self.folds, shrinkage=self.shrinkage),
+            known=given.known,
+            say=given.say,
+        )
+        return Calibrated(parts, ngram, found, bins=self.bins, heldout=heldout)
+
+
 _KINDS: Mapping[str, type] = {
     "ngram": _Ngram,
     "references": _References,
@@ -452,6 +560,7 @@ _KINDS: Mapping[str, type] = {
     "principles": _Principles,
     "temper": _Temper,
     "tilt": _Tilt,
+    "calibrated": _Calibrated,
 }
 _MIXES = ("mix", "geomix")
 _ALL = (*_KINDS, *_MIXES)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.page import bars, code_table, page, section, table
+from dftserve.targets import calibrated
 from dftserve.targets.document import Document
 from dftserve.targets.sparse import Targets
 from dftserve.targets.store import SPLITS, StoreError, TargetStore
@@ -189,6 +190,8 @@ def as_text(summary: Summary) -> str:
             f"{of.entropy_nats:>9.3f}{of.tail_mass:>7.1%}{of.token_nats:>11.3f}"
             f"{of.token_ruled_out:>11.1%}"
         )
+    for found in calibrated.calibrations(plan.get("source")):
+        lines += ["", calibrated.shown(found)]
     lines += ["", "entropy of the training targets, nats", *_bars(summary.splits["train"])]
     for number, example in enumerate(summary.examples, 1):
         lines += ["", f"example {number}: {_visible(example.before)[-60:]}"]

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from dftserve import atomic, lm
 from dftserve.corpus.filters import Filters
 from dftserve.corpus.prepare import Corpus, Report, prepare
+from dftserve.corpus.records import opening
 from dftserve.corpus.sources import read_all
 from dftserve.corpus.text import Text
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.model_folder import CONFIG
+from dftserve.targets import calibrated, report, store
 from dftserve.targets import recipe as recipes
-from dftserve.targets import report, store
 from dftserve.targets.chat_template import ChatTemplate, TemplateError, stop_clock, tells_time
 from dftserve.targets.conversation import Encoded, UnfitError
 from dftserve.targets.document import (
@@ -121,6 +122,19 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 
 
 @dataclass(frozen=True)
+class Material:
+    """A corpus as the model reads it."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    documents: Mapping[str, Sequence[Document]]
+    template: str | None
+    """SHA-256 of the chat template; None for plain texts."""
+    corpus: Mapping[str, Any]
+    """What was read, and what of it was kept and dropped: a plan's `corpus`."""
+
+
+@dataclass(frozen=True)
 class _Prepared:
     recipe: Recipe
     documents: Mapping[str, Sequence[Document]]
@@ -129,6 +143,31 @@ class _Prepared:
 
 
 def _prepared(job: Job, say: Say) -> _Prepared:
+    material = read_documents(job, say)
+    recipe, documents = material.recipe, material.documents
+    known = store.begun(job.out).get("source")
+    source = _source(recipe, material.tokenizer, documents, known, say)
+    for found in calibrated.calibrations(source.describe()):
+        say(calibrated.shown(found))
+    plan = store.plan(
+        source,
+        documents,
+        tokenizer=tokenizer_fingerprint(material.tokenizer),
+        template=material.template,
+        corpus=material.corpus,
+        k=recipe.store.k,
+        draws=recipe.store.draws,
+        seed=job.seed,
+    )
+    return _Prepared(recipe, documents, source, plan)
+
+
+def read_documents(job: Job, say: Say) -> Material:
+    """The corpus of a job, filtered, split and encoded.
+
+    Raises:
+        ValueError: what is wrong with corpus, recipe or a model.
+    """
     recipe = recipes.load(job.recipe, job.values)
     base = _base(job)
     tokenizer = _tokenizer(job.model)
@@ -145,11 +184,10 @@ def _prepared(job: Job, say: Say) -> _Prepared:
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers:
         teacher.check_length(longest, "--max-tokens")
-    source = _source(recipe, tokenizer, documents)
-    plan = store.plan(
-        source,
-        documents,
-        tokenizer=tokenizer_fingerprint(tokenizer),
+    return Material(
+        recipe=recipe,
+        tokenizer=tokenizer,
+        documents=documents,
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
         corpus={
             "recipe": recipe.name,
@@ -159,11 +197,7 @@ def _prepared(job: Job, say: Say) -> _Prepared:
             **({WRITTEN_AT: moment.isoformat()} if moment else {}),
             **told,
         },
-        k=recipe.store.k,
-        draws=recipe.store.draws,
-        seed=job.seed,
     )
-    return _Prepared(recipe, documents, source, plan)
 
 
 def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:
@@ -290,7 +324,8 @@ def encode_all(
                 continue
             for note in dict.fromkeys(encoded.notes):
                 corpus.report.note(note, text.origin)
-            documents[split] += windows(encoded.document, max_tokens)
+            grouped = replace(encoded.document, group=text.family or opening(text) or _whole(text))
+            documents[split] += windows(grouped, max_tokens)
             kept.add(_whole(text))
     for origin in lost - kept:
         corpus.report.lose(origin)
@@ -417,9 +452,21 @@ def shown(told: Mapping[str, Any]) -> str:
 # ── Processes ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, documents: Mapping) -> Source:
+def _source(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Mapping,
+    known: Any,
+    say: Say,
+) -> Source:
+    """`known`: a description of it, if what was fitted for it is known already."""
     return recipes.source_of(
-        recipe, tokenizer=tokenizer, documents=documents, vocabulary=len(tokenizer)
+        recipe,
+        tokenizer=tokenizer,
+        documents=documents,
+        vocabulary=len(tokenizer),
+        known=known,
+        say=say,
     )
 
 
@@ -511,7 +558,7 @@ def _worker(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, rank: int,
     try:
         tokenizer = _tokenizer(job.model)
         _stopped_clock(tokenizer, job.out)
-        source = _source(recipe, tokenizer, documents)
+        source = _source(recipe, tokenizer, documents, plan.source, _nothing)
         built = store.build(job.out, plan, source, documents, rank=rank, world=job.processes)
         for tokens in built:
             told.put(tokens)

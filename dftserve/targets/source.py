@@ -4,9 +4,11 @@ Shapes: T trained positions of a document, R of them in one chunk, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +54,21 @@ class DenseSource(Source):
     def read(self, documents: Sequence[Document]) -> list[Rows]:
         """The rows of each document, computed when asked for: [R, V] is made chunk by chunk."""
 
+    def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """ln q of each document's own trained tokens, float64 [T]."""
+        each = zip(documents, self.read(documents), strict=True)
+        return [self._of_tokens(document, rows) for document, rows in each]
+
+    def _of_tokens(self, document: Document, rows: Rows) -> np.ndarray:
+        labels_T = torch.from_numpy(document.labels_T.astype("int64"))
+        parts = [np.zeros(0)]
+        size = max(1, CHUNK_ELEMENTS // self.vocabulary)
+        for start in range(0, len(labels_T), size):
+            logprobs_RV = rows(start, min(start + size, len(labels_T)))
+            labels_R1 = labels_T[start : start + size, None].to(logprobs_RV.device)
+            parts.append(logprobs_RV.gather(1, labels_R1)[:, 0].double().cpu().numpy())
+        return np.concatenate(parts)
+
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
     ) -> list[Targets]:
@@ -71,3 +88,31 @@ class DenseSource(Source):
             labels_R = labels_T[start : start + size].to(logprobs_RV.device)
             parts.append(sparsify(logprobs_RV, labels_R, k=k, draws=draws, generator=generator))
         return Targets.joined(parts)
+
+
+@dataclass(frozen=True)
+class Adds:
+    """The dense targets of one document, into a sum of several."""
+
+    add: Callable[[Tensor, int, Tensor], None]
+    """(mass_RV, start, weight_R): adds weight · q of the trained positions from `start` on, on the
+    tensors' device."""
+
+
+class AdditiveSource(DenseSource):
+    """A source of few tokens a row, and one row for the rest: cheaper to add than to make dense."""
+
+    @abstractmethod
+    def adds(self, documents: Sequence[Document]) -> list[Adds]:
+        """Of each document."""
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        return [self._dense_rows(adds) for adds in self.adds(documents)]
+
+    def _dense_rows(self, adds: Adds) -> Rows:
+        def rows(start: int, stop: int) -> Tensor:
+            mass_RV = torch.zeros(stop - start, self.vocabulary)
+            adds.add(mass_RV, start, torch.ones(stop - start))
+            return mass_RV.log_()
+
+        return rows

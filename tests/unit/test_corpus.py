@@ -800,3 +800,19 @@ def test_specifications_are_kept_and_lose_their_licence(data):
     corpus = prepare(read(data / "tech" / "peps"), Filters(languages=("en",)))
     assert corpus.report.kept == corpus.report.read
     assert not any("placed in the public domain" in each.content for each in corpus.train)
+
+
+def test_texts_that_are_held_out_together_say_so():
+    """Pieces of one text, answers to one prompt and copies; none where nothing is held out."""
+    long = text(prose(500, 1), "long.txt")
+    near = text(f"{prose(60, 2)}\n\n{prose(60, 3)}", "near.txt")
+    listed = [long, text(prose(60, 2), "a.txt"), near, text(prose(60, 4), "alone.txt")]
+    listed += [answered("Why?", prose(40, 5 + i), f"c.jsonl:{i}") for i in range(2)]
+    filters = Filters(split_words=200, duplicate_threshold=0.99)
+    corpus = prepare(listed, filters, heldout=0.3)
+    families = {each.origin: each.family for each in (*corpus.train, *corpus.heldout)}
+    assert len({families[f"long.txt#{i}"] for i in (1, 2, 3)}) == 1
+    assert families["a.txt"] == families["near.txt"]
+    assert families["c.jsonl:0"] == families["c.jsonl:1"]
+    assert len(set(families.values())) == 4
+    assert {each.family for each in prepare(listed, filters, heldout=0).train} == {""}

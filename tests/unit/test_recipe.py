@@ -46,11 +46,16 @@ def built(name: str, values=None, documents=DOCUMENTS):
 # What is shipped
 
 
-def test_three_recipes_are_shipped():
-    assert shipped() == ["conversation", "creative", "technical"]
+WITHOUT_A_TEACHER = ["conversation", "creative", "technical"]
 
 
-@pytest.mark.parametrize("name", shipped())
+def test_four_recipes_are_shipped_and_one_needs_a_teacher():
+    assert shipped() == ["calibrated", *WITHOUT_A_TEACHER]
+    with pytest.raises(ValueError, match="give one: --set teacher=VALUE"):
+        load("calibrated")
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_TEACHER)
 def test_a_shipped_recipe_needs_no_teacher(name):
     found = load(name)
     assert found.name == name
@@ -63,7 +68,7 @@ def test_a_shipped_recipe_needs_no_teacher(name):
     source.targets(DOCUMENTS["heldout"], k=4, draws=2, seeds=[1])
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", WITHOUT_A_TEACHER)
 def test_a_shipped_recipe_takes_a_teacher(name):
     parts = load(name, {"teacher": "/models/base", "teacher_weight": "2"}).source["mix"]
     assert parts[-1] == {"weight": 2, "when": "teacher", "teacher": {"model": "/models/base"}}
@@ -107,7 +112,7 @@ def test_a_value_is_not_read_again_for_placeholders(written):
 
 @pytest.mark.parametrize("name", ["creativ", "no-such", "../creative", "", "no-such.yaml"])
 def test_an_unknown_recipe_lists_the_shipped_ones(name):
-    with pytest.raises(ValueError, match="conversation, creative, technical"):
+    with pytest.raises(ValueError, match="calibrated, conversation, creative, technical"):
         load(name)
     with pytest.raises(ValueError, match="did you mean 'creative'"):
         load("creativ")
@@ -137,6 +142,27 @@ NGRAM = {"ngram": {}}
         ({"source": {"mix": [{"weight": True, **NGRAM}]}}, r"mix\[0\].weight: got True"),
         ({"source": {"mix": [{"weight": float("nan"), **NGRAM}]}}, r"mix\[0\].weight: got nan"),
         ({"source": {"mix": [{"weight": 1}]}}, r"source.mix\[0\]: got \[\]"),
+        *(
+            ({"source": {"calibrated": {"teacher": {"model": "m"}, **wrong}}}, said)
+            for wrong, said in [
+                ({"order": [1]}, "calibrated: got the key 'order'.*did you mean 'orders'"),
+                ({"orders": []}, "orders: got none; accepted: one at least"),
+                ({"orders": 3}, "calibrated.orders: got 3; accepted: a list"),
+                ({"orders": [2, 2]}, r"orders: got \[2, 2\]; accepted: each once"),
+                ({"orders": [0]}, "orders: got 0; accepted: from 1 to 64"),
+                ({"decays": [1.0]}, "decays: got 1.0; accepted: from 0.001"),
+                ({"in_context": -1}, "in_context: got -1; accepted: from 0"),
+                ({"tokens": 10}, "tokens: got 10; accepted: from 1000"),
+                ({"folds": 1}, "folds: got 1; accepted: from 2"),
+                ({"shrinkage": -1}, "shrinkage: got -1"),
+                ({"bins": {"matches": [1]}}, "bins: got the key 'matches'.*did you mean 'match'"),
+                ({"bins": {"match": [3, 1]}}, r"bins: match: got \[3.*\]; accepted: numbers that"),
+                ({"bins": {"match": list(range(513))}}, "bins: got edges of .* at most 512"),
+                ({"others": [{"techer": {}}]}, r"others\[0\]: got the key 'techer'.*'teacher'"),
+                ({"teacher": {"modle": "m"}}, "teacher: got the key 'modle'.*did you mean 'model'"),
+            ]
+        ),
+        ({"source": {"calibrated": {}}}, "calibrated.teacher: got nothing; accepted: keys and"),
         (
             {"source": {"temper": {"power": 0.5, "of": {"mix": [{"weight": 1, "ngam": {}}]}}}},
             r"source.temper.of.mix\[0\]: got the key 'ngam'",

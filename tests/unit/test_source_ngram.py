@@ -75,6 +75,48 @@ def test_rows_are_those_of_a_scan_without_the_document(corpus, stranger, order, 
         wanted_TV = scanned(corpus, doc, order, min_count)
         found_TV = rows_of(source, doc).double().exp()
         torch.testing.assert_close(found_TV, wanted_TV, atol=1e-6, rtol=1e-5)
+        labels_T1 = torch.from_numpy(doc.labels_T.astype(np.int64))[:, None]
+        own_T = torch.from_numpy(source.token_logprobs([doc])[0]).exp()
+        torch.testing.assert_close(own_T, wanted_TV.gather(1, labels_T1)[:, 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpora, documents(), st.integers(1, 6), st.integers(1, 3))
+def test_a_lower_order_has_the_rows_of_a_source_of_that_order(corpus, stranger, order, min_count):
+    source = Ngram(corpus, vocabulary=V, order=6, min_count=min_count).at_order(order)
+    own = Ngram(corpus, vocabulary=V, order=order, min_count=min_count)
+    assert source.describe() == own.describe()
+    for doc in [corpus[0], stranger]:
+        torch.testing.assert_close(rows_of(source, doc), rows_of(own, doc))
+    with pytest.raises(ValueError, match="order: got 4; accepted: from 1 to 3"):
+        Ngram(corpus, vocabulary=V, order=3).at_order(4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, documents(), st.integers(1, 6), st.integers(1, 3))
+def test_matches_are_those_of_a_scan_without_the_document(corpus, stranger, order, min_count):
+    source = Ngram(corpus, vocabulary=V, order=order, min_count=min_count)
+    for doc in [*corpus, stranger]:
+        length_T, count_T = source.matches(doc)
+        found = list(zip(length_T.tolist(), count_T.tolist(), strict=True))
+        assert found == scanned_matches(corpus, doc, order, min_count)
+
+
+def scanned_matches(corpus, doc, order, min_count):
+    text, found = doc.tokens_N.tolist(), []
+    others = [each for each in corpus if each.tokens_N.tolist() != text]
+    for place in doc.positions_T.tolist():
+        longest = (0, 0)
+        for length in range(1, min(order - 1, place) + 1):
+            follows = sum(
+                each.tokens_N.tolist()[i - length : i] == text[place - length : place]
+                for each in others
+                for i in each.positions_T.tolist()
+                if i >= length
+            )
+            longest = (length, follows) if follows >= min_count else longest
+        found.append(longest)
+    return found
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,5 +239,5 @@ def test_draws_follow_the_rest_of_the_row():
 def test_no_row_is_made_dense(monkeypatch):
     corpus = [document([0, 1, 2, 3, 1, 2]), document([1, 2, 3, 4, 5, 6])]
     source = Ngram(corpus, vocabulary=V)
-    monkeypatch.setattr(source, "_dense", None)
+    monkeypatch.setattr(source, "_adds", None)
     assert len(source.targets(corpus, k=3, draws=3, seeds=[0, 1])[0]) == 5

@@ -464,7 +464,7 @@ def test_a_plan_stops_measuring_in_time_and_shares_the_work_out():
         source.read += len(some)
 
     source.targets = targets
-    plan = SimpleNamespace(k=1, draws=1)
+    plan = SimpleNamespace(k=1, draws=1, source={})
     found = estimate_of(source, plan, {"train": documents}, 4, clock=lambda: next(ticks))
     # Batches of two: one to warm up, and three until more than ten seconds have passed.
     assert source.read == 2 + 6

@@ -1,0 +1,499 @@
+"""A mixture that is fitted on held-out text, and stands in for the text only where it is better.
+
+    parts = {"teacher": teacher, "ngram 3": ngram, "cache 0.99": cache}
+    found = calibrate(parts, ngram, heldout, bins=Bins(), fit=Fit())
+    source = Calibrated(parts, ngram, found, bins=Bins(), heldout=heldout)
+
+    q'(v) = (1 − g_b)·[v = y] + g_b · Σ_c w_bc p_c(v)        b: the bin of the position
+
+The weights w are `mixture_weights.fit`'s, the shares g are `gate.gate`'s. y, the text's own token,
+cannot have a fitted weight: it is always right about itself. Rows of held-out documents are the
+mixture alone, since nothing is learnt from them: their likelihood and entropy are its own.
+
+Shapes: T trained positions, R of them in one chunk, C components, B bins, V vocabulary.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from dftserve import settings
+from dftserve.targets import mixture_weights
+from dftserve.targets.bins import Bins
+from dftserve.targets.combine import dense
+from dftserve.targets.document import Document
+from dftserve.targets.gate import Gate, Interval, gate, interval
+from dftserve.targets.ngram import Ngram
+from dftserve.targets.progress import Progress
+from dftserve.targets.source import CHUNK_ELEMENTS, AdditiveSource, Adds, DenseSource, Rows
+from dftserve.targets.store import batches_of
+
+KIND = "calibrated"
+TEACHER, STUDENTS, NGRAM = "teacher", "students", "ngram "
+"""Names of components; an n-gram's goes on with its order."""
+LEAST_GROUPS, LEAST_TOKENS = 10, 1000
+"""Texts, and learnt tokens of them, that weights are fitted on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How weights are fitted."""
+
+    tokens: int = 30_000
+    """Of the held-out documents, learnt ones, at most: each is read by every component."""
+    folds: int = 5
+    """The mixture is judged on each by weights of the others; a text is in one fold."""
+    shrinkage: float = 200.0
+    """Positions that the pooled weights count as in each bin."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("tokens", LEAST_TOKENS, 1 << 30),
+            ("folds", 2, 100),
+            ("shrinkage", 0, 1e9),
+        ):
+            if not least <= getattr(self, name) <= most:
+                got = getattr(self, name)
+                raise ValueError(f"{name}: got {got}; accepted: from {least:g} to {most:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    name: str
+    weight: float
+    """Pooled."""
+    nll: Interval | None
+    """Of the held-out tokens that it does not rule out; None: it rules out all."""
+    ruled_out: float
+    """Share of the held-out tokens that it gives no probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    over: str
+    nats: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    title: str
+    positions: int
+    gain: float | None
+    """D, see `gate`; None: in too few documents."""
+    share: float
+    """g."""
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was fitted and measured on the held-out documents, in JSON's types."""
+
+    inputs: str
+    """BLAKE3 of all that decides it."""
+    documents: int
+    tokens: int
+    mixture: Interval
+    """NLL of the held-out text, each document by weights of the other folds."""
+    components: tuple[Component, ...]
+    gains: tuple[Gain, ...]
+    """Of the mixture over each baseline."""
+    share: float
+    """Mean g over the held-out positions."""
+    bins: tuple[Bin, ...]
+
+    @property
+    def is_refused(self) -> bool:
+        return self.share == 0
+
+
+def calibrate(
+    parts: Mapping[str, DenseSource],
+    ngram: Ngram,
+    heldout: Sequence[Document],
+    *,
+    bins: Bins,
+    fit: Fit,
+    known: Mapping[str, Any] | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Calibration:
+    """Fits the weights on held-out documents, and measures what they come to.
+
+    Args:
+        parts: the components by name, the model before tuning (`TEACHER`) first. One at least is
+            an n-gram's, and gives every token a probability.
+        ngram: its longest contexts tell what is known at a position.
+        heldout: documents that no component has read or counted.
+        known: the description of a `Calibrated` that was made before, or of a source that holds
+            one: what was found then is taken where it had the same inputs.
+
+    Raises:
+        ValueError: too few held-out documents or tokens.
+    """
+    chosen = _chosen(heldout, fit.tokens)
+    inputs = _inputs(parts, chosen, bins, fit)
+    for before in calibrations(known):
+        if before.inputs == inputs:
+            return before
+    seen = _observed(parts, ngram, chosen, bins, say)
+    number = bins.number
+    found = mixture_weights.fit(seen.logprobs_TC, seen.bins_T, bins=number, shrinkage=fit.shrinkage)
+    nll_T = _unseen_nll(seen, number, fit)
+    baselines = _baselines(list(parts), seen.logprobs_TC)
+    passed = gate(nll_T, baselines, seen.groups_T, seen.bins_T, bins=number)
+    return Calibration(
+        inputs=inputs,
+        documents=len(chosen),
+        tokens=len(nll_T),
+        mixture=interval(nll_T, seen.groups_T),
+        components=tuple(
+            _component(name, float(found.pooled_C[c]), seen.logprobs_TC[:, c], seen.groups_T)
+            for c, name in enumerate(parts)
+        ),
+        gains=tuple(Gain(over=name, nats=nats) for name, nats in passed.gains.items()),
+        share=float(passed.share_B[seen.bins_T].mean()),
+        bins=tuple(_bins(bins, seen.bins_T, found.bins_BC, passed)),
+    )
+
+
+class Calibrated(DenseSource):
+    """The mixture of calibrated weights, with the text's own token where it is not better."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, DenseSource],
+        ngram: Ngram,
+        found: Calibration,
+        *,
+        bins: Bins,
+        heldout: Sequence[Document],
+    ) -> None:
+        """
+        Args:
+            parts, ngram, bins: as `calibrate` was given them.
+            heldout: documents whose rows are the mixture alone.
+        """
+        self._parts = {name: dense(part, KIND) for name, part in parts.items()}
+        self._ngram, self._bins, self.found = ngram, bins, found
+        self.vocabulary = ngram.vocabulary
+        self._weights_BC = np.array([each.weights for each in found.bins])
+        self._share_B = np.array([each.share for each in found.bins])
+        self._heldout = {_digest(document) for document in heldout}
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "kind": KIND,
+            "parts": {name: part.describe() for name, part in self._parts.items()},
+            "edges": asdict(self._bins),
+            "calibration": asdict(self.found),
+        }
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        first, *others = self._parts.values()
+        read = [_read(part, documents) for part in others]
+        return [
+            self._rows(document, rows, parts)
+            for document, rows, *parts in zip(documents, first.read(documents), *read, strict=True)
+        ]
+
+    def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
+        known = _Known.of(document, self._ngram)
+        labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
+        is_learnt = _digest(document) not in self._heldout
+
+        def rows(start: int, stop: int) -> Tensor:
+            first_RV = first(start, stop)
+            bins_R = known.bins(self._bins, start, stop, _entropy(first_RV))
+            weights_RC = torch.from_numpy(self._weights_BC[bins_R]).float().to(first_RV.device)
+            mass_RV = torch.zeros_like(first_RV)
+            mixed_RV = first_RV + weights_RC[:, :1].log()
+            for part, weight_R in zip(others, weights_RC.T[1:], strict=True):
+                if isinstance(part, Adds):
+                    part.add(mass_RV, start, weight_R)
+                else:
+                    part_RV = part(start, stop).to(mixed_RV.device)
+                    mixed_RV = torch.logaddexp(mixed_RV, part_RV + weight_R[:, None].log())
+            mixed_RV = torch.logaddexp(mixed_RV, mass_RV.log_())
+            if not is_learnt:
+                return mixed_RV
+            return with_text(mixed_RV, labels_T[start:stop], self._share_B[bins_R])
+
+        return rows
+
+
+def _read(part: DenseSource, documents: Sequence[Document]) -> Sequence[Rows | Adds]:
+    return part.adds(documents) if isinstance(part, AdditiveSource) else part.read(documents)
+
+
+def with_text(mixed_RV: Tensor, labels_R: Tensor, share_R: np.ndarray) -> Tensor:
+    """ln q' of q' = (1 − g)·δ_y + g·q, from ln q."""
+    device = mixed_RV.device
+    share_R1 = torch.from_numpy(share_R).float().to(device)[:, None]
+    labels_R1 = labels_R.to(device)[:, None]
+    target_RV = mixed_RV + share_R1.log()
+    own_R1 = torch.logaddexp(target_RV.gather(1, labels_R1), torch.log1p(-share_R1))
+    return target_RV.scatter(1, labels_R1, own_R1)
+
+
+# ── What is known at a position ──────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """Of a document's trained positions, but for the entropy, which a model must say."""
+
+    match_T: np.ndarray
+    count_T: np.ndarray
+    position_T: np.ndarray
+
+    @staticmethod
+    def of(document: Document, ngram: Ngram) -> "_Known":
+        return _Known(*ngram.matches(document), document.positions_T)
+
+    def bins(self, bins: Bins, start: int, stop: int, entropy_R: np.ndarray) -> np.ndarray:
+        return bins.of(
+            match=self.match_T[start:stop],
+            count=self.count_T[start:stop],
+            entropy=entropy_R,
+            position=self.position_T[start:stop],
+        )
+
+
+def _entropy(logprobs_RV: Tensor) -> np.ndarray:
+    """float32 [R], nats."""
+    finite_RV = logprobs_RV.clamp_min(torch.finfo(torch.float32).min)
+    return -(logprobs_RV.exp() * finite_RV).sum(dim=1).cpu().numpy()
+
+
+# ── Reading the held-out documents ───────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of all trained positions of the held-out documents, one after another."""
+
+    logprobs_TC: np.ndarray
+    """float64: what each component gave the text's own token."""
+    bins_T: np.ndarray
+    groups_T: np.ndarray
+    """int64: which text a position is of."""
+
+
+def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
+    """Whole documents, in an order that their texts' digests draw, up to so many learnt tokens.
+
+    Raises:
+        ValueError: too few.
+    """
+    learnt = [document for document in heldout if len(document.positions_T)]
+    groups = {_group(document) for document in learnt}
+    counted = sum(len(document.positions_T) for document in learnt)
+    if len(groups) < LEAST_GROUPS or counted < LEAST_TOKENS:
+        raise ValueError(
+            f"{KIND}: got {counted:,} learnt tokens of held-out text, of {len(groups)} texts that "
+            f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_GROUPS} at least, "
+            "since weights are fitted and judged on them. Hold out more (--heldout 0.2), or give "
+            "more text."
+        )
+    chosen, taken = [], 0
+    for document in sorted(learnt, key=lambda each: (_group(each), _digest(each))):
+        if taken >= tokens and len({_group(each) for each in chosen}) >= LEAST_GROUPS:
+            break
+        chosen.append(document)
+        taken += len(document.positions_T)
+    return chosen
+
+
+def _observed(
+    parts: Mapping[str, DenseSource],
+    ngram: Ngram,
+    documents: Sequence[Document],
+    bins: Bins,
+    say: Callable[[str], object],
+) -> _Seen:
+    total = sum(len(document.tokens_N) for document in documents)
+    say(f"Fitting a mixture of {len(parts)} components on {total:,} held-out tokens.")
+    progress = Progress("held-out tokens read", say, total=total)
+    names = sorted({_group(document) for document in documents})
+    numbers = {name: number for number, name in enumerate(names)}
+    first, *others = [dense(part, KIND) for part in parts.values()]
+    logprobs, found_bins, groups = [], [], []
+    for places in batches_of(documents):
+        some = [documents[place] for place in places]
+        read = [part.token_logprobs(some) for part in others]
+        for document, rows, *columns in zip(some, first.read(some), *read, strict=True):
+            known = _Known.of(document, ngram)
+            first_T, bins_T = _of_first(document, rows, known, bins, ngram.vocabulary)
+            logprobs.append(np.stack([first_T, *columns], axis=1))
+            found_bins.append(bins_T)
+            groups.append(np.full(len(bins_T), numbers[_group(document)]))
+        progress.add(sum(len(document.tokens_N) for document in some))
+    return _Seen(np.concatenate(logprobs), np.concatenate(found_bins), np.concatenate(groups))
+
+
+def _of_first(
+    document: Document, rows: Rows, known: _Known, bins: Bins, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [T]: what the model before tuning gave the text's own tokens; and their bins."""
+    labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    logprobs, found_bins = [], []
+    for start in range(0, len(labels_T), size):
+        stop = min(start + size, len(labels_T))
+        first_RV = rows(start, stop)
+        found_bins.append(known.bins(bins, start, stop, _entropy(first_RV)))
+        labels_R1 = labels_T[start:stop, None].to(first_RV.device)
+        logprobs.append(first_RV.gather(1, labels_R1)[:, 0].double().cpu().numpy())
+    return np.concatenate(logprobs), np.concatenate(found_bins)
+
+
+# ── What they say ────────────────────────────────────────────────────────────────────────────────
+
+
+def _unseen_nll(seen: _Seen, bins: int, fit: Fit) -> np.ndarray:
+    """−ln q of each position, by weights of the folds that its text is not in; float64 [T]."""
+    fold_T = seen.groups_T % fit.folds
+    nll_T = np.zeros(len(fold_T))
+    for fold in np.unique(fold_T):
+        aside_T = fold_T == fold
+        weights = mixture_weights.fit(
+            seen.logprobs_TC[~aside_T],
+            seen.bins_T[~aside_T],
+            bins=bins,
+            shrinkage=fit.shrinkage,
+        )
+        nll_T[aside_T] = mixture_weights.nll(
+            seen.logprobs_TC[aside_T], weights.bins_BC[seen.bins_T[aside_T]]
+        )
+    return nll_T
+
+
+def _baselines(names: Sequence[str], logprobs_TC: np.ndarray) -> dict[str, np.ndarray]:
+    """−ln of what the mixture must beat: the model before tuning; the text's own smoothed estimate,
+    which is the best of its n-gram models; and the students, where there are any."""
+    ngrams = [c for c, name in enumerate(names) if name.startswith(NGRAM)]
+    best = min(ngrams, key=lambda c: -logprobs_TC[:, c].mean())
+    taken = [c for c, name in enumerate(names) if name in (TEACHER, STUDENTS)]
+    return {names[c]: _bounded(-logprobs_TC[:, c]) for c in (*taken, best)}
+
+
+def _component(name: str, weight: float, logprobs_T: np.ndarray, groups_T: np.ndarray) -> Component:
+    possible_T = logprobs_T > -np.inf
+    return Component(
+        name=name,
+        weight=weight,
+        nll=interval(-logprobs_T[possible_T], groups_T[possible_T]) if possible_T.any() else None,
+        ruled_out=float(1 - possible_T.mean()),
+    )
+
+
+LARGEST_NATS = 100.0
+
+
+def _bounded(nll_T: np.ndarray) -> np.ndarray:
+    """Of a baseline: a token that it rules out counts as `LARGEST_NATS`."""
+    return np.minimum(nll_T, LARGEST_NATS)
+
+
+def _bins(bins: Bins, bins_T: np.ndarray, weights_BC: np.ndarray, passed: Gate) -> Iterator[Bin]:
+    counts_B = np.bincount(bins_T, minlength=bins.number)
+    for number in range(bins.number):
+        gain = float(passed.gain_B[number])
+        yield Bin(
+            title=bins.title(number),
+            positions=int(counts_B[number]),
+            gain=gain if np.isfinite(gain) else None,
+            share=float(passed.share_B[number]),
+            weights=tuple(weights_BC[number].tolist()),
+        )
+
+
+def calibrations(description: object) -> Iterator[Calibration]:
+    """Every one that is in a source's description."""
+    if isinstance(description, Mapping):
+        if description.get("kind") == KIND and "calibration" in description:
+            yield settings.load(Calibration, description["calibration"], KIND)
+        for each in description.values():
+            yield from calibrations(each)
+    elif isinstance(description, list | tuple):
+        for each in description:
+            yield from calibrations(each)
+
+
+def shown(found: Calibration) -> str:
+    """For a terminal: likelihoods, gains, and where the mixture takes the text's place."""
+    lines = [
+        f"{found.documents:,} held-out documents, {found.tokens:,} learnt tokens",
+        f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}{'ruled out':>11}",
+        f"  {'mixture':16}{found.mixture.mean:8.3f}{_ends(found.mixture):>18}",
+    ]
+    for each in found.components:
+        mean, ends = ("", "") if each.nll is None else (f"{each.nll.mean:.3f}", _ends(each.nll))
+        figures = f"{mean:>8}{ends:>18}{each.weight:9.3f}{each.ruled_out:11.1%}"
+        lines.append(f"  {each.name:16}{figures}")
+    for gain in found.gains:
+        lines.append(f"  gain over {gain.over}: {gain.nats.mean:.4f} ({_ends(gain.nats, 4)})")
+    used = sorted((b for b in found.bins if b.share), key=lambda b: -b.share * b.positions)
+    for each in used[:MOST_SHOWN]:
+        lines.append(f"  share {each.share:.3f}, {each.positions:,} positions: {each.title}")
+    if len(used) > MOST_SHOWN:
+        lines.append(f"  and {len(used) - MOST_SHOWN} bins more with a share above 0")
+    lines.append(verdict(found))
+    return "\n".join(lines)
+
+
+MOST_SHOWN = 12
+
+
+def verdict(found: Calibration) -> str:
+    """One sentence: whether the mixture may be learnt from."""
+    if not found.is_refused:
+        return (
+            f"The mixture takes {found.share:.1%} of the targets' mass, the text's own tokens the "
+            "rest: train with divergence.target_weight 1."
+        )
+    least = min(found.gains, key=lambda gain: gain.nats.low)
+    why = (
+        f"it does not predict unseen text better than {least.over} "
+        f"({found.mixture.mean:.3f} nats a token; gain {least.nats.mean:.4f}, "
+        f"{_ends(least.nats, 4)})"
+        if least.nats.low <= 0
+        else f"its gain over {least.over} ({least.nats.mean:.4f} nats a token) is sure in no bin"
+    )
+    return f"The mixture is refused: {why}, so every target is the text's own token."
+
+
+def _ends(given: Interval, digits: int = 3) -> str:
+    return f"{given.low:.{digits}f} to {given.high:.{digits}f}"
+
+
+# ── Identities ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _inputs(
+    parts: Mapping[str, DenseSource], documents: Sequence[Document], bins: Bins, fit: Fit
+) -> str:
+    told = {
+        "parts": {name: part.describe() for name, part in parts.items()},
+        "edges": asdict(bins),
+        "fit": asdict(fit),
+        "documents": [(_digest(each).hex(), _group(each)) for each in documents],
+    }
+    return blake3(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _group(document: Document) -> str:
+    """Of the text that it is cut from; what has no text of several documents is one by itself."""
+    named = document.group.encode() if document.group else _digest(document)
+    return blake3(named).hexdigest()
+
+
+def _digest(document: Document) -> bytes:
+    content = document.tokens_N.astype(np.int32).tobytes() + document.trained_N.tobytes()
+    return blake3(content).digest()

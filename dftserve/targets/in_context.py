@@ -1,0 +1,111 @@
+"""A model that reads other documents of the corpus before each one.
+
+    source = InContext(teacher, documents, number=3, tokens=768)
+
+The others are drawn by the document's own digest, so that they are the same in every build, and
+are never the document, a copy of it or a piece of the same text.
+
+Shapes: N tokens of a document, T trained positions, D hidden.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from torch import Tensor
+
+from dftserve.targets.document import Document
+from dftserve.targets.source import DenseSource, Rows
+from dftserve.targets.store import batches_of
+from dftserve.targets.teacher import Teacher
+
+DRAWS_EACH = 32
+"""Of a document that is put before another: some are the document itself, or drawn already."""
+
+
+class InContext(DenseSource):
+    """What a teacher expects of a document behind `number` whole documents of the corpus."""
+
+    def __init__(
+        self, teacher: Teacher, corpus: Sequence[Document], *, number: int, tokens: int
+    ) -> None:
+        """
+        Args:
+            corpus: what is drawn from.
+            number: documents before each, at most.
+            tokens: all of them together, at most; where a model's positions leave less, that. The
+                last one loses its end.
+
+        Raises:
+            ValueError: no corpus, or a number or tokens below 1.
+        """
+        if not corpus:
+            raise ValueError("got no documents to put in the context; accepted: a corpus.")
+        if number < 1 or tokens < 1:
+            raise ValueError(f"got number {number}, tokens {tokens}; accepted: 1 or more.")
+        self.vocabulary = teacher.vocabulary
+        self._teacher, self._corpus = teacher, corpus
+        self._number, self._tokens = number, tokens
+        self._digests = [_digest(document) for document in corpus]
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "kind": "in_context",
+            "teacher": self._teacher.describe(),
+            "corpus_blake3": blake3(b"".join(sorted(self._digests))).hexdigest(),
+            "documents": self._number,
+            "tokens": self._tokens,
+        }
+
+    def read(self, documents: Sequence[Document]) -> list[Rows]:
+        opened = [self._opened(document) for document in documents]
+        states: dict[int, Tensor] = {}
+        for places in batches_of(opened):
+            some = [opened[place] for place in places]
+            read = self._teacher.states(
+                [each.tokens_N for each in some], [each.positions_T for each in some]
+            )
+            states |= zip(places, read, strict=True)
+        return [self._rows(states[place]) for place in range(len(documents))]
+
+    def _rows(self, states_TD: Tensor) -> Rows:
+        return lambda start, stop: self._teacher.logprobs(states_TD[start:stop])
+
+    def _opened(self, document: Document) -> Document:
+        """The document behind the others, of which nothing is trained."""
+        before_N = self.before(document)
+        return Document(
+            np.concatenate([before_N, document.tokens_N]),
+            np.concatenate([np.zeros(len(before_N), dtype=bool), document.trained_N]),
+        )
+
+    def before(self, document: Document) -> np.ndarray:
+        """int32: the tokens that are put before a document."""
+        room = self._tokens
+        if self._teacher.positions is not None:
+            room = min(room, self._teacher.positions - len(document.tokens_N))
+        parts: list[np.ndarray] = []
+        for other in self._others(document):
+            if room <= 0:
+                break
+            parts.append(other.tokens_N[:room])
+            room -= len(parts[-1])
+        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+
+    def _others(self, document: Document) -> list[Document]:
+        digest = _digest(document)
+        random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        drawn: dict[bytes, Document] = {}
+        for place in random.integers(len(self._corpus), size=DRAWS_EACH * self._number).tolist():
+            other = self._corpus[place]
+            is_same_text = bool(document.group) and other.group == document.group
+            if self._digests[place] != digest and not is_same_text:
+                drawn[self._digests[place]] = other
+            if len(drawn) == self._number:
+                break
+        return list(drawn.values())
+
+
+def _digest(document: Document) -> bytes:
+    return blake3(document.tokens_N.astype(np.int32).tobytes()).digest()

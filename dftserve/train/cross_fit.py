@@ -1,0 +1,146 @@
+"""Students of a corpus, each tuned on all folds but one, for `targets.students`.
+
+    cross_fit(job, folds=3, training={"epochs": "2", "lora.rank": "16"})
+
+Plain fine-tuning by the trainer as it is, one fold after another. The same command goes on where it
+was stopped: finished folds stay, and the trainer resumes the one that was being trained.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dftserve import atomic, settings
+from dftserve.bounded_files import read_json
+from dftserve.fingerprints import tokenizer_fingerprint
+from dftserve.targets import store
+from dftserve.targets.document import Document
+from dftserve.targets.run import Job, Material, Say, read_documents
+from dftserve.targets.students import (
+    LARGEST_FILE,
+    STUDENTS_FILE,
+    CrossFitted,
+    check_folds,
+    corpus_digest,
+    final_of,
+    fold_of,
+    run_of,
+)
+from dftserve.targets.text_itself import TextItself
+from dftserve.train import config as configs
+from dftserve.train.config import DivergenceConfig, TrainConfig
+from dftserve.train.run import train
+
+PLACES = ("model", "targets", "output")
+OURS = (*PLACES, "divergence")
+"""Settings of the trainer that a fold sets by itself."""
+
+
+def cross_fit(
+    job: Job,
+    *,
+    folds: int,
+    training: Mapping[str, str],
+    say: Say = print,
+) -> Path:
+    """Train the students that are missing in the folder `job.out`.
+
+    Args:
+        job: corpus, model and recipe, of which the filters alone are used.
+        training: the trainer's settings by name, as `--set` gives them.
+
+    Raises:
+        ValueError: what is wrong with corpus, recipe, model or settings; fewer folds than two or
+            than there are texts; or a folder of other students.
+        SystemExit: a signal stopped the trainer, which has saved.
+    """
+    check_folds(folds)
+    config = _config(job, training)
+    material = read_documents(job, say)
+    documents = material.documents["train"]
+    parts = [[each for each in documents if fold_of(each, folds) == fold] for fold in range(folds)]
+    for fold, part in enumerate(parts):
+        if not part or len(part) == len(documents):
+            raise ValueError(
+                f"folds: fold {fold} of {folds} has {len(part)} of {len(documents)} documents; "
+                "accepted: some in each, as a text and its copies are in one. Take fewer folds, or "
+                "give more texts."
+            )
+    told = asdict(config)
+    wanted = CrossFitted(
+        folds=folds,
+        corpus_blake3=corpus_digest(documents, folds),
+        training={name: each for name, each in told.items() if name not in OURS},
+    )
+    _begin(job.out, wanted)
+    for fold, part in enumerate(parts):
+        if final_of(job.out, fold).exists():
+            say(f"Fold {fold + 1} of {folds} is trained already.")
+            continue
+        say(f"Fold {fold + 1} of {folds}: {len(part):,} of {len(documents):,} documents aside.")
+        others = [each for each in documents if fold_of(each, folds) != fold]
+        _train(job, fold, material, {"train": others, "heldout": part}, config)
+    return job.out
+
+
+def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
+    """The settings, checked before anything is read."""
+    taken = [name for name in training if name.split(".")[0] in OURS]
+    if taken:
+        raise ValueError(
+            f"--train {taken[0]}: a student's {taken[0].split('.')[0]} is set by its fold; "
+            "accepted: the trainer's other settings, as epochs=2."
+        )
+    places = dict.fromkeys(PLACES, "set by the fold")
+    config = configs.load(None, {**training, **places})
+    return replace(config, model=job.model, divergence=DivergenceConfig(name="sft"))
+
+
+def _begin(folder: Path, wanted: CrossFitted) -> None:
+    path = folder / STUDENTS_FILE
+    if path.exists():
+        found: Any = read_json(path, within=folder, largest=LARGEST_FILE)
+        was = settings.load(CrossFitted, found, str(path))
+        now: CrossFitted = settings.load(CrossFitted, json.loads(_json(wanted)), str(path))
+        if was != now:
+            differs = next(name for name in asdict(was) if getattr(was, name) != getattr(now, name))
+            raise ValueError(
+                f"{folder} holds students of another {differs.replace('_blake3', '')}; choose "
+                "another --out, or remove it."
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is neither empty nor a folder of students; choose another.")
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, _json(wanted))
+
+
+def _json(wanted: CrossFitted) -> str:
+    return json.dumps(asdict(wanted), indent=2) + "\n"
+
+
+def _train(
+    job: Job,
+    fold: int,
+    material: Material,
+    documents: Mapping[str, Sequence[Document]],
+    config: TrainConfig,
+) -> None:
+    """One student: a store of the text itself, and a run on it."""
+    output = run_of(job.out, fold)
+    targets = output.parent / "targets"
+    source = TextItself(vocabulary=len(material.tokenizer))
+    planned = store.plan(
+        source,
+        documents,
+        tokenizer=tokenizer_fingerprint(material.tokenizer),
+        template=material.template,
+        corpus=material.corpus,
+        k=1,
+        draws=0,
+        seed=job.seed,
+    )
+    store.write(targets, planned, source, documents)
+    train(replace(config, targets=str(targets), output=str(output)))

@@ -1,0 +1,397 @@
+"""Calibrated targets on sources whose truth is known: what is left out, and where g is 0."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dftserve.cli import main
+from dftserve.targets.bins import Bins
+from dftserve.targets.cache import Cache
+from dftserve.targets.calibrated import Calibrated, Fit, calibrate, shown, verdict, with_text
+from dftserve.targets.document import Document
+from dftserve.targets.gate import gate, interval
+from dftserve.targets.in_context import InContext
+from dftserve.targets.ngram import Ngram
+from dftserve.targets.source import DenseSource
+from dftserve.targets.store import TargetStore
+from dftserve.targets.teacher import Teacher
+from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
+from tests.training import documents, save_model, save_texts, small_model
+
+V = 12
+SMALL = Bins(match=(1,), count=(), entropy=(2.0,), position=())
+
+
+class Chain(DenseSource):
+    """A Markov chain, which is the truth of the texts that it wrote."""
+
+    vocabulary = V
+
+    def __init__(self, seed, sharpness):
+        random = np.random.default_rng(seed)
+        self.next_VV = random.dirichlet(np.full(V, sharpness), size=V) * 0.99 + 0.01 / V
+        self.reads = 0
+
+    def describe(self):
+        return {"kind": "chain", "next": self.next_VV.tolist()}
+
+    def read(self, documents):
+        self.reads += 1
+        log_VV = torch.from_numpy(np.log(self.next_VV)).float()
+        return [
+            lambda start, stop, d=d: log_VV[d.tokens_N[d.positions_T[start:stop] - 1]]
+            for d in documents
+        ]
+
+    def texts(self, count, tokens, seed):
+        return [self.text(tokens, np.random.default_rng([seed, i])) for i in range(count)]
+
+    def text(self, tokens, random):
+        found = [int(random.integers(V))]
+        while len(found) < tokens:
+            found.append(int(random.choice(V, p=self.next_VV[found[-1]])))
+        return document(found)
+
+
+def document(tokens, group=""):
+    trained_N = np.arange(len(tokens)) > 0
+    return Document(np.array(tokens, np.int32), trained_N, group)
+
+
+def made(model, train, heldout, **others):
+    ngram = Ngram(train, vocabulary=V, order=3, min_count=1)
+    parts = {"teacher": model, "ngram 1": ngram.at_order(1), "ngram 3": ngram}
+    parts |= {"cache": Cache(decay=0.9, vocabulary=V), **others}
+    found = calibrate(parts, ngram, heldout, bins=SMALL, fit=Fit())
+    return found, Calibrated(parts, ngram, found, bins=SMALL, heldout=heldout)
+
+
+def rows_of(source, doc):
+    return source.read([doc])[0](0, len(doc.positions_T))
+
+
+TRUTH = Chain(1, 0.15)
+TRAIN, HELDOUT = TRUTH.texts(20, 60, 1), TRUTH.texts(30, 60, 2)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """The model is the truth already."""
+    return made(TRUTH, TRAIN, HELDOUT)
+
+
+@pytest.fixture(scope="module")
+def better():
+    """The model is another chain; a source that is the truth stands beside it."""
+    return made(Chain(2, 5.0), TRAIN, HELDOUT, other=TRUTH)
+
+
+# Where g is 0, and where it is not
+
+
+def test_where_the_model_is_the_truth_every_target_is_the_text_itself(known):
+    found, source = known
+    assert found.share == 0
+    assert all(each.share == 0 for each in found.bins)
+    assert "The mixture is refused: it does not predict unseen text better than teacher" in verdict(
+        found
+    )
+    probabilities_TV = rows_of(source, TRAIN[0]).exp().numpy()
+    wanted_TV = np.eye(V)[TRAIN[0].labels_T]
+    np.testing.assert_array_equal(probabilities_TV, wanted_TV)
+
+
+def test_where_a_source_is_better_than_the_model_it_takes_a_share(better):
+    found, source = better
+    assert found.share > 0.05
+    assert {each.over for each in found.gains} == {"teacher", "ngram 3"}
+    assert all(each.nats.low > 0 for each in found.gains)
+    assert "train with divergence.target_weight 1" in verdict(found)
+    for name in ("mixture", "teacher", "ngram 1", "other", "95 % interval", "gain over"):
+        assert name in shown(found)
+    own_T = rows_of(source, TRAIN[0]).exp().gather(1, torch.from_numpy(labels(TRAIN[0]))[:, None])
+    assert float(own_T.min()) >= 1 - max(each.share for each in found.bins) - 1e-6
+    assert float(own_T.mean()) < 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+def test_to_train_on_a_refused_mixture_is_plain_fine_tuning(known, weight):
+    targets = known[1].targets(TRAIN[:1], k=4, draws=4, seeds=[0])[0]
+    rows = TargetRows.of(TRAIN[0].labels_T, targets)
+    logits_TV = torch.randn(59, V, generator=torch.Generator().manual_seed(0)).double()
+    for divergence in (ForwardKL(weight=weight), SFT()):
+        loss_T, gradient_TV = divergence.loss_and_gradient(Rows.of(logits_TV.clone()), rows)
+        wanted_T = torch.nn.functional.cross_entropy(logits_TV, rows.labels_R, reduction="none")
+        torch.testing.assert_close(loss_T, wanted_T)
+        wanted_TV = logits_TV.softmax(1) - torch.nn.functional.one_hot(rows.labels_R, V)
+        torch.testing.assert_close(gradient_TV, wanted_TV)
+
+
+def labels(doc):
+    return doc.labels_T.astype(np.int64)
+
+
+def test_the_mixture_is_as_good_as_its_best_component(better):
+    """Held out, by weights of the other folds: within what fitting so few weights may cost."""
+    found, _ = better
+    best = min(each.nll.mean for each in found.components if not each.ruled_out)
+    free = sum(1 for each in found.bins if each.positions) * (len(found.components) - 1)
+    assert found.mixture.mean < best + 2 * free / found.tokens
+
+
+def test_what_a_component_rules_out_is_told_and_not_averaged(better):
+    """A cache knows the words that a document has said, and gives no other any probability."""
+    cache = {each.name: each for each in better[0].components}["cache"]
+    counted = [Cache(decay=0.9, vocabulary=V).token_logprobs([doc])[0] for doc in HELDOUT]
+    logprobs_T = np.concatenate(counted)
+    possible_T = np.isfinite(logprobs_T)
+    assert cache.ruled_out == pytest.approx(1 - possible_T.mean())
+    assert cache.nll.mean == pytest.approx(-logprobs_T[possible_T].mean())
+    assert f"{cache.ruled_out:.1%}" in shown(better[0])
+
+
+def test_rows_are_distributions(known, better):
+    for _, source in (known, better):
+        for doc in (TRAIN[0], HELDOUT[0], TRUTH.texts(1, 30, 9)[0]):
+            rows_TV = rows_of(source, doc)
+            assert not bool(rows_TV.isnan().any())
+            assert float(rows_TV.logsumexp(dim=1).abs().max()) < 1e-5
+
+
+def test_rows_of_heldout_documents_are_the_mixture_alone(known):
+    """In sample, so a little better than the folds say."""
+    found, source = known
+    nll = [
+        -float(rows_of(source, doc).gather(1, torch.from_numpy(labels(doc))[:, None]).sum())
+        for doc in HELDOUT
+    ]
+    mean = sum(nll) / found.tokens
+    assert found.mixture.low < mean < found.mixture.mean + 0.01
+    assert float(rows_of(source, HELDOUT[0]).isfinite().all())
+
+
+def test_chunks_are_the_whole(better):
+    rows = better[1].read(TRAIN[:1])[0]
+    whole_TV = rows(0, 59)
+    parts = [rows(start, stop) for start, stop in ((0, 7), (7, 8), (8, 59))]
+    torch.testing.assert_close(torch.cat(parts), whole_TV)
+
+
+# What is left out
+
+
+def test_a_document_is_left_out_of_its_own_target(better):
+    """In the corpus, or another text in its place: the n-grams and the bins of its rows stay."""
+    found, _ = better
+    changed = document([*TRAIN[0].tokens_N[:30].tolist(), *[3] * 30])
+    rows = []
+    for corpus in (TRAIN, [changed, *TRAIN[1:]]):
+        ngram = Ngram(corpus, vocabulary=V, order=3, min_count=1)
+        parts = {"teacher": TRUTH, "ngram 1": ngram.at_order(1), "ngram 3": ngram}
+        parts |= {"cache": Cache(decay=0.9, vocabulary=V), "other": TRUTH}
+        rows.append(rows_of(Calibrated(parts, ngram, found, bins=SMALL, heldout=[]), TRAIN[0]))
+    torch.testing.assert_close(*rows)
+    inside = rows_of(Ngram([changed, *TRAIN[1:]], vocabulary=V), TRAIN[1])
+    assert not torch.equal(inside, rows_of(Ngram(TRAIN, vocabulary=V), TRAIN[1]))
+
+
+def test_a_cache_counts_what_stands_before_by_its_age():
+    source = Cache(decay=0.5, vocabulary=V)
+    rows_TV = rows_of(source, document([3, 4, 3, 5])).exp().numpy()
+    wanted_TV = np.zeros((3, V))
+    wanted_TV[0, 3] = 1
+    wanted_TV[1, [3, 4]] = np.array([0.5, 1]) / 1.5
+    wanted_TV[2, [3, 4]] = np.array([1 + 0.25, 0.5]) / 1.75
+    np.testing.assert_allclose(rows_TV, wanted_TV, atol=1e-6)
+    own_T = np.exp(source.token_logprobs([document([3, 4, 3, 5])])[0])
+    np.testing.assert_allclose(own_T, wanted_TV[[0, 1, 2], [4, 3, 5]])
+    with pytest.raises(ValueError, match=r"decay: got 1\.0; accepted: above 0, below 1"):
+        Cache(decay=1.0, vocabulary=V)
+
+
+def test_other_documents_are_put_before_one_and_never_itself():
+    """The rows are the teacher's on the whole; copies and pieces of the same text are not drawn."""
+    teacher = Teacher(small_model(), vocabulary=91, name="small")
+    held = [*documents(6, seed=3, longest=10)]
+    one = Document(held[0].tokens_N, held[0].trained_N, "book")
+    piece = Document(held[1].tokens_N, held[1].trained_N, "book")
+    copy = Document(held[0].tokens_N, held[0].trained_N, "elsewhere")
+    source = InContext(teacher, [one, piece, copy, *held[2:]], number=3, tokens=25)
+    before_N = source.before(one)
+    assert 0 < len(before_N) <= 25
+    np.testing.assert_array_equal(before_N, source.before(one))
+    drawn = [each.tokens_N.tolist() for each in held[2:]]
+    assert any(before_N.tolist()[: len(each)] == each for each in drawn)
+    alone = InContext(teacher, [one, piece, copy], number=3, tokens=25)
+    assert len(alone.before(one)) == 0
+    torch.testing.assert_close(rows_of(alone, one), rows_of(teacher, one))
+    whole = Document(
+        np.concatenate([before_N, one.tokens_N]),
+        np.concatenate([np.zeros(len(before_N), bool), one.trained_N]),
+    )
+    torch.testing.assert_close(rows_of(source, one), rows_of(teacher, whole))
+
+
+def test_a_context_leaves_room_for_the_document():
+    teacher = Teacher(small_model(), vocabulary=91, name="small")
+    longest = document([5] * 120)
+    source = InContext(teacher, documents(9, seed=3), number=8, tokens=500)
+    assert len(source.before(longest)) == 8  # Of the model's 128 positions.
+    assert len(rows_of(source, longest)) == 119
+
+
+# The gate
+
+
+def test_a_gain_in_few_documents_is_none():
+    """The same gain of 1 nat: in 20 documents it has a share, in one of 20 it has not."""
+    groups_T = np.repeat(np.arange(20), 50)
+    bins_T = (groups_T == 0).astype(np.int64)
+    nll_T = np.ones(1000)
+    found = gate(nll_T, {"text": nll_T + 1}, groups_T, bins_T, bins=3)
+    np.testing.assert_allclose(found.share_B, [1 - math.exp(-1), 0, 0])
+
+
+def test_a_gain_that_the_least_baseline_denies_is_none():
+    groups_T = np.repeat(np.arange(20), 50)
+    bins_T = np.tile([0, 1], 500)
+    better_T = np.where(bins_T == 0, 1.0, -0.5)
+    nll_T = np.ones(1000)
+    found = gate(nll_T, {"a": nll_T + 2, "b": nll_T + better_T}, groups_T, bins_T, bins=2)
+    assert found.share_B[0] > 0.5
+    assert found.share_B[1] == 0
+    worse = gate(nll_T, {"a": nll_T + 2, "b": nll_T + better_T - 0.5}, groups_T, bins_T, bins=2)
+    assert (worse.share_B == 0).all()  # Of all positions together it gains nothing on b.
+
+
+def test_intervals_are_over_documents():
+    """Ten documents, the tokens of each all alike: as wide as ten numbers are, not a thousand."""
+    values_S = np.arange(10.0)
+    found = interval(np.repeat(values_S, 100), np.repeat(np.arange(10), 100))
+    error = values_S.std() / math.sqrt(10)
+    assert found.mean == 4.5
+    assert abs(found.high - found.low - 2 * 1.96 * error) < 0.25 * error
+
+
+def test_chance_passes_the_gate_seldom():
+    """Gains of mean 0, 60 times: passed by at most what 5 % and five deviations allow."""
+    random, groups_T = np.random.default_rng(0), np.repeat(np.arange(30), 20)
+    bins_T = np.tile([0, 1, 2, 3], 150)
+    passed = 0
+    for _ in range(60):
+        gains_T = random.normal(size=30)[groups_T] + random.normal(size=600)
+        passed += gate(gains_T, {"a": 0 * gains_T}, groups_T, bins_T, bins=4).share_B.any()
+    assert passed <= 60 * 0.05 + 5 * math.sqrt(60 * 0.05 * 0.95)
+
+
+def test_the_text_takes_what_the_mixture_leaves():
+    mixed_RV = torch.tensor([[0.2, 0.8], [0.2, 0.8], [1.0, 0.0]]).log()
+    found_RV = with_text(mixed_RV, torch.tensor([0, 0, 1]), np.array([0.0, 0.25, 1.0])).exp()
+    wanted_RV = torch.tensor([[1.0, 0.0], [0.8, 0.2], [1.0, 0.0]])
+    torch.testing.assert_close(found_RV, wanted_RV)
+
+
+def test_bins_are_told_by_their_edges():
+    bins = Bins(match=(1, 3), count=(), entropy=(1.5,), position=(64,))
+    values = {"match": [0, 1, 2, 3, 9], "count": [0] * 5, "entropy": [0, 1.5, 9, 0, 9]}
+    found_T = bins.of(
+        **{name: np.array(each) for name, each in values.items()},
+        position=np.array([1, 63, 64, 64, 900]),
+    )
+    assert bins.number == 12
+    assert [bins.title(number) for number in found_T.tolist()] == [
+        "match < 1, entropy < 1.5, position < 64",
+        "match 1 to 3, entropy ≥ 1.5, position < 64",
+        "match 1 to 3, entropy ≥ 1.5, position ≥ 64",
+        "match ≥ 3, entropy < 1.5, position ≥ 64",
+        "match ≥ 3, entropy ≥ 1.5, position ≥ 64",
+    ]
+
+
+# What is refused, and what is not done twice
+
+
+@pytest.mark.parametrize("heldout", [[], HELDOUT[:9], [document([1, 2])] * 40])
+def test_too_little_held_out_text_is_refused(heldout):
+    with pytest.raises(ValueError, match=r"held-out text, of .*; accepted: 1,000 of 10 at.*--held"):
+        made(TRUTH, TRAIN, heldout)
+
+
+def test_pieces_of_one_text_count_as_one():
+    pieces = [document(each.tokens_N.tolist(), "a book") for each in HELDOUT]
+    with pytest.raises(ValueError, match="got 1,770 learnt tokens of held-out text, of 1 texts"):
+        made(TRUTH, TRAIN, pieces)
+
+
+def test_what_was_fitted_is_not_fitted_again(better):
+    found, source = better
+    model = Chain(2, 5.0)
+    told = json.loads(json.dumps({"kind": "mix", "sources": [source.describe()]}))
+    ngram = Ngram(TRAIN, vocabulary=V, order=3, min_count=1)
+    parts = {"teacher": model, "ngram 1": ngram.at_order(1), "ngram 3": ngram}
+    parts |= {"cache": Cache(decay=0.9, vocabulary=V), "other": TRUTH}
+    again = calibrate(parts, ngram, HELDOUT, bins=SMALL, fit=Fit(), known=told)
+    assert (again, model.reads) == (found, 0)
+    other = calibrate(parts, ngram, HELDOUT[1:], bins=SMALL, fit=Fit(), known=told)
+    assert (other.inputs != found.inputs, model.reads > 0) == (True, True)
+
+
+def test_the_same_seed_and_texts_give_the_same_figures(better):
+    found, _ = made(Chain(2, 5.0), TRAIN, HELDOUT, other=TRUTH)
+    assert asdict(found) == asdict(better[0])
+
+
+# From the command line
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return save_texts(tmp_path / "texts", 44)
+
+
+def build(texts, small, out, *more):
+    arguments = ["target", "build", texts, "--model", small, "--recipe", "calibrated", "--out", out]
+    arguments += ["--set", f"teacher={small}", "--heldout", "0.5", *more]
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def test_a_build_tells_what_it_measured_and_goes_on_with_it(tmp_path, texts, small):
+    out = tmp_path / "out"
+    result = build(texts, small, out, "--set", "in_context=2")
+    assert result.exit_code == 0, result.output
+    for said in ("Fitting a mixture", "nats a token", "in context", "cache 0.95", "gain over"):
+        assert said in result.output
+    source = TargetStore(out).manifest.plan.source
+    assert source["calibration"]["tokens"] >= 1000
+    again = build(texts, small, out, "--set", "in_context=2")
+    assert "is complete already" in again.output
+    assert "Fitting a mixture" not in again.output
+    inspected = CliRunner().invoke(main, ["target", "inspect", str(out)])
+    for told in (again, inspected):
+        assert "in context" in told.output
+        assert "gain over teacher" in told.output
+
+
+def test_a_plan_tells_it_too(tmp_path, texts, small):
+    planned = build(texts, small, tmp_path / "out", "--plan", "--json")
+    assert planned.exit_code == 0, planned.output
+    told = json.loads(planned.stdout)["calibrations"][0]
+    assert [each["name"] for each in told["components"]][:2] == ["teacher", "ngram 1"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_without_enough_held_out_text_ends_in_a_sentence(tmp_path, texts, small):
+    result = build(texts, small, tmp_path / "out", "--heldout", "0.05")
+    assert result.exit_code == 2
+    assert "accepted: 1,000 of 10 at least" in result.output
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,165 @@
+"""Cross-fitted students: which texts each was tuned on, and which it is asked about."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dftserve.cli import main
+from dftserve.targets.document import Document
+from dftserve.targets.source import DenseSource
+from dftserve.targets.store import TargetStore
+from dftserve.targets.students import Students, final_of, fold_of
+from dftserve.targets.text_itself import TextItself
+from tests.training import save_model, save_texts
+
+FOLDS = 2
+
+
+def document(seed, group=""):
+    tokens_N = np.random.default_rng(seed).integers(0, 9, 12).astype(np.int32)
+    return Document(tokens_N, np.arange(12) > 0, group)
+
+
+class Sure(DenseSource):
+    """Expects one token everywhere."""
+
+    vocabulary = 9
+
+    def __init__(self, token):
+        self._row_1V = torch.full((1, 9), -torch.inf)
+        self._row_1V[0, token] = 0.0
+
+    def describe(self):
+        return {"kind": "sure"}
+
+    def read(self, documents):
+        return [lambda start, stop: self._row_1V.expand(stop - start, 9) for _ in documents]
+
+
+def test_what_belongs_together_is_in_one_fold():
+    assert len({fold_of(document(seed, "a book"), 5) for seed in range(20)}) == 1
+    assert {fold_of(document(seed), 5) for seed in range(60)} == set(range(5))
+
+
+def test_each_text_is_read_by_the_student_of_its_fold():
+    source = Students([Sure(token) for token in (0, 1, 2)])  # type: ignore[list-item]
+    read = [document(seed) for seed in range(20)]
+    for each, rows in zip(read, source.read(read), strict=True):
+        wanted_T = torch.full((11,), fold_of(each, 3))
+        torch.testing.assert_close(rows(0, 11).argmax(dim=1), wanted_T)
+
+
+def test_the_text_itself_is_certain():
+    one = document(0)
+    targets = TextItself(vocabulary=9).targets([one], k=1, draws=0, seeds=[0])[0]
+    np.testing.assert_array_equal(targets.top_ids_TK[:, 0], one.labels_T)
+    assert (targets.top_logprobs_TK == 0).all()
+    assert (targets.tail_logprob_T == -np.inf).all()
+    with pytest.raises(ValueError, match="got k 6, draws 0; accepted: 1 and 0"):
+        TextItself(vocabulary=9).targets([one], k=6, draws=0, seeds=[0])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return save_texts(tmp_path_factory.mktemp("corpus") / "texts", 44)
+
+
+def target(command, texts, small, out, *more):
+    arguments = ["target", command, texts, "--model", small, "--recipe", "calibrated", "--out", out]
+    arguments += ["--set", f"teacher={small}", "--heldout", "0.5", *more]
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+TRAINING = ("--folds", FOLDS, "--train", "steps=2", "--train", "max_length=64")
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory, texts, small):
+    out = tmp_path_factory.mktemp("students") / "out"
+    result = target("students", texts, small, out, *TRAINING)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def tokens_of(store, split):
+    return {store[split, i][0].tokens_N.tobytes() for i in range(store.count(split))}
+
+
+def test_a_student_is_tuned_on_all_folds_but_its_own(students):
+    stores = [TargetStore(students / f"fold-{fold}" / "targets") for fold in range(FOLDS)]
+    aside = [tokens_of(store, "heldout") for store in stores]
+    for fold, store in enumerate(stores):
+        others = set.union(*(each for i, each in enumerate(aside) if i != fold))
+        assert tokens_of(store, "train") == others
+        assert aside[fold]
+        assert not aside[fold] & others
+        run = json.loads((final_of(students, fold) / "run.json").read_text())
+        assert run["settings"]["divergence"]["name"] == "sft"
+
+
+def test_the_same_command_trains_no_fold_twice(students, texts, small):
+    """Also where one of them was stopped: it goes on with that one."""
+    before = [(final_of(students, fold) / "checksums.json").read_bytes() for fold in range(FOLDS)]
+    again = target("students", texts, small, students, *TRAINING)
+    assert again.exit_code == 0, again.output
+    assert again.output.count("is trained already") == FOLDS
+    other = target("students", texts, small, students, *TRAINING, "--train", "steps=3")
+    assert other.exit_code == 2
+    assert "holds students of another training; choose another --out" in other.output
+    assert before == [
+        (final_of(students, fold) / "checksums.json").read_bytes() for fold in range(FOLDS)
+    ]
+
+
+def test_students_are_a_component_and_a_baseline(tmp_path, students, texts, small):
+    chosen = ("--set", f"students={students}")
+    result = target("build", texts, small, tmp_path / "out", *chosen)
+    assert result.exit_code == 0, result.output
+    found = TargetStore(tmp_path / "out").manifest.plan.source["calibration"]
+    assert "students" in [each["name"] for each in found["components"]]
+    assert "students" in [each["over"] for each in found["gains"]]
+    other = target("build", texts, small, tmp_path / "other", *chosen, "--seed", "1")
+    assert other.exit_code == 2
+    assert "was trained on other texts than these" in other.output
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--folds", "1"), "folds: got 1; accepted: from 2 to 100"),
+        (("--folds", "90"), "folds: fold "),
+        (("--train", "divergence.name=gem"), "a student's divergence is set by its fold"),
+        (("--train", "epoch=2"), "got the key 'epoch'"),
+        (("--train", "steps"), "--train: got 'steps'; accepted: KEY=VALUE"),
+    ],
+)
+def test_what_cannot_be_trained(tmp_path, texts, small, more, said):
+    result = target("students", texts, small, tmp_path / "out", *more)
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_without_students(tmp_path, students, texts, small):
+    empty, unfinished = tmp_path / "empty", tmp_path / "unfinished"
+    empty.mkdir()
+    unfinished.mkdir()
+    told = (students / "students.json").read_bytes()
+    (unfinished / "students.json").write_bytes(told)
+    for folder, said in (
+        (empty, "has no students.json; accepted: the --out of `dftserve target students`"),
+        (unfinished, "is unfinished: fold 0 of 2 has no model; run its command again"),
+    ):
+        out = tmp_path / "out"
+        result = target("build", texts, small, out, "--set", f"students={folder}")
+        assert result.exit_code == 2, result.output
+        assert said in result.output
