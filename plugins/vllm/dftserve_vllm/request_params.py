@@ -256,13 +256,12 @@ def _marked(
         params.min_p = 0.0
     prompt = prompt_with(diversity, params.n)
     _note(request, prompt)
-    carried: dict[str, Any] = {DIVERSITY: diversity.as_dict(), IDENTITY: prompt.identity}
     if not diversity.is_off:
         metrics.metrics().count_request(diversity.law)
     params = _stripped(params)
     if prompt.style is not None and not prompt.style.is_off:
         metrics.metrics().count_style(prompt.style.name)
-        carried[STYLE] = prompt.style.as_dict()
+    carried = {**prompt.carried(), IDENTITY: prompt.identity}
     params.extra_args = {**(params.extra_args or {}), **carried}
     return params
 
