@@ -109,16 +109,69 @@ def test_where_it_cannot_be_kept_requests_go_on(set_audit, tmp_path, monkeypatch
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_after_a_full_disk_lines_are_whole_again(set_audit, tmp_path, monkeypatch):
-    set_audit(tmp_path / "audit.jsonl")
-    write = os.write
-    monkeypatch.setattr(audit.os, "write", lambda fd, line: write(fd, line[:20]))
-    ask(diversity=0.1)
-    monkeypatch.setattr(audit.os, "write", write)
-    ask(diversity=0.2)
-    cut, whole = (tmp_path / "audit.jsonl").read_text().splitlines()
-    assert len(cut) == 20
-    assert json.loads(whole)["outcome"] == "accepted"
+class Disk:
+    """`os.write` on a disk with so many bytes left."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.left = 0
+        self._write = os.write
+        monkeypatch.setattr(audit.os, "write", self.write)
+
+    def write(self, descriptor, line) -> int:
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(descriptor, line[: self.left])
+        self.left -= written
+        return written
+
+
+@pytest.mark.parametrize("writer", ["the same", "another process", "the next start"])
+def test_after_a_full_disk_lines_are_whole_again(tmp_path, monkeypatch, writer):
+    file, disk = tmp_path / "audit.jsonl", Disk(monkeypatch)
+    settings = Audit(file=str(file))
+    first, other = audit.AuditLog(settings), audit.AuditLog(settings)
+    disk.left = 1000
+    first.write({"number": 0})
+    other.write({"number": 1})
+    disk.left = 20
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"cut|No space"):
+            first.write({"number": 2, "rest": "y" * 40})
+    disk.left = 1000
+    last = {"the same": first, "another process": other}.get(writer, audit.AuditLog(settings))
+    last.write({"number": 3})
+    first.write({"number": 4})
+    lines = file.read_text().splitlines()
+    assert len(lines.pop(2)) == 20
+    assert [json.loads(line)["number"] for line in lines] == [0, 1, 3, 4]
+    for log_ in (first, other, last):
+        log_.close()
+
+
+@pytest.mark.parametrize("size", [100, 2_000_000])
+def test_a_file_that_is_too_large_already_is_renamed(tmp_path, monkeypatch, size):
+    """As where `largest_mib` was lowered."""
+    monkeypatch.setattr(audit, "MIB", 100)
+    file = tmp_path / "audit.jsonl"
+    file.write_text("x" * (size - 1) + "\n")
+    writer = audit.AuditLog(Audit(file=str(file), largest_mib=1))
+    writer.write({"number": 0})
+    writer.close()
+    assert json.loads(file.read_text()) == {"number": 0}
+    assert os.stat(f"{file}.1").st_size == size
+
+
+def test_files_beyond_a_lowered_keep_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "MIB", 10)
+    file = tmp_path / "audit.jsonl"
+    for name in ("1", "2", "3", "4", "20261128", "1.gz"):
+        (tmp_path / f"audit.jsonl.{name}").write_text("older")
+    writer = audit.AuditLog(Audit(file=str(file), largest_mib=1, keep=2))
+    for number in range(2):
+        writer.write({"number": number})
+    writer.close()
+    left = sorted(path.name.removeprefix("audit.jsonl") for path in tmp_path.iterdir())
+    assert left == ["", ".1", ".1.gz", ".2", ".20261128"]
 
 
 def test_files_are_renamed_by_size_and_the_oldest_deleted(tmp_path, monkeypatch):

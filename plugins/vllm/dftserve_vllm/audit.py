@@ -9,8 +9,10 @@ Opt-in, by `audit` of the policy. Whatever keeps a line from being written is co
 """
 
 import fcntl
+import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -31,8 +33,6 @@ KEY_DIGITS = 12
 """Of the key's SHA-256: enough to tell keys apart."""
 LONGEST_NAME = 128
 """Characters of a request's id and of a model's name; both come from clients."""
-ENCODED_ROOM = 1 << 20
-"""Bytes by which a file may exceed its size before it is renamed: processes share it."""
 
 
 class AuditLog:
@@ -52,8 +52,9 @@ class AuditLog:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
             descriptor = self._current()
+            if _ends_cut(descriptor):
+                line = b"\n" + line
             if os.write(descriptor, line) != len(line):
-                os.write(descriptor, b"\n")  # What is whole after it stays readable.
                 raise OSError(f"{self._path}: a line was cut: is the disk full?")
         except BaseException:
             self.close()
@@ -77,12 +78,12 @@ class AuditLog:
         return self._descriptor
 
     def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        """Of any size: one that is too large is renamed before the next line."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         # Neither a link nor a pipe in its place is written to.
         descriptor = os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
-            largest = self._largest + ENCODED_ROOM
-            bounded_files.check(self._path, os.fstat(descriptor), largest)
+            bounded_files.check(self._path, os.fstat(descriptor), largest=sys.maxsize)
         except ValueError:
             os.close(descriptor)
             raise
@@ -103,9 +104,26 @@ class AuditLog:
             if (older := self._numbered(number)).exists():
                 os.replace(older, self._numbered(number + 1))
         os.replace(self._path, self._numbered(1))
+        self._delete_beyond(self._keep)
+
+    def _delete_beyond(self, keep: int) -> None:
+        """What an earlier start kept that was given a larger `keep`; up to the first gap, so that
+        nothing of another numbering goes."""
+        for number in itertools.count(keep + 1):
+            try:
+                os.remove(self._numbered(number))
+            except FileNotFoundError:
+                return
 
     def _numbered(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
+
+
+def _ends_cut(descriptor: int) -> bool:
+    """Whether the last line has no end: the disk was full as it was written, perhaps by another
+    process or before a restart."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
 @lru_cache
