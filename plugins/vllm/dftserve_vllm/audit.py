@@ -1,8 +1,9 @@
-"""The audit log: one JSON line for each request with a field, without any text of the client's.
+"""The audit log: one JSON line for each request with a field, without any text of the client's
+but the names by which it is told apart.
 
     {"time": "2026-11-28T06:50:00.123+00:00", "request_id": "3f…", "model": "demo",
      "key": "2c26b46b68ff", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
-     "outcome": "clamped"}
+     "outcome": "clamped", "prompts": 1}
 
 Opt-in, by `audit` of the policy. Whatever keeps a line from being written is counted
 (`dft:audit_lost_total`) and logged once; the request goes on.
@@ -27,7 +28,7 @@ from dftserve.policy import MIB, Audit
 from dftserve_vllm import engine, metrics, policy, request_context
 from dftserve_vllm.extra_args import DIVERSITY, STYLE, parse_field, parse_style_field
 from dftserve_vllm.log import logged_once
-from dftserve_vllm.request_context import PromptContext
+from dftserve_vllm.request_context import PromptContext, RequestContext
 
 KEY_DIGITS = 12
 """Of the key's SHA-256: enough to tell keys apart."""
@@ -134,10 +135,37 @@ def log() -> AuditLog | None:
 
 
 def note(request: Any, prompt: PromptContext) -> None:
-    """A request that is accepted, with what is in force for it."""
-    if log() is not None:
-        outcome = "clamped" if prompt.clamped else "accepted"
-        _write(request, {"effective": prompt.effective(), "outcome": outcome})
+    """A prompt that is accepted, with what is in force for it. vLLM decides a body's prompts one by
+    one: they are counted, and noted as its answer begins."""
+    if log() is None:
+        return
+    current = request_context.current.get()
+    rest = {
+        "effective": prompt.effective(with_texts=False),
+        "outcome": "clamped" if prompt.clamped else "accepted",
+        "prompts": 1,
+    }
+    with _counted():
+        entry = {**_of_request(request), **rest}
+        if current is None:
+            _write(entry)
+        elif current.notes and _is_same(current.notes[-1], entry):
+            current.notes[-1]["prompts"] += 1
+        else:
+            current.notes.append(entry)
+
+
+def write_notes(context: RequestContext) -> None:
+    """What was noted for an HTTP request."""
+    notes, context.notes = context.notes, []
+    for entry in notes:
+        with _counted():
+            _write(entry)
+
+
+def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """But for the time, and how many prompts it is of."""
+    return all(one[name] == other[name] for name in one if name not in ("time", "prompts"))
 
 
 @contextmanager
@@ -149,19 +177,27 @@ def refusals(request: Any) -> Iterator[None]:
         parameter = getattr(error, "parameter", None)
         if log() is not None and isinstance(parameter, str) and _asked(request) is not None:
             name = parameter.removeprefix("vllm_xargs.").partition(".")[0]
-            _write(request, {"effective": None, "outcome": "refused", "param": name})
+            with _counted():
+                refused = {"effective": None, "outcome": "refused", "param": name}
+                _write({**_of_request(request), **refused})
         raise
 
 
-def _write(request: Any, rest: dict[str, Any]) -> None:
-    found = log()
-    assert found is not None
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Counts a line that cannot be written; the request goes on."""
     with logged_once("the audit log has gaps; dft:audit_lost_total counts them"):
         try:
-            found.write({**_of_request(request), **rest})
+            yield
         except BaseException:
             metrics.metrics().count_lost_audit()
             raise
+
+
+def _write(entry: dict[str, Any]) -> None:
+    found = log()
+    assert found is not None
+    found.write(entry)
 
 
 def _of_request(request: Any) -> dict[str, Any]:
@@ -201,7 +237,7 @@ def _diversity(value: object) -> object:
     if value == spec.HUMAN:
         return spec.HUMAN
     try:
-        return parse_field(value).as_dict()
+        return parse_field(value).without_texts()
     except spec.DiversityError:
         return "not acceptable"
 

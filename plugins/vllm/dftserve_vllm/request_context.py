@@ -103,12 +103,17 @@ class PromptContext:
             found[STYLE] = self.style.as_dict()
         return found
 
-    def effective(self) -> dict[str, dict[str, Any]]:
-        """The object form of what is in force, by field."""
+    def effective(self, *, with_texts: bool = True) -> dict[str, dict[str, Any]]:
+        """The object form of what is in force, by field.
+
+        Args:
+            with_texts: as it was asked for; else as `Diversity.without_texts`.
+        """
         fields: dict[str, dict[str, Any]] = {}
         if self.has_diversity:
             none = {} if self.reason is None else {"level": 0, "reason": self.reason}
-            fields[DIVERSITY] = self.diversity.as_dict() | none
+            form = self.diversity.as_dict if with_texts else self.diversity.without_texts
+            fields[DIVERSITY] = form() | none
         if self.style is not None:
             none = {} if self.reason is None else {"strength": 0, "reason": self.reason}
             fields[STYLE] = self.style.as_dict() | none
@@ -124,6 +129,8 @@ class RequestContext:
     prompts: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of the audit log that are not written yet."""
 
     def choices(self) -> int:
         return sum(prompt.count for prompt in self.prompts)
