@@ -162,7 +162,7 @@ def _rises(asked: _Asked) -> list[Mapping[str, Any] | None]:
 
 def _off(asked: _Asked) -> Finding:
     """Twice without the field: on a busy server the same request may round otherwise."""
-    options = {"temperature": 0, "max_tokens": GREEDY_TOKENS}
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": GREEDY_TOKENS}
     answers = asked.plain(options), asked.answer(0, **options), asked.plain(options)
     texts = [answer.choices[0].message.content for answer in answers]
     absent, zero, again = texts
