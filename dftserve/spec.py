@@ -4,6 +4,7 @@ Standard library only: clients, servers and trainers share these words without s
 """
 
 import difflib
+import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
@@ -195,6 +196,17 @@ class Diversity:
             found |= dry.as_dict()
         return found | ({GROUP: asdict(group)} if isinstance(group, Group) else {})
 
+    def without_texts(self) -> dict[str, Any]:
+        """The object form less the client's own words, for headers and logs: how many breakers
+        there are, and a digest of the group's id, by which equal ids are seen to be equal."""
+        found = self.as_dict()
+        if self.dry is not None:
+            found[DRY_BREAKERS] = len(self.dry.sequence_breakers)
+        if isinstance(self.group, Group):
+            digest = hashlib.sha256(self.group.id.encode(errors="surrogatepass")).hexdigest()
+            found[GROUP] = asdict(self.group) | {"id": digest[:DIGEST_DIGITS]}
+        return found
+
 
 def parse(value: object, parameter: str = "diversity") -> Diversity:
     """A `Diversity` from a number or an object.
@@ -305,6 +317,8 @@ STYLE_ACCEPTED = (
 )
 LONGEST_NAME = 64
 """Characters of a style's name, and of a group's."""
+DIGEST_DIGITS = 12
+"""Hexadecimal digits of a group id's SHA-256, where the id itself is not shown."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,18 @@
 """Does a running server do what it says? A few short requests, and a report to paste into an issue.
 
-It asks for under 4,000 tokens in all. The report has no text, key or address: versions, states and
-figures only.
+It asks for at most `MOST_TOKENS` tokens, in at most `REQUESTS` requests. The report as JSON has no
+text, key or address: versions, states and figures only.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from dftserve.doctor.findings import Finding, as_json, error, ok, warning
 from dftserve.doctor.server import capabilities_of
@@ -25,7 +28,10 @@ LEVELS = (0.25, 0.5, 1.0)
 CHOICES = 4
 AT_ONCE = 8
 ROUNDS = 2
-"""Of each kind, for throughput; the first, of both kinds, only warms the server up."""
+"""Of each kind, for throughput; one before them, of both kinds, only warms the server up."""
+_GREEDY, _STYLED, _TIMED = 3, 1, 2 * (ROUNDS + 1) * AT_ONCE
+REQUESTS = _GREEDY + len(LEVELS) + _STYLED + _TIMED
+MOST_TOKENS = _GREEDY * GREEDY_TOKENS + (len(LEVELS) * CHOICES + _STYLED + _TIMED) * TOKENS
 ABOUT = ("dftserve", "vllm", "runner", "device", "speculative_decoding", "active", "hooks_missing")
 """What of the capabilities a report has."""
 
@@ -36,10 +42,20 @@ class Report:
     about: Mapping[str, Any] = field(default_factory=dict)
     """Of the server: versions, runner, device."""
     figures: Mapping[str, Any] = field(default_factory=dict)
+    address: str = ""
+    """The server's; findings may name it to whoever asks, and the JSON does not."""
 
     def as_json(self) -> str:
-        listed = json.loads(as_json(self.findings))
+        listed = json.loads(as_json([self._without_address(each) for each in self.findings]))
         return json.dumps({**listed, "server": self.about, "figures": self.figures}, indent=2)
+
+    def _without_address(self, finding: Finding) -> Finding:
+        """Other addresses too: where a server has moved to."""
+        text = re.sub(r"https?://[^\s,;()]+", "ADDRESS", finding.text)
+        for part in (urlsplit(self.address).netloc, urlsplit(self.address).hostname):
+            if part:
+                text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "ADDRESS", text, flags=re.I)
+        return replace(finding, text=text)
 
 
 def verify(server: Server, model: str | None = None, api_key: str | None = None) -> Report:
@@ -53,13 +69,13 @@ def verify(server: Server, model: str | None = None, api_key: str | None = None)
     """
     findings, capabilities = capabilities_of(server.url, api_key)
     if capabilities is None or not capabilities.get("active"):
-        return Report(findings, _about(capabilities or {}))
+        return Report(findings, _about(capabilities or {}), address=server.url)
     figures: dict[str, Any] = {}
     model = model or server.models()[0]
     with server.client() as client, server.errors():
         asked = _Asked(client, model, capabilities)
         findings = [*findings, *_checks(asked, figures)]
-    return Report(findings, _about(capabilities), figures)
+    return Report(findings, _about(capabilities), figures, address=server.url)
 
 
 def _about(capabilities: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,38 +89,82 @@ class _Asked:
     capabilities: Mapping[str, Any]
 
     @property
-    def most(self) -> float:
-        """The level that the operator's policy allows, as far as capabilities say."""
-        policy = self.capabilities.get("policy") or {}
-        return float(policy.get("level", 1))
+    def policy(self) -> Mapping[str, Any]:
+        """The operator's, as far as capabilities say: they do not know an API key's entry."""
+        return self.capabilities.get("policy") or {}
 
-    def answer(self, diversity: float | None, **options: Any) -> Any:
+    @property
+    def most(self) -> float:
+        """The level that the policy allows."""
+        return float(self.policy.get("level", 1))
+
+    def answer(self, diversity: float, *, style: str | None = None, **options: Any) -> Any:
         """Of /v1/chat/completions."""
-        body = {} if diversity is None else {"diversity": diversity}
+        body: dict[str, Any] = {"diversity": diversity}
+        return self.plain(**(body if style is None else {**body, "style": style}), options=options)
+
+    def plain(self, options: Mapping[str, Any], **fields: Any) -> Any:
+        """With these fields of ours only; without them, the server's default holds."""
         return self.client.chat.completions.create(
             model=self.model,
             messages=[{"role": "user", "content": PROMPT}],
-            extra_body={**body, "ignore_eos": True},
+            extra_body={**fields, "ignore_eos": True},
             **{"max_tokens": TOKENS, **options},
         )
 
 
+class _RefusedError(Exception):
+    """What the operator's policy does not allow; the server's words."""
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """
+    Raises:
+        _RefusedError: in the body, a 400 that names the policy.
+    """
+    import openai
+
+    try:
+        yield
+    except openai.BadRequestError as error:
+        if "operator's policy" not in error.message:
+            raise
+        said = error.body if isinstance(error.body, Mapping) else {}
+        raise _RefusedError(str(said.get("message", error.message)).rstrip(".")) from None
+
+
 def _checks(asked: _Asked, figures: dict[str, Any]) -> Iterator[Finding]:
     yield _off(asked)
-    if asked.most <= 0:
-        yield warning("effect", "not looked at: the operator's policy caps the level at 0.")
+    yield _styles(asked)
+    try:
+        with _refusals():
+            rises = _rises(asked)
+    except _RefusedError as refusal:
+        yield warning("effect", f"not looked at: {refusal}.")
         return
-    rises = [_rise(asked, level * asked.most) for level in LEVELS]
     yield _echo(rises, asked.most)
     yield _effect(rises, figures, asked.most)
-    yield _styles(asked.capabilities)
     yield _throughput(asked, figures)
+
+
+def _rises(asked: _Asked) -> list[Mapping[str, Any] | None]:
+    """
+    Raises:
+        _RefusedError: capabilities say that no level may be asked for.
+    """
+    if asked.most <= 0:
+        raise _RefusedError("the operator's policy caps the level at 0")
+    if "gated" not in asked.policy.get("laws", ["gated"]):
+        raise _RefusedError("the operator's policy does not allow the law gated")
+    return [_rise(asked, level * asked.most) for level in LEVELS]
 
 
 def _off(asked: _Asked) -> Finding:
     """Twice without the field: on a busy server the same request may round otherwise."""
-    options = {"temperature": 0, "max_tokens": GREEDY_TOKENS}
-    texts = [asked.answer(level, **options).choices[0].message.content for level in (None, 0, None)]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": GREEDY_TOKENS}
+    answers = asked.plain(options), asked.answer(0, **options), asked.plain(options)
+    texts = [answer.choices[0].message.content for answer in answers]
     absent, zero, again = texts
     if zero in (absent, again):
         return ok(
@@ -151,19 +211,35 @@ def _effect(
     return error("effect", f"entropy does not rise with the level: by {shown} nats.")
 
 
-def _styles(capabilities: Mapping[str, Any]) -> Finding:
-    refused = capabilities.get("styles_refused") or {}
-    loaded = capabilities.get("styles") or []
-    if why := capabilities.get("styles_unavailable"):
+def _styles(asked: _Asked) -> Finding:
+    """What is loaded; and one of those that may be asked for is."""
+    refused = asked.capabilities.get("styles_refused") or {}
+    loaded = asked.capabilities.get("styles") or []
+    if why := asked.capabilities.get("styles_unavailable"):
         return warning("styles", f"{why}.")
     if refused:
         return warning("styles", f"{len(loaded)} loaded, {len(refused)} refused: see capabilities.")
-    return ok("styles", ", ".join(loaded) or "none loaded.")
+    if not loaded:
+        return ok("styles", "none loaded.")
+    allowed = [name for name in loaded if name in asked.policy.get("styles", loaded)]
+    if not allowed:
+        return warning("styles", "not asked for: the operator's policy allows none.")
+    name = allowed[0]
+    try:
+        with _refusals():
+            answer = asked.answer(0, style=name, temperature=1)
+    except _RefusedError as refusal:
+        return warning("styles", f"not asked for: {refusal}.")
+    said = (answer.model_extra or {}).get("style") or {}
+    if said.get("name") != name:
+        return error("styles", f"{name} was asked for, and the answer does not say it.")
+    return ok("styles", f"loaded: {', '.join(loaded)}; in force when asked for: {name}.")
 
 
 def _throughput(asked: _Asked, figures: dict[str, Any]) -> Finding:
     """Alternating, so that other traffic burdens both kinds alike."""
-    kinds: dict[str, float | None] = {"idle": None, "active": asked.most}
+    # Level 0 rather than no field, which would mean the server's default.
+    kinds = {"idle": 0.0, "active": asked.most}
     best = dict.fromkeys(kinds, 0.0)
     for turn in range(ROUNDS + 1):
         for kind, level in kinds.items():
@@ -174,12 +250,12 @@ def _throughput(asked: _Asked, figures: dict[str, Any]) -> Finding:
     share = best["active"] / best["idle"] if best["idle"] else 0.0
     return ok(
         "throughput",
-        f"{best['idle']:.0f} tokens/s without the field, {best['active']:.0f} with it "
+        f"{best['idle']:.0f} tokens/s at level 0, {best['active']:.0f} at {asked.most:g} "
         f"({100 * share:.0f} %), {AT_ONCE} requests at once.",
     )
 
 
-def _tokens_per_second(asked: _Asked, level: float | None) -> float:
+def _tokens_per_second(asked: _Asked, level: float) -> float:
     began = time.perf_counter()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda _: asked.answer(level, temperature=1), range(AT_ONCE)))

@@ -211,11 +211,11 @@ def _default(answer: dict[str, Any]) -> Finding:
     if not default:
         return ok("server default", "off unless a request asks.")
     shown = json.dumps(default)
-    if answer["active"]:
+    refused = answer.get("default_refused")
+    if answer["active"] and not refused:
         return ok("server default", shown)
-    return warning(
-        "server default", f"{shown} is set but not applied: this engine cannot honour it."
-    )
+    why = refused or "this engine cannot honour it"
+    return warning("server default", f"{shown} is set but not applied: {why}.")
 
 
 def _styles(answer: dict[str, Any]) -> Iterator[Finding]:
@@ -228,8 +228,8 @@ def _styles(answer: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _faults(answer: dict[str, Any]) -> Finding:
-    faults, unsound = answer.get("faults"), answer.get("nan_rows")
-    if faults or unsound:
-        text = f"{faults} steps and {unsound} unsound rows passed through unchanged: see its log."
+    faults, nan_rows = answer.get("faults"), answer.get("nan_rows")
+    if faults or nan_rows:
+        text = f"{faults} steps and {nan_rows} NaN rows passed through unchanged: see its log."
         return warning("server faults", text)
     return ok("server faults", "none.")

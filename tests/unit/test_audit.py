@@ -1,5 +1,7 @@
 """The audit log: what a line says, what it never says, and what happens where it cannot be kept."""
 
+import asyncio
+import contextlib
 import errno
 import hashlib
 import json
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from dftserve_vllm import audit, engine, log, metrics, policy, request_context, request_params
 from dftserve_vllm.request_context import RequestContext
+from dftserve_vllm.response_middleware import ResponseMiddleware
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
@@ -47,9 +50,23 @@ def set_audit(tmp_path, monkeypatch):
     audit.log.cache_clear()
 
 
+def decided(prompts=1, **fields):
+    """The parameters of each of a body's prompts."""
+    request = CompletionRequest(model="demo", prompt=[PROMPT] * prompts, **fields)
+    decide = request_params.honour(CompletionRequest.to_sampling_params)
+    return [decide(request, 8, {}) for _ in range(prompts)]
+
+
 def ask(**fields):
-    request = CompletionRequest(model="demo", prompt=PROMPT, **fields)
-    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
+    """One request, as far as its answer's end."""
+    try:
+        return decided(**fields)[0]
+    finally:
+        audit.write_notes(request_context.current.get())
+
+
+def lines_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def lost() -> float:
@@ -109,16 +126,157 @@ def test_where_it_cannot_be_kept_requests_go_on(set_audit, tmp_path, monkeypatch
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_after_a_full_disk_lines_are_whole_again(set_audit, tmp_path, monkeypatch):
+TEXTS = {
+    "dry_multiplier": 0.8,
+    "dry_sequence_breakers": ["IBAN DE89 3704", "\u20ac" * 64],
+    "group": {"id": "patient Jane Doe, ward 7", "index": 1, "size": 4},
+}
+
+
+def has_a_client_s_text(line) -> bool:
+    return any(text in json.dumps(line) for text in ("IBAN", "Jane", "\\u20ac"))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"diversity": TEXTS}, {"vllm_xargs": {"diversity": json.dumps(TEXTS)}}]
+)
+def test_breakers_are_counted_and_an_id_is_a_digest(set_audit, tmp_path, monkeypatch, fields):
     set_audit(tmp_path / "audit.jsonl")
-    write = os.write
-    monkeypatch.setattr(audit.os, "write", lambda fd, line: write(fd, line[:20]))
-    ask(diversity=0.1)
-    monkeypatch.setattr(audit.os, "write", write)
-    ask(diversity=0.2)
-    cut, whole = (tmp_path / "audit.jsonl").read_text().splitlines()
-    assert len(cut) == 20
-    assert json.loads(whole)["outcome"] == "accepted"
+    monkeypatch.setattr(engine, "refusal_of", lambda _: None)  # As with a tokenizer.
+    ask(**fields)
+    (line,) = lines_of(tmp_path / "audit.jsonl")
+    assert not has_a_client_s_text(line)
+    digest = hashlib.sha256(TEXTS["group"]["id"].encode()).hexdigest()[:12]
+    for said in (line["asked"]["diversity"], line["effective"]["diversity"]):
+        assert said["dry_sequence_breakers"] == 2
+        assert said["group"] == {"id": digest, "index": 1, "size": 4}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        TEXTS,  # This engine has no tokenizer.
+        {"dry_sequence_breakers": ["IBAN DE89 3704"]},
+        {"level": 0.1, "group": {"id": "Jane Doe", "index": 9, "size": 4}},
+        {"level": 0.1, "Jane Doe": 1},
+    ],
+)
+def test_a_line_of_a_refusal_has_no_text_either(set_audit, tmp_path, asked):
+    set_audit(tmp_path / "audit.jsonl")
+    with pytest.raises(VLLMValidationError):
+        ask(diversity=asked)
+    (line,) = lines_of(tmp_path / "audit.jsonl")
+    assert line["outcome"] == "refused"
+    assert not has_a_client_s_text(line)
+
+
+def test_a_body_of_many_prompts_is_one_line(set_audit, tmp_path):
+    set_audit(tmp_path / "audit.jsonl")
+    decided(1000, diversity=0.2)
+    audit.write_notes(request_context.current.get())
+    (line,) = lines_of(tmp_path / "audit.jsonl")
+    assert line["prompts"] == 1000
+    assert os.stat(tmp_path / "audit.jsonl").st_size < 1000
+
+
+def test_outside_of_an_http_request_each_is_a_line(set_audit, tmp_path):
+    """As in `vllm run-batch`."""
+    set_audit(tmp_path / "audit.jsonl")
+    token = request_context.current.set(None)
+    decided(2, diversity=0.2)
+    request_context.current.reset(token)
+    assert [line["prompts"] for line in lines_of(tmp_path / "audit.jsonl")] == [1, 1]
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(set_audit, tmp_path, is_answered):
+    """A client that goes away, or an engine that fails, leaves a line too."""
+    file = tmp_path / "audit.jsonl"
+    set_audit(file)
+    seen = []
+
+    async def app(scope, receive, send):
+        decided(2, diversity=0.2)
+        if not is_answered:
+            raise asyncio.CancelledError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        seen.append(len(lines_of(file)))
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def nowhere(message=None):
+        return {}
+
+    scope = {"type": "http", "method": "POST", "headers": []}
+    with contextlib.nullcontext() if is_answered else pytest.raises(asyncio.CancelledError):
+        asyncio.run(ResponseMiddleware(app)(scope, nowhere, nowhere))
+    assert seen == [1] * is_answered
+    (line,) = lines_of(file)
+    assert line["prompts"] == 2
+
+
+class Disk:
+    """`os.write` on a disk with so many bytes left."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.left = 0
+        self._write = os.write
+        monkeypatch.setattr(audit.os, "write", self.write)
+
+    def write(self, descriptor, line) -> int:
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(descriptor, line[: self.left])
+        self.left -= written
+        return written
+
+
+@pytest.mark.parametrize("writer", ["the same", "another process", "the next start"])
+def test_after_a_full_disk_lines_are_whole_again(tmp_path, monkeypatch, writer):
+    file, disk = tmp_path / "audit.jsonl", Disk(monkeypatch)
+    settings = Audit(file=str(file))
+    first, other = audit.AuditLog(settings), audit.AuditLog(settings)
+    disk.left = 1000
+    first.write({"number": 0})
+    other.write({"number": 1})
+    disk.left = 20
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"cut|No space"):
+            first.write({"number": 2, "rest": "y" * 40})
+    disk.left = 1000
+    last = {"the same": first, "another process": other}.get(writer, audit.AuditLog(settings))
+    last.write({"number": 3})
+    first.write({"number": 4})
+    lines = file.read_text().splitlines()
+    assert len(lines.pop(2)) == 20
+    assert [json.loads(line)["number"] for line in lines] == [0, 1, 3, 4]
+    for log_ in (first, other, last):
+        log_.close()
+
+
+@pytest.mark.parametrize("size", [100, 2_000_000])
+def test_a_file_that_is_too_large_already_is_renamed(tmp_path, monkeypatch, size):
+    """As where `largest_mib` was lowered."""
+    monkeypatch.setattr(audit, "MIB", 100)
+    file = tmp_path / "audit.jsonl"
+    file.write_text("x" * (size - 1) + "\n")
+    writer = audit.AuditLog(Audit(file=str(file), largest_mib=1))
+    writer.write({"number": 0})
+    writer.close()
+    assert json.loads(file.read_text()) == {"number": 0}
+    assert os.stat(f"{file}.1").st_size == size
+
+
+def test_files_beyond_a_lowered_keep_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "MIB", 10)
+    file = tmp_path / "audit.jsonl"
+    for name in ("1", "2", "3", "4", "20261128", "1.gz"):
+        (tmp_path / f"audit.jsonl.{name}").write_text("older")
+    writer = audit.AuditLog(Audit(file=str(file), largest_mib=1, keep=2))
+    for number in range(2):
+        writer.write({"number": number})
+    writer.close()
+    left = sorted(path.name.removeprefix("audit.jsonl") for path in tmp_path.iterdir())
+    assert left == ["", ".1", ".1.gz", ".2", ".20261128"]
 
 
 def test_files_are_renamed_by_size_and_the_oldest_deleted(tmp_path, monkeypatch):

@@ -446,7 +446,7 @@ def test_the_key_goes_with_the_question():
         ({"active": False, "reason": "it is FLy"}, "server plug-in", "error", "it is FLy"),
         ({"default": {"level": 0.5}}, "server default", "ok", "0.5"),
         ({"faults": 3}, "server faults", "warning", "3 steps"),
-        ({"nan_rows": 2}, "server faults", "warning", "2 unsound rows"),
+        ({"nan_rows": 2}, "server faults", "warning", "2 NaN rows"),
         ({"answers": False}, "server answers", "warning", "without header"),
         ({"speculative_decoding": "ngram"}, "server", "ok", "speculative decoding ngram"),
         ({"dftserve": "9.9.9"}, "server", "warning", "9.9.9"),
@@ -472,6 +472,15 @@ def test_a_default_that_the_engine_cannot_honour_is_not_said_to_be_in_force():
     assert by_name["server default"].state == "warning"
     assert "0.5" in by_name["server default"].text
     assert "not applied" in by_name["server default"].text
+
+
+def test_a_default_that_is_refused_by_itself_is_named_with_the_reason():
+    change = {"default": {"law": "words", "level": 0.5}, "default_refused": "V1 keeps the token"}
+    found, _ = asked(200, json.dumps(CAPABILITIES | change).encode())
+    by_name = {finding.name: finding for finding in found}
+    assert by_name["server plug-in"].state == "ok"
+    assert by_name["server default"].state == "warning"
+    assert "not applied: V1 keeps the token" in by_name["server default"].text
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,20 @@ def test_every_alert_says_what_it_means():
     ]
     assert len({rule["alert"] for rule in rules}) == len(rules)
     assert all({"summary", "description"} <= rule["annotations"].keys() for rule in rules)
+
+
+def test_refusals_are_weighed_against_all_that_is_accepted():
+    """A server may have styles only."""
+    rules = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")["groups"][0][
+        "rules"
+    ]
+    (expression,) = (rule["expr"] for rule in rules if rule["alert"] == "DftserveRefusals")
+    accepted = {name for name in known() if name.endswith("requests_total")}
+    assert {"dft:requests_total", "dft:styled_requests_total"} <= accepted
+    assert set(NAME.findall(expression)) == accepted | {"dft:requests_refused_total"}
+
+
+def test_rows_of_nan_have_one_name():
+    root = OPS.parents[2]
+    shown = [*OPS.iterdir(), *root.glob("docs/*.md"), *root.glob("dftserve/doctor/*.py")]
+    assert [path.name for path in shown if "unsound" in path.read_text().lower()] == []

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -303,9 +304,48 @@ def test_routes_without_the_field_refuse_excess(set_policy, on_excess, carried):
     DiversityProcessor.validate_params(params)
 
 
-def test_what_was_decided_is_not_decided_again(set_policy, context):
-    set_policy(server={"level": 0.2}, models={"alias": {"level": 0.9}})
-    params = params_of(model="alias", diversity=0.8)
+def through_json(carried):
+    """As a client sends it that was shown it, with 1 for 1.0."""
+    return json.loads(re.sub(r"\.0\b", "", json.dumps(carried)))
+
+
+@pytest.mark.parametrize("asked", [{"diversity": 0.8}, {"diversity": 1, "style": "habits"}])
+def test_what_was_decided_is_not_decided_again(set_policy, asked):
+    """Also without an HTTP request, as in `vllm run-batch`: nothing keeps what was decided but the
+    parameters."""
+    set_policy(server={"level": 0.2, "strength": 0.5}, models={"alias": {"level": 1}})
+    params = params_of(model="alias", **asked)
+    DiversityProcessor.validate_params(params)
+    shown = SamplingParams(extra_args=through_json(params.extra_args))
+    DiversityProcessor.validate_params(shown)
+
+
+OTHERS = {
+    "diversity": 1,
+    "a number of it": {"law": "gated", "level": 0.1, "max_temperature": 9},
+    "a style": "habits",
+}
+
+
+@pytest.mark.parametrize("changed", OTHERS)
+@pytest.mark.parametrize("of_choice", ["", ".0", ".7", ".x"])
+def test_a_live_identity_vouches_for_what_it_was_made_for_only(
+    set_policy, context, changed, of_choice
+):
+    """vLLM's render routes show SamplingParams to clients."""
+    set_policy(server={"level": 0.2, "max_temperature": 4, "styles": []})
+    carried = params_of(diversity=0.1).extra_args
+    assert context.prompts  # It is under way.
+    carried["style" if "style" in changed else "diversity"] = OTHERS[changed]
+    carried["diversity_id"] += of_choice
+    with pytest.raises(ValueError, match="policy"):
+        DiversityProcessor.validate_params(SamplingParams(extra_args=carried))
+
+
+@pytest.mark.parametrize("identity", [7, [], "", "-", "é-\ud800", "1-2-3.7", "." * 9000])
+def test_an_identity_of_no_form_is_no_error_of_its_own(set_policy, context, identity):
+    set_policy(server={"level": 0.2})
+    params = SamplingParams(extra_args={"diversity": 0.1, "diversity_id": identity})
     DiversityProcessor.validate_params(params)
 
 

@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 
 import pytest
-from dftserve_vllm import engine, request_params
+from dftserve_vllm import capabilities, engine, hooks, log, request_params
 from dftserve_vllm.request_params import MAX_STOP_IDS
+from dftserve_vllm.styles import Styles
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
+
+from dftserve import spec
 
 to_sampling_params = request_params.honour(CompletionRequest.to_sampling_params)
 MAX_MESSAGE = 1024
@@ -74,6 +77,55 @@ def test_a_default_is_not_applied_to_many_stop_tokens(monkeypatch):
     many = list(range(MAX_STOP_IDS + 1))
     assert asked(stop_token_ids=many).extra_args is None
     assert asked(stop_token_ids=many[:1]).extra_args["diversity"]
+
+
+ASYNCHRONOUS = SimpleNamespace(async_scheduling=True)
+DRY = {"level": 0.5, "dry_multiplier": 0.8}
+WORDS = {"law": "words", "level": 0.5}
+GROUP = {"level": 0.5, "group": True}
+
+
+@pytest.fixture
+def started(monkeypatch, caplog):
+    """Starts an engine with a default; what the log says."""
+
+    def start(default, engine_config, **more):
+        monkeypatch.setattr(engine, "_config", None)
+        vars(engine_config).update(more)
+        monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(default))
+        monkeypatch.setattr(hooks, "_import_what_the_engine_runs", lambda: None)
+        monkeypatch.setattr(engine, "styles", lambda: Styles())
+        monkeypatch.setattr(log.logger, "propagate", True)
+        with caplog.at_level("INFO"):
+            hooks._remembers_configuration(lambda *_: None)(None, engine_config)
+        return caplog.text
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("default", "more", "applied"),
+    [
+        (DRY, {"scheduler_config": ASYNCHRONOUS}, {1: None, 2: None}),
+        (WORDS, {"scheduler_config": ASYNCHRONOUS}, {1: None, 2: None}),
+        (GROUP, {"watermark_config": object()}, {1: 0.5, 2: None}),
+        (GROUP, {}, {1: 0.5, 2: 0.5}),
+        (0.5, {"scheduler_config": ASYNCHRONOUS, "watermark_config": object()}, {1: 0.5, 2: 0.5}),
+    ],
+)
+def test_a_default_is_said_to_be_in_force_where_it_is(started, default, more, applied):
+    said = started(default, config(runner="V1"), **more)
+    found = {}
+    for n in applied:
+        carried = asked(n=n).extra_args or {}
+        found[n] = carried.get("diversity", {}).get("level")
+    assert found == applied
+    is_applied = None not in applied.values()
+    assert ("default diversity: {" in said) == is_applied
+    assert ("is not applied" in said) != is_applied
+    assert ("is not applied: for requests with n > 1" in said) == (applied[1] != applied[2])
+    reason = capabilities.capabilities()["default_refused"]
+    assert reason is None if is_applied else reason in said
 
 
 strings = st.text(st.characters(), max_size=50) | st.sampled_from(

@@ -15,13 +15,13 @@ PLAIN = json.dumps({"choices": [{"text": "word " * 200}]}).encode()
 HEADER = b"x-dftserve-diversity"
 
 
-def app(content_type: bytes, body: list[bytes], *more: tuple[bytes, bytes]):
+def app(content_type: bytes, body: list[bytes], *more: tuple[bytes, bytes], asked: object = 0.5):
     """An ASGI app that answers a request with the field in pieces, as vLLM's routes would."""
 
     async def answers(scope, receive, send) -> None:
         opened = request_context.current.get()
         assert opened is not None
-        opened.prompts.append(request_context.PromptContext(spec.parse(0.5), 1))
+        opened.prompts.append(request_context.PromptContext(spec.parse(asked), 1))
         length = (b"content-length", str(sum(map(len, body))).encode())
         headers = [(b"content-type", content_type), length, *more]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -70,6 +70,21 @@ def test_a_body_that_is_not_encoded_gets_the_object(more):
     body = b"".join(bodies(messages))
     assert json.loads(body)["diversity"]["level"] == 0.5
     assert dict(messages[0]["headers"])[b"content-length"] == str(len(body)).encode()
+
+
+def test_the_header_is_small_and_the_body_has_what_was_asked_for():
+    """Proxies' buffers for headers are of a few thousand bytes."""
+    breakers = [f"{number:02}" + "\u20ac" * 62 for number in range(32)]
+    group = {"id": "\u20ac" * 64, "index": 1, "size": 4}
+    asked = {"dry_multiplier": 1, "dry_sequence_breakers": breakers, "group": group}
+    answer = app(b"application/json", [PLAIN], asked=asked)
+    start, *rest = sent_by(ResponseMiddleware(answer))
+    header = dict(start["headers"])[HEADER]
+    assert len(header) < 500
+    assert json.loads(header)["dry_sequence_breakers"] == 32
+    said = json.loads(b"".join(bodies([start, *rest])))["diversity"]
+    assert said["dry_sequence_breakers"] == breakers
+    assert said["group"] == group
 
 
 def test_around_gzip_the_body_can_still_be_decompressed():

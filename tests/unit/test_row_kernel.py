@@ -95,7 +95,52 @@ def test_the_check_at_the_start_agrees():
 def test_the_check_at_the_start_sees_another_divergence(monkeypatch, name):
     other = (getattr(row_kernel, name) + 1) % 4
     monkeypatch.setattr(row_kernel, name, other)
+    of_float32 = [case for case in row_pass.cases() if case.dtype is torch.float32]
+    monkeypatch.setattr(row_pass, "cases", lambda: of_float32)
     assert not row_pass.self_check(CPU)
+
+
+@compiled_only
+def test_the_check_at_the_start_has_all_that_the_kernel_takes():
+    """Each divergence: in every type, scaled or not, capped or not."""
+    tried = list(row_pass.cases())
+    for kind in {type(case.divergence) for case in tried}:
+        of_kind = [case for case in tried if type(case.divergence) is kind]
+        assert {case.dtype for case in of_kind} == set(row_pass.KERNEL_DTYPES)
+        assert {case.scale == 1.0 for case in of_kind} == {True, False}
+        assert {case.cap is None for case in of_kind} == {True, False}
+
+
+FAULTS = {
+    "the scale is not looked at": lambda raw_RV, options: (raw_RV, options | {"scale": 1.0}),
+    "the cap is not looked at": lambda raw_RV, options: (raw_RV, options | {"cap": None}),
+    "float16 is rounded further": lambda raw_RV, options: (
+        raw_RV.to(torch.float8_e5m2).to(raw_RV.dtype) if raw_RV.dtype is torch.float16 else raw_RV,
+        options,
+    ),
+    "-inf is a number": lambda raw_RV, options: (raw_RV.clamp(min=-1), options),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_at_the_start_sees_a_fault(monkeypatch, fault):
+    """Plain torch in the kernel's place, which agrees but for the fault."""
+
+    def plain(divergence, target, scale, cap):
+        def way(raw_RV, part):
+            raw_RV, options = FAULTS[fault](raw_RV, {"scale": scale, "cap": cap})
+            loss_R, entropy_R, gradient_RV = row_pass.PlainPass(divergence, target, **options)(
+                raw_RV, part
+            )
+            return loss_R, entropy_R, gradient_RV.to(raw_RV.dtype)
+
+        return way
+
+    monkeypatch.setattr(row_pass, "_fused", plain)
+    assert not row_pass.self_check(CPU)
+    monkeypatch.setitem(FAULTS, fault, lambda raw_RV, options: (raw_RV, options))
+    assert row_pass.self_check(CPU)
 
 
 @pytest.fixture(scope="module")

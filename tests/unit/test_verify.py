@@ -1,6 +1,7 @@
 """`dftserve verify` against a stand-in that answers as a server with the plug-in would."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,6 +11,7 @@ from dftserve.cli import main
 from dftserve.doctor import behaviour
 from tests.local_server import reply, serving
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "a-secret-key"
 CAPABILITIES = {
     "dftserve": __version__,
@@ -24,8 +26,23 @@ CAPABILITIES = {
 }
 
 
-def stand_in(asked, *, greedy="the sea", echo=True, rise=1.0, capabilities=CAPABILITIES):
-    """Answers by the level that is asked for; a key that is not right is a 401."""
+REFUSAL = (
+    "diversity.level: got 0.5; accepted: at most 0.3, which is what the operator's policy allows"
+)
+
+
+def stand_in(
+    asked,
+    *,
+    greedy="the sea",
+    echo=True,
+    rise=1.0,
+    capabilities=CAPABILITIES,
+    most=1.0,
+    styles=True,
+):
+    """Answers by the level that is asked for; a key that is not right is a 401, and a level above
+    `most` a 400."""
 
     def answer(request) -> None:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
@@ -35,6 +52,14 @@ def stand_in(asked, *, greedy="the sea", echo=True, rise=1.0, capabilities=CAPAB
         else:
             body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
             asked.append(body)
+            if body.get("diversity", 0) > most:
+                refusal = {"error": {"message": REFUSAL, "param": "diversity.level", "code": 400}}
+                return reply(
+                    request,
+                    400,
+                    json.dumps(refusal).encode(),
+                    **{"Content-Type": "application/json"},
+                )
             content = completion(body)
         said = json.dumps(content).encode()
         return reply(request, 200, said, **{"Content-Type": "application/json"})
@@ -49,6 +74,8 @@ def stand_in(asked, *, greedy="the sea", echo=True, rise=1.0, capabilities=CAPAB
         made |= {"choices": [choice], "usage": {"completion_tokens": 4, "prompt_tokens": 1}}
         if echo and level is not None:
             made["diversity"] = {"law": "gated", "level": level, "choices": [figures]}
+        if styles and "style" in body:
+            made["style"] = {"name": body["style"], "strength": 1.0, "max_kl": 0.05}
         return made
 
     return serving(answer)
@@ -74,7 +101,27 @@ def test_a_server_that_does_as_it_says(monkeypatch):
     for secret in (KEY, behaviour.PROMPT, "the sea", "127.0.0.1"):
         assert secret not in result.output
     tokens = sum(body["max_tokens"] * body.get("n", 1) for body in asked)
-    assert tokens < 4000
+    assert (len(asked), tokens) == (behaviour.REQUESTS, behaviour.MOST_TOKENS)
+    told = (ROOT / "docs" / "operations.md").read_text()
+    assert f"at most {behaviour.REQUESTS} short requests, {behaviour.MOST_TOKENS:,} tokens" in told
+    # With a default of the server's, no field would mean that one.
+    timed = [body for body in asked if body["temperature"] == 1 and body.get("n", 1) == 1]
+    assert {body.get("diversity") for body in timed} == {0, 1}
+    assert [body["style"] for body in asked if "style" in body] == ["human"]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9/v1", "http://no-such-host.invalid", "https://127.0.0.1:9"]
+)
+def test_a_report_has_no_address_where_nobody_answers(address):
+    result = CliRunner().invoke(main, ["verify", "--url", address, "--json"])
+    assert result.exit_code == 1
+    (finding,) = json.loads(result.output)["findings"]
+    assert "cannot be reached" in finding["text"]
+    for part in ("127.0.0.1", "no-such-host", "http:", "https:"):
+        assert part not in result.output
+    told = CliRunner().invoke(main, ["verify", "--url", address]).output
+    assert address.removesuffix("/v1") in told
 
 
 @pytest.mark.parametrize(
@@ -84,6 +131,7 @@ def test_a_server_that_does_as_it_says(monkeypatch):
         ({"echo": False}, "echo"),
         ({"rise": 0.0}, "effect"),
         ({"rise": -1.0}, "effect"),
+        ({"styles": False}, "styles"),
         ({"capabilities": CAPABILITIES | {"active": False, "reason": "no"}}, "server plug-in"),
     ],
 )
@@ -99,6 +147,27 @@ def test_it_keeps_to_the_operator_s_caps(monkeypatch):
     result, asked = run(monkeypatch, capabilities=capped)
     assert result.exit_code == 0, result.output
     assert max(body.get("diversity", 0) for body in asked) == 0.4
+
+
+POLICIES = {
+    "the level is capped at 0": ({"level": 0}, 1.0, "effect"),
+    "without gated": ({"laws": ["budget"]}, 1.0, "effect"),
+    "a key that has less": ({"level": 0.6}, 0.2, "effect"),
+    "a key where the server has no cap": ({}, 0.3, "effect"),
+    "no styles": ({"styles": []}, 1.0, "styles"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_the_policy_does_not_allow_is_a_warning(monkeypatch, policy):
+    said, most, name = POLICIES[policy]
+    capped = CAPABILITIES | {"policy": {"on_excess": "reject", **said}}
+    result, _ = run(monkeypatch, "--json", capabilities=capped, most=most)
+    assert result.exit_code == 0, result.output
+    findings = json.loads(result.output)["findings"]
+    (warned,) = [each for each in findings if each["state"] != "ok"]
+    assert (warned["name"], warned["state"]) == (name, "warning")
+    assert "policy" in warned["text"]
 
 
 def test_a_wrong_key_ends_in_one_line(monkeypatch):

@@ -1,16 +1,19 @@
-"""The audit log: one JSON line for each request with a field, without any text of the client's.
+"""The audit log: one JSON line for each request with a field, without any text of the client's
+but the names by which it is told apart.
 
     {"time": "2026-11-28T06:50:00.123+00:00", "request_id": "3f…", "model": "demo",
      "key": "2c26b46b68ff", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
-     "outcome": "clamped"}
+     "outcome": "clamped", "prompts": 1}
 
 Opt-in, by `audit` of the policy. Whatever keeps a line from being written is counted
 (`dft:audit_lost_total`) and logged once; the request goes on.
 """
 
 import fcntl
+import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,14 +28,12 @@ from dftserve.policy import MIB, Audit
 from dftserve_vllm import engine, metrics, policy, request_context
 from dftserve_vllm.extra_args import DIVERSITY, STYLE, parse_field, parse_style_field
 from dftserve_vllm.log import logged_once
-from dftserve_vllm.request_context import PromptContext
+from dftserve_vllm.request_context import PromptContext, RequestContext
 
 KEY_DIGITS = 12
 """Of the key's SHA-256: enough to tell keys apart."""
 LONGEST_NAME = 128
 """Characters of a request's id and of a model's name; both come from clients."""
-ENCODED_ROOM = 1 << 20
-"""Bytes by which a file may exceed its size before it is renamed: processes share it."""
 
 
 class AuditLog:
@@ -52,8 +53,9 @@ class AuditLog:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
             descriptor = self._current()
+            if _ends_cut(descriptor):
+                line = b"\n" + line
             if os.write(descriptor, line) != len(line):
-                os.write(descriptor, b"\n")  # What is whole after it stays readable.
                 raise OSError(f"{self._path}: a line was cut: is the disk full?")
         except BaseException:
             self.close()
@@ -77,12 +79,12 @@ class AuditLog:
         return self._descriptor
 
     def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        """Of any size: one that is too large is renamed before the next line."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         # Neither a link nor a pipe in its place is written to.
         descriptor = os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
-            largest = self._largest + ENCODED_ROOM
-            bounded_files.check(self._path, os.fstat(descriptor), largest)
+            bounded_files.check(self._path, os.fstat(descriptor), largest=sys.maxsize)
         except ValueError:
             os.close(descriptor)
             raise
@@ -103,9 +105,26 @@ class AuditLog:
             if (older := self._numbered(number)).exists():
                 os.replace(older, self._numbered(number + 1))
         os.replace(self._path, self._numbered(1))
+        self._delete_beyond(self._keep)
+
+    def _delete_beyond(self, keep: int) -> None:
+        """What an earlier start kept that was given a larger `keep`; up to the first gap, so that
+        nothing of another numbering goes."""
+        for number in itertools.count(keep + 1):
+            try:
+                os.remove(self._numbered(number))
+            except FileNotFoundError:
+                return
 
     def _numbered(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
+
+
+def _ends_cut(descriptor: int) -> bool:
+    """Whether the last line has no end: the disk was full as it was written, perhaps by another
+    process or before a restart."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
 @lru_cache
@@ -116,10 +135,37 @@ def log() -> AuditLog | None:
 
 
 def note(request: Any, prompt: PromptContext) -> None:
-    """A request that is accepted, with what is in force for it."""
-    if log() is not None:
-        outcome = "clamped" if prompt.clamped else "accepted"
-        _write(request, {"effective": prompt.effective(), "outcome": outcome})
+    """A prompt that is accepted, with what is in force for it. vLLM decides a body's prompts one by
+    one: they are counted, and noted as its answer begins."""
+    if log() is None:
+        return
+    current = request_context.current.get()
+    rest = {
+        "effective": prompt.effective(with_texts=False),
+        "outcome": "clamped" if prompt.clamped else "accepted",
+        "prompts": 1,
+    }
+    with _counted():
+        entry = {**_of_request(request), **rest}
+        if current is None:
+            _write(entry)
+        elif current.notes and _is_same(current.notes[-1], entry):
+            current.notes[-1]["prompts"] += 1
+        else:
+            current.notes.append(entry)
+
+
+def write_notes(context: RequestContext) -> None:
+    """What was noted for an HTTP request."""
+    notes, context.notes = context.notes, []
+    for entry in notes:
+        with _counted():
+            _write(entry)
+
+
+def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """But for the time, and how many prompts it is of."""
+    return all(one[name] == other[name] for name in one if name not in ("time", "prompts"))
 
 
 @contextmanager
@@ -131,19 +177,27 @@ def refusals(request: Any) -> Iterator[None]:
         parameter = getattr(error, "parameter", None)
         if log() is not None and isinstance(parameter, str) and _asked(request) is not None:
             name = parameter.removeprefix("vllm_xargs.").partition(".")[0]
-            _write(request, {"effective": None, "outcome": "refused", "param": name})
+            with _counted():
+                refused = {"effective": None, "outcome": "refused", "param": name}
+                _write({**_of_request(request), **refused})
         raise
 
 
-def _write(request: Any, rest: dict[str, Any]) -> None:
-    found = log()
-    assert found is not None
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Counts a line that cannot be written; the request goes on."""
     with logged_once("the audit log has gaps; dft:audit_lost_total counts them"):
         try:
-            found.write({**_of_request(request), **rest})
+            yield
         except BaseException:
             metrics.metrics().count_lost_audit()
             raise
+
+
+def _write(entry: dict[str, Any]) -> None:
+    found = log()
+    assert found is not None
+    found.write(entry)
 
 
 def _of_request(request: Any) -> dict[str, Any]:
@@ -183,7 +237,7 @@ def _diversity(value: object) -> object:
     if value == spec.HUMAN:
         return spec.HUMAN
     try:
-        return parse_field(value).as_dict()
+        return parse_field(value).without_texts()
     except spec.DiversityError:
         return "not acceptable"
 

@@ -30,6 +30,7 @@ def capabilities() -> dict[str, Any]:
         "styles_refused": dict(styles.refused),
         "styles_unavailable": styles.unavailable,
         "default": default and default.as_dict(),
+        "default_refused": request_params.default_refusal(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
         "policy": policy.summary(),
         "answers": True,

@@ -92,6 +92,13 @@ def of_choice(params: "SamplingParams", index: int, parent: Any) -> "SamplingPar
     return params
 
 
+def renamed(params: "SamplingParams", identity: str) -> "SamplingParams":
+    """A copy under another identity; the original may be shared by several requests."""
+    params = copy(params)
+    params.extra_args = {**(params.extra_args or {}), IDENTITY: identity}
+    return params
+
+
 def is_greedy(params: "SamplingParams") -> bool:
     return params.temperature < GREEDY_BELOW
 

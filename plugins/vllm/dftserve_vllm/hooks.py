@@ -124,22 +124,33 @@ def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., No
         engine.record(vllm_config)
         _import_what_the_engine_runs()
         engine.styles()  # What is refused is logged as the server starts.
-        default = default_diversity()  # A wrong one stops the server here, not a request.
+        default_diversity()  # A wrong one stops the server here, not a request.
         policy()  # Likewise.
         body_limit.largest()
-        if (reason := engine.refusal()) is not None:
-            logger.warning(
-                "diversity: %s. Requests with the field are answered with 400, "
-                "and no default is applied.",
-                reason,
-            )
-        else:
-            shown = json.dumps(default.as_dict()) if default else "off"
-            about = (dftserve.__version__, engine.runner(), shown)
-            logger.info("dftserve %s is active on the %s runner; default diversity: %s", *about)
+        _log_what_is_in_force()
         construct(self, vllm_config, *args, **kwargs)
 
     return wrapped
+
+
+def _log_what_is_in_force() -> None:
+    from dftserve_vllm.request_params import default_diversity, default_refusal
+
+    if (reason := engine.refusal()) is not None:
+        logger.warning(
+            "diversity: %s. Requests with the field are answered with 400, "
+            "and no default is applied.",
+            reason,
+        )
+        return
+    default = default_diversity()
+    shown = json.dumps(default.as_dict()) if default else "off"
+    about = (dftserve.__version__, engine.runner())
+    if (reason := default_refusal()) is None:
+        logger.info("dftserve %s is active on the %s runner; default diversity: %s", *about, shown)
+        return
+    logger.info("dftserve %s is active on the %s runner", *about)
+    logger.warning("diversity: the default %s is not applied: %s.", shown, reason)
 
 
 def _import_what_the_engine_runs() -> None:

@@ -18,8 +18,8 @@ from starlette.datastructures import Headers
 from dftserve import policy as policies
 from dftserve import spec
 from dftserve.policy import VARIABLE, Limits, Policy
-from dftserve_vllm import engine, request_context
-from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, STYLE, parse_field, parse_style_field
+from dftserve_vllm import engine, request_context, seals
+from dftserve_vllm.extra_args import DIVERSITY, STYLE, parse_field, parse_style_field
 
 WHOSE = "which is what the operator's policy allows here"
 
@@ -75,15 +75,15 @@ def of_default(request: Any, diversity: spec.Diversity | None) -> spec.Diversity
 
 
 def check_carried(params: Any) -> None:
-    """Of SamplingParams that `request_params` has not made: no answer would say what was lowered,
-    so that all excess is refused.
+    """Of SamplingParams that `request_params` has not made, or that somebody changed since: no
+    answer would say what was lowered, so that all excess is refused.
 
     Raises:
         DiversityError: they carry more than is allowed.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
     asked, named = carried.get(DIVERSITY), carried.get(STYLE)
-    if policy() is None or (asked is None and named is None) or _is_ours(carried.get(IDENTITY)):
+    if policy() is None or (asked is None and named is None) or seals.is_sealed(carried):
         return
     limits = _limits(None)
     if asked is not None:
@@ -192,8 +192,3 @@ def _keys(value: object) -> set[str]:
     if value == spec.HUMAN:
         return {"target_entropy"}
     return set() if value is None else {"level"}
-
-
-def _is_ours(identity: object) -> bool:
-    """Whether it names a request that is under way here; nobody outside is told one."""
-    return isinstance(identity, str) and request_context.choice_of(identity) is not None

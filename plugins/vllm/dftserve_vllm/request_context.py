@@ -4,9 +4,7 @@ The middleware opens a context, the field adds a prompt to it, the engine's outp
 statistics, and the middleware writes them into the answer. One task, one context.
 """
 
-import itertools
-import os
-import secrets
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -24,12 +22,9 @@ from dftserve.sampling.slots import (
     means_of_row,
 )
 from dftserve.spec import Diversity, Style
+from dftserve_vllm import seals
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.step_report import Payload
-
-_numbers = itertools.count()
-_start = secrets.token_hex(4)
-"""In identities, so that requests without a seed draw otherwise after each start."""
 
 
 @dataclass(eq=False)
@@ -41,6 +36,8 @@ class ChoiceStatistics:
     """Tokens that the engine has sent."""
     payload: Payload | None = None
     """The engine's last report of it; see `step_report.put`."""
+    is_taken: bool = False
+    """Whether a request of the engine has its name: no other one may have it."""
 
     def means(self) -> list[float] | None:
         """See `slots.means`; None where they are not known."""
@@ -96,15 +93,27 @@ class PromptContext:
         self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
         has_style = self.style is not None and not self.style.is_off
         if self.reason is None and (has_style or not self.diversity.is_off):
-            self.identity = f"{os.getpid():x}-{_start}-{next(_numbers):x}"
+            self.identity = seals.sealed_name(self.carried())
             _prompts[self.identity] = self
 
-    def effective(self) -> dict[str, dict[str, Any]]:
-        """The object form of what is in force, by field."""
+    def carried(self) -> dict[str, Any]:
+        """What goes to the engine: the object forms."""
+        found: dict[str, Any] = {DIVERSITY: self.diversity.as_dict()}
+        if self.style is not None and not self.style.is_off:
+            found[STYLE] = self.style.as_dict()
+        return found
+
+    def effective(self, *, with_texts: bool = True) -> dict[str, dict[str, Any]]:
+        """The object form of what is in force, by field.
+
+        Args:
+            with_texts: as it was asked for; else as `Diversity.without_texts`.
+        """
         fields: dict[str, dict[str, Any]] = {}
         if self.has_diversity:
             none = {} if self.reason is None else {"level": 0, "reason": self.reason}
-            fields[DIVERSITY] = self.diversity.as_dict() | none
+            form = self.diversity.as_dict if with_texts else self.diversity.without_texts
+            fields[DIVERSITY] = form() | none
         if self.style is not None:
             none = {} if self.reason is None else {"strength": 0, "reason": self.reason}
             fields[STYLE] = self.style.as_dict() | none
@@ -120,6 +129,8 @@ class RequestContext:
     prompts: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of the audit log that are not written yet."""
 
     def choices(self) -> int:
         return sum(prompt.count for prompt in self.prompts)
@@ -143,9 +154,18 @@ current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", defa
 
 _prompts: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
+_INDEX = re.compile("[0-9]{0,6}")
+"""Of a choice in a name; a name without one means the first."""
 
-def choice_of(identity: str) -> ChoiceStatistics | None:
-    """The choice that `extra_args` names to the engine: see `extra_args.of_choice`."""
-    name, _, choice = identity.partition(".")
-    prompt = _prompts.get(name)
-    return None if prompt is None else prompt.choices[int(choice or 0)]
+
+def take_choice(identity: object) -> ChoiceStatistics | None:
+    """The choice that `extra_args` names to the engine (see `extra_args.of_choice`), once; None
+    where the name is of no request that is under way here, or is taken."""
+    name, _, index = identity.partition(".") if isinstance(identity, str) else ("", "", "")
+    if (prompt := _prompts.get(name)) is None or not _INDEX.fullmatch(index):
+        return None
+    number = int(index or 0)
+    if number >= prompt.count or prompt.choices[number].is_taken:
+        return None
+    prompt.choices[number].is_taken = True
+    return prompt.choices[number]

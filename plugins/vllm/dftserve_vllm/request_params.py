@@ -46,6 +46,18 @@ def default_diversity() -> spec.Diversity | None:
     return None if diversity is None or diversity.is_off else diversity
 
 
+def default_refusal() -> str | None:
+    """Why requests do not have the operator's default on this engine, or which do not; None where
+    there is none, or it is applied."""
+    default = default_diversity()
+    reason = None if default is None else engine.refusal_of(default)
+    if default is None or reason is None or not default.group:
+        return reason
+    alone = replace(default, group=None)
+    is_partial = not alone.is_off and engine.refusal_of(alone) is None
+    return f"for requests with n > 1: {reason}" if is_partial else reason
+
+
 def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
     """`Request.to_sampling_params` that knows the field."""
 
@@ -172,7 +184,9 @@ def _field(
 def _default(request: Any) -> spec.Diversity | None:
     """The operator's default, for requests that it is meant for: text, freely sampled."""
     diversity = default_diversity()
-    if diversity is None or engine.refusal_of(diversity) is not None:
+    if diversity is not None and diversity.group and (getattr(request, "n", None) or 1) == 1:
+        diversity = replace(diversity, group=None)  # It is for several choices.
+    if diversity is None or diversity.is_off or engine.refusal_of(diversity) is not None:
         return None
     response_format = getattr(request, "response_format", None)
     structured = getattr(request, "structured_outputs", None) is not None or (
@@ -207,10 +221,6 @@ def _marked(
     is_default: bool,
 ) -> Any:
     """The parameters carrying the diversity and the style to the workers."""
-    if is_default and diversity.group and params.n == 1:
-        diversity = replace(diversity, group=None)  # A default's group is for several choices.
-        if diversity.is_off:
-            return _stripped(params)
     if (reason := groups.clash(params.n, diversity)) is not None:
         if is_default:
             return _stripped(params)
@@ -256,13 +266,12 @@ def _marked(
         params.min_p = 0.0
     prompt = prompt_with(diversity, params.n)
     _note(request, prompt)
-    carried: dict[str, Any] = {DIVERSITY: diversity.as_dict(), IDENTITY: prompt.identity}
     if not diversity.is_off:
         metrics.metrics().count_request(diversity.law)
     params = _stripped(params)
     if prompt.style is not None and not prompt.style.is_off:
         metrics.metrics().count_style(prompt.style.name)
-        carried[STYLE] = prompt.style.as_dict()
+    carried = {**prompt.carried(), IDENTITY: prompt.identity}
     params.extra_args = {**(params.extra_args or {}), **carried}
     return params
 

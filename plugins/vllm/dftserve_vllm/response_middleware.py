@@ -9,7 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from dftserve_vllm import request_context
+from dftserve_vllm import audit, request_context
 
 HEADER = b"x-dftserve-"
 """And the name of the field."""
@@ -36,6 +36,7 @@ class ResponseMiddleware:
         try:
             await self._app(scope, receive, _Response(opened, send))
         finally:
+            audit.write_notes(opened)
             request_context.current.reset(token)
 
 
@@ -51,6 +52,8 @@ class _Response:
         self._handle = self._pass_on
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            audit.write_notes(self._context)
         if message["type"] == "http.response.start" and self._context.prompts:
             await self._begin(message)
         elif message["type"] == "http.response.body":
@@ -67,7 +70,7 @@ class _Response:
         if message["status"] >= 400:
             await self._send(message)
             return
-        effective = self._context.prompts[0].effective()
+        effective = self._context.prompts[0].effective(with_texts=False)
         said = [
             (HEADER + name.encode(), json.dumps(value, separators=(",", ":")).encode())
             for name, value in effective.items()

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dftserve_vllm import metrics, request_context, step_report
-from dftserve_vllm.extra_args import IDENTITY
+from dftserve_vllm import metrics, request_context, seals, step_report
+from dftserve_vllm.extra_args import IDENTITY, renamed
 from dftserve_vllm.log import logged_once
 from dftserve_vllm.request_context import ChoiceStatistics
 
@@ -17,15 +17,22 @@ Ended = tuple[str, ChoiceStatistics, bool]
 def note(output_processor: Any, request: Any) -> None:
     """Remember whose statistics an engine request's outputs will carry.
 
+    A name that some client sent, or that another request has, is replaced: the workers tell
+    requests apart by it.
+
     Args:
         output_processor: vLLM's OutputProcessor, which has just taken the request.
-        request: vLLM's EngineCoreRequest.
+        request: vLLM's EngineCoreRequest, which goes to the engine next.
     """
     with logged_once("statistics are not noted, and the answer carries null"):
         params = request.sampling_params
         identity = ((params and params.extra_args) or {}).get(IDENTITY)
-        choice = None if identity is None else request_context.choice_of(identity)
-        if choice is not None:
+        if identity is None:
+            return
+        choice = request_context.take_choice(identity)
+        if choice is None:
+            request.sampling_params = renamed(params, seals.fresh_name())
+        else:
             setattr(output_processor.request_states[request.request_id], _ATTRIBUTE, choice)
 
 
