@@ -1,8 +1,11 @@
 """The rows of one step of an engine, and the request that each belongs to."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dftserve.sampling.controls import Controls
@@ -32,6 +35,15 @@ class Penalties:
     """float32, what each loses; 0 for nothing, and the largest of a token's counts."""
     place_P: Tensor
     """int64, the rows' places among the step's."""
+
+
+class Left(NamedTuple):
+    """The tokens of each row that are not -inf, one row after the other, on the host: who has
+    these need not read the rows."""
+
+    token_N: NDArray[np.int32]
+    start_R: NDArray[np.int64]
+    """[R + 1]; a row that has none is not listed, and may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class Step:
     """float32 [R, 4], what the styles did to the rows before they came here: see `style.stage`."""
     penalties: Penalties | None = None
     """Of a step whose rows include one with DRY; they come off before anything else."""
+    left: Left | None = None
+    """What the styles have left of the rows, where their stage lists it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as
