@@ -329,10 +329,7 @@ def _rewrite_if_valid(
     `left_L`: the only tokens that are not -inf; none where they are not known, and then all of the
     row is read.
     """
-    if len(left_L) > 0:
-        peak = _peak_of(row_V, left_L)
-    else:
-        peak = _maxima(row_V.view(np.int32), scratch[0])
+    peak = _peak(row_V, left_L, scratch[0])
     if not math.isfinite(peak):
         return False, (0.0, 0.0, 0.0, 0.0)
     if numbers_F[columns.LAW] == _WORDS:
@@ -348,8 +345,10 @@ def _rewrite_if_valid(
 
 
 @_kernel
-def _peak_of(row_V: Array, left_L: Array) -> float:
-    """`_maxima`'s, of a row whose other tokens are -inf."""
+def _peak(row_V: Array, left_L: Array, maxima_J: Array) -> float:
+    """The row's maximum, and those of its chunks where all of it is read; NaN counts as +inf."""
+    if len(left_L) == 0:
+        return _maxima(row_V.view(np.int32), maxima_J)
     peak = _NEGATIVE_INFINITY
     for token in left_L:
         if math.isnan(row_V[token]):
