@@ -7,29 +7,36 @@ model.generate(**inputs, logits_processor=[processor], generation_config=samplin
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from dftserve import spec
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.sampling import (
     Controls,
     Statistics,
     Step,
+    StyleControls,
+    StyleStage,
     Texts,
     TokenClasses,
     control_row,
     get_backend,
+    get_style_stage,
     transform_step,
 )
 from dftserve.sampling.draws import draw_key
 from dftserve.sampling.dry import NO_BREAKERS, Breakers, DryControls, SlotRepeats
 from dftserve.sampling.group import GroupCodes, GroupRow, first_code
 from dftserve.sampling.step import Penalties
+
+if TYPE_CHECKING:
+    from dftserve.styles.profile import Profile
 
 NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks texts. Leave it out."
 
@@ -49,14 +56,19 @@ class DiversityProcessor(LogitsProcessor):
         tokenizer: the model's, which the law `words` and the sequence breakers of DRY need.
         seed: by which the law `xtc` and groups draw, beside transformers' own sampling; None for
             another one at each text. The rows of a batch draw apart, or as a group.
+        style: the name of one of `profiles`, or the object form of the request field. It goes
+            with a diversity of 0 as well, and by each row's own answer.
+        profiles: of `dftserve.styles.profile.read`.
         top_k, top_p: of a diversity with `"group": true`, which makes the rows of equal prompts a
             group each: cuts of the GenerationConfig come after a group's tokens are drawn, and are
             to be given here.
 
     Raises:
-        DiversityError: the diversity is not acceptable.
+        DiversityError: the diversity or the style is not acceptable.
+        ProfileError: the style was built with another tokenizer or template than `tokenizer`'s.
         ValueError: the temperature is not above 0, a stop token is no token id, the tokenizer is
-            needed and missing, or of no known form, or the group is one text's place.
+            needed and missing, or of no known form, the group is one text's place, or the style is
+            none of the profiles' or beside a law that cuts by what it has changed.
     """
 
     def __init__(
@@ -69,6 +81,8 @@ class DiversityProcessor(LogitsProcessor):
         seed: int | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
+        style: str | Mapping[str, object] | None = None,
+        profiles: "Sequence[Profile]" = (),
     ) -> None:
         self.diversity = spec.parse(diversity)
         self._reads_last_token = self.diversity.law == "words"
@@ -86,6 +100,8 @@ class DiversityProcessor(LogitsProcessor):
                 "diversity.group: got one text's place; accepted: true, for the rows of equal "
                 "prompts."
             )
+        self._profile, self._style = _styled(style, profiles, self.diversity, tokenizer)
+        self._stages: dict[torch.device, StyleStage] = {}
         self.statistics: Statistics | None = None
         self._seed = seed
         self._group_row = partial(GroupRow, scale=1.0 / temperature, top_k=top_k, top_p=top_p)
@@ -95,6 +111,7 @@ class DiversityProcessor(LogitsProcessor):
             temperature=temperature,
             logits_divisor=1.0,
             stop_ids=_stop_ids(stop_ids),
+            style=self._style,
         )
         self._row()  # What is wrong is refused here.
         self._ids_RL = torch.empty(0, 0)
@@ -106,7 +123,7 @@ class DiversityProcessor(LogitsProcessor):
         Raises:
             ValueError: beam search, which ranks texts and does not sample.
         """
-        if self.diversity.is_off:
+        if self.diversity.is_off and self._style is None:
             return scores
         rows, length = input_ids.shape
         if not self._goes_on(input_ids):
@@ -118,9 +135,10 @@ class DiversityProcessor(LogitsProcessor):
         last_token_R = input_ids[:, -1].int() if self._reads_last_token else None
         step = Step(
             *(self._controls, self._slot_R, position_R, self._zero_R, last_token_R),
+            texts=None if self._style is None else self._texts(input_ids),
             penalties=() if self._dry is None else self._penalties(input_ids),
         )
-        self.statistics = transform_step(logits_RV, step, self._slots, self._backend)
+        self.statistics = transform_step(logits_RV, step, self._slots, self._backend, self._stage)
         if self._codes is not None and (drawn := self._codes.draws(np.arange(rows)).sum()):
             self._codes.draw(logits_RV, step, int(drawn))
         return cast(torch.FloatTensor, logits_RV)
@@ -138,8 +156,12 @@ class DiversityProcessor(LogitsProcessor):
         rows, device = len(input_ids), input_ids.device
         self._backend = get_backend(device, token_classes=self._token_classes)
         self._slots = self._backend.create_slots(rows, 1)
+        if self._profile is not None and device not in self._stages:
+            self._stages[device] = get_style_stage(device, [self._profile])
+        self._stage = self._stages.get(device)
         self._slot_R = torch.arange(rows, device=device)
         self._zero_R = torch.zeros_like(self._slot_R, dtype=torch.int32)
+        self._answer_R = torch.full_like(self._zero_R, input_ids.shape[1])
         seed = secrets.randbits(64) if self._seed is None else self._seed
         rows_R = [self._row(draw_key=draw_key(seed, r)) for r in range(rows)]
         self._controls = Controls.stack(rows_R, device)
@@ -150,14 +172,16 @@ class DiversityProcessor(LogitsProcessor):
         self._codes = self._groups(input_ids, seed) if self.diversity.group else None
 
     def _penalties(self, input_ids: torch.LongTensor) -> Iterable[Penalties]:
-        ids_RL = input_ids.int()
-        at_R = torch.full_like(self._slot_R, ids_RL.shape[1] - 1)
-        texts = Texts(ids_RL, self._zero_R, at_R, ids_RL[:, -1])
         return self._repeats.penalties(
-            *(texts, self._slot_R, self._zero_R),
+            *(self._texts(input_ids), self._slot_R, self._zero_R),
             slots=np.arange(len(input_ids)),
             most_rows=len(input_ids),
         )
+
+    def _texts(self, input_ids: torch.LongTensor) -> Texts:
+        ids_RL = input_ids.int()
+        at_R = torch.full_like(self._slot_R, ids_RL.shape[1] - 1)
+        return Texts(ids_RL, self._answer_R, at_R, ids_RL[:, -1].contiguous())
 
     def _groups(self, input_ids: torch.Tensor, seed: int) -> GroupCodes:
         """The rows of equal prompts are a group each."""
@@ -186,6 +210,38 @@ def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     neutral |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
     return GenerationConfig(do_sample=True, temperature=temperature, **{**neutral, **settings})
+
+
+def _styled(
+    style: str | Mapping[str, object] | None,
+    profiles: "Sequence[Profile]",
+    diversity: spec.Diversity,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> "tuple[Profile, StyleControls] | tuple[None, None]":
+    """The profile of a style that does something, and what of it is in force."""
+    if style is None:
+        return None, None
+    asked = spec.parse_style(style)
+    found = {profile.name: profile for profile in profiles}.get(asked.name)
+    if found is None:
+        names = ", ".join(profile.name for profile in profiles) or "none; give `profiles`"
+        raise ValueError(f"style.name: got {spec.shown(asked.name)}; accepted: {names}.")
+    if tokenizer is not None:
+        found.belongs_to(
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            template=template_fingerprint(tokenizer),
+            vocabulary=max(len(tokenizer), found.vocabulary),
+        )
+    strength = found.strength if asked.strength is None else asked.strength
+    if strength == 0:
+        return None, None
+    if diversity.law in spec.WHOLE_ROW_LAWS:
+        accepted = ", ".join(law for law in spec.LAWS if law not in spec.WHOLE_ROW_LAWS)
+        raise ValueError(
+            f"style: got it beside the law {diversity.law!r}; accepted beside a style: {accepted}."
+        )
+    max_kl = found.max_kl if asked.max_kl is None else asked.max_kl
+    return found, StyleControls(profile=0, strength=strength, max_kl=max_kl)
 
 
 def _dry_controls(

@@ -101,6 +101,8 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
     "top_n_sigma": {"n_sigma": _REQUIRED},
     "xtc": {"xtc_probability": _REQUIRED, "xtc_threshold": 0.1, "min_p": None},
 }
+WHOLE_ROW_LAWS = ("top_n_sigma", "xtc")
+"""Laws that cut by what a style has changed before them: they go with none."""
 DEFAULT_LAW = "gated"
 GROUP = "group"
 """Beside what the law takes, with every law: see `Group`."""

@@ -95,7 +95,8 @@ def transform_step(
     for part in step.penalties:
         penalise(logits_XV, step, part, backend.constants)
     if step.texts is not None and style_stage is not None:
-        step = replace(step, figures_RF=style_stage(logits_XV, step, slots))
+        figures_RF = style_stage(logits_XV, step, slots)
+        step = replace(step, figures_RF=figures_RF, left=style_stage.left)
     return backend.step(logits_XV, step, slots)
 
 

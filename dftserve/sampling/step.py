@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dftserve.sampling.controls import Controls
@@ -47,6 +50,15 @@ def chosen_first(is_chosen_R: Tensor, rows: int) -> Tensor:
     return torch.argsort((~is_chosen_R).byte(), stable=True)[:rows]
 
 
+class Left(NamedTuple):
+    """The tokens of each row that are not -inf, one row after the other, on the host: who has
+    these need not read the rows."""
+
+    token_N: NDArray[np.int32]
+    start_R: NDArray[np.int64]
+    """[R + 1]; a row that has none is not listed, and may hold anything."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Rows R of a step's logits, in the layout that an engine has anyway: kernels read what they
@@ -78,6 +90,8 @@ class Step:
     penalties: Iterable[Penalties] = ()
     """Of rows with DRY, each in one part; they come off before anything else. A part may be made
     only when it is asked for, so that no more than one takes memory."""
+    left: Left | None = None
+    """What the styles have left of the rows, where their stage lists it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as

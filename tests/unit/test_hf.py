@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from tests.conftest import long
 from tests.future import no_future_warnings
 from tests.group_reference import cut_reference as codes_cut_reference
 from tests.group_reference import drawn_reference, first_code_reference
+from tests.profiles import random_profile
 from tests.reference import cut_reference, draw_reference, reference, words_reference
+from tests.style_reference import style_reference
 
 pytestmark = no_future_warnings
 
@@ -269,3 +272,60 @@ def test_beams_are_refused(model):
         generate(model, prompt, DiversityProcessor(0.5, stop_ids=EOS), config)
     config.num_beams, config.num_return_sequences = 1, 2
     generate(model, prompt, DiversityProcessor(0.5, stop_ids=EOS), config)
+
+
+def toy_style(vocabulary=301):
+    """A profile whose phrases are of the tokens 0 to 3."""
+    profile = random_profile(7, vocabulary)
+    return SimpleNamespace(**vars(profile), name="toy", strength=1.0, max_kl=0.05), profile
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_a_style_goes_by_each_rows_answer_in_fp64(model, strength):
+    """Two rows of other prompts, one of which ends inside a phrase: that is not the answer's."""
+    style, profile = toy_style()
+    asked = {"name": "toy", "strength": strength}
+    processor = DiversityProcessor(
+        0, temperature=0.8, stop_ids=EOS, style=asked, profiles=[style], seed=0
+    )
+    prompt = torch.tensor([[5, 0, 1], [9, 8, 7]])
+    # The logits are of the model with a fair chance of phrases.
+    logits_TRV = torch.randn(5, 2, 301, generator=torch.Generator().manual_seed(1))
+    logits_TRV[..., :4] += 3
+    answer_RT = torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 2, 2]])
+    spent_R = [0.0, 0.0]
+    for t, logits_RV in enumerate(logits_TRV):
+        text_RL = torch.cat((prompt, answer_RT[:, :t]), dim=1)
+        got_RV = processor(text_RL, logits_RV)
+        for r in range(2):
+            answer, before = answer_RT[r, :t].tolist(), int(text_RL[r, -1])
+            said = style_reference(
+                logits_RV[r].numpy(),
+                profile.factors(answer),
+                profile.delta_VV[before],
+                temperature=0.8,
+                log_guard=math.log(0.05),
+                strength=strength,
+                allowance=style.max_kl * (t + 1) - spent_R[r],
+                stop_ids={EOS},
+            )
+            assert said.margin > 1e-4
+            spent_R[r] += said.tilt_kl
+            log_p_V = (got_RV[r] / 0.8).log_softmax(0).double().numpy()
+            kept_V = np.isfinite(said.log_p_V)
+            assert (np.isfinite(log_p_V) == kept_V).all(), (t, r)
+            np.testing.assert_allclose(log_p_V[kept_V], said.log_p_V[kept_V], atol=2e-3)
+    assert min(spent_R) > 0
+
+
+def test_a_style_that_is_off_leaves_the_rows_and_a_wrong_one_is_refused():
+    style, _ = toy_style()
+    off = DiversityProcessor(0, style={"name": "toy", "strength": 0}, profiles=[style])
+    scores = torch.randn(2, 301)
+    assert off(torch.tensor([[1], [2]]), scores) is scores
+    with pytest.raises(ValueError, match=r"style\.name: got 'other'; accepted: toy"):
+        DiversityProcessor(0, style="other", profiles=[style])
+    with pytest.raises(ValueError, match="give `profiles`"):
+        DiversityProcessor(0, style="toy")
+    with pytest.raises(ValueError, match="beside the law 'xtc'"):
+        DiversityProcessor({"law": "xtc", "xtc_probability": 0.5}, style="toy", profiles=[style])

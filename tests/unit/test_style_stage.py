@@ -5,6 +5,7 @@ the last test."""
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dftserve.sampling import (
     get_style_stage,
     transform_step,
 )
+from dftserve.sampling.backends.numba import NumbaBackend
 from dftserve.sampling.backends.numba_slots import NumbaSlots
 from dftserve.sampling.backends.numba_style import NumbaStyleStage
 from dftserve.sampling.backends.plain_torch import TorchBackend
@@ -334,6 +336,43 @@ def test_the_law_behind_it_leaves_what_the_style_left():
         torch.testing.assert_close(p_RV[:, 3], q_RV[:, 3], atol=1e-6, rtol=1e-4)
         assert torch.allclose(p_RV, q_RV, atol=1e-5) == diversity.is_off
         assert torch.equal(slots.read(1).waiting_KF[0, KL:], figures_RF[1])
+
+
+@not_interpreted
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(batches())
+def test_a_law_on_what_the_kernel_lists_is_the_law_on_the_whole_row(batch):
+    logits_RV, profiles, rows = batch
+    stage, step, count = NumbaStyleStage(StyleTables.of(profiles)), step_of(rows), len(rows)
+    figures_RF = stage(logits_RV, step, NumbaSlots(count, 1, "cpu"))
+    for r in range(count):
+        listed_L = listed(stage, r)
+        assert not listed_L or listed_L == (logits_RV[r] > -math.inf).nonzero().flatten().tolist()
+    whole_RV, few_RV = logits_RV.clone(), logits_RV.clone()
+    for left, after_RV in ((None, whole_RV), (stage.left, few_RV)):
+        behind = replace(step, figures_RF=figures_RF, left=left)
+        NumbaBackend("cpu").step(after_RV, behind, NumbaSlots(count, 1, "cpu"))
+    torch.testing.assert_close(few_RV, whole_RV, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+@not_interpreted
+def test_a_law_behind_the_kernel_neither_reads_nor_writes_what_was_cut():
+    rows = [Row([0, 1], diversity=parse(0.5), stop_ids=frozenset({3})) for _ in range(2)]
+    logits_RV = 5.0 * torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+    stage, step = NumbaStyleStage(StyleTables.of([random_profile(7, 64)])), step_of(rows)
+    figures_RF = stage(logits_RV, step, NumbaSlots(2, 1, "cpu"))
+    cut_RV = logits_RV == -math.inf
+    assert [len(listed(stage, r)) for r in range(2)] == (~cut_RV).sum(dim=1).tolist()
+    logits_RV[cut_RV] = math.nan
+    behind = replace(step, figures_RF=figures_RF, left=stage.left)
+    said = NumbaBackend("cpu").step(logits_RV, behind, NumbaSlots(2, 1, "cpu"))
+    assert said.valid_R.all()
+    assert torch.equal(logits_RV.isnan(), cut_RV)
+
+
+def listed(stage, r):
+    token_N, start_R = stage.left
+    return sorted(token_N[start_R[r] : start_R[r + 1]].tolist())
 
 
 @not_interpreted

@@ -2,11 +2,12 @@
 
 For each row: read the maxima of its chunks; skip the chunks whose maximum is below the guard's
 threshold, since they hold no plausible token; list the survivors of the others; compute on the
-survivors only; write -inf everywhere and the survivors' new values. The maths is that of
+survivors only; write -inf everywhere and the survivors' new values. Of a row that a style has
+rewritten only the tokens that it left are looked at, and written. The maths is that of
 `transform.py`, which is the reference.
 
-vLLM brings numba along. Shapes: V vocabulary, J chunks, K survivors of one row, E stop tokens,
-C constants.
+vLLM brings numba along. Shapes: V vocabulary, J chunks, K survivors of one row, L tokens that a
+style has left of it, E stop tokens, C constants.
 """
 
 # Kernels are numba's, not Python, to a type checker's eye.
@@ -109,6 +110,7 @@ class NumbaBackend(Backend):
             (*self._scratch, self._stops_2E),
             slots.arrays(),
             result.no_figures_RF if figures_RF is None else figures_RF.numpy(),
+            *(result.nothing_left if step.left is None else step.left),
             result.values_FR,
             result.valid_R,
         )
@@ -160,6 +162,7 @@ class _Result:
         self.zero_R = np.zeros(rows, np.int64)
         self.no_ids_R = np.full(rows, -1, np.int32)
         self.no_figures_RF = np.zeros((rows, COLUMNS - KL), np.float32)
+        self.nothing_left = np.empty(0, np.int32), np.zeros(rows + 1, np.int64)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
@@ -221,6 +224,7 @@ def _transform(
     if rows != len(numbers_RF) or rows != len(last_token_R) or rows != len(position_R):
         raise ValueError("rows: not as many as rows of controls.")
     _check_rows(rows_R, stride, vocabulary, logits)
+    nothing_L = np.empty(0, np.int32)
     for r in range(len(rows_R)):
         row_V = logits[rows_R[r] * stride : rows_R[r] * stride + vocabulary]
         valid_R[r], values = _rewrite_if_valid(
@@ -229,6 +233,7 @@ def _transform(
             stop_ids_RE[r],
             last_token_R[r],
             position_R[r],
+            nothing_L,
             classes_V,
             constants_C,
             scratch,
@@ -255,6 +260,8 @@ def _step(
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
     figures_RF: Array,
+    left_N: Array,
+    left_start_R: Array,
     values_FR: Array,
     valid_R: Array,
 ) -> None:
@@ -285,6 +292,7 @@ def _step(
             stop_ids_SE[s],
             np.int64(last_token_R[r]),
             position_R[r],
+            left_N[left_start_R[r] : left_start_R[r + 1]],
             classes_V,
             constants_C,
             scratch,
@@ -311,12 +319,17 @@ def _rewrite_if_valid(
     stop_ids_E: Array,
     last_token: int,
     position: int,
+    left_L: Array,
     classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[bool, tuple[float, float, float, float]]:
-    """Whether the row is valid, and its statistics, in the order of `Statistics`."""
-    peak = _maxima(row_V.view(np.int32), scratch[0])
+    """Whether the row is valid, and its statistics, in the order of `Statistics`.
+
+    `left_L`: the only tokens that are not -inf; none where they are not known, and then all of the
+    row is read.
+    """
+    peak = _peak(row_V, left_L, scratch[0])
     if not math.isfinite(peak):
         return False, (0.0, 0.0, 0.0, 0.0)
     if numbers_F[columns.LAW] == _WORDS:
@@ -324,9 +337,24 @@ def _rewrite_if_valid(
         if 0 <= last_token < len(classes_V):
             state = np.int64(classes_V[last_token]) >> _STATE_SHIFT
         return True, _rewrite_by_class(
-            row_V, peak, numbers_F, stop_ids_E, state, classes_V, constants_C, scratch
+            row_V, peak, numbers_F, stop_ids_E, state, left_L, classes_V, constants_C, scratch
         )
-    return True, _rewrite(row_V, peak, numbers_F, stop_ids_E, position, constants_C, scratch)
+    return True, _rewrite(
+        row_V, peak, numbers_F, stop_ids_E, position, left_L, constants_C, scratch
+    )
+
+
+@_kernel
+def _peak(row_V: Array, left_L: Array, maxima_J: Array) -> float:
+    """The row's maximum, and those of its chunks where all of it is read; NaN counts as +inf."""
+    if len(left_L) == 0:
+        return _maxima(row_V.view(np.int32), maxima_J)
+    peak = _NEGATIVE_INFINITY
+    for token in left_L:
+        if math.isnan(row_V[token]):
+            return np.float32(np.inf)
+        peak = max(peak, row_V[token])
+    return peak
 
 
 @_kernel
@@ -367,6 +395,7 @@ def _guard_and_content(
     peak: float,
     numbers_F: Array,
     stop_ids_E: Array,
+    left_L: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, int, float, int, float, float]:
@@ -384,7 +413,10 @@ def _guard_and_content(
     # The plausible tokens, and their entropy, stop tokens included.
     log_guard = _log_guard(row_V, peak, numbers_F, constants_C)
     threshold = np.float32(max(peak + log_guard / divisor, _LOWEST))
-    plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
+    if len(left_L) > 0:
+        plausible = _survivors_of(row_V, peak, threshold, divisor, left_L, tokens_K, below_K)
+    else:
+        plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
     z, a = _sums(below_K[:plausible], hot_K)
     log_z = math.log(z)
     entropy_before = log_z - a / z
@@ -402,6 +434,7 @@ def _rewrite(
     numbers_F: Array,
     stop_ids_E: Array,
     position: int,
+    left_L: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, float, float, float]:
@@ -418,7 +451,7 @@ def _rewrite(
 
     # 1. The guard, H0, and the content without the stop tokens.
     entropy_before, plausible, stop_peak, count, content_peak, log_plausible_z = _guard_and_content(
-        row_V, peak, numbers_F, stop_ids_E, constants_C, scratch
+        row_V, peak, numbers_F, stop_ids_E, left_L, constants_C, scratch
     )
 
     # 2. The temperature that the law wants.
@@ -477,8 +510,7 @@ def _rewrite(
     # 7. Write: -inf, the content (held at the likeliest stop token where that leads), the stops.
     held = np.float32(np.inf) if leads else stop_top
     base, scale = np.float32(log_z), np.float32(temperature / divisor)
-    for v in range(len(row_V)):
-        row_V[v] = _NEGATIVE_INFINITY
+    _clear(row_V, left_L)
     for k in range(count):
         row_V[tokens_K[k]] = (min(weight_K[k] + lift, held) - base) * scale
     for e in range(len(stop_ids_E)):
@@ -494,6 +526,7 @@ def _rewrite_by_class(
     numbers_F: Array,
     stop_ids_E: Array,
     state: int,
+    left_L: Array,
     classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
@@ -510,7 +543,7 @@ def _rewrite_by_class(
 
     # 1. The guard, H0, and the content without the stop tokens.
     entropy_before, _, _, count, _, _ = _guard_and_content(
-        row_V, peak, numbers_F, stop_ids_E, constants_C, scratch
+        row_V, peak, numbers_F, stop_ids_E, left_L, constants_C, scratch
     )
 
     # 2. Each class: its maximum, then its sums at T and at its own temperature below that maximum.
@@ -567,8 +600,7 @@ def _rewrite_by_class(
 
     # 5. Write: -inf, the content class by class, the stop tokens.
     scale = np.float32(temperature / divisor)
-    for v in range(len(row_V)):
-        row_V[v] = _NEGATIVE_INFINITY
+    _clear(row_V, left_L)
     for k in range(count):
         c = _class_after(state, tokens_K[k], classes_V)
         row_V[tokens_K[k]] = (weight_K[k] + np.float32(lifts_3[c])) * scale
@@ -684,6 +716,36 @@ def _survivors(
                 below_K[count] = (row_V[token] - peak) * divisor
                 count += row_V[token] >= threshold
     return count
+
+
+@_kernel
+def _survivors_of(
+    row_V: Array,
+    peak: float,
+    threshold: float,
+    divisor: float,
+    left_L: Array,
+    tokens_K: Array,
+    below_K: Array,
+) -> int:
+    """`_survivors` of a row whose other tokens are -inf."""
+    count = 0
+    for token in left_L:
+        tokens_K[count] = token
+        below_K[count] = (row_V[token] - peak) * divisor
+        count += row_V[token] >= threshold
+    return count
+
+
+@_kernel
+def _clear(row_V: Array, left_L: Array) -> None:
+    """-inf everywhere; what is not left has it already."""
+    if len(left_L) > 0:
+        for token in left_L:
+            row_V[token] = _NEGATIVE_INFINITY
+    else:
+        for v in range(len(row_V)):
+            row_V[v] = _NEGATIVE_INFINITY
 
 
 @_reduction

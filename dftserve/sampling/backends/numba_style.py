@@ -1,7 +1,8 @@
 """A style on a CPU: `style.stage`, which is the reference, by one kernel, row by row.
 
-What is computed is computed on the survivors of the guard only. Shapes: see `numba.py` and
-`style/tables.py`.
+What is computed is computed on the survivors of the guard only, and what is left of a row is
+listed, so that the law behind the style reads and writes no more than that. Shapes: see `numba.py`
+and `style/tables.py`.
 """
 
 # Kernels are numba's, not Python, to a type checker's eye.
@@ -32,12 +33,16 @@ from dftserve.sampling.backends.numba import (
 from dftserve.sampling.backends.numba_slots import NumbaSlots, check_places
 from dftserve.sampling.controls import NO_LAW, NO_STYLE
 from dftserve.sampling.slots import COLUMNS, COUNT, KL, TILT_KL, Slots
-from dftserve.sampling.step import Step
+from dftserve.sampling.step import Left, Step
 from dftserve.sampling.style.stage import WEAKEST
 from dftserve.sampling.style.strength import STEPS
 from dftserve.sampling.style.tables import StyleTables
 
 _LOWEST = float(np.finfo(np.float32).min)
+
+LISTED = 16
+"""The rows' lists together have room for one of so many tokens; a row that finds none is read by
+the law as a whole, and costs little more for it, having so much to compute on."""
 
 
 class NumbaStyleStage:
@@ -50,12 +55,13 @@ class NumbaStyleStage:
         self._stops_E = np.empty(0, np.float32)
         self._rows_R = np.empty(0, np.int64)
         self._figures_RF = np.empty((0, COLUMNS - KL), np.float32)
+        self.left: Left | None = None
 
     def __call__(self, logits_XV: Tensor, step: Step, slots: Slots) -> Tensor:
         assert isinstance(slots, NumbaSlots)
         texts, stop_ids_SE = step.texts, step.controls.stop_ids_RE.numpy()
         assert texts is not None
-        self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
+        left = self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
         _restyle(
             *placed(logits_XV, step, self._rows_R),
             np.ascontiguousarray(texts.tokens_SL.numpy()),
@@ -68,11 +74,12 @@ class NumbaStyleStage:
             self._depth,
             (*self._scratch, self._stops_E),
             slots.arrays(),
+            *left,
             self._figures_RF,
         )
         return torch.from_numpy(self._figures_RF)
 
-    def _make_room(self, vocabulary: int, rows: int, width: int) -> None:
+    def _make_room(self, vocabulary: int, rows: int, width: int) -> Left:
         if len(self._scratch[1]) != vocabulary:
             self._scratch = scratch(vocabulary)
         if len(self._stops_E) < width:
@@ -80,6 +87,11 @@ class NumbaStyleStage:
         if len(self._rows_R) != rows:
             self._rows_R = np.arange(rows)
             self._figures_RF = np.empty((rows, COLUMNS - KL), np.float32)
+        room = rows * max(vocabulary // LISTED, 1)
+        left = self.left
+        if left is None or len(left.token_N) < room or len(left.start_R) != rows + 1:
+            self.left = left = Left(np.empty(room, np.int32), np.zeros(rows + 1, np.int64))
+        return left
 
 
 @_kernel
@@ -101,11 +113,15 @@ def _restyle(
     depth: int,
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
+    left_N: Array,
+    left_start_R: Array,
     figures_RF: Array,
 ) -> None:
     check_places(slot_R, offset_R, state[5])
     _check_rows(rows_R, stride, vocabulary, logits)
+    left_start_R[0] = 0
     for r in range(len(rows_R)):
+        left_start_R[r + 1] = left_start_R[r]
         figures_RF[r] = 0.0
         numbers_F = numbers_SF[slot_R[r]]
         if numbers_F[columns.LAW] == NO_LAW or numbers_F[columns.STYLE] == NO_STYLE:
@@ -118,7 +134,7 @@ def _restyle(
             r, slot_R[r], offset_R, tokens_SL, begin_S, at_R, input_R, numbers_F, tables, depth
         )
         allowance = _allowance(state, slot_R[r], position_R[r] - offset_R[r], numbers_F)
-        _restyle_row(
+        left_start_R[r + 1] += _restyle_row(
             row_V,
             peak,
             numbers_F,
@@ -128,6 +144,7 @@ def _restyle(
             allowance,
             tables,
             scratch,
+            left_N[left_start_R[r] :],
             figures_RF[r],
         )
 
@@ -182,21 +199,6 @@ def _follow(profile: int, state: int, token: int, tables: tuple[Array, ...]) -> 
 
 
 @_kernel
-def _delta(profile: int, context: int, token: int, tables: tuple[Array, ...]) -> float:
-    """StyleTables.delta, of one token."""
-    unigram_PV, start_X, token_M = tables[7], tables[8], tables[9]
-    vocabulary = unigram_PV.shape[1]
-    if token >= vocabulary:
-        return np.float32(0.0)
-    if 0 <= context < vocabulary:
-        row = profile * vocabulary + context
-        entry = _find(token_M, start_X[row], start_X[row + 1], token)
-        if entry >= 0:
-            return tables[10][entry]
-    return unigram_PV[profile, token]
-
-
-@_kernel
 def _find(token_N: Array, low: int, end: int, token: int) -> int:
     """Where a token stands among rising ones, or -1."""
     high = end
@@ -210,6 +212,53 @@ def _find(token_N: Array, low: int, end: int, token: int) -> int:
 
 
 @_kernel
+def _log_factors(
+    profile: int, state: int, tokens_K: Array, tables: tuple[Array, ...], factor_K: Array
+) -> None:
+    """StyleTables.step's log factors, of rising tokens."""
+    _take(tables[2][profile], tokens_K, factor_K)
+    _put_over(tables[4], tables[6], tables[3][state], tables[3][state + 1], tokens_K, factor_K)
+
+
+@_kernel
+def _deltas(
+    profile: int, context: int, tokens_K: Array, tables: tuple[Array, ...], delta_K: Array
+) -> None:
+    """StyleTables.delta, of rising tokens."""
+    unigram_V, start_X = tables[7][profile], tables[8]
+    _take(unigram_V, tokens_K, delta_K)
+    if 0 <= context < len(unigram_V):
+        row = profile * len(unigram_V) + context
+        _put_over(tables[9], tables[10], start_X[row], start_X[row + 1], tokens_K, delta_K)
+
+
+@_kernel
+def _take(value_V: Array, tokens_K: Array, value_K: Array) -> None:
+    """Each token's value; 0 beyond the table."""
+    for k in range(len(tokens_K)):
+        token = tokens_K[k]
+        value_K[k] = value_V[token] if token < len(value_V) else np.float32(0.0)
+
+
+@_kernel
+def _put_over(
+    token_N: Array, value_N: Array, start: int, end: int, tokens_K: Array, value_K: Array
+) -> None:
+    """The values of the entries whose tokens are listed, over those that stand there: the fewer
+    are looked up among the more."""
+    if end - start < len(tokens_K):
+        for entry in range(start, end):
+            k = _find(tokens_K, 0, len(tokens_K), token_N[entry])
+            if k >= 0:
+                value_K[k] = value_N[entry]
+    else:
+        for k in range(len(tokens_K)):
+            entry = _find(token_N, start, end, tokens_K[k])
+            if entry >= 0:
+                value_K[k] = value_N[entry]
+
+
+@_kernel
 def _restyle_row(
     row_V: Array,
     peak: float,
@@ -220,9 +269,11 @@ def _restyle_row(
     allowance: float,
     tables: tuple[Array, ...],
     scratch: tuple[Array, Array, Array, Array],
+    left_L: Array,
     figures_F: Array,
-) -> None:
-    """stage.restyled, of one valid row."""
+) -> int:
+    """stage.restyled, of one valid row. Lists what is left of it, and returns how many tokens;
+    0 where there is no room."""
     maxima_J, tokens_K, weights_4K, stops_E = scratch
     stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
     below_K, weight_K, delta_K, bias_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
@@ -241,18 +292,23 @@ def _restyle_row(
         kept_E[e] = row_V[stop_ids_E[e]] if is_known else _NEGATIVE_INFINITY
     stop_z_below = _stop_weights(row_V, peak, divisor, temperature, stop_ids_E)
     count, content_peak = _content(row_V, threshold, tokens_K, below_K, plausible)
+    tokens_K, weight_K, delta_K, bias_K = (
+        tokens_K[:count],
+        weight_K[:count],
+        delta_K[:count],
+        bias_K[:count],
+    )
 
     figures_F[3] = strength
     if count > 0:
         # 2. The weights at T, the phrases' factors, δ.
+        _log_factors(profile, state, tokens_K, tables, bias_K)
+        _deltas(profile, context, tokens_K, tables, delta_K)
         for k in range(count):
             weight_K[k] = (below_K[k] - content_peak) / temperature
-            log_factor = _follow(profile, state, np.int64(tokens_K[k]), tables)[1]
-            if strength < 1.0:
-                log_factor = np.float32(math.log1p(strength * math.expm1(log_factor)))
-            bias_K[k] = log_factor
-            delta_K[k] = _delta(profile, context, np.int64(tokens_K[k]), tables)
-        z, z_once, z_twice = _phrase_sums(weight_K[:count], bias_K)
+            if strength < 1.0 and bias_K[k] != 0.0:
+                bias_K[k] = math.log1p(strength * math.expm1(bias_K[k]))
+        z, z_once, z_twice = _phrase_sums(weight_K, bias_K)
         content_log_z = content_peak / temperature + math.log(z)
         share = 1.0 / (1.0 + math.exp(stop_z_below - content_log_z))
         for k in range(count):
@@ -264,10 +320,9 @@ def _restyle_row(
         reached = _largest_strength(base_K, delta_K, z_once, strength, allowance / share)
         tilt_kl, log_rise = _divergence(base_K, delta_K, z_once, reached)
         shift = math.log(z_once / z) + log_rise
-        kl = 0.0
         for k in range(count):
             bias_K[k] = bias_K[k] + reached * delta_K[k] - shift
-            kl += math.exp(weight_K[k] + bias_K[k]) / z * bias_K[k]
+        kl = _mean_bias(weight_K, bias_K) / z
         figures_F[0] = share * max(kl, 0.0)
         figures_F[1] = share * tilt_kl
         figures_F[2] = share * max(held_back, 0.0)
@@ -284,6 +339,21 @@ def _restyle_row(
     for e in range(len(stop_ids_E)):
         if stop_ids_E[e] < len(row_V):
             row_V[stop_ids_E[e]] = kept_E[e]
+    return _list(row_V, tokens_K, stop_ids_E, left_L)
+
+
+@_kernel
+def _list(row_V: Array, tokens_K: Array, stop_ids_E: Array, left_L: Array) -> int:
+    """The content, then the stop tokens that are not -inf."""
+    count = len(tokens_K)
+    if count + len(stop_ids_E) > len(left_L):
+        return 0
+    left_L[:count] = tokens_K
+    for e in range(len(stop_ids_E)):
+        if stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
+            left_L[count] = stop_ids_E[e]
+            count += 1
+    return count
 
 
 @_kernel
@@ -311,6 +381,15 @@ def _phrase_sums(weight_K: Array, log_factor_K: Array) -> tuple[float, float, fl
         z_once += _exp(weight_K[k] + log_factor_K[k])
         z_twice += _exp(weight_K[k] + np.float32(2.0) * log_factor_K[k])
     return z, z_once, z_twice
+
+
+@_reduction
+def _mean_bias(weight_K: Array, bias_K: Array) -> float:
+    """Σ e^(w + b)·b."""
+    total = 0.0
+    for k in range(len(weight_K)):
+        total += _exp(weight_K[k] + bias_K[k]) * bias_K[k]
+    return total
 
 
 @_reduction

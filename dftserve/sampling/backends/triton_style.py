@@ -43,7 +43,7 @@ from dftserve.sampling.backends.triton_slots import EXACT, TritonSlots
 from dftserve.sampling.buffers import Buffer
 from dftserve.sampling.controls import NO_STYLE
 from dftserve.sampling.slots import Slots
-from dftserve.sampling.step import Step
+from dftserve.sampling.step import Left, Step
 from dftserve.sampling.style import stage, strength
 from dftserve.sampling.style.tables import StyleTables
 
@@ -53,6 +53,8 @@ TILE = 4096
 
 class TritonStyleStage:
     """`StyleStage` with buffers of its own, for one stream at a time; none before it is needed."""
+
+    left: Left | None = None
 
     def __init__(self, tables: StyleTables) -> None:
         self._tables, self._arrays = tables, tables.arrays()

@@ -31,7 +31,7 @@ from dftserve.sampling.controls import Controls
 from dftserve.sampling.entropy import ABSENT, exp, is_present, normalise
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.slots import COLUMNS, COUNT, KL, TILT_KL, Slots
-from dftserve.sampling.step import Step, Texts
+from dftserve.sampling.step import Left, Step, Texts
 from dftserve.sampling.style.strength import largest_strength
 from dftserve.sampling.style.tables import StyleTables
 
@@ -41,6 +41,9 @@ WEAKEST = 0.01
 
 class StyleStage(Protocol):
     """What a backend provides: the stage on one device."""
+
+    left: Left | None
+    """What the last call has left of each row, where the stage lists it; valid until the next."""
 
     def __call__(self, logits_XV: Tensor, step: Step, slots: Slots) -> Tensor:
         """Rewrite, in place, the rows of the step whose requests have a style.
@@ -62,6 +65,8 @@ class StyleStage(Protocol):
 class PlainStyleStage:
     """`StyleStage` in plain torch, on any device; allocates, and asks the device how many rows
     have a style."""
+
+    left: Left | None = None
 
     def __init__(self, tables: StyleTables) -> None:
         self._tables = tables

@@ -106,15 +106,11 @@ def is_greedy(params: "SamplingParams") -> bool:
 OFF = spec.Diversity(level=0.0)
 
 
-WHOLE_ROW_LAWS = ("top_n_sigma", "xtc")
-"""Laws that cut by what a style has changed before them."""
-
-
 def clash(diversity: spec.Diversity, style: spec.Style | None) -> str | None:
     """Why the two cannot be honoured together, or None."""
-    if style is None or style.is_off or diversity.law not in WHOLE_ROW_LAWS:
+    if style is None or style.is_off or diversity.law not in spec.WHOLE_ROW_LAWS:
         return None
-    accepted = ", ".join(law for law in spec.LAWS if law not in WHOLE_ROW_LAWS)
+    accepted = ", ".join(law for law in spec.LAWS if law not in spec.WHOLE_ROW_LAWS)
     return f"{STYLE}: got it beside the law {diversity.law!r}; accepted beside a style: {accepted}."
 
 
