@@ -147,10 +147,10 @@ class TextRepeats:
 def _longest_of_each(token_K: NDArray[np.int32], length_K: Ids) -> tuple[Ids, Ids]:
     """Each token once, with the longest of its matches: by one sort of both together."""
     both_K = np.sort((token_K.astype(np.int64) << LENGTH_BITS) | length_K)
-    token_K, length_K = both_K >> LENGTH_BITS, both_K & ((1 << LENGTH_BITS) - 1)
-    is_last_K = np.ones(len(token_K), bool)
-    is_last_K[:-1] = token_K[1:] != token_K[:-1]
-    return token_K[is_last_K], length_K[is_last_K]
+    sorted_K = both_K >> LENGTH_BITS
+    is_last_K = np.ones(len(both_K), bool)
+    is_last_K[:-1] = sorted_K[1:] != sorted_K[:-1]
+    return sorted_K[is_last_K], both_K[is_last_K] & ((1 << LENGTH_BITS) - 1)
 
 
 def together(rows: Sequence[tuple[Ids, Nats]]) -> tuple[Ids, Nats]:
