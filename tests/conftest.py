@@ -17,6 +17,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from dftserve.serve import running
 from tests.environment import Environment, make_environment
@@ -86,11 +87,13 @@ def model_folder() -> Path:
     sources = [*(ROOT / "dftserve/stories").glob("*"), *(ROOT / "dftserve/train").glob("*.py")]
     content = b"".join(path.read_bytes() for path in sorted(sources) if path.is_file())
     place = ROOT / "build" / "test-model" / hashlib.sha256(content).hexdigest()[:16]
-    folder = tune(place, print, steps=QUICK_STEPS, **BRIEFLY)[-1].folder
-    defaults = folder / "generation_config.json"
-    cutting = json.loads(defaults.read_text()) | {"top_k": 50, "top_p": 0.9}
-    defaults.write_text(json.dumps(cutting))
-    checkpoint.seal(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):  # Both processes of a run may want it first.
+        folder = tune(place, print, steps=QUICK_STEPS, **BRIEFLY)[-1].folder
+        defaults = folder / "generation_config.json"
+        cutting = json.loads(defaults.read_text()) | {"top_k": 50, "top_p": 0.9}
+        defaults.write_text(json.dumps(cutting))
+        checkpoint.seal(folder)
     return folder
 
 
