@@ -19,13 +19,14 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from real import RESULTS, by_setting
-from real_answers import FORMS, Answer, form_tasks, kept
+from real import RESULTS, by_setting, written
+from real_answers import FORMS, Answer, answers_by_prompt, form_tasks, kept
 
 from dftserve.corpus.filters import language_of
 from dftserve.evaluate.metrics import lexical
@@ -68,24 +69,19 @@ def main(folder: Path, output: Path) -> None:
 def _by_form(
     tasks: Mapping[str, Sequence[str]], answers: Sequence[Answer]
 ) -> dict[str, list[list[str]]]:
-    """Texts by form and task; an answer's prompt is its task's place among all tasks."""
-    found: dict[str, list[list[str]]] = {}
-    first = 0
-    for form, asked in tasks.items():
-        places = range(first, first + len(asked))
-        found[form] = [[a.text for a in answers if a.prompt == place] for place in places]
-        first += len(asked)
-    return found
+    """Texts by form and task; the tasks were asked for in their order."""
+    texts = iter(answers_by_prompt(answers))
+    return {form: list(islice(texts, len(asked))) for form, asked in tasks.items()}
 
 
 def measured(form: str, texts_P: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Of the answers to P tasks of one form."""
     texts = [text for texts in texts_P for text in texts]
-    kept = wilson(sum(is_kept(form, text) for text in texts), len(texts))
+    share = wilson(sum(is_kept(form, text) for text in texts), len(texts))
     similar = [lexical.self_bleu([tokens(text) for text in each]) for each in texts_P]
     return {
         "answers": len(texts),
-        "kept": {"value": kept.value, "low": kept.low, "high": kept.high},
+        **written({"kept": share}),
         "self_bleu": round(float(np.mean(similar)), 2),
     }
 

@@ -159,6 +159,12 @@ def kept(folder: Path) -> list[Answer]:
     return read(folder / "answers.jsonl", Answer)
 
 
+def answers_by_prompt(answers: Sequence[Answer]) -> list[list[str]]:
+    """Texts, in the order of the prompts."""
+    count = 1 + max(answer.prompt for answer in answers)
+    return [[a.text for a in answers if a.prompt == place] for place in range(count)]
+
+
 def data_folder() -> Path:
     """
     Raises:
@@ -180,10 +186,6 @@ def data_folder() -> Path:
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
 def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:
     sets = prompt_sets(data_folder())
-    names = [each.name for each in sets]
-    for name in only:
-        if name not in names:
-            raise click.UsageError(f"--only: got {name!r}; accepted: {', '.join(names)}.")
     sets = [each for each in sets if not only or each.name in only]
     with AnswerStore(folder / "answers.jsonl", Answer) as store:
         known = {place_of(row) for row in store.rows}

@@ -24,7 +24,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from real import RESULTS, against, by_setting, written
-from real_answers import OPEN, SETTINGS, STOCK, Answer, data_folder, kept, prompt_sets
+from real_answers import OPEN, SETTINGS, STOCK, answers_by_prompt, data_folder, kept, prompt_sets
 
 from dftserve.evaluate.metrics import errors, lexical
 from dftserve.evaluate.metrics.intervals import Estimate, jackknife
@@ -63,12 +63,6 @@ def main(folder: Path, output: Path) -> None:
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
-
-
-def answers_by_prompt(answers: Sequence[Answer]) -> list[list[str]]:
-    """Texts, in the order of the prompts."""
-    count = 1 + max(answer.prompt for answer in answers)
-    return [[a.text for a in answers if a.prompt == place] for place in range(count)]
 
 
 def measured(
