@@ -9,6 +9,7 @@ The engines are real vLLM servers over HTTP, one of each kind for a whole run:
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -47,6 +48,14 @@ FEW_BLOCKS = "--num-gpu-blocks-override=20"
 PATIENCE = 3600.0
 """Seconds for a server's start or an answer: a busy machine is slow, which is no failure, and a
 server that ends is seen at once."""
+
+
+@pytest.fixture(autouse=True)
+def root_logger_at_its_defaults() -> None:
+    """Importing vLLM's server sets the root logger and its handlers to ERROR, for good."""
+    logging.root.setLevel(logging.WARNING)
+    for handler in logging.root.handlers:
+        handler.setLevel(logging.NOTSET)
 
 
 @dataclass(frozen=True)

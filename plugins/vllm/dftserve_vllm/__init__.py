@@ -18,6 +18,7 @@ def register() -> None:
     if is_disabled():
         logging.getLogger("vllm.dftserve").info("dftserve is disabled: DFTSERVE_DISABLE is set")
         return
-    from dftserve_vllm import hooks
+    from dftserve_vllm import hooks, log
 
+    log.show_library_messages()
     hooks.install()

@@ -1,4 +1,4 @@
-"""The plug-in's logger, under vLLM's, and a guard for what may fail at every step."""
+"""The plug-in's logger, under vLLM's; the library's warnings; a guard for what may fail."""
 
 import logging
 from collections.abc import Iterator
@@ -7,6 +7,18 @@ from contextlib import contextmanager
 logger = logging.getLogger("vllm.dftserve")
 
 _logged: set[str] = set()
+
+
+def show_library_messages() -> None:
+    """What `dftserve.*` logs (a kernel that fell back) is shown as vLLM's own messages are.
+
+    The root logger cannot be relied on: importing vLLM's server sets its level to ERROR
+    (model_hosting_container_standards), which hides the warnings of every other library.
+    """
+    library = logging.getLogger("dftserve")
+    library.setLevel(logger.getEffectiveLevel())
+    if not library.hasHandlers():
+        library.handlers[:] = logging.getLogger("vllm").handlers
 
 
 @contextmanager
