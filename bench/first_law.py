@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from dftserve import spec
 from dftserve.sampling import Controls, LawConstants, control_row, get_backend, transform
+from dftserve.sampling.token_classes import TokenClasses
 from dftserve.stories import grammar
 from dftserve.stories.model import STEPS, build
 
@@ -68,8 +69,9 @@ REFERENCE = list(itertools.product((0.1, 0.05, 0.02, 0.01), (1.0, 1.5, 2.0, 3.0)
 
 # ── Settings: what is done to a row of logits ────────────────────────────────────────────────────
 
-Rewrite = Callable[[Tensor, int], Tensor]
-"""(logits_RV, the end token) → logits_RV to sample from at temperature 1."""
+Rewrite = Callable[[Tensor, Tensor, int], Tensor]
+"""(logits_RV, last_R, the end token) → logits_RV to sample from at temperature 1; `last_R`: int64,
+the token before each row's."""
 
 
 def described(constants: LawConstants) -> str:
@@ -98,11 +100,14 @@ class Setting:
 
 
 def by_transform(
-    diversity: object, constants: LawConstants | None = None, temperature: float = 1.0
+    diversity: object,
+    constants: LawConstants | None = None,
+    temperature: float = 1.0,
+    token_classes: TokenClasses | None = None,
 ) -> Rewrite:
-    """What a request with this `diversity` and temperature gets."""
+    """What a request with this `diversity` and temperature gets; `words` needs token classes."""
     wanted = spec.parse(diversity)
-    backend = get_backend("cpu", constants or LawConstants())
+    backend = get_backend("cpu", constants or LawConstants(), token_classes)
 
     @cache
     def controls(rows: int, end: int) -> Controls:
@@ -111,16 +116,19 @@ def by_transform(
         )
         return Controls.stack([row] * rows)
 
-    def rewrite(logits_RV: Tensor, end: int) -> Tensor:
+    def rewrite(logits_RV: Tensor, last_R: Tensor, end: int) -> Tensor:
         logits_RV = (logits_RV / temperature).contiguous()
-        transform(logits_RV, controls(len(logits_RV), end), None, backend)
+        step_controls = controls(len(logits_RV), end)
+        if token_classes is not None:
+            step_controls = step_controls.after(last_R)
+        transform(logits_RV, step_controls, None, backend)
         return logits_RV
 
     return rewrite
 
 
 def stock() -> Setting:
-    return Setting("stock", "T=1", lambda logits_RV, end: logits_RV)
+    return Setting("stock", "T=1", lambda logits_RV, last_R, end: logits_RV)
 
 
 def gated(constants: LawConstants, level: float, family: str = "gated") -> Setting:
@@ -148,7 +156,7 @@ def dynatemp(half_width: float, level: float) -> Setting:
 def min_p_last(min_p: float, temperature: float) -> Setting:
     """vLLM's order: temperature first, then min-p."""
 
-    def rewrite(logits_RV: Tensor, end: int) -> Tensor:
+    def rewrite(logits_RV: Tensor, last_R: Tensor, end: int) -> Tensor:
         logits_RV = logits_RV / temperature
         floor_R1 = logits_RV.amax(dim=1, keepdim=True) + math.log(min_p)
         return logits_RV.masked_fill(logits_RV < floor_R1, -math.inf)
@@ -159,7 +167,7 @@ def min_p_last(min_p: float, temperature: float) -> Setting:
 def top_p(share: float) -> Setting:
     """The smallest set of likeliest tokens that holds `share` of the probability."""
 
-    def rewrite(logits_RV: Tensor, end: int) -> Tensor:
+    def rewrite(logits_RV: Tensor, last_R: Tensor, end: int) -> Tensor:
         p_RV, index_RV = logits_RV.softmax(dim=1).sort(dim=1, descending=True)
         beyond_RV = p_RV.cumsum(dim=1) - p_RV >= share
         cut_RV = torch.zeros_like(beyond_RV).scatter_(1, index_RV, beyond_RV)
@@ -243,7 +251,7 @@ def sample(
     argument = writer.cache_argument
     for step in range(LONGEST_STORY):
         output = writer.model(next_RN, logits_to_keep=1, **{argument: room})
-        p_RV = rewrite(output.logits[:, -1], end).softmax(dim=1)
+        p_RV = rewrite(output.logits[:, -1], next_RN[:, -1], end).softmax(dim=1)
         entropy_R[row_R] -= (p_RV * p_RV.clamp_min(1e-30).log()).sum(dim=1)
         length_R[row_R] += 1
         cdf_RV = p_RV.cumsum(dim=1, dtype=torch.float64)

@@ -19,6 +19,8 @@ from tests.training import VOCABULARY, small_model
 
 pytestmark = no_future_warnings
 
+NO_TOKENS = torch.empty(0, dtype=torch.int64)
+"""For laws that do not read the token before."""
 FOX = "Tell me a story with a fox in it."
 
 
@@ -134,7 +136,7 @@ def test_rows_close_up(bench):
 def test_a_setting_samples_the_law_of_its_constants(bench, constants):
     """The entropy of what the bench samples is plain torch's under the same constants."""
     source_RV = make_rows(["gaussian", "zipf", "few"], 200, seed=2)
-    after_RV = bench.gated(constants, 1.0).rewrite(source_RV, 3)
+    after_RV = bench.gated(constants, 1.0).rewrite(source_RV, NO_TOKENS, 3)
     p_RV = after_RV.softmax(dim=1)
     entropy_R = torch.special.entr(p_RV).sum(dim=1)
     expected_R, by_default_R = (
@@ -163,8 +165,8 @@ def test_rewrites_keep_what_they_say(bench):
         bench.fixed(0.5, 2.0): [True, True, False, True],
     }
     for setting, expected in kept.items():
-        out = setting.rewrite(logits.clone(), end)
+        out = setting.rewrite(logits.clone(), NO_TOKENS, end)
         assert out.isfinite()[0].tolist() == expected, setting.label
     # Of the two plausible contents at T=2, sqrt(.5/.3) to 1.
-    p = bench.fixed(0.5, 2.0).rewrite(logits.clone(), end).softmax(dim=1)[0]
+    p = bench.fixed(0.5, 2.0).rewrite(logits.clone(), NO_TOKENS, end).softmax(dim=1)[0]
     assert float(p[0] / p[1]) == pytest.approx(math.sqrt(0.5 / 0.3), rel=1e-4)
