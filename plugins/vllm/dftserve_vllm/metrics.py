@@ -29,7 +29,7 @@ class Metrics:
         )
         self.refused = Counter(
             "dft:requests_refused",
-            "Requests whose diversity or style was answered with 400.",
+            "Requests answered with 400 for their diversity or style, or with 413 for a body with one.",
             ["model_name"],
         )
         self.clamped = Counter(
