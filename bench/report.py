@@ -405,7 +405,7 @@ def phrases(document: dict[str, Any]) -> str:
     answers = found["prompts"] * found["answers_to_each"]
     lines.append("")
     lines.append(
-        "`bench/phrases.py`. Chain: a made-up Markov chain of order 2 that writes \"a b c\" ten "
+        '`bench/phrases.py`. Chain: a made-up Markov chain of order 2 that writes "a b c" ten '
         "times as often as people; exact, per 1,000 tokens and nats a token. Model: "
         f"SmolLM2-135M-Instruct at T {found['temperature']:g}, {answers} answers a row "
         f"({found['prompts']} story prompts that did not build the profile, "

@@ -29,7 +29,7 @@ class Metrics:
         )
         self.refused = Counter(
             "dft:requests_refused",
-            "Requests answered with 400 for their diversity or style, or with 413 for a body with one.",
+            "Requests answered with 400 or 413 because of their diversity or style.",
             ["model_name"],
         )
         self.clamped = Counter(
