@@ -50,7 +50,7 @@ def overhead(document: dict[str, Any]) -> str:
         "on every request": "field",
         "min-p and temperature": "min_p",
         "law written plainly": "naive",
-        "nearest peer's law": "peer",
+        "qr-sampler's law": "peer",
     }
     rows = [
         ((row["vocabulary"], row["batch"]), [row[way] for way in ways.values()])
@@ -66,7 +66,7 @@ def served(document: dict[str, Any]) -> str:
         "field on a tenth": "tenth",
         "on every request": "field",
         "min-p and temperature": "min_p",
-        "nearest peer's law": "peer",
+        "qr-sampler's law": "peer",
     }
     rows = [
         (
@@ -103,7 +103,7 @@ def real_cost(document: dict[str, Any]) -> str:
 
 def sampler(document: dict[str, Any]) -> str:
     """Ours over a copy; how many times as long as ours each other way takes."""
-    ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "nearest peer's law": "peer"}
+    ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "qr-sampler's law": "peer"}
     rows = [
         (
             (row["vocabulary"], row["rows"]),
@@ -198,19 +198,38 @@ def words(document: dict[str, Any]) -> str:
         ]
         cells += [percent(rows[name][key]) if name in rows else "" for key, rows in shares.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    others, ifeval = document["other_essays"], document["ifeval"]
+    first, others, ifeval = document["essays"], document["other_essays"], document["ifeval"]
     lines.append("")
     lines.append(
         f"`bench/words.py`: SmolLM2-135M-Instruct; {others['prompts']} essay prompts, "
-        f"{others['answers_to_each']} answers each, asked for after the first 60 had been seen; "
-        f"IFEval: of {ifeval['prompts']} prompts, those all of whose instructions were followed; "
-        f"MMLU: of {document['mmlu']['questions']} questions in a chat, by one answer each. Errors "
-        "and unknown words per 100 words; 95 % intervals."
+        f"{others['answers_to_each']} answers each; IFEval: of {ifeval['prompts']} prompts, those "
+        "all of whose instructions were followed; MMLU: of "
+        f"{document['mmlu']['questions']} questions in a chat, by one answer each. Errors and "
+        f"unknown words per 100 words; 95 % intervals. {first['prompts']} other essay prompts "
+        f"({first['answers_to_each']} answers each) were measured before and did not settle which "
+        "law is the default; these were asked for then, and the decision goes by them alone. "
+        f"Differences in errors: {_differences(others['against'])}."
     )
     return "\n".join(lines)
 
 
 NOTHING = {"errors": {"value": 0.0}}
+PAIRS = (
+    ("`words` 1", "min-p .02, T 1.3"),
+    ("`gated` 1", "min-p .02, T 1.3"),
+    ("`words` 1", "`gated` 1"),
+)
+"""Settings of essays whose errors are compared."""
+
+
+def _differences(against: dict[str, Any]) -> str:
+    """Errors of one setting less those of another, on the same prompts."""
+    found = [(one, other, against[one][other]["errors"]) for one, other in PAIRS]
+    return "; ".join(
+        f"{one} less {other} {each['value']:+.2f} [{each['low']:+.2f}, {each['high']:+.2f}], "
+        f"p {each['p']:.3f}"
+        for one, other, each in found
+    )
 
 
 def variety(document: dict[str, Any]) -> str:
@@ -424,12 +443,15 @@ def phrases(document: dict[str, Any]) -> str:
     answers = found["prompts"] * found["answers_to_each"]
     lines.append("")
     lines.append(
-        f"`bench/phrases.py`: the chain exact, per 1,000 tokens and nats a token; SmolLM2-135M-"
-        f"Instruct at T {found['temperature']:g}, {answers} answers a row ({found['prompts']} "
-        f"story prompts that did not build the profile, {found['answers_to_each']} each, at most "
-        f"{found['max_tokens']} tokens), {found['target_phrases']} phrases, per 1,000 words; "
-        f"{built['model']:.1f} when the profile was built. Errors per 100 words; 95 % intervals, "
-        "of which one in twenty misses."
+        '`bench/phrases.py`. Chain: a made-up Markov chain of order 2 that writes "a b c" ten '
+        "times as often as people; exact, per 1,000 tokens and nats a token. Model: "
+        f"SmolLM2-135M-Instruct at T {found['temperature']:g}, {answers} answers a row "
+        f"({found['prompts']} story prompts that did not build the profile, "
+        f"{found['answers_to_each']} each, at most {found['max_tokens']} tokens), the profile's "
+        f"{found['target_phrases']} phrases per 1,000 words; {built['model']:.1f} in the answers "
+        "that built the profile. Orphans: beginnings of these phrases, of two words or more, that "
+        "went on otherwise; first words likewise. Errors per 100 words; 95 % intervals, of which "
+        "one in twenty misses."
     )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""dftserve: open models that write like many people, and stay right.
+"""dftserve: a `diversity` field for vLLM, and fine-tuning toward a distribution.
 
 Importing this package is free: no torch, no transformers, no engine.
 """

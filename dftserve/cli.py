@@ -25,7 +25,11 @@ from dftserve.styles.cli import style
 @click.group(cls=Group)
 @click.version_option(__version__, prog_name="dftserve")
 def main() -> None:
-    """Open models that write like many people, and stay right."""
+    """A diversity field for vLLM, fine-tuning toward a distribution, and their measures.
+
+    MODEL is a folder of safetensors, a .gguf file or a folder with one (converted once, into a
+    cache folder), or a name on the Hugging Face hub.
+    """
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -59,6 +63,9 @@ def serve(
     dry_run: bool,
 ) -> None:
     """Serve MODEL with vLLM, on this terminal.
+
+    MODEL is a folder, a .gguf file or a folder with one (converted to safetensors once, into a
+    cache folder, and served under the name you gave), or a name on the Hugging Face hub.
 
     Prints the command, then becomes it. Every other flag goes to vLLM as it is:
     `vllm serve --help=all` lists them.
@@ -112,7 +119,7 @@ def chat(url: str, model: str | None, api_key_env: str, temperature: float | Non
     metavar="DIR",
     help="The style profiles that a server is to load. Default: of DFTSERVE_STYLES.",
 )
-@click.option("--model", help="Do these profiles fit this model? A folder, or a name.")
+@click.option("--model", help="Do these profiles fit this model? A folder, or a name on the hub.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(
     url: str | None,
@@ -199,7 +206,9 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.argument("corpus", type=click.Path(path_type=Path)),
         click.option(
-            "--model", required=True, help="The model that will be tuned: a folder, or a name."
+            "--model",
+            required=True,
+            help="The model that will be tuned: a folder, a .gguf file, or a name on the hub.",
         ),
         click.option(
             "--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own."
@@ -308,7 +317,9 @@ def target_students(values: tuple[str, ...], training: tuple[str, ...], folds: i
 
 @target.command("inspect")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--model", help="Whose tokenizer writes the examples. Default: token ids.")
+@click.option(
+    "--model", help="Whose tokenizer writes the examples, as for build. Default: token ids."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
 def target_inspect(folder: Path, model: str | None, as_json: bool, html: Path | None) -> None:
@@ -340,8 +351,8 @@ def target_verify(folder: Path) -> None:
 def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: bool) -> None:
     """Tune a model toward a target store: CONFIG is a YAML of settings, --set goes over it.
 
-    Needs `model`, `targets` and `output`. The same command goes on where it was stopped. Under
-    torchrun it takes all of its processes.
+    Needs `model` (a folder, a .gguf file, or a name on the hub), `targets` and `output`. The same
+    command goes on where it was stopped. Under torchrun it takes all of its processes.
     """
     with usage_errors():
         named = _named(values)

@@ -4,8 +4,8 @@
     server: {level: 0.6, laws: [gated, guard], styles: [human]}
     models:
       demo: {level: 0.4}
-    keys:                             # by the SHA-256 of the key
-      2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae: {level: 1}
+    keys:                             # by the SHA-256 of the key: printf %s "$KEY" | sha256sum
+      DIGEST_OF_THE_KEY: {level: 1}
     audit: {file: /var/log/dftserve/audit.jsonl}
 
 A key's word stands over a model's, and a model's over the server's, each cap by itself.

@@ -54,7 +54,8 @@ def evaluate() -> None:
 def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> None:
     """Ask MODEL_OR_URL at each diversity, measure the answers beside human text, write a report.
 
-    A checkpoint is served for the time being. The same command goes on where it was stopped.
+    A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served for the
+    time being; a server at a URL is asked as it is. The same command goes on where it was stopped.
     """
     with usage_errors():
         from dftserve.evaluate.report.html import REPORT, as_text, write
@@ -91,7 +92,7 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 @evaluate.command("accuracy")
 @click.argument("url")
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="Default: in DFTSERVE_DATA.")
+@click.option("--data", type=click.Path(path_type=Path), help="Default: DFTSERVE_DATA/accuracy.")
 @click.option("--grid", default="0,.5,1", show_default=True, metavar="DIVERSITIES")
 @click.option("--tasks", default="mmlu,gsm8k,humaneval", show_default=True)
 @click.option("--limit", type=int, help="Questions of each task. Default: all.")
@@ -107,6 +108,7 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
     """Ask the server at URL questions with an answer, at each diversity: what does it cost?
 
     MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own.
+    The questions are files of yours: docs/evaluation.md names them.
     """
     with usage_errors():
         from dftserve.evaluate.accuracy.run import Job, run
@@ -135,7 +137,10 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
 @key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
 def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **options) -> None:
-    """The Style Diversity Benchmark: stories, essays, and the same meaning in other words."""
+    """The Style Diversity Benchmark: stories, essays, and the same meaning in other words.
+
+    MODEL_OR_URL is as for `evaluate run`.
+    """
     with usage_errors():
         from dftserve.evaluate.benchmark.run import Job, run
         from dftserve.gguf import resolve
@@ -158,8 +163,9 @@ def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **option
 @click.option("--answers", type=click.Path(path_type=Path), help="The OUT of an evaluation.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -> None:
-    """Bits per byte of held-out human text under the causal language model MODEL, and how
-    surprising it finds an evaluation's answers beside human text."""
+    """Bits per byte of held-out human text under the causal language model MODEL (a folder, a
+    .gguf file, or a name on the hub), and how surprising it finds an evaluation's answers beside
+    human text."""
     with usage_errors():
         model = model_of(model)
         from transformers.utils import logging

@@ -17,7 +17,11 @@ def style() -> None:
 
 @style.command("build")
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="A folder, or a name: its tokenizer.")
+@click.option(
+    "--model",
+    required=True,
+    help="A folder, a .gguf file, or a name on the hub: its tokenizer is what is read.",
+)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--answers",

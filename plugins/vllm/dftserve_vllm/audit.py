@@ -2,7 +2,7 @@
 but the names by which it is told apart.
 
     {"time": "2026-11-28T06:50:00.123+00:00", "request_id": "3f…", "model": "demo",
-     "key": "2c26b46b68ff", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
+     "key": "FIRST_12_DIGITS", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
      "outcome": "clamped", "prompts": 1}
 
 Opt-in, by `audit` of the policy. Whatever keeps a line from being written is counted

@@ -29,7 +29,7 @@ class Metrics:
         )
         self.refused = Counter(
             "dft:requests_refused",
-            "Requests whose diversity or style was answered with 400.",
+            "Requests answered with 400 or 413 because of their diversity or style.",
             ["model_name"],
         )
         self.clamped = Counter(
