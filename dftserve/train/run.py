@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import shaped_as
-from dftserve.checkpoint import FINAL
+from dftserve.checkpoint import ADAPTER, FINAL
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.spec import Promise
 from dftserve.targets.conversation import NO_STOP
@@ -48,7 +48,7 @@ from dftserve.train.run_folder import RunFolder, model_digest, read_object, targ
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-WEIGHTS, ADAPTER = "weights.json", "adapter"
+WEIGHTS = "weights.json"
 PROFILE_TOKENS = 20_000
 CHECKED_TOKENS = 256
 """That the checks of a model read at once where they run on the CPU and training does not."""
