@@ -51,10 +51,12 @@ def _of_folder(folder: Path, model: str | None) -> Iterator[Finding]:
 def _fit(model: str) -> "Callable[[Profile], None]":
     from transformers import AutoConfig
 
+    from dftserve.gguf import resolve
     from dftserve.hub import folder_of
     from dftserve.styles.folder import Reader
     from dftserve.targets.document import load_tokenizer
 
+    model = resolve(model)
     tokenizer = load_tokenizer(model)
     config = AutoConfig.from_pretrained(folder_of(model), trust_remote_code=False)
     return Reader.of(tokenizer, config.get_text_config().vocab_size).check
