@@ -93,7 +93,7 @@ class PromptContext:
         self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
         has_style = self.style is not None and not self.style.is_off
         if self.reason is None and (has_style or not self.diversity.is_off):
-            self.identity = seals.sealed_name(self.carried())
+            self.identity = seals.sealed_name(self.carried(), self.count, opened())
             _prompts[self.identity] = self
 
     def carried(self) -> dict[str, Any]:
@@ -131,6 +131,8 @@ class RequestContext:
     """A stream whose last chunk carries usage."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the audit log that are not written yet."""
+    name: str = field(default_factory=seals.fresh_name, init=False)
+    """Tells it from every other request of this process."""
 
     def choices(self) -> int:
         return sum(prompt.count for prompt in self.prompts)
@@ -151,6 +153,13 @@ class RequestContext:
 
 
 current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", default=None)
+
+
+def opened() -> str | None:
+    """The name of the HTTP request that runs; None outside of one."""
+    context = current.get()
+    return None if context is None else context.name
+
 
 _prompts: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
