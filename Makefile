@@ -5,7 +5,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test test-unit test-long lint bench sbom audit eval-env clients-env wheels smoke
+.PHONY: setup demo test test-unit test-long lint bench sbom audit eval-env clients-env wheels tag smoke
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
@@ -22,6 +22,8 @@ sbom: setup  ; @$(PYTHON) tools/supply_chain.py sbom
 audit:       ; @$(PYTHON) tools/supply_chain.py audit
 # What a release is: both wheels in dist/, and that they serve from an environment of their own.
 wheels:      ; @$(PYTHON) tools/release.py wheels
+# Whether $GITHUB_REF_NAME is the wheels' version; not as a variable of make, which would expand what is in it.
+tag:         ; @$(PYTHON) tools/release.py tag
 smoke:       ; @$(PYTHON) tools/release.py smoke
 bench: setup
 	@for question in overhead served sampler first_law known_source train_cost families groups; do $(RUN) bench/$$question.py || exit 1; done

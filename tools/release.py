@@ -1,9 +1,10 @@
-"""`make wheels` and `make smoke`: the two wheels of a release, and whether they serve.
+"""`make wheels`, `make tag`, `make smoke`: the two wheels of a release, and whether they serve.
 
     python3 tools/release.py wheels     # dist/*.whl
+    python3 tools/release.py tag        # is $GITHUB_REF_NAME the version of both?
     python3 tools/release.py smoke      # installs them in build/release-env, beside an engine
 
-Standard library only. Neither needs `.venv`.
+Standard library only. None needs `.venv`.
 """
 
 import os
@@ -16,6 +17,8 @@ from setup import ROOT, install_on_cpu, run
 DIST = ROOT / "dist"
 ENVIRONMENT = ROOT / "build" / "release-env"
 PROJECTS = (".", "./plugins/vllm")
+TAG = "GITHUB_REF_NAME"
+"""The environment variable in which GitHub names what was pushed."""
 
 
 def wheels() -> None:
@@ -24,6 +27,18 @@ def wheels() -> None:
         old.unlink()
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", DIST, *PROJECTS)
     _built()
+
+
+def tag() -> None:
+    """Nothing is published under another version than its tag names."""
+    pushed = os.environ.get(TAG, "")
+    tags = {f"v{wheel.name.split('-')[1]}" for wheel in _built()}
+    if tags != {pushed}:
+        accepted = " and ".join(sorted(tags))
+        sys.exit(
+            f"{TAG}: got {pushed!r}; accepted: {accepted}, by the wheels in {DIST}. Tag the commit "
+            "that has this version in both pyproject.toml files, or give them the tag's."
+        )
 
 
 def smoke() -> None:
@@ -49,7 +64,7 @@ def _built() -> list[Path]:
 
 
 def main() -> None:
-    wanted = {"wheels": wheels, "smoke": smoke}
+    wanted = {"wheels": wheels, "tag": tag, "smoke": smoke}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(f"release.py: got {sys.argv[1:]}; accepted: {' or '.join(wanted)}.")
     wanted[sys.argv[1]]()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -298,3 +299,38 @@ def test_files_are_renamed_by_size_and_the_oldest_deleted(tmp_path, monkeypatch)
     numbers = [json.loads(line)["number"] for line in lines]
     assert numbers == list(range(60 - len(numbers), 60))
     assert all(os.stat(place).st_size < 100 + 20 for place in places)
+
+
+@pytest.fixture
+def only_tries(monkeypatch):
+    """Waiting for a lock is a failure of the test, which would wait for ever."""
+    flock = fcntl.flock
+
+    def tried(descriptor, operation):
+        assert operation & fcntl.LOCK_NB, "it waits for another process, and all requests with it"
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(audit.fcntl, "flock", tried)
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_while_another_process_renames_files_no_line_waits_or_is_lost(
+    tmp_path, monkeypatch, only_tries, is_renamed
+):
+    monkeypatch.setattr(audit, "MIB", 30)
+    file = tmp_path / "audit.jsonl"
+    writer = audit.AuditLog(Audit(file=str(file), largest_mib=1, keep=2))
+    for number in range(3):
+        writer.write({"number": number})  # The file has its size now.
+    with file.open() as held:  # A lock is its open file's, so that this is as of another process.
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        writer.write({"number": 3})
+        if is_renamed:
+            file.rename(f"{file}.1")
+        writer.write({"number": 4})
+    writer.write({"number": 5})
+    writer.close()
+    first, second = Path(f"{file}.1"), file
+    assert [[line["number"] for line in lines_of(place)] for place in (first, second)] == (
+        [[0, 1, 2, 3], [4, 5]] if is_renamed else [[0, 1, 2, 3, 4], [5]]
+    )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from dftserve_vllm import app, body_limit, hooks
+from dftserve_vllm import app, body_limit, field_guard, hooks
 from fastapi import FastAPI, Request
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
@@ -109,6 +109,53 @@ def test_a_body_that_is_not_json_is_stocks(served):
     pieces = Pieces(FIELD, 2 * LIMIT)
     path, kind = "/v1/audio/transcriptions", "multipart/form-data; boundary=x"
     assert post(served, pieces, declared=False, path=path, kind=kind).status_code == 200
+
+
+ENCODINGS = [
+    "utf-8-sig",
+    *(f"utf-{size}{order}" for size in (16, 32) for order in ("", "-le", "-be")),
+]
+"""That Starlette reads, as `json.loads` finds them out: `test_starlette_reads_every_encoding`."""
+
+
+class Encoded(Pieces):
+    """The body in an encoding, cut within letters."""
+
+    def __init__(self, encoding: str, begins: bytes, size: int) -> None:
+        super().__init__(begins, size)
+        whole = b"".join(self._pieces).decode().encode(encoding)
+        self._pieces = [whole[i : i + PIECE - 1] for i in range(0, len(whole), PIECE - 1)]
+        self.length = len(whole)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_starlette_reads_every_encoding(served, encoding):
+    answer = post(served, Encoded(encoding, FIELD, PIECE), declared=True)
+    assert answer.json() == {"characters": PIECE}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_large_body_with_a_field_is_refused_in_every_encoding(served, encoding, declared):
+    assert post(served, Encoded(encoding, FIELD, LIMIT), declared=declared).status_code == 413
+    plain = post(served, Encoded(encoding, PLAIN, LIMIT), declared=declared)
+    assert plain.json() == {"characters": LIMIT}
+
+
+@pytest.mark.parametrize(
+    "kind", ["Application/JSON", "APPLICATION/JSON; charset=utf-8", "application/vnd.x+Json"]
+)
+def test_a_content_type_is_one_in_letters_of_either_case(served, kind):
+    assert post(served, Pieces(FIELD, PIECE), declared=False, kind=kind).status_code == 200
+    assert post(served, Pieces(FIELD, 2 * LIMIT), declared=False, kind=kind).status_code == 413
+
+
+@pytest.mark.parametrize("name", ["diversity", "style"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_guard_finds_a_field_in_every_encoding(encoding, name):
+    escaped = f"\\u{ord(name[0]):04x}{name[1:]}"
+    for key, is_field in ((name, True), (escaped, True), ("user", False)):
+        assert field_guard._has_field(f'{{"{key}": 1}}'.encode(encoding), name) == is_field
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
-from dftserve_vllm import request_context, statistics
+from dftserve_vllm import request_context, statistics, step_report
 from dftserve_vllm.extra_args import DIVERSITY, IDENTITY, of_choice
-from dftserve_vllm.request_context import PromptContext
+from dftserve_vllm.request_context import PromptContext, RequestContext
 from vllm import SamplingParams
 
 from dftserve import spec
+from dftserve.sampling.slots import BEFORE, COLUMNS, COUNT
 
 
 def entered(carried, n=1):
@@ -80,6 +81,75 @@ def test_what_is_no_name_is_replaced(identity):
     (name,), _ = entered({DIVERSITY: 0.5, IDENTITY: identity})
     assert isinstance(name, str)
     assert name != identity
+
+
+@pytest.fixture
+def context():
+    token = request_context.current.set(RequestContext())
+    yield request_context.current.get()
+    request_context.current.reset(token)
+
+
+class Engine:
+    """vLLM's part of the API process, which is told of an engine's requests and their ends."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, SimpleNamespace] = {}
+        self.names: list[str] = []
+
+    def runs(self, carried, tokens: int, *, entropy: float = 0.0, is_told: bool = True) -> None:
+        """One request, from its beginning to its end."""
+        params = SamplingParams(extra_args=carried)
+        request = SimpleNamespace(request_id=str(len(self.names)), sampling_params=params)
+        self.request_states[request.request_id] = SimpleNamespace()
+        statistics.note(self, request)
+        self.names.append(request.sampling_params.extra_args[IDENTITY])
+        output = SimpleNamespace(
+            request_id=request.request_id,
+            new_token_ids=[0] * tokens,
+            finish_reason="stop",
+            kv_transfer_params=None,
+        )
+        sums_F = [0.0] * COLUMNS
+        sums_F[COUNT], sums_F[BEFORE] = tokens, tokens * entropy
+        if is_told:
+            step_report.put(output, {"row": [tokens, *sums_F], "engine": 0})
+        statistics.collect(self, [output])
+        del self.request_states[request.request_id]
+
+
+def test_the_turns_of_one_answer_are_told_together(context):
+    """The Responses API asks the engine again after each call of a built-in tool."""
+    made, engine = prompt(), Engine()
+    context.prompts.append(made)
+    for tokens, entropy in ((10, 1.0), (30, 3.0), (40, 2.0)):
+        engine.runs(carried_by(made), tokens, entropy=entropy)
+    (choice,) = context.members()["diversity"]["choices"]
+    assert choice["tokens"] == 80
+    assert choice["mean_entropy_before"] == 2.25
+    assert engine.names[0] == made.identity
+    assert len(set(engine.names)) == 3
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_part_of_the_turns_is_not_told_as_the_whole(context, lost):
+    made, engine = prompt(), Engine()
+    context.prompts.append(made)
+    for turn in range(3):
+        engine.runs(carried_by(made), 10, is_told=turn != lost)
+    assert context.members()["diversity"]["choices"] == [None]
+
+
+@pytest.mark.parametrize("other", [None, RequestContext()])
+def test_another_http_request_adds_no_turn(context, other):
+    """It may have seen the name on a render route, or guessed it."""
+    made, engine = prompt(), Engine()
+    context.prompts.append(made)
+    engine.runs(carried_by(made), 10)
+    token = request_context.current.set(other)
+    engine.runs(carried_by(made), 30)
+    request_context.current.reset(token)
+    assert context.members()["diversity"]["choices"][0]["tokens"] == 10
 
 
 def test_without_a_name_nothing_is_added():

@@ -320,6 +320,60 @@ def test_what_was_decided_is_not_decided_again(set_policy, asked):
     DiversityProcessor.validate_params(shown)
 
 
+GROUP_OF_CHOICES = {"level": 0.1, "max_temperature": 2, "group": True}
+MORE_FOR = {"models": {"alias": {"level": 1}}, "keys": {DIGEST: {"level": 1, "group_size": 8}}}
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_decision_on_a_group_is_of_its_number_of_choices(set_policy, is_open):
+    """Also within the same HTTP request, and outside of one."""
+    set_policy(server={"group_size": 4})
+    token = opened(None) if is_open else None
+    carried = params_of(diversity=GROUP_OF_CHOICES, n=2).extra_args
+    DiversityProcessor.validate_params(SamplingParams(n=2, extra_args=carried))
+    with pytest.raises(ValueError, match="at most 4"):
+        DiversityProcessor.validate_params(SamplingParams(n=8, extra_args=carried))
+    if token is not None:
+        request_context.current.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("key", "fields"),
+    [
+        (KEY, {"diversity": 0.9}),
+        (None, {"diversity": 0.9, "model": "alias"}),
+        (KEY, {"diversity": GROUP_OF_CHOICES, "n": 8}),
+    ],
+)
+@pytest.mark.parametrize("sent_by", [None, "another key", "no request"])
+def test_a_decision_is_of_its_http_request(set_policy, key, fields, sent_by):
+    """What a render route showed to one client does not lift the caps of another request: its key
+    and its model may be others."""
+    set_policy(server={"level": 0.2, "group_size": 4}, **MORE_FOR)
+    token = opened(key)
+    params = params_of(**fields)
+    DiversityProcessor.validate_params(params)
+    request_context.current.reset(token)
+    token = request_context.current.set(None) if sent_by == "no request" else opened(sent_by)
+    shown = SamplingParams(n=params.n, extra_args=through_json(params.extra_args))
+    with pytest.raises(ValueError, match="policy"):
+        DiversityProcessor.validate_params(shown)
+    request_context.current.reset(token)
+
+
+def test_what_is_sent_on_by_the_same_key_is_within_its_caps(set_policy):
+    """A render route's answer, sent to `/inference/v1/generate`, which names no model."""
+    set_policy(server={"level": 0.2, "group_size": 4}, **MORE_FOR)
+    token = opened(KEY)
+    params = params_of(diversity=GROUP_OF_CHOICES | {"level": 0.9}, n=8)
+    request_context.current.reset(token)
+    token = opened(KEY)
+    DiversityProcessor.validate_params(
+        SamplingParams(n=params.n, extra_args=through_json(params.extra_args))
+    )
+    request_context.current.reset(token)
+
+
 OTHERS = {
     "diversity": 1,
     "a number of it": {"law": "gated", "level": 0.1, "max_temperature": 9},

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 from dftserve_vllm import capabilities, engine, hooks, log, request_params
-from dftserve_vllm.request_params import MAX_STOP_IDS
+from dftserve_vllm.extra_args import MAX_STOP_IDS
+from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.styles import Styles
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm import SamplingParams
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
@@ -67,9 +69,32 @@ def test_many_stop_tokens_are_refused_with_the_field_only():
     error = refused(diversity=0.5, stop_token_ids=many)
     assert error.parameter == "stop_token_ids"
     assert str(MAX_STOP_IDS) in str(error)
+    error = refused(vllm_xargs={"diversity": "0.5"}, stop_token_ids=many)
+    assert error.parameter == "stop_token_ids"
     assert asked(stop_token_ids=many).stop_token_ids == many
     assert asked(diversity=0, stop_token_ids=many).stop_token_ids == many
     assert asked(diversity=0.5, stop_token_ids=many[:-1]).extra_args["diversity"]
+
+
+@pytest.mark.parametrize(
+    "carried", [{"diversity": 0.5}, {"diversity": '{"level": 1}'}, {"style": "s"}]
+)
+def test_many_stop_tokens_are_refused_past_the_field_too(monkeypatch, carried):
+    """Offline, and on routes where `extra_args` reach the engine as they are."""
+    profile = SimpleNamespace(name="s", strength=1.0, max_kl=0.05)
+    monkeypatch.setattr(engine, "styles", lambda: Styles((profile,)))
+    many = list(range(MAX_STOP_IDS + 1))
+
+    def validated(ids, extra_args, **more):
+        params = SamplingParams(stop_token_ids=ids, extra_args=extra_args, **more)
+        DiversityProcessor.validate_params(params)
+
+    with pytest.raises(ValueError, match=rf"stop_token_ids: got 65.*at most {MAX_STOP_IDS}"):
+        validated(many, carried)
+    validated(many[:-1], carried)
+    validated(many, None)
+    validated(many, {"diversity": 0})
+    validated(many, carried, temperature=0)  # Greedy stays greedy: no row is changed.
 
 
 def test_a_default_is_not_applied_to_many_stop_tokens(monkeypatch):

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def actions(job: dict) -> list[str]:
 
 def test_every_command_is_a_target_of_the_makefile(workflow, rules):
     found = [command for job in workflow["jobs"].values() for command in commands(job)]
-    assert found == [["make", "wheels"], ["make", "smoke"]]
+    assert found == [["make", "wheels"], ["make", "tag"], ["make", "smoke"]]
     assert {target for _, target in found} <= rules.keys()
 
 
@@ -82,11 +84,47 @@ def test_only_the_publishing_job_may_prove_who_it_is(workflow):
     assert rights == {"build": None, "publish": {"id-token": "write"}}
 
 
-def test_every_action_names_a_version(workflow):
-    versioned = re.compile(r"[\w-]+/[\w-]+@(v\d+|release/v\d+|[0-9a-f]{40})")
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    used = [step["uses"] for step in steps if "uses" in step]
-    assert [name for name in used if not versioned.fullmatch(name)] == []
+def test_every_action_is_a_commit_and_says_its_version():
+    """Who can move an action's tag could publish in our name."""
+    pinned = re.compile(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    used = re.findall(r"uses: *(.*)", FILE.read_text())
+    assert len(used) == 5
+    assert [name for name in used if not pinned.fullmatch(name)] == []
+
+
+def test_a_tag_is_compared_with_the_wheels_before_they_are_kept(workflow):
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    runs = [step.get("run") for step in build["steps"]]
+    compared = build["steps"][runs.index("make tag")]
+    assert runs.index("make wheels") < runs.index("make tag") < runs.index("make smoke")
+    assert compared["if"] in publish["if"]  # So that it has run wherever something is published.
+    assert "continue-on-error" not in compared
+
+
+@pytest.mark.parametrize(
+    ("pushed", "versions", "accepted"),
+    [
+        ("v1.2.0", ("1.2.0", "1.2.0"), None),
+        ("v1.2.1", ("1.2.0", "1.2.0"), "v1.2.0,"),
+        ("v1.2.0", ("1.2.0", "1.2.1"), "v1.2.0 and v1.2.1"),
+        ("1.2.0", ("1.2.0", "1.2.0"), "v1.2.0,"),
+        (None, ("1.2.0", "1.2.0"), "v1.2.0,"),
+    ],
+)
+def test_a_tag_of_another_version_is_refused(tmp_path, pushed, versions, accepted):
+    for folder in ("tools", "dist"):
+        (tmp_path / folder).mkdir()
+    for name in ("release.py", "setup.py"):
+        (tmp_path / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
+    for name, version in zip(("dftserve", "dftserve_vllm"), versions, strict=True):
+        (tmp_path / "dist" / f"{name}-{version}-py3-none-any.whl").touch()
+    named = {} if pushed is None else {"GITHUB_REF_NAME": pushed}
+    command = [sys.executable, tmp_path / "tools" / "release.py", "tag"]
+    ended = subprocess.run(command, env=named, capture_output=True, text=True, check=False)
+    assert (ended.returncode == 0) == (accepted is None), ended.stderr
+    assert "Traceback" not in ended.stderr
+    if accepted is not None:
+        assert f"accepted: {accepted}" in ended.stderr
 
 
 def test_both_wheels_have_the_same_version_and_go_together():

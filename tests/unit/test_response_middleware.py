@@ -8,6 +8,7 @@ import pytest
 from dftserve_vllm import request_context
 from dftserve_vllm.response_middleware import ResponseMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import StreamingResponse
 
 from dftserve import spec
 
@@ -117,3 +118,26 @@ def test_responses_carry_the_object_in_their_last_event_however_they_end(end):
     last = json.loads(bodies(messages)[-1].split(b"data: ")[1])
     assert last["response"].pop("diversity")["level"] == 0.5
     assert last == events[-1]
+
+
+def test_what_a_request_starts_knows_the_request():
+    """The policy's decision holds where the engine is asked: in tasks and in a stream's body."""
+    seen = []
+
+    async def app(scope, receive, send):
+        async def noted() -> None:
+            seen.append(request_context.opened())
+
+        async def body():
+            await asyncio.create_task(noted())
+            yield b"{}"
+
+        await noted()
+        newest = {**scope, "asgi": {"spec_version": "2.4"}}  # Nobody listens for a disconnect.
+        await StreamingResponse(body())(newest, receive, send)
+
+    for _ in range(2):
+        sent_by(ResponseMiddleware(app))
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert None not in seen
+    assert request_context.opened() is None

@@ -72,8 +72,7 @@ class AuditLog:
             self.close()
         if self._descriptor is None:
             self._descriptor = self._open()
-        if os.fstat(self._descriptor).st_size >= self._largest:
-            self._rotate(self._descriptor)
+        if os.fstat(self._descriptor).st_size >= self._largest and self._rotated(self._descriptor):
             self.close()
             self._descriptor = self._open()
         return self._descriptor
@@ -96,16 +95,27 @@ class AuditLog:
         except FileNotFoundError:
             return False
 
-    def _rotate(self, descriptor: int) -> None:
-        """FILE.3 to FILE.4 …, FILE to FILE.1, by the one process that has the lock."""
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # Released as the file is closed.
+    def _rotated(self, descriptor: int) -> bool:
+        """FILE.3 to FILE.4 …, FILE to FILE.1, by the one process that has the lock.
+
+        Returns:
+            Whether the descriptor's file has been renamed. While another process has the lock it is
+            not waited for, since this runs in the server's event loop: the line goes to the end of
+            the file, under whichever name, and the next one looks again.
+        """
+        try:
+            # Released as the file is closed.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         if not self._is_at_path(descriptor):
-            return
+            return True
         for number in range(self._keep - 1, 0, -1):
             if (older := self._numbered(number)).exists():
                 os.replace(older, self._numbered(number + 1))
         os.replace(self._path, self._numbered(1))
         self._delete_beyond(self._keep)
+        return True
 
     def _delete_beyond(self, keep: int) -> None:
         """What an earlier start kept that was given a larger `keep`; up to the first gap, so that

@@ -2,7 +2,8 @@
 
 Stock vLLM reads a body of any size, such as one with videos in it, and goes on doing so for bodies
 without the fields. What is looked for is a key with a field's name at any level, since the field
-may be in `vllm_xargs`: above the bound, a tool's parameter of that name counts as well.
+may be in `vllm_xargs`: above the bound, a tool's parameter of that name counts as well. Starlette
+reads JSON in UTF-16 and UTF-32 too, as `json.loads` does with bytes.
 """
 
 import os
@@ -43,6 +44,12 @@ def largest() -> int:
     return int(text) << 20
 
 
+def in_ascii(body: bytes) -> bytes:
+    """JSON, or a piece of it, in which ASCII text is ASCII whatever the encoding: in UTF-16 and
+    UTF-32 such a letter is its byte beside zeros, and UTF-8 has no zeros in JSON."""
+    return body.translate(None, b"\0") if b"\0" in body else body
+
+
 class FieldNames:
     """Whether a body names a field, by its pieces."""
 
@@ -52,6 +59,7 @@ class FieldNames:
 
     def look(self, piece: bytes) -> None:
         if not self.seen:
+            piece = in_ascii(piece)
             joint = self._end + piece[:LONGEST_KEY]
             self.seen = bool(_KEY.search(joint) or _KEY.search(piece))
             self._end = (joint if len(piece) < LONGEST_KEY else piece)[-LONGEST_KEY:]
@@ -70,11 +78,10 @@ class BodyLimit:
 
 
 def _may_be_large(scope: Message) -> bool:
-    """A declared length is the body's: the web server sees to it. Only JSON has our fields."""
-    headers = Headers(scope=scope)
-    return "json" in headers.get("content-type", "json") and not (
-        0 <= _declared(scope) <= largest()
-    )
+    """A declared length is the body's: the web server sees to it. Only JSON has our fields; its
+    type may be written in letters of either case, and is read so by FastAPI."""
+    content_type = Headers(scope=scope).get("content-type", "json").lower()
+    return "json" in content_type and not 0 <= _declared(scope) <= largest()
 
 
 def _declared(scope: Message) -> int:

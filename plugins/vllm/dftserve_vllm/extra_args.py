@@ -27,6 +27,8 @@ DIVERSITY = "diversity"
 STYLE = "style"
 IDENTITY = "diversity_id"
 
+MAX_STOP_IDS = 64
+"""A request's own `stop_token_ids` with a field, beside the model's: others share its steps."""
 GREEDY_BELOW = 1e-5
 """vLLM's own border: lower temperatures are greedy there, and greedy stays greedy."""
 
@@ -112,6 +114,20 @@ def clash(diversity: spec.Diversity, style: spec.Style | None) -> str | None:
         return None
     accepted = ", ".join(law for law in spec.LAWS if law not in spec.WHOLE_ROW_LAWS)
     return f"{STYLE}: got it beside the law {diversity.law!r}; accepted beside a style: {accepted}."
+
+
+def too_many_stop_ids(params: "SamplingParams") -> str | None:
+    """Why a request whose rows are to be changed has too many, or None.
+
+    Args:
+        params: as they were asked for: vLLM adds the model's own as it takes them.
+    """
+    if (count := len(params.stop_token_ids or ())) <= MAX_STOP_IDS:
+        return None
+    return (
+        f"stop_token_ids: got {count} beside {DIVERSITY} or {STYLE}; accepted: at most "
+        f"{MAX_STOP_IDS}, since each is looked up at every step."
+    )
 
 
 def active(

@@ -54,7 +54,8 @@ async def _read(receive: Any) -> tuple[bytes, list[Message]]:
 
 def _has_field(body: bytes, name: str) -> bool:
     """Whether a JSON body has the field, at more than level 0; vLLM answers what is not JSON."""
-    if name.encode() not in body and ESCAPED not in body:
+    text = body_limit.in_ascii(body)
+    if name.encode() not in text and ESCAPED not in text:
         return False
     try:
         content = json.loads(body)

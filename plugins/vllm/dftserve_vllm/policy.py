@@ -75,15 +75,17 @@ def of_default(request: Any, diversity: spec.Diversity | None) -> spec.Diversity
 
 
 def check_carried(params: Any) -> None:
-    """Of SamplingParams that `request_params` has not made, or that somebody changed since: no
-    answer would say what was lowered, so that all excess is refused.
+    """Of SamplingParams that `request_params` has not made for this HTTP request, or that somebody
+    changed since: no answer would say what was lowered, so that all excess is refused.
 
     Raises:
         DiversityError: they carry more than is allowed.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
     asked, named = carried.get(DIVERSITY), carried.get(STYLE)
-    if policy() is None or (asked is None and named is None) or seals.is_sealed(carried):
+    if policy() is None or (asked is None and named is None):
+        return
+    if seals.is_sealed(carried, params.n, request_context.opened()):
         return
     limits = _limits(None)
     if asked is not None:

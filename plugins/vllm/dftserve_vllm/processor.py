@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 
 from dftserve_vllm import engine, is_disabled, policy
-from dftserve_vllm.extra_args import active
+from dftserve_vllm.extra_args import active, too_many_stop_ids
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Base
@@ -66,7 +66,11 @@ class DiversityProcessor(*_BASES):
             return
         policy.check_carried(sampling_params)
         asked = active(sampling_params, temperature_applied=False, styles=engine.styles())
-        if asked is not None and (reason := engine.refusal_of(asked.diversity)):
+        if asked is None:
+            return
+        if (reason := too_many_stop_ids(sampling_params)) is not None:
+            raise ValueError(reason)
+        if reason := engine.refusal_of(asked.diversity):
             raise ValueError(f"diversity: {reason}")
 
 

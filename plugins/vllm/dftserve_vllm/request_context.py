@@ -38,15 +38,29 @@ class ChoiceStatistics:
     """The engine's last report of it; see `step_report.put`."""
     is_taken: bool = False
     """Whether a request of the engine has its name: no other one may have it."""
+    turns: list["ChoiceStatistics"] = field(default_factory=list)
+    """Of the engine's further requests for it, in their order: see `next_turn`."""
 
     def means(self) -> list[float] | None:
-        """See `slots.means`; None where they are not known."""
+        """Of its own request of the engine alone, see `slots.means`; None where they are not
+        known."""
         if self.payload is None:
             return None
         return means_of_row(self.payload["row"], self.produced)
 
+    def means_of_all(self) -> list[float] | None:
+        """Of all its tokens; None where those of one turn are not known: no part is told as the
+        whole."""
+        all_means = [turn.means() for turn in (self, *self.turns)]
+        known = [means for means in all_means if means is not None]
+        if len(known) < len(all_means):
+            return None
+        tokens = sum(count for count, *_ in known)
+        shares = [[count / tokens * mean for mean in means] for count, *means in known]
+        return [tokens, *map(sum, zip(*shares, strict=True))]
+
     def as_dict(self) -> dict[str, float] | None:
-        values = self.means()
+        values = self.means_of_all()
         if values is None:
             return None
         return {
@@ -59,7 +73,7 @@ class ChoiceStatistics:
 
     def of_style(self) -> dict[str, float] | None:
         """What the style did to it."""
-        values = self.means()
+        values = self.means_of_all()
         if values is None:
             return None
         return {
@@ -93,7 +107,7 @@ class PromptContext:
         self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
         has_style = self.style is not None and not self.style.is_off
         if self.reason is None and (has_style or not self.diversity.is_off):
-            self.identity = seals.sealed_name(self.carried())
+            self.identity = seals.sealed_name(self.carried(), self.count, opened())
             _prompts[self.identity] = self
 
     def carried(self) -> dict[str, Any]:
@@ -131,6 +145,8 @@ class RequestContext:
     """A stream whose last chunk carries usage."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the audit log that are not written yet."""
+    name: str = field(default_factory=seals.fresh_name, init=False)
+    """Tells it from every other request of this process."""
 
     def choices(self) -> int:
         return sum(prompt.count for prompt in self.prompts)
@@ -152,6 +168,13 @@ class RequestContext:
 
 current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", default=None)
 
+
+def opened() -> str | None:
+    """The name of the HTTP request that runs; None outside of one."""
+    context = current.get()
+    return None if context is None else context.name
+
+
 _prompts: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
 _INDEX = re.compile("[0-9]{0,6}")
@@ -161,11 +184,32 @@ _INDEX = re.compile("[0-9]{0,6}")
 def take_choice(identity: object) -> ChoiceStatistics | None:
     """The choice that `extra_args` names to the engine (see `extra_args.of_choice`), once; None
     where the name is of no request that is under way here, or is taken."""
+    _, choice = _named(identity)
+    if choice is None or choice.is_taken:
+        return None
+    choice.is_taken = True
+    return choice
+
+
+def next_turn(identity: object) -> ChoiceStatistics | None:
+    """Statistics of a further request of the engine for a choice that is taken; None where it is
+    of another HTTP request than the one that runs, which can only have seen the name.
+
+    The Responses API makes one after each call of a built-in tool, with the parameters of the
+    first, and gives one answer.
+    """
+    prompt, choice = _named(identity)
+    context = current.get()
+    if choice is None or context is None or prompt not in context.prompts:
+        return None
+    turn = ChoiceStatistics(choice.law)
+    choice.turns.append(turn)
+    return turn
+
+
+def _named(identity: object) -> tuple[PromptContext | None, ChoiceStatistics | None]:
     name, _, index = identity.partition(".") if isinstance(identity, str) else ("", "", "")
     if (prompt := _prompts.get(name)) is None or not _INDEX.fullmatch(index):
-        return None
+        return None, None
     number = int(index or 0)
-    if number >= prompt.count or prompt.choices[number].is_taken:
-        return None
-    prompt.choices[number].is_taken = True
-    return prompt.choices[number]
+    return prompt, prompt.choices[number] if number < prompt.count else None

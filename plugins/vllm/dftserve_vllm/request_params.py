@@ -17,6 +17,7 @@ from dftserve_vllm.extra_args import (
     is_greedy,
     parse_field,
     parse_style_field,
+    too_many_stop_ids,
 )
 from dftserve_vllm.request_context import PromptContext
 
@@ -25,8 +26,6 @@ DEFAULTS = "default_sampling_params"
 """The second argument of vLLM's `to_sampling_params`, by place or by name."""
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
-MAX_STOP_IDS = 64
-"""A request's own `stop_token_ids` with the field, beside the model's: others share its steps."""
 
 
 @lru_cache
@@ -236,14 +235,10 @@ def _marked(
             reason = "temperature 0 stays greedy"
             _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
         return _stripped(params)
-    if len(params.stop_token_ids or ()) > MAX_STOP_IDS:
+    if (reason := too_many_stop_ids(params)) is not None:
         if is_default:
             return _stripped(params)
-        message = (
-            f"stop_token_ids: got {len(params.stop_token_ids)} beside {DIVERSITY} or {STYLE}; "
-            f"accepted: at most {MAX_STOP_IDS}, since each is looked up at every step."
-        )
-        raise _bad_request(message, "stop_token_ids")
+        raise _bad_request(reason, "stop_token_ids")
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
         if is_default:
             return _stripped(params)

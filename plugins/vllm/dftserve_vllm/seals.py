@@ -2,7 +2,9 @@
 
 A request's name travels in its SamplingParams, and vLLM may show these to a client (the render
 routes of --enable-scale-out answer with them). So a name proves nothing by itself: it is sealed
-together with the diversity and the style beside it, and vouches for these alone.
+together with all that was decided on. That is the diversity and the style beside it, the number of
+choices (which may be a group's size), and the HTTP request, and so its key and its model: a name
+that is sent back in another request vouches for nothing.
 """
 
 import hashlib
@@ -28,14 +30,20 @@ def fresh_name() -> str:
     return f"{os.getpid():x}-{_start}-{next(_numbers):x}"
 
 
-def sealed_name(carried: Mapping[str, Any]) -> str:
-    """Likewise, sealed with the diversity and the style of `carried`, in their object forms."""
+def sealed_name(carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
+    """Likewise, sealed with what was decided on.
+
+    Args:
+        carried: the diversity and the style, in their object forms.
+        choices: how many were asked for.
+        opened: names the HTTP request; None outside of one.
+    """
     name = fresh_name()
-    return f"{name}-{_seal(name, carried)}"
+    return f"{name}-{_seal(name, carried, choices, opened)}"
 
 
-def is_sealed(carried: Mapping[str, Any]) -> bool:
-    """Whether the extra_args have a name that was sealed here with their diversity and style.
+def is_sealed(carried: Mapping[str, Any], choices: int, opened: str | None) -> bool:
+    """Whether the extra_args have a name that was sealed here with all of these.
 
     Raises:
         DiversityError: one of these is not acceptable.
@@ -44,12 +52,12 @@ def is_sealed(carried: Mapping[str, Any]) -> bool:
     if not isinstance(identity, str):
         return False
     name, _, seal = identity.rpartition("-")
-    expected = _seal(name, _canonical(carried))
+    expected = _seal(name, _canonical(carried), choices, opened)
     return hmac.compare_digest(seal.encode(errors="replace"), expected.encode())
 
 
-def _seal(name: str, carried: Mapping[str, Any]) -> str:
-    content = [name, carried.get(DIVERSITY), carried.get(STYLE)]
+def _seal(name: str, carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
+    content = [name, carried.get(DIVERSITY), carried.get(STYLE), choices, opened]
     message = json.dumps(content, sort_keys=True).encode()
     return hmac.digest(_secret, message, hashlib.sha256)[:_SEAL_BYTES].hex()
 

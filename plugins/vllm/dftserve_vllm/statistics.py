@@ -31,8 +31,9 @@ def note(output_processor: Any, request: Any) -> None:
             return
         choice = request_context.take_choice(identity)
         if choice is None:
+            choice = request_context.next_turn(identity)
             request.sampling_params = renamed(params, seals.fresh_name())
-        else:
+        if choice is not None:
             setattr(output_processor.request_states[request.request_id], _ATTRIBUTE, choice)
 
 
