@@ -69,7 +69,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    return save_texts(tmp_path_factory.mktemp("corpus") / "texts", 44)
+    return save_texts(tmp_path_factory.mktemp("corpus") / "texts", 96, words=52)
 
 
 def target(command, texts, small, out, *more):
