@@ -447,6 +447,8 @@ def test_a_build_tells_what_it_measured_and_goes_on_with_it(tmp_path, texts, sma
         assert said in result.output
     source = TargetStore(out).manifest.plan.source
     assert source["calibration"]["tokens"] >= 1000
+    ngrams = [part for part in source["parts"].values() if part["kind"] == "ngram"]
+    assert [part["leaves_out"] for part in ngrams] == ["group"] * 4
     again = build(texts, small, out, "--set", "in_context=2")
     assert "is complete already" in again.output
     assert "Fitting a mixture" not in again.output
