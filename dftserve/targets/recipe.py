@@ -540,6 +540,7 @@ class _Calibrated:
             parts[STUDENTS] = Students.load(
                 Path(self.students),
                 train,
+                base=self.teacher.model,
                 vocabulary=given.vocabulary,
                 dtype=self.teacher.dtype,
                 device=self.teacher.device,

@@ -44,7 +44,7 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
-from dftserve.train.run_folder import RunFolder, model_digest, read_object, targets_digest
+from dftserve.train.run_folder import RunFolder, read_object, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
@@ -66,7 +66,7 @@ class Material:
     found: lm.Examined
     """The model, before its weights."""
     weights: str
-    """`model_digest` of it."""
+    """`lm.model_digest` of it."""
 
     @property
     def splits(self) -> tuple[Rows, Rows]:
@@ -288,7 +288,7 @@ def read(config: TrainConfig) -> Material:
         split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
     }
     collate = Collator(packing=config.packing)
-    weights = model_digest(found)
+    weights = lm.model_digest(found)
     material = Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
     found.check_length(material.longest, "max_length")
     return material
