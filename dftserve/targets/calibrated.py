@@ -440,6 +440,11 @@ def calibrations(description: object) -> Iterator[Calibration]:
             yield from calibrations(each)
 
 
+def is_refused(description: object) -> bool:
+    """Whether a source's description holds a mixture that is refused."""
+    return any(found.is_refused for found in calibrations(description))
+
+
 def shown(found: Calibration) -> str:
     """For a terminal: likelihoods, gains, and where the mixture takes the text's place."""
     lines = [

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from scipy import stats
 
 from dftserve.cli import main
+from dftserve.spec import parse
 from dftserve.targets.bins import Bins
 from dftserve.targets.cache import Cache
 from dftserve.targets.calibrated import (
@@ -29,8 +30,11 @@ from dftserve.targets.ngram import Ngram
 from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
+from dftserve.train.config import TrainConfig
 from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
-from tests.training import documents, save_model, save_texts, small_model
+from dftserve.train.profile import Profile
+from dftserve.train.run import promise, read
+from tests.training import Noise, documents, save_model, save_store, save_texts, small_model
 
 V = 12
 SMALL = Bins(match=(1,), count=(), entropy=(2.0,), position=())
@@ -139,6 +143,31 @@ def test_to_train_on_a_refused_mixture_is_plain_fine_tuning(known, weight):
         torch.testing.assert_close(loss_T, wanted_T)
         wanted_TV = logits_TV.softmax(1) - torch.nn.functional.one_hot(rows.labels_R, V)
         torch.testing.assert_close(gradient_TV, wanted_TV)
+
+
+def test_a_refused_mixture_decides_nothing_that_a_checkpoint_says(known, better):
+    """Its rows of held-out text are its own, and not what was learnt."""
+    config = TrainConfig(model="m", targets="t", output="o")
+    seen = Profile(np.full(9, 2.0), np.full(9, 1.0), {0.1: 1.5, 0.2: 2.0, 0.3: 2.5})
+    refused, passed = known[1].describe(), better[1].describe()
+    for source in (refused, {"kind": "mix", "sources": [refused, passed]}):
+        told = promise(config, seen, source)
+        assert (told.diversity, told.target_entropy, told.target_deciles) == (None, None, None)
+        assert told.human_diversity is None
+        assert (told.model_entropy, told.model_deciles) == (1.0, (1.0,) * 9)
+    told = promise(config, seen, passed)
+    assert (told.diversity, told.target_entropy) == (parse(0.2), 2.0)
+    assert told.target_deciles == (2.0,) * 9
+
+
+def test_a_run_on_a_refused_mixture_says_so_before_it_trains(tmp_path, known, better, monkeypatch):
+    model = save_model(tmp_path / "model")
+    for number, (_, source) in enumerate((known, better)):
+        monkeypatch.setattr(Noise, "describe", lambda self, source=source: source.describe())
+        targets = save_store(tmp_path / f"targets-{number}", count=4, heldout=2)
+        config = TrainConfig(model=str(model), targets=str(targets), output="o")
+        told = read(config).shown()
+        assert ("is refused" in told, "suggest no diversity" in told) == (source is known[1],) * 2
 
 
 def labels(doc):
