@@ -46,7 +46,9 @@ class DiversityProcessor(LogitsProcessor):
 
     It runs before transformers' own temperature, which must be the same `temperature`: use
     `sampling(temperature)`. One processor serves one call at a time; rows that do not go on from
-    the last call's by a token each are a new one. `statistics` holds the last step's statistics.
+    the last step's by a token each, one that it could have drawn in some row, are a new call. Where
+    a prompt is what an earlier call wrote, to its last token, call `reset` before: nothing tells it
+    from that call's next step. `statistics` holds the last step's statistics.
 
     Args:
         diversity: a number from 0 to 1, or the object form of the request field.
@@ -114,8 +116,13 @@ class DiversityProcessor(LogitsProcessor):
             style=self._style,
         )
         self._row()  # What is wrong is refused here.
-        self._ids_RL = torch.empty(0, 0)
+        self.reset()
         self._begin(self._ids_RL)
+
+    def reset(self) -> None:
+        """Forget the last call: the next step is the first of another one."""
+        self._ids_RL = torch.empty(0, 0)
+        self._drawn_from_RV = torch.empty(0, 0)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched.
@@ -141,16 +148,24 @@ class DiversityProcessor(LogitsProcessor):
         self.statistics = transform_step(logits_RV, step, self._slots, self._backend, self._stage)
         if self._codes is not None and (drawn := self._codes.draws(np.arange(rows)).sum()):
             self._codes.draw(logits_RV, step, int(drawn))
+        self._drawn_from_RV = logits_RV
         return cast(torch.FloatTensor, logits_RV)
 
     def _goes_on(self, input_ids: torch.Tensor) -> bool:
-        """By the texts themselves: another call's may be one token longer by chance."""
+        """By the texts themselves: another call's may be one token longer by chance.
+
+        A step's token has a probability in each row but those that have ended, which are padded;
+        one row at least had not.
+        """
         before_RL = input_ids[:, :-1]
-        return (
+        if not (
             before_RL.shape == self._ids_RL.shape
             and before_RL.device == self._ids_RL.device
             and torch.equal(before_RL, self._ids_RL)
-        )
+        ):
+            return False
+        drawn_R = self._drawn_from_RV.gather(1, input_ids[:, -1:])[:, 0]
+        return bool((drawn_R > -torch.inf).any())
 
     def _begin(self, input_ids: torch.Tensor) -> None:
         rows, device = len(input_ids), input_ids.device

@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dftserve import cpu
 from dftserve.bounded_files import read_json
+from dftserve.digest import joined_digest, sampled_digest
 from dftserve.gguf import resolve
 from dftserve.hub import WEIGHTS_TOO, folder_of
 from dftserve.model_folder import (
@@ -176,6 +177,17 @@ def fetched(found: Examined) -> Path:
     """The folder that holds the model's weights; the hub's are fetched, once."""
     is_local = Path(found.name).is_dir()
     return found.folder if is_local else folder_of(found.name, WEIGHTS_TOO)
+
+
+def model_digest(found: Examined) -> str:
+    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
+
+    Raises:
+        ValueError: no weights that can be read.
+    """
+    folder = fetched(found)
+    parts = [folder / CONFIG, *weight_files(folder)]
+    return joined_digest([sampled_digest(path) for path in parts])
 
 
 def dtype_for(

@@ -14,6 +14,7 @@ Shapes: T trained positions, R of them in one chunk, C components, B bins, V voc
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from dftserve.targets import mixture_weights
 from dftserve.targets.bins import Bins
 from dftserve.targets.combine import dense
 from dftserve.targets.document import Document
-from dftserve.targets.gate import Gate, Interval, gate, interval
+from dftserve.targets.gate import LEAST_DOCUMENTS, Gate, Interval, gate, interval
 from dftserve.targets.ngram import Ngram
 from dftserve.targets.progress import Progress
 from dftserve.targets.source import CHUNK_ELEMENTS, AdditiveSource, Adds, DenseSource, Rows
@@ -37,8 +38,8 @@ from dftserve.targets.store import batches_of
 KIND = "calibrated"
 TEACHER, STUDENTS, NGRAM = "teacher", "students", "ngram "
 """Names of components; an n-gram's goes on with its order."""
-LEAST_GROUPS, LEAST_TOKENS = 10, 1000
-"""Texts, and learnt tokens of them, that weights are fitted on."""
+LEAST_TOKENS = 1000
+"""Learnt ones, that weights are fitted on; of `LEAST_DOCUMENTS` texts, as of fewer none passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Component:
     weight: float
     """Pooled."""
     nll: Interval | None
-    """Of the held-out tokens that it does not rule out; None: it rules out all."""
+    """Of the held-out tokens that it does not rule out; None: they are in less than two texts."""
     ruled_out: float
     """Share of the held-out tokens that it gives no probability."""
 
@@ -286,7 +287,8 @@ class _Seen:
 
 
 def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
-    """Whole documents, in an order that their texts' digests draw, up to so many learnt tokens.
+    """Whole documents, one of each text and then a second, in an order that their texts' digests
+    draw, up to so many learnt tokens: the more texts, the narrower the intervals.
 
     Raises:
         ValueError: too few.
@@ -294,20 +296,31 @@ def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
     learnt = [document for document in heldout if len(document.positions_T)]
     groups = {_group(document) for document in learnt}
     counted = sum(len(document.positions_T) for document in learnt)
-    if len(groups) < LEAST_GROUPS or counted < LEAST_TOKENS:
+    if len(groups) < LEAST_DOCUMENTS or counted < LEAST_TOKENS:
         raise ValueError(
             f"{KIND}: got {counted:,} learnt tokens of held-out text, of {len(groups)} texts that "
-            f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_GROUPS} at least, "
-            "since weights are fitted and judged on them. Hold out more (--heldout 0.2), or give "
-            "more text."
+            f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_DOCUMENTS} at "
+            "least, since weights are fitted and judged on them. Hold out more (--heldout 0.2), or "
+            "give more text."
         )
     chosen, taken = [], 0
-    for document in sorted(learnt, key=lambda each: (_group(each), _digest(each))):
-        if taken >= tokens and len({_group(each) for each in chosen}) >= LEAST_GROUPS:
+    for document in _one_of_each(learnt):
+        if taken >= tokens and len(chosen) >= LEAST_DOCUMENTS:
             break
         chosen.append(document)
         taken += len(document.positions_T)
     return chosen
+
+
+def _one_of_each(documents: Sequence[Document]) -> list[Document]:
+    """The first of each text, in the order of digests, then the second, and so on."""
+    seen: Counter[str] = Counter()
+    placed = []
+    for document in sorted(documents, key=_digest):
+        group = _group(document)
+        placed.append((seen[group], group, document))
+        seen[group] += 1
+    return [document for *_, document in sorted(placed, key=lambda each: each[:2])]
 
 
 def _observed(
@@ -385,10 +398,11 @@ def _baselines(names: Sequence[str], logprobs_TC: np.ndarray) -> dict[str, np.nd
 
 def _component(name: str, weight: float, logprobs_T: np.ndarray, groups_T: np.ndarray) -> Component:
     possible_T = logprobs_T > -np.inf
+    has_interval = len(np.unique(groups_T[possible_T])) > 1
     return Component(
         name=name,
         weight=weight,
-        nll=interval(-logprobs_T[possible_T], groups_T[possible_T]) if possible_T.any() else None,
+        nll=interval(-logprobs_T[possible_T], groups_T[possible_T]) if has_interval else None,
         ruled_out=float(1 - possible_T.mean()),
     )
 
@@ -426,6 +440,11 @@ def calibrations(description: object) -> Iterator[Calibration]:
             yield from calibrations(each)
 
 
+def is_refused(description: object) -> bool:
+    """Whether a source's description holds a mixture that is refused."""
+    return any(found.is_refused for found in calibrations(description))
+
+
 def shown(found: Calibration) -> str:
     """For a terminal: likelihoods, gains, and where the mixture takes the text's place."""
     lines = [
@@ -444,6 +463,12 @@ def shown(found: Calibration) -> str:
         lines.append(f"  share {each.share:.3f}, {each.positions:,} positions: {each.title}")
     if len(used) > MOST_SHOWN:
         lines.append(f"  and {len(used) - MOST_SHOWN} bins more with a share above 0")
+    closed = [each.positions for each in found.bins if each.positions and each.gain is None]
+    if closed:
+        lines.append(
+            f"  share 0 in {len(closed)} bins, {sum(closed):,} positions, that are in fewer than "
+            f"{LEAST_DOCUMENTS} texts"
+        )
     lines.append(verdict(found))
     return "\n".join(lines)
 

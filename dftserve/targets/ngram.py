@@ -2,9 +2,10 @@
 
     source = Ngram(documents, vocabulary=len(tokenizer))
 
-No model: the counts of what stands after each context in the *other* documents, interpolated from
-long contexts down to single tokens by Witten and Bell's method C (1991; Chen and Goodman 1998,
-section 2.5), with N the continuations of a context and D how many different ones:
+No model: the counts of what stands after each context in the *other* documents, or in those of
+other groups, interpolated from long contexts down to single tokens by Witten and Bell's method C
+(1991; Chen and Goodman 1998, section 2.5), with N the continuations of a context and D how many
+different ones:
 
     p_n(w) = (count_n(w) + D_n · p_{n−1}(w)) / (N_n + D_n),    p_{−1} = 1/V
 
@@ -15,10 +16,11 @@ Shapes: M positions of the whole corpus, N tokens of a document, T trained posit
 one chunk, G contexts of one length, E pairs of context and next token, V vocabulary.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +34,8 @@ from dftserve.targets.sparse import Targets
 
 ROWS_AT_ONCE = 1024
 """Of sparse rows."""
+KEPT = 16
+"""Groups whose counts are kept: their documents are read again and again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What a document itself gave to the counts, copies of it included."""
+    """What a document itself gave to the counts, copies of it included; or all of its group."""
 
     pairs: list[tuple[np.ndarray, np.ndarray]]
     """Of each level: int64, context · V + next token, rising; and how often."""
@@ -58,12 +62,27 @@ class Own:
     """int64: how often each token is trained in it."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """A text of the corpus, with its copies."""
+
+    tokens_N: np.ndarray
+    marks_N: np.ndarray
+    """int64: in how many copies each token is trained."""
+
+    @staticmethod
+    def of(document: Document, copy: "_Text | None") -> "_Text":
+        marks_N = document.trained_N.astype(np.int64)
+        return _Text(document.tokens_N, marks_N if copy is None else marks_N + copy.marks_N)
+
+
 class Ngram(AdditiveSource):
-    """Leave-one-document-out n-gram probabilities of a corpus.
+    """Leave-one-out n-gram probabilities of a corpus.
 
     What follows counts where it is trained; contexts reach over all tokens of a document and never
     into another. When a document of the corpus is read, known by the digest of its tokens, it and
-    its copies count nothing. Every token keeps a positive probability.
+    its copies count nothing; and where a group is left out, neither do the documents that have its
+    `Document.group`, with their copies. Every token keeps a positive probability.
     """
 
     def __init__(
@@ -73,11 +92,13 @@ class Ngram(AdditiveSource):
         vocabulary: int,
         order: int = 6,
         min_count: int = 2,
+        leaves_out: Literal["document", "group"] = "document",
     ) -> None:
         """
         Args:
             order: the longest context is of `order` − 1 tokens; 1 looks at no context.
-            min_count: continuations that a context needs, outside the document, to be used.
+            min_count: continuations that a context needs, outside what is left out, to be used.
+            leaves_out: what does not count for a document: itself, or all of its group.
 
         Raises:
             ValueError: no documents, nothing trained, an order or a count below 1, or tokens
@@ -96,13 +117,16 @@ class Ngram(AdditiveSource):
         if not any(document.trained_N.any() for document in documents):
             raise ValueError("no token of the corpus is trained; accepted: some to count.")
         self.vocabulary, self.order, self.min_count = vocabulary, order, min_count
-        self._corpus = _digest(documents)
-        self._own_marks: dict[bytes, np.ndarray] = {}
+        self.leaves_out = leaves_out
+        self._corpus = _digest(documents, grouped=leaves_out == "group")
+        self._texts: dict[bytes, _Text] = {}
+        self._groups: dict[str, list[bytes]] = {}
         for document in documents:
-            marks_N = document.trained_N.astype(np.int64)
-            self._own_marks[_identity(document)] = marks_N + self._own_marks.get(
-                _identity(document), 0
-            )
+            name = _identity(document)
+            self._texts[name] = _Text.of(document, self._texts.get(name))
+            if document.group and leaves_out == "group":
+                self._groups.setdefault(document.group, []).append(name)
+        self._kept: OrderedDict[frozenset[bytes], Own] = OrderedDict()
         self._singles_V, self._levels = _count(documents, vocabulary, order - 1)
 
     def describe(self) -> Mapping[str, Any]:
@@ -111,6 +135,7 @@ class Ngram(AdditiveSource):
             "corpus_blake3": self._corpus,
             "order": self.order,
             "min_count": self.min_count,
+            "leaves_out": self.leaves_out,
             "vocabulary": self.vocabulary,
         }
 
@@ -124,11 +149,12 @@ class Ngram(AdditiveSource):
             raise ValueError(f"order: got {order}; accepted: from 1 to {self.order}.")
         lower = copy(self)
         lower.order, lower._levels = order, self._levels[: order - 1]
+        lower._kept = OrderedDict()  # Of as many levels as it has.
         return lower
 
     def matches(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """Of each trained position the length of the longest context that is used, in tokens, and
-        how many continuations it has outside the document; int64 [T], 0 and 0 where none is."""
+        how many continuations it has outside what is left out; int64 [T], 0 and 0 where none is."""
         contexts, own, _ = self._found(document)
         rows = len(document.positions_T)
         length_T, count_T = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
@@ -202,16 +228,16 @@ class Ngram(AdditiveSource):
         return Adds(add)
 
     def _found(self, document: Document) -> tuple[list[np.ndarray], Own, np.ndarray]:
-        """Of each level the trained positions' contexts; what the document itself counted; and the
+        """Of each level the trained positions' contexts; what is left out of the counts; and the
         probabilities of single tokens without it."""
-        contexts = self._contexts(document)
+        contexts = self._contexts(document.tokens_N)
         own = self._own(document, contexts)
         single_V = _method_c(self._singles_V - own.singles_V, 1 / self.vocabulary)
         return [contexts_N[document.positions_T] for contexts_N in contexts], own, single_V
 
-    def _contexts(self, document: Document) -> list[np.ndarray]:
+    def _contexts(self, tokens_N: np.ndarray) -> list[np.ndarray]:
         """Of each level, int64 [N]: the context before each token; −1 where the corpus has none."""
-        tokens_N = document.tokens_N.astype(np.int64)
+        tokens_N = tokens_N.astype(np.int64)
         found_N = np.zeros(len(tokens_N), dtype=np.int64)
         contexts = []
         for length, level in enumerate(self._levels, 1):
@@ -225,11 +251,31 @@ class Ngram(AdditiveSource):
         return contexts
 
     def _own(self, document: Document, contexts: Sequence[np.ndarray]) -> Own:
-        none_N = np.zeros(len(document.tokens_N), dtype=np.int64)
-        marks_N = self._own_marks.get(_identity(document), none_N)
-        tokens_N = document.tokens_N.astype(np.int64)
+        itself = _identity(document)
+        names = {itself, *self._groups.get(document.group, ())} & self._texts.keys()
+        key = frozenset(names)
+        if key not in self._kept:
+            texts = [self._texts[name] for name in names]
+            self._kept[key] = self._counted(
+                texts,
+                [
+                    contexts if name == itself else self._contexts(text.tokens_N)
+                    for name, text in zip(names, texts, strict=True)
+                ],
+            )
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _counted(self, texts: "Sequence[_Text]", contexts: Sequence[Sequence[np.ndarray]]) -> Own:
+        """What texts gave to the counts; `contexts` of each are its levels'."""
+        none = np.zeros(0, np.int64)
+        tokens_N = np.concatenate([none, *(text.tokens_N.astype(np.int64) for text in texts)])
+        marks_N = np.concatenate([none, *(text.marks_N for text in texts)])
         pairs = []
-        for found_N in contexts:
+        for level in range(len(self._levels)):
+            found_N = np.concatenate([none, *(each[level] for each in contexts)])
             counts_N = (marks_N > 0) & (found_N >= 0)
             keys = (found_N * self.vocabulary + tokens_N)[counts_N]
             unique, place = np.unique(keys, return_inverse=True)
@@ -260,8 +306,8 @@ class Ngram(AdditiveSource):
     def _elsewhere(
         self, level: Level, found_R: np.ndarray, pairs: np.ndarray, times: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The pairs of each row's context: row, token, and count without what the document itself
-        gave, `pairs` of it and how many `times`."""
+        """The pairs of each row's context: row, token, and count without what is left out, `pairs`
+        of it and how many `times`."""
         row_E, entry_E = _entries(level, found_R)
         next_E = level.next_E[entry_E].astype(np.int64)
         counts_E = level.counts_E[entry_E].astype(np.int64)
@@ -347,9 +393,13 @@ def _identity(document: Document) -> bytes:
     return blake3(document.tokens_N.astype(np.int32).tobytes()).digest()
 
 
-def _digest(documents: Sequence[Document]) -> str:
+def _digest(documents: Sequence[Document], *, grouped: bool) -> str:
+    """Of all that decides the counts; which documents are of one group, not what it is called."""
     digest = blake3()
-    for document in documents:
+    first: dict[str, int] = {}
+    for place, document in enumerate(documents):
         digest.update(_identity(document))
         digest.update(document.trained_N.tobytes())
+        if grouped and document.group:
+            digest.update(str(first.setdefault(document.group, place)).encode())
     return digest.hexdigest()

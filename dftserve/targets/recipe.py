@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dftserve import settings
 from dftserve.corpus.filters import Filters
@@ -226,6 +226,8 @@ class _Given:
     vocabulary: int
     known: "Mapping[str, Any] | None"
     say: "Callable[[str], object]"
+    leaves_out: Literal["document", "group"] = "document"
+    """As `ngram.Ngram` has it."""
 
     @property
     def all_documents(self) -> "list[Document]":
@@ -337,6 +339,7 @@ class _Ngram:
             vocabulary=given.vocabulary,
             order=self.order,
             min_count=self.min_count,
+            leaves_out=given.leaves_out,
         )
 
 
@@ -514,11 +517,14 @@ class _Calibrated:
 
         train, heldout = given.documents["train"], given.documents["heldout"]
         teacher = self.teacher.build(given)
+        # Weights are fitted on held-out texts, of whose groups nothing was counted.
+        given = dataclasses.replace(given, leaves_out="group")
         ngram = Ngram(
             train,
             vocabulary=given.vocabulary,
             order=max(self.orders),
             min_count=self.min_count,
+            leaves_out=given.leaves_out,
         )
         parts: dict[str, DenseSource] = {TEACHER: teacher}
         if self.in_context:
@@ -534,6 +540,7 @@ class _Calibrated:
             parts[STUDENTS] = Students.load(
                 Path(self.students),
                 train,
+                base=self.teacher.model,
                 vocabulary=given.vocabulary,
                 dtype=self.teacher.dtype,
                 device=self.teacher.device,

@@ -36,6 +36,8 @@ class CrossFitted:
     folds: int
     corpus_blake3: str
     """Of the training documents, and which fold each is in."""
+    model_blake3: str
+    """Of the model that they were tuned from, as `lm.model_digest` has it."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's settings."""
 
@@ -100,6 +102,7 @@ class Students(DenseSource):
         folder: Path,
         train: Sequence[Document],
         *,
+        base: str,
         vocabulary: int,
         dtype: str = "auto",
         device: str | None = None,
@@ -108,12 +111,19 @@ class Students(DenseSource):
 
         Args:
             train: the training documents, which must be those of the students.
+            base: the folder or name of the model before tuning, which must be theirs.
 
         Raises:
-            ValueError: no such folder, an unfinished one, or of another corpus; or a model that
-                `lm` refuses.
+            ValueError: no such folder, an unfinished one, of another corpus or another model; or a
+                model that `lm` refuses.
         """
         found = CrossFitted.read(folder)
+        if found.model_blake3 != lm.model_digest(lm.examine(base)):
+            raise ValueError(
+                f"students: {folder} was tuned from another model than the teacher {base!r}; "
+                "accepted: students of the teacher, which is the model before tuning. Train them "
+                "anew with that as --model, or set teacher to the model that they were tuned from."
+            )
         if found.corpus_blake3 != corpus_digest(train, found.folds):
             raise ValueError(
                 f"students: {folder} was trained on other texts than these; accepted: students of "

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dftserve import atomic, settings
+from dftserve import atomic, lm, settings
 from dftserve.bounded_files import read_json
 from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
@@ -72,6 +72,7 @@ def cross_fit(
     wanted = CrossFitted(
         folds=folds,
         corpus_blake3=corpus_digest(documents, folds),
+        model_blake3=lm.model_digest(lm.examine(job.model)),
         training={name: each for name, each in told.items() if name not in OURS},
     )
     _begin(job.out, wanted)
@@ -95,6 +96,11 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
         )
     places = dict.fromkeys(PLACES, "set by the fold")
     config = configs.load(None, {**training, **places})
+    if config.patience is not None:
+        raise ValueError(
+            f"--train patience: got {config.patience}; accepted: none, as it would choose each "
+            "student by the fold that it must not have seen. Set epochs or steps."
+        )
     return replace(config, model=job.model, divergence=DivergenceConfig(name="sft"))
 
 
@@ -106,9 +112,10 @@ def _begin(folder: Path, wanted: CrossFitted) -> None:
         now: CrossFitted = settings.load(CrossFitted, json.loads(_json(wanted)), str(path))
         if was != now:
             differs = next(name for name in asdict(was) if getattr(was, name) != getattr(now, name))
+            what = differs.removesuffix("_blake3")
             raise ValueError(
-                f"{folder} holds students of another {differs.replace('_blake3', '')}; choose "
-                "another --out, or remove it."
+                f"{folder} holds students of another {what}; accepted: the {what} that they were "
+                "begun with. Give that, choose another --out, or remove the folder."
             )
         return
     if folder.exists() and any(folder.iterdir()):

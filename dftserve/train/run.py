@@ -35,6 +35,7 @@ from dftserve.bounded_files import shaped_as
 from dftserve.checkpoint import ADAPTER, FINAL
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.spec import Promise
+from dftserve.targets.calibrated import is_refused
 from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.document import load_tokenizer
 from dftserve.targets.store import MANIFEST, TargetStore
@@ -44,11 +45,15 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
-from dftserve.train.run_folder import RunFolder, model_digest, read_object, targets_digest
+from dftserve.train.run_folder import RunFolder, read_object, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
 WEIGHTS = "weights.json"
+REFUSED = (
+    "The mixture of these targets is refused (`dftserve target inspect` says why): dft.json will "
+    "name no target entropy and suggest no diversity."
+)
 PROFILE_TOKENS = 20_000
 CHECKED_TOKENS = 256
 """That the checks of a model read at once where they run on the CPU and training does not."""
@@ -66,7 +71,7 @@ class Material:
     found: lm.Examined
     """The model, before its weights."""
     weights: str
-    """`model_digest` of it."""
+    """`lm.model_digest` of it."""
 
     @property
     def splits(self) -> tuple[Rows, Rows]:
@@ -103,7 +108,9 @@ class Material:
         trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
         learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
         line = f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
-        return line if self.warning is None else f"{line}\nWarning: {self.warning}"
+        refused = f"\n{REFUSED}" if is_refused(self.store.manifest.plan.source) else ""
+        warning = "" if self.warning is None else f"\nWarning: {self.warning}"
+        return f"{line}{refused}{warning}"
 
     @property
     def warning(self) -> str | None:
@@ -288,7 +295,7 @@ def read(config: TrainConfig) -> Material:
         split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
     }
     collate = Collator(packing=config.packing)
-    weights = model_digest(found)
+    weights = lm.model_digest(found)
     material = Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
     found.check_length(material.longest, "max_length")
     return material
@@ -427,10 +434,11 @@ def finish(
     model.eval()
     sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
     trained = nll(prepared.loaded.language_model, sample)
-    if len(material.heldout):
-        _say("Measuring the diversity to suggest, on held-out text.")
-    seen = profile(prepared.loaded.language_model, config, material)
     plan = material.store.manifest.plan
+    if len(material.heldout):
+        what = "next-token entropies" if is_refused(plan.source) else "the diversity to suggest"
+        _say(f"Measuring {what}, on held-out text.")
+    seen = profile(prepared.loaded.language_model, config, material)
     data = {
         "model": Path(config.model).name,
         "weights": material.weights,
@@ -470,13 +478,19 @@ def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Mat
 
 
 def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
+    """What the checkpoint says of itself.
+
+    Rows of held-out text are a mixture's own, also where it is refused: then they are not what was
+    learnt, nor known to be nearer to the text than the model is, and nothing goes by them.
+    """
     told = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
     if not len(seen.model_T):
         return Promise(recipe=told)
-    reads = DIVERGENCES[config.divergence.name].reads_target
+    refused = is_refused(source)
+    reads = DIVERGENCES[config.divergence.name].reads_target and not refused
     return Promise(
         recipe=told,
-        diversity=seen.suggested,
+        diversity=None if refused else seen.suggested,
         target_entropy=round(float(seen.target_T.mean()), 4) if reads else None,
         model_entropy=round(float(seen.model_T.mean()), 4),
         target_deciles=deciles(seen.target_T) if reads else None,

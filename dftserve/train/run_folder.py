@@ -24,8 +24,8 @@ from typing import Any
 from dftserve import atomic, lm, lock
 from dftserve.bounded_files import FileError, advised, open_growing, read_json
 from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
-from dftserve.digest import digest_of, joined_digest, sampled_digest
-from dftserve.model_folder import CONFIG, weight_files
+from dftserve.digest import digest_of
+from dftserve.lm import model_digest
 from dftserve.targets.store import MANIFEST, Manifest
 from dftserve.train.config import LoraConfig, TrainConfig
 
@@ -142,17 +142,6 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
         "targets": targets_digest(Path(config.targets)),
     }
     return json.loads(json.dumps({**asdict(config), ORIGIN: origin}))
-
-
-def model_digest(found: lm.Examined) -> str:
-    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
-
-    Raises:
-        ValueError: no weights that can be read.
-    """
-    folder = lm.fetched(found)
-    parts = [folder / CONFIG, *weight_files(folder)]
-    return joined_digest([sampled_digest(path) for path in parts])
 
 
 def targets_digest(store: Path) -> str:

@@ -2,26 +2,39 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy import stats
 
 from dftserve.cli import main
+from dftserve.spec import parse
 from dftserve.targets.bins import Bins
 from dftserve.targets.cache import Cache
-from dftserve.targets.calibrated import Calibrated, Fit, calibrate, shown, verdict, with_text
+from dftserve.targets.calibrated import (
+    Calibrated,
+    Fit,
+    _chosen,
+    calibrate,
+    shown,
+    verdict,
+    with_text,
+)
 from dftserve.targets.document import Document
-from dftserve.targets.gate import gate, interval
+from dftserve.targets.gate import LEAST_DOCUMENTS, LEVEL, gate, interval
 from dftserve.targets.in_context import InContext
 from dftserve.targets.ngram import Ngram
 from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
+from dftserve.train.config import TrainConfig
 from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
-from tests.training import documents, save_model, save_texts, small_model
+from dftserve.train.profile import Profile
+from dftserve.train.run import promise, read
+from tests.training import Noise, documents, save_model, save_store, save_texts, small_model
 
 V = 12
 SMALL = Bins(match=(1,), count=(), entropy=(2.0,), position=())
@@ -76,7 +89,7 @@ def rows_of(source, doc):
 
 
 TRUTH = Chain(1, 0.15)
-TRAIN, HELDOUT = TRUTH.texts(20, 60, 1), TRUTH.texts(30, 60, 2)
+TRAIN, HELDOUT = TRUTH.texts(20, 60, 1), TRUTH.texts(50, 60, 2)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +143,31 @@ def test_to_train_on_a_refused_mixture_is_plain_fine_tuning(known, weight):
         torch.testing.assert_close(loss_T, wanted_T)
         wanted_TV = logits_TV.softmax(1) - torch.nn.functional.one_hot(rows.labels_R, V)
         torch.testing.assert_close(gradient_TV, wanted_TV)
+
+
+def test_a_refused_mixture_decides_nothing_that_a_checkpoint_says(known, better):
+    """Its rows of held-out text are its own, and not what was learnt."""
+    config = TrainConfig(model="m", targets="t", output="o")
+    seen = Profile(np.full(9, 2.0), np.full(9, 1.0), {0.1: 1.5, 0.2: 2.0, 0.3: 2.5})
+    refused, passed = known[1].describe(), better[1].describe()
+    for source in (refused, {"kind": "mix", "sources": [refused, passed]}):
+        told = promise(config, seen, source)
+        assert (told.diversity, told.target_entropy, told.target_deciles) == (None, None, None)
+        assert told.human_diversity is None
+        assert (told.model_entropy, told.model_deciles) == (1.0, (1.0,) * 9)
+    told = promise(config, seen, passed)
+    assert (told.diversity, told.target_entropy) == (parse(0.2), 2.0)
+    assert told.target_deciles == (2.0,) * 9
+
+
+def test_a_run_on_a_refused_mixture_says_so_before_it_trains(tmp_path, known, better, monkeypatch):
+    model = save_model(tmp_path / "model")
+    for number, (_, source) in enumerate((known, better)):
+        monkeypatch.setattr(Noise, "describe", lambda self, source=source: source.describe())
+        targets = save_store(tmp_path / f"targets-{number}", count=4, heldout=2)
+        config = TrainConfig(model=str(model), targets=str(targets), output="o")
+        told = read(config).shown()
+        assert ("is refused" in told, "suggest no diversity" in told) == (source is known[1],) * 2
 
 
 def labels(doc):
@@ -249,19 +287,20 @@ def test_a_context_leaves_room_for_the_document():
 
 
 def test_a_gain_in_few_documents_is_none():
-    """The same gain of 1 nat: in 20 documents it has a share, in one of 20 it has not."""
-    groups_T = np.repeat(np.arange(20), 50)
-    bins_T = (groups_T == 0).astype(np.int64)
-    nll_T = np.ones(1000)
+    """The same gain of 1 nat: in the documents that a bin needs it has a share, in one less not."""
+    groups_T = np.repeat(np.arange(2 * LEAST_DOCUMENTS - 1), 50)
+    bins_T = (groups_T >= LEAST_DOCUMENTS).astype(np.int64)
+    nll_T = np.ones(len(groups_T))
     found = gate(nll_T, {"text": nll_T + 1}, groups_T, bins_T, bins=3)
     np.testing.assert_allclose(found.share_B, [1 - math.exp(-1), 0, 0])
+    np.testing.assert_array_equal(found.gain_B[1:], -np.inf)
 
 
 def test_a_gain_that_the_least_baseline_denies_is_none():
-    groups_T = np.repeat(np.arange(20), 50)
-    bins_T = np.tile([0, 1], 500)
+    groups_T = np.repeat(np.arange(LEAST_DOCUMENTS), 50)
+    bins_T = np.tile([0, 1], len(groups_T) // 2)
     better_T = np.where(bins_T == 0, 1.0, -0.5)
-    nll_T = np.ones(1000)
+    nll_T = np.ones(len(groups_T))
     found = gate(nll_T, {"a": nll_T + 2, "b": nll_T + better_T}, groups_T, bins_T, bins=2)
     assert found.share_B[0] > 0.5
     assert found.share_B[1] == 0
@@ -270,23 +309,66 @@ def test_a_gain_that_the_least_baseline_denies_is_none():
 
 
 def test_intervals_are_over_documents():
-    """Ten documents, the tokens of each all alike: as wide as ten numbers are, not a thousand."""
+    """Ten documents, the tokens of each all alike: Student's interval of ten numbers."""
     values_S = np.arange(10.0)
     found = interval(np.repeat(values_S, 100), np.repeat(np.arange(10), 100))
-    error = values_S.std() / math.sqrt(10)
+    wanted = stats.ttest_1samp(values_S, 0).confidence_interval(0.95)
     assert found.mean == 4.5
-    assert abs(found.high - found.low - 2 * 1.96 * error) < 0.25 * error
+    np.testing.assert_allclose([found.low, found.high], [wanted.low, wanted.high])
+    with pytest.raises(ValueError, match="got 1 documents; accepted: two or more"):
+        interval(np.ones(5), np.zeros(5))
 
 
-def test_chance_passes_the_gate_seldom():
-    """Gains of mean 0, 60 times: passed by at most what 5 % and five deviations allow."""
-    random, groups_T = np.random.default_rng(0), np.repeat(np.arange(30), 20)
-    bins_T = np.tile([0, 1, 2, 3], 150)
-    passed = 0
-    for _ in range(60):
-        gains_T = random.normal(size=30)[groups_T] + random.normal(size=600)
-        passed += gate(gains_T, {"a": 0 * gains_T}, groups_T, bins_T, bins=4).share_B.any()
-    assert passed <= 60 * 0.05 + 5 * math.sqrt(60 * 0.05 * 0.95)
+def test_an_end_beyond_the_longer_tail_is_further_out():
+    """And the other end stays Student's; mirrored values have mirrored ends."""
+    values_S = np.array([1.0] * 38 + [-12.0] * 2)
+    found, mirrored = (interval(each, np.arange(40)) for each in (values_S, -values_S))
+    wanted = stats.ttest_1samp(values_S, 0).confidence_interval(0.95)
+    assert found.high == pytest.approx(wanted.high)
+    assert found.low < wanted.low - 0.2
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+
+
+BINS, TRIALS = 36, 200
+
+
+def false_alarms(gains, seed, documents):
+    """Corpora of 36 bins without a gain, and a 37th by which all positions together gain: in how
+    many a bin of the 36 passes. Texts are of several lengths, and have five tokens of a bin in the
+    mean, one at least."""
+    random = np.random.default_rng(seed)
+    alarms = 0
+    for _ in range(TRIALS):
+        length_S1 = random.gamma(4, 0.25, size=(documents, 1))
+        counts_SB = 1 + random.poisson(4 * length_S1, size=(documents, BINS + 1))
+        groups_T = np.repeat(np.arange(documents), counts_SB.sum(axis=1))
+        bins_T = np.repeat(np.tile(np.arange(BINS + 1), documents), counts_SB.ravel())
+        gains_T = gains(random, counts_SB)
+        gains_T[bins_T == BINS] += 10 * BINS
+        found = gate(np.zeros(len(gains_T)), {"a": gains_T}, groups_T, bins_T, bins=BINS + 1)
+        assert (found.share_B[BINS] > 0) == (documents >= LEAST_DOCUMENTS)
+        alarms += bool(found.share_B[:BINS].any())
+    return alarms
+
+
+def of_documents(random, counts_SB):
+    """Each document gains or loses in a bin as a whole, now and then much (t of 3 degrees)."""
+    found_SB = random.standard_t(3, size=counts_SB.shape)
+    return np.repeat(found_SB.ravel(), counts_SB.ravel()) + random.normal(size=counts_SB.sum())
+
+
+def rare_losses(random, counts_SB):
+    """One token of 20 loses what 19 gain."""
+    tokens = counts_SB.sum()
+    return np.where(random.random(tokens) < 0.05, -19.0, 1.0) + random.normal(size=tokens)
+
+
+@pytest.mark.parametrize("gains", [of_documents, rare_losses])
+@pytest.mark.parametrize("documents", [12, LEAST_DOCUMENTS])
+def test_bins_without_a_gain_pass_as_seldom_as_their_level_says(gains, documents):
+    """A level held has more alarms than this once in a million (binomial)."""
+    allowed = stats.binom.isf(1e-6, TRIALS, LEVEL)
+    assert false_alarms(gains, 3, documents) <= allowed
 
 
 def test_the_text_takes_what_the_mixture_leaves():
@@ -316,16 +398,37 @@ def test_bins_are_told_by_their_edges():
 # What is refused, and what is not done twice
 
 
-@pytest.mark.parametrize("heldout", [[], HELDOUT[:9], [document([1, 2])] * 40])
+@pytest.mark.parametrize("heldout", [[], HELDOUT[:39], [document([1, 2])] * 40])
 def test_too_little_held_out_text_is_refused(heldout):
-    with pytest.raises(ValueError, match=r"held-out text, of .*; accepted: 1,000 of 10 at.*--held"):
+    with pytest.raises(ValueError, match=r"held-out text, of .*; accepted: 1,000 of 40 at.*--held"):
         made(TRUTH, TRAIN, heldout)
 
 
 def test_pieces_of_one_text_count_as_one():
     pieces = [document(each.tokens_N.tolist(), "a book") for each in HELDOUT]
-    with pytest.raises(ValueError, match="got 1,770 learnt tokens of held-out text, of 1 texts"):
+    with pytest.raises(ValueError, match="got 2,950 learnt tokens of held-out text, of 1 texts"):
         made(TRUTH, TRAIN, pieces)
+
+
+def test_of_more_text_than_is_read_each_text_has_a_part():
+    """50 texts of two pieces of 29 learnt tokens: one of each is read before a second of any."""
+    pieces = [
+        document(each.tokens_N[start : start + 30].tolist(), f"text {i}")
+        for i, each in enumerate(HELDOUT)
+        for start in (0, 30)
+    ]
+    for tokens, wanted in ((1000, 40), (29 * 50, 50), (29 * 60, 60)):
+        read = _chosen(pieces, tokens)
+        assert (len(read), len({each.group for each in read})) == (wanted, min(wanted, 50))
+
+
+def test_bins_that_are_closed_since_few_texts_have_them_are_told(better):
+    found, _ = better
+    *others, last = found.bins
+    closed = replace(last, gain=None, share=0.0)
+    told = shown(replace(found, bins=(*others, closed)))
+    assert last.positions > 0
+    assert f"share 0 in 1 bins, {last.positions:,} positions, that are in fewer than 40" in told
 
 
 def test_what_was_fitted_is_not_fitted_again(better):
@@ -356,7 +459,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def texts(tmp_path):
-    return save_texts(tmp_path / "texts", 44)
+    return save_texts(tmp_path / "texts", 96, words=52)
 
 
 def build(texts, small, out, *more):
@@ -373,6 +476,8 @@ def test_a_build_tells_what_it_measured_and_goes_on_with_it(tmp_path, texts, sma
         assert said in result.output
     source = TargetStore(out).manifest.plan.source
     assert source["calibration"]["tokens"] >= 1000
+    ngrams = [part for part in source["parts"].values() if part["kind"] == "ngram"]
+    assert [part["leaves_out"] for part in ngrams] == ["group"] * 4
     again = build(texts, small, out, "--set", "in_context=2")
     assert "is complete already" in again.output
     assert "Fitting a mixture" not in again.output
@@ -393,5 +498,5 @@ def test_a_plan_tells_it_too(tmp_path, texts, small):
 def test_a_corpus_without_enough_held_out_text_ends_in_a_sentence(tmp_path, texts, small):
     result = build(texts, small, tmp_path / "out", "--heldout", "0.05")
     assert result.exit_code == 2
-    assert "accepted: 1,000 of 10 at least" in result.output
+    assert "accepted: 1,000 of 40 at least" in result.output
     assert not (tmp_path / "out").exists()

@@ -117,10 +117,10 @@ def test_budget_meets_its_target():
 def _steered(diversity, rows=4, steps=200):
     """The mean entropy that a processor reaches over sequences of random logits."""
     processor = DiversityProcessor(diversity, stop_ids=[EOS])
-    entropies = []
-    for step in range(steps):
-        scores_RV = torch.randn(rows, 301) * 2.5
-        processor(torch.zeros(rows, 5 + step, dtype=torch.int64), scores_RV)
+    entropies, text_RL = [], torch.zeros(rows, 5, dtype=torch.int64)
+    for _ in range(steps):
+        scores_RV = processor(text_RL, torch.randn(rows, 301) * 2.5)
+        text_RL = torch.cat((text_RL, scores_RV.argmax(dim=1, keepdim=True)), dim=1)
         entropies.append(processor.statistics.entropy_after_R.mean().item())
     return float(np.mean(entropies))
 
@@ -231,6 +231,37 @@ def test_another_call_begins_anew_though_its_prompt_is_one_token_longer(asked):
     prompt = torch.full((2, 60), 11)
     for text in (prompt, torch.nn.functional.pad(prompt, (0, 1), value=12)):
         assert torch.equal(used(text, scores_RV), own(text, scores_RV))
+
+
+def steps_of(processor, texts, scores_RV):
+    return torch.stack([processor(text, scores_RV) for text in texts])
+
+
+def test_a_prompt_of_a_token_that_was_not_to_be_drawn_begins_another_call():
+    """Its text is the last step's and one token more; a row that ended is padded with any token."""
+    scores_RV = torch.tensor([[5.0, 3.0, 2.0, 0.0]] * 2).log()
+    processor = DiversityProcessor({"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.1})
+    steps_of(processor, [torch.full((2, length), 2) for length in range(3, 6)], scores_RV)
+    begun = processor._controls
+    for appended, is_new in (([2, 2], False), ([2, 3], False), ([3, 2], False), ([3, 3], True)):
+        text = torch.cat((processor._ids_RL, torch.tensor(appended)[:, None]), dim=1)
+        processor(text, scores_RV)
+        assert (processor._controls is not begun) == is_new, appended
+
+
+def test_after_a_reset_the_next_step_begins_another_call():
+    """As a processor of its own; without it, a prompt that an earlier call wrote goes on."""
+    asked = {"law": "budget", "target_entropy": 0.9}
+    scores_RV = torch.randn(2, 301, generator=torch.Generator().manual_seed(0)) * 3
+    best_R1 = scores_RV.argmax(dim=1, keepdim=True)
+    reset, own, going_on = (DiversityProcessor(asked) for _ in range(3))
+    for used in (reset, going_on):
+        steps_of(used, [best_R1.expand(2, length) for length in range(3, 60)], scores_RV)
+    reset.reset()
+    prompt = best_R1.expand(2, 60)
+    wanted_RV = own(prompt, scores_RV)
+    assert torch.equal(reset(prompt, scores_RV), wanted_RV)
+    assert not torch.equal(going_on(prompt, scores_RV), wanted_RV)
 
 
 def test_one_text_s_place_is_refused():

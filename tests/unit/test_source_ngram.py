@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,39 @@ def test_a_documents_own_text_does_not_influence_its_target(others, doc):
     torch.testing.assert_close(within, rows_of(Ngram(others, vocabulary=V), doc))
 
 
+@settings(max_examples=20, deadline=None)
+@given(corpora, st.lists(st.sampled_from(["", "a", "b"]), min_size=7, max_size=7), documents())
+def test_a_group_that_is_left_out_does_not_influence_the_targets_of_its_documents(
+    corpus, groups, stranger
+):
+    """With it and its copies in the corpus or without: the same rows, of a stranger too."""
+    corpus = [replace(each, group=group) for each, group in zip(corpus, groups[1:], strict=False)]
+    source = Ngram(corpus, vocabulary=V, min_count=1, leaves_out="group")
+    for doc in [*corpus, replace(stranger, group=groups[0])]:
+        kin = [each for each in corpus if doc.group and each.group == doc.group]
+        left_out = [each.tokens_N.tolist() for each in (doc, *kin)]
+        others = [each for each in corpus if each.tokens_N.tolist() not in left_out]
+        if any(each.trained_N.any() for each in others):
+            without = Ngram(others, vocabulary=V, min_count=1)
+            for each in (source, source.at_order(3)):
+                wanted = without.at_order(each.order)
+                torch.testing.assert_close(rows_of(each, doc), rows_of(wanted, doc))
+                for got, said in zip(each.matches(doc), wanted.matches(doc), strict=True):
+                    np.testing.assert_array_equal(got, said)
+                own_T = each.token_logprobs([doc])[0]
+                np.testing.assert_allclose(own_T, wanted.token_logprobs([doc])[0])
+
+
+def test_of_more_groups_than_are_kept_each_has_its_own_rows(monkeypatch):
+    monkeypatch.setattr(ngram, "KEPT", 1)
+    random = np.random.default_rng(0)
+    corpus = [replace(document(random.integers(0, V, 20)), group=f"{n % 3}") for n in range(6)]
+    source = Ngram(corpus, vocabulary=V, leaves_out="group")
+    for doc in [*corpus, *reversed(corpus)]:
+        others = [each for each in corpus if each.group != doc.group]
+        torch.testing.assert_close(rows_of(source, doc), rows_of(Ngram(others, vocabulary=V), doc))
+
+
 @settings(max_examples=50, deadline=None)
 @given(corpora, st.integers(0, 5), st.integers(0, 5))
 def test_chunks_are_the_whole(corpus, first, second):
@@ -167,6 +201,15 @@ def test_descriptions_tell_corpora_and_parameters_apart():
     ]
     assert len({str(each.describe()) for each in found}) == 4
     assert Ngram(one, vocabulary=V).describe() == found[0].describe()
+
+
+def test_a_description_tells_groups_apart_and_not_their_names():
+    def described(*groups):
+        tokens = ([1, 2, 3], [1, 2, 4])
+        corpus = [replace(document(t), group=g) for t, g in zip(tokens, groups, strict=True)]
+        return Ngram(corpus, vocabulary=V, leaves_out="group").describe()
+
+    assert described("a", "a") == described("c", "c") != described("a", "b")
 
 
 def test_what_is_not_accepted():

@@ -1,6 +1,7 @@
 """Cross-fitted students: which texts each was tuned on, and which it is asked about."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.students import Students, final_of, fold_of
 from dftserve.targets.text_itself import TextItself
+from dftserve.train import cross_fit
 from tests.training import save_model, save_texts
 
 FOLDS = 2
@@ -69,7 +71,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    return save_texts(tmp_path_factory.mktemp("corpus") / "texts", 44)
+    return save_texts(tmp_path_factory.mktemp("corpus") / "texts", 96, words=52)
 
 
 def target(command, texts, small, out, *more):
@@ -113,7 +115,7 @@ def test_the_same_command_trains_no_fold_twice(students, texts, small):
     assert again.output.count("is trained already") == FOLDS
     other = target("students", texts, small, students, *TRAINING, "--train", "steps=3")
     assert other.exit_code == 2
-    assert "holds students of another training; choose another --out" in other.output
+    assert "holds students of another training; accepted: the training that they" in other.output
     assert before == [
         (final_of(students, fold) / "checksums.json").read_bytes() for fold in range(FOLDS)
     ]
@@ -130,6 +132,34 @@ def test_students_are_a_component_and_a_baseline(tmp_path, students, texts, smal
     assert other.exit_code == 2
     assert "was trained on other texts than these" in other.output
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory):
+    """The same configuration and tokenizer."""
+    return save_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def test_students_of_two_models_are_not_mixed(tmp_path, students, texts, small, other_weights):
+    """Folds that are missing are not trained from another model; nor is one taken for another's."""
+    begun = tmp_path / "begun"
+    shutil.copytree(students, begun)
+    shutil.rmtree(begun / "fold-1")
+    result = target("students", texts, other_weights, begun, *TRAINING)
+    assert result.exit_code == 2, result.output
+    assert "holds students of another model; accepted: the model that they were" in result.output
+    assert not (begun / "fold-1").exists()
+    chosen = ("--set", f"students={students}", "--set", f"teacher={other_weights}")
+    built = target("build", texts, small, tmp_path / "out", *chosen)
+    assert built.exit_code == 2, built.output
+    assert f"another model than the teacher {str(other_weights)!r}; accepted" in built.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_patience_is_refused_before_any_text_is_read(tmp_path, texts, small, monkeypatch):
+    monkeypatch.setattr(cross_fit, "read_documents", lambda *_: pytest.fail("texts are read"))
+    result = target("students", texts, small, tmp_path / "out", "--train", "patience=2")
+    assert "--train patience: got 2; accepted: none" in result.output
 
 
 @pytest.mark.parametrize(
