@@ -248,21 +248,30 @@ def teacher_models(recipe: Recipe) -> Iterator[str]:
             waiting += given
 
 
-def _checked(given: Any, where: str, depth: int = 0) -> None:
-    """Refuse what `_built` could not build, before anything is loaded."""
+def _checked(given: Any, where: str, depth: int = 0, fitted: bool = False) -> None:
+    """Refuse what `_built` could not build, before anything is loaded.
+
+    Args:
+        fitted: its weight is fitted on how well it predicts held-out texts.
+    """
     if depth > DEEPEST:
         raise ValueError(f"{where}: more than {DEEPEST} sources within sources.")
     kind, config = _only(given, where)
+    if fitted and kind == "references":
+        raise ValueError(
+            f"{where}: got references, which hold the very texts that the weights are fitted on; "
+            "accepted: sources that have not seen them; mix references with `calibrated` instead."
+        )
     if kind in _MIXES:
         for i, (part, _) in enumerate(_weighed(config, f"{where}.{kind}")):
-            _checked(part, f"{where}.{kind}[{i}]", depth + 1)
+            _checked(part, f"{where}.{kind}[{i}]", depth + 1, fitted)
         return
     loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
     if isinstance(loaded, _Temper | _Tilt):
-        _checked(loaded.of, f"{where}.{kind}.of", depth + 1)
+        _checked(loaded.of, f"{where}.{kind}.of", depth + 1, fitted)
     if isinstance(loaded, _Calibrated):
         for i, part in enumerate(loaded.others):
-            _checked(part, f"{where}.{kind}.others[{i}]", depth + 1)
+            _checked(part, f"{where}.{kind}.others[{i}]", depth + 1, fitted=True)
 
 
 def _only(given: Any, where: str) -> tuple[str, Any]:

@@ -159,6 +159,11 @@ NGRAM = {"ngram": {}}
                 ({"bins": {"match": [3, 1]}}, r"bins: match: got \[3.*\]; accepted: numbers that"),
                 ({"bins": {"match": list(range(513))}}, "bins: got edges of .* at most 512"),
                 ({"others": [{"techer": {}}]}, r"others\[0\]: got the key 'techer'.*'teacher'"),
+                ({"others": [{"references": {}}]}, r"others\[0\]: got references, which hold"),
+                (
+                    {"others": [{"temper": {"power": 0.5, "of": {"references": {}}}}]},
+                    r"others\[0\].temper.of: got references",
+                ),
                 ({"teacher": {"modle": "m"}}, "teacher: got the key 'modle'.*did you mean 'model'"),
             ]
         ),
