@@ -1,6 +1,7 @@
 """A `style` that names LoRA adapters of several strengths: which one vLLM is told to use, what the
 answer says of it, and what is refused."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,6 @@ from dftserve_vllm import (
 )
 from dftserve_vllm.request_context import RequestContext
 from dftserve_vllm.styles import Styles
-from hypothesis import given
-from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
     ChatCompletionRequest,
@@ -31,8 +30,9 @@ from dftserve import spec
 from dftserve.policy import CLAMP, Limits, Policy
 from tests.vllm_config import config
 
-SERVED = ["tales-0.25", "tales-0.5", "tales-1", "letters-0.5", "habits-1", "sql", "v-2", "-1"]
-"""Adapters of two styles; one whose name is a profile's; three not named by `checkpoint scale`."""
+SERVED = ["tales-0.25", "tales-0.5", "tales-1", "letters-0.5", "habits-1"]
+SERVED += ["sql", "v-2", "-1", "tales-0.50"]
+"""Adapters of two styles; one whose name is a profile's; four not named by `checkpoint scale`."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,13 +127,14 @@ def test_the_nearest_strength_is_taken_of_two_the_weaker(strength, name):
     assert taken(asked(style)) == name
 
 
-@given(st.sets(st.integers(1, 20), min_size=1), st.integers(1, 20))
-def test_no_other_strength_is_nearer(hundredths, wanted):
-    """Also where binary fractions are as near only in decimals."""
-    served = adapters.served(Serving(*(f"a-{each / 20:g}" for each in hundredths)).models)
-    style = spec.Style(name="a", strength=wanted / 20)
-    got = round(20 * adapters.nearest(served, style, Limits()).strength)
-    assert got == min(hundredths, key=lambda each: (abs(each - wanted), each))
+def test_of_all_pairs_the_nearer_is_taken():
+    """Also where two are as near in decimals, and not in binary."""
+    for pair in itertools.combinations(range(1, 21), 2):
+        served = adapters.served(Serving(*(f"a-{each / 20:g}" for each in pair)).models)
+        for wanted in range(1, 21):
+            style = spec.Style(name="a", strength=wanted / 20)
+            got = round(20 * adapters.nearest(served, style, Limits()).strength)
+            assert got == min(pair, key=lambda each: (abs(each - wanted), each)), (pair, wanted)
 
 
 def test_beside_a_diversity_and_at_temperature_0():

@@ -131,8 +131,6 @@ def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
         style = _field(request, STYLE, spec.parse_style, parse_style_field)
         if style is None or style.is_off or style.name not in _adapter_names():
             return None
-        if engine.refusal() is not None:
-            return None  # `honour` says why.
         try:
             return _chosen(request, style, found)
         except spec.DiversityError as error:
