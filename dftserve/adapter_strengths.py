@@ -57,14 +57,18 @@ def scale(adapter: Path, strengths: Sequence[float], out: Path) -> list[Path]:
 
 
 def flags(folders: Sequence[Path]) -> str:
-    """What `vllm serve` is given to serve them."""
+    """What `vllm serve` is given to serve them.
+
+    One place more than there are adapters: on a CPU, vLLM adds what is in the last one to requests
+    of the base model in the same step (vllm-project/vllm#48421), so nothing may be in it.
+    """
     config = read_json(folders[0] / CONFIG, largest=LARGEST_CONFIG)
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     modules = " ".join(shlex.quote(f"{each.name}={each.resolve()}") for each in folders)
     # vLLM has these maximal ranks.
     accepted = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
     return (
-        f"--enable-lora --max-loras {len(folders)} --max-lora-rank {accepted} "
+        f"--enable-lora --max-loras {len(folders) + 1} --max-lora-rank {accepted} "
         f"--lora-modules {modules}"
     )
 

@@ -22,7 +22,16 @@ TRANSFORMERS = ("5.16.1", "5.25")
 """The first version of transformers that training and evaluation are tested on, and the first
 that they are not. Beside vLLM, its own narrower range holds."""
 
-Hook = Literal["field", "statistics", "answer", "processor V1", "processor V2", "numba", "seeds"]
+Hook = Literal[
+    "field",
+    "statistics",
+    "answer",
+    "adapters",
+    "processor V1",
+    "processor V2",
+    "numba",
+    "seeds",
+]
 
 
 def minor(version: str) -> tuple[int, int] | None:
@@ -254,6 +263,19 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_needed("statistics", "vllm.v1.metrics.prometheus", ("get_prometheus_registry", ())),
     *_needed("answer", "vllm.entrypoints.launchers.app", ("build_app", ("args",))),
     *_needed("answer", "vllm.entrypoints.launchers.api_server.entry", "build_app"),
+    *_needed(
+        "adapters",
+        "vllm.entrypoints.serve.engine.serving",
+        ("BaseServing._maybe_get_adapters", ("request",)),
+        "BaseServing.models",
+        required=False,
+    ),
+    *_needed(
+        "adapters",
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels.lora_requests",
+        required=False,
+    ),
     *_needed(
         "numba",
         "vllm.triton_utils.dispatcher",

@@ -28,7 +28,8 @@ from dftserve.serve import Server, running
 
 PAGE = "demo.html"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
-LORA_FLAGS = ("--enable-lora", "--max-loras", "1")
+# One place more than adapters: on a CPU vLLM 0.32 adds the last place to the base (docs/styles.md).
+LORA_FLAGS = ("--enable-lora", "--max-loras", "2")
 TUNED = "tuned"
 """The adapter's name as a model of the server."""
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")

@@ -18,6 +18,7 @@ WITHOUT: Mapping[Hook, str] = {
     "statistics": "answers could not say what came of the field, which is refused",
     "answer": "answers could not say what was in force, and the field is refused; no "
     "/v1/dft/capabilities and no dft:* metrics",
+    "adapters": "no style names an adapter; profiles and the field work",
     "numba": "nothing guards vLLM's rebinding of kernels against numba; the field works",
     "seeds": "on a CPU, requests with a seed may end the engine, as on stock vLLM; the field works",
 }

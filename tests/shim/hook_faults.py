@@ -198,6 +198,12 @@ HOOKS = {
         signature=_APP_SIGNATURE,
         relative=(Edit(r"from \.api_server\.entry", f"from .api_server.entry{MOVED}"),),
     ),
+    "BaseServing._maybe_get_adapters": Hook(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._maybe_get_adapters",
+        "BaseServing._adapters_of",
+        **_method("_maybe_get_adapters", "_adapters_of", "/entrypoints/"),
+    ),
     "GPUModelRunner._sample": _runner("_sample", "_draw"),
     "GPUModelRunner._bookkeeping_sync": _runner("_bookkeeping_sync", "_keep_books"),
     "_rebind_kernels": Hook(

@@ -42,6 +42,7 @@ def test_what_is_added_scales_exactly(tmp_path, root):
         assert settings["alpha_pattern"] == {"q_proj": 4 * strength}
     assert f"prose-0.5={folders[1].resolve()}" in flags(folders)
     assert "--max-lora-rank 8 " in flags(folders)
+    assert "--max-loras 4 " in flags(folders), "one is empty: what vLLM adds to the base on a CPU"
 
 
 @pytest.mark.parametrize(

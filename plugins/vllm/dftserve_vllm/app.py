@@ -36,7 +36,12 @@ def _extend(app: Any) -> None:
         return
     app.state.dftserve = True
     metrics.metrics()
-    app.add_api_route(ROUTE, capabilities.capabilities, methods=["GET"])
+
+    def route() -> dict[str, Any]:
+        # vLLM makes its models after the app.
+        return capabilities.capabilities(getattr(app.state, "openai_serving_models", None))
+
+    app.add_api_route(ROUTE, route, methods=["GET"])
     unseen = [hook for hook in hooks.REQUEST_HOOKS if hook.name in hooks.problems()]
     # What `BodyLimit` raises is answered by the app's own handlers: nothing of ours is inside.
     _add(app, ResponseMiddleware, *([FieldGuard] if unseen else []), BodyLimit)

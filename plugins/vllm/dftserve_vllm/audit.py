@@ -258,5 +258,7 @@ def _style(value: object) -> object:
         style = parse_style_field(value)
     except spec.DiversityError:
         return "not acceptable"
+    current = request_context.current.get()
     known = [profile.name for profile in engine.styles().profiles]
+    known += [each.style for each in current.adapters] if current is not None else []
     return style.as_dict() if style.name in known else "unknown"

@@ -4,10 +4,14 @@ from typing import Any
 
 import dftserve
 from dftserve import spec
-from dftserve_vllm import engine, hooks, human, metrics, policy, request_params
+from dftserve_vllm import adapters, engine, hooks, human, metrics, policy, request_params
 
 
-def capabilities() -> dict[str, Any]:
+def capabilities(models: Any = None) -> dict[str, Any]:
+    """
+    Args:
+        models: vLLM's `OpenAIServingModels`, with the adapters that this process serves now.
+    """
     reason = engine.refusal()
     default = request_params.default_diversity()
     of_humans = human.diversity()
@@ -29,6 +33,7 @@ def capabilities() -> dict[str, Any]:
         "styles": [profile.name for profile in styles.profiles],
         "styles_refused": dict(styles.refused),
         "styles_unavailable": styles.unavailable,
+        "adapters": _adapters(models),
         "default": default and default.as_dict(),
         "default_refused": request_params.default_refusal(),
         spec.HUMAN: of_humans and of_humans.as_dict(),
@@ -37,3 +42,11 @@ def capabilities() -> dict[str, Any]:
         "speculative_decoding": engine.speculative_method(),
         **metrics.totals(),
     }
+
+
+def _adapters(models: Any) -> dict[str, list[float]]:
+    """The strengths of those that a style may name, by its name."""
+    if hooks.ADAPTERS.name in hooks.problems():
+        return {}
+    found = adapters.strengths(adapters.served(models))
+    return {name: each for name, each in found.items() if not engine.styles().has(name)}

@@ -11,6 +11,7 @@
     OutputProcessor.add_request,          … to the API process
       .process_outputs
     build_app                           header, body, route, metrics
+    BaseServing._maybe_get_adapters     take the adapter that a style names
     _rebind_kernels                     survive that numba is loaded, as our kernels need it
     GPUModelRunner._sample,             survive seeds on a CPU (seeds.py)
       ._bookkeeping_sync
@@ -174,6 +175,12 @@ def _refuses_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[
     return request_params.refuse_beam_search(to_beam_search_params)
 
 
+def _takes_named_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
+    from dftserve_vllm import request_params
+
+    return request_params.take_adapter(maybe_get_adapters)
+
+
 def _tells_choices_apart(get_child_info: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import extra_args
 
@@ -283,8 +290,16 @@ _WORKER = "vllm.v1.worker.worker_base"
 _OUTPUTS = "vllm.v1.engine.output_processor"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _APP = "vllm.entrypoints.launchers.app"
+ADAPTERS = Hook(
+    "vllm.entrypoints.serve.engine.serving",
+    "BaseServing._maybe_get_adapters",
+    _takes_named_adapter,
+    is_needed=False,
+)
+"""Without it no style names an adapter."""
 HOOKS = (
     *REQUEST_HOOKS,
+    ADAPTERS,
     Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _remembers_configuration),
     Hook("vllm.v1.engine.parallel_sampling", "ParentRequest.get_child_info", _tells_choices_apart),
     Hook(_WORKER, "WorkerWrapperBase.execute_model", _reports),

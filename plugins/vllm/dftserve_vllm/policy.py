@@ -118,6 +118,11 @@ def key_digest() -> str | None:
     return hashlib.sha256(key.encode()).hexdigest() if scheme.lower() == "bearer" else None
 
 
+def limits(request: Any) -> Limits:
+    """What holds for a request; nothing where there is no policy."""
+    return Limits() if policy() is None else _limits(request)
+
+
 def _limits(request: Any) -> Limits:
     found = policy()
     assert found is not None

@@ -23,6 +23,7 @@ from dftserve.sampling.slots import (
 )
 from dftserve.spec import Diversity, Style
 from dftserve_vllm import seals
+from dftserve_vllm.adapters import Adapter, Chosen
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.step_report import Payload
 
@@ -99,6 +100,8 @@ class PromptContext:
     style: Style | None = None
     has_diversity: bool = True
     """Whether the answer speaks of the diversity: it was asked for, or is the default."""
+    adapter: Chosen | None = None
+    """What the style named, where it is no profile."""
     identity: str | None = None
     """Names it to the engine; None where no row is changed."""
     choices: list[ChoiceStatistics] = field(init=False)
@@ -131,6 +134,8 @@ class PromptContext:
         if self.style is not None:
             none = {} if self.reason is None else {"strength": 0, "reason": self.reason}
             fields[STYLE] = self.style.as_dict() | none
+        if self.adapter is not None:
+            fields[STYLE] = self.adapter.as_dict()
         return fields
 
 
@@ -145,6 +150,10 @@ class RequestContext:
     """A stream whose last chunk carries usage."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the audit log that are not written yet."""
+    adapters: tuple[Adapter, ...] = ()
+    """Those that a style may name on this route."""
+    adapter: Chosen | None = None
+    """The one that vLLM was told to use."""
     name: str = field(default_factory=seals.fresh_name, init=False)
     """Tells it from every other request of this process."""
 
@@ -161,6 +170,8 @@ class RequestContext:
                 answer["clamped"] = dict(clamped)
             if first.dropped:
                 answer["dropped"] = first.dropped
+            if name == STYLE and first.adapter is not None:
+                continue  # No sampler sees an adapter: there is nothing to count.
             of_choice = ChoiceStatistics.of_style if name == STYLE else ChoiceStatistics.as_dict
             answer["choices"] = [of_choice(choice) for choice in choices]
         return members

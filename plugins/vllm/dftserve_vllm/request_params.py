@@ -7,7 +7,7 @@ from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 from dftserve import spec
-from dftserve_vllm import audit, engine, groups, human, metrics, policy, request_context
+from dftserve_vllm import adapters, audit, engine, groups, human, metrics, policy, request_context
 from dftserve_vllm.extra_args import (
     DIVERSITY,
     IDENTITY,
@@ -26,6 +26,8 @@ DEFAULTS = "default_sampling_params"
 """The second argument of vLLM's `to_sampling_params`, by place or by name."""
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
+SAMPLED = ("to_sampling_params", "to_chat_completion_request")
+"""What a request has from which vLLM makes SamplingParams, so that `honour` meets it."""
 
 
 @lru_cache
@@ -78,12 +80,15 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
         diversity = asked or policy.of_default(request, _default(request))
         if asked is None and diversity is not None and clash(diversity, style) is not None:
             diversity = None  # The operator's default steps back.
-        if diversity is None and style is None:
+        adapter = _adapter()
+        if diversity is None and style is None and adapter is None:
             return _stripped(params_with(given))
         has_diversity, diversity = diversity is not None, diversity or OFF
         if not diversity.is_off and (reason := engine.refusal_of(diversity)):
             raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
         told = {"style": style, "has_diversity": has_diversity, "clamped": allowed.clamped}
+        if adapter is not None:
+            told |= {"adapter": adapter, "clamped": {**allowed.clamped, **adapter.clamped}}
         prompt = partial(PromptContext, **told)
         if (reason := clash(diversity, style)) is not None:
             raise _bad_request(reason, STYLE)
@@ -97,6 +102,82 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
         return _marked(request, params_with(defaults), diversity, prompt, is_default=is_default)
 
     return wrapped
+
+
+def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
+    """`BaseServing._maybe_get_adapters` that knows the adapters that a style may name.
+
+    It comes before `honour` in every request that it meets. On a route that does not call it no
+    adapter is known, and `honour` refuses the name.
+    """
+
+    @wraps(maybe_get_adapters)
+    def wrapped(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        found = maybe_get_adapters(serving, request, *args, **kwargs)
+        current = request_context.current.get()
+        if current is None or not any(hasattr(request, name) for name in SAMPLED):
+            return found
+        current.adapters = adapters.served(serving.models)
+        if not current.adapters:
+            return found
+        with audit.refusals(request):
+            current.adapter = choose(request, found)
+        if current.adapter is None:
+            return found
+        return serving.models.lora_requests[current.adapter.adapter.model]
+
+    def choose(request: Any, found: Any) -> adapters.Chosen | None:
+        style = _field(request, STYLE, spec.parse_style, parse_style_field)
+        if style is None or style.is_off or style.name not in _adapter_names():
+            return None
+        try:
+            return _chosen(request, style, found)
+        except spec.DiversityError as error:
+            raise _bad_request(str(error), error.parameter) from None
+
+    return wrapped
+
+
+def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
+    """The adapter for a style that names one.
+
+    Args:
+        found: vLLM's own adapter for the request.
+
+    Raises:
+        DiversityError: there is none that may be taken.
+    """
+    if found is not None:
+        accepted = (
+            f"a profile, since the adapter {found.lora_name!r} is in force for this `model`, and "
+            "vLLM applies one to a request"
+        )
+        raise spec.DiversityError(f"{STYLE}.name", style.name, accepted)
+    if style.max_kl is not None:
+        accepted = "none beside an adapter: its weights change by the strength, whatever that costs"
+        raise spec.DiversityError(f"{STYLE}.max_kl", style.max_kl, accepted)
+    style = style if style.strength is not None else replace(style, strength=1.0)
+    allowed = policy.allowed(request, None, style)
+    assert allowed.style is not None
+    taken = adapters.nearest(_known_adapters(), allowed.style, policy.limits(request))
+    return adapters.Chosen(taken, allowed.style, allowed.clamped)
+
+
+def _adapter() -> adapters.Chosen | None:
+    """The one that vLLM was told to use for the request at hand."""
+    current = request_context.current.get()
+    return None if current is None else current.adapter
+
+
+def _known_adapters() -> tuple[adapters.Adapter, ...]:
+    current = request_context.current.get()
+    return () if current is None else current.adapters
+
+
+def _adapter_names() -> list[str]:
+    """What a style may name and is no profile: a profile's name is the profile's."""
+    styles = engine.styles()
+    return [name for name in adapters.strengths(_known_adapters()) if not styles.has(name)]
 
 
 def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +195,7 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
         if asked is not None and not asked.is_off:
             raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
         style = _asked_style(request)
-        if style is not None and not style.is_off:
+        if _adapter() is not None or (style is not None and not style.is_off):
             raise _bad_request(f"{STYLE}: {together}.", STYLE)
 
     return wrapped
@@ -143,14 +224,20 @@ def _or_human(parse: Callable[[object, str], spec.Diversity]) -> Callable[..., s
 
 
 def _asked_style(request: Any) -> spec.Style | None:
-    """Likewise the style, with its profile's own numbers; refused where it cannot be honoured."""
+    """Likewise the style, with its profile's own numbers; refused where it cannot be honoured.
+    None also where it is the adapter that was taken: nothing of it is left for the sampler."""
     style = _field(request, STYLE, spec.parse_style, parse_style_field)
     if style is None:
         return None
     styles = engine.styles()
     if (reason := engine.refusal()) is not None:
         raise _bad_request(f"{STYLE}: {reason}.", STYLE)
-    if (reason := styles.refusal_of(style)) is not None:
+    others = _adapter_names()
+    if style.is_off and style.name in others:
+        return style
+    if (taken := _adapter()) is not None and taken.asked.name == style.name:
+        return None
+    if (reason := styles.refusal_of(style, others=others)) is not None:
         raise _bad_request(reason, reason.partition(":")[0])
     return styles.completed(style)
 
@@ -222,7 +309,7 @@ def _marked(
     """The parameters carrying the diversity and the style to the workers."""
     if (reason := groups.clash(params.n, diversity)) is not None:
         if is_default:
-            return _stripped(params)
+            return _without_default(request, params, prompt_with)
         raise _bad_request(reason, groups.PARAMETER)
     if is_greedy(params):
         if not is_default:
@@ -234,14 +321,15 @@ def _marked(
                 raise _bad_request(message, "temperature")
             reason = "temperature 0 stays greedy"
             _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
-        return _stripped(params)
+            return _stripped(params)
+        return _without_default(request, params, prompt_with)
     if (reason := too_many_stop_ids(params)) is not None:
         if is_default:
-            return _stripped(params)
+            return _without_default(request, params, prompt_with)
         raise _bad_request(reason, "stop_token_ids")
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
         if is_default:
-            return _stripped(params)
+            return _without_default(request, params, prompt_with)
         message = (
             f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
             "accepted: one of them."
@@ -251,7 +339,7 @@ def _marked(
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         if diversity.min_p is not None and diversity.min_p != params.min_p:
             if is_default:
-                return _stripped(params)
+                return _without_default(request, params, prompt_with)
             message = (
                 f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
                 "accepted: one of them, or both the same."
@@ -271,6 +359,13 @@ def _marked(
     return params
 
 
+def _without_default(request: Any, params: Any, prompt_with: Callable[..., PromptContext]) -> Any:
+    """Of a request that the operator's default is not for; its answer names its adapter."""
+    if _adapter() is not None:
+        _note(request, prompt_with(OFF, params.n, has_diversity=False))
+    return _stripped(params)
+
+
 def _stripped(params: Any) -> Any:
     """Without our keys: off is off, and nobody outside names our figures."""
     ours = (DIVERSITY, STYLE, IDENTITY)
@@ -284,6 +379,8 @@ def _note(request: Any, prompt: PromptContext) -> None:
     audit.note(request, prompt)
     if prompt.clamped:
         metrics.metrics().count_clamped()
+    if prompt.adapter is not None:
+        metrics.metrics().count_style(prompt.adapter.adapter.style)
     current = request_context.current.get()
     if current is None:
         return

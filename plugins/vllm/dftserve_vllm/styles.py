@@ -6,7 +6,7 @@ cannot be read, is refused by its name: the server starts, and requests with it 
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,20 +34,32 @@ class Styles:
     unavailable: str | None = None
     """Why no style can be honoured on this engine."""
 
-    def refusal_of(self, style: spec.Style, parameter: str = "style") -> str | None:
-        """Why the style cannot be honoured, as the message of an error, or None."""
+    def has(self, name: str) -> bool:
+        """Whether there is a profile of this name, refused or not."""
+        return self._place(name) is not None or name in self.refused
+
+    def refusal_of(
+        self, style: spec.Style, parameter: str = "style", others: Sequence[str] = ()
+    ) -> str | None:
+        """Why the style cannot be honoured, as the message of an error, or None.
+
+        Args:
+            others: names that a style may have and that are no profiles.
+        """
         if self.unavailable is not None:
-            return f"{parameter}: {self.unavailable}."
+            beside = f"; accepted: {', '.join(others)}" if others else ""
+            return f"{parameter}: {self.unavailable}{beside}."
         if self._place(style.name) is not None:
             return None
         got = f"{parameter}.name: got {spec.shown(style.name)}"
         if (reason := self.refused.get(style.name)) is not None:
             return f"{got}, which was refused: {reason}"
-        return f"{got}; accepted: {self.accepted()}."
+        return f"{got}; accepted: {self.accepted(others)}."
 
-    def accepted(self) -> str:
+    def accepted(self, others: Sequence[str] = ()) -> str:
         """The names, as an error says them."""
-        names = ", ".join(profile.name for profile in self.profiles)
+        own = [profile.name for profile in self.profiles]
+        names = ", ".join([*own, *(name for name in others if name not in own)])
         return names or f"none, since no profile is loaded; start the server with {VARIABLE}"
 
     def controls(self, style: spec.Style) -> StyleControls:

@@ -1,0 +1,84 @@
+"""LoRA adapters that `style` may name: those that vLLM serves as NAME-S, where S is the strength,
+as `dftserve checkpoint scale` names them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dftserve import spec
+from dftserve.policy import Limits
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One that is served."""
+
+    model: str
+    """As vLLM names it."""
+    style: str
+    """Its name without the strength."""
+    strength: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a request's style came to."""
+
+    adapter: Adapter
+    asked: spec.Style
+    """As the operator's policy left it."""
+    clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, str | float]:
+        """For the answer."""
+        taken = {"adapter": self.adapter.model, "effective_strength": self.adapter.strength}
+        return self.asked.as_dict() | taken
+
+
+def served(models: Any) -> tuple[Adapter, ...]:
+    """The adapters of vLLM's `OpenAIServingModels`, those that were loaded since among them."""
+    names = list(getattr(models, "lora_requests", ()))
+    return tuple(found for name in names if (found := _named(name)) is not None)
+
+
+def strengths(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
+    """By the name that a style has for them; both ascending."""
+    found: dict[str, list[float]] = {}
+    for each in sorted(adapters, key=lambda each: (each.style, each.strength)):
+        found.setdefault(each.style, []).append(each.strength)
+    return found
+
+
+def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> Adapter:
+    """Of the style's own, the one whose strength is nearest to what is asked for; of two as near,
+    the weaker.
+
+    Args:
+        limits: no adapter stronger than they allow is taken.
+
+    Raises:
+        DiversityError: all are stronger.
+    """
+    own = [each for each in adapters if each.style == style.name]
+    wanted = 1.0 if style.strength is None else style.strength
+    allowed = [each for each in own if not limits.excess(replace(style, strength=each.strength))]
+    if not allowed:
+        weakest = min(each.strength for each in own)
+        accepted = (
+            f"0, since the weakest adapter has {weakest:g}, which is more than the operator's "
+            "policy allows here"
+        )
+        raise spec.DiversityError("style.strength", wanted, accepted)
+    # Rounded: in binary, .3 is nearer to .4 than .5 is.
+    return min(allowed, key=lambda each: (round(abs(each.strength - wanted), 9), each.strength))
+
+
+def _named(model: str) -> Adapter | None:
+    """Of a name that `checkpoint scale` may have given."""
+    style, _, number = model.rpartition("-")
+    try:
+        strength = float(number)
+    except ValueError:
+        return None
+    is_ours = 0 < strength <= 1 and number == f"{strength:g}"
+    return Adapter(model, style, strength) if is_ours and style else None

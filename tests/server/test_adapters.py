@@ -1,0 +1,264 @@
+"""LoRA adapters at several strengths, served by vLLM on a CPU, beside their base: each token's
+probabilities are those of transformers and peft with the scale set there, and `style` names them.
+"""
+
+import json
+import random
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dftserve.adapter_strengths import flags, scale
+from dftserve.spec import LONGEST_NAME
+from dftserve.stories.grammar import generate
+from tests.client import chat_body, gather, get, post, sync_client
+from tests.conftest import engine_running
+from tests.parity.test_exactness import (
+    LOG_PROBABILITY,
+    NATS,
+    NEAR_THRESHOLD,
+    _log_p,
+    _plain,
+    _reading,
+    _stops,
+    _vocabulary,
+)
+from tests.reference import reference
+
+pytestmark = pytest.mark.long
+
+RANK, ALPHA = 8, 8
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+VISIBLE = 0.3
+"""Nats by which the most changed token of each step differs between two strengths, at least."""
+SCALES = {"demo": 0.0, "tales-0.5": 0.5, "tales-1": 1.0}
+"""By the model that a client asks for."""
+TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def tuned(model_folder, tmp_path_factory):
+    """The test model with a LoRA of random numbers, in float32, and the folder of that LoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("lora") / "tales"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def adapted(model_folder, tuned, styles_folder, tmp_path_factory):
+    """An engine with a profile, `habits`, and the LoRA at two strengths."""
+    place = tmp_path_factory.mktemp("adapted")
+    folders = scale(tuned[1], [0.5, 1.0], place / "adapters")
+    env = {"DFTSERVE_STYLES": str(styles_folder)}
+    with engine_running("v1", model_folder, place, *shlex.split(flags(folders)), env=env) as engine:
+        yield engine
+
+
+def logits_LV(tuned, scale: float, tokens: list[int]) -> np.ndarray:
+    """Of transformers and peft after each token, at this scale of what the LoRA adds."""
+    from peft.tuners.lora import LoraLayer
+
+    model, _ = tuned
+    layers = [each for each in model.modules() if isinstance(each, LoraLayer)]
+    assert len(layers) == len(TARGETS) * model.config.num_hidden_layers
+    for layer in layers:
+        layer.scaling["default"] = scale * ALPHA / RANK
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].double().numpy()
+
+
+def log_p(logits_V: np.ndarray) -> np.ndarray:
+    return torch.log_softmax(torch.tensor(logits_V), -1).numpy()
+
+
+def prompts(engine, count: int) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(engine.model_folder) / "tokenizer.json"))
+    source = random.Random(5)
+    texts = (generate(source).text.split() for _ in range(count))
+    return [tokenizer.encode(" ".join(words[: source.randrange(3, 20)])).ids for words in texts]
+
+
+def tokens_of(answer) -> list[int]:
+    tokens = answer.json()["choices"][0]["logprobs"]["tokens"]
+    return [int(token.removeprefix("token_id:")) for token in tokens]
+
+
+def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, figure):
+    vocabulary, worst, least_seen = _vocabulary(adapted), dict.fromkeys(SCALES, 0.0), np.inf
+    asked = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
+    longer = {"max_tokens": TOKENS, "ignore_eos": True}
+    bodies = [
+        _plain({"prompt": prompt, "shaping": longer}) | {"model": name} for name, prompt in asked
+    ]
+    answers = _reading(adapted, bodies, vocabulary)
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        assert answer.json()["model"] == name
+        text = [*prompt, *tokens_of(answer)]
+        rows = {each: logits_LV(tuned, s, text)[len(prompt) - 1 :] for each, s in SCALES.items()}
+        for step in range(TOKENS):
+            served_V = _log_p(answer, vocabulary, step)
+            error = float(np.abs(served_V - log_p(rows[name][step])).max())
+            worst[name] = max(worst[name], error)
+            others = [log_p(rows[each][step]) for each in SCALES if each != name]
+            least_seen = min(least_seen, *(np.abs(served_V - other).max() for other in others))
+    figure(steps=len(asked) * TOKENS, worst_logprob=worst, least_change=float(least_seen))
+    assert max(worst.values()) <= LOG_PROBABILITY, worst
+    assert least_seen >= VISIBLE
+
+
+def test_the_field_goes_by_the_adapter_s_logits(adapted, tuned, figure):
+    vocabulary, worst, checked = _vocabulary(adapted), 0.0, 0
+    stops = _stops(adapted, {"shaping": {}})
+    asked = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
+    bodies = [
+        {"prompt": prompt, "model": name, "diversity": 0.5, "temperature": 0.8}
+        for name, prompt in asked
+    ]
+    for (name, prompt), answer in zip(asked, _reading(adapted, bodies, vocabulary), strict=True):
+        logits_V = logits_LV(tuned, SCALES[name], prompt)[-1]
+        said = reference(logits_V, temperature=0.8, level=0.5, stop_ids=stops)
+        if said.margin < NEAR_THRESHOLD:
+            continue
+        checked += 1
+        sampled_V = _log_p(answer, vocabulary)
+        assert (np.isinf(sampled_V) == np.isinf(said.log_p_V)).all(), name
+        likely_V = said.log_p_V > -25
+        worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
+        figures = answer.json()["diversity"]["choices"][0]
+        assert figures["mean_entropy_before"] == pytest.approx(said.entropy_before, abs=NATS)
+        assert figures["mean_entropy_after"] == pytest.approx(said.entropy_after, abs=NATS)
+        assert figures["mean_temperature"] == pytest.approx(said.temperature, rel=1e-4)
+    figure(checked=checked, worst_logprob=float(worst))
+    assert checked > len(asked) // 2
+    assert worst <= LOG_PROBABILITY
+
+
+NAMED = {
+    "as trained": ("tales", {"name": "tales", "strength": 1.0}, 1.0),
+    "nearest": ({"name": "tales", "strength": 0.6}, {"name": "tales", "strength": 0.6}, 0.5),
+    "of two as near": (
+        {"name": "tales", "strength": 0.75},
+        {"name": "tales", "strength": 0.75},
+        0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+@pytest.mark.parametrize("diversity", [None, 0.5])
+def test_a_style_takes_the_nearest_adapter(adapted, tuned, case, diversity):
+    style, echoed, strength = NAMED[case]
+    vocabulary, (prompt,) = _vocabulary(adapted), prompts(adapted, 1)
+    taken = f"tales-{strength:g}"
+    body = _plain({"prompt": prompt, "shaping": {}}) | {"style": style}
+    body |= {} if diversity is None else {"diversity": diversity}
+    by_style, by_model = _reading(
+        adapted,
+        [body, {k: v for k, v in body.items() if k != "style"} | {"model": taken}],
+        vocabulary,
+    )
+    said = by_style.json()
+    assert said["model"] == taken
+    assert said["style"] == echoed | {"adapter": taken, "effective_strength": strength}
+    assert json.loads(by_style.headers["x-dftserve-style"]) == said["style"]
+    assert ("diversity" in said) == (diversity is not None)
+    got_V, expected_V = (_log_p(answer, vocabulary) for answer in (by_style, by_model))
+    np.testing.assert_allclose(got_V, expected_V, atol=LOG_PROBABILITY)
+    if diversity is None:
+        own_V = log_p(logits_LV(tuned, strength, prompt)[-1])
+        np.testing.assert_allclose(got_V, own_V, atol=LOG_PROBABILITY)
+
+
+ROUTES = {
+    "/v1/chat/completions": chat_body(max_tokens=4),
+    "/v1/chat/completions/batch": {"model": "demo", "max_tokens": 4}
+    | {"messages": [[{"role": "user", "content": text}] for text in ("One", "Two")]},
+    "/v1/completions": {"model": "demo", "prompt": ["Once", "Then"], "max_tokens": 4, "n": 2},
+    "/v1/responses": {"model": "demo", "input": "Once", "max_output_tokens": 4},
+    "/v1/messages": {"model": "demo", "max_tokens": 4}
+    | {"messages": [{"role": "user", "content": "Once"}]},
+}
+
+
+def test_every_route_takes_it(adapted):
+    echo = {"name": "tales", "strength": 1.0, "adapter": "tales-1", "effective_strength": 1.0}
+    asked = {"vllm_xargs": {"style": "tales"}}
+    for (path, _), answer in zip(
+        ROUTES.items(),
+        gather(adapted, [(path, ROUTES[path] | asked) for path in ROUTES]),
+        strict=True,
+    ):
+        assert answer.status_code == 200, (path, answer.text)
+        assert answer.json()["style"] == echo, path
+
+
+def test_a_stream_says_it_and_so_does_a_greedy_text(adapted):
+    client = sync_client(adapted)
+    body = chat_body(max_tokens=4, temperature=0)
+    with client.chat.completions.create(
+        **body, stream=True, extra_body={"style": "tales"}
+    ) as stream:
+        chunks = list(stream)
+    assert {chunk.model for chunk in chunks} == {"tales-1"}
+    assert chunks[-1].model_extra["style"]["adapter"] == "tales-1"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    by_model = post(adapted, "/v1/chat/completions", body | {"model": "tales-1"}).json()
+    assert text == by_model["choices"][0]["message"]["content"]
+
+
+REFUSED = [
+    ({"style": "tale"}, "style.name", "accepted: habits, tales."),
+    ({"style": {"name": "tales", "max_kl": 0.1}}, "style.max_kl", "none beside an adapter"),
+    ({"style": "tales", "model": "tales-0.5"}, "style.name", "'tales-0.5' is in force"),
+    ({"style": "tales-1"}, "style.name", "accepted: habits, tales."),
+    ({"style": "t" * (LONGEST_NAME + 1)}, "style.name", "characters"),
+]
+
+
+def test_what_cannot_be_taken_is_refused(adapted):
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 2}
+    for fields, parameter, says in REFUSED:
+        answer = post(adapted, "/v1/completions", body | fields)
+        assert answer.status_code == 400, (fields, answer.text)
+        assert answer.json()["error"]["param"] == parameter
+        assert says in answer.json()["error"]["message"]
+    beam = body | {"style": "tales", "use_beam_search": True, "n": 2}
+    assert post(adapted, "/v1/completions", beam).json()["error"]["param"] == "style"
+
+
+def test_what_is_off_or_a_profile_is_as_ever(adapted):
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 4, "seed": 1}
+    off, profile, both = (
+        post(adapted, "/v1/completions", body | fields).json()
+        for fields in (
+            {"style": {"name": "tales", "strength": 0}},
+            {"style": "habits"},
+            {"style": "habits", "model": "tales-1"},
+        )
+    )
+    assert (off["model"], off["style"]["strength"]) == ("demo", 0)
+    assert (profile["model"], both["model"]) == ("demo", "tales-1")
+    assert profile["style"]["choices"][0]["effective_strength"] >= 0
+    assert both["style"]["choices"][0]["effective_strength"] >= 0
+
+
+def test_capabilities_name_the_adapters(adapted):
+    said = get(adapted, "/v1/dft/capabilities").json()
+    assert said["adapters"] == {"tales": [0.5, 1.0]}
+    assert said["styles"] == ["habits"]
+    assert said["hooks_missing"] == {}
