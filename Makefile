@@ -9,7 +9,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
-# Two processes: one for the tests that share engines, which mostly wait, one for the others.
+# Two processes: one for the tests that share engines, which mostly wait, one for the others. Of one thread each:
+# threads of several processes that wait for each other on the same cores made tests of models seven times as slow.
+test test-unit: export OMP_NUM_THREADS ?= 1
 test: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope --no-loadscope-reorder
 test-unit: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope --no-loadscope-reorder tests/unit
 test-long: setup ; @$(RUN) -m pytest -m long

@@ -25,9 +25,8 @@ def text(count, seed=0):
     return " ".join(np.random.default_rng(seed).choice(WORDS, count).tolist())
 
 
-def reference(folder, text, window, stride):
+def reference(network, text, window, stride):
     """−ln p of each token. The window that scores a token is the first that reaches it."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     tokens = [START] + [2 + WORDS.index(word) for word in text.split()]
     nats = []
     for place in range(1, len(tokens)):
@@ -45,7 +44,8 @@ def test_every_token_is_scored_as_by_a_plain_loop(tmp_path, family, window, stri
     folder = save_model(tmp_path / family, family, seed=3)
     texts = [text(count, seed=count) for count in (1, 30, 15, 16, 17, 2, 8)]
     found = token_nats(folder, texts, window=window, stride=stride, batch_size=3)
-    expected = [reference(folder, each, window, stride) for each in texts]
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    expected = [reference(network, each, window, stride) for each in texts]
     for nats_T, expected_T in zip(found, expected, strict=True):
         np.testing.assert_allclose(nats_T, expected_T, atol=2e-5)
     bits = sum(map(sum, expected)) / math.log(2)
