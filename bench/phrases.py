@@ -13,6 +13,7 @@ the profile, each way of sampling at the same seeds:
     bad_words    the most over-used phrases banned, as many as bring the rate of the texts that
                  built the profile down to people's, or as vLLM takes in one request
     logit_bias   -λ on the word of each phrase that people's stories have least
+    dry          DRY at its usual multiplier: it knows what a text has said, not what all texts say
 Of each, over stock's, by the bootstrap over prompts (95 %; of twenty intervals one misses):
     phrases      target phrases per 1,000 words
     orphans      their beginnings, of two words or more, that went on otherwise
@@ -106,7 +107,7 @@ def main(
         ask(server, ways, asked, folder, stored)
     answers = whole_blocks(folder, ways)
     document = {
-        "what": "phrases at people's rate, on a known chain and on a model; 95 % intervals",
+        "what": "over-used phrases, beside their rate in human text, on a chain and on a model",
         "machine": machine(),
         "versions": versions("vllm", "transformers", "harper-py"),
         "chain": on_the_chain(),
@@ -212,6 +213,8 @@ def ways_of(stored: Stored, tokenizer: Any) -> dict[str, dict[str, Any]]:
         "style": {"style": {"name": name, "strength": 1}},
         "bad_words": {"bad_words": banned(phrases)},
         "logit_bias": {"logit_bias": biases(phrases, tokenizer)},
+        # A guard that cuts nothing: DRY stands beside a law.
+        "dry": {"diversity": {"law": "guard", "min_p": 1e-9, "dry_multiplier": 0.8}},
     }
 
 
