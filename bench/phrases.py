@@ -28,6 +28,7 @@ is one JSON document.
 import gzip
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,8 @@ def main(
     if server is not None:
         ask(server, ways, asked, folder, stored)
     answers = whole_blocks(folder, ways)
+    if missing := [name for name in ways if not answers[name] and (folder / STOCK).exists()]:
+        sys.exit(f"{folder}: no whole block of {', '.join(missing)}; ask for it with --server.")
     document = {
         "what": "over-used phrases, beside their rate in human text, on a chain and on a model",
         "machine": machine(),

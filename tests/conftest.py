@@ -51,11 +51,16 @@ server that ends is seen at once."""
 
 
 @pytest.fixture(autouse=True)
-def root_logger_at_its_defaults() -> None:
-    """Importing vLLM's server sets the root logger and its handlers to ERROR, for good."""
+def loggers_at_their_defaults() -> None:
+    """Importing vLLM's server sets the root logger and its handlers to ERROR, for good, and the
+    plug-in gives the library's logger vLLM's handlers."""
     logging.root.setLevel(logging.WARNING)
     for handler in logging.root.handlers:
         handler.setLevel(logging.NOTSET)
+    library = logging.getLogger("dftserve")
+    library.handlers.clear()
+    library.setLevel(logging.NOTSET)
+    library.propagate = True
 
 
 @dataclass(frozen=True)

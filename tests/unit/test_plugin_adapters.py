@@ -1,6 +1,7 @@
 """A `style` that names LoRA adapters of several strengths: which one vLLM is told to use, what the
 answer says of it, and what is refused."""
 
+import inspect
 import itertools
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from dftserve_vllm import (
 )
 from dftserve_vllm.request_context import RequestContext
 from dftserve_vllm.styles import Styles
+from pydantic import BaseModel, ConfigDict
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
     ChatCompletionRequest,
@@ -43,6 +45,9 @@ def configured(monkeypatch):
     monkeypatch.setattr(engine, "_config", config(model_config=model, use_v2_model_runner=True))
     profile = SimpleNamespace(name="habits", strength=1.0, max_kl=0.05)
     monkeypatch.setattr(engine, "styles", lambda: Styles((profile,), {"old": "it is."}))
+    for kind in (CompletionRequest, ChatCompletionRequest, ResponsesRequest):
+        hooked = request_params.honour(inspect.unwrap(kind.to_sampling_params))
+        monkeypatch.setattr(kind, "to_sampling_params", hooked)
     token = request_context.current.set(RequestContext())
     yield
     request_context.current.reset(token)
@@ -71,8 +76,7 @@ def asked(style=None, kind=CompletionRequest, model="demo", **fields):
 def said(request, names=SERVED, defaults=None):
     """The adapter, the parameters and the answer's members."""
     name = taken(request, names)
-    kind = type(request)
-    params = request_params.honour(kind.to_sampling_params)(request, 8, defaults or {})
+    params = request.to_sampling_params(8, defaults or {})
     current = request_context.current.get()
     return name, params, current.members() if current.prompts else {}
 
@@ -107,7 +111,7 @@ def test_a_batch_of_conversations_has_it_too():
     )
     assert taken(request) == "tales-1"
     single = request.to_chat_completion_request(CHAT["messages"])
-    request_params.honour(ChatCompletionRequest.to_sampling_params)(single, 8, {})
+    single.to_sampling_params(8, {})
     assert request_context.current.get().members()["style"]["adapter"] == "tales-1"
 
 
@@ -156,6 +160,22 @@ def test_an_operator_s_default_stands_beside_it_or_steps_back(monkeypatch, field
     assert answer["style"]["adapter"] == "tales-1"
     assert len(request_context.current.get().prompts) == 1
     assert bool(params.extra_args) == ("diversity" in answer) == (not fields)
+
+
+CUTS = {"top_p": 0.8, "top_k": 20, "min_p": 0.1}
+
+
+@pytest.mark.parametrize("style", [None, "tales"])
+def test_a_request_that_the_operator_s_default_is_not_for_keeps_the_model_s_cuts(
+    monkeypatch, style
+):
+    monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(0.5))
+    many = {"stop_token_ids": list(range(65)), "temperature": 0.7}
+    _, params, answer = said(asked(style, **many), defaults=CUTS)
+    assert (params.top_p, params.top_k, params.min_p) == (0.8, 20, 0.1)
+    assert "dropped" not in str(answer)
+    _, params, _ = said(asked(style, temperature=0.7), defaults=CUTS)
+    assert (params.top_p, params.top_k, params.min_p) == (1.0, 0, 0.0), "the law cuts by itself"
 
 
 def test_off_is_the_model_itself():
@@ -238,6 +258,27 @@ def test_other_requests_pass_as_they_are():
     assert taken(asked("tale"), []) is None
 
 
+class Transcription(BaseModel):
+    """A request of vLLM's that is sampled past `honour`, and keeps what else a form has."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str = "demo"
+
+    def to_sampling_params(self, *args):
+        raise AssertionError("never called")
+
+
+def test_no_adapter_is_taken_where_the_answer_could_not_say_so():
+    assert taken(Transcription(style="tales")) is None
+    assert taken(Transcription(style="x" * 5000)) is None
+
+    class Scoring(BaseModel):
+        model_config = ConfigDict(extra="allow")
+        model: str = "demo"
+
+    assert taken(Scoring(style="tales", to_sampling_params=1)) is None
+
+
 def under(monkeypatch, **limits):
     found = Policy(on_excess=limits.pop("on_excess", "reject"), server=Limits(**limits))
     monkeypatch.setattr(policy, "policy", lambda: found)
@@ -249,6 +290,23 @@ def test_a_policy_holds_for_it(monkeypatch):
     error = refused(asked("tales"))
     assert error.parameter == "style.name"
     assert "accepted: letters" in str(error)
+
+
+def test_no_adapter_where_the_divergence_is_capped(monkeypatch):
+    under(monkeypatch, max_kl=0.02)
+    error = refused(asked("tales"))
+    assert error.parameter == "style.name"
+    assert "caps max_kl at 0.02" in str(error)
+    assert taken(asked("habits")) is None, "a profile is lowered"
+
+
+def test_the_caps_of_an_adapter_hold_however_it_was_asked_for(monkeypatch):
+    found = Policy(on_excess="reject", models={"tales-1": Limits(level=0.2)})
+    monkeypatch.setattr(policy, "policy", lambda: found)
+    for request in (asked("tales", diversity=0.9), asked(model="tales-1", diversity=0.9)):
+        assert refused(request).parameter == "diversity.level"
+    said(asked("tales", diversity=0.2))
+    said(asked({"name": "tales", "strength": 0.5}, diversity=0.9))
 
 
 def test_no_adapter_is_stronger_than_the_cap(monkeypatch):

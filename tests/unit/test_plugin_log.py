@@ -3,18 +3,23 @@
 import io
 import logging
 
+import pytest
 from dftserve_vllm import log
 
 
-def test_warnings_of_the_library_are_shown_where_vllm_shows_its_own(monkeypatch):
+@pytest.mark.parametrize("root_handlers", [[], [logging.StreamHandler(io.StringIO())]])
+def test_warnings_of_the_library_are_shown_once_where_vllm_shows_its_own(
+    monkeypatch, root_handlers
+):
     shown = io.StringIO()
-    library, vllm = logging.getLogger("dftserve"), logging.getLogger("vllm")
-    # The root logger as it is in vLLM's processes: level ERROR, no handler.
-    monkeypatch.setattr(logging.root, "handlers", [])
+    vllm = logging.getLogger("vllm")
+    # The root logger as it is in vLLM's processes: level ERROR, its handlers too.
+    monkeypatch.setattr(logging.root, "handlers", root_handlers)
     monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    for handler in root_handlers:
+        handler.setLevel(logging.ERROR)
     monkeypatch.setattr(vllm, "handlers", [logging.StreamHandler(shown)])
-    monkeypatch.setattr(library, "handlers", [])
-    levels = library.level, vllm.level
+    level = vllm.level
     vllm.setLevel(logging.INFO)
     try:
         log.show_library_messages()
@@ -22,9 +27,9 @@ def test_warnings_of_the_library_are_shown_where_vllm_shows_its_own(monkeypatch)
         logging.getLogger("dftserve.sampling.backends").warning("the kernels fail")
         logging.getLogger("dftserve.sampling.backends").debug("not at vLLM's level")
     finally:
-        library.setLevel(levels[0])
-        vllm.setLevel(levels[1])
+        vllm.setLevel(level)
     assert shown.getvalue() == "the kernels fail\n"
+    assert all(not handler.stream.getvalue() for handler in root_handlers)
 
 
 def test_a_fault_is_logged_once(caplog, monkeypatch):

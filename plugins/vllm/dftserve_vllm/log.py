@@ -12,13 +12,14 @@ _logged: set[str] = set()
 def show_library_messages() -> None:
     """What `dftserve.*` logs (a kernel that fell back) is shown as vLLM's own messages are.
 
-    The root logger cannot be relied on: importing vLLM's server sets its level to ERROR
-    (model_hosting_container_standards), which hides the warnings of every other library.
+    The root logger cannot be relied on: importing vLLM's server sets its level and its handlers'
+    to ERROR (model_hosting_container_standards), which hides every other library's warnings.
     """
     library = logging.getLogger("dftserve")
     library.setLevel(logger.getEffectiveLevel())
-    if not library.hasHandlers():
+    if not library.handlers:
         library.handlers[:] = logging.getLogger("vllm").handlers
+        library.propagate = False
 
 
 @contextmanager

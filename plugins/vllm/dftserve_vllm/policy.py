@@ -127,7 +127,10 @@ def _limits(request: Any) -> Limits:
     found = policy()
     assert found is not None
     asked = getattr(request, "model", None) or ""
-    return found.limits([asked, engine.served_model_name()], key_digest())
+    current = request_context.current.get()
+    # An adapter that a style named has the caps that it has where a client asks for it by name.
+    taken = [] if current is None or current.adapter is None else [current.adapter.adapter.model]
+    return found.limits([*taken, asked, engine.served_model_name()], key_digest())
 
 
 def _within(

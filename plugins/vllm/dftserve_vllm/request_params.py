@@ -24,10 +24,10 @@ from dftserve_vllm.request_context import PromptContext
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
 DEFAULTS = "default_sampling_params"
 """The second argument of vLLM's `to_sampling_params`, by place or by name."""
+HONOURS = "honours_fields"
+"""An attribute of what `honour` made."""
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
-SAMPLED = ("to_sampling_params", "to_chat_completion_request")
-"""What a request has from which vLLM makes SamplingParams, so that `honour` meets it."""
 
 
 @lru_cache
@@ -97,10 +97,12 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
             _note(request, prompt(diversity, params.n))
             return params
         defaults, dropped = _without_cuts(request, given)
-        is_default = asked is None and style is None
-        prompt = partial(prompt, dropped=dropped)
-        return _marked(request, params_with(defaults), diversity, prompt, is_default=is_default)
+        params = params_with(defaults)
+        if asked is None and style is None and _is_not_for(params, diversity):
+            return _without_default(request, params_with(given), prompt)
+        return _marked(request, params, diversity, partial(prompt, dropped=dropped))
 
+    setattr(wrapped, HONOURS, True)
     return wrapped
 
 
@@ -115,7 +117,7 @@ def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         found = maybe_get_adapters(serving, request, *args, **kwargs)
         current = request_context.current.get()
-        if current is None or not any(hasattr(request, name) for name in SAMPLED):
+        if current is None or not _is_honoured(request):
             return found
         current.adapters = adapters.served(serving.models)
         if not current.adapters:
@@ -138,6 +140,14 @@ def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _is_honoured(request: Any) -> bool:
+    """Whether `honour` sees what vLLM samples for it. Its class says so: a body may bring any name
+    as an attribute."""
+    made = getattr(type(request), "to_sampling_params", None)
+    is_batch = hasattr(type(request), "to_chat_completion_request")
+    return is_batch or getattr(made, HONOURS, False)
+
+
 def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
     """The adapter for a style that names one.
 
@@ -156,6 +166,12 @@ def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
     if style.max_kl is not None:
         accepted = "none beside an adapter: its weights change by the strength, whatever that costs"
         raise spec.DiversityError(f"{STYLE}.max_kl", style.max_kl, accepted)
+    if (cap := policy.limits(request).max_kl) is not None:
+        accepted = (
+            f"a profile, since the operator's policy caps max_kl at {cap:g}, and nothing bounds "
+            "an adapter's divergence"
+        )
+        raise spec.DiversityError(f"{STYLE}.name", style.name, accepted)
     style = style if style.strength is not None else replace(style, strength=1.0)
     allowed = policy.allowed(request, None, style)
     assert allowed.style is not None
@@ -298,38 +314,41 @@ def _without_cuts(request: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any
     return kept, dropped
 
 
+def _is_not_for(params: Any, diversity: spec.Diversity) -> bool:
+    """Whether the operator's default gives way to what a request says otherwise."""
+    is_cut_twice = params.min_p > 0 and (
+        "min_p" not in spec.LAWS[diversity.law] or diversity.min_p not in (None, params.min_p)
+    )
+    return (
+        is_cut_twice
+        or is_greedy(params)
+        or groups.clash(params.n, diversity) is not None
+        or too_many_stop_ids(params) is not None
+    )
+
+
 def _marked(
     request: Any,
     params: Any,
     diversity: spec.Diversity,
     prompt_with: Callable[..., PromptContext],
-    *,
-    is_default: bool,
 ) -> Any:
     """The parameters carrying the diversity and the style to the workers."""
     if (reason := groups.clash(params.n, diversity)) is not None:
-        if is_default:
-            return _without_default(request, params, prompt_with)
         raise _bad_request(reason, groups.PARAMETER)
     if is_greedy(params):
-        if not is_default:
-            if diversity.group:
-                message = (
-                    f"temperature: got {params.temperature:g} beside {groups.PARAMETER}; accepted: "
-                    "above 0, since at 0 all texts are the same."
-                )
-                raise _bad_request(message, "temperature")
-            reason = "temperature 0 stays greedy"
-            _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
-            return _stripped(params)
-        return _without_default(request, params, prompt_with)
+        if diversity.group:
+            message = (
+                f"temperature: got {params.temperature:g} beside {groups.PARAMETER}; accepted: "
+                "above 0, since at 0 all texts are the same."
+            )
+            raise _bad_request(message, "temperature")
+        reason = "temperature 0 stays greedy"
+        _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
+        return _stripped(params)
     if (reason := too_many_stop_ids(params)) is not None:
-        if is_default:
-            return _without_default(request, params, prompt_with)
         raise _bad_request(reason, "stop_token_ids")
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
-        if is_default:
-            return _without_default(request, params, prompt_with)
         message = (
             f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
             "accepted: one of them."
@@ -338,8 +357,6 @@ def _marked(
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         if diversity.min_p is not None and diversity.min_p != params.min_p:
-            if is_default:
-                return _without_default(request, params, prompt_with)
             message = (
                 f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
                 "accepted: one of them, or both the same."
