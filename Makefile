@@ -4,13 +4,14 @@ RUN := .venv/bin/python
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Threads that wait give their core to others: on a busy machine spinning ones make tests and training many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test test-unit test-long lint bench sbom audit eval-env clients-env wheels tag smoke
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
-# Two processes: one for the tests that share engines, which mostly wait, one for the others. Of one thread each:
-# threads of several processes that wait for each other on the same cores made tests of models seven times as slow.
+# Two processes: one for the tests that share engines, which mostly wait, one for the others. Of one thread each.
 test test-unit: export OMP_NUM_THREADS ?= 1
 test: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope --no-loadscope-reorder
 test-unit: setup ; @$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadscope --no-loadscope-reorder tests/unit
