@@ -35,8 +35,6 @@ from dftserve.spec import CHECKSUMS, Promise
 RUN, CARD = "run.json", "README.md"
 FINAL, RUN_SETTINGS = "final", "settings.json"
 """Of the folder of a run: its checkpoint, and what the run begins with."""
-ADAPTER = "adapter"
-"""Of a checkpoint that was trained by LoRA: the adapter, which is merged into the weights too."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = 1 << 20
 MOST_FILES = 10_000

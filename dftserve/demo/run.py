@@ -7,34 +7,28 @@ Every part leaves its result in the folder and is not done again.
 """
 
 import contextlib
-import functools
 import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 from openai import OpenAI
 from rich.console import Console
 
 from dftserve import atomic
-from dftserve.checkpoint import ADAPTER, FINAL
+from dftserve.checkpoint import FINAL
 from dftserve.demo import ask, show
 from dftserve.demo.mark import can_find_errors
 from dftserve.demo.model import smollm2
-from dftserve.serve import Server, running
+from dftserve.serve import running
 
 PAGE = "demo.html"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
-# One place more than adapters: on a CPU vLLM 0.32 adds the last place to the base (docs/styles.md).
-LORA_FLAGS = ("--enable-lora", "--max-loras", "2")
-TUNED = "tuned"
-"""The adapter's name as a model of the server."""
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
 ESTIMATE = (
-    "About seven minutes on two idle cores, in five parts; what is finished is kept in {folder} "
+    "About six minutes on two idle cores, in five parts; what is finished is kept in {folder} "
     "and not done again."
 )
 
@@ -54,15 +48,14 @@ def demo(folder: Path, console: Console | None = None) -> None:
     console.print(ESTIMATE.format(folder=folder), highlight=False)
     with _part(1, "the model", console):
         base = smollm2(folder / "smollm2", console.print)
-    with _server_of(base, folder / "vllm.log", console) as server:
-        with _part(2, "its answers", console):
-            before = _answers(server, None, folder / "answers-before.json", console)
-        stages = [show.Stage("Before tuning", before)]
-        show.on_terminal(stages[0], console)
-        with _part(3, "Distribution Fine-Tuning by LoRA on paragraphs of 18 authors", console):
-            tuned = _tuned(base, folder, console)
-        with _part(4, "the tuned model's answers", console):
-            after = _answers(server, tuned / ADAPTER, folder / "answers-after.json", console)
+    with _part(2, "its answers", console):
+        before = _answers(base, folder / "answers-before.json", folder, console)
+    stages = [show.Stage("Before tuning", before)]
+    show.on_terminal(stages[0], console)
+    with _part(3, "Distribution Fine-Tuning by LoRA on paragraphs of 18 authors", console):
+        tuned = _tuned(base, folder, console)
+    with _part(4, "the tuned model's answers", console):
+        after = _answers(tuned, folder / "answers-after.json", folder, console)
     stages.append(show.Stage("After tuning", after))
     show.on_terminal(stages[1], console)
     with _part(5, "the page", console):
@@ -82,50 +75,20 @@ def _part(number: int, what: str, console: Console) -> Iterator[None]:
     console.print(f"{number}/5  {time.monotonic() - start:.0f} s", highlight=False)
 
 
-@contextlib.contextmanager
-def _server_of(model: Path, log: Path, console: Console) -> Iterator[Callable[[], Server]]:
-    """Gives the one server of both stages, which starts when it is first asked for.
-
-    An adapter can be loaded while it runs, so that tuning costs no second start of vLLM.
-    """
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def server() -> Server:
-            console.print(f"Starting vLLM; its log is {log}.", highlight=False)
-            with console.status("Starting vLLM…"), _one_thread_each():
-                started = running(
-                    str(model),
-                    *serve_flags(),
-                    *LORA_FLAGS,
-                    env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
-                    log=log,
-                    timeout=900,
-                )
-                return stack.enter_context(started)
-
-        yield server
-
-
-def _answers(
-    server: Callable[[], Server], adapter: Path | None, kept: Path, console: Console
-) -> list[ask.Answer]:
-    """The model's answers, or with an adapter's folder the adapter's."""
+def _answers(model: Path, kept: Path, folder: Path, console: Console) -> list[ask.Answer]:
     if (found := ask.load(kept)) is not None:
         console.print(f"They are in {kept} already.", highlight=False)
         return found
-    client = OpenAI(base_url=server().url, api_key="EMPTY", max_retries=0, timeout=900)
-    model = server().model
-    if adapter is not None:
-        model = TUNED
-        body = {"lora_name": TUNED, "lora_path": str(adapter.resolve())}
-        client.post("/load_lora_adapter", body=body, cast_to=httpx.Response)
-    with console.status("Asking…") as status:
+    log = folder / f"{kept.stem}.log"
+    with console.status("Starting vLLM…") as status, _one_thread_each():
+        console.print(f"Starting vLLM; its log is {log}.", highlight=False)
+        with running(str(model), *serve_flags(), log=log, timeout=900) as server:
 
-        def tick(done: int, of: int) -> None:
-            status.update(f"Asking: {done} of {of} answers")
+            def tick(done: int, of: int) -> None:
+                status.update(f"Asking: {done} of {of} answers")
 
-        answers = ask.ask(client, model, tick)
+            client = OpenAI(base_url=server.url, api_key="EMPTY", max_retries=0, timeout=900)
+            answers = ask.ask(client, server.model, tick)
     ask.save(answers, kept)
     return answers
 

@@ -41,7 +41,7 @@ def tune(model: Path, folder: Path, say: Callable[[str], None]) -> Path:
             targets=str(targets),
             output=str(output),
             divergence=DivergenceConfig(name="forward_kl", target_weight=0.5),
-            lora=LoraConfig(rank=16, alpha=32),  # vLLM's default serves rank 16 at most.
+            lora=LoraConfig(rank=16, alpha=32),
             max_length=256,
             batch_size=4,
             learning_rate=2e-3,

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import shaped_as
-from dftserve.checkpoint import ADAPTER, FINAL
+from dftserve.checkpoint import FINAL
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.spec import Promise
 from dftserve.targets.calibrated import is_refused
@@ -49,7 +49,7 @@ from dftserve.train.run_folder import RunFolder, read_object, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-WEIGHTS = "weights.json"
+WEIGHTS, ADAPTER = "weights.json", "adapter"
 REFUSED = (
     "The mixture of these targets is refused (`dftserve target inspect` says why): dft.json will "
     "name no target entropy and suggest no diversity."
