@@ -77,7 +77,9 @@ BUILT_ON = 32
 BLOCK = 8
 SAMPLES = 2
 MAX_TOKENS = 200
-STOCK = "stock"
+STOCK, DRY = "stock", "dry"
+BESIDE_DRY = {"law": "guard", "min_p": 1e-9, "dry_multiplier": 0.8}
+"""DRY stands beside a law; this guard cuts nothing."""
 MOST_BAD_WORDS = 128
 """Tokenisations of `bad_words` in one request: vLLM answers 400 to more."""
 TEXTS = RESULTS / "texts" / "phrases.jsonl.gz"
@@ -216,8 +218,7 @@ def ways_of(stored: Stored, tokenizer: Any) -> dict[str, dict[str, Any]]:
         "style": {"style": {"name": name, "strength": 1}},
         "bad_words": {"bad_words": banned(phrases)},
         "logit_bias": {"logit_bias": biases(phrases, tokenizer)},
-        # A guard that cuts nothing: DRY stands beside a law.
-        "dry": {"diversity": {"law": "guard", "min_p": 1e-9, "dry_multiplier": 0.8}},
+        DRY: {},
     }
 
 
@@ -261,7 +262,7 @@ def ask(
         wanted = RequestGrid(
             model=model,
             prompts=tuple(asked[block * BLOCK : (block + 1) * BLOCK]),
-            grid=(0,),
+            grid=(BESIDE_DRY if name == DRY else 0,),
             samples=SAMPLES,
             max_tokens=MAX_TOKENS,
             temperature=stored.settings["temperature"],
