@@ -81,7 +81,7 @@ SCHEMA = {
     "required": ["name", "kind", "old", "friends"],
     "additionalProperties": False,
 }
-COMPACT = '--structured-outputs-config={"disable_any_whitespace": true}'
+COMPACT = '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}'
 """Otherwise a small model may write blanks between the parts until its tokens are used up."""
 
 

@@ -11,7 +11,8 @@ def table(document: dict[str, Any]) -> str:
         asked, told = CELLS[name]
         found = f"failed: {phase['failed'][:80]}" if "failed" in phase else told(phase["result"])
         kept = "yes" if not phase["broken"] else f"no: {'; '.join(phase['broken'])[:200]}"
-        lines.append(f"| {name} | {asked} | {found} | {kept} |")
+        cells = (" ".join(cell.split()) for cell in (name, asked, found, kept))  # Of one line each.
+        lines.append(f"| {' | '.join(cells)} |")
     scale, machine = document["scale"], document["machine"]
     lines.append("")
     lines.append(
