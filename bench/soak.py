@@ -92,11 +92,7 @@ COMPACT = '--structured-outputs-config={"backend": "xgrammar", "disable_any_whit
 def main(scale: float, seed: int, output: Path) -> None:
     sizes = {name: max(SMALLEST, round(scale * size)) for name, size in SIZES.items()}
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as place, Servers(tuned_model(), Path(place)) as servers:
-        phases = {
-            name: guarded(name, sizes[name], random.Random(f"{seed} {name}"), servers)
-            for name in PHASES
-        }
+    phases: dict[str, dict[str, Any]] = {}
     document = {
         "what": "promises of a server over many requests",
         "scale": scale,
@@ -105,9 +101,15 @@ def main(scale: float, seed: int, output: Path) -> None:
         "machine": machine(),
         "versions": versions("vllm", "httpx", "jsonschema"),
         "phases": phases,
-        "kept": not any(phase["broken"] for phase in phases.values()),
-        "bench_seconds": round(time.monotonic() - start, 1),
+        "kept": False,
     }
+    with tempfile.TemporaryDirectory() as place, Servers(tuned_model(), Path(place)) as servers:
+        for name, size in sizes.items():
+            phases[name] = guarded(name, size, random.Random(f"{seed} {name}"), servers)
+            document["bench_seconds"] = round(time.monotonic() - start, 1)
+            # After each: a run that is ended leaves what it has found, and kept is false.
+            output.write_text(json.dumps(document, indent=1) + "\n")
+    document["kept"] = not any(phase["broken"] for phase in phases.values())
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(soak_table.table(document))
     print(json.dumps(document))
