@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_table
+import soak_table
 
 import client_table
 from ratios import shown
@@ -572,11 +573,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "families": families,
     "groups": groups,
     "gpu": gpu_table.table,
+    "soak": soak_table.table,
 }
 RESULT_OF = {"every_setting": "real"}
 """Tables of a result that has another name."""
-OPTIONAL = {"gpu"}
-"""Tables of what not every machine can measure: without a result their place stays as it is."""
+OPTIONAL = {"gpu", "soak"}
+"""Tables of what not every machine can measure, or what takes long: without a result their place
+stays as it is."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {
     "clients": "docs/clients.md",
     "families": "docs/training.md",

@@ -90,6 +90,10 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
+    return tuned_model()
+
+
+def tuned_model() -> Path:
     """A checkpoint that this project tuned, with sampling defaults that would cut.
 
     The stories' model after a short training, and two small steps toward itself.

@@ -1,138 +1,23 @@
 """Whatever comes: a wrong field is a short 400 that names it, the rest is answered as by stock."""
 
-import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import httpx
 
 from tests.client import chat_body, gather_bytes, post
+from tests.fuzz_bodies import CANARY, Asked, asked, complaint
 
 BODIES = 500
-MAX_ANSWER_BYTES = 4096
-CANARY = "canary-5a1e"
-"""In every text of a wrong field; never in a log."""
-MAX_STOP_IDS = 64
-BASES = {
-    "/v1/chat/completions": chat_body(max_tokens=2),
-    "/v1/completions": {"model": "demo", "prompt": "Once", "max_tokens": 2},
-    "/v1/responses": {"model": "demo", "input": "Once", "max_output_tokens": 2},
-}
-VALID = (
-    "0",
-    "0.5",
-    "1",
-    "1e-3",
-    "null",
-    '{"level": 0.25}',
-    '{"level": 0.25, "min_p": 0.1, "max_temperature": null}',
-    '{"law": "budget", "target_entropy": 1.5}',
-    '{"law": "dynatemp", "dynatemp_range": 0.5}',
-    '{"law": "top_n_sigma", "n_sigma": 1}',
-    '{"law": "xtc", "xtc_probability": 0.5}',
-)
-TEXTS = (
-    CANARY,
-    f"{CANARY}\n2027-01-01 ERROR forged",
-    f"\x1b[31m{CANARY}\x1b[0m\r\x00",
-    f"{CANARY}\ud800",
-    f"\udfff{CANARY}{{}}%s%(name)s",
-    f"{CANARY}\u202e\u2028",
-    f'{{"level": "{CANARY}"}}',
-    f"0.5 {CANARY}",
-)
-HUGE_BYTES = 5_000_000
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request, and whether its field can be honoured; without a field it can."""
-
-    path: str
-    body: bytes
-    is_valid: bool
-
-
-def _text(source: random.Random) -> str:
-    return json.dumps(source.choice(TEXTS))
-
-
-def _number(source: random.Random) -> str:
-    small = ["-0.1", "1.0001", "-0.0001", "NaN"]
-    huge = ["1e308", "1e999", "-1e999", "Infinity", "-Infinity", "9" * 400, "-" + "9" * 4000]
-    return source.choice(small + huge)
-
-
-def _object(source: random.Random) -> str:
-    names = ("level", "law", "min_p", "max_temperature", "target_entropy", "dynatemp_exponent")
-    name = json.dumps(source.choice([*names, *TEXTS]))
-    value = source.choice([_text, _number, _deep, lambda _: "{}", lambda _: "true"])(source)
-    return f'{{"law": "gated", "level": 0.5, {name}: {value}, {_text(source)}: 1}}'
-
-
-def _deep(source: random.Random) -> str:
-    depth = source.choice([3, 50, 400])
-    return "[" * depth + _text(source) + "]" * depth
-
-
-def _list(source: random.Random) -> str:
-    return f"[{', '.join([_text(source)] * source.choice([1, 40, 3000]))}]"
-
-
-def _huge(source: random.Random) -> str:
-    text = (CANARY + "\\u0000\\n") * (HUGE_BYTES // len(CANARY))
-    return source.choice([f'"{text}"', f'{{"{text}": 1}}', f'{{"law": "{text}"}}'])
-
-
-def _wrong(source: random.Random) -> str:
-    families: list[Callable[[random.Random], str]] = [_text, _number, _object, _deep, _list]
-    return source.choice([*families, lambda _: "true", lambda _: "{}"])(source)
-
-
-def _place(source: random.Random, path: str, value: str, is_valid: bool) -> tuple[str, str]:
-    """The name and the JSON of what carries the value: itself, or vllm_xargs."""
-    # vLLM makes 1.0 of a true in there, before us, and a text is never nothing.
-    is_special = value in ("true", "null")
-    if path == "/v1/responses" or is_special or source.random() < 0.75:
-        return "diversity", value
-    return "vllm_xargs", f'{{"diversity": {json.dumps(value) if is_valid else value}}}'
-
-
-def _asked(source: random.Random, number: int) -> Asked:
-    path = source.choice(list(BASES))
-    base = BASES[path] | {"stream": source.choice([False, True])}
-    if path != "/v1/responses" and source.random() < 0.3:
-        base["n"] = source.choice([1, 2, 2, 0, -1, 10**9, "2", None])
-    stops = source.choice([0, 0, 0, 3, MAX_STOP_IDS, MAX_STOP_IDS + 1, 500])
-    if path != "/v1/responses" and stops:
-        base["stop_token_ids"] = list(range(100, 100 + stops))
-    if source.random() < 0.1:
-        base["temperature"] = source.choice([-1, "hot", 1e9, float("nan")])
-    value, is_valid = source.choice([(None, True), (source.choice(VALID), True), *WRONG])
-    if not is_valid:
-        value = _huge(source) if number % 60 == 0 else _wrong(source)
-    if value is None:
-        return Asked(path, json.dumps(base).encode(), True)
-    name, text = _place(source, path, value, is_valid)
-    is_off = value in ("0", "null")
-    too_many = "stop_token_ids" in base and stops > MAX_STOP_IDS and not is_off
-    body = f'{json.dumps(base)[:-1]}, "{name}": {text}}}'
-    return Asked(path, body.encode(), is_valid and not too_many)
-
-
-WRONG = [("", False)] * 3
-"""Three of five are wrong: their values come later."""
 
 
 def test_whatever_comes(v1, v1_stock, figure):
     source = random.Random(0)
-    asked = [_asked(source, number) for number in range(BODIES)]
-    requests = [(one.path, one.body) for one in asked]
+    requested = [asked(source, number) for number in range(BODIES)]
+    requests = [(one.path, one.body) for one in requested]
     stock, ours = (gather_bytes(engine, requests) for engine in (v1_stock, v1))
     complaints: dict[str, list[str]] = {}
-    for one, expected, got in zip(asked, stock, ours, strict=True):
-        if said := _complaint(one, expected, got):
+    for one, expected, got in zip(requested, stock, ours, strict=True):
+        if said := complaint(one, expected, got):
             complaints.setdefault(said, []).append(_shown(one, expected, got))
     if CANARY in v1.log.read_text(errors="replace"):
         complaints["the log has a client's text"] = [str(v1.log)]
@@ -144,23 +29,9 @@ def test_whatever_comes(v1, v1_stock, figure):
     assert post(v1, "/v1/chat/completions", good).status_code == 200
 
 
-def _shown(asked: Asked, stock: httpx.Response, ours: httpx.Response) -> str:
+def _shown(one: Asked, stock: httpx.Response, ours: httpx.Response) -> str:
     return (
-        f"    {asked.path} {asked.body[:100]!r} … {asked.body[-200:]!r}\n    stock "
+        f"    {one.path} {one.body[:100]!r} … {one.body[-200:]!r}\n    stock "
         f"{stock.status_code}, ours {ours.status_code}, {len(ours.content)} bytes: "
         f"{ours.content[:300]!r}"
     )
-
-
-def _complaint(asked: Asked, stock: httpx.Response, ours: httpx.Response) -> str | None:
-    if ours.status_code >= 500:
-        return None if stock.status_code >= 500 else "a fault of the server that stock has not"
-    if asked.is_valid or stock.status_code != 200:
-        return None if ours.status_code == stock.status_code else "another status than stock's"
-    if ours.status_code != 400:
-        return "a wrong field is not refused"
-    if len(ours.content) > MAX_ANSWER_BYTES:
-        return "too long an answer"
-    parameter = ours.json()["error"]["param"]
-    names = ("diversity", "vllm_xargs", "stop_token_ids")
-    return None if str(parameter).startswith(names) else "the parameter is not named"

@@ -1,0 +1,494 @@
+"""Does a server keep its promises over many requests, of every kind, for long?
+
+    python bench/soak.py [--scale 1] [--seed 0] [--output bench/results/soak.json]
+
+Real vLLM servers on this machine's CPU (the V1 runner) with the stories' test model: `ours` with
+the plug-in, `stock` with DFTSERVE_DISABLE=1. Phases, and their sizes at --scale 1:
+    fuzz         20,000 bodies (tests/fuzz_bodies.py) to both: no fault that stock has not, every
+                 wrong value a 400 that names it, no text of a client and no key in the log
+    served       100,000 short requests from 16 clients, half with the field: the memory of all of
+                 the server's processes (PSS) grows by at most 1 % after the first tenth
+    disconnects  2,000 streams that their clients leave at random: then none runs or waits
+    schema       1,000 answers by a JSON schema at `diversity` 1, as often valid as stock's
+    overload     4 clients a slot for 300 s: 200, 429 and 503 only, and /health answers
+A phase that fails says so, and the others go on; a server that died is started again. The last line
+is one JSON document. Exit code 1 where a promise is broken (bench/soak_promises.py).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import click
+import httpx
+import jsonschema
+import psutil
+import soak_table
+from soak_promises import SECONDS_TO_IDLE, broken_promises
+
+from dftserve.serve import running
+from tests.client import LIVELY, chat_body, gather, gather_bytes, get, metric, some_prompt
+from tests.conftest import FLAGS, KEY, PATIENCE, Engine, tuned_model
+from tests.fuzz_bodies import CANARY, asked, complaint
+
+from provenance import machine, versions
+
+RESULTS = Path(__file__).parent / "results" / "soak.json"
+SIZES = {"fuzz": 20_000, "served": 100_000, "disconnects": 2000, "schema": 1000, "overload": 300}
+"""Bodies, requests, streams, requests to each server, seconds."""
+SMALLEST = 10
+"""Of every phase: the memory is looked at after each tenth."""
+BATCH = 500
+"""Bodies that are held at once."""
+CLIENTS = 16
+SLOTS = 16
+"""The server's --max-num-seqs."""
+OVERLOAD = 4
+"""Clients a slot."""
+LONG_TOKENS = 200
+"""Of a stream that is left: longer than any client stays."""
+HEALTH_EVERY = 0.25
+ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "OMP_NUM_THREADS": "1",
+    # A server never closes a connection in the moment in which the client uses it again.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+}
+SERVERS = {"ours": {"DFTSERVE_DISABLE": ""}, "stock": {"DFTSERVE_DISABLE": "1"}}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["fox", "owl", "hare"]},
+        "old": {"type": "boolean"},
+        "friends": {"type": "array", "items": {"enum": ["Anna", "Ben"]}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "old", "friends"],
+    "additionalProperties": False,
+}
+COMPACT = '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}'
+"""Otherwise a small model may write blanks between the parts until its tokens are used up."""
+
+
+@click.command()
+@click.option("--scale", default=1.0, type=click.FloatRange(min=0, min_open=True))
+@click.option("--seed", default=0)
+@click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
+def main(scale: float, seed: int, output: Path) -> None:
+    sizes = {name: max(SMALLEST, round(scale * size)) for name, size in SIZES.items()}
+    start = time.monotonic()
+    phases: dict[str, dict[str, Any]] = {}
+    document = {
+        "what": "promises of a server over many requests",
+        "scale": scale,
+        "seed": seed,
+        "sizes": sizes,
+        "machine": machine(),
+        "versions": versions("vllm", "httpx", "jsonschema"),
+        "phases": phases,
+        "kept": False,
+    }
+    with tempfile.TemporaryDirectory() as place, Servers(tuned_model(), Path(place)) as servers:
+        for name, size in sizes.items():
+            phases[name] = guarded(name, size, random.Random(f"{seed} {name}"), servers)
+            document["bench_seconds"] = round(time.monotonic() - start, 1)
+            # After each: a run that is ended leaves what it has found, and kept is false.
+            output.write_text(json.dumps(document, indent=1) + "\n")
+    document["kept"] = not any(phase["broken"] for phase in phases.values())
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    print(soak_table.table(document))
+    print(json.dumps(document))
+    sys.exit(0 if document["kept"] else 1)
+
+
+class Servers:
+    """The servers by name: started when they are first asked for, and again where one died."""
+
+    def __init__(self, model: Path, place: Path) -> None:
+        self._model = model
+        self._place = place
+        self._running: dict[str, tuple[Engine, ExitStack]] = {}
+        self._starts = 0
+
+    def __enter__(self) -> "Servers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._running):
+            self._stop(name)
+
+    def get(self, name: str) -> Engine:
+        if name not in self._running:
+            self._starts += 1
+            log = self._place / f"{name}-{self._starts}.log"
+            stack = ExitStack()
+            environment = {**ENVIRONMENT, **SERVERS[name]}
+            flags = (*FLAGS, COMPACT)
+            server = stack.enter_context(
+                running(str(self._model), *flags, env=environment, log=log, timeout=PATIENCE)
+            )
+            url, no_fault = server.url.removesuffix("/v1"), self._place / "no-fault"
+            engine = Engine(name, url, self._model, no_fault, log, server.pid)
+            self._running[name] = engine, stack
+        return self._running[name][0]
+
+    def remove_dead(self) -> list[str]:
+        """The names of those that no longer answer at /health, which are stopped."""
+        dead = [name for name, (engine, _) in self._running.items() if not _is_well(engine)]
+        for name in dead:
+            self._stop(name)
+        return dead
+
+    def _stop(self, name: str) -> None:
+        _, stack = self._running.pop(name)
+        stack.close()
+
+
+def _is_well(engine: Engine) -> bool:
+    try:
+        return get(engine, "/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+Phase = Callable[[int, random.Random, Servers], dict[str, Any]]
+
+
+def guarded(name: str, size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
+    """A phase's result, or what went wrong; its seconds; who died; and what it breaks."""
+    print(f"{name}: {size:,}", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        found: dict[str, Any] = {"result": PHASES[name](size, source, servers)}
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other phases say theirs
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+    found["died"] = servers.remove_dead()
+    found["seconds"] = round(time.monotonic() - start, 1)
+    found["broken"] = broken_promises(name, found)
+    print(f"    {found['seconds']} s, broken: {found['broken']}", file=sys.stderr, flush=True)
+    return found
+
+
+def fuzz(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
+    """Bodies to both servers, in batches; what is wrong with our answers, and what ours logged."""
+    stock, ours = servers.get("stock"), servers.get("ours")
+    starting = ours.log.read_bytes()
+    complaints: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    refused, faults = 0, {"ours": 0, "stock": 0}
+    for first in range(0, size, BATCH):
+        bodies = [asked(source, number) for number in range(first, min(first + BATCH, size))]
+        requests = [(one.path, one.body) for one in bodies]
+        expected, got = gather_bytes(stock, requests), gather_bytes(ours, requests)
+        refused += sum(answer.status_code == 400 for answer in got)
+        faults["ours"] += sum(answer.status_code >= 500 for answer in got)
+        faults["stock"] += sum(answer.status_code >= 500 for answer in expected)
+        for one, theirs, answer in zip(bodies, expected, got, strict=True):
+            if said := complaint(one, theirs, answer):
+                complaints[said] += 1
+                examples.setdefault(said, f"{one.path} {one.body[-300:]!r}: {answer.text[:300]}")
+    logged = ours.log.read_bytes()[len(starting) :]
+    return {
+        "bodies": size,
+        "refused": refused,
+        "faults": faults,
+        "complaints": dict(complaints),
+        "examples": examples,
+        "in_log": {
+            "a client's text": logged.count(CANARY.encode()),
+            "the key": logged.count(KEY.encode()),
+        },
+    }
+
+
+def served(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
+    """Short requests in ten parts, and the memory after each, when nothing runs."""
+    engine = servers.get("ours")
+    outcomes: Counter[str] = Counter()
+    memory, busy = [], 0.0
+    for tenth in range(10):
+        requests = iter(range(size * tenth // 10, size * (tenth + 1) // 10))
+        start = time.monotonic()
+        outcomes += asyncio.run(_served(engine, requests, source))
+        busy += time.monotonic() - start
+        memory.append(pss_mib(engine.pid))
+    totals = [sum(each.values()) for each in memory]
+    return {
+        "requests": size,
+        "clients": CLIENTS,
+        "outcomes": dict(outcomes),
+        "requests_per_second": round(size / busy, 1),
+        "memory": "PSS of all processes of the server, after each tenth",
+        "pss_mib": [round(total, 1) for total in totals],
+        "first_processes": memory[0],
+        "last_processes": memory[-1],
+        "growth": round(totals[-1] / totals[0] - 1, 5),
+    }
+
+
+async def _served(engine: Engine, requests: Iterator[int], source: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    async with _client(engine) as client:
+
+        async def ask() -> None:
+            for _ in requests:
+                outcomes[await _outcome(client, *short_request(source))] += 1
+
+        await asyncio.gather(*(ask() for _ in range(CLIENTS)))
+    return outcomes
+
+
+def short_request(source: random.Random) -> tuple[str, dict[str, Any]]:
+    """A route and a body: half with the field, half as a stream, some with several choices."""
+    body: dict[str, Any] = {"max_tokens": source.randint(1, 4)}
+    body["stream"] = source.random() < 0.5
+    if source.random() < 0.2:
+        body["n"] = source.choice([2, 4])
+    if source.random() < 0.5:
+        body["diversity"] = _field(source, can_be_group="n" in body)
+    if source.random() < 0.5:
+        return "/v1/chat/completions", chat_body(some_prompt(source), **body)
+    return "/v1/completions", {"model": "demo", "prompt": some_prompt(source), **body}
+
+
+def _field(source: random.Random, can_be_group: bool) -> dict[str, Any]:
+    amount = round(source.uniform(0.05, 1), 2)
+    field = source.choice(
+        [
+            {"level": amount},
+            {"law": "words", "level": amount},
+            {"law": "budget", "target_entropy": 3 * amount},
+            {"law": "guard", "min_p": amount / 10},
+            {"law": "top_n_sigma", "n_sigma": 2 * amount},
+            {"law": "xtc", "xtc_probability": amount, "min_p": 0.02},
+            {"law": "dynatemp", "dynatemp_range": amount},
+        ]
+    )
+    if source.random() < 0.3:
+        field["dry_multiplier"] = amount
+    if can_be_group:
+        field["group"] = source.random() < 0.5
+    return field
+
+
+async def _outcome(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
+    """The status, `cut short` for a stream without its end, or the name of a transport's error."""
+    try:
+        answer = await client.post(path, json=body)
+    except httpx.HTTPError as error:
+        return type(error).__name__
+    is_stream = answer.status_code == 200 and body.get("stream")
+    if is_stream and not answer.text.rstrip().endswith("data: [DONE]"):
+        return "cut short"
+    return str(answer.status_code)
+
+
+def pss_mib(process_id: int) -> dict[str, float]:
+    """MiB of a process and each of its descendants, by name and number; shared pages in part."""
+    leader = psutil.Process(process_id)
+    processes = [leader, *leader.children(recursive=True)]
+    return {
+        f"{process.name()} {number}": round(process.memory_full_info().pss / (1 << 20), 2)
+        for number, process in enumerate(processes)
+    }
+
+
+def disconnects(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
+    """Streams that are left; then the seconds until vLLM's own metrics say that none is left."""
+    engine = servers.get("ours")
+    kinds = asyncio.run(_left(engine, size, source))
+    start = time.monotonic()
+    left = _unfinished(engine)
+    while left and time.monotonic() - start < SECONDS_TO_IDLE:
+        time.sleep(0.05)
+        left = _unfinished(engine)
+    seconds = round(time.monotonic() - start, 2)
+    return {
+        "streams": size,
+        "cut": kinds["cut"],
+        "complete": kinds["complete"],
+        "left": left,
+        "seconds_to_idle": None if left else seconds,
+    }
+
+
+def _unfinished(engine: Engine) -> int:
+    kinds = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    return round(sum(metric(engine, kind) for kind in kinds))
+
+
+async def _left(engine: Engine, size: int, source: random.Random) -> Counter[str]:
+    """More clients than slots, so that some leave while their request waits."""
+    requests = iter(range(size))
+    kinds: Counter[str] = Counter()
+    async with _client(engine) as client:
+
+        async def ask() -> None:
+            for _ in requests:
+                lines = source.randrange(20)
+                # By time, some before their first token; the others where they have read enough.
+                seconds = source.uniform(0, 0.1) if source.random() < 0.3 else None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        is_complete = await _read(client, _long_stream(source), lines)
+                        kinds["complete"] += is_complete
+
+        await asyncio.gather(*(ask() for _ in range(2 * SLOTS)))
+    kinds["cut"] = size - kinds["complete"]
+    return kinds
+
+
+def _long_stream(source: random.Random) -> dict[str, Any]:
+    body = chat_body(some_prompt(source), max_tokens=LONG_TOKENS, stream=True, **LIVELY)
+    if source.random() < 0.3:
+        body["n"] = 2
+    if source.random() < 0.5:
+        body["diversity"] = _field(source, can_be_group="n" in body)
+    return body
+
+
+async def _read(client: httpx.AsyncClient, body: dict[str, Any], lines: int) -> bool:
+    """Read some lines of a stream and leave; whether it had ended.
+
+    Raises:
+        RuntimeError: it was refused.
+    """
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if answer.status_code != 200:
+            raise RuntimeError(f"{answer.status_code}: {await answer.aread()!r} to {body}")
+        if lines == 0:
+            return False
+        async for line in answer.aiter_lines():
+            lines -= bool(line)
+            if line == "data: [DONE]":
+                return True
+            if lines == 0:
+                return False
+    return True
+
+
+def schema(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
+    """The same requests to both, ours at `diversity` 1: how many answers the schema accepts."""
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
+    bodies = [
+        chat_body(
+            some_prompt(source),
+            response_format=form,
+            max_tokens=256,
+            seed=source.randrange(2**31),
+        )
+        for _ in range(size)
+    ]
+    path = "/v1/chat/completions"
+    ours = gather(servers.get("ours"), [(path, {**body, "diversity": 1}) for body in bodies])
+    stock = gather(servers.get("stock"), [(path, body) for body in bodies])
+    return {
+        "requests": size,
+        "valid": {"ours": sum(map(is_valid, ours)), "stock": sum(map(is_valid, stock))},
+        "statuses": dict(Counter(str(answer.status_code) for answer in (*ours, *stock))),
+        "in_force": sum(map(_is_in_force, ours)),
+    }
+
+
+def is_valid(answer: httpx.Response) -> bool:
+    """Whether an answer's text is JSON that the schema accepts."""
+    if answer.status_code != 200:
+        return False
+    text = answer.json()["choices"][0]["message"]["content"]
+    try:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def _is_in_force(answer: httpx.Response) -> bool:
+    return answer.status_code == 200 and None not in answer.json()["diversity"]["choices"]
+
+
+def overload(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
+    """More clients than the server has slots, for `size` seconds, and /health all the while."""
+    engine = servers.get("ours")
+    ended = threading.Event()
+    health: list[float | None] = []
+    watcher = threading.Thread(target=_watch_health, args=(engine, ended, health))
+    watcher.start()
+    start = time.monotonic()
+    try:
+        outcomes = asyncio.run(_overloaded(engine, size, source))
+    finally:
+        ended.set()
+        watcher.join()
+    answered = [seconds for seconds in health if seconds is not None]
+    return {
+        "clients": OVERLOAD * SLOTS,
+        "slots": SLOTS,
+        "seconds": round(time.monotonic() - start, 1),
+        "outcomes": dict(outcomes),
+        "health": {
+            "asked": len(health),
+            "failed": len(health) - len(answered),
+            "worst_seconds": round(max(answered, default=0.0), 3),
+        },
+    }
+
+
+async def _overloaded(engine: Engine, seconds: float, source: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    async with _client(engine) as client:
+
+        async def ask() -> None:
+            while time.monotonic() < end:
+                body = _long_stream(source) | {"max_tokens": source.randint(8, 64)}
+                outcomes[await _outcome(client, "/v1/chat/completions", body)] += 1
+
+        await asyncio.gather(*(ask() for _ in range(OVERLOAD * SLOTS)))
+    return outcomes
+
+
+def _watch_health(engine: Engine, ended: threading.Event, found: list[float | None]) -> None:
+    """How long each answer of /health took; None where there was none, or not a 200."""
+    while not ended.wait(HEALTH_EVERY):
+        start = time.monotonic()
+        is_well = _is_well(engine)
+        found.append(time.monotonic() - start if is_well else None)
+
+
+@contextlib.asynccontextmanager
+async def _client(engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(
+        base_url=engine.url, headers=headers, timeout=PATIENCE, trust_env=False, limits=limits
+    ) as client:
+        yield client
+
+
+PHASES: dict[str, Phase] = {
+    "fuzz": fuzz,
+    "served": served,
+    "disconnects": disconnects,
+    "schema": schema,
+    "overload": overload,
+}
+
+
+if __name__ == "__main__":
+    main()

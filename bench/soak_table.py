@@ -1,0 +1,69 @@
+"""The table of bench/soak.py's result: what was asked of each phase, and what was found."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def table(document: dict[str, Any]) -> str:
+    """For docs/results.md."""
+    lines = ["| | asked | found | kept |", "|---|---|---|---|"]
+    for name, phase in document["phases"].items():
+        asked, told = CELLS[name]
+        found = f"failed: {phase['failed'][:80]}" if "failed" in phase else told(phase["result"])
+        kept = "yes" if not phase["broken"] else f"no: {'; '.join(phase['broken'])[:200]}"
+        cells = (" ".join(cell.split()) for cell in (name, asked, found, kept))  # Of one line each.
+        lines.append(f"| {' | '.join(cells)} |")
+    scale, machine = document["scale"], document["machine"]
+    lines.append("")
+    lines.append(
+        f"`bench/soak.py --scale {scale:g}` ({'the whole' if scale >= 1 else 'a part'} of what "
+        f"scale 1 asks; it took {document['bench_seconds'] / 60:.0f} minutes): vLLM "
+        f"{document['versions']['vllm']}, V1 runner, {machine['cores']} cores, the stories' model."
+    )
+    return "\n".join(lines)
+
+
+def _fuzz(found: dict[str, Any]) -> str:
+    return (
+        f"{found['bodies']:,} bodies, {found['refused']:,} refused; complaints "
+        f"{sum(found['complaints'].values())}; 5xx {found['faults']['ours']}, stock's "
+        f"{found['faults']['stock']}; in the log {sum(found['in_log'].values())}"
+    )
+
+
+def _served(found: dict[str, Any]) -> str:
+    first, last = (found["pss_mib"][place] for place in (0, -1))
+    return (
+        f"{found['requests']:,} requests at {found['requests_per_second']:.0f} a second; "
+        f"{first:,.0f} MiB after a tenth, {last:,.0f} MiB at the end ({found['growth']:+.2%})"
+    )
+
+
+def _disconnects(found: dict[str, Any]) -> str:
+    seconds = found["seconds_to_idle"]
+    told = f"{found['left']} left" if seconds is None else f"0 after {seconds:.1f} s"
+    return f"{found['cut']:,} cut, {found['complete']:,} ended before that; {told}"
+
+
+def _schema(found: dict[str, Any]) -> str:
+    valid = found["valid"]
+    return f"{found['requests']:,} each: {valid['ours']:,} valid, stock's {valid['stock']:,}"
+
+
+def _overload(found: dict[str, Any]) -> str:
+    outcomes = ", ".join(f"{count:,} × {outcome}" for outcome, count in found["outcomes"].items())
+    return (
+        f"{found['clients']} clients, {found['slots']} slots, {found['seconds']:.0f} s: "
+        f"{outcomes}; "
+        f"/health {1000 * found['health']['worst_seconds']:.0f} ms at worst"
+    )
+
+
+CELLS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "fuzz": ("no death, no 5xx that stock has not, 400 with `param`, a clean log", _fuzz),
+    "served": ("memory (PSS of all processes) at most +1 %", _served),
+    "disconnects": ("none running or waiting after 5 s", _disconnects),
+    "schema": ("as often valid as stock's at `diversity` 1", _schema),
+    "overload": ("200, 429 and 503 only, /health under 1 s", _overload),
+}
+"""By phase, what is asked and how the finding is told."""
