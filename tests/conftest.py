@@ -3,6 +3,7 @@
 The engines are real vLLM servers over HTTP, one of each kind for a whole run:
     v1, v1_stock    the V1 runner with the plug-in, and with DFTSERVE_DISABLE=1
     v2, v2_stock    the V2 runner on a CPU by tests/shim, likewise
+    v1_smollm2, v2_smollm2  (long) likewise, with a real model
     v1_bare, v2_bare  (long) an environment of its own that has vLLM and nothing of ours
 """
 
@@ -165,6 +166,30 @@ v1 = _shared("v1", FEW_BLOCKS)
 v1_stock = _shared("v1_stock", FEW_BLOCKS, env={"DFTSERVE_DISABLE": "1"})
 v2 = _shared("v2")
 v2_stock = _shared("v2_stock", env={"DFTSERVE_DISABLE": "1"})
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """A real model, of the demo: 49,152 tokens."""
+    from dftserve.demo.model import smollm2
+
+    try:
+        return smollm2(ROOT / "build" / "demo" / "smollm2")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def _real(name: str):
+    @pytest.fixture(scope="session", name=name)
+    def engine_fixture(smollm2_folder, tmp_path_factory):
+        with engine_running(name, smollm2_folder, tmp_path_factory.mktemp(name)) as engine:
+            yield engine
+
+    return engine_fixture
+
+
+v1_smollm2 = _real("v1_smollm2")
+v2_smollm2 = _real("v2_smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ NEAR_THRESHOLD = 1e-4
 """Draws with a token that near the guard's threshold are redrawn: fp32 may decide otherwise."""
 
 COUNTS = [("v1", 60), ("v2", 30), long("v1", 200), long("v2", 200)]
+COUNTS += [long("v1_smollm2", 200), long("v2_smollm2", 200)]
 
 
 @pytest.mark.parametrize(("engine", "count"), COUNTS, indirect=["engine"])
@@ -60,7 +61,10 @@ def test_the_sampled_distribution_is_the_law(engine, count, figure):
     figure(draws=count, redrawn=redrawn, worst_logprob=worst_logprob, worst_nats=worst_nats)
 
 
-@pytest.mark.parametrize(("engine", "count"), [("v1", 16), long("v2", 16)], indirect=["engine"])
+WORDS = [("v1", 16), long("v2", 16), long("v1_smollm2", 200), long("v2_smollm2", 200)]
+
+
+@pytest.mark.parametrize(("engine", "count"), WORDS, indirect=["engine"])
 def test_the_law_words_goes_by_the_last_token(engine, count, figure):
     """Three steps each: the first goes by the prompt's end, the third by what was sampled."""
     source, vocabulary = random.Random(8), _vocabulary(engine)

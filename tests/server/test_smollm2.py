@@ -3,15 +3,12 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from dftserve.demo.model import smollm2
 from dftserve.demo.run import serve_flags
 from dftserve.serve import Server, running
-from tests.conftest import ROOT
 
 pytestmark = pytest.mark.long
 PROMPT = [{"role": "user", "content": "Describe a stranger who comes to town."}]
@@ -25,18 +22,12 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    try:
-        return smollm2(ROOT / "build" / "demo" / "smollm2")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory) -> Iterator[Server]:
+def server(smollm2_folder, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("smollm2") / "server.log"
     environment = {"OMP_NUM_THREADS": "1"}
-    with running(str(model), *serve_flags(), env=environment, log=log, timeout=600) as started:
+    with running(
+        str(smollm2_folder), *serve_flags(), env=environment, log=log, timeout=600
+    ) as started:
         yield started
 
 
