@@ -46,6 +46,7 @@ def demo(folder: Path, console: Console | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     console.print(ESTIMATE.format(folder=folder), highlight=False)
+    console.print(show.WHAT, highlight=False)
     with _part(1, "the model", console):
         base = smollm2(folder / "smollm2", console.print)
     with _part(2, "its answers", console):
@@ -59,7 +60,7 @@ def demo(folder: Path, console: Console | None = None) -> None:
     stages.append(show.Stage("After tuning", after))
     show.on_terminal(stages[1], console)
     with _part(5, "the page", console):
-        atomic.write_text(folder / PAGE, show.as_page(stages, _notes(tuned)))
+        atomic.write_text(folder / PAGE, show.as_page(stages, _notes(tuned), next_steps(tuned)))
     console.print(f"{folder / PAGE} has all {len(before) + len(after)} answers.", highlight=False)
     for note in _notes(tuned):
         console.print(note, highlight=False)
@@ -107,8 +108,9 @@ def _notes(tuned: Path) -> list[str]:
 
     figures = held_out_figures(tuned)
     notes = [
-        f"On held-out paragraphs the tuned model reads a token at {figures['human_nll']:.2f} nats; "
-        f"its next-token entropy there is {figures['model_entropy']:.2f}."
+        f"Held-out paragraphs: {figures['untouched_human_nll']:.2f} nats a token before tuning, "
+        f"{figures['human_nll']:.2f} after. So small a model, tuned on a few pages, still writes "
+        "much that makes no sense: this shows how it is done, not how well it can be."
     ]
     if not can_find_errors():
         notes.append("Errors are not marked: harper-py is not installed.")

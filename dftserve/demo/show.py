@@ -1,5 +1,6 @@
 """The demo's answers on a terminal and on one HTML page, with their marks."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +22,15 @@ STYLES = {SHARED: "yellow", PHRASE: "magenta", ERROR: "red underline"}
 MEANING = {
     SHARED: "four words or more in a row that another answer to the same prompt also has",
     PHRASE: "a phrase of assistants: far more often in their prose than in people's",
-    ERROR: "an error of grammar or spelling, as Harper sees it",
+    ERROR: "an error of grammar or American spelling, as Harper sees it",
 }
+WHAT = (
+    "At each step `diversity` first removes tokens that are implausible there, and then samples "
+    "the others at a higher temperature, the higher the more of them there are. Look for: "
+    "answers to one prompt that differ from each other, and how many errors that costs."
+)
 CSS = Markup("""
-<style>mark{color:inherit;border-radius:2px}mark.shared{background:#ffe9a8}
+<style>pre{white-space:pre-wrap}mark{color:inherit;border-radius:2px}mark.shared{background:#ffe9a8}
 mark.phrase{background:#efd0f5}mark.error{background:none;border-bottom:2px solid #d33}
 .answer{background:#f7f7f7;padding:.6rem .8rem;margin:.5rem 0;white-space:pre-wrap}
 .side{grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}</style>
@@ -34,7 +40,7 @@ HEAD = (
     "shared words",
     "AI phrases per 1,000",
     "errors per 100",
-    "openings",
+    "different words",
     "entropy, nats",
     "temperature",
 )
@@ -58,7 +64,7 @@ def _marked(texts: tuple[str, ...]) -> list[Marked]:
 
 
 def level_name(level: float | None) -> str:
-    return "stock" if level is None else f"diversity {level:g}"
+    return "stock, T 1" if level is None else f"diversity {level:g}"
 
 
 # ── Terminal ─────────────────────────────────────────────────────────────────────────────────────
@@ -71,7 +77,7 @@ def on_terminal(stage: Stage, console: Console, shown: int = 2) -> None:
         console.print(f"\n[bold]{prompt}[/bold]")
         panels = [
             Panel(
-                Text("\n\n").join(map(_styled, stage.cell(prompt, level)[:shown])),
+                Text("\n· · ·\n").join(map(_styled, stage.cell(prompt, level)[:shown])),
                 title=level_name(level),
             )
             for level in LEVELS
@@ -117,7 +123,6 @@ def _row(stage: Stage, level: float | None) -> list[str]:
     texts = [each for prompt in PROMPTS for each in stage.cell(prompt, level)]
     words = max(1, sum(each.words for each in texts))
     figures = [a.figures for a in stage.answers if a.level == level and a.figures]
-    openings = {" ".join(each.text.split()[:4]).lower() for each in texts}
     return [
         level_name(level),
         f"{sum(each.words_in(SHARED) for each in texts) / words:.0%}",
@@ -125,10 +130,16 @@ def _row(stage: Stage, level: float | None) -> list[str]:
         f"{100 * sum(each.count(ERROR) for each in texts) / words:.1f}"
         if can_find_errors()
         else "–",
-        f"{len(openings)} of {len(texts)}",
+        f"{fmean(_different(stage.cell(prompt, level)) for prompt in PROMPTS):.0%}",
         _entropy(figures),
         f"{fmean(f['mean_temperature'] for f in figures):.2f}" if figures else "–",
     ]
+
+
+def _different(texts: Sequence[Marked]) -> float:
+    """Of the words of all answers to one prompt, the share that are different ones."""
+    words = [word for each in texts for word in re.findall(r"[^\W\d_]+", each.text.lower())]
+    return len(set(words)) / max(1, len(words))
 
 
 def _entropy(figures: Sequence[Mapping[str, float]]) -> str:
@@ -143,8 +154,12 @@ def _entropy(figures: Sequence[Mapping[str, float]]) -> str:
 # ── Page ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def as_page(stages: Iterable[Stage], notes: Sequence[str] = ()) -> str:
-    """One HTML file that needs nothing else."""
+def as_page(stages: Iterable[Stage], notes: Sequence[str] = (), commands: str = "") -> str:
+    """One HTML file that needs nothing else.
+
+    Args:
+        commands: shown as they are, at the end.
+    """
     kind_line = Markup('<p><mark class="{}">{}</mark> {}</p>')
     legend = html.joined(kind_line.format(kind, kind, MEANING[kind]) for kind in _kinds())
     sections = [
@@ -155,8 +170,9 @@ def as_page(stages: Iterable[Stage], notes: Sequence[str] = ()) -> str:
         )
         for stage in stages
     ]
-    told = map(html.note, notes)
-    return html.page("One small model, three diversities", CSS, legend, *told, *sections)
+    told = map(html.note, (WHAT, *notes))
+    shown = Markup("<pre>{}</pre>").format(commands)
+    return html.page("One small model, three diversities", CSS, legend, *told, *sections, shown)
 
 
 def _prompt(stage: Stage, prompt: str) -> Markup:
