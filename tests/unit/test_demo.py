@@ -118,7 +118,8 @@ def test_terminal_and_page_show_every_level():
     show.on_terminal(stage, console)
     said = console.export_text()
     page = show.as_page([stage, show.Stage("After tuning", answers("Another."))], ["A note."])
-    for wanted in (*ask.PROMPTS, "stock, T 1", "diversity 0.5", "diversity 1", "2.00 → 2.50", "1.40"):
+    levels = ("stock, T 1", "diversity 0.5", "diversity 1")
+    for wanted in (*ask.PROMPTS, *levels, "2.00 → 2.50", "1.40"):
         assert wanted in said or wanted in said.replace("\n", " ")
         assert wanted in page
     assert page.count('<div class="answer">') == 2 * len(answers())
