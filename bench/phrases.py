@@ -77,9 +77,7 @@ BUILT_ON = 32
 BLOCK = 8
 SAMPLES = 2
 MAX_TOKENS = 200
-STOCK, DRY = "stock", "dry"
-BESIDE_DRY = {"law": "guard", "min_p": 1e-9, "dry_multiplier": 0.8}
-"""DRY stands beside a law; this guard cuts nothing."""
+STOCK = "stock"
 MOST_BAD_WORDS = 128
 """Tokenisations of `bad_words` in one request: vLLM answers 400 to more."""
 TEXTS = RESULTS / "texts" / "phrases.jsonl.gz"
@@ -218,7 +216,8 @@ def ways_of(stored: Stored, tokenizer: Any) -> dict[str, dict[str, Any]]:
         "style": {"style": {"name": name, "strength": 1}},
         "bad_words": {"bad_words": banned(phrases)},
         "logit_bias": {"logit_bias": biases(phrases, tokenizer)},
-        DRY: {},
+        # DRY stands beside a law; this guard cuts nothing.
+        "dry": {"diversity": {"law": "guard", "min_p": 1e-9, "dry_multiplier": 0.8}},
     }
 
 
@@ -262,12 +261,12 @@ def ask(
         wanted = RequestGrid(
             model=model,
             prompts=tuple(asked[block * BLOCK : (block + 1) * BLOCK]),
-            grid=(BESIDE_DRY if name == DRY else 0,),
+            grid=(ways[name].get("diversity", 0),),
             samples=SAMPLES,
             max_tokens=MAX_TOKENS,
             temperature=stored.settings["temperature"],
             seed=1000 + block,
-            body=ways[name],
+            body={key: value for key, value in ways[name].items() if key != "diversity"},
         )
         at = folder / name / f"block-{block}"
         grid.generate(wanted, at, server=to, concurrency=32, tick=lambda done, total: None)

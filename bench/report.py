@@ -7,7 +7,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,17 +276,9 @@ def percent(found: dict[str, float]) -> str:
 
 def first_law(document: dict[str, Any]) -> str:
     """Stock, the usual cut, and three levels of the field, on the well-trained stage."""
-    rows = document["confirm"]["well-trained"]["settings"]
     constants = document["constants"]["in_force"]
     count = document["sequences_per_setting"]["confirm"]
-    lines = [
-        f"| {count:,} stories each | valid | distinct and valid per 1,000 | variety of choices |",
-        "|---|---|---|---|",
-    ]
-    for name, family, start in SHOWN:
-        row = next(r for r in rows if r["family"] == family and r["setting"].startswith(start))
-        cells = [estimated(row[key], unit) for key, unit in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = _stories(document["confirm"]["well-trained"]["settings"], SHOWN, count)
     lines.append("")
     lines.append(
         f"`bench/first_law.py`, a story grammar and a small model of it, on prompts that did not "
@@ -294,6 +286,25 @@ def first_law(document: dict[str, Any]) -> str:
         "entropy of the free choices in valid stories, as a share of uniform."
     )
     return "\n".join(lines)
+
+
+def _stories(
+    rows: Sequence[dict[str, Any]], shown: Sequence[tuple[str, str, str]], count: int
+) -> list[str]:
+    """
+    Args:
+        shown: what to call a setting, its family, and what its name contains.
+        count: stories of each setting.
+    """
+    lines = [
+        f"| {count:,} stories each | valid | distinct and valid per 1,000 | variety of choices |",
+        "|---|---|---|---|",
+    ]
+    for name, family, part in shown:
+        row = next(r for r in rows if r["family"] == family and part in r["setting"])
+        cells = [estimated(row[key], unit) for key, unit in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def estimated(interval: dict[str, float], unit: float) -> str:
@@ -304,15 +315,7 @@ def estimated(interval: dict[str, float], unit: float) -> str:
 
 def words_stories(document: dict[str, Any]) -> str:
     """The law `words` on the stories' grammar, beside `gated`."""
-    lines = [
-        f"| {document['sequences_per_setting']:,} stories each | valid "
-        "| distinct and valid per 1,000 | variety of choices |",
-        "|---|---|---|---|",
-    ]
-    for name, family, end in WORDS_SHOWN:
-        row = next(r for r in document["settings"] if r["family"] == family and end in r["setting"])
-        cells = [estimated(row[key], unit) for key, unit in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = _stories(document["settings"], WORDS_SHOWN, document["sequences_per_setting"])
     lead = document["lead_in_diversity_at_equal_validity"]["words over gated"]
     share = document["tokens_by_class"]
     lines.append("")

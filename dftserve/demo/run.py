@@ -28,7 +28,7 @@ PAGE = "demo.html"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
 ESTIMATE = (
-    "About six minutes on two idle cores, in five parts; what is finished is kept in {folder} "
+    "About seven minutes on two idle cores, in five parts; what is finished is kept in {folder} "
     "and not done again."
 )
 

@@ -58,7 +58,7 @@ def test_a_name_that_is_taken_is_replaced(count):
 
 def test_a_name_of_a_request_that_is_gone_is_replaced():
     carried = carried_by(prompt())
-    assert not request_context._prompts
+    assert carried[IDENTITY] not in request_context._prompts  # It is gone.
     (first, second), _ = zip(*(entered(carried) for _ in range(2)), strict=True)
     assert len({carried[IDENTITY], *first, *second}) == 3
 

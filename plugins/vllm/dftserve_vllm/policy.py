@@ -127,10 +127,11 @@ def _limits(request: Any) -> Limits:
     found = policy()
     assert found is not None
     asked = getattr(request, "model", None) or ""
-    current = request_context.current.get()
-    # An adapter that a style named has the caps that it has where a client asks for it by name.
-    taken = [] if current is None or current.adapter is None else [current.adapter.adapter.model]
-    return found.limits([*taken, asked, engine.served_model_name()], key_digest())
+    names = [asked, engine.served_model_name()]
+    if (taken := request_context.adapter()) is not None:
+        # It has the caps that it has where a client asks for it by name.
+        names.insert(0, taken.adapter.model)
+    return found.limits(names, key_digest())
 
 
 def _within(

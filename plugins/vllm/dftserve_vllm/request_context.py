@@ -186,6 +186,12 @@ def opened() -> str | None:
     return None if context is None else context.name
 
 
+def adapter() -> Chosen | None:
+    """The one that vLLM was told to use for the HTTP request that runs."""
+    context = current.get()
+    return None if context is None else context.adapter
+
+
 _prompts: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
 _INDEX = re.compile("[0-9]{0,6}")

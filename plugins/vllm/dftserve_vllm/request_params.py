@@ -80,7 +80,7 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
         diversity = asked or policy.of_default(request, _default(request))
         if asked is None and diversity is not None and clash(diversity, style) is not None:
             diversity = None  # The operator's default steps back.
-        adapter = _adapter()
+        adapter = request_context.adapter()
         if diversity is None and style is None and adapter is None:
             return _stripped(params_with(given))
         has_diversity, diversity = diversity is not None, diversity or OFF
@@ -98,7 +98,8 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
             return params
         defaults, dropped = _without_cuts(request, given)
         params = params_with(defaults)
-        if asked is None and style is None and _is_not_for(params, diversity):
+        is_default = asked is None and style is None
+        if is_default and (is_greedy(params) or _refusal(params, diversity) is not None):
             return _without_default(request, params_with(given), prompt)
         return _marked(request, params, diversity, partial(prompt, dropped=dropped))
 
@@ -179,12 +180,6 @@ def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
     return adapters.Chosen(taken, allowed.style, allowed.clamped)
 
 
-def _adapter() -> adapters.Chosen | None:
-    """The one that vLLM was told to use for the request at hand."""
-    current = request_context.current.get()
-    return None if current is None else current.adapter
-
-
 def _known_adapters() -> tuple[adapters.Adapter, ...]:
     current = request_context.current.get()
     return () if current is None else current.adapters
@@ -211,7 +206,7 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
         if asked is not None and not asked.is_off:
             raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
         style = _asked_style(request)
-        if _adapter() is not None or (style is not None and not style.is_off):
+        if request_context.adapter() is not None or (style is not None and not style.is_off):
             raise _bad_request(f"{STYLE}: {together}.", STYLE)
 
     return wrapped
@@ -251,7 +246,7 @@ def _asked_style(request: Any) -> spec.Style | None:
     others = _adapter_names()
     if style.is_off and style.name in others:
         return style
-    if (taken := _adapter()) is not None and taken.asked.name == style.name:
+    if (taken := request_context.adapter()) is not None and taken.asked.name == style.name:
         return None
     if (reason := styles.refusal_of(style, others=others)) is not None:
         raise _bad_request(reason, reason.partition(":")[0])
@@ -314,17 +309,32 @@ def _without_cuts(request: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any
     return kept, dropped
 
 
-def _is_not_for(params: Any, diversity: spec.Diversity) -> bool:
-    """Whether the operator's default gives way to what a request says otherwise."""
-    is_cut_twice = params.min_p > 0 and (
-        "min_p" not in spec.LAWS[diversity.law] or diversity.min_p not in (None, params.min_p)
-    )
-    return (
-        is_cut_twice
-        or is_greedy(params)
-        or groups.clash(params.n, diversity) is not None
-        or too_many_stop_ids(params) is not None
-    )
+def _refusal(params: Any, diversity: spec.Diversity) -> tuple[str, str] | None:
+    """Why the diversity cannot be beside the parameters, and the parameter to name; None where it
+    can, or changes nothing of a greedy request."""
+    if (reason := groups.clash(params.n, diversity)) is not None:
+        return reason, groups.PARAMETER
+    if is_greedy(params):
+        message = (
+            f"temperature: got {params.temperature:g} beside {groups.PARAMETER}; accepted: above "
+            "0, since at 0 all texts are the same."
+        )
+        return (message, "temperature") if diversity.group else None
+    if (reason := too_many_stop_ids(params)) is not None:
+        return reason, "stop_token_ids"
+    if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
+        message = (
+            f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
+            "accepted: one of them."
+        )
+        return message, "min_p"
+    if params.min_p > 0 and diversity.min_p not in (None, params.min_p):
+        message = (
+            f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
+            "accepted: one of them, or both the same."
+        )
+        return message, "min_p"
+    return None
 
 
 def _marked(
@@ -334,34 +344,14 @@ def _marked(
     prompt_with: Callable[..., PromptContext],
 ) -> Any:
     """The parameters carrying the diversity and the style to the workers."""
-    if (reason := groups.clash(params.n, diversity)) is not None:
-        raise _bad_request(reason, groups.PARAMETER)
+    if (refusal := _refusal(params, diversity)) is not None:
+        raise _bad_request(*refusal)
     if is_greedy(params):
-        if diversity.group:
-            message = (
-                f"temperature: got {params.temperature:g} beside {groups.PARAMETER}; accepted: "
-                "above 0, since at 0 all texts are the same."
-            )
-            raise _bad_request(message, "temperature")
         reason = "temperature 0 stays greedy"
         _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
         return _stripped(params)
-    if (reason := too_many_stop_ids(params)) is not None:
-        raise _bad_request(reason, "stop_token_ids")
-    if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
-        message = (
-            f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
-            "accepted: one of them."
-        )
-        raise _bad_request(message, "min_p")
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
-        if diversity.min_p is not None and diversity.min_p != params.min_p:
-            message = (
-                f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
-                "accepted: one of them, or both the same."
-            )
-            raise _bad_request(message, "min_p")
         diversity = replace(diversity, min_p=float(params.min_p))
         params.min_p = 0.0
     prompt = prompt_with(diversity, params.n)
@@ -378,7 +368,7 @@ def _marked(
 
 def _without_default(request: Any, params: Any, prompt_with: Callable[..., PromptContext]) -> Any:
     """Of a request that the operator's default is not for; its answer names its adapter."""
-    if _adapter() is not None:
+    if request_context.adapter() is not None:
         _note(request, prompt_with(OFF, params.n, has_diversity=False))
     return _stripped(params)
 
