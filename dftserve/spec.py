@@ -115,7 +115,7 @@ HUMAN = "human"
 """To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
 
 ACCEPTED = (
-    "a number from 0 (off) to 1 (as varied as stays coherent), or an object such as "
+    "a number from 0 (off) to 1 (the most heat), or an object such as "
     '{"level": 0.5}, {"law": "words", "level": 0.5}, {"law": "budget", "target_entropy": 1.5} or '
     '{"law": "dynatemp", "dynatemp_range": 0.5}'
 )
@@ -159,7 +159,7 @@ class Diversity:
 
     law: str = DEFAULT_LAW
     level: float | None = None
-    """0 = off, 1 = as varied as stays coherent; scales the range under `dynatemp`."""
+    """0 = off, 1 = the most heat; scales the range under `dynatemp`."""
     max_temperature: float | None = None
     """The heated temperature's ceiling; a request's own higher temperature is kept."""
     min_p: float | None = None

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from dftserve.demo.model import smollm2
 from dftserve.serve import running
 
 PAGE = "demo.html"
+HEARD_SECONDS = 30.0
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
 ESTIMATE = (
@@ -72,8 +74,27 @@ def demo(folder: Path, console: Console | None = None) -> None:
 def _part(number: int, what: str, console: Console) -> Iterator[None]:
     start = time.monotonic()
     console.print(f"\n[bold]{number}/5  {what}[/bold]", highlight=False)
-    yield
+    with _heard(console, start):
+        yield
     console.print(f"{number}/5  {time.monotonic() - start:.0f} s", highlight=False)
+
+
+@contextlib.contextmanager
+def _heard(console: Console, start: float) -> Iterator[None]:
+    """A line now and then, so that a part that says nothing is not taken for one that hangs."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(HEARD_SECONDS):
+            console.print(f"  … {time.monotonic() - start:.0f} s", highlight=False)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _answers(model: Path, kept: Path, folder: Path, console: Console) -> list[ask.Answer]:
@@ -119,7 +140,8 @@ def _notes(tuned: Path) -> list[str]:
 
 def next_steps(model: Path) -> str:
     """The commands that serve the model and ask it once."""
-    serve = shlex.join([".venv/bin/dftserve", "serve", str(model), *serve_flags()])
+    host = ("--host", "127.0.0.1")  # Else vLLM listens on every interface, without a key.
+    serve = shlex.join([".venv/bin/dftserve", "serve", str(model), *host, *serve_flags()])
     asked = json.dumps(ask.body(str(model), ask.PROMPTS[0], 0.5, 1))
     url = "http://localhost:8000/v1/chat/completions"
     post = f"curl -s {url} -H 'content-type: application/json' -d {shlex.quote(asked)}"

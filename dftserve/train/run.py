@@ -439,6 +439,9 @@ def finish(
         what = "next-token entropies" if is_refused(plan.source) else "the diversity to suggest"
         _say(f"Measuring {what}, on held-out text.")
     seen = profile(prepared.loaded.language_model, config, material)
+    told = promise(config, seen, plan.source)
+    if told.diversity is not None:
+        _say(f"Suggested: diversity {told.diversity.level:g} (dft.json).")
     data = {
         "model": Path(config.model).name,
         "weights": material.weights,
@@ -460,7 +463,7 @@ def finish(
         model.save_pretrained(made)
         material.tokenizer.save_pretrained(made)
         check_reloaded(made, trained, sample)
-        checkpoint.describe(made, promise(config, seen, plan.source), run)
+        checkpoint.describe(made, told, run)
         checkpoint.seal(made)
 
 

@@ -64,6 +64,25 @@ def test_other_engines_do_not(monkeypatch, engine_config):
     assert asked(diversity=0.5).extra_args["diversity"]["level"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("diversty", "diversity"), ("Diversity", "diversity"), ("stlye", "style"), ("STYLE", "style")],
+)
+def test_a_key_that_is_nearly_ours_is_refused(key, near):
+    error = refused(**{key: 0.5})
+    assert error.parameter == key
+    assert repr(near) in str(error)
+
+
+def test_other_keys_that_vllm_does_not_know_are_as_they_were():
+    others = ("diversity_penalty", "diverse", "title", "stylistic", "d", "x" * 10_000)
+    for key in others:
+        assert not asked(**{key: 0.5}).extra_args
+    # So many are compared, whatever a body holds.
+    many = {f"key{number}": 1 for number in range(request_params.MOST_UNKNOWN)}
+    assert not asked(**many, diversty=1).extra_args
+
+
 def test_many_stop_tokens_are_refused_with_the_field_only():
     many = list(range(MAX_STOP_IDS + 1))
     error = refused(diversity=0.5, stop_token_ids=many)

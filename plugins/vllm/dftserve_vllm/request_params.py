@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache, partial, wraps
+from itertools import islice
 from typing import Any, TypeVar
 
-from dftserve import spec
+from dftserve import settings, spec
 from dftserve_vllm import adapters, audit, engine, groups, human, metrics, policy, request_context
 from dftserve_vllm.extra_args import (
     DIVERSITY,
@@ -26,6 +27,8 @@ DEFAULTS = "default_sampling_params"
 """The second argument of vLLM's `to_sampling_params`, by place or by name."""
 HONOURS = "honours_fields"
 """An attribute of what `honour` made."""
+MOST_UNKNOWN = 32
+"""Keys that are no field of a request, and are compared with ours."""
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
 
@@ -214,10 +217,24 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
 
 def _allowed(request: Any) -> policy.Allowed:
     """What the body asks for, as far as the operator's policy allows it."""
+    _refuse_misspelt(request)
     try:
         return policy.allowed(request, _asked(request), _asked_style(request))
     except spec.DiversityError as error:
         raise _bad_request(str(error), error.parameter) from None
+
+
+def _refuse_misspelt(request: Any) -> None:
+    """Of keys that vLLM would ignore without a word, those that are nearly one of ours."""
+    unknown = [key for key in request.model_extra or () if key not in (DIVERSITY, STYLE)]
+    for key in islice(unknown, MOST_UNKNOWN):
+        near = settings.nearest(key.lower(), (DIVERSITY, STYLE), alike=0.8)
+        if near is not None:
+            message = (
+                f"{spec.shown(key)}: not a field of a request; did you mean {near!r}? A key that "
+                "is none is otherwise ignored."
+            )
+            raise _bad_request(message, key)
 
 
 def _asked(request: Any) -> spec.Diversity | None:

@@ -60,7 +60,10 @@ class Styles:
         """The names, as an error says them."""
         own = [profile.name for profile in self.profiles]
         names = ", ".join([*own, *(name for name in others if name not in own)])
-        return names or f"none, since no profile is loaded; start the server with {VARIABLE}"
+        return names or (
+            "none, since no profile is loaded: make one (`dftserve style build`), and start the "
+            f"server with `--styles FOLDER` or {VARIABLE}=FOLDER, the folder that it is in"
+        )
 
     def controls(self, style: spec.Style) -> StyleControls:
         """As the workers read it.
