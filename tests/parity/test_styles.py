@@ -33,7 +33,9 @@ NOTHING_CUT = 1e-30
 
 
 @pytest.mark.parametrize(
-    ("engine", "count"), [("v1", 6), ("v2", 6), long("v1", 50), long("v2", 50)], indirect=["engine"]
+    ("engine", "count"),
+    [("v1", 6), ("v2", 6), long("v1", 100), long("v2", 100)],
+    indirect=["engine"],
 )
 def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder, figure):
     source, vocabulary = random.Random(11), _vocabulary(engine)
