@@ -182,13 +182,9 @@ def _question(name: object, known: Sequence[str]) -> str:
     return f" (did you mean {close!r}?)" if close else ""
 
 
-def nearest(name: str, known: Iterable[str], *, alike: float = 0.6) -> str | None:
-    """The known name that a mistyped one is nearest to; None where none is near.
-
-    Args:
-        alike: the least share of matching characters, of both names (difflib's ratio).
-    """
-    return next(iter(difflib.get_close_matches(name[:80], list(known), 1, alike)), None)
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one is nearest to; None where none is near."""
+    return next(iter(difflib.get_close_matches(name[:80], list(known), n=1)), None)
 
 
 def _value(hint: Any, given: object, where: str) -> Any:

@@ -518,6 +518,19 @@ _short = _Short()
 _short.maxlevel, _short.maxstring, _short.maxother = 3, MAX_SHOWN, MAX_SHOWN
 
 
+def is_slip_of(key: str, name: str) -> bool:
+    """Whether a key is a field's name with other capitals, a letter left out, another letter or two
+    swapped. Not with a letter more: `styles` and `style2` may be another's."""
+    if key == name or not len(name) - 1 <= len(key) <= len(name):
+        return False
+    slip = key.lower()
+    same = next((i for i, (a, b) in enumerate(zip(slip, name, strict=False)) if a != b), len(slip))
+    rest, due = slip[same:], name[same:]
+    if len(key) < len(name):
+        return rest == due[1:]
+    return rest[1:] == due[1:] or (rest[1::-1] == due[:2] and rest[2:] == due[2:])
+
+
 def shown(value: object) -> str:
     """A value as an error repeats it: at most `MAX_SHOWN` characters, all of them printable,
     whatever came."""

@@ -64,23 +64,65 @@ def test_other_engines_do_not(monkeypatch, engine_config):
     assert asked(diversity=0.5).extra_args["diversity"]["level"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("key", "near"),
-    [("diversty", "diversity"), ("Diversity", "diversity"), ("stlye", "style"), ("STYLE", "style")],
+SLIPS = {
+    "diversity": ("diversty", "Diversity", "iversity", "diversit", "diverstiy", "divarsity"),
+    "style": ("stlye", "STYLE", "styl", "tyle", "stile"),
+}
+OTHERS = (
+    *(
+        "diversity_penalty",
+        "diverse",
+        "adversity",
+        "top_diversity",
+        "diversities",
+        "d",
+        "x" * 10_000,
+    ),
+    *(
+        "styles",
+        "style2",
+        "stylize",
+        "_style",
+        "stylistic",
+        "title",
+        "state",
+        "stele_",
+        "",
+        "lsyte",
+    ),
 )
-def test_a_key_that_is_nearly_ours_is_refused(key, near):
-    error = refused(**{key: 0.5})
-    assert error.parameter == key
-    assert repr(near) in str(error)
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_key_that_is_a_slip_away_is_refused(name):
+    clients = {f"sampler_{number}": 1 for number in range(100)}
+    for key in SLIPS[name]:
+        for more in ({}, clients, {"use_beam_search": True}):
+            error = refused(**more, **{key: 0.5})
+            assert error.parameter == name
+            assert repr(key) in str(error)
+        assert not asked(**{key: None}).extra_args
 
 
 def test_other_keys_that_vllm_does_not_know_are_as_they_were():
-    others = ("diversity_penalty", "diverse", "title", "stylistic", "d", "x" * 10_000)
-    for key in others:
-        assert not asked(**{key: 0.5}).extra_args
-    # So many are compared, whatever a body holds.
-    many = {f"key{number}": 1 for number in range(request_params.MOST_UNKNOWN)}
-    assert not asked(**many, diversty=1).extra_args
+    for key in OTHERS:
+        assert not asked(**{key: 0.5}).extra_args, key
+
+
+@given(st.sampled_from(list(SLIPS)), st.text(alphabet="diverstyl_2", max_size=11))
+def test_a_slip_is_one_letter_away(name, key):
+    """By the edits themselves: every name with a letter left out, replaced, or swapped."""
+    cuts = range(len(name))
+    wanted = {name[:i] + name[i + 1 :] for i in cuts}
+    wanted |= {name[:i] + letter + name[i + 1 :] for i in cuts for letter in "diverstyl_2"}
+    wanted |= {name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in cuts}
+    assert spec.is_slip_of(key, name) == (key in wanted - {name})
+    assert all(spec.is_slip_of(each, name) for each in wanted - {name})
+
+
+def test_a_slip_is_left_where_the_field_would_be_refused(monkeypatch):
+    monkeypatch.setattr(engine, "_config", config(diffusion=True))
+    assert not asked(diversty=0.5).extra_args
 
 
 def test_many_stop_tokens_are_refused_with_the_field_only():

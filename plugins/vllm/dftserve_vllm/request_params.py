@@ -7,7 +7,7 @@ from functools import lru_cache, partial, wraps
 from itertools import islice
 from typing import Any, TypeVar
 
-from dftserve import settings, spec
+from dftserve import spec
 from dftserve_vllm import adapters, audit, engine, groups, human, metrics, policy, request_context
 from dftserve_vllm.extra_args import (
     DIVERSITY,
@@ -27,8 +27,8 @@ DEFAULTS = "default_sampling_params"
 """The second argument of vLLM's `to_sampling_params`, by place or by name."""
 HONOURS = "honours_fields"
 """An attribute of what `honour` made."""
-MOST_UNKNOWN = 32
-"""Keys that are no field of a request, and are compared with ours."""
+MOST_UNKNOWN = 4096
+"""Keys that are no field of a request, and are compared with ours: clients send dozens."""
 CUTTING = ("top_p", "top_k", "min_p")
 """Sampling defaults that a model's generation_config may bring, and that would cut our support."""
 
@@ -206,6 +206,7 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
     def refuse(request: Any) -> None:
         asked = _asked(request)
         together = "got it together with use_beam_search, which does not sample; drop one"
+        _refuse_misspelt(request)
         if asked is not None and not asked.is_off:
             raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
         style = _asked_style(request)
@@ -225,16 +226,22 @@ def _allowed(request: Any) -> policy.Allowed:
 
 
 def _refuse_misspelt(request: Any) -> None:
-    """Of keys that vLLM would ignore without a word, those that are nearly one of ours."""
-    unknown = [key for key in request.model_extra or () if key not in (DIVERSITY, STYLE)]
-    for key in islice(unknown, MOST_UNKNOWN):
-        near = settings.nearest(key.lower(), (DIVERSITY, STYLE), alike=0.8)
-        if near is not None:
-            message = (
-                f"{spec.shown(key)}: not a field of a request; did you mean {near!r}? A key that "
-                "is none is otherwise ignored."
-            )
-            raise _bad_request(message, key)
+    """Of keys that vLLM would ignore without a word, those that are a slip away from ours, where
+    ours would have been honoured."""
+    given = request.model_extra or {}
+    slips = (
+        (key, name)
+        for key, value in islice(given.items(), MOST_UNKNOWN)
+        for name in (DIVERSITY, STYLE)
+        if value is not None and spec.is_slip_of(key, name)
+    )
+    key, name = next(slips, (None, None))
+    if name is not None and engine.refusal() is None:
+        message = (
+            f"{name}: got the key {spec.shown(key)}, which is not a field of a request; did you "
+            f"mean {name!r}?"
+        )
+        raise _bad_request(message, name)
 
 
 def _asked(request: Any) -> spec.Diversity | None:

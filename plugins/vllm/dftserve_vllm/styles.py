@@ -62,7 +62,7 @@ class Styles:
         names = ", ".join([*own, *(name for name in others if name not in own)])
         return names or (
             "none, since no profile is loaded: make one (`dftserve style build`), and start the "
-            f"server with `--styles FOLDER` or {VARIABLE}=FOLDER, the folder that it is in"
+            f"server with {VARIABLE}=FOLDER, the folder that it is in"
         )
 
     def controls(self, style: spec.Style) -> StyleControls:
