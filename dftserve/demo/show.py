@@ -22,7 +22,7 @@ STYLES = {SHARED: "yellow", PHRASE: "magenta", ERROR: "red underline"}
 MEANING = {
     SHARED: "four words or more in a row that another answer to the same prompt also has",
     PHRASE: "a phrase of assistants: far more often in their prose than in people's",
-    ERROR: "an error of grammar or American spelling, as Harper sees it (colour is one)",
+    ERROR: "an error of grammar or American spelling, as Harper sees it (“colour” is one)",
 }
 WHAT = (
     "At each step `diversity` first removes tokens that are implausible there, and then samples "
