@@ -1,7 +1,7 @@
 """What a group gives: distinct valid answers among n, and votes that are right, by known sources.
 
     OMP_NUM_THREADS=1 python bench/groups.py
-    OMP_NUM_THREADS=1 python bench/groups.py --model FOLDER    # and short answers of a real model
+    OMP_NUM_THREADS=1 python bench/groups.py --model FOLDER    # and first words of a real model
 
 A source is a tree of tokens whose leaves are answers, each with a known probability, valid or not.
 Texts are drawn from it step by step through the law and the stage that an engine runs, as a group
@@ -13,13 +13,14 @@ distinct answers in the mean, and no way to draw n texts, each of which is exact
 more than Σ_a min(1, n·p_a).
 
 Questions have answers that depend on how the text begins; the vote of n texts is right or not.
-Texts of a real model answer short questions; what is counted is distinct answers.
+Texts of a real model go on with a beginning; what is counted is distinct first words.
 
 Shapes: R texts, V tokens, D steps of a text, N nodes of a tree.
 """
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -263,26 +264,27 @@ def paired(difference: np.ndarray) -> dict[str, Any]:
 
 # ── A real model ─────────────────────────────────────────────────────────────────────────────────
 
-ASKED = (
-    "Name a colour.",
-    "Name an animal.",
-    "Name a country.",
-    "Name a fruit.",
-    "Name a musical instrument.",
-    "Name a profession.",
-    "Name a city in Europe.",
-    "Give me a first name for a character in a novel.",
-    "Name a sport.",
-    "Name a river.",
-    "Name a dish.",
-    "Name a scientist.",
+BEGINNINGS = (
+    "Her favourite colour was",
+    "The only animal that he kept was a",
+    "She had come there from a country called",
+    "On the table lay a single fruit, a",
+    "After school he learnt to play the",
+    "By profession she was a",
+    "They spent the winter in the city of",
+    "The boy's name was",
+    "On Sundays they all played",
+    "The village lay on the river",
+    "For dinner there was",
+    "The scientist whom she admired most was",
 )
-LONGEST = 12
-"""Tokens of a short answer, of which the first line counts."""
+"""Of plain text: what comes next is one of many words, and most of it is decided by one token."""
+LONGEST = 4
+"""Tokens of a continuation, of which the first word counts."""
 
 
 def real(folder: str, repeats: int) -> dict[str, Any]:
-    """Distinct first lines of 8 answers to a short question, at `diversity` .5."""
+    """Distinct first words of 8 continuations, at `diversity` .5."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
     from dftserve.hf import DiversityProcessor, sampling
@@ -292,12 +294,9 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
     config = sampling(max_new_tokens=LONGEST, num_return_sequences=8)
     found: dict[str, list[int]] = {"independent": [], "group": []}
     mode: list[float] = []
-    for text in ASKED:
-        chat = [{"role": "user", "content": f"{text} Answer with one word or name."}]
-        prompt = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        begin, lines = prompt["input_ids"].shape[1], []
+    for text in BEGINNINGS:
+        prompt = tokenizer(text, return_tensors="pt")
+        begin, heard = prompt["input_ids"].shape[1], []
         for way, repeat in ((w, r) for r in range(repeats) for w in found):
             asked = {"level": 0.5, **({"group": True} if way == "group" else {})}
             processor = DiversityProcessor(asked, stop_ids=tokenizer.eos_token_id, seed=repeat)
@@ -307,25 +306,26 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
                 generation_config=config,
                 logits_processor=LogitsProcessorList([processor]),
             )
-            answers = [
-                tokenizer.decode(each[begin:], skip_special_tokens=True).strip().split("\n")[0]
-                for each in texts
-            ]
-            heard = [answer.lower().strip(" .!\"'*") for answer in answers]
-            lines += heard
-            found[way].append(len(set(heard)))
-        mode.append(Counter(lines).most_common(1)[0][1] / len(lines))
+            said = tokenizer.batch_decode(texts[:, begin:], skip_special_tokens=True)
+            words = [first_word(each) for each in said]
+            heard += words
+            found[way].append(len(set(words)))
+        mode.append(Counter(heard).most_common(1)[0][1] / len(heard))
     pairs = np.array(found["group"]) - np.array(found["independent"])
     return {
         "model": Path(folder).name,
         "n": 8,
         "diversity": 0.5,
-        "questions": len(ASKED),
+        "beginnings": len(BEGINNINGS),
         "repeats": repeats,
         "distinct": {way: round(float(np.mean(each)), 3) for way, each in found.items()},
         "difference": paired(pairs),
         "share_of_the_commonest": round(float(np.mean(mode)), 3),
     }
+
+
+def first_word(text: str) -> str:
+    return next(iter(re.findall(r"\w+", text.lower())), "")
 
 
 # ── The result ───────────────────────────────────────────────────────────────────────────────────
@@ -345,8 +345,8 @@ def shown(rows: Sequence[dict[str, Any]]) -> str:
 @click.command(help=__doc__)
 @click.option("--groups", default=2000, show_default=True, help="Groups of each source and n.")
 @click.option("--vote-groups", default=25, show_default=True, help="Groups of each question.")
-@click.option("--model", help="A folder with a chat model, for the short answers.")
-@click.option("--repeats", default=4, show_default=True, help="Groups of each short question.")
+@click.option("--model", help="A folder with a model, for the first words.")
+@click.option("--repeats", default=4, show_default=True, help="Groups of each beginning.")
 @click.option("--out", type=Path, default=RESULT, show_default=False)
 def main(groups: int, vote_groups: int, model: str | None, repeats: int, out: Path) -> None:
     settings = [(name, s, n) for name in SHARES for s in (1, SPELLINGS) for n in SIZES]
@@ -363,11 +363,11 @@ def main(groups: int, vote_groups: int, model: str | None, repeats: int, out: Pa
         "invalid": INVALID,
         "rows": rows,
         "votes": voted,
-        "short_answers": before.get("short_answers"),
+        "first_words": before.get("first_words"),
     }
     out.write_text(json.dumps(document, indent=1) + "\n")
     if model is not None:
-        document["short_answers"] = real(model, repeats)
+        document["first_words"] = real(model, repeats)
         out.write_text(json.dumps(document, indent=1) + "\n")
     click.echo(json.dumps(document))
 

@@ -10,20 +10,23 @@ A script of its own: the rules (`if-verifiable`) need packages that the engine's
 """
 
 import json
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import langdetect
 from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+langdetect.DetectorFactory.seed = 0
 
 
 def main(data: Path, folder: Path) -> None:
-    lines = (data / "ifeval" / "prompts.jsonl").read_text().splitlines()
-    samples = [json.loads(line) for line in lines]
+    samples = list(records(data / "ifeval" / "prompts.jsonl"))
     followed_by: dict[str, dict[int, list[bool]]] = {}
     left_out: set[int] = set()
-    for line in (folder / "answers.jsonl").read_text().splitlines():
-        answer = json.loads(line)
+    for answer in records(folder / "answers.jsonl"):
         if answer["prompt_set"] == "ifeval":
             sample = samples[answer["prompt"]]
             try:
@@ -43,6 +46,12 @@ def main(data: Path, folder: Path) -> None:
         print(f"{setting}: {share:.1%} of {len(prompts)} prompts")
 
 
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a file with one in each line; texts may hold other separators of lines (U+2028)."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        yield from map(json.loads, file)
+
+
 def followed(sample: dict[str, Any], text: str) -> list[bool]:
     """Whether each instruction was followed.
 
@@ -51,6 +60,7 @@ def followed(sample: dict[str, Any], text: str) -> list[bool]:
     """
     found = []
     for name, given in zip(sample["instruction_id_list"], sample["kwargs"], strict=True):
+        random.seed(0)  # A rule draws what a prompt does not say.
         rule = INSTRUCTION_DICT[name](name)
         rule.build_description(**{key: value for key, value in given.items() if value is not None})
         arguments = rule.get_instruction_args()

@@ -1,7 +1,7 @@
 """Answers of a real model for bench/real.py and bench/words.py, kept so that a run goes on.
 
     DFTSERVE_DATA=path/to/data python bench/real_answers.py --model FOLDER [--only SET ...]
-        [--dtype float32] [--folder build/real]
+        [--setting NAME ...] [--dtype float32] [--folder build/real]
 
 One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
 answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
@@ -182,14 +182,21 @@ def data_folder() -> Path:
     multiple=True,
     type=click.Choice([STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU, OPEN, FORMS]),
 )
+@click.option("--setting", "settings", multiple=True, type=click.Choice(list(SETTINGS)))
 @click.option("--dtype", default="auto")
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
-def main(model: Path, only: tuple[str, ...], dtype: str, folder: Path) -> None:
+def main(
+    model: Path, only: tuple[str, ...], settings: tuple[str, ...], dtype: str, folder: Path
+) -> None:
     sets = prompt_sets(data_folder())
     sets = [each for each in sets if not only or each.name in only]
     with AnswerStore(folder / "answers.jsonl", Answer) as store:
         known = {place_of(row) for row in store.rows}
-        missing = [(each, name) for each, name in in_turn(sets) if not is_whole(each, name, known)]
+        missing = [
+            (each, name)
+            for each, name in in_turn(sets)
+            if (not settings or name in settings) and not is_whole(each, name, known)
+        ]
         llm = engine(model, dtype, seed=len(store.rows)) if missing else None
         for number, (prompts, name) in enumerate(missing):
             start = time.perf_counter()

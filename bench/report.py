@@ -233,6 +233,33 @@ def _differences(against: dict[str, Any]) -> str:
     )
 
 
+def headline(document: dict[str, Any]) -> str:
+    """Models by what they were tuned on: variety, errors, accuracy and likelihood."""
+    measured = {name: MEASURED[name] for name in ("SDS", "style distance", "AI phrases", "errors")}
+    accuracy, bits = document["accuracy"], document["bits_per_byte"]
+    told = document["stories"]
+    lines = [
+        f"| | {' | '.join(measured)} | IFEval | bits a byte: stories | books |",
+        f"|---|{'---|' * len(measured)}---|---|---|",
+    ]
+    for name, row in {"people": told["people"], **told["rows"]}.items():
+        cells = [interval(row[key], digits) for key, digits in measured.values()]
+        model, _, setting = name.partition(", ")
+        is_plain = setting == "stock, T 1"
+        cells.append(percent(accuracy["ifeval"][model]) if is_plain else "")
+        cells += [interval(bits[of][model], 3) if is_plain else "" for of in bits]
+        lines.append(f"| {name.replace('`gated` 1', '`diversity` 1')} | {' | '.join(cells)} |")
+    count = told["prompts"] * told["answers_to_each"]
+    lines.append("")
+    lines.append(
+        f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories a row of a "
+        f"model, {document['accuracy']['ifeval']['start']['count']} prompts of IFEval; "
+        f"{document['texts']['train']} people's stories to tune on, {document['texts']['measure']} "
+        "others to measure with; 95 % intervals."
+    )
+    return "\n".join(lines)
+
+
 def variety(document: dict[str, Any]) -> str:
     """Eight answers to an open prompt, from the fewest meanings."""
     measured = {"distinct": 2, "alike": 3, "openings": 3, "self_bleu": 1, "errors": 2}
@@ -501,7 +528,7 @@ def short(reason: str) -> str:
 
 
 def groups(document: dict[str, Any]) -> str:
-    """Distinct answers of known sources; votes; short answers of a real model."""
+    """Distinct answers of known sources; votes; first words of a real model."""
     head = ["source", "spellings", "n", "independent", "group", "gain", "at most"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in document["rows"]:
@@ -515,7 +542,7 @@ def groups(document: dict[str, Any]) -> str:
         f"groups a row; {document['invalid']:.0%} of each source is no answer. *Independent* and "
         "*at most* are computed."
     )
-    return "\n".join([*lines, "", f"{told} {_votes(document)} {_short_answers(document)}".rstrip()])
+    return "\n".join([*lines, "", f"{told} {_votes(document)} {_first_words(document)}".rstrip()])
 
 
 def _votes(document: dict[str, Any]) -> str:
@@ -541,17 +568,18 @@ def _of_kind(votes: dict[str, Any]) -> str:
     return ", ".join(cells)
 
 
-def _short_answers(document: dict[str, Any]) -> str:
-    short = document["short_answers"]
-    if short is None:
+def _first_words(document: dict[str, Any]) -> str:
+    words = document["first_words"]
+    if words is None:
         return ""
-    low, high = short["difference"]["interval"]
+    low, high = words["difference"]["interval"]
     return (
-        f"{short['model']} at `diversity` {short['diversity']:g}, {short['questions']} questions "
-        f"for one word or name: {short['distinct']['independent']:.2f} of {short['n']} first lines "
-        f"are distinct, in groups {short['distinct']['group']:.2f} (difference "
-        f"{short['difference']['value']:+.2f} [{low:+.2f}, {high:+.2f}]); the commonest has "
-        f"{100 * short['share_of_the_commonest']:.0f} %."
+        f"SmolLM2-135M-Instruct at `diversity` {words['diversity']:g}, {words['beginnings']} "
+        f"beginnings of sentences, {words['repeats']} times {words['n']} continuations: "
+        f"{words['distinct']['independent']:.2f} of {words['n']} first words are distinct, in "
+        f"groups {words['distinct']['group']:.2f} (difference {words['difference']['value']:+.2f} "
+        f"[{low:+.2f}, {high:+.2f}]); the commonest has "
+        f"{100 * words['share_of_the_commonest']:.0f} %."
     )
 
 
@@ -572,6 +600,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
     "variety": variety,
+    "headline": headline,
     "forms": forms,
     "families": families,
     "groups": groups,
@@ -580,7 +609,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 RESULT_OF = {"every_setting": "real"}
 """Tables of a result that has another name."""
-OPTIONAL = {"gpu", "soak"}
+OPTIONAL = {"gpu", "soak", "headline"}
 """Tables of what not every machine can measure, or what takes long: without a result their place
 stays as it is."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {

@@ -227,6 +227,26 @@ def test_gsm8k_has_eight_examples_of_its_training_set(data, tmp_path):
         assert row["shots"] == GSM8K[::-1][:8]
 
 
+def test_a_sample_is_a_line_whatever_its_text_holds(tmp_path):
+    texts = ["one\u2028two", "a\x85b", "\x0c", NO_CONTENT, "plain"]
+    rows = [
+        {
+            "doc_id": place,
+            "doc": {"id": str(place)},
+            "exact_match": place % 2,
+            "resps": [[text]],
+            "filtered_resps": [text],
+        }
+        for place, text in enumerate(texts)
+    ]
+    path = tmp_path / "samples_x.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in reversed(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = lm_eval.read_samples(path)
+    assert [each.said[0] for each in found] == [None if t == NO_CONTENT else t for t in texts]
+    assert [each.right[0] for each in found] == [False, True, False, True, False]
+
+
 def test_a_limit_is_spread_and_samples_repeat(data, tmp_path):
     rows = prepared("mmlu", data, tmp_path, limit=4, samples=3)
     assert [row["subject"] for row in rows] == ["law"] * 6 + ["art"] * 6

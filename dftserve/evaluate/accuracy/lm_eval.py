@@ -12,7 +12,7 @@ import os
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
         if done.returncode or len(found) != 1:
             lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             raise RuntimeError(f"lm-eval failed on {task}; the end of {log}:\n" + "\n".join(lines))
-        return read_samples(found[0].read_text(encoding="utf-8").splitlines())
+        return read_samples(found[0])
 
 
 def executable() -> Path:
@@ -138,9 +138,11 @@ def environment(work: Path, api_key: str) -> dict[str, str]:
     return kept | OFFLINE | ours
 
 
-def read_samples(lines: Iterable[str]) -> tuple[Answered, ...]:
+def read_samples(path: Path) -> tuple[Answered, ...]:
     """lm-eval's log of samples by question, in the order in which these come first."""
-    rows = sorted(map(json.loads, lines), key=lambda row: row["doc_id"])
+    # A sample's text is written as it is, and may hold what only str.splitlines takes for an end.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        rows = sorted(map(json.loads, file), key=lambda row: row["doc_id"])
     by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_question[row["doc"]["id"]].append(row)

@@ -1,0 +1,250 @@
+"""Does Distribution Fine-Tuning give variety without cost? From a collapsed start, a real model.
+
+    make eval-env
+    DFTSERVE_DATA=path/to/data python bench/headline_models.py --model FOLDER     # first: models
+    DFTSERVE_DATA=path/to/data python bench/headline.py --model FOLDER [--folder build/headline]
+        [--dtype auto]
+
+Each model of bench/headline_models.py that FOLDER has, and the one that it began with (whose
+answers are those of results/texts/real_answers.jsonl.gz), answers through vLLM
+(bench/real_answers.py) without the field, T 1, and with `diversity` 1:
+    stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
+                bench/real.py beside stories by people to prompts that none was tuned on
+    IFEval      the share of prompts all of whose instructions are followed; without the field
+    MMLU        the share of 300 questions answered right, and of answers that cannot be read
+and is asked how likely it finds human text:
+    bits a byte of people's stories that none was tuned on, and of books (books/heldout)
+All beside the collapsed start: paired by prompt, question or text, but for SDS, whose differences
+are as of independent answers. Intervals are 95 %.
+The last line is one JSON document; the answers are kept in results/texts/headline.jsonl.gz.
+"""
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import headline_models
+import numpy as np
+from headline_models import BASE, MODELS, START, stories
+from numpy.typing import NDArray
+from real import PEOPLE, RESULTS, Checks, by_setting, written
+from real_answers import (
+    GATED,
+    IFEVAL,
+    MMLU,
+    STOCK,
+    STORIES,
+    Answer,
+    PromptSet,
+    data_folder,
+    kept,
+    mmlu,
+    prompt_sets,
+)
+from words import share
+
+from dftserve import atomic
+from dftserve.evaluate import reference
+from dftserve.evaluate.accuracy import extract
+from dftserve.evaluate.metrics.intervals import (
+    Estimate,
+    difference,
+    jackknife,
+    mcnemar,
+)
+from dftserve.evaluate.metrics.likelihood import token_nats
+
+from provenance import machine, versions
+
+ROOT = Path(__file__).parents[1]
+TEXTS = RESULTS / "texts" / "headline.jsonl.gz"
+ASKED: Mapping[str, Sequence[str]] = {STORIES: (STOCK, GATED), IFEVAL: (STOCK,), MMLU: (STOCK,)}
+BOOK_CHARACTERS = 1500
+"""Of each book, from its middle."""
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--output", default=RESULTS / "headline.json", type=click.Path(path_type=Path))
+def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None:
+    places = {name: headline_models.place_of(folder, name, seed) for name in MODELS}
+    models = {BASE: model} | {name: place for name, place in places.items() if place.exists()}
+    if START not in models:
+        raise click.UsageError(f"{places[START]} is not there; make it: bench/headline_models.py.")
+    unpack(folder / "answers" / BASE)
+    answers = {
+        name: answered(place, folder / "answers" / place_name(name, seed), dtype)
+        for name, place in models.items()
+    }
+    document = {
+        "what": "tuning of a collapsed model on stories by people; 95 % intervals",
+        "machine": machine(),
+        "versions": versions("vllm", "transformers", "harper-py"),
+        "seed": seed,
+        "texts": {part: len(found) for part, found in stories().items()},
+        "stories": told_stories({name: kept(each) for name, each in answers.items()}),
+        "accuracy": {
+            "ifeval": shares({name: followed(each) for name, each in answers.items()}),
+            "mmlu": shares({name: right(kept(each)) for name, each in answers.items()}),
+            "mmlu_unreadable": shares({name: unread(kept(each)) for name, each in answers.items()}),
+        },
+        "bits_per_byte": {
+            source: bits(models, texts) for source, texts in human_texts(data_folder()).items()
+        },
+    }
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    keep_texts(answers)
+    print(json.dumps(document))
+
+
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def place_name(name: str, seed: int) -> str:
+    return name if name in (BASE, START) else f"{name} {seed}".replace(" ", "-")
+
+
+def unpack(folder: Path) -> None:
+    """The answers of the model as it was, which bench/real_answers.py made."""
+    place = folder / "answers.jsonl"
+    if not place.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with gzip.open(RESULTS / "texts" / "real_answers.jsonl.gz", "rb") as packed:
+            atomic.write_text(place, packed.read().decode())
+
+
+def answered(model: Path, folder: Path, dtype: str) -> Path:
+    """The folder of a model's answers and of the instructions that they follow."""
+    for name, settings in ASKED.items():
+        chosen = [part for setting in settings for part in ("--setting", setting)]
+        options = ["--model", model, "--folder", folder, "--dtype", dtype, "--only", name]
+        script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
+        subprocess.run(list(map(str, script)), check=True)
+    if not (folder / "ifeval.json").exists():
+        python = ROOT / ".venv-eval" / "bin" / "python"
+        script = [python, ROOT / "bench" / "ifeval.py", data_folder(), folder]
+        subprocess.run(list(map(str, script)), check=True)
+    return folder
+
+
+def keep_texts(folders: Mapping[str, Path]) -> None:
+    with gzip.open(TEXTS, "wt", encoding="utf-8") as file:
+        for name, folder in folders.items():
+            for answer in kept(folder) if name != BASE else ():
+                line = {"model": name, **asdict(answer)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# ── Stories ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """Rows as in bench/real.py, and each minus the start without the field."""
+    asked = story_prompts()
+    checks = Checks(reference.build(stories()["measure"]))
+    rows = {
+        f"{name}, {setting}": checks.of_answers(found, asked.prompts)
+        for name, given in answers.items()
+        for setting, found in by_setting(given, STORIES).items()
+        if setting in ASKED[STORIES]
+    }
+    start = rows[f"{START}, {STOCK}"]
+    return {
+        "prompts": len(asked.prompts),
+        "answers_to_each": asked.answers,
+        PEOPLE: written(checks.of_people(len(asked.prompts))),
+        "rows": {name: written(row) for name, row in rows.items()},
+        "to_start": {
+            name: written({key: difference(start[key], row[key]) for key in row})
+            for name, row in rows.items()
+        },
+    }
+
+
+def story_prompts() -> PromptSet:
+    return next(each for each in prompt_sets(data_folder()) if each.name == STORIES)
+
+
+# ── Accuracy ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def followed(folder: Path) -> list[bool]:
+    """Of each prompt of IFEval, whether all of its instructions were followed."""
+    by_key = json.loads((folder / "ifeval.json").read_text())["settings"][STOCK]
+    return [all(by_key[key]) for key in sorted(by_key)]
+
+
+def letters(answers: Sequence[Answer]) -> Iterator[tuple[str | None, str]]:
+    """What each answer to a question of MMLU says, and what is right."""
+    questions = mmlu(data_folder())
+    for answer in by_setting(answers, MMLU)[STOCK]:
+        given = extract.choice(answer.text, letters="ABCD")
+        yield given, "ABCD"[questions[answer.prompt]["answer"]]
+
+
+def right(answers: Sequence[Answer]) -> list[bool]:
+    return [given == wanted for given, wanted in letters(answers)]
+
+
+def unread(answers: Sequence[Answer]) -> list[bool]:
+    return [given is None for given, _ in letters(answers)]
+
+
+def shares(by_model: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """Each model's, and the exact p of "as many as the start"."""
+    return {
+        name: {
+            **share(found),
+            "count": len(found),
+            "p_to_start": round(mcnemar(by_model[START], found), 5),
+        }
+        for name, found in by_model.items()
+    }
+
+
+# ── Human text ───────────────────────────────────────────────────────────────────────────────────
+
+
+def human_texts(data: Path) -> dict[str, list[str]]:
+    held_out = sorted((data / "books" / "heldout").glob("*.txt"))
+    return {
+        "stories": [sample.text for sample in stories()["measure"]],
+        "books": [middle_of(path.read_text(encoding="utf-8")) for path in held_out],
+    }
+
+
+def middle_of(text: str) -> str:
+    return text[len(text) // 2 :][:BOOK_CHARACTERS]
+
+
+def bits(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, Any]:
+    """A byte of the texts, of each model; and the ratio to the start, of the same texts."""
+    sizes_N = np.array([len(text.encode()) for text in texts])
+    found = {
+        name: np.array([nats_T.sum() for nats_T in token_nats(place, texts)]) / np.log(2)
+        for name, place in models.items()
+    }
+
+    def each(bits_N: NDArray, over_N: NDArray) -> Estimate:
+        return jackknife(len(texts), lambda at: float(bits_N[at].sum() / over_N[at].sum()))
+
+    return {
+        name: {
+            **written({"": each(bits_N, sizes_N)})[""],
+            "to_start": written({"": each(bits_N, found[START])})[""],
+        }
+        for name, bits_N in found.items()
+    }
+
+
+if __name__ == "__main__":
+    main()

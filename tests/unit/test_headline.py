@@ -1,0 +1,79 @@
+"""bench/headline_models.py: what is trained on is not what is measured, and the mean of weights."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tiny_model import save_model, save_tokenizer
+
+models = importlib.import_module("headline_models")
+
+
+def test_stories_that_begin_alike_are_in_one_part(data):
+    begin = {
+        part: {" ".join(s.text.split()[:8]).lower() for s in found}
+        for part, found in models.stories().items()
+    }
+    for part, others in (("train", "heldout"), ("train", "measure"), ("heldout", "measure")):
+        assert len(begin[part]) > 30
+        assert begin[part].isdisjoint(begin[others])
+
+
+def test_every_story_has_words_behind_its_prompt(data):
+    for part in models.SHARES:
+        assert all(text.strip() for _, text in models.told(part))
+
+
+def test_the_start_does_not_learn_the_prompts_that_are_asked(data):
+    asked = next(each for each in models.prompt_sets(data) if each.name == models.STORIES)
+    learnt = [prompt for prompt, _ in models.alike(data)]
+    assert len(learnt) == 300 - len(asked.prompts)
+    assert set(learnt).isdisjoint(asked.prompts)
+
+
+def test_a_text_is_cut_between_words_and_keeps_its_lines():
+    text = "\n\nOne two\n\nthree   four five\n"
+    assert models.words_of(text, 0, 3) == "One two\n\nthree"
+    assert models.words_of(text, 2, None) == "three   four five"
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> PreTrainedTokenizerFast:
+    save_tokenizer(tmp_path, 64)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
+        "{% if add_generation_prompt %}w3{% endif %}"
+    )
+    return tokenizer
+
+
+def test_the_answer_is_learnt_and_its_end_is_not(tokenizer):
+    (document,) = models.documents(iter([("w10 w11", "w20 w21")]), tokenizer)
+    assert document.tokens_N.tolist() == [1, 10, 11, 2, 3, 20, 21]
+    assert document.labels_T.tolist() == [20, 21]
+    assert document.group == "w10 w11"
+
+
+def test_half_way_is_the_mean_of_the_weights(tmp_path, tokenizer):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, scale in zip(folders, (1.0, 3.0), strict=True):
+        save_model(folder, 64)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(scale)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    mean = models.mean_of(folders, tmp_path / "mean")
+    one, found = (
+        AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32).state_dict()
+        for each in (folders[0], mean)
+    )
+    for name, weight in found.items():
+        np.testing.assert_allclose(weight, 2 * one[name], rtol=0.01, err_msg=name)
+    assert Path(mean, "tokenizer.json").exists()
