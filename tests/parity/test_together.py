@@ -35,7 +35,7 @@ DRY = {"multiplier": 1.5, "base": 1.75, "allowed_length": 2}
 
 @pytest.mark.parametrize(
     ("engine", "count"),
-    [("v1", 6), ("v2", 6), long("v1", 100), long("v2", 100)],
+    [("v1", 6), ("v2", 6), long("v1", 60), long("v2", 60)],
     indirect=["engine"],
 )
 def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
