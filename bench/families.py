@@ -35,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import click
 import numpy as np
+import target_stores
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -385,17 +386,7 @@ def save_store(folder: Path) -> Path:
     random = np.random.default_rng(0)
     held = {split: [drawn(random) for _ in range(DOCUMENTS)] for split in store.SPLITS}
     source = Ngram(held["train"], vocabulary=WORDS, order=2, min_count=1)
-    plan = store.plan(
-        source,
-        held,
-        tokenizer=read_by,
-        template=None,
-        corpus={},
-        k=6,
-        draws=6,
-        seed=0,
-    )
-    store.write(folder, plan, source, held)
+    target_stores.write(folder, source, held, tokenizer=read_by)
     return folder
 
 

@@ -23,7 +23,7 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,15 @@ from real_answers import (
     STOCK,
     STORIES,
     Answer,
-    PromptSet,
     data_folder,
     kept,
     mmlu,
-    prompt_sets,
+    prompt_set,
 )
-from words import share
+from words import letters, share
 
 from dftserve import atomic
 from dftserve.evaluate import reference
-from dftserve.evaluate.accuracy import extract
 from dftserve.evaluate.metrics.intervals import (
     Estimate,
     difference,
@@ -64,7 +62,8 @@ from provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 TEXTS = RESULTS / "texts" / "headline.jsonl.gz"
-ASKED: Mapping[str, Sequence[str]] = {STORIES: (STOCK, GATED), IFEVAL: (STOCK,), MMLU: (STOCK,)}
+ASKED: Mapping[str, Sequence[str]] = {STOCK: (STORIES, IFEVAL, MMLU), GATED: (STORIES,)}
+"""By setting, which has an engine of its own, the sets of prompts."""
 BOOK_CHARACTERS = 1500
 """Of each book, from its middle."""
 
@@ -82,8 +81,13 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         raise click.UsageError(f"{places[START]} is not there; make it: bench/headline_models.py.")
     unpack(folder / "answers" / BASE)
     answers = {
-        name: answered(place, folder / "answers" / place_name(name, seed), dtype)
+        name: answered(place, folder / "answers" / headline_models.label(name, seed), dtype)
         for name, place in models.items()
+    }
+    questions = mmlu(data_folder())
+    said = {
+        name: letters(by_setting(kept(each), MMLU)[STOCK], questions)
+        for name, each in answers.items()
     }
     document = {
         "what": "tuning of a collapsed model on stories by people; 95 % intervals",
@@ -94,8 +98,10 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "stories": told_stories({name: kept(each) for name, each in answers.items()}),
         "accuracy": {
             "ifeval": shares({name: followed(each) for name, each in answers.items()}),
-            "mmlu": shares({name: right(kept(each)) for name, each in answers.items()}),
-            "mmlu_unreadable": shares({name: unread(kept(each)) for name, each in answers.items()}),
+            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in said.items()}),
+            "mmlu_unreadable": shares(
+                {name: [a is None for a, _ in pairs] for name, pairs in said.items()}
+            ),
         },
         "bits_per_byte": {
             source: bits(models, texts) for source, texts in human_texts(data_folder()).items()
@@ -109,10 +115,6 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def place_name(name: str, seed: int) -> str:
-    return name if name in (BASE, START) else f"{name} {seed}".replace(" ", "-")
-
-
 def unpack(folder: Path) -> None:
     """The answers of the model as it was, which bench/real_answers.py made."""
     place = folder / "answers.jsonl"
@@ -124,9 +126,9 @@ def unpack(folder: Path) -> None:
 
 def answered(model: Path, folder: Path, dtype: str) -> Path:
     """The folder of a model's answers and of the instructions that they follow."""
-    for name, settings in ASKED.items():
-        chosen = [part for setting in settings for part in ("--setting", setting)]
-        options = ["--model", model, "--folder", folder, "--dtype", dtype, "--only", name]
+    for setting, names in ASKED.items():
+        chosen = [part for name in names for part in ("--only", name)]
+        options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
         script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
         subprocess.run(list(map(str, script)), check=True)
     if not (folder / "ifeval.json").exists():
@@ -149,13 +151,13 @@ def keep_texts(folders: Mapping[str, Path]) -> None:
 
 def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     """Rows as in bench/real.py, and each minus the start without the field."""
-    asked = story_prompts()
+    asked = prompt_set(STORIES, data_folder())
     checks = Checks(reference.build(stories()["measure"]))
     rows = {
         f"{name}, {setting}": checks.of_answers(found, asked.prompts)
         for name, given in answers.items()
         for setting, found in by_setting(given, STORIES).items()
-        if setting in ASKED[STORIES]
+        if setting in ASKED
     }
     start = rows[f"{START}, {STOCK}"]
     return {
@@ -170,10 +172,6 @@ def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     }
 
 
-def story_prompts() -> PromptSet:
-    return next(each for each in prompt_sets(data_folder()) if each.name == STORIES)
-
-
 # ── Accuracy ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -181,22 +179,6 @@ def followed(folder: Path) -> list[bool]:
     """Of each prompt of IFEval, whether all of its instructions were followed."""
     by_key = json.loads((folder / "ifeval.json").read_text())["settings"][STOCK]
     return [all(by_key[key]) for key in sorted(by_key)]
-
-
-def letters(answers: Sequence[Answer]) -> Iterator[tuple[str | None, str]]:
-    """What each answer to a question of MMLU says, and what is right."""
-    questions = mmlu(data_folder())
-    for answer in by_setting(answers, MMLU)[STOCK]:
-        given = extract.choice(answer.text, letters="ABCD")
-        yield given, "ABCD"[questions[answer.prompt]["answer"]]
-
-
-def right(answers: Sequence[Answer]) -> list[bool]:
-    return [given == wanted for given, wanted in letters(answers)]
-
-
-def unread(answers: Sequence[Answer]) -> list[bool]:
-    return [given is None for given, _ in letters(answers)]
 
 
 def shares(by_model: Mapping[str, Sequence[bool]]) -> dict[str, Any]:

@@ -25,7 +25,6 @@ made again; those of fewer `--texts` are in a folder of their own.
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -36,10 +35,12 @@ from typing import Any
 
 import click
 import numpy as np
+import target_stores
 import torch
-from real_answers import STORIES, data_folder, prompt_sets
+from real_answers import STORIES, data_folder, prompt_set
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from dftserve import atomic
 from dftserve.checkpoint import FINAL
 from dftserve.evaluate.benchmark import tasks
 from dftserve.evaluate.text.windows import Sample
@@ -55,7 +56,7 @@ WORDS = 250
 """Of an answer of the model that the start learns from."""
 LONGEST = 384
 SHARES = {"train": 0.5, "heldout": 0.62, "measure": 1.0}
-"""Of the prompts, up to where each part reaches."""
+"""Of the beginnings, up to where each part reaches."""
 PLAIN = "source: {ngram: {order: 1}}"
 TEACHER = 'source: {teacher: {model: "${teacher}", dtype: float32}}'
 
@@ -86,7 +87,7 @@ BEGINNING = 6
 
 @cache
 def stories() -> dict[str, list[Sample]]:
-    """People's stories by the part that their prompt is in."""
+    """People's stories by the part that their beginning falls in."""
     parts: dict[str, list[Sample]] = {name: [] for name in SHARES}
     for sample in tasks.load("story").human:
         place = sha256(beginning(sample.text).encode()).digest()[0] / 256
@@ -108,7 +109,7 @@ def told(part: str) -> Iterator[tuple[str, str]]:
 
 def alike(data: Path) -> Iterator[tuple[str, str]]:
     """Prompts that are not asked, and one model's answers to them."""
-    asked = {each.name: each for each in prompt_sets(data)}[STORIES].prompts
+    asked = prompt_set(STORIES, data).prompts
     file = data / "human_ai" / "slopscore_gemma-3-27b-it.json"
     (found,) = json.loads(file.read_text()).values()
     for sample in sorted(found["samples"], key=lambda sample: sample["prompt_index"]):
@@ -162,24 +163,14 @@ def targets(
         known=None,
         say=click.echo,
     )
-    plan = store.plan(
-        source,
-        sides,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        template=None,
-        corpus={},
-        k=6,
-        draws=6,
-        seed=0,
-    )
-    store.write(folder, plan, source, sides)
+    target_stores.write(folder, source, sides, tokenizer=tokenizer_fingerprint(tokenizer))
     return folder
 
 
 def tune(
     model: Path, output: Path, held: Path, divergence: DivergenceConfig, *, epochs: int, seed: int
 ) -> Path:
-    """All weights, at a rate that the pilot of docs/log.md on such stories had."""
+    """All weights, none by LoRA."""
     return train(
         TrainConfig(
             model=str(model),
@@ -207,17 +198,20 @@ def mean_of(folders: Sequence[Path], output: Path) -> Path:
     states = [each.state_dict() for each in models]
     mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
     models[0].load_state_dict(mean)
-    partial = output.with_name(f"{output.name}.partial")
-    models[0].save_pretrained(partial)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(folders[0] / file, partial)
-    partial.rename(output)
+    with atomic.folder(output) as made:
+        models[0].save_pretrained(made)
+        AutoTokenizer.from_pretrained(folders[0]).save_pretrained(made)
     return output
+
+
+def label(name: str, seed: int) -> str:
+    """Of a folder; those before any tuning on people's stories know no seed."""
+    return name if name in (BASE, START) else f"{name} {seed}".replace(" ", "-")
 
 
 def place_of(folder: Path, name: str, seed: int) -> Path:
     """Where a model is or will be."""
-    run = folder / (name if name == START else f"{name} {seed}").replace(" ", "-")
+    run = folder / label(name, seed)
     return run if name in MEANS else run / FINAL
 
 

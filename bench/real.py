@@ -35,7 +35,7 @@ from real_answers import (
     Answer,
     data_folder,
     kept,
-    prompt_sets,
+    prompt_set,
 )
 
 from dftserve.evaluate import reference
@@ -65,7 +65,7 @@ WAYS: Mapping[str, Sequence[str]] = {
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
 @click.option("--output", default=RESULTS / "real.json", type=click.Path(path_type=Path))
 def main(folder: Path, output: Path) -> None:
-    stories = next(each for each in prompt_sets(data_folder()) if each.name == STORIES)
+    stories = prompt_set(STORIES, data_folder())
     people = reference.build(tasks.load("story").human)
     checks = Checks(people)
     rows = {PEOPLE: checks.of_people(len(stories.prompts))}

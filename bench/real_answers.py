@@ -130,6 +130,10 @@ def prompt_sets(data: Path) -> list[PromptSet]:
     ]
 
 
+def prompt_set(name: str, data: Path) -> PromptSet:
+    return next(each for each in prompt_sets(data) if each.name == name)
+
+
 def form_tasks() -> dict[str, list[str]]:
     """Tasks by the form or language that they ask for."""
     return json.loads((Path(__file__).parent / "form_tasks.json").read_text())

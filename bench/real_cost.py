@@ -30,7 +30,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import click
 from overhead import without_ours
-from real_answers import GATED, MIN_P, SETTINGS, STORIES, WORDS, data_folder, prompt_sets
+from real_answers import GATED, MIN_P, SETTINGS, STORIES, WORDS, data_folder, prompt_set
 from vllm import LLM, SamplingParams
 
 from provenance import machine, versions
@@ -83,7 +83,7 @@ class Round:
 )
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
 def main(model: Path, dtype: Any, pairs: int, concurrencies: tuple[int, ...], output: Path) -> None:
-    prompts = next(each.prompts for each in prompt_sets(data_folder()) if each.name == STORIES)
+    prompts = prompt_set(STORIES, data_folder()).prompts
     llm = engine(model, dtype, max(concurrencies))
     rows = []
     for count in concurrencies:

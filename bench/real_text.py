@@ -22,6 +22,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import target_stores
 import torch
 from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -137,17 +138,7 @@ def build_store(
     folder: Path, tokenizer: PreTrainedTokenizerFast, sides: Mapping[str, Sequence[Document]]
 ) -> None:
     source = Ngram(sides["train"], vocabulary=VOCABULARY, order=5)
-    plan = store.plan(
-        source,
-        sides,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        template=None,
-        corpus={},
-        k=6,
-        draws=6,
-        seed=0,
-    )
-    store.write(folder, plan, source, sides)
+    target_stores.write(folder, source, sides, tokenizer=tokenizer_fingerprint(tokenizer))
 
 
 def run(place: Path, method: DivergenceConfig, tokens: int, seed: int) -> Path:

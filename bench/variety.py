@@ -24,7 +24,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from real import RESULTS, against, by_setting, written
-from real_answers import OPEN, SETTINGS, STOCK, answers_by_prompt, data_folder, kept, prompt_sets
+from real_answers import OPEN, SETTINGS, STOCK, answers_by_prompt, data_folder, kept, prompt_set
 
 from dftserve.evaluate.metrics import errors, lexical
 from dftserve.evaluate.metrics.intervals import Estimate, jackknife
@@ -42,7 +42,7 @@ OPENING = 3
 @click.option("--folder", default=Path("build/real"), type=click.Path(path_type=Path))
 @click.option("--output", default=RESULTS / "variety.json", type=click.Path(path_type=Path))
 def main(folder: Path, output: Path) -> None:
-    asked = next(each for each in prompt_sets(data_folder()) if each.name == OPEN)
+    asked = prompt_set(OPEN, data_folder())
     embed, linter = embedder(), errors.linter()
     rows = {
         name: measured(answers_by_prompt(answers), embed, linter)

@@ -147,28 +147,29 @@ def questions(
     answers: Mapping[str, Sequence[Answer]], asked: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Of each setting: right answers, answers that cannot be read, and `words` against it."""
-    letters = {
-        name: [extract.choice(answer.text, letters="ABCD") for answer in given]
-        for name, given in answers.items()
-    }
-    right = {
-        name: [
-            letter == "ABCD"[asked[answer.prompt]["answer"]]
-            for letter, answer in zip(letters[name], given, strict=True)
-        ]
-        for name, given in answers.items()
-    }
+    said = {name: letters(given, asked) for name, given in answers.items()}
+    right = {name: [given == wanted for given, wanted in pairs] for name, pairs in said.items()}
     return {
         "questions": len(asked),
         "rows": {
             name: {
                 "right": share(right[name]),
-                "unreadable": share([letter is None for letter in letters[name]]),
+                "unreadable": share([given is None for given, _ in said[name]]),
                 **paired(right, name),
             }
             for name in answers
         },
     }
+
+
+def letters(
+    answers: Sequence[Answer], asked: Sequence[Mapping[str, Any]]
+) -> list[tuple[str | None, str]]:
+    """The letter that each answer to a question of MMLU gives, and the right one."""
+    return [
+        (extract.choice(answer.text, letters="ABCD"), "ABCD"[asked[answer.prompt]["answer"]])
+        for answer in answers
+    ]
 
 
 def share(of: Sequence[bool]) -> dict[str, float]:

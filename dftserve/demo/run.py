@@ -26,7 +26,7 @@ from dftserve.demo.model import smollm2
 from dftserve.serve import running
 
 PAGE = "demo.html"
-HEARD_SECONDS = 30.0
+HEARTBEAT_SECONDS = 30.0
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
 ESTIMATE = (
@@ -74,18 +74,18 @@ def demo(folder: Path, console: Console | None = None) -> None:
 def _part(number: int, what: str, console: Console) -> Iterator[None]:
     start = time.monotonic()
     console.print(f"\n[bold]{number}/5  {what}[/bold]", highlight=False)
-    with _heard(console, start):
+    with _heartbeat(console, start):
         yield
     console.print(f"{number}/5  {time.monotonic() - start:.0f} s", highlight=False)
 
 
 @contextlib.contextmanager
-def _heard(console: Console, start: float) -> Iterator[None]:
+def _heartbeat(console: Console, start: float) -> Iterator[None]:
     """A line now and then, so that a part that says nothing is not taken for one that hangs."""
     ended = threading.Event()
 
     def tell() -> None:
-        while not ended.wait(HEARD_SECONDS):
+        while not ended.wait(HEARTBEAT_SECONDS):
             console.print(f"  … {time.monotonic() - start:.0f} s", highlight=False)
 
     thread = threading.Thread(target=tell, daemon=True)

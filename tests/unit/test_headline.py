@@ -29,7 +29,7 @@ def test_every_story_has_words_behind_its_prompt(data):
 
 
 def test_the_start_does_not_learn_the_prompts_that_are_asked(data):
-    asked = next(each for each in models.prompt_sets(data) if each.name == models.STORIES)
+    asked = models.prompt_set(models.STORIES, data)
     learnt = [prompt for prompt, _ in models.alike(data)]
     assert len(learnt) == 300 - len(asked.prompts)
     assert set(learnt).isdisjoint(asked.prompts)

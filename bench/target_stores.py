@@ -1,0 +1,30 @@
+"""Target stores of documents that a bench made itself, without a corpus or a chat template."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dftserve.targets import store
+from dftserve.targets.document import Document
+from dftserve.targets.source import Source
+
+
+def write(
+    folder: Path, source: Source, documents: Mapping[str, Sequence[Document]], *, tokenizer: str
+) -> None:
+    """The store of a source with six entries and six draws a row.
+
+    Args:
+        documents: by split.
+        tokenizer: of `tokenizer_fingerprint`.
+    """
+    plan = store.plan(
+        source,
+        documents,
+        tokenizer=tokenizer,
+        template=None,
+        corpus={},
+        k=6,
+        draws=6,
+        seed=0,
+    )
+    store.write(folder, plan, source, documents)
