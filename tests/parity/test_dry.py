@@ -21,6 +21,7 @@ from tests.parity.test_exactness import (
     _plain,
     _read,
     _reading,
+    _sampled,
     _stops,
     _vocabulary,
 )
@@ -52,10 +53,7 @@ def test_repeats_are_penalised_before_the_law(engine, count, figure):
         asked |= {} if level is None else {"level": level}
         body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": number}
         answer = _reading(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
-        tokens = [
-            int(token.removeprefix("token_id:"))
-            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
-        ]
+        tokens = _sampled(answer.json()["choices"][0])
         for step in range(len(tokens)):
             before = [*prompt, *tokens[:step]]
             logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]

@@ -78,10 +78,7 @@ def test_the_law_words_goes_by_the_last_token(engine, count, figure):
         temperature = source.uniform(0.5, 1.5)
         body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": 1}
         answer = _reading(engine, [body | {"max_tokens": 3, "ignore_eos": True}], vocabulary)[0]
-        tokens = [
-            int(token.removeprefix("token_id:"))
-            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
-        ]
+        tokens = _sampled(answer.json()["choices"][0])
         for step in (0, 2):
             before = [*prompt, *tokens[:step]]
             plain = _plain({"prompt": before, "shaping": {"ignore_eos": True}})
@@ -118,10 +115,7 @@ def test_the_laws_that_only_cut_are_sampled(engine, count, figure):
         asked, temperature, seed = _cut(number, source), source.uniform(0.5, 1.5), number
         body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": seed}
         answer = _reading(engine, [body | {"max_tokens": 3}], vocabulary)[0]
-        tokens = [
-            int(token.removeprefix("token_id:"))
-            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
-        ]
+        tokens = _sampled(answer.json()["choices"][0])
         for step in {0, len(tokens) - 1}:
             before = [*prompt, *tokens[:step]]
             logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
@@ -225,6 +219,11 @@ def _log_p(answer, vocabulary: int, step: int = 0) -> np.ndarray:
         log_p_V[int(token.removeprefix("token_id:"))] = value if value > -9998 else -np.inf
     assert not np.isnan(log_p_V).any(), "the server did not list every token"
     return log_p_V
+
+
+def _sampled(choice: dict) -> list[int]:
+    """What was sampled."""
+    return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
 
 
 def _first_choice(answer) -> dict | None:

@@ -10,7 +10,7 @@ from dftserve.stories.grammar import PROMPTS
 from tests.client import chat_body, gather, metric
 from tests.conftest import Engine, long
 from tests.group_reference import cut_reference, drawn_reference, first_code_reference
-from tests.parity.test_exactness import _plain, _read, _reading, _stops, _vocabulary
+from tests.parity.test_exactness import _plain, _read, _reading, _sampled, _stops, _vocabulary
 from tests.reference import reference
 
 SIZE, TOKENS = 16, 6
@@ -78,10 +78,7 @@ def _choices(answer) -> list[list[int]]:
     assert answer.status_code == 200, answer.text
     said = answer.json()
     assert said["diversity"]["group"]
-    return [
-        [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
-        for choice in sorted(said["choices"], key=lambda choice: choice["index"])
-    ]
+    return [_sampled(each) for each in sorted(said["choices"], key=lambda each: each["index"])]
 
 
 _seen: dict[tuple, np.ndarray] = {}

@@ -21,6 +21,7 @@ from tests.parity.test_exactness import (
     _plain,
     _read,
     _reading,
+    _sampled,
     _stops,
     _vocabulary,
 )
@@ -52,10 +53,7 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
         body = {"prompt": prompt, "style": style, "temperature": temperature, "seed": number}
         body |= {} if level is None else {"diversity": level}
         answer = _reading(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
-        tokens = [
-            int(token.removeprefix("token_id:"))
-            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
-        ]
+        tokens = _sampled(answer.json()["choices"][0])
         state, spent = 0, 0.0
         for step, token in enumerate(tokens):
             before = [*prompt, *tokens[:step]]

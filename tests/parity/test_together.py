@@ -21,6 +21,7 @@ from tests.parity.test_exactness import (
     _plain,
     _read,
     _reading,
+    _sampled,
     _stops,
     _vocabulary,
 )
@@ -55,10 +56,7 @@ def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
         body = {"prompt": prompt, "diversity": asked, "style": style, "seed": number}
         body |= {"temperature": temperature, "max_tokens": TOKENS}
         answer = _reading(engine, [body], vocabulary)[0]
-        tokens = [
-            int(token.removeprefix("token_id:"))
-            for token in answer.json()["choices"][0]["logprobs"]["tokens"]
-        ]
+        tokens = _sampled(answer.json()["choices"][0])
         code, bits = first_code_reference(place["id"], place["index"], SIZE), np.log2(SIZE)
         state, spent = 0, 0.0
         for step, token in enumerate(tokens):
