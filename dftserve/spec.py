@@ -111,6 +111,10 @@ GROUP_ACCEPTED = (
     "true, for the choices of a request with n > 1, or an object such as "
     '{"id": "essay-17", "index": 0, "size": 8}'
 )
+TRACE = "trace"
+"""Beside what the law takes, with every law: the answer has the figures of each token."""
+MOST_TRACED = 4096
+"""Tokens of a request's choices, together, whose figures an answer has."""
 HUMAN = "human"
 """To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
 
@@ -178,6 +182,8 @@ class Diversity:
     """None: off."""
     group: "bool | Group | None" = None
     """True: the request's choices are a group."""
+    trace: bool = False
+    """Whether the answer has the figures of each token, of at most `MOST_TRACED`."""
 
     @property
     def is_off(self) -> bool:
@@ -193,6 +199,7 @@ class Diversity:
         """The object form; `parse` gives it back unchanged."""
         everything = {field.name: getattr(self, field.name) for field in fields(self)}
         dry, group = everything.pop("dry"), self.group
+        everything[TRACE] = self.trace or None
         found = {name: value for name, value in everything.items() if value is not None}
         if dry is not None:
             found |= dry.as_dict()
@@ -226,7 +233,7 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
         raise DiversityError(f"{parameter}.law", law, accepted)
     takes = LAWS[law]
     for name in value:
-        if name not in ("law", GROUP) and name not in takes and name not in DRY_NAMES:
+        if name not in ("law", GROUP, TRACE) and name not in takes and name not in DRY_NAMES:
             raise _unknown_field(parameter, name, value[name], law)
     dry = _parse_dry(value, parameter)
     given = {name: value[name] for name in takes if value.get(name) is not None}
@@ -239,7 +246,10 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
             raise DiversityError(f"{parameter}.{name}", value.get(name, NOTHING), accepted)
     defaults = {name: default for name, default in takes.items() if default is not _REQUIRED}
     group = _group(value.get(GROUP), f"{parameter}.{GROUP}")
-    return Diversity(law=law, dry=dry, **{**defaults, **numbers}, group=group)
+    trace = value.get(TRACE)
+    if trace is not None and not isinstance(trace, bool):
+        raise DiversityError(f"{parameter}.{TRACE}", trace, "true or false")
+    return Diversity(law=law, dry=dry, **{**defaults, **numbers}, group=group, trace=bool(trace))
 
 
 def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
@@ -486,7 +496,7 @@ def _deciles(value: object, parameter: str) -> tuple[float, ...]:
 
 
 def _unknown_field(parameter: str, name: object, value: object, law: str) -> DiversityError:
-    takes = [*LAWS[law], GROUP]
+    takes = [*LAWS[law], GROUP, TRACE]
     owners = [other for other, theirs in LAWS.items() if name in theirs]
     hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
     names = [*takes, *DRY_NAMES]

@@ -137,6 +137,15 @@ class Snapshot:
         return SlotStatistics(*(torch.tensor(part[slot]) for part in self._arrays[1:]))
 
 
+def last_tokens_of_row(row_X: Sequence[float], tokens: int) -> list[Sequence[float] | None]:
+    """F of each token that a step produced, from the row of `Snapshot.rows` that it reported; None
+    for one whose logits were passed through."""
+    first, rows = 1 + COLUMNS, max(len(row_X) // COLUMNS - 1, 0)
+    waiting = [row_X[first + i * COLUMNS :][:COLUMNS] for i in range(min(tokens, rows))]
+    known = [row_F if row_F[COUNT] else None for row_F in waiting]
+    return known + [None] * (tokens - len(known))
+
+
 def means_of_row(row_X: Sequence[float], total_tokens: int) -> list[float] | None:
     """`means` of a row of `Snapshot.rows`."""
     tokens, *rest = row_X

@@ -1,6 +1,7 @@
 """The field on every endpoint, and its answer: header, body, stream, metrics, capabilities."""
 
 import json
+import math
 
 import pytest
 
@@ -215,3 +216,79 @@ def test_the_disabled_plug_in_is_stock(v1_stock):
     assert answer.status_code == 200
     assert "diversity" not in answer.json()
     assert get(v1_stock, "/v1/dft/capabilities").status_code == 404
+
+
+TRACED = {"entropy_before", "entropy_after", "temperature", "changed"}
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("law", [{}, {"law": "words"}])
+def test_a_trace_has_the_figures_of_each_token(engine, stream, law):
+    """The means are those of the trace, and the temperature is the law's, token by token."""
+    asked = {"level": 0.9, "trace": True, **law}
+    body = chat_body(max_tokens=24, n=2, diversity=asked, stream=stream)
+    said = _members(post(engine, "/v1/chat/completions", body), stream)
+    assert said["trace"] is True
+    for choice in said["choices"]:
+        assert set(choice) == FIGURES | {"trace"}
+        trace = choice["trace"]
+        assert set(trace) == TRACED
+        assert {len(column) for column in trace.values()} == {choice["tokens"]}
+        for column, mean in (
+            ("entropy_before", "mean_entropy_before"),
+            ("entropy_after", "mean_entropy_after"),
+            ("temperature", "mean_temperature"),
+            ("changed", "tokens_changed"),
+        ):
+            found = sum(trace[column]) / choice["tokens"]
+            assert found == pytest.approx(choice[mean], abs=1e-4)
+        if not law:
+            asked_for = [_gated(entropy, level=0.9) for entropy in trace["entropy_before"]]
+            pairs = list(zip(trace["temperature"], asked_for, strict=True))
+            # A stop token that would become the likeliest holds it back, which is rare.
+            assert all(1 <= found <= heated + 1e-3 for found, heated in pairs)
+            assert sum(found >= heated - 1e-3 for found, heated in pairs) > len(pairs) / 2
+
+
+def _gated(entropy: float, level: float) -> float:
+    """The temperature of docs/maths.md at T = 1."""
+    return min(math.exp(2 * level * (entropy / (entropy + 1)) ** 2), 4)
+
+
+def _members(answer, stream: bool) -> dict:
+    """The `diversity` object of an answer."""
+    if not stream:
+        return answer.json()["diversity"]
+    (line,) = [line for line in answer.text.splitlines() if '"mean_entropy_after"' in line]
+    return json.loads(line.removeprefix("data: "))["diversity"]
+
+
+@BOTH
+def test_a_traced_text_is_the_same_text(engine):
+    asked = chat_body(max_tokens=24, seed=5)
+    texts = [
+        post(engine, "/v1/chat/completions", asked | {"diversity": diversity}).json()["choices"]
+        for diversity in (0.9, {"level": 0.9, "trace": True})
+    ]
+    assert texts[0] == texts[1]
+
+
+@BOTH
+def test_a_trace_that_a_stop_string_ends_and_one_of_a_style(engine):
+    asked = {"max_tokens": 48, "stop": ["e"], "diversity": {"level": 1, "trace": True}}
+    said = post(engine, "/v1/chat/completions", chat_body(**asked)).json()
+    trace = said["diversity"]["choices"][0]["trace"]
+    assert len(trace["changed"]) == said["usage"]["completion_tokens"] > 0
+    asked = {**SHORT, "style": "habits", "diversity": {"level": 0, "trace": True}}
+    said = post(engine, "/v1/chat/completions", chat_body(**asked)).json()
+    assert len(said["diversity"]["choices"][0]["trace"]["changed"]) > 0
+
+
+@BOTH
+def test_a_trace_of_what_is_off_is_none(engine):
+    body = chat_body(**SHORT, diversity={"level": 0, "trace": True})
+    assert post(engine, "/v1/chat/completions", body).json()["diversity"]["choices"] == [None]
+    refused = post(engine, "/v1/chat/completions", chat_body(diversity={"level": 1, "trace": 1}))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "diversity.trace"

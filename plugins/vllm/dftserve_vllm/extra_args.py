@@ -43,8 +43,9 @@ class Active:
     controls: ControlRow
     identity: str | None
     """Of the request's diversity and style."""
-    may_end_anywhere: bool
-    """Whether its text may end where the engine does not see it: at a stop string."""
+    reports_each_step: bool
+    """Whether its statistics are sent at every step, not with the last alone: its text may end
+    where the engine does not see it, at a stop string, or each token's figures were asked for."""
     group: GroupRow | None
 
 
@@ -173,7 +174,7 @@ def active(
         diversity,
         controls,
         carried.get(IDENTITY),
-        may_end_anywhere=bool(params.stop),
+        reports_each_step=bool(params.stop) or diversity.trace,
         group=groups.group_row(diversity, params, temperature_applied=temperature_applied),
     )
 

@@ -19,13 +19,46 @@ from dftserve.sampling.slots import (
     KL,
     STRENGTH,
     TEMPERATURE,
+    last_tokens_of_row,
     means_of_row,
 )
-from dftserve.spec import Diversity, Style
+from dftserve.spec import MOST_TRACED, Diversity, Style
 from dftserve_vllm import seals
 from dftserve_vllm.adapters import Adapter, Chosen
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.step_report import Payload
+
+TRACED = {
+    "entropy_before": BEFORE,
+    "entropy_after": AFTER,
+    "temperature": TEMPERATURE,
+    "changed": CHANGED,
+}
+"""What a trace has of each token: the names that it has them by."""
+
+
+@dataclass(eq=False)
+class Trace:
+    """The figures of a choice's tokens, one by one, in their order."""
+
+    most: int
+    """Tokens; those beyond are not kept."""
+    columns: dict[str, list[float | None]] = field(
+        default_factory=lambda: {name: [] for name in TRACED}
+    )
+
+    def add(self, row_X: Sequence[float] | None, tokens: int) -> None:
+        """A step's tokens.
+
+        Args:
+            row_X: what the engine reported of the step; None where it did not.
+        """
+        kept = len(self.columns["changed"])
+        tokens = min(tokens, self.most - kept)
+        for row_F in last_tokens_of_row(row_X or (), tokens):
+            for name, column in TRACED.items():
+                known = None if row_F is None else round(row_F[column], 4)
+                self.columns[name].append(known)
 
 
 @dataclass(eq=False)
@@ -33,6 +66,8 @@ class ChoiceStatistics:
     """What came of one choice, as far as it is known."""
 
     law: str
+    trace: Trace | None = None
+    """Where one was asked for; that of its further turns too."""
     produced: int = 0
     """Tokens that the engine has sent."""
     payload: Payload | None = None
@@ -60,17 +95,18 @@ class ChoiceStatistics:
         shares = [[count / tokens * mean for mean in means] for count, *means in known]
         return [tokens, *map(sum, zip(*shares, strict=True))]
 
-    def as_dict(self) -> dict[str, float] | None:
+    def as_dict(self) -> dict[str, Any] | None:
         values = self.means_of_all()
         if values is None:
             return None
-        return {
+        means = {
             "tokens": int(values[0]),
             "mean_entropy_before": round(values[BEFORE], 6),
             "mean_entropy_after": round(values[AFTER], 6),
             "mean_temperature": round(values[TEMPERATURE], 6),
             "tokens_changed": round(values[CHANGED], 6),
         }
+        return means if self.trace is None else means | {"trace": self.trace.columns}
 
     def of_style(self) -> dict[str, float] | None:
         """What the style did to it."""
@@ -107,11 +143,16 @@ class PromptContext:
     choices: list[ChoiceStatistics] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.choices = [ChoiceStatistics(self.diversity.law) for _ in range(self.count)]
+        self.choices = [self._choice() for _ in range(self.count)]
         has_style = self.style is not None and not self.style.is_off
         if self.reason is None and (has_style or not self.diversity.is_off):
             self.identity = seals.sealed_name(self.carried(), self.count, opened())
             _prompts[self.identity] = self
+
+    def _choice(self) -> ChoiceStatistics:
+        each = max(MOST_TRACED // self.count, 1)
+        trace = Trace(each) if self.diversity.trace else None
+        return ChoiceStatistics(self.diversity.law, trace)
 
     def carried(self) -> dict[str, Any]:
         """What goes to the engine: the object forms."""
@@ -219,7 +260,7 @@ def next_turn(identity: object) -> ChoiceStatistics | None:
     context = current.get()
     if choice is None or context is None or prompt not in context.prompts:
         return None
-    turn = ChoiceStatistics(choice.law)
+    turn = ChoiceStatistics(choice.law, choice.trace)
     choice.turns.append(turn)
     return turn
 

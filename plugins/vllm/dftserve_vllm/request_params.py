@@ -47,6 +47,9 @@ def default_diversity() -> spec.Diversity | None:
         raise spec.DiversityError(
             f"{DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
         )
+    if diversity is not None and diversity.trace:
+        accepted = "none: an answer has each token's figures where its request asks for them"
+        raise spec.DiversityError(f"{DEFAULT_VARIABLE}.{spec.TRACE}", True, accepted)
     return None if diversity is None or diversity.is_off else diversity
 
 

@@ -93,7 +93,7 @@ class RequestStats:
         Args:
             positions: of each active request in the batch.
             slots: their slots.
-            always: whether each may end in the API process; see `StepReport`.
+            always: whether each is sent at every step; see `StepReport`.
         """
         snapshot = self.slots.snapshot()
         self._preempted.saw(snapshot)

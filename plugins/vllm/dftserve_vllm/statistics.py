@@ -56,6 +56,8 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
             choice.produced += len(output.new_token_ids)
             if payload is not None and "row" in payload:
                 choice.payload = payload
+            if choice.trace is not None:
+                choice.trace.add((payload or {}).get("row"), len(output.new_token_ids))
             found.append((output.request_id, choice, str(output.finish_reason) == "abort"))
     return found
 

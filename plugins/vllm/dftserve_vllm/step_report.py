@@ -36,7 +36,8 @@ class StepReport:
     positions: Array
     """int64, each request's position in the batch."""
     always: NDArray[np.bool_]
-    """Whether the request may end in the API process: it has stop strings."""
+    """Whether it is sent now, whatever becomes of the request: this may end in the API process, at
+    a stop string, or is traced."""
     rows: bytes
     """float32 [R, X], see `Snapshot.rows`; as bytes, which are cheapest to send."""
     faults: int

@@ -41,14 +41,14 @@ class _Requests:
         """The engine's own lists, which grow; their lengths and last tokens are read."""
         self.prompt_end_S = np.full(slots, -1, np.int32)
         """The prompt's last token; -1 where it has none, as of embeddings."""
-        self.may_end_anywhere_S = np.zeros(slots, bool)
+        self.reports_each_step_S = np.zeros(slots, bool)
         self.reads_last_token_S = np.zeros(slots, bool)
         self.has_style_S = np.zeros(slots, bool)
 
     def put(self, slot: int, asked: Active, prompt_end: int, output_ids: list[int]) -> None:
         self.outputs[slot] = output_ids
         self.prompt_end_S[slot] = prompt_end
-        self.may_end_anywhere_S[slot] = asked.may_end_anywhere
+        self.reports_each_step_S[slot] = asked.reports_each_step
         self.reads_last_token_S[slot] = asked.controls.reads_last_token
         self.has_style_S[slot] = asked.controls.has_style
 
@@ -61,7 +61,7 @@ class _Batch:
     prompt_end_R: NDArray[np.int32]
     index: Array
     slots: Array
-    may_end_anywhere: NDArray[np.bool_]
+    reports_each_step: NDArray[np.bool_]
     reads_last_token: bool
     styled: Array
     """Which of the rows have a style."""
@@ -258,7 +258,7 @@ class V1Processor(LogitsProcessor):
 
     def _report(self) -> None:
         batch = self._batch or self._gather()
-        self.stats.end_step(batch.index, batch.slots, batch.may_end_anywhere)
+        self.stats.end_step(batch.index, batch.slots, batch.reports_each_step)
 
     def _gather(self) -> _Batch:
         requests, places = self._requests, sorted(self._slots)
@@ -272,7 +272,7 @@ class V1Processor(LogitsProcessor):
             prompt_end_R=requests.prompt_end_S[slots],
             index=index,
             slots=slots,
-            may_end_anywhere=requests.may_end_anywhere_S[slots],
+            reports_each_step=requests.reports_each_step_S[slots],
             reads_last_token=bool(requests.reads_last_token_S[slots].any()),
             styled=np.flatnonzero(requests.has_style_S[slots]),
             rows_R=rows_R,

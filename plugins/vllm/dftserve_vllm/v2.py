@@ -54,7 +54,7 @@ class V2Processor(LogitsProcessor):
         self._rows_per_request = 1 + drafts
         self._verified_rows = slots * (1 + drafts) if drafts else 0
         self._is_active = np.zeros(slots, dtype=bool)
-        self._may_end_anywhere = np.zeros(slots, dtype=bool)
+        self._reports_each_step = np.zeros(slots, dtype=bool)
         self._reads_last_token = np.zeros(slots, dtype=bool)
         self._has_style = np.zeros(slots, dtype=bool)
         self._staged: list[int] = []
@@ -82,7 +82,7 @@ class V2Processor(LogitsProcessor):
             return False
         produced = self._states.prefill_len.np[slot] - self._states.prompt_len.np[slot]
         self.stats.open(slot, asked.identity, int(produced), asked.group)
-        self._may_end_anywhere[slot] = asked.may_end_anywhere
+        self._reports_each_step[slot] = asked.reports_each_step
         self._reads_last_token[slot] = asked.controls.reads_last_token
         self._has_style[slot] = asked.controls.has_style
         if asked.diversity.dry is not None:
@@ -168,5 +168,5 @@ class V2Processor(LogitsProcessor):
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]
         self.stats.end_step(
-            np.flatnonzero(is_active_B), slots.astype(np.int64), self._may_end_anywhere[slots]
+            np.flatnonzero(is_active_B), slots.astype(np.int64), self._reports_each_step[slots]
         )

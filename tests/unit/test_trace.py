@@ -1,0 +1,52 @@
+"""The figures of each token, from what an engine reports of its steps."""
+
+from dftserve_vllm.request_context import PromptContext, Trace
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, COLUMNS, COUNT, TEMPERATURE
+from dftserve.spec import MOST_TRACED, parse
+
+ROWS = 3
+"""Of a request in a step: two drafts, and the token behind them."""
+figures = st.floats(0, 10, width=32)
+
+
+@st.composite
+def steps(draw):
+    """A step: the row of `Snapshot.rows`, or None where it was lost; the tokens that it gave, and
+    the figures that each of these has, None where it has none."""
+    produced = draw(st.integers(0, ROWS))
+    waiting = [[0.0] * COLUMNS for _ in range(ROWS)]
+    expected = []
+    for row_F in waiting:
+        values = draw(st.tuples(figures, figures, figures, figures))
+        row_F[COUNT] = float(draw(st.booleans()))
+        row_F[BEFORE], row_F[AFTER], row_F[TEMPERATURE], row_F[CHANGED] = values
+        expected.append([round(value, 4) for value in values] if row_F[COUNT] else [None] * 4)
+    sums = draw(st.lists(figures, min_size=1 + COLUMNS, max_size=1 + COLUMNS))
+    if draw(st.booleans()):
+        return None, produced, [[None] * 4] * produced
+    return [*sums, *(value for row_F in waiting for value in row_F)], produced, expected[:produced]
+
+
+@given(st.lists(steps(), max_size=8), st.integers(1, 12))
+def test_each_token_has_the_figures_of_its_own_row(taken, most):
+    trace = Trace(most)
+    for row_X, produced, _ in taken:
+        trace.add(row_X, produced)
+    expected = [each for _, _, found in taken for each in found][:most]
+    assert [list(each) for each in zip(*trace.columns.values(), strict=True)] == expected
+
+
+@given(st.integers(1, 5000))
+def test_a_request_is_traced_within_a_bound_whatever_its_choices(count):
+    prompt = PromptContext(parse({"level": 1, "trace": True}), count)
+    bounds = [choice.trace.most for choice in prompt.choices if choice.trace is not None]
+    assert len(bounds) == count
+    assert min(bounds) >= 1
+    assert sum(bounds) <= max(MOST_TRACED, count)
+
+
+def test_nothing_is_kept_where_none_was_asked_for():
+    assert all(choice.trace is None for choice in PromptContext(parse(1), 3).choices)
