@@ -97,6 +97,31 @@ def chat(url: str, model: str | None, api_key_env: str, temperature: float | Non
 
 
 @main.command()
+@click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
+@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8100,
+    show_default=True,
+    help="Of this machine, where the page is. 0: any that is free.",
+)
+def playground(url: str, api_key_env: str, port: int) -> None:
+    """A page in the browser: one prompt, two settings side by side.
+
+    It is there for this machine alone, and the key stays here; from another machine, forward the
+    port: `ssh -L 8100:127.0.0.1:8100 HOST`.
+    """
+    from dftserve.playground import server
+    from dftserve.serve import base_url
+
+    upstream = server.Upstream(base_url(url), api_key_of(api_key_env))
+    with server.listening(port) as listener:
+        click.echo(f"Open http://{server.HOST}:{listener.getsockname()[1]}/ (Ctrl+C ends it)")
+        server.run(upstream, listener)
+
+
+@main.command()
 @click.option("--url", help="Also ask the server at this address.")
 @click.option(
     "--api-key-env",

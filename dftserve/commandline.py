@@ -69,6 +69,7 @@ EXTRAS = {
     "eval": ("sklearn", "harper"),
     "meaning": ("sentence_transformers",),
     "serve": ("vllm", "dftserve_vllm", "psutil", "rich"),
+    "playground": ("starlette", "uvicorn", "httpx"),
 }
 """Which extra of dftserve brings a package, by the name that is imported: the first that does."""
 FAULT = 70

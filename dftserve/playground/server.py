@@ -1,0 +1,200 @@
+"""The playground's own server: the page's files, and two routes to the server that it asks.
+
+    with listening(port=8100) as found:
+        run(Upstream("http://127.0.0.1:8000/v1"), found)
+
+It holds the API key and the page does not. So it listens on the loopback address only, answers no
+other `Host` (DNS rebinding), and takes JSON only, which a page of another origin cannot send
+without a permission that is never given.
+"""
+
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+HOST = "127.0.0.1"
+LARGEST = 1 << 20
+"""Bytes of a request's body."""
+WAIT_S = 600.0
+"""For the next bytes of an answer."""
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+SECURITY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors "
+    "'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+PASSED_ON = ("content-type", "x-dftserve-diversity", "x-dftserve-style")
+"""Headers of an answer."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The server that is asked."""
+
+    url: str
+    """With /v1."""
+    key: str | None = None
+
+    def client(self) -> httpx.AsyncClient:
+        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        timeout = httpx.Timeout(WAIT_S, connect=10)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout)
+
+
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    """A socket on the loopback address.
+
+    Args:
+        port: 0: any that is free.
+
+    Raises:
+        OSError: the port is taken, or not to be had.
+    """
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((HOST, port))
+            found.listen()
+        except OSError as error:
+            advice = "choose another --port, or 0 for any that is free"
+            raise OSError(f"port {port} of {HOST}: {error.strerror}; {advice}.") from None
+        yield found
+
+
+def run(upstream: Upstream, listener: socket.socket) -> None:
+    """Serve until a signal ends it."""
+    config = uvicorn.Config(
+        app(upstream), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def app(upstream: Upstream) -> Starlette:
+    @asynccontextmanager
+    async def lifespan(application: Starlette) -> AsyncIterator[None]:
+        async with upstream.client() as client:
+            application.state.client = client
+            yield
+
+    async def told(request: Request) -> Response:
+        return JSONResponse(await about(request.app.state.client, upstream.url), headers=SECURITY)
+
+    routes = [
+        Route("/", page_file),
+        Route("/static/{name}", page_file),
+        Route("/api/server", told),
+        Route("/api/chat", chat, methods=["POST"]),
+    ]
+    own_host = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    return Starlette(routes=routes, middleware=[own_host], lifespan=lifespan)
+
+
+async def page_file(request: Request) -> Response:
+    """One of the page's files; no other file has a name that is looked for."""
+    name = request.path_params.get("name", "page.html")
+    found = {each.name: each for each in static().iterdir()}
+    if name not in found:
+        return Response(status_code=404)
+    kind = TYPES[name.rpartition(".")[2]]
+    return Response(found[name].read_bytes(), media_type=kind, headers=SECURITY)
+
+
+def static() -> Any:
+    return resources.files("dftserve.playground") / "static"
+
+
+# ── The server that is asked ─────────────────────────────────────────────────────────────────────
+
+
+async def about(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
+    """What the page needs to know of it: its models, its capabilities, or what is wrong."""
+    found: dict[str, Any] = {"url": url, "models": [], "capabilities": None, "problem": None}
+    try:
+        models = await client.get("models")
+        if models.status_code in (401, 403):
+            return found | {"problem": f"{url} refuses the API key: set --api-key-env."}
+        models.raise_for_status()
+        found["models"] = [str(each["id"]) for each in models.json()["data"]]
+        capabilities = await client.get("dft/capabilities")
+        if capabilities.status_code == 200:
+            found["capabilities"] = capabilities.json()
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        return found | {"problem": unreachable(url, error)}
+    return found | {"problem": not_in_force(found["capabilities"])}
+
+
+def not_in_force(capabilities: Mapping[str, Any] | None) -> str | None:
+    """Why `diversity` would do nothing there; None where it is honoured."""
+    if capabilities is None:
+        return (
+            "This server has no diversity field: install dftserve-vllm beside its vLLM, and "
+            "restart it."
+        )
+    return None if capabilities.get("active") else str(capabilities.get("reason"))
+
+
+def unreachable(url: str, error: Exception) -> str:
+    said = str(error) or type(error).__name__
+    return f"{url} does not answer as an OpenAI-compatible server ({said}): is it running?"
+
+
+async def chat(request: Request) -> Response:
+    """A request of the page's, as it is; its answer as it comes. When the page goes, so does the
+    request to the server."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        return refusal(415, "Content-Type: accepted: application/json.")
+    body = await bounded_body(request)
+    if body is None:
+        return refusal(413, f"The request is too large; accepted: {LARGEST >> 20} MiB.")
+    client: httpx.AsyncClient = request.app.state.client
+    headers = {"Content-Type": "application/json"}
+    try:
+        asked = client.build_request("POST", "chat/completions", content=body, headers=headers)
+        answer = await client.send(asked, stream=True)
+    except httpx.HTTPError as error:
+        return refusal(502, unreachable(str(client.base_url), error))
+    kept = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
+    return StreamingResponse(pieces(answer), answer.status_code, headers={**kept, **SECURITY})
+
+
+async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_bytes():
+            yield piece
+    except httpx.HTTPError as error:
+        # The answer has begun: this is where its reader can still be told.
+        message = f"The server's answer broke off ({str(error) or type(error).__name__})."
+        yield f"\n\ndata: {json.dumps({'error': {'message': message}})}\n\n".encode()
+    finally:
+        await answer.aclose()
+
+
+async def bounded_body(request: Request) -> bytes | None:
+    """None where it is longer than `LARGEST`."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > LARGEST:
+            return None
+    return bytes(body)
+
+
+def refusal(status: int, message: str) -> Response:
+    return JSONResponse({"error": {"message": message}}, status, headers=SECURITY)

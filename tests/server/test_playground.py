@@ -1,0 +1,331 @@
+"""The playground's page in a real browser, before real servers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from tests.client import metric
+from tests.conftest import KEY, PATIENCE, Engine
+
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
+)
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+NO_CHARACTER = "\ufffd"
+WAIT_MS = PATIENCE * 1000
+expect = playwright.expect
+expect.set_options(timeout=WAIT_MS)
+
+
+@contextmanager
+def playground(engine: Engine, key: str = KEY) -> Iterator[str]:
+    """The command of a user, before a server; its address."""
+    command = [sys.executable, "-m", "dftserve.cli", "playground", "--url", engine.url]
+    environment = {**os.environ, "OPENAI_API_KEY": key}
+    with subprocess.Popen(
+        [*command, "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            (address,) = re.findall(r"http://\S+", process.stdout.readline())
+            yield address
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def address(v1) -> Iterator[str]:
+    with playground(v1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        # Chromium's own sandbox needs rights that root in a container does not have.
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as found:
+        yield found
+
+
+@contextmanager
+def opened(browser, address, viewport=DESKTOP, **given):
+    """The page, ready; what it asked for, and what its console said, are kept on it."""
+    context = browser.new_context(viewport=viewport, **given)
+    found = context.new_page()
+    found.set_default_timeout(WAIT_MS)
+    found.asked, found.complaints = [], []
+    found.on("request", lambda request: found.asked.append(request))
+    found.on("pageerror", lambda error: found.complaints.append(str(error)))
+    try:
+        found.goto(address)
+        expect(found.locator("#server")).not_to_contain_text("Asking")
+        yield found
+        assert not found.complaints
+    finally:
+        context.close()
+
+
+def bodies(page) -> list[dict]:
+    return [json.loads(each.post_data) for each in page.asked if each.url.endswith("/api/chat")]
+
+
+def write(page, **values) -> None:
+    """Fill in, ask, and wait for the end."""
+    for name, value in values.items():
+        page.fill(f"#{name}", str(value))
+    page.click("#write")
+    wait_for(page, "Done|Stopped|Not all")
+
+
+def wait_for(page, status: str) -> None:
+    expect(page.locator("#status")).to_have_text(re.compile(f"^({status})"))
+
+
+def slide(page, column: str, level: float) -> None:
+    page.fill(f"#diversity-{column}", str(level))
+
+
+def test_what_is_chosen_is_what_is_asked(page):
+    slide(page, "A", 0)
+    slide(page, "B", 0.75)
+    page.select_option("#law-B", "words")
+    page.select_option("#style-A", "habits")
+    page.fill("#strength-A", "0.4")
+    write(page, max_tokens=4, n=1, temperature=0.9, seed=7, messages="Tell me.")
+    first, second = bodies(page)
+    assert first["style"] == {"name": "habits", "strength": 0.4}
+    assert first["diversity"] == {"level": 0, "trace": True}
+    assert "style" not in second
+    assert second["diversity"] == {"law": "words", "level": 0.75, "trace": True}
+    for body in (first, second):
+        assert body["messages"] == [{"role": "user", "content": "Tell me."}]
+        assert (body["n"], body["max_tokens"], body["temperature"], body["seed"]) == (1, 4, 0.9, 7)
+
+
+def test_two_settings_are_answered_side_by_side(page):
+    write(page, max_tokens=12, n=2)
+    for column, says in (("A", "Off: the model's own sampling"), ("B", "mean entropy")):
+        answers = page.locator(f"[aria-label='Setting {column}'] article")
+        assert answers.count() == 2
+        for number in range(2):
+            assert answers.nth(number).locator(".text").inner_text()
+            assert says in answers.nth(number).locator(".figures").inner_text()
+    assert re.match(r"Done: \d+ tokens", page.inner_text("#status"))
+
+
+@pytest.mark.parametrize("view", ["entropy_before", "entropy_after", "temperature", "changed"])
+def test_the_tokens_are_the_text_and_have_their_figures(page, view):
+    slide(page, "B", 1)
+    write(page, max_tokens=24, n=1, messages="Tell me of a “naïve” owl 🦉.")
+    plain = page.text_content("[aria-label='Setting B'] .text")
+    page.check(f"[value={view}]")
+    tokens = page.locator("[aria-label='Setting B'] .token")
+    # The last token may be a stop token, whose text vLLM leaves out of the answer, and of bytes
+    # that are no character it leaves out what stands for them.
+    told = "".join(tokens.all_text_contents()).replace(NO_CHARACTER, "")
+    assert told.startswith(plain.replace(NO_CHARACTER, ""))
+    heat = tokens.evaluate_all(
+        "all => all.map(one => Number(one.style.getPropertyValue('--heat')))"
+    )
+    assert all(0 <= each <= 1 for each in heat)
+    assert any(heat)
+    assert "Coloured:" in page.inner_text("#scale")
+    page.click("[aria-label='Setting B'] article summary")
+    page.wait_for_selector("[aria-label='Setting B'] tbody tr")
+    assert page.locator("[aria-label='Setting B'] tbody tr").count() == tokens.count()
+    page.check("[value=plain]")
+    assert page.text_content("[aria-label='Setting B'] .text") == plain
+
+
+def test_phrases_that_answers_share_are_marked(page):
+    texts = ["The old owl flew over the hill.", "An OLD owl, flew over: the sea", "Nothing of it"]
+    ranges = page.evaluate(
+        "async texts => (await import('/static/phrases.js')).sharedIn(texts)", texts
+    )
+    marked = [[text[a:b] for a, b in each] for text, each in zip(texts, ranges, strict=True)]
+    assert marked == [["old owl flew over the"], ["OLD owl, flew over: the"], []]
+    write(page, max_tokens=64, n=8)
+    page.check("[value=shared]")
+    column = page.locator("[aria-label='Setting A']")
+    found = column.locator("mark").all_text_contents()
+    shown = column.locator(".text").all_text_contents()
+    for mark in found:
+        words = re.findall(r"\w+", mark.lower())[:4]
+        pattern = r"\W+".join(words)
+        assert sum(bool(re.search(pattern, text.lower())) for text in shown) > 1, mark
+
+
+def test_a_refusal_stands_beside_what_it_speaks_of(page):
+    page.eval_on_selector("#diversity-B", "one => { one.max = 2 }")
+    slide(page, "B", 1.5)
+    write(page, max_tokens=4, n=1)
+    said = page.inner_text("#diversity-B-error")
+    assert "got 1.5; accepted: a number from 0 to 1" in said
+    assert page.get_attribute("#diversity-B", "aria-invalid") == "true"
+    assert page.inner_text("[aria-label='Setting A'] .text")
+    slide(page, "B", 0.5)
+    write(page)
+    assert page.inner_text("#diversity-B-error") == ""
+
+
+def test_a_request_that_does_not_fit_is_refused_in_the_servers_words(page):
+    write(page, max_tokens=4000, n=1)
+    said = " ".join(page.locator(".error").all_inner_texts())
+    assert "4000" in said
+    assert page.inner_text("#status").startswith("Not all was answered")
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", "0"), ("temperature", "9"), ("messages", " ")])
+def test_a_slip_is_told_before_anything_is_asked(page, name, value):
+    page.fill(f"#{name}", value)
+    page.click("#write")
+    assert page.inner_text(f"#{name}-error")
+    assert page.evaluate("document.activeElement.id") == name
+    assert not bodies(page)
+
+
+def test_stop_ends_the_requests_of_the_engine(page, v1):
+    page.fill("#max_tokens", "400")
+    page.click("#write")
+    expect(page.locator(".text").first).not_to_be_empty()
+    page.click("#stop")
+    wait_for(page, "Stopped")
+    while metric(v1, "vllm:num_requests_running") or metric(v1, "vllm:num_requests_waiting"):
+        time.sleep(0.1)  # It ends, or the run's own limit tells.
+    assert page.is_enabled("#write")
+    write(page, max_tokens=4)
+    assert page.inner_text("#status").startswith("Done")
+
+
+@pytest.mark.parametrize("language", ["curl", "python"])
+def test_the_lines_to_copy_run(page, language):
+    page.fill("#messages", "It's a \"quoted\" owl's\nline: $HOME `id` 🦉 \\n")
+    page.fill("#max_tokens", "4")
+    slide(page, "B", 0.65)
+    page.click("[aria-label='Setting B'] .code summary")
+    code = page.text_content(f"[aria-label='Setting B'] [data-code={language}]")
+    if language == "curl" and shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+    environment = {**os.environ, "OPENAI_API_KEY": KEY}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "0.65" in ran.stdout
+    assert "mean_entropy_after" in ran.stdout
+
+
+def test_the_copy_button_copies(browser, address):
+    with opened(browser, address, permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.click("[aria-label='Setting A'] .code summary")
+        page.click("[aria-label='Setting A'] [data-copy=python]")
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == page.text_content("[aria-label='Setting A'] [data-code=python]")
+
+
+def test_no_request_leaves_the_host_and_none_shows_the_key(page, address):
+    write(page, max_tokens=4)
+    assert page.asked
+    for request in page.asked:
+        assert request.url.startswith((address, "data:"))
+        assert KEY not in json.dumps(request.all_headers())
+    for url in {request.url for request in page.asked if request.url.startswith("http")}:
+        assert KEY not in page.request.fetch(url, fail_on_status_code=False).text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_it_is_accessible(browser, address, scheme, viewport):
+    with opened(browser, address, viewport, color_scheme=scheme) as page:
+        write(page, max_tokens=24)
+        page.click("[aria-label='Setting B'] article >> nth=0 >> summary")
+        page.click("[aria-label='Setting B'] .code summary")
+        for view in ("plain", "temperature", "shared"):
+            page.check(f"[value={view}]")
+            # Its script goes in by the browser's own way, which the page's policy does not bind.
+            found = axe.Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= viewport["width"]
+
+
+def test_it_is_used_by_keys_alone(page):
+    page.focus("#messages")
+    order = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id || document.activeElement.value"))
+    assert order[:6] == ["model", "n", "max_tokens", "temperature", "seed", "write"]
+    assert "diversity-A" in order
+    page.focus("#diversity-A")
+    page.keyboard.press("ArrowRight")
+    assert page.input_value("#diversity-A") == "0.05"
+    page.fill("#max_tokens", "4")
+    page.focus("#n")
+    page.keyboard.press("Enter")
+    wait_for(page, "Done")
+    page.focus("[value=plain]")
+    page.keyboard.press("ArrowDown")
+    assert page.is_checked("[value=shared]")
+
+
+def test_a_server_without_the_plug_in_is_named_and_still_asked(browser, v1_stock):
+    with playground(v1_stock) as address, opened(browser, address) as page:
+        assert "has no diversity field" in page.inner_text("#server")
+        assert page.is_disabled("#diversity-A")
+        write(page, max_tokens=4, n=1)
+        assert "diversity" not in bodies(page)[0]
+        assert page.inner_text("[aria-label='Setting A'] .text")
+
+
+def test_a_wrong_key_and_a_server_that_is_gone_are_told(browser, v1):
+    with playground(v1, key="wrong") as address, opened(browser, address) as page:
+        assert "refuses the API key" in page.inner_text("#server")
+    gone = Engine("gone", "http://127.0.0.1:9", v1.model_folder, v1.fault_file, v1.log, 0)
+    with playground(gone) as address, opened(browser, address) as page:
+        assert "is it running?" in page.inner_text("#server")
+        write(page)
+        assert "is it running?" in page.inner_text("[aria-label='Setting A'] [data-error=other]")
+
+
+def test_nobody_else_gets_at_the_key(address):
+    """A page of another origin can send what needs no permission: simple requests, and any to a
+    name of its own that points here."""
+    plain = httpx.post(f"{address}api/chat", content="{}", headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    other = httpx.get(f"{address}api/server", headers={"Host": "attacker.example"})
+    assert other.status_code == 400
+    asked = {"Origin": "http://attacker.example", "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(f"{address}api/chat", headers=asked)
+    assert "access-control-allow-origin" not in preflight.headers
+    large = httpx.post(f"{address}api/chat", json={"pad": "x" * (1 << 20)})
+    assert large.status_code == 413
+    for path in ("static/../server.py", "static/%2e%2e%2fserver.py", "static/none.js"):
+        assert httpx.get(f"{address}{path}").status_code == 404
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(address):
+    port = address.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "dftserve.cli", "playground", "--port", port]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert f"port {port} of 127.0.0.1" in ran.stderr
+    assert "Traceback" not in ran.stderr
