@@ -1,0 +1,95 @@
+"""A real Prometheus scrapes a real server: every panel of the dashboard has something to show."""
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import yaml
+
+from tests.client import chat_body, gather
+from tests.conftest import KEY, PATIENCE, ROOT, Engine
+
+OPS = ROOT / "plugins" / "vllm" / "ops"
+PROMETHEUS = shutil.which("prometheus")
+pytestmark = pytest.mark.skipif(
+    PROMETHEUS is None, reason="no prometheus on this machine (Debian: apt-get install prometheus)"
+)
+ASKED = [
+    {"diversity": 0.5},
+    {"diversity": {"law": "words", "level": 1}},
+    {"style": "habits"},
+    {"diversity": 7},
+]
+
+
+@contextlib.contextmanager
+def prometheus(engine: Engine, folder) -> Iterator[httpx.Client]:
+    """Scrapes the engine each second, with the alert rules; its API."""
+    target = engine.url.removeprefix("http://")
+    scraped = {"job_name": "vllm", "static_configs": [{"targets": [target]}]}
+    scraped |= {"authorization": {"credentials": KEY}}
+    configuration = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(OPS / "alerts.yaml")],
+        "scrape_configs": [scraped],
+    }
+    file = folder / "prometheus.yaml"
+    file.write_text(yaml.safe_dump(configuration))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [str(PROMETHEUS), f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
+    command += [f"--web.listen-address={address}", "--log.level=error"]
+    process = subprocess.Popen(command)
+    try:
+        with httpx.Client(
+            base_url=f"http://{address}", timeout=PATIENCE, trust_env=False
+        ) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def value_of(client: httpx.Client, expression: str) -> list[float]:
+    """Of each series that an expression gives, none while Prometheus starts."""
+    try:
+        answer = client.get("/api/v1/query", params={"query": expression})
+    except httpx.TransportError:
+        return []
+    if answer.status_code == 503:
+        return []
+    assert answer.status_code == 200, answer.text
+    return [float(each["value"][1]) for each in answer.json()["data"]["result"]]
+
+
+def wait_for(client: httpx.Client, expression: str) -> None:
+    while not any(value_of(client, expression)):
+        time.sleep(0.5)  # It comes, or the run's own limit tells.
+
+
+def test_every_panel_shows_what_was_sent(v1, tmp_path):
+    dashboard = json.loads((OPS / "grafana.json").read_text())
+    expressions = [
+        target["expr"].replace("$model", ".*")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    ]
+    with prometheus(v1, tmp_path) as client:
+        wait_for(client, "up")
+        for _ in range(2):  # A rate is of two values that differ.
+            bodies = [chat_body(max_tokens=8, **asked) for asked in ASKED]
+            gather(v1, [("/v1/chat/completions", body) for body in bodies])
+            wait_for(client, f"timestamp(up) > {time.time():f}")
+        for expression in expressions:
+            found = value_of(client, expression)
+            assert found, expression
+            assert all(value == value for value in found), expression  # NaN is an empty panel.
+        rules = client.get("/api/v1/rules").json()["data"]["groups"]
+        assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}
