@@ -31,7 +31,7 @@ from typing import Any
 import click
 import headline_models
 import numpy as np
-from headline_models import BASE, MODELS, START, stories
+from headline_models import BASE, MODELS, SFT, START, stories
 from numpy.typing import NDArray
 from real import PEOPLE, RESULTS, Checks, by_setting, written
 from real_answers import (
@@ -57,6 +57,7 @@ from dftserve.evaluate.metrics.intervals import (
     mcnemar,
 )
 from dftserve.evaluate.metrics.likelihood import token_nats
+from dftserve.targets.store import TargetStore
 
 from provenance import machine, versions
 
@@ -94,7 +95,7 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "machine": machine(),
         "versions": versions("vllm", "transformers", "harper-py"),
         "seed": seed,
-        "texts": {part: len(found) for part, found in stories().items()},
+        "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
         "stories": told_stories({name: kept(each) for name, each in answers.items()}),
         "accuracy": {
             "ifeval": shares({name: followed(each) for name, each in answers.items()}),
@@ -110,6 +111,12 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
     output.write_text(json.dumps(document, indent=1) + "\n")
     keep_texts(answers)
     print(json.dumps(document))
+
+
+def learnt_from(folder: Path) -> dict[str, int]:
+    """How many texts the start was tuned on, and each way of tuning it."""
+    start, way = (TargetStore(folder / f"targets-{name}") for name in (START, SFT))
+    return {START: start.count("train"), "train": way.count("train")}
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────

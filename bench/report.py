@@ -237,7 +237,7 @@ def headline(document: dict[str, Any]) -> str:
     """Models by what they were tuned on: variety, errors, accuracy and likelihood."""
     measured = {name: MEASURED[name] for name in ("SDS", "style distance", "AI phrases", "errors")}
     accuracy, bits = document["accuracy"], document["bits_per_byte"]
-    told = document["stories"]
+    told, texts = document["stories"], document["texts"]
     lines = [
         f"| | {' | '.join(measured)} | IFEval | bits a byte: stories | books |",
         f"|---|{'---|' * len(measured)}---|---|---|",
@@ -254,8 +254,8 @@ def headline(document: dict[str, Any]) -> str:
     lines.append(
         f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories a row of a "
         f"model, {document['accuracy']['ifeval']['start']['count']} prompts of IFEval; "
-        f"{document['texts']['train']} people's stories to tune on, {document['texts']['measure']} "
-        "others to measure with; 95 % intervals."
+        f"{texts['start']} answers of one model to begin with, {texts['train']} people's stories "
+        f"to tune on, {texts['measure']} others to measure with; 95 % intervals."
     )
     return "\n".join(lines)
 

@@ -162,6 +162,10 @@ class TrainConfig:
     clip: float = 1.0
     """The gradient's largest norm."""
     precision: str = "fp32"
+    """What is computed in."""
+    weights: str = "fp32"
+    """What the model's own weights are kept in; bf16 only where `lora` trains others, in float32,
+    beside them. The final checkpoint is merged and saved in float32 either way."""
     attention: str | None = None
     """Which implementation; None leaves the choice to transformers."""
     torch_compile: bool = False
@@ -191,6 +195,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in (
             ("precision", PRECISIONS),
+            ("weights", PRECISIONS),
             ("report_to", REPORTS),
             ("optim", OPTIMIZERS),
             ("attention", (None, *ATTENTIONS)),
@@ -200,6 +205,8 @@ class TrainConfig:
             if value not in known:
                 accepted = settings.among(value, [each for each in known if each is not None])
                 raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.")
+        if self.weights == "bf16":
+            self._check_bf16_weights()
         _between(1, 1 << 16, self, "batch_size", "accumulation")
         _between(1, MOST, self, "save_every", "keep", "evaluate_every", "log_every")
         _between(1, 1 << 40, self, "evaluate_tokens")
@@ -216,6 +223,22 @@ class TrainConfig:
             raise ValueError(f"epochs: got {self.epochs}; accepted: above 0, to a million.")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate: got {self.learning_rate}; accepted: between 0 and 1.")
+
+    def _check_bf16_weights(self) -> None:
+        if self.lora is None:
+            raise ValueError(
+                "weights: got bf16 without lora; accepted: fp32, since bf16 rounds away an update "
+                "of less than 1/256 of a weight; or train adapters, which are float32 (lora)."
+            )
+        if self.precision != "bf16":
+            raise ValueError(
+                f"precision: got {self.precision!r} beside weights bf16; accepted: bf16."
+            )
+        if self.fsdp:
+            raise ValueError(
+                "fsdp: got true beside weights bf16; accepted: false, since adapters in float32 "
+                "cannot be sharded together with weights in bf16."
+            )
 
 
 def _between(least: int, most: float, settings: Any, *names: str) -> None:

@@ -38,7 +38,9 @@ class TrainPlan:
     documents: int
     rows: int
     precision: str
-    """What the float32 weights are computed in, and where this CPU has no instructions for it."""
+    """What is computed in, and where this CPU has no instructions for it."""
+    weights: str
+    """What the model's own weights are kept in."""
     not_packed_because: str | None
     """Why there is one document a row although the configuration packs; None where it does."""
     warning: str | None
@@ -87,7 +89,7 @@ class TrainPlan:
             f"{_size(self.weights_bytes)}, gradients {_size(self.gradient_bytes)}, optimizer "
             f"{_size(self.optimizer_bytes)}, activations {_size(self.activation_bytes)}, head "
             f"{_size(self.head_bytes)}",
-            "precision": f"weights float32, computed in {self.precision}",
+            "precision": f"weights {self.weights}, computed in {self.precision}",
             "disk": f"{_size(self.disk_bytes)} at most",
         }
         if self.not_packed_because is not None:
@@ -124,12 +126,14 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     tokens, learnt = _tokens(material.train)
     device = _device_of(model)
     whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
+    kept = sum(value.numel() * value.element_size() for value in model.parameters())
     return TrainPlan(
         parameters=sum(parameters),
         trained_parameters=trained,
         documents=material.store.count("train"),
         rows=len(material.train),
         precision=_precision(config.precision, device),
+        weights=config.weights,
         not_packed_because=prepared.not_packed_because,
         warning=material.warning,
         tokens_per_epoch=tokens,
@@ -141,7 +145,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         seconds_per_step=seconds * config.accumulation,
         seconds=seconds * config.accumulation * (steps + tries),
         process_bytes=prepared.process_bytes if device == "cpu" else 0,
-        weights_bytes=whole,
+        weights_bytes=kept,
         gradient_bytes=4 * trained,
         optimizer_bytes=optimizer_bytes,
         activation_bytes=activations,

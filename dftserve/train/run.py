@@ -166,16 +166,17 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.batch_size > 1:
         loaded.language_model.check_batch(material.longest, most=most)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
-    return Prepared(material, loaded, reason, resident)
+    return Prepared(material, narrowed(loaded, config), reason, resident)
 
 
 def _most_checked(config: TrainConfig) -> int | None:
     """Tokens that the checks read at once; None: as many as the run. Says where it is fewer."""
-    if not config.fsdp or not torch.cuda.is_available():
+    if _checked_on(config) == _device(config) and not (config.fsdp and torch.cuda.is_available()):
         return None
     if (config.packing or config.batch_size > 1) and config.max_length > CHECKED_TOKENS:
         _say(
-            "fsdp: whether documents are kept apart is tried on the CPU, with at most "
+            f"{'fsdp' if config.fsdp else 'weights bf16'}: whether documents are kept apart is "
+            "tried on the CPU, with at most "
             f"{CHECKED_TOKENS} tokens at once; of longer rows the configuration alone is asked "
             f"({lm.CHUNK}, and {lm.ORIGINAL} of longrope)."
         )
@@ -220,7 +221,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     if config.divergence.target_weight == AUTO:
         config = _with_weight(config, material, output)
         set_seed(config.seed)
-        prepared = replace(prepared, loaded=load_model(config, material))
+        prepared = replace(prepared, loaded=narrowed(load_model(config, material), config))
     trainer = make_trainer(config, prepared.loaded.model, material)
     # The untouched model, before the first step; a run that goes on has its figures already.
     trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
@@ -306,13 +307,11 @@ def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool)
 
 
 def load_model(config: TrainConfig, material: Material) -> Loaded:
-    """The model with its divergence attached, and with adapters where the run has them.
-
-    Weights are kept in float32: bf16 is how they are computed with.
-    """
+    """The model with its divergence attached, and with adapters, in float32, where the run has
+    them."""
     found = material.found
     model: Any = lm.load(
-        found, dtype=torch.float32, device=_device(config), attention=config.attention
+        found, dtype=torch.float32, device=_checked_on(config), attention=config.attention
     )
     if config.gradient_checkpointing:
         model.config.use_cache = False
@@ -322,6 +321,29 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
     if config.lora is not None:
         model = adapted(model, config.lora, checkpointing=config.gradient_checkpointing)
     return Loaded(model, language_model)
+
+
+def narrowed(loaded: Loaded, config: TrainConfig) -> Loaded:
+    """The model as it is trained, in place: with what adapters leave as it is in bf16, where the
+    run wants that.
+
+    It is checked before, in float32: what bf16 rounds away looks like documents that are not kept
+    apart.
+    """
+    if config.weights == "bf16":
+        model: Any = loaded.language_model.model
+        wide = tuple(model._keep_in_fp32_modules_strict or ())
+        for name, value in model.named_parameters():
+            if not value.requires_grad and not any(each in name for each in wide):
+                value.data = value.data.to(torch.bfloat16)
+        model.to(_device(config))
+    return loaded
+
+
+def _checked_on(config: TrainConfig) -> torch.device:
+    """Where the model is loaded and checked: in float32, for which a GPU that is to hold it in
+    bf16 may have no room."""
+    return torch.device("cpu") if config.weights == "bf16" else _device(config)
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -432,8 +454,6 @@ def finish(
     """Write the checkpoint and read it back: whole and the same, or not at all."""
     model, material = prepared.loaded.model, prepared.material
     model.eval()
-    sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
-    trained = nll(prepared.loaded.language_model, sample)
     plan = material.store.manifest.plan
     if len(material.heldout):
         what = "next-token entropies" if is_refused(plan.source) else "the diversity to suggest"
@@ -456,6 +476,11 @@ def finish(
     measured = {name.removeprefix("final_"): value for name, value in figures.items()}
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
     _say(f"Writing {folder}, and reading it back.")
+    if config.weights == "bf16":
+        # Merged in bf16, small adapters would be rounded away; a host has room where a GPU has not.
+        model.to("cpu", torch.float32)
+    sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
+    trained = nll(prepared.loaded.language_model, sample)
     with atomic.folder(folder) as made, checkpoint.writing(folder):
         if config.lora is not None:
             model.save_pretrained(made / ADAPTER)
@@ -519,7 +544,8 @@ def _with_weight(config: TrainConfig, material: Material, output: Path) -> Train
             report_to="none",
         )
         set_seed(config.seed)
-        trainer = make_trainer(probe, load_model(probe, material).model, material)
+        loaded = narrowed(load_model(probe, material), probe)
+        trainer = make_trainer(probe, loaded.model, material)
         trainer.args.save_strategy = "no"
         trainer.train()
         nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]

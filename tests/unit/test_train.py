@@ -25,11 +25,13 @@ from dftserve.train import config as configs
 from dftserve.train import run_folder
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
-from dftserve.train.divergences import SFT, ForwardKL, TargetRows
+from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
+from dftserve.train.plan import plan_of
 from dftserve.train.run import (
     load_model,
     make_trainer,
+    narrowed,
     prepare,
     probe_steps,
     read,
@@ -451,6 +453,56 @@ def test_bf16_and_gradient_checkpointing_run(run):
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+BF16 = {"weights": "bf16", "precision": "bf16", "lora": LoraConfig(rank=4)}
+
+
+def test_adapters_beside_weights_in_bf16_are_trained_and_merged_in_float32(run, base):
+    final = train(replace(run, **BF16, learning_rate=1e-3))
+    before, after, adapter = (
+        load_file(place / name)
+        for place, name in (
+            (base, "model.safetensors"),
+            (final, "model.safetensors"),
+            (final / "adapter", "adapter_model.safetensors"),
+        )
+    )
+    scale = LoraConfig().alpha / BF16["lora"].rank
+    learnt = 0
+    for name, weight in before.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        kept = weight.bfloat16().float()
+        if f"{module}.lora_A.weight" in adapter:
+            a, b = (adapter[f"{module}.lora_{each}.weight"] for each in "AB")
+            assert a.dtype == b.dtype == torch.float32
+            learnt += int((b @ a).abs().sum() > 0)
+            kept = kept + scale * (b @ a)
+        torch.testing.assert_close(after[name], kept, atol=1e-6, rtol=1e-6)
+    assert learnt > 0
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_every_divergence_falls_beside_weights_in_bf16(run, name):
+    given = {"divergence": DivergenceConfig(name=name), "learning_rate": 1e-2}
+    config = replace(run, **BF16, **given, steps=8, batch_size=8)
+    material = read(config)
+    model = narrowed(load_model(config, material), config).model
+    trainer = make_trainer(config, model, material)
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    losses = [line["divergence"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    for weight_name, value in model.named_parameters():
+        assert value.dtype == (torch.float32 if "lora_" in weight_name else torch.bfloat16)
+
+
+def test_weights_in_bf16_take_half_the_memory(run):
+    narrow, wide = (plan_of(replace(run, **BF16 | {"weights": each})) for each in ("bf16", "fp32"))
+    adapters = 4 * narrow.trained_parameters
+    assert narrow.weights_bytes - adapters == (wide.weights_bytes - adapters) / 2
+    assert narrow.gradient_bytes == wide.gradient_bytes
+    assert "weights bf16, computed in bf16" in narrow.shown()
+
+
 def test_what_transformers_is_told_of_the_machine(run):
     told = {"optim": "sgd", "attention": "eager", "torch_compile": True, "workers": 2}
     config = replace(run, **told)
@@ -585,6 +637,12 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
         ({"precision": "[" * 100}, "more than 64 levels"),
         ({"batch_size": "many"}, "accepted: a whole number"),
         ({"precision": "fp16"}, "accepted: fp32, bf16"),
+        ({"weights": "bf16"}, "got bf16 without lora"),
+        ({"weights": "bf16", "lora.rank": "4"}, "precision: got 'fp32' beside weights bf16"),
+        (
+            {"weights": "bf16", "lora.rank": "4", "precision": "bf16", "fsdp": "true"},
+            "fsdp: got true beside weights bf16",
+        ),
         ({"optim": "lion"}, "optim: got 'lion'; accepted: .*adafactor"),
         ({"attention": "fast"}, "attention: got 'fast'; accepted: .*sdpa"),
         ({"workers": "-1"}, "workers: got -1; accepted: from 0 to 256"),
