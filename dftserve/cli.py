@@ -115,7 +115,7 @@ def playground(url: str, api_key_env: str, port: int) -> None:
     from dftserve.playground import server
     from dftserve.serve import base_url
 
-    upstream = server.Upstream(base_url(url), api_key_of(api_key_env))
+    upstream = server.Upstream(base_url(url), api_key_of(api_key_env), api_key_env)
     with server.listening(port) as listener:
         click.echo(f"Open http://{server.HOST}:{listener.getsockname()[1]}/ (Ctrl+C ends it)")
         server.run(upstream, listener)

@@ -114,7 +114,7 @@ GROUP_ACCEPTED = (
 TRACE = "trace"
 """Beside what the law takes, with every law: the answer has the figures of each token."""
 MOST_TRACED = 4096
-"""Tokens of a request's choices, together, whose figures an answer has."""
+"""Tokens of all choices of a request, together, whose figures its answer has."""
 HUMAN = "human"
 """To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
 

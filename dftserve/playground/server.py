@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from ipaddress import ip_address
 from typing import Any
 
 import httpx
@@ -26,10 +27,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 HOST = "127.0.0.1"
-LARGEST = 1 << 20
-"""Bytes of a request's body."""
-WAIT_S = 600.0
-"""For the next bytes of an answer."""
+MAX_BODY_BYTES = 1 << 20
+ANSWER_TIMEOUT_S, INFO_TIMEOUT_S = 600.0, 10.0
+"""For the next bytes of an answer; for what the server says of itself."""
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -39,8 +39,8 @@ SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-PASSED_ON = ("content-type", "x-dftserve-diversity", "x-dftserve-style")
-"""Headers of an answer."""
+FORWARDED_HEADERS = ("content-type", "x-dftserve-diversity", "x-dftserve-style")
+"""Of an answer."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,31 @@ class Upstream:
     url: str
     """With /v1."""
     key: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that the key is from; the lines to copy read it."""
 
     def client(self) -> httpx.AsyncClient:
-        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
-        timeout = httpx.Timeout(WAIT_S, connect=10)
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout)
+        # Compressed by a proxy inside of the plug-in's middleware, an answer has no figures.
+        headers = {"Accept-Encoding": "identity"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=INFO_TIMEOUT_S),
+            # A key must not go to a proxy on its way to this machine itself.
+            trust_env=not self.is_local,
+            # A kept connection may be closed by the server in the moment it is used again.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+
+    @property
+    def is_local(self) -> bool:
+        host = httpx.URL(self.url).host
+        try:
+            return ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
 
 @contextmanager
@@ -93,13 +113,14 @@ def app(upstream: Upstream) -> Starlette:
             application.state.client = client
             yield
 
-    async def told(request: Request) -> Response:
-        return JSONResponse(await about(request.app.state.client, upstream.url), headers=SECURITY)
+    async def info(request: Request) -> Response:
+        found = await server_info(request.app.state.client, upstream)
+        return JSONResponse(found, headers=SECURITY)
 
     routes = [
         Route("/", page_file),
         Route("/static/{name}", page_file),
-        Route("/api/server", told),
+        Route("/api/server", info),
         Route("/api/chat", chat, methods=["POST"]),
     ]
     own_host = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -123,24 +144,27 @@ def static() -> Any:
 # ── The server that is asked ─────────────────────────────────────────────────────────────────────
 
 
-async def about(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
+async def server_info(client: httpx.AsyncClient, upstream: Upstream) -> dict[str, Any]:
     """What the page needs to know of it: its models, its capabilities, or what is wrong."""
-    found: dict[str, Any] = {"url": url, "models": [], "capabilities": None, "problem": None}
+    url = upstream.url
+    found: dict[str, Any] = {"url": url, "key_variable": upstream.key_variable}
+    found |= {"models": [], "capabilities": None, "problem": None}
     try:
-        models = await client.get("models")
+        models = await client.get("models", timeout=INFO_TIMEOUT_S)
         if models.status_code in (401, 403):
-            return found | {"problem": f"{url} refuses the API key: set --api-key-env."}
+            refused = f"{url} refuses the API key of {upstream.key_variable} (--api-key-env)."
+            return found | {"problem": refused}
         models.raise_for_status()
         found["models"] = [str(each["id"]) for each in models.json()["data"]]
-        capabilities = await client.get("dft/capabilities")
-        if capabilities.status_code == 200:
-            found["capabilities"] = capabilities.json()
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        capabilities = await client.get("dft/capabilities", timeout=INFO_TIMEOUT_S)
+        if capabilities.status_code == 200 and isinstance(said := capabilities.json(), dict):
+            found["capabilities"] = said
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         return found | {"problem": unreachable(url, error)}
-    return found | {"problem": not_in_force(found["capabilities"])}
+    return found | {"problem": inactive(found["capabilities"])}
 
 
-def not_in_force(capabilities: Mapping[str, Any] | None) -> str | None:
+def inactive(capabilities: Mapping[str, Any] | None) -> str | None:
     """Why `diversity` would do nothing there; None where it is honoured."""
     if capabilities is None:
         return (
@@ -162,7 +186,7 @@ async def chat(request: Request) -> Response:
         return refusal(415, "Content-Type: accepted: application/json.")
     body = await bounded_body(request)
     if body is None:
-        return refusal(413, f"The request is too large; accepted: {LARGEST >> 20} MiB.")
+        return refusal(413, f"The request is too large; accepted: {MAX_BODY_BYTES >> 20} MiB.")
     client: httpx.AsyncClient = request.app.state.client
     headers = {"Content-Type": "application/json"}
     try:
@@ -170,7 +194,7 @@ async def chat(request: Request) -> Response:
         answer = await client.send(asked, stream=True)
     except httpx.HTTPError as error:
         return refusal(502, unreachable(str(client.base_url), error))
-    kept = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
+    kept = {name: answer.headers[name] for name in FORWARDED_HEADERS if name in answer.headers}
     return StreamingResponse(pieces(answer), answer.status_code, headers={**kept, **SECURITY})
 
 
@@ -187,11 +211,11 @@ async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 async def bounded_body(request: Request) -> bytes | None:
-    """None where it is longer than `LARGEST`."""
+    """None where it is longer than `MAX_BODY_BYTES`."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > LARGEST:
+        if len(body) > MAX_BODY_BYTES:
             return None
     return bytes(body)
 

@@ -22,16 +22,18 @@ def test_faults_are_survived_and_counted(engine, faults, figure):
     try:
         while injected < faults:
             active = [
-                (path, body | {"diversity": random.Random(seed).random()})
+                (path, body | {"diversity": {"level": random.Random(seed).random(), "trace": True}})
                 for seed, (path, body) in enumerate(plain)
             ]
             answers = gather(engine, active)
             # What passes unchanged is what stock sampling gives for the seed.
             assert [_text(answer) for answer in answers] == expected
+            # And nothing is said of a token that passed.
+            assert {figure for answer in answers for figure in _traced(answer)} <= {None}
             injected = counted.stat().st_size
     finally:
         engine.fault_file.unlink()
-    assert gather(engine, active)[0].status_code == 200
+    assert None not in _traced(gather(engine, active)[0])
     figure(injected=injected, counted=metric(engine, "dft:faults_total") - before)
     assert metric(engine, "dft:faults_total") - before == injected
     assert get(engine, "/v1/dft/capabilities").json()["faults"] >= injected
@@ -41,6 +43,11 @@ def test_faults_are_survived_and_counted(engine, faults, figure):
 def _plain(seed: int) -> tuple[str, dict]:
     neutral = {"top_p": 1.0, "top_k": 0, "temperature": 0.9}
     return "/v1/chat/completions", chat_body(seed=seed, max_tokens=8, **neutral)
+
+
+def _traced(answer) -> list[float | None]:
+    (choice,) = answer.json()["diversity"]["choices"]
+    return [] if choice is None else choice["trace"]["temperature"]
 
 
 def _text(answer) -> str:

@@ -26,6 +26,8 @@ ASKED = [
     {"style": "habits"},
     {"diversity": 7},
 ]
+QUIET = ("clamped", "faults", "nan_rows", "unavailable", "audit_lost")
+"""What these requests do not move."""
 
 
 @contextlib.contextmanager
@@ -51,6 +53,9 @@ def prometheus(engine: Engine, folder) -> Iterator[httpx.Client]:
         with httpx.Client(
             base_url=f"http://{address}", timeout=PATIENCE, trust_env=False
         ) as client:
+            while process.poll() is None and not value_of(client, "up"):
+                time.sleep(0.5)
+            assert process.poll() is None, "Prometheus has ended"
             yield client
     finally:
         process.terminate()
@@ -82,14 +87,15 @@ def test_every_panel_shows_what_was_sent(v1, tmp_path):
         for target in panel["targets"]
     ]
     with prometheus(v1, tmp_path) as client:
-        wait_for(client, "up")
         for _ in range(2):  # A rate is of two values that differ.
             bodies = [chat_body(max_tokens=8, **asked) for asked in ASKED]
-            gather(v1, [("/v1/chat/completions", body) for body in bodies])
+            answers = gather(v1, [("/v1/chat/completions", body) for body in bodies])
+            assert [answer.status_code for answer in answers] == [200, 200, 200, 400]
             wait_for(client, f"timestamp(up) > {time.time():f}")
         for expression in expressions:
             found = value_of(client, expression)
             assert found, expression
             assert all(value == value for value in found), expression  # NaN is an empty panel.
+            assert any(found) or any(name in expression for name in QUIET), expression
         rules = client.get("/api/v1/rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}

@@ -76,5 +76,11 @@ def promtool(
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def test_every_alert_is_tried_both_ways():
+    rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
+    tried = {(alert, fires) for alert, _, fires in CASES}
+    assert tried == {(rule["alert"], fires) for rule in rules for fires in (True, False)}
+
+
 def test_the_rules_are_sound():
     subprocess.run([str(PROMTOOL), "check", "rules", str(ALERTS)], check=True, capture_output=True)

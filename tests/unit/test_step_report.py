@@ -92,6 +92,17 @@ def test_counts_arrive_once_whoever_gets_them(rises, clients):
     assert arrived == total
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_a_step_with_a_fault_vouches_for_none_of_its_rows(faulty):
+    forwarder, faults = Forwarder(engine=0), 0
+    for fails in faulty:
+        faults += fails
+        model_output, outputs = step([0, 3], set(), {0, 3}, faults=faults)
+        forwarder.forward(model_output, outputs)
+        said = [step_report.take(one) for one in outputs[0].outputs]
+        assert [("failed" in each) for each in said if each is not None] == [fails] * 2
+
+
 @given(connector=CONNECTORS)
 def test_a_connectors_own_values_pass(connector):
     one = output("a", ends=True, params=connector)

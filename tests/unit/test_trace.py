@@ -1,6 +1,6 @@
 """The figures of each token, from what an engine reports of its steps."""
 
-from dftserve_vllm.request_context import PromptContext, Trace
+from dftserve_vllm.request_context import PromptContext, RequestContext, Trace, current
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +46,22 @@ def test_a_request_is_traced_within_a_bound_whatever_its_choices(count):
     assert len(bounds) == count
     assert min(bounds) >= 1
     assert sum(bounds) <= max(MOST_TRACED, count)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=60))
+def test_prompts_of_one_request_share_the_bound(prompts):
+    context = RequestContext()
+    token = current.set(context)
+    context.trace_budget.left = bound = 100
+    try:
+        made = [PromptContext(parse({"level": 1, "trace": True}), count) for _, count in prompts]
+    finally:
+        current.reset(token)
+    for prompt, (tokens, _) in zip(made, prompts, strict=True):
+        for choice in prompt.choices:
+            choice.trace.add(None, tokens)
+    kept = sum(len(c.trace.columns["changed"]) for prompt in made for c in prompt.choices)
+    assert kept == min(bound, sum(tokens * count for tokens, count in prompts))
 
 
 def test_nothing_is_kept_where_none_was_asked_for():

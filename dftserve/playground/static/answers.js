@@ -7,7 +7,7 @@ export const FIGURES = {
   entropy_before: { name: "entropy before", low: 0, high: 4, unit: " nats" },
   entropy_after: { name: "entropy after", low: 0, high: 4, unit: " nats" },
   temperature: { name: "temperature", low: 1, high: 4, unit: "" },
-  changed: { name: "share that comes out otherwise", low: 0, high: 1, unit: "" },
+  changed: { name: "probability of another token", low: 0, high: 1, unit: "" },
 };
 
 /** One of a request's choices. */
@@ -15,19 +15,27 @@ class Answer {
   constructor(element, number) {
     this.element = element;
     this.text = "";
+    this.reasoning = "";
     this.tokens = [];
     this.decoder = new TextDecoder();
     this.trace = null;
+    this.notes = [];
     element.querySelector("h3").textContent = `Answer ${number}`;
     this.details = element.querySelector("details");
     this.details.addEventListener("toggle", () => this.fillTable());
     this.details.querySelector(".scroll").ariaLabel = `Figures of answer ${number}`;
   }
 
-  add(choice) {
-    const delta = choice.delta ?? {};
+  add({ delta = {}, logprobs, finish_reason: reason }) {
     this.text += delta.content ?? "";
-    for (const { token, bytes } of choice.logprobs?.content ?? []) this.tokens.push(this.decoded(token, bytes));
+    this.reasoning += delta.reasoning ?? delta.reasoning_content ?? "";
+    for (const { token, bytes } of logprobs?.content ?? []) this.tokens.push(this.decoded(token, bytes));
+    if (delta.tool_calls?.length) this.note("calls tools, which are not shown");
+    if (reason === "length") this.note("cut at max tokens");
+  }
+
+  note(text) {
+    if (!this.notes.includes(text)) this.notes.push(text);
   }
 
   /** A character of several tokens stands where its last one does. */
@@ -35,11 +43,14 @@ class Answer {
     return bytes ? this.decoder.decode(new Uint8Array(bytes), { stream: true }) : token;
   }
 
-  close(figures) {
+  close(figures, inForce) {
     this.trace = figures?.trace ?? null;
-    this.element.querySelector(".figures").textContent = figuresOf(figures);
+    const said = [inForce, ...figuresOf(figures), ...this.notes].filter(Boolean).join(" · ");
+    this.element.querySelector(".figures").textContent = said;
     this.details.hidden = this.trace === null;
-    this.details.querySelector("summary").textContent = `Figures of each token (${this.trace?.changed.length})`;
+    const traced = this.trace?.changed.length;
+    this.details.querySelector("summary").textContent =
+      traced < figures?.tokens ? `Figures of the first ${traced} tokens` : "Figures of each token";
   }
 
   fillTable() {
@@ -56,24 +67,34 @@ class Answer {
   }
 
   show(view, shared) {
+    const thinking = this.element.querySelector(".reasoning");
+    thinking.hidden = this.reasoning === "";
+    thinking.textContent = this.reasoning;
     const place = this.element.querySelector(".text");
     if (view === "shared") place.replaceChildren(...marked(this.text, shared));
     else if (view in FIGURES && this.trace) place.replaceChildren(...this.coloured(view));
     else place.textContent = this.text;
   }
 
+  /** The traced tokens, each in its colour, and the rest as it is. */
   coloured(name) {
     const { low, high, unit } = FIGURES[name];
-    return this.tokens.map((token, place) => {
-      const value = this.trace[name][place] ?? null;
+    const spans = this.trace[name].map((value, place) => {
+      const token = this.tokens[place] ?? "";
       const span = document.createElement("span");
-      span.className = "token";
+      span.className = value === null ? "token unknown" : "token";
       span.textContent = token;
       span.title = `${visible(token)}: ${shown(value)}${value === null ? "" : unit}`;
       const heat = value === null ? 0 : (value - low) / (high - low);
       span.style.setProperty("--heat", Math.min(Math.max(heat, 0), 1).toFixed(3));
       return span;
     });
+    const rest = this.tokens.slice(spans.length).join("");
+    if (rest === "") return spans;
+    const end = document.createElement("span");
+    end.className = "figures";
+    end.textContent = ` [no figures from here on] `;
+    return [...spans, end, rest];
   }
 }
 
@@ -83,9 +104,13 @@ export class Answers {
     this.place = place;
     this.template = template;
     this.answers = [];
+    this.usage = null;
+    this.hasFigures = false;
   }
 
   clear(count) {
+    this.usage = null;
+    this.hasFigures = false;
     this.answers = Array.from({ length: count }, (_, index) => {
       const part = this.template.content.cloneNode(true);
       return new Answer(part.firstElementChild, index + 1);
@@ -95,29 +120,58 @@ export class Answers {
 
   add(event) {
     for (const choice of event.choices ?? []) this.answers[choice.index]?.add(choice);
-    if (event.diversity) {
-      this.answers.forEach((answer, index) => answer.close(event.diversity.choices[index]));
-    }
+    if (event.usage) this.usage = event.usage;
+    if (!event.diversity && !event.style) return;
+    this.hasFigures = true;
+    const inForce = inForceOf(event);
+    const figures = event.diversity?.choices ?? [];
+    this.answers.forEach((answer, index) => answer.close(figures[index], inForce));
   }
 
+  /** Called when no more comes. */
+  end(otherwise) {
+    if (!this.hasFigures) for (const answer of this.answers) answer.close(null, otherwise);
+  }
+
+  /** How many shared phrases are marked; null where none are looked for. */
   show(view) {
-    const shared = view === "shared" ? sharedIn(this.answers.map(({ text }) => text)) : [];
-    this.answers.forEach((answer, index) => answer.show(view, shared[index]));
+    const shared = view === "shared" ? sharedIn(this.answers.map(({ text }) => text)) : null;
+    this.answers.forEach((answer, index) => answer.show(view, shared?.[index]));
+    return shared?.reduce((sum, ranges) => sum + ranges.length, 0) ?? null;
   }
 
   get tokens() {
-    return this.answers.reduce((sum, { tokens }) => sum + tokens.length, 0);
+    const counted = this.answers.reduce((sum, { tokens }) => sum + tokens.length, 0);
+    return this.usage?.completion_tokens ?? counted;
   }
 }
 
+/** What the server says was in force: what it lowered or left out, too. */
+function inForceOf({ diversity, style }) {
+  const parts = [];
+  if (diversity?.reason) parts.push(`diversity off: ${diversity.reason}`);
+  else if (diversity && diversity.level !== 0) parts.push(`${diversity.law} ${diversity.level ?? ""}`.trim());
+  else if (diversity && !style) parts.push("off: the model's own sampling, of which nothing is measured");
+  if (style) parts.push(`style ${style.name} ${style.strength ?? ""}`.trim());
+  for (const [name, object] of Object.entries({ diversity, style })) {
+    if (object?.clamped) parts.push(`${name} lowered by the server's policy from ${pairs(object.clamped)}`);
+  }
+  if (diversity?.dropped) parts.push(`not applied of the model's defaults: ${pairs(diversity.dropped)}`);
+  return parts.join(" · ");
+}
+
+function pairs(object) {
+  return Object.entries(object).map(([name, value]) => `${name} ${value}`).join(", ");
+}
+
 function figuresOf(figures) {
-  if (!figures) return "Off: the model's own sampling, of which nothing is measured.";
+  if (!figures) return [];
   return [
     `${figures.tokens} tokens`,
     `mean entropy ${figures.mean_entropy_before.toFixed(2)} → ${figures.mean_entropy_after.toFixed(2)} nats`,
     `mean temperature ${figures.mean_temperature.toFixed(2)}`,
-    `${(100 * figures.tokens_changed).toFixed(0)} % of the tokens come out otherwise`,
-  ].join(" · ");
+    `${(100 * figures.tokens_changed).toFixed(0)} % of the tokens changed by it`,
+  ];
 }
 
 function marked(text, ranges) {

@@ -9,7 +9,7 @@ const LEVELLED = "level";
 const SHARED = ["messages", "model", "n", "max_tokens", "temperature", "seed"];
 
 const byId = (id) => document.getElementById(id);
-let server = { url: "", models: [], capabilities: null, problem: null };
+let server = { url: "", key_variable: "OPENAI_API_KEY", models: [], capabilities: null, problem: null };
 let running = null;
 
 class Column {
@@ -21,7 +21,6 @@ class Column {
     this.answers = new Answers(this.element.querySelector(".answers"), byId("answer"));
     this.control("diversity").value = level;
     this.label();
-    this.element.addEventListener("input", () => this.changed());
     for (const button of this.element.querySelectorAll("[data-copy]")) {
       button.addEventListener("click", () => copy(button, this.code(button.dataset.copy).textContent));
     }
@@ -46,7 +45,7 @@ class Column {
     }
   }
 
-  /** What the server can do decides what there is to choose. */
+  /** What the server can do decides what there is to choose: of the laws those of one slider. */
   offer({ laws = {}, styles = [], adapters = {} }, hasField) {
     const levelled = Object.keys(laws).filter((law) => LEVELLED in laws[law] && law !== "dynatemp");
     options(this.control("law"), levelled.map((law) => [law, law]));
@@ -72,19 +71,21 @@ class Column {
 
   changed() {
     for (const slider of this.element.querySelectorAll("input[type=range]")) {
-      slider.parentElement.querySelector("output").value = Number(slider.value).toFixed(2);
+      slider.parentElement.querySelector(".value").textContent = Number(slider.value).toFixed(2);
     }
-    this.code("curl").textContent = curlOf(this.body, server.url);
-    this.code("python").textContent = pythonOf(this.body, server.url);
+    this.code("curl").textContent = curlOf(this.body, server);
+    this.code("python").textContent = pythonOf(this.body, server);
   }
 
-  /** Ask, and show what comes. Nothing of it is thrown but what stops it. */
-  async write(signal) {
+  /** Ask, and show what comes; whether all of it came. */
+  async generate(signal) {
     const body = this.body;
-    this.answers.clear(body.n);
+    const hasTrace = Boolean(server.capabilities?.active && server.capabilities.trace);
+    let otherwise = "no figures came with it";
     let shownAt = 0;
+    this.answers.clear(body.n);
     try {
-      for await (const event of events(streamed(body), signal)) {
+      for await (const event of events(streamed(body, hasTrace), signal)) {
         this.answers.add(event);
         if (performance.now() - shownAt > 50) {
           this.answers.show("plain");
@@ -93,16 +94,18 @@ class Column {
       }
       return true;
     } catch (error) {
+      otherwise = error.name === "AbortError" ? "stopped" : "not finished";
       if (error.name !== "AbortError") this.refuse(error);
       return false;
     } finally {
+      this.answers.end(otherwise);
       this.answers.show(view());
     }
   }
 
   /** An error stands beside the control of which it speaks. */
   refuse({ message, parameter = "" }) {
-    const field = parameter.replace(/^vllm_xargs\./, "").split(".")[0];
+    const field = CSS.escape(parameter.replace(/^vllm_xargs\./, "").split(".")[0]);
     const own = this.element.querySelector(`[data-error="${field}"]`);
     const place = own ?? document.querySelector(`form > div [data-error="${field}"]`);
     (place ?? this.element.querySelector('[data-error="other"]')).textContent = message;
@@ -115,7 +118,8 @@ const columns = ["A", "B"].map((name, index) => new Column(name, START[index]));
 function shared() {
   const number = (id) => (byId(id).value.trim() === "" ? null : Number(byId(id).value));
   return {
-    messages: byId("messages").value,
+    prompt: byId("messages").value,
+    system: byId("system").value.trim() === "" ? null : byId("system").value,
     model: byId("model").value,
     n: number("n"),
     max_tokens: number("max_tokens"),
@@ -144,49 +148,74 @@ async function copy(button, text) {
 }
 
 function clearErrors() {
-  for (const each of document.querySelectorAll(".error")) each.textContent = "";
+  for (const each of document.querySelectorAll("[data-error]")) each.textContent = "";
   for (const each of document.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
 }
 
-/** What no server has to be asked about. */
-function slips() {
-  const wrong = [...document.querySelectorAll("form input[type=number]")].filter((input) => !input.checkValidity());
-  for (const input of wrong) {
+/** Whether a field holds what no server has to be asked about; says so beside it. */
+function hasInvalidField() {
+  const invalid = [...document.querySelectorAll("form input[type=number]")].filter((input) => !input.checkValidity());
+  for (const input of invalid) {
     document.querySelector(`[data-error="${input.id}"]`).textContent = input.validationMessage;
     input.setAttribute("aria-invalid", "true");
   }
   const empty = byId("messages").value.trim() === "";
   if (empty) document.querySelector('[data-error="messages"]').textContent = "Write a prompt.";
-  (wrong[0] ?? (empty ? byId("messages") : null))?.focus();
-  return wrong.length > 0 || empty;
+  (invalid[0] ?? (empty ? byId("messages") : null))?.focus();
+  return invalid.length > 0 || empty;
 }
 
-async function write(event) {
+async function generate(event) {
   event.preventDefault();
+  if (running || byId("generate").disabled) return;
   clearErrors();
-  if (running || slips()) return;
-  running = new AbortController();
-  byId("write").disabled = true;
-  byId("stop").disabled = false;
-  byId("status").textContent = "Writing …";
+  if (hasInvalidField()) return;
+  begin();
   const began = performance.now();
-  const done = await Promise.all(columns.map((column) => column.write(running.signal)));
-  const seconds = ((performance.now() - began) / 1000).toFixed(1);
-  const tokens = columns.reduce((sum, { answers }) => sum + answers.tokens, 0);
-  const how = running.signal.aborted ? "Stopped" : done.every(Boolean) ? "Done" : "Not all was answered";
-  byId("status").textContent = `${how}: ${tokens} tokens in ${seconds} s.`;
+  let how = "Failed";
+  try {
+    const done = await Promise.all(columns.map((column) => column.generate(running.signal)));
+    how = running.signal.aborted ? "Stopped" : done.every(Boolean) ? "Done" : "Some answers failed";
+  } finally {
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    const tokens = columns.reduce((sum, { answers }) => sum + answers.tokens, 0);
+    end(`${how}: ${tokens} tokens in ${seconds} s.`);
+  }
+}
+
+/** The button that was pressed may be disabled then: who uses keys goes on at the other one. */
+function begin() {
+  running = new AbortController();
+  const hasFocus = document.activeElement === byId("generate");
+  byId("stop").disabled = false;
+  if (hasFocus) byId("stop").focus();
+  byId("generate").disabled = true;
+  byId("status").textContent = "Generating …";
+}
+
+function end(status) {
   running = null;
-  byId("write").disabled = false;
+  const hasFocus = document.activeElement === byId("stop");
+  byId("generate").disabled = false;
+  if (hasFocus) byId("generate").focus();
   byId("stop").disabled = true;
+  byId("status").textContent = status;
+  showView();
 }
 
 function showView() {
+  const counts = columns.map(({ answers }) => answers.show(view()));
   const figure = FIGURES[view()];
-  byId("scale").textContent = figure
-    ? `Coloured: ${figure.name}, none at ${figure.low}${figure.unit}, full at ${figure.high}${figure.unit} and above. ` +
-      "A setting that is off has no figures."
-    : "";
-  for (const { answers } of columns) answers.show(view());
+  let scale = "";
+  if (figure) {
+    scale =
+      `Coloured: ${figure.name}, none at ${figure.low}${figure.unit}, full at ${figure.high}${figure.unit} and ` +
+      "above. An answer that is off, stopped or failed has no figures.";
+  } else if (view() === "shared") {
+    const said = columns.map(({ name }, index) => `${counts[index]} in setting ${name}`);
+    scale = `Places marked, of four words or more that another answer of the setting has too: ${said.join(", ")}.`;
+  }
+  byId("scale").textContent = scale;
 }
 
 async function start() {
@@ -195,15 +224,20 @@ async function start() {
     const error = document.querySelector(`[data-error="${name}"]`);
     byId(name).setAttribute("aria-describedby", (error.id = `${name}-error`));
   }
-  byId("ask").addEventListener("submit", write);
+  byId("ask").addEventListener("submit", generate);
   byId("ask").addEventListener("input", () => columns.forEach((column) => column.changed()));
   byId("stop").addEventListener("click", () => running?.abort());
   for (const radio of document.querySelectorAll("[name=view]")) radio.addEventListener("change", showView);
-  server = await (await fetch("/api/server")).json();
+  try {
+    server = await (await fetch("/api/server")).json();
+  } catch (error) {
+    server.problem = `The playground's own command does not answer (${error.message}): is it running?`;
+  }
   options(byId("model"), server.models.map((name) => [name, name]));
   byId("server").textContent = server.problem ?? described(server);
-  byId("server").classList.toggle("error", server.problem !== null);
+  byId("server").classList.toggle("problem", server.problem !== null);
   for (const column of columns) column.offer(server.capabilities ?? {}, Boolean(server.capabilities?.active));
+  byId("generate").disabled = false;
 }
 
 function described({ url, capabilities }) {

@@ -39,6 +39,7 @@ def capabilities(models: Any = None) -> dict[str, Any]:
         spec.HUMAN: of_humans and of_humans.as_dict(),
         "policy": policy.summary(),
         "answers": True,
+        "trace": spec.MOST_TRACED,
         "speculative_decoding": engine.speculative_method(),
         **metrics.totals(),
     }

@@ -38,11 +38,20 @@ TRACED = {
 
 
 @dataclass(eq=False)
+class TraceBudget:
+    """How many tokens more one HTTP request may have the figures of."""
+
+    left: int = MOST_TRACED
+
+
+@dataclass(eq=False)
 class Trace:
     """The figures of a choice's tokens, one by one, in their order."""
 
     most: int
     """Tokens; those beyond are not kept."""
+    budget: TraceBudget = field(default_factory=TraceBudget)
+    """Of all choices of its HTTP request, which may have many prompts."""
     columns: dict[str, list[float | None]] = field(
         default_factory=lambda: {name: [] for name in TRACED}
     )
@@ -54,7 +63,8 @@ class Trace:
             row_X: what the engine reported of the step; None where it did not.
         """
         kept = len(self.columns["changed"])
-        tokens = min(tokens, self.most - kept)
+        tokens = min(tokens, self.most - kept, self.budget.left)
+        self.budget.left -= tokens
         for row_F in last_tokens_of_row(row_X or (), tokens):
             for name, column in TRACED.items():
                 known = None if row_F is None else round(row_F[column], 4)
@@ -150,8 +160,11 @@ class PromptContext:
             _prompts[self.identity] = self
 
     def _choice(self) -> ChoiceStatistics:
-        each = max(MOST_TRACED // self.count, 1)
-        trace = Trace(each) if self.diversity.trace else None
+        if not self.diversity.trace:
+            return ChoiceStatistics(self.diversity.law)
+        context = current.get()
+        budget = TraceBudget() if context is None else context.trace_budget
+        trace = Trace(max(MOST_TRACED // self.count, 1), budget)
         return ChoiceStatistics(self.diversity.law, trace)
 
     def carried(self) -> dict[str, Any]:
@@ -195,6 +208,7 @@ class RequestContext:
     """Those that a style may name on this route."""
     adapter: Chosen | None = None
     """The one that vLLM was told to use."""
+    trace_budget: TraceBudget = field(default_factory=TraceBudget)
     name: str = field(default_factory=seals.fresh_name, init=False)
     """Tells it from every other request of this process."""
 

@@ -57,7 +57,9 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
             if payload is not None and "row" in payload:
                 choice.payload = payload
             if choice.trace is not None:
-                choice.trace.add((payload or {}).get("row"), len(output.new_token_ids))
+                said = payload or {}
+                row = None if "failed" in said else said.get("row")
+                choice.trace.add(row, len(output.new_token_ids))
             found.append((output.request_id, choice, str(output.finish_reason) == "abort"))
     return found
 

@@ -97,6 +97,8 @@ class Forwarder:
         sends_all = bool(report.always.any())
         if not (news or sends_all or any(map(_some_end, outputs.values()))):
             return
+        # Which rows a fault has passed through is not known, so none of the step is vouched for.
+        failed = {"failed": True} if "faults" in news else {}
         row_of = {position: row for row, position in enumerate(report.positions.tolist())}
         position_of = model_runner_output.req_id_to_index
         for output in (output for client in outputs.values() for output in client.outputs):
@@ -105,7 +107,7 @@ class Forwarder:
                 continue
             row = row_of.get(position_of.get(output.request_id, -1))
             if row is not None and (output.finish_reason is not None or report.always[row]):
-                put(output, {"row": report.row(row), "engine": self._engine} | news)
+                put(output, {"row": report.row(row), "engine": self._engine} | news | failed)
             elif news:
                 put(output, {"engine": self._engine} | news)
             else:
