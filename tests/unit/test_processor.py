@@ -117,7 +117,7 @@ def test_a_request_keeps_its_row_when_the_batch_moves():
 
 
 def counted(report, row, produced):
-    return ChoiceStatistics("gated", produced, {"row": report.row(row)}).means()[0]
+    return ChoiceStatistics("gated", produced=produced, payload={"row": report.row(row)}).means()[0]
 
 
 def test_a_step_reports_its_requests_once():
