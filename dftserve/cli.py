@@ -113,9 +113,9 @@ def playground(url: str, api_key_env: str, port: int) -> None:
     port: `ssh -L 8100:127.0.0.1:8100 HOST`.
     """
     from dftserve.playground import server
-    from dftserve.serve import base_url
+    from dftserve.serve import root_of
 
-    upstream = server.Upstream(base_url(url), api_key_of(api_key_env), api_key_env)
+    upstream = server.Upstream(f"{root_of(url)}/v1", api_key_of(api_key_env), api_key_env)
     with server.listening(port) as listener:
         click.echo(f"Open http://{server.HOST}:{listener.getsockname()[1]}/ (Ctrl+C ends it)")
         server.run(upstream, listener)

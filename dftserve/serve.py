@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dftserve import policy as policies
 from dftserve.bounded_files import read_json
@@ -83,6 +84,25 @@ def base_url(address: str) -> str:
     """A server's address as an OpenAI client takes it: with /v1, said or not."""
     address = address.rstrip("/")
     return address if address.endswith("/v1") else f"{address}/v1"
+
+
+def root_of(url: str) -> str:
+    """The address of a `--url`, without /v1.
+
+    Raises:
+        ValueError: it is not one of http or https, or has a user's name in it.
+    """
+    accepted = "accepted: http://HOST:PORT or https://HOST."
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # Raises where it is no number up to 65,535.
+    except ValueError:
+        raise ValueError(f"--url: got {url!r}; {accepted}") from None
+    if "@" in parts.netloc:
+        raise ValueError(f"--url: got an address with a user's name in it; {accepted}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--url: got {url!r}; {accepted}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import dftserve
 from dftserve.doctor.findings import Finding, error, ok, warning
 from dftserve.doctor.packages import PLUGIN
+from dftserve.serve import root_of
 
 ROUTE = "/v1/dft/capabilities"
 ANSWER_SECONDS = 10.0
@@ -33,7 +34,7 @@ def capabilities_of(
     url: str, api_key: str | None = None
 ) -> tuple[list[Finding], dict[str, Any] | None]:
     """As `ask`, and the capabilities themselves; None where it has none of ours."""
-    base = _base(url)
+    base = root_of(url)
     try:
         answer = _get(base + ROUTE, api_key)
     except (OSError, HTTPException) as problem:
@@ -44,20 +45,6 @@ def capabilities_of(
     if not isinstance(content, dict) or "active" not in content:
         return [error("server", _foreign(base, answer))], None
     return list(_capabilities(content)), content
-
-
-def _base(url: str) -> str:
-    accepted = "accepted: http://HOST:PORT or https://HOST."
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # Raises where it is no number up to 65,535.
-    except ValueError:
-        raise ValueError(f"--url: got {url!r}; {accepted}") from None
-    if "@" in parts.netloc:
-        raise ValueError(f"--url: got an address with a user's name in it; {accepted}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"--url: got {url!r}; {accepted}")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 # One question

@@ -1,7 +1,7 @@
 """The playground's own server: the page's files, and two routes to the server that it asks.
 
     with listening(port=8100) as found:
-        run(Upstream("http://127.0.0.1:8000/v1"), found)
+        run(Upstream("http://127.0.0.1:8000/v1", key=None, key_variable="OPENAI_API_KEY"), found)
 
 It holds the API key and the page does not. So it listens on the loopback address only, answers no
 other `Host` (DNS rebinding), and takes JSON only, which a page of another origin cannot send
@@ -30,7 +30,8 @@ HOST = "127.0.0.1"
 MAX_BODY_BYTES = 1 << 20
 ANSWER_TIMEOUT_S, INFO_TIMEOUT_S = 600.0, 10.0
 """For the next bytes of an answer; for what the server says of itself."""
-TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+STATIC = resources.files("dftserve.playground") / "static"
+MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors "
@@ -49,8 +50,8 @@ class Upstream:
 
     url: str
     """With /v1."""
-    key: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
+    key: str | None
+    key_variable: str
     """The environment variable that the key is from; the lines to copy read it."""
 
     def client(self) -> httpx.AsyncClient:
@@ -109,18 +110,15 @@ def run(upstream: Upstream, listener: socket.socket) -> None:
 def app(upstream: Upstream) -> Starlette:
     @asynccontextmanager
     async def lifespan(application: Starlette) -> AsyncIterator[None]:
+        application.state.upstream = upstream
         async with upstream.client() as client:
             application.state.client = client
             yield
 
-    async def info(request: Request) -> Response:
-        found = await server_info(request.app.state.client, upstream)
-        return JSONResponse(found, headers=SECURITY)
-
     routes = [
         Route("/", page_file),
         Route("/static/{name}", page_file),
-        Route("/api/server", info),
+        Route("/api/server", server_info),
         Route("/api/chat", chat, methods=["POST"]),
     ]
     own_host = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -130,22 +128,23 @@ def app(upstream: Upstream) -> Starlette:
 async def page_file(request: Request) -> Response:
     """One of the page's files; no other file has a name that is looked for."""
     name = request.path_params.get("name", "page.html")
-    found = {each.name: each for each in static().iterdir()}
+    found = {each.name: each for each in STATIC.iterdir()}
     if name not in found:
         return Response(status_code=404)
-    kind = TYPES[name.rpartition(".")[2]]
+    kind = MEDIA_TYPES[name.rpartition(".")[2]]
     return Response(found[name].read_bytes(), media_type=kind, headers=SECURITY)
-
-
-def static() -> Any:
-    return resources.files("dftserve.playground") / "static"
 
 
 # ── The server that is asked ─────────────────────────────────────────────────────────────────────
 
 
-async def server_info(client: httpx.AsyncClient, upstream: Upstream) -> dict[str, Any]:
+async def server_info(request: Request) -> Response:
     """What the page needs to know of it: its models, its capabilities, or what is wrong."""
+    found = await read_info(request.app.state.client, request.app.state.upstream)
+    return JSONResponse(found, headers=SECURITY)
+
+
+async def read_info(client: httpx.AsyncClient, upstream: Upstream) -> dict[str, Any]:
     url = upstream.url
     found: dict[str, Any] = {"url": url, "key_variable": upstream.key_variable}
     found |= {"models": [], "capabilities": None, "problem": None}

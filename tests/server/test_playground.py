@@ -14,13 +14,13 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from tests.browser import BROWSER, chromium, playground
 from tests.client import metric
-from tests.conftest import KEY, PATIENCE, Engine
+from tests.conftest import KEY, PATIENCE
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
 )
@@ -31,35 +31,16 @@ expect = playwright.expect
 expect.set_options(timeout=WAIT_MS)
 
 
-@contextmanager
-def playground(engine: Engine, key: str = KEY) -> Iterator[str]:
-    """The command of a user, before a server; its address."""
-    command = [sys.executable, "-m", "dftserve.cli", "playground", "--url", engine.url]
-    environment = {**os.environ, "OPENAI_API_KEY": key}
-    with subprocess.Popen(
-        [*command, "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stdout is not None
-            (address,) = re.findall(r"http://\S+", process.stdout.readline())
-            yield address
-        finally:
-            process.terminate()
-
-
 @pytest.fixture(scope="module")
 def address(v1) -> Iterator[str]:
-    with playground(v1) as found:
+    with playground(v1.url, KEY) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        # Chromium's own sandbox needs rights that root in a container does not have.
-        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -374,7 +355,7 @@ def test_it_is_used_by_keys_alone(page):
 
 
 def test_a_server_without_the_plug_in_is_named_and_still_asked(browser, v1_stock):
-    with playground(v1_stock) as address, opened(browser, address) as page:
+    with playground(v1_stock.url, KEY) as address, opened(browser, address) as page:
         assert "has no diversity field" in page.inner_text("#server")
         assert page.is_disabled("#diversity-A")
         generate(page, max_tokens=4, n=1)
@@ -384,12 +365,11 @@ def test_a_server_without_the_plug_in_is_named_and_still_asked(browser, v1_stock
 
 
 def test_a_wrong_key_and_a_server_that_is_gone_are_told(browser, v1):
-    with playground(v1, key="wrong") as address, opened(browser, address) as page:
+    with playground(v1.url, "wrong") as address, opened(browser, address) as page:
         assert "refuses the API key of OPENAI_API_KEY" in page.inner_text("#server")
         generate(page, n=1)
         assert "Unauthorized" in page.inner_text("[aria-label='Setting A'] [data-error=other]")
-    gone = Engine("gone", "http://127.0.0.1:9", v1.model_folder, v1.fault_file, v1.log, 0)
-    with playground(gone) as address, opened(browser, address) as page:
+    with playground("http://127.0.0.1:9", KEY) as address, opened(browser, address) as page:
         assert "is it running?" in page.inner_text("#server")
         generate(page)
         assert "is it running?" in page.inner_text("[aria-label='Setting A'] [data-error=other]")
@@ -417,6 +397,15 @@ def test_no_other_file_is_given(address, name):
     with socket.create_connection((host, int(port))) as sent:
         sent.sendall(f"GET /static/{name} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
         assert sent.makefile("rb").readline().split()[1] == b"404"
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://localhost:99999", "ftp://localhost"])
+def test_an_address_that_is_none_is_told_in_one_line(url):
+    command = [sys.executable, "-m", "dftserve.cli", "playground", "--port", "0", "--url", url]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert f"--url: got '{url}'; accepted: http://HOST:PORT" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(address):
