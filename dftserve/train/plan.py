@@ -92,6 +92,11 @@ class TrainPlan:
             "precision": f"weights {self.weights}, computed in {self.precision}",
             "disk": f"{_size(self.disk_bytes)} at most",
         }
+        if self.weights == "bf16":
+            lines["host"] = (
+                f"{_size(4 * self.parameters)} for the weights in float32, as they are checked "
+                "before the run and merged after it"
+            )
         if self.not_packed_because is not None:
             lines["packing"] = f"none, one document a row: {self.not_packed_because}"
         if self.warning is not None:

@@ -324,11 +324,11 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
 
 
 def narrowed(loaded: Loaded, config: TrainConfig) -> Loaded:
-    """The model as it is trained, in place: with what adapters leave as it is in bf16, where the
-    run wants that.
+    """Cast the frozen weights to bf16 in place, where `weights` is bf16, and move the model to the
+    device that it is trained on.
 
-    It is checked before, in float32: what bf16 rounds away looks like documents that are not kept
-    apart.
+    It was checked in float32 before: in bf16, rounding looks like documents that leak into each
+    other.
     """
     if config.weights == "bf16":
         model: Any = loaded.language_model.model

@@ -501,6 +501,8 @@ def test_weights_in_bf16_take_half_the_memory(run):
     assert narrow.weights_bytes - adapters == (wide.weights_bytes - adapters) / 2
     assert narrow.gradient_bytes == wide.gradient_bytes
     assert "weights bf16, computed in bf16" in narrow.shown()
+    assert "for the weights in float32" in narrow.shown()
+    assert "for the weights in float32" not in wide.shown()
 
 
 def test_what_transformers_is_told_of_the_machine(run):

@@ -34,12 +34,12 @@ TRACED = {
     "temperature": TEMPERATURE,
     "changed": CHANGED,
 }
-"""What a trace has of each token: the names that it has them by."""
+"""The columns of a trace, and those of `slots` that they are read from."""
 
 
 @dataclass(eq=False)
 class TraceBudget:
-    """How many tokens more one HTTP request may have the figures of."""
+    """How many more tokens of one HTTP request may be traced."""
 
     left: int = MOST_TRACED
 
@@ -49,7 +49,7 @@ class Trace:
     """The figures of a choice's tokens, one by one, in their order."""
 
     most: int
-    """Tokens; those beyond are not kept."""
+    """Tokens of this choice; the figures of later ones are dropped."""
     budget: TraceBudget = field(default_factory=TraceBudget)
     """Of all choices of its HTTP request, which may have many prompts."""
     columns: dict[str, list[float | None]] = field(

@@ -54,12 +54,12 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
             if choice is None:
                 continue
             choice.produced += len(output.new_token_ids)
-            if payload is not None and "row" in payload:
+            row = None if payload is None else payload.get("row")
+            if row is not None:
                 choice.payload = payload
             if choice.trace is not None:
-                said = payload or {}
-                row = None if "failed" in said else said.get("row")
-                choice.trace.add(row, len(output.new_token_ids))
+                known = None if payload is None or "failed" in payload else row
+                choice.trace.add(known, len(output.new_token_ids))
             found.append((output.request_id, choice, str(output.finish_reason) == "abort"))
     return found
 

@@ -97,7 +97,7 @@ class Forwarder:
         sends_all = bool(report.always.any())
         if not (news or sends_all or any(map(_some_end, outputs.values()))):
             return
-        # Which rows a fault has passed through is not known, so none of the step is vouched for.
+        # Which rows a fault has passed through is not known: no trace has figures of this step.
         failed = {"failed": True} if "faults" in news else {}
         row_of = {position: row for row, position in enumerate(report.positions.tolist())}
         position_of = model_runner_output.req_id_to_index
