@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from dftserve.serve import _free_port
 from tests.client import chat_body, gather
 from tests.conftest import KEY, PATIENCE, ROOT, Engine
 
@@ -43,9 +43,7 @@ def prometheus(engine: Engine, folder) -> Iterator[httpx.Client]:
     }
     file = folder / "prometheus.yaml"
     file.write_text(yaml.safe_dump(configuration))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{_free_port()}"
     command = [str(PROMETHEUS), f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
     command += [f"--web.listen-address={address}", "--log.level=error"]
     process = subprocess.Popen(command)
@@ -53,30 +51,33 @@ def prometheus(engine: Engine, folder) -> Iterator[httpx.Client]:
         with httpx.Client(
             base_url=f"http://{address}", timeout=PATIENCE, trust_env=False
         ) as client:
-            while process.poll() is None and not value_of(client, "up"):
+            while not is_ready(client):
+                assert process.poll() is None, "Prometheus has ended"
                 time.sleep(0.5)
-            assert process.poll() is None, "Prometheus has ended"
+            wait_for(client, "timestamp(up)")
             yield client
     finally:
         process.terminate()
         process.wait()
 
 
-def value_of(client: httpx.Client, expression: str) -> list[float]:
-    """Of each series that an expression gives, none while Prometheus starts."""
-    try:
-        answer = client.get("/api/v1/query", params={"query": expression})
-    except httpx.TransportError:
-        return []
-    if answer.status_code == 503:
-        return []
+def is_ready(client: httpx.Client) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return client.get("/-/ready").status_code == 200
+    return False
+
+
+def values_of(client: httpx.Client, expression: str) -> list[float]:
+    """Of each series that an expression gives."""
+    answer = client.get("/api/v1/query", params={"query": expression})
     assert answer.status_code == 200, answer.text
     return [float(each["value"][1]) for each in answer.json()["data"]["result"]]
 
 
 def wait_for(client: httpx.Client, expression: str) -> None:
-    while not any(value_of(client, expression)):
-        time.sleep(0.5)  # It comes, or the run's own limit tells.
+    """For what comes with the next scrape; a Prometheus that has ended raises."""
+    while not any(values_of(client, expression)):
+        time.sleep(0.5)
 
 
 def test_every_panel_shows_what_was_sent(v1, tmp_path):
@@ -93,7 +94,7 @@ def test_every_panel_shows_what_was_sent(v1, tmp_path):
             assert [answer.status_code for answer in answers] == [200, 200, 200, 400]
             wait_for(client, f"timestamp(up) > {time.time():f}")
         for expression in expressions:
-            found = value_of(client, expression)
+            found = values_of(client, expression)
             assert found, expression
             assert all(value == value for value in found), expression  # NaN is an empty panel.
             assert any(found) or any(name in expression for name in QUIET), expression
