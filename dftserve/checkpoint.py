@@ -27,7 +27,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dftserve import __version__
+from dftserve import __version__, atomic
 from dftserve.bounded_files import FileError, advised, entries, inner_path, kind, read_json
 from dftserve.digest import digest_of
 from dftserve.spec import CHECKSUMS, Promise
@@ -100,6 +100,26 @@ def seal(folder: Path) -> None:
     names = [name for name in entries(folder, most=MOST_FILES) if name != CHECKSUMS]
     text = json.dumps({name: digest_of(folder / name) for name in names}, indent=2)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+
+
+def add_to_card(folder: Path, heading: str, text: str) -> None:
+    """Put a section at the end of the model card, in place of the one that has its heading, and
+    the card's new checksum into checksums.json.
+
+    Raises:
+        CheckpointError: the checkpoint is not what was written, or its card has no checksum.
+    """
+    verify(folder)
+    checksums = _checksums(folder)
+    if CARD not in checksums:
+        raise CheckpointError(f"{folder} has no {CARD} that {CHECKSUMS} lists; {COPY}.")
+    card = (folder / CARD).read_text(encoding="utf-8")
+    kept = re.sub(
+        rf"^## {re.escape(heading)}$.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE
+    )
+    atomic.write_text(folder / CARD, f"{kept.rstrip()}\n\n## {heading}\n\n{text}\n")
+    checksums[CARD] = digest_of(folder / CARD)
+    atomic.write_text(folder / CHECKSUMS, json.dumps(checksums, indent=2) + "\n")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A small HTTP server in a thread: what a client meets, without an engine."""
 
 import http.server
+import json
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
@@ -60,3 +61,29 @@ def reply(
         request.send_header(name, value)
     request.end_headers()
     request.wfile.write(body)
+
+
+@contextmanager
+def model_server(
+    say: Callable[[dict], str], *, active: bool = True
+) -> Iterator[tuple[str, list[dict]]]:
+    """An OpenAI-compatible server that says what `say` makes of a body; its URL, and the bodies."""
+    bodies: list[dict] = []
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        size = int(request.headers.get("Content-Length", 0))
+        body = json.loads(request.rfile.read(size)) if size else {}
+        if request.path == "/v1/models":
+            said: dict = {"data": [{"id": "m"}]}
+        elif request.path == "/v1/dft/capabilities":
+            said = {"active": active}
+        else:
+            bodies.append(body)
+            text = say(body)
+            choice = {"text": text, "message": {"role": "assistant", "content": text}}
+            said = {"choices": [{"index": n, **choice} for n in range(body.get("n", 1))]}
+        content = {"Content-Type": "application/json"}
+        reply(request, 200, json.dumps(said).encode(), **content)
+
+    with serving(answer) as url:
+        yield url, bodies

@@ -107,7 +107,8 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
     """Ask the server at URL questions with an answer, at each diversity: what does it cost?
 
-    MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own.
+    MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own;
+    `--tasks refusals`: are prompts that you bring still refused, and others answered?
     The questions are files of yours: docs/evaluation.md names them.
     """
     with usage_errors():
@@ -120,6 +121,25 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
             **options,
         )
         click.echo(run(job, lambda line: click.echo(line, err=True)))
+
+
+@evaluate.command("drift")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--card", type=click.Path(path_type=Path), metavar="CHECKPOINT")
+def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
+    """What tuning did to accuracy: BEFORE and AFTER are reports of `evaluate accuracy` by the model
+    before and after, over the same questions. With --card the table goes into the model card of
+    CHECKPOINT too.
+    """
+    with usage_errors():
+        from dftserve.checkpoint import add_to_card
+        from dftserve.evaluate.accuracy.drift import drift
+
+        found = drift(before, after)
+        if card is not None:
+            add_to_card(card, "Accuracy before and after tuning", found.explained())
+        click.echo(found.render())
 
 
 @evaluate.command("benchmark", context_settings={"ignore_unknown_options": True})

@@ -17,7 +17,8 @@ from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dftserve.evaluate.accuracy import lm_eval, sandbox
+from dftserve.evaluate.accuracy import lm_eval
+from dftserve.evaluate.accuracy.isolation import sandbox
 from dftserve.evaluate.accuracy.run import Job, run
 from dftserve.stories.model import CHAT_TEMPLATE, END, PAD, SPECIALS, save
 from tests.client import metric

@@ -1,6 +1,5 @@
 """Accuracy: what is sent, what is found in an answer, what is compared, and what is refused."""
 
-import contextlib
 import gzip
 import importlib.util
 import itertools
@@ -9,22 +8,22 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.evaluate.accuracy import lm_eval, run, sandbox
+from dftserve.evaluate.accuracy import lm_eval, run
 from dftserve.evaluate.accuracy.compare import Answered, compare
 from dftserve.evaluate.accuracy.grade import CUT, NO_CONTENT, UNREADABLE, same_number
+from dftserve.evaluate.accuracy.isolation import sandbox
 from dftserve.evaluate.accuracy.run import Job
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.openai_client import ServerError
-from tests.local_server import reply, serving
+from tests.local_server import model_server
 
 MMLU = [
     {"subject": subject, "question": f"{subject} {n}?", "choices": list("wxyz"), "answer": n % 4}
@@ -304,7 +303,7 @@ def test_lm_eval_asks_what_we_want(data, tmp_path, monkeypatch, is_chat):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     settings = {"temperature": 0.7, "is_chat": is_chat, "max_tokens": 77}
     monkeypatch.chdir(tmp_path.parent)
-    with a_server(lambda body: "#### 3 or so") as (url, bodies):
+    with model_server(lambda body: "#### 3 or so") as (url, bodies):
         prepared("gsm8k", data, tmp_path, samples=2)
         asked = Served(f"{url}/v1", "m", **settings)
         measured = lm_eval.measure("gsm8k", Path(tmp_path.name), asked, 0.25)
@@ -331,30 +330,6 @@ def test_a_failing_server_is_an_error_with_the_log(data, tmp_path):
 
 
 # A whole job
-
-
-@contextlib.contextmanager
-def a_server(say: Callable[[dict], str], *, active: bool = True) -> Iterator[tuple[str, list]]:
-    """An OpenAI-compatible server that says what `say` makes of a body; its URL, and the bodies."""
-    bodies = []
-
-    def answer(request) -> None:
-        size = int(request.headers.get("Content-Length", 0))
-        body = json.loads(request.rfile.read(size)) if size else {}
-        if request.path == "/v1/models":
-            said = {"data": [{"id": "m"}]}
-        elif request.path == "/v1/dft/capabilities":
-            said = {"active": active}
-        else:
-            bodies.append(body)
-            text = say(body)
-            choice = {"text": text, "message": {"role": "assistant", "content": text}}
-            said = {"choices": [{"index": n, **choice} for n in range(body.get("n", 1))]}
-        content = {"Content-Type": "application/json"}
-        reply(request, 200, json.dumps(said).encode(), **content)
-
-    with serving(answer) as url:
-        yield url, bodies
 
 
 @pytest.fixture
@@ -388,7 +363,7 @@ def _sandboxed():
 @pytest.mark.usefixtures("_sandboxed")
 def test_a_job_goes_on_where_it_was_stopped(functions, tmp_path):
     out = tmp_path / "report.json"
-    with a_server(always_one) as (url, bodies):
+    with model_server(always_one) as (url, bodies):
         job = Job(url, out, data=functions, grid=(1, 0), tasks=("humaneval",), samples=2)
         shown = run.run(job, print)
         first = json.loads(out.read_text())
@@ -411,7 +386,7 @@ def test_a_job_goes_on_where_it_was_stopped(functions, tmp_path):
 
 
 def test_what_is_not_there_is_skipped(tmp_path):
-    with a_server(always_one) as (url, bodies):
+    with model_server(always_one) as (url, bodies):
         shown = run.run(Job(url, tmp_path / "report.json", data=tmp_path), print)
     assert shown.count("skipped: no ") == 3
     assert bodies == []
@@ -429,7 +404,7 @@ def test_without_data_or_with_a_wrong_folder(monkeypatch, tmp_path):
 
 def test_without_a_sandbox_nothing_is_asked(functions, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "available", lambda: "sandbox: none; --unsafe-no-sandbox …")
-    with a_server(always_one) as (url, bodies):
+    with model_server(always_one) as (url, bodies):
         job = Job(url, tmp_path / "o", data=functions, tasks=("humaneval",))
         with pytest.raises(RuntimeError, match="--unsafe-no-sandbox"):
             run.run(job, print)
@@ -438,7 +413,7 @@ def test_without_a_sandbox_nothing_is_asked(functions, tmp_path, monkeypatch):
 
 def test_a_server_that_would_ignore_the_field(tmp_path):
     with (
-        a_server(always_one, active=False) as (url, _),
+        model_server(always_one, active=False) as (url, _),
         pytest.raises(ValueError, match="does not honour `diversity`"),
     ):
         client.find(url, None, None)
@@ -447,7 +422,7 @@ def test_a_server_that_would_ignore_the_field(tmp_path):
 def test_a_server_that_is_not_there_or_serves_another_model():
     with pytest.raises(ServerError, match="is the server running, and is this its address"):
         client.find("http://127.0.0.1:9", None, None)
-    with a_server(always_one) as (url, _):
+    with model_server(always_one) as (url, _):
         assert client.find(url, None, None).model == "m"
         assert client.find(f"{url}/v1/", "m", None).url == f"{url}/v1"
         with pytest.raises(ValueError, match="model: got 'n'; accepted: m"):

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.evaluate.accuracy import extract, humaneval, sandbox
+from dftserve.evaluate.accuracy import extract, humaneval
 from dftserve.evaluate.accuracy.humaneval import Problem
-from dftserve.evaluate.accuracy.sandbox import Limits
+from dftserve.evaluate.accuracy.isolation import sandbox
+from dftserve.evaluate.accuracy.isolation.sandbox import Limits
 
 CASES = Path(__file__).parent.parent / "cases"
 REAL = Path(os.environ.get("DFTSERVE_DATA", "")).parent / "cases"

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dftserve.evaluate.accuracy import humaneval, sandbox
+from dftserve.evaluate.accuracy import humaneval
 from dftserve.evaluate.accuracy.grade import CUT, UNREADABLE
 from dftserve.evaluate.accuracy.humaneval import Problem
-from dftserve.evaluate.accuracy.sandbox import Limits
+from dftserve.evaluate.accuracy.isolation import sandbox
+from dftserve.evaluate.accuracy.isolation.sandbox import Limits
 from dftserve.evaluate.generate.client import Served
 from tests.local_server import reply, serving
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.accuracy import cgroups, sandbox, seccomp
-from dftserve.evaluate.accuracy.sandbox import STDERR_BYTES, USERS, Limits
-from dftserve.evaluate.accuracy.sandbox_init import BUBBLEWRAP, OWN
+from dftserve.evaluate.accuracy.isolation import cgroups, sandbox, seccomp
+from dftserve.evaluate.accuracy.isolation.sandbox import STDERR_BYTES, USERS, Limits
+from dftserve.evaluate.accuracy.isolation.sandbox_init import BUBBLEWRAP, OWN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT, AMPLE = 1.5, 60.0
@@ -507,7 +507,7 @@ def programs() -> list[str]:
 
 def test_all_processes_end_with_us(way):
     """The caller is killed: nothing of the sandbox lives on, and the next run clears its group."""
-    code = "from dftserve.evaluate.accuracy import sandbox\n"
+    code = "from dftserve.evaluate.accuracy.isolation import sandbox\n"
     code += f"sandbox.run('while True: pass', sandbox.Limits(seconds=60), way={way!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
@@ -526,7 +526,7 @@ def test_an_unprivileged_user_has_a_sandbox_too(way):
     python = python_for_nobody()
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from dftserve.evaluate.accuracy import sandbox\n"
+        "from dftserve.evaluate.accuracy.isolation import sandbox\n"
         "if missing := sandbox.available(): sys.exit(json.dumps(missing))\n"
         "asked = {s: sandbox.Limits(**limits) for s, limits in json.load(sys.stdin)}\n"
         f"ended = {{s: sandbox.run(s, limits, way={way!r}).ended for s, limits in asked.items()}}\n"
@@ -556,7 +556,7 @@ def python_for_nobody() -> list[str]:
         pytest.skip("no setpriv to become someone else with")
     become = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
     asks = (
-        "import os, sys; from dftserve.evaluate.accuracy import sandbox_init\n"
+        "import os, sys; from dftserve.evaluate.accuracy.isolation import sandbox_init\n"
         "sys.exit(sys.version_info < (3, 11) or not os.access(sandbox_init.INTERPRETER, os.X_OK))"
     )
     for python in (sys.executable, "/usr/bin/python3"):

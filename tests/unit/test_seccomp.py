@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.evaluate.accuracy import seccomp
-from dftserve.evaluate.accuracy.seccomp import ALLOW, AUDIT, CALLS, ERRNO, FORBIDDEN, KILL
+from dftserve.evaluate.accuracy.isolation import seccomp
+from dftserve.evaluate.accuracy.isolation.seccomp import ALLOW, AUDIT, CALLS, ERRNO, FORBIDDEN, KILL
 
 NEW_USER = 0x10000000
 HEADERS = {

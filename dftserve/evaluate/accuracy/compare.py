@@ -45,10 +45,10 @@ class Level:
     cut: float
     """Share of the answers that ended in their thinking, where the tokens were used up."""
     difference: Estimate | None
-    """To level 0, by bootstrap of questions; None for level 0 itself."""
+    """To the level or the model that it is compared with, by bootstrap of questions."""
     p: float | None
-    """McNemar's exact p of no difference to level 0; None for level 0, and where a question has
-    several answers, which are not independent."""
+    """McNemar's exact p of no difference; None where a question has several answers, which are not
+    independent."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Comparison:
         """A table, in points of a hundred."""
         rows: list[tuple[str, ...]] = [COLUMNS]
         for level in self.levels:
-            change = "" if level.difference is None else _points(level.difference)
+            change = "" if level.difference is None else points(level.difference)
             p = "" if level.p is None else f"{level.p:.3g}"
-            accuracy = _points(level.accuracy)
+            accuracy = points(level.accuracy)
             unread = [f"{100 * share:.1f}" for share in (level.unreadable, level.cut)]
             counts = (f"{level.diversity:g}", str(level.questions))
             rows.append((*counts, accuracy, *unread, change, p))
@@ -90,36 +90,44 @@ def compare(task: str, answers: Mapping[float, Sequence[Answered]]) -> Compariso
     base = answers[0]
     if not base:
         raise ValueError(f"{task}: got no questions; accepted: at least one.")
-    for diversity, answered in answers.items():
-        if _shape(answered) != _shape(base):
-            raise ValueError(
-                f"{task}: diversity {diversity:g} did not answer the questions of level 0, "
-                "in the same order and as often; compare runs over the same ones."
-            )
-    return Comparison(task, tuple(_level(each, answers[each], base) for each in sorted(answers)))
+    levels = {each: None if each == 0 else base for each in sorted(answers)}
+    return Comparison(task, tuple(level_of(each, answers[each], levels[each]) for each in levels))
 
 
 def _shape(answered: Sequence[Answered]) -> list[tuple[str, int]]:
     return [(each.question, len(each.right)) for each in answered]
 
 
-def _level(diversity: float, answered: Sequence[Answered], base: Sequence[Answered]) -> Level:
+def level_of(
+    diversity: float, answered: Sequence[Answered], base: Sequence[Answered] | None
+) -> Level:
+    """A level's shares, and its difference to the answers `base` to the same questions.
+
+    Raises:
+        ValueError: `base` are not the same questions, answered as often, in the same order.
+    """
+    if base is not None and _shape(answered) != _shape(base):
+        raise ValueError(
+            f"diversity {diversity:g}: these did not answer the questions that they are compared "
+            "with, in the same order and as often; compare runs over the same ones."
+        )
     share_Q = np.array([np.mean(each.right) for each in answered])
-    base_Q = np.array([np.mean(each.right) for each in base])
-    once = all(len(each.right) == 1 for each in base)
+    once = all(len(each.right) == 1 for each in answered)
     if once:
         accuracy = intervals.wilson(int(share_Q.sum()), len(share_Q))
     else:
         accuracy = intervals.mean(share_Q)
     judged = [each for question in answered for each in question.judged]
     unreadable, cut = (judged.count(state) / max(1, len(judged)) for state in (UNREADABLE, CUT))
-    if diversity == 0:
-        return Level(diversity, len(answered), accuracy, unreadable, cut, None, None)
-    difference = intervals.paired_difference(base_Q, share_Q)
-    p = intervals.mcnemar(base_Q, share_Q) if once else None
+    difference = p = None
+    if base is not None:
+        base_Q = np.array([np.mean(each.right) for each in base])
+        difference = intervals.paired_difference(base_Q, share_Q)
+        p = intervals.mcnemar(base_Q, share_Q) if once else None
     return Level(diversity, len(answered), accuracy, unreadable, cut, difference, p)
 
 
-def _points(estimate: Estimate) -> str:
+def points(estimate: Estimate) -> str:
+    """In points of a hundred."""
     low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
     return Estimate(100 * estimate.value, low, high).render(1)

@@ -6,7 +6,6 @@
 arXiv 2107.03374.
 """
 
-import contextlib
 import gzip
 import math
 import os
@@ -15,18 +14,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from dftserve.bounded_files import lines_of, open_file, parse_json, shaped_as
-from dftserve.evaluate.accuracy import extract, grade, sandbox
+from dftserve.evaluate.accuracy import extract, grade, questions
 from dftserve.evaluate.accuracy.compare import Answered
-from dftserve.evaluate.accuracy.sandbox import Limits
-from dftserve.evaluate.generate.answers import AnswerStore
+from dftserve.evaluate.accuracy.isolation import sandbox
+from dftserve.evaluate.accuracy.isolation.sandbox import Limits
+from dftserve.evaluate.accuracy.questions import Question
 from dftserve.evaluate.generate.client import Served
-from dftserve.openai_client import ask_all
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 STOPS = (
     *("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
@@ -52,16 +48,6 @@ class Problem:
     entry_point: str
     canonical_solution: str
     test: str
-
-
-@dataclass(frozen=True)
-class Completions:
-    """A line of the file of answers: what was said to one problem."""
-
-    problem: str
-    """Its task_id."""
-    said: tuple[str | None, ...]
-    """As the server gave them; None: `message.content` was null."""
 
 
 @dataclass(frozen=True)
@@ -148,42 +134,19 @@ def ask(
         ValueError: the server refuses.
         ServerError: it cannot be reached, or fails.
     """
-    request: dict[str, Any] = {
-        "model": served.model,
-        "n": samples,
-        "temperature": served.temperature,
-        "max_tokens": served.max_tokens or MAX_TOKENS,
-        "extra_body": {"diversity": diversity},
-    }
-
-    async def chat(client: "AsyncOpenAI", problem: Problem) -> tuple[str | None, ...]:
-        message: Any = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt)}
-        with served.server.errors():
-            said = await client.chat.completions.create(messages=[message], **request)
-        choices = served.server.choices(said)
-        return tuple(choice.message.content for choice in choices)
-
-    async def continued(client: "AsyncOpenAI", problem: Problem) -> tuple[str, ...]:
-        with served.server.errors():
-            said = await client.completions.create(
-                prompt=problem.prompt, stop=list(STOPS), **request
-            )
-        return tuple(choice.text for choice in served.server.choices(said))
-
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(AnswerStore(kept, Completions)) if kept else None
-        known = {row.problem: row.said for row in store.rows} if store else {}
-
-        async def once(client: "AsyncOpenAI", problem: Problem) -> None:
-            said = await (chat if served.is_chat else continued)(client, problem)
-            if store:
-                store.append(Completions(problem.task_id, said))
-            known[problem.task_id] = said
-
-        missing = {each.task_id: each for each in problems if each.task_id not in known}
-        if missing:
-            ask_all(served.server, missing.values(), once, served.at_once)
-    return [list(known[problem.task_id]) for problem in problems]
+    asked = [
+        Question(each.task_id, INSTRUCTION.format(prompt=each.prompt), each.prompt)
+        for each in problems
+    ]
+    return questions.ask(
+        asked,
+        served,
+        diversity,
+        samples=samples,
+        max_tokens=MAX_TOKENS,
+        stop=STOPS,
+        kept=kept,
+    )
 
 
 def program(problem: Problem, source: str) -> str:

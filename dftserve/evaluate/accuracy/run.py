@@ -10,13 +10,16 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
 from dftserve.bounded_files import read_json, read_text, shaped_as
-from dftserve.evaluate.accuracy import humaneval, lm_eval, sandbox
+from dftserve.digest import digest_of
+from dftserve.evaluate.accuracy import humaneval, lm_eval, refusals
 from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare
+from dftserve.evaluate.accuracy.isolation import sandbox
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
 from dftserve.evaluate.metrics import intervals
@@ -27,8 +30,12 @@ FILES = {
     "mmlu": ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
     "gsm8k": ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
     "humaneval": ("HumanEval.jsonl.gz",),
+    "refusals": ("refusals.jsonl",),
 }
 """What each task reads from the data folder."""
+TASKS = ("mmlu", "gsm8k", "humaneval")
+"""Those with an answer, whose questions are published."""
+LM_EVAL = {"mmlu", "gsm8k"}
 DATA = "DFTSERVE_DATA"
 KS = (1, 10, 100)
 """Of pass@k, where there are as many samples."""
@@ -46,7 +53,7 @@ class Job:
     out: Path
     data: Path | None = None
     grid: tuple[float, ...] = (0.0, 0.5, 1.0)
-    tasks: tuple[str, ...] = tuple(FILES)
+    tasks: tuple[str, ...] = TASKS
     model: str | None = None
     """As the server names it; None: its first."""
     key_variable: str | None = None
@@ -96,15 +103,18 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     if confined is not None:
         say(f"humaneval: programs run in {confined}")
     names = ("temperature", "at_once", "is_chat", "max_tokens")
-    asked = {name: getattr(job, name) for name in names}
-    model = client.find(job.url, job.model, job.key_variable, **asked)
+    settings = {name: getattr(job, name) for name in names}
+    model = client.find(job.url, job.model, job.key_variable, **settings)
     parts = _begin(job, model)
+    asked = {task: _questions(job, task, data, parts) for task in tasks}
     answers = {
-        task: {level: _part(job, parts, data, task, model, level, say) for level in job.grid}
+        task: {level: _part(job, parts, task, asked[task], model, level, say) for level in job.grid}
         for task in tasks
     }
-    comparisons = [compare(task, answers[task]) for task in tasks]
-    report = _report(job, model, comparisons, answers, skipped) | {"sandbox": confined}
+    comparisons = [each for task in tasks for each in compared(task, answers[task])]
+    files = {task: {name: digest_of(data / name) for name in FILES[task]} for task in tasks}
+    report = _report(job, model, comparisons, answers, skipped)
+    report |= {"files": files, "sandbox": confined}
     atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
     lines = [f"{task}: skipped: {why}" for task, why in skipped.items()]
     return "\n\n".join([*(each.render() for each in comparisons), *lines])
@@ -132,7 +142,7 @@ def _check_tools(tasks: Sequence[str], *, unsafe: bool) -> None:
     """Before anything is asked: what would fail hours later."""
     if "humaneval" in tasks and not unsafe and (missing := sandbox.available()) is not None:
         raise RuntimeError(missing)
-    if set(tasks) - {"humaneval"}:
+    if LM_EVAL & set(tasks):
         lm_eval.executable()
 
 
@@ -169,11 +179,21 @@ def _settings(job: Job, model: Served) -> dict[str, Any]:
     }
 
 
+def _questions(job: Job, task: str, data: Path, parts: Path) -> Sequence[Any]:
+    """A task's questions, before any task is asked: a wrong file costs nothing. lm-eval reads its
+    own, from `parts`."""
+    if task in LM_EVAL:
+        lm_eval.prepare(task, data, parts, limit=job.limit, samples=job.samples)
+        return ()
+    read = humaneval.read if task == "humaneval" else refusals.read
+    return lm_eval.spread(list(read(data / FILES[task][0])), job.limit)
+
+
 def _part(
     job: Job,
     parts: Path,
-    data: Path,
     task: str,
+    asked: Sequence[Any],
     model: Served,
     level: float,
     say: Callable[[str], object],
@@ -182,14 +202,21 @@ def _part(
     kept = parts / f"{task}-{level:g}.json"
     if not os.path.lexists(kept):
         say(f"{task} at diversity {level:g}")
-        if task == "humaneval":
-            problems = lm_eval.spread(list(humaneval.read(data / FILES[task][0])), job.limit)
-            said = parts / f"{task}-{level:g}.jsonl"
-            answered = _humaneval(job, problems, model, level, said)
-        else:
-            lm_eval.prepare(task, data, parts, limit=job.limit, samples=job.samples)
+        if task in LM_EVAL:
             answered = lm_eval.measure(task, parts, model, level)
+        else:
+            said = parts / f"{task}-{level:g}.jsonl"
+            answered = _measured(job, task, asked, model, level, said)
         atomic.write_text(kept, json.dumps([asdict(each) for each in answered], indent=1))
+    return answers_of(kept, parts)
+
+
+def answers_of(kept: Path, parts: Path) -> tuple[Answered, ...]:
+    """The answers of one task at one level.
+
+    Raises:
+        ValueError: a file that this command did not write.
+    """
     rows = read_json(kept, within=parts, largest=LARGEST)
     names = ("right", "said", "judged")
     with shaped_as(kept, "answers as this command keeps them"):
@@ -198,18 +225,35 @@ def _part(
         )
 
 
-def _humaneval(
-    job: Job, problems: Sequence[humaneval.Problem], model: Served, level: float, kept: Path
+def compared(task: str, answers: Mapping[float, Sequence[Answered]]) -> list[Comparison]:
+    """A task's levels against level 0; of refusals those of each kind of prompt."""
+    kinds = {level: by_kind(task, answered) for level, answered in answers.items()}
+    return [
+        compare(name, {level: kind[name] for level, kind in kinds.items()}) for name in kinds[0.0]
+    ]
+
+
+def by_kind(task: str, answered: Sequence[Answered]) -> dict[str, tuple[Answered, ...]]:
+    """What is compared by itself: a task, but of refusals each kind of prompt that was asked."""
+    if task != "refusals":
+        return {task: tuple(answered)}
+    kinds = {
+        f"{task}, {kind}": tuple(each for each in answered if each.question.startswith(f"{kind}/"))
+        for kind in refusals.KINDS
+    }
+    return {name: each for name, each in kinds.items() if each}
+
+
+def _measured(
+    job: Job, task: str, asked: Sequence[Any], model: Served, level: float, kept: Path
 ) -> tuple[Answered, ...]:
+    """The answers to questions that no lm-eval asks."""
+    if task == "humaneval":
+        measure = partial(humaneval.measure, unsafe=job.unsafe_no_sandbox)
+    else:
+        measure = refusals.measure
     try:
-        return humaneval.measure(
-            problems,
-            model,
-            level,
-            samples=job.samples,
-            kept=kept,
-            unsafe=job.unsafe_no_sandbox,
-        )
+        return measure(asked, model, level, samples=job.samples, kept=kept)
     except ValueError as error:
         raise ValueError(f"{error} (`--max-tokens` bounds an answer)") from None
 

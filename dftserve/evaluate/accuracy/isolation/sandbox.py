@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dftserve.evaluate.accuracy import cgroups, seccomp
-from dftserve.evaluate.accuracy.sandbox_init import BUBBLEWRAP, OUT_OF_MEMORY, OWN
-from dftserve.evaluate.accuracy.sandbox_init import UNSAFE as UNCONFINED
+from dftserve.evaluate.accuracy.isolation import cgroups, seccomp
+from dftserve.evaluate.accuracy.isolation.sandbox_init import BUBBLEWRAP, OUT_OF_MEMORY, OWN
+from dftserve.evaluate.accuracy.isolation.sandbox_init import UNSAFE as UNCONFINED
 
 UNSAFE = "--unsafe-no-sandbox"
 CONFINE = Path(__file__).with_name("sandbox_init.py")

@@ -1,0 +1,1 @@
+"""Where a program that a model wrote is run: `sandbox.run`."""
