@@ -101,6 +101,13 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
     "top_n_sigma": {"n_sigma": _REQUIRED},
     "xtc": {"xtc_probability": _REQUIRED, "xtc_threshold": 0.1, "min_p": None},
 }
+
+
+def is_required(law: str, name: str) -> bool:
+    """Whether a law has no default of a field that it takes."""
+    return LAWS[law][name] is _REQUIRED
+
+
 WHOLE_ROW_LAWS = ("top_n_sigma", "xtc")
 """Laws that cut by what a style has changed before them: they go with none."""
 DEFAULT_LAW = "gated"
@@ -240,11 +247,11 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
     if value.get("law") is None and value.get("dry_multiplier") is not None:
         given = {"level": 0, **given}  # DRY needs no law beside it.
     numbers = {name: _number(given[name], BOUNDS[name], f"{parameter}.{name}") for name in given}
-    for name, default in takes.items():
-        if name not in numbers and default is _REQUIRED:
+    for name in takes:
+        if name not in numbers and is_required(law, name):
             accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
             raise DiversityError(f"{parameter}.{name}", value.get(name, NOTHING), accepted)
-    defaults = {name: default for name, default in takes.items() if default is not _REQUIRED}
+    defaults = {name: value for name, value in takes.items() if not is_required(law, name)}
     group = _group(value.get(GROUP), f"{parameter}.{GROUP}")
     trace = value.get(TRACE)
     if trace is not None and not isinstance(trace, bool):

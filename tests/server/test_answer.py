@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dftserve import spec
+from dftserve import json_schema, spec
 from tests.client import chat_body, get, metric, post, sync_client
 
 BOTH = pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
@@ -292,3 +292,15 @@ def test_a_trace_of_what_is_off_is_none(engine):
     refused = post(engine, "/v1/chat/completions", chat_body(diversity={"level": 1, "trace": 1}))
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "diversity.trace"
+
+
+def test_the_servers_openapi_document_has_the_fields(v1, v1_stock):
+    """Twice: FastAPI keeps its document. Nothing else of it differs but our route."""
+    ours, again, stock = (get(each, "/openapi.json").json() for each in (v1, v1, v1_stock))
+    assert ours == again
+    del ours["paths"]["/v1/dft/capabilities"]
+    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"):
+        properties = ours["components"]["schemas"][name]["properties"]
+        assert properties.pop("diversity") == json_schema.diversity()
+        assert properties.pop("style") == json_schema.style()
+    assert ours == stock

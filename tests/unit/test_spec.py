@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from dftserve.spec import (
     BOUNDS,
+    DRY_NAMES,
+    GROUP,
     LAWS,
     MAX_JSON_CHARACTERS,
+    TRACE,
     Diversity,
     DiversityError,
     Promise,
@@ -19,6 +22,7 @@ from dftserve.spec import (
     parse_json,
 )
 
+KNOWN = {*BOUNDS, *DRY_NAMES, "law", GROUP, TRACE}
 REQUIRED = {
     "gated": "level",
     "budget": "target_entropy",
@@ -151,9 +155,7 @@ def test_what_the_law_needs_is_named(law, absent):
 
 
 @pytest.mark.parametrize("law", sorted(LAWS))
-@given(
-    name=st.text(max_size=40).filter(lambda name: name not in {*BOUNDS, "law"}), value=json_values
-)
+@given(name=st.text(max_size=40).filter(lambda name: name not in KNOWN), value=json_values)
 def test_an_unknown_field_is_refused_whatever_it_holds(law, name, value):
     error = refusal({"law": law, REQUIRED[law]: 0.5, name: value})
     assert error.parameter.isprintable()

@@ -1,5 +1,5 @@
-"""What the plug-in adds to vLLM's HTTP app: middleware for the answer and for large bodies, and
-one route.
+"""What the plug-in adds to vLLM's HTTP app: middleware for the answer and for large bodies, one
+route, and its fields in the app's OpenAPI document.
 
 vLLM's own way for this is `EndpointPlugin` below, which it loads only if `VLLM_PLUGINS` names it;
 elsewhere `hooks` calls `extend` around `build_app`. Both may happen: an app is extended once.
@@ -10,7 +10,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
 
-from dftserve_vllm import capabilities, hooks, is_disabled, metrics
+from dftserve_vllm import capabilities, hooks, is_disabled, metrics, openapi
 from dftserve_vllm.body_limit import BodyLimit
 from dftserve_vllm.field_guard import FieldGuard
 from dftserve_vllm.response_middleware import ResponseMiddleware
@@ -45,6 +45,7 @@ def _extend(app: Any) -> None:
     unseen = [hook for hook in hooks.REQUEST_HOOKS if hook.name in hooks.problems()]
     # What `BodyLimit` raises is answered by the app's own handlers: nothing of ours is inside.
     _add(app, ResponseMiddleware, *([FieldGuard] if unseen else []), BodyLimit)
+    app.openapi = openapi.with_fields(app.openapi)
 
 
 def _add(app: Any, *middleware: Any) -> None:

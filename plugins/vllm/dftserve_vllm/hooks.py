@@ -271,16 +271,17 @@ def _leaves_offsets(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
     return seeds.leaves_offsets(bookkeeping)
 
 
-_PROTOCOLS = {
+PROTOCOLS = {
     "ChatCompletionRequest": "vllm.entrypoints.openai.chat_completion.protocol",
     "CompletionRequest": "vllm.entrypoints.openai.completion.protocol",
     "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol",
 }
+"""The requests that take the fields, and their modules."""
 
 REQUEST_HOOKS = (
-    *(Hook(m, f"{name}.to_sampling_params", _honours_field) for name, m in _PROTOCOLS.items()),
+    *(Hook(m, f"{name}.to_sampling_params", _honours_field) for name, m in PROTOCOLS.items()),
     *(
-        Hook(_PROTOCOLS[name], f"{name}.to_beam_search_params", _refuses_beam_search)
+        Hook(PROTOCOLS[name], f"{name}.to_beam_search_params", _refuses_beam_search)
         for name in ("ChatCompletionRequest", "CompletionRequest")
     ),
 )

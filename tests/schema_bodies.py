@@ -1,0 +1,57 @@
+"""Bodies by the server's own OpenAPI document, which schemathesis draws: as it allows, and not."""
+
+import json
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+
+from tests.fuzz_bodies import BASES
+
+MOST_FIELDS = 4
+"""Of what is drawn, beside what a request needs; with all of them hardly any body is accepted."""
+CHEAP = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "best_of")
+"""Fields that say how much is generated, which is no matter here."""
+
+
+def drawn(document: dict[str, Any], path: str, count: int) -> list[dict[str, Any]]:
+    """Bodies for a route, always the same ones: some fields of a body by the document, or of one
+    that breaks it, beside those that make a short request of it; some without these.
+
+    Args:
+        document: the server's openapi.json.
+    """
+    operation = schemathesis.openapi.from_dict(document)[path]["POST"]
+    strategies = [operation.as_strategy(generation_mode=mode) for mode in GenerationMode]
+    found: list[dict[str, Any]] = []
+
+    @settings(
+        max_examples=2 * count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.one_of(strategies), st.data())
+    def draw(case: Any, data: Any) -> None:
+        names = data.draw(st.sets(st.integers(0, 99), max_size=MOST_FIELDS))
+        is_whole = data.draw(st.booleans())
+        if isinstance(case.body, dict):
+            given_a_value = {name for name, value in case.body.items() if value is not None}
+            fields = sorted(given_a_value - set(CHEAP))
+            chosen = {fields[name % len(fields)] for name in names if fields}
+            some = {name: case.body[name] for name in sorted(chosen)}
+            found.append(some | BASES[path] if is_whole else BASES[path] | some)
+
+    draw()
+    return list(filter(_is_json, found))[:count]
+
+
+def _is_json(body: dict[str, Any]) -> bool:
+    try:
+        return bool(json.dumps(body).encode())
+    except (TypeError, ValueError):
+        return False
