@@ -26,7 +26,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -272,6 +272,15 @@ def read_json(
     """
     text = read_text(path, largest=largest, within=within)
     return parse_json(text, str(path), deepest=deepest, finite=finite)
+
+
+def json_rows(lines: Iterable[bytes], path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Of a .jsonl file's lines, those with something on them: the file and the line as an error
+    names them, and what it says. Raises ValueError as `parse_json`."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where)
 
 
 def parse_json(

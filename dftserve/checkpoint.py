@@ -28,7 +28,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dftserve import __version__, atomic
-from dftserve.bounded_files import FileError, advised, entries, inner_path, kind, read_json
+from dftserve.bounded_files import (
+    FileError,
+    advised,
+    entries,
+    inner_path,
+    kind,
+    read_json,
+    read_text,
+)
 from dftserve.digest import digest_of
 from dftserve.spec import CHECKSUMS, Promise
 
@@ -36,7 +44,7 @@ RUN, CARD = "run.json", "README.md"
 FINAL, RUN_SETTINGS = "final", "settings.json"
 """Of the folder of a run: its checkpoint, and what the run begins with."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
-LARGEST_CHECKSUMS = 1 << 20
+LARGEST_CHECKSUMS = LARGEST_CARD = 1 << 20
 MOST_FILES = 10_000
 COPY = "copy the checkpoint anew"
 NAMED = 5
@@ -113,7 +121,7 @@ def add_to_card(folder: Path, heading: str, text: str) -> None:
     checksums = _checksums(folder)
     if CARD not in checksums:
         raise CheckpointError(f"{folder} has no {CARD} that {CHECKSUMS} lists; {COPY}.")
-    card = (folder / CARD).read_text(encoding="utf-8")
+    card = read_text(folder / CARD, within=folder, largest=LARGEST_CARD)
     kept = re.sub(
         rf"^## {re.escape(heading)}$.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""The playground's command before a server, and a real browser that opens its page."""
+"""A real browser, what it finds wrong with a page, and the playground's command before a server."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -36,3 +37,12 @@ def chromium() -> Iterator[Any]:
         browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def assert_accessible(page: Any) -> None:
+    """No rule of axe is broken, and nothing is wider than the screen."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]

@@ -50,6 +50,11 @@ class Level:
     """McNemar's exact p of no difference; None where a question has several answers, which are not
     independent."""
 
+    def change(self) -> tuple[str, str]:
+        """The difference, in points of a hundred, and p; empty where there is none."""
+        difference = "" if self.difference is None else points(self.difference)
+        return difference, "" if self.p is None else f"{self.p:.3g}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -65,12 +70,10 @@ class Comparison:
         """A table, in points of a hundred."""
         rows: list[tuple[str, ...]] = [COLUMNS]
         for level in self.levels:
-            change = "" if level.difference is None else points(level.difference)
-            p = "" if level.p is None else f"{level.p:.3g}"
             accuracy = points(level.accuracy)
             unread = [f"{100 * share:.1f}" for share in (level.unreadable, level.cut)]
             counts = (f"{level.diversity:g}", str(level.questions))
-            rows.append((*counts, accuracy, *unread, change, p))
+            rows.append((*counts, accuracy, *unread, *level.change()))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         if any(level.cut for level in self.levels):
@@ -91,7 +94,8 @@ def compare(task: str, answers: Mapping[float, Sequence[Answered]]) -> Compariso
     if not base:
         raise ValueError(f"{task}: got no questions; accepted: at least one.")
     levels = {each: None if each == 0 else base for each in sorted(answers)}
-    return Comparison(task, tuple(level_of(each, answers[each], levels[each]) for each in levels))
+    compared = (level_of(task, each, answers[each], levels[each]) for each in levels)
+    return Comparison(task, tuple(compared))
 
 
 def _shape(answered: Sequence[Answered]) -> list[tuple[str, int]]:
@@ -99,7 +103,7 @@ def _shape(answered: Sequence[Answered]) -> list[tuple[str, int]]:
 
 
 def level_of(
-    diversity: float, answered: Sequence[Answered], base: Sequence[Answered] | None
+    task: str, diversity: float, answered: Sequence[Answered], base: Sequence[Answered] | None
 ) -> Level:
     """A level's shares, and its difference to the answers `base` to the same questions.
 
@@ -108,7 +112,7 @@ def level_of(
     """
     if base is not None and _shape(answered) != _shape(base):
         raise ValueError(
-            f"diversity {diversity:g}: these did not answer the questions that they are compared "
+            f"{task}: diversity {diversity:g} did not answer the questions that it is compared "
             "with, in the same order and as often; compare runs over the same ones."
         )
     share_Q = np.array([np.mean(each.right) for each in answered])

@@ -5,7 +5,7 @@
 The answers are read from FILE.parts/ beside each report.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from dftserve.evaluate.accuracy.compare import Answered, Level, level_of, points
 from dftserve.evaluate.accuracy.run import LARGEST, answers_of, by_kind
 
 COLUMNS = ("task", "diversity", "questions", "before", "after", "difference", "p")
-SAME = ("temperature", "limit", "samples", "max_tokens", "is_chat")
-"""Settings without which two reports are of different questions, or of answers to compare."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,7 @@ class Drift:
                 str(row.after.questions),
                 points(row.before.accuracy),
                 points(row.after.accuracy),
-                "" if row.after.difference is None else points(row.after.difference),
-                "" if row.after.p is None else f"{row.after.p:.3g}",
+                *row.after.change(),
             )
             for row in self.rows
         ]
@@ -75,6 +72,7 @@ class Report:
     model: str
     grid: tuple[float, ...]
     settings: Mapping[str, Any]
+    """All else on which an answer depends, beside its task."""
     files: Mapping[str, Mapping[str, str]]
     """By task the digests of the files with its questions."""
 
@@ -87,11 +85,13 @@ def drift(before: Path, after: Path) -> Drift:
             same questions.
     """
     first, second = _read(before), _read(after)
-    _check_same(before, first.settings, after, second.settings)
-    shared = {task: each for task, each in first.files.items() if task in second.files}
-    _check_same(before, shared, after, {task: second.files[task] for task in shared})
+    shared = [task for task in first.files if task in second.files]
+    _check_same(
+        {**first.settings, **second.settings}, before, first.settings, after, second.settings
+    )
+    _check_same(shared, before, first.files, after, second.files)
     rows = [
-        Row(name, level_of(level, theirs, None), level_of(level, ours, theirs))
+        Row(name, level_of(name, level, theirs, None), level_of(name, level, ours, theirs))
         for task in shared
         for level in first.grid
         for name, theirs, ours in _pairs(task, level, before, after)
@@ -104,22 +104,27 @@ def drift(before: Path, after: Path) -> Drift:
 def _read(path: Path) -> Report:
     report = read_json(path, largest=LARGEST)
     with shaped_as(path, "a report of `dftserve evaluate accuracy`"):
+        settings = dict(report["settings"])
         return Report(
-            model=str(report["settings"]["model"]),
-            grid=tuple(map(float, report["settings"]["grid"])),
-            settings={name: report["settings"][name] for name in SAME},
+            model=str(settings.pop("model")),
+            grid=tuple(map(float, settings.pop("grid"))),
+            settings=settings,
             files=dict(report["files"]),
         )
 
 
 def _check_same(
-    before: Path, first: Mapping[str, Any], after: Path, second: Mapping[str, Any]
+    names: Iterable[str],
+    before: Path,
+    first: Mapping[str, Any],
+    after: Path,
+    second: Mapping[str, Any],
 ) -> None:
-    for name, value in first.items():
-        if value != second[name]:
+    for name in names:
+        if first.get(name) != second.get(name):
             raise ValueError(
-                f"{name}: got {value!r} in {before} and {second[name]!r} in {after}; accepted: "
-                "reports of the same questions, asked with the same settings."
+                f"{name}: got {first.get(name)!r} in {before} and {second.get(name)!r} in {after}; "
+                "accepted: reports of the same questions, asked with the same settings."
             )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dftserve.bounded_files import lines_of, open_file, parse_json, shaped_as
+from dftserve.bounded_files import json_rows, lines_of, open_file, shaped_as
 from dftserve.evaluate.accuracy import extract, grade, questions
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.isolation import sandbox
@@ -76,15 +76,12 @@ def read(path: Path) -> tuple[Problem, ...]:
 def _problems(file: BinaryIO, path: Path) -> Iterator[Problem]:
     names = [field.name for field in fields(Problem)]
     # A packed file shows its size only in reading.
-    for number, line in enumerate(lines_of(file, path, largest=LARGEST, longest=LARGEST), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            row = parse_json(line, where)
-            with shaped_as(where, f"lines of JSON with {', '.join(names)}"):
-                problem = Problem(**{name: row[name] for name in names})
-            if not all(isinstance(each, str) for each in vars(problem).values()):
-                raise ValueError(f"{where}: accepted: texts in {', '.join(names)}.")
-            yield problem
+    for where, row in json_rows(lines_of(file, path, largest=LARGEST, longest=LARGEST), path):
+        with shaped_as(where, f"lines of JSON with {', '.join(names)}"):
+            problem = Problem(**{name: row[name] for name in names})
+        if not all(isinstance(each, str) for each in vars(problem).values()):
+            raise ValueError(f"{where}: accepted: texts in {', '.join(names)}.")
+        yield problem
 
 
 def measure(

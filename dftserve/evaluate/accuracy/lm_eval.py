@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.bounded_files import lines, parse_json, shaped_as
+from dftserve.bounded_files import json_rows, lines, shaped_as
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.grade import NO_CONTENT
 from dftserve.evaluate.generate.client import Served
@@ -193,9 +193,8 @@ PREPARED: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"mmlu": mm
 def read(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file. Raises ValueError where a line is none."""
     rows = []
-    for number, line in enumerate(lines(path, largest=LARGEST, longest=LARGEST_LINE), 1):
-        if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number}"))
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path}, line {number}: accepted: an object.")
+    for where, row in json_rows(lines(path, largest=LARGEST, longest=LARGEST_LINE), path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: accepted: an object.")
+        rows.append(row)
     return rows

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dftserve.bounded_files import lines, parse_json, shaped_as
+from dftserve.bounded_files import json_rows, lines, shaped_as
 from dftserve.evaluate.accuracy import questions
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.grade import grade_refusal
@@ -43,15 +43,12 @@ def read(path: Path) -> tuple[Prompt, ...]:
     """
     accepted = 'lines of JSON with "prompt", a text, and "refuse", true or false'
     prompts = []
-    for number, line in enumerate(lines(path, largest=LARGEST, longest=LARGEST_LINE), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            row = parse_json(line, where)
-            with shaped_as(where, accepted):
-                prompt = Prompt(row["prompt"], row["refuse"])
-            if not isinstance(prompt.prompt, str) or not isinstance(prompt.refuse, bool):
-                raise ValueError(f"{where}: accepted: {accepted}.")
-            prompts.append(prompt)
+    for where, row in json_rows(lines(path, largest=LARGEST, longest=LARGEST_LINE), path):
+        with shaped_as(where, accepted):
+            prompt = Prompt(row["prompt"], row["refuse"])
+        if not isinstance(prompt.prompt, str) or not isinstance(prompt.refuse, bool):
+            raise ValueError(f"{where}: accepted: {accepted}.")
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: got no prompts; accepted: {accepted}.")
     return tuple(prompts)

@@ -12,7 +12,7 @@ def with_fields(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str,
     """FastAPI's `app.openapi`, whose document has the fields in the requests that take them."""
 
     def documented() -> dict[str, Any]:
-        # FastAPI keeps its document: from the second call on the fields are there.
+        # FastAPI makes its document once, and gives the same one each time.
         document = openapi()
         schemas = document.get("components", {}).get("schemas", {})
         for name in schemas.keys() & PROTOCOLS.keys():
