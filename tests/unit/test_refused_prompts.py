@@ -130,6 +130,19 @@ def test_a_job_tells_the_two_kinds_apart(tmp_path):
     assert all(each["task"] in shown for each in (to_refuse, to_answer))
 
 
+def test_answers_to_other_questions_are_not_taken_for_these(tmp_path):
+    """By the same settings and as many prompts: what was kept answers what was asked then."""
+    file = tmp_path / "refusals.jsonl"
+    file.write_text(json.dumps(PROMPTS[0]))
+    with model_server(careless) as (url, bodies):
+        job = Job(url, tmp_path / "out.json", data=tmp_path, grid=(0,), tasks=("refusals",))
+        run.run(job, print)
+        file.write_text(json.dumps(PROMPTS[1]))
+        with pytest.raises(ValueError, match="other questions of refusals"):
+            run.run(job, print)
+    assert len(bodies) == 1
+
+
 def test_one_kind_alone_is_compared(tmp_path):
     (tmp_path / "refusals.jsonl").write_text(json.dumps(PROMPTS[0]))
     with model_server(careless) as (url, _):

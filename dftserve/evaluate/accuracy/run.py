@@ -107,12 +107,14 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     model = client.find(job.url, job.model, job.key_variable, **settings)
     parts = _begin(job, model)
     asked = {task: _questions(job, task, data, parts) for task in tasks}
+    files = {task: {name: digest_of(data / name) for name in FILES[task]} for task in tasks}
+    for task, digests in files.items():
+        _claim(parts, f"{task}-files.json", digests, f"questions of {task}")
     answers = {
         task: {level: _part(job, parts, task, asked[task], model, level, say) for level in job.grid}
         for task in tasks
     }
     comparisons = [each for task in tasks for each in compared(task, answers[task])]
-    files = {task: {name: digest_of(data / name) for name in FILES[task]} for task in tasks}
     report = _report(job, model, comparisons, answers, skipped)
     report |= {"files": files, "sandbox": confined}
     atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
@@ -157,14 +159,18 @@ def _begin(job: Job, model: Served) -> Path:
     """The folder of the parts, of this job alone."""
     parts = job.out.with_name(f"{job.out.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(_settings(job, model), indent=1)
-    kept = parts / SETTINGS
-    if os.path.lexists(kept) and read_text(kept, within=parts, largest=LARGEST) != settings:
-        raise ValueError(
-            f"{parts} holds answers of other settings ({kept}); remove it, or choose another file."
-        )
-    atomic.write_text(kept, settings)
+    _claim(parts, SETTINGS, _settings(job, model), "settings")
     return parts
+
+
+def _claim(parts: Path, name: str, content: Mapping[str, Any], what: str) -> None:
+    """Write down what the answers in `parts` depend on; what was written there must be the same."""
+    kept, text = parts / name, json.dumps(content, indent=1)
+    if os.path.lexists(kept) and read_text(kept, within=parts, largest=LARGEST) != text:
+        raise ValueError(
+            f"{parts} holds answers of other {what} ({kept}); remove it, or choose another file."
+        )
+    atomic.write_text(kept, text)
 
 
 def _settings(job: Job, model: Served) -> dict[str, Any]:
