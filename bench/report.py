@@ -149,9 +149,10 @@ IN_README = (
 
 
 def stories(document: dict[str, Any], rows: dict[str, Any]) -> str:
-    lines = [f"| | {' | '.join(MEASURED)} |", f"|---|{'---|' * len(MEASURED)}"]
+    lines = [f"| | {' | '.join(MEASURED)} | too short |", f"|---|{'---|' * len(MEASURED)}---|"]
     for name in sorted(rows, key=lambda n: (n != "people", -rows[n]["errors"]["value"])):
         cells = [interval(rows[name][key], digits) for key, digits in MEASURED.values()]
+        cells.append(left_out(rows[name]))
         told = re.sub(r"`(\w+)` ([\d.]+)", r"`diversity` \2, law `\1`", name)
         lines.append(f"| {told} | {' | '.join(cells)} |")
     count = document["prompts"] * document["answers_to_each"]
@@ -162,9 +163,20 @@ def stories(document: dict[str, Any], rows: dict[str, Any]) -> str:
         "tokens, float32), and people's stories; 95 % intervals. Errors: marks of a grammar "
         "checker per 100 words, names apart; AI phrases per 1,000 words; self-BLEU, lower is more "
         "varied, between answers to different prompts; SDS within prompts, 100 is as varied in "
-        "style as people."
+        f"style as people. {TOO_SHORT}"
     )
     return "\n".join(lines)
+
+
+TOO_SHORT = (
+    "Too short: answers of fewer words than a style is measured on, which self-BLEU, style distance "
+    "and SDS leave out."
+)
+
+
+def left_out(row: dict[str, Any]) -> str:
+    """People's stories were chosen to be long enough."""
+    return f"{100 * row['short']['value']:.0f} %" if "short" in row else "0 %"
 
 
 MEASURED = {
@@ -239,11 +251,12 @@ def headline(document: dict[str, Any]) -> str:
     accuracy, bits = document["accuracy"], document["bits_per_byte"]
     told, texts = document["stories"], document["texts"]
     lines = [
-        f"| | {' | '.join(measured)} | IFEval | bits a byte: stories | books |",
-        f"|---|{'---|' * len(measured)}---|---|---|",
+        f"| | {' | '.join(measured)} | too short | IFEval | bits a byte: stories | books |",
+        f"|---|{'---|' * len(measured)}---|---|---|---|",
     ]
     for name, row in {"people": told["people"], **told["rows"]}.items():
         cells = [interval(row[key], digits) for key, digits in measured.values()]
+        cells.append(left_out(row))
         model, _, setting = name.partition(", ")
         is_plain = setting == "stock, T 1"
         cells.append(percent(accuracy["ifeval"][model]) if is_plain else "")
@@ -255,7 +268,7 @@ def headline(document: dict[str, Any]) -> str:
         f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories a row of a "
         f"model, {document['accuracy']['ifeval']['start']['count']} prompts of IFEval; "
         f"{texts['start']} answers of one model to begin with, {texts['train']} people's stories "
-        f"to tune on, {texts['measure']} others to measure with; 95 % intervals."
+        f"to tune on, {texts['measure']} others to measure with; 95 % intervals. {TOO_SHORT}"
     )
     return "\n".join(lines)
 
