@@ -7,7 +7,8 @@ the plug-in, `stock` with DFTSERVE_DISABLE=1. Phases, and their sizes at --scale
     fuzz         20,000 bodies (tests/fuzz_bodies.py) to both: no fault that stock has not, every
                  wrong value a 400 that names it, no text of a client and no key in the log
     served       100,000 short requests from 16 clients, half with the field: the memory of all of
-                 the server's processes (PSS) grows by at most 1 % after the first tenth
+                 the server's processes (PSS, less pages of files) grows by at most 1 % after the
+                 first tenth
     disconnects  2,000 streams that their clients leave at random: then none runs or waits
     schema       1,000 answers by a JSON schema at `diversity` 1, as often valid as stock's
     overload     4 clients a slot for 300 s: 200, 429 and 503 only, and /health answers
@@ -250,15 +251,15 @@ def served(size: int, source: random.Random, servers: Servers) -> dict[str, Any]
         start = time.monotonic()
         outcomes += asyncio.run(_served(engine, requests, source))
         busy += time.monotonic() - start
-        memory.append(pss_mib(engine.pid))
+        memory.append(own_mib(engine.pid))
     totals = [sum(each.values()) for each in memory]
     return {
         "requests": size,
         "clients": CLIENTS,
         "outcomes": dict(outcomes),
         "requests_per_second": round(size / busy, 1),
-        "memory": "PSS of all processes of the server, after each tenth",
-        "pss_mib": [round(total, 1) for total in totals],
+        "memory": "PSS, less pages of files, of all processes of the server, after each tenth",
+        "own_mib": [round(total, 1) for total in totals],
         "first_processes": memory[0],
         "last_processes": memory[-1],
         "growth": round(totals[-1] / totals[0] - 1, 5),
@@ -322,14 +323,25 @@ async def _outcome(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
     return str(answer.status_code)
 
 
-def pss_mib(process_id: int) -> dict[str, float]:
-    """MiB of a process and each of its descendants, by name and number; shared pages in part."""
+def own_mib(process_id: int) -> dict[str, float]:
+    """MiB of a process and each of its descendants, by name and number, but of pages of files.
+
+    Those are shared with every process that maps the same libraries: what falls to one of them
+    changes as others come and go. Pages that the server's processes share among themselves count
+    in part for each.
+    """
     leader = psutil.Process(process_id)
     processes = [leader, *leader.children(recursive=True)]
     return {
-        f"{process.name()} {number}": round(process.memory_full_info().pss / (1 << 20), 2)
+        f"{process.name()} {number}": round(_kib_not_of_files(process.pid) / 1024, 2)
         for number, process in enumerate(processes)
     }
+
+
+def _kib_not_of_files(process_id: int) -> int:
+    lines = Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return kib["Pss_Anon"] + kib["Pss_Shmem"]
 
 
 def disconnects(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:

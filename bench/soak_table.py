@@ -34,7 +34,7 @@ def _fuzz(found: dict[str, Any]) -> str:
 
 
 def _served(found: dict[str, Any]) -> str:
-    first, last = (found["pss_mib"][place] for place in (0, -1))
+    first, last = (found["own_mib"][place] for place in (0, -1))
     return (
         f"{found['requests']:,} requests at {found['requests_per_second']:.0f} a second; "
         f"{first:,.0f} MiB after a tenth, {last:,.0f} MiB at the end ({found['growth']:+.2%})"
@@ -63,7 +63,7 @@ def _overload(found: dict[str, Any]) -> str:
 
 CELLS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fuzz": ("no death, no 5xx that stock has not, 400 with `param`, a clean log", _fuzz),
-    "served": ("memory (PSS of all processes) at most +1 %", _served),
+    "served": ("memory (PSS of all processes, less pages of files) at most +1 %", _served),
     "disconnects": ("none running or waiting after 5 s", _disconnects),
     "schema": ("as often valid as stock's at `diversity` 1", _schema),
     "overload": ("200, 429 and 503 only, /health under 1 s", _overload),

@@ -27,7 +27,7 @@ KEPT = {
         "requests": 100,
         "outcomes": {"200": 100},
         "requests_per_second": 10.0,
-        "pss_mib": [1000.0, 1010.0],
+        "own_mib": [1000.0, 1010.0],
         "growth": 0.01,
     },
     "disconnects": {"cut": 9, "complete": 1, "left": 0, "seconds_to_idle": 4.9},
