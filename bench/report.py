@@ -169,8 +169,8 @@ def stories(document: dict[str, Any], rows: dict[str, Any]) -> str:
 
 
 TOO_SHORT = (
-    "Too short: answers of fewer words than a style is measured on, which self-BLEU, style distance "
-    "and SDS leave out."
+    "Too short: answers of fewer words than a style is measured on (120), which self-BLEU, style "
+    "distance and SDS leave out."
 )
 
 

@@ -272,7 +272,16 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @target.command("build")
 @_corpus_options
-@click.option("--processes", type=int, default=1, show_default=True)
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    metavar="local|ray|ray://HOST:PORT",
+    help="Who reads: this machine, or the workers of a Ray cluster.",
+)
+@click.option(
+    "--processes", type=int, help="Default: 1; on Ray, one for each GPU, or each CPU without any."
+)
 @click.option("--plan", is_flag=True, help="Say what it would take, by its first batches.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
 def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) -> None:

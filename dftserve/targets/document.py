@@ -35,6 +35,10 @@ class Document:
         if self.trained_N[0]:
             raise ValueError("the first token of a document is marked as trained; it cannot be.")
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """For another process: without what is computed from the fields."""
+        return Document, (self.tokens_N, self.trained_N, self.group)
+
     @cached_property
     def positions_T(self) -> np.ndarray:
         """int64: where the trained tokens stand; each is predicted from all before it."""

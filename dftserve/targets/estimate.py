@@ -14,7 +14,7 @@ from dftserve.targets.calibrated import Calibration, calibrations
 from dftserve.targets.document import Document
 from dftserve.targets.progress import shown_seconds
 from dftserve.targets.source import Source
-from dftserve.targets.store import SPLITS, Plan, batches_of, shards_of
+from dftserve.targets.store import SPLITS, Plan, batches_of, parts_of
 
 MEASURED_SECONDS = 10.0
 """No further batch is read after these."""
@@ -59,7 +59,7 @@ def estimate_of(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Estimate:
     """From the first shard's batches, after one that warms up; nothing is written."""
-    shard = next(shards_of(documents[SPLITS[0]]))
+    shard = parts_of(documents)[0].of(documents)
     batches = [[shard[place] for place in places] for places in batches_of(shard)]
     # The first are the longest documents: each batch in turn from both ends.
     mixed = [batches.pop(-(turn % 2)) for turn in range(len(batches))]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
 
+LOCAL, RAY = "local", "ray"
+"""Engines."""
 FAR = 2.0
 """How many times more or less than asked may be held out without a warning."""
 WRITTEN_AT = "written_at"
@@ -68,14 +71,22 @@ class Job:
     heldout_from: Path | None = None
     """A file or folder of texts that are held out."""
     seed: int = 0
-    processes: int = 1
+    engine: str = LOCAL
+    """`local`: processes of this machine; `ray` or `ray://HOST:PORT`: workers of a Ray cluster
+    (`on_ray`)."""
+    processes: int | None = None
+    """None: one; on Ray, one for each device of the cluster."""
     max_tokens: int | None = None
     """A longer text goes on in another document; a longer conversation is left out."""
     skip_bad: bool = False
     """Leave out, and count, conversations that the chat template refuses."""
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
+        if not (self.engine in (LOCAL, RAY) or re.fullmatch(r"ray://[^/\s]+:\d+", self.engine)):
+            raise ValueError(
+                f"engine: got {self.engine!r:.80}; accepted: {LOCAL}, {RAY}, ray://HOST:PORT."
+            )
+        if self.processes is not None and self.processes < 1:
             raise ValueError(f"processes: got {self.processes}; accepted: 1 or more.")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"max_tokens: got {self.max_tokens}; accepted: 2 or more.")
@@ -118,7 +129,7 @@ def estimate(job: Job, say: Say = print) -> Estimate:
         ValueError: as `build`; nothing is written.
     """
     prepared = _prepared(job, say)
-    return estimate_of(prepared.source, prepared.plan, prepared.documents, job.processes)
+    return estimate_of(prepared.source, prepared.plan, prepared.documents, job.processes or 1)
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ def read_documents(job: Job, say: Say) -> Material:
     recipe = recipes.load(job.recipe, job.values)
     base = _base(job)
     tokenizer = _tokenizer(job.model)
-    moment = _stopped_clock(tokenizer, job.out)
+    moment = _stopped_clock(tokenizer, store.begun(job.out).get("corpus"))
     if base is not None:
         base.check_tokenizer(tokenizer)
     teachers = _examined(recipe, tokenizer)
@@ -254,14 +265,13 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _stopped_clock(tokenizer: PreTrainedTokenizerBase, out: Path) -> datetime | None:
-    """The moment that templates are given for now: of the build that `out` holds, else the real.
+def _stopped_clock(tokenizer: PreTrainedTokenizerBase, told: Any) -> datetime | None:
+    """The moment that templates are given for now: of a plan's corpus (`told`), else the real.
 
     So a build goes on, or is found complete, on another day. None where no template asks for it.
     """
     if not tells_time(tokenizer):
         return None
-    told = store.begun(out).get("corpus")
     given = told.get(WRITTEN_AT) if isinstance(told, Mapping) else None
     try:
         moment = datetime.fromisoformat(given) if given else datetime.now()
@@ -473,31 +483,56 @@ def _source(
 def _work(job: Job, prepared: _Prepared, say: Say) -> None:
     from tqdm import tqdm
 
-    plan, documents = prepared.plan, prepared.documents
+    documents = prepared.documents
     total = sum(len(document.tokens_N) for split in SPLITS for document in documents[split])
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
         # tqdm shows nothing where there is no terminal.
         progress = Progress("tokens", say if bar.disable else _nothing, total=total)
-        if job.processes == 1:
-            done = store.build(job.out, plan, prepared.source, documents)
-        else:
-            done = _shared(job, prepared.recipe, plan, documents)
-        for tokens in done:
+        for tokens in _built(job, prepared, say):
             bar.update(tokens)
             progress.add(tokens)
+
+
+def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
+    """Builds what is missing; yields the tokens of what is done."""
+    recipe, plan, documents = prepared.recipe, prepared.plan, prepared.documents
+    if job.engine != LOCAL:
+        from dftserve.targets import on_ray
+
+        cluster = on_ray.Cluster(
+            address=None if job.engine == RAY else job.engine,
+            workers=job.processes,
+            loads_models=any(recipes.teacher_models(recipe)),
+        )
+        make = partial(_made_again, job, recipe, plan)
+        return on_ray.build(job.out, plan, documents, make, cluster, say)
+    if job.processes in (None, 1):
+        return store.build(job.out, plan, prepared.source, documents)
+    return _shared(job, recipe, plan, documents, job.processes)
+
+
+def _made_again(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Source:
+    """The plan's source, in another process."""
+    tokenizer = _tokenizer(job.model)
+    _stopped_clock(tokenizer, plan.corpus)
+    return _source(recipe, tokenizer, documents, plan.source, _nothing)
 
 
 def _nothing(line: str) -> None:
     """What a bar shows already."""
 
 
-def _shared(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Iterator[int]:
+def _shared(
+    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, processes: int
+) -> Iterator[int]:
     """The same build by several processes; each makes the source anew and writes its own shards."""
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     workers = [
-        context.Process(target=_worker, args=(job, recipe, plan, documents, rank, told))
-        for rank in range(job.processes)
+        context.Process(
+            target=_worker, args=(job, recipe, plan, documents, (rank, processes), told)
+        )
+        for rank in range(processes)
     ]
     try:
         _start(workers)
@@ -551,15 +586,17 @@ def _take_device(rank: int) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
-def _worker(job: Job, recipe: Recipe, plan: Plan, documents: Mapping, rank: int, told: Any) -> None:
+def _worker(
+    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, place: tuple[int, int], told: Any
+) -> None:
+    """`place`: its rank, and of how many."""
+    rank, world = place
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Unwinds: no half a file stays behind.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _take_device(rank)
     try:
-        tokenizer = _tokenizer(job.model)
-        _stopped_clock(tokenizer, job.out)
-        source = _source(recipe, tokenizer, documents, plan.source, _nothing)
-        built = store.build(job.out, plan, source, documents, rank=rank, world=job.processes)
+        source = _made_again(job, recipe, plan, documents)
+        built = store.build(job.out, plan, source, documents, rank=rank, world=world)
         for tokens in built:
             told.put(tokens)
         told.put(None)

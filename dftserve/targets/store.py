@@ -22,7 +22,7 @@ Shapes: N tokens, D documents, T trained positions, K top entries, M draws.
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -286,10 +286,10 @@ def begin(folder: Path, wanted: Plan) -> None:
     for path in (folder / MANIFEST, folder / PLAN):
         if path.exists():
             found = _plan_in(folder, path)
-            difference = _difference(found, json.loads(_json(asdict(wanted))))
-            if difference:
+            other = difference(found, json.loads(_json(asdict(wanted))))
+            if other:
                 raise StoreError(
-                    f"{folder} holds a store of another plan: {difference}. Choose another folder, "
+                    f"{folder} holds a store of another plan: {other}. Choose another folder, "
                     "or remove this one."
                 )
             if path.name == MANIFEST:
@@ -326,6 +326,40 @@ def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
     return plan
 
 
+@dataclass(frozen=True)
+class Part:
+    """The run of documents that becomes one shard, whoever builds it."""
+
+    split: str
+    number: int
+    """Of the split's shards."""
+    start: int
+    stop: int
+    """Of the split's documents."""
+    tokens: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.split}-{self.number:05}.safetensors"
+
+    def of(self, documents: Mapping[str, Sequence[Document]]) -> Sequence[Document]:
+        return documents[self.split][self.start : self.stop]
+
+
+def parts_of(documents: Mapping[str, Sequence[Document]]) -> list[Part]:
+    """Runs of whole documents of about SHARD_TOKENS tokens."""
+    parts = []
+    for split in SPLITS:
+        of_split = documents.get(split, ())
+        number = start = held = 0
+        for stop, document in enumerate(of_split, 1):
+            held += len(document.tokens_N)
+            if held >= SHARD_TOKENS or stop == len(of_split):
+                parts.append(Part(split, number, start, stop, held))
+                number, start, held = number + 1, stop, 0
+    return parts
+
+
 def build(
     folder: Path,
     wanted: Plan,
@@ -336,26 +370,41 @@ def build(
     world: int = 1,
 ) -> Iterator[int]:
     """Write this process's missing shards; yields the tokens of each batch when it is done."""
-    index = 0
-    for split in SPLITS:
-        first = 0
-        for number, batch in enumerate(shards_of(documents.get(split, ()))):
-            path = folder / f"{split}-{number:05}.safetensors"
-            mine = index % world == rank
-            if mine and not path.exists():
-                found: dict[int, Targets] = {}
-                for places in batches_of(batch):
-                    some = [batch[place] for place in places]
-                    seeds = [_seed(wanted, split, first + place) for place in places]
-                    given = source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
-                    found |= zip(places, given, strict=True)
-                    yield sum(len(document.tokens_N) for document in some)
-                parts = [found[place] for place in range(len(batch))]
-                atomic.write_file(path, lambda temporary: _write_shard(temporary, batch, parts))  # noqa: B023
-            elif mine:
-                yield sum(len(document.tokens_N) for document in batch)
-            index += 1
-            first += len(batch)
+    for part in parts_of(documents)[rank::world]:
+        path = folder / part.file
+        if path.exists():
+            yield part.tokens
+            continue
+        batch = part.of(documents)
+        found = yield from _targets(wanted, source, part, batch)
+        atomic.write_file(path, lambda temporary: _write_shard(temporary, batch, found))  # noqa: B023
+
+
+def shard_bytes(
+    wanted: Plan, source: Source, part: Part, documents: Mapping[str, Sequence[Document]]
+) -> bytes:
+    """The content of one shard's file, for a process that does not write it itself."""
+    batch = part.of(documents)
+    reading = _targets(wanted, source, part, batch)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as ended:
+            return _packed_shard(batch, ended.value)
+
+
+def _targets(
+    wanted: Plan, source: Source, part: Part, batch: Sequence[Document]
+) -> Generator[int, None, list[Targets]]:
+    """Of each document of a part; yields the tokens of what was read together."""
+    found: dict[int, Targets] = {}
+    for places in batches_of(batch):
+        some = [batch[place] for place in places]
+        seeds = [_seed(wanted, part.split, part.start + place) for place in places]
+        given = source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
+        found |= zip(places, given, strict=True)
+        yield sum(len(document.tokens_N) for document in some)
+    return [found[place] for place in range(len(batch))]
 
 
 def batches_of(documents: Sequence[Document]) -> Iterator[list[int]]:
@@ -379,39 +428,26 @@ def finish(
         StoreError: a shard is missing, or is not one of this plan's.
     """
     shards = []
-    for split in SPLITS:
-        for number, batch in enumerate(shards_of(documents.get(split, ()))):
-            path = folder / f"{split}-{number:05}.safetensors"
-            if not path.exists():
-                raise StoreError(f"{path} is missing; run the build again.")
-            counts = (sum(map(len, (d.tokens_N for d in batch))), sum(map(_trained, batch)))
-            shards.append(
-                Shard(
-                    file=path.name,
-                    split=split,
-                    documents=len(batch),
-                    tokens=counts[0],
-                    trained=counts[1],
-                    blake3=digest_of(path, within=folder),
-                )
+    for part in parts_of(documents):
+        path = folder / part.file
+        if not path.exists():
+            raise StoreError(f"{path} is missing; run the build again.")
+        batch = part.of(documents)
+        shards.append(
+            Shard(
+                file=part.file,
+                split=part.split,
+                documents=len(batch),
+                tokens=part.tokens,
+                trained=sum(map(_trained, batch)),
+                blake3=digest_of(path, within=folder),
             )
+        )
     manifest = Manifest(plan=wanted, shards=tuple(shards), versions=dict(versions))
     manifest = replace(manifest, blake3=_digest_of(asdict(manifest)))
     atomic.write_text(folder / MANIFEST, _json(asdict(manifest)))
     (folder / PLAN).unlink(missing_ok=True)
     return manifest
-
-
-def shards_of(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
-    """Runs of whole documents of about SHARD_TOKENS tokens."""
-    start = held = 0
-    for stop, document in enumerate(documents, 1):
-        held += len(document.tokens_N)
-        if held >= SHARD_TOKENS:
-            yield documents[start:stop]
-            start, held = stop, 0
-    if held:
-        yield documents[start:]
 
 
 def _trained(document: Document) -> int:
@@ -425,6 +461,11 @@ def _seed(wanted: Plan, split: str, document: int) -> int:
 
 
 def _write_shard(path: Path, documents: Sequence[Document], parts: Sequence[Targets]) -> None:
+    # Not by save_file, which leaves files of its own names behind when it is killed.
+    path.write_bytes(_packed_shard(documents, parts))
+
+
+def _packed_shard(documents: Sequence[Document], parts: Sequence[Targets]) -> bytes:
     targets = Targets.joined(list(parts))
     tokens_N = np.concatenate([document.tokens_N for document in documents])
     tensors = {
@@ -439,8 +480,7 @@ def _write_shard(path: Path, documents: Sequence[Document], parts: Sequence[Targ
         "token_logprob": targets.token_logprob_T.astype(np.float16),
         "entropy": targets.entropy_T.astype(np.float16),
     }
-    # Not by save_file, which leaves files of its own names behind when it is killed.
-    path.write_bytes(save({name: np.ascontiguousarray(each) for name, each in tensors.items()}))
+    return save({name: np.ascontiguousarray(each) for name, each in tensors.items()})
 
 
 def _packed(name: str, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -666,7 +706,8 @@ def versions() -> dict[str, str]:
     return {"dftserve": __version__, **{n: version(n) for n in ("torch", "transformers", "numpy")}}
 
 
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first thing that is wanted and not found, in words."""
     for name in wanted:
         if found.get(name) != wanted[name]:
             return f"{name} is {_cut(found.get(name))} there and {_cut(wanted[name])} here"
