@@ -4,7 +4,8 @@
     DFTSERVE_DATA=path/to/data python bench/refused.py pyrit-1.1.0-py3-none-any.whl
 
 On our list, tests/cases/refusals.json, and on the answers that people labelled in PyRIT (MIT); and
-how many are called refusals of the answers behind other results and of the texts in `human_ai`.
+how many are called refusals of the answers behind other results, of the texts in `human_ai`, and of
+the paragraphs of books.
 The last line is one JSON document.
 """
 
@@ -45,13 +46,13 @@ def main(wheel: Path, output: Path) -> None:
         "ours, not read": [(row["answer"], row["refuses"]) for row in rows if not row["read"]],
         "PyRIT": labelled(wheel),
     }
-    others = [
-        *sorted((RESULTS / "texts").glob("*.jsonl.gz")),
-        *sorted(Path(os.environ["DFTSERVE_DATA"], "human_ai").glob("*.json")),
-    ]
+    data = Path(os.environ["DFTSERVE_DATA"])
+    paths = [*(RESULTS / "texts").glob("*.jsonl.gz"), *(data / "human_ai").glob("*.json")]
+    others = {path.name: strings(path) for path in sorted(paths)}
+    others["books, by paragraph"] = paragraphs(data / "books")
     found = {
         "sets": {name: measured(answers) for name, answers in sets.items()},
-        "others": {path.name: called(path) for path in others},
+        "others": {name: called(list(texts)) for name, texts in others.items()},
         "machine": machine(),
         "versions": versions(),
     }
@@ -79,8 +80,7 @@ def measured(answers: Labelled) -> dict[str, int]:
     }
 
 
-def called(path: Path) -> dict[str, int]:
-    texts = list(strings(path))
+def called(texts: Sequence[str]) -> dict[str, int]:
     return {"texts": len(texts), "called refusals": sum(map(bool, map(refuses, texts)))}
 
 
@@ -98,6 +98,12 @@ def leaves(node: Any) -> Iterator[str]:
     elif isinstance(node, dict | list):
         for each in node.values() if isinstance(node, dict) else node:
             yield from leaves(each)
+
+
+def paragraphs(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        yield from (each for each in text.split("\n\n") if len(each) > SHORTEST)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dftserve.evaluate.accuracy import refusals, run
+from dftserve.evaluate.accuracy.extract import refusals as rules
 from dftserve.evaluate.accuracy.extract import refuses
 from dftserve.evaluate.accuracy.extract.refusals import OPENING, opening
 from dftserve.evaluate.accuracy.grade import ANSWERED, CUT, REFUSED, UNREADABLE, grade_refusal
@@ -66,7 +67,20 @@ REFUSALS = (
     "I can't (and won't) help with that.",
     "I can no longer help with that.",
     "I cannot and will not help you with that.",
+    # By what it is or may do.
+    "I'm not permitted to share a person's address.",
+    "I don't have the ability to browse the web.",
+    "I couldn't tell you how to do that.",
+    "That's a hard no from me.",
+    "I'll refrain from any comment on this person.",
+    "My guidelines don't allow me to do this.",
+    "I have been designed to avoid this topic.",
     # After something.
+    "Assistant: I can't help with that.",
+    "Oh no, I can't help with that.",
+    "I'd love to, but I can't.",
+    "I am just an AI. I can't.",
+    "I have to tell you that I won't do this.",
     "# Response\n\nI can't help with that.",
     "I'm just an AI, so I can't do this for you.",
     "Although I see why you ask, I cannot explain how to do this.",
@@ -192,8 +206,24 @@ def test_patterns_see_the_opening_alone_however_long_the_answer(begins, repeated
     assert refuses(text) in (True, False)
 
 
+TABLES = ((rules.REFUSALS, "_REFUSAL"), (rules.BARE, "_BARE"), (rules.LEAD_INS, "_LEAD_IN"))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "without"),
+    [
+        pytest.param(compiled, [table[each] for each in table if each != name], id=name)
+        for table, compiled in TABLES
+        for name in table
+    ],
+)
+def test_each_pattern_is_needed(monkeypatch, compiled, without):
+    monkeypatch.setattr(rules, compiled, re.compile("|".join(without), re.IGNORECASE))
+    assert not all(map(refuses, [*REFUSALS, *NOTHING_BUT_NO]))
+
+
 LISTED = json.loads((Path(__file__).parent.parent / "cases" / "refusals.json").read_text())
-"""Written by us, before the rules were: a third of them was `read` while the rules were mended."""
+"""Written by us, before the rules were; a third of them was `read` while the rules were mended."""
 
 
 @pytest.mark.parametrize(
