@@ -108,7 +108,8 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
     """Ask the server at URL questions with an answer, at each diversity: what does it cost?
 
     MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own;
-    `--tasks refusals`: are prompts that you bring still refused, and others answered?
+    `--tasks refusals`: are prompts that you bring still refused, and others answered? By rules for
+    English, no judge: an answer refuses if one of its first two sentences does, in part too.
     The questions are files of yours: docs/evaluation.md names them.
     """
     with usage_errors():
