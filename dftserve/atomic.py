@@ -14,8 +14,8 @@ PARTIAL = ".partial"
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """UTF-8, with the text's own line ends."""
+    write_file(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

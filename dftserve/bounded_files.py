@@ -276,11 +276,29 @@ def read_json(
 
 def json_rows(lines: Iterable[bytes], path: str | Path) -> Iterator[tuple[str, Any]]:
     """Of a .jsonl file's lines, those with something on them: the file and the line as an error
-    names them, and what it says. Raises ValueError as `parse_json`."""
+    names them, and what it says.
+
+    Raises:
+        ValueError: as `parse_json`; also for half a surrogate pair, which no server can be sent.
+    """
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, parse_json(line, where)
+            row = parse_json(line, where)
+            _check_unicode(row, where)
+            yield where, row
+
+
+def _check_unicode(content: Any, where: str) -> None:
+    """JSON's escapes can spell what no UTF-8 can."""
+    text = json.dumps(content, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FileError(
+            f"{where}: got half a surrogate pair, {text[error.start]!a}; accepted: Unicode",
+            CORRECT,
+        ) from None
 
 
 def parse_json(

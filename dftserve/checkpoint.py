@@ -19,7 +19,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,13 +31,14 @@ from dftserve import __version__, atomic
 from dftserve.bounded_files import (
     FileError,
     advised,
+    decoded,
     entries,
     inner_path,
     kind,
+    read_bytes,
     read_json,
-    read_text,
 )
-from dftserve.digest import digest_of
+from dftserve.digest import digest_of, joined_digest, text_digest
 from dftserve.spec import CHECKSUMS, Promise
 
 RUN, CARD = "run.json", "README.md"
@@ -111,23 +112,95 @@ def seal(folder: Path) -> None:
 
 
 def add_to_card(folder: Path, heading: str, text: str) -> None:
-    """Put a section at the end of the model card, in place of the one that has its heading, and
-    the card's new checksum into checksums.json.
+    """Put a section into the model card, in place of the one that has its heading or else at the
+    end, and the card's new checksum into checksums.json. Comments mark where a section begins and
+    ends; all else in the card stays as it is.
+
+    What a kill between the two files leaves, `verify` refuses, and the same call makes whole.
+
+    Args:
+        text: Markdown, without a line that is such a comment.
 
     Raises:
-        CheckpointError: the checkpoint is not what was written, or its card has no checksum.
+        CheckpointError: the checkpoint is not what was written, but for that section, its card has
+            no checksum, or one of the two files is a link.
+        OSError: as the disk raised it; the checkpoint is then as it was.
     """
-    verify(folder)
+    with _as_checkpoint_errors():
+        checksums, card = _with_its_card(folder, heading)
+    changed = _with_section(card, heading, text)
+    if len(changed.encode()) > LARGEST_CARD:
+        raise CheckpointError(
+            f"{folder / CARD}: got more than {LARGEST_CARD:,} bytes with {heading!r}; accepted: at "
+            "most so many; shorten it."
+        )
+    atomic.write_text(folder / CARD, changed)
+    try:
+        checksums[CARD] = text_digest(changed)
+        atomic.write_text(folder / CHECKSUMS, json.dumps(checksums, indent=2) + "\n")
+    except BaseException:
+        with suppress(OSError):  # It is the first one that is told.
+            atomic.write_text(folder / CARD, card)
+        raise
+
+
+def _with_its_card(folder: Path, heading: str) -> tuple[dict[str, str], str]:
+    """The checksums of a checkpoint that is whole, but for a section of its card, and the card."""
     checksums = _checksums(folder)
     if CARD not in checksums:
         raise CheckpointError(f"{folder} has no {CARD} that {CHECKSUMS} lists; {COPY}.")
-    card = read_text(folder / CARD, within=folder, largest=LARGEST_CARD)
-    kept = re.sub(
-        rf"^## {re.escape(heading)}$.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE
+    for name in (CARD, CHECKSUMS):
+        if (folder / name).is_symlink():
+            raise CheckpointError(
+                f"{folder / name}: got a link, as in a snapshot of the Hugging Face cache, whose "
+                "files others share; accepted: a file of this folder alone; copy the checkpoint "
+                "with what its links lead to (cp -rL)."
+            )
+    found = entries(folder, most=MOST_FILES)
+    for name in (CARD, CHECKSUMS):
+        found.pop(name + atomic.PARTIAL, None)  # Of a kill; the next write replaces it.
+    card = _card_in(folder) if CARD in found else ""
+    if _is_whole_around(card, heading):
+        checksums[CARD] = text_digest(card)
+    _compare_all(folder, checksums, found)
+    return checksums, card
+
+
+def _card_in(folder: Path) -> str:
+    """With its own line ends: what is not ours in it stays byte for byte."""
+    return decoded(read_bytes(folder / CARD, largest=LARGEST_CARD), str(folder / CARD))
+
+
+def _with_section(card: str, heading: str, text: str) -> str:
+    if (old := _section(heading).search(card)) is not None:
+        before, after = card[: old.start()], card[old.end() :]
+    else:
+        before, after = card + ("\n" if card.endswith("\n") else "\n\n"), ""
+    return (
+        f"{before}<!-- dftserve: {heading} -->\n\n## {heading}\n\n{text}\n\n"
+        f"<!-- dftserve: end, in a card of {_around(before, after)} -->\n{after}"
     )
-    atomic.write_text(folder / CARD, f"{kept.rstrip()}\n\n## {heading}\n\n{text}\n")
-    checksums[CARD] = digest_of(folder / CARD)
-    atomic.write_text(folder / CHECKSUMS, json.dumps(checksums, indent=2) + "\n")
+
+
+def _is_whole_around(card: str, heading: str) -> bool:
+    """Whether the card is what it was when its section was written, but for that section, which
+    ends with a digest of the rest: so a card is known whose checksum was not written any more."""
+    found = _section(heading).search(card)
+    return found is not None and found["around"] == _around(
+        card[: found.start()], card[found.end() :]
+    )
+
+
+def _section(heading: str) -> re.Pattern[str]:
+    """A section from its first comment to its last one, with no other begun between them."""
+    begin = rf"^<!-- dftserve: {re.escape(heading)} -->\r?\n"
+    end = r"^<!-- dftserve: end, in a card of (?P<around>[0-9a-f]{64}) -->\r?(?:\n|\Z)"
+    line = r"(?!<!-- dftserve: ).*\n"
+    return re.compile(f"{begin}(?:^{line})*?{end}", re.MULTILINE)
+
+
+def _around(before: str, after: str) -> str:
+    return joined_digest([text_digest(before), text_digest(after)])
 
 
 @contextmanager
@@ -162,16 +235,24 @@ def verify(folder: Path) -> Verified:
         CheckpointError: no checksums, files that are there and not listed, whatever they are, or
             the first file that is missing, changed, or not a regular file of the folder.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder; give a checkpoint's.")
+    with _as_checkpoint_errors():
+        return _compare_all(folder, _checksums(folder), entries(folder, most=MOST_FILES))
+
+
+@contextmanager
+def _as_checkpoint_errors() -> Iterator[None]:
     try:
-        expected = _checksums(folder)
-        found = entries(folder, most=MOST_FILES)
-        beside = _beside(folder, expected, found)
-        for name, digest in expected.items():
-            _compare(folder, name, digest, found)
+        yield
     except FileError as error:
         raise CheckpointError(advised(error, COPY)) from None
+
+
+def _compare_all(
+    folder: Path, expected: Mapping[str, str], found: Mapping[str, os.stat_result]
+) -> Verified:
+    beside = _beside(folder, expected, found)
+    for name, digest in expected.items():
+        _compare(folder, name, digest, found)
     return Verified(len(expected), beside)
 
 
@@ -186,6 +267,8 @@ def _instead(folder: Path) -> str:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Digests by name. Raises CheckpointError where they are not what `seal` writes."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; give a checkpoint's.")
     path = folder / CHECKSUMS
     try:
         given = read_json(path, within=folder, largest=LARGEST_CHECKSUMS)

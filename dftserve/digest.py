@@ -1,4 +1,4 @@
-"""What files' bytes are, in one word."""
+"""What the bytes of files and texts are, in one word."""
 
 import os
 from collections.abc import Sequence
@@ -54,6 +54,11 @@ def sampled_digest(path: Path) -> str:
         file.seek(max(0, size - SAMPLE_BYTES))
         digest.update(file.read(SAMPLE_BYTES))
     return _sampled.setdefault(key, digest.hexdigest())
+
+
+def text_digest(text: str) -> str:
+    """BLAKE3 of a text in UTF-8."""
+    return blake3(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def joined_digest(digests: Sequence[str]) -> str:

@@ -130,17 +130,19 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
 @click.option("--card", type=click.Path(path_type=Path), metavar="CHECKPOINT")
 def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
     """What tuning did to accuracy: BEFORE and AFTER are reports of `evaluate accuracy` by the model
-    before and after, over the same questions. With --card the table goes into the model card of
-    CHECKPOINT too.
+    before and after, over the same questions; the answers are read from FILE.parts/ beside each.
+    With --card the table goes into the model card of CHECKPOINT too.
     """
     with usage_errors():
         from dftserve.checkpoint import add_to_card
         from dftserve.evaluate.accuracy.drift import drift
 
         found = drift(before, after)
+        for line in found.alone:
+            click.echo(f"{line}; it is left out", err=True)
+        click.echo(found.render())
         if card is not None:
             add_to_card(card, "Accuracy before and after tuning", found.explained())
-        click.echo(found.render())
 
 
 @evaluate.command("benchmark", context_settings={"ignore_unknown_options": True})

@@ -6,8 +6,10 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dftserve.evaluate.accuracy import lm_eval, run
-from dftserve.evaluate.accuracy.compare import Answered, compare
+from dftserve.evaluate.accuracy.compare import Answered, compare, level_text
 from dftserve.evaluate.accuracy.grade import CUT, NO_CONTENT, UNREADABLE, same_number
 from dftserve.evaluate.accuracy.isolation import sandbox
+from dftserve.evaluate.accuracy.parts import answers_name, folder_of
 from dftserve.evaluate.accuracy.run import Job
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
@@ -383,6 +386,114 @@ def test_a_job_goes_on_where_it_was_stopped(functions, tmp_path):
     assert high["accuracy"]["value"] == 0
     assert [each["value"] for each in first["pass_at_k"]] == [pytest.approx(1 / 3), 0]
     assert "humaneval" in shown
+
+
+def examined(monkeypatch) -> None:
+    """In the place of lm-eval: every question that was prepared is answered rightly."""
+
+    def measure(task, folder, served, diversity):
+        rows = map(json.loads, (folder / f"{task}.jsonl").read_text().splitlines())
+        return tuple(Answered(row["id"], (True,), ("A",), ("A",)) for row in rows)
+
+    monkeypatch.setattr(lm_eval, "executable", lambda: Path("lm_eval"))
+    monkeypatch.setattr(lm_eval, "measure", measure)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_job_that_is_refused_changes_nothing(data, tmp_path, monkeypatch):
+    examined(monkeypatch)
+    with model_server(always_one) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("mmlu", "gsm8k"))
+        run.run(job, print)
+        kept = contents(folder_of(job.out))
+        assert "gsm8k.jsonl" in kept
+        test = data / "gsm8k_test.jsonl"
+        test.write_text(json.dumps({"question": "new?", "answer": "#### 1"}))
+        with pytest.raises(ValueError, match="other questions of gsm8k"):
+            run.run(job, print)
+        with pytest.raises(ValueError, match="other settings"):
+            run.run(replace(job, limit=1), print)
+    assert contents(folder_of(job.out)) == kept
+
+
+@pytest.mark.parametrize("name", ["settings.json", "gsm8k-files.json"])
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_answers_that_do_not_say_what_they_are_of_are_refused(
+    data, tmp_path, monkeypatch, name, content
+):
+    """As kept by an earlier version, or a claim that was damaged."""
+    examined(monkeypatch)
+    with model_server(always_one) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
+        run.run(job, print)
+        claim = folder_of(job.out) / name
+        claim.unlink() if content is None else claim.write_text(content)
+        kept = contents(folder_of(job.out))
+        with pytest.raises(ValueError, match=rf"{name}.*remove .*out\.json\.parts, to ask anew"):
+            run.run(job, print)
+        assert contents(folder_of(job.out)) == kept
+        shutil.rmtree(folder_of(job.out))
+        run.run(job, print)
+
+
+def test_a_file_that_was_wrong_may_be_corrected(data, tmp_path, monkeypatch):
+    """What was written down for answers that never came holds nothing up."""
+    examined(monkeypatch)
+    test = data / "gsm8k_test.jsonl"
+    right = test.read_text()
+    with model_server(always_one) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
+        test.write_text("{")
+        with pytest.raises(ValueError, match="not JSON"):
+            run.run(job, print)
+        test.write_text(right)
+        run.run(replace(job, temperature=0.5), print)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(data, tmp_path, monkeypatch):
+    examined(monkeypatch)
+    prepare = lm_eval.prepare
+
+    def changed(task, *given, **options):
+        (data / "gsm8k_test.jsonl").write_text(json.dumps(GSM8K[0]))
+        return prepare(task, *given, **options)
+
+    monkeypatch.setattr(lm_eval, "prepare", changed)
+    with model_server(always_one) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
+        with pytest.raises(ValueError, match="gsm8k changed while they were read"):
+            run.run(job, print)
+    assert not job.out.exists()
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_levels_that_differ_have_other_names(one, other):
+    assert (level_text(one) == level_text(other)) == (one == other)
+    assert float(level_text(one)) == one
+
+
+@pytest.mark.parametrize(("level", "name"), [(0, "0"), (-0.0, "0"), (0.5, "0.5"), (1.0, "1")])
+def test_ordinary_levels_have_the_names_that_they_had(level, name):
+    assert answers_name("mmlu", level) == f"mmlu-{name}.json"
+
+
+def test_levels_that_look_alike_have_their_own_answers(data, tmp_path):
+    (data / "refusals.jsonl").write_text(json.dumps({"prompt": "Build", "refuse": True}))
+    grid = (0, 0.1234561, 0.1234562)
+
+    def say(body) -> str:
+        return "Sure." if body["diversity"] == grid[1] else "I can't help with that."
+
+    with model_server(say) as (url, bodies):
+        job = Job(url, tmp_path / "out.json", data=data, grid=grid, tasks=("refusals",))
+        shown = run.run(job, print)
+    assert sorted(body["diversity"] for body in bodies) == list(grid)
+    (compared,) = json.loads(job.out.read_text())["tasks"]
+    assert [level["accuracy"]["value"] for level in compared["levels"]] == [1, 0, 1]
+    assert all(str(level) in shown for level in grid)
 
 
 def test_what_is_not_there_is_skipped(tmp_path):

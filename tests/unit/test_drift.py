@@ -1,14 +1,24 @@
-"""Two reports of accuracy, paired; and the section that they make in a checkpoint's card."""
+"""Two reports of accuracy, paired."""
 
 import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dftserve import checkpoint
-from dftserve.checkpoint import CARD, CheckpointError
+from dftserve.checkpoint import CARD
+from dftserve.cli import main
 from dftserve.evaluate.accuracy import run
-from dftserve.evaluate.accuracy.drift import drift
+from dftserve.evaluate.accuracy.compare import Answered, level_of
+from dftserve.evaluate.accuracy.drift import COLUMNS, Drift, Row, drift
+from dftserve.evaluate.accuracy.grade import CUT, REFUSED, UNREADABLE
+from dftserve.evaluate.accuracy.parts import Settings, folder_of
 from dftserve.evaluate.accuracy.run import Job
 from tests.local_server import model_server
 
@@ -67,9 +77,232 @@ def test_what_cannot_be_compared_is_refused(asked):
         drift(before, asked / "wrong.json")
 
 
-def test_levels_that_one_report_lacks_are_left_out(asked):
-    narrow = report(asked, "narrow.json", 5, grid=(0,))
-    assert [row.after.diversity for row in drift(report(asked, "b.json", 5), narrow).rows] == [0]
+def test_levels_that_one_report_lacks_are_left_out_and_told(asked):
+    """By the reports: the folder of answers may hold more levels than its report."""
+    wide = report(asked, "wide.json", 5, grid=(0, 0.5, 1))
+    narrow = report(asked, "wide.json", 5, grid=(0, 1)).rename(asked / "narrow.json")
+    shutil.copytree(folder_of(wide), folder_of(narrow))
+    report(asked, "wide.json", 5, grid=(0, 0.5, 1))
+    found = drift(wide, narrow)
+    assert [row.after.diversity for row in found.rows] == [0, 1]
+    assert found.alone == (f"only {wide} has diversity 0.5",)
+    assert drift(narrow, narrow).alone == ()
+
+
+def test_nothing_in_common_says_what_each_has(asked):
+    before, after = report(asked, "before.json", 5), report(asked, "after.json", 5)
+    content = json.loads(after.read_text())
+    after.write_text(json.dumps(content | {"files": {}}))
+    with pytest.raises(ValueError, match=r"in both; only .*before\.json has refusals\."):
+        drift(before, after)
+
+
+# Whether the answers are the report's
+
+
+@pytest.fixture(scope="module")
+def _one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    row = {"prompt": "Build 0", "refuse": True}
+    (folder / "refusals.jsonl").write_text(json.dumps(row))
+    return report(folder, "one.json", 5)
+
+
+@pytest.fixture
+def one(_one, tmp_path) -> Path:
+    """A report of one prompt, and its answers."""
+    copied = shutil.copytree(_one.parent, tmp_path / "one") / _one.name
+    assert drift(copied, copied).rows
+    return copied
+
+
+PARTS = ("settings.json", "refusals-files.json", "refusals-0.json", "refusals-1.json")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_missing_part_is_named(one, name):
+    (folder_of(one) / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"one\.json\.parts/{name}: there is no such file"):
+        drift(one, one)
+
+
+@pytest.mark.parametrize("name", PARTS[:2])
+def test_answers_of_another_job_than_the_reports_are_refused(one, name):
+    """A job that began anew in the same folder, and was stopped before it wrote its report."""
+    kept = folder_of(one) / name
+    content = json.loads(kept.read_text())
+    changed = {"temperature": 0.3} if name == "settings.json" else {"refusals.jsonl": "0" * 64}
+    assert content != content | changed
+    kept.write_text(json.dumps(content | changed))
+    with pytest.raises(ValueError, match=rf"of another job than .*one\.json .*\({name}\)"):
+        drift(one, one)
+
+
+def test_answers_are_named_by_their_prompts(one):
+    """So that even under digests that were made to agree no answer is paired with another
+    prompt's."""
+    other = shutil.copytree(one.parent, one.parent.parent / "other") / one.name
+    shutil.rmtree(folder_of(other))
+    row = {"prompt": "Build 7", "refuse": True}
+    (other.parent / "refusals.jsonl").write_text(json.dumps(row))
+    report(other.parent, other.name, 5)
+    for name in ("refusals-files.json", None):
+        paths = [folder_of(path) / name if name else path for path in (one, other)]
+        theirs, ours = (json.loads(path.read_text()) for path in paths)
+        digests = theirs if name else ours | {"files": theirs["files"]}
+        assert digests != ours
+        paths[1].write_text(json.dumps(digests))
+    with pytest.raises(ValueError, match=r"one\.json, .*did not answer the questions"):
+        drift(one, other)
+
+
+ANSWER = {"question": "to refuse/0", "right": [True], "said": ["a"], "judged": [REFUSED]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *({}, 1, None, [], [[]], ["a"], [{}]),
+        *([ANSWER | wrong] for wrong in ({"question": 1}, {"question": "x/0"})),
+        *([ANSWER | {"right": wrong}] for wrong in (["x"], [7], [], [[True]], "y", [True, True])),
+        *([ANSWER | {"said": wrong}] for wrong in ([], [1], None, "a", ["a", "b"])),
+        *([ANSWER | {"judged": wrong}] for wrong in ([], [None], {}, "a", ["a", "b"])),
+        [ANSWER, {name: value for name, value in ANSWER.items() if name != "judged"}],
+        [ANSWER, ANSWER | {"more": 1}],
+    ],
+)
+def test_damaged_answers_are_told_with_their_file(one, rows):
+    (folder_of(one) / "refusals-1.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        ValueError, match=r"refusals-1\.json.*got .*accepted: .*; remove it and run"
+    ):
+        drift(one, one)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[NaN]", "\ud800"])
+def test_answers_that_are_no_json_are_told_with_their_file(one, text):
+    (folder_of(one) / "refusals-1.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=r"refusals-1\.json.*; remove it and run"):
+        drift(one, one)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"settings": wrong} for wrong in ([["a"]], None, "text", {})),
+        *({"files": wrong} for wrong in (["ab"], None, {"x" * 300: {}}, {"gsm8k": {}})),
+        *({"files": {"refusals": wrong}} for wrong in (None, "a", {"refusals.jsonl": "0"})),
+        {"files": {"refusals": {"../refusals.jsonl": "0" * 64}}},
+    ],
+)
+def test_a_damaged_report_is_told_with_its_file(one, wrong):
+    one.write_text(json.dumps(json.loads(one.read_text()) | wrong))
+    with pytest.raises(ValueError, match=r"one\.json: .*accepted: "):
+        drift(one, one)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"grid": wrong} for wrong in (["x"], 5, None, [[0]], {"0": 0}, [True])),
+        *({"model": None}, {"temperature": "hot"}, {"samples": 1.5}, {"is_chat": 1}, {"new": 1}),
+    ],
+)
+def test_damaged_settings_are_told_with_their_file(one, wrong):
+    content = json.loads(one.read_text())
+    one.write_text(json.dumps(content | {"settings": content["settings"] | wrong}))
+    with pytest.raises(ValueError, match=r"one\.json: .*accepted: "):
+        drift(one, one)
+
+
+# What is told of it
+
+
+def rows_of(*judged: str, samples: int = 1) -> tuple[Answered, ...]:
+    return tuple(
+        Answered(f"to refuse/{number}", (each == REFUSED,) * samples, judged=(each,) * samples)
+        for number, each in enumerate(judged)
+    )
+
+
+def drifted(
+    before: Sequence[str] = (REFUSED,) * 4, after: Sequence[str] = (REFUSED,) * 4, samples: int = 1
+) -> Drift:
+    """By what was judged of each answer."""
+    base, ours = rows_of(*before, samples=samples), rows_of(*after, samples=samples)
+    row = Row("t", level_of("t", 0.5, base, None), level_of("t", 0.5, ours, base))
+    asked = Settings("m", 0.7, 500, samples, 256, is_chat=True)
+    files = {"refusals": {"refusals.jsonl": "ab" * 32}}
+    return Drift("b", "a", (row,), asked, files, alone=())
+
+
+PLAIN = drifted()
+
+
+def test_what_was_cut_or_unreadable_is_beside_what_was_right():
+    found = drifted(after=(REFUSED, UNREADABLE, CUT, CUT))
+    cells = dict(zip(COLUMNS, found.rows[0].cells(), strict=True))
+    assert (cells["unreadable"], cells["cut"]) == ("0.0 → 25.0", "0.0 → 50.0")
+    for text in (found.render(), found.explained()):
+        assert "0.0 → 50.0" in text
+        assert "--max-tokens" in text
+    assert "--max-tokens" in drifted(before=(CUT,) * 4).render()
+    assert "--max-tokens" not in PLAIN.explained()
+
+
+def test_a_card_tells_what_was_asked():
+    told = drifted(samples=3).explained()
+    for each in ("At most 500 questions", "each: 3", "temperature: 0.7", "256 at most", "ab" * 32):
+        assert each in told
+    assert "`refusals.jsonl`" in told
+    whole = replace(PLAIN, settings=replace(PLAIN.settings, limit=None, max_tokens=None))
+    assert "All questions" in whole.explained()
+    assert "as its task says" in whole.explained()
+
+
+def test_mcnemar_is_named_where_there_is_a_p():
+    assert "McNemar" in PLAIN.explained()
+    several = drifted(samples=2)
+    assert several.rows[0].after.p is None
+    assert "McNemar" not in several.explained()
+
+
+@given(st.text(), st.text(alphabet="a|`#\n\r\u2028\\/~-<>! "))
+def test_a_name_stays_on_its_line_in_its_backticks(one_name, other_name):
+    plain = PLAIN.explained()
+    told = replace(PLAIN, before=one_name, after=other_name).explained()
+    assert told.count("`") == plain.count("`")
+    assert told.splitlines()[1:] == plain.splitlines()[1:]
+    named = told.splitlines()[0].split("`")[1::2]
+    assert len(named) == 2
+    for name in named:
+        assert name.isprintable()
+        assert "|" not in name.replace(r"\|", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/alice/runs/tuned", "tuned"),
+        ("/home/alice/runs/tuned/", "tuned"),
+        ("/tuned", "tuned"),
+        ("~/tuned", "tuned"),
+        ("../tuned", "tuned"),
+        ("runs/7/final", "final"),
+        (r"C:\Users\alice\tuned", "tuned"),
+        ("file:///home/alice/tuned", "tuned"),
+        ("org/tuned", "org/tuned"),
+        ("a|b", r"a\|b"),
+        ("/", "unnamed"),
+        ("", "unnamed"),
+    ],
+)
+def test_of_a_path_its_last_part_is_shown(name, shown):
+    assert replace(PLAIN, before=name).explained().split("`")[1] == shown
+
+
+def invoked(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["evaluate", "drift", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -82,22 +315,26 @@ def written(tmp_path) -> Path:
     return folder
 
 
-def test_a_section_of_the_card_is_put_in_and_replaced(written):
-    for text in ("first", "| second |", r"third \1"):
-        checkpoint.add_to_card(written, "Accuracy", text)
-        checkpoint.add_to_card(written, "Other", "stays")
-        card = (written / CARD).read_text()
-        assert card.startswith("# Tuned\n\nAs it was.\n")
-        assert card.count("## Accuracy\n") == card.count("## Other\n") == 1
-        assert f"## Accuracy\n\n{text}\n" in card
-        assert checkpoint.verify(written).files == 2
-    assert "first" not in card
-    assert "second" not in card
+def test_the_command_shows_the_table_and_puts_it_into_the_card(one, written):
+    done = invoked(one, one, "--card", written)
+    assert (done.exit_code, done.stderr) == (0, "")
+    found = drift(one, one)
+    assert done.stdout == found.render() + "\n"
+    assert found.explained() in (written / CARD).read_text()
+    assert checkpoint.verify(written).files == 2
 
 
-def test_a_card_of_a_changed_checkpoint_is_left_alone(written):
-    (written / "weights").write_bytes(b"1")
-    before = (written / CARD).read_text()
-    with pytest.raises(CheckpointError, match="weights is not the file"):
-        checkpoint.add_to_card(written, "Accuracy", "text")
-    assert (written / CARD).read_text() == before
+def test_the_command_says_what_it_leaves_out(one):
+    narrow = report(one.parent, "narrow.json", 5, grid=(0,))
+    done = invoked(one, narrow)
+    assert done.exit_code == 0
+    assert "has diversity 1; it is left out" in done.stderr
+    assert "left out" not in done.stdout
+
+
+def test_a_mistake_ends_in_one_sentence(one):
+    shutil.rmtree(folder_of(one))
+    done = invoked(one, one)
+    assert done.exit_code in (1, 2)
+    assert "copy" in done.output
+    assert "Traceback" not in done.output

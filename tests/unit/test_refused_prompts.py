@@ -13,7 +13,9 @@ from dftserve.evaluate.accuracy.extract import refusals as rules
 from dftserve.evaluate.accuracy.extract import refuses
 from dftserve.evaluate.accuracy.extract.refusals import OPENING, opening
 from dftserve.evaluate.accuracy.grade import ANSWERED, CUT, REFUSED, UNREADABLE, grade_refusal
+from dftserve.evaluate.accuracy.refusals import Prompt
 from dftserve.evaluate.accuracy.run import Job
+from dftserve.evaluate.generate.client import Served
 from tests.local_server import model_server
 
 REFUSALS = (
@@ -309,6 +311,32 @@ def test_answers_to_other_questions_are_not_taken_for_these(tmp_path):
         with pytest.raises(ValueError, match="other questions of refusals"):
             run.run(job, print)
     assert len(bodies) == 1
+
+
+def test_a_question_is_named_by_its_place_kind_and_prompt():
+    def named(*prompts: Prompt) -> list[str]:
+        with model_server(lambda body: "Sure.") as (url, _):
+            answered = refusals.measure(prompts, Served(f"{url}/v1", "m"), 0.0)
+        return [each.question for each in answered]
+
+    first, twice = named(Prompt("a", refuse=True), Prompt("a", refuse=True))
+    assert first != twice, "a prompt that comes twice is asked twice"
+    (other,), (kind,) = named(Prompt("b", refuse=True)), named(Prompt("a", refuse=False))
+    assert len({first, other, kind}) == 3
+    kinds = [refusals.kind_of(each) for each in (first, other, kind)]
+    assert kinds == [refusals.TO_REFUSE, refusals.TO_REFUSE, refusals.TO_ANSWER]
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path):
+    path = tmp_path / "refusals.jsonl"
+    line = r'{"prompt": "a \ud83d\ude00", "refuse": true}'
+    path.write_text(f"{line}\n")
+    assert refusals.read(path)[0].prompt == "a \N{GRINNING FACE}"
+    path.write_text(line + "\n" + line.replace(r"\ude00", ""))
+    with pytest.raises(
+        ValueError, match=r"refusals\.jsonl, line 2: got half a surrogate pair, '.ud83d"
+    ):
+        refusals.read(path)
 
 
 def test_one_kind_alone_is_compared(tmp_path):

@@ -72,7 +72,7 @@ class Comparison:
         for level in self.levels:
             accuracy = points(level.accuracy)
             unread = [f"{100 * share:.1f}" for share in (level.unreadable, level.cut)]
-            counts = (f"{level.diversity:g}", str(level.questions))
+            counts = (level_text(level.diversity), str(level.questions))
             rows.append((*counts, accuracy, *unread, *level.change()))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -112,8 +112,8 @@ def level_of(
     """
     if base is not None and _shape(answered) != _shape(base):
         raise ValueError(
-            f"{task}: diversity {diversity:g} did not answer the questions that it is compared "
-            "with, in the same order and as often; compare runs over the same ones."
+            f"{task}: diversity {level_text(diversity)} did not answer the questions that it is "
+            "compared with, in the same order and as often; compare runs over the same ones."
         )
     share_Q = np.array([np.mean(each.right) for each in answered])
     once = all(len(each.right) == 1 for each in answered)
@@ -135,3 +135,10 @@ def points(estimate: Estimate) -> str:
     """In points of a hundred."""
     low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
     return Estimate(100 * estimate.value, low, high).render(1)
+
+
+def level_text(level: float) -> str:
+    """A level of diversity in a table or a file's name: short, and no other level's."""
+    level = float(level) + 0.0  # No -0.
+    short = f"{level:g}"
+    return short if float(short) == level else repr(level)

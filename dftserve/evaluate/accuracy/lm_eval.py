@@ -18,7 +18,7 @@ from typing import Any
 
 from dftserve import atomic
 from dftserve.bounded_files import json_rows, lines, shaped_as
-from dftserve.evaluate.accuracy.compare import Answered
+from dftserve.evaluate.accuracy.compare import Answered, level_text
 from dftserve.evaluate.accuracy.grade import NO_CONTENT
 from dftserve.evaluate.generate.client import Served
 from dftserve.openai_client import NO_KEY, key_of
@@ -69,7 +69,7 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
         work = Path(place).resolve()  # lm-eval runs in `folder`.
         config = work / "config.yaml"
         config.write_text(json.dumps(settings(task, served, diversity, work / "out")))
-        log = folder / f"{task}-{diversity:g}.log"
+        log = folder / f"{task}-{level_text(diversity)}.log"
         with log.open("wb") as output:
             done = subprocess.run(
                 [command, "run", "--config", config],

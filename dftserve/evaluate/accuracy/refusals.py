@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dftserve.bounded_files import json_rows, lines, shaped_as
+from dftserve.digest import text_digest
 from dftserve.evaluate.accuracy import questions
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.grade import grade_refusal
@@ -22,6 +23,8 @@ KINDS = (TO_REFUSE, TO_ANSWER)
 """Of prompts; each is compared by itself, or a loss of one could hide in a gain of the other."""
 MAX_TOKENS = 256
 """A refusal opens the answer."""
+DIGITS = 12
+"""Of a prompt's digest, in the name of its question."""
 LARGEST = 64 << 20
 """Bytes of a file of prompts."""
 LARGEST_LINE = 1 << 20
@@ -73,7 +76,7 @@ def measure(
         ServerError: it cannot be reached, or fails.
     """
     asked = [
-        Question(f"{KINDS[not each.refuse]}/{number}", each.prompt, each.prompt)
+        Question(_name(number, each), each.prompt, each.prompt)
         for number, each in enumerate(prompts)
     ]
     answers = questions.ask(
@@ -91,3 +94,13 @@ def measure(
             )
         )
     return tuple(found)
+
+
+def _name(number: int, prompt: Prompt) -> str:
+    """With a digest of the prompt: an answer is not taken for one to another prompt."""
+    return f"{KINDS[not prompt.refuse]}/{number}-{text_digest(prompt.prompt)[:DIGITS]}"
+
+
+def kind_of(name: str) -> str:
+    """Which of `KINDS` a question is of, by its name."""
+    return name.partition("/")[0]

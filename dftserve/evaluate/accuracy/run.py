@@ -3,7 +3,7 @@
     print(run(Job(url="http://127.0.0.1:8000", out=Path("accuracy.json")), print))
 
 FILE            the report
-FILE.parts/     every answer of each task at each level; the same job goes on from what is there
+FILE.parts/     every answer of each task at each level (`parts`); the same job goes on from there
 """
 
 import json
@@ -15,33 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.bounded_files import read_json, read_text, shaped_as
 from dftserve.digest import digest_of
-from dftserve.evaluate.accuracy import humaneval, lm_eval, refusals
-from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare
+from dftserve.evaluate.accuracy import humaneval, lm_eval, parts, refusals
+from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare, level_text
 from dftserve.evaluate.accuracy.isolation import sandbox
+from dftserve.evaluate.accuracy.parts import FILES, Settings
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
 from dftserve.evaluate.metrics import intervals
 from dftserve.settings import among
 from dftserve.spec import parse
 
-FILES = {
-    "mmlu": ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
-    "gsm8k": ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
-    "humaneval": ("HumanEval.jsonl.gz",),
-    "refusals": ("refusals.jsonl",),
-}
-"""What each task reads from the data folder."""
 TASKS = ("mmlu", "gsm8k", "humaneval")
 """Those with an answer, whose questions are published."""
 LM_EVAL = {"mmlu", "gsm8k"}
 DATA = "DFTSERVE_DATA"
 KS = (1, 10, 100)
 """Of pass@k, where there are as many samples."""
-SETTINGS = "settings.json"
-LARGEST = 1 << 30
-"""Bytes of the answers to one task at one level."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +93,22 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     if confined is not None:
         say(f"humaneval: programs run in {confined}")
     names = ("temperature", "at_once", "is_chat", "max_tokens")
-    settings = {name: getattr(job, name) for name in names}
-    model = client.find(job.url, job.model, job.key_variable, **settings)
-    parts = _begin(job, model)
-    asked = {task: _questions(job, task, data, parts) for task in tasks}
-    files = {task: {name: digest_of(data / name) for name in FILES[task]} for task in tasks}
-    for task, digests in files.items():
-        _claim(parts, f"{task}-files.json", digests, f"questions of {task}")
+    model = client.find(
+        job.url, job.model, job.key_variable, **{name: getattr(job, name) for name in names}
+    )
+    settings = _settings(job, model)
+    files = {task: _digests(task, data) for task in tasks}
+    folder = _begin(job, settings, files)
+    asked = {task: _questions(job, task, data, folder) for task in tasks}
+    _check_unchanged(files, data)
     answers = {
-        task: {level: _part(job, parts, task, asked[task], model, level, say) for level in job.grid}
+        task: {
+            level: _part(job, folder, task, asked[task], model, level, say) for level in job.grid
+        }
         for task in tasks
     }
     comparisons = [each for task in tasks for each in compared(task, answers[task])]
-    report = _report(job, model, comparisons, answers, skipped)
+    report = _report(job, settings, comparisons, answers, skipped)
     report |= {"files": files, "sandbox": confined}
     atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
     lines = [f"{task}: skipped: {why}" for task, why in skipped.items()]
@@ -155,41 +148,48 @@ def _confined(job: Job, tasks: Sequence[str]) -> str | None:
     return "no sandbox, as asked" if job.unsafe_no_sandbox else sandbox.described()
 
 
-def _begin(job: Job, model: Served) -> Path:
-    """The folder of the parts, of this job alone."""
-    parts = job.out.with_name(f"{job.out.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    _claim(parts, SETTINGS, _settings(job, model), "settings")
-    return parts
+def _settings(job: Job, model: Served) -> Settings:
+    return Settings(
+        model=model.model,
+        temperature=job.temperature,
+        limit=job.limit,
+        samples=job.samples,
+        max_tokens=job.max_tokens,
+        is_chat=job.is_chat,
+    )
 
 
-def _claim(parts: Path, name: str, content: Mapping[str, Any], what: str) -> None:
-    """Write down what the answers in `parts` depend on; what was written there must be the same."""
-    kept, text = parts / name, json.dumps(content, indent=1)
-    if os.path.lexists(kept) and read_text(kept, within=parts, largest=LARGEST) != text:
-        raise ValueError(
-            f"{parts} holds answers of other {what} ({kept}); remove it, or choose another file."
-        )
-    atomic.write_text(kept, text)
+def _digests(task: str, data: Path) -> dict[str, str]:
+    """Of the files with a task's questions."""
+    return {name: digest_of(data / name) for name in FILES[task]}
 
 
-def _settings(job: Job, model: Served) -> dict[str, Any]:
-    """What an answer depends on, beside its task and level."""
-    return {
-        "model": model.model,
-        "temperature": job.temperature,
-        "limit": job.limit,
-        "samples": job.samples,
-        "max_tokens": job.max_tokens,
-        "is_chat": job.is_chat,
-    }
+def _begin(job: Job, settings: Settings, files: Mapping[str, Mapping[str, str]]) -> Path:
+    """The folder of the parts, of this job alone; one that is refused has changed nothing there
+    that an answer depends on."""
+    folder = parts.folder_of(job.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts.claim(folder, parts.SETTINGS, asdict(settings), "settings", FILES)
+    for task, digests in files.items():
+        parts.claim(folder, parts.files_name(task), digests, f"questions of {task}", [task])
+    return folder
 
 
-def _questions(job: Job, task: str, data: Path, parts: Path) -> Sequence[Any]:
+def _check_unchanged(files: Mapping[str, Mapping[str, str]], data: Path) -> None:
+    """What was read is what the digests were taken of."""
+    for task, digests in files.items():
+        if _digests(task, data) != digests:
+            raise ValueError(
+                f"{data}: the questions of {task} changed while they were read; run again when "
+                "they are whole."
+            )
+
+
+def _questions(job: Job, task: str, data: Path, folder: Path) -> Sequence[Any]:
     """A task's questions, before any task is asked: a wrong file costs nothing. lm-eval reads its
-    own, from `parts`."""
+    own, from `folder`."""
     if task in LM_EVAL:
-        lm_eval.prepare(task, data, parts, limit=job.limit, samples=job.samples)
+        lm_eval.prepare(task, data, folder, limit=job.limit, samples=job.samples)
         return ()
     read = humaneval.read if task == "humaneval" else refusals.read
     return lm_eval.spread(list(read(data / FILES[task][0])), job.limit)
@@ -197,7 +197,7 @@ def _questions(job: Job, task: str, data: Path, parts: Path) -> Sequence[Any]:
 
 def _part(
     job: Job,
-    parts: Path,
+    folder: Path,
     task: str,
     asked: Sequence[Any],
     model: Served,
@@ -205,30 +205,15 @@ def _part(
     say: Callable[[str], object],
 ) -> tuple[Answered, ...]:
     """The answers to one task at one level, from the file where they were kept, or asked for."""
-    kept = parts / f"{task}-{level:g}.json"
+    kept = folder / parts.answers_name(task, level)
     if not os.path.lexists(kept):
-        say(f"{task} at diversity {level:g}")
+        say(f"{task} at diversity {level_text(level)}")
         if task in LM_EVAL:
-            answered = lm_eval.measure(task, parts, model, level)
+            answered = lm_eval.measure(task, folder, model, level)
         else:
-            said = parts / f"{task}-{level:g}.jsonl"
-            answered = _measured(job, task, asked, model, level, said)
-        atomic.write_text(kept, json.dumps([asdict(each) for each in answered], indent=1))
-    return answers_of(kept, parts)
-
-
-def answers_of(kept: Path, parts: Path) -> tuple[Answered, ...]:
-    """The answers of one task at one level.
-
-    Raises:
-        ValueError: a file that this command did not write.
-    """
-    rows = read_json(kept, within=parts, largest=LARGEST)
-    names = ("right", "said", "judged")
-    with shaped_as(kept, "answers as this command keeps them"):
-        return tuple(
-            Answered(row["question"], **{name: tuple(row[name]) for name in names}) for row in rows
-        )
+            answered = _measured(job, task, asked, model, level, kept.with_suffix(".jsonl"))
+        parts.keep(folder, task, level, answered)
+    return parts.answers_of(folder, task, level)
 
 
 def compared(task: str, answers: Mapping[float, Sequence[Answered]]) -> list[Comparison]:
@@ -244,7 +229,9 @@ def by_kind(task: str, answered: Sequence[Answered]) -> dict[str, tuple[Answered
     if task != "refusals":
         return {task: tuple(answered)}
     kinds = {
-        f"{task}, {kind}": tuple(each for each in answered if each.question.startswith(f"{kind}/"))
+        f"{task}, {kind}": tuple(
+            each for each in answered if refusals.kind_of(each.question) == kind
+        )
         for kind in refusals.KINDS
     }
     return {name: each for name, each in kinds.items() if each}
@@ -266,14 +253,14 @@ def _measured(
 
 def _report(
     job: Job,
-    model: Served,
+    settings: Settings,
     comparisons: Sequence[Comparison],
     answers: Mapping[str, Mapping[float, Sequence[Answered]]],
     skipped: Mapping[str, str],
 ) -> dict[str, Any]:
     return {
         "what": "accuracy through the server over a grid of diversity",
-        "settings": _settings(job, model) | {"grid": sorted(job.grid)},
+        "settings": asdict(settings) | {"grid": sorted(job.grid)},
         "tasks": [comparison.as_json() for comparison in comparisons],
         "pass_at_k": _pass_at_k(answers.get("humaneval", {}), job.samples),
         "skipped": skipped,

@@ -1,0 +1,136 @@
+"""The answers beside a report, in FILE.parts/, and what they depend on.
+
+    parts = folder_of(Path("accuracy.json"))
+    claim(parts, SETTINGS, asdict(settings), "settings", TASKS)
+    answered = answers_of(parts, "gsm8k", 0.5)
+
+settings.json       `Settings`
+TASK-files.json     digests of the files with the task's questions
+TASK-LEVEL.json     the answers to a task at a level, as they were judged
+TASK-LEVEL.jsonl    the same as they come, of the tasks that no lm-eval asks
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dftserve import atomic, settings
+from dftserve.bounded_files import advised, read_json
+from dftserve.evaluate.accuracy import refusals
+from dftserve.evaluate.accuracy.compare import Answered, level_text
+
+FILES = {
+    "mmlu": ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
+    "gsm8k": ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
+    "humaneval": ("HumanEval.jsonl.gz",),
+    "refusals": ("refusals.jsonl",),
+}
+"""What each task reads from the data folder."""
+SETTINGS = "settings.json"
+LARGEST = 1 << 30
+"""Bytes of the answers to one task at one level."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an answer depends on, beside its task and level; as in `run.Job`."""
+
+    model: str
+    temperature: float
+    limit: int | None
+    samples: int
+    max_tokens: int | None
+    is_chat: bool
+
+
+def folder_of(report: Path) -> Path:
+    return report.with_name(f"{report.name}.parts")
+
+
+def files_name(task: str) -> str:
+    return f"{task}-files.json"
+
+
+def answers_name(task: str, level: float) -> str:
+    return f"{task}-{level_text(level)}.json"
+
+
+def claim(
+    folder: Path, name: str, content: Mapping[str, Any], what: str, tasks: Iterable[str]
+) -> None:
+    """Write down what the answers to `tasks` depend on. Where there are answers already, the same
+    must have been written down for them.
+
+    Raises:
+        ValueError: there are answers, and it was not, or something else was.
+    """
+    kept = next((path for task in tasks for path in _answers(folder, task)), None)
+    if kept is not None:
+        otherwise = f"remove {folder}, to ask anew, or choose another file"
+        try:
+            claimed = read_json(folder / name, within=folder, largest=LARGEST)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder} holds answers ({kept.name}) without {name}, which says to which {what} "
+                f"they belong; {otherwise}."
+            ) from None
+        except ValueError as error:
+            raise ValueError(advised(error, otherwise)) from None
+        if claimed != content:
+            raise ValueError(
+                f"{folder} holds answers of other {what} ({folder / name}); {otherwise}."
+            )
+    atomic.write_text(folder / name, json.dumps(content, indent=1))
+
+
+def _answers(folder: Path, task: str) -> list[Path]:
+    """The files that hold answers to a task. One that is empty is of a server that gave none."""
+    return [
+        path
+        for path in sorted(folder.glob(f"{task}-*"))
+        if path.suffix in (".json", ".jsonl") and path.name != files_name(task)
+        if path.lstat().st_size
+    ]
+
+
+def keep(folder: Path, task: str, level: float, answered: Sequence[Answered]) -> None:
+    text = json.dumps([asdict(each) for each in answered], indent=1)
+    atomic.write_text(folder / answers_name(task, level), text)
+
+
+def answers_of(folder: Path, task: str, level: float) -> tuple[Answered, ...]:
+    """The answers to a task at a level.
+
+    Raises:
+        FileNotFoundError: none were kept.
+        ValueError: a file that `keep` did not write.
+    """
+    path = folder / answers_name(task, level)
+    try:
+        rows = read_json(path, within=folder, largest=LARGEST)
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{path}: got another content; accepted: a list of answers.")
+        return tuple(
+            _answered(row, task, f"{path}, question {number}") for number, row in enumerate(rows)
+        )
+    except ValueError as error:
+        advice = "remove it and run that `evaluate accuracy` again, or copy it anew"
+        raise ValueError(advised(error, advice)) from None
+
+
+def _answered(row: object, task: str, where: str) -> Answered:
+    answered = settings.load(Answered, row, where)
+    counts = [len(each) for each in (answered.right, answered.said, answered.judged)]
+    if not counts[0] or len(set(counts)) > 1:
+        raise ValueError(
+            f"{where}: got {', '.join(map(str, counts))} of right, said, judged; accepted: as many "
+            "of each, one or more."
+        )
+    if task == "refusals" and refusals.kind_of(answered.question) not in refusals.KINDS:
+        raise ValueError(
+            f"{where}: got the name {answered.question[:40]!r}; accepted: one that begins with "
+            f"{' or '.join(f'{kind}/' for kind in refusals.KINDS)}."
+        )
+    return answered
