@@ -1,6 +1,6 @@
 """Does a server keep its promises over many requests, of every kind, for long?
 
-    python bench/soak.py [--scale 1] [--seed 0] [--output bench/results/soak.json]
+    python bench/soak.py [--scale 1] [--seed 0] [--only PHASE]... [--output bench/results/soak.json]
 
 Real vLLM servers on this machine's CPU (the V1 runner) with the stories' test model: `ours` with
 the plug-in, `stock` with DFTSERVE_DISABLE=1. Phases, and their sizes at --scale 1:
@@ -11,8 +11,9 @@ the plug-in, `stock` with DFTSERVE_DISABLE=1. Phases, and their sizes at --scale
     disconnects  2,000 streams that their clients leave at random: then none runs or waits
     schema       1,000 answers by a JSON schema at `diversity` 1, as often valid as stock's
     overload     4 clients a slot for 300 s: 200, 429 and 503 only, and /health answers
-A phase that fails says so, and the others go on; a server that died is started again. The last line
-is one JSON document. Exit code 1 where a promise is broken (bench/soak_promises.py).
+A phase that fails says so, and the others go on; a server that died is started again. With --only,
+the phases named replace those of an output that was made alike. The last line is one JSON document.
+Exit code 1 where a promise is broken (bench/soak_promises.py).
 """
 
 import asyncio
@@ -88,32 +89,54 @@ COMPACT = '--structured-outputs-config={"backend": "xgrammar", "disable_any_whit
 @click.command()
 @click.option("--scale", default=1.0, type=click.FloatRange(min=0, min_open=True))
 @click.option("--seed", default=0)
+@click.option("--only", multiple=True, type=click.Choice(list(SIZES)))
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
-def main(scale: float, seed: int, output: Path) -> None:
+def main(scale: float, seed: int, only: tuple[str, ...], output: Path) -> None:
     sizes = {name: max(SMALLEST, round(scale * size)) for name, size in SIZES.items()}
-    start = time.monotonic()
-    phases: dict[str, dict[str, Any]] = {}
-    document = {
+    document: dict[str, Any] = {
         "what": "promises of a server over many requests",
         "scale": scale,
         "seed": seed,
         "sizes": sizes,
         "machine": machine(),
         "versions": versions("vllm", "httpx", "jsonschema"),
-        "phases": phases,
+        "phases": {},
         "kept": False,
     }
+    if only and output.exists():
+        document["phases"] = phases_of(json.loads(output.read_text()), document)
     with tempfile.TemporaryDirectory() as place, Servers(tuned_model(), Path(place)) as servers:
-        for name, size in sizes.items():
-            phases[name] = guarded(name, size, random.Random(f"{seed} {name}"), servers)
-            document["bench_seconds"] = round(time.monotonic() - start, 1)
-            # After each: a run that is ended leaves what it has found, and kept is false.
+        for name in [name for name in sizes if name in only or not only]:
+            found = guarded(name, sizes[name], random.Random(f"{seed} {name}"), servers)
+            document = with_phase(document, name, found)
+            # After each: a run that is ended leaves what it has found.
             output.write_text(json.dumps(document, indent=1) + "\n")
-    document["kept"] = not any(phase["broken"] for phase in phases.values())
-    output.write_text(json.dumps(document, indent=1) + "\n")
     print(soak_table.table(document))
     print(json.dumps(document))
-    sys.exit(0 if document["kept"] else 1)
+    sys.exit(1 if any(phase["broken"] for phase in document["phases"].values()) else 0)
+
+
+def phases_of(before: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The phases of an earlier document, which is to be of the same sizes, machine and versions.
+
+    Raises:
+        ClickException: it is not.
+    """
+    for name in ("scale", "sizes", "seed", "machine", "versions"):
+        if before.get(name) != now[name]:
+            raise click.ClickException(
+                f"{name}: the output has {before.get(name)}, this run {now[name]}; run all phases, "
+                "or name another --output."
+            )
+    return before["phases"]
+
+
+def with_phase(document: dict[str, Any], name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The document with a phase, in the order of SIZES; `kept` where all are there and kept."""
+    newer = {**document["phases"], name: found}
+    phases = {each: newer[each] for each in SIZES if each in newer}
+    kept = len(phases) == len(SIZES) and not any(phase["broken"] for phase in phases.values())
+    return {**document, "phases": phases, "kept": kept}
 
 
 class Servers:

@@ -14,10 +14,12 @@ def table(document: dict[str, Any]) -> str:
         cells = (" ".join(cell.split()) for cell in (name, asked, found, kept))  # Of one line each.
         lines.append(f"| {' | '.join(cells)} |")
     scale, machine = document["scale"], document["machine"]
+    # Phases may be of several runs.
+    minutes = sum(phase["seconds"] for phase in document["phases"].values()) / 60
     lines.append("")
     lines.append(
         f"`bench/soak.py --scale {scale:g}` ({'the whole' if scale >= 1 else 'a part'} of what "
-        f"scale 1 asks; it took {document['bench_seconds'] / 60:.0f} minutes): vLLM "
+        f"scale 1 asks; it took {minutes:.0f} minutes): vLLM "
         f"{document['versions']['vllm']}, V1 runner, {machine['cores']} cores, the stories' model."
     )
     return "\n".join(lines)

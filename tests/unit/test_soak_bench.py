@@ -1,12 +1,19 @@
-"""bench/soak.py: what its judges accept and what they do not; a phase that fails; the table."""
+"""bench/soak.py: what its judges accept and what they do not; a phase that fails; some phases run
+again; the table."""
 
+import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import soak
 import soak_table
+from click.testing import CliRunner
 from soak_promises import JUDGES, broken_promises
+
+from tests.fuzz_bodies import MAX_ANSWER_BYTES, Asked, complaint
 
 KEPT = {
     "fuzz": {
@@ -93,18 +100,20 @@ def test_an_answer_is_valid_by_its_schema(text, expected):
 
 
 def test_the_table_has_a_line_for_each_phase_and_says_what_is_broken():
-    phases = {name: {"result": found, "broken": [], "died": []} for name, found in KEPT.items()}
-    phases["schema"] = {"failed": "ReadError: gone", "broken": ["did not end"], "died": []}
+    phases = {
+        name: {"result": found, "broken": [], "died": [], "seconds": 120.0}
+        for name, found in KEPT.items()
+    }
+    phases["schema"] = {"failed": "ReadError", "broken": ["did not end"], "died": [], "seconds": 60}
     document = {
         "phases": phases,
         "scale": 0.5,
         "machine": {"cores": 2},
         "versions": {"vllm": "0.32"},
-        "bench_seconds": 600,
     }
-    lines = {
-        line.split("|")[1].strip(): line for line in soak_table.table(document).splitlines()[2:7]
-    }
+    table = soak_table.table(document)
+    assert "it took 9 minutes" in table
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines()[2:7]}
     assert set(lines) == set(KEPT)
     assert "no: did not end" in lines["schema"]
     assert all("| yes |" in line for name, line in lines.items() if name != "schema")
@@ -119,3 +128,122 @@ def test_short_requests_are_half_with_the_field_and_half_streams():
     ):
         assert 400 < share < 600  # By chance outside: under 1e-9.
     assert any(body.get("diversity", {}).get("group") for body in bodies)
+
+
+GOOD, NAMED = httpx.Response(200), httpx.Response(400, json={"error": {"param": "diversity.level"}})
+UNNAMED = httpx.Response(400, json={"error": {"param": "messages"}})
+LONG = httpx.Response(
+    400, json={"error": {"param": "diversity", "message": MAX_ANSWER_BYTES * "a"}}
+)
+NOT_THERE, FAULT = httpx.Response(404), httpx.Response(500)
+
+
+@pytest.mark.parametrize(
+    ("is_valid", "stock", "ours", "expected"),
+    [
+        (True, GOOD, GOOD, None),
+        (True, UNNAMED, UNNAMED, None),
+        (True, FAULT, FAULT, None),
+        (True, GOOD, NAMED, "another status than stock's"),
+        (True, UNNAMED, GOOD, "another status than stock's"),
+        (True, FAULT, GOOD, "another status than stock's"),
+        (True, GOOD, FAULT, "a fault of the server that stock has not"),
+        (True, UNNAMED, FAULT, "a fault of the server that stock has not"),
+        (False, GOOD, NAMED, None),
+        (False, GOOD, UNNAMED, "the parameter is not named"),
+        (False, GOOD, LONG, "too long an answer"),
+        (False, GOOD, GOOD, "a wrong field is not refused"),
+        (False, GOOD, FAULT, "a fault of the server that stock has not"),
+        (False, UNNAMED, UNNAMED, None),
+        (False, NOT_THERE, NOT_THERE, None),
+        (False, NOT_THERE, NAMED, "another status than stock's"),
+        (False, UNNAMED, FAULT, "a fault of the server that stock has not"),
+        (False, FAULT, NAMED, None),
+        (False, FAULT, UNNAMED, "the parameter is not named"),
+        (False, FAULT, GOOD, "a wrong field is not refused"),
+        (False, FAULT, FAULT, "a wrong field is not refused"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name_unless_stock_refuses_the_rest(
+    is_valid, stock, ours, expected
+):
+    assert complaint(Asked("/v1/completions", b"", is_valid), stock, ours) == expected
+
+
+@pytest.fixture
+def soaked(monkeypatch, tmp_path):
+    """Runs the bench with phases that give KEPT, of which no server is asked, and gives what it
+    answered and the document that it left."""
+    monkeypatch.setattr(soak, "tuned_model", Path)
+    monkeypatch.setattr(soak, "machine", lambda: {"cores": 2})
+    monkeypatch.setattr(soak, "versions", lambda *_: {"vllm": "0.32"})
+    for name in soak.PHASES:
+        monkeypatch.setitem(soak.PHASES, name, lambda *_, name=name: KEPT[name])
+    output = tmp_path / "soak.json"
+
+    def run(*options):
+        result = CliRunner().invoke(soak.main, [*options, "--output", str(output)])
+        return result, json.loads(output.read_text()) if output.exists() else None
+
+    return run
+
+
+def test_a_whole_run_has_every_phase_and_its_seconds(soaked):
+    result, document = soaked()
+    assert (result.exit_code, document["kept"]) == (0, True)
+    assert list(document["phases"]) == list(soak.SIZES)
+    assert all(phase["seconds"] >= 0 for phase in document["phases"].values())
+
+
+def test_some_phases_replace_theirs_and_keep_the_others(soaked, monkeypatch):
+    monkeypatch.setitem(soak.PHASES, "fuzz", lambda *_: KEPT["fuzz"] | {"complaints": {"one": 1}})
+    result, before = soaked()
+    assert (result.exit_code, before["kept"]) == (1, False)
+    clock = SimpleNamespace(monotonic=iter([100.0, 107.5]).__next__)
+    monkeypatch.setattr(soak, "time", clock)
+    monkeypatch.setitem(soak.PHASES, "fuzz", lambda *_: KEPT["fuzz"] | {"refused": 8})
+    result, document = soaked("--only", "fuzz")
+    assert (result.exit_code, document["kept"]) == (0, True)
+    again = document["phases"].pop("fuzz")
+    assert (again["result"]["refused"], again["seconds"]) == (8, 7.5)
+    del before["phases"]["fuzz"]
+    assert document["phases"] == before["phases"]
+
+
+def test_some_phases_alone_are_no_whole_run(soaked):
+    result, document = soaked("--only", "schema", "--only", "fuzz")
+    assert list(document["phases"]) == ["fuzz", "schema"]
+    assert (result.exit_code, document["kept"]) == (0, False)
+
+
+@pytest.mark.parametrize("name", ["served", "overload"])
+def test_what_another_phase_broke_stays_broken(soaked, monkeypatch, name):
+    with monkeypatch.context() as broken:
+        broken.setitem(soak.PHASES, name, lambda *_: KEPT[name] | dict(BROKEN)[name])
+        soaked()
+    result, document = soaked("--only", "fuzz")
+    assert (result.exit_code, document["kept"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "said"),
+    [
+        (["--scale", "0.5"], {}, "scale: the output has 1.0, this run 0.5"),
+        (["--seed", "1"], {}, "seed: the output has 0, this run 1"),
+        ([], {"machine": {"cores": 3}}, "machine: the output has {'cores': 2}"),
+        ([], {"versions": {"vllm": "0.33"}}, "versions: the output has {'vllm': '0.32'}"),
+    ],
+)
+def test_phases_of_another_kind_of_run_are_not_merged(soaked, monkeypatch, options, changed, said):
+    _, before = soaked()
+    for name, value in changed.items():
+        monkeypatch.setattr(soak, name, lambda *_, value=value: value)
+    result, document = soaked("--only", "fuzz", *options)
+    assert (result.exit_code, document) == (1, before)
+    assert said in result.output
+
+
+def test_a_phase_that_is_not_there_is_refused(soaked):
+    result, document = soaked("--only", "fuz")
+    assert (result.exit_code, document) == (2, None)
+    assert "'fuz' is not one of 'fuzz'" in result.output
