@@ -1,8 +1,9 @@
 """JSON Schemas of the fields `diversity` and `style`, from what `spec` accepts.
 
 A value that `spec.parse` takes is valid. A valid value may still be refused where a schema cannot
-tell: DRY's other names without `dry_multiplier`, or a group's index that is not below its size.
-Standard library only.
+tell: DRY's other names without `dry_multiplier`; a group's index that is not below its size; in its
+id, what Unicode does not call printable beside control characters and line breaks. Standard library
+only.
 """
 
 from typing import Any
@@ -26,6 +27,10 @@ from dftserve.spec import (
 )
 
 JSONSchema = dict[str, Any]
+
+CONTROL = r"[\u0000-\u001f\u007f-\u009f\u2028\u2029]"
+"""Control characters and line breaks. What is printable besides, by Unicode, is in no pattern that
+all dialects of regular expressions read."""
 
 
 def diversity() -> JSONSchema:
@@ -66,10 +71,14 @@ def _law(name: str) -> JSONSchema:
 
 
 def _dry_alone() -> JSONSchema:
-    """DRY without a law: the default's, at level 0."""
-    takes = {field: _optional(BOUNDS[field]) for field in LAWS[DEFAULT_LAW]}
+    """DRY without a law and without a level, with which it would be the default law's."""
+    nothing = {"type": "null"}
+    takes = {
+        field: nothing if is_required(DEFAULT_LAW, field) else _optional(BOUNDS[field])
+        for field in LAWS[DEFAULT_LAW]
+    }
     multiplier = {"dry_multiplier": _number(DRY_BOUNDS["dry_multiplier"])}
-    properties = {"law": {"type": "null"}, **takes, **_beside(), **multiplier}
+    properties = {"law": nothing, **takes, **_beside(), **multiplier}
     return {"title": "DRY alone"} | _object(properties, list(multiplier))
 
 
@@ -78,7 +87,13 @@ def _beside() -> JSONSchema:
     breaker = {"type": "string", "minLength": 1, "maxLength": LONGEST_BREAKER}
     low, high = GROUP_SIZE
     group = {
-        "id": {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME},
+        # Not `^[^…]*$`: in some dialects $ is also before a last line break.
+        "id": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": LONGEST_NAME,
+            "not": {"pattern": CONTROL},
+        },
         "index": {"type": "integer", "minimum": 0, "maximum": high - 1},
         "size": {"type": "integer", "minimum": low, "maximum": high},
     }

@@ -491,9 +491,8 @@ def _number(value: object, bounds: Bounds, parameter: str) -> float:
 
 
 def _whole(value: object, low: int, high: int, parameter: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise DiversityError(parameter, value, f"a whole number from {low} to {high}")
-    return value
+    """Of 2.0 too: some clients have no other numbers, and JSON Schema's integers include it."""
+    return int(_number(value, Bounds(low=low, high=high, whole=True), parameter))
 
 
 def _deciles(value: object, parameter: str) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from tests.fuzz_bodies import BASES
+from tests.vllm_app import body_schema
 
 MOST_FIELDS = 4
 """Of what is drawn, beside what a request needs; with all of them hardly any body is accepted."""
@@ -23,19 +24,10 @@ def drawn(document: dict[str, Any], path: str, count: int) -> list[dict[str, Any
     Args:
         document: the server's openapi.json.
     """
-    operation = schemathesis.openapi.from_dict(document)[path]["POST"]
-    strategies = [operation.as_strategy(generation_mode=mode) for mode in GenerationMode]
     found: list[dict[str, Any]] = []
 
-    @settings(
-        max_examples=2 * count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.one_of(strategies), st.data())
+    @_always_the_same(2 * count)
+    @given(_cases(document, path), st.data())
     def draw(case: Any, data: Any) -> None:
         names = data.draw(st.sets(st.integers(0, 99), max_size=MOST_FIELDS))
         is_whole = data.draw(st.booleans())
@@ -48,6 +40,46 @@ def drawn(document: dict[str, Any], path: str, count: int) -> list[dict[str, Any
 
     draw()
     return list(filter(_is_json, found))[:count]
+
+
+def drawn_values(document: dict[str, Any], path: str, name: str, count: int) -> list[Any]:
+    """Values for one property of a route's body, always the same ones, by the document or breaking
+    it."""
+    schema = body_schema(document, path)["properties"][name]
+    whole = {"type": "object", "properties": {name: schema}, "required": [name]}
+    operation = {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": whole}}},
+        "responses": {"200": {"description": "an answer"}},
+    }
+    alone = {key: document[key] for key in ("openapi", "info")} | {
+        "paths": {path: {"post": operation}}
+    }
+    found: list[Any] = []
+
+    @_always_the_same(4 * count)
+    @given(_cases(alone, path))
+    def draw(case: Any) -> None:
+        if isinstance(case.body, dict) and name in case.body and _is_json(case.body):
+            found.append(case.body[name])
+
+    draw()
+    return found[:count]
+
+
+def _cases(document: dict[str, Any], path: str) -> st.SearchStrategy[Any]:
+    operation = schemathesis.openapi.from_dict(document)[path]["POST"]
+    return st.one_of(operation.as_strategy(generation_mode=mode) for mode in GenerationMode)
+
+
+def _always_the_same(most: int) -> settings:
+    return settings(
+        max_examples=most,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def _is_json(body: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from dftserve import json_schema, spec
 from tests.client import chat_body, get, metric, post, sync_client
+from tests.vllm_app import body_schema, routes_with_fields
 
 BOTH = pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
 FIGURES = {
@@ -299,8 +300,8 @@ def test_the_servers_openapi_document_has_the_fields(v1, v1_stock):
     ours, again, stock = (get(each, "/openapi.json").json() for each in (v1, v1, v1_stock))
     assert ours == again
     del ours["paths"]["/v1/dft/capabilities"]
-    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"):
-        properties = ours["components"]["schemas"][name]["properties"]
+    for route in routes_with_fields():
+        properties = body_schema(ours, route)["properties"]
         assert properties.pop("diversity") == json_schema.diversity()
         assert properties.pop("style") == json_schema.style()
     assert ours == stock

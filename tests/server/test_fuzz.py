@@ -2,16 +2,24 @@
 
 import json
 import random
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.client import chat_body, gather_bytes, get, post
-from tests.fuzz_bodies import BASES, CANARY, Asked, asked, complaint
+from dftserve import spec
+from tests.client import chat_body, gather, gather_bytes, get, post
+from tests.fuzz_bodies import BASES, CANARY, MAX_ANSWER_BYTES, Asked, asked, complaint
+from tests.vllm_app import routes_with_fields
 
 BODIES = 500
 BY_SCHEMA = 40
 """Bodies of each route, which take longer to draw."""
+VALUES = 40
+"""Of each field on each route, by our own document."""
+CHAT = "/v1/chat/completions"
+TAKING = BASES | {f"{CHAT}/batch": BASES[CHAT] | {"messages": [BASES[CHAT]["messages"]]}}
+PARSE = {"diversity": spec.parse, "style": spec.parse_style}
 
 
 def test_whatever_comes(v1, v1_stock, figure):
@@ -60,6 +68,48 @@ def test_bodies_by_the_servers_own_schema(v1, v1_stock, path, figure):
     figure(bodies=len(bodies), accepted=sum(answer.status_code == 200 for answer in stock))
     assert len(bodies) == BY_SCHEMA
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", routes_with_fields())
+@pytest.mark.parametrize("name", PARSE)
+def test_a_field_by_our_own_document_is_honoured_or_refused_by_name(v1, path, name, figure):
+    pytest.importorskip("schemathesis")
+    from tests.schema_bodies import drawn_values
+
+    values = drawn_values(get(v1, "/openapi.json").json(), path, name, VALUES)
+    answers = gather(v1, [(path, TAKING[path] | {name: value}) for value in values])
+    wrong = [
+        f"{said}: {json.dumps(value)[:300]}: {answer.status_code} {answer.content[:300]!r}"
+        for value, answer in zip(values, answers, strict=True)
+        if (said := _field_complaint(name, value, answer))
+    ]
+    statuses = [answer.status_code for answer in answers]
+    figure(values=len(values), honoured=statuses.count(200), refused=statuses.count(400))
+    assert len(values) == VALUES
+    assert set(statuses) == {200, 400}
+    assert not wrong, "\n".join(wrong)
+
+
+def _field_complaint(name: str, value: Any, answer: httpx.Response) -> str | None:
+    if answer.status_code == 200:
+        return None if _is_taken(name, value) else "a wrong field is not refused"
+    if answer.status_code != 400:
+        return "another status than 200 and 400"
+    if len(answer.content) > MAX_ANSWER_BYTES:
+        return "too long an answer"
+    is_named = str(answer.json()["error"]["param"]).split(".")[0] == name
+    return None if is_named else "the field is not named"
+
+
+def _is_taken(name: str, value: Any) -> bool:
+    """Whether a server may take it; which styles it has, and what `human` is, it knows alone."""
+    if value is None or (name, value) == ("diversity", spec.HUMAN):
+        return True
+    try:
+        PARSE[name](value)
+    except spec.DiversityError:
+        return False
+    return True
 
 
 def _shown(one: Asked, stock: httpx.Response, ours: httpx.Response) -> str:

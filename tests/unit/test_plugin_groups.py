@@ -313,7 +313,7 @@ def test_offline_choices_are_placed_too():
         ({"index": 0, "size": 4}, {}, "diversity.group.id", "got nothing; accepted: a text"),
         (PLACE | {"index": 4}, {}, "diversity.group.index", "whole number from 0 to 3"),
         (PLACE | {"index": -1}, {}, "diversity.group.index", "got -1; accepted: a whole"),
-        (PLACE | {"index": 0.0}, {}, "diversity.group.index", "got 0.0"),
+        (PLACE | {"index": 0.5}, {}, "diversity.group.index", "got 0.5"),
         (PLACE | {"index": True}, {}, "diversity.group.index", "got True"),
         (PLACE | {"size": 1}, {}, "diversity.group.size", "whole number from 2 to 1024"),
         (PLACE | {"size": 1025}, {}, "diversity.group.size", "got 1025"),

@@ -9,21 +9,10 @@ from dftserve_vllm import app
 from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
+from tests.vllm_app import built
+
 KEY = "the-servers-key"
 REFUSED = 401
-
-
-def built(*flags: str) -> FastAPI:
-    """vLLM's own app, without an engine."""
-    from vllm.platforms import current_platform  # What every process of vLLM does first.
-
-    assert current_platform
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags))
-    return build_app(arguments, ("generate",))
 
 
 @pytest.fixture(params=["hook", "plug-in"])

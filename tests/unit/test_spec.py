@@ -55,6 +55,13 @@ def objects(draw):
     return content
 
 
+WHOLE = {
+    "dry_allowed_length": lambda value: {"dry_multiplier": 1, "dry_allowed_length": value},
+    "group.size": lambda value: {"level": 1, "group": {"id": "g", "index": 0, "size": value}},
+    "group.index": lambda value: {"level": 1, "group": {"id": "g", "index": value, "size": 8}},
+}
+"""The fields that take whole numbers alone, and what makes an object of one."""
+
 accepted = numbers("level") | objects()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -283,3 +290,25 @@ def test_bytes_that_are_no_text_are_no_promise(tmp_path):
 def test_a_folder_without_a_promise(tmp_path):
     with pytest.raises(FileNotFoundError):
         Promise.read(tmp_path)
+
+
+def at(content, name):
+    for key in name.split("."):
+        content = content[key]
+    return content
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_number_may_come_as_a_float_and_is_an_integer_then(name):
+    found = parse(WHOLE[name](2.0))
+    assert found == parse(WHOLE[name](2))
+    for content in (found.as_dict(), found.without_texts()):
+        assert type(at(content, name)) is int
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("value", [2.5, True, "2", [2], math.nan, math.inf, -1, 1e300, 10**400])
+def test_what_is_no_whole_number_of_the_range_is_refused_by_name(name, value):
+    with pytest.raises(DiversityError, match="a whole number from") as error:
+        parse(WHOLE[name](value))
+    assert error.value.parameter == f"diversity.{name}"

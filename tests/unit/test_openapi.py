@@ -1,0 +1,43 @@
+"""The fields are in the OpenAPI document of vLLM's app wherever docs/api.md says they are taken."""
+
+import copy
+
+import pytest
+from dftserve_vllm import openapi
+
+from dftserve import json_schema
+from tests.vllm_app import body_schema, built, routes_with_fields
+
+FIELDS = {"diversity": json_schema.diversity(), "style": json_schema.style()}
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """vLLM's own, and with the fields."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.plugins.plugins_loaded", True)  # Or this process would have hooks.
+        app = built()
+    stock = copy.deepcopy(app.openapi())
+    return stock, openapi.with_fields(app.openapi)()
+
+
+@pytest.mark.parametrize("route", routes_with_fields())
+def test_the_body_of_each_route_has_the_fields(documents, route):
+    stock, ours = (body_schema(document, route)["properties"] for document in documents)
+    assert ours == stock | FIELDS
+    assert not stock.keys() & FIELDS.keys()
+
+
+def test_docs_list_as_many_routes_as_there_are_bodies():
+    routes = routes_with_fields()
+    assert len(routes) == len(set(routes)) == len(openapi.DOCUMENTED)
+    assert "/v1/chat/completions/batch" in routes
+
+
+def test_nothing_else_of_the_document_differs(documents):
+    stock, ours = documents
+    ours = copy.deepcopy(ours)
+    for name in openapi.DOCUMENTED:
+        for field in FIELDS:
+            del ours["components"]["schemas"][name]["properties"][field]
+    assert ours == stock
