@@ -195,7 +195,7 @@ class _Queue:
         while self._waiting or self._reading:
             given, _ = ray.wait([*self._starting, *self._reading], timeout=WAIT_SECONDS)
             if not given and not self._reading:
-                self._say(f"  waiting for {self._workers}; free: {_free()}")
+                self._say(f"  no worker has started yet, of {self._workers}; free: {_free()}")
             for each in given:
                 if each in self._starting:
                     self._take_started(each)
