@@ -6,6 +6,7 @@ import re
 import pytest
 import report
 
+from dftserve.evaluate.cli import evaluate
 from tests.conftest import ROOT
 
 import client_table
@@ -25,6 +26,15 @@ def test_the_plug_ins_document_quotes_its_dockerfile():
     start = next(at for at, line in enumerate(lines) if line.startswith("ARG"))
     quoted = "\n".join(f"    {line}".rstrip() for line in lines[start:])
     assert quoted in (folder / "README.md").read_text()
+
+
+def test_the_readme_lists_every_command_of_evaluate():
+    """`run` is the one whose name may be left out."""
+    listed = (ROOT / "README.md").read_text().split("\n## Commands\n")[1].split("\n## ")[0]
+    told = listed.split("dftserve evaluate ")[1].split("dftserve ")[0]
+    names = set(evaluate.commands) - {"run"}
+    assert "drift" in names
+    assert {name for name in names if not re.search(rf"\b{name}\b", told)} == set()
 
 
 # The table of docs/clients.md

@@ -66,6 +66,7 @@ doctor --vllm empty
 evaluate accuracy http://127.0.0.1:9 --out a.json --tasks mmlo
 evaluate accuracy http://127.0.0.1:9 --out a.json --grid 0,2
 evaluate accuracy http://127.0.0.1:9 --out a.json --data nowhere
+evaluate drift nowhere.json nowhere.json
 evaluate compare nowhere.json bad.yaml
 evaluate anchors build nowhere --out anchors
 evaluate http://127.0.0.1:9 --prompts nowhere.txt --out e
