@@ -167,6 +167,7 @@ ANSWER = {"question": "to refuse/0", "right": [True], "said": ["a"], "judged": [
         *([ANSWER | {"right": wrong}] for wrong in (["x"], [7], [], [[True]], "y", [True, True])),
         *([ANSWER | {"said": wrong}] for wrong in ([], [1], None, "a", ["a", "b"])),
         *([ANSWER | {"judged": wrong}] for wrong in ([], [None], {}, "a", ["a", "b"])),
+        [ANSWER | {"right": [], "said": [], "judged": []}],
         [ANSWER, {name: value for name, value in ANSWER.items() if name != "judged"}],
         [ANSWER, ANSWER | {"more": 1}],
     ],

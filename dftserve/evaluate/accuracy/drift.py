@@ -169,7 +169,12 @@ def drift(before: Path, after: Path) -> Drift:
 
 
 def _read(path: Path) -> Report:
-    given = read_json(path, largest=LARGEST)
+    try:
+        given = read_json(path, largest=LARGEST)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: there is no such file; give what `evaluate accuracy --out FILE` wrote."
+        ) from None
     with shaped_as(path, "a report of `dftserve evaluate accuracy`"):
         asked = {**given["settings"]}
         content = {"grid": asked.pop("grid"), "settings": asked, "files": given["files"]}
