@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -230,6 +231,43 @@ def test_two_machines_make_what_two_processes_of_one_make(run, uninterrupted, tm
     settings = written(config, tmp_path / "run.yaml")
     for code, told in on_two_machines(settings, settings):
         assert code == 0, told[-3000:]
+    assert_same(weights(config), uninterrupted)
+
+
+MACHINE_DIES = """
+    import os, signal, sys
+    from transformers import TrainerCallback
+    from dftserve.cli import main
+    from dftserve.train import run
+    class Dies(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if "DIES" in os.environ and state.global_step == 5:
+                os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+    made = run.make_trainer
+    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Dies()) or trainer
+    main()
+"""
+
+
+@pytest.mark.long
+def test_a_machine_that_dies_and_comes_back_ends_in_the_same_bits(run, uninterrupted, tmp_path):
+    """The other one, at which they meet, waits for it."""
+    script = tmp_path / "dies.py"
+    script.write_text(textwrap.dedent(MACHINE_DIES))
+    config = replace(run, output=str(tmp_path / "run"))
+    command = ("train", written(config, tmp_path / "run.yaml"))
+    where = (f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=run")
+    nodes = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", *where)
+    stays = started(*nodes, "--rdzv-conf=is_host=1", script, *command, **OWN_STORES)
+    comes_back = (*nodes, "--rdzv-conf=is_host=0", script, *command)
+    died = started(*comes_back, **OWN_STORES, DIES="1")
+    died.communicate()
+    assert died.returncode == -signal.SIGKILL
+    assert not (Path(config.output) / "final").exists()
+    for agent in (started(*comes_back, **OWN_STORES), stays):
+        told, _ = agent.communicate()
+        assert agent.returncode == 0, told[-3000:]
     assert_same(weights(config), uninterrupted)
 
 
