@@ -234,6 +234,8 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         set_seed(config.seed)
         prepared = replace(prepared, loaded=narrowed(load_model(config, material), config))
     trainer = make_trainer(config, prepared.loaded.model, material)
+    if config.fsdp and not trainer.is_fsdp_enabled:
+        _say("fsdp: nothing is sharded on CPUs, by accelerate; each process holds the whole model.")
     # The untouched model, before the first step; a run that goes on has its figures already.
     trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
     with StopOnSignal().installed() as stop:
