@@ -391,9 +391,11 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
     with usage_errors():
         named = _named(values)
         from dftserve.train import config as configs
+        from dftserve.train import processes
 
-        wanted = configs.load(config, named)
-        wanted = replace(wanted, model=model_of(wanted.model))
+        with processes.together():
+            wanted = configs.load(config, named)
+            wanted = replace(wanted, model=model_of(wanted.model))
         if plan or as_json:
             from dftserve.train.plan import plan_of
 
@@ -402,7 +404,9 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
             return
         from dftserve.train.run import train
 
-        click.echo(train(wanted))
+        final = train(wanted)
+        if processes.is_first():
+            click.echo(final)
 
 
 main.add_command(evaluate)

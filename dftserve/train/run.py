@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from dftserve.targets.calibrated import is_refused
 from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.document import load_tokenizer
 from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.train import processes
 from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
@@ -200,20 +201,30 @@ def train(config: TrainConfig) -> Path:
             the weights are.
         OSError: the disk; the last checkpoint is then whole.
     """
+    processes.check_restarts()
     output = Path(config.output)
-    if (output / FINAL).exists():
-        raise ValueError(
-            f"{output / FINAL} exists: this run is finished. Choose another output, or remove it."
-        )
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
-    with RunFolder(config) as folder:
+    with ExitStack() as opened:
+        is_finished = processes.gathered((output / FINAL).exists())[0]
+        told = f"{output / FINAL} exists: this run is finished."
+        # One process may have died when it was, and torchrun have started all again.
+        if is_finished and not processes.may_restart():
+            raise ValueError(f"{told} Choose another output, or remove it.")
+        with processes.together():
+            folder = opened.enter_context(RunFolder(config))
+        folder.check_alike()
+        if is_finished:
+            _say(told)
+            return output / FINAL
         return _train(config, folder, output)
 
 
 def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
-    prepared = prepare(of_first_candidate(config))
+    with processes.together():
+        prepared = prepare(of_first_candidate(config))
+        folder.begin()
+    folder.check_seen()
     material = prepared.material
-    folder.begin()
     _say(material.shown())
     resume = last_checkpoint(output)
     if resume is not None:
@@ -223,6 +234,8 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         set_seed(config.seed)
         prepared = replace(prepared, loaded=narrowed(load_model(config, material), config))
     trainer = make_trainer(config, prepared.loaded.model, material)
+    if config.fsdp and not trainer.is_fsdp_enabled:
+        _say("fsdp: nothing is sharded on CPUs, by accelerate; each process holds the whole model.")
     # The untouched model, before the first step; a run that goes on has its figures already.
     trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
     with StopOnSignal().installed() as stop:
@@ -641,7 +654,7 @@ def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
 
 
 def _say(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if processes.is_first():
         print(line, file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,14 @@
 """The folder of a run: one process group writes to it, and what goes on in it is what was begun.
 
     with RunFolder(config) as folder:   # refuses another run's folder, and one that is written to
+        folder.check_alike()            # all processes were given this run
         ...
         folder.begin()                  # from here on it is this run's
+        folder.check_seen()             # by all processes
 
 run/settings.json     the resolved configuration; `origin`: by how many processes, from which
                       weights and targets
-run/lock              locked while the run lasts
+run/lock              locked while the run lasts; holds a word of this start's
 
 Paths may change between two starts: of the model, the targets and the output it is the content that
 is compared.
@@ -14,7 +16,8 @@ is compared.
 
 import contextlib
 import json
-import os
+import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,18 +25,23 @@ from types import TracebackType
 from typing import Any
 
 from dftserve import atomic, lm, lock
-from dftserve.bounded_files import FileError, advised, open_growing, read_json
+from dftserve.bounded_files import FileError, advised, open_growing, read_json, read_text
 from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
 from dftserve.digest import digest_of
 from dftserve.lm import model_digest
 from dftserve.targets.store import MANIFEST, Manifest
+from dftserve.train import processes
 from dftserve.train.config import LoraConfig, TrainConfig
 
 LOCK, ORIGIN = "lock", "origin"
+SEEN_WITHIN_S = 60.0
+"""In which a file of one machine is seen by the others: NFS keeps names for so long (acdirmax)."""
 LARGEST = 1 << 20
 """Bytes of a file of a run's own."""
 PLACES = ("model", "targets", "output")
 """Settings that say where something lies, not what it is."""
+TOLD = {"model": "configuration or weights", "targets": "manifest"}
+"""What is compared of a folder."""
 ELSEWHERE = "choose another output, or remove it"
 
 
@@ -48,6 +56,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._folder = config, Path(config.output)
         self._closing, self._is_locked = contextlib.ExitStack(), False
+        self._word = secrets.token_hex(16)
 
     def __enter__(self) -> "RunFolder":
         with contextlib.ExitStack() as opened:
@@ -74,13 +83,57 @@ class RunFolder:
         Raises:
             ValueError: as on entering: another process may have begun in it since.
         """
-        if not _is_first():
+        if not processes.is_first():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock(self._closing)
         if not self._is_begun():
             content = json.dumps(_settings(self._config), indent=2)
             atomic.write_text(self._folder / SETTINGS, content + "\n")
+
+    def check_alike(self) -> None:
+        """Refuse processes that were given another run than the first one.
+
+        Raises:
+            ValueError: the same in all of them; names what differs, and where.
+        """
+        with processes.together():
+            mine = _compared(_settings(self._config))
+        names = processes.gathered(processes.named())
+        first, *others = processes.gathered(mine)
+        for name, other in zip(names[1:], others, strict=True):
+            _refuse_differing(names[0], first, name, other)
+
+    def check_seen(self) -> None:
+        """Refuse processes for which the folder is another than the first one's.
+
+        Raises:
+            ValueError: the same in all of them; names the machine.
+        """
+        names = processes.gathered(processes.named())
+        word = processes.gathered(self._word)[0]
+        for name, sees in zip(names, processes.gathered(self._sees(word)), strict=True):
+            if not sees:
+                raise ValueError(
+                    f"output: {name} does not see in {self._folder} what {names[0]} wrote there; "
+                    "accepted: one folder, on a file system that all machines share."
+                )
+
+    def _sees(self, word: str) -> bool:
+        """Whether the lock that the first process holds is this folder's. NFS shows other machines'
+        files late."""
+        until = time.monotonic() + SEEN_WITHIN_S
+        while self._read_word() != word:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _read_word(self) -> str | None:
+        try:
+            return read_text(self._folder / LOCK, within=self._folder, largest=LARGEST)
+        except (OSError, ValueError):
+            return None
 
     def _is_begun(self) -> bool:
         """Whether it holds a start of this run; False where it holds nothing."""
@@ -97,7 +150,7 @@ class RunFolder:
 
     def _lock(self, closing: contextlib.ExitStack) -> None:
         """Take the lock, which is kept until `closing` ends, where it is not held already."""
-        if not _is_first() or self._is_locked:
+        if not processes.is_first() or self._is_locked:
             return
         file = closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
         try:
@@ -112,6 +165,9 @@ class RunFolder:
                 f"{self._folder}: another training writes to it; wait for it, or choose another "
                 "output."
             )
+        file.truncate(0)
+        file.write(self._word.encode())
+        file.flush()
         self._is_locked = True
 
 
@@ -137,7 +193,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     origin = {
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes.count(),
         "model": model_digest(lm.examine(config.model)),
         "targets": targets_digest(Path(config.targets)),
     }
@@ -180,15 +236,34 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
             "the tokens of a step and the number of steps would be others. Start it with "
             f"torchrun --nproc-per-node={before['processes']}, or {ELSEWHERE}."
         )
-    for what, place, told in (
-        ("model", wanted["model"], "configuration or weights"),
-        ("targets", wanted["targets"], "manifest"),
-    ):
+    for what, told in TOLD.items():
         if before[what] != after[what]:
             raise ValueError(
-                f"{folder} holds a run that began with another `{what}` than {place} is now: its "
-                f"{told} differ. Give the one that it began with, or {ELSEWHERE}."
+                f"{folder} holds a run that began with another `{what}` than {wanted[what]} is "
+                f"now: its {told} differ. Give the one that it began with, or {ELSEWHERE}."
             )
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What all processes must have alike, by name; of folders what is in them."""
+    return _flat({name: value for name, value in settings.items() if name not in PLACES})
+
+
+def _refuse_differing(
+    first_name: str, first: Mapping[str, Any], other_name: str, other: Mapping[str, Any]
+) -> None:
+    """Raises ValueError where two processes were given other runs; says in what."""
+    for name in {**first, **other}:
+        ours, theirs = first.get(name), other.get(name)
+        if ours == theirs:
+            continue
+        outer, _, what = name.rpartition(".")
+        told = (
+            f"{what}: got another one in {other_name} than in {first_name}, its {TOLD[what]} differ"
+            if outer == ORIGIN
+            else f"{name}: got {theirs!r} in {other_name} and {ours!r} in {first_name}"
+        )
+        raise ValueError(f"{told}; accepted: the same in every process of a run.")
 
 
 def _completed(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +287,3 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict)
         flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return flat
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0

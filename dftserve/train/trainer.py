@@ -4,7 +4,6 @@ Shapes: T trained positions of a batch.
 """
 
 import math
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
+from dftserve.train import processes
 from dftserve.train.model import DFTOutput
 
 HUMAN_NLL = "human_nll"
@@ -250,8 +250,7 @@ def last_checkpoint(run: Path) -> Path | None:
         CheckpointError: the newest one is damaged: resuming from it would not be exact. Says which
             older one is whole, where one is.
     """
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    for leftover in run.glob(f"*{atomic.PARTIAL}") if is_first else ():
+    for leftover in run.glob(f"*{atomic.PARTIAL}") if processes.is_first() else ():
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -781,8 +781,9 @@ def test_a_run_does_not_go_on_with_another_model_at_the_same_place(run, tmp_path
 def test_a_run_does_not_go_on_with_another_number_of_processes(run, monkeypatch):
     config = begun(run)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"of 1 processes, not 2: .*--nproc-per-node=1"):
-        train(config)
+    says = r"of 1 processes, not 2: .*--nproc-per-node=1"
+    with pytest.raises(ValueError, match=says), RunFolder(config):
+        pass
 
 
 def test_a_run_goes_on_wherever_its_folders_are_by_now(run, tmp_path, monkeypatch):

@@ -1,0 +1,392 @@
+"""Training by several processes that torchrun starts: killed and started again, on two machines."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dftserve.train import processes, run_folder
+from dftserve.train.config import TrainConfig
+from dftserve.train.run import train
+from dftserve.train.run_folder import RunFolder
+from tests.training import save_model, save_store
+
+OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("processes")
+    return TrainConfig(
+        model=str(save_model(folder / "base")),
+        targets=str(save_store(folder / "store")),
+        output=str(folder / "run"),
+        max_length=64,
+        batch_size=2,
+        steps=12,
+        learning_rate=1e-2,
+        save_every=2,
+        evaluate_every=5,
+        log_every=1,
+    )
+
+
+def written(config: TrainConfig, path: Path) -> Path:
+    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def started(*command: Path | str, **environment: str) -> subprocess.Popen:
+    """A torchrun that talks over loopback, on CPUs."""
+    ours = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **ours, **environment},
+    )
+
+
+ONE_MACHINE = ("--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+TRAIN = ("-m", "dftserve.cli", "train")
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output) / "final" / "model.safetensors")
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """What two processes make of the run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = replace(run, output=str(folder / "run"))
+    torchrun = started(*ONE_MACHINE, *TRAIN, written(config, folder / "run.yaml"))
+    told, _ = torchrun.communicate()
+    assert torchrun.returncode == 0, told[-3000:]
+    assert told.count(f"{config.output}/final\n") == 1, "each process told the result"
+    made = weights(config)
+    start = load_file(Path(run.model) / "model.safetensors")
+    assert not all(torch.equal(made[name], start[name]) for name in start), "nothing was learnt"
+    return made
+
+
+# ── Killed, and started again ────────────────────────────────────────────────────────────────────
+
+KILLED = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from transformers import TrainerCallback
+    from dftserve import atomic
+    from dftserve.cli import main
+    from dftserve.train import run
+    settings_file, kills_file, noted = sys.argv[1:]
+    kills = json.loads(Path(kills_file).read_text())
+    start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    moment, victim, step = kills[start] if start < len(kills) else (None, None, None)
+    def die():
+        Path(noted, str(start)).write_text(moment)
+        os.kill(os.getpid(), signal.SIGKILL)
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if moment == "step" and rank == victim and state.global_step == step:
+                die()
+        def on_evaluate(self, args, state, control, **given):
+            if moment == "evaluation" and rank == victim and state.global_step >= step:
+                die()
+    made = run.make_trainer
+    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Killed()) or trainer
+    move = atomic.move_folder
+    def moved(folder, place):
+        if moment == "save" and place.name == f"checkpoint-{step}":
+            die()
+        move(folder, place)
+        if moment == "final" and place.name == "final":
+            die()
+    atomic.move_folder = moved
+    sys.argv = ["dftserve", "train", settings_file]
+    main()
+"""
+
+
+def assert_survives(
+    kills: Sequence[tuple[str, int, int]],
+    config: TrainConfig,
+    theirs: dict[str, torch.Tensor],
+    folder: Path,
+) -> str:
+    """A run that is killed as often as told ends in the same bits; what it said.
+
+    Args:
+        kills: when, by start: a moment, the rank that dies in it, and the step.
+    """
+    script, noted, plan = folder / "killed.py", folder / "noted", folder / "kills.json"
+    script.write_text(textwrap.dedent(KILLED))
+    plan.write_text(json.dumps(kills))
+    noted.mkdir()
+    config = replace(config, output=str(folder / "run"))
+    torchrun = started(
+        *ONE_MACHINE,
+        f"--max-restarts={len(kills)}",
+        *(script, written(config, folder / "run.yaml"), plan, noted),
+        **OWN_STORES,
+    )
+    told, _ = torchrun.communicate()
+    assert torchrun.returncode == 0, told[-6000:]
+    died = {int(place.name): place.read_text() for place in noted.iterdir()}
+    assert died == {start: moment for start, (moment, *_) in enumerate(kills)}
+    assert_same(weights(config), theirs)
+    assert not list(Path(config.output).glob("*.partial")), "what a kill left is still there"
+    return told
+
+
+def test_a_run_whose_process_is_killed_goes_on_by_itself_and_ends_in_the_same_bits(
+    run, uninterrupted, tmp_path
+):
+    told = assert_survives([("step", 1, 5)], run, uninterrupted, tmp_path)
+    assert f"Going on from {tmp_path / 'run'}/checkpoint-4." in told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_that_is_killed_ten_times_ends_in_the_same_bits(run, uninterrupted, tmp_path, seed):
+    """Either of the two, at random steps and while it evaluates; the first while it saves, and
+    when it has written `final`."""
+    drawn = random.Random(seed)
+    steps = sorted(drawn.choices(range(8), k=5))
+    kills = [
+        ("evaluation", 0, 0),  # Of the untouched model.
+        *(("step", drawn.randrange(2), step) for step in steps),
+        ("save", 0, steps[-1] // 2 * 2 + 2),
+        ("evaluation", 1, 10),
+        ("save", 0, run.steps),
+        ("final", 0, run.steps),
+    ]
+    assert len(kills) == 10
+    told = assert_survives(kills, run, uninterrupted, tmp_path)
+    assert "/final exists: this run is finished." in told
+
+
+def test_a_torchrun_whose_second_start_would_look_for_the_first_ones_processes_is_refused(
+    run, monkeypatch
+):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun"):
+        train(run)
+    assert not Path(run.output).exists()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    processes.check_restarts()
+
+
+# ── Two machines ─────────────────────────────────────────────────────────────────────────────────
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
+    """Two agents of one process each, which know of each other by a port; (exit code, words)."""
+    where = (f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=run")
+    agents = [
+        started("--nnodes=2", "--nproc-per-node=1", *where, *TRAIN, settings)
+        for settings in (first, second)
+    ]
+    told = ["", ""]
+
+    def read(place: int) -> None:
+        told[place], _ = agents[place].communicate()
+
+    readers = [threading.Thread(target=read, args=(place,)) for place in (0, 1)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    return [(agent.returncode, words) for agent, words in zip(agents, told, strict=True)]
+
+
+def test_two_machines_make_what_two_processes_of_one_make(run, uninterrupted, tmp_path):
+    """On CPUs also where `fsdp` is asked for, which says that it does nothing there."""
+    config = replace(run, output=str(tmp_path / "run"), fsdp=True)
+    settings = written(config, tmp_path / "run.yaml")
+    ended = on_two_machines(settings, settings)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sum(told.count("nothing is sharded on CPUs") for _, told in ended) == 1
+    assert_same(weights(config), uninterrupted)
+
+
+MACHINE_DIES = """
+    import os, signal, sys
+    from transformers import TrainerCallback
+    from dftserve.cli import main
+    from dftserve.train import run
+    class Dies(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if "DIES" in os.environ and state.global_step == 5:
+                os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+    made = run.make_trainer
+    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Dies()) or trainer
+    main()
+"""
+
+
+@pytest.mark.long
+def test_a_machine_that_dies_and_comes_back_ends_in_the_same_bits(run, uninterrupted, tmp_path):
+    """The other one, at which they meet, waits for it."""
+    script = tmp_path / "dies.py"
+    script.write_text(textwrap.dedent(MACHINE_DIES))
+    config = replace(run, output=str(tmp_path / "run"))
+    command = ("train", written(config, tmp_path / "run.yaml"))
+    where = (f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=run")
+    nodes = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", *where)
+    stays = started(*nodes, "--rdzv-conf=is_host=1", script, *command, **OWN_STORES)
+    comes_back = (*nodes, "--rdzv-conf=is_host=0", script, *command)
+    died = started(*comes_back, **OWN_STORES, DIES="1")
+    died.communicate()
+    assert died.returncode == -signal.SIGKILL
+    assert not (Path(config.output) / "final").exists()
+    for agent in (started(*comes_back, **OWN_STORES), stays):
+        told, _ = agent.communicate()
+        assert agent.returncode == 0, told[-3000:]
+    assert_same(weights(config), uninterrupted)
+
+
+def test_a_machine_that_lacks_what_is_needed_is_refused_on_both(run, tmp_path):
+    """Neither waits for the other until torch gives up."""
+    config = replace(run, output=str(tmp_path / "run"))
+    there = written(config, tmp_path / "run.yaml")
+    not_there = written(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
+    for code, told in on_two_machines(there, not_there):
+        assert code != 0
+        assert f"{tmp_path / 'no'} has no manifest.json" in told
+    assert not Path(config.output).exists()
+
+
+# ── What processes must agree in ─────────────────────────────────────────────────────────────────
+
+
+def in_two_processes(monkeypatch, *configs: TrainConfig) -> list[str]:
+    """What each of two processes is refused with; they are threads that meet as processes do."""
+    here, meeting, given = threading.local(), threading.Barrier(2, timeout=120), [None, None]
+
+    def gathered(value):
+        given[here.rank] = json.loads(json.dumps(value))
+        meeting.wait()
+        values = list(given)
+        meeting.wait()
+        return values
+
+    monkeypatch.setattr(processes, "gathered", gathered)
+    monkeypatch.setattr(processes, "rank", lambda: here.rank)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 0.3)
+    told = ["", ""]
+
+    def begin(rank: int) -> None:
+        here.rank = rank
+        try:
+            with ExitStack() as opened:
+                with processes.together():
+                    folder = opened.enter_context(RunFolder(configs[rank]))
+                folder.check_alike()
+                with processes.together():
+                    folder.begin()
+                folder.check_seen()
+        except ValueError as error:
+            told[rank] = str(error)
+
+    threads = [threading.Thread(target=begin, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return told
+
+
+@pytest.fixture
+def here(run, tmp_path) -> TrainConfig:
+    return replace(run, output=str(tmp_path / "run"))
+
+
+def test_processes_of_one_run_are_not_refused_wherever_its_folders_are_mounted(
+    here, tmp_path, monkeypatch
+):
+    (tmp_path / "mounted").symlink_to(Path(here.model).parent)
+    (tmp_path / "shared").symlink_to(tmp_path)
+    elsewhere = replace(
+        here,
+        model=str(tmp_path / "mounted" / "base"),
+        targets=str(tmp_path / "mounted" / "store"),
+        output=str(tmp_path / "shared" / "run"),
+    )
+    assert in_two_processes(monkeypatch, here, elsewhere) == ["", ""]
+
+
+def other_settings(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
+    return replace(config, learning_rate=0.5), "learning_rate: got 0.5 in process 1 on"
+
+
+def other_targets(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
+    other = replace(config, targets=str(save_store(folder / "other", seed=5)))
+    return other, "targets: got another one in process 1 on"
+
+
+def other_model(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
+    other = replace(config, model=str(save_model(folder / "other", seed=5)))
+    return other, "model: got another one in process 1 on"
+
+
+@pytest.mark.parametrize("other", [other_settings, other_targets, other_model])
+def test_a_process_that_was_given_another_run_is_refused_in_all_and_nothing_is_written(
+    here, tmp_path, monkeypatch, other
+):
+    second, says = other(here, tmp_path)
+    first, others = in_two_processes(monkeypatch, here, second)
+    assert first == others
+    assert says in first
+    assert not Path(here.output).exists()
+
+
+@pytest.mark.parametrize("is_copied", [False, True], ids=["missing", "a copy"])
+def test_an_output_that_a_machine_does_not_share_is_refused_in_all(
+    here, tmp_path, monkeypatch, is_copied
+):
+    own = replace(here, output=str(tmp_path / "own"))
+    if is_copied:
+        monkeypatch.setattr(processes, "count", lambda: 2)
+        with RunFolder(own) as folder:
+            folder.begin()
+    first, second = in_two_processes(monkeypatch, here, own)
+    for told in (first, second):
+        assert "process 1 on" in told
+        assert "one folder, on a file system that all machines share" in told
+
+
+def test_what_one_process_is_refused_in_the_other_is_told(here, tmp_path, monkeypatch):
+    lacking = replace(here, targets=str(tmp_path / "no"))
+    first, second = in_two_processes(monkeypatch, here, lacking)
+    assert f"{tmp_path / 'no'} has no manifest.json" in second
+    assert first == f"process 1 on {socket.gethostname()}: {second}"
