@@ -9,6 +9,8 @@ begun, changes no byte.
 
 import logging
 import os
+import socket
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +26,13 @@ from dftserve.targets.store import Part, Plan
 
 WAIT_SECONDS = 15.0
 """Until it is said that no worker has started."""
+ANSWER_SECONDS = 5.0
+"""In which the address of a cluster is to take a connection. Ray itself tries for many minutes."""
 LOSSES = 5
 """Workers that one shard may lose, or that may be lost before they start, one after the other."""
 STARTING = "a start"
+CREATION = "raised in its creation task"
+"""How Ray's words begin where a class cannot be loaded in a worker."""
 
 Documents = Mapping[str, Sequence[Document]]
 MakeSource = Callable[[Documents], Source]
@@ -81,26 +87,74 @@ def build(
             yield part.tokens
 
 
-@contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster; a connection that the caller has made is used and kept."""
+def check(address: str | None) -> None:
+    """Refuse, before anything is read, what could not be built on.
+
+    Args:
+        address: as `Cluster.address`.
+
+    Raises:
+        RuntimeError: there is no Ray, or nothing at the address.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        return
+    named, of = _named_address(address)
+    if named is None:
+        return
+    host, _, port = named.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"no Ray cluster answers at {named}, from {of} ({error}); accepted: --engine "
+            "ray://HOST:PORT or RAY_ADDRESS of one that runs, or neither, for one on this machine."
+        ) from None
+
+
+def _named_address(address: str | None) -> tuple[str | None, str]:
+    """Where a cluster is said to be, and by what; None: it is to be started."""
+    if address is not None:
+        return address, "--engine"
+    if (named := os.environ.get("RAY_ADDRESS", "")) not in ("", "auto", "local"):
+        return named, "RAY_ADDRESS"
+    # What `ray start` leaves; `ray stop` removes it, and a kill does not.
+    left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    if named != "local" and left.is_file():
+        return left.read_text().strip(), f"{left}, which `ray stop` removes"
+    return None, ""
+
+
+def _ray() -> Any:
     # A cluster that we start tells nobody that it is in use.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ModuleNotFoundError:
         raise RuntimeError("the engine ray needs Ray: pip install 'dftserve[ray]'.") from None
+    return ray
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster; a connection that the caller has made is used and kept."""
+    ray = _ray()
     if ray.is_initialized():
         yield ray
         return
+    check(address)
     try:
-        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What they say, the error says.
+            ray.init(
+                address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
     except Exception as error:  # noqa: BLE001 - Ray raises what its transports raise, of any kind
-        asked = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        asked = _named_address(address)[0] or "this machine"
         raise RuntimeError(
-            f"no Ray cluster at {asked} ({_line(error)}); accepted: --engine ray://HOST:PORT or "
-            "RAY_ADDRESS of one that runs the same Ray (with RAY_AUTH_MODE=token where it asks for "
-            "a token), or neither, for one on this machine."
+            f"{asked} takes connections and is no Ray cluster for this process "
+            f"({_first_line(error)}); accepted: one that runs the same Ray; where it asks for a "
+            "token, set RAY_AUTH_MODE=token and have that token."
         ) from None
     try:
         yield ray
@@ -109,27 +163,26 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 
 class _Worker:
-    """In a process of the cluster. What it cannot load is an error of `start`, which comes back
-    with its message, and not of its creation, which does not."""
+    """In a process of the cluster. It is given all by `start`: what cannot be loaded there is an
+    error with a message, which one of its creation is not."""
 
-    def __init__(
-        self, plan: Plan, documents: Documents, make_source: MakeSource, cwd: Path
-    ) -> None:
-        self._plan, self._documents, self._make_source = plan, documents, make_source
-        self._cwd = cwd
+    def __init__(self) -> None:
         self._source: Source | None = None
 
-    def start(self) -> dict[str, str]:
+    def start(
+        self, documents: Documents, plan: Plan, make_source: MakeSource, cwd: Path
+    ) -> dict[str, str]:
         """Load what the source needs; the versions by which it reads."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if self._cwd.is_dir():
-            os.chdir(self._cwd)  # Relative names in a recipe mean what they mean to the driver.
-        self._source = self._make_source(self._documents)
-        difference = store.difference(self._source.describe(), self._plan.source)
+        if cwd.is_dir():
+            os.chdir(cwd)  # Relative names in a recipe mean what they mean to the command.
+        self._documents, self._plan = documents, plan
+        self._source = make_source(documents)
+        difference = store.difference(self._source.describe(), plan.source)
         if difference:
             raise ValueError(
-                f"its source is another than the driver's: {difference}. Give its machine the same "
-                "models and files."
+                f"its source is another than the command's: {difference}. Give its machine the "
+                "same models and files."
             )
         return store.versions()
 
@@ -145,7 +198,8 @@ class _Workers:
     number: int
     gpus: int
     """Of each."""
-    arguments: tuple
+    given: tuple
+    """To `_Worker.start`."""
 
     @classmethod
     def of(
@@ -157,16 +211,18 @@ class _Workers:
         has = ray.cluster_resources()
         gpus = 1 if cluster.loads_models and has.get("GPU", 0) >= 1 else 0
         number = cluster.workers or max(int(has.get("GPU" if gpus else "CPU", 0)), 1)
-        return cls(min(number, shards), gpus, (plan, documents, make_source, Path.cwd()))
+        return cls(min(number, shards), gpus, (documents, plan, make_source, Path.cwd()))
 
-    def start(self) -> Any:
+    def start(self) -> tuple[Any, Any]:
+        """A worker, and what its `start` will give."""
         import ray
 
         made: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.gpus)
-        return made.remote(*self.arguments)
+        worker = made.remote()
+        return worker, worker.start.remote(*self.given)
 
     def __str__(self) -> str:
-        return f"{self.number} workers of {'1 GPU and ' if self.gpus else ''}1 CPU each"
+        return f"{self.number} of {'1 GPU and ' if self.gpus else ''}1 CPU each"
 
 
 class _Queue:
@@ -195,7 +251,7 @@ class _Queue:
         while self._waiting or self._reading:
             given, _ = ray.wait([*self._starting, *self._reading], timeout=WAIT_SECONDS)
             if not given and not self._reading:
-                self._say(f"  no worker has started yet, of {self._workers}; free: {_free()}")
+                self._say(f"  no worker is ready yet, of {self._workers}; {_free()}")
             for each in given:
                 if each in self._starting:
                     self._take_started(each)
@@ -203,8 +259,8 @@ class _Queue:
                     yield read
 
     def _start_worker(self) -> None:
-        worker = self._workers.start()
-        self._starting[worker.start.remote()] = worker
+        worker, given = self._workers.start()
+        self._starting[given] = worker
 
     def _take_started(self, given: Any) -> None:
         worker = self._starting.pop(given)
@@ -244,7 +300,7 @@ class _Queue:
             ValueError, RuntimeError: what the worker raised.
         """
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
         try:
             return ray.get(given)
@@ -252,12 +308,17 @@ class _Queue:
             kind = ValueError if isinstance(error.cause, ValueError) else RuntimeError
             raise kind(f"a worker of the Ray cluster: {_line(error.cause)}") from None
         except RayError as error:
+            if isinstance(error, ActorDiedError) and CREATION in str(error):
+                raise RuntimeError(
+                    f"a worker of the Ray cluster cannot be made: {_last_line(error)}; install the "
+                    "same dftserve on all of its machines."
+                ) from None
             self._losses[of] += 1
             if self._losses[of] >= LOSSES:
                 raise RuntimeError(
-                    f"{of}: its worker was lost {LOSSES} times, last by {_line(error)} Where "
-                    "memory was short, ask for fewer workers (--processes); the same command goes "
-                    "on with what is missing."
+                    f"{of}: its worker was lost {LOSSES} times, last by: {_first_line(error)}; "
+                    "where memory was short, ask for fewer workers (--processes). The same command "
+                    "goes on with what is missing."
                 ) from None
             self._say(f"  {of}: its worker was lost ({type(error).__name__}); another takes over")
             return None
@@ -267,8 +328,21 @@ def _free() -> str:
     import ray
 
     free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+    cpus, gpus = (free.get(kind, 0) for kind in ("CPU", "GPU"))
+    return f"free beside what those that load hold: {cpus:g} CPUs, {gpus:g} GPUs"
 
 
 def _line(error: object) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def _first_line(error: object) -> str:
+    """What Ray says before it shows where."""
+    said = str(error).partition("Traceback")[0].strip()
+    return _line(said.partition("\n")[0]).rstrip(".") or type(error).__name__
+
+
+def _last_line(error: object) -> str:
+    """Of an error with a traceback in its text: what was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _line(lines[-1] if lines else type(error).__name__)

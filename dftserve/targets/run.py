@@ -82,7 +82,7 @@ class Job:
     """Leave out, and count, conversations that the chat template refuses."""
 
     def __post_init__(self) -> None:
-        if not (self.engine in (LOCAL, RAY) or re.fullmatch(r"ray://[^/\s]+:\d+", self.engine)):
+        if self.engine not in (LOCAL, RAY) and not _is_address(self.engine):
             raise ValueError(
                 f"engine: got {self.engine!r:.80}; accepted: {LOCAL}, {RAY}, ray://HOST:PORT."
             )
@@ -90,6 +90,16 @@ class Job:
             raise ValueError(f"processes: got {self.processes}; accepted: 1 or more.")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"max_tokens: got {self.max_tokens}; accepted: 2 or more.")
+
+
+def _is_address(engine: str) -> bool:
+    found = re.fullmatch(r"ray://[^/\s]+:(\d{1,5})", engine)
+    return found is not None and 0 < int(found[1]) < 1 << 16
+
+
+def _address(job: Job) -> str | None:
+    """Of a Ray cluster, where the engine names one."""
+    return None if job.engine == RAY else job.engine
 
 
 Say = Callable[[str], None]
@@ -103,6 +113,10 @@ def build(job: Job, say: Say = print) -> Manifest:
             shards that the same job finds again.
         KeyboardInterrupt: likewise.
     """
+    if job.engine != LOCAL:
+        from dftserve.targets import on_ray
+
+        on_ray.check(_address(job))
     prepared = _prepared(job, say)
     plan, documents = prepared.plan, prepared.documents
     try:
@@ -128,6 +142,8 @@ def estimate(job: Job, say: Say = print) -> Estimate:
     Raises:
         ValueError: as `build`; nothing is written.
     """
+    if job.engine != LOCAL:
+        say("Measured on this machine; the Ray cluster is not asked.")
     prepared = _prepared(job, say)
     return estimate_of(prepared.source, prepared.plan, prepared.documents, job.processes or 1)
 
@@ -500,7 +516,7 @@ def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
         from dftserve.targets import on_ray
 
         cluster = on_ray.Cluster(
-            address=None if job.engine == RAY else job.engine,
+            address=_address(job),
             workers=job.processes,
             loads_models=any(recipes.teacher_models(recipe)),
         )

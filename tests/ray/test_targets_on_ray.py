@@ -1,8 +1,11 @@
 """`target build --engine ray`: the local store bit for bit, whoever is lost on the way."""
 
+import importlib
 import os
 import random
 import signal
+import socket
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,6 +200,18 @@ def test_another_source_is_refused(cluster, tmp_path, documents):
 
 
 @pytest.mark.long
+def test_a_worker_without_the_package_is_told(cluster, tmp_path, documents, monkeypatch):
+    """The class comes from a module that this process has, and the workers do not find."""
+    code = tmp_path / "only_here.py"
+    code.write_text("from dftserve.targets import on_ray\nclass Worker(on_ray._Worker): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(on_ray, "_Worker", importlib.import_module("only_here").Worker)
+    code.unlink()
+    with pytest.raises(RuntimeError, match=r"cannot be made: .*only_here.*; install the same"):
+        built_on_ray(tmp_path / "ray", documents, lambda _: Certain())
+
+
+@pytest.mark.long
 def test_other_versions_are_refused(cluster, tmp_path, documents, monkeypatch):
     ours = store.versions()
     monkeypatch.setattr(store, "versions", lambda: {**ours, "torch": "1.0"})
@@ -252,9 +267,55 @@ def test_the_command(cluster, tmp_path, novels, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "engine", ["Ray", "ray://", "ray://host", "http://127.0.0.1:10001", "ray://a b:1", ""]
+    "engine",
+    ["Ray", "ray://", "ray://host", "http://127.0.0.1:10001", "ray://a b:1", "ray://a:70000", ""],
 )
 def test_engines_that_are_none(tmp_path, novels, model, engine):
     result = build(novels, model, tmp_path / "out", "--engine", engine)
     refused(result, "engine: got", "accepted: local, ray, ray://HOST:PORT")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path) -> int:
+    """A port on which nothing listens; and no cluster of this machine is known."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray-tmp"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("how", ["--engine", "RAY_ADDRESS", "ray_current_cluster"])
+def test_a_cluster_that_is_gone_is_told_before_anything_is_read(
+    tmp_path, novels, model, monkeypatch, nobody, how
+):
+    engine, address = "ray", f"127.0.0.1:{nobody}"
+    if how == "--engine":
+        engine = address = f"ray://{address}"
+    elif how == "RAY_ADDRESS":
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    else:
+        (tmp_path / "ray-tmp" / "ray").mkdir(parents=True)
+        (tmp_path / "ray-tmp" / "ray" / "ray_current_cluster").write_text(address)
+    result = build(novels, model, tmp_path / "out", "--engine", engine)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith(f"Error: no Ray cluster answers at {address}")
+    assert how in result.output
+    assert "texts read" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_nothing_is_read(tmp_path, novels, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = build(novels, model, tmp_path / "out", "--engine", "ray")
+    assert result.exit_code == 1
+    assert "Error: the engine ray needs Ray: pip install 'dftserve[ray]'." in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_where_it_measured(tmp_path, novels, model):
+    result = build(novels, model, tmp_path / "out", "--engine", "ray", "--plan")
+    assert result.exit_code == 0, result.output
+    assert "Measured on this machine; the Ray cluster is not asked." in result.output
