@@ -371,7 +371,11 @@ def make_trainer(
 ) -> DFTTrainer:
     has_heldout = len(material.heldout) > 0
     early = config.patience is not None
-    renamed: dict[str, Any] = {checkpointing_name(): config.gradient_checkpointing}
+    # Untyped: transformers says that `fsdp` is a string, and warns of one.
+    given: dict[str, Any] = {
+        checkpointing_name(): config.gradient_checkpointing,
+        "fsdp": config.fsdp,
+    }
     arguments = TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps or -1,
@@ -388,7 +392,6 @@ def make_trainer(
         bf16=config.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        fsdp="full_shard" if config.fsdp else None,
         fsdp_config={"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
         save_strategy="steps",
         # The best model can only be kept if it is saved when it is found.
@@ -410,7 +413,7 @@ def make_trainer(
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
-        **renamed,
+        **given,
     )
     trainer = DFTTrainer(
         model=model,
@@ -421,6 +424,16 @@ def make_trainer(
         processing_class=material.tokenizer,
         callbacks=list(callbacks),
     )
+    if trainer.is_fsdp_enabled and config.precision == "bf16":
+        # accelerate's policy would round to bf16 the targets that the model is given, the sums that
+        # it returns, which it is judged by, and the gradients that processes add up.
+        plugin: Any = trainer.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy,
+            cast_forward_inputs=False,
+            output_dtype=None,
+            reduce_dtype=torch.float32,
+        )
     if config.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.patience))
     return trainer

@@ -169,12 +169,15 @@ GRADIENTS = """
     from pathlib import Path
     from dataclasses import replace
     from safetensors.torch import save_file
-    from dftserve.train.config import TrainConfig, load
+    from torch.distributed.tensor import DTensor
+    from dftserve.train.config import load
     from dftserve.train.model import attach
-    from dftserve.train.run import make_trainer, read, whole_model
+    from dftserve.train.run import make_trainer, read
+    from tests.cpu_fsdp import shard_on_cpus
     from tests.training import small_model
+    shard_on_cpus()
     config = load(Path(sys.argv[1]), {})
-    model = small_model()
+    model = small_model(tied=sys.argv[3] == "tied")
     attach(model, config.divergence.build(None))
     trainer = make_trainer(config, model, read(config))
     trainer.create_optimizer = lambda *a, **k: setattr(
@@ -182,6 +185,10 @@ GRADIENTS = """
     trainer.args.save_strategy = "no"
     trainer.args.max_grad_norm = 0.0
     trainer.train()
+    assert trainer.is_fsdp_enabled is config.fsdp
+    # Which shards again what the last forward gathered.
+    held = trainer.model_wrapped.state_dict().values()
+    assert all(isinstance(each, DTensor) is config.fsdp for each in held)
     after = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         save_file({n: v.contiguous().clone() for n, v in after.items()}, sys.argv[2])
@@ -205,9 +212,14 @@ def launched(processes: int, *command: Path | str, ends: bool = True) -> None:
 
 
 @pytest.mark.parametrize(
-    "fsdp", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp", marks=pytest.mark.long)]
+    ("fsdp", "head"),
+    [
+        pytest.param(False, "tied", id="ddp"),
+        pytest.param(True, "tied", id="fsdp-tied", marks=pytest.mark.long),
+        pytest.param(True, "untied", id="fsdp-untied", marks=pytest.mark.long),
+    ],
 )
-def test_two_processes_have_the_gradients_of_one(run, fsdp, tmp_path):
+def test_two_processes_have_the_gradients_of_one(run, fsdp, head, tmp_path):
     """To 1e-5, although the two ranks hold different numbers of tokens."""
     shared = {"steps": 1, "schedule": "constant", "evaluate_every": 10}
     one = replace(run, **shared, batch_size=8)
@@ -219,12 +231,50 @@ def test_two_processes_have_the_gradients_of_one(run, fsdp, tmp_path):
         content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
         settings_file.write_text(json.dumps(content))
         result = tmp_path / f"{name}.safetensors"
-        launched(processes, script, settings_file, result)
+        launched(processes, script, settings_file, result, head)
         weights.append(load_file(result))
-    start = small_model().state_dict()
+    start = small_model(tied=head == "tied").state_dict()
     for name, first in weights[0].items():
         gradient = start[name] - first
         assert (first - weights[1][name]).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+EVALUATED = """
+    import json, sys
+    from pathlib import Path
+    from dftserve.train.config import load
+    from dftserve.train.run import make_trainer, prepare
+    from tests.cpu_fsdp import shard_on_cpus
+    shard_on_cpus()
+    config = load(Path(sys.argv[1]), {})
+    prepared = prepare(config)
+    trainer = make_trainer(config, prepared.loaded.model, prepared.material)
+    trainer.train()
+    assert trainer.is_fsdp_enabled is config.fsdp
+    figures = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        batches = [nats for nats, _ in trainer.batch_nll]
+        Path(sys.argv[2]).write_text(json.dumps({"figures": figures, "batches": batches}))
+"""
+
+
+@pytest.mark.long
+def test_in_bf16_shards_round_neither_targets_nor_what_the_model_is_judged_by(run, tmp_path):
+    script = tmp_path / "evaluated.py"
+    script.write_text(textwrap.dedent(EVALUATED))
+    told = {}
+    for name, fsdp in (("ddp", False), ("fsdp", True)):
+        config = replace(run, precision="bf16", fsdp=fsdp, output=str(tmp_path / name))
+        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        launched(2, script, tmp_path / f"{name}.yaml", tmp_path / f"{name}.json")
+        told[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    figures, whole = told["fsdp"]["figures"], told["ddp"]["figures"]
+    # Of the targets alone, not of the model.
+    assert figures["eval_target_entropy"] == pytest.approx(whole["eval_target_entropy"], rel=1e-6)
+    assert figures["eval_human_nll"] == pytest.approx(whole["eval_human_nll"], rel=1e-3)
+    nats_B = torch.tensor(told["fsdp"]["batches"])
+    assert (nats_B.bfloat16() != nats_B).any()
 
 
 STOPPED = """
@@ -282,17 +332,35 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
 INTERRUPTED = """
     import os, signal, sys
     from pathlib import Path
-    from transformers import TrainerCallback
+    import torch
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from dftserve.train import run
     from dftserve.train.config import load
+    from tests.cpu_fsdp import shard_on_cpus
+    shard_on_cpus()
+    config = load(Path(sys.argv[1]), {})
     number, step = int(sys.argv[2]), int(sys.argv[3])
     class Signalled(TrainerCallback):
         def on_step_begin(self, args, state, control, **given):
             if os.environ["RANK"] == "1" and state.global_step == step:
                 os.kill(os.getpid(), number)
-    made = run.make_trainer
-    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Signalled()) or trainer
-    run.train(load(Path(sys.argv[1]), {}))
+    made, trainers = run.make_trainer, []
+    def make_trainer(*given):
+        trainers.append(made(*given))
+        trainers[0].add_callback(Signalled())
+        return trainers[0]
+    run.make_trainer = make_trainer
+    final = run.train(config)
+    (trainer,) = trainers
+    held = trainer.model_wrapped.state_dict().values()
+    assert trainer.is_fsdp_enabled is config.fsdp
+    assert all(isinstance(each, DTensor) is config.fsdp for each in held)
+    trained = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        saved = AutoModelForCausalLM.from_pretrained(final).state_dict()
+        assert saved.keys() == trained.keys()
+        assert all(torch.equal(saved[name], trained[name]) for name in saved)
 """
 
 
