@@ -227,6 +227,7 @@ def on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
     return [(agent.returncode, words) for agent, words in zip(agents, told, strict=True)]
 
 
+@pytest.mark.long
 def test_two_machines_make_what_two_processes_of_one_make(run, uninterrupted, tmp_path):
     """On CPUs also where `fsdp` is asked for, which says that it does nothing there."""
     config = replace(run, output=str(tmp_path / "run"), fsdp=True)
@@ -274,6 +275,7 @@ def test_a_machine_that_dies_and_comes_back_ends_in_the_same_bits(run, uninterru
     assert_same(weights(config), uninterrupted)
 
 
+@pytest.mark.long
 def test_a_machine_that_lacks_what_is_needed_is_refused_on_both(run, tmp_path):
     """Neither waits for the other until torch gives up."""
     config = replace(run, output=str(tmp_path / "run"))
