@@ -184,7 +184,8 @@ def _with_section(card: str, heading: str, text: str) -> str:
 
 def _is_whole_around(card: str, heading: str) -> bool:
     """Whether the card is what it was when its section was written, but for that section, which
-    ends with a digest of the rest: so a card is known whose checksum was not written any more."""
+    ends with a digest of the rest: so a card is recognised whose new checksum was never written,
+    because the command was killed between the two."""
     found = _section(heading).search(card)
     return found is not None and found["around"] == _around(
         card[: found.start()], card[found.end() :]

@@ -280,7 +280,9 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Who reads: this machine, or the workers of a Ray cluster.",
 )
 @click.option(
-    "--processes", type=int, help="Default: 1; on Ray, one for each GPU, or each CPU without any."
+    "--processes",
+    type=int,
+    help="Default: 1; on Ray, one for each GPU, or each machine without any.",
 )
 @click.option("--plan", is_flag=True, help="Say what it would take, by its first batches.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
@@ -400,7 +402,8 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
             from dftserve.train.plan import plan_of
 
             planned = plan_of(wanted)
-            click.echo(planned.as_json() if as_json else planned.shown())
+            if processes.is_first():
+                click.echo(planned.as_json() if as_json else planned.shown())
             return
         from dftserve.train.run import train
 

@@ -15,6 +15,7 @@ ORDER = (
     "langchain-openai",
     "llm",
     "nginx",
+    "vllm-router",
     "GZipMiddleware",
 )
 """The clients, as the table has them."""

@@ -12,7 +12,8 @@ from separate_env import make
 from setup import ROOT
 
 PINNED = "constraints/clients.txt"
-REQUIREMENTS = ["openai", "litellm[proxy]", "langchain-openai", "llm", "-e", "plugins/llm"]
+CLIENTS = ["openai", "litellm[proxy]", "langchain-openai", "llm", "vllm-router"]
+REQUIREMENTS = [*CLIENTS, "-e", "plugins/llm"]
 
 if __name__ == "__main__":
     inputs = [Path(__file__), ROOT / PINNED, ROOT / "plugins/llm/pyproject.toml"]

@@ -29,7 +29,8 @@ WAIT_SECONDS = 15.0
 ANSWER_SECONDS = 5.0
 """In which the address of a cluster is to take a connection. Ray itself tries for many minutes."""
 LOSSES = 5
-"""Workers that one shard may lose, or that may be lost before they start, one after the other."""
+"""The loss of a worker that ends the build: of workers that read the same shard, or that are lost
+before they are ready, one after the other."""
 STARTING = "a start"
 CREATION = "raised in its creation task"
 """How Ray's words begin where a class cannot be loaded in a worker."""
@@ -48,7 +49,7 @@ class Cluster:
     cluster of this machine alone, for the time of the build."""
     workers: int | None
     """None: one for each GPU, or, where the cluster has none or the recipe loads no model, for each
-    CPU."""
+    machine: each worker has its own copy of all that the recipe loads and counts."""
     loads_models: bool
     """Whether the recipe does."""
 
@@ -80,7 +81,7 @@ def build(
             missing.append(part)
     if not missing:
         return
-    with _connected(cluster.address) as ray:
+    with _connected(cluster.address) as ray, _while_it_lasts(cluster.address):
         workers = _Workers.of(cluster, len(missing), plan, ray.put(documents), make_source)
         for part, content in _Queue(missing, workers, say).shards():
             atomic.write_file(folder / part.file, lambda path: path.write_bytes(content))  # noqa: B023
@@ -100,6 +101,11 @@ def check(address: str | None) -> None:
     if ray.is_initialized():
         return
     named, of = _named_address(address)
+    if named is None and os.environ.get("RAY_ADDRESS") == "auto":
+        raise RuntimeError(
+            "RAY_ADDRESS is auto, and no cluster was started on this machine (`ray start`); "
+            "accepted: its address, or no RAY_ADDRESS, for a cluster of this build alone."
+        )
     if named is None:
         return
     host, _, port = named.removeprefix("ray://").rpartition(":")
@@ -150,11 +156,11 @@ def _connected(address: str | None) -> Iterator[Any]:
                 address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
             )
     except Exception as error:  # noqa: BLE001 - Ray raises what its transports raise, of any kind
-        asked = _named_address(address)[0] or "this machine"
+        asked = _named_address(address)[0] or "on this machine"
         raise RuntimeError(
-            f"{asked} takes connections and is no Ray cluster for this process "
-            f"({_first_line(error)}); accepted: one that runs the same Ray; where it asks for a "
-            "token, set RAY_AUTH_MODE=token and have that token."
+            f"the Ray cluster {asked} cannot be joined or started ({_first_line(error)}); "
+            "accepted: one that runs the same Ray; where it asks for a token, set "
+            "RAY_AUTH_MODE=token and have that token."
         ) from None
     try:
         yield ray
@@ -162,9 +168,20 @@ def _connected(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
+@contextmanager
+def _while_it_lasts(address: str | None) -> Iterator[None]:
+    try:
+        yield
+    except ConnectionError as error:  # Not from a disk.
+        raise RuntimeError(
+            f"the Ray cluster at {address or 'this machine'} is gone ({_first_line(error)}); the "
+            "same command goes on with what is missing."
+        ) from None
+
+
 class _Worker:
-    """In a process of the cluster. It is given all by `start`: what cannot be loaded there is an
-    error with a message, which one of its creation is not."""
+    """In a process of the cluster. An error in `start` reaches the command with its message; one in
+    `__init__` would not."""
 
     def __init__(self) -> None:
         self._source: Source | None = None
@@ -205,13 +222,14 @@ class _Workers:
     def of(
         cls, cluster: Cluster, shards: int, plan: Plan, documents: Any, make_source: MakeSource
     ) -> "_Workers":
-        """As many as asked for, or as the cluster has devices for; no more than shards."""
+        """As many as asked for, or as `Cluster.workers` says; no more than shards."""
         import ray
 
-        has = ray.cluster_resources()
-        gpus = 1 if cluster.loads_models and has.get("GPU", 0) >= 1 else 0
-        number = cluster.workers or max(int(has.get("GPU" if gpus else "CPU", 0)), 1)
-        return cls(min(number, shards), gpus, (documents, plan, make_source, Path.cwd()))
+        machines = [each for each in ray.nodes() if each["Alive"]]
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.loads_models else 0
+        number = cluster.workers or gpus or max(len(machines), 1)
+        given = (documents, plan, make_source, Path.cwd())
+        return cls(min(number, shards), min(gpus, 1), given)
 
     def start(self) -> tuple[Any, Any]:
         """A worker, and what its `start` will give."""

@@ -75,7 +75,7 @@ class Job:
     """`local`: processes of this machine; `ray` or `ray://HOST:PORT`: workers of a Ray cluster
     (`on_ray`)."""
     processes: int | None = None
-    """None: one; on Ray, one for each device of the cluster."""
+    """None: one; on Ray, as `on_ray.Cluster.workers` says."""
     max_tokens: int | None = None
     """A longer text goes on in another document; a longer conversation is left out."""
     skip_bad: bool = False
@@ -113,7 +113,7 @@ def build(job: Job, say: Say = print) -> Manifest:
             shards that the same job finds again.
         KeyboardInterrupt: likewise.
     """
-    if job.engine != LOCAL:
+    if job.engine != LOCAL and not (job.out / store.MANIFEST).exists():
         from dftserve.targets import on_ray
 
         on_ray.check(_address(job))

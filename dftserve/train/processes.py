@@ -1,7 +1,8 @@
 """The processes of one training, on one machine or on several, as torchrun starts them.
 
-What one of them is refused in, all are: a process that ended alone would leave the others waiting
-for it. They talk through the store that torchrun made for them, before there is a process group.
+If one process stops with an error before the first step, all stop with it: one that ended alone
+would leave the others waiting for it. They talk through the store that torchrun made for them,
+before there is a process group.
 """
 
 import functools
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.distributed import DistStoreError
 from torch.distributed.rendezvous import rendezvous
 
 
@@ -58,16 +60,39 @@ def gathered(value: Any) -> list[Any]:
 
     Args:
         value: as JSON takes it.
+
+    Raises:
+        RuntimeError: a process said nothing until the store's time was up, which is 30 minutes.
     """
     if count() == 1:
         return [value]
-    store, place = _store(), f"dftserve/{next(_places)}"
-    store.set(f"{place}/{rank()}", json.dumps(value))
-    values = [json.loads(store.get(f"{place}/{each}")) for each in range(count())]
-    # The first process may hold the store: it must not end before all have read.
+    store, place = _store(), _tell(value)
+    keys = [f"{place}/{each}" for each in range(count())]
+    _wait(store, keys)
+    values = [json.loads(store.get(key)) for key in keys]
     store.set(f"{place}/read/{rank()}", "")
-    store.wait([f"{place}/read/{each}" for each in range(count())])
+    if is_first():
+        # It may hold the store, and must not end before all have read.
+        _wait(store, [f"{place}/read/{each}" for each in range(count())])
     return values
+
+
+def _tell(value: Any) -> str:
+    """Where in the store each process says the next thing; this one has said it."""
+    place = f"dftserve/{next(_places)}"
+    _store().set(f"{place}/{rank()}", json.dumps(value))
+    return place
+
+
+def _wait(store: Any, keys: list[str]) -> None:
+    try:
+        store.wait(keys)
+    except DistStoreError:
+        silent = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+        raise RuntimeError(
+            f"the processes {', '.join(silent)} said nothing for {store.timeout}; see what they "
+            "wrote before."
+        ) from None
 
 
 @contextmanager
@@ -82,6 +107,11 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - raised again, once it is told
         own = error
+    except BaseException as error:
+        # Ctrl-C, or a signal's exit: said to the others, and left at once.
+        if count() > 1:
+            _tell(f"{named()}: {type(error).__name__}")
+        raise
     told = gathered(None if own is None else f"{named()}: {own}")
     if own is not None:
         raise own

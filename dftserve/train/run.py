@@ -46,11 +46,11 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
-from dftserve.train.run_folder import RunFolder, read_object, targets_digest
+from dftserve.train.run_folder import WEIGHTS, RunFolder, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
 from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
 
-WEIGHTS, ADAPTER = "weights.json", "adapter"
+ADAPTER = "adapter"
 REFUSED = (
     "The mixture of these targets is refused (`dftserve target inspect` says why): dft.json will "
     "name no target entropy and suggest no diversity."
@@ -205,7 +205,9 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     logging.disable_progress_bar()  # Of weights that load and save: training has its own.
     with ExitStack() as opened:
-        is_finished = processes.gathered((output / FINAL).exists())[0]
+        with processes.together():
+            has_final = (output / FINAL).exists()
+        is_finished = processes.gathered(has_final)[0]
         told = f"{output / FINAL} exists: this run is finished."
         # One process may have died when it was, and torchrun have started all again.
         if is_finished and not processes.may_restart():
@@ -226,23 +228,24 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     folder.check_seen()
     material = prepared.material
     _say(material.shown())
-    resume = last_checkpoint(output)
+    resume, tried = folder.to_go_on_from()
     if resume is not None:
         _say(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
-        config = _with_weight(config, material, output)
+        config = _with_weight(config, material, output, tried)
         set_seed(config.seed)
         prepared = replace(prepared, loaded=narrowed(load_model(config, material), config))
-    trainer = make_trainer(config, prepared.loaded.model, material)
+    with processes.together():
+        trainer = make_trainer(config, prepared.loaded.model, material)
     if config.fsdp and not trainer.is_fsdp_enabled:
-        _say("fsdp: nothing is sharded on CPUs, by accelerate; each process holds the whole model.")
+        _say("fsdp: accelerate does not shard on CPUs; each process holds the whole model.")
     # The untouched model, before the first step; a run that goes on has its figures already.
     trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.agreed is not None:
-        _say(f"Stopped, and saved in {output}; the same command goes on from there.")
+        _say(f"Stopped, and saved in {output}; {_what_goes_on()}")
         raise SystemExit(128 + stop.agreed)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
     figures |= _beside_untouched(trainer, figures)
@@ -253,6 +256,12 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
             finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
+
+
+def _what_goes_on() -> str:
+    if processes.may_restart():
+        return "torchrun starts it again, as long as it has restarts left."
+    return "the same command goes on from there."
 
 
 def _beside_untouched(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
@@ -552,10 +561,15 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     )
 
 
-def _with_weight(config: TrainConfig, material: Material, output: Path) -> TrainConfig:
-    """λ by the held-out human NLL after a short run of each candidate; each is run once."""
+def _with_weight(
+    config: TrainConfig, material: Material, output: Path, tried: dict[str, Any]
+) -> TrainConfig:
+    """λ by the held-out human NLL after a short run of each candidate; each is run once.
+
+    Args:
+        tried: what an earlier start found; the same in every process.
+    """
     path = output / WEIGHTS
-    tried = read_object(path) or {}
     candidates = config.divergence.to_try
     steps = probe_steps(config, material)
     for weight in candidates:

@@ -8,7 +8,7 @@
 
 run/settings.json     the resolved configuration; `origin`: by how many processes, from which
                       weights and targets
-run/lock              locked while the run lasts; holds a word of this start's
+run/lock              locked while the run lasts; holds a random id of this start
 
 Paths may change between two starts: of the model, the targets and the output it is the content that
 is compared.
@@ -16,15 +16,16 @@ is compared.
 
 import contextlib
 import json
+import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dftserve import atomic, lm, lock
+from dftserve import atomic, checkpoint, lm, lock
 from dftserve.bounded_files import FileError, advised, open_growing, read_json, read_text
 from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
 from dftserve.digest import digest_of
@@ -32,8 +33,9 @@ from dftserve.lm import model_digest
 from dftserve.targets.store import MANIFEST, Manifest
 from dftserve.train import processes
 from dftserve.train.config import LoraConfig, TrainConfig
+from dftserve.train.trainer import is_whole, last_checkpoint
 
-LOCK, ORIGIN = "lock", "origin"
+LOCK, ORIGIN, WEIGHTS = "lock", "origin", "weights.json"
 SEEN_WITHIN_S = 60.0
 """In which a file of one machine is seen by the others: NFS keeps names for so long (acdirmax)."""
 LARGEST = 1 << 20
@@ -119,15 +121,29 @@ class RunFolder:
                     "accepted: one folder, on a file system that all machines share."
                 )
 
+    def to_go_on_from(self) -> tuple[Path | None, dict[str, Any]]:
+        """The checkpoint that the run goes on from, and the figures of the candidates for λ that
+        were tried: as the first process finds them. Another machine may see an older folder for a
+        while.
+
+        Raises:
+            ValueError: the same in all processes: what is damaged, or what one does not see.
+        """
+        with processes.together():
+            newest = last_checkpoint(self._folder) if processes.is_first() else None
+            tried = (read_object(self._folder / WEIGHTS) or {}) if processes.is_first() else {}
+        name, tried = processes.gathered([newest.name if newest else None, tried])[0]
+        if name is None:
+            return None, tried
+        path = self._folder / name
+        with processes.together():
+            if not processes.is_first() and not _comes(lambda: is_whole(path)):
+                checkpoint.verify(path)
+        return path, tried
+
     def _sees(self, word: str) -> bool:
-        """Whether the lock that the first process holds is this folder's. NFS shows other machines'
-        files late."""
-        until = time.monotonic() + SEEN_WITHIN_S
-        while self._read_word() != word:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
-        return True
+        """Whether the lock that the first process holds is this folder's."""
+        return _comes(lambda: self._read_word() == word)
 
     def _read_word(self) -> str | None:
         try:
@@ -168,7 +184,18 @@ class RunFolder:
         file.truncate(0)
         file.write(self._word.encode())
         file.flush()
+        os.fsync(file.fileno())  # Other machines see what is on the disk of the file server.
         self._is_locked = True
+
+
+def _comes(is_there: Callable[[], bool]) -> bool:
+    """Whether it is there in time: NFS shows other machines' files late."""
+    until = time.monotonic() + SEEN_WITHIN_S
+    while not is_there():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

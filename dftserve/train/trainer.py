@@ -28,7 +28,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
-from dftserve.train import processes
 from dftserve.train.model import DFTOutput
 
 HUMAN_NLL = "human_nll"
@@ -243,14 +242,14 @@ class DFTTrainer(Trainer):
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint to resume from, verified; leftovers of a kill are removed by the first
-    of several processes.
+    """The newest checkpoint to resume from, verified; leftovers of a kill are removed. For the
+    first of several processes.
 
     Raises:
         CheckpointError: the newest one is damaged: resuming from it would not be exact. Says which
             older one is whole, where one is.
     """
-    for leftover in run.glob(f"*{atomic.PARTIAL}") if processes.is_first() else ():
+    for leftover in run.glob(f"*{atomic.PARTIAL}"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -262,7 +261,7 @@ def last_checkpoint(run: Path) -> Path | None:
     try:
         checkpoint.verify(newest)
     except CheckpointError as error:
-        whole = next((path for path in reversed(older) if _is_whole(path)), None)
+        whole = next((path for path in reversed(older) if is_whole(path)), None)
         if whole is None:
             raise
         raise CheckpointError(
@@ -272,7 +271,8 @@ def last_checkpoint(run: Path) -> Path | None:
     return newest
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether it is a checkpoint as it was written."""
     try:
         checkpoint.verify(path)
     except CheckpointError:

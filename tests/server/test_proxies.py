@@ -1,8 +1,9 @@
-"""What arrives through nginx, and through a middleware of the operator's that compresses.
+"""What arrives through nginx, vLLM's router, and a middleware of the operator's that compresses.
 
 Recorded as tests/server/test_clients.py says.
 """
 
+import subprocess
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import nginx
-from tests.client import chat_body
+from tests import nginx, vllm_router
+from tests.client import chat_body, metric
 from tests.client_rows import Said, as_recorded, read, refusal, row
 from tests.conftest import KEY, PATIENCE, engine_running
 from tests.local_server import serving
@@ -87,6 +88,29 @@ def _events(buffering: str, place: Path) -> str:
             pieces.append(piece)
             was_read.set()
     return "held until the end" if len(pieces) == 1 else "as they are made"
+
+
+def test_vllms_router(v1, tmp_path):
+    """It asks for each request to be rendered before it sends it on, and each counts once."""
+    counters = ("dft:requests_total", "dft:requests_refused_total")
+    before = [metric(v1, name) for name in counters]
+    said = []
+    with recording(v1.url) as recorder:
+        for kind in KINDS:
+            with vllm_router.before(f"{recorder.url}/{kind}", tmp_path) as url:
+                said.append(_ask(url, kind, "chat"))
+    sent_on = [
+        [each for each in recorder.exchanges[kind] if not each.path.endswith("/render")]
+        for kind in KINDS
+    ]
+    assert any(len(recorder.exchanges[kind]) > 1 for kind in KINDS), "nothing was rendered"
+    assert [metric(v1, name) for name in counters] == [before[0] + 2, before[1] + 1]
+    rows = [row("vllm-router", list(zip(said, sent_on, strict=True)))]
+    asked = "import importlib.metadata as m; print(m.version('vllm-router'))"
+    python = vllm_router.ENVIRONMENT / "bin" / "python"
+    version_of = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True)
+    versions = {"vllm-router": version_of.stdout.strip()}
+    assert as_recorded("vllm-router", rows, versions) == rows
 
 
 def test_a_middleware_that_compresses(model_folder, tmp_path):

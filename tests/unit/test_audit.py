@@ -207,7 +207,7 @@ def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(set_audit, tmp_p
     async def nowhere(message=None):
         return {}
 
-    scope = {"type": "http", "method": "POST", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     with contextlib.nullcontext() if is_answered else pytest.raises(asyncio.CancelledError):
         asyncio.run(ResponseMiddleware(app)(scope, nowhere, nowhere))
     assert seen == [1] * is_answered

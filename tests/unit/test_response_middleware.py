@@ -43,7 +43,8 @@ def sent_by(middleware, accepts: bytes = b"gzip") -> list[dict]:
     async def receive() -> dict:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"accept-encoding", accepts)]}
+    headers = [(b"accept-encoding", accepts)]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
     asyncio.run(middleware(scope, receive, send))
     return messages
 

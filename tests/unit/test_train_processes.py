@@ -3,13 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dftserve import checkpoint
 from dftserve.train import processes, run_folder
 from dftserve.train.config import TrainConfig
 from dftserve.train.run import train
@@ -290,7 +292,19 @@ def test_a_machine_that_lacks_what_is_needed_is_refused_on_both(run, tmp_path):
 # ── What processes must agree in ─────────────────────────────────────────────────────────────────
 
 
-def in_two_processes(monkeypatch, *configs: TrainConfig) -> list[str]:
+def begin(config: TrainConfig) -> None:
+    with ExitStack() as opened:
+        with processes.together():
+            folder = opened.enter_context(RunFolder(config))
+        folder.check_alike()
+        with processes.together():
+            folder.begin()
+        folder.check_seen()
+
+
+def in_two_processes(
+    monkeypatch, *configs: TrainConfig, do: Callable[[TrainConfig], object] = begin
+) -> list[str]:
     """What each of two processes is refused with; they are threads that meet as processes do."""
     here, meeting, given = threading.local(), threading.Barrier(2, timeout=120), [None, None]
 
@@ -304,23 +318,16 @@ def in_two_processes(monkeypatch, *configs: TrainConfig) -> list[str]:
     monkeypatch.setattr(processes, "gathered", gathered)
     monkeypatch.setattr(processes, "rank", lambda: here.rank)
     monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 0.3)
     told = ["", ""]
 
-    def begin(rank: int) -> None:
+    def run_as(rank: int) -> None:
         here.rank = rank
         try:
-            with ExitStack() as opened:
-                with processes.together():
-                    folder = opened.enter_context(RunFolder(configs[rank]))
-                folder.check_alike()
-                with processes.together():
-                    folder.begin()
-                folder.check_seen()
+            do(configs[rank])
         except ValueError as error:
             told[rank] = str(error)
 
-    threads = [threading.Thread(target=begin, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=run_as, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -329,7 +336,8 @@ def in_two_processes(monkeypatch, *configs: TrainConfig) -> list[str]:
 
 
 @pytest.fixture
-def here(run, tmp_path) -> TrainConfig:
+def here(run, tmp_path, monkeypatch) -> TrainConfig:
+    monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 0.3)
     return replace(run, output=str(tmp_path / "run"))
 
 
@@ -391,4 +399,39 @@ def test_what_one_process_is_refused_in_the_other_is_told(here, tmp_path, monkey
     lacking = replace(here, targets=str(tmp_path / "no"))
     first, second = in_two_processes(monkeypatch, here, lacking)
     assert f"{tmp_path / 'no'} has no manifest.json" in second
+    assert first == f"process 1 on {socket.gethostname()}: {second}"
+
+
+def save_sealed(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("some")
+    checkpoint.seal(folder)
+    return folder
+
+
+def test_all_go_on_from_the_checkpoint_that_the_first_one_finds(here, tmp_path, monkeypatch):
+    """Another machine sees the output as it was, until it sees it as it is."""
+    monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 600.0)
+    newest = save_sealed(Path(here.output) / "checkpoint-4")
+    late = replace(here, output=str(tmp_path / "late"))
+    save_sealed(Path(late.output) / "checkpoint-2")
+    comes = Path(late.output) / "checkpoint-4"
+    found = {}
+
+    def go_on(config: TrainConfig) -> None:
+        if config is late:
+            threading.Timer(0.3, shutil.copytree, (newest, comes)).start()
+        found[config.output] = RunFolder(config).to_go_on_from()
+
+    assert in_two_processes(monkeypatch, here, late, do=go_on) == ["", ""]
+    assert found == {here.output: (newest, {}), late.output: (comes, {})}
+
+
+def test_a_checkpoint_that_one_does_not_see_is_refused_in_all(here, tmp_path, monkeypatch):
+    save_sealed(Path(here.output) / "checkpoint-4")
+    blind = replace(here, output=str(tmp_path / "blind"))
+    first, second = in_two_processes(
+        monkeypatch, here, blind, do=lambda config: RunFolder(config).to_go_on_from()
+    )
+    assert str(Path(blind.output) / "checkpoint-4") in second
     assert first == f"process 1 on {socket.gethostname()}: {second}"

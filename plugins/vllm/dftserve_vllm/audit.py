@@ -147,7 +147,7 @@ def log() -> AuditLog | None:
 def note(request: Any, prompt: PromptContext) -> None:
     """A prompt that is accepted, with what is in force for it. vLLM decides a body's prompts one by
     one: they are counted, and noted as its answer begins."""
-    if log() is None:
+    if log() is None or not request_context.generates():
         return
     current = request_context.current.get()
     rest = {
@@ -185,7 +185,8 @@ def refusals(request: Any) -> Iterator[None]:
         yield
     except Exception as error:
         parameter = getattr(error, "parameter", None)
-        if log() is not None and isinstance(parameter, str) and _asked(request) is not None:
+        is_noted = log() is not None and request_context.generates()
+        if is_noted and isinstance(parameter, str) and _asked(request) is not None:
             name = parameter.removeprefix("vllm_xargs.").partition(".")[0]
             with _counted():
                 refused = {"effective": None, "outcome": "refused", "param": name}

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE
 from dftserve_vllm import engine
-from dftserve_vllm.request_context import ChoiceStatistics
+from dftserve_vllm.request_context import ChoiceStatistics, generates
 from dftserve_vllm.step_report import Payload
 
 NATS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12)
@@ -81,16 +81,20 @@ class Metrics:
                 counter.labels(engine.served_model_name())
 
     def count_request(self, law: str) -> None:
-        self.requests.labels(engine.served_model_name(), law).inc()
+        if generates():
+            self.requests.labels(engine.served_model_name(), law).inc()
 
     def count_style(self, name: str) -> None:
-        self.styled.labels(engine.served_model_name(), name).inc()
+        if generates():
+            self.styled.labels(engine.served_model_name(), name).inc()
 
     def count_refusal(self) -> None:
-        self.refused.labels(engine.served_model_name()).inc()
+        if generates():
+            self.refused.labels(engine.served_model_name()).inc()
 
     def count_clamped(self) -> None:
-        self.clamped.labels(engine.served_model_name()).inc()
+        if generates():
+            self.clamped.labels(engine.served_model_name()).inc()
 
     def count_lost_audit(self) -> None:
         self.audit_lost.labels(engine.served_model_name()).inc()

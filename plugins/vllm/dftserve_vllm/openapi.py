@@ -8,7 +8,8 @@ from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.hooks import PROTOCOLS
 
 DOCUMENTED = (*PROTOCOLS, "BatchChatCompletionRequest")
-"""The bodies that take the fields: those hooked, and a batch, of which vLLM makes some of these."""
+"""The bodies that take the fields: those hooked, and the batch body, which vLLM splits into some of
+them."""
 
 
 def with_fields(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

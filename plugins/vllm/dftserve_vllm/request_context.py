@@ -199,6 +199,8 @@ class RequestContext:
 
     headers: Sequence[tuple[bytes, bytes]] = ()
     """Of the request, as ASGI has them."""
+    is_render: bool = False
+    """Its route says what would be sent to the engine, and sends nothing."""
     prompts: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
     """A stream whose last chunk carries usage."""
@@ -233,6 +235,13 @@ class RequestContext:
 
 
 current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", default=None)
+
+
+def generates() -> bool:
+    """Whether tokens come of the HTTP request at hand: only then it is counted and noted. A router
+    may render each request before it sends it on, which would make two of it."""
+    opened = current.get()
+    return opened is None or not opened.is_render
 
 
 def opened() -> str | None:

@@ -13,6 +13,8 @@ from dftserve_vllm import audit, request_context
 
 HEADER = b"x-dftserve-"
 """And the name of the field."""
+RENDER = "/render"
+"""Ends vLLM's routes that say what they would send to the engine."""
 # Only events with one of these can be the one that carries ours; the others are not parsed.
 _SIGNS = (b'"finish_reason":"', b'"usage":{', b'"stop_reason":"')
 
@@ -31,7 +33,9 @@ class ResponseMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        opened = request_context.RequestContext(scope.get("headers", ()))
+        opened = request_context.RequestContext(
+            scope.get("headers", ()), is_render=scope["path"].endswith(RENDER)
+        )
         token = request_context.current.set(opened)
         try:
             await self._app(scope, receive, _Response(opened, send))
