@@ -212,27 +212,6 @@ def test_metrics_count(engine):
     assert metric(engine, "dft:requests_total") > 0
 
 
-@BOTH
-@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
-def test_what_is_only_rendered_is_not_counted(engine, route):
-    """A router may ask for it before each request that it sends on."""
-    asked = {
-        "/v1/chat/completions": chat_body(**SHORT),
-        "/v1/completions": {"model": "demo", "prompt": "Once", **SHORT},
-        "/v1/responses": {"model": "demo", "input": "Once", "max_output_tokens": 4},
-    }[route]
-    names = ("dft:requests_total", "dft:requests_refused_total")
-    before = [metric(engine, name) for name in names]
-    statuses = [
-        post(engine, f"{route}/render", asked | {"diversity": level}).status_code
-        for level in (0.5, 7)
-    ]
-    assert statuses == [200, 400]
-    assert [metric(engine, name) for name in names] == before
-    assert post(engine, route, asked | {"diversity": 7}).status_code == 400
-    assert [metric(engine, name) for name in names] == [before[0], before[1] + 1]
-
-
 def test_the_disabled_plug_in_is_stock(v1_stock):
     answer = post(v1_stock, "/v1/chat/completions", chat_body(diversity=7, **SHORT))
     assert answer.status_code == 200

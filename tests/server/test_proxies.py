@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests import nginx, vllm_router
-from tests.client import chat_body, metric
+from tests.client import chat_body, metric, post
 from tests.client_rows import Said, as_recorded, read, refusal, row
 from tests.conftest import KEY, PATIENCE, engine_running
 from tests.local_server import serving
@@ -111,6 +111,26 @@ def test_vllms_router(v1, tmp_path):
     version_of = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True)
     versions = {"vllm-router": version_of.stdout.strip()}
     assert as_recorded("vllm-router", rows, versions) == rows
+
+
+def test_what_is_only_rendered_is_not_counted(model_folder, tmp_path):
+    """A router may ask for it before each request that it sends on, where the server allows it."""
+    bodies = {
+        "/v1/chat/completions": chat_body(max_tokens=4),
+        "/v1/completions": {"model": "demo", "prompt": "Once", "max_tokens": 4},
+        "/v1/responses": {"model": "demo", "input": "Once", "max_output_tokens": 4},
+    }
+    names = ("dft:requests_total", "dft:requests_refused_total")
+    with engine_running("v1_render", model_folder, tmp_path, "--enable-scale-out") as engine:
+        for route, body in bodies.items():
+            before = [metric(engine, name) for name in names]
+            for level, status in ((0.5, 200), (7, 400)):
+                answer = post(engine, f"{route}/render", body | {"diversity": level})
+                assert answer.status_code == status, answer.text
+            assert [metric(engine, name) for name in names] == before
+            assert post(engine, route, body | {"diversity": 0.5}).status_code == 200
+            assert post(engine, route, body | {"diversity": 7}).status_code == 400
+            assert [metric(engine, name) for name in names] == [count + 1 for count in before]
 
 
 def test_a_middleware_that_compresses(model_folder, tmp_path):
