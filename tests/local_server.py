@@ -1,11 +1,17 @@
-"""A small HTTP server in a thread: what a client meets, without an engine."""
+"""What a client meets without an engine: a small HTTP server in a thread, a process of a proxy."""
 
 import http.server
 import json
+import socket
 import socketserver
+import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.conftest import PATIENCE
 
 
 @contextmanager
@@ -51,6 +57,30 @@ def closing() -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def listening(command: Sequence[str | Path], port: int, log: Path) -> Iterator[str]:
+    """A process that serves on a port of loopback, from when it takes connections; yields
+    http://127.0.0.1:PORT. What it says is in `log`."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not _takes_connections(port):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{command[0]} is not there:\n{log.read_text()}")
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _takes_connections(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def reply(

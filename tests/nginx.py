@@ -3,15 +3,14 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dftserve.serve import _free_port
+from tests.local_server import listening
 
 
 def command() -> str:
@@ -29,16 +28,10 @@ def version() -> str:
 @contextlib.contextmanager
 def before(upstream: str, buffering: str, place: Path) -> Iterator[str]:
     """Its address, with `proxy_buffering` on or off; all its files are in `place`."""
-    port, log = _free_port(), place / "error.log"
-    config = place / "nginx.conf"
+    port, config = _free_port(), place / "nginx.conf"
     config.write_text(_configuration(upstream, buffering, port, place))
-    process = subprocess.Popen([command(), "-c", config, "-e", log])
-    try:
-        _await(process, port, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    with listening([command(), "-c", config, "-e", "stderr"], port, place / "nginx.log") as url:
+        yield url
 
 
 def _configuration(upstream: str, buffering: str, port: int, place: Path) -> str:
@@ -55,11 +48,3 @@ http {{
   }}
 }}
 """
-
-
-def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    while process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.05)
-    raise RuntimeError(f"nginx ended:\n{log.read_text()}")

@@ -1,6 +1,8 @@
 """Small material for tests of training: a tokenizer, models of several families, a store."""
 
+import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +18,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from dftserve import checkpoint
 from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
 from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
 from dftserve.targets.source import DenseSource
+from dftserve.train.config import TrainConfig
 
 WORDS = [f"w{i}" for i in range(89)]
 VOCABULARY = len(WORDS) + 2
@@ -55,6 +59,22 @@ FAMILIES = {
     "mistral": lambda tied: MistralConfig(**SMALL, sliding_window=8, tie_word_embeddings=tied),
     "cohere": lambda tied: CohereConfig(**SMALL, logit_scale=0.3, tie_word_embeddings=tied),
 }
+
+
+def save_config(config: TrainConfig, path: Path) -> Path:
+    """As the file that `dftserve train` is given; with the default divergence, and no LoRA."""
+    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def save_sealed(folder: Path, files: Mapping[str, str]) -> Path:
+    """A checkpoint as far as its checksums go."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    checkpoint.seal(folder)
+    return folder
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -58,7 +58,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._folder = config, Path(config.output)
         self._closing, self._is_locked = contextlib.ExitStack(), False
-        self._word = secrets.token_hex(16)
+        self._start_id = secrets.token_hex(16)
 
     def __enter__(self) -> "RunFolder":
         with contextlib.ExitStack() as opened:
@@ -113,8 +113,8 @@ class RunFolder:
             ValueError: the same in all of them; names the machine.
         """
         names = processes.gathered(processes.named())
-        word = processes.gathered(self._word)[0]
-        for name, sees in zip(names, processes.gathered(self._sees(word)), strict=True):
+        start_id = processes.gathered(self._start_id)[0]
+        for name, sees in zip(names, processes.gathered(self._sees(start_id)), strict=True):
             if not sees:
                 raise ValueError(
                     f"output: {name} does not see in {self._folder} what {names[0]} wrote there; "
@@ -141,11 +141,11 @@ class RunFolder:
                 checkpoint.verify(path)
         return path, tried
 
-    def _sees(self, word: str) -> bool:
+    def _sees(self, start_id: str) -> bool:
         """Whether the lock that the first process holds is this folder's."""
-        return _comes(lambda: self._read_word() == word)
+        return _comes(lambda: self._read_start_id() == start_id)
 
-    def _read_word(self) -> str | None:
+    def _read_start_id(self) -> str | None:
         try:
             return read_text(self._folder / LOCK, within=self._folder, largest=LARGEST)
         except (OSError, ValueError):
@@ -182,7 +182,7 @@ class RunFolder:
                 "output."
             )
         file.truncate(0)
-        file.write(self._word.encode())
+        file.write(self._start_id.encode())
         file.flush()
         os.fsync(file.fileno())  # Other machines see what is on the disk of the file server.
         self._is_locked = True

@@ -20,7 +20,7 @@ from dftserve.targets.document import Document
 from dftserve.targets.on_ray import Cluster
 from dftserve.targets.source import DenseSource, Rows
 from tests.ray.conftest import WORKERS
-from tests.unit.test_target_cli import build, bytes_of, make_tokenizer, prose, refused
+from tests.unit.test_target_cli import build, bytes_of, make_tokenizer, refused, save_novels
 
 V = 50
 SOME = Cluster(address=None, workers=WORKERS, loads_models=False)
@@ -248,11 +248,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def novels(tmp_path) -> Path:
-    folder = tmp_path / "novels"
-    folder.mkdir()
-    for i in range(12):
-        (folder / f"{i:02}.txt").write_text(prose(200, i))
-    return folder
+    return save_novels(tmp_path / "novels")
 
 
 def test_the_command(cluster, tmp_path, novels, model, monkeypatch):

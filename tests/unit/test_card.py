@@ -8,16 +8,12 @@ import pytest
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CARD, CheckpointError
 from dftserve.spec import CHECKSUMS
+from tests.training import save_sealed
 
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    folder = tmp_path / "final"
-    folder.mkdir()
-    (folder / CARD).write_text("# Tuned\n\nAs it was.\n")
-    (folder / "weights").write_bytes(b"0")
-    checkpoint.seal(folder)
-    return folder
+    return save_sealed(tmp_path / "final", {CARD: "# Tuned\n\nAs it was.\n", "weights": "0"})
 
 
 @pytest.mark.parametrize("end", ["\n", "", "\r\n"])

@@ -21,6 +21,7 @@ from dftserve.evaluate.accuracy.grade import CUT, REFUSED, UNREADABLE
 from dftserve.evaluate.accuracy.parts import Settings, folder_of
 from dftserve.evaluate.accuracy.run import Job
 from tests.local_server import model_server
+from tests.training import save_sealed
 
 COUNT = 20
 
@@ -308,12 +309,7 @@ def invoked(*arguments: object) -> Result:
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    folder = tmp_path / "final"
-    folder.mkdir()
-    (folder / CARD).write_text("# Tuned\n\nAs it was.\n")
-    (folder / "weights").write_bytes(b"0")
-    checkpoint.seal(folder)
-    return folder
+    return save_sealed(tmp_path / "final", {CARD: "# Tuned\n\nAs it was.\n", "weights": "0"})
 
 
 def test_the_command_shows_the_table_and_puts_it_into_the_card(one, written):

@@ -64,12 +64,16 @@ def model(tmp_path_factory) -> str:
     return make_tokenizer(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def novels(tmp_path) -> Path:
-    folder = tmp_path / "novels"
+def save_novels(folder: Path) -> Path:
     folder.mkdir()
     for i in range(12):
         (folder / f"{i:02}.txt").write_text(prose(200, i))
+    return folder
+
+
+@pytest.fixture
+def novels(tmp_path) -> Path:
+    folder = save_novels(tmp_path / "novels")
     (folder / "99.txt").write_text("short")
     return folder
 

@@ -41,7 +41,7 @@ from dftserve.train.run import (
 )
 from dftserve.train.run_folder import RunFolder
 from tests.future import no_future_warnings
-from tests.training import FAMILIES, save_model, save_store, small_model
+from tests.training import FAMILIES, save_config, save_model, save_store, small_model
 
 pytestmark = no_future_warnings
 
@@ -228,8 +228,7 @@ def test_two_processes_have_the_gradients_of_one(run, fsdp, head, tmp_path):
     for name, config, processes in (("one", one, 1), ("two", two, 2)):
         script, settings_file = tmp_path / f"{name}.py", tmp_path / f"{name}.yaml"
         script.write_text(textwrap.dedent(GRADIENTS))
-        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
-        settings_file.write_text(json.dumps(content))
+        save_config(config, settings_file)
         result = tmp_path / f"{name}.safetensors"
         launched(processes, script, settings_file, result, head)
         weights.append(load_file(result))
@@ -265,8 +264,7 @@ def test_in_bf16_shards_round_neither_targets_nor_what_the_model_is_judged_by(ru
     told = {}
     for name, fsdp in (("ddp", False), ("fsdp", True)):
         config = replace(run, precision="bf16", fsdp=fsdp, output=str(tmp_path / name))
-        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        save_config(config, tmp_path / f"{name}.yaml")
         launched(2, script, tmp_path / f"{name}.yaml", tmp_path / f"{name}.json")
         told[name] = json.loads((tmp_path / f"{name}.json").read_text())
     figures, whole = told["fsdp"]["figures"], told["ddp"]["figures"]
@@ -311,8 +309,7 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
     config = replace(config, batch_size=3)
     script, settings_file = tmp_path / "stopped.py", tmp_path / "run.yaml"
     script.write_text(textwrap.dedent(STOPPED))
-    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
-    settings_file.write_text(json.dumps(content))
+    save_config(config, settings_file)
     prepared = prepare(config)
     rows = len(prepared.material.heldout)
     assert rows % (2 * config.batch_size), "there is nothing to fill up"
@@ -376,8 +373,7 @@ def test_two_processes_that_are_stopped_and_killed_end_as_two_that_are_not_and_a
 
     def settled(name: str) -> tuple[Path, Path]:
         config = replace(run, batch_size=2, fsdp=fsdp, output=str(tmp_path / name))
-        content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        save_config(config, tmp_path / f"{name}.yaml")
         return tmp_path / f"{name}.yaml", Path(config.output)
 
     never, (settings_file, whole) = "100", settled("whole")
@@ -663,8 +659,7 @@ def test_auto_tries_the_text_alone_and_takes_a_third_of_the_run(run, name, first
 def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
     config = replace(run, steps=4000, save_every=100_000, evaluate_every=100_000)
     settings_file = tmp_path / "run.yaml"
-    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
-    settings_file.write_text(json.dumps(content))
+    save_config(config, settings_file)
     command = [sys.executable, "-m", "dftserve.cli", "train", settings_file]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -19,12 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dftserve import checkpoint
 from dftserve.train import processes, run_folder
 from dftserve.train.config import TrainConfig
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
-from tests.training import save_model, save_store
+from tests.training import save_config, save_model, save_sealed, save_store
 
 OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -44,12 +43,6 @@ def run(tmp_path_factory) -> TrainConfig:
         evaluate_every=5,
         log_every=1,
     )
-
-
-def written(config: TrainConfig, path: Path) -> Path:
-    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
-    path.write_text(json.dumps(content))
-    return path
 
 
 def started(*command: Path | str, **environment: str) -> subprocess.Popen:
@@ -82,7 +75,7 @@ def uninterrupted(run, tmp_path_factory) -> dict[str, torch.Tensor]:
     """What two processes make of the run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = replace(run, output=str(folder / "run"))
-    torchrun = started(*ONE_MACHINE, *TRAIN, written(config, folder / "run.yaml"))
+    torchrun = started(*ONE_MACHINE, *TRAIN, save_config(config, folder / "run.yaml"))
     told, _ = torchrun.communicate()
     assert torchrun.returncode == 0, told[-3000:]
     assert told.count(f"{config.output}/final\n") == 1, "each process told the result"
@@ -149,7 +142,7 @@ def assert_survives(
     torchrun = started(
         *ONE_MACHINE,
         f"--max-restarts={len(kills)}",
-        *(script, written(config, folder / "run.yaml"), plan, noted),
+        *(script, save_config(config, folder / "run.yaml"), plan, noted),
         **OWN_STORES,
     )
     told, _ = torchrun.communicate()
@@ -233,7 +226,7 @@ def on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
 def test_two_machines_make_what_two_processes_of_one_make(run, uninterrupted, tmp_path):
     """On CPUs also where `fsdp` is asked for, which says that it does nothing there."""
     config = replace(run, output=str(tmp_path / "run"), fsdp=True)
-    settings = written(config, tmp_path / "run.yaml")
+    settings = save_config(config, tmp_path / "run.yaml")
     ended = on_two_machines(settings, settings)
     assert [code for code, _ in ended] == [0, 0], ended
     assert sum(told.count("nothing is sharded on CPUs") for _, told in ended) == 1
@@ -262,7 +255,7 @@ def test_a_machine_that_dies_and_comes_back_ends_in_the_same_bits(run, uninterru
     script = tmp_path / "dies.py"
     script.write_text(textwrap.dedent(MACHINE_DIES))
     config = replace(run, output=str(tmp_path / "run"))
-    command = ("train", written(config, tmp_path / "run.yaml"))
+    command = ("train", save_config(config, tmp_path / "run.yaml"))
     where = (f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=run")
     nodes = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", *where)
     stays = started(*nodes, "--rdzv-conf=is_host=1", script, *command, **OWN_STORES)
@@ -281,8 +274,8 @@ def test_a_machine_that_dies_and_comes_back_ends_in_the_same_bits(run, uninterru
 def test_a_machine_that_lacks_what_is_needed_is_refused_on_both(run, tmp_path):
     """Neither waits for the other until torch gives up."""
     config = replace(run, output=str(tmp_path / "run"))
-    there = written(config, tmp_path / "run.yaml")
-    not_there = written(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
+    there = save_config(config, tmp_path / "run.yaml")
+    not_there = save_config(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
     for code, told in on_two_machines(there, not_there):
         assert code != 0
         assert f"{tmp_path / 'no'} has no manifest.json" in told
@@ -370,7 +363,7 @@ def other_model(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
 
 
 @pytest.mark.parametrize("other", [other_settings, other_targets, other_model])
-def test_a_process_that_was_given_another_run_is_refused_in_all_and_nothing_is_written(
+def test_a_process_that_was_given_another_run_is_refused_in_all_and_nothing_is_save_config(
     here, tmp_path, monkeypatch, other
 ):
     second, says = other(here, tmp_path)
@@ -402,19 +395,12 @@ def test_what_one_process_is_refused_in_the_other_is_told(here, tmp_path, monkey
     assert first == f"process 1 on {socket.gethostname()}: {second}"
 
 
-def save_sealed(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "weights").write_text("some")
-    checkpoint.seal(folder)
-    return folder
-
-
 def test_all_go_on_from_the_checkpoint_that_the_first_one_finds(here, tmp_path, monkeypatch):
     """Another machine sees the output as it was, until it sees it as it is."""
     monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 600.0)
-    newest = save_sealed(Path(here.output) / "checkpoint-4")
+    newest = save_sealed(Path(here.output) / "checkpoint-4", {"weights": "some"})
     late = replace(here, output=str(tmp_path / "late"))
-    save_sealed(Path(late.output) / "checkpoint-2")
+    save_sealed(Path(late.output) / "checkpoint-2", {"weights": "some"})
     comes = Path(late.output) / "checkpoint-4"
     found = {}
 
@@ -428,7 +414,7 @@ def test_all_go_on_from_the_checkpoint_that_the_first_one_finds(here, tmp_path, 
 
 
 def test_a_checkpoint_that_one_does_not_see_is_refused_in_all(here, tmp_path, monkeypatch):
-    save_sealed(Path(here.output) / "checkpoint-4")
+    save_sealed(Path(here.output) / "checkpoint-4", {"weights": "some"})
     blind = replace(here, output=str(tmp_path / "blind"))
     first, second = in_two_processes(
         monkeypatch, here, blind, do=lambda config: RunFolder(config).to_go_on_from()

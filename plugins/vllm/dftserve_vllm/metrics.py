@@ -81,20 +81,21 @@ class Metrics:
                 counter.labels(engine.served_model_name())
 
     def count_request(self, law: str) -> None:
-        if generates():
-            self.requests.labels(engine.served_model_name(), law).inc()
+        self._count(self.requests, law)
 
     def count_style(self, name: str) -> None:
-        if generates():
-            self.styled.labels(engine.served_model_name(), name).inc()
+        self._count(self.styled, name)
 
     def count_refusal(self) -> None:
-        if generates():
-            self.refused.labels(engine.served_model_name()).inc()
+        self._count(self.refused)
 
     def count_clamped(self) -> None:
+        self._count(self.clamped)
+
+    def _count(self, counter: Counter, *labels: str) -> None:
+        """An HTTP request that tokens come of."""
         if generates():
-            self.clamped.labels(engine.served_model_name()).inc()
+            counter.labels(engine.served_model_name(), *labels).inc()
 
     def count_lost_audit(self) -> None:
         self.audit_lost.labels(engine.served_model_name()).inc()
