@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Threads that wait give their core to others: on a busy machine spinning ones make tests and training many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-unit test-long lint bench soak sbom audit eval-env clients-env wheels tag smoke
+.PHONY: setup demo test test-unit test-long lint bench report soak sbom audit eval-env clients-env wheels tag smoke
 
 setup:      ; @$(PYTHON) tools/setup.py
 demo: setup ; @$(RUN) -m dftserve.cli demo
@@ -31,6 +31,8 @@ smoke:       ; @$(PYTHON) tools/release.py smoke
 bench: setup
 	@for question in overhead served sampler first_law known_source train_cost families groups; do $(RUN) bench/$$question.py || exit 1; done
 	@$(RUN) bench/report.py
+# The tables of README.md and docs/ from bench/results.
+report: setup ; @$(RUN) bench/report.py
 # Promises over many requests, on this machine's CPU: SCALE=0.01 for a hundredth of them.
 SCALE ?= 1
 soak: setup ; @$(RUN) bench/soak.py --scale $(SCALE)

@@ -72,7 +72,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 """Sampling parameters of vLLM by name, `diversity`, and what word_laws.py adds; the first are the
 first asked for."""
-EXTRA_ARGS = ("diversity", "word_law")
+EXTRA_ARGS = ("diversity", "word_law", "other_law")
 SLOTS = 128
 
 
@@ -204,7 +204,7 @@ def main(
         llm = engine(model, dtype, seed=len(store.rows)) if missing else None
         for number, (prompts, name) in enumerate(missing):
             start = time.perf_counter()
-            answers = ask(llm, prompts, name)
+            answers = ask(llm, prompts, name, SETTINGS[name])
             rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - start)
             for answer in answers:
                 # A kill between two rows leaves part of a set.
@@ -233,6 +233,7 @@ def in_turn(sets: Sequence[PromptSet]) -> Iterator[tuple[PromptSet, str]]:
 
 
 def engine(model: Path, dtype: Any, seed: int) -> Any:
+    import other_laws
     import word_laws
     from vllm import LLM
 
@@ -245,18 +246,18 @@ def engine(model: Path, dtype: Any, seed: int) -> Any:
         # Small blocks, so that a prompt is read once, however often it is asked.
         block_size=32,
         enforce_eager=True,
-        logits_processors=[word_laws.WordLaws],
+        logits_processors=[word_laws.WordLaws, other_laws.OtherLaws],
         generation_config="vllm",
         seed=seed,
     )
 
 
-def ask(llm: Any, prompts: PromptSet, name: str) -> list[Answer]:
-    """The answers of a setting to a set, all asked for at once."""
+def ask(llm: Any, prompts: PromptSet, name: str, setting: Mapping[str, Any]) -> list[Answer]:
+    """The answers of a setting, of this name, to a set, all asked for at once."""
     from vllm import SamplingParams
 
-    ours = {key: value for key, value in SETTINGS[name].items() if key in EXTRA_ARGS}
-    sampling = {key: value for key, value in SETTINGS[name].items() if key not in EXTRA_ARGS}
+    ours = {key: value for key, value in setting.items() if key in EXTRA_ARGS}
+    sampling = {key: value for key, value in setting.items() if key not in EXTRA_ARGS}
     parameters = SamplingParams(
         n=prompts.answers,
         max_tokens=prompts.tokens,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_table
+import laws_table
 import soak_table
 
 import client_table
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> None:
     for name in TABLES:
-        if name in OPTIONAL and not (RESULTS / f"{name}.json").exists():
+        if name in OPTIONAL and not (RESULTS / f"{RESULT_OF.get(name, name)}.json").exists():
             continue
         place = ROOT / PLACES.get(name, "README.md")
         place.write_text(written(place.read_text(), name))
@@ -619,10 +620,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "groups": groups,
     "gpu": gpu_table.table,
     "soak": soak_table.table,
+    "laws": laws_table.laws,
+    "law_settings": laws_table.settings,
 }
-RESULT_OF = {"every_setting": "real"}
+RESULT_OF = {"every_setting": "real", "law_settings": "laws"}
 """Tables of a result that has another name."""
-OPTIONAL = {"gpu", "soak", "headline"}
+OPTIONAL = {"gpu", "soak", "headline", "laws", "law_settings"}
 """Tables of what not every machine can measure, or what takes long: without a result their place
 stays as it is."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {

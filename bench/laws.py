@@ -1,0 +1,243 @@
+"""Which decode-time law is best? Stories of one model by thirteen laws, at three settings each.
+
+    DFTSERVE_DATA=path/to/data python bench/laws.py --model FOLDER [--folder build/laws]
+        [--called TEXT] [--dtype float32]
+
+The model answers 32 story prompts four times by each setting of each law, in one engine of vLLM
+with the plug-in. What the folder has is not asked for again. A law's settings were chosen before
+any answer was seen, from little variety to much, so that laws are compared as curves:
+    errors at equal wording   errors per 100 words at the self-BLEU of people's stories
+    errors at equal style     errors per 100 words at the style distance that every curve reaches
+    hypervolume               the share of the errors up to MOST_ERRORS and the self-BLEU up to
+                              MOST_ALIKE that is worse in both than one of the law's settings
+each between a law's settings, and beside one temperature on the guard, the simplest law that cuts
+first and heats then, by the same prompts; p by Holm's correction for the number of laws. Intervals
+are 95 %. The answers are kept in results/texts/laws.jsonl.gz. The last line is one JSON document.
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import click
+from real import PEOPLE, RESULTS, Checks, read_at, written
+from real_answers import (
+    STORIES,
+    Answer,
+    PromptSet,
+    ask,
+    data_folder,
+    engine,
+    kept,
+    prompt_set,
+)
+from words import with_p
+
+from dftserve.evaluate import reference
+from dftserve.evaluate.benchmark import tasks
+from dftserve.evaluate.generate.answers import AnswerStore
+from dftserve.evaluate.metrics.intervals import Estimate, difference, from_left_out
+
+from provenance import machine, versions
+
+TEXTS = RESULTS / "texts" / "laws.jsonl.gz"
+ANSWERS = 4
+"""To each prompt."""
+SIMPLEST = "one temperature on the guard"
+MOST_ERRORS, MOST_ALIKE = 3.0, 20.0
+"""Per 100 words, and self-BLEU."""
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+def one_temperature(temperature: float) -> Mapping[str, Any]:
+    """On what min-p .02 leaves at temperature 1."""
+    ours = {"law": "dynatemp", "dynatemp_range": 0, "min_p": 0.02}
+    return {"temperature": temperature, "diversity": ours}
+
+
+def dynatemp(temperature: float, reach: float) -> Mapping[str, Any]:
+    ours = {"law": "dynatemp", "dynatemp_range": reach, "min_p": 0.02}
+    return {"temperature": temperature, "diversity": ours}
+
+
+def other(name: str, **settings: float) -> Mapping[str, Any]:
+    return {"other_law": {"name": name, **settings}}
+
+
+LAWS: Mapping[str, Settings] = {
+    "temperature": {f"T {t:g}": {"temperature": t} for t in (0.7, 0.85, 1.0)},
+    "top-p": {f"top-p {p:g}": {"top_p": p} for p in (0.8, 0.9, 0.95)},
+    "min-p, after the temperature": {
+        f"min-p {p:g}, T {t:g}": {"min_p": p, "temperature": t}
+        for p, t in ((0.1, 1.5), (0.05, 1.5), (0.02, 1.3))
+    },
+    "top-nσ": {
+        f"top-nσ 1, T {t:g}": {
+            "temperature": t,
+            "diversity": {"law": "top_n_sigma", "n_sigma": 1},
+        }
+        for t in (1.0, 1.5, 2.0)
+    },
+    SIMPLEST: {f"guard .02, T {t:g}": one_temperature(t) for t in (1.0, 1.5, 2.0)},
+    "`gated`": {
+        f"`gated` {level:g}": {"diversity": {"law": "gated", "level": level}}
+        for level in (0.25, 0.5, 1.0)
+    },
+    "`words`": {
+        f"`words` {level:g}": {"diversity": {"law": "words", "level": level}}
+        for level in (0.25, 0.5, 1.0)
+    },
+    "`budget`": {
+        f"`budget` {nats:g}": {"diversity": {"law": "budget", "target_entropy": nats}}
+        for nats in (1.5, 2.0, 2.5)
+    },
+    "dynatemp on the guard": {
+        f"dynatemp {t:g} ± {r:g}": dynatemp(t, r) for t, r in ((1, 0.5), (1.5, 1), (2, 1.5))
+    },
+    "EDT, top-p .95": {
+        f"EDT T0 {base:g}": {"top_p": 0.95, **other("edt", base=base, theta=0.1)}
+        for base in (0.8, 1.0, 1.2)
+    },
+    "Mirostat 2": {
+        f"Mirostat τ {tau:g}": other("mirostat", tau=tau, temperature=1.0) for tau in (3, 4, 5)
+    },
+    "top-H": {
+        f"top-H .4, T {t:g}": other("top-H", alpha=0.4, temperature=t) for t in (1.0, 1.5, 2.0)
+    },
+    "p-less": {f"p-less, T {t:g}": other("p-less", temperature=t) for t in (1.0, 1.5, 2.0)},
+}
+"""From the least varied setting to the most."""
+SETTINGS: Settings = {name: each for law in LAWS.values() for name, each in law.items()}
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--folder", default=Path("build/laws"), type=click.Path(path_type=Path))
+@click.option("--called", default="", help="What the model is, for the table.")
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--output", default=RESULTS / "laws.json", type=click.Path(path_type=Path))
+def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> None:
+    asked = prompt_set(STORIES, data_folder())
+    asked = PromptSet(STORIES, asked.prompts, ANSWERS, asked.tokens, tuple(SETTINGS))
+    answer_missing(model, asked, folder, dtype)
+    answers = kept(folder)
+    people = reference.build(tasks.load("story").human)
+    checks = Checks(people)
+    rows = {
+        name: checks.of_answers([a for a in answers if a.setting == name], asked.prompts)
+        for name in SETTINGS
+    }
+    human = checks.of_people(len(asked.prompts))
+    document = {
+        "what": "stories of one model by decode-time laws; 95 % intervals",
+        "model": called or model.name,
+        "machine": machine(),
+        "versions": versions("vllm", "transformers", "harper-py"),
+        "prompts": len(asked.prompts),
+        "answers_to_each": ANSWERS,
+        "max_tokens": asked.tokens,
+        "settings": SETTINGS,
+        PEOPLE: written(human),
+        "rows": {name: written(row) for name, row in rows.items()},
+        "laws": compared({law: [rows[name] for name in LAWS[law]] for law in LAWS}, human),
+    }
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    keep_texts(answers)
+    print(json.dumps(document))
+
+
+def answer_missing(model: Path, asked: PromptSet, folder: Path, dtype: str) -> None:
+    with AnswerStore(folder / "answers.jsonl", Answer) as store:
+        known = {(a.setting, a.prompt, a.number) for a in store.rows}
+        size = len(asked.prompts) * asked.answers
+        missing = [n for n in SETTINGS if sum(place[0] == n for place in known) < size]
+        llm = engine(model, dtype, seed=len(known)) if missing else None
+        for count, name in enumerate(missing):
+            for answer in ask(llm, asked, name, SETTINGS[name]):
+                if (answer.setting, answer.prompt, answer.number) not in known:
+                    store.append(answer)
+            print(f"{count + 1}/{len(missing)} {name}", flush=True)
+
+
+def keep_texts(answers: Sequence[Answer]) -> None:
+    with gzip.open(TEXTS, "wt", encoding="utf-8") as file:
+        for answer in answers:
+            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+
+
+# ── Laws as curves ───────────────────────────────────────────────────────────────────────────────
+
+Curve = Sequence[Mapping[str, Estimate]]
+
+
+def compared(curves: Mapping[str, Curve], human: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Of each law what is asked of its curve, and that less the simplest law's, with Holm's p."""
+    style = reached_by_all(curves, "style")
+    questions: Mapping[str, Callable[[Curve], Estimate | None]] = {
+        "errors_at_peoples_wording": lambda curve: read_at(curve, "self_bleu", "errors", human),
+        "errors_at_one_style": lambda curve: read_at(curve, "style", "errors", {"style": style}),
+        "hypervolume": hypervolume,
+    }
+    found: dict[str, Any] = {law: {} for law in curves}
+    for question, value_of in questions.items():
+        answers = {law: value_of(curve) for law, curve in curves.items()}
+        simplest = answers[SIMPLEST]
+        for law, answer in answers.items():
+            if answer is None:
+                continue
+            found[law][question] = written({"": answer})[""]
+            if simplest is not None and law != SIMPLEST:
+                found[law][f"{question}_to_simplest"] = with_p(difference(simplest, answer))
+        correct(found, f"{question}_to_simplest")
+    return {
+        "style_distance": style.value,
+        "most_errors": MOST_ERRORS,
+        "most_alike": MOST_ALIKE,
+        "simplest": SIMPLEST,
+        "laws": found,
+    }
+
+
+def reached_by_all(curves: Mapping[str, Curve], key: str) -> Estimate:
+    """The least value that each law's farthest setting reaches; a number, without an interval."""
+    value = max(min(row[key].value for row in curve) for curve in curves.values())
+    draws = len(next(iter(curves.values()))[0][key].left_out)
+    return from_left_out(value, [value] * draws)
+
+
+def hypervolume(curve: Curve) -> Estimate:
+    def share(value_of: Callable[[Estimate], float]) -> float:
+        points = sorted(
+            (value_of(row["errors"]) / MOST_ERRORS, value_of(row["self_bleu"]) / MOST_ALIKE)
+            for row in curve
+        )
+        covered, lowest = 0.0, 1.0
+        for errors, alike in points:
+            if errors < 1 and alike < lowest:
+                covered += (1 - errors) * (lowest - alike)
+                lowest = alike
+        return covered
+
+    draws = range(len(curve[0]["errors"].left_out))
+    left_out = [share(lambda found, draw=draw: found.left_out[draw]) for draw in draws]
+    return from_left_out(share(lambda found: found.value), left_out)
+
+
+def correct(found: Mapping[str, dict[str, Any]], key: str) -> None:
+    """Holm's p in place of each law's own."""
+    laws = sorted((law for law in found if key in found[law]), key=lambda law: found[law][key]["p"])
+    highest = 0.0
+    for place, law in enumerate(laws):
+        highest = max(highest, min(1.0, (len(laws) - place) * found[law][key]["p"]))
+        found[law][key]["p"] = round(highest, 5)
+
+
+if __name__ == "__main__":
+    main()
