@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,10 @@ def test_the_benchmark_runs_each_task_and_skips_what_is_not_there(tmp_path):
     people, off, _ = json.loads((out / "e2e" / "meaning.json").read_text())
     assert people["slot_errors"]["value"] < 0.2 < 0.5 < off["slot_errors"]["value"]
     assert off["wording"]["value"] == 0, "the same sentence every time"
+    if find_spec("matplotlib"):
+        again = run(*words, "--tasks", "story", "--plots", tmp_path / "plots")
+        assert again.exit_code == 0, again.output
+        assert (tmp_path / "plots" / "story" / "distance.png").is_file()
     skipped = run("benchmark", "http://127.0.0.1:1", "--out", out, "--data", tmp_path)
     assert skipped.exit_code == 0
     assert skipped.output.count("skipped") == 3

@@ -1,5 +1,6 @@
 """Figures of reports: what is described is what an SVG and a PNG file show."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dftserve.cli import main
+from dftserve.page import page
 from dftserve.plots import layout, png
 from dftserve.plots.figure import (
     SERIES,
@@ -222,6 +224,42 @@ def test_colours_are_the_pages_where_there_is_one():
     for each in painted:
         assert {each.get("fill"), each.get("stroke")} <= {"currentColor", None}
         assert each.get("color") == layout.COLOURS[each.attrib["class"]]
+
+
+def test_the_pages_colours_are_the_plots_and_are_read_on_its_ground_light_and_dark():
+    """WCAG's contrast of text, 4.5."""
+    html = page("a page")
+    light, dark = (
+        dict(PAINT.findall(part)) for part in html.split("prefers-color-scheme:dark")[:2]
+    )
+    for colours in (light, dark):
+        for tone in layout.COLOURS:
+            assert contrast(colours[tone], colours["ground"]) >= 4.5, tone
+    assert {tone: whole(light[tone]) for tone in layout.COLOURS} == layout.COLOURS
+    for tone in layout.COLOURS:
+        assert f".plot .{tone}{{color:var(--{tone})}}" in html
+
+
+PAINT = re.compile(r"--([a-z0-9-]+):(#[0-9a-f]+)")
+
+
+def whole(colour: str) -> str:
+    return colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+
+
+def contrast(first: str, second: str) -> float:
+    high, low = sorted((luminance(whole(first)), luminance(whole(second))), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear_ = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return sum(
+        weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear_, strict=True)
+    )
 
 
 def test_whatever_a_text_holds_an_svg_is_xml():
