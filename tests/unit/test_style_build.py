@@ -109,7 +109,7 @@ def test_a_reader_sees_phrases_with_both_rates(job, stored):
     assert '<td class="text">a testament to</td>' in as_html(summary)
 
 
-def test_every_phrase_is_plotted_with_both_rates_and_people_who_never_say_it_at_the_edge(job):
+def test_every_phrase_is_plotted_with_both_rates_and_what_nobody_says_at_the_edge(job, stored):
     summary = inspect(profiles.load(job.out))
     (plot,) = figures(summary)
     found = [(p.x.low, p.x.value, p.x.high, p.y.value) for p in plot.series[0].points]
