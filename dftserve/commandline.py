@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -17,6 +18,13 @@ key_option = click.option(
     "key_variable",
     metavar="NAME",
     help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
+)
+
+plots_option = click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also the report's figures as PNG files: pip install 'dftserve[plots]'.",
 )
 
 
@@ -69,6 +77,7 @@ EXTRAS = {
     "eval": ("sklearn", "harper"),
     "meaning": ("sentence_transformers",),
     "serve": ("vllm", "dftserve_vllm", "psutil", "rich"),
+    "plots": ("matplotlib",),
     "playground": ("starlette", "uvicorn", "httpx"),
 }
 """Which extra of dftserve brings a package, by the name that is imported: the first that does."""

@@ -1,4 +1,5 @@
-"""One HTML file that needs nothing else: tables, bars, texts side by side.
+"""One HTML file that needs nothing else: tables, bars, plots (`dftserve.plots`), texts side by
+side; light or dark as the system is.
 
 jinja2 with autoescape: what is `str` is escaped, what these functions return is `Markup` and is
 not. `Markup("<b>{}</b>").format(text)` escapes `text` too.
@@ -17,15 +18,26 @@ _PAGE = _TEMPLATES.from_string("""\
 <meta charset="utf-8">
 <title>{{ title }}</title>
 <style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
+:root{color-scheme:light dark;--text:#222;--muted:#666;--ground:#fff;--rule:#ddd;--panel:#f5f5f5;
+--human:#1f7a3d;--series-1:#3a6ea5;--series-2:#b5485a;--series-3:#8a6200;--series-4:#7b3fa0;--series-5:#00757a}
+@media(prefers-color-scheme:dark){:root{--text:#ddd;--muted:#aaa;--ground:#1b1b1b;--rule:#444;
+--panel:#2a2a2a;--human:#5fc486;--series-1:#7fb2e5;--series-2:#ee8c9b;--series-3:#d9b04c;
+--series-4:#c79be6;--series-5:#5fc7cc}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
+color:var(--text);background:var(--ground)}
 table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ddd}
+td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid var(--rule)}
 td.text,th.text{text-align:left}
 table.code td.text{font-family:ui-monospace,monospace;white-space:pre}
-pre,.sample{background:#f5f5f5;padding:1rem;overflow:auto}.sample{white-space:pre-wrap}
+pre,.sample{background:var(--panel);padding:1rem;overflow:auto}.sample{white-space:pre-wrap}
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
-rect{fill:#4477aa}rect.after{fill:#cc6677}text{font-size:11px;fill:#222}
-.note{color:#666}
+rect{fill:var(--series-1)}svg.bars text{font-size:11px;fill:var(--text)}
+svg.plot{display:block;max-width:100%;height:auto;margin:1rem 0}
+.note{color:var(--muted)}.plot .text{color:var(--text)}.plot .muted{color:var(--muted)}
+.plot .human{color:var(--human)}
+.plot .series-1{color:var(--series-1)}.plot .series-2{color:var(--series-2)}
+.plot .series-3{color:var(--series-3)}.plot .series-4{color:var(--series-4)}
+.plot .series-5{color:var(--series-5)}
 </style>
 <h1>{{ title }}</h1>
 {% for part in parts %}
@@ -48,7 +60,7 @@ _TABLE = _TEMPLATES.from_string("""\
 </table>""")
 
 _BARS = _TEMPLATES.from_string("""\
-<svg width="{{ bins|length * width }}" height="{{ height + 20 }}" role="img">
+<svg class="bars" width="{{ bins|length * width }}" height="{{ height + 20 }}" role="img">
 {% for low, count in bins %}
 {% set tall = height * count / highest %}
 <rect x="{{ loop.index0 * width }}" y="{{ '%.1f'|format(height - tall) }}" \

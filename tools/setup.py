@@ -19,7 +19,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "dftserve-setup"
 INPUTS = ["pyproject.toml", "plugins/vllm/pyproject.toml", "tools/setup.py", "constraints"]
 
-PROJECT = ["-e", ".[train,eval,demo,playground]", "-e", "plugins/vllm", "--group", "dev"]
+PROJECT = ["-e", ".[train,eval,demo,playground,plots]", "-e", "plugins/vllm", "--group", "dev"]
 
 
 def main() -> None:

@@ -35,9 +35,10 @@ FEW = (
     "chance: README.md has the figures of 256 answers a row, with intervals."
 )
 CSS = Markup("""
-<style>pre{white-space:pre-wrap}mark{color:inherit;border-radius:2px}mark.shared{background:#ffe9a8}
-mark.phrase{background:#efd0f5}mark.error{background:none;border-bottom:2px solid #d33}
-.answer{background:#f7f7f7;padding:.6rem .8rem;margin:.5rem 0;white-space:pre-wrap}
+<style>pre{white-space:pre-wrap}mark{color:#222;border-radius:2px}mark.shared{background:#ffe9a8}
+mark.phrase{background:#efd0f5}
+mark.error{color:inherit;background:none;border-bottom:2px solid #d33}
+.answer{background:var(--panel);padding:.6rem .8rem;margin:.5rem 0;white-space:pre-wrap}
 .side{grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}</style>
 """)
 HEAD = (

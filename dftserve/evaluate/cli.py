@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dftserve.bounded_files import parse_json
-from dftserve.commandline import answers_bar, key_option, model_of, usage_errors
+from dftserve.commandline import answers_bar, key_option, model_of, plots_option, usage_errors
 
 
 class _OrRun(click.Group):
@@ -51,16 +51,33 @@ def evaluate() -> None:
 @click.option("--concurrency", type=int, default=16, show_default=True)
 @click.option("--phrases", type=click.Path(path_type=Path), help="Phrases to count. Default: ours.")
 @click.option("--embeddings", metavar="MODEL|installed", help="Also measure meaning.")
-def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> None:
+@click.option(
+    "--accuracy",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Of `evaluate accuracy` at some of these diversities: plotted against the score.",
+)
+@plots_option
+def evaluate_run(
+    flags: tuple[str, ...],
+    grid: str,
+    body: str,
+    accuracy: Path | None,
+    plots: Path | None,
+    **options,
+) -> None:
     """Ask MODEL_OR_URL at each diversity, measure the answers beside human text, write a report.
 
     A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served for the
     time being; a server at a URL is asked as it is. The same command goes on where it was stopped.
     """
     with usage_errors():
+        from dftserve.evaluate.accuracy import report
+        from dftserve.evaluate.report.figures import figures
         from dftserve.evaluate.report.html import REPORT, as_text, write
         from dftserve.evaluate.run import Job, evaluate
         from dftserve.gguf import resolve
+        from dftserve.plots import png
 
         options["model"] = resolve(options["model"])
         job = Job(
@@ -69,9 +86,16 @@ def evaluate_run(flags: tuple[str, ...], grid: str, body: str, **options) -> Non
             serve_flags=flags,
             **options,
         )
+        asked = None if accuracy is None else report.read(accuracy)
+        if asked is not None:
+            asked.check(job.grid)
+        if plots is not None:
+            png.check(plots)
         with answers_bar() as tick:
             result = evaluate(job, lambda line: click.echo(line, err=True), tick)
-        write(result, job.out)
+        write(result, job.out, asked)
+        if plots is not None:
+            png.write(figures(result, asked), plots)
         click.echo(as_text(result))
         click.echo(f"{job.out / REPORT} has it all.", err=True)
 
@@ -159,7 +183,15 @@ def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
 @click.option("--model", "name", help="As the server at URL names it. Default: its first.")
 @key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
-def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **options) -> None:
+@plots_option
+def benchmark(
+    flags: tuple[str, ...],
+    grid: str,
+    tasks: str,
+    body: str,
+    plots: Path | None,
+    **options,
+) -> None:
     """The Style Diversity Benchmark: stories, essays, and the same meaning in other words.
 
     MODEL_OR_URL is as for `evaluate run`.
@@ -167,6 +199,7 @@ def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **option
     with usage_errors():
         from dftserve.evaluate.benchmark.run import Job, run
         from dftserve.gguf import resolve
+        from dftserve.plots import png
 
         options["model"] = resolve(options["model"])
         job = Job(
@@ -174,8 +207,11 @@ def benchmark(flags: tuple[str, ...], grid: str, tasks: str, body: str, **option
             tasks=tuple(tasks.split(",")),
             body=_object(body, "--body"),
             serve_flags=flags,
+            plots=plots,
             **options,
         )
+        if plots is not None:
+            png.check(plots)
         with answers_bar() as tick:
             run(job, click.echo, tick)
 

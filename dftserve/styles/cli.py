@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dftserve.commandline import answers_bar, key_option, model_of, usage_errors
+from dftserve.commandline import answers_bar, key_option, model_of, plots_option, usage_errors
 
 
 @click.group()
@@ -72,14 +72,20 @@ def style_build(false_discoveries: float, most: int, **options) -> None:
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--json", "in_json", is_flag=True, help="One JSON document.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
-def style_inspect(profile: Path, in_json: bool, html: Path | None) -> None:
-    """Show what the style profile in the folder PROFILE holds."""
+@plots_option
+def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path | None) -> None:
+    """Show what the style profile in the folder PROFILE holds, and the rounds of its fit."""
     with usage_errors():
         from dftserve import atomic
+        from dftserve.plots import png
         from dftserve.styles.profile import load
-        from dftserve.styles.report import as_html, as_json, as_text, inspect
+        from dftserve.styles.report import as_html, as_json, as_text, figures, inspect
 
+        if plots is not None:
+            png.check(plots)
         summary = inspect(load(profile))
+        if plots is not None:
+            png.write(figures(summary), plots)
         if html is not None:
             atomic.write_text(html, as_html(summary))
         click.echo(as_json(summary) if in_json else as_text(summary))
@@ -100,19 +106,27 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None) -> None:
 @click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
 @key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
-def style_fit(**options) -> None:
+@plots_option
+def style_fit(plots: Path | None, **options) -> None:
     """Correct a profile's phrases on what MODEL_OR_URL writes with it, and freeze the result.
 
     A model's folder is served anew for each round. A server at a URL is to be started with
     DFTSERVE_STYLES=OUT/styles for each; the same command then goes on.
     """
     with usage_errors():
-        from dftserve.styles.fit import Job, fit
+        from dftserve.plots import png
+        from dftserve.styles.fit import REPORT, Job, fit
+        from dftserve.styles.report import fit_figures
 
         job = Job(**options)
+        if plots is not None:
+            png.check(plots)
         with answers_bar() as tick:
             found = fit(job, lambda line: click.echo(line, err=True), tick)
+        if plots is not None:
+            png.write(fit_figures(found.stored.profile, found.fitted, found.rates), plots)
         place = job.out / found.stored.profile.name
         click.echo(
             f"{place}: the frozen profile, after {len(found.rounds)} rounds ({found.ended})."
         )
+        click.echo(f"{job.out / REPORT} has its rounds.", err=True)

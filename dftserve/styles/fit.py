@@ -20,6 +20,7 @@ A round that would leave too few of its answers effective, by importance samplin
     OUT/round-1 …           its answers (`evaluate.generate`): the same command goes on
     OUT/NAME                the frozen profile
     OUT/fit.json            each round's figures
+    OUT/report.html         the same as a page (`styles.report`)
 
 Shapes: P phrases, T answers.
 """
@@ -51,6 +52,8 @@ from dftserve.styles import profile as profiles
 from dftserve.styles.build import HELD_OUT, Say, Tick
 from dftserve.styles.counts import PER
 from dftserve.styles.profile import LARGEST_LOG_RATIO, ProfileError, Stored, with_log_ratios
+from dftserve.styles.report import Rate, fit_html
+from dftserve.styles.rounds import Fitted, Round, shown
 from dftserve.styles.spellings import Finder
 
 STEP = 0.7
@@ -62,6 +65,7 @@ SETTLED = 0.05
 """Nats: a round in which no λ moves further is the last one."""
 MOST_ROUNDS = 20
 RESULT = "fit.json"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,31 +121,17 @@ Ask = Callable[[str, int], Sequence[Said]]
 
 
 @dataclass(frozen=True)
-class Round:
-    """What a profile in force did, and what came of it. Rates are per 1,000 words, of all phrases
-    together."""
-
-    number: int
-    words: int
-    rate: float
-    held_out_rate: float | None
-    human_rate: float
-    above: int
-    """Phrases that came more than twice as often as people's rate makes of the words."""
-    mean_kl: float | None
-    largest_step: float
-    effective: float
-    """Share of the answers that the step leaves effective."""
-    unfitted: Mapping[str, float]
-    """`sds` and `mmd_style`, where there are anchors."""
-
-
-@dataclass(frozen=True)
 class Fit:
     stored: Stored
     rounds: tuple[Round, ...]
     ended: str
     """Why it ended."""
+    rates: tuple[Rate, ...]
+    """Of each phrase in the last round, on the prompts that are fitted."""
+
+    @property
+    def fitted(self) -> Fitted:
+        return Fitted(self.ended, self.rounds)
 
 
 def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fit:
@@ -170,6 +160,7 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
         json.dumps({"ended": found.ended, "rounds": [asdict(r) for r in found.rounds]}, indent=1)
         + "\n",
     )
+    atomic.write_text(job.out / REPORT, fit_html(found.stored.profile, found.fitted, found.rates))
     profiles.write(job.out / found.stored.profile.name, found.stored)
     return found
 
@@ -195,11 +186,13 @@ def rounds(
     human_P = np.array([phrase.human_rate for phrase in phrases])
     log_ratio_P = np.array([phrase.log_ratio for phrase in phrases])
     done: list[Round] = []
+    rates: tuple[Rate, ...] = ()
     ended = f"{most} rounds"
     for number in range(1, most + 1):
         name = _offer(stored, log_ratio_P, number, out)
         said = ask(name, number)
         counts_TP, words_T = _counted(said, finder, len(phrases))
+        rates = _rates(said, counts_TP, words_T)
         step_P = _step(said, counts_TP, words_T, human_P, log_ratio_P)
         effective = effective_share(counts_TP[_fitted(said)], step_P)
         done.append(_round(number, said, counts_TP, words_T, human_P, step_P, effective, anchors))
@@ -215,9 +208,8 @@ def rounds(
             ended = f"settled in round {number}"
             break
     profile = with_log_ratios(stored, log_ratio_P)
-    fitted = {"ended": ended, "rounds": [asdict(each) for each in done]}
-    counts = {**stored.counts, "fit": fitted}
-    return Fit(replace(stored, profile=profile, counts=counts), tuple(done), ended)
+    counts = {**stored.counts, "fit": asdict(Fitted(ended, tuple(done)))}
+    return Fit(replace(stored, profile=profile, counts=counts), tuple(done), ended, rates)
 
 
 def updated(
@@ -235,21 +227,6 @@ def effective_share(counts_TP: NDArray[np.float64], step_P: NDArray[np.float64])
     log_weight_T = -(counts_TP @ step_P)
     weight_T = np.exp(log_weight_T - log_weight_T.max(initial=-np.inf))
     return float(weight_T.sum() ** 2 / (len(weight_T) * (weight_T**2).sum()))
-
-
-def shown(one: Round) -> str:
-    """A line for the user."""
-    parts = [
-        f"Round {one.number}: {one.rate:.2f} phrases per 1,000 words (people {one.human_rate:.2f}"
-        + ("" if one.held_out_rate is None else f", held-out prompts {one.held_out_rate:.2f}")
-        + ")",
-        f"{one.above} above twice people's rate",
-        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats a token"]),
-        f"largest step {one.largest_step:.2f}",
-        f"{one.effective:.0%} effective",
-        *(f"{name} {value:.3f}" for name, value in one.unfitted.items()),
-    ]
-    return "; ".join(parts) + "."
 
 
 # ── A round ──────────────────────────────────────────────────────────────────────────────────────
@@ -292,6 +269,12 @@ def _fitted(said: Sequence[Said]) -> NDArray[np.bool_]:
     return np.array([not answer.held_out for answer in said], bool)
 
 
+def _rates(said: Sequence[Said], counts_TP: NDArray, words_T: NDArray) -> tuple[Rate, ...]:
+    fitted_T = _fitted(said)
+    total = int(words_T[fitted_T].sum())
+    return tuple(Rate.of(int(count), total) for count in counts_TP[fitted_T].sum(axis=0))
+
+
 def _step(
     said: Sequence[Said],
     counts_TP: NDArray,
@@ -316,19 +299,23 @@ def _round(
 ) -> Round:
     fitted_T = _fitted(said)
     count_P, total = counts_TP[fitted_T].sum(axis=0), words_T[fitted_T].sum()
-    held = words_T[~fitted_T].sum()
+    held_count, held = counts_TP[~fitted_T].sum(), words_T[~fitted_T].sum()
+    rate = Rate.of(int(count_P.sum()), int(total))
+    held_out = Rate.of(int(held_count), int(held)) if held else None
     costs = [answer.kl for answer in said if answer.kl is not None]
     return Round(
         number=number,
         words=int(words_T.sum()),
-        rate=float(PER * count_P.sum() / total),
-        held_out_rate=float(PER * counts_TP[~fitted_T].sum() / held) if held else None,
+        rate=rate.value,
+        held_out_rate=None if held_out is None else held_out.value,
         human_rate=float(human_P.sum()),
         above=int((count_P > 2 * human_P * total / PER + PRIOR).sum()),
         mean_kl=float(np.mean(costs)) if costs else None,
         largest_step=float(np.abs(step_P).max()),
         effective=effective,
         unfitted={} if anchors is None else unfitted(said, anchors),
+        interval=(rate.low, rate.high),
+        held_out_interval=() if held_out is None else (held_out.low, held_out.high),
     )
 
 

@@ -2,6 +2,8 @@
 
 summary = inspect(load(Path("profiles/novels")))
 print(as_text(summary))
+
+A fit's page (`fit_html`) has its rounds, and the phrases' rates in the last one.
 """
 
 import json
@@ -14,8 +16,12 @@ from scipy import stats
 
 from dftserve.bounded_files import FileError, shaped_as
 from dftserve.page import note, page, section, table
+from dftserve.plots.figure import Figure, Span
+from dftserve.plots.svg import svg
 from dftserve.styles.counts import PER
-from dftserve.styles.profile import MANIFEST, ProfileError, Stored
+from dftserve.styles.figures import Rates, by_round, phrase_rates
+from dftserve.styles.profile import MANIFEST, Profile, ProfileError, Stored
+from dftserve.styles.rounds import Fitted, Round, read, shown
 
 SHOWN = 20
 """Phrases of the text; a page and the JSON have all."""
@@ -39,6 +45,10 @@ class Rate:
         low = float(stats.chi2.ppf(tail, 2 * count)) / 2 if count else 0.0
         high = float(stats.chi2.ppf(1 - tail, 2 * count + 2)) / 2
         return cls(*(PER * n / words for n in (count, low, high)))
+
+    @property
+    def span(self) -> Span:
+        return Span(self.value, self.low, self.high)
 
     def render(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -69,6 +79,8 @@ class Summary:
     recall: Mapping[str, Any]
     habits: Mapping[str, Any]
     rows: tuple[Row, ...]
+    fit: Fitted | None
+    """None where the profile was built and not fitted."""
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
 
@@ -77,6 +89,7 @@ def inspect(stored: Stored) -> Summary:
     """
     Raises:
         ProfileError: its counts are not those of its phrases.
+        ValueError: its fit is not what `dftserve style fit` writes.
     """
     profile, counts = stored.profile, stored.counts
     try:
@@ -118,6 +131,7 @@ def inspect(stored: Stored) -> Summary:
         recall=recall,
         habits=habits,
         rows=rows,
+        fit=read(counts, MANIFEST),
         settings=dict(stored.settings),
         versions=dict(stored.versions),
     )
@@ -137,7 +151,18 @@ def as_text(summary: Summary) -> str:
     lines += _columns([head, *rows])
     if len(summary.rows) > SHOWN:
         lines.append(f"and {len(summary.rows) - SHOWN} more; --json and --html have all.")
+    if summary.fit is not None:
+        lines += ["", *map(shown, summary.fit.rounds), f"The fit ended: {summary.fit.ended}."]
     return "\n".join([*lines, "", *_habit_lines(summary)])
+
+
+def figures(summary: Summary) -> tuple[Figure, ...]:
+    rates = [Rates(row.text, row.model.span, row.human.span) for row in summary.rows]
+    rounds = summary.fit.rounds if summary.fit is not None else ()
+    return (
+        *([phrase_rates({"the model": rates})] if rates else []),
+        *(by_round(rounds) if rounds else []),
+    )
 
 
 def as_html(summary: Summary) -> str:
@@ -158,6 +183,8 @@ def as_html(summary: Summary) -> str:
     return page(
         f"Style {summary.name}",
         Markup("").join(Markup("<p>{}</p>").format(line) for line in _about(summary)),
+        *_plots(figures(summary)),
+        *([] if summary.fit is None else [_rounds(summary.fit)]),
         section(
             "Phrases",
             note(
@@ -178,6 +205,95 @@ def as_html(summary: Summary) -> str:
             ),
         ),
     )
+
+
+def fit_figures(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> tuple[Figure, ...]:
+    """`rates`: of each phrase in the last round."""
+    phrases = list(zip(profile.phrases, rates, strict=True))
+    series = {
+        "the model without the style": [
+            Rates(phrase.text, Span(phrase.model_rate), Span(phrase.human_rate))
+            for phrase, _ in phrases
+        ],
+        f"with the profile of round {fitted.rounds[-1].number}": [
+            Rates(phrase.text, rate.span, Span(phrase.human_rate)) for phrase, rate in phrases
+        ],
+    }
+    return (*by_round(fitted.rounds), phrase_rates(series))
+
+
+def fit_html(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> str:
+    rows = [
+        (
+            phrase.text,
+            f"{phrase.log_ratio:.2f}",
+            f"{phrase.model_rate:.3f}",
+            rate.render(),
+            f"{phrase.human_rate:.3f}",
+        )
+        for phrase, rate in zip(profile.phrases, rates, strict=True)
+    ]
+    head = ("phrase", "λ, nats", "without the style", "in the last round", "people")
+    return page(
+        f"The fit of the style {profile.name}",
+        *_plots(fit_figures(profile, fitted, rates)),
+        _rounds(fitted),
+        section("Phrases in the last round", note(_LAST_ROUND), table(head, rows)),
+    )
+
+
+_LAST_ROUND = (
+    "Per 1,000 words, on the prompts that are fitted, with the 95 % interval of a Poisson count; "
+    "without the style as when the profile was built. λ is the frozen profile's: where a step was "
+    "taken after the last round, no answers with it were counted."
+)
+_ROUND_HEAD = (
+    *("round", "words", "phrases per 1,000", "held-out prompts", "people"),
+    *("above twice people's", "KL, nats a token", "largest step", "effective"),
+)
+
+
+def _rounds(fitted: Fitted) -> Markup:
+    names = sorted({name for one in fitted.rounds for name in one.unfitted})
+    rows = [
+        (
+            *_round_cells(one),
+            *(f"{one.unfitted[n]:.3f}" if n in one.unfitted else "" for n in names),
+        )
+        for one in fitted.rounds
+    ]
+    return section(
+        "Rounds of the fit",
+        note(f"It ended: {fitted.ended}. Intervals are 95 %, of a Poisson count."),
+        table((*_ROUND_HEAD, *names), rows),
+    )
+
+
+def _round_cells(one: Round) -> tuple[str, ...]:
+    return (
+        f"{one.number}",
+        f"{one.words:,}",
+        _with_interval(one.rate, one.interval),
+        ""
+        if one.held_out_rate is None
+        else _with_interval(one.held_out_rate, one.held_out_interval),
+        f"{one.human_rate:.2f}",
+        f"{one.above}",
+        "" if one.mean_kl is None else f"{one.mean_kl:.4f}",
+        f"{one.largest_step:.2f}",
+        f"{one.effective:.0%}",
+    )
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    if not interval:
+        return f"{value:.2f}"
+    low, high = interval
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _plots(figures: Sequence[Figure]) -> list[Markup]:
+    return [Markup("{}{}").format(note(each.about), svg(each)) for each in figures]
 
 
 def _about(summary: Summary) -> list[str]:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,10 @@ def test_the_benchmark_runs_each_task_and_skips_what_is_not_there(tmp_path):
     people, off, _ = json.loads((out / "e2e" / "meaning.json").read_text())
     assert people["slot_errors"]["value"] < 0.2 < 0.5 < off["slot_errors"]["value"]
     assert off["wording"]["value"] == 0, "the same sentence every time"
+    if find_spec("matplotlib"):
+        again = run(*words, "--tasks", "story", "--plots", tmp_path / "plots")
+        assert again.exit_code == 0, again.output
+        assert (tmp_path / "plots" / "story" / "distance.png").is_file()
     skipped = run("benchmark", "http://127.0.0.1:1", "--out", out, "--data", tmp_path)
     assert skipped.exit_code == 0
     assert skipped.output.count("skipped") == 3
@@ -167,6 +174,27 @@ def test_prompts_are_read_once(place, tmp_path, monkeypatch):
     asked = run("run", "http://127.0.0.1:1", *words)
     assert "is the server running" in asked.output
     assert reads == [prompts]
+
+
+def test_the_reports_plots_are_written_as_files_too(place, tmp_path):
+    """No server is needed: the answers are there."""
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'dftserve[plots]'")
+    out, plots = tmp_path / "out", tmp_path / "plots"
+    shutil.copytree(place / "out", out)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    share = {"value": 0.5, "low": 0.4, "high": 0.6, "left_out": []}
+    task = {"task": "mmlu", "levels": [{"diversity": 0, "accuracy": share}]}
+    content = {"settings": {"model": "fake", "temperature": 1.0}, "tasks": [task]}
+    (tmp_path / "accuracy.json").write_text(json.dumps(content))
+    words = ("http://127.0.0.1:9", "--prompts", tmp_path / "prompts.txt", "--out", out)
+    words += ("--anchors", place / "anchors", "--grid", "0,.5", "--samples", 1)
+    found = run(*words, "--accuracy", tmp_path / "accuracy.json", "--plots", plots)
+    assert found.exit_code == 0, found.output
+    titled = re.findall(r'<title id="([^"]*)-title"', (out / "report.html").read_text())
+    assert {path.name for path in plots.iterdir()} == {f"{name}.png" for name in titled}
+    assert titled == ["distance", "quality", "accuracy", "ai-phrases", "not-x-but-y"]
+    found = run(*words, "--accuracy", tmp_path / "none.json")
+    assert (found.exit_code, "evaluate accuracy --out FILE" in found.output) == (1, True)
 
 
 def test_a_key_variable_that_is_named_must_be_set(place, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,11 +14,15 @@ from click.testing import CliRunner
 
 from dftserve.cli import main
 from dftserve.evaluate import reference
+from dftserve.evaluate.accuracy.compare import Answered
+from dftserve.evaluate.accuracy.compare import compare as compare_accuracy
+from dftserve.evaluate.accuracy.report import read as read_accuracy
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.slop import read_phrases
 from dftserve.evaluate.metrics.suite import MEASURES, _bounded
 from dftserve.evaluate.report.compare import compare
+from dftserve.evaluate.report.figures import Accuracy, figures
 from dftserve.evaluate.report.html import as_html, as_text
 from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess
 from dftserve.evaluate.text.thinking import CUT_NOTE
@@ -110,6 +115,120 @@ def test_the_report_is_whole_and_harmless(result):
     shown = result.levels[1].side.score.sds.render(1)
     assert shown in html
     assert shown in as_text(result)
+
+
+# ── Plots ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ends(estimate: Estimate) -> tuple[float | None, ...]:
+    return estimate.low, estimate.value, estimate.high
+
+
+def drawn_ends(span) -> tuple[float | None, ...]:
+    return span.low, span.value, span.high
+
+
+def test_every_level_is_in_every_plot_with_its_intervals_and_people_at_their_value(result):
+    drawn = {each.name: each for each in figures(result)}
+    assert list(drawn) == ["distance", "quality", "ai-phrases", "not-x-but-y"]
+    everyone = [result.human, *(level.side for level in result.levels)]
+    wanted = {
+        "distance": [(side.score.sds, side.measures["mmd_style"]) for side in everyone],
+        "quality": [(side.score.variety, side.score.coherence) for side in everyone],
+    }
+    for name, pairs in wanted.items():
+        people, levels = drawn[name].series
+        assert (people.is_human, levels.is_human) == (True, False)
+        found = [(drawn_ends(p.x), drawn_ends(p.y)) for p in (*people.points, *levels.points)]
+        assert found == [(ends(x), ends(y)) for x, y in pairs]
+    for name, measure in (("ai-phrases", "slop"), ("not-x-but-y", "contrast")):
+        (series,), (line,) = drawn[name].series, drawn[name].references
+        found = [drawn_ends(point.y) for point in series.points]
+        assert found == [ends(level.side.measures[measure]) for level in result.levels]
+        assert drawn_ends(line.span) == ends(result.human.measures[measure])
+        labels = [tick.label for tick in drawn[name].x.ticks]
+        assert [labels[int(point.x.value)] for point in series.points] == ["0", "0.5"]
+
+
+def test_a_level_without_a_value_has_no_point_and_the_others_have_theirs(result):
+    low, high = result.levels
+    measures = {**low.side.measures, "slop": Estimate(float("nan"), None, None)}
+    bare = replace(result, levels=(replace(low, side=replace(low.side, measures=measures)), high))
+    rates = next(each for each in figures(bare) if each.name == "ai-phrases")
+    assert [point.x.value for point in rates.series[0].points] == [1.0]
+    assert [tick.label for tick in rates.x.ticks] == ["0", "0.5"]
+
+
+def test_the_report_has_each_plot_as_svg_with_its_values(result):
+    html = as_html(result)
+    plots = re.findall(r"<svg xmlns.*?</svg>", html, re.DOTALL)
+    for figure, plot in zip(figures(result), plots, strict=True):
+        root = ElementTree.fromstring(plot)
+        texts = {element.text for element in root.iter()}
+        assert figure.title in texts
+        assert {point.told for series in figure.series for point in series.points} <= texts
+    assert len(set(re.findall(r' id="([^"]*)"', html))) == 2 * len(plots)
+
+
+def accuracy_report(path: Path, right: dict[str, dict[float, list[bool]]]) -> Path:
+    """What `evaluate accuracy` writes, of questions that were answered once."""
+    tasks = [
+        compare_accuracy(task, {level: answered(said) for level, said in levels.items()})
+        for task, levels in right.items()
+    ]
+    settings = {"model": "a & b", "temperature": 1.0}
+    content = {"settings": settings, "tasks": [each.as_json() for each in tasks]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def answered(right: list[bool]) -> list[Answered]:
+    return [Answered(f"q{n}", (is_right,), ("",), ("A",)) for n, is_right in enumerate(right)]
+
+
+RIGHT = {
+    "mmlu": {0: [True] * 8 + [False] * 2, 0.5: [True] * 6 + [False] * 4, 1: [False] * 10},
+    "gsm8k": {0: [True] * 10, 0.5: [True] * 5 + [False] * 5},
+}
+
+
+def test_accuracy_is_plotted_over_the_score_of_the_same_diversity(result, tmp_path):
+    accuracy = read_accuracy(accuracy_report(tmp_path / "accuracy.json", RIGHT))
+    plot = next(each for each in figures(result, accuracy) if each.name == "accuracy")
+    scores = [ends(level.side.score.sds) for level in result.levels]
+    assert [series.name for series in plot.series] == ["mmlu", "gsm8k"]
+    for series, shares in zip(plot.series, ((80, 60), (100, 50)), strict=True):
+        assert [drawn_ends(point.x) for point in series.points] == scores
+        assert [point.y.value for point in series.points] == pytest.approx(shares)
+        for point, share in zip(series.points, shares, strict=True):
+            assert 0 <= point.y.low <= share <= point.y.high + 1e-9
+    assert drawn_ends(plot.references[0].span) == ends(result.human.score.sds)
+    assert "Accuracy against diversity" in as_html(result, accuracy)
+
+
+def test_accuracy_at_no_diversity_of_the_grid_is_refused():
+    accuracy = Accuracy("m", 1.0, {"mmlu": {0.0: Estimate(0.5, 0.4, 0.6)}})
+    accuracy.check([0.0, {"strength": 1}])
+    with pytest.raises(ValueError, match="got the diversities 0, none of them in --grid"):
+        accuracy.check([0.5, True, {"strength": 1}])
+
+
+def test_a_file_that_is_no_report_of_accuracy_is_refused(tmp_path):
+    path = tmp_path / "accuracy.json"
+    with pytest.raises(FileNotFoundError, match="evaluate accuracy --out FILE"):
+        read_accuracy(path)
+    whole = json.loads(accuracy_report(path, RIGHT).read_text())
+    wrong = [{}, {**whole, "tasks": []}, {**whole, "tasks": [{"task": "mmlu", "levels": [3]}]}]
+    wrong.append({**whole, "tasks": [{"task": str(n), "levels": []} for n in range(6)]})
+    level = {"diversity": "high", "accuracy": {"value": 1.0, "low": None, "high": None}}
+    wrong.append({**whole, "tasks": [{"task": "mmlu", "levels": [level]}]})
+    for content in wrong:
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"accuracy\.json.*accepted"):
+            read_accuracy(path)
+
+
+# ── Pairs ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_run_against_itself_differs_by_nothing(result, tmp_path):

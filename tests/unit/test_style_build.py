@@ -17,7 +17,7 @@ from dftserve.styles import build as builds
 from dftserve.styles import profile as profiles
 from dftserve.styles.automaton import completions
 from dftserve.styles.build import Job, build, on_shared_prompts
-from dftserve.styles.report import Rate, as_html, as_json, as_text, inspect
+from dftserve.styles.report import Rate, as_html, as_json, as_text, figures, inspect
 
 PLAIN = [f"{a}{b}o" for a in "bdfgklmnprst" for b in ("a", "e", "i", "u", "ou", "an")]
 
@@ -107,6 +107,17 @@ def test_a_reader_sees_phrases_with_both_rates(job, stored):
     assert "It finds 100.0% of" in as_text(summary)
     assert json.loads(as_json(summary))["rows"][0]["human"]["value"] == 0
     assert '<td class="text">a testament to</td>' in as_html(summary)
+
+
+def test_every_phrase_is_plotted_with_both_rates_and_what_nobody_says_at_the_edge(job, stored):
+    summary = inspect(profiles.load(job.out))
+    (plot,) = figures(summary)
+    found = [(p.x.low, p.x.value, p.x.high, p.y.value) for p in plot.series[0].points]
+    rows = summary.rows
+    assert found == [(r.human.low, r.human.value, r.human.high, r.model.value) for r in rows]
+    assert plot.x.at(0.0) == 0
+    assert plot.x.ticks[0].label == "0"
+    assert 'id="phrase-rates-title"' in as_html(summary)
 
 
 def test_an_interval_covers_the_rate_as_often_as_it_says():

@@ -1,15 +1,21 @@
 """Rounds of a style's fit against writers whose rates are known."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from dftserve.cli import main
 from dftserve.styles import fit as fits
 from dftserve.styles import profile as profiles
+from dftserve.styles.figures import by_round
 from dftserve.styles.fit import Job, Said, effective_share, fit, rounds, updated
 from dftserve.styles.profile import Phrase, ProfileError
+from dftserve.styles.report import fit_figures, fit_html
+from dftserve.styles.rounds import Fitted, read
 from tests.local_server import reply, serving
 from tests.styles import stored
 
@@ -139,6 +145,70 @@ def test_a_profile_without_phrases_or_another_fits_folder_is_refused(tmp_path):
         rounds(bare, Writer(tmp_path), tmp_path / "bare", 1)
 
 
+def test_a_profile_keeps_its_rounds_and_they_are_read_as_they_were(tmp_path):
+    found = rounds(small(), Writer(tmp_path), tmp_path, 2)
+    profiles.write(tmp_path / "frozen", found.stored)
+    counts = profiles.load(tmp_path / "frozen").counts
+    assert read(counts, "profile.json") == found.fitted
+    assert read({}, "profile.json") is None
+    without = [{k: v for k, v in r.items() if "interval" not in k} for r in counts["fit"]["rounds"]]
+    earlier = read({"fit": {"ended": "", "rounds": without}}, "profile.json")
+    assert [one.interval for one in earlier.rounds] == [(), ()]
+    for wrong in (3, {"ended": "", "rounds": [{}]}, {"ended": "", "rounds": 3}):
+        with pytest.raises(ValueError, match=r"profile\.json: counts\.fit.*accepted"):
+            read({"fit": wrong}, "profile.json")
+
+
+def test_a_rounds_interval_is_around_its_rate_and_narrower_with_more_texts(tmp_path):
+    few, many = (
+        rounds(small(), Writer(tmp_path / str(texts), texts=texts), tmp_path / str(texts), 1)
+        for texts in (60, 600)
+    )
+    for found in (few, many):
+        (one,) = found.rounds
+        assert one.interval[0] < one.rate < one.interval[1]
+        assert one.held_out_interval[0] < one.held_out_rate < one.held_out_interval[1]
+    (low, high), (lower, higher) = many.rounds[0].interval, few.rounds[0].interval
+    assert high - low < higher - lower
+
+
+def test_every_round_and_phrase_is_plotted_with_its_interval_beside_people(tmp_path):
+    found = rounds(small(), Writer(tmp_path), tmp_path, 3)
+    by, phrases = fit_figures(found.stored.profile, found.fitted, found.rates)
+    fitted, held_out = by.series
+    for series, rate, interval in (
+        (fitted, "rate", "interval"),
+        (held_out, "held_out_rate", "held_out_interval"),
+    ):
+        assert [point.y.value for point in series.points] == [
+            getattr(r, rate) for r in found.rounds
+        ]
+        spans = [(point.y.low, point.y.high) for point in series.points]
+        assert spans == [getattr(one, interval) for one in found.rounds]
+    (line,) = by.references
+    assert (line.axis, line.span.value) == ("y", 2 * HUMAN)
+    before, after = phrases.series
+    assert [point.y.value for point in before.points] == list(NATIVE)
+    assert [point.y.value for point in after.points] == [rate.value for rate in found.rates]
+    assert [point.label for point in after.points] == list(PHRASES)
+    assert {point.x.value for point in (*before.points, *after.points)} == {HUMAN}
+    assert sum(rate.value for rate in found.rates) == pytest.approx(found.rounds[-1].rate)
+
+
+def test_what_is_not_fitted_has_a_plot_where_it_was_measured(tmp_path):
+    found = rounds(small(), Writer(tmp_path), tmp_path, 2)
+    first, last = found.rounds
+    measured = (replace(first, unfitted={"sds": 40.0, "mmd_style": 0.5}), last)
+    plots = {each.name: each for each in by_round(measured)}
+    assert list(plots) == ["rounds", "rounds-sds", "rounds-mmd-style"]
+    (point,) = plots["rounds-sds"].series[0].points
+    assert (point.x.value, point.y.value) == (0, 40.0)
+    assert [tick.label for tick in plots["rounds-sds"].x.ticks] == ["1", "2"]
+    html = fit_html(found.stored.profile, Fitted("", measured), found.rates)
+    assert html.count("<svg") == 4
+    assert "0.500" in html
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -200,8 +270,29 @@ def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
     frozen = profiles.load(tmp_path / "fit" / "small")
     assert frozen.profile.phrases == found.stored.profile.phrases
     assert len(json.loads((tmp_path / "fit" / fits.RESULT).read_text())["rounds"]) == 2
+    page = (tmp_path / "fit" / fits.REPORT).read_text()
+    assert all(one.held_out_rate is not None for one in found.rounds)
+    assert 'id="rounds-title"' in page
+    assert 'id="phrase-rates-title"' in page
     with pytest.raises(FileExistsError, match="this fit is done"):
         fit(job, lambda line: None)
+
+
+def test_the_command_writes_the_pages_plots_as_files(tmp_path):
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'dftserve[plots]'")
+    profiles.write(tmp_path / "small", small())
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
+    with serving(FakeServer("small-1")) as url:
+        given = ["style", "fit", url, "--rounds", "1", "--samples", "1"]
+        for name in ("prompts.txt", "small", "fit", "plots"):
+            option = {"small": "profile", "fit": "out"}.get(name, name.partition(".")[0])
+            given += [f"--{option}", str(tmp_path / name)]
+        found = CliRunner().invoke(main, given)
+    assert found.exit_code == 0, found.output
+    written = {path.name for path in (tmp_path / "plots").iterdir()}
+    page = (tmp_path / "fit" / fits.REPORT).read_text()
+    assert written == {f"{name}.png" for name in re.findall(r'id="([^"]*)-title"', page)}
+    assert written == {"rounds.png", "phrase-rates.png"}
 
 
 def test_a_style_that_the_server_refuses_is_told_with_its_reason(tmp_path):

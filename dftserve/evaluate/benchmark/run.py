@@ -18,8 +18,10 @@ from dftserve.evaluate.benchmark.tasks import Missing, Task
 from dftserve.evaluate.generate.grid import samples_by_level
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.report import html
+from dftserve.evaluate.report.figures import figures, render
 from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.evaluate.text.windows import Sample
+from dftserve.plots import png
 
 PROMPTS = "prompts.jsonl"
 ANCHORS = "anchors"
@@ -45,6 +47,8 @@ class Job:
     key_variable: str | None = None
     concurrency: int = 16
     serve_flags: tuple[str, ...] = ()
+    plots: Path | None = None
+    """A folder that `png.check` has seen: a folder in it for the figures of each evaluation."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -112,6 +116,9 @@ def _style(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) 
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
     result = evaluation.evaluate(asked, lambda _: None, tick)
     html.write(result, folder)
+    if job.plots is not None:
+        (job.plots / name).mkdir(exist_ok=True)
+        png.write(figures(result), job.plots / name)
     return html.as_text(result)
 
 
@@ -125,7 +132,7 @@ def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]
     for level in samples_by_level(folder):
         if not level.samples:
             raise ValueError(
-                f"diversity {html.render(level.diversity)}: all {level.cut} answers ended in their "
+                f"diversity {render(level.diversity)}: all {level.cut} answers ended in their "
                 "thinking; give them more tokens (`--max-tokens`)."
             )
         measured = _measured(level.diversity, _by_prompt(level.samples), people, meanings)
@@ -159,7 +166,7 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[str]]:
 
 
 def _line(found: Meaning) -> str:
-    name = "human" if found.diversity is None else f"diversity {html.render(found.diversity)}"
+    name = "human" if found.diversity is None else f"diversity {render(found.diversity)}"
     wording = "1" if found.wording is None else found.wording.render()
     cut = "" if found.diversity is None else f"{found.cut}"
     return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}{cut:>8}".rstrip()

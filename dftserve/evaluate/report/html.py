@@ -1,24 +1,22 @@
-"""An evaluation as one HTML file: diversity against distance to human text, every measure beside
-its human value, the most repeated phrases, texts side by side."""
+"""An evaluation as one HTML file: its plots, every measure beside its human value, the most
+repeated phrases, texts side by side."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from dftserve import atomic
-from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.sds import Score
 from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.report.figures import Accuracy, figures, render, sides
 from dftserve.evaluate.report.results import BIN_NATS, Entropy, Level, Result
 from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.page import bars, joined, note, page, section, table
+from dftserve.plots.svg import svg
 
 REPORT = "report.html"
-WIDTH, HEIGHT, EDGE, TOP = 560, 340, 48, 32
 PHRASES = 12
 SCORE_PARTS = (
     ("Style Diversity Score", "sds", 1, "100 · min(1, q) · min(1, V) · clip(P, 0, 1)"),
@@ -28,15 +26,19 @@ SCORE_PARTS = (
 )
 
 
-def write(result: Result, folder: Path) -> None:
-    atomic.write_text(folder / REPORT, as_html(result))
+def write(result: Result, folder: Path, accuracy: Accuracy | None = None) -> None:
+    atomic.write_text(folder / REPORT, as_html(result, accuracy))
 
 
-def as_html(result: Result) -> str:
+def as_html(result: Result, accuracy: Accuracy | None = None) -> str:
+    drawn = figures(result, accuracy)
     return page(
         f"{result.model}: style diversity",
         note(_about(result)),
-        section("Diversity against distance to human text", _plot(result)),
+        section(
+            "Quality against diversity, and rates against people's",
+            *(Markup("{}{}").format(note(each.about), svg(each)) for each in drawn),
+        ),
         section("The score and its parts", table(_head(result), _score_rows(result), (0, 1))),
         section("Every measure", table(_head(result), _measure_rows(result), (0, 1))),
         section("At each diversity", table(_RUN_HEAD, map(_run_row, result.levels)), note(_ENDS)),
@@ -48,7 +50,7 @@ def as_html(result: Result) -> str:
 
 def as_text(result: Result) -> str:
     """For a terminal: the score, its parts and the distances."""
-    lines = [f"{_about(result)}", "", _columns("", [n for n, _ in _sides(result)])]
+    lines = [f"{_about(result)}", "", _columns("", [n for n, _ in sides(result)])]
     for title, *cells in ([row[0], *row[2:]] for row in _score_rows(result)):
         lines.append(_columns(title, cells))
     for title, *cells in ([row[0], *row[2:]] for row in _measure_rows(result)):
@@ -94,17 +96,8 @@ def _cut(result: Result) -> str:
     return f"Whole answers; their first {result.anchors['words']} words were measured."
 
 
-def render(diversity: Any) -> str:
-    return f"{diversity:g}" if isinstance(diversity, int | float) else json.dumps(diversity)
-
-
-def _sides(result: Result) -> list[tuple[str, Any]]:
-    levels = [(f"diversity {render(level.diversity)}", level.side) for level in result.levels]
-    return [("human", result.human), *levels]
-
-
 def _head(result: Result) -> list[str]:
-    return ["", "", *(name for name, _ in _sides(result))]
+    return ["", "", *(name for name, _ in sides(result))]
 
 
 def _score_rows(result: Result) -> list[list[str]]:
@@ -112,7 +105,7 @@ def _score_rows(result: Result) -> list[list[str]]:
         return getattr(score, part).render(digits)
 
     return [
-        [title, about, *(cell(side.score, part, digits) for _, side in _sides(result))]
+        [title, about, *(cell(side.score, part, digits) for _, side in sides(result))]
         for title, part, digits, about in SCORE_PARTS
     ]
 
@@ -124,7 +117,7 @@ def _measure_rows(result: Result) -> list[list[str]]:
             measure.about,
             *(
                 side.measures[name].render(measure.digits) if name in side.measures else "–"
-                for _, side in _sides(result)
+                for _, side in sides(result)
             ),
         ]
         for name, measure in MEASURES.items()
@@ -173,11 +166,11 @@ def _entropies(level: Level) -> Markup:
 def _phrases(result: Result) -> Markup:
     columns = [
         [f"{each.phrase} ({each.texts})" for each in side.repeated[:PHRASES]]
-        for _, side in _sides(result)
+        for _, side in sides(result)
     ]
     deepest = max(map(len, columns))
     rows = [[column[i] if i < len(column) else "" for column in columns] for i in range(deepest)]
-    head = [name for name, _ in _sides(result)]
+    head = [name for name, _ in sides(result)]
     return table(head, rows, range(len(head)))
 
 
@@ -196,68 +189,3 @@ def _samples(result: Result) -> list[Markup]:
 
 def _shown(text: str | None) -> str:
     return "(ended in its thinking)" if text is None else text
-
-
-# ── The plot ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Axis:
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def at(self, value: float) -> float:
-        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
-        return self.start + share * (self.stop - self.start)
-
-
-def _plot(result: Result) -> Markup:
-    """A point a diversity, with its intervals: right is more varied, up is nearer to people."""
-    sides = _sides(result)
-    farthest = max(_high(side.measures["mmd_style"]) for _, side in sides)
-    x = _Axis(0.0, 105.0, EDGE, WIDTH - 8)
-    y = _Axis(0.0, 1.15 * max(farthest, 0.05), TOP, HEIGHT - EDGE)
-    points = joined(
-        _point(name, side.score.sds, side.measures["mmd_style"], x, y) for name, side in sides
-    )
-    across = joined(
-        Markup('<text x="{:.0f}" y="{}">{}</text>').format(x.at(tick), HEIGHT - EDGE + 16, tick)
-        for tick in (0, 20, 40, 60, 80, 100)
-    )
-    up = joined(
-        Markup('<text x="4" y="{:.0f}">{:.2f}</text>').format(y.at(tick), tick)
-        for tick in (y.high * i / 4 for i in range(5))
-    )
-    frame = Markup(
-        f'<path d="M{EDGE} {TOP}V{HEIGHT - EDGE}H{WIDTH - 8}" fill="none" stroke="#999"/>'
-        f'<text x="{WIDTH // 2 - 70}" y="{HEIGHT - 12}">Style Diversity Score →</text>'
-        f'<text x="{EDGE + 6}" y="12">↑ style distance to human text (0 is at the top)</text>'
-    )
-    drawing = Markup(
-        '<svg width="{}" height="{}" role="img" aria-label="diversity against distance">{}</svg>'
-    )
-    return drawing.format(WIDTH, HEIGHT, joined((frame, across, up, points)))
-
-
-def _point(name: str, across: Estimate, up: Estimate, x: _Axis, y: _Axis) -> Markup:
-    colour = "#228833" if name == "human" else "#4477aa"
-    cx, cy = x.at(across.value), y.at(up.value)
-    line = Markup(f'<path d="{{}}" stroke="{colour}" stroke-opacity=".5" stroke-width="1.5"/>')
-    lines = []
-    if across.low is not None and across.high is not None:
-        lines.append(line.format(f"M{x.at(across.low):.1f} {cy:.1f}H{x.at(across.high):.1f}"))
-    if up.low is not None and up.high is not None:
-        lines.append(line.format(f"M{cx:.1f} {y.at(up.low):.1f}V{y.at(up.high):.1f}"))
-    point = Markup(
-        '{}<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"><title>{}</title></circle>'
-        '<text x="{:.1f}" y="{:.1f}">{}</text>'
-    )
-    title = f"{name}: {across.render(1)}, {up.render(3)}"
-    label = name.removeprefix("diversity ")
-    return point.format(joined(lines), cx, cy, colour, title, cx + 7, cy - 6, label)
-
-
-def _high(estimate: Estimate) -> float:
-    return estimate.high if estimate.high is not None else estimate.value

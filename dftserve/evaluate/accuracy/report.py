@@ -1,0 +1,53 @@
+"""The report of `dftserve evaluate accuracy`, read again for a plot."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dftserve import settings
+from dftserve.bounded_files import read_json, shaped_as
+from dftserve.evaluate.accuracy.parts import LARGEST
+from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.report.figures import Accuracy
+from dftserve.plots.figure import SERIES
+
+WRITTEN = "a report of `dftserve evaluate accuracy`"
+
+
+def read(path: Path) -> Accuracy:
+    """
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no report of `evaluate accuracy`.
+    """
+    try:
+        given = read_json(path, largest=LARGEST)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: there is no such file; give what `evaluate accuracy --out FILE` wrote."
+        ) from None
+    with shaped_as(path, WRITTEN):
+        asked, tasks = given["settings"], given["tasks"]
+        found = {
+            "model": asked["model"],
+            "temperature": asked["temperature"],
+            "tasks": {task["task"]: _levels(task["levels"], path) for task in tasks},
+        }
+    if not 1 <= len(tasks) <= SERIES:
+        raise ValueError(f"{path}: got {len(tasks)} tasks; accepted: 1 to {SERIES}.")
+    return settings.load(Accuracy, found, f"{path}: report")
+
+
+def _levels(levels: list[Mapping[str, Any]], path: Path) -> dict[float, Estimate]:
+    return {
+        _number(level["diversity"]): settings.load(
+            Estimate, level["accuracy"], f"{path}: accuracy at {level['diversity']}"
+        )
+        for level in levels
+    }
+
+
+def _number(diversity: Any) -> float:
+    if not isinstance(diversity, int | float):
+        raise TypeError(f"the diversity {diversity!r}")
+    return float(diversity)

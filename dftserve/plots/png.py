@@ -1,0 +1,137 @@
+"""Figures as PNG files, by matplotlib, which the extra `plots` brings.
+
+check(Path("plots"))                    # before hours of work
+write(figures, Path("plots"))           # plots/NAME.png of each
+"""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dftserve import atomic
+from dftserve.plots.figure import Figure
+from dftserve.plots.layout import (
+    COLOURS,
+    FONT,
+    HEIGHT,
+    WIDTH,
+    Band,
+    Line,
+    Mark,
+    Shape,
+    Text,
+    outline,
+    shapes,
+)
+
+SCALE = 2
+"""Pixels of a file to one of the canvas."""
+UNIT = 100
+"""Pixels of the canvas to an inch."""
+POINTS = 72 / UNIT
+"""Points of print to a pixel of the canvas."""
+
+
+def check(folder: Path) -> None:
+    """Make the folder, and see that figures can be drawn and written to it.
+
+    Raises:
+        RuntimeError: no matplotlib.
+        ValueError: the folder cannot be made, or written to.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise RuntimeError(
+            "--plots needs the package matplotlib, which is not installed: pip install "
+            "'dftserve[plots]', or leave --plots out."
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        told = error.strerror or type(error).__name__
+        raise ValueError(
+            f"--plots: got {folder}, where no file can be written ({told}); accepted: a folder "
+            "that can be, or be made."
+        ) from None
+
+
+def write(figures: Iterable[Figure], folder: Path) -> list[Path]:
+    """Write each figure to NAME.png in the folder, in place of one that is there."""
+    paths = []
+    for figure in figures:
+        path = folder / f"{figure.name}.png"
+        atomic.write_file(path, lambda temporary, figure=figure: _save(figure, temporary))
+        paths.append(path)
+    return paths
+
+
+def _save(figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # The user's own settings are of other plots.
+        canvas = _canvas()
+        (axes,) = canvas.axes
+        for order, shape in enumerate(shapes(figure)):
+            _draw(axes, shape, order)
+        # Without a version in it, the same figure is the same file.
+        canvas.savefig(path, format="png", dpi=UNIT * SCALE, metadata={"Software": None})
+
+
+def _canvas() -> Any:
+    """A matplotlib figure whose coordinates are the canvas's pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(WIDTH / UNIT, HEIGHT / UNIT), facecolor="white")
+    FigureCanvasAgg(drawing)
+    axes = drawing.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, WIDTH)
+    axes.set_ylim(HEIGHT, 0)
+    axes.set_autoscale_on(False)
+    return drawing
+
+
+def _draw(axes: Any, shape: Shape, order: int) -> None:
+    # Without an order of ours, lines are drawn over marks.
+    look = {"color": COLOURS[shape.tone], "zorder": order}
+    match shape:
+        case Line():
+            dashes = (0, (5 / shape.width, 4 / shape.width)) if shape.is_dashed else "-"
+            axes.plot(
+                [shape.x0, shape.x1],
+                [shape.y0, shape.y1],
+                **look,
+                linewidth=shape.width * POINTS,
+                alpha=shape.opacity,
+                linestyle=dashes,
+            )
+        case Band():
+            axes.fill(
+                [shape.x0, shape.x1, shape.x1, shape.x0],
+                [shape.y0, shape.y0, shape.y1, shape.y1],
+                **look,
+                alpha=shape.opacity,
+                linewidth=0,
+            )
+        case Mark():
+            axes.fill(*zip(*outline(shape), strict=True), linewidth=0, **look)
+        case Text():
+            axes.text(
+                shape.x,
+                shape.y,
+                shape.text,
+                **look,
+                fontsize=FONT * POINTS,
+                fontweight="bold" if shape.is_bold else "normal",
+                ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor],
+                va="baseline",
+                parse_math=False,  # A dollar sign is one.
+            )

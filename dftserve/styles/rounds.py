@@ -1,0 +1,77 @@
+"""The rounds of a fit: what each found, as a profile keeps it and as a line for the user."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dftserve import settings
+from dftserve.bounded_files import shaped_as
+
+WRITTEN = "the rounds that `dftserve style fit` writes"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a profile in force did, and what came of it. Rates are per 1,000 words, of all phrases
+    together."""
+
+    number: int
+    words: int
+    rate: float
+    held_out_rate: float | None
+    human_rate: float
+    above: int
+    """Phrases that came more than twice as often as people's rate makes of the words."""
+    mean_kl: float | None
+    largest_step: float
+    effective: float
+    """Share of the answers that the step leaves effective."""
+    unfitted: Mapping[str, float]
+    """`sds` and `mmd_style`, where there are anchors."""
+    interval: tuple[float, ...] = ()
+    """Of `rate`, at 95 %, as a Poisson count's; empty where it was not kept."""
+    held_out_interval: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "held_out_interval"):
+            if len(getattr(self, name)) not in (0, 2):
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted: low and high.")
+        for name, value in self.unfitted.items():
+            if not isinstance(value, float):
+                raise ValueError(f"unfitted.{name}: got {value!r:.80}; accepted: a number.")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit as its profile keeps it."""
+
+    ended: str
+    """Why it ended."""
+    rounds: tuple[Round, ...] = field(default=())
+
+
+def read(counts: Mapping[str, Any], where: str) -> Fitted | None:
+    """The fit in a profile's counts; None where the profile was built and not fitted.
+
+    Raises:
+        ValueError: other content.
+    """
+    if "fit" not in counts:
+        return None
+    with shaped_as(where, WRITTEN):
+        return settings.load(Fitted, counts["fit"], f"{where}: counts.fit")
+
+
+def shown(one: Round) -> str:
+    """A line for the user."""
+    parts = [
+        f"Round {one.number}: {one.rate:.2f} phrases per 1,000 words (people {one.human_rate:.2f}"
+        + ("" if one.held_out_rate is None else f", held-out prompts {one.held_out_rate:.2f}")
+        + ")",
+        f"{one.above} above twice people's rate",
+        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats a token"]),
+        f"largest step {one.largest_step:.2f}",
+        f"{one.effective:.0%} effective",
+        *(f"{name} {value:.3f}" for name, value in one.unfitted.items()),
+    ]
+    return "; ".join(parts) + "."
