@@ -198,6 +198,28 @@ def test_an_api_process():
     assert is_less_than_one_a_request(pieces)
 
 
+def test_an_api_process_leaves_nothing_of_ours_to_the_collector():
+    """Else each request, its answer among it, stays until the collector comes."""
+    process = ApiProcess()
+    process.serve(1)
+    gc.collect()
+    before = _ours()
+    gc.disable()
+    try:
+        process.serve(N)
+        assert dict(_ours() - before) == {}
+    finally:
+        gc.enable()
+
+
+def _ours() -> Counter[str]:
+    return Counter(
+        type(each).__qualname__
+        for each in gc.get_objects()
+        if str(type(each).__module__).startswith("dftserve")
+    )
+
+
 def test_what_does_grow_is_seen():
     kept: list[object] = []
     numbers = itertools.count(10**6)
