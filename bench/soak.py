@@ -8,10 +8,11 @@ the plug-in, `stock` with DFTSERVE_DISABLE=1. Phases, and their sizes at --scale
                  wrong value a 400 that names it, no text of a client and no key in the log
     served       100,000 short requests from 16 clients, half with the field: the memory of all of
                  the server's processes (PSS, less pages of files) grows by at most 1 % after the
-                 first tenth
+                 first tenth; beside it how that of stock grows under the same requests
     disconnects  2,000 streams that their clients leave at random: then none runs or waits
     schema       1,000 answers by a JSON schema at `diversity` 1, as often valid as stock's
-    overload     4 clients a slot for 300 s: 200, 429 and 503 only, and /health answers
+    overload     4 clients a slot for 300 s: 200, 429 and 503 only, and /health answers; beside it
+                 how long stock's takes under the same
 A phase that fails says so, and the others go on; a server that died is started again. With --only,
 the phases named replace those of an output that was made alike. The last line is one JSON document.
 Exit code 1 where a promise is broken (bench/soak_promises.py).
@@ -30,6 +31,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ from provenance import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 SIZES = {"fuzz": 20_000, "served": 100_000, "disconnects": 2000, "schema": 1000, "overload": 300}
-"""Bodies, requests, streams, requests to each server, seconds."""
+"""Bodies, requests to each server, streams, requests to each server, seconds of each server."""
 SMALLEST = 10
 """Of every phase: the memory is looked at after each tenth."""
 BATCH = 500
@@ -242,28 +244,56 @@ def fuzz(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
 
 
 def served(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
-    """Short requests in ten parts, and the memory after each, when nothing runs."""
-    engine = servers.get("ours")
-    outcomes: Counter[str] = Counter()
-    memory, busy = [], 0.0
+    """Short requests in ten parts, and the memory after each, when nothing runs: each part to one
+    server after the other, so that both are as old."""
+    runs = {name: _Run(servers.get(name), copy(source)) for name in SERVERS}
     for tenth in range(10):
-        requests = iter(range(size * tenth // 10, size * (tenth + 1) // 10))
-        start = time.monotonic()
-        outcomes += asyncio.run(_served(engine, requests, source))
-        busy += time.monotonic() - start
-        memory.append(own_mib(engine.pid))
-    totals = [sum(each.values()) for each in memory]
+        part = range(size * tenth // 10, size * (tenth + 1) // 10)
+        for run in runs.values():
+            run.serve(part)
+    ours, stock = (runs[name].found() for name in ("ours", "stock"))
     return {
         "requests": size,
         "clients": CLIENTS,
-        "outcomes": dict(outcomes),
-        "requests_per_second": round(size / busy, 1),
         "memory": "PSS, less pages of files, of all processes of the server, after each tenth",
-        "own_mib": [round(total, 1) for total in totals],
-        "first_processes": memory[0],
-        "last_processes": memory[-1],
-        "growth": round(totals[-1] / totals[0] - 1, 5),
+        **ours,
+        "stock": stock,
+        "grown_mib": {"ours": _grown(ours), "stock": _grown(stock)},
     }
+
+
+class _Run:
+    """What one server makes of the requests: how fast it is, and the memory after each part."""
+
+    def __init__(self, engine: Engine, source: random.Random) -> None:
+        self._engine = engine
+        self._source = source
+        self._outcomes: Counter[str] = Counter()
+        self._busy = 0.0
+        self._memory: list[dict[str, float]] = []
+
+    def serve(self, part: range) -> None:
+        start = time.monotonic()
+        self._outcomes += asyncio.run(_served(self._engine, iter(part), self._source))
+        self._busy += time.monotonic() - start
+        self._memory.append(own_mib(self._engine.pid))
+
+    def found(self) -> dict[str, Any]:
+        totals = [sum(each.values()) for each in self._memory]
+        names = dict.fromkeys(name for each in self._memory for name in each)
+        return {
+            "outcomes": dict(self._outcomes),
+            "requests_per_second": round(self._outcomes.total() / self._busy, 1),
+            "own_mib": [round(total, 1) for total in totals],
+            "by_process_mib": {name: [each.get(name) for each in self._memory] for name in names},
+            "growth": round(totals[-1] / totals[0] - 1, 5),
+        }
+
+
+def _grown(found: dict[str, Any]) -> dict[str, float]:
+    """MiB from the first tenth to the last, by process; one that is not in both is left out."""
+    ends = {name: (each[0], each[-1]) for name, each in found["by_process_mib"].items()}
+    return {name: round(b - a, 2) for name, (a, b) in ends.items() if None not in (a, b)}
 
 
 async def _served(engine: Engine, requests: Iterator[int], source: random.Random) -> Counter[str]:
@@ -458,22 +488,26 @@ def _is_in_force(answer: httpx.Response) -> bool:
 
 
 def overload(size: int, source: random.Random, servers: Servers) -> dict[str, Any]:
-    """More clients than the server has slots, for `size` seconds, and /health all the while."""
-    engine = servers.get("ours")
+    """More clients than a server has slots, for `size` seconds, and /health all the while: ours,
+    then stock."""
+    found = {name: _overload(servers.get(name), size, copy(source)) for name in SERVERS}
+    sizes = {"clients": OVERLOAD * SLOTS, "slots": SLOTS}
+    return {**sizes, **found["ours"], "stock": found["stock"]}
+
+
+def _overload(engine: Engine, seconds: float, source: random.Random) -> dict[str, Any]:
     ended = threading.Event()
     health: list[float | None] = []
     watcher = threading.Thread(target=_watch_health, args=(engine, ended, health))
     watcher.start()
     start = time.monotonic()
     try:
-        outcomes = asyncio.run(_overloaded(engine, size, source))
+        outcomes = asyncio.run(_overloaded(engine, seconds, source))
     finally:
         ended.set()
         watcher.join()
     answered = [seconds for seconds in health if seconds is not None]
     return {
-        "clients": OVERLOAD * SLOTS,
-        "slots": SLOTS,
         "seconds": round(time.monotonic() - start, 1),
         "outcomes": dict(outcomes),
         "health": {

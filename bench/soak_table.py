@@ -34,11 +34,24 @@ def _fuzz(found: dict[str, Any]) -> str:
 
 
 def _served(found: dict[str, Any]) -> str:
-    first, last = (found["own_mib"][place] for place in (0, -1))
-    return (
+    told = (
         f"{found['requests']:,} requests at {found['requests_per_second']:.0f} a second; "
-        f"{first:,.0f} MiB after a tenth, {last:,.0f} MiB at the end ({found['growth']:+.2%})"
+        f"{_memory(found)}"
     )
+    if (stock := found.get("stock")) is None:  # A result of before both servers were asked.
+        return told
+    ours_more, stock_more = found["grown_mib"]["ours"], found["grown_mib"]["stock"]
+    more = ", ".join(
+        f"{name} {ours_more[name]:+.1f} and {stock_more[name]:+.1f}"
+        for name in ours_more
+        if name in stock_more
+    )
+    return f"{told}; stock's {_memory(stock)}; MiB more, ours and stock's: {more}"
+
+
+def _memory(found: dict[str, Any]) -> str:
+    first, last = (found["own_mib"][place] for place in (0, -1))
+    return f"{first:,.0f} MiB after a tenth, {last:,.0f} MiB at the end ({found['growth']:+.2%})"
 
 
 def _disconnects(found: dict[str, Any]) -> str:
@@ -53,12 +66,17 @@ def _schema(found: dict[str, Any]) -> str:
 
 
 def _overload(found: dict[str, Any]) -> str:
-    outcomes = ", ".join(f"{count:,} × {outcome}" for outcome, count in found["outcomes"].items())
-    return (
+    told = (
         f"{found['clients']} clients, {found['slots']} slots, {found['seconds']:.0f} s: "
-        f"{outcomes}; "
-        f"/health {1000 * found['health']['worst_seconds']:.0f} ms at worst"
+        f"{_answers(found)}"
     )
+    stock = found.get("stock")  # None in a result of before both servers were asked.
+    return told if stock is None else f"{told}; stock's: {_answers(stock)}"
+
+
+def _answers(found: dict[str, Any]) -> str:
+    outcomes = ", ".join(f"{count:,} × {outcome}" for outcome, count in found["outcomes"].items())
+    return f"{outcomes}; /health {1000 * found['health']['worst_seconds']:.0f} ms at worst"
 
 
 CELLS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

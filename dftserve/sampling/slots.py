@@ -41,6 +41,12 @@ class SlotStatistics:
     sums_F: Tensor
     waiting_KF: Tensor
 
+    @classmethod
+    def of_row(cls, row_X: Array) -> "SlotStatistics":
+        """Of a row of `Snapshot.rows`."""
+        rest_XF = torch.from_numpy(row_X[1:]).view(-1, COLUMNS)
+        return cls(torch.tensor(int(row_X[0])), rest_XF[0], rest_XF[1:])
+
     def means(self, total_tokens: int | None = None) -> list[float] | None:
         """See `means`; without a total all waiting rows count."""
         tokens = int(self.tokens)
@@ -132,9 +138,10 @@ class Snapshot:
         parts = (tokens_S[:, None].astype(np.float32), sums_SF, waiting_SX)
         return np.concatenate([part.take(slots_R, axis=0) for part in parts], axis=1)
 
-    def read(self, slot: int) -> SlotStatistics:
-        """One slot's statistics, in memory of their own."""
-        return SlotStatistics(*(torch.tensor(part[slot]) for part in self._arrays[1:]))
+    def read(self, slot: int) -> Array:
+        """A slot's row of `rows`, in memory of its own. Thousands are kept: they are no tensors,
+        each of which takes a kilobyte and is looked at by Python's garbage collector."""
+        return self.rows(np.array([slot]))[0].copy()
 
 
 def last_tokens_of_row(row_X: Sequence[float], tokens: int) -> list[Sequence[float] | None]:
@@ -187,7 +194,7 @@ class Slots:
 
         Args:
             resumed: the request's statistics when it left its slot before; it keeps them. On the
-                host, as `Snapshot.read` gives them: those on a device are waited for.
+                host, as of `Snapshot.read`: those on a device are waited for.
             produced: tokens that are known to have been accepted before.
 
         Raises:

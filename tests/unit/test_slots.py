@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.sampling import Controls, Slots, Statistics, control_row
+from dftserve.sampling import Controls, Slots, SlotStatistics, Statistics, control_row
 from dftserve.sampling.controls import DEFAULT_CONSTANTS
 from dftserve.sampling.slots import COLUMNS
 from dftserve.spec import parse
@@ -102,7 +102,7 @@ def test_requests_that_begin_together_begin_as_if_one_after_another():
         position_R = zeros_R + position
         slots.commit_accepted(controls, slot_R, position_R, zeros_R)
         slots.stage_step(slot_R, position_R, zeros_R, zeros_R == 0, statistics_of([1.0] * 4))
-    preempted = slots.snapshot().read(1)
+    preempted = SlotStatistics.of_row(slots.snapshot().read(1))
     waiting_KF = torch.arange(2.0 * COLUMNS).reshape(2, COLUMNS)
     drafts = replace(preempted, waiting_KF=waiting_KF)
     slots.open(0)

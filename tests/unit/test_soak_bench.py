@@ -3,6 +3,7 @@ again; the table."""
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,8 @@ KEPT = {
         "requests_per_second": 10.0,
         "own_mib": [1000.0, 1010.0],
         "growth": 0.01,
+        "stock": {"own_mib": [900.0, 954.0], "growth": 0.06, "outcomes": {"200": 100}},
+        "grown_mib": {"ours": {"Worker 3": 10.0}, "stock": {"Worker 3": 54.0}},
     },
     "disconnects": {"cut": 9, "complete": 1, "left": 0, "seconds_to_idle": 4.9},
     "schema": {"requests": 100, "valid": {"ours": 99, "stock": 100}, "in_force": 100},
@@ -38,6 +41,10 @@ KEPT = {
         "seconds": 10.0,
         "outcomes": {"200": 50, "429": 1, "503": 1},
         "health": {"asked": 40, "failed": 0, "worst_seconds": 0.99},
+        "stock": {
+            "outcomes": {"200": 60},
+            "health": {"asked": 40, "failed": 0, "worst_seconds": 1.5},
+        },
     },
 }
 BROKEN = [
@@ -117,6 +124,63 @@ def test_the_table_has_a_line_for_each_phase_and_says_what_is_broken():
     assert set(lines) == set(KEPT)
     assert "no: did not end" in lines["schema"]
     assert all("| yes |" in line for name, line in lines.items() if name != "schema")
+
+
+def table_of(name, found):
+    phase = {"result": found, "broken": [], "died": [], "seconds": 60.0}
+    about = {"scale": 1, "machine": {"cores": 2}, "versions": {"vllm": "0.32"}}
+    return soak_table.table({"phases": {name: phase}, **about})
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("served", ["(+1.00%)", "stock's 900 MiB", "(+6.00%)", "Worker 3 +10.0 and +54.0"]),
+        ("overload", ["/health 990 ms", "stock's: 60 × 200; /health 1500 ms"]),
+    ],
+)
+def test_the_table_tells_stocks_figures_beside_ours(name, told):
+    without = {key: value for key, value in KEPT[name].items() if key != "stock"}
+    assert all(part in table_of(name, KEPT[name]) for part in told)
+    assert "stock's" not in table_of(name, without).split("| asked")[1]
+
+
+def fake_servers():
+    engines = {name: SimpleNamespace(name=name, pid=pid) for pid, name in enumerate(soak.SERVERS)}
+    return SimpleNamespace(get=engines.__getitem__)
+
+
+def test_both_servers_get_the_same_requests_and_their_growth_is_told_by_process(monkeypatch):
+    asked = {name: [] for name in soak.SERVERS}
+
+    async def serve(engine, requests, source):
+        part = [soak.short_request(source) for _ in requests]
+        asked[engine.name] += part
+        return Counter({"200": len(part)})
+
+    memory = {0: iter(range(100, 200)), 1: iter(range(100, 300, 3))}  # MiB, by process id.
+    monkeypatch.setattr(soak, "_served", serve)
+    monkeypatch.setattr(soak, "own_mib", lambda pid: {"Worker": float(next(memory[pid]))})
+    found = soak.served(30, random.Random(0), fake_servers())  # type: ignore[arg-type]
+    assert len(asked["ours"]) == 30
+    assert asked["ours"] == asked["stock"]
+    assert found["outcomes"] == found["stock"]["outcomes"] == {"200": 30}
+    assert found["by_process_mib"] == {"Worker": [*range(100, 110)]}
+    assert found["growth"] == pytest.approx(0.09)
+    assert found["stock"]["growth"] == pytest.approx(0.27)
+    assert found["grown_mib"] == {"ours": {"Worker": 9.0}, "stock": {"Worker": 27.0}}
+
+
+def test_both_servers_meet_the_same_overload(monkeypatch):
+    async def overloaded(engine, seconds, source):
+        return Counter({f"{engine.name} {seconds} {source.random()}": 1})
+
+    monkeypatch.setattr(soak, "_overloaded", overloaded)
+    monkeypatch.setattr(soak, "_watch_health", lambda engine, ended, found: found.append(0.5))
+    found = soak.overload(7, random.Random(0), fake_servers())  # type: ignore[arg-type]
+    (ours,), (stock,) = found["outcomes"], found["stock"]["outcomes"]
+    assert ours.removeprefix("ours") == stock.removeprefix("stock")
+    assert found["health"] == found["stock"]["health"]
 
 
 def test_short_requests_are_half_with_the_field_and_half_streams():

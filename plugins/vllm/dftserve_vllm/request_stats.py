@@ -46,7 +46,7 @@ class RequestStats:
         self.slots = self._backend.create_slots(capacity, rows_per_request)
         self._codes = Codes(capacity, rows_per_request, device)
         self.faults = 0
-        self._preempted = Preempted[SlotStatistics]()
+        self._preempted = Preempted[NDArray[np.float32]]()
         self._report: PendingReport | None = None
         self._reported_faults = 0
 
@@ -63,7 +63,9 @@ class RequestStats:
         self.close(slot)
         if identity is not None and (old := self._preempted.slot(identity)) is not None:
             self.close(old)
-        self.slots.open(slot, self._preempted.enter(slot, identity, produced), produced)
+        left_X = self._preempted.enter(slot, identity, produced)
+        resumed = None if left_X is None else SlotStatistics.of_row(left_X)
+        self.slots.open(slot, resumed, produced)
         if group is not None:
             self._codes.open(slot, group, identity, produced)
 

@@ -53,7 +53,9 @@ class _Response:
         self._start: Message = {}
         self._body: list[bytes] = []
         self._finished = 0
-        self._handle = self._pass_on
+        # A function, not a bound method: that would keep this object, and all of its request, until
+        # the garbage collector comes.
+        self._handle = _Response._pass_on
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -61,7 +63,7 @@ class _Response:
         if message["type"] == "http.response.start" and self._context.prompts:
             await self._begin(message)
         elif message["type"] == "http.response.body":
-            await self._handle(message)
+            await self._handle(self, message)
         else:
             await self._send(message)
 
@@ -85,10 +87,10 @@ class _Response:
             # Compressed by a middleware inside of ours: its bytes are no JSON and no events.
             await self._send(self._start)
         elif content_type.startswith(b"text/event-stream"):
-            self._handle = self._stream
+            self._handle = _Response._stream
             await self._send(self._start)
         elif content_type.startswith(b"application/json"):
-            self._handle = self._collect
+            self._handle = _Response._collect
         else:
             await self._send(self._start)
 
@@ -116,7 +118,7 @@ class _Response:
     def _marked(self, event: bytes) -> bytes:
         """The event, with the objects of the fields if it is the one that is to carry it."""
         prefix, found, data = event.partition(b"data: ")
-        if self._handle == self._pass_on or not found or not data.startswith(b"{"):
+        if self._handle is _Response._pass_on or not found or not data.startswith(b"{"):
             return event
         content = json.loads(data)
         if isinstance(response := content.get("response"), dict) and response.get("usage"):
@@ -126,7 +128,7 @@ class _Response:
             data = _with_members(data, self._context.members())
         else:
             return event
-        self._handle = self._pass_on
+        self._handle = _Response._pass_on
         return prefix + found + data
 
     def _is_last(self, content: dict[str, Any]) -> bool:
