@@ -657,7 +657,7 @@ def _with_weight(
         each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
         found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
         batches = _of_same_batches(path, {name: told["batches"] for name, told in each.items()})
-        counts = [int(n) for n in each[min(found, key=lambda n: found[n])].get("stores", ())]
+        counts = [int(count) for count in next(iter(each.values())).get("stores", ())]
     best = min(found, key=lambda name: found[name])
     _say(weights_shown(found, best))
     alike = [

@@ -8,13 +8,21 @@ from collections import Counter
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderShard,
+    SeedableRandomSampler,
+    skip_first_batches,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from dftserve import checkpoint
@@ -28,6 +36,7 @@ from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_sha
 from dftserve.train.plan import plan_of
 from dftserve.train.run import _is_apart, make_trainer, prepare, read, train
 from dftserve.train.run_folder import RunFolder
+from dftserve.train.trainer import _set_epoch
 from tests.training import save_model, save_store
 
 
@@ -76,7 +85,7 @@ def mixtures(draw) -> tuple[list[list[int]], list[float]]:
     return trained, weights
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(mixtures(), st.integers(0, 9))
 def test_after_every_row_each_store_is_within_one_row_of_its_share(mixture, seed):
     trained, weights = mixture
@@ -88,7 +97,7 @@ def test_after_every_row_each_store_is_within_one_row_of_its_share(mixture, seed
             assert abs(had - weight / sum(weights) * sum(taken)) <= longest * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(mixtures(), st.integers(0, 9))
 def test_every_row_of_a_store_comes_once_before_any_comes_again(mixture, seed):
     trained, weights = mixture
@@ -107,7 +116,7 @@ def test_a_store_that_is_read_again_has_another_order():
     assert order[:30] != order[30:]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(mixtures(), st.integers(0, 9))
 def test_the_order_follows_from_rows_weights_and_seed_and_not_from_the_weights_sum(mixture, seed):
     trained, weights = mixture
@@ -148,6 +157,44 @@ def test_epochs_are_one_after_the_other_in_the_order_from_wherever_they_are_aske
     sampler.set_epoch(1)
     assert next(iter(sampler)) == whole[size]
     assert list(sampler) == whole[size : 2 * size], "after one that was left in the middle"
+
+
+def batches_of(rows: MixedRows, rank: int, *, epoch: int, skipped: int = 0) -> list[list]:
+    """The keys that one of two processes reads, as accelerate wraps the sampler."""
+    sampler: Any = MixedSampler(rows)
+    batches = BatchSampler(sampler, batch_size=2, drop_last=False)
+    shard = BatchSamplerShard(batches, num_processes=2, process_index=rank)
+    loader = DataLoaderShard(rows, batch_sampler=shard)
+    _set_epoch(loader, epoch)
+    left: Any = skip_first_batches(loader, skipped)
+    left.set_epoch(epoch)
+    return list(left.batch_sampler)
+
+
+def test_two_processes_share_out_the_rows_of_an_epoch_also_where_some_are_skipped(folder):
+    rows = rows_of(folder)
+    whole = [batches_of(rows, rank, epoch=1) for rank in (0, 1)]
+    read = [key for pair in zip(*whole, strict=True) for batch in pair for key in batch]
+    order = list(islice(rows.order(), len(rows), 2 * len(rows)))
+    assert read[: len(order)] == order
+    assert len(read) - len(order) < 4, "more than what fills up the last batches"
+    for rank in (0, 1):
+        assert batches_of(rows, rank, epoch=1, skipped=2) == whole[rank][2:]
+
+
+def test_one_stores_rows_that_follow_skipped_ones_are_of_their_epoch(folder):
+    """accelerate alone gives two processes the first epoch's."""
+
+    def batches(skipped: int) -> list[list[int]]:
+        sampler = SeedableRandomSampler(range(20), data_seed=0)
+        shard = BatchSamplerShard(BatchSampler(sampler, 2, False), num_processes=2)
+        loader = DataLoaderShard(range(20), batch_sampler=shard)
+        _set_epoch(loader, 1)
+        left: Any = skip_first_batches(loader, skipped)
+        left.set_epoch(1)
+        return list(left.batch_sampler)
+
+    assert batches(2) == batches(0)[2:]
 
 
 @pytest.mark.parametrize("packing", [True, False])
