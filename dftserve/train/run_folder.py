@@ -219,11 +219,14 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    digests = [targets_digest(Path(store.path)) for store in config.stores]
+    names = _store_names(len(config.stores))
     origin = {
         "processes": processes.count(),
         "model": model_digest(lm.examine(config.model)),
-        **dict(zip(_store_names(len(digests)), digests, strict=True)),
+        **{
+            name: targets_digest(Path(store.path))
+            for name, store in zip(names, config.stores, strict=True)
+        },
     }
     return json.loads(json.dumps({**asdict(config), ORIGIN: origin}))
 
