@@ -75,14 +75,19 @@ def load(cls: type[T], given: object, where: str) -> T:
         ValueError: not a mapping, an unknown key (with the nearest name), a missing one, or a
             value of a wrong type; `where` is the key's path.
     """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: got {_shown(given)}; accepted: keys and values.")
-    hints = typing.get_type_hints(cls)
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    required = [
+        name
+        for name, field in known.items()
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+    if not isinstance(given, Mapping):
+        named = f" ({', '.join(required)})" if required else ""
+        raise ValueError(f"{where}: got {_shown(given)}; accepted: keys and values{named}.")
+    hints = typing.get_type_hints(cls)
     refuse_unknown(given, known, where)
-    for name, field in known.items():
-        required = field.default is MISSING and field.default_factory is MISSING
-        if required and name not in given:
+    for name in required:
+        if name not in given:
             raise ValueError(f"{where}.{name}: got nothing; accepted: {_kind(hints[name])}.")
     values = {name: _value(hints[name], given[name], f"{where}.{name}") for name in given}
     try:
@@ -198,6 +203,8 @@ def _value(hint: Any, given: object, where: str) -> Any:
                 return _value(each, given, where)
             except ValueError:
                 continue
+        if len(choices) > 1 and not isinstance(given, list | tuple | Mapping | str):
+            raise ValueError(f"{where}: got {_shown(given)}; accepted: {_kind(hint)}.")
         return _value(choices[-1], given, where)
     if origin is tuple:
         if isinstance(given, str) or not isinstance(given, Sequence):

@@ -524,12 +524,16 @@ class TargetStore:
             IndexError: no such number.
             StoreError: the shard is not what the manifest says.
         """
-        split, number = key
+        file, place = self._found(*key)
+        return file.read(place)
+
+    def _found(self, split: str, number: int) -> tuple["_ShardFile", int]:
+        """The shard of a document, and the document's place in it."""
         if not 0 <= number < self.count(split):
             raise IndexError(f"{split} document {number} of {self.count(split)}")
         place = bisect_right(self._ends[split], number)
         before = self._ends[split][place - 1] if place else 0
-        return self._files[split][place].read(number - before)
+        return self._files[split][place], number - before
 
     def lengths(self, split: str) -> list[int]:
         """Tokens of each document."""
@@ -538,6 +542,19 @@ class TargetStore:
             for file in self._files[split]
             for length in np.diff(file.document_ends_D, prepend=0)
         ]
+
+    def trained(self, split: str) -> list[int]:
+        """Trained tokens of each document."""
+        return [
+            int(count)
+            for file in self._files[split]
+            for count in np.diff(file.trained_ends_D, prepend=0)
+        ]
+
+    def trained_within(self, split: str, number: int, start: int, stop: int) -> int:
+        """Trained tokens among the tokens `start` to `stop` of a document."""
+        file, place = self._found(split, number)
+        return file.trained_within(place, start, stop)
 
     def verify(self) -> None:
         """Read every byte of every shard and compare it with the manifest.
@@ -677,6 +694,10 @@ class _ShardFile:
         if any(np.isnan(each).any() for each in numbers) or np.isinf(targets.entropy_T).any():
             raise self._other("NaN in targets", "numbers")
         return Document(tokens_N, trained_N), targets
+
+    def trained_within(self, place: int, start: int, stop: int) -> int:
+        first = _span(self.document_ends_D, place).start
+        return int(np.count_nonzero(self._slice("trained", slice(first + start, first + stop))))
 
     def _slice(self, name: str, span: slice) -> np.ndarray:
         return self._open.get_slice(name)[span]

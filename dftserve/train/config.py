@@ -4,6 +4,7 @@ config = load(Path("run.yaml"), {"divergence.target_weight": "0.8"})
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,13 +134,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """One of several target stores that a run mixes."""
+
+    path: str
+    """The folder of a target store."""
+    weight: float
+    """Its share of the trained tokens is this, divided by the sum of all weights."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight: got {self.weight:g}; accepted: a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run."""
 
     model: str
     """A Hugging Face causal LM: a folder, or a name where there is a hub."""
-    targets: str
-    """The folder of a target store."""
+    targets: str | tuple[StoreConfig, ...]
+    """The folder of a target store, or several with weights. A list of one is that store alone."""
     output: str
     """Where checkpoints go: `checkpoint-N` to resume from, `final` to serve."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
@@ -193,6 +208,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_targets()
         for name, known in (
             ("precision", PRECISIONS),
             ("weights", PRECISIONS),
@@ -223,6 +239,29 @@ class TrainConfig:
             raise ValueError(f"epochs: got {self.epochs}; accepted: above 0, to a million.")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate: got {self.learning_rate}; accepted: between 0 and 1.")
+
+    @property
+    def stores(self) -> tuple[StoreConfig, ...]:
+        """`targets` as a list, also where it is one path."""
+        if isinstance(self.targets, str):
+            return (StoreConfig(path=self.targets, weight=1.0),)
+        return self.targets
+
+    def _check_targets(self) -> None:
+        if not self.targets and not isinstance(self.targets, str):
+            raise ValueError(
+                "targets: got an empty list; accepted: a path, or a list of {path: PATH, weight: "
+                "NUMBER}."
+            )
+        seen: set[str] = set()
+        for store in self.stores:
+            place = os.path.realpath(store.path)
+            if place in seen:
+                raise ValueError(
+                    f"targets: got {store.path} twice; accepted: each store once. Add its weights "
+                    "up."
+                )
+            seen.add(place)
 
     def _check_bf16_weights(self) -> None:
         if self.lora is None:

@@ -5,13 +5,15 @@ with each, so no document sees another (transformers reads the packing off the p
 that does not keep them apart gets one document a row, and a mask of what fills it: `run.prepare`
 asks the model (`lm.LanguageModel.packing_leak`) and decides.
 
-Shapes: B rows, N tokens of the longest, T trained positions of the batch.
+Shapes: B rows, N tokens of the longest, T trained positions of the batch, K top entries, M draws.
 """
 
+import math
 import random
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -89,6 +91,27 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def items(self) -> Iterator[tuple[list[tuple[Document, Targets]], int]]:
+        """Each row, read when it is asked for, and its tokens."""
+        return ((self[place], sum(map(len, row))) for place, row in enumerate(self.rows))
+
+    def size(self) -> tuple[int, int]:
+        """Tokens of an epoch, and how many of them are learnt."""
+        return sum(len(piece) for row in self.rows for piece in row), sum(self.trained)
+
+    @cached_property
+    def trained(self) -> list[int]:
+        """Trained tokens of each row."""
+        lengths, counts = self._store.lengths(self._split), self._store.trained(self._split)
+
+        def of(piece: Piece) -> int:
+            if len(piece) == lengths[piece.document]:
+                return counts[piece.document]
+            where = (piece.document, piece.start + 1, piece.stop)
+            return self._store.trained_within(self._split, *where)
+
+        return [sum(map(of, row)) for row in self.rows]
+
     def __getitem__(self, index: int) -> list[tuple[Document, Targets]]:
         return [self._read(piece) for piece in self.rows[index]]
 
@@ -97,6 +120,36 @@ class Rows(Dataset):
         positions_T = document.positions_T
         first, last = np.searchsorted(positions_T, [piece.start + 1, piece.stop])
         return document.window(piece.start, piece.stop), targets[int(first) : int(last)]
+
+
+def joined(parts: Sequence[Targets]) -> Targets:
+    """The targets of one batch, also where they are of stores that keep different numbers of top
+    entries and draws.
+
+    A missing top entry has the id −1 and no probability. Draws are repeated, each as often, until
+    all have as many: that leaves their mean what it is.
+    """
+    kept = max(part.top_ids_TK.shape[1] for part in parts)
+    draws = math.lcm(*(part.tail_ids_TM.shape[1] or 1 for part in parts))
+    if all(part.tail_ids_TM.shape[1] == 0 for part in parts):
+        draws = 0
+    return Targets.joined([_widened(part, kept, draws) for part in parts])
+
+
+def _widened(part: Targets, kept: int, draws: int) -> Targets:
+    missing, (positions, drawn) = kept - part.top_ids_TK.shape[1], part.tail_ids_TM.shape
+    if missing:
+        places = ((0, 0), (0, missing))
+        part = replace(
+            part,
+            top_ids_TK=np.pad(part.top_ids_TK, places, constant_values=-1),
+            top_logprobs_TK=np.pad(part.top_logprobs_TK, places, constant_values=-np.inf),
+        )
+    if drawn == draws:
+        return part
+    # A lumped tail has no draws, and no divergence that reads draws is given one.
+    ids_TM = part.tail_ids_TM if drawn else np.zeros((positions, 1), np.int64)
+    return replace(part, tail_ids_TM=np.tile(ids_TM, (1, draws // max(drawn, 1))))
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +187,7 @@ class Collator:
             position_BN[row, end:] = np.arange(longest - end)
             mask_BN[row, :end] = 1
             tokens_BN[row, end:] = tokens_BN[row, end - 1]
-        targets = Targets.joined([targets for item in items for _, targets in item])
+        targets = joined([targets for item in items for _, targets in item])
         rows = TargetRows.of(np.concatenate(labels), targets)
         places = {"position_ids": position_BN} if self.packing else {"attention_mask": mask_BN}
         return {

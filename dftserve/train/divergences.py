@@ -42,6 +42,7 @@ class TargetRows:
     labels_R: Tensor
     """int64."""
     top_ids_RK: Tensor
+    """−1: the row has no more of them; ln of its probability is −inf."""
     top_logprobs_RK: Tensor
     tail_ids_RM: Tensor
     tail_logprob_R: Tensor
@@ -160,7 +161,7 @@ class ForwardKL(Divergence):
     def reference(self, logits_RV: Tensor, target: TargetRows) -> Tensor:
         logprobs_RV = logits_RV.log_softmax(dim=1)
         own_R = _own(logprobs_RV, target)
-        top_R = (target.top_logprobs_RK.exp() * logprobs_RV.gather(1, target.top_ids_RK)).sum(1)
+        top_R = (target.top_logprobs_RK.exp() * logprobs_RV.gather(1, _top_ids(target))).sum(1)
         tail_R = target.tail_logprob_R.exp() * logprobs_RV.gather(1, target.tail_ids_RM).mean(1)
         cross_entropy_R = -((1 - self.weight) * own_R + self.weight * (top_R + tail_R))
         return cross_entropy_R - mixed_entropy(target, self.weight)
@@ -172,9 +173,14 @@ class ForwardKL(Divergence):
             return target.labels_R[:, None], own_R1
         draws = target.tail_ids_RM.shape[1]
         each_R1 = self.weight / draws * target.tail_logprob_R.exp()[:, None]
-        ids_RE = torch.cat([target.labels_R[:, None], target.top_ids_RK, target.tail_ids_RM], dim=1)
+        ids_RE = torch.cat([target.labels_R[:, None], _top_ids(target), target.tail_ids_RM], dim=1)
         top_RK = self.weight * target.top_logprobs_RK.exp()
         return ids_RE, torch.cat([own_R1, top_RK, each_R1.expand(-1, draws)], dim=1)
+
+
+def _top_ids(target: TargetRows) -> Tensor:
+    """With the text's own token where there is no entry, whose mass is 0."""
+    return torch.where(target.top_ids_RK < 0, target.labels_R[:, None], target.top_ids_RK)
 
 
 def mixed_entropy(target: TargetRows, weight: float) -> Tensor:
@@ -241,11 +247,13 @@ class LumpedDivergence(Divergence):
 
     def cells(self, target: TargetRows) -> tuple[Tensor, Tensor, Tensor]:
         """(ids_RS, single_RS, t_RC): the tokens with cells of their own, S = K + 1; 0 for the
-        text's own token where it is among the top; and q' of each cell, the rest last."""
-        ids_RS = torch.cat([target.top_ids_RK, target.labels_R[:, None]], dim=1)
+        text's own token where it is among the top, and for entries that a row does not have; and
+        q' of each cell, the rest last."""
+        ids_RS = torch.cat([_top_ids(target), target.labels_R[:, None]], dim=1)
         is_own_RK = target.top_ids_RK == target.labels_R[:, None]
         apart_R1 = (~is_own_RK.any(dim=1, keepdim=True)).to(target.top_logprobs_RK.dtype)
-        single_RS = torch.cat([torch.ones_like(target.top_logprobs_RK), apart_R1], dim=1)
+        has_RK = (target.top_ids_RK >= 0).to(target.top_logprobs_RK.dtype)
+        single_RS = torch.cat([has_RK, apart_R1], dim=1)
         own_R1 = target.token_logprob_R.exp()[:, None]
         top_RK = self.weight * target.top_logprobs_RK.exp() + (1 - self.weight) * is_own_RK
         t_own_R1 = apart_R1 * (1 - self.weight + self.weight * own_R1)

@@ -6,14 +6,15 @@ One batch goes forward and backward through the real model; nothing is written.
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from dftserve import cpu
 from dftserve.train.config import AUTO, TrainConfig
-from dftserve.train.data import Rows
 from dftserve.train.head import CHUNK_ELEMENTS
+from dftserve.train.mixed import MixedRows, Taken
 from dftserve.train.model import enable_checkpointing
 from dftserve.train.run import (
     Material,
@@ -30,6 +31,31 @@ none."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorePlan:
+    """What a run reads of one store."""
+
+    name: str
+    weight: float
+    """Its share of the trained tokens."""
+    documents: int
+    rows: int
+    """Of one reading."""
+    rows_per_epoch: int
+    tokens: int
+    """Of all steps."""
+    trained_tokens: int
+    readings: float
+    """How often the run reads each of its rows."""
+
+    def shown(self) -> str:
+        return (
+            f"{self.name}, weight {self.weight:.4g}: {self.documents:,} documents in "
+            f"{self.rows:,} rows, read {self.readings:.3g} times, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} of them learnt"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPlan:
     """Bytes, seconds and counts of one process."""
 
@@ -37,6 +63,8 @@ class TrainPlan:
     trained_parameters: int
     documents: int
     rows: int
+    """Of an epoch."""
+    stores: tuple[StorePlan, ...]
     precision: str
     """What is computed in, and where this CPU has no instructions for it."""
     weights: str
@@ -80,8 +108,7 @@ class TrainPlan:
     def shown(self) -> str:
         lines = {
             "parameters": f"{self.parameters:,}, {self.trained_parameters:,} of them trained",
-            "text": f"{self.documents:,} documents in {self.rows:,} rows, "
-            f"{self.tokens_per_epoch:,} tokens, {self.trained_tokens_per_epoch:,} of them learnt",
+            "text": self._text_shown(),
             "steps": f"{self.steps:,}, {self.tokens:,} tokens" + self._probes_shown(),
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
             "on one batch; evaluation and saving apart",
@@ -102,6 +129,16 @@ class TrainPlan:
         if self.warning is not None:
             lines["warning"] = self.warning
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
+
+    def _text_shown(self) -> str:
+        epoch = (
+            f"{self.rows:,} rows, {self.tokens_per_epoch:,} tokens, "
+            f"{self.trained_tokens_per_epoch:,} of them learnt"
+        )
+        if len(self.stores) == 1:
+            return f"{self.documents:,} documents in {epoch}"
+        lines = (f"an epoch of {epoch}", *(store.shown() for store in self.stores))
+        return f"\n{'':12}".join(lines)
 
     def _probes_shown(self) -> str:
         if not self.candidates:
@@ -128,15 +165,17 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     steps = steps_of(config, material)
-    tokens, learnt = _tokens(material.train)
+    tokens, learnt = material.train.size()
+    epochs = steps / steps_of_epoch(config, material)
     device = _device_of(model)
     whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
     kept = sum(value.numel() * value.element_size() for value in model.parameters())
     return TrainPlan(
         parameters=sum(parameters),
         trained_parameters=trained,
-        documents=material.store.count("train"),
+        documents=sum(each.store.count("train") for each in material.stores),
         rows=len(material.train),
+        stores=_stores(material, epochs),
         precision=_precision(config.precision, device),
         weights=config.weights,
         not_packed_because=prepared.not_packed_because,
@@ -146,7 +185,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         steps=steps,
         probe_steps=tries,
         candidates=candidates,
-        tokens=round(tokens * steps / steps_of_epoch(config, material)),
+        tokens=round(tokens * epochs),
         seconds_per_step=seconds * config.accumulation,
         seconds=seconds * config.accumulation * (steps + tries),
         process_bytes=prepared.process_bytes if device == "cpu" else 0,
@@ -167,7 +206,7 @@ def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[flo
     """(seconds, bytes kept for the backward pass) of a batch after one that warms up; on the
     device where the model is."""
     device = next(model.parameters()).device
-    rows = [material.train[i] for i in range(min(config.batch_size, len(material.train)))]
+    rows = [item for item, _ in islice(material.train.items(), config.batch_size)]
     batch = {name: value.to(device) for name, value in material.collate(rows).items()}
     seconds, kept = 0.0, 0
     for _ in range(2):
@@ -204,10 +243,26 @@ def _precision(named: str, device: str) -> str:
     return f"{named}, for which this CPU has no instructions: fp32 is many times as fast"
 
 
-def _tokens(rows: Rows) -> tuple[int, int]:
-    items = (item for i in range(len(rows)) for item in rows[i])
-    counts = [(len(document.tokens_N), len(targets)) for document, targets in items]
-    return sum(n for n, _ in counts), sum(t for _, t in counts)
+def _stores(material: Material, epochs: float) -> tuple[StorePlan, ...]:
+    """Of each store as much as so many times the first epoch takes."""
+    rows = material.train
+    if isinstance(rows, MixedRows):
+        parts, taken = rows.parts, rows.sizes()
+    else:
+        parts, taken = (rows,), [Taken(len(rows), *rows.size())]
+    return tuple(
+        StorePlan(
+            name=each.name,
+            weight=each.weight,
+            documents=each.store.count("train"),
+            rows=len(part),
+            rows_per_epoch=of_epoch.rows,
+            tokens=round(of_epoch.tokens * epochs),
+            trained_tokens=round(of_epoch.trained * epochs),
+            readings=of_epoch.rows * epochs / len(part),
+        )
+        for each, part, of_epoch in zip(material.stores, parts, taken, strict=True)
+    )
 
 
 def _size(count: int) -> str:

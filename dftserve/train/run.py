@@ -33,22 +33,27 @@ from transformers.utils import logging
 from dftserve import atomic, checkpoint, lm
 from dftserve.bounded_files import shaped_as
 from dftserve.checkpoint import FINAL
-from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.spec import Promise
 from dftserve.targets.calibrated import is_refused
-from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.document import load_tokenizer
-from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train import processes
 from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
+from dftserve.train.mixed import MixedRows
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
 from dftserve.train.run_folder import WEIGHTS, RunFolder, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
-from dftserve.train.trainer import HUMAN_NLL, DFTTrainer, StopOnSignal, last_checkpoint
+from dftserve.train.stores import NamedStore, open_stores, source_of
+from dftserve.train.trainer import (
+    HUMAN_NLL,
+    DFTTrainer,
+    HeldOut,
+    StopOnSignal,
+    last_checkpoint,
+)
 
 ADAPTER = "adapter"
 REFUSED = (
@@ -65,9 +70,9 @@ class Material:
     """What a run reads."""
 
     tokenizer: PreTrainedTokenizerBase
-    store: TargetStore
-    train: Rows
-    heldout: Rows
+    stores: tuple[NamedStore, ...]
+    train: Rows | MixedRows
+    heldout: Rows | MixedRows
     collate: Collator
     found: lm.Examined
     """The model, before its weights."""
@@ -75,7 +80,7 @@ class Material:
     """`lm.model_digest` of it."""
 
     @property
-    def splits(self) -> tuple[Rows, Rows]:
+    def splits(self) -> tuple[Rows | MixedRows, Rows | MixedRows]:
         return self.train, self.heldout
 
     @property
@@ -87,10 +92,10 @@ class Material:
 
     @property
     def text_N(self) -> Sequence[int]:
-        """The first tokens of the store: what the model is checked on."""
+        """The first tokens that are learnt from: what the model is checked on."""
         tokens: list[int] = []
-        for row in range(len(self.train)):
-            for document, _ in self.train[row]:
+        for item, _ in self.train.items():
+            for document, _ in item:
                 tokens += document.tokens_N.tolist()
             if len(tokens) >= 2 * lm.PROBE_TOKENS:
                 break
@@ -99,33 +104,42 @@ class Material:
     def unpacked(self, config: TrainConfig) -> "Material":
         """The same with one document a row."""
         train, heldout = (
-            _rows(self.store, split, config, packing=False) for split in ("train", "heldout")
+            _rows(self.stores, split, config, packing=False) for split in ("train", "heldout")
         )
         return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
 
     def shown(self) -> str:
-        """How much there is to learn from, in a line."""
-        told = self.store.manifest.plan.corpus
-        trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
-        learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
-        line = f"{self.store.count('train'):,} documents in {len(self.train):,} rows{learnt}."
-        refused = f"\n{REFUSED}" if is_refused(self.store.manifest.plan.source) else ""
-        warning = "" if self.warning is None else f"\nWarning: {self.warning}"
-        return f"{line}{refused}{warning}"
+        """How much there is to learn from: of one store a line, of several one for each."""
+        parts = self.train.parts if isinstance(self.train, MixedRows) else (self.train,)
+        lines = [_shown(each, rows) for each, rows in zip(self.stores, parts, strict=True)]
+        if len(self.stores) > 1:
+            lines = [
+                f"{each.name}: {line} Weight {each.weight:.4g}."
+                for each, line in zip(self.stores, lines, strict=True)
+            ]
+            lines.append(f"An epoch is {len(self.train):,} rows: until one store was read once.")
+        if is_refused(source_of(self.stores)):
+            lines.append(REFUSED)
+        if self.warning is not None:
+            lines.append(f"Warning: {self.warning}")
+        return "\n".join(lines)
 
     @property
     def warning(self) -> str | None:
-        """What its build noted and a run should not pass over."""
-        place = f"{self.store.folder / MANIFEST}: plan.corpus.noted"
-        with shaped_as(place, "a count for each note"):
-            noted = self.store.manifest.plan.corpus.get("noted", {}).get(NO_STOP)
-            count = int(noted["count"]) if noted else 0
-        if not count:
-            return None
-        return (
-            f"in {count:,} conversations {NO_STOP}. End the template's generation marks "
-            "behind the token that ends a turn, and build the store anew."
-        )
+        """What a build noted and a run should not pass over."""
+        told = [
+            each.warning if len(self.stores) == 1 else f"{each.name}: {each.warning}"
+            for each in self.stores
+            if each.warning is not None
+        ]
+        return " ".join(told) or None
+
+
+def _shown(named: NamedStore, rows: Rows) -> str:
+    told = named.store.manifest.plan.corpus
+    trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
+    learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
+    return f"{named.store.count('train'):,} documents in {len(rows):,} rows{learnt}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +294,21 @@ def _beside_untouched(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict
             "trained. Take a lower learning_rate, fewer steps (`patience` stops by itself), "
             "another target_weight, or more text."
         )
-    return {f"untouched_{HUMAN_NLL}": before[0]}
+    return {f"untouched_{HUMAN_NLL}": before[0], **_of_each_store(trainer, figures)}
+
+
+def _of_each_store(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
+    """Say the same of each store, where there are several; their figures from before training."""
+    found = {}
+    untouched = next(line for line in trainer.state.log_history if f"eval_{HUMAN_NLL}" in line)
+    for name, after in figures.items():
+        own = name.removeprefix("final_")
+        if not own.startswith(f"{HUMAN_NLL}/"):
+            continue
+        before = untouched[f"eval_{own}"]
+        _say(f"  {own.partition('/')[2]}: {after:.4f}; {before:.4f} before training.")
+        found[f"untouched_{own}"] = before
+    return found
 
 
 def read(config: TrainConfig) -> Material:
@@ -293,39 +321,47 @@ def read(config: TrainConfig) -> Material:
     found = lm.examine(config.model)
     tokenizer = load_tokenizer(config.model)
     found.check_tokenizer(tokenizer)
-    store = TargetStore(Path(config.targets))
-    store.belongs_to(
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        template=template_fingerprint(tokenizer),
-        vocabulary=found.vocabulary,
-    )
-    needs = config.divergence
-    if DIVERGENCES[needs.name].needs_draws and store.manifest.plan.tail == "lumped":
-        raise ValueError(
-            f"{needs.name} needs draws from the tail and {store.folder} has a lumped one; take "
-            "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
-        )
+    stores = open_stores(config, tokenizer, vocabulary=found.vocabulary)
+    has_heldout = stores[0].store.count("heldout") > 0  # As all have, or none.
     if config.patience is not None and config.steps and config.steps <= config.evaluate_every:
         raise ValueError(
             f"patience: a run of {config.steps} steps that evaluates every {config.evaluate_every} "
             "cannot stop early; lower evaluate_every."
         )
-    if config.patience is not None and not store.count("heldout"):
+    if config.patience is not None and not has_heldout:
         raise ValueError("patience: the store has no held-out text to stop by; build it with some.")
-    if needs.target_weight == AUTO and not store.count("heldout"):
+    if config.divergence.target_weight == AUTO and not has_heldout:
         raise ValueError("target_weight: auto needs held-out text; build the store with some.")
     rows = {
-        split: _rows(store, split, config, packing=config.packing) for split in ("train", "heldout")
+        split: _rows(stores, split, config, packing=config.packing)
+        for split in ("train", "heldout")
     }
     collate = Collator(packing=config.packing)
     weights = lm.model_digest(found)
-    material = Material(tokenizer, store, rows["train"], rows["heldout"], collate, found, weights)
+    material = Material(tokenizer, stores, rows["train"], rows["heldout"], collate, found, weights)
     found.check_length(material.longest, "max_length")
     return material
 
 
-def _rows(store: TargetStore, split: str, config: TrainConfig, *, packing: bool) -> Rows:
-    return Rows(store, split, longest=config.max_length, packing=packing, seed=config.seed)
+def _rows(
+    stores: Sequence[NamedStore], split: str, config: TrainConfig, *, packing: bool
+) -> Rows | MixedRows:
+    """Of one store its rows; of several, mixed by their weights.
+
+    Raises:
+        ValueError: one of several has nothing to learn from.
+    """
+    given: dict[str, Any] = {"packing": packing, "seed": config.seed}
+    parts = [Rows(each.store, split, longest=config.max_length, **given) for each in stores]
+    if len(parts) == 1:
+        return parts[0]
+    for each, part in zip(stores, parts, strict=True):
+        if len(part) and not any(part.trained):
+            raise ValueError(
+                f"targets: {each.store.folder} has no {split} token that is learnt; accepted: "
+                "stores with some. Leave it out, or build it from other text."
+            )
+    return MixedRows(parts, weights=[each.weight for each in config.stores], seed=config.seed)
 
 
 def load_model(config: TrainConfig, material: Material) -> Loaded:
@@ -378,7 +414,7 @@ def _device(config: TrainConfig) -> torch.device:
 def make_trainer(
     config: TrainConfig, model: Any, material: Material, callbacks: tuple = ()
 ) -> DFTTrainer:
-    has_heldout = len(material.heldout) > 0
+    heldout = heldout_parts(config, material)
     early = config.patience is not None
     # Untyped: transformers says that `fsdp` is a string, and warns of one.
     given: dict[str, Any] = {
@@ -406,7 +442,7 @@ def make_trainer(
         # The best model can only be kept if it is saved when it is found.
         save_steps=config.evaluate_every if early else config.save_every,
         save_total_limit=config.keep,
-        eval_strategy="steps" if has_heldout else "no",
+        eval_strategy="steps" if heldout else "no",
         eval_steps=config.evaluate_every,
         load_best_model_at_end=early,
         # The patience that is left, for one.
@@ -428,7 +464,7 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=material.train,
-        eval_dataset=_some(material.heldout, config.evaluate_tokens) if has_heldout else None,
+        eval_dataset=heldout or None,
         data_collator=material.collate,
         processing_class=material.tokenizer,
         callbacks=list(callbacks),
@@ -446,6 +482,19 @@ def make_trainer(
     if config.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.patience))
     return trainer
+
+
+def heldout_parts(config: TrainConfig, material: Material) -> list[HeldOut]:
+    """What a run is judged by: of each store its share of `evaluate_tokens`; none where there is
+    no held-out text."""
+    rows = material.heldout
+    if not len(rows):
+        return []
+    parts = rows.parts if isinstance(rows, MixedRows) else (rows,)
+    return [
+        HeldOut(_some(part, config.evaluate_tokens * each.weight), each.name, each.weight)
+        for each, part in zip(material.stores, parts, strict=True)
+    ]
 
 
 def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) -> Prepared | None:
@@ -489,20 +538,18 @@ def finish(
     """Write the checkpoint and read it back: whole and the same, or not at all."""
     model, material = prepared.loaded.model, prepared.material
     model.eval()
-    plan = material.store.manifest.plan
+    source = source_of(material.stores)
     if len(material.heldout):
-        what = "next-token entropies" if is_refused(plan.source) else "the diversity to suggest"
+        what = "next-token entropies" if is_refused(source) else "the diversity to suggest"
         _say(f"Measuring {what}, on held-out text.")
     seen = profile(prepared.loaded.language_model, config, material)
-    told = promise(config, seen, plan.source)
+    told = promise(config, seen, source)
     if told.diversity is not None:
         _say(f"Suggested: diversity {told.diversity.level:g} (dft.json).")
     data = {
         "model": Path(config.model).name,
         "weights": material.weights,
-        "targets": targets_digest(material.store.folder),
-        "corpus": plan.corpus_blake3,
-        "tokenizer": plan.tokenizer,
+        **_data_of(material.stores),
         "packing": {
             "used": material.collate.packing,
             "refused_because": prepared.not_packed_because,
@@ -525,6 +572,18 @@ def finish(
         check_reloaded(made, trained, sample)
         checkpoint.describe(made, told, run)
         checkpoint.seal(made)
+
+
+def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
+    """Fingerprints of what was learnt from; of several stores, by their names."""
+    plans = {each.name: each.store.manifest.plan for each in stores}
+    told = {
+        "targets": {each.name: targets_digest(each.store.folder) for each in stores},
+        "corpus": {name: plan.corpus_blake3 for name, plan in plans.items()},
+    }
+    if len(stores) == 1:
+        told = {what: next(iter(digests.values())) for what, digests in told.items()}
+    return {**told, "tokenizer": stores[0].store.manifest.plan.tokenizer}
 
 
 def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
@@ -590,15 +649,22 @@ def _with_weight(
         trainer.train()
         nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
         tried[f"{weight:g}"] = {HUMAN_NLL: nll, "batches": trainer.batch_nll}
+        if len(material.stores) > 1:
+            tried[f"{weight:g}"]["stores"] = trainer.batches_of_stores
         if trainer.is_world_process_zero():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
     with shaped_as(path, "likelihoods for each weight"):
         each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
         found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
         batches = _of_same_batches(path, {name: told["batches"] for name, told in each.items()})
+        counts = [int(count) for count in next(iter(each.values())).get("stores", ())]
     best = min(found, key=lambda name: found[name])
     _say(weights_shown(found, best))
-    alike = [name for name in found if name != best and not _is_apart(batches[best], batches[name])]
+    alike = [
+        name
+        for name in found
+        if name != best and not _is_apart(batches[best], batches[name], counts)
+    ]
     if alike:
         _say(
             f"Warning: on this held-out text that is not told apart from {', '.join(alike)}, by "
@@ -625,19 +691,22 @@ def _of_same_batches(path: Path, told: Mapping[str, Any]) -> dict[str, np.ndarra
     return dict(zip(told, stacked, strict=True))
 
 
-def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray) -> bool:
+def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray, counts: Sequence[int]) -> bool:
     """Whether two held-out NLLs differ by more than two standard errors of their difference.
 
     Args:
         ours_B2: (nats, tokens) of each batch; both are of the same batches.
+        counts: of several stores, how many batches are of each: they vary about its own mean.
     """
     nats_B, tokens_B = ours_B2[:, 0] - theirs_B2[:, 0], ours_B2[:, 1]
-    if len(nats_B) < 2:
-        return False
-    mean = nats_B.sum() / tokens_B.sum()
-    rest_B = nats_B - mean * tokens_B
-    error = np.sqrt((rest_B**2).sum() * len(rest_B) / (len(rest_B) - 1)) / tokens_B.sum()
-    return bool(abs(mean) > 2 * error)
+    squares = 0.0
+    for part in np.split(np.arange(len(nats_B)), np.cumsum(counts)[:-1].astype(int)):
+        if len(part) < 2:
+            return False
+        rest_B = nats_B[part] - nats_B[part].sum() / tokens_B[part].sum() * tokens_B[part]
+        squares += (rest_B**2).sum() * len(part) / (len(part) - 1)
+    error = np.sqrt(squares) / tokens_B.sum()
+    return bool(abs(nats_B.sum() / tokens_B.sum()) > 2 * error)
 
 
 def steps_of(config: TrainConfig, material: Material) -> int:
@@ -685,12 +754,12 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _some(rows: Rows, tokens: int) -> list:
+def _some(rows: Rows | MixedRows, tokens: float) -> list:
     """The first rows that together hold `tokens`."""
     some, held = [], 0
-    for place, row in enumerate(rows.rows):
+    for item, size in rows.items():
+        some.append(item)
+        held += size
         if held >= tokens:
             break
-        some.append(rows[place])
-        held += sum(map(len, row))
     return some

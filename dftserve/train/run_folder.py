@@ -43,7 +43,7 @@ LARGEST = 1 << 20
 PLACES = ("model", "targets", "output")
 """Settings that say where something lies, not what it is."""
 TOLD = {"model": "configuration or weights", "targets": "manifest"}
-"""What is compared of a folder."""
+"""What is compared of a folder; of several target stores by `targets[0]` and so on."""
 ELSEWHERE = "choose another output, or remove it"
 
 
@@ -219,12 +219,21 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
+    names = _store_names(len(config.stores))
     origin = {
         "processes": processes.count(),
         "model": model_digest(lm.examine(config.model)),
-        "targets": targets_digest(Path(config.targets)),
+        **{
+            name: targets_digest(Path(store.path))
+            for name, store in zip(names, config.stores, strict=True)
+        },
     }
     return json.loads(json.dumps({**asdict(config), ORIGIN: origin}))
+
+
+def _store_names(count: int) -> list[str]:
+    """What the target stores of a run are called; a list of one is as the store itself."""
+    return ["targets"] if count == 1 else [f"targets[{number}]" for number in range(count)]
 
 
 def targets_digest(store: Path) -> str:
@@ -240,7 +249,7 @@ def targets_digest(store: Path) -> str:
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError where two starts are of other runs; says in what."""
     was, now = (
-        _flat({name: value for name, value in each.items() if name not in (*PLACES, ORIGIN)})
+        {name: value for name, value in _compared(each).items() if not _is_origin(name)}
         for each in (_completed(found), wanted)
     )
     for name in {**now, **was}:
@@ -263,17 +272,47 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
             "the tokens of a step and the number of steps would be others. Start it with "
             f"torchrun --nproc-per-node={before['processes']}, or {ELSEWHERE}."
         )
-    for what, told in TOLD.items():
+    for what, place in _places(wanted).items():
         if before[what] != after[what]:
             raise ValueError(
-                f"{folder} holds a run that began with another `{what}` than {wanted[what]} is "
-                f"now: its {told} differ. Give the one that it began with, or {ELSEWHERE}."
+                f"{folder} holds a run that began with another `{what}` than {place} is now: its "
+                f"{_told(what)} differ. Give the one that it began with, or {ELSEWHERE}."
             )
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What all processes must have alike, by name; of folders what is in them."""
-    return _flat({name: value for name, value in settings.items() if name not in PLACES})
+    own = {name: value for name, value in settings.items() if name not in PLACES}
+    stores = _stores(settings)
+    weights = {
+        f"{name}.weight": store.get("weight")
+        for name, store in zip(_store_names(len(stores)), stores, strict=True)
+    }
+    return _flat({"number of targets": len(stores), **(weights if len(stores) > 1 else {}), **own})
+
+
+def _is_origin(name: str) -> bool:
+    return name.split(".")[0] == ORIGIN
+
+
+def _stores(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The target stores that settings name, as a run writes them."""
+    targets = settings["targets"]
+    if not isinstance(targets, list):
+        return [{"path": targets}]
+    return [each if isinstance(each, Mapping) else {} for each in targets]
+
+
+def _places(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Where what `origin` compares by its content lies, by name."""
+    stores = _stores(settings)
+    named = zip(_store_names(len(stores)), stores, strict=True)
+    return {"model": settings["model"], **{name: store["path"] for name, store in named}}
+
+
+def _told(what: str) -> str:
+    """What is compared of it."""
+    return TOLD[what.partition("[")[0]]
 
 
 def _refuse_differing(
@@ -286,7 +325,8 @@ def _refuse_differing(
             continue
         outer, _, what = name.rpartition(".")
         told = (
-            f"{what}: got another one in {other_name} than in {first_name}, its {TOLD[what]} differ"
+            f"{what}: got another one in {other_name} than in {first_name}, its {_told(what)} "
+            "differ"
             if outer == ORIGIN
             else f"{name}: got {theirs!r} in {other_name} and {ours!r} in {first_name}"
         )

@@ -6,8 +6,9 @@ Shapes: T trained positions of a batch.
 import math
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, distributed
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -28,18 +30,31 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
+from dftserve.train.mixed import MixedRows, MixedSampler
 from dftserve.train.model import DFTOutput
 
 HUMAN_NLL = "human_nll"
-"""−ln p of the held-out text, nats a token: what early stopping and λ are judged by."""
+"""−ln p of the held-out text, nats a token: what early stopping and λ are judged by. Of several
+stores, the mean by their weights; `human_nll/NAME` is one store's."""
 SUMS = ("loss", "model_entropy", "target_entropy", HUMAN_NLL)
 SHOWN = {"loss": "divergence"}
 SEEN = ("divergence", "model_entropy", "target_entropy", "tokens")
 """Summed over the steps between two lines of the log."""
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out rows of one store."""
+
+    rows: Sequence[Any]
+    name: str = ""
+    weight: float = 1.0
+    """Its share of each figure; those of all stores sum to 1."""
+
+
 class DFTTrainer(Trainer):
-    """Trains a model that `attach` has given a divergence.
+    """Trains a model that `attach` has given a divergence. Its `eval_dataset` is a list of
+    `HeldOut`.
 
     Losses are sums over trained tokens, divided by the tokens of the whole step: over all batches
     of an accumulation and all processes.
@@ -48,8 +63,12 @@ class DFTTrainer(Trainer):
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
         self.model_accepts_loss_kwargs = True
-        self.batch_nll: list[tuple[float, int]] = []
-        """(nats, tokens) of each held-out batch of all processes, as last evaluated."""
+        self.batch_nll: list[tuple[float, float]] = []
+        """(nats, tokens) of each held-out batch of all processes, as last evaluated, one store
+        after the other; of several stores, both scaled so that all tokens of a store stand in the
+        ratio of its weight."""
+        self.batches_of_stores: list[int] = []
+        """How many of them are of each store."""
         self._seen = torch.zeros(len(SEEN), dtype=torch.float64, device=self.args.device)
 
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
@@ -98,11 +117,20 @@ class DFTTrainer(Trainer):
                 "checkpoint is as it was. Lower learning_rate, or look for a damaged model."
             )
 
+    # ── Order ────────────────────────────────────────────────────────────────────────────────────
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, MixedRows):
+            return MixedSampler(rows)
+        return super()._get_train_sampler(train_dataset)
+
     # ── Resuming ─────────────────────────────────────────────────────────────────────────────────
 
     def _run_epoch(self, *args: Any, **given: Any) -> None:
         """Nothing, where what is resumed had ended: the Trainer's own takes one more step."""
         self._place_best()
+        _set_epoch(given["train_dataloader"], given["epoch"])
         spent = any(
             isinstance(each, EarlyStoppingCallback)
             and each.early_stopping_patience_counter >= each.early_stopping_patience
@@ -121,15 +149,41 @@ class DFTTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the held-out tokens, in nats: divergence, entropies, human NLL.
+        """Means over the held-out tokens, in nats: divergence, entropies, human NLL. Of several
+        stores, the mean of their means by weight, and each one's human NLL.
 
         Each row counts once, whatever the number of processes.
         """
+        parts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        measured = [self._measured(part.rows) for part in parts]
+        all_tokens = sum(tokens for _, tokens, _ in measured)
+        metrics = dict.fromkeys((f"{metric_key_prefix}_{SHOWN.get(n, n)}" for n in SUMS), 0.0)
+        self.batch_nll, self.batches_of_stores = [], []
+        for part, (means, tokens, batches) in zip(parts, measured, strict=True):
+            for name, mean in zip(SUMS, means, strict=True):
+                metrics[f"{metric_key_prefix}_{SHOWN.get(name, name)}"] += part.weight * mean
+            if len(parts) > 1:
+                nll = means[SUMS.index(HUMAN_NLL)]
+                metrics[f"{metric_key_prefix}_{HUMAN_NLL}/{part.name}"] = nll
+                scale = part.weight * all_tokens / max(tokens, 1.0)
+                batches = [(scale * nats, scale * count) for nats, count in batches]
+            self.batch_nll += batches
+            self.batches_of_stores.append(len(batches))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _measured(
+        self, rows: Sequence[Any]
+    ) -> tuple[list[float], float, list[tuple[float, float]]]:
+        """The means of `SUMS` over these rows, their tokens, and (nats, tokens) of each batch; of
+        all processes."""
         # As training wrapped it, where it did: sharded weights have no other way in.
         model: Any = self.model_wrapped
         model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
         batch_nll = []
         for batch, counts in self._shared_out(rows):
             inputs = self._prepare_inputs(batch)
@@ -142,18 +196,10 @@ class DFTTrainer(Trainer):
             sums += sums.new_tensor([*values, tokens])
             batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
         # One list after the other, in the same order each time.
-        self.batch_nll = gather_object(batch_nll)
+        gathered = gather_object(batch_nll)
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
         *totals, count = summed.tolist()
-        metrics = {
-            f"{metric_key_prefix}_{SHOWN.get(name, name)}": total / max(count, 1.0)
-            for name, total in zip(SUMS, totals, strict=True)
-        }
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+        return [total / max(count, 1.0) for total in totals], count, gathered
 
     def _shared_out(self, rows: Any) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process's batches, and whether they count.
@@ -239,6 +285,17 @@ class DFTTrainer(Trainer):
         # A pickle of what run.json says in the open.
         pickled = Path(output_dir or str(self.args.output_dir)) / "training_args.bin"
         pickled.unlink(missing_ok=True)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the sampler its epoch, through whatever it is wrapped in: with several processes
+    accelerate does not reach it where the first batches of an epoch are skipped, and the resumed
+    epoch would have the order of the first one."""
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    if hasattr(batches.sampler, "set_epoch"):
+        batches.sampler.set_epoch(epoch)
 
 
 def last_checkpoint(run: Path) -> Path | None:

@@ -1,5 +1,5 @@
 """docs/training.md has every setting of a corpus and of a recipe, and its recipe can be built;
-docs/evaluation.md has the signatures that are."""
+its ways to name several stores are one; docs/evaluation.md has the signatures that are."""
 
 import dataclasses
 import inspect
@@ -11,6 +11,7 @@ import pytest
 from dftserve.corpus.filters import Filters
 from dftserve.evaluate.accuracy import extract
 from dftserve.targets import recipe
+from dftserve.train import config as configs
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
@@ -47,6 +48,20 @@ def test_its_example_is_a_recipe(tmp_path):
     alone = recipe.load(str(path))
     assert [part["ngram"]["order"] for part in alone.source["mix"]] == [5]
     assert alone.corpus.strip == ("html",)
+
+
+def test_the_two_ways_to_give_several_stores_are_the_same(tmp_path):
+    told = section("Several stores, by weights")
+    setting = re.search(r"--set 'targets=(.*)'", told)
+    written = re.search(r"\n\n(    targets:\n(?:    .*\n)+)", told)
+    assert setting is not None
+    assert written is not None
+    path = tmp_path / "run.yaml"
+    path.write_text(textwrap.dedent(written[1]))
+    places = {"model": "m", "output": "o"}
+    given = configs.load(None, {**places, "targets": setting[1]})
+    assert given == configs.load(path, places)
+    assert [store.weight for store in given.stores] == [0.7, 0.3]
 
 
 @pytest.mark.parametrize("name", extract.__all__)

@@ -1,0 +1,168 @@
+"""Rows of several target stores in one order, in which each has its share of the trained tokens.
+
+    rows = MixedRows([stories, answers], weights=[0.7, 0.3], seed=0)
+    store, row = next(rows.order())
+
+The order goes on without end, and follows from the rows, the weights and the seed alone. From one
+row to the next a store is due that has not had more than its share so far; of those that are due,
+the one whose next row would fill its share first comes (WF²Q, Bennett and Zhang 1996). So after
+every row, each store's trained tokens are within one row of its share of all. A store's own rows
+come in passes: all of them in a drawn order, then all of them in another one.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import chain, count, islice
+
+from torch.utils.data import Dataset, Sampler
+
+from dftserve.targets.document import Document
+from dftserve.targets.sparse import Targets
+from dftserve.train.data import Row, Rows
+
+Key = tuple[int, int]
+"""A store's number and a row's."""
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the ratio of the weights as they are written: .7 is seven tenths."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(each.denominator for each in exact))
+    shares = [int(each * scale) for each in exact]
+    common = math.gcd(*shares)
+    return [share // common for share in shares]
+
+
+def passes(rows: int, seed: int, store: int) -> Iterator[int]:
+    """A store's rows without end: each once before any comes again, in an order of each pass."""
+    for number in count():
+        yield from random.Random(f"{seed} {store} {number}").sample(range(rows), rows)
+
+
+def mixed_order(
+    trained: Sequence[Sequence[int]], weights: Sequence[float], seed: int
+) -> Iterator[Key]:
+    """The order of the rows of all stores, without end.
+
+    Args:
+        trained: of each store, the trained tokens of each of its rows; one row or more.
+    """
+    shares = whole_shares(weights)
+    whole, scale = sum(shares), math.lcm(*shares)
+    # A store has its share where its tokens, by this factor, are `scale · all tokens / whole`.
+    factors = [scale // share for share in shares]
+    orders = [passes(len(of_store), seed, store) for store, of_store in enumerate(trained)]
+    waiting = [next(order) for order in orders]
+    taken, total = [0] * len(shares), 0
+    while True:
+        due = [
+            store
+            for store, factor in enumerate(factors)
+            if taken[store] * factor * whole <= total * scale
+        ]
+        filled = {store: taken[store] + trained[store][waiting[store]] for store in due}
+        store = min(due, key=lambda store: filled[store] * factors[store])
+        yield store, waiting[store]
+        total += filled[store] - taken[store]
+        taken[store] = filled[store]
+        waiting[store] = next(orders[store])
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is read of a store."""
+
+    rows: int
+    tokens: int
+    trained: int
+    """Tokens that are learnt."""
+
+
+class MixedRows(Dataset):
+    """The rows of one split of several stores; an item is as one of `Rows`.
+
+    Its length is an epoch's: as many rows as the order has until one store has been read once.
+    """
+
+    def __init__(self, parts: Sequence[Rows], *, weights: Sequence[float], seed: int) -> None:
+        self.parts = tuple(parts)
+        self.weights = tuple(weights)
+        self._seed = seed
+
+    @property
+    def packing(self) -> bool:
+        return self.parts[0].packing
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of all stores, one after the other."""
+        return list(chain.from_iterable(part.rows for part in self.parts))
+
+    def order(self) -> Iterator[Key]:
+        """The key of each row of a run, without end."""
+        return mixed_order([part.trained for part in self.parts], self.weights, self._seed)
+
+    def items(self) -> Iterator[tuple[list[tuple[Document, Targets]], int]]:
+        """Each row of the first epoch, read when it is asked for, and its tokens."""
+        for store, row in islice(self.order(), len(self)):
+            yield self[store, row], sum(map(len, self.parts[store].rows[row]))
+
+    def size(self) -> tuple[int, int]:
+        """Tokens of the first epoch, and how many of them are learnt."""
+        of_stores = self.sizes()
+        return sum(each.tokens for each in of_stores), sum(each.trained for each in of_stores)
+
+    def sizes(self) -> list["Taken"]:
+        """What the first epoch takes from each store."""
+        taken = [Taken(0, 0, 0)] * len(self.parts)
+        for store, row in islice(self.order(), len(self)):
+            part, before = self.parts[store], taken[store]
+            tokens = before.tokens + sum(map(len, part.rows[row]))
+            taken[store] = Taken(before.rows + 1, tokens, before.trained + part.trained[row])
+        return taken
+
+    @cached_property
+    def _epoch(self) -> int:
+        left = [len(part) for part in self.parts]
+        if not all(left):
+            return 0
+        for length, (store, _) in enumerate(self.order(), 1):
+            left[store] -= 1
+            if not left[store]:
+                return length
+        raise AssertionError("the order has no end")
+
+    def __len__(self) -> int:
+        return self._epoch
+
+    def __getitem__(self, key: Key) -> list[tuple[Document, Targets]]:
+        store, row = key
+        return self.parts[store][row]
+
+
+class MixedSampler(Sampler[Key]):
+    """The keys of one epoch after another; for one reader at a time."""
+
+    def __init__(self, rows: MixedRows) -> None:
+        self._rows, self._epoch = rows, 0
+        self._order, self._at = rows.order(), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next: the order goes on where the epoch before ended."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Key]:
+        start = self._epoch * len(self)
+        if self._at > start:
+            self._order, self._at = self._rows.order(), 0
+        while self._at < start + len(self):
+            key, self._at = next(self._order), self._at + 1
+            if self._at > start:
+                yield key

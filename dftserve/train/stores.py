@@ -1,0 +1,119 @@
+"""The target stores of a run: opened, and checked against the model, the run and each other."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dftserve.bounded_files import shaped_as
+from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
+from dftserve.targets.conversation import NO_STOP
+from dftserve.targets.limits import LARGEST_KEPT
+from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.train.config import TrainConfig
+from dftserve.train.divergences import DIVERGENCES
+
+
+@dataclass(frozen=True, eq=False)
+class NamedStore:
+    """A target store among those of a run."""
+
+    store: TargetStore
+    name: str
+    """What figures call it: its folder's name; with its number in `targets` where two are alike."""
+    weight: float
+    """Its share of the trained tokens; those of all stores sum to 1."""
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        return self.store.manifest.plan.source
+
+    @property
+    def warning(self) -> str | None:
+        """What its build noted and a run should not pass over."""
+        place = f"{self.store.folder / MANIFEST}: plan.corpus.noted"
+        with shaped_as(place, "a count for each note"):
+            noted = self.store.manifest.plan.corpus.get("noted", {}).get(NO_STOP)
+            count = int(noted["count"]) if noted else 0
+        if not count:
+            return None
+        return (
+            f"in {count:,} conversations {NO_STOP}. End the template's generation marks "
+            "behind the token that ends a turn, and build the store anew."
+        )
+
+
+def open_stores(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int
+) -> tuple[NamedStore, ...]:
+    """Every store that the configuration names.
+
+    Raises:
+        ValueError: names the one that is no store, is of another tokenizer or template, or has a
+            lumped tail where draws are needed; or those that do not go together.
+    """
+    opened = [TargetStore(Path(each.path)) for each in config.stores]
+    for store in opened:
+        store.belongs_to(
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            template=template_fingerprint(tokenizer),
+            vocabulary=vocabulary,
+        )
+        _check_tail(config, store)
+    _check_together(opened)
+    names = _names([each.path for each in config.stores])
+    total = math.fsum(each.weight for each in config.stores)
+    return tuple(
+        NamedStore(store, name, each.weight / total)
+        for store, name, each in zip(opened, names, config.stores, strict=True)
+    )
+
+
+def _check_tail(config: TrainConfig, store: TargetStore) -> None:
+    needs = config.divergence
+    if DIVERGENCES[needs.name].needs_draws and store.manifest.plan.tail == "lumped":
+        raise ValueError(
+            f"{needs.name} needs draws from the tail and {store.folder} has a lumped one; take "
+            "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
+        )
+
+
+def _check_together(stores: Sequence[TargetStore]) -> None:
+    with_heldout = [store for store in stores if store.count("heldout")]
+    without = [store for store in stores if not store.count("heldout")]
+    if with_heldout and without:
+        raise ValueError(
+            f"targets: {without[0].folder} has no held-out text and {with_heldout[0].folder} has "
+            "some; accepted: held-out text in each store, or in none. Build the one with "
+            "--heldout, or the other with --heldout 0."
+        )
+    draws = sorted({store.manifest.plan.draws for store in stores} - {0})
+    if math.lcm(*draws) > LARGEST_KEPT:
+        raise ValueError(
+            f"targets: got stores of {', '.join(map(str, draws))} draws, of which the least common "
+            f"multiple is above {LARGEST_KEPT}; accepted: numbers of draws of which it is not. "
+            "Build one of them anew (store.draws of its recipe)."
+        )
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The folders' own names."""
+    names = [os.path.basename(os.path.abspath(path)) or path for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{name}[{number}]" for number, name in enumerate(names)
+    ]
+
+
+def source_of(stores: Sequence[NamedStore]) -> Mapping[str, Any]:
+    """Where a run's targets are from, as a checkpoint tells it."""
+    if len(stores) == 1:
+        return stores[0].source
+    mixed = [
+        {"name": each.name, "weight": round(each.weight, 6), "source": each.source}
+        for each in stores
+    ]
+    return {"kind": "stores", "stores": mixed}

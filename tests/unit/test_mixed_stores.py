@@ -1,0 +1,474 @@
+"""Training on several target stores by weights: the order of rows, what a run judges itself by,
+what is refused."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderShard,
+    SeedableRandomSampler,
+    skip_first_batches,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+from transformers import TrainerCallback
+
+from dftserve import checkpoint
+from dftserve.targets.sparse import Targets
+from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.train import config as configs
+from dftserve.train.config import StoreConfig, TrainConfig
+from dftserve.train.data import Collator, Rows, joined
+from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
+from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
+from dftserve.train.plan import plan_of
+from dftserve.train.run import _is_apart, make_trainer, prepare, read, train
+from dftserve.train.run_folder import RunFolder
+from dftserve.train.trainer import _set_epoch
+from tests.training import save_model, save_store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    save_model(folder / "base")
+    save_store(folder / "stories", count=40, heldout=5)
+    save_store(folder / "answers", count=90, heldout=9, seed=3, longest=12)
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        model=str(folder / "base"),
+        targets=mixed(folder, stories=0.7, answers=0.3),
+        output=str(tmp_path / "run"),
+        max_length=32,
+        batch_size=2,
+        steps=6,
+        learning_rate=1e-2,
+        save_every=2,
+        evaluate_every=3,
+        log_every=1,
+    )
+
+
+def mixed(folder: Path, **weights: float) -> tuple[StoreConfig, ...]:
+    return tuple(
+        StoreConfig(path=str(folder / name), weight=weight) for name, weight in weights.items()
+    )
+
+
+# ── The order ────────────────────────────────────────────────────────────────────────────────────
+
+STORE = st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any)
+WEIGHT = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 9))
+
+
+@st.composite
+def mixtures(draw) -> tuple[list[list[int]], list[float]]:
+    """Trained tokens of the rows of each store, and weights."""
+    trained = draw(st.lists(STORE, min_size=1, max_size=6))
+    weights = draw(st.lists(WEIGHT, min_size=len(trained), max_size=len(trained)))
+    return trained, weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixtures(), st.integers(0, 9))
+def test_after_every_row_each_store_is_within_one_row_of_its_share(mixture, seed):
+    trained, weights = mixture
+    longest = max(map(max, trained))
+    taken = [0] * len(trained)
+    for store, row in islice(mixed_order(trained, weights, seed), 200):
+        taken[store] += trained[store][row]
+        for had, weight in zip(taken, weights, strict=True):
+            assert abs(had - weight / sum(weights) * sum(taken)) <= longest * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mixtures(), st.integers(0, 9))
+def test_every_row_of_a_store_comes_once_before_any_comes_again(mixture, seed):
+    trained, weights = mixture
+    seen: list[list[int]] = [[] for _ in trained]
+    for store, row in islice(mixed_order(trained, weights, seed), 200):
+        seen[store].append(row)
+    for rows, of_store in zip(seen, trained, strict=True):
+        for start in range(0, len(rows), len(of_store)):
+            one_pass = rows[start : start + len(of_store)]
+            assert len(set(one_pass)) == len(one_pass)
+
+
+def test_a_store_that_is_read_again_has_another_order():
+    order = [row for _, row in islice(mixed_order([[1] * 30], [1.0], 0), 60)]
+    assert sorted(order[:30]) == sorted(order[30:]) == list(range(30))
+    assert order[:30] != order[30:]
+
+
+@settings(max_examples=20, deadline=None)
+@given(mixtures(), st.integers(0, 9))
+def test_the_order_follows_from_rows_weights_and_seed_and_not_from_the_weights_sum(mixture, seed):
+    trained, weights = mixture
+    first, again = (list(islice(mixed_order(trained, weights, seed), 100)) for _ in range(2))
+    assert first == again
+    doubled = [2 * weight for weight in whole_shares(weights)]
+    assert list(islice(mixed_order(trained, doubled, seed), 100)) == first
+
+
+def test_weights_are_as_they_are_written():
+    assert whole_shares([0.7, 0.3]) == whole_shares([70, 30]) == [7, 3]
+    assert whole_shares([0.1, 0.2, 1e-05]) == [10000, 20000, 1]
+
+
+def rows_of(folder: Path, *, packing: bool = True, split: str = "train") -> MixedRows:
+    stores = [TargetStore(folder / name) for name in ("stories", "answers")]
+    parts = [Rows(store, split, longest=32, packing=packing, seed=0) for store in stores]
+    return MixedRows(parts, weights=[0.7, 0.3], seed=0)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_epoch_ends_where_the_first_store_was_read_once(folder, packing):
+    rows = rows_of(folder, packing=packing)
+    taken = Counter(store for store, _ in islice(rows.order(), len(rows)))
+    left = [len(part) - taken[store] for store, part in enumerate(rows.parts)]
+    assert min(left) == 0 < max(left)
+    assert Counter(store for store, _ in islice(rows.order(), len(rows) - 1)) != taken
+
+
+def test_epochs_are_one_after_the_other_in_the_order_from_wherever_they_are_asked_for(folder):
+    rows = rows_of(folder)
+    size = len(rows)
+    whole = list(islice(rows.order(), 4 * size))
+    sampler = MixedSampler(rows)
+    for epoch in (0, 1, 3, 2, 2, 0):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == whole[epoch * size : (epoch + 1) * size]
+    sampler.set_epoch(1)
+    assert next(iter(sampler)) == whole[size]
+    assert list(sampler) == whole[size : 2 * size], "after one that was left in the middle"
+
+
+def batches_of(rows: MixedRows, rank: int, *, epoch: int, skipped: int = 0) -> list[list]:
+    """The keys that one of two processes reads, as accelerate wraps the sampler."""
+    sampler: Any = MixedSampler(rows)
+    batches = BatchSampler(sampler, batch_size=2, drop_last=False)
+    shard = BatchSamplerShard(batches, num_processes=2, process_index=rank)
+    loader = DataLoaderShard(rows, batch_sampler=shard)
+    _set_epoch(loader, epoch)
+    left: Any = skip_first_batches(loader, skipped)
+    left.set_epoch(epoch)
+    return list(left.batch_sampler)
+
+
+def test_two_processes_share_out_the_rows_of_an_epoch_also_where_some_are_skipped(folder):
+    rows = rows_of(folder)
+    whole = [batches_of(rows, rank, epoch=1) for rank in (0, 1)]
+    read = [key for pair in zip(*whole, strict=True) for batch in pair for key in batch]
+    order = list(islice(rows.order(), len(rows), 2 * len(rows)))
+    assert read[: len(order)] == order
+    assert len(read) - len(order) < 4, "more than what fills up the last batches"
+    for rank in (0, 1):
+        assert batches_of(rows, rank, epoch=1, skipped=2) == whole[rank][2:]
+
+
+def test_one_stores_rows_that_follow_skipped_ones_are_of_their_epoch(folder):
+    """accelerate alone gives two processes the first epoch's."""
+
+    def batches(skipped: int) -> list[list[int]]:
+        sampler = SeedableRandomSampler(range(20), data_seed=0)
+        shard = BatchSamplerShard(BatchSampler(sampler, 2, False), num_processes=2)
+        loader = DataLoaderShard(range(20), batch_sampler=shard)
+        _set_epoch(loader, 1)
+        left: Any = skip_first_batches(loader, skipped)
+        left.set_epoch(1)
+        return list(left.batch_sampler)
+
+    assert batches(2) == batches(0)[2:]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_trained_tokens_are_counted_as_a_batch_has_them(folder, packing):
+    """Also of documents that are cut into windows."""
+    rows = rows_of(folder, packing=packing)
+    assert any(length > 32 for length in TargetStore(folder / "stories").lengths("train"))
+    for part in rows.parts:
+        batches = [Collator(packing=packing)([part[place]]) for place in range(len(part))]
+        assert part.trained == [len(batch["positions_T"]) for batch in batches]
+
+
+# ── Targets of different widths ──────────────────────────────────────────────────────────────────
+
+
+def targets(rows: int, *, k: int, draws: int, vocabulary: int, seed: int) -> Targets:
+    """Of random distributions."""
+    source = np.random.default_rng(seed)
+    logprobs_TV = np.log(source.dirichlet(np.ones(vocabulary), rows))
+    order_TV = np.argsort(-logprobs_TV, axis=1)
+    top_TK = order_TV[:, :k]
+    tail_T = np.log(np.take_along_axis(np.exp(logprobs_TV), order_TV[:, k:], 1).sum(1))
+    return Targets(
+        top_ids_TK=top_TK,
+        top_logprobs_TK=np.take_along_axis(logprobs_TV, top_TK, 1).astype(np.float32),
+        tail_ids_TM=order_TV[:, k : k + draws],
+        tail_logprob_T=tail_T.astype(np.float32),
+        token_logprob_T=logprobs_TV[:, 0].astype(np.float32),
+        entropy_T=np.ones(rows, np.float32),
+    )
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), SkewKL(), JSD()], ids=repr)
+def test_targets_that_keep_different_numbers_have_the_losses_that_they_have_alone(divergence):
+    """Three top entries and four draws beside six and six; labels are the token 0."""
+    given_k = ((3, 4, 0), (6, 6, 1))
+    parts = [targets(8, k=k, draws=m, vocabulary=20, seed=seed) for k, m, seed in given_k]
+    generator = torch.Generator().manual_seed(0)
+    logits_RV = torch.randn(16, 20, generator=generator, dtype=torch.float64)
+
+    def losses(logits_RV: torch.Tensor, each: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+        target = TargetRows.of(np.zeros(len(each), np.int64), each)
+        from dftserve.train.divergences import Rows as LogitRows
+
+        expected_R = divergence.reference(logits_RV, target)
+        loss_R, gradient_RV = divergence.loss_and_gradient(LogitRows.of(logits_RV), target)
+        torch.testing.assert_close(loss_R, expected_R)
+        return loss_R, gradient_RV
+
+    alone = [losses(logits_RV[8 * i : 8 * i + 8], part) for i, part in enumerate(parts)]
+    together = losses(logits_RV, joined(parts))
+    for found, each in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(each))
+
+
+def test_targets_of_one_width_are_joined_as_they_are():
+    parts = [targets(4, k=3, draws=2, vocabulary=9, seed=seed) for seed in (0, 1)]
+    for name, value in asdict(joined(parts)).items():
+        assert np.array_equal(value, asdict(Targets.joined(parts))[name])
+
+
+# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weights(final: Path) -> dict[str, torch.Tensor]:
+    return load_file(final / "model.safetensors")
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    first, second = weights(ours), weights(theirs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_list_of_one_trains_to_the_bits_of_its_path(run, folder, tmp_path):
+    path = replace(run, targets=str(folder / "stories"), output=str(tmp_path / "path"))
+    one = replace(run, targets=mixed(folder, stories=0.2), output=str(tmp_path / "one"))
+    assert_same(train(path), train(one))
+    figures = [
+        json.loads((tmp_path / name / "final" / checkpoint.RUN).read_text())["figures"]
+        for name in ("path", "one")
+    ]
+    assert figures[0] == figures[1]
+    shutil.rmtree(tmp_path / "path" / "final")
+    with RunFolder(replace(one, output=path.output)):
+        pass  # It goes on with the run of its path.
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **given):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def stopped(config: TrainConfig, step: int) -> None:
+    prepared = prepare(config)
+    with RunFolder(config) as opened:
+        opened.begin()
+    trainer = make_trainer(config, prepared.loaded.model, prepared.material, (Stop(step),))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_a_run_that_goes_on_in_its_second_epoch_ends_in_the_same_bits(run, tmp_path):
+    steps = -(-len(read(run).train) // (8 * 2)) + 3
+    config = replace(run, batch_size=8, accumulation=2, steps=steps, workers=0)
+    whole = train(replace(config, output=str(tmp_path / "whole")))
+    halves = replace(config, output=str(tmp_path / "halves"), save_every=steps - 1)
+    stopped(halves, steps - 1)
+    assert_same(train(halves), whole)
+
+
+def test_a_mixed_run_says_what_it_learnt_from_and_what_each_store_came_to(run, folder, capsys):
+    final = train(run)
+    told = json.loads((final / checkpoint.RUN).read_text())
+    figures = told["figures"]
+    each = [figures[f"human_nll/{name}"] for name in ("stories", "answers")]
+    assert figures["human_nll"] == pytest.approx(0.7 * each[0] + 0.3 * each[1], rel=1e-9)
+    assert figures["untouched_human_nll/stories"] > 0
+    assert told["data"]["targets"].keys() == told["data"]["corpus"].keys() == {"stories", "answers"}
+    assert [store["weight"] for store in told["settings"]["targets"]] == [0.7, 0.3]
+    card = (final / checkpoint.CARD).read_text()
+    assert '"weight": 0.7' in card
+    assert "human nll/answers" in card
+    said = capsys.readouterr().err
+    assert re.search(r"^stories: 40 documents in \d+ rows.* Weight 0\.7\.$", said, re.MULTILINE)
+    assert re.search(r"^  answers: \d\.\d+; \d\.\d+ before training\.$", said, re.MULTILINE)
+
+
+def test_each_stores_figure_is_what_it_is_alone(run, folder):
+    prepared = prepare(run)
+    both = make_trainer(run, prepared.loaded.model, prepared.material).evaluate()
+    for name in ("stories", "answers"):
+        config = replace(run, targets=str(folder / name))
+        alone = make_trainer(config, prepared.loaded.model, read(config)).evaluate()
+        found = both[f"eval_human_nll/{name}"]
+        assert found == pytest.approx(alone["eval_human_nll"], rel=1e-6)
+
+
+def test_what_auto_judges_by_is_the_weighted_figure(run):
+    prepared = prepare(run)
+    trainer = make_trainer(run, prepared.loaded.model, prepared.material)
+    figure = trainer.evaluate()["eval_human_nll"]
+    nats, tokens = (sum(column) for column in zip(*trainer.batch_nll, strict=True))
+    assert nats / tokens == pytest.approx(figure, rel=1e-9)
+    assert sum(trainer.batches_of_stores) == len(trainer.batch_nll)
+    assert len(trainer.batches_of_stores) == 2
+
+
+def test_a_difference_between_stores_does_not_hide_one_between_candidates():
+    theirs_B2 = np.ones((8, 2))
+    ours_B2 = theirs_B2.copy()
+    ours_B2[:4, 0] += [1.0, 1.01, 0.99, 1.0]
+    ours_B2[4:, 0] -= [0.6, 0.61, 0.59, 0.6]
+    assert not _is_apart(ours_B2, theirs_B2, ())
+    assert _is_apart(ours_B2, theirs_B2, (4, 4))
+    assert not _is_apart(ours_B2, theirs_B2, (1, 7)), "of one batch nothing is known"
+
+
+def test_the_plan_has_the_share_of_each_store(run):
+    told = plan_of(replace(run, steps=60))
+    assert [store.name for store in told.stores] == ["stories", "answers"]
+    first, second = (store.trained_tokens for store in told.stores)
+    assert first / (first + second) == pytest.approx(0.7, abs=32 / told.trained_tokens_per_epoch)
+    assert sum(store.tokens for store in told.stores) == pytest.approx(told.tokens, abs=1)
+    for store in told.stores:
+        assert store.readings > 0
+        assert store.shown() in told.shown()
+    assert json.loads(told.as_json())["stores"][1]["name"] == "answers"
+
+
+# ── What is refused ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ("[]", "targets: got an empty list; accepted: a path, or a list of"),
+        ("3", "targets: got 3; accepted: a text or a list"),
+        ("[a, b]", r"targets\[0\]: got 'a'; accepted: keys and values \(path, weight\)"),
+        ("[{path: a}]", r"targets\[0\]\.weight: got nothing; accepted: a number"),
+        ("[{weight: 1}]", r"targets\[0\]\.path: got nothing; accepted: a text"),
+        ("[{path: a, weight: 0}]", r"targets\[0\]: weight: got 0; accepted: a number above 0"),
+        ("[{path: a, weight: -1}]", "weight: got -1; accepted: a number above 0"),
+        ("[{path: a, weight: .nan}]", r"targets\[0\]\.weight: got nan; accepted: a finite number"),
+        ("[{path: a, weight: .inf}]", r"targets\[0\]\.weight: got inf; accepted: a finite number"),
+        ("[{path: a, weight: much}]", r"targets\[0\]\.weight: got 'much'; accepted: a number"),
+        ("[{path: a, wieght: 1}]", "the key 'wieght'; .*did you mean 'weight'"),
+        ("[{path: a, weight: 1}, {path: ./a/, weight: 2}]", r"got \./a/ twice; .* once"),
+    ],
+)
+def test_wrong_targets_are_refused_by_name(targets, says):
+    with pytest.raises(ValueError, match=says):
+        configs.load(None, {"model": "m", "output": "o", "targets": targets})
+
+
+def test_targets_come_from_a_setting_as_from_yaml(tmp_path):
+    text = "[{path: a, weight: 0.7}, {path: b, weight: 3}]"
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\noutput: o\ntargets:\n  - {path: a, weight: 0.7}\n  - path: b\n    weight: 3\n"
+    )
+    given = configs.load(None, {"model": "m", "output": "o", "targets": text})
+    assert given == configs.load(path, {})
+    assert given.stores == (StoreConfig(path="a", weight=0.7), StoreConfig(path="b", weight=3))
+
+
+def changed(folder: Path, **plan: object) -> None:
+    """Another plan in a store's manifest."""
+    content = json.loads((folder / MANIFEST).read_text())
+    content["plan"] |= plan
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def other_tokenizer(folder: Path) -> str:
+    changed(folder / "answers", tokenizer="0" * 64)
+    return f"{folder / 'answers'} was built with another tokenizer"
+
+
+def other_template(folder: Path) -> str:
+    changed(folder / "answers", template="0" * 64)
+    return f"{folder / 'answers'} was built with another chat template"
+
+
+def missing(folder: Path) -> str:
+    shutil.rmtree(folder / "answers")
+    return f"{folder / 'answers'} has no manifest.json"
+
+
+def no_heldout(folder: Path) -> str:
+    shutil.rmtree(folder / "answers")
+    save_store(folder / "answers", heldout=0)
+    return f"{folder / 'answers'} has no held-out text and {folder / 'stories'} has some"
+
+
+@pytest.mark.parametrize("harm", [other_tokenizer, other_template, missing, no_heldout])
+def test_a_store_that_does_not_fit_is_refused_by_its_folder(run, folder, tmp_path, harm):
+    for name in ("stories", "answers"):
+        shutil.copytree(folder / name, tmp_path / name)
+    says = harm(tmp_path)
+    config = replace(run, targets=mixed(tmp_path, stories=0.7, answers=0.3))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+def begun(config: TrainConfig) -> None:
+    with RunFolder(config) as opened:
+        opened.begin()
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"stories": 0.6, "answers": 0.4}, r"whose targets\[0\]\.weight is 0\.7, not 0\.6"),
+        ({"stories": 1.0}, "whose number of targets is 2, not 1"),
+        ({"answers": 0.7, "stories": 0.3}, r"began with another `targets\[0\]` .*manifest differ"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_stores_or_weights(run, folder, other, says):
+    begun(run)
+    with (
+        pytest.raises(ValueError, match=says),
+        RunFolder(replace(run, targets=mixed(folder, **other))),
+    ):
+        pass
+
+
+def test_a_mixed_run_goes_on_wherever_its_stores_are_by_now(run, folder, tmp_path):
+    begun(run)
+    for name in ("stories", "answers"):
+        shutil.copytree(folder / name, tmp_path / name)
+    with RunFolder(replace(run, targets=mixed(tmp_path, stories=0.7, answers=0.3))):
+        pass
