@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ FAMILIES = {
 
 def save_config(config: TrainConfig, path: Path) -> Path:
     """As the file that `dftserve train` is given; with the default divergence, and no LoRA."""
-    content = {k: v for k, v in vars(config).items() if k not in ("divergence", "lora")}
+    content = {k: v for k, v in asdict(config).items() if k not in ("divergence", "lora")}
     path.write_text(json.dumps(content))
     return path
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from dftserve.train import processes, run_folder
-from dftserve.train.config import TrainConfig
-from dftserve.train.run import train
+from dftserve.train.config import StoreConfig, TrainConfig
+from dftserve.train.run import read, steps_of_epoch, train
 from dftserve.train.run_folder import RunFolder
 from tests.training import save_config, save_model, save_sealed, save_store
 
@@ -72,8 +72,11 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 @pytest.fixture(scope="module")
 def uninterrupted(run, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """What two processes make of the run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
+    return undisturbed(run, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def undisturbed(run: TrainConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """What two processes make of a run that nothing disturbs."""
     config = replace(run, output=str(folder / "run"))
     torchrun = started(*ONE_MACHINE, *TRAIN, save_config(config, folder / "run.yaml"))
     told, _ = torchrun.communicate()
@@ -159,6 +162,26 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_and_ends_in_the_same_bi
 ):
     told = assert_survives([("step", 1, 5)], run, uninterrupted, tmp_path)
     assert f"Going on from {tmp_path / 'run'}/checkpoint-4." in told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_later_epoch_that_is_gone_on_in_has_its_own_order(run, tmp_path, number):
+    """Of one store, and of two that are mixed by weights."""
+    first = StoreConfig(path=str(save_store(tmp_path / "first", count=45, seed=5)), weight=0.6)
+    second = StoreConfig(path=run.stores[0].path, weight=0.4)
+    run = replace(run, targets=(first, second)[:number])
+    # A step reads the rows of two processes.
+    steps = steps_of_epoch(replace(run, batch_size=2 * run.batch_size), read(run))
+    assert steps < 8 < 2 * steps, "the second epoch is not gone on in"
+    theirs = undisturbed(run, made_folder(tmp_path / "undisturbed"))
+    told = assert_survives([("step", 1, 9)], run, theirs, made_folder(tmp_path / "disturbed"))
+    assert "checkpoint-8." in told
+
+
+def made_folder(place: Path) -> Path:
+    place.mkdir()
+    return place
 
 
 @pytest.mark.long
