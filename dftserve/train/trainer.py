@@ -288,9 +288,9 @@ class DFTTrainer(Trainer):
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the sampler its epoch, through whatever it is wrapped in: with several processes
-    accelerate does not reach it where the first batches of an epoch are skipped, and the resumed
-    epoch would have the order of the first one."""
+    """Tell the sampler its epoch. With several processes accelerate reaches no sampler but its own
+    where the first batches of an epoch are skipped: the epoch of a `MixedSampler` that is gone on
+    in would have the order of the first one."""
     batches = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler

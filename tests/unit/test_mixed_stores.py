@@ -15,9 +15,6 @@ import pytest
 import torch
 from accelerate.data_loader import (
     BatchSamplerShard,
-    DataLoaderShard,
-    SeedableRandomSampler,
-    skip_first_batches,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +33,6 @@ from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_sha
 from dftserve.train.plan import plan_of
 from dftserve.train.run import _is_apart, make_trainer, prepare, read, train
 from dftserve.train.run_folder import RunFolder
-from dftserve.train.trainer import _set_epoch
 from tests.training import save_model, save_store
 
 
@@ -159,42 +155,20 @@ def test_epochs_are_one_after_the_other_in_the_order_from_wherever_they_are_aske
     assert list(sampler) == whole[size : 2 * size], "after one that was left in the middle"
 
 
-def batches_of(rows: MixedRows, rank: int, *, epoch: int, skipped: int = 0) -> list[list]:
-    """The keys that one of two processes reads, as accelerate wraps the sampler."""
-    sampler: Any = MixedSampler(rows)
-    batches = BatchSampler(sampler, batch_size=2, drop_last=False)
-    shard = BatchSamplerShard(batches, num_processes=2, process_index=rank)
-    loader = DataLoaderShard(rows, batch_sampler=shard)
-    _set_epoch(loader, epoch)
-    left: Any = skip_first_batches(loader, skipped)
-    left.set_epoch(epoch)
-    return list(left.batch_sampler)
-
-
-def test_two_processes_share_out_the_rows_of_an_epoch_also_where_some_are_skipped(folder):
+def test_two_processes_share_out_the_rows_of_an_epoch(folder):
+    """As accelerate wraps the sampler. tests/unit/test_train_processes.py goes on within one."""
     rows = rows_of(folder)
-    whole = [batches_of(rows, rank, epoch=1) for rank in (0, 1)]
-    read = [key for pair in zip(*whole, strict=True) for batch in pair for key in batch]
+
+    def read_by(rank: int) -> list[list]:
+        sampler: Any = MixedSampler(rows)
+        sampler.set_epoch(1)
+        batches = BatchSampler(sampler, batch_size=2, drop_last=False)
+        return list(BatchSamplerShard(batches, num_processes=2, process_index=rank))
+
+    read = [key for pair in zip(read_by(0), read_by(1), strict=True) for b in pair for key in b]
     order = list(islice(rows.order(), len(rows), 2 * len(rows)))
     assert read[: len(order)] == order
     assert len(read) - len(order) < 4, "more than what fills up the last batches"
-    for rank in (0, 1):
-        assert batches_of(rows, rank, epoch=1, skipped=2) == whole[rank][2:]
-
-
-def test_one_stores_rows_that_follow_skipped_ones_are_of_their_epoch(folder):
-    """accelerate alone gives two processes the first epoch's."""
-
-    def batches(skipped: int) -> list[list[int]]:
-        sampler = SeedableRandomSampler(range(20), data_seed=0)
-        shard = BatchSamplerShard(BatchSampler(sampler, 2, False), num_processes=2)
-        loader = DataLoaderShard(range(20), batch_sampler=shard)
-        _set_epoch(loader, 1)
-        left: Any = skip_first_batches(loader, skipped)
-        left.set_epoch(1)
-        return list(left.batch_sampler)
-
-    assert batches(2) == batches(0)[2:]
 
 
 @pytest.mark.parametrize("packing", [True, False])
