@@ -5,15 +5,16 @@ from typing import Any
 
 QUESTIONS = {
     "errors_at_peoples_wording": ("errors at people's self-BLEU", 2),
-    "errors_at_one_style": ("errors at one style distance", 2),
-    "hypervolume": ("hypervolume", 3),
+    "hypervolume": ("errors and self-BLEU", 3),
+    "style_hypervolume": ("errors and style distance", 3),
 }
 MEASURED = {"errors": 2, "unknown": 2, "phrases": 1, "self_bleu": 1, "style": 3, "sds": 0}
 
 
 def laws(document: Mapping[str, Any]) -> str:
     """From the largest hypervolume."""
-    found, simplest = document["laws"]["laws"], document["laws"]["simplest"]
+    told = document["laws"]
+    found = told["laws"]
     head = [cell for name, _ in QUESTIONS.values() for cell in (name, "p")]
     lines = [f"| law | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for law in sorted(found, key=lambda law: -found[law]["hypervolume"]["value"]):
@@ -31,11 +32,11 @@ def laws(document: Mapping[str, Any]) -> str:
             f"{document['answers_to_each']} answers to each by each of a law's three settings, at "
             f"most {document['max_tokens']} tokens; 95 % intervals. Errors per 100 words, read "
             "between a law's settings where the self-BLEU is that of people's stories "
-            f"({document['people']['self_bleu']['value']:.1f}) and where the style distance is "
-            f"{document['laws']['style_distance']:.3f}. Hypervolume: of the errors up to "
-            f"{document['laws']['most_errors']:g} and the self-BLEU up to "
-            f"{document['laws']['most_alike']:g}, the share that is worse in both than a setting "
-            f"of the law. p: against {simplest}, paired by prompt, after Holm over the laws.",
+            f"({document['people']['self_bleu']['value']:.1f}). The other two are hypervolumes: of "
+            f"the errors up to {told['most_errors']:g} and the self-BLEU up to "
+            f"{told['most_alike']:g}, or the style distance up to {told['farthest']:g}, the share "
+            f"that is worse in both than a setting of the law. p: against {told['simplest']}, "
+            "paired by prompt, after Holm over the laws.",
         ]
     )
 
