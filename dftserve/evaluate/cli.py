@@ -88,11 +88,13 @@ def evaluate_run(
         )
         asked = None if accuracy is None else report.read(accuracy)
         if asked is not None:
-            asked.check(job.grid)
+            asked.check(job.grid, job.temperature)
         if plots is not None:
             png.check(plots)
         with answers_bar() as tick:
             result = evaluate(job, lambda line: click.echo(line, err=True), tick)
+        if asked is not None and asked.model != result.model:
+            click.echo(f"--accuracy is of {asked.model}, the answers of {result.model}.", err=True)
         write(result, job.out, asked)
         if plots is not None:
             png.write(figures(result, asked), plots)

@@ -5,6 +5,7 @@ write(figures, Path("plots"))           # plots/NAME.png of each
 """
 
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,20 @@ def _save(figure: Figure, path: Path) -> None:
         (axes,) = canvas.axes
         for order, shape in enumerate(shapes(figure)):
             _draw(axes, shape, order)
-        # Without a version in it, the same figure is the same file.
-        canvas.savefig(path, format="png", dpi=UNIT * SCALE, metadata={"Software": None})
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            # Without a version in it, the same figure is the same file.
+            canvas.savefig(path, format="png", dpi=UNIT * SCALE, metadata={"Software": None})
+        lacking = [each for each in raised if "missing from font" in str(each.message)]
+        for each in raised:
+            if each not in lacking:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        if lacking:
+            warnings.warn(
+                f"{figure.name}.png: the font lacks {len(lacking)} of its letters, which are "
+                "boxes; the report's own plot has them.",
+                stacklevel=2,
+            )
 
 
 def _canvas() -> Any:

@@ -1,5 +1,6 @@
 """The plots of a style profile: each phrase's rate beside people's, and the rounds of a fit."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def _unfitted(rounds: Sequence[Round], name: str) -> Figure:
     values = [
         (place, Span(one.unfitted[name]))
         for place, one in enumerate(rounds)
-        if name in one.unfitted
+        if math.isfinite(one.unfitted.get(name, math.nan))
     ]
     return Figure(
         name=f"rounds-{name.replace('_', '-')}",

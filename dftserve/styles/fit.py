@@ -160,8 +160,8 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
         json.dumps({"ended": found.ended, "rounds": [asdict(r) for r in found.rounds]}, indent=1)
         + "\n",
     )
-    atomic.write_text(job.out / REPORT, fit_html(found.stored.profile, found.fitted, found.rates))
     profiles.write(job.out / found.stored.profile.name, found.stored)
+    atomic.write_text(job.out / REPORT, fit_html(found.stored.profile, found.fitted, found.rates))
     return found
 
 

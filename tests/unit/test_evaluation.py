@@ -206,11 +206,20 @@ def test_accuracy_is_plotted_over_the_score_of_the_same_diversity(result, tmp_pa
     assert "Accuracy against diversity" in as_html(result, accuracy)
 
 
-def test_accuracy_at_no_diversity_of_the_grid_is_refused():
-    accuracy = Accuracy("m", 1.0, {"mmlu": {0.0: Estimate(0.5, 0.4, 0.6)}})
-    accuracy.check([0.0, {"strength": 1}])
-    with pytest.raises(ValueError, match="got the diversities 0, none of them in --grid"):
-        accuracy.check([0.5, True, {"strength": 1}])
+@pytest.mark.parametrize(
+    ("grid", "temperature", "told"),
+    [
+        ([0.5, True, {"strength": 1}], 1.0, "got mmlu at the diversities 0, none of them"),
+        ([0.0], 1.0, "got gsm8k at the diversities 1, none of them"),
+        ([0.0, 1.0], 0.7, "at temperature 1, and this run is at 0.7"),
+    ],
+)
+def test_accuracy_of_other_answers_is_refused(grid, temperature, told):
+    of_task = Estimate(0.5, 0.4, 0.6)
+    accuracy = Accuracy("m", 1.0, {"mmlu": {0.0: of_task}, "gsm8k": {1.0: of_task}})
+    accuracy.check([0.0, 1.0, {"strength": 1}], 1.0)
+    with pytest.raises(ValueError, match=told):
+        accuracy.check(grid, temperature)
 
 
 def test_a_file_that_is_no_report_of_accuracy_is_refused(tmp_path):

@@ -326,6 +326,12 @@ def test_dollar_signs_are_no_mathematics(matplotlib, tmp_path):
     assert (tmp_path / "levels.png").stat().st_size
 
 
+def test_letters_that_the_font_lacks_are_told_once(matplotlib, tmp_path):
+    with pytest.warns(UserWarning, match="levels.png: the font lacks") as told:
+        png.write([figure(title="一見 and 百聞")], tmp_path)
+    assert len(told) == 1
+
+
 def test_a_page_needs_no_matplotlib():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

@@ -20,6 +20,8 @@ from dftserve.plots.figure import (
     linear,
 )
 
+HUMAN = "human"
+"""People's name among the sides of a report."""
 SCORE = "Style Diversity Score, 0 to 100"
 RATES = {"slop": "ai-phrases", "contrast": "not-x-but-y"}
 """The measures that are rates per 1,000 words, and their figures' names."""
@@ -33,18 +35,25 @@ class Accuracy:
     temperature: float
     tasks: Mapping[str, Mapping[float, Estimate]]
 
-    def check(self, grid: Iterable[Any]) -> None:
-        """
+    def check(self, grid: Iterable[Any], temperature: float) -> None:
+        """Refuse what could not be plotted against answers at these levels.
+
         Raises:
-            ValueError: no level of the grid is among the accuracy's.
+            ValueError: measured at another temperature, or a task at none of the grid's levels.
         """
-        here = {level for levels in self.tasks.values() for level in levels}
-        if not any(_number(level) in here for level in grid):
-            levels = ", ".join(f"{level:g}" for level in sorted(here)) or "none"
+        if self.temperature != temperature:
             raise ValueError(
-                f"--accuracy: got the diversities {levels}, none of them in --grid; accepted: a "
-                "report that has at least one of them."
+                f"--accuracy: got a report at temperature {self.temperature:g}, and this run is at "
+                f"{temperature:g}; accepted: one of the same temperature."
             )
+        asked = {_number(level) for level in grid}
+        for task, levels in self.tasks.items():
+            if asked.isdisjoint(levels):
+                told = ", ".join(f"{level:g}" for level in sorted(levels)) or "none"
+                raise ValueError(
+                    f"--accuracy: got {task} at the diversities {told}, none of them in --grid; "
+                    "accepted: a report that has at least one of them for each task."
+                )
 
 
 def figures(result: Result, accuracy: Accuracy | None = None) -> tuple[Figure, ...]:
@@ -66,7 +75,7 @@ def render(diversity: Any) -> str:
 def sides(result: Result) -> list[tuple[str, Side]]:
     """People's, then those of each diversity, with their names."""
     levels = [(f"diversity {render(level.diversity)}", level.side) for level in result.levels]
-    return [("human", result.human), *levels]
+    return [(HUMAN, result.human), *levels]
 
 
 def _distance(result: Result) -> Figure:
@@ -178,7 +187,7 @@ def _points(measured: Iterable[Measured], digits: tuple[int, int]) -> tuple[Poin
             _span(x),
             _span(y),
             f"{name}: {x.render(digits[0])}, {y.render(digits[1])}",
-            name.rpartition("diversity ")[2],
+            "people" if name == HUMAN else name.rpartition("diversity ")[2],
         )
         for name, x, y in measured
         if _is_known(x) and _is_known(y)
