@@ -46,7 +46,7 @@ from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, deciles, measure
 from dftserve.train.run_folder import WEIGHTS, RunFolder, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
-from dftserve.train.stores import NamedStore, open_stores, source_of
+from dftserve.train.stores import NamedStore, open_stores, source_of, store_names
 from dftserve.train.trainer import (
     HUMAN_NLL,
     DFTTrainer,
@@ -107,6 +107,12 @@ class Material:
             _rows(self.stores, split, config, packing=False) for split in ("train", "heldout")
         )
         return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
+
+    def named_after(self, paths: Sequence[str]) -> "Material":
+        """The same with the stores called as they were at these paths: a run that goes on has
+        figures by the names of its start, and folders may be called otherwise by now."""
+        named = zip(self.stores, store_names(paths), strict=True)
+        return replace(self, stores=tuple(replace(each, name=name) for each, name in named))
 
     def shown(self) -> str:
         """How much there is to learn from: of one store a line, of several one for each."""
@@ -240,7 +246,8 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         prepared = prepare(of_first_candidate(config))
         folder.begin()
     folder.check_seen()
-    material = prepared.material
+    material = prepared.material.named_after(folder.store_paths())
+    prepared = replace(prepared, material=material)
     _say(material.shown())
     resume, tried = folder.to_go_on_from()
     if resume is not None:
@@ -349,18 +356,19 @@ def _rows(
     """Of one store its rows; of several, mixed by their weights.
 
     Raises:
-        ValueError: one of several has nothing to learn from.
+        ValueError: one has text in this split and nothing of it is learnt.
     """
     given: dict[str, Any] = {"packing": packing, "seed": config.seed}
     parts = [Rows(each.store, split, longest=config.max_length, **given) for each in stores]
-    if len(parts) == 1:
-        return parts[0]
     for each, part in zip(stores, parts, strict=True):
-        if len(part) and not any(part.trained):
+        if each.store.count(split) and not len(part):
+            advice = "Leave it out, or build" if len(stores) > 1 else "Build"
             raise ValueError(
                 f"targets: {each.store.folder} has no {split} token that is learnt; accepted: "
-                "stores with some. Leave it out, or build it from other text."
+                f"stores with some. {advice} it from other text."
             )
+    if len(parts) == 1:
+        return parts[0]
     return MixedRows(parts, weights=[each.weight for each in config.stores], seed=config.seed)
 
 

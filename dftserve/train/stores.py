@@ -65,7 +65,7 @@ def open_stores(
         )
         _check_tail(config, store)
     _check_together(opened)
-    names = _names([each.path for each in config.stores])
+    names = store_names([each.path for each in config.stores])
     total = math.fsum(each.weight for each in config.stores)
     return tuple(
         NamedStore(store, name, each.weight / total)
@@ -100,12 +100,17 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
         )
 
 
-def _names(paths: Sequence[str]) -> list[str]:
-    """The folders' own names."""
+def store_names(paths: Sequence[str]) -> list[str]:
+    """The folders' own names; where two are alike, with their numbers in `targets`."""
     names = [os.path.basename(os.path.abspath(path)) or path for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{name}[{number}]" for number, name in enumerate(names)
-    ]
+    # More than once where a folder is called as another one with its number: `a`, `a`, `a[0]`. It
+    # ends: two that have their numbers differ.
+    while len(set(names)) < len(names):
+        names = [
+            name if names.count(name) == 1 else f"{name}[{number}]"
+            for number, name in enumerate(names)
+        ]
+    return names
 
 
 def source_of(stores: Sequence[NamedStore]) -> Mapping[str, Any]:

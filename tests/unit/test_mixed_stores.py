@@ -23,17 +23,22 @@ from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from dftserve import checkpoint
+from dftserve.fingerprints import tokenizer_fingerprint
+from dftserve.targets import store as stores
+from dftserve.targets.document import Document
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.sparse import Targets
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train import config as configs
 from dftserve.train.config import StoreConfig, TrainConfig
-from dftserve.train.data import Collator, Rows, joined
+from dftserve.train.data import Collator, Rows, joined, packed, pieces
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
 from dftserve.train.run import _is_apart, make_trainer, prepare, read, train
 from dftserve.train.run_folder import RunFolder
-from tests.training import save_model, save_store
+from dftserve.train.stores import store_names
+from tests.training import WORDS, Noise, save_model, save_store, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +186,81 @@ def test_trained_tokens_are_counted_as_a_batch_has_them(folder, packing):
         assert part.trained == [len(batch["positions_T"]) for batch in batches]
 
 
+# ── Rows without a learnt token ──────────────────────────────────────────────────────────────────
+
+
+def save_marked(folder: Path, learnt_from: dict[str, int], *, count: int = 12) -> Path:
+    """A store of documents of 70 tokens, of each split learnt from this token on."""
+    held = {}
+    for split, start in learnt_from.items():
+        made = []
+        for seed in range(count):
+            words = [WORDS[(seed * 7 + place) % len(WORDS)] for place in range(70)]
+            document = encode_text(tokenizer(), " ".join(words))
+            trained_N = document.trained_N.copy()
+            trained_N[:start] = False
+            made.append(Document(document.tokens_N, trained_N))
+        held[split] = made
+    source = Noise()
+    given: dict[str, Any] = {"template": None, "corpus": {}, "k": 6, "draws": 6, "seed": 0}
+    plan = stores.plan(source, held, tokenizer=tokenizer_fingerprint(tokenizer()), **given)
+    stores.write(folder, plan, source, held)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_row_has_a_learnt_token_and_no_learnt_token_is_left_out(tmp_path, packing, split):
+    opened = TargetStore(save_marked(tmp_path / "chat", {"train": 45, "heldout": 50}))
+    rows = Rows(opened, split, longest=32, packing=packing, seed=0)
+    learnt = [sum(len(targets) for _, targets in rows[place]) for place in range(len(rows))]
+    assert all(learnt)
+    assert learnt == rows.trained
+    whole = Rows(opened, split, longest=128, packing=packing, seed=0)
+    assert sum(learnt) == sum(whole.trained) == sum(opened.trained(split))
+    assert len(rows) < len(pieces(opened.lengths(split), 32))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_where_all_rows_are_learnt_from_none_is_left_out_or_moved(folder, packing):
+    for split in ("train", "heldout"):
+        opened = TargetStore(folder / "stories")
+        rows = Rows(opened, split, longest=32, packing=packing, seed=5)
+        parts = pieces(opened.lengths(split), 32)
+        assert rows.rows == (packed(parts, 32, 5) if packing else [(part,) for part in parts])
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_run_of_long_prompts_learns_at_each_step_and_measures_what_it_serves(
+    run, folder, tmp_path, mixes
+):
+    """With a batch of one window of a prompt, a step or a figure would be of nothing."""
+    save_marked(tmp_path / "chat", {"train": 60, "heldout": 60})
+    chat = StoreConfig(path=str(tmp_path / "chat"), weight=0.3)
+    targets = (*mixed(folder, stories=0.7), chat) if mixes else (chat,)
+    config = replace(run, targets=targets, packing=False, evaluate_tokens=40, batch_size=1)
+    figures = json.loads((train(config) / checkpoint.RUN).read_text())["figures"]
+    assert all(value > 0 for name, value in figures.items() if "nll" in name)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_split_of_which_nothing_is_learnt_is_refused_by_its_folder(
+    run, folder, monkeypatch, split, mixes
+):
+    """As some sources write one: the marks of `answers` are taken away here."""
+    trained = TargetStore.trained
+
+    def without(self: TargetStore, asked: str) -> list[int]:
+        counts = trained(self, asked)
+        return [0] * len(counts) if (self.folder.name, asked) == ("answers", split) else counts
+
+    monkeypatch.setattr(TargetStore, "trained", without)
+    targets = run.targets if mixes else str(folder / "answers")
+    with pytest.raises(ValueError, match=f"answers has no {split} token that is learnt"):
+        read(replace(run, targets=targets))
+
+
 # ── Targets of different widths ──────────────────────────────────────────────────────────────────
 
 
@@ -271,6 +351,7 @@ def stopped(config: TrainConfig, step: int) -> None:
     with RunFolder(config) as opened:
         opened.begin()
     trainer = make_trainer(config, prepared.loaded.model, prepared.material, (Stop(step),))
+    trainer.args.eval_on_start = True
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
 
@@ -418,6 +499,15 @@ def test_a_store_that_does_not_fit_is_refused_by_its_folder(run, folder, tmp_pat
     assert not Path(config.output).exists()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["a", "a[0]", "a[1]", "a[0][0]", "a[0][2]", "b"]), max_size=6))
+def test_no_two_stores_of_a_run_have_one_name(names):
+    found = store_names([f"/{number}/{name}" for number, name in enumerate(names)])
+    assert len(set(found)) == len(names)
+    for name, own in zip(names, found, strict=True):
+        assert own.startswith(name)
+
+
 def begun(config: TrainConfig) -> None:
     with RunFolder(config) as opened:
         opened.begin()
@@ -441,8 +531,16 @@ def test_a_run_does_not_go_on_with_other_stores_or_weights(run, folder, other, s
 
 
 def test_a_mixed_run_goes_on_wherever_its_stores_are_by_now(run, folder, tmp_path):
-    begun(run)
-    for name in ("stories", "answers"):
-        shutil.copytree(folder / name, tmp_path / name)
-    with RunFolder(replace(run, targets=mixed(tmp_path, stories=0.7, answers=0.3))):
-        pass
+    """To its end, under the names of its start: its earlier figures have those."""
+    whole = train(replace(run, output=str(tmp_path / "whole")))
+    stopped(run, 4)
+    shutil.copytree(folder / "stories", tmp_path / "answers")
+    shutil.copytree(folder / "answers", tmp_path / "moved")
+    final = train(replace(run, targets=mixed(tmp_path, answers=0.7, moved=0.3)))
+    assert_same(final, whole)
+    figures, data = (
+        [json.loads((each / checkpoint.RUN).read_text())[what] for each in (final, whole)]
+        for what in ("figures", "data")
+    )
+    assert figures[0] == figures[1]
+    assert data[0] == data[1]
