@@ -54,7 +54,7 @@ def open_stores(
 
     Raises:
         ValueError: names the one that is no store, is of another tokenizer or template, or has a
-            lumped tail where draws are needed; or those that do not go together.
+            tail without the draws that are needed; or those that do not go together.
     """
     opened = [TargetStore(Path(each.path)) for each in config.stores]
     for store in opened:
@@ -74,11 +74,18 @@ def open_stores(
 
 
 def _check_tail(config: TrainConfig, store: TargetStore) -> None:
-    needs = config.divergence
-    if DIVERGENCES[needs.name].needs_draws and store.manifest.plan.tail == "lumped":
+    name, plan = config.divergence.name, store.manifest.plan
+    if not DIVERGENCES[name].needs_draws:
+        return
+    if plan.tail == "lumped":
         raise ValueError(
-            f"{needs.name} needs draws from the tail and {store.folder} has a lumped one; take "
+            f"{name} needs draws from the tail and {store.folder} has a lumped one; take "
             "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
+        )
+    if not plan.draws and plan.k < plan.vocabulary:
+        raise ValueError(
+            f"{name} needs draws from the tail and {store.folder} keeps 0 of them; take "
+            "reverse_kl, skew_kl or jsd, or build the store with some (store.draws of its recipe)."
         )
 
 
