@@ -30,15 +30,15 @@ from dftserve.targets.encoding import encode_text
 from dftserve.targets.sparse import Targets
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train import config as configs
-from dftserve.train.config import StoreConfig, TrainConfig
+from dftserve.train.config import DivergenceConfig, StoreConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, joined, packed, pieces
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
-from dftserve.train.run import _is_apart, make_trainer, prepare, read, train
+from dftserve.train.run import _is_apart, make_trainer, prepare, profile, read, steps_of, train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.stores import store_names
-from tests.training import WORDS, Noise, save_model, save_store, tokenizer
+from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,9 @@ def test_trained_tokens_are_counted_as_a_batch_has_them(folder, packing):
 # ── Rows without a learnt token ──────────────────────────────────────────────────────────────────
 
 
-def save_marked(folder: Path, learnt_from: dict[str, int], *, count: int = 12) -> Path:
+def save_marked(
+    folder: Path, learnt_from: dict[str, int], *, count: int = 12, k: int = 6, draws: int = 6
+) -> Path:
     """A store of documents of 70 tokens, of each split learnt from this token on."""
     held = {}
     for split, start in learnt_from.items():
@@ -202,7 +204,7 @@ def save_marked(folder: Path, learnt_from: dict[str, int], *, count: int = 12) -
             made.append(Document(document.tokens_N, trained_N))
         held[split] = made
     source = Noise()
-    given: dict[str, Any] = {"template": None, "corpus": {}, "k": 6, "draws": 6, "seed": 0}
+    given: dict[str, Any] = {"template": None, "corpus": {}, "k": k, "draws": draws, "seed": 0}
     plan = stores.plan(source, held, tokenizer=tokenizer_fingerprint(tokenizer()), **given)
     stores.write(folder, plan, source, held)
     return folder
@@ -402,6 +404,37 @@ def test_what_auto_judges_by_is_the_weighted_figure(run):
     assert len(trainer.batches_of_stores) == 2
 
 
+def test_the_profile_is_of_each_store_by_its_weight_and_not_of_the_smallest_alone(
+    run, folder, tmp_path
+):
+    """Of held-out text of 2 and of 40 documents, as of each store alone."""
+    save_store(tmp_path / "few", count=40, heldout=2, seed=11)
+    save_store(tmp_path / "many", count=40, heldout=40, seed=13, longest=12)
+    config = replace(run, targets=mixed(tmp_path, few=0.9, many=0.1))
+    prepared = prepare(config)
+    language_model = prepared.loaded.language_model
+    found = profile(language_model, config, prepared.material)
+    alone = [
+        profile(language_model, each, read(each))
+        for each in (replace(run, targets=str(tmp_path / name)) for name in ("few", "many"))
+    ]
+    assert len(found.target_T) == sum(len(each.target_T) for each in alone)
+    for mean in ("target_mean", "model_mean"):
+        few, many = (getattr(each, mean) for each in alone)
+        assert getattr(found, mean) == pytest.approx(0.9 * few + 0.1 * many, rel=1e-6)
+    for level, entropy in found.by_level.items():
+        expected = 0.9 * alone[0].by_level[level] + 0.1 * alone[1].by_level[level]
+        assert entropy == pytest.approx(expected, rel=1e-6)
+    below = [
+        sum(
+            weight * float((each.target_T <= value).mean())
+            for weight, each in zip((0.9, 0.1), alone, strict=True)
+        )
+        for value in found.target_deciles
+    ]
+    assert below == pytest.approx(np.arange(1, 10) / 10, abs=0.06)
+
+
 def test_a_difference_between_stores_does_not_hide_one_between_candidates():
     theirs_B2 = np.ones((8, 2))
     ours_B2 = theirs_B2.copy()
@@ -409,7 +442,35 @@ def test_a_difference_between_stores_does_not_hide_one_between_candidates():
     ours_B2[4:, 0] -= [0.6, 0.61, 0.59, 0.6]
     assert not _is_apart(ours_B2, theirs_B2, ())
     assert _is_apart(ours_B2, theirs_B2, (4, 4))
-    assert not _is_apart(ours_B2, theirs_B2, (1, 7)), "of one batch nothing is known"
+    assert not _is_apart(ours_B2, theirs_B2, (1, 7)), "batches differ more than candidates"
+
+
+def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
+    """Weights .97 and .03: 39 batches, and one."""
+    source = np.random.default_rng(0)
+    theirs_B2 = np.ones((40, 2)) * [4000, 1000]
+    theirs_B2[39] = [4000 * 1.2, 1200]
+    ours_B2 = theirs_B2.copy()
+    ours_B2[:, 0] -= theirs_B2[:, 1] * source.uniform(0.9, 1.0, 40)
+    assert _is_apart(ours_B2, theirs_B2, (39, 1))
+    assert _is_apart(ours_B2, theirs_B2, (1, 39))
+    assert not _is_apart(ours_B2[:1], theirs_B2[:1], (1,)), "of one batch nothing is known"
+
+
+@pytest.mark.parametrize("counts", [(1, 39), (39, 1), (1, 1, 38), (1, 1), (20, 20)])
+def test_candidates_that_do_not_differ_are_seldom_told_apart(counts):
+    """A store's own mean varies as its weight says; one of one batch has no variance of its own."""
+    source = np.random.default_rng(1)
+    number, weight = sum(counts), 1 / len(counts)
+    tokens_B = np.repeat([weight / count for count in counts], counts)
+    told = 0
+    for _ in range(400):
+        theirs_B2 = np.stack([np.zeros(number), tokens_B], axis=1)
+        spread_B = source.normal(size=number)
+        ours_B2 = np.stack([tokens_B * spread_B, tokens_B], axis=1)
+        told += _is_apart(ours_B2, theirs_B2, counts)
+    # 5 % of many batches; of two numbers, as of two batches of one store, it is 30 %.
+    assert told <= (0.35 if min(counts) == 1 else 0.08) * 400
 
 
 def test_the_plan_has_the_share_of_each_store(run):
@@ -431,12 +492,18 @@ def test_the_plan_has_the_share_of_each_store(run):
     ("targets", "says"),
     [
         ("[]", "targets: got an empty list; accepted: a path, or a list of"),
-        ("3", "targets: got 3; accepted: a text or a list"),
+        ("3", r"targets: got 3; accepted: a path, or a list of \{path, weight\}\."),
+        ("{path: a, weight: 1}", r"targets: got \{.*\}; accepted: a path, or a list of \{path, w"),
         ("[a, b]", r"targets\[0\]: got 'a'; accepted: keys and values \(path, weight\)"),
         ("[{path: a}]", r"targets\[0\]\.weight: got nothing; accepted: a number"),
         ("[{weight: 1}]", r"targets\[0\]\.path: got nothing; accepted: a text"),
-        ("[{path: a, weight: 0}]", r"targets\[0\]: weight: got 0; accepted: a number above 0"),
-        ("[{path: a, weight: -1}]", "weight: got -1; accepted: a number above 0"),
+        (
+            "[{path: a, weight: 0}]",
+            r"targets\[0\]: weight: got 0; accepted: a number from 1e-09",
+        ),
+        ("[{path: a, weight: -1}]", r"weight: got -1; accepted: a number from 1e-09 to 1e\+09\."),
+        ("[{path: a, weight: 1.0e-10}]", "weight: got 1e-10; accepted: a number from 1e-09"),
+        ("[{path: a, weight: 1.0e+308}]", r"weight: got 1e\+308; accepted: a number from 1e-09"),
         ("[{path: a, weight: .nan}]", r"targets\[0\]\.weight: got nan; accepted: a finite number"),
         ("[{path: a, weight: .inf}]", r"targets\[0\]\.weight: got inf; accepted: a finite number"),
         ("[{path: a, weight: much}]", r"targets\[0\]\.weight: got 'much'; accepted: a number"),
@@ -506,6 +573,28 @@ def test_no_two_stores_of_a_run_have_one_name(names):
     assert len(set(found)) == len(names)
     for name, own in zip(names, found, strict=True):
         assert own.startswith(name)
+
+
+def test_a_divergence_that_needs_draws_is_refused_where_a_store_keeps_none(run, folder, tmp_path):
+    none = save_marked(tmp_path / "none", {"train": 1, "heldout": 1}, draws=0)
+    targets = (*mixed(folder, stories=0.7), StoreConfig(path=str(none), weight=0.3))
+    for named in (targets, str(none)):
+        config = replace(run, targets=named)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(none))} keeps 0 .*store\.draws"):
+            read(config)
+        read(replace(config, divergence=DivergenceConfig(name="reverse_kl")))
+    whole = save_marked(tmp_path / "whole", {"train": 1, "heldout": 1}, draws=0, k=VOCABULARY)
+    read(replace(run, targets=str(whole)))  # Of nothing outside the top entries none are needed.
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_patience_is_refused_where_an_epoch_ends_before_the_first_evaluation(run, packing):
+    given: dict[str, Any] = {"steps": None, "epochs": 1.5, "patience": 2, "packing": packing}
+    config = replace(run, **given)
+    steps = steps_of(config, read(config))
+    with pytest.raises(ValueError, match=f"patience: a run of {steps} steps that evaluates"):
+        prepare(replace(config, evaluate_every=steps))
+    prepare(replace(config, evaluate_every=steps - 1))
 
 
 def begun(config: TrainConfig) -> None:
