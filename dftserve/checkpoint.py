@@ -332,6 +332,21 @@ def _git_sha() -> str | None:
     return asked.stdout.strip() or None if asked.returncode == 0 else None
 
 
+FORMATS = re.compile(r"[\\`*\[\]<>~|&]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown may format with; not `_` within a word."""
+
+
+def _unformatted(text: str) -> str:
+    """As Markdown that is shown as the text itself, on one line."""
+    return FORMATS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _figure_name(name: str) -> str:
+    """`human_nll/my_store` → `human nll/my_store`: behind the slash is a store's name."""
+    figure, slash, store = name.partition("/")
+    return figure.replace("_", " ") + slash + _unformatted(store)
+
+
 def _card(promise: Promise, run: Run) -> str:
     base = run.data.get("model", "a causal LM")
     lines = [
@@ -340,13 +355,13 @@ def _card(promise: Promise, run: Run) -> str:
         "tags: [distribution-fine-tuning, dftserve]",
         "---",
         "",
-        f"# Tuned from {base}",
+        f"# Tuned from {_unformatted(base)}",
         "",
         "Distribution Fine-Tuning: the model was tuned toward a distribution over next tokens, by "
         f"{run.settings.get('divergence', {}).get('name', 'a divergence')}, for {run.steps} steps.",
         "",
-        f"- Target: {promise.recipe}",
-        *(f"- {name.replace('_', ' ')}: {value:.4f}" for name, value in run.figures.items()),
+        f"- Target: {_unformatted(promise.recipe)}",
+        *(f"- {_figure_name(name)}: {value:.4f}" for name, value in run.figures.items()),
     ]
     if promise.diversity is not None:
         lines.append(f"- Suggested diversity: `{json.dumps(promise.diversity.as_dict())}`")

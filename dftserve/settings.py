@@ -66,7 +66,8 @@ MOST_TOLD = 5
 
 
 def load(cls: type[T], given: object, where: str) -> T:
-    """A `cls` from a mapping; its fields' annotations say what is accepted.
+    """A `cls` from a mapping; its fields' annotations say what is accepted; an error says it in the
+    words of the field's metadata `kind`, where it has some.
 
     Known annotations: bool, int, float, str, tuple[X, ...], Mapping, dataclasses of these, and
     unions with None. A check on values belongs to the dataclass's own `__post_init__`.
@@ -86,10 +87,13 @@ def load(cls: type[T], given: object, where: str) -> T:
         raise ValueError(f"{where}: got {_shown(given)}; accepted: keys and values{named}.")
     hints = typing.get_type_hints(cls)
     refuse_unknown(given, known, where)
+    kinds = {name: known[name].metadata.get("kind") or _kind(hints[name]) for name in known}
     for name in required:
         if name not in given:
-            raise ValueError(f"{where}.{name}: got nothing; accepted: {_kind(hints[name])}.")
-    values = {name: _value(hints[name], given[name], f"{where}.{name}") for name in given}
+            raise ValueError(f"{where}.{name}: got nothing; accepted: {kinds[name]}.")
+    values = {
+        name: _value(hints[name], given[name], f"{where}.{name}", kinds[name]) for name in given
+    }
     try:
         return cls(**values)
     except ValueError as error:
@@ -192,7 +196,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name[:80], list(known), n=1)), None)
 
 
-def _value(hint: Any, given: object, where: str) -> Any:
+def _value(hint: Any, given: object, where: str, kind: str | None = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if given is None and type(None) in arguments:
@@ -203,8 +207,8 @@ def _value(hint: Any, given: object, where: str) -> Any:
                 return _value(each, given, where)
             except ValueError:
                 continue
-        if len(choices) > 1 and not isinstance(given, list | tuple | Mapping | str):
-            raise ValueError(f"{where}: got {_shown(given)}; accepted: {_kind(hint)}.")
+        if len(choices) > 1 and not _is_near(choices[-1], given):
+            raise ValueError(f"{where}: got {_shown(given)}; accepted: {kind or _kind(hint)}.")
         return _value(choices[-1], given, where)
     if origin is tuple:
         if isinstance(given, str) or not isinstance(given, Sequence):
@@ -227,6 +231,13 @@ def _value(hint: Any, given: object, where: str) -> Any:
     if isinstance(given, int) and given not in INTEGERS:
         raise ValueError(f"{where}: got {_shown(given)}; accepted: a whole number of 64 bits.")
     return given
+
+
+def _is_near(hint: Any, given: object) -> bool:
+    """Whether what is wrong is within it: its own error then says more than that of all choices."""
+    if isinstance(given, Mapping):
+        return typing.get_origin(hint) is not tuple
+    return isinstance(given, list | tuple | str)
 
 
 def _kind(hint: Any) -> str:

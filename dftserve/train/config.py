@@ -25,6 +25,8 @@ ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_att
 REPORTS = ("none", "tensorboard", "trackio")
 MOST = 1 << 30
 """Of a count of steps, rows or checkpoints: what is beyond is a slip, and would be allocated."""
+LEAST_WEIGHT, MOST_WEIGHT = 1e-9, 1e9
+"""Of a store: the whole numbers that weights are counted in stay small, and their sum finite."""
 MOST_TOKENS = 1 << 20
 """Of a row."""
 MOST_SEED = (1 << 32) - 1
@@ -143,8 +145,11 @@ class StoreConfig:
     """Its share of the trained tokens is this, divided by the sum of all weights."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight: got {self.weight:g}; accepted: a number above 0.")
+        if not LEAST_WEIGHT <= self.weight <= MOST_WEIGHT:
+            raise ValueError(
+                f"weight: got {self.weight:g}; accepted: a number from {LEAST_WEIGHT:g} to "
+                f"{MOST_WEIGHT:g}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,9 @@ class TrainConfig:
 
     model: str
     """A Hugging Face causal LM: a folder, or a name where there is a hub."""
-    targets: str | tuple[StoreConfig, ...]
+    targets: str | tuple[StoreConfig, ...] = field(
+        metadata={"kind": "a path, or a list of {path, weight}"}
+    )
     """The folder of a target store, or several with weights. A list of one is that store alone."""
     output: str
     """Where checkpoints go: `checkpoint-N` to resume from, `final` to serve."""

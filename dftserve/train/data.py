@@ -13,7 +13,6 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -78,7 +77,10 @@ def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
 
 
 class Rows(Dataset):
-    """The packed rows of one split; an item is the pieces with their documents and targets."""
+    """The packed rows of one split; an item is the pieces with their documents and targets.
+
+    A row without a trained token is left out: a batch of such rows alone has no mean.
+    """
 
     def __init__(
         self, store: TargetStore, split: str, *, longest: int, packing: bool, seed: int
@@ -86,7 +88,11 @@ class Rows(Dataset):
         self._store, self._split = store, split
         self.packing = packing
         parts = pieces(store.lengths(split), longest)
-        self.rows = packed(parts, longest, seed) if packing else [(part,) for part in parts]
+        rows = packed(parts, longest, seed) if packing else [(part,) for part in parts]
+        learnt = [(row, count) for row, count in self._counted(rows) if count]
+        self.rows = [row for row, _ in learnt]
+        self.trained = [count for _, count in learnt]
+        """Trained tokens of each row."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,18 +105,20 @@ class Rows(Dataset):
         """Tokens of an epoch, and how many of them are learnt."""
         return sum(len(piece) for row in self.rows for piece in row), sum(self.trained)
 
-    @cached_property
-    def trained(self) -> list[int]:
-        """Trained tokens of each row."""
+    def _counted(self, rows: Sequence[Row]) -> list[tuple[Row, int]]:
+        """Each row and its trained tokens."""
         lengths, counts = self._store.lengths(self._split), self._store.trained(self._split)
 
         def of(piece: Piece) -> int:
-            if len(piece) == lengths[piece.document]:
-                return counts[piece.document]
+            length, count = lengths[piece.document], counts[piece.document]
+            if len(piece) == length:
+                return count
+            if count == length - 1:  # Text alone: no need to read the marks of each window.
+                return len(piece) - 1
             where = (piece.document, piece.start + 1, piece.stop)
             return self._store.trained_within(self._split, *where)
 
-        return [sum(map(of, row)) for row in self.rows]
+        return [(row, sum(map(of, row))) for row in rows]
 
     def __getitem__(self, index: int) -> list[tuple[Document, Targets]]:
         return [self._read(piece) for piece in self.rows[index]]

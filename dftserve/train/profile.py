@@ -7,7 +7,8 @@ plain torch: a backend with kernels of its own would compile longer than that ta
 Shapes: T trained positions, R of them in a chunk, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +39,51 @@ class Profile:
     by_level: Mapping[float, float]
     """The mean of what would be sampled from at each level of `gated`, T = 1: the model's own, and
     what the level adds to it on the positions that it was applied to."""
+    share_T: np.ndarray | None = None
+    """Of each token in means and deciles, summing to 1; None: all have the same."""
+
+    @staticmethod
+    def mixed(parts: Sequence["Profile"], weights: Sequence[float]) -> "Profile":
+        """The mean of several by weights that sum to 1, whatever number of tokens each has."""
+        shares = [
+            np.full(len(part.model_T), weight / max(len(part.model_T), 1))
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+        return Profile(
+            target_T=np.concatenate([part.target_T for part in parts]),
+            model_T=np.concatenate([part.model_T for part in parts]),
+            by_level={
+                level: math.fsum(
+                    weight * part.by_level[level]
+                    for part, weight in zip(parts, weights, strict=True)
+                )
+                for level in LEVELS
+            },
+            share_T=np.concatenate(shares),
+        )
+
+    @property
+    def target_mean(self) -> float:
+        return float(np.average(self.target_T, weights=self.share_T))
+
+    @property
+    def model_mean(self) -> float:
+        return float(np.average(self.model_T, weights=self.share_T))
+
+    @property
+    def target_deciles(self) -> tuple[float, ...]:
+        return deciles(self.target_T, self.share_T)
+
+    @property
+    def model_deciles(self) -> tuple[float, ...]:
+        return deciles(self.model_T, self.share_T)
 
     @property
     def suggested(self) -> Diversity | None:
         """The level whose mean entropy is nearest to the target's; None without tokens."""
         if not len(self.target_T):
             return None
-        target = float(self.target_T.mean())
+        target = self.target_mean
         return parse(min(self.by_level, key=lambda level: abs(self.by_level[level] - target)))
 
 
@@ -54,14 +93,19 @@ def measure(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     stop_ids: frozenset[int],
-    tokens: int,
+    tokens: float,
+    share: float = 1.0,
 ) -> Profile:
-    """Over the first batches that together hold `tokens` trained positions or more."""
+    """Over the first batches that together hold `tokens` trained positions or more.
+
+    Args:
+        share: how much of `LEVEL_ELEMENTS` the levels are applied to.
+    """
     head = model.head
     taken = _first(batches, tokens)
     seen = sum(len(batch["positions_T"]) for batch in taken)
     vocabulary = len(head.weight_VD)
-    step = max(1, -(-seen * vocabulary // LEVEL_ELEMENTS))
+    step = max(1, -(-seen * vocabulary // max(1, int(share * LEVEL_ELEMENTS))))
     targets: list[Tensor] = []
     entropies: list[Tensor] = []
     added = dict.fromkeys(LEVELS, 0.0)
@@ -89,11 +133,20 @@ def measure(
     )
 
 
-def deciles(entropies_T: np.ndarray) -> tuple[float, ...]:
-    return tuple(round(float(x), 4) for x in np.quantile(entropies_T, np.arange(1, 10) / 10))
+def deciles(entropies_T: np.ndarray, share_T: np.ndarray | None = None) -> tuple[float, ...]:
+    """With shares, of each the first value at which so much is reached."""
+    tenths = np.arange(1, 10) / 10
+    if share_T is None:
+        found = np.quantile(entropies_T, tenths)
+    else:
+        order_T = np.argsort(entropies_T)
+        reached_T = np.cumsum(share_T[order_T])
+        places = np.searchsorted(reached_T, tenths * reached_T[-1])
+        found = entropies_T[order_T][places]
+    return tuple(round(float(x), 4) for x in found)
 
 
-def _first(batches: Iterable[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+def _first(batches: Iterable[Mapping[str, Tensor]], tokens: float) -> list[Mapping[str, Tensor]]:
     taken, seen = [], 0
     for batch in batches:
         taken.append(batch)

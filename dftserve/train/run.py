@@ -43,10 +43,10 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.mixed import MixedRows
 from dftserve.train.model import attach, checkpointing_name
-from dftserve.train.profile import Profile, deciles, measure
+from dftserve.train.profile import Profile, measure
 from dftserve.train.run_folder import WEIGHTS, RunFolder, targets_digest
 from dftserve.train.save import SaveError, check_reloaded, nll, try_save
-from dftserve.train.stores import NamedStore, open_stores, source_of
+from dftserve.train.stores import NamedStore, open_stores, source_of, store_names
 from dftserve.train.trainer import (
     HUMAN_NLL,
     DFTTrainer,
@@ -107,6 +107,12 @@ class Material:
             _rows(self.stores, split, config, packing=False) for split in ("train", "heldout")
         )
         return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
+
+    def named_after(self, paths: Sequence[str]) -> "Material":
+        """The same with the stores called as they were at these paths: a run that goes on has
+        figures by the names of its start, and folders may be called otherwise by now."""
+        named = zip(self.stores, store_names(paths), strict=True)
+        return replace(self, stores=tuple(replace(each, name=name) for each, name in named))
 
     def shown(self) -> str:
         """How much there is to learn from: of one store a line, of several one for each."""
@@ -178,6 +184,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
+    if not config.steps:  # They follow from the rows, of which there are more without packing.
+        _check_patience(config, math.ceil(steps_of(config, material) / processes.count()))
     if config.batch_size > 1:
         loaded.language_model.check_batch(material.longest, most=most)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
@@ -240,7 +248,8 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         prepared = prepare(of_first_candidate(config))
         folder.begin()
     folder.check_seen()
-    material = prepared.material
+    material = prepared.material.named_after(folder.store_paths())
+    prepared = replace(prepared, material=material)
     _say(material.shown())
     resume, tried = folder.to_go_on_from()
     if resume is not None:
@@ -323,11 +332,8 @@ def read(config: TrainConfig) -> Material:
     found.check_tokenizer(tokenizer)
     stores = open_stores(config, tokenizer, vocabulary=found.vocabulary)
     has_heldout = stores[0].store.count("heldout") > 0  # As all have, or none.
-    if config.patience is not None and config.steps and config.steps <= config.evaluate_every:
-        raise ValueError(
-            f"patience: a run of {config.steps} steps that evaluates every {config.evaluate_every} "
-            "cannot stop early; lower evaluate_every."
-        )
+    if config.steps:
+        _check_patience(config, config.steps)
     if config.patience is not None and not has_heldout:
         raise ValueError("patience: the store has no held-out text to stop by; build it with some.")
     if config.divergence.target_weight == AUTO and not has_heldout:
@@ -343,24 +349,33 @@ def read(config: TrainConfig) -> Material:
     return material
 
 
+def _check_patience(config: TrainConfig, steps: int) -> None:
+    if config.patience is not None and steps <= config.evaluate_every:
+        raise ValueError(
+            f"patience: a run of {steps} steps that evaluates every {config.evaluate_every} "
+            "cannot stop early; lower evaluate_every."
+        )
+
+
 def _rows(
     stores: Sequence[NamedStore], split: str, config: TrainConfig, *, packing: bool
 ) -> Rows | MixedRows:
     """Of one store its rows; of several, mixed by their weights.
 
     Raises:
-        ValueError: one of several has nothing to learn from.
+        ValueError: one has text in this split and nothing of it is learnt.
     """
     given: dict[str, Any] = {"packing": packing, "seed": config.seed}
     parts = [Rows(each.store, split, longest=config.max_length, **given) for each in stores]
-    if len(parts) == 1:
-        return parts[0]
     for each, part in zip(stores, parts, strict=True):
-        if len(part) and not any(part.trained):
+        if each.store.count(split) and not len(part):
+            advice = "Leave it out, or build" if len(stores) > 1 else "Build"
             raise ValueError(
                 f"targets: {each.store.folder} has no {split} token that is learnt; accepted: "
-                "stores with some. Leave it out, or build it from other text."
+                f"stores with some. {advice} it from other text."
             )
+    if len(parts) == 1:
+        return parts[0]
     return MixedRows(parts, weights=[each.weight for each in config.stores], seed=config.seed)
 
 
@@ -587,16 +602,37 @@ def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
 
 
 def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
+    """On held-out text; of several stores on each one's share of it, and their mean by weight."""
+    rows = material.heldout
+    if not isinstance(rows, MixedRows):
+        return _profile_of(language_model, config, material, rows, share=1.0)
+    weights = [each.weight for each in material.stores]
+    parts = [
+        _profile_of(language_model, config, material, part, share=weight)
+        for part, weight in zip(rows.parts, weights, strict=True)
+    ]
+    return Profile.mixed(parts, weights)
+
+
+def _profile_of(
+    language_model: lm.LanguageModel,
+    config: TrainConfig,
+    material: Material,
+    rows: Rows,
+    *,
+    share: float,
+) -> Profile:
     device = language_model.model.device
+    tokens = share * PROFILE_TOKENS
     loader = DataLoader(
-        _some(material.heldout, PROFILE_TOKENS),  # type: ignore[arg-type]
+        _some(rows, tokens),  # type: ignore[arg-type]
         batch_size=config.batch_size,
         collate_fn=material.collate,
     )
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
     end: Any = material.tokenizer.eos_token_id
     stops: frozenset[int] = frozenset() if end is None else frozenset({end})
-    return measure(language_model, batches, stop_ids=stops, tokens=PROFILE_TOKENS)
+    return measure(language_model, batches, stop_ids=stops, tokens=tokens, share=share)
 
 
 def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
@@ -613,10 +649,10 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     return Promise(
         recipe=told,
         diversity=None if refused else seen.suggested,
-        target_entropy=round(float(seen.target_T.mean()), 4) if reads else None,
-        model_entropy=round(float(seen.model_T.mean()), 4),
-        target_deciles=deciles(seen.target_T) if reads else None,
-        model_deciles=deciles(seen.model_T),
+        target_entropy=round(seen.target_mean, 4) if reads else None,
+        model_entropy=round(seen.model_mean, 4),
+        target_deciles=seen.target_deciles if reads else None,
+        model_deciles=seen.model_deciles,
     )
 
 
@@ -700,13 +736,28 @@ def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray, counts: Sequence[int])
     """
     nats_B, tokens_B = ours_B2[:, 0] - theirs_B2[:, 0], ours_B2[:, 1]
     squares = 0.0
-    for part in np.split(np.arange(len(nats_B)), np.cumsum(counts)[:-1].astype(int)):
+    for part in _varying_together(len(nats_B), counts):
         if len(part) < 2:
             return False
         rest_B = nats_B[part] - nats_B[part].sum() / tokens_B[part].sum() * tokens_B[part]
-        squares += (rest_B**2).sum() * len(part) / (len(part) - 1)
+        # A batch of many of the tokens draws their mean to itself: what it differs from is the mean
+        # of the others, which the jackknife takes.
+        rest_B /= 1 - tokens_B[part] / tokens_B[part].sum()
+        squares += (rest_B**2).sum() * (len(part) - 1) / len(part)
     error = np.sqrt(squares) / tokens_B.sum()
     return bool(abs(nats_B.sum() / tokens_B.sum()) > 2 * error)
+
+
+def _varying_together(batches: int, counts: Sequence[int]) -> list[np.ndarray]:
+    """The batches of each store. One batch of a store shows no variance: such stores are taken
+    together with the one of most batches (collapsed strata: Cochran, Sampling Techniques, 5A.12),
+    where the difference between the stores counts as variance too, so that it is not taken too
+    low."""
+    parts = np.split(np.arange(batches), np.cumsum(counts)[:-1].astype(int))
+    most = max(range(len(parts)), key=lambda store: len(parts[store]))
+    apart = [part for store, part in enumerate(parts) if store != most and len(part) > 1]
+    lone = [part for store, part in enumerate(parts) if store != most and len(part) < 2]
+    return [np.concatenate([parts[most], *lone]), *apart]
 
 
 def steps_of(config: TrainConfig, material: Material) -> int:

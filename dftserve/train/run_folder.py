@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from dftserve import atomic, checkpoint, lm, lock
-from dftserve.bounded_files import FileError, advised, open_growing, read_json, read_text
+from dftserve.bounded_files import FileError, advised, open_growing, read_json, read_text, shaped_as
 from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
 from dftserve.digest import digest_of
 from dftserve.lm import model_digest
@@ -140,6 +140,19 @@ class RunFolder:
             if not processes.is_first() and not _comes(lambda: is_whole(path)):
                 checkpoint.verify(path)
         return path, tried
+
+    def store_paths(self) -> list[str]:
+        """Where the target stores lay when the run was begun; the same in every process.
+
+        Raises:
+            ValueError: the same in all processes: the settings are no longer what a run writes.
+        """
+        path = self._folder / SETTINGS
+        with processes.together():
+            found = read_object(path) if processes.is_first() else None
+            with shaped_as(path, "what a run writes"):
+                mine = [str(each["path"]) for each in _stores(found)] if found else []
+        return processes.gathered(mine)[0]
 
     def _sees(self, start_id: str) -> bool:
         """Whether the lock that the first process holds is this folder's."""

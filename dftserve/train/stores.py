@@ -54,7 +54,7 @@ def open_stores(
 
     Raises:
         ValueError: names the one that is no store, is of another tokenizer or template, or has a
-            lumped tail where draws are needed; or those that do not go together.
+            tail without the draws that are needed; or those that do not go together.
     """
     opened = [TargetStore(Path(each.path)) for each in config.stores]
     for store in opened:
@@ -65,7 +65,7 @@ def open_stores(
         )
         _check_tail(config, store)
     _check_together(opened)
-    names = _names([each.path for each in config.stores])
+    names = store_names([each.path for each in config.stores])
     total = math.fsum(each.weight for each in config.stores)
     return tuple(
         NamedStore(store, name, each.weight / total)
@@ -74,11 +74,18 @@ def open_stores(
 
 
 def _check_tail(config: TrainConfig, store: TargetStore) -> None:
-    needs = config.divergence
-    if DIVERGENCES[needs.name].needs_draws and store.manifest.plan.tail == "lumped":
+    name, plan = config.divergence.name, store.manifest.plan
+    if not DIVERGENCES[name].needs_draws:
+        return
+    if plan.tail == "lumped":
         raise ValueError(
-            f"{needs.name} needs draws from the tail and {store.folder} has a lumped one; take "
+            f"{name} needs draws from the tail and {store.folder} has a lumped one; take "
             "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
+        )
+    if not plan.draws and plan.k < plan.vocabulary:
+        raise ValueError(
+            f"{name} needs draws from the tail and {store.folder} keeps 0 of them; take "
+            "reverse_kl, skew_kl or jsd, or build the store with some (store.draws of its recipe)."
         )
 
 
@@ -100,12 +107,17 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
         )
 
 
-def _names(paths: Sequence[str]) -> list[str]:
-    """The folders' own names."""
+def store_names(paths: Sequence[str]) -> list[str]:
+    """The folders' own names; where two are alike, with their numbers in `targets`."""
     names = [os.path.basename(os.path.abspath(path)) or path for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{name}[{number}]" for number, name in enumerate(names)
-    ]
+    # More than once where a folder is called as another one with its number: `a`, `a`, `a[0]`. It
+    # ends: two that have their numbers differ.
+    while len(set(names)) < len(names):
+        names = [
+            name if names.count(name) == 1 else f"{name}[{number}]"
+            for number, name in enumerate(names)
+        ]
+    return names
 
 
 def source_of(stores: Sequence[NamedStore]) -> Mapping[str, Any]:

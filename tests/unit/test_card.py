@@ -7,7 +7,7 @@ import pytest
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CARD, CheckpointError
-from dftserve.spec import CHECKSUMS
+from dftserve.spec import CHECKSUMS, Promise
 from tests.training import save_sealed
 
 
@@ -161,3 +161,15 @@ def test_a_card_of_a_changed_checkpoint_is_left_alone(written):
     with pytest.raises(CheckpointError, match="weights is not the file"):
         checkpoint.add_to_card(written, "Accuracy", "text")
     assert (written / CARD).read_text() == before
+
+
+def test_names_of_figures_and_stores_are_shown_as_they_are():
+    name = "a_b*c*_d_[e](f)`g`"
+    run = checkpoint.Run.of(
+        {}, {"model": "base"}, steps=1, figures={f"human_nll/{name}": 1.5, "human_nll": 2.5}
+    )
+    card = checkpoint._card(Promise(recipe=f"forward_kl toward {name}"), run)
+    shown = r"a_b\*c\*\_d\_\[e\](f)\`g\`"
+    assert f"- human nll/{shown}: 1.5000\n" in card
+    assert "- human nll: 2.5000\n" in card
+    assert f"- Target: forward_kl toward {shown}\n" in card

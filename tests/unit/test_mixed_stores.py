@@ -23,17 +23,22 @@ from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from dftserve import checkpoint
+from dftserve.fingerprints import tokenizer_fingerprint
+from dftserve.targets import store as stores
+from dftserve.targets.document import Document
+from dftserve.targets.encoding import encode_text
 from dftserve.targets.sparse import Targets
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train import config as configs
-from dftserve.train.config import StoreConfig, TrainConfig
-from dftserve.train.data import Collator, Rows, joined
+from dftserve.train.config import DivergenceConfig, StoreConfig, TrainConfig
+from dftserve.train.data import Collator, Rows, joined, packed, pieces
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
-from dftserve.train.run import _is_apart, make_trainer, prepare, read, train
+from dftserve.train.run import _is_apart, make_trainer, prepare, profile, read, steps_of, train
 from dftserve.train.run_folder import RunFolder
-from tests.training import save_model, save_store
+from dftserve.train.stores import store_names
+from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +186,83 @@ def test_trained_tokens_are_counted_as_a_batch_has_them(folder, packing):
         assert part.trained == [len(batch["positions_T"]) for batch in batches]
 
 
+# ── Rows without a learnt token ──────────────────────────────────────────────────────────────────
+
+
+def save_marked(
+    folder: Path, learnt_from: dict[str, int], *, count: int = 12, k: int = 6, draws: int = 6
+) -> Path:
+    """A store of documents of 70 tokens, of each split learnt from this token on."""
+    held = {}
+    for split, start in learnt_from.items():
+        made = []
+        for seed in range(count):
+            words = [WORDS[(seed * 7 + place) % len(WORDS)] for place in range(70)]
+            document = encode_text(tokenizer(), " ".join(words))
+            trained_N = document.trained_N.copy()
+            trained_N[:start] = False
+            made.append(Document(document.tokens_N, trained_N))
+        held[split] = made
+    source = Noise()
+    given: dict[str, Any] = {"template": None, "corpus": {}, "k": k, "draws": draws, "seed": 0}
+    plan = stores.plan(source, held, tokenizer=tokenizer_fingerprint(tokenizer()), **given)
+    stores.write(folder, plan, source, held)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_row_has_a_learnt_token_and_no_learnt_token_is_left_out(tmp_path, packing, split):
+    opened = TargetStore(save_marked(tmp_path / "chat", {"train": 45, "heldout": 50}))
+    rows = Rows(opened, split, longest=32, packing=packing, seed=0)
+    learnt = [sum(len(targets) for _, targets in rows[place]) for place in range(len(rows))]
+    assert all(learnt)
+    assert learnt == rows.trained
+    whole = Rows(opened, split, longest=128, packing=packing, seed=0)
+    assert sum(learnt) == sum(whole.trained) == sum(opened.trained(split))
+    assert len(rows) < len(pieces(opened.lengths(split), 32))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_where_all_rows_are_learnt_from_none_is_left_out_or_moved(folder, packing):
+    for split in ("train", "heldout"):
+        opened = TargetStore(folder / "stories")
+        rows = Rows(opened, split, longest=32, packing=packing, seed=5)
+        parts = pieces(opened.lengths(split), 32)
+        assert rows.rows == (packed(parts, 32, 5) if packing else [(part,) for part in parts])
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_run_of_long_prompts_learns_at_each_step_and_measures_what_it_serves(
+    run, folder, tmp_path, mixes
+):
+    """With a batch of one window of a prompt, a step or a figure would be of nothing."""
+    save_marked(tmp_path / "chat", {"train": 60, "heldout": 60})
+    chat = StoreConfig(path=str(tmp_path / "chat"), weight=0.3)
+    targets = (*mixed(folder, stories=0.7), chat) if mixes else (chat,)
+    config = replace(run, targets=targets, packing=False, evaluate_tokens=40, batch_size=1)
+    figures = json.loads((train(config) / checkpoint.RUN).read_text())["figures"]
+    assert all(value > 0 for name, value in figures.items() if "nll" in name)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_split_of_which_nothing_is_learnt_is_refused_by_its_folder(
+    run, folder, monkeypatch, split, mixes
+):
+    """As some sources write one: the marks of `answers` are taken away here."""
+    trained = TargetStore.trained
+
+    def without(self: TargetStore, asked: str) -> list[int]:
+        counts = trained(self, asked)
+        return [0] * len(counts) if (self.folder.name, asked) == ("answers", split) else counts
+
+    monkeypatch.setattr(TargetStore, "trained", without)
+    targets = run.targets if mixes else str(folder / "answers")
+    with pytest.raises(ValueError, match=f"answers has no {split} token that is learnt"):
+        read(replace(run, targets=targets))
+
+
 # ── Targets of different widths ──────────────────────────────────────────────────────────────────
 
 
@@ -271,6 +353,7 @@ def stopped(config: TrainConfig, step: int) -> None:
     with RunFolder(config) as opened:
         opened.begin()
     trainer = make_trainer(config, prepared.loaded.model, prepared.material, (Stop(step),))
+    trainer.args.eval_on_start = True
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
 
@@ -321,6 +404,37 @@ def test_what_auto_judges_by_is_the_weighted_figure(run):
     assert len(trainer.batches_of_stores) == 2
 
 
+def test_the_profile_is_of_each_store_by_its_weight_and_not_of_the_smallest_alone(
+    run, folder, tmp_path
+):
+    """Of held-out text of 2 and of 40 documents, as of each store alone."""
+    save_store(tmp_path / "few", count=40, heldout=2, seed=11)
+    save_store(tmp_path / "many", count=40, heldout=40, seed=13, longest=12)
+    config = replace(run, targets=mixed(tmp_path, few=0.9, many=0.1))
+    prepared = prepare(config)
+    language_model = prepared.loaded.language_model
+    found = profile(language_model, config, prepared.material)
+    alone = [
+        profile(language_model, each, read(each))
+        for each in (replace(run, targets=str(tmp_path / name)) for name in ("few", "many"))
+    ]
+    assert len(found.target_T) == sum(len(each.target_T) for each in alone)
+    for mean in ("target_mean", "model_mean"):
+        few, many = (getattr(each, mean) for each in alone)
+        assert getattr(found, mean) == pytest.approx(0.9 * few + 0.1 * many, rel=1e-6)
+    for level, entropy in found.by_level.items():
+        expected = 0.9 * alone[0].by_level[level] + 0.1 * alone[1].by_level[level]
+        assert entropy == pytest.approx(expected, rel=1e-6)
+    below = [
+        sum(
+            weight * float((each.target_T <= value).mean())
+            for weight, each in zip((0.9, 0.1), alone, strict=True)
+        )
+        for value in found.target_deciles
+    ]
+    assert below == pytest.approx(np.arange(1, 10) / 10, abs=0.06)
+
+
 def test_a_difference_between_stores_does_not_hide_one_between_candidates():
     theirs_B2 = np.ones((8, 2))
     ours_B2 = theirs_B2.copy()
@@ -328,7 +442,35 @@ def test_a_difference_between_stores_does_not_hide_one_between_candidates():
     ours_B2[4:, 0] -= [0.6, 0.61, 0.59, 0.6]
     assert not _is_apart(ours_B2, theirs_B2, ())
     assert _is_apart(ours_B2, theirs_B2, (4, 4))
-    assert not _is_apart(ours_B2, theirs_B2, (1, 7)), "of one batch nothing is known"
+    assert not _is_apart(ours_B2, theirs_B2, (1, 7)), "batches differ more than candidates"
+
+
+def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
+    """Weights .97 and .03: 39 batches, and one."""
+    source = np.random.default_rng(0)
+    theirs_B2 = np.ones((40, 2)) * [4000, 1000]
+    theirs_B2[39] = [4000 * 1.2, 1200]
+    ours_B2 = theirs_B2.copy()
+    ours_B2[:, 0] -= theirs_B2[:, 1] * source.uniform(0.9, 1.0, 40)
+    assert _is_apart(ours_B2, theirs_B2, (39, 1))
+    assert _is_apart(ours_B2, theirs_B2, (1, 39))
+    assert not _is_apart(ours_B2[:1], theirs_B2[:1], (1,)), "of one batch nothing is known"
+
+
+@pytest.mark.parametrize("counts", [(1, 39), (39, 1), (1, 1, 38), (1, 1), (20, 20)])
+def test_candidates_that_do_not_differ_are_seldom_told_apart(counts):
+    """A store's own mean varies as its weight says; one of one batch has no variance of its own."""
+    source = np.random.default_rng(1)
+    number, weight = sum(counts), 1 / len(counts)
+    tokens_B = np.repeat([weight / count for count in counts], counts)
+    told = 0
+    for _ in range(400):
+        theirs_B2 = np.stack([np.zeros(number), tokens_B], axis=1)
+        spread_B = source.normal(size=number)
+        ours_B2 = np.stack([tokens_B * spread_B, tokens_B], axis=1)
+        told += _is_apart(ours_B2, theirs_B2, counts)
+    # 5 % of many batches; of two numbers, as of two batches of one store, it is 30 %.
+    assert told <= (0.35 if min(counts) == 1 else 0.08) * 400
 
 
 def test_the_plan_has_the_share_of_each_store(run):
@@ -350,12 +492,18 @@ def test_the_plan_has_the_share_of_each_store(run):
     ("targets", "says"),
     [
         ("[]", "targets: got an empty list; accepted: a path, or a list of"),
-        ("3", "targets: got 3; accepted: a text or a list"),
+        ("3", r"targets: got 3; accepted: a path, or a list of \{path, weight\}\."),
+        ("{path: a, weight: 1}", r"targets: got \{.*\}; accepted: a path, or a list of \{path, w"),
         ("[a, b]", r"targets\[0\]: got 'a'; accepted: keys and values \(path, weight\)"),
         ("[{path: a}]", r"targets\[0\]\.weight: got nothing; accepted: a number"),
         ("[{weight: 1}]", r"targets\[0\]\.path: got nothing; accepted: a text"),
-        ("[{path: a, weight: 0}]", r"targets\[0\]: weight: got 0; accepted: a number above 0"),
-        ("[{path: a, weight: -1}]", "weight: got -1; accepted: a number above 0"),
+        (
+            "[{path: a, weight: 0}]",
+            r"targets\[0\]: weight: got 0; accepted: a number from 1e-09",
+        ),
+        ("[{path: a, weight: -1}]", r"weight: got -1; accepted: a number from 1e-09 to 1e\+09\."),
+        ("[{path: a, weight: 1.0e-10}]", "weight: got 1e-10; accepted: a number from 1e-09"),
+        ("[{path: a, weight: 1.0e+308}]", r"weight: got 1e\+308; accepted: a number from 1e-09"),
         ("[{path: a, weight: .nan}]", r"targets\[0\]\.weight: got nan; accepted: a finite number"),
         ("[{path: a, weight: .inf}]", r"targets\[0\]\.weight: got inf; accepted: a finite number"),
         ("[{path: a, weight: much}]", r"targets\[0\]\.weight: got 'much'; accepted: a number"),
@@ -418,6 +566,37 @@ def test_a_store_that_does_not_fit_is_refused_by_its_folder(run, folder, tmp_pat
     assert not Path(config.output).exists()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["a", "a[0]", "a[1]", "a[0][0]", "a[0][2]", "b"]), max_size=6))
+def test_no_two_stores_of_a_run_have_one_name(names):
+    found = store_names([f"/{number}/{name}" for number, name in enumerate(names)])
+    assert len(set(found)) == len(names)
+    for name, own in zip(names, found, strict=True):
+        assert own.startswith(name)
+
+
+def test_a_divergence_that_needs_draws_is_refused_where_a_store_keeps_none(run, folder, tmp_path):
+    none = save_marked(tmp_path / "none", {"train": 1, "heldout": 1}, draws=0)
+    targets = (*mixed(folder, stories=0.7), StoreConfig(path=str(none), weight=0.3))
+    for named in (targets, str(none)):
+        config = replace(run, targets=named)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(none))} keeps 0 .*store\.draws"):
+            read(config)
+        read(replace(config, divergence=DivergenceConfig(name="reverse_kl")))
+    whole = save_marked(tmp_path / "whole", {"train": 1, "heldout": 1}, draws=0, k=VOCABULARY)
+    read(replace(run, targets=str(whole)))  # Of nothing outside the top entries none are needed.
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_patience_is_refused_where_an_epoch_ends_before_the_first_evaluation(run, packing):
+    given: dict[str, Any] = {"steps": None, "epochs": 1.5, "patience": 2, "packing": packing}
+    config = replace(run, **given)
+    steps = steps_of(config, read(config))
+    with pytest.raises(ValueError, match=f"patience: a run of {steps} steps that evaluates"):
+        prepare(replace(config, evaluate_every=steps))
+    prepare(replace(config, evaluate_every=steps - 1))
+
+
 def begun(config: TrainConfig) -> None:
     with RunFolder(config) as opened:
         opened.begin()
@@ -441,8 +620,16 @@ def test_a_run_does_not_go_on_with_other_stores_or_weights(run, folder, other, s
 
 
 def test_a_mixed_run_goes_on_wherever_its_stores_are_by_now(run, folder, tmp_path):
-    begun(run)
-    for name in ("stories", "answers"):
-        shutil.copytree(folder / name, tmp_path / name)
-    with RunFolder(replace(run, targets=mixed(tmp_path, stories=0.7, answers=0.3))):
-        pass
+    """To its end, under the names of its start: its earlier figures have those."""
+    whole = train(replace(run, output=str(tmp_path / "whole")))
+    stopped(run, 4)
+    shutil.copytree(folder / "stories", tmp_path / "answers")
+    shutil.copytree(folder / "answers", tmp_path / "moved")
+    final = train(replace(run, targets=mixed(tmp_path, answers=0.7, moved=0.3)))
+    assert_same(final, whole)
+    figures, data = (
+        [json.loads((each / checkpoint.RUN).read_text())[what] for each in (final, whole)]
+        for what in ("figures", "data")
+    )
+    assert figures[0] == figures[1]
+    assert data[0] == data[1]
