@@ -115,7 +115,7 @@ def test_every_step_is_plain_torch_s(seed, rows_per_request):
     for at in range(14):
         if at == 5:
             for slots in both:
-                slots.open(1, slots.snapshot().read(1), produced=6)
+                slots.open(1, SlotStatistics.of_row(slots.snapshot().read(1)), produced=6)
         before_XV, step = engine.step()
         expected_XV, got_XV = before_XV.clone(), before_XV.clone()
         pairs = zip(backends, (expected_XV, got_XV), both, strict=True)
