@@ -4,8 +4,8 @@
 
 A cluster of this machine alone, for the time of the bench, of two CPUs; a worker has one thread. A
 small untrained Llama (bench/tiny_model.py, 4,096 tokens in its vocabulary) is the teacher.
-    throughput   tokens a second from the first shard that comes back to the last: one worker and
-                 two take turns
+    throughput   tokens a second from when each worker has given a shard: one worker and two take
+                 turns
     memory       one worker reads `--long` tokens: its own resident memory, without shared pages, as
                  each shard comes back; what a line through the second half of the shards gains over
                  that half, beside what a worker would gain that kept each shard
@@ -115,14 +115,13 @@ def shards(model: str, texts: dict[str, list[Document]], workers: int) -> Iterat
 
 
 def rate(model: str, texts: dict[str, list[Document]], workers: int) -> float:
-    """Tokens a second. What comes with the first shard includes the start, and does not count."""
-    tokens, start = 0, None
-    for count in shards(model, texts, workers):
-        if start is None:
+    """Tokens a second, from when each worker has given one shard: what came before is the start."""
+    tokens, start = 0, 0.0
+    for number, count in enumerate(shards(model, texts, workers), 1):
+        if number == workers:
             start = time.perf_counter()
-        else:
+        elif number > workers:
             tokens += count
-    assert start is not None
     return tokens / (time.perf_counter() - start)
 
 
