@@ -164,7 +164,7 @@ def test_two_processes_share_out_the_rows_of_an_epoch(folder):
     """As accelerate wraps the sampler. tests/unit/test_train_processes.py goes on within one."""
     rows = rows_of(folder)
 
-    def read_by(rank: int) -> list[list]:
+    def read_by(rank: int) -> list[Any]:
         sampler: Any = MixedSampler(rows)
         sampler.set_epoch(1)
         batches = BatchSampler(sampler, batch_size=2, drop_last=False)
