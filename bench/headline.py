@@ -23,7 +23,7 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from real_answers import (
     data_folder,
     kept,
     mmlu,
+    pack,
     prompt_set,
 )
 from words import letters, share
@@ -109,7 +110,7 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         },
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    keep_texts(answers)
+    pack(TEXTS, told_answers(answers))
     print(json.dumps(document))
 
 
@@ -145,12 +146,11 @@ def answered(model: Path, folder: Path, dtype: str) -> Path:
     return folder
 
 
-def keep_texts(folders: Mapping[str, Path]) -> None:
-    with gzip.open(TEXTS, "wt", encoding="utf-8") as file:
-        for name, folder in folders.items():
-            for answer in kept(folder) if name != BASE else ():
-                line = {"model": name, **asdict(answer)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def told_answers(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Those that are kept here: the base's are kept elsewhere."""
+    for name, folder in folders.items():
+        for answer in kept(folder) if name != BASE else ():
+            yield {"model": name, **asdict(answer)}
 
 
 # ── Stories ──────────────────────────────────────────────────────────────────────────────────────

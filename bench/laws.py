@@ -5,19 +5,18 @@
 
 The model answers 32 story prompts four times by each setting of each law, in one engine of vLLM
 with the plug-in. What the folder has is not asked for again. Measured beside stories by people that
-bench/headline_models.py trains none on. A law's settings were chosen before
-any answer was seen, from little variety to much, so that laws are compared as curves:
+bench/headline_models.py trains none on. A law's settings were chosen before any answer was seen,
+from little variety to much, so that laws are compared as curves:
     errors at equal wording   errors per 100 words at the self-BLEU of people's stories, read
                               between a law's settings
     hypervolumes              the share of the errors up to MOST_ERRORS and the self-BLEU up to
                               MOST_ALIKE that is worse in both than one of the law's settings; and
                               of the errors and the style distance up to FARTHEST
-each beside one temperature on the guard, the simplest law that cuts
-first and heats then, by the same prompts; p by Holm's correction for the number of laws. Intervals
-are 95 %. The answers are kept in results/texts/laws.jsonl.gz. The last line is one JSON document.
+each beside one temperature on the guard, the simplest law that cuts first and heats then, by the
+same prompts; p by Holm's correction for the number of laws. Intervals are 95 %. The answers are
+kept in results/texts/laws.jsonl.gz. The last line is one JSON document.
 """
 
-import gzip
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +33,14 @@ from real_answers import (
     STORIES,
     Answer,
     PromptSet,
+    add,
     ask,
     data_folder,
     engine,
+    is_whole,
     kept,
+    pack,
+    place_of,
     prompt_set,
 )
 from words import with_p
@@ -58,13 +61,8 @@ MOST_ERRORS, MOST_ALIKE, FARTHEST = 3.0, 20.0, 0.3
 Settings = Mapping[str, Mapping[str, Any]]
 
 
-def one_temperature(temperature: float) -> Mapping[str, Any]:
-    """On what min-p .02 leaves at temperature 1."""
-    ours = {"law": "dynatemp", "dynatemp_range": 0, "min_p": 0.02}
-    return {"temperature": temperature, "diversity": ours}
-
-
-def dynatemp(temperature: float, reach: float) -> Mapping[str, Any]:
+def on_the_guard(temperature: float, reach: float = 0) -> Mapping[str, Any]:
+    """dynatemp on what min-p .02 leaves at temperature 1; without a reach, one temperature."""
     ours = {"law": "dynatemp", "dynatemp_range": reach, "min_p": 0.02}
     return {"temperature": temperature, "diversity": ours}
 
@@ -87,7 +85,7 @@ LAWS: Mapping[str, Settings] = {
         }
         for t in (1.0, 1.5, 2.0)
     },
-    SIMPLEST: {f"guard .02, T {t:g}": one_temperature(t) for t in (1.0, 1.5, 2.0)},
+    SIMPLEST: {f"guard .02, T {t:g}": on_the_guard(t) for t in (1.0, 1.5, 2.0)},
     "`gated`": {
         f"`gated` {level:g}": {"diversity": {"law": "gated", "level": level}}
         for level in (0.25, 0.5, 1.0)
@@ -101,7 +99,7 @@ LAWS: Mapping[str, Settings] = {
         for nats in (1.5, 2.0, 2.5)
     },
     "dynatemp on the guard": {
-        f"dynatemp {t:g} ± {r:g}": dynatemp(t, r) for t, r in ((1, 0.5), (1.5, 1), (2, 1.5))
+        f"dynatemp {t:g} ± {r:g}": on_the_guard(t, r) for t, r in ((1, 0.5), (1.5, 1), (2, 1.5))
     },
     "EDT, top-p .95": {
         f"EDT T0 {base:g}": {"top_p": 0.95, **other("edt", base=base, theta=0.1)}
@@ -150,27 +148,18 @@ def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> No
         "laws": compared({law: [rows[name] for name in LAWS[law]] for law in LAWS}, human),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    keep_texts(answers)
+    pack(TEXTS, map(asdict, answers))
     print(json.dumps(document))
 
 
 def answer_missing(model: Path, asked: PromptSet, folder: Path, dtype: str) -> None:
     with AnswerStore(folder / "answers.jsonl", Answer) as store:
-        known = {(a.setting, a.prompt, a.number) for a in store.rows}
-        size = len(asked.prompts) * asked.answers
-        missing = [n for n in SETTINGS if sum(place[0] == n for place in known) < size]
+        known = {place_of(row) for row in store.rows}
+        missing = [name for name in SETTINGS if not is_whole(asked, name, known)]
         llm = engine(model, dtype, seed=len(known)) if missing else None
         for count, name in enumerate(missing):
-            for answer in ask(llm, asked, name, SETTINGS[name]):
-                if (answer.setting, answer.prompt, answer.number) not in known:
-                    store.append(answer)
+            add(store, ask(llm, asked, name, SETTINGS[name]), known)
             print(f"{count + 1}/{len(missing)} {name}", flush=True)
-
-
-def keep_texts(answers: Sequence[Answer]) -> None:
-    with gzip.open(TEXTS, "wt", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
 
 
 # ── Laws as curves ───────────────────────────────────────────────────────────────────────────────

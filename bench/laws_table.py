@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cells import interval, left_out
+
 QUESTIONS = {
     "errors_at_peoples_wording": ("errors at people's self-BLEU", 2),
     "hypervolume": ("errors and self-BLEU", 3),
@@ -47,11 +49,5 @@ def settings(document: Mapping[str, Any]) -> str:
     lines = [f"| | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for name, row in {"people": document["people"], **document["rows"]}.items():
         cells = [interval(row[key], digits) for key, digits in MEASURED.items()]
-        short = 100 * row["short"]["value"] if "short" in row else 0
-        lines.append(f"| {name} | {' | '.join(cells)} | {short:.0f} % |")
+        lines.append(f"| {name} | {' | '.join([*cells, left_out(row)])} |")
     return "\n".join(lines)
-
-
-def interval(found: Mapping[str, float], digits: int) -> str:
-    value, low, high = found["value"], max(found["low"], 0.0), found["high"]
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -13,10 +13,11 @@ is completed, and new settings join old ones. bf16 by default, as the checkpoint
 without instructions for it float32 is many times as fast.
 """
 
+import gzip
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,7 @@ def main(
             start = time.perf_counter()
             answers = ask(llm, prompts, name, SETTINGS[name])
             rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - start)
-            for answer in answers:
-                # A kill between two rows leaves part of a set.
-                if place_of(answer) not in known:
-                    store.append(answer)
+            add(store, answers, known)
             print(
                 f"{number + 1}/{len(missing)} {prompts.name}, {name}: {rate:.0f} tokens/s",
                 flush=True,
@@ -218,6 +216,20 @@ def main(
 
 def place_of(answer: Answer) -> Place:
     return answer.prompt_set, answer.setting, answer.prompt, answer.number
+
+
+def add(store: AnswerStore[Answer], answers: Sequence[Answer], known: Set[Place]) -> None:
+    """Those that are not known: a kill between two rows leaves part of a set."""
+    for answer in answers:
+        if place_of(answer) not in known:
+            store.append(answer)
+
+
+def pack(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Answers as they are kept in results/texts."""
+    with gzip.open(file, "wt", encoding="utf-8") as packed:
+        for row in rows:
+            packed.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_whole(prompts: PromptSet, name: str, known: Set[Place]) -> bool:

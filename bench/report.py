@@ -14,6 +14,7 @@ from typing import Any
 import gpu_table
 import laws_table
 import soak_table
+from cells import interval, left_out
 
 import client_table
 from ratios import shown
@@ -175,11 +176,6 @@ TOO_SHORT = (
 )
 
 
-def left_out(row: dict[str, Any]) -> str:
-    """People's stories were chosen to be long enough."""
-    return f"{100 * row['short']['value']:.0f} %" if "short" in row else "0 %"
-
-
 MEASURED = {
     "errors": ("errors", 2),
     "AI phrases": ("phrases", 1),
@@ -187,11 +183,6 @@ MEASURED = {
     "style distance": ("style", 3),
     "SDS": ("sds", 0),
 }
-
-
-def interval(found: dict[str, float | None], digits: int) -> str:
-    value, low, high = found["value"], found["low"], found["high"]
-    return f"{value:.{digits}f} [{max(low or 0.0, 0.0):.{digits}f}, {high:.{digits}f}]"
 
 
 def words(document: dict[str, Any]) -> str:

@@ -76,6 +76,16 @@ def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
     return random.Random(seed).sample(rows, len(rows))
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What is read of a store."""
+
+    rows: int
+    tokens: int
+    trained: int
+    """Tokens that are learnt."""
+
+
 class Rows(Dataset):
     """The packed rows of one split; an item is the pieces with their documents and targets.
 
@@ -101,9 +111,15 @@ class Rows(Dataset):
         """Each row, read when it is asked for, and its tokens."""
         return ((self[place], sum(map(len, row))) for place, row in enumerate(self.rows))
 
-    def size(self) -> tuple[int, int]:
-        """Tokens of an epoch, and how many of them are learnt."""
-        return sum(len(piece) for row in self.rows for piece in row), sum(self.trained)
+    @property
+    def parts(self) -> tuple["Rows", ...]:
+        """Of each store, which is one; `MixedRows` has several."""
+        return (self,)
+
+    def sizes(self) -> list[Taken]:
+        """What an epoch takes from each store."""
+        tokens = sum(len(piece) for row in self.rows for piece in row)
+        return [Taken(len(self.rows), tokens, sum(self.trained))]
 
     def _counted(self, rows: Sequence[Row]) -> list[tuple[Row, int]]:
         """Each row and its trained tokens."""

@@ -13,7 +13,6 @@ come in passes: all of them in a drawn order, then all of them in another one.
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain, count, islice
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dftserve.targets.document import Document
 from dftserve.targets.sparse import Targets
-from dftserve.train.data import Row, Rows
+from dftserve.train.data import Row, Rows, Taken
 
 Key = tuple[int, int]
 """A store's number and a row's."""
@@ -72,16 +71,6 @@ def mixed_order(
         waiting[store] = next(orders[store])
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What is read of a store."""
-
-    rows: int
-    tokens: int
-    trained: int
-    """Tokens that are learnt."""
-
-
 class MixedRows(Dataset):
     """The rows of one split of several stores; an item is as one of `Rows`.
 
@@ -111,12 +100,7 @@ class MixedRows(Dataset):
         for store, row in islice(self.order(), len(self)):
             yield self[store, row], sum(map(len, self.parts[store].rows[row]))
 
-    def size(self) -> tuple[int, int]:
-        """Tokens of the first epoch, and how many of them are learnt."""
-        of_stores = self.sizes()
-        return sum(each.tokens for each in of_stores), sum(each.trained for each in of_stores)
-
-    def sizes(self) -> list["Taken"]:
+    def sizes(self) -> list[Taken]:
         """What the first epoch takes from each store."""
         taken = [Taken(0, 0, 0)] * len(self.parts)
         for store, row in islice(self.order(), len(self)):

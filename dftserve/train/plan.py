@@ -5,6 +5,7 @@ One batch goes forward and backward through the real model; nothing is written.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 
 from dftserve import cpu
 from dftserve.train.config import AUTO, TrainConfig
+from dftserve.train.data import Taken
 from dftserve.train.head import CHUNK_ELEMENTS
-from dftserve.train.mixed import MixedRows, Taken
 from dftserve.train.model import enable_checkpointing
 from dftserve.train.run import (
     Material,
@@ -165,7 +166,8 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     steps = steps_of(config, material)
-    tokens, learnt = material.train.size()
+    taken = material.train.sizes()
+    tokens, learnt = sum(each.tokens for each in taken), sum(each.trained for each in taken)
     epochs = steps / steps_of_epoch(config, material)
     device = _device_of(model)
     whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
@@ -175,7 +177,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         trained_parameters=trained,
         documents=sum(each.store.count("train") for each in material.stores),
         rows=len(material.train),
-        stores=_stores(material, epochs),
+        stores=_stores(material, taken, epochs),
         precision=_precision(config.precision, device),
         weights=config.weights,
         not_packed_because=prepared.not_packed_because,
@@ -243,13 +245,8 @@ def _precision(named: str, device: str) -> str:
     return f"{named}, for which this CPU has no instructions: fp32 is many times as fast"
 
 
-def _stores(material: Material, epochs: float) -> tuple[StorePlan, ...]:
+def _stores(material: Material, taken: Sequence[Taken], epochs: float) -> tuple[StorePlan, ...]:
     """Of each store as much as so many times the first epoch takes."""
-    rows = material.train
-    if isinstance(rows, MixedRows):
-        parts, taken = rows.parts, rows.sizes()
-    else:
-        parts, taken = (rows,), [Taken(len(rows), *rows.size())]
     return tuple(
         StorePlan(
             name=each.name,
@@ -261,7 +258,7 @@ def _stores(material: Material, epochs: float) -> tuple[StorePlan, ...]:
             trained_tokens=round(of_epoch.trained * epochs),
             readings=of_epoch.rows * epochs / len(part),
         )
-        for each, part, of_epoch in zip(material.stores, parts, taken, strict=True)
+        for each, part, of_epoch in zip(material.stores, material.train.parts, taken, strict=True)
     )
 
 

@@ -116,8 +116,8 @@ class Material:
 
     def shown(self) -> str:
         """How much there is to learn from: of one store a line, of several one for each."""
-        parts = self.train.parts if isinstance(self.train, MixedRows) else (self.train,)
-        lines = [_shown(each, rows) for each, rows in zip(self.stores, parts, strict=True)]
+        rows_of = zip(self.stores, self.train.parts, strict=True)
+        lines = [_shown(each, rows) for each, rows in rows_of]
         if len(self.stores) > 1:
             lines = [
                 f"{each.name}: {line} Weight {each.weight:.4g}."
@@ -502,13 +502,11 @@ def make_trainer(
 def heldout_parts(config: TrainConfig, material: Material) -> list[HeldOut]:
     """What a run is judged by: of each store its share of `evaluate_tokens`; none where there is
     no held-out text."""
-    rows = material.heldout
-    if not len(rows):
+    if not len(material.heldout):
         return []
-    parts = rows.parts if isinstance(rows, MixedRows) else (rows,)
     return [
         HeldOut(_some(part, config.evaluate_tokens * each.weight), each.name, each.weight)
-        for each, part in zip(material.stores, parts, strict=True)
+        for each, part in zip(material.stores, material.heldout.parts, strict=True)
     ]
 
 
@@ -603,15 +601,12 @@ def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
 
 def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
     """On held-out text; of several stores on each one's share of it, and their mean by weight."""
-    rows = material.heldout
-    if not isinstance(rows, MixedRows):
-        return _profile_of(language_model, config, material, rows, share=1.0)
     weights = [each.weight for each in material.stores]
     parts = [
         _profile_of(language_model, config, material, part, share=weight)
-        for part, weight in zip(rows.parts, weights, strict=True)
+        for part, weight in zip(material.heldout.parts, weights, strict=True)
     ]
-    return Profile.mixed(parts, weights)
+    return parts[0] if len(parts) == 1 else Profile.mixed(parts, weights)
 
 
 def _profile_of(

@@ -169,13 +169,8 @@ def drift(before: Path, after: Path) -> Drift:
 
 
 def _read(path: Path) -> Report:
-    try:
-        given = read_json(path, largest=LARGEST)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such file; give what `evaluate accuracy --out FILE` wrote."
-        ) from None
-    with shaped_as(path, "a report of `dftserve evaluate accuracy`"):
+    given = parts.read_report(path)
+    with shaped_as(path, parts.REPORT):
         asked = {**given["settings"]}
         content = {"grid": asked.pop("grid"), "settings": asked, "files": given["files"]}
     report = settings.load(Report, content, f"{path}: report")

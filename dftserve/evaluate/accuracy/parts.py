@@ -29,6 +29,7 @@ FILES = {
 }
 """What each task reads from the data folder."""
 SETTINGS = "settings.json"
+REPORT = "a report of `dftserve evaluate accuracy`"
 LARGEST = 1 << 30
 """Bytes of the answers to one task at one level."""
 
@@ -43,6 +44,21 @@ class Settings:
     samples: int
     max_tokens: int | None
     is_chat: bool
+
+
+def read_report(path: Path) -> Any:
+    """A report as it is, which is to be checked within `shaped_as(path, REPORT)`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no JSON.
+    """
+    try:
+        return read_json(path, largest=LARGEST)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: there is no such file; give what `evaluate accuracy --out FILE` wrote."
+        ) from None
 
 
 def folder_of(report: Path) -> Path:

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import settings
-from dftserve.bounded_files import read_json, shaped_as
-from dftserve.evaluate.accuracy.parts import LARGEST
+from dftserve.bounded_files import shaped_as
+from dftserve.evaluate.accuracy import parts
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.report.figures import Accuracy
 from dftserve.plots.figure import SERIES
-
-WRITTEN = "a report of `dftserve evaluate accuracy`"
 
 
 def read(path: Path) -> Accuracy:
@@ -20,13 +18,8 @@ def read(path: Path) -> Accuracy:
         FileNotFoundError: there is no such file.
         ValueError: no report of `evaluate accuracy`.
     """
-    try:
-        given = read_json(path, largest=LARGEST)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such file; give what `evaluate accuracy --out FILE` wrote."
-        ) from None
-    with shaped_as(path, WRITTEN):
+    given = parts.read_report(path)
+    with shaped_as(path, parts.REPORT):
         asked, tasks = given["settings"], given["tasks"]
         found = {
             "model": asked["model"],
