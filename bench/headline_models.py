@@ -14,6 +14,7 @@ Each way then tunes the start for one epoch on stories by people, the same for a
     dft calibrated  the recipe `calibrated`, with that teacher
     dft n-grams     the recipe `creative` without a teacher, λ = .3
     gem             GEM (arXiv 2408.16673), β = .7
+    sft features    sft, and the model's own continuations beside the text's: feature matching
     half way        the mean of the weights of sft and of the start (WiSE-FT, arXiv 2109.01903)
     half way back   the mean of the weights of sft and of `--model`, which dft has seen too
 
@@ -48,7 +49,7 @@ from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import recipe as recipes
 from dftserve.targets import store
 from dftserve.targets.document import Document
-from dftserve.train.config import DivergenceConfig, TrainConfig
+from dftserve.train.config import DivergenceConfig, FeatureMatchingConfig, TrainConfig
 from dftserve.train.run import train
 
 BASE, START, SFT = "base", "start", "sft"
@@ -67,6 +68,7 @@ class Way:
 
     recipe: str
     divergence: DivergenceConfig
+    matching: FeatureMatchingConfig | None = None
 
 
 WAYS: Mapping[str, Way] = {
@@ -75,6 +77,7 @@ WAYS: Mapping[str, Way] = {
     "dft calibrated": Way("calibrated", DivergenceConfig(target_weight=1.0)),
     "dft n-grams": Way("creative", DivergenceConfig(target_weight=0.3)),
     "gem": Way(PLAIN, DivergenceConfig(name="gem", temperature=0.7)),
+    "sft features": Way(PLAIN, DivergenceConfig(name="sft"), FeatureMatchingConfig()),
 }
 MEANS: Mapping[str, Sequence[str]] = {"half way": (START, SFT), "half way back": (BASE, SFT)}
 MODELS = (START, *WAYS, *MEANS)
@@ -167,16 +170,15 @@ def targets(
     return folder
 
 
-def tune(
-    model: Path, output: Path, held: Path, divergence: DivergenceConfig, *, epochs: int, seed: int
-) -> Path:
+def tune(model: Path, output: Path, held: Path, way: Way, *, epochs: int, seed: int) -> Path:
     """All weights, none by LoRA."""
     return train(
         TrainConfig(
             model=str(model),
             targets=str(held),
             output=str(output),
-            divergence=divergence,
+            divergence=way.divergence,
+            feature_matching=way.matching,
             epochs=epochs,
             max_length=LONGEST,
             batch_size=4,
@@ -232,12 +234,12 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
     if name == START:
         sides = {"train": documents(islice(alike(data_folder()), texts), tokenizer)}
         held = targets(folder / "targets-start", PLAIN, sides, base)
-        return tune(base, place.parent, held, WAYS[SFT].divergence, epochs=2, seed=0)
+        return tune(base, place.parent, held, WAYS[SFT], epochs=2, seed=0)
     start, way = make(START, base, folder, seed, texts), WAYS[name]
     parts = ("train", "heldout")
     sides = {part: documents(islice(told(part), texts), tokenizer) for part in parts}
     held = targets(folder / f"targets-{name.replace(' ', '-')}", way.recipe, sides, base)
-    return tune(start, place.parent, held, way.divergence, epochs=1, seed=seed)
+    return tune(start, place.parent, held, way, epochs=1, seed=seed)
 
 
 @click.command(help=__doc__)

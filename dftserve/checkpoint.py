@@ -347,6 +347,14 @@ def _figure_name(name: str) -> str:
     return figure.replace("_", " ") + slash + _unformatted(store)
 
 
+def _objective(settings: Mapping[str, Any]) -> str:
+    name = settings.get("divergence", {}).get("name", "a divergence")
+    matching = settings.get("feature_matching")
+    if not matching:
+        return name
+    return f"{name} and feature matching (weight {matching['weight']:g})"
+
+
 def _card(promise: Promise, run: Run) -> str:
     base = run.data.get("model", "a causal LM")
     lines = [
@@ -358,7 +366,7 @@ def _card(promise: Promise, run: Run) -> str:
         f"# Tuned from {_unformatted(base)}",
         "",
         "Distribution Fine-Tuning: the model was tuned toward a distribution over next tokens, by "
-        f"{run.settings.get('divergence', {}).get('name', 'a divergence')}, for {run.steps} steps.",
+        f"{_objective(run.settings)}, for {run.steps} steps.",
         "",
         f"- Target: {_unformatted(promise.recipe)}",
         *(f"- {_figure_name(name)}: {value:.4f}" for name, value in run.figures.items()),

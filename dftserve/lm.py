@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -389,7 +389,7 @@ class LanguageModel:
         self._config = model.config.get_text_config()
         self._scale, self._cap = 1.0, None
         self.text_N = _text(tokens_N, self._config.vocab_size)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits_NV = self._check_head()
             self._check_rows(logits_NV)
 
@@ -406,20 +406,40 @@ class LanguageModel:
     def positions(self) -> int | None:
         return _positions(self._config)
 
-    def states(self, **inputs: Tensor) -> States:
+    def states(self, *, cache: Cache | None = None, **inputs: Tensor) -> States:
         """The model's own forward up to its output layer.
 
         Args:
-            inputs: `input_ids` int64 [B, N]; and `position_ids` or `attention_mask`, likewise.
+            cache: keys and values of tokens that were read before, which these are added to.
+            inputs: `input_ids` int64 [B, N]; and `position_ids` or `attention_mask`, likewise; the
+                mask may also be a float [B, 1, N, N] that is added to attention scores (with a
+                cache, [B, 1, N, all tokens]).
         """
         with _out_of_use(self._layer) as seen:
-            output = self._forward(**self._given(inputs))
+            output = self._forward(**self._given(inputs, cache))
         if len(seen) != 1:
             raise ValueError(
                 f"{self.family} uses its output layer {len(seen)} times in one forward; accepted: "
                 "once."
             )
         return States(seen[0], self._auxiliary(output))
+
+    def layer_states(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
+        """[B, N, D] behind each of these layers, counted from 1; 0 is the embedding.
+
+        Raises:
+            ValueError: the family does not give them.
+        """
+        with _out_of_use(self._layer):
+            output = self._forward(**self._given(inputs), output_hidden_states=True)
+        states = getattr(output, "hidden_states", None)
+        shape = inputs["input_ids"].shape
+        if states is None or len(states) <= max(layers) or states[0].shape[:2] != shape:
+            raise ValueError(
+                f"{self.family} does not give the hidden states of its layers; accepted: a model "
+                "that takes output_hidden_states."
+            )
+        return [states[layer] for layer in layers]
 
     def own_logits(self, **inputs: Tensor) -> Tensor:
         """As the model itself makes them: [B, N, V], float32 or wider."""
@@ -464,14 +484,14 @@ class LanguageModel:
         seen_P = _spread_over(longest, max(2, COMPARED // copies))
         short = min(PROBE_TOKENS, longest)
         beginning_P = torch.arange(short)
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             alone_PV = self._packed_logprobs([text_N], seen_P)
             behind_CV = self._packed_logprobs(full, (starts[:, None] + seen_P).flatten())
             before_PV = self._packed_logprobs([text_N[:short]], beginning_P)
             beside_PV = self._packed_logprobs([text_N[:short], text_N], beginning_P)
         gaps = (behind_CV - alone_PV.repeat(copies, 1), beside_PV - before_PV)
         apart = max(float(gap.abs().max()) for gap in gaps) / self._spread(alone_PV)
-        if apart <= self._tolerance:
+        if apart <= self.tolerance:
             return None
         return (
             f"a document's log-probabilities change by {apart:.1g} of their spread with the others "
@@ -501,13 +521,13 @@ class LanguageModel:
         device = self.model.device
         given = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
         alone = {name: value[1:, :PROBE_TOKENS] for name, value in given.items()}
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             beside_NV, alone_NV = (
                 self._states_logprobs(each, torch.arange(PROBE_TOKENS)) for each in (given, alone)
             )
         # A mean: a router may send a token elsewhere in a batch.
         apart = float((beside_NV - alone_NV).abs().mean()) / self._spread(alone_NV)
-        if apart > self._tolerance:
+        if apart > self.tolerance:
             raise self._batch_error(
                 longest, f"its log-probabilities change by {apart:.1g} of their spread"
             )
@@ -559,7 +579,7 @@ class LanguageModel:
             self._scale, self._cap = scale, cap
             gap = _gap(self.head.rescaled(raw[0]).reshape(shape), own_NV)
             gaps[scale, cap] = gap
-            if gap <= self._tolerance:
+            if gap <= self.tolerance:
                 break
         else:
             raise ValueError(
@@ -570,7 +590,7 @@ class LanguageModel:
             )
         hidden_BND = self._tried(self.states, input_ids=ids_1N).hidden_BND
         ours_NV = self.head.logits(hidden_BND.reshape(shape[0], -1))
-        if not (gap := _gap(ours_NV, own_NV)) <= self._tolerance:
+        if not (gap := _gap(ours_NV, own_NV)) <= self.tolerance:
             raise ValueError(
                 f"{self.family}: logits from its hidden states are {gap:.2g} of the largest from "
                 "its own; it cannot be used without its output layer."
@@ -591,7 +611,7 @@ class LanguageModel:
         apart_2NV = (found_2NV - logits_NV[:count]).abs()
         # A mean: in half precision a router may send a token elsewhere in a batch.
         for apart, what in zip(apart_2NV.mean((1, 2)), ("another ending", "padding"), strict=True):
-            if not float(apart) <= self._tolerance * self._spread(logits_NV):
+            if not float(apart) <= self.tolerance * self._spread(logits_NV):
                 raise ValueError(
                     f"{self.family} is not causal: {what} behind a text changes the logits before "
                     "it; accepted: a decoder-only language model."
@@ -621,7 +641,8 @@ class LanguageModel:
         return self.head.logits(hidden_BND[-1, at_P.to(hidden_BND.device)]).log_softmax(-1)
 
     @property
-    def _tolerance(self) -> float:
+    def tolerance(self) -> float:
+        """How far two ways to the same logits may lie apart in this dtype, of their spread."""
         return TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
 
     @staticmethod
@@ -636,13 +657,15 @@ class LanguageModel:
         kinds = [each.kind for each in self._accepts.values()]
         return inspect.Parameter.VAR_KEYWORD in kinds
 
-    def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _given(self, inputs: Mapping[str, Tensor], cache: Cache | None = None) -> dict[str, Any]:
         given = {
             name: value
             for name, value in inputs.items()
             if name in self._accepts or self._takes_any or name == "input_ids"
         }
-        settings = {"use_cache": False, "return_dict": True}
+        settings: dict[str, Any] = {"use_cache": cache is not None, "return_dict": True}
+        if cache is not None:
+            settings["past_key_values"] = cache
         return given | {name: settings[name] for name in settings if name in self._accepts}
 
     def _auxiliary(self, output: Any) -> Tensor | None:
@@ -756,7 +779,8 @@ def _out_of_use(layer: nn.Linear) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and then in the mode that it was in."""
     was = model.training
     model.eval()
     try:

@@ -21,10 +21,17 @@ ALL_LINEAR = "all-linear"
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
 """Those of transformers that need no further package."""
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
+FLASH = (
+    " Flash attention's own packages read half precision alone, in which a model cannot be checked "
+    "here, and keep the documents of a row apart only where a batch is one row; sdpa takes the "
+    "kernels that torch has."
+)
 REPORTS = ("none", "tensorboard", "trackio")
 MOST = 1 << 30
 """Of a count of steps, rows or checkpoints: what is beyond is a slip, and would be allocated."""
+MOST_MATCHING = 1e4
+"""Weight of feature matching."""
 LEAST_WEIGHT, MOST_WEIGHT = 1e-9, 1e9
 """Of a store: the whole numbers that weights are counted in stay small, and their sum finite."""
 MOST_TOKENS = 1 << 20
@@ -136,6 +143,39 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureMatchingConfig:
+    """Besides the divergence: the model's own continuations of the text against the text's, in the
+    features of the model before the run (`feature_matching`)."""
+
+    weight: float = 0.1
+    """Of the mean distance of an anchor, beside the mean divergence of a token."""
+    samples: int = 4
+    """Continuations of an anchor."""
+    length: int = 8
+    """Tokens of a continuation."""
+    every: int = 32
+    """Learnt tokens from one anchor to the next."""
+    layers: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Where features are taken, as shares of the depth."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= MOST_MATCHING:
+            raise ValueError(
+                f"weight: got {self.weight:g}; accepted: above 0, to {MOST_MATCHING:g}."
+            )
+        # Fewer leave no others to compare the others with, which the baseline needs.
+        _between(3, 1 << 10, self, "samples")
+        _between(1, MOST_TOKENS, self, "length", "every")
+        if not self.layers:
+            raise ValueError("layers: got none; accepted: shares of the depth.")
+        for share in self.layers:
+            if not 0 < share <= 1:
+                raise ValueError(
+                    f"layers: got {share:g}; accepted: shares of the depth, above 0 to 1."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """One of several target stores that a run mixes."""
 
@@ -165,6 +205,7 @@ class TrainConfig:
     output: str
     """Where checkpoints go: `checkpoint-N` to resume from, `final` to serve."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    feature_matching: FeatureMatchingConfig | None = None
     steps: int | None = None
     """Optimizer steps; where none is given, `epochs`."""
     epochs: float = 1.0
@@ -227,9 +268,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in known:
                 accepted = settings.among(value, [each for each in known if each is not None])
-                raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.")
+                why = FLASH if str(value).startswith("flash") else ""
+                raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.{why}")
         if self.weights == "bf16":
             self._check_bf16_weights()
+        if self.feature_matching is not None:
+            self._check_feature_matching(self.feature_matching)
         _between(1, 1 << 16, self, "batch_size", "accumulation")
         _between(1, MOST, self, "save_every", "keep", "evaluate_every", "log_every")
         _between(1, 1 << 40, self, "evaluate_tokens")
@@ -269,6 +313,21 @@ class TrainConfig:
                     "up."
                 )
             seen.add(place)
+
+    def _check_feature_matching(self, matching: FeatureMatchingConfig) -> None:
+        for name in ("fsdp", "torch_compile"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: got true beside feature_matching; accepted: false.")
+        if self.attention not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"attention: got {self.attention!r} beside feature_matching; accepted: eager or "
+                "sdpa, which take a mask."
+            )
+        if matching.length >= self.max_length:
+            raise ValueError(
+                f"feature_matching.length: got {matching.length}, and a row has {self.max_length} "
+                "tokens (max_length); accepted: fewer."
+            )
 
     def _check_bf16_weights(self) -> None:
         if self.lora is None:

@@ -101,6 +101,11 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
             f"--train patience: got {config.patience}; accepted: none, as it would choose each "
             "student by the fold that it must not have seen. Set epochs or steps."
         )
+    if config.feature_matching is not None:
+        raise ValueError(
+            "--train feature_matching: a student is tuned on its text alone; accepted: the "
+            "trainer's other settings, as epochs=2."
+        )
     return replace(config, model=job.model, divergence=DivergenceConfig(name="sft"))
 
 

@@ -76,6 +76,20 @@ def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
     return random.Random(seed).sample(rows, len(rows))
 
 
+def one_a_row(parts: Sequence[Piece], seed: int) -> list[Row]:
+    """In an order drawn by the seed: the first rows are a sample of a corpus in files."""
+    return [(part,) for part in random.Random(seed).sample(list(parts), len(parts))]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Documents that are longer than a row."""
+
+    documents: int
+    learnt: int
+    """Tokens of them that are learnt without the beginning of their document before them."""
+
+
 @dataclass(frozen=True)
 class Taken:
     """What is read of a store."""
@@ -98,11 +112,14 @@ class Rows(Dataset):
         self._store, self._split = store, split
         self.packing = packing
         parts = pieces(store.lengths(split), longest)
-        rows = packed(parts, longest, seed) if packing else [(part,) for part in parts]
-        learnt = [(row, count) for row, count in self._counted(rows) if count]
-        self.rows = [row for row, _ in learnt]
-        self.trained = [count for _, count in learnt]
+        rows = packed(parts, longest, seed) if packing else one_a_row(parts, seed)
+        learnt = self._learnt(parts)
+        counted = [(row, sum(learnt[part] for part in row)) for row in rows]
+        self.rows = [row for row, count in counted if count]
+        self.trained = [count for _, count in counted if count]
         """Trained tokens of each row."""
+        later = {part: count for part, count in learnt.items() if part.start > 0 and count}
+        self.cut = Cut(len({part.document for part in later}), sum(later.values()))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,8 +138,8 @@ class Rows(Dataset):
         tokens = sum(len(piece) for row in self.rows for piece in row)
         return [Taken(len(self.rows), tokens, sum(self.trained))]
 
-    def _counted(self, rows: Sequence[Row]) -> list[tuple[Row, int]]:
-        """Each row and its trained tokens."""
+    def _learnt(self, parts: Sequence[Piece]) -> dict[Piece, int]:
+        """Trained tokens of each piece."""
         lengths, counts = self._store.lengths(self._split), self._store.trained(self._split)
 
         def of(piece: Piece) -> int:
@@ -134,7 +151,7 @@ class Rows(Dataset):
             where = (piece.document, piece.start + 1, piece.stop)
             return self._store.trained_within(self._split, *where)
 
-        return [(row, sum(map(of, row))) for row in rows]
+        return {piece: of(piece) for piece in parts}
 
     def __getitem__(self, index: int) -> list[tuple[Document, Targets]]:
         return [self._read(piece) for piece in self.rows[index]]

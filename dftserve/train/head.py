@@ -32,18 +32,26 @@ class HeadLoss:
 
 
 def head_loss(
-    head: Head, hidden_ND: Tensor, target: TargetRows, divergence: Divergence
+    head: Head,
+    hidden_ND: Tensor,
+    target: TargetRows,
+    divergence: Divergence,
+    weights_N: Tensor | None = None,
 ) -> HeadLoss:
-    """The divergence summed over the positions."""
+    """The divergence summed over the positions.
+
+    Args:
+        weights_N: what each position's divergence is multiplied by; None: 1.
+    """
     loss, entropy = _ChunkedHead.apply(  # type: ignore[misc]
-        hidden_ND, head.weight_VD, head.bias_V, head.scale, head.cap, target, divergence
+        hidden_ND, head.weight_VD, head.bias_V, head.scale, head.cap, target, divergence, weights_N
     )
     return HeadLoss(loss, entropy)
 
 
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, scale, cap, target, divergence):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, scale, cap, target, divergence, weights_N):
         device = hidden_ND.device.type
         compute = torch.get_autocast_dtype(device) if _autocasts(device) else hidden_ND.dtype
         wide = torch.float64 if compute is torch.float64 else torch.float32
@@ -57,6 +65,9 @@ class _ChunkedHead(torch.autograd.Function):
             for part in chunks(len(hidden_ND), len(matrix_VD), device):
                 raw_RV = nn.functional.linear(hidden_ND[part], matrix_VD, offset_V)
                 loss_R, entropy_R, gradient_RV = rows(raw_RV, part)
+                if weights_N is not None:
+                    loss_R = loss_R * weights_N[part]
+                    gradient_RV = gradient_RV.mul_(weights_N[part, None])
                 loss += loss_R.sum()
                 entropy += entropy_R.sum()
                 gradients.add(part, gradient_RV, hidden_ND[part], matrix_VD)
@@ -72,7 +83,7 @@ class _ChunkedHead(torch.autograd.Function):
             (next(kept) * outputs[0]).to(dtype) if need else None
             for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 @dataclass(frozen=True, eq=False)

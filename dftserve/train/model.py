@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dftserve.lm import Head, LanguageModel
+from dftserve.train.continuations import Layout
 from dftserve.train.divergences import SFT, Divergence, TargetRows
 from dftserve.train.head import head_loss
 
@@ -33,6 +34,8 @@ class DFTOutput(ModelOutput):
     loss: Tensor | None = None
     auxiliary: Tensor | None = None
     """What a router's balance adds to the loss, with its weight; not part of the divergence."""
+    matching: Tensor | None = None
+    """Of continuations: Σ weight·(−ln p), whose gradient is that of feature matching."""
     model_entropy: Tensor | None = None
     target_entropy: Tensor | None = None
     """Of q, the stored target; 0 for a baseline that reads none."""
@@ -49,7 +52,9 @@ def attach(
 ) -> LanguageModel:
     """Make `model(input_ids, position_ids, positions_T, **target)` return a DFTOutput.
 
-    In place of `position_ids` of packed documents it takes an `attention_mask` of padded ones.
+    In place of `position_ids` of packed documents it takes an `attention_mask` of padded ones. With
+    `anchors_BK`, `continuations_BKSG` and `weights_BKS` (`feature_matching`) the same pass reads
+    continuations of the text beside it.
 
     Args:
         name: what errors call the model.
@@ -61,17 +66,36 @@ def attach(
     language_model = LanguageModel(model, name, tokens_N)
     _check_loss(language_model)
 
-    def forward(self, *args, positions_T: Tensor | None = None, **given: Any) -> Any:
+    def forward(
+        self,
+        *args,
+        positions_T: Tensor | None = None,
+        anchors_BK: Tensor | None = None,
+        continuations_BKSG: Tensor | None = None,
+        weights_BKS: Tensor | None = None,
+        **given: Any,
+    ) -> Any:
         if positions_T is None:
             return plain(*args, **given)
         target = TargetRows(**{name: given.pop(name) for name in TARGET_NAMES})
+        layout, text_BN = None, given["input_ids"]
+        if anchors_BK is not None and continuations_BKSG is not None:
+            *_, samples, length = continuations_BKSG.shape
+            layout = Layout.of(given, anchors_BK, samples=samples, length=length)
+            given = layout.whole(text_BN, continuations_BKSG, language_model.model.dtype)
         states = language_model.states(**given)
-        hidden_BND = states.hidden_BND
-        hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[positions_T]
+        rows, tokens = text_BN.shape
+        hidden_BQD = states.hidden_BND.reshape(rows, -1, states.hidden_BND.shape[-1])
+        hidden_TD = hidden_BQD[:, :tokens].flatten(0, 1)[positions_T]
         output = _output(language_model.head, hidden_TD, target, divergence, training=self.training)
         if states.auxiliary is not None:
             # A mean over the batch beside sums over its tokens.
             output.auxiliary = states.auxiliary * len(positions_T)
+        if layout is not None and weights_BKS is not None:
+            hidden_BKSGD = layout.behind(hidden_BQD)
+            output.matching = _weighted_nll(
+                language_model.head, hidden_BKSGD, continuations_BKSG, weights_BKS
+            )
         return output
 
     plain = model.forward
@@ -113,6 +137,16 @@ def checkpointing_name() -> str:
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
     getattr(model, f"{checkpointing_name()}_enable")()
+
+
+def _weighted_nll(
+    head: Head, hidden_BKSGD: Tensor, tokens_BKSG: Any, weights_BKS: Tensor
+) -> Tensor:
+    none = TargetRows.none(tokens_BKSG.flatten().cpu().numpy())
+    device = hidden_BKSGD.device
+    target = TargetRows(**{name: getattr(none, name).to(device) for name in TARGET_NAMES})
+    weights_N = weights_BKS[..., None].expand_as(tokens_BKSG).flatten()
+    return head_loss(head, hidden_BKSGD.flatten(0, 3), target, SFT(), weights_N).loss
 
 
 def _output(

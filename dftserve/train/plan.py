@@ -15,10 +15,13 @@ import torch
 from dftserve import cpu
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Taken
+from dftserve.train.feature_matching import FeatureMatching
 from dftserve.train.head import CHUNK_ELEMENTS
 from dftserve.train.model import enable_checkpointing
 from dftserve.train.run import (
     Material,
+    cut_shown,
+    matching_of,
     of_first_candidate,
     prepare,
     probe_steps,
@@ -72,6 +75,8 @@ class TrainPlan:
     """What the model's own weights are kept in."""
     not_packed_because: str | None
     """Why there is one document a row although the configuration packs; None where it does."""
+    cut: str | None
+    """What rows are too short for; None where every document has room."""
     warning: str | None
     """What the build of the targets noted and a run should not pass over."""
     tokens_per_epoch: int
@@ -89,6 +94,8 @@ class TrainPlan:
     process_bytes: int
     """Measured: resident before the model is loaded; 0 on a GPU, whose memory has none of it."""
     weights_bytes: int
+    network_bytes: int
+    """Of the model before the run, which feature matching keeps where there are no adapters."""
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
@@ -100,8 +107,8 @@ class TrainPlan:
 
     @property
     def memory_bytes(self) -> int:
-        parts = (self.process_bytes, self.weights_bytes, self.gradient_bytes, self.optimizer_bytes)
-        return sum(parts) + self.activation_bytes + self.head_bytes
+        parts = (self.process_bytes, self.weights_bytes, self.network_bytes, self.gradient_bytes)
+        return sum(parts) + self.optimizer_bytes + self.activation_bytes + self.head_bytes
 
     def as_json(self) -> str:
         return json.dumps(asdict(self) | {"memory_bytes": self.memory_bytes}, indent=2)
@@ -114,7 +121,8 @@ class TrainPlan:
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
             "on one batch; evaluation and saving apart",
             "memory": f"{_size(self.memory_bytes)}: process {_size(self.process_bytes)}, weights "
-            f"{_size(self.weights_bytes)}, gradients {_size(self.gradient_bytes)}, optimizer "
+            f"{_size(self.weights_bytes)}{self._network_shown()}, gradients "
+            f"{_size(self.gradient_bytes)}, optimizer "
             f"{_size(self.optimizer_bytes)}, activations {_size(self.activation_bytes)}, head "
             f"{_size(self.head_bytes)}",
             "precision": f"weights {self.weights}, computed in {self.precision}",
@@ -127,9 +135,16 @@ class TrainPlan:
             )
         if self.not_packed_because is not None:
             lines["packing"] = f"none, one document a row: {self.not_packed_because}"
+        if self.cut is not None:
+            lines["cut"] = self.cut
         if self.warning is not None:
             lines["warning"] = self.warning
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
+
+    def _network_shown(self) -> str:
+        if not self.network_bytes:
+            return ""
+        return f", those before the run {_size(self.network_bytes)}"
 
     def _text_shown(self) -> str:
         epoch = (
@@ -162,7 +177,8 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     model.train()
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    seconds, activations = _one_batch(config, model, material)
+    matching = matching_of(config, prepared.loaded, material)
+    seconds, activations = _one_batch(config, model, material, matching)
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     steps = steps_of(config, material)
@@ -181,6 +197,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         precision=_precision(config.precision, device),
         weights=config.weights,
         not_packed_because=prepared.not_packed_because,
+        cut=cut_shown(material.train.parts),
         warning=material.warning,
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=learnt,
@@ -192,6 +209,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         seconds=seconds * config.accumulation * (steps + tries),
         process_bytes=prepared.process_bytes if device == "cpu" else 0,
         weights_bytes=kept,
+        network_bytes=kept if matching is not None and config.lora is None else 0,
         gradient_bytes=4 * trained,
         optimizer_bytes=optimizer_bytes,
         activation_bytes=activations,
@@ -204,7 +222,9 @@ def _device_of(model: Any) -> str:
     return next(model.parameters()).device.type
 
 
-def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[float, int]:
+def _one_batch(
+    config: TrainConfig, model: Any, material: Material, matching: FeatureMatching | None
+) -> tuple[float, int]:
     """(seconds, bytes kept for the backward pass) of a batch after one that warms up; on the
     device where the model is."""
     device = next(model.parameters()).device
@@ -223,7 +243,9 @@ def _one_batch(config: TrainConfig, model: Any, material: Material) -> tuple[flo
         start = time.perf_counter()
         bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         with bf16, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**batch).loss
+            matched = None if matching is None else matching.match(batch, 0)
+            output = model(**batch, **(matched.inputs if matched else {}))
+        loss = output.loss if output.matching is None else output.loss + output.matching
         (loss / len(batch["positions_T"])).backward()
         _wait(device)
         seconds = time.perf_counter() - start

@@ -8,13 +8,16 @@ run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, ch
                       the adapter in final/adapter
 """
 
+import gc
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,12 @@ from dftserve.checkpoint import FINAL
 from dftserve.spec import Promise
 from dftserve.targets.calibrated import is_refused
 from dftserve.targets.document import load_tokenizer
-from dftserve.train import processes
+from dftserve.train import continuations, processes
 from dftserve.train.adapters import adapted
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
+from dftserve.train.feature_matching import FeatureMatching, FeatureNetwork
 from dftserve.train.mixed import MixedRows
 from dftserve.train.model import attach, checkpointing_name
 from dftserve.train.profile import Profile, measure
@@ -145,7 +149,20 @@ def _shown(named: NamedStore, rows: Rows) -> str:
     told = named.store.manifest.plan.corpus
     trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
     learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
-    return f"{named.store.count('train'):,} documents in {len(rows):,} rows{learnt}."
+    shown = f"{named.store.count('train'):,} documents in {len(rows):,} rows{learnt}."
+    return shown if (cut := cut_shown([rows])) is None else f"{shown} {cut}."
+
+
+def cut_shown(parts: Sequence[Rows]) -> str | None:
+    """What rows are too short for; None where every document has room."""
+    documents = sum(part.cut.documents for part in parts)
+    if not documents:
+        return None
+    learnt = sum(part.cut.learnt for part in parts)
+    return (
+        f"{documents:,} documents are longer than a row (max_length) and are cut: {learnt:,} of "
+        "the learnt tokens do not see the beginning of their document, which their targets may"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +205,8 @@ def prepare(config: TrainConfig) -> Prepared:
         _check_patience(config, math.ceil(steps_of(config, material) / processes.count()))
     if config.batch_size > 1:
         loaded.language_model.check_batch(material.longest, most=most)
+    if config.feature_matching is not None:
+        continuations.check(loaded.language_model, material.longest)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, narrowed(loaded, config), reason, resident)
 
@@ -255,11 +274,20 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     if resume is not None:
         _say(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
+        # Every candidate is loaded anew, and there may be room for one model.
+        checked = partial(
+            Prepared,
+            material=material,
+            not_packed_because=prepared.not_packed_because,
+            process_bytes=prepared.process_bytes,
+        )
+        del prepared
         config = _with_weight(config, material, output, tried)
         set_seed(config.seed)
-        prepared = replace(prepared, loaded=narrowed(load_model(config, material), config))
+        prepared = checked(loaded=narrowed(load_model(config, material), config))
     with processes.together():
-        trainer = make_trainer(config, prepared.loaded.model, material)
+        matching = matching_of(config, prepared.loaded, material)
+        trainer = make_trainer(config, prepared.loaded.model, material, matching=matching)
     if config.fsdp and not trainer.is_fsdp_enabled:
         _say("fsdp: accelerate does not shard on CPUs; each process holds the whole model.")
     # The untouched model, before the first step; a run that goes on has its figures already.
@@ -426,8 +454,40 @@ def _device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def matching_of(config: TrainConfig, loaded: Loaded, material: Material) -> FeatureMatching | None:
+    """What continuations are compared by: the model before the run, which is this one without its
+    adapters, or is loaded once more."""
+    if config.feature_matching is None:
+        return None
+    model, untrained = loaded.language_model, nullcontext
+    if config.lora is not None:
+        untrained = loaded.model.disable_adapter
+    else:
+        network: Any = lm.load(
+            material.found,
+            dtype=torch.float32,
+            device=_device(config),
+            attention=config.attention,
+        )
+        model = lm.LanguageModel(network, material.found.name, material.text_N)
+    rows = (item for item, _ in material.train.items())
+    groups = iter(lambda: list(islice(rows, config.batch_size)), [])
+    device = model.model.device
+    batches = (
+        {name: value.to(device) for name, value in material.collate(group).items()}
+        for group in groups
+    )
+    network = FeatureNetwork.of(model, config.feature_matching.layers, batches, untrained)
+    return FeatureMatching(config.feature_matching, loaded.language_model, network, config.seed)
+
+
 def make_trainer(
-    config: TrainConfig, model: Any, material: Material, callbacks: tuple = ()
+    config: TrainConfig,
+    model: Any,
+    material: Material,
+    callbacks: tuple = (),
+    *,
+    matching: FeatureMatching | None = None,
 ) -> DFTTrainer:
     heldout = heldout_parts(config, material)
     early = config.patience is not None
@@ -477,6 +537,7 @@ def make_trainer(
     )
     trainer = DFTTrainer(
         model=model,
+        matching=matching,
         args=arguments,
         train_dataset=material.train,
         eval_dataset=heldout or None,
@@ -665,6 +726,7 @@ def _with_weight(
     for weight in candidates:
         if f"{weight:g}" in tried:
             continue
+        gc.collect()  # A model refers to itself: what came before is freed by no count.
         _say(f"Trying target_weight {weight:g}, {steps} steps:")
         probe = replace(
             _weighted(config, weight),
@@ -675,7 +737,8 @@ def _with_weight(
         )
         set_seed(config.seed)
         loaded = narrowed(load_model(probe, material), probe)
-        trainer = make_trainer(probe, loaded.model, material)
+        matching = matching_of(probe, loaded, material)
+        trainer = make_trainer(probe, loaded.model, material, matching=matching)
         trainer.args.save_strategy = "no"
         trainer.train()
         nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
@@ -684,6 +747,8 @@ def _with_weight(
             tried[f"{weight:g}"]["stores"] = trainer.batches_of_stores
         if trainer.is_world_process_zero():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
+        del loaded, matching, trainer
+    gc.collect()
     with shaped_as(path, "likelihoods for each weight"):
         each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
         found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}

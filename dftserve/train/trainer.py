@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
+from dftserve.train.feature_matching import FeatureMatching, Matched
 from dftserve.train.mixed import MixedRows, MixedSampler
 from dftserve.train.model import DFTOutput
 
@@ -38,8 +39,12 @@ HUMAN_NLL = "human_nll"
 stores, the mean by their weights; `human_nll/NAME` is one store's."""
 SUMS = ("loss", "model_entropy", "target_entropy", HUMAN_NLL)
 SHOWN = {"loss": "divergence"}
-SEEN = ("divergence", "model_entropy", "target_entropy", "tokens")
+FEATURE_DISTANCE = "feature_distance"
+"""Of the model's continuations from the text's, where they are matched."""
+SEEN = ("divergence", "model_entropy", "target_entropy", FEATURE_DISTANCE, "tokens")
 """Summed over the steps between two lines of the log."""
+TRAINING, HELD_OUT = 0, 1
+"""First of the numbers that decide which continuations are drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +65,12 @@ class DFTTrainer(Trainer):
     of an accumulation and all processes.
     """
 
-    def __init__(self, *args: Any, **given: Any) -> None:
+    def __init__(self, *args: Any, matching: FeatureMatching | None = None, **given: Any) -> None:
         super().__init__(*args, **given)
         self.model_accepts_loss_kwargs = True
+        self._matching = matching
+        self._batch_of_step = (0, 0)
+        """The step, and how many of its batches came before."""
         self.batch_nll: list[tuple[float, float]] = []
         """(nats, tokens) of each held-out batch of all processes, as last evaluated, one store
         after the other; of several stores, both scaled so that all tokens of a store stand in the
@@ -87,17 +95,20 @@ class DFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        output: DFTOutput = model(**inputs)
+        matched = self._matched_in_training(inputs)
+        output: DFTOutput = model(**inputs, **(matched.inputs if matched else {}))
         tokens = len(inputs["positions_T"]) if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP average gradients over processes; the tokens are already all processes'.
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         total: Any = output.loss
-        if output.auxiliary is not None and torch.is_grad_enabled():
-            total = total + output.auxiliary
+        if torch.is_grad_enabled():
+            for added in (output.auxiliary, output.matching):
+                total = total if added is None else total + added
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.
-            seen = [output.loss, output.model_entropy, output.target_entropy]
+            distance = matched.distance if matched else torch.zeros_like(output.loss)
+            seen = [output.loss, output.model_entropy, output.target_entropy, distance]
             counted = torch.tensor(float(len(inputs["positions_T"])), device=self._seen.device)
             self._seen += torch.stack([each.detach().double() for each in (*seen, counted)])
         return (loss, output) if return_outputs else loss
@@ -107,6 +118,8 @@ class DFTTrainer(Trainer):
             *sums, tokens = self._seen.tolist()
             self._seen.zero_()
             logs |= {n: value / max(tokens, 1.0) for n, value in zip(SEEN[:-1], sums, strict=True)}
+            if self._matching is None:
+                del logs[FEATURE_DISTANCE]
             self._refuse_nan(logs["divergence"])
         super().log(logs, start_time)
 
@@ -116,6 +129,25 @@ class DFTTrainer(Trainer):
                 f"the divergence is {divergence} after step {self.state.global_step}; the last "
                 "checkpoint is as it was. Lower learning_rate, or look for a damaged model."
             )
+
+    # ── Feature matching ─────────────────────────────────────────────────────────────────────────
+
+    def _matched_in_training(self, inputs: Mapping[str, Tensor]) -> Matched | None:
+        """The continuations of the next batch of a step: others in each batch and process, the same
+        in a run that goes on."""
+        if self._matching is None:
+            return None
+        step, batch = self._batch_of_step
+        now = self.state.global_step
+        batch = batch + 1 if step == now else 0
+        self._batch_of_step = now, batch
+        return self._matched(inputs, TRAINING, now, batch, self.accelerator.process_index)
+
+    def _matched(self, inputs: Mapping[str, Tensor], *place: int) -> Matched | None:
+        if self._matching is None:
+            return None
+        with self.accelerator.autocast():
+            return self._matching.match(inputs, *place)
 
     # ── Order ────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,10 +189,11 @@ class DFTTrainer(Trainer):
         parts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         measured = [self._measured(part.rows) for part in parts]
         all_tokens = sum(tokens for _, tokens, _ in measured)
-        metrics = dict.fromkeys((f"{metric_key_prefix}_{SHOWN.get(n, n)}" for n in SUMS), 0.0)
+        names = self._sums
+        metrics = dict.fromkeys((f"{metric_key_prefix}_{SHOWN.get(n, n)}" for n in names), 0.0)
         self.batch_nll, self.batches_of_stores = [], []
         for part, (means, tokens, batches) in zip(parts, measured, strict=True):
-            for name, mean in zip(SUMS, means, strict=True):
+            for name, mean in zip(names, means, strict=True):
                 metrics[f"{metric_key_prefix}_{SHOWN.get(name, name)}"] += part.weight * mean
             if len(parts) > 1:
                 nll = means[SUMS.index(HUMAN_NLL)]
@@ -175,23 +208,32 @@ class DFTTrainer(Trainer):
         )
         return metrics
 
+    @property
+    def _sums(self) -> tuple[str, ...]:
+        """What an evaluation adds up."""
+        return SUMS if self._matching is None else (*SUMS, FEATURE_DISTANCE)
+
     def _measured(
         self, rows: Sequence[Any]
     ) -> tuple[list[float], float, list[tuple[float, float]]]:
-        """The means of `SUMS` over these rows, their tokens, and (nats, tokens) of each batch; of
+        """The means of `_sums` over these rows, their tokens, and (nats, tokens) of each batch; of
         all processes."""
         # As training wrapped it, where it did: sharded weights have no other way in.
         model: Any = self.model_wrapped
         model.eval()
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(len(self._sums) + 1, dtype=torch.float64, device=self.args.device)
         batch_nll = []
-        for batch, counts in self._shared_out(rows):
+        for number, (batch, counts) in enumerate(self._shared_out(rows)):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 output: DFTOutput = model(**inputs)
             if not counts:
                 continue
             values = [float(output[name]) for name in SUMS]
+            if self._matching is not None:
+                place = HELD_OUT, number, self.accelerator.process_index
+                matched = self._matched(inputs, *place)
+                values.append(float(matched.distance) if matched else 0.0)
             tokens = len(inputs["positions_T"])
             sums += sums.new_tensor([*values, tokens])
             batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))

@@ -31,7 +31,7 @@ from dftserve.targets.sparse import Targets
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train import config as configs
 from dftserve.train.config import DivergenceConfig, StoreConfig, TrainConfig
-from dftserve.train.data import Collator, Rows, joined, packed, pieces
+from dftserve.train.data import Collator, Rows, joined, one_a_row, packed, pieces
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
@@ -229,7 +229,7 @@ def test_where_all_rows_are_learnt_from_none_is_left_out_or_moved(folder, packin
         opened = TargetStore(folder / "stories")
         rows = Rows(opened, split, longest=32, packing=packing, seed=5)
         parts = pieces(opened.lengths(split), 32)
-        assert rows.rows == (packed(parts, 32, 5) if packing else [(part,) for part in parts])
+        assert rows.rows == (packed(parts, 32, 5) if packing else one_a_row(parts, 5))
 
 
 @pytest.mark.parametrize("mixes", [True, False])

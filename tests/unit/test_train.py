@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dftserve import checkpoint, digest
+from dftserve import checkpoint, digest, lm
 from dftserve.settings import SYNONYMS
 from dftserve.spec import Promise
 from dftserve.targets.store import TargetStore
@@ -343,8 +344,8 @@ INTERRUPTED = """
             if os.environ["RANK"] == "1" and state.global_step == step:
                 os.kill(os.getpid(), number)
     made, trainers = run.make_trainer, []
-    def make_trainer(*given):
-        trainers.append(made(*given))
+    def make_trainer(*given, **named):
+        trainers.append(made(*given, **named))
         trainers[0].add_callback(Signalled())
         return trainers[0]
     run.make_trainer = make_trainer
@@ -587,10 +588,10 @@ def test_another_optimizer_trains(run, optim):
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
-def test_an_attention_whose_package_is_missing_is_refused(run):
-    with pytest.raises(ValueError, match="attention: got 'flash_attention_2', which cannot be"):
-        train(replace(run, attention="flash_attention_2"))
-    assert not (Path(run.output) / "final").exists()
+def test_flash_attention_is_refused_with_the_reason(run):
+    told = "attention: got 'flash_attention_2'; accepted: eager, sdpa, .* half precision alone"
+    with pytest.raises(ValueError, match=told):
+        replace(run, attention="flash_attention_2")
 
 
 def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
@@ -643,6 +644,53 @@ def test_no_step_of_a_short_run_is_taken_at_a_rate_of_0(run, steps):
 
 def test_a_long_run_warms_up(run):
     assert warmup_of(replace(run, steps=100), read(run)) == run.warmup > 0
+
+
+def test_auto_never_has_two_models(run, monkeypatch):
+    """Of one process: a run that fits in memory, by `--plan`, tries its candidates in it too."""
+    load, models, living = lm.load, [], []
+
+    def counted(*args, **named):
+        living.append(sum(each() is not None for each in models))
+        model = load(*args, **named)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(lm, "load", counted)
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
+    train(replace(run, divergence=divergence))
+    # The check before, two candidates, the run itself, and its checkpoint read back beside it.
+    assert living[:4] == [0, 0, 0, 0]
+    assert len(living) == 5
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_first_rows_are_a_sample_of_the_corpus(store, packing):
+    """Held-out figures are of the first rows: a corpus in files must not give its first file."""
+    rows = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
+    count = TargetStore(store).count("train")
+    first = [piece.document for row in rows.rows for piece in row][: count // 2]
+    # All from the first half by chance: 1 in C(60, 30).
+    assert any(document >= count // 2 for document in first)
+    again = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
+    assert again.rows == rows.rows
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_documents_that_are_cut_are_told(run, store, packing):
+    """How many, and what of them is learnt without what stands before."""
+    config = replace(run, max_length=16, packing=packing)
+    held = TargetStore(store)
+    lengths = [length for length in held.lengths("train") if length > 16]
+    plan = plan_of(config)
+    told = f"{len(lengths):,} documents are longer than a row (max_length) and are cut: "
+    assert plan.cut is not None
+    assert plan.cut.startswith(told)
+    learnt = int(plan.cut.removeprefix(told).split()[0].replace(",", ""))
+    assert learnt == sum(length - 16 for length in lengths)
+    assert plan.cut in plan.shown()
+    assert plan.cut in read(config).shown()
+    assert plan_of(replace(run, packing=packing)).cut is None
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ KILLED = """
             if moment == "evaluation" and rank == victim and state.global_step >= step:
                 die()
     made = run.make_trainer
-    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Killed()) or trainer
+    run.make_trainer = lambda *given, **named: (
+        (trainer := made(*given, **named)).add_callback(Killed()) or trainer
+    )
     move = atomic.move_folder
     def moved(folder, place):
         if moment == "save" and place.name == f"checkpoint-{step}":
@@ -267,7 +269,9 @@ MACHINE_DIES = """
                 os.kill(os.getppid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
     made = run.make_trainer
-    run.make_trainer = lambda *given: (trainer := made(*given)).add_callback(Dies()) or trainer
+    run.make_trainer = lambda *given, **named: (
+        (trainer := made(*given, **named)).add_callback(Dies()) or trainer
+    )
     main()
 """
 

@@ -1,0 +1,225 @@
+"""Feature matching: the model's own continuations against the text's, in the features of a model
+that is not trained (EBFT, arXiv 2603.12248).
+
+    L = E ‖E φ(c, ŷ) − φ(c, y)‖²      c a text up to an anchor, y the text's next G tokens,
+                                      ŷ ~ p(· | c) those of the model, φ features of unit length
+
+Targets say what may stand behind a human's words; this looks at what the model writes behind its
+own. Its gradient is that of a reward, with S samples ŷ_s of each anchor and the mean over pairs of
+others m_s = Σ_{j≠i; j,i≠s} φ_j·φ_i / ((S−1)(S−2)):
+
+    r_s = 2 φ_s·φ_y − 2/(S−1) Σ_{j≠s} φ_s·φ_j         near the text, unlike the other samples
+    b_s = 2/(S−1) Σ_{j≠s} φ_j·φ_y − 2 m_s             a baseline that knows nothing of ŷ_s
+    ∇L = −E (r_s − b_s) ∇ln p(ŷ_s | c)
+
+The paper's baseline is the mean of the others' rewards (RLOO), in which ŷ_s takes part: it leaves
+(S−2)/(S−1) of the term that keeps samples apart. Here the estimate is unbiased.
+
+φ: the hidden states behind some layers at a continuation's last token, each coordinate less its
+mean and by its deviation over the corpus, each layer of unit length, side by side.
+
+Shapes: B rows, N tokens of a row's text, K anchors of a row, S samples, G tokens of a continuation,
+T learnt positions of a batch, P positions that the features' moments are of, F features, D hidden
+size, L layers.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dftserve.lm import LanguageModel, evaluating
+from dftserve.train.config import FeatureMatchingConfig
+from dftserve.train.continuations import Anchors, Layout, sample
+from dftserve.train.data import model_inputs
+
+MOMENT_TOKENS = 8192
+"""Learnt positions of the corpus that a feature's mean and deviation are of."""
+
+
+# ── Rewards ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def rewards_less_baselines(features_KSF: Tensor, text_KF: Tensor) -> Tensor:
+    """r_s − b_s, [K, S]; needs S ≥ 3."""
+    count = features_KSF.shape[1]
+    to_text_KS = torch.einsum("ksf,kf->ks", features_KSF, text_KF)
+    pairs_KSS = _pairs(features_KSF)
+    to_others_KS = pairs_KSS.sum(dim=2) / (count - 1)
+    reward_KS = 2 * (to_text_KS - to_others_KS)
+    others_to_text_KS = (to_text_KS.sum(dim=1, keepdim=True) - to_text_KS) / (count - 1)
+    # Each pair stands twice in the sum; those of sample s leave it.
+    among_others_KS = pairs_KSS.sum(dim=(1, 2))[:, None] - 2 * pairs_KSS.sum(dim=2)
+    among_others_KS = among_others_KS / ((count - 1) * (count - 2))
+    return reward_KS - 2 * (others_to_text_KS - among_others_KS)
+
+
+def distances(features_KSF: Tensor, text_KF: Tensor) -> Tensor:
+    """Unbiased estimates of ‖E φ(ŷ) − φ(y)‖², [K]."""
+    count = features_KSF.shape[1]
+    to_text_K = torch.einsum("ksf,kf->k", features_KSF, text_KF) / count
+    among_K = _pairs(features_KSF).sum(dim=(1, 2)) / (count * (count - 1))
+    return (text_KF**2).sum(dim=1) - 2 * to_text_K + among_K
+
+
+def _pairs(features_KSF: Tensor) -> Tensor:
+    """φ_s·φ_j, [K, S, S]; 0 of a sample with itself."""
+    pairs_KSS = features_KSF @ features_KSF.mT
+    return pairs_KSS - torch.diag_embed(pairs_KSS.diagonal(dim1=1, dim2=2))
+
+
+# ── Features ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """The model as it was before the run, which tells how alike two continuations are."""
+
+    model: LanguageModel
+    layers: tuple[int, ...]
+    means_LD: Tensor
+    deviations_LD: Tensor
+    untrained: Callable[[], AbstractContextManager]
+    """Within it, `model` is what it was: adapters are off."""
+
+    @staticmethod
+    def of(
+        model: LanguageModel,
+        shares: Sequence[float],
+        batches: Iterable[Mapping[str, Tensor]],
+        untrained: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> "FeatureNetwork":
+        """Measure what a feature is on a corpus.
+
+        Args:
+            shares: of the depth, above 0 to 1.
+            batches: of which the first `MOMENT_TOKENS` learnt positions, or all, are read.
+        """
+        count = model.model.config.get_text_config().num_hidden_layers
+        layers = tuple(max(1, round(share * count)) for share in shares)
+        seen, sums_LD, squares_LD = 0, 0.0, 0.0
+        for batch in batches:
+            states_LTD = _learnt_states(model, layers, batch, untrained)
+            seen += states_LTD.shape[1]
+            sums_LD = sums_LD + states_LTD.sum(dim=1)
+            squares_LD = squares_LD + states_LTD.square().sum(dim=1)
+            if seen >= MOMENT_TOKENS:
+                break
+        means_LD: Any = sums_LD / seen
+        deviations_LD = (squares_LD / seen - means_LD.square()).clamp_min(0).sqrt()
+        return FeatureNetwork(
+            model,
+            layers,
+            means_LD.float(),
+            # A feature that never changes tells nothing, and must not divide by nothing.
+            deviations_LD.float().clamp_min(1e-6),
+            untrained,
+        )
+
+    def features(self, states: Sequence[Tensor]) -> Tensor:
+        """[..., F] of unit length from the states behind each layer, [..., D]."""
+        parts = [
+            torch.nn.functional.normalize((state.float() - mean_D) / deviation_D, dim=-1)
+            for state, mean_D, deviation_D in zip(
+                states, self.means_LD, self.deviations_LD, strict=True
+            )
+        ]
+        return torch.cat(parts, dim=-1) / len(parts) ** 0.5
+
+    @torch.no_grad()
+    def of_continuations(
+        self, text_BN: Tensor, layout: Layout, continuations_BKSG: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """([B, K, S, F], [B, K, F]): of the samples, and of the text in their place."""
+        rows, anchors = layout.places_BK.shape
+        given = layout.whole(text_BN, continuations_BKSG, self.model.model.dtype)
+        with self.untrained():
+            states_BQD = self.model.layer_states(self.layers, **given)
+        last = layout.step(layout.length - 1)
+        ends_BK = (layout.places_BK + layout.length).clamp_max(layout.tokens - 1)
+        each = torch.arange(rows, device=ends_BK.device)[:, None]
+        of_samples_BXF = self.features([states[:, last] for states in states_BQD])
+        of_text_BKF = self.features([states[each, ends_BK] for states in states_BQD])
+        return of_samples_BXF.reshape(rows, anchors, layout.samples, -1), of_text_BKF
+
+
+@torch.no_grad()
+def _learnt_states(
+    model: LanguageModel,
+    layers: Sequence[int],
+    batch: Mapping[str, Tensor],
+    untrained: Callable[[], AbstractContextManager],
+) -> Tensor:
+    """float64 [L, T, D]: behind each layer, at the learnt tokens."""
+    with evaluating(model.model), untrained():
+        states = model.layer_states(layers, **model_inputs(batch))
+    at_T = batch["positions_T"] + 1
+    return torch.stack([each.flatten(0, 1)[at_T].double() for each in states])
+
+
+# ── A batch ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What a batch's continuations say."""
+
+    inputs: Mapping[str, Tensor]
+    """For `model.attach`'s forward: the continuations, and the weight of each one's likelihood."""
+    distance: Tensor
+    """The mean over anchors of the estimate of L, times T: as a sum over learnt tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMatching:
+    """Feature matching of one run."""
+
+    config: FeatureMatchingConfig
+    model: LanguageModel
+    """What is trained."""
+    network: FeatureNetwork
+    seed: int
+
+    @torch.no_grad()
+    def match(self, batch: Mapping[str, Tensor], *place: int) -> Matched | None:
+        """Draw continuations and compare them; None where no run of learnt tokens is long enough.
+
+        Args:
+            place: numbers of this batch, which with the run's seed decide what is drawn.
+        """
+        seeds = np.random.SeedSequence((self.seed, *place)).generate_state(2, np.uint64)
+        settings, text_BN = self.config, batch["input_ids"]
+        anchors = Anchors.drawn(
+            batch,
+            length=settings.length,
+            every=settings.every,
+            source=np.random.default_rng(int(seeds[0])),
+        )
+        if not len(anchors):
+            return None
+        generator = torch.Generator(text_BN.device).manual_seed(int(seeds[1] >> np.uint64(1)))
+        layout = Layout.of(
+            batch, anchors.places_BK, samples=settings.samples, length=settings.length
+        )
+        with evaluating(self.model.model):
+            drawn_BKSG = sample(self.model, text_BN, layout, generator)
+            of_samples_BKSF, of_text_BKF = self.network.of_continuations(
+                text_BN, layout, drawn_BKSG
+            )
+        samples_KSF, text_KF = (each[anchors.is_real_BK] for each in (of_samples_BKSF, of_text_BKF))
+        learnt = len(batch["positions_T"])
+        weights_BKS = torch.zeros(drawn_BKSG.shape[:3], device=text_BN.device)
+        # The surrogate whose gradient is the estimate's: Σ (r − b)·(−ln p), a mean over anchors and
+        # samples; times T, as the divergence beside it is a sum over tokens.
+        scale = settings.weight * learnt / (len(anchors) * settings.samples)
+        weights_BKS[anchors.is_real_BK] = scale * rewards_less_baselines(samples_KSF, text_KF)
+        inputs = {
+            "anchors_BK": anchors.places_BK,
+            "continuations_BKSG": drawn_BKSG,
+            "weights_BKS": weights_BKS,
+        }
+        return Matched(inputs, distances(samples_KSF, text_KF).mean() * learnt)
