@@ -507,6 +507,23 @@ def style_cost(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ray_targets(document: dict[str, Any]) -> str:
+    memory = document["memory"]
+    mib, shards = memory["mib"], memory["shards"]
+    half = f"{memory['tokens'] // 2:,} tokens"
+    return "\n".join(
+        (
+            "| | asked | found |",
+            "|---|---|---|",
+            f"| tokens a second, two workers over one | 1.6 | {shown(document['two_over_one'])} |",
+            f"| a worker's own memory after 1, {shards // 2} and {shards} shards | | "
+            f"{mib[0]:,.0f}, {mib[shards // 2 - 1]:,.0f} and {mib[-1]:,.0f} MiB |",
+            f"| what it gains over the second {half} | 0 | {memory['growth_mib']:+.0f} MiB; "
+            f"{memory['if_shards_were_kept_mib']:+.0f} would be the shards |",
+        )
+    )
+
+
 def families(document: dict[str, Any]) -> str:
     """Every family once, under what became of it."""
     outcomes = {
@@ -608,6 +625,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "headline": headline,
     "forms": forms,
     "families": families,
+    "ray_targets": ray_targets,
     "groups": groups,
     "gpu": gpu_table.table,
     "soak": soak_table.table,
@@ -622,6 +640,7 @@ stays as it is."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {
     "clients": "docs/clients.md",
     "families": "docs/training.md",
+    "ray_targets": "docs/scale.md",
 }
 """Where a table stands that is not the README's."""
 

@@ -23,9 +23,9 @@ import contextlib
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
@@ -66,7 +66,7 @@ OVERLOAD = 4
 """Clients a slot."""
 LONG_TOKENS = 200
 """Of a stream that is left: longer than any client stays."""
-HEALTH_EVERY = 0.25
+HEALTH_WATCH = Path(__file__).parent / "health_watch.py"
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "OMP_NUM_THREADS": "1",
@@ -499,16 +499,9 @@ def overload(size: int, source: random.Random, servers: Servers) -> dict[str, An
 
 
 def _overload(engine: Engine, seconds: float, source: random.Random) -> dict[str, Any]:
-    ended = threading.Event()
-    health: list[float | None] = []
-    watcher = threading.Thread(target=_watch_health, args=(engine, ended, health))
-    watcher.start()
     start = time.monotonic()
-    try:
+    with _health_watched(engine) as health:
         outcomes = asyncio.run(_overloaded(engine, seconds, source))
-    finally:
-        ended.set()
-        watcher.join()
     answered = [seconds for seconds in health if seconds is not None]
     return {
         "seconds": round(time.monotonic() - start, 1),
@@ -535,12 +528,19 @@ async def _overloaded(engine: Engine, seconds: float, source: random.Random) -> 
     return outcomes
 
 
-def _watch_health(engine: Engine, ended: threading.Event, found: list[float | None]) -> None:
-    """How long each answer of /health took; None where there was none, or not a 200."""
-    while not ended.wait(HEALTH_EVERY):
-        start = time.monotonic()
-        is_well = _is_well(engine)
-        found.append(time.monotonic() - start if is_well else None)
+@contextlib.contextmanager
+def _health_watched(engine: Engine) -> Iterator[list[float | None]]:
+    """Seconds of each answer of /health meanwhile, None where there was none, or not a 200; filled
+    at the end."""
+    found: list[float | None] = []
+    command = [sys.executable, str(HEALTH_WATCH), engine.url]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as watcher:
+        try:
+            yield found
+        finally:
+            told, _ = watcher.communicate()  # Ends its input.
+    found += json.loads(told)
 
 
 @contextlib.asynccontextmanager

@@ -3,7 +3,9 @@ again; the table."""
 
 import json
 import random
+import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 from soak_promises import JUDGES, broken_promises
 
 from tests.fuzz_bodies import MAX_ANSWER_BYTES, Asked, complaint
+from tests.local_server import serving
 
 KEPT = {
     "fuzz": {
@@ -176,11 +179,29 @@ def test_both_servers_meet_the_same_overload(monkeypatch):
         return Counter({f"{engine.name} {seconds} {source.random()}": 1})
 
     monkeypatch.setattr(soak, "_overloaded", overloaded)
-    monkeypatch.setattr(soak, "_watch_health", lambda engine, ended, found: found.append(0.5))
+    monkeypatch.setattr(soak, "_health_watched", lambda engine: nullcontext([0.5]))
     found = soak.overload(7, random.Random(0), fake_servers())  # type: ignore[arg-type]
     (ours,), (stock,) = found["outcomes"], found["stock"]["outcomes"]
     assert ours.removeprefix("ours") == stock.removeprefix("stock")
     assert found["health"] == found["stock"]["health"]
+
+
+def test_health_is_watched_until_the_work_ends():
+    """Answers and what is none, by a process of its own."""
+    asked: list[str] = []
+
+    def answer(handler) -> None:
+        asked.append(handler.path)
+        handler.send_response(200 if len(asked) != 2 else 503)
+        handler.end_headers()
+
+    with serving(answer) as url, soak._health_watched(SimpleNamespace(url=url)) as found:  # type: ignore[arg-type]
+        while len(asked) < 3:
+            time.sleep(0.01)
+    assert set(asked) == {"/health"}
+    assert len(found) in (len(asked), len(asked) - 1)
+    assert [seconds is None for seconds in found[:3]] == [False, True, False][: len(found)]
+    assert all(seconds > 0 for seconds in found if seconds is not None)
 
 
 def test_short_requests_are_half_with_the_field_and_half_streams():
