@@ -369,7 +369,9 @@ def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
         *outer, last = name.split(".")
         place = content
         for key in outer:
-            place = place.setdefault(key, {})
+            if place.get(key) is None:  # `lora: null`, say: off, until a key of it is given.
+                place[key] = {}
+            place = place[key]
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {key} holds a value there, not keys.")
         place[last] = settings.parse_yaml(text, name)

@@ -3,11 +3,18 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from openai import AsyncOpenAI, OpenAI
+from scipy import stats
 
 from dftserve.demo.run import serve_flags
+from dftserve.evaluate.metrics import errors
+from dftserve.evaluate.metrics.lexical import self_bleus
+from dftserve.evaluate.text.tokenize import words
 from dftserve.serve import Server, running
 
 pytestmark = pytest.mark.long
@@ -85,6 +92,57 @@ def test_a_json_schema_holds_at_every_level(client, server):
         )
         person = json.loads(answer.choices[0].message.content)
         assert sorted(person) == ["age", "name"]
+
+
+TOPICS = (
+    "a lighthouse", "two brothers", "a lost dog", "the last train", "a garden", "a letter",
+    "a storm at sea", "an old piano", "a stolen bicycle", "the moon", "a baker", "a locked door",
+    "a river", "the first snow", "a broken watch", "a stranger",
+)  # fmt: skip
+
+
+def stories(server: Server, **asked: Any) -> list[list[str]]:
+    """Two to each topic."""
+
+    async def ask_all() -> list[list[str]]:
+        async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=1200) as client:
+
+            async def ask(topic: str) -> list[str]:
+                prompt = {"role": "user", "content": f"Tell me a short story about {topic}."}
+                answer = await client.chat.completions.create(
+                    model=server.model, messages=[prompt], max_tokens=96, n=2, seed=1, **asked
+                )
+                return [choice.message.content for choice in answer.choices]
+
+            return await asyncio.gather(*(ask(topic) for topic in TOPICS))
+
+    return asyncio.run(ask_all())
+
+
+def test_the_field_varies_more_than_a_low_temperature_and_errs_less_than_a_high_one(server, figure):
+    """What the field is for, on real text: passes by chance, were either not so, once in 1,000."""
+    low = stories(server, temperature=0.5)
+    field = stories(server, temperature=1.0, extra_body={"diversity": 1})
+    high = stories(server, temperature=1.2)
+    checker = errors.linter()
+
+    def marks(texts: list[list[str]]) -> list[int]:
+        return [sum(errors.check(text, checker).marks for text in pair) for pair in texts]
+
+    def likeness(texts: list[list[str]]) -> NDArray[np.float64]:
+        """Between stories of other topics."""
+        return self_bleus([words(pair[0]) for pair in texts])
+
+    fewer = stats.ttest_rel(marks(high), marks(field), alternative="greater").pvalue
+    alike, varied = likeness(low), likeness(field)
+    more = stats.ttest_rel(alike, varied, alternative="greater").pvalue
+    figure(
+        marks=[sum(marks(each)) for each in (low, field, high)],
+        self_bleu=[round(float(each.mean()), 1) for each in (alike, varied)],
+        p=[float(fewer), float(more)],
+    )
+    assert fewer < 1e-3
+    assert more < 1e-3
 
 
 def test_500_seeds_at_once_leave_the_engine_alive(server, figure):

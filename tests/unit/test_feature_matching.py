@@ -348,7 +348,7 @@ def tiny_matching(store: Path) -> tuple[LlamaForCausalLM, FeatureMatching]:
         model.lm_head.weight.mul_(20)
     language_model = attach(model, SFT())
     network = FeatureNetwork.of(LanguageModel(frozen, "frozen"), (0.5, 1.0), [tiny_batch()])
-    settings = FeatureMatchingConfig(samples=4, length=2, every=4)
+    settings = FeatureMatchingConfig(weight=1, samples=4, length=2, every=4)
     return model, FeatureMatching(settings, language_model, network, seed=0)
 
 

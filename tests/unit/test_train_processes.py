@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from dftserve.train import processes, run_folder
-from dftserve.train.config import StoreConfig, TrainConfig
+from dftserve.train.config import FeatureMatchingConfig, StoreConfig, TrainConfig
 from dftserve.train.run import read, steps_of_epoch, train
 from dftserve.train.run_folder import RunFolder
 from tests.training import save_config, save_model, save_sealed, save_store
@@ -179,6 +179,14 @@ def test_a_later_epoch_that_is_gone_on_in_has_its_own_order(run, tmp_path, numbe
     theirs = undisturbed(run, made_folder(tmp_path / "undisturbed"))
     told = assert_survives([("step", 1, 9)], run, theirs, made_folder(tmp_path / "disturbed"))
     assert "checkpoint-8." in told
+
+
+@pytest.mark.long
+def test_continuations_are_drawn_again_by_processes_that_are_started_again(run, tmp_path):
+    """Each process draws others, and the same in a step that is done again."""
+    run = replace(run, feature_matching=FeatureMatchingConfig(samples=3, length=3, every=8))
+    theirs = undisturbed(run, made_folder(tmp_path / "undisturbed"))
+    assert_survives([("step", 1, 5)], run, theirs, made_folder(tmp_path / "disturbed"))
 
 
 def made_folder(place: Path) -> Path:
