@@ -16,6 +16,7 @@ pytestmark = pytest.mark.long
 REQUESTS = 12
 REFUSED = 5
 TOKENS = 16
+PROMPTS = 5
 DEPLOYMENTS = {
     "one of each": (1, 1),
     "2 API servers": (2, 1),
@@ -45,13 +46,14 @@ def test_counters_are_what_was_sent(deployed, figure):
     with injected(engine.fault_file) as faults:
         sent += answers(engine)
     sent += answers(engine)
+    several = completion_of_several_prompts(engine)
     wrong = chat_body(diversity=7, max_tokens=TOKENS)
     refused = gather(engine, [("/v1/chat/completions", wrong)] * REFUSED)
     assert {answer.status_code for answer in refused} == {400}
 
-    choices = [choice for said in sent for choice in said["diversity"]["choices"]]
+    choices = [choice for said in [*sent, several] for choice in said["diversity"]["choices"]]
     expected = {
-        "dft:requests_total": len(sent),
+        "dft:requests_total": len(sent) + 1,
         "dft:requests_refused_total": REFUSED,
         "dft:tokens_total": sum(choice["tokens"] for choice in choices if choice is not None),
         "dft:nan_rows_total": nan_rows(),
@@ -87,6 +89,16 @@ def answers(engine: Engine) -> list[dict]:
     got = gather(engine, [("/v1/chat/completions", body)] * REQUESTS)
     assert {answer.status_code for answer in got} == {200}, [answer.text for answer in got]
     return [answer.json() for answer in got]
+
+
+def completion_of_several_prompts(engine: Engine) -> dict:
+    prompts = [f"Number {number}" for number in range(PROMPTS)]
+    body = {"model": "demo", "prompt": prompts, "max_tokens": TOKENS, "diversity": 0.5}
+    (answer,) = gather(engine, [("/v1/completions", body | {"ignore_eos": True})])
+    assert answer.status_code == 200, answer.text
+    said = answer.json()
+    assert len(said["diversity"]["choices"]) == PROMPTS
+    return said
 
 
 def counted(engine: Engine) -> tuple[Counter[str], dict[str, list[dict[str, str]]]]:

@@ -14,6 +14,7 @@ import pytest
 from dftserve_vllm import audit, engine, log, metrics, policy, request_context, request_params
 from dftserve_vllm.request_context import RequestContext
 from dftserve_vllm.response_middleware import ResponseMiddleware
+from dftserve_vllm.styles import Styles
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
@@ -60,10 +61,12 @@ def decided(prompts=1, **fields):
 
 def ask(**fields):
     """One request, as far as its answer's end."""
+    context = request_context.current.get()
     try:
         return decided(**fields)[0]
     finally:
-        audit.write_notes(request_context.current.get())
+        context.status = 200
+        audit.write_notes(context)
 
 
 def lines_of(file) -> list[dict]:
@@ -189,18 +192,33 @@ def test_outside_of_an_http_request_each_is_a_line(set_audit, tmp_path):
     assert [line["prompts"] for line in lines_of(tmp_path / "audit.jsonl")] == [1, 1]
 
 
-@pytest.mark.parametrize("is_answered", [True, False])
-def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(set_audit, tmp_path, is_answered):
-    """A client that goes away, or an engine that fails, leaves a line too."""
+class UnansweredError(Exception):
+    """What vLLM's handlers do not take."""
+
+
+@pytest.mark.parametrize(
+    ("answered", "outcome", "status"),
+    [
+        (200, "accepted", 200),
+        (400, "failed", 400),  # vLLM's own, as it admits the request.
+        (503, "failed", 503),
+        (UnansweredError, "failed", 500),
+        (asyncio.CancelledError, "failed", None),
+    ],
+)
+def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(
+    set_audit, tmp_path, answered, outcome, status
+):
+    """With what became of it; a client that goes away leaves a line too."""
     file = tmp_path / "audit.jsonl"
     set_audit(file)
     seen = []
 
     async def app(scope, receive, send):
         decided(2, diversity=0.2)
-        if not is_answered:
-            raise asyncio.CancelledError
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if not isinstance(answered, int):
+            raise answered
+        await send({"type": "http.response.start", "status": answered, "headers": []})
         seen.append(len(lines_of(file)))
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -208,11 +226,57 @@ def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(set_audit, tmp_p
         return {}
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    with contextlib.nullcontext() if is_answered else pytest.raises(asyncio.CancelledError):
+    is_answered = isinstance(answered, int)
+    with contextlib.nullcontext() if is_answered else pytest.raises(answered):
         asyncio.run(ResponseMiddleware(app)(scope, nowhere, nowhere))
     assert seen == [1] * is_answered
     (line,) = lines_of(file)
     assert line["prompts"] == 2
+    assert (line["outcome"], line["status"]) == (outcome, status)
+
+
+def counted(name) -> dict[tuple[str, ...], float]:
+    """The values of one of our counters, by its labels."""
+    (family,) = getattr(metrics.metrics(), name).collect()
+    return {
+        tuple(sample.labels.values()): sample.value
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    }
+
+
+def increase(name, before) -> dict[tuple[str, ...], float]:
+    after = counted(name)
+    return {labels: rise for labels in after if (rise := after[labels] - before.get(labels, 0))}
+
+
+def test_a_body_of_many_prompts_is_counted_once(set_audit, tmp_path, monkeypatch):
+    """As its refusal is: an alert compares the two."""
+    set_audit(tmp_path / "audit.jsonl")
+    profile = SimpleNamespace(name="habits", strength=1.0, max_kl=0.05)
+    monkeypatch.setattr(engine, "styles", lambda: Styles((profile,)))
+    names = ("requests", "styled", "clamped", "refused")
+    before = {name: counted(name) for name in names}
+    for _ in range(2):
+        token = request_context.current.set(RequestContext(HEADERS))
+        decided(100, diversity=0.9, style="habits")
+        with pytest.raises(VLLMValidationError):
+            decided(100, diversity=7)
+        request_context.current.reset(token)
+    expected = {"requests": ("demo", "gated"), "styled": ("demo", "habits")}
+    for name in names:
+        labels = expected.get(name, ("demo",))
+        assert increase(name, before[name]) == {labels: 2}
+
+
+def test_a_request_with_two_laws_is_counted_for_each(set_audit, tmp_path):
+    """As where the requests of a batch differ."""
+    set_audit(tmp_path / "audit.jsonl")
+    before = counted("requests")
+    for law in ({"level": 0.2}, {"law": "guard", "min_p": 0.1}, {"level": 0.1}):
+        decided(2, diversity=law)
+    rise = increase("requests", before)
+    assert rise == {("demo", "gated"): 1, ("demo", "guard"): 1}
 
 
 class Disk:

@@ -194,6 +194,19 @@ def test_a_name_is_found_however_the_body_is_cut(whole, cut):
         assert names.seen
 
 
+@pytest.mark.parametrize("blanks", [" " * 33, " " * 5000, "\n\t\r " * 100])
+@pytest.mark.parametrize("piece", [1, 7, 64, 10_000])
+def test_a_name_is_found_however_far_its_colon_is(blanks, piece):
+    """JSON allows any number of blanks between them."""
+    whole = f'{{"diversity"{blanks}:{blanks}0.5, "prompt": "x"}}'
+    assert json.loads(whole)["diversity"] == 0.5
+    for text, is_found in ((whole, True), (whole.replace("diversity", "diver sity"), False)):
+        names = body_limit.FieldNames()
+        for i in range(0, len(text), piece):
+            names.look(text[i : i + piece].encode())
+        assert names.seen == is_found
+
+
 @pytest.mark.parametrize("body", [{"user": "style"}, {"styles": 1}, {"prompt": '"diversity": 1'}])
 def test_a_text_is_no_name(body):
     names = body_limit.FieldNames()

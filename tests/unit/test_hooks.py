@@ -279,6 +279,36 @@ def test_a_hook_that_is_not_needed_refuses_nothing(monkeypatch, module):
     assert hooks.refusal() is None
 
 
+def test_the_file_system_is_searched_once_and_for_what_is_needed(monkeypatch):
+    """Every request with a field asks, some of them several times, in the server's event loop."""
+    needed, other = "xml.dom.pulldom", "xml.dom.expatbuilder"  # There, and not imported.
+    for name in (needed, other):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    both = Hook(needed, "parse", doubling), Hook(other, "parse", doubling, is_needed=False)
+    monkeypatch.setattr(hooks, "_installed", both)
+    monkeypatch.setattr(hooks, "_present", set())
+    searched = []
+    search = hooks.importlib.util.find_spec
+    monkeypatch.setattr(
+        hooks.importlib.util, "find_spec", lambda name: searched.append(name) or search(name)
+    )
+    assert [hooks.refusal() for _ in range(3)] == [None] * 3
+    assert searched == [needed]
+    assert [hooks.problems() for _ in range(3)] == [{}] * 3
+    assert searched == [needed, other]
+
+
+def test_a_module_that_is_missed_is_looked_for_again(monkeypatch):
+    """Its package may have been importing itself."""
+    monkeypatch.setattr(hooks, "_installed", (Hook("xml.dom.pulldom", "parse", doubling),))
+    monkeypatch.delitem(sys.modules, "xml.dom.pulldom", raising=False)
+    monkeypatch.setattr(hooks, "_present", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.importlib.util, "find_spec", lambda _: None)
+        assert "no such module" in hooks.refusal()
+    assert hooks.refusal() is None
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_what_a_request_s_parameters_are_made_from_passes_as_it_came(by_name):
     """Also what a later vLLM may add; the model's own cuts are taken out of the second."""

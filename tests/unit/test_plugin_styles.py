@@ -356,16 +356,56 @@ def test_v1_with_asynchronous_scheduling_refuses_every_style(monkeypatch, tmp_pa
     assert styles.of_engine(given).profiles == ()
 
 
-@pytest.mark.parametrize("default", ['{"law": "xtc", "xtc_probability": 0.5}', "0.5"])
 def test_an_operator_s_default_steps_back_where_a_style_cannot_be_beside_it(
-    configured, monkeypatch, default
+    configured, monkeypatch
 ):
-    monkeypatch.setattr(
-        request_params, "default_diversity", lambda: spec.parse_json(default, "default")
-    )
+    default = spec.parse({"law": "xtc", "xtc_probability": 0.5})
+    monkeypatch.setattr(request_params, "default_diversity", lambda: default)
     carried = ask(style="small").extra_args
     assert carried["style"]["name"] == "small"
-    assert carried["diversity"]["level" if default == "0.5" else "law"] in (0.5, "gated")
+    assert carried["diversity"]["law"] == "gated"
+
+
+GROUP = {"level": 0.5, "group": True}
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "is_in_force"),
+    [
+        (0.5, {}, True),
+        (0.5, {"min_p": 0.1}, True),
+        (0.5, {"temperature": 0}, False),
+        (0.5, {"stop_token_ids": list(range(65))}, False),
+        ({"level": 0.5, "min_p": 0.05}, {"min_p": 0.1}, False),
+        ({"law": "guard", "min_p": 0.05}, {"min_p": 0.1}, False),
+        ({"law": "guard", "min_p": 0.05}, {"min_p": 0.05}, True),
+        (GROUP, {"n": 2}, True),
+        (GROUP, {"n": 1025}, False),
+    ],
+)
+@pytest.mark.parametrize("style", [{"style": "small"}, {"style": HUMAN | {"strength": 0}}, {}])
+def test_an_operator_s_default_steps_back_for_what_the_client_named(
+    configured, monkeypatch, default, fields, is_in_force, style
+):
+    """An answer and never a 400 for the default; the style is in force all the same."""
+    monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(default))
+    token = request_context.current.set(RequestContext())
+    try:
+        if style == {"style": "small"} and "stop_token_ids" in fields:
+            assert refused(**style, **fields).parameter == "stop_token_ids"  # Beside the style.
+            return
+        params = ask(**style, **fields)
+        prompts = request_context.current.get().prompts
+    finally:
+        request_context.current.reset(token)
+    carried = params.extra_args or {}
+    has_style = style == {"style": "small"} and fields.get("temperature") != 0
+    assert ("style" in carried) == has_style
+    law = spec.parse(carried["diversity"]) if carried else spec.Diversity(level=0.0)
+    assert (law.level != 0) == is_in_force
+    assert [prompt.has_diversity for prompt in prompts] == [is_in_force] * bool(
+        style or is_in_force
+    )
 
 
 def test_a_client_s_min_p_is_its_own_beside_an_operator_s_default(configured, monkeypatch):

@@ -309,14 +309,42 @@ def through_json(carried):
     return json.loads(re.sub(r"\.0\b", "", json.dumps(carried)))
 
 
-@pytest.mark.parametrize("asked", [{"diversity": 0.8}, {"diversity": 1, "style": "habits"}])
-def test_what_was_decided_is_not_decided_again(set_policy, asked):
+DECIDED = {
+    "a number": {"diversity": 0.8},
+    "a number and a style": {"diversity": 1, "style": "habits"},
+    "another law": {"diversity": {"law": "xtc", "xtc_probability": 1}},
+    "min_p beside it": {"diversity": 0.8, "min_p": 0.05},
+    "min_p of 1": {"diversity": {"law": "guard", "min_p": 1}},
+    "a trace": {"diversity": {"level": 0.8, "trace": True}},
+    "a style": {"style": "b"},
+    "a style of strength 1": {"style": {"name": "b", "strength": 1}},
+    "a style and min_p": {"style": "b", "min_p": 0.05},
+    "a style beside level 0": {"style": "b", "diversity": 0},
+    "a style beside DRY": {"style": "b", "diversity": DRY},
+    "DRY": {"diversity": {"dry_multiplier": 4}},
+    "DRY without breakers": {"diversity": DRY | {"dry_sequence_breakers": []}},
+    "a group": {"diversity": {"level": 0, "group": True}, "n": 5},
+    "a place in a group": {"diversity": {"level": 0, "group": {"id": "a", "index": 5, "size": 8}}},
+}
+NARROW = {"level": 0.2, "strength": 0.5, "laws": ["gated"], "styles": [], "dry_multiplier": 0}
+NARROW |= {"group_size": 2, "max_temperature": 2}
+WIDE = {"level": 1, "strength": 1, "laws": list(spec.LAWS), "styles": ["habits", "b"]}
+WIDE |= {"group_size": 8, "max_temperature": 100, "dry_multiplier": 5}
+CLAMPING = WIDE | {"level": 0.3, "strength": 0.6, "max_kl": 0.03, "max_temperature": 3}
+CLAMPING |= {"dry_multiplier": 1, "dry_allowed_length": 1, "dry_sequence_breakers": 1}
+"""Whole numbers too, which the sealed form must not keep as such."""
+
+
+@pytest.mark.parametrize("of_model", [WIDE, CLAMPING])
+@pytest.mark.parametrize("asked", DECIDED)
+def test_what_was_decided_is_not_decided_again(set_policy, asked, of_model):
     """Also without an HTTP request, as in `vllm run-batch`: nothing keeps what was decided but the
     parameters."""
-    set_policy(server={"level": 0.2, "strength": 0.5}, models={"alias": {"level": 1}})
-    params = params_of(model="alias", **asked)
+    set_policy(server=NARROW, models={"alias": of_model}, on_excess="clamp")
+    params = params_of(model="alias", **DECIDED[asked])
+    assert params.extra_args
     DiversityProcessor.validate_params(params)
-    shown = SamplingParams(extra_args=through_json(params.extra_args))
+    shown = SamplingParams(n=params.n, extra_args=through_json(params.extra_args))
     DiversityProcessor.validate_params(shown)
 
 

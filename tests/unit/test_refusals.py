@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from dftserve_vllm import capabilities, engine, hooks, log, request_params
+from dftserve_vllm import capabilities, engine, hooks, log, request_context, request_params
 from dftserve_vllm.extra_args import MAX_STOP_IDS
 from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.styles import Styles
@@ -153,6 +153,60 @@ def test_a_default_is_not_applied_to_many_stop_tokens(monkeypatch):
     many = list(range(MAX_STOP_IDS + 1))
     assert asked(stop_token_ids=many).extra_args is None
     assert asked(stop_token_ids=many[:1]).extra_args["diversity"]
+
+
+OF_THE_SERVER = {"min_p": 0.1, "top_p": 0.9}
+"""Of --override-generation-config."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "carried", "dropped"),
+    [
+        ({"diversity": 0.5}, 0.1, {}),
+        ({"diversity": {"law": "guard", "min_p": 0.05}}, 0.05, {"min_p": 0.1}),
+        ({"diversity": {"law": "guard", "min_p": 0.1}}, 0.1, {}),
+        ({"diversity": {"law": "xtc", "xtc_probability": 1, "min_p": 0.05}}, 0.05, {"min_p": 0.1}),
+        ({"diversity": {"law": "top_n_sigma", "n_sigma": 1}}, None, {"min_p": 0.1}),
+        ({"diversity": {"law": "guard", "min_p": 0.05}, "min_p": 0.05}, 0.05, {}),
+        ({"diversity": {"law": "top_n_sigma", "n_sigma": 1}, "min_p": 0}, None, {}),
+    ],
+)
+@pytest.mark.parametrize("is_default", [False, True])
+def test_the_server_s_own_min_p_gives_way_to_a_diversity_that_cuts(
+    monkeypatch, fields, carried, dropped, is_default
+):
+    """The client did not send it: a 400 would name a parameter that is not in the body."""
+    engine_config = config()
+    engine_config.model_config.override_generation_config = OF_THE_SERVER
+    monkeypatch.setattr(engine, "_config", engine_config)
+    fields = dict(fields)
+    if is_default:
+        default = spec.parse(fields.pop("diversity"))
+        monkeypatch.setattr(request_params, "default_diversity", lambda: default)
+    token = request_context.current.set(request_context.RequestContext())
+    request = CompletionRequest(model="m", prompt="x", **fields)
+    params = to_sampling_params(request, 8, dict(OF_THE_SERVER))
+    (prompt,) = request_context.current.get().prompts
+    request_context.current.reset(token)
+    assert params.extra_args["diversity"].get("min_p") == carried
+    assert (params.min_p, params.top_p) == (0, 0.9)
+    assert prompt.dropped == dropped
+
+
+@pytest.mark.parametrize(
+    "diversity", [{"law": "guard", "min_p": 0.05}, {"law": "top_n_sigma", "n_sigma": 1}]
+)
+def test_a_client_s_own_min_p_beside_another_cut_is_refused(diversity):
+    assert refused(diversity=diversity, min_p=0.1).parameter == "min_p"
+
+
+def test_a_temperature_of_0_that_the_client_did_not_send_is_said_to_be_the_server_s():
+    group = {"level": 0.5, "group": {"id": "a", "index": 0, "size": 2}}
+    request = CompletionRequest(model="m", prompt="x", diversity=group)
+    with pytest.raises(VLLMValidationError, match="got 0, the server's own, beside") as refusal:
+        to_sampling_params(request, 8, {"temperature": 0.0})
+    assert refusal.value.parameter == "temperature"
+    assert "the server's own" not in str(refused(diversity=group, temperature=0))
 
 
 ASYNCHRONOUS = SimpleNamespace(async_scheduling=True)

@@ -3,7 +3,7 @@ but the names by which it is told apart.
 
     {"time": "2026-11-28T06:50:00.123+00:00", "request_id": "3f…", "model": "demo",
      "key": "FIRST_12_DIGITS", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
-     "outcome": "clamped", "prompts": 1}
+     "outcome": "clamped", "prompts": 1, "status": 200}
 
 Opt-in, by `audit` of the policy. Whatever keeps a line from being written is counted
 (`dft:audit_lost_total`) and logged once; the request goes on.
@@ -166,11 +166,19 @@ def note(request: Any, prompt: PromptContext) -> None:
 
 
 def write_notes(context: RequestContext) -> None:
-    """What was noted for an HTTP request."""
+    """What was noted for an HTTP request, with what became of it: its parameters are made before
+    vLLM admits it, and before its engine runs it."""
     notes, context.notes = context.notes, []
+    status = context.status
+    became = {} if _is_success(status) else {"outcome": "failed"}
     for entry in notes:
         with _counted():
-            _write(entry)
+            _write({**entry, **became, "status": status})
+
+
+def _is_success(status: int | None) -> bool:
+    """Of an answer; None: there is none."""
+    return status is not None and status < 400
 
 
 def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:

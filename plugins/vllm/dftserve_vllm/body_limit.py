@@ -20,10 +20,9 @@ from dftserve_vllm import metrics
 VARIABLE = "DFTSERVE_MAX_BODY_MIB"
 DEFAULT_MIB = 32
 ACCEPTED_MIB = range(1, 4097)
-LONGEST_KEY = 64
-"""Bytes from a key's first quote to its colon, of the longest that is found between two pieces."""
+LONGEST_NAME = len(b'"diversity"')
 
-_KEY = re.compile(rb'"(?:diversity|style)"\s{0,32}:')
+_KEY = re.compile(rb'"(?:diversity|style)"\s*:')
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -59,10 +58,16 @@ class FieldNames:
 
     def look(self, piece: bytes) -> None:
         if not self.seen:
-            piece = in_ascii(piece)
-            joint = self._end + piece[:LONGEST_KEY]
-            self.seen = bool(_KEY.search(joint) or _KEY.search(piece))
-            self._end = (joint if len(piece) < LONGEST_KEY else piece)[-LONGEST_KEY:]
+            text = self._end + in_ascii(piece)
+            self.seen = bool(_KEY.search(text))
+            self._end = _end(text)
+
+
+def _end(text: bytes) -> bytes:
+    """What may be of a key that goes on in the next piece. Between a name and its colon there may
+    be any number of blanks, of which one is kept."""
+    name = text.rstrip()
+    return name[-LONGEST_NAME:] + text[len(name) :][:1]
 
 
 class BodyLimit:

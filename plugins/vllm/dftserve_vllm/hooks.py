@@ -26,7 +26,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import ModuleType
@@ -320,6 +320,8 @@ APP = f"{_APP}.build_app"
 
 _installed: tuple[Hook, ...] = ()
 _failed: dict[str, str] = {}
+_present: set[str] = set()
+"""Modules that are not imported and were found: the file system is searched once for each."""
 
 
 def install() -> None:
@@ -348,20 +350,25 @@ def failed(name: str, error: Exception) -> None:
 
 def problems() -> dict[str, str]:
     """The hooks that are not in place in this process, by name, with the reason."""
-    return {hook.name: reason for hook in _installed if (reason := _problem(hook)) is not None}
+    return _problems_of(_installed)
 
 
 def refusal() -> str | None:
-    """Why the field is refused: what is missing that it needs; None where nothing is."""
-    found = problems()
-    missing = [hook.name for hook in _installed if hook.is_needed and hook.name in found]
-    if not missing:
+    """Why the field is refused: what is missing that it needs; None where nothing is. Asked several
+    times a request, in the server's event loop."""
+    found = _problems_of(hook for hook in _installed if hook.is_needed)
+    if not found:
         return None
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    first, reason = next(iter(found.items()))
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
-        f"the plug-in could not change {missing[0]}{more} of vLLM ({found[missing[0]]}); "
+        f"the plug-in could not change {first}{more} of vLLM ({reason}); "
         "`dftserve doctor` lists what is missing"
     )
+
+
+def _problems_of(hooks: Iterable[Hook]) -> dict[str, str]:
+    return {hook.name: reason for hook in hooks if (reason := _problem(hook)) is not None}
 
 
 def _problem(hook: Hook) -> str | None:
@@ -377,8 +384,13 @@ def _problem(hook: Hook) -> str | None:
 
 def _absence(module: str) -> str | None:
     """None for a module that is there, and will be changed when it is imported."""
+    if module in _present:
+        return None
     try:
         found = importlib.util.find_spec(module)
     except Exception as error:  # noqa: BLE001 - its package does not import: vLLM will say so
         return f"{type(error).__name__}: {error}"
-    return None if found is not None else "this vLLM has no such module"
+    if found is None:
+        return "this vLLM has no such module"
+    _present.add(module)
+    return None

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, TEMPERATURE
 from dftserve_vllm import engine
-from dftserve_vllm.request_context import ChoiceStatistics, generates
+from dftserve_vllm.request_context import ChoiceStatistics, generates, is_first
 from dftserve_vllm.step_report import Payload
 
 NATS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12)
@@ -93,8 +93,9 @@ class Metrics:
         self._count(self.clamped)
 
     def _count(self, counter: Counter, *labels: str) -> None:
-        """An HTTP request that tokens come of."""
-        if generates():
+        """An HTTP request that tokens come of, once for each set of labels, however many prompts
+        its body has."""
+        if generates() and is_first(counter, *labels):
             counter.labels(engine.served_model_name(), *labels).inc()
 
     def count_lost_audit(self) -> None:

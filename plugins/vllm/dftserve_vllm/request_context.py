@@ -6,7 +6,7 @@ statistics, and the middleware writes them into the answer. One task, one contex
 
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,6 +206,10 @@ class RequestContext:
     """A stream whose last chunk carries usage."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the audit log that are not written yet."""
+    status: int | None = None
+    """Of the answer, as it begins; None before, and where there is none."""
+    counted: set[tuple[Hashable, ...]] = field(default_factory=set)
+    """What it was counted for: see `is_first`."""
     adapters: tuple[Adapter, ...] = ()
     """Those that a style may name on this route."""
     adapter: Chosen | None = None
@@ -242,6 +246,17 @@ def generates() -> bool:
     may render each request before it sends it on, which would make two of it."""
     opened = current.get()
     return opened is None or not opened.is_render
+
+
+def is_first(*event: Hashable) -> bool:
+    """Whether the HTTP request at hand has not been asked for this event before: what is counted by
+    request is met for each prompt of a body. Outside of a request each event is the first."""
+    context = current.get()
+    if context is None:
+        return True
+    is_known = event in context.counted
+    context.counted.add(event)
+    return not is_known
 
 
 def opened() -> str | None:

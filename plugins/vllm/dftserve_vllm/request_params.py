@@ -81,11 +81,13 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
                 return to_sampling_params(request, args[0], defaults, *args[2:], **kwargs)
             return to_sampling_params(request, *args, **{**kwargs, DEFAULTS: defaults})
 
+        def params_beside(diversity: spec.Diversity) -> tuple[Any, dict[str, Any]]:
+            defaults, dropped = _without_cuts(request, given, diversity)
+            return params_with(defaults), dropped
+
         allowed = _allowed(request)
         asked, style = allowed.diversity, allowed.style
-        diversity = asked or policy.of_default(request, _default(request))
-        if asked is None and diversity is not None and clash(diversity, style) is not None:
-            diversity = None  # The operator's default steps back.
+        diversity = asked or _fitting_default(request, style, params_beside)
         adapter = request_context.adapter()
         if diversity is None and style is None and adapter is None:
             return _stripped(params_with(given))
@@ -102,11 +104,7 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
             params = _stripped(params_with(given))
             _note(request, prompt(diversity, params.n))
             return params
-        defaults, dropped = _without_cuts(request, given)
-        params = params_with(defaults)
-        is_default = asked is None and style is None
-        if is_default and (is_greedy(params) or _refusal(params, diversity) is not None):
-            return _without_default(request, params_with(given), prompt)
+        params, dropped = params_beside(diversity)
         return _marked(request, params, diversity, partial(prompt, dropped=dropped))
 
     setattr(wrapped, HONOURS, True)
@@ -305,6 +303,21 @@ def _field(
     return first or second
 
 
+def _fitting_default(
+    request: Any,
+    style: spec.Style | None,
+    params_beside: Callable[[spec.Diversity], tuple[Any, dict[str, Any]]],
+) -> spec.Diversity | None:
+    """The operator's default, where it can be beside all that the request has: its client did not
+    ask for it, and gets no 400 because of it."""
+    default = policy.of_default(request, _default(request))
+    if default is None or clash(default, style) is not None:
+        return None
+    params, _ = params_beside(default)
+    steps_back = is_greedy(params) or _refusal(request, params, default) is not None
+    return None if steps_back else default
+
+
 def _default(request: Any) -> spec.Diversity | None:
     """The operator's default, for requests that it is meant for: text, freely sampled."""
     diversity = default_diversity()
@@ -324,27 +337,40 @@ def _default(request: Any) -> spec.Diversity | None:
     return None if structured or tools else diversity
 
 
-def _without_cuts(request: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sampling defaults less the model's own cuts, and what was dropped of them."""
-    explicit = engine.operator_defaults()
+def _without_cuts(
+    request: Any, defaults: dict[str, Any], diversity: spec.Diversity
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sampling defaults less those that give way to the diversity, and what was dropped of
+    them."""
     dropped = {
-        name: defaults[name]
-        for name in CUTTING
-        if name in defaults and name not in explicit and getattr(request, name, None) is None
+        name: value
+        for name, value in defaults.items()
+        if name in CUTTING
+        and getattr(request, name, None) is None
+        and (name not in engine.operator_defaults() or _cuts_otherwise(diversity, name, value))
     }
     kept = {name: value for name, value in defaults.items() if name not in dropped}
     return kept, dropped
 
 
-def _refusal(params: Any, diversity: spec.Diversity) -> tuple[str, str] | None:
+def _cuts_otherwise(diversity: spec.Diversity, name: str, value: Any) -> bool:
+    """Whether the diversity says itself what one of the operator's defaults says, and not the same:
+    its client could not answer for their difference."""
+    if name != "min_p" or not value:
+        return False
+    return name not in spec.LAWS[diversity.law] or diversity.min_p not in (None, value)
+
+
+def _refusal(request: Any, params: Any, diversity: spec.Diversity) -> tuple[str, str] | None:
     """Why the diversity cannot be beside the parameters, and the parameter to name; None where it
     can, or changes nothing of a greedy request."""
     if (reason := groups.clash(params.n, diversity)) is not None:
         return reason, groups.PARAMETER
     if is_greedy(params):
+        whose = "" if getattr(request, "temperature", None) is not None else ", the server's own,"
         message = (
-            f"temperature: got {params.temperature:g} beside {groups.PARAMETER}; accepted: above "
-            "0, since at 0 all texts are the same."
+            f"temperature: got {params.temperature:g}{whose} beside {groups.PARAMETER}; accepted: "
+            "above 0, since at 0 all texts are the same."
         )
         return (message, "temperature") if diversity.group else None
     if (reason := too_many_stop_ids(params)) is not None:
@@ -371,7 +397,7 @@ def _marked(
     prompt_with: Callable[..., PromptContext],
 ) -> Any:
     """The parameters carrying the diversity and the style to the workers."""
-    if (refusal := _refusal(params, diversity)) is not None:
+    if (refusal := _refusal(request, params, diversity)) is not None:
         raise _bad_request(*refusal)
     if is_greedy(params):
         reason = "temperature 0 stays greedy"
@@ -391,13 +417,6 @@ def _marked(
     carried = {**prompt.carried(), IDENTITY: prompt.identity}
     params.extra_args = {**(params.extra_args or {}), **carried}
     return params
-
-
-def _without_default(request: Any, params: Any, prompt_with: Callable[..., PromptContext]) -> Any:
-    """Of a request that the operator's default is not for; its answer names its adapter."""
-    if request_context.adapter() is not None:
-        _note(request, prompt_with(OFF, params.n, has_diversity=False))
-    return _stripped(params)
 
 
 def _stripped(params: Any) -> Any:

@@ -15,6 +15,8 @@ HEADER = b"x-dftserve-"
 """And the name of the field."""
 RENDER = "/render"
 """Ends vLLM's routes that say what they would send to the engine."""
+UNHANDLED = 500
+"""As the server around answers what no handler of vLLM's took, where nothing was sent."""
 # Only events with one of these can be the one that carries ours; the others are not parsed.
 _SIGNS = (b'"finish_reason":"', b'"usage":{', b'"stop_reason":"')
 
@@ -39,6 +41,9 @@ class ResponseMiddleware:
         token = request_context.current.set(opened)
         try:
             await self._app(scope, receive, _Response(opened, send))
+        except Exception:
+            opened.status = opened.status or UNHANDLED
+            raise
         finally:
             audit.write_notes(opened)
             request_context.current.reset(token)
@@ -59,6 +64,7 @@ class _Response:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self._context.status = message["status"]
             audit.write_notes(self._context)
         if message["type"] == "http.response.start" and self._context.prompts:
             await self._begin(message)

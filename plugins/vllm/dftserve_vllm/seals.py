@@ -34,7 +34,7 @@ def sealed_name(carried: Mapping[str, Any], choices: int, opened: str | None) ->
     """Likewise, sealed with what was decided on.
 
     Args:
-        carried: the diversity and the style, in their object forms.
+        carried: the diversity and the style, in any form that the fields take.
         choices: how many were asked for.
         opened: names the HTTP request; None outside of one.
     """
@@ -52,20 +52,16 @@ def is_sealed(carried: Mapping[str, Any], choices: int, opened: str | None) -> b
     if not isinstance(identity, str):
         return False
     name, _, seal = identity.rpartition("-")
-    expected = _seal(name, _canonical(carried), choices, opened)
+    expected = _seal(name, carried, choices, opened)
     return hmac.compare_digest(seal.encode(errors="replace"), expected.encode())
 
 
 def _seal(name: str, carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
-    content = [name, carried.get(DIVERSITY), carried.get(STYLE), choices, opened]
+    """Of what the workers will read: JSON on the way may have made 1 of 1.0, and a default that the
+    sender left out is filled in by whoever reads it."""
+    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
+    diversity = None if asked is None else parse_field(asked).as_dict()
+    style = None if named is None else parse_style_field(named).as_dict()
+    content = [name, diversity, style, choices, opened]
     message = json.dumps(content, sort_keys=True).encode()
     return hmac.digest(_secret, message, hashlib.sha256)[:_SEAL_BYTES].hex()
-
-
-def _canonical(carried: Mapping[str, Any]) -> dict[str, Any]:
-    """The object forms: JSON on the way may have made 1 of 1.0."""
-    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
-    return {
-        DIVERSITY: None if asked is None else parse_field(asked).as_dict(),
-        STYLE: None if named is None else parse_style_field(named).as_dict(),
-    }
