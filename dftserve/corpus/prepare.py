@@ -29,6 +29,7 @@ from dftserve.corpus.text import Text
 EXAMPLES = 3
 """Origins that a report names for each reason."""
 DUPLICATE = "near-duplicate"
+GIVEN_AGAIN = "answer given again to its prompt, counted as often"
 ANSWER_WORDS = 20
 """A shorter answer may be the same to many prompts, and joins none of them."""
 TOLD = 200
@@ -128,7 +129,12 @@ class Corpus:
 
 
 def prepare(
-    texts: Iterable[Text], filters: Filters, *, heldout: float = 0.05, seed: int = 0
+    texts: Iterable[Text],
+    filters: Filters,
+    *,
+    heldout: float = 0.05,
+    seed: int = 0,
+    counts_answers: bool = False,
 ) -> Corpus:
     """The texts that pass the filters, in their order.
 
@@ -137,6 +143,8 @@ def prepare(
             least, and one at least is trained on. Not heeded where texts say by `split` that they
             are held out: those are, and no others.
         seed: of the split.
+        counts_answers: how often an answer is given to a prompt is what is learnt (`references`):
+            conversations are no duplicates of one another.
 
     Raises:
         ValueError: no text passes, or one alone where a held-out part is asked for.
@@ -144,7 +152,7 @@ def prepare(
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
     report = Report()
-    kept = list(_kept(texts, filters, report))
+    kept = list(_kept(texts, filters, report, counts_answers))
     if not kept:
         raise ValueError(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
@@ -192,8 +200,11 @@ class _Kept:
     """The texts, by their numbers among those that stay, that dropped pieces are copies from."""
 
 
-def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_Kept]:
+def _kept(
+    texts: Iterable[Text], filters: Filters, report: Report, counts_answers: bool
+) -> Iterator[_Kept]:
     duplicates = Duplicates(filters.duplicate_threshold)
+    given: set[str] = set()
     for text in texts:
         report.read += 1
         reason = verdict(text, filters)
@@ -205,6 +216,12 @@ def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_
         pieces: list[Text] = []
         copied: set[int] = set()
         for number, piece in enumerate(cut(clean, filters.split_words)):
+            if counts_answers and piece.messages is not None:
+                pieces.append(piece)
+                if piece.content in given:
+                    report.note(GIVEN_AGAIN, piece.origin)
+                given.add(piece.content)
+                continue
             prompt, name = opening(piece), f"{report.kept} {number}"
             known = duplicates.of(piece.content[len(prompt) :], name, within=prompt)
             if known is None:

@@ -248,6 +248,22 @@ def teacher_models(recipe: Recipe) -> Iterator[str]:
             waiting += given
 
 
+def counts_answers(recipe: Recipe) -> bool:
+    """Whether a source learns how often each answer is given to a prompt."""
+    return "references" in _kinds(recipe.source)
+
+
+def _kinds(source: Any) -> Iterator[str]:
+    """Of a source and of those within it."""
+    kind, config = _only(source, "source")
+    yield kind
+    if kind in _MIXES:
+        for part, _ in _weighed(config, kind):
+            yield from _kinds(part)
+    elif kind in ("temper", "tilt"):
+        yield from _kinds(config["of"])
+
+
 def _checked(given: Any, where: str, depth: int = 0, fitted: bool = False) -> None:
     """Refuse what `_built` could not build, before anything is loaded.
 

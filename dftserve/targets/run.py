@@ -203,7 +203,13 @@ def read_documents(job: Job, say: Say) -> Material:
         base.check_tokenizer(tokenizer)
     teachers = _examined(recipe, tokenizer)
     texts = _told(read_all(job.corpus, job.heldout_from), say)
-    corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
+    corpus = prepare(
+        texts,
+        recipe.corpus,
+        heldout=job.heldout,
+        seed=job.seed,
+        counts_answers=recipes.counts_answers(recipe),
+    )
     documents, told = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )

@@ -80,6 +80,20 @@ def test_conversation_uses_references_where_there_are_any():
     assert built("conversation", documents=single).describe()["kind"] == "ngram"
 
 
+@pytest.mark.parametrize(
+    ("source", "counts"),
+    [
+        ({"ngram": {}}, False),
+        ({"references": {}}, True),
+        ({"mix": [{"weight": 1, "ngram": {}}, {"weight": 1, "references": None}]}, True),
+        ({"temper": {"power": 2, "of": {"references": {}}}}, True),
+        ({"principles": {"teacher": {"model": "m"}, "principles": {"references": "x"}}}, False),
+    ],
+)
+def test_a_recipe_with_references_anywhere_counts_answers(written, source, counts):
+    assert recipe.counts_answers(load(written(source=source))) == counts
+
+
 # Placeholders
 
 
