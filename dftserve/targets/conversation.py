@@ -96,7 +96,7 @@ def encode(
         raise UnfitError("nothing to train on")
     if not _stops(tokenizer, tokens_N, trained_N):
         notes.append(NO_STOP)
-    return Encoded(Document(tokens_N, trained_N), (*notes, *more))
+    return Encoded(Document(tokens_N, trained_N, has_prompt=True), (*notes, *more))
 
 
 def _unused(*values: Any) -> Iterator[str]:

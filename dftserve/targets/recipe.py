@@ -336,8 +336,8 @@ def _is_idle(source: Mapping[str, Any], given: _Given) -> bool:
     kind, config = _only(source, "source")
     if kind != "references" or not settings.load(_References, config, kind).optional:
         return False
-    prompts = [document.prompt for document in given.all_documents]
-    return len(set(prompts)) == len(prompts)
+    asked = [document.question for document in given.all_documents if document.has_prompt]
+    return len(set(asked)) == len(asked)
 
 
 def _between(least: float, most: float, **values: float) -> None:
@@ -376,7 +376,7 @@ class _References:
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.references import References
 
-        # The answers to one prompt are all trained on or all held out: nothing leaks.
+        # The answers to one question are all trained on or all held out: nothing leaks.
         return References(given.all_documents, vocabulary=given.vocabulary)
 
 
