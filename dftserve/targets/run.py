@@ -364,7 +364,7 @@ def encode_all(
     told = corpus.report.as_dict() | told_of_templates
     told["documents"] = {split: len(documents[split]) for split in SPLITS}
     told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
-    told["trained"] = {split: sum(len(d.positions_T) for d in documents[split]) for split in SPLITS}
+    told["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
     if not documents["train"]:
         raise ValueError(f"nothing is left to train on:\n{shown(told)}")
     return documents, told

@@ -274,6 +274,15 @@ def test_windows_train_every_token_once(size):
     np.testing.assert_array_equal(labels, document.labels_T)
 
 
+def test_a_document_keeps_its_tokens_and_marks_alone():
+    """5 bytes a token, whatever was asked of it: a corpus is held in memory whole."""
+    document = Document(np.arange(1000, dtype=np.int32), np.arange(1000) > 3)
+    assert (document.trained, len(document.positions_T), len(document.labels_T)) == (996,) * 3
+    assert document.prompt == (0, 1, 2, 3)
+    kept = [each for each in vars(document).values() if isinstance(each, np.ndarray)]
+    assert sum(each.nbytes for each in kept) == 5 * 1000
+
+
 def test_a_piece_that_goes_on_does_not_end(tmp_path, novels, model):
     (novels / "00.txt").write_text(prose(2500, 77))
     assert build(novels, model, tmp_path / "out").exit_code == 0
