@@ -123,7 +123,14 @@ def _tools(given: object, where: str) -> tuple[Any, ...]:
         return ()
     if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
         raise ValueError(f"{where}: got {shown(given)}; accepted: a list of JSON schemas.")
-    return tuple(given)
+    return tuple(map(_without_nulls, given))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without keys that have no value, at any depth: columns give all structs the keys of all."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(each) for k, each in value.items() if each is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list | tuple) else value
 
 
 def _turns(given: object, where: str, fields: Fields) -> tuple[Mapping[str, Any], ...]:
@@ -152,7 +159,7 @@ def _turn(given: object, where: str) -> Mapping[str, Any]:
     """With every field that has a value: what of them counts, the chat template says."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: got {shown(given)}; accepted: `role` and `content`.")
-    turn = {str(name): value for name, value in given.items() if value is not None}
+    turn = {str(name): value for name, value in _without_nulls(given).items()}
     turn["role"] = _string(given.get("role"), f"{where}.role")
     content = _joined(given.get("content"), f"{where}.content")
     if content is None and any(turn.get(name) for name in CALLS):

@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dftserve.corpus.filters import Filters
 from dftserve.corpus.prepare import LIKE_HELDOUT, prepare
@@ -63,6 +65,34 @@ def test_formats_that_are_known(tmp_path, record, turns):
     (text,) = read(lines(tmp_path / "a.jsonl", record))
     assert text.messages is not None
     assert [dict(turn) for turn in text.messages] == turns
+
+
+def test_keys_that_a_column_gives_to_all_structs_are_no_arguments(tmp_path):
+    """A table has every key of any row in all; what a list holds stays."""
+
+    def asked(number: int, arguments: dict, properties: dict) -> dict:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        parameters = {"type": "object", "properties": properties}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        return {"messages": [{**USER, "content": f"{number}?"}, turn], "tools": tools}
+
+    rows = [
+        asked(1, {"city": "Paris"}, {"city": {"type": "string"}}),
+        asked(2, {"expr": "1", "xs": ["a", None]}, {"expr": {"enum": ["1", None]}}),
+    ]
+    expected = list(read(lines(tmp_path / "a.jsonl", *rows)))
+    assert [text.tools[0]["function"]["parameters"]["properties"] for text in expected] == [
+        {"city": {"type": "string"}},
+        {"expr": {"enum": ["1", None]}},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "d"))
+    for path in (tmp_path / "a.parquet", tmp_path / "d"):
+        found = list(read(path))
+        assert [replace(text, origin="") for text in found] == [
+            replace(text, origin="") for text in expected
+        ]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
