@@ -3,9 +3,9 @@
     corpus = prepare(read(Path("novels")), Filters(languages=("en",)))
 
 Each text goes to training or to the held-out part by a hash of its own content, before it is cut:
-the pieces of a book stay together. A conversation goes by its turns before the first answer: all
-answers to one prompt stay together. So do texts that are copies of one another with some words
-changed, which go by the first of them.
+the pieces of a book stay together. A conversation goes by its turns before the first answer to
+somebody: all answers to one prompt stay together. So do texts that are copies of one another with
+some words changed, which go by the first of them.
 
 A text that is added behind moves no other, but where it is like two that were apart (the later
 one's family goes by the earlier one), where so few texts are there that one is held out only for
@@ -161,12 +161,7 @@ def prepare(
     is_given = any(map(_is_aside, kept))
     draws = _draws(kept, filters, seed, report) if heldout or is_given else [ALIKE] * len(kept)
     if heldout and not is_given and len(set(draws)) == 1:
-        raise ValueError(
-            f"the corpus is one text, copies of one in large part, or answers to one prompt "
-            f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out. Give more "
-            "texts, a book as a file a chapter, or hold out nothing (--heldout 0). Where texts "
-            "share a form and are no copies, corpus.family_threshold=null takes each by itself."
-        )
+        raise ValueError(_none_apart(kept, report))
     if is_given:
         aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_aside(text)}
     else:
@@ -239,6 +234,22 @@ def _kept(
             if clean is not bare:
                 report.joined[text.origin] += 1
             yield _Kept(clean.content, text.origin, pieces, copied)
+
+
+def _none_apart(kept: Sequence[_Kept], report: Report) -> str:
+    """Why none can be held out, and what to do."""
+    found = f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out."
+    openings = {opening(text.pieces[0]) for text in kept}
+    if len(openings) == 1 and openings != {""}:
+        return (
+            f"the corpus is answers to one prompt {found} Give answers to other prompts too, texts "
+            "to hold out (--heldout-from), or hold out nothing (--heldout 0)."
+        )
+    return (
+        f"the corpus is one text, or copies of one in large part {found} Give more texts, a book "
+        "as a file a chapter, or hold out nothing (--heldout 0). Where texts share a form and are "
+        "no copies, corpus.family_threshold=null takes each by itself."
+    )
 
 
 def _is_aside(text: _Kept) -> bool:

@@ -27,6 +27,8 @@ ROLES = {
     **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
 }
 """What ShareGPT's `from` stands for."""
+UNASKED = ("system", "developer", "assistant")
+"""Roles of turns that ask nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +194,14 @@ def said(turn: Mapping[str, Any]) -> str:
 
 
 def opening(text: Text) -> str:
-    """What stands before the first answer of a conversation; empty for a plain text."""
+    """What a conversation begins with, up to the first answer to somebody; empty for a plain text.
+
+    An assistant's greeting before anybody spoke is no answer, but where nobody speaks at all.
+    """
     turns = text.messages or ()
-    before = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
-    return "".join(f"{said(turn)}\n\n" for turn in before)
+    asked = next((i for i, turn in enumerate(turns) if turn["role"] not in UNASKED), 0)
+    behind = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns[asked:])
+    return "".join(f"{said(turn)}\n\n" for turn in (*turns[:asked], *behind))
 
 
 def plain(content: str, origin: str) -> Text:

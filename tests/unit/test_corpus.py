@@ -27,6 +27,7 @@ from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, cleaned, verdict
 from dftserve.corpus.prepare import DUPLICATE, LIKE_HELDOUT, cut, prepare
 from dftserve.corpus.read import read
+from dftserve.corpus.records import opening
 from dftserve.corpus.text import Text
 
 WORDS = [
@@ -691,6 +692,39 @@ def test_answers_that_are_copies_are_on_one_side():
     corpus = prepare(listed, ANY, heldout=0.3)
     found = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
     assert not found[0] & found[1]
+
+
+def greeted(seed: int, *, greets: bool = True) -> Text:
+    """A system turn and a greeting that all share, a question and an answer."""
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        *([{"role": "assistant", "content": "Hello! What can I do?"}] if greets else []),
+        {"role": "user", "content": prose(12, seed)},
+        {"role": "assistant", "content": prose(40, seed + 500)},
+    ]
+    return Text("\n\n".join(each["content"] for each in turns), tuple(turns), f"{seed}")
+
+
+def test_a_greeting_is_no_answer_to_one_prompt():
+    corpus = prepare([greeted(seed) for seed in range(40)], ANY, heldout=0.3)
+    assert len(corpus.train) + len(corpus.heldout) == 40
+    assert len(corpus.heldout) > 1  # Of 40 by a hash: one or none below 1e-4.
+    assert corpus.report.dropped == {}
+
+
+def test_what_opens_a_conversation():
+    assert opening(greeted(1)) == f"Be kind.\n\nHello! What can I do?\n\n{prose(12, 1)}\n\n"
+    assert opening(greeted(1, greets=False)) == f"Be kind.\n\n{prose(12, 1)}\n\n"
+    told = Text("", (greeted(1).messages or ())[:2], "")
+    assert opening(told) == "Be kind.\n\n"
+    assert opening(text("plain")) == ""
+
+
+def test_answers_to_one_prompt_alone_are_refused_with_another_way_out():
+    answers = [answered("Why?", prose(40, seed)) for seed in range(10)]
+    with pytest.raises(ValueError, match=r"answers to one prompt .* other prompts") as caught:
+        prepare(answers, Filters(min_words=0, family_threshold=None))
+    assert "family_threshold" not in str(caught.value)
 
 
 def test_letters_of_one_form_are_refused_with_the_way_out():
