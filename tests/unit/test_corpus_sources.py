@@ -51,6 +51,12 @@ def lines(path: Path, *records) -> Path:
                 {"role": "assistant", "content": "3"},
             ],
         ),
+        ({"prompt": "Why?", "completion": "So."}, [USER, ANSWER]),
+        ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+        (
+            {"prompt": [USER, ANSWER, USER], "response": [ANSWER], "system": "Be."},
+            [{"role": "system", "content": "Be."}, USER, {**ANSWER, "weight": 0}, USER, ANSWER],
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, ANSWER]},
             [USER, ANSWER],
@@ -161,11 +167,37 @@ def test_other_names_by_a_mapping(tmp_path):
         ({"messages": [{"role": "user", "content": None}]}, r"content: got None"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         ({"messages": [USER], "tools": {"a": 1}}, "tools: got"),
+        ({"prompt": [USER], "completion": "So."}, r"prompt: got \[.*accepted: a text"),
+        ({"prompt": [USER], "completion": [USER]}, "completion: got no turn of the assistant"),
+        ({"prompt": [USER], "completion": []}, "completion: got .*accepted: a list of turns"),
     ],
 )
 def test_what_is_refused_is_named(tmp_path, record, said):
     with pytest.raises(ValueError, match=said):
         list(read(lines(tmp_path / "a.jsonl", record)))
+
+
+@pytest.mark.parametrize(
+    "beside", [{"system": "s"}, {"roles": {"me": "user"}}, {"role": "who"}, {"content": "said"}]
+)
+def test_names_of_what_is_beside_leave_the_known_ones(tmp_path, beside):
+    fields = Fields(**beside)
+    records = [
+        {"prompt": "Why?", "response": "So.", "s": "Be."},
+        {"instruction": "Add.", "input": "1", "output": "2"},
+        {"text": "T"},
+    ]
+    pair, alpaca, plain = read(lines(tmp_path / "a.jsonl", *records), fields)
+    system = ({"role": "system", "content": "Be."},) if fields.system else ()
+    assert pair.messages == (*system, USER, ANSWER)
+    assert alpaca.content == "Add.\n\n1\n\n2"
+    assert (plain.content, plain.messages) == ("T", None)
+
+
+def test_tools_stand_beside_a_prompt_too(tmp_path):
+    record = {"prompt": [USER], "completion": [ANSWER], "tools": [{"name": "f"}]}
+    (text,) = read(lines(tmp_path / "a.jsonl", record))
+    assert text.tools == ({"name": "f"},)
 
 
 # Several corpora
