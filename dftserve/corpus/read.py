@@ -4,7 +4,9 @@ for text in read(Path("novels")): ...
 
 .txt .md .rst    one text a file, UTF-8
 .jsonl           one a line: `text`, `messages`, `prompt` and `response`, … (records.py)
+.jsonl.gz        the same, packed
 .json            one an object of its list, the same fields
+.csv             one a row, the same fields, which the first row names; an empty one is not there
 .parquet         one a row, the same fields
 a folder         of these, at any depth, in the order of their paths; hidden files are left out
 a folder that datasets' save_to_disk wrote    one a row, the same fields
@@ -18,11 +20,14 @@ elsewhere is refused, as are FIFOs and devices (`bounded_files`).
 """
 
 import codecs
+import csv
+import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dftserve.bounded_files import (
     FileError,
@@ -31,6 +36,7 @@ from dftserve.bounded_files import (
     entries,
     is_plain_name,
     lines,
+    lines_of,
     open_file,
     parse_json,
     read_json,
@@ -43,9 +49,10 @@ from dftserve.corpus.text import Text
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 _SPLIT = re.compile(rf"(train|{'|'.join(HELDOUT_SPLITS)})(?:[-_.]\d+(?:-of-\d+)?)?")
 TEXTS = (".txt", ".md", ".rst")
-RECORDS = (".jsonl", ".json", ".parquet")
+RECORDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 LARGEST = 64 << 20
-"""Bytes of one text file, and of one line of a .jsonl file: either is held in memory whole."""
+"""Bytes of one text file, of one line of a .jsonl file and of one row of a .csv file, any of which
+is held in memory whole."""
 LARGEST_LIST = 1 << 30
 """Bytes of a .json file: its list is held in memory whole, in several times as much."""
 LARGEST_RECORDS = 1 << 42
@@ -98,12 +105,17 @@ def check(path: Path) -> None:
     if not files:
         raise ValueError(f"{path}: got no files with the suffix {_SUFFIXES}; give some.")
     for file in files:
-        suffix = file.suffix.lower()
-        if suffix not in (*TEXTS, *RECORDS):
-            raise ValueError(f"{file}: got the suffix {suffix!r}; accepted: {_accepted()}.")
+        if _suffix(file) not in (*TEXTS, *RECORDS):
+            raise ValueError(f"{file}: got the suffix {_suffix(file)!r}; accepted: {_accepted()}.")
 
 
 _SUFFIXES = ", ".join((*TEXTS, *RECORDS))
+
+
+def _suffix(path: Path) -> str:
+    """In lower case; of what is packed both."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
 
 
 def _accepted() -> str:
@@ -124,7 +136,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _split_of(path: Path) -> str:
     """`train`, `test` … where a file of records has the name of a split, else nothing."""
-    name = _SPLIT.fullmatch(path.stem) if path.suffix.lower() in RECORDS else None
+    suffix = _suffix(path)
+    name = _SPLIT.fullmatch(path.name[: -len(suffix)]) if suffix in RECORDS else None
     return name[1] if name else ""
 
 
@@ -137,12 +150,17 @@ def _splits(names: Iterable[str]) -> list[Literal["train", "heldout"] | None]:
 
 
 def _file(path: Path, origin: str, fields: Fields, within: Path | None = None) -> Iterator[Text]:
-    suffix = path.suffix.lower()
+    suffix = _suffix(path)
     real_file(path, within=within, largest=LARGEST_RECORDS)
     if suffix in TEXTS:
         yield _text_file(path, origin, within)
     elif suffix == ".jsonl":
-        yield from _lines(path, origin, fields, within)
+        found = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
+        yield from _lines(found, path, origin, fields)
+    elif suffix == ".jsonl.gz":
+        yield from _lines(_unpacked(path, within), path, origin, fields)
+    elif suffix == ".csv":
+        yield from _table(path, origin, fields, within)
     elif suffix == ".json":
         yield from _list(path, origin, fields, within)
     else:
@@ -177,14 +195,75 @@ def _list(path: Path, origin: str, fields: Fields, within: Path | None) -> Itera
         yield record(each, f"{path}, record {number}", f"{origin}:{number}", fields)
 
 
-def _lines(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
-    found = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
+def _lines(found: Iterable[bytes], path: Path, origin: str, fields: Fields) -> Iterator[Text]:
     for number, line in enumerate(found, 1):
         where = f"{path}, line {number}"
         if line.strip():
             # Numbers of other fields are not ours to judge.
             given = parse_json(_decoded(line, where), where, finite=False)
             yield record(given, where, f"{origin}:{number}", fields)
+
+
+def _unpacked(path: Path, within: Path | None) -> Iterator[bytes]:
+    """The lines of a .gz file, one in memory at a time."""
+    try:
+        with (
+            open_file(path, within=within, largest=LARGEST_RECORDS) as packed,
+            gzip.GzipFile(fileobj=packed) as file,
+        ):
+            yield from lines_of(cast(Any, file), path, largest=LARGEST_RECORDS, longest=LARGEST)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not a .gz file that can be read ({error}); pack it anew, or leave it out."
+        ) from None
+
+
+def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
+    # Of the process: its own limit of 128 KiB is less than a long text.
+    csv.field_size_limit(LARGEST)
+    row = _Row(path, within)
+    reader = csv.reader(row.lines(), strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: got the header {shown(names)}; accepted: each name once.")
+        for number, values in enumerate(filter(None, reader), 1):
+            row.size = 0
+            where = f"{path}, row {number} behind the header"
+            if len(values) != len(names):
+                raise ValueError(
+                    f"{where}: got {len(values)} fields; accepted: {len(names)}, as in the header. "
+                    'Put texts with commas or line ends into "".'
+                )
+            given = {name: value for name, value in zip(names, values, strict=True) if value}
+            yield record(given, where, f"{origin}:{number}", fields)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: not a .csv file that can be read ({error}); write it "
+            "anew, or as .jsonl."
+        ) from None
+
+
+@dataclass
+class _Row:
+    """What a row of a .csv file is read from: any number of lines, of a bounded size."""
+
+    path: Path
+    within: Path | None
+    size: int = 0
+    """Bytes since the last row ended."""
+
+    def lines(self) -> Iterator[str]:
+        found = lines(self.path, within=self.within, largest=LARGEST_RECORDS, longest=LARGEST)
+        for number, line in enumerate(found, 1):
+            where = f"{self.path}, line {number}"
+            self.size += len(line)
+            if self.size > LARGEST:
+                raise ValueError(
+                    f"{where}: got a row of more than {LARGEST:,} bytes; accepted: shorter ones. "
+                    'Is a " not closed?'
+                )
+            yield _decoded(line, where)
 
 
 def _parquet(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:

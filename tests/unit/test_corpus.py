@@ -1,5 +1,6 @@
 """The corpus: what is read, what is dropped and why, how it is cut and split."""
 
+import gzip
 import json
 import os
 import random
@@ -126,6 +127,15 @@ def test_parquet_and_datasets_say_the_same_as_jsonl(tmp_path):
         ("x.jsonl", b'{"messages": []}', ["line 1, messages", "a list of turns"]),
         ("x.jsonl", b'{"messages": [{"role": "user"}]}', ["messages[0].content: got None"]),
         ("x.parquet", b"PAR1 not", ["x.parquet", "not a .parquet file"]),
+        ("x.jsonl.gz", b"not packed", ["x.jsonl.gz", "not a .gz file"]),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], ["x.jsonl.gz", "not a .gz"]),
+        ("x.jsonl.gz", gzip.compress(b'{"text": 3}'), ["line 1, text: got 3"]),
+        ("x.txt.gz", gzip.compress(b"a"), ["'.txt.gz'", ".jsonl.gz"]),
+        ("x.csv", b"body\na\n", ["x.csv, row 1 behind the header", "'body'", "`text`"]),
+        ("x.csv", b"text,n\na, b,1\n", ["row 1", "got 3 fields; accepted: 2"]),
+        ("x.csv", b"text,text\na,b\n", ["each name once"]),
+        ("x.csv", b'text\n"a\nb', ["line 3", "not a .csv file"]),
+        ("x.csv", b"text\n\xff\n", ["line 2", "0xff", "UTF-8"]),
         ("x.pdf", b"", ["x.pdf", "'.pdf'", ".txt", ".jsonl", ".parquet"]),
     ],
 )
@@ -161,6 +171,12 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 50 + json.dumps({"text": "a" * 100}))
     with pytest.raises(ValueError, match="line 51: got more than 100 bytes"):
         list(read(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "a" * 100}).encode()))
+    with pytest.raises(ValueError, match="line 1: got more than 100 bytes"):
+        list(read(tmp_path / "x.jsonl.gz"))
+    (tmp_path / "x.csv").write_text("text\n" + "a\n" * 99 + '"' + "b\n" * 60 + '"\n')
+    with pytest.raises(ValueError, match=r"line 15\d: got a row of more than 100 bytes.*closed"):
+        list(read(tmp_path / "x.csv"))
 
 
 def test_nothing_there(tmp_path):
@@ -171,7 +187,10 @@ def test_nothing_there(tmp_path):
 
 
 @runs(max_examples=200)
-@given(content=st.binary(max_size=300), suffix=st.sampled_from([".txt", ".jsonl", ".parquet"]))
+@given(
+    content=st.binary(max_size=300),
+    suffix=st.sampled_from([".txt", ".jsonl", ".csv", ".jsonl.gz", ".parquet"]),
+)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("bytes") / f"x{suffix}"
     path.write_bytes(content)

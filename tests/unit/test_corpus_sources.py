@@ -1,5 +1,7 @@
 """Records of other formats, several corpora as one, and what is held out by name."""
 
+import csv
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +118,37 @@ def test_a_list_in_a_json_file_is_what_its_records_are_in_a_jsonl_file(tmp_path,
         replace(text, origin="") for text in expected
     ]
     assert [text.origin for text in found] == ["a.json:1", "a.json:2", "a.json:3"]
+
+
+def test_a_table_and_packed_lines_are_what_the_lines_are(tmp_path):
+    records = [
+        {"prompt": "Why, so?", "response": 'He said "so".\nAnd so on.', "system": "Be."},
+        {"text": "x" * 200_000},
+        {"messages": [USER, ANSWER]},
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+    ]
+    expected = list(read(lines(tmp_path / "a.jsonl", *records)))
+    packed = tmp_path / "train-00000-of-00001.JSONL.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    names = list(dict.fromkeys(name for each in records for name in each))
+    with (tmp_path / "test.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        for each in records:
+            cells = {n: json.dumps(v) if isinstance(v, list) else v for n, v in each.items()}
+            table.writerow(cells)
+            file.write("\r\n")
+    for path in (packed, tmp_path / "test.csv"):
+        found = list(read(path))
+        assert [replace(text, origin="") for text in found] == [
+            replace(text, origin="") for text in expected
+        ]
+        assert [text.origin for text in found] == [f"{path.name}:{n}" for n in range(1, 5)]
+    (tmp_path / "a.jsonl").unlink()
+    assert {(each.origin[:5], each.split) for each in read(tmp_path)} == {
+        ("test.", "heldout"),
+        ("train", "train"),
+    }
 
 
 @pytest.mark.parametrize(
