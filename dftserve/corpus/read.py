@@ -12,8 +12,8 @@ a folder         of these, at any depth, in the order of their paths; hidden fil
 a folder that datasets' save_to_disk wrote    one a row, the same fields
 
 Splits are respected: what is in a split `test`, `validation` and the like beside a `train` is held
-out. They are those of a DatasetDict, or files of a folder by their names (`test.jsonl`,
-`train-00000-of-00002.parquet`).
+out, and comes first. They are those of a DatasetDict, or files of a folder by their names
+(`test.jsonl`, `train-00000-of-00002.parquet`).
 
 The files of a folder lie in it, or in the Hugging Face cache as a snapshot's do; a link that leads
 elsewhere is refused, as are FIFOs and devices (`bounded_files`).
@@ -70,25 +70,50 @@ DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 DATASET_INFO = "dataset_info.json"
 
 
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some texts of a corpus."""
+
+    split: Split | None
+    """Where they belong; None: that is drawn."""
+    texts: Iterator[Text]
+    """Read as they are asked for."""
+
+
 def read(path: Path, fields: Fields = KNOWN) -> Iterator[Text]:
-    """The texts of a file or a folder, in an order that does not change.
+    """The texts of a file or a folder, in an order that does not change: held-out splits first.
 
     Raises:
         ValueError: names the file, and the line or row: nothing there, a suffix that is not known,
             not UTF-8, too large, broken JSON, a field that is missing or of a wrong type, no
             regular file, or one that lies elsewhere.
     """
+    yield from in_order(parts(path, fields))
+
+
+def parts(path: Path, fields: Fields = KNOWN) -> list[Part]:
+    """What `read` reads, a part for each file or split; raises as it does."""
     check(path)
     if _is_dataset(path):
-        yield from _dataset(path, fields)
-    elif path.is_dir():
-        files = _files(path)
-        splits = dict(zip(files, _splits(map(_split_of, files)), strict=True))
-        for file in files:
-            for text in _file(file, file.relative_to(path).as_posix(), fields, within=path):
-                yield replace(text, split=splits[file])
-    else:
-        yield from _file(path, path.name, fields)
+        return _dataset(path, fields)
+    if not path.is_dir():
+        return [Part(None, _file(path, path.name, fields))]
+    files = _files(path)
+    names = [file.relative_to(path).as_posix() for file in files]
+    return [
+        Part(split, _file(file, name, fields, within=path))
+        for file, name, split in zip(files, names, _splits(map(_split_of, files)), strict=True)
+    ]
+
+
+def in_order(listed: Iterable[Part]) -> Iterator[Text]:
+    """The texts of parts, of those that are held out first: of near-copies the later one goes."""
+    for part in sorted(listed, key=lambda part: part.split != "heldout"):
+        for text in part.texts:
+            yield replace(text, split=part.split)
 
 
 def check(path: Path) -> None:
@@ -141,7 +166,7 @@ def _split_of(path: Path) -> str:
     return name[1] if name else ""
 
 
-def _splits(names: Iterable[str]) -> list[Literal["train", "heldout"] | None]:
+def _splits(names: Iterable[str]) -> list[Split | None]:
     """The side of each split, where one to train on stands beside one that is not."""
     listed = list(names)
     if "train" not in listed or not any(name in HELDOUT_SPLITS for name in listed):
@@ -294,7 +319,7 @@ def _refuse_large_groups(metadata: Any, path: Path) -> None:
         )
 
 
-def _dataset(path: Path, fields: Fields) -> Iterator[Text]:
+def _dataset(path: Path, fields: Fields) -> list[Part]:
     import datasets
     import pyarrow
 
@@ -308,18 +333,20 @@ def _dataset(path: Path, fields: Fields) -> Iterator[Text]:
         raise ValueError(f"{path}: not a datasets folder that can be read ({told}).") from None
     named = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(path.name, loaded)]
     by_split = sorted((str(name), rows) for name, rows in named)
-    names = [split for split, _ in by_split]
-    sides = dict(zip(names, _splits(names), strict=True))
-    for split, rows in by_split:
-        row = 0
-        # As arrow has them: a feature that is decoded may open a file that a row names.
-        batches: Any = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
-        for batch in batches:
-            for given in batch.to_pylist():
-                row += 1
-                where = f"{path}, {split} row {row}"
-                text = record(given, where, f"{split}:{row}", fields)
-                yield replace(text, split=sides[split])
+    sides = _splits(split for split, _ in by_split)
+    return [
+        Part(side, _rows(rows, path, split, fields))
+        for side, (split, rows) in zip(sides, by_split, strict=True)
+    ]
+
+
+def _rows(rows: Any, path: Path, split: str, fields: Fields) -> Iterator[Text]:
+    row = 0
+    # As arrow has them: a feature that is decoded may open a file that a row names.
+    for batch in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for given in batch.to_pylist():
+            row += 1
+            yield record(given, f"{path}, {split} row {row}", f"{split}:{row}", fields)
 
 
 def _check_dataset(path: Path) -> None:

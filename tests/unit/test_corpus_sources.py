@@ -322,6 +322,39 @@ def test_copies_of_a_held_out_text_are_not_trained_on(tmp_path):
     assert corpus.report.dropped[LIKE_HELDOUT].examples == ("mine.jsonl:2",)
 
 
+COPIES = {"near": changed(prose(200, 1), 0.03, 1), "further": changed(prose(200, 1), 0.07, 1)}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("way", ["dataset", "files", "corpora", "one of several"])
+def test_copies_of_what_a_split_holds_out_are_not_trained_on(tmp_path, copy, way):
+    """Whatever comes first by its name."""
+    train = [{"text": text} for text in (COPIES[copy], prose(200, 2), prose(200, 3))]
+    heldout = [{"text": prose(200, 1)}, {"text": prose(200, 4)}]
+    path = tmp_path / "corpus"
+    if way == "dataset":
+        splits = {"train": train, "validation": heldout}
+        listed = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        datasets.DatasetDict(listed).save_to_disk(str(path))
+    elif way == "files":
+        path.mkdir()
+        lines(path / "train.jsonl", *train)
+        lines(path / "valid.jsonl", *heldout)
+    else:
+        for name, rows in (("mine", train[:1]), ("exam/test", heldout), ("exam/train", train[1:])):
+            (tmp_path / "exam").mkdir(exist_ok=True)
+            lines(tmp_path / f"{name}.jsonl", *rows)
+        given = [{"path": "mine.jsonl"}, {"path": "exam"}]
+        if way == "one of several":
+            tests = {"path": "exam/test.jsonl", "split": "heldout"}
+            given = [{"path": "mine.jsonl"}, {"path": "exam/train.jsonl"}, tests]
+        path = tmp_path / "mix.yaml"
+        path.write_text(json.dumps({"corpora": given}))
+    corpus = prepare(read_all(path), ANY, heldout=0.05)
+    assert [each.content for each in corpus.heldout] == [each["text"] for each in heldout]
+    assert [each.content for each in corpus.train] == [each["text"] for each in train[1:]]
+
+
 # Filters by --set
 
 
