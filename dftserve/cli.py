@@ -287,8 +287,8 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--plan", is_flag=True, help="Say what it would take, by its first batches.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
 def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) -> None:
-    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl, .json, .parquet, a folder, or a
-    .yaml of several.
+    """Build a target store from CORPUS: .txt, .md, .rst, .jsonl (.gz), .json, .csv, .parquet,
+    a folder, or a .yaml of several.
 
     The same command goes on where it was stopped.
     """

@@ -55,8 +55,9 @@ class Filters:
     """Share of licence paragraphs, cookie and navigation lines above which a text is dropped."""
     duplicate_threshold: float | None = 0.6
     """Jaccard similarity of word 5-grams from which on the later of two pieces is dropped; 1: only
-    equal ones are, None: none is. Of conversations, answers to one prompt are compared. A copy
-    with 3 % of its words changed has a similarity of .75, with 5 % .63, with 10 % .42."""
+    equal ones are, None: none is. Of conversations, answers to one prompt are compared, and none
+    is dropped where a recipe's `references` count them. A copy with 3 % of its words changed has a
+    similarity of .75, with 5 % .63, with 10 % .42."""
     family_threshold: float | None = 0.25
     """Share of the smaller text's word 5-grams that stand in the other, from which on two texts, or
     pieces of them, are both trained on or both held out; None: each text by itself. Of

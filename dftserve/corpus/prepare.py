@@ -3,9 +3,9 @@
     corpus = prepare(read(Path("novels")), Filters(languages=("en",)))
 
 Each text goes to training or to the held-out part by a hash of its own content, before it is cut:
-the pieces of a book stay together. A conversation goes by its turns before the first answer: all
-answers to one prompt stay together. So do texts that are copies of one another with some words
-changed, which go by the first of them.
+the pieces of a book stay together. A conversation goes by its turns before the first answer to
+somebody: all answers to one prompt stay together. So do texts that are copies of one another with
+some words changed, which go by the first of them.
 
 A text that is added behind moves no other, but where it is like two that were apart (the later
 one's family goes by the earlier one), where so few texts are there that one is held out only for
@@ -29,6 +29,7 @@ from dftserve.corpus.text import Text
 EXAMPLES = 3
 """Origins that a report names for each reason."""
 DUPLICATE = "near-duplicate"
+GIVEN_AGAIN = "answer given again to its prompt, counted as often"
 ANSWER_WORDS = 20
 """A shorter answer may be the same to many prompts, and joins none of them."""
 TOLD = 200
@@ -128,7 +129,12 @@ class Corpus:
 
 
 def prepare(
-    texts: Iterable[Text], filters: Filters, *, heldout: float = 0.05, seed: int = 0
+    texts: Iterable[Text],
+    filters: Filters,
+    *,
+    heldout: float = 0.05,
+    seed: int = 0,
+    counts_answers: bool = False,
 ) -> Corpus:
     """The texts that pass the filters, in their order.
 
@@ -137,6 +143,8 @@ def prepare(
             least, and one at least is trained on. Not heeded where texts say by `split` that they
             are held out: those are, and no others.
         seed: of the split.
+        counts_answers: how often an answer is given to a prompt is what is learnt (`references`):
+            conversations are no duplicates of one another.
 
     Raises:
         ValueError: no text passes, or one alone where a held-out part is asked for.
@@ -144,7 +152,7 @@ def prepare(
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
     report = Report()
-    kept = list(_kept(texts, filters, report))
+    kept = list(_kept(texts, filters, report, counts_answers))
     if not kept:
         raise ValueError(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
@@ -153,12 +161,7 @@ def prepare(
     is_given = any(map(_is_aside, kept))
     draws = _draws(kept, filters, seed, report) if heldout or is_given else [ALIKE] * len(kept)
     if heldout and not is_given and len(set(draws)) == 1:
-        raise ValueError(
-            f"the corpus is one text, copies of one in large part, or answers to one prompt "
-            f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out. Give more "
-            "texts, a book as a file a chapter, or hold out nothing (--heldout 0). Where texts "
-            "share a form and are no copies, corpus.family_threshold=null takes each by itself."
-        )
+        raise ValueError(_none_apart(kept, report))
     if is_given:
         aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_aside(text)}
     else:
@@ -192,8 +195,11 @@ class _Kept:
     """The texts, by their numbers among those that stay, that dropped pieces are copies from."""
 
 
-def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_Kept]:
+def _kept(
+    texts: Iterable[Text], filters: Filters, report: Report, counts_answers: bool
+) -> Iterator[_Kept]:
     duplicates = Duplicates(filters.duplicate_threshold)
+    given: set[str] = set()
     for text in texts:
         report.read += 1
         reason = verdict(text, filters)
@@ -205,6 +211,12 @@ def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_
         pieces: list[Text] = []
         copied: set[int] = set()
         for number, piece in enumerate(cut(clean, filters.split_words)):
+            if counts_answers and piece.messages is not None:
+                pieces.append(piece)
+                if piece.content in given:
+                    report.note(GIVEN_AGAIN, piece.origin)
+                given.add(piece.content)
+                continue
             prompt, name = opening(piece), f"{report.kept} {number}"
             known = duplicates.of(piece.content[len(prompt) :], name, within=prompt)
             if known is None:
@@ -222,6 +234,22 @@ def _kept(texts: Iterable[Text], filters: Filters, report: Report) -> Iterator[_
             if clean is not bare:
                 report.joined[text.origin] += 1
             yield _Kept(clean.content, text.origin, pieces, copied)
+
+
+def _none_apart(kept: Sequence[_Kept], report: Report) -> str:
+    """Why none can be held out, and what to do."""
+    found = f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out."
+    openings = {opening(text.pieces[0]) for text in kept}
+    if len(openings) == 1 and openings != {""}:
+        return (
+            f"the corpus is answers to one prompt {found} Give answers to other prompts too, texts "
+            "to hold out (--heldout-from), or hold out nothing (--heldout 0)."
+        )
+    return (
+        f"the corpus is one text, or copies of one in large part {found} Give more texts, a book "
+        "as a file a chapter, or hold out nothing (--heldout 0). Where texts share a form and are "
+        "no copies, corpus.family_threshold=null takes each by itself."
+    )
 
 
 def _is_aside(text: _Kept) -> bool:

@@ -4,25 +4,30 @@ for text in read(Path("novels")): ...
 
 .txt .md .rst    one text a file, UTF-8
 .jsonl           one a line: `text`, `messages`, `prompt` and `response`, … (records.py)
+.jsonl.gz        the same, packed
 .json            one an object of its list, the same fields
+.csv             one a row, the same fields, which the first row names; an empty one is not there
 .parquet         one a row, the same fields
 a folder         of these, at any depth, in the order of their paths; hidden files are left out
 a folder that datasets' save_to_disk wrote    one a row, the same fields
 
 Splits are respected: what is in a split `test`, `validation` and the like beside a `train` is held
-out. They are those of a DatasetDict, or files of a folder by their names (`test.jsonl`,
-`train-00000-of-00002.parquet`).
+out, and comes first. They are those of a DatasetDict, or files of a folder by their names
+(`test.jsonl`, `train-00000-of-00002.parquet`).
 
 The files of a folder lie in it, or in the Hugging Face cache as a snapshot's do; a link that leads
 elsewhere is refused, as are FIFOs and devices (`bounded_files`).
 """
 
 import codecs
+import csv
+import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dftserve.bounded_files import (
     FileError,
@@ -31,6 +36,7 @@ from dftserve.bounded_files import (
     entries,
     is_plain_name,
     lines,
+    lines_of,
     open_file,
     parse_json,
     read_json,
@@ -43,9 +49,10 @@ from dftserve.corpus.text import Text
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 _SPLIT = re.compile(rf"(train|{'|'.join(HELDOUT_SPLITS)})(?:[-_.]\d+(?:-of-\d+)?)?")
 TEXTS = (".txt", ".md", ".rst")
-RECORDS = (".jsonl", ".json", ".parquet")
+RECORDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 LARGEST = 64 << 20
-"""Bytes of one text file, and of one line of a .jsonl file: either is held in memory whole."""
+"""Bytes of one text file, of one line of a .jsonl file and of one row of a .csv file, any of which
+is held in memory whole."""
 LARGEST_LIST = 1 << 30
 """Bytes of a .json file: its list is held in memory whole, in several times as much."""
 LARGEST_RECORDS = 1 << 42
@@ -63,25 +70,50 @@ DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 DATASET_INFO = "dataset_info.json"
 
 
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some texts of a corpus."""
+
+    split: Split | None
+    """Where they belong; None: that is drawn."""
+    texts: Iterator[Text]
+    """Read as they are asked for."""
+
+
 def read(path: Path, fields: Fields = KNOWN) -> Iterator[Text]:
-    """The texts of a file or a folder, in an order that does not change.
+    """The texts of a file or a folder, in an order that does not change: held-out splits first.
 
     Raises:
         ValueError: names the file, and the line or row: nothing there, a suffix that is not known,
             not UTF-8, too large, broken JSON, a field that is missing or of a wrong type, no
             regular file, or one that lies elsewhere.
     """
+    yield from in_order(parts(path, fields))
+
+
+def parts(path: Path, fields: Fields = KNOWN) -> list[Part]:
+    """What `read` reads, a part for each file or split; raises as it does."""
     check(path)
     if _is_dataset(path):
-        yield from _dataset(path, fields)
-    elif path.is_dir():
-        files = _files(path)
-        splits = dict(zip(files, _splits(map(_split_of, files)), strict=True))
-        for file in files:
-            for text in _file(file, file.relative_to(path).as_posix(), fields, within=path):
-                yield replace(text, split=splits[file])
-    else:
-        yield from _file(path, path.name, fields)
+        return _dataset(path, fields)
+    if not path.is_dir():
+        return [Part(None, _file(path, path.name, fields))]
+    files = _files(path)
+    names = [file.relative_to(path).as_posix() for file in files]
+    return [
+        Part(split, _file(file, name, fields, within=path))
+        for file, name, split in zip(files, names, _splits(map(_split_of, files)), strict=True)
+    ]
+
+
+def in_order(listed: Iterable[Part]) -> Iterator[Text]:
+    """The texts of parts, of those that are held out first: of near-copies the later one goes."""
+    for part in sorted(listed, key=lambda part: part.split != "heldout"):
+        for text in part.texts:
+            yield replace(text, split=part.split)
 
 
 def check(path: Path) -> None:
@@ -98,12 +130,17 @@ def check(path: Path) -> None:
     if not files:
         raise ValueError(f"{path}: got no files with the suffix {_SUFFIXES}; give some.")
     for file in files:
-        suffix = file.suffix.lower()
-        if suffix not in (*TEXTS, *RECORDS):
-            raise ValueError(f"{file}: got the suffix {suffix!r}; accepted: {_accepted()}.")
+        if _suffix(file) not in (*TEXTS, *RECORDS):
+            raise ValueError(f"{file}: got the suffix {_suffix(file)!r}; accepted: {_accepted()}.")
 
 
 _SUFFIXES = ", ".join((*TEXTS, *RECORDS))
+
+
+def _suffix(path: Path) -> str:
+    """In lower case; of what is packed both."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
 
 
 def _accepted() -> str:
@@ -124,11 +161,12 @@ def _files(folder: Path) -> list[Path]:
 
 def _split_of(path: Path) -> str:
     """`train`, `test` … where a file of records has the name of a split, else nothing."""
-    name = _SPLIT.fullmatch(path.stem) if path.suffix.lower() in RECORDS else None
+    suffix = _suffix(path)
+    name = _SPLIT.fullmatch(path.name[: -len(suffix)]) if suffix in RECORDS else None
     return name[1] if name else ""
 
 
-def _splits(names: Iterable[str]) -> list[Literal["train", "heldout"] | None]:
+def _splits(names: Iterable[str]) -> list[Split | None]:
     """The side of each split, where one to train on stands beside one that is not."""
     listed = list(names)
     if "train" not in listed or not any(name in HELDOUT_SPLITS for name in listed):
@@ -137,12 +175,17 @@ def _splits(names: Iterable[str]) -> list[Literal["train", "heldout"] | None]:
 
 
 def _file(path: Path, origin: str, fields: Fields, within: Path | None = None) -> Iterator[Text]:
-    suffix = path.suffix.lower()
+    suffix = _suffix(path)
     real_file(path, within=within, largest=LARGEST_RECORDS)
     if suffix in TEXTS:
         yield _text_file(path, origin, within)
     elif suffix == ".jsonl":
-        yield from _lines(path, origin, fields, within)
+        found = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
+        yield from _lines(found, path, origin, fields)
+    elif suffix == ".jsonl.gz":
+        yield from _lines(_unpacked(path, within), path, origin, fields)
+    elif suffix == ".csv":
+        yield from _table(path, origin, fields, within)
     elif suffix == ".json":
         yield from _list(path, origin, fields, within)
     else:
@@ -177,14 +220,75 @@ def _list(path: Path, origin: str, fields: Fields, within: Path | None) -> Itera
         yield record(each, f"{path}, record {number}", f"{origin}:{number}", fields)
 
 
-def _lines(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
-    found = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
+def _lines(found: Iterable[bytes], path: Path, origin: str, fields: Fields) -> Iterator[Text]:
     for number, line in enumerate(found, 1):
         where = f"{path}, line {number}"
         if line.strip():
             # Numbers of other fields are not ours to judge.
             given = parse_json(_decoded(line, where), where, finite=False)
             yield record(given, where, f"{origin}:{number}", fields)
+
+
+def _unpacked(path: Path, within: Path | None) -> Iterator[bytes]:
+    """The lines of a .gz file, one in memory at a time."""
+    try:
+        with (
+            open_file(path, within=within, largest=LARGEST_RECORDS) as packed,
+            gzip.GzipFile(fileobj=packed) as file,
+        ):
+            yield from lines_of(cast(Any, file), path, largest=LARGEST_RECORDS, longest=LARGEST)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not a .gz file that can be read ({error}); pack it anew, or leave it out."
+        ) from None
+
+
+def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
+    # Of the process: its own limit of 128 KiB is less than a long text.
+    csv.field_size_limit(LARGEST)
+    row = _Row(path, within)
+    reader = csv.reader(row.lines(), strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: got the header {shown(names)}; accepted: each name once.")
+        for number, values in enumerate(filter(None, reader), 1):
+            row.size = 0
+            where = f"{path}, row {number} behind the header"
+            if len(values) != len(names):
+                raise ValueError(
+                    f"{where}: got {len(values)} fields; accepted: {len(names)}, as in the header. "
+                    'Put texts with commas or line ends into "".'
+                )
+            given = {name: value for name, value in zip(names, values, strict=True) if value}
+            yield record(given, where, f"{origin}:{number}", fields)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: not a .csv file that can be read ({error}); write it "
+            "anew, or as .jsonl."
+        ) from None
+
+
+@dataclass
+class _Row:
+    """What a row of a .csv file is read from: any number of lines, of a bounded size."""
+
+    path: Path
+    within: Path | None
+    size: int = 0
+    """Bytes since the last row ended."""
+
+    def lines(self) -> Iterator[str]:
+        found = lines(self.path, within=self.within, largest=LARGEST_RECORDS, longest=LARGEST)
+        for number, line in enumerate(found, 1):
+            where = f"{self.path}, line {number}"
+            self.size += len(line)
+            if self.size > LARGEST:
+                raise ValueError(
+                    f"{where}: got a row of more than {LARGEST:,} bytes; accepted: shorter ones. "
+                    'Is a " not closed?'
+                )
+            yield _decoded(line, where)
 
 
 def _parquet(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
@@ -215,7 +319,7 @@ def _refuse_large_groups(metadata: Any, path: Path) -> None:
         )
 
 
-def _dataset(path: Path, fields: Fields) -> Iterator[Text]:
+def _dataset(path: Path, fields: Fields) -> list[Part]:
     import datasets
     import pyarrow
 
@@ -229,18 +333,20 @@ def _dataset(path: Path, fields: Fields) -> Iterator[Text]:
         raise ValueError(f"{path}: not a datasets folder that can be read ({told}).") from None
     named = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(path.name, loaded)]
     by_split = sorted((str(name), rows) for name, rows in named)
-    names = [split for split, _ in by_split]
-    sides = dict(zip(names, _splits(names), strict=True))
-    for split, rows in by_split:
-        row = 0
-        # As arrow has them: a feature that is decoded may open a file that a row names.
-        batches: Any = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
-        for batch in batches:
-            for given in batch.to_pylist():
-                row += 1
-                where = f"{path}, {split} row {row}"
-                text = record(given, where, f"{split}:{row}", fields)
-                yield replace(text, split=sides[split])
+    sides = _splits(split for split, _ in by_split)
+    return [
+        Part(side, _rows(rows, path, split, fields))
+        for side, (split, rows) in zip(sides, by_split, strict=True)
+    ]
+
+
+def _rows(rows: Any, path: Path, split: str, fields: Fields) -> Iterator[Text]:
+    row = 0
+    # As arrow has them: a feature that is decoded may open a file that a row names.
+    for batch in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for given in batch.to_pylist():
+            row += 1
+            yield record(given, f"{path}, {split} row {row}", f"{split}:{row}", fields)
 
 
 def _check_dataset(path: Path) -> None:

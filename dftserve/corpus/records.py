@@ -2,7 +2,8 @@
 
     record({"instruction": "Add.", "input": "1, 2", "output": "3"}, "file, line 1", "file:1")
 
-Known without being told: `text`; `messages`, as OpenAI has them; `prompt` and `response`;
+Known without being told: `text`; `messages`, as OpenAI has them; `prompt` and `response`, or
+`completion` as TRL has it, both of them texts or lists of turns, of which the prompt's are context;
 ShareGPT's `conversations` of `from` and `value`; Alpaca's `instruction`, `input` and `output`.
 `Fields` names others.
 """
@@ -16,22 +17,31 @@ from typing import Any
 from dftserve.bounded_files import parse_json
 from dftserve.corpus.text import Text
 
+Turns = tuple[Mapping[str, Any], ...]
+
 CALLS = ("tool_calls", "function_call")
 FIELDS = (
-    "`text`, or `messages`, or `prompt` and `response`, or `conversations` (ShareGPT), or "
-    "`instruction` and `output` (Alpaca)"
+    "`text`, or `messages`, or `prompt` and `response` or `completion`, or `conversations` "
+    "(ShareGPT), or `instruction` and `output` (Alpaca)"
 )
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
+"""Fields that hold a question and its answer."""
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"},
     **{"bing": "assistant", "bard": "assistant", "model": "assistant", "assistant": "assistant"},
     **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
 }
 """What ShareGPT's `from` stands for."""
+UNASKED = ("system", "developer", "assistant")
+"""Roles of turns that ask nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """The names that a file has for what a record says; None: those that are known."""
+    """The names that a file has for what a record says; None: those that are known.
+
+    Names of texts, turns or pairs leave those that are known; all others are beside them.
+    """
 
     text: str | None = None
     messages: str | None = None
@@ -55,6 +65,11 @@ class Fields:
                     f"fields.roles.{name}: got {role!r}; accepted: system, user, assistant, tool."
                 )
 
+    @property
+    def are_known(self) -> bool:
+        """Whether a record's text, turns or pair have the names that are known."""
+        return self.text is None and self.messages is None and self.prompt is None
+
 
 KNOWN = Fields()
 
@@ -67,34 +82,28 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: got {shown(given)}; accepted: an object with {FIELDS}.")
     has = {name: value for name, value in given.items() if value is not None}
-    if (listed := _listed(has, fields)) is not None:
-        tools = _tools(given.get("tools"), f"{where}, tools")
-        name, turns = listed
-        turns = _turns(turns, f"{where}, {name}", fields)
-        return _conversation((*_system(has, fields, where, turns), *turns), origin, tools)
-    text = fields.text or ("text" if fields == KNOWN else None)
-    if text in has:
+    turns: Turns | None = None
+    if (name := _listed(has, fields)) is not None:
+        turns = _turns(has[name], f"{where}, {name}", fields)
+    elif (text := fields.text or ("text" if fields.are_known else None)) in has:
         return plain(_string(has[text], f"{where}, {text}"), origin)
-    if (pair := _pair(has, fields)) is not None:
-        asked, said = (_string(has[name], f"{where}, {name}") for name in pair)
-        if fields == KNOWN and pair[0] == "instruction" and has.get("input"):
-            asked = f"{asked}\n\n{_string(has['input'], f'{where}, input')}"
-        turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": said})
-        return _conversation((*_system(has, fields, where, turns), *turns), origin)
+    elif (pair := _pair(has, fields)) is not None:
+        turns = _asked_and_answered(has, pair, where, fields)
+    if turns is not None:
+        tools = _tools(given.get("tools"), f"{where}, tools")
+        return _conversation((*_system(has, fields, where, turns), *turns), origin, tools)
     names = ", ".join(sorted(map(str, has))) or "none"
-    wanted = FIELDS if fields == KNOWN else "those that `fields` names"
+    wanted = FIELDS if fields.are_known else "those that `fields` names"
     raise ValueError(
         f"{where}: got the fields {shown(names)}; accepted: {wanted}. `fields` in a YAML of "
         "corpora names others."
     )
 
 
-def _listed(has: Mapping[str, Any], fields: Fields) -> tuple[str, Any] | None:
+def _listed(has: Mapping[str, Any], fields: Fields) -> str | None:
     """The field that holds turns."""
-    names = [fields.messages] if fields.messages else []
-    if not names and fields.text is None and fields.prompt is None:
-        names = ["messages", "conversations"]
-    return next(((name, has[name]) for name in names if name in has), None)
+    names = ["messages", "conversations"] if fields.are_known else [fields.messages]
+    return next((name for name in names if name is not None and name in has), None)
 
 
 def _pair(has: Mapping[str, Any], fields: Fields) -> tuple[str, str] | None:
@@ -102,13 +111,27 @@ def _pair(has: Mapping[str, Any], fields: Fields) -> tuple[str, str] | None:
     if fields.prompt is not None and fields.response is not None:
         pairs = [(fields.prompt, fields.response)]
     else:
-        pairs = [("prompt", "response"), ("instruction", "output")] if fields == KNOWN else []
+        pairs = PAIRS if fields.are_known else ()
     return next((pair for pair in pairs if {*pair} <= has.keys()), None)
 
 
-def _system(
-    has: Mapping[str, Any], fields: Fields, where: str, turns: tuple[Mapping[str, Any], ...]
-) -> tuple[Mapping[str, Any], ...]:
+def _asked_and_answered(
+    has: Mapping[str, Any], pair: tuple[str, str], where: str, fields: Fields
+) -> Turns:
+    """Of two texts, or of two lists of turns, of which the second is learnt."""
+    asked, said = (has[name] for name in pair)
+    if isinstance(asked, list) and isinstance(said, list):
+        before, answer = (_turns(has[name], f"{where}, {name}", fields) for name in pair)
+        if not any(turn["role"] == "assistant" for turn in answer):
+            raise ValueError(f"{where}, {pair[1]}: got no turn of the assistant; accepted: one.")
+        return (*({**t, "weight": 0} if t["role"] == "assistant" else t for t in before), *answer)
+    asked, said = (_string(has[name], f"{where}, {name}") for name in pair)
+    if fields.are_known and pair[0] == "instruction" and has.get("input"):
+        asked = f"{asked}\n\n{_string(has['input'], f'{where}, input')}"
+    return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
+
+
+def _system(has: Mapping[str, Any], fields: Fields, where: str, turns: Turns) -> Turns:
     """A system turn from a field beside the turns, where they have none."""
     name = fields.system or "system"
     if not has.get(name) or turns[0]["role"] == "system":
@@ -123,10 +146,17 @@ def _tools(given: object, where: str) -> tuple[Any, ...]:
         return ()
     if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
         raise ValueError(f"{where}: got {shown(given)}; accepted: a list of JSON schemas.")
-    return tuple(given)
+    return tuple(map(_without_nulls, given))
 
 
-def _turns(given: object, where: str, fields: Fields) -> tuple[Mapping[str, Any], ...]:
+def _without_nulls(value: Any) -> Any:
+    """Without keys that have no value, at any depth: columns give all structs the keys of all."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(each) for k, each in value.items() if each is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list | tuple) else value
+
+
+def _turns(given: object, where: str, fields: Fields) -> Turns:
     if isinstance(given, str):  # As datasets of one column type keep them.
         given = parse_json(given, where)
     if not isinstance(given, list) or not given:
@@ -152,7 +182,7 @@ def _turn(given: object, where: str) -> Mapping[str, Any]:
     """With every field that has a value: what of them counts, the chat template says."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: got {shown(given)}; accepted: `role` and `content`.")
-    turn = {str(name): value for name, value in given.items() if value is not None}
+    turn = {str(name): value for name, value in _without_nulls(given).items()}
     turn["role"] = _string(given.get("role"), f"{where}.role")
     content = _joined(given.get("content"), f"{where}.content")
     if content is None and any(turn.get(name) for name in CALLS):
@@ -185,10 +215,14 @@ def said(turn: Mapping[str, Any]) -> str:
 
 
 def opening(text: Text) -> str:
-    """What stands before the first answer of a conversation; empty for a plain text."""
+    """What a conversation begins with, up to the first answer to somebody; empty for a plain text.
+
+    An assistant's greeting before anybody spoke is no answer, but where nobody speaks at all.
+    """
     turns = text.messages or ()
-    before = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
-    return "".join(f"{said(turn)}\n\n" for turn in before)
+    asked = next((i for i, turn in enumerate(turns) if turn["role"] not in UNASKED), 0)
+    behind = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns[asked:])
+    return "".join(f"{said(turn)}\n\n" for turn in (*turns[:asked], *behind))
 
 
 def plain(content: str, origin: str) -> Text:

@@ -13,12 +13,12 @@ in `records.Fields`; `split` is `train` or `heldout`, else as `read` finds, else
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from blake3 import blake3
 
 from dftserve import settings
-from dftserve.corpus.read import check, read
+from dftserve.corpus.read import Part, Split, check, in_order, parts
 from dftserve.corpus.records import Fields, opening
 from dftserve.corpus.text import Text
 
@@ -61,9 +61,9 @@ def read_all(path: Path, heldout_from: Path | None = None) -> Iterator[Text]:
     """
     if heldout_from is not None:
         # First: of two near-copies the later one goes.
-        for text in _sources(heldout_from):
+        for text in in_order(_sources(heldout_from)):
             yield replace(text, split="heldout", origin=f"held out: {text.origin}")
-    yield from _sources(path)
+    yield from in_order(_sources(path))
 
 
 def check_all(path: Path, heldout_from: Path | None = None) -> None:
@@ -78,15 +78,20 @@ def check_all(path: Path, heldout_from: Path | None = None) -> None:
             check(each.parent / source.path)
 
 
-def _sources(path: Path) -> Iterator[Text]:
+def _sources(path: Path) -> list[Part]:
     if path.suffix.lower() not in SUFFIXES:
-        yield from read(path)
-        return
-    for source in _listed(path):
-        for text in read(path.parent / source.path, source.fields):
-            if _draw(text) < source.weight:
-                split: Any = source.split or text.split
-                yield replace(text, split=split, origin=f"{source.path}/{text.origin}")
+        return parts(path)
+    return [
+        Part(cast(Split | None, source.split) or part.split, _taken(part.texts, source))
+        for source in _listed(path)
+        for part in parts(path.parent / source.path, source.fields)
+    ]
+
+
+def _taken(texts: Iterator[Text], source: Source) -> Iterator[Text]:
+    for text in texts:
+        if _draw(text) < source.weight:
+            yield replace(text, origin=f"{source.path}/{text.origin}")
 
 
 def _listed(path: Path) -> tuple[Source, ...]:

@@ -341,8 +341,8 @@ def evaluate_anchors() -> None:
 @click.option("--pieces", type=int, default=1, show_default=True, help="Cut from one long work.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -> None:
-    """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl, .json, .parquet, or a
-    folder of these."""
+    """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl (.gz), .json, .csv, .parquet,
+    or a folder of these."""
     with usage_errors():
         from dftserve.evaluate import reference
 

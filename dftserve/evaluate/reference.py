@@ -12,6 +12,7 @@ Everything else is made again from the texts when the folder is read, and must c
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from dftserve.evaluate.metrics.overlap import ngram_overlap
 from dftserve.evaluate.metrics.sds import Score, SDSReference, score
 from dftserve.evaluate.metrics.stylometry import function_share
 from dftserve.evaluate.text.tokenize import tokens
-from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample, Windows
+from dftserve.evaluate.text.windows import LEAST_TEXTS, LEAST_WORDS, WORDS, Sample, Windows
 from dftserve.evaluate.text.windows import pieces as cut
 
 FORMAT = "dftserve-anchors-1"
@@ -36,6 +37,9 @@ LEAST = {"reference": 32, "calibration": 16, "test": 16}
 """Texts in a split."""
 COPY = 0.5
 """Two texts that share more of their phrases than this are the same text twice."""
+MOST = 5_000
+"""Texts that are compared, each with all others: 200 MB for each matrix of what they share."""
+UNSAMPLED = "unsampled"
 LARGEST = 1 << 20
 """Bytes of anchors.json."""
 LARGEST_TEXTS = 2 << 30
@@ -55,7 +59,7 @@ class Anchors:
     seed: int
     dropped: dict[str, int]
     """Texts that were left out, by reason: `short`, `copies`, `alone` (their prompt has too few
-    where others have enough)."""
+    where others have enough), `unsampled` where there were more than `MOST`."""
     splits: dict[str, Windows]
     sds_reference: SDSReference
     human: Score
@@ -92,7 +96,8 @@ def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> An
     """Anchors from human texts; the order in which they come does not matter.
 
     Where at least half of the texts belong to prompts with eight or more, texts are compared within
-    prompts, and a prompt is in one split whole; else a source is.
+    prompts, and a prompt is in one split whole; else a source is. Of more than `MOST` texts so many
+    are drawn, by the seed, of each prompt or source alike where it has as many.
 
     Raises:
         ValueError: too few texts, too short ones, not English, or all alike.
@@ -103,16 +108,13 @@ def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> An
     _refuse_few(len(whole), f"{len(windows)} texts, {short} of them shorter than {words} words")
     _refuse_foreign(whole)
     whole = _in_order(whole, seed)
-    kept = whole.pick(_originals(whole))
-    answered = kept.answered()
-    grouped = [place for places in answered.values() for place in places]
-    alone = 0
-    if 2 * len(grouped) >= len(kept):
-        alone = len(kept) - len(grouped)
-        units = list(answered.values())
-    else:
-        units = _by_source(kept)
-    dropped = {"short": short, "copies": len(whole) - len(kept), "alone": alone}
+    drawn = whole.pick(_drawn(whole))
+    kept = drawn.pick(_originals(drawn))
+    units = _units(kept)
+    alone = len(kept) - sum(map(len, units))
+    dropped = {"short": short, "copies": len(drawn) - len(kept), "alone": alone}
+    if left := len(whole) - len(drawn):
+        dropped[UNSAMPLED] = left
     splits = {name: kept.pick(places) for name, places in _split(units).items()}
     counts = {name: len(split) for name, split in splits.items()}
     if any(counts[name] < LEAST[name] for name in LEAST):
@@ -181,6 +183,8 @@ def render(anchors: Anchors) -> str:
     """For a terminal."""
     counts = ", ".join(f"{len(split)} {name}" for name, split in anchors.splits.items())
     dropped = ", ".join(f"{count} {reason}" for reason, count in anchors.dropped.items() if count)
+    if anchors.dropped.get(UNSAMPLED):
+        dropped += f" ({MOST:,} are compared at most, drawn by the seed)"
     score = anchors.human
     pairs = "within prompts" if anchors.sds_reference.by_prompt else "between all texts"
     return (
@@ -237,6 +241,24 @@ def _in_order(windows: Windows, seed: int) -> Windows:
     return windows.pick(sorted(range(len(windows)), key=key))
 
 
+def _drawn(windows: Windows) -> list[int]:
+    """Places of at most `MOST` texts of those in order.
+
+    Of each unit alike, where it has as many: few units that have all their texts would fill no
+    split, and prompts with fewer than `LEAST_TEXTS` could not be compared within.
+    """
+    if len(windows) <= MOST:
+        return list(range(len(windows)))
+    units = _units(windows)
+
+    def taken(of_each: int) -> int:
+        return sum(min(len(unit), of_each) for unit in units)
+
+    fitting = bisect_right(range(1, max(map(len, units)) + 1), MOST, key=taken)
+    of_each = max(fitting, LEAST_TEXTS if _prompts(windows) else 1)
+    return sorted([place for unit in units for place in unit[:of_each]][:MOST])
+
+
 def _originals(windows: Windows) -> list[int]:
     shared_TT = ngram_overlap([tokens(text) for text in windows.texts])
     kept: list[int] = []
@@ -244,6 +266,18 @@ def _originals(windows: Windows) -> list[int]:
         if not kept or shared_TT[place, kept].max() <= COPY:
             kept.append(place)
     return kept
+
+
+def _units(windows: Windows) -> list[list[int]]:
+    """The places of texts that stay together: of a prompt, or of a source."""
+    return _prompts(windows) or _by_source(windows)
+
+
+def _prompts(windows: Windows) -> list[list[int]]:
+    """The places of each prompt's texts, of prompts with enough; none where these have fewer than
+    half of the texts."""
+    answered = list(windows.answered().values())
+    return answered if 2 * sum(map(len, answered)) >= len(windows) else []
 
 
 def _by_source(windows: Windows) -> list[list[int]]:

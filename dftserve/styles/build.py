@@ -130,7 +130,7 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
     if not any(words(text.text) for text in human):  # Before a server is asked for hours.
         raise ValueError(
             f"corpus: got {job.corpus}, which holds no words; accepted: texts by people (.txt, "
-            ".md, .rst, .jsonl, .parquet, or a folder of such)."
+            ".md, .rst, .jsonl (.gz), .json, .csv, .parquet, or a folder of such)."
         )
     model = answers_of(job, say, tick)
     if len(model) < LEAST_ANSWERS:

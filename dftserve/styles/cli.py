@@ -51,7 +51,8 @@ def style() -> None:
 )
 @click.option("--most", type=int, default=2000, show_default=True, help="Phrases at most.")
 def style_build(false_discoveries: float, most: int, **options) -> None:
-    """Build a profile from CORPUS, texts by people: .txt, .md, .rst, .jsonl, .parquet, a folder.
+    """Build a profile from CORPUS, texts by people: .txt, .md, .rst, .jsonl (.gz), .json, .csv,
+    .parquet, a folder.
 
     The same command goes on where asking the server was stopped.
     """

@@ -48,7 +48,7 @@ class Cache(AdditiveSource):
         return [self._of_own_tokens(document) for document in documents]
 
     def _of_own_tokens(self, document: Document) -> np.ndarray:
-        mass_T = np.zeros(len(document.positions_T))
+        mass_T = np.zeros(document.trained)
         for row, place in enumerate(document.positions_T.tolist()):
             before, worth = self._before(document, place)
             mass_T[row] = worth[before == document.tokens_N[place]].sum()

@@ -293,9 +293,9 @@ def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
     Raises:
         ValueError: too few.
     """
-    learnt = [document for document in heldout if len(document.positions_T)]
+    learnt = [document for document in heldout if document.trained]
     groups = {_group(document) for document in learnt}
-    counted = sum(len(document.positions_T) for document in learnt)
+    counted = sum(document.trained for document in learnt)
     if len(groups) < LEAST_DOCUMENTS or counted < LEAST_TOKENS:
         raise ValueError(
             f"{KIND}: got {counted:,} learnt tokens of held-out text, of {len(groups)} texts that "
@@ -308,7 +308,7 @@ def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
         if taken >= tokens and len(chosen) >= LEAST_DOCUMENTS:
             break
         chosen.append(document)
-        taken += len(document.positions_T)
+        taken += document.trained
     return chosen
 
 

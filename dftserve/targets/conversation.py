@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dftserve.bounded_files import parse_json
 from dftserve.targets.chat_template import ChatTemplate, Span, TemplateError, Turn, special_tokens
 from dftserve.targets.document import Document
 
@@ -64,22 +65,27 @@ def encode(
     Args:
         messages: turns with `role` and `content`; `weight` 0 is a turn that is not learnt; other
             fields go to the template, and those that change nothing in its text are noted.
-        spelled: special tokens in what somebody said: `text`, or `keep` as special tokens; `drop`
-            leaves the conversation out.
+            Arguments of tool calls may be JSON texts, as OpenAI has them: the template gets the
+            objects, as it does from vLLM.
+        spelled: special tokens in what somebody said, and in tools: `text`, or `keep` as special
+            tokens; `drop` leaves the conversation out.
         learnt: of the assistant's turns.
 
     Raises:
-        UnfitError: nothing to learn, or its tokens cannot be told.
+        UnfitError: nothing to learn, its tokens cannot be told, or a call's arguments are no JSON
+            object (vLLM shows the model an empty one; nobody is to learn that).
         TemplateError: as the template said.
     """
     if not tokenizer.is_fast:
         raise TemplateError("this tokenizer tells no offsets; accepted: one with a tokenizer.json.")
     template = ChatTemplate.of(tokenizer, tools=bool(tools))
     turns, notes = _cut(messages)
+    turns = [*map(_with_arguments, turns)]
     marks = _unused(turns, tools, template.source)
     around = next(marks), next(marks)
     spellings = _Spellings.of(tokenizer, spelled, marks)
-    turns = [{key: spellings.hidden(value, key) for key, value in each.items()} for each in turns]
+    turns = [_hidden(turn, spellings) for turn in turns]
+    tools = [*map(spellings.hidden, tools)] if tools else None
     turns, tools, more = _heeded(template, turns, tools)
     notes += _left_out(template, turns, tools, marks)
     text, marked = template.render(turns, tools)
@@ -96,7 +102,7 @@ def encode(
         raise UnfitError("nothing to train on")
     if not _stops(tokenizer, tokens_N, trained_N):
         notes.append(NO_STOP)
-    return Encoded(Document(tokens_N, trained_N), (*notes, *more))
+    return Encoded(Document(tokens_N, trained_N, has_prompt=True), (*notes, *more))
 
 
 def _unused(*values: Any) -> Iterator[str]:
@@ -116,6 +122,40 @@ def _cut(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[str]]:
         raise UnfitError("no turn of the role 'assistant'")
     notes = [] if last + 1 == len(turns) else [f"cut behind the last answer: {turns[-1]['role']}"]
     return turns[: last + 1], notes
+
+
+def _with_arguments(turn: Turn) -> dict[str, Any]:
+    """A turn as vLLM gives it to a template: what is called has an object of arguments."""
+    calls = turn.get("tool_calls")
+    if not _answers(turn) or not isinstance(calls, list | tuple):
+        return dict(turn)
+    rest = {key: value for key, value in turn.items() if key != "tool_calls"}
+    return {**rest, "tool_calls": [*map(_with_object, calls)]} if calls else rest
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        raise UnfitError("a tool call that is no object")
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+    return {**call, "arguments": _arguments(call)} if "arguments" in call else call
+
+
+def _arguments(called: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = called.get("arguments") or {}
+    if isinstance(given, str):
+        try:
+            given = parse_json(given, "arguments", finite=False)
+            json.dumps(given, ensure_ascii=False).encode()
+        except ValueError:  # Of half a surrogate pair too, which JSON can spell.
+            raise UnfitError("a tool call with arguments that are not JSON") from None
+    if not isinstance(given, Mapping):
+        raise UnfitError("a tool call with arguments that are no JSON object")
+    return given
+
+
+def _hidden(turn: Turn, spellings: "_Spellings") -> dict[str, Any]:
+    return {key: value if key == "role" else spellings.hidden(value) for key, value in turn.items()}
 
 
 def _answers(turn: Turn) -> bool:
@@ -340,14 +380,14 @@ class _Spellings:
     ) -> "_Spellings":
         return cls({text: next(marks) for text in special_tokens(tokenizer)}, how)
 
-    def hidden(self, value: Any, name: str) -> Any:
+    def hidden(self, value: Any) -> Any:
         """The value with private characters in place of special tokens, at any depth."""
-        if self.how == "keep" or name == "role":
+        if self.how == "keep":
             return value
         if isinstance(value, Mapping):
-            return {key: self.hidden(each, str(key)) for key, each in value.items()}
+            return {self.hidden(key): self.hidden(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hidden(each, "") for each in value]
+            return [*map(self.hidden, value)]
         if not isinstance(value, str):
             return value
         for text, private in self.private.items():

@@ -5,7 +5,6 @@ Shapes: N tokens of a document, T trained positions among them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,6 +24,9 @@ class Document:
     group: str = ""
     """Documents of one text, of its copies or of answers to one prompt have it in common; empty: it
     is alone. A store does not keep it."""
+    has_prompt: bool = False
+    """It is a conversation: what stands before its first trained token may have been asked more
+    often than once. A store does not keep it."""
 
     def __post_init__(self) -> None:
         if len(self.tokens_N) < 2 or self.tokens_N.shape != self.trained_N.shape:
@@ -35,13 +37,17 @@ class Document:
         if self.trained_N[0]:
             raise ValueError("the first token of a document is marked as trained; it cannot be.")
 
-    def __reduce__(self) -> tuple[type, tuple]:
-        """For another process: without what is computed from the fields."""
-        return Document, (self.tokens_N, self.trained_N, self.group)
+    @property
+    def trained(self) -> int:
+        """How many tokens are."""
+        return int(np.count_nonzero(self.trained_N))
 
-    @cached_property
+    @property
     def positions_T(self) -> np.ndarray:
-        """int64: where the trained tokens stand; each is predicted from all before it."""
+        """int64: where the trained tokens stand; each is predicted from all before it.
+
+        Made anew each time: kept, it would be 8 of 13 bytes a token of a corpus in memory.
+        """
         return np.flatnonzero(self.trained_N)
 
     @property
@@ -53,12 +59,23 @@ class Document:
         """Tokens `start` to `stop`, the first of them context alone."""
         trained_N = self.trained_N[start:stop].copy()
         trained_N[0] = False
-        return Document(self.tokens_N[start:stop], trained_N, self.group)
+        has_prompt = self.has_prompt and start == 0
+        return Document(self.tokens_N[start:stop], trained_N, self.group, has_prompt)
 
     @property
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the first trained one."""
-        return tuple(self.tokens_N[: self.positions_T[0]].tolist()) if self.trained_N.any() else ()
+        first = int(self.trained_N.argmax())  # 0 where none is trained.
+        return tuple(self.tokens_N[:first].tolist())
+
+    @property
+    def question(self) -> tuple[str, tuple[int, ...]]:
+        """What documents have in common that are answers to one prompt, if they have one.
+
+        The group too, since groups are of one split: a chat template may write other questions with
+        the same tokens.
+        """
+        return self.group, self.prompt
 
 
 def spans(count: int, size: int) -> Iterator[tuple[int, int]]:

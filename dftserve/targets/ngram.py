@@ -156,7 +156,7 @@ class Ngram(AdditiveSource):
         """Of each trained position the length of the longest context that is used, in tokens, and
         how many continuations it has outside what is left out; int64 [T], 0 and 0 where none is."""
         contexts, own, _ = self._found(document)
-        rows = len(document.positions_T)
+        rows = document.trained
         length_T, count_T = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         for length, (level, found_T, (pairs, times)) in enumerate(
             zip(self._levels, contexts, own.pairs, strict=True), 1

@@ -248,6 +248,22 @@ def teacher_models(recipe: Recipe) -> Iterator[str]:
             waiting += given
 
 
+def counts_answers(recipe: Recipe) -> bool:
+    """Whether a source learns how often each answer is given to a prompt."""
+    return "references" in _kinds(recipe.source)
+
+
+def _kinds(source: Any) -> Iterator[str]:
+    """Of a source and of those within it."""
+    kind, config = _only(source, "source")
+    yield kind
+    if kind in _MIXES:
+        for part, _ in _weighed(config, kind):
+            yield from _kinds(part)
+    elif kind in ("temper", "tilt"):
+        yield from _kinds(config["of"])
+
+
 def _checked(given: Any, where: str, depth: int = 0, fitted: bool = False) -> None:
     """Refuse what `_built` could not build, before anything is loaded.
 
@@ -320,8 +336,8 @@ def _is_idle(source: Mapping[str, Any], given: _Given) -> bool:
     kind, config = _only(source, "source")
     if kind != "references" or not settings.load(_References, config, kind).optional:
         return False
-    prompts = [document.prompt for document in given.all_documents]
-    return len(set(prompts)) == len(prompts)
+    asked = [document.question for document in given.all_documents if document.has_prompt]
+    return len(set(asked)) == len(asked)
 
 
 def _between(least: float, most: float, **values: float) -> None:
@@ -360,7 +376,7 @@ class _References:
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.references import References
 
-        # The answers to one prompt are all trained on or all held out: nothing leaks.
+        # The answers to one question are all trained on or all held out: nothing leaks.
         return References(given.all_documents, vocabulary=given.vocabulary)
 
 

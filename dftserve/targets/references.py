@@ -18,6 +18,9 @@ from torch import Tensor
 from dftserve.targets.document import Document
 from dftserve.targets.source import DenseSource, Rows
 
+Question = tuple[str, tuple[int, ...]]
+"""As `Document.question`."""
+
 
 @dataclass
 class Node:
@@ -33,18 +36,20 @@ class References(DenseSource):
 
     Each reference that shares the beginning has an equal share, also where two are equal; tokens
     that none goes on with have the log-probability −inf. Where all references went other ways, the
-    document's own goes on alone: mix with a source that knows more (`combine.Mix`).
+    document's own goes on alone: mix with a source that knows more (`combine.Mix`). So it does from
+    the first token of a plain text, which answers nothing.
     """
 
     def __init__(self, answers: Sequence[Document], *, vocabulary: int) -> None:
         """
         Args:
-            answers: documents; those of an equal `Document.prompt` belong together.
+            answers: documents; those of an equal `Document.question` belong together, of those that
+                have a prompt.
 
         Raises:
             ValueError: no prompt has two references, or tokens beyond the vocabulary.
         """
-        by_prompt: dict[tuple[int, ...], list[Document]] = defaultdict(list)
+        by_question: dict[Question, list[Document]] = defaultdict(list)
         for answer in answers:
             highest = int(answer.tokens_N.max())
             if highest >= vocabulary:
@@ -52,17 +57,19 @@ class References(DenseSource):
                     f"a reference holds the token {highest}; accepted: below the vocabulary of "
                     f"{vocabulary}. Give the vocabulary of the tokenizer that made it."
                 )
-            by_prompt[answer.prompt].append(answer)
-        if all(len(group) < 2 for group in by_prompt.values()):
+            if answer.has_prompt:
+                by_question[answer.question].append(answer)
+        if all(len(group) < 2 for group in by_question.values()):
+            count = sum(map(len, by_question.values()))
             raise ValueError(
-                f"got {len(answers)} references to {len(by_prompt)} prompts, and no two to the "
-                "same; accepted: two or more for a prompt somewhere. With one answer each, the "
-                "target is the text itself: train without a source (sft)."
+                f"got {count} references to {len(by_question)} prompts, and no two to the same; "
+                "accepted: two or more for a prompt somewhere; plain texts have none. With one "
+                "answer each, the target is the text itself: train without a source (sft)."
             )
         self.vocabulary = vocabulary
-        self._roots = {prompt: _trie(prompt, group) for prompt, group in by_prompt.items()}
-        self._sizes = {prompt: len(group) for prompt, group in by_prompt.items()}
-        digests = sorted(_identity(answer) for answer in answers)
+        self._roots = {asked: _trie(asked[1], group) for asked, group in by_question.items()}
+        self._sizes = {asked: len(group) for asked, group in by_question.items()}
+        digests = sorted(_identity(each) for group in by_question.values() for each in group)
         self._blake3 = blake3(b"".join(digests)).hexdigest()
 
     def describe(self) -> Mapping[str, Any]:
@@ -80,14 +87,16 @@ class References(DenseSource):
 
     def _walk(self, document: Document) -> list[dict[int, int]]:
         """What the references go on with at each trained position."""
-        prompt = document.prompt
-        node = self._roots.get(prompt)
+        if not document.has_prompt:
+            return [{int(token): 1} for token in document.labels_T]
+        prompt, asked = document.prompt, document.question
+        node = self._roots.get(asked)
         going_on = []
         for place in range(len(prompt), len(document.tokens_N)) if document.trained_N.any() else ():
             if node is None or not node.passing:
                 raise ValueError(
                     f"the {place - len(prompt)} first tokens of an answer are no reference's "
-                    f"(its prompt has {self._sizes.get(prompt, 0)}); accepted: documents that are "
+                    f"(its prompt has {self._sizes.get(asked, 0)}); accepted: documents that are "
                     "references themselves. Give the source all answers that are to be read."
                 )
             if document.trained_N[place]:

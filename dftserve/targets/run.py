@@ -203,7 +203,13 @@ def read_documents(job: Job, say: Say) -> Material:
         base.check_tokenizer(tokenizer)
     teachers = _examined(recipe, tokenizer)
     texts = _told(read_all(job.corpus, job.heldout_from), say)
-    corpus = prepare(texts, recipe.corpus, heldout=job.heldout, seed=job.seed)
+    corpus = prepare(
+        texts,
+        recipe.corpus,
+        heldout=job.heldout,
+        seed=job.seed,
+        counts_answers=recipes.counts_answers(recipe),
+    )
     documents, told = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )
@@ -358,7 +364,7 @@ def encode_all(
     told = corpus.report.as_dict() | told_of_templates
     told["documents"] = {split: len(documents[split]) for split in SPLITS}
     told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
-    told["trained"] = {split: sum(len(d.positions_T) for d in documents[split]) for split in SPLITS}
+    told["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
     if not documents["train"]:
         raise ValueError(f"nothing is left to train on:\n{shown(told)}")
     return documents, told

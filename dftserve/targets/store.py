@@ -439,7 +439,7 @@ def finish(
                 split=part.split,
                 documents=len(batch),
                 tokens=part.tokens,
-                trained=sum(map(_trained, batch)),
+                trained=sum(document.trained for document in batch),
                 blake3=digest_of(path, within=folder),
             )
         )
@@ -448,10 +448,6 @@ def finish(
     atomic.write_text(folder / MANIFEST, _json(asdict(manifest)))
     (folder / PLAN).unlink(missing_ok=True)
     return manifest
-
-
-def _trained(document: Document) -> int:
-    return len(document.positions_T)
 
 
 def _seed(wanted: Plan, split: str, document: int) -> int:
@@ -472,7 +468,7 @@ def _packed_shard(documents: Sequence[Document], parts: Sequence[Targets]) -> by
         **_packed("tokens", tokens_N),
         "trained": np.concatenate([d.trained_N for d in documents]).astype(np.uint8),
         "document_ends": np.cumsum([len(d.tokens_N) for d in documents], dtype=np.int64),
-        "trained_ends": np.cumsum([_trained(d) for d in documents], dtype=np.int64),
+        "trained_ends": np.cumsum([d.trained for d in documents], dtype=np.int64),
         **_packed("top_ids", targets.top_ids_TK),
         "top_logprobs": targets.top_logprobs_TK.astype(np.float16),
         **_packed("tail_ids", targets.tail_ids_TM),

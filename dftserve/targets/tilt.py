@@ -215,7 +215,7 @@ def _counts(
     phrases: Phrases, documents: Sequence[Document], who: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """float64 [S, F] counts and [S] trained tokens."""
-    lengths_S = np.array([len(document.positions_T) for document in documents], dtype=np.float64)
+    lengths_S = np.array([document.trained for document in documents], dtype=np.float64)
     if not lengths_S.sum():
         raise ValueError(
             f"tilt: {who}: got {len(documents)} documents without trained tokens; accepted: "

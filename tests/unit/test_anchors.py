@@ -126,6 +126,33 @@ def test_what_is_left_out_is_counted():
     )
 
 
+@pytest.mark.parametrize("given", [ALONE, PROMPTS, SOURCES], ids=["alone", "prompt", "source"])
+def test_of_many_texts_so_many_are_drawn(given, monkeypatch):
+    """Whatever their order, and all prompts and sources have a part."""
+    monkeypatch.setattr(reference, "MOST", 130)
+    anchors = reference.build(given)
+    texts = [text for split in anchors.splits.values() for text in split.texts]
+    assert len(texts) <= 130
+    assert len(texts) + sum(anchors.dropped.values()) == len(given)
+    assert 25 <= anchors.dropped["unsampled"] <= 40
+    assert "unsampled (130 are compared at most" in reference.render(anchors)
+    prompts = {prompt for split in anchors.splits.values() for prompt in split.prompts}
+    assert prompts == {sample.prompt for sample in given}
+    assert same(anchors, reference.build(list(reversed(given))))
+    other = reference.build(given, seed=1)
+    assert {text for split in other.splits.values() for text in split.texts} != set(texts)
+    monkeypatch.setattr(reference, "MOST", len(given))
+    assert "unsampled" not in reference.build(given).dropped
+
+
+def test_a_source_of_most_texts_does_not_fill_the_sample(monkeypatch):
+    monkeypatch.setattr(reference, "MOST", 120)
+    given = [Sample(text, "", "long" if i < 60 else f"book {i}") for i, text in enumerate(TEXTS)]
+    sources = [s for split in reference.build(given).splits.values() for s in split.sources]
+    assert sources.count("long") <= 20
+    assert len(set(sources)) == 101
+
+
 def test_few_prompts_among_many_texts_without_are_not_what_is_compared():
     """They are split by source, so that what is compared are all texts."""
     mixed = [Sample(s.text, "asked" if i < 60 else "") for i, s in enumerate(ALONE)]

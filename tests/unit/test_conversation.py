@@ -225,6 +225,42 @@ def test_tool_calls_are_learnt_and_no_empty_answer(core):
         encode(tokenizer_of(core, CHATML), messages)
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ('{"at": "riv\u00e9r", "deep": null}', {"at": "rivér", "deep": None}),
+        ('{"at": "\\udb80\\udc00"}', {"at": "\U000f0000"}),  # What may serve as a mark.
+        ("{}", {}),
+        ("", {}),
+        (None, {}),
+    ],
+)
+def test_arguments_that_are_a_text_are_the_object_that_they_say(core, given, written):
+    """As vLLM gives them to a template when the model is asked."""
+    messages = turns("the river", "")
+    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": given}}]
+    called = {"name": "f", "arguments": written}
+    expected = f"<call>{json.dumps(called, ensure_ascii=False)}</call>{END}"
+    assert learnt(tokenizer_of(core, TOOLS), messages) == [expected]
+
+
+@pytest.mark.parametrize("given", ['{"at": ', "[1]", "3", [1], 3, '{"at": "\\ud800"}'])
+def test_arguments_that_are_no_object_leave_the_conversation_out(core, given):
+    messages = turns("the river", "")
+    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": given}}]
+    with pytest.raises(UnfitError, match="a tool call with arguments that are no"):
+        encode(tokenizer_of(core, TOOLS), messages)
+    messages[1]["tool_calls"] = ["f()"]
+    with pytest.raises(UnfitError, match="a tool call that is no object"):
+        encode(tokenizer_of(core, TOOLS), messages)
+
+
+def test_no_calls_are_no_field(core):
+    messages = turns("the river", "stone")
+    messages[1]["tool_calls"] = []
+    assert encode(tokenizer_of(core, CHATML), messages).notes == ()
+
+
 def test_an_empty_answer_is_not_learnt_and_noted(core):
     encoded = encode(tokenizer_of(core, CHATML), turns("a", "", "b", "stone"))
     assert encoded.notes == ("an empty answer: not learnt",)
@@ -275,6 +311,23 @@ def test_a_spelled_token_is_text_unless_kept(core):
     assert (kept.tokens_N == stop).sum() == 4
     with pytest.raises(UnfitError, match="spells the special token"):
         encode(tokenizer, messages, spelled="drop")
+
+
+def test_a_token_that_tools_or_calls_spell_is_text(core):
+    """At any depth, under any name, and in a name."""
+    tokenizer = tokenizer_of(core, TOOLS)
+    stop = tokenizer.convert_tokens_to_ids(END)
+    spells = {"role": {"enum": [END], END: f"ends with {END}"}}
+    tools = [{"function": {"name": "f", "parameters": {"properties": spells}}}]
+    messages = turns("the river", "")
+    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": spells}}]
+    encoded = encode(tokenizer, messages, tools)
+    assert encoded.notes == (READ_AS_TEXT,)
+    tokens_N = encoded.document.tokens_N
+    assert tokenizer.decode(tokens_N).count(json.dumps(spells)) == 2
+    assert (tokens_N == stop).sum() == 3  # Behind the tools, the question and the call.
+    with pytest.raises(UnfitError, match="spells the special token"):
+        encode(tokenizer, turns("the river", "stone"), tools, spelled="drop")
 
 
 @pytest.mark.parametrize("spelled", ["text", "keep"])

@@ -1,5 +1,6 @@
 """The corpus: what is read, what is dropped and why, how it is cut and split."""
 
+import gzip
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, cleaned, verdict
 from dftserve.corpus.prepare import DUPLICATE, LIKE_HELDOUT, cut, prepare
 from dftserve.corpus.read import read
+from dftserve.corpus.records import opening
 from dftserve.corpus.text import Text
 
 WORDS = [
@@ -125,6 +127,15 @@ def test_parquet_and_datasets_say_the_same_as_jsonl(tmp_path):
         ("x.jsonl", b'{"messages": []}', ["line 1, messages", "a list of turns"]),
         ("x.jsonl", b'{"messages": [{"role": "user"}]}', ["messages[0].content: got None"]),
         ("x.parquet", b"PAR1 not", ["x.parquet", "not a .parquet file"]),
+        ("x.jsonl.gz", b"not packed", ["x.jsonl.gz", "not a .gz file"]),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], ["x.jsonl.gz", "not a .gz"]),
+        ("x.jsonl.gz", gzip.compress(b'{"text": 3}'), ["line 1, text: got 3"]),
+        ("x.txt.gz", gzip.compress(b"a"), ["'.txt.gz'", ".jsonl.gz"]),
+        ("x.csv", b"body\na\n", ["x.csv, row 1 behind the header", "'body'", "`text`"]),
+        ("x.csv", b"text,n\na, b,1\n", ["row 1", "got 3 fields; accepted: 2"]),
+        ("x.csv", b"text,text\na,b\n", ["each name once"]),
+        ("x.csv", b'text\n"a\nb', ["line 3", "not a .csv file"]),
+        ("x.csv", b"text\n\xff\n", ["line 2", "0xff", "UTF-8"]),
         ("x.pdf", b"", ["x.pdf", "'.pdf'", ".txt", ".jsonl", ".parquet"]),
     ],
 )
@@ -160,6 +171,12 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 50 + json.dumps({"text": "a" * 100}))
     with pytest.raises(ValueError, match="line 51: got more than 100 bytes"):
         list(read(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "a" * 100}).encode()))
+    with pytest.raises(ValueError, match="line 1: got more than 100 bytes"):
+        list(read(tmp_path / "x.jsonl.gz"))
+    (tmp_path / "x.csv").write_text("text\n" + "a\n" * 99 + '"' + "b\n" * 60 + '"\n')
+    with pytest.raises(ValueError, match=r"line 15\d: got a row of more than 100 bytes.*closed"):
+        list(read(tmp_path / "x.csv"))
 
 
 def test_nothing_there(tmp_path):
@@ -170,7 +187,10 @@ def test_nothing_there(tmp_path):
 
 
 @runs(max_examples=200)
-@given(content=st.binary(max_size=300), suffix=st.sampled_from([".txt", ".jsonl", ".parquet"]))
+@given(
+    content=st.binary(max_size=300),
+    suffix=st.sampled_from([".txt", ".jsonl", ".csv", ".jsonl.gz", ".parquet"]),
+)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("bytes") / f"x{suffix}"
     path.write_bytes(content)
@@ -691,6 +711,39 @@ def test_answers_that_are_copies_are_on_one_side():
     corpus = prepare(listed, ANY, heldout=0.3)
     found = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
     assert not found[0] & found[1]
+
+
+def greeted(seed: int, *, greets: bool = True) -> Text:
+    """A system turn and a greeting that all share, a question and an answer."""
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        *([{"role": "assistant", "content": "Hello! What can I do?"}] if greets else []),
+        {"role": "user", "content": prose(12, seed)},
+        {"role": "assistant", "content": prose(40, seed + 500)},
+    ]
+    return Text("\n\n".join(each["content"] for each in turns), tuple(turns), f"{seed}")
+
+
+def test_a_greeting_is_no_answer_to_one_prompt():
+    corpus = prepare([greeted(seed) for seed in range(40)], ANY, heldout=0.3)
+    assert len(corpus.train) + len(corpus.heldout) == 40
+    assert len(corpus.heldout) > 1  # Of 40 by a hash: one or none below 1e-4.
+    assert corpus.report.dropped == {}
+
+
+def test_what_opens_a_conversation():
+    assert opening(greeted(1)) == f"Be kind.\n\nHello! What can I do?\n\n{prose(12, 1)}\n\n"
+    assert opening(greeted(1, greets=False)) == f"Be kind.\n\n{prose(12, 1)}\n\n"
+    told = Text("", (greeted(1).messages or ())[:2], "")
+    assert opening(told) == "Be kind.\n\n"
+    assert opening(text("plain")) == ""
+
+
+def test_answers_to_one_prompt_alone_are_refused_with_another_way_out():
+    answers = [answered("Why?", prose(40, seed)) for seed in range(10)]
+    with pytest.raises(ValueError, match=r"answers to one prompt .* other prompts") as caught:
+        prepare(answers, Filters(min_words=0, family_threshold=None))
+    assert "family_threshold" not in str(caught.value)
 
 
 def test_letters_of_one_form_are_refused_with_the_way_out():

@@ -1,11 +1,15 @@
 """Records of other formats, several corpora as one, and what is held out by name."""
 
+import csv
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dftserve.corpus.filters import Filters
 from dftserve.corpus.prepare import LIKE_HELDOUT, prepare
@@ -49,6 +53,12 @@ def lines(path: Path, *records) -> Path:
                 {"role": "assistant", "content": "3"},
             ],
         ),
+        ({"prompt": "Why?", "completion": "So."}, [USER, ANSWER]),
+        ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+        (
+            {"prompt": [USER, ANSWER, USER], "response": [ANSWER], "system": "Be."},
+            [{"role": "system", "content": "Be."}, USER, {**ANSWER, "weight": 0}, USER, ANSWER],
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, ANSWER]},
             [USER, ANSWER],
@@ -63,6 +73,34 @@ def test_formats_that_are_known(tmp_path, record, turns):
     (text,) = read(lines(tmp_path / "a.jsonl", record))
     assert text.messages is not None
     assert [dict(turn) for turn in text.messages] == turns
+
+
+def test_keys_that_a_column_gives_to_all_structs_are_no_arguments(tmp_path):
+    """A table has every key of any row in all; what a list holds stays."""
+
+    def asked(number: int, arguments: dict, properties: dict) -> dict:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        parameters = {"type": "object", "properties": properties}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        return {"messages": [{**USER, "content": f"{number}?"}, turn], "tools": tools}
+
+    rows = [
+        asked(1, {"city": "Paris"}, {"city": {"type": "string"}}),
+        asked(2, {"expr": "1", "xs": ["a", None]}, {"expr": {"enum": ["1", None]}}),
+    ]
+    expected = list(read(lines(tmp_path / "a.jsonl", *rows)))
+    assert [text.tools[0]["function"]["parameters"]["properties"] for text in expected] == [
+        {"city": {"type": "string"}},
+        {"expr": {"enum": ["1", None]}},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "d"))
+    for path in (tmp_path / "a.parquet", tmp_path / "d"):
+        found = list(read(path))
+        assert [replace(text, origin="") for text in found] == [
+            replace(text, origin="") for text in expected
+        ]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -80,6 +118,37 @@ def test_a_list_in_a_json_file_is_what_its_records_are_in_a_jsonl_file(tmp_path,
         replace(text, origin="") for text in expected
     ]
     assert [text.origin for text in found] == ["a.json:1", "a.json:2", "a.json:3"]
+
+
+def test_a_table_and_packed_lines_are_what_the_lines_are(tmp_path):
+    records = [
+        {"prompt": "Why, so?", "response": 'He said "so".\nAnd so on.', "system": "Be."},
+        {"text": "x" * 200_000},
+        {"messages": [USER, ANSWER]},
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+    ]
+    expected = list(read(lines(tmp_path / "a.jsonl", *records)))
+    packed = tmp_path / "train-00000-of-00001.JSONL.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    names = list(dict.fromkeys(name for each in records for name in each))
+    with (tmp_path / "test.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        for each in records:
+            cells = {n: json.dumps(v) if isinstance(v, list) else v for n, v in each.items()}
+            table.writerow(cells)
+            file.write("\r\n")
+    for path in (packed, tmp_path / "test.csv"):
+        found = list(read(path))
+        assert [replace(text, origin="") for text in found] == [
+            replace(text, origin="") for text in expected
+        ]
+        assert [text.origin for text in found] == [f"{path.name}:{n}" for n in range(1, 5)]
+    (tmp_path / "a.jsonl").unlink()
+    assert {(each.origin[:5], each.split) for each in read(tmp_path)} == {
+        ("test.", "heldout"),
+        ("train", "train"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -131,11 +200,37 @@ def test_other_names_by_a_mapping(tmp_path):
         ({"messages": [{"role": "user", "content": None}]}, r"content: got None"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         ({"messages": [USER], "tools": {"a": 1}}, "tools: got"),
+        ({"prompt": [USER], "completion": "So."}, r"prompt: got \[.*accepted: a text"),
+        ({"prompt": [USER], "completion": [USER]}, "completion: got no turn of the assistant"),
+        ({"prompt": [USER], "completion": []}, "completion: got .*accepted: a list of turns"),
     ],
 )
 def test_what_is_refused_is_named(tmp_path, record, said):
     with pytest.raises(ValueError, match=said):
         list(read(lines(tmp_path / "a.jsonl", record)))
+
+
+@pytest.mark.parametrize(
+    "beside", [{"system": "s"}, {"roles": {"me": "user"}}, {"role": "who"}, {"content": "said"}]
+)
+def test_names_of_what_is_beside_leave_the_known_ones(tmp_path, beside):
+    fields = Fields(**beside)
+    records = [
+        {"prompt": "Why?", "response": "So.", "s": "Be."},
+        {"instruction": "Add.", "input": "1", "output": "2"},
+        {"text": "T"},
+    ]
+    pair, alpaca, plain = read(lines(tmp_path / "a.jsonl", *records), fields)
+    system = ({"role": "system", "content": "Be."},) if fields.system else ()
+    assert pair.messages == (*system, USER, ANSWER)
+    assert alpaca.content == "Add.\n\n1\n\n2"
+    assert (plain.content, plain.messages) == ("T", None)
+
+
+def test_tools_stand_beside_a_prompt_too(tmp_path):
+    record = {"prompt": [USER], "completion": [ANSWER], "tools": [{"name": "f"}]}
+    (text,) = read(lines(tmp_path / "a.jsonl", record))
+    assert text.tools == ({"name": "f"},)
 
 
 # Several corpora
@@ -225,6 +320,39 @@ def test_copies_of_a_held_out_text_are_not_trained_on(tmp_path):
     assert [each.origin for each in corpus.train] == [f"mine.jsonl:{n}" for n in range(3, 8)]
     assert len(corpus.heldout) == 5
     assert corpus.report.dropped[LIKE_HELDOUT].examples == ("mine.jsonl:2",)
+
+
+COPIES = {"near": changed(prose(200, 1), 0.03, 1), "further": changed(prose(200, 1), 0.07, 1)}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("way", ["dataset", "files", "corpora", "one of several"])
+def test_copies_of_what_a_split_holds_out_are_not_trained_on(tmp_path, copy, way):
+    """Whatever comes first by its name."""
+    train = [{"text": text} for text in (COPIES[copy], prose(200, 2), prose(200, 3))]
+    heldout = [{"text": prose(200, 1)}, {"text": prose(200, 4)}]
+    path = tmp_path / "corpus"
+    if way == "dataset":
+        splits = {"train": train, "validation": heldout}
+        listed = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        datasets.DatasetDict(listed).save_to_disk(str(path))
+    elif way == "files":
+        path.mkdir()
+        lines(path / "train.jsonl", *train)
+        lines(path / "valid.jsonl", *heldout)
+    else:
+        for name, rows in (("mine", train[:1]), ("exam/test", heldout), ("exam/train", train[1:])):
+            (tmp_path / "exam").mkdir(exist_ok=True)
+            lines(tmp_path / f"{name}.jsonl", *rows)
+        given = [{"path": "mine.jsonl"}, {"path": "exam"}]
+        if way == "one of several":
+            tests = {"path": "exam/test.jsonl", "split": "heldout"}
+            given = [{"path": "mine.jsonl"}, {"path": "exam/train.jsonl"}, tests]
+        path = tmp_path / "mix.yaml"
+        path.write_text(json.dumps({"corpora": given}))
+    corpus = prepare(read_all(path), ANY, heldout=0.05)
+    assert [each.content for each in corpus.heldout] == [each["text"] for each in heldout]
+    assert [each.content for each in corpus.train] == [each["text"] for each in train[1:]]
 
 
 # Filters by --set

@@ -15,11 +15,11 @@ from dftserve.targets.recipe import load, shipped, source_of
 LEAST = {"name": "mine", "about": "A test.", "source": {"ngram": {"order": 3}}}
 
 
-def documents_of(*texts: list[int], prompt: int = 1) -> list[Document]:
+def documents_of(*texts: list[int], prompt: int = 1, asked: bool = True) -> list[Document]:
     found = []
     for tokens in texts:
         trained_N = np.arange(len(tokens)) >= prompt
-        found.append(Document(np.array(tokens, dtype=np.int32), trained_N))
+        found.append(Document(np.array(tokens, dtype=np.int32), trained_N, has_prompt=asked))
     return found
 
 
@@ -78,6 +78,22 @@ def test_conversation_uses_references_where_there_are_any():
     assert built("conversation").describe()["kind"] == "mix"
     single = {"train": documents_of([0, 1, 2, 3], [1, 2, 3, 0]), "heldout": []}
     assert built("conversation", documents=single).describe()["kind"] == "ngram"
+    plain = {"train": documents_of([0, 1, 2], [0, 2, 1], asked=False), "heldout": []}
+    assert built("conversation", documents=plain).describe()["kind"] == "ngram"
+
+
+@pytest.mark.parametrize(
+    ("source", "counts"),
+    [
+        ({"ngram": {}}, False),
+        ({"references": {}}, True),
+        ({"mix": [{"weight": 1, "ngram": {}}, {"weight": 1, "references": None}]}, True),
+        ({"temper": {"power": 2, "of": {"references": {}}}}, True),
+        ({"principles": {"teacher": {"model": "m"}, "principles": {"references": "x"}}}, False),
+    ],
+)
+def test_a_recipe_with_references_anywhere_counts_answers(written, source, counts):
+    assert recipe.counts_answers(load(written(source=source))) == counts
 
 
 # Placeholders

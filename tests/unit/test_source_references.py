@@ -12,9 +12,9 @@ from dftserve.targets.references import References
 V = 6
 
 
-def answer(prompt, tokens, trained=None):
+def answer(prompt, tokens, trained=None, group=""):
     trained_N = np.array([False] * len(prompt) + [True, *(trained or [True] * len(tokens))[1:]])
-    return Document(np.array([*prompt, *tokens], np.int32), trained_N)
+    return Document(np.array([*prompt, *tokens], np.int32), trained_N, group, has_prompt=True)
 
 
 @st.composite
@@ -65,6 +65,31 @@ def test_tokens_between_trained_ones_are_followed():
     rows_TV = References(answers, vocabulary=V).read(answers[:1])[0](0, 2).exp()
     torch.testing.assert_close(rows_TV[0, :3], torch.tensor([2 / 3, 1 / 3, 0.0]))
     torch.testing.assert_close(rows_TV[1, :3], torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_a_plain_text_is_nobodys_reference():
+    """All begin with one token, the held-out ones too: that is no prompt."""
+    texts = [
+        Document(np.array([3, *said], np.int32), np.arange(3) > 0) for said in ([0, 1], [2, 1])
+    ]
+    answers = [answer([3], [0, 1]), answer([3], [1, 1])]
+    source = References([*texts, *answers], vocabulary=V)
+    for text, rows in zip(texts, source.read(texts), strict=True):
+        own_TV = torch.nn.functional.one_hot(torch.from_numpy(text.tokens_N[1:]).long(), V).float()
+        torch.testing.assert_close(rows(0, 2).exp(), own_TV)
+    first_V = source.read(answers[:1])[0](0, 1)[0].exp()
+    assert first_V.tolist() == pytest.approx([0.5, 0.5, 0, 0, 0, 0])
+    assert source.describe() == References(answers, vocabulary=V).describe()
+    with pytest.raises(ValueError, match="no two to the same"):
+        References(texts, vocabulary=V)
+
+
+def test_another_groups_answers_are_no_references_though_a_template_asks_alike():
+    """A group is trained on or held out as a whole."""
+    trained = [answer([5], [0, 1], group="a"), answer([5], [1, 1], group="a")]
+    heldout = [answer([5], [2, 1], group="b")]
+    first_V = References([*trained, *heldout], vocabulary=V).read(trained)[0](0, 1)[0].exp()
+    assert first_V.tolist() == pytest.approx([0.5, 0.5, 0, 0, 0, 0])
 
 
 def test_descriptions_tell_answers_apart():

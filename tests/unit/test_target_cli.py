@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dftserve.cli import main
+from dftserve.corpus.prepare import GIVEN_AGAIN
 from dftserve.targets import progress, report, run, store
 from dftserve.targets.document import Document
 from dftserve.targets.estimate import estimate_of
-from dftserve.targets.run import windows
+from dftserve.targets.references import References
+from dftserve.targets.run import Job, read_documents, windows
 from dftserve.targets.store import TargetStore
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -191,6 +194,32 @@ def test_conversations(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
+def test_references_count_an_answer_as_often_as_it_is_given(tmp_path, model):
+    """Also one of which others differ in case alone; without references, each comes once."""
+    said = ["Yes, sure."] * 9 + ["No, never."] + ["yes, sure"] * 2
+    path = tmp_path / "chat.jsonl"
+    rows = [{"prompt": "Is it so?", "response": each} for each in said]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    job = Job(
+        corpus=path, model=model, recipe="conversation", out=tmp_path / "out", heldout=0, seed=0
+    )
+    material = read_documents(job, lambda line: None)
+    documents = material.documents["train"]
+    vocabulary = len(material.tokenizer)
+    source = References(documents, vocabulary=vocabulary)
+    first_V = source.read(documents[:1])[0](0, 1)[0].exp()
+    shares = {
+        material.tokenizer.decode(int(token)): float(first_V[token]) for token in first_V.nonzero()
+    }
+    assert shares == pytest.approx({"Y": 9 / 12, "N": 1 / 12, "y": 2 / 12}, abs=1e-6)
+    assert material.corpus["noted"][GIVEN_AGAIN]["count"] == 9
+    assert material.corpus["dropped"] == {}
+    without = tmp_path / "ngram.yaml"
+    without.write_text("corpus: {min_words: 3}\nsource: {ngram: {}}\n")
+    material = read_documents(replace(job, recipe=str(without)), lambda line: None)
+    assert len(material.documents["train"]) == 2
+
+
 def test_a_text_that_is_left_out_is_not_counted_as_joined(tmp_path, model):
     """Six texts with wrapped lines, two of which spell a special token."""
     folder = tmp_path / "texts"
@@ -243,6 +272,15 @@ def test_windows_train_every_token_once(size):
     assert max(len(part.tokens_N) for part in parts) <= size
     labels = np.concatenate([part.labels_T for part in parts])
     np.testing.assert_array_equal(labels, document.labels_T)
+
+
+def test_a_document_keeps_its_tokens_and_marks_alone():
+    """5 bytes a token, whatever was asked of it: a corpus is held in memory whole."""
+    document = Document(np.arange(1000, dtype=np.int32), np.arange(1000) > 3)
+    assert (document.trained, len(document.positions_T), len(document.labels_T)) == (996,) * 3
+    assert document.prompt == (0, 1, 2, 3)
+    kept = [each for each in vars(document).values() if isinstance(each, np.ndarray)]
+    assert sum(each.nbytes for each in kept) == 5 * 1000
 
 
 def test_a_piece_that_goes_on_does_not_end(tmp_path, novels, model):

@@ -21,7 +21,10 @@ _KNOWN = frozenset(FUNCTION_WORDS)
 
 
 def ngram_overlap(texts: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """o, float64 [T, T], of tokenised texts; 1 where two texts have the same phrases."""
+    """o, float64 [T, T], of tokenised texts; 1 where two texts have the same phrases.
+
+    Two matrices of 8·T² bytes are held at once: bound T.
+    """
     both_TT = _shared([set(ngrams(list(said), PHRASE)) for said in texts])
     both_TT += _shared([set(ngrams([_masked(t) for t in said], PATTERN)) for said in texts])
     both_TT /= 2
