@@ -122,7 +122,7 @@ def playground(url: str, api_key_env: str, port: int) -> None:
 
 
 @main.command()
-@click.option("--url", help="Also ask the server at this address.")
+@click.option("--url", help="Ask the server at this address: what it says decides.")
 @click.option(
     "--api-key-env",
     metavar="NAME",
@@ -157,7 +157,8 @@ def doctor(
 ) -> None:
     """Say what is installed, what will run, and what is wrong.
 
-    Exit code 1 where something is wrong, 0 otherwise, with warnings too.
+    Exit code 1 where something is wrong, 0 otherwise, with warnings too. With --url it is the
+    server's: what is wrong here, where the server need not be, is a warning.
     """
     from dftserve import doctor
     from dftserve.serve import STYLES
@@ -177,7 +178,7 @@ def doctor(
     if url is not None:
         key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
         with usage_errors():
-            findings += doctor.ask(url, key)
+            findings = [*doctor.aside(findings), *doctor.ask(url, key)]
     click.echo(doctor.as_json(findings) if as_json else doctor.shown(findings))
     raise SystemExit(doctor.exit_code(findings))
 
