@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -103,6 +104,22 @@ def root_of(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--url: got {url!r}; {accepted}")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def is_url(model_or_url: str) -> bool:
+    """Whether a command was given a server's address rather than a model."""
+    return model_or_url.startswith(("http://", "https://"))
+
+
+def check_model_or_url(given: str) -> None:
+    """
+    Raises:
+        ValueError: an address without http, or what is written as a path where no folder is.
+    """
+    if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", given):
+        raise ValueError(f"{given}: accepted: http://{given}, or a model.")
+    if not is_url(given):
+        check_path(given)
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:

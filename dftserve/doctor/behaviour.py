@@ -277,6 +277,7 @@ def _throughput(asked: _Asked, figures: dict[str, Any]) -> Finding:
 def _tokens_per_second(asked: _Asked, level: float) -> float:
     began = time.perf_counter()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(lambda _: asked.answer(level, temperature=TEMPERATURE), range(AT_ONCE)))
+        asking = (pool.submit(asked.answer, level, temperature=TEMPERATURE) for _ in range(AT_ONCE))
+        answers = [each.result() for each in list(asking)]
     tokens = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
     return tokens / (time.perf_counter() - began)

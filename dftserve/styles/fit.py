@@ -46,7 +46,7 @@ from dftserve.evaluate.reference import Anchors
 from dftserve.evaluate.text.tokenize import words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.openai_client import Server, ServerError
-from dftserve.serve import STYLES, base_url, running
+from dftserve.serve import STYLES, base_url, check_model_or_url, is_url, running
 from dftserve.settings import among
 from dftserve.styles import profile as profiles
 from dftserve.styles.build import HELD_OUT, Say, Tick
@@ -71,8 +71,8 @@ REPORT = "report.html"
 @dataclass(frozen=True, kw_only=True)
 class Job:
     server: str
-    """A model's folder, which is served anew for each round; or the URL of a server, which is to
-    be started anew with `OUT/styles` for each."""
+    """A model's folder or its name on the hub, which is served anew for each round; or the URL of a
+    server, which is to be started anew with `OUT/styles` for each."""
     profile: Path
     prompts: Path
     out: Path
@@ -95,14 +95,13 @@ class Job:
         if self.is_url and self.serve_flags:
             raise ValueError(
                 f"got the flags {' '.join(self.serve_flags)} and a URL; accepted: vLLM's flags "
-                "with a model's folder."
+                "with a model."
             )
-        if not self.is_url and not Path(self.server).is_dir():
-            raise ValueError(f"{self.server}: no such folder; accepted: a model's folder or a URL.")
+        check_model_or_url(self.server)
 
     @property
     def is_url(self) -> bool:
-        return self.server.startswith(("http://", "https://"))
+        return is_url(self.server)
 
 
 @dataclass(frozen=True)
