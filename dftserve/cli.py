@@ -9,6 +9,7 @@ Thin: each subcommand calls the module that does the work, and imports it only t
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from dftserve import __version__
-from dftserve.commandline import Group, api_key_of, model_of, usage_errors
+from dftserve.commandline import Group, api_key_of, key_option, model_of, usage_errors
 from dftserve.evaluate.cli import evaluate
 from dftserve.styles.cli import style
 
@@ -86,14 +87,22 @@ def serve(
 @main.command()
 @click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
 @click.option("--model", help="As the server names it. Default: its first.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@key_option
 @click.option("--temperature", type=float, help="Default: the server's.")
-def chat(url: str, model: str | None, api_key_env: str, temperature: float | None) -> None:
-    """Talk to a server and change the diversity as you go."""
+def chat(url: str, model: str | None, key_variable: str | None, temperature: float | None) -> None:
+    """Talk to a server and change the diversity as you go.
+
+    Lines may come from a pipe: then the exit code is 1 where one of them failed.
+    """
     from dftserve.chat import chat
+    from dftserve.openai_client import Server
     from dftserve.serve import base_url
 
-    chat(base_url(url), api_key=api_key_of(api_key_env), model=model, temperature=temperature)
+    # The server's error is to be seen as it comes, not after silent retries.
+    server = Server(base_url(url), key_variable, retries=0)
+    all_done = chat(server, model=model, temperature=temperature)
+    if not (all_done or sys.stdin.isatty()):
+        raise SystemExit(1)
 
 
 @main.command()
