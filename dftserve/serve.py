@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dftserve import policy as policies
@@ -37,6 +38,9 @@ from dftserve.model_folder import (
     check_model_folder,
 )
 from dftserve.spec import CHECKSUMS, HUMAN, Diversity, Promise, parse_json
+
+if TYPE_CHECKING:
+    import psutil
 
 DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
 """The environment variable in which the plug-in finds the server's default."""
@@ -288,7 +292,7 @@ def running(
             start_new_session=True,  # A group of its own: vLLM's children end with it.
         )
         try:
-            _wait(process, f"http://{HOST}:{port}/health", timeout, Path(output.name))
+            _wait(process, port, timeout, Path(output.name))
             yield Server(f"http://{HOST}:{port}/v1", _served_name(model, flags), process.pid)
         finally:
             _stop(process)
@@ -331,14 +335,28 @@ def _names_model(flag: str) -> bool:
     return flag.partition("=")[0].replace("_", "-") == SERVED_NAME
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, timeout: float, log: Path) -> None:
-    deadline = time.monotonic() + timeout
-    while not _answers(url):
+def _wait(process: subprocess.Popen[bytes], port: int, timeout: float, log: Path) -> None:
+    """Until it answers: what answers may be another server, which was quicker to take the port
+    after `_free_port` let it go; then ours ends as it finds the port taken."""
+    url, deadline = f"http://{HOST}:{port}/health", time.monotonic() + timeout
+    while not (_answers(url) and _listens(process, port)):
         if (code := process.poll()) is not None:
             raise _failure(f"ended with exit code {code} before it answered", log)
         if time.monotonic() > deadline:
             raise _failure(f"did not answer within {timeout:g} s", log)
         time.sleep(POLL_SECONDS)
+
+
+def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether it is one of the group that takes the port's connections."""
+    import psutil
+
+    for member in _group(process):
+        with contextlib.suppress(psutil.Error):  # It has ended since.
+            for each in member.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+                    return True
+    return False
 
 
 def _answers(url: str) -> bool:
@@ -383,11 +401,21 @@ def _is_alive(process: subprocess.Popen[bytes]) -> bool:
         return False
     # Children that have ended may wait long for init to reap them, and are no one's loss.
     ended = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
-    for member in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # It has ended since.
-            if os.getpgid(member.pid) == process.pid and member.status() not in ended:
+    for member in _group(process):
+        with contextlib.suppress(psutil.Error):  # It has ended since.
+            if member.status() not in ended:
                 return True
     return False
+
+
+def _group(process: subprocess.Popen[bytes]) -> "Iterator[psutil.Process]":
+    """The process and those of its children that have not left its group."""
+    import psutil
+
+    for each in psutil.process_iter():
+        with contextlib.suppress(OSError):  # It has ended since, or is not ours to ask about.
+            if os.getpgid(each.pid) == process.pid:
+                yield each
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
