@@ -331,8 +331,8 @@ STYLE_BOUNDS: Mapping[str, Bounds] = {
     "max_kl": Bounds(low=0, high=10),
 }
 STYLE_ACCEPTED = (
-    'the name of a style, or an object such as {"name": "human"} or '
-    '{"name": "human", "strength": 0.6, "max_kl": 0.05}'
+    'the name of a style, or an object such as {"name": "plain"} or '
+    '{"name": "plain", "strength": 0.6, "max_kl": 0.05}'
 )
 LONGEST_NAME = 64
 """Characters of a style's name, and of a group's."""
