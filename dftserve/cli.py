@@ -170,7 +170,7 @@ def doctor(
     server's: what is wrong here, where the server need not be, is a warning.
     """
     from dftserve import doctor
-    from dftserve.serve import STYLES
+    from dftserve.spec import STYLES_VARIABLE
 
     elsewhere = [place for place in (wheel, vllm) if place is not None]
     if len(elsewhere) + (url is not None) > 1:
@@ -179,9 +179,12 @@ def doctor(
         with usage_errors():
             findings = doctor.judge(elsewhere[0])
     else:
-        environment = {**os.environ, **({STYLES: str(styles)} if styles is not None else {})}
-        if model is not None and not environment.get(STYLES):
-            accepted = f"it beside --styles DIR, or where {STYLES} is set"
+        environment = {
+            **os.environ,
+            **({STYLES_VARIABLE: str(styles)} if styles is not None else {}),
+        }
+        if model is not None and not environment.get(STYLES_VARIABLE):
+            accepted = f"it beside --styles DIR, or where {STYLES_VARIABLE} is set"
             raise click.UsageError(f"--model: got {model!r} and no styles; accepted: {accepted}.")
         findings = doctor.examine(environment, model)
     if url is not None:

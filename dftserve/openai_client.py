@@ -156,6 +156,21 @@ class Server:
             )
         return names
 
+    def capabilities(self) -> Mapping[str, Any] | None:
+        """What the plug-in there says of itself; None where there is none.
+
+        Raises:
+            ValueError, ServerError: as `errors`.
+        """
+        import openai
+
+        with self.client() as client, self.errors():
+            try:
+                said: Any = client.get("/dft/capabilities", cast_to=object)
+            except openai.NotFoundError:
+                return None
+        return said if isinstance(said, Mapping) else None
+
 
 def key_of(variable: str | None) -> str | None:
     """The API key that an environment variable holds; None: OPENAI_API_KEY's, where it is set.

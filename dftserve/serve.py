@@ -37,15 +37,19 @@ from dftserve.model_folder import (
     check_full_precision,
     check_model_folder,
 )
-from dftserve.spec import CHECKSUMS, HUMAN, Diversity, Promise, parse_json
+from dftserve.spec import (
+    CHECKSUMS,
+    DEFAULT_VARIABLE,
+    HUMAN,
+    STYLES_VARIABLE,
+    Diversity,
+    Promise,
+    parse_json,
+)
 
 if TYPE_CHECKING:
     import psutil
 
-DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
-"""The environment variable in which the plug-in finds the server's default."""
-STYLES = "DFTSERVE_STYLES"
-"""The one in which it finds the folder of style profiles."""
 FROM_CHECKPOINT = "checkpoint"
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -189,7 +193,7 @@ def launch(
         )
     if default_diversity is not None:
         default = _default(model, default_diversity)
-        environment[DEFAULT_DIVERSITY] = json.dumps(default.as_dict())
+        environment[DEFAULT_VARIABLE] = json.dumps(default.as_dict())
     if policy is not None:
         policies.read(os.fspath(policy))
         environment[policies.VARIABLE] = os.path.abspath(policy)
@@ -198,7 +202,7 @@ def launch(
             got = os.fspath(styles)
             accepted = "a folder of profiles; build one with dftserve style build"
             raise ValueError(f"--styles: got {got!r}, which is no folder; accepted: {accepted}.")
-        environment[STYLES] = os.path.abspath(styles)
+        environment[STYLES_VARIABLE] = os.path.abspath(styles)
     return Launch((command, "serve", model, *flags), environment)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dftserve import serve
 from dftserve.serve import Launch, launch, running
-from dftserve.spec import DiversityError, Promise, parse
+from dftserve.spec import STYLES_VARIABLE, DiversityError, Promise, parse
 from tests.local_server import reply, serving
 
 STAND_IN = f"""#!{sys.executable}
@@ -91,9 +91,9 @@ def test_a_folder_of_styles_is_handed_on_by_its_whole_path(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "styles").mkdir()
     environment = launch("m", styles="styles").environment
-    assert environment == {serve.STYLES: str(tmp_path / "styles")}
+    assert environment == {STYLES_VARIABLE: str(tmp_path / "styles")}
     said = launch("m", styles=Path("styles")).shown()
-    assert said.startswith(f"{serve.STYLES}={tmp_path / 'styles'} ")
+    assert said.startswith(f"{STYLES_VARIABLE}={tmp_path / 'styles'} ")
     (tmp_path / "file").touch()
     for wrong in ("file", "nowhere"):
         with pytest.raises(ValueError, match=f"--styles: got '{wrong}'.*dftserve style build"):
