@@ -7,19 +7,27 @@
 """
 
 import contextlib
-import importlib
+import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dftserve.spec import Diversity, parse, parse_json
+from dftserve.openai_client import Server
+from dftserve.spec import HUMAN, Diversity, parse, parse_json
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+Asked = Diversity | Literal["human"]
+"""What is sent as `diversity`: HUMAN is the server's to read."""
 
 COMPARED = (0.0, 0.5, 1.0)
 COMMANDS: Mapping[str, str] = {
-    "diversity": "NUMBER or OBJECT, such as .7; off; default (the server's); nothing shows it",
+    "diversity": "NUMBER or OBJECT, such as .7; off; human (its dft.json's entropy); default (the "
+    "server's); nothing shows it",
     "compare": "[MESSAGE]  the same message at 0, .5 and 1, beside the conversation",
     "again": "the last message once more, in place of its answer",
     "system": "[TEXT]  the system message of what follows",
@@ -47,7 +55,7 @@ class Turn:
 class Conversation:
     system: str = ""
     turns: tuple[Turn, ...] = ()
-    diversity: Diversity | None = None
+    diversity: Asked | None = None
     """None: nothing is sent, and the server's default holds."""
 
     def messages(self, said: str) -> list[dict[str, str]]:
@@ -74,7 +82,7 @@ def read_command(line: str) -> Command:
     return Command(name, text.strip())
 
 
-def read_diversity(text: str) -> Diversity | None:
+def read_diversity(text: str) -> Asked | None:
     """What `/diversity` sets; None is the server's default.
 
     Raises:
@@ -84,7 +92,12 @@ def read_diversity(text: str) -> Diversity | None:
         return None
     if text == "off":
         return parse(0)
-    return parse_json(f"0{text}" if text.startswith(".") else text)
+    return HUMAN if text == HUMAN else parse_json(text)
+
+
+def as_sent(diversity: Asked) -> Any:
+    """The field's value in a request."""
+    return diversity.as_dict() if isinstance(diversity, Diversity) else diversity
 
 
 def statistics(report: Any) -> str:
@@ -110,27 +123,29 @@ def _figures(report: Mapping[str, Any]) -> str:
     )
 
 
-def chat(
-    url: str, *, api_key: str | None = None, model: str | None = None, temperature: float | None
-) -> None:
-    """Talk until /quit or the end of input.
+def chat(server: Server, *, model: str | None = None, temperature: float | None = None) -> bool:
+    """Talk until /quit or the end of input; whether every line was answered.
 
     Raises:
-        click.ClickException: openai is missing, or no model was named and the server names none.
+        click.ClickException: openai is missing.
+        ValueError, ServerError: the key's variable is not set, or no model was named and the
+            server names none.
     """
-    openai = _openai()
-    # The server's error is to be seen as it comes, not after silent retries.
-    client = openai.OpenAI(base_url=url, api_key=api_key or "EMPTY", max_retries=0)
-    model = model or _first_model(openai, client)
-    click.secho(f"{model} at {url}; /help lists the commands.", dim=True)
-    Chat(openai, client, model, temperature).run(_lines())
+    if importlib.util.find_spec("openai") is None:
+        raise click.ClickException("chat needs the openai package: pip install openai")
+    model = model or server.models()[0]
+    click.secho(f"{model} at {server.url}; /help lists the commands.", dim=True)
+    with server.client() as client:
+        return Chat(server, client, model, temperature).run(_lines())
 
 
 class Chat:
     """A conversation with one model, driven by lines."""
 
-    def __init__(self, openai: Any, client: Any, model: str, temperature: float | None) -> None:
-        self.openai = openai
+    def __init__(
+        self, server: Server, client: "OpenAI", model: str, temperature: float | None
+    ) -> None:
+        self.server = server
         self.client = client
         self.model = model
         self.temperature = temperature
@@ -138,17 +153,23 @@ class Chat:
         self.last: tuple[tuple[Turn, ...], str] | None = None
         """The last message, and the turns before it."""
 
-    def run(self, lines: Iterable[str]) -> None:
+    def run(self, lines: Iterable[str]) -> bool:
+        """Do what each line asks for; whether all was done. What fails is told on stderr, and the
+        conversation goes on."""
+        all_done = True
         for line in lines:
             try:
                 command = read_command(line)
                 if command.name == "quit":
-                    return
+                    break
                 getattr(self, f"_{command.name}")(command.text)
-            except (ValueError, OSError, self.openai.OpenAIError) as error:
-                click.secho(_as_said(error), fg="red")
+            except (ValueError, OSError, RuntimeError) as error:
+                click.secho(f"{error}", fg="red", err=True)
+                all_done = False
             except KeyboardInterrupt:
-                click.secho("\ninterrupted", dim=True)
+                click.secho("\ninterrupted", dim=True, err=True)
+                all_done = False
+        return all_done
 
     def _say(self, text: str) -> None:
         if text:
@@ -179,7 +200,7 @@ class Chat:
             self.conversation = replace(self.conversation, diversity=diversity)
         now = self.conversation.diversity
         click.secho(
-            f"diversity: {'the server’s default' if now is None else now.as_dict()}", dim=True
+            f"diversity: {'the server’s default' if now is None else as_sent(now)}", dim=True
         )
 
     def _system(self, text: str) -> None:
@@ -201,34 +222,54 @@ class Chat:
     def _ask(self, conversation: Conversation, said: str) -> str:
         """Stream one answer to the terminal, and the line about it."""
         diversity = conversation.diversity
-        extra = {} if diversity is None else {"diversity": diversity.as_dict()}
-        optional = {} if self.temperature is None else {"temperature": self.temperature}
-        stream = self.client.chat.completions.create(
-            model=self.model,
-            messages=conversation.messages(said),
-            stream=True,
-            extra_body=extra,
-            **optional,
-        )
         pieces, report = [], None
-        with stream, _line_end():
-            for chunk in self._chunks(stream):
+        with _line_end(), contextlib.closing(self._chunks(conversation, said)) as chunks:
+            for chunk in chunks:
                 report = (chunk.model_extra or {}).get("diversity") or report
                 for choice in chunk.choices:
                     pieces.append(choice.delta.content or "")
                     click.echo(pieces[-1], nl=False)
         # An answer to a request that is off has nothing to report.
-        if report or not (diversity is None or diversity.is_off):
+        is_asked = not diversity.is_off if isinstance(diversity, Diversity) else bool(diversity)
+        if report or is_asked:
             click.secho(statistics(report), dim=True)
         return "".join(pieces)
 
-    def _chunks(self, stream: Any) -> Iterator[Any]:
-        try:
-            yield from stream
-        except (ValueError, self.openai.OpenAIError):
-            raise
-        except Exception as error:  # noqa: BLE001 - some versions let their transport's through
-            raise ConnectionError(f"the answer broke off: {error}") from None
+    def _chunks(self, conversation: Conversation, said: str) -> Generator[Any, None, None]:
+        """
+        Raises:
+            ValueError, ServerError: as `Server.errors`.
+            ConnectionError: the answer broke off.
+        """
+        diversity = conversation.diversity
+        messages: Any = conversation.messages(said)
+        optional: dict[str, Any] = {}
+        if self.temperature is not None:
+            optional["temperature"] = self.temperature
+        with self.server.errors():
+            stream = self.client.chat.completions.create(
+                model=self.model,
+                messages=messages,
+                stream=True,
+                extra_body={} if diversity is None else {"diversity": as_sent(diversity)},
+                **optional,
+            )
+            with stream, _breaks():
+                yield from stream
+
+
+@contextlib.contextmanager
+def _breaks() -> Iterator[None]:
+    """
+    Raises:
+        ConnectionError: the transport's own error, which some versions of openai let through.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"the answer broke off: {error}") from None
 
 
 @contextlib.contextmanager
@@ -237,33 +278,6 @@ def _line_end() -> Iterator[None]:
         yield
     finally:
         click.echo()
-
-
-def _openai() -> Any:
-    try:
-        return importlib.import_module("openai")
-    except ImportError:
-        raise click.ClickException("chat needs the openai package: pip install openai") from None
-
-
-def _first_model(openai: Any, client: Any) -> str:
-    try:
-        served = [model.id for model in client.models.list()]
-    except openai.OpenAIError as error:
-        raise click.ClickException(f"{client.base_url}: {_as_said(error)}") from None
-    if not served:
-        raise click.ClickException(f"{client.base_url} serves no model; name one with --model.")
-    return served[0]
-
-
-def _as_said(error: Exception) -> str:
-    """The server's own message where the error carries one, else the error and its cause."""
-    body = getattr(error, "body", None)
-    if isinstance(body, Mapping) and "message" in body:
-        return str(body["message"])
-    if isinstance(body, str) and body not in str(error):
-        return f"{error}: {body}"
-    return f"{error} ({error.__cause__})" if error.__cause__ else f"{error}"
 
 
 def _lines() -> Iterator[str]:

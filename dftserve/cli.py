@@ -9,6 +9,7 @@ Thin: each subcommand calls the module that does the work, and imports it only t
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from dftserve import __version__
-from dftserve.commandline import Group, api_key_of, model_of, usage_errors
+from dftserve.commandline import Group, api_key_of, key_option, model_of, usage_errors
 from dftserve.evaluate.cli import evaluate
 from dftserve.styles.cli import style
 
@@ -86,14 +87,22 @@ def serve(
 @main.command()
 @click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
 @click.option("--model", help="As the server names it. Default: its first.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@key_option
 @click.option("--temperature", type=float, help="Default: the server's.")
-def chat(url: str, model: str | None, api_key_env: str, temperature: float | None) -> None:
-    """Talk to a server and change the diversity as you go."""
+def chat(url: str, model: str | None, key_variable: str | None, temperature: float | None) -> None:
+    """Talk to a server and change the diversity as you go.
+
+    Lines may come from a pipe: then the exit code is 1 where one of them failed.
+    """
     from dftserve.chat import chat
+    from dftserve.openai_client import Server
     from dftserve.serve import base_url
 
-    chat(base_url(url), api_key=api_key_of(api_key_env), model=model, temperature=temperature)
+    # The server's error is to be seen as it comes, not after silent retries.
+    server = Server(base_url(url), key_variable, retries=0)
+    all_done = chat(server, model=model, temperature=temperature)
+    if not (all_done or sys.stdin.isatty()):
+        raise SystemExit(1)
 
 
 @main.command()
@@ -122,7 +131,7 @@ def playground(url: str, api_key_env: str, port: int) -> None:
 
 
 @main.command()
-@click.option("--url", help="Also ask the server at this address.")
+@click.option("--url", help="Ask the server at this address: what it says decides.")
 @click.option(
     "--api-key-env",
     metavar="NAME",
@@ -157,10 +166,11 @@ def doctor(
 ) -> None:
     """Say what is installed, what will run, and what is wrong.
 
-    Exit code 1 where something is wrong, 0 otherwise, with warnings too.
+    Exit code 1 where something is wrong, 0 otherwise, with warnings too. With --url it is the
+    server's: what is wrong here, where the server need not be, is a warning.
     """
     from dftserve import doctor
-    from dftserve.serve import STYLES
+    from dftserve.spec import STYLES_VARIABLE
 
     elsewhere = [place for place in (wheel, vllm) if place is not None]
     if len(elsewhere) + (url is not None) > 1:
@@ -169,15 +179,18 @@ def doctor(
         with usage_errors():
             findings = doctor.judge(elsewhere[0])
     else:
-        environment = {**os.environ, **({STYLES: str(styles)} if styles is not None else {})}
-        if model is not None and not environment.get(STYLES):
-            accepted = f"it beside --styles DIR, or where {STYLES} is set"
+        environment = {
+            **os.environ,
+            **({STYLES_VARIABLE: str(styles)} if styles is not None else {}),
+        }
+        if model is not None and not environment.get(STYLES_VARIABLE):
+            accepted = f"it beside --styles DIR, or where {STYLES_VARIABLE} is set"
             raise click.UsageError(f"--model: got {model!r} and no styles; accepted: {accepted}.")
         findings = doctor.examine(environment, model)
     if url is not None:
         key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
         with usage_errors():
-            findings += doctor.ask(url, key)
+            findings = [*doctor.aside(findings), *doctor.ask(url, key)]
     click.echo(doctor.as_json(findings) if as_json else doctor.shown(findings))
     raise SystemExit(doctor.exit_code(findings))
 

@@ -1,12 +1,14 @@
 """What the commands share: how a mistake ends, where a key comes from, and how far one is."""
 
 import contextlib
+import dis
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import click
@@ -81,6 +83,9 @@ EXTRAS = {
     "playground": ("starlette", "uvicorn", "httpx"),
 }
 """Which extra of dftserve brings a package, by the name that is imported: the first that does."""
+OURS = "dftserve"
+TRACEBACK = "DFTSERVE_TRACEBACK"
+"""The environment variable with which every error shows where it was raised."""
 FAULT = 70
 """The exit code of a fault of ours (EX_SOFTWARE)."""
 CLICKS = (click.ClickException, click.exceptions.Exit, click.Abort)
@@ -100,9 +105,8 @@ class Fault(click.ClickException):
     exit_code = FAULT
 
     def show(self, file: IO[Any] | None = None) -> None:
-        cause = self.__cause__
-        told = traceback.format_exception(cause) if cause else []
-        click.echo("".join(told), nl=False, err=file is None, file=file)
+        told = _traceback(self.__cause__) if self.__cause__ else ""
+        click.echo(told, nl=False, err=file is None, file=file)
         click.echo(
             "Error: this is a fault of dftserve, not of what was asked. Please report the lines "
             f"above, the command, and: dftserve {__version__}, Python {sys.version.split()[0]}.",
@@ -115,34 +119,75 @@ class Fault(click.ClickException):
 def usage_errors() -> Iterator[None]:
     """What we refuse ends in one line and exit code 2; what is missing or fails, in exit code 1.
 
-    So does what a library raises of what it was given. An error of our own that is none of these
-    shows its traceback, says that it is ours, and ends in exit code 70.
+    So does what a library raises of what it was given. An error of our own that is none of these,
+    such as a ValueError of an operation on arrays, shows its traceback, says that it is ours, and
+    ends in exit code 70. With `TRACEBACK` in the environment every end has its traceback.
     """
     try:
         yield
     except CLICKS:
         raise
-    except ValueError as error:
-        raise click.UsageError(_said(error)) from None
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] == "dftserve":
-            raise Fault(f"{error}") from error
-        raise click.ClickException(_missing(error)) from None
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             raise  # click ends quietly.
-        raise click.ClickException(_said(error)) from None
-    except MemoryError:
-        raise click.ClickException(
-            "out of memory; ask for less at once (a smaller batch, corpus or model)."
-        ) from None
-    except Exception as error:
-        if (library := _raised_by(error)) is None:
-            raise Fault(f"{error}") from error
-        raise click.ClickException(
-            f"{library} cannot use what it was given: {_said(error)} ({type(error).__name__}). "
-            "Check the files and names of this command: one is damaged, or of another kind."
-        ) from None
+        end = _end_of(error)
+        if isinstance(end, Fault):
+            raise end from error
+        if os.environ.get(TRACEBACK, "") not in ("", "0"):
+            click.echo(_traceback(error), nl=False, err=True)
+        raise end from None
+
+
+def _end_of(error: Exception) -> click.ClickException:
+    library = _raised_by(error)
+    match error:
+        case ImportError() if (error.name or "").partition(".")[0] != "dftserve":
+            return click.ClickException(_missing(error))
+        case OSError():
+            return click.ClickException(_said(error))
+        case ValueError() if _is_said_by_us(error):
+            return click.UsageError(_said(error))
+        case _ if _is_out_of_memory(error):
+            return click.ClickException(
+                "out of memory; ask for less at once (a smaller batch, corpus or model). "
+                f"{_said(error):.300}"
+            )
+        case RuntimeError() if _is_said_by_us(error) or library is not None:
+            return click.ClickException(_said(error))
+    if library is None or isinstance(error, ImportError):
+        return Fault(f"{error}")
+    return click.ClickException(
+        f"{library} cannot use what it was given: {_said(error)} ({type(error).__name__}). "
+        "Check the files and names of this command: one is damaged, or of another kind; "
+        f"{TRACEBACK}=1 shows where."
+    )
+
+
+def _is_said_by_us(error: Exception) -> bool:
+    """Whether a `raise` of this package made it: numpy, `zip` and the like leave no frame of their
+    own, so that the last one is ours, and stands at another instruction."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None or _package(at) != OURS:
+        return False
+    return at.tb_frame.f_code.co_code[at.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch says it by a RuntimeError, on a CPU without a class of its own."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    return isinstance(error, MemoryError)
+
+
+def _traceback(error: BaseException) -> str:
+    """With those of the errors that it was made from, `from None` or not."""
+    at: BaseException | None = error
+    while at is not None:
+        at.__suppress_context__ = False
+        at = at.__cause__ or at.__context__
+    return "".join(traceback.format_exception(error))
 
 
 def _said(error: BaseException) -> str:
@@ -160,12 +205,18 @@ def _missing(error: ImportError) -> str:
 
 def _raised_by(error: BaseException) -> str | None:
     """The library in which an error was raised; None where that is this package."""
-    at, module = error.__traceback__, ""
+    at, library = error.__traceback__, ""
     while at is not None:
-        module = str(at.tb_frame.f_globals.get("__name__", ""))
-        at = at.tb_next
-    library = module.partition(".")[0]
+        library, at = _package(at), at.tb_next
     # Compiled code leaves no frame of its own: its exceptions tell where they are from.
-    if library in ("", "dftserve") and type(error).__module__ != "builtins":
+    if library in ("", OURS) and type(error).__module__ != "builtins":
         library = type(error).__module__.partition(".")[0]
-    return None if library in ("", "dftserve", "builtins") else library
+    return None if library in ("", OURS, "builtins") else library
+
+
+def _package(at: TracebackType) -> str:
+    names = at.tb_frame.f_globals
+    name = names.get("__name__", "")
+    if name == "__main__":  # As of `python -m dftserve.cli`.
+        name = getattr(names.get("__spec__"), "name", name)
+    return str(name).partition(".")[0]

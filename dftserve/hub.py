@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dftserve.settings import nearest
+from dftserve.spec import nearest, question
 
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS_TOO = (*ALL_BUT_WEIGHTS, "model*.safetensors")
@@ -96,4 +96,4 @@ def _near(path: Path) -> str:
     except OSError:
         return ""
     found = nearest(path.name, sorted(beside))
-    return f" (did you mean {str(path.parent / found)!r}?)" if found else ""
+    return question(found and str(path.parent / found))

@@ -80,7 +80,7 @@ class Server:
         """
         import openai
 
-        at, tried = f"{self.name} at {self.url}", f"Tried {self.retries + 1} times."
+        at, tried = f"{self.name} at {self.url}", _tried(self.retries + 1)
         try:
             yield
         except openai.APITimeoutError:
@@ -110,7 +110,13 @@ class Server:
                 f"{at} answers {error.status_code} ({_message(error)}); see its log, and whether "
                 "it serves this model."
             ) from None
-        except (openai.OpenAIError, ValueError) as error:
+        except (openai.APIResponseValidationError, ValueError) as error:
+            raise self._no_completion(f" ({error})") from None
+        except openai.APIError as error:  # In the midst of a stream, when its status is long sent.
+            raise ServerError(
+                f"{at} fails in its answer: {_message(error)}; see its log."
+            ) from None
+        except openai.OpenAIError as error:
             raise self._no_completion(f" ({error})") from None
 
     def choices(self, completion: Any) -> list[Any]:
@@ -145,8 +151,25 @@ class Server:
         except (KeyError, TypeError):
             names = []
         if not names:
-            raise ServerError(f"{self.name} at {self.url} names no model; see {self.url}/models.")
+            raise ServerError(
+                f"{self.name} at {self.url} names no model; name one, or see {self.url}/models."
+            )
         return names
+
+    def capabilities(self) -> Mapping[str, Any] | None:
+        """What the plug-in there says of itself; None where there is none.
+
+        Raises:
+            ValueError, ServerError: as `errors`.
+        """
+        import openai
+
+        with self.client() as client, self.errors():
+            try:
+                said: Any = client.get("/dft/capabilities", cast_to=object)
+            except openai.NotFoundError:
+                return None
+        return said if isinstance(said, Mapping) else None
 
 
 def key_of(variable: str | None) -> str | None:
@@ -207,6 +230,10 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     # A notebook has a loop of its own in this thread.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()
+
+
+def _tried(times: int) -> str:
+    return "Tried once." if times == 1 else f"Tried {times} times."
 
 
 def _message(error: Any) -> str:

@@ -1,7 +1,7 @@
 """What an operator allows: a YAML file of caps, for a server, a served model and an API key.
 
     on_excess: reject                 # or clamp
-    server: {level: 0.6, laws: [gated, guard], styles: [human]}
+    server: {level: 0.6, laws: [gated, guard], styles: [plain]}
     models:
       demo: {level: 0.4}
     keys:                             # by the SHA-256 of the key: printf %s "$KEY" | sha256sum

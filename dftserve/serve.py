@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dftserve import policy as policies
@@ -35,12 +37,19 @@ from dftserve.model_folder import (
     check_full_precision,
     check_model_folder,
 )
-from dftserve.spec import CHECKSUMS, HUMAN, Diversity, Promise, parse_json
+from dftserve.spec import (
+    CHECKSUMS,
+    DEFAULT_VARIABLE,
+    HUMAN,
+    STYLES_VARIABLE,
+    Diversity,
+    Promise,
+    parse_json,
+)
 
-DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
-"""The environment variable in which the plug-in finds the server's default."""
-STYLES = "DFTSERVE_STYLES"
-"""The one in which it finds the folder of style profiles."""
+if TYPE_CHECKING:
+    import psutil
+
 FROM_CHECKPOINT = "checkpoint"
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -103,6 +112,22 @@ def root_of(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--url: got {url!r}; {accepted}")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def is_url(model_or_url: str) -> bool:
+    """Whether a command was given a server's address rather than a model."""
+    return model_or_url.startswith(("http://", "https://"))
+
+
+def check_model_or_url(given: str) -> None:
+    """
+    Raises:
+        ValueError: an address without http, or what is written as a path where no folder is.
+    """
+    if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", given):
+        raise ValueError(f"{given}: accepted: http://{given}, or a model.")
+    if not is_url(given):
+        check_path(given)
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:
@@ -168,7 +193,7 @@ def launch(
         )
     if default_diversity is not None:
         default = _default(model, default_diversity)
-        environment[DEFAULT_DIVERSITY] = json.dumps(default.as_dict())
+        environment[DEFAULT_VARIABLE] = json.dumps(default.as_dict())
     if policy is not None:
         policies.read(os.fspath(policy))
         environment[policies.VARIABLE] = os.path.abspath(policy)
@@ -177,7 +202,7 @@ def launch(
             got = os.fspath(styles)
             accepted = "a folder of profiles; build one with dftserve style build"
             raise ValueError(f"--styles: got {got!r}, which is no folder; accepted: {accepted}.")
-        environment[STYLES] = os.path.abspath(styles)
+        environment[STYLES_VARIABLE] = os.path.abspath(styles)
     return Launch((command, "serve", model, *flags), environment)
 
 
@@ -271,7 +296,7 @@ def running(
             start_new_session=True,  # A group of its own: vLLM's children end with it.
         )
         try:
-            _wait(process, f"http://{HOST}:{port}/health", timeout, Path(output.name))
+            _wait(process, port, timeout, Path(output.name))
             yield Server(f"http://{HOST}:{port}/v1", _served_name(model, flags), process.pid)
         finally:
             _stop(process)
@@ -314,14 +339,28 @@ def _names_model(flag: str) -> bool:
     return flag.partition("=")[0].replace("_", "-") == SERVED_NAME
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, timeout: float, log: Path) -> None:
-    deadline = time.monotonic() + timeout
-    while not _answers(url):
+def _wait(process: subprocess.Popen[bytes], port: int, timeout: float, log: Path) -> None:
+    """Until it answers: what answers may be another server, which was quicker to take the port
+    after `_free_port` let it go; then ours ends as it finds the port taken."""
+    url, deadline = f"http://{HOST}:{port}/health", time.monotonic() + timeout
+    while not (_answers(url) and _listens(process, port)):
         if (code := process.poll()) is not None:
             raise _failure(f"ended with exit code {code} before it answered", log)
         if time.monotonic() > deadline:
             raise _failure(f"did not answer within {timeout:g} s", log)
         time.sleep(POLL_SECONDS)
+
+
+def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether it is one of the group that takes the port's connections."""
+    import psutil
+
+    for member in _group(process):
+        with contextlib.suppress(psutil.Error):  # It has ended since.
+            for each in member.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+                    return True
+    return False
 
 
 def _answers(url: str) -> bool:
@@ -366,11 +405,21 @@ def _is_alive(process: subprocess.Popen[bytes]) -> bool:
         return False
     # Children that have ended may wait long for init to reap them, and are no one's loss.
     ended = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
-    for member in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # It has ended since.
-            if os.getpgid(member.pid) == process.pid and member.status() not in ended:
+    for member in _group(process):
+        with contextlib.suppress(psutil.Error):  # It has ended since.
+            if member.status() not in ended:
                 return True
     return False
+
+
+def _group(process: subprocess.Popen[bytes]) -> "Iterator[psutil.Process]":
+    """The process and those of its children that have not left its group."""
+    import psutil
+
+    for each in psutil.process_iter():
+        with contextlib.suppress(OSError):  # It has ended since, or is not ours to ask about.
+            if os.getpgid(each.pid) == process.pid:
+                yield each
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> bool:

@@ -6,7 +6,6 @@ Standard library only, but for YAML, which this is the one reader of.
 """
 
 import contextlib
-import difflib
 import math
 import types
 import typing
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dftserve.bounded_files import DEEPEST, INTEGERS, read_text
+from dftserve.spec import nearest, question
 
 T = TypeVar("T")
 
@@ -187,13 +187,7 @@ def among(name: object, known: Iterable[str]) -> str:
 def _question(name: object, known: Sequence[str]) -> str:
     text = name if isinstance(name, str) else _shown(name)
     close = SYNONYMS.get(text)
-    close = close if close in known else nearest(text, known)
-    return f" (did you mean {close!r}?)" if close else ""
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a mistyped one is nearest to; None where none is near."""
-    return next(iter(difflib.get_close_matches(name[:80], list(known), n=1)), None)
+    return question(close if close in known else nearest(text, known))
 
 
 def _value(hint: Any, given: object, where: str, kind: str | None = None) -> Any:

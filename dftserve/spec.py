@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,10 @@ from typing import Any, TypeGuard
 
 from dftserve.bounded_files import advised, read_json
 
+DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
+"""The environment variable in which the plug-in finds the server's default."""
+STYLES_VARIABLE = "DFTSERVE_STYLES"
+"""The one in which it finds the folder of style profiles."""
 MAX_JSON_CHARACTERS = 4096
 CHECKSUMS = "checksums.json"
 """The file of a checkpoint that says whether it is whole."""
@@ -331,8 +335,8 @@ STYLE_BOUNDS: Mapping[str, Bounds] = {
     "max_kl": Bounds(low=0, high=10),
 }
 STYLE_ACCEPTED = (
-    'the name of a style, or an object such as {"name": "human"} or '
-    '{"name": "human", "strength": 0.6, "max_kl": 0.05}'
+    'the name of a style, or an object such as {"name": "plain"} or '
+    '{"name": "plain", "strength": 0.6, "max_kl": 0.05}'
 )
 LONGEST_NAME = 64
 """Characters of a style's name, and of a group's."""
@@ -510,9 +514,18 @@ def _unknown_field(parameter: str, name: object, value: object, law: str) -> Div
     return DiversityError(f"{parameter}.{_cut(name)}", value, accepted)
 
 
-def _nearest(name: object, names: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(_cut(name), list(names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _nearest(name: object, names: Iterable[str]) -> str:
+    return question(nearest(_cut(name), names))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one is nearest to; None where none is near."""
+    return next(iter(difflib.get_close_matches(name[:MAX_SHOWN], list(known), n=1)), None)
+
+
+def question(close: str | None) -> str:
+    """What an error says after the names that are accepted, of one that is near."""
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def _cut(name: object) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PROMPT = "Tell me about a walk by the sea."
 GREEDY_TOKENS = 32
 TOKENS = 48
+TEMPERATURE = 1.0
+"""Of what is to be heated."""
 LEVELS = (0.25, 0.5, 1.0)
 CHOICES = 4
 AT_ONCE = 8
@@ -144,7 +146,8 @@ def _checks(asked: _Asked, figures: dict[str, Any]) -> Iterator[Finding]:
         yield warning("effect", f"not looked at: {refusal}.")
         return
     yield _echo(rises, asked.most)
-    yield _effect(rises, figures, asked.most)
+    held = _held(rises) if asked.policy else None
+    yield warning("effect", held) if held else _effect(rises, figures, asked.most)
     yield _throughput(asked, figures)
 
 
@@ -178,7 +181,7 @@ def _off(asked: _Asked) -> Finding:
 
 def _rise(asked: _Asked, level: float) -> Mapping[str, Any] | None:
     """The answer's `diversity` object."""
-    completion = asked.answer(level, n=CHOICES, temperature=1)
+    completion = asked.answer(level, n=CHOICES, temperature=TEMPERATURE)
     return (completion.model_extra or {}).get("diversity")
 
 
@@ -191,6 +194,22 @@ def _echo(objects: Sequence[Mapping[str, Any] | None], most: float) -> Finding:
             text = f"level {level * most:g} was asked for, {said.get('level')} is in force."
             return warning("echo", text) if "clamped" in said else error("echo", text)
     return ok("echo", "each answer says the level that was asked for.")
+
+
+def _held(objects: Sequence[Mapping[str, Any] | None]) -> str | None:
+    """Why entropy cannot rise with the level under the operator's policy, which lowers what it may
+    without a refusal, and a `max_temperature` that a request leaves out without a word; None where
+    it can."""
+    levels = [said.get("level") for said in objects if said]
+    if levels and levels[0] == levels[-1]:
+        return f"not looked at: the operator's policy holds every level at {levels[0]}."
+    hottest = [said["max_temperature"] for said in objects if said and "max_temperature" in said]
+    if hottest and max(hottest) <= TEMPERATURE:
+        return (
+            f"not looked at: the operator's policy caps max_temperature at {max(hottest):g}, and "
+            f"temperature {TEMPERATURE:g} is not heated."
+        )
+    return None
 
 
 def _effect(
@@ -258,6 +277,7 @@ def _throughput(asked: _Asked, figures: dict[str, Any]) -> Finding:
 def _tokens_per_second(asked: _Asked, level: float) -> float:
     began = time.perf_counter()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(lambda _: asked.answer(level, temperature=1), range(AT_ONCE)))
+        asking = (pool.submit(asked.answer, level, temperature=TEMPERATURE) for _ in range(AT_ONCE))
+        answers = [each.result() for each in list(asking)]
     tokens = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
     return tokens / (time.perf_counter() - began)

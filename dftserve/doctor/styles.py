@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dftserve.doctor.findings import Finding, error, ok, warning
-from dftserve.serve import STYLES
+from dftserve.spec import STYLES_VARIABLE
 
 if TYPE_CHECKING:
     from dftserve.styles.profile import Profile
@@ -17,21 +17,24 @@ def findings(environment: Mapping[str, str], model: str | None) -> Iterator[Find
         model: the folder or the name of what will be served; None: whether a profile fits it is
             not looked at.
     """
-    given = environment.get(STYLES, "")
+    given = environment.get(STYLES_VARIABLE, "")
     if not given:
         return
     folder = Path(given)
     if not folder.is_dir():
         yield error(
-            STYLES, f"got {given!r}; accepted: a folder of profiles (dftserve style build)."
+            STYLES_VARIABLE,
+            f"got {given!r}; accepted: a folder of profiles (dftserve style build).",
         )
         return
     try:
         yield from _of_folder(folder, model)
     except ModuleNotFoundError as missing:
-        yield error(STYLES, f"profiles cannot be read without {missing.name}: pip install it.")
+        yield error(
+            STYLES_VARIABLE, f"profiles cannot be read without {missing.name}: pip install it."
+        )
     except (OSError, ValueError) as problem:
-        yield error(STYLES, str(problem))
+        yield error(STYLES_VARIABLE, str(problem))
 
 
 def _of_folder(folder: Path, model: str | None) -> Iterator[Finding]:
@@ -45,7 +48,9 @@ def _of_folder(folder: Path, model: str | None) -> Iterator[Finding]:
     for each in refused:
         yield error(f"style {each.name}", each.reason)
     if not profiles and not refused:
-        yield warning(STYLES, f"{folder} has no profile: no folder in it has a profile.json.")
+        yield warning(
+            STYLES_VARIABLE, f"{folder} has no profile: no folder in it has a profile.json."
+        )
 
 
 def _fit(model: str) -> "Callable[[Profile], None]":

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from dftserve.doctor.entry_points import ENTRY_POINT
 from dftserve.doctor.findings import Finding, error, ok, warning
-from dftserve.serve import DEFAULT_DIVERSITY
-from dftserve.spec import DiversityError, parse_json
+from dftserve.spec import DEFAULT_VARIABLE, DiversityError, parse_json
 
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -20,12 +19,12 @@ def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         text = "set: that frontend does not know the diversity field; unset it."
         yield warning("VLLM_USE_RUST_FRONTEND", text)
-    if default := environment.get(DEFAULT_DIVERSITY):
+    if default := environment.get(DEFAULT_VARIABLE):
         yield _default(default)
 
 
 def _default(text: str) -> Finding:
     try:
-        return ok(DEFAULT_DIVERSITY, json.dumps(parse_json(text, DEFAULT_DIVERSITY).as_dict()))
+        return ok(DEFAULT_VARIABLE, json.dumps(parse_json(text, DEFAULT_VARIABLE).as_dict()))
     except DiversityError as refusal:
-        return error(DEFAULT_DIVERSITY, str(refusal))
+        return error(DEFAULT_VARIABLE, str(refusal))

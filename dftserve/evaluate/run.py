@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,9 +29,8 @@ from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
 from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
 from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
-from dftserve.hub import check_path
 from dftserve.openai_client import Server, key_of
-from dftserve.serve import base_url, running
+from dftserve.serve import base_url, check_model_or_url, is_url, running
 
 SHOWN = 3
 """Prompts whose answers stand side by side in the report."""
@@ -74,14 +72,11 @@ class Job:
                 f"got {' '.join(self.serve_flags)} and a URL; accepted: our own options; vLLM's "
                 "flags go with a checkpoint."
             )
-        if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", self.model):
-            raise ValueError(f"{self.model}: accepted: http://{self.model}, or a checkpoint.")
-        if not self.is_url:
-            check_path(self.model)
+        check_model_or_url(self.model)
 
     @property
     def is_url(self) -> bool:
-        return self.model.startswith(("http://", "https://"))
+        return is_url(self.model)
 
 
 def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]) -> Result:

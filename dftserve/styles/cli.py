@@ -111,14 +111,17 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path |
 def style_fit(plots: Path | None, **options) -> None:
     """Correct a profile's phrases on what MODEL_OR_URL writes with it, and freeze the result.
 
-    A model's folder is served anew for each round. A server at a URL is to be started with
-    DFTSERVE_STYLES=OUT/styles for each; the same command then goes on.
+    A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served anew for
+    each round. A server at a URL is to be started with DFTSERVE_STYLES=OUT/styles for each; the
+    same command then goes on.
     """
     with usage_errors():
+        from dftserve.gguf import resolve
         from dftserve.plots import png
         from dftserve.styles.fit import REPORT, Job, fit
         from dftserve.styles.report import fit_figures
 
+        options["server"] = resolve(options["server"])
         job = Job(**options)
         if plots is not None:
             png.check(plots)

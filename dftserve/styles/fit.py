@@ -46,8 +46,9 @@ from dftserve.evaluate.reference import Anchors
 from dftserve.evaluate.text.tokenize import words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.openai_client import Server, ServerError
-from dftserve.serve import STYLES, base_url, running
+from dftserve.serve import base_url, check_model_or_url, is_url, running
 from dftserve.settings import among
+from dftserve.spec import STYLES_VARIABLE
 from dftserve.styles import profile as profiles
 from dftserve.styles.build import HELD_OUT, Say, Tick
 from dftserve.styles.counts import PER
@@ -71,8 +72,8 @@ REPORT = "report.html"
 @dataclass(frozen=True, kw_only=True)
 class Job:
     server: str
-    """A model's folder, which is served anew for each round; or the URL of a server, which is to
-    be started anew with `OUT/styles` for each."""
+    """A model's folder or its name on the hub, which is served anew for each round; or the URL of a
+    server, which is to be started anew with `OUT/styles` for each."""
     profile: Path
     prompts: Path
     out: Path
@@ -95,14 +96,13 @@ class Job:
         if self.is_url and self.serve_flags:
             raise ValueError(
                 f"got the flags {' '.join(self.serve_flags)} and a URL; accepted: vLLM's flags "
-                "with a model's folder."
+                "with a model."
             )
-        if not self.is_url and not Path(self.server).is_dir():
-            raise ValueError(f"{self.server}: no such folder; accepted: a model's folder or a URL.")
+        check_model_or_url(self.server)
 
     @property
     def is_url(self) -> bool:
-        return self.server.startswith(("http://", "https://"))
+        return is_url(self.server)
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,9 @@ def _served(job: Job, name: str, number: int) -> Iterator[str]:
         yield url
         return
     log = job.out / f"server-{number}.log"
-    with running(job.server, *job.serve_flags, env={STYLES: str(styles)}, log=log) as server:
+    with running(
+        job.server, *job.serve_flags, env={STYLES_VARIABLE: str(styles)}, log=log
+    ) as server:
         _check_offered(Server(server.url, job.key_variable, retries=0), name, styles)
         yield server.url
 
@@ -395,16 +397,15 @@ def _check_offered(server: Server, name: str, styles: Path) -> None:
         ServerError: there is no server, or it fails.
     """
     anew = (
-        f"start it anew with {STYLES}={styles}, and run this command again: it goes on with this "
-        "round."
+        f"start it anew with {STYLES_VARIABLE}={styles}, and run this command again: it goes on "
+        "with this round."
     )
     try:
-        with server.client() as client, server.errors():
-            told = client.get("/dft/capabilities", cast_to=object)
+        told = server.capabilities() or {}
     except ServerError as error:
         raise ServerError(f"{error} The profile {name!r} is written; {anew}") from None
-    known = told.get("styles") if isinstance(told, Mapping) else None
-    refused = told.get("styles_refused") if isinstance(told, Mapping) else None
+    known = told.get("styles")
+    refused = told.get("styles_refused")
     if isinstance(known, list) and name in known:
         return
     if isinstance(refused, Mapping) and name in refused:

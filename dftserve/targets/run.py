@@ -12,6 +12,7 @@ import queue
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -625,4 +626,6 @@ def _worker(
     except (ValueError, OSError, RuntimeError) as error:
         # Built anew: some exceptions cannot be sent as they are.
         kind = next(k for k in (ValueError, OSError, RuntimeError) if isinstance(error, k))
-        told.put(kind(str(error)))
+        anew = kind(str(error))
+        anew.add_note(traceback.format_exc())  # Which goes with it, as a traceback does not.
+        told.put(anew)

@@ -196,6 +196,21 @@ def test_the_doctor_asks_a_server_too():
     assert json.loads(result.stdout)["findings"][-1]["name"] == "server"
 
 
+def test_a_server_that_is_well_is_well_wherever_it_is_asked_from(tmp_path, monkeypatch):
+    """As on a laptop, where neither vLLM nor the plug-in is installed."""
+    said = {"dftserve": dftserve.__version__, "vllm": "0.32.0", "active": True, "answers": True}
+    monkeypatch.setattr("dftserve.doctor.packages.installed", lambda name: None)
+    assert run("doctor").exit_code == 1
+    with serving(lambda request: reply(request, 200, json.dumps(said).encode())) as url:
+        result = run("doctor", "--url", url, "--json")
+    assert result.exit_code == 0, result.output
+    listed = json.loads(result.stdout)
+    states = {finding["name"]: finding["state"] for finding in listed["findings"]}
+    assert listed["ok"]
+    assert states["vllm"] == states["dftserve-vllm"] == "warning"
+    assert states["server"] == "ok"
+
+
 @pytest.mark.parametrize("option", ["--vllm", "--wheel"])
 def test_the_doctor_judges_a_vllm_and_nothing_else(tmp_path, option):
     write_vllm(tmp_path, version="0.33.0")

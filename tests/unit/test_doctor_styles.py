@@ -9,7 +9,7 @@ from dftserve_vllm import styles as engine_styles
 from dftserve import doctor
 from dftserve.cli import main
 from dftserve.fingerprints import tokenizer_fingerprint
-from dftserve.serve import STYLES
+from dftserve.spec import STYLES_VARIABLE as STYLES
 from dftserve.styles import profile
 from tests.styles import stored
 from tests.training import VOCABULARY, save_model, tokenizer

@@ -153,3 +153,24 @@ def test_a_server_without_models_is_told(body):
 
     with serving(handle) as url, pytest.raises(ServerError, match=r"no model|no completion"):
         Server(f"{url}/v1", retries=0).models()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (200, b'{"active": true}', {"active": True}),
+        (404, b'{"detail": "Not Found"}', None),
+        (200, b"[]", None),
+        (401, b'{"error": "Unauthorized"}', ServerError),
+        (500, b"{}", ServerError),
+    ],
+)
+def test_a_server_without_the_plug_in_is_told_from_one_that_does_not_say(status, body, said):
+    """A wrong key is no missing plug-in."""
+    with serving(lambda request: reply(request, status, body, **JSON)) as url:
+        server = Server(f"{url}/v1", retries=0)
+        if said is ServerError:
+            with pytest.raises(ServerError, match=str(status)):
+                server.capabilities()
+        else:
+            assert server.capabilities() == said

@@ -330,7 +330,7 @@ def test_profiles_that_do_not_fit_the_engine_are_refused_by_their_names(monkeypa
     model = SimpleNamespace(get_vocab_size=lambda: V)
     given = config(model_config=model, use_v2_model_runner=True)
     assert styles.of_engine(given) is styles.NONE
-    monkeypatch.setenv(styles.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(spec.STYLES_VARIABLE, str(tmp_path))
     found = styles.of_engine(given)
     assert [profile.name for profile in found.profiles] == ["fits"]
     refused = {"other", "templated", "larger", "broken", "surrogate", "deep"}
@@ -346,7 +346,7 @@ def test_profiles_that_do_not_fit_the_engine_are_refused_by_their_names(monkeypa
 
 def test_v1_with_asynchronous_scheduling_refuses_every_style(monkeypatch, tmp_path):
     monkeypatch.undo()
-    monkeypatch.setenv(styles.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(spec.STYLES_VARIABLE, str(tmp_path))
     monkeypatch.setattr("dftserve_vllm.vocabulary.tokenizer", lambda model_config: Tokenizer())
     model = SimpleNamespace(get_vocab_size=lambda: V, logits_processors=None)
     given = config(model_config=model, use_v2_model_runner=False)

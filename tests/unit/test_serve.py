@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from dftserve import serve
 from dftserve.serve import Launch, launch, running
-from dftserve.spec import DiversityError, Promise, parse
+from dftserve.spec import STYLES_VARIABLE, DiversityError, Promise, parse
+from tests.local_server import reply, serving
 
 STAND_IN = f"""#!{sys.executable}
 import http.server, json, os, signal, subprocess, sys, time
@@ -90,9 +91,9 @@ def test_a_folder_of_styles_is_handed_on_by_its_whole_path(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "styles").mkdir()
     environment = launch("m", styles="styles").environment
-    assert environment == {serve.STYLES: str(tmp_path / "styles")}
+    assert environment == {STYLES_VARIABLE: str(tmp_path / "styles")}
     said = launch("m", styles=Path("styles")).shown()
-    assert said.startswith(f"{serve.STYLES}={tmp_path / 'styles'} ")
+    assert said.startswith(f"{STYLES_VARIABLE}={tmp_path / 'styles'} ")
     (tmp_path / "file").touch()
     for wrong in ("file", "nowhere"):
         with pytest.raises(ValueError, match=f"--styles: got '{wrong}'.*dftserve style build"):
@@ -259,11 +260,22 @@ def test_a_server_that_dies_takes_the_end_of_its_log_with_it(stand_in, monkeypat
     assert lines[1:] == [f"line {i}" for i in range(70, 100)]
 
 
+def test_another_server_on_its_port_is_not_taken_for_it(stand_in, monkeypatch):
+    """One that took the port first, and answers at once, be it with the same model."""
+    with serving(lambda request: reply(request, 200, b"{}")) as url:
+        monkeypatch.setattr(serve, "_free_port", lambda: int(url.rpartition(":")[2]))
+        with (
+            pytest.raises(RuntimeError, match=r"(?s)exit code 1 before .*Address already in use"),
+            running("m", log=stand_in),
+        ):
+            pass
+
+
 def test_a_server_that_does_not_answer_in_time_is_ended(stand_in):
     environment = {"STAND_IN": "silent"}
     with (
-        pytest.raises(RuntimeError, match=r"within 0\.5 s.*\n.*child"),
-        running("m", env=environment, log=stand_in, timeout=0.5),
+        pytest.raises(RuntimeError, match=r"within 4 s.*\n.*child"),
+        running("m", env=environment, log=stand_in, timeout=4),
     ):
         pass
     assert is_gone(child(stand_in))

@@ -1,5 +1,6 @@
 """Rounds of a style's fit against writers whose rates are known."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -213,7 +214,8 @@ def test_what_is_not_fitted_has_a_plot_where_it_was_measured(tmp_path):
     ("changed", "told"),
     [
         ({"rounds": 0}, "rounds: got 0; accepted: 1 to 20"),
-        ({"server": "nowhere"}, "nowhere: no such folder; accepted: a model's folder or a URL"),
+        ({"server": "./nowhere"}, r"model: got './nowhere'; there is no such folder"),
+        ({"server": "127.0.0.1:8000"}, "accepted: http://127.0.0.1:8000, or a model"),
         ({"serve_flags": ("--dtype", "x")}, "got the flags --dtype x and a URL"),
     ],
 )
@@ -221,6 +223,30 @@ def test_a_job_that_cannot_be_done_is_refused(tmp_path, changed, told):
     values = {"server": "http://127.0.0.1:9", "profile": tmp_path, "prompts": tmp_path}
     with pytest.raises(ValueError, match=told):
         Job(**{**values, "out": tmp_path / "out", **changed})
+
+
+@pytest.mark.parametrize("model", ["folder", "m.gguf", "with_gguf", "org/name"])
+def test_every_kind_of_model_is_served(tmp_path, monkeypatch, model):
+    """Also a GGUF file, which is resolved to its conversion, and a name on the hub."""
+    served = []
+
+    @contextlib.contextmanager
+    def running(model, *flags, **options):
+        served.append(model)
+        raise RuntimeError("that is enough")
+        yield
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    converted = {"m.gguf": str(tmp_path / "folder"), "with_gguf": str(tmp_path / "folder")}
+    monkeypatch.setattr("dftserve.gguf.resolve", lambda model: converted.get(model, model))
+    monkeypatch.setattr(fits, "running", running)
+    profiles.write(tmp_path / "small", small())
+    (tmp_path / "prompts.txt").write_text("Say 1.\n")
+    options = ["--profile", "small", "--prompts", "prompts.txt", "--out", "fit"]
+    found = CliRunner().invoke(main, ["style", "fit", model, *options])
+    assert "that is enough" in found.output, found.output
+    assert served == [converted.get(model, model)]
 
 
 class FakeServer:

@@ -40,6 +40,7 @@ def stand_in(
     capabilities=CAPABILITIES,
     most=1.0,
     styles=True,
+    in_force=lambda level: {"level": level},
 ):
     """Answers by the level that is asked for; a key that is not right is a 401, and a level above
     `most` a 400."""
@@ -69,11 +70,13 @@ def stand_in(
         text = greedy if level == 0 and body["temperature"] == 0 else "the sea"
         choice = {"index": 0, "finish_reason": "length"}
         choice["message"] = {"role": "assistant", "content": text}
-        figures = {"mean_entropy_before": 1.0, "mean_entropy_after": 1.0 + rise * (level or 0)}
+        said = in_force(level)
+        heat = 0 if said.get("max_temperature", 4) <= 1 else rise * (said["level"] or 0)
+        figures = {"mean_entropy_before": 1.0, "mean_entropy_after": 1.0 + heat}
         made = {"id": "x", "object": "chat.completion", "created": 1, "model": "demo"}
         made |= {"choices": [choice], "usage": {"completion_tokens": 4, "prompt_tokens": 1}}
         if echo and level is not None:
-            made["diversity"] = {"law": "gated", "level": level, "choices": [figures]}
+            made["diversity"] = {"law": "gated", **said, "choices": [figures]}
         if styles and "style" in body:
             made["style"] = {"name": body["style"], "strength": 1.0, "max_kl": 0.05}
         return made
@@ -168,6 +171,29 @@ def test_what_the_policy_does_not_allow_is_a_warning(monkeypatch, policy):
     (warned,) = [each for each in findings if each["state"] != "ok"]
     assert (warned["name"], warned["state"]) == (name, "warning")
     assert "policy" in warned["text"]
+
+
+LOWERED = {
+    "the temperature": (lambda level: {"level": level, "max_temperature": 1.0}, ["effect"]),
+    "every level": (
+        lambda level: {"level": min(level or 0, 0.2), "clamped": {"level": level}},
+        ["echo", "effect"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOWERED)
+def test_what_the_policy_lowers_so_far_that_nothing_can_rise_is_a_warning(monkeypatch, what):
+    in_force, warned = LOWERED[what]
+    clamps = CAPABILITIES | {"policy": {"on_excess": "clamp"}}
+    result, _ = run(monkeypatch, "--json", capabilities=clamps, in_force=in_force)
+    assert result.exit_code == 0, result.output
+    found = {each["name"]: each for each in json.loads(result.output)["findings"]}
+    assert [name for name, each in found.items() if each["state"] != "ok"] == warned
+    assert "not looked at: the operator's policy" in found["effect"]["text"]
+    # Without a policy nobody may lower anything.
+    result, _ = run(monkeypatch, in_force=in_force)
+    assert result.exit_code == 1
 
 
 def test_a_wrong_key_ends_in_one_line(monkeypatch):

@@ -195,6 +195,77 @@ def test_a_fault_of_ours_shows_its_traceback_and_says_so(monkeypatch, error):
     assert "report" in said.splitlines()[-1]
 
 
+# What is ours, said or not
+
+
+def of_module(name: str, source: str):
+    """A function `f` of a module of this name."""
+    module: dict = {"__name__": name}
+    exec(source, module)
+    return module["f"]
+
+
+SAID = {
+    "a refusal": ("raise ValueError('x: got 7')", 2),
+    "a failure": ("raise RuntimeError('the server is gone')", 1),
+    "a refusal made of a library's": (
+        "try:\n  int('x')\n except ValueError:\n  raise ValueError('x: got 7') from None",
+        2,
+    ),
+}
+FAULTS = {
+    "of numpy": "import numpy; numpy.zeros(2) + numpy.zeros(3)",
+    "of torch": "import torch; torch.zeros(2) + torch.zeros(3)",
+    "of zip": "list(zip([1], [1, 2], strict=True))",
+    "of a conversion": "float('x')",
+    "raised again": "\n try:\n  float('x')\n except ValueError:\n  raise",
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_what_we_say_has_a_traceback_only_where_it_is_asked_for(monkeypatch, what):
+    body, code = SAID[what]
+    monkeypatch.delenv(commandline.TRACEBACK, raising=False)
+    f = of_module("dftserve.somewhere", f"def f():\n {body}")
+    found = ended(f)
+    assert found[0] == code
+    assert "Traceback" not in found[1]
+    monkeypatch.setenv(commandline.TRACEBACK, "1")
+    again = ended(f)
+    assert again[0] == code
+    assert again[1].endswith(found[1])
+    assert again[1].count("Traceback") == (2 if "library" in what else 1)
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_what_operations_raise_in_our_code_is_a_fault_of_ours(what):
+    code, said = ended(of_module("dftserve.somewhere", f"def f(): {FAULTS[what]}"))
+    assert code == FAULT
+    assert "Traceback" in said
+    assert "Usage" not in said
+
+
+def test_a_librarys_value_error_is_no_usage_error(monkeypatch):
+    monkeypatch.delenv(commandline.TRACEBACK, raising=False)
+    code, said = ended(of_module("somelib.inner", "def f(): raise ValueError('odd shapes')"))
+    assert code == 1
+    assert "somelib cannot use what it was given: odd shapes" in said
+    assert f"{commandline.TRACEBACK}=1" in said
+    assert "Usage" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "raising",
+    ["raise MemoryError", "import torch; torch.empty(1 << 62, dtype=torch.uint8)"],
+)
+def test_too_little_memory_is_told_as_such(raising):
+    code, said = ended(of_module("dftserve.somewhere", f"def f(): {raising}"))
+    assert code == 1
+    assert "ask for less at once" in said
+    assert "Traceback" not in said
+
+
 def test_a_usage_error_passes_as_it_is():
     with pytest.raises(click.UsageError, match="as it is"), usage_errors():
         raise click.UsageError("as it is")

@@ -1,6 +1,5 @@
 """The served model whose accuracy is measured, and its sampling settings."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +38,12 @@ def find(url: str, model: str | None, key_variable: str | None, **asked: Any) ->
         ValueError: it serves no such model, or does not honour `diversity`, a field that vLLM
             without the plug-in ignores, so that all levels would be one.
     """
-    import openai
-
     url = base_url(url)
     server = Server(url, key_variable, retries=0, timeout_s=60)
     names = server.models()
     if model is not None and model not in names:
         raise ValueError(f"model: got {model!r}; accepted: {', '.join(names)}.")
-    with server.client() as client:
-        try:
-            capabilities = client.get("/dft/capabilities", cast_to=object)
-        except openai.APIError:
-            capabilities = None
-    if not (isinstance(capabilities, Mapping) and capabilities.get("active")):
+    if not (server.capabilities() or {}).get("active"):
         raise ValueError(
             f"{url}: this server does not honour `diversity`: pip install dftserve-vllm beside its "
             "vLLM and restart it; `dftserve doctor --url` says what is wrong."

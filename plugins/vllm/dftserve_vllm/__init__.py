@@ -4,7 +4,6 @@ vLLM loads this through two entry points: `processor:DiversityProcessor` (the lo
 every worker) and `register` (the field, its answer and its metrics, in every process).
 """
 
-import logging
 import os
 
 
@@ -15,10 +14,12 @@ def is_disabled() -> bool:
 
 def register() -> None:
     """vLLM's general plug-in: nothing is imported from vLLM before vLLM imports it itself."""
+    from dftserve_vllm import log
+
     if is_disabled():
-        logging.getLogger("vllm.dftserve").info("dftserve is disabled: DFTSERVE_DISABLE is set")
+        log.logger.info("dftserve is disabled: DFTSERVE_DISABLE is set")
         return
-    from dftserve_vllm import hooks, log
+    from dftserve_vllm import hooks
 
     log.show_library_messages()
     hooks.install()

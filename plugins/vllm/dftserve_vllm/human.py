@@ -3,14 +3,12 @@
 A checkpoint says it in its dft.json, in the folder that the engine was started with.
 """
 
-import logging
 from functools import lru_cache
 from pathlib import Path
 
 from dftserve.spec import ACCEPTED, HUMAN, Diversity, DiversityError, Promise
 from dftserve_vllm import engine
-
-logger = logging.getLogger("vllm.dftserve")
+from dftserve_vllm.log import logger
 
 
 def resolved(parameter: str) -> Diversity:

@@ -4,7 +4,6 @@ An exception in a logits processor ends vLLM's engine and every request in fligh
 leaves the rows that it concerns as they came, is counted, and is logged once.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +23,9 @@ from dftserve.sampling import (
 from dftserve.sampling.group import GroupRow
 from dftserve.sampling.style import ProfileArrays
 from dftserve_vllm.groups import Codes
+from dftserve_vllm.log import logger
 from dftserve_vllm.preempted import Preempted
 from dftserve_vllm.step_report import Array, PendingReport
-
-logger = logging.getLogger("vllm.dftserve")
 
 
 class RequestStats:

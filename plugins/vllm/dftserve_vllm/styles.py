@@ -4,7 +4,6 @@ Each folder in it with a profile.json is one. A profile that does not fit the en
 cannot be read, is refused by its name: the server starts, and requests with it get the reason.
 """
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 from dftserve import spec
 from dftserve.sampling import StyleControls
 from dftserve_vllm import vocabulary
+from dftserve_vllm.log import logger
 
 if TYPE_CHECKING:
     from dftserve.styles.profile import Profile
-
-logger = logging.getLogger("vllm.dftserve")
-
-VARIABLE = "DFTSERVE_STYLES"
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Styles:
         names = ", ".join([*own, *(name for name in others if name not in own)])
         return names or (
             "none, since no profile is loaded: make one (`dftserve style build`), and start the "
-            f"server with {VARIABLE}=FOLDER, the folder that it is in"
+            f"server with {spec.STYLES_VARIABLE}=FOLDER, the folder that it is in"
         )
 
     def controls(self, style: spec.Style) -> StyleControls:
@@ -105,7 +101,7 @@ NONE = Styles()
 def of_engine(vllm_config: Any) -> Styles:
     """Of the engine with this configuration, read once in a process."""
     model_config = getattr(vllm_config, "model_config", None)
-    folder = os.environ.get(VARIABLE, "")
+    folder = os.environ.get(spec.STYLES_VARIABLE, "")
     if not folder or model_config is None:
         return NONE
     unavailable = None
@@ -138,7 +134,9 @@ def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
         made, found = load(folder, reader.check)
     except Exception:  # Code of the model's own among them; the server must start.
         logger.warning("styles: none are available", exc_info=True)
-        return Styles(unavailable=f"no style could be loaded ({VARIABLE}); the log says why")
+        return Styles(
+            unavailable=f"no style could be loaded ({spec.STYLES_VARIABLE}); the log says why"
+        )
     refused: dict[str, str] = {}
     for each in found:
         # The log has the whole path; who asks for the style is told the file alone.

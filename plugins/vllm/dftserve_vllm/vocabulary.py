@@ -1,7 +1,6 @@
 """What is known of the engine's vocabulary: the token classes that the law `words` needs, and the
 sequence breakers of DRY."""
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -9,8 +8,7 @@ from typing import Any, TypeVar
 from dftserve.sampling import TokenClasses
 from dftserve.sampling.dry import Breakers
 from dftserve.spec import DRY_BREAKERS, Dry
-
-logger = logging.getLogger("vllm.dftserve")
+from dftserve_vllm.log import logger
 
 Made = TypeVar("Made")
 
