@@ -352,14 +352,14 @@ def test_beam_search_is_refused_beside_a_group_at_level_0(configured):
 
 
 def test_a_default_s_group_is_for_several_choices(configured, monkeypatch):
-    monkeypatch.setenv(request_params.DEFAULT_VARIABLE, '{"level": 0.5, "group": true}')
+    monkeypatch.setenv(spec.DEFAULT_VARIABLE, '{"level": 0.5, "group": true}')
     request_params.default_diversity.cache_clear()
     try:
         assert ask(n=3).extra_args["diversity"]["group"] is True
         assert "group" not in ask().extra_args["diversity"]
         assert ask(n=2000).extra_args is None
         monkeypatch.setenv(
-            request_params.DEFAULT_VARIABLE,
+            spec.DEFAULT_VARIABLE,
             '{"level": 0.5, "group": {"id": "a", "index": 0, "size": 2}}',
         )
         request_params.default_diversity.cache_clear()

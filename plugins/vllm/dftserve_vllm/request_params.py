@@ -22,7 +22,6 @@ from dftserve_vllm.extra_args import (
 )
 from dftserve_vllm.request_context import PromptContext
 
-DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
 DEFAULTS = "default_sampling_params"
 """The second argument of vLLM's `to_sampling_params`, by place or by name."""
 HONOURS = "honours_fields"
@@ -40,16 +39,16 @@ def default_diversity() -> spec.Diversity | None:
     Raises:
         DiversityError: the environment variable holds something else.
     """
-    text = os.environ.get(DEFAULT_VARIABLE, "")
-    diversity = spec.parse_json(text, DEFAULT_VARIABLE) if text else None
+    text = os.environ.get(spec.DEFAULT_VARIABLE, "")
+    diversity = spec.parse_json(text, spec.DEFAULT_VARIABLE) if text else None
     if diversity is not None and isinstance(diversity.group, spec.Group):
         accepted = "true, for requests with n > 1; one request's place cannot be a default"
         raise spec.DiversityError(
-            f"{DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
+            f"{spec.DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
         )
     if diversity is not None and diversity.trace:
         accepted = "none: an answer has each token's figures where its request asks for them"
-        raise spec.DiversityError(f"{DEFAULT_VARIABLE}.{spec.TRACE}", True, accepted)
+        raise spec.DiversityError(f"{spec.DEFAULT_VARIABLE}.{spec.TRACE}", True, accepted)
     return None if diversity is None or diversity.is_off else diversity
 
 
