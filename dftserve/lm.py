@@ -35,9 +35,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dftserve import cpu
 from dftserve.bounded_files import read_json
-from dftserve.digest import joined_digest, sampled_digest
 from dftserve.gguf import resolve
-from dftserve.hub import WEIGHTS_TOO, folder_of
+from dftserve.hub import WEIGHTS_TOO, folder_of, weights_digest
 from dftserve.model_folder import (
     CONFIG,
     INDEX,
@@ -180,14 +179,8 @@ def fetched(found: Examined) -> Path:
 
 
 def model_digest(found: Examined) -> str:
-    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
-
-    Raises:
-        ValueError: no weights that can be read.
-    """
-    folder = fetched(found)
-    parts = [folder / CONFIG, *weight_files(folder)]
-    return joined_digest([sampled_digest(path) for path in parts])
+    """`weights_digest` of its folder. Raises ValueError where it has no weights that can be read."""
+    return weights_digest(fetched(found))
 
 
 def dtype_for(

@@ -272,7 +272,7 @@ def running(
         )
         try:
             _wait(process, f"http://{HOST}:{port}/health", timeout, Path(output.name))
-            yield Server(f"http://{HOST}:{port}/v1", _served_name(model, flags), process.pid)
+            yield Server(f"http://{HOST}:{port}/v1", served_name(model, flags), process.pid)
         finally:
             _stop(process)
 
@@ -300,8 +300,9 @@ def _environment(added: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def _served_name(model: str, flags: Sequence[str]) -> str:
-    """vLLM lets the last `--served-model-name` win, and the first of its names."""
+def served_name(model: str, flags: Sequence[str]) -> str:
+    """What a server of `running` calls its model: vLLM lets the last `--served-model-name` win, and
+    the first of its names."""
     name = model
     for i, flag in enumerate(flags):
         _, _, value = flag.partition("=")

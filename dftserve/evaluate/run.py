@@ -12,13 +12,22 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dftserve import __version__, atomic
 from dftserve.evaluate import reference
-from dftserve.evaluate.generate.grid import Answer, RequestGrid, count_answers, generate, read_asked
+from dftserve.evaluate.generate.client import first_model, weights_of
+from dftserve.evaluate.generate.grid import (
+    Answer,
+    RequestGrid,
+    check_asked,
+    count_answers,
+    doubt,
+    generate,
+    read_asked,
+)
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
 from dftserve.evaluate.metrics import slop
@@ -32,7 +41,7 @@ from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.hub import check_path
 from dftserve.openai_client import Server, key_of
-from dftserve.serve import base_url, running
+from dftserve.serve import base_url, running, served_name
 
 SHOWN = 3
 """Prompts whose answers stand side by side in the report."""
@@ -65,6 +74,8 @@ class Job:
     """A sentence-transformers model, or `installed`; None: nothing is said about meaning."""
     serve_flags: tuple[str, ...] = ()
     """vLLM's, where the model is served here."""
+    weights: str | None = None
+    """Of a checkpoint that is behind the URL, as `weights_of` has it; None: nobody knows."""
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
@@ -125,10 +136,9 @@ def ask(
     """
     done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
-    before = read_asked(job.out) or {}
-    name = job.name or before.get("model")
+    is_whole = done == total
     request_grid = RequestGrid(
-        model=name or "",
+        model=_model(job, is_whole, say),
         prompts=prompts,
         grid=job.grid,
         samples=job.samples,
@@ -136,16 +146,32 @@ def ask(
         temperature=job.temperature,
         seed=job.seed,
         body=job.body,
+        weights=job.weights if job.is_url else weights_of(job.model, say),
     )
+    check_asked(request_grid, job.out)  # Before minutes go into starting a server.
+    if (unknown := doubt(request_grid, job.out)) is not None:
+        say(unknown)
 
     with contextlib.ExitStack() as stack:
-        url = "" if name and done == total else stack.enter_context(server(job, say))
-        address = Server(url, job.key_variable)
-        request_grid = replace(request_grid, model=name or address.models()[0])
+        url = "" if is_whole else stack.enter_context(server(job, say))
         answers = generate(
-            request_grid, job.out, server=address, concurrency=job.concurrency, tick=tick
+            request_grid,
+            job.out,
+            server=Server(url, job.key_variable),
+            concurrency=job.concurrency,
+            tick=tick,
         )
     return request_grid, answers
+
+
+def _model(job: Job, is_whole: bool, say: Callable[[str], object]) -> str:
+    """The name that is asked for now, whatever the folder's answers were asked under."""
+    if job.name is not None:
+        return job.name
+    if not job.is_url:
+        return served_name(job.model, job.serve_flags)
+    kept = (read_asked(job.out) or {}).get("model") if is_whole else None
+    return first_model(Server(base_url(job.model), job.key_variable), kept, say)
 
 
 @contextlib.contextmanager

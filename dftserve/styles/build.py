@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dftserve.evaluate.generate import grid, prompts
+from dftserve.evaluate.generate.client import first_model
 from dftserve.evaluate.generate.grid import ASKED, RequestGrid
 from dftserve.evaluate.metrics import slop
 from dftserve.evaluate.reference import samples as read_samples
@@ -200,10 +201,9 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
     done, total = grid.count_answers(job.kept), len(asked) * job.samples
     say(f"{job.kept}: {done} of {total} answers are there.")
     server = Server(base_url(job.server), job.key_variable)
-    before = grid.read_asked(job.kept) or {}
-    name = job.served_as or before.get("model") or server.models()[0]
+    kept = (grid.read_asked(job.kept) or {}).get("model") if done == total else None
     wanted = RequestGrid(
-        model=name,
+        model=job.served_as or first_model(server, kept, say),
         prompts=asked,
         grid=(0,),
         samples=job.samples,
@@ -211,6 +211,8 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
         temperature=job.temperature,
         seed=job.seed,
     )
+    if (unknown := grid.doubt(wanted, job.kept)) is not None:
+        say(unknown)
 
     answers = grid.generate(wanted, job.kept, server=server, concurrency=job.concurrency, tick=tick)
     return [Sample(each.said, asked[each.place].text) for each in answers if each.said.strip()]

@@ -18,6 +18,7 @@ from dftserve.evaluate.generate.grid import (
     Answer,
     RequestGrid,
     count_answers,
+    doubt,
     generate,
     samples_by_level,
 )
@@ -172,6 +173,17 @@ def test_another_question_in_the_same_folder_is_refused(tmp_path, changed):
         run(url, tmp_path)
         with pytest.raises(ValueError, match=next(iter(changed))):
             run(url, tmp_path, asking(**changed))
+
+
+def test_answers_of_other_weights_are_refused_and_unknown_ones_are_not(tmp_path):
+    with serving(FakeServer()) as url:
+        run(url, tmp_path, asking(weights="a"))
+        with pytest.raises(ValueError, match="answers of other weights"):
+            run(url, tmp_path, asking(weights="b"))
+        for weights in ("a", None):
+            assert len(run(url, tmp_path, asking(weights=weights))) == 60
+    assert doubt(asking(weights="a"), tmp_path) is None
+    assert "is not known" in (doubt(asking(), tmp_path) or "")
 
 
 def test_a_server_without_the_plug_in_is_found_out(tmp_path):

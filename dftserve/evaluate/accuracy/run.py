@@ -99,6 +99,11 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     settings = _settings(job, model)
     files = {task: _digests(task, data) for task in tasks}
     folder = _begin(job, settings, files)
+    if parts.first_answers(folder, files) is not None:
+        say(
+            f"{folder} holds answers, which are taken as {model.model}'s: whether its weights have "
+            "changed since is not known, as a server does not say. Remove it to ask anew."
+        )
     asked = {task: _questions(job, task, data, folder) for task in tasks}
     _check_unchanged(files, data)
     answers = {
