@@ -179,7 +179,7 @@ def fetched(found: Examined) -> Path:
 
 
 def model_digest(found: Examined) -> str:
-    """`weights_digest` of its folder. Raises ValueError where it has no weights that can be read."""
+    """`weights_digest` of its folder. Raises ValueError: no weights that can be read."""
     return weights_digest(fetched(found))
 
 
