@@ -41,6 +41,9 @@ DEFAULT_DIVERSITY = "DFTSERVE_DEFAULT_DIVERSITY"
 """The environment variable in which the plug-in finds the server's default."""
 STYLES = "DFTSERVE_STYLES"
 """The one in which it finds the folder of style profiles."""
+OF_AN_OPERATOR = (DEFAULT_DIVERSITY, policies.VARIABLE)
+"""What an exported variable would change in every answer; a server of `running`, which is there to
+be measured, has them only where its caller says so."""
 FROM_CHECKPOINT = "checkpoint"
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -249,7 +252,7 @@ def running(
     """A server on a free loopback port that lives as long as the `with` block.
 
     Args:
-        env: added to the server's environment.
+        env: added to the server's environment, which is ours less `OF_AN_OPERATOR`.
         log: gets the server's output; without it a temporary file does.
         timeout: seconds until it must answer.
 
@@ -293,7 +296,8 @@ def _free_port() -> int:
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:
-    environment = {**os.environ, **added}
+    ours = {name: value for name, value in os.environ.items() if name not in OF_AN_OPERATOR}
+    environment = {**ours, **added}
     if "PYTHONPYCACHEPREFIX" in environment:
         # Without byte code vLLM takes twice as long to start, and here it litters nobody's tree.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dftserve.evaluate.generate import grid, prompts
 from dftserve.evaluate.generate.client import first_model
 from dftserve.evaluate.generate.grid import ASKED, RequestGrid
+from dftserve.evaluate.generate.in_force import is_off
 from dftserve.evaluate.metrics import slop
 from dftserve.evaluate.reference import samples as read_samples
 from dftserve.evaluate.text.tokenize import normalise, sentences, words
@@ -27,7 +28,6 @@ from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.openai_client import Server
 from dftserve.sampling.token_classes import token_pieces
 from dftserve.serve import base_url
-from dftserve.spec import parse
 from dftserve.styles import profile as profiles
 from dftserve.styles import spellings, tilt
 from dftserve.styles.automaton import Automaton, completions, count_harms
@@ -184,7 +184,7 @@ def answers_of(job: Job, say: Say, tick: Tick) -> list[Sample]:
 def _evaluated(folder: Path) -> list[Sample]:
     """Of an evaluation's answers those without the field."""
     levels = grid.samples_by_level(folder)
-    plain = [level for level in levels if parse(level.diversity).is_off]
+    plain = [level for level in levels if is_off(level.diversity)]
     if not plain:
         asked = ", ".join(str(level.diversity) for level in levels)
         raise ValueError(

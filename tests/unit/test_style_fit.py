@@ -18,7 +18,7 @@ from dftserve.styles.fit import Job, Said, effective_share, fit, rounds, updated
 from dftserve.styles.profile import Phrase, ProfileError
 from dftserve.styles.report import fit_figures, fit_html
 from dftserve.styles.rounds import Fitted, read
-from tests.local_server import reply, serving
+from tests.local_server import in_force, reply, serving
 from tests.styles import stored
 from tests.training import save_model
 
@@ -243,7 +243,7 @@ class FakeServer:
             message = {"role": "assistant", "content": f"Well, {PHRASES[0]} {body['seed']}."}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
             content = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
-            content |= {"choices": [choice], "style": {"choices": [{"mean_kl": 0.02}]}}
+            content |= {"choices": [choice], **in_force(body, {"mean_kl": 0.02})}
         reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
 

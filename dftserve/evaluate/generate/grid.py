@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from dftserve import atomic
 from dftserve.bounded_files import read_json, shaped_as
 from dftserve.evaluate.generate.answers import AnswerStore, read
+from dftserve.evaluate.generate.in_force import check, is_off
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.thinking import after_thinking, is_cut
 from dftserve.evaluate.text.windows import Sample
-from dftserve.openai_client import Server, ServerError, ask_all
-from dftserve.spec import parse
+from dftserve.openai_client import Server, ask_all
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -38,7 +38,7 @@ class RequestGrid:
     model: str
     prompts: tuple[Prompt, ...]
     grid: tuple[Any, ...]
-    """Diversities: numbers in [0, 1], or objects as the field accepts them."""
+    """Diversities: numbers in [0, 1], or objects, or "human", as the field accepts them."""
     samples: int
     """Answers to each prompt at each diversity."""
     max_tokens: int = 1024
@@ -50,8 +50,7 @@ class RequestGrid:
     """What `client.weights_of` says of the model; None: not known, as behind a URL."""
 
     def __post_init__(self) -> None:
-        for level in self.grid:
-            parse(level)
+        heated = [level for level in self.grid if not is_off(level)]
         shown = [json.dumps(level, sort_keys=True) for level in self.grid]
         if not shown or len(set(shown)) < len(shown):
             raise ValueError(
@@ -64,6 +63,12 @@ class RequestGrid:
             raise ValueError(f"body: got {', '.join(ours)}; accepted: other fields than these.")
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature: got {self.temperature}; accepted: 0 to 2.")
+        if self.temperature == 0 and heated:
+            raise ValueError(
+                f"temperature: got 0 with the diversities {', '.join(shown)}; accepted: above 0, "
+                "for greedy decoding does not sample, and diversity cannot act; or a grid of 0 "
+                "alone."
+            )
 
     def requests(self) -> Iterator["Request"]:
         """In an order in which a run that is stopped has all diversities of some prompts."""
@@ -155,6 +160,9 @@ def generate(
         ValueError: the folder holds the answers to something else or of another model, another run
             writes to it, or the server refuses.
         ServerError: the server cannot be reached, or answers with something else.
+
+    An answer that was sampled with something else in force than was asked for is no answer: it is
+    refused, and not kept.
     """
     with AnswerStore(folder / ANSWERS, Answer) as store:
         if check_asked(request_grid, folder) is None:
@@ -279,15 +287,10 @@ async def _ask(
     choice = server.choices(answer)[0]
     extra = answer.model_extra or {}
     asked = {
-        "diversity": not parse(request_grid.grid[request.level]).is_off,
-        "style": "style" in request_grid.body,
+        "diversity": request_grid.grid[request.level],
+        "style": request_grid.body.get("style"),
     }
-    for name, is_asked in asked.items():
-        if is_asked and extra.get(name) is None:
-            raise ServerError(
-                f"the server answers without a `{name}` object: the plug-in is not there. "
-                "`dftserve doctor --url` says why."
-            )
+    check({name: value for name, value in asked.items() if value is not None}, extra)
     figures = [(extra.get(name) or {}).get("choices") or [None] for name in asked]
     return Answer(
         *request.key,
