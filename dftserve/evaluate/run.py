@@ -31,7 +31,7 @@ from dftserve.evaluate.generate.grid import (
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
 from dftserve.evaluate.metrics import slop
-from dftserve.evaluate.metrics.intervals import mean
+from dftserve.evaluate.metrics.intervals import Estimate, mean
 from dftserve.evaluate.metrics.sds import Score, score
 from dftserve.evaluate.metrics.stylometry import StyleSpace, function_share
 from dftserve.evaluate.metrics.suite import Instruments, measure
@@ -242,7 +242,7 @@ def assess(
         Level(
             diversity=request_grid.grid[place],
             side=side(texts, test, score(texts, anchors.sds_reference)),
-            tokens=mean([each.tokens for each in level]),
+            tokens=mean([each.tokens for each in level], groups=_places(level)),
             cut=cut[place],
             unfinished=sum(each.finish_reason == "length" for each in level),
             entropy=_entropy(level),
@@ -307,24 +307,30 @@ def _some(texts: Windows, count: int) -> Windows:
 
 
 def _entropy(answers: Sequence[Answer]) -> Entropy | None:
-    figures = [answer.figures for answer in answers if answer.figures]
-    if not figures:
-        return None
+    def having(name: str) -> list[Answer]:
+        return [each for each in answers if (each.figures or {}).get(name) is not None]
 
     def of(name: str) -> list[float]:
-        return [each[name] for each in figures if each.get(name) is not None]
+        return [(each.figures or {})[name] for each in having(name)]
 
-    before, after = of("mean_entropy_before"), of("mean_entropy_after")
-    if not before:
+    def mean_of(name: str) -> Estimate:
+        return mean(of(name), groups=_places(having(name)))
+
+    if not having("mean_entropy_before"):
         return None
     return Entropy(
-        before=mean(before),
-        after=mean(after),
-        temperature=mean(of("mean_temperature")),
-        changed=mean(of("tokens_changed")),
-        histogram_before=_histogram(before),
-        histogram_after=_histogram(after),
+        before=mean_of("mean_entropy_before"),
+        after=mean_of("mean_entropy_after"),
+        temperature=mean_of("mean_temperature"),
+        changed=mean_of("tokens_changed"),
+        histogram_before=_histogram(of("mean_entropy_before")),
+        histogram_after=_histogram(of("mean_entropy_after")),
     )
+
+
+def _places(answers: Sequence[Answer]) -> list[str]:
+    """The prompt of each, as a group."""
+    return [f"{answer.place}" for answer in answers]
 
 
 def _histogram(nats: Sequence[float]) -> tuple[int, ...]:

@@ -159,11 +159,11 @@ def _measured(
     people: dict[str, list[str]],
     meanings: dict[str, dict[str, str]],
 ) -> Meaning:
-    pairs = [(text, meanings[prompt]) for prompt, said in texts.items() for text in said]
+    prompts, said = zip(*((p, text) for p, some in texts.items() for text in some), strict=True)
     return Meaning(
         diversity=level,
         wording=None if level is None else slots.wording(texts, people),
-        slot_errors=slots.error_rate([text for text, _ in pairs], [each for _, each in pairs]),
+        slot_errors=slots.error_rate(said, [meanings[prompt] for prompt in prompts], prompts),
     )
 
 
