@@ -15,6 +15,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dftserve.digest import joined_digest, sampled_digest
+from dftserve.model_folder import CONFIG, weight_files
 from dftserve.spec import nearest, question
 
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -61,6 +63,18 @@ def folder_of(model: str | Path, patterns: Sequence[str] = ALL_BUT_WEIGHTS) -> P
         f"Hugging Face hub {why}; accepted: a folder that save_pretrained() wrote, or a model's "
         "name on the hub."
     ) from None
+
+
+def weights_digest(folder: Path) -> str:
+    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
+
+    Raises:
+        ValueError: no weights that can be read.
+        OSError: as the system raised it.
+    """
+    return joined_digest(
+        [sampled_digest(path) for path in (folder / CONFIG, *weight_files(folder))]
+    )
 
 
 def check_path(model: str | Path) -> None:

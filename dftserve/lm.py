@@ -35,9 +35,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dftserve import cpu
 from dftserve.bounded_files import read_json
-from dftserve.digest import joined_digest, sampled_digest
 from dftserve.gguf import resolve
-from dftserve.hub import WEIGHTS_TOO, folder_of
+from dftserve.hub import WEIGHTS_TOO, folder_of, weights_digest
 from dftserve.model_folder import (
     CONFIG,
     INDEX,
@@ -180,14 +179,8 @@ def fetched(found: Examined) -> Path:
 
 
 def model_digest(found: Examined) -> str:
-    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
-
-    Raises:
-        ValueError: no weights that can be read.
-    """
-    folder = fetched(found)
-    parts = [folder / CONFIG, *weight_files(folder)]
-    return joined_digest([sampled_digest(path) for path in parts])
+    """`weights_digest` of its folder. Raises ValueError: no weights that can be read."""
+    return weights_digest(fetched(found))
 
 
 def dtype_for(
@@ -406,15 +399,21 @@ class LanguageModel:
     def positions(self) -> int | None:
         return _positions(self._config)
 
-    def states(self, *, cache: Cache | None = None, **inputs: Tensor) -> States:
+    def states(self, **inputs: Tensor) -> States:
         """The model's own forward up to its output layer.
 
         Args:
-            cache: keys and values of tokens that were read before, which these are added to.
             inputs: `input_ids` int64 [B, N]; and `position_ids` or `attention_mask`, likewise; the
-                mask may also be a float [B, 1, N, N] that is added to attention scores (with a
-                cache, [B, 1, N, all tokens]).
+                mask may also be a float [B, 1, N, N] that is added to attention scores.
         """
+        return self._states(inputs, None)
+
+    def states_behind(self, cache: Cache, **inputs: Tensor) -> States:
+        """The same of tokens behind those whose keys and values the cache holds, which gets theirs;
+        the mask is a float [B, 1, N, tokens of the cache and N]."""
+        return self._states(inputs, cache)
+
+    def _states(self, inputs: Mapping[str, Tensor], cache: Cache | None) -> States:
         with _out_of_use(self._layer) as seen:
             output = self._forward(**self._given(inputs, cache))
         if len(seen) != 1:

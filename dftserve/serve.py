@@ -50,6 +50,9 @@ from dftserve.spec import (
 if TYPE_CHECKING:
     import psutil
 
+OF_AN_OPERATOR = (DEFAULT_VARIABLE, policies.VARIABLE)
+"""What an exported variable would change in every answer; a server of `running`, which is there to
+be measured, has them only where its caller says so."""
 FROM_CHECKPOINT = "checkpoint"
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -274,7 +277,7 @@ def running(
     """A server on a free loopback port that lives as long as the `with` block.
 
     Args:
-        env: added to the server's environment.
+        env: added to the server's environment, which is ours less `OF_AN_OPERATOR`.
         log: gets the server's output; without it a temporary file does.
         timeout: seconds until it must answer.
 
@@ -297,7 +300,7 @@ def running(
         )
         try:
             _wait(process, port, timeout, Path(output.name))
-            yield Server(f"http://{HOST}:{port}/v1", _served_name(model, flags), process.pid)
+            yield Server(f"http://{HOST}:{port}/v1", served_name(model, flags), process.pid)
         finally:
             _stop(process)
 
@@ -318,15 +321,17 @@ def _free_port() -> int:
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:
-    environment = {**os.environ, **added}
+    ours = {name: value for name, value in os.environ.items() if name not in OF_AN_OPERATOR}
+    environment = {**ours, **added}
     if "PYTHONPYCACHEPREFIX" in environment:
         # Without byte code vLLM takes twice as long to start, and here it litters nobody's tree.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 
 
-def _served_name(model: str, flags: Sequence[str]) -> str:
-    """vLLM lets the last `--served-model-name` win, and the first of its names."""
+def served_name(model: str, flags: Sequence[str]) -> str:
+    """What a server of `running` calls its model: vLLM lets the last `--served-model-name` win, and
+    the first of its names."""
     name = model
     for i, flag in enumerate(flags):
         _, _, value = flag.partition("=")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dftserve.spec import HUMAN, parse, parse_style
 from tests.conftest import PATIENCE
 
 
@@ -93,11 +94,32 @@ def reply(
     request.wfile.write(body)
 
 
+def in_force(body: dict, *figures: dict | None, cap: float = 1.0) -> dict[str, dict]:
+    """The `diversity` and `style` objects of an answer, as the plug-in writes them.
+
+    Args:
+        cap: of levels and strengths, by a policy that lowers what is above.
+    """
+    found: dict[str, dict] = {}
+    if "diversity" in body:
+        is_human = body["diversity"] == HUMAN
+        found["diversity"] = {"law": "budget"} if is_human else parse(body["diversity"]).as_dict()
+    if "style" in body:
+        found["style"] = dict(parse_style(body["style"]).as_dict())
+    for each in found.values():
+        above = {n: each[n] for n in ("level", "strength") if each.get(n, 0) > cap}
+        if above:
+            each |= {**dict.fromkeys(above, cap), "clamped": above}
+        each["choices"] = list(figures)
+    return found
+
+
 @contextmanager
 def model_server(
-    say: Callable[[dict], str], *, active: bool = True
+    say: Callable[[dict], str], *, active: bool = True, cap: float = 1.0
 ) -> Iterator[tuple[str, list[dict]]]:
-    """An OpenAI-compatible server that says what `say` makes of a body; its URL, and the bodies."""
+    """An OpenAI-compatible server that says what `say` makes of a body; its URL, and the bodies.
+    `cap` is as for `in_force`."""
     bodies: list[dict] = []
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
@@ -112,6 +134,7 @@ def model_server(
             text = say(body)
             choice = {"text": text, "message": {"role": "assistant", "content": text}}
             said = {"choices": [{"index": n, **choice} for n in range(body.get("n", 1))]}
+            said |= in_force(body, cap=cap)
         content = {"Content-Type": "application/json"}
         reply(request, 200, json.dumps(said).encode(), **content)
 

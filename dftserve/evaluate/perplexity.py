@@ -43,16 +43,18 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
         ValueError: anchors, an evaluation or a model that cannot be taken.
     """
     test = reference.load(anchors).test
-    sets = [(None, test.texts)]
+    sets = [(None, test)]
     for level in samples_by_level(evaluation) if evaluation else []:
-        sets.append((level.diversity, Windows.of(level.samples, test.words).whole().texts))
-    nats = iter(token_nats(model, [text for _, texts in sets for text in texts]))
-    (_, human), *answers = [(level, [next(nats) for _ in texts]) for level, texts in sets]
+        sets.append((level.diversity, Windows.of(level.samples, test.words).whole()))
+    nats = iter(token_nats(model, [text for _, windows in sets for text in windows.texts]))
+    (_, _, human), *answers = [
+        (level, windows.prompts, [next(nats) for _ in windows.texts]) for level, windows in sets
+    ]
     return Surprise(
         model,
-        bits_of(test.texts, human),
-        surprisal_of(human),
-        tuple((level, surprisal_of(found)) for level, found in answers if found),
+        bits_of(test.texts, human, test.prompts),
+        surprisal_of(human, test.prompts),
+        tuple((level, surprisal_of(found, prompts)) for level, prompts, found in answers if found),
     )
 
 

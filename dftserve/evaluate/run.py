@@ -11,17 +11,26 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dftserve import __version__, atomic
 from dftserve.evaluate import reference
-from dftserve.evaluate.generate.grid import Answer, RequestGrid, count_answers, generate, read_asked
+from dftserve.evaluate.generate.client import first_model, weights_of
+from dftserve.evaluate.generate.grid import (
+    Answer,
+    RequestGrid,
+    check_asked,
+    count_answers,
+    doubt,
+    generate,
+    read_asked,
+)
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
 from dftserve.evaluate.metrics import slop
-from dftserve.evaluate.metrics.intervals import mean
+from dftserve.evaluate.metrics.intervals import Estimate, mean
 from dftserve.evaluate.metrics.sds import Score, score
 from dftserve.evaluate.metrics.stylometry import StyleSpace, function_share
 from dftserve.evaluate.metrics.suite import Instruments, measure
@@ -30,7 +39,7 @@ from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Le
 from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.openai_client import Server, key_of
-from dftserve.serve import base_url, check_model_or_url, is_url, running
+from dftserve.serve import base_url, check_model_or_url, is_url, running, served_name
 
 SHOWN = 3
 """Prompts whose answers stand side by side in the report."""
@@ -63,6 +72,8 @@ class Job:
     """A sentence-transformers model, or `installed`; None: nothing is said about meaning."""
     serve_flags: tuple[str, ...] = ()
     """vLLM's, where the model is served here."""
+    weights: str | None = None
+    """Of a checkpoint that is behind the URL, as `weights_of` has it; None: nobody knows."""
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
@@ -120,10 +131,9 @@ def ask(
     """
     done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
-    before = read_asked(job.out) or {}
-    name = job.name or before.get("model")
+    is_whole = done == total
     request_grid = RequestGrid(
-        model=name or "",
+        model=_model(job, is_whole, say),
         prompts=prompts,
         grid=job.grid,
         samples=job.samples,
@@ -131,16 +141,32 @@ def ask(
         temperature=job.temperature,
         seed=job.seed,
         body=job.body,
+        weights=job.weights if job.is_url else weights_of(job.model, say),
     )
+    check_asked(request_grid, job.out)  # Before minutes go into starting a server.
+    if (unknown := doubt(request_grid, job.out)) is not None:
+        say(unknown)
 
     with contextlib.ExitStack() as stack:
-        url = "" if name and done == total else stack.enter_context(server(job, say))
-        address = Server(url, job.key_variable)
-        request_grid = replace(request_grid, model=name or address.models()[0])
+        url = "" if is_whole else stack.enter_context(server(job, say))
         answers = generate(
-            request_grid, job.out, server=address, concurrency=job.concurrency, tick=tick
+            request_grid,
+            job.out,
+            server=Server(url, job.key_variable),
+            concurrency=job.concurrency,
+            tick=tick,
         )
     return request_grid, answers
+
+
+def _model(job: Job, is_whole: bool, say: Callable[[str], object]) -> str:
+    """The name that is asked for now, whatever the folder's answers were asked under."""
+    if job.name is not None:
+        return job.name
+    if not job.is_url:
+        return served_name(job.model, job.serve_flags)
+    kept = (read_asked(job.out) or {}).get("model") if is_whole else None
+    return first_model(Server(base_url(job.model), job.key_variable), kept, say)
 
 
 @contextlib.contextmanager
@@ -211,7 +237,7 @@ def assess(
         Level(
             diversity=request_grid.grid[place],
             side=side(texts, test, score(texts, anchors.sds_reference)),
-            tokens=mean([each.tokens for each in level]),
+            tokens=mean([each.tokens for each in level], groups=_places(level)),
             cut=cut[place],
             unfinished=sum(each.finish_reason == "length" for each in level),
             entropy=_entropy(level),
@@ -276,24 +302,30 @@ def _some(texts: Windows, count: int) -> Windows:
 
 
 def _entropy(answers: Sequence[Answer]) -> Entropy | None:
-    figures = [answer.figures for answer in answers if answer.figures]
-    if not figures:
-        return None
+    def having(name: str) -> list[Answer]:
+        return [each for each in answers if (each.figures or {}).get(name) is not None]
 
     def of(name: str) -> list[float]:
-        return [each[name] for each in figures if each.get(name) is not None]
+        return [(each.figures or {})[name] for each in having(name)]
 
-    before, after = of("mean_entropy_before"), of("mean_entropy_after")
-    if not before:
+    def mean_of(name: str) -> Estimate:
+        return mean(of(name), groups=_places(having(name)))
+
+    if not having("mean_entropy_before"):
         return None
     return Entropy(
-        before=mean(before),
-        after=mean(after),
-        temperature=mean(of("mean_temperature")),
-        changed=mean(of("tokens_changed")),
-        histogram_before=_histogram(before),
-        histogram_after=_histogram(after),
+        before=mean_of("mean_entropy_before"),
+        after=mean_of("mean_entropy_after"),
+        temperature=mean_of("mean_temperature"),
+        changed=mean_of("tokens_changed"),
+        histogram_before=_histogram(of("mean_entropy_before")),
+        histogram_after=_histogram(of("mean_entropy_after")),
     )
+
+
+def _places(answers: Sequence[Answer]) -> list[str]:
+    """The prompt of each, as a group."""
+    return [f"{answer.place}" for answer in answers]
 
 
 def _histogram(nats: Sequence[float]) -> tuple[int, ...]:

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dftserve.evaluate.generate import grid, prompts
+from dftserve.evaluate.generate.client import first_model
 from dftserve.evaluate.generate.grid import ASKED, RequestGrid
+from dftserve.evaluate.generate.in_force import is_off
 from dftserve.evaluate.metrics import slop
 from dftserve.evaluate.reference import samples as read_samples
 from dftserve.evaluate.text.tokenize import normalise, sentences, words
@@ -26,7 +28,6 @@ from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.openai_client import Server
 from dftserve.sampling.token_classes import token_pieces
 from dftserve.serve import base_url
-from dftserve.spec import parse
 from dftserve.styles import profile as profiles
 from dftserve.styles import spellings, tilt
 from dftserve.styles.automaton import Automaton, completions, count_harms
@@ -183,7 +184,7 @@ def answers_of(job: Job, say: Say, tick: Tick) -> list[Sample]:
 def _evaluated(folder: Path) -> list[Sample]:
     """Of an evaluation's answers those without the field."""
     levels = grid.samples_by_level(folder)
-    plain = [level for level in levels if parse(level.diversity).is_off]
+    plain = [level for level in levels if is_off(level.diversity)]
     if not plain:
         asked = ", ".join(str(level.diversity) for level in levels)
         raise ValueError(
@@ -200,10 +201,9 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
     done, total = grid.count_answers(job.kept), len(asked) * job.samples
     say(f"{job.kept}: {done} of {total} answers are there.")
     server = Server(base_url(job.server), job.key_variable)
-    before = grid.read_asked(job.kept) or {}
-    name = job.served_as or before.get("model") or server.models()[0]
+    kept = (grid.read_asked(job.kept) or {}).get("model") if done == total else None
     wanted = RequestGrid(
-        model=name,
+        model=job.served_as or first_model(server, kept, say),
         prompts=asked,
         grid=(0,),
         samples=job.samples,
@@ -211,6 +211,8 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
         temperature=job.temperature,
         seed=job.seed,
     )
+    if (unknown := grid.doubt(wanted, job.kept)) is not None:
+        say(unknown)
 
     answers = grid.generate(wanted, job.kept, server=server, concurrency=job.concurrency, tick=tick)
     return [Sample(each.said, asked[each.place].text) for each in answers if each.said.strip()]

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from dftserve import atomic
 from dftserve.evaluate import reference
 from dftserve.evaluate.generate import grid, prompts
+from dftserve.evaluate.generate.client import first_model, weights_of
 from dftserve.evaluate.generate.grid import Answer, RequestGrid
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.metrics.sds import score
@@ -46,7 +47,7 @@ from dftserve.evaluate.reference import Anchors
 from dftserve.evaluate.text.tokenize import words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.openai_client import Server, ServerError
-from dftserve.serve import base_url, check_model_or_url, is_url, running
+from dftserve.serve import base_url, check_model_or_url, is_url, running, served_name
 from dftserve.settings import among
 from dftserve.spec import STYLES_VARIABLE
 from dftserve.styles import profile as profiles
@@ -152,7 +153,7 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
 
     def ask(name: str, number: int) -> list[Said]:
         say(f"Round {number}: asking with {name}…")
-        return _answers(job, asked, name, number, tick)
+        return _answers(job, asked, name, number, say, tick)
 
     found = rounds(stored, ask, job.out, job.rounds, anchors, say)
     atomic.write_text(
@@ -337,31 +338,46 @@ def unfitted(said: Sequence[Said], anchors: Anchors) -> dict[str, float]:
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _answers(job: Job, asked: tuple[Prompt, ...], name: str, number: int, tick: Tick) -> list[Said]:
+def _answers(
+    job: Job, asked: tuple[Prompt, ...], name: str, number: int, say: Say, tick: Tick
+) -> list[Said]:
     folder = job.out / f"round-{number}"
-    before = grid.read_asked(folder) or {}
-    served_as = job.served_as or before.get("model")
-
+    is_whole = grid.count_answers(folder) == len(asked) * job.samples
+    if job.is_url and not is_whole:
+        there = Server(base_url(job.server), job.key_variable, retries=0)
+        _check_offered(there, name, (job.out / "styles").resolve())
+    wanted = RequestGrid(
+        model=_model(job, folder, is_whole, say),
+        prompts=asked,
+        grid=(0,),
+        samples=job.samples,
+        max_tokens=job.max_tokens,
+        temperature=job.temperature,
+        # Rounds draw on their own: else one's luck is the next one's.
+        seed=job.seed + number,
+        body={"style": {"name": name, "strength": 1}},
+        weights=None if job.is_url else weights_of(job.server, say),
+    )
+    grid.check_asked(wanted, folder)  # Before minutes go into starting a server.
+    if (unknown := grid.doubt(wanted, folder)) is not None:
+        say(unknown)
     with contextlib.ExitStack() as stack:
-        there = grid.count_answers(folder)
-        is_there = served_as is not None and there == len(asked) * job.samples
-        url = "" if is_there else stack.enter_context(_served(job, name, number))
+        url = "" if is_whole else stack.enter_context(_served(job, name, number))
         server = Server(url, job.key_variable)
-        wanted = RequestGrid(
-            model=served_as or server.models()[0],
-            prompts=asked,
-            grid=(0,),
-            samples=job.samples,
-            max_tokens=job.max_tokens,
-            temperature=job.temperature,
-            # Rounds draw on their own: else one's luck is the next one's.
-            seed=job.seed + number,
-            body={"style": {"name": name, "strength": 1}},
-        )
         answers = grid.generate(
             wanted, folder, server=server, concurrency=job.concurrency, tick=tick
         )
     return [_said(answer, asked) for answer in answers if answer.said.strip()]
+
+
+def _model(job: Job, folder: Path, is_whole: bool, say: Say) -> str:
+    """The name that is asked for now, whatever the round's answers were asked under."""
+    if job.served_as is not None:
+        return job.served_as
+    if not job.is_url:
+        return served_name(job.server, job.serve_flags)
+    kept = (grid.read_asked(folder) or {}).get("model") if is_whole else None
+    return first_model(Server(base_url(job.server), job.key_variable), kept, say)
 
 
 def _said(answer: Answer, asked: tuple[Prompt, ...]) -> Said:
@@ -375,13 +391,11 @@ def _said(answer: Answer, asked: tuple[Prompt, ...]) -> Said:
 
 @contextlib.contextmanager
 def _served(job: Job, name: str, number: int) -> Iterator[str]:
-    """The URL of a server that has the round's profile."""
-    styles = (job.out / "styles").resolve()
+    """The URL of a server that has the round's profile: of one at a URL that was checked before."""
     if job.is_url:
-        url = base_url(job.server)
-        _check_offered(Server(url, job.key_variable, retries=0), name, styles)
-        yield url
+        yield base_url(job.server)
         return
+    styles = (job.out / "styles").resolve()
     log = job.out / f"server-{number}.log"
     with running(
         job.server, *job.serve_flags, env={STYLES_VARIABLE: str(styles)}, log=log

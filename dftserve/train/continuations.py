@@ -185,7 +185,7 @@ def sample(
     rows, anchors = layout.places_BK.shape
     cache, dtype = DynamicCache(), model.model.dtype
     text = layout.inputs(text_BN, slice(0, layout.tokens), dtype)
-    hidden_BND = model.states(cache=cache, **text).hidden_BND
+    hidden_BND = model.states_behind(cache, **text).hidden_BND
     place_BX = layout.places_BK.repeat_interleave(layout.samples, dim=1)
     hidden_BXD = _taken(hidden_BND.reshape(rows, layout.tokens, -1), place_BX)
     drawn_GBX: list[Tensor] = []
@@ -193,7 +193,7 @@ def sample(
         drawn_GBX.append(_drawn(model, hidden_BXD, generator))
         if step + 1 < layout.length:
             given = layout.inputs(drawn_GBX[-1], layout.step(step), dtype)
-            hidden_BXD = model.states(cache=cache, **given).hidden_BND
+            hidden_BXD = model.states_behind(cache, **given).hidden_BND
             hidden_BXD = hidden_BXD.reshape(rows, layout.block, -1)
     stacked_GBX = torch.stack(drawn_GBX)
     return stacked_GBX.permute(1, 2, 0).reshape(rows, anchors, layout.samples, layout.length)
@@ -273,8 +273,8 @@ def _apart(model: LanguageModel, row_1N: Tensor, layout: Layout, drawn_1KSG: Ten
     ids_1Q = whole["input_ids"]
     parts = [slice(0, layout.tokens), *(layout.step(step) for step in range(layout.length))]
     read = [
-        model.states(
-            cache=cache, **layout.inputs(ids_1Q[:, part], part, model.model.dtype)
+        model.states_behind(
+            cache, **layout.inputs(ids_1Q[:, part], part, model.model.dtype)
         ).hidden_BND.reshape(1, part.stop - part.start, -1)
         for part in parts
     ]

@@ -107,7 +107,8 @@ class DFTTrainer(Trainer):
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.
-            distance = matched.distance if matched else torch.zeros_like(output.loss)
+            none = torch.zeros((), device=self._seen.device)
+            distance = matched.distance if matched else none
             seen = [output.loss, output.model_entropy, output.target_entropy, distance]
             counted = torch.tensor(float(len(inputs["positions_T"])), device=self._seen.device)
             self._seen += torch.stack([each.detach().double() for each in (*seen, counted)])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dftserve.evaluate.accuracy import lm_eval, run
+from dftserve.evaluate.accuracy import lm_eval, questions, run
 from dftserve.evaluate.accuracy.compare import Answered, compare, level_text
 from dftserve.evaluate.accuracy.grade import CUT, NO_CONTENT, UNREADABLE, same_number
 from dftserve.evaluate.accuracy.isolation import sandbox
@@ -397,6 +397,22 @@ def examined(monkeypatch) -> None:
 
     monkeypatch.setattr(lm_eval, "executable", lambda: Path("lm_eval"))
     monkeypatch.setattr(lm_eval, "measure", measure)
+
+
+def test_a_level_that_the_server_lowered_is_not_measured(data, tmp_path, monkeypatch):
+    """Of lm-eval's tasks one token is asked for first: it shows no more of an answer than text."""
+    examined(monkeypatch)
+    with model_server(always_one, cap=0.6) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",), grid=(0, 0.75))
+        with pytest.raises(ValueError, match=r'asked for 0\.75, .*"level": 0\.6'):
+            run.run(job, print)
+        assert "gsm8k-0.75.json" not in contents(folder_of(job.out))
+        run.run(replace(job, grid=(0, 0.6)), print)
+        asked = [questions.Question("q", "Well?", "Well")]
+        for is_chat in (True, False):
+            served = Served(f"{url}/v1", "m", is_chat=is_chat)
+            with pytest.raises(ValueError, match=r'"level": 0\.6'):
+                questions.ask(asked, served, 0.75, samples=1, max_tokens=4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -219,3 +219,14 @@ def other(slot: str, value: str, draw: random.Random) -> str:
     """A value that is not the same in other words."""
     known = SAME.get(slot) or {each: each for each in slots.PATTERNS.get(slot, ("none",))}
     return draw.choice([each for each in known if known[each] != known.get(value)])
+
+
+def test_texts_of_one_meaning_are_one_unit():
+    """The same text eight times has the interval of one."""
+    meanings = [{"name": f"Place {number}", "area": "riverside"} for number in range(9)]
+    texts = [f"Place {number} is by the {'river' * (number % 3)}." for number in range(9)]
+    one = error_rate(texts, meanings)
+    groups = [f"{number}" for number in range(9) for _ in range(8)]
+    again = [[each for each in items for _ in range(8)] for items in (texts, meanings)]
+    eight = error_rate(*again, groups)
+    assert (eight.value, eight.low, eight.high) == pytest.approx((one.value, one.low, one.high))

@@ -1,9 +1,9 @@
-"""Errors of writing: what counts, what does not, and rates over texts of any length."""
+"""Errors of writing: what counts, and what does not."""
 
 import pytest
 
 from dftserve.evaluate.metrics import errors
-from dftserve.evaluate.metrics.errors import Checked, check, error_rate, unknown_rate
+from dftserve.evaluate.metrics.errors import check
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +25,6 @@ def linter():
 def test_names_are_no_errors(linter, text, marks, unknown):
     found = check(text, linter)
     assert (found.marks, found.unknown) == (marks, unknown)
-
-
-def test_a_rate_weighs_texts_by_their_words():
-    texts = [Checked(100, 1, 0), Checked(300, 7, 4)]
-    assert error_rate(texts).value == pytest.approx(2.0)
-    assert unknown_rate(texts).value == pytest.approx(1.0)
-
-
-def test_no_texts_have_no_rate():
-    with pytest.raises(ValueError, match="at least one"):
-        error_rate([])
 
 
 @pytest.mark.parametrize("end", ["", " ", "\n"])

@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -21,7 +23,7 @@ from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.evaluate.text.windows import Sample
 from dftserve.openai_client import Server
-from tests.local_server import reply, serving
+from tests.local_server import in_force, reply, serving
 from tests.texts import human_like
 from tests.training import save_model
 
@@ -29,18 +31,18 @@ PROMPTS = tuple(f"Write about number {number}." for number in range(8))
 DATA = os.environ.get("DFTSERVE_DATA")
 
 
-def chat(answer: Callable[[dict], str | None]):
-    """A server that speaks the chat API; `answer` takes the body."""
+def chat(answer: Callable[[dict], str | None], name: str = "fake"):
+    """A server that speaks the chat API; `answer` takes the body, `name` is what it serves."""
 
     def handle(request) -> None:
         if request.command == "GET":
-            said = {"object": "list", "data": [{"id": "fake", "object": "model"}]}
+            said = {"object": "list", "data": [{"id": name, "object": "model"}]}
         else:
             body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
             message = {"role": "assistant", "content": answer(body)}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
             said = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
-            said |= {"choices": [choice], "diversity": {"choices": [None]}}
+            said |= {"choices": [choice], **in_force(body, None)}
         reply(request, 200, json.dumps(said).encode(), **{"Content-Type": "application/json"})
 
     return serving(handle)
@@ -64,6 +66,129 @@ def place(tmp_path_factory) -> Path:
     (place / "people.jsonl").write_text("\n".join(lines))
     reference.save(reference.build([Sample(text) for text in human_like(96)]), place / "anchors")
     return place
+
+
+# ── Whose answers ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def evaluated(place, tmp_path, monkeypatch):
+    """`dftserve evaluate MODEL` to one folder, and the models that were served for it. MODEL is a
+    checkpoint, in whose place another server answers."""
+    texts = dict(zip(PROMPTS, human_like(8, seed=3), strict=True))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    served = []
+
+    @contextmanager
+    def running(model, *flags, log):
+        served.append(model)
+        with chat(lambda body: texts[body["messages"][-1]["content"]]) as url:
+            yield SimpleNamespace(url=f"{url}/v1")
+
+    def run_it(model, *more):
+        words = ("--prompts", tmp_path / "prompts.txt", "--anchors", place / "anchors")
+        return run(model, *words, "--out", tmp_path / "out", "--grid", "0", "--samples", 1, *more)
+
+    monkeypatch.setattr(evaluation, "running", running)
+    return run_it, served
+
+
+def table(done) -> list[str]:
+    """What was measured, without how long it took."""
+    return done.stdout.splitlines()[2:]
+
+
+def test_answers_are_of_the_model_that_is_named(evaluated, tmp_path):
+    """Nothing is served where the answers are there, and none of another model, of other weights
+    in the same folder, or of another name are measured in their place."""
+    run_it, served = evaluated
+    base, tuned = save_model(tmp_path / "base"), save_model(tmp_path / "tuned")
+    first = run_it(base)
+    assert first.exit_code == 0, first.output
+    again = run_it(base)
+    assert again.exit_code == 0, again.output
+    assert table(again) == table(first)
+    assert served == [str(base)]
+    assert "is not known" not in first.output + again.output
+    for other, told in (
+        (run_it(tuned), f"model '{base}' (now '{tuned}')"),
+        (run_it(base, "--model", "adapter"), f"model '{base}' (now 'adapter')"),
+    ):
+        assert (other.exit_code, told in other.output) == (2, True), other.output
+    save_model(tmp_path / "base", seed=1)  # As training to the same folder does.
+    retrained = run_it(base)
+    assert retrained.exit_code == 2
+    assert "answers of other weights" in retrained.output
+    assert "another folder" in retrained.output
+    assert served == [str(base)], "nothing was started for what is refused"
+
+
+def test_a_folder_that_does_not_say_of_which_weights_it_is_stays_readable(evaluated, tmp_path):
+    run_it, served = evaluated
+    base = save_model(tmp_path / "base")
+    run_it(base)
+    asked = json.loads((tmp_path / "out" / "asked.json").read_text())
+    del asked["weights"]
+    (tmp_path / "out" / "asked.json").write_text(json.dumps(asked))
+    found = run_it(base)
+    assert found.exit_code == 0, found.output
+    assert found.output.count("is not known") == 1
+    assert served == [str(base)]
+
+
+def test_a_model_without_weights_that_can_be_read_is_evaluated_and_the_doubt_is_said(
+    evaluated, tmp_path
+):
+    run_it, _ = evaluated
+    base = save_model(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    found = run_it(base)
+    assert found.exit_code == 0, found.output
+    assert f"{base}: its weights cannot be told from others" in found.output
+
+
+def test_a_url_is_asked_what_it_serves_now(evaluated):
+    run_it, _ = evaluated
+    text = human_like(1)[0]
+    with chat(lambda body: f"{body['messages']} {text}") as url:
+        first = run_it(url)
+        assert first.exit_code == 0, first.output
+    with chat(lambda body: pytest.fail("asked"), "another") as url:
+        other = run_it(url)
+        assert (other.exit_code, "model 'fake' (now 'another')" in other.output) == (2, True)
+        named = run_it(url, "--model", "fake")
+        assert (named.exit_code, table(named)) == (0, table(first))
+    gone = run_it(url)
+    assert (gone.exit_code, table(gone)) == (0, table(first))
+    assert "Whether it still serves fake is not known" in gone.output
+
+
+def test_the_benchmark_refuses_answers_of_other_weights(tmp_path, monkeypatch):
+    prompt = Prompt("Describe it.", about={"meaning": "name[Zizzi], area[riverside]"})
+    human = [Sample(f"Zizzi, {each}, is by the riverside.", prompt.text) for each in "abcdefgh"]
+    task = Task("Meaning", "", "meaning", (prompt,), tuple(human), 0, 16, 64)
+
+    @contextmanager
+    def running(model, *flags, log):
+        with chat(lambda body: human[body["seed"] % 8].text, model) as url:
+            yield SimpleNamespace(url=f"{url}/v1")
+
+    monkeypatch.setattr(evaluation, "running", running)
+    monkeypatch.setattr(benchmark.tasks, "load", lambda name, data: task)
+    base = save_model(tmp_path / "base")
+    job = benchmark.Job(model=str(base), out=tmp_path / "out", tasks=("e2e",), grid=(0.0,))
+    lines: list[str] = []
+    benchmark.run(job, lines.append, lambda *_: None)
+    benchmark.run(job, lines.append, lambda *_: None)
+    assert [line for line in lines if "16 answers are there" in line] == [
+        f"{tmp_path / 'out' / 'e2e'}: {there} of 16 answers are there." for there in (0, 16)
+    ]
+    save_model(tmp_path / "base", seed=1)
+    with pytest.raises(ValueError, match="answers of other weights"):
+        benchmark.run(job, lines.append, lambda *_: None)
+
+
+# ── Judges, people, likelihood, benchmark ────────────────────────────────────────────────────────
 
 
 def test_a_judge_that_always_says_a_finds_parity_and_nothing_else(place):
@@ -147,7 +272,7 @@ def test_the_slot_error_rate_leaves_out_answers_that_end_in_their_thinking(tmp_p
     def measured(folder: str, said: list[str | None]) -> str:
         with chat(lambda body: said.pop()) as url:
             job = benchmark.Job(model=url, out=tmp_path / folder, grid=(0.0,), concurrency=1)
-            return benchmark._meaning(job, "e2e", task, lambda *_: None)
+            return benchmark._meaning(job, "e2e", task, lambda _: None, lambda *_: None)
 
     lines = measured("some", [*(sample.text for sample in human), *[None] * 8]).splitlines()
     assert [line.split()[-1] for line in (lines[0], lines[2])] == ["cut", "8"]
@@ -190,6 +315,7 @@ def test_the_reports_plots_are_written_as_files_too(place, tmp_path):
     words += ("--anchors", place / "anchors", "--grid", "0,.5", "--samples", 1)
     found = run(*words, "--accuracy", tmp_path / "accuracy.json", "--plots", plots)
     assert found.exit_code == 0, found.output
+    assert "Whether it still serves fake is not known" in found.output
     titled = re.findall(r'<title id="([^"]*)-title"', (out / "report.html").read_text())
     assert {path.name for path in plots.iterdir()} == {f"{name}.png" for name in titled}
     assert titled == ["distance", "quality", "accuracy", "ai-phrases", "not-x-but-y"]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,52 @@ def test_a_models_tokens_are_further_from_human_than_other_humans_are():
 def test_what_cannot_be_measured_is_refused(call):
     with pytest.raises(ValueError, match=r"got .*; accepted: "):
         call()
+
+
+def of_prompts(rng, prompts: int, texts: int):
+    """`texts` answers to each of some prompts, which differ more than the answers to one do."""
+    centres = rng.normal(size=(prompts, 3))
+    return (centres[:, None] + 0.3 * rng.normal(size=(prompts, texts, 3))).reshape(-1, 3)
+
+
+def test_answers_to_few_prompts_are_not_taken_for_another_source():
+    """Two sides of one source, eight prompts with six answers each. Over their groups p is exact:
+    of 60 tests more than 10 are at or below .05 with a chance of 1e-4. Text by text most are."""
+    groups = [f"{side} {prompt}" for side in "xy" for prompt in range(8) for _ in range(6)]
+    rng = np.random.default_rng(0)
+    by_prompt, by_text = [], []
+    for seed in range(60):
+        x, y = (of_prompts(rng, 8, 6) for _ in range(2))
+        given = {"permutations": 99, "seed": seed}
+        by_prompt.append(two_sample.mmd_test(x, y, 1.5, groups=groups, **given).p)
+        by_text.append(two_sample.mmd_test(x, y, 1.5, **given).p)
+    assert sum(p <= 0.05 for p in by_prompt) <= 10
+    assert sum(p <= 0.05 for p in by_text) > 30
+
+
+def test_groups_of_another_source_are_told():
+    """p is the least that 99 permutations give, unless one of them is the observed split again."""
+    rng = np.random.default_rng(1)
+    groups = [f"{side} {prompt}" for side in "xy" for prompt in range(8) for _ in range(6)]
+    x, y = of_prompts(rng, 8, 6), of_prompts(rng, 8, 6) + 5.0
+    assert two_sample.mmd_test(x, y, 1.5, groups=groups, permutations=99).p <= 0.02
+
+
+def test_groups_of_one_text_are_the_texts():
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(9, 3))
+    alone = two_sample.mmd_test(x, y, 1.0, permutations=50)
+    same = [*"abcdefg", *"abcdefg", "", ""]
+    for groups in ([""] * 16, [f"{number}" for number in range(16)], same):
+        found = two_sample.mmd_test(x, y, 1.0, groups=groups, permutations=50)
+        assert astuple(found) == pytest.approx(astuple(alone))
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"), [(["a"] * 3, "accepted: one for each"), (["a"] * 5 + [""] * 5, "got 1 on")]
+)
+def test_groups_that_cannot_be_permuted(groups, told):
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
+    with pytest.raises(ValueError, match=told):
+        two_sample.mmd_test(x, y, 1.0, groups=groups)

@@ -279,3 +279,17 @@ def test_models_text_has_more_of_it_than_humans(data):
 def test_lists_of_others_are_read(data, name):
     given = json.loads((data / "slop" / name).read_text())
     assert 0.9 * len(given) < len(slop.read_phrases(data / "slop" / name)) <= len(given)
+
+
+def test_answers_to_one_prompt_are_one_unit():
+    """The same answer eight times has the interval of one."""
+    texts = [f"It is a testament to {'many ' * n}things, not one, but two." for n in range(9)]
+    groups = [f"prompt {number}" for number in range(9) for _ in range(8)]
+    eight = [text for text in texts for _ in range(8)]
+    phrases = Phrases.of(["a testament to"])
+    for one, of_eight in (
+        (slop.rate(texts, phrases), slop.rate(eight, phrases, groups)),
+        (slop.contrast_rate(texts), slop.contrast_rate(eight, groups)),
+    ):
+        wanted = pytest.approx((one.value, one.low, one.high))
+        assert (of_eight.value, of_eight.low, of_eight.high) == wanted

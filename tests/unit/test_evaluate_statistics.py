@@ -1,6 +1,7 @@
 """Intervals and tests against closed forms, and how often the intervals hold the truth."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from dftserve.evaluate.metrics import intervals
 from dftserve.evaluate.metrics.intervals import (
     Estimate,
     difference,
@@ -215,3 +217,41 @@ def test_wilson_is_its_formula(count):
 def test_wilson_refuses_what_is_no_share(right, count):
     with pytest.raises(ValueError, match="share"):
         wilson(right, count)
+
+
+# ── Groups ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_answers_to_one_prompt_are_one_unit():
+    """The same answer eight times has the interval of one; as eight texts it would be narrower."""
+    values = np.random.default_rng(0).exponential(size=20)
+    groups = [f"prompt {number}" for number in range(20) for _ in range(8)]
+    one = intervals.mean(values)
+    eight = intervals.mean(np.repeat(values, 8), groups=groups)
+    assert (eight.value, eight.low, eight.high) == pytest.approx((one.value, one.low, one.high))
+    as_texts = intervals.mean(np.repeat(values, 8))
+    assert as_texts.high - as_texts.low < 0.5 * (one.high - one.low)
+
+
+def test_texts_without_a_prompt_and_those_of_one_alone_are_resampled_by_text():
+    values = np.random.default_rng(1).normal(size=12)
+    alone = intervals.mean(values)
+    for groups in ([""] * 12, ["one prompt"] * 12, [f"{number}" for number in range(12)]):
+        assert intervals.mean(values, groups=groups) == alone
+    with pytest.raises(ValueError, match="got 3; accepted: one for each of 12"):
+        intervals.mean(values, groups=["a", "b", "c"])
+
+
+def test_differences_are_paired_where_the_same_prompts_are_left_out():
+    rng = np.random.default_rng(2)
+    a_N = rng.normal(size=40)
+    b_N = a_N + 0.01 * rng.normal(size=40)
+    prompts = [f"prompt {number}" for number in range(40)]
+    a, b = (intervals.jackknife(40, lambda at, v=v: float(v[at].mean())) for v in (a_N, b_N))
+    of_prompts, moved = intervals.parts_of(prompts), intervals.parts_of([*prompts[1:], "another"])
+    assert of_prompts == intervals.parts_of(list(prompts)) != moved
+    same = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=of_prompts))
+    apart = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=moved))
+    assert same == intervals.difference(a, b)
+    assert same.value == apart.value
+    assert same.high - same.low < 0.1 * (apart.high - apart.low)

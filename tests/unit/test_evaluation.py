@@ -277,6 +277,36 @@ def test_pairs_are_narrower_than_strangers(anchors, instruments, tmp_path):
     assert row.difference.high - row.difference.low < row.a.high - row.a.low
 
 
+def test_runs_that_left_out_other_prompts_are_no_pairs(result, tmp_path):
+    """As where one of them has a text that was too short to be measured, or is of a version that
+    did not say."""
+    first = write(result, tmp_path / "a.json")
+    other = json.loads(first.read_text())
+    shown = {"same": compare(first, first)}
+    for name, parts in (("other", "0" * 16), ("unsaid", "")):
+        for level in other["levels"]:
+            for found in level["side"]["measures"].values():
+                found["parts"] = parts
+        (tmp_path / "b.json").write_text(json.dumps(other))
+        shown[name] = compare(first, tmp_path / "b.json")
+    widths = {
+        name: next(row.difference for row in each.levels[0][1] if row.title == "self-BLEU")
+        for name, each in shown.items()
+    }
+    assert widths["same"].high == widths["same"].low == 0
+    assert widths["other"].high == widths["unsaid"].high > 0
+
+
+def test_one_prompt_alone_has_no_p(anchors, instruments):
+    """Its answers are one draw of a prompt: there is nothing to permute."""
+    people = human_like(TEXTS, seed=7)
+    one = asking(prompts=(Prompt("Only one."),), grid=(0.0,), samples=TEXTS)
+    said = [Answer(0, 0, number, text, "stop", 200, None) for number, text in enumerate(people)]
+    measures = assess(one, said, anchors, "d", instruments).levels[0].side.measures
+    assert {"mmd_style_p", "c2st_style"}.isdisjoint(measures)
+    assert "mmd_style" in measures
+
+
 def test_a_score_within_prompts_and_one_between_texts_are_no_pair(result, tmp_path):
     """So many answers of one run were cut that its prompts have too few to be compared within."""
     first = write(result, tmp_path / "a.json")

@@ -13,17 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from dftserve.evaluate.generate.answers import read
 from dftserve.evaluate.generate.grid import (
     ANSWERS,
     Answer,
     RequestGrid,
     count_answers,
+    doubt,
     generate,
     samples_by_level,
 )
+from dftserve.evaluate.generate.in_force import check
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.openai_client import Server
-from tests.local_server import reply, serving
+from dftserve.spec import parse
+from tests.local_server import in_force, reply, serving
 
 CONCURRENCY = 4
 
@@ -44,9 +48,16 @@ class FakeServer:
     """Says what it was asked, and how often it was asked each thing."""
 
     def __init__(
-        self, seconds: float = 0.0, plugged: bool = True, *, content: Content | None = None
+        self,
+        seconds: float = 0.0,
+        plugged: bool = True,
+        *,
+        content: Content | None = None,
+        cap: float = 1.0,
     ) -> None:
-        """`content`: what stands in a message in place of the question, from the body."""
+        """`content`: what stands in a message in place of the question, from the body; `cap`: as
+        for `in_force`."""
+        self.cap = cap
         self.asked: collections.Counter[str] = collections.Counter()
         self.bodies: list[dict] = []
         self.seconds, self.plugged = seconds, plugged
@@ -66,7 +77,7 @@ class FakeServer:
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
         answer |= {"choices": [choice], "usage": _usage(7)}
         if self.plugged:
-            answer["diversity"] = {"choices": [{"mean_entropy_before": 1.0}]}
+            answer |= in_force(body, {"mean_entropy_before": 1.0}, cap=self.cap)
         reply(request, 200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
 
@@ -174,12 +185,79 @@ def test_another_question_in_the_same_folder_is_refused(tmp_path, changed):
             run(url, tmp_path, asking(**changed))
 
 
+def test_answers_of_other_weights_are_refused_and_unknown_ones_are_not(tmp_path):
+    with serving(FakeServer()) as url:
+        run(url, tmp_path, asking(weights="a"))
+        with pytest.raises(ValueError, match="answers of other weights"):
+            run(url, tmp_path, asking(weights="b"))
+        for weights in ("a", None):
+            assert len(run(url, tmp_path, asking(weights=weights))) == 60
+    assert doubt(asking(weights="a"), tmp_path) is None
+    assert "is not known" in (doubt(asking(), tmp_path) or "")
+
+
 def test_a_server_without_the_plug_in_is_found_out(tmp_path):
     with serving(FakeServer(plugged=False)) as url:
         with pytest.raises(RuntimeError, match="doctor"):
             run(url, tmp_path)
         off = asking(grid=(0.0,))
         assert len(run(url, tmp_path / "off", off)) == 20, "diversity 0 is any server's"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"grid": (0.0, 0.75)}, r'diversity: asked for 0\.75, .*"level": 0\.6.*in force'),
+        ({"grid": ({"law": "words", "level": 0.9},)}, '"clamped": {"level": 0.9}'),
+        ({"grid": (0.5,), "body": {"style": "habits"}}, None),
+        ({"body": {"style": {"name": "habits", "strength": 0.8}}}, '"strength": 0.6'),
+        ({"grid": (0.0, 0.25, 0.6)}, None),
+    ],
+)
+def test_a_level_that_the_server_lowered_is_no_level_of_the_grid(tmp_path, changed, told):
+    """Else texts that were all sampled at .6 are reported as two diversities."""
+    what = asking(**changed)
+    with serving(FakeServer(cap=0.6)) as url:
+        if told is None:
+            assert len(run(url, tmp_path, what)) == 20 * len(what.grid)
+            return
+        with pytest.raises(ValueError, match=told):
+            run(url, tmp_path, what)
+    kept = {answer.level for answer in read(tmp_path / ANSWERS, Answer)}
+    assert kept <= {0}, "what was sampled otherwise is not kept"
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"law": "gated", "level": 0, "reason": "temperature 0"}, "temperature 0"),
+        ({"law": "guard", "level": 0.5, "max_temperature": 4.0}, '"law": "guard"'),
+        ({"law": "gated", "level": 0.5, "max_temperature": 2.0}, '"max_temperature": 2.0'),
+        ({}, '"level": null'),
+    ],
+)
+def test_whatever_else_is_in_force_is_told(found, told):
+    with pytest.raises(ValueError, match=told):
+        check({"diversity": 0.5}, {"diversity": found})
+
+
+def test_what_is_in_force_may_have_more_than_was_asked_for():
+    """The client's own min_p, what was dropped, the figures."""
+    found = parse(0.5).as_dict() | {"min_p": 0.1, "dropped": {"top_p": 0.9}, "choices": [None]}
+    check({"diversity": 0.5}, {"diversity": found})
+    check({"diversity": 0}, {})
+    with pytest.raises(ValueError, match=r'"level": 0\.3'):
+        check({"diversity": 0}, {"diversity": parse(0.3).as_dict()})
+
+
+def test_human_is_asked_for_as_it_stands(tmp_path):
+    """Only the server knows what it is; where it is off, it is no "human"."""
+    server = FakeServer()
+    with serving(server) as url:
+        assert len(run(url, tmp_path, asking(grid=(0.0, "human")))) == 40
+    assert {body["diversity"] for body in server.bodies} == {0.0, "human"}
+    with pytest.raises(ValueError, match="temperature 0"):
+        check({"diversity": "human"}, {"diversity": {"law": "budget", "reason": "temperature 0"}})
 
 
 def test_no_server(tmp_path):
@@ -207,6 +285,9 @@ def test_a_refusal_names_its_reason(tmp_path):
         ({"samples": 0}, "samples"),
         ({"temperature": 3.0}, "temperature"),
         ({"body": {"n": 2}}, "body: got n"),
+        ({"temperature": 0.0}, "greedy decoding does not sample"),
+        ({"temperature": 0.0, "grid": (0.0, "human")}, "greedy decoding does not sample"),
+        ({"grid": ("humane",)}, "humane"),
     ],
 )
 def test_what_is_not_accepted(changed, told):

@@ -17,7 +17,7 @@ from dftserve.evaluate.accuracy.humaneval import Problem
 from dftserve.evaluate.accuracy.isolation import sandbox
 from dftserve.evaluate.accuracy.isolation.sandbox import Limits
 from dftserve.evaluate.generate.client import Served
-from tests.local_server import reply, serving
+from tests.local_server import in_force, reply, serving
 
 ADD = Problem(
     task_id="T/0",
@@ -145,7 +145,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
         if failing[0] and number > 3:
             reply(request, 400, b'{"error": {"message": "no"}}')
             return
-        said = {"choices": [{"index": 0, "text": f"{number}"}]}
+        said = {"choices": [{"index": 0, "text": f"{number}"}], **in_force(body)}
         reply(request, 200, json.dumps(said).encode(), **{"Content-Type": "application/json"})
 
     kept = tmp_path / "said.jsonl"
@@ -178,6 +178,7 @@ def test_each_level_is_asked_for_and_judged(is_chat):
         message = [{"message": {"role": "assistant", "content": text}} for text in texts]
         choices = message if is_chat else [{"text": text} for text in texts]
         said = {"choices": [{"index": n, **each} for n, each in enumerate(choices)]}
+        said |= in_force(body)
         reply(request, 200, json.dumps(said).encode(), **{"Content-Type": "application/json"})
 
     with serving(answer) as url:

@@ -9,7 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dftserve.evaluate.metrics.likelihood import bits_per_byte, surprisal, token_nats
+from dftserve.evaluate.metrics.likelihood import (
+    bits_of,
+    bits_per_byte,
+    surprisal,
+    surprisal_of,
+    token_nats,
+)
+from dftserve.targets.teacher import Teacher
 from tests.training import VOCABULARY, WORDS, save_model, small_model, tokenizer
 
 START = 1
@@ -156,3 +163,40 @@ def test_weights_that_could_run_code_are_refused(model, tmp_path):
     torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         bits_per_byte(tmp_path, ["w1"], window=16, stride=8)
+
+
+class OnAnotherDevice(torch.Tensor):
+    """As a tensor of a GPU: its numbers can be had once it was copied to the CPU."""
+
+    def numpy(self, **_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    def cpu(self, **_):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_model_on_another_device_is_read(model, monkeypatch):
+    here = token_nats(model, [text(30)], window=16, stride=5)[0]
+    logprobs = Teacher.logprobs
+    monkeypatch.setattr(
+        Teacher, "logprobs", lambda *given: logprobs(*given).as_subclass(OnAnotherDevice)
+    )
+    np.testing.assert_array_equal(token_nats(model, [text(30)], window=16, stride=5)[0], here)
+
+
+def test_answers_to_one_prompt_are_one_unit():
+    """The same answer eight times says no more than once."""
+    rng = np.random.default_rng(0)
+    texts = [text(count, seed=count) for count in range(5, 17)]
+    found = [rng.exponential(size=count) for count in range(5, 17)]
+    prompts = [f"prompt {number}" for number in range(12) for _ in range(8)]
+    eight = [each for each in found for _ in range(8)]
+    one, of_eight = surprisal_of(found), surprisal_of(eight, prompts)
+    assert ends(of_eight.mean) == pytest.approx(ends(one.mean))
+    assert ends(of_eight.sd) == pytest.approx(ends(one.sd))
+    bits = bits_of([each for each in texts for _ in range(8)], eight, prompts)
+    assert ends(bits) == pytest.approx(ends(bits_of(texts, found)))
+
+
+def ends(estimate):
+    return estimate.low, estimate.value, estimate.high

@@ -304,6 +304,21 @@ def test_flags_do_not_say_where_to_listen(flag):
         pass
 
 
+def test_what_an_operator_exported_is_not_in_force_unless_it_is_asked_for(stand_in, monkeypatch):
+    """A server that is there to be measured does what its requests say."""
+    monkeypatch.setenv("DFTSERVE_POLICY", "policy.yaml")
+    monkeypatch.setenv("DFTSERVE_DEFAULT_DIVERSITY", "0.9")
+    monkeypatch.setenv("DFTSERVE_STYLES", "styles")
+    names = ("DFTSERVE_POLICY", "DFTSERVE_DEFAULT_DIVERSITY", "DFTSERVE_STYLES")
+    with running("m") as server:
+        environment = seen(server)["environment"]
+    assert [environment.get(name) for name in names] == [None, None, "styles"]
+    with running("m", env={"DFTSERVE_POLICY": "other.yaml"}, default_diversity="0.5") as server:
+        environment = seen(server)["environment"]
+    assert environment["DFTSERVE_POLICY"] == "other.yaml"
+    assert json.loads(environment["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.5
+
+
 @pytest.mark.parametrize(("prefix", "kept"), [(None, True), ("somewhere", False)])
 def test_byte_code_is_written_where_there_is_a_place_for_it(stand_in, monkeypatch, prefix, kept):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")

@@ -18,6 +18,7 @@ from dftserve.styles import profile as profiles
 from dftserve.styles.automaton import completions
 from dftserve.styles.build import Job, build, on_shared_prompts
 from dftserve.styles.report import Rate, as_html, as_json, as_text, figures, inspect
+from tests.local_server import reply, serving
 
 PLAIN = [f"{a}{b}o" for a in "bdfgklmnprst" for b in ("a", "e", "i", "u", "ou", "an")]
 
@@ -192,3 +193,35 @@ def test_occurrences_in_the_answers_are_the_ones_counted(job, stored):
     encoded = builds.spellings.encode(tokenizer, texts)
     found = sum(len(completions(automaton, each.tokens)) for each in encoded)
     assert found == stored.counts["phrases"][0]["model_count"] == 32
+
+
+def test_answers_of_another_model_than_the_server_has_now_are_refused(job, tmp_path):
+    """The first model of a server is asked, and what a folder holds is of the one that was."""
+    served = ["a"]
+
+    def answer(request):
+        if request.command == "GET":
+            content = {"data": [{"id": served[-1]}]}
+        else:
+            request.rfile.read(int(request.headers["Content-Length"]))
+            message = {"role": "assistant", "content": "Said."}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            content = {"id": "1", "object": "chat.completion", "created": 1, "model": served[-1]}
+            content |= {"choices": [choice]}
+        reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+
+    (tmp_path / "prompts.txt").write_text("Ask.")
+    told: list[str] = []
+    with serving(answer) as url:
+        asked = replace(
+            job, server=url, answers=tmp_path / "kept", prompts=tmp_path / "prompts.txt", samples=2
+        )
+        said = builds.answers_of(asked, told.append, lambda done, total: None)
+        assert [sample.text for sample in said] == ["Said."] * 2
+        assert builds.answers_of(asked, told.append, lambda done, total: None) == said
+        assert sum("is not known" in line for line in told) == 1
+        served.append("b")
+        with pytest.raises(ValueError, match=r"model 'a' \(now 'b'\)"):
+            builds.answers_of(asked, told.append, lambda done, total: None)
+    assert builds.answers_of(asked, told.append, lambda done, total: None) == said
+    assert "Whether it still serves a is not known" in told[-2]

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from dftserve.styles.fit import Job, Said, effective_share, fit, rounds, updated
 from dftserve.styles.profile import Phrase, ProfileError
 from dftserve.styles.report import fit_figures, fit_html
 from dftserve.styles.rounds import Fitted, read
-from tests.local_server import reply, serving
+from tests.local_server import in_force, reply, serving
 from tests.styles import stored
+from tests.training import save_model
 
 HUMAN = 1.0
 """Per 1,000 words, of each phrase."""
@@ -253,12 +256,12 @@ class FakeServer:
     """Has the styles that it is told of, and says one phrase in each answer."""
 
     def __init__(self, *styles):
-        self.styles, self.bodies = list(styles), []
+        self.styles, self.bodies, self.name = list(styles), [], "fake"
 
     def __call__(self, request):
         if request.command == "GET":
             known = {"styles": self.styles, "styles_refused": {"small-3": "a bad file"}}
-            models = {"data": [{"id": "fake"}]}
+            models = {"data": [{"id": self.name}]}
             content = known if request.path.endswith("capabilities") else models
         else:
             body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
@@ -266,7 +269,7 @@ class FakeServer:
             message = {"role": "assistant", "content": f"Well, {PHRASES[0]} {body['seed']}."}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
             content = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
-            content |= {"choices": [choice], "style": {"choices": [{"mean_kl": 0.02}]}}
+            content |= {"choices": [choice], **in_force(body, {"mean_kl": 0.02})}
         reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
 
@@ -301,6 +304,52 @@ def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
     assert 'id="rounds-title"' in page
     assert 'id="phrase-rates-title"' in page
     with pytest.raises(FileExistsError, match="this fit is done"):
+        fit(job, lambda line: None)
+
+
+def test_a_round_that_another_model_answered_is_refused(tmp_path):
+    profiles.write(tmp_path / "small", small())
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
+    server = FakeServer("small-1")
+    with serving(server) as url:
+        job = Job(
+            server=url,
+            profile=tmp_path / "small",
+            prompts=tmp_path / "prompts.txt",
+            out=tmp_path / "fit",
+            rounds=2,
+            samples=1,
+        )
+        with pytest.raises(ValueError, match="has not the style 'small-2'"):
+            fit(job, lambda line: None)
+        server.name = "another"
+        with pytest.raises(ValueError, match=r"round-1: .*model 'fake' \(now 'another'\)"):
+            fit(job, lambda line: None)
+
+
+def test_a_round_of_other_weights_is_refused(tmp_path, monkeypatch):
+    """Of a model's folder, which is served anew for each round."""
+    profiles.write(tmp_path / "small", small())
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
+
+    @contextmanager
+    def running(model, *flags, env, log):
+        with serving(FakeServer("small-1")) as url:
+            yield SimpleNamespace(url=f"{url}/v1")
+
+    monkeypatch.setattr(fits, "running", running)
+    job = Job(
+        server=str(save_model(tmp_path / "model")),
+        profile=tmp_path / "small",
+        prompts=tmp_path / "prompts.txt",
+        out=tmp_path / "fit",
+        rounds=2,
+        samples=1,
+    )
+    with pytest.raises(ValueError, match="has not the style 'small-2'"):
+        fit(job, lambda line: None)
+    save_model(tmp_path / "model", seed=1)
+    with pytest.raises(ValueError, match=r"round-1: .*answers of other weights"):
         fit(job, lambda line: None)
 
 

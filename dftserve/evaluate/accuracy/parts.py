@@ -82,7 +82,7 @@ def claim(
     Raises:
         ValueError: there are answers, and it was not, or something else was.
     """
-    kept = next((path for task in tasks for path in _answers(folder, task)), None)
+    kept = first_answers(folder, tasks)
     if kept is not None:
         otherwise = f"remove {folder}, to ask anew, or choose another file"
         try:
@@ -99,6 +99,11 @@ def claim(
                 f"{folder} holds answers of other {what} ({folder / name}); {otherwise}."
             )
     atomic.write_text(folder / name, json.dumps(content, indent=1))
+
+
+def first_answers(folder: Path, tasks: Iterable[str]) -> Path | None:
+    """A file that holds answers to one of the tasks; None where there is none."""
+    return next((path for task in tasks for path in _answers(folder, task)), None)
 
 
 def _answers(folder: Path, task: str) -> list[Path]:

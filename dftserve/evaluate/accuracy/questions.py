@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.generate.client import Served
+from dftserve.evaluate.generate.in_force import check
 from dftserve.openai_client import ask_all
 
 if TYPE_CHECKING:
@@ -56,21 +57,23 @@ def ask(
         kept: a .jsonl to which answers are added as they come; what is there is not asked for.
 
     Raises:
-        ValueError: the server refuses.
+        ValueError: the server refuses, or has another diversity in force.
         ServerError: it cannot be reached, or fails.
     """
+    asked = {"diversity": diversity}
     request: dict[str, Any] = {
         "model": served.model,
         "n": samples,
         "temperature": served.temperature,
         "max_tokens": served.max_tokens or max_tokens,
-        "extra_body": {"diversity": diversity},
+        "extra_body": asked,
     }
 
     async def chat(client: "AsyncOpenAI", question: Question) -> tuple[str | None, ...]:
         message: Any = {"role": "user", "content": question.message}
         with served.server.errors():
             said = await client.chat.completions.create(messages=[message], **request)
+        check(asked, said.model_extra or {})
         choices = served.server.choices(said)
         return tuple(choice.message.content for choice in choices)
 
@@ -78,6 +81,7 @@ def ask(
         ends = {"stop": list(stop)} if stop else {}
         with served.server.errors():
             said = await client.completions.create(prompt=question.text, **ends, **request)
+        check(asked, said.model_extra or {})
         return tuple(choice.text for choice in served.server.choices(said))
 
     with contextlib.ExitStack() as stack:

@@ -9,17 +9,18 @@ FILE.parts/     every answer of each task at each level (`parts`); the same job 
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
 from dftserve.digest import digest_of
-from dftserve.evaluate.accuracy import humaneval, lm_eval, parts, refusals
+from dftserve.evaluate.accuracy import humaneval, lm_eval, parts, questions, refusals
 from dftserve.evaluate.accuracy.compare import Answered, Comparison, compare, level_text
 from dftserve.evaluate.accuracy.isolation import sandbox
 from dftserve.evaluate.accuracy.parts import FILES, Settings
+from dftserve.evaluate.accuracy.questions import Question
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
 from dftserve.evaluate.metrics import intervals
@@ -99,6 +100,11 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     settings = _settings(job, model)
     files = {task: _digests(task, data) for task in tasks}
     folder = _begin(job, settings, files)
+    if parts.first_answers(folder, files) is not None:
+        say(
+            f"{folder} holds answers, which are taken as {model.model}'s: whether its weights have "
+            "changed since is not known, as a server does not say. Remove it to ask anew."
+        )
     asked = {task: _questions(job, task, data, folder) for task in tasks}
     _check_unchanged(files, data)
     answers = {
@@ -209,11 +215,21 @@ def _part(
     if not os.path.lexists(kept):
         say(f"{task} at diversity {level_text(level)}")
         if task in LM_EVAL:
+            _check_level(model, level)
             answered = lm_eval.measure(task, folder, model, level)
         else:
             answered = _measured(job, task, asked, model, level, kept.with_suffix(".jsonl"))
         parts.keep(folder, task, level, answered)
     return parts.answers_of(folder, task, level)
+
+
+def _check_level(model: Served, level: float) -> None:
+    """One token at a level, since lm-eval shows no more of an answer than its text.
+
+    Raises as `questions.ask`.
+    """
+    one = Question("level", "Say yes.", "Yes")
+    questions.ask([one], replace(model, max_tokens=None), level, samples=1, max_tokens=1)
 
 
 def compared(task: str, answers: Mapping[float, Sequence[Answered]]) -> list[Comparison]:

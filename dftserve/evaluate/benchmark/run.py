@@ -15,6 +15,7 @@ from dftserve.evaluate import reference
 from dftserve.evaluate import run as evaluation
 from dftserve.evaluate.benchmark import slots, tasks
 from dftserve.evaluate.benchmark.tasks import Missing, Task
+from dftserve.evaluate.generate.client import weights_of
 from dftserve.evaluate.generate.grid import samples_by_level
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.report import html
@@ -26,6 +27,9 @@ from dftserve.plots import png
 PROMPTS = "prompts.jsonl"
 ANCHORS = "anchors"
 MEANING = "meaning.json"
+
+Say = Callable[[str], object]
+Tick = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class Job:
     key_variable: str | None = None
     concurrency: int = 16
     serve_flags: tuple[str, ...] = ()
+    weights: str | None = None
+    """Of a checkpoint that is behind the URL; None: nobody knows."""
     plots: Path | None = None
     """A folder that `png.check` has seen: a folder in it for the figures of each evaluation."""
 
@@ -68,7 +74,7 @@ class Meaning:
     """Answers that ended in their thinking, which are left out."""
 
 
-def run(job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]) -> None:
+def run(job: Job, say: Say, tick: Tick) -> None:
     """Each task in turn; one whose texts are not there is skipped, with the reason, and one that
     fails does not keep the others from being measured.
 
@@ -79,13 +85,16 @@ def run(job: Job, say: Callable[[str], object], tick: Callable[[int, int], objec
     found = dict(_tasks(job, say))
     if not found:
         return
-    with evaluation.server(_evaluation(job, "", Path(), 1, 1), say) as url:
+    whole = _evaluation(job, "", Path(), 1, 1)
+    weights = job.weights if whole.is_url else weights_of(job.model, say)
+    with evaluation.server(whole, say) as url:
+        served = replace(job, model=url, serve_flags=(), weights=weights)
         failed = []
         for name, task in found.items():
             say(f"\n{task.title}")
             measure = _style if task.kind == "style" else _meaning
             try:
-                say(measure(replace(job, model=url, serve_flags=()), name, task, tick))
+                say(measure(served, name, task, say, tick))
             except ValueError as error:
                 failed.append(f"{name}: {error}")
                 say(f"failed: {error}")
@@ -93,7 +102,7 @@ def run(job: Job, say: Callable[[str], object], tick: Callable[[int, int], objec
         raise ValueError("; ".join(failed))
 
 
-def _tasks(job: Job, say: Callable[[str], object]) -> Iterator[tuple[str, Task]]:
+def _tasks(job: Job, say: Say) -> Iterator[tuple[str, Task]]:
     for name in job.tasks:
         try:
             task = tasks.load(name, job.data)
@@ -108,13 +117,13 @@ def _some(prompts: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
     return tuple(prompts[place * len(prompts) // count] for place in range(count))
 
 
-def _style(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) -> str:
+def _style(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
     folder = job.out / name
     if not (folder / ANCHORS).exists():
         folder.mkdir(parents=True, exist_ok=True)
         reference.save(reference.build(task.human, words=task.words), folder / ANCHORS)
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
-    result = evaluation.evaluate(asked, lambda _: None, tick)
+    result = evaluation.evaluate(asked, say, tick)
     html.write(result, folder)
     if job.plots is not None:
         (job.plots / name).mkdir(exist_ok=True)
@@ -122,10 +131,10 @@ def _style(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) 
     return html.as_text(result)
 
 
-def _meaning(job: Job, name: str, task: Task, tick: Callable[[int, int], object]) -> str:
+def _meaning(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
     folder = job.out / name
     asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
-    evaluation.ask(asked, task.prompts, lambda _: None, tick)
+    evaluation.ask(asked, task.prompts, say, tick)
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
     found = [_measured(None, people, people, meanings)]
@@ -150,11 +159,11 @@ def _measured(
     people: dict[str, list[str]],
     meanings: dict[str, dict[str, str]],
 ) -> Meaning:
-    pairs = [(text, meanings[prompt]) for prompt, said in texts.items() for text in said]
+    prompts, said = zip(*((p, text) for p, some in texts.items() for text in some), strict=True)
     return Meaning(
         diversity=level,
         wording=None if level is None else slots.wording(texts, people),
-        slot_errors=slots.error_rate([text for text, _ in pairs], [each for _, each in pairs]),
+        slot_errors=slots.error_rate(said, [meanings[prompt] for prompt in prompts], prompts),
     )
 
 
@@ -198,4 +207,5 @@ def _evaluation(
         key_variable=job.key_variable,
         concurrency=job.concurrency,
         serve_flags=job.serve_flags,
+        weights=job.weights,
     )

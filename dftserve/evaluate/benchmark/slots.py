@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, summed
 from dftserve.evaluate.metrics.overlap import PATTERN, ngram_overlap
 from dftserve.evaluate.metrics.sds import LEAST_OVERLAP
 from dftserve.evaluate.text.tokenize import normalise, tokens
@@ -210,11 +210,14 @@ def errors(text: str, meaning: Mapping[str, str]) -> Errors:
     return Errors(len(meaning), missing, wrong, added)
 
 
-def error_rate(texts: Sequence[str], meanings: Sequence[Mapping[str, str]]) -> Estimate:
-    """The slot error rate: errors of all texts / slots of all their meanings; resampled by text.
+def error_rate(
+    texts: Sequence[str], meanings: Sequence[Mapping[str, str]], groups: Sequence[str] = ()
+) -> Estimate:
+    """The slot error rate: errors of all texts / slots of all their meanings; resampled by text, or
+    by group (`intervals.summed`).
 
     Raises:
-        ValueError: not a meaning for each text, or none.
+        ValueError: not a meaning or a group for each text, or none.
     """
     pairs = zip(texts, meanings, strict=True)
     found = [astuple(errors(text, meaning)) for text, meaning in pairs]
@@ -224,7 +227,7 @@ def error_rate(texts: Sequence[str], meanings: Sequence[Mapping[str, str]]) -> E
         slots, *wrong = weights_T @ counts_T4
         return sum(wrong) / slots
 
-    return over_units(counts_T4, rate)
+    return over_units(summed(counts_T4, groups), rate)
 
 
 def wording(

@@ -1,9 +1,12 @@
-"""The served model whose accuracy is measured, and its sampling settings."""
+"""Who is asked: the model behind a server, its weights where they are known, its settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dftserve.openai_client import Server
+from dftserve.hub import folder_of, weights_digest
+from dftserve.openai_client import Server, ServerError
 from dftserve.serve import base_url
 
 TIMEOUT_S = 1200.0
@@ -28,6 +31,36 @@ class Served:
     @property
     def server(self) -> Server:
         return Server(self.url, self.key_variable, timeout_s=TIMEOUT_S)
+
+
+def weights_of(model: str, say: Callable[[str], object]) -> str | None:
+    """What tells a checkpoint from another under its name: a digest of the weights in a folder, the
+    commit of a model on the hub. None where neither can be had; says why."""
+    try:
+        return weights_digest(Path(model)) if Path(model).is_dir() else folder_of(model).name
+    except (ValueError, OSError) as error:
+        say(f"{model}: its weights cannot be told from others ({f'{error}'.rstrip('.')}).")
+        return None
+
+
+def first_model(server: Server, kept: str | None, say: Callable[[str], object]) -> str:
+    """The name of the first model that a server serves now.
+
+    Args:
+        kept: the model whose answers are all there, so that no server is needed; it is taken where
+            there is none, which is said. None: answers are missing.
+
+    Raises:
+        ValueError: no API key where one was named.
+        ServerError: the server cannot be reached, or fails, and answers are missing.
+    """
+    try:
+        return server.models()[0]
+    except ServerError as error:
+        if kept is None:
+            raise
+        say(f"{error} Whether it still serves {kept} is not known; its answers are there.")
+        return kept
 
 
 def find(url: str, model: str | None, key_variable: str | None, **asked: Any) -> Served:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from dftserve import atomic
 from dftserve.bounded_files import read_json, shaped_as
 from dftserve.evaluate.generate.answers import AnswerStore, read
+from dftserve.evaluate.generate.in_force import check, is_off
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.text.thinking import after_thinking, is_cut
 from dftserve.evaluate.text.windows import Sample
-from dftserve.openai_client import Server, ServerError, ask_all
-from dftserve.spec import parse
+from dftserve.openai_client import Server, ask_all
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -38,7 +38,7 @@ class RequestGrid:
     model: str
     prompts: tuple[Prompt, ...]
     grid: tuple[Any, ...]
-    """Diversities: numbers in [0, 1], or objects as the field accepts them."""
+    """Diversities: numbers in [0, 1], or objects, or "human", as the field accepts them."""
     samples: int
     """Answers to each prompt at each diversity."""
     max_tokens: int = 1024
@@ -46,10 +46,11 @@ class RequestGrid:
     seed: int = 0
     body: Mapping[str, Any] = field(default_factory=dict)
     """More fields of each request, as vLLM takes them: `top_p`, `chat_template_kwargs`, …"""
+    weights: str | None = None
+    """What `client.weights_of` says of the model; None: not known, as behind a URL."""
 
     def __post_init__(self) -> None:
-        for level in self.grid:
-            parse(level)
+        heated = [level for level in self.grid if not is_off(level)]
         shown = [json.dumps(level, sort_keys=True) for level in self.grid]
         if not shown or len(set(shown)) < len(shown):
             raise ValueError(
@@ -62,6 +63,12 @@ class RequestGrid:
             raise ValueError(f"body: got {', '.join(ours)}; accepted: other fields than these.")
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature: got {self.temperature}; accepted: 0 to 2.")
+        if self.temperature == 0 and heated:
+            raise ValueError(
+                f"temperature: got 0 with the diversities {', '.join(shown)}; accepted: above 0, "
+                "for greedy decoding does not sample, and diversity cannot act; or a grid of 0 "
+                "alone."
+            )
 
     def requests(self) -> Iterator["Request"]:
         """In an order in which a run that is stopped has all diversities of some prompts."""
@@ -150,12 +157,17 @@ def generate(
         tick: takes how many answers there are, of how many, after each that came.
 
     Raises:
-        ValueError: the folder holds the answers to something else, another run writes to it, or
-            the server refuses.
+        ValueError: the folder holds the answers to something else or of another model, another run
+            writes to it, or the server refuses.
         ServerError: the server cannot be reached, or answers with something else.
+
+    An answer that was sampled with something else in force than was asked for is no answer: it is
+    refused, and not kept.
     """
     with AnswerStore(folder / ANSWERS, Answer) as store:
-        _agree(request_grid, folder / ASKED)
+        if check_asked(request_grid, folder) is None:
+            content = json.dumps(_as_json(request_grid), ensure_ascii=False, indent=1)
+            atomic.write_text(folder / ASKED, content + "\n")
         known = {answer.key: answer for answer in store.rows}
         requests = list(request_grid.requests())
         missing = [request for request in requests if request.key not in known]
@@ -215,22 +227,56 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
     return asked
 
 
-def _agree(request_grid: RequestGrid, path: Path) -> None:
-    wanted = json.loads(json.dumps(asdict(request_grid)))
-    before = read_asked(path.parent)
+def check_asked(request_grid: RequestGrid, folder: Path) -> dict[str, Any] | None:
+    """What the folder's answers were asked; None where it holds none.
+
+    Weights that are not known, then or now, are as any others: `doubt` says so.
+
+    Raises:
+        ValueError: something else, or of another model, than what is asked now.
+    """
+    wanted, before = _as_json(request_grid), read_asked(folder)
     if before is None:
-        atomic.write_text(path, json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
-        return
+        return None
     changed = [name for name in wanted if wanted[name] != before.get(name)]
+    if None in (wanted["weights"], before.get("weights")) and "weights" in changed:
+        changed.remove("weights")
+    if changed == ["weights"]:
+        raise ValueError(
+            f"{folder}: holds answers of other weights: {request_grid.model} was trained or "
+            "replaced since; accepted: another folder (`--out`) for this model, or the weights "
+            "that were asked."
+        )
     if changed:
         shown = ", ".join(
-            name if name == "prompts" else f"{name} {before.get(name)!r} (now {wanted[name]!r})"
+            name
+            if name in ("prompts", "weights")
+            else f"{name} {before.get(name)!r} (now {wanted[name]!r})"
             for name in changed
         )
         raise ValueError(
-            f"{path.parent}: holds answers to another question: {shown}; accepted: the same one, "
-            "or another folder."
+            f"{folder}: holds answers to another question: {shown}; accepted: the same one, or "
+            "another folder."
         )
+    return before
+
+
+def doubt(request_grid: RequestGrid, folder: Path) -> str | None:
+    """What is not known of a folder's answers beside what is asked now: whether the weights are the
+    same; None where that is known, or there are no answers."""
+    before = read_asked(folder)
+    if before is None or not count_answers(folder):
+        return None
+    if None not in (request_grid.weights, before.get("weights")):
+        return None
+    return (
+        f"The answers in {folder} are taken as {request_grid.model}'s: whether its weights have "
+        "changed since is not known, as a server does not say, nor did earlier versions."
+    )
+
+
+def _as_json(request_grid: RequestGrid) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(request_grid)))
 
 
 async def _ask(
@@ -241,15 +287,10 @@ async def _ask(
     choice = server.choices(answer)[0]
     extra = answer.model_extra or {}
     asked = {
-        "diversity": not parse(request_grid.grid[request.level]).is_off,
-        "style": "style" in request_grid.body,
+        "diversity": request_grid.grid[request.level],
+        "style": request_grid.body.get("style"),
     }
-    for name, is_asked in asked.items():
-        if is_asked and extra.get(name) is None:
-            raise ServerError(
-                f"the server answers without a `{name}` object: the plug-in is not there. "
-                "`dftserve doctor --url` says why."
-            )
+    check({name: value for name, value in asked.items() if value is not None}, extra)
     figures = [(extra.get(name) or {}).get("choices") or [None] for name in asked]
     return Answer(
         *request.key,

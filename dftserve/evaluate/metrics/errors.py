@@ -1,26 +1,20 @@
 """Errors of writing that need no model to see: marks of a grammar checker, and unknown words.
 
-    checked = [check(text, linter()) for text in texts]
-    error_rate(checked), unknown_rate(checked)
+    check(text, linter())
 
 The checker is Harper (https://writewithharper.com), offline, by the package `harper-py`. Names are
 no errors: a word with a capital that the dictionary lacks is not counted. People get marks too:
 read a rate beside theirs. English only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from dftserve.evaluate.metrics.intervals import Estimate, over_units
 from dftserve.evaluate.text.tokenize import words
 
 KINDS = frozenset(("Agreement", "Capitalization", "Grammar", "Repetition", "Spelling", "Typo"))
 """Harper's kinds of what is wrong; its others are matters of taste."""
-PER = 100
-"""Rates are per so many words."""
 SHORTEST = 3
 """Letters of a word that counts as unknown."""
 
@@ -69,27 +63,3 @@ def check(text: str, linter: Any) -> Checked:
     spelled = [mark.problem_text for mark in found if mark.lint_kind == "Spelling"]
     unknown = [word for word in spelled if len(word) >= SHORTEST and word.islower()]
     return Checked(len(words(text)), len(found), len(unknown))
-
-
-def error_rate(checked: Sequence[Checked]) -> Estimate:
-    """Marks per 100 words, with a bootstrap interval over the texts.
-
-    Raises:
-        ValueError: no texts.
-    """
-    return _rate([(each.marks, each.words) for each in checked])
-
-
-def unknown_rate(checked: Sequence[Checked]) -> Estimate:
-    """Unknown words per 100 words; raises as `error_rate`."""
-    return _rate([(each.unknown, each.words) for each in checked])
-
-
-def _rate(counts: Sequence[tuple[int, int]]) -> Estimate:
-    counts_N2 = np.array(counts, float).reshape(-1, 2)
-
-    def rate(weights_N: np.ndarray, counts_N2: np.ndarray) -> float:
-        marks, said = weights_N @ counts_N2
-        return PER * marks / said if said else float("nan")
-
-    return over_units(counts_N2, rate)

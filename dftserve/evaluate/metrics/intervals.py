@@ -1,5 +1,6 @@
 """Confidence intervals and significance tests that the metrics share."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,8 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from dftserve.digest import text_digest
+
 DRAWS = 2000
 LEVEL = 0.95
+PARTS_DIGITS = 16
+"""Hexadecimal digits of `parts_of`."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,9 @@ class Estimate:
     high: float | None
     left_out: tuple[float, ...] = field(default=(), repr=False)
     """The value without each tenth of the texts, where the interval comes from these."""
+    parts: str = field(default="", repr=False)
+    """`parts_of` the texts that `left_out` leaves out; "": who compares two knows that they are the
+    same."""
 
     def render(self, digits: int = 2) -> str:
         if self.low is None or self.high is None:
@@ -27,14 +35,51 @@ class Estimate:
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
-def mean(values_N: ArrayLike, *, seed: int = 0) -> Estimate:
-    """The mean and its percentile bootstrap interval over the N units.
+def mean(values_N: ArrayLike, *, groups: Sequence[str] = (), seed: int = 0) -> Estimate:
+    """The mean and its percentile bootstrap interval over the N units, or their groups (`summed`).
 
     Raises:
-        ValueError: no values.
+        ValueError: no values, or not a group for each.
     """
-    return over_units(
-        np.asarray(values_N, float), lambda weights_N, v_N: weights_N @ v_N / weights_N.sum(), seed
+    values_N = np.asarray(values_N, float)
+    sums_G2 = summed(np.column_stack([values_N, np.ones_like(values_N)]), groups)
+
+    def ratio(weights_G: NDArray, sums_G2: NDArray) -> float:
+        total, count = weights_G @ sums_G2
+        return total / count
+
+    return over_units(sums_G2, ratio, seed)
+
+
+def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
+    """The rows of each group as one, which is their sum: what a bootstrap resamples where the
+    answers to one prompt are no independent texts.
+
+    Args:
+        rows_NC: counts or sums of N texts, of which the statistic is a ratio.
+        groups: of each text, as the prompt that it answers. A row of the group "" is by itself;
+            so is every row where none are given, or all are of one group, which has nothing to
+            resample.
+
+    Raises:
+        ValueError: not a group for each row.
+    """
+    if not groups or (len(set(groups)) == 1 and groups[0]):
+        return rows_NC
+    if len(groups) != len(rows_NC):
+        raise ValueError(f"groups: got {len(groups)}; accepted: one for each of {len(rows_NC)}.")
+    group_N = group_numbers(groups)
+    sums_GC = np.zeros((group_N.max() + 1, *rows_NC.shape[1:]))
+    np.add.at(sums_GC, group_N, rows_NC)
+    return sums_GC
+
+
+def group_numbers(groups: Sequence[str]) -> NDArray[np.intp]:
+    """The number of each text's group, from 0 in their order; one of "" is a group by itself."""
+    numbers: dict[object, int] = {}
+    return np.array(
+        [numbers.setdefault(name or place, len(numbers)) for place, name in enumerate(groups)],
+        dtype=np.intp,
     )
 
 
@@ -137,6 +182,13 @@ def tenths(count: int) -> NDArray[np.intp]:
     return np.arange(count) * min(GROUPS, count) // count
 
 
+def parts_of(prompts: Sequence[str]) -> str:
+    """A digest of which prompts each tenth of a set of texts answers, text by text: sets of one
+    digest leave out the answers to the same prompts together."""
+    tenth_N = tenths(len(prompts)).tolist()
+    return text_digest(json.dumps(list(zip(tenth_N, prompts, strict=True))))[:PARTS_DIGITS]
+
+
 def from_left_out(value: float, left_out: Sequence[float]) -> Estimate:
     """The interval from the value without each tenth."""
     reach = float(stats.t.ppf((1 + LEVEL) / 2, len(left_out) - 1) * standard_error(left_out))
@@ -149,13 +201,14 @@ def standard_error(left_out: Sequence[float]) -> float:
 
 
 def difference(a: Estimate, b: Estimate) -> Estimate:
-    """b − a of two runs over the same texts or prompts, in the same order.
+    """b − a of two runs.
 
-    Paired where both were made by `jackknife`, with the same texts left out; else as if they were
-    independent, which widens the interval; unknown where one has none.
+    Paired where both were made by `jackknife`, with the answers to the same prompts left out
+    (`parts`); else as if they were independent, which widens the interval; unknown where one has
+    none.
     """
     value = b.value - a.value
-    if a.left_out and len(a.left_out) == len(b.left_out):
+    if a.left_out and len(a.left_out) == len(b.left_out) and a.parts == b.parts:
         return from_left_out(value, [y - x for x, y in zip(a.left_out, b.left_out, strict=True)])
     if None in (a.low, a.high, b.low, b.high):
         return Estimate(value, None, None)

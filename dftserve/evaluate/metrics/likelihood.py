@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, summed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 WINDOW = 1024
 """Tokens; some of its positions are enough for a model to know what a text is like."""
-ROWS = 256
-"""Positions whose distributions are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,15 @@ def bits_per_byte(
     return bits_of(texts, found)
 
 
-def bits_of(texts: Sequence[str], found: Sequence[NDArray]) -> Estimate:
-    """The same from what `token_nats` found."""
+def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
+    """The same from what `token_nats` found; resampled by group (`intervals.summed`) where there
+    are groups."""
     units_N2 = _in_order(
         [
             (nats_T.sum() / np.log(2), len(text.encode()))
             for text, nats_T in zip(texts, found, strict=True)
-        ]
+        ],
+        groups,
     )
 
     def ratio(weights_N: NDArray, units_N2: NDArray) -> float:
@@ -100,12 +100,12 @@ def surprisal(
     return surprisal_of(found)
 
 
-def surprisal_of(found: Sequence[NDArray]) -> Surprisal:
-    """The same from what `token_nats` found."""
+def surprisal_of(found: Sequence[NDArray], groups: Sequence[str] = ()) -> Surprisal:
+    """The same from what `token_nats` found; `groups` as in `bits_of`."""
     # About the common mean, so that no large squares are subtracted.
     centre = float(np.concatenate(found).mean())
     units_N3 = _in_order(
-        [(len(t), (t - centre).sum(), ((t - centre) ** 2).sum()) for t in found],
+        [(len(t), (t - centre).sum(), ((t - centre) ** 2).sum()) for t in found], groups
     )
 
     def mean(weights_N: NDArray, units_N3: NDArray) -> float:
@@ -156,9 +156,10 @@ def token_nats(
     return found
 
 
-def _in_order(units: Sequence[tuple[float, ...]]) -> NDArray:
-    """Sorted, so that the draws of a bootstrap do not depend on the order of the texts."""
-    return np.array(sorted(units), float)
+def _in_order(rows: Sequence[tuple[float, ...]], groups: Sequence[str]) -> NDArray:
+    """The rows of each group as one, sorted, so that the draws of a bootstrap do not depend on the
+    order of the texts."""
+    return np.array(sorted(summed(np.array(rows, float), groups).tolist()), float)
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, place: int) -> NDArray:
@@ -205,18 +206,9 @@ def _scored(
     windows.sort(key=lambda each: len(each[2].tokens_N), reverse=True)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
-        states = teacher.states(
-            [piece.tokens_N for *_, piece in batch], [piece.positions_T for *_, piece in batch]
-        )
-        for (place, first, piece), states_TD in zip(batch, states, strict=True):
-            labels_T = piece.labels_T
-            nats = [
-                -teacher.logprobs(states_TD[row : row + ROWS])
-                .double()
-                .numpy()[range(len(labels_T[row : row + ROWS])), labels_T[row : row + ROWS]]
-                for row in range(0, len(labels_T), ROWS)
-            ]
-            yield place, first, np.concatenate(nats)
+        found = teacher.token_logprobs([piece for *_, piece in batch])
+        for (place, first, _), logprobs_T in zip(batch, found, strict=True):
+            yield place, first, -logprobs_T
 
 
 def _windows(tokens_T: NDArray, window: int, stride: int) -> Iterator[tuple[int, "Document"]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dftserve.bounded_files import parse_json, read_text
-from dftserve.evaluate.metrics.intervals import Estimate, over_units
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, summed
 from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
 OURS = Path(__file__).parents[1] / "text" / "phrases.txt"
@@ -116,22 +116,20 @@ def read_lines(path: Path = OURS) -> list[str]:
     return _from_json(path, content) if path.suffix == ".json" else _from_lines(content)
 
 
-def rate(texts: Sequence[str], phrases: Phrases) -> Estimate:
-    """Phrases found per 1,000 words of all texts; resampled by text.
+def rate(texts: Sequence[str], phrases: Phrases, groups: Sequence[str] = ()) -> Estimate:
+    """Phrases found per 1,000 words of all texts; resampled by text, or by group
+    (`intervals.summed`).
 
     Raises:
-        ValueError: no words at all.
+        ValueError: no words at all, or not a group for each text.
     """
-    return _per_words(texts, [sum(1 for _ in phrases.found(text)) for text in texts])
+    return _per_words(texts, [sum(1 for _ in phrases.found(text)) for text in texts], groups)
 
 
-def contrast_rate(texts: Sequence[str]) -> Estimate:
-    """`CONTRASTS` per 1,000 words of all texts, none inside another; resampled by text.
-
-    Raises:
-        ValueError: no words at all.
-    """
-    return _per_words(texts, [len(_CONTRAST.findall(text.lower())) for text in texts])
+def contrast_rate(texts: Sequence[str], groups: Sequence[str] = ()) -> Estimate:
+    """`CONTRASTS` per 1,000 words of all texts, none inside another; resampled, and raises, as
+    `rate`."""
+    return _per_words(texts, [len(_CONTRAST.findall(text.lower())) for text in texts], groups)
 
 
 def cut(base: float, tuned: float, human: float) -> float:
@@ -198,14 +196,14 @@ def _phrase_of(item: object, where: str) -> str:
     )
 
 
-def _per_words(texts: Sequence[str], found: Sequence[int]) -> Estimate:
+def _per_words(texts: Sequence[str], found: Sequence[int], groups: Sequence[str]) -> Estimate:
     units_T2 = np.array(
         [(count, len(words(text))) for count, text in zip(found, texts, strict=True)],
         float,
     ).reshape(-1, 2)
     if not units_T2[:, 1].any():
         raise ValueError("texts: got no words; accepted: at least one.")
-    return over_units(units_T2, _ratio)
+    return over_units(summed(units_T2, groups), _ratio)
 
 
 def _ratio(weights_T: np.ndarray, units_T2: np.ndarray) -> float:

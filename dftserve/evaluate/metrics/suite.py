@@ -19,6 +19,7 @@ from dftserve.evaluate.metrics.intervals import (
     from_left_out,
     jackknife,
     mean,
+    parts_of,
     tenths,
 )
 from dftserve.evaluate.metrics.stylometry import StyleSpace
@@ -110,8 +111,8 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
     found = {
         **_apart(style_TF, human_TF, prompts, with_.style_space.sigma, "style"),
         **_frequencies(said, [tokens(text) for text in human.texts]),
-        "slop": slop.rate(texts.texts, with_.phrases),
-        "contrast": slop.contrast_rate(texts.texts),
+        "slop": slop.rate(texts.texts, with_.phrases, texts.prompts),
+        "contrast": slop.contrast_rate(texts.texts, texts.prompts),
         **_wording(texts, said),
         "vendi_style": _of_set(texts, lambda at: lexical.vendi(_square(kernel_TT, at), q=2)),
         "burstiness": _burstiness(texts),
@@ -123,7 +124,16 @@ def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Est
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
-    return {name: _bounded(found[name], MEASURES[name]) for name in MEASURES if name in found}
+    parts = parts_of(texts.prompts)
+    return {
+        name: _of_parts(_bounded(found[name], MEASURES[name]), parts)
+        for name in MEASURES
+        if name in found
+    }
+
+
+def _of_parts(found: Estimate, parts: str) -> Estimate:
+    return replace(found, parts=parts) if found.left_out else found
 
 
 def _bounded(found: Estimate, measure: Measure) -> Estimate:
@@ -142,16 +152,14 @@ def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> E
 def _apart(
     x_TF: NDArray, human_TF: NDArray, prompts: Sequence[str], sigma: float, space: str
 ) -> dict[str, Estimate]:
-    """`prompts`: of the texts, then of the human ones. One prompt alone leaves no fold to test on
-    for a classifier, which is then left out."""
-    mmd = two_sample.mmd_test(x_TF, human_TF, sigma)
+    """`prompts`: of the texts, then of the human ones. One prompt alone leaves nothing to permute,
+    and no fold to test on for a classifier: both are then left out."""
     near = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
-    found = {
-        f"mmd_{space}": near,
-        f"mmd_{space}_p": Estimate(mmd.p, None, None),
-    }
+    found = {f"mmd_{space}": near}
     sides = prompts[: len(x_TF)], prompts[len(x_TF) :]
     if all("" in side or len(set(side)) > 1 for side in sides):
+        mmd = two_sample.mmd_test(x_TF, human_TF, sigma, groups=prompts)
+        found[f"mmd_{space}_p"] = Estimate(mmd.p, None, None)
         found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=prompts)
     return found
 

@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dftserve.evaluate.metrics.intervals import LEVEL, Estimate
+from dftserve.evaluate.metrics.intervals import LEVEL, Estimate, group_numbers
 from dftserve.evaluate.metrics.lexical import gram_counts
 
 NULL_LEVEL = 0.95
@@ -72,20 +72,37 @@ def mmd2(x_MF: ArrayLike, y_NF: ArrayLike, sigma: float) -> float:
 
 
 def mmd_test(
-    x_MF: ArrayLike, y_NF: ArrayLike, sigma: float, *, permutations: int = 999, seed: int = 0
+    x_MF: ArrayLike,
+    y_NF: ArrayLike,
+    sigma: float,
+    *,
+    groups: Sequence[str] = (),
+    permutations: int = 999,
+    seed: int = 0,
 ) -> Mmd:
-    """`mmd2`, and where it lies among those of random splits of all rows into M and N:
-    p = (1 + #{permuted ≥ observed}) / (1 + permutations), exact under exchangeability.
+    """`mmd2` between groups of texts, and where it lies among those of random splits of all groups
+    into as many of x and of y: p = (1 + #{permuted ≥ observed}) / (1 + permutations).
+
+    k of two groups is the mean of k over the pairs of their texts, and a group is never compared
+    with itself: the answers to one prompt are alike whoever writes them, and eight of them are one
+    draw of a prompt. p is exact where the groups are exchangeable, as those of one size are if both
+    sides have one source.
+
+    Args:
+        groups: of the M rows of x, then of the N of y, as the prompt that a text answers; rows of
+            one group on one side are together, those of "" each by themselves. None: all by
+            themselves, and `mmd2` is that of the texts.
 
     Raises:
-        ValueError: what `mmd2` refuses; fewer than one permutation.
+        ValueError: what `mmd2` refuses; fewer than one permutation, not a group for each row, or
+            fewer than two on a side.
     """
     if permutations < 1:
         raise ValueError(f"permutations: got {permutations}; accepted: at least 1.")
-    K_LL, member_L = _kernel(x_MF, y_NF, sigma)
+    K_GG, member_G = _between_groups(*_kernel(x_MF, y_NF, sigma), groups)
     rng = np.random.default_rng(seed)
-    member_PL = rng.permuted(np.tile(member_L, (permutations, 1)), axis=1)
-    observed, null_P = float(_mmd2(K_LL, member_L[None])[0]), _mmd2(K_LL, member_PL)
+    member_PG = rng.permuted(np.tile(member_G, (permutations, 1)), axis=1)
+    observed, null_P = float(_mmd2(K_GG, member_G[None])[0]), _mmd2(K_GG, member_PG)
     return Mmd(
         value=max(0.0, observed) ** 0.5,
         mmd2=observed,
@@ -194,6 +211,30 @@ def _kernel(
     all_LF, is_y_L = _joined(_features(x_MF, "x", 2), _features(y_NF, "y", 2))
     squared = distance.pdist(all_LF, "sqeuclidean")
     return distance.squareform(np.exp(-squared / (2 * sigma**2))), 1 - is_y_L
+
+
+def _between_groups(
+    K_LL: NDArray[np.float64], member_L: NDArray[np.float64], groups: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The mean kernel of each two groups, without its diagonal, and 1 where a group is of x."""
+    if not groups:
+        return K_LL, member_L
+    if len(groups) != len(K_LL):
+        raise ValueError(f"groups: got {len(groups)}; accepted: one for each of {len(K_LL)} rows.")
+    sided = [
+        f"{is_x:g} {name}" if name else "" for name, is_x in zip(groups, member_L, strict=True)
+    ]
+    group_L = group_numbers(sided)
+    share_GL = np.zeros((group_L.max() + 1, len(K_LL)))
+    share_GL[group_L, np.arange(len(K_LL))] = 1.0
+    member_G = share_GL @ member_L > 0
+    fewest = int(min(member_G.sum(), (~member_G).sum()))
+    if fewest < 2:
+        raise ValueError(f"groups: got {fewest} on a side; accepted: at least 2.")
+    share_GL /= share_GL.sum(axis=1, keepdims=True)
+    K_GG = share_GL @ K_LL @ share_GL.T
+    np.fill_diagonal(K_GG, 0.0)
+    return K_GG, member_G.astype(float)
 
 
 def _mmd2(K_LL: NDArray[np.float64], member_PL: NDArray[np.float64]) -> NDArray[np.float64]:

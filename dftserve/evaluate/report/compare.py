@@ -136,7 +136,11 @@ def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
 
 
 def _estimate(given: Mapping) -> Estimate:
-    return Estimate(given["value"], given["low"], given["high"], tuple(given.get("left_out", ())))
+    """Without what was left out where the file does not say of which prompts that was, as one of an
+    earlier version: it is in no pair then."""
+    parts = given.get("parts", "")
+    left_out = tuple(given["left_out"]) if parts else ()
+    return Estimate(given["value"], given["low"], given["high"], left_out, parts)
 
 
 def _same(what: str, a: object, b: object) -> None:
