@@ -18,7 +18,6 @@ Shapes: D documents, N tokens of each, V vocabulary, K narrators, S slots of the
 predicted positions.
 """
 
-import copy
 import json
 import math
 import time
@@ -36,12 +35,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from dftserve.lm import LanguageModel
 from dftserve.targets.combine import Mix
 from dftserve.targets.document import Document
 from dftserve.targets.principles import Principles
 from dftserve.targets.source import DenseSource
 from dftserve.targets.sparse import Targets, sparsify
 from dftserve.targets.teacher import Teacher
+from dftserve.train.config import FeatureMatchingConfig
 from dftserve.train.divergences import (
     GEM,
     JSD,
@@ -56,6 +57,7 @@ from dftserve.train.divergences import (
     SlicedW1,
     TargetRows,
 )
+from dftserve.train.feature_matching import FeatureMatching, FeatureNetwork
 from dftserve.train.model import attach
 
 from provenance import machine, versions
@@ -102,6 +104,11 @@ class Settings:
     gem_temperatures: tuple[float, ...] = (0.7, 0.9, 1.2)
     interpolations: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 0.95)
     """The fine-tuned model's share; the base has the rest."""
+    matching_weights: tuple[float, ...] = (0.2, 0.5, 1.0)
+    """Of feature matching."""
+    matching_samples: int = 8
+    matching_tokens: int = 4
+    """Of a continuation, and from one to the next."""
 
 
 # ── The source ───────────────────────────────────────────────────────────────────────────────────
@@ -242,12 +249,33 @@ def new_model(settings: Settings, hidden: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same weights in a model that computes no divergence."""
+    made = LlamaForCausalLM(model.config)
+    made.load_state_dict(model.state_dict())
+    return made
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     tokens_BN: Tensor
     predicted_from: Tensor
     """int64 [R]: of the flattened batch, the places from which the targets' tokens are said."""
     target: TargetRows
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """For a model that `attach` has given a divergence."""
+        position_N = torch.arange(self.tokens_BN.shape[1])
+        return {
+            "input_ids": self.tokens_BN,
+            "position_ids": position_N.expand_as(self.tokens_BN),
+            "positions_T": self.predicted_from,
+            **vars(self.target),
+        }
+
+
+Matching = Callable[[LanguageModel], FeatureMatching]
 
 
 def fit(
@@ -256,9 +284,15 @@ def fit(
     divergence: Divergence,
     steps: int,
     rate: float,
+    matching_of: Matching | None = None,
 ) -> Iterator[int]:
-    """Train in place; gives the number of steps made, after each. The rate falls to 0."""
-    attach(model, divergence)
+    """Train in place; gives the number of steps made, after each. The rate falls to 0.
+
+    Args:
+        matching_of: makes of the model what matches its continuations; None: they are not.
+    """
+    language_model = attach(model, divergence)
+    matching = None if matching_of is None else matching_of(language_model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -266,8 +300,10 @@ def fit(
     )
     for step, batch in enumerate(batches, start=1):
         model.train()
-        output = model(batch.tokens_BN, positions_T=batch.predicted_from, **vars(batch.target))
-        (output.loss / len(batch.target)).backward()
+        matched = None if matching is None else matching.match(batch.inputs, step)
+        output = model(**batch.inputs, **(matched.inputs if matched else {}))
+        loss = output.loss if output.matching is None else output.loss + output.matching
+        (loss / len(batch.target)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -410,18 +446,38 @@ class Workshop:
                 yield Batch(self.train.tokens_DN[some_B], where, rows)
 
     def run(
-        self, name: str, divergence: Divergence, target: TargetRows, epochs: int | None = None
+        self,
+        name: str,
+        divergence: Divergence,
+        target: TargetRows,
+        epochs: int | None = None,
+        matching_of: Matching | None = None,
     ) -> tuple[list[Candidate], LlamaForCausalLM]:
         """The model after each epoch, and the last one."""
-        model = copy.deepcopy(self.base)
+        model = copied(self.base)
         epochs = epochs or self.settings.epochs
         found, an_epoch = [], len(self.train.tokens_DN) // self.settings.batch
         batches = self.batches(target, epochs)
-        for step in fit(model, batches, divergence, epochs * an_epoch, self.settings.rate):
+        steps, rate = epochs * an_epoch, self.settings.rate
+        for step in fit(model, batches, divergence, steps, rate, matching_of):
             if step % an_epoch == 0:
                 epoch = f"epoch {step // an_epoch}"
                 found.append(self.candidate(f"{name}, {epoch}" if name else epoch, model))
         return found, model
+
+    def matching(self, target: TargetRows, weight: float) -> Matching:
+        """Of continuations, in the features of the base."""
+        settings, shares = self.settings, (0.5, 1.0)
+        config = FeatureMatchingConfig(
+            weight=weight,
+            samples=settings.matching_samples,
+            length=settings.matching_tokens,
+            every=settings.matching_tokens,
+            layers=shares,
+        )
+        epoch = (batch.inputs for batch in self.batches(target, 1))
+        network = FeatureNetwork.of(LanguageModel(copied(self.base), "the base"), shares, epoch)
+        return lambda model: FeatureMatching(config, model, network, self.seed)
 
     def candidate(self, setting: str, model: PreTrainedModel) -> Candidate:
         model.eval()
@@ -462,6 +518,7 @@ BASELINES = (
     "entropy_bonus",
     "gem",
     "weight_interpolation",
+    "feature_matching",
 )
 """What needs no target. "base" is the model that all start from."""
 
@@ -496,12 +553,20 @@ def baselines(shop: Workshop) -> dict[str, Outcome]:
         found[method] = shop.judge(
             [each for name, made in grid.items() for each in shop.run(name, made, target)[0]]
         )
+    matched = {f"w {w:g}": shop.matching(target, w) for w in settings.matching_weights}
+    found["feature_matching"] = shop.judge(
+        [
+            each
+            for name, matching in matched.items()
+            for each in shop.run(name, SFT(), target, matching_of=matching)[0]
+        ]
+    )
     return found
 
 
 def between(base: LlamaForCausalLM, tuned: LlamaForCausalLM, share: float) -> LlamaForCausalLM:
     """Weights on the line from the base to the fine-tuned model."""
-    model, end = copy.deepcopy(base), tuned.state_dict()
+    model, end = copied(base), tuned.state_dict()
     model.load_state_dict(
         {name: start.lerp(end[name], share) for name, start in base.state_dict().items()}
     )

@@ -108,3 +108,34 @@ def test_interval_by_hand_and_a_claim_needs_all_of_it(bench):
 
 def test_a_stored_token_takes_58_bytes(bench):
     assert bench.bytes_a_token(bench.Settings()) == 58
+
+
+def test_every_method_of_a_seed_is_tried(bench):
+    """Briefly, on few words: what the methods find is the bench's to say."""
+    settings = bench.Settings(
+        narrators=2,
+        slots=3,
+        words=9,
+        length=8,
+        train_documents=16,
+        validation_documents=16,
+        test_documents=16,
+        base_documents=128,
+        teacher_documents=128,
+        base_hidden=16,
+        teacher_hidden=16,
+        layers=2,
+        batch=8,
+        epochs=2,
+        shorter=(1,),
+        top_k=3,
+        draws=2,
+        temperatures=(0.8, 1.0),
+    )
+    found = bench.measure(settings, seed=0)
+    assert set(bench.BASELINES) < set(found.outcomes)
+    assert {"hybrid", "reverse_kl", "sliced_w1"} < set(found.outcomes)
+    told = [outcome.true_kl for outcome in found.outcomes.values()]
+    assert all(0 < kl < 20 for kl in told)
+    # From one start, on the same documents: each method ends elsewhere.
+    assert len({round(kl, 9) for kl in told}) >= len(told) - 2
