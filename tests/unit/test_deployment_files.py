@@ -97,7 +97,9 @@ def test_the_image_is_of_this_version(model):
 
 def test_every_variable_is_a_text_that_we_read_and_accept(variables, monkeypatch):
     sources = "".join(path.read_text() for path in (PLUGIN / "dftserve_vllm").glob("*.py"))
-    sources += (ROOT / "dftserve" / "policy.py").read_text()
+    sources += "".join(
+        (ROOT / "dftserve" / f"{name}.py").read_text() for name in ("policy", "spec")
+    )
     read = set(re.findall(r'"(DFTSERVE_[A-Z_]+)"', sources))
     ours = {name for name in variables if name.startswith("DFTSERVE_")}
     assert ours

@@ -167,7 +167,7 @@ def test_both_sides_are_cut_to_the_prompts_that_they_share():
             "false_discoveries: got 2.0; accepted: 0 to 1",
         ),
         ("inspect none", "give the --out of a `dftserve style build`"),
-        ("fit none --profile profile --prompts p.txt --out fit", "none: no such folder"),
+        ("fit ./none --profile profile --prompts p.txt --out fit", "there is no such folder"),
         ("fit model --profile none --prompts p.txt --out fit", "none has no profile.json"),
     ],
 )
