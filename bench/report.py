@@ -400,6 +400,7 @@ WAYS = {
     "dense_teacher": "forward KL, the teacher's whole distribution",
     "hybrid": "forward KL, stored target (58 bytes a token)",
     "gem": "GEM, tuned sampling temperature",
+    "feature_matching": "SFT with feature matching, tuned",
     "label_smoothing": "label smoothing, tuned",
     "entropy_bonus": "entropy bonus, tuned",
     "sft_early_stopping": "SFT, early stopping, tuned sampling temperature",

@@ -41,7 +41,8 @@ from dftserve.targets.calibrated import is_refused
 from dftserve.targets.document import load_tokenizer
 from dftserve.train import continuations, processes
 from dftserve.train.adapters import adapted
-from dftserve.train.config import AUTO, TrainConfig
+from dftserve.train.config import AUTO, FeatureMatchingConfig, TrainConfig
+from dftserve.train.continuations import Anchors
 from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import DIVERGENCES
 from dftserve.train.feature_matching import FeatureMatching, FeatureNetwork
@@ -206,9 +207,23 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.batch_size > 1:
         loaded.language_model.check_batch(material.longest, most=most)
     if config.feature_matching is not None:
+        _check_places(config.feature_matching, material)
         continuations.check(loaded.language_model, material.longest)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, narrowed(loaded, config), reason, resident)
+
+
+def _check_places(matching: FeatureMatchingConfig, material: Material) -> None:
+    """Raises ValueError where no document has a place for a continuation."""
+    source = np.random.default_rng(0)
+    for item, _ in material.train.items():
+        batch = material.collate([item])
+        if len(Anchors.drawn(batch, length=matching.length, every=matching.every, source=source)):
+            return
+    raise ValueError(
+        f"feature_matching.length: got {matching.length}, and no document of these targets has so "
+        "many learnt tokens in a row; accepted: fewer. Or leave feature_matching out."
+    )
 
 
 def _most_checked(config: TrainConfig) -> int | None:

@@ -41,8 +41,8 @@ SUMS = ("loss", "model_entropy", "target_entropy", HUMAN_NLL)
 SHOWN = {"loss": "divergence"}
 FEATURE_DISTANCE = "feature_distance"
 """Of the model's continuations from the text's, where they are matched."""
-SEEN = ("divergence", "model_entropy", "target_entropy", FEATURE_DISTANCE, "tokens")
-"""Summed over the steps between two lines of the log."""
+SEEN = ("divergence", "model_entropy", "target_entropy", FEATURE_DISTANCE)
+"""Means over the steps between two lines of the log."""
 TRAINING, HELD_OUT = 0, 1
 """First of the numbers that decide which continuations are drawn."""
 
@@ -77,7 +77,8 @@ class DFTTrainer(Trainer):
         ratio of its weight."""
         self.batches_of_stores: list[int] = []
         """How many of them are of each store."""
-        self._seen = torch.zeros(len(SEEN), dtype=torch.float64, device=self.args.device)
+        self._seen = torch.zeros(2, len(SEEN), dtype=torch.float64, device=self.args.device)
+        """Sums, and of how many tokens each is: a batch may have no place for a continuation."""
 
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -107,20 +108,21 @@ class DFTTrainer(Trainer):
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.
-            none = torch.zeros((), device=self._seen.device)
-            distance = matched.distance if matched else none
-            seen = [output.loss, output.model_entropy, output.target_entropy, distance]
-            counted = torch.tensor(float(len(inputs["positions_T"])), device=self._seen.device)
-            self._seen += torch.stack([each.detach().double() for each in (*seen, counted)])
+            seen = [output.loss, output.model_entropy, output.target_entropy]
+            if matched is not None:
+                seen.append(matched.distance)
+            self._seen[0, : len(seen)] += torch.stack([each.detach().double() for each in seen])
+            self._seen[1, : len(seen)] += len(inputs["positions_T"])
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            *sums, tokens = self._seen.tolist()
+            seen = zip(SEEN, *self._seen.tolist(), strict=True)
+            means = {name: total / max(count, 1.0) for name, total, count in seen}
             self._seen.zero_()
-            logs |= {n: value / max(tokens, 1.0) for n, value in zip(SEEN[:-1], sums, strict=True)}
             if self._matching is None:
-                del logs[FEATURE_DISTANCE]
+                del means[FEATURE_DISTANCE]
+            logs |= means
             self._refuse_nan(logs["divergence"])
         super().log(logs, start_time)
 
@@ -222,7 +224,8 @@ class DFTTrainer(Trainer):
         # As training wrapped it, where it did: sharded weights have no other way in.
         model: Any = self.model_wrapped
         model.eval()
-        sums = torch.zeros(len(self._sums) + 1, dtype=torch.float64, device=self.args.device)
+        shape = (2, len(self._sums))  # Sums, and of how many tokens each is.
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
         batch_nll = []
         for number, (batch, counts) in enumerate(self._shared_out(rows)):
             inputs = self._prepare_inputs(batch)
@@ -231,18 +234,19 @@ class DFTTrainer(Trainer):
             if not counts:
                 continue
             values = [float(output[name]) for name in SUMS]
-            if self._matching is not None:
-                place = HELD_OUT, number, self.accelerator.process_index
-                matched = self._matched(inputs, *place)
-                values.append(float(matched.distance) if matched else 0.0)
+            place = HELD_OUT, number, self.accelerator.process_index
+            if (matched := self._matched(inputs, *place)) is not None:
+                values.append(float(matched.distance))
             tokens = len(inputs["positions_T"])
-            sums += sums.new_tensor([*values, tokens])
+            sums[0, : len(values)] += sums.new_tensor(values)
+            sums[1, : len(values)] += tokens
             batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
         # One list after the other, in the same order each time.
         gathered = gather_object(batch_nll)
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
-        *totals, count = summed.tolist()
-        return [total / max(count, 1.0) for total in totals], count, gathered
+        totals, counts = summed.tolist()
+        means = [total / max(count, 1.0) for total, count in zip(totals, counts, strict=True)]
+        return means, counts[0], gathered
 
     def _shared_out(self, rows: Any) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process's batches, and whether they count.
@@ -260,7 +264,7 @@ class DFTTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As the Trainer's, into a folder beside its place, then sealed and renamed."""
-        self._refuse_nan(float(self._seen[0]))
+        self._refuse_nan(float(self._seen[0, 0]))
         run = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run / f"{name}{atomic.PARTIAL}"

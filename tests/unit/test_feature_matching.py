@@ -390,14 +390,13 @@ def test_the_gradient_of_a_batch_is_on_average_that_of_the_distance(store):
     rng = torch.Generator().manual_seed(1)
     other = [torch.randn(each.shape, generator=rng) for each in parameters]
     exact: dict[tuple, list[torch.Tensor]] = {}
-    along, across, far = [], [], []
+    along, across = [], []
     for draw in range(300):
         matched = matching.match(batch, draw)
         places = tuple(matched.inputs["anchors_BK"][0].tolist())
         if places not in exact:
             distance = exact_distance(model, matching.network, batch, list(places))
             exact[places] = torch.autograd.grad(distance, parameters)
-            far.append(float(distance))
         output = model(**batch, **matched.inputs)
         # Of the mean: the surrogate stands beside a sum over 17 learnt tokens.
         found = torch.autograd.grad(output.matching / 17, parameters)
@@ -548,6 +547,49 @@ def test_a_plan_counts_what_it_takes(run):
     assert "before the run" not in plain.shown()
     with_lora = plan_of(replace(run, lora=LoraConfig(rank=4)))
     assert with_lora.network_bytes == 0
+
+
+def test_documents_without_room_for_a_continuation_are_refused(run, tmp_path):
+    """All of them: the run would be plain training, without a word."""
+    brief = save_store(tmp_path / "brief", longest=3)
+    longest = max(TargetStore(brief).lengths("train"))
+    matching = FeatureMatchingConfig(samples=3, length=longest, every=8)
+    with pytest.raises(
+        ValueError, match=f"feature_matching.length: got {longest}, and no document"
+    ):
+        prepare(replace(run, targets=str(brief), feature_matching=matching))
+    prepare(
+        replace(run, targets=str(brief), feature_matching=replace(matching, length=longest - 1))
+    )
+
+
+def test_batches_without_a_place_do_not_count_as_a_distance_of_nothing(run, tmp_path):
+    """Of held-out rows some of which are too short: the mean is that of the others."""
+    matching = FeatureMatchingConfig(samples=3, length=24, every=64)
+    config = replace(run, feature_matching=matching, packing=False, batch_size=1)
+    prepared = prepare(config)
+    trainer = make_trainer(
+        config,
+        prepared.loaded.model,
+        prepared.material,
+        matching=matching_of(config, prepared.loaded, prepared.material),
+    )
+    (part,) = trainer.eval_dataset
+    has_room = [any(len(document.positions_T) >= 24 for document, _ in row) for row in part.rows]
+    assert len(set(has_room)) == 2
+    whole = trainer.evaluate()["eval_feature_distance"]
+    told = [
+        trainer._matched(trainer._prepare_inputs(prepared.material.collate([row])), 1, number, 0)
+        for number, row in enumerate(part.rows)
+    ]
+    assert [each is not None for each in told] == has_room
+    tokens = sum(
+        sum(len(document.positions_T) for document, _ in row)
+        for row, has in zip(part.rows, has_room, strict=True)
+        if has
+    )
+    expected = sum(float(each.distance) for each in told if each is not None) / tokens
+    assert whole == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
