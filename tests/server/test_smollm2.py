@@ -107,14 +107,15 @@ def stories(server: Server, **asked: Any) -> list[list[str]]:
     async def ask_all() -> list[list[str]]:
         async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=1200) as client:
 
-            async def ask(topic: str) -> list[str]:
+            async def ask(seed: int, topic: str) -> list[str]:
+                # One seed for all would be the same noise in all, and make them alike.
                 prompt = {"role": "user", "content": f"Tell me a short story about {topic}."}
                 answer = await client.chat.completions.create(
-                    model=server.model, messages=[prompt], max_tokens=96, n=2, seed=1, **asked
+                    model=server.model, messages=[prompt], max_tokens=96, n=2, seed=seed, **asked
                 )
                 return [choice.message.content for choice in answer.choices]
 
-            return await asyncio.gather(*(ask(topic) for topic in TOPICS))
+            return await asyncio.gather(*(ask(seed, topic) for seed, topic in enumerate(TOPICS)))
 
     return asyncio.run(ask_all())
 
