@@ -108,7 +108,7 @@ class DFTTrainer(Trainer):
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.
-            seen = [output.loss, output.model_entropy, output.target_entropy]
+            seen: list[Any] = [output.loss, output.model_entropy, output.target_entropy]
             if matched is not None:
                 seen.append(matched.distance)
             self._seen[0, : len(seen)] += torch.stack([each.detach().double() for each in seen])
