@@ -302,8 +302,7 @@ def fit(
         model.train()
         matched = None if matching is None else matching.match(batch.inputs, step)
         output = model(**batch.inputs, **(matched.inputs if matched else {}))
-        loss = output.loss if output.matching is None else output.loss + output.matching
-        (loss / len(batch.target)).backward()
+        (output.objective / len(batch.target)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

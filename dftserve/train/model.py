@@ -42,6 +42,14 @@ class DFTOutput(ModelOutput):
     human_nll: Tensor | None = None
     """−ln p of the text's own tokens; only while evaluating."""
 
+    @property
+    def objective(self) -> Any:
+        """What a step minimises: the loss and what was added to it."""
+        total: Any = self.loss
+        for added in (self.auxiliary, self.matching):
+            total = total if added is None else total + added
+        return total
+
 
 def attach(
     model: PreTrainedModel,

@@ -245,8 +245,7 @@ def _one_batch(
         with bf16, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             matched = None if matching is None else matching.match(batch, 0)
             output = model(**batch, **(matched.inputs if matched else {}))
-        loss = output.loss if output.matching is None else output.loss + output.matching
-        (loss / len(batch["positions_T"])).backward()
+        (output.objective / len(batch["positions_T"])).backward()
         _wait(device)
         seconds = time.perf_counter() - start
         weights = {value.untyped_storage().data_ptr() for value in model.parameters()}

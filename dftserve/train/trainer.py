@@ -101,10 +101,7 @@ class DFTTrainer(Trainer):
         tokens = len(inputs["positions_T"]) if num_items_in_batch is None else num_items_in_batch
         # DDP and FSDP average gradients over processes; the tokens are already all processes'.
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        total: Any = output.loss
-        if torch.is_grad_enabled():
-            for added in (output.auxiliary, output.matching):
-                total = total if added is None else total + added
+        total: Any = output.objective if torch.is_grad_enabled() else output.loss
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed where they are: asking for their values would stop a GPU at every step.

@@ -308,7 +308,7 @@ def test_features_are_of_unit_length_and_have_no_common_direction(store):
         [each.flatten(0, 1)[batch["positions_T"] + 1] for each in states]
     ).detach()
     torch.testing.assert_close(features_TF.norm(dim=1), torch.ones(len(features_TF)))
-    # Of vectors in all directions the mean is short; of raw hidden states it is not.
+    # Of vectors in all directions the mean is short.
     assert float(features_TF.mean(dim=0).norm()) < 0.1
 
 
