@@ -7,13 +7,16 @@
 
 Each model of bench/headline_models.py that FOLDER has, and the one that it began with (whose
 answers are those of results/texts/real_answers.jsonl.gz), answers through vLLM
-(bench/real_answers.py) without the field, T 1, and with `diversity` 1:
+(bench/real_answers.py) without the field at T 1, with `diversity` 1, and with the law `words` at
+.25, which is the setting that bench/laws.py found best for a tuned model:
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
-                bench/real.py beside stories by people to prompts that none was tuned on
-    IFEval      the share of prompts all of whose instructions are followed; without the field
-    MMLU        the share of 300 questions answered right, and of answers that cannot be read
-and is asked how likely it finds human text:
-    bits a byte of people's stories that none was tuned on, and of books (books/heldout)
+                bench/real.py, next to stories by people to prompts that none was tuned on
+    IFEval      the share of prompts all of whose instructions are followed; not with `diversity` 1
+    MMLU        the share of 300 questions answered right, and of answers that cannot be read; as
+                IFEval
+Each model also scores human text:
+    bits per byte, and perplexity per token, of people's stories that none was tuned on and of
+    books (books/heldout)
 All beside the collapsed start: paired by prompt, question or text, but for SDS, whose differences
 are as of independent answers. Intervals are 95 %.
 The last line is one JSON document; the answers are kept in results/texts/headline.jsonl.gz.
@@ -40,6 +43,7 @@ from real_answers import (
     MMLU,
     STOCK,
     STORIES,
+    WORDS_QUARTER,
     Answer,
     data_folder,
     kept,
@@ -64,7 +68,11 @@ from provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 TEXTS = RESULTS / "texts" / "headline.jsonl.gz"
-ASKED: Mapping[str, Sequence[str]] = {STOCK: (STORIES, IFEVAL, MMLU), GATED: (STORIES,)}
+ASKED: Mapping[str, Sequence[str]] = {
+    STOCK: (STORIES, IFEVAL, MMLU),
+    WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
+    GATED: (STORIES,),
+}
 """By setting, which has an engine of its own, the sets of prompts."""
 BOOK_CHARACTERS = 1500
 """Of each book, from its middle."""
@@ -87,9 +95,14 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         for name, place in models.items()
     }
     questions = mmlu(data_folder())
-    said = {
-        name: letters(by_setting(kept(each), MMLU)[STOCK], questions)
+    chosen = {
+        f"{name}, {setting}": letters(found, questions)
         for name, each in answers.items()
+        for setting, found in by_setting(kept(each), MMLU).items()
+        if MMLU in ASKED.get(setting, ())
+    }
+    likelihoods = {
+        source: likelihood(models, texts) for source, texts in human_texts(data_folder()).items()
     }
     document = {
         "what": "tuning of a collapsed model on stories by people; 95 % intervals",
@@ -99,15 +112,14 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
         "stories": told_stories({name: kept(each) for name, each in answers.items()}),
         "accuracy": {
-            "ifeval": shares({name: followed(each) for name, each in answers.items()}),
-            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in said.items()}),
+            "ifeval": shares(followed(answers)),
+            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in chosen.items()}),
             "mmlu_unreadable": shares(
-                {name: [a is None for a, _ in pairs] for name, pairs in said.items()}
+                {name: [a is None for a, _ in pairs] for name, pairs in chosen.items()}
             ),
         },
-        "bits_per_byte": {
-            source: bits(models, texts) for source, texts in human_texts(data_folder()).items()
-        },
+        "bits_per_byte": {source: each["bits_per_byte"] for source, each in likelihoods.items()},
+        "perplexity": {source: each["perplexity"] for source, each in likelihoods.items()},
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
     pack(TEXTS, told_answers(answers))
@@ -139,10 +151,9 @@ def answered(model: Path, folder: Path, dtype: str) -> Path:
         options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
         script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
         subprocess.run(list(map(str, script)), check=True)
-    if not (folder / "ifeval.json").exists():
-        python = ROOT / ".venv-eval" / "bin" / "python"
-        script = [python, ROOT / "bench" / "ifeval.py", data_folder(), folder]
-        subprocess.run(list(map(str, script)), check=True)
+    python = ROOT / ".venv-eval" / "bin" / "python"
+    script = [python, ROOT / "bench" / "ifeval.py", data_folder(), folder]
+    subprocess.run(list(map(str, script)), check=True)
     return folder
 
 
@@ -182,21 +193,29 @@ def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
 # ── Accuracy ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def followed(folder: Path) -> list[bool]:
-    """Of each prompt of IFEval, whether all of its instructions were followed."""
-    by_key = json.loads((folder / "ifeval.json").read_text())["settings"][STOCK]
-    return [all(by_key[key]) for key in sorted(by_key)]
+def followed(folders: Mapping[str, Path]) -> dict[str, list[bool]]:
+    """By model and setting: for each prompt of IFEval, whether all of its instructions were
+    followed."""
+    found = {}
+    for name, folder in folders.items():
+        settings = json.loads((folder / "ifeval.json").read_text())["settings"]
+        for setting, by_key in settings.items():
+            if IFEVAL in ASKED.get(setting, ()):
+                found[f"{name}, {setting}"] = [all(by_key[key]) for key in sorted(by_key)]
+    return found
 
 
-def shares(by_model: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    """Each model's, and the exact p of "as many as the start"."""
+def shares(rows: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """The share of each row, and the exact p of the hypothesis that it equals the start's without
+    the field."""
+    start = rows[f"{START}, {STOCK}"]
     return {
         name: {
             **share(found),
             "count": len(found),
-            "p_to_start": round(mcnemar(by_model[START], found), 5),
+            "p_to_start": round(mcnemar(start, found), 5),
         }
-        for name, found in by_model.items()
+        for name, found in rows.items()
     }
 
 
@@ -215,23 +234,34 @@ def middle_of(text: str) -> str:
     return text[len(text) // 2 :][:BOOK_CHARACTERS]
 
 
-def bits(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, Any]:
-    """A byte of the texts, of each model; and the ratio to the start, of the same texts."""
-    sizes_N = np.array([len(text.encode()) for text in texts])
-    found = {
-        name: np.array([nats_T.sum() for nats_T in token_nats(place, texts)]) / np.log(2)
-        for name, place in models.items()
-    }
+def likelihood(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, Any]:
+    """Bits per byte and perplexity per token of the texts under each model, and the ratio of each
+    to the start's. The models share a tokenizer, so their perplexities can be compared."""
+    scored = {name: token_nats(place, texts) for name, place in models.items()}
+    nats = {name: np.array([nats_T.sum() for nats_T in each]) for name, each in scored.items()}
+    bytes_N = np.array([len(text.encode()) for text in texts])
+    tokens_N = np.array([len(nats_T) for nats_T in scored[START]])
 
-    def each(bits_N: NDArray, over_N: NDArray) -> Estimate:
-        return jackknife(len(texts), lambda at: float(bits_N[at].sum() / over_N[at].sum()))
+    def ratio(nats_N: NDArray, over_N: NDArray) -> Estimate:
+        return jackknife(len(texts), lambda at: float(nats_N[at].sum() / over_N[at].sum()))
+
+    def perplexity(nats_N: NDArray) -> Estimate:
+        return jackknife(
+            len(texts), lambda at: float(np.exp(nats_N[at].sum() / tokens_N[at].sum()))
+        )
+
+    def beside_start(value: Estimate, to_start: Estimate) -> dict[str, Any]:
+        return {**written({"": value})[""], "to_start": written({"": to_start})[""]}
 
     return {
-        name: {
-            **written({"": each(bits_N, sizes_N)})[""],
-            "to_start": written({"": each(bits_N, found[START])})[""],
-        }
-        for name, bits_N in found.items()
+        "bits_per_byte": {
+            name: beside_start(ratio(nats_N, bytes_N * np.log(2)), ratio(nats_N, nats[START]))
+            for name, nats_N in nats.items()
+        },
+        "perplexity": {
+            name: beside_start(perplexity(nats_N), perplexity(nats_N - nats[START]))
+            for name, nats_N in nats.items()
+        },
     }
 
 

@@ -33,6 +33,7 @@ STOCK = "stock, T 1"
 COOL = "stock, T .7"
 GATED = "`gated` 1"
 WORDS = "`words` 1"
+WORDS_QUARTER = "`words` .25"
 MIN_P = "min-p .02, T 1.3"
 ONE_TEMPERATURE = "one T 1.5 on the guard .02"
 WORD_LAWS = (
@@ -62,7 +63,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "T .2, top-p .9 (the model's card)": {"temperature": 0.2, "top_p": 0.9},
     "min-p .1, T 1.5": {"min_p": 0.1, "temperature": 1.5},
     "`words` .75": {"diversity": {"law": "words", "level": 0.75}},
-    "`words` .25": {"diversity": {"law": "words", "level": 0.25}},
+    WORDS_QUARTER: {"diversity": {"law": "words", "level": 0.25}},
     "`gated` .75": {"diversity": {"law": "gated", "level": 0.75}},
     "`gated` .25": {"diversity": {"law": "gated", "level": 0.25}},
     "stock, T .5": {"temperature": 0.5},
@@ -110,6 +111,8 @@ COMPARED = (WORDS, GATED, MIN_P, STOCK)
 """Settings of all sets."""
 HALF = ("`words` .5", "`gated` .5")
 IN_FORMS = (WORDS, GATED, STOCK, COOL)
+IN_TASKS = (*COMPARED, COOL, WORDS_QUARTER)
+"""Settings of the sets whose answers are right or wrong."""
 MMLU_QUESTIONS = 300
 
 
@@ -122,8 +125,8 @@ def prompt_sets(data: Path) -> list[PromptSet]:
         PromptSet(STORIES, stories[:32], 8, 200, tuple(n for n in SETTINGS if n not in WORD_LAWS)),
         PromptSet(ESSAYS, essays[:60], 2, 200, (*COMPARED, *HALF, *WORD_LAWS)),
         PromptSet(OTHER_ESSAYS, essays[60:], 4, 200, (WORDS, GATED, HALF[0], MIN_P)),
-        PromptSet(IFEVAL, instructions, 1, 256, (*COMPARED, COOL)),
-        PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, (*COMPARED, COOL)),
+        PromptSet(IFEVAL, instructions, 1, 256, IN_TASKS),
+        PromptSet(MMLU, [question(row) for row in mmlu(data)], 1, 48, IN_TASKS),
         PromptSet(OPEN, open_prompts(data), 8, 64, (*COMPARED, COOL, HALF[1])),
         PromptSet(
             FORMS, [task for each in form_tasks().values() for task in each], 5, 128, IN_FORMS
