@@ -1,7 +1,7 @@
 """Near-duplicates: texts that share most of their word 5-grams with an earlier one.
 
-MinHash with locality-sensitive hashing (Broder 1997; datasketch), 128 permutations of a fixed seed:
-the same texts in the same order always lose the same ones.
+MinHash with locality-sensitive hashing (Broder 1997; datasketch), with 128 permutations and a fixed
+seed: the same texts in the same order always give the same duplicates.
 """
 
 import re
@@ -17,26 +17,28 @@ from dftserve.corpus.text import UNSPACED
 PERMUTATIONS = 128
 SEED = 1
 WEIGHTS = (0.02, 0.98)
-"""Of false and of missed candidates in the tables: the former are compared once more."""
+"""Costs of false and of missed candidates when the tables are tuned. False ones cost less, since
+every candidate is compared again."""
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-"""Without the underscores of emphasis. In a script without blanks a character counts as a word,
-else a clause would."""
+"""Excludes the underscores of emphasis. In a script without spaces each character counts as a
+word; otherwise a whole clause would."""
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\ufe00-\ufe0f\ufeff]"
 )
-"""Soft hyphens, joiners, marks of direction and the like."""
+"""Soft hyphens, joiners, direction marks and the like."""
 _MIX = np.array(
     [0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(GRAM + 1)], dtype=np.uint64
 )
-"""An odd multiplier for each place of a 5-gram, and one more: the order of its words counts."""
+"""An odd multiplier for each position in a 5-gram, so that word order matters, and one for
+`within`."""
 
 
 class Duplicates:
-    """Remembers the texts that it was shown, and tells which come again."""
+    """Remembers the texts it has been given, and finds repetitions of them."""
 
     def __init__(self, threshold: float | None) -> None:
-        """threshold: Jaccard similarity, in (0, 1]; None: nothing is a duplicate."""
+        """threshold: Jaccard similarity, in (0, 1]; with None nothing is a duplicate."""
         self._threshold = threshold
         self._kept: dict[str, MinHash] = {}
         self._equal: dict[tuple[str, str], str] = {}
@@ -45,11 +47,11 @@ class Duplicates:
             self._near = MinHashLSH(threshold, PERMUTATIONS, weights=WEIGHTS)
 
     def of(self, content: str, name: str, *, within: str = "") -> str | None:
-        """The name of the earlier text that this is a near-duplicate of.
+        """The name of the earlier text of which this one is a near-duplicate, or None.
 
-        Only texts `within` the same count: two answers to one prompt may be duplicates, one answer
-        to two prompts is not. Where there is none, the text is remembered under `name`,
-        which must be new.
+        Only texts with the same `within` are compared: two answers to one prompt may be duplicates,
+        the same answer to two prompts is not. A text that is no duplicate is remembered under
+        `name`, which must be new.
         """
         if self._threshold is None:
             return None
@@ -58,10 +60,10 @@ class Duplicates:
             return None if equal == name else equal
         signature = signature_of(content, within)
         near = [str(each) for each in self._near.query(signature)]
-        # The tables of the hash let some pairs below the threshold through.
+        # The hash tables also return some pairs below the threshold.
         near = [each for each in near if self._kept[each].jaccard(signature) >= self._threshold]
         if near:
-            # What equals this one later on is like that one too: this one is not remembered.
+            # Not inserted; later texts equal to this one resolve to the same earlier text.
             self._equal[within, content] = min(near)
             return min(near)
         self._near.insert(name, signature)
@@ -70,12 +72,12 @@ class Duplicates:
 
 
 def shingles(content: str, within: str = "") -> np.ndarray:
-    """uint32: a hash of each run of five words, without case and punctuation, with `within`.
+    """uint32: hashes of the runs of five words, each combined with `within`.
 
-    However its characters are composed, and whatever stands invisible between them.
+    Case, punctuation, invisible characters and Unicode composition make no difference.
     """
     folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", content)).casefold()
-    # A text of marks alone is told by these, an empty one by nothing.
+    # A text of punctuation alone is split at whitespace; an empty one is one empty unit.
     units = _WORD.findall(folded) or folded.split() or [""]
     words_W = np.array([zlib.crc32(unit.encode()) for unit in units], dtype=np.uint64)
     size = min(GRAM, len(words_W))
@@ -87,7 +89,7 @@ def shingles(content: str, within: str = "") -> np.ndarray:
 
 
 def signature_of(content: str, within: str = "") -> MinHash:
-    """What similarity is estimated from."""
+    """The MinHash from which similarity is estimated."""
     signature = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=int)
     signature.update_batch(shingles(content, within))  # type: ignore[arg-type]
     return signature

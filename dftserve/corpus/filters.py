@@ -1,12 +1,13 @@
-"""Which texts are fit to learn from, and what is taken out of them first.
+"""Decides which texts are kept for training, and removes boilerplate from them.
 
-    reason = verdict(cleaned(text, filters), filters)      # None: it stays
+    reason = verdict(cleaned(text, filters), filters)      # None: the text is kept
 
-Stripped: the frame of a Project Gutenberg file, licence paragraphs, cookie and navigation lines.
-Dropped, with the reason: everything else. A conversation is judged, never changed.
+Stripped from a text: Project Gutenberg's header and footer, licence paragraphs, cookie and
+navigation lines. For any other defect the whole text is dropped, with the reason. A conversation is
+kept or dropped, but never changed.
 
 The limits on repetition are Gopher's (arXiv 2112.11446, table A1): at most .20 of the characters in
-lines that stand there before, at most .15 in 5-grams that do.
+repeated lines, and at most .15 in repeated 5-grams.
 """
 
 import re
@@ -20,54 +21,55 @@ from dftserve.corpus.wrapping import joined
 from dftserve.settings import among
 
 LANGUAGE_CHARACTERS = 20_000
-"""As much of a text as its language is told from."""
+"""Characters at the start of a text from which its language is identified."""
 GRAM = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What a corpus accepts. A share is of a text's characters, in [0, 1].
+    """Which texts are accepted. Shares are of a text's characters, in [0, 1].
 
-    A word is what stands between blanks: for a language that writes none, set `min_words` to 1.
+    Words are separated by spaces: for a language written without them, set `min_words` to 1.
     """
 
     min_words: int = 20
     max_words: int = 1_000_000
     split_words: int = 1_000
-    """A longer plain text is cut at paragraph ends into pieces of at most so many words."""
+    """A longer plain text is cut at paragraph ends into pieces of at most this many words."""
     languages: tuple[str, ...] = ()
-    """ISO 639-1 codes, as py3langid knows them; none: any language."""
+    """ISO 639-1 codes that py3langid supports; empty: any language."""
     language_min_words: int = 20
-    """The language of a shorter text cannot be told, and is not judged."""
+    """The language of a shorter text cannot be identified, and is not checked."""
     max_damage: float = 0.005
     """Share of replacement characters, control characters and UTF-8 read as Latin-1."""
     max_repeated_lines: float = 0.20
-    """Share of lines that the text already had."""
+    """Share in lines that occur earlier in the text."""
     max_repeated_grams: float = 0.15
-    """Share of words in a run of five that the text already had."""
+    """Share in runs of five words that occur earlier in the text."""
     strip_boilerplate: bool = True
-    """Take out Gutenberg frames, licence paragraphs, cookie and navigation lines."""
+    """Remove Gutenberg headers and footers, licence paragraphs, cookie and navigation lines."""
     join_lines: bool = True
-    """Join lines of prose that an editor wrapped; verse, lists, tables, records and code stay."""
+    """Join the lines of hard-wrapped prose; verse, lists, tables, records and code are
+    unchanged."""
     strip: tuple[str, ...] = field(default=(), metadata={"accepted": STRIPS})
-    """Take out `html` (tags), `comments` (HTML's), `front_matter`, `code` (fenced)."""
+    """Remove `html` (tags), `comments` (HTML's), `front_matter`, `code` (fenced)."""
     max_boilerplate: float = 0.5
     """Share of licence paragraphs, cookie and navigation lines above which a text is dropped."""
     duplicate_threshold: float | None = 0.6
-    """Jaccard similarity of word 5-grams from which on the later of two pieces is dropped; 1: only
-    equal ones are, None: none is. Of conversations, answers to one prompt are compared, and none
-    is dropped where a recipe's `references` count them. A copy with 3 % of its words changed has a
-    similarity of .75, with 5 % .63, with 10 % .42."""
+    """Jaccard similarity of word 5-grams at or above which the later of two pieces is dropped; 1:
+    only if they are equal, None: never. In conversations, answers to the same prompt are compared,
+    and none is dropped if the recipe's `references` count them. A copy with 3 % of its words
+    changed has a similarity of .75, with 5 % .63, with 10 % .42."""
     family_threshold: float | None = 0.25
-    """Share of the smaller text's word 5-grams that stand in the other, from which on two texts, or
-    pieces of them, are both trained on or both held out; None: each text by itself. Of
-    conversations, answers are compared."""
+    """If at least this share of the smaller text's (or piece's) word 5-grams occurs in the other,
+    both texts go to training or both are held out; None: each text by itself. In conversations,
+    answers are compared."""
     special_tokens: str = "text"
-    """Special tokens that a text spells (`<|im_end|>` in a document about templates): read as
-    `text`, or `keep` as special tokens; `drop` leaves the text out."""
+    """How to read special tokens spelled out in a text (`<|im_end|>` in a document about
+    templates): as ordinary `text`, or `keep` them as special tokens; `drop` leaves the text out."""
     answers: str = "all"
-    """What is learnt of a conversation: `all` answers, or the `last`. Where the chat template marks
-    what is learnt ({% generation %}), `all` is what it marks."""
+    """Which answers of a conversation are trained on: `all`, or the `last`. If the chat template
+    marks the text to train on ({% generation %}), `all` means what it marks."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_words <= self.max_words:
@@ -106,12 +108,12 @@ _SHARES = ("max_damage", "max_repeated_lines", "max_repeated_grams", "max_boiler
 
 
 def cleaned(text: Text, filters: Filters) -> Text:
-    """A plain text without its boilerplate, and with its wrapped lines joined, as is asked."""
+    """A plain text with boilerplate stripped and wrapped lines joined, as the filters specify."""
     return unwrapped(stripped(text, filters), filters)
 
 
 def stripped(text: Text, filters: Filters) -> Text:
-    """A plain text without its boilerplate, and without what `strip` names."""
+    """A plain text without its boilerplate and without what `strip` names."""
     if text.messages is not None:
         return text
     body = text.content
@@ -135,7 +137,7 @@ def _with(text: Text, content: str) -> Text:
 
 
 def verdict(text: Text, filters: Filters) -> str | None:
-    """Why a text, as it was read, is dropped; None where it stays."""
+    """Why a text, given as it was read, is dropped; None if it is kept."""
     whole = text.content if text.messages is not None else _unframed(text.content)
     if _share(_boilerplate(whole), whole) > filters.max_boilerplate:
         return "boilerplate"
@@ -168,12 +170,12 @@ _DAMAGE = re.compile(
 
 
 def damage(content: str) -> float:
-    """The share of characters that a wrong encoding left behind."""
+    """The share of characters that result from a wrong encoding."""
     return _share(_DAMAGE.findall(content), content)
 
 
 def repeated_lines(content: str) -> float:
-    """The share of characters in lines that stand earlier in the text too."""
+    """The share of characters in lines that occur earlier in the text."""
     lines = [line for line in map(str.strip, content.splitlines()) if line]
     seen: set[str] = set()
     repeated = [line for line in lines if line in seen or seen.add(line)]
@@ -181,13 +183,13 @@ def repeated_lines(content: str) -> float:
 
 
 def repeated_grams(words: Sequence[str]) -> float:
-    """The share of characters, spaces left out, in 5-grams that stand earlier in the text too."""
+    """The share of characters, without spaces, in 5-grams that occur earlier in the text."""
     seen: set[tuple[str, ...]] = set()
     repeated = covered = 0
     for start in range(len(words) - GRAM + 1):
         gram = tuple(words[start : start + GRAM])
         if gram in seen:
-            # Grams overlap: a word counts once.
+            # 5-grams overlap; each word is counted once.
             repeated += sum(map(len, words[max(covered, start) : start + GRAM]))
             covered = start + GRAM
         seen.add(gram)
@@ -195,7 +197,7 @@ def repeated_grams(words: Sequence[str]) -> float:
 
 
 def language_of(content: str) -> str:
-    """Its ISO 639-1 code, as py3langid tells it from the beginning."""
+    """The ISO 639-1 code that py3langid predicts from the start of the text."""
     import py3langid
 
     return py3langid.classify(content[:LANGUAGE_CHARACTERS])[0]
@@ -214,7 +216,7 @@ def _share(parts: Iterable[str], content: str) -> float:
 
 # ── Boilerplate ──────────────────────────────────────────────────────────────────────────────────
 
-# `\W*` would go over line ends, and read the blank lines that follow again from each of them.
+# `\W*` would match across line ends, and rescan a run of blank lines from each of its lines.
 _GUTENBERG_START = re.compile(
     r"^[^\w\n]*START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$\n?", re.IGNORECASE | re.MULTILINE
 )
@@ -230,7 +232,7 @@ _LICENCE = re.compile(
     "|project gutenberg(?:-tm)? (?:license|literary archive)",
     re.IGNORECASE,
 )
-"""The wording of licences themselves."""
+"""Wording from the texts of licences."""
 _NOTICE = re.compile(
     "licensed under the (?:apache|mit|mozilla|gnu|creative commons)"
     "|gnu (?:lesser |affero )?general public license"
@@ -239,10 +241,10 @@ _NOTICE = re.compile(
     r"|^[^\w\n]*all rights reserved[^\w\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-"""What also prose may say, in longer paragraphs."""
+"""Notices, which prose may contain too: matched only in short paragraphs."""
 _RESERVED, _OWNED = "all rights reserved", ("copyright", "©", "(c)")
-"""In one line, the former and any of the latter. Not a pattern: `.*` between them would read the
-rest of a line again for each of its marks."""
+"""A line is a rights notice if it contains the former and any of the latter. This is no regular
+expression, since `.*` between them would rescan the rest of the line for each mark."""
 _SITE_LINE = re.compile(
     "we use cookies|(?:accept|reject) (?:all )?cookies|cookie (?:policy|settings|preferences)"
     "|skip to (?:main )?content|terms of (?:use|service)|privacy policy|subscribe to our newsletter"
@@ -253,12 +255,11 @@ _NAVIGATION = re.compile(r"^\s*(?:[^|»›·•\n]{1,30}\s[|»›·•]\s){2,}[^
 _PARAGRAPHS = re.compile(r"(\n[ \t]*\n\s*)")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 LICENCE_WORDS, NOTICE_WORDS, LINE_WORDS = 400, 40, 25
-"""A longer paragraph quotes a licence, or speaks of one; a longer line speaks of cookies, or of
-rights."""
+"""Longer paragraphs and lines are prose that quotes or discusses licences, cookies or rights."""
 
 
 def _unframed(content: str) -> str:
-    """What stands between Project Gutenberg's own start and end marks."""
+    """The text between Project Gutenberg's start and end markers."""
     start = _GUTENBERG_START.search(content)
     body = content[start.end() :] if start else content
     end = _GUTENBERG_END.search(body)
@@ -270,13 +271,14 @@ def _boilerplate(content: str) -> list[str]:
 
 
 def _parts(content: str) -> list[tuple[str, bool]]:
-    """Paragraphs, lines and what stands between, in order, each with whether it is boilerplate."""
+    """Paragraphs, lines and separators, in order, each with whether it is boilerplate."""
     parts: list[tuple[str, bool]] = []
     for paragraph in _PARAGRAPHS.split(content):
         if _is_licence(paragraph):
             parts.append((paragraph, True))
         else:
-            parts += ((line, _is_line(line)) for line in paragraph.splitlines(keepends=True))
+            lines = paragraph.splitlines(keepends=True)
+            parts += ((line, _is_boilerplate_line(line)) for line in lines)
     return parts
 
 
@@ -286,20 +288,20 @@ def _is_licence(paragraph: str) -> bool:
         return words <= LICENCE_WORDS and bool(_LICENCE.search(paragraph))
     if _LICENCE.search(paragraph) or _NOTICE.search(paragraph):
         return True
-    return any(map(_is_reserved, paragraph.split("\n")))
+    return any(map(_is_rights_notice, paragraph.split("\n")))
 
 
-def _is_line(line: str) -> bool:
-    """Whether a line alone is boilerplate, wherever it stands."""
+def _is_boilerplate_line(line: str) -> bool:
+    """Whether a line is boilerplate by itself, wherever it occurs."""
     if _NAVIGATION.match(line.rstrip("\n")):
         return True
     if len(line.split()) > LINE_WORDS:
         return False
-    found = _SITE_LINE.search(line) or _is_reserved(line) or "SPDX-License-Identifier" in line
+    found = _SITE_LINE.search(line) or _is_rights_notice(line) or "SPDX-License-Identifier" in line
     return bool(found)
 
 
-def _is_reserved(line: str) -> bool:
-    """Whether it says whose all rights are."""
+def _is_rights_notice(line: str) -> bool:
+    """Whether a line is a copyright notice that reserves all rights."""
     lowered = line.lower()
     return _RESERVED in lowered and any(mark in lowered for mark in _OWNED)

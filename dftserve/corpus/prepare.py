@@ -1,15 +1,16 @@
-"""From texts as they lie about to a corpus: filtered, cut, without duplicates, split in two.
+"""Prepares a corpus: filters texts, cuts them, drops duplicates, and splits off a held-out part.
 
     corpus = prepare(read(Path("novels")), Filters(languages=("en",)))
 
-Each text goes to training or to the held-out part by a hash of its own content, before it is cut:
-the pieces of a book stay together. A conversation goes by its turns before the first answer to
-somebody: all answers to one prompt stay together. So do texts that are copies of one another with
-some words changed, which go by the first of them.
+Each text is assigned to training or to the held-out part by a hash of its content before it is cut,
+so the pieces of a book stay together. A conversation is assigned by its turns before the first
+answer to somebody, so all answers to one prompt stay together. So do texts that are copies of one
+another with some words changed, which are assigned by the first of them.
 
-A text that is added behind moves no other, but where it is like two that were apart (the later
-one's family goes by the earlier one), where so few texts are there that one is held out only for
-there to be one, or where the corpus becomes so large that families are told by a sample.
+Appending a text moves no other text, with three exceptions: it is similar to two texts that were
+not in one family (the later one's family is then assigned by the earlier one); there are so few
+texts that one is held out only to have one; or the corpus becomes so large that families are found
+by a sample.
 """
 
 import re
@@ -23,29 +24,29 @@ from blake3 import blake3
 from dftserve.corpus.duplicates import Duplicates
 from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, language_of, stripped, unwrapped, verdict
-from dftserve.corpus.records import opening, said
+from dftserve.corpus.records import opening, turn_text
 from dftserve.corpus.text import Text
 
 EXAMPLES = 3
-"""Origins that a report names for each reason."""
+"""Origins that a report lists for each reason."""
 DUPLICATE = "near-duplicate"
 GIVEN_AGAIN = "answer given again to its prompt, counted as often"
 ANSWER_WORDS = 20
-"""A shorter answer may be the same to many prompts, and joins none of them."""
-TOLD = 200
-"""Texts whose language is told: more would take longer than the rest."""
-ALIKE = 1.0
-"""The draw of every text where none is held out, which no text draws otherwise."""
+"""A shorter answer may be given to many prompts, and does not join their families."""
+LANGUAGE_TEXTS = 200
+"""Texts whose language is identified: more would take longer than everything else."""
+NO_DRAW = 1.0
+"""The draw of every text if none is held out; outside the range of actual draws."""
 LIKE_HELDOUT = "copy of a held-out text, or answer to its prompt"
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What was left out for one reason."""
+    """The texts that were dropped or noted for one reason."""
 
     count: int = 0
     examples: tuple[str, ...] = ()
-    """Origins of the first ones."""
+    """Origins of the first few."""
 
     def with_one(self, origin: str) -> "Dropped":
         return Dropped(self.count + 1, (*self.examples, origin)[:EXAMPLES])
@@ -53,34 +54,35 @@ class Dropped:
 
 @dataclass
 class Report:
-    """What became of the texts."""
+    """What was kept, changed and dropped."""
 
     read: int = 0
-    """Texts, as they came."""
+    """Texts in the input."""
     kept: int = 0
-    """Texts of which something stayed."""
+    """Texts of which at least one piece was kept."""
     stripped: Counter[str] = field(default_factory=Counter)
-    """Texts that lost boilerplate, and stayed, by their origins."""
+    """Kept texts from which boilerplate was stripped, by origin."""
     joined: Counter[str] = field(default_factory=Counter)
-    """Texts whose wrapped lines were joined, and that stayed, by their origins."""
+    """Kept texts whose wrapped lines were joined, by origin."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
-    """By reason. Near-duplicates are pieces, where a text was cut; all else are texts."""
+    """By reason. Near-duplicates count pieces if a text was cut; all other reasons count texts."""
     noted: dict[str, Dropped] = field(default_factory=dict)
-    """By what was changed or left out of a text that stayed."""
+    """Kept texts in which something was changed or left out, by what it was."""
     documents: dict[str, int] = field(default_factory=dict)
-    """By split: pieces, and texts that were not cut."""
+    """By split; each piece of a text that was cut counts as one."""
     words: dict[str, int] = field(default_factory=dict)
     """By split."""
     languages: dict[str, int] = field(default_factory=dict)
-    """How many of the first `TOLD` texts that stayed are of each."""
+    """Counts over the first `LANGUAGE_TEXTS` kept texts."""
     heldout_asked: float = 0.0
-    """Share of texts."""
+    """The requested share of texts."""
     compared: float = 1.0
-    """Of the 5-grams of long texts, the share by which families are told: 1 up to some size."""
+    """Share of long texts' 5-grams that was compared to find families: 1 unless the corpus is very
+    large."""
 
     @property
     def heldout_share(self) -> float:
-        """Share of the words that is held out."""
+        """The actual held-out share, of words."""
         return self.words.get("heldout", 0) / max(1, sum(self.words.values()))
 
     def drop(self, reason: str, origin: str) -> None:
@@ -90,21 +92,21 @@ class Report:
         self.noted[what] = self.noted.get(what, Dropped()).with_one(origin)
 
     def lose(self, origin: str) -> None:
-        """A text that had stayed goes after all; `drop` says why."""
+        """A text that was counted as kept is dropped after all; `drop` records the reason."""
         self.kept -= 1
         for changed in (self.stripped, self.joined):
             if changed[origin]:
                 changed[origin] -= 1
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON's types; the reasons in the order of their names."""
+        """The report in JSON types, with the reasons sorted by name."""
         return {
             "read": self.read,
             "kept": self.kept,
             "stripped": self.stripped.total(),
             "joined": self.joined.total(),
-            "dropped": _counted(self.dropped),
-            "noted": _counted(self.noted),
+            "dropped": _as_counts(self.dropped),
+            "noted": _as_counts(self.noted),
             "documents": dict(self.documents),
             "words": dict(self.words),
             "languages": dict(sorted(self.languages.items(), key=lambda each: -each[1])),
@@ -114,7 +116,7 @@ class Report:
         }
 
 
-def _counted(given: dict[str, Dropped]) -> dict[str, Any]:
+def _as_counts(given: dict[str, Dropped]) -> dict[str, Any]:
     return {
         name: {"count": each.count, "examples": list(each.examples)}
         for name, each in sorted(given.items())
@@ -136,18 +138,18 @@ def prepare(
     seed: int = 0,
     counts_answers: bool = False,
 ) -> Corpus:
-    """The texts that pass the filters, in their order.
+    """The texts that pass the filters, in their original order.
 
     Args:
-        heldout: the share of texts, in [0, 1), that is not trained on. Above 0 it is one text at
-            least, and one at least is trained on. Not heeded where texts say by `split` that they
-            are held out: those are, and no others.
+        heldout: the share of texts, in [0, 1), that is not trained on. Above 0, at least one text
+            is held out and at least one is trained on. Ignored if any text's `split` marks it as
+            held out: then exactly those are.
         seed: of the split.
-        counts_answers: how often an answer is given to a prompt is what is learnt (`references`):
-            conversations are no duplicates of one another.
+        counts_answers: the source counts how often each answer is given (`references`), so equal
+            conversations are not dropped as duplicates.
 
     Raises:
-        ValueError: no text passes, or one alone where a held-out part is asked for.
+        ValueError: no text passes, or only one (or one family) but a held-out part is requested.
     """
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
@@ -158,17 +160,17 @@ def prepare(
             f"the corpus is empty: {_losses(report)}. The recipe's `corpus` sets what is kept, "
             f"such as min_words ({filters.min_words} here)."
         )
-    is_given = any(map(_is_aside, kept))
-    draws = _draws(kept, filters, seed, report) if heldout or is_given else [ALIKE] * len(kept)
+    is_given = any(map(_is_given_heldout, kept))
+    draws = _draws(kept, filters, seed, report) if heldout or is_given else [NO_DRAW] * len(kept)
     if heldout and not is_given and len(set(draws)) == 1:
-        raise ValueError(_none_apart(kept, report))
+        raise ValueError(_cannot_hold_out(kept, report))
     if is_given:
-        aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_aside(text)}
+        aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_given_heldout(text)}
     else:
         aside = _heldout(set(draws), heldout)
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
     for draw, text in zip(draws, kept, strict=True):
-        if is_given and draw in aside and not _is_aside(text):
+        if is_given and draw in aside and not _is_given_heldout(text):
             report.lose(text.origin)
             report.drop(LIKE_HELDOUT, text.pieces[0].origin)
         else:
@@ -185,14 +187,14 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Kept:
-    """A text of which something stays."""
+    """A text of which at least one piece was kept."""
 
     content: str
-    """The whole of it."""
+    """The whole text, cleaned."""
     origin: str
     pieces: Sequence[Text]
     copied: Collection[int]
-    """The texts, by their numbers among those that stay, that dropped pieces are copies from."""
+    """Indices, among the kept texts, of those that its dropped pieces duplicate."""
 
 
 def _kept(
@@ -225,7 +227,9 @@ def _kept(
                 copied.add(int(known.split()[0]))
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
-            if report.kept < TOLD and len(clean.content.split()) >= filters.language_min_words:
+            if report.kept < LANGUAGE_TEXTS and (
+                len(clean.content.split()) >= filters.language_min_words
+            ):
                 language = language_of(clean.content)
                 report.languages[language] = report.languages.get(language, 0) + 1
             report.kept += 1
@@ -236,8 +240,8 @@ def _kept(
             yield _Kept(clean.content, text.origin, pieces, copied)
 
 
-def _none_apart(kept: Sequence[_Kept], report: Report) -> str:
-    """Why none can be held out, and what to do."""
+def _cannot_hold_out(kept: Sequence[_Kept], report: Report) -> str:
+    """Error message: why nothing can be held out, and what to do."""
     found = f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out."
     openings = {opening(text.pieces[0]) for text in kept}
     if len(openings) == 1 and openings != {""}:
@@ -247,26 +251,26 @@ def _none_apart(kept: Sequence[_Kept], report: Report) -> str:
         )
     return (
         f"the corpus is one text, or copies of one in large part {found} Give more texts, a book "
-        "as a file a chapter, or hold out nothing (--heldout 0). Where texts share a form and are "
-        "no copies, corpus.family_threshold=null takes each by itself."
+        "as one file per chapter, or hold out nothing (--heldout 0). If texts share a form but are "
+        "no copies, corpus.family_threshold=null treats each by itself."
     )
 
 
-def _is_aside(text: _Kept) -> bool:
+def _is_given_heldout(text: _Kept) -> bool:
     return text.pieces[0].split == "heldout"
 
 
 def _draws(kept: Sequence[_Kept], filters: Filters, seed: int, report: Report) -> list[float]:
-    """Of each text, in [0, 1): equal for answers to one prompt, and for texts of one family.
+    """A number in [0, 1) for each text, equal for answers to one prompt and texts of one family.
 
-    A family draws by its first text: one that is added behind changes no draw, unless it joins two
-    families.
+    A family's draw comes from its first text, so appending a text changes no draw unless it joins
+    two families.
     """
     families = Families(filters.family_threshold)
     prompts: dict[str, int] = {}
     answered = []
     for number, text in enumerate(kept):
-        families.add(_compared(text.pieces))
+        families.add(_compared_contents(text.pieces))
         answered.append(prompts.setdefault(opening(text.pieces[0]) or text.content, number))
         families.join(number, answered[-1])
         for other in text.copied if filters.family_threshold is not None else ():
@@ -279,33 +283,34 @@ def _draws(kept: Sequence[_Kept], filters: Filters, seed: int, report: Report) -
     return [_draw(opening(kept[first].pieces[0]) or kept[first].content, seed) for first in firsts]
 
 
-def _compared(pieces: Sequence[Text]) -> Iterator[str]:
-    """What families are told by; of a conversation what is learnt, which is the answers.
+def _compared_contents(pieces: Sequence[Text]) -> Iterator[str]:
+    """The contents by which families are found: plain text, and the answers of conversations.
 
-    Instructions and passages may be the same in all prompts, and so may short answers.
+    Prompts are not compared, since instructions and passages may be the same in all of them; nor
+    are short answers.
     """
     for piece in pieces:
         turns = piece.messages
         if turns is None:
             yield piece.content
             continue
-        answers = "\n\n".join(said(turn) for turn in turns if turn["role"] == "assistant")
+        answers = "\n\n".join(turn_text(turn) for turn in turns if turn["role"] == "assistant")
         if len(answers.split()) >= ANSWER_WORDS:
             yield answers
 
 
 def _draw(content: str, seed: int) -> float:
-    """Uniform in [0, 1), from the content alone."""
+    """Uniform in [0, 1), from content and seed alone."""
     digest = blake3(f"{seed}\n{content}".encode()).digest(length=8)
     return int.from_bytes(digest, "little") / 2**64
 
 
 def _family(draw: float) -> str:
-    return "" if draw == ALIKE else draw.hex()
+    return "" if draw == NO_DRAW else draw.hex()
 
 
 def _heldout(draws: Collection[float], share: float) -> set[float]:
-    """The draws below `share`; of a small corpus at least one, and never all."""
+    """The draws below `share`; at least one, even in a small corpus, and never all."""
     ordered = sorted(draws)
     count = sum(draw < share for draw in ordered)
     return set(ordered[: min(max(count, 1), len(ordered) - 1)]) if share else set()
@@ -325,10 +330,10 @@ _WORDS = re.compile(r"\s*\S+\s*")
 
 
 def cut(text: Text, limit: int) -> list[Text]:
-    """A plain text in pieces of at most `limit` words, alike in length, ending at paragraph ends.
+    """Cut a plain text at paragraph ends into pieces of similar length, at most `limit` words each.
 
     A paragraph above the limit is cut at sentence ends, a sentence above it between words. Joined
-    again, the pieces have the text's words in their order. A conversation is not cut.
+    again, the pieces contain the text's words in order. A conversation is not cut.
     """
     left = len(text.content.split())
     if text.messages is not None or left <= limit:
@@ -350,12 +355,12 @@ def cut(text: Text, limit: int) -> list[Text]:
 
 
 def _fair_share(words: int, limit: int) -> float:
-    """Words of each of the fewest pieces: the last one is no stump."""
+    """Words per piece if cut into the fewest equal pieces, so that the last is not a short rest."""
     return words / max(1, -(-words // limit))
 
 
 def _blocks(content: str, limit: int) -> Iterator[str]:
-    """Paragraphs, or parts of them, of at most `limit` words; joined, they are the text."""
+    """Paragraphs, or parts of them, of at most `limit` words; joined, they give the text."""
     for paragraph in _PARAGRAPH.split(content):
         yield from _parts(paragraph, limit, (_SENTENCE, _LINE))
 

@@ -1,22 +1,22 @@
-"""Texts from files: what a user has, one text at a time.
+"""Reads texts from files of several formats, one text at a time.
 
 for text in read(Path("novels")): ...
 
-.txt .md .rst    one text a file, UTF-8
-.jsonl           one a line: `text`, `messages`, `prompt` and `response`, … (records.py)
-.jsonl.gz        the same, packed
-.json            one an object of its list, the same fields
-.csv             one a row, the same fields, which the first row names; an empty one is not there
-.parquet         one a row, the same fields
-a folder         of these, at any depth, in the order of their paths; hidden files are left out
-a folder that datasets' save_to_disk wrote    one a row, the same fields
+.txt .md .rst    one text per file, UTF-8
+.jsonl           one per line: `text`, `messages`, `prompt` and `response`, … (records.py)
+.jsonl.gz        the same, compressed
+.json            one per object of a list, with the same fields
+.csv             one per row, with the same fields, named in the header; empty cells are ignored
+.parquet         one per row, with the same fields
+a folder         of these, at any depth, in the order of their paths; hidden files are skipped
+a folder written by datasets' save_to_disk    one per row, with the same fields
 
-Splits are respected: what is in a split `test`, `validation` and the like beside a `train` is held
-out, and comes first. They are those of a DatasetDict, or files of a folder by their names
-(`test.jsonl`, `train-00000-of-00002.parquet`).
+Splits are respected: if there is a split `train`, then `test`, `validation` and the like are held
+out, and come first. Splits are those of a DatasetDict, or are given by the names of a folder's
+files (`test.jsonl`, `train-00000-of-00002.parquet`).
 
-The files of a folder lie in it, or in the Hugging Face cache as a snapshot's do; a link that leads
-elsewhere is refused, as are FIFOs and devices (`bounded_files`).
+The files of a folder must be inside it, or in the Hugging Face cache as for a snapshot. Links that
+lead elsewhere, FIFOs and devices are refused (`bounded_files`).
 """
 
 import codecs
@@ -51,21 +51,21 @@ _SPLIT = re.compile(rf"(train|{'|'.join(HELDOUT_SPLITS)})(?:[-_.]\d+(?:-of-\d+)?
 TEXTS = (".txt", ".md", ".rst")
 RECORDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 LARGEST = 64 << 20
-"""Bytes of one text file, of one line of a .jsonl file and of one row of a .csv file, any of which
-is held in memory whole."""
+"""Bytes of a text file, of a line of a .jsonl file and of a row of a .csv file; each is read into
+memory as a whole."""
 LARGEST_LIST = 1 << 30
-"""Bytes of a .json file: its list is held in memory whole, in several times as much."""
+"""Bytes of a .json file, whose whole list is in memory and takes several times as much there."""
 LARGEST_RECORDS = 1 << 42
-"""Bytes of a file of records, of which a line or some rows are held at once."""
+"""Bytes of a file of records, which is read line by line or a few rows at a time."""
 LARGEST_GROUP = 4 << 30
-"""Bytes of a row group of a .parquet file, unpacked."""
+"""Bytes of a row group of a .parquet file, uncompressed."""
 LARGEST_STATE = 16 << 20
-"""Bytes of a JSON file of datasets."""
+"""Bytes of a JSON file written by datasets."""
 MOST_FILES = 1 << 22
 BATCH_ROWS = 256
-"""Rows of a .parquet file that are held in memory at once."""
+"""Rows of a .parquet file in memory at a time."""
 SAMPLE = 1 << 16
-"""Bytes of a file by which its encoding is told."""
+"""Bytes of a file from which its encoding is guessed."""
 DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 DATASET_INFO = "dataset_info.json"
 
@@ -75,27 +75,27 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True)
 class Part:
-    """Some texts of a corpus."""
+    """The texts of one file or split."""
 
     split: Split | None
-    """Where they belong; None: that is drawn."""
+    """Which split they belong to; None: it is drawn."""
     texts: Iterator[Text]
-    """Read as they are asked for."""
+    """Read lazily."""
 
 
 def read(path: Path, fields: Fields = KNOWN) -> Iterator[Text]:
-    """The texts of a file or a folder, in an order that does not change: held-out splits first.
+    """The texts of a file or a folder, in a fixed order with held-out splits first.
 
     Raises:
-        ValueError: names the file, and the line or row: nothing there, a suffix that is not known,
-            not UTF-8, too large, broken JSON, a field that is missing or of a wrong type, no
-            regular file, or one that lies elsewhere.
+        ValueError: names the file, and the line or row: nothing there, an unknown suffix, not
+            UTF-8, too large, broken JSON, a field that is missing or has the wrong type, not a
+            regular file, or a file outside the folder.
     """
     yield from in_order(parts(path, fields))
 
 
 def parts(path: Path, fields: Fields = KNOWN) -> list[Part]:
-    """What `read` reads, a part for each file or split; raises as it does."""
+    """What `read` reads, as one part per file or split; raises the same errors."""
     check(path)
     if _is_dataset(path):
         return _dataset(path, fields)
@@ -110,17 +110,17 @@ def parts(path: Path, fields: Fields = KNOWN) -> list[Part]:
 
 
 def in_order(listed: Iterable[Part]) -> Iterator[Text]:
-    """The texts of parts, of those that are held out first: of near-copies the later one goes."""
+    """The texts of all parts, held-out ones first, since the later of near-copies is dropped."""
     for part in sorted(listed, key=lambda part: part.split != "heldout"):
         for text in part.texts:
             yield replace(text, split=part.split)
 
 
 def check(path: Path) -> None:
-    """Refuse by its name what `read` could not read, without opening anything.
+    """Refuse paths that `read` could not read, without opening any file.
 
     Raises:
-        ValueError: nothing there, a suffix that is not known, or a folder without files.
+        ValueError: nothing there, an unknown suffix, or a folder without files.
     """
     if not path.exists():
         raise ValueError(f"{path}: nothing is there; accepted: {_accepted()}.")
@@ -138,7 +138,7 @@ _SUFFIXES = ", ".join((*TEXTS, *RECORDS))
 
 
 def _suffix(path: Path) -> str:
-    """In lower case; of what is packed both."""
+    """The suffix in lower case; both suffixes of a .gz file."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
 
@@ -160,14 +160,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    """`train`, `test` … where a file of records has the name of a split, else nothing."""
+    """`train`, `test` …, if a file of records is named like a split; else empty."""
     suffix = _suffix(path)
     name = _SPLIT.fullmatch(path.name[: -len(suffix)]) if suffix in RECORDS else None
     return name[1] if name else ""
 
 
 def _splits(names: Iterable[str]) -> list[Split | None]:
-    """The side of each split, where one to train on stands beside one that is not."""
+    """Whether each split is trained on or held out; None if not both kinds are present."""
     listed = list(names)
     if "train" not in listed or not any(name in HELDOUT_SPLITS for name in listed):
         return [None] * len(listed)
@@ -224,13 +224,13 @@ def _lines(found: Iterable[bytes], path: Path, origin: str, fields: Fields) -> I
     for number, line in enumerate(found, 1):
         where = f"{path}, line {number}"
         if line.strip():
-            # Numbers of other fields are not ours to judge.
+            # NaN and infinity are allowed: other fields of the record may contain them.
             given = parse_json(_decoded(line, where), where, finite=False)
             yield record(given, where, f"{origin}:{number}", fields)
 
 
 def _unpacked(path: Path, within: Path | None) -> Iterator[bytes]:
-    """The lines of a .gz file, one in memory at a time."""
+    """The lines of a .gz file, read one at a time."""
     try:
         with (
             open_file(path, within=within, largest=LARGEST_RECORDS) as packed,
@@ -239,12 +239,13 @@ def _unpacked(path: Path, within: Path | None) -> Iterator[bytes]:
             yield from lines_of(cast(Any, file), path, largest=LARGEST_RECORDS, longest=LARGEST)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{path}: not a .gz file that can be read ({error}); pack it anew, or leave it out."
+            f"{path}: not a .gz file that can be read ({error}); compress it again, or leave it "
+            "out."
         ) from None
 
 
 def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iterator[Text]:
-    # Of the process: its own limit of 128 KiB is less than a long text.
+    # A global setting of the csv module; the default of 128 KiB is less than a long text.
     csv.field_size_limit(LARGEST)
     row = _Row(path, within)
     reader = csv.reader(row.lines(), strict=True)
@@ -254,7 +255,7 @@ def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iter
             raise ValueError(f"{path}: got the header {shown(names)}; accepted: each name once.")
         for number, values in enumerate(filter(None, reader), 1):
             row.size = 0
-            where = f"{path}, row {number} behind the header"
+            where = f"{path}, row {number} after the header"
             if len(values) != len(names):
                 raise ValueError(
                     f"{where}: got {len(values)} fields; accepted: {len(names)}, as in the header. "
@@ -265,18 +266,18 @@ def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iter
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num}: not a .csv file that can be read ({error}); write it "
-            "anew, or as .jsonl."
+            "again, or as .jsonl."
         ) from None
 
 
 @dataclass
 class _Row:
-    """What a row of a .csv file is read from: any number of lines, of a bounded size."""
+    """Reads the lines of a .csv file, and bounds the size of a row, which may span many lines."""
 
     path: Path
     within: Path | None
     size: int = 0
-    """Bytes since the last row ended."""
+    """Bytes read since the end of the last row."""
 
     def lines(self) -> Iterator[str]:
         found = lines(self.path, within=self.within, largest=LARGEST_RECORDS, longest=LARGEST)
@@ -305,8 +306,8 @@ def _parquet(path: Path, origin: str, fields: Fields, within: Path | None) -> It
                 yield record(given, f"{path}, row {row}", f"{origin}:{row}", fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path}: not a .parquet file that can be read ({error}); write it "
-            "anew, or leave it out."
+            f"{path}: not a .parquet file that can be read ({error}); write it again, or leave it "
+            "out."
         ) from None
 
 
@@ -329,8 +330,8 @@ def _dataset(path: Path, fields: Fields) -> list[Part]:
     except FileError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a datasets folder that can be read ({told}).") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a datasets folder that can be read ({reason}).") from None
     named = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(path.name, loaded)]
     by_split = sorted((str(name), rows) for name, rows in named)
     sides = _splits(split for split, _ in by_split)
@@ -342,7 +343,7 @@ def _dataset(path: Path, fields: Fields) -> list[Part]:
 
 def _rows(rows: Any, path: Path, split: str, fields: Fields) -> Iterator[Text]:
     row = 0
-    # As arrow has them: a feature that is decoded may open a file that a row names.
+    # Raw Arrow values: decoding a feature may open a file whose path is in the row.
     for batch in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
         for given in batch.to_pylist():
             row += 1
@@ -350,7 +351,7 @@ def _rows(rows: Any, path: Path, split: str, fields: Fields) -> Iterator[Text]:
 
 
 def _check_dataset(path: Path) -> None:
-    """Refuse a folder whose JSON names what lies elsewhere: datasets would open it."""
+    """Refuse a folder whose JSON names files outside it, which datasets would open."""
     splits = [path]
     if (path / DATASET_SPLITS).exists():
         where = path / DATASET_SPLITS
@@ -379,17 +380,17 @@ def _decoded(content: bytes, where: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        place = where if ", line " in where else f"{where}, line {line}"
+        position = where if ", line " in where else f"{where}, line {line}"
         raise ValueError(
-            f"{place}: byte 0x{content[error.start]:02x} is not UTF-8; accepted: UTF-8. "
+            f"{position}: byte 0x{content[error.start]:02x} is not UTF-8; accepted: UTF-8. "
             f"Convert it first, as in: iconv -f {_encoding(content)} -t utf-8."
         ) from None
 
 
 def _encoding(content: bytes) -> str:
-    """What bytes that are not UTF-8 may be, as iconv names it.
+    """A guess at the encoding of bytes that are not UTF-8, by iconv's name for it.
 
-    UTF-16 has a byte order mark, or a null byte beside each ASCII character.
+    UTF-16 has a byte order mark, or a null byte next to each ASCII character.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"

@@ -1,11 +1,11 @@
-"""One record of a file as a text: which of its fields say what.
+"""Converts one record of a file to a text, by the names of its fields.
 
     record({"instruction": "Add.", "input": "1, 2", "output": "3"}, "file, line 1", "file:1")
 
-Known without being told: `text`; `messages`, as OpenAI has them; `prompt` and `response`, or
-`completion` as TRL has it, both of them texts or lists of turns, of which the prompt's are context;
-ShareGPT's `conversations` of `from` and `value`; Alpaca's `instruction`, `input` and `output`.
-`Fields` names others.
+Recognised by default: `text`; `messages` in OpenAI's format; `prompt` and `response`, or TRL's
+`completion`, each a text or a list of turns (the prompt's are context only); ShareGPT's
+`conversations` of `from` and `value`; Alpaca's `instruction`, `input` and `output`. `Fields` gives
+other names.
 """
 
 import itertools
@@ -25,36 +25,37 @@ FIELDS = (
     "(ShareGPT), or `instruction` and `output` (Alpaca)"
 )
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
-"""Fields that hold a question and its answer."""
+"""Fields with a question and its answer."""
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"},
     **{"bing": "assistant", "bard": "assistant", "model": "assistant", "assistant": "assistant"},
     **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
 }
-"""What ShareGPT's `from` stands for."""
-UNASKED = ("system", "developer", "assistant")
+"""ShareGPT's values of `from` → roles."""
+ASKING_NOTHING = ("system", "developer", "assistant")
 """Roles of turns that ask nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """The names that a file has for what a record says; None: those that are known.
+    """The field names that a file uses; None: the default names.
 
-    Names of texts, turns or pairs leave those that are known; all others are beside them.
+    Giving `text`, `messages` or `prompt` and `response` replaces all default names of texts, turns
+    and pairs; the other settings can be combined with any of them.
     """
 
     text: str | None = None
     messages: str | None = None
     role: str | None = None
-    """Of a turn."""
+    """A turn's field."""
     content: str | None = None
-    """Of a turn."""
+    """A turn's field."""
     prompt: str | None = None
     response: str | None = None
     system: str | None = None
-    """Beside prompt and response."""
+    """A record's field with a system prompt."""
     roles: Mapping[str, str] = field(default_factory=dict)
-    """A role as the file has it → system, user, assistant or tool."""
+    """A role as written in the file → system, user, assistant or tool."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.response is None):
@@ -67,7 +68,7 @@ class Fields:
 
     @property
     def are_known(self) -> bool:
-        """Whether a record's text, turns or pair have the names that are known."""
+        """Whether the default names of texts, turns and pairs apply."""
         return self.text is None and self.messages is None and self.prompt is None
 
 
@@ -77,7 +78,7 @@ KNOWN = Fields()
 def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Text:
     """
     Raises:
-        ValueError: a field that is missing or of a wrong type; begins with `where`.
+        ValueError: a field is missing or has the wrong type; the message begins with `where`.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: got {shown(given)}; accepted: an object with {FIELDS}.")
@@ -88,7 +89,7 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
     elif (text := fields.text or ("text" if fields.are_known else None)) in has:
         return plain(_string(has[text], f"{where}, {text}"), origin)
     elif (pair := _pair(has, fields)) is not None:
-        turns = _asked_and_answered(has, pair, where, fields)
+        turns = _turns_of_pair(has, pair, where, fields)
     if turns is not None:
         tools = _tools(given.get("tools"), f"{where}, tools")
         return _conversation((*_system(has, fields, where, turns), *turns), origin, tools)
@@ -101,13 +102,13 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
 
 
 def _listed(has: Mapping[str, Any], fields: Fields) -> str | None:
-    """The field that holds turns."""
+    """The name of the field with turns, if the record has one."""
     names = ["messages", "conversations"] if fields.are_known else [fields.messages]
     return next((name for name in names if name is not None and name in has), None)
 
 
 def _pair(has: Mapping[str, Any], fields: Fields) -> tuple[str, str] | None:
-    """The fields that hold a question and its answer."""
+    """The names of the fields with a question and its answer, if the record has them."""
     if fields.prompt is not None and fields.response is not None:
         pairs = [(fields.prompt, fields.response)]
     else:
@@ -115,24 +116,24 @@ def _pair(has: Mapping[str, Any], fields: Fields) -> tuple[str, str] | None:
     return next((pair for pair in pairs if {*pair} <= has.keys()), None)
 
 
-def _asked_and_answered(
+def _turns_of_pair(
     has: Mapping[str, Any], pair: tuple[str, str], where: str, fields: Fields
 ) -> Turns:
-    """Of two texts, or of two lists of turns, of which the second is learnt."""
-    asked, said = (has[name] for name in pair)
-    if isinstance(asked, list) and isinstance(said, list):
+    """Turns from two texts, or from two lists of turns; only the second is trained on."""
+    question, reply = (has[name] for name in pair)
+    if isinstance(question, list) and isinstance(reply, list):
         before, answer = (_turns(has[name], f"{where}, {name}", fields) for name in pair)
         if not any(turn["role"] == "assistant" for turn in answer):
             raise ValueError(f"{where}, {pair[1]}: got no turn of the assistant; accepted: one.")
         return (*({**t, "weight": 0} if t["role"] == "assistant" else t for t in before), *answer)
-    asked, said = (_string(has[name], f"{where}, {name}") for name in pair)
+    question, reply = (_string(has[name], f"{where}, {name}") for name in pair)
     if fields.are_known and pair[0] == "instruction" and has.get("input"):
-        asked = f"{asked}\n\n{_string(has['input'], f'{where}, input')}"
-    return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
+        question = f"{question}\n\n{_string(has['input'], f'{where}, input')}"
+    return {"role": "user", "content": question}, {"role": "assistant", "content": reply}
 
 
 def _system(has: Mapping[str, Any], fields: Fields, where: str, turns: Turns) -> Turns:
-    """A system turn from a field beside the turns, where they have none."""
+    """A system turn from the record's system field, unless the turns begin with one."""
     name = fields.system or "system"
     if not has.get(name) or turns[0]["role"] == "system":
         return ()
@@ -140,7 +141,7 @@ def _system(has: Mapping[str, Any], fields: Fields, where: str, turns: Turns) ->
 
 
 def _tools(given: object, where: str) -> tuple[Any, ...]:
-    if isinstance(given, str):  # As datasets of one column type keep them.
+    if isinstance(given, str):  # JSON in a string column, as some datasets store it.
         given = parse_json(given, where)
     if given is None:
         return ()
@@ -150,14 +151,15 @@ def _tools(given: object, where: str) -> tuple[Any, ...]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without keys that have no value, at any depth: columns give all structs the keys of all."""
+    """Remove keys without a value, at any depth: in columnar files every struct of a column has the
+    keys of all."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(each) for k, each in value.items() if each is not None}
     return [*map(_without_nulls, value)] if isinstance(value, list | tuple) else value
 
 
 def _turns(given: object, where: str, fields: Fields) -> Turns:
-    if isinstance(given, str):  # As datasets of one column type keep them.
+    if isinstance(given, str):  # JSON in a string column, as some datasets store it.
         given = parse_json(given, where)
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}: got {shown(given)}; accepted: a list of turns.")
@@ -165,7 +167,7 @@ def _turns(given: object, where: str, fields: Fields) -> Turns:
 
 
 def _named(turn: object, fields: Fields) -> object:
-    """A turn with `role` and `content`, whatever its file calls them."""
+    """A turn with its fields renamed to `role` and `content`."""
     if not isinstance(turn, Mapping):
         return turn
     is_sharegpt = "from" in turn and "value" in turn and "role" not in turn
@@ -179,7 +181,8 @@ def _named(turn: object, fields: Fields) -> object:
 
 
 def _turn(given: object, where: str) -> Mapping[str, Any]:
-    """With every field that has a value: what of them counts, the chat template says."""
+    """A checked turn, with every field that has a value: the chat template decides which it
+    uses."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: got {shown(given)}; accepted: `role` and `content`.")
     turn = {str(name): value for name, value in _without_nulls(given).items()}
@@ -192,7 +195,7 @@ def _turn(given: object, where: str) -> Mapping[str, Any]:
 
 
 def _joined(given: object, where: str) -> object:
-    """A content of parts, of which texts are accepted, as one text."""
+    """The content of a turn as one text: a list of parts is joined, and all must be texts."""
     if not isinstance(given, list):
         return given
     for part in given:
@@ -205,28 +208,28 @@ def _joined(given: object, where: str) -> object:
 def _conversation(
     turns: tuple[Mapping[str, Any], ...], origin: str, tools: tuple[Any, ...] = ()
 ) -> Text:
-    return Text("\n\n".join(map(said, turns)), turns, origin, tools=tools)
+    return Text("\n\n".join(map(turn_text, turns)), turns, origin, tools=tools)
 
 
-def said(turn: Mapping[str, Any]) -> str:
-    """The text of a turn: its content, and what it calls as JSON."""
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """The text of a turn: its content, followed by its tool calls as JSON."""
     calls = [json.dumps(turn[name], ensure_ascii=False) for name in CALLS if turn.get(name)]
     return "\n".join([turn["content"], *calls] if turn["content"] else calls)
 
 
 def opening(text: Text) -> str:
-    """What a conversation begins with, up to the first answer to somebody; empty for a plain text.
+    """The start of a conversation, up to the first answer to somebody; empty for a plain text.
 
-    An assistant's greeting before anybody spoke is no answer, but where nobody speaks at all.
+    An assistant's greeting before anybody spoke is not an answer, unless nobody else speaks at all.
     """
     turns = text.messages or ()
-    asked = next((i for i, turn in enumerate(turns) if turn["role"] not in UNASKED), 0)
-    behind = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns[asked:])
-    return "".join(f"{said(turn)}\n\n" for turn in (*turns[:asked], *behind))
+    start = next((i for i, turn in enumerate(turns) if turn["role"] not in ASKING_NOTHING), 0)
+    until_answer = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns[start:])
+    return "".join(f"{turn_text(turn)}\n\n" for turn in (*turns[:start], *until_answer))
 
 
 def plain(content: str, origin: str) -> Text:
-    """A plain text, with line ends of one kind."""
+    """A plain text, with all line ends converted to \\n."""
     return Text(content.replace("\r\n", "\n").replace("\r", "\n"), None, origin)
 
 
@@ -243,6 +246,6 @@ def _string(given: object, where: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in an error."""
+    """A value as shown in an error message, shortened."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,13 +1,14 @@
-"""Several corpora as one: a YAML that names them, and what is held out by name.
+"""Reads several corpora listed in a YAML file as one, and texts that are given to be held out.
 
     corpora:
       - {path: novels}
       - {path: forum.jsonl, weight: 0.25, fields: {prompt: question, response: answer}}
       - {path: exam.jsonl, split: heldout}
 
-Paths are as seen from the YAML. `weight` is the share of a corpus's texts that is taken, by a hash
-of each: a text is never taken twice, since n-grams count what the *other* texts say. `fields` is as
-in `records.Fields`; `split` is `train` or `heldout`, else as `read` finds, else drawn.
+Paths are relative to the YAML file. `weight` is the share of a corpus's texts that is used, chosen
+by a hash of each. A text is never used twice, since n-gram targets rely on counts from *other*
+texts. `fields` is as in `records.Fields`; `split` is `train` or `heldout`; without it the split
+that `read` finds is used, or else one is drawn.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Source:
 
     path: str
     weight: float = 1.0
-    """Share of its texts, above 0 and at most 1."""
+    """Share of its texts that is used, above 0 and at most 1."""
     fields: Fields = field(default_factory=Fields)
     split: str | None = None
 
@@ -51,30 +52,30 @@ class _Corpora:
 
 
 def read_all(path: Path, heldout_from: Path | None = None) -> Iterator[Text]:
-    """The texts of a file, a folder, or the corpora that a YAML names.
+    """The texts of a file, a folder, or the corpora that a YAML file lists.
 
     Args:
-        heldout_from: more texts, all of which are held out.
+        heldout_from: further texts, all of which are held out.
 
     Raises:
-        ValueError: as `read`, or the YAML is no list of corpora.
+        ValueError: as `read`, or the YAML file does not list corpora.
     """
     if heldout_from is not None:
-        # First: of two near-copies the later one goes.
+        # These come first, since the later of two near-copies is dropped.
         for text in in_order(_sources(heldout_from)):
             yield replace(text, split="heldout", origin=f"held out: {text.origin}")
     yield from in_order(_sources(path))
 
 
 def check_all(path: Path, heldout_from: Path | None = None) -> None:
-    """Refuse what `read_all` could not read, as far as names tell; raises ValueError as it does."""
+    """Raise ValueError for paths that `read_all` could not read, judging by names alone."""
     for each in (path, heldout_from):
         if each is None:
             continue
         if each.suffix.lower() not in SUFFIXES:
             check(each)
             continue
-        for source in _listed(each):
+        for source in _sources_in(each):
             check(each.parent / source.path)
 
 
@@ -82,19 +83,19 @@ def _sources(path: Path) -> list[Part]:
     if path.suffix.lower() not in SUFFIXES:
         return parts(path)
     return [
-        Part(cast(Split | None, source.split) or part.split, _taken(part.texts, source))
-        for source in _listed(path)
+        Part(cast(Split | None, source.split) or part.split, _sampled(part.texts, source))
+        for source in _sources_in(path)
         for part in parts(path.parent / source.path, source.fields)
     ]
 
 
-def _taken(texts: Iterator[Text], source: Source) -> Iterator[Text]:
+def _sampled(texts: Iterator[Text], source: Source) -> Iterator[Text]:
     for text in texts:
         if _draw(text) < source.weight:
             yield replace(text, origin=f"{source.path}/{text.origin}")
 
 
-def _listed(path: Path) -> tuple[Source, ...]:
+def _sources_in(path: Path) -> tuple[Source, ...]:
     sources = settings.load(_Corpora, settings.read_yaml(path), path.name).corpora
     if not sources:
         raise ValueError(f"{path}: got no corpora; accepted: one at least.")
@@ -102,6 +103,6 @@ def _listed(path: Path) -> tuple[Source, ...]:
 
 
 def _draw(text: Text) -> float:
-    """Uniform in [0, 1); of answers to one prompt the same."""
+    """Uniform in [0, 1); the same for all answers to one prompt."""
     digest = blake3(b"weight\n" + (opening(text) or text.content).encode()).digest(length=8)
     return int.from_bytes(digest, "little") / 2**64

@@ -1,4 +1,4 @@
-"""What every part of the corpus works on."""
+"""The text type that all modules of the corpus package work on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-"""Thai, Lao, Burmese, Khmer, kana and Han, which are written without blanks, as the ranges of a
+"""Thai, Lao, Burmese, Khmer, kana and Han, which are written without spaces, as ranges for a
 regular expression."""
 
 
@@ -17,18 +17,18 @@ class Text:
     """One text, or one conversation."""
 
     content: str
-    """Of a conversation: what is said in it, turn by turn."""
+    """For a conversation, the text of its turns, one after another."""
     messages: tuple[Mapping[str, Any], ...] | None
-    """The conversation's turns, each with `role`, `content` and what else the record has; None for
-    a plain text."""
+    """The conversation's turns, each with `role`, `content` and any other fields of the record;
+    None for a plain text."""
     origin: str
-    """The path under what was read, with the line or row: `letters/1.txt`, `chat.jsonl:7`."""
+    """The path relative to the corpus, with the line or row: `letters/1.txt`, `chat.jsonl:7`."""
     ends: bool = True
-    """False for a piece of a text that goes on in the next one."""
+    """False for a piece of a text that continues in the next piece."""
     tools: tuple[Any, ...] = ()
-    """What a conversation's assistant may call, as the record has it."""
+    """The tools that a conversation's assistant may call, as given in the record."""
     split: Literal["train", "heldout"] | None = None
-    """Where its corpus says that it belongs; None: drawn."""
+    """The split that its corpus assigns; None: it is drawn."""
     family: str = field(default="", compare=False)
-    """Texts that are held out together have it in common: pieces of one, copies, answers to one
-    prompt. Empty before `prepare`, and where nothing is held out."""
+    """An identifier shared by texts that must be in the same split: pieces of one text, copies,
+    answers to one prompt. Empty before `prepare`, and if nothing is held out."""

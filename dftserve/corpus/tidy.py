@@ -1,4 +1,4 @@
-"""What is taken out of a plain text by choice, before it is learnt.
+"""Removes optional parts, such as HTML tags or front matter, from a plain text.
 
 tidied(content, ("front_matter", "comments"))
 """
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 STRIPS = ("html", "comments", "front_matter", "code")
-"""What can be taken out: HTML's tags, comments, the YAML or TOML at the head, fenced code."""
+"""What can be removed: HTML tags, HTML comments, YAML or TOML front matter, fenced code."""
 
 _FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n.*?\n\1[ \t]*(?:\n|\Z)", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->[ \t]*\n?", re.DOTALL)

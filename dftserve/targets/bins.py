@@ -1,4 +1,4 @@
-"""What is known at a position before its token is seen, in a few classes.
+"""Sorts positions into a few bins by what is known before their token is seen.
 
     bins = Bins(match=(1, 3), count=(8,), entropy=(1.5, 3.5), position=(64,))
     bins.of(match_T, count_T, entropy_T, position_T)
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST = 512
-"""Bins: more could not be fitted."""
+"""Bins; more could not be fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bins:
-    """Edges, rising: a value of an edge or above is in the class behind it. None: one class."""
+    """Rising edges of each quantity; a value equal to an edge is in the class above it. No edges:
+    one class."""
 
     match: tuple[float, ...] = (1, 3)
-    """Tokens of the longest context before it that other documents have."""
+    """Length, in tokens, of the longest preceding context that occurs in other documents."""
     count: tuple[float, ...] = (8,)
     """Continuations of that context in other documents."""
     entropy: tuple[float, ...] = (1.5, 3.5)
-    """Of what the model expects before tuning, nats."""
+    """Of the prediction of the model before tuning, in nats."""
     position: tuple[float, ...] = (64,)
-    """Tokens of the document before it."""
+    """Tokens before it in the document."""
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -52,7 +53,7 @@ class Bins:
 
     def of(self, **values_T: "np.ndarray") -> "np.ndarray":
         """int64 [T]: the bin of each position; `values_T` by the names of the edges."""
-        import numpy as np  # A recipe is read before anything heavy is imported.
+        import numpy as np  # Not at the top: recipes are read before heavy imports.
 
         bins_T = np.zeros(len(values_T[self.names[0]]), dtype=np.int64)
         for name in self.names:
@@ -61,19 +62,19 @@ class Bins:
         return bins_T
 
     def title(self, number: int) -> str:
-        """A bin in words, such as `match 1–3, count ≥ 8`."""
+        """A description of a bin, such as `match 1 to 3, count ≥ 8`."""
         parts = []
         for name in reversed(self.names):
             edges = getattr(self, name)
-            number, place = divmod(number, len(edges) + 1)
+            number, index = divmod(number, len(edges) + 1)
             if edges:
-                parts.append(f"{name} {_span(edges, place)}")
+                parts.append(f"{name} {_span(edges, index)}")
         return ", ".join(reversed(parts)) or "all"
 
 
-def _span(edges: Sequence[float], place: int) -> str:
-    if place == 0:
+def _span(edges: Sequence[float], index: int) -> str:
+    if index == 0:
         return f"< {edges[0]:g}"
-    if place == len(edges):
+    if index == len(edges):
         return f"≥ {edges[-1]:g}"
-    return f"{edges[place - 1]:g} to {edges[place]:g}"
+    return f"{edges[index - 1]:g} to {edges[index]:g}"

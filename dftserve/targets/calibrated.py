@@ -1,4 +1,4 @@
-"""A mixture that is fitted on held-out text, and stands in for the text only where it is better.
+"""A mixture fitted on held-out text, which replaces the text's own token only where it is better.
 
     parts = {"teacher": teacher, "ngram 3": ngram, "cache 0.99": cache}
     found = calibrate(parts, ngram, heldout, bins=Bins(), fit=Fit())
@@ -6,9 +6,10 @@
 
     q'(v) = (1 − g_b)·[v = y] + g_b · Σ_c w_bc p_c(v)        b: the bin of the position
 
-The weights w are `mixture_weights.fit`'s, the shares g are `gate.gate`'s. y, the text's own token,
-cannot have a fitted weight: it is always right about itself. Rows of held-out documents are the
-mixture alone, since nothing is learnt from them: their likelihood and entropy are its own.
+The weights w come from `mixture_weights.fit`, the shares g from `gate.gate`. The text's own token y
+cannot have a fitted weight, since it always predicts itself perfectly. Rows of held-out documents
+are the mixture alone: nothing is trained on them, and their likelihood and entropy should be those
+of the mixture.
 
 Shapes: T trained positions, R of them in one chunk, C components, B bins, V vocabulary.
 """
@@ -37,9 +38,10 @@ from dftserve.targets.store import batches_of
 
 KIND = "calibrated"
 TEACHER, STUDENTS, NGRAM = "teacher", "students", "ngram "
-"""Names of components; an n-gram's goes on with its order."""
+"""Names of components; an n-gram model's name continues with its order."""
 LEAST_TOKENS = 1000
-"""Learnt ones, that weights are fitted on; of `LEAST_DOCUMENTS` texts, as of fewer none passes."""
+"""Fewest trained tokens to fit weights on. They must come from `LEAST_DOCUMENTS` texts, since no
+mixture passes the gate with fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,11 @@ class Fit:
     """How weights are fitted."""
 
     tokens: int = 30_000
-    """Of the held-out documents, learnt ones, at most: each is read by every component."""
+    """Most trained tokens of held-out documents to use: each is read by every component."""
     folds: int = 5
-    """The mixture is judged on each by weights of the others; a text is in one fold."""
+    """Each fold is evaluated with weights fitted on the others; a text is in one fold."""
     shrinkage: float = 200.0
-    """Positions that the pooled weights count as in each bin."""
+    """Weight of the pooled weights in each bin, as a number of positions."""
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -68,11 +70,12 @@ class Fit:
 class Component:
     name: str
     weight: float
-    """Pooled."""
+    """Pooled over all bins."""
     nll: Interval | None
-    """Of the held-out tokens that it does not rule out; None: they are in less than two texts."""
+    """Over the held-out tokens that it gives a probability above 0; None: in fewer than two
+    texts."""
     ruled_out: float
-    """Share of the held-out tokens that it gives no probability."""
+    """Share of the held-out tokens to which it gives probability 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class Bin:
     title: str
     positions: int
     gain: float | None
-    """D, see `gate`; None: in too few documents."""
+    """D, see `gate`; None: too few documents."""
     share: float
     """g."""
     weights: tuple[float, ...]
@@ -94,14 +97,14 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was fitted and measured on the held-out documents, in JSON's types."""
+    """What was fitted and measured on the held-out documents, in JSON types."""
 
     inputs: str
-    """BLAKE3 of all that decides it."""
+    """BLAKE3 of everything it depends on."""
     documents: int
     tokens: int
     mixture: Interval
-    """NLL of the held-out text, each document by weights of the other folds."""
+    """NLL of the held-out text, each document with weights from the other folds."""
     components: tuple[Component, ...]
     gains: tuple[Gain, ...]
     """Of the mixture over each baseline."""
@@ -124,28 +127,28 @@ def calibrate(
     known: Mapping[str, Any] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Calibration:
-    """Fits the weights on held-out documents, and measures what they come to.
+    """Fit the weights on held-out documents, and measure how well the mixture predicts them.
 
     Args:
-        parts: the components by name, the model before tuning (`TEACHER`) first. One at least is
-            an n-gram's, and gives every token a probability.
-        ngram: its longest contexts tell what is known at a position.
-        heldout: documents that no component has read or counted.
-        known: the description of a `Calibrated` that was made before, or of a source that holds
-            one: what was found then is taken where it had the same inputs.
+        parts: the components by name, the model before tuning (`TEACHER`) first. At least one is
+            an n-gram model, which gives every token a probability above 0.
+        ngram: its longest contexts determine the bin of a position.
+        heldout: documents that no component was built from.
+        known: the description of an earlier `Calibrated`, or of a source that contains one; its
+            calibration is reused if it has the same inputs.
 
     Raises:
         ValueError: too few held-out documents or tokens.
     """
-    chosen = _chosen(heldout, fit.tokens)
+    chosen = _select_documents(heldout, fit.tokens)
     inputs = _inputs(parts, chosen, bins, fit)
     for before in calibrations(known):
         if before.inputs == inputs:
             return before
-    seen = _observed(parts, ngram, chosen, bins, say)
+    seen = _read_heldout(parts, ngram, chosen, bins, say)
     number = bins.number
     found = mixture_weights.fit(seen.logprobs_TC, seen.bins_T, bins=number, shrinkage=fit.shrinkage)
-    nll_T = _unseen_nll(seen, number, fit)
+    nll_T = _cross_fitted_nll(seen, number, fit)
     baselines = _baselines(list(parts), seen.logprobs_TC)
     passed = gate(nll_T, baselines, seen.groups_T, seen.bins_T, bins=number)
     return Calibration(
@@ -164,7 +167,7 @@ def calibrate(
 
 
 class Calibrated(DenseSource):
-    """The mixture of calibrated weights, with the text's own token where it is not better."""
+    """The calibrated mixture, and the text's own token where the mixture is not better."""
 
     def __init__(
         self,
@@ -177,7 +180,7 @@ class Calibrated(DenseSource):
     ) -> None:
         """
         Args:
-            parts, ngram, bins: as `calibrate` was given them.
+            parts, ngram, bins: the arguments of `calibrate`.
             heldout: documents whose rows are the mixture alone.
         """
         self._parts = {name: dense(part, KIND) for name, part in parts.items()}
@@ -204,7 +207,7 @@ class Calibrated(DenseSource):
         ]
 
     def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
-        known = _Known.of(document, self._ngram)
+        known = _Features.of(document, self._ngram)
         labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
         is_learnt = _digest(document) not in self._heldout
 
@@ -242,20 +245,20 @@ def with_text(mixed_RV: Tensor, labels_R: Tensor, share_R: np.ndarray) -> Tensor
     return target_RV.scatter(1, labels_R1, own_R1)
 
 
-# ── What is known at a position ──────────────────────────────────────────────────────────────────
+# ── Features of a position ───────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """Of a document's trained positions, but for the entropy, which a model must say."""
+class _Features:
+    """Features of a document's trained positions, except the entropy, which needs a model."""
 
     match_T: np.ndarray
     count_T: np.ndarray
     position_T: np.ndarray
 
     @staticmethod
-    def of(document: Document, ngram: Ngram) -> "_Known":
-        return _Known(*ngram.matches(document), document.positions_T)
+    def of(document: Document, ngram: Ngram) -> "_Features":
+        return _Features(*ngram.matches(document), document.positions_T)
 
     def bins(self, bins: Bins, start: int, stop: int, entropy_R: np.ndarray) -> np.ndarray:
         return bins.of(
@@ -276,22 +279,22 @@ def _entropy(logprobs_RV: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """Of all trained positions of the held-out documents, one after another."""
+class _Observed:
+    """All trained positions of the held-out documents, concatenated."""
 
     logprobs_TC: np.ndarray
-    """float64: what each component gave the text's own token."""
+    """float64: ln of the probability each component gives to the text's own token."""
     bins_T: np.ndarray
     groups_T: np.ndarray
-    """int64: which text a position is of."""
+    """int64: the index of a position's text."""
 
 
-def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
-    """Whole documents, one of each text and then a second, in an order that their texts' digests
-    draw, up to so many learnt tokens: the more texts, the narrower the intervals.
+def _select_documents(heldout: Sequence[Document], tokens: int) -> list[Document]:
+    """Whole documents with up to about `tokens` trained tokens, first one of each text and then a
+    second of each, in an order given by digests: more texts make narrower intervals.
 
     Raises:
-        ValueError: too few.
+        ValueError: too few documents or tokens.
     """
     learnt = [document for document in heldout if document.trained]
     groups = {_group(document) for document in learnt}
@@ -300,11 +303,11 @@ def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
         raise ValueError(
             f"{KIND}: got {counted:,} learnt tokens of held-out text, of {len(groups)} texts that "
             f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_DOCUMENTS} at "
-            "least, since weights are fitted and judged on them. Hold out more (--heldout 0.2), or "
+            "least, since weights are fitted and tested on them. Hold out more (--heldout 0.2), or "
             "give more text."
         )
     chosen, taken = [], 0
-    for document in _one_of_each(learnt):
+    for document in _interleaved(learnt):
         if taken >= tokens and len(chosen) >= LEAST_DOCUMENTS:
             break
         chosen.append(document)
@@ -312,8 +315,8 @@ def _chosen(heldout: Sequence[Document], tokens: int) -> list[Document]:
     return chosen
 
 
-def _one_of_each(documents: Sequence[Document]) -> list[Document]:
-    """The first of each text, in the order of digests, then the second, and so on."""
+def _interleaved(documents: Sequence[Document]) -> list[Document]:
+    """The first document of each text, ordered by digests, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     placed = []
     for document in sorted(documents, key=_digest):
@@ -323,13 +326,13 @@ def _one_of_each(documents: Sequence[Document]) -> list[Document]:
     return [document for *_, document in sorted(placed, key=lambda each: each[:2])]
 
 
-def _observed(
+def _read_heldout(
     parts: Mapping[str, DenseSource],
     ngram: Ngram,
     documents: Sequence[Document],
     bins: Bins,
     say: Callable[[str], object],
-) -> _Seen:
+) -> _Observed:
     total = sum(len(document.tokens_N) for document in documents)
     say(f"Fitting a mixture of {len(parts)} components on {total:,} held-out tokens.")
     progress = Progress("held-out tokens read", say, total=total)
@@ -341,19 +344,19 @@ def _observed(
         some = [documents[place] for place in places]
         read = [part.token_logprobs(some) for part in others]
         for document, rows, *columns in zip(some, first.read(some), *read, strict=True):
-            known = _Known.of(document, ngram)
-            first_T, bins_T = _of_first(document, rows, known, bins, ngram.vocabulary)
+            known = _Features.of(document, ngram)
+            first_T, bins_T = _read_first_component(document, rows, known, bins, ngram.vocabulary)
             logprobs.append(np.stack([first_T, *columns], axis=1))
             found_bins.append(bins_T)
             groups.append(np.full(len(bins_T), numbers[_group(document)]))
         progress.add(sum(len(document.tokens_N) for document in some))
-    return _Seen(np.concatenate(logprobs), np.concatenate(found_bins), np.concatenate(groups))
+    return _Observed(np.concatenate(logprobs), np.concatenate(found_bins), np.concatenate(groups))
 
 
-def _of_first(
-    document: Document, rows: Rows, known: _Known, bins: Bins, vocabulary: int
+def _read_first_component(
+    document: Document, rows: Rows, known: _Features, bins: Bins, vocabulary: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [T]: what the model before tuning gave the text's own tokens; and their bins."""
+    """float64 [T]: ln of the first component's probability of the text's own tokens; their bins."""
     labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     logprobs, found_bins = [], []
@@ -366,30 +369,30 @@ def _of_first(
     return np.concatenate(logprobs), np.concatenate(found_bins)
 
 
-# ── What they say ────────────────────────────────────────────────────────────────────────────────
+# ── Results ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _unseen_nll(seen: _Seen, bins: int, fit: Fit) -> np.ndarray:
-    """−ln q of each position, by weights of the folds that its text is not in; float64 [T]."""
+def _cross_fitted_nll(seen: _Observed, bins: int, fit: Fit) -> np.ndarray:
+    """float64 [T]: −ln q of each position, with weights fitted without the fold of its text."""
     fold_T = seen.groups_T % fit.folds
     nll_T = np.zeros(len(fold_T))
     for fold in np.unique(fold_T):
-        aside_T = fold_T == fold
+        in_fold_T = fold_T == fold
         weights = mixture_weights.fit(
-            seen.logprobs_TC[~aside_T],
-            seen.bins_T[~aside_T],
+            seen.logprobs_TC[~in_fold_T],
+            seen.bins_T[~in_fold_T],
             bins=bins,
             shrinkage=fit.shrinkage,
         )
-        nll_T[aside_T] = mixture_weights.nll(
-            seen.logprobs_TC[aside_T], weights.bins_BC[seen.bins_T[aside_T]]
+        nll_T[in_fold_T] = mixture_weights.nll(
+            seen.logprobs_TC[in_fold_T], weights.bins_BC[seen.bins_T[in_fold_T]]
         )
     return nll_T
 
 
 def _baselines(names: Sequence[str], logprobs_TC: np.ndarray) -> dict[str, np.ndarray]:
-    """−ln of what the mixture must beat: the model before tuning; the text's own smoothed estimate,
-    which is the best of its n-gram models; and the students, where there are any."""
+    """−ln p of each baseline that the mixture must beat: the model before tuning, the best of the
+    n-gram models, and the students if there are any."""
     ngrams = [c for c, name in enumerate(names) if name.startswith(NGRAM)]
     best = min(ngrams, key=lambda c: -logprobs_TC[:, c].mean())
     taken = [c for c, name in enumerate(names) if name in (TEACHER, STUDENTS)]
@@ -411,7 +414,7 @@ LARGEST_NATS = 100.0
 
 
 def _bounded(nll_T: np.ndarray) -> np.ndarray:
-    """Of a baseline: a token that it rules out counts as `LARGEST_NATS`."""
+    """A token to which a baseline gives probability 0 counts as `LARGEST_NATS`."""
     return np.minimum(nll_T, LARGEST_NATS)
 
 
@@ -429,7 +432,7 @@ def _bins(bins: Bins, bins_T: np.ndarray, weights_BC: np.ndarray, passed: Gate) 
 
 
 def calibrations(description: object) -> Iterator[Calibration]:
-    """Every one that is in a source's description."""
+    """All calibrations in a source's description, at any depth."""
     if isinstance(description, Mapping):
         if description.get("kind") == KIND and "calibration" in description:
             yield settings.load(Calibration, description["calibration"], KIND)
@@ -441,12 +444,12 @@ def calibrations(description: object) -> Iterator[Calibration]:
 
 
 def is_refused(description: object) -> bool:
-    """Whether a source's description holds a mixture that is refused."""
+    """Whether a source's description contains a mixture that is refused."""
     return any(found.is_refused for found in calibrations(description))
 
 
 def shown(found: Calibration) -> str:
-    """For a terminal: likelihoods, gains, and where the mixture takes the text's place."""
+    """For a terminal: likelihoods, gains, and the bins in which the mixture is used."""
     lines = [
         f"{found.documents:,} held-out documents, {found.tokens:,} learnt tokens",
         f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}{'ruled out':>11}",
@@ -477,7 +480,7 @@ MOST_SHOWN = 12
 
 
 def verdict(found: Calibration) -> str:
-    """One sentence: whether the mixture may be learnt from."""
+    """One sentence that says whether the mixture is used or refused, and why."""
     if not found.is_refused:
         return (
             f"The mixture takes {found.share:.1%} of the targets' mass, the text's own tokens the "
@@ -504,17 +507,17 @@ def _ends(given: Interval, digits: int = 3) -> str:
 def _inputs(
     parts: Mapping[str, DenseSource], documents: Sequence[Document], bins: Bins, fit: Fit
 ) -> str:
-    told = {
+    inputs = {
         "parts": {name: part.describe() for name, part in parts.items()},
         "edges": asdict(bins),
         "fit": asdict(fit),
         "documents": [(_digest(each).hex(), _group(each)) for each in documents],
     }
-    return blake3(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def _group(document: Document) -> str:
-    """Of the text that it is cut from; what has no text of several documents is one by itself."""
+    """An identifier of the text that a document is part of; without a group, of the document."""
     named = document.group.encode() if document.group else _digest(document)
     return blake3(named).hexdigest()
 

@@ -1,10 +1,10 @@
-"""A tokenizer's chat template: which one is used, what it writes, and where it says that it learns.
+"""Selects and renders a tokenizer's chat template, and finds the text it marks for training.
 
     template = ChatTemplate.of(tokenizer)
     text, spans = template.render(turns)
 
-Generation marks are found by jinja's parser, so that every way to write the tag counts, and none in
-a comment or a raw block does.
+Generation marks are found with jinja's parser, so every spelling of the tag is recognised, and tags
+in comments or raw blocks are not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +22,19 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
-"""Characters from a start to an end."""
+"""Start and end, in characters."""
 Clock = Callable[[str], str]
-"""From a format of strftime to the text that a template writes for it."""
+"""From a strftime format to the date or time as text."""
 CLOCK = "strftime_now"
-"""What templates call it."""
+"""The name of the clock function in templates."""
 
 _NAMES_OF_TEMPLATES = ("<template>", "<unknown>")
-"""What jinja calls the file of a template from a string, in a traceback."""
+"""File names that jinja uses in a traceback for a template compiled from a string."""
 _PROBE = "\U000f0000"
 
 
 class TemplateError(ValueError):
-    """What a chat template said of a conversation, or what is wrong with the template."""
+    """A chat template is missing or invalid, or refused a conversation."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ class ChatTemplate:
     """One template of a tokenizer."""
 
     name: str
-    """`default` or `tool_use` where the tokenizer has several, else empty."""
+    """`default` or `tool_use` if the tokenizer has several templates, else empty."""
     source: str
     marks: bool
-    """Whether it marks with `{% generation %}` what is learnt."""
+    """Whether it marks the text to train on with `{% generation %}`."""
     special: Mapping[str, str]
-    """The special tokens that it may name."""
+    """The special tokens available to it as variables."""
     clock: Clock
-    """What it takes for the date and time."""
+    """Supplies the date and time."""
     header: str = ""
-    """What it opens an assistant's turn with; empty where it has no such thing."""
+    """The text with which it opens an assistant's turn; empty if there is none."""
     end: str | None = None
-    """The special token that ends an assistant's turn; None where it writes none."""
+    """The special token that ends an assistant's turn; None if it writes none."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> "ChatTemplate":
-        """The template that a conversation, with tools or without, is written by.
+        """The template for conversations with or without tools.
 
         Raises:
-            TemplateError: there is none, or it is no jinja.
+            TemplateError: there is none, or it is not valid jinja.
         """
-        name, source = _chosen(tokenizer, tools)
+        name, source = _selected_template(tokenizer, tools)
         special = ((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
         clock, specials = clock_of(tokenizer), tuple(special_tokens(tokenizer))
         return _analysed(name, source, tuple(special), specials, clock)
 
     @property
     def title(self) -> str:
-        """In messages."""
+        """Its name in messages."""
         return f"the chat template {self.name!r}" if self.name else "the chat template"
 
     def render(
@@ -78,14 +78,14 @@ class ChatTemplate:
         """The text of a conversation, and the parts that the template marks as generated.
 
         Args:
-            ask: end with what opens an assistant's turn.
+            ask: end with the text that opens an assistant's turn.
 
         Raises:
-            TemplateError: what the template raised, with its line there.
+            TemplateError: the template raised an error; gives its message and line.
         """
         try:
             texts, spans = cast(Any, render_jinja_template)(
-                conversations=[[_shown(turn) for turn in turns]],
+                conversations=[[_passed_fields(turn) for turn in turns]],
                 tools=list(tools) if tools else None,
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.marks,
@@ -96,17 +96,17 @@ class ChatTemplate:
         except (jinja2.TemplateError, *_FAULTS) as error:
             line = _line(error)
             where = f"{self.title}, line {line}" if line else self.title
-            raise TemplateError(f"{where}, refuses it: {_told(error)}") from None
+            raise TemplateError(f"{where}, refuses it: {_message_of(error)}") from None
         return texts[0], list(spans[0]) if self.marks else []
 
 
-def _shown(turn: Turn) -> dict[str, Any]:
-    """What a template gets to see."""
+def _passed_fields(turn: Turn) -> dict[str, Any]:
+    """The fields of a turn that are passed to the template."""
     return {name: value for name, value in turn.items() if name != "weight"}
 
 
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template's own expressions raise."""
+"""Errors that expressions in a template may raise."""
 
 
 def tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -118,7 +118,7 @@ def tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def stop_clock(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> None:
-    """Whenever this tokenizer's templates are rendered from now on, it is that moment to them."""
+    """From now on this tokenizer's templates are rendered with `moment` as the current time."""
     tokenizer.clock = moment.strftime  # type: ignore[attr-defined]
 
 
@@ -131,27 +131,27 @@ def _now(wanted: str) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that the tokenizer reads as one special token, the longest first."""
+    """The texts that the tokenizer reads as one special token, longest first."""
     added = tokenizer.added_tokens_decoder.values()
     texts = {str(token.content) for token in added if token.special}
     texts |= {str(token) for token in tokenizer.all_special_tokens}
     return sorted(texts - {""}, key=lambda text: (-len(text), text))
 
 
-def _chosen(tokenizer: PreTrainedTokenizerBase, tools: bool) -> tuple[str, str]:
+def _selected_template(tokenizer: PreTrainedTokenizerBase, tools: bool) -> tuple[str, str]:
     given: Any = tokenizer.chat_template
     if not given:
         raise TemplateError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; accepted: one that "
-            "has, or plain texts in place of conversations."
+            "has one, or plain texts instead of conversations."
         )
     if isinstance(given, str):
         return "", given
     name = "tool_use" if tools and "tool_use" in given else "default"
     if name not in given:
         raise TemplateError(
-            f"the tokenizer has the chat templates {', '.join(sorted(given))}; accepted: one of "
-            "the name 'default'. Rename the one that you mean."
+            f"the tokenizer has the chat templates {', '.join(sorted(given))}; accepted: one "
+            "named 'default'. Rename the one to be used."
         )
     return name, given[name]
 
@@ -165,14 +165,14 @@ def _analysed(
     clock: Clock,
 ) -> ChatTemplate:
     bare = ChatTemplate(name, source, _has_marks(name, source), dict(special), clock)
-    header, end = _frame(bare, specials)
+    header, end = _turn_delimiters(bare, specials)
     return replace(bare, header=header, end=end)
 
 
 class _Marks(jinja2.ext.Extension):
-    """Takes the tag as transformers does, and notes that it was there."""
+    """Parses the tag as transformers does, and records that it was found."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja reads it off the class
+    tags = {"generation"}  # noqa: RUF012 - jinja reads it from the class
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -195,13 +195,13 @@ def _has_marks(name: str, source: str) -> bool:
     return bool(getattr(environment, "found_marks", False))
 
 
-def _frame(template: ChatTemplate, specials: Sequence[str]) -> tuple[str, str | None]:
-    """What an assistant's turn begins and ends with, from the shortest conversations."""
-    asked: list[Turn] = [{"role": "user", "content": "x"}]
+def _turn_delimiters(template: ChatTemplate, specials: Sequence[str]) -> tuple[str, str | None]:
+    """What an assistant's turn begins and ends with, found by rendering minimal conversations."""
+    question: list[Turn] = [{"role": "user", "content": "x"}]
     try:
-        bare, _ = template.render(asked)
-        opened, _ = template.render(asked, ask=True)
-        answered, _ = template.render([*asked, {"role": "assistant", "content": _PROBE}])
+        bare, _ = template.render(question)
+        opened, _ = template.render(question, ask=True)
+        answered, _ = template.render([*question, {"role": "assistant", "content": _PROBE}])
     except TemplateError:
         return "", None
     header = opened.removeprefix(bare) if opened.startswith(bare) else ""
@@ -211,7 +211,7 @@ def _frame(template: ChatTemplate, specials: Sequence[str]) -> tuple[str, str | 
 
 
 def _line(error: BaseException) -> int | None:
-    """The line of the template in which it happened: jinja writes it into the traceback."""
+    """The line of the template that raised the error: jinja records it in the traceback."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
     line, at = None, error.__traceback__
@@ -222,7 +222,7 @@ def _line(error: BaseException) -> int | None:
     return line
 
 
-def _told(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= 300 else f"{text[:299]}…"
     return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Sources made of sources, position by position: the arithmetic mean, the geometric, a power.
+"""Combines sources position by position: arithmetic mean, geometric mean, power.
 
     Mix([teacher, ngram], [0.7, 0.3])       Σ_i w_i q_i, w normalised to sum 1
     Geomix([teacher, other], [1.0, 0.5])    Π_i q_i^{w_i} / Z
@@ -19,7 +19,7 @@ from dftserve.targets.source import DenseSource, Rows, Source
 
 
 class Mix(DenseSource):
-    """Σ_i w_i q_i: a token is likely where any of the sources finds it likely."""
+    """Σ_i w_i q_i: a token is likely if any of the sources gives it a high probability."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
         """
@@ -27,8 +27,8 @@ class Mix(DenseSource):
             weights: one for each source, above 0; only their proportions count.
 
         Raises:
-            ValueError: fewer than two sources, one that knows its top tokens only, unequal
-                vocabularies, or weights that are not accepted.
+            ValueError: fewer than two sources, one that provides top tokens only, unequal
+                vocabularies, or invalid weights.
         """
         self._sources = _accepted(sources, "mix")
         total = sum(_positive(weights, len(sources), "mix"))
@@ -49,13 +49,13 @@ class Mix(DenseSource):
 
 
 class Geomix(DenseSource):
-    """Π_i q_i^{w_i} / Z: a token is likely where all of the sources find it likely."""
+    """Π_i q_i^{w_i} / Z: a token is likely if all of the sources give it a high probability."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
         """
         Args:
-            weights: one for each source, above 0; used as they are, so that their sum sharpens or
-                flattens.
+            weights: one for each source, above 0; not normalised, so a sum above or below 1
+                sharpens or flattens.
 
         Raises:
             ValueError: as for `Mix`.
@@ -68,7 +68,7 @@ class Geomix(DenseSource):
         return _description("geomix", self._sources, self._weights)
 
     def read(self, documents: Sequence[Document]) -> list[Rows]:
-        """The rows raise ValueError where no token is possible in all sources."""
+        """The rows raise ValueError if no token is possible in all sources."""
         return _combined(self._sources, documents, self._product)
 
     def _product(self, parts_RV: Sequence[Tensor]) -> Tensor:
@@ -84,10 +84,10 @@ class Geomix(DenseSource):
 
 
 class Temper(DenseSource):
-    """q^β / Z, which is the temperature 1/β."""
+    """q^β / Z, which is temperature 1/β."""
 
     def __init__(self, source: Source, power: float) -> None:
-        """Raises ValueError: a power of 0 or less, or a source that knows its top tokens only."""
+        """Raises ValueError: a power of 0 or less, or a source that provides top tokens only."""
         if not 0 < power < math.inf:
             raise ValueError(f"temper: got the power {power}; accepted: a number above 0.")
         self._source = dense(source, "temper")
@@ -104,13 +104,17 @@ class Temper(DenseSource):
         return (parts_RV[0] * self._power).log_softmax(dim=1)
 
 
-def dense(source: Source, who: str) -> DenseSource:
-    """The source, or ValueError: a combinator needs the probability of every token."""
+def dense(source: Source, kind: str) -> DenseSource:
+    """Return the source; raise ValueError if it does not give the probability of every token.
+
+    Args:
+        kind: the kind of source that needs it, for the message.
+    """
     if not isinstance(source, DenseSource) or source.tail == "lumped":
         raise ValueError(
-            f"{who}: got a {type(source).__name__}, which knows its top tokens only (a lumped "
-            "tail); accepted: sources that know every token's probability. Load the model as a "
-            "teacher in place of asking a server."
+            f"{kind}: got a {type(source).__name__}, which gives top tokens only (a lumped tail); "
+            "accepted: sources that give every token's probability. Load the model as a teacher "
+            "instead of using a server."
         )
     return source
 
@@ -132,29 +136,29 @@ def _rows(parts: Sequence[Rows], combine: Callable[[Sequence[Tensor]], Tensor]) 
 
 
 def on_one_device(parts_RV: Sequence[Tensor]) -> list[Tensor]:
-    """The first accelerator's among theirs, where there is one."""
+    """Move all parts to the first accelerator that any of them is on, or leave them on the CPU."""
     devices = [part_RV.device for part_RV in parts_RV]
     device = next((each for each in devices if each.type != "cpu"), devices[0])
     return [part_RV.to(device) for part_RV in parts_RV]
 
 
-def _accepted(sources: Sequence[Source], who: str) -> list[DenseSource]:
+def _accepted(sources: Sequence[Source], kind: str) -> list[DenseSource]:
     if len(sources) < 2:
-        raise ValueError(f"{who}: got {len(sources)} sources; accepted: two or more.")
-    found = [dense(source, who) for source in sources]
+        raise ValueError(f"{kind}: got {len(sources)} sources; accepted: two or more.")
+    found = [dense(source, kind) for source in sources]
     sizes = [source.vocabulary for source in found]
     if len(set(sizes)) > 1:
         raise ValueError(
-            f"{who}: got sources of {', '.join(map(str, sizes))} tokens; accepted: one vocabulary "
-            "for all. Make every source with the same tokenizer."
+            f"{kind}: got sources of {', '.join(map(str, sizes))} tokens; accepted: one vocabulary "
+            "for all. Build every source with the same tokenizer."
         )
     return found
 
 
-def _positive(weights: Sequence[float], count: int, who: str) -> list[float]:
+def _positive(weights: Sequence[float], count: int, kind: str) -> list[float]:
     if len(weights) != count or not all(0 < weight < math.inf for weight in weights):
         raise ValueError(
-            f"{who}: got the weights {list(weights)}; accepted: {count} numbers above 0, one for "
+            f"{kind}: got the weights {list(weights)}; accepted: {count} numbers above 0, one for "
             "each source."
         )
     return [float(weight) for weight in weights]

@@ -1,12 +1,13 @@
-"""A conversation as a model reads it, and which of its tokens are learnt: what the assistant says.
+"""Tokenises a conversation and marks the tokens to train on, which are the assistant's.
 
     encoded = encode(tokenizer, messages)
     encoded.document, encoded.notes
 
-Where the template marks what is learnt ({% generation %}), that is; else every assistant's turn is,
-from what opens it (not included) to the special token that ends it. Turns are found in the rendered
-text by private characters around what is said, and their tokens by offsets: nothing is compared
-with a shorter prompt, which templates may write otherwise.
+If the chat template marks the text to train on ({% generation %}), its marks are used. Otherwise
+every assistant turn is trained on, from after the text that opens it up to and including the
+special token that ends it. Turns are located in the rendered text by private-use characters put
+around their content, and tokens by their offsets. Renderings of shorter conversations are not used
+for this, since a template may render the same turns differently there.
 
 Shapes: N tokens of a document.
 """
@@ -27,10 +28,10 @@ from dftserve.targets.chat_template import ChatTemplate, Span, TemplateError, Tu
 from dftserve.targets.document import Document
 
 PRIVATE = range(0xF0000, 0xFFFFE)
-"""Private characters, of which those that a conversation lacks serve as marks in it. Fonts have
-icons there, so a text may hold some."""
+"""Private-use characters. Those that a conversation does not contain serve as marks in it; a text
+may contain some, since fonts have icons there."""
 OF_TURNS = ("role", "content", "weight")
-"""Fields that are always heeded."""
+"""Fields that are always used."""
 READ_AS_TEXT = "spells special tokens, read as text"
 NO_STOP = "no answer is learnt to a special token at its end: the model does not learn to stop"
 CALLS = ("tool_calls", "function_call")
@@ -40,16 +41,16 @@ Learnt = Literal["all", "last"]
 
 
 class UnfitError(ValueError):
-    """A conversation that is left out and counted, and why."""
+    """A conversation must be left out; the message is the reason, by which it is counted."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation, and what was changed of it."""
+    """An encoded text, and what was changed in it."""
 
     document: Document
     notes: tuple[str, ...] = ()
-    """What was dropped or cut, each in a few words: they are counted."""
+    """Short descriptions of what was left out or cut, by which texts are counted."""
 
 
 def encode(
@@ -60,37 +61,38 @@ def encode(
     spelled: Spelled = "text",
     learnt: Learnt = "all",
 ) -> Encoded:
-    """A conversation through the tokenizer's chat template.
+    """Encode a conversation with the tokenizer's chat template.
 
     Args:
-        messages: turns with `role` and `content`; `weight` 0 is a turn that is not learnt; other
-            fields go to the template, and those that change nothing in its text are noted.
-            Arguments of tool calls may be JSON texts, as OpenAI has them: the template gets the
-            objects, as it does from vLLM.
-        spelled: special tokens in what somebody said, and in tools: `text`, or `keep` as special
-            tokens; `drop` leaves the conversation out.
-        learnt: of the assistant's turns.
+        messages: turns with `role` and `content`; a turn with `weight` 0 is not trained on. Other
+            fields are passed to the template, and noted if they do not change the rendered text.
+            Arguments of tool calls may be JSON texts, as in OpenAI's format; the template receives
+            them as objects, as it does from vLLM.
+        spelled: how to read special tokens spelled out in turns and tools: as `text`, or `keep`
+            them as special tokens; `drop` leaves the conversation out.
+        learnt: which of the assistant's turns to train on.
 
     Raises:
-        UnfitError: nothing to learn, its tokens cannot be told, or a call's arguments are no JSON
-            object (vLLM shows the model an empty one; nobody is to learn that).
-        TemplateError: as the template said.
+        UnfitError: nothing to train on, the answers' tokens cannot be located, or a call's
+            arguments are not a JSON object (vLLM passes an empty one instead, which should not be
+            trained on).
+        TemplateError: the template is missing or invalid, or refused the conversation.
     """
     if not tokenizer.is_fast:
-        raise TemplateError("this tokenizer tells no offsets; accepted: one with a tokenizer.json.")
+        raise TemplateError("this tokenizer has no offsets; accepted: one with a tokenizer.json.")
     template = ChatTemplate.of(tokenizer, tools=bool(tools))
-    turns, notes = _cut(messages)
+    turns, notes = _until_last_answer(messages)
     turns = [*map(_with_arguments, turns)]
     marks = _unused(turns, tools, template.source)
     around = next(marks), next(marks)
     spellings = _Spellings.of(tokenizer, spelled, marks)
-    turns = [_hidden(turn, spellings) for turn in turns]
+    turns = [_replace_spellings(turn, spellings) for turn in turns]
     tools = [*map(spellings.hidden, tools)] if tools else None
-    turns, tools, more = _heeded(template, turns, tools)
-    notes += _left_out(template, turns, tools, marks)
+    turns, tools, more = _used_fields(template, turns, tools)
+    notes += _omitted_turns(template, turns, tools, marks)
     text, marked = template.render(turns, tools)
     spans = marked if template.marks else _spans(template, turns, tools, text, around)
-    spans = _wanted(template, turns, spans, learnt)
+    spans = _selected_spans(template, turns, spans, learnt)
     if spellings.hides(text):
         notes.append(READ_AS_TEXT)
     tokens_N, offsets = _tokens(tokenizer, text, spellings, [start for start, _ in spans])
@@ -100,24 +102,24 @@ def encode(
     trained_N[:1] = False
     if not trained_N.any():
         raise UnfitError("nothing to train on")
-    if not _stops(tokenizer, tokens_N, trained_N):
+    if not _learns_to_stop(tokenizer, tokens_N, trained_N):
         notes.append(NO_STOP)
     return Encoded(Document(tokens_N, trained_N, has_prompt=True), (*notes, *more))
 
 
 def _unused(*values: Any) -> Iterator[str]:
-    """Private characters that no value holds, at any depth."""
-    held = set(json.dumps(values, ensure_ascii=False, default=str))
-    return (mark for mark in map(chr, PRIVATE) if mark not in held)
+    """Private-use characters that occur in none of the values, at any depth."""
+    used = set(json.dumps(values, ensure_ascii=False, default=str))
+    return (mark for mark in map(chr, PRIVATE) if mark not in used)
 
 
 # ── Turns ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cut(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Without what follows the assistant's last turn."""
+def _until_last_answer(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Remove what follows the assistant's last turn; returns the turns and notes."""
     turns = [dict(each) for each in messages]
-    last = max((i for i, turn in enumerate(turns) if _answers(turn)), default=None)
+    last = max((i for i, turn in enumerate(turns) if _is_answer(turn)), default=None)
     if last is None:
         raise UnfitError("no turn of the role 'assistant'")
     notes = [] if last + 1 == len(turns) else [f"cut behind the last answer: {turns[-1]['role']}"]
@@ -125,9 +127,9 @@ def _cut(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _with_arguments(turn: Turn) -> dict[str, Any]:
-    """A turn as vLLM gives it to a template: what is called has an object of arguments."""
+    """A turn as vLLM passes it to a template: arguments of tool calls are objects."""
     calls = turn.get("tool_calls")
-    if not _answers(turn) or not isinstance(calls, list | tuple):
+    if not _is_answer(turn) or not isinstance(calls, list | tuple):
         return dict(turn)
     rest = {key: value for key, value in turn.items() if key != "tool_calls"}
     return {**rest, "tool_calls": [*map(_with_object, calls)]} if calls else rest
@@ -147,27 +149,27 @@ def _arguments(called: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             given = parse_json(given, "arguments", finite=False)
             json.dumps(given, ensure_ascii=False).encode()
-        except ValueError:  # Of half a surrogate pair too, which JSON can spell.
+        except ValueError:  # Also raised for a lone surrogate, which JSON can contain.
             raise UnfitError("a tool call with arguments that are not JSON") from None
     if not isinstance(given, Mapping):
         raise UnfitError("a tool call with arguments that are no JSON object")
     return given
 
 
-def _hidden(turn: Turn, spellings: "_Spellings") -> dict[str, Any]:
+def _replace_spellings(turn: Turn, spellings: "_Spellings") -> dict[str, Any]:
     return {key: value if key == "role" else spellings.hidden(value) for key, value in turn.items()}
 
 
-def _answers(turn: Turn) -> bool:
+def _is_answer(turn: Turn) -> bool:
     return turn.get("role") == "assistant"
 
 
-def _heeded(
+def _used_fields(
     template: ChatTemplate, turns: list[dict[str, Any]], tools: Sequence[Any] | None
 ) -> tuple[list[dict[str, Any]], Sequence[Any] | None, list[str]]:
-    """The turns and tools that the template takes, and what it does not take.
+    """The turns and tools without fields that the template does not use, and notes on these.
 
-    A field is taken where the text is another one without it.
+    A field is used if the rendered text changes without it.
     """
     for turn in turns:
         if (weight := turn.get("weight", 1)) not in (0, 1):
@@ -178,55 +180,55 @@ def _heeded(
     text = template.render(turns, tools)[0] if fields or tools else ""
     for name in fields:
         without = [{key: turn[key] for key in turn if key != name} for turn in turns]
-        if _same(template, without, tools, text):
+        if _renders_same(template, without, tools, text):
             if name in CALLS:
                 raise UnfitError(f"`{name}`, which the chat template does not take")
             notes.append(f"`{name}` is not in the chat template: left out")
             turns = without
-    if tools and _same(template, turns, None, text):
+    if tools and _renders_same(template, turns, None, text):
         notes.append("`tools` are not in the chat template: left out")
         tools = None
     for turn, before in zip(turns, weighted, strict=True):
         turn["weight"] = before.get("weight", 1)
-        if _answers(turn) and not _says(turn):
+        if _is_answer(turn) and not _has_content(turn):
             turn["weight"] = 0
             notes.append("an empty answer: not learnt")
     return turns, tools, notes
 
 
-def _same(
+def _renders_same(
     template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Any] | None, text: str
 ) -> bool:
     try:
         return template.render(turns, tools)[0] == text
-    except ValueError:  # It needs what was taken away.
+    except ValueError:  # The template needs what was removed.
         return False
 
 
-def _left_out(
+def _omitted_turns(
     template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Any] | None, marks: Iterator[str]
 ) -> list[str]:
-    """A note for each role of which the template leaves out whole turns, without a word of it.
+    """A note for each role of which the template silently omits whole turns.
 
-    Each turn that says something ends in a mark of its own, and is there where the mark is.
+    A mark is appended to each turn that has content; a turn is present if its mark is rendered.
     """
-    said = [bool(turn.get("content")) and isinstance(turn["content"], str) for turn in turns]
-    ends = [next(marks, "") if each else "" for each in said]
+    has_text = [bool(turn.get("content")) and isinstance(turn["content"], str) for turn in turns]
+    ends = [next(marks, "") if each else "" for each in has_text]
     marked = [
         {**turn, "content": f"{turn['content']}{end}"} if end else turn
         for turn, end in zip(turns, ends, strict=True)
     ]
     try:
         written = template.render(marked, tools)[0]
-    except TemplateError:  # It reads what is said, as JSON for one.
+    except TemplateError:  # The template parses the content, as JSON for example.
         return []
     gone = [i for i, end in enumerate(ends) if end and end not in written]
     text = template.render(turns, tools)[0] if gone else ""
-    # A mark may also go where a template rewrites what is said.
+    # A mark may also be missing because the template rewrites the content.
     roles = [
         turns[i].get("role")
         for i in gone
-        if _same(template, [*turns[:i], *turns[i + 1 :]], tools, text)
+        if _renders_same(template, [*turns[:i], *turns[i + 1 :]], tools, text)
     ]
     return [
         f"a turn of the role {role!r} is not in the chat template: left out"
@@ -234,18 +236,18 @@ def _left_out(
     ]
 
 
-def _says(turn: Turn) -> bool:
+def _has_content(turn: Turn) -> bool:
     return any(turn.get(name) for name in turn if name not in ("role", "weight", "name"))
 
 
-# ── What is learnt ───────────────────────────────────────────────────────────────────────────────
+# ── Spans to train on ────────────────────────────────────────────────────────────────────────────
 
 
-def _wanted(
+def _selected_spans(
     template: ChatTemplate, turns: Sequence[Turn], spans: Sequence[Span], learnt: Learnt
 ) -> list[Span]:
-    """The spans of the turns that are to be learnt."""
-    answers = [turn for turn in turns if _answers(turn)]
+    """The spans of the turns to train on."""
+    answers = [turn for turn in turns if _is_answer(turn)]
     wanted = [bool(turn["weight"]) for turn in answers]
     if learnt == "last":
         wanted = [False] * (len(answers) - 1) + wanted[-1:]
@@ -266,10 +268,10 @@ def _spans(
     text: str,
     around: tuple[str, str],
 ) -> list[Span]:
-    """Of each assistant's turn, where the template does not mark them.
+    """The span of each assistant turn, for a template that does not mark them.
 
     Args:
-        around: two characters to mark what is said with, which the text lacks.
+        around: two characters, not in the text, to mark the start and end of content with.
     """
     last = around[1]
     for first in (around[0], ""):
@@ -281,35 +283,35 @@ def _spans(
             f"{template.title} writes an answer otherwise than it is, so its tokens cannot be told;"
             " mark them there with {% generation %}"
         )
-    places = [
+    found_marks = [
         (match[0], match.start() - number)
         for number, match in enumerate(re.finditer(f"[{first}{last}]", marked))
     ]
-    answers = [turn for turn in turns if _answers(turn)]
+    answers = [turn for turn in turns if _is_answer(turn)]
     marks = [last if _marked(turn, first, last) != turn else "" for turn in answers]
-    ends = [place for mark, place in places if mark == last]
+    ends = [position for mark, position in found_marks if mark == last]
     if len(ends) != sum(map(len, marks)):
         raise UnfitError(
             f"{template.title} does not write every answer once, so their tokens cannot be told"
         )
     starts = [
-        place if first and opening == first else None
-        for (opening, place), (mark, _) in itertools.pairwise([("", 0), *places])
+        position if first and opening == first else None
+        for (opening, position), (mark, _) in itertools.pairwise([("", 0), *found_marks])
         if mark == last
     ]
-    found = iter(_extended(template, text, starts, ends))
+    found = iter(_extended_spans(template, text, starts, ends))
     return [next(found) if mark else (0, 0) for mark in marks]
 
 
 def _marked(turn: Turn, first: str, last: str) -> Turn:
-    """An answer with `first` before what is said and `last` behind what is said or called."""
-    if not _answers(turn):
+    """An answer with `first` before its content and `last` after its content or tool call."""
+    if not _is_answer(turn):
         return turn
     content = turn.get("content") or ""
     if core := content.strip():
         at = content.index(core)
-        said = f"{content[:at]}{first}{core}{last}{content[at + len(core) :]}"
-        return {**turn, "content": said}
+        marked = f"{content[:at]}{first}{core}{last}{content[at + len(core) :]}"
+        return {**turn, "content": marked}
     if turn.get("tool_calls"):
         calls = copy.deepcopy(turn["tool_calls"])
         called = calls[0].get("function", calls[0])
@@ -318,10 +320,10 @@ def _marked(turn: Turn, first: str, last: str) -> Turn:
     return turn
 
 
-def _extended(
+def _extended_spans(
     template: ChatTemplate, text: str, starts: Sequence[int | None], ends: Sequence[int]
 ) -> Iterator[Span]:
-    """From what opens each turn to the token that ends it, both near what is said."""
+    """Extend each span from the end of the turn's header to the end of the token that ends it."""
     before = 0
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         next_one = ends[number + 1] if number + 1 < len(ends) else len(text)
@@ -335,7 +337,7 @@ def _extended(
         if opened >= 0:
             start = opened + len(template.header)
         elif start is not None:
-            # A blank before a word is part of its token.
+            # A space before a word is part of its token.
             start = before + len(text[before:start].rstrip(" "))
         else:
             raise UnfitError(
@@ -346,8 +348,10 @@ def _extended(
         before = end
 
 
-def _stops(tokenizer: PreTrainedTokenizerBase, tokens_N: np.ndarray, trained_N: np.ndarray) -> bool:
-    """Whether some stretch that is learnt ends in a special token, blanks behind it apart."""
+def _learns_to_stop(
+    tokenizer: PreTrainedTokenizerBase, tokens_N: np.ndarray, trained_N: np.ndarray
+) -> bool:
+    """Whether any trained span ends in a special token, ignoring whitespace after it."""
     special = {*tokenizer.all_special_ids} | {
         number for number, token in tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -369,7 +373,8 @@ def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 
 @dataclass(frozen=True)
 class _Spellings:
-    """Special tokens that a text spells, each with the private character that stands for it."""
+    """The special tokens that a text may spell out, each with a private-use character to replace
+    it."""
 
     private: Mapping[str, str]
     how: Spelled
@@ -381,7 +386,7 @@ class _Spellings:
         return cls({text: next(marks) for text in special_tokens(tokenizer)}, how)
 
     def hidden(self, value: Any) -> Any:
-        """The value with private characters in place of special tokens, at any depth."""
+        """The value with special tokens replaced by private-use characters, at any depth."""
         if self.how == "keep":
             return value
         if isinstance(value, Mapping):
@@ -401,7 +406,7 @@ class _Spellings:
         return any(private in text for private in self.private.values())
 
     def pieces(self, text: str) -> Iterator[tuple[str, str | None, int]]:
-        """(part, None, place), or (private character, what it stands for, place), in order."""
+        """(part, None, position), or (private character, text it replaces, position), in order."""
         shown = {private: text for text, private in self.private.items()}
         at = 0
         for match in re.finditer("[" + "".join(shown) + "]", text) if shown else ():
@@ -416,24 +421,24 @@ class _Spellings:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, spellings: _Spellings, starts: Sequence[int]
 ) -> tuple[np.ndarray, list[Span]]:
-    """int32 [N], and where each token stands in the text; one begins at each of `starts`."""
+    """int32 [N] tokens and their spans in the text; a token begins at each of `starts`."""
     tokens, offsets = _tokenized(tokenizer, text, spellings)
     merged = [start for start in starts if any(a < start < b for a, b in offsets)]
     if not merged:
         return np.array(tokens, dtype=np.int32), offsets
-    # Asked, the model gets the prompt's tokens as they are without the answer.
+    # At inference the prompt is tokenised without the answer, so no token may span both.
     ends = [0, *sorted(merged), len(text)]
     tokens, offsets = [], []
     for start, end in itertools.pairwise(ends):
         piece = text[start:end]
-        part, places = _tokenized(tokenizer, piece, spellings)
+        part, spans = _tokenized(tokenizer, piece, spellings)
         if start and not spellings.hides(piece) and not _is_exact(tokenizer, part, piece):
             raise UnfitError(
                 "the answer's beginning and the prompt's end are one token, and this tokenizer "
                 "cannot read them apart"
             )
         tokens += part
-        offsets += [(a + start, b + start) for a, b in places]
+        offsets += [(a + start, b + start) for a, b in spans]
     return np.array(tokens, dtype=np.int32), offsets
 
 

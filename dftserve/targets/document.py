@@ -1,4 +1,4 @@
-"""Tokenised text: which token stands where, and which of them a model learns to write.
+"""Tokenised texts, with marks for the tokens to train on.
 
 Shapes: N tokens of a document, T trained positions among them.
 """
@@ -15,18 +15,18 @@ from dftserve.model_folder import check_model_folder
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """A text as a model reads it."""
+    """A tokenised text."""
 
     tokens_N: np.ndarray
     """int32."""
     trained_N: np.ndarray
-    """bool: the tokens that are learnt. The first is not: nothing stands before it."""
+    """bool: the tokens to train on. Never the first, which has nothing before it."""
     group: str = ""
-    """Documents of one text, of its copies or of answers to one prompt have it in common; empty: it
-    is alone. A store does not keep it."""
+    """An identifier shared by documents of one text, of its copies, or of answers to one prompt;
+    empty: it belongs to no group. Not saved in a store."""
     has_prompt: bool = False
-    """It is a conversation: what stands before its first trained token may have been asked more
-    often than once. A store does not keep it."""
+    """Whether it is a conversation, so that the tokens before its first trained one are a prompt
+    that other documents may share. Not saved in a store."""
 
     def __post_init__(self) -> None:
         if len(self.tokens_N) < 2 or self.tokens_N.shape != self.trained_N.shape:
@@ -39,14 +39,14 @@ class Document:
 
     @property
     def trained(self) -> int:
-        """How many tokens are."""
+        """How many tokens are trained."""
         return int(np.count_nonzero(self.trained_N))
 
     @property
     def positions_T(self) -> np.ndarray:
-        """int64: where the trained tokens stand; each is predicted from all before it.
+        """int64: positions of the trained tokens; each is predicted from all tokens before it.
 
-        Made anew each time: kept, it would be 8 of 13 bytes a token of a corpus in memory.
+        Recomputed at each access: cached, it would take 8 of 13 bytes per token in memory.
         """
         return np.flatnonzero(self.trained_N)
 
@@ -56,7 +56,7 @@ class Document:
         return self.tokens_N[self.positions_T]
 
     def window(self, start: int, stop: int) -> "Document":
-        """Tokens `start` to `stop`, the first of them context alone."""
+        """Tokens `start` to `stop`; the first serves only as context."""
         trained_N = self.trained_N[start:stop].copy()
         trained_N[0] = False
         has_prompt = self.has_prompt and start == 0
@@ -70,26 +70,26 @@ class Document:
 
     @property
     def question(self) -> tuple[str, tuple[int, ...]]:
-        """What documents have in common that are answers to one prompt, if they have one.
+        """A key that is equal for documents that answer the same prompt, if they have one.
 
-        The group too, since groups are of one split: a chat template may write other questions with
-        the same tokens.
+        It includes the group, which is always within one split: a chat template may render
+        different questions to the same tokens.
         """
         return self.group, self.prompt
 
 
 def spans(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of windows of at most `size` tokens over `count` of them, two or more.
+    """(start, stop) of windows that cover `count` tokens, each of 2 to `size` tokens.
 
-    Windows share one token: the last of one is the context of the next, so each token but the
-    first is predicted once.
+    Consecutive windows share one token: the last of one is the context of the next, so each token
+    but the first is predicted once.
     """
     for start in range(0, count - 1, size - 1):
         yield start, min(start + size, count)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Of a model's folder, or of its name where there is a hub.
+    """The tokenizer of a model, given by its folder or by its name on a hub.
 
     Raises:
         ValueError: no such folder or name, no tokenizer in it, or files that `model_folder`
@@ -99,7 +99,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     check_model_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # It reads config.json too, whose classes check themselves.
+    except Exception as error:  # Config classes, which validate config.json, raise any kind.
         why = " ".join(str(error).split())[:200]
         if "trust_remote_code" in why:
             why = "it needs code of its own (auto_map), which dftserve never runs"
@@ -110,7 +110,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer's own post-processor puts before a text, as a begin token."""
+    """The tokens that the tokenizer's post-processor puts before a text, such as a begin token."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     starts = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)

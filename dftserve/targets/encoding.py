@@ -1,4 +1,4 @@
-"""A text of a corpus, plain or a conversation, as a model reads it."""
+"""Tokenises the texts of a corpus, plain texts and conversations."""
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,16 +17,16 @@ def encode(
     spelled: Spelled = "text",
     learnt: Learnt = "all",
 ) -> Encoded:
-    """A text's tokens, and which of them are learnt.
+    """Tokenise a text and mark the tokens to train on.
 
     Args:
-        spelled: special tokens in the text: read as `text`, or `keep` as special tokens; `drop`
-            leaves the text out.
-        learnt: of a conversation, `all` answers or the `last`.
+        spelled: how to read special tokens spelled out in the text: as `text`, or `keep` them as
+            special tokens; `drop` leaves the text out.
+        learnt: which answers of a conversation to train on, `all` or the `last`.
 
     Raises:
-        UnfitError: it is to be left out.
-        TemplateError: what a conversation's template raised.
+        UnfitError: the text is to be left out.
+        TemplateError: the chat template refused the conversation.
     """
     if text.messages is not None:
         return conversation.encode(
@@ -38,7 +38,7 @@ def encode(
     document = encode_text(tokenizer, text.content, spelled=spelled)
     ended = document.tokens_N[-1] == tokenizer.eos_token_id and len(document.tokens_N) > 2
     if not text.ends and ended:
-        # A piece that goes on elsewhere does not teach a model to stop.
+        # Only the last piece of a text ends with the end token.
         document = Document(document.tokens_N[:-1], document.trained_N[:-1])
     noted = found and spelled == "text"
     return Encoded(document, (conversation.READ_AS_TEXT,) if noted else ())
@@ -47,13 +47,13 @@ def encode(
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, *, spelled: Spelled = "text"
 ) -> Document:
-    """A plain text: behind what the tokenizer itself puts before one, and with its end token.
+    """Tokenise a plain text: what the tokenizer puts before a text, the text, and the end token.
 
-    The end token is learnt, so it is there even where the tokenizer leaves it to its user; a begin
-    token that the tokenizer has and does not write (a chat's first mark, say) is not.
+    The end token is trained on, so it is added even if the tokenizer does not add it. A begin token
+    that the tokenizer has but does not add (the first token of a chat, say) is not.
 
     Raises:
-        UnfitError: it has no token.
+        UnfitError: fewer than two tokens.
     """
     tokens = tokenizer(
         text, add_special_tokens=False, truncation=False, split_special_tokens=spelled == "text"

@@ -1,4 +1,4 @@
-"""What a build would take: its first batches are read for some seconds, where all of them would be.
+"""Estimates how long a build takes, by reading its first batches for some seconds.
 
 estimate = estimate_of(source, plan, documents, processes=1)
 """
@@ -17,26 +17,26 @@ from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Plan, batches_of, parts_of
 
 MEASURED_SECONDS = 10.0
-"""No further batch is read after these."""
+"""No further batch is started after this time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one build."""
+    """The size of a build and the time it would take."""
 
     documents: int
     tokens: int
-    """All that the source reads; fewer are learnt."""
+    """All that the source reads, including those that are not trained on."""
     measured_tokens: int
     tokens_per_second: float
-    """Of one process."""
+    """For one process."""
     seconds: float
-    """Of the whole build by so many processes, where each is as fast as one alone: on devices or
-    cores of their own."""
+    """For the whole build by the given number of processes, if each is as fast as one alone, on its
+    own device or cores."""
     device: str
     """A GPU's name, or cpu."""
     calibrations: tuple[Calibration, ...] = ()
-    """What was fitted and measured on held-out text, before the first batch."""
+    """Fitted and measured on held-out text, before the first batch."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -58,15 +58,15 @@ def estimate_of(
     processes: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Estimate:
-    """From the first shard's batches, after one that warms up; nothing is written."""
+    """Measure on the first shard's batches, after a warm-up batch; nothing is written."""
     shard = parts_of(documents)[0].of(documents)
     batches = [[shard[place] for place in places] for places in batches_of(shard)]
-    # The first are the longest documents: each batch in turn from both ends.
+    # Batches are sorted by length; take them alternately from both ends.
     mixed = [batches.pop(-(turn % 2)) for turn in range(len(batches))]
-    _read(source, plan, mixed[0])
+    _read_batch(source, plan, mixed[0])
     measured, seconds, start = 0, 0.0, clock()
     for batch in mixed:
-        measured += _read(source, plan, batch)
+        measured += _read_batch(source, plan, batch)
         seconds = clock() - start
         if seconds > MEASURED_SECONDS:
             break
@@ -85,7 +85,7 @@ def estimate_of(
     )
 
 
-def _read(source: Source, plan: Plan, batch: Sequence[Document]) -> int:
-    """The batch's tokens, when its targets are there."""
+def _read_batch(source: Source, plan: Plan, batch: Sequence[Document]) -> int:
+    """Compute the batch's targets; returns its number of tokens."""
     source.targets(batch, k=plan.k, draws=plan.draws, seeds=range(len(batch)))
     return sum(len(document.tokens_N) for document in batch)

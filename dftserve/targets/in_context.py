@@ -1,9 +1,9 @@
-"""A model that reads other documents of the corpus before each one.
+"""A teacher that reads other documents of the corpus before each document.
 
     source = InContext(teacher, documents, number=3, tokens=768)
 
-The others are drawn by the document's own digest, so that they are the same in every build, and
-are never the document, a copy of it or a piece of the same text.
+The other documents are drawn with the document's digest as seed, so they are the same in every
+build. They never include the document itself, a copy of it or a piece of the same text.
 
 Shapes: N tokens of a document, T trained positions, D hidden.
 """
@@ -21,21 +21,21 @@ from dftserve.targets.store import batches_of
 from dftserve.targets.teacher import Teacher
 
 DRAWS_EACH = 32
-"""Of a document that is put before another: some are the document itself, or drawn already."""
+"""Draws per context document: some hit the document itself, or one that was drawn already."""
 
 
 class InContext(DenseSource):
-    """What a teacher expects of a document behind `number` whole documents of the corpus."""
+    """A teacher's predictions with `number` documents of the corpus put before each document."""
 
     def __init__(
         self, teacher: Teacher, corpus: Sequence[Document], *, number: int, tokens: int
     ) -> None:
         """
         Args:
-            corpus: what is drawn from.
-            number: documents before each, at most.
-            tokens: all of them together, at most; where a model's positions leave less, that. The
-                last one loses its end.
+            corpus: the documents to draw from.
+            number: most documents put before each.
+            tokens: most tokens of these together; fewer if the model's context is too short. The
+                last of them is truncated.
 
         Raises:
             ValueError: no corpus, or a number or tokens below 1.
@@ -59,21 +59,21 @@ class InContext(DenseSource):
         }
 
     def read(self, documents: Sequence[Document]) -> list[Rows]:
-        opened = [self._opened(document) for document in documents]
+        opened = [self._with_context(document) for document in documents]
         states: dict[int, Tensor] = {}
-        for places in batches_of(opened):
-            some = [opened[place] for place in places]
+        for indices in batches_of(opened):
+            some = [opened[index] for index in indices]
             read = self._teacher.states(
                 [each.tokens_N for each in some], [each.positions_T for each in some]
             )
-            states |= zip(places, read, strict=True)
-        return [self._rows(states[place]) for place in range(len(documents))]
+            states |= zip(indices, read, strict=True)
+        return [self._rows(states[index]) for index in range(len(documents))]
 
     def _rows(self, states_TD: Tensor) -> Rows:
         return lambda start, stop: self._teacher.logprobs(states_TD[start:stop])
 
-    def _opened(self, document: Document) -> Document:
-        """The document behind the others, of which nothing is trained."""
+    def _with_context(self, document: Document) -> Document:
+        """The document with its context documents before it; nothing in these is trained."""
         before_N = self.before(document)
         return Document(
             np.concatenate([before_N, document.tokens_N]),
@@ -81,7 +81,7 @@ class InContext(DenseSource):
         )
 
     def before(self, document: Document) -> np.ndarray:
-        """int32: the tokens that are put before a document."""
+        """int32: the context tokens put before a document."""
         room = self._tokens
         if self._teacher.positions is not None:
             room = min(room, self._teacher.positions - len(document.tokens_N))
@@ -97,11 +97,11 @@ class InContext(DenseSource):
         digest = _digest(document)
         random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         drawn: dict[bytes, Document] = {}
-        for place in random.integers(len(self._corpus), size=DRAWS_EACH * self._number).tolist():
-            other = self._corpus[place]
+        for index in random.integers(len(self._corpus), size=DRAWS_EACH * self._number).tolist():
+            other = self._corpus[index]
             is_same_text = bool(document.group) and other.group == document.group
-            if self._digests[place] != digest and not is_same_text:
-                drawn[self._digests[place]] = other
+            if self._digests[index] != digest and not is_same_text:
+                drawn[self._digests[index]] = other
             if len(drawn) == self._number:
                 break
         return list(drawn.values())

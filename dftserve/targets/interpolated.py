@@ -1,7 +1,7 @@
-"""Targets of rows that have masses of their own on a few tokens, and share out the rest by one
-distribution: brought to what a store keeps without any row being made dense.
+"""Sparse targets of rows that have their own mass on a few tokens and distribute the rest by one
+shared distribution, computed without building dense rows.
 
-    q_v = s_v + left·u_v      s: on the row's entries alone; u: the same for all rows
+    q_v = s_v + left·u_v      s: nonzero on the row's entries only; u: the same for all rows
 
 Shapes: R rows, V vocabulary, E entries of all rows together, C candidates for the top, K, M draws.
 """
@@ -17,7 +17,7 @@ from dftserve.targets.sparse import Targets
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """u, with what every row needs of it."""
+    """u, with quantities that are reused for every row."""
 
     mass_V: np.ndarray
     """float64, above 0, sums to 1."""
@@ -39,7 +39,7 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The rows' own masses, sorted by row and token; each pair once."""
+    """The rows' own masses, sorted by row and token; each pair occurs once."""
 
     row_E: np.ndarray
     token_E: np.ndarray
@@ -54,20 +54,20 @@ class Entries:
         left_R: np.ndarray,
         vocabulary: int,
     ) -> "Entries":
-        """From rows, tokens and masses, of which several may be of one row and token."""
+        """From (rows, tokens, masses); masses of the same row and token are added."""
         keys_E = np.concatenate([_NONE, *(row * vocabulary + token for row, token, _ in given)])
         masses_E = np.concatenate([_NONE.astype(float), *(mass for _, _, mass in given)])
-        keys, place_E = np.unique(keys_E, return_inverse=True)
-        summed = np.bincount(place_E, masses_E, minlength=len(keys))
+        keys, index_E = np.unique(keys_E, return_inverse=True)
+        summed = np.bincount(index_E, masses_E, minlength=len(keys))
         return Entries(keys // vocabulary, keys % vocabulary, summed, left_R)
 
     def at(self, row_X: np.ndarray, token_X: np.ndarray, vocabulary: int) -> np.ndarray:
-        """s of these pairs; 0 where there is none."""
+        """s of these pairs of row and token; 0 for pairs without an entry."""
         if not len(self.row_E):
             return np.zeros(len(row_X))
         keys, wanted = self.row_E * vocabulary + self.token_E, row_X * vocabulary + token_X
-        place_X = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        return np.where(keys[place_X] == wanted, self.mass_E[place_X], 0.0)
+        index_X = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+        return np.where(keys[index_X] == wanted, self.mass_E[index_X], 0.0)
 
 
 _NONE = np.zeros(0, np.int64)
@@ -82,22 +82,22 @@ def sparsify(
     draws: int,
     random: np.random.Generator,
 ) -> Targets:
-    """As `sparse.sparsify` of the dense rows; sums are float64."""
+    """The same as `sparse.sparsify` of the dense rows, but with sums in float64."""
     rows, vocabulary = len(labels_R), len(shared.mass_V)
     k = min(k, vocabulary)
-    # 1. Of tokens without a mass of their own only u's k likeliest can be among a row's top.
+    # 1. Candidates: tokens without an entry can be in a row's top k only if in u's top k.
     row_C, token_C = _candidates(entries, shared, rows, k)
     u_C = shared.mass_V[token_C]
     s_C = entries.at(row_C, token_C, vocabulary)
     q_C = s_C + entries.left_R[row_C] * u_C
-    # 2. The likeliest k of each row; every row has as many candidates at least.
+    # 2. The top k of each row; every row has at least k candidates.
     order_C = np.lexsort((token_C, -q_C, row_C))
     starts_R = np.searchsorted(row_C[order_C], np.arange(rows))
     top_RK = order_C[starts_R[:, None] + np.arange(k)]
     top_ids_RK = token_C[top_RK]
     is_top_C = np.zeros(len(row_C), dtype=bool)
     is_top_C[top_RK] = True
-    # 3. The rest: other candidates one by one, and what has no candidate, by sums over u.
+    # 3. The rest: the other candidates one by one, and all other tokens by sums over u.
     others_u_R = (1 - np.bincount(row_C, u_C, minlength=rows)).clip(min=0.0)
     tail_R = np.bincount(row_C, np.where(is_top_C, 0.0, q_C), minlength=rows)
     tail_R += entries.left_R * others_u_R
@@ -123,7 +123,7 @@ def sparsify(
 def _candidates(
     entries: Entries, shared: Shared, rows: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The row and the token of each, every pair once."""
+    """The row and the token of each candidate; every pair occurs once."""
     vocabulary = len(shared.mass_V)
     likeliest_RK = np.arange(rows)[:, None] * vocabulary + shared.order_V[:k]
     own_E = entries.row_E * vocabulary + entries.token_E
@@ -138,7 +138,7 @@ def _drawn(
     draws: int,
     random: np.random.Generator,
 ) -> np.ndarray:
-    """int64 [R, M] from the rest: first whether by s or by u, then the token by that alone."""
+    """int64 [R, M]: draws from the tail; first whether from s or from u, then a token from it."""
     rows, k = top_ids_RK.shape
     vocabulary = len(shared.mass_V)
     if not draws or k == vocabulary:
@@ -158,19 +158,20 @@ def _drawn(
 def _drawn_of_own(
     entries: Entries, mass_E: np.ndarray, own_R: np.ndarray, uniform_RM: np.ndarray
 ) -> np.ndarray:
-    """In proportion to `mass_E` within each row; whatever where a row has none."""
+    """In proportion to `mass_E` within each row; arbitrary if a row has none."""
     if not len(mass_E):
         return np.zeros(uniform_RM.shape, dtype=np.int64)
     cumulated_E = np.cumsum(mass_E)
     before_R = np.cumsum(own_R) - own_R
-    place_RM = np.searchsorted(
+    index_RM = np.searchsorted(
         cumulated_E, before_R[:, None] + uniform_RM * own_R[:, None], "right"
     )
-    return entries.token_E[place_RM.clip(max=len(mass_E) - 1)]
+    return entries.token_E[index_RM.clip(max=len(mass_E) - 1)]
 
 
 def _drawn_of_shared(shared: Shared, top_ids_RK: np.ndarray, at_RM: np.ndarray) -> np.ndarray:
-    """Where u without the row's top has summed to `at_RM`: past each token of the top in turn."""
+    """The token at which the cumulative sum of u, skipping the row's top tokens, reaches
+    `at_RM`."""
     at_RM = at_RM.copy()
     for token_R in np.sort(top_ids_RK, axis=1).T:
         mass_R = shared.mass_V[token_R]

@@ -1,4 +1,4 @@
-"""Bounds of what a store keeps, for what is read before anything heavy is imported."""
+"""Limits of a store, in a module of their own so that recipes are read without heavy imports."""
 
 LARGEST_KEPT = 1024
-"""Top entries of a target, and draws."""
+"""Most top entries, and most draws, of a target."""

@@ -1,16 +1,16 @@
-"""The weights of a mixture, fitted by expectation maximisation: pooled, and for each of some bins.
+"""Fits the weights of a mixture by expectation maximisation: pooled, and for each bin.
 
     fitted = fit(logprobs_TC, bins_T, bins=36, shrinkage=200.0)
     nll_T = nll(logprobs_TC, fitted.bins_BC[bins_T])
 
-All that is needed of a component is what it gave each observed token. Pooled weights maximise
-Σ_t ln Σ_c w_c p_c(t); those of a bin the same over its positions plus a Dirichlet prior of
-`shrinkage` positions at the pooled weights,
+A component enters only by the probability it gave each observed token. Pooled weights maximise Σ_t
+ln Σ_c w_c p_c(t). Those of a bin maximise the same over its positions, plus a Dirichlet prior at
+the pooled weights that counts as `shrinkage` positions,
 
     w_c ← (Σ_t r_tc + s·w_c^pooled) / (n + s),   r_tc = w_c p_c(t) / Σ_k w_k p_k(t)
 
-so that a bin of few positions stays near to the pooled weights, and one of none has them. Each
-step raises what is maximised (Dempster, Laird and Rubin 1977).
+so a bin of few positions stays close to the pooled weights, and an empty one has exactly these. No
+step lowers the objective (Dempster, Laird and Rubin 1977).
 
 Shapes: T positions, C components, B bins.
 """
@@ -21,31 +21,31 @@ import numpy as np
 
 MOST_STEPS = 1000
 LEAST_GAIN = 1e-7
-"""Nats a position by which a step must raise what is maximised for another to follow."""
+"""Fitting stops when a step raises the objective by less than this, in nats per position."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """Each row sums to 1."""
+    """Fitted weights; each row sums to 1."""
 
     pooled_C: np.ndarray
     bins_BC: np.ndarray
     trace: tuple[float, ...]
-    """What the pooled fit maximised before each step and after the last, nats a position."""
+    """The objective of the pooled fit before each step and after the last, nats per position."""
     bins_trace: tuple[float, ...]
-    """The same of the bins together, their priors included."""
+    """The same for all bins together, including their priors."""
 
 
 def fit(logprobs_TC: np.ndarray, bins_T: np.ndarray, *, bins: int, shrinkage: float) -> Fitted:
-    """Weights from what each component gave the observed tokens.
+    """Fit weights to the log-probabilities of the observed tokens.
 
     Args:
-        logprobs_TC: nats; −inf where a component ruled the token out.
+        logprobs_TC: nats; −inf if a component gave the token probability 0.
         bins_T: int, 0 to `bins` − 1.
         shrinkage: s, in positions; 0 fits each bin by itself.
 
     Raises:
-        ValueError: no positions, a token that every component ruled out, or a NaN.
+        ValueError: no positions, a token of probability 0 in every component, or a NaN.
     """
     ratio_TC, scale_T = _ratios(logprobs_TC)
     uniform_1C = np.full((1, logprobs_TC.shape[1]), 1 / logprobs_TC.shape[1])
@@ -63,14 +63,14 @@ def nll(logprobs_TC: np.ndarray, weights_TC: np.ndarray) -> np.ndarray:
 
 
 def _ratios(logprobs_TC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """p_c(t) over the largest of its position, and the logarithm of that."""
+    """p_c(t) divided by the largest at its position, and the logarithm of the largest."""
     if not len(logprobs_TC):
         raise ValueError("got no positions; accepted: one or more to fit weights on.")
     scale_T = logprobs_TC.max(axis=1).astype(np.float64)
     if not np.isfinite(scale_T).all():
         raise ValueError(
-            "no component gives some observed token a probability; accepted: components of which "
-            "one at least gives each token some, as an n-gram model does."
+            "no component gives some observed token a positive probability; accepted: for each "
+            "token at least one component that does, as an n-gram model."
         )
     return np.exp(logprobs_TC - scale_T[:, None]), scale_T
 
@@ -82,14 +82,14 @@ def _maximised(
     start_BC: np.ndarray,
     shrinkage: float,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Steps until one gains nothing; the prior is at `start_BC`."""
+    """Iterate until a step gains almost nothing; the prior is at `start_BC`."""
     weights_BC, trace = start_BC, []
     bins, components = start_BC.shape
     for _ in range(MOST_STEPS):
         joint_TC = ratio_TC * weights_BC[bins_T]
         total_T = joint_TC.sum(axis=1)
         value = float((scale_T + np.log(total_T)).sum())
-        if shrinkage:  # Without it a weight may become 0.
+        if shrinkage:  # Without a prior a weight may become 0, whose log is infinite.
             value += shrinkage * _prior(start_BC, weights_BC)
         trace.append(value / len(bins_T))
         if len(trace) > 1 and trace[-1] - trace[-2] < LEAST_GAIN:
@@ -105,6 +105,6 @@ def _maximised(
 
 
 def _prior(at_BC: np.ndarray, weights_BC: np.ndarray) -> float:
-    """Σ a ln w, where a > 0: then w is above 0 too."""
+    """Σ a ln w over a > 0, where w is above 0 too."""
     is_there_BC = at_BC > 0
     return float((at_BC[is_there_BC] * np.log(weights_BC[is_there_BC])).sum())

@@ -1,16 +1,16 @@
-"""A corpus as a source: what followed the same words elsewhere in it.
+"""An n-gram source: what followed the same words elsewhere in the corpus.
 
     source = Ngram(documents, vocabulary=len(tokenizer))
 
-No model: the counts of what stands after each context in the *other* documents, or in those of
-other groups, interpolated from long contexts down to single tokens by Witten and Bell's method C
-(1991; Chen and Goodman 1998, section 2.5), with N the continuations of a context and D how many
-different ones:
+It needs no model. It counts what follows each context in the *other* documents, or in those of
+other groups, and interpolates from long contexts down to single tokens by Witten and Bell's method
+C (1991; Chen and Goodman 1998, section 2.5). N is the number of continuations of a context and D
+the number of distinct ones:
 
     p_n(w) = (count_n(w) + D_n · p_{n−1}(w)) / (N_n + D_n),    p_{−1} = 1/V
 
-Contexts are found in a suffix array of the reversed text: sorted by what stands before it, each
-position lies beside those that share its context, and longer contexts are runs within shorter ones.
+Contexts are found in a suffix array of the reversed text: sorted by the preceding tokens, each
+position is next to those that share its context, and longer contexts are runs within shorter ones.
 
 Shapes: M positions of the whole corpus, N tokens of a document, T trained positions, R of them in
 one chunk, G contexts of one length, E pairs of context and next token, V vocabulary.
@@ -33,19 +33,19 @@ from dftserve.targets.source import AdditiveSource, Adds
 from dftserve.targets.sparse import Targets
 
 ROWS_AT_ONCE = 1024
-"""Of sparse rows."""
+"""Rows processed at once when computing sparsely."""
 KEPT = 16
-"""Groups whose counts are kept: their documents are read again and again."""
+"""Groups whose counts are cached, since their documents are read many times."""
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Every context of one length, and what follows it."""
+    """All contexts of one length, and what follows them."""
 
     keys_G: np.ndarray
-    """int64, rising: (the context less its first token) · (V + 1) + its first token + 1."""
+    """int64, rising: (index of the context without its first token) · (V + 1) + first token + 1."""
     starts_G: np.ndarray
-    """int64 [G + 1]: where each context's pairs begin."""
+    """int64 [G + 1]: the start of each context's pairs."""
     next_E: np.ndarray
     """int32: the next token, rising within a context."""
     counts_E: np.ndarray
@@ -54,17 +54,18 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What a document itself gave to the counts, copies of it included; or all of its group."""
+    """The part of the counts that is left out for a document: from itself, its copies and,
+    depending on the source, its group."""
 
     pairs: list[tuple[np.ndarray, np.ndarray]]
-    """Of each level: int64, context · V + next token, rising; and how often."""
+    """For each level: int64, context · V + next token, rising; and their counts."""
     singles_V: np.ndarray
-    """int64: how often each token is trained in it."""
+    """int64: how often each token is trained there."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """A text of the corpus, with its copies."""
+    """A text of the corpus, together with its copies."""
 
     tokens_N: np.ndarray
     marks_N: np.ndarray
@@ -79,10 +80,11 @@ class _Text:
 class Ngram(AdditiveSource):
     """Leave-one-out n-gram probabilities of a corpus.
 
-    What follows counts where it is trained; contexts reach over all tokens of a document and never
-    into another. When a document of the corpus is read, known by the digest of its tokens, it and
-    its copies count nothing; and where a group is left out, neither do the documents that have its
-    `Document.group`, with their copies. Every token keeps a positive probability.
+    Only trained tokens are counted as continuations. Contexts may include all tokens of a document,
+    but never reach into another. When a document of the corpus (recognised by the digest of its
+    tokens) is read, its own counts and those of its copies are left out; with
+    `leaves_out="group"` also those of documents with the same `Document.group`, and their copies.
+    Every token keeps a positive probability.
     """
 
     def __init__(
@@ -96,12 +98,12 @@ class Ngram(AdditiveSource):
     ) -> None:
         """
         Args:
-            order: the longest context is of `order` − 1 tokens; 1 looks at no context.
+            order: the longest context has `order` − 1 tokens; 1 uses no context.
             min_count: continuations that a context needs, outside what is left out, to be used.
-            leaves_out: what does not count for a document: itself, or all of its group.
+            leaves_out: what is not counted for a document: itself, or its whole group.
 
         Raises:
-            ValueError: no documents, nothing trained, an order or a count below 1, or tokens
+            ValueError: no documents, nothing trained, an order or min_count below 1, or tokens
                 beyond the vocabulary.
         """
         if not documents:
@@ -126,7 +128,7 @@ class Ngram(AdditiveSource):
             self._texts[name] = _Text.of(document, self._texts.get(name))
             if document.group and leaves_out == "group":
                 self._groups.setdefault(document.group, []).append(name)
-        self._kept: OrderedDict[frozenset[bytes], Own] = OrderedDict()
+        self._cached_own: OrderedDict[frozenset[bytes], Own] = OrderedDict()
         self._singles_V, self._levels = _count(documents, vocabulary, order - 1)
 
     def describe(self) -> Mapping[str, Any]:
@@ -140,7 +142,7 @@ class Ngram(AdditiveSource):
         }
 
     def at_order(self, order: int) -> "Ngram":
-        """The same counts, looked at by contexts of at most `order` − 1 tokens.
+        """The same counts, but using contexts of at most `order` − 1 tokens.
 
         Raises:
             ValueError: an order below 1 or above this one's.
@@ -149,13 +151,13 @@ class Ngram(AdditiveSource):
             raise ValueError(f"order: got {order}; accepted: from 1 to {self.order}.")
         lower = copy(self)
         lower.order, lower._levels = order, self._levels[: order - 1]
-        lower._kept = OrderedDict()  # Of as many levels as it has.
+        lower._cached_own = OrderedDict()  # Cached counts depend on the number of levels.
         return lower
 
     def matches(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        """Of each trained position the length of the longest context that is used, in tokens, and
-        how many continuations it has outside what is left out; int64 [T], 0 and 0 where none is."""
-        contexts, own, _ = self._found(document)
+        """For each trained position, the length in tokens of the longest context that is used, and
+        its number of continuations outside what is left out; int64 [T] each, 0 if none is used."""
+        contexts, own, _ = self._lookup(document)
         rows = document.trained
         length_T, count_T = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         for length, (level, found_T, (pairs, times)) in enumerate(
@@ -176,34 +178,34 @@ class Ngram(AdditiveSource):
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
     ) -> list[Targets]:
-        """No row is made dense: what no context gave is shared out by the single tokens."""
+        """Computed without dense rows: the mass left by all contexts goes to the unigram row."""
         each = zip(documents, seeds, strict=True)
         return [self._targets(*one, k, draws) for one in each]
 
     def _targets(self, document: Document, seed: int, k: int, draws: int) -> Targets:
-        at_T, own, single_V = self._found(document)
+        at_T, own, single_V = self._lookup(document)
         shared, random = Shared(single_V), np.random.default_rng(seed)
         labels_T = document.labels_T.astype(np.int64)
         parts = []
         for start in range(0, len(labels_T), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            given, left_R = self._given([at[part] for at in at_T], own, len(labels_T[part]))
+            given, left_R = self._distributed([at[part] for at in at_T], own, len(labels_T[part]))
             entries = Entries.of(given, left_R, self.vocabulary)
             parts.append(sparsify(entries, shared, labels_T[part], k=k, draws=draws, random=random))
         return Targets.joined(parts)
 
     def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
-        """No row is made dense."""
+        """Computed without building dense rows."""
         return [self._of_own_tokens(document) for document in documents]
 
     def _of_own_tokens(self, document: Document) -> np.ndarray:
-        at_T, own, single_V = self._found(document)
+        at_T, own, single_V = self._lookup(document)
         labels_T = document.labels_T.astype(np.int64)
         parts = [np.zeros(0)]
         for start in range(0, len(labels_T), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             labels_R = labels_T[part]
-            given, left_R = self._given([at[part] for at in at_T], own, len(labels_R))
+            given, left_R = self._distributed([at[part] for at in at_T], own, len(labels_R))
             mass_R = left_R * single_V[labels_R]
             for row_E, next_E, mass_E in given:
                 is_own_E = next_E == labels_R[row_E]
@@ -212,14 +214,14 @@ class Ngram(AdditiveSource):
         return np.concatenate(parts)
 
     def _adds(self, document: Document) -> Adds:
-        at_T, own, single_V = self._found(document)
+        at_T, own, single_V = self._lookup(document)
         rest_V = torch.from_numpy(single_V).float()
 
         def add(mass_RV: Tensor, start: int, weight_R: Tensor) -> None:
             rows, device = len(mass_RV), mass_RV.device
-            given, left_R = self._given([at[start : start + rows] for at in at_T], own, rows)
+            given, left_R = self._distributed([at[start : start + rows] for at in at_T], own, rows)
             for row_E, next_E, share_E in given:
-                # A row and a token meet once in a level, so that sums have no order to differ by.
+                # Each (row, token) pair occurs once per level, so the sum is deterministic.
                 at = torch.from_numpy(row_E).to(device), torch.from_numpy(next_E).to(device)
                 added_E = torch.from_numpy(share_E).float().to(device) * weight_R[at[0]]
                 mass_RV[at] += added_E
@@ -227,16 +229,16 @@ class Ngram(AdditiveSource):
 
         return Adds(add)
 
-    def _found(self, document: Document) -> tuple[list[np.ndarray], Own, np.ndarray]:
-        """Of each level the trained positions' contexts; what is left out of the counts; and the
-        probabilities of single tokens without it."""
+    def _lookup(self, document: Document) -> tuple[list[np.ndarray], Own, np.ndarray]:
+        """For each level the contexts of the trained positions; the counts to leave out; and the
+        unigram probabilities without these."""
         contexts = self._contexts(document.tokens_N)
         own = self._own(document, contexts)
         single_V = _method_c(self._singles_V - own.singles_V, 1 / self.vocabulary)
         return [contexts_N[document.positions_T] for contexts_N in contexts], own, single_V
 
     def _contexts(self, tokens_N: np.ndarray) -> list[np.ndarray]:
-        """Of each level, int64 [N]: the context before each token; −1 where the corpus has none."""
+        """For each level, int64 [N]: the context before each token; −1 if not in the corpus."""
         tokens_N = tokens_N.astype(np.int64)
         found_N = np.zeros(len(tokens_N), dtype=np.int64)
         contexts = []
@@ -254,22 +256,23 @@ class Ngram(AdditiveSource):
         itself = _identity(document)
         names = {itself, *self._groups.get(document.group, ())} & self._texts.keys()
         key = frozenset(names)
-        if key not in self._kept:
+        if key not in self._cached_own:
             texts = [self._texts[name] for name in names]
-            self._kept[key] = self._counted(
+            self._cached_own[key] = self._counted(
                 texts,
                 [
                     contexts if name == itself else self._contexts(text.tokens_N)
                     for name, text in zip(names, texts, strict=True)
                 ],
             )
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+        self._cached_own.move_to_end(key)
+        if len(self._cached_own) > KEPT:
+            self._cached_own.popitem(last=False)
+        return self._cached_own[key]
 
     def _counted(self, texts: "Sequence[_Text]", contexts: Sequence[Sequence[np.ndarray]]) -> Own:
-        """What texts gave to the counts; `contexts` of each are its levels'."""
+        """The counts that come from these texts; `contexts` has an array per level for each
+        text."""
         none = np.zeros(0, np.int64)
         tokens_N = np.concatenate([none, *(text.tokens_N.astype(np.int64) for text in texts)])
         marks_N = np.concatenate([none, *(text.marks_N for text in texts)])
@@ -278,17 +281,20 @@ class Ngram(AdditiveSource):
             found_N = np.concatenate([none, *(each[level] for each in contexts)])
             counts_N = (marks_N > 0) & (found_N >= 0)
             keys = (found_N * self.vocabulary + tokens_N)[counts_N]
-            unique, place = np.unique(keys, return_inverse=True)
-            weights = np.bincount(place, marks_N[counts_N], minlength=len(unique))
+            unique, index = np.unique(keys, return_inverse=True)
+            weights = np.bincount(index, marks_N[counts_N], minlength=len(unique))
             pairs.append((unique, weights.astype(np.int64)))
         singles = np.bincount(tokens_N, marks_N, minlength=self.vocabulary)
         return Own(pairs, singles.astype(np.int64))
 
-    def _given(
+    def _distributed(
         self, contexts: Sequence[np.ndarray], own: Own, rows: int
     ) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray]:
-        """From the longest context down: what is not given out yet goes on to the next. Of each
-        level rows, tokens and masses; and of each row what is left for single tokens."""
+        """Distribute the mass of each row, from the longest context to the shortest.
+
+        Returns (rows, tokens, masses) for each level, and the mass left to the unigram row for each
+        row.
+        """
         given, left_R = [], np.ones(rows)
         for level, found_R, (pairs, times) in zip(
             reversed(self._levels), reversed(contexts), reversed(own.pairs), strict=True
@@ -306,8 +312,8 @@ class Ngram(AdditiveSource):
     def _elsewhere(
         self, level: Level, found_R: np.ndarray, pairs: np.ndarray, times: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The pairs of each row's context: row, token, and count without what is left out, `pairs`
-        of it and how many `times`."""
+        """The pairs of each row's context: row, token, and count minus what is left out, which is
+        given by `pairs` and their counts, `times`."""
         row_E, entry_E = _entries(level, found_R)
         next_E = level.next_E[entry_E].astype(np.int64)
         counts_E = level.counts_E[entry_E].astype(np.int64)
@@ -319,7 +325,7 @@ class Ngram(AdditiveSource):
 
 
 def _entries(level: Level, found_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of each row's context: the row, and the pair's place in the level."""
+    """All pairs of each row's context: the row, and the pair's index in the level."""
     first_R = level.starts_G[found_R.clip(min=0)]
     many_R = np.where(found_R >= 0, level.starts_G[found_R.clip(min=0) + 1] - first_R, 0)
     row_E = np.repeat(np.arange(len(found_R)), many_R)
@@ -328,7 +334,7 @@ def _entries(level: Level, found_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _method_c(counts_V: np.ndarray, lower: float) -> np.ndarray:
-    """p_0 from counts without context; uniform where there are none. float64 [V]."""
+    """float64 [V]: p_0 from unigram counts; uniform if all are 0."""
     total, different = counts_V.sum(), np.count_nonzero(counts_V)
     if not total:
         return np.full(len(counts_V), lower)
@@ -349,7 +355,7 @@ def _count(
     context_M = np.zeros(len(sorted_M), dtype=np.int64)
     levels = []
     for length in range(1, longest + 1):
-        # Beyond a document's start there is its separator first: no query asks for what follows.
+        # Contexts that cross a document's start contain its separator, so no lookup matches them.
         before_M = text_M[np.maximum(sorted_M - length, 0)]
         keys_M = context_M * (vocabulary + 1) + before_M
         new_M = np.diff(keys_M, prepend=-1) != 0
@@ -363,17 +369,18 @@ def _count(
 
 
 def _joined(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [M], every token one higher and a 0 before each document; and what is trained."""
+    """int64 [M]: token ids plus 1, with a separator 0 before each document; and the trained
+    marks."""
     text_M = np.concatenate([p for d in documents for p in ([0], d.tokens_N.astype(np.int64) + 1)])
     trained_M = np.concatenate([p for d in documents for p in ([False], d.trained_N)])
     return text_M, trained_M.astype(bool)
 
 
 def _by_context(text_M: np.ndarray, longest: int) -> np.ndarray:
-    """All positions, sorted by the `longest` tokens before each, the nearest first.
+    """All positions, sorted by the `longest` tokens before each, nearest first.
 
-    Prefix doubling (Manber and Myers 1993) on the reversed text: ranks by m tokens and the ranks
-    m positions earlier give ranks by 2m.
+    Prefix doubling (Manber and Myers 1993) on the reversed text: ranks by m tokens, combined with
+    the ranks m positions earlier, give ranks by 2m tokens.
     """
     rank_M = np.zeros(len(text_M), dtype=np.int64)
     rank_M[1:] = text_M[:-1]
@@ -394,12 +401,12 @@ def _identity(document: Document) -> bytes:
 
 
 def _digest(documents: Sequence[Document], *, grouped: bool) -> str:
-    """Of all that decides the counts; which documents are of one group, not what it is called."""
+    """A digest of everything the counts depend on; independent of the groups' names."""
     digest = blake3()
     first: dict[str, int] = {}
-    for place, document in enumerate(documents):
+    for index, document in enumerate(documents):
         digest.update(_identity(document))
         digest.update(document.trained_N.tobytes())
         if grouped and document.group:
-            digest.update(str(first.setdefault(document.group, place)).encode())
+            digest.update(str(first.setdefault(document.group, index)).encode())
     return digest.hexdigest()

@@ -1,10 +1,10 @@
-"""The shards of a build read by workers of a Ray cluster, and written by this process.
+"""Builds shards with the workers of a Ray cluster; this process writes them.
 
-A worker holds the source and reads one shard at a time. What it makes comes back through Ray's
-object store, some 60 MB for a million tokens: the workers need the package, the models and what the
-recipe names, and no access to the store's folder. A worker that is lost is replaced, and its shard
-read again. A shard depends on the plan and its documents alone: who reads it, and how often it is
-begun, changes no byte.
+A worker loads the source and computes one shard at a time. The result is returned through Ray's
+object store, some 60 MB for a million tokens. Workers need the package, the models and the files
+that the recipe names, but no access to the store's folder. A lost worker is replaced, and its shard
+is computed again. A shard depends only on the plan and its documents, so its bytes are the same
+whichever worker computes it and however often it is started.
 """
 
 import logging
@@ -25,15 +25,14 @@ from dftserve.targets.source import Source
 from dftserve.targets.store import Part, Plan
 
 WAIT_SECONDS = 15.0
-"""Until it is said that no worker has started."""
+"""After this time a message says that no worker has started."""
 ANSWER_SECONDS = 5.0
-"""In which the address of a cluster is to take a connection. Ray itself tries for many minutes."""
+"""Time limit for connecting to a cluster's address. Ray itself tries for many minutes."""
 LOSSES = 5
-"""The loss of a worker that ends the build: of workers that read the same shard, or that are lost
-before they are ready, one after the other."""
+"""The build fails when this many workers are lost on the same shard, or in a row while starting."""
 STARTING = "a start"
 CREATION = "raised in its creation task"
-"""How Ray's words begin where a class cannot be loaded in a worker."""
+"""In Ray's message if the worker's class cannot be loaded in a worker process."""
 
 Documents = Mapping[str, Sequence[Document]]
 MakeSource = Callable[[Documents], Source]
@@ -42,16 +41,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Which workers a build asks for."""
+    """The cluster and workers to use for a build."""
 
     address: str | None
-    """`ray://HOST:PORT`; None: what RAY_ADDRESS or a `ray start` on this machine says, else a
-    cluster of this machine alone, for the time of the build."""
+    """`ray://HOST:PORT`; None: the cluster given by RAY_ADDRESS or by a `ray start` on this
+    machine, else a temporary cluster of this machine alone."""
     workers: int | None
-    """None: one for each GPU, or, where the cluster has none or the recipe loads no model, for each
-    machine: each worker has its own copy of all that the recipe loads and counts."""
+    """None: one per GPU, or one per machine if the cluster has no GPU or the recipe loads no model.
+    Each worker has its own copy of everything that the recipe loads and counts."""
     loads_models: bool
-    """Whether the recipe does."""
+    """Whether the recipe loads models."""
 
 
 def build(
@@ -62,15 +61,15 @@ def build(
     cluster: Cluster,
     say: Say,
 ) -> Iterator[int]:
-    """Write the missing shards; yields the tokens of each when it is written.
+    """Write the missing shards; yields the number of tokens of each once it is written.
 
     Args:
-        make_source: makes the source of `plan`, in each worker; sent to them by pickle.
+        make_source: makes the source of `plan` in each worker; it is pickled.
 
     Raises:
-        RuntimeError: no Ray, no cluster, workers of other versions, or workers that are lost again
-            and again.
-        ValueError: what a worker could not read or load.
+        RuntimeError: no Ray, no cluster, workers with other versions, or workers that are lost
+            repeatedly.
+        ValueError: something that a worker could not read or load.
         OSError: a shard cannot be written.
     """
     missing = []
@@ -81,7 +80,7 @@ def build(
             missing.append(part)
     if not missing:
         return
-    with _connected(cluster.address) as ray, _while_it_lasts(cluster.address):
+    with _connected(cluster.address) as ray, _reporting_lost_connection(cluster.address):
         workers = _Workers.of(cluster, len(missing), plan, ray.put(documents), make_source)
         for part, content in _Queue(missing, workers, say).shards():
             atomic.write_file(folder / part.file, lambda path: path.write_bytes(content))  # noqa: B023
@@ -89,18 +88,18 @@ def build(
 
 
 def check(address: str | None) -> None:
-    """Refuse, before anything is read, what could not be built on.
+    """Check early, before anything is read, that a cluster can be used.
 
     Args:
         address: as `Cluster.address`.
 
     Raises:
-        RuntimeError: there is no Ray, or nothing at the address.
+        RuntimeError: Ray is not installed, or nothing answers at the address.
     """
     ray = _ray()
     if ray.is_initialized():
         return
-    named, of = _named_address(address)
+    named, setting = _named_address(address)
     if named is None and os.environ.get("RAY_ADDRESS") == "auto":
         raise RuntimeError(
             "RAY_ADDRESS is auto, and no cluster was started on this machine (`ray start`); "
@@ -113,18 +112,19 @@ def check(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
         raise RuntimeError(
-            f"no Ray cluster answers at {named}, from {of} ({error}); accepted: --engine "
-            "ray://HOST:PORT or RAY_ADDRESS of one that runs, or neither, for one on this machine."
+            f"no Ray cluster answers at {named}, from {setting} ({error}); accepted: "
+            "--engine ray://HOST:PORT or RAY_ADDRESS of a running one, or neither, for one on this "
+            "machine."
         ) from None
 
 
 def _named_address(address: str | None) -> tuple[str | None, str]:
-    """Where a cluster is said to be, and by what; None: it is to be started."""
+    """The configured address of a cluster, and the setting it comes from; None: start one."""
     if address is not None:
         return address, "--engine"
     if (named := os.environ.get("RAY_ADDRESS", "")) not in ("", "auto", "local"):
         return named, "RAY_ADDRESS"
-    # What `ray start` leaves; `ray stop` removes it, and a kill does not.
+    # Written by `ray start`; removed by `ray stop`, but not if Ray is killed.
     left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     if named != "local" and left.is_file():
         return left.read_text().strip(), f"{left}, which `ray stop` removes"
@@ -132,7 +132,7 @@ def _named_address(address: str | None) -> tuple[str | None, str]:
 
 
 def _ray() -> Any:
-    # A cluster that we start tells nobody that it is in use.
+    # A cluster that we start sends no usage statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -143,7 +143,7 @@ def _ray() -> Any:
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster; a connection that the caller has made is used and kept."""
+    """Ray, connected to a cluster; an existing connection is reused and left open."""
     ray = _ray()
     if ray.is_initialized():
         yield ray
@@ -151,16 +151,16 @@ def _connected(address: str | None) -> Iterator[Any]:
     check(address)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What they say, the error says.
+            warnings.simplefilter("ignore")  # The error contains the same information.
             ray.init(
                 address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
             )
     except Exception as error:  # noqa: BLE001 - Ray raises what its transports raise, of any kind
-        asked = _named_address(address)[0] or "on this machine"
+        where = _named_address(address)[0] or "on this machine"
         raise RuntimeError(
-            f"the Ray cluster {asked} cannot be joined or started ({_first_line(error)}); "
-            "accepted: one that runs the same Ray; where it asks for a token, set "
-            "RAY_AUTH_MODE=token and have that token."
+            f"the Ray cluster {where} cannot be joined or started ({_first_line(error)}); "
+            "accepted: one that runs the same Ray; if it requires a token, set "
+            "RAY_AUTH_MODE=token and provide that token."
         ) from None
     try:
         yield ray
@@ -169,19 +169,19 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _while_it_lasts(address: str | None) -> Iterator[None]:
+def _reporting_lost_connection(address: str | None) -> Iterator[None]:
     try:
         yield
-    except ConnectionError as error:  # Not from a disk.
+    except ConnectionError as error:  # Never raised by disk access.
         raise RuntimeError(
             f"the Ray cluster at {address or 'this machine'} is gone ({_first_line(error)}); the "
-            "same command goes on with what is missing."
+            "same command continues with what is missing."
         ) from None
 
 
 class _Worker:
-    """In a process of the cluster. An error in `start` reaches the command with its message; one in
-    `__init__` would not."""
+    """Runs in a process of the cluster. The source is loaded in `start`, because the message of an
+    error in `__init__` would not reach the caller."""
 
     def __init__(self) -> None:
         self._source: Source | None = None
@@ -189,17 +189,17 @@ class _Worker:
     def start(
         self, documents: Documents, plan: Plan, make_source: MakeSource, cwd: Path
     ) -> dict[str, str]:
-        """Load what the source needs; the versions by which it reads."""
+        """Load the source; returns the versions of the packages it uses."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if cwd.is_dir():
-            os.chdir(cwd)  # Relative names in a recipe mean what they mean to the command.
+            os.chdir(cwd)  # So that relative paths in a recipe resolve as for the command.
         self._documents, self._plan = documents, plan
         self._source = make_source(documents)
         difference = store.difference(self._source.describe(), plan.source)
         if difference:
             raise ValueError(
-                f"its source is another than the command's: {difference}. Give its machine the "
-                "same models and files."
+                f"its source differs from the command's: {difference}. Give its machine the same "
+                "models and files."
             )
         return store.versions()
 
@@ -210,19 +210,19 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Workers:
-    """How many there are, and how one is made."""
+    """The number of workers, and how to start one."""
 
     number: int
     gpus: int
-    """Of each."""
+    """Per worker."""
     given: tuple
-    """To `_Worker.start`."""
+    """Arguments of `_Worker.start`."""
 
     @classmethod
     def of(
         cls, cluster: Cluster, shards: int, plan: Plan, documents: Any, make_source: MakeSource
     ) -> "_Workers":
-        """As many as asked for, or as `Cluster.workers` says; no more than shards."""
+        """As many as `Cluster.workers` specifies, but no more than there are shards."""
         import ray
 
         machines = [each for each in ray.nodes() if each["Alive"]]
@@ -232,7 +232,7 @@ class _Workers:
         return cls(min(number, shards), min(gpus, 1), given)
 
     def start(self) -> tuple[Any, Any]:
-        """A worker, and what its `start` will give."""
+        """A worker, and the future of its `start`."""
         import ray
 
         made: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.gpus)
@@ -244,20 +244,20 @@ class _Workers:
 
 
 class _Queue:
-    """Shards that are still to be read, and what each worker does."""
+    """The shards still to compute, and the state of each worker."""
 
     def __init__(self, missing: Sequence[Part], workers: _Workers, say: Say) -> None:
         self._waiting = deque(missing)
         self._workers, self._say = workers, say
         self._starting: dict[Any, Any] = {}
-        """Workers, by what `start` will give."""
+        """Workers by the future of their `start`."""
         self._reading: dict[Any, tuple[Any, Part]] = {}
-        """Workers and their shards, by what `shard` will give: one each, so that no more is held
-        than is being read."""
+        """Workers and their shards by the future of `shard`. One shard per worker bounds the memory
+        for results."""
         self._losses: Counter[str] = Counter()
 
     def shards(self) -> Iterator[tuple[Part, bytes]]:
-        """Each with its content, in the order in which they are read.
+        """Each shard with its content, in order of completion.
 
         Raises:
             As `build`.
@@ -267,22 +267,22 @@ class _Queue:
         for _ in range(self._workers.number):
             self._start_worker()
         while self._waiting or self._reading:
-            given, _ = ray.wait([*self._starting, *self._reading], timeout=WAIT_SECONDS)
-            if not given and not self._reading:
-                self._say(f"  no worker is ready yet, of {self._workers}; {_free()}")
-            for each in given:
+            ready, _ = ray.wait([*self._starting, *self._reading], timeout=WAIT_SECONDS)
+            if not ready and not self._reading:
+                self._say(f"  no worker is ready yet ({self._workers}); {_free_resources()}")
+            for each in ready:
                 if each in self._starting:
                     self._take_started(each)
                 elif (read := self._take_read(each)) is not None:
                     yield read
 
     def _start_worker(self) -> None:
-        worker, given = self._workers.start()
-        self._starting[given] = worker
+        worker, future = self._workers.start()
+        self._starting[future] = worker
 
-    def _take_started(self, given: Any) -> None:
-        worker = self._starting.pop(given)
-        versions = self._result(given, STARTING)
+    def _take_started(self, future: Any) -> None:
+        worker = self._starting.pop(future)
+        versions = self._result(future, STARTING)
         if versions is None:
             self._start_worker()
             return
@@ -294,34 +294,34 @@ class _Queue:
         del self._losses[STARTING]
         self._assign(worker)
 
-    def _take_read(self, given: Any) -> tuple[Part, bytes] | None:
-        worker, part = self._reading.pop(given)
-        content = self._result(given, part.file)
+    def _take_read(self, future: Any) -> tuple[Part, bytes] | None:
+        worker, part = self._reading.pop(future)
+        content = self._result(future, part.file)
         if content is None:
             self._waiting.appendleft(part)
             self._start_worker()
             return None
-        self._assign(worker)  # It reads the next one while this one is written.
+        self._assign(worker)  # It computes the next one while this one is written.
         return part, content
 
     def _assign(self, worker: Any) -> None:
-        """A worker for which nothing is left is let go, and so ends."""
+        """Give a worker its next shard; without one it is dereferenced, which ends it."""
         if self._waiting:
             part = self._waiting.popleft()
             self._reading[worker.shard.remote(part)] = worker, part
 
-    def _result(self, given: Any, of: str) -> Any:
-        """What a worker gave; None where the worker was lost.
+    def _result(self, future: Any, task: str) -> Any:
+        """A worker's result; None if the worker was lost.
 
         Raises:
-            RuntimeError: lost too often.
-            ValueError, RuntimeError: what the worker raised.
+            RuntimeError: workers were lost too often.
+            ValueError, RuntimeError: the error that the worker raised.
         """
         import ray
         from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
         try:
-            return ray.get(given)
+            return ray.get(future)
         except RayTaskError as error:
             kind = ValueError if isinstance(error.cause, ValueError) else RuntimeError
             raise kind(f"a worker of the Ray cluster: {_line(error.cause)}") from None
@@ -331,23 +331,23 @@ class _Queue:
                     f"a worker of the Ray cluster cannot be made: {_last_line(error)}; install the "
                     "same dftserve on all of its machines."
                 ) from None
-            self._losses[of] += 1
-            if self._losses[of] >= LOSSES:
+            self._losses[task] += 1
+            if self._losses[task] >= LOSSES:
                 raise RuntimeError(
-                    f"{of}: its worker was lost {LOSSES} times, last by: {_first_line(error)}; "
-                    "where memory was short, ask for fewer workers (--processes). The same command "
-                    "goes on with what is missing."
+                    f"{task}: its worker was lost {LOSSES} times, last by: {_first_line(error)}; "
+                    "if memory ran out, use fewer workers (--processes). The same command "
+                    "continues with what is missing."
                 ) from None
-            self._say(f"  {of}: its worker was lost ({type(error).__name__}); another takes over")
+            self._say(f"  {task}: its worker was lost ({type(error).__name__}); another takes over")
             return None
 
 
-def _free() -> str:
+def _free_resources() -> str:
     import ray
 
     free = ray.available_resources()
     cpus, gpus = (free.get(kind, 0) for kind in ("CPU", "GPU"))
-    return f"free beside what those that load hold: {cpus:g} CPUs, {gpus:g} GPUs"
+    return f"free, not counting loading workers: {cpus:g} CPUs, {gpus:g} GPUs"
 
 
 def _line(error: object) -> str:
@@ -355,12 +355,12 @@ def _line(error: object) -> str:
 
 
 def _first_line(error: object) -> str:
-    """What Ray says before it shows where."""
-    said = str(error).partition("Traceback")[0].strip()
-    return _line(said.partition("\n")[0]).rstrip(".") or type(error).__name__
+    """The first line of Ray's message, before any traceback."""
+    message = str(error).partition("Traceback")[0].strip()
+    return _line(message.partition("\n")[0]).rstrip(".") or type(error).__name__
 
 
 def _last_line(error: object) -> str:
-    """Of an error with a traceback in its text: what was raised."""
+    """The last line of a message that contains a traceback: the error that was raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _line(lines[-1] if lines else type(error).__name__)

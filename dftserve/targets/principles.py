@@ -1,15 +1,16 @@
-"""One reference model under several written principles, each believed as far as the text bears.
+"""A reference model under several written principles, weighted by how well each explains the text.
 
     principles = load_principles(Path("voices.yaml"))      # principles: {name: text}
     source = Principles(teacher, tokenizer, principles, posterior_power=0.3)
 
-The exact mixture over whole texts, written one token at a time:
+The exact mixture over whole texts, factored token by token:
 
     q(x_t | h_t) = Σ_k w_k(h_t) p(x_t | h_t, c_k),   w_k(h_t) ∝ w_k (Π_{s<t} p(x_s | h_s, c_k))^β
 
-At β = 1 the product of q over a text is Σ_k w_k Π_t p(x_t | h_t, c_k): Bayes. Fixed weights are no
-mixture of voices but a blur of them: .72 nats a token worse where each voice is its own, .12 with a
-reference LM that hears the voice from the text under any name (docs/log.md).
+At β = 1 the product of q over a text is Σ_k w_k Π_t p(x_t | h_t, c_k), by Bayes' rule. Fixed
+weights blur the voices instead of mixing whole texts: .72 nats per token worse for clearly distinct
+voices, .12 with a reference LM that infers the voice from the text under any principle
+(docs/log.md).
 
 Shapes: K principles, N tokens, T trained positions, R of them in one chunk, D hidden, V vocabulary.
 """
@@ -36,26 +37,26 @@ from dftserve.targets.teacher import Teacher
 
 @dataclass(frozen=True)
 class Opening:
-    """What is put before a document so that a principle rules it."""
+    """The tokens put before a document to apply a principle."""
 
     conversation: tuple[int, ...] | None
-    """With the principle as system turn; None where the template takes no system turn."""
+    """With the principle as system turn; None if the template accepts no system turn."""
     replaces: tuple[int, ...]
-    """How the template opens a conversation without it: a begin token, a default system turn."""
+    """What the template writes there without it: a begin token, a default system turn."""
     text: tuple[int, ...]
-    """As plain text: the principle, a blank line."""
+    """As plain text: the principle and a blank line."""
     begin: int | None
-    """The begin token, which stays first in a document that has it."""
+    """The begin token, which stays first in a document that starts with it."""
 
 
 class Principles(DenseSource):
     """The posterior mixture of a teacher's distributions under each principle.
 
-    A principle enters as a system turn where the chat template accepts one and the document opens
-    as the template opens a conversation (what it opens with, a default system turn say, is
-    replaced); else as plain text before the document, followed by a blank line.
+    If the chat template accepts a system turn and the document starts as the template starts a
+    conversation, the principle is given as a system turn, and replaces that start (a default system
+    turn, say). Otherwise it is put before the document as plain text, followed by a blank line.
 
-    The posterior weighs trained tokens alone: a prompt is not written under any principle.
+    The posterior uses trained tokens only, since a prompt is not written under any principle.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class Principles(DenseSource):
     ) -> None:
         """
         Args:
-            teacher: the reference model; its temperature and vocabulary hold.
+            teacher: the reference model; its temperature and vocabulary apply.
             principles: name → text.
-            weights: name → prior weight, above 0, in any scale; None is equal weights.
-            posterior_power: β in (0, 1]. 1 is Bayes, under which a long document soon belongs to
-                one principle alone; .1 to .5 keep several in play.
+            weights: name → prior weight, above 0, on any scale; None: equal weights.
+            posterior_power: β in (0, 1]. With 1 (Bayes) nearly all weight of a long document soon
+                goes to one principle; .1 to .5 keep several active.
 
         Raises:
-            ValueError: no principle, an empty one, weights or a power that are not accepted.
+            ValueError: no principle, an empty one, invalid weights or an invalid power.
         """
         check_principles(principles, "principles")
         if not 0 < posterior_power <= 1:
@@ -110,7 +111,7 @@ class Principles(DenseSource):
         ]
 
     def _states(self, documents: Sequence[Document], name: str) -> list[Tensor]:
-        opened = [_opened(document, self._openings[name]) for document in documents]
+        opened = [_under_principle(document, self._openings[name]) for document in documents]
         return self._teacher.states([tokens for tokens, _ in opened], [at for _, at in opened])
 
 
@@ -129,7 +130,7 @@ class _Mixture:
         self._device = states[0].device
         self._labels_T = torch.from_numpy(document.labels_T.astype(np.int64)).to(self._device)
         self._known = 0
-        # ln w_k + β Σ_{s<t} ln p(x_s | h_s, c_k), filled up to position `_known`.
+        # ln w_k + β Σ_{s<t} ln p(x_s | h_s, c_k), computed up to position `_known`.
         shape = len(states), len(self._labels_T) + 1
         self._belief_KT = torch.zeros(shape, dtype=torch.float64, device=self._device)
         self._belief_KT[:, 0] = log_prior_K
@@ -141,7 +142,7 @@ class _Mixture:
         return self._read(start, stop)
 
     def _read(self, start: int, stop: int) -> Tensor:
-        """One principle after another: two chunks of rows are held, not K of them."""
+        """Loops over principles, so that two chunks of rows are in memory instead of K."""
         labels_R = self._labels_T[start:stop]
         shape = stop - start, self._teacher.vocabulary
         mixture_RV = torch.full(shape, -torch.inf, device=self._device)
@@ -160,7 +161,7 @@ class _Mixture:
         return mixture_RV
 
 
-# ── How a principle enters ───────────────────────────────────────────────────────────────────────
+# ── Applying a principle to a document ───────────────────────────────────────────────────────────
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, principle: str) -> Opening:
@@ -173,9 +174,9 @@ def _opening(tokenizer: PreTrainedTokenizerBase, principle: str) -> Opening:
 def _system_turn(
     tokenizer: PreTrainedTokenizerBase, principle: str
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """What opens a conversation with the principle, and what opens one without it.
+    """The tokens before the first user turn, with the principle and without it.
 
-    The two renderings end in the same turn of the user; what stands before it is the opening.
+    Both renderings end in the same user turn; what precedes it is the opening.
     """
     if not tokenizer.chat_template:
         return None, ()
@@ -183,9 +184,9 @@ def _system_turn(
     try:
         bare = _templated(tokenizer, [user])
         full = _templated(tokenizer, [{"role": "system", "content": principle}, user])
-    except jinja2.TemplateError:  # How templates refuse a role.
+    except jinja2.TemplateError:  # Raised by templates that refuse a role.
         return None, ()
-    if principle.strip() not in tokenizer.decode(full):  # Left out without a word.
+    if principle.strip() not in tokenizer.decode(full):  # Silently omitted.
         return None, ()
     common = 0
     while common < min(len(bare), len(full)) and bare[-1 - common] == full[-1 - common]:
@@ -199,8 +200,8 @@ def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) 
     )
 
 
-def _opened(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarray]:
-    """The document's tokens under a principle, and where its trained tokens stand then."""
+def _under_principle(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarray]:
+    """The document's tokens under a principle, and the new positions of its trained tokens."""
     positions_T = document.positions_T
     first = int(positions_T[0]) if len(positions_T) else len(document.tokens_N)
     replaces = opening.replaces
@@ -215,14 +216,14 @@ def _opened(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarra
     return tokens, positions_T + (len(before) - dropped)
 
 
-# ── What a user writes ───────────────────────────────────────────────────────────────────────────
+# ── User input ───────────────────────────────────────────────────────────────────────────────────
 
 
 def load_principles(path: Path) -> dict[str, str]:
     """Principles from a YAML file: `principles: {name: text}`.
 
     Raises:
-        ValueError: what `settings.read_yaml` or `check_principles` refuses, or another key.
+        ValueError: as `settings.read_yaml` and `check_principles`, or an unknown key.
     """
     content = settings.read_yaml(path)
     if not isinstance(content, Mapping) or "principles" not in content:
@@ -235,7 +236,7 @@ def load_principles(path: Path) -> dict[str, str]:
 
 
 def check_principles(given: object, where: str) -> None:
-    """Raise ValueError unless `given` maps names to texts, and there is one at least."""
+    """Raise ValueError unless `given` maps one or more names to texts."""
     if not isinstance(given, Mapping) or not given:
         raise ValueError(
             f"{where}: got {given!r:.80}; accepted: a text for each name, one at least."

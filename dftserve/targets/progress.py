@@ -1,4 +1,4 @@
-"""How far a build is, in lines: for a log, where a terminal's bar would be of no use.
+"""Reports the progress of a build as lines, for logs in which a progress bar is of no use.
 
 progress = Progress("tokens", say, total=1_000_000)
 for tokens in done:
@@ -14,26 +14,26 @@ EVERY_SECONDS = 15.0
 
 @dataclass
 class Progress:
-    """Says at intervals how many there are, how many a second, and how long the rest will take."""
+    """Prints at intervals the count so far, the rate per second, and the time left."""
 
     unit: str
     say: Callable[[str], object]
     total: int | None = None
-    """None: how many there will be is not known."""
+    """None: unknown."""
     clock: Callable[[], float] = time.monotonic
     done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._said_at, self._said = self.clock(), 0
+        self._reported_at, self._reported = self.clock(), 0
 
     def add(self, count: int) -> None:
         self.done += count
-        passed = self.clock() - self._said_at
+        passed = self.clock() - self._reported_at
         if passed < EVERY_SECONDS:
             return
-        # Of the time since the line before: what an earlier start had done came at once.
-        rate = (self.done - self._said) / passed
-        self._said_at, self._said = self._said_at + passed, self.done
+        # The rate since the last line: work done in an earlier run is added all at once.
+        rate = (self.done - self._reported) / passed
+        self._reported_at, self._reported = self._reported_at + passed, self.done
         self.say(f"  {self._counted()}, {rate:,.3g} a second{self._left(rate)}")
 
     def _counted(self) -> str:
@@ -48,7 +48,7 @@ class Progress:
 
 
 def shown_seconds(seconds: float) -> str:
-    """As a line says how long something takes."""
+    """A duration in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,23 +1,24 @@
-"""A recipe: which texts a target distribution wants, where it comes from and how much is kept.
+"""Recipes: which texts to use, which source computes the targets, and how much a store keeps.
 
     recipe = load("creative", {"teacher": "/models/base"})
     source = source_of(recipe, tokenizer=tokenizer, documents=documents, vocabulary=32_000)
 
-YAML, shipped under recipes/ or the user's own:
+A recipe is a YAML file, shipped under recipes/ or written by the user:
 
-    name: mine                          # else the file's
-    about: What it is for, and why it is made so.
-    text: What text it wants.           # these three may be left out
+    name: mine                          # default: the file's name
+    about: What it is for, and the reasons for its settings.
+    text: What texts it suits.          # these three are optional
     defaults: {order: 5}                # of placeholders
     corpus: {min_words: 50}             # fields of corpus.filters.Filters
     store: {k: 6, draws: 6}
-    source:                             # one kind and its settings; some hold sources themselves
+    source:                             # one kind and its settings; some contain other sources
       mix:
         - {weight: 0.6, ngram: {order: "${order}"}}
         - {weight: 0.4, when: teacher, teacher: {model: "${teacher}"}}
 
-`${name}` is what `--set name=value` says, a number or true or false where it reads like one. A part
-of a mix with `when` is left out, and its weight shared out, unless that name is set.
+`${name}` is replaced by the value of `--set name=value`, which becomes a number, true or false if
+it reads like one. A part of a mix with `when` is left out unless that name is set; in `mix`
+the other weights are then renormalised.
 """
 
 import dataclasses
@@ -41,16 +42,15 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "recipes"
 SUFFIXES = (".yaml", ".yml")
-"""Bytes of a recipe."""
 DEEPEST = 16
-"""Sources within sources."""
+"""Levels of nested sources."""
 OF_CORPUS = "corpus."
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What the store keeps of each target."""
+    """How much of each target the store keeps."""
 
     k: int = 6
     """Likeliest tokens, with their probabilities."""
@@ -68,13 +68,13 @@ class Kept:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
-    """Without one, that of its file."""
+    """Default: the name of its file."""
     about: str = ""
     text: str = ""
     corpus: Filters = field(default_factory=Filters)
     store: Kept = field(default_factory=Kept)
     source: Mapping[str, Any]
-    """One kind and its settings; every placeholder is filled."""
+    """One kind and its settings, with all placeholders filled."""
 
     def __post_init__(self) -> None:
         _checked(self.source, "source")
@@ -89,11 +89,11 @@ def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
     """A shipped recipe by its name, or one from a .yaml file.
 
     Args:
-        values: what its placeholders stand for.
+        values: the values of its placeholders.
 
     Raises:
-        ValueError: no such recipe, too large or no YAML, an unknown key (with the nearest name), a
-            placeholder without a value, or a value that no placeholder takes.
+        ValueError: no such recipe, too large or not YAML, an unknown key (with the nearest name), a
+            placeholder without a value, or a value that no placeholder uses.
     """
     path = _path(name)
     given = settings.read_yaml(path)
@@ -107,7 +107,7 @@ def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
     values = dict(values or {})
     given["corpus"] = _with_filters(given.get("corpus"), values, where)
     settings.refuse_unknown(values, sorted(_names(given)), f"--set for the recipe {where}")
-    known = {**defaults, **{key: _scalar(value) for key, value in values.items()}}
+    known = {**defaults, **{key: _parsed_scalar(value) for key, value in values.items()}}
     return settings.load(Recipe, _filled(given, known, where), where)
 
 
@@ -124,13 +124,12 @@ def source_of(
 
     Args:
         documents: by split; n-grams are counted in the training part alone.
-        vocabulary: one more than the largest token id that it may name.
-        known: the description of the same source from an earlier start: what was fitted for it is
-            not fitted again.
-        say: is told what takes long.
+        vocabulary: one more than the largest token id that it may contain.
+        known: the description of the same source from an earlier run, whose fits are reused.
+        say: receives progress messages of long steps.
 
     Raises:
-        ValueError: a part that cannot be built, as it said.
+        ValueError: a source that cannot be built.
     """
     return _built(recipe.source, _Given(tokenizer, documents, vocabulary, known, say))
 
@@ -156,32 +155,33 @@ def _path(name: str) -> Path:
 
 
 def _with_filters(corpus: Any, values: dict[str, str], where: str) -> Any:
-    """The recipe's filters with what `corpus.FIELD` among the values says, which leave these."""
+    """The recipe's filters, overridden by `corpus.FIELD` values, which are removed from
+    `values`."""
     named = [name for name in values if name.startswith(OF_CORPUS)]
     if not named:
         return corpus or {}
     if corpus is not None and not isinstance(corpus, dict):
         raise ValueError(f"{where}.corpus: got {corpus!r}; accepted: keys and values.")
-    said = {name.removeprefix(OF_CORPUS): values.pop(name) for name in named}
+    texts = {name.removeprefix(OF_CORPUS): values.pop(name) for name in named}
     known = [each.name for each in dataclasses.fields(Filters)]
-    settings.refuse_unknown(said, known, f"--set {OF_CORPUS}…")
-    read = {name: settings.parse_yaml(said[name], f"--set {OF_CORPUS}{name}") for name in said}
+    settings.refuse_unknown(texts, known, f"--set {OF_CORPUS}…")
+    read = {name: settings.parse_yaml(texts[name], f"--set {OF_CORPUS}{name}") for name in texts}
     for name, value in read.items():
         settings.check_field(Filters, name, value, f"--set {OF_CORPUS}{name}")
     return {**(corpus or {}), **read}
 
 
-def _scalar(value: str) -> Any:
-    """`0.5` is a number and `true` a truth value; everything else stays the text that it is."""
+def _parsed_scalar(value: str) -> Any:
+    """`0.5` becomes a number and `true` a boolean; everything else stays a string."""
     try:
         found = settings.parse_yaml(value, "--set")
-    except ValueError:  # A text need not be YAML.
+    except ValueError:  # A string need not be valid YAML.
         return value
     return found if isinstance(found, int | float) else value
 
 
 def _names(given: Any) -> set[str]:
-    """Every name that a value may be set for."""
+    """All names for which a value may be set."""
     if isinstance(given, str):
         return set(_PLACEHOLDER.findall(given))
     if isinstance(given, dict):
@@ -192,20 +192,20 @@ def _names(given: Any) -> set[str]:
 
 def _filled(given: Any, known: Mapping[str, Any], where: str) -> Any:
     if isinstance(given, str):
-        return _text(given, known, where)
+        return _filled_text(given, known, where)
     if isinstance(given, dict):
         return {key: _filled(each, known, f"{where}.{key}") for key, each in given.items()}
     if isinstance(given, list):
-        parts = [(i, each) for i, each in enumerate(given) if _wanted(each, known)]
+        parts = [(i, each) for i, each in enumerate(given) if _is_included(each, known)]
         return [_filled(each, known, f"{where}[{i}]") for i, each in parts]
     return given
 
 
-def _wanted(part: Any, known: Mapping[str, Any]) -> bool:
+def _is_included(part: Any, known: Mapping[str, Any]) -> bool:
     return not (isinstance(part, dict) and "when" in part) or part["when"] in known
 
 
-def _text(given: str, known: Mapping[str, Any], where: str) -> Any:
+def _filled_text(given: str, known: Mapping[str, Any], where: str) -> Any:
     for name in _PLACEHOLDER.findall(given):
         if name not in known:
             raise ValueError(f"{where}: ${{{name}}} has no value; give one: --set {name}=VALUE.")
@@ -219,7 +219,7 @@ def _text(given: str, known: Mapping[str, Any], where: str) -> Any:
 
 @dataclass(frozen=True)
 class _Given:
-    """What a source is built from, besides its settings."""
+    """What a source is built from, in addition to its settings."""
 
     tokenizer: "PreTrainedTokenizerBase"
     documents: "Mapping[str, Sequence[Document]]"
@@ -227,7 +227,7 @@ class _Given:
     known: "Mapping[str, Any] | None"
     say: "Callable[[str], object]"
     leaves_out: Literal["document", "group"] = "document"
-    """As `ngram.Ngram` has it."""
+    """As in `ngram.Ngram`."""
 
     @property
     def all_documents(self) -> "list[Document]":
@@ -235,7 +235,8 @@ class _Given:
 
 
 def teacher_models(recipe: Recipe) -> Iterator[str]:
-    """Folders or names of the models that a recipe's sources load, principles' own among them."""
+    """Folders or names of all models that a recipe's sources load, including those of
+    principles."""
     waiting: list[Any] = [recipe.source]
     while waiting:
         given = waiting.pop()
@@ -249,37 +250,37 @@ def teacher_models(recipe: Recipe) -> Iterator[str]:
 
 
 def counts_answers(recipe: Recipe) -> bool:
-    """Whether a source learns how often each answer is given to a prompt."""
+    """Whether any source counts how often each answer is given to a prompt."""
     return "references" in _kinds(recipe.source)
 
 
 def _kinds(source: Any) -> Iterator[str]:
-    """Of a source and of those within it."""
-    kind, config = _only(source, "source")
+    """The kinds of a source and of those nested in it."""
+    kind, config = _kind_and_config(source, "source")
     yield kind
     if kind in _MIXES:
-        for part, _ in _weighed(config, kind):
+        for part, _ in _weighted_parts(config, kind):
             yield from _kinds(part)
     elif kind in ("temper", "tilt"):
         yield from _kinds(config["of"])
 
 
 def _checked(given: Any, where: str, depth: int = 0, fitted: bool = False) -> None:
-    """Refuse what `_built` could not build, before anything is loaded.
+    """Refuse a source that `_built` could not build, before anything is loaded.
 
     Args:
-        fitted: its weight is fitted on how well it predicts held-out texts.
+        fitted: whether its weight is fitted to how well it predicts held-out texts.
     """
     if depth > DEEPEST:
         raise ValueError(f"{where}: more than {DEEPEST} sources within sources.")
-    kind, config = _only(given, where)
+    kind, config = _kind_and_config(given, where)
     if fitted and kind == "references":
         raise ValueError(
-            f"{where}: got references, which hold the very texts that the weights are fitted on; "
-            "accepted: sources that have not seen them; mix references with `calibrated` instead."
+            f"{where}: got references, which hold the texts that the weights are fitted on; "
+            "accepted: sources built without them; mix references with `calibrated` instead."
         )
     if kind in _MIXES:
-        for i, (part, _) in enumerate(_weighed(config, f"{where}.{kind}")):
+        for i, (part, _) in enumerate(_weighted_parts(config, f"{where}.{kind}")):
             _checked(part, f"{where}.{kind}[{i}]", depth + 1, fitted)
         return
     loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
@@ -290,7 +291,7 @@ def _checked(given: Any, where: str, depth: int = 0, fitted: bool = False) -> No
             _checked(part, f"{where}.{kind}.others[{i}]", depth + 1, fitted=True)
 
 
-def _only(given: Any, where: str) -> tuple[str, Any]:
+def _kind_and_config(given: Any, where: str) -> tuple[str, Any]:
     if not isinstance(given, Mapping) or len(given) != 1:
         listed = list(given) if isinstance(given, Mapping) else given
         raise ValueError(f"{where}: got {listed!r}; accepted: one of {', '.join(_ALL)}.")
@@ -299,7 +300,7 @@ def _only(given: Any, where: str) -> tuple[str, Any]:
     return kind, {} if config is None else config
 
 
-def _weighed(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any], float]]:
+def _weighted_parts(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any], float]]:
     """The sources of a mix and their weights."""
     parts = [part for part in given if isinstance(part, Mapping)] if isinstance(given, list) else []
     if not parts or len(parts) != len(given):
@@ -312,7 +313,7 @@ def _weighed(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any], float]
 
 
 def _built(source: Mapping[str, Any], given: _Given) -> "Source":
-    kind, config = _only(source, "source")
+    kind, config = _kind_and_config(source, "source")
     if kind in _MIXES:
         return _mixed(kind, config, given)
     return settings.load(_KINDS[kind], config, kind).build(given)
@@ -321,7 +322,9 @@ def _built(source: Mapping[str, Any], given: _Given) -> "Source":
 def _mixed(kind: str, config: Any, given: _Given) -> "Source":
     from dftserve.targets import combine
 
-    parts = [part for part in _weighed(config, kind) if not _is_idle(part[0], given)]
+    parts = [
+        part for part in _weighted_parts(config, kind) if not _is_unused_references(part[0], given)
+    ]
     if not parts:
         raise ValueError(f"{kind}: no prompt has two answers, and there is no other source.")
     sources = [_built(part, given) for part, _ in parts]
@@ -331,17 +334,17 @@ def _mixed(kind: str, config: Any, given: _Given) -> "Source":
     return cls(sources, [weight for _, weight in parts])
 
 
-def _is_idle(source: Mapping[str, Any], given: _Given) -> bool:
-    """Optional references where each prompt has one answer."""
-    kind, config = _only(source, "source")
+def _is_unused_references(source: Mapping[str, Any], given: _Given) -> bool:
+    """Whether a source is optional references and no prompt has two answers."""
+    kind, config = _kind_and_config(source, "source")
     if kind != "references" or not settings.load(_References, config, kind).optional:
         return False
-    asked = [document.question for document in given.all_documents if document.has_prompt]
-    return len(set(asked)) == len(asked)
+    questions = [document.question for document in given.all_documents if document.has_prompt]
+    return len(set(questions)) == len(questions)
 
 
 def _between(least: float, most: float, **values: float) -> None:
-    """Before anything is loaded: a slip of many zeros would be counted, or waited for."""
+    """Check ranges before anything is loaded: a typo of some zeros could cost a lot of time."""
     for name, value in values.items():
         if not least <= value <= most:
             raise ValueError(f"{name}: got {value}; accepted: from {least:g} to {most:g}.")
@@ -371,12 +374,12 @@ class _Ngram:
 @dataclass(frozen=True, kw_only=True)
 class _References:
     optional: bool = False
-    """Leave it out of a mix where no prompt has two answers."""
+    """Leave it out of a mix if no prompt has two answers."""
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.references import References
 
-        # The answers to one question are all trained on or all held out: nothing leaks.
+        # All answers to one question are in the same split, so nothing leaks between splits.
         return References(given.all_documents, vocabulary=given.vocabulary)
 
 
@@ -467,7 +470,7 @@ class _Tilt:
     of: Mapping[str, Any]
     phrases: tuple[str, ...]
     samples: str
-    """A file or folder, as `corpus.read` reads it, of what the source `of` wrote by itself."""
+    """A file or folder, read by `corpus.read`, of texts generated by the source `of`."""
 
     def build(self, given: _Given) -> "Source":
         from dftserve.corpus.read import read
@@ -488,23 +491,24 @@ class _Calibrated:
     teacher: _Teacher
     """The model before tuning."""
     in_context: int = 0
-    """Documents of the corpus that it reads before each, as a component of its own; 0: none."""
+    """Documents of the corpus that the model reads before each document, in a separate component;
+    0: no such component."""
     context_tokens: int = 768
-    """Of these, at most."""
+    """Most tokens of these documents."""
     orders: tuple[int, ...] = (1, 2, 3, 5)
-    """Of n-gram models, each a component."""
+    """Orders of n-gram models, each a component."""
     min_count: int = 1
     decays: tuple[float, ...] = (0.95, 0.995)
-    """Of caches of the document's own words, each a component."""
+    """Decays of caches of the document's own words, each a component."""
     students: str | None = None
-    """A folder that `train.cross_fit` wrote."""
+    """A folder written by `train.cross_fit`."""
     others: tuple[Mapping[str, Any], ...] = ()
     """Further sources, each a component."""
     bins: Bins = field(default_factory=Bins)
     tokens: int = 30_000
     folds: int = 5
     shrinkage: float = 200.0
-    """These three as `calibrated.Fit`'s."""
+    """These three as in `calibrated.Fit`."""
 
     def __post_init__(self) -> None:
         _between(0, 1 << 10, in_context=self.in_context)
@@ -542,7 +546,8 @@ class _Calibrated:
 
         train, heldout = given.documents["train"], given.documents["heldout"]
         teacher = self.teacher.build(given)
-        # Weights are fitted on held-out texts, of whose groups nothing was counted.
+        # Weights are fitted on held-out texts, whose groups are not counted at all: to match,
+        # the counts for a training text leave out its group.
         given = dataclasses.replace(given, leaves_out="group")
         ngram = Ngram(
             train,

@@ -1,4 +1,4 @@
-"""Many answers to one prompt as a source: what they say next, as often as they say it.
+"""Reference answers to one prompt as a source: the distribution of their next tokens.
 
     source = References(answers, vocabulary=len(tokenizer))
 
@@ -24,27 +24,27 @@ Question = tuple[str, tuple[int, ...]]
 
 @dataclass
 class Node:
-    """A beginning that references of one prompt share."""
+    """A prefix shared by references of one prompt."""
 
-    passing: dict[int, int] = field(default_factory=dict)
-    """How many references go on with each token."""
+    next_counts: dict[int, int] = field(default_factory=dict)
+    """How many references continue with each token."""
     children: dict[int, "Node"] = field(default_factory=dict)
 
 
 class References(DenseSource):
     """The references' empirical distribution, given the prompt and the answer so far.
 
-    Each reference that shares the beginning has an equal share, also where two are equal; tokens
-    that none goes on with have the log-probability −inf. Where all references went other ways, the
-    document's own goes on alone: mix with a source that knows more (`combine.Mix`). So it does from
-    the first token of a plain text, which answers nothing.
+    Each reference that shares the prefix counts equally, and equal references count several times.
+    Tokens with which none continues have the log-probability −inf. Once all other references have
+    diverged, only the document's own token remains: mix with a broader source (`combine.Mix`). In a
+    plain text, which has no prompt, this is the case from the first token.
     """
 
     def __init__(self, answers: Sequence[Document], *, vocabulary: int) -> None:
         """
         Args:
-            answers: documents; those of an equal `Document.question` belong together, of those that
-                have a prompt.
+            answers: documents; those with a prompt and an equal `Document.question` belong
+                together.
 
         Raises:
             ValueError: no prompt has two references, or tokens beyond the vocabulary.
@@ -63,12 +63,12 @@ class References(DenseSource):
             count = sum(map(len, by_question.values()))
             raise ValueError(
                 f"got {count} references to {len(by_question)} prompts, and no two to the same; "
-                "accepted: two or more for a prompt somewhere; plain texts have none. With one "
+                "accepted: two or more for at least one prompt; plain texts have none. With one "
                 "answer each, the target is the text itself: train without a source (sft)."
             )
         self.vocabulary = vocabulary
-        self._roots = {asked: _trie(asked[1], group) for asked, group in by_question.items()}
-        self._sizes = {asked: len(group) for asked, group in by_question.items()}
+        self._roots = {key: _trie(key[1], group) for key, group in by_question.items()}
+        self._sizes = {key: len(group) for key, group in by_question.items()}
         digests = sorted(_identity(each) for group in by_question.values() for each in group)
         self._blake3 = blake3(b"".join(digests)).hexdigest()
 
@@ -82,35 +82,36 @@ class References(DenseSource):
         }
 
     def read(self, documents: Sequence[Document]) -> list[Rows]:
-        """Raises ValueError for a document that leaves every reference of its prompt."""
+        """Raises ValueError for a document that diverges from every reference of its prompt."""
         return [self._rows(self._walk(document)) for document in documents]
 
     def _walk(self, document: Document) -> list[dict[int, int]]:
-        """What the references go on with at each trained position."""
+        """The counts of the references' next tokens at each trained position."""
         if not document.has_prompt:
             return [{int(token): 1} for token in document.labels_T]
-        prompt, asked = document.prompt, document.question
-        node = self._roots.get(asked)
-        going_on = []
-        for place in range(len(prompt), len(document.tokens_N)) if document.trained_N.any() else ():
-            if node is None or not node.passing:
+        prompt, question = document.prompt, document.question
+        node = self._roots.get(question)
+        next_tokens = []
+        end = len(document.tokens_N) if document.trained_N.any() else 0
+        for position in range(len(prompt), end):
+            if node is None or not node.next_counts:
                 raise ValueError(
-                    f"the {place - len(prompt)} first tokens of an answer are no reference's "
-                    f"(its prompt has {self._sizes.get(asked, 0)}); accepted: documents that are "
-                    "references themselves. Give the source all answers that are to be read."
+                    f"the {position - len(prompt)} first tokens of an answer are no reference's "
+                    f"(its prompt has {self._sizes.get(question, 0)}); accepted: documents that "
+                    "are references themselves. Give the source all answers that will be read."
                 )
-            if document.trained_N[place]:
-                going_on.append(node.passing)
-            node = node.children.get(int(document.tokens_N[place]))
-        return going_on
+            if document.trained_N[position]:
+                next_tokens.append(node.next_counts)
+            node = node.children.get(int(document.tokens_N[position]))
+        return next_tokens
 
-    def _rows(self, going_on: list[dict[int, int]]) -> Rows:
+    def _rows(self, next_tokens: list[dict[int, int]]) -> Rows:
         def rows(start: int, stop: int) -> Tensor:
             logprobs_RV = torch.full((stop - start, self.vocabulary), -torch.inf)
-            for row, passing in enumerate(going_on[start:stop]):
-                share = torch.tensor(list(passing.values()), dtype=torch.float64)
+            for row, counts in enumerate(next_tokens[start:stop]):
+                share = torch.tensor(list(counts.values()), dtype=torch.float64)
                 share /= share.sum()
-                logprobs_RV[row, list(passing)] = share.log().float()
+                logprobs_RV[row, list(counts)] = share.log().float()
             return logprobs_RV
 
         return rows
@@ -123,7 +124,7 @@ def _trie(prompt: tuple[int, ...], answers: Sequence[Document]) -> Node:
             continue
         node = root
         for token in answer.tokens_N[len(prompt) :].tolist():
-            node.passing[token] = node.passing.get(token, 0) + 1
+            node.next_counts[token] = node.next_counts.get(token, 0) + 1
             node = node.children.setdefault(token, Node())
     return root
 

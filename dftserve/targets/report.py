@@ -1,4 +1,4 @@
-"""What a target store holds, for a reader: figures, a histogram of entropies, examples.
+"""A readable summary of a target store: figures, a histogram of entropies, examples.
 
     summary = inspect(TargetStore(folder), tokenizer)
     print(as_text(summary))
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
 
 BIN_NATS = 0.5
 BINS = 24
-"""The last bin holds all that is above."""
+"""The last bin includes everything above."""
 EXAMPLES = 3
 POSITIONS = 40
-"""Trained positions that an example shows."""
+"""Trained positions shown per example."""
 SHOWN = 3
-"""Entries of a target that an example names."""
+"""Top entries of a target shown per position."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A split in numbers; means are over trained positions."""
+    """Figures of a split; means are over trained positions."""
 
     documents: int
     tokens: int
     trained: int
     entropy_nats: float
     tail_mass: float
-    """Of probability, outside the top k."""
+    """Mean probability outside the top k."""
     token_nats: float
-    """Mean −ln of what the target gives the text's own token, where it is not 0."""
+    """Mean −ln of the text's own token's probability in the target, where this is not 0."""
     token_ruled_out: float
-    """Share of positions where the target gives the text's own token nothing."""
+    """Share of positions at which the text's own token has probability 0 in the target."""
     entropy_histogram: tuple[int, ...]
-    """Positions whose entropy is in each half nat from 0; the last bin has no upper end."""
+    """Number of positions by entropy, in bins of half a nat from 0; the last bin is open."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """A token of a text and the target that stands in its place."""
+    """A token of a text and the target at its position."""
 
     token: str
     probability: float
@@ -79,10 +79,10 @@ class Summary:
 
 
 def inspect(store: TargetStore, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Summary:
-    """Reads the whole store once.
+    """Summarise a store; reads all of it once.
 
     Args:
-        tokenizer: writes the examples' tokens; without one their ids are shown.
+        tokenizer: decodes the examples' tokens; without one their ids are shown.
 
     Raises:
         StoreError: the store was built with another tokenizer, or cannot be read.
@@ -135,13 +135,13 @@ def _examples(store: TargetStore, write: "Callable[[Sequence[int]], str]") -> It
 
 
 def _example(document: Document, targets: Targets, write: "Callable[[Sequence[int]], str]"):
-    places = document.positions_T[:POSITIONS]
-    before = document.tokens_N[: places[0]].tolist() if len(places) else []
+    positions = document.positions_T[:POSITIONS]
+    before = document.tokens_N[: positions[0]].tolist() if len(positions) else []
     return Example(
         before=write(before),
         positions=tuple(
             Position(
-                token=write([int(document.tokens_N[place])]),
+                token=write([int(document.tokens_N[position])]),
                 probability=_probability(targets.token_logprob_T[i]),
                 top=tuple(
                     (write([int(token)]), _probability(logprob))
@@ -153,7 +153,7 @@ def _example(document: Document, targets: Targets, write: "Callable[[Sequence[in
                 ),
                 entropy_nats=float(targets.entropy_T[i]),
             )
-            for i, place in enumerate(places)
+            for i, position in enumerate(positions)
         ),
     )
 
@@ -179,7 +179,7 @@ def as_text(summary: Summary) -> str:
     """For a terminal; control characters of the text are shown as escapes."""
     plan = summary.plan
     lines = [
-        f"{summary.folder}: {_listed(plan)}, {summary.bytes_a_token:.1f} bytes a token",
+        f"{summary.folder}: {_plan_line(plan)}, {summary.bytes_a_token:.1f} bytes a token",
         "",
         f"{'':12}{'documents':>10}{'tokens':>12}{'trained':>12}{'entropy':>9}{'tail':>7}"
         f"{'-ln token':>11}{'ruled out':>11}",
@@ -199,7 +199,7 @@ def as_text(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _listed(plan: Mapping[str, Any]) -> str:
+def _plan_line(plan: Mapping[str, Any]) -> str:
     return f"top {plan['k']}, {plan['draws']} draws, {plan['tail']} tail, seed {plan['seed']}"
 
 
@@ -210,7 +210,7 @@ def _bars(figures: Figures) -> Iterable[str]:
 
 
 def _bins(figures: Figures) -> list[tuple[float, int]]:
-    """Lower ends in nats, and counts, up to the last that is not empty."""
+    """Lower ends in nats, and counts, up to the last nonempty bin."""
     counts = figures.entropy_histogram
     last = max((i for i, count in enumerate(counts) if count), default=0)
     return [(i * BIN_NATS, count) for i, count in enumerate(counts[: last + 1])]
@@ -229,12 +229,12 @@ def _visible(text: str) -> str:
 
 
 def as_html(summary: Summary) -> str:
-    """One file that needs nothing else; all of the text in it is escaped."""
+    """A self-contained HTML file; all text in it is escaped."""
     plan = json.dumps(summary.plan, indent=2, ensure_ascii=False)
     return page(
         summary.folder,
         Markup("<p>{}, {:.1f} bytes a token</p>").format(
-            _listed(summary.plan), summary.bytes_a_token
+            _plan_line(summary.plan), summary.bytes_a_token
         ),
         table(_HEAD, (_split_cells(*each) for each in summary.splits.items())),
         section("Entropy of the training targets, nats", bars(_bins(summary.splits["train"]))),

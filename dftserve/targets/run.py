@@ -1,9 +1,9 @@
-"""From a corpus and a recipe to a target store: what `dftserve target` does.
+"""Builds a target store from a corpus and a recipe: the implementation of `dftserve target`.
 
     build(Job(corpus=Path("novels"), model="path/to/model", recipe="creative", out=Path("targets")))
 
-Everything that decides the store follows from the job and the files that it names: the same job
-goes on where it was stopped, and each of several processes writes the same shards as one would.
+The store depends only on the job and the files that it names. Running the same job again continues
+where it was stopped, and several processes write the same shards as a single one.
 """
 
 import multiprocessing
@@ -48,12 +48,12 @@ from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetSto
 
 LOCAL, RAY = "local", "ray"
 """Engines."""
-FAR = 2.0
-"""How many times more or less than asked may be held out without a warning."""
+FAR_FACTOR = 2.0
+"""Factor by which the held-out share may differ from the requested one without a warning."""
 WRITTEN_AT = "written_at"
-"""Of a plan's corpus: the date and time that the chat template wrote, where it writes one."""
-ENDED_SECONDS = 0.5
-"""How often a wait for the processes looks whether they live."""
+"""Key in a plan's corpus: the date and time used by the chat template, if it writes one."""
+CHECK_SECONDS = 0.5
+"""Interval at which the processes of a build are checked for crashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +61,24 @@ class Job:
     corpus: Path
     """A file or folder, or a YAML of several (`corpus.sources`)."""
     model: str
-    """The folder, or the name on the Hub, of the model that will be trained: its tokenizer."""
+    """Folder, or name on the Hub, of the model that will be trained; its tokenizer is used."""
     recipe: str
     out: Path
     values: Mapping[str, str] = field(default_factory=dict)
-    """For the recipe's placeholders."""
+    """Values of the recipe's placeholders."""
     heldout: float = 0.05
-    """Share of texts that is not trained on; where the corpus has splits, or `heldout_from` is
-    given, those are held out and no others."""
+    """Share of texts that is not trained on. If the corpus has splits, or `heldout_from` is given,
+    exactly those texts are held out instead."""
     heldout_from: Path | None = None
     """A file or folder of texts that are held out."""
     seed: int = 0
     engine: str = LOCAL
-    """`local`: processes of this machine; `ray` or `ray://HOST:PORT`: workers of a Ray cluster
+    """`local`: processes on this machine; `ray` or `ray://HOST:PORT`: workers of a Ray cluster
     (`on_ray`)."""
     processes: int | None = None
     """None: one; on Ray, as `on_ray.Cluster.workers` says."""
     max_tokens: int | None = None
-    """A longer text goes on in another document; a longer conversation is left out."""
+    """A longer text is split into several documents; a longer conversation is left out."""
     skip_bad: bool = False
     """Leave out, and count, conversations that the chat template refuses."""
 
@@ -99,7 +99,7 @@ def _is_address(engine: str) -> bool:
 
 
 def _address(job: Job) -> str | None:
-    """Of a Ray cluster, where the engine names one."""
+    """The address of a Ray cluster, if the engine gives one."""
     return None if job.engine == RAY else job.engine
 
 
@@ -107,12 +107,12 @@ Say = Callable[[str], None]
 
 
 def build(job: Job, say: Say = print) -> Manifest:
-    """Build the store, or what is missing of it.
+    """Build the store, or the missing part of it.
 
     Raises:
-        ValueError: what is wrong with corpus, recipe, model, or the folder; nothing is written but
-            shards that the same job finds again.
-        KeyboardInterrupt: likewise.
+        ValueError: the corpus, recipe, model or folder is invalid. Shards that were written are
+            reused when the same job is run again.
+        KeyboardInterrupt: interrupted; likewise.
     """
     if job.engine != LOCAL and not (job.out / store.MANIFEST).exists():
         from dftserve.targets import on_ray
@@ -129,7 +129,7 @@ def build(job: Job, say: Say = print) -> Manifest:
         _work(job, prepared, say)
         manifest = store.finish(job.out, plan, documents, store.versions())
     except KeyboardInterrupt:
-        say(_kept(job.out))
+        say(_interrupted_message(job.out))
         raise
     except OSError as error:
         raise StoreError(f"{job.out} cannot be written: {error}.") from None
@@ -138,7 +138,7 @@ def build(job: Job, say: Say = print) -> Manifest:
 
 
 def estimate(job: Job, say: Say = print) -> Estimate:
-    """What the build would take: measured on the first batches, where they would be read.
+    """Estimate the time of a build by measuring the first batches on the same device.
 
     Raises:
         ValueError: as `build`; nothing is written.
@@ -151,7 +151,7 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 
 @dataclass(frozen=True)
 class Material:
-    """A corpus as the model reads it."""
+    """A tokenised corpus."""
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
@@ -159,7 +159,7 @@ class Material:
     template: str | None
     """SHA-256 of the chat template; None for plain texts."""
     corpus: Mapping[str, Any]
-    """What was read, and what of it was kept and dropped: a plan's `corpus`."""
+    """The report of what was read, kept and dropped: a plan's `corpus`."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +194,16 @@ def read_documents(job: Job, say: Say) -> Material:
     """The corpus of a job, filtered, split and encoded.
 
     Raises:
-        ValueError: what is wrong with corpus, recipe or a model.
+        ValueError: the corpus, the recipe or a model is invalid.
     """
     recipe = recipes.load(job.recipe, job.values)
-    base = _base(job)
+    base = _checked_model(job)
     tokenizer = _tokenizer(job.model)
     moment = _stopped_clock(tokenizer, store.begun(job.out).get("corpus"))
     if base is not None:
         base.check_tokenizer(tokenizer)
-    teachers = _examined(recipe, tokenizer)
-    texts = _told(read_all(job.corpus, job.heldout_from), say)
+    teachers = _checked_teachers(recipe, tokenizer)
+    texts = _with_progress(read_all(job.corpus, job.heldout_from), say)
     corpus = prepare(
         texts,
         recipe.corpus,
@@ -211,10 +211,10 @@ def read_documents(job: Job, say: Say) -> Material:
         seed=job.seed,
         counts_answers=recipes.counts_answers(recipe),
     )
-    documents, told = encode_all(
+    documents, found = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )
-    say(shown(told))
+    say(shown(found))
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers:
         teacher.check_length(longest, "--max-tokens")
@@ -229,36 +229,38 @@ def read_documents(job: Job, say: Say) -> Material:
             "heldout": job.heldout,
             "max_tokens": job.max_tokens,
             **({WRITTEN_AT: moment.isoformat()} if moment else {}),
-            **told,
+            **found,
         },
     )
 
 
-def _told(texts: Iterator[Text], say: Say) -> Iterator[Text]:
-    """The texts, and now and then a line that says how many they are."""
+def _with_progress(texts: Iterator[Text], say: Say) -> Iterator[Text]:
+    """Pass texts through, and print their number at intervals."""
     progress = Progress("texts read", say)
     for text in texts:
         progress.add(1)
         yield text
 
 
-def _kept(out: Path) -> str:
-    """What an interrupted build leaves: whole shards alone."""
+def _interrupted_message(out: Path) -> str:
+    """The message after an interruption; only complete shards are left."""
     kept = len(list(out.glob("*.safetensors")))
     if not kept:
-        return f"Stopped before the first shard of {out} was whole; the same command starts again."
+        return (
+            f"Stopped before the first shard of {out} was complete; the same command starts again."
+        )
     shards = "1 shard" if kept == 1 else f"{kept:,} shards"
-    return f"Stopped; {shards} in {out} are kept, and the same command goes on behind them."
+    return f"Stopped; {shards} in {out} are kept, and the same command continues after them."
 
 
 def inspect(folder: Path, *, model: str | None, html: Path | None, as_json: bool) -> str:
-    """What a store holds, as text or JSON; also as one HTML file.
+    """A summary of a store, as text or JSON; optionally also as an HTML file.
 
     Args:
-        model: whose tokenizer writes the examples; None: token ids.
+        model: the model whose tokenizer decodes the examples; None: token ids are shown.
 
     Raises:
-        StoreError: no store that can be read, another tokenizer, or no place for the HTML file.
+        StoreError: no readable store, another tokenizer, or the HTML file cannot be written.
     """
     tokenizer = _tokenizer(model) if model is not None else None
     summary = report.inspect(TargetStore(folder), tokenizer)
@@ -271,10 +273,10 @@ def inspect(folder: Path, *, model: str | None, html: Path | None, as_json: bool
 
 
 def verify(folder: Path) -> str:
-    """One line that says that every byte is as it was built.
+    """Check all files of a store; returns a line that says they are unchanged.
 
     Raises:
-        StoreError: names the first file that is not.
+        StoreError: names the first file that is missing or changed.
     """
     opened = TargetStore(folder)
     opened.verify()
@@ -283,19 +285,20 @@ def verify(folder: Path) -> str:
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(model)
-    # How much a model reads at once is the trainer's concern: no warning for each long text.
+    # The context length is the trainer's concern; avoids a warning for each long text.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
-def _stopped_clock(tokenizer: PreTrainedTokenizerBase, told: Any) -> datetime | None:
-    """The moment that templates are given for now: of a plan's corpus (`told`), else the real.
+def _stopped_clock(tokenizer: PreTrainedTokenizerBase, corpus: Any) -> datetime | None:
+    """Fix the time that templates see: the one in a plan's corpus, else the current time.
 
-    So a build goes on, or is found complete, on another day. None where no template asks for it.
+    Thus a build can be continued, or is found complete, on another day. Returns None if no template
+    uses the time.
     """
     if not tells_time(tokenizer):
         return None
-    given = told.get(WRITTEN_AT) if isinstance(told, Mapping) else None
+    given = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
     try:
         moment = datetime.fromisoformat(given) if given else datetime.now()
     except (TypeError, ValueError):
@@ -304,18 +307,19 @@ def _stopped_clock(tokenizer: PreTrainedTokenizerBase, told: Any) -> datetime | 
     return moment
 
 
-def _base(job: Job) -> lm.Examined | None:
-    """The model that will be trained, refused as `lm.examine` does; None: a tokenizer alone."""
+def _checked_model(job: Job) -> lm.Examined | None:
+    """The model that will be trained, checked by `lm.examine`; None: the folder has no model, only
+    a tokenizer."""
     if Path(job.model).is_dir() and not (Path(job.model) / CONFIG).exists():
         return None
     return lm.examine(job.model, weights=False)
 
 
-def _examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
-    """The teachers; refused, as the model that will be trained, before any text is read.
+def _checked_teachers(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
+    """The teachers, checked before any text is read, like the model that will be trained.
 
     Raises:
-        ValueError: as `lm.examine`; or a tokenizer with more tokens than an embedding.
+        ValueError: as `lm.examine`; or a tokenizer with more tokens than a teacher's embedding.
     """
     found = [lm.examine(model) for model in recipes.teacher_models(recipe)]
     for teacher in found:
@@ -334,13 +338,13 @@ def encode_all(
     max_tokens: int | None,
     skip_bad: bool = False,
 ) -> tuple[dict[str, list[Document]], dict[str, Any]]:
-    """The corpus as the model reads it, and what became of it on the way, in JSON's types.
+    """Tokenise a corpus; returns the documents by split, and a report in JSON types.
 
     Raises:
-        ValueError: a conversation that the tokenizer's template refuses, unless `skip_bad`; names
-            it. Or nothing is left to learn.
+        ValueError: a conversation that the tokenizer's template refuses, unless `skip_bad`; the
+            message names it. Or nothing is left to train on.
     """
-    told_of_templates = _templates(corpus, tokenizer)
+    templates = _templates(corpus, tokenizer)
     kept: set[str] = set()
     lost: set[str] = set()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
@@ -362,17 +366,17 @@ def encode_all(
             kept.add(_whole(text))
     for origin in lost - kept:
         corpus.report.lose(origin)
-    told = corpus.report.as_dict() | told_of_templates
-    told["documents"] = {split: len(documents[split]) for split in SPLITS}
-    told["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
-    told["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
+    found = corpus.report.as_dict() | templates
+    found["documents"] = {split: len(documents[split]) for split in SPLITS}
+    found["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
+    found["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
     if not documents["train"]:
-        raise ValueError(f"nothing is left to train on:\n{shown(told)}")
-    return documents, told
+        raise ValueError(f"nothing is left to train on:\n{shown(found)}")
+    return documents, found
 
 
 def _whole(text: Text) -> str:
-    """The origin of the text that a piece was cut from, or of the text itself."""
+    """The origin of the text that a piece was cut from; unchanged for a whole text."""
     return _PIECE.sub("", text.origin)
 
 
@@ -387,7 +391,7 @@ def _encoded(
     *,
     skip_bad: bool,
 ) -> Encoded | None:
-    """None: it is left out, and counted."""
+    """None if the text is left out, which is recorded in the report."""
     try:
         return encode(
             tokenizer,
@@ -405,10 +409,10 @@ def _encoded(
 
 
 def _templates(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the conversations are written by, in JSON's types; nothing where there are none.
+    """The chat templates that render the conversations, in JSON types; empty without conversations.
 
     Raises:
-        ValueError: no template, or one that is no jinja; names the first conversation.
+        ValueError: no template, or one that is not valid jinja; names the first conversation.
     """
     found: dict[str, str] = {}
     for text in (*corpus.train, *corpus.heldout):
@@ -427,7 +431,7 @@ def _templates(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
 
 def windows(document: Document, size: int | None) -> Iterator[Document]:
-    """The document, in windows where it is longer than `size` tokens."""
+    """The document, split into windows if it is longer than `size` tokens."""
     count = len(document.tokens_N)
     if size is None or count <= size:
         yield document
@@ -448,33 +452,34 @@ def _has_conversations(corpus: Corpus) -> bool:
     return any(text.messages is not None for text in (*corpus.train, *corpus.heldout))
 
 
-def shown(told: Mapping[str, Any]) -> str:
-    """What became of the corpus, for a terminal."""
-    counts = ", ".join(f"{told[what]:,} {what}" for what in ("kept", "stripped", "joined"))
-    lines = [f"{told['read']:,} texts read, {counts}."]
+def shown(found: Mapping[str, Any]) -> str:
+    """The report of a corpus, for a terminal."""
+    counts = ", ".join(f"{found[what]:,} {what}" for what in ("kept", "stripped", "joined"))
+    lines = [f"{found['read']:,} texts read, {counts}."]
     for kind in ("dropped", "noted"):
-        for reason, counted in told[kind].items():
+        for reason, counted in found[kind].items():
             some = ", ".join(counted["examples"])
             more = ", …" if counted["count"] > len(counted["examples"]) else ""
             lines.append(f"  {kind}, {reason}: {counted['count']:,} ({some}{more})")
-    lines += (f"  {title}: {what}" for title, what in told.get("templates", {}).items())
-    if told["kept"] != (count := sum(told["documents"].values())):
-        lines.append(f"  {told['kept']:,} texts in {count:,} documents: longer ones are cut")
+    lines += (f"  {title}: {what}" for title, what in found.get("templates", {}).items())
+    if found["kept"] != (count := sum(found["documents"].values())):
+        lines.append(f"  {found['kept']:,} texts in {count:,} documents: longer ones are cut")
     for split in SPLITS:
         documents, tokens, trained = (
-            told[what][split] for what in ("documents", "tokens", "trained")
+            found[what][split] for what in ("documents", "tokens", "trained")
         )
         lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
-    if languages := told["languages"]:
+    if languages := found["languages"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
         lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
-    if told["compared"] < 1:
+    if found["compared"] < 1:
         lines.append(
-            f"  copies in part: long texts were compared by {told['compared']:.2%} of their 5-grams"
+            "  copies in part: long texts were compared by "
+            f"{found['compared']:.2%} of their 5-grams"
         )
-    asked, share = told["heldout_asked"], told["heldout_share"]
+    asked, share = found["heldout_asked"], found["heldout_share"]
     lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
-    if asked and not asked / FAR <= share <= asked * FAR:
+    if asked and not asked / FAR_FACTOR <= share <= asked * FAR_FACTOR:
         lines.append(
             "  warning: that is far from what was asked: texts are few, or of very different "
             "lengths; give more of them, or another --heldout or --seed"
@@ -492,7 +497,7 @@ def _source(
     known: Any,
     say: Say,
 ) -> Source:
-    """`known`: a description of it, if what was fitted for it is known already."""
+    """`known`: a description of the source from an earlier run, whose fits are reused."""
     return recipes.source_of(
         recipe,
         tokenizer=tokenizer,
@@ -509,15 +514,15 @@ def _work(job: Job, prepared: _Prepared, say: Say) -> None:
     documents = prepared.documents
     total = sum(len(document.tokens_N) for split in SPLITS for document in documents[split])
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
-        # tqdm shows nothing where there is no terminal.
-        progress = Progress("tokens", say if bar.disable else _nothing, total=total)
+        # tqdm shows nothing if there is no terminal.
+        progress = Progress("tokens", say if bar.disable else _silent, total=total)
         for tokens in _built(job, prepared, say):
             bar.update(tokens)
             progress.add(tokens)
 
 
 def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
-    """Builds what is missing; yields the tokens of what is done."""
+    """Build the missing shards; yields the number of tokens of each finished batch or shard."""
     recipe, plan, documents = prepared.recipe, prepared.plan, prepared.documents
     if job.engine != LOCAL:
         from dftserve.targets import on_ray
@@ -527,39 +532,39 @@ def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
             workers=job.processes,
             loads_models=any(recipes.teacher_models(recipe)),
         )
-        make = partial(_made_again, job, recipe, plan)
+        make = partial(_rebuilt_source, job, recipe, plan)
         return on_ray.build(job.out, plan, documents, make, cluster, say)
     if job.processes in (None, 1):
         return store.build(job.out, plan, prepared.source, documents)
-    return _shared(job, recipe, plan, documents, job.processes)
+    return _in_processes(job, recipe, plan, documents, job.processes)
 
 
-def _made_again(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Source:
-    """The plan's source, in another process."""
+def _rebuilt_source(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Source:
+    """The plan's source, built again in another process."""
     tokenizer = _tokenizer(job.model)
     _stopped_clock(tokenizer, plan.corpus)
-    return _source(recipe, tokenizer, documents, plan.source, _nothing)
+    return _source(recipe, tokenizer, documents, plan.source, _silent)
 
 
-def _nothing(line: str) -> None:
-    """What a bar shows already."""
+def _silent(line: str) -> None:
+    """A `say` that prints nothing."""
 
 
-def _shared(
+def _in_processes(
     job: Job, recipe: Recipe, plan: Plan, documents: Mapping, processes: int
 ) -> Iterator[int]:
-    """The same build by several processes; each makes the source anew and writes its own shards."""
+    """The same build by several processes; each loads the source and writes its own shards."""
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
+    results = context.Queue()
     workers = [
         context.Process(
-            target=_worker, args=(job, recipe, plan, documents, (rank, processes), told)
+            target=_worker, args=(job, recipe, plan, documents, (rank, processes), results)
         )
         for rank in range(processes)
     ]
     try:
         _start(workers)
-        yield from _heard(told, workers)
+        yield from _finished_tokens(results, workers)
     finally:
         for worker in workers:
             if worker.is_alive():
@@ -570,7 +575,8 @@ def _shared(
 
 
 def _start(workers: Sequence[Any]) -> None:
-    """With SIGINT ignored, which they inherit: a terminal sends it to all, and we end them."""
+    """Start workers with SIGINT ignored: a terminal sends it to all processes, and the parent ends
+    the workers."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for worker in workers:
@@ -579,30 +585,30 @@ def _start(workers: Sequence[Any]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _heard(told: Any, workers: Sequence[Any]) -> Iterator[int]:
-    """The tokens of each batch, from all of them, until each has said that it ended."""
+def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:
+    """The number of tokens of each batch of all workers, until each has sent None."""
     ended = 0
     while ended < len(workers):
         try:
-            said = told.get(timeout=ENDED_SECONDS)
+            result = results.get(timeout=CHECK_SECONDS)
         except queue.Empty:
             dead = [worker.exitcode for worker in workers if worker.exitcode]
             if dead:
                 raise RuntimeError(
                     f"a process of the build ended with exit code {dead[0]}; run it again, with "
-                    "fewer processes where memory was short."
+                    "fewer processes if memory ran out."
                 ) from None
             continue
-        if isinstance(said, Exception):
-            raise said
-        if said is None:
+        if isinstance(result, Exception):
+            raise result
+        if result is None:
             ended += 1
         else:
-            yield said
+            yield result
 
 
 def _take_device(rank: int) -> None:
-    """Processes share out the GPUs that there are: "cuda" is another for each."""
+    """Distribute the available GPUs over the processes: "cuda" is a different one for each."""
     import torch
 
     if torch.cuda.is_available():
@@ -610,22 +616,27 @@ def _take_device(rank: int) -> None:
 
 
 def _worker(
-    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, place: tuple[int, int], told: Any
+    job: Job,
+    recipe: Recipe,
+    plan: Plan,
+    documents: Mapping,
+    rank_and_world: tuple[int, int],
+    results: Any,
 ) -> None:
-    """`place`: its rank, and of how many."""
-    rank, world = place
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Unwinds: no half a file stays behind.
+    rank, world = rank_and_world
+    # Unwind on SIGTERM, so that no partial file is left.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _take_device(rank)
     try:
-        source = _made_again(job, recipe, plan, documents)
+        source = _rebuilt_source(job, recipe, plan, documents)
         built = store.build(job.out, plan, source, documents, rank=rank, world=world)
         for tokens in built:
-            told.put(tokens)
-        told.put(None)
+            results.put(tokens)
+        results.put(None)
     except (ValueError, OSError, RuntimeError) as error:
-        # Built anew: some exceptions cannot be sent as they are.
+        # Send a new exception, since some cannot be pickled.
         kind = next(k for k in (ValueError, OSError, RuntimeError) if isinstance(error, k))
-        anew = kind(str(error))
-        anew.add_note(traceback.format_exc())  # Which goes with it, as a traceback does not.
-        told.put(anew)
+        sent = kind(str(error))
+        sent.add_note(traceback.format_exc())  # Notes are pickled; tracebacks are not.
+        results.put(sent)

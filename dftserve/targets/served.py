@@ -1,9 +1,9 @@
-"""A running vLLM as a source: its likeliest tokens at each position, and the mass of the rest.
+"""A running vLLM server as a source: its top tokens at each position, and the mass of the rest.
 
     source = ServedTeacher("http://localhost:8000", "org/model", vocabulary=len(tokenizer))
 
-Asked for prompt log-probabilities through /v1/completions, a server gives the top k and the text's
-own token. Nothing is known of what is in the tail: `tail` is "lumped".
+Prompt log-probabilities from /v1/completions contain the top k and the text's own token. The
+distribution within the tail is not known: `tail` is "lumped".
 
 Shapes: N tokens of a document, T trained positions, K top entries.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 NO_CHANCE = -9999.0
-"""What vLLM writes for −inf, which JSON has not."""
+"""What vLLM writes for −inf, which JSON cannot represent."""
 EXCESS = 1e-3
-"""What the top's mass may lie above 1: rounding."""
+"""How far the top's mass may exceed 1, due to rounding."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the server says of one token at one position."""
+    """The server's answer for one token at one position."""
 
     token: int
     logprob: float
@@ -60,12 +60,12 @@ class ServedTeacher(Source):
             url: the server, with or without /v1.
             model: its name there; the tokenizer must be the one that made the documents.
             key_variable: the environment variable that holds the API key; None: OPENAI_API_KEY,
-                where it is set.
-            at_once: requests under way at a time.
+                if it is set.
+            at_once: concurrent requests.
             retries: further attempts when the server is busy (429), fails (5xx) or is unreachable.
 
         Raises:
-            ValueError: the variable is not set, or numbers that are not accepted.
+            ValueError: the variable is not set, or a number is out of range.
         """
         key_of(key_variable)
         if at_once < 1 or retries < 0:
@@ -78,18 +78,18 @@ class ServedTeacher(Source):
         self._url, self._model, self._at_once = f"{base_url}/completions", model, at_once
 
     def describe(self) -> Mapping[str, Any]:
-        """The model's name; where it is served, and by which key, does not bear on the targets."""
+        """Includes the model's name, but not the server or the key, which do not affect targets."""
         return {"kind": "served", "model": self._model, "vocabulary": self.vocabulary}
 
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
     ) -> list[Targets]:
-        """Of a lumped tail nothing can be drawn: `draws` and `seeds` change nothing, and
+        """Nothing can be drawn from a lumped tail: `draws` and `seeds` have no effect, and
         `tail_ids_TM` has no columns.
 
         Raises:
-            ValueError: refused, or an answer that is not what was asked for.
-            ServerError: unreachable, failing, or another key or model.
+            ValueError: the server refused the request, or its answer is not as requested.
+            ServerError: unreachable or failing, or it does not accept the key or the model.
         """
         k = min(k, self.vocabulary)
         with self._server.client() as client, ThreadPoolExecutor(self._at_once) as pool:
@@ -100,8 +100,8 @@ class ServedTeacher(Source):
         positions = self._positions(answer, len(document.tokens_N))
         return _joined(
             [
-                self._target(positions[place], int(document.tokens_N[place]), k)
-                for place in document.positions_T.tolist()
+                self._target(positions[index], int(document.tokens_N[index]), k)
+                for index in document.positions_T.tolist()
             ],
             k,
         )
@@ -127,7 +127,7 @@ class ServedTeacher(Source):
     # ── Reading the answer ──
 
     def _positions(self, answer: Any, tokens: int) -> list[Any]:
-        """One mapping of entries for each token, null for the first."""
+        """One mapping of entries per token; null for the first token."""
         try:
             positions = answer["choices"][0]["prompt_logprobs"]
         except (KeyError, IndexError, TypeError):
@@ -140,7 +140,8 @@ class ServedTeacher(Source):
         if len(positions) != tokens:
             raise ValueError(
                 f"the server {self._url} answers for {len(positions)} tokens of {tokens}; "
-                "accepted: one position for each. Does it cut prompts (truncate_prompt_tokens)?"
+                "accepted: one position for each. Does it truncate prompts "
+                "(truncate_prompt_tokens)?"
             )
         return positions
 
@@ -150,9 +151,9 @@ class ServedTeacher(Source):
         if own is None:
             raise ValueError(
                 f"the server {self._url} does not name the text's own token {label} at its "
-                "position; accepted: vLLM's prompt_logprobs, which hold it always."
+                "position; accepted: vLLM's prompt_logprobs, which always contain it."
             )
-        # The text's own token comes along beside the top k: by its rank it is not one of them.
+        # The text's own token is included even if its rank is not among the top k.
         top = sorted((e for e in entries if e.rank <= k), key=lambda e: (-e.logprob, e.rank))[:k]
         if len(top) < k:
             raise ValueError(
@@ -179,8 +180,8 @@ class ServedTeacher(Source):
     def _entries(self, position: Any) -> list[Entry]:
         try:
             entries = [
-                Entry(int(token), _logprob(told["logprob"]), int(told["rank"]))
-                for token, told in position.items()
+                Entry(int(token), _logprob(entry["logprob"]), int(entry["rank"]))
+                for token, entry in position.items()
             ]
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(
@@ -190,7 +191,7 @@ class ServedTeacher(Source):
         highest = max((entry.token for entry in entries), default=0)
         if highest >= self.vocabulary:
             raise ValueError(
-                f"the server {self._url} names the token {highest}; the tokenizer knows "
+                f"the server {self._url} names the token {highest}; the tokenizer has "
                 f"{self.vocabulary}: model and tokenizer do not belong together."
             )
         return entries
@@ -201,7 +202,7 @@ def _logprob(given: float) -> float:
 
 
 def _entropy(probabilities: Sequence[float]) -> float:
-    """Of the top and the tail as one cell: a lower bound of the whole's, in nats."""
+    """Entropy in nats with the tail as a single cell: a lower bound of the true entropy."""
     return -sum(p * math.log(p) for p in probabilities if p > 0)
 
 

@@ -1,4 +1,4 @@
-"""What a target comes from: anything that says, for each trained position, what may stand there.
+"""Interfaces of sources, which compute a target distribution for each trained position.
 
 Shapes: T trained positions of a document, R of them in one chunk, V vocabulary.
 """
@@ -20,39 +20,39 @@ CHUNK_ELEMENTS = 1 << 25
 
 
 class Source(ABC):
-    """Gives the targets of documents."""
+    """Computes the targets of documents."""
 
     vocabulary: int
-    """V: one more than the largest token id that it may name."""
+    """V: one more than the largest token id that its targets may contain."""
     tail: Literal["sampled", "lumped"] = "sampled"
-    """Lumped: the tail's mass is known and nothing of what is in it."""
+    """Lumped: the tail's mass is known, but not its distribution."""
 
     @abstractmethod
     def describe(self) -> Mapping[str, Any]:
-        """What it is, in JSON: two sources of equal descriptions give equal targets."""
+        """A description in JSON types; sources with equal descriptions give equal targets."""
 
     @abstractmethod
     def targets(
         self, documents: Sequence[Document], *, k: int, draws: int, seeds: Sequence[int]
     ) -> list[Targets]:
-        """The targets of each document's trained positions, drawn by a seed of its own."""
+        """The targets of each document's trained positions; each document has its own seed."""
 
 
 class Rows(Protocol):
     """The dense targets of one document."""
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """ln q, float32 [R, V], for trained positions `start` to `stop`; each row sums to 1. On
-        whichever device they are made."""
+        """ln q, float32 [R, V], for trained positions `start` to `stop`, on any device; the
+        probabilities of each row sum to 1."""
         ...
 
 
 class DenseSource(Source):
-    """A source that knows the probability of every token: what combinators can work on."""
+    """A source that gives the probability of every token, as combinators require."""
 
     @abstractmethod
     def read(self, documents: Sequence[Document]) -> list[Rows]:
-        """The rows of each document, computed when asked for: [R, V] is made chunk by chunk."""
+        """The rows of each document, computed lazily in chunks of [R, V]."""
 
     def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """ln q of each document's own trained tokens, float64 [T]."""
@@ -76,8 +76,8 @@ class DenseSource(Source):
         return [self._sparse(*one, k, draws) for one in each]
 
     def _sparse(self, document: Document, rows: Rows, seed: int, k: int, draws: int) -> Targets:
-        """Where the rows are: only what the store keeps leaves their device. A device draws by a
-        generator of its own, so a GPU's draws are others than a CPU's."""
+        """Sparsify on the rows' device, so that only what the store keeps is copied. The random
+        generator is the device's, so draws on a GPU differ from those on a CPU."""
         size = max(1, CHUNK_ELEMENTS // self.vocabulary)
         labels_T = torch.from_numpy(document.labels_T.astype("int64"))
         parts, generator = [], None
@@ -92,19 +92,20 @@ class DenseSource(Source):
 
 @dataclass(frozen=True)
 class Adds:
-    """The dense targets of one document, into a sum of several."""
+    """Adds the dense targets of one document to a weighted sum."""
 
     add: Callable[[Tensor, int, Tensor], None]
-    """(mass_RV, start, weight_R): adds weight · q of the trained positions from `start` on, on the
-    tensors' device."""
+    """(mass_RV, start, weight_R): adds weight · q of the trained positions from `start` to mass_RV,
+    on the tensors' device."""
 
 
 class AdditiveSource(DenseSource):
-    """A source of few tokens a row, and one row for the rest: cheaper to add than to make dense."""
+    """A source whose rows have a few own tokens and share one distribution for the rest, so that
+    adding them to a sum is cheaper than building dense rows."""
 
     @abstractmethod
     def adds(self, documents: Sequence[Document]) -> list[Adds]:
-        """Of each document."""
+        """An `Adds` for each document."""
 
     def read(self, documents: Sequence[Document]) -> list[Rows]:
         return [self._dense_rows(adds) for adds in self.adds(documents)]

@@ -1,12 +1,13 @@
-"""What a store keeps of a target distribution, and how a dense one is brought to it.
+"""The sparse form in which a store keeps target distributions, and its computation from dense ones.
 
-The top k entries exactly, M draws from the rest in proportion to it, and the rest's mass. Any
-expectation that is linear in the target is then unbiased over the draws:
+It has the exact top k entries, M draws from the rest in proportion to their probability, and the
+mass of the rest. Any expectation that is linear in the target is then unbiased over the draws:
 
     E_q[f] = Σ_top q_i f_i + q_tail · E[ 1/M Σ_m f(j_m) ],   j_m ~ q restricted to the tail
 
-(relative of RS-KD, arXiv 2503.16870). Keeping the top k alone and renormalising is biased: on a
-source whose truth is known it ends .10 to .62 nats a token farther from it (docs/log.md).
+(related to RS-KD, arXiv 2503.16870). Keeping only the top k and renormalising is biased: on a
+source with a known true distribution it ends .10 to .62 nats per token farther from it
+(docs/log.md).
 
 Shapes: T trained positions, V vocabulary, K top entries, M draws.
 """
@@ -27,13 +28,13 @@ class Targets:
     top_logprobs_TK: np.ndarray
     """float32."""
     tail_ids_TM: np.ndarray
-    """int64: drawn with replacement from the tail; meaningless where the tail's mass is 0."""
+    """int64: drawn with replacement from the tail; meaningless if the tail's mass is 0."""
     tail_logprob_T: np.ndarray
-    """float32: ln of the mass outside the top k; −inf where there is none."""
+    """float32: ln of the mass outside the top k; −inf if there is none."""
     token_logprob_T: np.ndarray
     """float32: ln of the probability of the text's own token."""
     entropy_T: np.ndarray
-    """float32: the entropy of the whole distribution; of a lumped tail, the lower bound."""
+    """float32: the entropy of the whole distribution; a lower bound if the tail is lumped."""
 
     def __len__(self) -> int:
         return len(self.tail_logprob_T)
@@ -58,7 +59,7 @@ def sparsify(
 
     Args:
         logprobs_TV: float32, each row summing to 1 in probability; −inf is allowed.
-        labels_T: int64, the text's own tokens; on the same device, as the generator is.
+        labels_T: int64, the text's own tokens, on the same device; so must be the generator.
 
     Raises:
         ValueError: a row that is not a distribution.
@@ -74,7 +75,7 @@ def sparsify(
     has_tail_T = tail_T > -torch.inf
     tail_ids_TM = torch.zeros(len(labels_T), draws, dtype=torch.int64, device=labels_T.device)
     if draws and bool(has_tail_T.any()):
-        # Scaled to the largest: a tail of tiny probabilities keeps its digits in float32.
+        # Scaled by the largest, so that tiny probabilities keep their precision in float32.
         weights_TV = (rest_TV[has_tail_T] - rest_TV[has_tail_T].amax(dim=1, keepdim=True)).exp()
         tail_ids_TM[has_tail_T] = torch.multinomial(
             weights_TV, draws, replacement=True, generator=generator

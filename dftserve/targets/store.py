@@ -1,20 +1,20 @@
-"""A target store: a folder of memory-mapped shards and the manifest that says what they hold.
+"""A target store: a folder of memory-mapped shards and a manifest that describes them.
 
     store = TargetStore(Path("targets/novels"))
     document, targets = store["train", 0]
 
-    manifest.json                what it is: format, tokenizer, source, seed, shards with BLAKE3
+    manifest.json                metadata: format, tokenizer, source, seed, shards with BLAKE3
     train-00000.safetensors …    documents and their targets, by split
     heldout-00000.safetensors …
-    plan.json                    only while it is built: what the manifest will say of it all
+    plan.json                    only during a build: the plan that the manifest will contain
 
-A store may come from anywhere. Its files are regular ones that lie in its folder (`bounded_files`);
-what the manifest counts is compared with the shards' sizes before anything is made of it, and what
-a shard holds with the manifest when it is opened.
+A store may come from an untrusted origin. Its files must be regular files inside its folder
+(`bounded_files`). The counts in the manifest are compared with the shards' sizes before they are
+used, and a shard's tensors with the manifest when it is opened.
 
-A shard appears whole or not at all, and depends on the plan and its own documents alone: a build
-goes on where it was stopped, and several processes may share it. A token takes four bytes and its
-target 3·(k + M) + 2·k + 6: 58 in all at k = M = 6.
+Shards are written atomically, and a shard depends only on the plan and its own documents: a build
+can be continued where it was stopped, and be shared by several processes. A token takes four bytes
+and its target 3·(k + M) + 2·k + 6: 58 in all at k = M = 6.
 
 Shapes: N tokens, D documents, T trained positions, K top entries, M draws.
 """
@@ -57,26 +57,26 @@ MANIFEST, PLAN = "manifest.json", "plan.json"
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 1 << 20
 TOKENS_AT_ONCE = 8192
-"""That a source reads in one batch, padding included; a longer document is read alone."""
+"""Tokens in one batch for a source, including padding; a longer document is a batch of its own."""
 LARGEST_ID = (1 << 24) - 1
 LARGEST_MANIFEST = 16 << 20
-"""Bytes: some 60,000 shards, 6e10 tokens."""
+"""In bytes: enough for some 60,000 shards, or 6e10 tokens."""
 LARGEST_DOCUMENT = 1 << 26
-"""Tokens: what the largest text of a corpus comes to, at one for a byte."""
+"""Tokens of the largest text of a corpus, at one token per byte."""
 LARGEST_HEADER = 1 << 14
-"""Bytes of a shard that are not tensors: its names and shapes take some 1,000."""
+"""Bytes of a shard's header: tensor names and shapes take some 1,000."""
 TAILS = ("sampled", "lumped")
 ANEW = "build the store anew"
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
 
 
 class StoreError(ValueError):
-    """A store that cannot be used: which, what is wrong with it, what to do."""
+    """A store cannot be used; the message says which one, why, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that decides a store's content."""
+    """Everything that determines a store's content."""
 
     tokenizer: str
     """SHA-256; see `fingerprints`."""
@@ -84,11 +84,11 @@ class Plan:
     """SHA-256 of the chat template; None for plain texts."""
     vocabulary: int
     source: Mapping[str, Any]
-    """As the source describes itself."""
+    """The source's description of itself."""
     corpus: Mapping[str, Any]
-    """What was read, and what of it was kept and dropped."""
+    """The report of what was read, kept and dropped."""
     corpus_blake3: str
-    """Of all documents' tokens and marks."""
+    """Digest of the tokens and trained marks of all documents."""
     seed: int
     k: int
     draws: int
@@ -132,25 +132,25 @@ class Shard:
         if not 1 <= self.documents <= self.tokens // 2:
             raise StoreError(
                 f"documents: got {self.documents} in {self.tokens} tokens; accepted: from 1 to one "
-                "for two tokens."
+                "per two tokens."
             )
         if not 0 <= self.trained <= self.tokens - self.documents:
             raise StoreError(
                 f"trained: got {self.trained} of {self.tokens} tokens in {self.documents} "
-                "documents; accepted: at most all but the first of each."
+                "documents; accepted: at most all but the first token of each."
             )
         if not _BLAKE3.fullmatch(self.blake3):
             raise StoreError(f"blake3: got {self.blake3!r:.80}; accepted: 64 hexadecimal digits.")
 
     def tensor_bytes(self, plan: Plan) -> int:
-        """Of all its tensors, as `_write_shard` packs them."""
+        """Total size of its tensors, as packed by `_write_shard`."""
         return sum(
             shape[0] * (shape[1] if len(shape) > 1 else 1) * _BYTES[dtype]
             for dtype, shape in self.tensors(plan).values()
         )
 
     def tensors(self, plan: Plan) -> dict[str, tuple[str, list[int]]]:
-        """The type and shape of each tensor of its file, in safetensors' words."""
+        """The expected safetensors dtype and shape of each tensor in its file."""
         N, D, T, K, M = self.tokens, self.documents, self.trained, plan.k, plan.draws
         return {
             "tokens_low": ("U16", [N]),
@@ -170,7 +170,7 @@ class Shard:
 
 
 NUMBERS = ("top_logprobs_TK", "tail_logprob_T", "token_logprob_T", "entropy_T")
-"""Of `Targets`, in nats."""
+"""Floating-point fields of `Targets`, in nats."""
 _BYTES = {"U8": 1, "U16": 2, "F16": 2, "I64": 8}
 
 
@@ -180,14 +180,14 @@ class Manifest:
     shards: tuple[Shard, ...]
     versions: Mapping[str, str]
     blake3: str = ""
-    """Of all of the above, as it is written; `TargetStore.verify` compares it."""
+    """Digest of the above as written to the file; checked by `TargetStore.verify`."""
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises StoreError where there is none, or it is not what `build` writes."""
+        """Raises StoreError if there is no manifest, or not one that `build` writes."""
         path = folder / MANIFEST
         if not path.is_symlink() and not path.exists():
             unfinished = (folder / PLAN).exists()
@@ -226,7 +226,7 @@ def plan(
     draws: int,
     seed: int,
 ) -> Plan:
-    """What a build from this source and these documents will hold.
+    """The plan of a build from this source and these documents.
 
     Raises:
         StoreError: no documents to train on, or token ids beyond the source's vocabulary.
@@ -239,7 +239,7 @@ def plan(
             highest = int(document.tokens_N.max())
             if highest >= source.vocabulary:
                 raise StoreError(
-                    f"the text holds the token {highest}; the source knows {source.vocabulary} "
+                    f"the text contains the token {highest}; the source has {source.vocabulary} "
                     "tokens: tokenizer and source do not belong together."
                 )
             if len(document.tokens_N) > LARGEST_DOCUMENT:
@@ -269,7 +269,7 @@ def plan(
 def write(
     folder: Path, wanted: Plan, source: Source, documents: Mapping[str, Sequence[Document]]
 ) -> Manifest:
-    """A whole store, built in this process; raises as `begin` and `finish`."""
+    """Build a whole store in this process; raises as `begin` and `finish`."""
     begin(folder, wanted)
     for _ in build(folder, wanted, source, documents):
         pass
@@ -277,10 +277,10 @@ def write(
 
 
 def begin(folder: Path, wanted: Plan) -> None:
-    """Start a build, or go on with one of the same plan.
+    """Start a build, or continue one with the same plan.
 
     Raises:
-        StoreError: the folder holds a build of another plan, or something else.
+        StoreError: the folder contains a build with another plan, or other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / MANIFEST, folder / PLAN):
@@ -293,20 +293,20 @@ def begin(folder: Path, wanted: Plan) -> None:
                     "or remove this one."
                 )
             if path.name == MANIFEST:
-                # There still where a kill came between the two.
+                # It is still there if `finish` was killed before removing it.
                 (folder / PLAN).unlink(missing_ok=True)
             return
-    # A kill may have left what was to become the plan, and nothing else.
+    # A killed process may have left a partially written plan, which is ignored.
     if any(path.name != PLAN + atomic.PARTIAL for path in folder.iterdir()):
         raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
     atomic.write_text(folder / PLAN, _json(asdict(wanted)))
 
 
 def begun(folder: Path) -> Mapping[str, Any]:
-    """The plan of the build that the folder holds, finished or not; empty where it holds none.
+    """The plan of the finished or unfinished build in a folder; empty if there is none.
 
     Raises:
-        StoreError: what is there is no plan.
+        StoreError: the file is not a plan.
     """
     for path in (folder / MANIFEST, folder / PLAN):
         if path.exists():
@@ -315,7 +315,7 @@ def begun(folder: Path) -> Mapping[str, Any]:
 
 
 def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
-    """What a manifest or an unfinished build says that it is of."""
+    """The plan in a manifest, or in the plan file of an unfinished build."""
     try:
         found = read_json(path, within=folder, largest=LARGEST_MANIFEST)
     except FileError as error:
@@ -328,14 +328,14 @@ def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """The run of documents that becomes one shard, whoever builds it."""
+    """A run of documents that becomes one shard."""
 
     split: str
     number: int
-    """Of the split's shards."""
+    """Index among the split's shards."""
     start: int
     stop: int
-    """Of the split's documents."""
+    """Range of the split's documents."""
     tokens: int
 
     @property
@@ -369,7 +369,7 @@ def build(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[int]:
-    """Write this process's missing shards; yields the tokens of each batch when it is done."""
+    """Write this process's missing shards; yields the number of tokens of each finished batch."""
     for part in parts_of(documents)[rank::world]:
         path = folder / part.file
         if path.exists():
@@ -383,7 +383,7 @@ def build(
 def shard_bytes(
     wanted: Plan, source: Source, part: Part, documents: Mapping[str, Sequence[Document]]
 ) -> bytes:
-    """The content of one shard's file, for a process that does not write it itself."""
+    """The content of one shard's file, for a process that does not write files itself."""
     batch = part.of(documents)
     reading = _targets(wanted, source, part, batch)
     while True:
@@ -396,36 +396,36 @@ def shard_bytes(
 def _targets(
     wanted: Plan, source: Source, part: Part, batch: Sequence[Document]
 ) -> Generator[int, None, list[Targets]]:
-    """Of each document of a part; yields the tokens of what was read together."""
+    """The targets of each document of a part; yields the number of tokens of each batch."""
     found: dict[int, Targets] = {}
-    for places in batches_of(batch):
-        some = [batch[place] for place in places]
-        seeds = [_seed(wanted, part.split, part.start + place) for place in places]
+    for indices in batches_of(batch):
+        some = [batch[index] for index in indices]
+        seeds = [_seed(wanted, part.split, part.start + index) for index in indices]
         given = source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
-        found |= zip(places, given, strict=True)
+        found |= zip(indices, given, strict=True)
         yield sum(len(document.tokens_N) for document in some)
-    return [found[place] for place in range(len(batch))]
+    return [found[index] for index in range(len(batch))]
 
 
 def batches_of(documents: Sequence[Document]) -> Iterator[list[int]]:
-    """The places of documents that are read together: of like lengths, since a batch is as wide as
-    its longest; the longest come first, so that memory that suffices for them suffices."""
+    """Indices of the documents of each batch. Documents in a batch have similar lengths, to limit
+    padding; the longest come first, so that running out of memory shows up at the start."""
     lengths = [len(document.tokens_N) for document in documents]
-    places = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    indices = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
-    while start < len(places):
-        many = max(TOKENS_AT_ONCE // lengths[places[start]], 1)
-        yield places[start : start + many]
+    while start < len(indices):
+        many = max(TOKENS_AT_ONCE // lengths[indices[start]], 1)
+        yield indices[start : start + many]
         start += many
 
 
 def finish(
     folder: Path, wanted: Plan, documents: Mapping[str, Sequence[Document]], versions: Mapping
 ) -> Manifest:
-    """Write the manifest, once every shard is there.
+    """Write the manifest, once all shards exist.
 
     Raises:
-        StoreError: a shard is missing, or is not one of this plan's.
+        StoreError: a shard is missing, or its counts are out of range.
     """
     shards = []
     for part in parts_of(documents):
@@ -451,13 +451,13 @@ def finish(
 
 
 def _seed(wanted: Plan, split: str, document: int) -> int:
-    """Each document's own, whoever builds it and whatever came before."""
+    """A seed for each document, independent of the process and of other documents."""
     name = f"{wanted.seed} {split} {document}".encode()
     return int.from_bytes(blake3(name).digest(length=8), "little") >> 1
 
 
 def _write_shard(path: Path, documents: Sequence[Document], parts: Sequence[Targets]) -> None:
-    # Not by save_file, which leaves files of its own names behind when it is killed.
+    # save_file would leave temporary files with names of its own if it were killed.
     path.write_bytes(_packed_shard(documents, parts))
 
 
@@ -488,15 +488,15 @@ def _packed(name: str, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class TargetStore:
-    """A finished store, read through memory maps."""
+    """A finished store, read with memory mapping."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises StoreError: no store, an unfinished or a damaged one."""
+        """Raises StoreError: not a store, or an unfinished or damaged one."""
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self._files: dict[str, list[_ShardFile]] = {split: [] for split in SPLITS}
         self.bytes = 0
-        """Of all shards."""
+        """Size of all shards."""
         for shard in self.manifest.shards:
             self.bytes += _checked_size(folder, shard, self.manifest.plan)
             self._files[shard.split].append(_ShardFile(folder, shard, self.manifest.plan))
@@ -509,7 +509,7 @@ class TargetStore:
         return self.count("train")
 
     def count(self, split: str) -> int:
-        """Documents of a split."""
+        """Number of documents of a split."""
         ends = self._ends[split]
         return ends[-1] if ends else 0
 
@@ -518,21 +518,21 @@ class TargetStore:
 
         Raises:
             IndexError: no such number.
-            StoreError: the shard is not what the manifest says.
+            StoreError: the shard does not match the manifest.
         """
-        file, place = self._found(*key)
-        return file.read(place)
+        file, index = self._locate(*key)
+        return file.read(index)
 
-    def _found(self, split: str, number: int) -> tuple["_ShardFile", int]:
-        """The shard of a document, and the document's place in it."""
+    def _locate(self, split: str, number: int) -> tuple["_ShardFile", int]:
+        """The shard of a document, and the document's index in it."""
         if not 0 <= number < self.count(split):
             raise IndexError(f"{split} document {number} of {self.count(split)}")
-        place = bisect_right(self._ends[split], number)
-        before = self._ends[split][place - 1] if place else 0
-        return self._files[split][place], number - before
+        index = bisect_right(self._ends[split], number)
+        before = self._ends[split][index - 1] if index else 0
+        return self._files[split][index], number - before
 
     def lengths(self, split: str) -> list[int]:
-        """Tokens of each document."""
+        """Number of tokens of each document."""
         return [
             int(length)
             for file in self._files[split]
@@ -540,7 +540,7 @@ class TargetStore:
         ]
 
     def trained(self, split: str) -> list[int]:
-        """Trained tokens of each document."""
+        """Number of trained tokens of each document."""
         return [
             int(count)
             for file in self._files[split]
@@ -548,9 +548,9 @@ class TargetStore:
         ]
 
     def trained_within(self, split: str, number: int, start: int, stop: int) -> int:
-        """Trained tokens among the tokens `start` to `stop` of a document."""
-        file, place = self._found(split, number)
-        return file.trained_within(place, start, stop)
+        """Number of trained tokens among the tokens `start` to `stop` of a document."""
+        file, index = self._locate(split, number)
+        return file.trained_within(index, start, stop)
 
     def verify(self) -> None:
         """Read every byte of every shard and compare it with the manifest.
@@ -572,7 +572,7 @@ class TargetStore:
                 raise StoreError(f"{path} is not the file that the build wrote; build it anew.")
 
     def belongs_to(self, *, tokenizer: str, template: str | None, vocabulary: int) -> None:
-        """Refuse a model that reads text otherwise.
+        """Refuse a model that tokenises text differently.
 
         Raises:
             StoreError: another tokenizer, another chat template, or a vocabulary too small.
@@ -596,7 +596,7 @@ class TargetStore:
 
 
 def _checked_size(folder: Path, shard: Shard, plan: Plan) -> int:
-    """Bytes of a shard's file, which are those that the manifest's counts come to."""
+    """The size of a shard's file in bytes, checked against the manifest's counts."""
     tensors = shard.tensor_bytes(plan)
     with _as_store_error(folder / shard.file):
         path = real_file(folder / shard.file, within=folder, largest=tensors + LARGEST_HEADER)
@@ -627,7 +627,7 @@ def _as_store_error(path: Path) -> Iterator[None]:
 
 
 class _ShardFile:
-    """One shard; opened when first read, once in each process."""
+    """One shard; opened at the first access, once in each process."""
 
     def __init__(self, folder: Path, shard: Shard, plan: Plan) -> None:
         self._folder, self.shard, self._plan = folder, shard, plan
@@ -641,7 +641,8 @@ class _ShardFile:
 
     @cached_property
     def _open(self) -> Any:
-        """With tensors of the types and shapes that follow from the manifest, and no others."""
+        """The opened file; it must have exactly the tensors, dtypes and shapes given by the
+        manifest."""
         wanted = self.shard.tensors(self._plan)
         with _as_store_error(self._path):
             largest = self.shard.tensor_bytes(self._plan) + LARGEST_HEADER
@@ -651,7 +652,7 @@ class _ShardFile:
             found = {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
         if found != wanted:
             differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
-            raise self._other(f"the tensors {', '.join(differing)}"[:80], "those of its manifest")
+            raise self._error(f"the tensors {', '.join(differing)}"[:80], "those of its manifest")
         return opened
 
     @cached_property
@@ -663,17 +664,17 @@ class _ShardFile:
         return self._ends("trained_ends", self.shard.trained, least=0)
 
     def _ends(self, name: str, total: int, *, least: int) -> np.ndarray:
-        """Where each document ends: rising by `least` or more, up to `total`."""
+        """The end of each document: must rise by at least `least` each, up to `total`."""
         ends_D = self._open.get_tensor(name)
         if int(ends_D[-1]) != total or (np.diff(ends_D, prepend=0) < least).any():
-            raise self._other(f"{name} that do not rise to {total}", "ends of documents in order")
+            raise self._error(f"{name} that do not rise to {total}", "ends of documents in order")
         return ends_D
 
-    def _other(self, got: str, accepted: str) -> StoreError:
+    def _error(self, got: str, accepted: str) -> StoreError:
         return StoreError(f"{self._path}: got {got}; accepted: {accepted}; {ANEW}.")
 
-    def read(self, place: int) -> tuple[Document, Targets]:
-        tokens, trained = _span(self.document_ends_D, place), _span(self.trained_ends_D, place)
+    def read(self, index: int) -> tuple[Document, Targets]:
+        tokens, trained = _span(self.document_ends_D, index), _span(self.trained_ends_D, index)
         tokens_N = self._ids("tokens", tokens).astype(np.int32)
         trained_N = self._slice("trained", tokens).astype(bool)
         targets = Targets(
@@ -685,14 +686,14 @@ class _ShardFile:
             entropy_T=self._slice("entropy", trained).astype(np.float32),
         )
         if trained_N[0] or int(trained_N.sum()) != len(targets):
-            raise self._other("marks of trained tokens without targets", "a target for each")
+            raise self._error("marks of trained tokens without targets", "a target for each")
         numbers = (getattr(targets, name) for name in NUMBERS)
         if any(np.isnan(each).any() for each in numbers) or np.isinf(targets.entropy_T).any():
-            raise self._other("NaN in targets", "numbers")
+            raise self._error("NaN in targets", "numbers")
         return Document(tokens_N, trained_N), targets
 
-    def trained_within(self, place: int, start: int, stop: int) -> int:
-        first = _span(self.document_ends_D, place).start
+    def trained_within(self, index: int, start: int, stop: int) -> int:
+        first = _span(self.document_ends_D, index).start
         return int(np.count_nonzero(self._slice("trained", slice(first + start, first + stop))))
 
     def _slice(self, name: str, span: slice) -> np.ndarray:
@@ -702,18 +703,18 @@ class _ShardFile:
         low, high = self._slice(f"{name}_low", span), self._slice(f"{name}_high", span)
         ids = low.astype(np.int64) | high.astype(np.int64) << 16
         if ids.size and ids.max() >= self._plan.vocabulary:
-            raise self._other(
+            raise self._error(
                 f"the token {ids.max()} in {name}", f"below the vocabulary, {self._plan.vocabulary}"
             )
         return ids
 
 
-def _span(ends_D: np.ndarray, place: int) -> slice:
-    return slice(int(ends_D[place - 1]) if place else 0, int(ends_D[place]))
+def _span(ends_D: np.ndarray, index: int) -> slice:
+    return slice(int(ends_D[index - 1]) if index else 0, int(ends_D[index]))
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:
-    """BLAKE3 of a manifest's text, with nothing where the digest will stand."""
+    """BLAKE3 of a manifest's text with an empty digest field."""
     return blake3(_json({**manifest, "blake3": ""}).encode()).hexdigest()
 
 
@@ -724,14 +725,15 @@ def versions() -> dict[str, str]:
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first thing that is wanted and not found, in words."""
+    """A description of the first field of `wanted` that differs in `found`; None if all are
+    equal."""
     for name in wanted:
         if found.get(name) != wanted[name]:
-            return f"{name} is {_cut(found.get(name))} there and {_cut(wanted[name])} here"
+            return f"{name} is {_short(found.get(name))} there and {_short(wanted[name])} here"
     return None
 
 
-def _cut(value: object) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}…"
 

@@ -1,12 +1,12 @@
-"""Cross-fitted students as a source: each text by a model that was tuned on the others.
+"""Cross-fitted students as a source: each text is predicted by a model tuned on other texts.
 
     source = Students.load(Path("students"), documents, vocabulary=len(tokenizer))
 
 `train.cross_fit` writes such a folder: K models, each tuned by plain fine-tuning on all training
-texts but those of one fold. What a student says of its fold is what the texts themselves teach
-about one that is not among them.
+texts except those of one fold. A student's predictions for its fold show what can be learnt from
+the texts about a text that is not among them.
 
-    students.json        how many folds, of which corpus, by which settings
+    students.json        number of folds, digests of corpus and model, settings
     fold-0/run/final/    an ordinary Hugging Face folder; fold-1, …
 """
 
@@ -31,13 +31,13 @@ MOST_FOLDS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitted:
-    """What a folder of students is of."""
+    """Metadata of a folder of students."""
 
     folds: int
     corpus_blake3: str
-    """Of the training documents, and which fold each is in."""
+    """Digest of the training documents and their folds."""
     model_blake3: str
-    """Of the model that they were tuned from, as `lm.model_digest` has it."""
+    """`lm.model_digest` of the model that they were tuned from."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's settings."""
 
@@ -46,7 +46,7 @@ class CrossFitted:
 
     @classmethod
     def read(cls, folder: Path) -> "CrossFitted":
-        """Raises ValueError: no folder of students, or one that is unfinished."""
+        """Raises ValueError: not a folder of students, or an unfinished one."""
         path = folder / STUDENTS_FILE
         if not path.exists():
             raise ValueError(
@@ -69,7 +69,7 @@ def check_folds(folds: int) -> None:
 
 
 def run_of(folder: Path, fold: int) -> Path:
-    """Where a student is trained."""
+    """The folder in which a student is trained."""
     return folder / f"fold-{fold}" / "run"
 
 
@@ -78,7 +78,7 @@ def final_of(folder: Path, fold: int) -> Path:
 
 
 def fold_of(document: Document, folds: int) -> int:
-    """By the document's text and its kin: what is held out together is in one fold."""
+    """The fold of a document, by a hash of its group: one group is always in one fold."""
     named = document.group.encode() if document.group else _digest(document)
     return int.from_bytes(blake3(named).digest(length=8), "little") % folds
 
@@ -89,8 +89,9 @@ def corpus_digest(documents: Sequence[Document], folds: int) -> str:
 
 
 class Students(DenseSource):
-    """The student that did not see a document. One that none saw, as held-out text, has the student
-    of the fold that it would be in: what is measured on it is what training documents get."""
+    """Predicts each document with the student that was not trained on it. A held-out document, on
+    which none was trained, gets the student of the fold it would be in, so that measurements on it
+    apply to training documents."""
 
     def __init__(self, students: Sequence[Teacher]) -> None:
         self._students = students
@@ -107,28 +108,28 @@ class Students(DenseSource):
         dtype: str = "auto",
         device: str | None = None,
     ) -> "Students":
-        """All of them at once.
+        """Load all students at once.
 
         Args:
-            train: the training documents, which must be those of the students.
-            base: the folder or name of the model before tuning, which must be theirs.
+            train: the training documents; must be those the students were made from.
+            base: folder or name of the model before tuning; must be the one they were tuned from.
 
         Raises:
-            ValueError: no such folder, an unfinished one, of another corpus or another model; or a
-                model that `lm` refuses.
+            ValueError: the folder is missing, unfinished, or for another corpus or base model; or
+                `lm` refuses a model.
         """
         found = CrossFitted.read(folder)
         if found.model_blake3 != lm.model_digest(lm.examine(base)):
             raise ValueError(
                 f"students: {folder} was tuned from another model than the teacher {base!r}; "
                 "accepted: students of the teacher, which is the model before tuning. Train them "
-                "anew with that as --model, or set teacher to the model that they were tuned from."
+                "again with that as --model, or set teacher to the model that they were tuned from."
             )
         if found.corpus_blake3 != corpus_digest(train, found.folds):
             raise ValueError(
                 f"students: {folder} was trained on other texts than these; accepted: students of "
-                "the same corpus, recipe, --heldout, --seed and --max-tokens. Train them anew, or "
-                "give what they were trained with."
+                "the same corpus, recipe, --heldout, --seed and --max-tokens. Train them again, or "
+                "use the settings they were trained with."
             )
         return cls(
             [
@@ -149,11 +150,11 @@ class Students(DenseSource):
         rows: dict[int, Rows] = {}
         fold_of_each = [fold_of(document, len(self._students)) for document in documents]
         for fold, student in enumerate(self._students):
-            places = [place for place, found in enumerate(fold_of_each) if found == fold]
-            if places:
-                read = student.read([documents[place] for place in places])
-                rows |= zip(places, read, strict=True)
-        return [rows[place] for place in range(len(documents))]
+            indices = [index for index, found in enumerate(fold_of_each) if found == fold]
+            if indices:
+                read = student.read([documents[index] for index in indices])
+                rows |= zip(indices, read, strict=True)
+        return [rows[index] for index in range(len(documents))]
 
 
 def _digest(document: Document) -> bytes:

@@ -1,9 +1,9 @@
-"""A causal language model as a source: what it would write at each position of a text.
+"""A causal language model as a source: its predictions at each position of a text.
 
     teacher = Teacher.load("models/base", vocabulary=len(tokenizer))
 
-The decoder reads a batch of documents at once; the head, whose output is what fills memory, is
-applied chunk by chunk when rows are asked for.
+The decoder processes a batch of documents at once. The head, whose output needs most of the memory,
+is applied chunk by chunk when rows are requested.
 
 Shapes: B documents in a batch, N tokens of the longest, T trained positions of a document, R of
 them in one chunk, D hidden, V vocabulary.
@@ -43,8 +43,8 @@ class Teacher(DenseSource):
         """
         Args:
             model: any causal LM of transformers; it is set to evaluation mode.
-            vocabulary: V, the tokenizer's; further columns of the head are padding.
-            name: what descriptions call it; the weights' digest stands beside it.
+            vocabulary: V, of the tokenizer; further columns of the head are padding.
+            name: used in descriptions, together with a digest of the weights.
             temperature: above 0; 1 is the model as it was trained.
             tokens_N: a text to check the model with; see `lm.LanguageModel`.
 
@@ -62,7 +62,7 @@ class Teacher(DenseSource):
         columns = len(self._lm.head.weight_VD)
         if columns < vocabulary:
             raise ValueError(
-                f"vocabulary: got {vocabulary}; {name} knows {columns} tokens: tokenizer and model "
+                f"vocabulary: got {vocabulary}; {name} has {columns} tokens: tokenizer and model "
                 "do not belong together."
             )
 
@@ -77,14 +77,14 @@ class Teacher(DenseSource):
         temperature: float = 1.0,
         tokens_N: Sequence[int] | None = None,
     ) -> "Teacher":
-        """From a folder, or a name on the Hugging Face hub; safetensors only, no code from there.
+        """Load from a folder, or by name from the Hugging Face hub; only safetensors, never code.
 
         Args:
-            dtype: "auto" keeps the weights' own; float32 on a CPU without bfloat16 instructions.
-            device: None is the first GPU, or the CPU where there is none.
+            dtype: "auto" keeps that of the weights; float32 on a CPU without bfloat16 instructions.
+            device: None: the first GPU, or the CPU if there is none.
 
         Raises:
-            ValueError: what `lm.examine`, `lm.load` or the constructor refuse.
+            ValueError: as `lm.examine`, `lm.load` and the constructor.
         """
         found = model if isinstance(model, lm.Examined) else lm.examine(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +109,8 @@ class Teacher(DenseSource):
 
     @cached_property
     def digest(self) -> str:
-        """BLAKE3 of the configuration and the weights: their files, or the state in memory."""
+        """BLAKE3 of the configuration and the weights: of their files, or else of the state
+        dict."""
         digest = blake3(_config(self.model).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -119,7 +120,7 @@ class Teacher(DenseSource):
 
     @property
     def positions(self) -> int | None:
-        """Tokens that it reads at once; None where its configuration names no bound."""
+        """The model's context length in tokens; None if its configuration has no limit."""
         return self._lm.positions
 
     def describe(self) -> Mapping[str, Any]:
@@ -149,15 +150,15 @@ class Teacher(DenseSource):
     def states(self, texts: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> list[Tensor]:
         """The hidden states from which the tokens at `positions` are predicted, each [T, D].
 
-        One padded forward of the decoder. Padding stands on the right, where no earlier position
-        sees it, so a text's states do not depend on the batch.
+        One padded forward pass of the decoder. Padding is on the right, where no earlier position
+        attends to it, so a text's states do not depend on the batch.
 
         Args:
             texts: token ids, int [N] each.
             positions: int64 [T] each, 1 or more.
 
         Raises:
-            ValueError: a text longer than the model's positions.
+            ValueError: a text is longer than the model's context.
         """
         self._check_lengths(texts)
         longest = max(map(len, texts), default=0)
@@ -194,7 +195,10 @@ class Teacher(DenseSource):
 
 
 def _config(model: PreTrainedModel) -> str:
-    """What of the configuration bears on the logits; not by whom and where it was written."""
-    told = model.config.to_dict()
-    told = {key: told[key] for key in told if key not in ("transformers_version", "_name_or_path")}
-    return json.dumps(told, sort_keys=True, default=str)
+    """The configuration without fields that do not affect the logits, as JSON."""
+    config = model.config.to_dict()
+    kept = {key: config[key] for key in config if key not in _NOT_HASHED}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+_NOT_HASHED = ("transformers_version", "_name_or_path")

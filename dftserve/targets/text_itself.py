@@ -1,4 +1,4 @@
-"""The text's own tokens as a source: plain fine-tuning from a target store.
+"""The text's own tokens as a source, for plain fine-tuning from a target store.
 
 Shapes: T trained positions of a document.
 """
@@ -14,7 +14,7 @@ from dftserve.targets.sparse import Targets
 
 
 class TextItself(Source):
-    """Each token for certain: one entry of the top, and no tail."""
+    """Probability 1 for the text's own token: one top entry, and no tail."""
 
     def __init__(self, *, vocabulary: int) -> None:
         self.vocabulary = vocabulary

@@ -17,7 +17,7 @@ from dftserve.targets.cache import Cache
 from dftserve.targets.calibrated import (
     Calibrated,
     Fit,
-    _chosen,
+    _select_documents,
     calibrate,
     shown,
     verdict,
@@ -417,7 +417,7 @@ def test_of_more_text_than_is_read_one_piece_of_each_text_comes_before_a_second(
         for start in (0, 30)
     ]
     for tokens, wanted in ((1000, 40), (29 * 50, 50), (29 * 60, 60)):
-        read = _chosen(pieces, tokens)
+        read = _select_documents(pieces, tokens)
         assert (len(read), len({each.group for each in read})) == (wanted, min(wanted, 50))
 
 

@@ -164,7 +164,7 @@ def test_named_templates(core):
     assert ChatTemplate.of(tokenizer, tools=True).title == "the chat template 'tool_use'"
     assert learnt(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
     tokenizer.chat_template = {"rag": marked}
-    with pytest.raises(TemplateError, match=r"templates rag; accepted: one of the name 'default'"):
+    with pytest.raises(TemplateError, match=r"templates rag; accepted: one named 'default'"):
         encode(tokenizer, FOUR)
 
 

@@ -131,7 +131,7 @@ def test_parquet_and_datasets_say_the_same_as_jsonl(tmp_path):
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], ["x.jsonl.gz", "not a .gz"]),
         ("x.jsonl.gz", gzip.compress(b'{"text": 3}'), ["line 1, text: got 3"]),
         ("x.txt.gz", gzip.compress(b"a"), ["'.txt.gz'", ".jsonl.gz"]),
-        ("x.csv", b"body\na\n", ["x.csv, row 1 behind the header", "'body'", "`text`"]),
+        ("x.csv", b"body\na\n", ["x.csv, row 1 after the header", "'body'", "`text`"]),
         ("x.csv", b"text,n\na, b,1\n", ["row 1", "got 3 fields; accepted: 2"]),
         ("x.csv", b"text,text\na,b\n", ["each name once"]),
         ("x.csv", b'text\n"a\nb', ["line 3", "not a .csv file"]),
@@ -318,7 +318,7 @@ def test_a_long_line_is_not_searched_for_boilerplate(monkeypatch):
             searched.append(line)
 
     monkeypatch.setattr(filters_module, "_SITE_LINE", Recorded())
-    monkeypatch.setattr(filters_module, "_is_reserved", searched.append)
+    monkeypatch.setattr(filters_module, "_is_rights_notice", searched.append)
     long = "(c) " * (filters_module.NOTICE_WORDS + 1)
     short = "(c) " * filters_module.LINE_WORDS
     assert cleaned(text(f"{long}\n{short}"), ANY).content == f"{long}\n{short}"
@@ -332,7 +332,7 @@ MARKS = ["(c)", "(C)", "©", "Copyright", "all rights reserved", "All Rights Res
 def test_rights_are_reserved_where_a_line_says_whose(line):
     mark, rights = r"(?:copyright|©|\(c\))", "all rights reserved"
     found = re.search(f"{mark}.*{rights}|{rights}.*{mark}", line, re.IGNORECASE)
-    assert filters_module._is_reserved(line) == bool(found)
+    assert filters_module._is_rights_notice(line) == bool(found)
 
 
 def test_a_copyright_line_takes_nothing_with_it():

@@ -462,7 +462,7 @@ def test_a_process_that_dies_is_told(tmp_path):
     worker = context.Process(target=os._exit, args=(9,))
     worker.start()
     with pytest.raises(RuntimeError, match="ended with exit code 9"):
-        list(run._heard(told, [worker]))
+        list(run._finished_tokens(told, [worker]))
     worker.join()
 
 
