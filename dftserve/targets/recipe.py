@@ -17,8 +17,8 @@ A recipe is a YAML file, shipped under recipes/ or written by the user:
         - {weight: 0.4, when: teacher, teacher: {model: "${teacher}"}}
 
 `${name}` is replaced by the value of `--set name=value`, which becomes a number, true or false if
-it reads like one. A part of a mix with `when` is left out unless that name is set; in `mix`
-the other weights are then renormalised.
+it reads like one. A part with `when` is left out unless that name is set. The weights of `mix` are
+shares, so the other parts then share its weight; those of `geomix` are exponents and stay the same.
 """
 
 import dataclasses
@@ -328,10 +328,14 @@ def _mixed(kind: str, config: Any, given: _Given) -> "Source":
     if not parts:
         raise ValueError(f"{kind}: no prompt has two answers, and there is no other source.")
     sources = [_built(part, given) for part, _ in parts]
+    weights = [weight for _, weight in parts]
     if len(sources) == 1:
-        return sources[0]
+        # The weights of a mix are shares; those of a geomix are exponents, which apply to one
+        # source too.
+        power = weights[0] if kind == "geomix" else 1
+        return sources[0] if power == 1 else combine.Temper(sources[0], power)
     cls = {"mix": combine.Mix, "geomix": combine.Geomix}[kind]
-    return cls(sources, [weight for _, weight in parts])
+    return cls(sources, weights)
 
 
 def _is_unused_references(source: Mapping[str, Any], given: _Given) -> bool:

@@ -257,6 +257,17 @@ def test_nested_sources(written):
     assert built(written(source={"geomix": parts})).describe()["kind"] == "geomix"
 
 
+def test_one_part_of_a_mix_is_its_source_and_of_a_geomix_has_its_exponent(written):
+    def of(kind, weight):
+        left_out = {"weight": 1, "when": "more", "ngram": {"order": 1}}
+        parts = [{"weight": weight, "ngram": {"order": 2}}, left_out]
+        return built(written(source={kind: parts})).describe()
+
+    assert of("mix", 0.5)["kind"] == of("geomix", 1)["kind"] == "ngram"
+    powered = of("geomix", 0.5)
+    assert (powered["kind"], powered["power"]) == ("temper", 0.5)
+
+
 def test_ngrams_are_counted_in_the_training_part_alone(written):
     path = written()
     other = {"train": DOCUMENTS["train"], "heldout": []}
