@@ -56,7 +56,7 @@ class Limits:
     dry_sequence_breakers: float | None = None
     """The number of breakers; the first ones are kept."""
     group_size: float | None = None
-    """Texts in a group. A larger group is rejected, never clamped; 1: no groups."""
+    """Texts in a group. A larger group is refused, since it cannot be clamped; 1: no groups."""
     strength: float | None = None
     """A style's strength."""
     max_kl: float | None = None

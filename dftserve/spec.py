@@ -458,7 +458,7 @@ class Promise:
             # `finite` is not needed: each number is checked against its own bounds below.
             content = read_json(path, within=folder, largest=cls.LARGEST, finite=False)
         except ValueError as error:
-            raise ValueError(advised(error, "write it anew with the trainer")) from None
+            raise ValueError(advised(error, "write it again with the trainer")) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "recipe" not in content:
             raise ValueError(f"{path}: got {shown(content)}; accepted: an object with `recipe`.")
