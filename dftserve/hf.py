@@ -1,4 +1,4 @@
-"""The same transform for transformers' `generate()`.
+"""The diversity transform for transformers' `generate()`.
 
 processor = DiversityProcessor(0.5, temperature=0.8, stop_ids=[tokenizer.eos_token_id])
 model.generate(**inputs, logits_processor=[processor], generation_config=sampling(0.8))
@@ -42,35 +42,37 @@ NO_BEAMS = "accepted: 1, for diversity is for sampling, and beam search ranks te
 
 
 class DiversityProcessor(LogitsProcessor):
-    """A request's `diversity` on every row of a `generate()` call.
+    """Applies a request's `diversity` to every row of a `generate()` call.
 
     It runs before transformers' own temperature, which must be the same `temperature`: use
-    `sampling(temperature)`. One processor serves one call at a time; rows that do not go on from
-    the last step's by a token each, one that it could have drawn in some row, are a new call. Where
-    a prompt is what an earlier call wrote, to its last token, call `reset` before: nothing tells it
-    from that call's next step. `statistics` holds the last step's statistics.
+    `sampling(temperature)`. One processor serves one call at a time. A new call is detected from
+    the token ids: the rows belong to the current call if each is the last step's row plus one
+    token, and that token had a nonzero probability in at least one row. A prompt that equals the
+    complete output of the previous call cannot be distinguished from that call's next step: call
+    `reset` first. `statistics` holds the last step's statistics.
 
     Args:
         diversity: a number from 0 to 1, or the object form of the request field.
         temperature: T, above 0.
-        stop_ids: the tokens that end the text; they keep their probability. As configurations and
-            tokenizers have them: one, several, or None; a None among several is passed over.
-        tokenizer: the model's, which the law `words` and the sequence breakers of DRY need.
-        seed: by which the law `xtc` and groups draw, beside transformers' own sampling; None for
-            another one at each text. The rows of a batch draw apart, or as a group.
-        style: the name of one of `profiles`, or the object form of the request field. It goes
-            with a diversity of 0 as well, and by each row's own answer.
-        profiles: of `dftserve.styles.profile.read`.
-        top_k, top_p: of a diversity with `"group": true`, which makes the rows of equal prompts a
-            group each: cuts of the GenerationConfig come after a group's tokens are drawn, and are
-            to be given here.
+        stop_ids: the tokens that end the text; they keep their probability. As in configurations
+            and tokenizers: one id, several, or None; a None among several is ignored.
+        tokenizer: the model's, required by the law `words` and by DRY's sequence breakers.
+        seed: of the random numbers of the law `xtc` and of groups, which are independent of
+            transformers' own sampling; None: a new seed for each call. The rows of a batch draw
+            independently, or as a group.
+        style: the name of one of `profiles`, or the object form of the request field. It can be
+            combined with a diversity of 0, and follows the answer of each row.
+        profiles: from `dftserve.styles.profile.read`.
+        top_k, top_p: for a diversity with `"group": true`, under which the rows with equal prompts
+            form a group. Set them here: those of the GenerationConfig are applied only after a
+            group's tokens are drawn.
 
     Raises:
-        DiversityError: the diversity or the style is not acceptable.
+        DiversityError: the diversity or the style is invalid.
         ProfileError: the style was built with another tokenizer or template than `tokenizer`'s.
-        ValueError: the temperature is not above 0, a stop token is no token id, the tokenizer is
-            needed and missing, or of no known form, the group is one text's place, or the style is
-            none of the profiles' or beside a law that cuts by what it has changed.
+        ValueError: the temperature is not above 0; a stop token is not a token id; the tokenizer is
+            required but missing, or of an unknown form; the group is that of a single request; or
+            the style is not among `profiles`, or cannot be combined with the law.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class DiversityProcessor(LogitsProcessor):
         if self._reads_last_token and tokenizer is None:
             raise ValueError(
                 "tokenizer: got none; accepted: the model's tokenizer, whose tokens the law "
-                "'words' tells apart."
+                "'words' divides into classes."
             )
         self._token_classes = (
             TokenClasses.from_tokenizer(tokenizer) if self._reads_last_token else None
@@ -99,10 +101,10 @@ class DiversityProcessor(LogitsProcessor):
         self._dry = _dry_controls(self.diversity.dry, tokenizer)
         if isinstance(self.diversity.group, spec.Group):
             raise ValueError(
-                "diversity.group: got one text's place; accepted: true, for the rows of equal "
-                "prompts."
+                "diversity.group: got the object form; accepted: true, which groups the rows with "
+                "equal prompts."
             )
-        self._profile, self._style = _styled(style, profiles, self.diversity, tokenizer)
+        self._profile, self._style = _resolve_style(style, profiles, self.diversity, tokenizer)
         self._stages: dict[torch.device, StyleStage] = {}
         self.statistics: Statistics | None = None
         self._seed = seed
@@ -115,17 +117,17 @@ class DiversityProcessor(LogitsProcessor):
             stop_ids=_stop_ids(stop_ids),
             style=self._style,
         )
-        self._row()  # What is wrong is refused here.
+        self._row()  # Raises for invalid arguments.
         self.reset()
         self._begin(self._ids_RL)
 
     def reset(self) -> None:
-        """Forget the last call: the next step is the first of another one."""
+        """Discard the state of the last call: the next step begins a new one."""
         self._ids_RL = torch.empty(0, 0)
         self._drawn_from_RV = torch.empty(0, 0)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores`: [R, V]; the rewritten rows come back as float32, the input is untouched.
+        """Returns the rewritten rows of `scores` [R, V] as float32; the input is not modified.
 
         Raises:
             ValueError: beam search, which ranks texts and does not sample.
@@ -133,7 +135,7 @@ class DiversityProcessor(LogitsProcessor):
         if self.diversity.is_off and self._style is None:
             return scores
         rows, length = input_ids.shape
-        if not self._goes_on(input_ids):
+        if not self._continues_call(input_ids):
             _refuse_beams(input_ids, scores)
             self._begin(input_ids)
         self._ids_RL = input_ids
@@ -151,11 +153,12 @@ class DiversityProcessor(LogitsProcessor):
         self._drawn_from_RV = logits_RV
         return cast(torch.FloatTensor, logits_RV)
 
-    def _goes_on(self, input_ids: torch.Tensor) -> bool:
-        """By the texts themselves: another call's may be one token longer by chance.
+    def _continues_call(self, input_ids: torch.Tensor) -> bool:
+        """Whether the rows continue the last step's. Lengths are not enough: another call's rows
+        may happen to be one token longer, so the token ids are compared.
 
-        A step's token has a probability in each row but those that have ended, which are padded;
-        one row at least had not.
+        The new token must also have had a nonzero probability in at least one row: all rows that
+        have not ended satisfy this, and the others are padded.
         """
         before_RL = input_ids[:, :-1]
         if not (
@@ -199,7 +202,7 @@ class DiversityProcessor(LogitsProcessor):
         return Texts(ids_RL, self._answer_R, at_R, ids_RL[:, -1].contiguous())
 
     def _groups(self, input_ids: torch.Tensor, seed: int) -> GroupCodes:
-        """The rows of equal prompts are a group each."""
+        """The codes of the rows; rows with equal prompts form a group."""
         codes = GroupCodes(len(input_ids), 1, input_ids.device)
         prompts = [tuple(prompt) for prompt in input_ids.tolist()]
         sizes, seen = Counter(prompts), Counter[tuple[int, ...]]()
@@ -212,9 +215,9 @@ class DiversityProcessor(LogitsProcessor):
 
 
 def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
-    """A GenerationConfig that samples at `temperature` and cuts nothing after the processor.
+    """A GenerationConfig that samples at `temperature` without any cut after the processor.
 
-    transformers cuts to the 50 likeliest tokens unless told otherwise. `settings` are any other
+    By default, transformers samples from the 50 most likely tokens only. `settings` are any other
     GenerationConfig fields (`max_new_tokens=…`).
 
     Raises:
@@ -227,35 +230,35 @@ def sampling(temperature: float = 1.0, **settings: object) -> GenerationConfig:
     return GenerationConfig(do_sample=True, temperature=temperature, **{**neutral, **settings})
 
 
-def _styled(
+def _resolve_style(
     style: str | Mapping[str, object] | None,
     profiles: "Sequence[Profile]",
     diversity: spec.Diversity,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> "tuple[Profile, StyleControls] | tuple[None, None]":
-    """The profile of a style that does something, and what of it is in force."""
+    """The profile and the controls of the requested style; None for both if it has no effect."""
     if style is None:
         return None, None
-    asked = spec.parse_style(style)
-    found = {profile.name: profile for profile in profiles}.get(asked.name)
+    requested = spec.parse_style(style)
+    found = {profile.name: profile for profile in profiles}.get(requested.name)
     if found is None:
         names = ", ".join(profile.name for profile in profiles) or "none; give `profiles`"
-        raise ValueError(f"style.name: got {spec.shown(asked.name)}; accepted: {names}.")
+        raise ValueError(f"style.name: got {spec.shown(requested.name)}; accepted: {names}.")
     if tokenizer is not None:
         found.belongs_to(
             tokenizer=tokenizer_fingerprint(tokenizer),
             template=template_fingerprint(tokenizer),
             vocabulary=max(len(tokenizer), found.vocabulary),
         )
-    strength = found.strength if asked.strength is None else asked.strength
+    strength = found.strength if requested.strength is None else requested.strength
     if strength == 0:
         return None, None
     if diversity.law in spec.WHOLE_ROW_LAWS:
         accepted = ", ".join(law for law in spec.LAWS if law not in spec.WHOLE_ROW_LAWS)
         raise ValueError(
-            f"style: got it beside the law {diversity.law!r}; accepted beside a style: {accepted}."
+            f"style: got it with the law {diversity.law!r}; accepted with a style: {accepted}."
         )
-    max_kl = found.max_kl if asked.max_kl is None else asked.max_kl
+    max_kl = found.max_kl if requested.max_kl is None else requested.max_kl
     return found, StyleControls(profile=0, strength=strength, max_kl=max_kl)
 
 
@@ -284,7 +287,8 @@ def _stop_ids(given: int | Iterable[int | None] | None) -> frozenset[int]:
 
 
 def _refuse_beams(input_ids: torch.Tensor, scores: torch.Tensor) -> None:
-    """Beam search begins with equal rows, and hands over log-probabilities in place of logits."""
+    """Raise ValueError for beam search, which is recognised by its equal first rows and by scores
+    that are log-probabilities instead of logits."""
     if len(input_ids) < 2 or not bool((input_ids[0] == input_ids[1]).all()):
         return
     if bool((scores.float().logsumexp(-1).abs() < 1e-4).all()):

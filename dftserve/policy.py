@@ -1,4 +1,4 @@
-"""What an operator allows: a YAML file of caps, for a server, a served model and an API key.
+"""The operator's policy: a YAML file of caps for the server, a served model and an API key.
 
     on_excess: reject                 # or clamp
     server: {level: 0.6, laws: [gated, guard], styles: [plain]}
@@ -8,8 +8,8 @@
       DIGEST_OF_THE_KEY: {level: 1}
     audit: {file: /var/log/dftserve/audit.jsonl}
 
-A key's word stands over a model's, and a model's over the server's, each cap by itself.
-Standard library only, but for YAML.
+For each cap, a key's value overrides the model's, which overrides the server's.
+Standard library only, except for YAML.
 """
 
 import string
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from dftserve import settings, spec
 
 VARIABLE = "DFTSERVE_POLICY"
-"""The environment variable in which the plug-in finds the file."""
+"""The environment variable from which the plug-in reads the path of the file."""
 REJECT, CLAMP = "reject", "clamp"
 KEY_DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
@@ -34,14 +34,14 @@ BOUNDS: Mapping[str, spec.Bounds] = {
     "group_size": spec.Bounds(low=1, high=spec.GROUP_SIZE[1], whole=True),
     **spec.STYLE_BOUNDS,
 }
-"""What a cap may be, by its name."""
+"""The accepted values of each cap, by its name."""
 
 Asked = TypeVar("Asked", spec.Diversity, spec.Style)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that is allowed of each number; None: this place does not say."""
+    """The maximum of each number; None: not set at this level."""
 
     level: float | None = None
     max_temperature: float | None = None
@@ -54,17 +54,17 @@ class Limits:
     dry_base: float | None = None
     dry_allowed_length: float | None = None
     dry_sequence_breakers: float | None = None
-    """How many; the first ones are kept."""
+    """The number of breakers; the first ones are kept."""
     group_size: float | None = None
-    """Texts of a group, which cannot be lowered; 1: no groups."""
+    """Texts in a group. A larger group is refused, since it cannot be clamped; 1: no groups."""
     strength: float | None = None
-    """Of a style."""
+    """A style's strength."""
     max_kl: float | None = None
-    """Of a style, in nats a token."""
+    """A style's bound, in nats per token."""
     laws: tuple[str, ...] | None = None
-    """The laws that may be asked for."""
+    """The laws that may be requested."""
     styles: tuple[str, ...] | None = None
-    """The styles that may be asked for."""
+    """The styles that may be requested."""
 
     def __post_init__(self) -> None:
         for name in self.laws or ():
@@ -76,63 +76,64 @@ class Limits:
                 raise ValueError(f"{name}: got {cap:g}; accepted: {bounds}.")
 
     def over(self, outer: "Limits") -> "Limits":
-        """These, and where they say nothing, those of the place around."""
+        """These limits, with unset ones taken from `outer`."""
         return replace(outer, **self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
-        """What is said."""
+        """The limits that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def refusal_of(self, asked: spec.Diversity | spec.Style) -> tuple[str, str, str] | None:
-        """The name, the value and what is accepted instead, of a law or a style that may not be
-        asked for; None where it may."""
-        if isinstance(asked, spec.Diversity):
-            name, value, accepted = "law", asked.law, self.laws
-            is_in_force = asked.level != 0  # DRY or a group may stand beside it.
+    def refusal_of(self, requested: spec.Diversity | spec.Style) -> tuple[str, str, str] | None:
+        """For a law or a style that is not allowed: the field's name, its value and the values
+        accepted; None if it is allowed."""
+        if isinstance(requested, spec.Diversity):
+            name, value, accepted = "law", requested.law, self.laws
+            is_in_force = requested.level != 0  # At level 0 only DRY or a group has an effect.
         else:
-            name, value, accepted = "name", asked.name, self.styles
-            is_in_force = not asked.is_off
+            name, value, accepted = "name", requested.name, self.styles
+            is_in_force = not requested.is_off
         if not is_in_force or accepted is None or value in accepted:
             return None
         return name, value, ", ".join(accepted) or "none"
 
     def allows_group(self, diversity: spec.Diversity, choices: int) -> bool:
-        """Whether the request's group is not too large.
+        """Whether the size of the request's group is within the limit.
 
         Args:
-            choices: of the request, which are the group where it says `true`.
+            choices: the request's number of choices, which form the group if `group` is true.
         """
         return self.group_size is None or size_of_group(diversity, choices) <= self.group_size
 
-    def excess(self, asked: spec.Diversity | spec.Style) -> dict[str, float]:
-        """The caps that the numbers of a request exceed, by name."""
-        if asked.is_off:
+    def excess(self, requested: spec.Diversity | spec.Style) -> dict[str, float]:
+        """The caps that a request exceeds, by name."""
+        if requested.is_off:
             return {}
         return {
             name: cap
-            for name, value in numbers(asked).items()
+            for name, value in numbers(requested).items()
             if (cap := getattr(self, name, None)) is not None and value > cap
         }
 
-    def lowered(self, asked: Asked) -> Asked:
-        """The request with every number at most its cap."""
-        caps: dict[str, Any] = self.excess(asked)
+    def lowered(self, requested: Asked) -> Asked:
+        """The request with every number clamped to its cap."""
+        caps: dict[str, Any] = self.excess(requested)
         of_dry = {name: caps.pop(name) for name in spec.DRY_NAMES if name in caps}
-        if of_dry and isinstance(asked, spec.Diversity) and asked.dry is not None:
-            caps["dry"] = _lowered_dry(asked.dry, of_dry)
-        return replace(asked, **caps) if caps else asked
+        if of_dry and isinstance(requested, spec.Diversity) and requested.dry is not None:
+            caps["dry"] = _lowered_dry(requested.dry, of_dry)
+        return replace(requested, **caps) if caps else requested
 
 
-def numbers(asked: spec.Diversity | spec.Style) -> dict[str, float]:
-    """What is capped of a request, by the names of `Limits`; of the breakers, how many."""
-    found = {each.name: getattr(asked, each.name) for each in fields(asked)}
+def numbers(requested: spec.Diversity | spec.Style) -> dict[str, float]:
+    """The numbers of a request that can be capped, by the names of `Limits`; the breakers appear as
+    their number."""
+    found = {each.name: getattr(requested, each.name) for each in fields(requested)}
     if (dry := found.pop("dry", None)) is not None:
         found |= dry.as_dict() | {spec.DRY_BREAKERS: len(dry.sequence_breakers)}
     return {name: found[name] for name in BOUNDS if found.get(name) is not None}
 
 
 def size_of_group(diversity: spec.Diversity, choices: int) -> int:
-    """1 where there is none."""
+    """The size of a request's group; 1 without a group."""
     if isinstance(diversity.group, spec.Group):
         return diversity.group.size
     return choices if diversity.group else 1
@@ -152,13 +153,13 @@ def _lowered_dry(dry: spec.Dry, caps: Mapping[str, float]) -> spec.Dry | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Where requests with a field are noted, without any text of theirs."""
+    """The log of requests with a `diversity` or `style`; it contains none of their texts."""
 
     file: str
     largest_mib: int = 64
-    """Of one file, in MiB; then it is renamed to FILE.1, FILE.1 to FILE.2 and so on."""
+    """Size in MiB at which the file is renamed to FILE.1, FILE.1 to FILE.2 and so on."""
     keep: int = 4
-    """Files that were renamed; older ones are deleted."""
+    """The number of renamed files to keep; older ones are deleted."""
 
     def __post_init__(self) -> None:
         if not Path(self.file).is_absolute():
@@ -175,7 +176,7 @@ class Policy:
     on_excess: str = REJECT
     server: Limits = Limits()
     models: Mapping[str, Limits] = field(default_factory=dict)
-    """By the name that a client asks for."""
+    """By the model name in the request."""
     keys: Mapping[str, Limits] = field(default_factory=dict)
     """By the SHA-256 of the API key, in hexadecimal digits."""
     audit: Audit | None = None
@@ -189,12 +190,12 @@ class Policy:
             object.__setattr__(self, name, _limits(getattr(self, name), name))
 
     def limits(self, models: Collection[str], key: str | None) -> Limits:
-        """What holds for a request.
+        """The limits that apply to a request.
 
         Args:
-            models: the name that it asks for, and after it the names whose entries stand in
-                where that one has none.
-            key: the SHA-256 of its API key; None where it has none.
+            models: the requested model name, followed by fallback names; the first that has an
+                entry is used.
+            key: the SHA-256 of the request's API key; None without one.
         """
         of_key = Limits() if key is None else self.keys.get(key, Limits())
         of_model = next((self.models[name] for name in models if name in self.models), Limits())
@@ -205,25 +206,25 @@ def read(path: str | Path) -> Policy:
     """The policy of a YAML file.
 
     Raises:
-        ValueError: the file cannot be read, or says something else; names the place in it.
+        ValueError: the file cannot be read or is not a valid policy; names the key at fault.
     """
     path = Path(path)
     return settings.load(Policy, settings.read_yaml(path), path.name)
 
 
 def _check_digest(digest: object, number: int) -> None:
-    """What came is not repeated: it may be the key itself."""
+    """The error does not quote the value, which may be the API key itself."""
     digits = set(string.digits + "abcdef")
     if not isinstance(digest, str) or len(digest) != KEY_DIGITS or not set(digest) <= digits:
         raise ValueError(
-            f"keys: got an entry (number {number}) that is no SHA-256; accepted: {KEY_DIGITS} "
+            f"keys: got an entry (number {number}) that is not a SHA-256; accepted: {KEY_DIGITS} "
             'digits, 0-9 and a-f, of the key: printf %s "$KEY" | sha256sum.'
         )
 
 
 def _limits(given: Mapping[Any, Any], where: str) -> dict[str, Limits]:
-    shown = (name if where == "models" else f"{name:.8}…" for name in given)
+    labels = (name if where == "models" else f"{name:.8}…" for name in given)
     return {
-        name: each if isinstance(each, Limits) else settings.load(Limits, each, f"{where}.{said}")
-        for (name, each), said in zip(given.items(), shown, strict=True)
+        name: each if isinstance(each, Limits) else settings.load(Limits, each, f"{where}.{label}")
+        for (name, each), label in zip(given.items(), labels, strict=True)
     }

@@ -1,8 +1,8 @@
-"""Frozen dataclasses from what a user wrote, with every mistake named.
+"""Builds frozen dataclasses from user input, with an error message for every kind of mistake.
 
     settings.load(Filters, {"min_words": 50}, "corpus.filters")
 
-Standard library only, but for YAML, which this is the one reader of.
+Standard library only, except for YAML, which is read only here.
 """
 
 import contextlib
@@ -58,23 +58,26 @@ SYNONYMS = {
     "early_stopping_patience": "patience",
     "logging_steps": "log_every",
 }
-"""What other trainers call a setting of ours: no spelling brings one to the other."""
+"""Names of other trainers for our settings, which spelling similarity would not find."""
 LARGEST = 1 << 16
-"""Bytes of a file of settings."""
-MOST_TOLD = 5
-"""Unknown keys that an error names."""
+"""Maximum size of a settings file, in bytes."""
+MOST_NAMED = 5
+"""Maximum number of unknown keys that an error lists."""
 
 
 def load(cls: type[T], given: object, where: str) -> T:
-    """A `cls` from a mapping; its fields' annotations say what is accepted; an error says it in the
-    words of the field's metadata `kind`, where it has some.
+    """Build a `cls` from a mapping, checking each value against its field's annotation. Errors
+    describe the accepted type by the field's metadata `kind`, if it has one.
 
-    Known annotations: bool, int, float, str, tuple[X, ...], Mapping, dataclasses of these, and
-    unions with None. A check on values belongs to the dataclass's own `__post_init__`.
+    Supported annotations: bool, int, float, str, tuple[X, ...], Mapping, dataclasses of these, and
+    unions with None. Value ranges are checked by the dataclass's own `__post_init__`.
+
+    Args:
+        where: the path of the mapping, for errors.
 
     Raises:
-        ValueError: not a mapping, an unknown key (with the nearest name), a missing one, or a
-            value of a wrong type; `where` is the key's path.
+        ValueError: not a mapping, an unknown key (with the nearest name), a missing key, or a
+            value of the wrong type.
     """
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     required = [
@@ -101,8 +104,8 @@ def load(cls: type[T], given: object, where: str) -> T:
 
 
 def check_field(cls: type, name: str, given: object, where: str) -> None:
-    """Raises ValueError where `given` is not of the type of a field, with the values that the
-    field's metadata lists as `accepted`."""
+    """Raises ValueError if `given` does not have the type of a field; the message includes the
+    values that the field's metadata lists as `accepted`."""
     try:
         _value(typing.get_type_hints(cls)[name], given, where)
     except ValueError as error:
@@ -114,47 +117,48 @@ def check_field(cls: type, name: str, given: object, where: str) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says.
+    """The content of a YAML file.
 
     Raises:
-        ValueError: not there, no regular file, too large, not UTF-8, or as `parse_yaml`.
+        ValueError: missing, not a regular file, too large, not UTF-8, or as `parse_yaml`.
     """
     try:
         text = read_text(path, largest=LARGEST)
     except OSError as error:
-        told = error.strerror or "there is no such file"
-        raise ValueError(f"{path}: cannot be read ({told}); give a YAML file.") from None
+        reason = error.strerror or "there is no such file"
+        raise ValueError(f"{path}: cannot be read ({reason}); give a YAML file.") from None
     return parse_yaml(text, path.name)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What a YAML text says; `where` begins the error.
+    """The content of a YAML text; `where` is the prefix of errors.
 
     Raises:
-        ValueError: not YAML, with an alias, or with more than `DEEPEST` levels.
+        ValueError: not YAML, contains an alias, or is nested deeper than `DEEPEST` levels.
     """
     import yaml
 
     try:
-        problem = _unbounded(text)
+        problem = _size_problem(text)
         content = None if problem else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
-        # Not only YAMLError: a tag on a text that does not fit it, as in `!!bool maybe`.
-        told = " ".join(str(error).split())
-        raise ValueError(f"{where}: not YAML ({told}); correct it there.") from None
+        # A tag that does not match its value, as in `!!bool maybe`, raises other errors.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: not YAML ({reason}); correct it there.") from None
     if problem:
         raise ValueError(f"{where}: {problem}.")
     return content
 
 
-def _unbounded(text: str) -> str | None:
-    """What makes a document too large once it is unfolded: told before anything is made of it."""
+def _size_problem(text: str) -> str | None:
+    """Why the parsed document could be too large, found before any object is built; None if it is
+    not."""
     import yaml
 
     level = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            # A few nested ones unfold to more than any memory holds.
+            # A few nested aliases can expand to more than fits in memory.
             return "it has an alias (*name); accepted: YAML without them"
         if isinstance(event, yaml.CollectionStartEvent):
             level += 1
@@ -166,20 +170,20 @@ def _unbounded(text: str) -> str | None:
 
 
 def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) -> None:
-    """Raise ValueError for keys that are not known, with the nearest name of each."""
+    """Raise ValueError for unknown keys, with the nearest known name of each."""
     known = list(known)
     unknown = [name for name in given if name not in known]
     if len(unknown) == 1:
         name = unknown[0]
         raise ValueError(f"{where}: got the key {_shown(name)}; accepted: {among(name, known)}.")
     if unknown:
-        told = ", ".join(_shown(name) + _question(name, known) for name in unknown[:MOST_TOLD])
-        more = ", …" if len(unknown) > MOST_TOLD else ""
-        raise ValueError(f"{where}: got the keys {told}{more}; accepted: {', '.join(known)}.")
+        named = ", ".join(_shown(name) + _question(name, known) for name in unknown[:MOST_NAMED])
+        more = ", …" if len(unknown) > MOST_NAMED else ""
+        raise ValueError(f"{where}: got the keys {named}{more}; accepted: {', '.join(known)}.")
 
 
 def among(name: object, known: Iterable[str]) -> str:
-    """The known names in a list and, where one is near, a question after it."""
+    """The known names as a list, followed by "did you mean" if one is close."""
     known = list(known)
     return ", ".join(known) + _question(name, known)
 
@@ -228,7 +232,8 @@ def _value(hint: Any, given: object, where: str, kind: str | None = None) -> Any
 
 
 def _is_near(hint: Any, given: object) -> bool:
-    """Whether what is wrong is within it: its own error then says more than that of all choices."""
+    """Whether a value has the container type of `hint`, so that the mistake is inside it and the
+    error for this choice is more specific than one that lists all choices."""
     if isinstance(given, Mapping):
         return typing.get_origin(hint) is not tuple
     return isinstance(given, list | tuple | str)

@@ -1,6 +1,6 @@
-"""What a request asks for (`Diversity`, `Style`) and what a checkpoint promises (`Promise`).
+"""Request parameters (`Diversity`, `Style`) and a checkpoint's self-description (`Promise`).
 
-Standard library only: clients, servers and trainers share these words without sharing a tensor.
+Standard library only, so that clients, servers and trainers can share these types without torch.
 """
 
 import difflib
@@ -16,16 +16,16 @@ from typing import Any, TypeGuard
 from dftserve.bounded_files import advised, read_json
 
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
-"""The environment variable in which the plug-in finds the server's default."""
+"""The environment variable from which the plug-in reads the server's default diversity."""
 STYLES_VARIABLE = "DFTSERVE_STYLES"
-"""The one in which it finds the folder of style profiles."""
+"""The environment variable from which the plug-in reads the folder of style profiles."""
 MAX_JSON_CHARACTERS = 4096
 CHECKSUMS = "checksums.json"
-"""The file of a checkpoint that says whether it is whole."""
+"""The file of a checkpoint by which its completeness is verified."""
 
 
 class DiversityError(ValueError):
-    """A `diversity` that cannot be honoured: which parameter, what came, what is accepted."""
+    """An invalid `diversity`: the parameter, the value received and the values accepted."""
 
     def __init__(self, parameter: str, value: object, accepted: str) -> None:
         self.parameter = parameter
@@ -60,7 +60,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "dynatemp_range": Bounds(low=0, high=100),
     "dynatemp_exponent": Bounds(low=0, high=10, low_included=False),
     "n_sigma": Bounds(low=0, high=100, low_included=False),
-    # No two tokens have more than half: a higher threshold would never exclude anything.
+    # Two tokens cannot both exceed 0.5, so a higher threshold would never exclude anything.
     "xtc_threshold": Bounds(low=0, high=0.5, low_included=False),
     "xtc_probability": Bounds(low=0, high=1, low_included=False),
 }
@@ -70,13 +70,13 @@ DRY_BOUNDS: Mapping[str, Bounds] = {
     "dry_base": Bounds(low=1, high=4),
     "dry_allowed_length": Bounds(low=1, high=64, whole=True),
 }
-"""Of the numbers of DRY, which stands beside every law."""
+"""Bounds of DRY's numbers. DRY can be combined with every law."""
 DRY_BREAKERS = "dry_sequence_breakers"
 MOST_BREAKERS, LONGEST_BREAKER = 32, 64
-"""Strings, and characters of each."""
+"""Maximum number of strings, and maximum characters of each."""
 DRY_NAMES = (*DRY_BOUNDS, DRY_BREAKERS)
 
-# What a checkpoint may say that it measured, in nats per token.
+# Valid range of the entropies in a checkpoint's `Promise`, in nats per token.
 MEASURED = Bounds(low=0, high=20)
 
 _REQUIRED = object()
@@ -90,7 +90,7 @@ class _Nothing:
 NOTHING = _Nothing()
 """The value of a `DiversityError` for a parameter that is missing."""
 
-# What each law takes: the default of each field, or that it must be given.
+# The fields of each law, with their defaults or `_REQUIRED`.
 LAWS: Mapping[str, Mapping[str, Any]] = {
     "gated": {"level": _REQUIRED, "max_temperature": 4.0, "min_p": None},
     "budget": {"target_entropy": _REQUIRED, "max_temperature": 4.0, "min_p": None},
@@ -108,26 +108,27 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
 
 
 def is_required(law: str, name: str) -> bool:
-    """Whether a law has no default of a field that it takes."""
+    """Whether a field of a law has no default."""
     return LAWS[law][name] is _REQUIRED
 
 
 WHOLE_ROW_LAWS = ("top_n_sigma", "xtc")
-"""Laws that cut by what a style has changed before them: they go with none."""
+"""Laws whose cuts depend on probabilities that a style would already have changed; they cannot be
+combined with a style."""
 DEFAULT_LAW = "gated"
 GROUP = "group"
-"""Beside what the law takes, with every law: see `Group`."""
+"""A field accepted with every law: see `Group`."""
 GROUP_SIZE = 2, 1024
 GROUP_ACCEPTED = (
     "true, for the choices of a request with n > 1, or an object such as "
     '{"id": "essay-17", "index": 0, "size": 8}'
 )
 TRACE = "trace"
-"""Beside what the law takes, with every law: the answer has the figures of each token."""
+"""A field accepted with every law: the response then includes the figures of each token."""
 MOST_TRACED = 4096
-"""Tokens of all choices of a request, together, whose figures its answer has."""
+"""Maximum number of tokens, over all choices of a request, whose figures the response includes."""
 HUMAN = "human"
-"""To a server, in place of a number: `Promise.human_diversity` of the model that it serves."""
+"""Accepted by a server in place of a number: the served model's `Promise.human_diversity`."""
 
 ACCEPTED = (
     "a number from 0 (off) to 1 (the most heat), or an object such as "
@@ -138,15 +139,16 @@ ACCEPTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Dry:
-    """DRY, "don't repeat yourself": what would continue a sequence that the text already has is
-    made less likely, beside any law. The names are the request's, less their `dry_`."""
+    """DRY, "don't repeat yourself": penalises tokens that would continue a sequence that already
+    occurs in the text. Can be combined with any law. Fields are named as in the request, without
+    the prefix `dry_`."""
 
     multiplier: float
-    """Of the penalty multiplier·base^(length of the repeated sequence − allowed_length), nats."""
+    """The penalty is multiplier·base^(length of the repeated sequence − allowed_length) nats."""
     base: float = 1.75
     allowed_length: int = 2
     sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    """A repeated sequence ends where the text has one of these."""
+    """Strings that end a repeated sequence."""
 
     def as_dict(self) -> dict[str, Any]:
         named = {f"dry_{field.name}": getattr(self, field.name) for field in fields(self)}
@@ -155,10 +157,10 @@ class Dry:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Which of a group's texts a request is. They are drawn together: see docs/groups.md."""
+    """A request's membership in a group of texts that are sampled jointly: see docs/groups.md."""
 
     id: str
-    """The group's own: the texts of a group have the same, and no other group has it."""
+    """Shared by the requests of the group, and unique to it."""
     index: int
     """From 0 to `size` - 1."""
     size: int
@@ -169,14 +171,14 @@ class Diversity:
     """One request's `diversity`, with every default filled in.
 
     Fields that the law does not take are None. Entropies are in nats. Build one with `parse` or
-    `parse_json`, which refuse what is wrong.
+    `parse_json`, which validate the input.
     """
 
     law: str = DEFAULT_LAW
     level: float | None = None
-    """0 = off, 1 = the most heat; scales the range under `dynatemp`."""
+    """0 = off, 1 = maximum heat; scales the range under `dynatemp`."""
     max_temperature: float | None = None
-    """The heated temperature's ceiling; a request's own higher temperature is kept."""
+    """Upper limit of the heated temperature; a request's own temperature may exceed it."""
     min_p: float | None = None
     """Replaces the guard's threshold: a token stays when p >= min_p * p_max, at temperature 1."""
     target_entropy: float | None = None
@@ -186,28 +188,29 @@ class Diversity:
     n_sigma: float | None = None
     """A token stays when its logit is at most this many standard deviations below the highest."""
     xtc_threshold: float | None = None
-    """Tokens of at least this probability are top choices, of which all but the least go …"""
+    """Tokens of at least this probability are top choices."""
     xtc_probability: float | None = None
-    """… in this share of the steps."""
+    """The share of steps in which all top choices but the least probable are excluded."""
     dry: Dry | None = None
     """None: off."""
     group: "bool | Group | None" = None
     """True: the request's choices are a group."""
     trace: bool = False
-    """Whether the answer has the figures of each token, of at most `MOST_TRACED`."""
+    """Whether the response includes the figures of each token, for at most `MOST_TRACED` tokens."""
 
     @property
     def is_off(self) -> bool:
-        """Level 0 leaves rows as they come; a group at level 0 is guarded, and not heated."""
+        """Whether rows are left unchanged. A group at level 0 is guarded but not heated, so it is
+        not off."""
         return self.level == 0 and self.dry is None and self.group is None
 
     @property
     def is_dry_alone(self) -> bool:
-        """Whether repeats are all that is changed: nothing is heated, and nothing cut."""
+        """Whether DRY is the only change: nothing is heated and nothing is cut."""
         return self.level == 0 and self.dry is not None and self.group is None
 
     def as_dict(self) -> dict[str, Any]:
-        """The object form; `parse` gives it back unchanged."""
+        """The object form; `parse` turns it back into an equal `Diversity`."""
         everything = {field.name: getattr(self, field.name) for field in fields(self)}
         dry, group = everything.pop("dry"), self.group
         everything[TRACE] = self.trace or None
@@ -217,8 +220,8 @@ class Diversity:
         return found | ({GROUP: asdict(group)} if isinstance(group, Group) else {})
 
     def without_texts(self) -> dict[str, Any]:
-        """The object form less the client's own words, for headers and logs: how many breakers
-        there are, and a digest of the group's id, by which equal ids are seen to be equal."""
+        """The object form without text from the client, for headers and logs: breakers are replaced
+        by their number, and the group's id by a digest, so that equal ids can still be matched."""
         found = self.as_dict()
         if self.dry is not None:
             found[DRY_BREAKERS] = len(self.dry.sequence_breakers)
@@ -232,7 +235,7 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
     """A `Diversity` from a number or an object.
 
     Raises:
-        DiversityError: names the parameter, what came and what is accepted.
+        DiversityError: names the parameter, the value received and the values accepted.
     """
     if _is_number(value):
         value = {"level": value}
@@ -249,7 +252,7 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
     dry = _parse_dry(value, parameter)
     given = {name: value[name] for name in takes if value.get(name) is not None}
     if value.get("law") is None and value.get("dry_multiplier") is not None:
-        given = {"level": 0, **given}  # DRY needs no law beside it.
+        given = {"level": 0, **given}  # DRY can be used without a law.
     numbers = {name: _number(given[name], BOUNDS[name], f"{parameter}.{name}") for name in given}
     for name in takes:
         if name not in numbers and is_required(law, name):
@@ -264,7 +267,8 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
 
 
 def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
-    """Of an object whose names are known; None where it has no DRY, or a multiplier of 0."""
+    """The DRY fields of an object whose keys were validated; None without them, or if the
+    multiplier is 0."""
     given = {name: value[name] for name in DRY_NAMES if value.get(name) is not None}
     if not given:
         return None
@@ -274,7 +278,7 @@ def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
         if name in given
     }
     if "multiplier" not in numbers:
-        accepted = f"{DRY_BOUNDS['dry_multiplier']} (the other names of DRY need it)"
+        accepted = f"{DRY_BOUNDS['dry_multiplier']} (the other dry_ fields require it)"
         raise DiversityError(f"{parameter}.dry_multiplier", NOTHING, accepted)
     dry = Dry(**numbers)  # pyright: ignore[reportArgumentType]
     dry = replace(dry, allowed_length=int(dry.allowed_length))
@@ -285,7 +289,7 @@ def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
 
 
 def _strings(value: object, parameter: str) -> tuple[str, ...]:
-    """Distinct, in their order."""
+    """The distinct strings of a list, in their order."""
     accepted = f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
     if not isinstance(value, list | tuple) or len(value) > MOST_BREAKERS:
         raise DiversityError(parameter, value, accepted)
@@ -304,10 +308,10 @@ def _group(value: object, parameter: str) -> bool | Group | None:
     for key in value:
         if key not in takes:
             accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
-            raise DiversityError(f"{parameter}.{_cut(key)}", value[key], accepted)
+            raise DiversityError(f"{parameter}.{_short_key(key)}", value[key], accepted)
     name, low, high = value.get("id", NOTHING), *GROUP_SIZE
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
-        accepted = f"a text of 1 to {LONGEST_NAME} printable characters, the group's own"
+        accepted = f"a text of 1 to {LONGEST_NAME} printable characters, unique to the group"
         raise DiversityError(f"{parameter}.id", name, accepted)
     size = _whole(value.get("size", NOTHING), low, high, f"{parameter}.size")
     index = _whole(value.get("index", NOTHING), 0, size - 1, f"{parameter}.index")
@@ -339,28 +343,28 @@ STYLE_ACCEPTED = (
     '{"name": "plain", "strength": 0.6, "max_kl": 0.05}'
 )
 LONGEST_NAME = 64
-"""Characters of a style's name, and of a group's."""
+"""Maximum number of characters of a style's name and of a group's id."""
 DIGEST_DIGITS = 12
-"""Hexadecimal digits of a group id's SHA-256, where the id itself is not shown."""
+"""Hexadecimal digits of the SHA-256 that is shown in place of a group's id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """One request's `style`. What it leaves out is the profile's own; which names there are, the
-    server knows. Build one with `parse_style` or `parse_style_json`, which refuse what is wrong."""
+    """One request's `style`. Fields that are None default to the profile's values; the server
+    checks the name. Build one with `parse_style` or `parse_style_json`, which validate the rest."""
 
     name: str
     strength: float | None = None
     """0 = off, 1 = as the profile was built."""
     max_kl: float | None = None
-    """Nats a token that the tilt of word choice may cost in the mean."""
+    """Bound on the mean KL divergence of the tilt of word choice, in nats per token."""
 
     @property
     def is_off(self) -> bool:
         return self.strength == 0
 
     def as_dict(self) -> dict[str, str | float]:
-        """The object form; `parse_style` gives it back unchanged."""
+        """The object form; `parse_style` turns it back into an equal `Style`."""
         everything = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in everything.items() if value is not None}
 
@@ -369,7 +373,7 @@ def parse_style(value: object, parameter: str = "style") -> Style:
     """A `Style` from a name or an object.
 
     Raises:
-        DiversityError: names the parameter, what came and what is accepted.
+        DiversityError: names the parameter, the value received and the values accepted.
     """
     if isinstance(value, str):
         value = {"name": value}
@@ -379,7 +383,7 @@ def parse_style(value: object, parameter: str = "style") -> Style:
     for key in value:
         if key not in takes:
             accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
-            raise DiversityError(f"{parameter}.{_cut(key)}", value[key], accepted)
+            raise DiversityError(f"{parameter}.{_short_key(key)}", value[key], accepted)
     name = value.get("name", NOTHING)
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         accepted = f"the name of a style, of at most {LONGEST_NAME} characters"
@@ -413,12 +417,12 @@ def parse_style_json(text: str, parameter: str = "style") -> Style:
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """What a checkpoint says of itself in its dft.json."""
+    """The contents of a checkpoint's dft.json: how it was trained and what was measured."""
 
     recipe: str
-    """How the target distribution was made, for a reader."""
+    """How the target distribution was made, for human readers."""
     diversity: Diversity | None = None
-    """The diversity that its maker suggests for serving."""
+    """The diversity suggested for serving."""
     target_entropy: float | None = None
     """Mean next-token entropy of the target on held-out text, in nats."""
     model_entropy: float | None = None
@@ -426,7 +430,7 @@ class Promise:
     target_deciles: tuple[float, ...] | None = None
     """The target's next-token entropies at 10, 20, …, 90 % of the tokens, in nats."""
     model_deciles: tuple[float, ...] | None = None
-    """The tuned model's."""
+    """The tuned model's, likewise."""
 
     @property
     def human_diversity(self) -> Diversity | None:
@@ -446,15 +450,15 @@ class Promise:
 
         Raises:
             FileNotFoundError: the folder has no dft.json.
-            ValueError: it is not the JSON object that `write` makes, no file of the folder, or too
-                large.
+            ValueError: it is not a JSON object as written by `write`, lies outside the folder, or
+                is too large.
         """
         path = folder / cls.FILE
         try:
-            # Each of its numbers has bounds of its own.
+            # `finite` is not needed: each number is checked against its own bounds below.
             content = read_json(path, within=folder, largest=cls.LARGEST, finite=False)
         except ValueError as error:
-            raise ValueError(advised(error, "write it anew with the trainer")) from None
+            raise ValueError(advised(error, "write it again with the trainer")) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "recipe" not in content:
             raise ValueError(f"{path}: got {shown(content)}; accepted: an object with `recipe`.")
@@ -488,14 +492,14 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def _number(value: object, bounds: Bounds, parameter: str) -> float:
     if not _is_number(value):
         raise DiversityError(parameter, value, str(bounds))
-    # Comparing before converting: an integer may be too large for a float, and NaN is in no bounds.
+    # Compare before converting: an integer may be too large for a float. NaN is never in bounds.
     if value not in bounds:
         raise DiversityError(parameter, value, str(bounds))
     return float(value)
 
 
 def _whole(value: object, low: int, high: int, parameter: str) -> int:
-    """Of 2.0 too: some clients have no other numbers, and JSON Schema's integers include it."""
+    """Accepts 2.0 too: some clients send only floats, and for JSON Schema 2.0 is an integer."""
     return int(_number(value, Bounds(low=low, high=high, whole=True), parameter))
 
 
@@ -511,35 +515,35 @@ def _unknown_field(parameter: str, name: object, value: object, law: str) -> Div
     hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
     names = [*takes, *DRY_NAMES]
     accepted = f"for the law {law!r}: {', '.join(names)}{hint or _nearest(name, names)}"
-    return DiversityError(f"{parameter}.{_cut(name)}", value, accepted)
+    return DiversityError(f"{parameter}.{_short_key(name)}", value, accepted)
 
 
 def _nearest(name: object, names: Iterable[str]) -> str:
-    return question(nearest(_cut(name), names))
+    return question(nearest(_short_key(name), names))
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a mistyped one is nearest to; None where none is near."""
+    """The known name closest to a mistyped one; None if none is close."""
     return next(iter(difflib.get_close_matches(name[:MAX_SHOWN], list(known), n=1)), None)
 
 
 def question(close: str | None) -> str:
-    """What an error says after the names that are accepted, of one that is near."""
+    """The suffix of an error message that suggests a close name; empty without one."""
     return f" (did you mean {close!r}?)" if close else ""
 
 
-def _cut(name: object) -> str:
-    """A key that came, short and printable."""
+def _short_key(name: object) -> str:
+    """A received key, shortened and printable."""
     return repr(name[:MAX_SHOWN])[1:-1] if isinstance(name, str) else shown(name)
 
 
 MAX_SHOWN = 80
-"""Characters of a value that an error repeats."""
+"""Maximum number of characters of a value in an error message."""
 
 
 class _Short(reprlib.Repr):
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """Of the first keys: the library would sort all of them."""
+        """Formats only the first keys: the base class would sort all of them."""
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
@@ -548,8 +552,9 @@ _short.maxlevel, _short.maxstring, _short.maxother = 3, MAX_SHOWN, MAX_SHOWN
 
 
 def is_slip_of(key: str, name: str) -> bool:
-    """Whether a key is a field's name with other capitals, a letter left out, another letter or two
-    swapped. Not with a letter more: `styles` and `style2` may be another's."""
+    """Whether a key differs from a field's name only in case, or by one omitted or replaced letter
+    or two swapped ones. An extra letter does not count: `styles` or `style2` may be a field of
+    another application."""
     if key == name or not len(name) - 1 <= len(key) <= len(name):
         return False
     slip = key.lower()
@@ -561,8 +566,7 @@ def is_slip_of(key: str, name: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value as an error repeats it: at most `MAX_SHOWN` characters, all of them printable,
-    whatever came."""
+    """Any value as text for an error message: at most `MAX_SHOWN` characters, all printable."""
     try:
         text = _short.repr(value)
     except ValueError:  # An integer of thousands of digits.

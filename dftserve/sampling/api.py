@@ -1,5 +1,5 @@
-"""The entry points of every adapter (transformers, vLLM's V1 and V2 runners): arguments are checked
-here, and a backend does the work. No adapter repeats the maths."""
+"""The entry points of every adapter (transformers, vLLM's V1 and V2 runners): they validate the
+arguments and call a backend. Adapters contain no maths of their own."""
 
 from dataclasses import replace
 
@@ -24,37 +24,39 @@ def transform(
 ) -> Statistics:
     """Rewrite rows of logits, in place, so that sampling from them follows each row's law.
 
-    A row comes as L/divisor and leaves as y·T/divisor, where softmax(y) is the distribution to
-    sample from: whoever divided by T before, or does so afterwards, draws from softmax(y). The
-    former argmax still attains the maximum (under the law `words`: that of each token class does
-    within its class; not under `xtc`, which may exclude it), -inf stays -inf, other rows keep their
-    bits.
+    A row is given as L/divisor and returned as y·T/divisor, where softmax(y) is the distribution to
+    sample from: a caller that divided by T before, or divides afterwards, samples from softmax(y).
+    The former argmax still attains the maximum (under the law `words`, each class's former argmax
+    does so within its class; under `xtc` it may be excluded), -inf stays -inf, and other rows are
+    bitwise unchanged.
 
     Args:
-        logits_XV: float32, each row contiguous, changed in place. An engine that pads its
-            vocabulary gives a part of wider rows.
+        logits_XV: float32, each row contiguous, changed in place. May be a slice of wider rows, as
+            in an engine that pads its vocabulary.
         controls: one row of controls for each row to change.
-        rows_R: int64, the rows to change, each once; None for all of them, in order.
-        backend: from `get_backend` for the logits' device, kept from call to call, since it owns
-            buffers; None makes one for this call, with the laws' default constants.
+        rows_R: int64, distinct indices of the rows to change; None for all of them, in order.
+        backend: from `get_backend` for the logits' device. Reuse it between calls, since it owns
+            buffers; None creates one for this call, with the laws' default constants.
 
     Returns:
-        What was done; valid until the next call of the same backend. Every check precedes the
-        first write: if this raises, nothing was changed.
+        The statistics of each row; valid until the next call of the same backend. All checks
+        precede the first write: if this raises, nothing was changed.
 
     Raises:
-        ValueError: the logits are not a float32 matrix of contiguous rows, the rows not a list of
-            int64, or not as many as rows of controls; or these have last tokens, which the law
-            `words` reads, and the backend has no token classes.
+        ValueError: the logits are not a float32 matrix of contiguous rows; `rows_R` is not a 1-D
+            int64 tensor, or its length differs from the number of rows of controls; or the controls
+            have last tokens (for the law `words`) but the backend has no token classes.
     """
     _check_logits(logits_XV)
     if rows_R is not None and (rows_R.dtype != torch.int64 or rows_R.dim() != 1):
         raise ValueError(
             f"rows: got {rows_R.dtype}, shape {tuple(rows_R.shape)}; accepted: a list of int64."
         )
-    rows, asked = len(logits_XV if rows_R is None else rows_R), len(controls.stop_ids_RE)
-    if rows != asked:
-        raise ValueError(f"rows: got {rows} and {asked} rows of controls; accepted: one for each.")
+    rows, control_rows = len(logits_XV if rows_R is None else rows_R), len(controls.stop_ids_RE)
+    if rows != control_rows:
+        raise ValueError(
+            f"rows: got {rows} and {control_rows} rows of controls; accepted: one for each."
+        )
     backend = backend or get_backend(logits_XV.device)
     _check_classes(controls.last_token_R, backend)
     return backend(logits_XV, controls, rows_R)
@@ -67,23 +69,23 @@ def transform_step(
     backend: Backend,
     style_stage: StyleStage | None = None,
 ) -> Statistics:
-    """`transform` of a step's rows with what is remembered of their requests between steps: counts
-    the rows of the step before whose tokens turned out accepted, steers by them, rewrites this
-    step's rows, and stages their statistics.
+    """`transform` for a step's rows, with the state that slots keep between steps: commits the
+    previous step's rows whose tokens were accepted, steers by them, rewrites this step's rows, and
+    stages their statistics.
 
     Args:
         logits_XV: as in `transform`.
-        slots: of `backend.create_slots`; a slot of the step's is one of these.
-        style_stage: of `get_style_stage`; needed for a step with `texts`, whose styles it applies
-            first. The figures of the styles are staged with the statistics.
+        slots: from `backend.create_slots`; the step's slot indices refer to them.
+        style_stage: from `get_style_stage`; required for a step with `texts`, whose styles are
+            applied before the law. The styles' figures are staged with the statistics.
 
     Returns:
-        As `transform`; an idle row counts as invalid.
+        As `transform`; an idle row is reported as invalid.
 
     Raises:
-        ValueError: as `transform`, or texts without a style stage. Where the law fails behind a
-            style or penalties, the rows are as these left them. A backend that checks the slots
-            raises IndexError before it writes anything; a GPU's does not look at them.
+        ValueError: as `transform`, or texts without a style stage. If the law fails after a style
+            or penalties were applied, the rows keep those changes. The CPU backend checks the slots
+            and raises IndexError before it writes anything; the GPU backend does not check them.
     """
     _check_logits(logits_XV)
     rows, slots_given = logits_XV.shape[0], step.slot_R.shape[0]
@@ -91,12 +93,12 @@ def transform_step(
         raise ValueError(f"rows: got {rows} and {slots_given} slots; accepted: one for each.")
     _check_classes(step.last_token_R, backend)
     if step.texts is not None and style_stage is None:
-        raise ValueError("texts: got some, and no style stage; give one of `get_style_stage`.")
+        raise ValueError("texts: got some, and no style stage; pass one from `get_style_stage`.")
     for part in step.penalties:
         penalise(logits_XV, step, part, backend.constants)
     if step.texts is not None and style_stage is not None:
         figures_RF = style_stage(logits_XV, step, slots)
-        step = replace(step, figures_RF=figures_RF, left=style_stage.left)
+        step = replace(step, figures_RF=figures_RF, finite_tokens=style_stage.finite_tokens)
     return backend.step(logits_XV, step, slots)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Buffer:
-    """Scratch for a matrix of one type; it grows when it must and never shrinks."""
+    """Scratch memory for a matrix of one dtype; it grows on demand and never shrinks."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._scratch = torch.empty(0, device=device, dtype=dtype)
@@ -14,7 +14,7 @@ class Buffer:
         """[rows, columns], contiguous, uninitialised; the next `take` returns the same memory."""
         size = rows * columns
         if size > len(self._scratch):
-            # A tensor made in inference mode could not be written to outside of it.
+            # A tensor created in inference mode could not be written to outside of it.
             with torch.inference_mode(mode=False):
                 self._scratch = torch.empty(
                     size + size // 2, device=self._scratch.device, dtype=self._scratch.dtype

@@ -1,7 +1,7 @@
-"""A request's parameters as the transform reads them, and the constants of the laws.
+"""A request's parameters in the form that the transform reads, and the constants of the laws.
 
-Both have one order of columns, which every backend reads by the indices below: `NUMBERS` for what
-differs between rows, `CONSTANTS` for what is the same for all of them.
+Both are stored as columns in a fixed order, which every backend accesses by the indices below:
+`NUMBERS` for values that differ between rows, `CONSTANTS` for values common to all rows.
 """
 
 import math
@@ -26,9 +26,9 @@ LAW_CODES = {
     "xtc": 6,
 }
 NO_LAW = -1
-"""As the law of a slot that holds no request."""
+"""The law of a slot without a request."""
 NO_STYLE = -1
-"""As the style of a request without one."""
+"""The style of a request without one."""
 
 NUMBERS = (
     "law",
@@ -105,29 +105,30 @@ CONSTANTS = (
 class LawConstants:
     """The constants of the laws; docs/maths.md derives them, docs/log.md has the measurements.
 
-    A backend is made with one of these and passes it to its kernels as an argument, so that other
-    constants are another law on every backend and compile nothing.
+    A backend passes its constants to its kernels as an argument, so that different constants take
+    effect on every backend without recompilation.
     """
 
     guard_start: float = 0.05
     guard_end: float = 0.02
-    """The guard's a falls geometrically from start (level 0) to end (level 1): heat needs room."""
+    """The guard's a falls geometrically from start (level 0) to end (level 1), so that a hotter row
+    keeps more tokens."""
     strength: float = 2.0
-    """c: at level 1 a wide-open step is heated by up to e^c."""
+    """c: at level 1 the temperature of a high-entropy step rises by a factor of up to e^c."""
     gate_power: float = 2.0
     """The exponent of the gate g(H) = (H/(H+1))^power."""
     lowest_temperature: float = 0.01
-    """Cooling ends here, where sampling is already greedy in effect."""
+    """The lower limit of cooling, at which sampling is already practically greedy."""
     budget_rate: float = 0.2
     budget_lowest_level: float = -1.0
     budget_highest_level: float = 2.0
-    """The levels between which the budget law steers; below 0 it cools."""
+    """The range of levels of the budget law; below 0 it cools."""
     budget_open_loop: int = 16
     """Tokens before the budget law starts to steer."""
     word_start_rise: float = 2.0
-    """Under `words`, tokens that begin a word are at T·(1 + rise·level)."""
+    """Under `words`, tokens that begin a word have the temperature T·(1 + rise·level)."""
     word_inside_fall: float = 0.3
-    """Under `words`, tokens inside a word are at T·(1 − fall·level)."""
+    """Under `words`, tokens inside a word have the temperature T·(1 − fall·level)."""
 
     @property
     def log_guard_start(self) -> float:
@@ -135,12 +136,12 @@ class LawConstants:
 
     @property
     def log_guard_step(self) -> float:
-        """What ln a changes by from level 0 to level 1."""
+        """The change of ln a from level 0 to level 1."""
         return math.log(self.guard_end / self.guard_start)
 
     @property
     def budget_gain(self) -> float:
-        """η/c: the rate in units of the level, 0 where no level changes the temperature."""
+        """η/c: the rate in units of the level; 0 if the level has no effect on the temperature."""
         return self.budget_rate / self.strength if self.strength else 0.0
 
     @property
@@ -157,28 +158,30 @@ class Controls:
     """The parameters of each row, on the rows' device.
 
     numbers_RF: float32 [R, `len(NUMBERS)`], contiguous.
-    stop_ids_RE: int64, each row's distinct stop tokens, then -1: whatever comes after a row's
-        first -1 is not read.
+    stop_ids_RE: int64, each row's distinct stop tokens, then -1; columns after a row's first -1
+        are not read.
 
-    Not to be changed in place: what reads it may run later.
+    Must not be changed in place: a kernel that reads it may run later.
     """
 
     numbers_RF: Tensor
     stop_ids_RE: Tensor
     last_token_R: Tensor | None = None
-    """int64, the token before each row's: of a step whose rows include one of the law `words`;
-    -1, or None for all rows, where the text is empty."""
+    """int64, the token that precedes each row's position; needed if any row has the law `words`.
+    -1 for an empty text; None: -1 for all rows."""
     position_R: Tensor | None = None
-    """int64, each row's position in its text, by which the law `xtc` draws; None: 0 for all."""
+    """int64, each row's position in its text, for the random numbers of the law `xtc`; None: 0 for
+    all rows."""
 
     @classmethod
     def of(
         cls, numbers_RF: Tensor, stop_ids_RE: Tensor, last_token_R: Tensor | None = None
     ) -> "Controls":
-        """From rows gathered elsewhere.
+        """From existing tensors.
 
         Raises:
-            ValueError: they are not of the types and shapes of `Controls`, or not as many rows.
+            ValueError: their dtypes or shapes are not those of `Controls`, or their numbers of rows
+                differ.
         """
         numbers, stops = tuple(numbers_RF.shape), tuple(stop_ids_RE.shape)
         if (
@@ -200,7 +203,8 @@ class Controls:
         device: torch.device | str = "cpu",
         staging: PinnedStaging | None = None,
     ) -> "Controls":
-        """One row of controls for each request; with `staging`, its device, without a wait."""
+        """One row of controls for each request. With `staging`, the copy goes to its device without
+        blocking, and `device` is ignored."""
         to_device = (staging or PinnedStaging(device)).to_device
         numbers = [row.numbers for row in rows]
         numbers_RF = np.array(numbers, dtype=np.float32).reshape(-1, len(NUMBERS))
@@ -217,7 +221,7 @@ class Controls:
         return Controls(numbers_RF, stop_ids_RE, last_token_R, position_R)
 
     def after(self, last_token_R: Tensor) -> "Controls":
-        """The same controls after these tokens, int64 [R]."""
+        """The same controls with these last tokens, int64 [R]."""
         return replace(self, last_token_R=last_token_R)
 
     def at(self, position_R: Tensor) -> "Controls":
@@ -225,11 +229,11 @@ class Controls:
         return replace(self, position_R=position_R)
 
     def holds_request(self) -> Tensor:
-        """bool: of controls by slot, whether each holds a request."""
+        """bool, for controls of slots: whether each slot holds a request."""
         return self.law_R != NO_LAW
 
     def with_level(self, level_R: Tensor) -> "Controls":
-        """The same controls at other levels, in tensors of their own."""
+        """The same controls with other levels, as a copy."""
         numbers_RF = self.numbers_RF.clone()
         numbers_RF[:, LEVEL] = level_R
         return replace(self, numbers_RF=numbers_RF)
@@ -246,7 +250,7 @@ class Controls:
 
     @property
     def logits_divisor_R(self) -> Tensor:
-        """What the rows were divided by before they came: T after a temperature stage, else 1."""
+        """The number by which the rows are already divided: T after a temperature stage, else 1."""
         return self.numbers_RF[:, LOGITS_DIVISOR]
 
     @property
@@ -255,7 +259,7 @@ class Controls:
 
     @property
     def log_min_p_R(self) -> Tensor:
-        """ln of the request's min_p; NaN where the guard follows the level."""
+        """ln of the request's min_p; NaN if the guard follows the level."""
         return self.numbers_RF[:, LOG_MIN_P]
 
     @property
@@ -298,7 +302,7 @@ class Controls:
 
     @property
     def style_R(self) -> Tensor:
-        """The profile's place, or `NO_STYLE`; means nothing where there is no request."""
+        """The profile's index, or `NO_STYLE`; undefined for slots without a request."""
         return self.numbers_RF[:, STYLE]
 
     @property
@@ -307,24 +311,24 @@ class Controls:
 
     @property
     def style_max_kl_R(self) -> Tensor:
-        """Nats a token."""
+        """In nats per token."""
         return self.numbers_RF[:, STYLE_MAX_KL]
 
     @property
     def style_log_guard_R(self) -> Tensor:
-        """ln a of the guard before the style."""
+        """ln a of the guard that precedes the style."""
         return self.numbers_RF[:, STYLE_LOG_GUARD]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleControls:
-    """One request's style, as its row of `Controls` has it."""
+    """The style parameters in a row of `Controls`."""
 
     profile: int
-    """Its place among the profiles of the engine: see `style.StyleTables`."""
+    """Index into the engine's profiles: see `style.StyleTables`."""
     strength: float
     max_kl: float
-    """Nats a token."""
+    """In nats per token."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +346,7 @@ class ControlRow:
 
     @property
     def reads_last_token(self) -> bool:
-        """Whether the row's law depends on the token before it."""
+        """Whether the row's law depends on the preceding token."""
         return self.numbers[LAW] == LAW_CODES["words"]
 
     def padded_stops(self, width: int) -> list[int]:
@@ -350,10 +354,11 @@ class ControlRow:
 
 
 def stop_width(rows: Iterable[ControlRow]) -> int:
-    """Columns that the stop tokens of these rows take: of the longest, up to a power of two.
+    """Columns needed for the stop tokens of these rows: the largest number, rounded up to a power
+    of two.
 
-    Recomputed from the rows in use, it shrinks when a request with many stop tokens has left; the
-    steps keep a matrix of this width from changing with every request.
+    Since it is computed from the rows in use, it shrinks after a request with many stop tokens has
+    ended; the rounding keeps it from changing with every request.
     """
     longest = max((len(row.stop_ids) for row in rows), default=0)
     return 1 << max(longest - 1, 0).bit_length()
@@ -373,11 +378,11 @@ def control_row(
 
     Args:
         temperature: the request's T, above 0.
-        logits_divisor: what the logits were divided by before the transform (T or 1).
-        stop_ids: the tokens that end its text; negative ids, which are no tokens, are left out.
-        draw_key: of `draws.draw_key`, for the law `xtc`.
-        style: its style. The rows are guarded before it, and once: the law behind it keeps every
-            token. Level 0 of the diversity is then a law that leaves the temperature as it is.
+        logits_divisor: the number by which the logits are already divided (T or 1).
+        stop_ids: the tokens that end its text; negative ids are ignored.
+        draw_key: from `draws.draw_key`, for the law `xtc`.
+        style: its style. The guard is then applied only once, before the style, and the law after
+            it keeps every token; at level 0 that law leaves the temperature unchanged.
         constants: of the guard before a style.
 
     Raises:
@@ -411,7 +416,7 @@ def control_row(
 
 
 def _log_min_p(diversity: Diversity) -> float:
-    """-inf keeps every finite token: `xtc` and DRY alone cut nothing that was not asked for."""
+    """-inf keeps every finite token: without a min_p, `xtc` and DRY alone apply no guard."""
     if diversity.min_p is not None:
         return math.log(diversity.min_p)
     keeps_all = diversity.law == "xtc" or diversity.is_dry_alone
@@ -419,8 +424,8 @@ def _log_min_p(diversity: Diversity) -> float:
 
 
 def _style_log_guard(diversity: Diversity, constants: LawConstants) -> float:
-    """ln a of the guard before a style: that of `laws.log_guard`. `budget` steers its level while
-    a style's guard stays: it is the widest that the law could come to, that of level 1."""
+    """ln a of the guard before a style, as in `laws.log_guard`. Under `budget`, whose level changes
+    from step to step, it is that of level 1, the widest that the law can reach."""
     if diversity.min_p is not None:
         return math.log(diversity.min_p)
     level = 1.0 if diversity.law == "budget" else diversity.level or 0.0

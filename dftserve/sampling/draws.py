@@ -1,8 +1,8 @@
-"""Random numbers of a request's own, one for each position of its text.
+"""Random numbers per request, one for each position of its text.
 
-A number is a hash of the request's key and the position, and takes nothing from any generator: what
-is sampled with is untouched, every tensor-parallel rank has the same number, and a position that is
-computed again (after a preemption, or for a rejected draft) has it again.
+A number is a hash of the request's key and the position, and does not advance any generator: the
+engine's sampling is unaffected, all tensor-parallel ranks compute the same number, and a position
+that is computed again (after a preemption, or for a rejected draft) gets the same number again.
 """
 
 import hashlib
@@ -11,15 +11,16 @@ from torch import Tensor
 
 KEY_BITS = 48
 HALF_BITS = KEY_BITS // 2
-"""Of a key, the bits that a float32 holds exactly."""
+"""Half of a key, which a float32 represents exactly."""
 WORD = 2**32 - 1
 FIRST, SECOND = 0x7FEB352D, 0x1B873593
-"""Odd, and below 2^31: their product with 32 bits stays within an int64."""
+"""Odd, and below 2^31: their product with a 32-bit number fits in an int64."""
 DRAW_BITS = 24
 
 
 def draw_key(*parts: object) -> int:
-    """A key of `KEY_BITS` bits from whatever names the request, the same on every machine."""
+    """A key of `KEY_BITS` bits derived from the parts that identify the request; the same on every
+    machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=KEY_BITS // 8)
     return int.from_bytes(digest.digest(), "big")
 
@@ -30,7 +31,7 @@ def key_halves(key: int) -> tuple[int, int]:
 
 
 def uniform(high_R: Tensor, low_R: Tensor, position_R: Tensor) -> Tensor:
-    """float32 [R], from 0 to below 1: a number for each row.
+    """float32 [R], in [0, 1): a number for each row.
 
     Args:
         high_R, low_R: the halves of the request's key.
@@ -41,7 +42,7 @@ def uniform(high_R: Tensor, low_R: Tensor, position_R: Tensor) -> Tensor:
 
 
 def _mixed(bits_R: Tensor) -> Tensor:
-    """32 bits, each of which depends on all of the given 32."""
+    """A 32-bit hash; each output bit depends on all input bits."""
     bits_R = ((bits_R ^ (bits_R >> 16)) * FIRST) & WORD
     bits_R = ((bits_R ^ (bits_R >> 15)) * SECOND) & WORD
     return bits_R ^ (bits_R >> 16)

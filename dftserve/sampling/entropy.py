@@ -1,7 +1,7 @@
-"""Rows given as log-weights on their support: log-probabilities, log Z and entropy, in nats.
+"""Log-probabilities, log Z and entropy, in nats, of rows given as log-weights on their support.
 
-An absent place of the support holds `ABSENT`: its probability underflows to exactly zero, and
-unlike -inf it may be multiplied by that zero.
+Tokens outside the support have the weight `ABSENT`: its probability underflows to exactly zero, and
+unlike -inf it can be multiplied by that zero without giving NaN.
 """
 
 import math
@@ -14,20 +14,20 @@ ABSENT = -1e30
 
 
 def is_present(weights: Tensor) -> Tensor:
-    """Which log-weights stand for something: dividing ABSENT by a temperature does not hide it."""
+    """Which log-weights are not `ABSENT`, also after division by a temperature."""
     return weights > -1e20
 
 
 def exp(weights: Tensor) -> Tensor:
-    """e^w by way of 2^x: torch's own exp is twenty times slower where the result underflows."""
+    """e^w computed as 2^x: torch.exp is twenty times slower for results that underflow."""
     return torch.exp2(weights * math.log2(math.e))
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """log_p_RK = w − log_z_R: finite everywhere, exp(log_p) = 0 at absent places.
+    """log_p_RK = w − log_z_R: finite everywhere, with exp(log_p) = 0 for absent tokens.
 
-    `log_z_R` is not `is_present` where the whole row is absent.
+    `is_present(log_z_R)` is False for rows without any token.
     """
 
     log_p_RK: Tensor
@@ -38,7 +38,7 @@ class Distribution:
         return self.log_p_RK.amax(dim=1)
 
     def entropy(self) -> Tensor:
-        """H = −Σ p·ln p for each row, in nats; zero where the whole row is absent."""
+        """H = −Σ p·ln p for each row, in nats; zero for a row without any token."""
         entropy_R = -(exp(self.log_p_RK) * self.log_p_RK).sum(dim=1)
         return entropy_R * is_present(self.log_z_R)
 

@@ -1,8 +1,8 @@
-"""The guard against the implausible tail: which tokens of a row stay.
+"""The guard removes the implausible tail of a row.
 
-A token is plausible when z >= max + ln a (`laws.log_guard`), at temperature 1: min-p (arXiv
-2407.01082) before any heat, so that what is kept does not depend on the temperature. Stop tokens
-always stay: diversity changes what is said, not when it ends.
+A token is plausible when z >= max + ln a (`laws.log_guard`), at temperature 1: this is min-p (arXiv
+2407.01082) applied before heating, so that the kept set does not depend on the temperature. Stop
+tokens are always kept: diversity changes the content of a text, not when it ends.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from dftserve.sampling.entropy import ABSENT
 
-# An allowed stop token is never further below the maximum than this: present, at probability 0.
+# Lower bound of an allowed stop token's log-weight: probability 0, but still present.
 FARTHEST = -1e19
 
 
 @dataclass(frozen=True)
 class Support:
-    """What the guard leaves of R rows, as log-weights at temperature 1 below the row's maximum.
+    """The tokens of R rows that the guard keeps, as log-weights at temperature 1 relative to the
+    row's maximum.
 
-    content_RV: float32, the plausible tokens that do not stop the text; `ABSENT` elsewhere.
-    stop_RE: float32, the stop tokens; `ABSENT` where the row has none or the grammar forbids it.
-    is_plausible_stop_RE: bool, those that the guard would keep if they were content.
+    content_RV: float32, the plausible tokens that are not stop tokens; `ABSENT` elsewhere.
+    stop_RE: float32, the stop tokens; `ABSENT` for padding and for tokens that the grammar forbids.
+    is_plausible_stop_RE: bool, the stop tokens that the guard would keep if they were content.
     """
 
     content_RV: Tensor
@@ -30,7 +31,7 @@ class Support:
     is_plausible_stop_RE: Tensor
 
     def plausible(self) -> Tensor:
-        """The plausible tokens, stop tokens counted where plausible: [R, V + E]."""
+        """All plausible tokens, including plausible stop tokens: [R, V + E]."""
         stop_RE = torch.where(self.is_plausible_stop_RE, self.stop_RE, ABSENT)
         return torch.cat((self.content_RV, stop_RE), dim=1)
 
@@ -47,7 +48,7 @@ def guard(
     Args:
         logits_RV: float32, already divided by `logits_divisor_R`; -inf where a token is forbidden.
         log_guard_R: ln a, in nats; -inf keeps every finite token.
-        logits_divisor_R: the temperature that the rows were divided by; 1 for raw logits.
+        logits_divisor_R: the temperature by which the rows were divided; 1 for raw logits.
         stop_ids_RE: int64, each row's distinct stop tokens, padded with -1.
 
     Returns:
@@ -65,14 +66,14 @@ def guard(
     stop_RE = torch.where(allowed_RE, below_RE.clamp_min(FARTHEST), ABSENT)
     is_plausible_RE = allowed_RE & (logits_RE >= floor_R[:, None])
     if stop_ids_RE.shape[1]:
-        _forget(kept_RV, stop_ids_RE)
+        _remove_stops(kept_RV, stop_ids_RE)
     below_RV = (logits_RV - peak_R[:, None]) * logits_divisor_R[:, None]
     content_RV = torch.where(kept_RV, below_RV, ABSENT)
     return Support(content_RV, stop_RE, is_plausible_RE), valid_R
 
 
-def _forget(kept_RV: Tensor, stop_ids_RE: Tensor) -> None:
-    """Take the stop tokens out of the mask; a pad leaves column 0 as it is."""
+def _remove_stops(kept_RV: Tensor, stop_ids_RE: Tensor) -> None:
+    """Remove the stop tokens from the mask; padding leaves column 0 unchanged."""
     known_RE = _known(stop_ids_RE, kept_RV)
     ids_RE = torch.where(known_RE, stop_ids_RE, 0)
     kept_RV.view(torch.uint8).scatter_reduce_(1, ids_RE, (~known_RE).view(torch.uint8), "amin")

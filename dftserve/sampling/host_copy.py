@@ -1,4 +1,4 @@
-"""What a device holds, copied to the host without a wait."""
+"""Asynchronous copies of device tensors to the host."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class HostCopy:
-    """A tensor as it was, in memory of the host; on a GPU the copy may still be under way."""
+    """A copy of a tensor in host memory; for a GPU tensor the transfer may not be complete yet."""
 
     array: Array
-    """Not to be read before the copy is there."""
+    """Must not be read before the transfer is complete."""
     copied: "torch.cuda.Event | None" = None
-    """Recorded after a copy that is only enqueued."""
+    """Recorded after an asynchronous transfer; None if the copy is already complete."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> "HostCopy":

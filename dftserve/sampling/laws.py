@@ -1,15 +1,16 @@
-"""Control laws: a request's parameters and the row's own entropy give the temperature.
+"""Control laws: compute the temperature from a request's parameters and the row's entropy.
 
     gated     T·exp(c·level·g(H0)),  g(H) = (H/(H+1))²
     budget    the same; `level` is steered, step by step, toward the target entropy
     dynatemp  T ± range·level, by (H0/ln n)^exponent   (llama.cpp's formula)
-    guard     T: what `gated` is at level 0, with the request's own min_p
-    top_n_sigma, xtc   T too: their cuts are in files of their own
+    guard     T: equals `gated` at level 0, with the request's own min_p
+    top_n_sigma, xtc   T; their cuts are in top_n_sigma.py and xtc.py
 
-This is the reference; the kernels of `backends/` have the same formulas and change with it.
-H0 is the entropy of the plausible tokens at temperature 1, in nats, and n their number; c is
-`LawConstants.strength`. g heats open steps and leaves sure ones and even two-way choices nearly
-alone: docs/maths.md has the derivation, docs/log.md the measurement that settled the constants.
+This is the reference; the kernels of `backends/` implement the same formulas and must be kept in
+sync. H0 is the entropy of the plausible tokens at temperature 1, in nats, and n their number; c is
+`LawConstants.strength`. g heats high-entropy steps, and hardly changes near-certain ones or even
+two-way choices: docs/maths.md has the derivation, docs/log.md the measurements behind the
+constants.
 """
 
 import torch
@@ -19,7 +20,8 @@ from dftserve.sampling.controls import LAW_CODES, Controls, LawConstants
 
 
 def log_guard(controls: Controls, constants: LawConstants) -> Tensor:
-    """ln a for each row: the request's min_p, else geometric between the guard's two ends."""
+    """ln a for each row: ln of the request's min_p if it has one, else interpolated between the
+    guard's start and end by the level (geometrically in a)."""
     step_R = constants.log_guard_step * controls.level_R.clamp(0.0, 1.0)
     follows_R = constants.log_guard_start + step_R
     return torch.where(controls.log_min_p_R.isnan(), follows_R, controls.log_min_p_R)
@@ -41,7 +43,7 @@ def temperature(
 
 
 def gated(controls: Controls, entropy_R: Tensor, constants: LawConstants) -> Tensor:
-    """The temperature where no row's law is `dynatemp`."""
+    """The temperature under every law except `dynatemp`."""
     gate_R = (entropy_R / (entropy_R + 1.0)) ** constants.gate_power
     wanted_R = controls.temperature_R * torch.exp(constants.strength * controls.level_R * gate_R)
     ceiling_R = torch.maximum(controls.temperature_R, controls.max_temperature_R)
@@ -62,10 +64,10 @@ def _dynatemp(
 
 
 def steer(level_R: Tensor, target_R: Tensor, entropy_R: Tensor, constants: LawConstants) -> Tensor:
-    """The budget law's next level after a token drawn at entropy `entropy_R` (nats).
+    """The budget law's next level after a token sampled at entropy `entropy_R` (nats).
 
-    An integral controller: level += rate·(target − H)/max(target, .1), divided by c so that the
-    rate is that of s = c·level, kept within the budget law's levels.
+    An integral controller: level += (rate/c)·(target − H)/max(target, .1), clamped to the budget
+    law's range of levels. The division by c makes `rate` the rate of s = c·level.
     """
     error_R = (target_R - entropy_R) / target_R.clamp_min(0.1)
     next_R = level_R + constants.budget_gain * error_R

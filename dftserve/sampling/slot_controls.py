@@ -1,4 +1,4 @@
-"""The controls of an engine's requests, one row a slot, on the host and on the device."""
+"""The controls of an engine's requests, one row per slot, on the host and on the device."""
 
 import numpy as np
 import torch
@@ -8,13 +8,13 @@ from dftserve.sampling.staging import PinnedStaging
 
 
 class SlotControls:
-    """Rows are changed on the host as requests come and go; the device gets all of them by one
-    copy, without a wait, at the first step after a change. No step without a change sends any."""
+    """Rows are changed on the host as requests start and end. At the first step after a change, all
+    rows are sent to the device in one non-blocking copy; steps without a change send nothing."""
 
     def __init__(
         self, slots: int, device: torch.device | str, staging: PinnedStaging | None = None
     ) -> None:
-        """`staging`: of this device, where the caller has one."""
+        """`staging`: an existing one for this device; None creates one."""
         self._staging = staging or PinnedStaging(device)
         self._numbers_SF = np.ones((slots, len(NUMBERS)), dtype=np.float32)
         self._numbers_SF[:, LAW] = NO_LAW
@@ -23,7 +23,7 @@ class SlotControls:
         self._sent: Controls | None = None
 
     def put(self, slot: int, row: ControlRow) -> None:
-        """A request's row."""
+        """Store a request's row."""
         width = stop_width([row])
         missing = width - self._stop_ids_SE.shape[1]
         if missing > 0:
@@ -35,7 +35,7 @@ class SlotControls:
         self._width_S[slot] = width
 
     def clear(self, slot: int) -> None:
-        """The slot holds no request: rows that are said to be its own keep their bits."""
+        """Mark the slot as empty; the transform leaves its rows unchanged."""
         if self._numbers_SF[slot, LAW] != NO_LAW:
             self._sent = None
             self._numbers_SF[slot, LAW] = NO_LAW
@@ -43,9 +43,9 @@ class SlotControls:
             self._width_S[slot] = 1
 
     def on_device(self) -> Controls:
-        """Of all slots, as they are now; no wider than the requests in them need. One that left
-        without `clear` counts until its slot is used again, in the size of a copy alone: a row
-        reads its own stop tokens, however many columns there are."""
+        """The current controls of all slots, with only as many columns of stop tokens as their
+        requests need. A request that ended without `clear` is included until its slot is reused;
+        this only makes the copy larger, since a row reads no more than its own stop tokens."""
         if self._sent is None:
             stop_ids_SE = self._stop_ids_SE[:, : self._width_S.max()]
             numbers_SF, stop_ids_SE = self._staging.to_device_together(

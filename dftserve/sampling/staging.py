@@ -1,7 +1,7 @@
-"""Small host arrays to a device, from pinned memory, without a wait.
+"""Non-blocking copies of small host arrays to a device, through pinned memory.
 
-A copy from pageable memory makes the host wait for the device; one from pinned memory is read
-later, so the pinned buffer must stay as it is until the device has read it.
+A copy from pageable memory makes the host wait for the device. A copy from pinned memory does not,
+so the pinned buffer must not be changed until the device has read it.
 """
 
 from collections import deque
@@ -19,18 +19,19 @@ Values = NDArray[np.generic] | list[int]
 ALIGNMENT = 16
 """Bytes; see `to_device_together`."""
 SMALLEST = 4096
-"""Bytes of a pinned buffer, at least: most of what a step sends fits."""
+"""Minimum size of a pinned buffer in bytes; large enough for most copies of a step."""
 
 
 class Transport(Protocol):
-    """How `PinnedStaging` reaches a device; tests have one without a device."""
+    """How `PinnedStaging` copies to a device; replaced in tests, which have no device."""
 
     def pinned(self, size: int) -> Tensor:
-        """uint8 [size], in memory that the device can read on its own."""
+        """uint8 [size], in memory that the device can read directly."""
         ...
 
     def send(self, host: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-        """Start a copy; returns the device's tensor and whether `host` has been read by now."""
+        """Start a copy; returns the device's tensor, and a function that returns whether `host` has
+        been read."""
         ...
 
 
@@ -41,10 +42,10 @@ class _InFlight:
 
 
 class PinnedStaging:
-    """Copies to one device, in the order of one stream; not for two threads at once.
+    """Copies to one device, in the order of one stream; not thread-safe.
 
-    A buffer is used again only when the device has read it; while it has not, another is made. So
-    there are as many buffers as copies are in flight at once, however far ahead the host runs.
+    A buffer is reused only after the device has read it; until then another is allocated. There are
+    thus as many buffers as copies in flight, however far the host runs ahead.
     """
 
     def __init__(self, device: torch.device | str, transport: Transport | None = None) -> None:
@@ -57,8 +58,8 @@ class PinnedStaging:
     def to_device(self, values: Values) -> Tensor:
         """A copy on the device, of the same shape and type; a list becomes int64.
 
-        The caller may change `values` at once. Only a CUDA device is reached through pinned
-        memory.
+        The caller may change `values` immediately afterwards. Pinned memory is used for CUDA
+        devices only.
         """
         array = np.asarray(values, dtype=np.int64) if isinstance(values, list) else values
         if self._transport is None:
@@ -71,8 +72,8 @@ class PinnedStaging:
         return sent
 
     def to_device_together(self, *arrays: NDArray[np.generic]) -> list[Tensor]:
-        """Copies of several arrays by one transfer; each begins where kernels may read 16 bytes at
-        once."""
+        """Copies of several arrays in one transfer; each is aligned so that kernels can load 16
+        bytes at once."""
         starts, size = [], 0
         for array in arrays:
             starts.append(size)
@@ -85,7 +86,7 @@ class PinnedStaging:
         return [_as_tensor(sent[start:], array) for start, array in pairs]
 
     def _free_buffer(self, size: int) -> Tensor:
-        """The longest in flight if it has been read and is large enough, else a new one."""
+        """The buffer sent first, if it has been read and is large enough, else a new one."""
         if self._in_flight and self._in_flight[0].is_read():
             buffer = self._in_flight.popleft().buffer
             if len(buffer) >= size:
@@ -94,7 +95,7 @@ class PinnedStaging:
 
     def _new_buffer(self, size: int) -> Tensor:
         assert self._transport is not None
-        # A tensor made in inference mode could not be viewed and sent outside of it.
+        # A tensor created in inference mode could not be viewed and sent outside of it.
         with torch.inference_mode(mode=False):
             return self._transport.pinned(size)
 

@@ -1,4 +1,4 @@
-"""The rows of one step of an engine, and the request that each belongs to."""
+"""The inputs of one engine step: its rows, and the request that each belongs to."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,88 +14,91 @@ from dftserve.sampling.controls import Controls
 
 @dataclass(frozen=True)
 class Texts:
-    """The text before each row, for the styles: all on the logits' device."""
+    """The text that precedes each row, for styles and DRY; all on the logits' device."""
 
     tokens_SL: Tensor
-    """int32, rows contiguous: each slot's text as far as it is certain."""
+    """int32, rows contiguous: each slot's accepted text."""
     begin_S: Tensor
-    """int32, where in it the answer begins."""
+    """int32, the index in it at which the answer begins."""
     at_R: Tensor
-    """int64, where in it each row's input stands, or would stand: drafts are not in it."""
+    """int64, the index in it of each row's input token; a draft has an index too, although it is
+    not stored there."""
     input_R: Tensor
-    """int32, the token before each row's, drafts included."""
+    """int32, each row's input token, which precedes the token to be sampled; drafts included."""
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """What rows lose before the law, of `sampling.dry`: all on the logits' device."""
+    """Penalties of `sampling.dry`, subtracted before the law; all on the logits' device."""
 
     token_PK: Tensor
-    """int64, tokens of each row that has some, none negative; in any order."""
+    """int64, the penalised tokens of each row, none negative; in any order."""
     nats_PK: Tensor
-    """float32, what each loses; 0 for nothing, and the largest of a token's counts."""
+    """float32, the penalty of each; 0 for none. For a repeated token, the largest applies."""
     place_P: Tensor
-    """int64, the rows' places among the step's."""
+    """int64, the indices of the rows within the step."""
 
     def split(self, rows: int) -> Iterator["Penalties"]:
-        """In parts of at most so many rows, as views."""
+        """Parts of at most `rows` rows, as views."""
         given = self.token_PK, self.nats_PK, self.place_P
         for part in zip(*(each.split(rows) for each in given), strict=True):
             yield Penalties(*part)
 
 
 def chosen_first(is_chosen_R: Tensor, rows: int) -> Tensor:
-    """int64 [rows], without a wait: the places of the chosen, in order; where these are fewer,
-    others behind them."""
+    """int64 [rows]: the indices of the chosen rows, in order, padded with indices of other rows if
+    there are fewer; does not block."""
     return torch.argsort((~is_chosen_R).byte(), stable=True)[:rows]
 
 
-class Left(NamedTuple):
-    """The tokens of each row that are not -inf, one row after the other, on the host: who has
-    these need not read the rows."""
+class FiniteTokens(NamedTuple):
+    """The tokens of each row that are not -inf, concatenated, on the host. A caller that has this
+    list can skip reading the whole rows."""
 
     token_N: NDArray[np.int32]
     start_R: NDArray[np.int64]
-    """[R + 1]; a row that has none is not listed, and may hold anything."""
+    """[R + 1]. A row without entries is not listed: nothing is known about its tokens."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Rows R of a step's logits, in the layout that an engine has anyway: kernels read what they
-    need by index, and nothing is gathered for them. All on the logits' device, contiguous."""
+    """The rows R of a step's logits, in the layout in which engines store their inputs: kernels
+    read by index, so nothing needs to be gathered. All tensors are contiguous and on the logits'
+    device."""
 
     controls: Controls
-    """Of each slot, not of each row; without last tokens."""
+    """One row for each slot (not for each row of logits); without last tokens."""
     slot_R: Tensor
-    """int64, each row's slot; the rows of a request are neighbours, all of a step's."""
+    """int64, each row's slot. All of a request's rows in the step are included, and adjacent."""
     position_R: Tensor
     """int64, each row's position in its sequence."""
     offset_R: Tensor
-    """int32, each row's place among the rows of its request in this step."""
+    """int32, each row's index among the rows of its request in this step."""
     last_token_R: Tensor | None = None
-    """int32, the token before each row's, of a step whose rows include one of the law `words`; -1,
-    or None for all rows, where the text is empty."""
+    """int32, the token that precedes each row's; needed if any row has the law `words`. -1 for an
+    empty text; None: -1 for all rows."""
     rows_R: Tensor | None = None
-    """int64, which rows of the logits; None for all of them, in order."""
+    """int64, the indices of the rows in the logits; None for all of them, in order."""
     known_S: Tensor | None = None
-    """int32, how many tokens of each slot's sequence were known before its first is sampled: a row
-    before their last computes a chunk of a prompt and samples nothing. None where all rows do."""
+    """int32, the number of tokens of each slot's sequence that were known before the first one is
+    sampled. A row at a position before the last of these belongs to a prompt chunk and is not
+    sampled. None if all rows are sampled."""
     has_idle_rows: bool = False
-    """Whether rows of slots without a request (`controls.NO_LAW`) may be among them: those keep
-    their bits, and no slot hears of them."""
+    """Whether some rows may belong to slots without a request (`controls.NO_LAW`). Such rows are
+    left unchanged, and they do not change any slot's state."""
     texts: Texts | None = None
-    """Of a step whose rows include one with a style."""
+    """Required if any row has a style."""
     figures_RF: Tensor | None = None
-    """float32 [R, 4], what the styles did to the rows before they came here: see `style.stage`."""
+    """float32 [R, 4], the figures of the styles that were applied before: see `style.stage`."""
     penalties: Iterable[Penalties] = ()
-    """Of rows with DRY, each in one part; they come off before anything else. A part may be made
-    only when it is asked for, so that no more than one takes memory."""
-    left: Left | None = None
-    """What the styles have left of the rows, where their stage lists it."""
+    """Penalties of the rows with DRY, in parts with distinct rows; subtracted before anything else.
+    The parts may be generated lazily, so that only one at a time takes memory."""
+    finite_tokens: FiniteTokens | None = None
+    """The finite tokens of the rows after the styles, if the style stage lists them."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a tensor is not of its type, not a contiguous list, or not as
-        long as the others."""
+        """Raises ValueError if a tensor has the wrong dtype, is not 1-D and contiguous, or differs
+        in length from the others."""
         rows = self.slot_R.shape
         for name, dtype in _TYPES.items():
             given: Tensor | None = getattr(self, name)
@@ -117,8 +120,8 @@ class Step:
             return torch.ones_like(self.slot_R, dtype=torch.bool)
         return self.position_R + 1 >= self.known_S[self.slot_R]
 
-    def busy(self) -> "Step":
-        """The step without its idle rows; asks the device how many there are."""
+    def without_idle_rows(self) -> "Step":
+        """The step without its idle rows; blocks until the device has counted them."""
         if not self.has_idle_rows:
             return self
         chosen_R = self.controls.holds_request()[self.slot_R].nonzero().flatten()

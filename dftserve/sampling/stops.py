@@ -1,9 +1,9 @@
-"""Stop tokens keep the probability they had, and the former argmax stays one.
+"""Keeps the probabilities of stop tokens, and the argmax of the row.
 
 A stop token e keeps p_e = softmax over the guarded support at T. When the content is heated to T',
-its log-weight therefore moves along: w_e/T + ln Z(T') − ln Z(T), Z over the content. Heating
-lowers the likeliest content token while p_e stays, so the two could change places; the
-temperature goes no further than where they would.
+its log-weight is therefore shifted to w_e/T + ln Z(T') − ln Z(T), with Z over the content. Heating
+lowers the probability of the most likely content token while p_e stays, so their order could
+reverse; the temperature is limited to where the two are equal.
 """
 
 import torch
@@ -14,16 +14,17 @@ from dftserve.sampling.guard import Support
 
 NEWTON_STEPS = 16
 NEARLY = 1e-5
-"""Where the content may not be heated at all, its temperature is found up to rounding."""
+"""Relative tolerance at which a temperature counts as equal to T: the root finder returns T only up
+to rounding."""
 
 
 def apply_temperature(
     support: Support, temperature_R: Tensor, wanted_R: Tensor, cool: Distribution
 ) -> tuple[Tensor, Distribution]:
-    """The content at the wanted temperature, or at the nearest to it that keeps the argmax.
+    """The content at the wanted temperature, or at the nearest one that keeps the argmax.
 
     `cool` is the content at T. D(T') = −ln max p(T') over the content rises with T'; content leads
-    while D(T') <= B = ln Z(T) − w_stop/T, where it ties with the likeliest stop token.
+    while D(T') <= B = ln Z(T) − w_stop/T; at D(T') = B it ties with the most likely stop token.
 
     Returns:
         The temperature reached and the content at it.
@@ -44,10 +45,10 @@ def apply_temperature(
 def temperature_at_bound(
     content_RK: Tensor, one_R: Tensor, other_R: Tensor, argmax_bound_R: Tensor
 ) -> Tensor:
-    """Where D(T') = B between two temperatures, by Newton's method on β = 1/T'.
+    """The root of D(T') = B between two temperatures, by Newton's method on β = 1/T'.
 
-    D(β) = ln Σ exp(β(w − w_max)) is convex and falls, with D' = E[w − w_max]: from the hotter end,
-    where D > B, the steps rise to the root and never pass it.
+    D(β) = ln Σ exp(β(w − w_max)) is convex and decreasing, with D' = E[w − w_max]: started at the
+    hotter end, where D > B, the iterates increase towards the root without overshooting.
     """
     low_R, high_R = 1 / torch.maximum(one_R, other_R), 1 / torch.minimum(one_R, other_R)
     below_RK = content_RK - content_RK.amax(dim=1, keepdim=True)
@@ -67,10 +68,10 @@ def rescale_stop_tokens(
     cool: Distribution,
     hot: Distribution,
 ) -> tuple[Tensor, Tensor]:
-    """Log-weights of the content at `reached_R` and of the stop tokens beside it.
+    """Log-weights of the content at `reached_R` and of the stop tokens, on the same scale.
 
-    Rounding must not let the two change places by an ulp: the follower is held at the leader, and
-    what tied at T ties still, unless the content was cooled.
+    Rounding must not reverse their order by an ulp: the lower maximum is clamped to the higher one,
+    and tokens that tied at T still tie, unless the temperature has changed.
     """
     shift_R = torch.where(is_present(cool.log_z_R), hot.log_z_R - cool.log_z_R, 0.0)
     content_RK = hot.log_p_RK + hot.log_z_R[:, None]

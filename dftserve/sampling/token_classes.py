@@ -1,18 +1,19 @@
-"""Token classes of a vocabulary: does a token begin a word, go on with one, or do neither?
+"""Token classes of a vocabulary: whether a token begins a word, continues one, or neither.
 
     start    a word begins in the token: a letter after a blank or punctuation; every token of a
              script that is written without blanks (Han, Kana, Thai, Lao, Khmer, Myanmar)
-    inside   the token goes on with a word, a number or a character that is not whole yet
+    inside   the token continues a word, a number or an incomplete character
     other    punctuation, blanks, first digits, symbols, special tokens, ids without a token
 
-What a token is depends on where the text before it ends, and one byte a token has it all:
+A token's class depends on the state in which the preceding text ends. One byte per token encodes
+its class for each state, and the state after it:
 
-    bits 0-1, 2-3, 4-5   its class where the text ends outside a word, in a word, or in a word and a
+    bits 0-1, 2-3, 4-5   the class if the text ends outside a word, in a word, or in a word and a
                          joiner (apostrophe, hyphen or underscore)
-    bits 6-7             where a text that ends in this token ends: 0, 1 or 2 as above
+    bits 6-7             the state of a text that ends in this token: 0, 1 or 2 in the order above
 
-Letters, digits and marks are Unicode's categories. A token is looked at as bytes: as its tokenizer
-decodes it, not as it writes it in its vocabulary.
+Letters, digits and marks are defined by Unicode's categories. A token is classified by the bytes
+that its tokenizer decodes it to, not by its spelling in the vocabulary.
 """
 
 import hashlib
@@ -32,11 +33,12 @@ from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 Pieces = list[bytes | None]
-"""What each token id adds to a text; None for a special token, or an id without a token."""
+"""The bytes that each token id adds to a text; None for a special token or an id without a token.
+"""
 
 OTHER, START, INSIDE = range(3)
 OUTSIDE_WORD, IN_WORD, AT_JOINER = range(3)
-"""Where a text ends."""
+"""The states in which a text can end."""
 STATE_SHIFT, CLASS_MASK = 6, 3
 
 
@@ -47,16 +49,16 @@ class TokenClasses:
     packed_V: Bytes
 
     def __post_init__(self) -> None:
-        # Kernels take them for indices, and check none.
+        # Kernels use them as indices without checking.
         if (self.packed_V & self.packed_V >> np.uint8(1) & np.uint8(0b01010101)).any():
             raise ValueError("token classes: got a fourth class or state; accepted: three of each.")
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "TokenClasses":
-        """The classes of a tokenizer's vocabulary, made once for each vocabulary in a process.
+        """The classes of a tokenizer's vocabulary, cached by vocabulary within the process.
 
         Args:
-            tokenizer: of `transformers` (fast, or slow with a vocabulary of a known form), of
+            tokenizer: from `transformers` (fast, or slow with a vocabulary of a known form), from
                 `tokenizers`, or a `tiktoken.Encoding`.
 
         Raises:
@@ -73,20 +75,20 @@ class TokenClasses:
 
     @classmethod
     def from_pieces(cls, pieces: Pieces) -> "TokenClasses":
-        """From what each token id adds to a text."""
+        """From the bytes that each token id adds to a text."""
         return cls(_packed(pieces))
 
     def states(self) -> Bytes:
-        """uint8 [V]: where a text that ends in each token ends."""
+        """uint8 [V]: the state of a text that ends in each token."""
         return self.packed_V >> np.uint8(STATE_SHIFT)
 
     def classes_after(self, state: int) -> Bytes:
-        """uint8 [V]: the class of each token after a text that ends so."""
+        """uint8 [V]: the class of each token after a text in this state."""
         return (self.packed_V >> np.uint8(2 * state)) & np.uint8(CLASS_MASK)
 
     def to(self, device: torch.device | str) -> Tensor:
         """`packed_V` on a device."""
-        # A tensor made in inference mode could not be used outside of it.
+        # A tensor created in inference mode could not be used outside of it.
         with torch.inference_mode(mode=False):
             return torch.from_numpy(self.packed_V.copy()).to(device)
 
@@ -107,22 +109,22 @@ def _fingerprint(pieces: Pieces) -> bytes:
 
 @dataclass(frozen=True)
 class _Form:
-    """How a vocabulary writes its tokens."""
+    """How tokens are spelled in a vocabulary."""
 
     byte_level: bool = False
-    """Each byte as one printable character (GPT-2's table)."""
+    """Each byte is one printable character (GPT-2's table)."""
     byte_fallback: bool = False
-    """Bytes of characters that are not in the vocabulary as <0xE2>."""
+    """Single bytes are spelled like <0xE2>, for characters that are not in the vocabulary."""
     replaced: tuple[tuple[str, str], ...] = ()
-    """What decoding replaces: ▁ by a blank."""
+    """Replacements made by decoding, such as ▁ by a blank."""
     continuing: str | None = None
-    """The prefix of tokens that follow without a blank: ##."""
+    """The prefix of tokens that are not preceded by a blank, such as ##."""
     ending: str | None = None
-    """The suffix of tokens that a blank follows: </w>."""
+    """The suffix of tokens that are followed by a blank, such as </w>."""
 
 
 def token_pieces(tokenizer: Any) -> Pieces:
-    """What each token id adds to a text, in bytes.
+    """The bytes that each token id adds to a text.
 
     Raises:
         ValueError: the tokenizer's vocabulary is of no known form.
@@ -162,11 +164,11 @@ def _of_tiktoken(encoding: Any) -> Pieces:
 
 
 def _form_of_decoder(decoder: Any) -> _Form | None:
-    """From the decoder of a `tokenizers` tokenizer; None where it does not tell."""
+    """The form given by the decoder of a `tokenizers` tokenizer; None if it cannot be inferred."""
     if decoder is None:
         return None
-    said = json.loads(decoder.__getstate__())
-    steps = said["decoders"] if said["type"] == "Sequence" else [said]
+    config = json.loads(decoder.__getstate__())
+    steps = config["decoders"] if config["type"] == "Sequence" else [config]
     kinds = {step["type"]: step for step in steps}
     if "ByteLevel" in kinds:
         return _Form(byte_level=True)
@@ -187,7 +189,7 @@ def _form_of_decoder(decoder: Any) -> _Form | None:
 
 
 def _form_of_vocabulary(vocabulary: Mapping[Any, int]) -> _Form | None:
-    """By how most tokens that tell something are written."""
+    """The form whose markers occur in most tokens; None if there are no markers."""
     if any(isinstance(token, bytes) for token in vocabulary):
         return _Form()
     counts = {
@@ -215,8 +217,8 @@ def _pieces(
 
 @cache
 def _byte_of_character() -> dict[int, int]:
-    """GPT-2's table, the other way round: printable bytes stand for themselves, the others have
-    the characters from U+0100 on, in their order."""
+    """The inverse of GPT-2's table: printable bytes map to themselves, the others to consecutive
+    characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {b: b for b in printable} | {0x100 + n: byte for n, byte in enumerate(hidden)}
@@ -225,7 +227,7 @@ def _byte_of_character() -> dict[int, int]:
 def _byte_level_piece(token: str, form: _Form) -> bytes:
     try:
         return token.translate(_byte_of_character()).encode("latin-1")
-    except UnicodeEncodeError:  # No character of the table: a token that is written as it is.
+    except UnicodeEncodeError:  # A character outside the table: the token is spelled literally.
         return token.encode("utf-8", "surrogatepass")
 
 
@@ -238,7 +240,7 @@ def _other_piece(token: str, form: _Form) -> bytes:
     for old, new in form.replaced:
         token = token.replace(old, new)
     if form.continuing is not None:
-        # Whatever is not marked as continuing follows a blank.
+        # A token without the prefix is preceded by a blank.
         is_continuing = token.startswith(form.continuing)
         token = token[len(form.continuing) :] if is_continuing else f" {token}"
     if form.ending is not None and token.endswith(form.ending):
@@ -252,7 +254,8 @@ _BLANK, _LETTER, _UNSPACED, _DIGIT, _EXTEND, _JOINER, _CONNECTOR, _SYMBOL = rang
 """Kinds of characters."""
 
 _JOINERS = frozenset("'’ʼ＇-‐‑־׳״·")
-"""Between letters, they belong to the word: apostrophes, hyphens, Hebrew and Catalan marks."""
+"""Characters that belong to the word when between letters: apostrophes, hyphens, Hebrew and Catalan
+marks."""
 _UNSPACED_NAMES = (
     "CJK",
     "IDEOGRAPHIC",
@@ -270,12 +273,12 @@ _UNSPACED_NAMES = (
     "JAVANESE",
     "BALINESE",
 )
-"""How Unicode's names of letters of scripts without blanks begin."""
+"""Prefixes of the Unicode names of letters in scripts written without blanks."""
 
 
 def _kind(character: str) -> int:
     point = ord(character)
-    if 0xDC80 <= point < 0xDCC0:  # A byte that goes on with a character, on its own.
+    if 0xDC80 <= point < 0xDCC0:  # A continuation byte on its own.
         return _EXTEND
     if 0xDCC0 <= point <= 0xDCFF:
         return _kind_of_prefix(bytes([point - 0xDC00]))
@@ -299,14 +302,14 @@ MAX_SAMPLED = 1024
 
 @cache
 def _kind_of_prefix(prefix: bytes) -> int:
-    """The kind of most characters whose first bytes these are."""
+    """The most frequent kind among the characters whose encoding begins with these bytes."""
     lead = prefix[0]
     if prefix in (b"\xf0", b"\xf0\x9f"):
-        return _SYMBOL  # By number it is rare Han; in texts it is emoji.
+        return _SYMBOL  # Most such characters are rare Han, but most occurrences are emoji.
     length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
     missing = length - len(prefix)
     if not 0xC2 <= lead <= 0xF4 or missing < 1:
-        return _SYMBOL  # In no UTF-8.
+        return _SYMBOL  # Not valid in UTF-8.
     point = lead & (0x7F >> length)
     for byte in prefix[1:]:
         point = point << 6 | byte & 0x3F
@@ -318,12 +321,12 @@ def _kind_of_prefix(prefix: bytes) -> int:
 
 
 def _kinds(text: str) -> Bytes:
-    """uint8, the kind of each character; bytes of characters that are not whole are the lone
+    """uint8, the kind of each character; bytes of incomplete characters are given as the lone
     surrogates of "surrogateescape"."""
     points_N = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     unique, inverse_N = np.unique(points_N, return_inverse=True)
     kinds_N = np.array([_kind(chr(p)) for p in unique.tolist()], np.uint8)[inverse_N]
-    # The bytes behind a leading one tell more of the character.
+    # The bytes that follow a leading byte narrow down the character.
     for n in np.flatnonzero((points_N >= 0xDCE0) & (points_N <= 0xDCF4)).tolist():
         end = n + 1
         while end < min(n + 3, len(points_N)) and 0xDC80 <= points_N[end] < 0xDCC0:
@@ -333,14 +336,14 @@ def _kinds(text: str) -> Bytes:
 
 
 def _packed(pieces: Pieces) -> Bytes:
-    """The byte of each token; 0, which is `other` outside a word, where there is no text."""
+    """The byte of each token; 0 (class `other`, state outside a word) for a token without text."""
     packed_V = np.zeros(len(pieces), np.uint8)
     texts = [piece.decode("utf-8", "surrogateescape") if piece else "" for piece in pieces]
     lengths_V = np.fromiter(map(len, texts), np.int64, len(texts))
     filled = np.flatnonzero(lengths_V)
     if not len(filled):
         return packed_V
-    # A NUL between them: no byte of one token is taken for the next one's.
+    # Separated by NUL, so that bytes of two tokens are never combined into a character.
     kinds_N = _kinds("\0".join(texts[v] for v in filled.tolist()))
     ends_W = np.cumsum(lengths_V[filled] + 1) - 1
     begins_W = ends_W - lengths_V[filled]
@@ -353,13 +356,13 @@ def _packed(pieces: Pieces) -> Bytes:
 
 def _classes(kinds_N: Bytes, begins_W: NDArray, ends_W: NDArray) -> tuple[Bytes, Bytes, Bytes]:
     """uint8 [W] for each of `OUTSIDE_WORD`, `IN_WORD`, `AT_JOINER`."""
-    place_N = np.arange(len(kinds_N))
+    index_N = np.arange(len(kinds_N))
     beyond = len(kinds_N)
 
     def first(of: Iterable[int]) -> NDArray:
-        """Where each token has the first character of these kinds."""
-        found_N = np.where(np.isin(kinds_N, list(of)), place_N, beyond)
-        # From each beginning to the next one: the separator between them is of no such kind.
+        """The index of each token's first character of these kinds; `beyond` if it has none."""
+        found_N = np.where(np.isin(kinds_N, list(of)), index_N, beyond)
+        # Each range ends at the next token; the separator in between has none of these kinds.
         return np.minimum.reduceat(found_N, begins_W)
 
     letter_W, digit_W = first([_LETTER, _UNSPACED]), first([_DIGIT])
@@ -387,10 +390,10 @@ def _classes(kinds_N: Bytes, begins_W: NDArray, ends_W: NDArray) -> tuple[Bytes,
 
 
 def _states(kinds_N: Bytes, begins_W: NDArray, ends_W: NDArray) -> Bytes:
-    """uint8 [W]: where a text that ends in each token ends."""
-    place_N = np.arange(len(kinds_N))
-    # Marks belong to the character before them; the separators are not marks either.
-    base_N = np.where(kinds_N != _EXTEND, place_N, -1)
+    """uint8 [W]: the state of a text that ends in each token."""
+    index_N = np.arange(len(kinds_N))
+    # Marks belong to the character before them. Separators, which are not marks, are skipped too.
+    base_N = np.where(kinds_N != _EXTEND, index_N, -1)
     base_N[ends_W[ends_W < len(kinds_N)]] = -1
     last_W = np.maximum.reduceat(base_N, begins_W)
     kind_W = np.where(last_W >= 0, kinds_N[last_W], _LETTER)

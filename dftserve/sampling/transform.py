@@ -1,10 +1,10 @@
-"""The law in plain torch, on whole rows: logits in, logits out, and what was done to each row.
+"""The law in plain torch, on whole rows: rewrites the logits and returns statistics of each row.
 
     guard at T=1 → H0 of the plausible tokens → the law's temperature T' → content at T',
     stop tokens at the probability they had at T → one write
 
-This is the reference that the backends' kernels are tested against, and what runs on a device that
-has none (`backends/plain_torch.py`).
+This is the reference against which the backends' kernels are tested, and the implementation for
+devices without kernels (`backends/plain_torch.py`).
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,12 @@ class Statistics:
     """What the transform did to each row.
 
     entropy_before_R: float32, H0 in nats, of the plausible tokens at temperature 1.
-    entropy_after_R: float32, nats, of the distribution that is really sampled from.
+    entropy_after_R: float32, nats, of the final distribution, from which the token is sampled.
     temperature_R: float32, of the content.
     changed_R: float32, total variation distance between the guarded row at T and the final one:
-        the share of tokens that come out otherwise because of the new temperature.
-    valid_R: bool, False for a row that was passed through (NaN, +inf, or nothing finite in it).
+        the share of tokens that differ because of the new temperature.
+    valid_R: bool, False for a row left unchanged because it contains NaN or +inf or no finite
+        logit.
     """
 
     entropy_before_R: Tensor
@@ -42,7 +43,7 @@ class Statistics:
     valid_R: Tensor
 
     def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four that are numbers, in the order above."""
+        """All fields but `valid_R`, in the order above."""
         return self.entropy_before_R, self.entropy_after_R, self.temperature_R, self.changed_R
 
 
@@ -53,9 +54,9 @@ def transform(
     constants: LawConstants = DEFAULT_CONSTANTS,
     classes_V: Tensor | None = None,
 ) -> Statistics:
-    """As `api.transform`; here every step is one line of torch on whole rows.
+    """As `api.transform`; each step is one torch operation on whole rows.
 
-    `classes_V`: `TokenClasses.packed_V`, which the law `words` needs.
+    `classes_V`: `TokenClasses.packed_V`, required by the law `words`.
     """
     logits_RV = logits_XV if rows_R is None else logits_XV.index_select(0, rows_R)
     log_guard_R = log_guard(controls, constants)
@@ -80,11 +81,11 @@ def transform(
             support, controls, cool, constants, classes_V
         )
         temperature_R = torch.where(is_words_R, mean_R, temperature_R)
-        hot, weights = _instead(is_words_R, (by_class, by_class_weights), (hot, weights))
+        hot, weights = _replace_rows(is_words_R, (by_class, by_class_weights), (hot, weights))
     is_xtc_R = xtc.is_xtc(controls)
     if bool(is_xtc_R.any()):
         rest = xtc.without_top_choices(support, controls, cool)
-        hot, weights = _instead(is_xtc_R, rest, (hot, weights))
+        hot, weights = _replace_rows(is_xtc_R, rest, (hot, weights))
     final = normalise(torch.cat(weights, dim=1))
     statistics = Statistics(
         entropy_before_R=entropy_before_R,
@@ -107,9 +108,12 @@ def _by_class(
     constants: LawConstants,
     classes_V: Tensor | None,
 ) -> tuple[Tensor, Distribution, tuple[Tensor, Tensor]]:
-    """The law `words`: its temperature, the content, and the log-weights of content and stops."""
+    """The law `words`: its temperature, the content, and the log-weights of content and stop
+    tokens."""
     if classes_V is None:
-        raise ValueError("the law 'words': got a backend without token classes; give it some.")
+        raise ValueError(
+            "the law 'words': got a backend without token classes; create it with `token_classes`."
+        )
     rows, width = support.content_RV.shape
     class_RV = words.row_classes(classes_V, controls.last_token_R, rows, width)
     mean_R, hot = words.heat_by_class(support, class_RV, controls, cool, constants)
@@ -117,28 +121,28 @@ def _by_class(
     return mean_R, hot, (content_RV, support.stop_RE / controls.temperature_R[:, None])
 
 
-def _instead(is_law_R: Tensor, made: _Content, other: _Content) -> _Content:
-    """What a law made of its rows, in place of what another made of them."""
+def _replace_rows(is_law_R: Tensor, replacement: _Content, other: _Content) -> _Content:
+    """`other`, with the rows of a law taken from `replacement`."""
     hot, weights = other
-    log_p_RK = torch.where(is_law_R[:, None], made[0].log_p_RK, hot.log_p_RK)
+    log_p_RK = torch.where(is_law_R[:, None], replacement[0].log_p_RK, hot.log_p_RK)
     content_RK, stop_RE = (
-        torch.where(is_law_R[:, None], a, b) for a, b in zip(made[1], weights, strict=True)
+        torch.where(is_law_R[:, None], a, b) for a, b in zip(replacement[1], weights, strict=True)
     )
     return (
-        Distribution(log_p_RK, torch.where(is_law_R, made[0].log_z_R, hot.log_z_R)),
+        Distribution(log_p_RK, torch.where(is_law_R, replacement[0].log_z_R, hot.log_z_R)),
         (content_RK, stop_RE),
     )
 
 
 def base_entropy(support: Support) -> tuple[Tensor, Tensor]:
-    """H0 in nats and the number of plausible tokens, stop tokens counted where plausible."""
+    """H0 in nats and the number of plausible tokens, including plausible stop tokens."""
     plausible_RV = support.plausible()
     count_R = is_present(plausible_RV).sum(dim=1, dtype=torch.float32)
     return normalise(plausible_RV).entropy(), count_R
 
 
 def _changed(cool: Distribution, hot: Distribution, final: Distribution) -> Tensor:
-    """Σ max(p_before − p_after, 0) over the content: stop tokens do not move."""
+    """Σ max(p_before − p_after, 0) over the content: stop tokens keep their probability."""
     content_share_R = exp(hot.log_z_R - final.log_z_R)
     moved_RV = exp(cool.log_p_RK) - exp(hot.log_p_RK)
     return content_share_R * moved_RV.clamp_min(0.0).sum(dim=1)
@@ -152,7 +156,8 @@ def _write(
     rewritten_RK: Tensor,
     valid_R: Tensor,
 ) -> None:
-    """The final write. `amax` onto -inf lets absent stop tokens, which hold -inf, fall anywhere."""
+    """The final write. Stop tokens are combined by `amax`, so that absent ones, whose value is
+    -inf, have no effect wherever they are written."""
     vocabulary = logits_XV.shape[1]
     content_RV, stop_RE = rewritten_RK.split((vocabulary, stop_ids_RE.shape[1]), dim=1)
     new_RV = content_RV.scatter_reduce(1, stop_ids_RE.clamp(0, vocabulary - 1), stop_RE, "amax")

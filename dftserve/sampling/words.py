@@ -1,8 +1,8 @@
-"""The law `words`: which word comes next is heated, how it is spelled is cooled.
+"""The law `words`: heats the choice of the next word and cools its spelling.
 
-The content falls into the classes of `token_classes.py`: tokens that begin a word, tokens inside
-one, others. Each class c has a temperature T_c of its own and keeps the probability M_c that it has
-on the guarded support at the request's T:
+The content is divided into the classes of `token_classes.py`: tokens that begin a word, tokens
+inside one, others. Each class c has its own temperature T_c and keeps the probability M_c that it
+has on the guarded support at the request's T:
 
     q(v) = M_c · exp(L_v/T_c) / Σ_{w∈c} exp(L_w/T_c)
 
@@ -10,9 +10,10 @@ on the guarded support at the request's T:
     T_inside = T·(1 − .3·level)
     T_other = T
 
-So where words end, how long sentences are and when the text stops is as the model has it; stop
-tokens, being no content, keep their probability at T. Nearest of kin is AdapT (arXiv 2309.02772),
-which heats the first token of a code block and cools the others, a whole step at a time.
+Thus the probabilities of a word's end, a sentence's end and the text's end remain those of the
+model; stop tokens, which are not content, keep their probability at T. The most similar method is
+AdapT (arXiv 2309.02772), which heats the first token of a code block and cools the others, with one
+temperature per step.
 """
 
 import torch
@@ -51,8 +52,8 @@ def row_classes(packed_V: Tensor, last_token_R: Tensor | None, rows: int, width:
     """uint8 [rows, width]: the class of each token after each row's last one.
 
     Args:
-        packed_V: `TokenClasses.packed_V`; tokens beyond it are `other`, and a text that ends in
-            one of them ends outside a word.
+        packed_V: `TokenClasses.packed_V`; tokens beyond it have the class `other`, and a text that
+            ends in one of them ends outside a word.
     """
     packed_V = torch.nn.functional.pad(packed_V, (0, max(width - len(packed_V), 0)))
     if last_token_R is None:
@@ -71,9 +72,9 @@ def heat_by_class(
     cool: Distribution,
     constants: LawConstants,
 ) -> tuple[Tensor, Distribution]:
-    """The content with each class at its own temperature and with its own probability.
+    """The content with each class at its own temperature and with its probability unchanged.
 
-    `cool` is the content at T; ln Z over the content is what it was.
+    `cool` is the content at T; ln Z over the content does not change.
 
     Returns:
         The mean of the classes' temperatures, weighted by their probabilities, and the content.

@@ -341,7 +341,7 @@ def test_a_cpu_rewrites_rows_by_their_few_tokens_as_a_device_rewrites_whole_rows
     found = Penalties(token_RK, nats_RK, place_R)
     by_few_RV, whole_RV = rows_RV.clone(), rows_RV.clone()
     stage_module.penalise(by_few_RV, step, found, TorchBackend().constants)
-    monkeypatch.setattr(stage_module, "_may_be_asked", lambda logits_XV: False)
+    monkeypatch.setattr(stage_module, "_is_on_host", lambda logits_XV: False)
     stage_module.penalise(whole_RV, step, found, TorchBackend().constants)
     assert torch.allclose(by_few_RV, whole_RV, atol=2e-5, equal_nan=True)
     assert (by_few_RV != rows_RV).sum() > len(kinds)
@@ -387,13 +387,13 @@ def test_a_token_breaks_where_its_text_has_a_breaker(texts, broken):
 def test_each_text_is_searched_once_however_the_requests_order_them(monkeypatch):
     found = breakers()
     searched = []
-    holding = found._holding
+    containing = found._containing
 
     def noted(text):
         searched.append(text)
-        return holding(text)
+        return containing(text)
 
-    monkeypatch.setattr(found, "_holding", noted)
+    monkeypatch.setattr(found, "_containing", noted)
     letters = ("\n", ":", "a", "Charlotte")
     masks = [found.tokens(order) for order in itertools.permutations(letters)]
     assert all(mask is masks[0] for mask in masks)
@@ -698,7 +698,7 @@ def test_rows_are_rewritten_in_parts(monkeypatch, parts):
     """No tensor that the stage makes of six long rows is larger than a part."""
     wide, rows = 1 << 12, 6
     monkeypatch.setattr(stage_module, "ELEMENTS", wide * rows // parts)
-    monkeypatch.setattr(stage_module, "_may_be_asked", lambda logits_XV: False)
+    monkeypatch.setattr(stage_module, "_is_on_host", lambda logits_XV: False)
     rows_RV = torch.randn(rows, wide, generator=torch.Generator().manual_seed(0))
     place_R = torch.arange(rows)
     row = control_row(spec.parse(0.5), temperature=1.0, logits_divisor=1.0, stop_ids=STOPS)

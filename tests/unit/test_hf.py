@@ -266,7 +266,7 @@ def test_after_a_reset_the_next_step_begins_another_call():
 
 def test_one_text_s_place_is_refused():
     place = {"id": "a", "index": 0, "size": 2}
-    with pytest.raises(ValueError, match=r"diversity\.group: got one text's place; accepted: true"):
+    with pytest.raises(ValueError, match=r"diversity\.group: got the object form; accepted: true"):
         DiversityProcessor({"level": 0.5, "group": place})
 
 
@@ -358,5 +358,5 @@ def test_a_style_that_is_off_leaves_the_rows_and_a_wrong_one_is_refused():
         DiversityProcessor(0, style="other", profiles=[style])
     with pytest.raises(ValueError, match="give `profiles`"):
         DiversityProcessor(0, style="toy")
-    with pytest.raises(ValueError, match="beside the law 'xtc'"):
+    with pytest.raises(ValueError, match="with the law 'xtc'"):
         DiversityProcessor({"law": "xtc", "xtc_probability": 0.5}, style="toy", profiles=[style])

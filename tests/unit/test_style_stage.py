@@ -349,8 +349,8 @@ def test_a_law_on_what_the_kernel_lists_is_the_law_on_the_whole_row(batch):
         listed_L = listed(stage, r)
         assert not listed_L or listed_L == (logits_RV[r] > -math.inf).nonzero().flatten().tolist()
     whole_RV, few_RV = logits_RV.clone(), logits_RV.clone()
-    for left, after_RV in ((None, whole_RV), (stage.left, few_RV)):
-        behind = replace(step, figures_RF=figures_RF, left=left)
+    for finite_tokens, after_RV in ((None, whole_RV), (stage.finite_tokens, few_RV)):
+        behind = replace(step, figures_RF=figures_RF, finite_tokens=finite_tokens)
         NumbaBackend("cpu").step(after_RV, behind, NumbaSlots(count, 1, "cpu"))
     torch.testing.assert_close(few_RV, whole_RV, atol=1e-4, rtol=1e-4, equal_nan=True)
 
@@ -364,14 +364,14 @@ def test_a_law_behind_the_kernel_neither_reads_nor_writes_what_was_cut():
     cut_RV = logits_RV == -math.inf
     assert [len(listed(stage, r)) for r in range(2)] == (~cut_RV).sum(dim=1).tolist()
     logits_RV[cut_RV] = math.nan
-    behind = replace(step, figures_RF=figures_RF, left=stage.left)
+    behind = replace(step, figures_RF=figures_RF, finite_tokens=stage.finite_tokens)
     said = NumbaBackend("cpu").step(logits_RV, behind, NumbaSlots(2, 1, "cpu"))
     assert said.valid_R.all()
     assert torch.equal(logits_RV.isnan(), cut_RV)
 
 
 def listed(stage, r):
-    token_N, start_R = stage.left
+    token_N, start_R = stage.finite_tokens
     return sorted(token_N[start_R[r] : start_R[r + 1]].tolist())
 
 

@@ -1,7 +1,7 @@
 """Backend selection and a start-up self-check against the torch reference.
 
-cpu     numba.py, numba_slots.py      } where the compiler is installed, as it is wherever vLLM
-cuda    triton.py, triton_slots.py    } is, and the kernels pass the check
+cpu     numba.py, numba_slots.py      } if the compiler is installed (vLLM depends on both) and the
+cuda    triton.py, triton_slots.py    } kernels pass the check
 other   plain_torch.py
 """
 
@@ -41,17 +41,17 @@ def get_backend(
     constants: LawConstants = DEFAULT_CONSTANTS,
     token_classes: TokenClasses | None = None,
 ) -> Backend:
-    """The fastest backend of a device that passes the self-check, with buffers of its own."""
+    """A new instance of the fastest backend that passes the self-check on a device."""
     device = torch.device(device)
     return checked_class(device)(device, constants, token_classes)
 
 
 def get_style_stage(device: torch.device | str, profiles: Sequence[ProfileArrays]) -> StyleStage:
-    """The style stage of a device, for requests with one of these profiles: a request's `style` is
-    its place among them."""
+    """The style stage of a device for these profiles; `StyleControls.profile` is an index into
+    them."""
     device = torch.device(device)
     tables = StyleTables.of(profiles, device)
-    with _or_plain(f"styles on {device}"):
+    with _fall_back_to_torch(f"styles on {device}"):
         found = _preferred_stage(device)
         if found is PlainStyleStage or same_styles(found, tables, checked_class(device)):
             return found(tables)
@@ -60,7 +60,7 @@ def get_style_stage(device: torch.device | str, profiles: Sequence[ProfileArrays
 
 
 def _preferred_stage(device: torch.device) -> Callable[[StyleTables], StyleStage]:
-    """The stage that belongs to the backend of a device, whose slots it reads."""
+    """The stage that matches the device's backend, whose slots it reads."""
     if device.type == "cpu" and checked_class(device) is not TorchBackend:
         from dftserve.sampling.backends.numba_style import NumbaStyleStage
 
@@ -75,8 +75,8 @@ def _preferred_stage(device: torch.device) -> Callable[[StyleTables], StyleStage
 def same_styles(
     found: Callable[[StyleTables], StyleStage], tables: StyleTables, kind: BackendClass
 ) -> bool:
-    """Whether a stage does to rows what plain torch does. Whatever a request could wait for is
-    compiled on the way."""
+    """Whether a stage computes the same rows as plain torch. This also compiles everything that a
+    request would otherwise have to wait for."""
     device = tables.root_P.device
     stages = PlainStyleStage(tables), found(tables)
     return all([_same_restyled(stages, kind, v, device) for v in (257, 4096)])
@@ -85,7 +85,7 @@ def same_styles(
 def _same_restyled(
     stages: tuple[StyleStage, StyleStage], kind: BackendClass, vocabulary: int, device: torch.device
 ) -> bool:
-    """Two rows of a request that was there before, and a row without a style between others."""
+    """Checks two rows of a resumed request, and a row without a style between two with one."""
     off = Diversity(level=0.0)
     styles = [StyleControls(profile=0, strength=s, max_kl=0.05) for s in (1.0, 0.5)]
     rows = [
@@ -115,8 +115,8 @@ def _same_restyled(
 
 
 @contextmanager
-def _or_plain(what: str) -> Iterator[None]:
-    """A compiler that fails or a driver that does not load ends here: plain torch goes on."""
+def _fall_back_to_torch(what: str) -> Iterator[None]:
+    """Logs the failure of a compiler or driver; the code after the block uses plain torch."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -127,9 +127,9 @@ def _or_plain(what: str) -> Iterator[None]:
 
 @cache
 def checked_class(device: torch.device) -> BackendClass:
-    """The device's own backend, or `TorchBackend` where its kernels do not compile or compute
-    something else. An engine calls this as it starts, so that no request waits for a compiler or
-    meets a wrong kernel."""
+    """The device's own backend, or `TorchBackend` if its kernels do not compile or give wrong
+    results. An engine calls this at start-up, so that no request waits for a compiler or runs on a
+    wrong kernel."""
     try:
         found = _preferred_class(device)
         if found is TorchBackend:
@@ -160,19 +160,19 @@ def _preferred_class(device: torch.device) -> BackendClass:
 
 
 def self_check(found: BackendClass, device: torch.device) -> bool:
-    """Whether a backend computes what plain torch does.
+    """Whether a backend computes the same as plain torch.
 
-    Whatever a request could wait for is compiled on the way, and every kernel runs more than once,
-    as it does for requests.
+    This also compiles everything that a request would otherwise have to wait for, and every kernel
+    runs more than once, as it does for requests.
     """
-    # Lists, here and below: one that disagrees must not keep the next from being compiled.
+    # `all` of a list, here and below: a failed check must not skip the compilation of the next.
     return all([_same_rows(found, device), _same_steps(found, device)])
 
 
 def _same_rows(found: BackendClass, device: torch.device) -> bool:
-    """Rows of any length, padded rows, aligned rows; stop tokens in every width that
-    `controls.stop_width` gives to as many as requests have."""
-    # Each combination of classes and states, and tokens beyond the table.
+    """Checks unaligned, padded and aligned rows, and every width of the stop token matrix that
+    `controls.stop_width` returns for the numbers of stop tokens that requests have."""
+    # Every combination of classes and states, and tokens beyond the table.
     parts_V4 = np.arange(3000)[:, None] // 3 ** np.arange(4) % 3
     classes = TokenClasses((parts_V4 << 2 * np.arange(4)).sum(axis=1).astype(np.uint8))
     backend = found(device, token_classes=classes)
@@ -184,7 +184,7 @@ def _same_rows(found: BackendClass, device: torch.device) -> bool:
 def _same_batch(
     backend: Backend, reference: Backend, vocabulary: int, stride: int, stop_count: int
 ) -> bool:
-    """All rows at once, then some of them."""
+    """Checks all rows at once, then some of them."""
     device = reference.device
     controls = Controls.stack(_control_rows(stop_count), device)
     controls = controls.after(torch.tensor([0, 27, 54, -1, 0, 0], device=device))
@@ -201,8 +201,8 @@ def _same_batch(
 
 
 def _rows(vocabulary: int, stride: int, device: torch.device) -> Tensor:
-    """A flat row, a peaked one, one with a grammar's mask, an invalid one, and two more peaked;
-    quarters, so that none is at a floor."""
+    """A flat row, a peaked one, one with a grammar's mask, an invalid one, and two more peaked
+    ones. Values are multiples of 0.25, so that none is exactly at the guard's threshold."""
     steps_V = torch.arange(vocabulary, device=device) * 37 % 101
     masked_V = torch.where(steps_V < 9, -0.25 * steps_V, -torch.inf)
     invalid_V = torch.where(steps_V == 7, torch.nan, 0.0)
@@ -213,7 +213,7 @@ def _rows(vocabulary: int, stride: int, device: torch.device) -> Tensor:
 
 
 def _control_rows(stop_count: int) -> list[ControlRow]:
-    """The second row has `stop_count` stop tokens, the others one; four laws."""
+    """Controls of four laws; the second row has `stop_count` stop tokens, the others one."""
     laws = [parse({"law": law, "level": 0.5}) for law in ("gated", "words", "words", "gated")]
     laws.append(parse({"law": "top_n_sigma", "n_sigma": 1.1}))
     laws.append(parse({"law": "xtc", "xtc_probability": 1.0, "xtc_threshold": 1e-3, "min_p": 0.01}))
@@ -226,9 +226,9 @@ def _control_rows(stop_count: int) -> list[ControlRow]:
 
 
 def _same_steps(found: BackendClass, device: torch.device) -> bool:
-    """A new request and a resumed one, of two rows each; one token is accepted at every step, and
-    they are steered before the end. Between them a row of no request; rows that are invalid now and
-    then; first of a prompt."""
+    """Checks steps of a new and a resumed request with two rows each, an idle row between them,
+    some invalid rows, and prompt chunks in the first step. One token is accepted per step, and
+    there are enough steps for the budget law to begin steering."""
     diversity = parse({"law": "budget", "target_entropy": 1.5})
     row = control_row(diversity, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({5}))
     requests = SlotControls(3, device)
@@ -260,7 +260,7 @@ def _same_steps(found: BackendClass, device: torch.device) -> bool:
 
 
 def _step_rows(at: int, device: torch.device) -> Tensor:
-    """Five rows, another five at every step; one of them has a NaN at every fifth."""
+    """Five rows, different in every step; in each step one of them contains a NaN."""
     tokens_V, rows_R1 = torch.arange(257, device=device), torch.arange(5, device=device)[:, None]
     logits_XV = -0.125 * ((tokens_V * (37 + rows_R1) + at) % 101)
     return torch.where((rows_R1 == at % 5) & (tokens_V == at), torch.nan, logits_XV)

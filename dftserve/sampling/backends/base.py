@@ -1,4 +1,4 @@
-"""What every backend provides: the transform and the slots of one device."""
+"""The interface of backends: the transform and the slots of one device."""
 
 from abc import ABC, abstractmethod
 
@@ -13,12 +13,12 @@ from dftserve.sampling.transform import Statistics
 
 
 class Backend(ABC):
-    """The transform on one device, with scratch buffers of its own: one for each engine and thread.
+    """The transform on one device, with its own scratch buffers: create one per engine and thread.
 
     Args:
         device: where the logits are.
-        constants: of the laws; `create_slots` steers by the same ones.
-        token_classes: of the model's vocabulary. Without them no row may ask for the law `words`.
+        constants: of the laws; also used by the slots of `create_slots` for steering.
+        token_classes: of the model's vocabulary; required for the law `words`.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Backend(ABC):
     def __call__(
         self, logits_XV: Tensor, controls: Controls, rows_R: Tensor | None = None
     ) -> Statistics:
-        """As `api.transform`, with arguments that were checked there."""
+        """As `api.transform`, which validates the arguments."""
 
     def step(self, logits_XV: Tensor, step: Step, slots: Slots) -> Statistics:
-        """As `api.transform_step`, with arguments that were checked there; `slots` are of
-        `create_slots`. This is the reference; kernels do the same without a gather."""
-        step = step.busy()
+        """As `api.transform_step`, which validates the arguments; `slots` come from
+        `create_slots`. This is the reference; kernels do the same without gathering rows."""
+        step = step.without_idle_rows()
         slot_R, offset_R = step.slot_R, step.offset_R.long()
         last_token_R = None if step.last_token_R is None else step.last_token_R.long()
         controls = step.controls.select(slot_R).at(step.position_R)
@@ -54,5 +54,5 @@ class Backend(ABC):
         return statistics
 
     def create_slots(self, slots: int, rows_per_request: int) -> Slots:
-        """Statistics and steering of up to `slots` requests on this backend's device."""
+        """Statistics and steering state for up to `slots` requests on this backend's device."""
         return Slots(slots, rows_per_request, self.device, self.constants)

@@ -1,16 +1,16 @@
 """The transform on a CPU: one kernel, compiled by numba when an engine starts.
 
-For each row: read the maxima of its chunks; skip the chunks whose maximum is below the guard's
-threshold, since they hold no plausible token; list the survivors of the others; compute on the
-survivors only; write -inf everywhere and the survivors' new values. Of a row that a style has
-rewritten only the tokens that it left are looked at, and written. The maths is that of
-`transform.py`, which is the reference.
+For each row: compute the maxima of its chunks; skip the chunks whose maximum is below the guard's
+threshold, since they contain no plausible token; list the survivors of the others; compute on the
+survivors only; write -inf everywhere and the survivors' new values. In a row rewritten by a style,
+only the tokens that it left finite are read and written. The maths is that of `transform.py`, which
+is the reference.
 
-vLLM brings numba along. Shapes: V vocabulary, J chunks, K survivors of one row, L tokens that a
-style has left of it, E stop tokens, C constants.
+numba is a dependency of vLLM. Shapes: V vocabulary, J chunks, K survivors of one row, L tokens of
+it that a style has left finite, E stop tokens, C constants.
 """
 
-# Kernels are numba's, not Python, to a type checker's eye.
+# Type checkers cannot analyse numba kernels.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 
 import math
@@ -26,10 +26,10 @@ from dftserve.sampling import draws, entropy, guard, stops, token_classes, words
 from dftserve.sampling.backends.base import Backend
 from dftserve.sampling.backends.numba_slots import (
     NumbaSlots,
-    check_places,
+    check_slots,
     put_level_in_force,
-    remember,
     settle,
+    stage_row,
 )
 from dftserve.sampling.controls import (
     DEFAULT_CONSTANTS,
@@ -46,11 +46,11 @@ from dftserve.sampling.transform import Statistics
 Array = np.ndarray[Any, Any]
 
 CHUNK = 64
-"""Wide enough that a maximum costs little, narrow enough that few tokens are looked at again."""
+"""Wide enough that a maximum is cheap, narrow enough that few tokens are read a second time."""
 
 
 class NumbaBackend(Backend):
-    """The transform with scratch buffers of its own; for one thread at a time."""
+    """The transform with its own scratch buffers; not thread-safe."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class NumbaBackend(Backend):
         token_classes: TokenClasses | None = None,
     ) -> None:
         super().__init__(device, constants, token_classes)
-        # Without classes every token is `other`; rows that need them are refused before.
+        # Without classes every token is `other`; rows that need classes were rejected before.
         no_classes_V = np.zeros(0, np.uint8)
         self._classes_V = no_classes_V if token_classes is None else token_classes.packed_V.copy()
         self._constants_C = np.array(constants.packed)
@@ -93,14 +93,14 @@ class NumbaBackend(Backend):
         return self._result.statistics
 
     def step(self, logits_XV: Tensor, step: Step, slots: Slots) -> Statistics:
-        """As `Backend.step`, by one kernel."""
+        """As `Backend.step`, in one kernel."""
         assert isinstance(slots, NumbaSlots)
         stop_ids_SE = step.controls.stop_ids_RE.numpy()
         self._make_room(logits_XV.shape[1], step.slot_R.shape[0], stop_ids_SE.shape[1])
         result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
         figures_RF = step.figures_RF
         _step(
-            *placed(logits_XV, step, result.all_rows_R),
+            *row_arguments(logits_XV, step, result.all_rows_R),
             result.no_ids_R if last_token_R is None else last_token_R.numpy(),
             slots.nothing_known_S if known_S is None else known_S.numpy(),
             step.controls.numbers_RF.numpy(),
@@ -110,7 +110,7 @@ class NumbaBackend(Backend):
             (*self._scratch, self._stops_2E),
             slots.arrays(),
             result.no_figures_RF if figures_RF is None else figures_RF.numpy(),
-            *(result.nothing_left if step.left is None else step.left),
+            *(result.no_finite_tokens if step.finite_tokens is None else step.finite_tokens),
             result.values_FR,
             result.valid_R,
         )
@@ -128,11 +128,11 @@ class NumbaBackend(Backend):
         return NumbaSlots(slots, rows_per_request, self.device, self.constants)
 
 
-def placed(
+def row_arguments(
     logits_XV: Tensor, step: Step, all_rows_R: Array
 ) -> tuple[Array, int, int, Array, Array, Array, Array]:
-    """What the kernels of a step begin with: the logits in one line, their stride and width, and
-    of each row its place among them, slot, position and offset."""
+    """The first arguments of a step's kernels: the flattened logits, their stride and width, and
+    each row's index in them, slot, position and offset."""
     stride, vocabulary = logits_XV.stride(0), logits_XV.shape[1]
     is_whole = stride == vocabulary
     return (
@@ -147,14 +147,14 @@ def placed(
 
 
 def scratch(vocabulary: int) -> tuple[Array, Array, Array]:
-    """Scratch for one row's chunk maxima, survivors' ids and survivors' weights: all that grows
-    with the vocabulary."""
+    """Scratch for one row's chunk maxima, survivors' ids and survivors' weights: everything whose
+    size depends on the vocabulary."""
     maxima_J = np.empty(-(-vocabulary // CHUNK), np.float32)
     return maxima_J, np.empty(vocabulary, np.int32), np.empty((4, vocabulary), np.float32)
 
 
 class _Result:
-    """Where a call on so many rows writes its statistics."""
+    """The output arrays of a call with a given number of rows, and its default inputs."""
 
     def __init__(self, rows: int) -> None:
         self.all_rows_R = np.arange(rows)
@@ -162,7 +162,7 @@ class _Result:
         self.zero_R = np.zeros(rows, np.int64)
         self.no_ids_R = np.full(rows, -1, np.int32)
         self.no_figures_RF = np.zeros((rows, COLUMNS - KL), np.float32)
-        self.nothing_left = np.empty(0, np.int32), np.zeros(rows + 1, np.int64)
+        self.no_finite_tokens = np.empty(0, np.int32), np.zeros(rows + 1, np.int64)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
         self.statistics = Statistics(
@@ -171,15 +171,15 @@ class _Result:
 
 
 def _flat(logits_XV: Tensor) -> Tensor:
-    """The rows in one line, with what lies between them: an engine that pads its vocabulary gives
-    a part of wider rows."""
+    """The memory of all rows as one vector, including gaps between them: the rows are slices of
+    wider ones in an engine that pads its vocabulary."""
     rows, vocabulary = logits_XV.shape
     size = (rows - 1) * logits_XV.stride(0) + vocabulary if rows else 0
     return logits_XV.as_strided((size,), (1,))
 
 
-# Globals that a kernel reads are frozen into it when it is compiled: only what never changes may be
-# one, and the laws' constants are an argument. Weights are float32, as the logits are; the few
+# Globals are compiled into kernels as constants, so only values that never change may be globals;
+# the laws' constants are passed as an argument. Weights are float32, as the logits are; the few
 # scalars of a row are float64.
 _ABSENT = np.float32(entropy.ABSENT)
 _FARTHEST = np.float32(guard.FARTHEST)
@@ -193,15 +193,15 @@ _STATE_SHIFT, _CLASS_MASK = token_classes.STATE_SHIFT, token_classes.CLASS_MASK
 _COOLEST = words.COOLEST
 _NEARLY, _NEWTON_STEPS = stops.NEARLY, stops.NEWTON_STEPS
 _RESOLUTION = 1e-8
-"""Less than float32 resolves: another step of Newton's would change nothing."""
+"""Below the resolution of float32: another Newton step would change nothing."""
 _NEGATIVE_INFINITY = np.float32(-np.inf)
 
-# fastmath=False is said, because a function would inherit it from whichever calls it first.
+# fastmath=False is explicit, because a function would otherwise inherit it from its first caller.
 _kernel = njit(error_model="numpy", fastmath=False)
 _inlined = njit(error_model="numpy", fastmath=False, inline="always")
-"""A constant that it is called with is a constant in it: a loop of known length."""
+"""Inlining propagates constant arguments, so that loops have a known length."""
 _reduction = njit(error_model="numpy", fastmath={"reassoc", "nsz"})
-"""Sums in whatever order is fast; an element's own value does not depend on it."""
+"""Sums may be reordered for speed; values of single elements do not depend on the order."""
 
 
 @_kernel
@@ -222,7 +222,7 @@ def _transform(
 ) -> None:
     rows = len(rows_R)
     if rows != len(numbers_RF) or rows != len(last_token_R) or rows != len(position_R):
-        raise ValueError("rows: not as many as rows of controls.")
+        raise ValueError("rows: their number differs from that of the rows of controls.")
     _check_rows(rows_R, stride, vocabulary, logits)
     nothing_L = np.empty(0, np.int32)
     for r in range(len(rows_R)):
@@ -260,15 +260,15 @@ def _step(
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
     figures_RF: Array,
-    left_N: Array,
-    left_start_R: Array,
+    finite_N: Array,
+    finite_start_R: Array,
     values_FR: Array,
     valid_R: Array,
 ) -> None:
-    """A whole step: settle each request's slot, rewrite its rows, remember their statistics."""
-    check_places(slot_R, offset_R, state[5])
+    """A whole step: settle each request's slot, rewrite its rows, stage their statistics."""
+    check_slots(slot_R, offset_R, state[5])
     _check_rows(rows_R, stride, vocabulary, logits)
-    # 1. What the step before left, once for each request: all its rows share the level.
+    # 1. Commit the previous step's rows, once per request: all its rows share the level.
     for r in range(len(rows_R)):
         s = slot_R[r]
         if offset_R[r] == 0 and numbers_SF[s, columns.LAW] != NO_LAW:
@@ -280,8 +280,8 @@ def _step(
         values_FR[:, r] = 0.0
         if numbers_SF[s, columns.LAW] == NO_LAW:
             continue
-        # 2. The row, at the level that is in force.
-        # Not by a slice: the message of a length that differs would be compiled too, for seconds.
+        # 2. Rewrite the row, at the current level. Copied by a loop: a slice assignment would also
+        #    compile the error message for unequal lengths, which takes seconds.
         for f in range(len(numbers_F)):
             numbers_F[f] = numbers_SF[s, f]
         put_level_in_force(state, s, numbers_F, constants_C)
@@ -292,24 +292,24 @@ def _step(
             stop_ids_SE[s],
             np.int64(last_token_R[r]),
             position_R[r],
-            left_N[left_start_R[r] : left_start_R[r + 1]],
+            finite_N[finite_start_R[r] : finite_start_R[r + 1]],
             classes_V,
             constants_C,
             scratch,
         )
         for f in range(len(values)):
             values_FR[f, r] = values[f]
-        # 3. Its statistics wait until its token turns out accepted.
+        # 3. Stage its statistics until its token is accepted.
         samples = position_R[r] + 1 >= known_S[s]
-        remember(state, s, offset_R[r], position_R[r], samples, valid_R[r], values, figures_RF[r])
+        stage_row(state, s, offset_R[r], position_R[r], samples, valid_R[r], values, figures_RF[r])
 
 
 @_kernel
 def _check_rows(rows_R: Array, stride: int, vocabulary: int, logits: Array) -> None:
-    """No other index of a row is checked by the kernels."""
+    """Raise IndexError for row indices out of range; kernels do not check any others."""
     for row in rows_R:
         if row < 0 or row * stride + vocabulary > len(logits):
-            raise IndexError("rows: one of them is not among the logits.")
+            raise IndexError("rows: an index is beyond the rows of the logits.")
 
 
 @_kernel
@@ -319,17 +319,16 @@ def _rewrite_if_valid(
     stop_ids_E: Array,
     last_token: int,
     position: int,
-    left_L: Array,
+    finite_L: Array,
     classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[bool, tuple[float, float, float, float]]:
     """Whether the row is valid, and its statistics, in the order of `Statistics`.
 
-    `left_L`: the only tokens that are not -inf; none where they are not known, and then all of the
-    row is read.
+    `finite_L`: all tokens that are not -inf; empty if unknown, in which case the whole row is read.
     """
-    peak = _peak(row_V, left_L, scratch[0])
+    peak = _peak(row_V, finite_L, scratch[0])
     if not math.isfinite(peak):
         return False, (0.0, 0.0, 0.0, 0.0)
     if numbers_F[columns.LAW] == _WORDS:
@@ -337,20 +336,21 @@ def _rewrite_if_valid(
         if 0 <= last_token < len(classes_V):
             state = np.int64(classes_V[last_token]) >> _STATE_SHIFT
         return True, _rewrite_by_class(
-            row_V, peak, numbers_F, stop_ids_E, state, left_L, classes_V, constants_C, scratch
+            row_V, peak, numbers_F, stop_ids_E, state, finite_L, classes_V, constants_C, scratch
         )
     return True, _rewrite(
-        row_V, peak, numbers_F, stop_ids_E, position, left_L, constants_C, scratch
+        row_V, peak, numbers_F, stop_ids_E, position, finite_L, constants_C, scratch
     )
 
 
 @_kernel
-def _peak(row_V: Array, left_L: Array, maxima_J: Array) -> float:
-    """The row's maximum, and those of its chunks where all of it is read; NaN counts as +inf."""
-    if len(left_L) == 0:
+def _peak(row_V: Array, finite_L: Array, maxima_J: Array) -> float:
+    """The row's maximum; also computes its chunks' maxima if the whole row is read. NaN counts as
+    +inf."""
+    if len(finite_L) == 0:
         return _maxima(row_V.view(np.int32), maxima_J)
     peak = _NEGATIVE_INFINITY
-    for token in left_L:
+    for token in finite_L:
         if math.isnan(row_V[token]):
             return np.float32(np.inf)
         peak = max(peak, row_V[token])
@@ -359,7 +359,7 @@ def _peak(row_V: Array, left_L: Array, maxima_J: Array) -> float:
 
 @_kernel
 def _maxima(bits_V: Array, maxima_J: Array) -> float:
-    """Each chunk's maximum, and the row's; NaN counts as +inf: neither leaves a row valid."""
+    """Each chunk's maximum, and the row's. NaN counts as +inf: either makes a row invalid."""
     peak = _NEGATIVE_INFINITY
     whole = len(bits_V) // CHUNK
     for j in range(whole):
@@ -373,19 +373,19 @@ def _maxima(bits_V: Array, maxima_J: Array) -> float:
 
 @_inlined
 def _maximum(bits_V: Array, start: int, length: int) -> float:
-    """On bits: a maximum of integers is vectorised, that of floats is not, for NaN's sake."""
+    """Works on the bits: an integer maximum is vectorised; a float one is not, because of NaN."""
     highest, farthest = np.int32(-(2**31)), np.int32(0)
     for v in range(start, start + length):
-        highest = max(highest, np.int32(_turned(bits_V[v])))
+        highest = max(highest, np.int32(_sortable_bits(bits_V[v])))
         farthest = max(farthest, np.int32(bits_V[v] & 0x7FFFFFFF))
     is_nan = farthest > 0x7F800000
-    return np.float32(np.inf) if is_nan else np.int32(_turned(highest)).view(np.float32)
+    return np.float32(np.inf) if is_nan else np.int32(_sortable_bits(highest)).view(np.float32)
 
 
 @_kernel
-def _turned(bits: int) -> int:
-    """A float's bits as an integer of the same order, and back: below zero, all but the sign is
-    turned over."""
+def _sortable_bits(bits: int) -> int:
+    """Maps a float's bits to an integer with the same ordering, and back: if the sign bit is set,
+    all other bits are inverted."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -395,16 +395,16 @@ def _guard_and_content(
     peak: float,
     numbers_F: Array,
     stop_ids_E: Array,
-    left_L: Array,
+    finite_L: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, int, float, int, float, float]:
-    """What every law begins with; `stop_ids_E` are the row's own.
+    """The first stage of every law; `stop_ids_E` is without padding.
 
-    Returns H0, the number of plausible tokens, the highest stop token, the number of content tokens
-    and their maximum, and ln Z of the plausible tokens. The scratch then holds the content's
-    tokens, its log-weights at temperature 1 and those of the stop tokens; the row has the stop
-    tokens no more.
+    Returns H0, the number of plausible tokens, the highest stop token's weight, the number of
+    content tokens and their maximum, and ln Z of the plausible tokens. The scratch then contains
+    the content's tokens, its log-weights at temperature 1 and those of the stop tokens; in the row
+    the stop tokens are set to -inf.
     """
     maxima_J, tokens_K, weights_4K, stops_2E = scratch
     below_K, hot_K, below_E = weights_4K[0], weights_4K[3], stops_2E[0][: len(stop_ids_E)]
@@ -413,15 +413,15 @@ def _guard_and_content(
     # The plausible tokens, and their entropy, stop tokens included.
     log_guard = _log_guard(row_V, peak, numbers_F, constants_C)
     threshold = np.float32(max(peak + log_guard / divisor, _LOWEST))
-    if len(left_L) > 0:
-        plausible = _survivors_of(row_V, peak, threshold, divisor, left_L, tokens_K, below_K)
+    if len(finite_L) > 0:
+        plausible = _survivors_of(row_V, peak, threshold, divisor, finite_L, tokens_K, below_K)
     else:
         plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
     z, a = _sums(below_K[:plausible], hot_K)
     log_z = math.log(z)
     entropy_before = log_z - a / z
 
-    # Stop tokens leave the row; what is left is content.
+    # Set stop tokens to -inf; the remaining survivors are content.
     stop_peak = _take_stops(row_V, peak, divisor, stop_ids_E, below_E)
     count, content_peak = _content(row_V, threshold, tokens_K, below_K, plausible)
     return entropy_before, plausible, stop_peak, count, content_peak, log_z
@@ -434,15 +434,15 @@ def _rewrite(
     numbers_F: Array,
     stop_ids_E: Array,
     position: int,
-    left_L: Array,
+    finite_L: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
 ) -> tuple[float, float, float, float]:
     """One valid row; returns its statistics, in the order of `Statistics`."""
     _, tokens_K, weights_4K, stops_2E = scratch
-    # By index: to a compiler, arrays that were unpacked from one are not contiguous.
+    # Indexed instead of unpacked: numba does not treat unpacked rows of an array as contiguous.
     below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
-    stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
+    stop_ids_E = stop_ids_E[: _stop_count(stop_ids_E)]
     below_E, weight_E = stops_2E[0][: len(stop_ids_E)], stops_2E[1][: len(stop_ids_E)]
     temperature, divisor = (
         float(numbers_F[columns.TEMPERATURE]),
@@ -451,27 +451,27 @@ def _rewrite(
 
     # 1. The guard, H0, and the content without the stop tokens.
     entropy_before, plausible, stop_peak, count, content_peak, log_plausible_z = _guard_and_content(
-        row_V, peak, numbers_F, stop_ids_E, left_L, constants_C, scratch
+        row_V, peak, numbers_F, stop_ids_E, finite_L, constants_C, scratch
     )
 
-    # 2. The temperature that the law wants.
+    # 2. The law's temperature.
     wanted = _temperature(numbers_F, entropy_before, plausible, constants_C)
 
-    # 3. The content at T (cool) and at T' (hot), both below the content's own maximum.
+    # 3. The content at T (cool) and at T' (hot), both relative to the content's own maximum.
     below_K, exists = below_K[:count], count > 0
     top = content_peak if exists else np.float32(0.0)
-    cool_z, _ = _at(temperature, below_K, top, weight_K, cool_K)
+    cool_z, _ = _sums_at(temperature, below_K, top, weight_K, cool_K)
     cool_log_z = top / temperature + math.log(cool_z)
     is_xtc, excluded = numbers_F[columns.LAW] == _XTC, 0.0
     if is_xtc and exists and _draw(numbers_F, position) < numbers_F[columns.XTC_PROBABILITY]:
-        # Top choices leave the content, and the list; what is left may have another maximum.
+        # Remove the top choices from the content and the list, which may change the maximum.
         least = np.float32(log_plausible_z + numbers_F[columns.LOG_XTC_THRESHOLD])
         count, top, excluded = _exclude_top(below_K, least, tokens_K, cool_K)
         below_K = below_K[:count]
-    hot_z, hot_a = _at(wanted, below_K, top, weight_K, hot_K)
+    hot_z, hot_a = _sums_at(wanted, below_K, top, weight_K, hot_K)
 
-    # 4. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
-    #    Under `xtc` the temperature is T, and whoever leads may lead.
+    # 4. Content and the most likely stop token may tie, but their order must not reverse:
+    #    stops.apply_temperature. Under `xtc` the temperature is T, and either may lead.
     reached = wanted
     argmax_bound = cool_log_z - stop_peak / temperature
     leads = content_peak >= stop_peak or is_xtc
@@ -480,10 +480,10 @@ def _rewrite(
         reached = _temperature_at_bound(
             below_K, top, weight_K, hot_K, temperature, wanted, argmax_bound
         )
-        hot_z, hot_a = _at(reached, below_K, top, weight_K, hot_K)
+        hot_z, hot_a = _sums_at(reached, below_K, top, weight_K, hot_K)
     hot_log_z = top / reached + math.log(hot_z)
 
-    # 5. Stop tokens keep their probability beside it, and ln Z of both together.
+    # 5. Rescale the stop tokens, which keep their probability; ln Z of content and stop tokens.
     lift = np.float32(top / reached)
     shift = hot_log_z - cool_log_z if exists else 0.0
     stop_top = _rescale_stop_tokens(
@@ -496,7 +496,7 @@ def _rewrite(
         below_E,
         weight_E,
     )
-    log_z, stop_entropy = _beside_content(hot_log_z, exists, stop_top, weight_E)
+    log_z, stop_entropy = _combined_log_z(hot_log_z, exists, stop_top, weight_E)
 
     # 6. The statistics of the final distribution.
     entropy_after, moved = stop_entropy, 0.0
@@ -507,10 +507,11 @@ def _rewrite(
         moved = _moved(cool_K[:count], hot_K[:count], 1 / cool_z, 1 / hot_z)
         moved = content_share * (moved + excluded / cool_z)
 
-    # 7. Write: -inf, the content (held at the likeliest stop token where that leads), the stops.
+    # 7. Write: -inf, the content (clamped to the most likely stop token if that leads), the stop
+    #    tokens.
     held = np.float32(np.inf) if leads else stop_top
     base, scale = np.float32(log_z), np.float32(temperature / divisor)
-    _clear(row_V, left_L)
+    _clear(row_V, finite_L)
     for k in range(count):
         row_V[tokens_K[k]] = (min(weight_K[k] + lift, held) - base) * scale
     for e in range(len(stop_ids_E)):
@@ -526,7 +527,7 @@ def _rewrite_by_class(
     numbers_F: Array,
     stop_ids_E: Array,
     state: int,
-    left_L: Array,
+    finite_L: Array,
     classes_V: Array,
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
@@ -534,7 +535,7 @@ def _rewrite_by_class(
     """One valid row of the law `words`; returns its statistics, in the order of `Statistics`."""
     _, tokens_K, weights_4K, stops_2E = scratch
     below_K, weight_K, cool_K, hot_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
-    stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
+    stop_ids_E = stop_ids_E[: _stop_count(stop_ids_E)]
     below_E, weight_E = stops_2E[0][: len(stop_ids_E)], stops_2E[1][: len(stop_ids_E)]
     temperature, divisor = (
         float(numbers_F[columns.TEMPERATURE]),
@@ -543,10 +544,11 @@ def _rewrite_by_class(
 
     # 1. The guard, H0, and the content without the stop tokens.
     entropy_before, _, _, count, _, _ = _guard_and_content(
-        row_V, peak, numbers_F, stop_ids_E, left_L, constants_C, scratch
+        row_V, peak, numbers_F, stop_ids_E, finite_L, constants_C, scratch
     )
 
-    # 2. Each class: its maximum, then its sums at T and at its own temperature below that maximum.
+    # 2. Each class: its maximum, then its sums at T and at its own temperature, relative to that
+    #    maximum.
     temperatures_3 = _class_temperatures(numbers_F, constants_C)
     tops_3 = np.full(3, _ABSENT)
     for k in range(count):
@@ -600,7 +602,7 @@ def _rewrite_by_class(
 
     # 5. Write: -inf, the content class by class, the stop tokens.
     scale = np.float32(temperature / divisor)
-    _clear(row_V, left_L)
+    _clear(row_V, finite_L)
     for k in range(count):
         c = _class_after(state, tokens_K[k], classes_V)
         row_V[tokens_K[k]] = (weight_K[k] + np.float32(lifts_3[c])) * scale
@@ -625,7 +627,7 @@ def _class_temperatures(numbers_F: Array, constants_C: Array) -> Array:
 
 @_kernel
 def _class_after(state: int, token: int, classes_V: Array) -> int:
-    """words.row_classes, of one token."""
+    """words.row_classes, for one token."""
     if token >= len(classes_V):
         return 0
     return (np.int64(classes_V[token]) >> (2 * state)) & _CLASS_MASK
@@ -678,9 +680,9 @@ def _mixed(bits: int) -> int:
 def _exclude_top(
     below_K: Array, least: float, tokens_K: Array, cool_K: Array
 ) -> tuple[int, float, float]:
-    """xtc.ceilings: drops the top choices, of log-weight `least` or more, from the lists, all but
-    the least probable. Returns how many tokens are left, their maximum, and the sum over `cool_K`
-    of those that went."""
+    """xtc.ceilings: removes the top choices (log-weight of at least `least`) from the lists, except
+    the least probable. Returns the number of remaining tokens, their maximum, and the sum of
+    `cool_K` over the removed ones."""
     ceiling = np.float32(np.inf)
     for k in range(len(below_K)):
         if below_K[k] >= least:
@@ -711,7 +713,7 @@ def _survivors(
     for j in range(len(maxima_J)):
         if maxima_J[j] >= threshold:
             for token in range(j * CHUNK, min((j + 1) * CHUNK, len(row_V))):
-                # Written whether it survives or not: a branch that is not foreseen costs more.
+                # Written unconditionally: a mispredicted branch would cost more.
                 tokens_K[count] = token
                 below_K[count] = (row_V[token] - peak) * divisor
                 count += row_V[token] >= threshold
@@ -724,13 +726,13 @@ def _survivors_of(
     peak: float,
     threshold: float,
     divisor: float,
-    left_L: Array,
+    finite_L: Array,
     tokens_K: Array,
     below_K: Array,
 ) -> int:
-    """`_survivors` of a row whose other tokens are -inf."""
+    """`_survivors` for a row in which all tokens but `finite_L` are -inf."""
     count = 0
-    for token in left_L:
+    for token in finite_L:
         tokens_K[count] = token
         below_K[count] = (row_V[token] - peak) * divisor
         count += row_V[token] >= threshold
@@ -738,10 +740,10 @@ def _survivors_of(
 
 
 @_kernel
-def _clear(row_V: Array, left_L: Array) -> None:
-    """-inf everywhere; what is not left has it already."""
-    if len(left_L) > 0:
-        for token in left_L:
+def _clear(row_V: Array, finite_L: Array) -> None:
+    """Fills the row with -inf; tokens not in `finite_L` are -inf already."""
+    if len(finite_L) > 0:
+        for token in finite_L:
             row_V[token] = _NEGATIVE_INFINITY
     else:
         for v in range(len(row_V)):
@@ -750,7 +752,7 @@ def _clear(row_V: Array, left_L: Array) -> None:
 
 @_reduction
 def _sums(weight_K: Array, share_K: Array) -> tuple[float, float]:
-    """Σ e^w and Σ w·e^w, 1 and 0 where there is none; leaves e^w in `share_K`."""
+    """Σ e^w and Σ w·e^w (1 and 0 for an empty list); stores e^w in `share_K`."""
     z, a = 0.0, 0.0
     for k in range(len(weight_K)):
         share_K[k] = _exp(weight_K[k])
@@ -761,7 +763,7 @@ def _sums(weight_K: Array, share_K: Array) -> tuple[float, float]:
 
 @_kernel
 def _exp(x: float) -> float:
-    """e^x for x <= 0, within two ulps, in a form that is vectorised; math.exp is a call for each.
+    """e^x for x <= 0, within two ulps; unlike math.exp, it can be vectorised.
 
     2^k·e^r with |r| <= ln 2 / 2; the polynomial is that of Cephes' expf.
     """
@@ -802,13 +804,13 @@ def _temperature(
 
 @_kernel
 def _power(base: float, exponent: float) -> float:
-    """A square is a product, as where the exponent is known to the compiler."""
+    """base^exponent; squares are computed as products, as for an exponent known at compile time."""
     return base * base if exponent == 2.0 else base**exponent
 
 
 @_kernel
-def _own_stops(stop_ids_E: Array) -> int:
-    """How many stop tokens the row has itself: no row pays for another's."""
+def _stop_count(stop_ids_E: Array) -> int:
+    """The number of the row's own stop tokens, without padding."""
     count = 0
     while count < len(stop_ids_E) and stop_ids_E[count] >= 0:
         count += 1
@@ -819,8 +821,8 @@ def _own_stops(stop_ids_E: Array) -> int:
 def _take_stops(
     row_V: Array, peak: float, divisor: float, stop_ids_E: Array, below_E: Array
 ) -> float:
-    """Takes the stop tokens out of the row, and keeps their weights: `_ABSENT` where the
-    vocabulary has no such token or the grammar forbids it. Returns the highest."""
+    """Sets the stop tokens of the row to -inf and stores their weights: `_ABSENT` for a token that
+    is not in the vocabulary or that the grammar forbids. Returns the highest weight."""
     highest = _ABSENT
     for e in range(len(stop_ids_E)):
         below_E[e] = _ABSENT
@@ -835,8 +837,8 @@ def _take_stops(
 def _content(
     row_V: Array, threshold: float, tokens_K: Array, below_K: Array, listed: int
 ) -> tuple[int, float]:
-    """Drops from the list what was taken out of the row; returns how many are left, and their
-    maximum."""
+    """Removes from the list the tokens that were set to -inf; returns the number of remaining
+    tokens and their maximum."""
     count, highest = 0, _ABSENT
     for k in range(listed):
         if row_V[tokens_K[k]] >= threshold:
@@ -847,10 +849,10 @@ def _content(
 
 
 @_kernel
-def _at(
+def _sums_at(
     temperature: float, below_K: Array, top: float, weight_K: Array, share_K: Array
 ) -> tuple[float, float]:
-    """`_sums` at a temperature, below the maximum `top`; leaves the weights in `weight_K`."""
+    """`_sums` at a temperature, relative to the maximum `top`; stores the weights in `weight_K`."""
     inverse = np.float32(1 / temperature)
     for k in range(len(below_K)):
         weight_K[k] = (below_K[k] - top) * inverse
@@ -871,7 +873,7 @@ def _temperature_at_bound(
     low, high = 1 / max(temperature, wanted), 1 / min(temperature, wanted)
     beta = low
     for _ in range(_NEWTON_STEPS):
-        z, a = _at(1 / beta, below_K, top, weight_K, share_K)
+        z, a = _sums_at(1 / beta, below_K, top, weight_K, share_K)
         slope = min(a / z / beta, -1e-12)
         before, beta = beta, min(max(beta + (argmax_bound - math.log(z)) / slope, low), high)
         if abs(beta - before) < _RESOLUTION * beta:
@@ -902,11 +904,11 @@ def _rescale_stop_tokens(
 
 
 @_kernel
-def _beside_content(
+def _combined_log_z(
     content: float, exists: bool, highest: float, weight_E: Array
 ) -> tuple[float, float]:
-    """ln of the content's sum and the stop tokens' together, and the stop tokens' part of the
-    entropy: −Σ p·ln p over them."""
+    """ln Z of the content and the stop tokens together, and the stop tokens' part of the entropy:
+    −Σ p·ln p over them."""
     top = np.float32(max(content, highest) if exists else highest)
     z, a = _stop_sums(weight_E, top)
     log_z = top + math.log(z + (math.exp(content - top) if exists else 0.0))
@@ -915,7 +917,7 @@ def _beside_content(
 
 @_reduction
 def _stop_sums(weight_E: Array, top: float) -> tuple[float, float]:
-    """Σ e^w and Σ w·e^w over the stop tokens, w below `top`."""
+    """Σ e^w and Σ w·e^w over the stop tokens, with w relative to `top`."""
     z, a = 0.0, 0.0
     for e in range(len(weight_E)):
         below = weight_E[e] - top

@@ -1,5 +1,5 @@
-"""Slots on a CPU. What a step does to them is part of the transform's own kernel: `settle` and
-`remember` are called by it."""
+"""Slots on a CPU. A step updates them inside the transform's kernel, which calls `settle` and
+`stage_row`."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from dftserve.sampling.slots import (
     Slots,
 )
 
-# Kernels are numba's, not Python, to a type checker's eye.
+# Type checkers cannot analyse numba kernels.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 Array = np.ndarray[Any, Any]
@@ -39,7 +39,7 @@ _BUDGET = LAW_CODES["budget"]
 
 
 class NumbaSlots(Slots):
-    """`Slots`, whose tensors the kernels see as arrays."""
+    """`Slots` that also exposes its tensors as arrays for the kernels."""
 
     def __init__(
         self,
@@ -53,28 +53,28 @@ class NumbaSlots(Slots):
         self._arrays += (self._sums_SF.numpy(), self._waiting_SKF.numpy())
         self._arrays += (self.invalid.view(1).numpy(),)
         self.nothing_known_S = np.zeros(slots, np.int32)
-        """As `Step.known_S`, where every row samples."""
+        """`Step.known_S` for a step in which every row is sampled."""
 
     def arrays(self) -> tuple[Array, ...]:
-        """`Slots.state`, as arrays on the same memory; `invalid` has one element."""
+        """`Slots.state`, as arrays that share its memory; `invalid` has one element."""
         self._flush()
         return self._arrays
 
 
 @njit
-def check_places(slot_R: Array, offset_R: Array, waiting_SKF: Array) -> None:
-    """Raises IndexError: the kernels check no other index."""
+def check_slots(slot_R: Array, offset_R: Array, waiting_SKF: Array) -> None:
+    """Raises IndexError for slots or offsets out of range; kernels do not check any others."""
     slots, rows_per_request = waiting_SKF.shape[:2]
     for r in range(len(slot_R)):
         if not (0 <= slot_R[r] < slots and 0 <= offset_R[r] < rows_per_request):
-            raise IndexError("slots: a row's slot or offset is beyond what there is room for.")
+            raise IndexError("slots: a row's slot or offset is out of range.")
 
 
 @njit
 def settle(
     state: tuple[Array, ...], s: int, position: int, numbers_F: Array, constants_C: Array
 ) -> None:
-    """`Slots.commit_accepted` of one request: `position` is that of its first row."""
+    """`Slots.commit_accepted` for one request; `position` is that of its first row."""
     level_S, steered_S, tokens_S, base_S, sums_SF, waiting_SKF, _ = state
     gain = constants_C[BUDGET_GAIN]
     lowest, highest = constants_C[BUDGET_LOWEST_LEVEL], constants_C[BUDGET_HIGHEST_LEVEL]
@@ -95,14 +95,14 @@ def settle(
 def put_level_in_force(
     state: tuple[Array, ...], s: int, numbers_F: Array, constants_C: Array
 ) -> None:
-    """The level of a row whose law is `budget`, as steered so far."""
+    """Sets the level of a row with the law `budget` to the current steered level."""
     if numbers_F[LAW] == _BUDGET:
         is_closed = state[1][s] >= constants_C[BUDGET_OPEN_LOOP]
         numbers_F[LEVEL] = state[0][s] if is_closed else 0.0
 
 
 @njit
-def remember(
+def stage_row(
     state: tuple[Array, ...],
     s: int,
     k: int,
@@ -112,7 +112,7 @@ def remember(
     values: tuple[float, float, float, float],
     figures_F: Array,
 ) -> None:
-    """`Slots.stage_step` of one row, the k-th of its request."""
+    """`Slots.stage_step` for one row, the k-th of its request."""
     _level_S, _steered_S, _tokens_S, base_S, _sums_SF, waiting_SKF, invalid_1 = state
     base_S[s] = position - k if samples else NOTHING_WAITS
     waiting_SKF[s, k] = 0.0

@@ -1,11 +1,11 @@
-"""A style on a CPU: `style.stage`, which is the reference, by one kernel, row by row.
+"""Styles on a CPU: one kernel that processes row by row; the reference is `style.stage`.
 
-What is computed is computed on the survivors of the guard only, and what is left of a row is
-listed, so that the law behind the style reads and writes no more than that. Shapes: see `numba.py`
-and `style/tables.py`.
+All computation is done on the survivors of the guard only. The tokens left finite in a row are
+listed, so that the law after the style reads and writes only these. Shapes: see `numba.py` and
+`style/tables.py`.
 """
 
-# Kernels are numba's, not Python, to a type checker's eye.
+# Type checkers cannot analyse numba kernels.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 
 import math
@@ -24,16 +24,16 @@ from dftserve.sampling.backends.numba import (
     _exp,
     _kernel,
     _maxima,
-    _own_stops,
     _reduction,
+    _stop_count,
     _survivors,
-    placed,
+    row_arguments,
     scratch,
 )
-from dftserve.sampling.backends.numba_slots import NumbaSlots, check_places
+from dftserve.sampling.backends.numba_slots import NumbaSlots, check_slots
 from dftserve.sampling.controls import NO_LAW, NO_STYLE
 from dftserve.sampling.slots import COLUMNS, COUNT, KL, TILT_KL, Slots
-from dftserve.sampling.step import Left, Step
+from dftserve.sampling.step import FiniteTokens, Step
 from dftserve.sampling.style.stage import WEAKEST
 from dftserve.sampling.style.strength import STEPS
 from dftserve.sampling.style.tables import StyleTables
@@ -41,12 +41,12 @@ from dftserve.sampling.style.tables import StyleTables
 _LOWEST = float(np.finfo(np.float32).min)
 
 LISTED = 16
-"""The rows' lists together have room for one of so many tokens; a row that finds none is read by
-the law as a whole, and costs little more for it, having so much to compute on."""
+"""The lists of all rows together have room for one in `LISTED` tokens. A row whose list does not
+fit is read by the law as a whole; the extra cost is small compared with its many survivors."""
 
 
 class NumbaStyleStage:
-    """`StyleStage` with scratch of its own, for one thread at a time; none before it is needed."""
+    """`StyleStage` with its own scratch buffers, allocated on first use; not thread-safe."""
 
     def __init__(self, tables: StyleTables) -> None:
         self._depth = tables.depth
@@ -55,15 +55,15 @@ class NumbaStyleStage:
         self._stops_E = np.empty(0, np.float32)
         self._rows_R = np.empty(0, np.int64)
         self._figures_RF = np.empty((0, COLUMNS - KL), np.float32)
-        self.left: Left | None = None
+        self.finite_tokens: FiniteTokens | None = None
 
     def __call__(self, logits_XV: Tensor, step: Step, slots: Slots) -> Tensor:
         assert isinstance(slots, NumbaSlots)
         texts, stop_ids_SE = step.texts, step.controls.stop_ids_RE.numpy()
         assert texts is not None
-        left = self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
+        finite = self._make_room(logits_XV.shape[1], len(step.slot_R), stop_ids_SE.shape[1])
         _restyle(
-            *placed(logits_XV, step, self._rows_R),
+            *row_arguments(logits_XV, step, self._rows_R),
             np.ascontiguousarray(texts.tokens_SL.numpy()),
             texts.begin_S.numpy(),
             texts.at_R.numpy(),
@@ -74,12 +74,12 @@ class NumbaStyleStage:
             self._depth,
             (*self._scratch, self._stops_E),
             slots.arrays(),
-            *left,
+            *finite,
             self._figures_RF,
         )
         return torch.from_numpy(self._figures_RF)
 
-    def _make_room(self, vocabulary: int, rows: int, width: int) -> Left:
+    def _make_room(self, vocabulary: int, rows: int, width: int) -> FiniteTokens:
         if len(self._scratch[1]) != vocabulary:
             self._scratch = scratch(vocabulary)
         if len(self._stops_E) < width:
@@ -88,10 +88,12 @@ class NumbaStyleStage:
             self._rows_R = np.arange(rows)
             self._figures_RF = np.empty((rows, COLUMNS - KL), np.float32)
         room = rows * max(vocabulary // LISTED, 1)
-        left = self.left
-        if left is None or len(left.token_N) < room or len(left.start_R) != rows + 1:
-            self.left = left = Left(np.empty(room, np.int32), np.zeros(rows + 1, np.int64))
-        return left
+        finite = self.finite_tokens
+        if finite is None or len(finite.token_N) < room or len(finite.start_R) != rows + 1:
+            self.finite_tokens = finite = FiniteTokens(
+                np.empty(room, np.int32), np.zeros(rows + 1, np.int64)
+            )
+        return finite
 
 
 @_kernel
@@ -113,15 +115,15 @@ def _restyle(
     depth: int,
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
-    left_N: Array,
-    left_start_R: Array,
+    finite_N: Array,
+    finite_start_R: Array,
     figures_RF: Array,
 ) -> None:
-    check_places(slot_R, offset_R, state[5])
+    check_slots(slot_R, offset_R, state[5])
     _check_rows(rows_R, stride, vocabulary, logits)
-    left_start_R[0] = 0
+    finite_start_R[0] = 0
     for r in range(len(rows_R)):
-        left_start_R[r + 1] = left_start_R[r]
+        finite_start_R[r + 1] = finite_start_R[r]
         figures_RF[r] = 0.0
         numbers_F = numbers_SF[slot_R[r]]
         if numbers_F[columns.LAW] == NO_LAW or numbers_F[columns.STYLE] == NO_STYLE:
@@ -134,7 +136,7 @@ def _restyle(
             r, slot_R[r], offset_R, tokens_SL, begin_S, at_R, input_R, numbers_F, tables, depth
         )
         allowance = _allowance(state, slot_R[r], position_R[r] - offset_R[r], numbers_F)
-        left_start_R[r + 1] += _restyle_row(
+        finite_start_R[r + 1] += _restyle_row(
             row_V,
             peak,
             numbers_F,
@@ -144,7 +146,7 @@ def _restyle(
             allowance,
             tables,
             scratch,
-            left_N[left_start_R[r] :],
+            finite_N[finite_start_R[r] :],
             figures_RF[r],
         )
 
@@ -162,7 +164,7 @@ def _state_before(
     tables: tuple[Array, ...],
     depth: int,
 ) -> int:
-    """stage.states_before, of one row."""
+    """stage.states_before, for one row."""
     profile = np.int64(numbers_F[columns.STYLE])
     state = np.int64(tables[0][profile])
     for back in range(min(depth, at_R[r] - begin_S[s] + 1) - 1, -1, -1):
@@ -174,7 +176,7 @@ def _state_before(
 
 @_kernel
 def _allowance(state: tuple[Array, ...], s: int, first: int, numbers_F: Array) -> float:
-    """stage.allowances, of one row; `first`: the position of its request's first row."""
+    """stage.allowances, for one row; `first`: the position of its request's first row."""
     base_S, sums_SF, waiting_SKF = state[3], state[4], state[5]
     rows_per_request = waiting_SKF.shape[1]
     max_kl = float(numbers_F[columns.STYLE_MAX_KL])
@@ -187,7 +189,7 @@ def _allowance(state: tuple[Array, ...], s: int, first: int, numbers_F: Array) -
 
 @_kernel
 def _follow(profile: int, state: int, token: int, tables: tuple[Array, ...]) -> tuple[int, float]:
-    """StyleTables.step, of one token."""
+    """StyleTables.step, for one token."""
     root_P, root_next_PV, root_log_factor_PV = tables[0], tables[1], tables[2]
     start_A, token_N = tables[3], tables[4]
     if token < 0 or token >= root_next_PV.shape[1]:
@@ -200,7 +202,7 @@ def _follow(profile: int, state: int, token: int, tables: tuple[Array, ...]) -> 
 
 @_kernel
 def _find(token_N: Array, low: int, end: int, token: int) -> int:
-    """Where a token stands among rising ones, or -1."""
+    """The index of a token in the sorted range [low, end), or -1."""
     high = end
     while low < high:
         middle = (low + high) // 2
@@ -215,37 +217,39 @@ def _find(token_N: Array, low: int, end: int, token: int) -> int:
 def _log_factors(
     profile: int, state: int, tokens_K: Array, tables: tuple[Array, ...], factor_K: Array
 ) -> None:
-    """StyleTables.step's log factors, of rising tokens."""
-    _take(tables[2][profile], tokens_K, factor_K)
-    _put_over(tables[4], tables[6], tables[3][state], tables[3][state + 1], tokens_K, factor_K)
+    """StyleTables.step's log factors, for sorted tokens."""
+    _gather(tables[2][profile], tokens_K, factor_K)
+    _overwrite_listed(
+        tables[4], tables[6], tables[3][state], tables[3][state + 1], tokens_K, factor_K
+    )
 
 
 @_kernel
 def _deltas(
     profile: int, context: int, tokens_K: Array, tables: tuple[Array, ...], delta_K: Array
 ) -> None:
-    """StyleTables.delta, of rising tokens."""
+    """StyleTables.delta, for sorted tokens."""
     unigram_V, start_X = tables[7][profile], tables[8]
-    _take(unigram_V, tokens_K, delta_K)
+    _gather(unigram_V, tokens_K, delta_K)
     if 0 <= context < len(unigram_V):
         row = profile * len(unigram_V) + context
-        _put_over(tables[9], tables[10], start_X[row], start_X[row + 1], tokens_K, delta_K)
+        _overwrite_listed(tables[9], tables[10], start_X[row], start_X[row + 1], tokens_K, delta_K)
 
 
 @_kernel
-def _take(value_V: Array, tokens_K: Array, value_K: Array) -> None:
-    """Each token's value; 0 beyond the table."""
+def _gather(value_V: Array, tokens_K: Array, value_K: Array) -> None:
+    """Gathers each token's value; 0 for tokens beyond the table."""
     for k in range(len(tokens_K)):
         token = tokens_K[k]
         value_K[k] = value_V[token] if token < len(value_V) else np.float32(0.0)
 
 
 @_kernel
-def _put_over(
+def _overwrite_listed(
     token_N: Array, value_N: Array, start: int, end: int, tokens_K: Array, value_K: Array
 ) -> None:
-    """The values of the entries whose tokens are listed, over those that stand there: the fewer
-    are looked up among the more."""
+    """Overwrites the values of listed tokens that have an entry. The shorter of the two sorted
+    lists is looked up in the longer one."""
     if end - start < len(tokens_K):
         for entry in range(start, end):
             k = _find(tokens_K, 0, len(tokens_K), token_N[entry])
@@ -269,20 +273,20 @@ def _restyle_row(
     allowance: float,
     tables: tuple[Array, ...],
     scratch: tuple[Array, Array, Array, Array],
-    left_L: Array,
+    finite_L: Array,
     figures_F: Array,
 ) -> int:
-    """stage.restyled, of one valid row. Lists what is left of it, and returns how many tokens;
-    0 where there is no room."""
+    """stage.restyled, for one valid row. Lists the tokens left finite, and returns their number; 0
+    if there is no room for them."""
     maxima_J, tokens_K, weights_4K, stops_E = scratch
-    stop_ids_E = stop_ids_E[: _own_stops(stop_ids_E)]
+    stop_ids_E = stop_ids_E[: _stop_count(stop_ids_E)]
     below_K, weight_K, delta_K, bias_K = weights_4K[0], weights_4K[1], weights_4K[2], weights_4K[3]
     temperature = float(numbers_F[columns.TEMPERATURE])
     divisor = numbers_F[columns.LOGITS_DIVISOR]
     strength = float(numbers_F[columns.STYLE_STRENGTH])
     profile = np.int64(numbers_F[columns.STYLE])
 
-    # 1. The guard, and the content without the stop tokens, whose logits are put back below.
+    # 1. The guard, and the content without the stop tokens, whose logits are restored below.
     log_guard = float(numbers_F[columns.STYLE_LOG_GUARD])
     threshold = np.float32(max(peak + log_guard / divisor, _LOWEST))
     plausible = _survivors(row_V, peak, threshold, divisor, maxima_J, tokens_K, below_K)
@@ -328,7 +332,7 @@ def _restyle_row(
         figures_F[2] = share * max(held_back, 0.0)
         figures_F[3] = reached
 
-        # 4. Each survivor's new logit, in the place of its weight: the row is written over.
+        # 4. Each survivor's new logit, stored over its weight, since the row is cleared first.
         scale = temperature / divisor
         for k in range(count):
             below_K[k] = row_V[tokens_K[k]] + np.float32(bias_K[k] * scale)
@@ -339,19 +343,19 @@ def _restyle_row(
     for e in range(len(stop_ids_E)):
         if stop_ids_E[e] < len(row_V):
             row_V[stop_ids_E[e]] = kept_E[e]
-    return _list(row_V, tokens_K, stop_ids_E, left_L)
+    return _list(row_V, tokens_K, stop_ids_E, finite_L)
 
 
 @_kernel
-def _list(row_V: Array, tokens_K: Array, stop_ids_E: Array, left_L: Array) -> int:
-    """The content, then the stop tokens that are not -inf."""
+def _list(row_V: Array, tokens_K: Array, stop_ids_E: Array, finite_L: Array) -> int:
+    """Lists the content, then the stop tokens that are not -inf; returns their number."""
     count = len(tokens_K)
-    if count + len(stop_ids_E) > len(left_L):
+    if count + len(stop_ids_E) > len(finite_L):
         return 0
-    left_L[:count] = tokens_K
+    finite_L[:count] = tokens_K
     for e in range(len(stop_ids_E)):
         if stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
-            left_L[count] = stop_ids_E[e]
+            finite_L[count] = stop_ids_E[e]
             count += 1
     return count
 
@@ -360,7 +364,8 @@ def _list(row_V: Array, tokens_K: Array, stop_ids_E: Array, left_L: Array) -> in
 def _stop_weights(
     row_V: Array, peak: float, divisor: float, temperature: float, stop_ids_E: Array
 ) -> float:
-    """Takes the stop tokens out of the row; ln of their sum at T, below the row's maximum."""
+    """Sets the stop tokens of the row to -inf; returns ln of their sum at T, relative to the row's
+    maximum."""
     highest, z = float(_ABSENT), 0.0
     for e in range(len(stop_ids_E)):
         if stop_ids_E[e] < len(row_V) and row_V[stop_ids_E[e]] > _NEGATIVE_INFINITY:
@@ -413,14 +418,14 @@ def _divergence(base_K: Array, delta_K: Array, z_once: float, s: float) -> tuple
 
 @_kernel
 def _largest_strength(
-    base_K: Array, delta_K: Array, z_once: float, asked: float, allowance: float
+    base_K: Array, delta_K: Array, z_once: float, requested: float, allowance: float
 ) -> float:
-    """strength.largest_strength, of one row."""
+    """strength.largest_strength, for one row."""
     goal = math.sqrt(allowance)
-    at_high = math.sqrt(_divergence(base_K, delta_K, z_once, asked)[0]) - goal
+    at_high = math.sqrt(_divergence(base_K, delta_K, z_once, requested)[0]) - goal
     if at_high <= 0:
-        return asked
-    low, high, at_low, side, strength = 0.0, asked, -goal, 0, asked
+        return requested
+    low, high, at_low, side, strength = 0.0, requested, -goal, 0, requested
     for _ in range(STEPS):
         strength = high - at_high * (high - low) / (at_high - at_low)
         at = math.sqrt(_divergence(base_K, delta_K, z_once, strength)[0]) - goal

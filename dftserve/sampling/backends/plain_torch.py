@@ -1,4 +1,4 @@
-"""Plain torch: the reference on any device, and the fallback where no kernels can be used."""
+"""Plain torch: the reference on any device, and the fallback if no kernels can be used."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from dftserve.sampling.transform import Statistics, transform
 
 
 class TorchBackend(Backend):
-    """`transform.transform`, and `slots.Slots` as they are; allocates at every call."""
+    """Uses `transform.transform` and `slots.Slots` directly; allocates memory at every call."""
 
     def __init__(
         self,

@@ -1,28 +1,29 @@
 """The transform on a GPU: three Triton kernels, one read and one write of the rows.
 
-    _maxima   streams the rows once, for the maxima of their chunks (and, of `top_n_sigma` rows, the
-              moments of their tiles), in as many programs as fit; beside them one program a
-              request settles what the step before left in its slot
-    _decide   one program a row: takes the stop tokens out, gathers the few chunks that can hold
-              survivors; H0, the law's temperature, the stop tokens' probabilities; leaves its
-              statistics in the request's slot
-    _write    -inf and the rewritten survivors; reads again only the chunks that hold some; the
-              stop tokens last
+    _maxima   streams the rows once, one program per tile, for the maxima of their chunks (and, for
+              `top_n_sigma` rows, the moments of their tiles); in the same launch, one program per
+              request commits the statistics that the previous step staged in its slot
+    _decide   one program per row: removes the stop tokens, gathers the few chunks that can contain
+              survivors, computes H0, the law's temperature and the stop tokens' probabilities, and
+              stages the statistics in the request's slot
+    _write    writes -inf and the rewritten survivors, reading again only the chunks that contain
+              some, then the stop tokens
 
-That is a whole step: controls, token classes and slots stay on the device and are read by index.
-A slot is settled one launch before it is read, for a request may have several rows, whose programs
-run at once: none of them could wait for another.
+These three are a whole step: controls, token classes and slots stay on the device and are read by
+index. A slot is settled one launch before it is read, because a request may have several rows,
+whose programs run concurrently and cannot wait for each other.
 
-A peaked row is gathered from a few kilobytes that are still in cache; a flat one takes the same
-way and is streamed again for each sum. Nothing waits for the host, buffers stay once the largest
-batch was seen (from then on graphs can be captured), and sums have one order: tensor-parallel ranks
-agree. The maths is that of `transform.py`, which is the reference.
+The survivors of a peaked row are gathered from a few kilobytes that are still in cache; a flat row
+takes the same path and is streamed again for each sum. Nothing blocks on the host, buffers are not
+reallocated after the largest batch was seen (from then on CUDA graphs can be captured), and sums
+have a fixed order, so that tensor-parallel ranks agree. The maths is that of `transform.py`, which
+is the reference.
 
-Each kernel is compiled twice, for rows that are aligned and for others; no other size, number or
-address leads to another compilation, so nothing is compiled once an engine has started.
+Each kernel is compiled twice, for aligned rows and for others. No other size, number or address
+triggers a compilation, so nothing is compiled after an engine has started.
 """
 
-# Kernels are Triton, not Python, to a type checker's eye.
+# Type checkers cannot analyse Triton kernels.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
@@ -40,8 +41,8 @@ from dftserve.sampling.backends.triton_slots import (
     EXACT,
     TritonSlots,
     level_in_force,
-    remember,
     settle,
+    stage_row,
 )
 from dftserve.sampling.buffers import Buffer
 from dftserve.sampling.controls import (
@@ -58,17 +59,17 @@ from dftserve.sampling.transform import Statistics
 
 CHUNK = 64
 TILE = 2048
-"""Tokens a program of `_maxima` and of `_write`; a multiple of CHUNK."""
+"""Tokens per program of `_maxima` and of `_write`; a multiple of CHUNK."""
 BLOCK = 1024
-"""Values at a time in `_decide`; a multiple of CHUNK."""
+"""Values processed at a time in `_decide`; a multiple of CHUNK."""
 STOPS = 128
-"""Stop tokens at a time: more than most requests have."""
+"""Stop tokens processed at a time: more than most requests have."""
 ALIGNMENT = 16
-"""Rows are moved 16 bytes at a time where they begin at, and are as long as, multiples of this."""
+"""Rows whose address, stride and length are multiples of this are loaded 16 bytes at a time."""
 
 
 class TritonBackend(Backend):
-    """The transform with scratch buffers of its own; for one stream at a time."""
+    """The transform with its own scratch buffers; use it on one stream at a time."""
 
     def __init__(
         self,
@@ -78,10 +79,10 @@ class TritonBackend(Backend):
     ) -> None:
         super().__init__(device, constants, token_classes)
         device = self.device
-        # A tensor made in inference mode could not be used outside of it.
+        # A tensor created in inference mode could not be used outside of it.
         with torch.inference_mode(mode=False):
             self._constants_C = torch.tensor(constants.packed, dtype=torch.float32, device=device)
-            # Without classes every token is `other`; rows that need them are refused before.
+            # Without classes every token is `other`; rows that need classes were rejected before.
             none_V = torch.zeros(0, dtype=torch.uint8, device=device)
             self._classes_V = none_V if token_classes is None else token_classes.to(device)
         self._rows = _Rows(0, device)
@@ -123,7 +124,7 @@ class TritonBackend(Backend):
         return self._launch(logits_XV, step, slots)
 
     def _launch(self, logits_XV: Tensor, step: Step, slots: TritonSlots | None) -> Statistics:
-        """Without slots nothing is settled and nothing remembered."""
+        """Without slots, no statistics are committed or staged."""
         rows = len(step.slot_R)
         numbers_SF, stop_ids_SE = step.controls.numbers_RF, step.controls.stop_ids_RE
         stride, vocabulary, width = logits_XV.stride(0), logits_XV.shape[1], stop_ids_SE.shape[1]
@@ -237,7 +238,7 @@ class TritonBackend(Backend):
 
 
 class _Rows:
-    """What kernels read where a step has nothing of its own to say."""
+    """Default inputs for tensors that a step does not have."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.index_R = torch.arange(rows, device=device)
@@ -251,9 +252,9 @@ def _is_aligned(logits_XV: Tensor) -> bool:
     return all(size % ALIGNMENT == 0 for size in sizes)
 
 
-# Globals that a kernel reads must be constexpr, and are frozen into it: only what never changes may
-# be one, and the laws' constants are an argument. Triton compares globals with what it compiled at
-# every launch, so none may be NaN, which is not equal to itself.
+# Globals that a kernel reads must be constexpr and are compiled into it, so only values that never
+# change may be globals; the laws' constants are passed as an argument. At every launch Triton
+# compares globals with their compiled values, so none may be NaN, which is not equal to itself.
 _ABSENT = tl.constexpr(entropy.ABSENT)
 _FARTHEST = tl.constexpr(guard.FARTHEST)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -295,18 +296,19 @@ _WORD_INSIDE_FALL = tl.constexpr(columns.WORD_INSIDE_FALL)
 
 _FIGURES = tl.constexpr(COLUMNS - KL)
 _PLAN = tl.constexpr(17)
-"""Numbers of a row that `_decide` leaves for `_write`."""
+"""Size of the plan: the numbers that `_decide` passes to `_write` for each row."""
 _STATE = tl.constexpr(9)
-"""Among them: where the text of a `words` row ends, or -1 for other laws. Then, for other, start
-and inside: 1/T_c, and what is added to weights at T_c."""
+"""Index in the plan: the state of the text of a `words` row (see `token_classes.py`), or -1 for
+other laws. It is followed, for each of other, start and inside, by 1/T_c and the number to add to
+weights at T_c."""
 _CEILING = tl.constexpr(16)
-"""And the log-weight above which the content went (`xtc`), else inf."""
+"""Index in the plan: the log-weight above which content is excluded (`xtc`), else inf."""
 
 
 @triton.jit
 def _row(logits, rows, stride, vocabulary, ALIGNED: tl.constexpr):
-    """Where the program's row begins, and its length. What follows from ALIGNED is said in a form
-    that the compiler concludes from."""
+    """The address of the program's row, and its length. If ALIGNED, both are expressed so that the
+    compiler can infer their divisibility."""
     row = logits + tl.load(rows + tl.program_id(0)) * stride
     if ALIGNED:
         row = tl.multiple_of(row, _ALIGNMENT)
@@ -314,8 +316,8 @@ def _row(logits, rows, stride, vocabulary, ALIGNED: tl.constexpr):
     return row, vocabulary
 
 
-# Tensors of few rows, or that somebody else made, may begin anywhere: no kernel of its own for each
-# alignment.
+# These tensors are small or allocated by callers and may have any alignment, which must not lead to
+# another compilation.
 _ANYWHERE = ["logits", "rows", "slot", "position", "offset", "numbers", "constants"]
 
 
@@ -353,8 +355,8 @@ def _maxima(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program 0 of a request's first row settles its slot, the others take a tile of a row each.
-    NaN counts as +inf: neither leaves a row valid."""
+    """Program 0 of a request's first row settles its slot; every other program processes one tile
+    of its row. NaN counts as +inf: either makes a row invalid."""
     r, tile = tl.program_id(0), tl.program_id(1) - 1
     is_busy = True
     if has_idle_rows != 0:
@@ -378,8 +380,8 @@ def _maxima(
 
 @triton.jit
 def _tile_moments(logit, moments, tiles):
-    """Of a tile's finite logits: how many, their mean, and the squares of their distances from it,
-    summed. Around its own mean a tile loses nothing to rounding, wherever the logits lie."""
+    """The number of finite logits in a tile, their mean, and their sum of squared deviations from
+    that mean. Using the tile's own mean avoids cancellation, whatever the offset of the logits."""
     is_finite = (logit > -_INFINITY) & (logit < _INFINITY)
     count = tl.sum(tl.sum(is_finite.to(tl.float32), axis=1), axis=0)
     total = tl.sum(tl.sum(tl.where(is_finite, logit, 0.0), axis=1), axis=0)
@@ -455,8 +457,8 @@ def _decide(
     if has_slots != 0:
         own_level = level_in_force(s, numbers, constants, level, steered)
 
-    # 1. The guard: the chunks that hold the row's survivors. An invalid row has none, and an idle
-    #    one, whose maxima nobody wrote, is taken for one.
+    # 1. The guard: the chunks that contain the row's survivors. An invalid row has none; an idle
+    #    row, whose maxima were not written, is treated as invalid.
     is_busy = law != _NO_LAW
     peak = _peak(maxima, chunks, BLOCK)
     valid = (peak > -_INFINITY) & (peak < _INFINITY) & is_busy
@@ -469,16 +471,16 @@ def _decide(
     listed = _list_active(maxima, active, threshold, chunks, BLOCK)
     gathered = tl.where(valid, listed * CHUNK, 0)
 
-    # 2. Stop tokens leave the row, so that whatever survives in it is content.
+    # 2. Set stop tokens to -inf, so that all survivors in the row are content.
     stops, stop_peak, stop_z, stop_a, plausible = _stop_weights(
         row, stop_ids, stop_value, width, vocabulary, peak, divisor, threshold, STOPS
     )
-    tl.debug_barrier()  # Every thread has read them.
+    tl.debug_barrier()  # All threads must have read the stop tokens before they are overwritten.
     _take_out(row, stop_ids, tl.where(valid, stops, 0), vocabulary, STOPS)
     tl.debug_barrier()
     source = (row, active, gathered, vocabulary, peak, divisor, threshold, _INFINITY)
 
-    # 3. The entropy H0 of all that is plausible, and the temperature that the law wants.
+    # 3. The entropy H0 of all plausible tokens, and the law's temperature.
     z_K = tl.zeros([BLOCK], tl.float32)
     a_K = tl.zeros([BLOCK], tl.float32)
     plausible_K = tl.zeros([BLOCK], tl.int32)
@@ -495,7 +497,7 @@ def _decide(
     entropy_before = tl.log(z) - (tl.sum(a_K) + stop_a) / z
     wanted = _temperature(own_level, numbers, constants, entropy_before, plausible.to(tl.float32))
 
-    # 4. The content at T (cool) and at T' (hot), its sums below its own maximum.
+    # 4. The content at T (cool) and at T' (hot), with sums relative to its own maximum.
     content_peak = tl.max(content_peak_K)
     exists = content_peak > _ABSENT
     top = tl.where(exists, content_peak, 0.0)
@@ -503,12 +505,12 @@ def _decide(
     cool_log_z = top / temperature + tl.log(cool_z)
     is_xtc = valid & (law == _XTC)
     ceiling = _INFINITY
-    if is_xtc:  # Top choices leave the content, whose maximum is then the least of them.
+    if is_xtc:  # Exclude top choices; the content's maximum is then the least of them.
         least = tl.log(z) + tl.load(numbers + _LOG_XTC_THRESHOLD)
         ceiling = _ceiling(source, least, numbers, tl.load(position + r), CHUNK, BLOCK)
-    left = (row, active, gathered, vocabulary, peak, divisor, threshold, ceiling)
-    left_top = tl.minimum(top, ceiling)
-    hot_z, hot_a = _sums(left, left_top, 1 / wanted, exists, CHUNK, BLOCK)
+    remaining = (row, active, gathered, vocabulary, peak, divisor, threshold, ceiling)
+    remaining_top = tl.minimum(top, ceiling)
+    hot_z, hot_a = _sums(remaining, remaining_top, 1 / wanted, exists, CHUNK, BLOCK)
 
     is_words = valid & (law == _WORDS)
     state = -1
@@ -516,9 +518,9 @@ def _decide(
         state = _state(classes, tl.load(last_token + r), classified)
     tl.store(plan + _STATE, state.to(tl.float32))
 
-    # 5. Content and the likeliest stop token may tie, not change places: stops.apply_temperature.
-    #    Under `words` and `xtc` the content keeps its share, whoever leads, and no temperature is
-    #    looked for.
+    # 5. Content and the most likely stop token may tie, but their order must not reverse:
+    #    stops.apply_temperature. Under `words` and `xtc` the content keeps its share, either may
+    #    lead, and the temperature is not limited.
     is_free = is_words | is_xtc
     reached = wanted
     argmax_bound = cool_log_z - stop_peak / temperature
@@ -530,15 +532,15 @@ def _decide(
         )
         hot_z, hot_a = _sums(source, top, 1 / reached, exists, CHUNK, BLOCK)
     inverse = 1 / reached
-    hot_log_z = left_top * inverse + tl.log(hot_z)
+    hot_log_z = remaining_top * inverse + tl.log(hot_z)
 
-    # 6. Stop tokens keep their probability, and rounding changes no order:
-    #    stops.rescale_stop_tokens.
+    # 6. Rescale the stop tokens, which keep their probability, so that rounding does not change the
+    #    order: stops.rescale_stop_tokens.
     shift = tl.where(exists & (is_words == 0), hot_log_z - cool_log_z, 0.0)
-    leads = leads | is_free  # The content is not held at the stop tokens.
+    leads = leads | is_free  # The content is not clamped to the stop tokens.
     held_stop = tl.where(leads & (is_free == 0), top * inverse, _INFINITY)
     is_same = tl.abs(reached / temperature - 1) < _NEARLY
-    # No weight is infinite: nothing ties there.
+    # No weight is infinite, so with _INFINITY nothing ties.
     tied_at = tl.where(exists & leads & is_same & (is_free == 0), content_peak, _INFINITY)
     rescaling = (stop_value, stops, temperature, shift, held_stop, tied_at)
     stop_top_E = tl.full([STOPS], _ABSENT, tl.float32)
@@ -580,7 +582,7 @@ def _decide(
         a_E += tl.exp(log_p_E) * log_p_E
         e = start + tl.arange(0, STOPS)
         value_E = tl.where(is_allowed_E, log_p_E * scale, -_INFINITY)
-        tl.debug_barrier()  # Every thread has read the weights whose place the values take.
+        tl.debug_barrier()  # All threads must have read the weights before they are overwritten.
         tl.store(stop_value + e, value_E, mask=e < stops)
     entropy_after -= tl.sum(a_E)
 
@@ -588,8 +590,8 @@ def _decide(
     for start in range(0, tl.where(is_words, 0, gathered), BLOCK):
         below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
         cool_K = tl.exp((below_K - top) / temperature) / cool_z
-        is_left_K = below_K <= ceiling
-        hot_K = tl.exp(tl.where(is_left_K, (below_K - left_top) * inverse, _ABSENT)) / hot_z
+        is_kept_K = below_K <= ceiling
+        hot_K = tl.exp(tl.where(is_kept_K, (below_K - remaining_top) * inverse, _ABSENT)) / hot_z
         moved_K += tl.where(is_content_K, tl.maximum(cool_K - hot_K, 0.0), 0.0)
 
     changed = content_share * (tl.sum(moved_K) + words_moved)
@@ -604,9 +606,9 @@ def _decide(
         statistics = (entropy_before, entropy_after, reached, changed)
         kept = (base, waiting, invalid)
         own = figures + r * _FIGURES
-        remember(kept, s, k, at, samples, valid, statistics, own, has_figures, rows_per_request)
+        stage_row(kept, s, k, at, samples, valid, statistics, own, has_figures, rows_per_request)
 
-    # 8. What `_write` needs.
+    # 8. The plan for `_write`.
     tl.store(plan, valid.to(tl.float32))
     tl.store(plan + 1, peak)
     tl.store(plan + 2, threshold)
@@ -691,13 +693,13 @@ def _mixed(bits):
 
 @triton.jit
 def _list_active(maxima, active, threshold, chunks, BLOCK: tl.constexpr):
-    """The chunks that hold a survivor, in order; returns their number."""
+    """Lists the chunks that contain a survivor, in order; returns their number."""
     listed = 0
     for start in range(0, chunks, BLOCK):
         j = start + tl.arange(0, BLOCK)
         is_active = tl.load(maxima + j, mask=j < chunks, other=-_INFINITY) >= threshold
-        place = listed + tl.cumsum(is_active.to(tl.int32)) - 1
-        tl.store(active + place, j, mask=is_active)
+        index = listed + tl.cumsum(is_active.to(tl.int32)) - 1
+        tl.store(active + index, j, mask=is_active)
         listed += tl.sum(is_active.to(tl.int32))
     return listed
 
@@ -714,12 +716,12 @@ def _stop_weights(
     threshold,
     STOPS: tl.constexpr,
 ):
-    """Keeps the stop tokens' weights: `_ABSENT` where the vocabulary has no such token or the
-    grammar forbids it. Only as many are read as the row has itself, however many others have.
+    """Stores the stop tokens' weights: `_ABSENT` for a token that is not in the vocabulary or that
+    the grammar forbids. Reads only the row's own stop tokens, not the padding.
 
     Returns:
         Their number, the highest weight, the plausible ones' part of H0's sums, and the number of
-        those.
+        plausible ones.
     """
     stops = 0
     peak_E = tl.full([STOPS], _ABSENT, tl.float32)
@@ -758,8 +760,9 @@ def _take_out(row, stop_ids, stops, vocabulary, STOPS: tl.constexpr):
 
 @triton.jit
 def _survivors(source, start, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of gathered tokens: log-weights at temperature 1 below the row's maximum (0 where
-    one does not survive), and which survive: from the guard's threshold to the ceiling."""
+    """For a block of gathered tokens: log-weights at temperature 1 relative to the row's maximum (0
+    for tokens that do not survive), and which tokens survive: those from the guard's threshold to
+    the ceiling."""
     row, active, gathered, vocabulary, peak, divisor, threshold, ceiling = source
     k = start + tl.arange(0, BLOCK)
     chunk = tl.load(active + k // CHUNK, mask=k < gathered, other=0)
@@ -774,7 +777,7 @@ def _survivors(source, start, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Σ e^w and Σ w·e^w over the content, w = (weight − top)·inverse; 1 and 0 where none is."""
+    """Σ e^w and Σ w·e^w over the content, w = (weight − top)·inverse; 1 and 0 without content."""
     z_K = tl.zeros([BLOCK], tl.float32)
     a_K = tl.zeros([BLOCK], tl.float32)
     for start in range(0, source[2], BLOCK):
@@ -788,14 +791,14 @@ def _sums(source, top, inverse, exists, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _state(classes, last_token, classified):
-    """Where a text ends that ends in this token: words.row_classes."""
+    """The state of a text that ends in this token: words.row_classes."""
     is_known = (last_token >= 0) & (last_token < classified)
     return tl.load(classes + last_token, mask=is_known, other=0).to(tl.int32) >> _STATE_SHIFT
 
 
 @triton.jit
 def _class_after(classes, token, is_wanted, state, classified):
-    """The class of each token of a text that ends so; other where it is not wanted."""
+    """The class of each token after a text in this state; `other` where `is_wanted` is false."""
     mask = is_wanted & (token < classified)
     packed = tl.load(classes + token, mask=mask, other=0).to(tl.int32)
     return (packed >> (2 * state)) & _CLASS_MASK
@@ -803,7 +806,7 @@ def _class_after(classes, token, is_wanted, state, classified):
 
 @triton.jit
 def _block_classes(words, start, is_content_K, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """The classes of a block of gathered tokens, and -1 where one is no content."""
+    """The classes of a block of gathered tokens; -1 for tokens that are not content."""
     source, classes, classified, state, _content_log_z = words
     k = start + tl.arange(0, BLOCK)
     chunk = tl.load(source[1] + k // CHUNK, mask=k < source[2], other=0)
@@ -823,10 +826,11 @@ def _by_class(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """words.heat_by_class. Leaves for `_write` each class's 1/T_c and what to add to its weights.
+    """words.heat_by_class. Stores in the plan each class's 1/T_c and the number to add to its
+    weights.
 
     Returns:
-        Of the content alone: its entropy, what moved, and the mean of its temperatures.
+        For the content alone: its entropy, the probability moved, and its mean temperature.
     """
     source, _classes, _classified, _state, content_log_z = words
     # 1. The temperatures: words.class_temperatures.
@@ -848,7 +852,7 @@ def _by_class(
     other_top, start_top = tl.max(other_top_K), tl.max(start_top_K)
     inside_top = tl.max(inside_top_K)
 
-    # 3. Each class's sums at T and at T_c, below its maximum; those of `other` are the same.
+    # 3. Each class's sums at T and at T_c, relative to its maximum; for `other` both are equal.
     other_z_K = tl.zeros([BLOCK], tl.float32)
     other_a_K = tl.zeros([BLOCK], tl.float32)
     start_cool_K = tl.zeros([BLOCK], tl.float32)
@@ -892,7 +896,7 @@ def _by_class(
     has_share = content_p > 0
     mean = tl.where(has_share, mean / tl.where(has_share, content_p, 1.0), temperature)
 
-    # 5. What moved, within the classes.
+    # 5. The probability moved within the classes.
     start_moved_K = tl.zeros([BLOCK], tl.float32)
     inside_moved_K = tl.zeros([BLOCK], tl.float32)
     for start in range(0, source[2], BLOCK):
@@ -908,7 +912,7 @@ def _by_class(
         inside_moved_K += tl.maximum(moved_K, 0.0)
     moved = start_p * tl.sum(start_moved_K) + inside_p * tl.sum(inside_moved_K)
 
-    # 6. For `_write`: w/T_c + added is ln of the token's weight at T, all content together.
+    # 6. For `_write`: w/T_c + added is the token's log-weight on the scale of all content.
     plan += _STATE + 1
     _plan_class(plan, temperature, other_top, other_log_p + content_log_z, other_z)
     _plan_class(plan + 2, start_T, start_top, start_log_p + content_log_z, start_z)
@@ -925,7 +929,7 @@ def _share(below_K, is_member_K, top, temperature):
 
 @triton.jit
 def _class_share(z, top, temperature, content_log_z):
-    """The share of a class in the content at T, and ln of it; 0 and 0 where it has no member."""
+    """The share of a class in the content at T, and ln of it; 0 and 0 for an empty class."""
     exists = z > 0
     log_p = top / temperature + tl.log(tl.where(exists, z, 1.0)) - content_log_z
     return tl.where(exists, tl.exp(log_p), 0.0), tl.where(exists, log_p, 0.0)
@@ -972,8 +976,8 @@ def _power(base, exponent):
 
 @triton.jit
 def _rescale_stop_tokens(rescaling, start, STOPS: tl.constexpr):
-    """A block of stop tokens: which may come at all, and their log-weights beside the content:
-    stops.rescale_stop_tokens."""
+    """For a block of stop tokens: which are allowed, and their log-weights on the scale of the
+    content: stops.rescale_stop_tokens."""
     stop_value, stops, temperature, shift, held_stop, tied_at = rescaling
     e = start + tl.arange(0, STOPS)
     below_E = tl.load(stop_value + e, mask=e < stops, other=_ABSENT)
@@ -1031,7 +1035,7 @@ def _write(
     is_there = token < vocabulary
     maximum = tl.load(maxima + r * chunks + chunk, mask=chunk < chunks, other=-_INFINITY)
     is_active = (maximum >= threshold)[:, None]
-    if is_valid:  # Else the row keeps its bits.
+    if is_valid:  # An invalid row is left unchanged.
         logit = tl.load(row + token, mask=is_there & is_active, other=-_INFINITY)
         below = (logit - peak) * divisor
         weight = tl.minimum(below * inverse, held)
@@ -1048,7 +1052,7 @@ def _write(
         is_kept = (logit >= threshold) & (below <= tl.load(plan + _CEILING))
         value = tl.where(is_kept, (weight - log_z) * scale, -_INFINITY)
         tl.store(row + token, value, mask=is_there)
-        tl.debug_barrier()  # The stop tokens' places were written too.
+        tl.debug_barrier()  # The writes above included the stop tokens, which are overwritten now.
         stop_ids += tl.load(slot + r) * width
         for start in range(0, stops, STOPS):
             e = start + tl.arange(0, STOPS)

@@ -1,7 +1,7 @@
-"""Slots on a GPU. What a step does to them is part of the transform's own launches: `settle` and
-`remember` are called by its kernels, and only requests that begin take a launch, one for all."""
+"""Slots on a GPU. A step updates them inside the transform's kernels, which call `settle` and
+`stage_row`; the only separate launch initialises the slots of all new requests."""
 
-# Kernels are Triton, not Python, to a type checker's eye.
+# Type checkers cannot analyse Triton kernels.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
@@ -16,13 +16,13 @@ from dftserve.sampling.controls import DEFAULT_CONSTANTS, LAW_CODES, LawConstant
 from dftserve.sampling.slots import Slots
 
 EXACT = {"enable_fp_fusion": False}
-"""Launch options of every kernel: the same product has the same bits in all of them, since ties
-between tokens must stay ties."""
+"""Launch options of every kernel: without fused operations, a product has the same bits in all
+kernels, so that ties between tokens remain ties."""
 
 
 class TritonSlots(Slots):
-    """`Slots` whose requests begin by one launch; nothing waits for the host, so no slot and no
-    offset is checked: they are within what there is room for."""
+    """`Slots` that are initialised in one launch. Slots and offsets are not checked, since that
+    would block; they must be in range."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class TritonSlots(Slots):
     ) -> None:
         super().__init__(slots, rows_per_request, device, constants)
         self.nothing_known_S = torch.zeros(slots, dtype=torch.int32, device=device)
-        """As `Step.known_S`, where every row samples."""
+        """`Step.known_S` for a step in which every row is sampled."""
 
     def _begin(self, order_NX: Tensor) -> None:
         """As `Slots._begin`."""
@@ -50,7 +50,7 @@ class TritonSlots(Slots):
         )
 
 
-# What a kernel reads from outside has to be marked so.
+# Globals that a kernel reads must be constexpr.
 _COUNT, _AFTER = tl.constexpr(slots.COUNT), tl.constexpr(slots.AFTER)
 _COLUMNS, _KL = tl.constexpr(slots.COLUMNS), tl.constexpr(slots.KL)
 _FIGURES = tl.constexpr(slots.COLUMNS - slots.KL)
@@ -67,11 +67,11 @@ _OPEN_LOOP = tl.constexpr(columns.BUDGET_OPEN_LOOP)
 
 @triton.jit
 def settle(state, s, position, numbers, constants, rows_per_request):
-    """`Slots.commit_accepted` of one request: `position` is that of its first row, `numbers` its
-    own controls. One program a request: no other may touch its slot in the same launch."""
+    """`Slots.commit_accepted` for one request: `position` is that of its first row, `numbers` its
+    own controls. One program per request: no other may access its slot in the same launch."""
     level, steered, tokens, base, sums, waiting = state
     waiting += s * rows_per_request * _COLUMNS
-    # 1. How many of the rows that wait in the slot were accepted since.
+    # 1. How many of the slot's waiting rows were accepted.
     accepted = tl.minimum(tl.maximum(position - tl.load(base + s), 0), rows_per_request)
     # 2. Add them up, and steer by each.
     gain, goal = tl.load(constants + _GAIN), tl.load(numbers + _TARGET)
@@ -87,7 +87,7 @@ def settle(state, s, position, numbers, constants, rows_per_request):
         counts = tl.load(row + _COUNT) > 0
         steered_level = tl.where(counts, moved, steered_level)
         count += counts.to(tl.int64)
-    # 3. Nothing waits any more.
+    # 3. Clear the waiting rows.
     for k in range(rows_per_request):
         tl.store(waiting + k * _COLUMNS + f, 0.0, mask=f < _COLUMNS)
     tl.store(sums + s * _COLUMNS + f, sum_F, mask=f < _COLUMNS)
@@ -98,7 +98,7 @@ def settle(state, s, position, numbers, constants, rows_per_request):
 
 @triton.jit
 def level_in_force(s, numbers, constants, level, steered):
-    """The level of a request's rows, as steered so far where its law is `budget`."""
+    """The level of a request's rows; under the law `budget`, the current steered level."""
     is_closed = tl.load(steered + s).to(tl.float32) >= tl.load(constants + _OPEN_LOOP)
     steered_level = tl.where(is_closed, tl.load(level + s), 0.0)
     is_budget = tl.load(numbers + _LAW) == _BUDGET
@@ -106,13 +106,13 @@ def level_in_force(s, numbers, constants, level, steered):
 
 
 @triton.jit
-def remember(
+def stage_row(
     state, s, k, position, samples, valid, statistics, figures, has_figures, rows_per_request
 ):
-    """`Slots.stage_step` of one row, the k-th of its request."""
+    """`Slots.stage_step` for one row, the k-th of its request."""
     base, waiting, invalid = state
     before, after, temperature, changed = statistics
-    # The rows of a request agree on what is written here.
+    # All rows of a request write the same value here.
     tl.store(base + s, tl.where(samples, position - k, _NOTHING_WAITS))
     counts = samples & valid
     row = waiting + (s * rows_per_request + k) * _COLUMNS
@@ -129,7 +129,7 @@ def remember(
 
 @triton.jit(do_not_specialize=["rows_per_request"], do_not_specialize_on_alignment=["order"])
 def _open(order, level, steered, tokens, base, sums, waiting, rows_per_request):
-    """One program a request that begins: see `Slots._begin`."""
+    """`Slots._begin`, with one program per new request."""
     order += tl.program_id(0) * (2 + _COLUMNS)
     s = tl.load(order).to(tl.int64)
     f = tl.arange(0, _WIDE)

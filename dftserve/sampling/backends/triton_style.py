@@ -1,14 +1,14 @@
-"""A style on a GPU: `style.stage`, which is the reference, by one Triton kernel before the law's.
+"""Styles on a GPU: one Triton kernel, launched before the law's; the reference is `style.stage`.
 
-One program a row, and those of rows without a style end at once. A program reads its row for the
-maxima of its chunks, then only the chunks that hold survivors, once for each sum, and writes the
-row: what it costs is two ways through the row, and little more where few tokens survive. What is
-known of a request's tokens so far is only read: the law's first kernel settles the slot later.
+One program per row; those of rows without a style return immediately. A program reads its row for
+the maxima of its chunks, then only the chunks that contain survivors, once for each sum, and writes
+the row: the cost is two passes over the row, and little more if few tokens survive. The slots'
+statistics are only read here: the law's first kernel settles them later.
 
 Shapes: see `triton.py` and `style/tables.py`.
 """
 
-# Kernels are Triton, not Python, to a type checker's eye.
+# Type checkers cannot analyse Triton kernels.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
@@ -43,18 +43,18 @@ from dftserve.sampling.backends.triton_slots import EXACT, TritonSlots
 from dftserve.sampling.buffers import Buffer
 from dftserve.sampling.controls import NO_STYLE
 from dftserve.sampling.slots import Slots
-from dftserve.sampling.step import Left, Step
+from dftserve.sampling.step import FiniteTokens, Step
 from dftserve.sampling.style import stage, strength
 from dftserve.sampling.style.tables import StyleTables
 
 TILE = 4096
-"""Tokens at a time where a row is read or written as a whole; a multiple of CHUNK."""
+"""Tokens processed at a time when a whole row is read or written; a multiple of CHUNK."""
 
 
 class TritonStyleStage:
-    """`StyleStage` with buffers of its own, for one stream at a time; none before it is needed."""
+    """`StyleStage` with its own buffers, allocated on first use; use it on one stream at a time."""
 
-    left: Left | None = None
+    finite_tokens: FiniteTokens | None = None
 
     def __init__(self, tables: StyleTables) -> None:
         self._tables, self._arrays = tables, tables.arrays()
@@ -204,7 +204,7 @@ def _restyle(
             logit = tl.load(row + token, mask=token < vocabulary, other=-_INFINITY)
             logit = tl.where(logit != logit, _INFINITY, logit)
             tl.store(maxima + chunk, tl.max(logit, axis=1), mask=chunk < chunks)
-        tl.debug_barrier()  # Every thread's are there.
+        tl.debug_barrier()  # All threads must have stored their maxima.
         peak = _peak(maxima, chunks, BLOCK)
         if (peak > -_INFINITY) & (peak < _INFINITY):
             automaton = (root_next, root_log_factor, row_start, row_token, row_next, row_log_factor)
@@ -234,7 +234,7 @@ def _restyle(
 
 @triton.jit
 def _state_before(text, ends, root_state, automaton, sizes):
-    """stage.states_before, of one row."""
+    """stage.states_before, for one row."""
     tokens, input_id = text
     at, begin, offset, depth = ends
     state = root_state
@@ -253,7 +253,7 @@ def _state_before(text, ends, root_state, automaton, sizes):
 
 @triton.jit
 def _allowance(state_of_slot, s, first_at, max_kl, rows_per_request):
-    """stage.allowances, of one row: the sums as the law's first kernel will leave them."""
+    """stage.allowances, for one row, from the sums that the law's first kernel will store."""
     base, sums, waiting = state_of_slot
     waiting += s * rows_per_request * _COLUMNS
     accepted = tl.minimum(tl.maximum(first_at - tl.load(base), 0), rows_per_request)
@@ -267,7 +267,7 @@ def _allowance(state_of_slot, s, first_at, max_kl, rows_per_request):
 
 @triton.jit
 def _find(tokens, low, end, wanted, mask, search_steps):
-    """Where each token stands among rising ones of [low, end), and whether it does."""
+    """The index of each token in the sorted range [low, end), and whether it was found."""
     high = end
     for _ in range(search_steps):
         middle = (low + high) // 2
@@ -281,7 +281,7 @@ def _find(tokens, low, end, wanted, mask, search_steps):
 
 @triton.jit
 def _follow(state, token, mask, automaton, sizes):
-    """StyleTables.step, of one token or a block of them; 0 where not wanted."""
+    """StyleTables.step, for one token or a block of them; 0 where `mask` is false."""
     root_next, root_log_factor, row_start, row_token, row_next, row_log_factor = automaton
     style, known_tokens, search_steps = sizes
     low = tl.load(row_start + state) + token * 0
@@ -298,7 +298,7 @@ def _follow(state, token, mask, automaton, sizes):
 
 @triton.jit
 def _delta(context, token, mask, tilt, sizes):
-    """StyleTables.delta, of a block of tokens; 0 where not wanted."""
+    """StyleTables.delta, for a block of tokens; 0 where `mask` is false."""
     unigram, bigram_start, bigram_token, bigram_delta = tilt
     style, known_tokens, search_steps = sizes
     has_context = (context >= 0) & (context < known_tokens)
@@ -312,8 +312,9 @@ def _delta(context, token, mask, tilt, sizes):
 
 @triton.jit
 def _block(source, start, row_of, automaton, tilt, sizes, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of gathered tokens: their ids, w at T below the content's maximum, the log factor
-    and δ; and which of them are content. `row_of`: state, context, content_peak, T, strength."""
+    """For a block of gathered tokens: their ids, w at T relative to the content's maximum, the log
+    factor and δ, and which of them are content. `row_of`: state, context, content_peak, T,
+    strength."""
     state, context, content_peak, temperature, strength = row_of
     below_K, is_content_K = _survivors(source, start, CHUNK, BLOCK)
     k = start + tl.arange(0, BLOCK)
@@ -322,7 +323,7 @@ def _block(source, start, row_of, automaton, tilt, sizes, CHUNK: tl.constexpr, B
     is_known_K = is_content_K & (token_K < sizes[1])
     _next, factor_K = _follow(state, token_K, is_known_K, automaton, sizes)
     weaker_K = tl.log((1.0 - strength) + strength * tl.exp(factor_K))
-    # Factors of 1 leave every bit.
+    # Factors of 1 must not change any bit.
     weaker_K = tl.where(factor_K == 0.0, 0.0, weaker_K)
     factor_K = tl.where(strength < 1, weaker_K, factor_K)
     delta_K = _delta(context, token_K, is_known_K, tilt, sizes)
@@ -361,14 +362,14 @@ def _largest_strength(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """strength.largest_strength, of one row."""
-    asked = row_of[4]
+    """strength.largest_strength, for one row."""
+    requested = row_of[4]
     goal = tl.sqrt(allowance)
-    cost, _rise = _tilted(source, row_of, automaton, tilt, sizes, z_once, asked, CHUNK, BLOCK)
+    cost, _rise = _tilted(source, row_of, automaton, tilt, sizes, z_once, requested, CHUNK, BLOCK)
     at_high = tl.sqrt(cost) - goal
-    reached = asked
+    reached = requested
     if at_high > 0:
-        low, high, at_low, side = asked * 0.0, asked, -goal, asked * 0.0
+        low, high, at_low, side = requested * 0.0, requested, -goal, requested * 0.0
         for _ in range(_STEPS):
             reached = high - at_high * (high - low) / (at_high - at_low)
             cost, _rise = _tilted(
@@ -398,14 +399,14 @@ def _restyle_row(
     BLOCK: tl.constexpr,
     STOPS: tl.constexpr,
 ):
-    """stage.restyled, of one valid row."""
+    """stage.restyled, for one valid row."""
     row, maxima, active, stop_ids, stop_value, figures = places
     vocabulary, chunks, width, peak = lengths
     state, context, allowance = before
     temperature, divisor = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVISOR)
     strength = tl.load(numbers + _STYLE_STRENGTH)
 
-    # 1. The guard; stop tokens leave the row, and their logits are kept.
+    # 1. The guard; stop tokens are set to -inf in the row, and their logits are saved.
     log_guard = tl.load(numbers + _STYLE_LOG_GUARD)
     threshold = tl.maximum(peak + log_guard / divisor, _LOWEST)
     listed = _list_active(maxima, active, threshold, chunks, BLOCK)
@@ -413,7 +414,7 @@ def _restyle_row(
         row, stop_ids, stop_value, width, vocabulary, peak, divisor, threshold, STOPS
     )
     stop_top_E = tl.full([STOPS], _ABSENT, tl.float32)
-    tl.debug_barrier()  # The weights are there, and every thread has read the tokens.
+    tl.debug_barrier()  # The weights must be stored, and all threads must have read the tokens.
     for start in range(0, stops, STOPS):
         e = start + tl.arange(0, STOPS)
         below_E = tl.load(stop_value + e, mask=e < stops, other=_ABSENT)
@@ -427,7 +428,7 @@ def _restyle_row(
         stop_z_E += tl.where(below_E > _ABSENT, tl.exp(below_E / temperature - stop_top), 0.0)
         token_E = tl.load(stop_ids + e, mask=e < stops, other=vocabulary)
         logit_E = tl.load(row + token_E, mask=token_E < vocabulary, other=-_INFINITY)
-        tl.debug_barrier()  # Every thread has read the weights, whose place the logits take.
+        tl.debug_barrier()  # All threads must have read the weights before they are overwritten.
         tl.store(stop_value + e, logit_E, mask=e < stops)
     stop_z = tl.sum(stop_z_E)
     tl.debug_barrier()
@@ -476,7 +477,7 @@ def _restyle_row(
         )
     shift = tl.log(z_once / z) + log_rise
 
-    # 5. What does not survive becomes -inf; the survivors move, and their divergence is summed.
+    # 5. Set all other tokens to -inf, shift the survivors, and sum their divergence.
     for first in range(0, chunks, TILE // CHUNK):
         chunk = first + tl.arange(0, TILE // CHUNK)
         token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -496,7 +497,7 @@ def _restyle_row(
         bias_K = factor_K + reached * delta_K - shift
         kl_K += tl.where(is_content_K, tl.exp(weight_K + bias_K) / z * bias_K, 0.0)
         logit_K = tl.load(row + token_K, mask=is_content_K, other=0.0)
-        tl.debug_barrier()  # Every thread has read the block's logits, also as survivors.
+        tl.debug_barrier()  # All threads must have read the block's logits, also in `_survivors`.
         tl.store(row + token_K, logit_K + bias_K * scale, mask=is_content_K)
     tl.debug_barrier()
     for start in range(0, stops, STOPS):

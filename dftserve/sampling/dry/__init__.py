@@ -1,11 +1,11 @@
-"""DRY, "don't repeat yourself": before the law, what would continue a sequence that the text
-already has is made less likely (docs/maths.md, "Repeats").
+"""DRY, "don't repeat yourself": before the law, penalises tokens that would continue a sequence
+that already occurs in the text (docs/maths.md, "Repeats").
 
-    repeats       which tokens, and by how much: of a text on the host
-    on_device     likewise of texts on the logits' device, without a wait
-    breakers      texts that end a sequence → the tokens that do
-    breaker_sets  these, by set, on the device
-    stage         the rows, less their penalties; stop tokens keep their probability
+    repeats       the penalised tokens and their penalties, for a text on the host
+    on_device     the same for texts on the logits' device, without blocking
+    breakers      maps sequence breakers (strings) to the tokens that end a sequence
+    breaker_sets  sets of such tokens on the device
+    stage         subtracts the penalties from the rows; stop tokens keep their probability
 
 Shapes: P rows with penalties, K their penalised tokens, N tokens of a text, W of a window of it, B
 sets of breakers.

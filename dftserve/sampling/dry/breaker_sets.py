@@ -1,5 +1,5 @@
-"""Sets of breakers on the device, a row for each that a request has: a set is sent when it is new,
-and found again by the next request that has it while its row has not gone to another."""
+"""Sets of breakers on the device, one row for each set in use. A new set is sent once; later
+requests with the same set reuse its row until the row is given to another set."""
 
 from collections import OrderedDict
 
@@ -14,7 +14,8 @@ Packed = NDArray[np.uint8]
 
 
 class BreakerSets:
-    """Sets are told apart as objects, as `Breakers.tokens` gives them, and not to be changed."""
+    """Sets are compared by object identity, as returned by `Breakers.tokens`, and must not be
+    changed."""
 
     def __init__(self, staging: PinnedStaging) -> None:
         self._staging = staging
@@ -24,20 +25,20 @@ class BreakerSets:
         self._row_of_slot: dict[int, int] = {}
         self._users: list[int] = []
         self._unused: OrderedDict[int, None] = OrderedDict()
-        """Rows without a user, the longest unused first."""
+        """Rows without a user, least recently used first."""
         self._new: dict[int, Packed] = {}
 
     def take(self, slot: int, breaks_V: Mask) -> int:
-        """The row of a request's set."""
+        """The row of a request's set, which is assigned to the slot until `leave`."""
         row = self._row_of_set.get(id(breaks_V))
         if row is None:
-            row = self._place(breaks_V)
+            row = self._add(breaks_V)
         self._unused.pop(row, None)
         self._users[row] += 1
         self._row_of_slot[slot] = row
         return row
 
-    def _place(self, breaks_V: Mask) -> int:
+    def _add(self, breaks_V: Mask) -> int:
         if self._unused:
             row, _ = self._unused.popitem(last=False)
             del self._row_of_set[id(self._set_of_row[row])]
@@ -51,16 +52,16 @@ class BreakerSets:
         return row
 
     def leave(self, slot: int) -> None:
-        """The slot's request has ended."""
+        """Release the row of a slot whose request has ended."""
         row = self._row_of_slot.pop(slot)
         self._users[row] -= 1
         if not self._users[row]:
             self._unused[row] = None
 
     def on_device(self) -> Tensor:
-        """uint8 [B, X], the lowest bit first."""
+        """uint8 [B, X], one bit for each token, lowest bit first."""
         width = max(map(len, self._new.values()), default=0)
-        rows_BX = self._with_room(len(self._set_of_row), width)
+        rows_BX = self._resized(len(self._set_of_row), width)
         if self._new:
             new_NX = np.zeros((len(self._new), rows_BX.shape[1]), np.uint8)
             for row_X, packed in zip(new_NX, self._new.values(), strict=True):
@@ -72,8 +73,8 @@ class BreakerSets:
             self._new.clear()
         return rows_BX
 
-    def _with_room(self, rows: int, width: int) -> Tensor:
-        """The matrix, larger than before where that is not enough."""
+    def _resized(self, rows: int, width: int) -> Tensor:
+        """The matrix, enlarged if necessary."""
         former_BX = self._rows_BX
         if former_BX is None:
             former_BX = self._staging.to_device(np.zeros((1, 1), np.uint8))

@@ -1,5 +1,5 @@
-"""Repeated sequences of texts that lie on the logits' device: `repeats`, for many rows at once and
-without a wait, since the host does not know the tokens yet."""
+"""Repeated sequences in texts on the logits' device: the same as `repeats`, for many rows at once
+and without blocking, since the host does not know the tokens yet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.step import Penalties, Texts, chosen_first
 
 ELEMENTS = 1 << 22
-"""Tokens of texts that are looked at at once, at some 50 bytes each for all that is made of them:
-200 MB."""
+"""Number of text tokens processed at once; with about 50 bytes of temporaries each, 200 MB."""
 
 COLUMNS = 5
 MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST, SET = range(COLUMNS)
@@ -24,26 +23,26 @@ MULTIPLIER, BASE, ALLOWED_LENGTH, LONGEST, SET = range(COLUMNS)
 
 @dataclass(frozen=True)
 class _Sent:
-    """Of all slots, on the device."""
+    """The DRY parameters of all slots, on the device."""
 
     numbers_SC: Tensor
-    """float64; multiplier 0 where a slot has no DRY; the row of `breaks_BX` that it has."""
+    """float64; the multiplier is 0 for a slot without DRY, and SET is an index into `breaks_BX`."""
     breaks_BX: Tensor
-    """uint8, sets of breakers, a bit for each token, the lowest first."""
+    """uint8, sets of breakers, one bit for each token, lowest bit first."""
 
 
 @dataclass(frozen=True)
 class DevicePenalties:
-    """The penalties of a step's rows in parts, each made when it is asked for."""
+    """The penalties of a step's rows, computed lazily in parts."""
 
     texts: Texts
     slot_R: Tensor
     offset_R: Tensor
     place_P: Tensor
     width: int
-    """Of a text's end that is looked at, in tokens."""
+    """Tokens at the end of each text that are searched."""
     longest: int
-    """Tokens of a match that change a penalty, at most."""
+    """Match length above which no penalty changes."""
     sent: _Sent
 
     def __iter__(self) -> Iterator[Penalties]:
@@ -59,15 +58,15 @@ class DevicePenalties:
 
 
 class SlotRepeats:
-    """DRY of an engine's requests, one a slot at most. The slots that changed, and the sets of
-    breakers that are new, go to the device by one copy each before the next step that has any."""
+    """DRY parameters of an engine's requests, at most one per slot. Changed slots, and new sets of
+    breakers, are sent to the device in one copy each before the next step with DRY."""
 
     def __init__(
         self, slots: int, device: torch.device | str, staging: PinnedStaging | None = None
     ) -> None:
         self._staging = staging or PinnedStaging(device)
-        self._nothing_C = np.array([0.0, 1.0, 1.0, 1.0, 0.0])
-        self._numbers_SC = self._staging.to_device(np.tile(self._nothing_C, (slots, 1)))
+        self._no_dry_C = np.array([0.0, 1.0, 1.0, 1.0, 0.0])
+        self._numbers_SC = self._staging.to_device(np.tile(self._no_dry_C, (slots, 1)))
         self._changed: dict[int, NDArray[np.float64]] = {}
         self._sets = BreakerSets(self._staging)
         self._has_S = np.zeros(slots, bool)
@@ -83,7 +82,7 @@ class SlotRepeats:
         if self._has_S[slot]:
             self._has_S[slot] = False
             self._sets.leave(slot)
-            self._changed[slot] = self._nothing_C
+            self._changed[slot] = self._no_dry_C
 
     def has(self, slots_R: np.ndarray) -> np.ndarray:
         """bool [R]: which of these slots have DRY."""
@@ -99,14 +98,15 @@ class SlotRepeats:
         most_rows: int,
         longest_text: int = HISTORY,
     ) -> "DevicePenalties":
-        """Of each row's text, with duplicates: the largest of a token's penalties is the one.
+        """The penalties of each row. A token may occur more than once; its largest penalty applies.
 
         Args:
-            texts: their whole tokens: where an answer begins is not looked at.
+            texts: used as a whole, regardless of where the answer begins.
             slot_R, offset_R: of the step's rows.
-            slots: those of the step that have DRY, on the host.
-            most_rows: rows that these have at most, of which the host may not know the places.
-            longest_text: tokens that the text of none of these rows exceeds.
+            slots: the step's slots that have DRY, on the host.
+            most_rows: upper limit of the number of rows with DRY, whose indices the host may not
+                know.
+            longest_text: upper limit of the length of these rows' texts, in tokens.
         """
         sent = self._on_device()
         has_dry_R = sent.numbers_SC[:, MULTIPLIER][slot_R] > 0
@@ -131,7 +131,7 @@ class SlotRepeats:
 
 
 def _windows(texts: Texts, slot_R: Tensor, offset_R: Tensor, place_P: Tensor, width: int) -> Tensor:
-    """int64 [P, W]: the last tokens before each row's, the last of them last; −1 before the text.
+    """int64 [P, W]: the W tokens that precede each row's, in text order; −1 before the text begins.
     The last token and the drafts before it are this step's inputs."""
     back_W = torch.arange(width - 1, -1, -1, device=slot_R.device)
     at_PW = texts.at_R[place_P, None] - back_W
@@ -143,21 +143,21 @@ def _windows(texts: Texts, slot_R: Tensor, offset_R: Tensor, place_P: Tensor, wi
 
 
 def _breaks(window_PW: Tensor, breaks_BX: Tensor, set_P: Tensor) -> Tensor:
-    """bool [P, W]: which tokens are in the row's set of breakers."""
+    """bool [P, W]: whether each token is in the row's set of breakers."""
     is_known_PW = (window_PW >= 0) & (window_PW < 8 * breaks_BX.shape[1])
     token_PW = torch.where(is_known_PW, window_PW, 0)
-    eight_PW = breaks_BX[set_P[:, None], token_PW >> 3]
-    return is_known_PW & ((eight_PW >> (token_PW & 7)) & 1).bool()
+    byte_PW = breaks_BX[set_P[:, None], token_PW >> 3]
+    return is_known_PW & ((byte_PW >> (token_PW & 7)) & 1).bool()
 
 
 def _nats(window_PW: Tensor, breaks_PW: Tensor, numbers_P4: Tensor, longest: int) -> Tensor:
-    """float32 [P, W − 1]: the penalty of each place's next token; 0 for none."""
+    """float32 [P, W − 1]: the penalty of the token after each position; 0 for none."""
     multiplier_P1, base_P1, allowed_P1, longest_P1 = numbers_P4.split(1, dim=1)
     width = window_PW.shape[1]
     alive_PK = (window_PW[:, :-1] == window_PW[:, -1:]) & ~breaks_PW[:, -1:]
     length_PK = alive_PK.float()
     for back in range(1, min(longest, width)):
-        # Place i has token i − back behind it, as the last one has the token −1 − back.
+        # Compares the token `back` before position i with the token `back` before the last one.
         same_PK = window_PW[:, : width - 1 - back] == window_PW[:, width - 1 - back, None]
         same_PK &= ~breaks_PW[:, width - 1 - back, None] & (back < longest_P1)
         alive_PK[:, back:] &= same_PK

@@ -1,12 +1,13 @@
 """Repeated sequences of one text, on the host.
 
-A place i of the text matches by n tokens where the n tokens up to i are those that the text ends
-with, and none of them is a breaker. The token behind it would make the repetition longer, and is
-penalised by
+Position i of the text has a match of length n if the n tokens up to and including i equal the last
+n tokens of the text, and none of them is a breaker. The token at i + 1 would extend the repetition,
+and is penalised by
 
-    multiplier · base^(n − allowed_length)      nats, where n >= allowed_length
+    multiplier · base^(n − allowed_length)      nats, if n >= allowed_length
 
-with the longest match of all places that it stands behind, and never if it is a breaker itself.
+where n is the longest match among all positions that this token follows. Breakers are not
+penalised.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from dftserve.spec import DRY_BOUNDS, Dry
 
 HISTORY = 32768
-"""Tokens at a text's end that are looked at."""
+"""Number of tokens at a text's end that are searched."""
 LONGEST_MATCH = int(DRY_BOUNDS["dry_allowed_length"].high)
-"""Tokens of a match that are counted."""
+"""Maximum match length in tokens; longer matches count as this long."""
 MAX_PENALTY = 100.0
-"""Nats: e^−100 is nothing, and no logit overflows."""
+"""In nats: e^−100 is practically zero, and no logit overflows."""
 
 LENGTH_BITS = 8
 
@@ -34,26 +35,26 @@ Nats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class DryControls:
-    """One request's DRY, its breakers as tokens."""
+    """One request's DRY parameters, with breakers as tokens."""
 
     multiplier: float
     base: float
     allowed_length: int
     breaks_V: NDArray[np.bool_]
-    """Of each token, whether it ends a sequence; tokens beyond do not."""
+    """Whether each token ends a sequence; False for tokens beyond the mask."""
 
     @classmethod
     def of(cls, dry: Dry, breaks_V: NDArray[np.bool_]) -> "DryControls":
         return cls(dry.multiplier, dry.base, dry.allowed_length, breaks_V)
 
     def penalty(self, length_K: Any) -> NDArray[np.float64]:
-        """Nats, of matches of at least `allowed_length` tokens."""
+        """The penalties in nats for matches of at least `allowed_length` tokens."""
         beyond_K = np.asarray(length_K) - self.allowed_length
         return np.minimum(self.multiplier * np.power(self.base, beyond_K), MAX_PENALTY)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens from which on a longer match changes nothing."""
+        """The match length above which the penalty no longer changes."""
         penalty_L = self.penalty(np.arange(self.allowed_length, LONGEST_MATCH + 1))
         return self.allowed_length + int(np.argmax(penalty_L == penalty_L[-1]))
 
@@ -63,13 +64,13 @@ class DryControls:
 
 
 class TextRepeats:
-    """The end of a request's text as its output grows, and by how many tokens each place of it
-    matches its end.
+    """Keeps the end of a request's text, and the match length of each position, as its output
+    grows.
 
-    A token more makes of the n tokens that the place before matched by n + 1, where it is that
-    place's token, else none: one vector operation of the text that is looked at, however it repeats
-    itself. After a fault of the engine's the output may be shorter than before; the text is then
-    read anew.
+    When a token is appended, the match length of a position becomes that of the previous position
+    plus 1 if the position holds the same token, else 0: one vector operation over the searched
+    text, whatever its repetitions. If the output is shorter than before, as after an engine fault,
+    the text is read again from the beginning.
     """
 
     def __init__(self, prompt: Sequence[int], dry: DryControls) -> None:
@@ -80,22 +81,22 @@ class TextRepeats:
     def _begin(self) -> None:
         self._tokens_N = np.empty(max(2 * len(self._prompt_N), 256), np.int32)
         self._matched_N = np.zeros(len(self._tokens_N), np.uint8)
-        self._length = self._taken = 0
-        self._take(self._prompt_N)
+        self._length = self._output_length = 0
+        self._append(self._prompt_N)
 
     def after(self, output: Sequence[int]) -> tuple[Ids, Nats]:
-        """The tokens that are penalised after the whole output so far, each once, and by how many
+        """The tokens penalised after the output so far, without duplicates, and their penalties in
         nats."""
-        if len(output) < self._taken:
+        if len(output) < self._output_length:
             self._begin()
-        new_N = np.array(output[max(self._taken, len(output) - HISTORY) :], np.int32)
-        self._take(new_N)
-        self._taken = len(output)
+        new_N = np.array(output[max(self._output_length, len(output) - HISTORY) :], np.int32)
+        self._append(new_N)
+        self._output_length = len(output)
         return self._penalties()
 
-    def _take(self, new_N: NDArray[np.int32]) -> None:
-        """No match of more than `longest` tokens counts, so that these alone are taken one by one
-        where there are more."""
+    def _append(self, new_N: NDArray[np.int32]) -> None:
+        """Append tokens. Since matches longer than `longest` do not count, only the last `longest`
+        tokens need to be processed one by one."""
         self._make_room(len(new_N))
         at_once = max(len(new_N) - self._dry.longest, 0)
         self._tokens_N[self._length : self._length + at_once] = new_N[:at_once]
@@ -103,9 +104,9 @@ class TextRepeats:
         if at_once:
             self._matched_N[: self._length] = 0
         for token, breaks in zip(new_N[at_once:], self._dry.breaks(new_N[at_once:]), strict=True):
-            self._take_one(token, breaks=bool(breaks))
+            self._append_one(token, breaks=bool(breaks))
 
-    def _take_one(self, token: np.int32, *, breaks: bool) -> None:
+    def _append_one(self, token: np.int32, *, breaks: bool) -> None:
         length = self._length
         self._tokens_N[length] = token
         self._length += 1
@@ -123,10 +124,10 @@ class TextRepeats:
         begin = max(self._length - HISTORY, 0)
         tokens_N = self._tokens_N[begin : self._length]
         matched_N = self._matched_N[begin : self._length][:-1]
-        place_K = np.flatnonzero(matched_N >= self._dry.allowed_length)
-        # What is before the text that is looked at matches nothing.
-        length_K = np.minimum(matched_N[place_K], place_K + 1)
-        token_K = tokens_N[place_K + 1]
+        index_K = np.flatnonzero(matched_N >= self._dry.allowed_length)
+        # Tokens before the searched text do not count towards a match.
+        length_K = np.minimum(matched_N[index_K], index_K + 1)
+        token_K = tokens_N[index_K + 1]
         counts_K = (length_K >= self._dry.allowed_length) & (token_K >= 0)
         token_K, length_K = _longest_of_each(token_K[counts_K], length_K[counts_K])
         free_K = ~self._dry.breaks(token_K)
@@ -145,7 +146,8 @@ class TextRepeats:
 
 
 def _longest_of_each(token_K: NDArray[np.int32], length_K: Ids) -> tuple[Ids, Ids]:
-    """Each token once, with the longest of its matches: by one sort of both together."""
+    """The distinct tokens, each with its longest match; sorts token and length together, packed in
+    one integer."""
     both_K = np.sort((token_K.astype(np.int64) << LENGTH_BITS) | length_K)
     sorted_K = both_K >> LENGTH_BITS
     is_last_K = np.ones(len(both_K), bool)
@@ -154,8 +156,8 @@ def _longest_of_each(token_K: NDArray[np.int32], length_K: Ids) -> tuple[Ids, Id
 
 
 def together(rows: Sequence[tuple[Ids, Nats]]) -> tuple[Ids, Nats]:
-    """Rows of penalties as two matrices [P, K]; where a row has fewer, 0 nats of token 0. K is a
-    power of two, so that few shapes come up."""
+    """Rows of penalties as two matrices [P, K], padded with token 0 and 0 nats. K is a power of
+    two, so that few different shapes occur."""
     longest = max((len(token_K) for token_K, _ in rows), default=0)
     width = 1 << max(longest - 1, 0).bit_length()
     token_PK = np.zeros((len(rows), width), np.int64)

@@ -1,14 +1,15 @@
-"""Rows less their penalties, in plain torch, on any device and without a wait: before a style and
-the law.
+"""Subtracts the penalties from the rows, before a style and the law; in plain torch, on any device,
+without blocking.
 
     content   L'_v = L_v − nats_v             the largest of a token's penalties, over the divisor
     stop      L'_e = L_e + T·(ln Z' − ln Z)   Z, Z': the guarded content at T, before and after
 
-So a stop token keeps the probability that it has without DRY, where the content leads: the guard
-before is the row's own, and that after goes by the content. A row without a penalty keeps its bits.
+Thus a stop token keeps the probability that it has without DRY, if the content leads: the guard
+before uses the whole row's maximum, and the guard after uses the content's. A row without penalties
+is bitwise unchanged.
 
-A CPU looks at the tokens alone that count (`few.py`); on a device how many these are would have to
-be asked.
+On a CPU only the relevant tokens are processed (`compact.py`); on other devices, determining their
+number would block.
 """
 
 import torch
@@ -17,19 +18,19 @@ from torch import Tensor
 from dftserve.sampling import controls as columns
 from dftserve.sampling import laws, top_n_sigma
 from dftserve.sampling.controls import LAW_CODES, Controls, LawConstants
-from dftserve.sampling.dry.few import Few
+from dftserve.sampling.dry.compact import CompactRows
 from dftserve.sampling.entropy import exp, is_present
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.step import Penalties, Step
 
 ELEMENTS = 1 << 22
-"""Logits that are rewritten at once, at some 34 bytes each for all that is made of them: 142 MB."""
+"""Number of logits processed at once; with about 34 bytes of temporaries each, 142 MB."""
 
 
 def penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: LawConstants) -> None:
-    """Rewrite, in place, the rows of the step that have penalties. Tokens beyond the vocabulary and
-    stop tokens have none."""
-    if _may_be_asked(logits_XV):
+    """Rewrite, in place, the rows of the step that have penalties. Penalties of stop tokens and of
+    tokens beyond the vocabulary are ignored."""
+    if _is_on_host(logits_XV):
         penalties = _only_present(penalties)
     for part in penalties.split(max(ELEMENTS // logits_XV.shape[1], 1)):
         if len(part.place_P):
@@ -41,9 +42,12 @@ def _penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: La
     row_P = place_P if step.rows_R is None else step.rows_R[place_P]
     controls = step.controls.select(step.slot_R[place_P])
     log_guard_P = _log_guard(logits_XV, row_P, controls, constants)
-    if _may_be_asked(logits_XV):
-        few = Few.of(logits_XV, row_P, penalties, controls, log_guard_P)
-        few.write(logits_XV, *_lowered(few.logits_PJ, few.penalties, few.controls, log_guard_P))
+    if _is_on_host(logits_XV):
+        compact = CompactRows.of(logits_XV, row_P, penalties, controls, log_guard_P)
+        compact.write(
+            logits_XV,
+            *_lowered(compact.logits_PJ, compact.penalties, compact.controls, log_guard_P),
+        )
         return
     logits_PV = logits_XV[row_P]
     lower_PV, changes_P = _lowered(logits_PV, penalties, controls, log_guard_P)
@@ -53,7 +57,7 @@ def _penalise(logits_XV: Tensor, step: Step, penalties: Penalties, constants: La
 def _lowered(
     logits_PV: Tensor, penalties: Penalties, controls: Controls, log_guard_P: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rows less their penalties, and which of them change: bool [P]."""
+    """The rows after subtracting their penalties, and which of them change: bool [P]."""
     stop_PE, known_PE = _stops(controls.stop_ids_RE, logits_PV)
     lower_PV = _less(logits_PV, penalties, controls)
     lower_PV = _put(lower_PV, stop_PE, torch.where(known_PE, -torch.inf, torch.inf), "amin")
@@ -63,8 +67,8 @@ def _lowered(
     return lower_PV, (penalties.nats_PK > 0).any(dim=1) & valid_P
 
 
-def _may_be_asked(logits_XV: Tensor) -> bool:
-    """Whether the host reads a tensor without waiting for a device."""
+def _is_on_host(logits_XV: Tensor) -> bool:
+    """Whether the host can read the tensor without waiting for a device."""
     return logits_XV.device.type == "cpu"
 
 
@@ -76,18 +80,19 @@ def _only_present(penalties: Penalties) -> Penalties:
 
 
 def _stops(stop_ids_PE: Tensor, logits_PV: Tensor) -> tuple[Tensor, Tensor]:
-    """The stop tokens, 0 for a pad, and which are none."""
+    """The stop tokens, with 0 for padding, and which of them are real tokens."""
     known_PE = (stop_ids_PE >= 0) & (stop_ids_PE < logits_PV.shape[1])
     return torch.where(known_PE, stop_ids_PE, 0), known_PE
 
 
 def _put(logits_PV: Tensor, token_PE: Tensor, value_PE: Tensor, reduce: str) -> Tensor:
-    """`reduce` lets a pad fall on token 0 with a value that leaves it as it is."""
+    """Combine values into the columns of tokens. Padding has a value that is neutral for `reduce`,
+    so token 0 is not changed by it."""
     return logits_PV.scatter_reduce(1, token_PE, value_PE, reduce)
 
 
 def _less(logits_PV: Tensor, penalties: Penalties, controls: Controls) -> Tensor:
-    """The smallest of what a token's penalties leave is what its largest leaves."""
+    """The penalised logits. For a repeated token the minimum is taken: its largest penalty."""
     token_PK = penalties.token_PK
     is_known_PK = token_PK < logits_PV.shape[1]
     token_PK = torch.where(is_known_PK, token_PK, 0)
@@ -99,14 +104,15 @@ def _less(logits_PV: Tensor, penalties: Penalties, controls: Controls) -> Tensor
 def _stop_shift(
     logits_PV: Tensor, lower_PV: Tensor, controls: Controls, log_guard_P: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the stop tokens' logits move by, and which rows are valid; `lower_PV` has no stops."""
+    """The shift of the stop tokens' logits, and which rows are valid; in `lower_PV` stop tokens are
+    -inf."""
     before, valid_P = _support(logits_PV, controls, log_guard_P)
     after, _ = _support(lower_PV, controls, log_guard_P)
     temperature_P, divisor_P = controls.temperature_R, controls.logits_divisor_R
     cool_P, less_P = (_log_z(support, temperature_P) for support in (before, after))
     peaks_P = (lower_PV.amax(dim=1) - logits_PV.amax(dim=1)) * divisor_P / temperature_P
     fall_P = peaks_P + less_P - cool_P
-    # Where no content is plausible, there is nothing to keep a distance from.
+    # Without plausible content, there is nothing relative to which stop tokens would shift.
     exists_P = is_present(cool_P) & is_present(less_P) & valid_P
     return torch.where(exists_P, fall_P * temperature_P / divisor_P, 0.0), valid_P
 
@@ -121,7 +127,8 @@ def _support(logits_PV: Tensor, controls: Controls, log_guard_P: Tensor) -> tupl
 
 
 def _log_z(support: Support, temperature_P: Tensor) -> Tensor:
-    """Not by way of `normalise`, whose softmax is slow where most of a row underflows."""
+    """ln Z of the content at T. Does not use `normalise`, whose softmax is slow if most of a row
+    underflows."""
     weight_PV = support.content_RV / temperature_P[:, None]
     peak_P = weight_PV.amax(dim=1)
     return peak_P + exp(weight_PV - peak_P[:, None]).sum(dim=1).log()
@@ -130,13 +137,13 @@ def _log_z(support: Support, temperature_P: Tensor) -> Tensor:
 def _log_guard(
     logits_XV: Tensor, row_P: Tensor, controls: Controls, constants: LawConstants
 ) -> Tensor:
-    """ln a of the guard that comes behind: the style's, or the law's. Under `budget`, whose level
-    moves, it is that of level 1, as before a style."""
+    """ln a of the guard that follows: the style's, or the law's. Under `budget`, whose level
+    changes from step to step, it is that of level 1, as before a style."""
     is_budget_P = controls.law_R == LAW_CODES["budget"]
     level_P = torch.where(is_budget_P, 1.0, controls.level_R)
     by_law_P = laws.log_guard(controls.with_level(level_P), constants)
     is_sigma_P = top_n_sigma.is_top_n_sigma(controls)
-    if not _may_be_asked(logits_XV) or is_sigma_P.any():
+    if not _is_on_host(logits_XV) or is_sigma_P.any():
         by_sigma_P = top_n_sigma.log_guard(logits_XV[row_P], controls)
         by_law_P = torch.where(is_sigma_P, by_sigma_P, by_law_P)
     has_style_P = controls.style_R != columns.NO_STYLE

@@ -1,4 +1,4 @@
-"""Texts that are drawn together: n choices whose random numbers are spread evenly."""
+"""Groups of texts that are sampled jointly: n choices whose random numbers are evenly spaced."""
 
 from dftserve.sampling.group.codes import GroupRow, first_code
 from dftserve.sampling.group.stage import CodesSnapshot, GroupCodes

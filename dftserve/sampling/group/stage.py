@@ -1,14 +1,16 @@
-"""The codes of an engine's requests between steps, and the stage that draws by them, after the law.
+"""The codes of an engine's requests between steps, and the stage that samples by them after the
+law.
 
-A row of a group becomes its token: 0 there and -inf elsewhere, whatever the engine then samples
-with. Rows of a speculative step are drawn one after another, each behind the tokens that the rows
-before it have become: where a draft is another token, the engine rejects it and all behind it.
+A row of a group is replaced by its token: 0 for the token and -inf elsewhere, so that any sampler
+of the engine selects it. The rows of a speculative step are drawn one after another, each
+continuing from the tokens drawn for the rows before it; if a draft differs from the drawn token,
+the engine rejects it and all drafts after it.
 
-As in `slots.py`, a code waits until its row's token turns out accepted: chunks of a prompt and
-rejected drafts leave no trace. The codes of a request that was preempted are in the snapshot of its
+As in `slots.py`, a code is staged until its row's token is accepted: chunks of a prompt and
+rejected drafts have no effect. The codes of a preempted request are read from the snapshot of its
 last step.
 
-Plain torch on every device. It waits for no device, and runs only where a row of the batch is still
+Plain torch on every device. It does not block, and runs only while some row of the batch is still
 drawn by its code.
 """
 
@@ -29,14 +31,14 @@ from dftserve.sampling.step import Step, chosen_first
 Array = np.ndarray[Any, Any]
 
 TOKENS, BASE, BITS, SCALE, TOP_K, TOP_P, MIN_P, CODES = range(8)
-"""The columns of a slot's state: tokens that were accepted, the position of the first waiting row,
-the request's own numbers; then a code and its bits, of the accepted text and after each waiting
-row."""
+"""The columns of a slot's state: the number of accepted tokens, the position of the first waiting
+row, and the request's parameters; then pairs of a code and its used bits, first for the accepted
+text and then after each waiting row."""
 PAIR = 2
 CODE, USED = range(PAIR)
 
 ELEMENTS = 1 << 22
-"""Of a float64 matrix of rows that are drawn at once, of which there are several: 32 MiB."""
+"""Size of the float64 matrix of rows that are drawn at once: 32 MiB, and several such matrices."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,27 @@ class CodesSnapshot:
     copy: HostCopy
 
     def read(self, slot: int) -> Array:
-        """One slot's state, in memory of its own."""
+        """A copy of one slot's state."""
         return self.copy.array[slot].copy()
 
 
 class GroupCodes:
-    """The codes of up to `slots` requests, `rows_per_request` rows a step each."""
+    """The codes of up to `slots` requests, each with up to `rows_per_request` rows per step."""
 
     def __init__(self, slots: int, rows_per_request: int, device: torch.device | str) -> None:
         self._rows_per_request = rows_per_request
-        self._nothing_X = np.array([0, NOTHING_WAITS, 0, 1, 0, 1, 0, *self._codes(0.0, math.inf)])
-        states_SX = np.tile(self._nothing_X, (slots, 1))
+        self._closed_X = np.array([0, NOTHING_WAITS, 0, 1, 0, 1, 0, *self._codes(0.0, math.inf)])
+        states_SX = np.tile(self._closed_X, (slots, 1))
         self._staging = PinnedStaging(device)
         self._states_SX = self._staging.to_device(states_SX)
         self._changed: dict[int, Array] = {}
         self._cuts: dict[int, bool] = {}
-        """Of the slots that draw, whether the request has cuts of its own."""
+        """For each slot that draws, whether the request has its own cuts."""
         self._draws_S = np.zeros(slots, bool)
         self._watched: CodesSnapshot | None = None
-        """In which it is looked for codes that are used up, once its copy is there."""
+        """The snapshot that is checked for used-up codes once its transfer is complete."""
         self._opened: set[int] = set()
-        """Slots whose request is not in it yet."""
+        """Slots opened since that snapshot, which it therefore does not describe."""
 
     def _codes(self, code: float, used: float) -> list[float]:
         return [code, used] * (1 + self._rows_per_request)
@@ -77,9 +79,9 @@ class GroupCodes:
         """Begin a request in a slot.
 
         Args:
-            resumed: its state as it was preempted, of `CodesSnapshot.read`.
-            produced: tokens that were accepted before. Where it has some and no state is known, its
-                code is not either, and the engine's sampler goes on.
+            resumed: its state when it was preempted, from `CodesSnapshot.read`.
+            produced: the number of tokens accepted before. If there are some but `resumed` is None,
+                the code is unknown, and the engine's sampler takes over.
         """
         code, used = (row.code, 0.0) if produced == 0 else (0.0, math.inf)
         if produced and resumed is not None:
@@ -94,24 +96,24 @@ class GroupCodes:
             self._opened.add(slot)
 
     def close(self, slot: int) -> None:
-        """The slot's request has left it, or its bits are used."""
+        """Stop drawing for a slot, whose request has left it or used up its bits."""
         if self._draws_S[slot]:
             self._draws_S[slot] = False
-            self._changed[slot] = self._nothing_X
+            self._changed[slot] = self._closed_X
             del self._cuts[slot]
 
     def draws(self, slots_R: Array) -> Array:
-        """bool [R]: in which of these slots the code draws the next token, as far as the host
-        knows; some steps after the bits are used it says so still."""
+        """bool [R]: for which of these slots the code draws the next token, as far as the host
+        knows; remains True for a few steps after the bits are used up."""
         return self._draws_S[slots_R]
 
     def snapshot(self) -> CodesSnapshot:
-        """A copy on the host; on a GPU it is only enqueued."""
+        """A copy of all states on the host; from a GPU it is asynchronous."""
         self._flush()
         return CodesSnapshot(HostCopy.of(self._states_SX))
 
     def _flush(self) -> None:
-        """The states of requests that came and went, in one copy."""
+        """Send the states of slots that were opened or closed, in one copy."""
         if self._changed:
             slots = [float(slot) for slot in self._changed]
             changed_NX = np.column_stack([slots, np.array(list(self._changed.values()))])
@@ -120,11 +122,11 @@ class GroupCodes:
             self._states_SX.index_copy_(0, sent_NX[:, 0].long(), sent_NX[:, 1:])
 
     def draw(self, logits_XV: Tensor, step: Step, most_rows: int) -> CodesSnapshot:
-        """Draw rows that the law has written, in place; those of no group keep their bits.
+        """Draw the tokens of rows written by the law, in place; rows without a group are unchanged.
 
         Args:
             logits_XV: float32.
-            most_rows: rows that the slots which draw have at most among the step's.
+            most_rows: upper limit of the number of the step's rows whose slots draw.
 
         Returns:
             The states after the step.
@@ -151,8 +153,8 @@ class GroupCodes:
         return snapshot
 
     def _close_used(self, snapshot: CodesSnapshot) -> None:
-        """Texts whose bits are used are the engine's alone, and cost nothing more. It is seen in
-        one snapshot after another, each when its copy is there: the device is not waited for."""
+        """Close the slots whose bits are used up; the engine's sampler handles them from now on.
+        They are found in snapshots whose transfer is complete, so that this does not block."""
         if self._watched is None:
             self._watched = snapshot
             self._opened.clear()
@@ -164,8 +166,8 @@ class GroupCodes:
                     self.close(slot)
 
     def _accept(self, slot_N: Tensor, begin_N: Tensor) -> Tensor:
-        """The slots' states at the step's start, for each row: the code behind the waiting row that
-        was the last to be accepted. Rows of one request agree on it."""
+        """The slots' states at the step's start, for each row, with the code after the last
+        accepted waiting row. They are equal for all rows of a request."""
         state_NX = self._states_SX[slot_N]
         accepted_N = (begin_N - state_NX[:, BASE]).clamp(0, self._rows_per_request)
         codes_NKP = state_NX[:, CODES:].unflatten(1, (-1, PAIR))
@@ -180,10 +182,10 @@ class GroupCodes:
     def _drawn(
         self, cdf: Cdf, codes_NP: Tensor, part: slice, offset_N: Tensor, bits_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The token of each row of a part, -1 where none is drawn, and the code behind it.
+        """The token of each row of a part, -1 if none is drawn, and the code after it.
 
-        `codes_NP`: of all rows, behind those before the part, and at the step's start from there
-        on. The rows of a request are neighbours.
+        `codes_NP`: one pair for each row of the step: the code after the row for rows before the
+        part, and the code at the step's start for the others. The rows of a request are adjacent.
         """
         before_NP = codes_NP[part]
         ahead_P = codes_NP[max(part.start - 1, 0)][None]
@@ -217,7 +219,7 @@ def _cdf(logits_XV: Tensor, row_N: Tensor, state_NX: Tensor, *, cuts: bool) -> C
 
 def _write(logits_XV: Tensor, row_N: Tensor, token_N: Tensor, cdf: Cdf) -> None:
     is_drawn_N = token_N >= 0
-    if cdf.token_RK.shape[1] < logits_XV.shape[1]:  # What did not survive is -inf already.
+    if cdf.token_RK.shape[1] < logits_XV.shape[1]:  # The other tokens are -inf already.
         row_D = row_N[is_drawn_N]
         logits_XV[row_D[:, None], cdf.token_RK[is_drawn_N]] = -torch.inf
         logits_XV[row_D, token_N[is_drawn_N]] = 0.0

@@ -1,8 +1,8 @@
-"""Styles at decode time: phrase rates and a tilt of word choice, before the law of the diversity.
+"""Styles at decode time: phrase rates and a tilt of word choice, applied before the law.
 
 tables.py    the profiles of an engine, packed for kernels
 stage.py     the stage in plain torch: guard, phrase factors, tilt, one write
-strength.py  how far a row may be tilted
+strength.py  the largest strength of the tilt that the bound on its divergence allows
 """
 
 from dftserve.sampling.style.stage import PlainStyleStage, StyleStage

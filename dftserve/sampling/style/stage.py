@@ -1,22 +1,22 @@
-"""The style of a row, in plain torch: logits in, logits out, before the law of the diversity.
+"""Applies the style to rows, in plain torch, before the law of the diversity.
 
     guard at T=1 → the phrases' factors → the largest strength of the tilt that its bound on the
     divergence allows → content at its new probabilities, stop tokens at the old ones → one write
 
-p being the content of the guarded row at the request's T, u the text's last token and s the
+With p the content of the guarded row at the request's T, u the text's last token and s the
 strength, the content becomes
 
     q(v) ∝ p(v)·[(1 − s) + s·F(v)]·exp(s'·δ(v|u)),   F(v) = Π_k [1 − (1 − e^−λ_k)·h_k(state·v)]
 
-h_k is the chance that phrase k is completed: this is Doob's transform, by which each token pays for
-what it makes likely. With s < 1 a phrase comes (1 − s) times as often as in the model's text and s
-times as often as in people's, together. s' ≤ s is what the allowance leaves: the request's bound
-for this token, and what is left of the bound of its tokens before.
+h_k is the probability that phrase k is completed: this is Doob's transform, which lowers each token
+by the phrases that it makes likely. With s < 1, a phrase's rate is (1 − s) times the model's plus s
+times the human one. s' ≤ s is the largest strength within the allowance: the request's bound for
+this token, plus the unused part of the bounds of its previous tokens.
 
-The stop tokens keep their probability at T, for Z at T is as it was. Whatever the guard cut becomes
--inf here, and the law that comes next keeps every token (`controls.control_row`).
+The stop tokens keep their probability at T, since Z at T does not change. Tokens cut by the guard
+become -inf here, and the law that follows keeps every token (`controls.control_row`).
 
-This is the reference that the kernels are tested against. Shapes: see `tables.py`.
+This is the reference against which the kernels are tested. Shapes: see `tables.py`.
 """
 
 from dataclasses import dataclass
@@ -31,19 +31,21 @@ from dftserve.sampling.controls import Controls
 from dftserve.sampling.entropy import ABSENT, exp, is_present, normalise
 from dftserve.sampling.guard import Support, guard
 from dftserve.sampling.slots import COLUMNS, COUNT, KL, TILT_KL, Slots
-from dftserve.sampling.step import Left, Step, Texts
+from dftserve.sampling.step import FiniteTokens, Step, Texts
 from dftserve.sampling.style.strength import largest_strength
 from dftserve.sampling.style.tables import StyleTables
 
 WEAKEST = 0.01
-"""A strength below it is reported as if it were it: the quotient would be rounding alone."""
+"""Lower limit of the strength as a divisor: below it the quotient would consist of rounding errors.
+"""
 
 
 class StyleStage(Protocol):
-    """What a backend provides: the stage on one device."""
+    """The interface of a backend's style stage."""
 
-    left: Left | None
-    """What the last call has left of each row, where the stage lists it; valid until the next."""
+    finite_tokens: FiniteTokens | None
+    """The finite tokens of each row after the last call, if the stage lists them; valid until the
+    next call."""
 
     def __call__(self, logits_XV: Tensor, step: Step, slots: Slots) -> Tensor:
         """Rewrite, in place, the rows of the step whose requests have a style.
@@ -53,20 +55,20 @@ class StyleStage(Protocol):
             call. 0 for rows without a style and for rows that are not valid:
 
             - KL(q‖p) in nats, of the whole distribution, stop tokens included;
-            - the tilt's part of it, which the bound is on;
-            - E_q[F] − E_p[F], q by the phrases alone: what was taken off the phrases to come. Over
-              a text it adds up to the completions avoided, each times (1 − e^−λ), for h is a
-              martingale under p;
+            - the tilt's part of it, which the bound limits;
+            - E_q[F] − E_p[F], with q after the phrases' factors only: the reduction in expected
+              phrases. Summed over a text it is the number of completions avoided, each weighted by
+              (1 − e^−λ), since h is a martingale under p;
             - s', the strength of the tilt.
         """
         ...
 
 
 class PlainStyleStage:
-    """`StyleStage` in plain torch, on any device; allocates, and asks the device how many rows
-    have a style."""
+    """`StyleStage` in plain torch, on any device; allocates memory, and blocks until the device has
+    counted the rows with a style."""
 
-    left: Left | None = None
+    finite_tokens: FiniteTokens | None = None
 
     def __init__(self, tables: StyleTables) -> None:
         self._tables = tables
@@ -100,8 +102,8 @@ def _texts(step: Step) -> Texts:
 
 
 def states_before(step: Step, tables: StyleTables) -> Tensor:
-    """int64 [R]: the automaton's state before each row's token; that of a row without a style
-    means nothing. It begins at the root where the answer does."""
+    """int64 [R]: the automaton's state before each row's token; undefined for rows without a style.
+    The automaton starts at the root where the answer begins."""
     texts, rows_R = _texts(step), torch.arange(len(step.slot_R), device=step.slot_R.device)
     profile_R = step.controls.numbers_RF[step.slot_R, columns.STYLE].long()
     profile_R = profile_R.clamp(0, len(tables.root_P) - 1)
@@ -110,7 +112,7 @@ def states_before(step: Step, tables: StyleTables) -> Tensor:
         place_R = texts.at_R - back
         is_text_R = place_R >= texts.begin_S[step.slot_R]
         known_R = texts.tokens_SL[step.slot_R, place_R.clamp(0, texts.tokens_SL.shape[1] - 1)]
-        # The inputs of this step are the last token and the drafts behind it.
+        # The inputs of this step are the last token and the drafts that follow it.
         is_input_R = step.offset_R >= back
         input_R = texts.input_R[(rows_R - back).clamp_min(0)]
         token_R = torch.where(is_input_R, input_R, known_R).long()
@@ -120,13 +122,13 @@ def states_before(step: Step, tables: StyleTables) -> Tensor:
 
 
 def allowances(step: Step, slots: Slots) -> Tensor:
-    """float32 [R]: the nats that each row's tilt may cost: the request's bound for one token, and
-    what its tokens before have left of theirs. Rows of one request in one step share what is left
-    evenly, since none knows what the others take."""
+    """float32 [R]: the upper limit of each row's tilt divergence, in nats: the request's bound for
+    one token, plus the unused part of its previous tokens' bounds. The rows of one request in a
+    step share that part evenly, since they are computed independently."""
     max_kl_R = step.controls.numbers_RF[step.slot_R, columns.STYLE_MAX_KL]
     sums_RF = slots.sums_before(step.slot_R, step.position_R, step.offset_R.long())
-    left_R = max_kl_R * sums_RF[:, COUNT] - sums_RF[:, TILT_KL]
-    return (max_kl_R + left_R / slots.rows_per_request).clamp_min(0.0)
+    unused_R = max_kl_R * sums_RF[:, COUNT] - sums_RF[:, TILT_KL]
+    return (max_kl_R + unused_R / slots.rows_per_request).clamp_min(0.0)
 
 
 def restyled(
@@ -137,13 +139,13 @@ def restyled(
     allowance_R: Tensor,
     tables: StyleTables,
 ) -> tuple[Tensor, Tensor]:
-    """The rows as a style leaves them, and their figures: see `StyleStage`.
+    """The rows after the style, and their figures: see `StyleStage`.
 
     Args:
-        controls: of each row; each has a style.
-        state_R: int64, of `states_before`.
+        controls: of each row, all with a style.
+        state_R: int64, from `states_before`.
         last_token_R: int64.
-        allowance_R: of `allowances`.
+        allowance_R: from `allowances`.
     """
     support, valid_R = guard(
         logits_RV,
@@ -167,7 +169,7 @@ def restyled(
 
 @dataclass(frozen=True)
 class Tilted:
-    """What a style does to rows: ln q − ln p of the content, and their figures."""
+    """A style's effect on rows: ln q − ln p of the content, and the figures."""
 
     bias_RV: Tensor
     figures_RF: Tensor
@@ -181,7 +183,7 @@ def tilt(
     strength_R: Tensor,
     allowance_R: Tensor,
 ) -> Tilted:
-    """The formulas of the module's docstring, of rows that the guard has left."""
+    """The formulas of the module's docstring, applied to guarded rows."""
     kept_RV = is_present(support.content_RV)
     exists_R = kept_RV.any(dim=1)
     weight_RV = torch.where(kept_RV, support.content_RV / temperature_R[:, None], ABSENT)
@@ -192,7 +194,7 @@ def tilt(
     s_R1 = strength_R[:, None]
     weaker_RV = torch.log1p(s_R1 * torch.expm1(log_factor_RV))
     log_factor_RV = torch.where(s_R1 < 1, weaker_RV, log_factor_RV)
-    # All sums are of the same form, so that factors of 1 leave every bit.
+    # All sums have the same form, so that factors of 1 change no bit.
     after = normalise(torch.where(kept_RV, weight_RV + log_factor_RV, ABSENT))
     log_mean_R = after.log_z_R - p.log_z_R
     squares = normalise(torch.where(kept_RV, weight_RV + 2.0 * log_factor_RV, ABSENT))
@@ -218,7 +220,7 @@ def tilt(
 
 
 def _content_share(log_z_R: Tensor, stop_RE: Tensor) -> Tensor:
-    """The probability of the content beside the stop tokens, at T."""
+    """The content's share of the probability of content and stop tokens together, at T."""
     both = torch.cat((log_z_R[:, None], stop_RE), dim=1)
     return exp(log_z_R - torch.logsumexp(both, dim=1))
 
@@ -232,9 +234,9 @@ def _divergence(log_p_RV: Tensor, delta_RV: Tensor, s_R: Tensor) -> tuple[Tensor
 
 
 def _keep_stops(new_RV: Tensor, logits_RV: Tensor, stop_ids_RE: Tensor) -> None:
-    """Stop tokens keep their logits; a pad writes column 0 as it is."""
+    """Restore the logits of stop tokens; padding leaves column 0 unchanged."""
     known_RE = (stop_ids_RE >= 0) & (stop_ids_RE < logits_RV.shape[1])
     ids_RE = torch.where(known_RE, stop_ids_RE, 0)
     value_RE = torch.where(known_RE, logits_RV.gather(1, ids_RE), -torch.inf)
-    # `amax` onto -inf: several pads may fall where a token is.
+    # `amax`, since padding (-inf) may be written to the column of a stop token.
     new_RV.scatter_reduce_(1, ids_RE, value_RE, "amax")

@@ -1,8 +1,8 @@
 """The profiles of an engine, packed into one set of arrays on a device.
 
-States are numbered through all profiles: those of profile p begin at `root_P[p]`, its root. All
-profiles belong to one tokenizer; a shorter vocabulary is padded with tokens that lead to the root,
-with factor 1 and no tilt.
+States are numbered consecutively over all profiles: those of profile p begin at `root_P[p]`, its
+root. All profiles belong to one tokenizer; a shorter vocabulary is padded with tokens that lead to
+the root, with factor 1 and no tilt.
 
 Shapes: P profiles, V token ids of the longest vocabulary, A states of all profiles, N entries of
 their rows, M bigrams, R rows, W columns of the logits.
@@ -19,10 +19,11 @@ from torch import Tensor
 
 
 class ProfileArrays(Protocol):
-    """What decoding reads of a profile, checked by whoever made it: `styles.profile.Profile`.
+    """The parts of a profile that decoding reads; its creator (`styles.profile.Profile`) validates
+    them.
 
-    The state after a text must be the longest of its endings that begins a phrase, so that the
-    last `StyleTables.depth` tokens alone say it.
+    The state after a text must be its longest suffix that is a prefix of a phrase, so that it is
+    determined by the last `StyleTables.depth` tokens.
     """
 
     @property
@@ -52,7 +53,7 @@ class ProfileArrays(Protocol):
 
 
 LOWEST_LOG_FACTOR = -20.0
-"""Phrases that share a token multiply their factors; none becomes rarer than e^-20."""
+"""Lower limit of a token's log factor, which is a sum over all phrases that the token continues."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,21 @@ class StyleTables:
     root_next_PV: Tensor
     root_log_factor_PV: Tensor
     row_start_A: Tensor
-    """[A + 1]: the entries of each state, tokens rising; they replace the root's."""
+    """[A + 1]: where each state's entries begin. They are sorted by token, and override the root's.
+    """
     row_token_N: Tensor
     row_next_N: Tensor
     row_log_factor_N: Tensor
     unigram_PV: Tensor
     bigram_start_X: Tensor
-    """[P·V + 1]: the entries of token u of profile p begin at p·V + u; tokens rise."""
+    """[P·V + 1]: where the entries of token u of profile p begin, at index p·V + u. They are sorted
+    by token."""
     bigram_token_M: Tensor
     bigram_delta_M: Tensor
     depth: int
-    """Tokens of a text that its state depends on, at most."""
+    """Maximum number of preceding tokens on which a state depends."""
     search_steps: int
-    """Halvings that find a token in the longest row or context."""
+    """Steps of a binary search in the longest row or context."""
 
     @classmethod
     def of(
@@ -113,9 +116,9 @@ class StyleTables:
             np.concatenate([each.bigram_token_M for each in profiles]),
             np.concatenate([each.bigram_delta_M for each in profiles]),
         )
-        # A tensor made in inference mode could not be used outside of it.
+        # A tensor created in inference mode could not be used outside of it.
         with torch.inference_mode(mode=False):
-            tensors = [torch.from_numpy(_plain(array)).to(device) for array in arrays]
+            tensors = [torch.from_numpy(_copy_as_32_bit(array)).to(device) for array in arrays]
         return cls(
             *tensors,
             depth=depth_of(profiles),
@@ -127,19 +130,19 @@ class StyleTables:
         return self.unigram_PV.shape[1]
 
     def arrays(self) -> tuple[Tensor, ...]:
-        """In the order of their fields, as kernels take them."""
+        """All tensors, in the order of their fields, which is that of the kernels' arguments."""
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if isinstance(value, Tensor))
 
     def step(self, profile_X: Tensor, state_X: Tensor, token_X: Tensor) -> tuple[Tensor, Tensor]:
-        """The state that each token leads to from each state, and its log factor at strength 1.
+        """The state after each token from each state, and the token's log factor at strength 1.
         Shapes broadcast; a token beyond the vocabulary leads to the root."""
         is_known_X = (token_X >= 0) & (token_X < self.vocabulary)
         token_X = torch.where(is_known_X, token_X, 0)
-        place_X = profile_X * self.vocabulary + token_X
+        root_entry_X = profile_X * self.vocabulary + token_X
         entry_X, found_X = _find(self.row_start_A, self.row_token_N, state_X, token_X)
-        next_X = self.root_next_PV.view(-1)[place_X]
-        factor_X = self.root_log_factor_PV.view(-1)[place_X]
+        next_X = self.root_next_PV.view(-1)[root_entry_X]
+        factor_X = self.root_log_factor_PV.view(-1)[root_entry_X]
         if len(self.row_token_N):
             next_X = torch.where(found_X, self.row_next_N[entry_X], next_X)
             factor_X = torch.where(found_X, self.row_log_factor_N[entry_X], factor_X)
@@ -147,7 +150,7 @@ class StyleTables:
         return next_X.long(), torch.where(is_known_X, factor_X, 0.0)
 
     def delta(self, profile_X: Tensor, context_X: Tensor, token_X: Tensor) -> Tensor:
-        """δ of each token behind each other one, in nats; shapes broadcast."""
+        """δ of each token after each context token, in nats; shapes broadcast."""
         is_known_X = token_X < self.vocabulary
         token_X = torch.where(is_known_X, token_X, 0)
         delta_X = self.unigram_PV.view(-1)[profile_X * self.vocabulary + token_X]
@@ -161,16 +164,16 @@ class StyleTables:
 
 
 DEEPEST = 256
-"""Tokens of the longest phrase that an engine takes: each row looks that far back."""
+"""Maximum phrase length in tokens that an engine accepts: each row reads that many tokens back."""
 
 
 def depth_of(profiles: Sequence[ProfileArrays]) -> int:
-    """Tokens of a text that its state depends on, at most; more than `DEEPEST` are not counted."""
+    """Maximum number of preceding tokens that determine a state; not counted beyond `DEEPEST`."""
     return max(_depth(profile) for profile in profiles)
 
 
 def _find(start: Tensor, tokens: Tensor, row_X: Tensor, token_X: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each token stands among the entries of each row, and whether it is there."""
+    """The index of each token among the entries of each row, and whether it was found."""
     if not len(tokens):
         return torch.zeros_like(token_X), torch.zeros_like(token_X, dtype=torch.bool)
     row_of = torch.repeat_interleave(start.diff().long())
@@ -181,24 +184,24 @@ def _find(start: Tensor, tokens: Tensor, row_X: Tensor, token_X: Tensor) -> tupl
 
 
 _STRIDE = 1 << 32
-"""More than there are token ids."""
+"""Larger than any token id."""
 
 
 def _joined(starts: Sequence[NDArray]) -> NDArray:
-    """One list of starts for all profiles, whose entries follow each other."""
+    """One list of start offsets for the concatenated entries of all profiles."""
     counts = np.concatenate([np.diff(each) for each in starts])
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _dense_contexts(profile: ProfileArrays, vocabulary: int) -> NDArray:
-    """[V + 1]: the starts of all tokens' bigrams."""
+    """[V + 1]: where each token's bigrams begin."""
     counts = np.zeros(vocabulary, np.int64)
     counts[profile.bigram_context_C] = np.diff(profile.bigram_start_C)
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _depth(profile: ProfileArrays) -> int:
-    """The tokens that lead from the root to the farthest state."""
+    """The number of tokens on the shortest path from the root to the farthest state."""
     states = len(profile.row_start_A) - 1
     source_N = np.repeat(np.arange(states), np.diff(profile.row_start_A))
     is_seen = np.zeros(states, bool)
@@ -213,7 +216,7 @@ def _depth(profile: ProfileArrays) -> int:
     return depth
 
 
-def _plain(array: NDArray) -> NDArray:
-    """int32 or float32, contiguous, in memory of its own."""
+def _copy_as_32_bit(array: NDArray) -> NDArray:
+    """A contiguous copy as int32 or float32."""
     kind = np.float32 if array.dtype.kind == "f" else np.int32
     return np.array(array, dtype=kind, order="C")

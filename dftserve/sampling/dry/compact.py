@@ -1,8 +1,8 @@
-"""Rows of a CPU with the few of their tokens that count: those that have penalties, the stop
-tokens, and the content that the guard may keep once the penalties are off. To find these a row is
-read three times, and the formulas see no more of it.
+"""On a CPU, reduces rows to the few tokens that matter for DRY: those with penalties, the stop
+tokens, and the content that the guard may keep after the penalties. Finding them reads a row three
+times; the formulas then work on these tokens only.
 
-J: the columns of a row that has the most of them.
+J: the largest number of such tokens in a row.
 """
 
 from dataclasses import dataclass, replace
@@ -18,26 +18,26 @@ from dftserve.sampling.step import Penalties
 
 LOWEST = float(np.finfo(np.float32).min)
 FARTHEST = 32.0
-"""Nats at T below the maximum; beyond are, all together, less than float32 tells from nothing."""
+"""Nats at T below the maximum; the sum of all tokens below that is negligible in float32."""
 MARGIN = 1e-3
-"""In logits, so that no rounding loses a token that the guard keeps."""
+"""In units of logits, so that no token that the guard keeps is lost to rounding."""
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Few:
-    """Rows P by the tokens of each that count."""
+class CompactRows:
+    """Rows P, reduced to their relevant tokens, one per column."""
 
     row_P: list[int]
     token_PJ: list[Ids]
-    """Of each row, which tokens its columns are; rising."""
+    """The tokens of each row's columns, in ascending order."""
     logits_PJ: Tensor
-    """-inf behind a row's columns; NaN throughout in a row that is not valid."""
+    """Padded with -inf; all NaN in an invalid row."""
     penalties: Penalties
-    """By column; beyond all columns where a token is none."""
+    """With column indices in place of token ids; J for a token without a column."""
     controls: Controls
-    """With stop tokens by column."""
+    """With column indices in place of stop token ids."""
 
     @classmethod
     def of(
@@ -47,14 +47,14 @@ class Few:
         penalties: Penalties,
         controls: Controls,
         log_guard_P: Tensor,
-    ) -> "Few":
+    ) -> "CompactRows":
         divisor_P = controls.logits_divisor_R
         reach_P = torch.minimum(-log_guard_P, FARTHEST * controls.temperature_R) / divisor_P
         lost_PK = penalties.nats_PK / divisor_P[:, None]
         token_PK, stop_PE = penalties.token_PK.numpy(), controls.stop_ids_RE.numpy()
         rows = row_P.tolist()
         given = zip(rows, token_PK, lost_PK.numpy(), stop_PE, reach_P.tolist(), strict=True)
-        found = [_that_count(logits_XV[row].numpy(), *each) for row, *each in given]
+        found = [_relevant_tokens(logits_XV[row].numpy(), *each) for row, *each in given]
         width = max(1, *map(len, found))
         logits_PJ = np.full((len(rows), width), -np.inf, np.float32)
         for row, token_J, values_J in zip(rows, found, logits_PJ, strict=True):
@@ -72,22 +72,22 @@ class Few:
         )
 
     def write(self, logits_XV: Tensor, lower_PJ: Tensor, changes_P: Tensor) -> None:
-        """Put the rows that change where they came from."""
+        """Write the changed rows back to the logits."""
         given = zip(self.row_P, self.token_PJ, lower_PJ.numpy(), changes_P.tolist(), strict=True)
         for row, token_J, lower_J, changes in given:
             if changes:
                 logits_XV[row].numpy()[token_J] = lower_J[: len(token_J)]
 
 
-def _that_count(
+def _relevant_tokens(
     row_V: NDArray[np.float32],
     token_K: Ids,
     lost_K: NDArray[np.float32],
     stop_E: Ids,
     reach: float,
 ) -> Ids:
-    """The tokens of a row that count; none where it is not valid. The row is changed on the way and
-    comes out as it was."""
+    """The relevant tokens of a row; none if it is invalid. The row is modified temporarily and
+    restored."""
     if not np.isfinite(row_V.max()):
         return np.empty(0, np.int64)
     is_known_K, is_known_E = token_K < len(row_V), (stop_E >= 0) & (stop_E < len(row_V))
@@ -95,20 +95,20 @@ def _that_count(
     before_K, before_E = row_V[token_K], row_V[stop_E]
     np.minimum.at(row_V, token_K, before_K - lost_K[is_known_K])
     row_V[stop_E] = -np.inf
-    counts_V = row_V >= max(row_V.max() - reach - MARGIN, LOWEST)
+    is_relevant_V = row_V >= max(row_V.max() - reach - MARGIN, LOWEST)
     row_V[stop_E] = before_E
     row_V[token_K] = before_K
-    counts_V[token_K] = True
-    counts_V[stop_E] = True
-    return np.flatnonzero(counts_V)
+    is_relevant_V[token_K] = True
+    is_relevant_V[stop_E] = True
+    return np.flatnonzero(is_relevant_V)
 
 
 def _columns(token_PK: NDArray[Any], found: list[Ids], *, otherwise: int) -> Ids:
-    """In which column of its row each token is."""
+    """The column of each token in its row; `otherwise` if it has none."""
     column_PK = np.full(token_PK.shape, otherwise)
     for column_K, token_K, token_J in zip(column_PK, token_PK, found, strict=True):
         if len(token_J):
-            place_K = np.minimum(np.searchsorted(token_J, token_K), len(token_J) - 1)
-            is_there_K = token_J[place_K] == token_K
-            column_K[is_there_K] = place_K[is_there_K]
+            index_K = np.minimum(np.searchsorted(token_J, token_K), len(token_J) - 1)
+            is_found_K = token_J[index_K] == token_K
+            column_K[is_found_K] = index_K[is_found_K]
     return column_PK
