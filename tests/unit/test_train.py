@@ -808,7 +808,7 @@ def test_the_candidates_are_a_list_of_lines():
 
 def test_verify_says_of_a_run_what_its_checkpoint_is(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="a run that has not ended; run the same train again"):
+    with pytest.raises(ValueError, match="an unfinished run; run the same train again"):
         checkpoint.verify(tmp_path)
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "checksums.json").write_text("{}")
