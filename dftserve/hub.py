@@ -21,7 +21,7 @@ from dftserve.spec import nearest, question
 
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS_TOO = (*ALL_BUT_WEIGHTS, "model*.safetensors")
-MOST_BESIDE = 1000
+MOST_ENTRIES = 1000
 """Entries of a folder that are searched for a similar name."""
 
 
@@ -49,13 +49,13 @@ def folder_of(model: str | Path, patterns: Sequence[str] = ALL_BUT_WEIGHTS) -> P
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
     except GatedRepoError:
-        why = "gives it only to accounts that were let in (`hf auth login`)"
+        why = "gives it only to accounts with access (`hf auth login`)"
     except RepositoryNotFoundError:
         why = "has no model of that name"
     except LocalEntryNotFoundError:
-        why = "cannot be reached, nor was it fetched before"
+        why = "cannot be reached, and it was not fetched before"
     except HFValidationError:
-        why = "has no such names"
+        why = "does not accept such a name"
     except (HfHubHTTPError, OSError) as error:
         why = f"does not give it ({type(error).__name__})"
     raise ValueError(
@@ -104,7 +104,7 @@ def _near(path: Path) -> str:
     siblings = []
     try:
         with os.scandir(path.parent) as entries:
-            for entry, _ in zip(entries, range(MOST_BESIDE), strict=False):
+            for entry, _ in zip(entries, range(MOST_ENTRIES), strict=False):
                 if entry.is_dir():
                     siblings.append(entry.name)
     except OSError:

@@ -149,13 +149,13 @@ def _check_whole(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise ValueError(f"{path} is no whole safetensors file; copy it anew.")
+            raise ValueError(f"{path} is not a complete safetensors file; copy it anew.")
         header = parse_json(file.read(length), str(path))
     try:
         ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (AttributeError, KeyError, IndexError, TypeError):
-        raise ValueError(f"{path} is no whole safetensors file; copy it anew.") from None
+        raise ValueError(f"{path} is not a complete safetensors file; copy it anew.") from None
     if size != expected:
         raise ValueError(
             f"{path}: got {size:,} bytes; its header names {expected:,}: it was cut short or "
