@@ -90,7 +90,7 @@ class Examined:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that the model can read at once; None where its configuration names no bound."""
+        """Tokens that the model can read at once; None if its configuration has no bound."""
         return _positions(self.config.get_text_config())
 
     def check_tokenizer(self, tokenizer: Sized) -> None:
@@ -107,7 +107,7 @@ class Examined:
 
         Args:
             longest: tokens of the longest text that would be read at once.
-            setting: what bounds it, for the error.
+            setting: the setting that bounds this length, for the error message.
         """
         if self.positions is not None and longest > self.positions:
             raise ValueError(
@@ -410,7 +410,7 @@ class LanguageModel:
         """
         return self._states(inputs, None)
 
-    def states_behind(self, cache: Cache, **inputs: Tensor) -> States:
+    def states_with_cache(self, cache: Cache, **inputs: Tensor) -> States:
         """`states` for tokens that follow those in the cache, to which their keys and values are
         added; the mask is a float [B, 1, N, tokens of the cache and N]."""
         return self._states(inputs, cache)

@@ -149,7 +149,7 @@ def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
     tokenizer().save_pretrained(base)
     store = save_store(tmp_path / "store", longest=120)
     run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
-    says = r"beside one of .*original_max_position_embeddings: 64.* batch_size 1"
+    says = r"with one of .*original_max_position_embeddings: 64.* batch_size 1"
     for call in (train, plan_of):
         with pytest.raises(ValueError, match=says):
             call(replace(run, max_length=128))
