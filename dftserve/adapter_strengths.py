@@ -1,5 +1,6 @@
-"""One LoRA adapter at several strengths, for engines that have no strength a request: each is an
-adapter of its own, whose `lora_alpha` is scaled, so that its change of every weight is too."""
+"""Write one LoRA adapter at several strengths, for engines without a strength per request. Each
+strength becomes a separate adapter with a scaled `lora_alpha`, which scales its change of every
+weight."""
 
 import json
 import math
@@ -28,21 +29,22 @@ _NOT_SCALED = {
     "use_bdlora": "BD-LoRA",
     "alora_invocation_tokens": "Activated LoRA (alora_invocation_tokens)",
 }
-"""Settings of an adapter whose effect is not lora_alpha times something, or that vLLM refuses."""
+"""Settings whose effect is not proportional to lora_alpha, or that vLLM refuses."""
 
 
 def scale(adapter: Path, strengths: Sequence[float], out: Path) -> list[Path]:
-    """Write the adapter at each strength to a folder of its own in `out`, which must not exist.
+    """Write the adapter at each strength to its own folder in `out`, which must not exist.
 
     Args:
-        strengths: above 0, to 1: as it was trained.
+        strengths: above 0 and up to 1, which is the adapter as trained.
 
     Returns:
         The folders, named after the adapter and the strength.
 
     Raises:
-        ValueError: a strength, or an adapter that is no LoRA of safetensors that scales as a whole.
-        OSError: as the disk raised it, or `out` exists.
+        ValueError: a strength out of range, or an adapter that is not a LoRA in safetensors whose
+            whole effect scales with `lora_alpha`.
+        OSError: from the disk, or `out` exists.
     """
     _check_strengths(strengths)
     settings = _settings(adapter)
@@ -57,15 +59,15 @@ def scale(adapter: Path, strengths: Sequence[float], out: Path) -> list[Path]:
 
 
 def flags(folders: Sequence[Path]) -> str:
-    """What `vllm serve` is given to serve them.
+    """The options of `vllm serve` that serve these adapters.
 
-    One place more than there are adapters: on a CPU, vLLM adds what is in the last one to requests
-    of the base model in the same step (vllm-project/vllm#48421), so nothing may be in it.
+    There is one slot more than adapters: on a CPU, vLLM applies the adapter in the last slot to
+    requests for the base model in the same step (vllm-project/vllm#48421), so it must stay empty.
     """
     config = read_json(folders[0] / CONFIG, largest=LARGEST_CONFIG)
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     modules = " ".join(shlex.quote(f"{each.name}={each.resolve()}") for each in folders)
-    # vLLM has these maximal ranks.
+    # The values that vLLM accepts for --max-lora-rank.
     accepted = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
     return (
         f"--enable-lora --max-loras {len(folders) + 1} --max-lora-rank {accepted} "

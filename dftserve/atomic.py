@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all, also through a kill or a full disk.
+"""Atomic writes: files and folders appear complete or not at all, even after a kill or a full disk.
 
-Write beside the place, sync, rename, sync the folder that holds it. Standard library only.
+Write under a temporary name in the same folder, sync, rename, sync the parent folder. Standard
+library only.
 """
 
 import os
@@ -10,22 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""The suffix of what is being written; a leftover of a kill, which the next write replaces."""
+"""Suffix of a file or folder while it is being written. One left over from a killed process is
+replaced by the next write."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, with the text's own line ends."""
+    """Write UTF-8; line endings are not translated."""
     write_file(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file under another name, then put it in its place.
+    """Let `write` create the file under a temporary name, then rename it to `path`.
 
     Raises:
-        OSError: as `write` or the disk raised it; `path` is then as it was.
+        OSError: from `write` or the disk; `path` is then unchanged.
     """
     temporary = path.with_name(path.name + PARTIAL)
-    temporary.unlink(missing_ok=True)  # It may be a link, and is written through.
+    temporary.unlink(missing_ok=True)  # If it is a link, `write` would follow it.
     try:
         write(temporary)
         _sync(temporary)
@@ -38,11 +40,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded folder; at the end it stands at `path`, which must not exist before.
+    """Yield a temporary folder to fill; on success it is renamed to `path`, which must not exist.
 
     Raises:
         FileExistsError: `path` exists.
-        OSError: as the disk raised it; nothing stands at `path` then.
+        OSError: from the disk; `path` is then not created.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another place, or remove it.")
@@ -58,11 +60,11 @@ def folder(path: Path) -> Iterator[Path]:
 
 
 def move_folder(made: Path, path: Path) -> None:
-    """Sync a folder that is filled and put it at `path`, where nothing is, on the same disk."""
+    """Sync a filled folder and rename it to `path`: on the same disk, and not existing yet."""
     mask = _umask()
     for each in sorted(made.rglob("*"), reverse=True):
         if each.is_file():
-            # safetensors makes its files readable by their owner alone.
+            # safetensors makes its files readable by their owner only.
             each.chmod(0o666 & ~mask)
         _sync(each)
     _sync(made)

@@ -1,22 +1,23 @@
-"""Open files whose name or content somebody else chose: regular, in their folder, bounded.
+"""Open untrusted files: only regular files, inside their folder, of bounded size.
 
     content = read_json(folder / "dft.json", within=folder, largest=1 << 20)
 
-A file is refused before it is opened when it is no regular file, and before it is read when it is
-larger than `largest`. FIFOs and devices are never opened: some act when they are.
+The file type is checked before the file is opened, and its size (`largest`) before it is read.
+FIFOs and devices are never opened, because opening alone can have an effect.
 
 `within` names the folder that a file belongs to: a checkpoint, a target store, a corpus. Links are
-followed, and what they lead to must lie
+followed, and their target must be
 
 - below that folder, or
-- in the `blobs` of the Hugging Face cache entry that the folder belongs to: the hub keeps a
+- in the `blobs` of the Hugging Face cache entry that the folder belongs to: the hub stores a
   snapshot as `models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`, and nothing else of
   the cache can be reached that way.
 
-Without `within` the name is the user's own, from the command line: its links may lead anywhere.
+Without `within` the name comes from the user's command line, and its links may lead anywhere.
 
-Not defended: a folder that is changed while it is read. Kind and size are checked again on the open
-descriptor, so they hold; where it lies was checked by name. Hard links cannot be told from files.
+Not protected against: a folder that is changed while it is read. Type and size are checked again on
+the open descriptor and are therefore reliable; the location is checked by name only. Hard links
+cannot be distinguished from files.
 
 Standard library only.
 """
@@ -32,11 +33,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 DEEPEST = 64
-"""Levels of lists and objects in a JSON or YAML document."""
+"""Maximal nesting of lists and objects in a JSON or YAML document."""
 LARGEST_NAME = 255
-"""Bytes of a file's name, as file systems have it."""
+"""Maximal bytes of a file name, the usual file-system limit."""
 INTEGERS = range(-(1 << 63), 1 << 63)
-"""What a whole number of a file may be, where nothing narrower is said."""
+"""Accepted integers in a file, unless a narrower range is given."""
 CHUNK = 1 << 20
 CORRECT = "correct the file, or name another"
 _HUB_ENTRY = re.compile(r"(models|datasets|spaces)--.+")
@@ -48,12 +49,12 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a link",
 }
-# Windows has neither, and no files that they are for.
+# Windows lacks these flags, and the files that they guard against.
 _GUARDED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class FileError(ValueError):
-    """A file that is refused: what it is and what is accepted, then what to do about it."""
+    """A refused file. The message says what was found, what is accepted and what to do."""
 
     def __init__(self, problem: str, advice: str) -> None:
         self.problem = problem
@@ -61,7 +62,7 @@ class FileError(ValueError):
 
 
 def advised(error: ValueError, advice: str) -> str:
-    """What an error says, with another advice: in the words of the command that read the file."""
+    """The error's message with its advice replaced by one that fits the command being run."""
     problem = error.problem if isinstance(error, FileError) else str(error).removesuffix(".")
     return f"{problem}; {advice}."
 
@@ -70,12 +71,12 @@ def advised(error: ValueError, advice: str) -> str:
 
 
 def real_file(path: str | Path, *, largest: int, within: Path | None = None) -> Path:
-    """The real path of a file that may be opened, for libraries that open files by name.
+    """The checked, resolved path of a file, for libraries that open files by name.
 
     Raises:
-        FileNotFoundError: nothing has that name.
-        ValueError: no regular file, outside of `within`, or more than `largest` bytes.
-        OSError: as the system raised it, such as PermissionError.
+        FileNotFoundError: there is no such file.
+        ValueError: not a regular file, outside of `within`, or more than `largest` bytes.
+        OSError: from the system, such as PermissionError.
     """
     real = _resolved(Path(path), within)
     check(Path(path), os.stat(real), largest)
@@ -83,21 +84,21 @@ def real_file(path: str | Path, *, largest: int, within: Path | None = None) -> 
 
 
 def open_file(path: str | Path, *, largest: int, within: Path | None = None) -> BinaryIO:
-    """A file opened for reading; raises as `real_file`."""
+    """Open a file for reading; raises as `real_file`."""
     real = real_file(path, largest=largest, within=within)
     return _opened(Path(path), real, os.O_RDONLY, largest, "rb")
 
 
 def open_growing(path: Path, *, largest: int, create: bool = True, buffering: int = -1) -> BinaryIO:
-    """A file that only grows, for reading and appending. No link is followed: it is written to.
+    """Open an append-only file for reading and appending. Links are refused, since it is written.
 
     Args:
-        buffering: as `open` takes it.
+        buffering: as in `open`.
 
     Raises:
-        FileNotFoundError: it is not there, and `create` is false.
-        ValueError: a link, no regular file, or more than `largest` bytes.
-        OSError: as the system raised it.
+        FileNotFoundError: it does not exist, and `create` is false.
+        ValueError: a link, not a regular file, or more than `largest` bytes.
+        OSError: from the system.
     """
     if os.path.lexists(path):
         check(path, os.lstat(path), largest)
@@ -140,7 +141,7 @@ def _lies_in(real: Path, folder: Path) -> bool:
 
 
 def _blobs_of(folder: Path) -> Path | None:
-    """Where the links of a Hugging Face snapshot lead; None for any other folder."""
+    """The `blobs` folder that a Hugging Face snapshot's links point to; None for other folders."""
     for revision in (folder, *folder.parents):
         entry = revision.parent.parent
         if revision.parent.name == "snapshots" and _HUB_ENTRY.fullmatch(entry.name):
@@ -149,7 +150,8 @@ def _blobs_of(folder: Path) -> Path | None:
 
 
 def check(path: Path, found: os.stat_result, largest: int) -> None:
-    """Raise ValueError unless `found`, the status of `path`, is of a regular file of that size."""
+    """Raise ValueError unless `found`, the stat result of `path`, is of a regular file of at most
+    `largest` bytes."""
     if not stat.S_ISREG(found.st_mode):
         _refuse(path, kind(found.st_mode), "name another, or remove it")
     if found.st_size > largest:
@@ -165,7 +167,7 @@ def _refuse(path: Path, got: str, what_to_do: str) -> NoReturn:
 
 
 def kind(mode: int) -> str:
-    """What a file's mode says that it is: "a FIFO"."""
+    """The file type of a mode in words, such as "a FIFO"."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
@@ -173,16 +175,17 @@ def kind(mode: int) -> str:
 
 
 def read_bytes(path: str | Path, *, largest: int, within: Path | None = None) -> bytes:
-    """All of a file; raises as `real_file`, also where it grew beyond `largest` meanwhile."""
+    """All of a file; raises as `real_file`, also if the file grows beyond `largest` meanwhile."""
     with open_file(path, largest=largest, within=within) as file:
         return b"".join(chunks(file, path, largest=largest))
 
 
 def chunks(file: BinaryIO, path: str | Path, *, largest: int) -> Iterator[bytes]:
-    """What is left of an open file, a mebibyte at a time, up to `largest` bytes.
+    """The rest of an open file, a mebibyte at a time, up to `largest` bytes.
 
     Raises:
-        ValueError: there is more. The size of what is packed, or in /proc, shows only in reading.
+        ValueError: there is more. The size of compressed files and of files in /proc is known only
+            after reading.
     """
     left = largest
     while chunk := file.read(CHUNK):
@@ -195,10 +198,10 @@ def chunks(file: BinaryIO, path: str | Path, *, largest: int) -> Iterator[bytes]
 def read_text(
     path: str | Path, *, largest: int, within: Path | None = None, encoding: str = "utf-8"
 ) -> str:
-    """A file of UTF-8 text; line ends as Python's text files have them.
+    r"""The text of a UTF-8 file, with line ends normalised to \n.
 
     Raises:
-        ValueError: also for what is not UTF-8.
+        ValueError: also if it is not UTF-8.
         FileNotFoundError, OSError: as `real_file`.
     """
     content = read_bytes(path, largest=largest, within=within)
@@ -206,7 +209,7 @@ def read_text(
 
 
 def decoded(content: bytes, where: str, encoding: str = "utf-8") -> str:
-    """Raises ValueError that names the first byte that is not UTF-8."""
+    """Raises ValueError, naming the first byte that is not valid in the encoding."""
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -220,10 +223,10 @@ def decoded(content: bytes, where: str, encoding: str = "utf-8") -> str:
 def lines(
     path: str | Path, *, largest: int, longest: int, within: Path | None = None
 ) -> Iterator[bytes]:
-    """The lines of a file, one in memory at a time, with their ends.
+    """The lines of a file with their line ends, one in memory at a time.
 
     Args:
-        longest: bytes of one line.
+        longest: maximal bytes of one line.
 
     Raises:
         ValueError: also for a longer line.
@@ -234,7 +237,7 @@ def lines(
 
 
 def lines_of(file: BinaryIO, path: str | Path, *, largest: int, longest: int) -> Iterator[bytes]:
-    """The same of an open file, whose size may show only in reading."""
+    """`lines` of an open file, whose size may be known only after reading."""
     number, left = 0, largest
     while line := file.readline(longest + 1):
         number, left = number + 1, left - len(line)
@@ -259,15 +262,15 @@ def read_json(
     deepest: int = DEEPEST,
     finite: bool = True,
 ) -> Any:
-    """What a JSON file says.
+    """The content of a JSON file.
 
     Args:
-        deepest: levels of lists and objects.
-        finite: refuse NaN, infinities and whole numbers beyond 64 bits. False is for content whose
-            numbers are checked one by one, or are not ours to judge.
+        deepest: maximal nesting of lists and objects.
+        finite: refuse NaN, infinities and integers beyond 64 bits. Pass False if the caller checks
+            the numbers itself, or if they are another library's business.
 
     Raises:
-        ValueError: also for what is not JSON, too deep, or holds such a number.
+        ValueError: also if it is not JSON, is nested too deeply, or contains such a number.
         FileNotFoundError, OSError: as `real_file`.
     """
     text = read_text(path, largest=largest, within=within)
@@ -275,11 +278,14 @@ def read_json(
 
 
 def json_rows(lines: Iterable[bytes], path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Of a .jsonl file's lines, those with something on them: the file and the line as an error
-    names them, and what it says.
+    """Parse the non-empty lines of a .jsonl file.
+
+    Yields:
+        The file and line number for error messages, and the parsed content.
 
     Raises:
-        ValueError: as `parse_json`; also for half a surrogate pair, which no server can be sent.
+        ValueError: as `parse_json`; also for half a surrogate pair, which cannot be sent to a
+            server.
     """
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -290,7 +296,7 @@ def json_rows(lines: Iterable[bytes], path: str | Path) -> Iterator[tuple[str, A
 
 
 def _check_unicode(content: Any, where: str) -> None:
-    """JSON's escapes can spell what no UTF-8 can."""
+    """JSON escapes can express lone surrogates, which UTF-8 cannot encode."""
     text = json.dumps(content, ensure_ascii=False)
     try:
         text.encode()
@@ -304,7 +310,7 @@ def _check_unicode(content: Any, where: str) -> None:
 def parse_json(
     text: str | bytes, where: str, *, deepest: int = DEEPEST, finite: bool = True
 ) -> Any:
-    """What a JSON text says; `where` begins the error. Raises ValueError as `read_json`."""
+    """Parse a JSON text; error messages begin with `where`. Raises ValueError as `read_json`."""
     if isinstance(text, bytes):
         text = decoded(text, where)
     given = {} if not finite else _BOUNDED_NUMBERS
@@ -317,16 +323,16 @@ def parse_json(
             f"{where}: got the number {error}; accepted: finite ones of 64 bits", CORRECT
         ) from None
     except ValueError as error:
-        # One too long for `int` is told in three lines; its first clause says it.
-        told = str(error).partition(":")[0] if "int_max_str" in str(error) else error
-        raise FileError(f"{where}: not JSON ({told})", CORRECT) from None
+        # Python's message for an integer with too many digits is long; its first clause suffices.
+        reason = str(error).partition(":")[0] if "int_max_str" in str(error) else error
+        raise FileError(f"{where}: not JSON ({reason})", CORRECT) from None
     if deeper_than(content, deepest):
         _too_deep(where, deepest)
     return content
 
 
 def deeper_than(content: object, deepest: int) -> bool:
-    """Whether lists and objects are nested in more than `deepest` levels; without recursion."""
+    """Whether lists and objects are nested more than `deepest` levels deep; not recursive."""
     level = [content] if isinstance(content, dict | list) else []
     for _ in range(deepest):
         level = [inner for outer in level for inner in _within(outer)]
@@ -381,12 +387,12 @@ def _cut(text: str) -> str:
 
 @contextmanager
 def shaped_as(where: str | Path, accepted: str) -> Iterator[None]:
-    """What is looked for in a document and is not there, or of another type, is a ValueError."""
+    """Turn lookup and type errors inside the block into a ValueError about the document."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else _cut(str(error))
-        problem = f"{where}: got another content ({told}); accepted: {accepted}"
+        reason = f"no {error}" if isinstance(error, KeyError) else _cut(str(error))
+        problem = f"{where}: got another content ({reason}); accepted: {accepted}"
         raise FileError(problem, "name another file") from None
 
 
@@ -394,11 +400,11 @@ def shaped_as(where: str | Path, accepted: str) -> Iterator[None]:
 
 
 def inner_path(name: object, where: str) -> str:
-    """A path with `/`, as a file of checksums may give it: of a file below the same folder.
+    """Check a path with `/` that a file such as checksums.json gives for a file below its folder.
 
     Raises:
-        ValueError: no text, absolute, with `.`, `..` or nothing between two `/`, a control
-            character, or a part too long for a file system.
+        ValueError: not a string, absolute, with a part that is empty, `.`, `..` or too long for a
+            file system, or with a control character.
     """
     if not isinstance(name, str) or not all(map(_is_plain, name.split("/"))):
         raise FileError(
@@ -409,7 +415,7 @@ def inner_path(name: object, where: str) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a manifest may name a file beside it so: no path, nothing that is not printable."""
+    """Whether a manifest may name a file of its own folder so: not a path, only printable text."""
     return "/" not in name and _is_plain(name)
 
 
@@ -419,10 +425,10 @@ def _is_plain(part: str) -> bool:
 
 
 def entries(folder: Path, *, most: int) -> dict[str, os.stat_result]:
-    """Everything below a folder but folders, by relative path; no link is followed.
+    """Everything below a folder except folders, by relative path; links are not followed.
 
     Raises:
-        ValueError: more than `most`.
+        ValueError: more than `most` entries.
         OSError: a folder that cannot be read.
     """
     found: dict[str, os.stat_result] = {}

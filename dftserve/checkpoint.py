@@ -1,14 +1,14 @@
-"""A checkpoint: an ordinary Hugging Face folder that says what it is and whether it is whole.
+"""A checkpoint: an ordinary Hugging Face folder with a description of itself and checksums.
 
 final/
-  config.json, model.safetensors, tokenizer…   what every loader reads
-  dft.json         what it promises: recipe, entropies, suggested diversity (`spec.Promise`)
+  config.json, model.safetensors, tokenizer…   files that every loader reads
+  dft.json         its properties: recipe, entropies, suggested diversity (`spec.Promise`)
   run.json         how it was made: resolved settings, argv, versions, git SHA, fingerprints
-  README.md        the same for a reader
+  README.md        the model card: the same for human readers
   checksums.json   BLAKE3 of every other file
 
-A checkpoint may come from anywhere: `verify` opens regular files that lie in its folder and nothing
-else (`bounded_files`), and names what is there without a checksum.
+A checkpoint may come from an untrusted source: `verify` opens only regular files inside its folder
+(`bounded_files`), and reports files that have no checksum.
 """
 
 import json
@@ -43,23 +43,23 @@ from dftserve.spec import CHECKSUMS, Promise
 
 RUN, CARD = "run.json", "README.md"
 FINAL, RUN_SETTINGS = "final", "settings.json"
-"""Of the folder of a run: its checkpoint, and what the run begins with."""
+"""In the folder of a run: its final checkpoint, and the settings that it starts with."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = LARGEST_CARD = 1 << 20
 MOST_FILES = 10_000
 COPY = "copy the checkpoint anew"
 NAMED = 5
-"""Files that an error names; the rest are counted."""
+"""Number of files that an error lists by name; the rest are counted."""
 HUB_LEAVES = re.compile(r"\.gitattributes|\.cache/huggingface/.+")
-"""What the Hugging Face hub and its client put beside the files of a repository; no loader reads
-it."""
+"""Files that the Hugging Face hub and its client add to a repository's files; no loader reads
+them."""
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
 TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error")
-"""What torch names where it could not write a file."""
+"""Names in the message of a RuntimeError that torch raises when it cannot write a file."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not what was written: which file, and what to do."""
+    """A damaged or changed checkpoint; the message names the file and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Run:
     """The commit of the folder that the run was started in; None outside of git."""
     steps: int
     figures: Mapping[str, float]
-    """As measured on the held-out text, in nats a token."""
+    """Measured on the held-out text, in nats a token."""
 
     @staticmethod
     def of(
@@ -105,26 +105,27 @@ def describe(folder: Path, promise: Promise, run: Run) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files below `folder`; the last thing that is written."""
+    """Write the checksums of all files below `folder`; must be called after they are written."""
     names = [name for name in entries(folder, most=MOST_FILES) if name != CHECKSUMS]
     text = json.dumps({name: digest_of(folder / name) for name in names}, indent=2)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
 def add_to_card(folder: Path, heading: str, text: str) -> None:
-    """Put a section into the model card, in place of the one that has its heading or else at the
-    end, and the card's new checksum into checksums.json. Comments mark where a section begins and
-    ends; all else in the card stays as it is.
+    """Write a section of the model card and the card's new checksum. The section replaces the one
+    with the same heading, or is appended. HTML comments mark where a section begins and ends; the
+    rest of the card is unchanged.
 
-    What a kill between the two files leaves, `verify` refuses, and the same call makes whole.
+    If the process is killed between writing the two files, `verify` refuses the checkpoint, and
+    the same call repairs it.
 
     Args:
         text: Markdown, without a line that is such a comment.
 
     Raises:
-        CheckpointError: the checkpoint is not what was written, but for that section, its card has
-            no checksum, or one of the two files is a link.
-        OSError: as the disk raised it; the checkpoint is then as it was.
+        CheckpointError: the checkpoint was changed apart from that section, its card has no
+            checksum, or one of the two files is a link.
+        OSError: from the disk; the checkpoint is then unchanged.
     """
     with _as_checkpoint_errors():
         checksums, card = _with_its_card(folder, heading)
@@ -132,20 +133,20 @@ def add_to_card(folder: Path, heading: str, text: str) -> None:
     if len(changed.encode()) > LARGEST_CARD:
         raise CheckpointError(
             f"{folder / CARD}: got more than {LARGEST_CARD:,} bytes with {heading!r}; accepted: at "
-            "most so many; shorten it."
+            "most that many; shorten it."
         )
     atomic.write_text(folder / CARD, changed)
     try:
         checksums[CARD] = text_digest(changed)
         atomic.write_text(folder / CHECKSUMS, json.dumps(checksums, indent=2) + "\n")
     except BaseException:
-        with suppress(OSError):  # It is the first one that is told.
+        with suppress(OSError):  # The first error is the one to report.
             atomic.write_text(folder / CARD, card)
         raise
 
 
 def _with_its_card(folder: Path, heading: str) -> tuple[dict[str, str], str]:
-    """The checksums of a checkpoint that is whole, but for a section of its card, and the card."""
+    """The checksums and the card of a checkpoint, verified except for one section of the card."""
     checksums = _checksums(folder)
     if CARD not in checksums:
         raise CheckpointError(f"{folder} has no {CARD} that {CHECKSUMS} lists; {COPY}.")
@@ -158,7 +159,7 @@ def _with_its_card(folder: Path, heading: str) -> tuple[dict[str, str], str]:
             )
     found = entries(folder, most=MOST_FILES)
     for name in (CARD, CHECKSUMS):
-        found.pop(name + atomic.PARTIAL, None)  # Of a kill; the next write replaces it.
+        found.pop(name + atomic.PARTIAL, None)  # Left by a kill; the next write replaces it.
     card = _card_in(folder) if CARD in found else ""
     if _is_whole_around(card, heading):
         checksums[CARD] = text_digest(card)
@@ -167,7 +168,7 @@ def _with_its_card(folder: Path, heading: str) -> tuple[dict[str, str], str]:
 
 
 def _card_in(folder: Path) -> str:
-    """With its own line ends: what is not ours in it stays byte for byte."""
+    """The card with its own line ends, so that the rest of it stays identical byte for byte."""
     return decoded(read_bytes(folder / CARD, largest=LARGEST_CARD), str(folder / CARD))
 
 
@@ -183,9 +184,9 @@ def _with_section(card: str, heading: str, text: str) -> str:
 
 
 def _is_whole_around(card: str, heading: str) -> bool:
-    """Whether the card is what it was when its section was written, but for that section, which
-    ends with a digest of the rest: so a card is recognised whose new checksum was never written,
-    because the command was killed between the two."""
+    """Whether the card outside the section is unchanged since that section was written. The section
+    ends with a digest of the rest of the card, so that a card is recognised whose new checksum was
+    not written because the command was killed between the two writes."""
     found = _section(heading).search(card)
     return found is not None and found["around"] == _around(
         card[: found.start()], card[found.end() :]
@@ -193,7 +194,7 @@ def _is_whole_around(card: str, heading: str) -> bool:
 
 
 def _section(heading: str) -> re.Pattern[str]:
-    """A section from its first comment to its last one, with no other begun between them."""
+    """Matches a section from its first comment to its last, without another one starting inside."""
     begin = rf"^<!-- dftserve: {re.escape(heading)} -->\r?\n"
     end = r"^<!-- dftserve: end, in a card of (?P<around>[0-9a-f]{64}) -->\r?(?:\n|\Z)"
     line = r"(?!<!-- dftserve: ).*\n"
@@ -206,35 +207,35 @@ def _around(before: str, after: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """What safetensors and torch raise where the disk fails is an OSError here, as Python's own.
+    """Turn the errors that safetensors and torch raise for a failed write into an OSError.
 
     Raises:
-        OSError: names the folder and what was said.
+        OSError: names the folder and contains the original message.
     """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not any(name in told for name in TORCH_WRITERS):
+        message = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not any(name in message for name in TORCH_WRITERS):
             raise
-        raise OSError(f"{folder} cannot be written: {told}") from None
+        raise OSError(f"{folder} cannot be written: {message}") from None
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A checkpoint that is as it was written."""
+    """The result of verifying an unchanged checkpoint."""
 
     files: int
     beside: tuple[str, ...]
-    """What the hub put there."""
+    """Additional files from the hub, which have no checksum."""
 
 
 def verify(folder: Path) -> Verified:
     """Compare every file with its checksum.
 
     Raises:
-        CheckpointError: no checksums, files that are there and not listed, whatever they are, or
-            the first file that is missing, changed, or not a regular file of the folder.
+        CheckpointError: there are no checksums, there are unlisted files of any kind, or a file is
+            missing, changed, or not a regular file of the folder (the first such file is named).
     """
     with _as_checkpoint_errors():
         return _compare_all(folder, _checksums(folder), entries(folder, most=MOST_FILES))
@@ -251,30 +252,30 @@ def _as_checkpoint_errors() -> Iterator[None]:
 def _compare_all(
     folder: Path, expected: Mapping[str, str], found: Mapping[str, os.stat_result]
 ) -> Verified:
-    beside = _beside(folder, expected, found)
+    added = _added_by_hub(folder, expected, found)
     for name, digest in expected.items():
         _compare(folder, name, digest, found)
-    return Verified(len(expected), beside)
+    return Verified(len(expected), added)
 
 
-def _instead(folder: Path) -> str:
-    """What to do about a folder that is no checkpoint."""
+def _advice(folder: Path) -> str:
+    """What to do about a folder that is not a checkpoint."""
     if (folder / FINAL / CHECKSUMS).exists():
         return f"it is a run; give its checkpoint, {folder / FINAL}"
     if (folder / RUN_SETTINGS).exists():
-        return f"it is a run that has not ended; run the same train again, which makes {FINAL}"
-    return "dftserve did not write it, or not to the end; give the `final` folder of a run"
+        return f"it is an unfinished run; run the same train again, which makes {FINAL}"
+    return "dftserve did not write it, or did not finish; give the `final` folder of a run"
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Digests by name. Raises CheckpointError where they are not what `seal` writes."""
+    """Digests by file name. Raises CheckpointError if the file is not one that `seal` writes."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; give a checkpoint's.")
     path = folder / CHECKSUMS
     try:
         given = read_json(path, within=folder, largest=LARGEST_CHECKSUMS)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CHECKSUMS}: {_instead(folder)}.") from None
+        raise CheckpointError(f"{folder} has no {CHECKSUMS}: {_advice(folder)}.") from None
     if not isinstance(given, dict) or not all(
         isinstance(digest, str) and _BLAKE3.fullmatch(digest) for digest in given.values()
     ):
@@ -282,24 +283,24 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {inner_path(name, str(path)): digest for name, digest in given.items()}
 
 
-def _beside(
+def _added_by_hub(
     folder: Path, expected: Mapping[str, str], found: Mapping[str, os.stat_result]
 ) -> tuple[str, ...]:
-    """What the hub put beside the files; all else without a checksum is a CheckpointError."""
+    """Files that the hub added; any other file without a checksum is a CheckpointError."""
     extra = [name for name in found if name not in expected and name != CHECKSUMS]
-    unlisted = [name for name in extra if not _is_the_hubs(name, found[name])]
+    unlisted = [name for name in extra if not _is_from_hub(name, found[name])]
     if unlisted:
         named = ", ".join(f"{name!r} ({kind(found[name].st_mode)})" for name in unlisted[:NAMED])
         more = f" and {len(unlisted) - NAMED} more" if len(unlisted) > NAMED else ""
         raise CheckpointError(
-            f"{folder} holds what {CHECKSUMS} does not list: {named}{more}; accepted: the files "
-            "that were written; move the others out."
+            f"{folder} holds files that {CHECKSUMS} does not list: {named}{more}; accepted: the "
+            "files that were written; move the others out."
         )
     return tuple(extra)
 
 
-def _is_the_hubs(name: str, found: os.stat_result) -> bool:
-    """In a snapshot of its cache they are links, as all files are."""
+def _is_from_hub(name: str, found: os.stat_result) -> bool:
+    """A file or a link: in a snapshot of the hub's cache, every file is a link."""
     plain = stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)
     return plain and HUB_LEAVES.fullmatch(name) is not None
 
@@ -309,7 +310,7 @@ def _compare(folder: Path, name: str, digest: str, found: Container[str]) -> Non
         raise CheckpointError(f"{folder / name}, named in {CHECKSUMS}, is missing; {COPY}.")
     if digest_of(folder / name, within=folder) != digest:
         raise CheckpointError(
-            f"{folder / name} is not the file that was written, by {CHECKSUMS}; {COPY}."
+            f"{folder / name} is not the file that was written, according to {CHECKSUMS}; {COPY}."
         )
 
 
@@ -326,23 +327,23 @@ def versions() -> dict[str, str]:
 def _git_sha() -> str | None:
     try:
         command = ["git", "rev-parse", "HEAD"]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return asked.stdout.strip() or None if asked.returncode == 0 else None
+    return git.stdout.strip() or None if git.returncode == 0 else None
 
 
 FORMATS = re.compile(r"[\\`*\[\]<>~|&]|(?<![^\W_])_|_(?![^\W_])")
-"""What Markdown may format with; not `_` within a word."""
+"""Characters that Markdown may interpret as formatting; not `_` within a word."""
 
 
 def _unformatted(text: str) -> str:
-    """As Markdown that is shown as the text itself, on one line."""
+    """Escape the text for Markdown and put it on one line."""
     return FORMATS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def _figure_name(name: str) -> str:
-    """`human_nll/my_store` → `human nll/my_store`: behind the slash is a store's name."""
+    """`human_nll/my_store` → `human nll/my_store`: a store's name follows the slash."""
     figure, slash, store = name.partition("/")
     return figure.replace("_", " ") + slash + _unformatted(store)
 

@@ -1,11 +1,11 @@
-"""GGUF files as models: each converted once into an ordinary Hugging Face folder, and kept.
+"""GGUF files as models: each is converted once into an ordinary Hugging Face folder and cached.
 
     folder = resolve("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 
-`resolve` takes what a command was given as a model. A GGUF file, or a folder whose weights are one,
-comes back as the folder of its conversion: safetensors, tokenizer, chat template, generation
-config. Anything else comes back as it was. transformers reads the format; what it leaves to us is
-to say what cannot be converted, to notice what was not, and to write plain weights.
+`resolve` takes the `model` argument of a command. For a GGUF file, or a folder whose weights are
+one, it returns the folder of the converted model: safetensors, tokenizer, chat template, generation
+config. Anything else is returned unchanged. transformers reads the format; this module reports what
+cannot be converted, detects weights that were not converted, and writes plain weights.
 
 Importing this loads neither torch nor transformers.
 """
@@ -27,25 +27,25 @@ from dftserve.model_folder import LARGEST_WEIGHTS, check_model_folder
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 CACHE = "DFTSERVE_CACHE"
-"""The environment variable that names another cache folder."""
+"""Environment variable that overrides the cache folder."""
 ORIGIN = "gguf.json"
-"""In a converted folder: what it was made from."""
+"""File in a converted folder that describes the GGUF file it was made from."""
 PLAIN_WEIGHTS = ("*.safetensors", "*.bin")
 DTYPES = {0: "float32", 1: "float16"}
-"""By `general.file_type`, what plain floats are kept in; all other weights become bfloat16."""
+"""dtype of the converted weights by `general.file_type`; all others become bfloat16."""
 
 Say = Callable[[str], None]
 
 
 def resolve(model: str, say: Say | None = None) -> str:
-    """The folder of a model that was named as a GGUF file or a folder of one; else `model` itself.
+    """The converted folder if `model` is a GGUF file or a folder with one; else `model` itself.
 
     Args:
-        say: is told of a conversion, once; stderr where it is None.
+        say: called with one line when a conversion begins; None prints it to stderr.
 
     Raises:
-        ValueError: no GGUF file in spite of its name, one of several parts, several in a folder, or
-            one that transformers cannot convert: names its architecture.
+        ValueError: a .gguf file in another format, one part of a split model, several files in a
+            folder, or an architecture that transformers cannot convert, which is named.
         RuntimeError: the gguf package is not installed.
         OSError: a file that cannot be read, or a disk that cannot be written.
     """
@@ -64,10 +64,10 @@ def resolve(model: str, say: Say | None = None) -> str:
 
 
 def find(model: str) -> Path | None:
-    """The GGUF file that `model` names, or holds in place of other weights.
+    """The GGUF file at `model`, or the one in that folder if it has no other weights.
 
     Raises:
-        ValueError: a file of that suffix which is no GGUF, or several in a folder.
+        ValueError: a .gguf file in another format, or several in a folder.
     """
     path = Path(model)
     if path.is_dir():
@@ -98,7 +98,7 @@ def _only_one(folder: Path) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """$DFTSERVE_CACHE, or `dftserve` where the system keeps caches."""
+    """$DFTSERVE_CACHE, or `dftserve` in the system's cache folder."""
     if own := os.environ.get(CACHE):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -115,7 +115,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """One process at a time: each rank of torchrun resolves the same file at once."""
+    """Let one process at a time convert: all ranks of torchrun resolve the same file at once."""
     with open(folder.with_name(folder.name + ".lock"), "wb") as file:
         lock.take(file, wait=True)
         yield
@@ -130,14 +130,14 @@ def _to_stderr(line: str) -> None:
 
 @dataclass(frozen=True)
 class Header:
-    """What of a GGUF file's metadata decides how it is converted."""
+    """The metadata of a GGUF file that determines how it is converted."""
 
     architecture: str
     file_type: int | None
-    """llama.cpp's number of the kind of weights."""
+    """llama.cpp's number for the type of the weights."""
     pre_tokenizer: str | None
     parts: int
-    """Files that the model is split into."""
+    """Number of files that the model is split into."""
 
     @property
     def dtype(self) -> str:
@@ -145,7 +145,8 @@ class Header:
 
 
 def convert(file: Path, folder: Path, *, digest: str) -> None:
-    """Write the model of a GGUF file into `folder`, which must not exist; whole or not at all.
+    """Convert a GGUF file into `folder`, which must not exist; it is written completely or not at
+    all.
 
     Raises:
         ValueError, RuntimeError, OSError: as `resolve`.
@@ -161,7 +162,7 @@ def convert(file: Path, folder: Path, *, digest: str) -> None:
         with _refusing(file, header.architecture):
             config = _config(real)
         config.save_pretrained(partial)
-        check_model_folder(partial)  # Before anything of the sizes that it names is allocated.
+        check_model_folder(partial)  # Before the sizes in the config are allocated.
         with _refusing(file, header.architecture):
             model, tokenizer = _model(real, header, config), _tokenizer(real, header, config)
         model.save_pretrained(partial)
@@ -171,7 +172,7 @@ def convert(file: Path, folder: Path, *, digest: str) -> None:
 
 
 def read_header(file: Path) -> Header:
-    """Raises ValueError for a file that ends too early or names no architecture."""
+    """Read the metadata; raises ValueError for a truncated file or one without an architecture."""
     reader_of = _reader()
     try:
         fields = reader_of(file).fields
@@ -206,7 +207,7 @@ def _reader() -> Any:
 
 @contextlib.contextmanager
 def _refusing(file: Path, architecture: str) -> Iterator[None]:
-    """transformers says in many ways that it cannot convert something."""
+    """Turn the various errors of transformers for an inconvertible file into one ValueError."""
     try:
         yield
     except (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
@@ -221,7 +222,7 @@ def _refusing(file: Path, architecture: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' bars and its advice about packed weights, which we do not keep."""
+    """Silence transformers' progress bars and its advice about packed weights, which we unpack."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -239,16 +240,18 @@ def _config(file: Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    config.__dict__.pop("_model_name_or_path", None)  # The file's title, which is no place.
+    config.__dict__.pop(
+        "_model_name_or_path", None
+    )  # It is the title of the GGUF file, not a path.
     return config
 
 
 def _model(file: Path, header: Header, config: Any) -> Any:
-    """The model with plain weights. `config` is given, or the file would be parsed again for it.
+    """The model with plain weights. Passing `config` saves parsing the file again for it.
 
     Raises:
-        ValueError: the file lacks some of them; a model with random ones in their place would
-            load, and write nonsense.
+        ValueError: the file lacks some weights. They would be initialised at random, and the model
+            would load and write nonsense.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -261,11 +264,11 @@ def _model(file: Path, header: Header, config: Any) -> Any:
         output_loading_info=True,
         **_unpacked(),
     )
-    model, told = loaded
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
-        if lacks := sorted(map(str, told.get(what, ()))):
+        if lacks := sorted(map(str, info.get(what, ()))):
             raise ValueError(f"{what.replace('_', ' ')}: {', '.join(lacks[:3])}")
-    # Weights are plain from here on, and are saved as such.
+    # The weights are unpacked now, and must be saved without a quantisation config.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -273,7 +276,8 @@ def _model(file: Path, header: Header, config: Any) -> Any:
 
 
 def _unpacked() -> dict[str, Any]:
-    """transformers from 5.19 on would keep the weights of some architectures in GGUF's blocks."""
+    """Arguments that unpack the weights: from 5.19 on, transformers keeps those of some
+    architectures in GGUF's blocks otherwise."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -286,7 +290,7 @@ def _tokenizer(file: Path, header: Header, config: Any) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, config=config)
     if header.pre_tokenizer == "smollm":
-        # Each digit alone, also after two spaces; transformers does not know this name.
+        # Split each digit, also after two spaces; transformers does not support this pre-tokenizer.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),

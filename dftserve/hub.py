@@ -1,12 +1,12 @@
-"""Where a model's files lie: the folder that was named, or the Hugging Face hub's on this machine.
+"""Find a model's files: in the given folder, or in the local Hugging Face cache.
 
     folder = folder_of("models/base")
-    folder = folder_of("openai-community/gpt2")     fetched, but for its weights
+    folder = folder_of("openai-community/gpt2")     fetched, except for its weights
 
-Every command that loads a model asks here, before anything heavy is imported: a name that is
-misspelt is told at once, with the folder that has nearly that name. The hub is asked by
-huggingface_hub, as often as that tries, at each call; where it cannot be reached, what an earlier
-command fetched is taken.
+Every command that loads a model calls this before it imports anything heavy, so a misspelt name is
+reported at once, together with the most similar folder name. Each call queries the hub through
+huggingface_hub, with its retries; if the hub cannot be reached, files from an earlier fetch are
+used.
 
 Importing this loads neither torch nor transformers.
 """
@@ -21,18 +21,18 @@ from dftserve.spec import nearest, question
 
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS_TOO = (*ALL_BUT_WEIGHTS, "model*.safetensors")
-MOST_BESIDE = 1000
-"""Entries of a folder that a near name is looked for among."""
+MOST_ENTRIES = 1000
+"""Entries of a folder that are searched for a similar name."""
 
 
 def folder_of(model: str | Path, patterns: Sequence[str] = ALL_BUT_WEIGHTS) -> Path:
-    """The folder itself, or where the hub's files lie on this machine.
+    """The folder itself, or the local folder of the files fetched from the hub.
 
     Args:
-        patterns: of the files that are fetched where `model` is a name on the hub.
+        patterns: of the files to fetch if `model` is a name on the hub.
 
     Raises:
-        ValueError: no such folder, and no such name that the hub gives.
+        ValueError: there is no such folder, and the hub does not provide such a model.
     """
     check_path(model)
     if Path(model).is_dir():
@@ -49,13 +49,13 @@ def folder_of(model: str | Path, patterns: Sequence[str] = ALL_BUT_WEIGHTS) -> P
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
     except GatedRepoError:
-        why = "gives it only to accounts that were let in (`hf auth login`)"
+        why = "gives it only to accounts with access (`hf auth login`)"
     except RepositoryNotFoundError:
         why = "has no model of that name"
     except LocalEntryNotFoundError:
-        why = "cannot be reached, nor was it fetched before"
+        why = "cannot be reached, and it was not fetched before"
     except HFValidationError:
-        why = "has no such names"
+        why = "does not accept such a name"
     except (HfHubHTTPError, OSError) as error:
         why = f"does not give it ({type(error).__name__})"
     raise ValueError(
@@ -66,11 +66,11 @@ def folder_of(model: str | Path, patterns: Sequence[str] = ALL_BUT_WEIGHTS) -> P
 
 
 def weights_digest(folder: Path) -> str:
-    """BLAKE3 of a model's config.json and weights; of large files a sample (`sampled_digest`).
+    """BLAKE3 of a model's config.json and weights; large files are sampled (`sampled_digest`).
 
     Raises:
-        ValueError: no weights that can be read.
-        OSError: as the system raised it.
+        ValueError: no readable weights.
+        OSError: from the system.
     """
     return joined_digest(
         [sampled_digest(path) for path in (folder / CONFIG, *weight_files(folder))]
@@ -78,7 +78,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_path(model: str | Path) -> None:
-    """Raises ValueError at once where `model` is written as a path and no folder is there."""
+    """Raises ValueError if `model` is written as a path and there is no such folder."""
     text = str(model)
     if Path(text).is_dir():
         return
@@ -100,14 +100,14 @@ def check_path(model: str | Path) -> None:
 
 
 def _near(path: Path) -> str:
-    """The folder beside a missing one whose name is nearest, as a question."""
-    beside = []
+    """A question that suggests the sibling folder with the most similar name; may be empty."""
+    siblings = []
     try:
         with os.scandir(path.parent) as entries:
-            for entry, _ in zip(entries, range(MOST_BESIDE), strict=False):
+            for entry, _ in zip(entries, range(MOST_ENTRIES), strict=False):
                 if entry.is_dir():
-                    beside.append(entry.name)
+                    siblings.append(entry.name)
     except OSError:
         return ""
-    found = nearest(path.name, sorted(beside))
+    found = nearest(path.name, sorted(siblings))
     return question(found and str(path.parent / found))

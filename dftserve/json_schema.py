@@ -1,9 +1,9 @@
-"""JSON Schemas of the fields `diversity` and `style`, from what `spec` accepts.
+"""JSON Schemas of the fields `diversity` and `style`, generated from the definitions in `spec`.
 
-A value that `spec.parse` takes is valid. A valid value may still be refused where a schema cannot
-tell: DRY's other names without `dry_multiplier`; a group's index that is not below its size; in its
-id, what Unicode does not call printable beside control characters and line breaks. Standard library
-only.
+Every value that `spec.parse` accepts is valid. `spec.parse` refuses a few valid values, whose rules
+a schema cannot express: DRY's other fields without `dry_multiplier`; a group's index that is not
+below its size; unprintable Unicode in a group's id other than control characters and line breaks.
+Standard library only.
 """
 
 from typing import Any
@@ -29,12 +29,12 @@ from dftserve.spec import (
 JSONSchema = dict[str, Any]
 
 CONTROL = r"[\u0000-\u001f\u007f-\u009f\u2028\u2029]"
-"""Control characters and line breaks. What is printable besides, by Unicode, is in no pattern that
-all dialects of regular expressions read."""
+"""Control characters and line breaks. Unicode's full definition of printable cannot be written in a
+pattern that all dialects of regular expressions accept."""
 
 
 def diversity() -> JSONSchema:
-    """Of a body's `diversity`, to a server: a level, `human`, or an object by its law."""
+    """Schema of the field `diversity` of a request body: a level, `human`, or an object."""
     return {
         "description": "How much more varied to write; 0 is off. See docs/api.md of dftserve.",
         "anyOf": [
@@ -48,7 +48,7 @@ def diversity() -> JSONSchema:
 
 
 def style() -> JSONSchema:
-    """Of a body's `style`: a style's name, or an object."""
+    """Schema of the field `style` of a request body: a style's name, or an object."""
     name = {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME}
     numbers = {key: _optional(bounds) for key, bounds in STYLE_BOUNDS.items()}
     return {
@@ -67,27 +67,27 @@ def _law(name: str) -> JSONSchema:
     is_default = name == DEFAULT_LAW
     law = {"enum": [name, None]} if is_default else {"const": name}
     named = [] if is_default else ["law"]
-    return {"title": name} | _object({"law": law, **numbers, **_beside()}, [*named, *required])
+    return {"title": name} | _object({"law": law, **numbers, **_common()}, [*named, *required])
 
 
 def _dry_alone() -> JSONSchema:
-    """DRY without a law and without a level, with which it would be the default law's."""
+    """DRY without a law or a level; an object with a level would select the default law."""
     nothing = {"type": "null"}
     takes = {
         field: nothing if is_required(DEFAULT_LAW, field) else _optional(BOUNDS[field])
         for field in LAWS[DEFAULT_LAW]
     }
     multiplier = {"dry_multiplier": _number(DRY_BOUNDS["dry_multiplier"])}
-    properties = {"law": nothing, **takes, **_beside(), **multiplier}
+    properties = {"law": nothing, **takes, **_common(), **multiplier}
     return {"title": "DRY alone"} | _object(properties, list(multiplier))
 
 
-def _beside() -> JSONSchema:
-    """What stands beside every law."""
+def _common() -> JSONSchema:
+    """Properties that every law accepts."""
     breaker = {"type": "string", "minLength": 1, "maxLength": LONGEST_BREAKER}
     low, high = GROUP_SIZE
     group = {
-        # Not `^[^…]*$`: in some dialects $ is also before a last line break.
+        # Not `^[^…]*$`: in some dialects $ also matches before a final line break.
         "id": {
             "type": "string",
             "minLength": 1,
@@ -121,6 +121,6 @@ def _number(bounds: Bounds) -> JSONSchema:
 
 
 def _optional(bounds: Bounds) -> JSONSchema:
-    """A null is taken for what is not there. Bounds hold of numbers alone."""
+    """Null means absent. Schema bounds apply to numbers only, so null passes them."""
     schema = _number(bounds)
     return schema | {"type": [schema["type"], "null"]}

@@ -1,4 +1,4 @@
-"""A causal language model of transformers, loaded and checked before anything is made with it.
+"""Load a causal language model of transformers and check it before use.
 
     found = examine("models/base")                 its files and configuration, no weights
     model = load(found, dtype=torch.float32)       safetensors only, every weight accounted for
@@ -6,12 +6,13 @@
     hidden_BND = lm.states(input_ids=ids_BN).hidden_BND
     lm.head.logits(hidden_BND.flatten(0, 1)[positions_T])
 
-The teacher, the trainer and the likelihood of texts all take their models from here, so a model
-that one of them refuses is refused by all, for the same reason.
+The teacher, the trainer and the likelihood of texts all load their models here, so they accept and
+refuse the same models, for the same reasons.
 
-`states` runs the model's own forward with the output layer put out of use: what reaches that layer
-is taken, and the logits of a whole batch are never made. What the family does to its logits after
-that (a scale, a soft cap) must be what `Head` can do; which of it is found by comparing.
+`states` runs the model's own forward with the output layer bypassed: the layer's input is captured,
+and the logits of a whole batch are never computed. If the family rescales its logits afterwards (a
+scale, a soft cap), `Head` must be able to reproduce it; the constructor of `LanguageModel` finds
+the right scale and cap by comparing logits.
 
 Shapes: B rows of tokens, N tokens of a row, R rows of a chunk, D hidden size, V vocabulary.
 """
@@ -48,23 +49,23 @@ from dftserve.model_folder import (
 )
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Attributes of configurations that multiply or divide logits, each family as it likes."""
+"""Configuration attributes that multiply or divide logits, depending on the family."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-"""Attributes that bound what is read at once, whatever a family calls them (`n_positions` has the
-first name too); the first that a configuration has."""
+"""Configuration attributes that bound the tokens read at once, under the names that families use
+(`n_positions` is also available under the first one); the first one present is used."""
 CHUNK, ORIGINAL = "attention_chunk_size", "original_max_position_embeddings"
-"""Lengths that a configuration may name, beyond which a text is read otherwise."""
+"""Configuration attributes with lengths beyond which a text is processed differently."""
 AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""How far, of the largest logit, two ways to the same logits may lie apart."""
+"""Maximal difference of two computations of the same logits, relative to the largest logit."""
 HALF_TOLERANCE = 0.02
 PROBE_TOKENS = 24
-"""Of each text that a check reads, where no length is named."""
+"""Tokens of each text that a check reads, unless a length is given."""
 COMPARED = 64
 """Positions of a long text, at equal distances, whose log-probabilities are compared."""
 NAMED = 5
-"""Weights that an error names; the rest are counted."""
+"""Number of weights that an error lists by name; the rest are counted."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +90,15 @@ class Examined:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that the model can read at once; None where its configuration names no bound."""
+        """Tokens that the model can read at once; None if its configuration has no bound."""
         return _positions(self.config.get_text_config())
 
     def check_tokenizer(self, tokenizer: Sized) -> None:
-        """Raises ValueError where the tokenizer has tokens that the embedding has not."""
+        """Raises ValueError if the tokenizer has more tokens than the embedding has rows."""
         if len(tokenizer) > self.vocabulary:
             raise ValueError(
                 f"{self.name}: its tokenizer has {len(tokenizer):,} tokens and its embedding "
-                f"{self.vocabulary:,}; accepted: no more tokens than rows. Take the tokenizer that "
+                f"{self.vocabulary:,}; accepted: no more tokens than rows. Use the tokenizer that "
                 "belongs to it, or resize the embedding and save the model."
             )
 
@@ -106,7 +107,7 @@ class Examined:
 
         Args:
             longest: tokens of the longest text that would be read at once.
-            setting: what bounds it, for the error.
+            setting: the setting that bounds this length, for the error message.
         """
         if self.positions is not None and longest > self.positions:
             raise ValueError(
@@ -116,16 +117,16 @@ class Examined:
 
 
 def examine(model: str | Path, *, weights: bool = True) -> Examined:
-    """Find a model and refuse, in a sentence, what could not be used.
+    """Find a model and refuse it with a clear message if it cannot be used.
 
     Args:
-        model: a folder, a GGUF file or a folder of one (`gguf.resolve`), or a name on the Hugging
-            Face hub, of which all but the weights is fetched.
-        weights: a folder must hold its weights; False where its configuration is enough. What is
-            there must be whole either way.
+        model: a folder, a GGUF file or a folder with one (`gguf.resolve`), or a name on the Hugging
+            Face hub, from which everything but the weights is fetched.
+        weights: whether a folder must contain weights; False if its configuration is enough.
+            Weights that are present must be complete either way.
 
     Raises:
-        ValueError: no such folder or name, no causal language model, code of its own, quantised or
+        ValueError: no such folder or name, not a causal language model, custom code, quantised or
             truncated weights, or files that `model_folder` refuses.
     """
     model = resolve(str(model))
@@ -145,7 +146,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
         weight_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # Its classes check themselves, each with errors of its own.
+    except Exception as error:  # Each configuration class raises errors of its own.
         raise ValueError(
             f"{folder / CONFIG}: transformers cannot use it ({_line(error).rstrip('.')}); correct "
             "it, or copy the model anew."
@@ -156,7 +157,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
 def _check_type(content: Mapping[str, Any], model: str) -> None:
     kind = content.get("model_type")
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        # Code that lies beside such a model is not run: transformers has the family itself.
+        # transformers implements the family, so custom code in the folder is not run.
         return
     if content.get("auto_map"):
         raise ValueError(
@@ -173,41 +174,41 @@ def _check_type(content: Mapping[str, Any], model: str) -> None:
 
 
 def fetched(found: Examined) -> Path:
-    """The folder that holds the model's weights; the hub's are fetched, once."""
+    """The folder with the model's weights, which are first fetched if the model is on the hub."""
     is_local = Path(found.name).is_dir()
     return found.folder if is_local else folder_of(found.name, WEIGHTS_TOO)
 
 
 def model_digest(found: Examined) -> str:
-    """`weights_digest` of its folder. Raises ValueError: no weights that can be read."""
+    """`weights_digest` of its folder. Raises ValueError if there are no readable weights."""
     return weights_digest(fetched(found))
 
 
 def dtype_for(
     found: Examined, dtype: str | torch.dtype, device: str | torch.device | None
 ) -> str | torch.dtype:
-    """What a model is loaded in; says so, once a process, where the choice is ours.
+    """The dtype to load a model in; if "auto" is replaced by float32, a warning is logged once.
 
     Args:
-        dtype: "auto": the weights' own, but on a CPU without bfloat16 instructions, where half
-            precision is many times slower than float32, float32 in its place. Any other is taken
-            as it is.
+        dtype: "auto" keeps the weights' own dtype, except that on a CPU without bfloat16
+            instructions half precision, which is many times slower there, is replaced by float32.
+            Any other value is returned unchanged.
         device: None: the CPU.
     """
     is_on_cpu = device is None or torch.device(device).type == "cpu"
     is_wide = getattr(found.config, "dtype", None) in TOLERANCE
     if dtype != "auto" or not is_on_cpu or is_wide or cpu.has_bf16():
         return dtype
-    _tell_float32()
+    _warn_float32()
     return torch.float32
 
 
 @functools.cache
-def _tell_float32() -> None:
-    if multiprocessing.parent_process() is None:  # Workers would all say it again.
+def _warn_float32() -> None:
+    if multiprocessing.parent_process() is None:  # Not again in every worker.
         logger.warning(
-            "dtype auto: weights in half precision are computed with in float32, since this CPU "
-            "has no bfloat16 instructions; a dtype that is named is taken as it is."
+            "dtype auto: weights in half precision are loaded in float32, since this CPU has no "
+            "bfloat16 instructions; set a dtype to override this."
         )
 
 
@@ -221,27 +222,27 @@ def load(
     """The model with every weight from its safetensors files, in evaluation mode.
 
     Args:
-        dtype: as `dtype_for` takes it.
+        dtype: as in `dtype_for`.
         device: None: the CPU.
-        attention: transformers' name of an implementation; None leaves it the choice.
+        attention: transformers' name of an implementation; None leaves the choice to transformers.
 
     Raises:
-        ValueError: an attention that the model does not have or whose package is not installed;
-            weights that are missing (they would stay random), that the model has no place
-            for, that transformers overwrites, or that cannot be loaded.
+        ValueError: an attention that the model does not support or whose package is not installed;
+            weights that are missing (they would stay random), that the model does not use, that
+            transformers overwrites, or that cannot be loaded.
     """
     folder = fetched(found)
     weight_files(folder)
     chosen = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _without_its_report():
+        with _without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype_for(found, dtype, device),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                # Told below, in a sentence; transformers would print a table and raise.
+                # Reported below in one sentence; transformers would print a table and raise.
                 ignore_mismatched_sizes=True,
                 **chosen,
             )
@@ -253,17 +254,17 @@ def load(
         raise ValueError(
             f"model: {found.name} cannot be loaded as a causal language model ({_line(error)})."
         ) from None
-    model, told = loaded
-    _check_sizes(told["mismatched_keys"], found.name)
+    model, info = loaded
+    _check_sizes(info["mismatched_keys"], found.name)
     for kind, what in (
         ("missing_keys", "has no tensor for"),
-        ("unexpected_keys", "holds what the model has no place for:"),
+        ("unexpected_keys", "contains tensors that the model does not use:"),
     ):
-        if told[kind]:
+        if info[kind]:
             raise ValueError(
-                f"{found.name} {what} {_named(told[kind])}; accepted: a file for each weight of "
+                f"{found.name} {what} {_named(info[kind])}; accepted: a tensor for each weight of "
                 f"{type(model).__name__} and no other. Copy the model anew, or save it with the "
-                "transformers that it was made with."
+                "version of transformers that it was made with."
             )
     _check_padding_row(model, found.name)
     model.name_or_path = found.name
@@ -273,19 +274,19 @@ def load(
 
 
 @contextmanager
-def _without_its_report() -> Iterator[None]:
-    """Without transformers' table of weights that are not as the model has them: they are told."""
+def _without_load_report() -> Iterator[None]:
+    """Silence transformers' table of missing and mismatched weights; `load` reports them itself."""
     report = logging.getLogger("transformers.modeling_utils")
-    kept = report.level
+    level = report.level
     report.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        report.setLevel(kept)
+        report.setLevel(level)
 
 
 def _check_sizes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], name: str) -> None:
-    """Raises ValueError for tensors of another shape than the configuration gives the weight."""
+    """Raises ValueError for tensors whose shape differs from the one in the configuration."""
     listed = sorted((key, tuple(of_file), tuple(of_model)) for key, of_file, of_model in mismatched)
     if not listed:
         return
@@ -302,9 +303,9 @@ def _shape(sizes: Sequence[int]) -> str:
 
 
 def _check_padding_row(model: PreTrainedModel, name: str) -> None:
-    """Refuse a family whose initialiser zeroes the padding token's row after it was loaded.
+    """Refuse a family whose initialiser zeroes the padding token's row after loading it.
 
-    With tied embeddings that row is trained, as it is the token's column of the logits.
+    With tied embeddings that row is a trained one: it also determines the token's logit.
     """
     embedding = model.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is None:
@@ -334,11 +335,11 @@ class Head:
     cap: float | None = None
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """[R, V] in float32, or in float64 where the hidden states are; for autograd."""
+        """[R, V] in float32, or in float64 if the hidden states are; differentiable."""
         return self.rescaled(nn.functional.linear(hidden_RD, self.weight_VD, self.bias_V))
 
     def rescaled(self, raw_RV: Tensor) -> Tensor:
-        """What becomes of the linear layer's output."""
+        """Apply scale and cap to the linear layer's output."""
         logits_RV = raw_RV if raw_RV.dtype is torch.float64 else raw_RV.float()
         logits_RV = logits_RV * self.scale
         return logits_RV if self.cap is None else self.cap * (logits_RV / self.cap).tanh()
@@ -346,19 +347,19 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """One pass through the model without its output layer."""
+    """The result of one forward pass without the output layer."""
 
     hidden_BND: Tensor
-    """What the output layer would have read."""
+    """The input of the output layer."""
     auxiliary: Tensor | None
-    """The router's loss times its weight, where the configuration asks for one."""
+    """The router's loss times its weight, if the configuration enables it."""
 
 
 class LanguageModel:
-    """A causal LM whose logits are made from its hidden states, chunk by chunk.
+    """A causal LM whose logits can be computed from its hidden states, chunk by chunk.
 
-    The constructor compares this with the model's own logits, and looks whether a position depends
-    on what stands after it or on the other rows of a batch.
+    The constructor compares them with the model's own logits, and checks that no position depends
+    on later tokens or on the other rows of a batch.
     """
 
     def __init__(
@@ -366,14 +367,14 @@ class LanguageModel:
     ) -> None:
         """
         Args:
-            model: its `forward` as it is now is what will be called; the mode (training or
-                evaluation) is left as it is.
-            name: what errors call it.
+            model: its current `forward` will be called; its mode (training or evaluation) does not
+                change.
+            name: the model's name in error messages.
             tokens_N: a text for the checks; None: token ids spread over the vocabulary.
 
         Raises:
-            ValueError: a family whose logits are not reproduced, a model that is not causal; says
-                which family, and why.
+            ValueError: a family whose logits are not reproduced, or a model that is not causal;
+                names the family and the reason.
         """
         self.model, self.name = model, name
         self._forward = model.forward
@@ -392,7 +393,7 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
-        """Made anew from the layer: its weights may have been replaced, or gathered from shards."""
+        """Created on each access: the layer's weights may be replaced, or gathered from shards."""
         return Head(self._layer.weight, self._layer.bias, self._scale, self._cap)
 
     @property
@@ -403,62 +404,64 @@ class LanguageModel:
         """The model's own forward up to its output layer.
 
         Args:
-            inputs: `input_ids` int64 [B, N]; and `position_ids` or `attention_mask`, likewise; the
-                mask may also be a float [B, 1, N, N] that is added to attention scores.
+            inputs: `input_ids` int64 [B, N]; and `position_ids` or `attention_mask`, of the same
+                type and shape; the mask may also be a float [B, 1, N, N] that is added to attention
+                scores.
         """
         return self._states(inputs, None)
 
-    def states_behind(self, cache: Cache, **inputs: Tensor) -> States:
-        """The same of tokens behind those whose keys and values the cache holds, which gets theirs;
-        the mask is a float [B, 1, N, tokens of the cache and N]."""
+    def states_with_cache(self, cache: Cache, **inputs: Tensor) -> States:
+        """`states` for tokens that follow those in the cache, to which their keys and values are
+        added; the mask is a float [B, 1, N, tokens of the cache and N]."""
         return self._states(inputs, cache)
 
     def _states(self, inputs: Mapping[str, Tensor], cache: Cache | None) -> States:
-        with _out_of_use(self._layer) as seen:
+        with _bypassed(self._layer) as captured:
             output = self._forward(**self._given(inputs, cache))
-        if len(seen) != 1:
+        if len(captured) != 1:
             raise ValueError(
-                f"{self.family} uses its output layer {len(seen)} times in one forward; accepted: "
-                "once."
+                f"{self.family} uses its output layer {len(captured)} times in one forward; "
+                "accepted: once."
             )
-        return States(seen[0], self._auxiliary(output))
+        return States(captured[0], self._auxiliary(output))
 
     def layer_states(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
-        """[B, N, D] behind each of these layers, counted from 1; 0 is the embedding.
+        """The output [B, N, D] of each of these layers, counted from 1; 0 is the embedding.
 
         Raises:
-            ValueError: the family does not give them.
+            ValueError: the family does not return them.
         """
-        with _out_of_use(self._layer):
+        with _bypassed(self._layer):
             output = self._forward(**self._given(inputs), output_hidden_states=True)
         states = getattr(output, "hidden_states", None)
         shape = inputs["input_ids"].shape
         if states is None or len(states) <= max(layers) or states[0].shape[:2] != shape:
             raise ValueError(
-                f"{self.family} does not give the hidden states of its layers; accepted: a model "
-                "that takes output_hidden_states."
+                f"{self.family} does not return the hidden states of its layers; accepted: a model "
+                "that supports output_hidden_states."
             )
         return [states[layer] for layer in layers]
 
     def own_logits(self, **inputs: Tensor) -> Tensor:
-        """As the model itself makes them: [B, N, V], float32 or wider."""
+        """The logits that the model itself computes: [B, N, V], float32 or wider."""
         logits_BNV = self._forward(**self._given(inputs)).logits
         return logits_BNV if logits_BNV.dtype is torch.float64 else logits_BNV.float()
 
     def packing_leak(
         self, longest: int = PROBE_TOKENS, row: int = 2 * PROBE_TOKENS, *, most: int | None = None
     ) -> str | None:
-        """Why documents must not share a row: what the model cannot keep apart; None where it can.
+        """Why documents must not share a row; None if the model keeps packed documents separate.
 
-        A text of the longest document's length is compared with itself alone, all along a row that
-        is full of its copies behind another text, and its beginning with itself before it. So what
-        begins far into a row is seen: attention in chunks, positions that are rescaled.
+        A text as long as the longest document is read alone, and in a row that is filled with its
+        copies after another text; and its beginning is read alone, and before the whole text. All
+        must give the same log-probabilities. Full rows reveal effects that begin far into a row:
+        attention in chunks, rescaled positions.
 
         Args:
             longest: tokens of the longest document.
             row: tokens of the longest row.
-            most: tokens that are read at once; of longer rows the configuration alone tells, by
-                the lengths that it names. None: all are read.
+            most: maximal number of tokens to read at once; longer rows are judged only by the
+                lengths in the configuration. None: no limit.
 
         Raises:
             ValueError: the model cannot read so many tokens.
@@ -475,7 +478,7 @@ class LanguageModel:
             longest, row = min(longest, (most - PROBE_TOKENS) // 2), min(row, most)
         longest = max(longest, PROBE_TOKENS)
         text_N = _repeated(self.text_N[PROBE_TOKENS:], longest)
-        # Of an odd length, so that no copy begins where a chunk does.
+        # An odd number of tokens, so that no copy begins at the start of a chunk.
         before_N = (self.text_N[: PROBE_TOKENS - 1].flip(0) + 1) % self._config.vocab_size
         copies = max(1, (row - len(before_N)) // longest)
         full = [before_N, *[text_N] * copies]
@@ -489,23 +492,23 @@ class LanguageModel:
             before_PV = self._packed_logprobs([text_N[:short]], beginning_P)
             beside_PV = self._packed_logprobs([text_N[:short], text_N], beginning_P)
         gaps = (behind_CV - alone_PV.repeat(copies, 1), beside_PV - before_PV)
-        apart = max(float(gap.abs().max()) for gap in gaps) / self._spread(alone_PV)
-        if apart <= self.tolerance:
+        difference = max(float(gap.abs().max()) for gap in gaps) / self._spread(alone_PV)
+        if difference <= self.tolerance:
             return None
         return (
-            f"a document's log-probabilities change by {apart:.1g} of their spread with the others "
-            "in its row"
+            f"a document's log-probabilities change by {difference:.1g} of their spread with the "
+            "others in its row"
         )
 
     def check_batch(self, longest: int, *, most: int | None = None) -> None:
-        """Refuse a model that reads a text otherwise where a longer one is in its batch.
+        """Refuse a model whose results for a text change with a longer text in the same batch.
 
         Args:
             longest: tokens of the longest document.
-            most: as `packing_leak` takes it.
+            most: as in `packing_leak`.
 
         Raises:
-            ValueError: it does, or it cannot read so many tokens.
+            ValueError: they change, or the model cannot read so many tokens.
         """
         if longest <= PROBE_TOKENS:
             return
@@ -524,18 +527,18 @@ class LanguageModel:
             beside_NV, alone_NV = (
                 self._states_logprobs(each, torch.arange(PROBE_TOKENS)) for each in (given, alone)
             )
-        # A mean: a router may send a token elsewhere in a batch.
-        apart = float((beside_NV - alone_NV).abs().mean()) / self._spread(alone_NV)
-        if apart > self.tolerance:
+        # The mean, not the maximum: a router may route a single token differently in a batch.
+        difference = float((beside_NV - alone_NV).abs().mean()) / self._spread(alone_NV)
+        if difference > self.tolerance:
             raise self._batch_error(
-                longest, f"its log-probabilities change by {apart:.1g} of their spread"
+                longest, f"its log-probabilities change by {difference:.1g} of their spread"
             )
 
     def _batch_error(self, longest: int, why: str) -> ValueError:
         return ValueError(
-            f"{self.family} reads a text otherwise beside one of {longest:,} tokens in its batch: "
+            f"{self.family} reads a text differently with one of {longest:,} tokens in its batch: "
             f"{why}{_originally(self._config)}; accepted: a max_length up to which it does not, or "
-            "batch_size 1 (with accumulation in its place)."
+            "batch_size 1 (with accumulation instead)."
         )
 
     # ── Checks ───────────────────────────────────────────────────────────────────────────────────
@@ -553,7 +556,7 @@ class LanguageModel:
         return layer
 
     def _check_head(self) -> Tensor:
-        """Choose scale and cap so that our logits are the model's own; [N, V]."""
+        """Choose scale and cap so that our logits equal the model's own; returns those, [N, V]."""
         ids_1N = self.text_N[None].to(self.model.device)
         raw: list[Any] = []
         keep = self._layer.register_forward_hook(lambda layer, given, output: raw.append(output))
@@ -571,7 +574,7 @@ class LanguageModel:
         own_NV, gaps = own_NV[0], {}
         if not bool(own_NV.isfinite().all()):
             raise ValueError(
-                f"{self.family} makes logits that are no numbers; its weights are damaged, or its "
+                f"{self.family} has logits that are not finite; its weights are damaged, or its "
                 "dtype is too narrow. Copy the model anew, or load it in float32."
             )
         for scale, cap in _rescalings(self._config):
@@ -582,8 +585,8 @@ class LanguageModel:
                 break
         else:
             raise ValueError(
-                f"{self.family} makes its logits in a way not known here: they are "
-                f"{min(gaps.values()):.2g} of the largest from those of its output layer. "
+                f"{self.family} computes its logits in an unsupported way: they differ from those "
+                f"of its output layer by {min(gaps.values()):.2g} of the largest. "
                 f"Accepted: a linear layer, a factor ({', '.join(SCALES)}) and a soft cap "
                 f"({', '.join(CAPS)}). Serve this model with vLLM and use the served teacher."
             )
@@ -591,13 +594,13 @@ class LanguageModel:
         ours_NV = self.head.logits(hidden_BND.reshape(shape[0], -1))
         if not (gap := _gap(ours_NV, own_NV)) <= self.tolerance:
             raise ValueError(
-                f"{self.family}: logits from its hidden states are {gap:.2g} of the largest from "
-                "its own; it cannot be used without its output layer."
+                f"{self.family}: logits from its hidden states differ from its own by {gap:.2g} of "
+                "the largest; it cannot be used without its output layer."
             )
         return own_NV
 
     def _check_rows(self, logits_NV: Tensor) -> None:
-        """In a batch, another continuation and padding behind must change nothing before them."""
+        """Check in a batch that neither a different ending nor padding changes earlier logits."""
         count = len(self.text_N) // 2
         ids_2N = self.text_N.repeat(2, 1)
         ids_2N[0, count:] = (ids_2N[0, count:].flip(0) + 1) % self._config.vocab_size
@@ -607,17 +610,18 @@ class LanguageModel:
         given = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
         hidden_BND = self._tried(self.states, **given).hidden_BND
         found_2NV = self.head.logits(hidden_BND.reshape(2, len(self.text_N), -1)[:, :count])
-        apart_2NV = (found_2NV - logits_NV[:count]).abs()
-        # A mean: in half precision a router may send a token elsewhere in a batch.
-        for apart, what in zip(apart_2NV.mean((1, 2)), ("another ending", "padding"), strict=True):
-            if not float(apart) <= self.tolerance * self._spread(logits_NV):
+        difference_2NV = (found_2NV - logits_NV[:count]).abs()
+        # The mean: in half precision a router may route a single token differently in a batch.
+        means_2 = difference_2NV.mean((1, 2))
+        for difference, what in zip(means_2, ("another ending", "padding"), strict=True):
+            if not float(difference) <= self.tolerance * self._spread(logits_NV):
                 raise ValueError(
                     f"{self.family} is not causal: {what} behind a text changes the logits before "
                     "it; accepted: a decoder-only language model."
                 )
 
     def _tried(self, call: Any, **inputs: Tensor) -> Any:
-        """What a family raises on plain text is the reason to refuse it."""
+        """Refuse a family whose forward fails on plain text, with its error as the reason."""
         try:
             return call(**inputs)
         except Exception as error:
@@ -626,11 +630,11 @@ class LanguageModel:
             ) from error
 
     def _packed_logprobs(self, texts: Sequence[Tensor], at_P: Tensor) -> Tensor:
-        """[P, V]: of the texts in one row, each with positions of its own."""
+        """[P, V]: of the texts packed into one row, with positions that restart at each text."""
         device = self.model.device
-        places_N = torch.cat([torch.arange(len(text_N)) for text_N in texts])
+        positions_N = torch.cat([torch.arange(len(text_N)) for text_N in texts])
         row_N = torch.cat(list(texts))
-        given = {"input_ids": row_N[None].to(device), "position_ids": places_N[None].to(device)}
+        given = {"input_ids": row_N[None].to(device), "position_ids": positions_N[None].to(device)}
         return self._states_logprobs(given, at_P)
 
     def _states_logprobs(self, given: Mapping[str, Tensor], at_P: Tensor) -> Tensor:
@@ -641,12 +645,14 @@ class LanguageModel:
 
     @property
     def tolerance(self) -> float:
-        """How far two ways to the same logits may lie apart in this dtype, of their spread."""
+        """Maximal difference of two computations of the same logits in this dtype, relative to
+        their spread."""
         return TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
 
     @staticmethod
     def _spread(values_NV: Tensor) -> float:
-        """So that a random model, whose logits are nearly equal, is judged as strictly."""
+        """The mean standard deviation of a row. Differences are measured relative to it, so that a
+        random model, whose logits are nearly equal, is judged as strictly as a trained one."""
         return max(float(values_NV.std(dim=-1).mean()), 1e-12)
 
     # ── Calls ────────────────────────────────────────────────────────────────────────────────────
@@ -671,19 +677,19 @@ class LanguageModel:
         loss = getattr(output, "aux_loss", None)
         if not isinstance(loss, Tensor):
             return None
-        places = (self.model, self._config, getattr(self._config, "ffn_config", None))
-        for place, name in itertools.product(places, AUXILIARY_WEIGHTS):
-            weight = getattr(place, name, None)
+        owners = (self.model, self._config, getattr(self._config, "ffn_config", None))
+        for owner, name in itertools.product(owners, AUXILIARY_WEIGHTS):
+            weight = getattr(owner, name, None)
             if isinstance(weight, int | float):
                 return weight * loss
         raise ValueError(
-            f"{self.family}: its configuration asks for the router's loss (output_router_logits) "
-            f"and names no weight for it; accepted: one of {', '.join(AUXILIARY_WEIGHTS)}."
+            f"{self.family}: its configuration enables the router's loss (output_router_logits) "
+            f"without a weight for it; accepted: one of {', '.join(AUXILIARY_WEIGHTS)}."
         )
 
 
 def _rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
-    """(scale, cap) that a configuration may mean, all that it names first."""
+    """Possible (scale, cap) of a configuration; those that use everything it names come first."""
     caps = [cap for name in CAPS if (cap := _number(getattr(config, name, None))) is not None]
     factors = [[1.0]]
     for name in SCALES:
@@ -703,7 +709,7 @@ def _rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
 def _positions(config: Any) -> int | None:
     named = (_number(getattr(config, name, None)) for name in POSITIONS)
     given = next((number for number in named if number is not None), None)
-    return None if given is None else int(given)  # XLNet says −1 for no bound.
+    return None if given is None else int(given)  # XLNet uses −1 for no bound.
 
 
 def _number(value: Any) -> float | None:
@@ -712,7 +718,7 @@ def _number(value: Any) -> float | None:
 
 
 def _gap(ours_NV: Tensor, own_NV: Tensor) -> float:
-    """The largest difference, of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     largest = max(float(own_NV.abs().max()), 1e-12)
     return float((ours_NV - own_NV).abs().max()) / largest
 
@@ -727,50 +733,51 @@ def _text(tokens_N: Sequence[int] | None, vocabulary: int) -> Tensor:
 
 
 def _repeated(text_N: Tensor, count: int) -> Tensor:
-    """The text over and over, `count` tokens of it."""
+    """The text repeated to `count` tokens."""
     return text_N.repeat(-(-count // len(text_N)))[:count]
 
 
 def _spread_over(count: int, some: int) -> Tensor:
-    """At most `some` of `count` positions at equal distances, the first and the last with them."""
+    """At most `some` of `count` positions, evenly spaced, including the first and the last."""
     return torch.linspace(0, count - 1, min(some, count)).round().long()
 
 
 def _chunk(config: Any) -> int | None:
-    """Tokens of a row that attention does not look across; None where the family has no chunks."""
+    """Chunk length in tokens, across which attention does not reach; None without chunks."""
     number = _number(getattr(config, CHUNK, None))
     return None if number is None else int(number)
 
 
 def _rescaled_beyond(config: Any) -> int | None:
-    """Tokens of a text beyond which all positions of its batch are rescaled."""
+    """Length of a text beyond which all positions of its batch are rescaled, if there is one."""
     given = getattr(config, "rope_parameters", None) or {}
-    # A family may have a set of its own for each type of layer.
+    # A family may have separate parameters for each type of layer.
     sets = (given, *(each for each in given.values() if isinstance(each, Mapping)))
     named = [_number(each.get(ORIGINAL)) for each in sets if each.get("rope_type") == "longrope"]
     return min((int(number) for number in named if number is not None), default=None)
 
 
 def _originally(config: Any) -> str:
-    """What a configuration says of the length that its positions were made for."""
+    """The original context length in the configuration, in parentheses for a message; or empty."""
     given = getattr(config, "rope_parameters", None)
     number = given.get(ORIGINAL) if isinstance(given, Mapping) else None
     return "" if number is None else f" ({ORIGINAL}: {number:,})"
 
 
 @contextmanager
-def _out_of_use(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """The layer takes what it is given, and gives one column of it: enough for what follows it."""
-    seen: list[Tensor] = []
+def _bypassed(layer: nn.Linear) -> Iterator[list[Tensor]]:
+    """Capture the layer's inputs in the yielded list, and return one column of them as its output:
+    enough for the code that follows the layer."""
+    captured: list[Tensor] = []
 
-    def take(hidden_BND: Tensor) -> Tensor:
-        seen.append(hidden_BND)
+    def capture(hidden_BND: Tensor) -> Tensor:
+        captured.append(hidden_BND)
         return hidden_BND[..., :1]
 
     before = vars(layer).get("forward")
-    layer.forward = take  # type: ignore[method-assign]
+    layer.forward = capture  # type: ignore[method-assign]
     try:
-        yield seen
+        yield captured
     finally:
         del layer.forward
         if before is not None:
@@ -779,19 +786,19 @@ def _out_of_use(layer: nn.Linear) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and then in the mode that it was in."""
-    was = model.training
+    """Switch the model to evaluation mode, and restore its previous mode afterwards."""
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(was)
+        model.train(was_training)
 
 
 def _named(names: Sequence[str] | set[str]) -> str:
-    told = sorted(map(str, names))
-    more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
-    return ", ".join(told[:NAMED]) + more
+    ordered = sorted(map(str, names))
+    more = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
+    return ", ".join(ordered[:NAMED]) + more
 
 
 def _line(error: Exception) -> str:

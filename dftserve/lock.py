@@ -1,9 +1,10 @@
 """One process at a time: an exclusive `flock` on an open file.
 
-It lasts until the file is closed or its process ends, however it ends: none is left
-over. A `flock` belongs to whoever has the file open, and a forked child would have it
-too and keep it beyond its parent: there the file is closed. Windows has no `flock`, and
-some file systems have none: nothing is locked there, and only one process may write.
+The lock lasts until the file is closed or the process ends for any reason, so no stale
+locks remain. A `flock` belongs to the open file description, which a forked child
+inherits and could hold after its parent has ended; the child therefore closes the file.
+Windows and some file systems have no `flock`: there nothing is locked, and the user must
+run only one writing process at a time.
 
 Standard library only.
 """
@@ -21,19 +22,19 @@ except ImportError:
     fcntl = None
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems without locks answer."""
+"""Error numbers that file systems without locks return."""
 
 logger = logging.getLogger(__name__)
 _locked: "weakref.WeakSet[IO[bytes]]" = weakref.WeakSet()
 
 
 def take(file: IO[bytes], *, wait: bool = False) -> bool:
-    """Lock an open file; False where another process has it, unless that is waited for.
+    """Lock an open file; without `wait`, return False if another process holds the lock.
 
-    Where the file system has no locks it goes on without, and warns once a process.
+    On a file system without locks, return True without locking and warn once per process.
 
     Raises:
-        OSError: as the system raised it.
+        OSError: from the system.
     """
     if fcntl is None:
         return True
@@ -61,7 +62,7 @@ def _warn_once(why: str) -> None:
 
 def _close_in_child() -> None:
     for file in list(_locked):
-        # Not the buffer above it: what it holds is its parent's to write.
+        # Close the raw file, so that buffered data is not flushed: the parent will write it.
         getattr(file, "raw", file).close()
     _locked.clear()
 

@@ -1,13 +1,13 @@
-"""A model's folder, looked through before transformers or vLLM open its files by name.
+"""Checks of a model's folder before transformers or vLLM open its files by name.
 
     check_model_folder(Path("models/base"))     for every loader
-    check_full_precision(config, "models/base") for what reads logits or trains
-    weight_files(Path("models/base"))           the safetensors files, each whole
+    check_full_precision(config, "models/base") for commands that read logits or train
+    weight_files(Path("models/base"))           the safetensors files, each complete
 
-Weights may be links to anywhere: they often lie on other disks, and are read as safetensors, which
-nothing else passes for. All else of a model can reach what is trained or saved from it (a chat
-template stands in every prompt), and must be the folder's own; see `bounded_files` for what that
-means in the Hugging Face cache.
+Weights may be links to anywhere: they are often stored on other disks, and no other kind of file
+passes for safetensors. Every other file of a model can end up in what is trained or saved from it
+(a chat template is part of every prompt), and must belong to the folder itself; see
+`bounded_files` for what that means in the Hugging Face cache.
 
 Standard library only.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from dftserve.bounded_files import check, open_file, parse_json, read_json, real_file
 
 LARGEST_TEXT = 256 << 20
-"""Bytes of a model's file that is no weights; the largest tokenizer.json have some 40 MiB."""
+"""Maximal bytes of a file other than weights; the largest tokenizer.json have about 40 MiB."""
 LARGEST_WEIGHTS = 1 << 40
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CONFIG = "config.json"
@@ -30,7 +30,7 @@ OTHERWISE = (
     "formats first."
 )
 LARGEST_HEADER = 100_000_000
-"""Bytes of a safetensors file's header: the format's own bound."""
+"""Maximal bytes of a safetensors file's header, as the format defines it."""
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 FOLDERS = ("additional_chat_templates",)
 NUMBERS: Mapping[str, int] = {
@@ -46,21 +46,21 @@ NUMBERS: Mapping[str, int] = {
     "num_experts": 1 << 16,
     "num_local_experts": 1 << 16,
 }
-"""Whole numbers of a config.json that decide what is allocated, and the most of each."""
+"""Integers of a config.json that determine allocations, with the maximum of each."""
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse what a loader would open in a model's folder and should not.
+    """Refuse files of a model's folder that a loader would open but should not.
 
     Raises:
-        ValueError: a FIFO, device or socket; a text that is a link out of the folder, or larger
-            than `LARGEST_TEXT`; settings that are not JSON, too deep, or name sizes that no
-            model has.
+        ValueError: a FIFO, device or socket; a text file that is a link out of the folder, or
+            larger than `LARGEST_TEXT`; settings that are not JSON, are nested too deeply, or
+            contain sizes that no model has.
         OSError: a folder that cannot be read.
     """
-    for place in (folder, *(folder / name for name in FOLDERS)):
-        if place.is_dir():
-            for path in sorted(place.iterdir()):
+    for directory in (folder, *(folder / name for name in FOLDERS)):
+        if directory.is_dir():
+            for path in sorted(directory.iterdir()):
                 _check_file(path, folder)
     for name in SETTINGS:
         if (folder / name).exists():
@@ -91,11 +91,12 @@ def _check_numbers(given: Any, path: Path) -> None:
 
 
 def check_full_precision(config: Mapping[str, Any], model: str) -> None:
-    """Refuse a quantised model: its weights have no gradient, and its logits are not the base's.
+    """Refuse a quantised model: its weights have no gradient, and its logits differ from those of
+    the original.
 
     Args:
         config: the content of its config.json.
-        model: what the error calls it.
+        model: the model's name in the error message.
 
     Raises:
         ValueError: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors or any other method.
@@ -108,16 +109,16 @@ def check_full_precision(config: Mapping[str, Any], model: str) -> None:
                 method = given.get("quant_method") if isinstance(given, Mapping) else None
                 raise ValueError(
                     f"{model} is quantised ({name}: {method or 'of an unnamed method'}); accepted: "
-                    "weights in float32, bfloat16 or float16. Take the model that it was made from."
+                    "weights in float32, bfloat16 or float16. Use the model that it was made from."
                 )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a loader reads, each of the size that its header says.
+    """The safetensors files that a loader reads, each of the size that its header implies.
 
     Raises:
-        ValueError: none, a shard that the index names and that is missing, or a file that was cut
-            short or is no safetensors file.
+        ValueError: no file, a missing shard of the index, or a file that is truncated or is not in
+            safetensors format.
     """
     index = folder / INDEX
     names = [WEIGHTS] if (folder / WEIGHTS).exists() or not index.exists() else _shards(index)
@@ -131,29 +132,30 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     content = read_json(index, within=index.parent, largest=LARGEST_TEXT)
-    places = content.get("weight_map") if isinstance(content, Mapping) else None
-    if not isinstance(places, Mapping) or not places:
+    shards = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(shards, Mapping) or not shards:
         raise ValueError(f"{index}: it has no weight_map; copy it anew.")
-    names = sorted({str(name) for name in places.values()})
+    names = sorted({str(name) for name in shards.values()})
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index}: got {name!r}; accepted: names of files beside it.")
+            raise ValueError(f"{index}: got {name!r}; accepted: names of files in its folder.")
     return names
 
 
 def _check_whole(path: Path) -> None:
-    """8 bytes of the header's length, the header, and the tensors to the last offset."""
+    """Compare the file's size with its format: 8 bytes of header length, the header, and tensors up
+    to the last offset."""
     with open_file(path, largest=LARGEST_WEIGHTS) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise ValueError(f"{path} is no whole safetensors file; copy it anew.")
+            raise ValueError(f"{path} is not a complete safetensors file; copy it anew.")
         header = parse_json(file.read(length), str(path))
     try:
         ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (AttributeError, KeyError, IndexError, TypeError):
-        raise ValueError(f"{path} is no whole safetensors file; copy it anew.") from None
+        raise ValueError(f"{path} is not a complete safetensors file; copy it anew.") from None
     if size != expected:
         raise ValueError(
             f"{path}: got {size:,} bytes; its header names {expected:,}: it was cut short or "

@@ -1,4 +1,4 @@
-"""Low-rank adapters: which modules of a model take them, and which would not survive a save."""
+"""Low-rank adapters: which modules of a model can have them, and which would not survive a save."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ TAKES_ADAPTERS = (nn.Linear, nn.Embedding, Conv1D)
 
 
 def adapted(model: Any, lora: LoraConfig, *, checkpointing: bool) -> Any:
-    """The model with adapters in its modules; only they are trained.
+    """Add adapters to the model's modules; only the adapters are trained.
 
     Raises:
         ValueError: a name that no module of the model has, the output layer, or an embedding whose
@@ -37,7 +37,7 @@ def adapted(model: Any, lora: LoraConfig, *, checkpointing: bool) -> Any:
 
 
 def modules_of(model: Any, names: str | Iterable[str]) -> str | list[str]:
-    """What peft is given for names of modules, checked against the model; as `adapted`."""
+    """peft's `target_modules` for these names, checked against the model; raises as `adapted`."""
     wanted = [names] if isinstance(names, str) else list(names)
     if wanted == [ALL_LINEAR]:
         return ALL_LINEAR
@@ -57,8 +57,8 @@ def _check_embeddings(model: Any, name: str, found: list[nn.Module]) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if any(module is head for module in found):
         raise ValueError(
-            f"lora.modules: got {name!r}, the output layer, whose weights the loss reads as they "
-            f"are; {_accepted(model)}."
+            f"lora.modules: got {name!r}, the output layer, whose weights the loss reads directly; "
+            f"{_accepted(model)}."
         )
     if any(module is embedding for module in found) and embedding.weight is head.weight:
         raise ValueError(
@@ -69,7 +69,7 @@ def _check_embeddings(model: Any, name: str, found: list[nn.Module]) -> None:
 
 
 def _accepted(model: Any) -> str:
-    """The names of modules that take an adapter, without the places where they stand."""
+    """The names of modules that can have an adapter, without their paths."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = embedding.weight is head.weight
     kept_out = (head, embedding) if is_tied else (head,)

@@ -1,4 +1,4 @@
-"""What a training run is: a frozen dataclass from YAML and `--set` overrides.
+"""The configuration of a training run: a frozen dataclass from YAML and `--set` overrides.
 
 config = load(Path("run.yaml"), {"divergence.target_weight": "0.8"})
 """
@@ -20,43 +20,45 @@ AUTO = "auto"
 ALL_LINEAR = "all-linear"
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
-"""Those of transformers that need no further package."""
+"""Optimizers of transformers that need no additional package."""
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 FLASH = (
-    " Flash attention's own packages read half precision alone, in which a model cannot be checked "
-    "here, and keep the documents of a row apart only where a batch is one row; sdpa takes the "
-    "kernels that torch has."
+    " Flash attention's own packages support only half precision, in which a model cannot be "
+    "checked here, and keep the documents of a row separate only if a batch is one row; sdpa uses "
+    "the kernels that torch has."
 )
 REPORTS = ("none", "tensorboard", "trackio")
 MOST = 1 << 30
-"""Of a count of steps, rows or checkpoints: what is beyond is a slip, and would be allocated."""
+"""Maximum of a count of steps, rows or checkpoints; a larger one is a mistake, and memory would be
+allocated for it."""
 MOST_MATCHING = 1e4
-"""Weight of feature matching."""
+"""Maximal weight of feature matching."""
 LEAST_WEIGHT, MOST_WEIGHT = 1e-9, 1e9
-"""Of a store: the whole numbers that weights are counted in stay small, and their sum finite."""
+"""Bounds of a store's weight, which keep the integers that represent weights small and their sum
+finite."""
 MOST_TOKENS = 1 << 20
-"""Of a row."""
+"""Maximal tokens of a row."""
 MOST_SEED = (1 << 32) - 1
-"""What numpy's generator takes."""
+"""The largest seed that numpy's generator accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
-    """Which divergence, and what it takes."""
+    """The divergence and its parameters."""
 
     name: str = "forward_kl"
     target_weight: float | str | None = None
-    """λ; `auto` tries `candidates` and takes the one of the lowest held-out human NLL."""
+    """λ; `auto` tries `candidates` and uses the one with the lowest held-out human NLL."""
     candidates: tuple[float, ...] | None = None
-    """None: 0, which is the text alone, .3, .6 and .9; for reverse_kl, which cannot be 0, the last
+    """None: 0 (the text alone), .3, .6 and .9; for reverse_kl, whose λ cannot be 0, the last
     three."""
     probe_steps: int = 50
-    """Optimizer steps of each candidate of `auto`, at most; all together take no more than a third
-    of the run's."""
+    """Maximal optimizer steps of each candidate of `auto`; all together take no more than a third
+    of the run's steps."""
     skew: float | None = None
     share: float | None = None
     projections: int = 8
-    """Lines of sliced_w1."""
+    """Number of lines of sliced_w1."""
     epsilon: float | None = None
     strength: float | None = None
     temperature: float | None = None
@@ -92,13 +94,13 @@ class DivergenceConfig:
 
     @property
     def to_try(self) -> tuple[float, ...]:
-        """λ that `auto` tries."""
+        """The values of λ that `auto` tries."""
         if self.candidates is not None:
             return self.candidates
         return (0.3, 0.6, 0.9) if self.name == "reverse_kl" else (0.0, 0.3, 0.6, 0.9)
 
     def build(self, embeddings_VD: torch.Tensor | None, seed: int = 0) -> Divergence:
-        """The divergence; `embeddings_VD` only where it is sliced_w1.
+        """The divergence; only sliced_w1 needs `embeddings_VD`.
 
         Raises:
             ValueError: a value out of its bounds.
@@ -128,13 +130,13 @@ TAKES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters, merged into the weights at the end and kept beside them."""
+    """Low-rank adapters, merged into the weights at the end and also saved separately."""
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     modules: str | tuple[str, ...] = ALL_LINEAR
-    """One name of modules, as `q_proj`, or a list; the output layer is always left out."""
+    """A module name such as `q_proj`, or a list of names; the output layer is always left out."""
 
     def __post_init__(self) -> None:
         _between(1, 1 << 16, self, "rank", "alpha")
@@ -144,26 +146,26 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMatchingConfig:
-    """Besides the divergence: the model's own continuations of the text against the text's, in the
+    """An additional loss: the distance of the model's own continuations from the text's, in the
     features of the model before the run (`feature_matching`)."""
 
     weight: float = 0.1
-    """Of the mean distance of an anchor, beside the mean divergence of a token."""
+    """Weight of an anchor's mean distance, added to a token's mean divergence."""
     samples: int = 4
     """Continuations of an anchor."""
     length: int = 8
     """Tokens of a continuation."""
     every: int = 32
-    """Learnt tokens from one anchor to the next."""
+    """Trained tokens from one anchor to the next."""
     layers: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Where features are taken, as shares of the depth."""
+    """Layers whose hidden states are the features, as fractions of the depth."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= MOST_MATCHING:
             raise ValueError(
                 f"weight: got {self.weight:g}; accepted: above 0, to {MOST_MATCHING:g}."
             )
-        # Fewer leave no others to compare the others with, which the baseline needs.
+        # The baseline of a sample compares the other samples with each other, so it needs two.
         _between(3, 1 << 10, self, "samples")
         _between(1, MOST_TOKENS, self, "length", "every")
         if not self.layers:
@@ -182,7 +184,7 @@ class StoreConfig:
     path: str
     """The folder of a target store."""
     weight: float
-    """Its share of the trained tokens is this, divided by the sum of all weights."""
+    """Its share of the trained tokens is this divided by the sum of all weights."""
 
     def __post_init__(self) -> None:
         if not LEAST_WEIGHT <= self.weight <= MOST_WEIGHT:
@@ -197,60 +199,60 @@ class TrainConfig:
     """One run."""
 
     model: str
-    """A Hugging Face causal LM: a folder, or a name where there is a hub."""
+    """A Hugging Face causal LM: a folder, or a name on the hub."""
     targets: str | tuple[StoreConfig, ...] = field(
         metadata={"kind": "a path, or a list of {path, weight}"}
     )
-    """The folder of a target store, or several with weights. A list of one is that store alone."""
+    """The folder of a target store, or several with weights. A list of one means that store."""
     output: str
-    """Where checkpoints go: `checkpoint-N` to resume from, `final` to serve."""
+    """Folder of the checkpoints: `checkpoint-N` to resume from, `final` to serve."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     feature_matching: FeatureMatchingConfig | None = None
     steps: int | None = None
-    """Optimizer steps; where none is given, `epochs`."""
+    """Optimizer steps; None: determined by `epochs`."""
     epochs: float = 1.0
     max_length: int = 1024
     """Tokens of a row; longer documents are cut into windows."""
     packing: bool = True
     batch_size: int = 8
-    """Rows of one process's one step."""
+    """Rows of one batch of one process."""
     accumulation: int = 1
     """Batches of one optimizer step."""
     optim: str = "adamw_torch_fused"
     learning_rate: float = 2e-5
     schedule: str = "cosine"
     warmup: float = 0.03
-    """Share of the steps."""
+    """Fraction of the steps."""
     weight_decay: float = 0.0
     clip: float = 1.0
-    """The gradient's largest norm."""
+    """Maximal norm of the gradient."""
     precision: str = "fp32"
-    """What is computed in."""
+    """Precision of the computation."""
     weights: str = "fp32"
-    """What the model's own weights are kept in; bf16 only where `lora` trains others, in float32,
-    beside them. The final checkpoint is merged and saved in float32 either way."""
+    """Precision in which the model's own weights are stored; bf16 only with `lora`, whose adapters
+    are float32. The final checkpoint is merged and saved in float32 either way."""
     attention: str | None = None
-    """Which implementation; None leaves the choice to transformers."""
+    """The attention implementation; None leaves the choice to transformers."""
     torch_compile: bool = False
     """Compile the model; the first steps then take minutes."""
     workers: int = 0
     """Processes that read batches; 0 reads them between steps."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass; transformers from 5.23 on calls it
-    `activation_checkpointing`, and this key keeps its name on every version."""
+    """Recompute activations in the backward pass. transformers from 5.23 on calls it
+    `activation_checkpointing`; the name of this key does not depend on the version."""
     lora: LoraConfig | None = None
     fsdp: bool = False
     """Shard weights, gradients and optimizer over the processes of torchrun."""
     save_every: int = 500
     """Optimizer steps between checkpoints to resume from."""
     keep: int = 2
-    """Checkpoints to resume from that stay."""
+    """Number of checkpoints to resume from that are kept."""
     evaluate_every: int = 100
     """Optimizer steps between evaluations on the held-out text."""
     evaluate_tokens: int = 200_000
-    """At most so many tokens of the held-out text."""
+    """Maximal number of tokens of the held-out text to evaluate."""
     patience: int | None = None
-    """Stop after so many evaluations without a lower held-out human NLL, and keep the best."""
+    """Stop after this many evaluations without a lower held-out human NLL, and keep the best."""
     log_every: int = 10
     report_to: str = "none"
     seed: int = 0
@@ -293,7 +295,7 @@ class TrainConfig:
 
     @property
     def stores(self) -> tuple[StoreConfig, ...]:
-        """`targets` as a list, also where it is one path."""
+        """`targets` as a list, even if it is one path."""
         if isinstance(self.targets, str):
             return (StoreConfig(path=self.targets, weight=1.0),)
         return self.targets
@@ -306,21 +308,21 @@ class TrainConfig:
             )
         seen: set[str] = set()
         for store in self.stores:
-            place = os.path.realpath(store.path)
-            if place in seen:
+            path = os.path.realpath(store.path)
+            if path in seen:
                 raise ValueError(
-                    f"targets: got {store.path} twice; accepted: each store once. Add its weights "
-                    "up."
+                    f"targets: got {store.path} twice; accepted: each store once. Add up its "
+                    "weights."
                 )
-            seen.add(place)
+            seen.add(path)
 
     def _check_feature_matching(self, matching: FeatureMatchingConfig) -> None:
         for name in ("fsdp", "torch_compile"):
             if getattr(self, name):
-                raise ValueError(f"{name}: got true beside feature_matching; accepted: false.")
+                raise ValueError(f"{name}: got true with feature_matching; accepted: false.")
         if self.attention not in (None, "eager", "sdpa"):
             raise ValueError(
-                f"attention: got {self.attention!r} beside feature_matching; accepted: eager or "
+                f"attention: got {self.attention!r} with feature_matching; accepted: eager or "
                 "sdpa, which take a mask."
             )
         if matching.length >= self.max_length:
@@ -337,11 +339,11 @@ class TrainConfig:
             )
         if self.precision != "bf16":
             raise ValueError(
-                f"precision: got {self.precision!r} beside weights bf16; accepted: bf16."
+                f"precision: got {self.precision!r} with weights bf16; accepted: bf16."
             )
         if self.fsdp:
             raise ValueError(
-                "fsdp: got true beside weights bf16; accepted: false, since adapters in float32 "
+                "fsdp: got true with weights bf16; accepted: false, since adapters in float32 "
                 "cannot be sharded together with weights in bf16."
             )
 
@@ -355,7 +357,7 @@ def _between(least: int, most: float, settings: Any, *names: str) -> None:
 
 
 def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
-    """The run of a YAML file with `key=value` and `key.inner=value` laid over it.
+    """The configuration of a YAML file, overridden by `key=value` and `key.inner=value`.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key, a wrong value.
@@ -367,12 +369,12 @@ def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
             raise ValueError(f"{path}: got a {type(content).__name__}; accepted: keys and values.")
     for name, text in overrides.items():
         *outer, last = name.split(".")
-        place = content
+        section = content
         for key in outer:
-            if place.get(key) is None:  # `lora: null`, say: off, until a key of it is given.
-                place[key] = {}
-            place = place[key]
-            if not isinstance(place, dict):
-                raise ValueError(f"{name}: {key} holds a value there, not keys.")
-        place[last] = settings.parse_yaml(text, name)
+            if section.get(key) is None:  # `lora: null` is off, until one of its keys is given.
+                section[key] = {}
+            section = section[key]
+            if not isinstance(section, dict):
+                raise ValueError(f"{name}: {key} is a value there, not a section with keys.")
+        section[last] = settings.parse_yaml(text, name)
     return settings.load(TrainConfig, content, "train")

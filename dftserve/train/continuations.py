@@ -1,14 +1,14 @@
-"""The model's own continuations of places in a text, all places of a batch at once.
+"""The model's own continuations of a text at many positions, all positions of a batch at once.
 
-From an anchor, a position of a document, S samples of G tokens are drawn, each behind the document
-up to there (strided block-parallel sampling, arXiv 2603.12248, section 4). They stand behind the
-row's text in one sequence, and an attention mask lets each see its own past alone:
+At an anchor, a position of a document, S samples of G tokens are drawn, each continuing the
+document up to there (strided block-parallel sampling, arXiv 2603.12248, section 4). They follow the
+row's text in one sequence, and an attention mask lets each attend only to its own past:
 
     row        t₀ t₁ t₂ t₃ t₄ t₅ …    the text, N tokens
     step 0     a₀ b₀ …                 first tokens of all samples of all anchors, K·S of them
-    step 1     a₁ b₁ …                 a₁ sees t₀ … up to its anchor, a₀ and itself
+    step 1     a₁ b₁ …                 a₁ attends to t₀ … up to its anchor, a₀ and itself
 
-so that one forward pass gives what K·S passes over a document and a continuation would give.
+so that one forward pass replaces K·S passes over a document and a continuation.
 
 Shapes: B rows, N tokens of a row's text, K anchors of a row (of the row with most), S samples of an
 anchor, G tokens of a continuation, Q = N + G·K·S, V vocabulary, D hidden size.
@@ -28,16 +28,15 @@ from dftserve.train.head import chunks
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """Where continuations begin: behind the token at `places_BK` of a row.
+    """Where continuations begin: after the token at `places_BK` of a row.
 
-    Every anchor is followed by G tokens of its document that are learnt: the text's own
-    continuation.
+    Every anchor is followed by G trained tokens of its document: the text's own continuation.
     """
 
     places_BK: Tensor
-    """int64; 0 where a row has fewer anchors than another."""
+    """int64 positions in a row; filled with 0 where a row has fewer anchors than another."""
     is_real_BK: Tensor
-    """bool: it is one, and does not only fill the row's place."""
+    """bool: False for filled entries."""
 
     def __len__(self) -> int:
         return int(self.is_real_BK.sum())
@@ -46,10 +45,10 @@ class Anchors:
     def drawn(
         batch: Mapping[str, Tensor], *, length: int, every: int, source: np.random.Generator
     ) -> "Anchors":
-        """At each `every`-th learnt token of a document, from a first one that is drawn.
+        """Anchors at every `every`-th trained token of a document, from a random first one.
 
-        A run of learnt tokens that is shorter than `length` has none, one that is shorter than
-        `every` has one.
+        A run of trained tokens that is shorter than `length` has no anchor, one that is shorter
+        than `every` has one.
         """
         rows, tokens = batch["input_ids"].shape
         positions_T = batch["positions_T"].cpu().numpy()
@@ -75,7 +74,7 @@ class Anchors:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A batch's text with room for continuations behind it: positions and who sees whom."""
+    """Positions and attention mask of a batch's text followed by its continuations."""
 
     places_BK: Tensor
     tokens: int
@@ -84,7 +83,7 @@ class Layout:
     length: int
     position_BQ: Tensor
     mask_BQQ: Tensor
-    """bool: whether the query (first) sees the key."""
+    """bool: whether the query (first index) attends to the key."""
 
     @staticmethod
     def of(
@@ -94,19 +93,19 @@ class Layout:
         rows, tokens = position_BN.shape
         anchors = places_BK.shape[1]
         block = anchors * samples
-        # One number for each sample of each anchor, and its place in the row.
+        # One number for each sample of each anchor, and its position in the row.
         place_BX = places_BK.repeat_interleave(samples, dim=1)
         at_BX = position_BN.gather(1, place_BX)
         later_BGX = at_BX[:, None] + 1 + torch.arange(length, device=at_BX.device)[:, None]
         position_BQ = torch.cat([position_BN, later_BGX.reshape(rows, length * block)], dim=1)
 
-        # Text sees its own document up to itself: documents are numbered by where positions begin.
+        # Text attends to its document up to itself. A document begins where its position is 0.
         document_BN = (position_BN == 0).cumsum(dim=1)
         order_N = torch.arange(tokens, device=place_BX.device)
         of_text_BNN = (document_BN[:, :, None] == document_BN[:, None]) & (
             order_N[:, None] >= order_N
         )
-        # A continuation sees the text that its anchor sees, and of all others only its own.
+        # A continuation attends to the same text as its anchor, and to its own tokens.
         prefix_BXN = of_text_BNN.gather(1, place_BX[:, :, None].expand(-1, -1, tokens))
         step_Y = torch.arange(length, device=place_BX.device).repeat_interleave(block)
         sample_Y = torch.arange(block, device=place_BX.device).repeat(length)
@@ -125,11 +124,11 @@ class Layout:
         return self.places_BK.shape[1] * self.samples
 
     def step(self, step: int) -> slice:
-        """Of the sequence: the tokens of all continuations at one step."""
+        """The slice of the sequence with the tokens of all continuations at one step."""
         return slice(self.tokens + step * self.block, self.tokens + (step + 1) * self.block)
 
     def inputs(self, ids: Tensor, queries: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a model is given for these tokens, those before them being in its cache or none."""
+        """The model's inputs for these tokens; earlier tokens, if any, must be in its cache."""
         seen_BqQ = self.mask_BQQ[:, queries, : queries.stop]
         hidden = torch.zeros(seen_BqQ.shape, dtype=dtype, device=ids.device)
         hidden.masked_fill_(~seen_BqQ, torch.finfo(dtype).min)
@@ -140,12 +139,12 @@ class Layout:
         }
 
     def whole(self, text_BN: Tensor, continuations_BKSG: Tensor, dtype: torch.dtype):
-        """What a model is given for the text with its continuations."""
+        """The model's inputs for the text with its continuations."""
         ids_BQ = torch.cat([text_BN, _by_step(continuations_BKSG)], dim=1)
         return self.inputs(ids_BQ, slice(0, ids_BQ.shape[1]), dtype)
 
-    def before(self) -> Tensor:
-        """int64 [B, K, S, G]: the place in the sequence from which each token is predicted."""
+    def predicting_positions(self) -> Tensor:
+        """int64 [B, K, S, G]: the position in the sequence that predicts each token."""
         rows, anchors = self.places_BK.shape
         first_BKS1 = self.places_BK[:, :, None, None].expand(-1, -1, self.samples, 1)
         later_Y = torch.arange(
@@ -154,15 +153,16 @@ class Layout:
         later_KSG = later_Y.reshape(self.length - 1, anchors, self.samples).permute(1, 2, 0)
         return torch.cat([first_BKS1, later_KSG.expand(rows, -1, -1, -1)], dim=3)
 
-    def behind(self, hidden_BQD: Tensor) -> Tensor:
-        """[B, K, S, G, D]: the states that each token of the continuations is predicted from."""
-        at_BKSG = self.before()
+    def predicting_states(self, hidden_BQD: Tensor) -> Tensor:
+        """[B, K, S, G, D]: the hidden states that predict each token of the continuations."""
+        at_BKSG = self.predicting_positions()
         taken_BXD = _taken(hidden_BQD, at_BKSG.flatten(1))
         return taken_BXD.reshape(*at_BKSG.shape, hidden_BQD.shape[-1])
 
 
 def positions_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """int64 [B, N]: of each token in its document, also where a row has one document and a mask."""
+    """int64 [B, N]: each token's position in its document, also for rows of one document with a
+    mask."""
     if "position_ids" in batch:
         return batch["position_ids"]
     tokens = batch["input_ids"].shape[1]
@@ -170,7 +170,7 @@ def positions_of(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _by_step(continuations_BKSG: Tensor) -> Tensor:
-    """[B, G·K·S]: as they stand behind the text."""
+    """[B, G·K·S]: in the order of the sequence after the text."""
     return continuations_BKSG.permute(0, 3, 1, 2).flatten(1)
 
 
@@ -185,7 +185,7 @@ def sample(
     rows, anchors = layout.places_BK.shape
     cache, dtype = DynamicCache(), model.model.dtype
     text = layout.inputs(text_BN, slice(0, layout.tokens), dtype)
-    hidden_BND = model.states_behind(cache, **text).hidden_BND
+    hidden_BND = model.states_with_cache(cache, **text).hidden_BND
     place_BX = layout.places_BK.repeat_interleave(layout.samples, dim=1)
     hidden_BXD = _taken(hidden_BND.reshape(rows, layout.tokens, -1), place_BX)
     drawn_GBX: list[Tensor] = []
@@ -193,19 +193,19 @@ def sample(
         drawn_GBX.append(_drawn(model, hidden_BXD, generator))
         if step + 1 < layout.length:
             given = layout.inputs(drawn_GBX[-1], layout.step(step), dtype)
-            hidden_BXD = model.states_behind(cache, **given).hidden_BND
+            hidden_BXD = model.states_with_cache(cache, **given).hidden_BND
             hidden_BXD = hidden_BXD.reshape(rows, layout.block, -1)
     stacked_GBX = torch.stack(drawn_GBX)
     return stacked_GBX.permute(1, 2, 0).reshape(rows, anchors, layout.samples, layout.length)
 
 
 def _taken(values_BND: Tensor, places_BX: Tensor) -> Tensor:
-    """[B, X, D]: at places of each row."""
+    """[B, X, D]: the values at `places_BX` of each row."""
     return values_BND.gather(1, places_BX[:, :, None].expand(-1, -1, values_BND.shape[-1]))
 
 
 def _drawn(model: LanguageModel, hidden_BXD: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each, int64 [B, X]."""
+    """One sampled token for each hidden state, int64 [B, X]."""
     head = model.head
     hidden_RD = hidden_BXD.flatten(0, 1)
     tokens = [
@@ -219,16 +219,16 @@ def _drawn(model: LanguageModel, hidden_BXD: Tensor, generator: torch.Generator)
 
 
 def check(model: LanguageModel, longest: int) -> None:
-    """Refuse a model whose continuations, read beside each other, are not what they are alone.
+    """Refuse a model that reads continuations together differently from each one alone.
 
-    Attention that a mask does not reach is found: sliding windows shorter than the documents,
+    This detects attention that a mask does not control: sliding windows shorter than the documents,
     chunks, recurrent states.
 
     Args:
         longest: tokens of the longest document.
 
     Raises:
-        ValueError: they differ; says which family.
+        ValueError: the results differ; names the family.
     """
     tokens = max(longest, 2 * LENGTH)
     text_N = model.text_N.repeat(-(-tokens // len(model.text_N)))[:tokens].to(model.model.device)
@@ -243,12 +243,12 @@ def check(model: LanguageModel, longest: int) -> None:
     drawn = drawn.to(row_1N.device)
     try:
         with evaluating(model.model), torch.no_grad():
-            apart = _apart(model, row_1N, layout, drawn)
-    except Exception as error:  # What a family raises on such a mask is the reason to refuse it.
+            difference = _difference(model, row_1N, layout, drawn)
+    except Exception as error:  # A family that fails on such a mask is refused with its error.
         line = " ".join(str(error).split())[:200]
         raise _refusal(model, f"{type(error).__name__}: {line}") from error
-    if not apart <= model.tolerance:
-        raise _refusal(model, f"they change by {apart:.1g} of their spread")
+    if not difference <= model.tolerance:
+        raise _refusal(model, f"they change by {difference:.1g} of their spread")
 
 
 LENGTH = 4
@@ -257,23 +257,24 @@ LENGTH = 4
 
 def _refusal(model: LanguageModel, why: str) -> ValueError:
     return ValueError(
-        f"{model.family} does not read continuations beside each other as it reads them alone: "
-        f"{why}; accepted for feature_matching: attention that a mask of queries and keys decides "
-        "alone. Lower max_length to what a layer sees, or leave feature_matching out."
+        f"{model.family} does not read continuations together as it reads each one alone: {why}; "
+        "accepted for feature_matching: attention that a mask of queries and keys fully controls. "
+        "Lower max_length to what a layer attends to, or leave feature_matching out."
     )
 
 
-def _apart(model: LanguageModel, row_1N: Tensor, layout: Layout, drawn_1KSG: Tensor) -> float:
-    """The largest difference of log-probabilities, of their spread: of the sequence read whole,
-    and of the sequence read by steps, from each continuation behind its own document alone."""
+def _difference(model: LanguageModel, row_1N: Tensor, layout: Layout, drawn_1KSG: Tensor) -> float:
+    """The largest difference of log-probabilities, relative to their spread, between each
+    continuation read alone after its document and the whole sequence, read both at once and step by
+    step."""
     whole = layout.whole(row_1N, drawn_1KSG, model.model.dtype)
-    at_KSG = layout.before()[0]
+    at_KSG = layout.predicting_positions()[0]
     together_KSGV = _logprobs(model, model.states(**whole).hidden_BND, at_KSG)
     cache = DynamicCache()
     ids_1Q = whole["input_ids"]
     parts = [slice(0, layout.tokens), *(layout.step(step) for step in range(layout.length))]
     read = [
-        model.states_behind(
+        model.states_with_cache(
             cache, **layout.inputs(ids_1Q[:, part], part, model.model.dtype)
         ).hidden_BND.reshape(1, part.stop - part.start, -1)
         for part in parts
@@ -293,6 +294,6 @@ def _apart(model: LanguageModel, row_1N: Tensor, layout: Layout, drawn_1KSG: Ten
 
 
 def _logprobs(model: LanguageModel, hidden_BND: Tensor, at: Tensor) -> Tensor:
-    """[*at, V]: at places of the only row."""
+    """[*at, V]: at positions of the only row."""
     hidden = hidden_BND.reshape(-1, hidden_BND.shape[-1])[at.to(hidden_BND.device)]
     return model.head.logits(hidden).log_softmax(-1)

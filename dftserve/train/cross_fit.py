@@ -1,9 +1,9 @@
-"""Students of a corpus, each tuned on all folds but one, for `targets.students`.
+"""Train students on a corpus, each on all folds but one, for `targets.students`.
 
     cross_fit(job, folds=3, training={"epochs": "2", "lora.rank": "16"})
 
-Plain fine-tuning by the trainer as it is, one fold after another. The same command goes on where it
-was stopped: finished folds stay, and the trainer resumes the one that was being trained.
+Plain fine-tuning with the ordinary trainer, one fold after another. After an interruption, the same
+command continues: finished folds are kept, and the trainer resumes the unfinished one.
 """
 
 import json
@@ -33,9 +33,9 @@ from dftserve.train import config as configs
 from dftserve.train.config import DivergenceConfig, TrainConfig
 from dftserve.train.run import train
 
-PLACES = ("model", "targets", "output")
-OURS = (*PLACES, "divergence")
-"""Settings of the trainer that a fold sets by itself."""
+PATHS = ("model", "targets", "output")
+OURS = (*PATHS, "divergence")
+"""Settings of the trainer that are set for each fold and not by the user."""
 
 
 def cross_fit(
@@ -48,13 +48,13 @@ def cross_fit(
     """Train the students that are missing in the folder `job.out`.
 
     Args:
-        job: corpus, model and recipe, of which the filters alone are used.
-        training: the trainer's settings by name, as `--set` gives them.
+        job: corpus, model and recipe; only the recipe's filters are used.
+        training: the trainer's settings by name, as in `--set`.
 
     Raises:
-        ValueError: what is wrong with corpus, recipe, model or settings; fewer folds than two or
-            than there are texts; or a folder of other students.
-        SystemExit: a signal stopped the trainer, which has saved.
+        ValueError: an error in corpus, recipe, model or settings; an unsuitable number of folds; or
+            a folder of other students.
+        SystemExit: a signal stopped the trainer after it saved.
     """
     check_folds(folds)
     config = _config(job, training)
@@ -65,22 +65,21 @@ def cross_fit(
         if not part or len(part) == len(documents):
             raise ValueError(
                 f"folds: fold {fold} of {folds} has {len(part)} of {len(documents)} documents; "
-                "accepted: some in each, as a text and its copies are in one. Take fewer folds, or "
-                "give more texts."
+                "accepted: some in each, where a text and its copies share a fold. Use fewer "
+                "folds, or give more texts."
             )
-    told = asdict(config)
     wanted = CrossFitted(
         folds=folds,
         corpus_blake3=corpus_digest(documents, folds),
         model_blake3=lm.model_digest(lm.examine(job.model)),
-        training={name: each for name, each in told.items() if name not in OURS},
+        training={name: each for name, each in asdict(config).items() if name not in OURS},
     )
     _begin(job.out, wanted)
     for fold, part in enumerate(parts):
         if final_of(job.out, fold).exists():
             say(f"Fold {fold + 1} of {folds} is trained already.")
             continue
-        say(f"Fold {fold + 1} of {folds}: {len(part):,} of {len(documents):,} documents aside.")
+        say(f"Fold {fold + 1} of {folds}: {len(part):,} of {len(documents):,} documents held out.")
         others = [each for each in documents if fold_of(each, folds) != fold]
         _train(job, fold, material, {"train": others, "heldout": part}, config)
     return job.out
@@ -92,19 +91,19 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
     if taken:
         raise ValueError(
             f"--train {taken[0]}: a student's {taken[0].split('.')[0]} is set by its fold; "
-            "accepted: the trainer's other settings, as epochs=2."
+            "accepted: the trainer's other settings, such as epochs=2."
         )
-    places = dict.fromkeys(PLACES, "set by the fold")
-    config = configs.load(None, {**training, **places})
+    paths = dict.fromkeys(PATHS, "set by the fold")
+    config = configs.load(None, {**training, **paths})
     if config.patience is not None:
         raise ValueError(
-            f"--train patience: got {config.patience}; accepted: none, as it would choose each "
+            f"--train patience: got {config.patience}; accepted: none, since it would choose each "
             "student by the fold that it must not have seen. Set epochs or steps."
         )
     if config.feature_matching is not None:
         raise ValueError(
             "--train feature_matching: a student is tuned on its text alone; accepted: the "
-            "trainer's other settings, as epochs=2."
+            "trainer's other settings, such as epochs=2."
         )
     return replace(config, model=job.model, divergence=DivergenceConfig(name="sft"))
 
@@ -140,7 +139,7 @@ def _train(
     documents: Mapping[str, Sequence[Document]],
     config: TrainConfig,
 ) -> None:
-    """One student: a store of the text itself, and a run on it."""
+    """Train one student: write a store whose target is the text itself, and run the trainer."""
     output = run_of(job.out, fold)
     targets = output.parent / "targets"
     source = TextItself(vocabulary=len(material.tokenizer))

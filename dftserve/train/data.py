@@ -1,9 +1,9 @@
-"""Batches of a target store: documents packed into rows, and the targets of what they train.
+"""Batches of a target store: documents packed into rows, with the targets of their trained tokens.
 
-A row holds whole documents, or a window of one that is longer than a row; positions start anew
-with each, so no document sees another (transformers reads the packing off the positions). A model
-that does not keep them apart gets one document a row, and a mask of what fills it: `run.prepare`
-asks the model (`lm.LanguageModel.packing_leak`) and decides.
+A row contains whole documents, or a window of one that is longer than a row. Positions restart at
+each document, from which transformers derives a mask, so that no document attends to another. A
+model that does not keep documents separate (`lm.LanguageModel.packing_leak`, which `run.prepare`
+checks) gets one document per row, and a mask of the padding.
 
 Shapes: B rows, N tokens of the longest, T trained positions of the batch, K top entries, M draws.
 """
@@ -43,7 +43,7 @@ Row = tuple[Piece, ...]
 
 
 def pieces(lengths: Sequence[int], longest: int) -> list[Piece]:
-    """Every document, cut into windows where it is longer than a row."""
+    """All documents; those that are longer than a row are cut into windows."""
     return [
         Piece(document, start, stop)
         for document, length in enumerate(lengths)
@@ -54,56 +54,56 @@ def pieces(lengths: Sequence[int], longest: int) -> list[Piece]:
 def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
     """Rows of at most `longest` tokens: each piece goes into the fullest row that has room.
 
-    Best fit, longest first; pieces of one length stand in an order drawn by the seed.
+    Best fit, longest first; pieces of equal length are in a random order.
     """
     shuffled = random.Random(seed).sample(list(parts), len(parts))
     by_room: dict[int, list[list[Piece]]] = {}
-    rooms: list[int] = []  # Those that some row has, rising.
+    rooms: list[int] = []  # The amounts of room that some row has, ascending.
     for piece in sorted(shuffled, key=len, reverse=True):
-        place = bisect_left(rooms, len(piece))
+        index = bisect_left(rooms, len(piece))
         room, row = longest, []
-        if place < len(rooms):
-            room = rooms[place]
+        if index < len(rooms):
+            room = rooms[index]
             row = by_room[room].pop()
             if not by_room[room]:
-                del rooms[place]
+                del rooms[index]
         row.append(piece)
-        left = by_room.setdefault(room - len(piece), [])
-        if not left:
+        same_room = by_room.setdefault(room - len(piece), [])
+        if not same_room:
             insort(rooms, room - len(piece))
-        left.append(row)
+        same_room.append(row)
     rows = [tuple(row) for stack in by_room.values() for row in stack]
     return random.Random(seed).sample(rows, len(rows))
 
 
 def one_a_row(parts: Sequence[Piece], seed: int) -> list[Row]:
-    """In an order drawn by the seed: the first rows are a sample of a corpus in files."""
+    """One row per piece, in random order, so that the first rows sample all files of a corpus."""
     return [(part,) for part in random.Random(seed).sample(list(parts), len(parts))]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Documents that are longer than a row."""
+    """Counts of documents that are longer than a row."""
 
     documents: int
     learnt: int
-    """Tokens of them that are learnt without the beginning of their document before them."""
+    """Their trained tokens in later windows, without the beginning of their document."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What is read of a store."""
+    """Counts of what is read from a store."""
 
     rows: int
     tokens: int
     trained: int
-    """Tokens that are learnt."""
+    """Trained tokens."""
 
 
 class Rows(Dataset):
-    """The packed rows of one split; an item is the pieces with their documents and targets.
+    """The packed rows of one split; an item is a row's pieces with their documents and targets.
 
-    A row without a trained token is left out: a batch of such rows alone has no mean.
+    Rows without a trained token are left out: a batch with only such rows has no mean loss.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class Rows(Dataset):
         return len(self.rows)
 
     def items(self) -> Iterator[tuple[list[tuple[Document, Targets]], int]]:
-        """Each row, read when it is asked for, and its tokens."""
-        return ((self[place], sum(map(len, row))) for place, row in enumerate(self.rows))
+        """Each row, read lazily, with its number of tokens."""
+        return ((self[index], sum(map(len, row))) for index, row in enumerate(self.rows))
 
     @property
     def parts(self) -> tuple["Rows", ...]:
-        """Of each store, which is one; `MixedRows` has several."""
+        """The rows of each store: here of a single one, in `MixedRows` of several."""
         return (self,)
 
     def sizes(self) -> list[Taken]:
-        """What an epoch takes from each store."""
+        """What an epoch reads from each store."""
         tokens = sum(len(piece) for row in self.rows for piece in row)
         return [Taken(len(self.rows), tokens, sum(self.trained))]
 
@@ -146,7 +146,7 @@ class Rows(Dataset):
             length, count = lengths[piece.document], counts[piece.document]
             if len(piece) == length:
                 return count
-            if count == length - 1:  # Text alone: no need to read the marks of each window.
+            if count == length - 1:  # All tokens are trained: no need to count in each window.
                 return len(piece) - 1
             where = (piece.document, piece.start + 1, piece.stop)
             return self._store.trained_within(self._split, *where)
@@ -164,11 +164,11 @@ class Rows(Dataset):
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
-    """The targets of one batch, also where they are of stores that keep different numbers of top
-    entries and draws.
+    """The targets of one batch, which may come from stores with different numbers of top entries
+    and draws.
 
-    A missing top entry has the id −1 and no probability. Draws are repeated, each as often, until
-    all have as many: that leaves their mean what it is.
+    A missing top entry has the id −1 and probability 0. All draws of a row are repeated equally
+    often until every row has as many, which does not change their mean.
     """
     kept = max(part.top_ids_TK.shape[1] for part in parts)
     draws = math.lcm(*(part.tail_ids_TM.shape[1] or 1 for part in parts))
@@ -180,34 +180,34 @@ def joined(parts: Sequence[Targets]) -> Targets:
 def _widened(part: Targets, kept: int, draws: int) -> Targets:
     missing, (positions, drawn) = kept - part.top_ids_TK.shape[1], part.tail_ids_TM.shape
     if missing:
-        places = ((0, 0), (0, missing))
+        widths = ((0, 0), (0, missing))
         part = replace(
             part,
-            top_ids_TK=np.pad(part.top_ids_TK, places, constant_values=-1),
-            top_logprobs_TK=np.pad(part.top_logprobs_TK, places, constant_values=-np.inf),
+            top_ids_TK=np.pad(part.top_ids_TK, widths, constant_values=-1),
+            top_logprobs_TK=np.pad(part.top_logprobs_TK, widths, constant_values=-np.inf),
         )
     if drawn == draws:
         return part
-    # A lumped tail has no draws, and no divergence that reads draws is given one.
+    # A lumped tail has no draws; zeros do, as divergences that need draws refuse such a store.
     ids_TM = part.tail_ids_TM if drawn else np.zeros((positions, 1), np.int64)
     return replace(part, tail_ids_TM=np.tile(ids_TM, (1, draws // max(drawn, 1))))
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model itself reads."""
+    """The tensors of a batch that the model itself reads."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a model's batch of items: tokens, positions, and the targets flattened to T rows.
+    """Makes a batch from items: tokens, positions, and the targets flattened to T rows.
 
-    Rows are filled with their own last token, which is not predicted there and not attended to. A
+    Rows are padded with their own last token, which is neither predicted nor attended to there. A
     padding token's embedding may be zero, where the square root in some norms has no gradient.
     """
 
     packing: bool = True
-    """Give `position_ids` that start anew with each document; else an `attention_mask`."""
+    """Return `position_ids` that restart at each document; otherwise an `attention_mask`."""
 
     def __call__(self, items: Sequence[Sequence[tuple[Document, Targets]]]) -> dict[str, Tensor]:
         longest = max(sum(len(document.tokens_N) for document, _ in item) for item in items)
@@ -224,16 +224,16 @@ class Collator:
                 position_BN[row, start:end] = np.arange(end - start)
                 predicted_from.append(row * longest + start + document.positions_T - 1)
                 labels.append(document.labels_T)
-            # What fills the row is a document of its own, after all others.
+            # The padding is a document of its own, after all others.
             position_BN[row, end:] = np.arange(longest - end)
             mask_BN[row, :end] = 1
             tokens_BN[row, end:] = tokens_BN[row, end - 1]
         targets = joined([targets for item in items for _, targets in item])
         rows = TargetRows.of(np.concatenate(labels), targets)
-        places = {"position_ids": position_BN} if self.packing else {"attention_mask": mask_BN}
+        layout = {"position_ids": position_BN} if self.packing else {"attention_mask": mask_BN}
         return {
             "input_ids": torch.from_numpy(tokens_BN),
-            **{name: torch.from_numpy(value) for name, value in places.items()},
+            **{name: torch.from_numpy(value) for name, value in layout.items()},
             "positions_T": torch.from_numpy(np.concatenate(predicted_from)),
             **{each.name: getattr(rows, each.name) for each in fields(rows)},
         }

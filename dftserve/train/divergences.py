@@ -2,18 +2,18 @@
 
     q' = (1 − λ)·δ_y + λ·q       y the text's own token, q the stored target, λ its weight
 
-Each divergence gives its value and its gradient with respect to the logits in one pass over a
-chunk of rows (`loss_and_gradient`), and as plain autograd (`reference`), which says what it is.
+Each divergence computes its value and its gradient with respect to the logits in one pass over a
+chunk of rows (`loss_and_gradient`), and defines its value in differentiable torch (`reference`).
 
 `ForwardKL` uses the stored top and the tail's draws and is unbiased over the draws, up to the
 float16 rounding of the store (a relative 4e-3 of an entry's probability at most). `ReverseKL`,
 `SkewKL` and `JSD` lump the tail into one cell: by the data-processing inequality their value is a
-lower bound of the true one. `SlicedW1` puts the tail on its draws: being convex in q, its value is
-an upper bound in expectation. `SFT`, `LabelSmoothing`, `EntropyBonus` and `GEM` are baselines that
-read no target.
+lower bound of the true one. `SlicedW1` puts the tail's mass on its draws: since it is convex in q,
+its value is an upper bound in expectation. `SFT`, `LabelSmoothing`, `EntropyBonus` and `GEM` are
+baselines that read no target.
 
 Shapes: R rows, V vocabulary, K top entries, M draws, C = K + 2 cells (the top, the text's own token
-where it is not among them, the rest), L projections.
+if it is not among them, the rest), L projections.
 """
 
 import math
@@ -29,20 +29,20 @@ from torch import Tensor
 from dftserve.targets.sparse import Targets
 
 FLOOR = 1e-6
-"""The least probability of a target's cell inside a logarithm: references leave cells empty."""
+"""Lower bound of a target cell's probability inside a logarithm; a target may have empty cells."""
 
 
 @dataclass(frozen=True, eq=False)
 class TargetRows:
     """The text's own tokens and the stored targets of R rows; see `targets.sparse.Targets`.
 
-    A baseline reads the labels only: the other tensors may then have no columns.
+    A baseline reads only the labels; the other tensors may then have no columns.
     """
 
     labels_R: Tensor
     """int64."""
     top_ids_RK: Tensor
-    """−1: the row has no more of them; ln of its probability is −inf."""
+    """−1 for a missing entry, whose log-probability is −inf."""
     top_logprobs_RK: Tensor
     tail_ids_RM: Tensor
     tail_logprob_R: Tensor
@@ -51,7 +51,7 @@ class TargetRows:
 
     @staticmethod
     def of(labels_T: np.ndarray, targets: Targets) -> "TargetRows":
-        """In float64, scaled to sum to 1: float16 leaves up to 4e-3 of it open."""
+        """In float64, normalised to sum to 1; float16 rounding can be off by up to 4e-3."""
         top_TK, tail_T = (
             torch.from_numpy(values).double()
             for values in (targets.top_logprobs_TK, targets.tail_logprob_T)
@@ -69,7 +69,7 @@ class TargetRows:
 
     @staticmethod
     def none(labels_T: np.ndarray) -> "TargetRows":
-        """For a baseline that reads no target."""
+        """Labels only, for a baseline that reads no target."""
         rows = len(labels_T)
         return TargetRows.of(
             labels_T,
@@ -90,7 +90,7 @@ class TargetRows:
         return TargetRows(**{each.name: getattr(self, each.name)[index] for each in fields(self)})
 
     def to(self, dtype: torch.dtype) -> "TargetRows":
-        """The same with the probabilities in another dtype."""
+        """Convert the probabilities to another dtype."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return TargetRows(
             **{n: v.to(dtype) if v.is_floating_point() else v for n, v in values.items()}
@@ -99,7 +99,7 @@ class TargetRows:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """R rows of a model: logits, and what every divergence needs of them."""
+    """R rows of a model: the logits, and the quantities of them that every divergence needs."""
 
     logits_RV: Tensor
     p_RV: Tensor
@@ -108,7 +108,7 @@ class Rows:
 
     @staticmethod
     def of(logits_RV: Tensor) -> "Rows":
-        """With one exponential an entry: log Z = z_max − ln p_max."""
+        """Uses one exponential per entry: log Z = z_max − ln p_max."""
         p_RV = logits_RV.softmax(dim=1)
         p_max_R, at_R = p_RV.max(dim=1)
         return Rows(logits_RV, p_RV, logits_RV.gather(1, at_R[:, None])[:, 0] - p_max_R.log())
@@ -120,7 +120,7 @@ class Rows:
 
 
 class Divergence(ABC):
-    """What training minimises."""
+    """The loss that training minimises."""
 
     reads_target: ClassVar[bool] = True
     needs_draws: ClassVar[bool] = False
@@ -132,7 +132,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def reference(self, logits_RV: Tensor, target: TargetRows) -> Tensor:
-        """loss_R by plain torch, for autograd: the definition that the fast form is tested by."""
+        """loss_R in differentiable torch: the definition, for tests of the fast form."""
 
 
 # ── Forward KL and its special case ──────────────────────────────────────────────────────────────
@@ -140,7 +140,7 @@ class Divergence(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Divergence):
-    """KL(q' ‖ p). Gradient p − q', with the tail's draws standing for the tail.
+    """KL(q' ‖ p). Gradient p − q', where the tail's draws represent the tail.
 
     λ = 0 is SFT, exactly.
     """
@@ -167,7 +167,7 @@ class ForwardKL(Divergence):
         return cross_entropy_R - mixed_entropy(target, self.weight)
 
     def entries(self, target: TargetRows) -> tuple[Tensor, Tensor]:
-        """ids_RE and mass_RE: the estimate of q' as points, E = 1 + K + M; ids may repeat."""
+        """ids_RE and mass_RE: the estimate of q' as point masses, E = 1 + K + M; ids may repeat."""
         own_R1 = target.token_logprob_R.new_full((len(target), 1), 1 - self.weight)
         if self.weight == 0:
             return target.labels_R[:, None], own_R1
@@ -179,12 +179,12 @@ class ForwardKL(Divergence):
 
 
 def _top_ids(target: TargetRows) -> Tensor:
-    """With the text's own token where there is no entry, whose mass is 0."""
+    """`top_ids_RK` with missing entries, whose mass is 0, replaced by the text's own token."""
     return torch.where(target.top_ids_RK < 0, target.labels_R[:, None], target.top_ids_RK)
 
 
 def mixed_entropy(target: TargetRows, weight: float) -> Tensor:
-    """H(q') in nats, exactly, from H(q) and q_y: q' differs from λ·q at y alone.
+    """H(q') in nats, exactly, from H(q) and q_y: q' differs from λ·q only at y.
 
     H(q') = λ·(H(q) + q_y ln q_y) − λ(1 − q_y) ln λ − q'_y ln q'_y
     """
@@ -246,18 +246,18 @@ class LumpedDivergence(Divergence):
         return self.value(_with_rest(p_RV.gather(1, ids_RS) * single_RS), t_RC)
 
     def cells(self, target: TargetRows) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids_RS, single_RS, t_RC): the tokens with cells of their own, S = K + 1; 0 for the
-        text's own token where it is among the top, and for entries that a row does not have; and
-        q' of each cell, the rest last."""
+        """ids_RS: the tokens with a cell of their own, S = K + 1. single_RS: 1, or 0 for missing
+        top entries and for the text's own token if it is among the top. t_RC: q' of each cell, the
+        rest last."""
         ids_RS = torch.cat([_top_ids(target), target.labels_R[:, None]], dim=1)
         is_own_RK = target.top_ids_RK == target.labels_R[:, None]
-        apart_R1 = (~is_own_RK.any(dim=1, keepdim=True)).to(target.top_logprobs_RK.dtype)
+        own_cell_R1 = (~is_own_RK.any(dim=1, keepdim=True)).to(target.top_logprobs_RK.dtype)
         has_RK = (target.top_ids_RK >= 0).to(target.top_logprobs_RK.dtype)
-        single_RS = torch.cat([has_RK, apart_R1], dim=1)
+        single_RS = torch.cat([has_RK, own_cell_R1], dim=1)
         own_R1 = target.token_logprob_R.exp()[:, None]
         top_RK = self.weight * target.top_logprobs_RK.exp() + (1 - self.weight) * is_own_RK
-        t_own_R1 = apart_R1 * (1 - self.weight + self.weight * own_R1)
-        tail_R1 = target.tail_logprob_R.exp()[:, None] - apart_R1 * own_R1
+        t_own_R1 = own_cell_R1 * (1 - self.weight + self.weight * own_R1)
+        tail_R1 = target.tail_logprob_R.exp()[:, None] - own_cell_R1 * own_R1
         t_RC = torch.cat([top_RK, t_own_R1, self.weight * tail_R1.clamp_min(0.0)], dim=1)
         return ids_RS, single_RS, t_RC
 
@@ -267,13 +267,13 @@ class ReverseKL(LumpedDivergence):
     """KL(p ‖ q'), the literature's D_KL(P_model ‖ P_target); cells of q' are at least FLOOR."""
 
     weight: float = 0.9
-    """λ, above 0: against the text's own token alone reverse KL is infinite."""
+    """λ, above 0: against the text's own token alone, reverse KL is infinite."""
 
     def __post_init__(self) -> None:
         if self.weight == 0:
             raise ValueError(
                 "weight: got 0; reverse KL accepts a number above 0 to 1: against the text alone "
-                "it is infinite. Take forward_kl, which is plain fine-tuning at 0."
+                "it is infinite. Use forward_kl, which is plain fine-tuning at 0."
             )
         _bounded("weight", self.weight, 0.0, 1.0)
 
@@ -286,7 +286,7 @@ class ReverseKL(LumpedDivergence):
 
 @dataclass(frozen=True, kw_only=True)
 class SkewKL(LumpedDivergence):
-    """KL(q' ‖ α·q' + (1 − α)·p): forward KL that no cell makes infinite (arXiv 2402.03898)."""
+    """KL(q' ‖ α·q' + (1 − α)·p): a forward KL that is always finite (arXiv 2402.03898)."""
 
     weight: float = 0.9
     skew: float = 0.1
@@ -333,16 +333,16 @@ class JSD(LumpedDivergence):
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """The vocabulary on L lines: for each, who stands where."""
+    """The vocabulary projected onto L lines: order and distances of the tokens on each line."""
 
     order_LV: Tensor
     """int64: the tokens from left to right."""
     gaps_LV: Tensor
-    """The distance from each to the next; 0 after the last."""
+    """The distance from each token to the next one; 0 after the last."""
 
     @staticmethod
     def of(embeddings_VD: Tensor, *, lines: int, seed: int) -> "Projections":
-        """Of frozen embeddings scaled to length 1, on random directions."""
+        """Project the frozen embeddings, normalised to length 1, onto random directions."""
         generator = torch.Generator().manual_seed(seed)
         directions_DL = torch.randn(embeddings_VD.shape[1], lines, generator=generator)
         directions_DL /= directions_DL.norm(dim=0)
@@ -375,7 +375,7 @@ class SlicedW1(Divergence):
         for order_V, gaps_V in self._lines(p_RV):
             ahead_RV = excess_RV[:, order_V].cumsum(dim=1)
             loss_R += ahead_RV.abs() @ gaps_V / lines
-            # A token's mass counts in the CDF from its own place to the right end.
+            # A token's mass counts in the CDF from its own position to the right end.
             pull_RV = (ahead_RV.sign() * gaps_V).flip(1).cumsum(dim=1).flip(1) / lines
             slope_RV.scatter_add_(1, order_V.expand_as(pull_RV), pull_RV)
         mean_R1 = (p_RV * slope_RV).sum(dim=1, keepdim=True)
@@ -451,7 +451,7 @@ class EntropyBonus(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class GEM(Divergence):
-    """GEM with a linear h (arXiv 2408.16673), which is SFT at a training temperature β.
+    """GEM with a linear h (arXiv 2408.16673), equivalent to SFT at a training temperature β.
 
     β·CE(z/β), gradient softmax(z/β) − δ_y.
     """

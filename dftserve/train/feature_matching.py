@@ -1,26 +1,27 @@
-"""Feature matching: the model's own continuations against the text's, in the features of a model
-that is not trained (EBFT, arXiv 2603.12248).
+"""Feature matching: compare the model's own continuations with the text's, in the features of an
+untrained copy of the model (EBFT, arXiv 2603.12248).
 
     L = E ‖E φ(c, ŷ) − φ(c, y)‖²      c a text up to an anchor, y the text's next G tokens,
                                       ŷ ~ p(· | c) those of the model, φ features of unit length
 
-Targets say what may stand behind a human's words; this looks at what the model writes behind its
-own. Its gradient is that of a reward, with S samples ŷ_s of each anchor and the mean over pairs of
-others m_s = Σ_{j≠i; j,i≠s} φ_j·φ_i / ((S−1)(S−2)):
+Targets constrain the token after a human's words; this constrains what the model writes after its
+own. The gradient is that of a reward, with S samples ŷ_s of each anchor and the mean over pairs of
+other samples m_s = Σ_{j≠i; j,i≠s} φ_j·φ_i / ((S−1)(S−2)):
 
     r_s = 2 φ_s·φ_y − 2/(S−1) Σ_{j≠s} φ_s·φ_j         near the text, unlike the other samples
-    b_s = 2/(S−1) Σ_{j≠s} φ_j·φ_y − 2 m_s             a baseline that knows nothing of ŷ_s
+    b_s = 2/(S−1) Σ_{j≠s} φ_j·φ_y − 2 m_s             a baseline that is independent of ŷ_s
     ∇L = −E (r_s − b_s) ∇ln p(ŷ_s | c)
 
-The paper's baseline is the mean of the others' rewards (RLOO), in which ŷ_s takes part: it leaves
-(S−2)/(S−1) of the term that keeps samples apart. Here the estimate is unbiased.
+The paper's baseline is the mean of the others' rewards (RLOO), which depend on ŷ_s: it retains only
+(S−2)/(S−1) of the term that makes samples differ. Here the estimate is unbiased.
 
-φ: the hidden states behind some layers at a continuation's last token, each coordinate less its
-mean and by its deviation over the corpus, each layer of unit length, side by side.
+φ: the hidden states after some layers at a continuation's last token. Each coordinate is
+standardised with its mean and deviation over the corpus, each layer is normalised to unit length,
+and the layers are concatenated.
 
 Shapes: B rows, N tokens of a row's text, K anchors of a row, S samples, G tokens of a continuation,
-T learnt positions of a batch, P positions that the features' moments are of, F features, D hidden
-size, L layers.
+T trained positions of a batch, P positions for the features' moments, F features, D hidden size,
+L layers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ from dftserve.train.continuations import Anchors, Layout, sample
 from dftserve.train.data import model_inputs
 
 MOMENT_TOKENS = 8192
-"""Learnt positions of the corpus that a feature's mean and deviation are of."""
+"""Trained positions of the corpus from which a feature's mean and deviation are estimated."""
 
 
 # ── Rewards ──────────────────────────────────────────────────────────────────────────────────────
@@ -52,7 +53,7 @@ def rewards_less_baselines(features_KSF: Tensor, text_KF: Tensor) -> Tensor:
     to_others_KS = pairs_KSS.sum(dim=2) / (count - 1)
     reward_KS = 2 * (to_text_KS - to_others_KS)
     others_to_text_KS = (to_text_KS.sum(dim=1, keepdim=True) - to_text_KS) / (count - 1)
-    # Each pair stands twice in the sum; those of sample s leave it.
+    # Each pair occurs twice in the sum; subtract the pairs with sample s.
     among_others_KS = pairs_KSS.sum(dim=(1, 2))[:, None] - 2 * pairs_KSS.sum(dim=2)
     among_others_KS = among_others_KS / ((count - 1) * (count - 2))
     return reward_KS - 2 * (others_to_text_KS - among_others_KS)
@@ -67,7 +68,7 @@ def distances(features_KSF: Tensor, text_KF: Tensor) -> Tensor:
 
 
 def _pairs(features_KSF: Tensor) -> Tensor:
-    """φ_s·φ_j, [K, S, S]; 0 of a sample with itself."""
+    """φ_s·φ_j, [K, S, S], with a zero diagonal."""
     pairs_KSS = features_KSF @ features_KSF.mT
     return pairs_KSS - torch.diag_embed(pairs_KSS.diagonal(dim1=1, dim2=2))
 
@@ -77,14 +78,14 @@ def _pairs(features_KSF: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """The model as it was before the run, which tells how alike two continuations are."""
+    """Computes features with the model as it was before the run."""
 
     model: LanguageModel
     layers: tuple[int, ...]
     means_LD: Tensor
     deviations_LD: Tensor
     untrained: Callable[[], AbstractContextManager]
-    """Within it, `model` is what it was: adapters are off."""
+    """A context in which `model` is the untrained model: adapters are disabled."""
 
     @staticmethod
     def of(
@@ -93,11 +94,11 @@ class FeatureNetwork:
         batches: Iterable[Mapping[str, Tensor]],
         untrained: Callable[[], AbstractContextManager] = nullcontext,
     ) -> "FeatureNetwork":
-        """Measure what a feature is on a corpus.
+        """Choose the layers and measure the features' mean and deviation on a corpus.
 
         Args:
-            shares: of the depth, above 0 to 1.
-            batches: of which the first `MOMENT_TOKENS` learnt positions, or all, are read.
+            shares: positions of the layers as fractions of the depth, above 0 and up to 1.
+            batches: read until `MOMENT_TOKENS` trained positions are reached, or to the end.
         """
         count = model.model.config.get_text_config().num_hidden_layers
         layers = tuple(max(1, round(share * count)) for share in shares)
@@ -115,13 +116,13 @@ class FeatureNetwork:
             model,
             layers,
             means_LD.float(),
-            # A feature that never changes tells nothing, and must not divide by nothing.
+            # Avoid a division by zero for a constant feature.
             deviations_LD.float().clamp_min(1e-6),
             untrained,
         )
 
     def features(self, states: Sequence[Tensor]) -> Tensor:
-        """[..., F] of unit length from the states behind each layer, [..., D]."""
+        """[..., F] of unit length from the states after each layer, [..., D]."""
         parts = [
             torch.nn.functional.normalize((state.float() - mean_D) / deviation_D, dim=-1)
             for state, mean_D, deviation_D in zip(
@@ -134,7 +135,7 @@ class FeatureNetwork:
     def of_continuations(
         self, text_BN: Tensor, layout: Layout, continuations_BKSG: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """([B, K, S, F], [B, K, F]): of the samples, and of the text in their place."""
+        """([B, K, S, F], [B, K, F]): features of the samples, and of the text's continuation."""
         rows, anchors = layout.places_BK.shape
         given = layout.whole(text_BN, continuations_BKSG, self.model.model.dtype)
         with self.untrained():
@@ -154,7 +155,7 @@ def _learnt_states(
     batch: Mapping[str, Tensor],
     untrained: Callable[[], AbstractContextManager],
 ) -> Tensor:
-    """float64 [L, T, D]: behind each layer, at the learnt tokens."""
+    """float64 [L, T, D]: the states after each layer, at the trained tokens."""
     with evaluating(model.model), untrained():
         states = model.layer_states(layers, **model_inputs(batch))
     at_T = batch["positions_T"] + 1
@@ -166,12 +167,12 @@ def _learnt_states(
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """What a batch's continuations say."""
+    """The result of drawing and comparing a batch's continuations."""
 
     inputs: Mapping[str, Tensor]
     """For `model.attach`'s forward: the continuations, and the weight of each one's likelihood."""
     distance: Tensor
-    """The mean over anchors of the estimate of L, times T: as a sum over learnt tokens."""
+    """The mean over anchors of the estimate of L, times T, like a sum over trained tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,18 +181,18 @@ class FeatureMatching:
 
     config: FeatureMatchingConfig
     model: LanguageModel
-    """What is trained."""
+    """The model that is trained."""
     network: FeatureNetwork
     seed: int
 
     @torch.no_grad()
-    def match(self, batch: Mapping[str, Tensor], *place: int) -> Matched | None:
-        """Draw continuations and compare them; None where no run of learnt tokens is long enough.
+    def match(self, batch: Mapping[str, Tensor], *key: int) -> Matched | None:
+        """Draw continuations and compare them; None if no run of trained tokens is long enough.
 
         Args:
-            place: numbers of this batch, which with the run's seed decide what is drawn.
+            key: numbers that identify this batch and, with the run's seed, seed the drawing.
         """
-        seeds = np.random.SeedSequence((self.seed, *place)).generate_state(2, np.uint64)
+        seeds = np.random.SeedSequence((self.seed, *key)).generate_state(2, np.uint64)
         settings, text_BN = self.config, batch["input_ids"]
         anchors = Anchors.drawn(
             batch,
@@ -213,8 +214,8 @@ class FeatureMatching:
         samples_KSF, text_KF = (each[anchors.is_real_BK] for each in (of_samples_BKSF, of_text_BKF))
         learnt = len(batch["positions_T"])
         weights_BKS = torch.zeros(drawn_BKSG.shape[:3], device=text_BN.device)
-        # The surrogate whose gradient is the estimate's: Σ (r − b)·(−ln p), a mean over anchors and
-        # samples; times T, as the divergence beside it is a sum over tokens.
+        # A surrogate with the gradient of the estimate: Σ (r − b)·(−ln p), a mean over anchors and
+        # samples; times T, because the divergence that it is added to is a sum over tokens.
         scale = settings.weight * learnt / (len(anchors) * settings.samples)
         weights_BKS[anchors.is_real_BK] = scale * rewards_less_baselines(samples_KSF, text_KF)
         inputs = {

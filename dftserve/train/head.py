@@ -1,6 +1,6 @@
-"""A model's head and a divergence as one function that never holds the logits of a whole batch.
+"""A model's head and a divergence as one function that never stores the logits of a whole batch.
 
-Rows go through in chunks: logits, loss, the closed-form gradient of the logits (`row_pass`), and
+Rows are processed in chunks: logits, loss, the closed-form gradient of the logits (`row_pass`), and
 from it the gradients of hidden states and head, all in the forward pass. Backward only scales them.
 
 Shapes: N trained positions of a batch, R of them in a chunk, D hidden size, V vocabulary.
@@ -18,12 +18,12 @@ from dftserve.train.divergences import Divergence, TargetRows
 from dftserve.train.row_pass import row_pass
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Elements of one chunk's logits: what stays in a CPU's cache, what keeps a GPU busy."""
+"""Elements of one chunk's logits: few enough for a CPU's cache, enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeadLoss:
-    """Sums over the N positions, and what is seen on the way."""
+    """Sums over the N positions."""
 
     loss: Tensor
     """Σ of the divergence in nats; has a gradient."""
@@ -41,7 +41,7 @@ def head_loss(
     """The divergence summed over the positions.
 
     Args:
-        weights_N: what each position's divergence is multiplied by; None: 1.
+        weights_N: factor of each position's divergence; None: 1.
     """
     loss, entropy = _ChunkedHead.apply(  # type: ignore[misc]
         hidden_ND, head.weight_VD, head.bias_V, head.scale, head.cap, target, divergence, weights_N
@@ -57,7 +57,7 @@ class _ChunkedHead(torch.autograd.Function):
         wide = torch.float64 if compute is torch.float64 else torch.float32
         hidden_ND, matrix_VD = hidden_ND.to(compute), weight_VD.to(compute)
         offset_V = None if bias_V is None else bias_V.to(compute)
-        gradients = _Gradients.room(hidden_ND, matrix_VD, ctx.needs_input_grad[:3], wide)
+        gradients = _Gradients.empty(hidden_ND, matrix_VD, ctx.needs_input_grad[:3], wide)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         entropy = torch.zeros_like(loss)
         rows = row_pass(divergence, target.to(wide), scale=scale, cap=cap, dtype=compute)
@@ -71,16 +71,16 @@ class _ChunkedHead(torch.autograd.Function):
                 loss += loss_R.sum()
                 entropy += entropy_R.sum()
                 gradients.add(part, gradient_RV, hidden_ND[part], matrix_VD)
-        gradients.keep(ctx)
+        gradients.save(ctx)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
 
     @staticmethod
     def backward(ctx, *outputs):
-        kept = iter(ctx.saved_tensors)
+        saved = iter(ctx.saved_tensors)
         scaled = [
-            (next(kept) * outputs[0]).to(dtype) if need else None
+            (next(saved) * outputs[0]).to(dtype) if need else None
             for need, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None, None
@@ -88,15 +88,15 @@ class _ChunkedHead(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Gradients:
-    """Of the hidden states, the head's weight and its bias; None where none is wanted."""
+    """Gradients of the hidden states, the head's weight and its bias; None if not needed."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
 
     @staticmethod
-    def room(hidden_ND, weight_VD, needs, wide) -> "_Gradients":
-        # The weight's gradient is a sum over all chunks: in bfloat16 it would stop growing.
+    def empty(hidden_ND, weight_VD, needs, wide) -> "_Gradients":
+        # The weight's gradient is a sum over all chunks, for which bfloat16 is too coarse.
         return _Gradients(
             torch.empty_like(hidden_ND) if needs[0] else None,
             torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None,
@@ -114,13 +114,13 @@ class _Gradients:
         elif self.weight_VD is not None:
             self.weight_VD.add_(gradient_RV.T @ hidden_RD)
 
-    def keep(self, ctx: Any) -> None:
-        kept = (self.hidden_ND, self.weight_VD, self.bias_V)
-        ctx.save_for_backward(*(each for each in kept if each is not None))
+    def save(self, ctx: Any) -> None:
+        all_three = (self.hidden_ND, self.weight_VD, self.bias_V)
+        ctx.save_for_backward(*(each for each in all_three if each is not None))
 
 
 def chunks(rows: int, vocabulary: int, device: str) -> Iterator[slice]:
-    """Slices of rows whose logits are CHUNK_ELEMENTS or fewer."""
+    """Slices of rows whose logits have at most CHUNK_ELEMENTS elements."""
     size = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary)
     return (slice(start, start + size) for start in range(0, rows, size))
 

@@ -1,13 +1,13 @@
-"""Rows of several target stores in one order, in which each has its share of the trained tokens.
+"""Interleave the rows of several target stores, so that each has its share of the trained tokens.
 
     rows = MixedRows([stories, answers], weights=[0.7, 0.3], seed=0)
     store, row = next(rows.order())
 
-The order goes on without end, and follows from the rows, the weights and the seed alone. From one
-row to the next a store is due that has not had more than its share so far; of those that are due,
-the one whose next row would fill its share first comes (WF²Q, Bennett and Zhang 1996). So after
-every row, each store's trained tokens are within one row of its share of all. A store's own rows
-come in passes: all of them in a drawn order, then all of them in another one.
+The order is infinite, and depends only on the rows, the weights and the seed. A store is eligible
+for the next row if it has not had more than its share so far; among the eligible stores, the one
+whose next row would fill its share first is taken (WF²Q, Bennett and Zhang 1996). So after every
+row, each store's trained tokens are within one row of its share of the total. A store's own rows
+come in passes: all of them in a random order, then all of them in another one.
 """
 
 import math
@@ -24,11 +24,11 @@ from dftserve.targets.sparse import Targets
 from dftserve.train.data import Row, Rows, Taken
 
 Key = tuple[int, int]
-"""A store's number and a row's."""
+"""The index of a store, and of a row in it."""
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the ratio of the weights as they are written: .7 is seven tenths."""
+    """Integers in the ratio of the weights, read as decimals: .7 is exactly seven tenths."""
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(each.denominator for each in exact))
     shares = [int(each * scale) for each in exact]
@@ -37,7 +37,7 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 
 def passes(rows: int, seed: int, store: int) -> Iterator[int]:
-    """A store's rows without end: each once before any comes again, in an order of each pass."""
+    """A store's rows in endless passes; each pass has every row once, in its own random order."""
     for number in count():
         yield from random.Random(f"{seed} {store} {number}").sample(range(rows), rows)
 
@@ -45,26 +45,26 @@ def passes(rows: int, seed: int, store: int) -> Iterator[int]:
 def mixed_order(
     trained: Sequence[Sequence[int]], weights: Sequence[float], seed: int
 ) -> Iterator[Key]:
-    """The order of the rows of all stores, without end.
+    """The infinite order of the rows of all stores.
 
     Args:
-        trained: of each store, the trained tokens of each of its rows; one row or more.
+        trained: for each store, the trained tokens of each of its rows; at least one row.
     """
     shares = whole_shares(weights)
     whole, scale = sum(shares), math.lcm(*shares)
-    # A store has its share where its tokens, by this factor, are `scale · all tokens / whole`.
+    # A store has exactly its share if its tokens times this factor are `scale · total / whole`.
     factors = [scale // share for share in shares]
     orders = [passes(len(of_store), seed, store) for store, of_store in enumerate(trained)]
     waiting = [next(order) for order in orders]
     taken, total = [0] * len(shares), 0
     while True:
-        due = [
+        eligible = [
             store
             for store, factor in enumerate(factors)
             if taken[store] * factor * whole <= total * scale
         ]
-        filled = {store: taken[store] + trained[store][waiting[store]] for store in due}
-        store = min(due, key=lambda store: filled[store] * factors[store])
+        filled = {store: taken[store] + trained[store][waiting[store]] for store in eligible}
+        store = min(eligible, key=lambda store: filled[store] * factors[store])
         yield store, waiting[store]
         total += filled[store] - taken[store]
         taken[store] = filled[store]
@@ -72,9 +72,9 @@ def mixed_order(
 
 
 class MixedRows(Dataset):
-    """The rows of one split of several stores; an item is as one of `Rows`.
+    """The rows of one split of several stores; items are the same as those of `Rows`.
 
-    Its length is an epoch's: as many rows as the order has until one store has been read once.
+    Its length is that of an epoch, which ends when the first store has been read once.
     """
 
     def __init__(self, parts: Sequence[Rows], *, weights: Sequence[float], seed: int) -> None:
@@ -88,20 +88,20 @@ class MixedRows(Dataset):
 
     @property
     def rows(self) -> list[Row]:
-        """Of all stores, one after the other."""
+        """The rows of all stores, one store after the other."""
         return list(chain.from_iterable(part.rows for part in self.parts))
 
     def order(self) -> Iterator[Key]:
-        """The key of each row of a run, without end."""
+        """The infinite sequence of row keys."""
         return mixed_order([part.trained for part in self.parts], self.weights, self._seed)
 
     def items(self) -> Iterator[tuple[list[tuple[Document, Targets]], int]]:
-        """Each row of the first epoch, read when it is asked for, and its tokens."""
+        """Each row of the first epoch, read lazily, with its number of tokens."""
         for store, row in islice(self.order(), len(self)):
             yield self[store, row], sum(map(len, self.parts[store].rows[row]))
 
     def sizes(self) -> list[Taken]:
-        """What the first epoch takes from each store."""
+        """What the first epoch reads from each store."""
         taken = [Taken(0, 0, 0)] * len(self.parts)
         for store, row in islice(self.order(), len(self)):
             part, before = self.parts[store], taken[store]
@@ -118,7 +118,7 @@ class MixedRows(Dataset):
             left[store] -= 1
             if not left[store]:
                 return length
-        raise AssertionError("the order has no end")
+        raise AssertionError("the order is infinite")
 
     def __len__(self) -> int:
         return self._epoch
@@ -129,14 +129,14 @@ class MixedRows(Dataset):
 
 
 class MixedSampler(Sampler[Key]):
-    """The keys of one epoch after another; for one reader at a time."""
+    """The keys of one epoch after another; supports one iterator at a time."""
 
     def __init__(self, rows: MixedRows) -> None:
         self._rows, self._epoch = rows, 0
         self._order, self._at = rows.order(), 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch comes next: the order goes on where the epoch before ended."""
+        """Choose the next epoch; its order continues where the epoch before it ends."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """Let a causal LM compute a divergence inside its own forward pass.
 
-DDP and FSDP prepare a module's parameters in its forward and collect their gradients by its hooks:
-a head that is used outside has neither. So the model's `forward` is replaced; called without
-targets, it is what it was.
+DDP and FSDP prepare a module's parameters in its forward and collect their gradients with its
+hooks, neither of which works for a head that is called outside the forward. So the model's
+`forward` is replaced; called without targets, it behaves as before.
 
 Shapes: B rows of tokens, N tokens of a row, T trained positions of the batch, D hidden size.
 """
@@ -24,7 +24,8 @@ from dftserve.train.head import head_loss
 
 TARGET_NAMES = tuple(each.name for each in fields(TargetRows))
 SAME_LOSS = 1e-3
-"""Nats a token by which the chunked head's loss may lie from that of the model's own logits."""
+"""Maximal difference in nats a token between the loss of the chunked head and that of the model's
+own logits."""
 
 
 @dataclass
@@ -33,18 +34,18 @@ class DFTOutput(ModelOutput):
 
     loss: Tensor | None = None
     auxiliary: Tensor | None = None
-    """What a router's balance adds to the loss, with its weight; not part of the divergence."""
+    """The router's weighted load-balancing loss; not part of the divergence."""
     matching: Tensor | None = None
-    """Of continuations: Σ weight·(−ln p), whose gradient is that of feature matching."""
+    """Σ weight·(−ln p) of continuations, whose gradient is that of feature matching."""
     model_entropy: Tensor | None = None
     target_entropy: Tensor | None = None
-    """Of q, the stored target; 0 for a baseline that reads none."""
+    """Entropy of q, the stored target; 0 for a baseline that reads no target."""
     human_nll: Tensor | None = None
-    """−ln p of the text's own tokens; only while evaluating."""
+    """−ln p of the text's own tokens; in evaluation mode only."""
 
     @property
     def objective(self) -> Any:
-        """What a step minimises: the loss and what was added to it."""
+        """The quantity that a step minimises: the loss plus the auxiliary terms."""
         total: Any = self.loss
         for added in (self.auxiliary, self.matching):
             total = total if added is None else total + added
@@ -60,16 +61,16 @@ def attach(
 ) -> LanguageModel:
     """Make `model(input_ids, position_ids, positions_T, **target)` return a DFTOutput.
 
-    In place of `position_ids` of packed documents it takes an `attention_mask` of padded ones. With
-    `anchors_BK`, `continuations_BKSG` and `weights_BKS` (`feature_matching`) the same pass reads
-    continuations of the text beside it.
+    Packed documents need `position_ids`, padded ones an `attention_mask` instead. With
+    `anchors_BK`, `continuations_BKSG` and `weights_BKS` (`feature_matching`) the same pass also
+    reads continuations of the text.
 
     Args:
-        name: what errors call the model.
+        name: the model's name in error messages.
         tokens_N: a text to compare the losses on; see `LanguageModel`.
 
     Raises:
-        ValueError: the model's own logits give another loss; see `LanguageModel`.
+        ValueError: the model's own logits give a different loss; see `LanguageModel`.
     """
     language_model = LanguageModel(model, name, tokens_N)
     _check_loss(language_model)
@@ -97,10 +98,10 @@ def attach(
         hidden_TD = hidden_BQD[:, :tokens].flatten(0, 1)[positions_T]
         output = _output(language_model.head, hidden_TD, target, divergence, training=self.training)
         if states.auxiliary is not None:
-            # A mean over the batch beside sums over its tokens.
+            # The router's loss is a mean over the batch; the other terms are sums over its tokens.
             output.auxiliary = states.auxiliary * len(positions_T)
         if layout is not None and weights_BKS is not None:
-            hidden_BKSGD = layout.behind(hidden_BQD)
+            hidden_BKSGD = layout.predicting_states(hidden_BQD)
             output.matching = _weighted_nll(
                 language_model.head, hidden_BKSGD, continuations_BKSG, weights_BKS
             )
@@ -113,9 +114,9 @@ def attach(
 
 @torch.no_grad()
 def _check_loss(language_model: LanguageModel) -> None:
-    """The chunked head against cross-entropy on the model's own logits."""
+    """Compare the chunked head with cross-entropy on the model's own logits."""
     model, text_N = language_model.model, language_model.text_N
-    was = model.training
+    was_training = model.training
     model.eval()
     ids_1N = text_N[None].to(model.device)
     labels_T = ids_1N[0, 1:]
@@ -126,7 +127,7 @@ def _check_loss(language_model: LanguageModel) -> None:
     none = TargetRows.none(labels_T.cpu().numpy())
     target = TargetRows(**{n: getattr(none, n).to(model.device) for n in TARGET_NAMES})
     found = head_loss(language_model.head, hidden_TD, target, SFT()).loss / len(labels_T)
-    model.train(was)
+    model.train(was_training)
     if not float((found - expected).abs()) <= SAME_LOSS:
         raise ValueError(
             f"{language_model.family}: the loss of its own logits is {float(expected):.4f} nats a "
@@ -135,9 +136,9 @@ def _check_loss(language_model: LanguageModel) -> None:
 
 
 def checkpointing_name() -> str:
-    """What transformers calls it when activations are computed again in the backward pass.
+    """transformers' name for recomputing activations in the backward pass.
 
-    5.23 renamed it and warns of the old name; we call it gradient checkpointing throughout.
+    5.23 renamed it and warns about the old name; this package always says gradient checkpointing.
     """
     is_renamed = hasattr(PreTrainedModel, "activation_checkpointing_enable")
     return "activation_checkpointing" if is_renamed else "gradient_checkpointing"

@@ -1,6 +1,6 @@
-"""What a run would take: counted where it can be counted, measured where it cannot.
+"""Estimate the memory, time and disk space of a run, by counting and by measuring one batch.
 
-One batch goes forward and backward through the real model; nothing is written.
+One batch is run forward and backward through the real model; nothing is written.
 """
 
 import json
@@ -30,26 +30,26 @@ from dftserve.train.run import (
 )
 
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adafactor": 0, "sgd": 0}
-"""Of a trained parameter: AdamW has two float32 moments, Adafactor one of each row and column, SGD
-none."""
+"""Optimizer state per trained parameter: AdamW has two float32 moments, Adafactor one per row and
+column, SGD none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StorePlan:
-    """What a run reads of one store."""
+    """Counts of what a run reads from one store."""
 
     name: str
     weight: float
     """Its share of the trained tokens."""
     documents: int
     rows: int
-    """Of one reading."""
+    """Rows of one pass over the store."""
     rows_per_epoch: int
     tokens: int
     """Of all steps."""
     trained_tokens: int
     readings: float
-    """How often the run reads each of its rows."""
+    """How often the run reads each row."""
 
     def shown(self) -> str:
         return (
@@ -70,36 +70,36 @@ class TrainPlan:
     """Of an epoch."""
     stores: tuple[StorePlan, ...]
     precision: str
-    """What is computed in, and where this CPU has no instructions for it."""
+    """Precision of the computation, with a note if this CPU has no instructions for it."""
     weights: str
-    """What the model's own weights are kept in."""
+    """Precision in which the model's own weights are stored."""
     not_packed_because: str | None
-    """Why there is one document a row although the configuration packs; None where it does."""
+    """Why each row has one document although the configuration enables packing; None if packed."""
     cut: str | None
-    """What rows are too short for; None where every document has room."""
+    """Describes documents that are longer than a row; None if there are none."""
     warning: str | None
-    """What the build of the targets noted and a run should not pass over."""
+    """A problem recorded when the targets were built."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     steps: int
     probe_steps: int
-    """Of all candidates, where the target's weight is chosen."""
+    """Of all candidates together, if the target's weight is chosen automatically."""
     candidates: tuple[float, ...]
-    """λ that are tried before the run; none where it is given."""
+    """Values of λ that are tried before the run; empty if λ is given."""
     tokens: int
     """Of all steps."""
     seconds_per_step: float
     """Measured on this machine: one batch, times the accumulation."""
     seconds: float
     process_bytes: int
-    """Measured: resident before the model is loaded; 0 on a GPU, whose memory has none of it."""
+    """Measured: resident before the model is loaded; 0 on a GPU, whose memory it does not use."""
     weights_bytes: int
     network_bytes: int
-    """Of the model before the run, which feature matching keeps where there are no adapters."""
+    """The copy of the untrained model that feature matching needs without adapters."""
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    """Measured: what one batch keeps for its backward pass."""
+    """Measured: saved by one batch for its backward pass."""
     head_bytes: int
     """The logits of one chunk and their gradient."""
     disk_bytes: int
@@ -119,7 +119,7 @@ class TrainPlan:
             "text": self._text_shown(),
             "steps": f"{self.steps:,}, {self.tokens:,} tokens" + self._probes_shown(),
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
-            "on one batch; evaluation and saving apart",
+            "on one batch; without evaluation and saving",
             "memory": f"{_size(self.memory_bytes)}: process {_size(self.process_bytes)}, weights "
             f"{_size(self.weights_bytes)}{self._network_shown()}, gradients "
             f"{_size(self.gradient_bytes)}, optimizer "
@@ -164,7 +164,7 @@ class TrainPlan:
 
 
 def plan_of(config: TrainConfig) -> TrainPlan:
-    """What `train` would do with this configuration.
+    """The plan of `train` with this configuration.
 
     Raises:
         ValueError: as `train` would.
@@ -225,8 +225,8 @@ def _device_of(model: Any) -> str:
 def _one_batch(
     config: TrainConfig, model: Any, material: Material, matching: FeatureMatching | None
 ) -> tuple[float, int]:
-    """(seconds, bytes kept for the backward pass) of a batch after one that warms up; on the
-    device where the model is."""
+    """(seconds, bytes saved for the backward pass) of a batch, after a warm-up batch, on the
+    model's device."""
     device = next(model.parameters()).device
     rows = [item for item, _ in islice(material.train.items(), config.batch_size)]
     batch = {name: value.to(device) for name, value in material.collate(rows).items()}
@@ -249,13 +249,13 @@ def _one_batch(
         _wait(device)
         seconds = time.perf_counter() - start
         weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
-        kept = sum(size for place, size in seen.items() if place not in weights)
+        kept = sum(size for address, size in seen.items() if address not in weights)
         model.zero_grad()
     return seconds, kept
 
 
 def _wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait for the device to finish its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -267,7 +267,7 @@ def _precision(named: str, device: str) -> str:
 
 
 def _stores(material: Material, taken: Sequence[Taken], epochs: float) -> tuple[StorePlan, ...]:
-    """Of each store as much as so many times the first epoch takes."""
+    """The plan of each store: the counts of the first epoch times the number of epochs."""
     return tuple(
         StorePlan(
             name=each.name,

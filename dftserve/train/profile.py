@@ -1,8 +1,8 @@
-"""How open a model's next tokens are on held-out text, beside its target's, and the diversity that
-brings it there.
+"""Next-token entropy of a model and of its target on held-out text, and the diversity that brings
+the model's entropy to the target's.
 
-Entropies are of all positions; what a level adds to them is measured on some, spread evenly, in
-plain torch: a backend with kernels of its own would compile longer than that takes.
+Entropies are measured at all positions; the entropy that a level adds is measured at evenly spaced
+ones, in plain torch: a backend with its own kernels would take longer to compile.
 
 Shapes: T trained positions, R of them in a chunk, V vocabulary.
 """
@@ -27,7 +27,7 @@ LEVELS = tuple(round(0.1 * step, 1) for step in range(1, 11))
 LEVEL_ELEMENTS = 1 << 25
 """Logits that each level is applied to: 682 positions of 49,152 tokens, some 12 s of one core."""
 AT_ONCE = 1 << 19
-"""Of them at a time: what stays in a CPU's cache takes half as long."""
+"""Logits processed at a time: few enough to stay in a CPU's cache, which halves the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +37,14 @@ class Profile:
     target_T: np.ndarray
     model_T: np.ndarray
     by_level: Mapping[float, float]
-    """The mean of what would be sampled from at each level of `gated`, T = 1: the model's own, and
-    what the level adds to it on the positions that it was applied to."""
+    """Mean entropy of the sampled distribution at each level of `gated`, T = 1: the model's own
+    entropy plus what the level adds to it at the positions that it was applied to."""
     share_T: np.ndarray | None = None
-    """Of each token in means and deciles, summing to 1; None: all have the same."""
+    """Weight of each token in means and deciles, summing to 1; None: equal weights."""
 
     @staticmethod
     def mixed(parts: Sequence["Profile"], weights: Sequence[float]) -> "Profile":
-        """The mean of several by weights that sum to 1, whatever number of tokens each has."""
+        """The mean by weights that sum to 1, regardless of the number of tokens in each part."""
         shares = [
             np.full(len(part.model_T), weight / max(len(part.model_T), 1))
             for part, weight in zip(parts, weights, strict=True)
@@ -96,10 +96,10 @@ def measure(
     tokens: float,
     share: float = 1.0,
 ) -> Profile:
-    """Over the first batches that together hold `tokens` trained positions or more.
+    """Measure the first batches that together have `tokens` trained positions or more.
 
     Args:
-        share: how much of `LEVEL_ELEMENTS` the levels are applied to.
+        share: the fraction of `LEVEL_ELEMENTS` that the levels are applied to.
     """
     head = model.head
     taken = _first(batches, tokens)
@@ -134,15 +134,15 @@ def measure(
 
 
 def deciles(entropies_T: np.ndarray, share_T: np.ndarray | None = None) -> tuple[float, ...]:
-    """With shares, of each the first value at which so much is reached."""
+    """The nine deciles; with shares, the first value at which each cumulative share is reached."""
     tenths = np.arange(1, 10) / 10
     if share_T is None:
         found = np.quantile(entropies_T, tenths)
     else:
         order_T = np.argsort(entropies_T)
         reached_T = np.cumsum(share_T[order_T])
-        places = np.searchsorted(reached_T, tenths * reached_T[-1])
-        found = entropies_T[order_T][places]
+        indices = np.searchsorted(reached_T, tenths * reached_T[-1])
+        found = entropies_T[order_T][indices]
     return tuple(round(float(x), 4) for x in found)
 
 
@@ -159,7 +159,7 @@ def _first(batches: Iterable[Mapping[str, Tensor]], tokens: float) -> list[Mappi
 def _added_by(
     level: float, logits_RV: Tensor, entropy_R: Tensor, stop_ids: frozenset[int]
 ) -> float:
-    """Σ of how much higher the entropy is at a level than the model's own, in nats."""
+    """Sum over rows of the entropy at a level minus the model's own, in nats."""
     row = control_row(parse(level), temperature=1.0, logits_divisor=1.0, stop_ids=stop_ids)
     backend = TorchBackend(logits_RV.device)
     total = -float(entropy_R.sum())

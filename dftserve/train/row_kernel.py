@@ -1,16 +1,16 @@
-"""A chunk's rows on a GPU, in one launch: loss, entropy, and the gradient in the logits' place.
+"""A GPU kernel for a chunk's rows: loss, entropy, and the gradient, which overwrites the logits.
 
     gradient_j = f·p_j + Σ_e a_e·[j is the token of entry e]
 
-holds of every divergence that reads a few tokens of a row: f is one number a row, and what the
-entries add follows from their probabilities (`divergences`, which is the reference). So a row is
-read twice and written once, in the type that the head's product has, and no [R, V] is made beside
-it; sums are float32.
+holds for every divergence that reads a few tokens of a row: f is one number per row, and the a_e
+follow from the entries' probabilities (`divergences` is the reference). So a row is read twice and
+written once, in the dtype of the head's product, and no other [R, V] is allocated; sums are
+float32.
 
 Shapes: R rows, V vocabulary, E entries of a row.
 """
 
-# Kernels are Triton, not Python, to a type checker's eye.
+# Triton kernels are not ordinary Python to a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportIndexIssue=false
@@ -36,14 +36,15 @@ from dftserve.train.divergences import (
 )
 
 BLOCK = 4096
-"""Logits at a time."""
+"""Logits that a program processes at a time."""
 POINTS, REVERSE_KL, SKEW_KL, JENSEN_SHANNON = range(4)
-"""What the entries of a row are: points of the target, which may repeat; or cells, one a token."""
+"""Kinds of entries: point masses of the target, whose tokens may repeat; or, for the others, cells
+of one token each."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """What the kernel reads of a target."""
+    """The kernel's inputs from a target."""
 
     kind: int
     parameter: float
@@ -51,13 +52,13 @@ class Entries:
     ids_RE: Tensor
     """int64; −1: no entry."""
     mass_RE: Tensor
-    """float32, q' there."""
+    """float32: q' of the entry."""
     rest_R: Tensor
-    """float32: of cells, q' of the rest; of points, H(q')."""
+    """float32: for cells, q' of the rest; for points, H(q')."""
 
     @staticmethod
     def of(divergence: Divergence, target: TargetRows) -> "Entries | None":
-        """None: the divergence reads whole rows, and has no kernel."""
+        """None if the divergence has no kernel, because it reads whole rows."""
         match divergence:
             case SFT():
                 return Entries._points(ForwardKL(weight=0.0), target)
@@ -94,10 +95,10 @@ class Entries:
 def rewrite(
     raw_RV: Tensor, entries: Entries, *, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Puts d loss / d raw into the place of raw logits.
+    """Overwrite raw logits with d loss / d raw.
 
     Args:
-        raw_RV: what the head's product gave, float32, bfloat16 or float16, rows contiguous; the
+        raw_RV: the output of the head's product, float32, bfloat16 or float16, rows contiguous; the
             logits are scale·raw, or cap·tanh(scale·raw/cap).
 
     Returns:
@@ -128,15 +129,15 @@ def rewrite(
     return loss_R, entropy_R
 
 
-# What a kernel reads from outside has to be marked so.
+# Globals that a kernel reads must be constexpr.
 _POINTS, _REVERSE_KL = tl.constexpr(POINTS), tl.constexpr(REVERSE_KL)
 _SKEW_KL = tl.constexpr(SKEW_KL)
 _FLOOR, _TINY = tl.constexpr(FLOOR), tl.constexpr(torch.finfo(torch.float32).tiny)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-# A chunk's part of a target begins anywhere, and the last chunk has as many rows as are left: no
-# compilation of its own for each. A model's vocabulary is one, and says how much is loaded at once.
+# Do not recompile for these: a chunk's part of a target may have any alignment. The size of the
+# vocabulary is constant for a model, and specialising on it decides how wide loads are.
 @triton.jit(
     do_not_specialize=["count", "scale", "cap", "parameter"],
     do_not_specialize_on_alignment=["ids", "masses", "rests", "losses", "entropies"],
@@ -159,7 +160,7 @@ def _row_pass(
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     r = tl.program_id(0).to(tl.int64)
     raw += r * stride
     v = tl.arange(0, BLOCK)
@@ -186,7 +187,7 @@ def _row_pass(
     logit_E, bend_E = _logits(raw, id_E, id_E >= 0, scale, cap, CAPPED)
     p_E = tl.exp(logit_E - log_z)
     if KIND == _POINTS:
-        # A token may be several points: every one of them gets what all of them add.
+        # Several points may have the same token: each of them gets the sum of all.
         added_E = tl.zeros((ENTRIES,), tl.float32)
         for other in range(count):
             is_same_E = id_E == tl.load(ids + r * count + other)
@@ -201,21 +202,21 @@ def _row_pass(
         factor = slope - (tl.sum(p_E * slope_E) + p_rest * slope)
         added_E = p_E * (slope_E - slope)
     tl.store(losses + r, loss)
-    # 3. The gradient: every token's, then again where there are entries.
+    # 3. The gradient of all tokens, then again of the entries' tokens.
     tl.debug_barrier()  # Every thread has read the entries' logits.
     for start in range(0, vocabulary, BLOCK):
         is_there_B = start + v < vocabulary
         logit_B, bend_B = _logits(raw, start + v, is_there_B, scale, cap, CAPPED)
         gradient_B = factor * tl.exp(logit_B - log_z) * bend_B
         tl.store(raw + start + v, gradient_B.to(raw.dtype.element_ty), mask=is_there_B)
-    tl.debug_barrier()  # The entries' places were written too.
+    tl.debug_barrier()  # The loop has also written the entries' positions.
     gradient_E = (factor * p_E + added_E) * bend_E
     tl.store(raw + id_E, gradient_E.to(raw.dtype.element_ty), mask=id_E >= 0)
 
 
 @triton.jit
 def _logits(raw, place, is_there, scale, cap, CAPPED: tl.constexpr):
-    """The logits in float32, −inf where there is none, and d logit / d raw."""
+    """The logits in float32, −inf outside the mask, and d logit / d raw."""
     logit = tl.load(raw + place, mask=is_there, other=0.0).to(tl.float32) * scale
     bend = tl.zeros_like(logit) + scale
     if CAPPED:
@@ -226,7 +227,7 @@ def _logits(raw, place, is_there, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _cell(p, t, parameter, KIND: tl.constexpr):
-    """What a cell adds to the divergence, and its derivative by p, up to one constant a row."""
+    """A cell's term of the divergence, and its derivative by p, up to one constant per row."""
     if KIND == _REVERSE_KL:
         slope = _log(p) - tl.log(tl.maximum(t, _FLOOR))
         value = p * slope

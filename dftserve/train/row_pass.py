@@ -1,5 +1,5 @@
 """From a chunk's raw logits to losses, entropies and the gradient: in plain torch, which is the
-reference, or on a GPU by one kernel where it was seen to do the same.
+reference, or in one GPU kernel if a check at the start shows that it gives the same results.
 
 Shapes: R rows of a chunk, V vocabulary.
 """
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULED_OUT = 5
-"""The token of the check at the start whose logit is −inf, where logits are capped."""
+"""The token whose logit is −inf in the check at the start, in cases with capped logits."""
 
 
 class RowPass(Protocol):
-    """What the head does to the rows of one chunk."""
+    """The computation on the rows of one chunk."""
 
     def __call__(self, raw_RV: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """loss_R, entropy_R in nats, and d loss / d raw [R, V]; `raw_RV` may be overwritten.
-        `part`: which rows of the target these are."""
+        `part`: the target's rows that belong to this chunk."""
         ...
 
 
@@ -48,7 +48,7 @@ def row_pass(
     cap: float | None,
     dtype: torch.dtype,
 ) -> RowPass:
-    """The fastest one for raw logits of this type. The logits are scale·raw, or
+    """The fastest implementation for raw logits of this dtype. The logits are scale·raw, or
     cap·tanh(scale·raw/cap)."""
     if dtype in KERNEL_DTYPES and has_kernel(target.labels_R.device):
         fused = _fused(divergence, target, scale, cap)
@@ -76,7 +76,7 @@ class PlainPass:
 
 
 def _bent(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """The logits, and d logits / d raw where it is not 1; `raw_RV` is overwritten."""
+    """The logits, and d logits / d raw, or None if that is 1; `raw_RV` is overwritten."""
     if scale != 1.0:
         raw_RV.mul_(scale)
     if cap is None:
@@ -88,7 +88,7 @@ def _bent(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tens
 def _fused(
     divergence: Divergence, target: TargetRows, scale: float, cap: float | None
 ) -> RowPass | None:
-    """By the kernel; None where the divergence has none."""
+    """The kernel; None if the divergence has none."""
     from dftserve.train.row_kernel import Entries, rewrite
 
     entries = Entries.of(divergence, target)
@@ -106,8 +106,8 @@ def _fused(
 
 @cache
 def has_kernel(device: torch.device) -> bool:
-    """Whether rows on this device go through the kernel: it is a GPU, and the kernel compiles there
-    and does what plain torch does. Said once where it does not."""
+    """Whether this device uses the kernel: it is a GPU, and the kernel compiles there and agrees
+    with plain torch. Logs a warning once if it does not."""
     if device.type != "cuda":
         return False
     try:
@@ -125,7 +125,7 @@ def has_kernel(device: torch.device) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the kernel is tried on."""
+    """Inputs on which the kernel is checked."""
 
     divergence: Divergence
     dtype: torch.dtype
@@ -135,13 +135,13 @@ class Case:
 
 
 def self_check(device: torch.device) -> bool:
-    """Whether the kernel does what plain torch does, of every divergence that has one, twice."""
-    # A list: one that disagrees must not keep the next from being compiled.
+    """Whether the kernel agrees with plain torch, for every divergence that has one."""
+    # A list, not a generator: all cases must be compiled, even after one that disagrees.
     return all([_agrees(case, device) for case in cases()])
 
 
 def cases() -> Iterator[Case]:
-    """Each divergence in each type, and with what a model's head may do to its logits."""
+    """Each divergence in each dtype, with different scales and caps of a model's head."""
     for divergence in (SFT(), ForwardKL(), ReverseKL(), SkewKL(), JSD()):
         yield Case(divergence=divergence, dtype=torch.float32, vocabulary=4999)
         yield Case(divergence=divergence, dtype=torch.bfloat16, vocabulary=8192, scale=0.5)
@@ -151,16 +151,16 @@ def cases() -> Iterator[Case]:
 def _agrees(case: Case, device: torch.device) -> bool:
     target = _targets(case.vocabulary, device)
     raw_RV = _logits(len(target), case.vocabulary, device).to(case.dtype)
-    if case.cap is not None:  # Without one, plain torch has no entropy of such a row.
+    if case.cap is not None:  # Without a cap, plain torch's entropy of such a row is NaN.
         raw_RV[:, RULED_OUT] = -torch.inf
     plain = PlainPass(case.divergence, target, case.scale, case.cap)
     fused = _fused(case.divergence, target, case.scale, case.cap)
     assert fused is not None
     pairs: list[tuple[Tensor, Tensor]] = []
     for part in (slice(0, 3), slice(3, 6)):
-        expected, got = (way(raw_RV[part].clone(), part) for way in (plain, fused))
+        expected, got = (compute(raw_RV[part].clone(), part) for compute in (plain, fused))
         pairs += zip((each.to(case.dtype) for each in expected), got, strict=True)
-    # Of a bfloat16 the last bit is open.
+    # In bfloat16 the last bit may differ.
     relative = 1e-4 if case.dtype is torch.float32 else 1e-2
     return all(torch.allclose(a, b.to(case.dtype), rtol=relative, atol=1e-5) for a, b in pairs)
 
@@ -172,8 +172,8 @@ def _logits(rows: int, vocabulary: int, device: torch.device) -> Tensor:
 
 
 def _targets(vocabulary: int, device: torch.device) -> TargetRows:
-    """Six rows of three top entries and four draws: among the top the text's own token or not, a
-    draw that repeats."""
+    """Six rows of three top entries and four draws, with and without the text's own token among the
+    top, and with a repeated draw."""
     row_R1 = torch.arange(6, device=device)[:, None]
     top_RK = torch.tensor([0.4, 0.2, 0.1], device=device).log().expand(6, 3).contiguous()
     own_R = torch.where(row_R1[:, 0] % 2 == 0, 0.2, 0.01)

@@ -2,7 +2,7 @@
 
 train(TrainConfig(model="base", targets="store", output="run"))
 
-run/settings.json     what a resumed run must agree with (`run_folder`)
+run/settings.json     settings that a resumed run must match (`run_folder`)
 run/checkpoint-N/     to resume from
 run/final/            the checkpoint: weights, tokenizer, dft.json, run.json, checksums.json;
                       the adapter in final/adapter
@@ -67,12 +67,12 @@ REFUSED = (
 )
 PROFILE_TOKENS = 20_000
 CHECKED_TOKENS = 256
-"""That the checks of a model read at once where they run on the CPU and training does not."""
+"""Tokens that the checks of a model read at once if they run on the CPU and training does not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a run reads."""
+    """The inputs of a run."""
 
     tokenizer: PreTrainedTokenizerBase
     stores: tuple[NamedStore, ...]
@@ -80,9 +80,9 @@ class Material:
     heldout: Rows | MixedRows
     collate: Collator
     found: lm.Examined
-    """The model, before its weights."""
+    """The model's configuration, without weights."""
     weights: str
-    """`lm.model_digest` of it."""
+    """`lm.model_digest` of the model."""
 
     @property
     def splits(self) -> tuple[Rows | MixedRows, Rows | MixedRows]:
@@ -97,7 +97,7 @@ class Material:
 
     @property
     def text_N(self) -> Sequence[int]:
-        """The first tokens that are learnt from: what the model is checked on."""
+        """The first tokens of the training text, on which the model is checked."""
         tokens: list[int] = []
         for item, _ in self.train.items():
             for document, _ in item:
@@ -107,20 +107,20 @@ class Material:
         return tokens
 
     def unpacked(self, config: TrainConfig) -> "Material":
-        """The same with one document a row."""
+        """A copy with one document per row."""
         train, heldout = (
             _rows(self.stores, split, config, packing=False) for split in ("train", "heldout")
         )
         return replace(self, train=train, heldout=heldout, collate=Collator(packing=False))
 
     def named_after(self, paths: Sequence[str]) -> "Material":
-        """The same with the stores called as they were at these paths: a run that goes on has
-        figures by the names of its start, and folders may be called otherwise by now."""
+        """A copy with the stores named after these paths: a resumed run has metrics by the names
+        from its start, and the folders may have been renamed since."""
         named = zip(self.stores, store_names(paths), strict=True)
         return replace(self, stores=tuple(replace(each, name=name) for each, name in named))
 
     def shown(self) -> str:
-        """How much there is to learn from: of one store a line, of several one for each."""
+        """The amount of training text, in one line per store."""
         rows_of = zip(self.stores, self.train.parts, strict=True)
         lines = [_shown(each, rows) for each, rows in rows_of]
         if len(self.stores) > 1:
@@ -137,25 +137,25 @@ class Material:
 
     @property
     def warning(self) -> str | None:
-        """What a build noted and a run should not pass over."""
-        told = [
+        """Problems recorded when the stores were built."""
+        warnings = [
             each.warning if len(self.stores) == 1 else f"{each.name}: {each.warning}"
             for each in self.stores
             if each.warning is not None
         ]
-        return " ".join(told) or None
+        return " ".join(warnings) or None
 
 
 def _shown(named: NamedStore, rows: Rows) -> str:
-    told = named.store.manifest.plan.corpus
-    trained, tokens = (told.get(what, {}).get("train") for what in ("trained", "tokens"))
+    counts = named.store.manifest.plan.corpus
+    trained, tokens = (counts.get(what, {}).get("train") for what in ("trained", "tokens"))
     learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
     shown = f"{named.store.count('train'):,} documents in {len(rows):,} rows{learnt}."
     return shown if (cut := cut_shown([rows])) is None else f"{shown} {cut}."
 
 
 def cut_shown(parts: Sequence[Rows]) -> str | None:
-    """What rows are too short for; None where every document has room."""
+    """A description of the documents that are longer than a row; None if there are none."""
     documents = sum(part.cut.documents for part in parts)
     if not documents:
         return None
@@ -168,30 +168,30 @@ def cut_shown(parts: Sequence[Rows]) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model that computes its divergence, and what it was checked as."""
+    """A model that computes its divergence, and the `LanguageModel` that was checked."""
 
     model: Any
-    """With adapters where the run has them."""
+    """With adapters if the run uses them."""
     language_model: lm.LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What is trained, checked: everything that can be refused has been."""
+    """The inputs and the model of a run, after all checks."""
 
     material: Material
     loaded: Loaded
     not_packed_because: str | None
-    """Why documents do not share rows although the configuration packs; None where they do."""
+    """Why each row has one document although the configuration enables packing; None if packed."""
     process_bytes: int
     """Resident before the model was loaded: interpreter, libraries, tokenizer, store."""
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Read the store, load the model, and try what training and saving will need of them.
+    """Read the store, load the model, and check that training and saving will work.
 
     Raises:
-        ValueError: what the run cannot be made from; nothing has been written.
+        ValueError: the configuration, targets or model are refused; nothing has been written.
     """
     material = read(config)
     set_seed(config.seed)
@@ -202,40 +202,40 @@ def prepare(config: TrainConfig) -> Prepared:
     if reason is not None:
         _say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
-    if not config.steps:  # They follow from the rows, of which there are more without packing.
+    if not config.steps:  # Steps follow from the number of rows, which is larger without packing.
         _check_patience(config, math.ceil(steps_of(config, material) / processes.count()))
     if config.batch_size > 1:
         loaded.language_model.check_batch(material.longest, most=most)
     if config.feature_matching is not None:
-        _check_places(config.feature_matching, material)
+        _check_anchors(config.feature_matching, material)
         continuations.check(loaded.language_model, material.longest)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
     return Prepared(material, narrowed(loaded, config), reason, resident)
 
 
-def _check_places(matching: FeatureMatchingConfig, material: Material) -> None:
-    """Raises ValueError where no document has a place for a continuation."""
+def _check_anchors(matching: FeatureMatchingConfig, material: Material) -> None:
+    """Raises ValueError if no document has an anchor for continuations."""
     source = np.random.default_rng(0)
     for item, _ in material.train.items():
         batch = material.collate([item])
         if len(Anchors.drawn(batch, length=matching.length, every=matching.every, source=source)):
             return
     raise ValueError(
-        f"feature_matching.length: got {matching.length}, and no document of these targets has so "
-        "many learnt tokens in a row; accepted: fewer. Or leave feature_matching out."
+        f"feature_matching.length: got {matching.length}, and no document of these targets has "
+        "that many learnt tokens in a row; accepted: fewer. Or leave feature_matching out."
     )
 
 
 def _most_checked(config: TrainConfig) -> int | None:
-    """Tokens that the checks read at once; None: as many as the run. Says where it is fewer."""
+    """Maximal tokens that the checks read at once; None: as many as the run. Prints a note if the
+    checks read fewer."""
     if _checked_on(config) == _device(config) and not (config.fsdp and torch.cuda.is_available()):
         return None
     if (config.packing or config.batch_size > 1) and config.max_length > CHECKED_TOKENS:
         _say(
-            f"{'fsdp' if config.fsdp else 'weights bf16'}: whether documents are kept apart is "
-            "tried on the CPU, with at most "
-            f"{CHECKED_TOKENS} tokens at once; of longer rows the configuration alone is asked "
-            f"({lm.CHUNK}, and {lm.ORIGINAL} of longrope)."
+            f"{'fsdp' if config.fsdp else 'weights bf16'}: whether documents are kept separate is "
+            f"tested on the CPU, with at most {CHECKED_TOKENS} tokens at once; longer rows are "
+            f"judged by the configuration only ({lm.CHUNK}, and {lm.ORIGINAL} of longrope)."
         )
     return CHECKED_TOKENS
 
@@ -248,31 +248,31 @@ def _why_not_packed(
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, or go on where a run of the same settings stopped; the final checkpoint's folder.
+    """Train, or resume a run with the same settings; returns the final checkpoint's folder.
 
     Raises:
-        ValueError: anything that the run cannot be made from, before anything is written; or a
-            divergence that is no longer a number.
-        SaveError: a final checkpoint that cannot be made, or is not what was trained; says where
-            the weights are.
-        OSError: the disk; the last checkpoint is then whole.
+        ValueError: the configuration, targets or model are refused, before anything is written; or
+            the divergence is no longer finite.
+        SaveError: the final checkpoint cannot be written, or differs from the trained model; the
+            message says where the weights are.
+        OSError: from the disk; the last checkpoint is then complete.
     """
     processes.check_restarts()
     output = Path(config.output)
-    logging.disable_progress_bar()  # Of weights that load and save: training has its own.
+    logging.disable_progress_bar()  # For loading and saving; the one of training stays.
     with ExitStack() as opened:
         with processes.together():
             has_final = (output / FINAL).exists()
         is_finished = processes.gathered(has_final)[0]
-        told = f"{output / FINAL} exists: this run is finished."
-        # One process may have died when it was, and torchrun have started all again.
+        finished = f"{output / FINAL} exists: this run is finished."
+        # After a restart by torchrun this is no error: a process may have died after the run ended.
         if is_finished and not processes.may_restart():
-            raise ValueError(f"{told} Choose another output, or remove it.")
+            raise ValueError(f"{finished} Choose another output, or remove it.")
         with processes.together():
             folder = opened.enter_context(RunFolder(config))
-        folder.check_alike()
+        folder.check_same_run()
         if is_finished:
-            _say(told)
+            _say(finished)
             return output / FINAL
         return _train(config, folder, output)
 
@@ -285,11 +285,11 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     material = prepared.material.named_after(folder.store_paths())
     prepared = replace(prepared, material=material)
     _say(material.shown())
-    resume, tried = folder.to_go_on_from()
+    resume, tried = folder.resume_state()
     if resume is not None:
         _say(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
-        # Every candidate is loaded anew, and there may be room for one model.
+        # Every candidate loads the model again, and memory may be enough for only one model.
         checked = partial(
             Prepared,
             material=material,
@@ -305,33 +305,33 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         trainer = make_trainer(config, prepared.loaded.model, material, matching=matching)
     if config.fsdp and not trainer.is_fsdp_enabled:
         _say("fsdp: accelerate does not shard on CPUs; each process holds the whole model.")
-    # The untouched model, before the first step; a run that goes on has its figures already.
+    # Evaluate the untrained model before the first step; a resumed run has its metrics already.
     trainer.args.eval_on_start = resume is None and len(material.heldout) > 0
     with StopOnSignal().installed() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.agreed is not None:
-        _say(f"Stopped, and saved in {output}; {_what_goes_on()}")
+        _say(f"Stopped, and saved in {output}; {_how_to_resume()}")
         raise SystemExit(128 + stop.agreed)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
-    figures |= _beside_untouched(trainer, figures)
+    figures |= _untouched_figures(trainer, figures)
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
-        with _weights_kept(trainer, output):
+        with _as_save_error(trainer, output):
             steps = trainer.state.global_step
             finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
 
-def _what_goes_on() -> str:
+def _how_to_resume() -> str:
     if processes.may_restart():
-        return "torchrun starts it again, as long as it has restarts left."
+        return "torchrun restarts it, as long as it has restarts left."
     return "the same command goes on from there."
 
 
-def _beside_untouched(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
-    """Say what training did to the likelihood of held-out text; the figure from before it."""
+def _untouched_figures(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
+    """Print the likelihood of held-out text before and after training; returns those before it."""
     name = f"eval_{HUMAN_NLL}"
     before = [
         line[name] for line in trainer.state.log_history if name in line and line["step"] == 0
@@ -342,15 +342,15 @@ def _beside_untouched(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict
     _say(f"Held-out human NLL: {after:.4f} nats a token; {before[0]:.4f} before training.")
     if after > before[0]:
         _say(
-            "Warning: the trained model is worse at held-out text than the one that was not "
-            "trained. Take a lower learning_rate, fewer steps (`patience` stops by itself), "
-            "another target_weight, or more text."
+            "Warning: the trained model is worse at held-out text than the untrained one. Use a "
+            "lower learning_rate, fewer steps (`patience` stops by itself), another target_weight, "
+            "or more text."
         )
     return {f"untouched_{HUMAN_NLL}": before[0], **_of_each_store(trainer, figures)}
 
 
 def _of_each_store(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
-    """Say the same of each store, where there are several; their figures from before training."""
+    """The same for each store, if there are several."""
     found = {}
     untouched = next(line for line in trainer.state.log_history if f"eval_{HUMAN_NLL}" in line)
     for name, after in figures.items():
@@ -364,17 +364,17 @@ def _of_each_store(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[st
 
 
 def read(config: TrainConfig) -> Material:
-    """The store and the tokenizer, checked against each other and against the configuration.
+    """Read the stores and the tokenizer, and check them against each other and the configuration.
 
     Raises:
-        ValueError: no store, a store of another tokenizer or template, a lumped tail where draws
-            are needed.
+        ValueError: no store, a store of another tokenizer or template, or a lumped tail if the
+            divergence needs draws.
     """
     found = lm.examine(config.model)
     tokenizer = load_tokenizer(config.model)
     found.check_tokenizer(tokenizer)
     stores = open_stores(config, tokenizer, vocabulary=found.vocabulary)
-    has_heldout = stores[0].store.count("heldout") > 0  # As all have, or none.
+    has_heldout = stores[0].store.count("heldout") > 0  # All stores have some, or none has.
     if config.steps:
         _check_patience(config, config.steps)
     if config.patience is not None and not has_heldout:
@@ -403,10 +403,10 @@ def _check_patience(config: TrainConfig, steps: int) -> None:
 def _rows(
     stores: Sequence[NamedStore], split: str, config: TrainConfig, *, packing: bool
 ) -> Rows | MixedRows:
-    """Of one store its rows; of several, mixed by their weights.
+    """The rows of a single store, or of several mixed by their weights.
 
     Raises:
-        ValueError: one has text in this split and nothing of it is learnt.
+        ValueError: a store has text in this split but no trained token.
     """
     given: dict[str, Any] = {"packing": packing, "seed": config.seed}
     parts = [Rows(each.store, split, longest=config.max_length, **given) for each in stores]
@@ -423,8 +423,7 @@ def _rows(
 
 
 def load_model(config: TrainConfig, material: Material) -> Loaded:
-    """The model with its divergence attached, and with adapters, in float32, where the run has
-    them."""
+    """The model in float32 with its divergence attached, and with adapters if the run uses them."""
     found = material.found
     model: Any = lm.load(
         found, dtype=torch.float32, device=_checked_on(config), attention=config.attention
@@ -440,11 +439,11 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
 
 
 def narrowed(loaded: Loaded, config: TrainConfig) -> Loaded:
-    """Cast the frozen weights to bf16 in place, where `weights` is bf16, and move the model to the
-    device that it is trained on.
+    """If `weights` is bf16, cast the frozen weights to it in place and move the model to the
+    training device.
 
-    It was checked in float32 before: in bf16, rounding looks like documents that leak into each
-    other.
+    The checks ran before in float32: in bf16, rounding errors look like documents that leak into
+    each other.
     """
     if config.weights == "bf16":
         model: Any = loaded.language_model.model
@@ -457,21 +456,21 @@ def narrowed(loaded: Loaded, config: TrainConfig) -> Loaded:
 
 
 def _checked_on(config: TrainConfig) -> torch.device:
-    """Where the model is loaded and checked: in float32, for which a GPU that is to hold it in
-    bf16 may have no room."""
+    """The device on which the model is loaded and checked: the CPU if its weights will be bf16,
+    since the GPU may be too small for them in float32."""
     return torch.device("cpu") if config.weights == "bf16" else _device(config)
 
 
 def _device(config: TrainConfig) -> torch.device:
-    """Where the Trainer will put the model, so that what is checked is what is trained."""
+    """The device on which the Trainer will put the model, so that the checks run there too."""
     if not torch.cuda.is_available() or config.fsdp:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def matching_of(config: TrainConfig, loaded: Loaded, material: Material) -> FeatureMatching | None:
-    """What continuations are compared by: the model before the run, which is this one without its
-    adapters, or is loaded once more."""
+    """Feature matching with the features of the model before the run: the same model with its
+    adapters disabled, or a second copy if there are none."""
     if config.feature_matching is None:
         return None
     model, untrained = loaded.language_model, nullcontext
@@ -506,7 +505,7 @@ def make_trainer(
 ) -> DFTTrainer:
     heldout = heldout_parts(config, material)
     early = config.patience is not None
-    # Untyped: transformers says that `fsdp` is a string, and warns of one.
+    # Untyped: transformers annotates `fsdp` as a string, but warns if it gets one.
     given: dict[str, Any] = {
         checkpointing_name(): config.gradient_checkpointing,
         "fsdp": config.fsdp,
@@ -529,13 +528,13 @@ def make_trainer(
         ddp_find_unused_parameters=False,
         fsdp_config={"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
         save_strategy="steps",
-        # The best model can only be kept if it is saved when it is found.
+        # The best model can be kept only if it is saved at the evaluation that finds it.
         save_steps=config.evaluate_every if early else config.save_every,
         save_total_limit=config.keep,
         eval_strategy="steps" if heldout else "no",
         eval_steps=config.evaluate_every,
         load_best_model_at_end=early,
-        # The patience that is left, for one.
+        # For example the remaining patience.
         restore_callback_states_from_checkpoint=True,
         metric_for_best_model=HUMAN_NLL if early else None,
         greater_is_better=False if early else None,
@@ -561,8 +560,8 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     if trainer.is_fsdp_enabled and config.precision == "bf16":
-        # accelerate's policy would round to bf16 the targets that the model is given, the sums that
-        # it returns, which it is judged by, and the gradients that processes add up.
+        # accelerate's policy would round to bf16 the targets passed to the model, the sums that it
+        # returns, and the gradients that processes add up.
         plugin: Any = trainer.accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy,
@@ -576,8 +575,8 @@ def make_trainer(
 
 
 def heldout_parts(config: TrainConfig, material: Material) -> list[HeldOut]:
-    """What a run is judged by: of each store its share of `evaluate_tokens`; none where there is
-    no held-out text."""
+    """The held-out rows of each store, up to its share of `evaluate_tokens`; empty if there is no
+    held-out text."""
     if not len(material.heldout):
         return []
     return [
@@ -587,7 +586,7 @@ def heldout_parts(config: TrainConfig, material: Material) -> list[HeldOut]:
 
 
 def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) -> Prepared | None:
-    """The trained model; where it is sharded, a copy that is not. None but on the first process."""
+    """The trained model, or an unsharded copy of it; None in all processes but the first."""
     if not trainer.is_fsdp_enabled:
         return prepared if trainer.is_world_process_zero() else None
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -599,11 +598,12 @@ def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) ->
 
 
 @contextmanager
-def _weights_kept(trainer: DFTTrainer, output: Path) -> Iterator[None]:
-    """Whatever goes wrong with the final checkpoint, the last one to resume from is there.
+def _as_save_error(trainer: DFTTrainer, output: Path) -> Iterator[None]:
+    """Turn any error in writing the final checkpoint into a SaveError.
 
     Raises:
-        SaveError: what went wrong, and where the trained weights are.
+        SaveError: the reason, and the checkpoint with the trained weights, from which the run can
+            be resumed.
     """
     try:
         yield
@@ -624,7 +624,7 @@ def finish(
     steps: int,
     figures: Mapping[str, float],
 ) -> None:
-    """Write the checkpoint and read it back: whole and the same, or not at all."""
+    """Write the checkpoint and read it back; a failed one is not kept."""
     model, material = prepared.loaded.model, prepared.material
     model.eval()
     source = source_of(material.stores)
@@ -632,9 +632,9 @@ def finish(
         what = "next-token entropies" if is_refused(source) else "the diversity to suggest"
         _say(f"Measuring {what}, on held-out text.")
     seen = profile(prepared.loaded.language_model, config, material)
-    told = promise(config, seen, source)
-    if told.diversity is not None:
-        _say(f"Suggested: diversity {told.diversity.level:g} (dft.json).")
+    promised = promise(config, seen, source)
+    if promised.diversity is not None:
+        _say(f"Suggested: diversity {promised.diversity.level:g} (dft.json).")
     data = {
         "model": Path(config.model).name,
         "weights": material.weights,
@@ -648,7 +648,7 @@ def finish(
     run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
     _say(f"Writing {folder}, and reading it back.")
     if config.weights == "bf16":
-        # Merged in bf16, small adapters would be rounded away; a host has room where a GPU has not.
+        # Merging in bf16 would round away small adapters; the CPU has memory for float32.
         model.to("cpu", torch.float32)
     sample = material.collate(_some(material.heldout, 1) or _some(material.train, 1))
     trained = nll(prepared.loaded.language_model, sample)
@@ -659,24 +659,24 @@ def finish(
         model.save_pretrained(made)
         material.tokenizer.save_pretrained(made)
         check_reloaded(made, trained, sample)
-        checkpoint.describe(made, told, run)
+        checkpoint.describe(made, promised, run)
         checkpoint.seal(made)
 
 
 def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
-    """Fingerprints of what was learnt from; of several stores, by their names."""
+    """Digests of the targets, the corpus and the tokenizer; those of several stores by name."""
     plans = {each.name: each.store.manifest.plan for each in stores}
-    told = {
+    digests = {
         "targets": {each.name: targets_digest(each.store.folder) for each in stores},
         "corpus": {name: plan.corpus_blake3 for name, plan in plans.items()},
     }
     if len(stores) == 1:
-        told = {what: next(iter(digests.values())) for what, digests in told.items()}
-    return {**told, "tokenizer": stores[0].store.manifest.plan.tokenizer}
+        digests = {what: next(iter(by_name.values())) for what, by_name in digests.items()}
+    return {**digests, "tokenizer": stores[0].store.manifest.plan.tokenizer}
 
 
 def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
-    """On held-out text; of several stores on each one's share of it, and their mean by weight."""
+    """The model's profile on held-out text; with several stores, their weighted mean."""
     weights = [each.weight for each in material.stores]
     parts = [
         _profile_of(language_model, config, material, part, share=weight)
@@ -707,18 +707,18 @@ def _profile_of(
 
 
 def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
-    """What the checkpoint says of itself.
+    """The content of the checkpoint's dft.json.
 
-    Rows of held-out text are a mixture's own, also where it is refused: then they are not what was
-    learnt, nor known to be nearer to the text than the model is, and nothing goes by them.
+    Held-out targets are the mixture's own even if the mixture is refused. Then they are neither
+    what was learnt nor known to be nearer to the text than the model is, so they are not used.
     """
-    told = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
+    recipe = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
     if not len(seen.model_T):
-        return Promise(recipe=told)
+        return Promise(recipe=recipe)
     refused = is_refused(source)
     reads = DIVERGENCES[config.divergence.name].reads_target and not refused
     return Promise(
-        recipe=told,
+        recipe=recipe,
         diversity=None if refused else seen.suggested,
         target_entropy=round(seen.target_mean, 4) if reads else None,
         model_entropy=round(seen.model_mean, 4),
@@ -730,10 +730,11 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
 def _with_weight(
     config: TrainConfig, material: Material, output: Path, tried: dict[str, Any]
 ) -> TrainConfig:
-    """λ by the held-out human NLL after a short run of each candidate; each is run once.
+    """Choose λ by the held-out human NLL after a short run of each candidate.
 
     Args:
-        tried: what an earlier start found; the same in every process.
+        tried: the results of an earlier start, which are not computed again; the same in every
+            process.
     """
     path = output / WEIGHTS
     candidates = config.divergence.to_try
@@ -741,7 +742,7 @@ def _with_weight(
     for weight in candidates:
         if f"{weight:g}" in tried:
             continue
-        gc.collect()  # A model refers to itself: what came before is freed by no count.
+        gc.collect()  # A model has reference cycles, so the previous one is not freed by itself.
         _say(f"Trying target_weight {weight:g}, {steps} steps:")
         probe = replace(
             _weighted(config, weight),
@@ -766,77 +767,80 @@ def _with_weight(
     gc.collect()
     with shaped_as(path, "likelihoods for each weight"):
         each = {f"{weight:g}": tried[f"{weight:g}"] for weight in candidates}
-        found = {name: float(told[HUMAN_NLL]) for name, told in each.items()}
-        batches = _of_same_batches(path, {name: told["batches"] for name, told in each.items()})
+        found = {name: float(result[HUMAN_NLL]) for name, result in each.items()}
+        batches = _batches_by_candidate(
+            path, {name: result["batches"] for name, result in each.items()}
+        )
         counts = [int(count) for count in next(iter(each.values())).get("stores", ())]
     best = min(found, key=lambda name: found[name])
     _say(weights_shown(found, best))
-    alike = [
+    indistinct = [
         name
         for name in found
-        if name != best and not _is_apart(batches[best], batches[name], counts)
+        if name != best and not _differs(batches[best], batches[name], counts)
     ]
-    if alike:
+    if indistinct:
         _say(
-            f"Warning: on this held-out text that is not told apart from {', '.join(alike)}, by "
-            "two standard errors over its batches. Take more steps, more divergence.probe_steps or "
-            "more held-out text, or choose target_weight yourself."
+            "Warning: on this held-out text the best one is not significantly different from "
+            f"{', '.join(indistinct)} (two standard errors over its batches). Use more steps, more "
+            "divergence.probe_steps or more held-out text, or choose target_weight yourself."
         )
     return _weighted(config, float(best))
 
 
-def _of_same_batches(path: Path, told: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _batches_by_candidate(path: Path, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """(nats, tokens) of each batch, by candidate.
 
     Raises:
-        ValueError: an earlier start wrote something else, or of other batches; the same in every
-            process, as the file is.
+        ValueError: an earlier start wrote something else, or used other batches; the same in every
+            process, since all read the same file.
     """
     try:
-        stacked = np.stack([np.array(each, float).reshape(-1, 2) for each in told.values()])
+        stacked = np.stack([np.array(each, float).reshape(-1, 2) for each in results.values()])
     except ValueError:
         raise ValueError(
             f"{path}: got candidates that were judged by different batches of held-out text; "
             "accepted: the same for each. Remove it, and all are tried again."
         ) from None
-    return dict(zip(told, stacked, strict=True))
+    return dict(zip(results, stacked, strict=True))
 
 
-def _is_apart(ours_B2: np.ndarray, theirs_B2: np.ndarray, counts: Sequence[int]) -> bool:
+def _differs(ours_B2: np.ndarray, theirs_B2: np.ndarray, counts: Sequence[int]) -> bool:
     """Whether two held-out NLLs differ by more than two standard errors of their difference.
 
     Args:
         ours_B2: (nats, tokens) of each batch; both are of the same batches.
-        counts: of several stores, how many batches are of each: they vary about its own mean.
+        counts: the number of batches of each of several stores. The variance is computed about
+            each store's own mean.
     """
     nats_B, tokens_B = ours_B2[:, 0] - theirs_B2[:, 0], ours_B2[:, 1]
     squares = 0.0
-    for part in _varying_together(len(nats_B), counts):
+    for part in _strata(len(nats_B), counts):
         if len(part) < 2:
             return False
         rest_B = nats_B[part] - nats_B[part].sum() / tokens_B[part].sum() * tokens_B[part]
-        # A batch of many of the tokens draws their mean to itself: what it differs from is the mean
-        # of the others, which the jackknife takes.
+        # A batch with a large share of the tokens pulls the mean toward itself. As in the
+        # jackknife, it is compared with the mean of the other batches.
         rest_B /= 1 - tokens_B[part] / tokens_B[part].sum()
         squares += (rest_B**2).sum() * (len(part) - 1) / len(part)
     error = np.sqrt(squares) / tokens_B.sum()
     return bool(abs(nats_B.sum() / tokens_B.sum()) > 2 * error)
 
 
-def _varying_together(batches: int, counts: Sequence[int]) -> list[np.ndarray]:
-    """The batches of each store. One batch of a store shows no variance: such stores are taken
-    together with the one of most batches (collapsed strata: Cochran, Sampling Techniques, 5A.12),
-    where the difference between the stores counts as variance too, so that it is not taken too
-    low."""
+def _strata(batches: int, counts: Sequence[int]) -> list[np.ndarray]:
+    """The indices of the batches of each store. A single batch has no variance, so stores with one
+    batch are merged with the store that has most batches (collapsed strata: Cochran, Sampling
+    Techniques, 5A.12). There the difference between the stores counts as variance too, so that the
+    variance is not underestimated."""
     parts = np.split(np.arange(batches), np.cumsum(counts)[:-1].astype(int))
     most = max(range(len(parts)), key=lambda store: len(parts[store]))
-    apart = [part for store, part in enumerate(parts) if store != most and len(part) > 1]
-    lone = [part for store, part in enumerate(parts) if store != most and len(part) < 2]
-    return [np.concatenate([parts[most], *lone]), *apart]
+    own = [part for store, part in enumerate(parts) if store != most and len(part) > 1]
+    single = [part for store, part in enumerate(parts) if store != most and len(part) < 2]
+    return [np.concatenate([parts[most], *single]), *own]
 
 
 def steps_of(config: TrainConfig, material: Material) -> int:
-    """Optimizer steps of the run, of one process."""
+    """Optimizer steps of the run, for one process."""
     return config.steps or math.ceil(steps_of_epoch(config, material) * config.epochs)
 
 
@@ -845,18 +849,18 @@ def steps_of_epoch(config: TrainConfig, material: Material) -> int:
 
 
 def warmup_of(config: TrainConfig, material: Material) -> float:
-    """As a share of the steps; a warm-up of less than one step is none."""
+    """Warm-up as a fraction of the steps; 0 if it is shorter than one step."""
     return config.warmup if config.warmup * steps_of(config, material) >= 1 else 0.0
 
 
 def probe_steps(config: TrainConfig, material: Material) -> int:
-    """Of each candidate of `auto`."""
+    """Optimizer steps of each candidate of `auto`."""
     third = steps_of(config, material) // (3 * len(config.divergence.to_try))
     return min(config.divergence.probe_steps, max(1, third))
 
 
 def weights_shown(tried: Mapping[str, float], best: str) -> str:
-    """The likelihood of each candidate of `auto`, a line each."""
+    """The likelihood of each candidate of `auto`, one per line."""
     width = max(map(len, tried))
     lines = (
         f"  {weight:<{width}}  {nll:.4f}{'  taken' if weight == best else ''}"
@@ -866,7 +870,7 @@ def weights_shown(tried: Mapping[str, float], best: str) -> str:
 
 
 def of_first_candidate(config: TrainConfig) -> TrainConfig:
-    """The configuration itself, with a weight where it is still to be chosen."""
+    """The configuration, with the first candidate as weight if it is still to be chosen."""
     is_auto = config.divergence.target_weight == AUTO
     return _weighted(config, config.divergence.to_try[0]) if is_auto else config
 
@@ -881,11 +885,11 @@ def _say(line: str) -> None:
 
 
 def _some(rows: Rows | MixedRows, tokens: float) -> list:
-    """The first rows that together hold `tokens`."""
-    some, held = [], 0
+    """The first rows that together have at least `tokens` tokens."""
+    some, total = [], 0
     for item, size in rows.items():
         some.append(item)
-        held += size
-        if held >= tokens:
+        total += size
+        if total >= tokens:
             break
     return some

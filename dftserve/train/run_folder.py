@@ -1,17 +1,16 @@
-"""The folder of a run: one process group writes to it, and what goes on in it is what was begun.
+"""The folder of a run: only one process group writes to it, and only the same run resumes in it.
 
-    with RunFolder(config) as folder:   # refuses another run's folder, and one that is written to
-        folder.check_alike()            # all processes were given this run
+    with RunFolder(config) as folder:   # refuses a folder of another run, or of a running one
+        folder.check_same_run()         # all processes have the same configuration and inputs
         ...
-        folder.begin()                  # from here on it is this run's
-        folder.check_seen()             # by all processes
+        folder.begin()                  # claims the folder for this run
+        folder.check_seen()             # all processes see the same folder
 
-run/settings.json     the resolved configuration; `origin`: by how many processes, from which
-                      weights and targets
-run/lock              locked while the run lasts; holds a random id of this start
+run/settings.json     the resolved configuration; `origin`: number of processes, and digests of the
+                      model and the targets
+run/lock              locked while the run lasts; contains a random id of this start
 
-Paths may change between two starts: of the model, the targets and the output it is the content that
-is compared.
+Paths may change between two starts: the model and the targets are compared by content.
 """
 
 import contextlib
@@ -37,22 +36,23 @@ from dftserve.train.trainer import is_whole, last_checkpoint
 
 LOCK, ORIGIN, WEIGHTS = "lock", "origin", "weights.json"
 SEEN_WITHIN_S = 60.0
-"""In which a file of one machine is seen by the others: NFS keeps names for so long (acdirmax)."""
+"""Time for a file of one machine to appear on the others: NFS caches names this long (acdirmax)."""
 LARGEST = 1 << 20
-"""Bytes of a file of a run's own."""
-PLACES = ("model", "targets", "output")
-"""Settings that say where something lies, not what it is."""
-TOLD = {"model": "configuration or weights", "targets": "manifest"}
-"""What is compared of a folder; of several target stores by `targets[0]` and so on."""
+"""Maximal bytes of a file that a run writes for itself."""
+PATHS = ("model", "targets", "output")
+"""Settings that are paths; their values may change between two starts."""
+COMPARED_CONTENT = {"model": "configuration or weights", "targets": "manifest"}
+"""The content of a folder that is compared; several target stores are `targets[0]` and so on."""
 ELSEWHERE = "choose another output, or remove it"
 
 
 class RunFolder:
-    """The first of several processes holds the lock, from entering, or from `begin`, to the end.
+    """The first of several processes holds the lock: from entering if the folder exists, else from
+    `begin`, to the end.
 
     Raises:
-        ValueError: on entering, a folder that holds something else than a start of this run, or
-            that another training writes to; nothing has been written then.
+        ValueError: on entering, the folder contains something other than this run, or another
+            training writes to it; nothing has been written then.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -62,7 +62,7 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         with contextlib.ExitStack() as opened:
-            # Before the weights are read, which takes long where they are large.
+            # First, because reading large weights takes long.
             if (self._folder / LOCK).exists():
                 self._lock(opened)
             if self._is_begun():
@@ -80,10 +80,10 @@ class RunFolder:
         self._is_locked = False
 
     def begin(self) -> None:
-        """Make the folder and its settings; the first of several processes does it.
+        """Create the folder and its settings, in the first of several processes.
 
         Raises:
-            ValueError: as on entering: another process may have begun in it since.
+            ValueError: as on entering, since another run may have claimed the folder meanwhile.
         """
         if not processes.is_first():
             return
@@ -93,11 +93,11 @@ class RunFolder:
             content = json.dumps(_settings(self._config), indent=2)
             atomic.write_text(self._folder / SETTINGS, content + "\n")
 
-    def check_alike(self) -> None:
-        """Refuse processes that were given another run than the first one.
+    def check_same_run(self) -> None:
+        """Refuse processes whose run differs from that of the first one.
 
         Raises:
-            ValueError: the same in all of them; names what differs, and where.
+            ValueError: the same in all processes; names the difference and the process.
         """
         with processes.together():
             mine = _compared(_settings(self._config))
@@ -107,10 +107,10 @@ class RunFolder:
             _refuse_differing(names[0], first, name, other)
 
     def check_seen(self) -> None:
-        """Refuse processes for which the folder is another than the first one's.
+        """Refuse processes that see a different folder than the first one.
 
         Raises:
-            ValueError: the same in all of them; names the machine.
+            ValueError: the same in all processes; names the machine.
         """
         names = processes.gathered(processes.named())
         start_id = processes.gathered(self._start_id)[0]
@@ -121,13 +121,12 @@ class RunFolder:
                     "accepted: one folder, on a file system that all machines share."
                 )
 
-    def to_go_on_from(self) -> tuple[Path | None, dict[str, Any]]:
-        """The checkpoint that the run goes on from, and the figures of the candidates for λ that
-        were tried: as the first process finds them. Another machine may see an older folder for a
-        while.
+    def resume_state(self) -> tuple[Path | None, dict[str, Any]]:
+        """The checkpoint to resume from, and the results of the candidates for λ tried so far, as
+        the first process finds them: another machine may see an older folder for a while.
 
         Raises:
-            ValueError: the same in all processes: what is damaged, or what one does not see.
+            ValueError: the same in all processes; names what is damaged, or not visible to one.
         """
         with processes.together():
             newest = last_checkpoint(self._folder) if processes.is_first() else None
@@ -137,15 +136,15 @@ class RunFolder:
             return None, tried
         path = self._folder / name
         with processes.together():
-            if not processes.is_first() and not _comes(lambda: is_whole(path)):
+            if not processes.is_first() and not _appears(lambda: is_whole(path)):
                 checkpoint.verify(path)
         return path, tried
 
     def store_paths(self) -> list[str]:
-        """Where the target stores lay when the run was begun; the same in every process.
+        """The paths of the target stores when the run was begun; the same in every process.
 
         Raises:
-            ValueError: the same in all processes: the settings are no longer what a run writes.
+            ValueError: the same in all processes; the settings file is not one that a run writes.
         """
         path = self._folder / SETTINGS
         with processes.together():
@@ -155,8 +154,8 @@ class RunFolder:
         return processes.gathered(mine)[0]
 
     def _sees(self, start_id: str) -> bool:
-        """Whether the lock that the first process holds is this folder's."""
-        return _comes(lambda: self._read_start_id() == start_id)
+        """Whether this process sees the lock file of the first process."""
+        return _appears(lambda: self._read_start_id() == start_id)
 
     def _read_start_id(self) -> str | None:
         try:
@@ -165,20 +164,20 @@ class RunFolder:
             return None
 
     def _is_begun(self) -> bool:
-        """Whether it holds a start of this run; False where it holds nothing."""
-        # Looked at first: another process of this run may write the settings meanwhile.
+        """Whether the folder contains this run; False if it is empty."""
+        # List the names first: another process of this run may write the settings meanwhile.
         names = {p.name for p in self._folder.iterdir()} if self._folder.exists() else set()
         found = read_object(self._folder / SETTINGS)
         if found is not None:
             _refuse_another(self._folder, found, _settings(self._config))
             return True
-        # A kill may have left what was to become the settings, and the lock.
+        # A killed process may have left a partial settings file, and the lock.
         if names - {SETTINGS + atomic.PARTIAL, LOCK}:
             raise ValueError(f"{self._folder} is neither empty nor a run; choose another output.")
         return False
 
     def _lock(self, closing: contextlib.ExitStack) -> None:
-        """Take the lock, which is kept until `closing` ends, where it is not held already."""
+        """Take the lock unless it is already held; it is released when `closing` ends."""
         if not processes.is_first() or self._is_locked:
             return
         file = closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
@@ -201,10 +200,10 @@ class RunFolder:
         self._is_locked = True
 
 
-def _comes(is_there: Callable[[], bool]) -> bool:
-    """Whether it is there in time: NFS shows other machines' files late."""
+def _appears(is_visible: Callable[[], bool]) -> bool:
+    """Wait until it is visible; False after a timeout. NFS shows other machines' files late."""
     until = time.monotonic() + SEEN_WITHIN_S
-    while not is_there():
+    while not is_visible():
         if time.monotonic() > until:
             return False
         time.sleep(0.1)
@@ -212,10 +211,10 @@ def _comes(is_there: Callable[[], bool]) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """What an earlier start of the run wrote; None where there was none.
+    """A JSON object that an earlier start of the run wrote; None if there is no such file.
 
     Raises:
-        ValueError: it is not what a run writes.
+        ValueError: it is not a file that a run writes.
     """
     try:
         content = read_json(path, within=path.parent, largest=LARGEST)
@@ -228,7 +227,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return content
 
 
-# ── What a run is ────────────────────────────────────────────────────────────────────────────────
+# ── Comparing runs ───────────────────────────────────────────────────────────────────────────────
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -245,22 +244,22 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _store_names(count: int) -> list[str]:
-    """What the target stores of a run are called; a list of one is as the store itself."""
+    """Names of the target stores of a run; a list of one is named like a single store."""
     return ["targets"] if count == 1 else [f"targets[{number}]" for number in range(count)]
 
 
 def targets_digest(store: Path) -> str:
-    """BLAKE3 of a target store's manifest, which names that of every shard.
+    """BLAKE3 of a target store's manifest, which contains the digest of every shard.
 
     Raises:
-        StoreError: no store that can be read.
+        StoreError: not a readable store.
     """
     Manifest.read(store)
     return digest_of(store / MANIFEST, within=store)
 
 
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ValueError where two starts are of other runs; says in what."""
+    """Raises ValueError if the two settings are of different runs; names the difference."""
     was, now = (
         {name: value for name, value in _compared(each).items() if not _is_origin(name)}
         for each in (_completed(found), wanted)
@@ -274,28 +273,30 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     before, after = found.get(ORIGIN), wanted[ORIGIN]
     if before is None:
         raise ValueError(
-            f"{folder} holds a run that was begun by an earlier version, which did not note its "
-            "processes, weights and targets; go on with that version, or choose another output."
+            f"{folder} holds a run that was begun by an earlier version, which did not record its "
+            "processes, weights and targets; continue it with that version, or choose another "
+            "output."
         )
     if not isinstance(before, Mapping) or before.keys() != after.keys():
         raise ValueError(f"{folder / SETTINGS} is not what a run writes; {ELSEWHERE}.")
     if before["processes"] != after["processes"]:
         raise ValueError(
             f"{folder} holds a run of {before['processes']} processes, not {after['processes']}: "
-            "the tokens of a step and the number of steps would be others. Start it with "
+            "the tokens of a step and the number of steps would change. Start it with "
             f"torchrun --nproc-per-node={before['processes']}, or {ELSEWHERE}."
         )
-    for what, place in _places(wanted).items():
+    for what, path in _paths(wanted).items():
         if before[what] != after[what]:
             raise ValueError(
-                f"{folder} holds a run that began with another `{what}` than {place} is now: its "
-                f"{_told(what)} differ. Give the one that it began with, or {ELSEWHERE}."
+                f"{folder} holds a run that began with another `{what}` than {path} is now: its "
+                f"{_compared_content(what)} differ. Give the one that it began with, or "
+                f"{ELSEWHERE}."
             )
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all processes must have alike, by name; of folders what is in them."""
-    own = {name: value for name, value in settings.items() if name not in PLACES}
+    """The settings that must be equal in all processes, by name; folders by their content."""
+    own = {name: value for name, value in settings.items() if name not in PATHS}
     stores = _stores(settings)
     weights = {
         f"{name}.weight": store.get("weight")
@@ -309,46 +310,45 @@ def _is_origin(name: str) -> bool:
 
 
 def _stores(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The target stores that settings name, as a run writes them."""
+    """The target stores in settings as a run writes them."""
     targets = settings["targets"]
     if not isinstance(targets, list):
         return [{"path": targets}]
     return [each if isinstance(each, Mapping) else {} for each in targets]
 
 
-def _places(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Where what `origin` compares by its content lies, by name."""
+def _paths(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The paths of the folders that `origin` compares by content, by name."""
     stores = _stores(settings)
     named = zip(_store_names(len(stores)), stores, strict=True)
     return {"model": settings["model"], **{name: store["path"] for name, store in named}}
 
 
-def _told(what: str) -> str:
-    """What is compared of it."""
-    return TOLD[what.partition("[")[0]]
+def _compared_content(what: str) -> str:
+    return COMPARED_CONTENT[what.partition("[")[0]]
 
 
 def _refuse_differing(
     first_name: str, first: Mapping[str, Any], other_name: str, other: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError where two processes were given other runs; says in what."""
+    """Raises ValueError if two processes have different runs; names the difference."""
     for name in {**first, **other}:
         ours, theirs = first.get(name), other.get(name)
         if ours == theirs:
             continue
         outer, _, what = name.rpartition(".")
-        told = (
-            f"{what}: got another one in {other_name} than in {first_name}, its {_told(what)} "
-            "differ"
+        problem = (
+            f"{what}: got another one in {other_name} than in {first_name}, its "
+            f"{_compared_content(what)} differ"
             if outer == ORIGIN
             else f"{name}: got {theirs!r} in {other_name} and {ours!r} in {first_name}"
         )
-        raise ValueError(f"{told}; accepted: the same in every process of a run.")
+        raise ValueError(f"{problem}; accepted: the same in every process of a run.")
 
 
 def _completed(found: Mapping[str, Any]) -> dict[str, Any]:
-    """With the default of each setting that there was not yet when the run was begun."""
-    defaults = TrainConfig(**dict.fromkeys(PLACES, ""), lora=LoraConfig())
+    """The settings with defaults for those that did not exist yet when the run was begun."""
+    defaults = TrainConfig(**dict.fromkeys(PATHS, ""), lora=LoraConfig())
     return _laid_over(json.loads(json.dumps(asdict(defaults))), {"lora": None, **found})
 
 
@@ -361,7 +361,7 @@ def _laid_over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}, as settings are named."""
+    """{"a": {"b": 1}} → {"a.b": 1}, the names used by `--set`."""
     flat = {}
     for name, value in content.items():
         inner = isinstance(value, dict)

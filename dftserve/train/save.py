@@ -1,4 +1,4 @@
-"""A checkpoint is tried before the first step, and read back after the last.
+"""Test saving a checkpoint before the first step, and read it back after the last.
 
 Shapes: T trained positions of a batch.
 """
@@ -18,23 +18,23 @@ from dftserve.train.head import head_loss
 from dftserve.train.model import TARGET_NAMES
 
 SAME_NLL = 1e-3
-"""Nats a token by which a saved model may differ from the one that was trained."""
+"""Maximal difference in nats a token between a saved model and the trained one."""
 
 
 class SaveError(OSError):
-    """A final checkpoint that could not be made; says where the trained weights are."""
+    """The final checkpoint could not be written; the message says where the trained weights are."""
 
 
 def try_save(model: Any, tokenizer: Any, name: str) -> None:
-    """Save all but the weights to a temporary folder.
+    """Save everything but the weights to a temporary folder.
 
     Args:
         model: the causal LM, without adapters.
-        name: what errors call it.
+        name: the model's name in error messages.
 
     Raises:
-        ValueError: what transformers would not save, as a generation_config.json that says
-            `temperature` and not `do_sample`.
+        ValueError: transformers refuses to save it, for example because of a
+            generation_config.json with `temperature` but without `do_sample`.
         OSError: the temporary folder cannot be written.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -45,18 +45,18 @@ def try_save(model: Any, tokenizer: Any, name: str) -> None:
         except OSError:
             raise
         except Exception as error:
-            told = " ".join(str(error).split())[:200].rstrip(". ")
+            reason = " ".join(str(error).split())[:200].rstrip(". ")
             raise ValueError(
-                f"{name} loads but cannot be saved, so its training would be lost: {told}. Correct "
-                "the model's config.json, generation_config.json or tokenizer first."
+                f"{name} loads but cannot be saved, so its training would be lost: {reason}. "
+                "Correct the model's config.json, generation_config.json or tokenizer first."
             ) from error
 
 
 @torch.no_grad()
 def nll(language_model: lm.LanguageModel, batch: Mapping[str, Tensor]) -> float:
-    """Mean −ln p of a batch's own tokens in float32, nats; on whatever device the model is."""
+    """Mean −ln p of a batch's own tokens in float32, nats; runs on the model's device."""
     model, device = language_model.model, language_model.model.device
-    was = model.training
+    was_training = model.training
     model.eval()
     given = {name: value.to(device) for name, value in model_inputs(batch).items()}
     hidden_BND = language_model.states(**given).hidden_BND
@@ -64,23 +64,23 @@ def nll(language_model: lm.LanguageModel, batch: Mapping[str, Tensor]) -> float:
     hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[positions_T]
     target = TargetRows(**{name: batch[name].to(device) for name in TARGET_NAMES})
     found = head_loss(language_model.head, hidden_TD, target, SFT()).loss
-    model.train(was)
+    model.train(was_training)
     return float(found) / len(positions_T)
 
 
 def check_reloaded(folder: Path, trained: float, batch: Mapping[str, Tensor]) -> None:
-    """Load what was saved and compare its likelihood of a batch with the trained model's.
+    """Load the saved model and compare its likelihood of a batch with the trained model's.
 
     Args:
-        trained: `nll` of the model that was trained, on the same batch.
+        trained: `nll` of the trained model on the same batch.
 
     Raises:
-        ValueError: it cannot be loaded, or it is another model.
+        ValueError: it cannot be loaded, or its likelihood differs.
     """
     model = lm.load(lm.examine(folder), dtype=torch.float32)
     saved = nll(lm.LanguageModel(model, folder.name), batch)
     if not abs(saved - trained) <= SAME_NLL:
         raise ValueError(
-            f"what was saved is not what was trained: {saved:.4f} nats a token on held-out text in "
-            f"place of {trained:.4f}"
+            f"the saved model is not the trained one: {saved:.4f} nats a token on held-out text "
+            f"instead of {trained:.4f}"
         )

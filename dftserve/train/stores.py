@@ -24,7 +24,7 @@ class NamedStore:
 
     store: TargetStore
     name: str
-    """What figures call it: its folder's name; with its number in `targets` where two are alike."""
+    """Its name in metrics: the folder's name, plus its index in `targets` if that is not unique."""
     weight: float
     """Its share of the trained tokens; those of all stores sum to 1."""
 
@@ -34,27 +34,27 @@ class NamedStore:
 
     @property
     def warning(self) -> str | None:
-        """What its build noted and a run should not pass over."""
-        place = f"{self.store.folder / MANIFEST}: plan.corpus.noted"
-        with shaped_as(place, "a count for each note"):
+        """A problem recorded when the store was built."""
+        where = f"{self.store.folder / MANIFEST}: plan.corpus.noted"
+        with shaped_as(where, "a count for each note"):
             noted = self.store.manifest.plan.corpus.get("noted", {}).get(NO_STOP)
             count = int(noted["count"]) if noted else 0
         if not count:
             return None
         return (
             f"in {count:,} conversations {NO_STOP}. End the template's generation marks "
-            "behind the token that ends a turn, and build the store anew."
+            "after the token that ends a turn, and build the store anew."
         )
 
 
 def open_stores(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int
 ) -> tuple[NamedStore, ...]:
-    """Every store that the configuration names.
+    """Open every store that the configuration names.
 
     Raises:
-        ValueError: names the one that is no store, is of another tokenizer or template, or has a
-            tail without the draws that are needed; or those that do not go together.
+        ValueError: names a folder that is not a store, has a different tokenizer or template, or
+            lacks the draws from the tail that the divergence needs; or stores that cannot be mixed.
     """
     opened = [TargetStore(Path(each.path)) for each in config.stores]
     for store in opened:
@@ -79,12 +79,12 @@ def _check_tail(config: TrainConfig, store: TargetStore) -> None:
         return
     if plan.tail == "lumped":
         raise ValueError(
-            f"{name} needs draws from the tail and {store.folder} has a lumped one; take "
+            f"{name} needs draws from the tail and {store.folder} has a lumped one; use "
             "reverse_kl, skew_kl or jsd, or build the store from a source that samples its tail."
         )
     if not plan.draws and plan.k < plan.vocabulary:
         raise ValueError(
-            f"{name} needs draws from the tail and {store.folder} keeps 0 of them; take "
+            f"{name} needs draws from the tail and {store.folder} keeps 0 of them; use "
             "reverse_kl, skew_kl or jsd, or build the store with some (store.draws of its recipe)."
         )
 
@@ -101,17 +101,17 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
     draws = sorted({store.manifest.plan.draws for store in stores} - {0})
     if math.lcm(*draws) > LARGEST_KEPT:
         raise ValueError(
-            f"targets: got stores of {', '.join(map(str, draws))} draws, of which the least common "
-            f"multiple is above {LARGEST_KEPT}; accepted: numbers of draws of which it is not. "
+            f"targets: got stores of {', '.join(map(str, draws))} draws, whose least common "
+            f"multiple is above {LARGEST_KEPT}; accepted: a least common multiple up to it. "
             "Build one of them anew (store.draws of its recipe)."
         )
 
 
 def store_names(paths: Sequence[str]) -> list[str]:
-    """The folders' own names; where two are alike, with their numbers in `targets`."""
+    """The folders' names; those that are not unique get their index in `targets` appended."""
     names = [os.path.basename(os.path.abspath(path)) or path for path in paths]
-    # More than once where a folder is called as another one with its number: `a`, `a`, `a[0]`. It
-    # ends: two that have their numbers differ.
+    # Repeat, since a folder's name may equal another one with its index: `a`, `a`, `a[0]`. This
+    # terminates: two names with their indices differ.
     while len(set(names)) < len(names):
         names = [
             name if names.count(name) == 1 else f"{name}[{number}]"
@@ -121,7 +121,7 @@ def store_names(paths: Sequence[str]) -> list[str]:
 
 
 def source_of(stores: Sequence[NamedStore]) -> Mapping[str, Any]:
-    """Where a run's targets are from, as a checkpoint tells it."""
+    """The source of a run's targets, as recorded in a checkpoint."""
     if len(stores) == 1:
         return stores[0].source
     mixed = [

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` on a target store: its loss, its held-out figures, its atomic saves.
+"""A `transformers.Trainer` for target stores: loss, held-out evaluation, atomic checkpoints.
 
 Shapes: T trained positions of a batch.
 """
@@ -35,16 +35,16 @@ from dftserve.train.mixed import MixedRows, MixedSampler
 from dftserve.train.model import DFTOutput
 
 HUMAN_NLL = "human_nll"
-"""−ln p of the held-out text, nats a token: what early stopping and λ are judged by. Of several
-stores, the mean by their weights; `human_nll/NAME` is one store's."""
+"""−ln p of the held-out text, nats a token: the criterion of early stopping and of the choice of λ.
+With several stores, their weighted mean; `human_nll/NAME` is that of one store."""
 SUMS = ("loss", "model_entropy", "target_entropy", HUMAN_NLL)
 SHOWN = {"loss": "divergence"}
 FEATURE_DISTANCE = "feature_distance"
-"""Of the model's continuations from the text's, where they are matched."""
+"""Distance of the model's continuations from the text's, with feature matching."""
 SEEN = ("divergence", "model_entropy", "target_entropy", FEATURE_DISTANCE)
-"""Means over the steps between two lines of the log."""
+"""Metrics that are averaged over the steps between two lines of the log."""
 TRAINING, HELD_OUT = 0, 1
-"""First of the numbers that decide which continuations are drawn."""
+"""The first of the numbers that seed the drawing of continuations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,11 @@ class HeldOut:
 
 
 class DFTTrainer(Trainer):
-    """Trains a model that `attach` has given a divergence. Its `eval_dataset` is a list of
-    `HeldOut`.
+    """Trains a model whose forward computes a divergence (`model.attach`). Its `eval_dataset` is a
+    list of `HeldOut`.
 
-    Losses are sums over trained tokens, divided by the tokens of the whole step: over all batches
-    of an accumulation and all processes.
+    Losses are sums over trained tokens, divided by the trained tokens of the whole step: of all
+    batches of an accumulation and all processes.
     """
 
     def __init__(self, *args: Any, matching: FeatureMatching | None = None, **given: Any) -> None:
@@ -70,15 +70,15 @@ class DFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._matching = matching
         self._batch_of_step = (0, 0)
-        """The step, and how many of its batches came before."""
+        """The step, and the index of the current batch in it."""
         self.batch_nll: list[tuple[float, float]] = []
-        """(nats, tokens) of each held-out batch of all processes, as last evaluated, one store
-        after the other; of several stores, both scaled so that all tokens of a store stand in the
-        ratio of its weight."""
+        """(nats, tokens) of each held-out batch of all processes in the last evaluation, one store
+        after the other; with several stores, both are scaled so that the total tokens of the stores
+        are proportional to their weights."""
         self.batches_of_stores: list[int] = []
-        """How many of them are of each store."""
+        """Number of these batches of each store."""
         self._seen = torch.zeros(2, len(SEEN), dtype=torch.float64, device=self.args.device)
-        """Sums, and of how many tokens each is: a batch may have no place for a continuation."""
+        """Sums, and the number of tokens in each: a batch may have no anchor for continuations."""
 
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -99,12 +99,12 @@ class DFTTrainer(Trainer):
         matched = self._matched_in_training(inputs)
         output: DFTOutput = model(**inputs, **(matched.inputs if matched else {}))
         tokens = len(inputs["positions_T"]) if num_items_in_batch is None else num_items_in_batch
-        # DDP and FSDP average gradients over processes; the tokens are already all processes'.
+        # DDP and FSDP average gradients over processes, but `tokens` already counts all processes.
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         total: Any = output.objective if torch.is_grad_enabled() else output.loss
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
-            # Summed where they are: asking for their values would stop a GPU at every step.
+            # Summed on the device: reading their values would synchronise a GPU at every step.
             seen: list[Any] = [output.loss, output.model_entropy, output.target_entropy]
             if matched is not None:
                 seen.append(matched.distance)
@@ -127,14 +127,14 @@ class DFTTrainer(Trainer):
         if not math.isfinite(divergence):
             raise ValueError(
                 f"the divergence is {divergence} after step {self.state.global_step}; the last "
-                "checkpoint is as it was. Lower learning_rate, or look for a damaged model."
+                "checkpoint is unchanged. Lower learning_rate, or look for a damaged model."
             )
 
     # ── Feature matching ─────────────────────────────────────────────────────────────────────────
 
     def _matched_in_training(self, inputs: Mapping[str, Tensor]) -> Matched | None:
-        """The continuations of the next batch of a step: others in each batch and process, the same
-        in a run that goes on."""
+        """The continuations of the next batch of a step: different in each batch and process, and
+        the same in a resumed run."""
         if self._matching is None:
             return None
         step, batch = self._batch_of_step
@@ -143,11 +143,11 @@ class DFTTrainer(Trainer):
         self._batch_of_step = now, batch
         return self._matched(inputs, TRAINING, now, batch, self.accelerator.process_index)
 
-    def _matched(self, inputs: Mapping[str, Tensor], *place: int) -> Matched | None:
+    def _matched(self, inputs: Mapping[str, Tensor], *key: int) -> Matched | None:
         if self._matching is None:
             return None
         with self.accelerator.autocast():
-            return self._matching.match(inputs, *place)
+            return self._matching.match(inputs, *key)
 
     # ── Order ────────────────────────────────────────────────────────────────────────────────────
 
@@ -160,18 +160,18 @@ class DFTTrainer(Trainer):
     # ── Resuming ─────────────────────────────────────────────────────────────────────────────────
 
     def _run_epoch(self, *args: Any, **given: Any) -> None:
-        """Nothing, where what is resumed had ended: the Trainer's own takes one more step."""
-        self._place_best()
+        """Do nothing if the resumed run had already ended: the Trainer would take one more step."""
+        self._update_best_path()
         _set_epoch(given["train_dataloader"], given["epoch"])
-        spent = any(
+        out_of_patience = any(
             isinstance(each, EarlyStoppingCallback)
             and each.early_stopping_patience_counter >= each.early_stopping_patience
             for each in self.callback_handler.callbacks
         )
-        if spent or self.state.global_step >= self.state.max_steps:
+        if out_of_patience or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             if self.args.should_save:
-                # No save follows that would do what a kill may have come before.
+                # The last save may have been killed before it rotated, and no other save follows.
                 self._rotate(Path(str(self.args.output_dir)))
         else:
             super()._run_epoch(*args, **given)
@@ -181,10 +181,10 @@ class DFTTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the held-out tokens, in nats: divergence, entropies, human NLL. Of several
-        stores, the mean of their means by weight, and each one's human NLL.
+        """Means over the held-out tokens, in nats: divergence, entropies, human NLL. With several
+        stores, the weighted mean of their means, and each one's human NLL.
 
-        Each row counts once, whatever the number of processes.
+        Each row counts once, regardless of the number of processes.
         """
         parts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         measured = [self._measured(part.rows) for part in parts]
@@ -210,18 +210,18 @@ class DFTTrainer(Trainer):
 
     @property
     def _sums(self) -> tuple[str, ...]:
-        """What an evaluation adds up."""
+        """Metrics that an evaluation sums."""
         return SUMS if self._matching is None else (*SUMS, FEATURE_DISTANCE)
 
     def _measured(
         self, rows: Sequence[Any]
     ) -> tuple[list[float], float, list[tuple[float, float]]]:
-        """The means of `_sums` over these rows, their tokens, and (nats, tokens) of each batch; of
-        all processes."""
-        # As training wrapped it, where it did: sharded weights have no other way in.
+        """The means of `_sums` over these rows, the number of trained tokens, and (nats, tokens) of
+        each batch, of all processes."""
+        # Sharded weights can be used only through the wrapped model.
         model: Any = self.model_wrapped
         model.eval()
-        shape = (2, len(self._sums))  # Sums, and of how many tokens each is.
+        shape = (2, len(self._sums))  # Sums, and the number of tokens in each.
         sums = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
         batch_nll = []
         for number, (batch, counts) in enumerate(self._shared_out(rows)):
@@ -231,14 +231,14 @@ class DFTTrainer(Trainer):
             if not counts:
                 continue
             values = [float(output[name]) for name in SUMS]
-            place = HELD_OUT, number, self.accelerator.process_index
-            if (matched := self._matched(inputs, *place)) is not None:
+            key = HELD_OUT, number, self.accelerator.process_index
+            if (matched := self._matched(inputs, *key)) is not None:
                 values.append(float(matched.distance))
             tokens = len(inputs["positions_T"])
             sums[0, : len(values)] += sums.new_tensor(values)
             sums[1, : len(values)] += tokens
             batch_nll.append((values[SUMS.index(HUMAN_NLL)], tokens))
-        # One list after the other, in the same order each time.
+        # The lists of all processes joined by rank, so that the order is always the same.
         gathered = gather_object(batch_nll)
         summed: Any = self.accelerator.reduce(sums, reduction="sum")
         totals, counts = summed.tolist()
@@ -248,19 +248,19 @@ class DFTTrainer(Trainer):
     def _shared_out(self, rows: Any) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process's batches, and whether they count.
 
-        As many for each process: one that has fewer reads the first row again, since DDP and FSDP
-        wait for all in every forward.
+        All processes get the same number of batches, since DDP and FSDP wait for each other in
+        every forward; a process with fewer rows reads the first row again, which does not count.
         """
         size, world = self.args.per_device_eval_batch_size, self.accelerator.num_processes
         mine = range(self.accelerator.process_index, len(rows), world)
         for start in range(0, math.ceil(len(rows) / world), size):
-            part = [rows[place] for place in mine[start : start + size]]
+            part = [rows[index] for index in mine[start : start + size]]
             yield self.data_collator(part or [rows[0]]), bool(part)  # type: ignore[arg-type]
 
     # ── Saving ───────────────────────────────────────────────────────────────────────────────────
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the Trainer's, into a folder beside its place, then sealed and renamed."""
+        """Save as the Trainer does, but to a staging folder, which is then sealed and renamed."""
         self._refuse_nan(float(self._seen[0, 0]))
         run = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -271,7 +271,7 @@ class DFTTrainer(Trainer):
         try:
             with self._output_in(staging), checkpoint.writing(staging):
                 super()._save_checkpoint(model, trial)
-                self._place_best()
+                self._update_best_path()
                 if self.args.should_save:
                     self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
         except BaseException:
@@ -283,27 +283,28 @@ class DFTTrainer(Trainer):
             self._rotate(run)
         self.accelerator.wait_for_everyone()
 
-    def _place_best(self) -> None:
-        """The best checkpoint by the place where it stands: not where it is being written, nor
-        where the run's folder was before it was moved or named in another way.
+    def _update_best_path(self) -> None:
+        """Set the path of the best checkpoint to its final one: not the staging folder, nor the
+        path of the run's folder before it was moved or given in another form.
         """
         if self.state.best_global_step:
             run = Path(str(self.args.output_dir))
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
 
-    def _put(self, staging: Path, place: Path) -> None:
+    def _put(self, staging: Path, path: Path) -> None:
         try:
-            # There from before only where a signal came in the step that had just been saved: it is
-            # the same, and it is whole.
-            if not place.exists():
-                checkpoint.seal(staging / place.name)
-                atomic.move_folder(staging / place.name, place)
+            # It exists already only if a signal arrived in the step that had just been saved; then
+            # it is the same checkpoint, and complete.
+            if not path.exists():
+                checkpoint.seal(staging / path.name)
+                atomic.move_folder(staging / path.name, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _rotate(self, run: Path) -> None:
-        """Keep the newest checkpoints, and the best; what stands under its own name is whole."""
+        """Keep the newest checkpoints, and the best. Others are renamed before they are deleted, so
+        that a checkpoint under its own name is always complete."""
         found = [path for _, path in sorted(_checkpoints(run).items())]
         best = self.state.best_model_checkpoint
         spare = [path for path in found[:-1] if str(path) != best]
@@ -326,15 +327,15 @@ class DFTTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # A pickle of what run.json says in the open.
+        # A pickle of settings that run.json has as text.
         pickled = Path(output_dir or str(self.args.output_dir)) / "training_args.bin"
         pickled.unlink(missing_ok=True)
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the sampler its epoch. With several processes accelerate reaches no sampler but its own
-    where the first batches of an epoch are skipped: the epoch of a `MixedSampler` that is gone on
-    in would have the order of the first one."""
+    """Set the sampler's epoch. With several processes, if the first batches of an epoch are
+    skipped, accelerate sets it only on its own samplers: a `MixedSampler` that resumes within an
+    epoch would use the order of the first one."""
     batches = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
@@ -343,12 +344,12 @@ def _set_epoch(loader: Any, epoch: int) -> None:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint to resume from, verified; leftovers of a kill are removed. For the
-    first of several processes.
+    """The newest checkpoint to resume from, verified; leftovers of a killed process are removed.
+    Only the first of several processes may call it.
 
     Raises:
-        CheckpointError: the newest one is damaged: resuming from it would not be exact. Says which
-            older one is whole, where one is.
+        CheckpointError: the newest one is damaged, so that resuming from it would not be exact;
+            names the newest undamaged one, if any.
     """
     for leftover in run.glob(f"*{atomic.PARTIAL}"):
         if leftover.is_dir():
@@ -373,7 +374,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether it is a checkpoint as it was written."""
+    """Whether it is an undamaged checkpoint."""
     try:
         checkpoint.verify(path)
     except CheckpointError:
@@ -382,7 +383,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
-    """By step."""
+    """Checkpoint folders by step."""
     return {
         int(path.name.rpartition("-")[2]): path
         for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -391,15 +392,15 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT: finish the step, save, leave; all processes at the same step.
+    """On SIGTERM or SIGINT, finish the step, save and stop, in all processes at the same step.
 
-    The signal may reach one process of several, or each at another time. One that left alone would
-    leave the others waiting for it.
+    The signal may reach only one of several processes, or each at a different time. A process that
+    stopped alone would leave the others waiting for it.
     """
 
     def __init__(self) -> None:
         self.agreed: int | None = None
-        """The signal for which all processes stopped."""
+        """The signal on which all processes stopped."""
         self._received = 0
         self._former: dict[int, Any] = {}
         self._group: Any = None
@@ -421,7 +422,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            # On the CPU: a GPU would have to finish its step before the flag could be read.
+            # On the CPU, because reading a flag from a GPU would wait for its step to finish.
             self._group = distributed.new_group(backend="gloo")
 
     def on_step_end(

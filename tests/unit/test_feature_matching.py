@@ -611,8 +611,8 @@ def test_what_is_out_of_bounds_is_refused(given, told):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"fsdp": True}, "fsdp: got true beside feature_matching"),
-        ({"torch_compile": True}, "torch_compile: got true beside feature_matching"),
+        ({"fsdp": True}, "fsdp: got true with feature_matching"),
+        ({"torch_compile": True}, "torch_compile: got true with feature_matching"),
         ({"attention": "flex_attention"}, "attention: got 'flex_attention'"),
         ({"max_length": 3}, "feature_matching.length: got 3"),
     ],

@@ -16,7 +16,7 @@ from dftserve.evaluate.metrics.likelihood import bits_per_byte
 from dftserve.lm import (
     Examined,
     LanguageModel,
-    _tell_float32,
+    _warn_float32,
     dtype_for,
     examine,
     load,
@@ -79,7 +79,7 @@ def test_a_factor_under_another_name_is_refused():
             output.logits = output.logits * 1.5
             return output
 
-    with pytest.raises(ValueError, match=r"m \(Odd\) makes its logits in a way not known here"):
+    with pytest.raises(ValueError, match=r"m \(Odd\) computes its logits in an unsupported way"):
         LanguageModel(Odd(small_model().config), "m")
 
 
@@ -149,7 +149,7 @@ def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
     tokenizer().save_pretrained(base)
     store = save_store(tmp_path / "store", longest=120)
     run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
-    says = r"beside one of .*original_max_position_embeddings: 64.* batch_size 1"
+    says = r"with one of .*original_max_position_embeddings: 64.* batch_size 1"
     for call in (train, plan_of):
         with pytest.raises(ValueError, match=says):
             call(replace(run, max_length=128))
@@ -365,13 +365,13 @@ def test_auto_is_float32_on_a_cpu_without_bfloat16_instructions(
 
 def test_float32_in_place_of_auto_is_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    _tell_float32.cache_clear()
+    _warn_float32.cache_clear()
     small_model().to(torch.bfloat16).save_pretrained(tmp_path)
     found = examine(tmp_path)
     for dtype in ("auto", "auto", "float32"):
         dtype_for(found, dtype, "cpu")
     assert [record.name for record in caplog.records] == ["dftserve.lm"]
-    assert "computed with in float32" in caplog.text
+    assert "are loaded in float32" in caplog.text
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -386,7 +386,7 @@ def test_weights_without_a_tensor_are_refused_by_its_name(tied, tmp_path):
 def test_weights_without_a_place_are_refused_by_their_name(tmp_path):
     base = save_model(tmp_path / "base")
     edited(base, "config.json", num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"no place for: model\.layers\.1"):
+    with pytest.raises(ValueError, match=r"does not use: model\.layers\.1"):
         load(examine(base), dtype=torch.float32)
 
 

@@ -35,7 +35,7 @@ from dftserve.train.data import Collator, Rows, joined, one_a_row, packed, piece
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
-from dftserve.train.run import _is_apart, make_trainer, prepare, profile, read, steps_of, train
+from dftserve.train.run import _differs, make_trainer, prepare, profile, read, steps_of, train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.stores import store_names
 from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, tokenizer
@@ -440,9 +440,9 @@ def test_a_difference_between_stores_does_not_hide_one_between_candidates():
     ours_B2 = theirs_B2.copy()
     ours_B2[:4, 0] += [1.0, 1.01, 0.99, 1.0]
     ours_B2[4:, 0] -= [0.6, 0.61, 0.59, 0.6]
-    assert not _is_apart(ours_B2, theirs_B2, ())
-    assert _is_apart(ours_B2, theirs_B2, (4, 4))
-    assert not _is_apart(ours_B2, theirs_B2, (1, 7)), "batches differ more than candidates"
+    assert not _differs(ours_B2, theirs_B2, ())
+    assert _differs(ours_B2, theirs_B2, (4, 4))
+    assert not _differs(ours_B2, theirs_B2, (1, 7)), "batches differ more than candidates"
 
 
 def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
@@ -452,9 +452,9 @@ def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
     theirs_B2[39] = [4000 * 1.2, 1200]
     ours_B2 = theirs_B2.copy()
     ours_B2[:, 0] -= theirs_B2[:, 1] * source.uniform(0.9, 1.0, 40)
-    assert _is_apart(ours_B2, theirs_B2, (39, 1))
-    assert _is_apart(ours_B2, theirs_B2, (1, 39))
-    assert not _is_apart(ours_B2[:1], theirs_B2[:1], (1,)), "of one batch nothing is known"
+    assert _differs(ours_B2, theirs_B2, (39, 1))
+    assert _differs(ours_B2, theirs_B2, (1, 39))
+    assert not _differs(ours_B2[:1], theirs_B2[:1], (1,)), "of one batch nothing is known"
 
 
 @pytest.mark.parametrize("counts", [(1, 39), (39, 1), (1, 1, 38), (1, 1), (20, 20)])
@@ -468,7 +468,7 @@ def test_candidates_that_do_not_differ_are_seldom_told_apart(counts):
         theirs_B2 = np.stack([np.zeros(number), tokens_B], axis=1)
         spread_B = source.normal(size=number)
         ours_B2 = np.stack([tokens_B * spread_B, tokens_B], axis=1)
-        told += _is_apart(ours_B2, theirs_B2, counts)
+        told += _differs(ours_B2, theirs_B2, counts)
     # 5 % of many batches; of two numbers, as of two batches of one store, it is 30 %.
     assert told <= (0.35 if min(counts) == 1 else 0.08) * 400
 

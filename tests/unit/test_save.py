@@ -126,7 +126,7 @@ def test_another_model_than_the_trained_one_is_not_kept_and_the_trained_one_is(
     saved = PreTrainedModel.save_pretrained
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled(saved))
     config = replace(run, lora=lora)
-    with pytest.raises(SaveError, match=r"not what was trained.* weights are in .*checkpoint-2"):
+    with pytest.raises(SaveError, match=r"not the trained one.* weights are in .*checkpoint-2"):
         train(config)
     assert not (Path(run.output) / "final").exists()
     kept = "model.safetensors" if lora is None else "adapter_model.safetensors"

@@ -141,7 +141,7 @@ def test_an_unknown_rescaling_is_refused():
             return output
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="not known here"):
+    with pytest.raises(ValueError, match="unsupported way"):
         Teacher(Odd(LlamaConfig(**SIZES)), vocabulary=V, name="m")
 
 

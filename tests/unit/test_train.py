@@ -589,7 +589,7 @@ def test_another_optimizer_trains(run, optim):
 
 
 def test_flash_attention_is_refused_with_the_reason(run):
-    told = "attention: got 'flash_attention_2'; accepted: eager, sdpa, .* half precision alone"
+    told = "attention: got 'flash_attention_2'; accepted: eager, sdpa, .* only half precision"
     with pytest.raises(ValueError, match=told):
         replace(run, attention="flash_attention_2")
 
@@ -607,7 +607,7 @@ def test_the_weight_is_chosen_by_held_out_text(run, capsys):
     train(config)
     tried = json.loads((Path(run.output) / "weights.json").read_text())
     assert tried["0"]["human_nll"] < tried["0.9"]["human_nll"]
-    assert "not told apart" not in capsys.readouterr().err
+    assert "not significantly different" not in capsys.readouterr().err
     told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
     assert told["settings"]["divergence"]["target_weight"] == 0.0
 
@@ -616,7 +616,7 @@ def test_weights_that_held_out_text_does_not_tell_apart_are_named(run, capsys):
     """The same weight twice, to the last digit but one."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.00001, 0.9))
     train(replace(run, divergence=divergence, steps=9, evaluate_every=90))
-    assert "not told apart from 1e-05" in capsys.readouterr().err
+    assert "not significantly different from 1e-05" in capsys.readouterr().err
 
 
 def test_candidates_that_were_judged_by_other_batches_are_refused_with_what_to_do(run):
@@ -751,10 +751,10 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
         ({"batch_size": "many"}, "accepted: a whole number"),
         ({"precision": "fp16"}, "accepted: fp32, bf16"),
         ({"weights": "bf16"}, "got bf16 without lora"),
-        ({"weights": "bf16", "lora.rank": "4"}, "precision: got 'fp32' beside weights bf16"),
+        ({"weights": "bf16", "lora.rank": "4"}, "precision: got 'fp32' with weights bf16"),
         (
             {"weights": "bf16", "lora.rank": "4", "precision": "bf16", "fsdp": "true"},
-            "fsdp: got true beside weights bf16",
+            "fsdp: got true with weights bf16",
         ),
         ({"optim": "lion"}, "optim: got 'lion'; accepted: .*adafactor"),
         ({"attention": "fast"}, "attention: got 'fast'; accepted: .*sdpa"),
@@ -808,7 +808,7 @@ def test_the_candidates_are_a_list_of_lines():
 
 def test_verify_says_of_a_run_what_its_checkpoint_is(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="a run that has not ended; run the same train again"):
+    with pytest.raises(ValueError, match="an unfinished run; run the same train again"):
         checkpoint.verify(tmp_path)
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "checksums.json").write_text("{}")

@@ -324,7 +324,7 @@ def begin(config: TrainConfig) -> None:
     with ExitStack() as opened:
         with processes.together():
             folder = opened.enter_context(RunFolder(config))
-        folder.check_alike()
+        folder.check_same_run()
         with processes.together():
             folder.begin()
         folder.check_seen()
@@ -442,7 +442,7 @@ def test_all_go_on_from_the_checkpoint_that_the_first_one_finds(here, tmp_path, 
     def go_on(config: TrainConfig) -> None:
         if config is late:
             threading.Timer(0.3, shutil.copytree, (newest, comes)).start()
-        found[config.output] = RunFolder(config).to_go_on_from()
+        found[config.output] = RunFolder(config).resume_state()
 
     assert in_two_processes(monkeypatch, here, late, do=go_on) == ["", ""]
     assert found == {here.output: (newest, {}), late.output: (comes, {})}
@@ -452,7 +452,7 @@ def test_a_checkpoint_that_one_does_not_see_is_refused_in_all(here, tmp_path, mo
     save_sealed(Path(here.output) / "checkpoint-4", {"weights": "some"})
     blind = replace(here, output=str(tmp_path / "blind"))
     first, second = in_two_processes(
-        monkeypatch, here, blind, do=lambda config: RunFolder(config).to_go_on_from()
+        monkeypatch, here, blind, do=lambda config: RunFolder(config).resume_state()
     )
     assert str(Path(blind.output) / "checkpoint-4") in second
     assert first == f"process 1 on {socket.gethostname()}: {second}"
