@@ -39,7 +39,7 @@ def weights_of(model: str, say: Callable[[str], object]) -> str | None:
     try:
         return weights_digest(Path(model)) if Path(model).is_dir() else folder_of(model).name
     except (ValueError, OSError) as error:
-        say(f"{model}: its weights cannot be told from others ({f'{error}'.rstrip('.')}).")
+        say(f"{model}: its weights cannot be identified ({f'{error}'.rstrip('.')}).")
         return None
 
 

@@ -24,8 +24,8 @@ class Prompt:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def messages(self) -> list[dict[str, str]]:
-        asked = {"role": "user", "content": self.text}
-        return [{"role": "system", "content": self.system}, asked] if self.system else [asked]
+        user = {"role": "user", "content": self.text}
+        return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
 def read(path: Path) -> tuple[Prompt, ...]:
