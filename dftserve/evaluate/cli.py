@@ -1,6 +1,6 @@
 """The `dftserve evaluate` command.
 
-Thin, like `dftserve.cli`: what does the work is imported where it is called.
+Kept thin, like `dftserve.cli`: each command imports its implementation when it is called.
 """
 
 import difflib
@@ -12,8 +12,8 @@ from dftserve.bounded_files import parse_json
 from dftserve.commandline import answers_bar, key_option, model_of, plots_option, usage_errors
 
 
-class _OrRun(click.Group):
-    """A group whose command `run` may be left out."""
+class _RunByDefault(click.Group):
+    """A group in which the name of the command `run` may be omitted."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -24,9 +24,9 @@ class _OrRun(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=_OrRun)
+@click.group(cls=_RunByDefault)
 def evaluate() -> None:
-    """Measure how varied, how human and how right a model writes.
+    """Measure how varied, how human-like and how accurate a model's answers are.
 
     `dftserve evaluate MODEL_OR_URL …` is `dftserve evaluate run MODEL_OR_URL …`.
     """
@@ -45,17 +45,17 @@ def evaluate() -> None:
 @click.option("--max-tokens", type=int, default=1024, show_default=True)
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
-@click.option("--model", "name", help="As the server at URL names it. Default: its first.")
+@click.option("--body", default="{}", metavar="JSON", help="Extra fields of each request.")
+@click.option("--model", "name", help="Name on the server. Default: the first listed.")
 @key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
-@click.option("--phrases", type=click.Path(path_type=Path), help="Phrases to count. Default: ours.")
+@click.option("--phrases", type=click.Path(path_type=Path), help="List of phrases to count.")
 @click.option("--embeddings", metavar="MODEL|installed", help="Also measure meaning.")
 @click.option(
     "--accuracy",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Of `evaluate accuracy` at some of these diversities: plotted against the score.",
+    help="Report of `evaluate accuracy` at some of these diversities, to plot against the score.",
 )
 @plots_option
 def evaluate_run(
@@ -66,10 +66,10 @@ def evaluate_run(
     plots: Path | None,
     **options,
 ) -> None:
-    """Ask MODEL_OR_URL at each diversity, measure the answers beside human text, write a report.
+    """Request answers at each diversity, compare them with human text, and write a report.
 
-    A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served for the
-    time being; a server at a URL is asked as it is. The same command goes on where it was stopped.
+    A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served during the
+    run; a server at a URL is used as it is. Repeat the command to continue a stopped run.
     """
     with usage_errors():
         from dftserve.evaluate.accuracy import report
@@ -86,20 +86,21 @@ def evaluate_run(
             serve_flags=flags,
             **options,
         )
-        asked = None if accuracy is None else report.read(accuracy)
-        if asked is not None:
-            asked.check(job.grid, job.temperature)
+        measured = None if accuracy is None else report.read(accuracy)
+        if measured is not None:
+            measured.check(job.grid, job.temperature)
         if plots is not None:
             png.check(plots)
         with answers_bar() as tick:
             result = evaluate(job, lambda line: click.echo(line, err=True), tick)
-        if asked is not None and asked.model != result.model:
-            click.echo(f"--accuracy is of {asked.model}, the answers of {result.model}.", err=True)
-        write(result, job.out, asked)
+        if measured is not None and measured.model != result.model:
+            models = f"{measured.model}, the answers are by {result.model}"
+            click.echo(f"Warning: --accuracy is about {models}.", err=True)
+        write(result, job.out, measured)
         if plots is not None:
-            png.write(figures(result, asked), plots)
+            png.write(figures(result, measured), plots)
         click.echo(as_text(result))
-        click.echo(f"{job.out / REPORT} has it all.", err=True)
+        click.echo(f"{job.out / REPORT} is the full report.", err=True)
 
 
 @evaluate.command("compare")
@@ -107,7 +108,7 @@ def evaluate_run(
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
-    """Pair two runs over the same prompts: A and B are their result.json."""
+    """Compare two runs over the same prompts in pairs. A and B are their result.json files."""
     with usage_errors():
         from dftserve.evaluate.report.compare import compare
 
@@ -121,22 +122,22 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="Default: DFTSERVE_DATA/accuracy.")
 @click.option("--grid", default="0,.5,1", show_default=True, metavar="DIVERSITIES")
 @click.option("--tasks", default="mmlu,gsm8k,humaneval", show_default=True)
-@click.option("--limit", type=int, help="Questions of each task. Default: all.")
-@click.option("--samples", type=int, default=1, show_default=True, help="Answers to a question.")
-@click.option("--max-tokens", type=int, help="Of an answer. Default: what each task says.")
+@click.option("--limit", type=int, help="Questions per task. Default: all.")
+@click.option("--samples", type=int, default=1, show_default=True, help="Answers per question.")
+@click.option("--max-tokens", type=int, help="Per answer. Default: set by each task.")
 @click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--model", help="As the server names it. Default: its first.")
+@click.option("--model", help="Name on the server. Default: the first listed.")
 @click.option("--completions", is_flag=True, help="For a base model, without a chat template.")
 @key_option
 @click.option("--concurrency", "at_once", type=int, default=16, show_default=True)
-@click.option("--unsafe-no-sandbox", is_flag=True, help="Run what the model wrote as yourself.")
+@click.option("--unsafe-no-sandbox", is_flag=True, help="Run the model's code as your own user.")
 def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
-    """Ask the server at URL questions with an answer, at each diversity: what does it cost?
+    """Measure accuracy at each diversity, on questions with a known answer.
 
-    MMLU and GSM8K by lm-eval (`make eval-env` installs it), HumanEval in a sandbox of our own;
-    `--tasks refusals`: are prompts that you bring still refused, and others answered? By rules for
-    English, no judge: an answer refuses if one of its first two sentences does, in part too.
-    The questions are files of yours: docs/evaluation.md names them.
+    MMLU and GSM8K run in lm-eval (`make eval-env` installs it), HumanEval in this project's
+    sandbox. `--tasks refusals` checks which of your prompts are refused and which are answered. It
+    uses rules for English and no judge: an answer is a refusal if one of its first two sentences
+    refuses, even in part. You provide the files with the questions: docs/evaluation.md lists them.
     """
     with usage_errors():
         from dftserve.evaluate.accuracy.run import Job, run
@@ -155,9 +156,9 @@ def accuracy(grid: str, tasks: str, completions: bool, **options) -> None:
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--card", type=click.Path(path_type=Path), metavar="CHECKPOINT")
 def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
-    """What tuning did to accuracy: BEFORE and AFTER are reports of `evaluate accuracy` by the model
-    before and after, over the same questions; the answers are read from FILE.parts/ beside each.
-    With --card the table goes into the model card of CHECKPOINT too.
+    """Compare accuracy before and after tuning. BEFORE and AFTER are reports of `evaluate accuracy`
+    on the model before and after, over the same questions; the answers are read from FILE.parts/
+    next to each report. With --card the table is also added to the model card of CHECKPOINT.
     """
     with usage_errors():
         from dftserve.checkpoint import add_to_card
@@ -176,13 +177,13 @@ def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Default: DFTSERVE_DATA.")
-@click.option("--tasks", default="story,essay,e2e", show_default=True, help="Names, or files.")
+@click.option("--tasks", default="story,essay,e2e", show_default=True, help="Names or files.")
 @click.option("--grid", default="0,.25,.5,.75,1", show_default=True, metavar="DIVERSITIES")
-@click.option("--limit", type=int, help="Prompts of each task, 8 or more. Default: all.")
-@click.option("--samples", type=int, help="Answers to each prompt. Default: what each task says.")
-@click.option("--max-tokens", type=int, help="Of an answer. Default: what each task says.")
-@click.option("--body", default="{}", metavar="JSON", help="More fields of each request.")
-@click.option("--model", "name", help="As the server at URL names it. Default: its first.")
+@click.option("--limit", type=int, help="Prompts per task, 8 or more. Default: all.")
+@click.option("--samples", type=int, help="Answers to each prompt. Default: set by each task.")
+@click.option("--max-tokens", type=int, help="Per answer. Default: set by each task.")
+@click.option("--body", default="{}", metavar="JSON", help="Extra fields of each request.")
+@click.option("--model", "name", help="Name on the server. Default: the first listed.")
 @key_option
 @click.option("--concurrency", type=int, default=16, show_default=True)
 @plots_option
@@ -194,7 +195,7 @@ def benchmark(
     plots: Path | None,
     **options,
 ) -> None:
-    """The Style Diversity Benchmark: stories, essays, and the same meaning in other words.
+    """Run the Style Diversity Benchmark: stories, essays, and many wordings of one meaning.
 
     MODEL_OR_URL is as for `evaluate run`.
     """
@@ -224,9 +225,9 @@ def benchmark(
 @click.option("--answers", type=click.Path(path_type=Path), help="The OUT of an evaluation.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -> None:
-    """Bits per byte of held-out human text under the causal language model MODEL (a folder, a
-    .gguf file, or a name on the hub), and how surprising it finds an evaluation's answers beside
-    human text."""
+    """Compute bits per byte of held-out human text under the causal language model MODEL (a folder,
+    a .gguf file, or a name on the hub), and the surprisal of human text and of an evaluation's
+    answers."""
     with usage_errors():
         model = model_of(model)
         from transformers.utils import logging
@@ -241,13 +242,13 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
 @evaluate.command("judge")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--human", required=True, type=click.Path(path_type=Path), help="Human answers.")
-@click.option("--url", required=True, help="Of the judge.")
-@click.option("--judge", "model", required=True, help="As its server names it.")
+@click.option("--url", required=True, help="Server of the judge.")
+@click.option("--judge", "model", required=True, help="Name on that server.")
 @key_option
-@click.option("--diversity", type=float, default=0.0, show_default=True, help="Of the grid.")
-@click.option("--words", type=int, default=120, show_default=True, help="Of each text.")
-@click.option("--rubric", type=click.Path(path_type=Path), help="In place of ours.")
-@click.option("--max-tokens", type=int, default=1024, show_default=True, help="Of a judgment.")
+@click.option("--diversity", type=float, default=0.0, show_default=True, help="Level of the grid.")
+@click.option("--words", type=int, default=120, show_default=True, help="Words of each text.")
+@click.option("--rubric", type=click.Path(path_type=Path), help="Replaces the built-in one.")
+@click.option("--max-tokens", type=int, default=1024, show_default=True, help="Per judgment.")
 @click.option("--concurrency", type=int, default=8, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def judge(
@@ -263,13 +264,13 @@ def judge(
     concurrency: int,
     as_json: bool,
 ) -> None:
-    """Let a model judge the answers in OUT against people's to the same prompts (JMQ)."""
+    """Let a model judge the answers in OUT against human answers to the same prompts (JMQ)."""
     with usage_errors():
         from dftserve.evaluate.preference.judge import RUBRIC, Judge, judged, read_rubric
         from dftserve.evaluate.preference.pairs import pairs
         from dftserve.serve import base_url
 
-        asked = Judge(
+        judge_model = Judge(
             base_url=base_url(url),
             model=model,
             key_variable=key_variable,
@@ -277,7 +278,7 @@ def judge(
             max_tokens=max_tokens,
             at_once=concurrency,
         )
-        found = judged(pairs(out, human, diversity, words), asked, out / "judged.jsonl")
+        found = judged(pairs(out, human, diversity, words), judge_model, out / "judged.jsonl")
         click.echo(found.as_json() if as_json else found.render())
 
 
@@ -290,11 +291,11 @@ def blind() -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--human", required=True, type=click.Path(path_type=Path), help="Human answers.")
 @click.option("--html", required=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--diversity", type=float, default=0.0, show_default=True, help="Of the grid.")
-@click.option("--words", type=int, default=120, show_default=True, help="Of each text.")
+@click.option("--diversity", type=float, default=0.0, show_default=True, help="Level of the grid.")
+@click.option("--words", type=int, default=120, show_default=True, help="Words of each text.")
 @click.option("--question", default="person", show_default=True, help="person or preference.")
 @click.option("--title", default="Two texts", show_default=True)
-@click.option("--seed", type=int, required=True, help="One that nobody guesses: $RANDOM.")
+@click.option("--seed", type=int, required=True, help="One that nobody can guess: $RANDOM.")
 def blind_page(
     out: Path,
     human: Path,
@@ -305,7 +306,7 @@ def blind_page(
     title: str,
     seed: int,
 ) -> None:
-    """Write the test of the answers in OUT as one HTML file, and its key beside it."""
+    """Write the test of the answers in OUT as one HTML file, and its key next to it."""
     with usage_errors():
         from dftserve.evaluate.preference.human_test import KEY, page
         from dftserve.evaluate.preference.pairs import pairs
@@ -318,7 +319,7 @@ def blind_page(
 @blind.command("verdict")
 @click.argument("key", type=click.Path(path_type=Path))
 @click.argument("answers", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--margin", type=float, default=0.10, show_default=True, help="Still parity.")
+@click.option("--margin", type=float, default=0.10, show_default=True, help="Margin of parity.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def blind_verdict(key: Path, answers: tuple[Path, ...], margin: float, as_json: bool) -> None:
     """Join exported ANSWERS with the page's KEY, and test for parity."""
@@ -337,29 +338,29 @@ def evaluate_anchors() -> None:
 @evaluate_anchors.command("build")
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--words", type=int, default=120, show_default=True, help="Measured of each text.")
-@click.option("--pieces", type=int, default=1, show_default=True, help="Cut from one long work.")
+@click.option("--words", type=int, default=120, show_default=True, help="Words of each window.")
+@click.option("--pieces", type=int, default=1, show_default=True, help="Windows per long work.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -> None:
-    """Make anchors from human text in CORPUS: .txt, .md, .rst, .jsonl (.gz), .json, .csv, .parquet,
-    or a folder of these."""
+    """Build anchors from human text in CORPUS: .txt, .md, .rst, .jsonl (.gz), .json, .csv,
+    .parquet, or a folder of these."""
     with usage_errors():
         from dftserve.evaluate import reference
 
         found = reference.samples(corpus, words=words, pieces=pieces)
         works = len({each.source for each in found})
-        click.echo(f"{len(found)} texts of {works} works.")
+        click.echo(f"{len(found)} texts from {works} works.")
         built = reference.build(found, words=words, seed=seed)
         reference.save(built, out)
         click.echo(reference.render(built))
-        for doubt in reference.doubts(built, works):
-            click.echo(f"Warning: {doubt}", err=True)
+        for warning in reference.warnings(built, works):
+            click.echo(f"Warning: {warning}", err=True)
 
 
 @evaluate_anchors.command("inspect")
 @click.argument("folder", type=click.Path(path_type=Path))
 def anchors_inspect(folder: Path) -> None:
-    """Say what the anchors in FOLDER are made of, and what people score."""
+    """Show the contents of the anchors in FOLDER, and the score of human text."""
     with usage_errors():
         from dftserve.evaluate import reference
 
@@ -367,7 +368,7 @@ def anchors_inspect(folder: Path) -> None:
 
 
 def _grid(text: str) -> tuple[object, ...]:
-    """Numbers with commas, or a JSON list whose items the field accepts."""
+    """Parse comma-separated numbers, or a JSON list of values that `diversity` accepts."""
     try:
         if text.lstrip().startswith("["):
             return tuple(parse_json(text, "--grid"))

@@ -14,14 +14,14 @@ from dftserve.evaluate.text.windows import Windows
 
 @dataclass(frozen=True)
 class Surprise:
-    """Of windows of the anchors' length."""
+    """Likelihood of human text and of answers, cut to the length of the anchors' windows."""
 
     model: str
     bits_per_byte: Estimate
-    """Of held-out human text."""
+    """Measured on held-out human text."""
     human: Surprisal
     answers: tuple[tuple[Any, Surprisal], ...]
-    """By diversity."""
+    """(diversity, surprisal of its answers)."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
@@ -37,10 +37,10 @@ class Surprise:
 
 
 def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
-    """Measure the anchors' held-out texts and, where given, an evaluation's answers.
+    """Measure the anchors' held-out texts and, if given, an evaluation's answers.
 
     Raises:
-        ValueError: anchors, an evaluation or a model that cannot be taken.
+        ValueError: the anchors, the evaluation or the model cannot be used.
     """
     test = reference.load(anchors).test
     sets = [(None, test)]

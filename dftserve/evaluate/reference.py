@@ -1,13 +1,13 @@
-"""Human anchors: what human text scores, on texts of your own, kept in a folder.
+"""Human anchors: a folder of your own human texts, and how they score.
 
-    anchors.json    what it was made from, the window, the seed, and the human figures
+    anchors.json    the window, the seed, numbers of texts, and the human scores
     texts.jsonl     the windows, each in one of three splits:
-                    reference    the scale of style and the bigram model are made from it
-                    calibration  what human variety is, in these units
-                    test         held out: what a person scores, and the other side of every
-                                 comparison with human text
+                    reference    the scale of style and the bigram model are fitted on it
+                    calibration  defines human variety on that scale
+                    test         held out: gives the human scores, and is the human side of every
+                                 comparison
 
-Everything else is made again from the texts when the folder is read, and must come out as written.
+Everything else is recomputed from the texts when the folder is read, and must match anchors.json.
 """
 
 import hashlib
@@ -34,36 +34,37 @@ FILE = "anchors.json"
 TEXTS = "texts.jsonl"
 SHARES = {"reference": 0.5, "calibration": 0.25, "test": 0.25}
 LEAST = {"reference": 32, "calibration": 16, "test": 16}
-"""Texts in a split."""
+"""Minimum texts in each split."""
 COPY = 0.5
-"""Two texts that share more of their phrases than this are the same text twice."""
+"""Texts that share more of their phrases than this are copies (`ngram_overlap`)."""
 MOST = 5_000
-"""Texts that are compared, each with all others: 200 MB for each matrix of what they share."""
+"""Maximum number of texts. Each is compared with all others: 200 MB for each overlap matrix."""
 UNSAMPLED = "unsampled"
 LARGEST = 1 << 20
-"""Bytes of anchors.json."""
+"""Maximum bytes of anchors.json."""
 LARGEST_TEXTS = 2 << 30
 LARGEST_LINE = 64 << 20
 MOST_WORDS = 1_000_000
 FEW_WORKS = 16
 LOW_SCORE = 80.0
-"""Of held-out human text, which scores 92 to 100 on ten splits of the story set."""
+"""Held-out human text that scores below this raises a warning; on ten splits of the story set it
+scores 92 to 100."""
 LEAST_FUNCTION_WORDS = 0.25
-"""English prose has .4 to .6; other languages, which the style features do not know, below .1."""
+"""English prose has .4 to .6; other languages, which the style features do not cover, below .1."""
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Human text in three disjoint splits, what it gives to measure by, and what it scores."""
+    """Human text in three disjoint splits, the reference fitted on it, and its score."""
 
     seed: int
     dropped: dict[str, int]
-    """Texts that were left out, by reason: `short`, `copies`, `alone` (their prompt has too few
-    where others have enough), `unsampled` where there were more than `MOST`."""
+    """Numbers of texts that were left out, by reason: `short`, `copies`, `alone` (in a prompt with
+    too few, where other prompts have enough), and `unsampled` if there were more than `MOST`."""
     splits: dict[str, Windows]
     sds_reference: SDSReference
     human: Score
-    """Of the `test` split."""
+    """The score of the `test` split."""
 
     @property
     def words(self) -> int:
@@ -75,39 +76,40 @@ class Anchors:
 
 
 def samples(corpus: Path, *, words: int = WORDS, pieces: int = 1) -> list[Sample]:
-    """Human texts of a file or folder, as `dftserve.corpus.read` takes them; of a conversation
-    the last answer, with what was asked before it.
+    """Human texts of a file or folder that `dftserve.corpus.read` accepts. Of a conversation, the
+    text is the last answer and its prompt the last question.
 
     Args:
-        pieces: how many windows at most are cut from one long work.
+        pieces: the maximum number of windows that are cut from one long work.
     """
     found = []
     for text in read(corpus):
         turns = text.messages or ({"role": "assistant", "content": text.content},)
-        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-        said = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-        if said:
-            prompt = asked[-1] if asked else ""
-            found += cut(Sample(said[-1], prompt, text.origin), words, pieces)
+        questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        if answers:
+            prompt = questions[-1] if questions else ""
+            found += cut(Sample(answers[-1], prompt, text.origin), words, pieces)
     return found
 
 
 def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> Anchors:
-    """Anchors from human texts; the order in which they come does not matter.
+    """Build anchors from human texts; their order does not matter.
 
-    Where at least half of the texts belong to prompts with eight or more, texts are compared within
-    prompts, and a prompt is in one split whole; else a source is. Of more than `MOST` texts so many
-    are drawn, by the seed, of each prompt or source alike where it has as many.
+    If at least half of the texts belong to prompts with eight or more, texts are compared within
+    prompts, and all texts of a prompt are in one split; otherwise all texts of a source are. Of
+    more than `MOST` texts, at most `MOST` are drawn by the seed, equally many from each prompt or
+    source that has enough.
 
     Raises:
-        ValueError: too few texts, too short ones, not English, or all alike.
+        ValueError: too few texts, texts that are too short or not English, or all the same.
     """
     windows = Windows.of(samples, words)
     short = windows.short
     whole = windows.whole()
-    _refuse_few(len(whole), f"{len(windows)} texts, {short} of them shorter than {words} words")
-    _refuse_foreign(whole)
-    whole = _in_order(whole, seed)
+    _require_enough(len(whole), f"{len(windows)} texts, {short} of them shorter than {words} words")
+    _require_english(whole)
+    whole = _sorted_by_digest(whole, seed)
     drawn = whole.pick(_drawn(whole))
     kept = drawn.pick(_originals(drawn))
     units = _units(kept)
@@ -115,21 +117,21 @@ def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> An
     dropped = {"short": short, "copies": len(drawn) - len(kept), "alone": alone}
     if left := len(whole) - len(drawn):
         dropped[UNSAMPLED] = left
-    splits = {name: kept.pick(places) for name, places in _split(units).items()}
+    splits = {name: kept.pick(indices) for name, indices in _split(units).items()}
     counts = {name: len(split) for name, split in splits.items()}
     if any(counts[name] < LEAST[name] for name in LEAST):
         raise ValueError(
             f"human texts: got {counts} after {dropped} were dropped; accepted: at least {LEAST}: "
-            "more texts, or smaller prompts and sources, which are in one split whole."
+            "more texts, or prompts and sources with fewer each, as these are kept whole."
         )
-    return _measured(seed, dropped, splits)
+    return _fitted(seed, dropped, splits)
 
 
 def save(anchors: Anchors, folder: Path) -> None:
     """Write a new folder.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: the folder exists.
     """
     with atomic.folder(folder) as temporary:
         texts = temporary / TEXTS
@@ -146,8 +148,8 @@ def load(folder: Path) -> Anchors:
     """Read what `save` wrote.
 
     Raises:
-        ValueError: no anchors there, of another format, changed since, or measured otherwise by
-            this version.
+        ValueError: the folder has no anchors, they have another format or were changed, or this
+            version computes other scores from them.
     """
     written = "a folder that `dftserve evaluate anchors` wrote"
     try:
@@ -170,17 +172,17 @@ def load(folder: Path) -> Anchors:
         raise ValueError(f"{folder / TEXTS}: changed since it was written; build it again.")
     with shaped_as(folder / TEXTS, f"the texts of {written}"):
         splits = _read_splits(folder, words)
-    anchors = _measured(about["seed"], about["dropped"], splits)
+    anchors = _fitted(about["seed"], about["dropped"], splits)
     if _about(anchors) != {name: value for name, value in about.items() if name != "texts_blake3"}:
         raise ValueError(
-            f"{folder}: this version measures these texts otherwise than the one that wrote the "
-            "folder; build it again, and the evaluations that used it."
+            f"{folder}: this version computes other scores for these texts than the one that wrote "
+            "the folder; build it again, and repeat the evaluations that used it."
         )
     return anchors
 
 
 def render(anchors: Anchors) -> str:
-    """For a terminal."""
+    """A summary for the terminal."""
     counts = ", ".join(f"{len(split)} {name}" for name, split in anchors.splits.items())
     dropped = ", ".join(f"{count} {reason}" for reason, count in anchors.dropped.items() if count)
     if anchors.dropped.get(UNSAMPLED):
@@ -195,28 +197,28 @@ def render(anchors: Anchors) -> str:
     )
 
 
-def doubts(anchors: Anchors, works: int) -> list[str]:
-    """Why scores beside these anchors may mean little, a sentence each.
+def warnings(anchors: Anchors, works: int) -> list[str]:
+    """Reasons why scores on these anchors may be unreliable, as sentences.
 
     Args:
-        works: from how many works the texts are.
+        works: the number of works that the texts are from.
     """
     found, people = [], anchors.human.sds.value
     if works < FEW_WORKS:
         found.append(
-            f"The texts are of {works} works: what counts as human variety is that of few authors. "
-            f"Add texts of other people, {FEW_WORKS} works or more."
+            f"The texts are from {works} works, so human variety is measured on few authors. "
+            f"Add texts by other people, from {FEW_WORKS} works or more."
         )
     if people < LOW_SCORE:
         found.append(
-            f"Held-out human text scores {people:.0f} and should score about 95: the splits are "
-            "not of one kind. Add texts of more works, or leave out what is unlike the rest."
+            f"Held-out human text scores {people:.0f} and should score about 95: the splits "
+            "differ in kind. Add texts from more works, or leave out those unlike the rest."
         )
     return found
 
 
 def digest(folder: Path) -> str:
-    """What a result carries to say which anchors it used: the BLAKE3 of anchors.json."""
+    """The BLAKE3 digest of anchors.json, by which a result identifies its anchors."""
     return digest_of(folder / FILE, within=folder, largest=LARGEST)
 
 
@@ -230,22 +232,22 @@ def _texts_digest(folder: Path) -> str | None:
 # ── Splitting ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _in_order(windows: Windows, seed: int) -> Windows:
-    """By a digest of the text, so that neither the split nor what is kept follows the input."""
+def _sorted_by_digest(windows: Windows, seed: int) -> Windows:
+    """Sort, so that neither the splits nor the choice of copies depends on the input's order."""
 
-    def key(place: int) -> tuple[bytes, str]:
-        said = f"{seed}\0{windows.prompts[place]}\0{windows.texts[place]}"
-        digest = hashlib.blake2b(said.encode(), digest_size=16).digest()
-        return digest, windows.sources[place]
+    def key(index: int) -> tuple[bytes, str]:
+        content = f"{seed}\0{windows.prompts[index]}\0{windows.texts[index]}"
+        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+        return digest, windows.sources[index]
 
     return windows.pick(sorted(range(len(windows)), key=key))
 
 
 def _drawn(windows: Windows) -> list[int]:
-    """Places of at most `MOST` texts of those in order.
+    """Indices of at most `MOST` texts, equally many from each unit that has enough.
 
-    Of each unit alike, where it has as many: few units that have all their texts would fill no
-    split, and prompts with fewer than `LEAST_TEXTS` could not be compared within.
+    Taking all texts of some units could leave too few units to split, and prompts with fewer than
+    `LEAST_TEXTS` could not be compared within.
     """
     if len(windows) <= MOST:
         return list(range(len(windows)))
@@ -255,61 +257,62 @@ def _drawn(windows: Windows) -> list[int]:
         return sum(min(len(unit), of_each) for unit in units)
 
     fitting = bisect_right(range(1, max(map(len, units)) + 1), MOST, key=taken)
-    of_each = max(fitting, LEAST_TEXTS if _prompts(windows) else 1)
-    return sorted([place for unit in units for place in unit[:of_each]][:MOST])
+    of_each = max(fitting, LEAST_TEXTS if _by_prompt(windows) else 1)
+    return sorted([index for unit in units for index in unit[:of_each]][:MOST])
 
 
 def _originals(windows: Windows) -> list[int]:
+    """Indices of the texts that are no copies of an earlier one."""
     shared_TT = ngram_overlap([tokens(text) for text in windows.texts])
     kept: list[int] = []
-    for place in range(len(windows)):
-        if not kept or shared_TT[place, kept].max() <= COPY:
-            kept.append(place)
+    for index in range(len(windows)):
+        if not kept or shared_TT[index, kept].max() <= COPY:
+            kept.append(index)
     return kept
 
 
 def _units(windows: Windows) -> list[list[int]]:
-    """The places of texts that stay together: of a prompt, or of a source."""
-    return _prompts(windows) or _by_source(windows)
+    """Indices of the texts that stay in one split: those of a prompt, or of a source."""
+    return _by_prompt(windows) or _by_source(windows)
 
 
-def _prompts(windows: Windows) -> list[list[int]]:
-    """The places of each prompt's texts, of prompts with enough; none where these have fewer than
-    half of the texts."""
-    answered = list(windows.answered().values())
-    return answered if 2 * sum(map(len, answered)) >= len(windows) else []
+def _by_prompt(windows: Windows) -> list[list[int]]:
+    """Indices of each prompt's texts, for prompts with enough of them; empty if these are fewer
+    than half of all texts."""
+    units = list(windows.indices_by_prompt().values())
+    return units if 2 * sum(map(len, units)) >= len(windows) else []
 
 
 def _by_source(windows: Windows) -> list[list[int]]:
-    """The places of each source's texts; a text without a source is one of its own."""
+    """Indices of each source's texts; a text without a source counts as its own source."""
     units: dict[str | int, list[int]] = {}
-    for place, source in enumerate(windows.sources):
-        units.setdefault(source or place, []).append(place)
+    for index, source in enumerate(windows.sources):
+        units.setdefault(source or index, []).append(index)
     return list(units.values())
 
 
 def _split(units: Sequence[Sequence[int]]) -> dict[str, list[int]]:
-    """Units by their shares, whole, the last split taking what is left."""
+    """Indices of the texts of each split: whole units, in the proportions of `SHARES`."""
     splits: dict[str, list[int]] = {}
     start, share = 0, 0.0
     for name in SHARES:
         share += SHARES[name]
         stop = round(share * len(units))
-        splits[name] = [place for unit in units[start:stop] for place in unit]
+        splits[name] = [index for unit in units[start:stop] for index in unit]
         start = stop
     return splits
 
 
-def _refuse_few(count: int, told: str) -> None:
+def _require_enough(count: int, texts: str) -> None:
     least = 2 * LEAST["reference"]
     if count < least:
         raise ValueError(
-            f"human texts: got {told}; accepted: {least} or more that are long enough (a smaller "
-            "window is `--words`)."
+            f"human texts: got {texts}; accepted: {least} or more that are long enough (`--words` "
+            "sets a smaller window)."
         )
 
 
-def _refuse_foreign(windows: Windows) -> None:
+def _require_english(windows: Windows) -> None:
     share = function_share(windows.texts)
     if share < LEAST_FUNCTION_WORDS:
         raise ValueError(
@@ -318,16 +321,17 @@ def _refuse_foreign(windows: Windows) -> None:
         )
 
 
-# ── Figures ──────────────────────────────────────────────────────────────────────────────────────
+# ── Scores ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _measured(seed: int, dropped: dict[str, int], splits: dict[str, Windows]) -> Anchors:
+def _fitted(seed: int, dropped: dict[str, int], splits: dict[str, Windows]) -> Anchors:
     sds_reference = SDSReference.fit(splits["reference"], splits["calibration"])
     return Anchors(seed, dropped, splits, sds_reference, score(splits["test"], sds_reference))
 
 
 def _about(anchors: Anchors) -> dict[str, Any]:
-    """Rounded, so that another order of summation is no difference."""
+    """The contents of anchors.json. Scores are rounded, as their last digits depend on the order of
+    summation."""
     score = anchors.human
     parts = {name: getattr(score, name) for name in ("sds", "variety", "wording", "coherence")}
     human = {

@@ -1,7 +1,7 @@
 """Run an evaluation: request answers at each diversity of a grid, measure them, write the result.
 
-OUT/asked.json      what was asked                  OUT/result.json   every number
-OUT/answers.jsonl   every answer, as it came        OUT/report.html   (`report.write`)
+OUT/asked.json      the prompts and settings        OUT/result.json   every number
+OUT/answers.jsonl   every answer, unchanged         OUT/report.html   (`report.html.write`)
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from dftserve.openai_client import Server, key_of
 from dftserve.serve import base_url, check_model_or_url, is_url, running, served_name
 
 SHOWN = 3
-"""Prompts whose answers stand side by side in the report."""
+"""Number of prompts whose answers are shown side by side in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Job:
     """What to evaluate, against what, and where to write it."""
 
     model: str
-    """A checkpoint, which is served for the time being, or the URL of a server."""
+    """A checkpoint, which is served during the run, or the URL of a server."""
     prompts: Path
     anchors: Path
     out: Path
@@ -60,28 +60,28 @@ class Job:
     temperature: float = 1.0
     seed: int = 0
     body: Mapping[str, Any] = field(default_factory=dict)
-    """More fields of each request."""
+    """Extra fields of each request."""
     name: str | None = None
-    """As the server names the model; None: its first."""
+    """The model's name on the server; None: the first that it lists."""
     key_variable: str | None = None
     """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
     concurrency: int = 16
     phrases: Path | None = None
-    """A list of phrases to count; None: our own."""
+    """A list of phrases to count; None: the built-in one."""
     embeddings: str | None = None
-    """A sentence-transformers model, or `installed`; None: nothing is said about meaning."""
+    """A sentence-transformers model, or `installed`; None: meaning is not measured."""
     serve_flags: tuple[str, ...] = ()
-    """vLLM's, where the model is served here."""
+    """vLLM's flags, if `model` is a checkpoint."""
     weights: str | None = None
-    """Of a checkpoint that is behind the URL, as `weights_of` has it; None: nobody knows."""
+    """`weights_of` the checkpoint behind the URL; None: unknown."""
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
             raise ValueError(f"concurrency: got {self.concurrency}; accepted: 1 or more.")
         if self.serve_flags and self.is_url:
             raise ValueError(
-                f"got {' '.join(self.serve_flags)} and a URL; accepted: our own options; vLLM's "
-                "flags go with a checkpoint."
+                f"got {' '.join(self.serve_flags)} and a URL; accepted: this command's own "
+                "options; vLLM's flags need a checkpoint."
             )
         check_model_or_url(self.model)
 
@@ -91,19 +91,19 @@ class Job:
 
 
 def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], object]) -> Result:
-    """Ask, measure, write.
+    """Request the answers, measure them and write the result.
 
     Args:
-        say: takes a line for the user.
-        tick: takes how many answers there are, of how many.
+        say: called with each line for the user.
+        tick: called with the number of answers so far and their total.
 
     Raises:
-        ValueError: a file, a setting or the texts are not what is accepted.
+        ValueError: a file, a setting or the texts are not accepted.
         RuntimeError: a server does not start, cannot be reached or fails.
     """
     anchors = reference.load(job.anchors)
     prompts = read_prompts(job.prompts)
-    _refuse_few(anchors, prompts, job.samples)
+    _require_enough(anchors, prompts, job.samples)
     instruments = Instruments(
         style_space=StyleSpace.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),
@@ -122,18 +122,18 @@ def ask(
     say: Callable[[str], object],
     tick: Callable[[int, int], object],
 ) -> tuple[RequestGrid, list[Answer]]:
-    """All answers; those that the folder lacks are asked for, and no server is needed for none.
+    """All answers; those missing from the folder are requested. If none are, no server is needed.
 
     Args:
-        prompts: what `job.prompts` holds.
+        prompts: the contents of `job.prompts`.
 
     Raises as `evaluate`.
     """
     done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
-    is_whole = done == total
+    is_complete = done == total
     request_grid = RequestGrid(
-        model=_model(job, is_whole, say),
+        model=_model(job, is_complete, say),
         prompts=prompts,
         grid=job.grid,
         samples=job.samples,
@@ -143,12 +143,12 @@ def ask(
         body=job.body,
         weights=job.weights if job.is_url else weights_of(job.model, say),
     )
-    check_asked(request_grid, job.out)  # Before minutes go into starting a server.
-    if (unknown := doubt(request_grid, job.out)) is not None:
-        say(unknown)
+    check_asked(request_grid, job.out)  # Before starting a server, which takes minutes.
+    if (warning := doubt(request_grid, job.out)) is not None:
+        say(warning)
 
     with contextlib.ExitStack() as stack:
-        url = "" if is_whole else stack.enter_context(server(job, say))
+        url = "" if is_complete else stack.enter_context(server(job, say))
         answers = generate(
             request_grid,
             job.out,
@@ -159,20 +159,20 @@ def ask(
     return request_grid, answers
 
 
-def _model(job: Job, is_whole: bool, say: Callable[[str], object]) -> str:
-    """The name that is asked for now, whatever the folder's answers were asked under."""
+def _model(job: Job, is_complete: bool, say: Callable[[str], object]) -> str:
+    """The model name to request, whatever name the folder's answers were requested under."""
     if job.name is not None:
         return job.name
     if not job.is_url:
         return served_name(job.model, job.serve_flags)
-    kept = (read_asked(job.out) or {}).get("model") if is_whole else None
+    kept = (read_asked(job.out) or {}).get("model") if is_complete else None
     return first_model(Server(base_url(job.model), job.key_variable), kept, say)
 
 
 @contextlib.contextmanager
 def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
-    """The URL of the job's server, which is started for the time being where there is none."""
-    key_of(job.key_variable)  # Before minutes go into starting one.
+    """The URL of the job's server. A checkpoint is served until the context exits."""
+    key_of(job.key_variable)  # Before starting a server, which takes minutes.
     if job.is_url:
         yield base_url(job.model)
         return
@@ -183,7 +183,7 @@ def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
         try:
             started = stack.enter_context(running(job.model, *job.serve_flags, log=log))
         except RuntimeError as error:
-            raise RuntimeError(f"{error}\nAll of it is in {log}.") from None
+            raise RuntimeError(f"{error}\nThe whole log is {log}.") from None
         yield started.url
 
 
@@ -197,57 +197,56 @@ def assess(
     """Measure answers.
 
     Raises:
-        ValueError: too few that are long enough.
+        ValueError: too few answers are long enough.
     """
     start = time.perf_counter()
-    at = [
+    by_level = [
         [answer for answer in answers if answer.level == level]
         for level in range(len(request_grid.grid))
     ]
-    said = [[answer for answer in level if not answer.is_cut] for level in at]
-    cut = [len(level) - len(whole) for level, whole in zip(at, said, strict=True)]
+    uncut = [[answer for answer in level if not answer.is_cut] for level in by_level]
+    cut = [len(level) - len(rest) for level, rest in zip(by_level, uncut, strict=True)]
     windows = [
         Windows.of(
             [Sample(each.said, request_grid.prompts[each.place].text) for each in level],
             anchors.words,
         )
-        for level in said
+        for level in uncut
     ]
     whole = [len(level) - level.short for level in windows]
     calibration, test = anchors.splits["calibration"], anchors.test
     compared = min(*whole, len(calibration), len(test)) if whole else 0
     if compared < LEAST_TEXTS:
-        shown = ", ".join(f"{n} of {len(level)}" for n, level in zip(whole, at, strict=True))
+        shown = ", ".join(f"{n} of {len(level)}" for n, level in zip(whole, by_level, strict=True))
         if any(cut):
             shown += f" ({sum(cut)} ended in their thinking)"
         raise ValueError(
             f"answers of {anchors.words} words or more, by diversity: {shown}; accepted: "
-            f"{LEAST_TEXTS} at each. Ask more or for longer texts (`--max-tokens`, now "
+            f"{LEAST_TEXTS} at each. Ask for more or longer texts (`--max-tokens`, now "
             f"{request_grid.max_tokens}), or build anchors with fewer `--words`."
         )
-    _refuse_foreign(windows)
+    _require_english(windows)
 
     def side(texts: Windows, human: Windows, scored: Score) -> Side:
-        some = texts.whole()
-        some, other = (_some(each, compared) for each in (some, human))
+        some, other = (_evenly_spaced(each, compared) for each in (texts.whole(), human))
         measures = measure(some, other, instruments)
         return Side(scored, measures, tuple(slop.most_repeated(some.texts)))
 
     levels = tuple(
         Level(
-            diversity=request_grid.grid[place],
+            diversity=request_grid.grid[index],
             side=side(texts, test, score(texts, anchors.sds_reference)),
-            tokens=mean([each.tokens for each in level], groups=_places(level)),
-            cut=cut[place],
+            tokens=mean([each.tokens for each in level], groups=_prompt_groups(level)),
+            cut=cut[index],
             unfinished=sum(each.finish_reason == "length" for each in level),
             entropy=_entropy(level),
-            samples=_samples(request_grid.prompts, at[place]),
+            samples=_samples(request_grid.prompts, by_level[index]),
         )
-        for place, (level, texts) in enumerate(zip(said, windows, strict=True))
+        for index, (level, texts) in enumerate(zip(uncut, windows, strict=True))
     )
     return Result(
         model=request_grid.model,
-        asked=_asked(request_grid),
+        asked=_settings(request_grid),
         anchors={
             "digest": anchors_digest,
             "words": anchors.words,
@@ -266,22 +265,22 @@ def assess(
     )
 
 
-def _refuse_few(anchors: Anchors, asked: Sequence[Prompt], samples: int) -> None:
-    """Before anything is generated."""
+def _require_enough(anchors: Anchors, prompts: Sequence[Prompt], samples: int) -> None:
+    """Check the number of answers before anything is generated."""
     if anchors.sds_reference.by_prompt and samples < LEAST_TEXTS:
         raise ValueError(
             f"samples: got {samples}; accepted: {LEAST_TEXTS} or more, as these anchors compare "
             "texts within prompts."
         )
-    if samples * len(asked) < LEAST_TEXTS:
+    if samples * len(prompts) < LEAST_TEXTS:
         raise ValueError(
-            f"prompts: got {len(asked)} with {samples} answers each; accepted: {LEAST_TEXTS} "
+            f"prompts: got {len(prompts)} with {samples} answers each; accepted: {LEAST_TEXTS} "
             "answers or more at each diversity."
         )
 
 
-def _refuse_foreign(windows: Sequence[Windows]) -> None:
-    """Where no level is English; soup at one of them scores 0 and is measured."""
+def _require_english(windows: Sequence[Windows]) -> None:
+    """Check that at least one level is English; word salad at others is measured and scores 0."""
     shares = [function_share(level.texts) for level in windows]
     if max(shares) < LEAST_FUNCTION_WORDS:
         raise ValueError(
@@ -296,9 +295,9 @@ def _embedder(named: str | None) -> Embedder | None:
     return embedder(None if named == "installed" else named)
 
 
-def _some(texts: Windows, count: int) -> Windows:
-    """`count` texts, evenly from the order in which they came."""
-    return texts.pick(place * len(texts) // count for place in range(count))
+def _evenly_spaced(texts: Windows, count: int) -> Windows:
+    """`count` of the texts, evenly spaced in their order."""
+    return texts.pick(index * len(texts) // count for index in range(count))
 
 
 def _entropy(answers: Sequence[Answer]) -> Entropy | None:
@@ -309,7 +308,7 @@ def _entropy(answers: Sequence[Answer]) -> Entropy | None:
         return [(each.figures or {})[name] for each in having(name)]
 
     def mean_of(name: str) -> Estimate:
-        return mean(of(name), groups=_places(having(name)))
+        return mean(of(name), groups=_prompt_groups(having(name)))
 
     if not having("mean_entropy_before"):
         return None
@@ -323,8 +322,8 @@ def _entropy(answers: Sequence[Answer]) -> Entropy | None:
     )
 
 
-def _places(answers: Sequence[Answer]) -> list[str]:
-    """The prompt of each, as a group."""
+def _prompt_groups(answers: Sequence[Answer]) -> list[str]:
+    """The group of each answer, which is its prompt."""
     return [f"{answer.place}" for answer in answers]
 
 
@@ -346,7 +345,7 @@ def _samples(
     return tuple((prompts[place].text, first[place]) for place in sorted(first)[:SHOWN])
 
 
-def _asked(request_grid: RequestGrid) -> dict[str, Any]:
+def _settings(request_grid: RequestGrid) -> dict[str, Any]:
     prompts = json.dumps([asdict(prompt) for prompt in request_grid.prompts], sort_keys=True)
     return {
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dftserve.evaluate import reference
-from dftserve.evaluate.reference import FEW_WORKS, doubts
+from dftserve.evaluate.reference import FEW_WORKS, warnings
 from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
 
@@ -307,8 +307,8 @@ def test_anchors_that_lack_something(folder, name):
 
 
 def test_anchors_of_few_works_or_of_a_low_score_are_doubted(built):
-    assert doubts(built, FEW_WORKS) == []
-    assert "are of 4 works" in doubts(built, 4)[0]
+    assert warnings(built, FEW_WORKS) == []
+    assert "are from 4 works" in warnings(built, 4)[0]
     low = replace(built.human, sds=replace(built.human.sds, value=52.0))
-    (told,) = doubts(replace(built, human=low), FEW_WORKS)
+    (told,) = warnings(replace(built, human=low), FEW_WORKS)
     assert "scores 52" in told

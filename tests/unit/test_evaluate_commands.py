@@ -144,7 +144,7 @@ def test_a_model_without_weights_that_can_be_read_is_evaluated_and_the_doubt_is_
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     found = run_it(base)
     assert found.exit_code == 0, found.output
-    assert f"{base}: its weights cannot be told from others" in found.output
+    assert f"{base}: its weights cannot be identified" in found.output
 
 
 def test_a_url_is_asked_what_it_serves_now(evaluated):

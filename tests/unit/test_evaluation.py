@@ -20,7 +20,7 @@ from dftserve.evaluate.accuracy.report import read as read_accuracy
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.slop import read_phrases
-from dftserve.evaluate.metrics.suite import MEASURES, _bounded
+from dftserve.evaluate.metrics.suite import MEASURES, _clipped
 from dftserve.evaluate.report.compare import compare
 from dftserve.evaluate.report.figures import Accuracy, figures
 from dftserve.evaluate.report.html import as_html, as_text
@@ -95,7 +95,7 @@ def test_no_interval_leaves_the_range_of_its_measure(result):
             assert least <= found.value <= most, name
             if found.low is not None and found.high is not None:
                 assert least <= found.low <= found.high <= most, name
-    wide = _bounded(Estimate(0.95, 0.8, 1.1), MEASURES["c2st_style"])
+    wide = _clipped(Estimate(0.95, 0.8, 1.1), MEASURES["c2st_style"])
     assert (wide.low, wide.high) == (0.8, 1.0)
 
 
@@ -245,7 +245,7 @@ def test_a_run_against_itself_differs_by_nothing(result, tmp_path):
     compared = compare(path, path)
     for _, rows in compared.levels:
         for row in rows:
-            if row.difference.low is not None and row.title != "told apart":
+            if row.difference.low is not None and row.title != "style classifier":
                 assert row.difference.value == 0
                 assert abs(row.difference.high - row.difference.low) < 1e-9 or row.title in UNPAIRED
     assert "b − a" in compared.render()
@@ -253,7 +253,7 @@ def test_a_run_against_itself_differs_by_nothing(result, tmp_path):
 
 
 UNPAIRED = (
-    *("told apart", "AI phrases", "“not X, but Y”"),
+    *("style classifier", "AI phrases", "“not X, but Y”"),
     *("V, style variance", "P, wording", "q, coherence"),
 )
 
@@ -481,7 +481,7 @@ def test_anchors_are_built_and_inspected(corpus, tmp_path):
     built = run("anchors", "build", corpus, "--out", tmp_path / "anchors")
     assert built.exit_code == 0, built.output
     assert "Held-out human text scores" in built.output
-    assert built.output.startswith("160 texts of 160 works.")
+    assert built.output.startswith("160 texts from 160 works.")
     assert run("anchors", "inspect", tmp_path / "anchors").output in built.output
     again = run("anchors", "build", corpus, "--out", tmp_path / "anchors")
     assert again.exit_code != 0

@@ -93,7 +93,7 @@ def test_other_suffixes(file, name):
 
 def test_no_file(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    for name, said in {"none.txt": "that is there", "folder.txt": "got a folder"}.items():
+    for name, said in {"none.txt": "that exists", "folder.txt": "got a folder"}.items():
         with pytest.raises(ValueError, match=said):
             read(tmp_path / name)
 

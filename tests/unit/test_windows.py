@@ -51,7 +51,9 @@ def test_an_echo_of_the_prompt_is_not_measured():
 def test_a_prompt_is_answered_by_enough_texts():
     prompts = ["a"] * LEAST_TEXTS + ["b"] * (LEAST_TEXTS - 1) + [""] * (LEAST_TEXTS + 1) + ["a"]
     windows = Windows.of([Sample(TEXTS[0], prompt) for prompt in prompts])
-    assert windows.answered() == {"a": [i for i, prompt in enumerate(prompts) if prompt == "a"]}
+    assert windows.indices_by_prompt() == {
+        "a": [i for i, prompt in enumerate(prompts) if prompt == "a"]
+    }
 
 
 def test_picks_keep_what_belongs_together():

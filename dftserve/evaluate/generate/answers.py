@@ -1,13 +1,13 @@
-"""Answers on disk: a JSON Lines file that only grows, with one writer at a time.
+"""Answers on disk: an append-only JSON Lines file with one writer at a time.
 
     with AnswerStore(path, Judgment) as store:
         known = {row.question: row.answer for row in store.rows}
         store.append(Judgment(question, answer))
 
 A line is a row: a frozen dataclass as a JSON object in UTF-8. It is written and synced before
-`append` returns, so that a kill loses the row being written and no other; the next writer cuts off
-what is left of it. A writer holds an exclusive `flock` while it is open, and a second one is
-refused. Readers take no lock, change nothing, and ignore an unfinished last line.
+`append` returns, so that a killed process loses only the row being written; the next writer
+truncates an incomplete row. A writer holds an exclusive `flock` while it is open, and a second one
+is refused. Readers take no lock, change nothing, and ignore an unfinished last line.
 
 Windows has no `flock`: the file is not locked there, and only one process may write to it.
 """
@@ -28,19 +28,19 @@ from dftserve.bounded_files import FileError, chunks, open_growing, parse_json, 
 Row = TypeVar("Row")
 
 LARGEST = 4 << 30
-"""Bytes of a file of answers, which is held in memory whole."""
+"""Maximum bytes of a file of answers, which is read into memory whole."""
 
 
 class AnswerStore(Generic[Row]):
-    """The writer of a file of answers, which is made where there is none.
+    """The writer of a file of answers, which it creates if there is none.
 
     Attributes:
-        rows: what the file held on entering.
+        rows: the rows in the file on entering.
 
     Raises:
-        ValueError: on entering, where the file is a link, no regular file, or more than `LARGEST`,
-            holds something else, another writer has it, or it cannot be written. What it holds is
-            then as it was.
+        ValueError: on entering, if the file is a link, not a regular file, larger than `LARGEST`,
+            has other contents, is locked by another writer, or cannot be written. Its contents
+            are then unchanged.
     """
 
     rows: tuple[Row, ...]
@@ -48,7 +48,7 @@ class AnswerStore(Generic[Row]):
     def __init__(self, path: Path, row: type[Row]) -> None:
         """
         Args:
-            row: a dataclass of what JSON has, as `settings.load` takes it.
+            row: a dataclass of JSON types, as `settings.load` accepts it.
         """
         self._path, self._row = path, row
         self._closing = contextlib.ExitStack()
@@ -58,7 +58,7 @@ class AnswerStore(Generic[Row]):
         with contextlib.ExitStack() as opened:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                # Unbuffered: a row reaches the file in one call, or `append` knows that it did not.
+                # Unbuffered, so that `append` sees how much of a row was written.
                 file = open_growing(self._path, largest=LARGEST, buffering=0)
                 self._file = opened.enter_context(file)
             except OSError as error:
@@ -85,7 +85,7 @@ class AnswerStore(Generic[Row]):
         """Add a row; from any thread.
 
         Raises:
-            OSError: as the disk raised it; the file is then as it was.
+            OSError: the write failed; the file is then unchanged.
         """
         line = _line(row)
         with self._threads:
@@ -95,7 +95,7 @@ class AnswerStore(Generic[Row]):
                     line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
             except BaseException:
-                # Half a row in front of the next one would spoil both.
+                # An incomplete row would corrupt the next one too.
                 self._file.truncate(end)
                 raise
 
@@ -115,10 +115,10 @@ class AnswerStore(Generic[Row]):
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:
-    """The rows of a file of answers, none where there is no file; also while it is written to.
+    """The rows of a file of answers, empty if there is no file. May run while a writer is active.
 
     Raises:
-        ValueError: it holds something else, is no regular file of its folder, or is larger than
+        ValueError: it has other contents, is not a regular file in its folder, or is larger than
             `LARGEST`.
         OSError: it cannot be read.
     """
@@ -136,13 +136,13 @@ def _rows(content: bytes, path: Path, row: type[Row]) -> Iterator[Row]:
             yield settings.load(row, parse_json(line, "line"), "line")
         except ValueError as error:
             why = error.problem if isinstance(error, FileError) else f"{error}"
-            raise _foreign(path, number, why) from None
+            raise _not_an_answer(path, number, why) from None
     beginning = b'{"%s": ' % fields(row)[0].name.encode()  # type: ignore[arg-type]
     if not (unfinished.startswith(beginning) or beginning.startswith(unfinished)):
-        raise _foreign(path, len(lines) + 1, "it begins otherwise")
+        raise _not_an_answer(path, len(lines) + 1, "unexpected beginning")
 
 
-def _foreign(path: Path, number: int, why: str) -> ValueError:
+def _not_an_answer(path: Path, number: int, why: str) -> ValueError:
     return ValueError(
         f"answers: got {path}, whose line {number} is no answer ({why}); accepted: a file that "
         "this command wrote, or one that does not exist."
@@ -153,6 +153,6 @@ def _line(row: Any) -> bytes:
     content = asdict(row)
     try:
         text = json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # A lone surrogate, which UTF-8 has not.
+    except UnicodeEncodeError:  # A lone surrogate, which UTF-8 cannot encode.
         text = json.dumps(content).encode()
     return text + b"\n"

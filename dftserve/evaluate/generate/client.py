@@ -1,4 +1,4 @@
-"""Who is asked: the model behind a server, its weights where they are known, its settings."""
+"""The model behind a server: its name, its weights where they are known, and the settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Served:
     temperature: float = 1.0
     at_once: int = 16
     is_chat: bool = True
-    """Else it is asked to continue the text of the question."""
+    """Whether to use chat completions; else the model continues the text of the question."""
     max_tokens: int | None = None
-    """Of an answer; None: what the task says."""
+    """Per answer; None: set by the task."""
 
     @property
     def server(self) -> Server:
@@ -34,12 +34,12 @@ class Served:
 
 
 def weights_of(model: str, say: Callable[[str], object]) -> str | None:
-    """What tells a checkpoint from another under its name: a digest of the weights in a folder, the
-    commit of a model on the hub. None where neither can be had; says why."""
+    """Identifies a checkpoint's weights: a digest of those in a folder, or the commit of a model on
+    the hub. None if neither is available; the reason goes to `say`."""
     try:
         return weights_digest(Path(model)) if Path(model).is_dir() else folder_of(model).name
     except (ValueError, OSError) as error:
-        say(f"{model}: its weights cannot be told from others ({f'{error}'.rstrip('.')}).")
+        say(f"{model}: its weights cannot be identified ({f'{error}'.rstrip('.')}).")
         return None
 
 
@@ -47,8 +47,8 @@ def first_model(server: Server, kept: str | None, say: Callable[[str], object]) 
     """The name of the first model that a server serves now.
 
     Args:
-        kept: the model whose answers are all there, so that no server is needed; it is taken where
-            there is none, which is said. None: answers are missing.
+        kept: the model whose answers are complete, so that no server is needed; it is returned if
+            the server fails, with a message to `say`. None: answers are missing.
 
     Raises:
         ValueError: no API key where one was named.
@@ -64,12 +64,12 @@ def first_model(server: Server, kept: str | None, say: Callable[[str], object]) 
 
 
 def find(url: str, model: str | None, key_variable: str | None, **asked: Any) -> Served:
-    """The server at a URL, with or without /v1, and its first model where none is named.
+    """The server at a URL, with or without /v1, and its first model if none is named.
 
     Raises:
         ServerError: it cannot be reached, or fails.
-        ValueError: it serves no such model, or does not honour `diversity`, a field that vLLM
-            without the plug-in ignores, so that all levels would be one.
+        ValueError: it does not serve the model, or does not honour `diversity`, a field that vLLM
+            without the plug-in ignores, so that all levels would be the same.
     """
     url = base_url(url)
     server = Server(url, key_variable, retries=0, timeout_s=60)
@@ -78,7 +78,7 @@ def find(url: str, model: str | None, key_variable: str | None, **asked: Any) ->
         raise ValueError(f"model: got {model!r}; accepted: {', '.join(names)}.")
     if not (server.capabilities() or {}).get("active"):
         raise ValueError(
-            f"{url}: this server does not honour `diversity`: pip install dftserve-vllm beside its "
-            "vLLM and restart it; `dftserve doctor --url` says what is wrong."
+            f"{url}: this server does not honour `diversity`: pip install dftserve-vllm next to "
+            "its vLLM and restart it; `dftserve doctor --url` says what is wrong."
         )
     return Served(url, model or names[0], key_variable, **asked)

@@ -1,7 +1,7 @@
 """Request answers from a server: each prompt, several times, at each diversity of a grid.
 
-An answer is appended to `answers.jsonl` as soon as it is there. The same call goes on where it was
-stopped: what has been answered is not asked again, only what was under way when it stopped.
+Each answer is appended to `answers.jsonl` as soon as it is received. The same call resumes a
+stopped run: only missing answers are requested, including those in flight when it stopped.
 """
 
 import json
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 ANSWERS = "answers.jsonl"
 ASKED = "asked.json"
 LARGEST_ASKED = 512 << 20
-"""Bytes: the prompts are in it."""
-OURS = frozenset(
+"""Maximum bytes of asked.json, which contains the prompts."""
+RESERVED = frozenset(
     ("model", "messages", "max_tokens", "temperature", "seed", "diversity", "n", "stream")
 )
+"""Fields of a request that `body` may not have."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class RequestGrid:
     temperature: float = 1.0
     seed: int = 0
     body: Mapping[str, Any] = field(default_factory=dict)
-    """More fields of each request, as vLLM takes them: `top_p`, `chat_template_kwargs`, …"""
+    """Extra fields of each request, as vLLM accepts them: `top_p`, `chat_template_kwargs`, …"""
     weights: str | None = None
-    """What `client.weights_of` says of the model; None: not known, as behind a URL."""
+    """`client.weights_of` the model; None: unknown, as behind a URL."""
 
     def __post_init__(self) -> None:
         heated = [level for level in self.grid if not is_off(level)]
@@ -59,27 +60,28 @@ class RequestGrid:
         for name, least in (("samples", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted: {least} or more.")
-        if ours := sorted(set(self.body) & OURS):
-            raise ValueError(f"body: got {', '.join(ours)}; accepted: other fields than these.")
+        if reserved := sorted(set(self.body) & RESERVED):
+            raise ValueError(
+                f"body: got {', '.join(reserved)}; accepted: other fields, as the run sets these."
+            )
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature: got {self.temperature}; accepted: 0 to 2.")
         if self.temperature == 0 and heated:
             raise ValueError(
                 f"temperature: got 0 with the diversities {', '.join(shown)}; accepted: above 0, "
-                "for greedy decoding does not sample, and diversity cannot act; or a grid of 0 "
+                "as greedy decoding does not sample and diversity has no effect; or a grid of 0 "
                 "alone."
             )
 
     def requests(self) -> Iterator["Request"]:
-        """In an order in which a run that is stopped has all diversities of some prompts."""
+        """Ordered so that a stopped run has answers at all diversities for some of the prompts."""
         for place, prompt in enumerate(self.prompts):
             for sample in range(self.samples):
                 for level in range(len(self.grid)):
                     yield Request(level, place, sample, prompt)
 
     def request_body(self, request: "Request") -> dict[str, Any]:
-        """At one seed for the answers of a prompt at every diversity: the grid is compared in
-        pairs."""
+        """The seed does not depend on the diversity, because levels are compared in pairs."""
         return {
             "model": self.model,
             "messages": request.prompt.messages(),
@@ -92,7 +94,7 @@ class RequestGrid:
 
 @dataclass(frozen=True)
 class Request:
-    """Places: in the grid, in the prompts, among a prompt's answers."""
+    """Indices into the grid (`level`), the prompts (`place`) and a prompt's answers (`sample`)."""
 
     level: int
     place: int
@@ -110,12 +112,12 @@ class Answer:
     place: int
     sample: int
     text: str | None
-    """As the server gave it; None: `message.content` was null."""
+    """As the server returned it; None: `message.content` was null."""
     finish_reason: str | None
     tokens: int
     figures: dict[str, float] | None
-    """The answer's own `diversity.choices[0]`, and `style.choices[0]` where there was a style; None
-    where both were off."""
+    """`diversity.choices[0]` of the response, merged with `style.choices[0]` if there was a style;
+    None if both were off."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -123,7 +125,7 @@ class Answer:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended in its thinking: there is no text to measure."""
+        """Whether it ended in its thinking, so that there is no text to measure."""
         return is_cut(self.text)
 
     @property
@@ -134,11 +136,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class LevelSamples:
-    """What a folder holds of one diversity."""
+    """The answers in a folder at one diversity."""
 
     diversity: Any
     samples: tuple[Sample, ...]
-    """Answers that say something."""
+    """Answers that are not cut."""
     cut: int
     """Answers that ended in their thinking, which are left out."""
 
@@ -151,18 +153,16 @@ def generate(
     concurrency: int,
     tick: Callable[[int, int], object],
 ) -> list[Answer]:
-    """All answers, in the order of the requests; those that the folder lacks are asked for.
+    """All answers, in the order of the requests; those missing from the folder are requested.
 
     Args:
-        tick: takes how many answers there are, of how many, after each that came.
+        tick: called after each new answer with the number of answers so far and their total.
 
     Raises:
-        ValueError: the folder holds the answers to something else or of another model, another run
-            writes to it, or the server refuses.
-        ServerError: the server cannot be reached, or answers with something else.
-
-    An answer that was sampled with something else in force than was asked for is no answer: it is
-    refused, and not kept.
+        ValueError: the folder has answers to other requests or of another model, another run is
+            writing to it, the server refuses a request, or it sampled an answer with other settings
+            than requested; that answer is not stored.
+        ServerError: the server cannot be reached, or sends an unexpected response.
     """
     with AnswerStore(folder / ANSWERS, Answer) as store:
         if check_asked(request_grid, folder) is None:
@@ -184,15 +184,15 @@ def generate(
 
 
 def count_answers(folder: Path) -> int:
-    """How many answers a folder holds."""
+    """The number of answers in a folder."""
     return len(read(folder / ANSWERS, Answer))
 
 
 def samples_by_level(folder: Path) -> list[LevelSamples]:
-    """The answers that a folder holds, by the diversity that they were asked at.
+    """The answers in a folder, by the diversity that they were requested at.
 
     Raises:
-        ValueError: no evaluation there.
+        ValueError: the folder has no evaluation.
     """
     asked = read_asked(folder)
     if asked is None:
@@ -213,7 +213,7 @@ def samples_by_level(folder: Path) -> list[LevelSamples]:
 
 
 def read_asked(folder: Path) -> dict[str, Any] | None:
-    """What a folder's answers were asked; None where it holds none.
+    """The content of a folder's asked.json, the requests behind its answers; None if there is none.
 
     Raises:
         ValueError: the file is not what `generate` writes.
@@ -228,12 +228,12 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
 
 
 def check_asked(request_grid: RequestGrid, folder: Path) -> dict[str, Any] | None:
-    """What the folder's answers were asked; None where it holds none.
+    """As `read_asked`, but check that the folder's answers belong to these requests.
 
-    Weights that are not known, then or now, are as any others: `doubt` says so.
+    Weights that are unknown, then or now, match any others; `doubt` warns of this.
 
     Raises:
-        ValueError: something else, or of another model, than what is asked now.
+        ValueError: they belong to other requests or to another model.
     """
     wanted, before = _as_json(request_grid), read_asked(folder)
     if before is None:
@@ -245,7 +245,7 @@ def check_asked(request_grid: RequestGrid, folder: Path) -> dict[str, Any] | Non
         raise ValueError(
             f"{folder}: holds answers of other weights: {request_grid.model} was trained or "
             "replaced since; accepted: another folder (`--out`) for this model, or the weights "
-            "that were asked."
+            "that gave these answers."
         )
     if changed:
         shown = ", ".join(
@@ -255,23 +255,23 @@ def check_asked(request_grid: RequestGrid, folder: Path) -> dict[str, Any] | Non
             for name in changed
         )
         raise ValueError(
-            f"{folder}: holds answers to another question: {shown}; accepted: the same one, or "
+            f"{folder}: holds answers to other requests: {shown}; accepted: the same settings, or "
             "another folder."
         )
     return before
 
 
 def doubt(request_grid: RequestGrid, folder: Path) -> str | None:
-    """What is not known of a folder's answers beside what is asked now: whether the weights are the
-    same; None where that is known, or there are no answers."""
+    """A warning if it is unknown whether a folder's answers come from the current weights; None if
+    it is known, or there are no answers."""
     before = read_asked(folder)
     if before is None or not count_answers(folder):
         return None
     if None not in (request_grid.weights, before.get("weights")):
         return None
     return (
-        f"The answers in {folder} are taken as {request_grid.model}'s: whether its weights have "
-        "changed since is not known, as a server does not say, nor did earlier versions."
+        f"The answers in {folder} are assumed to be {request_grid.model}'s: whether its weights "
+        "have changed since is not known, as neither servers nor earlier versions report it."
     )
 
 

@@ -1,9 +1,10 @@
-"""Whether a server did what it was asked: what its answers say is in force, beside the request.
+"""Checks that a server applied the requested settings, as its answers report them.
 
     check({"diversity": 0.75}, answer.model_extra or {})
 
-An operator's policy may lower what is asked for, and greedy decoding samples nothing; the answer
-says so (docs/api.md). A figure would otherwise stand under a diversity that no text was made with.
+An operator's policy may lower the requested value, and greedy decoding does not sample; the answer
+reports this (docs/api.md). Without the check, figures could be listed under a diversity that no
+text was generated with.
 """
 
 import json
@@ -17,35 +18,36 @@ OFF = {"level": 0.0}
 
 
 def level_of(asked: object) -> Diversity | None:
-    """A request's `diversity`; None: "human", which the server alone can resolve.
+    """A request's `diversity`, parsed; None for "human", which only the server can resolve.
 
     Raises:
-        DiversityError: what no server accepts.
+        DiversityError: no server would accept it.
     """
     return None if asked == HUMAN else parse(asked)
 
 
 def is_off(asked: object) -> bool:
-    """Whether a request's `diversity` leaves every row as it comes; raises as `level_of`."""
+    """Whether a request's `diversity` leaves every row unchanged; raises as `level_of`."""
     level = level_of(asked)
     return level is not None and level.is_off
 
 
 def check(asked: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-    """
+    """Compare the requested settings with those that an answer reports.
+
     Args:
-        asked: the members `diversity` and `style` of the request, as far as it has them.
-        answer: the members of the answer that are not the OpenAI API's.
+        asked: `diversity` and `style` of the request, where present.
+        answer: the fields of the answer that are not part of the OpenAI API.
 
     Raises:
-        ServerError: the answer says nothing of one of them: there is no plug-in.
-        ValueError: something else is in force.
+        ServerError: the answer does not report one of them, so there is no plug-in.
+        ValueError: other settings are in force.
     """
     for name, value in asked.items():
-        wanted = _diversity(value) if name == "diversity" else _style(value)
+        wanted = _expected_diversity(value) if name == "diversity" else _expected_style(value)
         found = answer.get(name)
         if found is None and wanted == OFF:
-            continue  # Diversity 0 is any server's.
+            continue  # Any server provides diversity 0.
         if not isinstance(found, Mapping):
             raise ServerError(
                 f"the server answers without a `{name}` object: the plug-in is not there. "
@@ -56,15 +58,15 @@ def check(asked: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
             raise ValueError(_refusal(name, value, found, differ))
 
 
-def _diversity(asked: object) -> dict[str, Any]:
-    """What must be in force, of the object in the answer."""
+def _expected_diversity(asked: object) -> dict[str, Any]:
+    """The members that the answer's `diversity` object must have."""
     level = level_of(asked)
     if level is None:
         return {"law": "budget"}
     return OFF if level.is_off else level.as_dict()
 
 
-def _style(asked: object) -> dict[str, Any]:
+def _expected_style(asked: object) -> dict[str, Any]:
     return parse_style(asked).as_dict()
 
 
@@ -72,7 +74,7 @@ def _refusal(name: str, asked: object, found: Mapping[str, Any], differ: list[st
     shown = {key: found.get(key) for key in (*differ, "clamped", "reason") if found.get(key)}
     shown |= {key: found.get(key) for key in differ}
     return (
-        f"{name}: asked for {json.dumps(asked)}, and the server has {json.dumps(shown)} in force: "
-        "texts would be measured as what they are not. Ask for no more than the server's policy "
-        "allows, or evaluate a server without one (docs/operations.md)."
+        f"{name}: asked for {json.dumps(asked)}, but the server has {json.dumps(shown)} in force, "
+        "so texts would be measured under the wrong setting. Ask for no more than the server's "
+        "policy allows, or evaluate a server without one (docs/operations.md)."
     )

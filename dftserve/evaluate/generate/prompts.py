@@ -1,8 +1,8 @@
 """Prompts from a file.
 
-.txt      one a line
-.jsonl    one object a line: `prompt`, and `system` where there is one; other fields are kept
-          beside it for the task that reads them
+.txt      one per line
+.jsonl    one object per line: `prompt`, and optionally `system`; other fields are kept in
+          `Prompt.about` for the task that reads them
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from dftserve.bounded_files import parse_json, read_text
 
 MOST = 100_000
 LARGEST = 256 << 20
-"""Bytes of a file of prompts."""
+"""Maximum bytes of a file of prompts."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Prompt:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def messages(self) -> list[dict[str, str]]:
-        asked = {"role": "user", "content": self.text}
-        return [{"role": "system", "content": self.system}, asked] if self.system else [asked]
+        user = {"role": "user", "content": self.text}
+        return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
 def read(path: Path) -> tuple[Prompt, ...]:
     """The prompts of a file, in its order.
 
     Raises:
-        ValueError: nothing there, another suffix, broken JSON, a line without a prompt, the same
+        ValueError: no such file, another suffix, invalid JSON, a line without a prompt, the same
             prompt twice, too many.
     """
     if path.suffix.lower() not in (".txt", ".jsonl") or not path.exists():
-        raise ValueError(f"prompts: got {path}; accepted: a .txt or .jsonl file that is there.")
+        raise ValueError(f"prompts: got {path}; accepted: a .txt or .jsonl file that exists.")
     read_line = _line if path.suffix.lower() == ".jsonl" else _plain
     lines = read_text(path, largest=LARGEST, encoding="utf-8-sig").split("\n")
     prompts = [
@@ -51,7 +51,7 @@ def _plain(line: str, where: str) -> Prompt:
 
 
 def _line(line: str, where: str) -> Prompt:
-    given = parse_json(line, where)  # All of it goes on, into what was asked.
+    given = parse_json(line, where)  # All fields are recorded in asked.json.
     text = given.get("prompt") if isinstance(given, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: got no `prompt`; accepted: an object with a text `prompt`.")

@@ -1,10 +1,10 @@
-"""Errors of writing that need no model to see: marks of a grammar checker, and unknown words.
+"""Counts writing errors without a language model: marks of a grammar checker, and unknown words.
 
     check(text, linter())
 
 The checker is Harper (https://writewithharper.com), offline, by the package `harper-py`. Names are
-no errors: a word with a capital that the dictionary lacks is not counted. People get marks too:
-read a rate beside theirs. English only.
+not errors: a capitalised word that is not in the dictionary is not counted. Human text gets marks
+too, so compare a rate with the human one. English only.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from typing import Any
 from dftserve.evaluate.text.tokenize import words
 
 KINDS = frozenset(("Agreement", "Capitalization", "Grammar", "Repetition", "Spelling", "Typo"))
-"""Harper's kinds of what is wrong; its others are matters of taste."""
+"""Kinds of Harper's marks that count as errors; the others are matters of taste."""
 SHORTEST = 3
-"""Letters of a word that counts as unknown."""
+"""Minimum letters of a word that counts as unknown."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Checked:
 
     words: int
     marks: int
-    """As `marks` finds them."""
+    """Number of marks that `marks` yields."""
     unknown: int
-    """Words in lower case that the dictionary lacks."""
+    """Lower-case words that are not in the dictionary."""
 
 
 def linter() -> Any:
-    """Harper's checker; it takes about a second to make, so make one.
+    """Create Harper's checker, which takes about a second: reuse it.
 
     Raises:
         RuntimeError: `harper-py` is not installed.
@@ -46,9 +46,9 @@ def linter() -> Any:
 
 
 def marks(text: str, linter: Any) -> Iterator[Any]:
-    """Harper's marks (`Lint`) of what is wrong. Names are left out, single letters (the s of
-    "mid-30s"), and what ends the text, whose last word may have been cut."""
-    # Some of Harper's rules panic (a BaseException) where a text ends right behind what they match.
+    """Harper's marks (`Lint`) that count as errors. Left out are names, single letters (the s of
+    "mid-30s"), and a mark at the end of the text, whose last word may have been cut."""
+    # Some of Harper's rules panic (a BaseException) if a text ends right after their match.
     for mark in linter.lint(f"{text}\n"):
         word = mark.problem_text
         is_name = mark.lint_kind == "Spelling" and word[:1].isupper()
@@ -58,7 +58,7 @@ def marks(text: str, linter: Any) -> Iterator[Any]:
 
 
 def check(text: str, linter: Any) -> Checked:
-    """The counts of a text; `linter` is that of `linter()`."""
+    """The counts of a text; `linter` is the result of `linter()`."""
     found = list(marks(text, linter))
     spelled = [mark.problem_text for mark in found if mark.lint_kind == "Spelling"]
     unknown = [word for word in spelled if len(word) >= SHORTEST and word.islower()]

@@ -18,16 +18,16 @@ PARTS_DIGITS = 16
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its interval at `LEVEL`; the ends are None where it cannot be known."""
+    """A number and its interval at `LEVEL`; the ends are None if the interval is unknown."""
 
     value: float
     low: float | None
     high: float | None
     left_out: tuple[float, ...] = field(default=(), repr=False)
-    """The value without each tenth of the texts, where the interval comes from these."""
+    """The value without each tenth of the texts, if the interval was computed from these."""
     parts: str = field(default="", repr=False)
-    """`parts_of` the texts that `left_out` leaves out; "": who compares two knows that they are the
-    same."""
+    """`parts_of` the texts behind `left_out`, by which pairs are recognised; "": the caller ensures
+    that estimates are paired."""
 
     def render(self, digits: int = 2) -> str:
         if self.low is None or self.high is None:
@@ -39,7 +39,7 @@ def mean(values_N: ArrayLike, *, groups: Sequence[str] = (), seed: int = 0) -> E
     """The mean and its percentile bootstrap interval over the N units, or their groups (`summed`).
 
     Raises:
-        ValueError: no values, or not a group for each.
+        ValueError: no values, or not one group per value.
     """
     values_N = np.asarray(values_N, float)
     sums_G2 = summed(np.column_stack([values_N, np.ones_like(values_N)]), groups)
@@ -52,17 +52,17 @@ def mean(values_N: ArrayLike, *, groups: Sequence[str] = (), seed: int = 0) -> E
 
 
 def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
-    """The rows of each group as one, which is their sum: what a bootstrap resamples where the
-    answers to one prompt are no independent texts.
+    """Sum the rows of each group. A bootstrap resamples the sums, because the answers to one prompt
+    are not independent.
 
     Args:
         rows_NC: counts or sums of N texts, of which the statistic is a ratio.
-        groups: of each text, as the prompt that it answers. A row of the group "" is by itself;
-            so is every row where none are given, or all are of one group, which has nothing to
-            resample.
+        groups: the group of each text, such as the prompt that it answers. A row with the group ""
+            is a group of its own; so is every row if no groups are given or there is only one,
+            which would leave nothing to resample.
 
     Raises:
-        ValueError: not a group for each row.
+        ValueError: not one group per row.
     """
     if not groups or (len(set(groups)) == 1 and groups[0]):
         return rows_NC
@@ -75,10 +75,10 @@ def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
 
 
 def group_numbers(groups: Sequence[str]) -> NDArray[np.intp]:
-    """The number of each text's group, from 0 in their order; one of "" is a group by itself."""
+    """The number of each text's group, from 0 in order of appearance; each "" is its own group."""
     numbers: dict[object, int] = {}
     return np.array(
-        [numbers.setdefault(name or place, len(numbers)) for place, name in enumerate(groups)],
+        [numbers.setdefault(name or index, len(numbers)) for index, name in enumerate(groups)],
         dtype=np.intp,
     )
 
@@ -91,7 +91,7 @@ def paired_difference(a_N: ArrayLike, b_N: ArrayLike, *, seed: int = 0) -> Estim
     """
     a_N, b_N = np.asarray(a_N, float), np.asarray(b_N, float)
     if a_N.shape != b_N.shape:
-        raise ValueError(f"pairs: got {len(a_N)} and {len(b_N)} values; accepted: as many.")
+        raise ValueError(f"pairs: got {len(a_N)} and {len(b_N)} values; accepted: equal numbers.")
     return mean(b_N - a_N, seed=seed)
 
 
@@ -100,8 +100,8 @@ def over_units(
 ) -> Estimate:
     """`statistic(weights_N, units)` at weights of one, and its bootstrap interval.
 
-    A resample is given as how often each unit came, so that a statistic over pairs can leave out
-    the pairs of a unit with its own copies. Draws without a finite value are left out.
+    The weights of a resample are how often each unit was drawn, so that a statistic over pairs can
+    leave out the pairs of a unit with its own copies. Draws without a finite value are left out.
 
     Raises:
         ValueError: no units.
@@ -117,7 +117,7 @@ def over_units(
 
 
 def resamples(count: int, seed: int = 0) -> NDArray[np.float64]:
-    """float64 [D, N]: how often each of N units came in each of D bootstrap resamples."""
+    """float64 [D, N]: how often each of N units was drawn in each of D bootstrap resamples."""
     shares = np.full(count, 1 / count)
     return np.random.default_rng(seed).multinomial(count, shares, size=DRAWS).astype(float)
 
@@ -154,16 +154,16 @@ def wilson(right: int, count: int) -> Estimate:
 
 
 GROUPS = 10
-"""Into which the jackknife cuts a set."""
+"""Parts into which the jackknife divides a set."""
 
 
 def jackknife(count: int, statistic: Callable[[NDArray[np.intp]], float]) -> Estimate:
-    """`statistic(places)` of all N texts, and its interval by leaving out a tenth at a time
+    """`statistic(indices)` of all N texts, and its interval by leaving out a tenth at a time
     (Tukey 1958), with Student's quantiles.
 
-    For what depends on a whole set: a bootstrap would hold the same text twice, which measures
-    of repetition take for repetition. Tenths are neighbours, so that the answers to one prompt
-    are left out together.
+    For statistics of a whole set: a bootstrap resample would contain a text twice, which measures
+    of repetition count as repetition. A tenth is a run of consecutive texts, so that the answers to
+    one prompt are left out together.
 
     Raises:
         ValueError: fewer than two texts.
@@ -176,15 +176,15 @@ def jackknife(count: int, statistic: Callable[[NDArray[np.intp]], float]) -> Est
 
 
 def tenths(count: int) -> NDArray[np.intp]:
-    """The tenth that each of N texts is in, from 0; with fewer than ten, each is alone."""
+    """The tenth that each of N texts is in, from 0; with fewer than ten, each is its own part."""
     if count < 2:
         raise ValueError(f"texts: got {count}; accepted: at least 2.")
     return np.arange(count) * min(GROUPS, count) // count
 
 
 def parts_of(prompts: Sequence[str]) -> str:
-    """A digest of which prompts each tenth of a set of texts answers, text by text: sets of one
-    digest leave out the answers to the same prompts together."""
+    """A digest of the tenth and the prompt of each text of a set. The jackknife leaves out the
+    answers to the same prompts in all sets with the same digest."""
     tenth_N = tenths(len(prompts)).tolist()
     return text_digest(json.dumps(list(zip(tenth_N, prompts, strict=True))))[:PARTS_DIGITS]
 
@@ -196,16 +196,16 @@ def from_left_out(value: float, left_out: Sequence[float]) -> Estimate:
 
 
 def standard_error(left_out: Sequence[float]) -> float:
-    """Of a value, from the value without each tenth (Tukey 1958)."""
+    """The standard error of a value, from the value without each tenth (Tukey 1958)."""
     return float(np.sqrt((len(left_out) - 1) * np.var(left_out)))
 
 
 def difference(a: Estimate, b: Estimate) -> Estimate:
     """b − a of two runs.
 
-    Paired where both were made by `jackknife`, with the answers to the same prompts left out
-    (`parts`); else as if they were independent, which widens the interval; unknown where one has
-    none.
+    Paired if both come from `jackknife` with the answers to the same prompts left out (`parts`);
+    otherwise treated as independent, which widens the interval. The interval is unknown if one of
+    them has none.
     """
     value = b.value - a.value
     if a.left_out and len(a.left_out) == len(b.left_out) and a.parts == b.parts:

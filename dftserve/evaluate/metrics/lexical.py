@@ -1,5 +1,5 @@
-"""How varied a set of texts is, by the usual measures. Each of them rates random words highly:
-none may be shown without a measure of quality beside it.
+"""The usual measures of how varied a set of texts is. Each of them rates random words highly, so
+none may be shown without a measure of quality.
 
 A text is given as its tokens, a set of texts as `tokens`.
 """
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ZIPF_RANKS = 1000
-"""Ranks that the slope is fitted to; behind them are words that came once or twice."""
+"""Ranks that the slope is fitted to; words beyond them occur only once or twice."""
 TOLERANCE = 1e-5
-"""By how much a similarity that was computed in float32 may miss an identity."""
+"""Rounding error that is accepted in similarities computed in float32."""
 
 
 def distinct_n(tokens: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams of all texts / n-grams of all texts (Li et al., arXiv 1510.03055); in
-    (0, 1]. It falls with the amount of text.
+    (0, 1]. It decreases with the amount of text.
 
     Raises:
         ValueError: n below 1, or no text with n tokens.
@@ -34,17 +34,17 @@ def distinct_n(tokens: Sequence[Sequence[str]], n: int) -> float:
 
 
 def distinct(counts_G: NDArray) -> float:
-    """The same of counts of n-grams, some of which may be 0."""
+    """`distinct_n` from counts of n-grams, some of which may be 0."""
     return float(np.count_nonzero(counts_G) / counts_G.sum())
 
 
 def gram_counts(
     tokens: Sequence[Sequence[str]], n: int, parts_T: NDArray | None = None
 ) -> NDArray[np.int64]:
-    """int64 [parts, G]: how often each n-gram comes in each part of a set of texts.
+    """int64 [parts, G]: how often each n-gram occurs in each part of a set of texts.
 
     Args:
-        parts_T: the part that each text belongs to, from 0; None: all to one.
+        parts_T: the part that each text belongs to, from 0; None: all texts are one part.
     """
     *_, grams = _grams(tokens, n)
     parts_T = np.zeros(len(tokens), np.int64) if parts_T is None else parts_T
@@ -85,7 +85,7 @@ def self_bleus(tokens: Sequence[Sequence[str]], max_order: int = 4) -> NDArray[n
 
 def compression_ratio(texts: Sequence[str]) -> float:
     """Bytes of the texts, joined by line breaks / the same gzipped once (Shaib et al., arXiv
-    2403.00553). Higher: more repetition. gzip sees 32 KiB back, so that the order matters a little.
+    2403.00553). Higher: more repetition. gzip looks 32 KiB back, so the order matters a little.
 
     Raises:
         ValueError: no text at all.
@@ -123,7 +123,7 @@ def vendi(similarity_TT: ArrayLike, q: float = 1.0) -> float:
 
     Raises:
         ValueError: q not above 0; K not square, not symmetric, without ones on its diagonal, or
-            (but for q=2, where it is not looked at) with negative eigenvalues.
+            (except at q=2, which does not compute them) with negative eigenvalues.
     """
     K_TT = _similarity(similarity_TT)
     if not q > 0:
@@ -141,14 +141,14 @@ def vendi(similarity_TT: ArrayLike, q: float = 1.0) -> float:
         return float(np.exp(-(λ_T * np.log(λ_T)).sum()))
     if math.isinf(q):
         return float(1 / λ_T.max())
-    # Relative to the largest, or a high order underflows.
+    # Relative to the largest eigenvalue, because high orders would underflow.
     powers = q * np.log(λ_T.max()) + np.log(((λ_T / λ_T.max()) ** q).sum())
     return float(np.exp(powers / (1 - q)))
 
 
 def zipf_slope(tokens: Sequence[Sequence[str]]) -> float:
     """The least-squares slope of ln frequency on ln rank, over the `ZIPF_RANKS` most frequent
-    tokens of all texts (all, where there are fewer); about −1 for prose, 0 where all are as
+    tokens of all texts (all, if there are fewer); about −1 for prose, 0 if all are equally
     frequent (Zipf 1935).
 
     Raises:
@@ -158,7 +158,7 @@ def zipf_slope(tokens: Sequence[Sequence[str]]) -> float:
 
 
 def slope_on_rank(counts_G: NDArray) -> float:
-    """The same of counts of tokens, some of which may be 0."""
+    """`zipf_slope` from counts of tokens, some of which may be 0."""
     frequencies = np.sort(counts_G[counts_G > 0])[::-1][:ZIPF_RANKS]
     if len(frequencies) < 2:
         raise ValueError(f"tokens: got {len(frequencies)} different; accepted: at least 2.")
@@ -169,7 +169,7 @@ def slope_on_rank(counts_G: NDArray) -> float:
 
 def burstiness(lengths: ArrayLike) -> float:
     """(σ−μ)/(σ+μ) of, say, sentence lengths in words (Goh & Barabási 2008, arXiv physics/0610233);
-    in [−1, 1): −1 where all are equal, 0 for exponential ones.
+    in [−1, 1): −1 if all are equal, 0 for an exponential distribution.
 
     Raises:
         ValueError: none, a negative one, or only zeros.
@@ -177,19 +177,19 @@ def burstiness(lengths: ArrayLike) -> float:
     lengths_N = np.asarray(lengths, float)
     if not lengths_N.size or lengths_N.min() < 0 or not lengths_N.any():
         raise ValueError("lengths: got none, a negative one or only zeros; accepted: 0 and above.")
-    # Of equal values the deviation would be a rounding error.
+    # For equal values, std can be a rounding error instead of 0.
     σ, μ = 0.0 if np.ptp(lengths_N) == 0 else lengths_N.std(), lengths_N.mean()
     return float((σ - μ) / (σ + μ))
 
 
 def classes(similarity_TT: ArrayLike, threshold: float) -> NDArray[np.int64]:
-    """The class of each text: of the earliest class whose first text is at least `threshold`
-    similar to it, else of a new one (greedy, as in NoveltyBench, arXiv 2504.05228). Classes are
+    """The class of each text: the earliest class whose first text has a similarity of at least
+    `threshold` to it, else a new one (greedy, as in NoveltyBench, arXiv 2504.05228). Classes are
     numbered as they appear; the order of the texts matters.
 
     Raises:
         ValueError: K not square, not symmetric or without ones on its diagonal; a threshold above
-            1, at which a text is not like itself.
+            1, which not even identical texts reach.
     """
     K_TT = _similarity(similarity_TT)
     if not threshold <= 1:
@@ -222,7 +222,7 @@ def distinct_k(labels: ArrayLike, k: int) -> float:
 
 @dataclass(frozen=True)
 class _Grams:
-    """The n-grams of one order, as pairs P of a text and an n-gram that it has."""
+    """The n-grams of one order, as pairs P of a text and an n-gram that occurs in it."""
 
     gram_P: NDArray[np.int64]
     text_P: NDArray[np.int64]
@@ -230,7 +230,7 @@ class _Grams:
 
 
 def _grams(tokens: Sequence[Sequence[str]], max_order: int) -> Iterator[_Grams]:
-    """Of the orders 1 to `max_order`; n-grams are numbers, which sort faster than tuples hash."""
+    """Yields orders 1 to `max_order`. n-grams are numbers, which sort faster than tuples hash."""
     known: dict[str, int] = {}
     token_L = np.array(
         [known.setdefault(token, len(known)) for text in tokens for token in text], np.int64
@@ -239,7 +239,7 @@ def _grams(tokens: Sequence[Sequence[str]], max_order: int) -> Iterator[_Grams]:
     gram_L = token_L
     for order in range(1, max_order + 1):
         if order > 1:
-            # One more token each. Some reach into the next text: they are not counted.
+            # Extend each n-gram by a token. Those that reach into the next text are not counted.
             longer_L = gram_L[:-1] * len(known) + token_L[order - 1 :]
             gram_L = np.unique(longer_L, return_inverse=True)[1]
         last_L = text_L[order - 1 :]
@@ -250,16 +250,16 @@ def _grams(tokens: Sequence[Sequence[str]], max_order: int) -> Iterator[_Grams]:
 
 
 def _matched(grams: _Grams, texts: int) -> NDArray:
-    """For each text, how many of its n-grams some other text has as well, clipped.
+    """For each text, how many of its n-grams also occur in another text, with clipped counts.
 
-    Of each n-gram the two largest counts are kept: the largest count among the others is the
-    second one for a text that has the largest, and clips nothing for any other text.
+    The two largest counts of each n-gram are enough: a text with the largest count is clipped to
+    the second largest, and no other text is clipped.
     """
     order_P = np.lexsort((grams.count_P, grams.gram_P))
     gram_P, count_P = grams.gram_P[order_P], grams.count_P[order_P]
     is_largest_P = np.append(gram_P[1:] != gram_P[:-1], True)[: len(gram_P)]
     largest_P = np.flatnonzero(is_largest_P)
-    # The one before, unless it is another n-gram's largest.
+    # The entry before the largest, unless it belongs to another n-gram.
     second_P = np.where(np.insert(is_largest_P, 0, True)[largest_P], 0, count_P[largest_P - 1])
     place_P = np.cumsum(is_largest_P) - is_largest_P
     matched_P = np.where(count_P == count_P[largest_P][place_P], second_P[place_P], count_P)
@@ -267,14 +267,14 @@ def _matched(grams: _Grams, texts: int) -> NDArray:
 
 
 def _closest_other(lengths: list[int], length: int) -> int:
-    """Of sorted lengths without one `length`, the closest to it; of two, the shorter."""
+    """The closest to `length` among the other sorted lengths; the shorter of two equally close."""
     at = bisect_left(lengths, length)
     neighbours = lengths[max(0, at - 1) : at] + lengths[at + 1 : at + 2]
     return min(neighbours, key=lambda other: (abs(other - length), other))
 
 
 def _bleu(matched_N: list[float], length: int, reference_length: int) -> float:
-    """BLEU from the matches of each order: a text without any has 0, the k-th order without one
+    """BLEU from the matches of each order: a text without any scores 0, the k-th order without any
     counts as 2^−k matches, and orders longer than the text are left out."""
     if not any(matched_N):
         return 0.0

@@ -1,10 +1,10 @@
-"""How likely a causal language model finds texts: bits per byte, and the surprisal of tokens.
+"""Likelihood of texts under a causal language model: bits per byte, and the surprisal of tokens.
 
     bits_per_byte("models/tuned", held_out_human_texts)
     surprisal("models/reference", outputs)
 
-Bits per byte of held-out human text is coverage: lower is better. The surprisal of outputs is to be
-matched to that of human text, in mean and in spread; neither is to be minimised.
+Bits per byte of held-out human text measures coverage: lower is better. The surprisal of outputs
+should match that of human text in mean and spread; neither should be minimised.
 
 Shapes: T tokens of a text, N texts.
 """
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from dftserve.targets.teacher import Teacher
 
 WINDOW = 1024
-"""Tokens; some of its positions are enough for a model to know what a text is like."""
+"""Default limit of the window in tokens: enough context, even for models with more positions."""
 
 
 @dataclass(frozen=True)
 class Surprisal:
-    """−ln p of each token given what stands before it, in nats, over all tokens of all texts."""
+    """−ln p of each token given the tokens before it, in nats, over all tokens of all texts."""
 
     mean: Estimate
     sd: Estimate
@@ -52,14 +52,15 @@ def bits_per_byte(
     Comparable between models with different tokenizers, since the bytes are the same.
 
     Args:
-        model: a folder, or a name on the Hugging Face hub; safetensors only, no code from there.
+        model: a folder, or a name on the Hugging Face hub; safetensors only, no remote code.
         window: tokens that the model reads at once; None: its positions, at most `WINDOW`.
         stride: tokens by which the window moves on, below `window`; None: half of it. Each token is
-            scored once: in a text longer than a window, after at least `window − stride` others.
+            scored once: in a text longer than a window, with `window − stride` tokens of context or
+            more, except at the text's start.
         batch_size: windows read at a time.
 
     Raises:
-        ValueError: no texts, an empty one, a model or a tokenizer that cannot be taken, or numbers
+        ValueError: no texts, an empty one, a model or a tokenizer that cannot be used, or numbers
             that are not accepted.
     """
     found = token_nats(model, texts, window=window, stride=stride, batch_size=batch_size)
@@ -67,9 +68,9 @@ def bits_per_byte(
 
 
 def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
-    """The same from what `token_nats` found; resampled by group (`intervals.summed`) where there
-    are groups."""
-    units_N2 = _in_order(
+    """`bits_per_byte` from the result of `token_nats`; resampled by group (`intervals.summed`) if
+    there are groups."""
+    units_N2 = _sorted_units(
         [
             (nats_T.sum() / np.log(2), len(text.encode()))
             for text, nats_T in zip(texts, found, strict=True)
@@ -101,10 +102,10 @@ def surprisal(
 
 
 def surprisal_of(found: Sequence[NDArray], groups: Sequence[str] = ()) -> Surprisal:
-    """The same from what `token_nats` found; `groups` as in `bits_of`."""
-    # About the common mean, so that no large squares are subtracted.
+    """`surprisal` from the result of `token_nats`; `groups` as in `bits_of`."""
+    # Centred on the common mean, to avoid subtracting large squares.
     centre = float(np.concatenate(found).mean())
-    units_N3 = _in_order(
+    units_N3 = _sorted_units(
         [(len(t), (t - centre).sum(), ((t - centre) ** 2).sum()) for t in found], groups
     )
 
@@ -129,8 +130,8 @@ def token_nats(
 ) -> list[NDArray]:
     """−ln p of each text's tokens: float64 [T] each, nats.
 
-    The first token is predicted from the tokenizer's begin token, or from its end token where it
-    has no other, as lm-eval does. No end token is scored.
+    The first token is predicted from the tokenizer's begin token, or from its end token if it has
+    none, as lm-eval does. The text's end is not scored.
 
     Arguments and errors as in `bits_per_byte`.
     """
@@ -145,35 +146,35 @@ def token_nats(
     found_model = examine(model)
     tokenizer = load_tokenizer(str(model))
     found_model.check_tokenizer(tokenizer)
-    # The windows are ours: no warning for each long text.
+    # Texts are cut into windows here, so suppress the warning for each long text.
     tokenizer.model_max_length = sys.maxsize
-    encoded = [_encoded(tokenizer, text, place) for place, text in enumerate(texts)]
+    encoded = [_encoded(tokenizer, text, index) for index, text in enumerate(texts)]
     teacher = Teacher.load(found_model, vocabulary=len(tokenizer), tokens_N=encoded[0].tolist())
     window, stride = _windows_of(teacher, window, stride)
     found = [np.empty(len(tokens_T) - 1) for tokens_T in encoded]
-    for place, first, nats_T in _scored(teacher, encoded, window, stride, batch_size):
-        found[place][first : first + len(nats_T)] = nats_T
+    for index, first, nats_T in _scored(teacher, encoded, window, stride, batch_size):
+        found[index][first : first + len(nats_T)] = nats_T
     return found
 
 
-def _in_order(rows: Sequence[tuple[float, ...]], groups: Sequence[str]) -> NDArray:
-    """The rows of each group as one, sorted, so that the draws of a bootstrap do not depend on the
-    order of the texts."""
+def _sorted_units(rows: Sequence[tuple[float, ...]], groups: Sequence[str]) -> NDArray:
+    """Sum the rows of each group and sort the sums, so that the draws of a bootstrap do not depend
+    on the order of the texts."""
     return np.array(sorted(summed(np.array(rows, float), groups).tolist()), float)
 
 
-def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, place: int) -> NDArray:
-    """int32 [1 + T]: what the first token is predicted from, and the text's tokens."""
+def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, index: int) -> NDArray:
+    """int32 [1 + T]: the start token, which predicts the first, and the T tokens of the text."""
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     if start is None:
         raise ValueError(
             f"{tokenizer.name_or_path}: its tokenizer has neither a begin nor an end token, so a "
-            "text's first token cannot be predicted; accepted: one that has."
+            "text's first token cannot be predicted; accepted: a tokenizer that has one."
         )
     tokens = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
     if not tokens:
-        raise ValueError(f"texts[{place}]: got {text[:40]!r}, which has no token; leave it out.")
+        raise ValueError(f"texts[{index}]: got {text[:40]!r}, which has no token; leave it out.")
     return np.array([start, *tokens], dtype=np.int32)  # type: ignore[misc]
 
 
@@ -196,23 +197,24 @@ def _windows_of(teacher: "Teacher", window: int | None, stride: int | None) -> t
 def _scored(
     teacher: "Teacher", encoded: Sequence[NDArray], window: int, stride: int, batch_size: int
 ) -> Iterator[tuple[int, int, NDArray]]:
-    """(text, its first token here, −ln p of the tokens from there): each token once."""
+    """Yields (index of a text, index of a token, −ln p of the tokens from there); each token is
+    scored once."""
     windows = [
-        (place, first, piece)
-        for place, tokens_T in enumerate(encoded)
+        (index, first, piece)
+        for index, tokens_T in enumerate(encoded)
         for first, piece in _windows(tokens_T, window, stride)
     ]
-    # Of like lengths together: less padding.
+    # Windows of similar lengths share a batch, for less padding.
     windows.sort(key=lambda each: len(each[2].tokens_N), reverse=True)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         found = teacher.token_logprobs([piece for *_, piece in batch])
-        for (place, first, _), logprobs_T in zip(batch, found, strict=True):
-            yield place, first, -logprobs_T
+        for (index, first, _), logprobs_T in zip(batch, found, strict=True):
+            yield index, first, -logprobs_T
 
 
 def _windows(tokens_T: NDArray, window: int, stride: int) -> Iterator[tuple[int, "Document"]]:
-    """(the first token that is new, counted from the text's, and the window that scores it)."""
+    """Yields (index in the text of the first token to score, the window that scores it)."""
     from dftserve.targets.document import Document
 
     new, start = 1, 0

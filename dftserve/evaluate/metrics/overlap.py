@@ -1,9 +1,9 @@
-"""How much two texts share in wording: the phrases that come back from text to text.
+"""How much wording two texts share: the phrases that they have in common.
 
     o_ij = ½·|G_i ∩ G_j| / min(|G_i|, |G_j|) + ½·|M_i ∩ M_j| / min(|M_i|, |M_j|)
 
 G: a text's runs of 4 tokens. M: its runs of 6 tokens with every content word masked to `#` and its
-last two letters, so that a sentence pattern counts though its nouns change.
+last two letters, so that a sentence pattern counts even if its nouns change.
 """
 
 from collections.abc import Collection, Hashable, Sequence
@@ -23,10 +23,10 @@ _KNOWN = frozenset(FUNCTION_WORDS)
 def ngram_overlap(texts: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """o, float64 [T, T], of tokenised texts; 1 where two texts have the same phrases.
 
-    Two matrices of 8·T² bytes are held at once: bound T.
+    Two matrices of 8·T² bytes are in memory at once, so T must be limited.
     """
-    both_TT = _shared([set(ngrams(list(said), PHRASE)) for said in texts])
-    both_TT += _shared([set(ngrams([_masked(t) for t in said], PATTERN)) for said in texts])
+    both_TT = _shared([set(ngrams(list(text), PHRASE)) for text in texts])
+    both_TT += _shared([set(ngrams([_masked(t) for t in text], PATTERN)) for text in texts])
     both_TT /= 2
     return both_TT
 
@@ -36,12 +36,12 @@ def _masked(token: str) -> str:
 
 
 def _shared(sets: Sequence[Collection[Hashable]]) -> NDArray[np.float64]:
-    """|A ∩ B| / min(|A|, |B|) of every pair; 0 where one is empty."""
+    """|A ∩ B| / min(|A|, |B|) of every pair; 0 if one is empty."""
     columns: dict[Hashable, int] = {}
-    places = [[columns.setdefault(item, len(columns)) for item in each] for each in sets]
-    size_T = np.array([len(each) for each in places], np.int32)
+    rows = [[columns.setdefault(item, len(columns)) for item in each] for each in sets]
+    size_T = np.array([len(row) for row in rows], np.int32)
     ends = np.concatenate(([0], np.cumsum(size_T, dtype=np.int64)))
-    flat = np.fromiter((place for each in places for place in each), np.int64, ends[-1])
+    flat = np.fromiter((column for row in rows for column in row), np.int64, ends[-1])
     has = sparse.csr_matrix(
         (np.ones(len(flat)), flat, ends), shape=(len(sets), max(1, len(columns)))
     )

@@ -1,21 +1,21 @@
-"""The Style Diversity Score (SDS): 0 for copies and for word soup, some 90 for held-out human text.
+"""The Style Diversity Score (SDS): 0 for copies and word salad, above 90 for held-out human text.
 
     SDS = 100 · min(1, q) · min(1, V) · clip(P, 0, 1)
 
     V = √(v / v_human)              reliable style variance between texts: what both halves of a
-                                    text agree on. Copies have none; in word soup the halves agree
+                                    text agree on. Copies have none; the halves of word salad agree
                                     on nothing.
-    P = ln o / ln o_human           phrases that come back from text to text (`overlap`)
-    q = pass rate / human's         the share of texts whose word order carries at least half of
-                                    the information that it carries in human text (`coherence`)
+    P = ln o / ln o_human           phrases that texts have in common (`overlap`)
+    q = pass rate / human's         pass rate: the share of texts whose word order carries at least
+                                    half of its information in human text (`coherence`)
 
-Texts shorter than the window are left out, and counted.
+Texts shorter than the window are left out; their number is reported.
 
-v and o are of the texts that pass: soup is no variety. They are taken between the answers to one
-prompt where most texts come in prompts with eight or more, else between all texts, where they hold
-what different prompts bring beside what the writer varies. Where people answered each prompt once,
-what they would have within prompts is estimated from that (`Spread.within_prompts`).
-The score says how varied the style is, not how good: read it beside the distance to human text.
+v and o are computed on the texts that pass, so that word salad does not count as variety. They
+compare the answers to one prompt if at least half of the texts belong to prompts with eight or
+more; otherwise they compare all texts, and also include differences due to the prompts. If people
+answered each prompt once, their values within prompts are estimated (`Spread.within_prompts`).
+The score measures how varied the style is, not how good: read it with the distance to human text.
 """
 
 from collections.abc import Sequence
@@ -32,20 +32,20 @@ from dftserve.evaluate.text.tokenize import tokens, words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Windows
 
 LEAST_OVERLAP = 1e-4
-"""Two short texts that share nothing by luck are not infinitely varied."""
+"""Lower bound of o, so that short texts that share nothing by chance are not infinitely varied."""
 
 WITHIN_VARIANCE = 0.91
-"""v of people within topics over v of people between all texts: .91 [.86, .97] of 615 speakers on
-98 topics (bench/within_topics.py). How a person writes depends little on what was asked."""
+"""v of people within topics over v of people between all texts: .91 [.86, .97] for 615 speakers
+on 98 topics (bench/within_topics.py). How a person writes depends little on the prompt."""
 WITHIN_WORDING = 0.93
-"""The same of ln o: .93 [.90, .97]."""
+"""The same ratio for ln o: .93 [.90, .97]."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart texts are; floats, or arrays of one value for each resample.
+    """How much texts differ: arrays of one value for each resample.
 
-    variance: v, the reliable style variance. sharing: o, in [0, 1]. passed: a share of the texts.
+    variance: v, the reliable style variance. sharing: o, in [0, 1]. passed: the pass rate.
     """
 
     variance: NDArray[np.float64]
@@ -53,27 +53,27 @@ class Spread:
     passed: NDArray[np.float64]
 
     def within_prompts(self) -> "Spread":
-        """What people who have this spread between all texts have between answers to one prompt."""
+        """Estimate between answers to one prompt, for people with this spread between all texts."""
         return Spread(WITHIN_VARIANCE * self.variance, self.sharing**WITHIN_WORDING, self.passed)
 
 
 @dataclass(frozen=True)
 class SDSReference:
-    """What human text gives to measure by, frozen."""
+    """What the score needs from human text, fitted once and then fixed."""
 
     words: int
-    """Of a window; other windows cannot be measured."""
+    """Length of the windows; other windows cannot be scored."""
     scale: Scale
     coherence_filter: CoherenceFilter
     by_prompt: bool
-    """Whether the human texts come in prompts with enough answers to each."""
+    """Whether most human texts belong to prompts with enough answers (`come_in_prompts`)."""
     human: Spread
-    """Of human texts that neither the scale nor the bigrams were made from: within prompts where
-    they come in prompts, else between all."""
+    """The spread of human texts that neither the scale nor the bigrams were fitted on: within
+    prompts if `by_prompt`, else between all texts."""
 
     @classmethod
     def fit(cls, reference: Windows, calibration: Windows) -> "SDSReference":
-        """From two disjoint sets of human texts.
+        """Fit on two disjoint sets of human texts.
 
         Raises:
             ValueError: the calibration texts do not vary in style, or share every phrase.
@@ -106,11 +106,11 @@ class Score:
     """q."""
     texts: int
     short: int
-    """Of these, shorter than the window: they are left out."""
+    """How many of these are shorter than the window, and left out."""
     by_prompt: bool
     drawn: tuple[float, ...] = field(default=(), repr=False)
-    """The score of each bootstrap resample: two runs over the same prompts are compared in pairs,
-    as the resamples are the same."""
+    """The score of each bootstrap resample. Two runs over the same prompts have the same resamples,
+    so they can be compared in pairs."""
 
 
 def score(texts: Windows, reference: SDSReference) -> Score:
@@ -139,34 +139,35 @@ def score(texts: Windows, reference: SDSReference) -> Score:
 
 
 def come_in_prompts(texts: Windows) -> bool:
-    """Whether half of the texts or more answer prompts with `LEAST_TEXTS` answers or more."""
-    return 2 * sum(len(places) for places in texts.answered().values()) >= len(texts)
+    """Whether at least half of the texts answer prompts with `LEAST_TEXTS` answers or more."""
+    return 2 * sum(map(len, texts.indices_by_prompt().values())) >= len(texts)
 
 
 def _parts(spread: Spread, human: Spread) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """SDS, V, P, q."""
     variety = np.sqrt(np.maximum(0.0, spread.variance) / human.variance)
-    wording = _unlike(spread.sharing) / _unlike(human.sharing)
+    wording = _negative_log(spread.sharing) / _negative_log(human.sharing)
     coherence = spread.passed / human.passed
     capped = np.minimum(1, coherence) * np.minimum(1, variety) * np.clip(wording, 0, 1)
     return 100 * capped, variety, wording, coherence
 
 
-def _unlike(sharing: NDArray) -> NDArray:
-    """−ln o: 0 where every phrase is shared."""
+def _negative_log(sharing: NDArray) -> NDArray:
+    """−ln o: 0 if every phrase is shared."""
     return np.abs(np.log(np.maximum(sharing, LEAST_OVERLAP)))
 
 
 @dataclass(frozen=True)
 class _Observed:
-    """What was seen of T texts, in groups: `units` are what is resampled, groups or texts."""
+    """Style features and overlaps of T texts in groups. Units of resampling are the groups, or the
+    texts if there is only one group."""
 
     first_TF: NDArray[np.float64]
     second_TF: NDArray[np.float64]
     """z of the halves, scaled so that their inner product is the reliable covariance."""
     overlap_TT: NDArray[np.float64]
     long_T: NDArray[np.float64]
-    """1 where the text is as long as the window; others count for nothing."""
+    """1 if the text is as long as the window, else 0: shorter texts are ignored."""
     passed_T: NDArray[np.float64]
     groups: Sequence[NDArray[np.intp]]
 
@@ -177,7 +178,7 @@ class _Observed:
         groups = _groups(texts, by_prompt)
         weight_F = np.sqrt(scale.reliability_F / scale.reliability_F.sum())
         first_TF, second_TF = (scale.z(features(half)) * weight_F for half in texts.halves())
-        passed = [coherence_filter.passes(said) for said in _words(texts)]
+        passed = [coherence_filter.passes(text) for text in _words(texts)]
         overlap_TT = ngram_overlap([tokens(text) for text in texts.texts])
         np.fill_diagonal(overlap_TT, 0.0)
         long = [text != "" for text in texts.texts]
@@ -189,7 +190,7 @@ class _Observed:
         return len(self.groups) if len(self.groups) > 1 else len(self.groups[0])
 
     def spread(self, weights_DU: NDArray[np.float64]) -> Spread:
-        """Under weights of the units. A text is never paired with its own copy in a resample."""
+        """The spread under weights of the units. No text is paired with its copy in a resample."""
         if len(self.groups) == 1:
             return self._of(self.groups[0], weights_DU)
         each = [self._of(group, np.ones((1, len(group)))) for group in self.groups]
@@ -202,9 +203,9 @@ class _Observed:
             for each_T in (self.long_T, self.passed_T)
         )
         return Spread(
-            variance=_mean(variance_G, weights_DU * np.maximum(passed_G - 1, 0), nothing=0.0),
-            sharing=_mean(sharing_G, weights_DU * passed_G * (passed_G - 1), nothing=1.0),
-            passed=_mean(passed_G / np.maximum(long_G, 1), weights_DU * long_G, nothing=0.0),
+            variance=_mean(variance_G, weights_DU * np.maximum(passed_G - 1, 0), default=0.0),
+            sharing=_mean(sharing_G, weights_DU * passed_G * (passed_G - 1), default=1.0),
+            passed=_mean(passed_G / np.maximum(long_G, 1), weights_DU * long_G, default=0.0),
         )
 
     def _of(self, group: NDArray[np.intp], weights_DN: NDArray[np.float64]) -> Spread:
@@ -220,14 +221,14 @@ class _Observed:
         return Spread(
             variance=np.where(some_D, (total_D * products_D - means_D) / pairs_D, 0.0),
             sharing=np.where(some_D, shared_D / pairs_D, 1.0),
-            passed=_mean(self.passed_T[group], weights_DN * self.long_T[group], nothing=0.0),
+            passed=_mean(self.passed_T[group], weights_DN * self.long_T[group], default=0.0),
         )
 
 
-def _mean(values_G: NDArray, weights_DG: NDArray, nothing: float) -> NDArray[np.float64]:
-    """The weighted mean of each draw; `nothing` where there is no weight."""
+def _mean(values_G: NDArray, weights_DG: NDArray, default: float) -> NDArray[np.float64]:
+    """The weighted mean of each draw; `default` if all weights are 0."""
     total_D = weights_DG.sum(axis=1)
-    return np.where(total_D > 0, weights_DG @ values_G / np.where(total_D > 0, total_D, 1), nothing)
+    return np.where(total_D > 0, weights_DG @ values_G / np.where(total_D > 0, total_D, 1), default)
 
 
 def _groups(texts: Windows, by_prompt: bool) -> list[NDArray[np.intp]]:
@@ -238,7 +239,7 @@ def _groups(texts: Windows, by_prompt: bool) -> list[NDArray[np.intp]]:
         )
     if not by_prompt:
         return [np.arange(len(texts))]
-    groups = [np.array(places) for places in texts.answered().values()]
+    groups = [np.array(indices) for indices in texts.indices_by_prompt().values()]
     if not groups:
         raise ValueError(
             f"texts: no prompt has {LEAST_TEXTS} of them, and the human texts are compared "

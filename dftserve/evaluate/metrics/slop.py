@@ -1,10 +1,10 @@
-"""Phrases that mark a text as a model's: how often they come, and which ones a set repeats.
+"""Phrases typical of text by models: how often they occur, and which phrases a set repeats.
 
     rate(texts, read_phrases())            per 1,000 words
     cut(base.value, tuned.value, human.value)
 
-Texts are normalised ones. A rate says nothing about quality, and few such phrases do not make a
-text human: it is shown beside the human rate.
+Texts must be normalised. A rate says nothing about quality, and few such phrases do not make a text
+human: it should be compared with the human rate.
 """
 
 import re
@@ -22,11 +22,11 @@ from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
 OURS = Path(__file__).parents[1] / "text" / "phrases.txt"
 LARGEST = 64 << 20
-"""Bytes of a file of phrases."""
+"""Maximum bytes of a file of phrases."""
 PER = 1000
-"""Rates are per so many words."""
+"""Rates are per this many words."""
 SAME_RATE = 1e-9
-"""Base and human rates, per 1,000 words, that differ by no more leave nothing to cut."""
+"""If base and human rates per 1,000 words differ by no more than this, there is nothing to cut."""
 
 _SPAN = r"[^.!?;:\n]{1,80}?"
 _NOT = r"(?:not|[a-z]+n't)"
@@ -41,14 +41,14 @@ CONTRASTS = {
     "no X, no Y, just Z": rf"\b(?:no|not)\s[^.!?;:\n]{{1,40}}?[,.]\s+(?:no|not)\s{_SPAN}[,.]\s+"
     r"(?:just|only)\s",
 }
-"""The "not this, but that" figure, as patterns on normalised lower-case text. They see the surface:
-a plain denial with a `but` is counted too, in human text as well."""
+"""The "not this, but that" figure, as patterns on normalised lower-case text. They match the
+surface: a plain denial with a `but` is counted too, in human text as well."""
 _CONTRAST = re.compile("|".join(CONTRASTS.values()))
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Phrases as tokens, by their first token, the longest first."""
+    """Phrases as tuples of tokens, by their first token, the longest first."""
 
     by_first: Mapping[str, tuple[tuple[str, ...], ...]]
 
@@ -68,34 +68,34 @@ class Phrases:
         return sum(map(len, self.by_first.values()))
 
     def found(self, text: str) -> Iterator[str]:
-        """The phrases in a text, in order: the longest at each place, none inside another. A mark
-        ends a phrase, unless it is the phrase's own."""
-        said = tokens(text)
+        """The phrases in a text, in order: the longest at each position, none inside another.
+        Punctuation within a match must be part of the phrase."""
+        own = tokens(text)
         at = 0
-        while at < len(said):
+        while at < len(own):
             phrase = next(
-                (p for p in self.by_first.get(said[at], ()) if p == tuple(said[at : at + len(p)])),
+                (p for p in self.by_first.get(own[at], ()) if p == tuple(own[at : at + len(p)])),
                 None,
             )
             if phrase:
                 yield " ".join(phrase)
-            at += len(phrase or ".")
+            at += len(phrase) if phrase else 1
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A phrase and the number of different texts with it."""
+    """A phrase and the number of texts that contain it."""
 
     phrase: str
     texts: int
 
 
 def read_phrases(path: Path = OURS) -> Phrases:
-    """A file of phrases, by default our own: a phrase a line with `#` comments, or, where the name
-    ends with .json, a list whose items are "a phrase", ["a phrase"] or ["a phrase", a number].
+    """Read a file of phrases, by default the built-in one: one phrase per line with `#` comments,
+    or, if the name ends in .json, a list whose items are "a phrase", ["a phrase"] or ["a phrase", a
+    number].
 
-    Phrases are matched as they stand: a list of n-grams whose common words were taken out finds
-    little.
+    Phrases are matched literally: a list of n-grams without their stop words finds little.
 
     Raises:
         ValueError: another shape, no phrase, or not UTF-8.
@@ -107,7 +107,7 @@ def read_phrases(path: Path = OURS) -> Phrases:
 
 
 def read_lines(path: Path = OURS) -> list[str]:
-    """The phrases of a file as they stand there.
+    """The phrases of a file, unchanged.
 
     Raises:
         ValueError: another shape, or not UTF-8.
@@ -121,7 +121,7 @@ def rate(texts: Sequence[str], phrases: Phrases, groups: Sequence[str] = ()) -> 
     (`intervals.summed`).
 
     Raises:
-        ValueError: no words at all, or not a group for each text.
+        ValueError: no words at all, or not one group per text.
     """
     return _per_words(texts, [sum(1 for _ in phrases.found(text)) for text in texts], groups)
 
@@ -133,12 +133,12 @@ def contrast_rate(texts: Sequence[str], groups: Sequence[str] = ()) -> Estimate:
 
 
 def cut(base: float, tuned: float, human: float) -> float:
-    """The share of the way from the base model's rate to the human one that a tuned model went:
+    """The share of the gap between the base model's and the human rate that a tuned model closed:
     (base − tuned)/(base − human). 1: as often as humans; above: less often; below 0: more often
     than before.
 
     Raises:
-        ValueError: the base model's rate is the human one already.
+        ValueError: the base model's rate equals the human one.
     """
     if not abs(base - human) > SAME_RATE:
         raise ValueError(
@@ -151,8 +151,9 @@ def cut(base: float, tuned: float, human: float) -> float:
 def most_repeated(
     texts: Sequence[str], sizes: Sequence[int] = (3, 4, 5, 6, 7, 8), top: int = 20
 ) -> list[Repeated]:
-    """The runs of words, without a mark inside, that the most texts have, in at least two; the
-    longer first where as many do. A run inside a longer one that as many texts have is left out.
+    """The runs of words, without punctuation inside, that occur in the most texts, at least two; of
+    equally frequent ones the longer first. A run inside a longer one that occurs in as many texts
+    is left out.
 
     Raises:
         ValueError: sizes below 1, or none.
@@ -165,7 +166,7 @@ def most_repeated(
     for size in sorted(set(sizes)):
         longer = _shared(runs_T, size, shorter)
         for phrase, count in longer.items():
-            # Only the next shorter size: what lies between them has as many texts as both.
+            # The next shorter size is enough: shorter runs were dropped at the sizes between.
             for part in ngrams(list(phrase), len(next(iter(shorter), ()))):
                 if shorter.get(part) == count:
                     shared.pop(part, None)
@@ -212,15 +213,15 @@ def _ratio(weights_T: np.ndarray, units_T2: np.ndarray) -> float:
 
 
 def _runs(text: str) -> list[list[str]]:
-    """The words between two marks."""
+    """The runs of words between punctuation marks."""
     return [list(run) for is_word, run in groupby(tokens(text), _is_word) if is_word]
 
 
 def _shared(
     runs_T: Sequence[list[list[str]]], size: int, shorter: Mapping[tuple[str, ...], int]
 ) -> dict[tuple[str, ...], int]:
-    """The n-grams that at least two texts have. One whose beginning is not `shorter`, shared, is
-    not counted: it cannot be."""
+    """The n-grams that occur in at least two texts. One whose beginning is not in `shorter` cannot
+    be shared and is not counted."""
     begins = len(next(iter(shorter), ()))
     counts: Counter[tuple[str, ...]] = Counter()
     for runs in runs_T:

@@ -1,8 +1,9 @@
 """Stylometric features of a text, independent of its topic, and the space they are compared in.
 
-Shares of English function words and marks, lengths of sentences and words, richness of the
-vocabulary, endings, contractions, capitals, digits, paragraphs. Shares enter as √(100·count/words),
-which makes the noise of a count nearly the same for frequent and rare ones (Anscombe 1948).
+Shares of English function words and punctuation marks, lengths of sentences and words, richness of
+the vocabulary, endings, contractions, capitals, digits, paragraphs. Shares enter as
+√(100·count/words), which makes the noise of a count nearly the same for frequent and rare ones
+(Anscombe 1948).
 """
 
 import re
@@ -65,18 +66,18 @@ def features(texts: Sequence[str]) -> NDArray[np.float64]:
 
 def function_share(texts: Sequence[str]) -> float:
     """The share of words that are English function words: .4 to .6 in English prose."""
-    known = set(FUNCTION_WORDS)
-    said = [word for text in texts for word in words(text)]
-    return sum(word in known for word in said) / max(1, len(said))
+    function_words = set(FUNCTION_WORDS)
+    all_words = [word for text in texts for word in words(text)]
+    return sum(word in function_words for word in all_words) / max(1, len(all_words))
 
 
 @lru_cache(maxsize=8192)
 def _features(text: str) -> NDArray[np.float64]:
-    """Kept: human texts are looked at again for each set that is compared with them."""
-    said = words(text)
-    if not said:
+    """Cached, because the same human texts are compared with several sets of texts."""
+    text_words = words(text)
+    if not text_words:
         return np.zeros(len(NAMES))
-    counts = Counter(said)
+    counts = Counter(text_words)
     kinds = counts.items()
     marks = Counter(tokens(text))
     counted = [
@@ -92,11 +93,11 @@ def _features(text: str) -> NDArray[np.float64]:
     sentence_lengths = np.array([len(words(each)) for each in sentences(text)] or [0])
     return np.array(
         [
-            *np.sqrt(100 * np.array(counted) / len(said)),
+            *np.sqrt(100 * np.array(counted) / len(text_words)),
             np.log1p(sentence_lengths.mean()),
             np.log1p(sentence_lengths.std()),
-            len(counts) / len(said),
-            sum(count == 1 for count in counts.values()) / len(said),
+            len(counts) / len(text_words),
+            sum(count == 1 for count in counts.values()) / len(text_words),
         ]
     )
 
@@ -106,8 +107,8 @@ class Scale:
     """Mean, spread and reliability of each style feature in human text.
 
     mean_F, spread_F: float64, of half windows of the reference texts.
-    reliability_F: float64 in [0, 1], how far the two halves of a text agree, at unit spread; 0 for
-        a feature that human texts do not vary in.
+    reliability_F: float64 in [0, 1], the covariance of the two halves of a text after
+        standardisation; 0 for a feature that does not vary in human texts.
     """
 
     mean_F: NDArray[np.float64]
@@ -116,10 +117,10 @@ class Scale:
 
     @classmethod
     def fit(cls, first_TF: NDArray[np.float64], second_TF: NDArray[np.float64]) -> "Scale":
-        """From the features of the two halves of each reference text."""
+        """Fit on the features of the two halves of each reference text."""
         both_NF = np.concatenate((first_TF, second_TF))
         mean_F = both_NF.mean(axis=0)
-        # The spread of a constant is a rounding error, not always 0.
+        # For a constant feature, std can be a rounding error instead of 0.
         spread_F = np.where(np.ptp(both_NF, axis=0) > 0, both_NF.std(axis=0), 0.0)
         scale = cls(mean_F, spread_F, np.ones_like(mean_F))
         first_TF, second_TF = scale.z(first_TF), scale.z(second_TF)
@@ -138,9 +139,9 @@ class StyleSpace:
     """Standardised style features of whole windows, fitted on human text and then frozen, so that
     every system is measured in the same space.
 
-    scale: of whole windows; its reliabilities are all 1, halves are not compared.
-    sigma: the median distance of two human texts, the width of the kernel of `two_sample.mmd2`.
-    words: of the windows, L.
+    scale: of whole windows; its reliabilities are all 1, as halves are not compared.
+    sigma: the median distance between two human texts, the kernel width of `two_sample.mmd2`.
+    words: the length L of the windows.
     """
 
     scale: Scale
@@ -149,10 +150,10 @@ class StyleSpace:
 
     @classmethod
     def fit(cls, reference: Windows) -> "StyleSpace":
-        """From human texts.
+        """Fit the space on human texts.
 
         Raises:
-            ValueError: fewer than two that are long enough, or all alike.
+            ValueError: fewer than two that are long enough, or all have the same features.
         """
         features_TF = features(reference.whole().texts)
         if len(features_TF) < 2:

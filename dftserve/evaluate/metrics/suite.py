@@ -1,6 +1,6 @@
-"""All metrics of a set of texts, computed beside the same metrics of human text.
+"""All metrics of a set of texts, some of them in comparison with a set of human texts.
 
-Many depend on the length and the number of texts: both sides are cut to the same.
+Many depend on the length and the number of texts, which must be equal in both sets.
 """
 
 import math
@@ -30,51 +30,57 @@ from dftserve.evaluate.text.windows import LEAST_TEXTS, Windows
 T = TypeVar("T")
 
 SAME_MEANING = 0.8
-"""Texts with this cosine of their embeddings are one class."""
+"""Cosine similarity of embeddings from which two texts count as one class."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured, and how its number is read."""
+    """The title of a measure, what its value means, and how it is rendered."""
 
     title: str
     about: str
     digits: int = 2
     least: float = 0.0
     most: float = math.inf
-    """What the measure can be; an interval does not go beyond."""
+    """`least` and `most` are the range of the measure, to which intervals are clipped."""
 
 
 MEASURES = {
     "mmd_style": Measure(
         "style distance",
-        "√MMD² of style features to held-out human text; 0 where chance explains it",
+        "√MMD² of style features to held-out human text; 0 if chance explains it",
         3,
     ),
     "mmd_style_p": Measure(
-        "its p", "of “written by the same people”, at least .001: 999 permutations", 4, most=1
+        "style distance, p", "p-value of “same writers”, at least .001: 999 permutations", 4, most=1
     ),
     "c2st_style": Measure(
-        "told apart",
-        "AUC of a linear classifier on style; .5: cannot tell, or has too few texts to learn",
+        "style classifier",
+        "AUC of a linear classifier on style; .5: no difference found, or too few texts to learn",
         3,
         most=1,
     ),
     "mmd_meaning": Measure("meaning distance", "√MMD² of embeddings to held-out human text", 3),
     "c2st_meaning": Measure(
-        "told apart by meaning", "AUC on embeddings; .5: cannot tell", 3, most=1
+        "meaning classifier", "AUC on embeddings; .5: no difference found", 3, most=1
     ),
     "token_l2": Measure("token L2", "‖f − f_human‖₂ of token frequencies", 4),
     "token_js": Measure(
         "token JS", "Jensen–Shannon divergence of token frequencies, nats", 4, most=math.log(2)
     ),
-    "slop": Measure("AI phrases", "per 1,000 words; to be as human"),
-    "contrast": Measure("“not X, but Y”", "per 1,000 words; to be as human"),
-    "distinct_1": Measure("distinct-1", "different words / words; soup wins it", 3, most=1),
-    "distinct_3": Measure("distinct-3", "different trigrams / trigrams; soup wins it", 3, most=1),
-    "self_bleu": Measure("self-BLEU", "0 to 100, lower: less alike; soup wins it", 1, most=100),
+    "slop": Measure("AI phrases", "per 1,000 words; should match the human rate"),
+    "contrast": Measure("“not X, but Y”", "per 1,000 words; should match the human rate"),
+    "distinct_1": Measure(
+        "distinct-1", "different words / words; random words score best", 3, most=1
+    ),
+    "distinct_3": Measure(
+        "distinct-3", "different trigrams / trigrams; random words score best", 3, most=1
+    ),
+    "self_bleu": Measure(
+        "self-BLEU", "0 to 100, lower: less similar; random words score best", 1, most=100
+    ),
     "compression": Measure("compression", "bytes / gzipped bytes; lower: less repetition"),
-    "self_repetition": Measure("self-repetition", "4-grams that come back in other texts, ln"),
+    "self_repetition": Measure("self-repetition", "4-grams that occur in other texts too, ln"),
     "vendi_style": Measure("Vendi, style", "effective number of styles among the texts", 1),
     "vendi_meaning": Measure("Vendi, meaning", "effective number of meanings among the texts", 1),
     "distinct_8": Measure(
@@ -87,57 +93,56 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measuring needs beside the texts, frozen for a whole evaluation."""
+    """What measuring needs in addition to the texts, fixed for a whole evaluation."""
 
     style_space: StyleSpace
     phrases: slop.Phrases
     embed: Embedder | None
-    """None: nothing is said about meaning."""
+    """None: meaning is not measured."""
 
 
-def measure(texts: Windows, human: Windows, with_: Instruments) -> dict[str, Estimate]:
-    """By the names of `MEASURES`; those that need what is not there are left out.
+def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[str, Estimate]:
+    """Estimates by the names of `MEASURES`; measures whose inputs are missing are left out.
 
     Args:
-        texts, human: windows of equal length, none short; as many of each, for `token_*` and all
-            measures of a set to be comparable.
+        texts, human: windows of equal length, none short; the same number of each, so that
+            `token_*` and all measures of a set are comparable.
     """
-    said = [tokens(text) for text in texts.texts]
+    space = instruments.style_space
+    tokens_T = [tokens(text) for text in texts.texts]
     prompts = (*texts.prompts, *human.prompts)
-    style_TF, human_TF = with_.style_space.features(texts), with_.style_space.features(human)
-    kernel_TT = np.exp(
-        -squareform(pdist(style_TF, "sqeuclidean")) / (2 * with_.style_space.sigma**2)
-    )
+    style_TF, human_TF = space.features(texts), space.features(human)
+    kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * space.sigma**2))
     found = {
-        **_apart(style_TF, human_TF, prompts, with_.style_space.sigma, "style"),
-        **_frequencies(said, [tokens(text) for text in human.texts]),
-        "slop": slop.rate(texts.texts, with_.phrases, texts.prompts),
+        **_distances(style_TF, human_TF, prompts, space.sigma, "style"),
+        **_frequencies(tokens_T, [tokens(text) for text in human.texts]),
+        "slop": slop.rate(texts.texts, instruments.phrases, texts.prompts),
         "contrast": slop.contrast_rate(texts.texts, texts.prompts),
-        **_wording(texts, said),
+        **_wording(texts, tokens_T),
         "vendi_style": _of_set(texts, lambda at: lexical.vendi(_square(kernel_TT, at), q=2)),
         "burstiness": _burstiness(texts),
     }
-    if with_.embed is not None:
-        meaning_TF, human_TF = with_.embed(texts.texts), with_.embed(human.texts)
+    if instruments.embed is not None:
+        meaning_TF, human_TF = instruments.embed(texts.texts), instruments.embed(human.texts)
         sigma = two_sample.median_distance(human_TF)
-        found |= _apart(meaning_TF, human_TF, prompts, sigma, "meaning")
+        found |= _distances(meaning_TF, human_TF, prompts, sigma, "meaning")
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
     parts = parts_of(texts.prompts)
     return {
-        name: _of_parts(_bounded(found[name], MEASURES[name]), parts)
+        name: _with_parts(_clipped(found[name], MEASURES[name]), parts)
         for name in MEASURES
         if name in found
     }
 
 
-def _of_parts(found: Estimate, parts: str) -> Estimate:
+def _with_parts(found: Estimate, parts: str) -> Estimate:
     return replace(found, parts=parts) if found.left_out else found
 
 
-def _bounded(found: Estimate, measure: Measure) -> Estimate:
-    """The jackknife's interval is symmetrical, and would leave the measure's range."""
+def _clipped(found: Estimate, measure: Measure) -> Estimate:
+    """Clip the jackknife's interval, which is symmetric, to the range of the measure."""
     low, high = (
         None if end is None else min(max(end, measure.least), measure.most)
         for end in (found.low, found.high)
@@ -149,17 +154,17 @@ def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> E
     return jackknife(len(texts), statistic)
 
 
-def _apart(
+def _distances(
     x_TF: NDArray, human_TF: NDArray, prompts: Sequence[str], sigma: float, space: str
 ) -> dict[str, Estimate]:
-    """`prompts`: of the texts, then of the human ones. One prompt alone leaves nothing to permute,
-    and no fold to test on for a classifier: both are then left out."""
-    near = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
-    found = {f"mmd_{space}": near}
+    """`prompts`: of the texts, then of the human ones. If a side has only one prompt, there is
+    nothing to permute and no fold to test a classifier on: p and AUC are then left out."""
+    mmd = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
+    found = {f"mmd_{space}": mmd}
     sides = prompts[: len(x_TF)], prompts[len(x_TF) :]
     if all("" in side or len(set(side)) > 1 for side in sides):
-        mmd = two_sample.mmd_test(x_TF, human_TF, sigma, groups=prompts)
-        found[f"mmd_{space}_p"] = Estimate(mmd.p, None, None)
+        test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=prompts)
+        found[f"mmd_{space}_p"] = Estimate(test.p, None, None)
         found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=prompts)
     return found
 
@@ -169,25 +174,25 @@ def _root(mmd2: float) -> float:
 
 
 def _frequencies(
-    said: Sequence[Sequence[str]], human: Sequence[Sequence[str]]
+    tokens_T: Sequence[Sequence[str]], human_T: Sequence[Sequence[str]]
 ) -> dict[str, Estimate]:
-    parts_T = np.concatenate((tenths(len(said)), np.full(len(human), GROUPS)))
-    counts_KV = lexical.gram_counts([*said, *human], 1, parts_T)
+    parts_T = np.concatenate((tenths(len(tokens_T)), np.full(len(human_T), GROUPS)))
+    counts_KV = lexical.gram_counts([*tokens_T, *human_T], 1, parts_T)
     own_KV, human_V = counts_KV[:-1], counts_KV[-1]
 
-    def of(place: int) -> Estimate:
-        return _without_each(own_KV, lambda c: two_sample.frequency_distances(c, human_V)[place])
+    def of(index: int) -> Estimate:
+        return _without_each(own_KV, lambda c: two_sample.frequency_distances(c, human_V)[index])
 
     return {"token_l2": of(0), "token_js": of(1)}
 
 
-def _wording(texts: Windows, said: Sequence[Sequence[str]]) -> dict[str, Estimate]:
-    tenth_T = tenths(len(said))
+def _wording(texts: Windows, tokens_T: Sequence[Sequence[str]]) -> dict[str, Estimate]:
+    tenth_T = tenths(len(tokens_T))
     words_KV = lexical.gram_counts([words(text) for text in texts.texts], 1, tenth_T)
-    bleu_T, repetition_T = lexical.self_bleus(said), lexical.self_repetitions(said)
+    bleu_T, repetition_T = lexical.self_bleus(tokens_T), lexical.self_repetitions(tokens_T)
     return {
         "distinct_1": _without_each(words_KV, lexical.distinct),
-        "distinct_3": _without_each(lexical.gram_counts(said, 3, tenth_T), lexical.distinct),
+        "distinct_3": _without_each(lexical.gram_counts(tokens_T, 3, tenth_T), lexical.distinct),
         "self_bleu": _of_set(texts, lambda at: bleu_T[at].mean()),
         "compression": _of_set(texts, lambda at: lexical.compression_ratio(_pick(texts.texts, at))),
         "self_repetition": _of_set(texts, lambda at: repetition_T[at].mean()),
@@ -196,14 +201,14 @@ def _wording(texts: Windows, said: Sequence[Sequence[str]]) -> dict[str, Estimat
 
 
 def _without_each(counts_KG: NDArray, statistic: Callable[[NDArray], float]) -> Estimate:
-    """The jackknife of what depends on counts alone; empty parts are none."""
+    """The jackknife of a statistic of counts; empty parts are ignored."""
     counts_KG = counts_KG[counts_KG.any(axis=1)]
     total_G = counts_KG.sum(axis=0)
     return from_left_out(statistic(total_G), [statistic(total_G - part_G) for part_G in counts_KG])
 
 
 def _pick(items: Sequence[T], at: NDArray[np.intp]) -> list[T]:
-    return [items[int(place)] for place in at]
+    return [items[int(index)] for index in at]
 
 
 def _burstiness(texts: Windows) -> Estimate:
@@ -212,10 +217,10 @@ def _burstiness(texts: Windows) -> Estimate:
 
 
 def _classes(texts: Windows, cosine_TT: NDArray[np.float64]) -> dict[str, Estimate]:
-    """Only where prompts have enough answers to compare."""
+    """Empty if no prompt has enough answers to compare."""
     kinds = [
         lexical.distinct_k(lexical.classes(_square(cosine_TT, at), SAME_MEANING), LEAST_TEXTS)
-        for at in map(np.array, texts.answered().values())
+        for at in map(np.array, texts.indices_by_prompt().values())
     ]
     if not kinds:
         return {}

@@ -1,5 +1,5 @@
-"""How far a set of texts is from another: by their features (MMD, a classifier) and by how often
-they use each token.
+"""Distances between two sets of texts: by their features (MMD, a classifier) and by their token
+frequencies.
 
 A set is given as its features `x_MF`, M texts with F features each, or as its tokens.
 """
@@ -22,11 +22,11 @@ from dftserve.evaluate.metrics.lexical import gram_counts
 
 NULL_LEVEL = 0.95
 PENALTY = 1.0
-"""Of ‖w‖²/2, beside the summed log loss: on standardised features the usual default."""
+"""Weight of ‖w‖²/2 relative to the summed log loss: the usual default for standardised features."""
 ROUNDING = 1e-12
-"""A split that is the observed one again counts as equal to it."""
+"""Tolerance within which a permutation that repeats the observed split counts as equal to it."""
 NEAR = 1e-9
-"""Below what two AUCs can differ by."""
+"""Smaller than any difference between two AUCs."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Mmd:
     value: float
     """√max(0, mmd2), in [0, √2]."""
     mmd2: float
-    """Unbiased: 0 on average where both sets come from one source, and then often below."""
+    """Unbiased: if both sets come from one source, 0 on average and often negative."""
     null_mean: float
-    """Of mmd2 over the permutations."""
+    """The mean of mmd2 over the permutations."""
     null_high: float
     """The 95th percentile of mmd2 over the permutations."""
     p: float
@@ -46,7 +46,7 @@ class Mmd:
 
 def median_distance(x_MF: ArrayLike) -> float:
     """The median Euclidean distance between two of the M rows: the σ of `mmd2`, to be measured
-    once on human text and kept (Gretton et al. 2012, section 8).
+    once on human text and then fixed (Gretton et al. 2012, section 8).
 
     Raises:
         ValueError: fewer than two rows, a number that is not finite, or a median of 0.
@@ -64,8 +64,8 @@ def mmd2(x_MF: ArrayLike, y_NF: ArrayLike, sigma: float) -> float:
     with k(a,b) = exp(−‖a−b‖²/2σ²) (Gretton et al. 2012, JMLR 13, lemma 6); at most 2.
 
     Raises:
-        ValueError: fewer than two rows on a side, other widths, numbers that are not finite, or a
-            σ that is not above 0.
+        ValueError: fewer than two rows on a side, different numbers of features, numbers that are
+            not finite, or a σ that is not above 0.
     """
     K_LL, member_L = _kernel(x_MF, y_NF, sigma)
     return float(_mmd2(K_LL, member_L[None])[0])
@@ -80,22 +80,22 @@ def mmd_test(
     permutations: int = 999,
     seed: int = 0,
 ) -> Mmd:
-    """`mmd2` between groups of texts, and where it lies among those of random splits of all groups
-    into as many of x and of y: p = (1 + #{permuted ≥ observed}) / (1 + permutations).
+    """`mmd2` between groups of texts, compared with random splits of all groups into sides of the
+    same sizes: p = (1 + #{permuted ≥ observed}) / (1 + permutations).
 
     k of two groups is the mean of k over the pairs of their texts, and a group is never compared
-    with itself: the answers to one prompt are alike whoever writes them, and eight of them are one
-    draw of a prompt. p is exact where the groups are exchangeable, as those of one size are if both
-    sides have one source.
+    with itself: the answers to one prompt are similar whoever writes them, so eight of them are one
+    draw of a prompt. p is exact if the groups are exchangeable, as groups of equal size are when
+    both sides come from one source.
 
     Args:
-        groups: of the M rows of x, then of the N of y, as the prompt that a text answers; rows of
-            one group on one side are together, those of "" each by themselves. None: all by
-            themselves, and `mmd2` is that of the texts.
+        groups: the group of each of the M rows of x, then of the N rows of y, such as the prompt
+            that a text answers. Rows with the same group and side form one group; a row with the
+            group "" is a group of its own. Empty: every row is, and `mmd2` is that of the texts.
 
     Raises:
-        ValueError: what `mmd2` refuses; fewer than one permutation, not a group for each row, or
-            fewer than two on a side.
+        ValueError: what `mmd2` refuses; fewer than one permutation, not one group per row, or
+            fewer than two groups on a side.
     """
     if permutations < 1:
         raise ValueError(f"permutations: got {permutations}; accepted: at least 1.")
@@ -120,22 +120,23 @@ def c2st(
     folds: int = 5,
     seed: int = 0,
 ) -> Estimate:
-    """How well a linear classifier tells the two sets apart: AUC on texts that it has not seen,
-    .5 where it cannot (classifier two-sample test, Lopez-Paz & Oquab, arXiv 1610.06545).
+    """How well a linear classifier distinguishes the two sets: AUC on held-out texts, .5 at chance
+    (classifier two-sample test, Lopez-Paz & Oquab, arXiv 1610.06545).
 
     The mean over stratified folds of the AUC of an L2 logistic regression on features
-    standardised by its training part. The interval is Newcombe's (2006, method 5), which inverts
-    the variance of Hanley & McNeil and so has a width at 1; it takes the M + N scores as
-    independent.
+    standardised on the fold's training part. The interval is Newcombe's (2006, method 5), which
+    inverts the variance of Hanley & McNeil and so has a positive width at an AUC of 1; it treats
+    the M + N scores as independent.
 
     Args:
-        groups: of the M rows of x, then of the N of y, as the prompt that a text answers; rows of
-            one group are in one fold, those of "" each by themselves. None: all by themselves.
-        folds: as many, or as there are groups on a side.
+        groups: the group of each of the M rows of x, then of the N rows of y, such as the prompt
+            that a text answers. Rows of one group are in one fold; a row with the group "" is a
+            group of its own, and so is every row if no groups are given.
+        folds: number of folds; fewer are used if a side has fewer groups.
 
     Raises:
-        ValueError: fewer rows on a side than folds, fewer than two folds or groups, other widths,
-            or numbers that are not finite.
+        ValueError: fewer rows on a side than folds, fewer than two folds or groups, different
+            numbers of features, or numbers that are not finite.
     """
     if folds < 2:
         raise ValueError(f"folds: got {folds}; accepted: at least 2.")
@@ -143,15 +144,17 @@ def c2st(
     all_LF, is_y_L = _joined(x_MF, y_NF)
     aucs = []
     for fitted_L, tested_L in _folds(is_y_L, groups, folds, seed):
-        both = len(set(is_y_L[fitted_L])), len(set(is_y_L[tested_L]))
-        if both != (2, 2):  # The groups of the fold are all of one side.
+        sides = len(set(is_y_L[fitted_L])), len(set(is_y_L[tested_L]))
+        if sides != (2, 2):  # One side is missing from the training or the test part.
             continue
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1 / PENALTY))
         classifier.fit(all_LF[fitted_L], is_y_L[fitted_L])
         score_L = classifier.decision_function(all_LF[tested_L])
         aucs.append(roc_auc_score(is_y_L[tested_L], score_L))
     if not aucs:
-        raise ValueError("groups: got no fold with both sets; accepted: prompts that both answer.")
+        raise ValueError(
+            "groups: got no fold with both sets; accepted: prompts that both sets answer."
+        )
     auc = float(np.mean(aucs))
     return Estimate(auc, *_auc_interval(auc, len(x_MF), len(y_NF)))
 
@@ -159,7 +162,7 @@ def c2st(
 def _folds(
     is_y_L: NDArray[np.float64], groups: Sequence[str], folds: int, seed: int
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """(rows to fit, rows to test) of each fold."""
+    """Yields (rows to fit on, rows to test on) for each fold."""
     empty_LF = np.empty((len(is_y_L), 0))
     named = [name or f"row {row}" for row, name in enumerate(groups)]
     if len(set(named)) == len(named):
@@ -183,7 +186,7 @@ def token_distances(
     """(L2, JS) between the relative frequencies f of the tokens of two sets of texts.
 
     L2 = ‖f_a − f_b‖₂, in [0, √2]. JS = ½KL(f_a‖m) + ½KL(f_b‖m), m = ½(f_a + f_b), in nats, in
-    [0, ln 2] (Lin 1991). Both fall with the amount of text: compare sets of one size.
+    [0, ln 2] (Lin 1991). Both decrease with the amount of text: compare sets of equal size.
 
     Raises:
         ValueError: a set without tokens.
@@ -195,7 +198,7 @@ def token_distances(
 
 
 def frequency_distances(a_V: NDArray, b_V: NDArray) -> tuple[float, float]:
-    """The same of counts of tokens, in one order on both sides."""
+    """As `token_distances`, from token counts in the same order on both sides."""
     f_V, g_V = a_V / a_V.sum(), b_V / b_V.sum()
     m_V = (f_V + g_V) / 2
     js = (special.rel_entr(f_V, m_V) + special.rel_entr(g_V, m_V)).sum() / 2
@@ -205,7 +208,7 @@ def frequency_distances(a_V: NDArray, b_V: NDArray) -> tuple[float, float]:
 def _kernel(
     x_MF: ArrayLike, y_NF: ArrayLike, sigma: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The kernel of all rows without its diagonal, and 1 where a row is of x."""
+    """The kernel of all rows with a zero diagonal, and for each row 1 if it is of x, else 0."""
     if not (np.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma: got {sigma}; accepted: above 0.")
     all_LF, is_y_L = _joined(_features(x_MF, "x", 2), _features(y_NF, "y", 2))
@@ -216,7 +219,8 @@ def _kernel(
 def _between_groups(
     K_LL: NDArray[np.float64], member_L: NDArray[np.float64], groups: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mean kernel of each two groups, without its diagonal, and 1 where a group is of x."""
+    """The mean kernel of each pair of groups with a zero diagonal, and for each group 1 if it is of
+    x, else 0."""
     if not groups:
         return K_LL, member_L
     if len(groups) != len(K_LL):
@@ -238,7 +242,7 @@ def _between_groups(
 
 
 def _mmd2(K_LL: NDArray[np.float64], member_PL: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`mmd2` of each split P: the sums of the kernel within and between its parts."""
+    """`mmd2` of each split P, from the kernel sums within and between its sides."""
     near_PL = member_PL @ K_LL
     within_x_P = np.einsum("pl,pl->p", near_PL, member_PL)
     between_P = near_PL.sum(1) - within_x_P
@@ -250,14 +254,14 @@ def _mmd2(K_LL: NDArray[np.float64], member_PL: NDArray[np.float64]) -> NDArray[
 
 def _auc_interval(auc: float, m: int, n: int) -> tuple[float, float]:
     """All θ with |auc − θ| ≤ z·sd(θ); sd² is Hanley & McNeil's (1982) for exponential scores,
-    with both sizes as their mean in the covariances."""
+    with both sizes replaced by their mean in the covariance terms."""
     z = float(stats.norm.ppf((1 + LEVEL) / 2))
 
     def excess(θ: float) -> float:
         spread = 1 + ((m + n) / 2 - 1) * ((1 - θ) / (2 - θ) + θ / (1 + θ))
         return (auc - θ) ** 2 - z**2 * θ * (1 - θ) * spread / (m * n)
 
-    # At 0 and 1 the variance is 0, which is no end: look a little inside.
+    # At an AUC of 0 or 1, θ = AUC is a root but no end of the interval: exclude it.
     low = _root(excess, 0, auc - NEAR) if auc > NEAR else 0.0
     high = _root(excess, auc + NEAR, 1) if auc < 1 - NEAR else 1.0
     return low, high
@@ -282,9 +286,9 @@ def _features(x_MF: ArrayLike, name: str, least: int) -> NDArray[np.float64]:
 def _joined(
     x_MF: NDArray[np.float64], y_NF: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """All rows, and 1 where a row is of y."""
+    """All rows, and for each 1 if it is of y, else 0."""
     if x_MF.shape[1] != y_NF.shape[1]:
         raise ValueError(
-            f"features: got {x_MF.shape[1]} in x and {y_NF.shape[1]} in y; accepted: as many."
+            f"features: got {x_MF.shape[1]} in x and {y_NF.shape[1]} in y; accepted: equal numbers."
         )
     return np.concatenate([x_MF, y_NF]), np.repeat([0.0, 1.0], [len(x_MF), len(y_NF)])

@@ -1,4 +1,4 @@
-"""Two evaluations of the same prompts, level by level, as pairs.
+"""Compares two evaluations of the same prompts in pairs, level by level.
 
 print(compare(Path("base/result.json"), Path("dft/result.json")).render())
 """
@@ -19,12 +19,12 @@ from dftserve.evaluate.report import results
 
 PARTS = {"variety": "V, style variance", "wording": "P, wording", "coherence": "q, coherence"}
 P_VALUE = "mmd_style_p"
-"""A difference of p-values says nothing."""
+"""Left out, because a difference of p-values has no meaning."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A number of both runs, and the second less the first."""
+    """A number from both runs, and the difference b − a."""
 
     title: str
     a: Estimate
@@ -39,10 +39,10 @@ class Comparison:
     a: str
     b: str
     levels: tuple[tuple[Any, tuple[Row, ...]], ...]
-    """By diversity, those that both have."""
+    """(diversity, its rows), for the diversities that both runs have."""
     slop_cut: tuple[tuple[Any, float | None], ...]
-    """By diversity: the share of the way from a's rate of AI phrases to people's that b went; None
-    where a is there already."""
+    """(diversity, the share of the gap between a's rate of AI phrases and the human rate that b
+    closed); None if there is no gap."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
@@ -61,12 +61,12 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Two results, or the folders that hold them, over the same prompts, number of answers and
-    anchors.
+    """Compare two results, or the folders that contain them. They must have the same prompts,
+    numbers of answers and anchors.
 
     Raises:
-        ValueError: a file that is no result, another question, other anchors, or no diversity in
-            common.
+        ValueError: a file is not a result, the runs differ in one of these, or they have no
+            diversity in common.
     """
     first, second = results.read(a), results.read(b)
     with shaped_as(f"{a} and {b}", results.WRITTEN):
@@ -74,8 +74,8 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
-    for name, told in (("prompts", "prompts"), ("samples", "answers to each prompt")):
-        _same(f"{told}", first["asked"][name], second["asked"][name])
+    for name, title in (("prompts", "prompts"), ("samples", "answers to each prompt")):
+        _same(title, first["asked"][name], second["asked"][name])
     _same("anchors", first["anchors"]["digest"], second["anchors"]["digest"])
     others = {_key(level): level for level in second["levels"]}
     shared = [(level, others[_key(level)]) for level in first["levels"] if _key(level) in others]
@@ -106,14 +106,14 @@ def _rows(a: Mapping, b: Mapping, human: Mapping) -> tuple[Row, ...]:
 
 
 def _score_row(a: Mapping, b: Mapping, human: Mapping, *, paired: bool) -> Row:
-    """Paired where the resamples of both runs are the same prompts or texts: no answer is cut."""
+    """`paired`: both runs resample the same prompts or texts, which requires that none is cut."""
     first, second = _estimate(a["sds"]), _estimate(b["sds"])
     value = second.value - first.value
     if paired and a["drawn"] and len(a["drawn"]) == len(b["drawn"]):
-        apart = estimate(value, np.array(b["drawn"]) - np.array(a["drawn"]))
+        change = estimate(value, np.array(b["drawn"]) - np.array(a["drawn"]))
     else:
-        apart = difference(first, second)
-    return Row("Style Diversity Score", first, second, apart, human["sds"]["value"], 1)
+        change = difference(first, second)
+    return Row("Style Diversity Score", first, second, change, human["sds"]["value"], 1)
 
 
 def _part_row(title: str, a: Mapping, b: Mapping, human: Mapping) -> Row:
@@ -124,8 +124,8 @@ def _part_row(title: str, a: Mapping, b: Mapping, human: Mapping) -> Row:
 def _measure_row(name: str, a: Mapping, b: Mapping, human: Mapping) -> Row:
     first, second = _estimate(a[name]), _estimate(b[name])
     of_human = human[name]["value"] if name in human else None
-    apart = difference(first, second)
-    return Row(MEASURES[name].title, first, second, apart, of_human, MEASURES[name].digits)
+    change = difference(first, second)
+    return Row(MEASURES[name].title, first, second, change, of_human, MEASURES[name].digits)
 
 
 def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
@@ -136,8 +136,8 @@ def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
 
 
 def _estimate(given: Mapping) -> Estimate:
-    """Without what was left out where the file does not say of which prompts that was, as one of an
-    earlier version: it is in no pair then."""
+    """Drop `left_out` if the file does not identify its prompts, as in earlier versions: the
+    estimate is then not paired."""
     parts = given.get("parts", "")
     left_out = tuple(given["left_out"]) if parts else ()
     return Estimate(given["value"], given["low"], given["high"], left_out, parts)
@@ -147,7 +147,7 @@ def _same(what: str, a: object, b: object) -> None:
     if a != b:
         raise ValueError(
             f"{what}: got {str(a)[:16]!r} and {str(b)[:16]!r}; accepted: the same in both runs, so "
-            "that they are pairs."
+            "that they can be paired."
         )
 
 

