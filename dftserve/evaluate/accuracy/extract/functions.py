@@ -227,9 +227,9 @@ def _defining(blocks: Sequence[_Block], name: str) -> ast.Module | None:
         (
             max(_definition_rank(node, name) for node in tree.body),
             not _is_shown_as_worse(block),
-            place,
+            index,
         )
-        for place, (block, tree) in enumerate(found)
+        for index, (block, tree) in enumerate(found)
         if tree.body
     ]
     if not ranked or (best := max(ranked))[0] == 0:
@@ -262,26 +262,26 @@ def _bare(text: str, name: str) -> ast.Module | None:
     """The last stretch of code without fences, in prose, that defines the function."""
     lines = text.split("\n")
     found: ast.Module | None = None
-    place = tries = 0
-    while place < len(lines) and tries < MOST_TRIES:
-        outdented = re.match(r"[ \t]*", lines[place])
+    index = tries = 0
+    while index < len(lines) and tries < MOST_TRIES:
+        outdented = re.match(r"[ \t]*", lines[index])
         indent = outdented[0] if outdented else ""
-        if not _CODE_LINE.match(lines[place][len(indent) :]) or (
-            indent and name not in lines[place]
+        if not _CODE_LINE.match(lines[index][len(indent) :]) or (
+            indent and name not in lines[index]
         ):
-            place += 1
+            index += 1
             continue
         tries += 1
-        source = _outdented(lines[place:], indent) if indent else "\n".join(lines[place:])
+        source = _outdented(lines[index:], indent) if indent else "\n".join(lines[index:])
         tree = _longest(re.sub(r"^`+|`+$", "", source))
         if tree is None:
-            place += 1
+            index += 1
             continue
-        end = place + max(tree.body[-1].end_lineno or 1, 1)
+        end = index + max(tree.body[-1].end_lineno or 1, 1)
         is_cut = _ends_in_a_word(tree) and not any(line.strip() for line in lines[end:])
         if _provides(tree, name) and not is_cut:
             found = tree if found is None or indent == "" else found
-        place = end
+        index = end
     if found is None and (inline := re.search(rf"`+\s*(def\s+{re.escape(name)}\b[^`\n]*)`+", text)):
         found = _parsed(inline[1])
     return found

@@ -198,7 +198,7 @@ def _letter(text: str, letters: str, is_full: bool) -> str | None:
 class _Statement:
     """A statement that some letter is the answer."""
 
-    place: int
+    start: int
     end: int
     letter: str
     """Empty if it names several."""
@@ -210,7 +210,7 @@ def _stated_letter(text: str, letters: str) -> str | None:
 
     Empty if the statement names several letters.
     """
-    found = sorted(_statements(text, letters), key=lambda each: each.place)
+    found = sorted(_statements(text, letters), key=lambda each: each.start)
     if not found:
         return None
     sure = [each for each in found if not each.hedged]
@@ -283,8 +283,8 @@ def _is_letter(letter: str, after: str) -> bool:
     return letter not in "AI" or bool(re.match(rf"{_REASON}\b", word))
 
 
-def sentence_before(text: str, place: int) -> str:
-    return re.split(r"[.\n!?;]", text[max(0, place - 300) : place])[-1]
+def sentence_before(text: str, position: int) -> str:
+    return re.split(r"[.\n!?;]", text[max(0, position - 300) : position])[-1]
 
 
 def _letter_alone(text: str) -> str | None:
@@ -294,8 +294,8 @@ def _letter_alone(text: str) -> str | None:
     """
     lines = [line for line in text.splitlines() if line.strip()]
     alone = [
-        (place, match[1].upper())
-        for place, line in enumerate(lines)
+        (index, match[1].upper())
+        for index, line in enumerate(lines)
         if (match := _ALONE.match(line))
     ]
     if not alone:

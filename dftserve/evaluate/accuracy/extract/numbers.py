@@ -240,15 +240,15 @@ def _first_value(text: str) -> str | None:
         if value is None:
             return ""
         is_fraction = bool(found["under"]) and found.end() >= end
-        said = _shown(found) if is_fraction else plain(value)
+        shown = _shown(found) if is_fraction else plain(value)
     else:
-        value, said, end = value_of(_shown(found)), _shown(found), found.end()
+        value, shown, end = value_of(_shown(found)), _shown(found), found.end()
     if _LABEL.search(text[: found.start()]):
         return ""
     if several := _SEVERAL.match(text, end):
         other = _NUMBER.search(text, several.end() - 1)
-        return said if other and value_of(_shown(other)) == value else ""
-    return said
+        return shown if other and value_of(_shown(other)) == value else ""
+    return shown
 
 
 def _hashed_number(text: str) -> str | None:
@@ -389,9 +389,9 @@ def _last_value(text: str) -> str | None:
 def _without_remarks(text: str) -> str:
     """The text without paragraphs, lines and brackets at its end that are only remarks."""
     lines = text.rstrip().split("\n")
-    for place, line in enumerate(lines):
-        if place and _REMARK.match(line) and _NUMBER.search("\n".join(lines[:place])):
-            lines = lines[:place]
+    for index, line in enumerate(lines):
+        if index and _REMARK.match(line) and _NUMBER.search("\n".join(lines[:index])):
+            lines = lines[:index]
             break
     kept = "\n".join(lines).rstrip()
     while remark := re.search(r"(?<=[\w.!*])\s+\([^()\n]*\)[.!]*\s*$", kept):
