@@ -1,10 +1,10 @@
-"""One client for OpenAI-compatible servers: the key, the retries, errors that a user can act on.
+"""A client for OpenAI-compatible servers: the key, the retries, errors that a user can act on.
 
     server = Server("http://127.0.0.1:8000/v1", key_variable="MY_KEY")
     with server.client() as client, server.errors():
         client.chat.completions.create(…)
 
-Connections, retries and their pauses are the `openai` package's.
+Connections, retries and their pauses are left to the `openai` package.
 """
 
 import asyncio
@@ -23,29 +23,30 @@ Item = TypeVar("Item")
 
 KEY = "OPENAI_API_KEY"
 NO_KEY = "EMPTY"
-"""What is sent where there is no key: the package insists on one, vLLM without a key ignores it."""
+"""Sent if there is no key: the package requires one, and vLLM without a key ignores it."""
 RETRIES = 4
 TIMEOUT_S = 600.0
 
 
 class ServerError(RuntimeError):
-    """A server that cannot be reached, fails, or answers something else; it says what to do."""
+    """A server cannot be reached, fails or gives an unexpected answer; the message says what to
+    do."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server is, and how it is called."""
+    """A server's address, and how to call it."""
 
     url: str
     """As the `openai` package takes it, with /v1."""
     key_variable: str | None = None
-    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, if it is set."""
     retries: int = RETRIES
-    """Further attempts, with growing pauses, where the server is busy, fails or is not there."""
+    """Further attempts, with growing pauses, if the server is busy, fails or is unreachable."""
     timeout_s: float = TIMEOUT_S
-    """Of one attempt."""
+    """For one attempt."""
     name: str = "the server"
-    """In errors."""
+    """Used in error messages."""
 
     def client(self) -> "OpenAI":
         """
@@ -72,7 +73,7 @@ class Server:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What the package raises in the body, as an error that a user can act on.
+        """Convert the package's exceptions in the body to errors that a user can act on.
 
         Raises:
             ValueError: the server refuses the request (400, 422).
@@ -112,7 +113,7 @@ class Server:
             ) from None
         except (openai.APIResponseValidationError, ValueError) as error:
             raise self._no_completion(f" ({error})") from None
-        except openai.APIError as error:  # In the midst of a stream, when its status is long sent.
+        except openai.APIError as error:  # In the middle of a stream, after its status.
             raise ServerError(
                 f"{at} fails in its answer: {_message(error)}; see its log."
             ) from None
@@ -132,18 +133,18 @@ class Server:
 
     def _no_completion(self, why: str) -> ServerError:
         return ServerError(
-            f"{self.name} at {self.url} answers what is no completion{why}; does the address end "
-            "in /v1?"
+            f"{self.name} at {self.url} did not answer with a completion{why}; does the address "
+            "end in /v1?"
         )
 
     def models(self) -> list[str]:
-        """The names of what it serves, the first one first.
+        """The names of the models that it serves, in its order.
 
         Raises:
-            ValueError, ServerError: as `errors`, or it serves nothing.
+            ValueError, ServerError: as `errors`, or it lists no model.
         """
         with self.client() as client, self.errors():
-            # As it came: the package's own type fails on an answer of another shape.
+            # Not parsed: the package's own type fails on an answer of another shape.
             once_more = client.with_options(max_retries=min(self.retries, 1))
             listed: Any = once_more.get("/models", cast_to=object)
         try:
@@ -157,7 +158,7 @@ class Server:
         return names
 
     def capabilities(self) -> Mapping[str, Any] | None:
-        """What the plug-in there says of itself; None where there is none.
+        """What the server's plug-in reports of itself; None if it has no plug-in.
 
         Raises:
             ValueError, ServerError: as `errors`.
@@ -166,18 +167,18 @@ class Server:
 
         with self.client() as client, self.errors():
             try:
-                said: Any = client.get("/dft/capabilities", cast_to=object)
+                found: Any = client.get("/dft/capabilities", cast_to=object)
             except openai.NotFoundError:
                 return None
-        return said if isinstance(said, Mapping) else None
+        return found if isinstance(found, Mapping) else None
 
 
 def key_of(variable: str | None) -> str | None:
-    """The API key that an environment variable holds; None: OPENAI_API_KEY's, where it is set.
+    """The API key that an environment variable holds; None: OPENAI_API_KEY's, if it is set.
 
     Raises:
-        ValueError: the variable that is named holds none, or what cannot be a key. Sent as it is,
-            it would end up in an error message.
+        ValueError: the named variable holds none, or something that cannot be a key. If it were
+            sent, it would end up in an error message.
     """
     key = os.environ.get(variable or KEY, "").strip()
     if not key and variable is None:
@@ -196,8 +197,8 @@ def ask_all(
     ask: "Callable[[AsyncOpenAI, Item], Awaitable[None]]",
     at_once: int,
 ) -> None:
-    """`ask(client, item)` for each item, in order, so many at once. The first error, and Ctrl-C,
-    ends those that are under way.
+    """Run `ask(client, item)` for each item, in order, `at_once` at a time. The first error, or
+    Ctrl-C, cancels those that are running.
 
     Raises:
         ValueError: the key's variable is not set.
@@ -227,7 +228,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    # A notebook has a loop of its own in this thread.
+    # A notebook already runs an event loop in this thread.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()
 
@@ -237,7 +238,7 @@ def _tried(times: int) -> str:
 
 
 def _message(error: Any) -> str:
-    """The server's own words, shortened."""
+    """The server's message, shortened."""
     body = error.body
     text = body.get("message", body) if isinstance(body, Mapping) else body or error
     return re.sub(r"\s+", " ", f"{text}")[:300]

@@ -1,8 +1,8 @@
-"""One HTML file that needs nothing else: tables, bars, plots (`dftserve.plots`), texts side by
-side; light or dark as the system is.
+"""Build a self-contained HTML file: tables, bars, plots (`dftserve.plots`), texts side by side; in
+the system's light or dark mode.
 
-jinja2 with autoescape: what is `str` is escaped, what these functions return is `Markup` and is
-not. `Markup("<b>{}</b>").format(text)` escapes `text` too.
+jinja2 autoescapes: a `str` is escaped; these functions return `Markup`, which is not.
+`Markup("<b>{}</b>").format(text)` escapes `text` too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,17 +86,17 @@ def note(text: str) -> Markup:
 
 
 def joined(parts: Iterable[str]) -> Markup:
-    """One behind the other, those that are `str` escaped."""
+    """The parts concatenated; those that are `str` are escaped."""
     return Markup("").join(parts)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> Markup:
-    """`text`: the columns that are words, set to the left; the others are numbers."""
+    """`text`: indices of the columns of text, which are aligned left; the others are numbers."""
     return Markup(_TABLE.render(head=head, rows=list(rows), text=text, code=False))
 
 
 def code_table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int]) -> Markup:
-    """A table whose words keep their spaces."""
+    """A table whose columns of text keep their spaces."""
     return Markup(_TABLE.render(head=head, rows=list(rows), text=text, code=True))
 
 

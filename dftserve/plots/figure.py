@@ -1,6 +1,6 @@
-"""What a plot shows, apart from how it is drawn.
+"""What a plot shows, independent of how it is drawn.
 
-    Figure("rates", "AI phrases", "At each diversity, beside people.", x, y, series, references)
+    Figure("rates", "AI phrases", "At each diversity and by people.", x, y, series, references)
 
 `svg` and `png` draw what `layout` makes of a figure, so that both show the same.
 """
@@ -13,17 +13,17 @@ from typing import Literal
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 INTERVALS = 5
-"""Of a linear axis, about so many lie between its ticks."""
+"""Approximate number of intervals between the ticks of a linear axis."""
 FEW_DECADES = 2
-"""A logarithmic axis of so many or fewer also has ticks at 2 and 5."""
+"""A logarithmic axis of at most this many decades also has ticks at 2 and 5."""
 SERIES = 5
-"""That can be told apart, beside people's."""
+"""Maximum number of series that can be distinguished, in addition to people's."""
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A number and its interval; the ends are None where they cannot be known."""
+    """A number and its interval; its ends are None if they are unknown."""
 
     value: float
     low: float | None = None
@@ -48,7 +48,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """`title` has the unit. On a logarithmic axis what is not above `low` lies at its edge."""
+    """`title` has the unit. On a logarithmic axis, values not above `low` are at its edge."""
 
     title: str
     low: float
@@ -66,7 +66,7 @@ class Axis:
             )
 
     def at(self, value: float) -> float:
-        """The share of the axis from its left or lower end at which a value lies, 0 to 1."""
+        """A value's position on the axis, from 0 at its left or lower end to 1."""
         value = min(max(value, self.low), self.high)
         low, high = self.low, self.high
         if self.is_log:
@@ -79,10 +79,10 @@ class Axis:
 class Point:
     x: Span
     y: Span
-    told: str
-    """What the point is, with its numbers, in words."""
+    description: str
+    """The point and its numbers in words."""
     label: str = ""
-    """Beside the point; none where it is empty."""
+    """Text next to the point; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class Reference:
 @dataclass(frozen=True)
 class Figure:
     name: str
-    """Of its file: small letters, digits and '-'."""
+    """The name of its file: lower-case letters, digits and '-'."""
     title: str
     about: str
-    """One or two sentences: what is seen, and how it is read."""
+    """One or two sentences: what is shown, and how to read it."""
     x: Axis
     y: Axis
     series: tuple[Series, ...]
@@ -131,14 +131,14 @@ class Figure:
         if len(others) > SERIES:
             raise ValueError(
                 f"figure {self.name}: got {len(others)} series ({', '.join(others)}); accepted: "
-                f"{SERIES} at most, beside people's."
+                f"{SERIES} at most, besides people's."
             )
 
     @property
-    def told(self) -> tuple[str, ...]:
+    def descriptions(self) -> tuple[str, ...]:
         """Every value in words: the references', then the points'."""
         lines = [each.label for each in self.references]
-        return (*lines, *(point.told for series in self.series for point in series.points))
+        return (*lines, *(point.description for series in self.series for point in series.points))
 
 
 def linear(
@@ -149,8 +149,8 @@ def linear(
     high: float | None = None,
     is_flipped: bool = False,
 ) -> Axis:
-    """An axis that holds all values, and `low` and `high` where they are given, from tick to
-    tick."""
+    """An axis that covers all values, and `low` and `high` if given, and ends at a tick on both
+    sides."""
     numbers = [*values, *(end for end in (low, high) if end is not None)]
     least, most = min(numbers, default=0.0), max(numbers, default=1.0)
     if least == most:
@@ -171,8 +171,7 @@ def _step(rough: float) -> float:
 
 
 def logarithmic(title: str, values: Iterable[float]) -> Axis:
-    """An axis of numbers that are not negative: those above 0 lie inside, 0 at the edge, where a
-    tick says so."""
+    """An axis for non-negative numbers: those above 0 are inside, 0 is at the edge with a tick."""
     numbers = list(values)
     above = [number for number in numbers if number > 0] or [1.0]
     low, high = min(above) / 3, max(above) * 1.5
@@ -186,6 +185,6 @@ def logarithmic(title: str, values: Iterable[float]) -> Axis:
 
 
 def categories(title: str, names: Sequence[str]) -> Axis:
-    """An axis on which the names stand at 0, 1, 2 …"""
-    ticks = tuple(Tick(float(place), name) for place, name in enumerate(names))
+    """An axis with the names at 0, 1, 2 …"""
+    ticks = tuple(Tick(float(index), name) for index, name in enumerate(names))
     return Axis(title, -0.5, max(len(names), 1) - 0.5, ticks)

@@ -1,5 +1,5 @@
-"""Where everything of a figure stands: shapes on a canvas of `WIDTH` by `HEIGHT` pixels, x to the
-right, y down, in the order in which they are drawn."""
+"""Lay out a figure: shapes on a canvas of `WIDTH` by `HEIGHT` pixels, x to the right, y down, in
+the order in which they are drawn."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,18 +13,18 @@ WIDTH, HEIGHT = 640, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 620, 78, 364
 """The frame."""
 INSET = 14
-"""Pixels from the frame to the ends of the axes: room for what lies there."""
+"""Pixels from the frame to the ends of the axes: room for the points there."""
 FONT = 12
 """Pixels: the height of a letter's box."""
 GLYPH = 6.8
-"""Pixels: about the width of one; a label that is drawn narrower only stands freer."""
+"""Pixels: about the width of a character; a narrower label only has more space around it."""
 MARK = 8
 """Pixels: the width of a point's mark."""
 FAINT = 0.15
-"""The opacity of the intervals of very many points."""
+"""The opacity of the intervals of more than `MANY` points."""
 MANY = 30
 TURNS = 24
-"""Corners of a circle, which is as round as a mark can be seen to be."""
+"""Corners of a circle: enough to look round at the size of a mark."""
 
 Anchor = Literal["start", "middle", "end"]
 Form = Literal["circle", "square", "triangle", "wedge", "bar", "diamond"]
@@ -42,7 +42,7 @@ COLOURS: dict[Tone, str] = {
     "series-4": "#7b3fa0",
     "series-5": "#00757a",
 }
-"""On white; a page has others where the system's colours are dark."""
+"""On white; a page has others in the system's dark mode."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class Mark:
     y: float
     form: Form
     tone: Tone
-    told: str = ""
+    description: str = ""
 
 
 @dataclass(frozen=True)
 class Text:
-    """`y` is the base line."""
+    """`y` is the baseline."""
 
     x: float
     y: float
@@ -111,12 +111,12 @@ class _Box:
         if isinstance(shape, Line):
             across, down = sorted((shape.x0, shape.x1)), sorted((shape.y0, shape.y1))
             if across[1] - across[0] > 2 and down[1] - down[0] > 2:
-                return cls(0, 0, 0, 0)  # A slanting line is in its box's corners only.
+                return cls(0, 0, 0, 0)  # A sloping line covers little of its box.
             return cls(across[0] - 1, down[0] - 1, across[1] + 1, down[1] + 1)
         reach = MARK / 2 + 1
         return cls(shape.x - reach, shape.y - reach, shape.x + reach, shape.y + reach)
 
-    def common(self, other: "_Box") -> float:
+    def overlap(self, other: "_Box") -> float:
         """The area that both cover."""
         wide = min(self.x1, other.x1) - max(self.x0, other.x0)
         tall = min(self.y1, other.y1) - max(self.y0, other.y0)
@@ -128,7 +128,7 @@ def shapes(figure: Figure) -> list[Shape]:
     lines = [shape for series, tone, _ in styled for shape in _lines(figure, series, tone)]
     marks = [shape for each in styled for shape in _marks(figure, *each)]
     references = [shape for each in figure.references for shape in _reference(figure, each)]
-    taken = [_Box.around(each) for each in (*lines, *marks) if _is_plain(each)]
+    taken = [_Box.around(each) for each in (*lines, *marks) if _obscures_labels(each)]
     return [
         *_frame(figure),
         *_legend(styled),
@@ -139,8 +139,8 @@ def shapes(figure: Figure) -> list[Shape]:
     ]
 
 
-def _is_plain(shape: Line | Mark) -> bool:
-    """Whether a label over it could be read badly."""
+def _obscures_labels(shape: Line | Mark) -> bool:
+    """Whether a label over it would be hard to read."""
     return isinstance(shape, Mark) or shape.opacity > FAINT
 
 
@@ -164,12 +164,12 @@ _CORNERS: dict[Form, list[tuple[float, float]]] = {
 
 
 def plain(text: str) -> str:
-    """Without what no font has and no XML holds."""
+    """The text without unprintable characters, which fonts lack and XML does not allow."""
     return "".join(mark if mark.isprintable() else " " for mark in text)
 
 
 def short(text: str, width: float) -> str:
-    """Cut to about so many pixels."""
+    """The text, cut to about this many pixels."""
     most = max(int(width / GLYPH), 2)
     text = plain(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
@@ -230,14 +230,14 @@ def _reference(figure: Figure, reference: Reference) -> Iterator[Shape]:
         ends = [(_x(figure.x, each), _y(figure.y, each)) for each in (low, high)]
         yield Line(*ends[0], *ends[1], "human", 1.5, is_dashed=True)
         return
-    known = _known(span) or ()
+    interval = _interval(span) or ()
     if reference.axis == "x":
-        x, ends = _x(figure.x, span.value), [_x(figure.x, end) for end in known]
+        x, ends = _x(figure.x, span.value), [_x(figure.x, end) for end in interval]
         if ends:
             yield Band(min(ends), TOP, max(ends), BOTTOM, "human", 0.12)
         yield Line(x, TOP, x, BOTTOM, "human", 1.5, is_dashed=True)
     else:
-        y, ends = _y(figure.y, span.value), [_y(figure.y, end) for end in known]
+        y, ends = _y(figure.y, span.value), [_y(figure.y, end) for end in interval]
         if ends:
             yield Band(LEFT, min(ends), RIGHT, max(ends), "human", 0.12)
         yield Line(LEFT, y, RIGHT, y, "human", 1.5, is_dashed=True)
@@ -246,38 +246,38 @@ def _reference(figure: Figure, reference: Reference) -> Iterator[Shape]:
 # ── The points ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _place(figure: Figure, point: Point) -> tuple[float, float]:
+def _position(figure: Figure, point: Point) -> tuple[float, float]:
     return _x(figure.x, point.x.value), _y(figure.y, point.y.value)
 
 
 def _lines(figure: Figure, series: Series, tone: Tone) -> Iterator[Line]:
-    """Between points, and the intervals of each; faint where there are many."""
-    places = [_place(figure, point) for point in series.points]
+    """The lines between points, and each point's intervals, which are faint if there are many."""
+    positions = [_position(figure, point) for point in series.points]
     if series.is_joined:
-        for (x0, y0), (x1, y1) in pairwise(places):
+        for (x0, y0), (x1, y1) in pairwise(positions):
             yield Line(x0, y0, x1, y1, tone, 1.5, 0.6)
-    opacity = 0.7 if len(places) <= MANY else FAINT
-    for point, (x, y) in zip(series.points, places, strict=True):
-        if ends := _known(point.x):
+    opacity = 0.7 if len(positions) <= MANY else FAINT
+    for point, (x, y) in zip(series.points, positions, strict=True):
+        if ends := _interval(point.x):
             yield Line(_x(figure.x, ends[0]), y, _x(figure.x, ends[1]), y, tone, 1.5, opacity)
-        if ends := _known(point.y):
+        if ends := _interval(point.y):
             yield Line(x, _y(figure.y, ends[0]), x, _y(figure.y, ends[1]), tone, 1.5, opacity)
 
 
-def _known(span: Span) -> tuple[float, float] | None:
+def _interval(span: Span) -> tuple[float, float] | None:
     return None if span.low is None or span.high is None else (span.low, span.high)
 
 
 def _marks(figure: Figure, series: Series, tone: Tone, form: Form) -> Iterator[Mark]:
     for point in series.points:
-        yield Mark(*_place(figure, point), form, tone, plain(point.told))
+        yield Mark(*_position(figure, point), form, tone, plain(point.description))
 
 
 def _labels(
     figure: Figure, styled: Sequence[tuple[Series, Tone, Form]], taken: list[_Box]
 ) -> Iterator[Shape]:
-    """Each where it hides the least of the others: references' along their lines, points' beside
-    them."""
+    """The labels, each placed where it hides least: a reference's along its line, a point's next to
+    it."""
     choices = [_along(figure, each) for each in figure.references]
     choices += [
         _beside(figure, point, tone)
@@ -298,10 +298,10 @@ LABEL_WEIGHT = 5
 def _along(figure: Figure, reference: Reference) -> list[Text]:
     label, span = short(reference.label, (RIGHT - LEFT) / 2), reference.span
     if span is None:
-        told = f"– – {label}"
+        label = f"– – {label}"
         return [
-            Text(RIGHT - 6, BOTTOM - 8, told, "human", "end"),
-            Text(LEFT + 6, TOP + FONT + 2, told, "human"),
+            Text(RIGHT - 6, BOTTOM - 8, label, "human", "end"),
+            Text(LEFT + 6, TOP + FONT + 2, label, "human"),
         ]
     if reference.axis == "x":
         x = _x(figure.x, span.value)
@@ -326,7 +326,7 @@ _ENDS: tuple[tuple[float, Anchor], ...] = (
 
 
 def _beside(figure: Figure, point: Point, tone: Tone) -> list[Text]:
-    x, y = _place(figure, point)
+    x, y = _position(figure, point)
     label = short(point.label, (RIGHT - LEFT) / 2)
     return [Text(x + across, y + down, label, tone, anchor) for across, down, anchor in _BESIDE]
 
@@ -348,7 +348,7 @@ _BESIDE: tuple[tuple[float, float, Anchor], ...] = (
 
 
 def _hidden(box: _Box, taken: Iterable[_Box]) -> float:
-    """The area of others below a label; what is outside of the axes counts more."""
+    """The area of other boxes that a label covers; area outside the axes counts four times."""
     whole = (box.x1 - box.x0) * (box.y1 - box.y0)
-    inside = box.common(_Box(LEFT, TOP - 12, RIGHT, BOTTOM))
-    return sum(map(box.common, taken)) + 4 * (whole - inside)
+    inside = box.overlap(_Box(LEFT, TOP - 12, RIGHT, BOTTOM))
+    return sum(map(box.overlap, taken)) + 4 * (whole - inside)

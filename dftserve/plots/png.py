@@ -1,4 +1,4 @@
-"""Figures as PNG files, by matplotlib, which the extra `plots` brings.
+"""Write figures as PNG files with matplotlib, which the extra `plots` installs.
 
 check(Path("plots"))                    # before hours of work
 write(figures, Path("plots"))           # plots/NAME.png of each
@@ -27,19 +27,19 @@ from dftserve.plots.layout import (
 )
 
 SCALE = 2
-"""Pixels of a file to one of the canvas."""
+"""Pixels of a file per pixel of the canvas."""
 UNIT = 100
-"""Pixels of the canvas to an inch."""
+"""Pixels of the canvas per inch."""
 POINTS = 72 / UNIT
-"""Points of print to a pixel of the canvas."""
+"""Typographic points per pixel of the canvas."""
 
 
 def check(folder: Path) -> None:
-    """Make the folder, and see that figures can be drawn and written to it.
+    """Create the folder, and check that figures can be drawn and written to it.
 
     Raises:
-        RuntimeError: no matplotlib.
-        ValueError: the folder cannot be made, or written to.
+        RuntimeError: matplotlib is not installed.
+        ValueError: the folder cannot be created, or written to.
     """
     try:
         import matplotlib  # noqa: F401
@@ -55,15 +55,15 @@ def check(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        told = error.strerror or type(error).__name__
+        reason = error.strerror or type(error).__name__
         raise ValueError(
-            f"--plots: got {folder}, where no file can be written ({told}); accepted: a folder "
-            "that can be, or be made."
+            f"--plots: got {folder}, where no file can be written ({reason}); accepted: a folder "
+            "that is writable or can be created."
         ) from None
 
 
 def write(figures: Iterable[Figure], folder: Path) -> list[Path]:
-    """Write each figure to NAME.png in the folder, in place of one that is there."""
+    """Write each figure to NAME.png in the folder, replacing an existing file."""
     paths = []
     for figure in figures:
         path = folder / f"{figure.name}.png"
@@ -76,23 +76,23 @@ def _save(figure: Figure, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # The user's own settings are of other plots.
+        matplotlib.rcdefaults()  # The user's own settings are for other plots.
         canvas = _canvas()
         (axes,) = canvas.axes
         for order, shape in enumerate(shapes(figure)):
             _draw(axes, shape, order)
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
-            # Without a version in it, the same figure is the same file.
+            # Without matplotlib's version in it, the same figure gives the same file.
             canvas.savefig(path, format="png", dpi=UNIT * SCALE, metadata={"Software": None})
-        lacking = [each for each in raised if "missing from font" in str(each.message)]
+        missing = [each for each in raised if "missing from font" in str(each.message)]
         for each in raised:
-            if each not in lacking:
+            if each not in missing:
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        if lacking:
+        if missing:
             warnings.warn(
-                f"{figure.name}.png: the font lacks {len(lacking)} of its letters, which are "
-                "boxes; the report's own plot has them.",
+                f"{figure.name}.png: the font lacks {len(missing)} of its letters, which are "
+                "drawn as boxes; the plot in the report has them.",
                 stacklevel=2,
             )
 
@@ -113,7 +113,7 @@ def _canvas() -> Any:
 
 
 def _draw(axes: Any, shape: Shape, order: int) -> None:
-    # Without an order of ours, lines are drawn over marks.
+    # Without an explicit order, matplotlib draws lines over marks.
     look = {"color": COLOURS[shape.tone], "zorder": order}
     match shape:
         case Line():
@@ -146,5 +146,5 @@ def _draw(axes: Any, shape: Shape, order: int) -> None:
                 fontweight="bold" if shape.is_bold else "normal",
                 ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor],
                 va="baseline",
-                parse_math=False,  # A dollar sign is one.
+                parse_math=False,  # Dollar signs are literal.
             )

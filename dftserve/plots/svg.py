@@ -1,7 +1,7 @@
-"""A figure as SVG inside a page: without a script, and without anything from elsewhere.
+"""Draw a figure as SVG inside a page, without scripts or external resources.
 
-Colours are those of the page (`dftserve.page`), which follow the system's; alone, the SVG has those
-for a white ground. Its title and description say in words what it shows.
+The colours are the page's (`dftserve.page`), which follow the system's light or dark mode; on its
+own the SVG has those for a white background. Its title and description put the content into words.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ from dftserve.plots.layout import (
     shapes,
 )
 
-MOST_TOLD = 60
-"""Values in the description; each point has its own as a title."""
+MOST_DESCRIBED = 60
+"""Maximum number of values in the description; each point has its own as a title."""
 
 _DRAWING = Markup(
     '<svg xmlns="http://www.w3.org/2000/svg" class="plot" width="{width}" height="{height}" '
@@ -62,11 +62,11 @@ def svg(figure: Figure) -> Markup:
 
 def described(figure: Figure) -> str:
     """The figure in words, with its values."""
-    told = figure.told
-    more = f"; and {len(told) - MOST_TOLD:,} more" if len(told) > MOST_TOLD else ""
+    values = figure.descriptions
+    more = f"; and {len(values) - MOST_DESCRIBED:,} more" if len(values) > MOST_DESCRIBED else ""
     return (
         f"{figure.about} Across: {figure.x.title}. Up: {figure.y.title}. "
-        f"{'; '.join(told[:MOST_TOLD])}{more}."
+        f"{'; '.join(values[:MOST_DESCRIBED])}{more}."
     )
 
 
@@ -79,7 +79,8 @@ def _drawn(shape: Shape) -> Markup:
         case Band():
             return _BAND.format(look=look, **_fields(shape))
         case Mark():
-            title = Markup("<title>{}</title>").format(shape.told) if shape.told else ""
+            description = shape.description
+            title = Markup("<title>{}</title>").format(description) if description else ""
             return _MARK.format(look=look, path=_outline(shape), title=title)
         case Text():
             weight = Markup(' font-weight="bold"') if shape.is_bold else ""

@@ -97,9 +97,12 @@ def test_several_answers_count_as_one_question():
     [
         ({0.5: answered([True])}, "with 0 among them"),
         ({0.0: []}, "at least one"),
-        ({0.0: answered([True]), 1.0: answered([True], [True])}, "same order"),
-        ({0.0: answered([True], [True]), 1.0: answered([True], [True])[::-1]}, "same order"),
-        ({0.0: answered([True]), 1.0: answered([True, True])}, "as often"),
+        ({0.0: answered([True]), 1.0: answered([True], [True])}, "differ in the questions"),
+        (
+            {0.0: answered([True], [True]), 1.0: answered([True], [True])[::-1]},
+            "differ in the questions",
+        ),
+        ({0.0: answered([True]), 1.0: answered([True, True])}, "number of answers"),
     ],
 )
 def test_what_cannot_be_compared(grid, message):
@@ -448,7 +451,7 @@ def test_answers_that_do_not_say_what_they_are_of_are_refused(
         claim = folder_of(job.out) / name
         claim.unlink() if content is None else claim.write_text(content)
         kept = contents(folder_of(job.out))
-        with pytest.raises(ValueError, match=rf"{name}.*remove .*out\.json\.parts, to ask anew"):
+        with pytest.raises(ValueError, match=rf"{name}.*remove .*out\.json\.parts to ask again"):
             run.run(job, print)
         assert contents(folder_of(job.out)) == kept
         shutil.rmtree(folder_of(job.out))

@@ -399,7 +399,7 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
     refused([key_file], "got the keys 'question'")
     refused([good], "got the keys 'judge'", good)
     for name, value, said in (
-        ("trial", "0123", "the trial '0123', which the key has not"),
+        ("trial", "0123", "the trial '0123', which is not in the key"),
         ("shown", [0, 0], r"shown: got \[0, 0\]"),
         ("answer", "human", "answer: got 'human'"),
         ("seconds", -1, "seconds: got -1"),

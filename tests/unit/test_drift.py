@@ -153,7 +153,7 @@ def test_answers_are_named_by_their_prompts(one):
         digests = theirs if name else ours | {"files": theirs["files"]}
         assert digests != ours
         paths[1].write_text(json.dumps(digests))
-    with pytest.raises(ValueError, match=r"one\.json, .*did not answer the questions"):
+    with pytest.raises(ValueError, match=r"one\.json, .*differ in the questions"):
         drift(one, other)
 
 
@@ -259,7 +259,7 @@ def test_a_card_tells_what_was_asked():
     assert "`refusals.jsonl`" in told
     whole = replace(PLAIN, settings=replace(PLAIN.settings, limit=None, max_tokens=None))
     assert "All questions" in whole.explained()
-    assert "as its task says" in whole.explained()
+    assert "its task's default" in whole.explained()
 
 
 def test_mcnemar_is_named_where_there_is_a_p():

@@ -166,7 +166,7 @@ def test_the_report_has_each_plot_as_svg_with_its_values(result):
         root = ElementTree.fromstring(plot)
         texts = {element.text for element in root.iter()}
         assert figure.title in texts
-        assert {point.told for series in figure.series for point in series.points} <= texts
+        assert {point.description for series in figure.series for point in series.points} <= texts
     assert len(set(re.findall(r' id="([^"]*)"', html))) == 2 * len(plots)
 
 

@@ -152,13 +152,13 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
     with serving(answer) as url:
         served = Served(f"{url}/v1", "m", is_chat=False, at_once=1)
         with pytest.raises(ValueError, match="refuses the request: no"):
-            humaneval.ask(problems, served, 0.5, kept=kept)
+            humaneval.ask(problems, served, 0.5, saved=kept)
         failing[0] = False
         with kept.open("a") as file:
             file.write('{"problem": "T/4", "sa')
         first = [number for number in asked if number <= 3]
         asked.clear()
-        found = humaneval.ask(problems, served, 0.5, kept=kept)
+        found = humaneval.ask(problems, served, 0.5, saved=kept)
     assert first == [0, 1, 2, 3]
     assert asked == [4, 5]
     assert found == [[f"{number}"] for number in range(6)]

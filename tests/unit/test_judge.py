@@ -371,8 +371,8 @@ def test_a_file_that_is_something_else_is_refused_and_stays(tmp_path, content):
         (404, b'{"error": {"message": "no model m"}}', "answers 404 .no model m"),
         (500, b"<html>", "answers 500"),
         (429, b'{"error": {"message": "slow down"}}', "busy or the account is used up"),
-        (200, b"<html>", "no completion"),
-        (200, b'{"choices": []}', "no completion"),
+        (200, b"<html>", "with a completion"),
+        (200, b'{"choices": []}', "with a completion"),
     ],
 )
 def test_an_error_of_the_server_is_said(tmp_path, status, body, said):

@@ -29,7 +29,7 @@ from dftserve.plots.figure import (
     logarithmic,
 )
 from dftserve.plots.layout import Band, Line, Mark, Text, shapes
-from dftserve.plots.svg import MOST_TOLD, described, svg
+from dftserve.plots.svg import MOST_DESCRIBED, described, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '<script>alert("1")</script> & \x00\x0b\ud800 $x$ ]]>'
@@ -59,7 +59,7 @@ def figure(**changes) -> Figure:
 
 def marks(drawn: Figure) -> list[Mark]:
     """Those of points, not of the legend."""
-    return [shape for shape in shapes(drawn) if isinstance(shape, Mark) and shape.told]
+    return [shape for shape in shapes(drawn) if isinstance(shape, Mark) and shape.description]
 
 
 # ── Axes ─────────────────────────────────────────────────────────────────────────────────────────
@@ -142,12 +142,12 @@ def test_every_point_and_both_ends_of_every_interval_are_drawn():
         if isinstance(shape, Line)
         for x, y in ((shape.x0, shape.y0), (shape.x1, shape.y1))
     }
-    places = {mark.told: (mark.x, mark.y) for mark in marks(drawn)}
+    places = {mark.description: (mark.x, mark.y) for mark in marks(drawn)}
     points = [point for series in drawn.series for point in series.points]
     assert len(places) == len(points) == 4
     for point in points:
         x, y = point.x, point.y
-        assert places[point.told] == pytest.approx(at(drawn, x.value, y.value))
+        assert places[point.description] == pytest.approx(at(drawn, x.value, y.value))
         wanted = [(end, y.value) for end in (x.low, x.high)]
         wanted += [(x.value, end) for end in (y.low, y.high)]
         for place in wanted:
@@ -207,8 +207,8 @@ def test_an_svg_says_every_value_and_needs_nothing():
     texts = {element.text for element in root.iter(f"{SVG}text")}
     for series in drawn.series:
         for point in series.points:
-            assert point.told in titles
-            assert point.told in named[1]
+            assert point.description in titles
+            assert point.description in named[1]
             assert point.label in texts
     for tick in (*drawn.x.ticks, *drawn.y.ticks):
         assert tick.label in texts
@@ -280,9 +280,9 @@ def test_whatever_a_text_holds_an_svg_is_xml():
 
 
 def test_a_description_of_very_many_values_says_how_many_more():
-    points = tuple(Point(Span(0.5), Span(9.0), f"point {n}") for n in range(MOST_TOLD + 40))
+    points = tuple(Point(Span(0.5), Span(9.0), f"point {n}") for n in range(MOST_DESCRIBED + 40))
     told = described(figure(series=(Series("s", points),), references=()))
-    assert f"point {MOST_TOLD - 1}; and 40 more." in told
+    assert f"point {MOST_DESCRIBED - 1}; and 40 more." in told
 
 
 # ── PNG ──────────────────────────────────────────────────────────────────────────────────────────
@@ -309,7 +309,7 @@ def test_a_png_has_each_mark_where_the_layout_has_it(matplotlib, tmp_path):
     for mark in marks(drawn):
         colour = layout.COLOURS[mark.tone]
         there = pixels_HWC[round(png.SCALE * mark.y), round(png.SCALE * mark.x)][:3]
-        assert list(there) == [int(colour[at : at + 2], 16) for at in (1, 3, 5)], mark.told
+        assert list(there) == [int(colour[at : at + 2], 16) for at in (1, 3, 5)], mark.description
 
 
 def test_the_same_figure_is_the_same_file_whatever_the_users_settings(matplotlib, tmp_path):

@@ -36,8 +36,8 @@ def _here():
 
 
 @pytest.fixture(params=[OWN, BUBBLEWRAP])
-def way(request) -> str:
-    """Who makes the namespaces."""
+def namespaces(request) -> str:
+    """What creates the namespaces."""
     if request.param == BUBBLEWRAP and (missing := sandbox._no_bubblewrap()) is not None:
         pytest.skip(missing)
     return request.param
@@ -133,8 +133,8 @@ ENDS = {
 
 
 @pytest.mark.parametrize("source", ENDS)
-def test_how_a_program_ends(source, way):
-    result = sandbox.run(source, limits_for(ENDS[source]), way=way)
+def test_how_a_program_ends(source, namespaces):
+    result = sandbox.run(source, limits_for(ENDS[source]), namespaces=namespaces)
     assert (result.passed, result.ended) == (ENDS[source] == "ok", ENDS[source]), result
     assert result.ended in sandbox.ENDS
 
@@ -143,9 +143,9 @@ def test_an_assertion_is_reported():
     assert "AssertionError: 4 is no 5" in sandbox.run("assert 0, '4 is no 5'").stderr
 
 
-def test_what_a_program_says_is_bounded(way):
+def test_what_a_program_says_is_bounded(namespaces):
     source = "import sys\nwhile True: sys.stderr.write('x' * 10_000)"
-    result = sandbox.run(source, QUICK, way=way)
+    result = sandbox.run(source, QUICK, namespaces=namespaces)
     assert not result.passed
     assert len(result.stderr) <= STDERR_BYTES
 
@@ -267,10 +267,10 @@ for number in range(4, 64):
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_an_enemy_does_no_harm(name, way):
+def test_an_enemy_does_no_harm(name, namespaces):
     # A bomb that spreads has no end of its own; every other checks its failure and ends well.
     end = "timeout" if "spreads" in name else "ok"
-    result = sandbox.run(HARMLESS[name], limits_for(end), way=way)
+    result = sandbox.run(HARMLESS[name], limits_for(end), namespaces=namespaces)
     assert result.ended == end, result
 
 
@@ -294,16 +294,16 @@ def numbers(*names: str) -> list[int]:
 
 
 @pytest.mark.usefixtures("_filtered")
-def test_forbidden_calls_fail_and_the_program_goes_on(way):
+def test_forbidden_calls_fail_and_the_program_goes_on(namespaces):
     source = f"for number in {numbers(*seccomp.FORBIDDEN)}:\n"
     source += "    assert call(number, 0, 0, 0, 0, 0, 0) == (-1, errno.EPERM), number"
-    result = sandbox.run(CALLER + source, limits_for("ok"), way=way)
+    result = sandbox.run(CALLER + source, limits_for("ok"), namespaces=namespaces)
     assert result.ended == "ok", result
 
 
 @pytest.mark.usefixtures("_filtered")
 @pytest.mark.parametrize("flags", [NEW_USER, NEW_NET, NEW_USER | NEW_NET])
-def test_no_namespace_in_the_namespace(way, flags):
+def test_no_namespace_in_the_namespace(namespaces, flags):
     clone, clone3, unshare = numbers("clone", "clone3", "unshare")
     source = f"""
 assert call({unshare}, {flags}) == (-1, errno.EPERM)
@@ -311,7 +311,7 @@ assert call({clone}, {flags | 17}, 0, 0, 0, 0) == (-1, errno.EPERM)
 arguments = (ctypes.c_uint64 * 8)({flags})
 assert call({clone3}, ctypes.addressof(arguments), 64) == (-1, errno.ENOSYS)
 """
-    result = sandbox.run(CALLER + source, limits_for("ok"), way=way)
+    result = sandbox.run(CALLER + source, limits_for("ok"), namespaces=namespaces)
     assert result.ended == "ok", result
 
 
@@ -319,14 +319,14 @@ def test_a_namespace_could_be_had_without_the_filter(monkeypatch):
     """Or the tests above would show nothing."""
     (unshare,) = numbers("unshare")
     monkeypatch.setattr(sandbox, "_no_filter", lambda: "for this test")
-    result = sandbox.run(CALLER + f"assert call({unshare}, {NEW_USER}) == (0, 0)", way=OWN)
+    result = sandbox.run(CALLER + f"assert call({unshare}, {NEW_USER}) == (0, 0)", namespaces=OWN)
     if not result.passed:
         pytest.skip("this kernel gives unprivileged users no namespace anyway")
 
 
 @pytest.mark.usefixtures("_filtered")
 @pytest.mark.parametrize("kind", ["vsock", "packet", "netlink"])
-def test_sockets_that_know_no_network_namespace(way, kind):
+def test_sockets_that_know_no_network_namespace(namespaces, kind):
     family = {"vsock": 40, "packet": 17, "netlink": 16}[kind]
     source = f"""
 import errno, socket
@@ -337,7 +337,7 @@ for each in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6): socket.socket(eac
 a, b = socket.socketpair()
 a.send(b'x'); assert b.recv(1) == b'x'
 """
-    result = sandbox.run(source, limits_for("ok"), way=way)
+    result = sandbox.run(source, limits_for("ok"), namespaces=namespaces)
     assert result.ended == "ok", result
 
 
@@ -355,10 +355,10 @@ ctypes.CFUNCTYPE(ctypes.c_int)(start)()
 
 @pytest.mark.usefixtures("_filtered")
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_calls_of_another_numbering_kill(way, kind):
+def test_calls_of_another_numbering_kill(namespaces, kind):
     if os.uname().machine != "x86_64":
         pytest.skip("x86_64 has them")
-    assert sandbox.run(FOREIGN[kind], limits_for("killed"), way=way).ended == "killed"
+    assert sandbox.run(FOREIGN[kind], limits_for("killed"), namespaces=namespaces).ended == "killed"
 
 
 def test_without_a_filter_it_is_said_and_shared_memory_has_none(monkeypatch):
@@ -404,11 +404,11 @@ def _counted():
 
 
 @pytest.mark.usefixtures("_counted")
-def test_memory_is_counted_together(way):
+def test_memory_is_counted_together(namespaces):
     """Seven processes of 100 MB each, every one within its own limit, cannot be at once."""
     source = f"{TOGETHER}\nassert not killed, 'some of them were'"
     limits = replace(QUICK, seconds=AMPLE, memory=256 << 20, processes=16)
-    result = sandbox.run(source, limits, way=way)
+    result = sandbox.run(source, limits, namespaces=namespaces)
     assert result.ended == "memory", result
 
 
@@ -419,12 +419,12 @@ def test_so_many_processes_could_be_without_the_group(monkeypatch):
 
 
 @pytest.mark.usefixtures("_counted")
-def test_a_program_alone_has_all_of_its_memory(way):
+def test_a_program_alone_has_all_of_its_memory(namespaces):
     """The group's bound is not met by what one process may have: it is a MemoryError as before."""
     source = "x = []\ntry:\n  while True: x.append(bytearray(b'x') * (1 << 20))\n"
     source += "except MemoryError: n = len(x); x.clear(); assert n > 90, n\nelse: assert False\n"
     source += "open('full', 'wb').write(b'x' * (1 << 20))"
-    result = sandbox.run(source, limits_for("ok"), way=way)
+    result = sandbox.run(source, limits_for("ok"), namespaces=namespaces)
     assert result.ended == "ok", result
 
 
@@ -450,21 +450,21 @@ def test_what_is_to_be_had_is_described():
 # The machine around it
 
 
-def test_our_environment_is_not_theirs(monkeypatch, way):
+def test_our_environment_is_not_theirs(monkeypatch, namespaces):
     monkeypatch.setenv("SECRET", "s3cret")
     source = "import os\nassert 's3cret' not in str(os.environ)\n"
     source += f"assert not os.path.exists('/proc/{os.getpid()}')\n"
     source += f"try: os.kill({os.getpid()}, 0)\nexcept ProcessLookupError: pass\nelse: assert False"
-    assert sandbox.run(source, way=way).ended == "ok"
+    assert sandbox.run(source, namespaces=namespaces).ended == "ok"
 
 
-def test_a_given_process_cannot_be_killed(victim, way):
+def test_a_given_process_cannot_be_killed(victim, namespaces):
     source = f"import os\ntry: os.kill({victim.pid}, 9)\nexcept ProcessLookupError: pass\n"
-    assert sandbox.run(source + "else: assert False", way=way).ended == "ok"
+    assert sandbox.run(source + "else: assert False", namespaces=namespaces).ended == "ok"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "abstract"])
-def test_our_servers_are_out_of_reach(kind, way):
+def test_our_servers_are_out_of_reach(kind, namespaces):
     family = socket.AF_INET if kind == "tcp" else socket.AF_UNIX
     with socket.socket(family) as server:
         server.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0dftserve-{os.getpid()}")
@@ -475,14 +475,14 @@ def test_our_servers_are_out_of_reach(kind, way):
         with socket.socket(family) as reachable:
             reachable.connect(address)  # Or the test would show nothing.
             server.accept()[0].close()
-        result = sandbox.run(call, limits_for("exception"), way=way)
+        result = sandbox.run(call, limits_for("exception"), namespaces=namespaces)
         assert result.ended == "exception", result
         assert "OSError" in result.stderr or "ConnectionRefused" in result.stderr
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-def test_a_daemon_is_gone_afterwards(way):
+def test_a_daemon_is_gone_afterwards(namespaces):
     source = """
 import os, signal, time
 if os.fork() == 0:
@@ -493,7 +493,7 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(.3)
 """
-    assert sandbox.run(source, way=way).ended == "ok"
+    assert sandbox.run(source, namespaces=namespaces).ended == "ok"
     waited(lambda: not survivors())
 
 
@@ -505,10 +505,11 @@ def programs() -> list[str]:
     ]
 
 
-def test_all_processes_end_with_us(way):
+def test_all_processes_end_with_us(namespaces):
     """The caller is killed: nothing of the sandbox lives on, and the next run clears its group."""
     code = "from dftserve.evaluate.accuracy.isolation import sandbox\n"
-    code += f"sandbox.run('while True: pass', sandbox.Limits(seconds=60), way={way!r})"
+    code += "limits = sandbox.Limits(seconds=60)\n"
+    code += f"sandbox.run('while True: pass', limits, namespaces={namespaces!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         waited(lambda: bool(programs()))
@@ -521,7 +522,7 @@ def test_all_processes_end_with_us(way):
     assert not any(list(place.folder.glob(left)) for place in cgroups.places().values())
 
 
-def test_an_unprivileged_user_has_a_sandbox_too(way):
+def test_an_unprivileged_user_has_a_sandbox_too(namespaces):
     """By a user namespace: the same ends, and the same enemies without harm."""
     python = python_for_nobody()
     code = (
@@ -529,7 +530,8 @@ def test_an_unprivileged_user_has_a_sandbox_too(way):
         "from dftserve.evaluate.accuracy.isolation import sandbox\n"
         "if missing := sandbox.available(): sys.exit(json.dumps(missing))\n"
         "asked = {s: sandbox.Limits(**limits) for s, limits in json.load(sys.stdin)}\n"
-        f"ended = {{s: sandbox.run(s, limits, way={way!r}).ended for s, limits in asked.items()}}\n"
+        f"run = lambda s, limits: sandbox.run(s, limits, namespaces={namespaces!r}).ended\n"
+        "ended = {s: run(s, limits) for s, limits in asked.items()}\n"
         "print(json.dumps(ended))"
     )
     wanted = ENDS | dict.fromkeys(HARMLESS.values(), "ok")
@@ -569,12 +571,12 @@ def python_for_nobody() -> list[str]:
 def test_without_namespaces_it_refuses(monkeypatch, tmp_path):
     """Where unshare fails nothing is run, and the error says what helps."""
     original = sandbox.CONFINE.read_text()
-    refusing = original.replace('called("unshare", flags', 'called("unshare", -1')
+    refusing = original.replace('call_libc("unshare", flags', 'call_libc("unshare", -1')
     assert refusing != original
     monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "sandbox_init.py")
     sandbox.CONFINE.write_text(refusing)
     with pytest.raises(RuntimeError, match=r"unshare: .*--unsafe-no-sandbox"):
-        sandbox.run("pass", way=OWN)
+        sandbox.run("pass", namespaces=OWN)
     assert sandbox.run("pass", unsafe=True).passed
 
 

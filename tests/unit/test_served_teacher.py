@@ -150,7 +150,7 @@ TOP = {str(i): {"logprob": -1.5, "rank": i + 1} for i in range(3)}
         ),
         ((400, {"message": "Requested prompt logprobs of 3, max 1"}), "--max-logprobs 3"),
         ((400, {"error": {"message": "too long"}}), "refuses the request: too long"),
-        ((200, "hello"), "what is no completion"),
+        ((200, "hello"), "did not answer with a completion"),
         ((200, {"choices": [{"text": "a"}]}), "without prompt_logprobs"),
         ((200, {"choices": [{"prompt_logprobs": None}]}), "without prompt_logprobs"),
         ((200, [1]), "without prompt_logprobs"),

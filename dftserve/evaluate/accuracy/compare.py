@@ -1,8 +1,8 @@
-"""What diversity does to accuracy: each level's share, and its difference to level 0 on the same
-questions.
+"""How diversity changes accuracy: the share of right answers at each level, and its difference from
+level 0 on the same questions.
 
-Pairing removes what the questions differ among themselves: unpaired, one run of MMLU is known to
-± .4 points, of GSM8K to 1.3, of HumanEval to 3.5.
+Pairing removes the variance between questions: unpaired, one run of MMLU is accurate to ± .4
+points, of GSM8K to ± 1.3, of HumanEval to ± 3.5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ COLUMNS = ("diversity", "questions", "accuracy", "unreadable", "cut", "differenc
 
 @dataclass(frozen=True)
 class Answered:
-    """One question, and of each answer to it: whether it was right, its text (None: the server gave
-    none), and what was judged of that: the letter or number found in it, how the program ended,
-    `grade.UNREADABLE` or `grade.CUT`."""
+    """One question, and for each answer to it: whether it was right, its text (None: the server
+    gave none), and its grade: the letter or number found in it, how its program ended, or one of
+    `grade`'s constants."""
 
     question: str
     right: tuple[bool, ...]
@@ -38,20 +38,20 @@ class Level:
     diversity: float
     questions: int
     accuracy: Estimate
-    """Of all answers: those that could not be read, or were cut, are not right. With a Wilson
-    interval (1927) for one answer a question, else by bootstrap of questions."""
+    """Of all answers; unreadable and cut ones count as wrong. The interval is Wilson's (1927) if
+    there is one answer per question, otherwise a bootstrap over questions."""
     unreadable: float
     """Share of the answers in which no letter, number or function was found."""
     cut: float
-    """Share of the answers that ended in their thinking, where the tokens were used up."""
+    """Share of the answers that ran out of tokens while still thinking."""
     difference: Estimate | None
-    """To the level or the model that it is compared with, by bootstrap of questions."""
+    """From the level or the model that it is compared with, by bootstrap over questions."""
     p: float | None
-    """McNemar's exact p of no difference; None where a question has several answers, which are not
+    """McNemar's exact p for no difference; None if questions have several answers, which are not
     independent."""
 
     def change(self) -> tuple[str, str]:
-        """The difference, in points of a hundred, and p; empty where there is none."""
+        """The difference, in percentage points, and p; each empty where there is none."""
         difference = "" if self.difference is None else points(self.difference)
         return difference, "" if self.p is None else f"{self.p:.3g}"
 
@@ -67,7 +67,7 @@ class Comparison:
         return asdict(self)
 
     def render(self) -> str:
-        """A table, in points of a hundred."""
+        """A table, in percent."""
         rows: list[tuple[str, ...]] = [COLUMNS]
         for level in self.levels:
             accuracy = points(level.accuracy)
@@ -82,11 +82,11 @@ class Comparison:
 
 
 def compare(task: str, answers: Mapping[float, Sequence[Answered]]) -> Comparison:
-    """Each level of a grid, in rising order, against level 0.
+    """Compare each level of a grid, in ascending order, with level 0.
 
     Raises:
-        ValueError: no level 0, no questions, or not the same questions, answered as often, in the
-            same order at every level.
+        ValueError: no level 0, no questions, or levels that differ in the questions, their order
+            or the number of answers.
     """
     if 0 not in answers:
         raise ValueError(f"grid: got {sorted(answers)}; accepted: levels with 0 among them.")
@@ -105,15 +105,16 @@ def _shape(answered: Sequence[Answered]) -> list[tuple[str, int]]:
 def level_of(
     task: str, diversity: float, answered: Sequence[Answered], base: Sequence[Answered] | None
 ) -> Level:
-    """A level's shares, and its difference to the answers `base` to the same questions.
+    """A level's figures, and its difference from `base`, answers to the same questions.
 
     Raises:
-        ValueError: `base` are not the same questions, answered as often, in the same order.
+        ValueError: `base` differs in the questions, their order or the number of answers.
     """
     if base is not None and _shape(answered) != _shape(base):
         raise ValueError(
-            f"{task}: diversity {level_text(diversity)} did not answer the questions that it is "
-            "compared with, in the same order and as often; compare runs over the same ones."
+            f"{task}: the answers at diversity {level_text(diversity)} and those they are compared "
+            "with differ in the questions, their order or the number of answers; compare runs over "
+            "the same questions."
         )
     share_Q = np.array([np.mean(each.right) for each in answered])
     once = all(len(each.right) == 1 for each in answered)
@@ -132,13 +133,13 @@ def level_of(
 
 
 def points(estimate: Estimate) -> str:
-    """In points of a hundred."""
+    """Formatted in percentage points."""
     low, high = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
     return Estimate(100 * estimate.value, low, high).render(1)
 
 
 def level_text(level: float) -> str:
-    """A level of diversity in a table or a file's name: short, and no other level's."""
+    """A level of diversity for a table or a file name: short, and distinct for each level."""
     level = float(level) + 0.0  # No -0.
     short = f"{level:g}"
     return short if float(short) == level else repr(level)

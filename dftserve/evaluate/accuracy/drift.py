@@ -1,8 +1,8 @@
-"""What tuning did to accuracy: two reports of `evaluate accuracy` over the same questions, paired.
+"""How tuning changed accuracy: compare two reports of `evaluate accuracy` question by question.
 
     print(drift(Path("before.json"), Path("after.json")).render())
 
-The answers are read from FILE.parts/ beside each report, and must be the ones that it is of.
+The answers are read from FILE.parts/ next to each report, and must be the ones it was made from.
 """
 
 import re
@@ -35,10 +35,10 @@ class Row:
     task: str
     before: Level
     after: Level
-    """With its difference to `before`, question by question."""
+    """Includes its difference from `before`, paired by question."""
 
     def cells(self) -> tuple[str, ...]:
-        """What `COLUMNS` names, in points of a hundred."""
+        """The values of `COLUMNS`; shares are in percent."""
         shares = [
             (self.before.unreadable, self.after.unreadable),
             (self.before.cut, self.after.cut),
@@ -60,53 +60,53 @@ class Drift:
 
     before: str
     after: str
-    """As their servers named them."""
+    """The models' names, as their servers report them."""
     rows: tuple[Row, ...]
     settings: Settings
-    """Those of both, but for the model."""
+    """Common to both reports, except for the model."""
     files: Mapping[str, Mapping[str, str]]
-    """By task the digests of the files with its questions."""
+    """Digests of the files with the questions, by task."""
     alone: tuple[str, ...]
-    """What only one report has, and is not compared."""
+    """What only one report has, which is not compared."""
 
     def render(self) -> str:
-        """A table of Markdown."""
+        """A Markdown table."""
         lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in self.rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         was_cut = any(level.cut for row in self.rows for level in (row.before, row.after))
         return f"{table}\n\n{CUT_NOTE}" if was_cut else table
 
     def explained(self) -> str:
-        """The table, and what it is of, for readers who have neither report."""
+        """The table with an explanation, for readers who have neither report."""
         test = ", p is McNemar's" if any(row.after.p is not None for row in self.rows) else ""
         return (
             "The same questions, with sampling, asked of the model before and after: "
-            f"{_as_code(self.before)}, {_as_code(self.after)}. {self._asked()} In points of a "
-            f"hundred; intervals are 95 %, differences are paired{test}. Unreadable and cut are "
-            "shares of the answers, before → after, and count as not right.\n\n"
+            f"{_as_code(self.before)}, {_as_code(self.after)}. {self._settings_text()} Figures are "
+            f"in percent; intervals are 95 %, differences are paired{test}. Unreadable and cut are "
+            "shares of the answers, before → after, and count as wrong.\n\n"
             f"{self.render()}\n\n"
             "The files with the questions, by their BLAKE3:\n\n"
-            f"{self._listed()}"
+            f"{self._digest_list()}"
         )
 
-    def _asked(self) -> str:
+    def _settings_text(self) -> str:
         asked = self.settings
         limit = "All questions" if asked.limit is None else f"At most {asked.limit} questions"
-        tokens = "as its task says" if asked.max_tokens is None else f"{asked.max_tokens} at most"
+        tokens = "its task's default" if asked.max_tokens is None else f"{asked.max_tokens} at most"
         form = "as chats" if asked.is_chat else "as texts to continue"
         return (
             f"{limit} of each task, {form}; answers to each: {asked.samples}; temperature: "
             f"{asked.temperature:g}; tokens of an answer: {tokens}."
         )
 
-    def _listed(self) -> str:
+    def _digest_list(self) -> str:
         digests = {name: digest for each in self.files.values() for name, digest in each.items()}
         return "\n".join(f"- `{name}`: `{digest}`" for name, digest in digests.items())
 
 
 def _as_code(name: str) -> str:
-    """A model's name in Markdown. A server chose it: it stays on its line and in its backticks, and
-    a path shows no more of the machine than its last part; ORG/NAME, as on a hub, is no path."""
+    """A model's name as inline Markdown code. A server chose it, so it must not leave its line or
+    its backticks. Only the last part of a path is shown; ORG/NAME, as on a hub, is not a path."""
     shown = name if _ON_A_HUB.fullmatch(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     plain = "".join(mark for mark in shown if mark.isprintable() and mark != "`").strip()
     escaped = plain.replace("|", r"\|")
@@ -115,7 +115,7 @@ def _as_code(name: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate accuracy` wrote of itself."""
+    """The settings and files that a report of `evaluate accuracy` records."""
 
     settings: Settings
     grid: tuple[float, ...]
@@ -129,7 +129,7 @@ class Report:
             if not isinstance(digests, Mapping) or not _are_digests(digests, FILES[task]):
                 names = ", ".join(FILES[task])
                 raise ValueError(
-                    f"files.{task}: got another content; accepted: the BLAKE3 of {names}."
+                    f"files.{task}: got something else; accepted: the BLAKE3 of {names}."
                 )
 
 
@@ -140,17 +140,17 @@ def _are_digests(given: Mapping[Any, Any], names: Iterable[str]) -> bool:
 
 
 def drift(before: Path, after: Path) -> Drift:
-    """Each task and level that both reports have.
+    """Compare each task and level that both reports have.
 
     Raises:
-        FileNotFoundError: a report, or answers that it is of.
-        ValueError: no report of `evaluate accuracy`; answers that are not the report's; other
+        FileNotFoundError: a report or its answers are missing.
+        ValueError: not a report of `evaluate accuracy`; answers that are not the report's; other
             settings; nothing in common; or not the same questions.
     """
     first, second = _read(before), _read(after)
     tasks = [task for task in first.files if task in second.files]
     levels = [level for level in first.grid if level in second.grid]
-    _check_same(before, _asked_of(first, tasks), after, _asked_of(second, tasks))
+    _check_same(before, _conditions(first, tasks), after, _conditions(second, tasks))
     alone = (*_only(before, first, second), *_only(after, second, first))
     if not tasks or not levels:
         raise ValueError(
@@ -179,42 +179,43 @@ def _read(path: Path) -> Report:
 
 
 def _check_answers_of(report: Report, path: Path) -> None:
-    """The folder may be of a later job, which has not ended, or was not copied with the report."""
+    """Check that the folder belongs to the report: it may be that of a later, unfinished job, or
+    may not have been copied with the report."""
     folder = parts.folder_of(path)
     claims: dict[str, Mapping[str, Any]] = {parts.SETTINGS: asdict(report.settings)}
     claims |= {parts.files_name(task): digests for task, digests in report.files.items()}
     for name, content in claims.items():
-        with _beside(path):
-            kept = read_json(folder / name, within=folder, largest=LARGEST)
-        if kept != content:
+        with _naming_report(path):
+            claimed = read_json(folder / name, within=folder, largest=LARGEST)
+        if claimed != content:
             raise ValueError(
-                f"{folder} holds answers of another job than {path} tells of ({name}); run the one "
-                "or the other `evaluate accuracy` to its end, or copy both anew."
+                f"{folder} holds answers of another job than {path} ({name}); run one of the two "
+                "`evaluate accuracy` jobs to its end, or copy both again."
             )
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[None]:
-    """A file of the folder of answers that is not there is named, with the report that it is of."""
+def _naming_report(path: Path) -> Iterator[None]:
+    """Add the report's name to the error for a missing file of its answers."""
     try:
         yield
     except FileNotFoundError as error:
-        told = str(error).removesuffix(".")
+        message = str(error).removesuffix(".")
         raise FileNotFoundError(
-            f"{told}; {path} is read with all its answers: copy {parts.folder_of(path)} too."
+            f"{message}; {path} needs all its answers: copy {parts.folder_of(path)} too."
         ) from None
 
 
 def _only(path: Path, report: Report, other: Report) -> Iterator[str]:
-    """What only this one of two reports has."""
+    """A line that lists what only this one of two reports has."""
     names = [task for task in report.files if task not in other.files]
     names += [f"diversity {level_text(each)}" for each in report.grid if each not in other.grid]
     if names:
         yield f"only {path} has {', '.join(names)}"
 
 
-def _asked_of(report: Report, tasks: Iterable[str]) -> dict[str, object]:
-    """On what the answers to these tasks depend, beside the model."""
+def _conditions(report: Report, tasks: Iterable[str]) -> dict[str, object]:
+    """Everything that the answers to these tasks depend on, except the model."""
     asked = asdict(report.settings) | {task: report.files[task] for task in tasks}
     return {name: value for name, value in asked.items() if name != "model"}
 
@@ -231,20 +232,20 @@ def _check_same(
 
 
 def _rows(task: str, level: float, before: Path, after: Path) -> Iterator[Row]:
-    theirs, ours = (_answers(task, level, path) for path in (before, after))
-    if theirs.keys() != ours.keys():
+    bases, others = (_answers(task, level, path) for path in (before, after))
+    if bases.keys() != others.keys():
         raise ValueError(
-            f"{task} at diversity {level_text(level)}: got {', '.join(theirs)} in {before} and "
-            f"{', '.join(ours)} in {after}; accepted: answers to the same questions."
+            f"{task} at diversity {level_text(level)}: got {', '.join(bases)} in {before} and "
+            f"{', '.join(others)} in {after}; accepted: answers to the same questions."
         )
-    for name, base in theirs.items():
+    for name, base in bases.items():
         try:
-            compared = level_of(name, level, ours[name], base)
+            compared = level_of(name, level, others[name], base)
         except ValueError as error:
             raise ValueError(f"{before}, {after}: {error}") from None
         yield Row(name, level_of(name, level, base, None), compared)
 
 
 def _answers(task: str, level: float, path: Path) -> dict[str, tuple[Answered, ...]]:
-    with _beside(path):
+    with _naming_report(path):
         return by_kind(task, parts.answers_of(parts.folder_of(path), task, level))

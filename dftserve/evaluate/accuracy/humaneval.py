@@ -1,4 +1,4 @@
-"""HumanEval through a server: 164 functions to write, judged by their own tests in the sandbox.
+"""HumanEval through a server: 164 functions to write, checked by their tests in the sandbox.
 
     problems = read(Path("HumanEval.jsonl.gz"))
     answered = measure(problems, Served(url, model), diversity=0.5, samples=4)
@@ -28,10 +28,10 @@ STOPS = (
     *("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     *("\nasync def", "\n@", "\nassert", "\n```", "\n~~~", "<|"),
 )
-"""Where a continuation has left its function: as in arXiv 2107.03374, and where a model of chats
-ends a block or writes a token of its template as text."""
+"""Strings that show that a continuation has left its function: those of arXiv 2107.03374, and for
+chat models the end of a code block or a token of the template written as text."""
 LARGEST = 64 << 20
-"""Bytes of a file of problems, packed and unpacked."""
+"""Maximum size of a file of problems, in bytes, compressed and uncompressed."""
 MAX_TOKENS = 1024
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of one answer."""
+    """The result of one answer."""
 
     passed: bool
     ended: str
@@ -63,10 +63,10 @@ def read(path: Path) -> tuple[Problem, ...]:
     """The problems of a .jsonl or .jsonl.gz file.
 
     Raises:
-        ValueError: a line that is no problem.
+        ValueError: a line is not a problem.
     """
-    with open_file(path, largest=LARGEST) as packed:
-        file: Any = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
+    with open_file(path, largest=LARGEST) as stored:
+        file: Any = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
         try:
             return tuple(_problems(file, path))
         except (OSError, EOFError, zlib.error) as error:
@@ -75,7 +75,7 @@ def read(path: Path) -> tuple[Problem, ...]:
 
 def _problems(file: BinaryIO, path: Path) -> Iterator[Problem]:
     names = [field.name for field in fields(Problem)]
-    # A packed file shows its size only in reading.
+    # The size of a compressed file is only known while reading it.
     for where, row in json_rows(lines_of(file, path, largest=LARGEST, longest=LARGEST), path):
         with shaped_as(where, f"lines of JSON with {', '.join(names)}"):
             problem = Problem(**{name: row[name] for name in names})
@@ -90,30 +90,31 @@ def measure(
     diversity: float,
     *,
     samples: int = 1,
-    kept: Path | None = None,
+    saved: Path | None = None,
     limits: Limits = sandbox.LIMITS,
     unsafe: bool = False,
 ) -> tuple[Answered, ...]:
     """Ask for `samples` answers to each problem, and run the functions in them.
 
     Args:
-        kept: a .jsonl to which answers are added as they come; what is there is not asked for.
+        saved: a .jsonl to which answers are added as they arrive; problems that it has answers to
+            are not asked again.
 
     Raises:
-        ValueError: the server refuses.
-        ServerError: it cannot be reached, or fails.
+        ValueError: the server refuses the request.
+        ServerError: the server cannot be reached, or fails.
         RuntimeError: as `judge`.
     """
-    answers = ask(problems, served, diversity, samples=samples, kept=kept)
+    answers = ask(problems, served, diversity, samples=samples, saved=saved)
     results = judge(problems, answers, limits, unsafe=unsafe)
     return tuple(
         Answered(
             problem.task_id,
             right=tuple(each.passed for each in judged),
-            said=tuple(said),
+            said=tuple(texts),
             judged=tuple(each.ended for each in judged),
         )
-        for problem, said, judged in zip(problems, answers, results, strict=True)
+        for problem, texts, judged in zip(problems, answers, results, strict=True)
     )
 
 
@@ -123,13 +124,13 @@ def ask(
     diversity: float,
     *,
     samples: int = 1,
-    kept: Path | None = None,
+    saved: Path | None = None,
 ) -> list[list[str | None]]:
-    """Answers [problem][sample], as the server gave them; `kept` as in `measure`.
+    """Answers [problem][sample], as the server gave them; `saved` as in `measure`.
 
     Raises:
-        ValueError: the server refuses.
-        ServerError: it cannot be reached, or fails.
+        ValueError: the server refuses the request.
+        ServerError: the server cannot be reached, or fails.
     """
     asked = [
         Question(each.task_id, INSTRUCTION.format(prompt=each.prompt), each.prompt)
@@ -142,12 +143,12 @@ def ask(
         samples=samples,
         max_tokens=MAX_TOKENS,
         stop=STOPS,
-        kept=kept,
+        saved=saved,
     )
 
 
 def program(problem: Problem, source: str) -> str:
-    """A module that defines the function, and its tests: it ends where every test holds."""
+    """A module with the function and its tests, which runs to its end if all tests pass."""
     return f"{source}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
 
 
@@ -158,19 +159,18 @@ def judge(
     *,
     unsafe: bool = False,
 ) -> list[list[Judged]]:
-    """Run the function of every answer with its problem's tests, as many at once as there are
-    cores.
+    """Run the function of every answer with its problem's tests, one program per core at a time.
 
     Args:
-        answers: [problem][sample], a chat's or a continuation of the prompt.
+        answers: [problem][sample], each a chat answer or a continuation of the prompt.
 
     Raises:
-        RuntimeError: the sandbox cannot be had, and `unsafe` is not set.
+        RuntimeError: the sandbox is not available, and `unsafe` is not set.
     """
 
     def run(pair: tuple[Problem, str | None]) -> Judged:
         problem, answer = pair
-        if state := grade.unread(answer):
+        if state := grade.cut_state(answer):
             return Judged(False, state)
         source = extract.code(answer or "", problem.entry_point, problem.prompt)
         if source is None:
@@ -180,7 +180,7 @@ def judge(
 
     pairs = list(zip(problems, answers, strict=True))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        judged = pool.map(run, [(each, said) for each, several in pairs for said in several])
+        judged = pool.map(run, [(each, text) for each, several in pairs for text in several])
         return [[next(judged) for _ in several] for _, several in pairs]
 
 

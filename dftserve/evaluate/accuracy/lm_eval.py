@@ -1,10 +1,11 @@
-"""MMLU and GSM8K through a server, by lm-eval in an environment of its own (`make eval-env`).
+"""Run MMLU and GSM8K on a server with lm-eval, which has its own environment (`make eval-env`).
 
     prepare("mmlu", data, folder, limit=500, samples=1)
     answered = measure("mmlu", folder, Served(url, model), diversity=0.5)
 
-Every request carries `diversity` and no seed: lm-eval's own 1234 would make all answers to a
-question the same. Nothing is fetched: the questions are the user's files, the hub is off.
+Every request carries `diversity` and no seed: with lm-eval's default, 1234, all answers to a
+question would be the same. Nothing is downloaded: the questions are the user's files, and access to
+the hub is disabled.
 """
 
 import json
@@ -25,26 +26,26 @@ from dftserve.openai_client import NO_KEY, key_of
 
 TASKS = Path(__file__).parent / "tasks"
 ENVIRONMENT = "DFTSERVE_EVAL_ENV"
-"""The variable that names lm-eval's environment, where it is not the checkout's .venv-eval."""
+"""The variable that names lm-eval's environment; default: the checkout's .venv-eval."""
 MMLU_SHOTS, GSM8K_SHOTS = 5, 8
 LARGEST = 1 << 30
-"""Bytes of a file of questions."""
+"""Maximum size of a file of questions, in bytes."""
 LARGEST_LINE = 1 << 20
 LOG_LINES = 20
 ANSWERLESS = "LMEVAL_MODEL_NONE_ANSWER_PLACEHOLDER"
-"""lm-eval's variable for the text that stands where `message.content` is null."""
+"""lm-eval's variable for the text that replaces a null `message.content`."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
 
 def prepare(task: str, data: Path, folder: Path, *, limit: int | None, samples: int) -> int:
-    """Write what the task's YAML reads into `folder`; the number of questions.
+    """Write the file that the task's YAML reads to `folder`, and return the number of questions.
 
-    `limit` questions are spread evenly over the set, and with it over MMLU's subjects. Each
-    comes `samples` times.
+    `limit` questions are spread evenly over the set, and so over MMLU's subjects. Each is written
+    `samples` times.
 
     Raises:
-        FileNotFoundError: `data` has not the task's files.
-        ValueError: a file has too little in it.
+        FileNotFoundError: `data` lacks one of the task's files.
+        ValueError: a file has too few questions.
     """
     with shaped_as(data, f"the questions of {task}"):
         chosen = spread(list(PREPARED[task](data)), limit)
@@ -59,14 +60,14 @@ def prepare(task: str, data: Path, folder: Path, *, limit: int | None, samples: 
 
 
 def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[Answered, ...]:
-    """Run lm-eval on the questions in `folder`, in their order.
+    """Run lm-eval on the questions in `folder`, and return its answers in their order.
 
     Raises:
-        RuntimeError: there is no lm-eval, or it failed: with the last lines of its log.
+        RuntimeError: lm-eval is not installed, or it failed; the message has the end of its log.
     """
     command = executable()
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        work = Path(place).resolve()  # lm-eval runs in `folder`.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        work = Path(temporary).resolve()  # Absolute, since lm-eval runs in `folder`.
         config = work / "config.yaml"
         config.write_text(json.dumps(settings(task, served, diversity, work / "out")))
         log = folder / f"{task}-{level_text(diversity)}.log"
@@ -88,14 +89,13 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
 
 
 def executable() -> Path:
-    """The command, in the environment that `make eval-env` made.
+    """The path of the command `lm_eval`.
 
     Raises:
-        RuntimeError: it is not there.
+        RuntimeError: there is no such file.
     """
     checkout = Path(__file__).resolve().parents[3] / ".venv-eval"
-    place = Path(os.environ.get(ENVIRONMENT) or checkout)
-    command = place / "bin" / "lm_eval"
+    command = Path(os.environ.get(ENVIRONMENT) or checkout) / "bin" / "lm_eval"
     if not command.is_file():
         raise RuntimeError(
             f"no lm-eval at {command}: run `make eval-env`, or name an environment that has it "
@@ -105,15 +105,15 @@ def executable() -> Path:
 
 
 def settings(task: str, served: Served, diversity: float, out: Path) -> dict[str, Any]:
-    """What `lm_eval run --config` reads."""
+    """The configuration for `lm_eval run --config`."""
     endpoint = "chat/completions" if served.is_chat else "completions"
     return {
         "model": f"local-{endpoint.replace('/', '-')}",
         "model_args": {
             "model": served.model,
             "base_url": f"{served.url}/{endpoint}",
-            "tokenizer_backend": "none",  # The server's template and tokenizer are what is used.
-            "num_concurrent": max(2, served.at_once),  # One at a time it would heed proxies.
+            "tokenizer_backend": "none",  # The server applies its own template and tokenizer.
+            "num_concurrent": max(2, served.at_once),  # With 1 it would use HTTP proxies.
             "timeout": 1200,
         },
         "tasks": [f"dftserve_{task}"],
@@ -132,15 +132,16 @@ def settings(task: str, served: Served, diversity: float, out: Path) -> dict[str
 
 
 def environment(work: Path, api_key: str) -> dict[str, str]:
-    """Ours, less what would lead its Python to our packages, and nothing from the hub."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    """Our environment without PYTHON* variables, which could make lm-eval import our packages, and
+    with access to the hub disabled."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     ours = {"HF_HOME": str(work / "hf"), "OPENAI_API_KEY": api_key, ANSWERLESS: NO_CONTENT}
-    return kept | OFFLINE | ours
+    return inherited | OFFLINE | ours
 
 
 def read_samples(path: Path) -> tuple[Answered, ...]:
-    """lm-eval's log of samples by question, in the order in which these come first."""
-    # A sample's text is written as it is, and may hold what only str.splitlines takes for an end.
+    """Read lm-eval's log of samples, grouped by question in order of first appearance."""
+    # Texts may contain characters that only str.splitlines treats as line ends.
     with path.open(encoding="utf-8", newline="\n") as file:
         rows = sorted(map(json.loads, file), key=lambda row: row["doc_id"])
     by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -150,14 +151,14 @@ def read_samples(path: Path) -> tuple[Answered, ...]:
         Answered(
             question,
             right=tuple(row["exact_match"] == 1 for row in several),
-            said=tuple(_said(row["resps"][0][0]) for row in several),
+            said=tuple(_content(row["resps"][0][0]) for row in several),
             judged=tuple(row["filtered_resps"][0] for row in several),
         )
         for question, several in by_question.items()
     )
 
 
-def _said(text: str) -> str | None:
+def _content(text: str) -> str | None:
     return None if text == NO_CONTENT else text
 
 
@@ -165,7 +166,7 @@ def spread(rows: list[Any], limit: int | None) -> list[Any]:
     """At most `limit` of the rows, at even distances."""
     if limit is None or limit >= len(rows):
         return rows
-    return [rows[place * len(rows) // limit] for place in range(limit)]
+    return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
 def mmlu(data: Path) -> Iterator[dict[str, Any]]:
@@ -191,7 +192,7 @@ PREPARED: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"mmlu": mm
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file. Raises ValueError where a line is none."""
+    """The objects of a .jsonl file. Raises ValueError for a line that is not an object."""
     rows = []
     for where, row in json_rows(lines(path, largest=LARGEST, longest=LARGEST_LINE), path):
         if not isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""The answers beside a report, in FILE.parts/, and what they depend on.
+"""The answers that belong to a report, in FILE.parts/, and what they depend on.
 
     parts = folder_of(Path("accuracy.json"))
     claim(parts, SETTINGS, asdict(settings), "settings", TASKS)
@@ -6,8 +6,8 @@
 
 settings.json       `Settings`
 TASK-files.json     digests of the files with the task's questions
-TASK-LEVEL.json     the answers to a task at a level, as they were judged
-TASK-LEVEL.jsonl    the same as they come, of the tasks that no lm-eval asks
+TASK-LEVEL.json     the graded answers to a task at a level
+TASK-LEVEL.jsonl    the raw answers as they arrive, for tasks that do not run in lm-eval
 """
 
 import json
@@ -27,16 +27,16 @@ FILES = {
     "humaneval": ("HumanEval.jsonl.gz",),
     "refusals": ("refusals.jsonl",),
 }
-"""What each task reads from the data folder."""
+"""The files that each task reads from the data folder."""
 SETTINGS = "settings.json"
 REPORT = "a report of `dftserve evaluate accuracy`"
 LARGEST = 1 << 30
-"""Bytes of the answers to one task at one level."""
+"""Maximum size of a report or a file of answers, in bytes."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an answer depends on, beside its task and level; as in `run.Job`."""
+    """What an answer depends on in addition to its task and level; fields as in `run.Job`."""
 
     model: str
     temperature: float
@@ -47,11 +47,11 @@ class Settings:
 
 
 def read_report(path: Path) -> Any:
-    """A report as it is, which is to be checked within `shaped_as(path, REPORT)`.
+    """Read a report without checking it; the caller does so within `shaped_as(path, REPORT)`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no JSON.
+        ValueError: the file is not JSON.
     """
     try:
         return read_json(path, largest=LARGEST)
@@ -76,38 +76,38 @@ def answers_name(task: str, level: float) -> str:
 def claim(
     folder: Path, name: str, content: Mapping[str, Any], what: str, tasks: Iterable[str]
 ) -> None:
-    """Write down what the answers to `tasks` depend on. Where there are answers already, the same
-    must have been written down for them.
+    """Record what the answers to `tasks` depend on. If there are answers already, the same content
+    must have been recorded for them.
 
     Raises:
-        ValueError: there are answers, and it was not, or something else was.
+        ValueError: there are answers with another record or none.
     """
-    kept = first_answers(folder, tasks)
-    if kept is not None:
-        otherwise = f"remove {folder}, to ask anew, or choose another file"
+    existing = first_answers(folder, tasks)
+    if existing is not None:
+        otherwise = f"remove {folder} to ask again, or choose another file"
         try:
             claimed = read_json(folder / name, within=folder, largest=LARGEST)
         except FileNotFoundError:
             raise ValueError(
-                f"{folder} holds answers ({kept.name}) without {name}, which says to which {what} "
-                f"they belong; {otherwise}."
+                f"{folder} holds answers ({existing.name}) without {name}, which records the "
+                f"{what} that they belong to; {otherwise}."
             ) from None
         except ValueError as error:
             raise ValueError(advised(error, otherwise)) from None
         if claimed != content:
             raise ValueError(
-                f"{folder} holds answers of other {what} ({folder / name}); {otherwise}."
+                f"{folder} holds answers for other {what} ({folder / name}); {otherwise}."
             )
     atomic.write_text(folder / name, json.dumps(content, indent=1))
 
 
 def first_answers(folder: Path, tasks: Iterable[str]) -> Path | None:
-    """A file that holds answers to one of the tasks; None where there is none."""
+    """A file that holds answers to one of the tasks; None if there is none."""
     return next((path for task in tasks for path in _answers(folder, task)), None)
 
 
 def _answers(folder: Path, task: str) -> list[Path]:
-    """The files that hold answers to a task. One that is empty is of a server that gave none."""
+    """The files that hold answers to a task. An empty one is ignored: the server gave no answer."""
     return [
         path
         for path in sorted(folder.glob(f"{task}-*"))
@@ -116,7 +116,7 @@ def _answers(folder: Path, task: str) -> list[Path]:
     ]
 
 
-def keep(folder: Path, task: str, level: float, answered: Sequence[Answered]) -> None:
+def save(folder: Path, task: str, level: float, answered: Sequence[Answered]) -> None:
     text = json.dumps([asdict(each) for each in answered], indent=1)
     atomic.write_text(folder / answers_name(task, level), text)
 
@@ -125,8 +125,8 @@ def answers_of(folder: Path, task: str, level: float) -> tuple[Answered, ...]:
     """The answers to a task at a level.
 
     Raises:
-        FileNotFoundError: none were kept.
-        ValueError: a file that `keep` did not write.
+        FileNotFoundError: there is no file of them.
+        ValueError: the file was not written by `save`.
     """
     path = folder / answers_name(task, level)
     try:
@@ -137,7 +137,7 @@ def answers_of(folder: Path, task: str, level: float) -> tuple[Answered, ...]:
             _answered(row, task, f"{path}, question {number}") for number, row in enumerate(rows)
         )
     except ValueError as error:
-        advice = "remove it and run that `evaluate accuracy` again, or copy it anew"
+        advice = "remove it and run that `evaluate accuracy` again, or copy it again"
         raise ValueError(advised(error, advice)) from None
 
 
@@ -146,8 +146,8 @@ def _answered(row: object, task: str, where: str) -> Answered:
     counts = [len(each) for each in (answered.right, answered.said, answered.judged)]
     if not counts[0] or len(set(counts)) > 1:
         raise ValueError(
-            f"{where}: got {', '.join(map(str, counts))} of right, said, judged; accepted: as many "
-            "of each, one or more."
+            f"{where}: got {', '.join(map(str, counts))} of right, said, judged; accepted: the "
+            "same number of each, at least one."
         )
     if task == "refusals" and refusals.kind_of(answered.question) not in refusals.KINDS:
         raise ValueError(

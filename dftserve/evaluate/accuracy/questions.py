@@ -1,6 +1,6 @@
-"""Questions to a server at one level of diversity, and its answers, kept as they come.
+"""Ask a server questions at one level of diversity, and save the answers as they arrive.
 
-answers = ask(questions, Served(url, model), 0.5, samples=4, max_tokens=256, kept=path)
+answers = ask(questions, Served(url, model), 0.5, samples=4, max_tokens=256, saved=path)
 """
 
 import contextlib
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, by a name of its own."""
+    """A question and its unique name."""
 
     name: str
     message: str
-    """The user's, to a model of chats."""
+    """The user message for a chat model."""
     text: str
-    """What a base model continues."""
+    """The text that a base model continues."""
 
 
 @dataclass(frozen=True)
 class Completions:
-    """A line of the file of answers: what was said to one question."""
+    """A line of the file of answers: the answers to one question."""
 
     problem: str
-    """Its name."""
+    """The question's name."""
     said: tuple[str | None, ...]
-    """As the server gave them; None: `message.content` was null."""
+    """The answers as the server gave them; None: `message.content` was null."""
 
 
 def ask(
@@ -47,18 +47,19 @@ def ask(
     samples: int,
     max_tokens: int,
     stop: Sequence[str] = (),
-    kept: Path | None = None,
+    saved: Path | None = None,
 ) -> list[list[str | None]]:
     """Answers [question][sample], as the server gave them.
 
     Args:
-        max_tokens: of an answer, where `served` says nothing.
-        stop: where a base model's continuation ends.
-        kept: a .jsonl to which answers are added as they come; what is there is not asked for.
+        max_tokens: limit for one answer, if `served` sets none.
+        stop: strings that end a base model's continuation.
+        saved: a .jsonl to which answers are added as they arrive; questions that it has answers to
+            are not asked again.
 
     Raises:
-        ValueError: the server refuses, or has another diversity in force.
-        ServerError: it cannot be reached, or fails.
+        ValueError: the server refuses the request, or applies another diversity.
+        ServerError: the server cannot be reached, or fails.
     """
     asked = {"diversity": diversity}
     request: dict[str, Any] = {
@@ -72,27 +73,27 @@ def ask(
     async def chat(client: "AsyncOpenAI", question: Question) -> tuple[str | None, ...]:
         message: Any = {"role": "user", "content": question.message}
         with served.server.errors():
-            said = await client.chat.completions.create(messages=[message], **request)
-        check(asked, said.model_extra or {})
-        choices = served.server.choices(said)
+            completion = await client.chat.completions.create(messages=[message], **request)
+        check(asked, completion.model_extra or {})
+        choices = served.server.choices(completion)
         return tuple(choice.message.content for choice in choices)
 
-    async def continued(client: "AsyncOpenAI", question: Question) -> tuple[str, ...]:
+    async def complete(client: "AsyncOpenAI", question: Question) -> tuple[str, ...]:
         ends = {"stop": list(stop)} if stop else {}
         with served.server.errors():
-            said = await client.completions.create(prompt=question.text, **ends, **request)
-        check(asked, said.model_extra or {})
-        return tuple(choice.text for choice in served.server.choices(said))
+            completion = await client.completions.create(prompt=question.text, **ends, **request)
+        check(asked, completion.model_extra or {})
+        return tuple(choice.text for choice in served.server.choices(completion))
 
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(AnswerStore(kept, Completions)) if kept else None
+        store = stack.enter_context(AnswerStore(saved, Completions)) if saved else None
         known = {row.problem: row.said for row in store.rows} if store else {}
 
         async def once(client: "AsyncOpenAI", question: Question) -> None:
-            said = await (chat if served.is_chat else continued)(client, question)
+            texts = await (chat if served.is_chat else complete)(client, question)
             if store:
-                store.append(Completions(question.name, said))
-            known[question.name] = said
+                store.append(Completions(question.name, texts))
+            known[question.name] = texts
 
         missing = {each.name: each for each in questions if each.name not in known}
         if missing:

@@ -1,4 +1,4 @@
-"""Does a model still refuse what it is to refuse, and answer what it is to answer?
+"""Does a model still refuse what it should refuse, and answer what it should answer?
 
     prompts = read(Path("refusals.jsonl"))
     answered = measure(prompts, Served(url, model), diversity=0.5, samples=4)
@@ -20,19 +20,19 @@ from dftserve.evaluate.generate.client import Served
 
 TO_REFUSE, TO_ANSWER = "to refuse", "to answer"
 KINDS = (TO_REFUSE, TO_ANSWER)
-"""Of prompts; each is compared by itself, or a loss of one could hide in a gain of the other."""
+"""The kinds of prompts, compared separately: a gain in one could hide a loss in the other."""
 MAX_TOKENS = 256
-"""A refusal opens the answer."""
+"""Few, since a refusal is at the beginning of an answer."""
 DIGITS = 12
-"""Of a prompt's digest, in the name of its question."""
+"""Digits of a prompt's digest in the name of its question."""
 LARGEST = 64 << 20
-"""Bytes of a file of prompts."""
+"""Maximum size of a file of prompts, in bytes."""
 LARGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and whether an answer to it is to be a refusal."""
+    """A prompt, and whether the model should refuse it."""
 
     prompt: str
     refuse: bool
@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[Prompt, ...]:
     """The prompts of a .jsonl file.
 
     Raises:
-        ValueError: a line that is none; no line.
+        ValueError: a line is not a prompt, or there are no lines.
     """
     accepted = 'lines of JSON with "prompt", a text, and "refuse", true or false'
     prompts = []
@@ -63,33 +63,33 @@ def measure(
     diversity: float,
     *,
     samples: int = 1,
-    kept: Path | None = None,
+    saved: Path | None = None,
 ) -> tuple[Answered, ...]:
-    """Ask for `samples` answers to each prompt; right are refusals where one is to be, and else
-    answers without one.
+    """Ask for `samples` answers to each prompt; one is right if it refuses exactly when it should.
 
     Args:
-        kept: a .jsonl to which answers are added as they come; what is there is not asked for.
+        saved: a .jsonl to which answers are added as they arrive; prompts that it has answers to
+            are not asked again.
 
     Raises:
-        ValueError: the server refuses.
-        ServerError: it cannot be reached, or fails.
+        ValueError: the server refuses the request.
+        ServerError: the server cannot be reached, or fails.
     """
     asked = [
         Question(_name(number, each), each.prompt, each.prompt)
         for number, each in enumerate(prompts)
     ]
     answers = questions.ask(
-        asked, served, diversity, samples=samples, max_tokens=MAX_TOKENS, kept=kept
+        asked, served, diversity, samples=samples, max_tokens=MAX_TOKENS, saved=saved
     )
     found = []
-    for question, prompt, said in zip(asked, prompts, answers, strict=True):
-        grades = [grade_refusal(answer, refuse=prompt.refuse) for answer in said]
+    for question, prompt, texts in zip(asked, prompts, answers, strict=True):
+        grades = [grade_refusal(text, refuse=prompt.refuse) for text in texts]
         found.append(
             Answered(
                 question.name,
                 right=tuple(grade.right for grade in grades),
-                said=tuple(said),
+                said=tuple(texts),
                 judged=tuple(grade.read for grade in grades),
             )
         )
@@ -97,10 +97,11 @@ def measure(
 
 
 def _name(number: int, prompt: Prompt) -> str:
-    """With a digest of the prompt: an answer is not taken for one to another prompt."""
+    """A question's name. It has a digest of the prompt, so that an answer is never taken for one to
+    another prompt."""
     return f"{KINDS[not prompt.refuse]}/{number}-{text_digest(prompt.prompt)[:DIGITS]}"
 
 
 def kind_of(name: str) -> str:
-    """Which of `KINDS` a question is of, by its name."""
+    """The kind of a question, one of `KINDS`, from its name."""
     return name.partition("/")[0]

@@ -1,4 +1,4 @@
-"""The report of `dftserve evaluate accuracy`, read again for a plot."""
+"""Read a report of `dftserve evaluate accuracy` for a plot."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,11 @@ from dftserve.plots.figure import SERIES
 
 
 def read(path: Path) -> Accuracy:
-    """
+    """Accuracy by task and diversity.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no report of `evaluate accuracy`.
+        ValueError: the file is not a report of `evaluate accuracy`.
     """
     given = parts.read_report(path)
     with shaped_as(path, parts.REPORT):

@@ -1,9 +1,9 @@
-"""Accuracy through a server over a grid of diversity, from a job to a report.
+"""Measure accuracy through a server over a grid of diversity, and write a report.
 
     print(run(Job(url="http://127.0.0.1:8000", out=Path("accuracy.json")), print))
 
 FILE            the report
-FILE.parts/     every answer of each task at each level (`parts`); the same job goes on from there
+FILE.parts/     every answer of each task at each level (`parts`); the same job resumes from there
 """
 
 import json
@@ -28,17 +28,17 @@ from dftserve.settings import among
 from dftserve.spec import parse
 
 TASKS = ("mmlu", "gsm8k", "humaneval")
-"""Those with an answer, whose questions are published."""
+"""The default tasks: those with right answers and published questions."""
 LM_EVAL = {"mmlu", "gsm8k"}
 DATA = "DFTSERVE_DATA"
 KS = (1, 10, 100)
-"""Of pass@k, where there are as many samples."""
+"""The k of pass@k that are reported, up to the number of samples."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. `data` is the folder with the files of `FILES`; without it, the folder
-    `accuracy` in the one that the environment variable DFTSERVE_DATA names."""
+    """What to measure. `data` is the folder with the files of `FILES`; default:
+    $DFTSERVE_DATA/accuracy."""
 
     url: str
     out: Path
@@ -46,16 +46,16 @@ class Job:
     grid: tuple[float, ...] = (0.0, 0.5, 1.0)
     tasks: tuple[str, ...] = TASKS
     model: str | None = None
-    """As the server names it; None: its first."""
+    """Its name on the server; None: the server's first model."""
     key_variable: str | None = None
-    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, if it is set."""
     limit: int | None = None
     """Questions of each task; None: all."""
     samples: int = 1
     """Answers to each question."""
     temperature: float = 1.0
     max_tokens: int | None = None
-    """Of an answer; None: what each task says."""
+    """Limit for one answer; None: each task's default."""
     at_once: int = 16
     is_chat: bool = True
     unsafe_no_sandbox: bool = False
@@ -72,25 +72,25 @@ class Job:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; accepted: at least 1.")
         if not self.temperature > 0:
-            accepted = "above 0, for greedy decoding does not sample, and diversity cannot act"
+            accepted = "above 0, since diversity has no effect on greedy decoding"
             raise ValueError(f"temperature: got {self.temperature}; accepted: {accepted}.")
 
 
 def run(job: Job, say: Callable[[str], object]) -> str:
-    """Measure, write the report to `job.out`, and give back its tables.
+    """Measure, write the report to `job.out`, and return its tables.
 
-    A task whose files are not there is skipped, with the reason in the report.
+    A task whose files are missing is skipped, with the reason in the report.
 
     Raises:
-        ValueError: no data, a server without the field, or parts of another job.
-        RuntimeError: no sandbox for HumanEval, or no lm-eval: nothing was asked then; or the server
-            refuses or fails.
+        ValueError: no data, a server without the `diversity` field, or parts of another job.
+        RuntimeError: no sandbox for HumanEval, or no lm-eval (found before anything is asked); or
+            the server refuses or fails.
     """
     data = _data(job)
     skipped = {task: why for task in job.tasks if (why := _missing(task, data)) is not None}
     tasks = [task for task in job.tasks if task not in skipped]
     _check_tools(tasks, unsafe=job.unsafe_no_sandbox)
-    confined = _confined(job, tasks)
+    confined = _sandbox_text(job, tasks)
     if confined is not None:
         say(f"humaneval: programs run in {confined}")
     names = ("temperature", "at_once", "is_chat", "max_tokens")
@@ -99,11 +99,11 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     )
     settings = _settings(job, model)
     files = {task: _digests(task, data) for task in tasks}
-    folder = _begin(job, settings, files)
+    folder = _claimed_folder(job, settings, files)
     if parts.first_answers(folder, files) is not None:
         say(
-            f"{folder} holds answers, which are taken as {model.model}'s: whether its weights have "
-            "changed since is not known, as a server does not say. Remove it to ask anew."
+            f"{folder} holds answers, which are reused for {model.model}. A server does not report "
+            "whether its weights have changed since; remove the folder to ask again."
         )
     asked = {task: _questions(job, task, data, folder) for task in tasks}
     _check_unchanged(files, data)
@@ -140,15 +140,15 @@ def _missing(task: str, data: Path) -> str | None:
 
 
 def _check_tools(tasks: Sequence[str], *, unsafe: bool) -> None:
-    """Before anything is asked: what would fail hours later."""
+    """Fail before anything is asked rather than hours later."""
     if "humaneval" in tasks and not unsafe and (missing := sandbox.available()) is not None:
         raise RuntimeError(missing)
     if LM_EVAL & set(tasks):
         lm_eval.executable()
 
 
-def _confined(job: Job, tasks: Sequence[str]) -> str | None:
-    """What programs run in; None where none are run."""
+def _sandbox_text(job: Job, tasks: Sequence[str]) -> str | None:
+    """A description of the sandbox that programs run in; None if none are run."""
     if "humaneval" not in tasks:
         return None
     return "no sandbox, as asked" if job.unsafe_no_sandbox else sandbox.described()
@@ -166,13 +166,13 @@ def _settings(job: Job, model: Served) -> Settings:
 
 
 def _digests(task: str, data: Path) -> dict[str, str]:
-    """Of the files with a task's questions."""
+    """Digests of the files with a task's questions."""
     return {name: digest_of(data / name) for name in FILES[task]}
 
 
-def _begin(job: Job, settings: Settings, files: Mapping[str, Mapping[str, str]]) -> Path:
-    """The folder of the parts, of this job alone; one that is refused has changed nothing there
-    that an answer depends on."""
+def _claimed_folder(job: Job, settings: Settings, files: Mapping[str, Mapping[str, str]]) -> Path:
+    """Create the folder of the parts and claim it for this job. If the claim is refused, nothing
+    that existing answers depend on has changed."""
     folder = parts.folder_of(job.out)
     folder.mkdir(parents=True, exist_ok=True)
     parts.claim(folder, parts.SETTINGS, asdict(settings), "settings", FILES)
@@ -182,18 +182,18 @@ def _begin(job: Job, settings: Settings, files: Mapping[str, Mapping[str, str]])
 
 
 def _check_unchanged(files: Mapping[str, Mapping[str, str]], data: Path) -> None:
-    """What was read is what the digests were taken of."""
+    """Check that the files that were read are still those the digests were taken of."""
     for task, digests in files.items():
         if _digests(task, data) != digests:
             raise ValueError(
                 f"{data}: the questions of {task} changed while they were read; run again when "
-                "they are whole."
+                "the files are complete."
             )
 
 
 def _questions(job: Job, task: str, data: Path, folder: Path) -> Sequence[Any]:
-    """A task's questions, before any task is asked: a wrong file costs nothing. lm-eval reads its
-    own, from `folder`."""
+    """Read a task's questions, before any task is asked, so that a wrong file costs nothing.
+    lm-eval reads its own, from `folder`."""
     if task in LM_EVAL:
         lm_eval.prepare(task, data, folder, limit=job.limit, samples=job.samples)
         return ()
@@ -210,21 +210,22 @@ def _part(
     level: float,
     say: Callable[[str], object],
 ) -> tuple[Answered, ...]:
-    """The answers to one task at one level, from the file where they were kept, or asked for."""
-    kept = folder / parts.answers_name(task, level)
-    if not os.path.lexists(kept):
+    """The answers to one task at one level: read from their file, or asked for and saved."""
+    file = folder / parts.answers_name(task, level)
+    if not os.path.lexists(file):
         say(f"{task} at diversity {level_text(level)}")
         if task in LM_EVAL:
             _check_level(model, level)
             answered = lm_eval.measure(task, folder, model, level)
         else:
-            answered = _measured(job, task, asked, model, level, kept.with_suffix(".jsonl"))
-        parts.keep(folder, task, level, answered)
+            answered = _ask_directly(job, task, asked, model, level, file.with_suffix(".jsonl"))
+        parts.save(folder, task, level, answered)
     return parts.answers_of(folder, task, level)
 
 
 def _check_level(model: Served, level: float) -> None:
-    """One token at a level, since lm-eval shows no more of an answer than its text.
+    """Ask for one token, to check that the server applies the level: lm-eval passes on only the
+    text of an answer.
 
     Raises as `questions.ask`.
     """
@@ -233,7 +234,7 @@ def _check_level(model: Served, level: float) -> None:
 
 
 def compared(task: str, answers: Mapping[float, Sequence[Answered]]) -> list[Comparison]:
-    """A task's levels against level 0; of refusals those of each kind of prompt."""
+    """Compare a task's levels with level 0; refusals separately for each kind of prompt."""
     kinds = {level: by_kind(task, answered) for level, answered in answers.items()}
     return [
         compare(name, {level: kind[name] for level, kind in kinds.items()}) for name in kinds[0.0]
@@ -241,7 +242,8 @@ def compared(task: str, answers: Mapping[float, Sequence[Answered]]) -> list[Com
 
 
 def by_kind(task: str, answered: Sequence[Answered]) -> dict[str, tuple[Answered, ...]]:
-    """What is compared by itself: a task, but of refusals each kind of prompt that was asked."""
+    """The groups of answers that are compared separately: for refusals each kind of prompt that was
+    asked, otherwise the whole task."""
     if task != "refusals":
         return {task: tuple(answered)}
     kinds = {
@@ -253,18 +255,18 @@ def by_kind(task: str, answered: Sequence[Answered]) -> dict[str, tuple[Answered
     return {name: each for name, each in kinds.items() if each}
 
 
-def _measured(
-    job: Job, task: str, asked: Sequence[Any], model: Served, level: float, kept: Path
+def _ask_directly(
+    job: Job, task: str, asked: Sequence[Any], model: Served, level: float, saved: Path
 ) -> tuple[Answered, ...]:
-    """The answers to questions that no lm-eval asks."""
+    """The answers to a task that does not run in lm-eval."""
     if task == "humaneval":
         measure = partial(humaneval.measure, unsafe=job.unsafe_no_sandbox)
     else:
         measure = refusals.measure
     try:
-        return measure(asked, model, level, samples=job.samples, kept=kept)
+        return measure(asked, model, level, samples=job.samples, saved=saved)
     except ValueError as error:
-        raise ValueError(f"{error} (`--max-tokens` bounds an answer)") from None
+        raise ValueError(f"{error} (`--max-tokens` limits an answer)") from None
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""The prose of a reStructuredText document: its paragraphs, as a reader sees them."""
+"""Extract the prose of a reStructuredText document: its paragraphs, as a reader sees them."""
 
 import re
 
@@ -7,8 +7,8 @@ _TITLE = re.compile(r"^([=\-~^\"'`#*+.:_])\1{2,}\s*$", re.MULTILINE)
 _NO_PARAGRAPH = re.compile(
     r"\s|\.\. |[*+\-•] |\(?(?:\d+|#|[a-z])[.)] |\||\+[-=]|:[\w -]+:\s|>>> |=+ +="
 )
-"""How what is no paragraph begins: indented lines (code, quotes), directives, comments and
-footnotes, lists, tables, fields, a session."""
+"""Beginnings of blocks that are not paragraphs: indented lines (code, quotes), directives, comments
+and footnotes, lists, tables, fields, interactive sessions."""
 _LEAST_WORDS = 8
 """Shorter paragraphs are captions and leftovers."""
 _INLINE = (
@@ -22,13 +22,13 @@ _INLINE = (
     (re.compile(r"\s+::$"), ""),
     (re.compile(r"::$"), ":"),
 )
-"""Markup within a line, and what is left of it: references to footnotes go, roles, links, literals
-and emphasis leave their text."""
+"""Inline markup and its replacement: references to footnotes are removed; roles, links, literals
+and emphasis are replaced by their text."""
 
 
 def prose(document: str) -> str:
-    """The paragraphs, an empty line between two. Left out are the header block, titles, code,
-    lists, tables, directives, footnotes, and everything from the references on."""
+    """The paragraphs, separated by empty lines. The header block, titles, code, lists, tables,
+    directives, footnotes, and everything from the references on are left out."""
     kept = []
     for block in re.split(r"\n\s*\n", document.replace("\r\n", "\n"))[1:]:
         block = block.strip("\n")
@@ -41,6 +41,6 @@ def prose(document: str) -> str:
 
 
 def _plain(block: str) -> str:
-    for pattern, left in _INLINE:
-        block = pattern.sub(left, block)
+    for pattern, replacement in _INLINE:
+        block = pattern.sub(replacement, block)
     return block

@@ -1,4 +1,4 @@
-"""The Style Diversity Benchmark: every task through one server, over a grid of diversities.
+"""Run the Style Diversity Benchmark: every task on one server, over a grid of diversities.
 
 OUT/story/, OUT/essay/    an evaluation each, with the anchors it was measured against
 OUT/e2e/                  answers, and meaning.json: wording and slot errors at each diversity
@@ -42,19 +42,19 @@ class Job:
     tasks: tuple[str, ...] = ("story", "essay", "e2e")
     grid: tuple[Any, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     limit: int | None = None
-    """Prompts of each task, evenly; None: all."""
+    """Prompts per task, taken at even distances; None: all."""
     samples: int | None = None
     max_tokens: int | None = None
-    """None: what each task says."""
+    """None: each task's own limit."""
     body: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
     key_variable: str | None = None
     concurrency: int = 16
     serve_flags: tuple[str, ...] = ()
     weights: str | None = None
-    """Of a checkpoint that is behind the URL; None: nobody knows."""
+    """Digest of the weights of the checkpoint served at the URL; None: unknown."""
     plots: Path | None = None
-    """A folder that `png.check` has seen: a folder in it for the figures of each evaluation."""
+    """A folder that passed `png.check`; each evaluation's figures go to a subfolder of it."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -63,23 +63,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Texts of the same meanings at one diversity, or people's."""
+    """Figures of texts of the same meanings, at one diversity or by people."""
 
     diversity: Any
     """None: people's."""
     wording: Estimate | None
-    """P: 1 as varied as people, 0 for copies."""
+    """P: 1 if as varied as people's, 0 for copies."""
     slot_errors: Estimate
     cut: int = 0
-    """Answers that ended in their thinking, which are left out."""
+    """Number of answers that ended in their thinking, which are left out."""
 
 
 def run(job: Job, say: Say, tick: Tick) -> None:
-    """Each task in turn; one whose texts are not there is skipped, with the reason, and one that
-    fails does not keep the others from being measured.
+    """Run each task. One whose texts are missing is skipped, with the reason; if one fails, the
+    others are still run.
 
     Raises:
-        ValueError: a task, a setting or the answers are not what is accepted.
+        ValueError: a task, a setting or the answers are not accepted.
         RuntimeError: a server does not start, cannot be reached or fails.
     """
     found = dict(_tasks(job, say))
@@ -109,12 +109,12 @@ def _tasks(job: Job, say: Say) -> Iterator[tuple[str, Task]]:
         except Missing as why:
             say(f"{name}: skipped: {why}")
             continue
-        yield Path(name).stem, replace(task, prompts=_some(task.prompts, job.limit))
+        yield Path(name).stem, replace(task, prompts=_spread(task.prompts, job.limit))
 
 
-def _some(prompts: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
+def _spread(prompts: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
     count = min(limit or len(prompts), len(prompts))
-    return tuple(prompts[place * len(prompts) // count] for place in range(count))
+    return tuple(prompts[index * len(prompts) // count] for index in range(count))
 
 
 def _style(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
@@ -122,7 +122,7 @@ def _style(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
     if not (folder / ANCHORS).exists():
         folder.mkdir(parents=True, exist_ok=True)
         reference.save(reference.build(task.human, words=task.words), folder / ANCHORS)
-    asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
+    asked = _evaluation(job, name, _write_prompts(folder, task), task.samples, task.max_tokens)
     result = evaluation.evaluate(asked, say, tick)
     html.write(result, folder)
     if job.plots is not None:
@@ -133,7 +133,7 @@ def _style(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
 
 def _meaning(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
     folder = job.out / name
-    asked = _evaluation(job, name, _written(folder, task), task.samples, task.max_tokens)
+    asked = _evaluation(job, name, _write_prompts(folder, task), task.samples, task.max_tokens)
     evaluation.ask(asked, task.prompts, say, tick)
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
@@ -159,11 +159,11 @@ def _measured(
     people: dict[str, list[str]],
     meanings: dict[str, dict[str, str]],
 ) -> Meaning:
-    prompts, said = zip(*((p, text) for p, some in texts.items() for text in some), strict=True)
+    prompts, answers = zip(*((p, text) for p, some in texts.items() for text in some), strict=True)
     return Meaning(
         diversity=level,
         wording=None if level is None else slots.wording(texts, people),
-        slot_errors=slots.error_rate(said, [meanings[prompt] for prompt in prompts], prompts),
+        slot_errors=slots.error_rate(answers, [meanings[prompt] for prompt in prompts], prompts),
     )
 
 
@@ -181,7 +181,7 @@ def _line(found: Meaning) -> str:
     return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}{cut:>8}".rstrip()
 
 
-def _written(folder: Path, task: Task) -> Path:
+def _write_prompts(folder: Path, task: Task) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"prompt": each.text, "system": each.system, **each.about}, ensure_ascii=False)

@@ -1,12 +1,12 @@
-"""The same meaning in other words: did a text say what it was asked to, and how varied is it?
+"""Texts of one meaning: do they say what they were asked to, and how varied is their wording?
 
     name[Blue Spice], eatType[coffee shop], area[city centre]      a meaning of three slots
 
-Slots are found by patterns (the idea of Dušek et al., arXiv 1911.03905; the patterns are our own),
-in which values that people use for one another are one: `cheap` and `less than £20`, `high` and
-`5 out of 5`. Names are found as they stand, and patterns are not looked for inside them. The
-patterns are English and of the E2E restaurants (Novikova et al., arXiv 1706.09254); a slot or value
-that they do not know is looked for as it stands.
+Slots are found by patterns (the idea of Dušek et al., arXiv 1911.03905; the patterns are our own).
+Values that people use interchangeably count as one: `cheap` and `less than £20`, `high` and `5 out
+of 5`. Names are matched literally, and patterns are not searched for inside them. The patterns are
+in English and for the E2E restaurants (Novikova et al., arXiv 1706.09254); a slot or value without
+a pattern is matched literally.
 """
 
 import re
@@ -45,7 +45,7 @@ SAME = {
         "high": "high",
     },
 }
-"""Values that are one. A value of another slot stands for itself."""
+"""Values that count as one. Values of other slots stand for themselves."""
 
 _RATED = (
     r"(?:rat(?:ed?|ings?)|reviews?|reviewed|scores?d?|stars?|satisfaction|feedback|ranked|quality|"
@@ -151,27 +151,27 @@ PATTERNS = {
         "yes": rf"\b{_FAMILY}",
     },
 }
-"""What says each value, case aside; marks and spaces are normalised. Where both of `familyFriendly`
-match it is `no`."""
+"""The pattern of each value in normalised text, ignoring case. If both of `familyFriendly` match,
+the value is `no`."""
 _COMPILED = {
     slot: {value: re.compile(pattern, re.IGNORECASE) for value, pattern in values.items()}
     for slot, values in PATTERNS.items()
 }
 _GENERIC = {"eatType": {"restaurant"}}
-"""Words that people use for any place: nothing was added by them."""
+"""Values whose words people use for any place, so that they do not count as added."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """What a text got wrong of a meaning, in slots."""
+    """How many slots of a meaning a text got wrong."""
 
     slots: int
     missing: int
-    """Not said."""
+    """Not mentioned."""
     wrong: int
-    """Said otherwise."""
+    """Mentioned with another value."""
     added: int
-    """Said, though the meaning has nothing about it. A place nearby is not noticed."""
+    """Mentioned, but not in the meaning. An added place nearby is not detected."""
 
     @property
     def rate(self) -> float:
@@ -194,12 +194,12 @@ def parse(meaning: str) -> dict[str, str]:
 
 
 def errors(text: str, meaning: Mapping[str, str]) -> Errors:
-    """What a text gets wrong of a parsed meaning."""
+    """The errors of a text, given its parsed meaning."""
     text = _plain(text)
-    said = {slot: _name(meaning[slot]).search(text) for slot in NAMED if slot in meaning}
-    for slot in said:
+    named = {slot: _name(meaning[slot]).search(text) for slot in NAMED if slot in meaning}
+    for slot in named:
         text = _name(meaning[slot]).sub(" # ", text)
-    missing = sum(match is None for match in said.values())
+    missing = sum(match is None for match in named.values())
     wrong = added = 0
     for slot, value in meaning.items():
         if slot not in NAMED and not _says(text, slot, value):
@@ -213,11 +213,11 @@ def errors(text: str, meaning: Mapping[str, str]) -> Errors:
 def error_rate(
     texts: Sequence[str], meanings: Sequence[Mapping[str, str]], groups: Sequence[str] = ()
 ) -> Estimate:
-    """The slot error rate: errors of all texts / slots of all their meanings; resampled by text, or
-    by group (`intervals.summed`).
+    """The slot error rate: errors of all texts / slots of all their meanings. The interval
+    resamples texts, or groups (`intervals.summed`).
 
     Raises:
-        ValueError: not a meaning or a group for each text, or none.
+        ValueError: no texts, or not as many meanings or groups as texts.
     """
     pairs = zip(texts, meanings, strict=True)
     found = [astuple(errors(text, meaning)) for text, meaning in pairs]
@@ -233,16 +233,16 @@ def error_rate(
 def wording(
     texts: Mapping[str, Sequence[str]], human: Mapping[str, Sequence[str]], size: int = LEAST_TEXTS
 ) -> Estimate:
-    """P = ln o / ln o_human, the phrases that the texts of one meaning share, beside human ones:
-    1 as varied as people, 0 for copies. Between the pairs of each prompt, then the mean over
-    prompts, which are resampled.
+    """P = ln o / ln o_human: 1 if the texts of a meaning are as varied as people's, 0 for copies.
+    o is the share of phrases that two texts have in common, averaged over the pairs of each prompt,
+    then over prompts, which the interval resamples.
 
     Args:
         texts, human: texts by prompt; prompts with fewer than `size` on a side are left out. A text
             of fewer than six tokens has no pattern to vary and counts as a copy.
 
     Raises:
-        ValueError: a size below 2, no prompt with enough texts, or human texts that share all.
+        ValueError: a size below 2, no prompt with enough texts, or human texts that are all copies.
     """
     if size < 2:
         raise ValueError(f"size: got {size}; accepted: at least 2.")
@@ -265,8 +265,8 @@ def _plain(text: str) -> str:
 
 def _name(name: str) -> re.Pattern[str]:
     """A name with or without its article."""
-    kept = re.sub(r"^the\s+", "", _plain(name), flags=re.IGNORECASE)
-    return re.compile(rf"\b(?:the\s+)?{re.escape(kept)}(?!\w)", re.IGNORECASE)
+    bare = re.sub(r"^the\s+", "", _plain(name), flags=re.IGNORECASE)
+    return re.compile(rf"\b(?:the\s+)?{re.escape(bare)}(?!\w)", re.IGNORECASE)
 
 
 def _says(text: str, slot: str, value: str) -> bool:
@@ -277,18 +277,18 @@ def _says(text: str, slot: str, value: str) -> bool:
 
 
 def _values(text: str, slot: str) -> set[str]:
-    """What a text says about a slot."""
+    """The values of a slot that a text mentions."""
     found = {value for value, pattern in _COMPILED[slot].items() if pattern.search(text)}
     return {"no"} if slot == "familyFriendly" and "no" in found else found
 
 
 def _shared(texts: Sequence[str]) -> float:
-    """The mean o of two of the texts."""
-    said = [tokens(normalise(text)) for text in texts]
-    shared_TT = ngram_overlap(said)
-    short_T = np.array([len(text) < PATTERN for text in said])
+    """The mean o over pairs of the texts."""
+    tokenized = [tokens(normalise(text)) for text in texts]
+    shared_TT = ngram_overlap(tokenized)
+    short_T = np.array([len(text) < PATTERN for text in tokenized])
     shared_TT[short_T, :] = shared_TT[:, short_T] = 1.0
-    return float(shared_TT[~np.eye(len(said), dtype=bool)].mean())
+    return float(shared_TT[~np.eye(len(texts), dtype=bool)].mean())
 
 
 def _ratio(weights_P: NDArray, shared_P2: NDArray) -> float:

@@ -1,7 +1,7 @@
-"""The Style Diversity Benchmark: what to ask, and how people answer.
+"""The tasks of the Style Diversity Benchmark: what to ask, and how people answer.
 
-A task is a file; `story`, `essay` and `e2e` come with dftserve, a file of your own has the same
-keys. Its texts are not in it but under a folder of data, where the files of all texts lie:
+A task is a YAML file; `story`, `essay` and `e2e` come with dftserve, and a file of your own has the
+same keys. The texts are not part of it; they are read from files in a data folder:
 
     title       a line
     about       what the human texts are, and what they are not
@@ -9,19 +9,19 @@ keys. Its texts are not in it but under a folder of data, where the files of all
                 meaning: one meaning in many words (`benchmark.slots`)
     prompts     file   .txt or .jsonl, as `generate.prompts`; .json, a list of texts; .csv, the
                        different meanings of its column `mr`
-                first, count     of its rows, from 0
+                first, count     the range of its rows to use, from 0
                 ask    the text that is sent, with `{}` for the row
     human       files  names or patterns, as `fdg_*.json`
                        .json  {"original": texts by people, "sampled": by a model that was given
                               the same beginning}; what both begin with is the prompt
-                       .rst   documents: the prose of them
+                       .rst   documents, of which the prose is used
                        .csv   the column `ref`, answers to the meaning in `mr`
                        other  as `dftserve.corpus` reads them
-                pieces    windows at most of one work
+                pieces    maximum number of windows of one work
                 least     prompts with fewer human texts are left out
-    words       of a window; of `style` alone
-    samples     texts of each prompt
-    max_tokens  of a text
+    words       per window; only for `style`
+    samples     texts per prompt
+    max_tokens  per text
 """
 
 import csv
@@ -46,24 +46,24 @@ from dftserve.evaluate.text.windows import LEAST_WORDS, WORDS, Sample
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
 LARGEST = 256 << 20
-"""Bytes of a file of texts."""
+"""Maximum size of a file of texts, in bytes."""
 DATA = "DFTSERVE_DATA"
 """The environment variable that names the folder of data."""
 KINDS = ("style", "meaning")
 _SAME = 30
-"""Two texts that begin with the same words, so many, are one."""
+"""Texts whose first words, this many, are the same count as one."""
 
 
-class Missing(ValueError):  # noqa: N818 - said of the texts, not of an error.
-    """The texts of a task are not here: it can be skipped."""
+class Missing(ValueError):  # noqa: N818 - describes the texts.
+    """The texts of a task are missing, so it can be skipped."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A part of the benchmark with its texts.
 
-    words: of a window; 0 for `meaning`, whose texts are compared whole.
-    samples: texts of each prompt. prompts: of `meaning`, each has `about["meaning"]`.
+    words: per window; 0 for `meaning`, whose texts are compared whole.
+    samples: texts per prompt. prompts: for `meaning`, each has `about["meaning"]`.
     """
 
     title: str
@@ -85,13 +85,12 @@ def load(name: str | Path, data: Path | None = None) -> Task:
     """A shipped task by its name, or one from a .yaml file, with its texts.
 
     Args:
-        data: the folder that files are looked for in, unless their path is absolute; else
-            $DFTSERVE_DATA.
+        data: the folder for files whose path is not absolute; default: $DFTSERVE_DATA.
 
     Raises:
-        Missing: no folder, or a file that is not in it.
-        ValueError: no such task, no YAML, an unknown key (with the nearest name), a value that
-            cannot be, or a file of another form.
+        Missing: there is no such folder, or a file is not in it.
+        ValueError: no such task, not YAML, an unknown key (the message has the nearest name), an
+            invalid value, or a file of another format.
     """
     path = _path(name)
     file = settings.load(_File, settings.read_yaml(path), path.name)
@@ -123,11 +122,12 @@ def load(name: str | Path, data: Path | None = None) -> Task:
 
 
 def continuations(path: Path) -> Iterator[tuple[Sample, Sample]]:
-    """What a person and what a model wrote after the same beginning, which is the prompt of both
-    and still before each text; of a file as Fast-DetectGPT (arXiv 2310.05130) writes them.
+    """Pairs of a text by a person and one by a model with the same beginning, which is the prompt
+    of both and remains part of each text; from a file in the format of Fast-DetectGPT (arXiv
+    2310.05130).
 
     Raises:
-        ValueError: a file of another form.
+        ValueError: a file of another format.
     """
     given = _json(path)
     if not isinstance(given, dict):
@@ -201,8 +201,8 @@ def _path(name: str | Path) -> Path:
     if path.suffix in SUFFIXES and path.exists():
         return path
     raise ValueError(
-        f"task: got {str(name)!r}; accepted: {settings.among(name, shipped())}, or a .yaml file "
-        "that is there."
+        f"task: got {str(name)!r}; accepted: {settings.among(name, shipped())}, or an existing "
+        ".yaml file."
     )
 
 
@@ -272,14 +272,14 @@ def _read(path: Path, ask: str) -> Iterable[Sample]:
 
 
 def _shared_beginning(a: str, b: str) -> str:
-    said, other = a.split(), b.split()
-    pairs = enumerate(zip(said, other, strict=False))
-    differ = next((place for place, (x, y) in pairs if x != y), min(len(said), len(other)))
-    return " ".join(said[:differ])
+    words, others = a.split(), b.split()
+    pairs = enumerate(zip(words, others, strict=False))
+    differ = next((index for index, (x, y) in pairs if x != y), min(len(words), len(others)))
+    return " ".join(words[:differ])
 
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """The first of those that begin alike: one original can stand in several files."""
+    """The first of those with the same beginning: one original can be in several files."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         kept.setdefault(" ".join(sample.text.split()[:_SAME]), sample)

@@ -3,9 +3,9 @@
     page(pairs, Path("blind.html"), seed=7, title="Stories")    # and blind.html.key.json
     print(verdict([Path("answers-….json")], Path("blind.html.key.json")).render())
 
-Two-alternative forced choice. Where the share of the person's texts among the chosen ones is 1/2
-within a margin, the texts are as good as people's. That is shown by two one-sided exact binomial
-tests (TOST, Schuirmann 1987), and not by a test against 1/2 that finds nothing.
+Two-alternative forced choice. If the person's text is chosen in 1/2 of the judgments, within a
+margin, the texts are as good as people's. Two one-sided exact binomial tests show this (TOST,
+Schuirmann 1987); a test against 1/2 that is not significant does not.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ QUESTIONS: Mapping[str, str] = {
 }
 KEY = ".key.json"
 LARGEST = 64 << 20
-"""Bytes of a key, and of a judge's answers."""
+"""Maximum size of a key, and of a judge's answers, in bytes."""
 POWER = 0.8
 
 
@@ -47,7 +47,7 @@ class Key:
     page: str
     question: str
     human: Mapping[str, int]
-    """0 or 1 by trial: the place in the page's data, not on the screen."""
+    """0 or 1 by trial: the index in the page's data, not the position on the screen."""
 
     def __post_init__(self) -> None:
         if self.question not in QUESTIONS:
@@ -55,18 +55,18 @@ class Key:
                 f"question: got {self.question!r}; accepted: "
                 f"{settings.among(self.question, QUESTIONS)}."
             )
-        for trial, place in self.human.items():
-            if place not in (0, 1):
-                raise ValueError(f"human.{trial}: got {place!r}; accepted: 0 or 1.")
+        for trial, index in self.human.items():
+            if index not in (0, 1):
+                raise ValueError(f"human.{trial}: got {index!r}; accepted: 0 or 1.")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one person said of one trial."""
+    """One person's answer to one trial."""
 
     trial: str
     shown: tuple[int, ...]
-    """The texts from left to right, by their places in the page's data."""
+    """The texts from left to right, by their indices in the page's data."""
     answer: str
     """Left or right."""
     seconds: float
@@ -86,7 +86,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """One file that the page gave."""
+    """One file of answers downloaded from the page."""
 
     page: str
     judge: str
@@ -99,11 +99,11 @@ class Verdict:
     judgments: int
     judges: int
     trials: int
-    """That have an answer."""
+    """Trials that have an answer."""
     human: int
-    """Judgments that chose the person's text: right, where the question is who wrote it."""
+    """Judgments that chose the person's text; they are right if the question is who wrote it."""
     share: Estimate
-    """Of these, with its Wilson interval; 0.5 is parity."""
+    """Share of these judgments, with its Wilson interval; 0.5 is parity."""
     p_half: float
     """Exact two-sided binomial test of "the share is 1/2"."""
     margin: float
@@ -111,9 +111,9 @@ class Verdict:
     p_equivalent: float
     """The larger p of the two one-sided tests of "the share is `margin` or more from 1/2"."""
     needed: int
-    """Independent judgments for `POWER` to find equivalence where it holds exactly."""
+    """Independent judgments for `POWER` to show equivalence if it holds exactly."""
     left: float
-    """Share of judgments that chose what stood on the left."""
+    """Share of judgments that chose the text on the left."""
     median_seconds: float
     warnings: tuple[str, ...]
 
@@ -127,14 +127,14 @@ class Verdict:
 
     def render(self) -> str:
         points = f"{100 * self.margin:g} points of parity"
-        said = "within" if self.equivalent else "not shown to be within"
+        finding = "within" if self.equivalent else "not shown to be within"
         return "\n".join(
             [
                 f"{QUESTIONS[self.question]} {self.judgments} judgments of {self.trials} trials by "
                 f"{self.judges} judges",
                 f"chose the person's text: {self.share.render()} (0.50 is parity; p against it "
                 f"{self.p_half:.3g})",
-                f"{said} {points}: p {self.p_equivalent:.3g}, level {self.level:g}",
+                f"{finding} {points}: p {self.p_equivalent:.3g}, level {self.level:g}",
                 f"for {POWER:.0%} power: {self.needed} independent judgments",
                 f"chose the left: {self.left:.2f}; median {self.median_seconds:.0f} s a judgment",
                 *(f"warning: {warning}" for warning in self.warnings),
@@ -145,21 +145,21 @@ class Verdict:
 def page(
     pairs: Sequence[Pair], out: Path, *, seed: int, title: str, question: str = "person"
 ) -> None:
-    """Write the test as one HTML file that needs nothing else, and its key beside it.
+    """Write the test as one self-contained HTML file, and its key next to it.
 
-    The page does not hold the key: keep that file to yourself, and choose a seed that a judge does
-    not guess. Texts are shown as they are; what betrays them without being style, such as kinds of
-    quotes or their length, is to be made alike before.
+    The page does not contain the key: keep that file to yourself, and choose a seed that a judge
+    cannot guess. Texts are shown unchanged; make anything that gives them away but is not style,
+    such as the kind of quotation marks or the length, equal beforehand.
 
     Args:
         out: the HTML file; the key is `out` + ".key.json".
         question: `person` or `preference`, of `QUESTIONS`.
 
     Raises:
-        ValueError: no pairs, texts that are empty or equal, or another question.
-        FileExistsError: a page or a key stands there: its answers would be lost.
+        ValueError: no pairs, texts that are empty or equal, or an unknown question.
+        FileExistsError: the page or the key exists: its answers would be lost.
     """
-    data, key = _made(pairs, seed, question)
+    data, key = _page_and_key(pairs, seed, question)
     key_file = out.with_name(out.name + KEY)
     for each in (out, key_file):
         if each.exists():
@@ -170,7 +170,7 @@ def page(
         .read_text("utf-8")
     )
     parts = {"__TITLE__": escape(title), "__DATA__": _in_script(data)}
-    # In one pass: what a text says in the place of a mark stays a text.
+    # In one pass, so that a placeholder in a text is not replaced.
     html = re.sub("|".join(parts), lambda found: parts[found[0]], template)
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(key_file, json.dumps(asdict(key), indent=1) + "\n")
@@ -184,11 +184,11 @@ def verdict(
 
     Args:
         margin: how far from 1/2 a share still counts as parity.
-        level: of the test of equivalence.
+        level: significance level of the test of equivalence.
 
     Raises:
-        ValueError: a file that is none of ours, answers to another page or twice to the same
-            trial by the same judge, no answers, or numbers that are not accepted.
+        ValueError: a file of another format, answers to another page, two answers to a trial by the
+            same judge, no answers, or numbers that are not accepted.
     """
     needed = judgments_needed(margin, level, POWER)
     key = settings.load(Key, _read(key_file), str(key_file))
@@ -224,9 +224,9 @@ def p_equivalent(human: int, count: int, margin: float) -> float:
 
 
 def judgments_needed(margin: float, level: float, power: float) -> int:
-    """Independent judgments from which the exact test finds equivalence at `power` or more where
-    the share is 1/2. (At ±10 points and .05: 227 for .8, 281 for .9. The normal approximation,
-    ((z(1−level) + z((1+power)/2)) / 2·margin)², gives 215 and 271.)
+    """The number of independent judgments from which on the exact test has at least this power to
+    show equivalence if the share is 1/2. (At ±10 points and .05: 227 for .8, 281 for .9. The normal
+    approximation, ((z(1−level) + z((1+power)/2)) / 2·margin)², gives 215 and 271.)
 
     Raises:
         ValueError: numbers that are not accepted.
@@ -235,7 +235,7 @@ def judgments_needed(margin: float, level: float, power: float) -> int:
         if not 0 < value < most:
             raise ValueError(f"{name}: got {value}; accepted: above 0, below {most}.")
     z = stats.norm.ppf(1 - level) + stats.norm.ppf((1 + power) / 2)
-    # The power of an exact test rises in teeth: the last that falls short decides.
+    # The power of an exact test is not monotonic: the last count that falls short decides.
     count_N = np.arange(1, int(2 * (z / (2 * margin)) ** 2) + 100)
     short = count_N[_power(count_N, margin, level) < power]
     return int(short[-1]) + 1
@@ -244,18 +244,18 @@ def judgments_needed(margin: float, level: float, power: float) -> int:
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _made(pairs: Sequence[Pair], seed: int, question: str) -> tuple[dict[str, Any], Key]:
-    """What the page holds, and what it must not."""
+def _page_and_key(pairs: Sequence[Pair], seed: int, question: str) -> tuple[dict[str, Any], Key]:
+    """The page's data, and the key, which must not be in it."""
     if question not in QUESTIONS:
         raise ValueError(
             f"question: got {question!r}; accepted: {settings.among(question, QUESTIONS)}."
         )
     if not pairs:
         raise ValueError("pairs: got none; accepted: at least one.")
-    for place, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs):
         texts = pair.system.strip(), pair.human.strip()
         if not all(texts) or texts[0] == texts[1]:
-            raise ValueError(f"pairs[{place}]: accepted: two texts, neither empty nor equal.")
+            raise ValueError(f"pairs[{index}]: accepted: two texts, neither empty nor equal.")
     source = random.Random(seed)
     trials, human = [], {}
     for number, pair in enumerate(source.sample(pairs, len(pairs))):
@@ -270,12 +270,12 @@ def _made(pairs: Sequence[Pair], seed: int, question: str) -> tuple[dict[str, An
 
 
 def _digest(content: object) -> str:
-    """Of what the page shows: it tells a judge nothing else."""
+    """A digest of what the page shows, which reveals nothing else to a judge."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _in_script(data: Mapping[str, Any]) -> str:
-    """JSON that no HTML parser takes for a tag, in ASCII."""
+    """ASCII JSON in which an HTML parser finds no tags."""
     text = json.dumps(data)
     return text.translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"})
 
@@ -295,14 +295,16 @@ def _joined(answer_files: Sequence[Path], key: Key) -> list[tuple[str, Answer]]:
             )
         for answer in answers.answers:
             if answer.trial not in key.human:
-                raise ValueError(f"{file}: got the trial {answer.trial!r}, which the key has not.")
-            mark = answers.judge, answer.trial
-            if mark in seen:
+                raise ValueError(
+                    f"{file}: got the trial {answer.trial!r}, which is not in the key."
+                )
+            judgment = answers.judge, answer.trial
+            if judgment in seen:
                 raise ValueError(
                     f"{file}: got trial {answer.trial} by judge {answers.judge} again, after "
-                    f"{seen[mark]}; accepted: each once. Keep a judge's last file."
+                    f"{seen[judgment]}; accepted: each once. Keep a judge's last file."
                 )
-            seen[mark] = file
+            seen[judgment] = file
             given.append((answers.judge, answer))
     return given
 
@@ -321,16 +323,18 @@ def _warnings(by_judge: Counter[str], needed: int) -> list[str]:
     if 2 * most > count:
         found.append(
             f"judge {judge} gave {most} of {count} judgments; one person's are not independent, so "
-            "the tests promise more than they know."
+            "the p values are too small."
         )
     if count < needed:
-        found.append(f"{count} judgments; {needed} are needed to show parity with {POWER:.0%}.")
+        found.append(
+            f"{count} judgments; {needed} are needed to show parity with {POWER:.0%} power."
+        )
     return found
 
 
 def _power(count_N: NDArray[np.intp], margin: float, level: float) -> NDArray[np.float64]:
-    """Of the two tests together, where the share is 1/2: both reject from `least_N` on, as far from
-    the other end."""
+    """The power of the two tests together if the share is 1/2: both reject if the person's text is
+    chosen at least `least_N` and at most count − `least_N` times."""
     least_N = stats.binom.isf(level, count_N, 0.5 - margin) + 1
     inside_N = stats.binom.cdf(count_N - least_N, count_N, 0.5)
     return np.maximum(inside_N - stats.binom.cdf(least_N - 1, count_N, 0.5), 0.0)

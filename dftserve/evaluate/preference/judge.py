@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 LARGEST_RUBRIC = 1 << 20
-"""Bytes."""
+"""Maximum size of a rubric, in bytes."""
 
 RUBRIC = """\
 You compare two texts that were written for the same prompt. Decide which one is better as a piece
@@ -77,14 +77,14 @@ class Judge:
     """As the `openai` package takes it, with /v1."""
     model: str
     key_variable: str | None = None
-    """The environment variable that holds the API key; None: OPENAI_API_KEY, where it is set."""
+    """The environment variable that holds the API key; None: OPENAI_API_KEY, if it is set."""
     rubric: str = field(default=RUBRIC, repr=False)
     max_tokens: int = 1024
-    """Of one answer; one that is cut there has no verdict."""
+    """Limit for one answer; one that is cut off has no verdict."""
     at_once: int = 8
-    """Requests under way at a time."""
+    """Concurrent requests."""
     retries: int = 5
-    """Further attempts, with growing pauses, where the server is busy, fails or is not there."""
+    """Further attempts, with growing pauses, if the server is busy, fails or is unreachable."""
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class Judge:
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s: got {self.timeout_s}; accepted: above 0.")
         if not self.rubric.strip():
-            raise ValueError("rubric: got an empty text; accepted: what the judge shall look at.")
+            raise ValueError("rubric: got an empty text; accepted: the criteria for the judge.")
 
     @property
     def server(self) -> Server:
@@ -104,26 +104,26 @@ class Judge:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a judge made of the pairs. A pair with an answer that has no verdict is left out."""
+    """A judge's result for the pairs. A pair with an answer that has no verdict is left out."""
 
     judge: str
     rubric: str
-    """SHA-256 of its text: figures under different rubrics do not compare."""
+    """SHA-256 of its text: figures under different rubrics are not comparable."""
     jmq: Estimate
     """Percent; 50 is parity. The interval is a bootstrap over prompts."""
     flips: Estimate
-    """Position bias: percent of pairs where the verdict named the same place, A or B, in both
-    orders, and so another text. Wilson interval."""
+    """Position bias: percent of pairs where the verdict named the same position, A or B, in both
+    orders, and so different texts. Wilson interval."""
     prompts: int
     pairs: int
     wins: int
-    """Of the system."""
+    """Pairs that the system won."""
     ties: int
     losses: int
     unparsable: int
-    """Answers without a verdict, of two a pair."""
+    """Answers without a verdict, out of two per pair."""
     left_out: int
-    """Pairs that had one."""
+    """Pairs with such an answer."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
@@ -154,10 +154,10 @@ class Judgment:
 
 
 def read_rubric(path: Path) -> str:
-    """A rubric in place of ours; how texts are shown and answered is added to it.
+    """Read a rubric to use instead of ours; `FRAME` is appended to it as well.
 
     Raises:
-        ValueError: no file of UTF-8 text.
+        ValueError: not a readable file of UTF-8 text.
     """
     try:
         return read_text(path, largest=LARGEST_RUBRIC)
@@ -169,13 +169,13 @@ def judged(pairs: Sequence[Pair], judge: Judge, answers: Path) -> Quality:
     """Ask about each pair in both orders, and score what was answered.
 
     Args:
-        answers: a .jsonl file, made where there is none. An answer is kept there as it comes and
-            never asked for again, by no later run; what was under way when a run was killed is.
+        answers: a .jsonl file, created if necessary. Each answer is saved there as it arrives and
+            is not asked for again by later runs; requests in flight when a run was killed are.
 
     Raises:
         ValueError: no pairs, empty texts, a key variable that is not set, a file that holds
             something else, a request that the judge refuses, or no pair with two verdicts.
-        ServerError: the judge is unreachable or fails; what it answered before is kept.
+        ServerError: the judge is unreachable or fails; its earlier answers are saved.
     """
     _check(pairs)
     questions = [
@@ -195,7 +195,7 @@ def judged(pairs: Sequence[Pair], judge: Judge, answers: Path) -> Quality:
 
 
 def verdict_of(answer: str) -> str | None:
-    """The last line where it is A, B or tie and nothing else, or None: nothing is guessed."""
+    """The last line if it is exactly A, B or tie, otherwise None: nothing is guessed."""
     lines = answer.strip().splitlines()
     return lines[-1].strip() if lines and lines[-1].strip() in VERDICTS else None
 
@@ -208,30 +208,30 @@ def score(
     Raises:
         ValueError: not as many verdicts as pairs, or no pair with two verdicts.
     """
-    held = [
+    scored = [
         (pair.prompt, _points(first, second), first == second != "tie")
         for pair, (first, second) in zip(pairs, verdicts, strict=True)
         if first is not None and second is not None
     ]
-    if not held:
+    if not scored:
         raise ValueError(
             f"{judge.model}: none of {len(pairs)} pairs has two answers that end with a line of A, "
-            "B or tie; accepted: a judge that keeps to it. Take another one, or more --max-tokens."
+            "B or tie; accepted: a judge that does so. Use another one, or more --max-tokens."
         )
-    points = [point for _, point, _ in held]
-    flips = wilson(sum(flipped for *_, flipped in held), len(held))
+    points = [point for _, point, _ in scored]
+    flips = wilson(sum(flipped for *_, flipped in scored), len(scored))
     return Quality(
         judge=judge.model,
         rubric=hashlib.sha256(judge.rubric.encode()).hexdigest(),
-        jmq=_mean_percent(held),
+        jmq=_mean_percent(scored),
         flips=Estimate(100 * flips.value, 100 * flips.low, 100 * flips.high),  # type: ignore[operator]
-        prompts=len({prompt for prompt, *_ in held}),
-        pairs=len(held),
+        prompts=len({prompt for prompt, *_ in scored}),
+        pairs=len(scored),
         wins=points.count(1.0),
         ties=points.count(0.5),
         losses=points.count(0.0),
         unparsable=sum(verdict is None for both in verdicts for verdict in both),
-        left_out=len(pairs) - len(held),
+        left_out=len(pairs) - len(scored),
     )
 
 
@@ -239,15 +239,15 @@ def score(
 
 
 def _points(first: str, second: str) -> float:
-    """What the system's text has of the pair, being A in the first order and B in the second."""
+    """The system's share of a pair, in which its text is A in the first order, B in the second."""
     return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((first, second), 0.5)
 
 
-def _mean_percent(held: Sequence[tuple[str, float, bool]]) -> Estimate:
+def _mean_percent(scored: Sequence[tuple[str, float, bool]]) -> Estimate:
     """The mean over pairs; its interval resamples prompts with all of their pairs."""
-    order = {prompt: place for place, prompt in enumerate(sorted({each[0] for each in held}))}
+    order = {prompt: index for index, prompt in enumerate(sorted({each[0] for each in scored}))}
     units_P2 = np.zeros((len(order), 2))
-    for prompt, point, _ in held:
+    for prompt, point, _ in scored:
         units_P2[order[prompt]] += (100 * point, 1)
 
     def mean(weights_P: NDArray, units_P2: NDArray) -> float:
@@ -263,15 +263,15 @@ def _mean_percent(held: Sequence[tuple[str, float, bool]]) -> Estimate:
 def _check(pairs: Sequence[Pair]) -> None:
     if not pairs:
         raise ValueError("pairs: got none; accepted: at least one.")
-    for place, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs):
         for name in ("prompt", "system", "human"):
             if not getattr(pair, name).strip():
-                raise ValueError(f"pairs[{place}].{name}: got an empty text; accepted: words.")
+                raise ValueError(f"pairs[{index}].{name}: got an empty text; accepted: words.")
 
 
 def _question(judge: Judge, prompt: str, first: str, second: str) -> Mapping[str, Any]:
-    """What is sent. One message, since not every model's template knows a system's turn."""
-    # A text cannot hold the mark that closes it: the mark is made of the text.
+    """The request. One message, since not every model's template has a system message."""
+    # A text cannot contain its own closing tag, since the mark is a digest of the text.
     mark = _sha256([prompt, first, second])[:16]
     frame = FRAME.format(mark=mark, prompt=prompt, first=first, second=second)
     return {
@@ -285,7 +285,7 @@ def _question(judge: Judge, prompt: str, first: str, second: str) -> Mapping[str
 def _ask(
     judge: Judge, questions: Sequence[Mapping[str, Any]], store: AnswerStore[Judgment]
 ) -> dict[str, str]:
-    """Answers by key; every question that has none yet is asked once."""
+    """Answers by key; each question that has none yet is asked once."""
     from tqdm import tqdm
 
     known = {row.question: row.answer for row in store.rows}
@@ -317,7 +317,7 @@ def _ask(
 
 
 def _key(question: Mapping[str, Any]) -> str:
-    """Of judge model, rubric, prompt, texts, their order, and the limits of the answer."""
+    """A digest of judge model, rubric, prompt, texts, their order, and the answer's limits."""
     return _sha256(question)
 
 

@@ -21,16 +21,16 @@ class Pair:
 def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS) -> list[Pair]:
     """Answers of an evaluation at one diversity, each with a person's answer to the same prompt.
 
-    No text comes twice, or a judge would know it again: a prompt gives as many pairs as the side
-    that has fewer texts. Texts shorter than `words`, and answers that ended in their thinking, are
-    left out.
+    No text is used twice, since a judge would recognise it: a prompt gives as many pairs as there
+    are texts on the side that has fewer. Texts shorter than `words`, and answers that ended in
+    their thinking, are left out.
 
     Args:
         folder: the OUT of `dftserve evaluate`.
         human: a file or folder of people's answers: .jsonl with `prompt` and `response`.
 
     Raises:
-        ValueError: no evaluation there, a diversity that it did not ask, or no pair.
+        ValueError: no evaluation in `folder`, a diversity that it does not have, or no pair.
     """
     levels = samples_by_level(folder)
     at = [level.samples for level in levels if level.diversity == diversity]

@@ -1,12 +1,12 @@
-"""What an answer says: the letter, number or function that a reader takes from it, or a refusal.
+"""Extract the letter, number or function that a reader would take from an answer, or a refusal.
 
     choice("The answer is B. A is a distractor.")        # 'B'
     number("9 * 2 = 18\\n\\n#### $1,018.00")               # '1,018.00'
     code("```python\\ndef f(): ...\\n```", "f", prompt)    # the source of a module that defines f
     refuses("I can't help with that.")                   # True
 
-None is an answer that cannot be read, which is not a wrong one. Standard library only: lm-eval's
-environment, which has not this package's dependencies, loads it too.
+None means that the answer cannot be read, not that it is wrong. Standard library only: this also
+runs in lm-eval's environment, which lacks this package's dependencies.
 """
 
 from dftserve.evaluate.accuracy.extract.functions import code

@@ -1,4 +1,4 @@
-"""The function that an answer defines, as a module that can be run. Nothing is run here.
+"""Extract the function that an answer defines, as a runnable module. Nothing is run here.
 
 Standard library only, as `extract`.
 """
@@ -33,12 +33,12 @@ _OLDER = re.compile(
     r"|^\W*(?:before|previously|draft|original|old)\b[^\w\n]*$",
     re.IGNORECASE,
 )
-_MENDED = re.compile(
+_FIXED = re.compile(
     r"\b(?:fix(?:e[sd]|ing)?|corrected|corrects|correction|repaired|improved|revised|updated|avoids|"
     r"avoiding|instead|above|so\s+i|now|what\s+(?:went|was|is))\b",
     re.IGNORECASE,
 )
-"""A sentence with such words speaks of what was wrong before and introduces what is better."""
+"""A sentence with such words may mention an earlier mistake, but introduces a better version."""
 _CODE_LINE = re.compile(
     r"(?:from\s+\S+\s+import\b|import\s|def\s|async\s+def\s|class\s|@|[A-Za-z_]\w*\s*(?::[^=\n]+)?=(?!=))"
 )
@@ -48,20 +48,20 @@ _TRIALS = re.compile(
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _BUILTINS = frozenset(dir(builtins))
 MOST_TRIES = 100
-"""Prefixes of a text that are tried."""
+"""Maximum number of prefixes of a text that are tried."""
 
 
 def code(answer: str, entry_point: str, prompt: str) -> str | None:
     """The source of a module that defines `entry_point`, from a chat answer or a continuation.
 
-    Args:
-        prompt: the beginning of the module as the question had it, up to the function's docstring.
-            Its imports and helpers are part of the result.
-
-    Of several blocks the last that defines the function counts, with what it needs from the others;
-    one that is introduced as wrong or as the older one, has no body (`...`) or only imports the
-    function counts where there is no better. Statements that only try the function out (asserts,
+    The last of several blocks that define the function is used, with what it needs from the others.
+    A block that is introduced as wrong or older, has no body (`...`) or only imports the function
+    is used only if there is no better one. Statements that only try the function out (asserts,
     prints, a main guard) are left out.
+
+    Args:
+        prompt: the beginning of the module as given in the question, up to the function's
+            docstring. Its imports and helpers are part of the result.
     """
     text = _without_tokens(after_thinking(answer).replace("\r\n", "\n").replace("\r", "\n"))
     given = [node for node in _given(prompt) if not _defines(node, entry_point)]
@@ -80,24 +80,24 @@ def code(answer: str, entry_point: str, prompt: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Block:
-    """What stands in a fence, and what introduces it."""
+    """The content of a fenced block, and the text that introduces it."""
 
     content: str
     before: tuple[str, ...] = ()
-    """The heading over it and the last sentence before it, where there are any."""
+    """The heading over it and the last sentence before it, if there are any."""
     is_open: bool = False
-    """It has no end: the answer may have been cut in it."""
+    """It has no closing fence: the answer may have been cut in it."""
 
 
 def _without_tokens(text: str) -> str:
-    """Up to the first token of a chat template that a server let through."""
+    """The text up to the first token of a chat template that the server did not strip."""
     match = _TOKEN.search(text)
     text = text if match is None or not text[: match.start()].strip() else text[: match.start()]
     return text.replace("\u00a0", " ").replace("\u200b", "").replace("\ufeff", "")
 
 
 def _blocks(text: str) -> list[_Block]:
-    """The fenced blocks, by CommonMark's rules but at any depth; the last may have no end."""
+    """The fenced blocks, by CommonMark's rules but at any indentation; the last may be unclosed."""
     blocks: list[_Block] = []
     opened: re.Match[str] | None = None
     lines: list[str] = []
@@ -127,13 +127,13 @@ def _introduction(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_shown_as_worse(block: _Block) -> bool:
-    """Introduced as a mistake or as the older code, by the text before it or its first comment."""
+    """Whether the text before a block, or its first comment, introduces it as wrong or older."""
     comment = re.match(r"\s*(#[^\n]*)", block.content)
     return any(map(_says_worse, (*block.before, *([comment[1]] if comment else []))))
 
 
 def _says_worse(sentence: str) -> bool:
-    if _MENDED.search(sentence):
+    if _FIXED.search(sentence):
         return False
     older = _OLDER.search(sentence)
     return bool(_WRONG.search(sentence)) or (older is not None and not older["aside"])
@@ -144,7 +144,7 @@ def _closes(marks: str, opened: str) -> bool:
 
 
 def _outdented(lines: Sequence[str], indent: str) -> str:
-    """Without the blanks, or quotation marks, that the fence itself stands behind."""
+    """The lines without the indentation, or the `>` of a quotation, that precedes the fence."""
     if ">" in indent:
         lines = [re.sub(r"^[ \t]*>[ ]?", "", line) for line in lines]
         indent = ""
@@ -164,7 +164,7 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def _parsed_block(block: _Block) -> ast.Module | None:
-    """A block's code, as it stands or without what is about it: prompts, magics, indentation."""
+    """Parse a block's code; prompts (`>>>`), magics and indentation are removed where necessary."""
     source = block.content
     if re.search(r"^>>> ", source, re.MULTILINE) and _parsed(source) is None:
         typed = re.findall(r"^(?:>>>|\.\.\.)(?: (.*)|)$", source, re.MULTILINE)
@@ -178,7 +178,7 @@ def _parsed_block(block: _Block) -> ast.Module | None:
 
 
 def _ends_in_a_word(tree: ast.Module) -> bool:
-    """The last statement within the last function is a name alone: `retu`, where it was cut."""
+    """Whether the last statement of the last function or class is just a name: a cut `retu`."""
     node: ast.AST | None = tree.body[-1] if tree.body else None
     is_within = isinstance(node, _Function | ast.ClassDef)
     while (body := getattr(node, "orelse", None) or getattr(node, "body", None)) is not None:
@@ -189,9 +189,9 @@ def _ends_in_a_word(tree: ast.Module) -> bool:
 
 
 def _longest(source: str) -> ast.Module | None:
-    """The longest beginning that is Python: what follows may be cut, or prose.
+    """Parse the longest prefix that is Python; the rest may be cut code or prose.
 
-    A last statement that goes on in what is left out is none: half a function is not a function.
+    A last statement that continues in the rest is dropped: half a function is not a function.
     """
     every = lines = source.split("\n")
     for _ in range(MOST_TRIES):
@@ -206,7 +206,7 @@ def _longest(source: str) -> ast.Module | None:
                 return tree if tree.body and not _returns(tree.body) else None
             except SyntaxError as error:
                 end = min(error.lineno or len(lines), len(lines)) - 1
-                # An opened bracket is complained of where it was opened, or at the end.
+                # An unclosed bracket is reported where it was opened, or at the end.
                 lines = lines[: max(end, 0)]
             except (ValueError, RecursionError, MemoryError):
                 return None
@@ -221,11 +221,15 @@ def _goes_on(node: ast.stmt, rest: Sequence[str]) -> bool:
 
 
 def _defining(blocks: Sequence[_Block], name: str) -> ast.Module | None:
-    """The best block that defines the function; of several as good the last."""
+    """The best block that defines the function; the last of equally good ones."""
     found = [(block, tree) for block in blocks if (tree := _parsed_block(block)) is not None]
     ranked = [
-        (max(_worth(node, name) for node in tree.body), not _is_shown_as_worse(block), place)
-        for place, (block, tree) in enumerate(found)
+        (
+            max(_definition_rank(node, name) for node in tree.body),
+            not _is_shown_as_worse(block),
+            index,
+        )
+        for index, (block, tree) in enumerate(found)
         if tree.body
     ]
     if not ranked or (best := max(ranked))[0] == 0:
@@ -233,8 +237,8 @@ def _defining(blocks: Sequence[_Block], name: str) -> ast.Module | None:
     return found[best[2]][1]
 
 
-def _worth(node: ast.stmt, name: str) -> int:
-    """How well a statement defines the name: 0 not at all, 1 by an import, 2 without a body, 3."""
+def _definition_rank(node: ast.stmt, name: str) -> int:
+    """How well a statement defines the name: 0 not, 1 by an import, 2 without a body, 3 fully."""
     if _has_method(node, name):
         return 3
     if not _defines(node, name):
@@ -245,7 +249,7 @@ def _worth(node: ast.stmt, name: str) -> int:
 
 
 def _is_empty(function: _Function) -> bool:
-    """Has no statements but a docstring, `...`, `pass` or `raise NotImplementedError`."""
+    """Whether it has only a docstring, `...`, `pass` or `raise NotImplementedError`."""
     return all(
         isinstance(each, ast.Pass)
         or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
@@ -255,36 +259,36 @@ def _is_empty(function: _Function) -> bool:
 
 
 def _bare(text: str, name: str) -> ast.Module | None:
-    """Code without fences, with prose about it: the last stretch that defines the function."""
+    """The last stretch of code without fences, in prose, that defines the function."""
     lines = text.split("\n")
     found: ast.Module | None = None
-    place = tries = 0
-    while place < len(lines) and tries < MOST_TRIES:
-        outdented = re.match(r"[ \t]*", lines[place])
+    index = tries = 0
+    while index < len(lines) and tries < MOST_TRIES:
+        outdented = re.match(r"[ \t]*", lines[index])
         indent = outdented[0] if outdented else ""
-        if not _CODE_LINE.match(lines[place][len(indent) :]) or (
-            indent and name not in lines[place]
+        if not _CODE_LINE.match(lines[index][len(indent) :]) or (
+            indent and name not in lines[index]
         ):
-            place += 1
+            index += 1
             continue
         tries += 1
-        source = _outdented(lines[place:], indent) if indent else "\n".join(lines[place:])
+        source = _outdented(lines[index:], indent) if indent else "\n".join(lines[index:])
         tree = _longest(re.sub(r"^`+|`+$", "", source))
         if tree is None:
-            place += 1
+            index += 1
             continue
-        end = place + max(tree.body[-1].end_lineno or 1, 1)
+        end = index + max(tree.body[-1].end_lineno or 1, 1)
         is_cut = _ends_in_a_word(tree) and not any(line.strip() for line in lines[end:])
         if _provides(tree, name) and not is_cut:
             found = tree if found is None or indent == "" else found
-        place = end
+        index = end
     if found is None and (inline := re.search(rf"`+\s*(def\s+{re.escape(name)}\b[^`\n]*)`+", text)):
         found = _parsed(inline[1])
     return found
 
 
 def _continued(prompt: str, text: str, name: str) -> ast.Module | None:
-    """The prompt with a body behind it, indented as it must be."""
+    """Parse the prompt followed by the text as its function's body, indented as necessary."""
     body = text.strip("\n")
     if not body.strip():
         return None
@@ -306,7 +310,7 @@ def _continued(prompt: str, text: str, name: str) -> ast.Module | None:
 
 
 def _after_prose(text: str) -> str:
-    """The first indented paragraph and what follows, behind prose; nothing where that is code."""
+    """The first indented paragraph after prose, and what follows; empty if the prose is code."""
     prose, blank, rest = re.split(r"(\n[ \t]*\n)(?=[ \t]+\S)|\Z", text, maxsplit=1)
     is_code = any(
         _CODE_LINE.match(line)
@@ -318,7 +322,7 @@ def _after_prose(text: str) -> str:
 
 
 def _has_body(tree: ast.Module, name: str) -> bool:
-    """More than a docstring, and something that it returns or yields."""
+    """Whether the function has more than a docstring, and returns, yields, raises or passes."""
     for node in tree.body:
         if isinstance(node, _Function) and node.name == name:
             return _returns(node.body[1:] or node.body) or any(
@@ -328,7 +332,7 @@ def _has_body(tree: ast.Module, name: str) -> bool:
 
 
 def _returns(body: Sequence[ast.stmt]) -> bool:
-    """Whether a return or yield stands in this body itself, not in a function within."""
+    """Whether this body has a return or yield outside of nested functions and classes."""
     waiting: list[ast.AST] = list(body)
     while waiting:
         node = waiting.pop()
@@ -345,7 +349,7 @@ def _given(prompt: str) -> list[ast.stmt]:
 
 
 def _provides(tree: ast.Module, name: str) -> bool:
-    """Defines it, or a class with a method of that name."""
+    """Whether the module defines the name, or a class with a method of that name."""
     return any(_defines(node, name) or _has_method(node, name) for node in tree.body)
 
 
@@ -386,7 +390,7 @@ def _used(nodes: Sequence[ast.AST]) -> set[str]:
 def _with_helpers(
     chosen: ast.Module, trees: Sequence[ast.Module], given: Sequence[ast.stmt]
 ) -> list[ast.stmt]:
-    """The chosen code, and before it what it uses and only other blocks, or the prompt, define."""
+    """The chosen code, preceded by what it uses that only other blocks define."""
     others = [
         node
         for tree in trees
@@ -400,7 +404,7 @@ def _with_helpers(
         known.add(name)
         definitions = [node for node in others if name in _defined(node) and node not in taken]
         if definitions:
-            taken.append(max(reversed(definitions), key=lambda node: _worth(node, name)))
+            taken.append(max(reversed(definitions), key=lambda node: _definition_rank(node, name)))
             wanted |= _free(taken[-1:])
         wanted -= known
     defined = set().union(_BUILTINS, *map(_defined, [*chosen.body, *given, *taken]))
@@ -410,7 +414,7 @@ def _with_helpers(
 
 
 def _free(nodes: Sequence[ast.stmt]) -> set[str]:
-    """The names of the module, or built in, that these statements read."""
+    """The global and built-in names that these statements read."""
     try:
         table = symtable.symtable(ast.unparse(ast.Module(list(nodes), [])), "answer", "exec")
     except (SyntaxError, ValueError, RecursionError):
@@ -429,7 +433,7 @@ def _free(nodes: Sequence[ast.stmt]) -> set[str]:
 
 
 def _module(given: Sequence[ast.stmt], body: Sequence[ast.stmt], name: str) -> str | None:
-    """The source of both, `__future__` first, without what only tries the function out."""
+    """The source of both, `__future__` first, without statements that only try the function out."""
     reached = _reached([*given, *body])
     nodes = [*given, *(node for node in body if not _is_trial(node, name, reached))]
     if not any(_defines(node, name) for node in nodes):
@@ -448,7 +452,7 @@ def _module(given: Sequence[ast.stmt], body: Sequence[ast.stmt], name: str) -> s
 
 
 def _reached(nodes: Sequence[ast.stmt]) -> dict[str, set[str]]:
-    """The names that each function uses, also through other functions of these statements."""
+    """The names that each function uses, directly or through other functions among `nodes`."""
     reached = {node.name: _used([node]) for node in nodes if isinstance(node, _Function)}
     for _ in reached:
         larger = {
@@ -478,12 +482,13 @@ def _is_trial(node: ast.stmt, name: str, reached: Mapping[str, set[str]]) -> boo
 
 
 def _is_tried(value: ast.expr, name: str, reached: Mapping[str, set[str]]) -> bool:
-    """`print(add(1, 2))`, `test_add()`; not what prepares it: `setattr(add, "memo", {})`."""
+    """Whether an expression tries the function out: `print(add(1, 2))`, `test_add()`; but not
+    `setattr(add, "memo", {})`, which prepares it."""
     if not isinstance(value, ast.Call):
         return name in _used([value])
     word = getattr(value.func, "id", None) or getattr(value.func, "attr", "")
     if word in reached and not (value.args or value.keywords):
-        # `main()` and `test_add()` use the function or read; `check_table()` may fill a table.
+        # `main()` and `test_add()` use it or read input; `check_table()` may fill a table.
         return bool(_TRIALS.fullmatch(word)) and bool(reached[word] & {name, "input"})
     if _TRIALS.fullmatch(word):
         return True

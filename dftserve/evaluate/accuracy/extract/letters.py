@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dftserve.evaluate.accuracy.extract.takes import last_said
+from dftserve.evaluate.accuracy.extract.takes import last_answer
 from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
 LATEX_TEXT = re.compile(
@@ -25,11 +25,11 @@ _HTML = re.compile(
 STRUCK = re.compile(r"~~[^~\n]+~~")
 _MARKUP = re.compile(r"\*|`|\$|\\[()\[\]]|(?<!\w)_+|_+(?!\w)|[\"“”‘„«»]|(?<!\w)['’]|['’](?!\w)")
 _WORD = r"A-Za-z0-9_À-ɏ'’+#&"
-"""What makes a letter part of a word; Chinese is written without blanks."""
+"""Characters that make a letter next to them part of a word; not Chinese, which has no spaces."""
 _LETTER = (
     rf"(?<![{_WORD}/.-])(?:[(\[{{<] ?)?([A-Za-z])(?![{_WORD}]|-\w|\.[A-Za-z]\b)(?: ?[)\]}}>])?"
 )
-"""A letter that is no part of a word, of `D.C.`, `C++` or `B-cell`; group 1."""
+"""A letter, group 1, that is not part of a word, of `D.C.`, `C++` or `B-cell`."""
 _BOXED_LETTER = re.compile(r"\\(?:boxed|fbox)\s*\{\s*[(\[]?([A-Za-z])[)\]]?\s*(?:[.:),-][^{}]*)?\}")
 _FILLERS = (
     r"(?:(?:the|not|option|choice|letter|answer|number|clearly|most|likely|probably|definitely|indeed|"
@@ -83,7 +83,7 @@ _DOUBT = re.compile(
 )
 _RIGHT = re.compile(r"\b(?:correct|right|best|true|final)\W*$", re.IGNORECASE)
 _RELATIVE = re.compile(r"\b(?:that|which)\b[^,]*(?=\s+(?:is|are)\b)", re.IGNORECASE)
-"""`that isn't true` in `the option that isn't true is B`, which denies nothing of B."""
+"""`that isn't true` in `the option that isn't true is B`, which does not deny B."""
 _CONTRASTED = re.compile(
     rf"(?:\b(?:not|nicht|pas|no\s+es|non\s+è|não\s+é)\s+(?:the\s+|la\s+|option\s+|opción\s+)*|不是\s*){_LETTER}"
     r"\s*,?\s*(?:\b(?:but|rather|sondern|sino|mais|ma|mas)\b|而是)\s*(?:rather\s+|la\s+|option\s+)*"
@@ -136,10 +136,10 @@ _REFUSED = re.compile(
     r"|\W*\w.*(?:\s-|[–—])\s*(?:no|wrong|incorrect|false)\W*$",
     re.IGNORECASE,
 )
-"""After a label: the option is not the answer. A negation further on is the option's own:
+"""After a label: the option is not the answer. A later negation belongs to the option's text:
 `B. The covenant is not enforceable`, `B. is not liable`, `B. No`, `B. Wrong, Not wrong`."""
 _NUMBER = r"[$€£]?(-?\d(?:[\d.,]*\d)?)(?!\s*[×+/=^-])"
-_TOLD = re.compile(rf"\b(?:correct\s+)?answer\s+(?:is|was)\s+{_NUMBER}", re.IGNORECASE)
+_STATED_NUMBER = re.compile(rf"\b(?:correct\s+)?answer\s+(?:is|was)\s+{_NUMBER}", re.IGNORECASE)
 _CONCLUDED = re.compile(
     r"(?:\b|(?=[选選]))(?:it['’]s|it\s+is|it\s+(?:must|should|would)\s+be|it\s+should\s+have\s+been|it\s+has\s+to\s+be|that['’]s|that\s+is|this\s+is|so|"
     r"therefore|thus|hence|choose|pick|select|selecting|chose|going\s+with|go\s+with|goes\s+with|"
@@ -153,7 +153,7 @@ def choice(answer: str, letters: str = "ABCD") -> str | None:
     """The letter that an answer to a multiple-choice question gives, in upper case.
 
     Args:
-        letters: those that the question has. An answer that gives another one cannot be read.
+        letters: the question's. An answer that gives another letter cannot be read.
     """
     text = _plain(after_thinking(answer))
     found = _last_letter(before_next_question(text), letters) or _last_letter(text, letters)
@@ -161,7 +161,7 @@ def choice(answer: str, letters: str = "ABCD") -> str | None:
 
 
 def _plain(answer: str) -> str:
-    """Without markup, which says nothing about the letter."""
+    """The answer without markup, which does not affect the letter."""
     text = without_runs(unicodedata.normalize("NFKC", answer))
     while (simpler := LATEX_TEXT.sub(r"\1", text)) != text:
         text = simpler
@@ -170,19 +170,19 @@ def _plain(answer: str) -> str:
 
 
 def without_runs(text: str) -> str:
-    """With ten at most of a sign or blank that is repeated, on which patterns would take long."""
+    """Shorten runs of one punctuation mark or blank to ten: patterns are slow on long runs."""
     return re.sub(r"([^\w])\1{10,}", lambda run: run[0][:10], text)
 
 
 def _last_letter(text: str, letters: str) -> str | None:
-    return last_said(text, lambda said, is_full: _letter(said, letters, is_full))
+    return last_answer(text, lambda said, is_full: _letter(said, letters, is_full))
 
 
 def _letter(text: str, letters: str, is_full: bool) -> str | None:
-    """By the kinds of evidence, the clearest first; empty where that names no single letter.
+    """By the clearest kind of evidence that is found; empty if it names no single letter.
 
     Args:
-        is_full: also by the weaker kinds, a label at the beginning or an only option mentioned.
+        is_full: also use the weaker kinds: a label at the beginning, or the only option mentioned.
     """
     for found in (_stated_letter(text, letters), _letter_alone(text)):
         if found is not None:
@@ -196,21 +196,21 @@ def _letter(text: str, letters: str, is_full: bool) -> str | None:
 
 @dataclass(frozen=True)
 class _Statement:
-    """That some letter is the answer."""
+    """A statement that some letter is the answer."""
 
-    place: int
+    start: int
     end: int
     letter: str
-    """Empty where it names several."""
+    """Empty if it names several."""
     hedged: bool = False
 
 
 def _stated_letter(text: str, letters: str) -> str | None:
-    """Of the last statement that is the writer's own; one without a doubt comes first.
+    """The letter of the writer's last statement, preferably of one that is not hedged.
 
-    Empty where the statement names several letters.
+    Empty if the statement names several letters.
     """
-    found = sorted(_statements(text, letters), key=lambda each: each.place)
+    found = sorted(_statements(text, letters), key=lambda each: each.start)
     if not found:
         return None
     sure = [each for each in found if not each.hedged]
@@ -245,7 +245,7 @@ def _doubted(said: str) -> bool:
 
 
 def _stated(text: str, match: re.Match[str], letters: str) -> Iterator[_Statement]:
-    """What `answer is B` states, with what stands around it."""
+    """The statement of a match such as `answer is B`, if its context does not rule it out."""
     before, after = sentence_before(text, match.start()), text[match.end() :]
     letter = match["rest"].strip("()[]{}<> ")
     is_bracketed = match["rest"].endswith((")", "]", "}", ">"))
@@ -273,7 +273,7 @@ def _stated(text: str, match: re.Match[str], letters: str) -> Iterator[_Statemen
 
 
 def _is_letter(letter: str, after: str) -> bool:
-    """Not an article: `the answer is a car`, `Answer: A field is a ring`, nor a word of its own."""
+    """Whether it is an option, no article or word: `the answer is a car`, `A field is a ring`."""
     follows = re.match(r"\s*(\S*)", after)
     word = follows[1] if follows and not after.startswith(("\n", ")", "]", ".")) else ""
     if not word or not re.match(r"[\w$\\]", word):
@@ -283,19 +283,19 @@ def _is_letter(letter: str, after: str) -> bool:
     return letter not in "AI" or bool(re.match(rf"{_REASON}\b", word))
 
 
-def sentence_before(text: str, place: int) -> str:
-    return re.split(r"[.\n!?;]", text[max(0, place - 300) : place])[-1]
+def sentence_before(text: str, position: int) -> str:
+    return re.split(r"[.\n!?;]", text[max(0, position - 300) : position])[-1]
 
 
 def _letter_alone(text: str) -> str | None:
-    """Of the last line that is a letter and nothing else, or of such a sentence after a question.
+    """The letter of the last line that has nothing else, or of such a sentence after a question.
 
-    Empty where letters stand one under the other: no choice was made.
+    Empty if different letters are on consecutive lines: no choice was made.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     alone = [
-        (place, match[1].upper())
-        for place, line in enumerate(lines)
+        (index, match[1].upper())
+        for index, line in enumerate(lines)
         if (match := _ALONE.match(line))
     ]
     if not alone:
@@ -311,7 +311,7 @@ def _letter_alone(text: str) -> str | None:
 
 
 def _leading_letter(text: str, letters: str) -> str | None:
-    """Of the first line, `B) four`, unless it begins the list of the options."""
+    """The letter of the first line, such as `B) four`, unless it begins a list of the options."""
     lines = [line for line in text.splitlines() if line.strip()]
     labels = [match for line in lines if (match := _LEADING.match(line))]
     if not lines or not (first := _LEADING.match(lines[0])):
@@ -329,15 +329,15 @@ def _leading_letter(text: str, letters: str) -> str | None:
             return ""
     if _REFUSED.match(rest):
         return ""
-    told = _TOLD.search(text, text.index(lines[0]) + len(lines[0]))
+    stated = _STATED_NUMBER.search(text, text.index(lines[0]) + len(lines[0]))
     own = re.match(rf"[\s.):,;–—-]*{_NUMBER}", rest)
-    if told and own and told[1].replace(",", "") != own[1].replace(",", ""):
+    if stated and own and stated[1].replace(",", "") != own[1].replace(",", ""):
         return ""
     return letter
 
 
 def _concluded_letter(text: str) -> str | None:
-    """Of the last `so it is B`."""
+    """The letter of the last conclusion such as `so it is B`."""
     found = []
     for match in _CONCLUDED.finditer(text):
         before = re.split(r",", sentence_before(text, match.start()))[-1]
@@ -354,7 +354,7 @@ def _concluded_letter(text: str) -> str | None:
 
 
 def _mentioned_letter(text: str) -> str | None:
-    """Of a short line such as `B Paris`, or of the only option that is mentioned."""
+    """The letter of a short line such as `B Paris`, or of the only option that is mentioned."""
     short = re.fullmatch(r"\s*([B-H])\s+(\S+)(?:\s+\S+){0,6}\s*", text)
     if short and not re.match(r"(?:is|was|are|has|and|or|will|can|may|does|in|of)\b", short[2]):
         return short[1]

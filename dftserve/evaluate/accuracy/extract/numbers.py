@@ -1,4 +1,4 @@
-"""The number that an answer to a sum gives.
+"""The number that an answer to a numerical question gives.
 
 Standard library only, as `extract`.
 """
@@ -25,7 +25,7 @@ from dftserve.evaluate.accuracy.extract.sums import (
     value_of,
     with_plain_values,
 )
-from dftserve.evaluate.accuracy.extract.takes import last_said
+from dftserve.evaluate.accuracy.extract.takes import last_answer
 from dftserve.evaluate.text.thinking import after_thinking, before_next_question
 
 _BLANKS = "  \u2007\u2009\u200a\u202f"
@@ -84,13 +84,13 @@ _SEVERAL = re.compile(
     r"\s*\d+\s*(?:inch|in\b|ft|feet|ounce|oz|min|sec|cent|month|week|day|hour)"
     r"|\s+(?:[^\W\d]+\s+)?(?:less|more|fewer|greater)\s+than\s+\S*\d"
 )
-"""After a number: it is one of several, or a part of what is meant."""
+"""After a number: shows that it is one of several, or only a part of the value."""
 _LABEL = re.compile(
     r"\b(?:step|part|case|question|problem|method|figure|table|page|example|equation|line|"
     r"(?:less|more|fewer|greater)\s+than|(?:third|quarter|fifth|tenth)\s+of)\s*[#$]?$",
     re.IGNORECASE,
 )
-"""Before a number that is not the value itself."""
+"""Before a number: shows that it is not the value itself."""
 _RESTATED = re.compile(
     r"\b(?:ie|that\s+is|in\s+other\s+words|namely|which\s+(?:is|equals|makes|gives))\b\W*(?=[$€£]?-?\d)",
     re.IGNORECASE,
@@ -108,23 +108,23 @@ _IT_IS = re.compile(
 
 
 def number(answer: str) -> str | None:
-    """The number that an answer to a sum gives, as it stands there: `1,234.00`, `-5`, `3/4`.
+    """The number that an answer to a numerical question gives, as written: `1,234.00`, `-5`, `3/4`.
 
-    Units and currencies are left out, a Unicode minus becomes `-`, and blanks between thousands go.
-    A mixed number, a power and a sum are given as their value, exactly: `13/4`, `1000`, `8`; a
-    scale stays behind its number: `1.5 million`. None where several numbers are given, or one that
-    is no fraction (`2π`).
+    Units and currencies are left out, a Unicode minus becomes `-`, and spaces between thousands are
+    removed. A mixed number, a power or a sum is returned as its exact value: `13/4`, `1000`, `8`; a
+    scale is kept after its number: `1.5 million`. None if several numbers are given, or one that is
+    not a fraction (`2π`).
     """
     text = _with_plain_numbers(after_thinking(answer))
-    found = last_said(before_next_question(text), _final_number)
-    return (last_said(text, _final_number) if found is None else found) or None
+    found = last_answer(before_next_question(text), _final_number)
+    return (last_answer(text, _final_number) if found is None else found) or None
 
 
 def _final_number(text: str, is_full: bool) -> str | None:
-    """By the kinds of evidence, the clearest first; empty where that gives no single number.
+    """By the clearest kind of evidence that is found; empty if it gives no single number.
 
     Args:
-        is_full: also the last number, which may be one of an explanation.
+        is_full: also use the last number, which may be part of an explanation.
     """
     for find in (_hashed_number, _boxed_number, _stated_number, _number_alone):
         if (found := find(text)) is not None:
@@ -135,13 +135,14 @@ def _final_number(text: str, is_full: bool) -> str | None:
 
 
 def _concluded_number(text: str) -> str | None:
-    """Of a last sentence `it is 25`, which says more than that what was said is confirmed."""
+    """The number of a last sentence such as `it is 25`, unless it confirms an earlier result."""
     said = _IT_IS.search(re.sub(r"\W+$", "", text).split("\n")[-1])
     return None if said is None or _CHECKED.search(text) else _of_clause(said[1])
 
 
 def _with_plain_numbers(answer: str) -> str:
-    """Digits as ASCII, one minus, no blanks or LaTeX between thousands, fractions on one line."""
+    """Normalise digits to ASCII, minus signs to `-`, thousands to no spaces or LaTeX, and fractions
+    to one line."""
     text = "".join(
         str(unicodedata.decimal(each)) if not each.isascii() and each.isdecimal() else each
         for each in html.unescape(answer)
@@ -189,7 +190,7 @@ def _shown(match: re.Match[str]) -> str:
 
 
 def _of_clause(text: str) -> str | None:
-    """The number that a clause such as `x = 3 * 6 = 18 eggs` gives; empty where it leaves two."""
+    """The number that a clause such as `x = 3 * 6 = 18 eggs` gives; empty if it gives two."""
     clause = _REJECTED.sub("", re.sub(r"\*\*|__|`", "", text))
     parts = _OR.split(clause)
     values = [value for part in parts if (value := _of_part(part)) is not None]
@@ -226,7 +227,7 @@ def _of_equation(text: str) -> str | None:
 
 
 def _first_value(text: str) -> str | None:
-    """The first number or sum; empty where it is one of several, or no number: `2π`."""
+    """The first number or sum; empty if it is one of several, or not rational: `2π`."""
     found = _NUMBER.search(text)
     unknown = text.find(UNKNOWN)
     if unknown >= 0 and (found is None or unknown < found.start()):
@@ -239,22 +240,22 @@ def _first_value(text: str) -> str | None:
         if value is None:
             return ""
         is_fraction = bool(found["under"]) and found.end() >= end
-        said = _shown(found) if is_fraction else plain(value)
+        shown = _shown(found) if is_fraction else plain(value)
     else:
-        value, said, end = value_of(_shown(found)), _shown(found), found.end()
+        value, shown, end = value_of(_shown(found)), _shown(found), found.end()
     if _LABEL.search(text[: found.start()]):
         return ""
     if several := _SEVERAL.match(text, end):
         other = _NUMBER.search(text, several.end() - 1)
-        return said if other and value_of(_shown(other)) == value else ""
-    return said
+        return shown if other and value_of(_shown(other)) == value else ""
+    return shown
 
 
 def _hashed_number(text: str) -> str | None:
-    """Behind `####`; empty where the answer ends in one that holds no number.
+    """The number after `####`; empty if the answer ends in a `####` line without a number.
 
-    A line of a number alone comes before one with words, and headings (`#### Step 1`, `#### 1.`)
-    are none. Of several the last counts, of those that follow each other at once the first.
+    Lines with only a number are preferred to those with words; headings (`#### Step 1`, `#### 1.`)
+    do not count. The last of several lines is used, but the first of consecutive ones.
     """
     lines = list(_HASHES.finditer(text))
     if not lines:
@@ -284,7 +285,7 @@ def _is_heading(match: re.Match[str], lines: Sequence[re.Match[str]]) -> bool:
         return True
     if not (numbered := _NUMBERED.match(said)) or not re.search(r"\d\s*[.):]\W*$", said):
         return False
-    # `#### 1.` and `#### 2.`: numbers of steps. Alone it is an answer.
+    # `#### 1.` and `#### 2.` are numbers of steps; one alone is an answer.
     others = [_hashed(each) for each in lines if each is not match]
     steps = [int(found[1]) for each in others if (found := re.match(r"^\W*(\d+)\s*[.):]", each))]
     return int(numbered[1]) + 1 in steps or int(numbered[1]) - 1 in steps
@@ -297,7 +298,7 @@ def _is_number_alone(said: str) -> bool:
 
 
 def _boxed_number(text: str) -> str | None:
-    """Of the last box that holds one, unless an answer is stated after it."""
+    """The number of the last box that has one, unless an answer is stated after it."""
     found = [(match.end(), _of_box(match[1])) for match in _BOXED.finditer(text)]
     found = [(end, value) for end, value in found if value is not None]
     if not found:
@@ -308,15 +309,15 @@ def _boxed_number(text: str) -> str | None:
 
 
 def _of_box(said: str) -> str | None:
-    """A factorial, which a sentence's `4!` is not, has no value here."""
+    """The number in a box; empty for a factorial, which `4!` is in a box but not in a sentence."""
     return "" if re.fullmatch(r"\s*\d+!\s*", said) else _of_clause(said)
 
 
 def _stated_number(text: str, is_close: bool = False) -> str | None:
-    """Of the last `the answer is 18`; empty where it leaves two.
+    """The number of the last statement such as `the answer is 18`; empty if it gives two.
 
     Args:
-        is_close: the number must follow at once: not `the answer is divisible by 3`.
+        is_close: the number must follow immediately, unlike in `the answer is divisible by 3`.
     """
     found: list[tuple[int, str]] = []
     for match in reversed(list(_TOTAL.finditer(text))):
@@ -343,7 +344,7 @@ def _stated_number(text: str, is_close: bool = False) -> str | None:
 
 
 def _number_alone(text: str) -> str | None:
-    """Of the last line, else the first, that is a number with its unit."""
+    """The number of the last line, or else the first, if that is just a number with its unit."""
     lines = [line for line in _without_remarks(text).splitlines() if line.strip()]
     if not lines:
         return None
@@ -355,7 +356,7 @@ def _number_alone(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    """Of the last sentence that has one: what `=` gives or is bold there, else the last."""
+    """A number of the last sentence that has one: the one after `=`, or in bold, or the last."""
     kept = _without_remarks(text)
     sentences = [
         each for each in re.split(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)", kept)
@@ -386,11 +387,11 @@ def _last_value(text: str) -> str | None:
 
 
 def _without_remarks(text: str) -> str:
-    """Without the paragraphs, lines and brackets at the end that say nothing new."""
+    """The text without paragraphs, lines and brackets at its end that are only remarks."""
     lines = text.rstrip().split("\n")
-    for place, line in enumerate(lines):
-        if place and _REMARK.match(line) and _NUMBER.search("\n".join(lines[:place])):
-            lines = lines[:place]
+    for index, line in enumerate(lines):
+        if index and _REMARK.match(line) and _NUMBER.search("\n".join(lines[:index])):
+            lines = lines[:index]
             break
     kept = "\n".join(lines).rstrip()
     while remark := re.search(r"(?<=[\w.!*])\s+\([^()\n]*\)[.!]*\s*$", kept):

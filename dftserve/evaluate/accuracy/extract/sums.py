@@ -1,4 +1,4 @@
-"""Numbers as people write them, made plain: `3 1/4`, `10^3`, `5 + 3`.
+"""Evaluate numbers as people write them: `3 1/4`, `10^3`, `5 + 3`.
 
 Standard library only, as `extract`.
 """
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from fractions import Fraction
 
 UNKNOWN = "\ue000"
-"""Stands for a value that is no single rational number: `2π`, `√17`, `3:30`, `12,5`."""
+"""Stands for a value that is not a single rational number: `2π`, `√17`, `3:30`, `12,5`."""
 MOST_DIGITS = 300
-"""Of a value; a longer one is unknown: powers have no end, and Python refuses to write it."""
+"""Maximum of a value; a longer one is `UNKNOWN`: powers may be huge, and Python refuses to print
+them."""
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _OPERAND = rf"\(*\s*[$€£¥₹]?\s?{_DECIMAL}\s*\)*"
@@ -22,7 +23,8 @@ _OPERATOR = (
     r"|\s+multiplied\s+by\s+|\s+divided\s+by\s+)"
 )
 SUM = re.compile(rf"(?<![\w.,/^])-?{_OPERAND}(?:{_OPERATOR}{_OPERAND})+(?![\w/^]|[.,]\d)")
-"""Numbers with operators between them. A hyphen without blanks is no minus: `10-12` is a range."""
+"""Numbers with operators between them. A hyphen without spaces is not a minus: `10-12` is a
+range."""
 _POWERS = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALES = "|".join(_POWERS)
 _WORDS = {
@@ -44,20 +46,20 @@ def plain(value: Fraction) -> str:
 
 
 def meanings(text: str) -> frozenset[Fraction]:
-    """What a number may mean: `4 million` is 4000000, and 4 where millions are asked for."""
+    """The values a number may stand for: `4 million` is 4000000, or 4 if millions are asked for."""
     digits = re.sub(rf"\s+(?:{SCALES})$", "", text.strip())
     return frozenset({value_of(digits), value_of(text)} - {None})  # type: ignore[arg-type]
 
 
 def value_of(text: str) -> Fraction | None:
-    """Of a number or a sum, exactly; None where it has none."""
+    """The exact value of a number or a sum; None if it has none."""
     if scaled := re.fullmatch(rf"(.*\d)\s+({SCALES})", text.strip()):
         value = value_of(scaled[1])
         return None if value is None else value * 10 ** _POWERS[scaled[2]]
     for word, sign in _WORDS.items():
         text = re.sub(rf"\s{word}\s" if word.isascii() else word, f" {sign} ", text)
     text = re.sub(r"[$€£¥₹,]", "", text)
-    # Python reads a leading zero as another notation.
+    # Python does not accept leading zeros.
     source = re.sub(r"\s+", " ", re.sub(r"(?<![\d.])0+(?=\d)", "", text)).strip()
     try:
         value = _evaluated(ast.parse(source, mode="eval").body, source)
@@ -77,7 +79,7 @@ def _evaluated(node: ast.expr, source: str) -> Fraction:
 
 
 def with_plain_values(text: str) -> str:
-    """Mixed numbers, powers, and roots as one number; `UNKNOWN` for what is none."""
+    """Replace mixed numbers, powers and roots by one number each, or by `UNKNOWN`."""
     text = re.sub(rf"\d{{{MOST_DIGITS},}}", UNKNOWN, text)
     text = re.sub(r"\^\s*\{?\\circ\}?", "°", text)
     text = re.sub(r"\\(?:times|cdot)\b", "×", text).replace("\\div", "÷")
@@ -94,7 +96,7 @@ def with_plain_values(text: str) -> str:
     text = re.sub(r"\d[\d.,]*\s?\^\S*", UNKNOWN, text)
     text = re.sub(r"-?\d[\d.,/]*\s?(?:π|\\pi\b)", UNKNOWN, text)
     text = re.sub(r"(?<![\d.,])\d+(?:,\d{1,2})+(?![\d,]|\.\d)", UNKNOWN, text)
-    # Of a time behind `####` the hour is read, as the format asks for one number.
+    # Of a time after `####` only the hour is read, since the format asks for one number.
     text = re.sub(
         r"(####[^\n]*|\b(?:week|day|month|year|step|part|case|hour|round|stage|person|group)\s+\d+:)"
         r"|(?<![\d.:])\d+:\d+(?![\d:])",

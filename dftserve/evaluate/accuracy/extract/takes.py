@@ -1,4 +1,5 @@
-"""The takes of an answer: it says something, takes it back (`Wait, that's wrong`), says it anew.
+"""Split an answer into takes: it states something, takes it back (`Wait, that's wrong`), and states
+something else.
 
 Standard library only, as `extract`.
 """
@@ -27,10 +28,10 @@ _ANEW = re.compile(
     r"i\s+(?:misread|miscounted|miscalculated|forgot|overlooked))\b",
     re.IGNORECASE | re.MULTILINE,
 )
-"""Begins a new take; what was said before stands where the new one says nothing."""
+"""Begins a new take; the earlier statement still counts if the new take states nothing."""
 _BACK = re.compile(
     _AT_CLAUSE + r"(?:no(?:\s+(?:wait|sorry)|(?=\s*[,.!…—–]|\s-\s)"
-    # `No, because …`, `No, the others do not fit`: not of what was said.
+    # `No, because …`, `No, the others do not fit`: these do not take back what was said.
     r"(?!\W{1,3}(?:because|since|(?:(?:all|none)\s+(?:of\s+)?)?(?:the\s+)?(?:others?|rest|remaining)\b)))"
     r"|(?:scratch|strike)\s+that\b|oops\b|"
     r"correction\b|corrigendum\b|erratum\b|i\s+(?:was|am)\s+(?:wrong|mistaken)\b|"
@@ -39,22 +40,22 @@ _BACK = re.compile(
     rf"{_ITSELF}\s*(?:(?:['’]s|is|was|seems|looks)\s+(?:\w+ly\s+)?{_BAD}|"
     r"(?:isn|wasn|doesn|didn|can|couldn)['’]?t\s+(?:be\s+)?"
     r"(?:right|correct|make\s+sense|match|fit|work)|can(?:not|\s+not)\s+be\s+(?:right|correct))\b"
-    # `It is wrong to say …`, `it is false that …`, `this is false for B`: neither.
+    # `It is wrong to say …`, `it is false that …`, `this is false for B`: nor do these.
     r"(?!\s+(?:to|for|that)\b))",
     re.IGNORECASE | re.MULTILINE,
 )
-"""Takes back what the sentence before said, and begins a new take."""
+"""Takes back what the previous sentence stated, and begins a new take."""
 _BEHIND_A_LABEL = re.compile(r"\b[A-J][.):]\s*(?:[Nn]o\W{1,3})?$")
 _REJECTED = re.compile(r"\b[A-J][.):]\s*[Nn]o\b")
 _OPTION_WORDS = re.compile(
     r"\W*(?:no\b(?!\W{1,3}(?:wait|sorry|that(?:['’]s|\s+(?:is|was|can|isn)))\b)|it\b)",
     re.IGNORECASE,
 )
-"""Of what takes back, that with which an option's own text may begin."""
+"""Retractions that may also be the beginning of an option's own text."""
 MOST_TURNS = 50
-"""The last of an answer that are heeded; an answer that repeats itself has thousands."""
+"""Only this many at the end of an answer are considered; one that repeats itself has thousands."""
 MOST_IN_A_SENTENCE = 1000
-"""Characters of the end of a text in which its last sentence is sought."""
+"""Characters in which the last sentence of a text, or the sentence after a match, is looked for."""
 _SIGNS = ' \n.,;:!-—–…*_()"'
 
 
@@ -64,15 +65,16 @@ class Take:
 
     text: str
     is_withdrawn: bool
-    """The next one takes this back."""
+    """The next take takes this one back."""
 
 
-def last_said(text: str, read: Callable[[str, bool], str | None]) -> str | None:
-    """What the last take that says something says; empty where that one was withdrawn.
+def last_answer(text: str, read: Callable[[str, bool], str | None]) -> str | None:
+    """The answer of the last take that states one; empty if that take is withdrawn.
 
     Args:
-        read: from a take, and whether it is the first or follows one that was withdrawn; None where
-            it says nothing. A take that only follows a `wait` may be no more than a remark.
+        read: reads the answer from a take's text, given whether the take is the first or follows a
+            withdrawn one; None if it states none. A take that only follows a `wait` may be just a
+            remark.
     """
     several = takes(text, lambda said: read(said, False))
     is_withdrawn = [True, *(each.is_withdrawn for each in several)]
@@ -86,8 +88,8 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
     """The takes, in order.
 
     Args:
-        states: the answer that a text states. `No` and `that is wrong` take back a sentence only
-            where it states what the take does: after `Option B: 12.` they speak of an option.
+        states: the answer that a text states. `No` and `that is wrong` take back a sentence only if
+            it states the same as its take: after `Option B: 12.` they refer to an option.
     """
     found = [(match.start(), match.end(), False) for match in _ANEW.finditer(text)]
     found += [
@@ -103,7 +105,7 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
             continue
         said = text[begun:start].lstrip(" \n,;:…—") if begun else text[:start]
         if not said.strip(_SIGNS):
-            # `No, wait, sorry`: one turn.
+            # `No, wait, sorry` is one turn.
             several[-1:] = [Take(each.text, each.is_withdrawn or is_back) for each in several[-1:]]
             begun = end
             continue
@@ -112,7 +114,7 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
         if is_back and not is_stated:
             if last or not several or states(said):
                 continue
-            # `Hmm. The slope is negative. No, that is wrong`: speaks of the take before.
+            # `Hmm. The slope is negative. No, that is wrong` refers to the previous take.
             several[-1] = Take(several[-1].text, True)
         several.append(Take(said, is_stated))
         begun = end
@@ -121,9 +123,10 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
 
 
 def _is_of_an_option(text: str, match: re.Match[str], states: Callable[[str], str | None]) -> bool:
-    """`B. No, it is void`: the option's text.
+    """Whether a retraction is part of an option's text, as in `B. No, it is void`.
 
-    Not so in `B. No, it's C` and `A. No, too small. B. No, too large. So C`, which state an answer.
+    It is not in `B. No, it's C` and `A. No, too small. B. No, too large. So C`, which state an
+    answer.
     """
     before = text[max(0, match.start() - 20) : match.start()]
     if not (_OPTION_WORDS.match(text, match.start()) and _BEHIND_A_LABEL.search(before)):

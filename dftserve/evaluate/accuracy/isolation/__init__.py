@@ -1,1 +1,1 @@
-"""Where a program that a model wrote is run: `sandbox.run`."""
+"""Runs programs that a model wrote in isolation: `sandbox.run`."""

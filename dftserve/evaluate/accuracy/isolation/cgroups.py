@@ -1,14 +1,14 @@
-"""A control group for one program: what all of its processes use together, memory of the kernel's
-that is theirs included.
+"""A control group for one program: limits what all of its processes use together, including kernel
+memory on their behalf.
 
     with group(memory=512 << 20, processes=16) as counted:
         if counted is not None:
             counted.add(process.pid)
 
-Limits of a process do not see what processes share or leave in the kernel. A control group does,
-where we may make one: as root with cgroup v1, as root or in a delegated part of the tree with v2.
-Nothing of the tree is changed but for a folder of our own below the one that we are in, which is
-removed afterwards; what a kill left of one is removed by the next.
+Per-process limits do not count what processes share or leave in the kernel. A control group does,
+where one can be created: as root with cgroup v1, as root or in a delegated part of the tree with
+v2. The only changes to the tree are new folders for each run, which are removed afterwards; those
+left behind by killed runs are removed by the next run.
 
 Linux only. Standard library only.
 """
@@ -27,12 +27,12 @@ from pathlib import Path
 PREFIX = "dftserve-"
 CONTROLLERS = ("memory", "pids")
 TRIES, PAUSE_SECONDS = 100, 0.01
-"""To remove a group: the last of its processes may still be on their way out."""
+"""For removing a group: the last of its processes may still be exiting."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder in which groups may be made for a controller."""
+    """A folder in which groups can be created for a controller."""
 
     folder: Path
     version: int
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """One run's; a folder for each controller, or one for all of them."""
+    """The control group of one run: a folder for each controller, or one for all of them."""
 
     places: Mapping[str, Place]
     name: str
@@ -50,12 +50,12 @@ class Group:
         return list(dict.fromkeys(place.folder / self.name for place in self.places.values()))
 
     def add(self, process: int) -> None:
-        """Its children belong to it too. Raises OSError."""
+        """Add a process; children that it starts later belong to the group too. Raises OSError."""
         for folder in self.folders:
             (folder / "cgroup.procs").write_text(f"{process}")
 
     def ran_out_of_memory(self) -> bool:
-        """Whether the kernel ended a process of it for that."""
+        """Whether the kernel killed one of its processes for lack of memory."""
         place = self.places["memory"]
         file = "memory.oom_control" if place.version == 1 else "memory.events"
         pairs = map(str.split, (place.folder / self.name / file).read_text().splitlines())
@@ -63,7 +63,7 @@ class Group:
 
 
 def described() -> str:
-    """How memory and processes are counted here, for a reader."""
+    """How memory and processes are counted on this machine, for a report."""
     if not places():
         return "memory counted for each process (no control group can be made here)"
     counted = ", ".join(f"{name} (cgroup v{place.version})" for name, place in places().items())
@@ -72,10 +72,10 @@ def described() -> str:
 
 @contextlib.contextmanager
 def group(*, memory: int, processes: int) -> Iterator[Group | None]:
-    """A new group with these limits, in bytes and in number; None where none can be made.
+    """A new group with these limits, in bytes and in number; None if none can be created.
 
     Raises:
-        OSError: what could be made when it was tried first cannot be made now.
+        OSError: no group can be created now, although the first try succeeded.
     """
     if not places():
         yield None
@@ -88,13 +88,13 @@ def group(*, memory: int, processes: int) -> Iterator[Group | None]:
 
 @cache
 def places() -> Mapping[str, Place]:
-    """Where groups may be made, by controller; empty where memory cannot be counted."""
+    """Where groups can be created, by controller; empty if memory cannot be counted."""
     found = {name: place for name in CONTROLLERS if (place := _place(name)) is not None}
     return found if "memory" in found and _works(found) else {}
 
 
 def _works(found: Mapping[str, Place]) -> bool:
-    """Tried with a process that waits: what may be written need not be what may be used."""
+    """Try it with a waiting process: a folder that is writable may still not be usable."""
     command = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
         try:
@@ -121,7 +121,7 @@ def _group(found: Mapping[str, Place], memory: int, processes: int) -> Iterator[
 
 
 def _limits(made: Group, memory: int, processes: int) -> dict[Path, int]:
-    """What to write where, in order; swap counts as memory, where the kernel counts it."""
+    """The limit to write to each file, in order; swap is included if the kernel counts it."""
     place = made.places["memory"]
     folder = place.folder / made.name
     if place.version == 1:
@@ -146,14 +146,14 @@ def _place(controller: str) -> Place | None:
 
 
 def _folders(controller: str) -> Iterator[tuple[Path, int]]:
-    """The folder that this process is in, in version 1; in version 2 the one above as well: where
-    processes are, a group cannot be divided."""
+    """The folder of this process's group; in version 2 also its parent, since a group that contains
+    processes cannot have subgroups with controllers."""
     own = _own_groups()
     for mounted, root, kind, options in _mounts():
         name = controller if kind == "cgroup" and controller in options else ""
         if (kind == "cgroup" and not name) or name not in own:
             continue
-        with contextlib.suppress(ValueError):  # Of a part of the tree that is not mounted here.
+        with contextlib.suppress(ValueError):  # Its part of the tree is not mounted here.
             folder = mounted / Path(own[name]).relative_to(root)
             yield folder, 1 if name else 2
             if not name and folder != mounted:
@@ -161,7 +161,7 @@ def _folders(controller: str) -> Iterator[tuple[Path, int]]:
 
 
 def _own_groups() -> dict[str, str]:
-    """This process's path in the tree of each controller of version 1, and as "" in version 2's."""
+    """This process's path in the tree of each version 1 controller, and under "" in version 2's."""
     found = {}
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
@@ -170,7 +170,7 @@ def _own_groups() -> dict[str, str]:
 
 
 def _mounts() -> Iterator[tuple[Path, str, str, list[str]]]:
-    """Where, which part of the tree, cgroup or cgroup2, and the controllers of version 1."""
+    """Mount point, mounted part of the tree, cgroup or cgroup2, and the version 1 controllers."""
     for line in _lines(Path("/proc/self/mountinfo")):
         place, _, system = line.partition(" - ")
         kind, _, options = (*system.split(" "), "", "")[:3]
@@ -191,7 +191,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove groups of processes that are no more; one that is in use cannot be removed."""
+    """Remove the groups of processes that have ended; one in use cannot be removed."""
     for left in folder.glob(f"{PREFIX}*-*"):
         owner = left.name.removeprefix(PREFIX).partition("-")[0]
         if not Path("/proc", owner).exists():

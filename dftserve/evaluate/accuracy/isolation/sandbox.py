@@ -1,20 +1,19 @@
-"""Run Python that a model wrote, and learn whether it came to its end.
+"""Run Python that a model wrote, and report whether it ran to its end.
 
     result = sandbox.run(program + tests, Limits(seconds=5))
 
-The program runs as an unprivileged user in namespaces of its own (processes, network, mounts, IPC):
-it sees the interpreter read-only, one small folder of its own and nothing else of the machine, no
-network, no environment, no other process, and when its time is over nothing of it is left
-(sandbox_init.py). bubblewrap makes the namespaces where it is installed and works, sandbox_init.py
-itself elsewhere. System calls that such a program has no use for are forbidden (seccomp.py), and
-where a control group can be made all that its processes use is counted together (cgroups.py);
-`described` says what of this is to be had here. Where there are no namespaces, `run` refuses. Bugs
-of the kernel are outside.
+The program runs as an unprivileged user in its own namespaces (processes, network, mounts, IPC). It
+sees the interpreter, read-only, and one small folder, but nothing else of the machine: no network,
+no environment, no other process. At its time limit all its processes are killed (sandbox_init.py).
+bubblewrap creates the namespaces where it is installed and works, otherwise sandbox_init.py does.
+System calls that such a program does not need are forbidden (seccomp.py), and where a control group
+can be created, limits apply to all its processes together (cgroups.py). `described` tells which of
+these are available. Without namespaces, `run` refuses. Kernel bugs are out of scope.
 
-That a program passed is proven by a random token that is written after its last statement, so
-leaving early is no success. The token is in the program's own process: code that studies
-sandbox_init.py can forge it, and an object that claims to equal everything passes any assert. This
-measures models; it does not judge adversaries.
+A program has passed if a random token was written after its last statement, so exiting early is not
+a success. The token is in the program's own process: code that knows sandbox_init.py can forge it,
+and an object that claims to equal everything passes any assert. This is for measuring models, not
+for judging adversaries.
 
 Standard library only.
 """
@@ -41,21 +40,22 @@ UNSAFE = "--unsafe-no-sandbox"
 CONFINE = Path(__file__).with_name("sandbox_init.py")
 ENDS = ("ok", "exception", "exit", "timeout", "killed", "memory")
 USERS = range(61184, 65520)
-"""Users without an account: systemd's dynamic ones. One a run, for processes count by user."""
+"""Users without an account: systemd's dynamic ones. One per run, since processes are counted per
+user."""
 STDERR_BYTES = 4000
 OURS_BYTES, OURS_PROCESSES = 64 << 20, 4
-"""What the control group holds besides the program: sandbox_init.py and bubblewrap."""
+"""Allowance for sandbox_init.py and bubblewrap, which are in the control group too."""
 GRACE_SECONDS = 10.0
-"""What a run may take beyond its limit to begin and to be cleared away."""
+"""Time that a run may take beyond its limit to start and to clean up."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. Bytes, and seconds by the clock.
+    """What one program may use: sizes in bytes, wall-clock time in seconds.
 
-    In a control group all processes of a program share `memory`, and `disk` for its files. Where
-    none can be made memory is counted for each process: together at most memory × processes, and
-    besides what the kernel keeps for pipes and sockets, of which `descriptors` are the bound.
+    In a control group all processes of a program share `memory`, plus `disk` for its files. Without
+    one, memory is limited for each process: at most memory × processes in total, plus the kernel's
+    memory for pipes and sockets, whose number `descriptors` limits.
     """
 
     seconds: float = 10.0
@@ -72,8 +72,8 @@ class Limits:
 class Result:
     """How a program ended.
 
-    `ended`: ok (came to its end), exception, exit (left before it), timeout, killed (by a signal),
-    memory. `stderr`: the last of what it wrote there.
+    `ended`: ok (ran to its end), exception, exit (exited before its end), timeout, killed (by a
+    signal), memory. `stderr`: the end of what it wrote there.
     """
 
     passed: bool
@@ -86,22 +86,22 @@ LIMITS = Limits()
 
 
 def run(
-    source: str, limits: Limits = LIMITS, *, unsafe: bool = False, way: str | None = None
+    source: str, limits: Limits = LIMITS, *, unsafe: bool = False, namespaces: str | None = None
 ) -> Result:
     """Run a program to its end or to its limits.
 
     Args:
-        unsafe: without the sandbox, as ourselves: only the limits hold.
-        way: who makes the namespaces, `bubblewrap` or `own`; None: bubblewrap where it works.
+        unsafe: run without the sandbox, as our own user; only the limits apply.
+        namespaces: what creates them, `bubblewrap` or `own`; None: bubblewrap where it works.
 
     Raises:
-        RuntimeError: the sandbox cannot be had here; nothing was run.
+        RuntimeError: the sandbox is not available here; nothing was run.
     """
     if sys.platform != "linux":
         raise RuntimeError(_refusal(f"it needs Linux, this is {sys.platform}"))
     if unsafe:
         return _run(source, limits, UNCONFINED)
-    return _run(source, limits, way or _way())
+    return _run(source, limits, namespaces or _default_namespaces())
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def available() -> str | None:
 
 
 def described() -> str:
-    """What stands between programs and this machine, for a report: what is to be had, and why the
+    """The isolation of programs from this machine, for a report: what is available, and why the
     rest is not."""
     no_bubblewrap = _no_bubblewrap()
     namespaces = "bubblewrap" if no_bubblewrap is None else f"own namespaces ({no_bubblewrap})"
@@ -124,13 +124,13 @@ def described() -> str:
     return f"{namespaces}; {calls}; {cgroups.described()}"
 
 
-def _way() -> str:
+def _default_namespaces() -> str:
     return BUBBLEWRAP if _no_bubblewrap() is None else OWN
 
 
 @functools.cache
 def _no_bubblewrap() -> str | None:
-    """Why bubblewrap is not used; None where it is."""
+    """Why bubblewrap is not used; None if it is."""
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed"
     if (missing := _no_filter()) is not None:
@@ -144,7 +144,7 @@ def _no_bubblewrap() -> str | None:
 
 @functools.cache
 def _no_filter() -> str | None:
-    """Why system calls cannot be filtered; None where they can."""
+    """Why system calls cannot be filtered; None if they can."""
     machine = os.uname().machine
     if seccomp.program(machine) is None:
         return f"the calls of {machine} are not known, only {', '.join(seccomp.AUDIT)}"
@@ -153,37 +153,40 @@ def _no_filter() -> str | None:
     return None if built_in else "this kernel has no seccomp"
 
 
-def _run(source: str, limits: Limits, way: str) -> Result:
+def _run(source: str, limits: Limits, namespaces: str) -> Result:
     token = secrets.token_hex(16)
-    code = seccomp.program(os.uname().machine) if way != UNCONFINED and not _no_filter() else None
+    is_filtered = namespaces != UNCONFINED and not _no_filter()
+    code = seccomp.program(os.uname().machine) if is_filtered else None
     order = vars(limits) | {
         "source": source,
         "token": token,
-        "way": way,
+        "namespaces": namespaces,
         "bubblewrap": shutil.which("bwrap"),
         "filter": None if code is None else code.hex(),
         "user": secrets.choice(USERS),
     }
     began = time.monotonic()
     with tempfile.TemporaryFile() as stderr, tempfile.TemporaryDirectory() as folder:
-        report, proof = _counted(order | {"folder": folder}, limits, stderr)
+        report, proof = _run_in_group(order | {"folder": folder}, limits, stderr)
         seconds = time.monotonic() - began
         if "refused" in report:
-            said = _tail(stderr).strip().replace("\n", " ")
-            raise RuntimeError(_refusal(f"{report['refused']} {said}".rstrip()))
+            details = _tail(stderr).strip().replace("\n", " ")
+            raise RuntimeError(_refusal(f"{report['refused']} {details}".rstrip()))
         passed = proof == token.encode()
         return Result(passed, "ok" if passed else _end(report), _tail(stderr), seconds)
 
 
-def _counted(order: dict[str, Any], limits: Limits, stderr: Any) -> tuple[dict[str, Any], bytes]:
-    """The same, in a control group where one can be made and the program is confined."""
-    if order["way"] == UNCONFINED:
-        return _ordered(order, stderr, None)
+def _run_in_group(
+    order: dict[str, Any], limits: Limits, stderr: Any
+) -> tuple[dict[str, Any], bytes]:
+    """Run an order, in a control group if one can be created and the program is confined."""
+    if order["namespaces"] == UNCONFINED:
+        return _start(order, stderr, None)
     memory = limits.memory + limits.disk + OURS_BYTES
     processes = limits.processes + OURS_PROCESSES
     try:
         with cgroups.group(memory=memory, processes=processes) as group:
-            report, proof = _ordered(order, stderr, group)
+            report, proof = _start(order, stderr, group)
             if group is not None and group.ran_out_of_memory():
                 report["memory"] = True
     except OSError as error:
@@ -191,12 +194,12 @@ def _counted(order: dict[str, Any], limits: Limits, stderr: Any) -> tuple[dict[s
     return report, proof
 
 
-def _ordered(
+def _start(
     order: dict[str, Any], stderr: Any, group: cgroups.Group | None
 ) -> tuple[dict[str, Any], bytes]:
-    """What sandbox_init.py reported, and what came through the proof's pipe."""
+    """Start sandbox_init.py; return its report and what was written to the proof's pipe."""
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)  # Without the sandbox a survivor may hold the other end.
+    os.set_blocking(reader, False)  # Without the sandbox a survivor may keep it open.
     with open(reader, "rb", buffering=0) as proof:
         try:
             process = subprocess.Popen(
@@ -214,13 +217,13 @@ def _ordered(
         try:
             if group is not None:
                 group.add(process.pid)  # It waits for its order, and has no children yet.
-            said, _ = process.communicate(message, timeout=order["seconds"] + GRACE_SECONDS)
+            report, _ = process.communicate(message, timeout=order["seconds"] + GRACE_SECONDS)
         finally:
             process.kill()  # Its namespace ends with it.
             process.wait()
-        if not said:
+        if not report:
             raise RuntimeError(f"sandbox: sandbox_init.py failed:\n{_tail(stderr)}")
-        return json.loads(said), proof.read(64) or b""
+        return json.loads(report), proof.read(64) or b""
 
 
 def _end(report: dict[str, Any]) -> str:

@@ -1,19 +1,19 @@
-"""What stands between sandbox.py and untrusted code: a script that it starts, never imported.
+"""The script that sandbox.py starts to run untrusted code in isolation.
 
     python -I -S sandbox_init.py < order.json > report.json
 
-Namespaces of its own (mounts, processes, network, IPC; users too where we are not root), a root of
-its own that holds the interpreter read-only and one small tmpfs, an unprivileged user without
-capabilities, resource limits, a filter of system calls (seccomp.py), then the program in a fresh
-interpreter. The three processes:
+It creates namespaces (mounts, processes, network, IPC; also users if we are not root) and a root
+that holds only the interpreter, read-only, and one small tmpfs; becomes an unprivileged user
+without capabilities; sets resource limits and a filter of system calls (seccomp.py); and runs the
+program in a fresh interpreter. There are three processes:
 
-    supervisor   on the host's side; ends the whole namespace at the time limit
-    init         process 1 inside; when it ends the kernel kills all that is left there
+    supervisor   outside the namespaces; kills everything inside at the time limit
+    init         process 1 inside; when it ends the kernel kills all processes left there
     program      the interpreter that runs the untrusted source
 
-Namespaces and root are bubblewrap's where the order names it, else made here; all else is the same.
-bubblewrap's init is this script again. The filter is set after init is done, not by bubblewrap:
-init mounts the tmpfs, for bubblewrap's have no bound on their inodes.
+The namespaces and the root are created by bubblewrap if the order says so, otherwise here; all else
+is the same. Under bubblewrap, init is this script again. The filter is installed after init's work
+and not by bubblewrap, since init must mount the tmpfs: bubblewrap's have no limit on inodes.
 
 Linux only, kernel 5.12 or newer. Standard library only.
 """
@@ -40,25 +40,25 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 
 CAPABILITY_VERSION = 0x20080522
 
 OWN, BUBBLEWRAP, UNSAFE = "own", "bubblewrap", "unsafe"
-"""Who makes the namespaces."""
+"""What creates the namespaces."""
 INSIDE = "inside"
-"""The argument of the script that bubblewrap starts."""
+"""The argument of this script when bubblewrap starts it."""
 NOBODY = 65534
 PROOF = 3
-"""The descriptor to which the program's last act writes the token."""
+"""The descriptor to which the token is written after the program's last statement."""
 OUT_OF_MEMORY = 77
-"""The exit code of a program that met a MemoryError."""
-SEEN = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
-"""What the program sees of the host beside the interpreter, read-only, where it exists."""
+"""The exit code of a program that raised a MemoryError."""
+VISIBLE = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
+"""Paths of the host that the program sees read-only, if they exist, besides the interpreter."""
 IPC = ("kernel/shmmni", "kernel/msgmni", "fs/mqueue/queues_max")
-"""Under /proc/sys: how many of each there may be in a namespace; 0 where no filter forbids them."""
+"""Limits under /proc/sys, per IPC namespace; set to 0 where no filter forbids the calls."""
 ROOT_INODES = 4096
 SIGNALS = 256
-"""Queued ones, and timers: they are the kernel's memory."""
+"""Limit on queued signals and timers, which use kernel memory."""
 NEW_ROOT = "/proc"
-"""Where the new root is put together: a folder that every host has and no one reads below us."""
+"""Where the new root is assembled: a folder that every host has and that is not needed by then."""
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-"""The one below a virtual environment, which is of no use to the program."""
+"""The base interpreter of a virtual environment, which itself is of no use to the program."""
 
 PROGRAM = f"""
 import os, sys, traceback
@@ -86,40 +86,42 @@ def main() -> None:
         report_and_leave(init_of_bubblewrap, order, order["report"])
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        report = WAYS[order["way"]](order)
+        report = RUN[order["namespaces"]](order)
     except OSError as error:
         report = refusal(error)
     json.dump(report, sys.stdout)
 
 
-def confined(order: Mapping[str, Any]) -> dict[str, Any]:
-    """{"status": the program's wait status}, {"late": true} or {"refused": why}."""
+def run_confined(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Run an order in namespaces made here; the report is {"status": the program's wait status},
+    {"late": true} or {"refused": why}."""
     own_namespaces()
-    return supervised(order, lambda order, report: report_and_leave(init, order, report))
+    return supervise(order, lambda order, report: report_and_leave(init, order, report))
 
 
-def bubblewrapped(order: Mapping[str, Any]) -> dict[str, Any]:
-    """The same in bubblewrap's namespaces."""
-    return supervised(order, become_bubblewrap)
+def run_in_bubblewrap(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Run an order in bubblewrap's namespaces."""
+    return supervise(order, become_bubblewrap)
 
 
-def unconfined(order: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without the sandbox: only limits, and the end of the process group."""
+def run_unconfined(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Run an order without the sandbox: with limits, and its process group killed at the end."""
 
     def direct(order: Mapping[str, Any]) -> dict[str, Any]:
         os.setpgid(0, 0)
-        return {"status": spawned(order, lambda: os.chdir(order["folder"]))}
+        return {"status": spawn(order, lambda: os.chdir(order["folder"]))}
 
-    return supervised(order, lambda order, report: report_and_leave(direct, order, report))
-
-
-WAYS = {OWN: confined, BUBBLEWRAP: bubblewrapped, UNSAFE: unconfined}
+    return supervise(order, lambda order, report: report_and_leave(direct, order, report))
 
 
-def supervised(
+RUN = {OWN: run_confined, BUBBLEWRAP: run_in_bubblewrap, UNSAFE: run_unconfined}
+
+
+def supervise(
     order: Mapping[str, Any], child: Callable[[Mapping[str, Any], int], NoReturn]
 ) -> dict[str, Any]:
-    """Fork `child`, end it and its group at the time limit, and give back what it reported."""
+    """Fork `child`, kill it and its group when it ends or at the time limit, and return its
+    report."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -131,19 +133,19 @@ def supervised(
             kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     with open(reader, "rb") as pipe:
-        said = pipe.read()
+        report = pipe.read()
     if not ended:
         return {"late": True}
-    if not said:
-        return {"refused": f"{order['way']}: it did not begin"}
-    return json.loads(said) if said.strip() else {}
+    if not report:
+        return {"refused": f"{order['namespaces']}: it did not start"}
+    return json.loads(report) if report.strip() else {}
 
 
 def report_and_leave(
     work: Callable[[Mapping[str, Any]], dict[str, Any]], order: Mapping[str, Any], writer: int
 ) -> NoReturn:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.write(writer, b"\n")  # Begun; what follows is missing where it was killed.
+    os.write(writer, b"\n")  # Started; the report is missing if this process is killed.
     try:
         report = work(order)
     except OSError as error:
@@ -168,21 +170,21 @@ def init_of_bubblewrap(order: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def process_one(order: Mapping[str, Any]) -> dict[str, Any]:
-    """In a root of which nothing can be written."""
+    """Run the program as process 1, in a read-only root."""
     own_folder(order["disk"], order["inodes"])
-    return {"status": spawned(order, lambda: drop_privileges(order["user"], order["processes"]))}
+    return {"status": spawn(order, lambda: drop_privileges(order["user"], order["processes"]))}
 
 
 def become_bubblewrap(order: Mapping[str, Any], report: int) -> NoReturn:
-    """This script again, as process 1 in its namespaces; the order is its standard input."""
+    """Run this script again as process 1 in bubblewrap's namespaces, with the order as input."""
     try:
         inside = os.memfd_create("order")
         with open(inside, "w", closefd=False) as file:
             json.dump({**order, "report": report}, file)
         os.lseek(inside, 0, os.SEEK_SET)
         os.dup2(inside, 0)
-        for kept in (report, order["proof"]):
-            os.set_inheritable(kept, True)
+        for descriptor in (report, order["proof"]):
+            os.set_inheritable(descriptor, True)
         os.execve(order["bubblewrap"], ["bwrap", *bubblewrap_arguments()], {})
     except OSError as error:
         os.write(report, json.dumps(refusal(error)).encode())
@@ -190,7 +192,8 @@ def become_bubblewrap(order: Mapping[str, Any], report: int) -> NoReturn:
 
 
 def bubblewrap_arguments() -> list[str]:
-    """A root of which only `seen` is there, and what init needs to become the program's user."""
+    """Arguments for a root with only the visible paths, and for the capabilities that init needs to
+    become the program's user."""
     arguments = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     arguments += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
     capabilities = ["CAP_SYS_ADMIN"]
@@ -201,9 +204,9 @@ def bubblewrap_arguments() -> list[str]:
         arguments += ["--unshare-user", "--uid", f"{NOBODY}", "--gid", f"{NOBODY}"]
     for capability in capabilities:
         arguments += ["--cap-add", capability]
-    for folder in sorted({folder for path in seen() for folder in folders_above(path)}):
-        arguments += ["--dir", folder]  # Those that it makes by itself are its user's alone.
-    for path in seen():
+    for folder in sorted({folder for path in visible_paths() for folder in folders_above(path)}):
+        arguments += ["--dir", folder]  # Those it makes implicitly only its user can enter.
+    for path in visible_paths():
         if os.path.islink(path):
             arguments += ["--symlink", os.readlink(path), path]
         else:
@@ -214,8 +217,8 @@ def bubblewrap_arguments() -> list[str]:
         return [*arguments, "--", INTERPRETER, "-I", "-S", "-B", "-c", script.read(), INSIDE]
 
 
-def spawned(order: Mapping[str, Any], prepare: Callable[[], None]) -> int:
-    """The wait status of a fresh interpreter with the program in it."""
+def spawn(order: Mapping[str, Any], prepare: Callable[[], None]) -> int:
+    """Run the program in a fresh interpreter, and return its wait status."""
     reader, writer = os.pipe()
     failure_reader, failure_writer = os.pipe()  # Closed by a successful exec.
     program = os.fork()
@@ -234,14 +237,15 @@ def spawned(order: Mapping[str, Any], prepare: Callable[[], None]) -> int:
             raise OSError(number, os.strerror(number), what)
     with contextlib.suppress(BrokenPipeError), open(writer, "wb") as pipe:
         pipe.write(order["token"].encode() + b"\n" + order["source"].encode(errors="replace"))
-    while True:  # Orphans come here to be reaped.
+    while True:  # Orphans are reaped here too.
         ended, status = os.wait()
         if ended == program:
             return status
 
 
 def become_program(source: int, order: Mapping[str, Any]) -> NoReturn:
-    """Standard streams, the proof and nothing else open; an empty environment; limits."""
+    """Exec the interpreter with limits, an empty environment, and only the standard streams and the
+    proof open."""
     proof, nothing = order["proof"], os.open("/dev/null", os.O_WRONLY)
     os.dup2(source, 0)
     os.dup2(nothing, 1)
@@ -264,7 +268,7 @@ def become_program(source: int, order: Mapping[str, Any]) -> NoReturn:
 
 
 def filter_calls(code: bytes) -> None:
-    """From here on, and in all that is started from here; seccomp.py makes the code."""
+    """Install the filter, made by seccomp.py, for this process and its future children."""
 
     class Program(ctypes.Structure):
         _fields_ = (("steps", ctypes.c_ushort), ("code", ctypes.c_char_p))
@@ -272,11 +276,11 @@ def filter_calls(code: bytes) -> None:
     program = Program(len(code) // 8, code)
     pointer = ctypes.c_void_p(ctypes.addressof(program))
     zeros = (ctypes.c_ulong(0), ctypes.c_ulong(0))
-    called("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), pointer, *zeros)
+    call_libc("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), pointer, *zeros)
 
 
 def own_ipc() -> None:
-    """No System V memory, messages or POSIX queues: of this namespace alone."""
+    """Forbid System V memory, messages and POSIX queues in this IPC namespace."""
     for name in IPC:
         with open(f"/proc/sys/{name}", "w") as file:
             file.write("0")
@@ -286,9 +290,9 @@ def own_namespaces() -> None:
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     user, group = os.geteuid(), os.getegid()
     if user == 0:
-        called("unshare", flags)
+        call_libc("unshare", flags)
         return
-    called("unshare", flags | CLONE_NEWUSER)
+    call_libc("unshare", flags | CLONE_NEWUSER)
     for name, line in {
         "setgroups": "deny",
         "uid_map": f"{NOBODY} {user} 1",
@@ -299,33 +303,33 @@ def own_namespaces() -> None:
 
 
 def own_files() -> None:
-    """A root of which only the interpreter and `SEEN` are there, and an empty /program."""
+    """Switch to a root that has only the interpreter, `VISIBLE` and an empty /program."""
     os.umask(0o022)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     options = f"size=1m,nr_inodes={ROOT_INODES},mode=755"
     mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, options)
-    for path in seen():
-        show(path)
+    for path in visible_paths():
+        make_visible(path)
     os.mkdir(f"{NEW_ROOT}/program")
     make_read_only(NEW_ROOT, 0)
     os.chdir(NEW_ROOT)
-    called("pivot_root", b".", b".")
-    called("umount2", b".", MNT_DETACH)
+    call_libc("pivot_root", b".", b".")
+    call_libc("umount2", b".", MNT_DETACH)
 
 
 def own_folder(disk: int, inodes: int) -> None:
-    """So many bytes and files at /program; the folder itself is one more."""
+    """Mount a tmpfs with these limits at /program; the folder itself takes one more inode."""
     options = f"size={disk},nr_inodes={inodes + 1},mode=1777"
     mount("tmpfs", "/program", "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir("/program")
 
 
-def seen() -> list[str]:
-    """`SEEN` and the interpreter's folders; what lies in another of them is left out."""
+def visible_paths() -> list[str]:
+    """`VISIBLE` and the interpreter's folders, without those that lie in another of them."""
     folders = (sys.base_prefix, sys.base_exec_prefix, os.path.dirname(INTERPRETER))
     interpreter = {os.path.realpath(path) for path in folders}
     paths: list[str] = []
-    for path in sorted({path for path in SEEN if os.path.exists(path)} | interpreter):
+    for path in sorted({path for path in VISIBLE if os.path.exists(path)} | interpreter):
         if not any(path.startswith(f"{other}/") for other in paths):
             paths.append(path)
     return paths
@@ -336,8 +340,8 @@ def folders_above(path: str) -> list[str]:
     return ["/" + "/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def show(path: str) -> None:
-    """A host's file, folder or link, at its own place in the new root."""
+def make_visible(path: str) -> None:
+    """Make a file, folder or link of the host visible at the same path in the new root."""
     target = NEW_ROOT + path
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path):
@@ -355,11 +359,11 @@ def make_read_only(path: str, flags: int) -> None:
     attributes = (ctypes.c_uint64 * 4)(ATTR_RDONLY | ATTR_NOSUID, 0, 0, 0)
     numbers = (ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_long(AT_FDCWD))
     size = ctypes.c_long(ctypes.sizeof(attributes))
-    called("syscall", *numbers, path.encode(), ctypes.c_long(flags), attributes, size)
+    call_libc("syscall", *numbers, path.encode(), ctypes.c_long(flags), attributes, size)
 
 
 def drop_privileges(user: int, processes: int) -> None:
-    """An unprivileged user, without capabilities in whatever user namespace this is."""
+    """Become an unprivileged user without capabilities, in any user namespace."""
     for limit, most in {
         resource.RLIMIT_NPROC: processes,
         resource.RLIMIT_SIGPENDING: SIGNALS,
@@ -373,20 +377,20 @@ def drop_privileges(user: int, processes: int) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    called("capset", header, (ctypes.c_uint32 * 6)())
+    call_libc("capset", header, (ctypes.c_uint32 * 6)())
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
     texts = [None if text is None else text.encode() for text in (source, target, kind)]
-    called("mount", *texts, ctypes.c_ulong(flags), options.encode())
+    call_libc("mount", *texts, ctypes.c_ulong(flags), options.encode())
 
 
 def prctl(option: int, value: int) -> None:
-    called("prctl", option, *(ctypes.c_ulong(number) for number in (value, 0, 0, 0)))
+    call_libc("prctl", option, *(ctypes.c_ulong(number) for number in (value, 0, 0, 0)))
 
 
-def called(name: str, *arguments: Any) -> None:
-    """Call libc; OSError with the call's name as its file name where it fails."""
+def call_libc(name: str, *arguments: Any) -> None:
+    """Call a function of libc. If it fails, raise OSError with the call as its file name."""
     if getattr(libc, name)(*arguments) < 0:
         number = ctypes.get_errno()
         paths = [word.decode() for word in arguments if isinstance(word, bytes) and word]

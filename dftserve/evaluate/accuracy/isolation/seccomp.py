@@ -1,22 +1,22 @@
-"""A filter of system calls for programs that a model wrote, as classic BPF.
+"""A seccomp filter for programs that a model wrote, in classic BPF.
 
-    code = program(os.uname().machine)      # None on a machine whose calls are not known here
+    code = program(os.uname().machine)      # None on an unsupported machine
 
-What it forbids has no place in a program that computes an answer:
+It forbids what a program that computes an answer does not need:
 
 - namespaces and mounts, in which an unprivileged user would be root again;
-- memory that no limit of a process counts: System V shared memory, message queues and semaphores,
+- memory that no per-process limit counts: System V shared memory, message queues and semaphores,
   POSIX message queues, memfd, inotify marks, file locks;
 - other processes' memory, kernel keys, io_uring, BPF, performance counters, modules, kexec, clocks;
-- sockets but Unix and Internet ones: some, as vsock, know no network namespace;
-- calls newer than this list, and calls of another machine's numbering (32-bit ones, x32).
+- sockets other than Unix and Internet ones: some, such as vsock, ignore network namespaces;
+- calls newer than this list, and calls in another numbering (32-bit ones, x32).
 
-A forbidden call fails (EPERM), so that a program may go on without it; one of another numbering
-kills its process. Threads and children without new namespaces stay possible: `clone3`, whose flags
-a filter cannot see, is said not to exist, and C libraries take `clone` then.
+A forbidden call fails (EPERM), so that a program can continue without it; a call in another
+numbering kills its process. Threads and children without new namespaces remain possible: `clone3`,
+whose flags a filter cannot read, fails with ENOSYS, and C libraries then use `clone`.
 
-The numbers are the kernel's, which never change; tests compare them with its headers. Written by
-hand, for libseccomp's Python bindings are not on PyPI in a form that is kept.
+The numbers are the kernel's, which never change; tests compare them with its headers. The filter is
+written by hand because libseccomp's Python bindings have no maintained release on PyPI.
 
 Standard library only.
 """
@@ -26,25 +26,25 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-"""What a filter answers; an error number is added to ERRNO."""
+"""Return values of a filter; an error number is added to ERRNO."""
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 """Offsets in `struct seccomp_data`; an argument has eight bytes, the low four first."""
 LOAD, RETURN = 0x20, 0x06
 EQUAL, ABOVE, AT_LEAST, ANY_BIT = 0x15, 0x25, 0x35, 0x45
 
 AUDIT: Mapping[str, int] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""What the kernel calls a call's numbering, by machine."""
+"""The kernel's AUDIT_ARCH constant for the numbering of calls, by machine."""
 X32 = 0x40000000
 """Set in the numbers of x86_64's calls with 32-bit pointers."""
 NEWEST = 451
-"""cachestat, of Linux 6.5. Later numbers are the same on every machine, and refused as unknown."""
+"""cachestat, of Linux 6.5. Later numbers are the same on every machine; they fail with ENOSYS."""
 
 NEW_NAMESPACES = 0x7E020080
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME."""
 FAMILIES = (1, 2, 10)
 """AF_UNIX, AF_INET, AF_INET6."""
 TERMINAL = (0x5412, 0x541C)
-"""TIOCSTI and TIOCLINUX: what types into the terminal that a process was started from."""
+"""TIOCSTI and TIOCLINUX, which inject input into the terminal a process was started from."""
 LOCKS = (6, 7, 37, 38)
 """F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW."""
 
@@ -97,7 +97,7 @@ FORBIDDEN: Mapping[str, tuple[int, int | None]] = {
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_setup": (206, 0),
-    # Memory that no limit of a process counts.
+    # Memory that no per-process limit counts.
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -117,7 +117,7 @@ FORBIDDEN: Mapping[str, tuple[int, int | None]] = {
     "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),
     "flock": (73, 32),
-    # The machine.
+    # The whole machine.
     "kexec_load": (246, 104),
     "kexec_file_load": (320, 294),
     "create_module": (174, None),
@@ -153,7 +153,7 @@ FORBIDDEN: Mapping[str, tuple[int, int | None]] = {
 }
 
 Step = tuple[int, int, int, int]
-"""code, steps to skip where it holds, where it does not, and the constant."""
+"""code, steps to skip if the test holds, steps to skip if it does not, and the constant."""
 
 
 def number(name: str, machine: str) -> int | None:
@@ -163,7 +163,7 @@ def number(name: str, machine: str) -> int | None:
 
 
 def program(machine: str) -> bytes | None:
-    """The filter for a machine, as an array of `struct sock_filter`; None where none is known."""
+    """The filter for a machine, as an array of `struct sock_filter`; None if it is unsupported."""
     if machine not in AUDIT:
         return None
     return b"".join(struct.pack("<HBBI", *step) for step in _steps(machine))
@@ -175,36 +175,41 @@ def _steps(machine: str) -> Iterator[Step]:
     yield (RETURN, 0, 0, KILL)
     yield (LOAD, 0, 0, NUMBER)
     if machine == "x86_64":
-        yield from _answered(AT_LEAST, X32, KILL)
-    yield from _answered(ABOVE, NEWEST, ERRNO | errno.ENOSYS)
+        yield from _return_if(AT_LEAST, X32, KILL)
+    yield from _return_if(ABOVE, NEWEST, ERRNO | errno.ENOSYS)
     for name in FORBIDDEN:
         if (call := number(name, machine)) is not None:
-            yield from _answered(EQUAL, call, ERRNO | errno.EPERM)
-    yield from _answered(EQUAL, _known("clone3", machine), ERRNO | errno.ENOSYS)
+            yield from _return_if(EQUAL, call, ERRNO | errno.EPERM)
+    yield from _return_if(EQUAL, _required_number("clone3", machine), ERRNO | errno.ENOSYS)
     yield from _by_argument(
-        _known("clone", machine), 0, _answered(ANY_BIT, NEW_NAMESPACES, ERRNO | errno.EPERM), ALLOW
+        _required_number("clone", machine),
+        0,
+        _return_if(ANY_BIT, NEW_NAMESPACES, ERRNO | errno.EPERM),
+        ALLOW,
     )
     for name in ("socket", "socketpair"):
-        allowed = (step for family in FAMILIES for step in _answered(EQUAL, family, ALLOW))
-        yield from _by_argument(_known(name, machine), 0, allowed, ERRNO | errno.EAFNOSUPPORT)
+        allowed = (step for family in FAMILIES for step in _return_if(EQUAL, family, ALLOW))
+        yield from _by_argument(
+            _required_number(name, machine), 0, allowed, ERRNO | errno.EAFNOSUPPORT
+        )
     for name, refused, error in (("ioctl", TERMINAL, errno.EPERM), ("fcntl", LOCKS, errno.ENOLCK)):
-        steps = (step for each in refused for step in _answered(EQUAL, each, ERRNO | error))
-        yield from _by_argument(_known(name, machine), 1, steps, ALLOW)
+        steps = (step for each in refused for step in _return_if(EQUAL, each, ERRNO | error))
+        yield from _by_argument(_required_number(name, machine), 1, steps, ALLOW)
     yield (RETURN, 0, 0, ALLOW)
 
 
-def _known(name: str, machine: str) -> int:
+def _required_number(name: str, machine: str) -> int:
     call = number(name, machine)
     assert call is not None, f"{machine} has no {name}"
     return call
 
 
-def _answered(test: int, constant: int, answer: int) -> list[Step]:
-    """`answer` where the test of what was loaded holds; else what follows."""
+def _return_if(test: int, constant: int, answer: int) -> list[Step]:
+    """Return `answer` if the test of the loaded value holds, otherwise continue."""
     return [(test, 0, 1, constant), (RETURN, 0, 0, answer)]
 
 
 def _by_argument(call: int, argument: int, steps: Iterable[Step], otherwise: int) -> list[Step]:
-    """For one call: the steps on the low half of an argument, then `otherwise`."""
+    """For one call: run the steps on the low half of an argument, then return `otherwise`."""
     inside = [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *steps, (RETURN, 0, 0, otherwise)]
     return [(EQUAL, 0, len(inside), call), *inside]

@@ -1,7 +1,7 @@
-"""What the tasks here call in lm-eval: `dftserve`'s own reading of an answer.
+"""Filters and metrics that the tasks here use in lm-eval; answers are read by `dftserve`'s rules.
 
-lm-eval's environment has not `dftserve`. Only the modules that read answers, which need nothing but
-the standard library, are loaded from where this file is; the path is as before after that.
+`dftserve` is not installed in lm-eval's environment. The modules that read answers, which need only
+the standard library, are imported from this source tree; `sys.path` is restored afterwards.
 """
 
 import sys
@@ -29,7 +29,7 @@ def numbers(responses: Iterable[Sequence[str]], documents: Any) -> list[list[str
 
 
 def score_letter(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Figures of one answer, from what the filter read."""
+    """The metrics of one answer, from the filter's output."""
     return _scores(results[0], right=results[0] == "ABCD"[document["answer"]])
 
 
