@@ -1,4 +1,4 @@
-"""A conversation in the terminal, to hear what `diversity` does.
+"""A conversation in the terminal, to try out `diversity`.
 
     dftserve chat --url http://127.0.0.1:8000/v1
     echo 'Tell me a story.' | dftserve chat --model NAME
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 Asked = Diversity | Literal["human"]
-"""What is sent as `diversity`: HUMAN is the server's to read."""
+"""What is sent as `diversity`: the server resolves HUMAN."""
 
 COMPARED = (0.0, 0.5, 1.0)
 COMMANDS: Mapping[str, str] = {
-    "diversity": "NUMBER or OBJECT, such as .7; off; human (its dft.json's entropy); default (the "
-    "server's); nothing shows it",
-    "compare": "[MESSAGE]  the same message at 0, .5 and 1, beside the conversation",
-    "again": "the last message once more, in place of its answer",
-    "system": "[TEXT]  the system message of what follows",
+    "diversity": "NUMBER or OBJECT, such as .7; off; human (the entropy in the model's dft.json); "
+    "default (the server's); without an argument, show it",
+    "compare": "[MESSAGE]  answer the message at 0, .5 and 1, outside the conversation",
+    "again": "send the last message again and replace its answer",
+    "system": "[TEXT]  set the system message for what follows",
     "reset": "forget the conversation",
-    "help": "these lines",
-    "quit": "or end of input",
+    "help": "show this list",
+    "quit": "end the chat, as does the end of the input",
 }
 
 
 @dataclass(frozen=True)
 class Command:
-    """What one line asks for; a line without a slash is a message: the command `say`."""
+    """The command in one line; a line without a slash is a message: the command `say`."""
 
     name: str
     text: str
@@ -47,8 +47,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Turn:
-    said: str
-    answered: str
+    message: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ class Conversation:
     system: str = ""
     turns: tuple[Turn, ...] = ()
     diversity: Asked | None = None
-    """None: nothing is sent, and the server's default holds."""
+    """None: the field is not sent, and the server's default applies."""
 
-    def messages(self, said: str) -> list[dict[str, str]]:
-        """What the server is asked, in OpenAI's form."""
+    def messages(self, message: str) -> list[dict[str, str]]:
+        """The request's messages in OpenAI's form, ending with this one."""
         pairs = [("system", self.system)] if self.system else []
         for turn in self.turns:
-            pairs += [("user", turn.said), ("assistant", turn.answered)]
-        return [{"role": role, "content": text} for role, text in [*pairs, ("user", said)]]
+            pairs += [("user", turn.message), ("assistant", turn.answer)]
+        return [{"role": role, "content": text} for role, text in [*pairs, ("user", message)]]
 
 
 def read_command(line: str) -> Command:
-    """What one typed line asks for.
+    """Parse one typed line.
 
     Raises:
-        ValueError: a slash and no command of ours.
+        ValueError: a slash that is not followed by one of our commands.
     """
     line = line.strip()
     if not line.startswith("/"):
@@ -83,10 +83,10 @@ def read_command(line: str) -> Command:
 
 
 def read_diversity(text: str) -> Asked | None:
-    """What `/diversity` sets; None is the server's default.
+    """Parse the argument of `/diversity`; None is the server's default.
 
     Raises:
-        DiversityError: neither a word of ours nor a diversity.
+        DiversityError: neither one of our words nor a diversity.
     """
     if text == "default":
         return None
@@ -103,7 +103,7 @@ def as_sent(diversity: Asked) -> Any:
 def statistics(report: Any) -> str:
     """One line about an answer's `diversity` object."""
     if report is None:
-        return "the server said nothing about diversity: is the plug-in active? (dftserve doctor)"
+        return "the server reports no diversity: is the plug-in active? (dftserve doctor)"
     try:
         return _figures(report)
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -124,7 +124,7 @@ def _figures(report: Mapping[str, Any]) -> str:
 
 
 def chat(server: Server, *, model: str | None = None, temperature: float | None = None) -> bool:
-    """Talk until /quit or the end of input; whether every line was answered.
+    """Chat until /quit or the end of the input; returns whether every line succeeded.
 
     Raises:
         click.ClickException: openai is missing.
@@ -154,8 +154,8 @@ class Chat:
         """The last message, and the turns before it."""
 
     def run(self, lines: Iterable[str]) -> bool:
-        """Do what each line asks for; whether all was done. What fails is told on stderr, and the
-        conversation goes on."""
+        """Run each line; returns whether all succeeded. Errors are printed to stderr, and the
+        conversation continues."""
         all_done = True
         for line in lines:
             try:
@@ -176,15 +176,15 @@ class Chat:
             self._answer(self.conversation.turns, text)
 
     def _again(self, _: str) -> None:
-        turns, said = self._last_message("/again")
-        self._answer(turns, said)
+        turns, message = self._last_message("/again")
+        self._answer(turns, message)
 
-    def _answer(self, turns: tuple[Turn, ...], said: str) -> None:
-        """An answer that becomes part of the conversation, unless it fails."""
-        self.last = turns, said
-        asked = replace(self.conversation, turns=turns)
-        answered = self._ask(asked, said)
-        self.conversation = replace(asked, turns=(*turns, Turn(said, answered)))
+    def _answer(self, turns: tuple[Turn, ...], message: str) -> None:
+        """Get an answer; unless this fails, it becomes part of the conversation."""
+        self.last = turns, message
+        conversation = replace(self.conversation, turns=turns)
+        answer = self._ask(conversation, message)
+        self.conversation = replace(conversation, turns=(*turns, Turn(message, answer)))
 
     def _compare(self, text: str) -> None:
         turns = self.conversation.turns
@@ -219,30 +219,30 @@ class Chat:
             raise ValueError(f"{command}: there is no message yet; write one first.")
         return self.last
 
-    def _ask(self, conversation: Conversation, said: str) -> str:
-        """Stream one answer to the terminal, and the line about it."""
+    def _ask(self, conversation: Conversation, message: str) -> str:
+        """Stream one answer to the terminal, followed by a line of statistics."""
         diversity = conversation.diversity
         pieces, report = [], None
-        with _line_end(), contextlib.closing(self._chunks(conversation, said)) as chunks:
+        with _line_end(), contextlib.closing(self._chunks(conversation, message)) as chunks:
             for chunk in chunks:
                 report = (chunk.model_extra or {}).get("diversity") or report
                 for choice in chunk.choices:
                     pieces.append(choice.delta.content or "")
                     click.echo(pieces[-1], nl=False)
-        # An answer to a request that is off has nothing to report.
+        # With diversity off there is nothing to report.
         is_asked = not diversity.is_off if isinstance(diversity, Diversity) else bool(diversity)
         if report or is_asked:
             click.secho(statistics(report), dim=True)
         return "".join(pieces)
 
-    def _chunks(self, conversation: Conversation, said: str) -> Generator[Any, None, None]:
+    def _chunks(self, conversation: Conversation, message: str) -> Generator[Any, None, None]:
         """
         Raises:
             ValueError, ServerError: as `Server.errors`.
             ConnectionError: the answer broke off.
         """
         diversity = conversation.diversity
-        messages: Any = conversation.messages(said)
+        messages: Any = conversation.messages(message)
         optional: dict[str, Any] = {}
         if self.temperature is not None:
             optional["temperature"] = self.temperature
@@ -262,7 +262,8 @@ class Chat:
 def _breaks() -> Iterator[None]:
     """
     Raises:
-        ConnectionError: the transport's own error, which some versions of openai let through.
+        ConnectionError: for an error of the HTTP transport, which some versions of openai let
+            through.
     """
     import httpx
 
@@ -285,7 +286,7 @@ def _lines() -> Iterator[str]:
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing
+        import readline  # noqa: F401 - adds line editing to input()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input("› ")

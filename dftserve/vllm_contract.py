@@ -1,8 +1,8 @@
-"""The versions that are supported, and every symbol of vLLM that the plug-in stands on.
+"""The supported versions of vLLM, and every symbol of vLLM that the plug-in depends on.
 
-The plug-in, `dftserve doctor` and the tests read both from here. The symbols are data, checked in
-two ways: in source files by `ast` before anything is installed or imported, and in a module that
-vLLM has just imported before the plug-in changes it.
+The plug-in, `dftserve doctor` and the tests read both from here. The symbols are checked in two
+ways: in source files by `ast`, before anything is installed or imported, and in a module that vLLM
+has just imported, before the plug-in changes it.
 """
 
 import ast
@@ -19,8 +19,8 @@ SUPPORTED: tuple[tuple[int, int], ...] = ((0, 31), (0, 32), (0, 33))
 """vLLM's minor versions that the tests run on, oldest first."""
 
 TRANSFORMERS = ("5.16.1", "5.25")
-"""The first version of transformers that training and evaluation are tested on, and the first
-that they are not. Beside vLLM, its own narrower range holds."""
+"""The oldest version of transformers with which training and evaluation are tested, and the first
+newer one with which they are not. vLLM itself allows only a narrower range."""
 
 Hook = Literal[
     "field",
@@ -35,7 +35,7 @@ Hook = Literal[
 
 
 def minor(version: str) -> tuple[int, int] | None:
-    """`"0.32.1+cpu"` -> `(0, 32)`; None for what does not start with two numbers."""
+    """`"0.32.1+cpu"` -> `(0, 32)`; None for a text that does not start with two numbers."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return None if match is None else (int(match[1]), int(match[2]))
 
@@ -56,7 +56,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def unsupported(version: str) -> str | None:
-    """Why nothing is changed on this version of vLLM, or None."""
+    """Why the plug-in changes nothing on this version of vLLM, or None."""
     if minor(version) in SUPPORTED:
         return None
     supported = ", ".join(map(_dotted, SUPPORTED))
@@ -71,11 +71,11 @@ class Symbol:
     name: str
     """A function, a class, or `Class.member`: a method, a property or a field."""
     parameters: tuple[str, ...] | None = None
-    """The leading parameters after `self`, or keyword-only ones, that the plug-in relies on."""
+    """The leading parameters after `self`, or keyword-only ones, that the plug-in uses."""
     hook: Hook
     """The part of the plug-in that needs it."""
     required: bool
-    """Whether the field is not honoured without it; otherwise only less is reported."""
+    """Whether the field needs it; otherwise only some other function is lost without it."""
 
     @property
     def signature(self) -> str:
@@ -90,7 +90,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Problem:
-    """A symbol that is not there, or not as the plug-in needs it."""
+    """A symbol that is missing, or not as the plug-in needs it."""
 
     symbol: Symbol
     text: str
@@ -200,9 +200,9 @@ SYMBOLS: tuple[Symbol, ...] = (
         "LogitsContext.expanded_local_pos",
         "LogitsContext.pos",
     ),
-    # For the law `words` alone: its rows pass unchanged, as a fault, without.
+    # Only for the law `words`: without it, its rows stay unchanged, which counts as a fault.
     *_needed("processor V2", _V2, "LogitsContext.input_ids", required=False),
-    # Likewise, with a 400.
+    # Also only for parts of the field: without it, these are answered with 400.
     *_needed(
         "field",
         "vllm.tokenizers",
@@ -295,8 +295,8 @@ SYMBOLS: tuple[Symbol, ...] = (
 )
 
 INHERITED: tuple[tuple[str, str], ...] = ((_V1, "LogitsProcessor"), (_V2, "LogitsProcessor"))
-"""(module, class) of vLLM's base classes of ours: each abstract method of theirs is a symbol, as
-without a definition of it no object of ours can be made."""
+"""(module, class) of the vLLM classes that ours inherit from. Each of their abstract methods must
+be a symbol, since our classes cannot be instantiated without a definition of it."""
 
 
 # In source files
@@ -305,10 +305,10 @@ Root = Path | ZipPath
 
 
 def missing_in_source(root: Root) -> list[Problem]:
-    """What of `SYMBOLS` these source files lack; nothing is imported.
+    """Which of `SYMBOLS` these source files lack; nothing is imported.
 
     Args:
-        root: the folder, or the place in a .whl, that holds `vllm/`; or that folder itself.
+        root: a folder, or a path in a .whl, that contains `vllm/`; or that folder itself.
 
     Raises:
         FileNotFoundError: there is no vLLM there.
@@ -336,7 +336,7 @@ def _not_known(module: str, owner: str, methods: Iterable[str]) -> Iterator[Symb
 
 
 def package(root: Root) -> Root:
-    """The `vllm` folder at, or in, this place.
+    """The `vllm` folder at, or in, this path.
 
     Raises:
         FileNotFoundError: there is none.
@@ -353,7 +353,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.stmt
 
 
 class _Source:
-    """One module's syntax tree, read when it is first asked for."""
+    """The names that one module's source defines."""
 
     def __init__(self, folder: Root, module: str) -> None:
         self._folder = folder
@@ -368,7 +368,7 @@ class _Source:
     def _read(self, file: Root) -> None:
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError) as problem:  # Also source for a newer Python than this.
+        except (SyntaxError, ValueError) as problem:  # Also for syntax of a newer Python.
             self._unread = f"its source cannot be read: {problem}"
         else:
             self._names = dict(_defined(tree.body))
@@ -386,7 +386,7 @@ class _Source:
         return _signature_fault(symbol, _parameters_of(found))
 
     def member(self, owner: str, name: str) -> Definition | None:
-        """A class's member, or that of the nearest base class whose source can be found."""
+        """A class's own member, or that of the first base class with one in the source."""
         definition = self._names.get(owner)
         if isinstance(definition, ast.ImportFrom):
             return self._elsewhere(definition, owner, name)
@@ -400,7 +400,7 @@ class _Source:
         return next((one for one in found if one is not None), None)
 
     def abstract(self, owner: str) -> list[str]:
-        """The methods that this class asks those derived from it to define."""
+        """The class's abstract methods."""
         definition = self._names.get(owner)
         if not isinstance(definition, ast.ClassDef):
             return []
@@ -415,7 +415,7 @@ class _Source:
 
 
 def _defined(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Definition]]:
-    """Names that these statements bind, also where they do so under a condition."""
+    """The names that these statements bind, including those bound conditionally."""
     for statement in body:
         match statement:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -459,7 +459,7 @@ class _Parameters:
     """Without `self` or `cls`."""
     keyword_only: tuple[str, ...]
     takes_any: bool
-    """`*args`: a wrapper of somebody else's, which says nothing about what it wraps."""
+    """Whether it has `*args`: a wrapper whose signature does not show that of the function."""
 
     def __str__(self) -> str:
         star = ("*",) if self.keyword_only else ()
@@ -495,11 +495,11 @@ def _without_self(positional: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def missing_in_module(module: ModuleType, symbols: Iterable[Symbol] = SYMBOLS) -> list[Problem]:
-    """What of these symbols, as far as they are the module's, it lacks.
+    """Which of the module's symbols it lacks.
 
     Args:
-        module: imported, and not changed by the plug-in; changed by others who keep
-            `__wrapped__`, it is judged as it was.
+        module: imported, and not changed by the plug-in. Functions wrapped by others are checked as
+            they were before, if the wrappers set `__wrapped__`.
     """
     return [
         Problem(symbol, text)
@@ -520,7 +520,8 @@ def _fault(module: ModuleType, symbol: Symbol) -> str | None:
 
 
 def _has(holder: type, member: str) -> bool:
-    """Fields without a default are annotations only; what a constructor sets is in its code."""
+    """Whether a class has a member. Fields without a default exist only as annotations, and those
+    that a constructor sets only in its code."""
     inherited = vars(object).get(member)
     if getattr(holder, member, inherited) is not inherited:
         return True
@@ -532,7 +533,7 @@ def _has(holder: type, member: str) -> bool:
 def _signature(function: Any) -> _Parameters | None:
     try:
         kinds = inspect.signature(function).parameters.values()
-    except ValueError:  # A compiled function may have none to show.
+    except ValueError:  # Compiled functions may have no signature.
         return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return _Parameters(

@@ -1,6 +1,6 @@
 """`make demo`: a real language model at three diversities, before and after a short tuning.
 
-`model` fetches it, `ask` asks it, `mark` finds what is shared, worn or wrong in what it wrote,
-`show` puts that on the terminal and on one page, `tune` tunes it on `prose.jsonl`, and `run` does
-one after the other. Importing this package loads none of them.
+`model` fetches it, `ask` collects answers, `mark` finds shared phrases, AI phrases and errors in
+them, `show` renders these on the terminal and on a page, `tune` tunes the model on `prose.jsonl`,
+and `run` does all of it. Importing this package imports none of them.
 """

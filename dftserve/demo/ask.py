@@ -1,4 +1,4 @@
-"""Ask one server the demo's prompts, each several times at each diversity; keep the answers.
+"""Send a server the demo's prompts, each several times at each diversity, and store the answers.
 
 answers = ask(client, model="build/demo/smollm2", tick=lambda done, all: None)
 """
@@ -20,13 +20,13 @@ PROMPTS = (
     "Describe a stranger who comes to town.",
     "Tell me about a night you will never forget.",
 )
-"""None of them is in prose.jsonl."""
+"""None of these is in prose.jsonl."""
 LEVELS: tuple[float | None, ...] = (None, 0.5, 1.0)
-"""None: the field is not sent, and stock vLLM samples at temperature 1."""
+"""None: the field is not sent, and vLLM samples as usual, at temperature 1."""
 TIMES = 4
 MAX_TOKENS = 100
 LARGEST = 1 << 22
-"""Bytes of a file of answers."""
+"""Maximum size of a file of answers, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Answer:
     text: str
     tokens: int
     figures: Mapping[str, float]
-    """`diversity.choices[0]` of the response; empty where nothing was in force."""
+    """`diversity.choices[0]` of the response; empty if no diversity was in force."""
 
 
 def body(model: str, prompt: str, level: float | None, seed: int) -> dict[str, Any]:
-    """One request, as JSON has it."""
+    """One request's JSON body."""
     asked = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -53,10 +53,10 @@ def body(model: str, prompt: str, level: float | None, seed: int) -> dict[str, A
 
 
 def ask(client: OpenAI, model: str, tick: Callable[[int, int], None]) -> list[Answer]:
-    """Every prompt TIMES times at every level, all at once; the order is that of the questions.
+    """Send every prompt TIMES times at every level, all concurrently; answers in request order.
 
     Args:
-        tick: is told how many answers there are, and of how many.
+        tick: called with the number of answers so far, and their total.
     """
     wanted = [
         (prompt, level, number)
@@ -75,14 +75,14 @@ def _one(client: OpenAI, model: str, prompt: str, level: float | None, seed: int
     request = body(model, prompt, level, seed)
     extra = {name: request.pop(name) for name in ("diversity",) if name in request}
     response = client.chat.completions.create(**request, extra_body=extra)
-    told = (response.model_extra or {}).get("diversity", {"choices": [None]})
+    diversity = (response.model_extra or {}).get("diversity", {"choices": [None]})
     return Answer(
         prompt=prompt,
         level=level,
         seed=seed,
         text=(response.choices[0].message.content or "").strip(),
         tokens=response.usage.completion_tokens if response.usage else 0,
-        figures=told["choices"][0] or {},
+        figures=diversity["choices"][0] or {},
     )
 
 
@@ -91,10 +91,10 @@ def save(answers: list[Answer], path: Path) -> None:
 
 
 def load(path: Path) -> list[Answer] | None:
-    """What `save` wrote for these very questions; None where there is nothing, or other questions.
+    """The answers that `save` wrote; None if there is no file, or it is of other questions.
 
     Raises:
-        ValueError: a file of other content.
+        ValueError: the file has other content.
     """
     if not path.exists():
         return None

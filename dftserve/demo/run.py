@@ -1,9 +1,9 @@
-"""What `make demo` does: fetch a model, ask it, tune it, ask again, and show both.
+"""`make demo`: fetch a model, sample answers, tune it, sample again, and show both.
 
     from dftserve.demo.run import demo
     demo(Path("build/demo"))
 
-Every part leaves its result in the folder and is not done again.
+Every part keeps its result in the folder and is skipped if it is there.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ HEARTBEAT_SECONDS = 30.0
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "36", "--enforce-eager")
 CPU_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "400000000")
 ESTIMATE = (
-    "About seven minutes on two idle cores, in five parts; what is finished is kept in {folder} "
-    "and not done again."
+    "About seven minutes on two idle cores, in five parts; finished parts are kept in {folder} "
+    "and not repeated."
 )
 
 
@@ -43,7 +43,7 @@ def demo(folder: Path, console: Console | None = None) -> None:
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # Of weights that load: each part says what it does.
+    logging.disable_progress_bar()  # Of loading weights.
     console = console or Console()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -81,14 +81,14 @@ def _part(number: int, what: str, console: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heartbeat(console: Console, start: float) -> Iterator[None]:
-    """A line now and then, so that a part that says nothing is not taken for one that hangs."""
+    """Print a line now and then, so that a part without output does not seem to hang."""
     ended = threading.Event()
 
-    def tell() -> None:
+    def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
             console.print(f"  … {time.monotonic() - start:.0f} s", highlight=False)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
         yield
@@ -99,15 +99,15 @@ def _heartbeat(console: Console, start: float) -> Iterator[None]:
 
 def _answers(model: Path, kept: Path, folder: Path, console: Console) -> list[ask.Answer]:
     if (found := ask.load(kept)) is not None:
-        console.print(f"They are in {kept} already.", highlight=False)
+        console.print(f"They are already in {kept}.", highlight=False)
         return found
     log = folder / f"{kept.stem}.log"
     with console.status("Starting vLLM…") as status, _one_thread_each():
         console.print(f"Starting vLLM; its log is {log}.", highlight=False)
         with running(str(model), *serve_flags(), log=log, timeout=900) as server:
 
-            def tick(done: int, of: int) -> None:
-                status.update(f"Asking: {done} of {of} answers")
+            def tick(done: int, total: int) -> None:
+                status.update(f"Sampling: {done} of {total} answers")
 
             client = OpenAI(base_url=server.url, api_key="EMPTY", max_retries=0, timeout=900)
             answers = ask.ask(client, server.model, tick)
@@ -117,7 +117,7 @@ def _answers(model: Path, kept: Path, folder: Path, console: Console) -> list[as
 
 def _tuned(base: Path, folder: Path, console: Console) -> Path:
     if (folder / "dft" / FINAL).exists():
-        console.print(f"It is in {folder / 'dft' / FINAL} already.", highlight=False)
+        console.print(f"It is already in {folder / 'dft' / FINAL}.", highlight=False)
         return folder / "dft" / FINAL
     from dftserve.demo.tune import tune
 
@@ -129,9 +129,9 @@ def _notes(tuned: Path) -> list[str]:
 
     figures = held_out_figures(tuned)
     notes = [
-        f"Held-out paragraphs: {figures['untouched_human_nll']:.2f} nats a token before tuning, "
-        f"{figures['human_nll']:.2f} after. So small a model, tuned on a few pages, still writes "
-        "much that makes no sense: this shows how it is done, not how well it can be."
+        f"Held-out paragraphs: {figures['untouched_human_nll']:.2f} nats per token before tuning, "
+        f"{figures['human_nll']:.2f} after. Such a small model, tuned on a few pages, still writes "
+        "much that makes no sense: this shows how it works, not what quality is possible."
     ]
     if not can_find_errors():
         notes.append("Errors are not marked: harper-py is not installed.")
@@ -139,17 +139,17 @@ def _notes(tuned: Path) -> list[str]:
 
 
 def next_steps(model: Path) -> str:
-    """The commands that serve the model and ask it once."""
-    host = ("--host", "127.0.0.1")  # Else vLLM listens on every interface, without a key.
+    """The commands that serve the model and send it one request."""
+    host = ("--host", "127.0.0.1")  # By default vLLM listens on all interfaces, without a key.
     serve = shlex.join([".venv/bin/dftserve", "serve", str(model), *host, *serve_flags()])
     asked = json.dumps(ask.body(str(model), ask.PROMPTS[0], 0.5, 1))
     url = "http://localhost:8000/v1/chat/completions"
     post = f"curl -s {url} -H 'content-type: application/json' -d {shlex.quote(asked)}"
-    return f"Serve it, and ask it yourself:\n\n    {serve}\n    {post}"
+    return f"Serve it, and try it yourself:\n\n    {serve}\n    {post}"
 
 
 def serve_flags() -> tuple[str, ...]:
-    """For a small model, on the GPU or on a CPU."""
+    """vLLM's flags for a small model, on a GPU or on a CPU."""
     import torch
 
     return FLAGS if torch.cuda.is_available() else (*FLAGS, *CPU_FLAGS)
@@ -157,7 +157,7 @@ def serve_flags() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """vLLM's processes share a CPU best with one thread each; a user's own setting stays."""
+    """On a CPU, vLLM's processes are fastest with one thread each; a user's own setting is kept."""
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return

@@ -21,18 +21,18 @@ from dftserve.demo.mark import ERROR, PHRASE, SHARED, Mark, Marked, can_find_err
 STYLES = {SHARED: "yellow", PHRASE: "magenta", ERROR: "red underline"}
 MEANING = {
     SHARED: "four words or more in a row that another answer to the same prompt also has",
-    PHRASE: "a phrase of assistants: far more often in their prose than in people's",
-    ERROR: "an error of grammar or American spelling, as Harper sees it (“colour” is one)",
+    PHRASE: "an AI phrase: far more frequent in assistants' prose than in people's",
+    ERROR: "an error of grammar or American spelling, according to Harper (“colour” is one)",
 }
 WHAT = (
-    "At each step `diversity` first removes tokens that are implausible there, and then samples "
-    "the others at a higher temperature, the higher the more of them there are. Stock sampling at "
-    "temperature 1, beside it, removes nothing. Look for fewer errors than stock's: at .5 in "
-    "answers that are less varied than stock's, at 1 in answers about as varied."
+    "At each step `diversity` first removes implausible tokens, and then samples the others at a "
+    "higher temperature, which rises with their number. Stock sampling at temperature 1, next to "
+    "it, removes nothing. Look for fewer errors than stock's: at .5 in answers that are less "
+    "varied than stock's, at 1 in answers about as varied."
 )
 FEW = (
-    "So few answers show what kind of text comes out. Differences between their rows are partly "
-    "chance: README.md has the figures of 256 answers a row, with intervals."
+    "So few answers only show what kind of text to expect. Differences between the rows are partly "
+    "chance: README.md has the figures of 256 answers per row, with intervals."
 )
 CSS = Markup("""
 <style>pre{white-space:pre-wrap}mark{color:#222;border-radius:2px}mark.shared{background:#ffe9a8}
@@ -51,14 +51,14 @@ HEAD = (
     "temp.",
 )
 ENTROPY = (
-    "entropy: of the tokens that were not removed, before and after the heat, in the mean; temp.: "
-    "the mean temperature. Stock vLLM tells neither."
+    "entropy: the mean over steps, of the tokens that were not removed, before and after the heat; "
+    "temp.: the mean temperature. Stock vLLM reports neither."
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one model said."""
+    """One model's answers."""
 
     title: str
     answers: Sequence[Answer]
@@ -95,7 +95,7 @@ def on_terminal(stage: Stage, console: Console, shown: int = 2) -> None:
         width = max(console.width // len(LEVELS) - 1, 20)
         console.print(Columns(panels, equal=True, width=width))
     console.print(_legend())
-    console.print("Answers that stand side by side have the same seed.")
+    console.print("Answers side by side have the same seed.")
     console.print(_table(stage))
     console.print(ENTROPY)
     console.print(FEW)
@@ -128,7 +128,7 @@ def _table(stage: Stage) -> Table:
 
 
 def rows(stage: Stage) -> list[list[str]]:
-    """The figures of each level, as HEAD names them."""
+    """The figures of each level, in the columns of HEAD."""
     return [_row(stage, level) for level in LEVELS]
 
 
@@ -150,7 +150,7 @@ def _row(stage: Stage, level: float | None) -> list[str]:
 
 
 def _different(texts: Sequence[Marked]) -> float:
-    """Of the words of all answers to one prompt, the share that are different ones."""
+    """Different words, as a share of all words in the answers to one prompt."""
     words = [word for each in texts for word in re.findall(r"[^\W\d_]+", each.text.lower())]
     return len(set(words)) / max(1, len(words))
 
@@ -168,10 +168,10 @@ def _entropy(figures: Sequence[Mapping[str, float]]) -> str:
 
 
 def as_page(stages: Iterable[Stage], notes: Sequence[str] = (), commands: str = "") -> str:
-    """One HTML file that needs nothing else.
+    """One self-contained HTML file.
 
     Args:
-        commands: shown as they are, at the end.
+        commands: shown verbatim at the end.
     """
     kind_line = Markup('<p><mark class="{}">{}</mark> {}</p>')
     legend = html.joined(kind_line.format(kind, kind, MEANING[kind]) for kind in _kinds())
@@ -183,9 +183,9 @@ def as_page(stages: Iterable[Stage], notes: Sequence[str] = (), commands: str = 
         )
         for stage in stages
     ]
-    told = map(html.note, (WHAT, ENTROPY, FEW, *notes))
+    above = map(html.note, (WHAT, ENTROPY, FEW, *notes))
     shown = Markup("<pre>{}</pre>").format(commands)
-    return html.page("One small model, three diversities", CSS, legend, *told, *sections, shown)
+    return html.page("One small model, three diversities", CSS, legend, *above, *sections, shown)
 
 
 def _prompt(stage: Stage, prompt: str) -> Markup:
@@ -201,7 +201,8 @@ def _prompt(stage: Stage, prompt: str) -> Markup:
 
 
 def _html(marked: Marked) -> Markup:
-    """Marks may overlap: the text is cut at every border, and a piece shows the gravest."""
+    """The text with its marks. They may overlap, so the text is split at every border, and a piece
+    shows its most severe mark."""
     borders = {0, len(marked.text)}
     borders.update(at for each in marked.marks for at in (each.start, each.stop))
     cuts = sorted(borders)
@@ -213,5 +214,5 @@ def _piece(marked: Marked, start: int, stop: int) -> str:
     over = [each for each in marked.marks if each.start <= start and stop <= each.stop]
     if not over:
         return text
-    gravest: Mark = max(over, key=lambda each: list(MEANING).index(each.kind))
-    return Markup('<mark class="{}" title="{}">{}</mark>').format(gravest.kind, gravest.why, text)
+    worst: Mark = max(over, key=lambda each: list(MEANING).index(each.kind))
+    return Markup('<mark class="{}" title="{}">{}</mark>').format(worst.kind, worst.why, text)

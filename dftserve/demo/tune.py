@@ -1,6 +1,6 @@
 """Tune the demo's model toward a distribution, on paragraphs by eighteen authors, by LoRA.
 
-What a user would do with `dftserve target build` and `dftserve train`; `prose.md` names the texts.
+Equivalent to `dftserve target build` and `dftserve train`; `prose.md` lists the texts.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from dftserve.train.run import train
 HERE = Path(__file__).parent
 PROSE, RECIPE = HERE / "prose.jsonl", HERE / "recipe.yaml"
 HELDOUT = 0.1
-"""Share of the paragraphs that only measure."""
+"""Share of the paragraphs that are held out for measurement."""
 
 
 def tune(model: Path, folder: Path, say: Callable[[str], None]) -> Path:
-    """The tuned checkpoint's folder; what a former call has finished stays."""
+    """Tune the model, unless an earlier call has; returns the tuned checkpoint's folder."""
     targets, output = folder / "targets", folder / "dft"
     if (output / FINAL).exists():
         return output / FINAL
@@ -54,6 +54,6 @@ def tune(model: Path, folder: Path, say: Callable[[str], None]) -> Path:
 
 
 def held_out_figures(final: Path) -> dict[str, float]:
-    """Of the tuned model, nats a token of the paragraphs that were not trained on."""
+    """The run's figures, among them the loss in nats per token on the held-out paragraphs."""
     run = read_json(final / "run.json", within=final, largest=1 << 20, finite=False)
     return run["figures"]

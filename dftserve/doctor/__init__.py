@@ -1,11 +1,11 @@
-"""What is installed, which runner will run, and is the plug-in active: here, and on a server.
+"""Checks what is installed, which runner vLLM will use, and whether the plug-in is active.
 
     examine      this Python and its environment variables
-    judge        one vLLM's source: a folder, or a wheel that is not installed
+    judge        a vLLM's source: a folder, or a wheel that is not installed
     ask          a running server
-    verify       a running server, by requests
+    verify       a running server, by sending it requests
 
-Nothing heavy is imported, but where there are styles: versions and files are read where they lie.
+Imports no large package, unless there are styles: versions and source files are read from disk.
 """
 
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ __all__ = [
 
 
 def examine(environment: Mapping[str, str], model: str | None = None) -> list[Finding]:
-    """What this Python and these environment variables say; vLLM is not started.
+    """Check this Python and these environment variables; vLLM is not started.
 
     Args:
-        model: what will be served, which the style profiles are compared with.
+        model: the model to be served; the style profiles are checked against it.
     """
     return [
         *packages.findings(),

@@ -1,4 +1,4 @@
-"""Which classes of vLLM a class inherits from, read from source files; nothing is imported."""
+"""Finds the vLLM classes that a class inherits from, in source files; nothing is imported."""
 
 import ast
 import importlib.util
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FARTHEST = 16
-"""Classes and modules that are followed from one to the next before it is given up."""
+"""Maximum number of imports and base classes that are followed."""
 
 
 def vllm_bases(module: str, name: str, *, left: int = FARTHEST) -> set[str] | None:
     """The full names of vLLM's classes that a class inherits from; a function has none.
 
-    None where the source does not tell: no Python file, or a name or a base class that is made
-    when the module runs.
+    None if the source does not show it: there is no Python file, or a name or a base class is
+    created at run time.
     """
     package = module.partition(".")[0]
     if package == "vllm":
@@ -32,7 +32,7 @@ def vllm_bases(module: str, name: str, *, left: int = FARTHEST) -> set[str] | No
             owner, original = source.imported(statement, name)
             return vllm_bases(owner, original, left=left - 1)
         case ast.ClassDef(bases=bases):
-            return _together([_of_base(module, base, left - 1) for base in bases])
+            return _union([_of_base(module, base, left - 1) for base in bases])
         case _:
             return None
 
@@ -47,10 +47,10 @@ def _of_base(module: str, base: ast.expr, left: int) -> set[str] | None:
             return None
 
 
-def _together(found: list[set[str] | None]) -> set[str] | None:
-    """A base class that cannot be told hides nothing of those that can."""
-    told = {name for one in found if one for name in one}
-    return told if told or None not in found else None
+def _union(found: list[set[str] | None]) -> set[str] | None:
+    """The known names; None only if there are none and a base class is unknown."""
+    known = {name for one in found if one for name in one}
+    return known if known or None not in found else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _source(module: str) -> _Source | None:
     try:
         tree = None if file is None else ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return None  # The caller says that it cannot be told.
+        return None  # The caller reports it as unknown.
     if file is None or tree is None:
         return None
     return _Source(module, file.name == "__init__.py", dict(_names(tree.body)))
@@ -96,7 +96,7 @@ def _file(module: str) -> Path | None:
 
 
 def _names(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """What binds each name; of two branches, the one that is meant to run comes last."""
+    """The statement that binds each name; of two branches, the one likely to run comes last."""
     for statement in body:
         match statement:
             case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():

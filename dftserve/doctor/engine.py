@@ -1,4 +1,4 @@
-"""The model runner that vLLM will choose here, from what it looks at itself."""
+"""Predicts which model runner vLLM will choose here, by vLLM's own criteria."""
 
 import ctypes
 import importlib.metadata
@@ -19,17 +19,17 @@ def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def runner(environment: Mapping[str, str]) -> str | None:
-    """V1 or V2; None where there is no vLLM or the switch is wrong."""
+    """V1 or V2; None if there is no vLLM or `SWITCH` has an unacceptable value."""
     found = _runner(environment) if folder("vllm") is not None else None
     return None if found is None or found.state == "error" else found.text[:2]
 
 
 def _runner(environment: Mapping[str, str]) -> Finding:
-    said = environment.get(SWITCH)
-    if said is not None:
-        if not re.fullmatch(r"\s*[+-]?\d+\s*", said):
-            return error("runner", f"{SWITCH}: got {said!r}; accepted: 0 or 1.")
-        return ok("runner", f"{'V2' if int(said) else 'V1'}: {SWITCH}={said}.")
+    switch = environment.get(SWITCH)
+    if switch is not None:
+        if not re.fullmatch(r"\s*[+-]?\d+\s*", switch):
+            return error("runner", f"{SWITCH}: got {switch!r}; accepted: 0 or 1.")
+        return ok("runner", f"{'V2' if int(switch) else 'V1'}: {SWITCH}={switch}.")
     if importlib.util.find_spec("triton") is None:
         return ok("runner", "V1: Triton, which V2 needs, is not installed.")
     if "cpu" in (installed("vllm") or "cpu"):
@@ -59,7 +59,7 @@ def _has_gpu() -> bool:
 
 
 def _has_nvidia() -> bool:
-    """Triton's own test: the driver loads and counts a device."""
+    """Triton's own test: the driver loads and reports a device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

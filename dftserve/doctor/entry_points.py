@@ -1,4 +1,4 @@
-"""The entry points through which vLLM finds the plug-in, and those of others in the same groups."""
+"""Checks the entry points by which vLLM finds the plug-in, and those of other packages."""
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     for point in _foreign(PROCESSORS):
         yield _foreign_processor(point, runner)
     for point in _foreign(GENERAL):
-        text = f"{_described(point)} is a general plug-in too; vLLM loads both."
+        text = f"{_described(point)} is also a general plug-in; vLLM loads both."
         yield ok(_owner(point), text)
 
 
@@ -54,11 +54,11 @@ def _has_module(name: str) -> bool:
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-# Those of others
+# Other packages' entry points
 
 
 def _foreign(group: str) -> list[importlib.metadata.EntryPoint]:
-    """Neither ours nor vLLM's own; of two entry points called dftserve `_entry_point` speaks."""
+    """Entry points that are neither ours nor vLLM's; `_entry_point` handles duplicates of ours."""
     return [
         point
         for point in importlib.metadata.entry_points(group=group)
@@ -76,11 +76,11 @@ def _described(point: importlib.metadata.EntryPoint) -> str:
 
 
 def _foreign_processor(point: importlib.metadata.EntryPoint, runner: str | None) -> Finding:
-    """vLLM loads every installed processor, on both runners, whether a request wants it or not."""
-    described = f"{_described(point)} is a logits processor too, in every engine"
+    """vLLM loads every installed processor, on both runners, whether a request uses it or not."""
+    described = f"{_described(point)} is also a logits processor, in every engine"
     bases = vllm_bases(point.module, point.attr)
     if bases is None or runner is None:
-        text = f"{described}; whether it is one for this runner cannot be told without importing it"
+        text = f"{described}; whether it fits this runner is not known without importing it"
         return warning(_owner(point), f"{text}. If the server does not start, uninstall it.")
     if any(_is_in(base, INTERFACES[runner]) for base in bases):
         return ok(_owner(point), f"{described}, and one for the {runner} runner.")
@@ -97,5 +97,5 @@ def _unfit(point: importlib.metadata.EntryPoint, described: str, runner: str) ->
     cure = f"pip uninstall {owner}"
     if runner == "V2":
         return error(owner, f"{text}: vLLM refuses it and does not start on the V2 runner; {cure}.")
-    # V1 checks nothing, and ends where a method is missing that the base class demands.
+    # V1 does not check the class, and fails if a method that the base class requires is missing.
     return warning(owner, f"{text}: on the V1 runner vLLM may not start; {cure} if so.")

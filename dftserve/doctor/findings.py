@@ -1,4 +1,4 @@
-"""What a check says, and how it is shown."""
+"""The results of checks, and how they are shown."""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def error(name: str, text: str) -> Finding:
 
 
 def aside(findings: list[Finding]) -> list[Finding]:
-    """The same findings where another's decide: none of them an error."""
+    """The same findings with errors turned into warnings, when other findings decide."""
     return [warning(f.name, f.text) if f.state == "error" else f for f in findings]
 
 

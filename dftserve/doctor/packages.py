@@ -1,4 +1,4 @@
-"""The packages that have to be there, and whether their versions go together."""
+"""Checks that the required packages are installed, in compatible versions."""
 
 import importlib.metadata
 import importlib.util
@@ -34,7 +34,7 @@ def installed(name: str) -> str | None:
 
 
 def folder(package: str) -> Path | None:
-    """Where an importable package lies; it is not imported."""
+    """The folder of an importable package; it is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -62,11 +62,11 @@ def _python() -> Finding:
 
 
 def _dftserve() -> Finding:
-    runs, there = dftserve.__version__, installed("dftserve")
-    if there != runs:
-        said = there or "nothing"
-        return error("dftserve", f"{runs} runs but {said} is installed: {REINSTALL}")
-    return ok("dftserve", runs)
+    running, found = dftserve.__version__, installed("dftserve")
+    if found != running:
+        text = f"{running} runs but {found or 'nothing'} is installed: {REINSTALL}"
+        return error("dftserve", text)
+    return ok("dftserve", running)
 
 
 def _plugin() -> Finding:
@@ -79,13 +79,13 @@ def _plugin() -> Finding:
     if version is None:
         return error(PLUGIN, f"not installed: pip install {PLUGIN}")
     if version != dftserve.__version__:
-        text = f"{version}, and dftserve {dftserve.__version__}; they go together: {REINSTALL}"
+        text = f"{version}, but dftserve {dftserve.__version__}; install the same: {REINSTALL}"
         return error(PLUGIN, text)
     return ok(PLUGIN, version)
 
 
 def _copies(name: str) -> list[str]:
-    """Version and folder of every copy on the path; a sound install leaves one."""
+    """Version and folder of every copy on the path; a correct installation has one."""
     found = importlib.metadata.distributions(name=name)
     return sorted({f"{one.version} in {Path(str(one.locate_file(''))).resolve()}" for one in found})
 
@@ -126,6 +126,6 @@ def _transformers() -> Finding:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers, which is all that these ranges need."""
+    """The leading numbers, which are enough for these ranges."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()

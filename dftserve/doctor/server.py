@@ -1,4 +1,4 @@
-"""What a running server says of itself, and what it is where it says nothing of the kind."""
+"""Reads a running server's capabilities, and diagnoses a server that has none."""
 
 import json
 import ssl
@@ -18,14 +18,14 @@ from dftserve.serve import root_of
 ROUTE = "/v1/dft/capabilities"
 ANSWER_SECONDS = 10.0
 LARGEST_ANSWER = 1 << 20
-"""Bytes that are read of an answer."""
+"""Maximum number of bytes that are read of an answer."""
 
 
 def ask(url: str, api_key: str | None = None) -> list[Finding]:
-    """What a running server says of itself; `url` with or without /v1.
+    """Findings from a running server's capabilities; `url` with or without /v1.
 
     Raises:
-        ValueError: the address is not one of http or https.
+        ValueError: not an http or https address.
     """
     return capabilities_of(url, api_key)[0]
 
@@ -33,7 +33,7 @@ def ask(url: str, api_key: str | None = None) -> list[Finding]:
 def capabilities_of(
     url: str, api_key: str | None = None
 ) -> tuple[list[Finding], dict[str, Any] | None]:
-    """As `ask`, and the capabilities themselves; None where it has none of ours."""
+    """As `ask`, and the capabilities themselves; None if it has none of ours."""
     base = root_of(url)
     try:
         answer = _get(base + ROUTE, api_key)
@@ -47,7 +47,7 @@ def capabilities_of(
     return list(_capabilities(content)), content
 
 
-# One question
+# HTTP
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Answer:
     body: bytes
 
     def content(self) -> Any:
-        """The JSON value; None for what is none."""
+        """The body as JSON; None if it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -66,7 +66,7 @@ class _Answer:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address."""
+    """Follows no redirect, which would send the key to another address."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -87,17 +87,17 @@ def _get(address: str, api_key: str | None = None) -> _Answer:
 
 def _read(response: Any) -> _Answer:
     with response:
-        said = response.headers
+        headers = response.headers
         return _Answer(
             response.status,
-            said.get_content_type(),
-            said.get("Location"),
+            headers.get_content_type(),
+            headers.get("Location"),
             response.read(LARGEST_ANSWER),
         )
 
 
 def _vllm_version(base: str) -> str | None:
-    """What vLLM says to anybody; asked without the key."""
+    """The version that vLLM reports to anybody; requested without the key."""
     try:
         answer = _get(f"{base}/version")
     except (OSError, HTTPException):
@@ -107,7 +107,7 @@ def _vllm_version(base: str) -> str | None:
     return version if answer.status == 200 and isinstance(version, str) else None
 
 
-# No answer of ours
+# Answers of servers without the plug-in
 
 
 def _unreachable(base: str, problem: OSError | HTTPException) -> str:
@@ -115,8 +115,8 @@ def _unreachable(base: str, problem: OSError | HTTPException) -> str:
     _, _, place = base.partition("://")
     if isinstance(why, ssl.SSLCertVerificationError):
         return (
-            f"{base} shows a certificate that is not trusted here ({why.verify_message}); "
-            "SSL_CERT_FILE names the file of an authority to trust."
+            f"{base} has a certificate that is not trusted here ({why.verify_message}); set "
+            "SSL_CERT_FILE to the certificate file of an authority to trust."
         )
     if isinstance(why, ssl.SSLError):
         return f"{base} does not speak TLS: try http://{place}."
@@ -130,15 +130,17 @@ def _refused(base: str, answer: _Answer, *, has_key: bool) -> str:
     if answer.status == 404:
         return _not_found(base)
     if answer.status in (401, 403) and has_key:
-        return f"{route} answers {answer.status}: that server has another key than the one sent."
+        return f"{route} answers {answer.status}: the key that was sent is not that server's."
     if answer.status in (401, 403):
-        cure = "name the variable that holds the server's key, --api-key-env NAME"
+        cure = "give the variable with the server's key, --api-key-env NAME"
         return f"{route} answers {answer.status}: {cure}."
     if answer.status == 400 and base.startswith("http:") and b"HTTPS" in answer.body:
         return f"{base} expects TLS: try https://{base.partition('://')[2]}."
     if answer.location:
-        return f"{route} answers {answer.status}: it has moved to {answer.location}; ask there."
-    return f"{route} answers {answer.status}: that server's log says why."
+        return (
+            f"{route} answers {answer.status}: it has moved to {answer.location}; use that address."
+        )
+    return f"{route} answers {answer.status}: see that server's log."
 
 
 def _not_found(base: str) -> str:
@@ -146,16 +148,16 @@ def _not_found(base: str) -> str:
         return (
             f"the plug-in is not active there: vLLM {version} answers, but not {base}{ROUTE}. "
             f"In that server's environment {PLUGIN} is not installed (pip install {PLUGIN}), or "
-            "DFTSERVE_DISABLE is set, or VLLM_PLUGINS leaves dftserve out: dftserve doctor, run "
-            "there, says which. Then restart the server."
+            "DFTSERVE_DISABLE is set, or VLLM_PLUGINS leaves dftserve out: run dftserve doctor "
+            "there to see which. Then restart the server."
         )
     parts = urlsplit(base)
     origin = f"{parts.scheme}://{parts.netloc}"
     if base != origin and (version := _vllm_version(origin)):
-        return f"nothing is at {parts.path} of that server, a vLLM {version}: --url {origin}"
+        return f"that server, vLLM {version}, has nothing at {parts.path}: use --url {origin}"
     return (
-        f"{base}{ROUTE} is not found, and {base}/version is not vLLM's: another web server, or "
-        "another path than the one that vLLM is behind?"
+        f"{base}{ROUTE} is not found, and {base}/version is not vLLM's: is it another web server, "
+        "or is vLLM behind another path?"
     )
 
 
@@ -167,7 +169,7 @@ def _foreign(base: str, answer: _Answer) -> str:
     )
 
 
-# Ours
+# Answers of the plug-in
 
 
 def _capabilities(answer: dict[str, Any]) -> Iterator[Finding]:
@@ -217,6 +219,6 @@ def _styles(answer: dict[str, Any]) -> Iterator[Finding]:
 def _faults(answer: dict[str, Any]) -> Finding:
     faults, nan_rows = answer.get("faults"), answer.get("nan_rows")
     if faults or nan_rows:
-        text = f"{faults} steps and {nan_rows} NaN rows passed through unchanged: see its log."
+        text = f"{faults} steps and {nan_rows} NaN rows were left unchanged: see its log."
         return warning("server faults", text)
     return ok("server faults", "none.")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def findings(environment: Mapping[str, str], model: str | None) -> Iterator[Finding]:
     """
     Args:
-        model: the folder or the name of what will be served; None: whether a profile fits it is
-            not looked at.
+        model: the folder or the name of the model to be served; None: profiles are not checked
+            against a model.
     """
     given = environment.get(STYLES_VARIABLE, "")
     if not given:
@@ -38,7 +38,7 @@ def findings(environment: Mapping[str, str], model: str | None) -> Iterator[Find
 
 
 def _of_folder(folder: Path, model: str | None) -> Iterator[Finding]:
-    # Not before there is a folder: it brings torch, which nothing else here needs.
+    # Imported only if there is a folder: it imports torch, which nothing else here needs.
     from dftserve.styles.folder import check_depth, load
 
     check = check_depth if model is None else _fit(model)
@@ -68,5 +68,5 @@ def _fit(model: str) -> "Callable[[Profile], None]":
 
 
 def _about(profile: "Profile", model: str | None) -> str:
-    fits = "it fits the model" if model is not None else "--model says whether it fits"
+    fits = "it fits the model" if model is not None else "use --model to check whether it fits"
     return f"{len(profile.phrases)} phrases, counted on {profile.model}; {fits}."

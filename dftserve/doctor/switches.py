@@ -1,4 +1,4 @@
-"""The environment variables that switch the plug-in on, off or aside."""
+"""Checks the environment variables that switch the plug-in or parts of it on or off."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from dftserve.spec import DEFAULT_VARIABLE, DiversityError, parse_json
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     if environment.get("DFTSERVE_DISABLE", "") not in ("", "0"):
-        text = "set: everything of dftserve is inert and the field ignored; unset it."
+        text = "set: dftserve is inert and the field is ignored; unset it."
         yield warning("DFTSERVE_DISABLE", text)
     plugins = environment.get("VLLM_PLUGINS")
     if plugins is not None and ENTRY_POINT not in plugins.split(","):

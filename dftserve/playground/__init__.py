@@ -1,5 +1,5 @@
-"""`dftserve playground`: a page in the browser that asks a server with two settings side by side.
+"""`dftserve playground`: a web page that compares two settings of a server side by side.
 
-`server` gives the page and passes its requests on, with the API key, which the page never sees.
-`static` is the page: plain modules, no build step, nothing from another host.
+`server` serves the page and forwards its requests with the API key, which the page never gets.
+`static` is the page: plain JavaScript modules, no build step, nothing loaded from another host.
 """

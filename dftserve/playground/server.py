@@ -1,11 +1,11 @@
-"""The playground's own server: the page's files, and two routes to the server that it asks.
+"""The playground's own server: the page's files, and two routes to the upstream server.
 
     with listening(port=8100) as found:
         run(Upstream("http://127.0.0.1:8000/v1", key=None, key_variable="OPENAI_API_KEY"), found)
 
-It holds the API key and the page does not. So it listens on the loopback address only, answers no
-other `Host` (DNS rebinding), and takes JSON only, which a page of another origin cannot send
-without a permission that is never given.
+It has the API key and the page does not. So it listens on the loopback address only, rejects any
+other `Host` (DNS rebinding), and accepts only JSON, which a page of another origin cannot send
+without a CORS permission, which is never given.
 """
 
 import json
@@ -29,7 +29,7 @@ from starlette.routing import Route
 HOST = "127.0.0.1"
 MAX_BODY_BYTES = 1 << 20
 ANSWER_TIMEOUT_S, INFO_TIMEOUT_S = 600.0, 10.0
-"""For the next bytes of an answer; for what the server says of itself."""
+"""For the next bytes of an answer; for requests about the server itself."""
 STATIC = resources.files("dftserve.playground") / "static"
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 SECURITY = {
@@ -41,21 +41,21 @@ SECURITY = {
     "Cache-Control": "no-store",
 }
 FORWARDED_HEADERS = ("content-type", "x-dftserve-diversity", "x-dftserve-style")
-"""Of an answer."""
+"""Headers of an answer that are forwarded."""
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """The server that is asked."""
+    """The server that answers."""
 
     url: str
-    """With /v1."""
+    """Includes /v1."""
     key: str | None
     key_variable: str
-    """The environment variable that the key is from; the lines to copy read it."""
+    """The environment variable that holds the key; the page's code examples read it."""
 
     def client(self) -> httpx.AsyncClient:
-        # Compressed by a proxy inside of the plug-in's middleware, an answer has no figures.
+        # The plug-in adds no statistics to an answer that is already compressed.
         headers = {"Accept-Encoding": "identity"}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -63,9 +63,9 @@ class Upstream:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=INFO_TIMEOUT_S),
-            # A key must not go to a proxy on its way to this machine itself.
+            # For a local server, the key must not be sent through a proxy.
             trust_env=not self.is_local,
-            # A kept connection may be closed by the server in the moment it is used again.
+            # The server may close an idle connection just when it is used again.
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
@@ -83,10 +83,10 @@ def listening(port: int) -> Iterator[socket.socket]:
     """A socket on the loopback address.
 
     Args:
-        port: 0: any that is free.
+        port: 0: any free port.
 
     Raises:
-        OSError: the port is taken, or not to be had.
+        OSError: the port is taken or cannot be used.
     """
     with socket.socket() as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -94,7 +94,7 @@ def listening(port: int) -> Iterator[socket.socket]:
             found.bind((HOST, port))
             found.listen()
         except OSError as error:
-            advice = "choose another --port, or 0 for any that is free"
+            advice = "choose another --port, or 0 for any free port"
             raise OSError(f"port {port} of {HOST}: {error.strerror}; {advice}.") from None
         yield found
 
@@ -126,7 +126,7 @@ def app(upstream: Upstream) -> Starlette:
 
 
 async def page_file(request: Request) -> Response:
-    """One of the page's files; no other file has a name that is looked for."""
+    """One of the page's files, looked up by name, so that no other file can be reached."""
     name = request.path_params.get("name", "page.html")
     found = {each.name: each for each in STATIC.iterdir()}
     if name not in found:
@@ -135,11 +135,11 @@ async def page_file(request: Request) -> Response:
     return Response(found[name].read_bytes(), media_type=kind, headers=SECURITY)
 
 
-# ── The server that is asked ─────────────────────────────────────────────────────────────────────
+# ── The upstream server ──────────────────────────────────────────────────────────────────────────
 
 
 async def server_info(request: Request) -> Response:
-    """What the page needs to know of it: its models, its capabilities, or what is wrong."""
+    """The upstream server's models and capabilities, or what is wrong with it."""
     found = await read_info(request.app.state.client, request.app.state.upstream)
     return JSONResponse(found, headers=SECURITY)
 
@@ -156,31 +156,31 @@ async def read_info(client: httpx.AsyncClient, upstream: Upstream) -> dict[str, 
         models.raise_for_status()
         found["models"] = [str(each["id"]) for each in models.json()["data"]]
         capabilities = await client.get("dft/capabilities", timeout=INFO_TIMEOUT_S)
-        if capabilities.status_code == 200 and isinstance(said := capabilities.json(), dict):
-            found["capabilities"] = said
+        if capabilities.status_code == 200 and isinstance(content := capabilities.json(), dict):
+            found["capabilities"] = content
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         return found | {"problem": unreachable(url, error)}
     return found | {"problem": inactive(found["capabilities"])}
 
 
 def inactive(capabilities: Mapping[str, Any] | None) -> str | None:
-    """Why `diversity` would do nothing there; None where it is honoured."""
+    """Why `diversity` would have no effect on the server; None if it is honoured."""
     if capabilities is None:
         return (
-            "This server has no diversity field: install dftserve-vllm beside its vLLM, and "
-            "restart it."
+            "This server has no diversity field: install dftserve-vllm in its vLLM's environment, "
+            "and restart it."
         )
     return None if capabilities.get("active") else str(capabilities.get("reason"))
 
 
 def unreachable(url: str, error: Exception) -> str:
-    said = str(error) or type(error).__name__
-    return f"{url} does not answer as an OpenAI-compatible server ({said}): is it running?"
+    reason = str(error) or type(error).__name__
+    return f"{url} does not answer as an OpenAI-compatible server ({reason}): is it running?"
 
 
 async def chat(request: Request) -> Response:
-    """A request of the page's, as it is; its answer as it comes. When the page goes, so does the
-    request to the server."""
+    """Forward a request of the page unchanged, and stream its answer. If the page disconnects, the
+    request to the server is cancelled."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         return refusal(415, "Content-Type: accepted: application/json.")
     body = await bounded_body(request)
@@ -202,7 +202,7 @@ async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
         async for piece in answer.aiter_bytes():
             yield piece
     except httpx.HTTPError as error:
-        # The answer has begun: this is where its reader can still be told.
+        # The status was already sent, so the error is reported in the stream.
         message = f"The server's answer broke off ({str(error) or type(error).__name__})."
         yield f"\n\ndata: {json.dumps({'error': {'message': message}})}\n\n".encode()
     finally:

@@ -1,6 +1,6 @@
-"""`llm -m MODEL -o diversity 0.5` with a vLLM server that has dftserve.
+"""`llm -m MODEL -o diversity 0.5` for a vLLM server with dftserve.
 
-The models are those of `dftserve-models.yaml` in LLM's folder, written as its own
+The models are listed in `dftserve-models.yaml` in LLM's folder, in the format of LLM's
 extra-openai-models.yaml: model_id, model_name, api_base, api_key_name, headers, aliases.
 """
 
@@ -19,24 +19,25 @@ from llm.default_plugins.openai_models import Chat
 class DiverseChat(Chat):
     """LLM's own chat model, with one more option."""
 
-    key_env_var = None  # Not OPENAI_API_KEY: that key is not this server's.
-    _said: Any = None
+    key_env_var = None  # Not OPENAI_API_KEY: that key is for another server.
+    _diversity: Any = None
+    """The `diversity` object of a streamed answer."""
 
     class Options(Chat.Options):
         diversity: str | float | dict | None = None
         """A number from 0 to 1, or the object; from the command line, its JSON text."""
 
     def execute(self, prompt, stream, response, *more: Any, **named: Any) -> Iterator[Any]:
-        one = copy.copy(self)  # What is noted below is this request's alone.
+        one = copy.copy(self)  # `_diversity` belongs to a single request.
         yield from Chat.execute(one, prompt, stream, response, *more, **named)
-        if one._said is not None:
-            response.response_json["diversity"] = one._said
+        if one._diversity is not None:
+            response.response_json["diversity"] = one._diversity
 
     def build_kwargs(self, prompt, stream) -> dict[str, Any]:
         kwargs = super().build_kwargs(prompt, stream)
         if (asked := kwargs.pop("diversity", None)) is not None:
             with contextlib.suppress(TypeError, json.JSONDecodeError):
-                asked = json.loads(asked)  # Else the server says what it accepts.
+                asked = json.loads(asked)  # If this fails, the server reports what it accepts.
             kwargs["extra_body"] = {"diversity": asked}
         return kwargs
 
@@ -44,17 +45,17 @@ class DiverseChat(Chat):
         client = super().get_client(*arguments, **named)
         create = client.chat.completions.create
 
-        def noting(**body: Any) -> Any:
+        def recording(**body: Any) -> Any:
             answer = create(**body)
-            return self._noted(answer) if body.get("stream") else answer
+            return self._recorded(answer) if body.get("stream") else answer
 
-        client.chat.completions.create = noting
+        client.chat.completions.create = recording
         return client
 
-    def _noted(self, chunks: Iterable[Any]) -> Iterator[Any]:
-        """The chunks, whose `diversity` object LLM would not keep."""
+    def _recorded(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        """Passes the chunks on, and records their `diversity` object, which LLM drops."""
         for chunk in chunks:
-            self._said = (chunk.model_extra or {}).get("diversity", self._said)
+            self._diversity = (chunk.model_extra or {}).get("diversity", self._diversity)
             yield chunk
 
 

@@ -223,8 +223,8 @@ def test_a_stream_says_it_and_so_does_a_greedy_text(adapted):
 
 REFUSED = [
     ({"style": "tale"}, "style.name", "accepted: habits, tales."),
-    ({"style": {"name": "tales", "max_kl": 0.1}}, "style.max_kl", "none beside an adapter"),
-    ({"style": "tales", "model": "tales-0.5"}, "style.name", "'tales-0.5' is in force"),
+    ({"style": {"name": "tales", "max_kl": 0.1}}, "style.max_kl", "none with an adapter"),
+    ({"style": "tales", "model": "tales-0.5"}, "style.name", "selects the adapter 'tales-0.5'"),
     ({"style": "tales-1"}, "style.name", "accepted: habits, tales."),
     ({"style": "t" * (LONGEST_NAME + 1)}, "style.name", "characters"),
 ]

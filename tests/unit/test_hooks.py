@@ -331,7 +331,7 @@ def test_what_a_request_s_parameters_are_made_from_passes_as_it_came(by_name):
     assert given == [(8, {"top_p": 0.9}, rest, {"new": 1}), (8, {}, rest, {"new": 1})]
 
 
-@pytest.mark.parametrize("wrapper", [seeds.takes_back, seeds.leaves_offsets])
+@pytest.mark.parametrize("wrapper", [seeds.restore_generators, seeds.hide_generators])
 def test_a_runner_whose_seeds_we_do_not_understand_runs_as_it_is(wrapper):
     ran = wrapper(lambda self, *args, **kwargs: (self, args, kwargs))
     runner = object()

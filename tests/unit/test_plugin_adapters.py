@@ -204,11 +204,11 @@ REFUSED = {
     "unknown": ({"style": "tale"}, "style.name", NAMES),
     "an adapter's own name": ({"style": "tales-1"}, "style.name", NAMES),
     "no strength": ({"style": "sql"}, "style.name", NAMES),
-    "max_kl": ({"style": {"name": "tales", "max_kl": 0.1}}, "style.max_kl", "none beside"),
+    "max_kl": ({"style": {"name": "tales", "max_kl": 0.1}}, "style.max_kl", "none with"),
     "an adapter as the model": (
         {"style": "tales", "model": "sql"},
         "style.name",
-        "'sql' is in force",
+        "selects the adapter 'sql'",
     ),
 }
 

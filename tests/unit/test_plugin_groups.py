@@ -301,10 +301,10 @@ def test_offline_choices_are_placed_too():
 @pytest.mark.parametrize(
     ("group", "fields", "parameter", "says"),
     [
-        (True, {}, "diversity.group", "got true beside n = 1; accepted: n from 2 to 1024, or "),
-        (True, {"n": 1025}, "diversity.group", "got true beside n = 1025"),
-        (PLACE, {"n": 2}, "diversity.group", "got one text's place beside n = 2; accepted: n = 1"),
-        (PLACE, {"temperature": 0}, "temperature", "got 0 beside diversity.group"),
+        (True, {}, "diversity.group", "got true with n = 1; accepted: n from 2 to 1024, or "),
+        (True, {"n": 1025}, "diversity.group", "got true with n = 1025"),
+        (PLACE, {"n": 2}, "diversity.group", "got one text's index with n = 2; accepted: n = 1"),
+        (PLACE, {"temperature": 0}, "temperature", "got 0 with diversity.group"),
         (1, {"n": 2}, "diversity.group", "got 1; accepted: true, for the choices of"),
         ("mine", {}, "diversity.group", "got 'mine'; accepted: true"),
         (PLACE | {"id": ""}, {}, "diversity.group.id", "got ''; accepted: a text of 1 to 64"),

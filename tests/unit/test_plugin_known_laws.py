@@ -128,7 +128,7 @@ def test_min_p_becomes_the_guard_of_laws_that_have_one():
 
 
 def test_min_p_beside_a_law_with_a_cut_of_its_own_is_refused():
-    with pytest.raises(VLLMValidationError, match="beside the law 'top_n_sigma'") as raised:
+    with pytest.raises(VLLMValidationError, match="with the law 'top_n_sigma'") as raised:
         ask(SIGMA, min_p=0.1)
     assert raised.value.parameter == "min_p"
 

@@ -17,7 +17,7 @@ def test_it_is_a_dictionary_that_forgets_what_was_put_first(calls):
     with_few = preempted.MOST
     preempted.MOST = MOST
     try:
-        kept = preempted._Kept[np.ndarray]()
+        kept = preempted._Store[np.ndarray]()
         for number, (call, identity) in enumerate(calls):
             if call == "put":
                 state = np.array([number, -number], np.float32)

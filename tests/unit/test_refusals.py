@@ -203,7 +203,7 @@ def test_a_client_s_own_min_p_beside_another_cut_is_refused(diversity):
 def test_a_temperature_of_0_that_the_client_did_not_send_is_said_to_be_the_server_s():
     group = {"level": 0.5, "group": {"id": "a", "index": 0, "size": 2}}
     request = CompletionRequest(model="m", prompt="x", diversity=group)
-    with pytest.raises(VLLMValidationError, match="got 0, the server's own, beside") as refusal:
+    with pytest.raises(VLLMValidationError, match="got 0, the server's own, with") as refusal:
         to_sampling_params(request, 8, {"temperature": 0.0})
     assert refusal.value.parameter == "temperature"
     assert "the server's own" not in str(refused(diversity=group, temperature=0))
@@ -223,11 +223,11 @@ def started(monkeypatch, caplog):
         monkeypatch.setattr(engine, "_config", None)
         vars(engine_config).update(more)
         monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(default))
-        monkeypatch.setattr(hooks, "_import_what_the_engine_runs", lambda: None)
+        monkeypatch.setattr(hooks, "_import_engine_modules", lambda: None)
         monkeypatch.setattr(engine, "styles", lambda: Styles())
         monkeypatch.setattr(log.logger, "propagate", True)
         with caplog.at_level("INFO"):
-            hooks._remembers_configuration(lambda *_: None)(None, engine_config)
+            hooks._records_configuration(lambda *_: None)(None, engine_config)
         return caplog.text
 
     return start

@@ -190,7 +190,7 @@ def test_what_the_policy_lowers_so_far_that_nothing_can_rise_is_a_warning(monkey
     assert result.exit_code == 0, result.output
     found = {each["name"]: each for each in json.loads(result.output)["findings"]}
     assert [name for name, each in found.items() if each["state"] != "ok"] == warned
-    assert "not looked at: the operator's policy" in found["effect"]["text"]
+    assert "not checked: the operator's policy" in found["effect"]["text"]
     # Without a policy nobody may lower anything.
     result, _ = run(monkeypatch, in_force=in_force)
     assert result.exit_code == 1
@@ -201,4 +201,4 @@ def test_a_wrong_key_ends_in_one_line(monkeypatch):
     with stand_in([]) as url:
         result = CliRunner().invoke(main, ["verify", "--url", url, "--api-key-env", "SERVER_KEY"])
     assert result.exit_code == 1
-    assert "another key" in result.output
+    assert "not that server's" in result.output

@@ -1,8 +1,8 @@
-// The answers of one column: what has come of each, and how it is shown.
+// The answers of one column: their text and figures so far, and how they are shown.
 
 import { sharedIn } from "./phrases.js";
 
-/** Of each figure: its name, the values from which and to which it is coloured, and its unit. */
+/** Each figure's name, the values at which its colour is none and full, and its unit. */
 export const FIGURES = {
   entropy_before: { name: "entropy before", low: 0, high: 4, unit: " nats" },
   entropy_after: { name: "entropy after", low: 0, high: 4, unit: " nats" },
@@ -38,15 +38,15 @@ class Answer {
     if (!this.notes.includes(text)) this.notes.push(text);
   }
 
-  /** A character of several tokens stands where its last one does. */
+  /** A character made of several tokens is shown with the last of them. */
   decoded(token, bytes) {
     return bytes ? this.decoder.decode(new Uint8Array(bytes), { stream: true }) : token;
   }
 
   close(figures, inForce) {
     this.trace = figures?.trace ?? null;
-    const said = [inForce, ...figuresOf(figures), ...this.notes].filter(Boolean).join(" · ");
-    this.element.querySelector(".figures").textContent = said;
+    const parts = [inForce, ...figuresOf(figures), ...this.notes].filter(Boolean);
+    this.element.querySelector(".figures").textContent = parts.join(" · ");
     this.details.hidden = this.trace === null;
     const traced = this.trace?.changed.length;
     this.details.querySelector("summary").textContent =
@@ -56,13 +56,13 @@ class Answer {
   fillTable() {
     const body = this.details.querySelector("tbody");
     if (!this.details.open || body.children.length || !this.trace) return;
-    body.append(...this.trace.changed.map((_, place) => this.row(place)));
+    body.append(...this.trace.changed.map((_, index) => this.row(index)));
   }
 
-  row(place) {
-    const cells = Object.keys(FIGURES).map((name) => shown(this.trace[name][place]));
+  row(index) {
+    const cells = Object.keys(FIGURES).map((name) => shown(this.trace[name][index]));
     const row = document.createElement("tr");
-    row.append(...[visible(this.tokens[place] ?? ""), ...cells].map((text) => cell(text)));
+    row.append(...[visible(this.tokens[index] ?? ""), ...cells].map((text) => cell(text)));
     return row;
   }
 
@@ -70,17 +70,17 @@ class Answer {
     const thinking = this.element.querySelector(".reasoning");
     thinking.hidden = this.reasoning === "";
     thinking.textContent = this.reasoning;
-    const place = this.element.querySelector(".text");
-    if (view === "shared") place.replaceChildren(...marked(this.text, shared));
-    else if (view in FIGURES && this.trace) place.replaceChildren(...this.coloured(view));
-    else place.textContent = this.text;
+    const text = this.element.querySelector(".text");
+    if (view === "shared") text.replaceChildren(...marked(this.text, shared));
+    else if (view in FIGURES && this.trace) text.replaceChildren(...this.coloured(view));
+    else text.textContent = this.text;
   }
 
-  /** The traced tokens, each in its colour, and the rest as it is. */
+  /** The traced tokens, each with its colour, then the rest of the text. */
   coloured(name) {
     const { low, high, unit } = FIGURES[name];
-    const spans = this.trace[name].map((value, place) => {
-      const token = this.tokens[place] ?? "";
+    const spans = this.trace[name].map((value, index) => {
+      const token = this.tokens[index] ?? "";
       const span = document.createElement("span");
       span.className = value === null ? "token unknown" : "token";
       span.textContent = token;
@@ -128,12 +128,12 @@ export class Answers {
     this.answers.forEach((answer, index) => answer.close(figures[index], inForce));
   }
 
-  /** Called when no more comes. */
+  /** Called at the end of the stream. */
   end(otherwise) {
     if (!this.hasFigures) for (const answer of this.answers) answer.close(null, otherwise);
   }
 
-  /** How many shared phrases are marked; null where none are looked for. */
+  /** Show the answers; returns how many shared phrases are marked, or null in another view. */
   show(view) {
     const shared = view === "shared" ? sharedIn(this.answers.map(({ text }) => text)) : null;
     this.answers.forEach((answer, index) => answer.show(view, shared?.[index]));
@@ -146,17 +146,17 @@ export class Answers {
   }
 }
 
-/** What the server says was in force: what it lowered or left out, too. */
+/** The settings that were in force, by the server's report, and what it lowered or left out. */
 function inForceOf({ diversity, style }) {
   const parts = [];
   if (diversity?.reason) parts.push(`diversity off: ${diversity.reason}`);
   else if (diversity && diversity.level !== 0) parts.push(`${diversity.law} ${diversity.level ?? ""}`.trim());
-  else if (diversity && !style) parts.push("off: the model's own sampling, of which nothing is measured");
+  else if (diversity && !style) parts.push("off: the model's own sampling, without figures");
   if (style) parts.push(`style ${style.name} ${style.strength ?? ""}`.trim());
   for (const [name, object] of Object.entries({ diversity, style })) {
     if (object?.clamped) parts.push(`${name} lowered by the server's policy from ${pairs(object.clamped)}`);
   }
-  if (diversity?.dropped) parts.push(`not applied of the model's defaults: ${pairs(diversity.dropped)}`);
+  if (diversity?.dropped) parts.push(`the model's defaults that were not applied: ${pairs(diversity.dropped)}`);
   return parts.join(" · ");
 }
 
@@ -196,7 +196,7 @@ function shown(value) {
   return value === null || value === undefined ? "–" : value.toFixed(3);
 }
 
-/** Blanks and ends of lines as signs. */
+/** Makes white space visible. */
 function visible(token) {
   return token.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }

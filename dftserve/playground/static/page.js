@@ -1,4 +1,4 @@
-// The page: its controls, two columns, and what happens when something is asked.
+// The page: its controls, its two columns, and sending requests.
 
 import { Answers, FIGURES } from "./answers.js";
 import { bodyOf, curlOf, pythonOf, streamed } from "./request.js";
@@ -34,7 +34,7 @@ class Column {
     return this.element.querySelector(`[data-code="${name}"]`);
   }
 
-  /** Each control has its label and its error by id: a reader of the screen says both. */
+  /** Link each control to its label and its error by id, so that a screen reader reads both. */
   label() {
     for (const control of this.element.querySelectorAll("[data-name]")) {
       const name = control.dataset.name;
@@ -45,7 +45,7 @@ class Column {
     }
   }
 
-  /** What the server can do decides what there is to choose: of the laws those of one slider. */
+  /** Offer what the server can do; of the laws, only those that a single level controls. */
   offer({ laws = {}, styles = [], adapters = {} }, hasField) {
     const levelled = Object.keys(laws).filter((law) => LEVELLED in laws[law] && law !== "dynatemp");
     options(this.control("law"), levelled.map((law) => [law, law]));
@@ -77,11 +77,11 @@ class Column {
     this.code("python").textContent = pythonOf(this.body, server);
   }
 
-  /** Ask, and show what comes; whether all of it came. */
+  /** Send the request and show the answer as it arrives; returns whether it is complete. */
   async generate(signal) {
     const body = this.body;
     const hasTrace = Boolean(server.capabilities?.active && server.capabilities.trace);
-    let otherwise = "no figures came with it";
+    let otherwise = "the answer has no figures";
     let shownAt = 0;
     this.answers.clear(body.n);
     try {
@@ -103,12 +103,12 @@ class Column {
     }
   }
 
-  /** An error stands beside the control of which it speaks. */
+  /** Show an error next to the control that it concerns. */
   refuse({ message, parameter = "" }) {
     const field = CSS.escape(parameter.replace(/^vllm_xargs\./, "").split(".")[0]);
     const own = this.element.querySelector(`[data-error="${field}"]`);
-    const place = own ?? document.querySelector(`form > div [data-error="${field}"]`);
-    (place ?? this.element.querySelector('[data-error="other"]')).textContent = message;
+    const target = own ?? document.querySelector(`form > div [data-error="${field}"]`);
+    (target ?? this.element.querySelector('[data-error="other"]')).textContent = message;
     (own ? this.control(field) : byId(field))?.setAttribute("aria-invalid", "true");
   }
 }
@@ -152,7 +152,7 @@ function clearErrors() {
   for (const each of document.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
 }
 
-/** Whether a field holds what no server has to be asked about; says so beside it. */
+/** Whether a field has an invalid value, which is then reported next to it. */
 function hasInvalidField() {
   const invalid = [...document.querySelectorAll("form input[type=number]")].filter((input) => !input.checkValidity());
   for (const input of invalid) {
@@ -183,7 +183,7 @@ async function generate(event) {
   }
 }
 
-/** The button that was pressed may be disabled then: who uses keys goes on at the other one. */
+/** A focused button that is about to be disabled passes the focus on, for keyboard users. */
 function begin() {
   running = new AbortController();
   const hasFocus = document.activeElement === byId("generate");
@@ -210,10 +210,10 @@ function showView() {
   if (figure) {
     scale =
       `Coloured: ${figure.name}, none at ${figure.low}${figure.unit}, full at ${figure.high}${figure.unit} and ` +
-      "above. An answer that is off, stopped or failed has no figures.";
+      "above. Answers that are off, stopped or failed have no figures.";
   } else if (view() === "shared") {
-    const said = columns.map(({ name }, index) => `${counts[index]} in setting ${name}`);
-    scale = `Places marked, of four words or more that another answer of the setting has too: ${said.join(", ")}.`;
+    const found = columns.map(({ name }, index) => `${counts[index]} in setting ${name}`);
+    scale = `Phrases of four words or more that another answer of the setting also has: ${found.join(", ")}.`;
   }
   byId("scale").textContent = scale;
 }

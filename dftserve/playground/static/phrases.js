@@ -1,10 +1,10 @@
-// Phrases that several answers have.
+// Phrases that several answers share.
 
 const WORDS = 4;
 const WORD = /[\p{L}\p{N}'’]+/gu;
 
-/** Of each text, where in it phrases of WORDS words stand that another text has too: pairs of
- *  offsets, in order, none touching the next. */
+/** For each text, the ranges of phrases of WORDS words or more that another text also has: pairs of
+ *  offsets, in order, merged where they touch. */
 export function sharedIn(texts) {
   const found = texts.map(phrasesOf);
   const owners = new Map();

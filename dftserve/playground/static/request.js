@@ -1,6 +1,6 @@
-// A column's settings as the body of a request, and as lines to copy.
+// A column's settings as the body of a request, and as code to copy.
 
-/** What both columns are asked with, and what each is: the body of /v1/chat/completions. */
+/** The body of /v1/chat/completions, from the settings of both columns and of one. */
 export function bodyOf(shared, column) {
   const messages = [{ role: "user", content: shared.prompt }];
   if (shared.system) messages.unshift({ role: "system", content: shared.system });
@@ -18,7 +18,7 @@ function diversityOf({ law, diversity }) {
   return law === "gated" || diversity === 0 ? diversity : { law, level: diversity };
 }
 
-/** The same, streamed, with what the page shows of each token as far as the server gives it. */
+/** The same body with streaming, and with the figures of each token if the server has them. */
 export function streamed(body, hasTrace) {
   const asked = { ...body, stream: true, stream_options: { include_usage: true }, logprobs: true };
   if (!hasTrace || isOff(body)) return asked;
@@ -39,7 +39,7 @@ export function curlOf(body, { url, key_variable: key }) {
   ].join("\n");
 }
 
-/** One word of a shell's. */
+/** The text quoted as one shell word. */
 function quoted(text) {
   return `'${text.replaceAll("'", "'\\''")}'`;
 }
@@ -60,8 +60,7 @@ export function pythonOf(body, { url, key_variable: key }) {
   ].join("\n");
 }
 
-/** Numbers, strings, lists and objects of these are written in JSON as in Python; a body has no
- *  others. */
+/** A body has only numbers, strings, lists and objects, which JSON and Python write in the same way. */
 function literal(value) {
   return JSON.stringify(value);
 }

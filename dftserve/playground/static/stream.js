@@ -1,6 +1,6 @@
 // The events of a streamed answer.
 
-/** What the server refuses, or says instead of an answer, and which parameter it names. */
+/** An error from the server instead of an answer, with the parameter that it names. */
 export class Refused extends Error {
   constructor(message, parameter) {
     super(message);
@@ -8,7 +8,7 @@ export class Refused extends Error {
   }
 }
 
-/** Ask, and give each event of the answer as an object. */
+/** Send the request, and yield each event of the answer as an object. */
 export async function* events(body, signal) {
   const answer = await fetch("/api/chat", {
     method: "POST",
@@ -23,7 +23,7 @@ export async function* events(body, signal) {
   yield* eventsOf(answer.body.pipeThrough(new TextDecoderStream()));
 }
 
-/** The events of a stream of strings, however these are cut, up to its [DONE]. */
+/** The events of a stream of strings, cut at any position, up to [DONE]. */
 export async function* eventsOf(stream) {
   const reader = stream.getReader();
   let rest = "";
@@ -31,7 +31,7 @@ export async function* eventsOf(stream) {
     for (;;) {
       const { value, done } = await reader.read();
       const text = (rest + (value ?? "")).replace(/\r\n/g, "\n");
-      // The first half of an end of line may be all that has come of it.
+      // A chunk may end between \r and \n.
       const parts = text.split("\n\n");
       rest = done ? "" : parts.pop();
       for (const part of parts) {
@@ -55,7 +55,7 @@ function dataOf(part) {
     .join("\n");
 }
 
-/** An object; null of a comment, and of an event that broke off, behind which no [DONE] comes. */
+/** The event as an object; null for a comment, and for a truncated event (no [DONE] follows it). */
 function eventOf(data) {
   let event;
   try {
@@ -71,12 +71,12 @@ function refusedBy(error) {
   return typeof error === "string" ? new Refused(error) : new Refused(error.message, error.param);
 }
 
-function refusalOf(status, said) {
+function refusalOf(status, body) {
   try {
-    const { error } = JSON.parse(said);
+    const { error } = JSON.parse(body);
     if (error) return refusedBy(error);
   } catch {
-    // No JSON: it is shown as it is.
+    // Not JSON: shown as text.
   }
-  return new Refused(`The server answered ${status}, and no stream of events: ${said.slice(0, 300)}`);
+  return new Refused(`The server answered ${status}, not a stream of events: ${body.slice(0, 300)}`);
 }

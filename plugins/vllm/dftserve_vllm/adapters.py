@@ -1,5 +1,5 @@
-"""LoRA adapters that `style` may name: those that vLLM serves as NAME-S, where S is the strength,
-as `dftserve checkpoint scale` names them."""
+"""LoRA adapters that `style` may name: those that vLLM serves as NAME-S, where S is the strength
+(the naming scheme of `dftserve checkpoint scale`)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,38 +11,38 @@ from dftserve.policy import Limits
 
 @dataclass(frozen=True)
 class Adapter:
-    """One that is served."""
+    """A served LoRA adapter."""
 
     model: str
-    """As vLLM names it."""
+    """The name under which vLLM serves it."""
     style: str
-    """Its name without the strength."""
+    """The name without the strength."""
     strength: float
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a request's style came to."""
+    """The adapter chosen for a request's style."""
 
     adapter: Adapter
     asked: spec.Style
-    """As the operator's policy left it."""
+    """The requested style, after the operator's policy was applied."""
     clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, str | float]:
-        """For the answer."""
+        """The `style` object of the answer."""
         taken = {"adapter": self.adapter.model, "effective_strength": self.adapter.strength}
         return self.asked.as_dict() | taken
 
 
 def served(models: Any) -> tuple[Adapter, ...]:
-    """The adapters of vLLM's `OpenAIServingModels`, those that were loaded since among them."""
+    """The adapters of vLLM's `OpenAIServingModels`, including those loaded at run time."""
     names = list(getattr(models, "lora_requests", ()))
     return tuple(found for name in names if (found := _named(name)) is not None)
 
 
 def strengths(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
-    """By the name that a style has for them; both ascending."""
+    """The strengths available for each style name; names and strengths in ascending order."""
     found: dict[str, list[float]] = {}
     for each in sorted(adapters, key=lambda each: (each.style, each.strength)):
         found.setdefault(each.style, []).append(each.strength)
@@ -50,14 +50,14 @@ def strengths(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
 
 
 def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> Adapter:
-    """Of the style's own, the one whose strength is nearest to what is asked for; of two as near,
-    the weaker.
+    """The style's adapter whose strength is nearest to the requested one; the weaker of two that
+    are equally near.
 
     Args:
-        limits: no adapter stronger than they allow is taken.
+        limits: adapters stronger than these allow are not considered.
 
     Raises:
-        DiversityError: all are stronger.
+        DiversityError: all adapters are stronger than the limits allow.
     """
     own = [each for each in adapters if each.style == style.name]
     wanted = 1.0 if style.strength is None else style.strength
@@ -74,7 +74,7 @@ def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> A
 
 
 def _named(model: str) -> Adapter | None:
-    """Of a name that `checkpoint scale` may have given."""
+    """Parses a name of the form that `checkpoint scale` gives; None for any other name."""
     style, _, number = model.rpartition("-")
     try:
         strength = float(number)

@@ -1,8 +1,9 @@
 """What the plug-in adds to vLLM's HTTP app: middleware for the answer and for large bodies, one
 route, and its fields in the app's OpenAPI document.
 
-vLLM's own way for this is `EndpointPlugin` below, which it loads only if `VLLM_PLUGINS` names it;
-elsewhere `hooks` calls `extend` around `build_app`. Both may happen: an app is extended once.
+vLLM's own interface for this is `EndpointPlugin` below, which it loads only if `VLLM_PLUGINS` names
+it; otherwise `hooks` calls `extend` around `build_app`. Both may happen: an app is extended only
+once.
 """
 
 from typing import Any
@@ -19,10 +20,10 @@ ROUTE = "/v1/dft/capabilities"
 
 
 def extend(app: Any) -> Any:
-    """Add to a FastAPI app what it does not have yet; where that fails, the field is refused.
+    """Add the plug-in's parts to a FastAPI app, once; if that fails, the field is refused.
 
     Args:
-        app: vLLM's app, or what it became: its middleware may have been built already.
+        app: vLLM's app, possibly with its middleware stack already built.
     """
     try:
         _extend(app)
@@ -38,22 +39,22 @@ def _extend(app: Any) -> None:
     metrics.metrics()
 
     def route() -> dict[str, Any]:
-        # vLLM makes its models after the app.
+        # vLLM creates `openai_serving_models` after the app.
         return capabilities.capabilities(getattr(app.state, "openai_serving_models", None))
 
     app.add_api_route(ROUTE, route, methods=["GET"])
     unseen = [hook for hook in hooks.REQUEST_HOOKS if hook.name in hooks.problems()]
-    # What `BodyLimit` raises is answered by the app's own handlers: nothing of ours is inside.
+    # `BodyLimit` is innermost, so that the app's own handlers answer the exception it raises.
     _add(app, ResponseMiddleware, *([FieldGuard] if unseen else []), BodyLimit)
     app.openapi = openapi.with_fields(app.openapi)
 
 
 def _add(app: Any, *middleware: Any) -> None:
-    """Innermost, so that what others do to an answer (compression) is done to ours too; the last
-    innermost of all.
+    """Add middleware inside all others, the last one innermost, so that what other middleware does
+    to an answer (compression) also applies to ours.
 
-    vLLM may have built the stack already, for a container's middleware: it is built again, unless
-    someone has put something around it, which would be lost. Then ours goes around everything.
+    vLLM may already have built the stack, for a container's middleware. Then it is rebuilt, unless
+    something was wrapped around it that a rebuild would lose; in that case ours goes outermost.
     """
     if app.middleware_stack is None:
         app.user_middleware += map(Middleware, middleware)
@@ -77,4 +78,4 @@ class EndpointPlugin:
             extend(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing: the configuration is recorded when the engine is made."""
+        """Does nothing: the configuration is recorded when the engine is created."""

@@ -1,12 +1,12 @@
-"""The audit log: one JSON line for each request with a field, without any text of the client's
-but the names by which it is told apart.
+"""The audit log: one JSON line for each request with a field. It contains no text from the client
+except the request id and the model name.
 
     {"time": "2026-11-28T06:50:00.123+00:00", "request_id": "3f…", "model": "demo",
      "key": "FIRST_12_DIGITS", "asked": {"diversity": {…}}, "effective": {"diversity": {…}},
      "outcome": "clamped", "prompts": 1, "status": 200}
 
-Opt-in, by `audit` of the policy. Whatever keeps a line from being written is counted
-(`dft:audit_lost_total`) and logged once; the request goes on.
+Enabled by `audit` in the policy. A line that cannot be written is counted (`dft:audit_lost_total`),
+and the first failure is logged; the request continues.
 """
 
 import fcntl
@@ -31,13 +31,13 @@ from dftserve_vllm.log import logged_once
 from dftserve_vllm.request_context import PromptContext, RequestContext
 
 KEY_DIGITS = 12
-"""Of the key's SHA-256: enough to tell keys apart."""
+"""Digits of the key's SHA-256 that are logged: enough to distinguish keys."""
 LONGEST_NAME = 128
-"""Characters of a request's id and of a model's name; both come from clients."""
+"""Maximum characters of a request id and of a model name; both come from clients."""
 
 
 class AuditLog:
-    """A file of lines, renamed as it grows; several processes may write to it."""
+    """A file of lines that is rotated by size; several processes may write to it."""
 
     def __init__(self, settings: Audit) -> None:
         self._path = Path(settings.file)
@@ -48,7 +48,7 @@ class AuditLog:
     def write(self, entry: dict[str, Any]) -> None:
         """
         Raises:
-            OSError, ValueError: the line is not written; the next one is tried anew.
+            OSError, ValueError: the line was not written; the next call opens the file again.
         """
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
@@ -67,7 +67,7 @@ class AuditLog:
             self._descriptor = None
 
     def _current(self) -> int:
-        """The file under the path, which another process may have renamed since the last line."""
+        """Descriptor of the file at the path, even if another process has rotated it."""
         if self._descriptor is not None and not self._is_at_path(self._descriptor):
             self.close()
         if self._descriptor is None:
@@ -78,9 +78,9 @@ class AuditLog:
         return self._descriptor
 
     def _open(self) -> int:
-        """Of any size: one that is too large is renamed before the next line."""
+        """Opens a file of any size: `_current` rotates one that is too large."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        # Neither a link nor a pipe in its place is written to.
+        # Never write through a symbolic link, and never block on a pipe.
         descriptor = os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
             bounded_files.check(self._path, os.fstat(descriptor), largest=sys.maxsize)
@@ -96,15 +96,15 @@ class AuditLog:
             return False
 
     def _rotated(self, descriptor: int) -> bool:
-        """FILE.3 to FILE.4 …, FILE to FILE.1, by the one process that has the lock.
+        """Rename FILE.3 to FILE.4 …, FILE to FILE.1, if this process gets the lock.
 
         Returns:
-            Whether the descriptor's file has been renamed. While another process has the lock it is
-            not waited for, since this runs in the server's event loop: the line goes to the end of
-            the file, under whichever name, and the next one looks again.
+            Whether the descriptor's file has been renamed. This runs in the server's event loop, so
+            it does not wait for a process that holds the lock: the line is appended to the file
+            under its current name, and the next call tries again.
         """
         try:
-            # Released as the file is closed.
+            # Released when the file is closed.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
@@ -118,8 +118,8 @@ class AuditLog:
         return True
 
     def _delete_beyond(self, keep: int) -> None:
-        """What an earlier start kept that was given a larger `keep`; up to the first gap, so that
-        nothing of another numbering goes."""
+        """Delete files left from a run with a larger `keep`. Stops at the first gap, so that files
+        numbered by something else are not deleted."""
         for number in itertools.count(keep + 1):
             try:
                 os.remove(self._numbered(number))
@@ -131,22 +131,22 @@ class AuditLog:
 
 
 def _ends_cut(descriptor: int) -> bool:
-    """Whether the last line has no end: the disk was full as it was written, perhaps by another
-    process or before a restart."""
+    """Whether the last line lacks its line end: the disk was full while it was written, perhaps by
+    another process or before a restart."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
 @lru_cache
 def log() -> AuditLog | None:
-    """Of this process; None where the policy asks for none."""
+    """This process's audit log; None if the policy configures none."""
     found = policy.policy()
     return AuditLog(found.audit) if found is not None and found.audit is not None else None
 
 
 def note(request: Any, prompt: PromptContext) -> None:
-    """A prompt that is accepted, with what is in force for it. vLLM decides a body's prompts one by
-    one: they are counted, and noted as its answer begins."""
+    """Record an accepted prompt with the settings in force for it. vLLM processes a body's prompts
+    one by one: equal entries are merged and counted, and written when the answer begins."""
     if log() is None or not request_context.generates():
         return
     current = request_context.current.get()
@@ -166,29 +166,29 @@ def note(request: Any, prompt: PromptContext) -> None:
 
 
 def write_notes(context: RequestContext) -> None:
-    """What was noted for an HTTP request, with what became of it: its parameters are made before
-    vLLM admits it, and before its engine runs it."""
+    """Write the entries of an HTTP request together with its outcome, which is not known when they
+    are recorded: parameters are created before vLLM admits the request and its engine runs it."""
     notes, context.notes = context.notes, []
     status = context.status
-    became = {} if _is_success(status) else {"outcome": "failed"}
+    outcome = {} if _is_success(status) else {"outcome": "failed"}
     for entry in notes:
         with _counted():
-            _write({**entry, **became, "status": status})
+            _write({**entry, **outcome, "status": status})
 
 
 def _is_success(status: int | None) -> bool:
-    """Of an answer; None: there is none."""
+    """Whether an HTTP status is of a successful answer; None means that there was none."""
     return status is not None and status < 400
 
 
 def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """But for the time, and how many prompts it is of."""
+    """Whether two entries differ only in their time and number of prompts."""
     return all(one[name] == other[name] for name in one if name not in ("time", "prompts"))
 
 
 @contextmanager
 def refusals(request: Any) -> Iterator[None]:
-    """Notes what vLLM's 400 of ours in the body refuses."""
+    """Logs a request whose field is refused in the body with a 400."""
     try:
         yield
     except Exception as error:
@@ -204,7 +204,7 @@ def refusals(request: Any) -> Iterator[None]:
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """Counts a line that cannot be written; the request goes on."""
+    """Counts a line that cannot be written; the request continues."""
     with logged_once("the audit log has gaps; dft:audit_lost_total counts them"):
         try:
             yield
@@ -231,7 +231,7 @@ def _of_request(request: Any) -> dict[str, Any]:
 
 
 def _request_id(request: Any) -> object:
-    """As vLLM takes it: the header's, or the body's."""
+    """The request id by vLLM's own rule: from the header, else from the body."""
     current = request_context.current.get()
     headers = Headers(raw=list(current.headers)) if current is not None else {}
     return headers.get("x-request-id") or getattr(request, "request_id", None)
@@ -242,7 +242,7 @@ def _cut(text: object) -> str | None:
 
 
 def _asked(request: Any) -> dict[str, Any] | None:
-    """The fields that the request has, as we read them; None where it has none."""
+    """The request's fields in their parsed form; None if it has none."""
     found: dict[str, Any] = {}
     for name, shown in ((DIVERSITY, _diversity), (STYLE, _style)):
         top = (getattr(request, "model_extra", None) or {}).get(name)
@@ -262,7 +262,7 @@ def _diversity(value: object) -> object:
 
 
 def _style(value: object) -> object:
-    """A name that the server does not know could be any text."""
+    """A name that the server does not know is logged as `unknown`: it could be any text."""
     try:
         style = parse_style_field(value)
     except spec.DiversityError:

@@ -1,9 +1,9 @@
-"""Refuses large bodies that name our fields, while they stream; nothing is kept of them.
+"""Refuses large bodies that name our fields, while they stream and without buffering them.
 
-Stock vLLM reads a body of any size, such as one with videos in it, and goes on doing so for bodies
-without the fields. What is looked for is a key with a field's name at any level, since the field
-may be in `vllm_xargs`: above the bound, a tool's parameter of that name counts as well. Starlette
-reads JSON in UTF-16 and UTF-32 too, as `json.loads` does with bytes.
+Stock vLLM reads a body of any size, such as one with videos in it, and still does so for bodies
+without the fields. The search is for a key with a field's name at any level, since the field may be
+in `vllm_xargs`; so, above the limit, a tool's parameter of that name counts as well. Starlette also
+reads JSON in UTF-16 and UTF-32, as `json.loads` does with bytes.
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache
 from typing import Any
 
-from fastapi import HTTPException  # The kind that vLLM answers in its own form.
+from fastapi import HTTPException  # vLLM has a handler that answers this in its own format.
 from starlette.datastructures import Headers
 
 from dftserve_vllm import metrics
@@ -31,10 +31,10 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 @lru_cache
 def largest() -> int:
-    """Bytes of a body that names a field.
+    """The maximum size of a body that names a field, in bytes.
 
     Raises:
-        ValueError: the environment variable holds something else.
+        ValueError: the environment variable has an unacceptable value.
     """
     text = os.environ.get(VARIABLE) or str(DEFAULT_MIB)
     if not (text.isascii() and text.isdigit() and len(text) <= 4 and int(text) in ACCEPTED_MIB):
@@ -44,13 +44,13 @@ def largest() -> int:
 
 
 def in_ascii(body: bytes) -> bytes:
-    """JSON, or a piece of it, in which ASCII text is ASCII whatever the encoding: in UTF-16 and
-    UTF-32 such a letter is its byte beside zeros, and UTF-8 has no zeros in JSON."""
+    """JSON, or a piece of it, with zero bytes removed, so that ASCII text is found in any encoding:
+    UTF-16 and UTF-32 pad an ASCII character with zeros, and JSON in UTF-8 has none."""
     return body.translate(None, b"\0") if b"\0" in body else body
 
 
 class FieldNames:
-    """Whether a body names a field, by its pieces."""
+    """Detects in the pieces of a body whether it names a field."""
 
     def __init__(self) -> None:
         self._end = b""
@@ -64,8 +64,8 @@ class FieldNames:
 
 
 def _end(text: bytes) -> bytes:
-    """What may be of a key that goes on in the next piece. Between a name and its colon there may
-    be any number of blanks, of which one is kept."""
+    """The end of a piece, which may be the start of a key that continues in the next one. There may
+    be any number of blanks between a name and its colon; one of them is kept."""
     name = text.rstrip()
     return name[-LONGEST_NAME:] + text[len(name) :][:1]
 
@@ -83,20 +83,21 @@ class BodyLimit:
 
 
 def _may_be_large(scope: Message) -> bool:
-    """A declared length is the body's: the web server sees to it. Only JSON has our fields; its
-    type may be written in letters of either case, and is read so by FastAPI."""
+    """Whether a body may exceed the limit. A declared length can be trusted: the web server
+    enforces it. Only JSON bodies have our fields; FastAPI reads the content type
+    case-insensitively."""
     content_type = Headers(scope=scope).get("content-type", "json").lower()
     return "json" in content_type and not 0 <= _declared(scope) <= largest()
 
 
 def _declared(scope: Message) -> int:
-    """Bytes; -1 where the body's length is not declared."""
+    """The declared length in bytes; -1 if there is none."""
     length = Headers(scope=scope).get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else -1
 
 
 class _Bounded:
-    """`receive` of one request, which passes on what comes until it is too much."""
+    """One request's `receive`, which passes messages on until the body exceeds the limit."""
 
     def __init__(self, receive: Receive, declared: int) -> None:
         self._receive = receive
@@ -107,7 +108,7 @@ class _Bounded:
     async def __call__(self) -> Message:
         """
         Raises:
-            HTTPException: 413, which the app answers in its own form.
+            HTTPException: 413, which the app answers in its own format.
         """
         message = await self._receive()
         piece = message.get("body", b"")

@@ -1,4 +1,4 @@
-"""`GET /v1/dft/capabilities`: what this server makes of the field. Behind the API key."""
+"""`GET /v1/dft/capabilities`: how this server handles the fields. Requires the API key."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def capabilities(models: Any = None) -> dict[str, Any]:
 
 
 def _adapters(models: Any) -> dict[str, list[float]]:
-    """The strengths of those that a style may name, by its name."""
+    """The strengths of the adapters that a style may name, by style name."""
     if hooks.ADAPTERS.name in hooks.problems():
         return {}
     found = adapters.strengths(adapters.served(models))

@@ -1,7 +1,9 @@
-"""DRY on an engine: breakers of its vocabulary, and the texts of V1's requests.
+"""DRY on an engine: sequence breakers for its vocabulary, and repeats in the texts of V1's
+requests.
 
-V1 tells the host each token before the next step, so the repeats are looked for there and only the
-penalties are sent. V2's host does not know the last tokens: see `sampling.dry.on_device`.
+On V1 the host has each token before the next step, so it searches for the repeats and sends only
+the penalties to the device. On V2 the host does not have the last tokens: see
+`sampling.dry.on_device`.
 """
 
 from collections.abc import Sequence
@@ -23,23 +25,23 @@ from dftserve_vllm.step_report import Array
 
 
 def dry_controls(dry: Dry, breakers: Breakers | None) -> DryControls:
-    """A request's, by the tokens of an engine's vocabulary.
+    """A request's DRY settings, in tokens of the engine's vocabulary.
 
     Raises:
-        ValueError: it has breakers, and the vocabulary is not known.
+        ValueError: it has breakers, and the text of the vocabulary's tokens is not known.
     """
     if not dry.sequence_breakers:
         return DryControls.of(dry, NO_BREAKERS)
     if breakers is None:
         raise ValueError(
-            f"{DRY_BREAKERS}: got some, and an engine whose tokens' text is not known; accepted: "
-            "an empty list."
+            f"{DRY_BREAKERS}: got some, but the text of this engine's tokens is not known; "
+            "accepted: an empty list."
         )
     return DryControls.of(dry, breakers.tokens(dry.sequence_breakers))
 
 
 class HostRepeats:
-    """DRY of V1's requests, by slot."""
+    """DRY on the V1 runner: the repeats of each request, by slot."""
 
     def __init__(self, breakers: Breakers | None, staging: PinnedStaging) -> None:
         self._breakers = breakers
@@ -47,7 +49,7 @@ class HostRepeats:
         self._by_slot: dict[int, TextRepeats] = {}
 
     def open(self, slot: int, dry: Dry | None, prompt: Sequence[int] | None) -> None:
-        """A request enters a slot; `prompt` is None for one of embeddings."""
+        """A request enters a slot; `prompt` is None for a prompt of embeddings."""
         self.close(slot)
         if dry is not None:
             self._by_slot[slot] = TextRepeats(prompt or (), dry_controls(dry, self._breakers))
@@ -56,18 +58,18 @@ class HostRepeats:
         self._by_slot.pop(slot, None)
 
     def penalties(self, slots: Array, outputs: list[list[int]]) -> tuple[Penalties, ...]:
-        """Of a step's rows, by the output so far of each; nothing where no row has any."""
+        """A step's penalties, given each row's output so far; empty if no row has any."""
         if not self._by_slot:
             return ()
-        places, found = [], []
-        for place in np.flatnonzero(np.isin(slots, list(self._by_slot))).tolist():
-            row = self._by_slot[int(slots[place])].after(outputs[place])
-            if len(row[0]):
-                places.append(place)
-                found.append(row)
-        if not places:
+        rows, found = [], []
+        for row in np.flatnonzero(np.isin(slots, list(self._by_slot))).tolist():
+            penalties = self._by_slot[int(slots[row])].after(outputs[row])
+            if len(penalties[0]):
+                rows.append(row)
+                found.append(penalties)
+        if not rows:
             return ()
         sent: list[torch.Tensor] = self._staging.to_device_together(
-            *together(found), np.array(places)
+            *together(found), np.array(rows)
         )
         return (Penalties(*sent),)

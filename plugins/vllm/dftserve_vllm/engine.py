@@ -1,7 +1,7 @@
-"""What this process knows of its engine, and whether the field can be honoured on it.
+"""The engine's configuration in this process, and whether the field can be honoured on it.
 
-The request field refuses at once what the engine would silently ignore: this module holds the
-configuration that `hooks` records when vLLM builds its request processor.
+A request is refused at once if the engine would silently ignore its field. `hooks` records the
+configuration here when vLLM builds its request processor.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 LOSSY_VERIFICATION = ("fly", "synthetic")
-"""Ways of speculative decoding that accept drafts beyond the distribution that we leave."""
+"""Rejection methods of speculative decoding that accept drafts outside our distribution."""
 
 _config: "VllmConfig | None" = None
 
@@ -35,12 +35,12 @@ def vllm_version() -> str:
 
 
 def unsupported() -> str | None:
-    """Why nothing is changed on this vLLM, or None."""
+    """Why the plug-in changes nothing on this vLLM, or None."""
     return vllm_contract.unsupported(vllm_version())
 
 
 def unsupported_here() -> str | None:
-    """`unsupported` without importing vLLM, which may be importing itself."""
+    """`unsupported` without importing vLLM, whose own import may be in progress."""
     vllm = sys.modules.get("vllm")
     version = getattr(vllm, "__version__", None) or _installed_version()
     return vllm_contract.unsupported(version)
@@ -61,7 +61,7 @@ def refusal() -> str | None:
 
 
 def refusal_of(diversity: Diversity) -> str | None:
-    """`refusal`, or why this engine cannot honour the law, or DRY, that is asked for."""
+    """`refusal`, or why this engine cannot honour the requested law, DRY or group."""
     reason = refusal()
     if reason is None and diversity.law == "words" and _config is not None:
         reason = vocabulary.refusal(_config)
@@ -71,17 +71,17 @@ def refusal_of(diversity: Diversity) -> str | None:
 
 
 def refusal_of_groups() -> str | None:
-    """Why this engine cannot honour a group, beside what keeps it from the field, or None."""
+    """Why this engine cannot honour a group although it can honour the field, or None."""
     return groups.WATERMARKED if getattr(_config, "watermark_config", None) is not None else None
 
 
 def styles() -> engine_styles.Styles:
-    """Those of this engine; none before it is configured."""
+    """This engine's styles; none before it is configured."""
     return engine_styles.of_engine(_config)
 
 
 def _unfit() -> str | None:
-    """What of the engine's configuration keeps our rows from being sampled from."""
+    """Why, in the engine's configuration, tokens would not be sampled from our rows, or None."""
     if _config is None:
         return None
     if getattr(_config.model_config, "is_diffusion", False):
@@ -92,8 +92,8 @@ def _unfit() -> str | None:
     parallel = getattr(_config, "parallel_config", None)
     if getattr(parallel, "enable_batch_sharded_sampling", False):
         return (
-            "--enable-batch-sharded-sampling shows each rank a part of the batch, whose figures "
-            "could not be told apart; drop it"
+            "--enable-batch-sharded-sampling gives each rank only a part of the batch, and the "
+            "statistics could not be assigned to their requests; drop it"
         )
     speculative = _config.speculative_config
     if speculative is None:
@@ -102,7 +102,7 @@ def _unfit() -> str | None:
     if method in LOSSY_VERIFICATION:
         return (
             f"rejection_sample_method {method!r} of --speculative-config accepts drafts that "
-            "the sampled distribution does not hold; use 'standard'"
+            "the sampled distribution does not contain; use 'standard'"
         )
     if runner() == "V1":
         return (
@@ -120,23 +120,22 @@ def runner() -> str | None:
 
 
 def device() -> str | None:
-    """The kind of device that the engine computes on, as vLLM names it (`cuda`, `cpu`); None before
-    the engine is configured."""
+    """vLLM's name of the device type (`cuda`, `cpu`); None before the engine is configured."""
     return getattr(getattr(_config, "device_config", None), "device_type", None)
 
 
 def served_model_name() -> str:
-    """As the label `model_name` of vLLM's own metrics; empty before the engine is configured."""
+    """The label `model_name` of vLLM's own metrics; empty before the engine is configured."""
     return "" if _config is None else str(getattr(_config.model_config, "served_model_name", ""))
 
 
 def model() -> str | None:
-    """What the engine was started with: a folder or a name. None before it is configured."""
+    """The model, a folder or a name; None before the engine is configured."""
     return None if _config is None else str(getattr(_config.model_config, "model", ""))
 
 
 def engines() -> int:
-    """How many engines this process may hear of; 0 before they are configured."""
+    """How many engines may report to this process; 0 before they are configured."""
     parallel = getattr(_config, "parallel_config", None)
     return int(getattr(parallel, "data_parallel_size", 0))
 
@@ -148,7 +147,7 @@ def speculative_method() -> str | None:
 
 
 def operator_defaults() -> frozenset[str]:
-    """Sampling parameters that `--override-generation-config` sets: explicit, never dropped."""
+    """Sampling parameters that `--override-generation-config` sets explicitly; never dropped."""
     if _config is None:
         return frozenset()
     override: dict[str, Any] = _config.model_config.override_generation_config or {}

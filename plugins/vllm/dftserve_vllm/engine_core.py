@@ -1,4 +1,4 @@
-"""The engine core's part: what its worker reported goes on with the requests' outputs."""
+"""The engine core's part: forwards the worker's reports with the requests' outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ _ATTRIBUTE = "dftserve_forwarder"
 
 
 def forward(scheduler: Any, model_runner_output: Any, outputs: Mapping[int, Any]) -> None:
-    """Let the outputs of one step carry its statistics.
+    """Add one step's statistics to its outputs.
 
     Args:
-        scheduler: vLLM's Scheduler; it keeps what was sent on already.
-        model_runner_output: what its worker returned.
-        outputs: EngineCoreOutputs by client, as the scheduler made them.
+        scheduler: vLLM's Scheduler; stores which counts were forwarded already.
+        model_runner_output: the worker's output of the step.
+        outputs: the scheduler's EngineCoreOutputs, by client.
     """
-    with logged_once("statistics are not sent on, and answers carry null"):
+    with logged_once("statistics are not forwarded, and answers have null"):
         forwarder = getattr(scheduler, _ATTRIBUTE, None)
         if forwarder is None:
             parallel = scheduler.vllm_config.parallel_config

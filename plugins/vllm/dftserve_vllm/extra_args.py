@@ -3,8 +3,8 @@
 `extra_args` crosses the process boundary as JSON-like values:
     diversity      a number, the object form, or (through a proxy) its JSON text
     style          a name, the object form, or its JSON text
-    diversity_id   names the request across preemptions, and the choice that its statistics are
-                   of; absent offline
+    diversity_id   identifies the request across preemptions, and the choice that its statistics
+                   belong to; absent offline
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,9 +28,10 @@ STYLE = "style"
 IDENTITY = "diversity_id"
 
 MAX_STOP_IDS = 64
-"""A request's own `stop_token_ids` with a field, beside the model's: others share its steps."""
+"""Maximum `stop_token_ids` of a request with a field, not counting the model's own: they cost time
+in steps that other requests share."""
 GREEDY_BELOW = 1e-5
-"""vLLM's own border: lower temperatures are greedy there, and greedy stays greedy."""
+"""vLLM's own threshold: it decodes greedily at lower temperatures, and so greedy stays greedy."""
 
 _NO_NUMBERS = repeat(0)
 
@@ -42,10 +43,10 @@ class Active:
     diversity: spec.Diversity
     controls: ControlRow
     identity: str | None
-    """Of the request's diversity and style."""
+    """The request's `diversity_id`."""
     reports_each_step: bool
-    """Whether its statistics are sent at every step, not with the last alone: its text may end
-    where the engine does not see it, at a stop string, or each token's figures were asked for."""
+    """Whether its statistics are sent at every step rather than only with the last: its text may
+    end at a stop string, which the engine does not see, or a trace was requested."""
     group: GroupRow | None
 
 
@@ -74,8 +75,7 @@ def parse_style_field(value: object, parameter: str = STYLE) -> spec.Style:
 
 
 def of_choice(params: "SamplingParams", index: int, parent: Any) -> "SamplingParams":
-    """The parameters of one of several choices: under an identity of its own, and in its place of
-    their group.
+    """The parameters of one of several choices, with its own identity and its index in their group.
 
     Args:
         parent: vLLM's ParentRequest of the choices.
@@ -96,7 +96,7 @@ def of_choice(params: "SamplingParams", index: int, parent: Any) -> "SamplingPar
 
 
 def renamed(params: "SamplingParams", identity: str) -> "SamplingParams":
-    """A copy under another identity; the original may be shared by several requests."""
+    """A copy with another identity; the original may be shared by several requests."""
     params = copy(params)
     params.extra_args = {**(params.extra_args or {}), IDENTITY: identity}
     return params
@@ -114,19 +114,19 @@ def clash(diversity: spec.Diversity, style: spec.Style | None) -> str | None:
     if style is None or style.is_off or diversity.law not in spec.WHOLE_ROW_LAWS:
         return None
     accepted = ", ".join(law for law in spec.LAWS if law not in spec.WHOLE_ROW_LAWS)
-    return f"{STYLE}: got it beside the law {diversity.law!r}; accepted beside a style: {accepted}."
+    return f"{STYLE}: got it with the law {diversity.law!r}; accepted with a style: {accepted}."
 
 
 def too_many_stop_ids(params: "SamplingParams") -> str | None:
-    """Why a request whose rows are to be changed has too many, or None.
+    """Why a request with a field has too many stop token ids, or None.
 
     Args:
-        params: as they were asked for: vLLM adds the model's own as it takes them.
+        params: as requested, before vLLM adds the model's own stop tokens.
     """
     if (count := len(params.stop_token_ids or ())) <= MAX_STOP_IDS:
         return None
     return (
-        f"stop_token_ids: got {count} beside {DIVERSITY} or {STYLE}; accepted: at most "
+        f"stop_token_ids: got {count} with {DIVERSITY} or {STYLE}; accepted: at most "
         f"{MAX_STOP_IDS}, since each is looked up at every step."
     )
 
@@ -138,16 +138,16 @@ def active(
     arrivals: Iterator[int] = _NO_NUMBERS,
     styles: Styles = NONE,
 ) -> Active | None:
-    """What to do for a request, or None where its rows are to stay as they are.
+    """What to do for a request, or None if its rows stay unchanged.
 
     Args:
-        temperature_applied: the engine has divided the rows by the temperature already.
+        temperature_applied: the engine has already divided the rows by the temperature.
         arrivals: numbers the requests that have neither a seed nor an identity; the same on all
             tensor-parallel ranks, which take the same requests in the same order.
-        styles: of the engine.
+        styles: the engine's styles.
 
     Raises:
-        ValueError: what the request carries is not acceptable, or not to be honoured here.
+        ValueError: what the request carries is not acceptable, or cannot be honoured here.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
     if is_greedy(params):
@@ -180,7 +180,7 @@ def active(
 
 
 def _draw_key(params: "SamplingParams", arrivals: Iterator[int]) -> int:
-    """By which the request draws, beside vLLM's own sampling."""
+    """The key of the request's own random draws, which are separate from vLLM's sampling."""
     identity = (params.extra_args or {}).get(IDENTITY)
     if params.seed is not None:
         return draw_key("seed", params.seed)

@@ -1,7 +1,7 @@
-"""Refuses requests with the field where vLLM would not let us see them, and would ignore it.
+"""Refuses requests with a field where the plug-in would not see them and vLLM would ignore it.
 
-It is in the app only where a hook of `hooks.REQUEST_HOOKS` is missing, so that no request ever
-pays for it on a vLLM that the plug-in fits.
+It is added to the app only if a hook of `hooks.REQUEST_HOOKS` is missing, so it costs nothing on a
+vLLM that the plug-in fits.
 """
 
 import json
@@ -12,7 +12,7 @@ from dftserve_vllm import body_limit, engine, metrics
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 
 ESCAPED = rb"\u00"
-"""Begins a letter of a name as JSON may write it."""
+"""Start of a JSON escape, which may stand for a character of a field's name."""
 
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -38,9 +38,9 @@ class FieldGuard:
 
 
 async def _read(receive: Any) -> tuple[bytes, list[Message]]:
-    """The body as far as it is bounded, and the messages that it came in.
+    """The body, read up to the size limit, and the messages that it came in.
 
-    A larger one passes: where it names a field, `BodyLimit`, inside of this, refuses it.
+    A larger body is let through: `BodyLimit`, further inside, refuses it if it names a field.
     """
     messages: list[Message] = []
     size = 0
@@ -53,7 +53,8 @@ async def _read(receive: Any) -> tuple[bytes, list[Message]]:
 
 
 def _has_field(body: bytes, name: str) -> bool:
-    """Whether a JSON body has the field, at more than level 0; vLLM answers what is not JSON."""
+    """Whether a JSON body has the field with a value other than 0; vLLM answers a body that is not
+    JSON."""
     text = body_limit.in_ascii(body)
     if name.encode() not in text and ESCAPED not in text:
         return False
@@ -78,7 +79,7 @@ def _replayed(messages: list[Message], receive: Any) -> Any:
 
 
 async def _refuse(send: Any, message: str, name: str) -> None:
-    """As vLLM words its 400."""
+    """Answers with a 400 in vLLM's format."""
     error = {"message": message, "type": "BadRequestError", "param": name, "code": 400}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

@@ -1,7 +1,7 @@
-"""Requests that are drawn as a group: what is refused, each choice's place, codes of the preempted.
+"""Requests drawn as a group: what is refused, each choice's index, the codes of preempted requests.
 
-A request with `"group": true` is asked for once and runs as n requests of the engine. Each of these
-carries the object form, as a client would send it that asks for the choices one by one.
+A request with `"group": true` runs as n requests of the engine. Each of these carries the object
+form, as if the client had requested the choices one by one.
 """
 
 import math
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 PARAMETER = "diversity.group"
 
 WATERMARKED = (
-    "a group's tokens are drawn before the engine's sampler, which would leave no watermark in "
-    "them; drop --watermark-config or diversity.group"
+    "a group's tokens are drawn before the engine's sampler, so they would carry no watermark; "
+    "drop --watermark-config or diversity.group"
 )
 
 StateArray = NDArray[np.float64]
 
 _start = secrets.token_hex(8)
-"""In the names of groups without a seed, so that they draw otherwise after each start."""
+"""Part of the names of groups without a seed, so that their draws differ after each start."""
 
 
 def clash(n: int, diversity: spec.Diversity) -> str | None:
-    """Why a request for n choices does not go with its group, or None."""
+    """Why a request's n is not compatible with its group, or None."""
     low, high = spec.GROUP_SIZE
     if diversity.group is True and not low <= n <= high:
         one = '{"id": …, "index": …, "size": …} for each of several requests'
-        return f"{PARAMETER}: got true beside n = {n}; accepted: n from {low} to {high}, or {one}."
+        return f"{PARAMETER}: got true with n = {n}; accepted: n from {low} to {high}, or {one}."
     if isinstance(diversity.group, spec.Group) and n != 1:
         all_choices = "or true for the choices of one request"
-        return f"{PARAMETER}: got one text's place beside n = {n}; accepted: n = 1, {all_choices}."
+        return f"{PARAMETER}: got one text's index with n = {n}; accepted: n = 1, {all_choices}."
     return None
 
 
 def of_choice(
     diversity: spec.Diversity, index: int, size: int, seed: int | None, request_id: str
 ) -> dict[str, Any]:
-    """The diversity of one of a request's choices, in the object form."""
+    """One choice's diversity, in the object form."""
     name = ("request", _start, request_id) if seed is None else ("seed", seed)
     group = spec.Group(id=f"{draw_key('group', *name):012x}", index=index, size=size)
     return replace(diversity, group=group).as_dict()
@@ -60,7 +60,7 @@ def of_choice(
 def group_row(
     diversity: spec.Diversity, params: "SamplingParams", *, temperature_applied: bool
 ) -> GroupRow | None:
-    """What the workers draw by, of one choice; None for a request that is in no group."""
+    """The workers' group settings for one choice; None for a request that is in no group."""
     group = diversity.group
     if not isinstance(group, spec.Group):
         return None
@@ -70,13 +70,13 @@ def group_row(
         scale=1.0 if temperature_applied else 1.0 / params.temperature,
         top_k=max(params.top_k, 0),
         top_p=params.top_p,
-        # The V1 runner makes this cut before the rows come.
+        # The V1 runner applies min_p before the logits processors.
         min_p=0.0 if temperature_applied else params.min_p,
     )
 
 
 class Codes:
-    """An engine's codes: by slot while a request runs, by its identity while it is preempted."""
+    """An engine's group codes: by slot while a request runs, by identity while it is preempted."""
 
     def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
         self._codes = GroupCodes(capacity, rows_per_request, device)
@@ -86,15 +86,15 @@ class Codes:
         """A request of a group enters a slot.
 
         Args:
-            identity: names it across preemptions; after one, without it, its codes are not known.
-            produced: tokens that are there already.
+            identity: identifies it across preemptions; without it, a preemption loses its code.
+            produced: how many tokens it has already.
         """
         self.close(slot)
         resumed = self._preempted.enter(slot, identity, produced)
         self._codes.open(slot, row, resumed, produced)
 
     def close(self, slot: int) -> None:
-        """The slot's request has left it: it has ended, or was preempted."""
+        """The slot's request has left: it has ended, or was preempted."""
         self._preempted.leave(slot)
         self._codes.close(slot)
 

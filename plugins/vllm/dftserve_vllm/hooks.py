@@ -1,9 +1,9 @@
-"""Where the plug-in meets vLLM: every change to vLLM is listed here, and nowhere else.
+"""Where the plug-in hooks into vLLM: all changes to vLLM are listed here, and only here.
 
-    InputProcessor.__init__             remember the engine's configuration
+    InputProcessor.__init__             record the engine's configuration
     *Request.to_sampling_params         the field, with its early 400
     *Request.to_beam_search_params      refuse the field
-    ParentRequest.get_child_info        give each of n choices its own statistics, and its place
+    ParentRequest.get_child_info        give each of n choices its own statistics, and its index
                                           in their group
     WorkerWrapperBase.execute_model,    a step's statistics travel with its output:
       .sample_tokens                      from the worker …
@@ -11,14 +11,14 @@
     OutputProcessor.add_request,          … to the API process
       .process_outputs
     build_app                           header, body, route, metrics
-    BaseServing._maybe_get_adapters     take the adapter that a style names
-    _rebind_kernels                     survive that numba is loaded, as our kernels need it
-    GPUModelRunner._sample,             survive seeds on a CPU (seeds.py)
+    BaseServing._maybe_get_adapters     select the adapter that a style names
+    _rebind_kernels                     make it work with numba loaded, which our kernels need
+    GPUModelRunner._sample,             keep seeds on a CPU from ending the engine (seeds.py)
       ._bookkeeping_sync
 
-Each is made when vLLM imports the module, once in a process. Whatever goes wrong with one stops
-nothing: the server starts, stock requests stay stock, and the field is refused with the reason
-(`problems`). On a vLLM that is not supported only the refusal is put in place.
+Each change is made once per process, when vLLM imports the module. If one fails, the server still
+starts, requests without the field are not affected, and the field is refused with the reason
+(`problems`). On an unsupported vLLM only the hooks that refuse the field are installed.
 """
 
 import contextlib
@@ -40,31 +40,31 @@ from dftserve_vllm.imports import when_imported
 from dftserve_vllm.log import logged_once, logger
 
 MARK = "__dftserve__"
-"""On every function of ours that stands in the place of one of vLLM's."""
+"""Attribute of every function of ours that replaces one of vLLM's."""
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One function of vLLM, and what we put around it."""
+    """One function of vLLM, and our wrapper of it."""
 
     module: str
     target: str
     """A function, or `Class.method`."""
     wrapper: Wrapper
     passes_on: str | None = None
-    """The class need not have the method: it passes unknown ones on to its `worker`, whose base
-    class, named here, must have it. Else vLLM calls another one, and nothing would be seen."""
+    """Set if the class forwards unknown methods to its `worker`: the worker's base class, named
+    here, must have the method; if it does not, vLLM calls another one, bypassing the hook."""
     is_needed: bool = True
-    """Without it the field is refused; else less is done, and nothing wrong."""
+    """Whether the field is refused without this hook; otherwise only some function is lost."""
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.target}"
 
     def apply(self, module: ModuleType) -> None:
-        """Put the wrapper in place, once, if the function is as `vllm_contract` says.
+        """Install the wrapper, once, if the function is as `vllm_contract` describes it.
 
         Raises:
             AttributeError, TypeError: it is not.
@@ -79,7 +79,7 @@ class Hook:
         if original is None and self.passes_on:
             if not hasattr(getattr(module, self.passes_on, None), attribute):
                 raise AttributeError(f"{module.__name__} has no {self.passes_on}.{attribute}")
-            original = _passing_on(attribute)
+            original = _forwarding_to_worker(attribute)
         if original is None:
             raise AttributeError(f"{module.__name__} has no {self.target}")
         wrapped = wraps(original)(self.wrapper(original))
@@ -94,7 +94,7 @@ class Hook:
         ]
 
     def is_in_place(self, module: ModuleType) -> bool:
-        """Also under somebody else's wrapper, if that says what it wraps."""
+        """Whether the wrapper is installed, also below another wrapper that sets `__wrapped__`."""
         found: Any = module
         for part in self.target.split("."):
             found = getattr(found, part, None)
@@ -105,36 +105,37 @@ class Hook:
         return False
 
 
-def _passing_on(attribute: str) -> Callable[..., Any]:
-    def passed_on(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _forwarding_to_worker(attribute: str) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.worker, attribute)(*args, **kwargs)
 
-    passed_on.__name__ = attribute
-    return passed_on
+    forward.__name__ = attribute
+    return forward
 
 
-# What is put around vLLM's functions
+# Wrappers of vLLM's functions
 
 
-def _remembers_configuration(construct: Callable[..., None]) -> Callable[..., None]:
+def _records_configuration(construct: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         from dftserve_vllm import body_limit
         from dftserve_vllm.policy import policy
         from dftserve_vllm.request_params import default_diversity
 
         engine.record(vllm_config)
-        _import_what_the_engine_runs()
-        engine.styles()  # What is refused is logged as the server starts.
-        default_diversity()  # A wrong one stops the server here, not a request.
-        policy()  # Likewise.
+        _import_engine_modules()
+        engine.styles()  # Logs refused profiles when the server starts.
+        # A wrong setting stops the server here, rather than failing a request.
+        default_diversity()
+        policy()
         body_limit.largest()
-        _log_what_is_in_force()
+        _log_status()
         construct(self, vllm_config, *args, **kwargs)
 
     return wrapped
 
 
-def _log_what_is_in_force() -> None:
+def _log_status() -> None:
     from dftserve_vllm.request_params import default_diversity, default_refusal
 
     if (reason := engine.refusal()) is not None:
@@ -154,12 +155,12 @@ def _log_what_is_in_force() -> None:
     logger.warning("diversity: the default %s is not applied: %s.", shown, reason)
 
 
-def _import_what_the_engine_runs() -> None:
-    """The engine core and its workers may be other processes, from which nobody can refuse: what
-    is missing there is missing here as well, and is seen when it is imported."""
+def _import_engine_modules() -> None:
+    """Import the hooked modules of the engine core and its workers. These may run in other
+    processes, which cannot refuse a request; what is missing there is also missing here."""
     for hook in _installed:
         if hook.is_needed and hook.module.startswith("vllm.v1."):
-            with contextlib.suppress(ImportError):  # `problems` names it.
+            with contextlib.suppress(ImportError):  # `problems` reports it.
                 importlib.import_module(hook.module)
 
 
@@ -175,13 +176,13 @@ def _refuses_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[
     return request_params.refuse_beam_search(to_beam_search_params)
 
 
-def _takes_named_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
+def _selects_named_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import request_params
 
     return request_params.take_adapter(maybe_get_adapters)
 
 
-def _tells_choices_apart(get_child_info: Callable[..., Any]) -> Callable[..., Any]:
+def _identifies_choices(get_child_info: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import extra_args
 
     def wrapped(self: Any, index: int, *args: Any, **kwargs: Any) -> tuple[str, Any]:
@@ -246,9 +247,9 @@ def _extends_app(build_app: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _survives_numba(rebind: Callable[..., None]) -> Callable[..., None]:
-    """On a CPU, vLLM 0.32 looks at `vars` of all that any module holds, for kernels to replace.
-    llvmlite's library answers that with a function of its own, and a second engine in a process,
-    or one after numba was imported, would not start."""
+    """On a CPU, vLLM 0.32 calls `vars` on every attribute of every module, to find kernels to
+    replace. llvmlite's library object answers `__dict__` with a library function, so a second
+    engine in a process, or one created after numba was imported, would not start."""
 
     def wrapped(*args: Any, **kwargs: Any) -> None:
         with logged_once("numba's library may keep an engine from starting"):
@@ -259,16 +260,16 @@ def _survives_numba(rebind: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _takes_draws_back(sample: Callable[..., Any]) -> Callable[..., Any]:
+def _restores_generators(sample: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import seeds
 
-    return seeds.takes_back(sample)
+    return seeds.restore_generators(sample)
 
 
-def _leaves_offsets(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
+def _hides_generators(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import seeds
 
-    return seeds.leaves_offsets(bookkeeping)
+    return seeds.hide_generators(bookkeeping)
 
 
 PROTOCOLS = {
@@ -276,7 +277,7 @@ PROTOCOLS = {
     "CompletionRequest": "vllm.entrypoints.openai.completion.protocol",
     "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol",
 }
-"""The requests that take the fields, and their modules."""
+"""The request classes that take the fields, and their modules."""
 
 REQUEST_HOOKS = (
     *(Hook(m, f"{name}.to_sampling_params", _honours_field) for name, m in PROTOCOLS.items()),
@@ -285,7 +286,7 @@ REQUEST_HOOKS = (
         for name in ("ChatCompletionRequest", "CompletionRequest")
     ),
 )
-"""What sees the field in a request. Where one is missing, `app` refuses in its place."""
+"""The hooks that read the fields. If one is missing, `app` adds `FieldGuard` instead."""
 
 _WORKER = "vllm.v1.worker.worker_base"
 _OUTPUTS = "vllm.v1.engine.output_processor"
@@ -294,38 +295,38 @@ _APP = "vllm.entrypoints.launchers.app"
 ADAPTERS = Hook(
     "vllm.entrypoints.serve.engine.serving",
     "BaseServing._maybe_get_adapters",
-    _takes_named_adapter,
+    _selects_named_adapter,
     is_needed=False,
 )
-"""Without it no style names an adapter."""
+"""Without this hook no style can name an adapter."""
 HOOKS = (
     *REQUEST_HOOKS,
     ADAPTERS,
-    Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _remembers_configuration),
-    Hook("vllm.v1.engine.parallel_sampling", "ParentRequest.get_child_info", _tells_choices_apart),
+    Hook("vllm.v1.engine.input_processor", "InputProcessor.__init__", _records_configuration),
+    Hook("vllm.v1.engine.parallel_sampling", "ParentRequest.get_child_info", _identifies_choices),
     Hook(_WORKER, "WorkerWrapperBase.execute_model", _reports),
     Hook(_WORKER, "WorkerWrapperBase.sample_tokens", _reports, passes_on="WorkerBase"),
     Hook("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", _forwards_reports),
     Hook(_OUTPUTS, "OutputProcessor.add_request", _notes_choices),
     Hook(_OUTPUTS, "OutputProcessor.process_outputs", _collects_statistics),
-    # The second holds its own name for the first's function, and may have been imported before us.
+    # The second module imports the function by name, and may have been imported before us.
     Hook(_APP, "build_app", _extends_app),
     Hook("vllm.entrypoints.launchers.api_server.entry", "build_app", _extends_app),
     Hook("vllm.triton_utils.dispatcher", "_rebind_kernels", _survives_numba, is_needed=False),
-    Hook(_RUNNER, "GPUModelRunner._sample", _takes_draws_back, is_needed=False),
-    Hook(_RUNNER, "GPUModelRunner._bookkeeping_sync", _leaves_offsets, is_needed=False),
+    Hook(_RUNNER, "GPUModelRunner._sample", _restores_generators, is_needed=False),
+    Hook(_RUNNER, "GPUModelRunner._bookkeeping_sync", _hides_generators, is_needed=False),
 )
 APP = f"{_APP}.build_app"
-"""The name of the hook that answers go through."""
+"""The name of the hook that adds the answers' middleware."""
 
 _installed: tuple[Hook, ...] = ()
 _failed: dict[str, str] = {}
 _present: set[str] = set()
-"""Modules that are not imported and were found: the file system is searched once for each."""
+"""Cache of modules that exist but are not imported yet, to search the file system only once."""
 
 
 def install() -> None:
-    """Ask for every change; a second call does nothing."""
+    """Register every change; a second call does nothing."""
     global _installed
     if _installed:
         return
@@ -335,7 +336,7 @@ def install() -> None:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
-    """Nothing that goes wrong here may keep vLLM from importing its module."""
+    """Apply a hook; a failure must not keep vLLM from importing its module."""
     try:
         hook.apply(module)
     except Exception as error:  # noqa: BLE001 - the server must start
@@ -343,19 +344,19 @@ def _apply(hook: Hook, module: ModuleType) -> None:
 
 
 def failed(name: str, error: Exception) -> None:
-    """A hook does not do what it is there for, although the server goes on."""
+    """Record that a hook does not work; the server continues."""
     _failed[name] = f"{type(error).__name__}: {error}"
     logger.warning("dftserve: %s is not in place: %s", name, error)
 
 
 def problems() -> dict[str, str]:
-    """The hooks that are not in place in this process, by name, with the reason."""
+    """The hooks that are not installed in this process, by name, with the reason."""
     return _problems_of(_installed)
 
 
 def refusal() -> str | None:
-    """Why the field is refused: what is missing that it needs; None where nothing is. Asked several
-    times a request, in the server's event loop."""
+    """Why the field is refused: a hook that it needs is missing; None if none is. Called several
+    times per request, in the server's event loop."""
     found = _problems_of(hook for hook in _installed if hook.is_needed)
     if not found:
         return None
@@ -383,7 +384,7 @@ def _problem(hook: Hook) -> str | None:
 
 
 def _absence(module: str) -> str | None:
-    """None for a module that is there, and will be changed when it is imported."""
+    """Why a module cannot be imported; None if it exists, and so is changed on import."""
     if module in _present:
         return None
     try:

@@ -1,6 +1,6 @@
-"""`"diversity": "human"`: the law `budget` at the entropy that the served checkpoint's target has.
+"""`"diversity": "human"`: the law `budget` at the target entropy of the served checkpoint.
 
-A checkpoint says it in its dft.json, in the folder that the engine was started with.
+The entropy is read from dft.json in the folder that the engine was started with.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ def resolved(parameter: str) -> Diversity:
     """What `human` means on this server.
 
     Raises:
-        DiversityError: the served model says nothing of it.
+        DiversityError: the served model states no target entropy.
     """
     found = diversity()
     if found is None:
@@ -28,14 +28,14 @@ def resolved(parameter: str) -> Diversity:
 
 
 def diversity() -> Diversity | None:
-    """What `human` means on this server; None where the served model does not say."""
+    """What `human` means on this server; None if the served model states no target entropy."""
     model = engine.model()
     return None if model is None else _promised(model)
 
 
 @lru_cache(maxsize=8)
 def _promised(model: str) -> Diversity | None:
-    """Read once: a folder does not change while it is served."""
+    """Cached: a folder does not change while it is served."""
     folder = Path(model)
     if not (folder / Promise.FILE).is_file():
         return None

@@ -1,7 +1,7 @@
 """Change a module when, and only if, it is imported.
 
-vLLM loads general plug-ins while it is still importing itself, and in processes that never see a
-request. Waiting for each module keeps start-up as it is and import cycles away.
+vLLM loads general plug-ins while its own import is in progress, and in processes that never handle
+a request. Waiting for each module avoids import cycles and does not slow down start-up.
 """
 
 import importlib.abc
@@ -17,8 +17,8 @@ Change = Callable[[ModuleType], None]
 def when_imported(name: str, change: Change) -> None:
     """Call `change(module)` once: now if the module is loaded, else right after it is.
 
-    Only an import uses the change up: to look for the module with `find_spec` does not. An
-    exception of the change reaches whoever imports the module.
+    Only an import triggers the change; looking for the module with `find_spec` does not. An
+    exception in the change propagates to the code that imports the module.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -30,7 +30,7 @@ def when_imported(name: str, change: Change) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it lets the others find, and wraps the loader."""
+    """Finds nothing itself: it delegates to the other finders, and wraps the loader they return."""
 
     def __init__(self) -> None:
         self.changes: dict[str, list[Change]] = {}
@@ -52,14 +52,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, and the changes after it."""
+    """Runs the module's own loader, then the changes."""
 
     def __init__(self, loader: Any, changes: dict[str, list[Change]]) -> None:
         self._loader = loader
         self._changes = changes
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)  # get_code, get_source … for who asks the spec.
+        return getattr(self._loader, name)  # get_code, get_source … for users of the spec.
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)

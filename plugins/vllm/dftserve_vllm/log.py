@@ -1,4 +1,4 @@
-"""The plug-in's logger, under vLLM's; the library's warnings; a guard for what may fail."""
+"""The plug-in's logger, under vLLM's; the library's warnings; a context that logs exceptions."""
 
 import logging
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ _logged: set[str] = set()
 
 
 def show_library_messages() -> None:
-    """What `dftserve.*` logs (a kernel that fell back) is shown as vLLM's own messages are.
+    """Show the log messages of `dftserve.*` (such as a kernel fallback) like vLLM's own.
 
     The root logger cannot be relied on: importing vLLM's server sets its level and its handlers'
     to ERROR (model_hosting_container_standards), which hides every other library's warnings.
@@ -24,9 +24,9 @@ def show_library_messages() -> None:
 
 @contextmanager
 def logged_once(consequence: str) -> Iterator[None]:
-    """Whatever goes wrong in here ends here; the first time in this process it is logged.
+    """Suppress exceptions in the block; the first one with this consequence in a process is logged.
 
-    For what must not fail a request or end a server: statistics.
+    For code that must not fail a request or end the server, such as statistics.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """The `dft:*` metrics of an API process, with vLLM's own labels `model_name` and `engine`.
 
-With several API server processes, prometheus_client's multiprocess mode (which vLLM sets up) adds
-them up; each event is counted in one process only.
+With several API server processes, prometheus_client's multiprocess mode (which vLLM sets up) sums
+them; each event is counted in one process only.
 """
 
 from functools import lru_cache
@@ -38,7 +38,7 @@ class Metrics:
             ["model_name"],
         )
         self.audit_lost = Counter(
-            "dft:audit_lost", "Lines that the audit log could not take.", ["model_name"]
+            "dft:audit_lost", "Lines that could not be written to the audit log.", ["model_name"]
         )
         self.unavailable = Counter(
             "dft:statistics_unavailable",
@@ -73,7 +73,7 @@ class Metrics:
             buckets=SHARES,
         )
 
-        # At zero from the start: of a counter's first value Prometheus sees no increase.
+        # Create every series at 0: Prometheus sees no increase in the first value of a counter.
         for index in range(engine.engines()):
             self.count_engine({"engine": index})
         for counter in (self.refused, self.clamped, self.unavailable, self.audit_lost):
@@ -93,7 +93,7 @@ class Metrics:
         self._count(self.clamped)
 
     def _count(self, counter: Counter, *labels: str) -> None:
-        """An HTTP request that tokens come of, once for each set of labels, however many prompts
+        """Count an HTTP request that generates tokens, once per set of labels, however many prompts
         its body has."""
         if generates() and is_first(counter, *labels):
             counter.labels(engine.served_model_name(), *labels).inc()
@@ -102,7 +102,7 @@ class Metrics:
         self.audit_lost.labels(engine.served_model_name()).inc()
 
     def count_engine(self, payload: Payload) -> None:
-        """What is new in an engine's counts."""
+        """Add the increase of an engine's counts."""
         labels = engine.served_model_name(), str(payload["engine"])
         self.faults.labels(*labels).inc(payload.get("faults", 0))
         self.nan_rows.labels(*labels).inc(payload.get("nan_rows", 0))
@@ -123,12 +123,12 @@ class Metrics:
 
 @lru_cache
 def metrics() -> Metrics:
-    """Made on first use: the registry refuses a second set of the same names."""
+    """Created on first use: the registry refuses a second set with the same names."""
     return Metrics()
 
 
 def totals() -> dict[str, int]:
-    """`faults` and `nan_rows` of all engines, as far as any API process has heard of them."""
+    """`faults` and `nan_rows` of all engines, as reported to any API process so far."""
     metrics()
     names = {"dft:faults_total": "faults", "dft:nan_rows_total": "nan_rows"}
     sums = dict.fromkeys(names.values(), 0)
@@ -140,7 +140,7 @@ def totals() -> dict[str, int]:
 
 
 def _registry() -> CollectorRegistry:
-    """The registry that /metrics shows."""
+    """The registry behind /metrics."""
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
     return get_prometheus_registry()

@@ -1,4 +1,4 @@
-"""The fields in the server's OpenAPI document, from which clients are made and /docs is shown."""
+"""Adds the fields to the server's OpenAPI document, which client generators and /docs use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,15 @@ from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.hooks import PROTOCOLS
 
 DOCUMENTED = (*PROTOCOLS, "BatchChatCompletionRequest")
-"""The bodies that take the fields: those hooked, and the batch body, which vLLM splits into some of
-them."""
+"""The request bodies that take the fields: the hooked ones, and the batch body, which vLLM splits
+into hooked ones."""
 
 
 def with_fields(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """FastAPI's `app.openapi`, whose document has the fields in the requests that take them."""
+    """Wraps FastAPI's `app.openapi`: adds the fields to the requests that take them."""
 
     def documented() -> dict[str, Any]:
-        # FastAPI makes its document once, and gives the same one each time.
+        # FastAPI caches its document and returns the same object each time.
         document = openapi()
         schemas = document.get("components", {}).get("schemas", {})
         for name in schemas.keys() & set(DOCUMENTED):

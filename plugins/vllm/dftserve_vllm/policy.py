@@ -1,8 +1,8 @@
-"""The operator's policy on this server: whose caps hold for a request, and what they make of it.
+"""The operator's policy on this server: which caps apply to a request, and their effect.
 
-Every request's parameters are decided in `request_params`, which asks `allowed` and `of_default`.
-What reaches an engine on a route without the field (audio, tokens in and out, offline) meets
-`check_carried`.
+`request_params` decides every request's parameters, and calls `allowed` and `of_default` for it.
+Parameters that reach an engine by a route without the field (audio, tokens in and out, offline) are
+checked by `check_carried`.
 """
 
 import hashlib
@@ -26,30 +26,31 @@ WHOSE = "which is what the operator's policy allows here"
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a request asked for, as far as it is allowed."""
+    """A request's diversity and style after the policy was applied."""
 
     diversity: spec.Diversity | None
     style: spec.Style | None
     clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By field: the numbers that were asked for, and were lowered."""
+    """By field: the requested numbers that were lowered."""
 
 
 @lru_cache
 def policy() -> Policy | None:
-    """The policy of `DFTSERVE_POLICY`, read once in a process; None where there is none.
+    """The policy of `DFTSERVE_POLICY`, read once per process; None if there is none.
 
     Raises:
-        ValueError: the file says something else; names the place in it.
+        ValueError: the file is not acceptable; the message gives the position in it.
     """
     path = os.environ.get(VARIABLE, "")
     return policies.read(path) if path else None
 
 
 def allowed(request: Any, diversity: spec.Diversity | None, style: spec.Style | None) -> Allowed:
-    """What is left of what a request asks for itself.
+    """Apply the policy to what a request asks for itself.
 
     Raises:
-        DiversityError: it exceeds a cap that rejects, or a law or a style may not be asked for.
+        DiversityError: it exceeds a cap under `on_excess: reject`, or its law or style is not
+            allowed.
     """
     if policy() is None or (diversity is None and style is None):
         return Allowed(diversity, style)
@@ -63,8 +64,8 @@ def allowed(request: Any, diversity: spec.Diversity | None, style: spec.Style | 
 
 
 def of_default(request: Any, diversity: spec.Diversity | None) -> spec.Diversity | None:
-    """The operator's default for a request: lowered to the caps, since the client did not ask;
-    None where its law is not allowed."""
+    """The operator's default for a request: lowered to the caps rather than refused, since the
+    client did not ask for it; None if its law is not allowed."""
     if policy() is None or diversity is None:
         return diversity
     limits = _limits(request)
@@ -75,8 +76,8 @@ def of_default(request: Any, diversity: spec.Diversity | None) -> spec.Diversity
 
 
 def check_carried(params: Any) -> None:
-    """Of SamplingParams that `request_params` has not made for this HTTP request, or that somebody
-    changed since: no answer would say what was lowered, so that all excess is refused.
+    """Check SamplingParams that `request_params` did not create for this HTTP request, or that were
+    changed since. No answer would report a lowered value, so any excess is refused.
 
     Raises:
         DiversityError: they carry more than is allowed.
@@ -96,7 +97,7 @@ def check_carried(params: Any) -> None:
 
 
 def summary() -> dict[str, Any] | None:
-    """For the capabilities: what holds for a request without an entry of its own."""
+    """For the capabilities: the limits of a request whose API key has no entry."""
     found = policy()
     if found is None:
         return None
@@ -107,9 +108,9 @@ def summary() -> dict[str, Any] | None:
 
 
 def key_digest() -> str | None:
-    """The SHA-256 of the API key of the HTTP request, in hexadecimal digits; None without one.
+    """The SHA-256 of the HTTP request's API key, in hexadecimal digits; None without one.
 
-    The key is where vLLM's own check looks for it.
+    The key is read from where vLLM's own check reads it.
     """
     current = request_context.current.get()
     if current is None:
@@ -119,7 +120,7 @@ def key_digest() -> str | None:
 
 
 def limits(request: Any) -> Limits:
-    """What holds for a request; nothing where there is no policy."""
+    """The limits that apply to a request; unlimited without a policy."""
     return Limits() if policy() is None else _limits(request)
 
 
@@ -129,7 +130,7 @@ def _limits(request: Any) -> Limits:
     asked = getattr(request, "model", None) or ""
     names = [asked, engine.served_model_name()]
     if (taken := request_context.adapter()) is not None:
-        # It has the caps that it has where a client asks for it by name.
+        # The same caps apply as when a client requests the adapter by name.
         names.insert(0, taken.adapter.model)
     return found.limits(names, key_digest())
 
@@ -141,10 +142,11 @@ def _within(
     name: str,
     clamped: dict[str, Mapping[str, float]],
 ) -> policies.Asked:
-    """What the request leaves to defaults is lowered, whatever becomes of what it names."""
+    """Apply the limits. Excess in keys that the request does not name is lowered even under
+    `on_excess: reject`."""
     found = policy()
     assert found is not None
-    parameter, named = _said(request, name)
+    parameter, named = _given_keys(request, name)
     _refuse_what_cannot_be_lowered(limits, asked, parameter, _choices(request))
     excess = {key: cap for key, cap in limits.excess(asked).items() if key in named}
     if excess and found.on_excess == policies.REJECT:
@@ -166,7 +168,7 @@ def _refuse_excess(
 def _refuse_what_cannot_be_lowered(
     limits: Limits, asked: spec.Diversity | spec.Style, parameter: str, choices: int
 ) -> None:
-    """A law, a style, the size of a group."""
+    """Refuses a law, a style or a group size that is not allowed."""
     if (refused := limits.refusal_of(asked)) is not None:
         key, value, accepted = refused
         raise _error(f"{parameter}.{key}", value, accepted)
@@ -177,7 +179,7 @@ def _refuse_what_cannot_be_lowered(
 
 
 def _choices(request: Any) -> int:
-    """How many a request asks for; on a route without `n`, what is there may be anything."""
+    """How many choices a request asks for; without a field `n`, a body can set it to anything."""
     count = getattr(request, "n", None)
     return count if isinstance(count, int) else 1
 
@@ -186,8 +188,8 @@ def _error(parameter: str, value: object, accepted: str) -> spec.DiversityError:
     return spec.DiversityError(parameter, value, f"{accepted}, {WHOSE}")
 
 
-def _said(request: Any, name: str) -> tuple[str, set[str]]:
-    """Where a request has the field, and which of its keys have a value there."""
+def _given_keys(request: Any, name: str) -> tuple[str, set[str]]:
+    """The parameter in which a request has the field, and the keys that have a value there."""
     top = (request.model_extra or {}).get(name)
     argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
     parameter = name if top is not None else f"vllm_xargs.{name}"
@@ -195,7 +197,7 @@ def _said(request: Any, name: str) -> tuple[str, set[str]]:
 
 
 def _keys(value: object) -> set[str]:
-    """Of a value that has been parsed before: a number, an object, either as JSON text, a name."""
+    """The keys set by a valid field value: a number, an object, JSON text of either, or a name."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = json.loads(value)
     if isinstance(value, Mapping):

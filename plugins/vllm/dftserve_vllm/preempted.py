@@ -1,7 +1,7 @@
-"""What each request had in its slot as it was preempted, for when it comes back to one.
+"""Keeps the state of preempted requests until they are resumed, possibly in another slot.
 
-vLLM does not say why a request leaves its slot, so that of each which has a name is kept a while.
-It is read out of the snapshot of its last step, when that is there.
+vLLM does not report why a request leaves its slot, so the state of each request with an identity is
+kept for a while. It is read from the snapshot of the request's last step once that is on the host.
 """
 
 from collections import OrderedDict, deque
@@ -13,80 +13,80 @@ from numpy.typing import NDArray
 from dftserve.sampling.host_copy import HostCopy
 
 MOST = 4096
-"""Requests that are out of their slots and whose state is kept."""
+"""Maximum number of requests without a slot whose state is kept."""
 
 State = TypeVar("State", bound=NDArray[Any])
 ReadState = TypeVar("ReadState", covariant=True)
 
 
 class Snapshot(Protocol[ReadState]):
-    """All slots' states after one step."""
+    """The states of all slots after one step."""
 
     @property
     def copy(self) -> HostCopy: ...
 
     def read(self, slot: int) -> ReadState:
-        """One slot's state, in memory of its own; after the copy is there."""
+        """A copy of one slot's state; call it when the copy to the host is complete."""
         ...
 
 
 class Preempted(Generic[State]):
-    """States of requests by identity, which names a request across preemptions. Those of one
-    engine have one shape and type."""
+    """States of requests by identity, which is stable across preemptions. All states of one engine
+    have the same shape and type."""
 
     def __init__(self) -> None:
         self._identity: dict[int, str] = {}
         self._slot: dict[str, int] = {}
         self._unseen: dict[int, State | None] = {}
-        """Of slots whose request is in no snapshot yet: the state it came back with."""
+        """By slot, for requests that are in no snapshot yet: the state they resumed with."""
         self._leaving: deque[tuple[str, Snapshot[State], int]] = deque()
-        self._kept = _Kept[State]()
+        self._store = _Store[State]()
         self._snapshot: Snapshot[State] | None = None
 
     def slot(self, identity: str) -> int | None:
-        """Where the request is."""
+        """The request's slot; None if it has none."""
         return self._slot.get(identity)
 
     def enter(self, slot: int, identity: str | None, produced: int) -> State | None:
-        """A request enters a slot, which is free.
+        """A request enters a free slot.
 
         Args:
-            identity: None for a request without one, of which nothing is kept.
-            produced: its tokens that are there already.
+            identity: None for a request without one, whose state is not kept.
+            produced: how many tokens it has already.
 
         Returns:
-            Its state as it left its slot before, where it had tokens then.
+            The state with which it left its previous slot, if it has tokens and the state is kept.
         """
         if identity is None:
             return None
         resumed = None
         if produced:
             self._collect(wait=True)
-            resumed = self._kept.take(identity)
+            resumed = self._store.take(identity)
         self._identity[slot], self._slot[identity] = identity, slot
         self._unseen[slot] = resumed
         return resumed
 
     def leave(self, slot: int) -> None:
-        """The slot's request has left it: it has ended, or was preempted."""
+        """The slot's request has left: it has ended, or was preempted."""
         identity = self._identity.pop(slot, None)
         if identity is None:
             return
         del self._slot[identity]
         if slot in self._unseen:
             if (state := self._unseen.pop(slot)) is not None:
-                self._kept.put(identity, state)
+                self._store.put(identity, state)
         elif self._snapshot is not None:
             self._leaving.append((identity, self._snapshot, slot))
 
     def saw(self, snapshot: Snapshot[State]) -> None:
-        """After a step."""
+        """Records the snapshot after a step."""
         self._snapshot = snapshot
         self._unseen.clear()
         self._collect(wait=False)
 
     def _collect(self, *, wait: bool) -> None:
-        """Take what left its slot out of the snapshots, so that these can go."""
+        """Move the states of requests that left from snapshots to the store, to free snapshots."""
         while self._leaving:
             identity, snapshot, slot = self._leaving[0]
             if wait:
@@ -94,33 +94,33 @@ class Preempted(Generic[State]):
             elif not snapshot.copy.is_there():
                 break
             self._leaving.popleft()
-            self._kept.put(identity, snapshot.read(slot))
+            self._store.put(identity, snapshot.read(slot))
 
 
-class _Kept(Generic[State]):
-    """The last `MOST` states that were put, in one array: thousands of small ones, each as old as
-    another request, would lie scattered over the heap, so that what is freed between them could
-    not be given back (40 MB of a worker over 7,500 requests)."""
+class _Store(Generic[State]):
+    """The last `MOST` states, in one array. Thousands of small arrays of different ages would
+    fragment the heap, and the memory freed between them would not be returned to the system (40 MB
+    in a worker over 7,500 requests)."""
 
     def __init__(self) -> None:
         self._states: NDArray[Any] = np.empty(0)
-        """[MOST, …] once there is a state, whose shape and type it has."""
-        self._place: OrderedDict[str, int] = OrderedDict()
+        """[MOST, …], allocated with the shape and type of the first state."""
+        self._index: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(MOST))
 
     def put(self, identity: str, state: State) -> None:
         if not len(self._states):
             self._states = np.empty((MOST, *state.shape), state.dtype)
-        place = self._place.pop(identity, None)
-        if place is None:
-            place = self._free.pop() if self._free else self._place.popitem(last=False)[1]
-        self._states[place] = state
-        self._place[identity] = place
+        index = self._index.pop(identity, None)
+        if index is None:
+            index = self._free.pop() if self._free else self._index.popitem(last=False)[1]
+        self._states[index] = state
+        self._index[identity] = index
 
     def take(self, identity: str) -> State | None:
-        """A state, which is no longer kept."""
-        place = self._place.pop(identity, None)
-        if place is None:
+        """Remove a state from the store and return it; None if it is not there."""
+        index = self._index.pop(identity, None)
+        if index is None:
             return None
-        self._free.append(place)
-        return self._states[place].copy()
+        self._free.append(index)
+        return self._states[index].copy()

@@ -1,8 +1,8 @@
-"""One class for both runners' loaders.
+"""One class for the loaders of both runners.
 
 vLLM's V1 and V2 runners read the same entry-point group but expect different interfaces, and each
-insists on its own base class. `DiversityProcessor` is a subclass of whichever exist, and
-constructing it gives the implementation for the runner that does.
+requires its own base class. `DiversityProcessor` is a subclass of those that exist, and
+constructing it returns the implementation for the runner that constructs it.
 """
 
 import weakref
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
     from dftserve_vllm.request_stats import RequestStats
 
-# The processor of each engine in this process. Entry point and --logits-processors flag together
-# construct it twice; the second must not change the rows again.
+# The processor of each engine in this process. With both the entry point and --logits-processors,
+# vLLM constructs it twice; the second instance must not change the rows again.
 _made: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
 def stats_of(vllm_config: Any) -> "RequestStats | None":
-    """What the processor of the engine with this configuration keeps; None where there is none."""
+    """The state of this engine's processor; None if it has none."""
     made = _made.get(id(vllm_config))
     return None if made is None else made.stats
 
@@ -56,11 +56,11 @@ class DiversityProcessor(*_BASES):
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse a wrong `extra_args["diversity"]` or `["style"]`; the only check that offline
-        `LLM()` meets.
+        """Refuse a wrong `extra_args["diversity"]` or `["style"]`; the only check under offline
+        `LLM()`.
 
         Raises:
-            ValueError: one is not acceptable, or cannot be honoured by this engine.
+            ValueError: one of them is not acceptable, or this engine cannot honour it.
         """
         if is_disabled():
             return
@@ -75,13 +75,13 @@ class DiversityProcessor(*_BASES):
 
 
 def _runner_base(given: tuple[Any, ...]) -> type:
-    """The base class of the runner that constructs us: V2 hands over its own request state."""
+    """The base class of the runner that constructs us: only V2 passes its request state."""
     is_v2 = any(isinstance(one, _V2_STATE) for one in given)
     return _BASES[-1] if is_v2 else V1Base
 
 
 def _inert(base: type) -> Any:
-    """A processor of the runner's own kind that touches nothing."""
+    """A processor with the runner's base class that changes nothing."""
 
     class Inert(base):
         def __init__(self) -> None: ...
@@ -97,6 +97,6 @@ def _inert(base: type) -> Any:
         def apply(self, logits: Any, ctx: Any = None) -> Any:
             return logits
 
-    # It stands in on versions that are not supported as well, which may ask for more methods.
+    # Also used on unsupported versions, whose base class may have further abstract methods.
     Inert.__abstractmethods__ = frozenset()
     return Inert()

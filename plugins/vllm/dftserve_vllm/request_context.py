@@ -1,7 +1,7 @@
-"""What one HTTP request asked for and got, from its field to its answer.
+"""The state of one HTTP request, from its field to its answer.
 
-The middleware opens a context, the field adds a prompt to it, the engine's outputs fill in the
-statistics, and the middleware writes them into the answer. One task, one context.
+The middleware opens a context, `request_params` adds prompts to it, the engine's outputs fill in
+the statistics, and the middleware writes them into the answer. Each asyncio task has one context.
 """
 
 import re
@@ -34,36 +34,36 @@ TRACED = {
     "temperature": TEMPERATURE,
     "changed": CHANGED,
 }
-"""The columns of a trace, and those of `slots` that they are read from."""
+"""The columns of a trace, and the columns of `slots` that they are read from."""
 
 
 @dataclass(eq=False)
 class TraceBudget:
-    """How many more tokens of one HTTP request may be traced."""
+    """How many more tokens of an HTTP request may be traced."""
 
     left: int = MOST_TRACED
 
 
 @dataclass(eq=False)
 class Trace:
-    """The figures of a choice's tokens, one by one, in their order."""
+    """The figures of each of a choice's tokens, in order."""
 
     most: int
-    """Tokens of this choice; the figures of later ones are dropped."""
+    """Maximum number of this choice's tokens; figures of later tokens are dropped."""
     budget: TraceBudget = field(default_factory=TraceBudget)
-    """Of all choices of its HTTP request, which may have many prompts."""
+    """Shared by all choices of the HTTP request, which may have many prompts."""
     columns: dict[str, list[float | None]] = field(
         default_factory=lambda: {name: [] for name in TRACED}
     )
 
     def add(self, row_X: Sequence[float] | None, tokens: int) -> None:
-        """A step's tokens.
+        """Add the figures of a step's tokens.
 
         Args:
-            row_X: what the engine reported of the step; None where it did not.
+            row_X: the engine's report of the step; None if there is none.
         """
-        kept = len(self.columns["changed"])
-        tokens = min(tokens, self.most - kept, self.budget.left)
+        traced = len(self.columns["changed"])
+        tokens = min(tokens, self.most - traced, self.budget.left)
         self.budget.left -= tokens
         for row_F in last_tokens_of_row(row_X or (), tokens):
             for name, column in TRACED.items():
@@ -73,30 +73,29 @@ class Trace:
 
 @dataclass(eq=False)
 class ChoiceStatistics:
-    """What came of one choice, as far as it is known."""
+    """The statistics of one choice, as received so far."""
 
     law: str
     trace: Trace | None = None
-    """Where one was asked for; that of its further turns too."""
+    """If one was requested; shared with its further turns."""
     produced: int = 0
-    """Tokens that the engine has sent."""
+    """Tokens received from the engine."""
     payload: Payload | None = None
-    """The engine's last report of it; see `step_report.put`."""
+    """The engine's last report of the choice; see `step_report.put`."""
     is_taken: bool = False
-    """Whether a request of the engine has its name: no other one may have it."""
+    """Whether an engine request uses its name; no other request may use it then."""
     turns: list["ChoiceStatistics"] = field(default_factory=list)
-    """Of the engine's further requests for it, in their order: see `next_turn`."""
+    """Statistics of the engine's further requests for the choice, in order: see `next_turn`."""
 
     def means(self) -> list[float] | None:
-        """Of its own request of the engine alone, see `slots.means`; None where they are not
-        known."""
+        """Means over the choice's first engine request only, see `slots.means`; None if they are
+        not known."""
         if self.payload is None:
             return None
         return means_of_row(self.payload["row"], self.produced)
 
     def means_of_all(self) -> list[float] | None:
-        """Of all its tokens; None where those of one turn are not known: no part is told as the
-        whole."""
+        """Means over all tokens of the choice; None if those of any turn are not known."""
         all_means = [turn.means() for turn in (self, *self.turns)]
         known = [means for means in all_means if means is not None]
         if len(known) < len(all_means):
@@ -119,7 +118,7 @@ class ChoiceStatistics:
         return means if self.trace is None else means | {"trace": self.trace.columns}
 
     def of_style(self) -> dict[str, float] | None:
-        """What the style did to it."""
+        """The style's statistics for the choice."""
         values = self.means_of_all()
         if values is None:
             return None
@@ -133,23 +132,23 @@ class ChoiceStatistics:
 
 @dataclass(eq=False)
 class PromptContext:
-    """What is in force for one prompt, what was dropped for it, what came of it."""
+    """For one prompt: the settings in force, the defaults dropped for them, and the statistics."""
 
     diversity: Diversity
     count: int
-    """How many choices were asked for."""
+    """How many choices were requested."""
     dropped: dict[str, float] = field(default_factory=dict)
     clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By field: what was asked for beyond the operator's caps."""
+    """By field: the requested numbers that exceeded the operator's caps."""
     reason: str | None = None
-    """Why the effective level is 0 although one was asked for."""
+    """Why the effective level is 0 although another one was requested."""
     style: Style | None = None
     has_diversity: bool = True
-    """Whether the answer speaks of the diversity: it was asked for, or is the default."""
+    """Whether the answer has a `diversity` object: it was requested, or is the default."""
     adapter: Chosen | None = None
-    """What the style named, where it is no profile."""
+    """The adapter that the style names, if it names no profile."""
     identity: str | None = None
-    """Names it to the engine; None where no row is changed."""
+    """The prompt's `diversity_id` in the engine; None if no row is changed."""
     choices: list[ChoiceStatistics] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,7 +167,7 @@ class PromptContext:
         return ChoiceStatistics(self.diversity.law, trace)
 
     def carried(self) -> dict[str, Any]:
-        """What goes to the engine: the object forms."""
+        """What is sent to the engine: the object forms."""
         found: dict[str, Any] = {DIVERSITY: self.diversity.as_dict()}
         if self.style is not None and not self.style.is_off:
             found[STYLE] = self.style.as_dict()
@@ -178,7 +177,7 @@ class PromptContext:
         """The object form of what is in force, by field.
 
         Args:
-            with_texts: as it was asked for; else as `Diversity.without_texts`.
+            with_texts: the requested form; otherwise that of `Diversity.without_texts`.
         """
         fields: dict[str, dict[str, Any]] = {}
         if self.has_diversity:
@@ -195,34 +194,34 @@ class PromptContext:
 
 @dataclass(eq=False)
 class RequestContext:
-    """All prompts of one HTTP request, in their order."""
+    """One HTTP request, with its prompts in order."""
 
     headers: Sequence[tuple[bytes, bytes]] = ()
-    """Of the request, as ASGI has them."""
+    """The request's headers, in ASGI's form."""
     is_render: bool = False
-    """Its route says what would be sent to the engine, and sends nothing."""
+    """Whether its route only returns what would be sent to the engine."""
     prompts: list[PromptContext] = field(default_factory=list)
     wants_usage: bool = False
-    """A stream whose last chunk carries usage."""
+    """Whether the answer is a stream whose last chunk has the usage."""
     notes: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of the audit log that are not written yet."""
+    """Entries of the audit log that are not written yet."""
     status: int | None = None
-    """Of the answer, as it begins; None before, and where there is none."""
+    """The answer's status; None before it begins, or if there is no answer."""
     counted: set[tuple[Hashable, ...]] = field(default_factory=set)
-    """What it was counted for: see `is_first`."""
+    """The events for which it was counted: see `is_first`."""
     adapters: tuple[Adapter, ...] = ()
-    """Those that a style may name on this route."""
+    """The adapters that a style may name on this route."""
     adapter: Chosen | None = None
-    """The one that vLLM was told to use."""
+    """The adapter selected for this request."""
     trace_budget: TraceBudget = field(default_factory=TraceBudget)
     name: str = field(default_factory=seals.fresh_name, init=False)
-    """Tells it from every other request of this process."""
+    """Unique among the requests of this process."""
 
     def choices(self) -> int:
         return sum(prompt.count for prompt in self.prompts)
 
     def members(self) -> dict[str, dict[str, Any]]:
-        """The `diversity` and the `style` object of the answer, as far as it has them."""
+        """The `diversity` and `style` objects of the answer, if it has them."""
         first = self.prompts[0]
         members = first.effective()
         choices = [choice for prompt in self.prompts for choice in prompt.choices]
@@ -232,7 +231,7 @@ class RequestContext:
             if first.dropped:
                 answer["dropped"] = first.dropped
             if name == STYLE and first.adapter is not None:
-                continue  # No sampler sees an adapter: there is nothing to count.
+                continue  # An adapter does not involve the sampler, so it has no statistics.
             of_choice = ChoiceStatistics.of_style if name == STYLE else ChoiceStatistics.as_dict
             answer["choices"] = [of_choice(choice) for choice in choices]
         return members
@@ -242,15 +241,15 @@ current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", defa
 
 
 def generates() -> bool:
-    """Whether tokens come of the HTTP request at hand: only then it is counted and noted. A router
-    may render each request before it sends it on, which would make two of it."""
+    """Whether the current HTTP request generates tokens; only then is it counted and logged. A
+    router may render each request before it forwards it, and it would be counted twice."""
     opened = current.get()
     return opened is None or not opened.is_render
 
 
 def is_first(*event: Hashable) -> bool:
-    """Whether the HTTP request at hand has not been asked for this event before: what is counted by
-    request is met for each prompt of a body. Outside of a request each event is the first."""
+    """Whether this is the first call with this event in the current HTTP request: code that counts
+    requests runs once for each prompt of a body. Always true outside a request."""
     context = current.get()
     if context is None:
         return True
@@ -260,13 +259,13 @@ def is_first(*event: Hashable) -> bool:
 
 
 def opened() -> str | None:
-    """The name of the HTTP request that runs; None outside of one."""
+    """The name of the current HTTP request; None outside a request."""
     context = current.get()
     return None if context is None else context.name
 
 
 def adapter() -> Chosen | None:
-    """The one that vLLM was told to use for the HTTP request that runs."""
+    """The adapter selected for the current HTTP request."""
     context = current.get()
     return None if context is None else context.adapter
 
@@ -274,12 +273,12 @@ def adapter() -> Chosen | None:
 _prompts: "weakref.WeakValueDictionary[str, PromptContext]" = weakref.WeakValueDictionary()
 
 _INDEX = re.compile("[0-9]{0,6}")
-"""Of a choice in a name; a name without one means the first."""
+"""A choice's index in an identity; an identity without one means the first choice."""
 
 
 def take_choice(identity: object) -> ChoiceStatistics | None:
-    """The choice that `extra_args` names to the engine (see `extra_args.of_choice`), once; None
-    where the name is of no request that is under way here, or is taken."""
+    """The choice that `extra_args` identifies to the engine (see `extra_args.of_choice`), returned
+    only once; None if the identity is of no request in progress here, or was taken before."""
     _, choice = _named(identity)
     if choice is None or choice.is_taken:
         return None
@@ -288,11 +287,11 @@ def take_choice(identity: object) -> ChoiceStatistics | None:
 
 
 def next_turn(identity: object) -> ChoiceStatistics | None:
-    """Statistics of a further request of the engine for a choice that is taken; None where it is
-    of another HTTP request than the one that runs, which can only have seen the name.
+    """Statistics of a further engine request for a choice that is taken; None if the choice belongs
+    to another HTTP request, whose identity the current one can only have copied.
 
-    The Responses API makes one after each call of a built-in tool, with the parameters of the
-    first, and gives one answer.
+    The Responses API sends a further request after each call of a built-in tool, with the first
+    one's parameters, and gives one answer.
     """
     prompt, choice = _named(identity)
     context = current.get()

@@ -1,4 +1,4 @@
-"""The request fields: from the body to SamplingParams, or to a 400 that says what is accepted."""
+"""The request fields: from the body to SamplingParams, or to a 400 that states what is accepted."""
 
 import os
 from collections.abc import Callable
@@ -23,38 +23,38 @@ from dftserve_vllm.extra_args import (
 from dftserve_vllm.request_context import PromptContext
 
 DEFAULTS = "default_sampling_params"
-"""The second argument of vLLM's `to_sampling_params`, by place or by name."""
+"""The second argument of vLLM's `to_sampling_params`, positional or by keyword."""
 HONOURS = "honours_fields"
-"""An attribute of what `honour` made."""
+"""An attribute of the functions that `honour` returns."""
 MOST_UNKNOWN = 4096
-"""Keys that are no field of a request, and are compared with ours: clients send dozens."""
+"""Maximum number of unknown keys of a request that are compared with ours; clients send dozens."""
 CUTTING = ("top_p", "top_k", "min_p")
-"""Sampling defaults that a model's generation_config may bring, and that would cut our support."""
+"""Sampling defaults that a model's generation_config may set, and that would cut our support."""
 
 
 @lru_cache
 def default_diversity() -> spec.Diversity | None:
-    """The operator's default.
+    """The operator's default; None if there is none or it is off.
 
     Raises:
-        DiversityError: the environment variable holds something else.
+        DiversityError: the environment variable has an unacceptable value.
     """
     text = os.environ.get(spec.DEFAULT_VARIABLE, "")
     diversity = spec.parse_json(text, spec.DEFAULT_VARIABLE) if text else None
     if diversity is not None and isinstance(diversity.group, spec.Group):
-        accepted = "true, for requests with n > 1; one request's place cannot be a default"
+        accepted = "true, for requests with n > 1; one request's index cannot be a default"
         raise spec.DiversityError(
             f"{spec.DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
         )
     if diversity is not None and diversity.trace:
-        accepted = "none: an answer has each token's figures where its request asks for them"
+        accepted = "none: an answer has each token's figures only if its request asks for them"
         raise spec.DiversityError(f"{spec.DEFAULT_VARIABLE}.{spec.TRACE}", True, accepted)
     return None if diversity is None or diversity.is_off else diversity
 
 
 def default_refusal() -> str | None:
-    """Why requests do not have the operator's default on this engine, or which do not; None where
-    there is none, or it is applied."""
+    """Why this engine does not apply the operator's default, or for which requests; None if it
+    does, or there is no default."""
     default = default_diversity()
     reason = None if default is None else engine.refusal_of(default)
     if default is None or reason is None or not default.group:
@@ -65,7 +65,7 @@ def default_refusal() -> str | None:
 
 
 def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
-    """`Request.to_sampling_params` that knows the field."""
+    """Wraps `Request.to_sampling_params`, adding the fields."""
 
     @wraps(to_sampling_params)
     def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,30 +80,30 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
                 return to_sampling_params(request, args[0], defaults, *args[2:], **kwargs)
             return to_sampling_params(request, *args, **{**kwargs, DEFAULTS: defaults})
 
-        def params_beside(diversity: spec.Diversity) -> tuple[Any, dict[str, Any]]:
+        def params_for(diversity: spec.Diversity) -> tuple[Any, dict[str, Any]]:
             defaults, dropped = _without_cuts(request, given, diversity)
             return params_with(defaults), dropped
 
         allowed = _allowed(request)
         asked, style = allowed.diversity, allowed.style
-        diversity = asked or _fitting_default(request, style, params_beside)
+        diversity = asked or _fitting_default(request, style, params_for)
         adapter = request_context.adapter()
         if diversity is None and style is None and adapter is None:
             return _stripped(params_with(given))
         has_diversity, diversity = diversity is not None, diversity or OFF
         if not diversity.is_off and (reason := engine.refusal_of(diversity)):
             raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
-        told = {"style": style, "has_diversity": has_diversity, "clamped": allowed.clamped}
+        context = {"style": style, "has_diversity": has_diversity, "clamped": allowed.clamped}
         if adapter is not None:
-            told |= {"adapter": adapter, "clamped": {**allowed.clamped, **adapter.clamped}}
-        prompt = partial(PromptContext, **told)
+            context |= {"adapter": adapter, "clamped": {**allowed.clamped, **adapter.clamped}}
+        prompt = partial(PromptContext, **context)
         if (reason := clash(diversity, style)) is not None:
             raise _bad_request(reason, STYLE)
         if diversity.is_off and (style is None or style.is_off):
             params = _stripped(params_with(given))
             _note(request, prompt(diversity, params.n))
             return params
-        params, dropped = params_beside(diversity)
+        params, dropped = params_for(diversity)
         return _marked(request, params, diversity, partial(prompt, dropped=dropped))
 
     setattr(wrapped, HONOURS, True)
@@ -111,10 +111,10 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
-    """`BaseServing._maybe_get_adapters` that knows the adapters that a style may name.
+    """Wraps `BaseServing._maybe_get_adapters`, selecting the adapter that a style names.
 
-    It comes before `honour` in every request that it meets. On a route that does not call it no
-    adapter is known, and `honour` refuses the name.
+    It runs before `honour`. On a route that does not call it, no adapter is known, and `honour`
+    refuses the name.
     """
 
     @wraps(maybe_get_adapters)
@@ -145,8 +145,8 @@ def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_honoured(request: Any) -> bool:
-    """Whether `honour` sees what vLLM samples for it. Its class says so: a body may bring any name
-    as an attribute."""
+    """Whether `honour` handles the request's sampling parameters. Looks at the class, since a body
+    can set any attribute of the object."""
     made = getattr(type(request), "to_sampling_params", None)
     is_batch = hasattr(type(request), "to_chat_completion_request")
     return is_batch or getattr(made, HONOURS, False)
@@ -163,17 +163,17 @@ def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
     """
     if found is not None:
         accepted = (
-            f"a profile, since the adapter {found.lora_name!r} is in force for this `model`, and "
-            "vLLM applies one to a request"
+            f"a profile, since `model` already selects the adapter {found.lora_name!r}, and vLLM "
+            "applies one adapter to a request"
         )
         raise spec.DiversityError(f"{STYLE}.name", style.name, accepted)
     if style.max_kl is not None:
-        accepted = "none beside an adapter: its weights change by the strength, whatever that costs"
+        accepted = "none with an adapter, whose divergence only its strength can limit"
         raise spec.DiversityError(f"{STYLE}.max_kl", style.max_kl, accepted)
     if (cap := policy.limits(request).max_kl) is not None:
         accepted = (
-            f"a profile, since the operator's policy caps max_kl at {cap:g}, and nothing bounds "
-            "an adapter's divergence"
+            f"a profile, since the operator's policy caps max_kl at {cap:g}, and an adapter's "
+            "divergence has no bound"
         )
         raise spec.DiversityError(f"{STYLE}.name", style.name, accepted)
     style = style if style.strength is not None else replace(style, strength=1.0)
@@ -189,7 +189,8 @@ def _known_adapters() -> tuple[adapters.Adapter, ...]:
 
 
 def _adapter_names() -> list[str]:
-    """What a style may name and is no profile: a profile's name is the profile's."""
+    """The names of adapters that a style may use; a profile takes precedence over an adapter of the
+    same name."""
     styles = engine.styles()
     return [name for name in adapters.strengths(_known_adapters()) if not styles.has(name)]
 
@@ -205,7 +206,7 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
 
     def refuse(request: Any) -> None:
         asked = _asked(request)
-        together = "got it together with use_beam_search, which does not sample; drop one"
+        together = "got it together with use_beam_search, which does not sample; drop one of them"
         _refuse_misspelt(request)
         if asked is not None and not asked.is_off:
             raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
@@ -217,7 +218,7 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
 
 
 def _allowed(request: Any) -> policy.Allowed:
-    """What the body asks for, as far as the operator's policy allows it."""
+    """The body's fields after the operator's policy was applied."""
     _refuse_misspelt(request)
     try:
         return policy.allowed(request, _asked(request), _asked_style(request))
@@ -226,8 +227,8 @@ def _allowed(request: Any) -> policy.Allowed:
 
 
 def _refuse_misspelt(request: Any) -> None:
-    """Of keys that vLLM would ignore without a word, those that are a slip away from ours, where
-    ours would have been honoured."""
+    """Refuse unknown keys, which vLLM would silently ignore, that look like a misspelt field, if
+    the field would have been honoured."""
     given = request.model_extra or {}
     slips = (
         (key, name)
@@ -245,12 +246,12 @@ def _refuse_misspelt(request: Any) -> None:
 
 
 def _asked(request: Any) -> spec.Diversity | None:
-    """What the body asks for, at top level or in vllm_xargs; None where it does not."""
+    """The requested diversity, from the top level or from vllm_xargs; None if there is none."""
     return _field(request, DIVERSITY, _or_human(spec.parse), _or_human(parse_field))
 
 
 def _or_human(parse: Callable[[object, str], spec.Diversity]) -> Callable[..., spec.Diversity]:
-    """With the text that means the entropy of human writing."""
+    """Extends a parser to accept `human`, the entropy of human writing."""
 
     def parsed(value: object, parameter: str = DIVERSITY) -> spec.Diversity:
         return human.resolved(parameter) if value == spec.HUMAN else parse(value, parameter)
@@ -259,8 +260,8 @@ def _or_human(parse: Callable[[object, str], spec.Diversity]) -> Callable[..., s
 
 
 def _asked_style(request: Any) -> spec.Style | None:
-    """Likewise the style, with its profile's own numbers; refused where it cannot be honoured.
-    None also where it is the adapter that was taken: nothing of it is left for the sampler."""
+    """The requested style, completed with its profile's numbers; refused if it cannot be honoured.
+    None also if it names the selected adapter, which leaves nothing to do for the sampler."""
     style = _field(request, STYLE, spec.parse_style, parse_style_field)
     if style is None:
         return None
@@ -305,23 +306,23 @@ def _field(
 def _fitting_default(
     request: Any,
     style: spec.Style | None,
-    params_beside: Callable[[spec.Diversity], tuple[Any, dict[str, Any]]],
+    params_for: Callable[[spec.Diversity], tuple[Any, dict[str, Any]]],
 ) -> spec.Diversity | None:
-    """The operator's default, where it can be beside all that the request has: its client did not
-    ask for it, and gets no 400 because of it."""
+    """The operator's default, if it is compatible with the request; otherwise None rather than a
+    400, since the client did not ask for it."""
     default = policy.of_default(request, _default(request))
     if default is None or clash(default, style) is not None:
         return None
-    params, _ = params_beside(default)
-    steps_back = is_greedy(params) or _refusal(request, params, default) is not None
-    return None if steps_back else default
+    params, _ = params_for(default)
+    conflicts = is_greedy(params) or _refusal(request, params, default) is not None
+    return None if conflicts else default
 
 
 def _default(request: Any) -> spec.Diversity | None:
-    """The operator's default, for requests that it is meant for: text, freely sampled."""
+    """The operator's default, for the requests it is meant for: unconstrained text."""
     diversity = default_diversity()
     if diversity is not None and diversity.group and (getattr(request, "n", None) or 1) == 1:
-        diversity = replace(diversity, group=None)  # It is for several choices.
+        diversity = replace(diversity, group=None)  # A group needs several choices.
     if diversity is None or diversity.is_off or engine.refusal_of(diversity) is not None:
         return None
     response_format = getattr(request, "response_format", None)
@@ -339,8 +340,7 @@ def _default(request: Any) -> spec.Diversity | None:
 def _without_cuts(
     request: Any, defaults: dict[str, Any], diversity: spec.Diversity
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sampling defaults less those that give way to the diversity, and what was dropped of
-    them."""
+    """The sampling defaults without those that the diversity replaces, and the dropped ones."""
     dropped = {
         name: value
         for name, value in defaults.items()
@@ -353,22 +353,22 @@ def _without_cuts(
 
 
 def _cuts_otherwise(diversity: spec.Diversity, name: str, value: Any) -> bool:
-    """Whether the diversity says itself what one of the operator's defaults says, and not the same:
-    its client could not answer for their difference."""
+    """Whether the diversity itself determines the value of one of the operator's defaults, with a
+    different result. The client did not set the default, so it gets no 400 for the conflict."""
     if name != "min_p" or not value:
         return False
     return name not in spec.LAWS[diversity.law] or diversity.min_p not in (None, value)
 
 
 def _refusal(request: Any, params: Any, diversity: spec.Diversity) -> tuple[str, str] | None:
-    """Why the diversity cannot be beside the parameters, and the parameter to name; None where it
-    can, or changes nothing of a greedy request."""
+    """Why the diversity is not compatible with the parameters, and the parameter to name; None if
+    it is, or if a greedy request is not affected by it."""
     if (reason := groups.clash(params.n, diversity)) is not None:
         return reason, groups.PARAMETER
     if is_greedy(params):
         whose = "" if getattr(request, "temperature", None) is not None else ", the server's own,"
         message = (
-            f"temperature: got {params.temperature:g}{whose} beside {groups.PARAMETER}; accepted: "
+            f"temperature: got {params.temperature:g}{whose} with {groups.PARAMETER}; accepted: "
             "above 0, since at 0 all texts are the same."
         )
         return (message, "temperature") if diversity.group else None
@@ -376,13 +376,13 @@ def _refusal(request: Any, params: Any, diversity: spec.Diversity) -> tuple[str,
         return reason, "stop_token_ids"
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
         message = (
-            f"min_p: got {params.min_p:g} beside the law {diversity.law!r}, which cuts by itself; "
+            f"min_p: got {params.min_p:g} with the law {diversity.law!r}, which has its own cut; "
             "accepted: one of them."
         )
         return message, "min_p"
     if params.min_p > 0 and diversity.min_p not in (None, params.min_p):
         message = (
-            f"min_p: got {params.min_p:g} beside {DIVERSITY}.min_p {diversity.min_p:g}; "
+            f"min_p: got {params.min_p:g} with {DIVERSITY}.min_p {diversity.min_p:g}; "
             "accepted: one of them, or both the same."
         )
         return message, "min_p"
@@ -395,7 +395,7 @@ def _marked(
     diversity: spec.Diversity,
     prompt_with: Callable[..., PromptContext],
 ) -> Any:
-    """The parameters carrying the diversity and the style to the workers."""
+    """The parameters, with the diversity and the style added for the workers."""
     if (refusal := _refusal(request, params, diversity)) is not None:
         raise _bad_request(*refusal)
     if is_greedy(params):
@@ -419,7 +419,7 @@ def _marked(
 
 
 def _stripped(params: Any) -> Any:
-    """Without our keys: off is off, and nobody outside names our figures."""
+    """Remove our keys: off is off, and a client cannot choose an identity."""
     ours = (DIVERSITY, STYLE, IDENTITY)
     if params.extra_args and any(name in params.extra_args for name in ours):
         kept = {name: value for name, value in params.extra_args.items() if name not in ours}
@@ -442,7 +442,8 @@ def _note(request: Any, prompt: PromptContext) -> None:
 
 
 def _bad_request(message: str, parameter: str) -> Exception:
-    """A 400 of vLLM's. The message has the value already, shortened: vLLM would add it whole."""
+    """vLLM's exception for a 400. The message already has the value, shortened; passed as `value`,
+    vLLM would add all of it."""
     from vllm.exceptions import VLLMValidationError
 
     metrics.metrics().count_refusal()

@@ -1,7 +1,7 @@
-"""One engine's state in its worker: the guarded transform, and what it did to each request.
+"""One engine's state in its worker: the guarded transform, and each request's statistics.
 
-An exception in a logits processor ends vLLM's engine and every request in flight. Here a fault
-leaves the rows that it concerns as they came, is counted, and is logged once.
+An exception in a logits processor ends vLLM's engine and every request in flight. Here, a fault
+leaves the affected rows unchanged, is counted, and is logged the first time.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from dftserve_vllm.step_report import Array, PendingReport
 
 
 class RequestStats:
-    """Statistics by slot while a request runs, by its identity while it is preempted."""
+    """Statistics by slot while a request runs, by identity while it is preempted."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class RequestStats:
         """A request enters a slot.
 
         Args:
-            identity: names the request; None where nobody asks for its statistics.
-            produced: tokens that are there already: the request was preempted.
-            group: its own, where it is drawn as one of a group.
+            identity: identifies the request; None if its statistics are not needed.
+            produced: how many tokens it has already; more than 0 if it was preempted.
+            group: the request's settings if it is drawn as one of a group.
         """
         self.close(slot)
         if identity is not None and (old := self._preempted.slot(identity)) is not None:
@@ -68,30 +68,30 @@ class RequestStats:
             self._codes.open(slot, group, identity, produced)
 
     def close(self, slot: int) -> None:
-        """The slot's request has left it: it has ended, or was preempted."""
+        """The slot's request has left: it has ended, or was preempted."""
         self._codes.close(slot)
         self._preempted.leave(slot)
 
     def drawn_by_code(self, slots_R: Array) -> NDArray[np.bool_]:
-        """bool [R]: which of these slots' next tokens are drawn as a group's."""
+        """bool [R]: for which of these slots the next token is drawn by a group's code."""
         return self._codes.draws(slots_R)
 
     def apply(self, logits_XV: Tensor, step: Step, most_group_rows: int = 0) -> None:
-        """Transform the rows in place; if it raises, they are as they were, or as a style, which
-        comes before the law, has left them.
+        """Transform the rows in place. If it raises, they are unchanged, except for a style that
+        was already applied, before the law.
 
         Args:
-            most_group_rows: rows that the slots which are drawn by code have at most.
+            most_group_rows: upper bound on the rows of slots that are drawn by code.
         """
         transform_step(logits_XV, step, self.slots, self._backend, self._style_stage)
         if most_group_rows:
             self._codes.draw(logits_XV, step, most_group_rows)
 
     def end_step(self, positions: Array, slots: Array, always: NDArray[np.bool_]) -> None:
-        """Let the step's output carry the statistics of its active requests.
+        """Prepare the report of the step's active requests.
 
         Args:
-            positions: of each active request in the batch.
+            positions: each active request's position in the batch.
             slots: their slots.
             always: whether each is sent at every step; see `StepReport`.
         """
@@ -100,7 +100,7 @@ class RequestStats:
         self._report = PendingReport(positions, always, slots, snapshot, self.faults)
 
     def take_report(self) -> PendingReport | None:
-        """The report of the step that was sampled last; each is given once."""
+        """The report of the last sampled step; each is returned only once."""
         report, self._report = self._report, None
         if report is None and self.faults > self._reported_faults:
             none = np.empty(0, np.int64)
@@ -111,16 +111,16 @@ class RequestStats:
         return report
 
     def isolated(self, otherwise: Callable[[], None] | None = None) -> "_Isolated":
-        """Whatever goes wrong in here is counted, logged once, and goes no further.
+        """Suppress exceptions in the block; each is counted, and the first is logged.
 
         Args:
-            otherwise: called after a fault, to leave a state in which the rows stay as they come.
+            otherwise: called after a fault, to restore a state in which rows stay unchanged.
         """
         return _Isolated(self, otherwise)
 
 
 class _Isolated:
-    """A class, since every step enters several and a generator costs three times as much."""
+    """A class, because every step enters several and a generator takes three times as long."""
 
     __slots__ = ("_otherwise", "_stats")
 
@@ -133,10 +133,10 @@ class _Isolated:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if not isinstance(error, Exception):
             return False
-        # Whatever it is, it must not end the engine.
+        # No exception may end the engine.
         if not self._stats.faults:
             logger.error(
-                "diversity: a fault; what it concerns passes through unchanged. "
+                "diversity: a fault; the affected rows stay unchanged. "
                 "Further faults are only counted (dft:faults_total).",
                 exc_info=error,
             )

@@ -1,8 +1,8 @@
-"""The answer: a header, and an object in the body or in the stream's last chunk, for each field
-that was asked for.
+"""The answer: a header, and an object in the body or in the stream's last chunk, for each requested
+field.
 
-Pure ASGI, around vLLM's own app: it reads no request body, and touches the answers of requests
-that had a diversity only. A body that came compressed gets the header alone.
+Pure ASGI around vLLM's own app. It reads no request body, and changes only the answers to requests
+with a field. An answer that is already compressed gets only the header.
 """
 
 import json
@@ -12,12 +12,13 @@ from typing import Any
 from dftserve_vllm import audit, request_context
 
 HEADER = b"x-dftserve-"
-"""And the name of the field."""
+"""Followed by the name of the field."""
 RENDER = "/render"
-"""Ends vLLM's routes that say what they would send to the engine."""
+"""Suffix of vLLM's routes that return what they would send to the engine."""
 UNHANDLED = 500
-"""As the server around answers what no handler of vLLM's took, where nothing was sent."""
-# Only events with one of these can be the one that carries ours; the others are not parsed.
+"""The outer server's status for an exception without a handler, if nothing was sent yet."""
+# Only events with one of these can be the one to which our objects are added; others are not
+# parsed.
 _SIGNS = (b'"finish_reason":"', b'"usage":{', b'"stop_reason":"')
 
 Message = MutableMapping[str, Any]
@@ -26,7 +27,7 @@ App = Callable[[Any, Any, Send], Awaitable[None]]
 
 
 class ResponseMiddleware:
-    """Opens a record for each HTTP request and writes it into the answer."""
+    """Opens a context for each HTTP request and writes its contents into the answer."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -50,7 +51,7 @@ class ResponseMiddleware:
 
 
 class _Response:
-    """`send` for one request: as it is until the start of a good answer with a record."""
+    """`send` for one request: passes messages on until a successful answer with prompts starts."""
 
     def __init__(self, opened: request_context.RequestContext, send: Send) -> None:
         self._context = opened
@@ -58,8 +59,8 @@ class _Response:
         self._start: Message = {}
         self._body: list[bytes] = []
         self._finished = 0
-        # A function, not a bound method: that would keep this object, and all of its request, until
-        # the garbage collector comes.
+        # A function, not a bound method: the reference cycle would keep this object, and all of its
+        # request, in memory until a garbage collection.
         self._handle = _Response._pass_on
 
     async def __call__(self, message: Message) -> None:
@@ -83,14 +84,14 @@ class _Response:
             await self._send(message)
             return
         effective = self._context.prompts[0].effective(with_texts=False)
-        said = [
+        added = [
             (HEADER + name.encode(), json.dumps(value, separators=(",", ":")).encode())
             for name, value in effective.items()
         ]
-        headers = [*message["headers"], *said]
+        headers = [*message["headers"], *added]
         self._start = {**message, "headers": headers}
         if given.get(b"content-encoding", b"identity") != b"identity":
-            # Compressed by a middleware inside of ours: its bytes are no JSON and no events.
+            # Compressed by an inner middleware: the bytes are neither JSON nor events.
             await self._send(self._start)
         elif content_type.startswith(b"text/event-stream"):
             self._handle = _Response._stream
@@ -101,7 +102,7 @@ class _Response:
             await self._send(self._start)
 
     async def _collect(self, message: Message) -> None:
-        """A JSON body is vLLM's own and whole before it is sent: add to it, correct its length."""
+        """Collect vLLM's JSON body, add the objects to it, and correct its length."""
         self._body.append(message.get("body", b""))
         if message.get("more_body"):
             return
@@ -114,7 +115,7 @@ class _Response:
         await self._send({**message, "body": body})
 
     async def _stream(self, message: Message) -> None:
-        """Look through the events until ours has gone out; afterwards they pass untouched."""
+        """Search the events until our objects are sent; later ones are passed on unchanged."""
         chunk = message.get("body", b"")
         if any(sign in chunk for sign in _SIGNS):
             events = [self._marked(event) for event in chunk.split(b"\n\n")]
@@ -122,7 +123,7 @@ class _Response:
         await self._send(message)
 
     def _marked(self, event: bytes) -> bytes:
-        """The event, with the objects of the fields if it is the one that is to carry it."""
+        """The event, with the fields' objects added if it is the one that carries them."""
         prefix, found, data = event.partition(b"data: ")
         if self._handle is _Response._pass_on or not found or not data.startswith(b"{"):
             return event
@@ -147,7 +148,7 @@ class _Response:
 
 
 def _with_members(body: bytes, members: dict[str, Any]) -> bytes:
-    """The JSON object `body` with more members, the rest of its bytes as they were."""
+    """The JSON object `body` with members appended, its other bytes unchanged."""
     head = body.rstrip()
     if not head.startswith(b"{") or not head.endswith(b"}"):
         return body

@@ -1,10 +1,10 @@
-"""Names for requests that carry what this process has decided, and cannot be made up.
+"""Unforgeable names for requests whose parameters this process has approved.
 
-A request's name travels in its SamplingParams, and vLLM may show these to a client (the render
-routes of --enable-scale-out answer with them). So a name proves nothing by itself: it is sealed
-together with all that was decided on. That is the diversity and the style beside it, the number of
-choices (which may be a group's size), and the HTTP request, and so its key and its model: a name
-that is sent back in another request vouches for nothing.
+A request's name is part of its SamplingParams, and vLLM may return these to a client (the render
+routes of --enable-scale-out do). So a name alone proves nothing: it contains a MAC over everything
+that was approved, namely the diversity, the style, the number of choices (which may be a group's
+size) and the HTTP request, and so its key and its model. A name that is sent in another request is
+not valid there.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _SEAL_BYTES = 16
 _secret = secrets.token_bytes(32)
 _numbers = itertools.count()
 _start = secrets.token_hex(4)
-"""In names, so that requests without a seed draw otherwise after each start."""
+"""Part of names, so that the draws of requests without a seed differ after each start."""
 
 
 def fresh_name() -> str:
@@ -31,22 +31,22 @@ def fresh_name() -> str:
 
 
 def sealed_name(carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
-    """Likewise, sealed with what was decided on.
+    """A fresh name, sealed together with what was approved.
 
     Args:
-        carried: the diversity and the style, in any form that the fields take.
-        choices: how many were asked for.
-        opened: names the HTTP request; None outside of one.
+        carried: the diversity and the style, in any form that the fields accept.
+        choices: how many were requested.
+        opened: the name of the HTTP request; None outside a request.
     """
     name = fresh_name()
     return f"{name}-{_seal(name, carried, choices, opened)}"
 
 
 def is_sealed(carried: Mapping[str, Any], choices: int, opened: str | None) -> bool:
-    """Whether the extra_args have a name that was sealed here with all of these.
+    """Whether the extra_args have a name that this process sealed with these values.
 
     Raises:
-        DiversityError: one of these is not acceptable.
+        DiversityError: the diversity or the style is not acceptable.
     """
     identity = carried.get(IDENTITY)
     if not isinstance(identity, str):
@@ -57,8 +57,8 @@ def is_sealed(carried: Mapping[str, Any], choices: int, opened: str | None) -> b
 
 
 def _seal(name: str, carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
-    """Of what the workers will read: JSON on the way may have made 1 of 1.0, and a default that the
-    sender left out is filled in by whoever reads it."""
+    """The MAC, over the form that the workers will read: JSON in between may turn 1.0 into 1, and
+    the reader fills in defaults that the sender left out."""
     asked, named = carried.get(DIVERSITY), carried.get(STYLE)
     diversity = None if asked is None else parse_field(asked).as_dict()
     style = None if named is None else parse_style_field(named).as_dict()

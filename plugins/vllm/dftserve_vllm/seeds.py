@@ -1,10 +1,10 @@
-"""Requests with a seed on a CPU: the V1 runner would end the engine where it takes a draw back.
+"""Requests with a seed on a CPU: works around an error that ends the engine on the V1 runner.
 
-A prompt that is computed in parts has a token sampled after each part, and all but the last are
-thrown away. vLLM then moves the request's random generator back by that draw, through its offset,
-which the generators of a GPU have. Those of a CPU have none, and the RuntimeError ends the engine
-with all of its requests. Here such a generator gets its state of before the draw, and the offset
-is left alone; so a seed means the same text however its prompt was divided.
+When a prompt is prefilled in chunks, a token is sampled after each chunk, and all but the last are
+discarded. vLLM then rewinds the request's random generator by that draw, through its offset, which
+GPU generators have. CPU generators have none, and the RuntimeError ends the engine with all of its
+requests. Here, such a generator gets back its state from before the draw, and the offset is not
+touched; so a seed gives the same text however its prompt was divided.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from dftserve_vllm.log import logged_once
 CONSEQUENCE = "a seed on a CPU is left to vLLM"
 
 
-def takes_back(sample: Callable[..., Any]) -> Callable[..., Any]:
-    """Around GPUModelRunner._sample."""
+def restore_generators(sample: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps GPUModelRunner._sample."""
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = []
         with logged_once(CONSEQUENCE):
-            before = [(each, each.get_state()) for each in _thrown_away(self).values()]
+            before = [(each, each.get_state()) for each in _discarded(self).values()]
         output = sample(self, *args, **kwargs)
         for generator, state in before:
             generator.set_state(state)
@@ -30,13 +30,13 @@ def takes_back(sample: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def leaves_offsets(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
-    """Around GPUModelRunner._bookkeeping_sync, which finds no generator whose offset to move."""
+def hide_generators(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps GPUModelRunner._bookkeeping_sync, hiding the generators that it would rewind."""
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden: dict[int, Any] = {}
         with logged_once(CONSEQUENCE):
-            hidden = _thrown_away(self)
+            hidden = _discarded(self)
         for row in hidden:
             del self.input_batch.generators[row]
         try:
@@ -48,8 +48,8 @@ def leaves_offsets(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _thrown_away(runner: Any) -> dict[int, Any]:
-    """The generators on a CPU of rows whose token does not count, by row."""
+def _discarded(runner: Any) -> dict[int, Any]:
+    """By row, the CPU generators of rows whose sampled token is discarded."""
     generators = runner.input_batch.generators
     if not generators or runner.device.type != "cpu":
         return {}

@@ -1,4 +1,4 @@
-"""The API process's end of the statistics: from the engine's outputs to their requests."""
+"""The API process's end of the statistics: assigns them from the engine's outputs to requests."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +9,22 @@ from dftserve_vllm.log import logged_once
 from dftserve_vllm.request_context import ChoiceStatistics
 
 _ATTRIBUTE = "dftserve_choice"
-"""On vLLM's own state of a request, which goes when the request does."""
+"""An attribute of vLLM's own request state, which is deleted with the request."""
 
 Ended = tuple[str, ChoiceStatistics, bool]
 
 
 def note(output_processor: Any, request: Any) -> None:
-    """Remember whose statistics an engine request's outputs will carry.
+    """Record which choice an engine request's statistics belong to.
 
-    A name that some client sent, or that another request has, is replaced: the workers tell
-    requests apart by it.
+    An identity that a client sent, or that another request has, is replaced: the workers
+    distinguish requests by it.
 
     Args:
-        output_processor: vLLM's OutputProcessor, which has just taken the request.
-        request: vLLM's EngineCoreRequest, which goes to the engine next.
+        output_processor: vLLM's OutputProcessor, to which the request has just been added.
+        request: vLLM's EngineCoreRequest, which is sent to the engine next.
     """
-    with logged_once("statistics are not noted, and the answer carries null"):
+    with logged_once("statistics are not recorded, and the answer has null"):
         params = request.sampling_params
         identity = ((params and params.extra_args) or {}).get(IDENTITY)
         if identity is None:
@@ -38,14 +38,14 @@ def note(output_processor: Any, request: Any) -> None:
 
 
 def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
-    """Take ours out of the engine's outputs before vLLM sees them.
+    """Remove our payloads from the engine's outputs before vLLM processes them.
 
     Returns:
-        Of each choice among them: its request's id, its statistics, whether it was aborted.
+        For each choice among them: its request's id, its statistics, whether it was aborted.
     """
     found: list[Ended] = []
     for output in outputs:
-        with logged_once("statistics are not collected, and answers carry null"):
+        with logged_once("statistics are not collected, and answers have null"):
             payload = step_report.take(output)
             if payload is not None:
                 metrics.metrics().count_engine(payload)
@@ -65,7 +65,7 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
 
 
 def count_ended(output_processor: Any, choices: Sequence[Ended]) -> None:
-    """Count the choices that ended with these outputs, at a stop string too."""
+    """Count the choices that ended with these outputs, including those ended by a stop string."""
     with logged_once("statistics are not counted"):
         for request_id, choice, is_aborted in choices:
             if request_id not in output_processor.request_states and not is_aborted:

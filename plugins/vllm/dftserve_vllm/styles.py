@@ -1,7 +1,7 @@
-"""The styles that an engine has: profiles of the folder that `DFTSERVE_STYLES` names.
+"""An engine's styles: the profiles in the folder that `DFTSERVE_STYLES` names.
 
-Each folder in it with a profile.json is one. A profile that does not fit the engine's model, or
-cannot be read, is refused by its name: the server starts, and requests with it get the reason.
+Each folder in it with a profile.json is a profile. One that does not fit the engine's model, or
+cannot be read, is refused: the server starts, and requests that name it get the reason.
 """
 
 import os
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Styles:
-    """An engine's styles. Its workers load the same folder, and so have the same order."""
+    """An engine's styles. Its workers load the same folder, and so have them in the same order."""
 
     profiles: "tuple[Profile, ...]" = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Why a profile is not among them, by its name, or its folder's where it could not be read."""
+    """Why profiles were refused, by name, or by folder if the profile cannot be read."""
     unavailable: str | None = None
-    """Why no style can be honoured on this engine."""
+    """Why this engine can honour no style, or None."""
 
     def has(self, name: str) -> bool:
         """Whether there is a profile of this name, refused or not."""
-        return self._place(name) is not None or name in self.refused
+        return self._index(name) is not None or name in self.refused
 
     def refusal_of(
         self, style: spec.Style, parameter: str = "style", others: Sequence[str] = ()
     ) -> str | None:
-        """Why the style cannot be honoured, as the message of an error, or None.
+        """Why the style cannot be honoured, as an error message, or None.
 
         Args:
-            others: names that a style may have and that are no profiles.
+            others: accepted names that are not profiles.
         """
         if self.unavailable is not None:
-            beside = f"; accepted: {', '.join(others)}" if others else ""
-            return f"{parameter}: {self.unavailable}{beside}."
-        if self._place(style.name) is not None:
+            accepted = f"; accepted: {', '.join(others)}" if others else ""
+            return f"{parameter}: {self.unavailable}{accepted}."
+        if self._index(style.name) is not None:
             return None
         got = f"{parameter}.name: got {spec.shown(style.name)}"
         if (reason := self.refused.get(style.name)) is not None:
@@ -53,7 +53,7 @@ class Styles:
         return f"{got}; accepted: {self.accepted(others)}."
 
     def accepted(self, others: Sequence[str] = ()) -> str:
-        """The names, as an error says them."""
+        """The accepted names, for an error message."""
         own = [profile.name for profile in self.profiles]
         names = ", ".join([*own, *(name for name in others if name not in own)])
         return names or (
@@ -62,35 +62,35 @@ class Styles:
         )
 
     def controls(self, style: spec.Style) -> StyleControls:
-        """As the workers read it.
+        """The style in the form that the workers read.
 
         Raises:
             ValueError: the engine has no such style, or can honour none.
         """
         if (reason := self.refusal_of(style)) is not None:
             raise ValueError(reason)
-        place = self._place(style.name)
-        assert place is not None
-        profile = self.profiles[place]
+        index = self._index(style.name)
+        assert index is not None
+        profile = self.profiles[index]
         return StyleControls(
-            profile=place,
+            profile=index,
             strength=profile.strength if style.strength is None else style.strength,
             max_kl=profile.max_kl if style.max_kl is None else style.max_kl,
         )
 
     def completed(self, style: spec.Style) -> spec.Style:
-        """With the profile's own numbers where the request names none."""
-        place = self._place(style.name)
-        if place is None:
+        """The style with the profile's own numbers where the request gives none."""
+        index = self._index(style.name)
+        if index is None:
             return style
-        profile = self.profiles[place]
+        profile = self.profiles[index]
         return spec.Style(
             name=style.name,
             strength=profile.strength if style.strength is None else style.strength,
             max_kl=profile.max_kl if style.max_kl is None else style.max_kl,
         )
 
-    def _place(self, name: str) -> int | None:
+    def _index(self, name: str) -> int | None:
         names = [profile.name for profile in self.profiles]
         return names.index(name) if name in names else None
 
@@ -99,7 +99,7 @@ NONE = Styles()
 
 
 def of_engine(vllm_config: Any) -> Styles:
-    """Of the engine with this configuration, read once in a process."""
+    """The styles of the engine with this configuration, read once per process."""
     model_config = getattr(vllm_config, "model_config", None)
     folder = os.environ.get(spec.STYLES_VARIABLE, "")
     if not folder or model_config is None:
@@ -107,39 +107,39 @@ def of_engine(vllm_config: Any) -> Styles:
     unavailable = None
     if vocabulary.hides_last_token(vllm_config):
         unavailable = (
-            "styles need the text so far, which vLLM's V1 model runner does not tell under "
+            "styles need the text so far, which vLLM's V1 model runner does not provide under "
             "asynchronous scheduling; use --no-async-scheduling or the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
     if unavailable is not None:
-        _tell(unavailable)
+        _warn_unavailable(unavailable)
         return Styles(unavailable=unavailable)
     return _load(Path(folder), vocabulary.Identity(model_config))
 
 
 @lru_cache
-def _tell(reason: str) -> None:
-    """Once in a process."""
+def _warn_unavailable(reason: str) -> None:
+    """Logged once per process, by the cache."""
     logger.warning("styles: none are available: %s", reason)
 
 
 @lru_cache(maxsize=8)
 def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
     try:
-        # Not before there is a folder: it brings libraries that nothing else here needs.
+        # Imported only if there is a folder: it needs libraries that nothing else here uses.
         from dftserve.styles.folder import Reader, load
 
         model_config = identity.model_config
         reader = Reader.of(vocabulary.tokenizer(model_config), int(model_config.get_vocab_size()))
         made, found = load(folder, reader.check)
-    except Exception:  # Code of the model's own among them; the server must start.
+    except Exception:  # May run the model's own code; the server must start.
         logger.warning("styles: none are available", exc_info=True)
         return Styles(
             unavailable=f"no style could be loaded ({spec.STYLES_VARIABLE}); the log says why"
         )
     refused: dict[str, str] = {}
     for each in found:
-        # The log has the whole path; who asks for the style is told the file alone.
+        # The log has the whole path; clients see only the file's name.
         refused.setdefault(each.name, each.told)
         logger.warning("styles: %r is refused: %s", each.name, each.reason)
     names = ", ".join(profile.name for profile in made)

@@ -1,7 +1,7 @@
 """The V1 model runner's logits processor.
 
-V1 calls it after the temperature, so rows come as L/T, and after its own min_p (which the request
-field moves into the guard). Rows are places in the persistent batch, which move.
+V1 calls it after the temperature, so it receives L/T, and after its own min_p (which the request
+field moves into the guard). Rows correspond to positions in the persistent batch, which change.
 """
 
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 
 class _Requests:
-    """What a step reads of each request, by slot: in arrays, so that neither a step nor a change of
-    the batch looks at every request in Python."""
+    """What a step reads from each request, by slot. In arrays, so that neither a step nor a change
+    of the batch loops over the requests in Python."""
 
     def __init__(self, slots: int) -> None:
         self.outputs: list[list[int]] = [[] for _ in range(slots)]
-        """The engine's own lists, which grow; their lengths and last tokens are read."""
+        """The engine's own lists, which it extends; we read their lengths and last tokens."""
         self.prompt_end_S = np.full(slots, -1, np.int32)
-        """The prompt's last token; -1 where it has none, as of embeddings."""
+        """The prompt's last token; -1 if it has none, as with embeddings."""
         self.reports_each_step_S = np.zeros(slots, bool)
         self.reads_last_token_S = np.zeros(slots, bool)
         self.has_style_S = np.zeros(slots, bool)
@@ -55,7 +55,7 @@ class _Requests:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The active rows of the batch, as tensors; made anew only when the batch changes."""
+    """The active rows of the batch, as tensors; rebuilt only when the batch changes."""
 
     outputs: list[list[int]]
     prompt_end_R: NDArray[np.int32]
@@ -64,17 +64,17 @@ class _Batch:
     reports_each_step: NDArray[np.bool_]
     reads_last_token: bool
     styled: Array
-    """Which of the rows have a style."""
+    """Indices of the rows with a style."""
     rows_R: torch.Tensor
     slot_R: torch.Tensor
     offset_R: torch.Tensor
 
     def lengths(self) -> Array:
-        """Tokens of each row's answer so far."""
+        """How many tokens each row's answer has so far."""
         return np.fromiter(map(len, self.outputs), np.int64, len(self.outputs))
 
     def last_tokens(self, lengths: Array) -> NDArray[np.int32]:
-        """The token before each row's."""
+        """The token that precedes each row's next one."""
         last = self.prompt_end_R.copy()
         written = np.flatnonzero(lengths)
         ends = map(_LAST, compress(self.outputs, lengths.tolist()))
@@ -87,22 +87,22 @@ _UNREAD = -2
 
 
 class _TextEnds:
-    """The last tokens of each slot's answer, as far as a style's state depends on them."""
+    """The last tokens of each slot's answer, as many as a style's state depends on."""
 
     def __init__(self, slots: int, depth: int) -> None:
         self._tokens_SL = np.full((slots, max(depth, 1)), -1, np.int32)
         self._begin_S = np.zeros(slots, np.int32)
         self._length_S = np.full(slots, _UNREAD)
-        """Of the answer, when its end was taken."""
+        """The answer's length when its end was last read."""
 
     def forget(self, slot: int) -> None:
-        """Another request is in the slot: its answer is read anew, whatever its length."""
+        """The slot has a new request, whose answer must be read from scratch."""
         self._length_S[slot] = _UNREAD
 
     def of(
         self, batch: _Batch, lengths: Array, last: NDArray[np.int32]
     ) -> tuple[NDArray[Any], ...]:
-        """`Texts.tokens_SL`, `begin_S` and `at_R`, where the last token stands last."""
+        """`Texts.tokens_SL`, `begin_S` and `at_R`, with the last token in the last column."""
         slots, length = batch.slots[batch.styled], lengths[batch.styled]
         by_one = length == self._length_S[slots] + 1
         grown = slots[by_one]
@@ -122,7 +122,7 @@ class _TextEnds:
 
 
 class V1Processor(LogitsProcessor):
-    """Keeps slots by batch index, and requests by slot."""
+    """Maps batch indices to slots, and keeps the requests' state by slot."""
 
     def __init__(
         self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
@@ -143,14 +143,13 @@ class V1Processor(LogitsProcessor):
         self._batch: _Batch | None = None
 
     def is_argmax_invariant(self) -> bool:
-        """True, so that it runs after the temperature. Greedy rows stay as they are, and in a row
-        of another only a style, DRY, a group and the laws `words` and `xtc` may change the
-        argmax."""
+        """True, so that it runs after the temperature. Greedy rows stay unchanged; in other rows,
+        only a style, DRY, a group and the laws `words` and `xtc` may change the argmax."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """What joined, left and moved. Where a fault leaves that unknown, no row is touched until
-        its request joins anew."""
+        """Process the requests that joined, left and moved. If this fails, the mapping is unknown,
+        and no row is changed until its request is added again."""
         if batch_update is not None:
             with self.stats.isolated(self._drop_all):
                 self._update(batch_update)
@@ -235,14 +234,14 @@ class V1Processor(LogitsProcessor):
             rows_R=None if len(batch.index) == len(logits) else batch.rows_R,
             texts=texts,
             penalties=self._repeats.penalties(batch.slots, batch.outputs),
-            # A chunk of a prompt does not lengthen the output, so it never counts as accepted:
-            # that all rows sample does no harm.
+            # A prompt chunk does not lengthen the output, so its sample never counts as accepted:
+            # treating all rows as sampling does no harm.
         )
         self.stats.apply(logits, step, int(self.stats.drawn_by_code(batch.slots).sum()))
 
     def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
-        """How long each row's output is, and where they are read its last token and its text's
-        end: in one copy."""
+        """Each row's output length, and its last token and the end of its text where they are
+        needed; sent to the device in one copy."""
         positions = batch.lengths()
         has_style = self._text is not None and len(batch.styled) > 0
         if not (batch.reads_last_token or has_style):
@@ -261,9 +260,9 @@ class V1Processor(LogitsProcessor):
         self.stats.end_step(batch.index, batch.slots, batch.reports_each_step)
 
     def _gather(self) -> _Batch:
-        requests, places = self._requests, sorted(self._slots)
-        index = np.array(places)
-        slots = np.fromiter(map(self._slots.__getitem__, places), np.int64, len(places))
+        requests, positions = self._requests, sorted(self._slots)
+        index = np.array(positions)
+        slots = np.fromiter(map(self._slots.__getitem__, positions), np.int64, len(positions))
         rows_R, slot_R, offset_R = self._staging.to_device_together(
             index, slots, np.zeros(len(slots), np.int32)
         )

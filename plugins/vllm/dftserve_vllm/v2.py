@@ -1,7 +1,7 @@
 """The V2 model runner's logits processor.
 
-V2 calls it before the temperature, with unscaled rows, several for a request under speculative
-decoding, keyed by a request's slot. Where no request of the batch asked for it, nothing runs.
+V2 calls it before the temperature, with unscaled rows, keyed by a request's slot; a request has
+several rows under speculative decoding. It does nothing if no request of the batch is active.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 PART_BYTES = 1 << 30
-"""float32 logits of drafts that vLLM verifies at once (`MAX_CHUNK_BYTES` of rejection_sampler.py);
-more are verified in parts, of which a processor does not learn whose place in the batch they have.
-"""
+"""Size of the float32 logits of drafts that vLLM verifies at once (`MAX_CHUNK_BYTES` of
+rejection_sampler.py). More are verified in parts, and a processor does not learn the parts'
+positions in the batch."""
 
 
 class V2Processor(LogitsProcessor):
-    """Keeps one row of controls for each slot; a step reads them, and what the runner has on the
-    device itself, by slot."""
+    """Keeps one row of controls for each slot; a step reads them, and the runner's own device
+    state, by slot."""
 
     def __init__(self, vllm_config: "VllmConfig", req_states: LogitsProcRequestState) -> None:
         speculative = vllm_config.speculative_config
@@ -61,8 +61,8 @@ class V2Processor(LogitsProcessor):
         self._arrivals = count()
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
-        """Whether the request's rows are to be changed. There is no hook for its leaving: the
-        slot's former request is closed here."""
+        """Register a request; returns whether its rows are to be changed. vLLM does not report when
+        a request leaves its slot, so the slot's previous request is closed here."""
         self._is_active[req_idx] = False
         self._controls.clear(req_idx)
         self._repeats.clear(req_idx)
@@ -92,15 +92,14 @@ class V2Processor(LogitsProcessor):
         return True
 
     def apply_staged_writes(self) -> None:
-        """Controls of the requests that came go to the device; where that fails, their rows stay
-        as they come."""
+        """Copy new requests' controls to the device; if it fails, their rows stay unchanged."""
         if self._staged:
             with self.stats.isolated(partial(self._drop, self._staged)):
                 self._controls.on_device()
             self._staged.clear()
 
     def _drop(self, slots: Sequence[int]) -> None:
-        """After a fault; on the device, too, none of these slots asks for anything then."""
+        """Deactivate slots after a fault, on the device too."""
         for slot in slots:
             self._is_active[slot] = False
             self._controls.clear(slot)
@@ -118,14 +117,14 @@ class V2Processor(LogitsProcessor):
         return logits
 
     def _apply(self, logits: torch.Tensor, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
-        """All rows of the batch, in the runner's own order: which of them are ours, the device
-        knows."""
+        """Apply to all rows of the batch, in the runner's own order; the controls on the device
+        determine which of them are active."""
         slots = ctx.idx_mapping_np[is_active_B]
         reads_last_token = self._reads_last_token[slots].any()
         has_dry_B = is_active_B & self._repeats.has(ctx.idx_mapping_np)
-        # `to` copies nothing: these are the types that the runner has.
+        # `to` copies nothing: the runner's tensors already have these types.
         step = Step(
-            # The device's, unless a copy of them failed.
+            # Copies only if an earlier copy failed.
             self._controls.on_device(),
             ctx.expanded_idx_mapping.to(torch.int64),
             ctx.pos.to(torch.int64),
@@ -141,7 +140,7 @@ class V2Processor(LogitsProcessor):
         self.stats.apply(logits, step, self._most_rows(ctx, drawn_by_code))
 
     def _texts(self, ctx: LogitsContext) -> Texts:
-        """The runner's own: committed tokens by slot, drafts among the rows' inputs."""
+        """The runner's own tensors: committed tokens by slot; drafts are among the rows' inputs."""
         return Texts(
             self._states.all_token_ids.gpu,
             self._states.prompt_len.gpu.to(torch.int32),
@@ -161,8 +160,8 @@ class V2Processor(LogitsProcessor):
         )
 
     def _most_rows(self, ctx: LogitsContext, requests: int) -> int:
-        """Rows that so many of the step's requests have at most: with drafts the device alone knows
-        how many each has, and where."""
+        """Upper bound on the rows of this many requests: with drafts, only the device has the
+        number and the positions of each request's rows."""
         return min(len(ctx.expanded_idx_mapping), requests * self._rows_per_request)
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What is known of the engine's vocabulary: the token classes that the law `words` needs, and the
+"""Tables derived from the engine's vocabulary: the token classes of the law `words`, and the
 sequence breakers of DRY."""
 
 from collections.abc import Callable
@@ -14,10 +14,11 @@ Made = TypeVar("Made")
 
 
 def token_classes(vllm_config: Any) -> TokenClasses | None:
-    """Of the engine with this configuration, made from its tokenizer; None where that cannot be.
+    """The token classes of the engine with this configuration; None if they cannot be made from its
+    tokenizer.
 
-    A worker calls this once, as it starts. The API process refuses the requests that would need
-    the classes: see `refusal`.
+    A worker calls this once, when it starts. The API process refuses requests that would need the
+    missing classes: see `refusal`.
     """
     model_config = getattr(vllm_config, "model_config", None)
     if model_config is None:
@@ -33,7 +34,7 @@ def refusal(vllm_config: Any) -> str | None:
     """Why this engine cannot honour the law `words`, with what to do about it, or None."""
     if hides_last_token(vllm_config):
         return (
-            "the law 'words' needs the last token, which vLLM's V1 model runner does not tell "
+            "the law 'words' needs the last token, which vLLM's V1 model runner does not provide "
             "under asynchronous scheduling; use --no-async-scheduling or the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
@@ -42,7 +43,7 @@ def refusal(vllm_config: Any) -> str | None:
 
 
 def breakers(vllm_config: Any) -> Breakers | None:
-    """As `token_classes`, of the texts that end a sequence under DRY."""
+    """Like `token_classes`, for the texts that end a sequence under DRY."""
     model_config = getattr(vllm_config, "model_config", None)
     if model_config is None:
         return None
@@ -54,7 +55,7 @@ def dry_refusal(vllm_config: Any, dry: Dry) -> str | None:
     """Why this engine cannot honour a request's DRY, with what to do about it, or None."""
     if hides_last_token(vllm_config):
         return (
-            "DRY needs the text so far, which vLLM's V1 model runner does not tell under "
+            "DRY needs the text so far, which vLLM's V1 model runner does not provide under "
             "asynchronous scheduling; use --no-async-scheduling or the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
@@ -67,8 +68,8 @@ def dry_refusal(vllm_config: Any, dry: Dry) -> str | None:
 
 
 def hides_last_token(vllm_config: Any) -> bool:
-    """Whether the engine's runner keeps the last token from logits processors."""
-    # V1 repairs the placeholders of asynchronous scheduling only for processors given by flag.
+    """Whether the engine's runner does not give logits processors the last token."""
+    # V1 replaces the placeholders of asynchronous scheduling only for processors given by flag.
     scheduler = getattr(vllm_config, "scheduler_config", None)
     return (
         not vllm_config.use_v2_model_runner
@@ -78,7 +79,7 @@ def hides_last_token(vllm_config: Any) -> bool:
 
 
 class Identity:
-    """A configuration as a key: it is not hashable, and there is one for each engine."""
+    """Makes a configuration, which is not hashable, a cache key; there is one for each engine."""
 
     def __init__(self, model_config: Any) -> None:
         self.model_config = model_config
@@ -92,7 +93,7 @@ class Identity:
 
 @lru_cache(maxsize=8)
 def _classes_or_reason(identity: Identity) -> TokenClasses | str:
-    """The classes, or why there are none; asked once, since it reads the whole vocabulary."""
+    """The classes, or why there are none; cached, since it reads the whole vocabulary."""
     found = _made_or_reason(TokenClasses.from_tokenizer, identity)
     return f"the law 'words' needs the tokens' text: {found}" if isinstance(found, str) else found
 
@@ -103,21 +104,21 @@ def _breakers_or_reason(identity: Identity) -> Breakers | str:
 
 
 def _made_or_reason(make: Callable[[Any], Made], identity: Identity) -> Made | str:
-    """Of the engine's tokenizer, or why it cannot be made of it."""
+    """`make` applied to the engine's tokenizer, or why it failed."""
     try:
         return make(tokenizer(identity.model_config))
     except (ImportError, OSError, ValueError) as error:
         return str(error)
-    except Exception as error:  # Code of the model's own; it must not keep the engine from it.
+    except Exception as error:  # Raised by the model's own code; the engine must still start.
         logger.warning("diversity: the tokenizer cannot be read", exc_info=True)
         return repr(error)
 
 
 def tokenizer(model_config: Any) -> Any:
-    """The engine's own.
+    """The engine's tokenizer.
 
     Raises:
-        ValueError: it runs without one.
+        ValueError: the engine runs without one.
     """
     from vllm.tokenizers import cached_tokenizer_from_config
 

@@ -1,4 +1,4 @@
-"""The worker's end of the statistics: each step's report goes out with the step's output."""
+"""The worker's end of the statistics: sends each step's report with the step's output."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from dftserve_vllm.step_report import PendingReport
 
 
 def with_report(worker: Any, output: Any) -> Any:
-    """What a worker returns for a step, carrying the step's report if there is one.
+    """A worker's output of a step, with the step's report added if there is one.
 
     Args:
         worker: vLLM's WorkerWrapperBase.
-        output: ModelRunnerOutput, AsyncModelRunnerOutput, or None where sampling is still to come.
+        output: ModelRunnerOutput, AsyncModelRunnerOutput, or None if sampling is still to come.
     """
     stats = processor.stats_of(getattr(worker, "vllm_config", None))
     if stats is None:
@@ -25,7 +25,7 @@ def with_report(worker: Any, output: Any) -> Any:
             if pending is not None:
                 _report_when_ready(output, pending, stats)
             return output
-        # One without requests is an object that vLLM shares among all such steps.
+        # The output of a step without requests is an object that vLLM shares among such steps.
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
             step_report.attach(output, stats.take_report())
     return output
@@ -34,14 +34,14 @@ def with_report(worker: Any, output: Any) -> Any:
 def _report_when_ready(
     output: AsyncModelRunnerOutput, pending: PendingReport, stats: RequestStats
 ) -> None:
-    """Let what vLLM waits for carry the report once it is there.
+    """Add the report when vLLM fetches the output.
 
-    The output stays vLLM's own object: which other methods it has, and has to have, differs
+    Patches vLLM's own object rather than wrapping it: which other methods it must have differs
     between versions.
     """
 
     def get_output() -> ModelRunnerOutput:
-        # It is called once; and the output and this function would keep each other in memory.
+        # vLLM calls this once. Removing it breaks the reference cycle with the output.
         del vars(output)["get_output"]
         ready = output.get_output()
         with stats.isolated():
