@@ -252,7 +252,7 @@ _LAST_ROUND = (
 )
 _ROUND_HEAD = (
     *("round", "words", "phrases per 1,000", "held-out prompts", "people"),
-    *("above twice people's", "KL, nats a token", "largest step", "effective"),
+    *("above twice people's", "KL, nats per token", "largest step", "effective"),
 )
 
 

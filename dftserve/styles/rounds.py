@@ -68,7 +68,7 @@ def shown(one: Round) -> str:
         + ("" if one.held_out_rate is None else f", held-out prompts {one.held_out_rate:.2f}")
         + ")",
         f"{one.above} above twice people's rate",
-        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats a token"]),
+        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats per token"]),
         f"largest step {one.largest_step:.2f}",
         f"{one.effective:.0%} effective",
         *(f"{name} {value:.3f}" for name, value in one.unfitted.items()),
