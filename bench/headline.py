@@ -1,22 +1,22 @@
-"""Does Distribution Fine-Tuning give variety without cost? From a collapsed start, a real model.
+"""Does Distribution Fine-Tuning add variety without a cost? On a real model with collapsed variety.
 
     make eval-env
     DFTSERVE_DATA=path/to/data python bench/headline_models.py --model FOLDER     # first: models
     DFTSERVE_DATA=path/to/data python bench/headline.py --model FOLDER [--folder build/headline]
         [--dtype auto]
 
-Each model of bench/headline_models.py that FOLDER has, and the one that it began with (whose
-answers are those of results/texts/real_answers.jsonl.gz), answers through vLLM
-(bench/real_answers.py) without the field, T 1, and with `diversity` 1:
+Each model of bench/headline_models.py that FOLDER contains, and the base model (whose answers are
+those of results/texts/real_answers.jsonl.gz), answers through vLLM (bench/real_answers.py) without
+the field, T 1, and with `diversity` 1:
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
-                bench/real.py beside stories by people to prompts that none was tuned on
+                bench/real.py, against human stories for other prompts that no model was tuned on
     IFEval      the share of prompts all of whose instructions are followed; without the field
     MMLU        the share of 300 questions answered right, and of answers that cannot be read
-and is asked how likely it finds human text:
-    bits a byte of people's stories that none was tuned on, and of books (books/heldout)
-All beside the collapsed start: paired by prompt, question or text, but for SDS, whose differences
-are as of independent answers. Intervals are 95 %.
-The last line is one JSON document; the answers are kept in results/texts/headline.jsonl.gz.
+Also measured is the likelihood that each model assigns to human text:
+    bits per byte of human stories that no model was tuned on, and of books (books/heldout)
+Everything is compared with the collapsed start, paired by prompt, question or text, except for SDS,
+whose differences treat answers as independent. Intervals are 95 %.
+The last line is one JSON document; the answers are stored in results/texts/headline.jsonl.gz.
 """
 
 import gzip
@@ -33,7 +33,7 @@ import headline_models
 import numpy as np
 from headline_models import BASE, MODELS, SFT, START, stories
 from numpy.typing import NDArray
-from real import PEOPLE, RESULTS, Checks, by_setting, written
+from real import PEOPLE, RESULTS, Checks, by_setting, rounded
 from real_answers import (
     GATED,
     IFEVAL,
@@ -42,10 +42,10 @@ from real_answers import (
     STORIES,
     Answer,
     data_folder,
-    kept,
     mmlu,
     pack,
     prompt_set,
+    read_answers,
 )
 from words import letters, share
 
@@ -65,9 +65,9 @@ from provenance import machine, versions
 ROOT = Path(__file__).parents[1]
 TEXTS = RESULTS / "texts" / "headline.jsonl.gz"
 ASKED: Mapping[str, Sequence[str]] = {STOCK: (STORIES, IFEVAL, MMLU), GATED: (STORIES,)}
-"""By setting, which has an engine of its own, the sets of prompts."""
+"""Prompt sets by setting; each setting has its own engine."""
 BOOK_CHARACTERS = 1500
-"""Of each book, from its middle."""
+"""Characters of each book that are scored, from its middle on."""
 
 
 @click.command(help=__doc__)
@@ -80,15 +80,17 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
     places = {name: headline_models.place_of(folder, name, seed) for name in MODELS}
     models = {BASE: model} | {name: place for name, place in places.items() if place.exists()}
     if START not in models:
-        raise click.UsageError(f"{places[START]} is not there; make it: bench/headline_models.py.")
+        raise click.UsageError(
+            f"{places[START]} does not exist; run bench/headline_models.py first."
+        )
     unpack(folder / "answers" / BASE)
     answers = {
         name: answered(place, folder / "answers" / headline_models.label(name, seed), dtype)
         for name, place in models.items()
     }
     questions = mmlu(data_folder())
-    said = {
-        name: letters(by_setting(kept(each), MMLU)[STOCK], questions)
+    answer_letters = {
+        name: letters(by_setting(read_answers(each), MMLU)[STOCK], questions)
         for name, each in answers.items()
     }
     document = {
@@ -97,12 +99,14 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "versions": versions("vllm", "transformers", "harper-py"),
         "seed": seed,
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
-        "stories": told_stories({name: kept(each) for name, each in answers.items()}),
+        "stories": story_rows({name: read_answers(each) for name, each in answers.items()}),
         "accuracy": {
             "ifeval": shares({name: followed(each) for name, each in answers.items()}),
-            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in said.items()}),
+            "mmlu": shares(
+                {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}
+            ),
             "mmlu_unreadable": shares(
-                {name: [a is None for a, _ in pairs] for name, pairs in said.items()}
+                {name: [a is None for a, _ in pairs] for name, pairs in answer_letters.items()}
             ),
         },
         "bits_per_byte": {
@@ -110,21 +114,21 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         },
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    pack(TEXTS, told_answers(answers))
+    pack(TEXTS, answer_rows(answers))
     print(json.dumps(document))
 
 
 def learnt_from(folder: Path) -> dict[str, int]:
-    """How many texts the start was tuned on, and each way of tuning it."""
-    start, way = (TargetStore(folder / f"targets-{name}") for name in (START, SFT))
-    return {START: start.count("train"), "train": way.count("train")}
+    """The number of texts that the start was tuned on, and that each method was."""
+    start, sft = (TargetStore(folder / f"targets-{name}") for name in (START, SFT))
+    return {START: start.count("train"), "train": sft.count("train")}
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def unpack(folder: Path) -> None:
-    """The answers of the model as it was, which bench/real_answers.py made."""
+    """Put the base model's answers, from bench/real_answers.py, into the folder."""
     place = folder / "answers.jsonl"
     if not place.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ def unpack(folder: Path) -> None:
 
 
 def answered(model: Path, folder: Path, dtype: str) -> Path:
-    """The folder of a model's answers and of the instructions that they follow."""
+    """Make a model's answers and check their instructions, where missing; returns the folder."""
     for setting, names in ASKED.items():
         chosen = [part for name in names for part in ("--only", name)]
         options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
@@ -146,18 +150,18 @@ def answered(model: Path, folder: Path, dtype: str) -> Path:
     return folder
 
 
-def told_answers(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """Those that are kept here: the base's are kept elsewhere."""
+def answer_rows(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """The answers to store in TEXTS: all but the base model's, which are stored elsewhere."""
     for name, folder in folders.items():
-        for answer in kept(folder) if name != BASE else ():
+        for answer in read_answers(folder) if name != BASE else ():
             yield {"model": name, **asdict(answer)}
 
 
 # ── Stories ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """Rows as in bench/real.py, and each minus the start without the field."""
+def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """Rows as in bench/real.py, and the difference of each to the start without the field."""
     asked = prompt_set(STORIES, data_folder())
     checks = Checks(reference.build(stories()["measure"]))
     rows = {
@@ -170,10 +174,10 @@ def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     return {
         "prompts": len(asked.prompts),
         "answers_to_each": asked.answers,
-        PEOPLE: written(checks.of_people(len(asked.prompts))),
-        "rows": {name: written(row) for name, row in rows.items()},
+        PEOPLE: rounded(checks.of_people(len(asked.prompts))),
+        "rows": {name: rounded(row) for name, row in rows.items()},
         "to_start": {
-            name: written({key: difference(start[key], row[key]) for key in row})
+            name: rounded({key: difference(start[key], row[key]) for key in row})
             for name, row in rows.items()
         },
     }
@@ -183,13 +187,13 @@ def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
 
 
 def followed(folder: Path) -> list[bool]:
-    """Of each prompt of IFEval, whether all of its instructions were followed."""
+    """Whether all instructions were followed, for each prompt of IFEval."""
     by_key = json.loads((folder / "ifeval.json").read_text())["settings"][STOCK]
     return [all(by_key[key]) for key in sorted(by_key)]
 
 
 def shares(by_model: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    """Each model's, and the exact p of "as many as the start"."""
+    """The share of each model, and the exact p against the start's."""
     return {
         name: {
             **share(found),
@@ -216,7 +220,7 @@ def middle_of(text: str) -> str:
 
 
 def bits(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, Any]:
-    """A byte of the texts, of each model; and the ratio to the start, of the same texts."""
+    """Bits per byte of the texts for each model, and the ratio to the start on the same texts."""
     sizes_N = np.array([len(text.encode()) for text in texts])
     found = {
         name: np.array([nats_T.sum() for nats_T in token_nats(place, texts)]) / np.log(2)
@@ -228,8 +232,8 @@ def bits(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, Any]:
 
     return {
         name: {
-            **written({"": each(bits_N, sizes_N)})[""],
-            "to_start": written({"": each(bits_N, found[START])})[""],
+            **rounded({"": each(bits_N, sizes_N)})[""],
+            "to_start": rounded({"": each(bits_N, found[START])})[""],
         }
         for name, bits_N in found.items()
     }
