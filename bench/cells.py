@@ -1,4 +1,4 @@
-"""Cells of tables: figures with their intervals, as the results have them."""
+"""Cells of tables: figures with their intervals, from the results."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,5 +10,5 @@ def interval(found: Mapping[str, float | None], digits: int) -> str:
 
 
 def left_out(row: Mapping[str, Any]) -> str:
-    """People's stories were chosen to be long enough."""
+    """The share of answers that are too short; 0 for people's stories, chosen to be long enough."""
     return f"{100 * row['short']['value']:.0f} %" if "short" in row else "0 %"

@@ -1,4 +1,4 @@
-"""The table of docs/clients.md: a line for all that is written differently and fares the same."""
+"""The table of docs/clients.md. Ways to write the field that have the same outcome share a line."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -19,7 +19,7 @@ HEAD = (
 
 def table(document: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    for rows in _alike(document["rows"]):
+    for rows in _merged(document["rows"]):
         routes = ", ".join(dict.fromkeys(row["route"] for row in rows))
         where = _places(rows, document["rows"])
         lines.append(f"| {' | '.join([rows[0]['client'], routes, where, *fate(rows[0])])} |")
@@ -27,15 +27,16 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _places(rows: list[Row], known: list[Row]) -> str:
-    """Where these rows put the field: "any" for three or more that are all of their route's."""
+    """Where these rows put the field; "any" if they are all rows of their route, three or more."""
     places = dict.fromkeys(row["written"] for row in rows)
     route = (rows[0]["client"], rows[0]["route"])
     others = [row for row in known if (row["client"], row["route"]) == route]
     return "any" if len(places) == len(others) > 2 else ", ".join(places)
 
 
-def _alike(rows: list[Row]) -> list[list[Row]]:
-    """The rows that make one line: first the ways of one route, then the routes alike in all."""
+def _merged(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each line: rows of a route with the same outcome are merged, then routes with
+    the same rows."""
     ways = _grouped(rows, lambda row: (row["client"], row["route"], *fate(row)))
     lines = _grouped(
         ways, lambda way: (way[0]["client"], *(r["written"] for r in way), *fate(way[0]))
@@ -63,7 +64,7 @@ def fate(row: Row) -> tuple[str, str, str, str]:
 
 
 def _read(answer: Row) -> str:
-    """What of an answer can be read."""
+    """The parts of an answer that the client can read."""
     read = ["object"] if answer["object"] else []
     if answer["header"]:
         prefix = answer["header"].removesuffix(HEADER)

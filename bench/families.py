@@ -1,16 +1,16 @@
-"""Which families of transformers can be trained: each as a tiny random model, from end to end.
+"""Which model families of transformers can be trained, end to end? With a tiny model of each.
 
     python bench/families.py [--only llama,mamba] [--output FILE.json]
 
-Every causal family of the installed transformers, in a process of its own:
-    head       logits by the output layer, chunk by chunk, against the model's own on other tokens
-    packing    log-probabilities of a document behind another one in its row, and behind a third
-    steps      five optimizer steps on a target store, by the trainer
-    reload     logits of the saved checkpoint against the trained model's, by transformers alone
-A family ends as `packed` or `unpacked` (trained with one document a row), as `refused` with the
-reason that a user would see, as `failed`, or as `not tried` where no tiny model could be made.
+For every causal family of the installed transformers, in its own process:
+    head       logits from our chunked output layer, against the model's own, on fresh tokens
+    packing    log-probabilities of a document after two different documents in its row
+    steps      five optimizer steps on a target store, with the trainer
+    reload     logits of the saved checkpoint, loaded by transformers, against the trained model's
+The outcome of a family is `packed`, `unpacked` (trained with one document per row), `refused` with
+the reason that a user would see, `failed`, or `not tried` if no tiny model could be made.
 
-Random weights say nothing about what a family learns; they do say whether it is computed as it is.
+Random weights do not show what a family learns, but they show whether it is computed correctly.
 """
 
 import json
@@ -55,11 +55,11 @@ from provenance import machine, versions
 RESULT = Path(__file__).parent / "results" / "families.json"
 VOCABULARY, WORDS, DOCUMENTS, STEPS = 96, 90, 24, 5
 MOST_PARAMETERS = 4_000_000
-"""Of a model that counts as tiny."""
+"""Maximum number of parameters of a tiny model."""
 SECONDS = 180
-"""For one family."""
+"""Time limit for one family."""
 SAME = 1e-3
-"""Of the spread of logits: what two ways to the same may differ by."""
+"""Maximum difference between two computations of the same logits, as a share of their spread."""
 
 TINY: Mapping[str, Any] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size"), VOCABULARY),
@@ -106,7 +106,7 @@ TINY: Mapping[str, Any] = {
     "eos_token_id": 1,
     "sliding_window": 8,
 }
-"""For every attribute of that name that a configuration has."""
+"""Values for the attributes of these names, where a configuration has them."""
 
 OWN: Mapping[str, Mapping[str, Any]] = {
     "mpt": {"attn_config": {"alibi": True}},
@@ -142,12 +142,12 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     **{key: {"layers_block_type": ["linear_attention", "hybrid"]} for key in ("zamba", "zamba2")},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What a family wants besides."""
+"""Further values that single families need."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a family."""
+    """The outcome of a family."""
 
     family: str
     model: str
@@ -155,26 +155,26 @@ class Row:
     reason: str | None = None
     parameters: int | None = None
     head: float | None = None
-    """The largest difference of logits, of their spread."""
+    """The largest difference of logits, as a share of their spread."""
     packing: float | None = None
-    """The largest change of log-probabilities with the document before; None where not packed."""
+    """The largest change of logits with the preceding document, likewise; None if not packed."""
     reload: float | None = None
     loss: tuple[float, float] | None = None
-    """Of the first and the last step, nats a token."""
+    """Loss of the first and the last step, in nats per token."""
 
 
 @click.command()
-@click.option("--only", help="Families, by commas; the other rows of the output stay.")
+@click.option("--only", help="Families, separated by commas; the output's other rows are kept.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULT)
 def main(only: str | None, output: Path) -> None:
     families = only.split(",") if only else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     start = time.monotonic()
     with TemporaryDirectory() as folder:
-        # Here, so that each family's process has what the trainer imports.
+        # Imports what the trainer needs, so that the forked process of each family has it.
         row_of("llama", Path(folder))
         rows = []
         for family in families:
-            rows.append(apart(family))
+            rows.append(isolated_row_of(family))
             click.echo(f"{family:24}{rows[-1].outcome:10}{rows[-1].reason or ''}"[:160], err=True)
     document = {
         "machine": machine(),
@@ -192,10 +192,10 @@ def main(only: str | None, output: Path) -> None:
 
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The rows of both, one a family, the newer one; rows of other versions are no one table.
+    """The rows of both documents, the newer one of each family.
 
     Raises:
-        ClickException: `before` was made with other versions.
+        ClickException: `before` was made with other versions, so the rows cannot share a table.
     """
     for name in ("versions", "steps"):
         if before[name] != now[name]:
@@ -208,8 +208,8 @@ def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**before, "rows": [*rows, *newer.values()]}
 
 
-def apart(family: str) -> Row:
-    """The family's row, from a process that may die or hang without the others."""
+def isolated_row_of(family: str) -> Row:
+    """The family's row, from a child process, whose crash or hang does not affect the others."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(family, theirs))
@@ -222,7 +222,7 @@ def apart(family: str) -> Row:
     if row is None:
         process.kill()
     process.join()
-    name = named(family)
+    name = class_name(family)
     return row or Row(family, name, "failed", f"its process ended with {process.exitcode}")
 
 
@@ -237,7 +237,7 @@ def _child(family: str, answer: Connection) -> None:
 
 
 def row_of(family: str, folder: Path) -> Row:
-    name = named(family)
+    name = class_name(family)
     try:
         model = tiny(family)
     except Exception as error:  # noqa: BLE001
@@ -263,7 +263,7 @@ def row_of(family: str, folder: Path) -> Row:
         return Row(family, name, "failed", _line(error), parameters)
 
 
-def named(family: str) -> str:
+def class_name(family: str) -> str:
     given = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     return given if isinstance(given, str) else given[0]
 
@@ -272,7 +272,7 @@ def tiny(family: str) -> Any:
     """A small random model of the family.
 
     Raises:
-        ValueError: it reads images or sound, or stays large.
+        ValueError: it takes images or sound, or cannot be made small enough.
     """
     torch.manual_seed(0)
     kind: Any = CONFIG_MAPPING[family]
@@ -285,7 +285,7 @@ def tiny(family: str) -> Any:
     given = {name: TINY[name] for name in TINY if name in known or name in kind.attribute_map}
     kinds = list(dict.fromkeys(known.get("layer_types") or ()))
     if len(kinds) > 1:
-        # One layer of each kind, and as many as they are.
+        # One layer of each kind.
         given |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     config = kind(**{**given, **OWN.get(family, {})})
     with torch.device("meta"):
@@ -326,14 +326,14 @@ def trained(
     finish(folder / FINAL, config, prepared, steps=STEPS, figures={})
     again = AutoModelForCausalLM.from_pretrained(folder / FINAL, dtype=torch.float32).eval()
     with torch.no_grad():
-        # Without a cache, as in training: some families cannot keep one for so few layers.
+        # Without a cache, as in training: some families do not support one for so few layers.
         given = {"use_cache": False} if "use_cache" in signature(again.forward).parameters else {}
         reload = gap(again(ids_BN, **given).logits, language_model.own_logits(input_ids=ids_BN))
     gaps = {"head": head, "packing": packing or 0.0, "reload": reload}
     wrong = [f"{name}: {value:.2g} of the spread" for name, value in gaps.items() if value > SAME]
     return Row(
         family,
-        named(family),
+        class_name(family),
         "failed" if wrong else "packed" if is_packed else "unpacked",
         "; ".join(wrong) or prepared.not_packed_because,
         parameters,
@@ -353,18 +353,18 @@ def head_gap(language_model: Any, ids_BN: torch.Tensor) -> float:
 
 @torch.no_grad()
 def packing_gap(language_model: Any, ids_BN: torch.Tensor) -> float:
-    """The second half of each row behind two beginnings; the second half is the same in both."""
+    """Compares the logits of the same second half after two different first halves."""
     half = ids_BN.shape[1] // 2
     ids_BN = torch.cat([ids_BN[:, :half], ids_BN[:1, half:].expand(2, -1)], dim=1)
     rest = ids_BN.shape[1] - half
-    places_BN = torch.cat([torch.arange(half), torch.arange(rest)]).expand(2, -1)
-    hidden_BND = language_model.states(input_ids=ids_BN, position_ids=places_BN).hidden_BND
+    positions_BN = torch.cat([torch.arange(half), torch.arange(rest)]).expand(2, -1)
+    hidden_BND = language_model.states(input_ids=ids_BN, position_ids=positions_BN).hidden_BND
     logits_BNV = language_model.head.logits(hidden_BND.reshape(*ids_BN.shape, -1))[:, half:]
     return gap(logits_BNV[0], logits_BNV[1])
 
 
 def gap(ours: torch.Tensor, own: torch.Tensor) -> float:
-    """The largest difference, of the spread of a position's logits."""
+    """The largest difference, as a share of the spread of a position's logits."""
     spread = float(own.float().std(dim=-1).mean())
     return float((ours.float() - own.float()).abs().max()) / max(spread, 1e-12)
 
@@ -377,20 +377,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_store(folder: Path) -> Path:
-    """Documents that mostly count upwards, with an n-gram target, for the saved tokenizer.
+    """A store of documents that mostly count upwards, with an n-gram target.
 
-    As transformers loads it: for some families it adds tokens of its own.
+    Its fingerprint is that of the saved tokenizer as transformers loads it, which for some families
+    adds tokens.
     """
-    read_by = tokenizer_fingerprint(load_tokenizer(str(folder / "base")))
+    fingerprint = tokenizer_fingerprint(load_tokenizer(str(folder / "base")))
     folder = folder / "targets"
     random = np.random.default_rng(0)
-    held = {split: [drawn(random) for _ in range(DOCUMENTS)] for split in store.SPLITS}
-    source = Ngram(held["train"], vocabulary=WORDS, order=2, min_count=1)
-    target_stores.write(folder, source, held, tokenizer=read_by)
+    splits = {split: [random_document(random) for _ in range(DOCUMENTS)] for split in store.SPLITS}
+    source = Ngram(splits["train"], vocabulary=WORDS, order=2, min_count=1)
+    target_stores.write(folder, source, splits, tokenizer=fingerprint)
     return folder
 
 
-def drawn(random: np.random.Generator) -> Document:
+def random_document(random: np.random.Generator) -> Document:
     steps_N = np.where(random.random(random.integers(8, 40)) < 0.2, 7, 1)
     tokens_N = 2 + (random.integers(0, WORDS) + steps_N.cumsum()) % (WORDS - 2)
     trained_N = np.ones(len(tokens_N), dtype=bool)

@@ -1,14 +1,15 @@
-r"""The first measurement of the law: what each way of sampling pays in validity for its variety.
+r"""The first measurement of the law: what each sampling method costs in validity for its variety.
 
     OMP_NUM_THREADS=1 python bench/first_law.py
     OMP_NUM_THREADS=1 python bench/first_law.py --stage well-trained --sequences 200 \
       --dev-sequences 0
 
-The stories' model, at two stages of its training, writes stories whose validity is decided by their
-grammar. On a development split (its own prompts and seed) the law's constants and each rival's are
-searched by one criterion: the lead, the mean gain of diversity at equal validity over the best
-that any fixed guard and temperature do. On the other prompts the families meet at equal numbers
-of settings. Prints a table, then one JSON document, which also goes to bench/results.
+The stories' model, at two stages of its training, writes stories whose validity the grammar
+decides. The constants of the law and of each rival are searched on a development split (its own
+prompts and seed) by one criterion, the lead: the mean gain of diversity, at equal validity, over
+the best of any fixed guard and temperature. On the other prompts the families are compared with
+equal numbers of settings. Prints a table, then one JSON document, which is also written to
+bench/results.
 
 Shapes: R sequences of a batch, V vocabulary, N sequences of a setting, C choices seen of all
 slots, S slots, B bootstrap resamples (the first is the sample itself), P settings of a family.
@@ -54,24 +55,24 @@ RESAMPLES = 1000
 LONGEST_STORY = 160
 """Tokens; a text that has not ended by then is invalid."""
 MANY, COUNTABLE = 20, 100
-"""A slot of so many options is free; one of fewer is a few-way choice. Of more than `COUNTABLE`,
-the valid texts of one setting do not show the entropy."""
+"""A slot with at least `MANY` options is free; one with fewer is a few-way choice. With more than
+`COUNTABLE` options, one setting has too few valid texts to estimate the entropy."""
 
 DEV_LEVELS = (0.25, 0.5, 1.0)
 LEVELS = (0.1, 0.25, 0.5, 0.65, 0.8, 1.0)
 TOP_PS = (0.99, 0.97, 0.95, 0.9, 0.8, 0.7)
 TEMPERATURES = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
-"""For min-p after temperature; every family has six settings."""
+"""For min-p after the temperature; every family has six settings."""
 DEV_TEMPERATURES = (1.25, 1.5, 2.0)
 REFERENCE = list(itertools.product((0.1, 0.05, 0.02, 0.01), (1.0, 1.5, 2.0, 3.0)))
-"""(min_p, temperature): the fixed settings whose best curve every lead is measured from."""
+"""(min_p, temperature): the fixed settings; every lead is measured against their front."""
 
 
-# ── Settings: what is done to a row of logits ────────────────────────────────────────────────────
+# ── Settings: how the logits are rewritten ───────────────────────────────────────────────────────
 
 Rewrite = Callable[[Tensor, Tensor, int], Tensor]
 """(logits_RV, last_R, the end token) → logits_RV to sample from at temperature 1; `last_R`: int64,
-the token before each row's."""
+the last token of each row."""
 
 
 def described(constants: LawConstants) -> str:
@@ -105,7 +106,7 @@ def by_transform(
     temperature: float = 1.0,
     token_classes: TokenClasses | None = None,
 ) -> Rewrite:
-    """What a request with this `diversity` and temperature gets; `words` needs token classes."""
+    """The rewrite of a request with this `diversity` and temperature; `words` needs classes."""
     wanted = spec.parse(diversity)
     backend = get_backend("cpu", constants or LawConstants(), token_classes)
 
@@ -137,12 +138,12 @@ def gated(constants: LawConstants, level: float, family: str = "gated") -> Setti
 
 
 def one_temperature(constants: LawConstants, level: float) -> Setting:
-    """The same guard and one temperature exp(c·level) for all steps: a gate of power 0 is 1."""
+    """The same guard, and one temperature exp(c·level) for all steps: a gate of power 0 is 1."""
     return gated(replace(constants, gate_power=0.0), level, "one temperature, same guard")
 
 
 def fixed(min_p: float, temperature: float) -> Setting:
-    """min-p at temperature 1, then a temperature: a dynatemp of no range."""
+    """min-p at temperature 1, then a temperature: dynatemp with range 0."""
     diversity = {"law": "dynatemp", "dynatemp_range": 0.0, "min_p": min_p}
     label = f"min_p={min_p:g} then T={temperature:g}"
     return Setting("fixed", label, by_transform(diversity, temperature=temperature))
@@ -207,62 +208,64 @@ class Sample:
     text: str
     ended: bool
     entropy: float
-    """Mean over its tokens of the entropy of what was sampled from, in nats."""
+    """Mean over its tokens of the entropy of the distribution sampled from, in nats."""
 
 
-class _Room(DynamicLayer):
-    """A cache layer with room made once: DynamicLayer copies everything it holds at every step."""
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer allocated once: DynamicLayer copies all of its content at every step."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         rows, heads, tokens, width = key_states.shape
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._room = key_states.new_empty(2, rows, heads, tokens + LONGEST_STORY, width)
+            self._buffer = key_states.new_empty(2, rows, heads, tokens + LONGEST_STORY, width)
             self._length = 0
         end = self._length + tokens
-        self._room[0, :, :, self._length : end] = key_states
-        self._room[1, :, :, self._length : end] = value_states
+        self._buffer[0, :, :, self._length : end] = key_states
+        self._buffer[1, :, :, self._length : end] = value_states
         self._length = end
-        self.keys, self.values = self._room[:, :, :, :end]
+        self.keys, self.values = self._buffer[:, :, :, :end]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only rows that change their place are copied."""
+        """Copies only the rows whose index changes."""
         moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
-        self._room[:, moved] = self._room[:, indices[moved]]
-        self._room = self._room[:, : len(indices)]
+        self._buffer[:, moved] = self._buffer[:, indices[moved]]
+        self._buffer = self._buffer[:, : len(indices)]
 
 
 @torch.inference_mode()
 def sample(
     writer: Writer, prompt: str, rows: int, rewrite: Rewrite, generator: torch.Generator
 ) -> list[Sample]:
-    """Texts that answer one prompt: one length for all rows, so nothing is padded.
+    """Texts that answer one prompt. The prompt is the same for all rows, so nothing is padded.
 
-    Each row draws one uniform number a step and inverts its CDF, so settings share their luck.
+    Each row draws one uniform number per step and inverts its CDF, so that settings share their
+    random numbers.
     """
     end = writer.tokenizer.eos_token_id
-    room = Cache(layers=[_Room() for _ in range(writer.model.config.num_hidden_layers)])
+    layers = writer.model.config.num_hidden_layers
+    cache = Cache(layers=[_PreallocatedLayer() for _ in range(layers)])
     tokens_RN = torch.full((rows, LONGEST_STORY), end)
     entropy_R, length_R = torch.zeros(rows), torch.zeros(rows)
     row_R = torch.arange(rows)
-    """Which sequence each row of the batch is: rows leave when their text ends."""
+    """The sequence of each row of the batch; a row is removed when its text ends."""
     next_RN = writer.question(prompt).expand(rows, -1)
     argument = writer.cache_argument
     for step in range(LONGEST_STORY):
-        output = writer.model(next_RN, logits_to_keep=1, **{argument: room})
+        output = writer.model(next_RN, logits_to_keep=1, **{argument: cache})
         p_RV = rewrite(output.logits[:, -1], next_RN[:, -1], end).softmax(dim=1)
         entropy_R[row_R] -= (p_RV * p_RV.clamp_min(1e-30).log()).sum(dim=1)
         length_R[row_R] += 1
         cdf_RV = p_RV.cumsum(dim=1, dtype=torch.float64)
-        luck_R = torch.rand(rows, dtype=torch.float64, generator=generator)[row_R]
-        next_RN = torch.searchsorted(cdf_RV, luck_R[:, None] * cdf_RV[:, -1:], right=True)
+        uniform_R = torch.rand(rows, dtype=torch.float64, generator=generator)[row_R]
+        next_RN = torch.searchsorted(cdf_RV, uniform_R[:, None] * cdf_RV[:, -1:], right=True)
         tokens_RN[row_R, step] = next_RN[:, 0]
         going_R = next_RN[:, 0] != end
         if not bool(going_R.all()):
-            places_R = closed_up(going_R)
-            room.batch_select_indices(places_R)
-            row_R, next_RN = row_R[places_R], next_RN[places_R]
+            index_R = closed_up(going_R)
+            cache.batch_select_indices(index_R)
+            row_R, next_RN = row_R[index_R], next_RN[index_R]
         if not len(row_R):
             break
     unfinished = set(row_R.tolist())
@@ -277,11 +280,11 @@ def sample(
 
 
 def closed_up(going_R: Tensor) -> Tensor:
-    """The places of the rows that go on, the last of them moved into the gaps of the others."""
+    """The indices of the rows that are not finished; the last ones fill the gaps before them."""
     count = int(going_R.sum())
-    places_R = torch.arange(count)
-    places_R[~going_R[:count]] = going_R[count:].nonzero()[:, 0] + count
-    return places_R
+    index_R = torch.arange(count)
+    index_R[~going_R[:count]] = going_R[count:].nonzero()[:, 0] + count
+    return index_R
 
 
 def draw(writer: Writer, setting: Setting, split: str, sequences: int) -> list[Sample]:
@@ -299,17 +302,17 @@ def draw(writer: Writer, setting: Setting, split: str, sequences: int) -> list[S
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────
 
 METRICS = ("validity", "distinct_valid", "openings", "diversity", "few_way", "entropy")
-"""validity       share of texts that are stories and hold what the prompt asks for
+"""validity       share of texts that are stories and contain what the prompt asks for
 distinct_valid  different valid texts per 1,000 sequences
 openings        different first sentences of valid texts per 1,000 sequences
 diversity       entropy of the choice at free slots of valid texts, share of uniform
 few_way         the same for slots of few options
-entropy         mean next-token entropy of what was sampled from, nats"""
+entropy         mean entropy of the next-token distribution sampled from, nats"""
 
 
 @cache
 def free_slots() -> frozenset[str]:
-    """Slots of many options that most stories have: rarer ones give too few choices to count."""
+    """Slots with many options that most stories have; rarer slots give too few choices to count."""
     rng = random.Random(0)
     stories = [grammar.generate(rng) for _ in range(500)]
     seen = Counter(slot for story in stories for slot, _ in story.choices)
@@ -323,8 +326,8 @@ def free_slots() -> frozenset[str]:
 def measure(samples: Sequence[Sample], weights_BN: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric under every weighting of the samples: values_B by name.
 
-    Weights of 1 give the estimates. A text's credit for being different, 1 / (its copies), is
-    that of the whole sample: a resample holds copies of its own, which say nothing.
+    Weights of 1 give the estimates. The credit of a text for being distinct, 1 / (its copies), is
+    computed on the whole sample: the additional copies in a resample carry no information.
     """
     stories = [grammar.parse(s.text) if is_valid(s) else None for s in samples]
     texts = [story and story.text for story in stories]
@@ -392,8 +395,9 @@ def entropy(counts_BC: np.ndarray) -> np.ndarray:
 
         H = ln n − Σ nᵢ·G(nᵢ) / n,   G(n) = ψ(n) + (−1)ⁿ/2·(ψ((n+1)/2) − ψ(n/2))
 
-    The plug-in estimate is low by (options − 1)/2n and would reward whoever has more valid texts;
-    this one is right within .002 of uniform from n = 2·options on. NaN where nothing was counted.
+    The plug-in estimate is too low by (options − 1)/2n and would reward a setting with more valid
+    texts; this one is accurate to .002 of uniform from n = 2·options on. NaN if nothing was
+    counted.
     """
     counts_BC = counts_BC.astype(np.int64)
     n_B = counts_BC.sum(axis=1)
@@ -426,8 +430,8 @@ class Interval:
 
     @classmethod
     def of(cls, values_B: np.ndarray) -> "Interval":
-        """The percentiles' distances from the resamples' mean, around the estimate: entropies of
-        resamples lie below the estimate, as a resample holds fewer different texts."""
+        """The percentiles' distances from the resamples' mean, added to the estimate: entropies of
+        resamples lie below the estimate, as a resample has fewer distinct texts."""
         estimate, drawn_B = values_B[0], values_B[1:]
         low, high = estimate + np.percentile(drawn_B - drawn_B.mean(), (2.5, 97.5))
         return cls(*(round(float(value), 4) for value in (estimate, low, high)))
@@ -440,13 +444,13 @@ class Interval:
 
 
 def front(validity_P: np.ndarray, diversity_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points that no other beats in both, by rising validity."""
+    """The Pareto front: the points that no other beats in both, by ascending validity."""
     order_P = np.lexsort((-diversity_P, -validity_P))
     best, kept = -math.inf, []
-    for place in order_P:
-        if diversity_P[place] > best:
-            best = diversity_P[place]
-            kept.append(place)
+    for index in order_P:
+        if diversity_P[index] > best:
+            best = diversity_P[index]
+            kept.append(index)
     return validity_P[kept[::-1]], diversity_P[kept[::-1]]
 
 
@@ -456,9 +460,9 @@ def lead(
     other_validity_P: np.ndarray,
     other_diversity_P: np.ndarray,
 ) -> float:
-    """How much higher a front lies than another: the mean over the validities both reach.
+    """How much more diverse a front is than another: the mean over the validities that both reach.
 
-    NaN where they share none.
+    NaN if they share none.
     """
     validity, diversity = front(validity_P, diversity_P)
     other_validity, other_diversity = front(other_validity_P, other_diversity_P)
@@ -473,10 +477,10 @@ def lead(
 def gain_at(
     validity_P: np.ndarray, diversity_P: np.ndarray, validity: float, diversity: float
 ) -> float:
-    """How much higher a front lies than a point, at the point's validity.
+    """How much more diverse a front is than a point, at the point's validity.
 
-    Below the front's least valid point that point stands in: more valid, so it may be compared.
-    NaN where the point is more valid than all of the front.
+    Below the validity of the front's least valid point, that point is used: it is more valid, so
+    the comparison is fair. NaN if the point is more valid than all of the front.
     """
     known, height = front(validity_P, diversity_P)
     return float(np.interp(validity, known, height, right=math.nan)) - diversity
@@ -490,7 +494,7 @@ def curve(figures: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.n
 def lead_interval(
     figures: Sequence[Mapping[str, np.ndarray]], others: Sequence[Mapping[str, np.ndarray]]
 ) -> Interval | None:
-    """The lead of one family's curve over another's; None where they share no validity."""
+    """The lead of one family's curve over another's; None if they share no validity."""
     leads_B = _leads(figures, others)
     return None if math.isnan(leads_B[0]) else Interval.of(leads_B[~np.isnan(leads_B)])
 
@@ -527,7 +531,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one candidate did on the development split, both stages weighted alike."""
+    """The results of one candidate on the development split, both stages weighted equally."""
 
     candidate: str
     leads_B: np.ndarray
@@ -549,8 +553,8 @@ class Trial:
 
 
 def attempt(measured: Measurements, candidate: str, settings: Sequence[Setting]) -> Trial:
-    """A candidate is admissible when each setting gives more different valid texts than stock and
-    the last, its furthest, is at least as diverse as stock: a dial must go somewhere."""
+    """Measure a candidate. It is admissible if each setting gives more distinct valid texts than
+    stock, and the last, strongest one is at least as diverse as stock."""
     leads, points, admissible = [], {}, True
     for writer in measured.writers:
         reference = measured.all(writer, "dev", [fixed(*pair) for pair in REFERENCE])
@@ -565,13 +569,14 @@ def attempt(measured: Measurements, candidate: str, settings: Sequence[Setting])
 
 
 def best(trials: Mapping) -> object:
-    """The admissible candidate of the highest lead; of all, where none is admissible."""
+    """The admissible candidate with the highest lead; if none is admissible, the best of all."""
     admissible = [key for key in trials if trials[key].admissible] or list(trials)
     return max(admissible, key=lambda key: np.nan_to_num(trials[key].leads_B[0], nan=-1.0))
 
 
 def search(measured: Measurements) -> dict[LawConstants, Trial]:
-    """Each constant alone, then every combination of the best two values of each but the start."""
+    """Vary each constant alone, then try every combination of the best two values of each; of
+    `guard_start` only the best one."""
     trials: dict[LawConstants, Trial] = {}
 
     def attempt_once(constants: LawConstants) -> float:
@@ -595,7 +600,7 @@ def search(measured: Measurements) -> dict[LawConstants, Trial]:
 
 
 def rivals(measured: Measurements, constants: LawConstants) -> dict[str, dict[object, Trial]]:
-    """The rivals' own constants, searched as the law's are."""
+    """Search the rivals' constants in the same way."""
 
     def each(values, settings: Callable[[float], list[Setting]]) -> dict[object, Trial]:
         return {value: attempt(measured, f"{value:g}", settings(value)) for value in values}
@@ -613,9 +618,9 @@ def rivals(measured: Measurements, constants: LawConstants) -> dict[str, dict[ob
 def families(
     constants: LawConstants, candidate: LawConstants, chosen: Mapping[str, float]
 ) -> dict[str, list[Setting]]:
-    """Who meets on the confirmation split, six settings each, stock's one apart."""
+    """The families compared on the confirmation split, with six settings each, stock with one."""
     slower = replace(constants, strength=chosen["one_temperature_strength"])
-    met = {
+    compared = {
         "stock": [stock()],
         "top-p": [top_p(share) for share in TOP_PS],
         "one temperature, same guard": [one_temperature(slower, level) for level in LEVELS],
@@ -624,14 +629,14 @@ def families(
         "gated": [gated(constants, level) for level in LEVELS],
     }
     if candidate != constants:
-        met["gated, best of dev"] = [
+        compared["gated, best of dev"] = [
             gated(candidate, level, "gated, best of dev") for level in LEVELS
         ]
-    return met
+    return compared
 
 
 def claims(figures: Mapping[str, list[dict]]) -> dict:
-    """The two claims of one stage, each with the numbers that it rests on."""
+    """The two claims for one stage, each with the numbers that it is based on."""
     plain, law = figures["stock"][0], figures["gated"]
     nucleus = figures["top-p"][TOP_PS.index(0.95)]
     more_distinct = {
@@ -672,11 +677,11 @@ def claims(figures: Mapping[str, list[dict]]) -> dict:
 
 
 SOURCES = ("words", "narrators", "grammar", "model")
-"""What the model depends on."""
+"""The modules that determine the model."""
 
 
 def writers(stages: Sequence[str]) -> list[Writer]:
-    """The stages of the model, trained where the folder for this very grammar and model is bare."""
+    """The stages of the model, trained unless a folder for the current sources exists."""
     sources = [ROOT / "dftserve" / "stories" / f"{name}.py" for name in SOURCES]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     folders = {s: ROOT / "build" / "first_law" / f"{digest}-{n}" for s, n in STAGES.items()}
@@ -707,25 +712,27 @@ def row(estimates: Mapping[str, float]) -> str:
     return "".join(f"{estimates[name]:>10.{digits.get(name, 3)}f}" for name in METRICS)
 
 
-def table(stage: str, met: Mapping[str, list[Setting]], figures: Mapping[str, list[dict]]) -> None:
+def table(
+    stage: str, compared: Mapping[str, list[Setting]], figures: Mapping[str, list[dict]]
+) -> None:
     print(f"\n{stage}: {'':67}{''.join(f'{HEADINGS[name]:>10}' for name in METRICS)}")
-    for family, settings in met.items():
+    for family, settings in compared.items():
         for setting, values in zip(settings, figures[family], strict=True):
             estimates = {name: float(values_B[0]) for name, values_B in values.items()}
             print(f"{family:28}{setting.label:52}{row(estimates)}")
 
 
-def confirm(measured: Measurements, met: Mapping[str, list[Setting]]) -> dict[str, dict]:
+def confirm(measured: Measurements, compared: Mapping[str, list[Setting]]) -> dict[str, dict]:
     """By stage: every setting's figures, the leads between families, and the claims."""
     stages = {}
     for writer in measured.writers:
-        figures = {f: measured.all(writer, "confirm", settings) for f, settings in met.items()}
-        table(writer.stage, met, figures)
+        figures = {f: measured.all(writer, "confirm", settings) for f, settings in compared.items()}
+        table(writer.stage, compared, figures)
         leads = {
             f"{law} over {family}": lead_interval(figures[law], figures[family])
-            for law in met
+            for law in compared
             if law.startswith("gated")
-            for family in met
+            for family in compared
             if family not in ("stock", law)
         }
         for name, gain in leads.items():
@@ -734,7 +741,7 @@ def confirm(measured: Measurements, met: Mapping[str, list[Setting]]) -> dict[st
             "settings": [
                 {"family": family, "setting": setting.label}
                 | {name: Interval.of(values_B) for name, values_B in values.items()}
-                for family, settings in met.items()
+                for family, settings in compared.items()
                 for setting, values in zip(settings, figures[family], strict=True)
             ],
             "lead_in_diversity_at_equal_validity": leads,
@@ -747,7 +754,7 @@ def confirm(measured: Measurements, met: Mapping[str, list[Setting]]) -> dict[st
 @click.option("--stage", type=click.Choice(list(STAGES)), help="One stage instead of both.")
 @click.option("--sequences", default=1000, show_default=True, help="Per setting, confirmation.")
 @click.option("--dev-sequences", default=500, show_default=True, help="Per setting; 0: no search.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="The JSON's place.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="The JSON file.")
 def main(stage: str | None, sequences: int, dev_sequences: int, out: Path) -> None:
     """Compare the law with its rivals on the stories' model."""
     torch.set_num_threads(1)

@@ -1,18 +1,18 @@
-"""Does an answer keep the form that was asked for, and the language, under the laws?
+"""Do answers under the laws keep the form and language that the prompt asks for?
 
     python bench/real_answers.py --model FOLDER --only forms     # first: the answers
     python bench/forms.py [--folder build/real]
 
-Tasks of four forms and three languages, beside English prose of the other benches. A form is kept,
-by rule, in an answer that is cut after 128 tokens:
-    dialogue    two lines or more that begin with a speaker's name, or two quotations
-    list        three lines or more that begin with a number or a bullet
-    code        Python between the fences, or all of it, that parses once the line of the cut and
-                what it leaves open are taken away; a function, at least
-    poem        four lines or more, of at most twelve words each
-    French, German, Chinese    py3langid tells this language, and no character is broken (U+FFFD)
-Also self-BLEU between the answers to one task. Intervals are Wilson's, 95 %, which takes the five
-answers to a task for independent. The last line is one JSON document.
+Tasks in four forms and three languages; the other benches have English prose. Answers are cut after
+128 tokens. A form counts as kept by these rules:
+    dialogue    at least two lines that begin with a speaker's name, or two quotations
+    list        at least three lines that begin with a number or a bullet
+    code        Python, between the fences or the whole answer, that defines a function and parses
+                after lines left incomplete by the cut are removed
+    poem        at least four lines of at most twelve words each
+    French, German, Chinese    py3langid detects this language, and no character is broken (U+FFFD)
+Also self-BLEU between the answers to one task. Intervals are Wilson's, 95 %, which treat the five
+answers to a task as independent. The last line is one JSON document.
 """
 
 import ast
@@ -25,8 +25,8 @@ from typing import Any
 
 import click
 import numpy as np
-from real import RESULTS, by_setting, written
-from real_answers import FORMS, Answer, answers_by_prompt, form_tasks, kept
+from real import RESULTS, by_setting, rounded
+from real_answers import FORMS, Answer, answers_by_prompt, form_tasks, read_answers
 
 from dftserve.corpus.filters import language_of
 from dftserve.evaluate.metrics import lexical
@@ -41,7 +41,7 @@ QUOTATION = re.compile(r"[\"“][^\"“”\n]{2,}[\"”]")
 ITEM = re.compile(r"^\s*(\d+[.)]|[-*•])\s+\S", re.MULTILINE)
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 LONGEST_LINE = 12
-"""Words of a line of a poem."""
+"""Words in a line of a poem."""
 
 
 @click.command()
@@ -50,7 +50,8 @@ LONGEST_LINE = 12
 def main(folder: Path, output: Path) -> None:
     tasks = form_tasks()
     settings = {
-        name: _by_form(tasks, answers) for name, answers in by_setting(kept(folder), FORMS).items()
+        name: _by_form(tasks, answers)
+        for name, answers in by_setting(read_answers(folder), FORMS).items()
     }
     document = {
         "what": "forms and languages kept by SmolLM2-135M-Instruct; 95 % intervals",
@@ -69,19 +70,19 @@ def main(folder: Path, output: Path) -> None:
 def _by_form(
     tasks: Mapping[str, Sequence[str]], answers: Sequence[Answer]
 ) -> dict[str, list[list[str]]]:
-    """Texts by form and task; the tasks were asked for in their order."""
+    """Texts by form and task; the answers are in the order of the tasks."""
     texts = iter(answers_by_prompt(answers))
     return {form: list(islice(texts, len(asked))) for form, asked in tasks.items()}
 
 
 def measured(form: str, texts_P: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Of the answers to P tasks of one form."""
+    """Measures of the answers to P tasks of one form."""
     texts = [text for texts in texts_P for text in texts]
     share = wilson(sum(is_kept(form, text) for text in texts), len(texts))
     similar = [lexical.self_bleu([tokens(text) for text in each]) for each in texts_P]
     return {
         "answers": len(texts),
-        **written({"kept": share}),
+        **rounded({"kept": share}),
         "self_bleu": round(float(np.mean(similar)), 2),
     }
 
@@ -108,7 +109,7 @@ def is_poem(text: str) -> bool:
 def is_code(text: str) -> bool:
     fenced = FENCE.search(text)
     lines = (fenced[1] if fenced else text).rstrip().splitlines()
-    # The cut leaves a line, or a bracket and what is in it, open: the whole before them counts.
+    # The cut may leave a line or a bracket incomplete, so shorter and shorter beginnings are tried.
     return any(_defines("\n".join(lines[:end])) for end in range(len(lines), 0, -1))
 
 

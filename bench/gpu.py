@@ -1,19 +1,21 @@
-"""What the project does on a GPU: exactness, the sampler, a step's price, training, targets.
+"""All GPU measurements in one script: exactness, the sampler, a step, training, targets.
 
     python bench/gpu.py [--device cpu] [--quick] [--model FOLDER] [--output FILE.json]
 
-From a copy of the tree, on a machine that has torch, Triton, transformers and numba, and no
-network; under four minutes on one GPU. `--device cpu --quick` rehearses it in under three. Stages:
+Runs from a copy of the tree, on a machine with torch, Triton, transformers and numba and without a
+network, in under four minutes on one GPU. `--device cpu --quick` is a trial run without a GPU, in
+under three minutes. Stages:
     exactness  rows of every kind and law against the law in fp64 numpy (tests/reference.py)
-    sampler    bench/sampler.py's ways: ours over a copy of the logits
-    step       what a whole step takes, statistics, stop tokens and token classes included: of the
-               host until it may go on, of the device, and of a replay of it in a CUDA graph
-    train      a training step, forward and backward, beside the stock model's own loss; and of it
+    sampler    the variants of bench/sampler.py: ours over a copy of the logits
+    step       the time of a whole step, with statistics, stop tokens and token classes: on the host
+               until the call returns, on the device, and as a replay of a CUDA graph
+    train      a training step, forward and backward, against the stock model's own loss; and in it
                the pass over one chunk's logits, by the kernel and by plain torch
-    targets    tokens a second of building targets from a teacher
-    generate   transformers' generate() with the field and without, of the model in FOLDER
-A stage that fails says so in the result, and the others go on. The last line is one JSON document.
-It is written to FILE.json; of a whole run on a GPU, to bench/results/gpu.json.
+    targets    tokens per second of building targets from a teacher
+    generate   transformers' generate() with and without the field, for the model in FOLDER
+The failure of a stage is recorded in the result, and the other stages run. The last line is one
+JSON document. It is written to FILE.json; by default, after a full run on a GPU, to
+bench/results/gpu.json.
 """
 
 import argparse
@@ -59,7 +61,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything: shapes of a real engine, or enough for a rehearsal."""
+    """Sizes of all stages: those of a real engine, or smaller ones for a trial run."""
 
     vocabularies: tuple[int, ...]
     rows: tuple[int, ...]
@@ -70,11 +72,11 @@ class Size:
     hidden: int
     layers: int
     tokens: int
-    """Of a training step."""
+    """Tokens of a training step."""
     train_steps: int
     documents: int
     batches: tuple[int, ...]
-    """Of `generate`."""
+    """Batch sizes of `generate`."""
     new_tokens: int
 
 
@@ -111,15 +113,17 @@ QUICK = Size(
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    asked.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    asked.add_argument("--quick", action="store_true", help="A rehearsal: small sizes.")
-    asked.add_argument("--model", type=Path, help="A folder for `generate`; without it, none.")
-    asked.add_argument("--output", type=Path)
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="A trial run with small sizes.")
+    parser.add_argument(
+        "--model", type=Path, help="A model's folder for `generate`, which is skipped without it."
+    )
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
     device, size = torch.device(options.device), QUICK if options.quick else WHOLE
     if options.model and not options.model.is_dir():
-        asked.error(f"--model: got {options.model}; accepted: a model's folder.")
+        parser.error(f"--model: got {options.model}; accepted: a model's folder.")
     is_whole_run = device.type == "cuda" and not options.quick
     output = options.output or (RESULTS if is_whole_run else None)
     stand_in_for_absent_packages()
@@ -146,7 +150,7 @@ def main() -> None:
 
 
 class Absent(ModuleType):
-    """A package that this machine lacks and whose importers are run without it."""
+    """A stand-in for a package that this machine lacks, so that importing it does not fail."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -163,11 +167,11 @@ def stand_in_for_absent_packages() -> None:
 
 
 def guarded(name: str, stage: Callable[[], Any]) -> dict[str, Any]:
-    """A stage's result with its seconds, or what went wrong."""
+    """A stage's result, or its error, with the seconds that it took."""
     start = time.perf_counter()
     try:
         found = {"result": stage()}
-    except Exception as error:  # noqa: BLE001  Whatever it is, the other stages are worth their time.
+    except Exception as error:  # noqa: BLE001  The other stages run whatever the error is.
         traceback.print_exc()
         found = {"failed": f"{type(error).__name__}: {error}"[:500]}
     if torch.cuda.is_available():
@@ -206,12 +210,12 @@ CUTTING_LAWS = (
     {"law": "xtc", "xtc_probability": 1.0, "xtc_threshold": 0.01},
 )
 SURE, RESOLUTION = 1e-4, 2.0**-22
-"""Nats from the guard's threshold, at least, and by the row's largest logit: nearer, fp32 and fp64
-may cut differently."""
+"""Minimum distance in nats from the guard's threshold, and its addition per unit of the row's
+largest logit: closer to the threshold, fp32 and fp64 may cut differently."""
 
 
 def exactness(device: torch.device, size: Size) -> dict[str, Any]:
-    """The worst difference from fp64, of log-probabilities above -30 and of entropies (nats)."""
+    """The largest difference from fp64, of log-probabilities above -30 and of entropies (nats)."""
     backend_classes = TokenClasses((np.arange(size.step_vocabulary) % 3).astype(np.uint8))
     backend = get_backend(device, token_classes=backend_classes)
     worst = {"log_p": 0.0, "nats": 0.0}
@@ -223,17 +227,17 @@ def exactness(device: torch.device, size: Size) -> dict[str, Any]:
             stops = (frozenset(), frozenset({3}), frozenset({1, 5, 9}))[(seed + law) % 3]
             after_RV, entropy_R = rewritten(logits_RV.to(device), asked, stops, backend)
             for r in range(len(kinds)):
-                said = in_fp64(logits_RV[r].numpy(), asked, stops, backend_classes.packed_V)
+                expected = in_fp64(logits_RV[r].numpy(), asked, stops, backend_classes.packed_V)
                 largest = logits_RV[r].nan_to_num(neginf=0.0).abs().max().item()
-                if said.margin < SURE + RESOLUTION * largest:
+                if expected.margin < SURE + RESOLUTION * largest:
                     continue
                 got_V = torch.log_softmax(after_RV[r].double() / 0.9, dim=0).cpu().numpy()
-                if not np.array_equal(np.isinf(got_V), np.isinf(said.log_p_V)):
+                if not np.array_equal(np.isinf(got_V), np.isinf(expected.log_p_V)):
                     raise ArithmeticError(f"{kinds[r]}, {vocabulary}, {asked}: another support")
-                likely_V = said.log_p_V > -30
-                off = np.abs(got_V[likely_V] - said.log_p_V[likely_V]).max()
+                likely_V = expected.log_p_V > -30
+                off = np.abs(got_V[likely_V] - expected.log_p_V[likely_V]).max()
                 worst["log_p"] = max(worst["log_p"], float(off))
-                off = abs(float(entropy_R[r]) - said.entropy_after)
+                off = abs(float(entropy_R[r]) - expected.entropy_after)
                 worst["nats"] = max(worst["nats"], off)
                 compared += 1
     return {"backend": type(backend).__name__, "rows": compared, "worst": worst}
@@ -264,7 +268,7 @@ def in_fp64(
 
 
 def samplers(device: torch.device, size: Size) -> list[dict[str, Any]]:
-    """One call, a replay of a CUDA graph on a GPU."""
+    """One call; on a GPU, a replay of a CUDA graph."""
     ways = ("copy", "ours", "naive", "sampler")
     with torch.inference_mode():
         return [
@@ -275,14 +279,14 @@ def samplers(device: torch.device, size: Size) -> list[dict[str, Any]]:
 
 
 def steps(device: torch.device, size: Size) -> list[dict[str, Any]]:
-    """A whole step as an engine calls it, of the laws in turn, and a copy of the same logits."""
+    """A whole step as an engine calls it, with rows under different laws, and a copy of logits."""
     with torch.inference_mode():
         return [step_cost(rows, device, size) for rows in size.step_rows]
 
 
 def step_cost(rows: int, device: torch.device, size: Size) -> dict[str, Any]:
-    """Microseconds, medians: `host` until the call returns, `whole` until its work is done;
-    `captured`, on a GPU, of a replay of the step, and `copy` of a copy of its logits."""
+    """Median microseconds: `host` until the call returns, `whole` until its work is done; on a GPU
+    also `captured` for a replay of the step, and `copy` for a copy of its logits."""
     source_RV = sampler.logits(rows, size.step_vocabulary, device)
     logits_RV = source_RV.clone()
     call = step_of(rows, device, size)
@@ -336,7 +340,7 @@ def step_of(rows: int, device: torch.device, size: Size) -> Callable[[Tensor, in
 
 
 def model_of(device: torch.device, size: Size) -> Any:
-    """A Llama, of 1.24 billion parameters at the whole size."""
+    """A Llama with 1.24 billion parameters at the full size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -361,7 +365,7 @@ K = 6
 
 
 def training(device: torch.device, size: Size) -> dict[str, Any]:
-    """Forward and backward of `size.tokens` tokens: time and peak memory over the weights' own,
+    """Forward and backward pass of `size.tokens` tokens: time, and peak memory beyond the weights,
     each as a ratio to the stock model's."""
     from dftserve.lm import Head
     from dftserve.train import divergences
@@ -392,7 +396,7 @@ def training(device: torch.device, size: Size) -> dict[str, Any]:
     for step in range(1 + size.train_steps):
         for name, way in ways.items():
             taken, peak = one_step(model, way, device)
-            if step:  # The first of each compiles and allocates.
+            if step:  # The first step of each compiles and allocates.
                 seconds[name].append(taken)
                 peaks[name] = peak
     return {
@@ -413,8 +417,8 @@ CHUNK_ROWS = 512
 
 
 def row_passes(divergences: dict[str, Any], target: Any, size: Size) -> dict[str, Any]:
-    """Microseconds of the pass over a chunk's logits: as training takes it, by plain torch, and of
-    a copy; medians."""
+    """Median microseconds of the pass over a chunk's logits: as in training, by plain torch, and of
+    a copy."""
     from dftserve.train import row_pass
 
     device = target.labels_R.device
@@ -451,7 +455,7 @@ def row_passes(divergences: dict[str, Any], target: Any, size: Size) -> dict[str
 
 
 def one_step(model: Any, way: Callable[[], None], device: torch.device) -> tuple[float, int]:
-    """Seconds, and bytes at the peak beyond what was there before; 0 on a CPU."""
+    """Seconds, and the bytes allocated at the peak beyond those before the step; 0 on a CPU."""
     model.zero_grad(set_to_none=True)
     wait(device)
     before = 0
@@ -467,7 +471,7 @@ def one_step(model: Any, way: Callable[[], None], device: torch.device) -> tuple
 
 
 def target_rows(labels_R: Tensor, vocabulary: int) -> Any:
-    """As wide as stored ones, of nothing: what they say does not change what they cost."""
+    """Random targets of the same shape as stored ones; the values do not affect the cost."""
     from dftserve.train.divergences import TargetRows
 
     rows, device = len(labels_R), labels_R.device
@@ -486,7 +490,7 @@ def target_rows(labels_R: Tensor, vocabulary: int) -> Any:
 
 
 def targets(device: torch.device, size: Size) -> dict[str, Any]:
-    """From a teacher of the same shape, after one document that warms it up."""
+    """With a teacher of the same shape, after one document to warm it up."""
     from dftserve.targets.document import Document
     from dftserve.targets.teacher import Teacher
 
@@ -512,14 +516,14 @@ def targets(device: torch.device, size: Size) -> dict[str, Any]:
 
 
 TARGET_SECONDS = 20.0
-"""No batch begins after these."""
+"""No batch is started after this time."""
 
 
 # ── generate() ───────────────────────────────────────────────────────────────────────────────────
 
 
 def generation(device: torch.device, size: Size, folder: Path | None) -> Any:
-    """Tokens a second with the field's processor and without, in turns."""
+    """Tokens per second with and without the field's processor, in turns."""
     if folder is None:
         return "not run: no --model"
     from transformers import AutoModelForCausalLM

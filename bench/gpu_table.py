@@ -1,4 +1,4 @@
-"""The table of bench/gpu.py's result, beside what is asked of each figure."""
+"""The table of bench/gpu.py's result, with the required value of each figure."""
 
 from typing import Any
 
@@ -57,8 +57,8 @@ def _train_cells(found: Any) -> list[tuple[str, str, str, str]]:
     times = found["time"].items()
     cells = [("training step / stock", name, shown(time), "1.05") for name, time in times]
     memory = found["memory"]["forward_kl"]
-    told = "not measured" if memory is None else f"{memory:.2f}"
-    return [*cells, ("peak memory / stock", "forward_kl", told, "0.60")]
+    measured = "not measured" if memory is None else f"{memory:.2f}"
+    return [*cells, ("peak memory / stock", "forward_kl", measured, "0.60")]
 
 
 def _targets_cells(found: Any) -> list[tuple[str, str, str, str]]:

@@ -1,19 +1,19 @@
-"""What a group gives: distinct valid answers among n, and votes that are right, by known sources.
+"""The benefit of groups on known sources: distinct valid answers among n, and correct votes.
 
     OMP_NUM_THREADS=1 python bench/groups.py
     OMP_NUM_THREADS=1 python bench/groups.py --model FOLDER    # and first words of a real model
 
 A source is a tree of tokens whose leaves are answers, each with a known probability, valid or not.
 Texts are drawn from it step by step through the law and the stage that an engine runs, as a group
-and one by one. Beside them what can be computed: independent texts have
+and independently. They are compared with what can be computed: independent texts have, on average,
 
     Σ_a 1 − (1 − p_a)^n
 
-distinct answers in the mean, and no way to draw n texts, each of which is exactly the source's, has
+distinct answers, and no method that draws n texts, each exactly from the source's distribution, has
 more than Σ_a min(1, n·p_a).
 
-Questions have answers that depend on how the text begins; the vote of n texts is right or not.
-Texts of a real model go on with a beginning; what is counted is distinct first words.
+The questions have answers that depend on how the text begins; the vote of n texts is right or
+wrong. A real model continues beginnings of sentences; counted are distinct first words.
 
 Shapes: R texts, V tokens, D steps of a text, N nodes of a tree.
 """
@@ -43,17 +43,17 @@ RESULT = Path(__file__).parent / "results" / "groups.json"
 SIZES = (4, 8, 16)
 V = 64
 SPELLINGS = 8
-"""Ways to write one answer, where a source has several."""
+"""Number of ways to write an answer, for sources with several."""
 INVALID = 0.05
-"""The share of texts that are no answer."""
+"""The share of texts that are not an answer."""
 WHOLE = {"law": "guard", "min_p": 1e-12}
-"""A law that cuts nothing here: the source is sampled as it is."""
+"""A law that cuts nothing here, so that the source is sampled unchanged."""
 TREES = 40
 QUESTIONS, VOTES = 200, 8
 OPENING = 3
-"""Steps of four tokens each by which a text takes its way to an answer …"""
+"""Steps, with four possible tokens each, that determine the distribution of the answer."""
 FILLING = 6
-"""… and such steps that decide nothing, before it."""
+"""Further such steps before the answer, which do not affect it."""
 RESAMPLES = 2000
 
 
@@ -62,29 +62,29 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Source:
-    """A tree: node 0 is the beginning, and each text takes `steps` tokens."""
+    """A tree: node 0 is the root, and each text has `steps` tokens."""
 
     log_p_NV: Tensor
-    """float32; the tokens of each node."""
+    """float32; log-probabilities of the tokens at each node."""
     next_NV: Tensor
-    """int64; the node behind each token, or the answer behind the last one, -1 for no answer."""
+    """int64; the node after each token, or the answer after the last one, -1 for no answer."""
     steps: int
     share_A: np.ndarray
-    """Of each valid answer."""
+    """The probability of each valid answer."""
 
 
 def source(shares: Sequence[float], spellings: int, seed: int) -> Source:
-    """Answers with these shares, each written in so many ways of equal share: an opening that all
-    texts have, and then three tokens of a random way."""
+    """Answers with these shares, each with `spellings` equally likely spellings: an opening token
+    that all texts share, then three random tokens."""
     random = np.random.default_rng(seed)
     share_A = np.array(shares) / sum(shares) * (1 - INVALID)
-    written = [(a, share / spellings) for a, share in enumerate(share_A) for _ in range(spellings)]
-    written += [(-1, INVALID / SPELLINGS)] * SPELLINGS
-    ways = random.choice(V**3, size=len(written), replace=False)
+    spelled = [(a, share / spellings) for a, share in enumerate(share_A) for _ in range(spellings)]
+    spelled += [(-1, INVALID / SPELLINGS)] * SPELLINGS
+    codes = random.choice(V**3, size=len(spelled), replace=False)
     tree: dict[tuple[int, ...], dict[int, float]] = {}
     ends: dict[tuple[int, ...], int] = {}
-    for (answer, share), way in zip(written, ways.tolist(), strict=True):
-        tokens = (0, way // V**2, way // V % V, way % V)
+    for (answer, share), code in zip(spelled, codes.tolist(), strict=True):
+        tokens = (0, code // V**2, code // V % V, code % V)
         ends[tokens] = answer
         for depth, token in enumerate(tokens):
             node = tree.setdefault(tokens[:depth], {})
@@ -95,8 +95,8 @@ def source(shares: Sequence[float], spellings: int, seed: int) -> Source:
     for prefix, number in nodes.items():
         for token, share in tree[prefix].items():
             log_p_NV[number, token] = math.log(share / sum(tree[prefix].values()))
-            behind = (*prefix, token)
-            next_NV[number, token] = nodes[behind] if behind in nodes else ends[behind]
+            after = (*prefix, token)
+            next_NV[number, token] = nodes[after] if after in nodes else ends[after]
     return Source(log_p_NV, next_NV, 4, share_A)
 
 
@@ -112,10 +112,10 @@ SHARES = {
 
 
 class Drawing:
-    """Texts in groups of n, or one by one; step after step, as an engine would."""
+    """Draws texts step by step as an engine would, in groups of n or independently."""
 
     def __init__(self, groups: int, size: int, *, bits: float | None, seed: int) -> None:
-        """`bits`: of a code that are used; None for texts one by one."""
+        """`bits`: how many bits of each code to use; None for independent texts."""
         self.rows = groups * size
         self._random = torch.Generator().manual_seed(seed)
         self._backend = get_backend("cpu")
@@ -123,9 +123,9 @@ class Drawing:
         row = control_row(parse(WHOLE), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
         self._controls = Controls.stack([row] * self.rows)
         self._codes = GroupCodes(self.rows, 1, "cpu") if bits is not None else None
-        for place in range(self.rows if self._codes else 0):
-            code = first_code(f"{seed} {place // size}", place % size, size)
-            self._codes.open(place, GroupRow(code=code, bits=bits, scale=1.0))
+        for row in range(self.rows if self._codes else 0):
+            code = first_code(f"{seed} {row // size}", row % size, size)
+            self._codes.open(row, GroupRow(code=code, bits=bits, scale=1.0))
         self._at = 0
 
     def step(self, logits_RV: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Drawing:
 
 
 def answers(trees: Sequence[Source], drawing: Drawing) -> np.ndarray:
-    """The answer of each text, -1 where it is none; [tree, text]."""
+    """The answer of each text, -1 for no answer; [tree, text]."""
     width = max(len(tree.log_p_NV) for tree in trees)
     missing = [width - len(tree.log_p_NV) for tree in trees]
     pad = torch.nn.functional.pad
@@ -163,7 +163,7 @@ def answers(trees: Sequence[Source], drawing: Drawing) -> np.ndarray:
 
 
 def distinct(name: str, spellings: int, size: int, groups: int) -> dict[str, Any]:
-    """Over trees of the same answers whose tokens lie otherwise; intervals are over the trees."""
+    """Means over trees with the same answers and different tokens; intervals are over the trees."""
     row: dict[str, Any] = {"source": name, "spellings": spellings, "n": size}
     share_A = source(SHARES[name], spellings, seed=0).share_A
     row["independent, computed"] = round(float((1 - (1 - share_A) ** size).sum()), 4)
@@ -187,17 +187,18 @@ def distinct(name: str, spellings: int, size: int, groups: int) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Question:
-    """Of four answers, of which 0 is right; the way that a text begins with says how likely."""
+    """A question with four answers, of which 0 is right. Their probabilities depend on how the text
+    begins."""
 
     log_p_SV: Tensor
-    """The tokens of each step before the answer."""
+    """Log-probabilities of the tokens of each step before the answer."""
     log_p_WV: Tensor
-    """The answers behind each of the 4³ ways."""
+    """Log-probabilities of the answers after each of the 4³ openings."""
 
 
 def question(random: np.random.Generator, *, even: bool) -> Question:
-    """The right answer is the likeliest in most questions, and each way has its own leaning. The
-    tokens of a step are equally likely, or some more than others."""
+    """A random question. The right answer is the likeliest in most questions, with other
+    probabilities for each opening. The tokens of a step are equally likely if `even`."""
     right = random.beta(3.0, 3.5)
     others = random.dirichlet([0.7] * 3) * (1 - right)
     ways = random.dirichlet(4 * np.array([right, *others]) + 0.02, size=4**OPENING)
@@ -214,8 +215,8 @@ def _rows(p_R4: np.ndarray, begin: int) -> Tensor:
 
 
 def credit(asked: Sequence[Question], drawing: Drawing) -> np.ndarray:
-    """Of each question, in what share of its groups the right answer has most votes; a tie counts
-    as its part."""
+    """For each question, the share of its groups in which the right answer has most votes; a tie
+    of k answers counts 1/k."""
     question_R = torch.arange(len(asked)).repeat_interleave(drawing.rows // len(asked))
     steps_QSV = torch.stack([each.log_p_SV for each in asked])
     answers_QWV = torch.stack([each.log_p_WV for each in asked])
@@ -232,7 +233,7 @@ def credit(asked: Sequence[Question], drawing: Drawing) -> np.ndarray:
 
 
 WAYS = {"independent": None, "group": math.log2(VOTES), "group, 40 bits": 40.0}
-"""And a group whose codes are used further."""
+"""Bits of the code that are used; the last one uses more than the group's size needs."""
 
 
 def votes(groups: int, *, even: bool) -> dict[str, Any]:
@@ -278,13 +279,13 @@ BEGINNINGS = (
     "For dinner there was",
     "The scientist whom she admired most was",
 )
-"""Of plain text: what comes next is one of many words, and most of it is decided by one token."""
+"""Plain text that many words may continue, mostly determined by one token."""
 LONGEST = 4
-"""Tokens of a continuation, of which the first word counts."""
+"""Tokens of a continuation; only its first word is counted."""
 
 
 def real(folder: str, repeats: int) -> dict[str, Any]:
-    """Distinct first words of 8 continuations, at `diversity` .5."""
+    """Distinct first words among 8 continuations, at `diversity` .5."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
     from dftserve.hf import DiversityProcessor, sampling
@@ -296,7 +297,7 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
     mode: list[float] = []
     for text in BEGINNINGS:
         prompt = tokenizer(text, return_tensors="pt")
-        begin, heard = prompt["input_ids"].shape[1], []
+        begin, all_words = prompt["input_ids"].shape[1], []
         for way, repeat in ((w, r) for r in range(repeats) for w in found):
             asked = {"level": 0.5, **({"group": True} if way == "group" else {})}
             processor = DiversityProcessor(asked, stop_ids=tokenizer.eos_token_id, seed=repeat)
@@ -306,11 +307,11 @@ def real(folder: str, repeats: int) -> dict[str, Any]:
                 generation_config=config,
                 logits_processor=LogitsProcessorList([processor]),
             )
-            said = tokenizer.batch_decode(texts[:, begin:], skip_special_tokens=True)
-            words = [first_word(each) for each in said]
-            heard += words
+            continuations = tokenizer.batch_decode(texts[:, begin:], skip_special_tokens=True)
+            words = [first_word(each) for each in continuations]
+            all_words += words
             found[way].append(len(set(words)))
-        mode.append(Counter(heard).most_common(1)[0][1] / len(heard))
+        mode.append(Counter(all_words).most_common(1)[0][1] / len(all_words))
     pairs = np.array(found["group"]) - np.array(found["independent"])
     return {
         "model": Path(folder).name,

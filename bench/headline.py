@@ -1,4 +1,4 @@
-"""Does Distribution Fine-Tuning give variety without cost? From a collapsed start, a real model.
+"""Does Distribution Fine-Tuning add variety without a cost? On a real model with collapsed variety.
 
     make eval-env
     DFTSERVE_DATA=path/to/data python bench/headline_models.py --model FOLDER     # first: models
@@ -17,9 +17,9 @@ answers are those of results/texts/real_answers.jsonl.gz), answers through vLLM
 Each model also scores human text:
     bits per byte, and perplexity per token, of people's stories that none was tuned on and of
     books (books/heldout)
-All beside the collapsed start: paired by prompt, question or text, but for SDS, whose differences
-are as of independent answers. Intervals are 95 %.
-The last line is one JSON document; the answers are kept in results/texts/headline.jsonl.gz.
+Everything is compared with the collapsed start, paired by prompt, question or text, except for SDS,
+whose differences treat answers as independent. Intervals are 95 %.
+The last line is one JSON document; the answers are stored in results/texts/headline.jsonl.gz.
 """
 
 import gzip
@@ -36,7 +36,7 @@ import headline_models
 import numpy as np
 from headline_models import BASE, MODELS, SFT, START, stories
 from numpy.typing import NDArray
-from real import PEOPLE, RESULTS, Checks, by_setting, written
+from real import PEOPLE, RESULTS, Checks, by_setting, rounded
 from real_answers import (
     GATED,
     IFEVAL,
@@ -46,10 +46,10 @@ from real_answers import (
     WORDS_QUARTER,
     Answer,
     data_folder,
-    kept,
     mmlu,
     pack,
     prompt_set,
+    read_answers,
 )
 from words import letters, share
 
@@ -73,9 +73,9 @@ ASKED: Mapping[str, Sequence[str]] = {
     WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
     GATED: (STORIES,),
 }
-"""By setting, which has an engine of its own, the sets of prompts."""
+"""Prompt sets by setting; each setting has its own engine."""
 BOOK_CHARACTERS = 1500
-"""Of each book, from its middle."""
+"""Characters of each book that are scored, from its middle on."""
 
 
 @click.command(help=__doc__)
@@ -88,17 +88,19 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
     places = {name: headline_models.place_of(folder, name, seed) for name in MODELS}
     models = {BASE: model} | {name: place for name, place in places.items() if place.exists()}
     if START not in models:
-        raise click.UsageError(f"{places[START]} is not there; make it: bench/headline_models.py.")
+        raise click.UsageError(
+            f"{places[START]} does not exist; run bench/headline_models.py first."
+        )
     unpack(folder / "answers" / BASE)
     answers = {
         name: answered(place, folder / "answers" / headline_models.label(name, seed), dtype)
         for name, place in models.items()
     }
     questions = mmlu(data_folder())
-    chosen = {
+    answer_letters = {
         f"{name}, {setting}": letters(found, questions)
         for name, each in answers.items()
-        for setting, found in by_setting(kept(each), MMLU).items()
+        for setting, found in by_setting(read_answers(each), MMLU).items()
         if MMLU in ASKED.get(setting, ())
     }
     likelihoods = {
@@ -110,33 +112,33 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "versions": versions("vllm", "transformers", "harper-py"),
         "seed": seed,
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
-        "stories": told_stories({name: kept(each) for name, each in answers.items()}),
+        "stories": story_rows({name: read_answers(each) for name, each in answers.items()}),
         "accuracy": {
             "ifeval": shares(followed(answers)),
-            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in chosen.items()}),
+            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}),
             "mmlu_unreadable": shares(
-                {name: [a is None for a, _ in pairs] for name, pairs in chosen.items()}
+                {name: [a is None for a, _ in pairs] for name, pairs in answer_letters.items()}
             ),
         },
         "bits_per_byte": {source: each["bits_per_byte"] for source, each in likelihoods.items()},
         "perplexity": {source: each["perplexity"] for source, each in likelihoods.items()},
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    pack(TEXTS, told_answers(answers))
+    pack(TEXTS, answer_rows(answers))
     print(json.dumps(document))
 
 
 def learnt_from(folder: Path) -> dict[str, int]:
-    """How many texts the start was tuned on, and each way of tuning it."""
-    start, way = (TargetStore(folder / f"targets-{name}") for name in (START, SFT))
-    return {START: start.count("train"), "train": way.count("train")}
+    """The number of texts that the start was tuned on, and that each method was."""
+    start, sft = (TargetStore(folder / f"targets-{name}") for name in (START, SFT))
+    return {START: start.count("train"), "train": sft.count("train")}
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def unpack(folder: Path) -> None:
-    """The answers of the model as it was, which bench/real_answers.py made."""
+    """Put the base model's answers, from bench/real_answers.py, into the folder."""
     place = folder / "answers.jsonl"
     if not place.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def unpack(folder: Path) -> None:
 
 
 def answered(model: Path, folder: Path, dtype: str) -> Path:
-    """The folder of a model's answers and of the instructions that they follow."""
+    """Make a model's answers and check their instructions, where missing; returns the folder."""
     for setting, names in ASKED.items():
         chosen = [part for name in names for part in ("--only", name)]
         options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
@@ -157,18 +159,18 @@ def answered(model: Path, folder: Path, dtype: str) -> Path:
     return folder
 
 
-def told_answers(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """Those that are kept here: the base's are kept elsewhere."""
+def answer_rows(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """The answers to store in TEXTS: all but the base model's, which are stored elsewhere."""
     for name, folder in folders.items():
-        for answer in kept(folder) if name != BASE else ():
+        for answer in read_answers(folder) if name != BASE else ():
             yield {"model": name, **asdict(answer)}
 
 
 # ── Stories ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """Rows as in bench/real.py, and each minus the start without the field."""
+def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """Rows as in bench/real.py, and the difference of each to the start without the field."""
     asked = prompt_set(STORIES, data_folder())
     checks = Checks(reference.build(stories()["measure"]))
     rows = {
@@ -181,10 +183,10 @@ def told_stories(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     return {
         "prompts": len(asked.prompts),
         "answers_to_each": asked.answers,
-        PEOPLE: written(checks.of_people(len(asked.prompts))),
-        "rows": {name: written(row) for name, row in rows.items()},
+        PEOPLE: rounded(checks.of_people(len(asked.prompts))),
+        "rows": {name: rounded(row) for name, row in rows.items()},
         "to_start": {
-            name: written({key: difference(start[key], row[key]) for key in row})
+            name: rounded({key: difference(start[key], row[key]) for key in row})
             for name, row in rows.items()
         },
     }
@@ -250,16 +252,16 @@ def likelihood(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, An
             len(texts), lambda at: float(np.exp(nats_N[at].sum() / tokens_N[at].sum()))
         )
 
-    def beside_start(value: Estimate, to_start: Estimate) -> dict[str, Any]:
-        return {**written({"": value})[""], "to_start": written({"": to_start})[""]}
+    def with_ratio(value: Estimate, to_start: Estimate) -> dict[str, Any]:
+        return {**rounded({"": value})[""], "to_start": rounded({"": to_start})[""]}
 
     return {
         "bits_per_byte": {
-            name: beside_start(ratio(nats_N, bytes_N * np.log(2)), ratio(nats_N, nats[START]))
+            name: with_ratio(ratio(nats_N, bytes_N * np.log(2)), ratio(nats_N, nats[START]))
             for name, nats_N in nats.items()
         },
         "perplexity": {
-            name: beside_start(perplexity(nats_N), perplexity(nats_N - nats[START]))
+            name: with_ratio(perplexity(nats_N), perplexity(nats_N - nats[START]))
             for name, nats_N in nats.items()
         },
     }

@@ -1,27 +1,28 @@
-"""Models for bench/headline.py: a collapsed start, and what each way of tuning makes of it.
+"""Models for bench/headline.py: a start with collapsed variety, and the results of tuning it.
 
     DFTSERVE_DATA=path/to/data python bench/headline_models.py --model FOLDER
         [--folder build/headline] [--only NAME ...] [--seed 0] [--texts N]
 
-The start is `--model` after two epochs of plain fine-tuning on what one model wrote, gemma-3-27b-it
-to the story and essay prompts that bench/headline.py does not ask: many models come to sound alike
-so.
-Each way then tunes the start for one epoch on stories by people, the same for all:
+The start is `--model` after two epochs of plain fine-tuning on the answers of one model,
+gemma-3-27b-it, to the story and essay prompts that bench/headline.py does not use. Many models lose
+their variety in this way.
+Each method then tunes the start for one epoch on the same human stories:
 
-    sft             the person's tokens alone
-    dft             and in equal parts what `--model`, as it was before the collapse, thinks may
-                    stand there: `teacher`, λ = .5
+    sft             the human tokens alone
+    dft             the human tokens and, with equal weight, the next-token distribution of
+                    `--model` before the collapse: `teacher`, λ = .5
     dft calibrated  the recipe `calibrated`, with that teacher
     dft n-grams     the recipe `creative` without a teacher, λ = .3
     gem             GEM (arXiv 2408.16673), β = .7
-    sft features    sft, and the model's own continuations beside the text's: feature matching
+    sft features    sft, with feature matching between the model's continuations and the text's
     half way        the mean of the weights of sft and of the start (WiSE-FT, arXiv 2109.01903)
-    half way back   the mean of the weights of sft and of `--model`, which dft has seen too
+    half way back   the mean of the weights of sft and of `--model`, which dft uses as well
 
-λ, β and the rate were not searched. People's stories are divided by how they begin, which is their
-prompt: those trained on, those held out and those that bench/headline.py measures with. A text
-ends where its file or WORDS cuts it, so its end is not learnt. A model that is there already is not
-made again; those of fewer `--texts` are in a folder of their own.
+λ, β and the learning rate were not searched. The human stories are split by their beginning, as
+stories with the same beginning share a prompt: into training, held-out and measuring stories (for
+bench/headline.py). Texts are cut off by their file or by WORDS, so the loss excludes the
+end-of-text token. An existing model is reused; models with fewer `--texts` have a folder of their
+own.
 """
 
 import json
@@ -54,17 +55,17 @@ from dftserve.train.run import train
 
 BASE, START, SFT = "base", "start", "sft"
 WORDS = 250
-"""Of an answer of the model that the start learns from."""
+"""Words that are kept of each answer that the start is tuned on."""
 LONGEST = 384
 SHARES = {"train": 0.5, "heldout": 0.62, "measure": 1.0}
-"""Of the beginnings, up to where each part reaches."""
+"""Cumulative shares of the beginnings: the upper end of each part."""
 PLAIN = "source: {ngram: {order: 1}}"
 TEACHER = 'source: {teacher: {model: "${teacher}", dtype: float32}}'
 
 
 @dataclass(frozen=True)
 class Way:
-    """A recipe, by its name or written out, and what is made of its targets."""
+    """A tuning method: a recipe, by its name or as YAML, and how to train on its targets."""
 
     recipe: str
     divergence: DivergenceConfig
@@ -82,7 +83,8 @@ WAYS: Mapping[str, Way] = {
 MEANS: Mapping[str, Sequence[str]] = {"half way": (START, SFT), "half way back": (BASE, SFT)}
 MODELS = (START, *WAYS, *MEANS)
 BEGINNING = 6
-"""Words by which stories to one prompt are told: a prompt of the data may go on into the story."""
+"""Words by which stories of one prompt are recognised; a prompt in the data may include the start
+of the story."""
 
 
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────
@@ -90,11 +92,11 @@ BEGINNING = 6
 
 @cache
 def stories() -> dict[str, list[Sample]]:
-    """People's stories by the part that their beginning falls in."""
+    """The human stories of each part."""
     parts: dict[str, list[Sample]] = {name: [] for name in SHARES}
     for sample in tasks.load("story").human:
-        place = sha256(beginning(sample.text).encode()).digest()[0] / 256
-        parts[next(name for name, end in SHARES.items() if place < end)].append(sample)
+        position = sha256(beginning(sample.text).encode()).digest()[0] / 256
+        parts[next(name for name, end in SHARES.items() if position < end)].append(sample)
     return parts
 
 
@@ -102,16 +104,16 @@ def beginning(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower())[:BEGINNING])
 
 
-def told(part: str) -> Iterator[tuple[str, str]]:
-    """Prompts and the stories to them, without the prompt before them."""
+def human_stories(part: str) -> Iterator[tuple[str, str]]:
+    """Prompts and their stories, which in the data begin with the prompt, without it."""
     for sample in stories()[part]:
         count = len(sample.prompt.split())
         if count < len(sample.text.split()):
             yield sample.prompt, words_of(sample.text, count, None)
 
 
-def alike(data: Path) -> Iterator[tuple[str, str]]:
-    """Prompts that are not asked, and one model's answers to them."""
+def model_answers(data: Path) -> Iterator[tuple[str, str]]:
+    """Prompts that bench/headline.py does not use, and one model's answers to them."""
     asked = prompt_set(STORIES, data).prompts
     file = data / "human_ai" / "slopscore_gemma-3-27b-it.json"
     (found,) = json.loads(file.read_text()).values()
@@ -121,7 +123,7 @@ def alike(data: Path) -> Iterator[tuple[str, str]]:
 
 
 def words_of(text: str, first: int, last: int | None) -> str:
-    """With the lines that they stand on."""
+    """The words from `first` to `last`, with the line breaks between them."""
     words = list(re.finditer(r"\S+", text))[first:last]
     return text[words[0].start() : words[-1].end()]
 
@@ -129,7 +131,7 @@ def words_of(text: str, first: int, last: int | None) -> str:
 def documents(
     pairs: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Document]:
-    """As the chat template asks and answers; the answer alone is learnt, its end is not."""
+    """The pairs in the chat template; only the answer is trained on, without an end token."""
     found = []
     for prompt, answer in pairs:
         chat = [{"role": "user", "content": prompt}]
@@ -147,7 +149,7 @@ def documents(
 def targets(
     folder: Path, recipe: str, sides: Mapping[str, Sequence[Document]], teacher: Path
 ) -> Path:
-    """The store of a recipe; one that is there stays."""
+    """The store of a recipe; an existing one is reused."""
     if (folder / store.MANIFEST).exists():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(teacher)
@@ -170,12 +172,14 @@ def targets(
     return folder
 
 
-def tune(model: Path, output: Path, held: Path, way: Way, *, epochs: int, seed: int) -> Path:
-    """All weights, none by LoRA."""
+def tune(
+    model: Path, output: Path, target_folder: Path, way: Way, *, epochs: int, seed: int
+) -> Path:
+    """Tune all weights, without LoRA."""
     return train(
         TrainConfig(
             model=str(model),
-            targets=str(held),
+            targets=str(target_folder),
             output=str(output),
             divergence=way.divergence,
             feature_matching=way.matching,
@@ -193,7 +197,7 @@ def tune(model: Path, output: Path, held: Path, way: Way, *, epochs: int, seed: 
 
 
 def mean_of(folders: Sequence[Path], output: Path) -> Path:
-    """A model whose weights are the mean of theirs."""
+    """Make a model whose weights are the mean of those in `folders`."""
     models: list[Any] = [
         AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in folders
     ]
@@ -207,21 +211,21 @@ def mean_of(folders: Sequence[Path], output: Path) -> Path:
 
 
 def label(name: str, seed: int) -> str:
-    """Of a folder; those before any tuning on people's stories know no seed."""
+    """The name of a model's folder. Models not tuned on human stories do not depend on the seed."""
     return name if name in (BASE, START) else f"{name} {seed}".replace(" ", "-")
 
 
 def place_of(folder: Path, name: str, seed: int) -> Path:
-    """Where a model is or will be."""
+    """The folder of a model, which may not exist yet."""
     run = folder / label(name, seed)
     return run if name in MEANS else run / FINAL
 
 
 def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = None) -> Path:
-    """A model, and before it those that it is made of.
+    """Make a model, and first those that it is made from; existing ones are reused.
 
     Args:
-        texts: of each part, the first so many; None: all.
+        texts: use only the first `texts` texts of each part; None: all.
     """
     if name == BASE:
         return base
@@ -232,14 +236,15 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
         return mean_of([make(each, base, folder, seed, texts) for each in MEANS[name]], place)
     tokenizer = AutoTokenizer.from_pretrained(base)
     if name == START:
-        sides = {"train": documents(islice(alike(data_folder()), texts), tokenizer)}
-        held = targets(folder / "targets-start", PLAIN, sides, base)
-        return tune(base, place.parent, held, WAYS[SFT], epochs=2, seed=0)
+        sides = {"train": documents(islice(model_answers(data_folder()), texts), tokenizer)}
+        start_targets = targets(folder / "targets-start", PLAIN, sides, base)
+        return tune(base, place.parent, start_targets, WAYS[SFT], epochs=2, seed=0)
     start, way = make(START, base, folder, seed, texts), WAYS[name]
     parts = ("train", "heldout")
-    sides = {part: documents(islice(told(part), texts), tokenizer) for part in parts}
-    held = targets(folder / f"targets-{name.replace(' ', '-')}", way.recipe, sides, base)
-    return tune(start, place.parent, held, way, epochs=1, seed=seed)
+    sides = {part: documents(islice(human_stories(part), texts), tokenizer) for part in parts}
+    target_folder = folder / f"targets-{name.replace(' ', '-')}"
+    way_targets = targets(target_folder, way.recipe, sides, base)
+    return tune(start, place.parent, way_targets, way, epochs=1, seed=seed)
 
 
 @click.command(help=__doc__)
@@ -247,7 +252,7 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
 @click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, type=click.Choice(MODELS))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--texts", type=click.IntRange(1), help="Of each part; all where none is given.")
+@click.option("--texts", type=click.IntRange(1), help="Texts of each part. Default: all.")
 def main(model: Path, folder: Path, only: tuple[str, ...], seed: int, texts: int | None) -> None:
     folder = folder if texts is None else folder / f"texts-{texts}"
     for name in only or MODELS:

@@ -1,11 +1,11 @@
-"""How long a server's /health takes, asked over and over by a process that does nothing else.
+"""Measures how long a server's /health takes, repeatedly, in a process that does nothing else.
 
     python bench/health_watch.py http://127.0.0.1:8000
 
-until its standard input ends. Prints a list of seconds, null where there was no answer of 200.
+Runs until its standard input ends. Prints a list of seconds, null where the answer was not a 200.
 
-A client that is busy with requests would measure itself: its garbage collector alone stops it for
-most of a second.
+A client that is busy with requests would measure its own delays: its garbage collector alone stops
+it for most of a second.
 """
 
 import json
@@ -16,17 +16,17 @@ import urllib.error
 import urllib.request
 
 EVERY = 0.25
-"""Seconds between an answer and the next question."""
+"""Seconds between an answer and the next request."""
 PATIENCE = 600.0
-"""Seconds for an answer."""
+"""Timeout in seconds."""
 
 
 def main(url: str) -> None:
     found: list[float | None] = []
     while not select.select([sys.stdin], [], [], EVERY)[0]:
         start = time.monotonic()
-        is_well = answers(url)
-        found.append(round(time.monotonic() - start, 4) if is_well else None)
+        is_healthy = answers(url)
+        found.append(round(time.monotonic() - start, 4) if is_healthy else None)
     print(json.dumps(found))
 
 

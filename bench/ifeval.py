@@ -1,12 +1,13 @@
-"""Which of IFEval's instructions each setting's answers follow, by its rules, strictly.
+"""Checks which of IFEval's instructions each setting's answers follow, by its strict rules.
 
     make eval-env
     .venv-eval/bin/python bench/ifeval.py DATA [FOLDER]     # build/real by default
 
 Reads FOLDER/answers.jsonl of bench/real_answers.py and DATA/ifeval/prompts.jsonl; writes
-FOLDER/ifeval.json: for each setting the prompts by key, each a list of whether its instructions
-were followed. Prompts whose rules need NLTK's data, which is no package, are left out and counted.
-A script of its own: the rules (`if-verifiable`) need packages that the engine's environment lacks.
+FOLDER/ifeval.json: for each setting and prompt key, a list of whether each instruction was
+followed. Prompts whose rules need NLTK's data, which is not a package, are left out and counted.
+This is a separate script because the rules (`if-verifiable`) need packages that the engine's
+environment lacks.
 """
 
 import json
@@ -47,7 +48,7 @@ def main(data: Path, folder: Path) -> None:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a file with one in each line; texts may hold other separators of lines (U+2028)."""
+    """The records of a .jsonl file; texts may contain other line separators (U+2028)."""
     with path.open(encoding="utf-8", newline="\n") as file:
         yield from map(json.loads, file)
 
@@ -60,7 +61,7 @@ def followed(sample: dict[str, Any], text: str) -> list[bool]:
     """
     found = []
     for name, given in zip(sample["instruction_id_list"], sample["kwargs"], strict=True):
-        random.seed(0)  # A rule draws what a prompt does not say.
+        random.seed(0)  # A rule draws parameters that the prompt does not specify.
         rule = INSTRUCTION_DICT[name](name)
         rule.build_description(**{key: value for key, value in given.items() if value is not None})
         arguments = rule.get_instruction_args()

@@ -1,18 +1,19 @@
-"""How near each way of training comes to a source whose next-token distribution is known exactly.
+"""How close each training method comes to a source whose next-token distribution is known exactly.
 
     OMP_NUM_THREADS=1 python bench/known_source.py
     OMP_NUM_THREADS=1 python bench/known_source.py --seeds 2 --out build/known_source.json
 
-A hidden narrator writes each document: a probabilistic grammar of slots, every narrator with moves
-and words of its own. The forward algorithm gives the true distribution of the next token, so what
-a model misses is a number: KL(source ‖ model), in nats a token, on documents it has not seen.
+A hidden narrator writes each document by a probabilistic grammar of slots; every narrator has its
+own transitions and words. The forward algorithm gives the true next-token distribution, so that the
+error of a model is a number: KL(source ‖ model), in nats per token, on unseen documents.
 
 Each seed draws a source, pre-trains a small base model on other narrators, and trains a larger
-teacher on much text of the source's own. Every method then starts from the base, sees the same few
-documents in the same order, and has its constants, its stopping point and its sampling temperature
-tuned on a validation split. "sft", "sft_temperature" and "renormalised_top_k_untuned" train to the
-end, so the like of every other method is "sft_early_stopping". Prints a table after each seed, in
-the end one JSON document, which also goes to bench/results.
+teacher on a large amount of the source's own text. Every method then starts from the base, is
+trained on the same few documents in the same order, and has its constants, its stopping point and
+its sampling temperature tuned on a validation split. "sft", "sft_temperature" and
+"renormalised_top_k_untuned" train to the end, so all other methods should be compared with
+"sft_early_stopping". Prints a table after each seed and finally one JSON document, which is also
+written to bench/results.
 
 Shapes: D documents, N tokens of each, V vocabulary, K narrators, S slots of the grammar, R = D·N
 predicted positions.
@@ -74,9 +75,9 @@ class Settings:
     slots: int = 6
     words: int = 96
     language: float = 2.0
-    """Spread of the log-odds of a word, common to all narrators."""
+    """Spread of the log-odds of words that all narrators share."""
     own_voice: float = 2.0
-    """And of each narrator's own."""
+    """Spread of each narrator's own log-odds."""
     length: int = 32
     """Words of a document."""
     train_documents: int = 256
@@ -90,7 +91,7 @@ class Settings:
     batch: int = 16
     epochs: int = 16
     shorter: tuple[int, ...] = (4, 8)
-    """Further schedules, in epochs, for SFT with early stopping: the rate falls to 0 with each."""
+    """Further schedules, in epochs, for SFT with early stopping; in each the rate falls to 0."""
     base_rate: float = 4e-3
     teacher_rate: float = 3e-3
     rate: float = 2e-3
@@ -105,28 +106,29 @@ class Settings:
     interpolations: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 0.95)
     """The fine-tuned model's share; the base has the rest."""
     matching_weights: tuple[float, ...] = (0.2, 0.5, 1.0)
-    """Of feature matching."""
+    """Weights of feature matching."""
     matching_samples: int = 8
     matching_tokens: int = 4
-    """Of a continuation, and from one to the next."""
+    """Tokens of a continuation, and between the starts of two continuations."""
 
 
 # ── The source ───────────────────────────────────────────────────────────────────────────────────
 
 BEGIN = 0
-"""The token that every document opens with. Then come the words, then the narrators' names."""
+"""The first token of every document. In the vocabulary the words follow, then the narrators'
+names."""
 
 
 @dataclass(frozen=True, eq=False)
 class KnownSource:
-    """Narrators × grammar: a document is a walk over hidden slots, each of which says one word."""
+    """Narrators × grammar: a document is a walk over hidden slots, each of which emits one word."""
 
     start_KS: Tensor
-    """float64: where narrator k begins."""
+    """float64: narrator k's distribution of the first slot."""
     move_KST: Tensor
-    """float64: narrator k's next slot T after slot S."""
+    """float64: narrator k's distribution of the next slot T after slot S."""
     say_KSV: Tensor
-    """float64: what narrator k says in a slot."""
+    """float64: narrator k's distribution of the word in a slot."""
 
     @property
     def narrators(self) -> int:
@@ -137,13 +139,13 @@ class KnownSource:
         return self.say_KSV.shape[2]
 
     def part(self, index: slice) -> "KnownSource":
-        """Some of the narrators."""
+        """The source restricted to some of the narrators."""
         return KnownSource(self.start_KS[index], self.move_KST[index], self.say_KSV[index])
 
     def sample(
         self, documents: int, length: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """(tokens int64 [D, 1 + N], narrator int64 [D]); every narrator is as likely as another."""
+        """(tokens int64 [D, 1 + N], narrator int64 [D]); all narrators are equally likely."""
         who_D = torch.randint(self.narrators, (documents,), generator=generator)
         slot_D = _draw(self.start_KS[who_D], generator)
         tokens = [torch.full((documents,), BEGIN)]
@@ -173,9 +175,9 @@ def _draw(p_DX: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def make_source(settings: Settings, narrators: int, generator: torch.Generator) -> KnownSource:
-    """A language, common to all, and narrators who bend it.
+    """A language that all narrators share, and their deviations from it.
 
-    A slot prefers two followers; a word belongs to a slot, and is now and then said in another.
+    A slot prefers some followers; a word belongs to one slot and is rare in the others.
     """
     slots, words = settings.slots, settings.words
 
@@ -206,7 +208,7 @@ class Texts:
     tokens_DN: Tensor
     """int64, the begin token first."""
     p_RV: Tensor
-    """float64: what the source would say."""
+    """float64: the source's distribution of the next token."""
 
     @staticmethod
     def of(source: KnownSource, documents: int, length: int, generator: torch.Generator) -> "Texts":
@@ -219,7 +221,7 @@ class Texts:
 
     @property
     def documents(self) -> list[Document]:
-        """As the project's sources read them."""
+        """The documents as input for the project's target sources."""
         trained_N = np.arange(self.tokens_DN.shape[1]) > 0
         return [Document(t.numpy().astype(np.int32), trained_N) for t in self.tokens_DN]
 
@@ -250,7 +252,7 @@ def new_model(settings: Settings, hidden: int, seed: int) -> LlamaForCausalLM:
 
 
 def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same weights in a model that computes no divergence."""
+    """A copy of the weights in a model without an attached divergence."""
     made = LlamaForCausalLM(model.config)
     made.load_state_dict(model.state_dict())
     return made
@@ -260,12 +262,12 @@ def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
 class Batch:
     tokens_BN: Tensor
     predicted_from: Tensor
-    """int64 [R]: of the flattened batch, the places from which the targets' tokens are said."""
+    """int64 [R]: positions in the flattened batch that predict the targets' tokens."""
     target: TargetRows
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """For a model that `attach` has given a divergence."""
+        """Inputs for a model that `attach` has given a divergence."""
         position_N = torch.arange(self.tokens_BN.shape[1])
         return {
             "input_ids": self.tokens_BN,
@@ -286,10 +288,10 @@ def fit(
     rate: float,
     matching_of: Matching | None = None,
 ) -> Iterator[int]:
-    """Train in place; gives the number of steps made, after each. The rate falls to 0.
+    """Train in place, yielding the number of steps after each step. The rate falls to 0.
 
     Args:
-        matching_of: makes of the model what matches its continuations; None: they are not.
+        matching_of: makes the feature matching for the model; None: no feature matching.
     """
     language_model = attach(model, divergence)
     matching = None if matching_of is None else matching_of(language_model)
@@ -311,15 +313,15 @@ def fit(
 
 
 def predicted_from(rows: int, width: int, first: int = 0) -> Tensor:
-    """Places in a flattened [rows, width] whose next token is predicted."""
-    places = torch.arange(rows * width).view(rows, width)
-    return places[:, first : width - 1].flatten()
+    """Positions in a flattened [rows, width] whose next token is predicted."""
+    positions = torch.arange(rows * width).view(rows, width)
+    return positions[:, first : width - 1].flatten()
 
 
 def plain_batches(
     source: KnownSource, settings: Settings, documents: int, generator: torch.Generator, named: bool
 ) -> Iterator[Batch]:
-    """Fresh text, never the same twice. `named`: every second batch tells who narrates."""
+    """Batches of fresh text. `named`: every second batch includes the narrator's name."""
     size = 4 * settings.batch
     for number in range(documents // size):
         tokens_BN, who_B = source.sample(size, settings.length, generator)
@@ -361,8 +363,8 @@ def logits(model: PreTrainedModel, texts: Texts) -> Tensor:
 
 
 def bytes_a_token(settings: Settings) -> int:
-    """In the project's store: ids of 3 bytes, log-probabilities of 2, 3 further numbers, and the
-    token with its place, 4."""
+    """The size in the project's store: 3 bytes per id, 2 per log-probability, 2 for each of 3
+    further numbers, and 4 for the token with its position."""
     return settings.top_k * 5 + settings.draws * 3 + 3 * 2 + 4
 
 
@@ -373,7 +375,7 @@ def dense(source: DenseSource, documents: Sequence[Document]) -> Tensor:
 
 
 def stored(targets: Targets) -> Targets:
-    """As the store gives them back: probabilities through float16."""
+    """The targets as read back from the store: probabilities rounded to float16."""
     return Targets(
         **{
             name: value.astype(np.float16).astype(np.float32) if value.dtype.kind == "f" else value
@@ -383,7 +385,7 @@ def stored(targets: Targets) -> Targets:
 
 
 def renormalised(targets: Targets, labels_R: Tensor) -> Targets:
-    """The common mistake: the top k scaled to sum to 1, and no tail."""
+    """The common mistake: the top k rescaled to sum to 1, without a tail."""
     top_TK = torch.from_numpy(targets.top_logprobs_TK).log_softmax(dim=1)
     is_own_TK = torch.from_numpy(targets.top_ids_TK == labels_R[:, None].numpy())
     own_T = torch.where(is_own_TK, top_TK, -torch.inf).amax(dim=1)
@@ -401,21 +403,21 @@ def renormalised(targets: Targets, labels_R: Tensor) -> Targets:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One model that a method may end with, as logits."""
+    """The logits of one model that a method may select."""
 
     setting: str
     validation_RV: Tensor
     test_RV: Tensor
     nll: float
-    """Of the validation texts' own tokens, at the best sampling temperature."""
+    """NLL of the validation texts' own tokens, at the best sampling temperature."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method reaches with one seed."""
+    """The result of a method with one seed."""
 
     true_kl: float
-    """Nats a token, on the test texts."""
+    """Nats per token, on the test texts."""
     setting: str
     temperature: float
     at_temperature_1: float
@@ -423,7 +425,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """All that the methods of one seed have in common."""
+    """Everything that the methods of one seed share."""
 
     settings: Settings
     base: LlamaForCausalLM
@@ -437,11 +439,11 @@ class Workshop:
         generator = torch.Generator().manual_seed(self.seed)
         length, size = self.settings.length, self.settings.batch
         where = predicted_from(size, length + 1)
-        place_DN = torch.arange(len(target)).view(-1, length)
+        index_DN = torch.arange(len(target)).view(-1, length)
         for _ in range(epochs):
-            order_D = torch.randperm(len(place_DN), generator=generator)
+            order_D = torch.randperm(len(index_DN), generator=generator)
             for some_B in order_D.split(size):
-                rows = target[place_DN[some_B].flatten()]  # type: ignore[index]
+                rows = target[index_DN[some_B].flatten()]  # type: ignore[index]
                 yield Batch(self.train.tokens_DN[some_B], where, rows)
 
     def run(
@@ -452,7 +454,7 @@ class Workshop:
         epochs: int | None = None,
         matching_of: Matching | None = None,
     ) -> tuple[list[Candidate], LlamaForCausalLM]:
-        """The model after each epoch, and the last one."""
+        """Train; a candidate for each epoch, and the final model."""
         model = copied(self.base)
         epochs = epochs or self.settings.epochs
         found, an_epoch = [], len(self.train.tokens_DN) // self.settings.batch
@@ -465,7 +467,7 @@ class Workshop:
         return found, model
 
     def matching(self, target: TargetRows, weight: float) -> Matching:
-        """Of continuations, in the features of the base."""
+        """Feature matching of continuations, in the features of the base model."""
         settings, shares = self.settings, (0.5, 1.0)
         config = FeatureMatchingConfig(
             weight=weight,
@@ -489,8 +491,9 @@ class Workshop:
         return Candidate(setting, validation_RV, logits(model, self.test), nll)
 
     def judge(self, candidates: Sequence[Candidate], *, tune_temperature: bool = True) -> Outcome:
-        """The candidate of the least validation NLL, at the temperature of the least true KL to the
-        validation texts' source: kinder than any user can be, and equally so to each method."""
+        """The candidate with the lowest validation NLL, at the temperature with the lowest true KL
+        on the validation texts. A user cannot tune by the true KL; it favours all methods
+        equally."""
         chosen = min(candidates, key=lambda candidate: candidate.nll)
 
         def kl(logits_RV: Tensor, texts: Texts, temperature: float) -> float:
@@ -519,7 +522,7 @@ BASELINES = (
     "weight_interpolation",
     "feature_matching",
 )
-"""What needs no target. "base" is the model that all start from."""
+"""The methods that need no target. "base" is the model that all methods start from."""
 
 
 def baselines(shop: Workshop) -> dict[str, Outcome]:
@@ -564,7 +567,7 @@ def baselines(shop: Workshop) -> dict[str, Outcome]:
 
 
 def between(base: LlamaForCausalLM, tuned: LlamaForCausalLM, share: float) -> LlamaForCausalLM:
-    """Weights on the line from the base to the fine-tuned model."""
+    """The model with weights interpolated between the base and the fine-tuned model."""
     model, end = copied(base), tuned.state_dict()
     model.load_state_dict(
         {name: start.lerp(end[name], share) for name, start in base.state_dict().items()}
@@ -573,7 +576,7 @@ def between(base: LlamaForCausalLM, tuned: LlamaForCausalLM, share: float) -> Ll
 
 
 def targeted(shop: Workshop, teacher: Teacher) -> dict[str, Outcome]:
-    """Every method that trains toward the teacher's distribution."""
+    """The outcomes of the methods that train toward the teacher's distribution."""
     settings = shop.settings
     labels_R = shop.train.labels_R
     logprobs_RV = dense(teacher, shop.train.documents)
@@ -615,14 +618,14 @@ def targeted(shop: Workshop, teacher: Teacher) -> dict[str, Outcome]:
 
 
 class ExactTeacher(Teacher):
-    """A reference that obeys a narrator's name to the letter, whatever the text says."""
+    """A reference that always follows the named narrator, whatever the text is."""
 
     def __init__(self, source: KnownSource, settings: Settings) -> None:
         self.vocabulary = source.vocabulary
         self._source, self._first_name = source, 1 + settings.words
 
     def states(self, texts: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> list[Tensor]:
-        """ln p itself stands for the hidden states; a text is the begin token, a name, words."""
+        """ln p, in place of hidden states; a text is the begin token, a name, and words."""
         return [self._read(*pair) for pair in zip(texts, positions, strict=True)]
 
     def logprobs(self, states_RD: Tensor) -> Tensor:
@@ -637,23 +640,23 @@ class ExactTeacher(Teacher):
 
 @dataclass(frozen=True)
 class Personas:
-    """True forward KL of two targets for texts whose narrator is hidden, nats a token."""
+    """True forward KL of two targets for texts with a hidden narrator, in nats per token."""
 
     posterior: float
-    """dftserve.targets.principles."""
+    """KL of the target of dftserve.targets.principles."""
     fixed: float
-    """The plain mean of what the reference says under each name."""
+    """KL of the plain mean of the reference's distributions under each name."""
 
 
 def personas(teacher: Teacher, texts: Texts, settings: Settings) -> Personas:
     tokenizer = make_tokenizer(settings)
     names = {name: name for name in voices(settings)}
-    apart = [Principles(teacher, tokenizer, {name: name}) for name in names]
+    single = [Principles(teacher, tokenizer, {name: name}) for name in names]
     return Personas(
         posterior=true_kl(
             texts.p_RV, dense(Principles(teacher, tokenizer, names), texts.documents)
         ),
-        fixed=true_kl(texts.p_RV, dense(Mix(apart, [1.0] * len(apart)), texts.documents)),
+        fixed=true_kl(texts.p_RV, dense(Mix(single, [1.0] * len(single)), texts.documents)),
     )
 
 
@@ -678,13 +681,13 @@ class SeedResult:
     exact_personas: Personas
     """With the source's own narrators as the reference."""
     trained_personas: Personas
-    """With the teacher told a name."""
+    """With the teacher, given a narrator's name, as the reference."""
     teacher_kl: float
-    """Of the teacher itself, on the test texts."""
+    """The teacher's own true KL, on the test texts."""
     source_entropy: float
-    """Nats a token."""
+    """Nats per token."""
     top_k_mass: float
-    """Of the teacher's top k on the training texts."""
+    """The probability of the teacher's top k, on the training texts."""
 
 
 def measure(settings: Settings, seed: int) -> SeedResult:
@@ -753,7 +756,7 @@ class Interval:
 
 
 def claim(values: np.ndarray, at_least: float) -> dict:
-    """A claim holds where the whole interval of the paired values clears the mark."""
+    """A claim holds if the whole interval of the paired values is at or above `at_least`."""
     found = Interval.of(values.tolist())
     return {
         "holds": bool(found.low >= at_least),
@@ -780,8 +783,8 @@ def claims(results: Sequence[SeedResult], settings: Settings) -> dict[str, dict]
         return {**claim(kl[method] - kl[start], 0.0), "method": method, "from": start}
 
     def blur(reference: str) -> dict:
-        told = [getattr(result, reference) for result in results]
-        return claim(np.array([each.fixed - each.posterior for each in told]), 0.3)
+        found = [getattr(result, reference) for result in results]
+        return claim(np.array([each.fixed - each.posterior for each in found]), 0.3)
 
     return {
         "hybrid_closes_80_percent_of_the_gap_from_sft_to_the_dense_teacher": closed(
@@ -806,7 +809,7 @@ def claims(results: Sequence[SeedResult], settings: Settings) -> dict[str, dict]
 
 
 def methods(results: Sequence[SeedResult]) -> dict[str, dict]:
-    """By method, the worst first."""
+    """Figures by method, the worst first."""
     found = {}
     for name in results[0].outcomes:
         outcomes = [result.outcomes[name] for result in results]
@@ -868,9 +871,9 @@ def report(
 
 @click.command()
 @click.option("--seeds", type=click.IntRange(min=2), default=6, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="The JSON's place.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULT, help="The JSON file.")
 def main(seeds: int, out: Path) -> None:
-    """Measure how near each way of training comes to a known source."""
+    """Measure how close each training method comes to a known source."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     settings, results, began = Settings(), [], time.monotonic()

@@ -3,18 +3,18 @@
     DFTSERVE_DATA=path/to/data python bench/laws.py --model FOLDER [--folder build/laws]
         [--called TEXT] [--dtype float32]
 
-The model answers 32 story prompts four times by each setting of each law, in one engine of vLLM
-with the plug-in. What the folder has is not asked for again. Measured beside stories by people that
-bench/headline_models.py trains none on. A law's settings were chosen before any answer was seen,
-from little variety to much, so that laws are compared as curves:
-    errors at equal wording   errors per 100 words at the self-BLEU of people's stories, read
+The model answers 32 story prompts four times with each setting of each law, in one engine of vLLM
+with the plug-in. Answers that the folder already contains are reused. The human stories for
+comparison are those that bench/headline_models.py does not train on. A law's settings were chosen
+before any answer was seen, from little variety to much, so that laws are compared as curves:
+    errors at equal wording   errors per 100 words at the self-BLEU of human stories, interpolated
                               between a law's settings
-    hypervolumes              the share of the errors up to MOST_ERRORS and the self-BLEU up to
-                              MOST_ALIKE that is worse in both than one of the law's settings; and
-                              of the errors and the style distance up to FARTHEST
-each beside one temperature on the guard, the simplest law that cuts first and heats then, by the
-same prompts; p by Holm's correction for the number of laws. Intervals are 95 %. The answers are
-kept in results/texts/laws.jsonl.gz. The last line is one JSON document.
+    hypervolumes              the share of the rectangle of errors up to MOST_ERRORS and self-BLEU
+                              up to MOST_ALIKE that is worse in both than one of the law's settings;
+                              the same for errors and a style distance up to FARTHEST
+Each law is compared, on the same prompts, with one temperature on the guard, the simplest law that
+cuts first and then heats; p has Holm's correction for the number of laws. Intervals are 95 %. The
+answers are stored in results/texts/laws.jsonl.gz. The last line is one JSON document.
 """
 
 import json
@@ -28,7 +28,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import click
 from headline_models import stories
-from real import PEOPLE, RESULTS, Checks, read_at, written
+from real import PEOPLE, RESULTS, Checks, read_at, rounded
 from real_answers import (
     STORIES,
     Answer,
@@ -38,10 +38,10 @@ from real_answers import (
     data_folder,
     engine,
     is_whole,
-    kept,
     pack,
     place_of,
     prompt_set,
+    read_answers,
 )
 from words import with_p
 
@@ -62,7 +62,7 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 def on_the_guard(temperature: float, reach: float = 0) -> Mapping[str, Any]:
-    """dynatemp on what min-p .02 leaves at temperature 1; without a reach, one temperature."""
+    """dynatemp after min-p .02 at temperature 1; with a range of 0, one temperature."""
     ours = {"law": "dynatemp", "dynatemp_range": reach, "min_p": 0.02}
     return {"temperature": temperature, "diversity": ours}
 
@@ -113,21 +113,21 @@ LAWS: Mapping[str, Settings] = {
     },
     "p-less": {f"p-less, T {t:g}": other("p-less", temperature=t) for t in (1.0, 1.5, 2.0)},
 }
-"""From the least varied setting to the most."""
+"""The settings of each law, from the least varied to the most."""
 SETTINGS: Settings = {name: each for law in LAWS.values() for name, each in law.items()}
 
 
 @click.command(help=__doc__)
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--folder", default=Path("build/laws"), type=click.Path(path_type=Path))
-@click.option("--called", default="", help="What the model is, for the table.")
+@click.option("--called", default="", help="The model's name in the table.")
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--output", default=RESULTS / "laws.json", type=click.Path(path_type=Path))
 def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> None:
     asked = prompt_set(STORIES, data_folder())
     asked = PromptSet(STORIES, asked.prompts, ANSWERS, asked.tokens, tuple(SETTINGS))
     answer_missing(model, asked, folder, dtype)
-    answers = kept(folder)
+    answers = read_answers(folder)
     checks = Checks(reference.build(stories()["measure"]))
     rows = {
         name: checks.of_answers([a for a in answers if a.setting == name], asked.prompts)
@@ -143,8 +143,8 @@ def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> No
         "answers_to_each": ANSWERS,
         "max_tokens": asked.tokens,
         "settings": SETTINGS,
-        PEOPLE: written(human),
-        "rows": {name: written(row) for name, row in rows.items()},
+        PEOPLE: rounded(human),
+        "rows": {name: rounded(row) for name, row in rows.items()},
         "laws": compared({law: [rows[name] for name in LAWS[law]] for law in LAWS}, human),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
@@ -168,7 +168,8 @@ Curve = Sequence[Mapping[str, Estimate]]
 
 
 def compared(curves: Mapping[str, Curve], human: Mapping[str, Estimate]) -> dict[str, Any]:
-    """Of each law what is asked of its curve, and that less the simplest law's, with Holm's p."""
+    """The measures of each law's curve, and their differences to the simplest law's, with Holm's
+    p."""
     questions: Mapping[str, Callable[[Curve], Estimate | None]] = {
         "errors_at_peoples_wording": lambda curve: read_at(curve, "self_bleu", "errors", human),
         "hypervolume": lambda curve: hypervolume(curve, "self_bleu", MOST_ALIKE),
@@ -181,7 +182,7 @@ def compared(curves: Mapping[str, Curve], human: Mapping[str, Estimate]) -> dict
         for law, answer in answers.items():
             if answer is None:
                 continue
-            found[law][question] = written({"": answer})[""]
+            found[law][question] = rounded({"": answer})[""]
             if simplest is not None and law != SIMPLEST:
                 found[law][f"{question}_to_simplest"] = with_p(difference(simplest, answer))
         correct(found, f"{question}_to_simplest")
@@ -212,11 +213,11 @@ def hypervolume(curve: Curve, key: str, most: float) -> Estimate:
 
 
 def correct(found: Mapping[str, dict[str, Any]], key: str) -> None:
-    """Holm's p in place of each law's own."""
+    """Replace each law's p by Holm's corrected p, in place."""
     laws = sorted((law for law in found if key in found[law]), key=lambda law: found[law][key]["p"])
     highest = 0.0
-    for place, law in enumerate(laws):
-        highest = max(highest, min(1.0, (len(laws) - place) * found[law][key]["p"]))
+    for rank, law in enumerate(laws):
+        highest = max(highest, min(1.0, (len(laws) - rank) * found[law][key]["p"]))
         found[law][key]["p"] = round(highest, 5)
 
 

@@ -14,37 +14,39 @@ MEASURED = {"errors": 2, "unknown": 2, "phrases": 1, "self_bleu": 1, "style": 3,
 
 
 def laws(document: Mapping[str, Any]) -> str:
-    """From the largest hypervolume."""
-    told = document["laws"]
-    found = told["laws"]
+    """One row per law, the largest hypervolume first."""
+    compared = document["laws"]
+    found = compared["laws"]
     head = [cell for name, _ in QUESTIONS.values() for cell in (name, "p")]
     lines = [f"| law | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for law in sorted(found, key=lambda law: -found[law]["hypervolume"]["value"]):
         cells = []
         for question, (_, digits) in QUESTIONS.items():
-            answer, beside = (found[law].get(f"{question}{end}") for end in ("", "_to_simplest"))
+            answer, difference = (
+                found[law].get(f"{question}{end}") for end in ("", "_to_simplest")
+            )
             cells.append("not reached" if answer is None else interval(answer, digits))
-            cells.append("" if beside is None else f"{beside['p']:.3f}")
+            cells.append("" if difference is None else f"{difference['p']:.3f}")
         lines.append(f"| {law} | {' | '.join(cells)} |")
     return "\n".join(
         [
             *lines,
             "",
             f"`bench/laws.py`: {document['model']}; {document['prompts']} story prompts, "
-            f"{document['answers_to_each']} answers to each by each of a law's three settings, at "
-            f"most {document['max_tokens']} tokens; 95 % intervals. Errors per 100 words, read "
-            "between a law's settings where the self-BLEU is that of people's stories "
-            f"({document['people']['self_bleu']['value']:.1f}). The other two are hypervolumes: of "
-            f"the errors up to {told['most_errors']:g} and the self-BLEU up to "
-            f"{told['most_alike']:g}, or the style distance up to {told['farthest']:g}, the share "
-            f"that is worse in both than a setting of the law. p: against {told['simplest']}, "
-            "paired by prompt, after Holm over the laws.",
+            f"{document['answers_to_each']} answers to each with each of a law's three settings, "
+            f"at most {document['max_tokens']} tokens; 95 % intervals. Errors are per 100 words, "
+            "interpolated between a law's settings at the self-BLEU of people's stories "
+            f"({document['people']['self_bleu']['value']:.1f}). The other two are hypervolumes: "
+            f"the share of the rectangle of errors up to {compared['most_errors']:g} and self-BLEU "
+            f"up to {compared['most_alike']:g}, or style distance up to "
+            f"{compared['farthest']:g}, that is worse in both than a setting of the law. p: "
+            f"against {compared['simplest']}, paired by prompt, with Holm's correction over laws.",
         ]
     )
 
 
 def settings(document: Mapping[str, Any]) -> str:
-    """In the order of the laws, behind people."""
+    """People first, then the settings in the order of the laws."""
     head = ["errors", "unknown", "AI phrases", "self-BLEU", "style distance", "SDS", "too short"]
     lines = [f"| | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for name, row in {"people": document["people"], **document["rows"]}.items():

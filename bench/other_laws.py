@@ -1,14 +1,15 @@
-"""Decode-time laws that neither vLLM nor the plug-in has, on one row, and a processor of vLLM's V1
-runner that applies the one a request names (`extra_args={"other_law": {"name": NAME, …}}`).
+"""Decode-time laws that neither vLLM nor the plug-in implements, on one row, and a processor of
+vLLM's V1 runner that applies the one a request names
+(`extra_args={"other_law": {"name": NAME, …}}`).
 
     edt       T = T0 · .8^(θ / H), H in nats of the row at temperature 1 (arXiv 2403.14541)
-    mirostat  version 2, as llama.cpp has it: tokens of a surprise above μ are cut, and after each
-              token μ −= .1 · (its surprise − τ), in bits; μ begins at 2 τ (arXiv 2007.14966)
-    top-H     the likeliest tokens until their entropy exceeds α times all of it, transformers'
-              `TopHLogitsWarper` (arXiv 2509.02510)
-    p-less    tokens as likely as two draws are to agree: p ≥ Σ p² (arXiv 2509.23234)
+    mirostat  version 2, as in llama.cpp: tokens with a surprise above μ are cut, and after each
+              token μ −= .1 · (its surprise − τ), in bits; μ starts at 2 τ (arXiv 2007.14966)
+    top-H     the likeliest tokens until their entropy exceeds α times the whole entropy,
+              transformers' `TopHLogitsWarper` (arXiv 2509.02510)
+    p-less    tokens at least as likely as the agreement of two draws: p ≥ Σ p² (arXiv 2509.23234)
 
-The last three cut after a temperature, as published. What they return is sampled at temperature 1.
+The last three cut after a temperature, as published. Their output is sampled at temperature 1.
 `bench/laws.py` compares them.
 """
 
@@ -25,14 +26,14 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 EDT_BASE = 0.8
 """N of the paper."""
 LEARNING_RATE = 0.1
-"""Of Mirostat's μ."""
+"""The learning rate of Mirostat's μ."""
 
 Law = Callable[[list[int], Tensor], Tensor]
-"""Takes the tokens so far and a row of logits, and returns what to sample from."""
+"""Takes the tokens so far and a row of logits, and returns the logits to sample from."""
 
 
 def edt(*, base: float, theta: float) -> Law:
-    """`base`: T0. Where a row has no entropy its temperature would be 0: it is kept above 0.01."""
+    """`base`: T0. The temperature is at least 0.01; for a row without entropy it would be 0."""
 
     def law(_: list[int], logits_V: Tensor) -> Tensor:
         log_p_V = logits_V.log_softmax(-1)
@@ -43,10 +44,10 @@ def edt(*, base: float, theta: float) -> Law:
 
 
 def mirostat(*, tau: float, temperature: float) -> Law:
-    """With the state of one text.
+    """The law with the state of one text.
 
     Raises:
-        RuntimeError: where the engine does not know the last token yet (asynchronous scheduling).
+        RuntimeError: the engine does not have the last token yet (asynchronous scheduling).
     """
     mu, kept_V = 2 * tau, torch.zeros(0)
 
@@ -75,7 +76,7 @@ def p_less(*, temperature: float) -> Law:
     def law(_: list[int], logits_V: Tensor) -> Tensor:
         hot_V = logits_V / temperature
         p_V = hot_V.softmax(-1)
-        # The likeliest token stays where rounding would cut all of equal ones.
+        # Keeps the likeliest token where rounding would cut all of several equal ones.
         return hot_V.masked_fill(p_V < min(p_V.square().sum(), p_V.max()), -math.inf)
 
     return law

@@ -1,4 +1,4 @@
-"""Other ways to heat logits by their entropy, as functions on logits [R, V], float32, in place."""
+"""Other laws that heat logits by their entropy, as in-place functions on float32 logits [R, V]."""
 
 import math
 
@@ -17,9 +17,9 @@ def naive(logits_RV: Tensor) -> None:
 
 
 def peer(logits_RV: Tensor) -> None:
-    """The nearest peer, qr-sampler, its `edt` strategy: T = base·(H/ln V)^exponent within bounds, a
-    row at a time in numpy. It was not on the package index: this is its published formula, without
-    the selection of a token that it goes on to."""
+    """The most similar project, qr-sampler, with its `edt` strategy: T = base·(H/ln V)^exponent
+    within bounds, one row at a time in numpy. It was not on the package index, so this is its
+    published formula, without its selection of the token."""
     for row_V in logits_RV:
         z_V = row_V.cpu().numpy()
         below_V = z_V - z_V.max()

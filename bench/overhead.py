@@ -3,19 +3,19 @@
     python bench/overhead.py [--pairs 24] [--batch B ...] [--vocabulary V ...]
                              [--output bench/results/overhead.json]
 
-One engine for each vocabulary, in this process, at several numbers of requests at once. The ways
-take turns on it, round by round:
-    stock     the plug-in's processor taken out of the engine's list
+One engine for each vocabulary, in this process, with several numbers of concurrent requests. The
+variants take turns on it, round by round:
+    stock     without the plug-in's processor
     min_p     stock, with vLLM's own min_p .05 and temperature 1.5
-    no field  the processor there, no request asks for it
-    tenth     a tenth of the requests, one at least, ask for diversity .5: a mixed batch
-    field     every request does; their figures come with their outputs, here and above
-    naive     the same law on every row, written plainly in torch
-    peer      the nearest peer's law on every row (`others.py` has both)
-Tokens per second of all requests together, and milliseconds per token of each, which is a step.
-The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
-result. The floor of any processor that changes a row is one read and one write of it: the bench
-times a copy of the logits as well, and prints that share of a step.
+    no field  with the processor, without the field in any request
+    tenth     a tenth of the requests, at least one, with diversity .5: a mixed batch
+    field     every request with diversity .5; here and above with statistics in the outputs
+    naive     the same law on every row, in plain torch
+    peer      the law of qr-sampler on every row (`others.py` has both)
+Reported are tokens per second of all requests together, and milliseconds per token of one request,
+which is the time of a step. The last line is one JSON document. Absolute figures depend on the
+machine; the ratios are the result. The minimum cost of a processor that changes a row is one read
+and one write of it, so the bench also times a copy of the logits and prints its share of a step.
 """
 
 import json
@@ -63,7 +63,7 @@ def main() -> None:
 
 @click.command()
 @click.option(
-    "--pairs", default=24, type=click.IntRange(min=1), help="Rounds; in each, every way runs once."
+    "--pairs", default=24, type=click.IntRange(min=1), help="Rounds; each runs every variant once."
 )
 @click.option("--batch", "batches", multiple=True, type=int, default=BATCHES, show_default=True)
 @click.option(
@@ -92,7 +92,7 @@ def run(pairs: int, batches: tuple[int, ...], vocabularies: tuple[int, ...], out
 
 
 def engine(folder: str, batch: int) -> LLM:
-    """With the other laws in its list, which do nothing until they are switched on."""
+    """An engine that also has the processors of the other laws, which are off at first."""
     processors.Naive.is_on = processors.Peer.is_on = False
     return LLM(
         folder,
@@ -108,7 +108,7 @@ def engine(folder: str, batch: int) -> LLM:
 
 
 def measure(llm: LLM, vocabulary: int, batch: int, pairs: int) -> dict[str, Any]:
-    """Alternating rounds of all ways; the order turns so that no way is always first."""
+    """Alternating rounds of all variants; the order rotates so that none is always first."""
     calls = count_transforms()
     ways = {name: way(llm, vocabulary, batch) for name, way in WAYS.items()}
     for once in ways.values():
@@ -141,8 +141,8 @@ def step_rate(row: dict[str, Any]) -> float:
 def rounds(
     llm: LLM, vocabulary: int, batch: int, *, asking: int = 0, **settings: Any
 ) -> Callable[[], float]:
-    """One round: `batch` requests of equal length, the first `asking` of them with the field;
-    gives output tokens per second. `settings` are any other SamplingParams."""
+    """A function that runs one round and returns output tokens per second: `batch` requests of
+    equal length, the first `asking` of them with the field. `settings`: other SamplingParams."""
     tokens = TOKENS.get(vocabulary, 32)
     prompts = [{"prompt_token_ids": [1 + i, 7, 11, 13]} for i in range(batch)]
 
@@ -160,16 +160,16 @@ def rounds(
         ]
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        counted = [choice.as_dict() for choice in asked.choices]
+        reported = [choice.as_dict() for choice in asked.choices]
         seconds = time.perf_counter() - start
-        assert [said and said["tokens"] for said in counted] == [tokens] * asking
+        assert [stats and stats["tokens"] for stats in reported] == [tokens] * asking
         return batch * tokens / seconds
 
     return once
 
 
 def asking_for(asked: PromptContext, choice: int) -> dict[str, Any]:
-    """What the plug-in's API process adds to a request, so that its statistics come back."""
+    """The arguments that the plug-in's API process adds to a request to get its statistics."""
     return {"diversity": asked.diversity.level, "diversity_id": f"{asked.identity}.{choice}"}
 
 
@@ -182,17 +182,17 @@ def min_p(llm: LLM, vocabulary: int, batch: int) -> Callable[[], float]:
 
 
 def without_ours(llm: LLM, plain: Callable[[], T]) -> Callable[[], T]:
-    """What `plain` gives with the plug-in's processor taken out of the engine's list."""
+    """Run `plain` without the plug-in's processor in the engine's list."""
     listed = processor_list(llm)
     ours = next(p for p in listed if type(p).__name__ == "V1Processor")
 
     def once() -> T:
-        place = listed.index(ours)
+        index = listed.index(ours)
         listed.remove(ours)
         try:
             return plain()
         finally:
-            listed.insert(place, ours)
+            listed.insert(index, ours)
 
     return once
 
@@ -246,7 +246,7 @@ def processor_list(llm: LLM) -> list[Any]:
 
 
 def count_transforms() -> Calls:
-    """Counts calls of the transform from here on."""
+    """A counter of the calls of the transform from now on."""
     from dftserve_vllm import request_stats
 
     now = request_stats.transform_step
@@ -262,7 +262,7 @@ def count_transforms() -> Calls:
 
 
 def copy_seconds(batch: int, vocabulary: int) -> float:
-    """One read and one write of the logits: the floor."""
+    """Seconds of one read and one write of the logits, the minimum cost."""
     source, target = torch.randn(batch, vocabulary), torch.empty(batch, vocabulary)
     times = []
     for _ in range(50):

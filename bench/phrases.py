@@ -1,28 +1,28 @@
-"""Do phrases come as often as people write them, and at what price? On a known chain and a model.
+"""Does a style bring phrases to people's rates, and at what price? On a known chain and a model.
 
     DFTSERVE_STYLES=FOLDER dftserve serve MODEL --max-model-len 1024   # the folder of profiles
     DFTSERVE_DATA=path/to/data python bench/phrases.py --profile FOLDER/NAME --model MODEL \\
         [--server URL] [--folder build/phrases] [--prompts 48]
 
-The chain writes "a b c" ten times as often as people; its rates are exact, through the stage in
-plain torch that the kernels are tested against. The model answers story prompts that did not build
-the profile, each way of sampling at the same seeds:
+The chain writes "a b c" ten times as often as people; its rates are exact, computed with the plain
+torch stage that the kernels are tested against. The model answers story prompts that the profile
+was not built from, with each sampling method and the same seeds:
     stock        at the temperature at which the profile was built
     phrases      the profile's phrases alone (`max_kl` 0)
     style        its phrases and its tilt
-    bad_words    the most over-used phrases banned, as many as bring the rate of the texts that
-                 built the profile down to people's, or as vLLM takes in one request
-    logit_bias   -λ on the word of each phrase that people's stories have least
-    dry          DRY at its usual multiplier: it knows what a text has said, not what all texts say
-Of each, over stock's, by the bootstrap over prompts (95 %; of twenty intervals one misses):
+    bad_words    the most over-used phrases banned: as many as reduce their rate in the texts that
+                 built the profile to people's, or as many as vLLM accepts in one request
+    logit_bias   -λ on the word of each phrase that is rarest in people's stories
+    dry          DRY at its usual multiplier, which uses only the text itself
+For each, as a ratio to stock, with a bootstrap over prompts (95 %; one interval in twenty misses):
     phrases      target phrases per 1,000 words
-    orphans      their beginnings, of two words or more, that went on otherwise
-    firsts       their first words that went on otherwise
-and, as bench/real.py has them, errors, SDS and style distance, as differences.
+    orphans      beginnings of phrases, of at least two words, with another continuation
+    firsts       first words of phrases with another continuation
+and, measured as in bench/real.py, the differences in errors, SDS and style distance.
 
-With --server what the folder lacks is asked for, a block of prompts at a time and all ways at once:
-the same command goes on where it was stopped, and what is measured are whole blocks. The last line
-is one JSON document.
+With --server, missing answers are requested, one block of prompts at a time and for all methods at
+once. The same command resumes where it was stopped; only complete blocks are measured. The last
+line is one JSON document.
 """
 
 import gzip
@@ -41,7 +41,7 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from real import RESULTS, Checks, written
+from real import RESULTS, Checks, rounded
 from real_answers import Answer, data_folder
 
 from dftserve.evaluate import reference
@@ -73,13 +73,13 @@ from tests.chain import Chain
 from provenance import machine, versions
 
 BUILT_ON = 32
-"""Story prompts, the first of the file, whose answers built the profile; those behind them test."""
+"""The first prompts of the file, whose answers built the profile; later ones are for the test."""
 BLOCK = 8
 SAMPLES = 2
 MAX_TOKENS = 200
 STOCK = "stock"
 MOST_BAD_WORDS = 128
-"""Tokenisations of `bad_words` in one request: vLLM answers 400 to more."""
+"""Maximum tokenisations of `bad_words` in one request; vLLM answers 400 to more."""
 TEXTS = RESULTS / "texts" / "phrases.jsonl.gz"
 UNFITTED = ("errors", "unknown", "phrases", "self_bleu", "style", "sds")
 
@@ -87,10 +87,12 @@ UNFITTED = ("errors", "unknown", "phrases", "self_bleu", "style", "sds")
 @click.command()
 @click.option("--profile", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--server", help="URL; asks for the answers that are missing.")
+@click.option("--server", help="URL of a server to request missing answers from.")
 @click.option("--folder", default=Path("build/phrases"), type=click.Path(path_type=Path))
 @click.option("--prompts", "count", default=48, type=click.IntRange(min=BLOCK))
-@click.option("--fit", type=click.Path(exists=True, path_type=Path), help="fit.json of a fit.")
+@click.option(
+    "--fit", type=click.Path(exists=True, path_type=Path), help="A fit's fit.json, to include."
+)
 @click.option("--output", default=RESULTS / "phrases.json", type=click.Path(path_type=Path))
 def main(
     profile: Path,
@@ -108,7 +110,7 @@ def main(
         ask(server, ways, asked, folder, stored)
     answers = whole_blocks(folder, ways)
     if missing := [name for name in ways if not answers[name] and (folder / STOCK).exists()]:
-        sys.exit(f"{folder}: no whole block of {', '.join(missing)}; ask for it with --server.")
+        sys.exit(f"{folder}: no complete block of {', '.join(missing)}; request it with --server.")
     document = {
         "what": "over-used phrases, beside their rate in human text, on a chain and on a model",
         "machine": machine(),
@@ -127,7 +129,7 @@ def main(
 
 
 def on_the_chain() -> list[dict[str, Any]]:
-    """Rates per 1,000 tokens and nats a token of each way, exact."""
+    """Exact rates per 1,000 tokens and nats per token of each method."""
     chain = Chain()
     a, b, c = chain.A, chain.B, chain.C
     ways: dict[str, Callable[[], NDArray]] = {
@@ -156,7 +158,7 @@ def on_the_chain() -> list[dict[str, Any]]:
 
 
 def restyled(chain: Chain, strength: float) -> NDArray[np.float64]:
-    """The chain as the stage leaves it: each pair of tokens is one row."""
+    """The chain after the style stage: each pair of tokens is one row."""
     profile = chain.profile(chain.rates(chain.p_UUV)[0])
     texts = np.array([[u1, u2] for u1 in range(chain.V) for u2 in range(chain.V)], np.int32)
     rows = len(texts)
@@ -193,7 +195,7 @@ def scaled(p_UUV: NDArray, where: Any, by: float) -> NDArray[np.float64]:
 
 
 def divergence(chain: Chain, q_UUV: NDArray) -> float:
-    """KL(q‖p), nats a token of q's own text."""
+    """KL(q‖p), in nats per token of q's own text."""
     ratio_UUV = np.log(np.where(q_UUV > 0, q_UUV / chain.p_UUV, 1.0))
     return float(np.einsum("ij,ijk->", chain.stationary(q_UUV), q_UUV * ratio_UUV))
 
@@ -208,7 +210,7 @@ def test_prompts(data: Path, count: int) -> tuple[Prompt, ...]:
 
 
 def ways_of(stored: Stored, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """What each way adds to a request."""
+    """What each method adds to a request."""
     name, phrases = stored.profile.name, stored.profile.phrases
     return {
         STOCK: {},
@@ -216,14 +218,14 @@ def ways_of(stored: Stored, tokenizer: Any) -> dict[str, dict[str, Any]]:
         "style": {"style": {"name": name, "strength": 1}},
         "bad_words": {"bad_words": banned(phrases)},
         "logit_bias": {"logit_bias": biases(phrases, tokenizer)},
-        # DRY stands beside a law; this guard cuts nothing.
+        # DRY needs a law; this guard cuts nothing.
         "dry": {"diversity": {"law": "guard", "min_p": 1e-9, "dry_multiplier": 0.8}},
     }
 
 
 def banned(phrases: Sequence[Phrase]) -> list[str]:
-    """The most over-used first, until the rest comes as often as people's; no more than vLLM takes,
-    which makes up to two of each."""
+    """The most frequent phrases, until the rest is as frequent as in people's texts; at most as
+    many as vLLM accepts, which makes up to two tokenisations of each."""
     left = sum(phrase.model_rate for phrase in phrases)
     wanted = sum(phrase.human_rate for phrase in phrases)
     chosen = []
@@ -236,11 +238,11 @@ def banned(phrases: Sequence[Phrase]) -> list[str]:
 
 
 def biases(phrases: Sequence[Phrase], tokenizer: Any) -> dict[str, float]:
-    """By token id: -λ on the rarest word of each phrase, with a blank before it and without."""
-    often = Counter(w for s in tasks.load("story").human for w in words(normalise(s.text)))
+    """By token id: -λ on the rarest word of each phrase, with and without a space before it."""
+    counts = Counter(w for s in tasks.load("story").human for w in words(normalise(s.text)))
     found: dict[str, float] = {}
     for phrase in phrases:
-        rarest = min(phrase.text.split(), key=lambda word: often[word.lower()])
+        rarest = min(phrase.text.split(), key=lambda word: counts[word.lower()])
         for text in (rarest, f" {rarest}"):
             token = str(tokenizer.encode(text, add_special_tokens=False)[0])
             found[token] = min(found.get(token, 0.0), -phrase.log_ratio)
@@ -254,8 +256,8 @@ def ask(
     folder: Path,
     stored: Stored,
 ) -> None:
-    to = Server(base_url(server))
-    model = to.models()[0]
+    client = Server(base_url(server))
+    model = client.models()[0]
 
     def answered(block: int, name: str) -> None:
         wanted = RequestGrid(
@@ -269,10 +271,11 @@ def ask(
             body={key: value for key, value in ways[name].items() if key != "diversity"},
         )
         at = folder / name / f"block-{block}"
-        grid.generate(wanted, at, server=to, concurrency=32, tick=lambda done, total: None)
+        grid.generate(wanted, at, server=client, concurrency=32, tick=lambda done, total: None)
         print(f"block {block}, {name}: {grid.count_answers(at)} answers", flush=True)
 
-    # All ways of a block at once: a server is busier, and they share what else the machine does.
+    # All methods of a block at once: this keeps the server busy, and other load on the machine
+    # affects all of them.
     with ThreadPoolExecutor(len(ways)) as pool:
         for block in range(len(asked) // BLOCK):
             list(pool.map(partial(answered, block), ways))
@@ -280,7 +283,7 @@ def ask(
 
 @dataclass(frozen=True)
 class Given:
-    """An answer of the test; `prompt` is a place among the test prompts."""
+    """An answer of the test; `prompt` is an index of the test prompts."""
 
     way: str
     prompt: int
@@ -291,7 +294,7 @@ class Given:
 
 
 def whole_blocks(folder: Path, ways: Mapping[str, Any]) -> dict[str, list[Given]]:
-    """The answers of the blocks that every way has whole."""
+    """The answers of the blocks that are complete for every method."""
     given: dict[str, list[Given]] = {name: [] for name in ways}
     block = 0
     while True:
@@ -315,7 +318,7 @@ def whole_blocks(folder: Path, ways: Mapping[str, Any]) -> dict[str, list[Given]
 
 def keep(answers: Mapping[str, Sequence[Given]], path: Path) -> None:
     lines = [json.dumps(asdict(one), ensure_ascii=False) for of in answers.values() for one in of]
-    # No time in it, so that the same answers are the same file.
+    # Without a timestamp, so that the same answers give the same file.
     path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), 9, mtime=0))
 
 
@@ -327,8 +330,8 @@ def measured(
 ) -> dict[str, Any]:
     phrases = stored.profile.phrases
     count = 1 + max(answer.prompt for answer in answers[STOCK])
-    finder = Found([phrase.text for phrase in phrases])
-    counts = {name: finder.by_prompt(given, count) for name, given in answers.items()}
+    counter = PhraseCounter([phrase.text for phrase in phrases])
+    counts = {name: counter.by_prompt(given, count) for name, given in answers.items()}
     checks = Checks(reference.build(tasks.load("story").human))
     texts = [prompt.text for prompt in asked]
     quality = {
@@ -352,17 +355,17 @@ def measured(
         },
         "rows": {
             name: {
-                **written(rates(rows_P4)),
-                **written({key: quality[name][key] for key in UNFITTED if key != "phrases"}),
+                **rounded(rates(rows_P4)),
+                **rounded({key: quality[name][key] for key in UNFITTED if key != "phrases"}),
                 "mean_kl": mean_kl(answers[name]),
             }
             for name, rows_P4 in counts.items()
         },
-        "to_people": {name: written(to_people(c, human)) for name, c in counts.items()},
+        "to_people": {name: rounded(to_people(c, human)) for name, c in counts.items()},
         "to_stock": {
             name: {
-                **written(ratios(counts[STOCK], counts[name])),
-                **written(
+                **rounded(ratios(counts[STOCK], counts[name])),
+                **rounded(
                     {
                         key: difference(quality[STOCK][key], quality[name][key])
                         for key in UNFITTED
@@ -378,18 +381,18 @@ def measured(
     }
 
 
-class Found:
-    """What is counted of phrases: words, phrases, orphans and first words of each prompt."""
+class PhraseCounter:
+    """Counts words, phrases, orphans and first words by prompt."""
 
     COLUMNS = ("target", "orphans", "firsts")
 
     def __init__(self, phrases: Sequence[str]) -> None:
         self._finder = Finder(phrases)
-        said = [tuple(words(normalise(phrase))) for phrase in phrases]
-        self._whole = set(said)
-        self._begun = {phrase[:-1] for phrase in said if len(phrase) > 2}
-        self._firsts = {phrase[:1] for phrase in said}
-        self._longest = max(map(len, said))
+        split = [tuple(words(normalise(phrase))) for phrase in phrases]
+        self._whole = set(split)
+        self._begun = {phrase[:-1] for phrase in split if len(phrase) > 2}
+        self._firsts = {phrase[:1] for phrase in split}
+        self._longest = max(map(len, split))
 
     def by_prompt(self, answers: Sequence[Given], count: int) -> NDArray[np.float64]:
         """[P, 4]: words, and the columns."""
@@ -399,16 +402,16 @@ class Found:
         return rows_P4
 
     def in_text(self, text: str) -> NDArray[np.float64]:
-        said = words(normalise(text))
+        text_words = words(normalise(text))
         orphans = firsts = 0
-        for at in range(len(said)):
-            ahead = [tuple(said[at : at + n]) for n in range(1, self._longest + 1)]
+        for at in range(len(text_words)):
+            ahead = [tuple(text_words[at : at + n]) for n in range(1, self._longest + 1)]
             if any(run in self._whole for run in ahead):
                 continue
             orphans += any(run in self._begun for run in ahead)
             firsts += ahead[0] in self._firsts
         targets = sum(1 for _ in self._finder.found(text))
-        return np.array([len(said), targets, orphans, firsts], float)
+        return np.array([len(text_words), targets, orphans, firsts], float)
 
 
 def rates(rows_P4: NDArray) -> dict[str, Estimate]:
@@ -417,7 +420,7 @@ def rates(rows_P4: NDArray) -> dict[str, Estimate]:
     def rate(column: int) -> Estimate:
         return over_units(rows_P4, lambda w_P, n: 1000 * (w_P @ n[:, column]) / (w_P @ n[:, 0]))
 
-    return {name: rate(1 + n) for n, name in enumerate(Found.COLUMNS)}
+    return {name: rate(1 + n) for n, name in enumerate(PhraseCounter.COLUMNS)}
 
 
 def to_people(rows_P4: NDArray, human: float) -> dict[str, Estimate]:
@@ -428,7 +431,7 @@ def to_people(rows_P4: NDArray, human: float) -> dict[str, Estimate]:
 
 
 def ratios(base_P4: NDArray, rows_P4: NDArray) -> dict[str, Estimate]:
-    """Rates over those of the base, prompts being drawn for both at once."""
+    """Ratios of the rates to the base's, with the same resampled prompts for both."""
     both_P8 = np.hstack([base_P4, rows_P4])
 
     def ratio(column: int) -> Estimate:
@@ -439,11 +442,11 @@ def ratios(base_P4: NDArray, rows_P4: NDArray) -> dict[str, Estimate]:
 
         return over_units(both_P8, over)
 
-    return {f"{name}_ratio": ratio(1 + n) for n, name in enumerate(Found.COLUMNS)}
+    return {f"{name}_ratio": ratio(1 + n) for n, name in enumerate(PhraseCounter.COLUMNS)}
 
 
 def mean_kl(answers: Sequence[Given]) -> float | None:
-    """Nats a token, of all tokens."""
+    """Nats per token, over all tokens."""
     known = [(a.kl, a.tokens) for a in answers if a.kl is not None and a.tokens]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""The laws of `others.py` as processors of vLLM's V1 runner, on every row."""
+"""The laws of `others.py` as processors of vLLM's V1 runner, applied to every row."""
 
 from typing import Any
 

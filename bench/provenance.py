@@ -1,4 +1,4 @@
-"""What a result was measured on and with; every bench writes both into its JSON."""
+"""The machine and the package versions of a result; every bench writes both to its JSON."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def machine() -> dict[str, object]:
-    import torch  # Here: a bench may have to say how many threads it takes before torch is loaded.
+    import torch  # Imported late: a bench may have to set its number of threads first.
 
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -21,6 +21,6 @@ def machine() -> dict[str, object]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, dftserve, torch and the packages named."""
+    """The versions of Python, dftserve, torch and the given packages."""
     names = ("dftserve", "torch", *packages)
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

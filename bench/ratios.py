@@ -1,4 +1,4 @@
-"""Ratios of measurements that took turns, pair by pair."""
+"""Ratios of paired measurements that were taken in turns."""
 
 from typing import Any
 

@@ -2,13 +2,12 @@
 
     python bench/ray_targets.py [--pairs 3] [--tokens 200000] [--long 1200000]
 
-A cluster of this machine alone, for the time of the bench, of two CPUs; a worker has one thread. A
-small untrained Llama (bench/tiny_model.py, 4,096 tokens in its vocabulary) is the teacher.
-    throughput   tokens a second from when each worker has given a shard: one worker and two take
-                 turns
-    memory       one worker reads `--long` tokens: its own resident memory, without shared pages, as
-                 each shard comes back; what a line through the second half of the shards gains over
-                 that half, beside what a worker would gain that kept each shard
+Starts a temporary cluster of two CPUs on this machine; a worker has one thread. The teacher is a
+small untrained Llama (bench/tiny_model.py) with a vocabulary of 4,096 tokens.
+    throughput   tokens per second after each worker's first shard; one worker and two take turns
+    memory       one worker reads `--long` tokens: its own resident memory, without shared pages,
+                 after each shard. Reported is the growth over the second half of the shards, by a
+                 fitted line, and the growth that would result if each shard were kept
 The last line is one JSON document.
 """
 
@@ -41,7 +40,7 @@ VOCABULARY = 4096
 DOCUMENT = 500
 """Tokens."""
 SHARD_TOKENS = 20_000
-"""Instead of a million, so that a short run has many."""
+"""Smaller than the usual million, so that a short run has many shards."""
 CPUS = 2
 
 
@@ -99,7 +98,7 @@ def documents(tokens: int) -> dict[str, list[Document]]:
 
 
 def shards(model: str, texts: dict[str, list[Document]], workers: int) -> Iterator[int]:
-    """The tokens of each shard as it comes back."""
+    """The number of tokens of each shard, when it is finished."""
 
     def teacher(_: Any = None) -> Teacher:
         return Teacher.load(model, vocabulary=VOCABULARY, dtype="float32")
@@ -115,7 +114,7 @@ def shards(model: str, texts: dict[str, list[Document]], workers: int) -> Iterat
 
 
 def rate(model: str, texts: dict[str, list[Document]], workers: int) -> float:
-    """Tokens a second, from when each worker has given one shard: what came before is the start."""
+    """Tokens per second after each worker's first shard, which leaves out the start-up."""
     tokens, start = 0, 0.0
     for number, count in enumerate(shards(model, texts, workers), 1):
         if number == workers:
@@ -126,7 +125,7 @@ def rate(model: str, texts: dict[str, list[Document]], workers: int) -> float:
 
 
 def worker() -> psutil.Process:
-    """The one that reads: Ray names its process by the class."""
+    """The process of the only worker, which Ray names after its class."""
     mine = psutil.Process().children(recursive=True)
     (found,) = [each for each in mine if each.cmdline()[:1] and "_Worker" in each.cmdline()[0]]
     return found

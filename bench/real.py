@@ -1,20 +1,20 @@
-"""A real model's stories by sampling settings: variety, errors, and what each costs of the other.
+"""A real model's stories by sampling settings: variety, errors, and the trade-off between them.
 
     python bench/real_answers.py --model FOLDER            # first: the answers
     python bench/real.py [--folder build/real]
 
-Of each setting's answers to the story prompts, beside people's own stories:
+For each setting's answers to the story prompts, and for people's stories:
     errors      marks of a grammar checker per 100 words, without names
-    unknown     words in lower case per 100 words that no dictionary has
+    unknown     lower-case words per 100 words that are in no dictionary
     phrases     AI phrases per 1,000 words
     self-BLEU, distinct-3   of windows of 120 words, between answers to different prompts
     alike       self-BLEU between the answers to one prompt
     style       √MMD² of style features to people's stories
     SDS         the Style Diversity Score, within prompts
-and, for each way of sampling, the errors at the variety (self-BLEU) of stock's temperature 1 and
-the variety at the errors of its temperature .7, read between its settings. Intervals are 95 %, by
-leaving out a tenth of the prompts at a time; differences between settings are of the same prompts.
-The last line is one JSON document.
+and, for each sampling method, the errors at the variety (self-BLEU) of stock at temperature 1 and
+the variety at the errors of stock at .7, interpolated between the method's settings. Intervals are
+95 %, by leaving out a tenth of the prompts at a time; differences between settings are on the same
+prompts. The last line is one JSON document.
 """
 
 import json
@@ -34,8 +34,8 @@ from real_answers import (
     STORIES,
     Answer,
     data_folder,
-    kept,
     prompt_set,
+    read_answers,
 )
 
 from dftserve.evaluate import reference
@@ -58,7 +58,7 @@ WAYS: Mapping[str, Sequence[str]] = {
     "`gated`": ("`gated` .25", "`gated` .5", "`gated` .75", "`gated` 1"),
     "`words`": ("`words` .25", "`words` .5", "`words` .75", "`words` 1"),
 }
-"""Settings of one way of sampling, from the least varied to the most."""
+"""The settings of each sampling method, from the least varied to the most."""
 
 
 @click.command()
@@ -69,7 +69,7 @@ def main(folder: Path, output: Path) -> None:
     people = reference.build(tasks.load("story").human)
     checks = Checks(people)
     rows = {PEOPLE: checks.of_people(len(stories.prompts))}
-    for name, answers in by_setting(kept(folder), STORIES).items():
+    for name, answers in by_setting(read_answers(folder), STORIES).items():
         rows[name] = checks.of_answers(answers, stories.prompts)
     document: dict[str, Any] = {
         "what": "stories of SmolLM2-135M-Instruct by sampling settings; 95 % intervals",
@@ -79,7 +79,7 @@ def main(folder: Path, output: Path) -> None:
         "answers_to_each": stories.answers,
         "max_tokens": stories.tokens,
         "settings": {name: SETTINGS[name] for name in rows if name != PEOPLE},
-        "rows": {name: written(row) for name, row in rows.items()},
+        "rows": {name: rounded(row) for name, row in rows.items()},
         "to_stock": against(rows, STOCK),
         "to_gated": against(rows, GATED),
         "at_equal": at_equal(rows),
@@ -89,9 +89,9 @@ def main(folder: Path, output: Path) -> None:
 
 
 def against(rows: Mapping[str, Mapping[str, Estimate]], base: str) -> dict[str, Any]:
-    """Each setting minus another, of the same prompts."""
+    """The difference of each setting to a base setting, on the same prompts."""
     return {
-        name: written({key: difference(rows[base][key], row[key]) for key in row})
+        name: rounded({key: difference(rows[base][key], row[key]) for key in row})
         for name, row in rows.items()
         if base in rows and name not in (PEOPLE, base)
     }
@@ -105,7 +105,7 @@ def by_setting(answers: Sequence[Answer], prompt_set: str) -> dict[str, list[Ans
     return {name: found[name] for name in SETTINGS if name in found}
 
 
-def written(row: Mapping[str, Estimate]) -> dict[str, Any]:
+def rounded(row: Mapping[str, Estimate]) -> dict[str, Any]:
     return {
         name: {
             "value": round(found.value, 4),
@@ -121,7 +121,7 @@ def written(row: Mapping[str, Estimate]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the answers to one prompt."""
+    """Counts over the answers to one prompt."""
 
     words: int
     marks: int
@@ -130,7 +130,7 @@ class Counts:
 
 
 class Checks:
-    """What measures a setting's answers; the instruments are made once."""
+    """Measures the answers of settings, with instruments that are built once."""
 
     def __init__(self, people: Anchors) -> None:
         self._people = people
@@ -140,36 +140,36 @@ class Checks:
         self._phrases = slop.read_phrases(slop.OURS)
 
     def of_people(self, set_size: int) -> dict[str, Estimate]:
-        """Each person answered a prompt of their own, once; wording is compared within sets of
-        `set_size`, as that of a model."""
+        """Measures of people's stories. Each has its own prompt, with one answer; wording is
+        compared within sets of `set_size`, as for a model."""
         windows = self._people.test.whole()
         windows = windows.pick(range(len(windows) // set_size * set_size))
-        place_T = np.arange(len(windows))
-        said = [tokens(text) for text in windows.texts]
+        index_T = np.arange(len(windows))
+        tokens_T = [tokens(text) for text in windows.texts]
         return {
             **rates([self._counts([text]) for text in windows.texts]),
-            **between(place_T // set_size, place_T, said, len(windows)),
-            **self._style(windows, place_T, len(windows)),
+            **between(index_T // set_size, index_T, tokens_T, len(windows)),
+            **self._style(windows, index_T, len(windows)),
             "sds": score(windows, self._people.sds_reference).sds,
         }
 
     def of_answers(self, answers: Sequence[Answer], prompts: Sequence[str]) -> dict[str, Estimate]:
-        """`answers`: as many to each prompt."""
+        """`answers`: the same number for each prompt."""
         answers = sorted(answers, key=lambda answer: (answer.prompt, answer.number))
         count = 1 + answers[-1].prompt
         counts = [
-            self._counts([answer.text for answer in answers if answer.prompt == place])
-            for place in range(count)
+            self._counts([answer.text for answer in answers if answer.prompt == prompt])
+            for prompt in range(count)
         ]
         windows = Windows.of(Sample(a.text, prompts[a.prompt]) for a in answers)
-        long = [place for place, text in enumerate(windows.texts) if text]
-        said = [tokens(windows.texts[place]) for place in long]
-        number_T = np.array([answers[place].number for place in long])
-        prompt_T = np.array([answers[place].prompt for place in long])
+        long = [index for index, text in enumerate(windows.texts) if text]
+        tokens_T = [tokens(windows.texts[index]) for index in long]
+        number_T = np.array([answers[index].number for index in long])
+        prompt_T = np.array([answers[index].prompt for index in long])
         return {
             **rates(counts),
-            **between(number_T, prompt_T, said, count),
-            "alike": within(prompt_T, said, count),
+            **between(number_T, prompt_T, tokens_T, count),
+            "alike": within(prompt_T, tokens_T, count),
             **self._style(windows.pick(long), prompt_T, count),
             "sds": score(windows, self._people.sds_reference).sds,
             "short": jackknife(
@@ -189,17 +189,20 @@ class Checks:
     def _style(self, windows: Windows, prompt_T: NDArray, count: int) -> dict[str, Estimate]:
         style_TF = self._space.features(windows)
 
-        def apart(at: NDArray[np.intp]) -> float:
+        def distance(at: NDArray[np.intp]) -> float:
             mmd2 = two_sample.mmd2(
                 style_TF[np.isin(prompt_T, at)], self._human_NF, self._space.sigma
             )
             return float(np.sqrt(max(0.0, mmd2)))
 
-        return {"style": jackknife(count, apart)}
+        return {"style": jackknife(count, distance)}
 
 
 def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:
-    """Of one prompt each."""
+    """
+    Args:
+        counts: of one prompt each.
+    """
     counts_P4 = np.array([[c.words, c.marks, c.unknown, c.phrases] for c in counts], float)
 
     def rate(column: int, per: int) -> Estimate:
@@ -211,15 +214,16 @@ def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:
 
 
 def between(
-    number_T: NDArray, prompt_T: NDArray, said: Sequence[Sequence[str]], count: int
+    number_T: NDArray, prompt_T: NDArray, tokens_T: Sequence[Sequence[str]], count: int
 ) -> dict[str, Estimate]:
-    """Between answers of one number, which are to different prompts; the mean over the numbers."""
+    """Measures between the answers with the same number, which have different prompts; the mean
+    over the numbers."""
 
     def each(statistic: Callable[[list[Sequence[str]]], float]) -> Estimate:
         def mean(at: NDArray[np.intp]) -> float:
             chosen_T = np.isin(prompt_T, at)
             sets = [np.flatnonzero(chosen_T & (number_T == n)) for n in np.unique(number_T)]
-            return float(np.mean([statistic([said[int(i)] for i in texts]) for texts in sets]))
+            return float(np.mean([statistic([tokens_T[int(i)] for i in texts]) for texts in sets]))
 
         return jackknife(count, mean)
 
@@ -229,18 +233,18 @@ def between(
     }
 
 
-def within(prompt_T: NDArray, said: Sequence[Sequence[str]], count: int) -> Estimate:
+def within(prompt_T: NDArray, tokens_T: Sequence[Sequence[str]], count: int) -> Estimate:
     """Self-BLEU between the answers to one prompt; the mean over prompts with two or more."""
-    sets = [[said[int(i)] for i in np.flatnonzero(prompt_T == place)] for place in range(count)]
-    alike_P = np.array([lexical.self_bleu(s) if len(s) > 1 else np.nan for s in sets])
-    return jackknife(count, lambda at: float(np.nanmean(alike_P[at])))
+    sets = [[tokens_T[int(i)] for i in np.flatnonzero(prompt_T == p)] for p in range(count)]
+    bleu_P = np.array([lexical.self_bleu(s) if len(s) > 1 else np.nan for s in sets])
+    return jackknife(count, lambda at: float(np.nanmean(bleu_P[at])))
 
 
 # ── Errors at equal variety, variety at equal errors ─────────────────────────────────────────────
 
 
 def at_equal(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
-    """Of each way of sampling whose settings reach that far on both sides."""
+    """The comparisons for each sampling method whose settings span the point on both sides."""
     asked = {
         "errors_at_variety_of_stock": ("self_bleu", "errors", STOCK),
         "variety_at_errors_of_cool": ("errors", "self_bleu", COOL),
@@ -253,22 +257,22 @@ def at_equal(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
             for question, (key, value, at) in asked.items()
             if at in rows and len(curve) > 1
         }
-        found[way] = written({name: known for name, known in each.items() if known is not None})
+        found[way] = rounded({name: known for name, known in each.items() if known is not None})
     return found
 
 
 def read_at(
     curve: Sequence[Mapping[str, Estimate]], key: str, asked: str, at: Mapping[str, Estimate]
 ) -> Estimate | None:
-    """`asked` where `key` is as in `at`, between a way's settings on a log scale; None where the
-    settings do not reach there, with or without one of the tenths."""
+    """The value of `asked` where `key` is as in `at`, interpolated between a curve's settings on a
+    log scale; None if the settings do not span that point, with or without one of the tenths."""
     draws = range(len(at[key].left_out))
 
     def read(value_of: Callable[[Estimate], float]) -> float:
         points = sorted((value_of(row[key]), value_of(row[asked])) for row in curve)
         keys, values = (np.log([point[side] for point in points]) for side in (0, 1))
-        place = np.log(value_of(at[key]))
-        return float(np.exp(np.interp(place, keys, values, left=np.nan, right=np.nan)))
+        wanted = np.log(value_of(at[key]))
+        return float(np.exp(np.interp(wanted, keys, values, left=np.nan, right=np.nan)))
 
     value = read(lambda found: found.value)
     left_out = [read(lambda found, draw=draw: found.left_out[draw]) for draw in draws]

@@ -1,16 +1,16 @@
-"""Answers of a real model for bench/real.py and bench/words.py, kept so that a run goes on.
+"""Answers of a real model for bench/real.py and bench/words.py, stored so that a run can resume.
 
     DFTSERVE_DATA=path/to/data python bench/real_answers.py --model FOLDER [--only SET ...]
         [--setting NAME ...] [--dtype float32] [--folder build/real]
 
-One engine of stock vLLM with the plug-in answers sets of prompts of DFTSERVE_DATA: stories (eight
+One engine of stock vLLM with the plug-in answers prompt sets of DFTSERVE_DATA: stories (eight
 answers to each of 32 prompts of data/slop), essays (two to each of 60 of the same file, four to
 each of the other 90), IFEval and 300 questions of MMLU (one to each), every other prompt of
-NoveltyBench, which have many right answers (eight to each), and tasks of forms and languages of
-our own (five to each). A setting's answers to a set
-are one line of the plan; what the folder has is not asked for again, a set that a kill left in part
-is completed, and new settings join old ones. bf16 by default, as the checkpoint is; on a CPU
-without instructions for it float32 is many times as fast.
+NoveltyBench, which have many right answers (eight to each), and our own tasks with forms and
+languages (five to each). The engine is asked for one set with one setting at a time. Answers that
+the folder already contains are reused, an incomplete set is completed, and new settings are added.
+The dtype is the checkpoint's, bf16, by default; on a CPU without bf16 instructions float32 is many
+times faster.
 """
 
 import gzip
@@ -43,7 +43,7 @@ WORD_LAWS = (
     "cooler as it goes",
     "adapt",
 )
-"""Other ways to heat where words are chosen, of word_laws.py."""
+"""Other laws that heat where words are chosen, from word_laws.py."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     STOCK: {},
     WORDS: {"diversity": {"law": "words", "level": 1}},
@@ -72,8 +72,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "stock, T 1.5": {"temperature": 1.5},
     **{name: {"word_law": name} for name in WORD_LAWS},
 }
-"""Sampling parameters of vLLM by name, `diversity`, and what word_laws.py adds; the first are the
-first asked for."""
+"""vLLM's sampling parameters, `diversity`, and the arguments of word_laws.py; asked for in this
+order."""
 EXTRA_ARGS = ("diversity", "word_law", "other_law")
 SLOTS = 128
 
@@ -92,7 +92,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; `prompt` is a place in its set, `number` counts the answers to it."""
+    """One answer; `prompt` is an index of its set, `number` counts the answers to that prompt."""
 
     prompt_set: str
     setting: str
@@ -103,12 +103,13 @@ class Answer:
 
 
 Place = tuple[str, str, int, int]
-"""A set, a setting, a prompt of the set and the number of its answer."""
+"""(prompt set, setting, prompt's index in the set, number of its answer)."""
 STORIES, ESSAYS, OTHER_ESSAYS, IFEVAL, MMLU = "stories", "essays", "other essays", "ifeval", "mmlu"
 OPEN, FORMS = "open", "forms"
-"""The other essays were asked for once the essays had shown how many answers tell laws apart."""
+"""The other essays were added after the essays had shown how many answers are needed to distinguish
+the laws."""
 COMPARED = (WORDS, GATED, MIN_P, STOCK)
-"""Settings of all sets."""
+"""The settings of most sets."""
 HALF = ("`words` .5", "`gated` .5")
 IN_FORMS = (WORDS, GATED, STOCK, COOL)
 IN_TASKS = (*COMPARED, COOL, WORDS_QUARTER)
@@ -150,27 +151,27 @@ def open_prompts(data: Path) -> list[str]:
 
 
 def mmlu(data: Path) -> list[dict[str, Any]]:
-    """Questions of MMLU's test set, spread evenly over it and so over its subjects."""
+    """Questions of MMLU's test set, evenly spaced in it and so over its subjects."""
     lines = (data / "accuracy" / "mmlu_test.jsonl").read_text().splitlines()
     return [json.loads(lines[n * len(lines) // MMLU_QUESTIONS]) for n in range(MMLU_QUESTIONS)]
 
 
 def question(row: Mapping[str, Any]) -> str:
-    """A question as a chat asks it, without examples."""
+    """A question as a chat message, without examples."""
     choices = zip("ABCD", row["choices"], strict=True)
     lines = [row["question"], *(f"{letter}. {choice}" for letter, choice in choices)]
     return "\n".join([*lines, "Answer with the letter of the right choice."])
 
 
-def kept(folder: Path) -> list[Answer]:
+def read_answers(folder: Path) -> list[Answer]:
     """The answers of a folder."""
     return read(folder / "answers.jsonl", Answer)
 
 
 def answers_by_prompt(answers: Sequence[Answer]) -> list[list[str]]:
-    """Texts, in the order of the prompts."""
+    """The texts for each prompt, in the order of the prompts."""
     count = 1 + max(answer.prompt for answer in answers)
-    return [[a.text for a in answers if a.prompt == place] for place in range(count)]
+    return [[a.text for a in answers if a.prompt == prompt] for prompt in range(count)]
 
 
 def data_folder() -> Path:
@@ -222,27 +223,27 @@ def place_of(answer: Answer) -> Place:
 
 
 def add(store: AnswerStore[Answer], answers: Sequence[Answer], known: Set[Place]) -> None:
-    """Those that are not known: a kill between two rows leaves part of a set."""
+    """Append the answers that are not known yet: a killed run may have stored part of a set."""
     for answer in answers:
         if place_of(answer) not in known:
             store.append(answer)
 
 
 def pack(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Answers as they are kept in results/texts."""
+    """Write answers in the format of results/texts."""
     with gzip.open(file, "wt", encoding="utf-8") as packed:
         for row in rows:
             packed.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_whole(prompts: PromptSet, name: str, known: Set[Place]) -> bool:
-    """Whether a setting's answers to a set are all there."""
-    held = sum(place[:2] == (prompts.name, name) for place in known)
-    return held == len(prompts.prompts) * prompts.answers
+    """Whether all of a setting's answers to a set are known."""
+    count = sum(place[:2] == (prompts.name, name) for place in known)
+    return count == len(prompts.prompts) * prompts.answers
 
 
 def in_turn(sets: Sequence[PromptSet]) -> Iterator[tuple[PromptSet, str]]:
-    """Settings before sets, so that a run that ends early has all sets of the first settings."""
+    """Setting by setting, so that an aborted run has all sets for the first settings."""
     for name in SETTINGS:
         yield from ((each, name) for each in sets if name in each.settings)
 
@@ -258,7 +259,7 @@ def engine(model: Path, dtype: Any, seed: int) -> Any:
         max_model_len=2048,
         max_num_seqs=SLOTS,
         kv_cache_memory_bytes=4 << 30,
-        # Small blocks, so that a prompt is read once, however often it is asked.
+        # Small blocks, so that most of a prompt is prefilled once for all of its answers.
         block_size=32,
         enforce_eager=True,
         logits_processors=[word_laws.WordLaws, other_laws.OtherLaws],
@@ -268,7 +269,7 @@ def engine(model: Path, dtype: Any, seed: int) -> Any:
 
 
 def ask(llm: Any, prompts: PromptSet, name: str, setting: Mapping[str, Any]) -> list[Answer]:
-    """The answers of a setting, of this name, to a set, all asked for at once."""
+    """The answers to a prompt set with the setting of this name, requested all at once."""
     from vllm import SamplingParams
 
     ours = {key: value for key, value in setting.items() if key in EXTRA_ARGS}
@@ -282,8 +283,8 @@ def ask(llm: Any, prompts: PromptSet, name: str, setting: Mapping[str, Any]) -> 
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts.prompts]
     requests = llm.chat(chats, parameters, use_tqdm=False)
     return [
-        Answer(prompts.name, name, place, number, output.text, len(output.token_ids))
-        for place, request in enumerate(requests)
+        Answer(prompts.name, name, prompt, number, output.text, len(output.token_ids))
+        for prompt, request in enumerate(requests)
         for number, output in enumerate(request.outputs)
     ]
 

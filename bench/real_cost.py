@@ -1,18 +1,19 @@
-"""What the laws cost on a real model: throughput, and the wait for a first token.
+"""What the laws cost on a real model: throughput, and the time to the first token.
 
     python bench/real_cost.py --model FOLDER [--pairs 8] [--concurrency C ...] [--dtype float32]
                               [--output bench/results/real_cost.json]
 
-One engine in this process, at several numbers of requests at once. The ways take turns on it,
-round by round:
-    stock     the plug-in's processor taken out of the engine's list
-    no field  the processor there, no request asks for it
-    gated, words   every request asks for level 1 of that law
+One engine in this process, with several numbers of concurrent requests. The variants take turns on
+it, round by round:
+    stock     without the plug-in's processor
+    no field  with the processor, without the field in any request
+    gated, words   every request with level 1 of that law
     min_p     stock, with vLLM's own min_p .02 and temperature 1.3
     top_p     stock, with vLLM's own top_p .95
-A round is that many story prompts, answered in 32 tokens each: output tokens per second of all
-together, and the time to a request's first token, the median of the round. The last line is one
-JSON document. Absolute figures belong to the machine; the ratios to stock are the result.
+A round answers one story prompt per request, with 32 tokens each. Measured are output tokens per
+second of all requests together, and the time to the first token, as the median of the round. The
+last line is one JSON document. Absolute figures depend on the machine; the ratios to stock are the
+result.
 """
 
 import json
@@ -38,16 +39,16 @@ from ratios import ratio, shown
 
 CONCURRENCIES = (1, 8, 32, 64)
 TOKENS = 32
-"""Of an answer."""
+"""Tokens of an answer."""
 RESULTS = Path(__file__).parent / "results" / "real_cost.json"
 
 
 @dataclass(frozen=True)
 class Way:
     sampling: dict[str, Any]
-    """Of SamplingParams, and `diversity`."""
+    """Arguments of SamplingParams, and `diversity`."""
     is_stock: bool = False
-    """Without the plug-in's processor."""
+    """Whether it runs without the plug-in's processor."""
 
 
 WAYS = {
@@ -71,7 +72,7 @@ class Round:
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--dtype", default="auto")
 @click.option(
-    "--pairs", default=8, type=click.IntRange(min=2), help="Rounds; in each, every way runs once."
+    "--pairs", default=8, type=click.IntRange(min=2), help="Rounds; each runs every variant once."
 )
 @click.option(
     "--concurrency",
@@ -88,7 +89,7 @@ def main(model: Path, dtype: Any, pairs: int, concurrencies: tuple[int, ...], ou
     rows = []
     for count in concurrencies:
         rows.append(measure(llm, prompts, count, pairs))
-        print(told(rows[-1]), flush=True)
+        print(line_of(rows[-1]), flush=True)
     document = {
         "what": "SmolLM2-135M-Instruct in one engine, ratios to stock, 95 % intervals",
         "machine": machine(),
@@ -111,16 +112,16 @@ def engine(model: Path, dtype: Any, slots: int) -> LLM:
         kv_cache_memory_bytes=2 << 30,
         enforce_eager=True,
         generation_config="vllm",
-        # A prompt is read in every round, whatever was asked before.
+        # Every round prefills its prompts, even if an earlier one had them.
         enable_prefix_caching=False,
-        # Requests' own times come with the statistics.
+        # The times of single requests are part of the statistics.
         disable_log_stats=False,
         seed=0,
     )
 
 
 def measure(llm: LLM, prompts: Sequence[str], count: int, pairs: int) -> dict[str, Any]:
-    """Alternating rounds of all ways; the order turns so that no way is always first."""
+    """Alternating rounds of all variants; the order rotates so that none is always first."""
     ways = {name: rounds(llm, way, prompts, count) for name, way in WAYS.items()}
     for once in ways.values():
         once()
@@ -161,7 +162,7 @@ def rounds(llm: LLM, way: Way, prompts: Sequence[str], count: int) -> Callable[[
     return without_ours(llm, once) if way.is_stock else once
 
 
-def told(row: dict[str, Any]) -> str:
+def line_of(row: dict[str, Any]) -> str:
     cells = [f"{name} {shown(found)}" for name, found in row["throughput"].items()]
     return f"{row['requests']:>3} requests: {', '.join(cells)}"
 

@@ -1,14 +1,14 @@
-"""What a target without a teacher is worth on real prose: bits per byte of authors never seen.
+"""What a target without a teacher is worth on real prose: bits per byte of unseen authors.
 
     DFTSERVE_DATA=path/to/data OMP_NUM_THREADS=1 python bench/real_text.py
     python bench/real_text.py --tokens 1000000     # adds this size to the results of others
 
-A small model learns from .1M and 1M tokens of public-domain novels, by plain fine-tuning, with
-label smoothing, and toward the `ngram` target mixed with the text at two weights. All stop early on
-the text of some other authors, all have their temperature chosen there, and are then scored on the
-text of others again. Seeds draw the training documents and the initial weights; methods of one seed
-share both, so the differences are paired. Prints a table, then one JSON document, which also goes
-to bench/results as it grows.
+A small model is trained on .1M and 1M tokens of public-domain novels, by plain fine-tuning, with
+label smoothing, and toward the `ngram` target mixed with the text at two weights. Early stopping
+and the choice of the temperature use the text of other authors; the score is on the text of a third
+group of authors. Seeds determine the training documents and the initial weights; the methods share
+both for each seed, so the differences are paired. Prints a table, then one JSON document, which is
+also written to bench/results after every run.
 """
 
 import json
@@ -52,7 +52,7 @@ VALIDATION_AUTHORS, TEST_AUTHORS = 3, 4
 VOCABULARY, LONGEST, WORDS = 2048, 256, 180
 EPOCHS = {100_000: 8.0, 1_000_000: 2.0}
 DOCUMENTS = {"heldout": 100, "test": 240}
-"""Of the authors that are not trained on, drawn once."""
+"""Numbers of documents by authors that are not trained on, drawn once."""
 METHODS: Mapping[str, DivergenceConfig] = {
     "sft": DivergenceConfig(name="sft"),
     "label smoothing .1": DivergenceConfig(name="label_smoothing", epsilon=0.1),
@@ -66,16 +66,16 @@ TEMPERATURES = tuple(round(0.8 + 0.05 * step, 2) for step in range(9))
 
 
 def authors() -> dict[str, list[Text]]:
-    """Documents of about WORDS words, by file: one novel each."""
+    """Documents of about WORDS words, by file; each file is a novel."""
     data = os.environ.get("DFTSERVE_DATA")
     if data is None or not (Path(data) / "prose").is_dir():
-        raise click.UsageError("DFTSERVE_DATA names no folder with prose/ in it.")
+        raise click.UsageError("DFTSERVE_DATA is not set to a folder that contains prose/.")
     found = {text.origin: cut(text, WORDS) for text in read(Path(data) / "prose")}
     return {name: found[name] for name in sorted(found)}
 
 
 def divided(found: Mapping[str, list[Text]]) -> dict[str, list[str]]:
-    """Training, validation and test text; no book on two sides, the same for every seed."""
+    """Training, validation and test text, split by book, in the same way for every seed."""
     names = random.Random(0).sample(list(found), len(found))
     sides = {
         "test": names[:TEST_AUTHORS],
@@ -102,14 +102,14 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def drawn(documents: Sequence[Document], tokens: int, seed: int) -> list[Document]:
-    """Documents in random order until they hold so many tokens."""
-    chosen, held = [], 0
+    """Documents in random order, until they have `tokens` tokens."""
+    chosen, count = [], 0
     for document in random.Random(seed).sample(list(documents), len(documents)):
         chosen.append(document)
-        held += len(document.tokens_N)
-        if held >= tokens:
+        count += len(document.tokens_N)
+        if count >= tokens:
             return chosen
-    raise click.UsageError(f"the training text holds {held} tokens; asked for {tokens}.")
+    raise click.UsageError(f"the training text has {count} tokens; --tokens asks for {tokens}.")
 
 
 # ── One run ──────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +142,7 @@ def build_store(
 
 
 def run(place: Path, method: DivergenceConfig, tokens: int, seed: int) -> Path:
-    """The checkpoint of the evaluation that the validation text liked best."""
+    """Train, and return the checkpoint with the best validation loss."""
     output = place / "run"
     shutil.rmtree(output, ignore_errors=True)
     steps_of_epoch = math.ceil(tokens / LONGEST / 8)
@@ -169,14 +169,14 @@ def run(place: Path, method: DivergenceConfig, tokens: int, seed: int) -> Path:
 
 @torch.no_grad()
 def nats(folder: Path, rows: Rows, temperatures: Sequence[float]) -> np.ndarray:
-    """Σ −ln p of the rows' tokens at each temperature."""
+    """Σ −ln p of the rows' tokens, for each temperature."""
     model = load(examine(folder), dtype=torch.float32)
     language_model, total = LanguageModel(model, str(folder)), np.zeros(len(temperatures))
     for batch in DataLoader(rows, batch_size=16, collate_fn=Collator()):  # type: ignore[arg-type]
         hidden_TD = language_model.states(**model_inputs(batch)).hidden_BND.flatten(0, 1)
         logits_TV = language_model.head.logits(hidden_TD[batch["positions_T"]])
-        for place, temperature in enumerate(temperatures):
-            total[place] += float(
+        for index, temperature in enumerate(temperatures):
+            total[index] += float(
                 torch.nn.functional.cross_entropy(
                     logits_TV / temperature, batch["labels_R"], reduction="sum"
                 )
@@ -184,9 +184,11 @@ def nats(folder: Path, rows: Rows, temperatures: Sequence[float]) -> np.ndarray:
     return total
 
 
-def score(folder: Path, held: store.TargetStore, test: Rows, test_bytes: int) -> dict[str, float]:
-    """Bits per byte on the test text, at temperature 1 and at the validation text's best."""
-    validation = Rows(held, "heldout", longest=LONGEST, packing=True, seed=0)
+def score(
+    folder: Path, targets: store.TargetStore, test: Rows, test_bytes: int
+) -> dict[str, float]:
+    """Bits per byte on the test text, at temperature 1 and at the best one on validation text."""
+    validation = Rows(targets, "heldout", longest=LONGEST, packing=True, seed=0)
     best = TEMPERATURES[int(nats(folder, validation, TEMPERATURES).argmin())]
     plain, tuned = nats(folder, test, (1.0, best)) / math.log(2) / test_bytes
     return {
@@ -209,14 +211,14 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def summary(runs: Sequence[Mapping]) -> dict[str, dict]:
-    """By size and method: bits per byte, and the paired difference from SFT."""
-    told: dict[str, dict] = {}
+    """Bits per byte, and the paired difference from SFT, by size and method."""
+    found: dict[str, dict] = {}
     for tokens in sorted({each["tokens"] for each in runs}):
         of = {(r["method"], r["seed"]): r["bits_per_byte"] for r in runs if r["tokens"] == tokens}
         seeds = [s for s in sorted({s for _, s in of}) if all((m, s) in of for m in METHODS)]
         if not seeds:
             continue
-        told[str(tokens)] = {
+        found[str(tokens)] = {
             method: {
                 "bits_per_byte": interval([of[method, s] for s in seeds]),
                 "less_than_sft": interval([of["sft", s] - of[method, s] for s in seeds]),
@@ -224,7 +226,7 @@ def summary(runs: Sequence[Mapping]) -> dict[str, dict]:
             }
             for method in METHODS
         }
-    return told
+    return found
 
 
 def write(runs: Sequence[Mapping], sides: Mapping[str, int]) -> str:
@@ -244,7 +246,7 @@ def write(runs: Sequence[Mapping], sides: Mapping[str, int]) -> str:
 
 
 def known() -> list[dict]:
-    """The runs of a former call: each size is an hour's work, and may be measured by itself."""
+    """The runs of earlier calls: each size takes about an hour and may be measured on its own."""
     return json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.exists() else []
 
 
@@ -273,9 +275,9 @@ def main(sizes: tuple[int, ...], seeds: int) -> None:
                 sides = {"train": chosen, "heldout": documents["heldout"]}
                 build_store(place / "targets", tokenizer, sides)
                 start(place / "start", tokenizer, seed)
-                held = store.TargetStore(place / "targets")
+                targets = store.TargetStore(place / "targets")
                 for name, method in METHODS.items():
-                    scores = score(run(place, method, tokens, seed), held, test, test_bytes)
+                    scores = score(run(place, method, tokens, seed), targets, test, test_bytes)
                     runs.append({"tokens": tokens, "seed": seed, "method": name, **scores})
                     print(f"{tokens:>9,} seed {seed} {name:20}{scores}", flush=True)
                     write(runs, characters)

@@ -1,11 +1,11 @@
-"""Do the rules of `evaluate accuracy --tasks refusals` tell refusals from answers?
+"""Do the rules of `evaluate accuracy --tasks refusals` distinguish refusals from answers?
 
     pip download --no-deps pyrit==1.1.0
     DFTSERVE_DATA=path/to/data python bench/refused.py pyrit-1.1.0-py3-none-any.whl
 
-On our list, tests/cases/refusals.json, and on the answers that people labelled in PyRIT (MIT); and
-how many are called refusals of the answers behind other results, of the texts in `human_ai`, and of
-the paragraphs of books.
+Measured on our list, tests/cases/refusals.json, and on the answers in PyRIT (MIT) that people have
+labelled. Also counts how many of the answers of other results, of the texts in `human_ai`, and of
+the paragraphs of books are classified as refusals.
 The last line is one JSON document.
 """
 
@@ -30,7 +30,7 @@ RESULTS = HERE / "results"
 LISTED = HERE.parent / "tests" / "cases" / "refusals.json"
 LABELLED = "pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv"
 SHORTEST = 150
-"""Characters of a text; shorter strings of a file are names."""
+"""Minimum characters of a text; shorter strings in a file are names."""
 
 Labelled = Sequence[tuple[str, bool]]
 """Answers, and whether each is a refusal."""
@@ -52,7 +52,7 @@ def main(wheel: Path, output: Path) -> None:
     others["books, by paragraph"] = paragraphs(data / "books")
     found = {
         "sets": {name: measured(answers) for name, answers in sets.items()},
-        "others": {name: called(list(texts)) for name, texts in others.items()},
+        "others": {name: refusals_among(list(texts)) for name, texts in others.items()},
         "machine": machine(),
         "versions": versions(),
     }
@@ -63,24 +63,24 @@ def main(wheel: Path, output: Path) -> None:
 
 
 def labelled(wheel: Path) -> Labelled:
-    """PyRIT's, each answer once. The first line of the file is its version."""
+    """PyRIT's answers, without duplicates. The first line of the file is its version."""
     _, content = zipfile.ZipFile(wheel).read(LABELLED).decode().split("\n", 1)
     rows = csv.DictReader(io.StringIO(content))
     return list({row["assistant_response"]: row["human_score"] == "1" for row in rows}.items())
 
 
 def measured(answers: Labelled) -> dict[str, int]:
-    """Counts: recall is found / refusals, precision found / (found + wrong)."""
-    called = [is_refusal for answer, is_refusal in answers if refuses(answer)]
+    """Counts: recall is found / refusals, precision is found / (found + wrong)."""
+    flagged = [is_refusal for answer, is_refusal in answers if refuses(answer)]
     return {
         "answers": len(answers),
         "refusals": sum(is_refusal for _, is_refusal in answers),
-        "found": sum(called),
-        "wrong": len(called) - sum(called),
+        "found": sum(flagged),
+        "wrong": len(flagged) - sum(flagged),
     }
 
 
-def called(texts: Sequence[str]) -> dict[str, int]:
+def refusals_among(texts: Sequence[str]) -> dict[str, int]:
     return {"texts": len(texts), "called refusals": sum(map(bool, map(refuses, texts)))}
 
 

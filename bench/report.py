@@ -1,8 +1,8 @@
-"""Write the tables of the README and of docs/ from bench/results.
+"""Writes the tables of the README and of docs/ from bench/results.
 
     python bench/report.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+A table is placed between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import json
@@ -32,16 +32,16 @@ def main() -> None:
 
 
 def written(text: str, name: str) -> str:
-    """The document `text` with the table as the results have it now.
+    """The document `text` with the table made from the current results.
 
     Raises:
-        ValueError: it has no place for that table.
+        ValueError: the document has no markers for that table.
     """
     document = json.loads((RESULTS / f"{RESULT_OF.get(name, name)}.json").read_text())
     mark = f"<!-- table: {name} -->"
     pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"the document has no place for the table {name!r}: {mark}")
+        raise ValueError(f"the document has no marker for the table {name!r}: {mark}")
     table = TABLES[name](document)
     return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
 
@@ -82,7 +82,7 @@ def served(document: dict[str, Any]) -> str:
 
 
 def real_cost(document: dict[str, Any]) -> str:
-    """Throughput and the wait for a first token, a real model, by requests at once."""
+    """Throughput and time to the first token of a real model, by number of concurrent requests."""
     ways = {
         "no field": "no field",
         "`gated` 1": "gated",
@@ -91,21 +91,22 @@ def real_cost(document: dict[str, Any]) -> str:
         "top-p .95": "top_p",
     }
     lines = [f"| | requests | {' | '.join(ways)} |", f"|{'---|' * (len(ways) + 2)}"]
-    for told, key in {"throughput": "throughput", "first token after": "first_token"}.items():
+    for label, key in {"throughput": "throughput", "first token after": "first_token"}.items():
         for row in document["rows"]:
             cells = " | ".join(shown(row[key][way]) for way in ways.values())
-            lines.append(f"| {told} | {row['requests']} | {cells} |")
+            lines.append(f"| {label} | {row['requests']} | {cells} |")
     lines.append("")
     lines.append(
-        f"`bench/real_cost.py`: SmolLM2-135M-Instruct in one engine, rounds of {document['tokens']}"
-        f" tokens an answer that take turns, {document['pairs']} of each; medians of the ratios to "
-        "stock vLLM. Of throughput more is better, of the wait less."
+        f"`bench/real_cost.py`: SmolLM2-135M-Instruct in one engine; {document['pairs']} rounds of "
+        f"each variant, in turns, with {document['tokens']} tokens per answer; medians of the "
+        "ratios to stock vLLM. For throughput higher is better, for the time to the first token "
+        "lower."
     )
     return "\n".join(lines)
 
 
 def sampler(document: dict[str, Any]) -> str:
-    """Ours over a copy; how many times as long as ours each other way takes."""
+    """The time of our transform over that of a copy, and of the other variants over ours."""
     ways = {"plain law": "naive", "vLLM's sampler step": "sampler", "qr-sampler's law": "peer"}
     rows = [
         (
@@ -119,7 +120,7 @@ def sampler(document: dict[str, Any]) -> str:
 
 
 def ratios(head: list[str], rows: list[tuple[tuple[int, int], list[dict[str, Any]]]]) -> str:
-    """A line for each size, two numbers, with what was found there."""
+    """A table of ratios, with a row for each (vocabulary, count)."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for (vocabulary, count), found in rows:
         cells = [f"{vocabulary:,}", str(count), *map(shown, found)]
@@ -128,7 +129,7 @@ def ratios(head: list[str], rows: list[tuple[tuple[int, int], list[dict[str, Any
 
 
 def real(document: dict[str, Any]) -> str:
-    """People's stories, and a real model's from the most errors to the least: some settings."""
+    """People's stories and a real model's, with selected settings, the most errors first."""
     return stories(document, {name: document["rows"][name] for name in IN_README})
 
 
@@ -155,24 +156,24 @@ def stories(document: dict[str, Any], rows: dict[str, Any]) -> str:
     for name in sorted(rows, key=lambda n: (n != "people", -rows[n]["errors"]["value"])):
         cells = [interval(rows[name][key], digits) for key, digits in MEASURED.values()]
         cells.append(left_out(rows[name]))
-        told = re.sub(r"`(\w+)` ([\d.]+)", r"`diversity` \2, law `\1`", name)
-        lines.append(f"| {told} | {' | '.join(cells)} |")
+        label = re.sub(r"`(\w+)` ([\d.]+)", r"`diversity` \2, law `\1`", name)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     count = document["prompts"] * document["answers_to_each"]
     lines.append("")
     lines.append(
-        f"`bench/real.py`: SmolLM2-135M-Instruct, {count} answers a row ({document['prompts']} "
+        f"`bench/real.py`: SmolLM2-135M-Instruct, {count} answers per row ({document['prompts']} "
         f"story prompts, {document['answers_to_each']} each, at most {document['max_tokens']} "
         "tokens, float32), and people's stories; 95 % intervals. Errors: marks of a grammar "
-        "checker per 100 words, names apart; AI phrases per 1,000 words; self-BLEU, lower is more "
-        "varied, between answers to different prompts; SDS within prompts, 100 is as varied in "
-        f"style as people. {TOO_SHORT}"
+        "checker per 100 words, without names; AI phrases per 1,000 words; self-BLEU between "
+        "answers to different prompts, lower is more varied; SDS within prompts, 100 is as varied "
+        f"in style as people. {TOO_SHORT}"
     )
     return "\n".join(lines)
 
 
 TOO_SHORT = (
-    "Too short: answers of fewer words than a style is measured on (120), which self-BLEU, style "
-    "distance and SDS leave out."
+    "Too short: answers with fewer words than a style measurement needs (120); self-BLEU, style "
+    "distance and SDS leave them out."
 )
 
 
@@ -186,7 +187,7 @@ MEASURED = {
 
 
 def words(document: dict[str, Any]) -> str:
-    """Both laws and their rivals on prompts that chose neither, from the most errors."""
+    """Both laws and their rivals on prompts that neither was tuned on, the most errors first."""
     essays, followed = document["other_essays"]["rows"], document["ifeval"]["rows"]
     questions = document["mmlu"]["rows"]
     measured = {"errors": 2, "unknown": 2, "self_bleu": 1}
@@ -207,13 +208,13 @@ def words(document: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"`bench/words.py`: SmolLM2-135M-Instruct; {others['prompts']} essay prompts, "
-        f"{others['answers_to_each']} answers each; IFEval: of {ifeval['prompts']} prompts, those "
-        "all of whose instructions were followed; MMLU: of "
-        f"{document['mmlu']['questions']} questions in a chat, by one answer each. Errors and "
+        f"{others['answers_to_each']} answers each; IFEval: the share of {ifeval['prompts']} "
+        "prompts all of whose instructions were followed; MMLU: shares of "
+        f"{document['mmlu']['questions']} questions in a chat, with one answer each. Errors and "
         f"unknown words per 100 words; 95 % intervals. {first['prompts']} other essay prompts "
         f"({first['answers_to_each']} answers each) were measured before and did not settle which "
-        "law is the default; these were asked for then, and the decision goes by them alone. "
-        f"Differences in errors: {_differences(others['against'])}."
+        "law should be the default; the prompts shown here were added after that, and the decision "
+        f"is based on them alone. Differences in errors: {_differences(others['against'])}."
     )
     return "\n".join(lines)
 
@@ -228,25 +229,25 @@ PAIRS = (
 
 
 def _differences(against: dict[str, Any]) -> str:
-    """Errors of one setting less those of another, on the same prompts."""
+    """Errors of one setting minus those of another, on the same prompts."""
     found = [(one, other, against[one][other]["errors"]) for one, other in PAIRS]
     return "; ".join(
-        f"{one} less {other} {each['value']:+.2f} [{each['low']:+.2f}, {each['high']:+.2f}], "
+        f"{one} minus {other} {each['value']:+.2f} [{each['low']:+.2f}, {each['high']:+.2f}], "
         f"p {each['p']:.3f}"
         for one, other, each in found
     )
 
 
 def headline(document: dict[str, Any]) -> str:
-    """Models by what they were tuned on: variety, errors, accuracy and likelihood."""
+    """Variety, errors, accuracy and likelihood of the models, by tuning method."""
     measured = {name: MEASURED[name] for name in ("SDS", "style distance", "AI phrases", "errors")}
     accuracy, bits = document["accuracy"], document["bits_per_byte"]
-    told, texts = document["stories"], document["texts"]
+    story, texts = document["stories"], document["texts"]
     lines = [
         f"| | {' | '.join(measured)} | too short | IFEval | bits a byte: stories | books |",
         f"|---|{'---|' * len(measured)}---|---|---|---|",
     ]
-    for name, row in {"people": told["people"], **told["rows"]}.items():
+    for name, row in {"people": story["people"], **story["rows"]}.items():
         cells = [interval(row[key], digits) for key, digits in measured.values()]
         cells.append(left_out(row))
         model, _, setting = name.partition(", ")
@@ -254,19 +255,20 @@ def headline(document: dict[str, Any]) -> str:
         cells.append(percent(accuracy["ifeval"][model]) if is_plain else "")
         cells += [interval(bits[of][model], 3) if is_plain else "" for of in bits]
         lines.append(f"| {name.replace('`gated` 1', '`diversity` 1')} | {' | '.join(cells)} |")
-    count = told["prompts"] * told["answers_to_each"]
+    count = story["prompts"] * story["answers_to_each"]
     lines.append("")
     lines.append(
-        f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories a row of a "
-        f"model, {document['accuracy']['ifeval']['start']['count']} prompts of IFEval; "
-        f"{texts['start']} answers of one model to begin with, {texts['train']} people's stories "
-        f"to tune on, {texts['measure']} others to measure with; 95 % intervals. {TOO_SHORT}"
+        f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories for each row of a "
+        f"model, {document['accuracy']['ifeval']['start']['count']} prompts of IFEval. The start "
+        f"was tuned on {texts['start']} answers of one model, the models made from it on "
+        f"{texts['train']} people's stories; {texts['measure']} other stories by people are for "
+        f"comparison. 95 % intervals. {TOO_SHORT}"
     )
     return "\n".join(lines)
 
 
 def variety(document: dict[str, Any]) -> str:
-    """Eight answers to an open prompt, from the fewest meanings."""
+    """Eight answers to an open prompt, the fewest meanings first."""
     measured = {"distinct": 2, "alike": 3, "openings": 3, "self_bleu": 1, "errors": 2}
     rows = document["rows"]
     lines = [
@@ -280,9 +282,9 @@ def variety(document: dict[str, Any]) -> str:
     lines.append(
         f"`bench/variety.py`: SmolLM2-135M-Instruct, {document['answers_to_each']} answers of at "
         f"most {document['max_tokens']} tokens to each of {document['prompts']} prompts of "
-        f"NoveltyBench; two answers mean the same where a sentence encoder ({document['encoder']}) "
-        f"gives them a cosine of {document['same_meaning']}. Same opening: pairs that begin with "
-        "the same three words. Errors per 100 words; 95 % intervals."
+        "NoveltyBench. Two answers have the same meaning if their cosine by a sentence encoder "
+        f"({document['encoder']}) is at least {document['same_meaning']}. Same opening: pairs that "
+        "begin with the same three words. Errors per 100 words; 95 % intervals."
     )
     return "\n".join(lines)
 
@@ -295,8 +297,8 @@ def forms(document: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(percent(row[form]['kept']) for form in named)} |")
     lines.append("")
     lines.append(
-        "`bench/forms.py`: SmolLM2-135M-Instruct; the share of answers (20 a cell, cut after 128 "
-        "tokens) that keep the form or language that was asked for, by rule; 95 % intervals."
+        "`bench/forms.py`: SmolLM2-135M-Instruct; the share of answers (20 per cell, cut after 128 "
+        "tokens) that by rule keep the form or language of the prompt; 95 % intervals."
     )
     return "\n".join(lines)
 
@@ -307,15 +309,15 @@ def percent(found: dict[str, float]) -> str:
 
 
 def first_law(document: dict[str, Any]) -> str:
-    """Stock, the usual cut, and three levels of the field, on the well-trained stage."""
+    """Stock, top-p and three levels of the field, on the well-trained stage."""
     constants = document["constants"]["in_force"]
     count = document["sequences_per_setting"]["confirm"]
     lines = _stories(document["confirm"]["well-trained"]["settings"], SHOWN, count)
     lines.append("")
     lines.append(
-        f"`bench/first_law.py`, a story grammar and a small model of it, on prompts that did not "
-        f"choose the constants (c = {constants['strength']:g}); 95 % intervals. Variety is the "
-        "entropy of the free choices in valid stories, as a share of uniform."
+        f"`bench/first_law.py`, a story grammar and a small model of it, on prompts that were not "
+        f"used to choose the constants (c = {constants['strength']:g}); 95 % intervals. Variety is "
+        "the entropy of the free choices in valid stories, as a share of uniform."
     )
     return "\n".join(lines)
 
@@ -325,8 +327,8 @@ def _stories(
 ) -> list[str]:
     """
     Args:
-        shown: what to call a setting, its family, and what its name contains.
-        count: stories of each setting.
+        shown: (label, family, part of the name) of each setting to show.
+        count: stories for each setting.
     """
     lines = [
         f"| {count:,} stories each | valid | distinct and valid per 1,000 | variety of choices |",
@@ -346,16 +348,16 @@ def estimated(interval: dict[str, float], unit: float) -> str:
 
 
 def words_stories(document: dict[str, Any]) -> str:
-    """The law `words` on the stories' grammar, beside `gated`."""
+    """The law `words` on the stories' grammar, compared with `gated`."""
     lines = _stories(document["settings"], WORDS_SHOWN, document["sequences_per_setting"])
     lead = document["lead_in_diversity_at_equal_validity"]["words over gated"]
     share = document["tokens_by_class"]
     lines.append("")
     lines.append(
         f"`bench/words_stories.py`: variety at equal validity, `words` minus `gated`: "
-        f"{percent_difference(lead)}. The tokenizer was made from these stories: "
-        f"{100 * share['inside']:.0f} % of their tokens are inside a word, so the grammar shows "
-        "whether `words` keeps texts right, not what it gains where words are spelled in parts."
+        f"{percent_difference(lead)}. The tokenizer was trained on these stories, and only "
+        f"{100 * share['inside']:.0f} % of their tokens are inside a word, so the bench shows "
+        "whether `words` keeps texts valid, not what it gains where words have several tokens."
     )
     return "\n".join(lines)
 
@@ -386,13 +388,13 @@ SHOWN = (
 
 
 def known_source(document: dict[str, Any]) -> str:
-    """True forward KL of the ways that are offered, nearest first."""
+    """True forward KL of the methods in WAYS, the lowest first."""
     lines = ["| way of training | true KL, nats a token |", "|---|---|"]
     methods = sorted(document["methods"].items(), key=lambda item: item[1]["mean"])
     for name, value in methods:
         if name in WAYS:
-            told = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-            lines.append(f"| {WAYS[name]} | {told} |")
+            cell = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            lines.append(f"| {WAYS[name]} | {cell} |")
     return "\n".join(lines)
 
 
@@ -421,8 +423,8 @@ def train_cost(document: dict[str, Any]) -> str:
 
 
 def _ratio(row: dict[str, Any]) -> str:
-    told = row["forward_kl"]
-    return f"{told['ratio']:.2f} [{told['interval'][0]:.2f}, {told['interval'][1]:.2f}]"
+    found = row["forward_kl"]
+    return f"{found['ratio']:.2f} [{found['interval'][0]:.2f}, {found['interval'][1]:.2f}]"
 
 
 def sds_validation(document: dict[str, Any]) -> str:
@@ -446,7 +448,7 @@ def sds_validation(document: dict[str, Any]) -> str:
 
 
 def phrases(document: dict[str, Any]) -> str:
-    """On the chain: exact rates. On the model: target phrases, and what else changed."""
+    """For the chain exact rates; for the model the rate of target phrases, and side effects."""
     lines = [
         '| chain | "a b c" (people: .60) | "a b" then else | "a" then else | KL |',
         "|---|---|---|---|---|",
@@ -456,7 +458,7 @@ def phrases(document: dict[str, Any]) -> str:
         lines.append(f"| {row['way']} | {' | '.join(numbers)} | {row['kl']:.4f} |")
     found = document["model"]
     if found is None:
-        lines += ["", "`bench/phrases.py`: exact, per 1,000 tokens and nats a token; no model yet."]
+        lines += ["", "`bench/phrases.py`: exact, per 1,000 tokens; KL in nats per token."]
         return "\n".join(lines)
     built = found["rates_when_built"]
     lines += [
@@ -480,15 +482,15 @@ def phrases(document: dict[str, Any]) -> str:
     answers = found["prompts"] * found["answers_to_each"]
     lines.append("")
     lines.append(
-        '`bench/phrases.py`. Chain: a made-up Markov chain of order 2 that writes "a b c" ten '
-        "times as often as people; exact, per 1,000 tokens and nats a token. Model: "
-        f"SmolLM2-135M-Instruct at T {found['temperature']:g}, {answers} answers a row "
-        f"({found['prompts']} story prompts that did not build the profile, "
-        f"{found['answers_to_each']} each, at most {found['max_tokens']} tokens), the profile's "
-        f"{found['target_phrases']} phrases per 1,000 words; {built['model']:.1f} in the answers "
-        "that built the profile. Orphans: beginnings of these phrases, of two words or more, that "
-        "went on otherwise; first words likewise. Errors per 100 words; 95 % intervals, of which "
-        "one in twenty misses."
+        '`bench/phrases.py`. Chain: a synthetic Markov chain of order 2 that writes "a b c" ten '
+        "times as often as people; exact, per 1,000 tokens, KL in nats per token. Model: "
+        f"SmolLM2-135M-Instruct at T {found['temperature']:g}, {answers} answers per row "
+        f"({found['prompts']} story prompts that the profile was not built from, "
+        f"{found['answers_to_each']} each, at most {found['max_tokens']} tokens). Phrases: the "
+        f"profile's {found['target_phrases']} phrases, per 1,000 words ({built['model']:.1f} in "
+        "the answers that it was built from). Orphans: beginnings of these phrases, of at least "
+        "two words, with another continuation; first words likewise. Errors per 100 words; 95 % "
+        "intervals, of which one in twenty misses."
     )
     return "\n".join(lines)
 
@@ -503,8 +505,10 @@ def style_cost(document: dict[str, Any]) -> str:
     ]
     for row in document["rows"]:
         cells = (shown(row["style_to_field"]), f"{1000 * row['added_seconds']:.2f}")
-        told = f"{row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)}"
-        lines.append(f"| {told} | {row['throughput']:.3f} |")
+        lines.append(
+            f"| {row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)} "
+            f"| {row['throughput']:.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -526,7 +530,7 @@ def ray_targets(document: dict[str, Any]) -> str:
 
 
 def families(document: dict[str, Any]) -> str:
-    """Every family once, under what became of it."""
+    """The families by outcome."""
     outcomes = {
         "packed": "trained, documents packed into rows",
         "unpacked": "trained, one document a row: it does not keep documents of a row apart",
@@ -544,14 +548,14 @@ def families(document: dict[str, Any]) -> str:
 
 
 def short(reason: str) -> str:
-    """A refusal's reason without the model's class, which its family says already."""
+    """A refusal's reason without the model's class, which the family already implies."""
     reason = re.sub(r"the model \(\w+\) ", "", reason).partition("; accepted")[0]
     reason = re.sub(r"it has [\w, ]+;", "images or sound;", reason)
     return reason[:120].rstrip(".").replace("|", "/")
 
 
 def groups(document: dict[str, Any]) -> str:
-    """Distinct answers of known sources; votes; first words of a real model."""
+    """Distinct answers from known sources, votes, and first words of a real model."""
     head = ["source", "spellings", "n", "independent", "group", "gain", "at most"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in document["rows"]:
@@ -560,12 +564,13 @@ def groups(document: dict[str, Any]) -> str:
         cells = [row["source"], str(row["spellings"]), str(row["n"]), f"{alone:.2f}"]
         cells += [f"{together:.2f} [{low:.2f}, {high:.2f}]", f"{together / alone - 1:+.0%}"]
         lines.append(f"| {' | '.join(cells)} | {row['at most']:.2f} |")
-    told = (
-        f"`bench/groups.py`: valid answers among n that are distinct, {document['groups']:,} "
-        f"groups a row; {document['invalid']:.0%} of each source is no answer. *Independent* and "
-        "*at most* are computed."
+    caption = (
+        f"`bench/groups.py`: distinct valid answers among n texts, {document['groups']:,} groups "
+        f"per row; {document['invalid']:.0%} of each source's texts are not an answer. "
+        "*Independent* and *at most* are computed."
     )
-    return "\n".join([*lines, "", f"{told} {_votes(document)} {_first_words(document)}".rstrip()])
+    notes = f"{caption} {_votes(document)} {_first_words(document)}".rstrip()
+    return "\n".join([*lines, "", notes])
 
 
 def _votes(document: dict[str, Any]) -> str:
@@ -575,8 +580,8 @@ def _votes(document: dict[str, Any]) -> str:
     ]
     first = document["votes"][0]
     return (
-        f"The vote of {first['n']} texts on {first['questions']} made-up questions, behind steps "
-        f"of four tokens, is right in (%): {'; '.join(shown)}."
+        f"Share of votes of {first['n']} texts that are right (%), on {first['questions']} "
+        f"synthetic questions after steps of four possible tokens: {'; '.join(shown)}."
     )
 
 
@@ -597,11 +602,11 @@ def _first_words(document: dict[str, Any]) -> str:
         return ""
     low, high = words["difference"]["interval"]
     return (
-        f"SmolLM2-135M-Instruct at `diversity` {words['diversity']:g}, {words['beginnings']} "
-        f"beginnings of sentences, {words['repeats']} times {words['n']} continuations: "
+        f"SmolLM2-135M-Instruct at `diversity` {words['diversity']:g}, {words['repeats']} times "
+        f"{words['n']} continuations of each of {words['beginnings']} beginnings of sentences: "
         f"{words['distinct']['independent']:.2f} of {words['n']} first words are distinct, in "
         f"groups {words['distinct']['group']:.2f} (difference {words['difference']['value']:+.2f} "
-        f"[{low:+.2f}, {high:+.2f}]); the commonest has "
+        f"[{low:+.2f}, {high:+.2f}]); the most common word has a share of "
         f"{100 * words['share_of_the_commonest']:.0f} %."
     )
 
@@ -634,16 +639,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "law_settings": laws_table.settings,
 }
 RESULT_OF = {"every_setting": "real", "law_settings": "laws"}
-"""Tables of a result that has another name."""
+"""The results of tables that have another name."""
 OPTIONAL = {"gpu", "soak", "headline", "laws", "law_settings"}
-"""Tables of what not every machine can measure, or what takes long: without a result their place
-stays as it is."""
+"""Tables of benches that need special hardware or take long; without a result the document is left
+unchanged."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {
     "clients": "docs/clients.md",
     "families": "docs/training.md",
     "ray_targets": "docs/scale.md",
 }
-"""Where a table stands that is not the README's."""
+"""The documents of the tables that are not in the README."""
 
 
 if __name__ == "__main__":

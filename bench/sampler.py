@@ -1,18 +1,18 @@
-"""What one call of the transform takes, beside the floor and beside other ways to heat rows.
+"""The time of one call of the transform, compared with a copy and with other laws that heat rows.
 
     python bench/sampler.py [--quick] [--pairs 20] [--output bench/results/sampler.json]
 
-Ways, taking turns on the same logits [R, V], float32, on whatever device is at hand:
-    copy      a device copy of the logits: one read and one write, the floor
+Variants, taking turns on the same logits [R, V], float32, on the GPU if there is one:
+    copy      a device copy of the logits: one read and one write, the minimum cost
     ours      `dftserve.sampling.transform`, every row active
     half      the same, every second row active; tenth: every tenth
-    naive     the law written plainly in torch: softmax, entropy, mask, divide
+    naive     the law in plain torch: softmax, entropy, mask, divide
     sampler   vLLM's own sampler step: divide by the temperature, softmax, exponential race
-    peer      the nearest peer's law, on the host (`others.py`)
+    peer      the law of qr-sampler, on the host (`others.py`)
 
-On a GPU, what can be captured in a CUDA graph is, and a replay is timed: the kernels without the
-launches. A GPU machine needs torch and Triton, nothing else: PYTHONPATH=. python bench/sampler.py
-The last line is one JSON document; ratios are the result. It says whether a GPU was there.
+On a GPU, variants that can be captured in a CUDA graph are timed as replays, which leaves out the
+launches. A GPU machine needs only torch and Triton: PYTHONPATH=. python bench/sampler.py
+The last line is one JSON document; ratios are the result. It records whether there was a GPU.
 """
 
 import argparse
@@ -44,25 +44,25 @@ from ratios import ratio, shown
 ROWS, VOCABULARIES = (1, 8, 64, 512), (4096, 32_768, 131_072, 262_144)
 QUICK_ROWS, QUICK_VOCABULARIES = (1, 8, 32), (4096, 32_768, 131_072)
 LIFTED = 32
-"""Tokens of a row that stand out from the rest, as a trained model's do."""
+"""Tokens of a row that stand out from the rest, as in a trained model's logits."""
 LEVEL = 0.5
 RESULTS = Path(__file__).parent / "results" / "sampler.json"
 
 Way = Callable[[Tensor], object]
 Timer = Callable[[], float]
-"""Runs once on fresh logits; seconds."""
+"""Runs once on fresh logits; returns seconds."""
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    asked.add_argument("--quick", action="store_true", help="Smaller sizes: seconds on a CPU.")
-    asked.add_argument("--pairs", type=int, default=20, help="Rounds; in each, every way runs.")
-    asked.add_argument("--output", type=Path, default=RESULTS)
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="Smaller sizes: seconds on a CPU.")
+    parser.add_argument("--pairs", type=int, default=20, help="Rounds; each runs every variant.")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
     if options.quick and options.output == RESULTS:
-        asked.error("--quick needs an --output of its own: the results are of all sizes.")
+        parser.error("--quick needs another --output: the default one is for all sizes.")
     if options.pairs < 1:
-        asked.error(f"--pairs: got {options.pairs}; accepted: at least 1.")
+        parser.error(f"--pairs: got {options.pairs}; accepted: at least 1.")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     all_rows, vocabularies = (
@@ -95,8 +95,8 @@ def measure(
     pairs: int,
     ways: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Alternating rounds of these ways, `copy` and `ours` among them, or of all; the order turns
-    so that none is always first."""
+    """Alternating rounds of the given variants, which must include `copy` and `ours`, or of all;
+    the order rotates so that none is always first."""
     source_RV = logits(rows, vocabulary, device)
     names = list(ways or WAYS)
     timers = {name: timer(WAYS[name](rows, device), source_RV) for name in names}
@@ -136,7 +136,7 @@ def timer(way: Way, source_RV: Tensor) -> Timer:
 
 
 def _cuda_timer(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Timer:
-    # What goes over the host cannot be captured.
+    # `peer` computes on the host, which cannot be captured.
     run = way if way is others.peer else _captured(way, source_RV, logits_RV)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -154,21 +154,21 @@ def _cuda_timer(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Timer:
 
 @dataclass(frozen=True)
 class Captured:
-    """A CUDA graph, and all whose memory its kernels read and write: a graph keeps addresses, so a
-    way that were let go of would leave them to whatever is allocated next."""
+    """A CUDA graph, with references to everything whose memory its kernels read and write. A graph
+    stores addresses only, so if the variant were freed, its memory could be allocated again."""
 
     graph: torch.cuda.CUDAGraph
     way: Way
     logits_RV: Tensor
 
     def __call__(self, logits_RV: Tensor) -> None:
-        """A replay, on the logits that were captured."""
+        """Replay the graph; `logits_RV` must be the captured logits."""
         assert logits_RV is self.logits_RV
         self.graph.replay()
 
 
 def _captured(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Captured:
-    """The way's kernels, after the calls that compile them and make its buffers."""
+    """Capture the variant after warm-up calls, which compile its kernels and allocate buffers."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -214,7 +214,7 @@ def naive(rows: int, device: torch.device) -> Way:
 
 
 def sampler(rows: int, device: torch.device) -> Way:
-    """vLLM's class where vLLM is installed, else its native steps."""
+    """vLLM's class if vLLM is installed, otherwise the same steps in torch."""
     temperature_R1 = torch.ones(rows, 1, device=device)
     if importlib.util.find_spec("vllm") is not None:
         from vllm.platforms import current_platform
@@ -249,7 +249,7 @@ WAYS: dict[str, Callable[[int, torch.device], Way]] = {
 def installed() -> dict[str, str]:
     try:
         return versions("numpy", "triton")
-    except PackageNotFoundError:  # Run from the sources, on a machine with little more than torch.
+    except PackageNotFoundError:  # Run from a checkout, on a machine with only torch and Triton.
         return {"torch": torch.__version__, "numpy": np.__version__}
 
 

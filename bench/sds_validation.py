@@ -1,18 +1,18 @@
-"""Does the Style Diversity Score see what it should, and do the usual measures?
+"""Does the Style Diversity Score detect what it should, and do the usual measures?
 
     DFTSERVE_DATA=path/to/data OMP_NUM_THREADS=1 python bench/sds_validation.py [--output FILE.json]
 
 On the benchmark's human stories, in three disjoint splits, and on stories by models:
     systems     the score with its parts, the distance to other human texts, and the usual measures
-                of diversity, all at one number of texts: those rate soup above people
-    splits      held-out human text over other splits; it must score `HELD_OUT` or more
+                of diversity, all on the same number of texts; those rate random text above people
+    splits      held-out human text for other random splits; it must score at least `HELD_OUT`
     copies      a growing part of held-out human text replaced by copies of one text
-    sizes       the score of few texts beside that of the whole set
-    null        the permutation p of the MMD between two sets by people: uniform, tested by
-                Kolmogorov–Smirnov; a right implementation fails with the probability `KS_ALARM`
+    sizes       the score of few texts compared with that of the whole set
+    null        the permutation p of the MMD between two sets by people, tested for uniformity by
+                Kolmogorov–Smirnov; a correct implementation fails with the probability `KS_ALARM`
     checks      what is required, what was found, and whether it holds
 
-The last line is one JSON document. It ends with 1 where a check does not hold.
+The last line is one JSON document. The exit code is 1 if a check fails.
 """
 
 import json
@@ -61,7 +61,7 @@ PROMPTED = {
     "Mistral Nemo": "mistral-nemo",
 }
 STORIES = 150
-"""Of the prompted sets the first so many prompts ask for stories."""
+"""Number of story prompts, which are the first ones of the prompted sets."""
 HUMAN = "people, held out"
 SOUPS = ("words shuffled", "random words", "words drawn by frequency")
 HELD_OUT, BELOW_HUMAN, STEADY = 85, 10, 5
@@ -69,7 +69,7 @@ HELD_OUT, BELOW_HUMAN, STEADY = 85, 10, 5
 COPIED = (0.25, 0.5, 0.75, 1.0)
 SIZES = (16, 24, 32, 48)
 DRAWN = 150
-"""Subsamples of each size."""
+"""Number of subsamples of each size."""
 SPLITS = 10
 NULL_SPLITS, NULL_SIDE, NULL_PERMUTATIONS = 200, 60, 199
 PERMUTATIONS = 1999
@@ -94,7 +94,7 @@ def main(output: Path) -> None:
         "words": human.words,
         "human_texts": {name: len(split) for name, split in human.splits.items()},
         "systems": compared(sets, human),
-        "copies": {str(share): told(copies(human, share)) for share in COPIED},
+        "copies": {str(share): as_row(copies(human, share)) for share in COPIED},
         "splits": [
             reference.build(story.human, seed=seed).human.sds.value for seed in range(SPLITS)
         ],
@@ -136,16 +136,16 @@ def stories(path: Path) -> list[Sample]:
 
 
 def soups(human: Windows) -> dict[str, Windows]:
-    """As many texts of nothing: the words of each in another order; any words; frequent ones
-    as often as people use them."""
+    """The same number of random texts: each text's words shuffled, uniformly drawn words, and words
+    drawn by their frequency in human text."""
     draw = random.Random(0)
-    said = [text.split() for text in human.texts]
-    every = [word for text in said for word in text]
+    split = [text.split() for text in human.texts]
+    every = [word for text in split for word in text]
     known = sorted({word for text in human.texts for word in words(text)})
     drawn = {
-        "words shuffled": [draw.sample(text, len(text)) for text in said],
-        "random words": [draw.choices(known, k=human.words) for _ in said],
-        "words drawn by frequency": [draw.choices(every, k=2 * human.words) for _ in said],
+        "words shuffled": [draw.sample(text, len(text)) for text in split],
+        "random words": [draw.choices(known, k=human.words) for _ in split],
+        "words drawn by frequency": [draw.choices(every, k=2 * human.words) for _ in split],
     }
     return {
         name: Windows.of((Sample(" ".join(text)) for text in texts), human.words)
@@ -165,15 +165,15 @@ def copies(human: Anchors, share: float) -> Score:
 
 
 def compared(sets: Mapping[str, Windows], human: Anchors) -> dict[str, Any]:
-    """Scores of whole sets; everything else of as many texts of each set, against as many human
-    texts of the calibration split, which is none of the sets."""
+    """Scores of whole sets. Everything else is on the same number of texts from each set, against
+    as many human texts of the calibration split, which is not one of the sets."""
     frame = StyleSpace.fit(human.splits["reference"])
     whole = {name: each.whole() for name, each in sets.items()}
     others = human.splits["calibration"]
     count = min(len(others), *(len(each) for each in whole.values()))
     others = others.pick(range(count))
     return {
-        name: told(score(sets[name], human.sds_reference))
+        name: as_row(score(sets[name], human.sds_reference))
         | {"compared_texts": count}
         | distances(drawn(each, count), others, frame)
         | usual(drawn(each, count), frame)
@@ -198,19 +198,19 @@ def distances(texts: Windows, others: Windows, frame: StyleSpace) -> dict[str, A
 
 
 def usual(texts: Windows, frame: StyleSpace) -> dict[str, float]:
-    said = [tokens(text) for text in texts.texts]
+    tokens_T = [tokens(text) for text in texts.texts]
     squared_TT = squareform(pdist(frame.features(texts), "sqeuclidean"))
     return {
-        "distinct_3": round(lexical.distinct_n(said, 3), 4),
-        "self_bleu": round(lexical.self_bleu(said), 2),
+        "distinct_3": round(lexical.distinct_n(tokens_T, 3), 4),
+        "self_bleu": round(lexical.self_bleu(tokens_T), 2),
         "compression": round(lexical.compression_ratio(texts.texts), 3),
-        "self_repetition": round(lexical.self_repetition(said), 3),
+        "self_repetition": round(lexical.self_repetition(tokens_T), 3),
         "vendi_style": round(lexical.vendi(np.exp(-squared_TT / (2 * frame.sigma**2))), 1),
     }
 
 
 def order(samples: Sequence[Sample], human: Anchors) -> dict[str, float]:
-    """How far the score moves with another order of the texts: scored, and built from."""
+    """How much the score changes if the scored texts, or the reference's texts, are reversed."""
     turned = human.test.pick(range(len(human.test))[::-1])
     rebuilt = reference.build(tuple(samples)[::-1])
     value = human.human.sds.value
@@ -223,8 +223,8 @@ def order(samples: Sequence[Sample], human: Anchors) -> dict[str, float]:
 def sizes(texts: Windows, sds_reference: SDSReference) -> dict[str, Any]:
     """Mean and standard deviation over subsamples of each size.
 
-    `uncapped` is the mean of 100·q·V·P: the score's caps cut off what luck puts above them and
-    keep what it puts below, so that few texts at a cap score lower on average than many.
+    `uncapped` is the mean of 100·q·V·P. The score's caps cut off random deviations above them but
+    not below, so that near a cap few texts score lower on average than many.
     """
     whole = texts.whole()
     found: dict[str, Any] = {"whole": spread([score(whole, sds_reference)])}
@@ -248,8 +248,8 @@ def spread(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def null(human: Anchors) -> dict[str, float]:
-    """Two sets by people, drawn again and again. A permutation p has steps; a uniform draw within
-    the step makes it continuous."""
+    """The p of two sets by people, over repeated draws. A permutation p is discrete; a uniform draw
+    within its step makes it continuous."""
     frame = StyleSpace.fit(human.splits["reference"])
     style_TF = np.concatenate([frame.features(split) for split in human.splits.values()])
     draw = np.random.default_rng(0)
@@ -331,10 +331,10 @@ def farthest(found: Mapping[str, Any], key: str) -> float:
     return round(max(moved), 1)
 
 
-# ── Telling ──────────────────────────────────────────────────────────────────────────────────────
+# ── Output ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def told(found: Score) -> dict[str, Any]:
+def as_row(found: Score) -> dict[str, Any]:
     return {
         "sds": interval(found.sds, 1),
         "V": interval(found.variety),

@@ -3,24 +3,24 @@
     python bench/served.py [--pairs 20] [--concurrency C ...] [--vocabulary V ...] [--starts 5]
                            [--output bench/results/served.json]
 
-Three vLLM servers for each vocabulary, at once: stock (DFTSERVE_DISABLE=1), ours (the plug-in),
-and peer (stock with `processors.Peer`). The ways take turns, round by round:
+Three vLLM servers for each vocabulary, at the same time: stock (DFTSERVE_DISABLE=1), ours (with the
+plug-in), and peer (stock with `processors.Peer`). The variants take turns, round by round:
     stock     on stock
     min_p     on stock, with vLLM's own min_p .05 and temperature 1.5
-    no field  on ours, no request asks for it
-    tenth     on ours, a tenth of the requests, one at least, ask for diversity .5
-    field     on ours, every request does
-    peer      on peer, the nearest peer's law on every row
-A round is that many streamed completions at once, of equal length, by the openai client: output
-tokens per second from the first request to the last answer's end, and the time per output token
-of a request, from its first chunk to its last, the median of the round. Client and server share
-the machine, so what the client takes is in every way. Also how much longer a server takes to
-start, to a poll of a quarter second, and what the plug-in keeps in memory.
-Short answers, of one token or two, are rows of their own: answers per second of the ways `no field`
-and `field`, each of 32 clients asking eight times in a round. What an answer costs beside its
-tokens shows there. With --only-short they alone are measured, and the rest of the output file, if
-there is one, is kept.
-The last line is one JSON document. Absolute figures belong to the machine; the ratios are the
+    no field  on ours, without the field in any request
+    tenth     on ours, a tenth of the requests, at least one, with diversity .5
+    field     on ours, every request with diversity .5
+    peer      on peer, the law of qr-sampler on every row
+A round is a number of concurrent streamed completions of equal length, with the openai client.
+Measured are output tokens per second from the first request to the end of the last answer, and the
+time per output token of a request, from its first chunk to its last, as the median of the round.
+Client and server share the machine, so every variant includes the client's cost. Also measured are
+the additional time that a server takes to start, to a poll of a quarter second, and the plug-in's
+memory.
+Short answers of one or two tokens, which show the cost per answer, have rows of their own: answers
+per second of `no field` and `field`, with 32 clients that ask eight times each in a round. With
+--only-short only these are measured, and the rest of an existing output file is kept.
+The last line is one JSON document. Absolute figures depend on the machine; the ratios are the
 result.
 """
 
@@ -54,7 +54,7 @@ SHORT = (1, 2)
 """Output tokens of a short answer."""
 SHORT_CONCURRENCY = 32
 SHORT_ANSWERS = 8
-"""That each client asks for in a round: one wave alone would be over in a few steps."""
+"""Answers per client and round: a single wave would be over in a few steps."""
 
 Counts = tuple[int, ...]
 SLOTS = max(CONCURRENCIES)
@@ -69,10 +69,11 @@ FLAGS = (
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "OMP_NUM_THREADS": "1",
-    # The engine's worker is in the engine's process, as it is on one GPU. In two, each spins while
-    # it waits for the other, and a second longer: so an idle server would take two cores.
+    # The engine's worker runs in the engine's process, as it does on one GPU. With two processes,
+    # each spins while it waits for the other and for a second after, so that an idle server would
+    # use two cores.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # A server never closes a connection in the moment in which the client uses it again.
+    # Long enough that a server never closes a connection just when the client reuses it.
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 STOCK = {"DFTSERVE_DISABLE": "1"}
@@ -82,14 +83,14 @@ SERVERS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "ours": ((), {"DFTSERVE_DISABLE": ""}),
     "peer": (("--logits-processors", "processors:Peer"), {**STOCK, "PYTHONPATH": WITH_BENCH}),
 }
-"""The flags and the environment of each, beyond what all have."""
+"""The additional flags and environment of each server."""
 
 
 @dataclass(frozen=True)
 class Way:
     server: str
     share: float = 0.0
-    """Of the requests, which ask for diversity; one at least unless it is 0."""
+    """Share of the requests with the field; at least one request unless it is 0."""
     temperature: float = 1.0
     min_p: float = 0.0
 
@@ -111,7 +112,7 @@ SHORT_WAYS = ("stock", "no field", "field")
 
 @click.command()
 @click.option(
-    "--pairs", default=20, type=click.IntRange(min=1), help="Rounds; in each, every way runs once."
+    "--pairs", default=20, type=click.IntRange(min=1), help="Rounds; each runs every variant once."
 )
 @click.option(
     "--concurrency",
@@ -128,9 +129,9 @@ SHORT_WAYS = ("stock", "no field", "field")
     "--starts",
     default=5,
     type=click.IntRange(min=1),
-    help="How often each server starts for the start-up time.",
+    help="Number of starts of each server, to measure the start-up time.",
 )
-@click.option("--only-short", is_flag=True, help="Measure the short answers alone.")
+@click.option("--only-short", is_flag=True, help="Measure only the short answers.")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
 def main(
     pairs: int,
@@ -198,7 +199,7 @@ async def measure_short(
 async def ready(
     stack: AsyncExitStack, servers: dict[str, Server], names: tuple[str, ...]
 ) -> dict[str, "Turns"]:
-    """The ways, each with a client of its server, and seen to do what it says."""
+    """The variants, each with a client of its server, after a check that it applies the field."""
     clients = {
         name: await stack.enter_async_context(client_of(server)) for name, server in servers.items()
     }
@@ -213,28 +214,28 @@ async def ready(
 
 
 def client_of(server: Server) -> AsyncOpenAI:
-    # A proxy that the environment names has no business on the loopback.
+    # Loopback requests must not go through a proxy that the environment names.
     plain = DefaultAsyncHttpxClient(trust_env=False)
     return AsyncOpenAI(base_url=server.url, api_key="EMPTY", max_retries=0, http_client=plain)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """One way, on its server."""
+    """One variant, on its server."""
 
     client: AsyncOpenAI
     server: Server
     way: Way
 
     async def probe(self) -> None:
-        """Whether the server really serves the field, where the way asks for it."""
+        """Check that the server applies the field if, and only if, the variant asks for it."""
         asks = self.way.share > 0
         answer = await self.client.completions.create(**self.body(0, 8, asks))
         assert ("diversity" in (answer.model_extra or {})) == asks, answer
 
     async def round(self, concurrency: int, tokens: int) -> tuple[float, float]:
         """Output tokens per second of all requests, and seconds per output token of one."""
-        # The client drops a connection that rested; every round starts with all of them open.
+        # The client drops idle connections, so this opens all of them before the round.
         await asyncio.gather(*(self.client.models.list() for _ in range(concurrency)))
         asking = self.way.asking(concurrency)
         start = time.perf_counter()
@@ -245,7 +246,7 @@ class Turns:
         return concurrency * tokens / seconds, median(spans) / (tokens - 1)
 
     async def short_round(self, tokens: int) -> float:
-        """Answers per second, of so many tokens each."""
+        """Answers per second, with `tokens` tokens each."""
         count = SHORT_CONCURRENCY
         await asyncio.gather(*(self.client.models.list() for _ in range(count)))
         asking = self.way.asking(count)
@@ -258,7 +259,7 @@ class Turns:
             await self.stream(self.body(i, tokens, asks))
 
     async def stream(self, body: dict[str, Any]) -> float:
-        """Seconds from the first chunk to the last, which says that all tokens came."""
+        """Seconds from the first chunk to the last, which must report that all tokens arrived."""
         stream = await self.client.completions.create(**body, stream=True)
         chunks = [(time.perf_counter(), chunk) async for chunk in stream]
         assert chunks[-1][1].choices[0].finish_reason == "length", chunks[-1]
@@ -278,7 +279,7 @@ class Turns:
 async def compare(
     ways: dict[str, Turns], vocabulary: int, concurrency: int, pairs: int
 ) -> dict[str, Any]:
-    """Alternating rounds of all ways; the order turns so that no way is always first."""
+    """Alternating rounds of all variants; the order rotates so that none is always first."""
     tokens = TOKENS.get(vocabulary, 32)
     for turns in ways.values():
         await turns.round(concurrency, tokens)
@@ -304,7 +305,7 @@ async def compare(
 async def compare_short(
     ways: dict[str, Turns], vocabulary: int, tokens: int, pairs: int
 ) -> dict[str, Any]:
-    """As `compare`, of answers so short that what comes once for each of them is all there is."""
+    """As `compare`, with answers so short that the cost per answer dominates."""
     for turns in ways.values():
         await turns.short_round(tokens)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -322,7 +323,8 @@ async def compare_short(
 
 
 def start_seconds(starts: int) -> dict[str, Any]:
-    """Until a server answers, stock and ours in turn; one start of each before, for the caches."""
+    """Seconds until a server answers, stock and ours in turn, after one start of each to fill the
+    caches."""
     taken: dict[str, list[float]] = {"stock": [], "ours": []}
     with saved(VOCABULARIES[0]) as model:
         for turn in range(starts + 1):
@@ -342,17 +344,17 @@ def start_seconds(starts: int) -> dict[str, Any]:
 
 
 def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
-    """Of a request's slot, and of the room that the CPU's kernel works in, for each vocabulary."""
+    """Bytes of a request's slot, and of the CPU kernel's scratch buffers for each vocabulary."""
     from dftserve_vllm.request_stats import RequestStats
 
     from dftserve.sampling.backends.numba import scratch
 
-    kept = vars(RequestStats(SLOTS, 1, torch.device("cpu")).slots).values()
-    by_slot = [t for t in kept if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
-    rooms = {v: scratch(v) for v in vocabularies}
+    state = vars(RequestStats(SLOTS, 1, torch.device("cpu")).slots).values()
+    by_slot = [t for t in state if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
+    buffers = {v: scratch(v) for v in vocabularies}
     return {
         "slot": sum(t.nbytes for t in by_slot) // SLOTS,
-        "room": {v: sum(array.nbytes for array in room) for v, room in rooms.items()},
+        "room": {v: sum(array.nbytes for array in arrays) for v, arrays in buffers.items()},
     }
 
 

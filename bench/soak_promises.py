@@ -1,4 +1,4 @@
-"""What a server promises under each phase of bench/soak.py, and what of it a result breaks."""
+"""The guarantees that a server has to keep in each phase of bench/soak.py, and their checks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 from scipy.stats import hypergeom
 
 MEMORY_GROWTH = 0.01
-"""Of the server's processes, from the first tenth of the requests to the last."""
+"""Maximum growth of the server's processes, from the first tenth of the requests to the last."""
 SECONDS_TO_IDLE = 5.0
 HEALTH_SECONDS = 1.0
 FALSE_ALARM = 0.001
-"""The chance that equally valid servers are told apart."""
+"""The probability of a false alarm if both servers give valid answers equally often."""
 OVERLOAD_STATUSES = {"200", "429", "503"}
 
 
 def fuzz(found: dict[str, Any]) -> list[str]:
-    broken = [f"{count} bodies: {said}" for said, count in found["complaints"].items()]
+    broken = [f"{count} bodies: {problem}" for problem, count in found["complaints"].items()]
     in_log = found["in_log"]
     return broken + [
-        f"the log has {what}, {count} times" for what, count in in_log.items() if count
+        f"the log contains {what}, {count} times" for what, count in in_log.items() if count
     ]
 
 
@@ -38,7 +38,7 @@ def disconnects(found: dict[str, Any]) -> list[str]:
 
 
 def schema(found: dict[str, Any]) -> list[str]:
-    """Fewer valid answers than stock's, by Fisher's exact test, one-sided."""
+    """Broken if fewer answers are valid than stock's, by Fisher's exact test, one-sided."""
     asked, ours, stock = found["requests"], found["valid"]["ours"], found["valid"]["stock"]
     broken = []
     if found["in_force"] < asked:
@@ -54,7 +54,7 @@ def overload(found: dict[str, Any]) -> list[str]:
         broken.append(f"answers other than {', '.join(sorted(OVERLOAD_STATUSES))}: {sorted(other)}")
     health = found["health"]
     if not health["asked"]:
-        broken.append("/health was never asked")
+        broken.append("/health was never requested")
     if health["failed"]:
         broken.append(f"/health failed {health['failed']} times of {health['asked']}")
     if not health["worst_seconds"] < HEALTH_SECONDS:
@@ -72,7 +72,7 @@ JUDGES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 
 def broken_promises(name: str, phase: dict[str, Any]) -> list[str]:
-    """What a phase broke: that it ended at all, no engine's death, and what its judge says."""
+    """The guarantees that a phase broke: it must end, no server may die, and its own check."""
     if "failed" in phase:
         broken = [f"did not end: {phase['failed']}"]
     else:

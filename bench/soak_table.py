@@ -1,4 +1,4 @@
-"""The table of bench/soak.py's result: what was asked of each phase, and what was found."""
+"""The table of bench/soak.py's result: what was required of each phase, and what was found."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,18 @@ def table(document: dict[str, Any]) -> str:
     """For docs/results.md."""
     lines = ["| | asked | found | kept |", "|---|---|---|---|"]
     for name, phase in document["phases"].items():
-        asked, told = CELLS[name]
-        found = f"failed: {phase['failed'][:80]}" if "failed" in phase else told(phase["result"])
+        asked, cell_of = CELLS[name]
+        found = f"failed: {phase['failed'][:80]}" if "failed" in phase else cell_of(phase["result"])
         kept = "yes" if not phase["broken"] else f"no: {'; '.join(phase['broken'])[:200]}"
-        cells = (" ".join(cell.split()) for cell in (name, asked, found, kept))  # Of one line each.
+        cells = (" ".join(cell.split()) for cell in (name, asked, found, kept))  # Without newlines.
         lines.append(f"| {' | '.join(cells)} |")
     scale, machine = document["scale"], document["machine"]
-    # Phases may be of several runs.
+    # Phases may come from several runs.
     minutes = sum(phase["seconds"] for phase in document["phases"].values()) / 60
     lines.append("")
     lines.append(
-        f"`bench/soak.py --scale {scale:g}` ({'the whole' if scale >= 1 else 'a part'} of what "
-        f"scale 1 asks; it took {minutes:.0f} minutes): vLLM "
+        f"`bench/soak.py --scale {scale:g}` ({'the full size' if scale >= 1 else 'a part'} of "
+        f"scale 1; it took {minutes:.0f} minutes): vLLM "
         f"{document['versions']['vllm']}, V1 runner, {machine['cores']} cores, the stories' model."
     )
     return "\n".join(lines)
@@ -34,30 +34,30 @@ def _fuzz(found: dict[str, Any]) -> str:
 
 
 def _served(found: dict[str, Any]) -> str:
-    told = (
+    ours = (
         f"{found['requests']:,} requests at {found['requests_per_second']:.0f} a second; "
         f"{_memory(found)}"
     )
-    if (stock := found.get("stock")) is None:  # A result of before both servers were asked.
-        return told
+    if (stock := found.get("stock")) is None:  # An older result, without stock's figures.
+        return ours
     ours_more, stock_more = found["grown_mib"]["ours"], found["grown_mib"]["stock"]
     more = ", ".join(
         f"{name} {ours_more[name]:+.1f} and {stock_more[name]:+.1f}"
         for name in ours_more
         if name in stock_more
     )
-    return f"{told}; stock's {_memory(stock)}; MiB more, ours and stock's: {more}"
+    return f"{ours}; stock's {_memory(stock)}; MiB more, ours and stock's: {more}"
 
 
 def _memory(found: dict[str, Any]) -> str:
-    first, last = (found["own_mib"][place] for place in (0, -1))
+    first, last = (found["own_mib"][tenth] for tenth in (0, -1))
     return f"{first:,.0f} MiB after a tenth, {last:,.0f} MiB at the end ({found['growth']:+.2%})"
 
 
 def _disconnects(found: dict[str, Any]) -> str:
     seconds = found["seconds_to_idle"]
-    told = f"{found['left']} left" if seconds is None else f"0 after {seconds:.1f} s"
-    return f"{found['cut']:,} cut, {found['complete']:,} ended before that; {told}"
+    left = f"{found['left']} left" if seconds is None else f"0 after {seconds:.1f} s"
+    return f"{found['cut']:,} cut, {found['complete']:,} ended before that; {left}"
 
 
 def _schema(found: dict[str, Any]) -> str:
@@ -66,12 +66,12 @@ def _schema(found: dict[str, Any]) -> str:
 
 
 def _overload(found: dict[str, Any]) -> str:
-    told = (
+    ours = (
         f"{found['clients']} clients, {found['slots']} slots, {found['seconds']:.0f} s: "
         f"{_answers(found)}"
     )
-    stock = found.get("stock")  # None in a result of before both servers were asked.
-    return told if stock is None else f"{told}; stock's: {_answers(stock)}"
+    stock = found.get("stock")  # None in an older result, without stock's figures.
+    return ours if stock is None else f"{ours}; stock's: {_answers(stock)}"
 
 
 def _answers(found: dict[str, Any]) -> str:
@@ -86,4 +86,4 @@ CELLS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "schema": ("as often valid as stock's at `diversity` 1", _schema),
     "overload": ("200, 429 and 503 only, /health under 1 s", _overload),
 }
-"""By phase, what is asked and how the finding is told."""
+"""By phase, the requirement and a function that formats the result."""

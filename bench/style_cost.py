@@ -1,14 +1,15 @@
-"""What a style costs beside the field alone: a step's stages, in this process.
+"""What a style adds to the cost of the field: a step's stages, in this process.
 
     python bench/style_cost.py [--pairs 40] [--output bench/results/style_cost.json]
 
     field    the diversity of every row, as the plug-in runs it in a step
-    style    the same, and the style's stage before it, on the same logits
-taking turns on the device at hand, over rows and vocabularies; on a CPU in seconds of the one
-thread. The profile has 200 phrases of two to five tokens, and a tilt of 300 tokens and as many
-pairs; each row's text ends inside a phrase. An engine's step is these stages and a model, whose
-share `overhead.json` has: the throughput with a style is told as step / (step + what the style
-adds), the step being that of `field` there. The last line is one JSON document.
+    style    the same, after the style stage, on the same logits
+The variants take turns on the GPU if there is one, for several rows and vocabularies; on a CPU
+the CPU time of one thread is measured. The profile has 200 phrases of two to five tokens, and a
+tilt of 300 tokens and as many pairs; each row's text ends inside a phrase. An engine's step
+consists of these stages and the model. The throughput with a style is estimated as
+step / (step + added time), with the time of a `field` step from `overhead.json`. The last line is
+one JSON document.
 """
 
 import argparse
@@ -47,12 +48,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    asked.add_argument("--pairs", type=int, default=40)
-    asked.add_argument("--output", type=Path, default=RESULTS / "style_cost.json")
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=RESULTS / "style_cost.json")
+    options = parser.parse_args()
     if options.pairs < 1:
-        asked.error(f"--pairs: got {options.pairs}; accepted: at least 1.")
+        parser.error(f"--pairs: got {options.pairs}; accepted: at least 1.")
     steps = engine_steps(RESULTS / "overhead.json")
     with torch.inference_mode():
         rows = [
@@ -69,8 +70,8 @@ def main() -> None:
     }
     options.output.write_text(json.dumps(document, indent=1) + "\n")
     for row in rows:
-        told = f"{row['vocabulary']:>7} {row['rows']:>3} stages {shown(row['style_to_field'])}"
-        print(f"{told}, throughput {row['throughput']}")
+        size = f"{row['vocabulary']:>7} {row['rows']:>3}"
+        print(f"{size} stages {shown(row['style_to_field'])}, throughput {row['throughput']}")
     print(json.dumps(document))
 
 
@@ -111,7 +112,7 @@ def measured(
 
 
 def made_profile(vocabulary: int) -> Any:
-    """As `styles.profile.Profile` says it, of phrases and a tilt drawn at random."""
+    """Random phrases and a random tilt, with the arrays of `styles.profile.Profile`."""
     source = np.random.default_rng(0)
     patterns = []
     for phrase in range(PHRASES):
@@ -141,16 +142,16 @@ def made_profile(vocabulary: int) -> Any:
 
 
 def runner(rows: int, profile: Any, source_RV: torch.Tensor, *, has_style: bool) -> Any:
-    """Runs a step once on fresh logits; seconds."""
+    """A function that runs a step once on fresh logits and returns its seconds."""
     device = source_RV.device
     style = StyleControls(profile=0, strength=1.0, max_kl=0.05) if has_style else None
     row = control_row(
         parse(0.5), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({0}), style=style
     )
     texts_SL = np.ones((rows, TEXT), np.int32)
-    for place in range(rows):
-        ending = profile.texts[place % len(profile.texts)]
-        texts_SL[place, TEXT - len(ending) :] = ending
+    for slot in range(rows):
+        ending = profile.texts[slot % len(profile.texts)]
+        texts_SL[slot, TEXT - len(ending) :] = ending
     at_R = torch.full((rows,), TEXT - 1, dtype=torch.int64, device=device)
     texts = Texts(
         torch.from_numpy(texts_SL).to(device),
@@ -171,7 +172,7 @@ def runner(rows: int, profile: Any, source_RV: torch.Tensor, *, has_style: bool)
     for slot in range(rows):
         slots.open(slot)
     logits_RV = torch.empty_like(source_RV)
-    # One thread computes: its own time leaves out what the machine does for others.
+    # The CPU time leaves out other processes on the machine; only one thread computes.
     clock = time.perf_counter if device.type == "cuda" else time.process_time
 
     def once() -> float:

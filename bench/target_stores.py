@@ -1,4 +1,4 @@
-"""Target stores of documents that a bench made itself, without a corpus or a chat template."""
+"""Target stores of documents that a bench generates, without a corpus or a chat template."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from dftserve.targets.source import Source
 def write(
     folder: Path, source: Source, documents: Mapping[str, Sequence[Document]], *, tokenizer: str
 ) -> None:
-    """The store of a source with six entries and six draws a row.
+    """Write the store of a source, with six entries and six draws per row.
 
     Args:
         documents: by split.
-        tokenizer: of `tokenizer_fingerprint`.
+        tokenizer: its fingerprint, by `tokenizer_fingerprint`.
     """
     plan = store.plan(
         source,

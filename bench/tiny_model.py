@@ -1,4 +1,4 @@
-"""A small untrained Llama, for benches that ask what a step costs and not what it says."""
+"""A small untrained Llama, for benches that measure the cost of a step and not its output."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARIES = (4096, 131_072)
 TOKENS = {4096: 128, 131_072: 32}
-"""Output tokens of a request; 32 for another vocabulary."""
+"""Output tokens of a request, by vocabulary; 32 for others."""
 MAX_LENGTH = 512
 EOS_ID = 0
 
 
 @contextmanager
 def saved(vocabulary: int) -> Iterator[str]:
-    """A folder with the model and its tokenizer, for as long as the block lasts."""
+    """A temporary folder with the model and its tokenizer."""
     with TemporaryDirectory() as folder:
         save_model(Path(folder), vocabulary)
         save_tokenizer(Path(folder), vocabulary)
@@ -28,7 +28,8 @@ def saved(vocabulary: int) -> Iterator[str]:
 
 
 def save_model(folder: Path, vocabulary: int) -> None:
-    """A Llama of about five million parameters beside its head; logits spread as a real one's."""
+    """Save a Llama of about five million parameters and a head; its logits have a realistic
+    spread."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -48,7 +49,8 @@ def save_model(folder: Path, vocabulary: int) -> None:
 
 
 def save_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Token i is the word "wi": a server over HTTP does not start without words."""
+    """Save a tokenizer whose token i is the word "wi"; an HTTP server does not start without a
+    tokenizer."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token=f"w{EOS_ID}"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS_ID}")

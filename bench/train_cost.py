@@ -1,20 +1,20 @@
-"""What Distribution Fine-Tuning costs beside plain fine-tuning (SFT), on this machine's CPU.
+"""What Distribution Fine-Tuning costs compared with plain fine-tuning (SFT), on this machine's CPU.
 
     OMP_NUM_THREADS=1 python bench/train_cost.py [--pairs 16] [--output FILE.json]
 
-One process; what is compared takes turns, round by round, and the order turns too:
-    head     forward and backward of the head with its loss, matrix products included: each
-             divergence on k = M = 6 cached targets, against F.linear + F.cross_entropy (stock) and
-             against our own chunked SFT
-    step     a whole optimizer step: forward KL, its batch read from a target store, against the
-             stock model's own loss; once with a head of less than a quarter of the FLOPs, once of
-             more than half
-    memory   the peak of one optimizer step, each in a fresh process; and what the head keeps for
+All in one process; the variants take turns, round by round, in a rotating order:
+    head     forward and backward pass of the head with its loss, including the matrix products:
+             each divergence on k = M = 6 cached targets, against F.linear + F.cross_entropy (stock)
+             and against our own chunked SFT
+    step     a whole optimizer step: forward KL, with its batch read from a target store, against
+             the stock model's own loss; once with a head of less than a quarter of the FLOPs, once
+             with more than half
+    memory   the peak of one optimizer step, each in a fresh process, and what the head saves for
              the backward pass
-    targets  tokens a second of building the targets, which is paid once and before training
-Times are of the CPU, so that what else runs on the machine takes part as little as it can: give
-it one thread. The last line is one JSON document. Absolute figures belong to the machine; the
-ratios are the result: medians of the rounds' ratios with 95 % bootstrap intervals.
+    targets  tokens per second of building the targets, which is done once before training
+CPU time of one thread is measured, to reduce the effect of other processes. The last line is one
+JSON document. Absolute figures depend on the machine; the ratios are the result: medians of the
+rounds' ratios with 95 % bootstrap intervals.
 
 Shapes: N trained positions, D hidden size, V vocabulary, K top entries, M draws, B rows of tokens.
 """
@@ -61,13 +61,13 @@ from ratios import ratio, shown
 RESULTS = Path(__file__).parent / "results" / "train_cost.json"
 HIDDEN, INNER = 256, 768
 LENGTH = 129
-"""Tokens of a document: 128 of them are trained."""
+"""Tokens of a document, of which 128 are trained on."""
 K = DRAWS = 6
 DIVERGENCES = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "sliced_w1", "sft")
 HEAD_CALLS = 2
-"""In one timed turn."""
+"""Calls in one timed turn."""
 PEAKS = 3
-"""Processes of each way; the median counts."""
+"""Processes for each variant, of which the median is used."""
 MIB = 1 << 20
 
 
@@ -85,9 +85,9 @@ class Size:
 
 
 LIGHT = Size(vocabulary=8192, layers=8, rows=4)
-"""A head of less than a quarter of the FLOPs, as that of a model of a billion parameters."""
+"""The head has less than a quarter of the FLOPs, as in a model with a billion parameters."""
 HEAVY = Size(vocabulary=32_768, layers=2, rows=4)
-"""A head of more than half of the FLOPs: the worst case."""
+"""The head has more than half of the FLOPs: the worst case."""
 SIZES = {"light": LIGHT, "heavy": HEAVY}
 
 
@@ -96,9 +96,9 @@ def main() -> None:
 
 
 @click.command()
-@click.option("--pairs", default=16, help="Rounds; in each, every way runs once.")
+@click.option("--pairs", default=16, help="Rounds; each runs every variant once.")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path))
-@click.option("--peak", nargs=2, hidden=True, help="(size, way): print one step's peak and end.")
+@click.option("--peak", nargs=2, hidden=True, help="(size, variant): print one step's peak, exit.")
 def run(pairs: int, output: Path, peak: tuple[str, str] | None) -> None:
     torch.manual_seed(0)
     if peak:
@@ -140,7 +140,7 @@ def model_of(size: Size) -> LlamaForCausalLM:
 
 
 def documents_of(size: Size, count: int) -> list[Document]:
-    """Tokens by Zipf's law."""
+    """Documents with tokens drawn by Zipf's law."""
     random = np.random.default_rng(0)
     trained_N = np.arange(LENGTH) > 0
     return [
@@ -149,8 +149,8 @@ def documents_of(size: Size, count: int) -> list[Document]:
     ]
 
 
-class Drawn(Source):
-    """Targets as wide as real ones, of nothing: what they say does not change what they cost."""
+class RandomTargets(Source):
+    """Random targets of the same shape as real ones; the values do not affect the cost."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -179,12 +179,12 @@ class Drawn(Source):
 
 
 def rows_of(size: Size, folder: Path, count: int = 32) -> Rows:
-    """Of a store in `folder`, as training reads it."""
-    source, held = Drawn(size.vocabulary), {"train": documents_of(size, count)}
+    """The rows of a new store in `folder`, as training reads them."""
+    source, splits = RandomTargets(size.vocabulary), {"train": documents_of(size, count)}
     plan = store.plan(
-        source, held, tokenizer="", template=None, corpus={}, k=K, draws=DRAWS, seed=0
+        source, splits, tokenizer="", template=None, corpus={}, k=K, draws=DRAWS, seed=0
     )
-    store.write(folder, plan, source, held)
+    store.write(folder, plan, source, splits)
     return Rows(TargetStore(folder), "train", longest=LENGTH, packing=True, seed=0)
 
 
@@ -218,13 +218,14 @@ def head_batch(size: Size) -> tuple[Tensor, Tensor, TargetRows]:
     hidden_ND = torch.randn(size.positions, HIDDEN, requires_grad=True)
     weight_VD = (3.0 / HIDDEN**0.5 * torch.randn(size.vocabulary, HIDDEN)).requires_grad_()
     documents = documents_of(size, size.rows)
-    drawn = Drawn(size.vocabulary).targets(documents, k=K, draws=DRAWS, seeds=range(size.rows))
+    source = RandomTargets(size.vocabulary)
+    drawn = source.targets(documents, k=K, draws=DRAWS, seeds=range(size.rows))
     labels_N = np.concatenate([document.labels_T for document in documents])
     return hidden_ND, weight_VD, TargetRows.of(labels_N, Targets.joined(drawn))
 
 
 def cleared(way: Callable[[], None], *leaves: Tensor) -> Callable[[], None]:
-    """HEAD_CALLS of them; gradients start from none, as after an optimizer step."""
+    """HEAD_CALLS calls, each without earlier gradients, as after an optimizer step."""
 
     def once() -> None:
         for _ in range(HEAD_CALLS):
@@ -258,7 +259,8 @@ def steps(name: str, pairs: int) -> dict[str, Any]:
 
 
 def step_of(size: Size, rows: Rows, way: str) -> Callable[[], None]:
-    """One optimizer step on the next rows of the store; `sft` is the stock model with its loss."""
+    """A function that makes one optimizer step on the next rows of the store; `sft` is the stock
+    model with its own loss."""
     model = model_of(size)
     if way != "sft":
         attach(model, ForwardKL())
@@ -293,7 +295,7 @@ def stock_loss(model: LlamaForCausalLM, documents: Sequence[Document]) -> Tensor
 
 
 def head_share(size: Size, model: LlamaForCausalLM) -> float:
-    """Of the multiplications of one token: weights, and what attention does with the context."""
+    """The head's share of the multiplications for one token, with the weights and attention."""
     head = model.lm_head.weight.numel()
     body = sum(each.numel() for each in model.model.layers.parameters())
     attention = size.layers * 2 * HIDDEN * LENGTH
@@ -320,10 +322,10 @@ def memory(name: str) -> dict[str, Any]:
 def peaks_of(name: str, way: str) -> dict[str, int]:
     """`peak_of` in fresh processes."""
     command = [sys.executable, __file__, "--peak", name, way]
-    asked = [
+    runs = [
         subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(PEAKS)
     ]
-    found = [json.loads(each.stdout.splitlines()[-1]) for each in asked]
+    found = [json.loads(each.stdout.splitlines()[-1]) for each in runs]
     return sorted(found, key=lambda each: each["peak"])[PEAKS // 2]
 
 
@@ -332,20 +334,20 @@ def peak_of(size: Size, way: str) -> dict[str, int]:
     with TemporaryDirectory() as folder:
         once = step_of(size, rows_of(size, Path(folder)), way)
         once()
-        Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
+        Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
         before = resident("VmRSS")
         once()
     return {"before": before, "peak": resident("VmHWM")}
 
 
 def resident(name: str) -> int:
-    """Not by getrusage, whose peak goes over from the parent process."""
+    """From /proc; getrusage's peak is inherited from the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def kept_bytes(size: Size) -> dict[str, int]:
-    """What the head keeps from its forward to its backward pass, inputs left out."""
+    """Bytes that the head saves from its forward for its backward pass, without its inputs."""
     hidden_ND, weight_VD, target = head_batch(size)
     inputs = {each.data_ptr() for each in (hidden_ND, weight_VD, target.labels_R)}
     kept = {}
@@ -375,7 +377,7 @@ def counted(inputs: set[int]) -> Iterator[dict[int, int]]:
 
 
 def targets(size: Size, count: int = 8) -> dict[str, Any]:
-    """Of a teacher of the trained model's size, and of n-grams over 400 documents."""
+    """Speed with a teacher of the trained model's size, and with n-grams over 400 documents."""
     documents = documents_of(size, 400)
     teacher = Teacher(model_of(size).eval(), vocabulary=size.vocabulary, name="same size")
     start = time.process_time()
@@ -390,7 +392,7 @@ def targets(size: Size, count: int = 8) -> dict[str, Any]:
 
 
 def rate(source: Source, documents: Sequence[Document], *, rounds: int) -> float:
-    """The median over the rounds, after one to warm up."""
+    """Tokens per second, the median over the rounds, after one to warm up."""
     tokens, seconds = sum(len(d.positions_T) for d in documents), []
     for _ in range(rounds + 1):
         start = time.process_time()
@@ -403,7 +405,7 @@ def rate(source: Source, documents: Sequence[Document], *, rounds: int) -> float
 
 
 def in_turns(ways: Mapping[str, Callable[[], None]], pairs: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round, after two to warm up; none is always first."""
+    """Seconds of every variant in every round, after two to warm up, in a rotating order."""
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for pair in range(pairs + 2):

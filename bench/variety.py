@@ -3,15 +3,15 @@
     python bench/real_answers.py --model FOLDER --only open      # first: the answers
     python bench/variety.py [--folder build/real]
 
-Of each setting's eight answers to each prompt, within the prompt, and the mean over prompts:
-    distinct    classes of meaning among the eight: a sentence encoder's cosine of .8 makes two
-                answers one class (greedy, as NoveltyBench does)
+For each setting's eight answers to a prompt, as the mean over prompts:
+    distinct    classes of meaning among the eight: two answers with a sentence encoder's cosine of
+                at least .8 are one class (greedy, as in NoveltyBench)
     alike       mean cosine between two of the answers
     openings    share of pairs that begin with the same three words
     self_bleu   self-BLEU between the answers
     errors      marks of a grammar checker per 100 words, without names
-Intervals are 95 %, by leaving out a tenth of the prompts at a time; differences to stock's
-temperature 1 are of the same prompts. The last line is one JSON document.
+Intervals are 95 %, by leaving out a tenth of the prompts at a time; differences to stock at
+temperature 1 are on the same prompts. The last line is one JSON document.
 """
 
 import json
@@ -23,8 +23,16 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from real import RESULTS, against, by_setting, written
-from real_answers import OPEN, SETTINGS, STOCK, answers_by_prompt, data_folder, kept, prompt_set
+from real import RESULTS, against, by_setting, rounded
+from real_answers import (
+    OPEN,
+    SETTINGS,
+    STOCK,
+    answers_by_prompt,
+    data_folder,
+    prompt_set,
+    read_answers,
+)
 
 from dftserve.evaluate.metrics import errors, lexical
 from dftserve.evaluate.metrics.intervals import Estimate, jackknife
@@ -46,7 +54,7 @@ def main(folder: Path, output: Path) -> None:
     embed, linter = embedder(), errors.linter()
     rows = {
         name: measured(answers_by_prompt(answers), embed, linter)
-        for name, answers in by_setting(kept(folder), OPEN).items()
+        for name, answers in by_setting(read_answers(folder), OPEN).items()
     }
     document: dict[str, Any] = {
         "what": "eight answers of SmolLM2-135M-Instruct to open prompts; 95 % intervals",
@@ -58,7 +66,7 @@ def main(folder: Path, output: Path) -> None:
         "answers_to_each": asked.answers,
         "max_tokens": asked.tokens,
         "settings": {name: SETTINGS[name] for name in rows},
-        "rows": {name: written(row) for name, row in rows.items()},
+        "rows": {name: rounded(row) for name, row in rows.items()},
         "to_stock": against(rows, STOCK),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
@@ -68,8 +76,8 @@ def main(folder: Path, output: Path) -> None:
 def measured(
     answers_P: Sequence[Sequence[str]], embed: Embedder, linter: Any
 ) -> dict[str, Estimate]:
-    """Of P prompts with their answers."""
-    # Two empty answers are one answer: a blank stands for nothing said.
+    """Measures over P prompts with their answers."""
+    # A space stands for an empty answer, so that two empty answers count as the same.
     cosines_P = [_cosines(embed([text or " " for text in texts])) for texts in answers_P]
     checked_P = [[errors.check(text, linter) for text in texts] for texts in answers_P]
     marks_P = np.array([sum(each.marks for each in checked) for checked in checked_P])

@@ -1,13 +1,14 @@
-"""How much less do people differ when they write about one thing than about many?
+"""How much less do people differ when they write about one topic than about many?
 
     DFTSERVE_DATA=path/to/data python bench/within_topics.py [--output FILE.json]
 
 Each side of a conversation of Topical-Chat (data/dialogue) is a text of one person about one
-article. What the Style Diversity Score takes of texts, once between all texts and once between the
-texts of one article: v, the reliable style variance, and ln o of shared phrases. The ratios are
-`sds.WITHIN_VARIANCE` and `sds.WITHIN_WORDING`. Left out: texts below the window, articles that
-fewer than two of the texts are about, and the one that nearly half of them are about. Intervals are
-95 %, by leaving out a tenth of the articles at a time. The last line is one JSON document.
+article. The measures of the Style Diversity Score are v, the reliable style variance, and ln o, the
+log overlap of phrases. Each is computed between all texts and between the texts about one article;
+the ratios are `sds.WITHIN_VARIANCE` and `sds.WITHIN_WORDING`. Left out are texts shorter than the
+window, articles with fewer than two texts, and the article that nearly half of the texts are about.
+Intervals are 95 %, by leaving out a tenth of the articles at a time. The last line is one JSON
+document.
 """
 
 import json
@@ -36,7 +37,7 @@ from provenance import machine, versions
 RESULTS = Path(__file__).parent / "results" / "within_topics.json"
 WORDS = 100
 MOST = 50
-"""Texts about one article; one has hundreds, of whatever was at hand."""
+"""Maximum texts about one article; one article has hundreds, on arbitrary topics."""
 
 
 @click.command()
@@ -48,7 +49,7 @@ def main(output: Path) -> None:
     first_TF, second_TF = (scale.z(features(half)) * weight_F for half in texts.halves())
     product_TT = first_TF @ second_TF.T
     own_T = np.diag(product_TT)
-    apart_TT = (own_T[:, None] + own_T[None] - product_TT - product_TT.T) / 2
+    variance_TT = (own_T[:, None] + own_T[None] - product_TT - product_TT.T) / 2
     shared_TT = ngram_overlap([tokens(text) for text in texts.texts])
     topics = list(dict.fromkeys(texts.prompts))
     topic_T = np.array([topics.index(prompt) for prompt in texts.prompts])
@@ -59,8 +60,8 @@ def main(output: Path) -> None:
         "words": WORDS,
         "texts": len(texts),
         "topics": len(topics),
-        "variance": told(jackknife(len(topics), lambda at: ratio(apart_TT, topic_T, at))),
-        "wording": told(jackknife(len(topics), lambda at: log_ratio(shared_TT, topic_T, at))),
+        "variance": rounded(jackknife(len(topics), lambda at: ratio(variance_TT, topic_T, at))),
+        "wording": rounded(jackknife(len(topics), lambda at: log_ratio(shared_TT, topic_T, at))),
         "in_force": {"variance": WITHIN_VARIANCE, "wording": WITHIN_WORDING},
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
@@ -68,13 +69,13 @@ def main(output: Path) -> None:
 
 
 def sides(data: Path) -> Iterator[Sample]:
-    """What each person said in a conversation, about its article."""
+    """All messages of each person in a conversation, with its article."""
     found = json.loads((data / "dialogue" / "topicalchat_test_freq.json").read_text())
     for conversation in found.values():
-        said: dict[str, list[str]] = defaultdict(list)
+        by_person: dict[str, list[str]] = defaultdict(list)
         for turn in conversation["content"]:
-            said[turn["agent"]].append(turn["message"].strip())
-        for messages in said.values():
+            by_person[turn["agent"]].append(turn["message"].strip())
+        for messages in by_person.values():
             yield Sample(" ".join(messages), conversation["article_url"])
 
 
@@ -86,8 +87,8 @@ def with_partners(texts: Windows) -> Windows:
 def means(
     pairs_TT: NDArray[np.float64], topic_T: NDArray[np.intp], topics: Sequence[int]
 ) -> tuple[float, float]:
-    """The means of a measure of two texts: over pairs within topics, each topic as often as it has
-    texts less one, and over all pairs."""
+    """The means of a pairwise measure over pairs within topics, each topic weighted by its number
+    of texts minus one, and over all pairs."""
     at = np.flatnonzero(np.isin(topic_T, topics))
     groups = [np.flatnonzero(topic_T == topic) for topic in topics]
     within = [mean_of_pairs(pairs_TT[np.ix_(group, group)]) for group in groups]
@@ -109,7 +110,7 @@ def log_ratio(pairs_TT: NDArray[np.float64], topic_T: NDArray, topics: Any) -> f
     return math.log(within) / math.log(between)
 
 
-def told(found: Estimate) -> dict[str, float | None]:
+def rounded(found: Estimate) -> dict[str, float | None]:
     ends = {"value": found.value, "low": found.low, "high": found.high}
     return {name: end if end is None else round(end, 3) for name, end in ends.items()}
 

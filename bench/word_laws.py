@@ -1,15 +1,16 @@
-"""Other ways to heat where words are chosen, as functions on one row, and a processor of vLLM's V1
-runner that applies the one a request names (`extra_args={"word_law": NAME}`).
+"""Other laws that heat where words are chosen, as functions on one row, and a processor of vLLM's
+V1 runner that applies the one a request names (`extra_args={"word_law": NAME}`).
 
 All cut at min-p .02 and keep each class's probability, as the law `words` does; stop tokens are a
 class of their own. They differ in the temperatures:
-    gate on starts      starts of words by the law `gated`, of the entropy among them; inside .7
-    function words      starts that are a function word whole at 1, other starts at 3; inside .7
+    gate on starts      starts of words by the law `gated`, on the entropy among them; inside .7
+    function words      starts that are a whole function word at 1, other starts at 3; inside .7
     budget on starts    starts at the temperature that adds .5 nats to the entropy among them;
                         inside .7
     cooler as it goes   starts at 3; inside .9, .7, .5 for the second, third and later tokens
-    adapt               no classes: the step whole at 1.5 where a word most likely begins, else .7
-                        (AdapT, arXiv 2309.02772, with starts of words for starts of code blocks)
+    adapt               no classes: the whole step at 1.5 if the likeliest token starts a word,
+                        otherwise at .7 (AdapT, arXiv 2309.02772, with starts of words in place of
+                        starts of code blocks)
 `bench/words.py` compares their answers with those of `words` and `gated`.
 """
 
@@ -46,14 +47,14 @@ FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Row:
-    """What is left of a row by the guard."""
+    """The tokens of a row that the guard keeps."""
 
     logits_K: Tensor
     """ln p up to a constant; K tokens."""
     class_K: Tensor
     is_function_K: Tensor
     inside: int
-    """Tokens of the word that the text ends in; 0 where it ends outside of one."""
+    """Number of tokens so far of the word that the text ends in; 0 if it ends outside a word."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Vocabulary:
 
 
 STOP = 3
-"""The class of the stop token, beside those of `token_classes.py`."""
+"""The class of the stop token, in addition to those of `token_classes.py`."""
 
 
 class WordLaws(AdapterLogitsProcessor):
@@ -108,7 +109,7 @@ def rewritten(logits_V: Tensor, output_ids: list[int], name: str, known: Vocabul
     width = known.classes_SV.shape[1]
     log_p_V = logits_V.float().log_softmax(-1)
     kept_K = (log_p_V >= log_p_V.max() + LOG_GUARD).nonzero()[:, 0]
-    # Logits beyond the tokenizer's own tokens are padding, which the guard does not keep.
+    # Logits beyond the tokenizer's own tokens are padding.
     kept_K = kept_K[kept_K < width]
     row = Row(
         log_p_V[kept_K],
@@ -123,18 +124,18 @@ def rewritten(logits_V: Tensor, output_ids: list[int], name: str, known: Vocabul
 
 def inside_word(output_ids: list[int], known: Vocabulary) -> int:
     """Tokens since the last start, that start included, if the text ends inside a word."""
-    count, place = 0, len(output_ids)
-    while place and int(known.state_V[output_ids[place - 1]]) != 0:
-        place -= 1
+    count, index = 0, len(output_ids)
+    while index and int(known.state_V[output_ids[index - 1]]) != 0:
+        index -= 1
         count += 1
-        before = int(known.state_V[output_ids[place - 1]]) if place else 0
-        if int(known.classes_SV[before, output_ids[place]]) == START:
+        before = int(known.state_V[output_ids[index - 1]]) if index else 0
+        if int(known.classes_SV[before, output_ids[index]]) == START:
             break
     return count
 
 
 def by_group(logits_K: Tensor, groups: Mapping[float, Tensor]) -> Tensor:
-    """Each group (its members, bool) at a temperature, with its own probability."""
+    """Apply a temperature to each group (bool members), keeping the group's total probability."""
     out_K = logits_K.clone()
     for temperature, member_K in groups.items():
         if member_K.any():
@@ -186,7 +187,7 @@ def cooler_as_it_goes(row: Row) -> Tensor:
 
 
 def adapt(row: Row) -> Tensor:
-    """By the class of the likeliest token; the stop token keeps its probability."""
+    """One temperature, by the class of the likeliest token; the stop keeps its probability."""
     begins = int(row.class_K[row.logits_K.argmax()]) == START
     return by_group(row.logits_K, {1.5 if begins else COOL: row.class_K != STOP})
 

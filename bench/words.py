@@ -1,18 +1,18 @@
 """Is the law `words` better than `gated`, min-p with a temperature, and stock? On a real model.
 
     python bench/real_answers.py --model FOLDER                          # first: the answers
-    .venv-eval/bin/python bench/ifeval.py DATA                           # and which follow
+    .venv-eval/bin/python bench/ifeval.py DATA              # and which follow their instructions
     python bench/words.py [--folder build/real]
 
-The law's temperatures were chosen on stories (docs/log.md). Tested on what did not choose them:
-    essays      errors and variety, as bench/real.py has them, of the settings of both laws; the
-                errors of `words` over those of another setting at that setting's variety. Twice:
-                60 prompts, and the 90 others, which alone decide
+The law's temperatures were chosen on stories (docs/log.md). It is tested on other prompts:
+    essays      errors and variety, measured as in bench/real.py, for the settings of both laws, and
+                the ratio of the errors of `words` to those of another setting at that setting's
+                variety; on 60 prompts, and on the 90 others, which alone determine the decision
     IFEval      the share of prompts all of whose instructions are followed, by rule
     MMLU        the share of questions answered right, and of answers that cannot be read
-each with exact McNemar tests of `words` against the others.
-Intervals are 95 %. The last line is one JSON document, with the decision which law `diversity`
-with a number means.
+The last two with exact McNemar tests of `words` against the others. Intervals are 95 %. The last
+line is one JSON document, which includes the decision which law a plain number in `diversity`
+selects.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from real import RESULTS, Checks, by_setting, read_at, written
+from real import RESULTS, Checks, by_setting, read_at, rounded
 from real_answers import (
     ESSAYS,
     GATED,
@@ -32,9 +32,9 @@ from real_answers import (
     Answer,
     PromptSet,
     data_folder,
-    kept,
     mmlu,
     prompt_sets,
+    read_answers,
 )
 from scipy import stats
 
@@ -53,9 +53,10 @@ from dftserve.evaluate.metrics.intervals import (
 from provenance import machine, versions
 
 LAWS = {WORDS: ("`words` .5", WORDS), GATED: ("`gated` .5", GATED)}
-"""Level 1 of a law, and its curve, from the least varied."""
+"""Level 1 of each law, and the settings of its curve, the least varied first."""
 FEWER = 0.8
-"""Errors at equal variety, over those of `gated`, that make `words` the default."""
+"""Maximum ratio of the errors of `words`, at equal variety, to those of `gated`, to make it the
+default."""
 ALPHA = 0.05
 
 
@@ -66,7 +67,7 @@ def main(folder: Path, output: Path) -> None:
     sets = {each.name: each for each in prompt_sets(data_folder())}
     checks = Checks(reference.build(tasks.load("story").human))
     essays, others = (
-        written_essays(checks, by_setting(kept(folder), name), sets[name])
+        written_essays(checks, by_setting(read_answers(folder), name), sets[name])
         for name in (ESSAYS, OTHER_ESSAYS)
     )
     followed = json.loads((folder / "ifeval.json").read_text())
@@ -82,7 +83,7 @@ def main(folder: Path, output: Path) -> None:
             "left_out": len(followed["left_out"]),
             "rows": instructions,
         },
-        "mmlu": questions(by_setting(kept(folder), MMLU), mmlu(data_folder())),
+        "mmlu": questions(by_setting(read_answers(folder), MMLU), mmlu(data_folder())),
         "default": default(others["against"][WORDS][GATED], instructions),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
@@ -96,7 +97,7 @@ def written_essays(
     return {
         "prompts": len(asked.prompts),
         "answers_to_each": asked.answers,
-        "rows": {name: written(row) for name, row in rows.items()},
+        "rows": {name: rounded(row) for name, row in rows.items()},
         "against": {
             law: {name: compared(rows, law, name) for name in rows if name not in LAWS[law]}
             for law in LAWS
@@ -107,7 +108,8 @@ def written_essays(
 def compared(
     rows: Mapping[str, Mapping[str, Estimate]], law: str, other: str
 ) -> dict[str, dict[str, float]]:
-    """A law at level 1 minus another setting, and the ratio of errors at the other's variety."""
+    """The differences of a law at level 1 to another setting, and the ratio of their errors at the
+    other's variety."""
     found = {
         key: with_p(difference(rows[other][key], rows[law][key]))
         for key in ("errors", "unknown", "self_bleu", "distinct_3")
@@ -116,7 +118,7 @@ def compared(
     equal = read_at(curve, "self_bleu", "errors", rows[other])
     if equal is not None:
         found["errors_ratio_at_equal_variety"] = with_p(
-            ratio(equal, rows[other]["errors"]), nothing=1.0
+            ratio(equal, rows[other]["errors"]), null=1.0
         )
     return found
 
@@ -128,11 +130,12 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
     )
 
 
-def with_p(found: Estimate, nothing: float = 0.0) -> dict[str, float]:
-    """With the p of "it is `nothing`", by Student's distribution over the tenths left out."""
-    error, away = standard_error(found.left_out), abs(found.value - nothing)
-    p = 2 * stats.t.sf(away / error, len(found.left_out) - 1) if error else float(away == 0)
-    return {**written({"": found})[""], "p": round(float(p), 5)}
+def with_p(found: Estimate, null: float = 0.0) -> dict[str, float]:
+    """The estimate with its p against the null value, by Student's distribution over the tenths
+    left out."""
+    error, distance = standard_error(found.left_out), abs(found.value - null)
+    p = 2 * stats.t.sf(distance / error, len(found.left_out) - 1) if error else float(distance == 0)
+    return {**rounded({"": found})[""], "p": round(float(p), 5)}
 
 
 def ifeval(settings: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, Any]:
@@ -146,15 +149,17 @@ def ifeval(settings: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, An
 def questions(
     answers: Mapping[str, Sequence[Answer]], asked: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Of each setting: right answers, answers that cannot be read, and `words` against it."""
-    said = {name: letters(given, asked) for name, given in answers.items()}
-    right = {name: [given == wanted for given, wanted in pairs] for name, pairs in said.items()}
+    """For each setting: right answers, answers that cannot be read, and `words` against it."""
+    letter_pairs = {name: letters(given, asked) for name, given in answers.items()}
+    right = {
+        name: [given == wanted for given, wanted in pairs] for name, pairs in letter_pairs.items()
+    }
     return {
         "questions": len(asked),
         "rows": {
             name: {
                 "right": share(right[name]),
-                "unreadable": share([given is None for given, _ in said[name]]),
+                "unreadable": share([given is None for given, _ in letter_pairs[name]]),
                 **paired(right, name),
             }
             for name in answers
@@ -165,7 +170,8 @@ def questions(
 def letters(
     answers: Sequence[Answer], asked: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str | None, str]]:
-    """The letter that each answer to a question of MMLU gives, and the right one."""
+    """(the letter that the answer gives, the right letter) for each answer to a question of MMLU;
+    None if no letter can be read."""
     return [
         (extract.choice(answer.text, letters="ABCD"), "ABCD"[asked[answer.prompt]["answer"]])
         for answer in answers
@@ -173,11 +179,11 @@ def letters(
 
 
 def share(of: Sequence[bool]) -> dict[str, float]:
-    return written({"": wilson(sum(of), len(of))})[""]
+    return rounded({"": wilson(sum(of), len(of))})[""]
 
 
 def paired(by_setting: Mapping[str, Sequence[bool]], name: str) -> dict[str, float]:
-    """Where `words` succeeded and the other setting did not, the other way round, and the p."""
+    """How often only `words` succeeded, how often only the other setting did, and the p."""
     ours, theirs = by_setting[WORDS], by_setting[name]
     pairs = list(zip(ours, theirs, strict=True))
     return {
@@ -188,8 +194,8 @@ def paired(by_setting: Mapping[str, Sequence[bool]], name: str) -> dict[str, flo
 
 
 def default(against_gated: Mapping[str, Any], instructions: Mapping[str, Any]) -> dict[str, Any]:
-    """`words` where it has clearly fewer errors at the variety of `gated`, or is more varied at no
-    more errors, and follows no fewer instructions; else `gated`."""
+    """The default law: `words` if it has clearly fewer errors at the variety of `gated`, or is more
+    varied without more errors, and follows at least as many instructions; otherwise `gated`."""
     errors = against_gated.get("errors_ratio_at_equal_variety")
     fewer = errors is not None and errors["value"] <= FEWER and errors["p"] < ALPHA
     variety, more_errors = against_gated["self_bleu"], against_gated["errors"]

@@ -1,14 +1,15 @@
-"""The law `words` on the stories' grammar, where a text is valid or not and nobody has to judge.
+"""The law `words` on the stories' grammar, where the validity of a text is decidable.
 
     OMP_NUM_THREADS=1 python bench/words_stories.py
 
-The grammar's model meets stock, `gated`, min-p with a temperature and `words` on the prompts of
-bench/first_law.py that chose no constants; gains are of diversity at equal validity.
+The grammar's model is sampled with stock, `gated`, min-p with a temperature and `words`, on the
+prompts of bench/first_law.py that were not used to choose constants; gains are of diversity at
+equal validity.
 
-What this can show: whether `words` keeps texts right that have a right form, word by word. What it
-cannot: what the law is for. The tokenizer was made from these stories, so their words are mostly
-one token each (the share is measured), and there is hardly an inside of a word that could be kept
-cool; and what is wrong here is the choice of a word, where `words` heats, not its spelling.
+This can show whether `words` keeps texts of a known form valid, but not the benefit that the law is
+designed for. The tokenizer was trained on these stories, so most of their words are one token (the
+share is measured), and few tokens are inside a word, where the law would cool; and errors here are
+wrong choices of words, where `words` heats, not wrong spellings.
 """
 
 import json
@@ -44,7 +45,7 @@ from dftserve.stories import grammar
 from provenance import machine, versions
 
 MIN_P = 0.2
-"""The best of the development prompts of bench/first_law.py."""
+"""The best value on the development prompts of bench/first_law.py."""
 LAW = "words"
 
 
@@ -54,10 +55,10 @@ LAW = "words"
     "--out",
     type=click.Path(path_type=Path),
     default=RESULT.with_name("words_stories.json"),
-    help="The JSON's place.",
+    help="The JSON file.",
 )
 def main(sequences: int, out: Path) -> None:
-    """The law `words` beside others on the stories' model."""
+    """Compare the law `words` with others on the stories' model."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     (writer,) = writers(["well-trained"])
@@ -93,7 +94,7 @@ def main(sequences: int, out: Path) -> None:
 
 
 def families(writer: Writer) -> dict[str, list[Setting]]:
-    """Six settings each, stock's one apart."""
+    """The families, with six settings each, stock with one."""
     classes = TokenClasses.from_tokenizer(writer.tokenizer)
     return {
         "stock": [stock()],
@@ -109,7 +110,7 @@ def words(classes: TokenClasses, level: float) -> Setting:
 
 
 def tokens_by_class(tokenizer: PreTrainedTokenizer, stories: int = 300) -> Counter[str]:
-    """How many tokens of stories begin a word, go on with one, or do neither."""
+    """How many tokens of stories start a word, continue one, or do neither."""
     classes, rng = TokenClasses.from_tokenizer(tokenizer), random.Random(0)
     after = [classes.classes_after(state) for state in range(3)]
     ends_in = classes.states()

@@ -1,9 +1,9 @@
-"""Runs `dftserve` commands with little memory to spare: one process imports, a fork runs each.
+"""Runs `dftserve` commands with limited memory: one process does the imports and forks for each.
 
     with Commands() as commands:
         ended = commands.run("checkpoint", "verify", folder)
 
-Started as a script it is that process.
+Run as a module, this file is that process.
 """
 
 import json
@@ -19,14 +19,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARE_BYTES = 1 << 30
-"""Of address space, over what the imports take: what a command may make of its files."""
+"""Address space that a command may use in addition to that of the imports."""
 HUNG_SECONDS = 300
-"""No measure of speed: what waits so long, waits for ever."""
+"""A command that takes this long is taken to be hung; this is not a speed limit."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """`code`: its exit code, or less than 0 by a signal."""
+    """`code`: the exit code, negative if ended by a signal."""
 
     code: int
     output: str
@@ -92,7 +92,7 @@ def _become(command, arguments: list[str], output: int) -> None:
         command(arguments, prog_name="dftserve")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:  # noqa: BLE001  (What Python itself would print.)
+    except BaseException:  # noqa: BLE001  (Prints the same as Python would.)
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A real browser, what it finds wrong with a page, and the playground's command before a server."""
+"""A real browser, accessibility checks of a page, and the playground in front of a server."""
 
 import os
 import re
@@ -15,7 +15,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @contextmanager
 def playground(url: str, key: str | None = None) -> Iterator[str]:
-    """The command of a user, before the server at `url`; the address of its page."""
+    """Run the user's command in front of the server at `url`; yields the address of its page."""
     command = [sys.executable, "-m", "dftserve.cli", "playground", "--url", url, "--port", "0"]
     environment = dict(os.environ) if key is None else {**os.environ, "OPENAI_API_KEY": key}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -33,14 +33,14 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as started:
-        # Chromium's own sandbox needs rights that root in a container does not have.
+        # Chromium's own sandbox needs privileges that root in a container does not have.
         browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 def assert_accessible(page: Any) -> None:
-    """No rule of axe is broken, and nothing is wider than the screen."""
+    """Check that axe finds no violations and that nothing is wider than the screen."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page)

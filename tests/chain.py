@@ -9,11 +9,11 @@ from tests.profiles import toy_profile
 
 class Chain:
     """An order-2 chain over V tokens that writes the phrase "a b c" ten times as often as people,
-    and the rates of its texts, exactly: no text is drawn, so that no test fails by chance."""
+    and the exact rates of its texts: no text is sampled, so no test fails by chance."""
 
     V, A, B, C = 24, 0, 1, 2
     HUMAN = 0.60
-    """Of the phrase, per 1,000 tokens."""
+    """People's rate of the phrase, per 1,000 tokens."""
 
     def __init__(self):
         source = np.random.default_rng(7)
@@ -26,9 +26,9 @@ class Chain:
                 fixed = [self.A]
                 fixed += [self.B] if u2 == self.A else []
                 fixed += [self.C] if (u1, u2) == (self.A, self.B) else []
-                held = p_UUV[u1, u2, fixed].sum()
+                fixed_p = p_UUV[u1, u2, fixed].sum()
                 others = np.setdiff1d(np.arange(self.V), fixed)
-                p_UUV[u1, u2, others] *= (1 - held) / p_UUV[u1, u2, others].sum()
+                p_UUV[u1, u2, others] *= (1 - fixed_p) / p_UUV[u1, u2, others].sum()
         self.p_UUV = p_UUV
 
     def stationary(self, p_UUV):
@@ -38,7 +38,7 @@ class Chain:
         return pairs_UU
 
     def rates(self, p_UUV):
-        """Per 1,000 tokens: the phrase, "ab" then something else, "a" then something else."""
+        """Rates per 1,000 tokens: the phrase, "ab" not followed by "c", "a" not followed by "b"."""
         pairs_UU = self.stationary(p_UUV)
         phrase = pairs_UU[self.A, self.B] * p_UUV[self.A, self.B, self.C]
         orphan = pairs_UU[self.A, self.B] - phrase
@@ -46,7 +46,7 @@ class Chain:
         return 1000 * np.array([phrase, orphan, innocent])
 
     def profile(self, rate):
-        """The chance that the phrase is completed, counted on the chain's own text."""
+        """A profile with the exact chances of completion, for a phrase with this rate."""
         pairs_UU, a, b, c = self.stationary(self.p_UUV), self.A, self.B, self.C
         into_a_U = pairs_UU[:, a] / pairs_UU[:, a].sum()
         after_ab = self.p_UUV[a, b, c]

@@ -12,7 +12,8 @@ from dftserve.stories.grammar import PROMPTS
 from tests.conftest import KEY, PATIENCE, Engine
 
 LIVELY = {"ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 1.0}
-"""A story past its end loops over sure tokens, which no temperature opens; penalties end that."""
+"""A story past its end loops over tokens with a probability near 1, which no temperature changes;
+the penalties prevent this."""
 
 
 def sync_client(engine: Engine) -> openai.OpenAI:
@@ -42,7 +43,7 @@ def gather(
 def gather_bytes(
     engine: Engine, requests: Iterable[tuple[str, bytes]], at_once: int = 16
 ) -> list[httpx.Response]:
-    """As `gather`, with bodies as they are to be sent."""
+    """As `gather`, with the bodies as bytes."""
 
     async def post(client: httpx.AsyncClient, path: str, body: bytes) -> httpx.Response:
         return await client.post(path, content=body, headers={"Content-Type": "application/json"})
@@ -59,7 +60,7 @@ def _all(
     async def run() -> list[httpx.Response]:
         turn = asyncio.Semaphore(at_once)
         headers = {"Authorization": f"Bearer {KEY}"}
-        # A kept connection may be closed by the server in the moment it is used again.
+        # The server may close a kept-alive connection just when the client reuses it.
         limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(
             base_url=engine.url, headers=headers, timeout=PATIENCE, trust_env=False, limits=limits

@@ -1,4 +1,4 @@
-"""The rows of docs/clients.md's table: from what was asked through a client to what is recorded."""
+"""The rows of docs/clients.md's table, made from requests through clients and proxies."""
 
 import json
 import os
@@ -18,16 +18,18 @@ ORDER = (
     "vllm-router",
     "GZipMiddleware",
 )
-"""The clients, as the table has them."""
+"""The clients, in the order of the table."""
 
-Said = dict[str, Any]
-"""What came back for one case: `answer` and `header` (see tests/clients/ways.py), or an `error`."""
+Outcome = dict[str, Any]
+"""The client's outcome of one case: `answer` and `header` (see tests/clients/ways.py), or an
+`error`."""
 Row = dict[str, Any]
 
 
-def row(client: str, cases: list[tuple[Said, list[Exchange]]]) -> Row:
-    """Of what was asked plainly, for a stream and wrongly, with what reached the engine."""
-    plain, stream, wrong = (said for said, _ in cases)
+def row(client: str, cases: list[tuple[Outcome, list[Exchange]]]) -> Row:
+    """The row of three cases, plain, streamed and with a wrong value, each with the exchanges that
+    reached the engine."""
+    plain, stream, wrong = (outcome for outcome, _ in cases)
     about = {"client": client, "route": plain["route"], "written": plain["written"]}
     if not any(exchanges for _, exchanges in cases):
         return about | {"field": "refused by the client", "error": wrong["error"]}
@@ -43,7 +45,7 @@ def row(client: str, cases: list[tuple[Said, list[Exchange]]]) -> Row:
 
 
 def _arrived(about: Row, cases: list[list[Exchange]]) -> bool:
-    """Whether the field reached the engine, which then must have honoured it in each case."""
+    """Whether the field reached the engine; asserts that the engine then honoured it each time."""
     sent = {_carries_field(exchange) for exchanges in cases for exchange in exchanges}
     assert len(sent) == 1, (about, cases)
     arrived = sent.pop()
@@ -58,21 +60,22 @@ def _carries_field(exchange: Exchange) -> bool:
     return "diversity" in exchange.body or "diversity" in (exchange.body.get("vllm_xargs") or {})
 
 
-def read(said: Said) -> Row:
-    """What of an answer reaches the user."""
-    return {"object": bool(said["answer"]), "header": said["header"]}
+def read(outcome: Outcome) -> Row:
+    """The parts of an answer that reach the user."""
+    return {"object": bool(outcome["answer"]), "header": outcome["header"]}
 
 
-def refusal(said: Said) -> Row:
-    """What of a wrong value's 400 reaches the user."""
-    if "error" not in said:
+def refusal(outcome: Outcome) -> Row:
+    """The parts of a wrong value's 400 that reach the user."""
+    if "error" not in outcome:
         return {"readable": False, "as": None, "param": None}
-    readable = "diversity.level: got 1.5; accepted" in said["text"]
-    return {"readable": readable, "as": said["status"] or said["error"], "param": said["param"]}
+    readable = "diversity.level: got 1.5; accepted" in outcome["text"]
+    shown_as = outcome["status"] or outcome["error"]
+    return {"readable": readable, "as": shown_as, "param": outcome["param"]}
 
 
 def as_recorded(client: str, rows: list[Row], versions: dict[str, str]) -> list[Row]:
-    """The client's rows in the results; with DFTSERVE_RECORD=1 these become `rows` first."""
+    """The client's rows in the results; with DFTSERVE_RECORD=1, `rows` are first written there."""
     document: dict[str, Any] = json.loads(RESULTS.read_text())
     if os.environ.get("DFTSERVE_RECORD") == "1":
         others = [row for row in document["rows"] if row["client"] != client]

@@ -1,10 +1,10 @@
-"""Engines and models that tests share: starting vLLM is what costs.
+"""Engines and models that tests share, because starting vLLM is slow.
 
 The engines are real vLLM servers over HTTP, one of each kind for a whole run:
     v1, v1_stock    the V1 runner with the plug-in, and with DFTSERVE_DISABLE=1
-    v2, v2_stock    the V2 runner on a CPU by tests/shim, likewise
-    v1_smollm2, v2_smollm2  (long) likewise, with a real model
-    v1_bare, v2_bare  (long) an environment of its own that has vLLM and nothing of ours
+    v2, v2_stock    the same with the V2 runner, on a CPU through tests/shim
+    v1_smollm2, v2_smollm2  (long) both runners with the plug-in and a real model
+    v1_bare, v2_bare  (long) a separate environment with vLLM and without the plug-in
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from filelock import FileLock
 from dftserve.serve import running
 from tests.environment import Environment, make_environment
 
-# A busy machine is slow, and a slow example is no failure.
+# No deadline: on a busy machine a slow example is not a failure.
 hypothesis.settings.register_profile("dftserve", deadline=None)
 hypothesis.settings.load_profile("dftserve")
 
@@ -44,17 +44,17 @@ FLAGS = (
     f"--api-key={KEY}",
 )
 BRIEFLY = {"stories": 24, "epochs": 1.0, "learning_rate": 1e-4}
-# So few blocks that sixteen long texts do not fit at once, and sixteen short ones do.
+# So few blocks that sixteen short texts fit at once, but sixteen long ones do not.
 FEW_BLOCKS = "--num-gpu-blocks-override=20"
 PATIENCE = 3600.0
-"""Seconds for a server's start or an answer: a busy machine is slow, which is no failure, and a
-server that ends is seen at once."""
+"""Timeout in seconds for a server's start or an answer. It is long because slowness on a busy
+machine is not a failure; a server that exits is noticed immediately."""
 
 
 @pytest.fixture(autouse=True)
 def loggers_at_their_defaults() -> None:
-    """Importing vLLM's server sets the root logger and its handlers to ERROR, for good, and the
-    plug-in gives the library's logger vLLM's handlers."""
+    """Reset the loggers: importing vLLM's server permanently sets the root logger and its handlers
+    to ERROR, and the plug-in gives the library's logger vLLM's handlers."""
     logging.root.setLevel(logging.WARNING)
     for handler in logging.root.handlers:
         handler.setLevel(logging.NOTSET)
@@ -82,10 +82,10 @@ class Engine:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Real texts, which are never part of the project."""
+    """The folder of real texts, which are not part of the repository."""
     folder = os.environ.get("DFTSERVE_DATA")
     if not folder:
-        pytest.skip("DFTSERVE_DATA names no folder of real texts")
+        pytest.skip("DFTSERVE_DATA is not set to a folder of real texts")
     return Path(folder)
 
 
@@ -95,9 +95,9 @@ def model_folder() -> Path:
 
 
 def tuned_model() -> Path:
-    """A checkpoint that this project tuned, with sampling defaults that would cut.
+    """A checkpoint tuned by this project, whose sampling defaults (top-k, top-p) cut tokens.
 
-    The stories' model after a short training, and two small steps toward itself.
+    It is the stories' model after a short training and a brief tuning toward itself.
     """
     from dftserve import checkpoint
     from dftserve.stories.model import QUICK_STEPS
@@ -107,7 +107,7 @@ def tuned_model() -> Path:
     content = b"".join(path.read_bytes() for path in sorted(sources) if path.is_file())
     place = ROOT / "build" / "test-model" / hashlib.sha256(content).hexdigest()[:16]
     place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):  # Both processes of a run may want it first.
+    with FileLock(f"{place}.lock"):  # Several test processes may build it at the same time.
         folder = tune(place, print, steps=QUICK_STEPS, **BRIEFLY)[-1].folder
         defaults = folder / "generation_config.json"
         cutting = json.loads(defaults.read_text()) | {"top_k": 50, "top_p": 0.9}
@@ -120,7 +120,7 @@ def tuned_model() -> Path:
 def engine_running(
     name: str, model_folder: Path, place: Path, *flags: str, env: dict[str, str] | None = None
 ) -> Iterator[Engine]:
-    """A server of the kind that `name` begins with (v1 or v2)."""
+    """A server with the runner that `name` begins with (v1 or v2)."""
     fault_file = place / f"{name}.fault"
     environment = {
         "OMP_NUM_THREADS": "1",
@@ -153,7 +153,7 @@ def _shared(name: str, *flags: str, env: dict[str, str] | None = None):
 
 @pytest.fixture(scope="session")
 def styles_folder(model_folder, tmp_path_factory) -> Path:
-    """The style profiles of v1 and v2: `habits`."""
+    """The style profiles of the shared engines: `habits`."""
     from dftserve.styles import profile
     from tests.styles import of_stories
 
@@ -170,7 +170,7 @@ v2_stock = _shared("v2_stock", env={"DFTSERVE_DISABLE": "1"})
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """A real model, of the demo: 49,152 tokens."""
+    """The demo's real model, with a vocabulary of 49,152."""
     from dftserve.demo.model import smollm2
 
     try:
@@ -202,7 +202,7 @@ def _bare(name: str, *flags: str):
     def engine_fixture(model_folder, bare_environment, tmp_path_factory):
         place = tmp_path_factory.mktemp(name)
         with contextlib.ExitStack() as stack:
-            with bare_environment.serves():  # For this start only: other engines are ours.
+            with bare_environment.serves():  # For this start only: other engines use our vLLM.
                 starting = engine_running(name, model_folder, place, *flags)
                 engine = stack.enter_context(starting)
             yield engine
@@ -216,20 +216,20 @@ v2_bare = _bare("v2_bare")
 
 @pytest.fixture
 def engine(request) -> Engine:
-    """The engine that the test's parameter names."""
+    """The engine named by the test's parameter."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def stock(request) -> Engine:
-    """The engine without the plug-in, of the same kind as the test's own."""
+    """The engine without the plug-in, of the same kind as the test's other engine."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With several processes, tests that share engines run in one; others file by file, as modules
-    have fixtures that take long."""
+    """With several processes, tests that share engines run in one of them; the others are
+    distributed by file, because modules have slow fixtures."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByEngines(LoadScopeScheduling):
@@ -242,7 +242,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 FAULTY = ("tests/faults/test_faults.py",)
-"""Of the tests of faults, those that need the shared engines."""
+"""The tests of faults that need the shared engines."""
 
 
 def long(*values):
@@ -257,7 +257,7 @@ RESULTS = ROOT / "bench" / "results" / "test-long.json"
 
 @pytest.fixture
 def figure(request):
-    """`figure(name=value, …)`: a figure of this test for bench/results/test-long.json."""
+    """`figure(name=value, …)` records figures of this test for bench/results/test-long.json."""
 
     def note(**values) -> None:
         _figures[request.node.nodeid] = values
@@ -271,7 +271,7 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def pytest_sessionfinish(session) -> None:
-    """The figures of the long tests that passed; those of tests that did not run now are kept."""
+    """Write the figures of the long tests that passed; those of tests that did not run are kept."""
     new = {name.partition("tests/")[2]: _figures[name] for name in _passed & _figures.keys()}
     if session.config.getoption("markexpr") == "long" and new:
         before = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}

@@ -1,8 +1,8 @@
 """FSDP2 on CPU processes, for scripts that tests launch.
 
-torch shards on CPUs; accelerate makes FSDP of processes with accelerators only, by the kind that
-`PartialState` gives them. Where a run asks for FSDP, they are called GPUs at that one decision; the
-device, the backend and all else stay the CPU's.
+torch can shard on CPUs, but accelerate enables FSDP only for processes with accelerators, by the
+distributed type in `PartialState`. If a run asks for FSDP, that type is replaced by MULTI_GPU for
+this decision only; the device, the backend and everything else are still the CPU's.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
-"""DRY of docs/maths.md in fp64 numpy, one row at a time, by comparing every place of the text with
-its end; it shares no code with `dftserve.sampling.dry`."""
+"""DRY of docs/maths.md in fp64 numpy, one row at a time, by comparing every position of the text
+with its end; it shares no code with `dftserve.sampling.dry`."""
 
 import math
 
@@ -17,7 +17,7 @@ def penalties_reference(
     longest: int = 64,
     cap: float = 100.0,
 ) -> dict[int, float]:
-    """Nats by token."""
+    """The penalties in nats, by token."""
     text = list(text)[-history:]
     found: dict[int, int] = {}
     for following in range(1, len(text)):
@@ -39,7 +39,7 @@ def penalties_reference(
 def dry_reference(
     logits_V, nats: dict[int, float], *, temperature: float, log_guard: float, stop_ids=frozenset()
 ) -> np.ndarray:
-    """The row as the law is to get it; `log_guard`: ln a of the guard that comes behind."""
+    """The row as the law should receive it; `log_guard`: ln a of the guard applied afterwards."""
     before = np.asarray(logits_V, dtype=np.float64)
     after = before.copy()
     for token, lost in nats.items():

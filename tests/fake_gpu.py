@@ -1,7 +1,7 @@
-"""A GPU for Triton that compiles and counts: kernels take the way to a launch that they take in
-production, to machine code and through Triton's own checks, and are not executed.
+"""A fake GPU for Triton that compiles and counts kernels: they are compiled to machine code,
+checked by Triton and launched as in production, but not executed.
 
-Tensors stay on the CPU: to this driver an address is a number.
+Tensors stay on the CPU: to this driver an address is only a number.
 """
 
 from collections import Counter, defaultdict
@@ -27,22 +27,22 @@ KERNELS = {
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction)
 }
-"""Every function that Triton compiles, also those that only others call."""
+"""Every function that Triton compiles, including those only called by others."""
 
 
 class FakeGPU:
-    """What Triton asks of a driver."""
+    """A driver with what Triton needs."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
         self.loaded: Counter[str] = Counter()
-        """Machine code that was loaded: once for each time that a kernel was compiled."""
+        """How often machine code was loaded, by kernel: once per compilation."""
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
-        """Kernel and grid."""
+        """Kernel and grid of each launch."""
         self.arguments: list[list[Any]] = []
-        """Of each launch, what the kernel was given."""
+        """The kernel's arguments for each launch."""
         self.signatures: dict[str, dict[str, str]] = {}
-        """Type of each argument, by kernel."""
+        """The type of each argument, by kernel."""
         self.utils = SimpleNamespace(load_binary=self._load, unload_module=lambda module: None)
 
     def launched(self) -> Counter[str]:
@@ -77,7 +77,7 @@ class FakeGPU:
 def fake_gpu(
     capability: int, cache: Path, kernels: Mapping[str, JITFunction] = KERNELS
 ) -> Iterator[FakeGPU]:
-    """Triton's driver for a while; `cache` keeps what was compiled, for the next one."""
+    """Replace Triton's driver temporarily; `cache` is the folder of compiled kernels for reuse."""
     gpu = FakeGPU(capability)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knobs.cache, "dir", str(cache))
@@ -89,10 +89,10 @@ def fake_gpu(
             yield gpu
         finally:
             for compiled in compiled_kernels(kernels):
-                compiled.module = None  # Else it is unloaded when there is no such driver any more.
+                compiled.module = None  # Otherwise it is unloaded later, without this driver.
 
 
 def compiled_kernels(kernels: Mapping[str, JITFunction] = KERNELS) -> list[CompiledKernel]:
-    """Of all kernels, whatever they were compiled for."""
+    """All compiled variants of the kernels."""
     caches = [kernel.device_caches[0][0] for kernel in kernels.values()]
     return [compiled for cache in caches for compiled in cache.values()]

@@ -1,9 +1,9 @@
-"""What transformers says that it will remove is not used: its word for that is FutureWarning."""
+"""Checks that nothing is used that transformers will remove, by its FutureWarnings."""
 
 import pytest
 
 ALLOWED = "`is_gradient_checkpointing` is deprecated"
-"""peft 0.21 reads it, of every model that it wraps; transformers warns of it since 5.23."""
+"""peft 0.21 reads this attribute of every model that it wraps; transformers warns since 5.23."""
 
 no_future_warnings = pytest.mark.filterwarnings(
     "error::FutureWarning", f"ignore:{ALLOWED}:FutureWarning"

@@ -1,4 +1,4 @@
-"""Bodies for the routes that have the field, from a seed, and what is asked of their answers."""
+"""Random bodies for the routes that have the field, and the checks of their answers."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from tests.client import chat_body
 
 MAX_ANSWER_BYTES = 4096
 CANARY = "canary-5a1e"
-"""In every text of a wrong field; never in a log."""
+"""Part of every text in a wrong field; must never appear in a log."""
 MAX_STOP_IDS = 64
 BASES = {
     "/v1/chat/completions": chat_body(max_tokens=2),
@@ -32,7 +32,7 @@ VALID = (
     '{"law": "xtc", "xtc_probability": 0.5}',
 )
 WRONG = [("", False)] * 3
-"""Three of five are wrong: their values come later."""
+"""Three of five fields are wrong; their values are drawn later."""
 TEXTS = (
     CANARY,
     f"{CANARY}\n2027-01-01 ERROR forged",
@@ -48,7 +48,7 @@ HUGE_BYTES = 5_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, and whether its field can be honoured; without a field it can."""
+    """A request, and whether its field is valid; a request without the field is."""
 
     path: str
     body: bytes
@@ -92,8 +92,8 @@ def _wrong(source: random.Random) -> str:
 
 
 def _place(source: random.Random, path: str, value: str, is_valid: bool) -> tuple[str, str]:
-    """The name and the JSON of what carries the value: itself, or vllm_xargs."""
-    # vLLM makes 1.0 of a true in there, before us, and a text is never nothing.
+    """The name and the JSON of the parameter for the value: `diversity`, or vllm_xargs."""
+    # In vllm_xargs vLLM turns true into 1.0 before our code runs, and the text "null" is not null.
     is_special = value in ("true", "null")
     if path == "/v1/responses" or is_special or source.random() < 0.75:
         return "diversity", value
@@ -101,7 +101,7 @@ def _place(source: random.Random, path: str, value: str, is_valid: bool) -> tupl
 
 
 def asked(source: random.Random, number: int) -> Asked:
-    """A request for one of three routes; `number`, its place in the run, says which are large."""
+    """A request for one of three routes; `number`, its index in the run, decides if it is huge."""
     path = source.choice(list(BASES))
     base = BASES[path] | {"stream": source.choice([False, True])}
     if path != "/v1/responses" and source.random() < 0.3:
@@ -124,10 +124,10 @@ def asked(source: random.Random, number: int) -> Asked:
 
 
 def complaint(asked: Asked, stock: httpx.Response, ours: httpx.Response) -> str | None:
-    """What is wrong with our answer, beside stock's to the same body; None: nothing."""
+    """What is wrong with our answer, given stock's to the same body; None if nothing is."""
     if ours.status_code >= 500 > stock.status_code:
-        return "a fault of the server that stock has not"
-    # Stock may answer 500 to what we refuse: to a lone surrogate in vllm_xargs, for one.
+        return "a server error that stock does not have"
+    # Stock may answer 500 to what we refuse, such as a lone surrogate in vllm_xargs.
     if asked.is_valid or 400 <= stock.status_code < 500:
         return None if ours.status_code == stock.status_code else "another status than stock's"
     return _refusal_complaint(ours)

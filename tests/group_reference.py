@@ -1,4 +1,4 @@
-"""Arithmetic codes in fp64, token by token, written apart from `dftserve/sampling/group`."""
+"""Arithmetic codes in fp64, token by token, independent of `dftserve/sampling/group`."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ def first_code_reference(name: str, index: int, size: int) -> float:
 def cut_reference(
     p_V: np.ndarray, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> np.ndarray:
-    """What a request's own cuts leave of probabilities without ties, normalised."""
+    """The probabilities after a request's own cuts, normalised; without ties."""
     kept = [int(v) for v in np.argsort(-p_V) if p_V[v] > 0 and p_V[v] >= min_p * p_V.max()]
     kept = kept[: top_k or None]
     total, so_far, nucleus = sum(p_V[v] for v in kept), 0.0, []
@@ -30,10 +30,10 @@ def cut_reference(
 
 
 def drawn_reference(p_V: np.ndarray, code: float) -> tuple[int, float]:
-    """The token whose interval holds the code, and the code's place in it."""
+    """The token whose interval contains the code, and the code's relative position in it."""
     begin = 0.0
     for token, p in enumerate(p_V.tolist()):
         if p > 0 and code < begin + p:
             return token, (code - begin) / p
         begin += p
-    raise ValueError(f"no interval of {p_V} holds {code}")
+    raise ValueError(f"no interval of {p_V} contains {code}")

@@ -1,4 +1,4 @@
-"""A file of tests again, in a process where Triton interprets its kernels."""
+"""Runs a test file again, in a process where Triton interprets its kernels."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 
 def run(file: str) -> str:
-    """What pytest said of the file; its tests have passed."""
+    """pytest's output for the file; asserts that its tests passed."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:randomly", file],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -1,4 +1,4 @@
-"""What a client meets without an engine: a small HTTP server in a thread, a process of a proxy."""
+"""Servers for clients without an engine: a small HTTP server in a thread, a proxy's process."""
 
 import http.server
 import json
@@ -43,7 +43,7 @@ def serving(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Ite
 
 @contextmanager
 def closing() -> Iterator[str]:
-    """A port that hangs up on whoever sends it something; yields http://127.0.0.1:PORT."""
+    """A server that closes each connection on the first data; yields http://127.0.0.1:PORT."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -62,15 +62,15 @@ def closing() -> Iterator[str]:
 
 @contextmanager
 def listening(command: Sequence[str | Path], port: int, log: Path) -> Iterator[str]:
-    """A process that serves on a port of loopback, from when it takes connections; yields
-    http://127.0.0.1:PORT. What it says is in `log`."""
+    """A process that serves on a loopback port, once it accepts connections; yields
+    http://127.0.0.1:PORT. Its output is written to `log`."""
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         until = time.monotonic() + PATIENCE
-        while not _takes_connections(port):
+        while not _accepts_connections(port):
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"{command[0]} is not there:\n{log.read_text()}")
+                raise RuntimeError(f"{command[0]} does not run:\n{log.read_text()}")
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -78,7 +78,7 @@ def listening(command: Sequence[str | Path], port: int, log: Path) -> Iterator[s
         process.wait()
 
 
-def _takes_connections(port: int) -> bool:
+def _accepts_connections(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
@@ -98,7 +98,7 @@ def in_force(body: dict, *figures: dict | None, cap: float = 1.0) -> dict[str, d
     """The `diversity` and `style` objects of an answer, as the plug-in writes them.
 
     Args:
-        cap: of levels and strengths, by a policy that lowers what is above.
+        cap: the maximum of levels and strengths under a policy that lowers larger values.
     """
     found: dict[str, dict] = {}
     if "diversity" in body:
@@ -118,25 +118,25 @@ def in_force(body: dict, *figures: dict | None, cap: float = 1.0) -> dict[str, d
 def model_server(
     say: Callable[[dict], str], *, active: bool = True, cap: float = 1.0
 ) -> Iterator[tuple[str, list[dict]]]:
-    """An OpenAI-compatible server that says what `say` makes of a body; its URL, and the bodies.
-    `cap` is as for `in_force`."""
+    """An OpenAI-compatible server that answers a body with `say(body)`; yields its URL and the
+    bodies. `cap` is as for `in_force`."""
     bodies: list[dict] = []
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         size = int(request.headers.get("Content-Length", 0))
         body = json.loads(request.rfile.read(size)) if size else {}
         if request.path == "/v1/models":
-            said: dict = {"data": [{"id": "m"}]}
+            content: dict = {"data": [{"id": "m"}]}
         elif request.path == "/v1/dft/capabilities":
-            said = {"active": active}
+            content = {"active": active}
         else:
             bodies.append(body)
             text = say(body)
             choice = {"text": text, "message": {"role": "assistant", "content": text}}
-            said = {"choices": [{"index": n, **choice} for n in range(body.get("n", 1))]}
-            said |= in_force(body, cap=cap)
-        content = {"Content-Type": "application/json"}
-        reply(request, 200, json.dumps(said).encode(), **content)
+            content = {"choices": [{"index": n, **choice} for n in range(body.get("n", 1))]}
+            content |= in_force(body, cap=cap)
+        headers = {"Content-Type": "application/json"}
+        reply(request, 200, json.dumps(content).encode(), **headers)
 
     with serving(answer) as url:
         yield url, bodies

@@ -1,4 +1,4 @@
-"""nginx before a server, on loopback."""
+"""nginx in front of a server, on loopback."""
 
 import contextlib
 import os
@@ -21,13 +21,13 @@ def command() -> str:
 
 
 def version() -> str:
-    said = subprocess.run([command(), "-v"], capture_output=True, text=True, check=True).stderr
-    return said.strip().rpartition("/")[2]
+    output = subprocess.run([command(), "-v"], capture_output=True, text=True, check=True).stderr
+    return output.strip().rpartition("/")[2]
 
 
 @contextlib.contextmanager
 def before(upstream: str, buffering: str, place: Path) -> Iterator[str]:
-    """Its address, with `proxy_buffering` on or off; all its files are in `place`."""
+    """Run it with `proxy_buffering` on or off and all its files in `place`; yields its address."""
     port, config = _free_port(), place / "nginx.conf"
     config.write_text(_configuration(upstream, buffering, port, place))
     with listening([command(), "-c", config, "-e", "stderr"], port, place / "nginx.log") as url:

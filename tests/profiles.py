@@ -1,4 +1,4 @@
-"""Small profiles made from phrases of token ids, by the definition of their automaton."""
+"""Small profiles from phrases of token ids, built directly from the automaton's definition."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class ToyProfile:
 
     phrases: tuple[tuple[int, ...], ...]
     states: tuple[tuple[int, ...], ...]
-    """The beginnings of the phrases; the first is empty: the root."""
+    """The prefixes of the phrases; the first is the empty one, the root."""
     log_factor_A: np.ndarray
     vocabulary: int
     root_next_V: np.ndarray
@@ -29,19 +29,19 @@ class ToyProfile:
     """δ(v|u) at [u, v], written out."""
 
     def state(self, text) -> int:
-        """The longest ending of the text that begins a phrase."""
+        """The longest suffix of the text that is a prefix of a phrase."""
         endings = (tuple(text[start:]) for start in range(len(text) + 1))
         return next(self.states.index(ending) for ending in endings if ending in self.states)
 
     def factors(self, text) -> np.ndarray:
-        """F of each token behind the text."""
+        """F of each token after the text."""
         text = list(text)
         after = [self.state([*text, v]) for v in range(self.vocabulary)]
         return np.exp(self.log_factor_A[after].astype(np.float64))
 
 
 def toy_profile(phrases, log_factors, vocabulary, unigram_V=None, bigrams=None) -> ToyProfile:
-    """`log_factors`: by beginning of a phrase, 0 for others. `bigrams`: δ by context and token."""
+    """`log_factors`: by prefix of a phrase, 0 for others. `bigrams`: δ by context and token."""
     beginnings = {phrase[:n] for phrase in phrases for n in range(1, len(phrase) + 1)}
     states = ((), *sorted(beginnings))
     log_factor_A = np.array([log_factors.get(state, 0.0) for state in states], np.float32)
@@ -87,7 +87,7 @@ def toy_profile(phrases, log_factors, vocabulary, unigram_V=None, bigrams=None) 
 
 
 def random_profile(seed: int, vocabulary: int, *, tilt: float = 2.0) -> ToyProfile:
-    """Up to four phrases that overlap, factors of any size, δ of some tokens and pairs."""
+    """Up to four overlapping phrases, factors of any size, δ for some tokens and pairs."""
     source = np.random.default_rng(seed)
     few = min(vocabulary, 4)
     phrases = tuple(

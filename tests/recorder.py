@@ -1,4 +1,4 @@
-"""Between a client and the engine: what the client sent, and what the engine said to it."""
+"""A proxy between a client and the engine that records requests and answers."""
 
 import http.server
 import json
@@ -26,20 +26,20 @@ class Exchange:
     status: int
     header: str | None
     has_object: bool
-    """Whether figures are in its body, as far as that is not compressed."""
+    """Whether its body contains statistics; not detected in a compressed body."""
     encoding: str | None
 
 
 @dataclass
 class Recorder:
-    """Passes everything on, and keeps the POST requests by case.
+    """Forwards everything, and records the POST requests by case.
 
     A client's base URL is `{url}/{case}/v1`.
     """
 
     engine: str
     encodings: str = "identity"
-    """What the engine is told that the client accepts, whatever the client says."""
+    """The Accept-Encoding sent to the engine, instead of the client's."""
     url: str = ""
     exchanges: dict[str, list[Exchange]] = field(default_factory=dict)
 
@@ -60,21 +60,21 @@ class Recorder:
                 headers=kept | {"Accept-Encoding": self.encodings},
             ) as answer,
         ):
-            said = _relay(answer, request)
+            content = _relay(answer, request)
         if request.command == "POST":
             seen = Exchange(
                 f"/{path}",
                 json.loads(body),
                 answer.status_code,
                 answer.headers.get(HEADER),
-                b'"mean_entropy_after"' in said,
+                b'"mean_entropy_after"' in content,
                 answer.headers.get("Content-Encoding"),
             )
             self.exchanges.setdefault(case, []).append(seen)
 
 
 def _relay(answer: httpx.Response, request: http.server.BaseHTTPRequestHandler) -> bytes:
-    """Give the answer piece by piece as it comes; returns all of it."""
+    """Forward the answer piece by piece as it arrives; returns all of it."""
     request.send_response(answer.status_code)
     for name, value in answer.headers.items():
         if name.lower() not in _OURS_TO_GIVE:

@@ -1,7 +1,7 @@
-"""The law of docs/maths.md in fp64 numpy, one row at a time, written apart from the package.
+"""The law of docs/maths.md in fp64 numpy, one row at a time, independent of the package.
 
-It shares no code and no method with `dftserve.sampling`: temperatures that must keep the argmax
-are found by bisection, distributions are plain softmaxes over explicit lists of tokens.
+It shares no code and no algorithm with `dftserve.sampling`: temperatures that must keep the argmax
+are found by bisection, and distributions are plain softmaxes over explicit lists of tokens.
 """
 
 import math
@@ -18,7 +18,8 @@ class Reference:
     entropy_after: float
     temperature: float
     margin: float
-    """Distance in nats of the nearest token to the guard's threshold: how safe a comparison is."""
+    """Distance in nats of the nearest token to the guard's threshold; a small one makes a
+    comparison unreliable."""
 
 
 def reference(
@@ -157,7 +158,7 @@ def cut_reference(
     draw: float = 1.0,
     stop_ids=frozenset(),
 ) -> Reference:
-    """The laws that cut and do not heat. `draw`: from 0 to below 1, the step's own."""
+    """The laws that cut and do not heat. `draw`: the step's random number in [0, 1)."""
     z = np.asarray(logits_V, dtype=np.float64)
     finite = [i for i in range(len(z)) if np.isfinite(z[i])]
     top = max(z[i] for i in finite)
@@ -165,7 +166,7 @@ def cut_reference(
         floor = top - n_sigma * float(np.std([z[i] for i in finite]))
     else:
         floor = top + math.log(min_p) if min_p is not None else -math.inf
-    # The highest logits of all are no further from the floor than σ says.
+    # The highest logits are left out: their distance to the floor is set by σ.
     margin = min((abs(z[i] - floor) for i in finite if z[i] < top), default=math.inf)
     plausible = [i for i in finite if z[i] >= floor or z[i] == top]
     at_one = dict(zip(plausible, _softmax([z[i] for i in plausible]), strict=True))
@@ -192,7 +193,7 @@ def cut_reference(
 
 
 def draw_reference(key: int, position: int) -> float:
-    """The number of a position, from a key of 48 bits."""
+    """The random number of a position, from a key of 48 bits."""
 
     def mixed(h: int) -> int:
         h = (h ^ h >> 16) * 0x7FEB352D % 2**32

@@ -1,4 +1,4 @@
-"""Rows of logits of every kind that a sampler meets, by name."""
+"""Rows of logits of every kind that a sampler must handle, by name."""
 
 import numpy as np
 import torch

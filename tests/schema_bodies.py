@@ -1,4 +1,4 @@
-"""Bodies by the server's own OpenAPI document, which schemathesis draws: as it allows, and not."""
+"""Bodies drawn by schemathesis from the server's own OpenAPI document, valid and invalid ones."""
 
 import json
 from typing import Any
@@ -12,14 +12,15 @@ from tests.fuzz_bodies import BASES
 from tests.vllm_app import body_schema
 
 MOST_FIELDS = 4
-"""Of what is drawn, beside what a request needs; with all of them hardly any body is accepted."""
+"""Maximum drawn fields in a body besides the required ones; with all drawn fields hardly any body
+would be accepted."""
 CHEAP = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "best_of")
-"""Fields that say how much is generated, which is no matter here."""
+"""Fields that control how much is generated; they are not tested, to keep requests short."""
 
 
 def drawn(document: dict[str, Any], path: str, count: int) -> list[dict[str, Any]]:
-    """Bodies for a route, always the same ones: some fields of a body by the document, or of one
-    that breaks it, beside those that make a short request of it; some without these.
+    """Bodies for a route, always the same ones: some fields of a valid or invalid body, added to
+    the fields of a short request, or replacing some of these.
 
     Args:
         document: the server's openapi.json.
@@ -43,8 +44,7 @@ def drawn(document: dict[str, Any], path: str, count: int) -> list[dict[str, Any
 
 
 def drawn_values(document: dict[str, Any], path: str, name: str, count: int) -> list[Any]:
-    """Values for one property of a route's body, always the same ones, by the document or breaking
-    it."""
+    """Values for one property of a route's body, valid and invalid, always the same ones."""
     schema = body_schema(document, path)["properties"][name]
     whole = {"type": "object", "properties": {name: schema}, "required": [name]}
     operation = {

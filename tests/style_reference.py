@@ -1,4 +1,4 @@
-"""What a style makes of a row, in fp64 numpy, written apart from the package: plain softmaxes over
+"""The effect of a style on a row, in fp64 numpy, independent of the package: plain softmaxes over
 lists of tokens, and the strength by bisection."""
 
 import math

@@ -16,7 +16,7 @@ PRINT = "a" * 64
 
 
 def pattern(phrase: int, *tokens: int) -> Pattern:
-    """One whose tokens are as long as each other."""
+    """A pattern whose tokens are all one character long."""
     return Pattern(phrase, tokens, tuple(range(1, len(tokens) + 1)))
 
 
@@ -70,16 +70,16 @@ def profile(automaton: Automaton, harms: Harms, log_ratio_P, **values) -> Profil
 
 
 def of_stories(model_folder: Path) -> Stored:
-    """The profile `habits` of the stories' model: what its stories say most, and a tilt of fifty
-    tokens and a few pairs."""
+    """The profile `habits` of the stories' model: frequent phrases of its stories, and a tilt of
+    fifty tokens and a few pairs."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     source = random.Random(0)
     texts = [tuple(tokenizer.encode(generate(source).text)) for _ in range(60)]
     runs = Counter(text[n : n + 3] for text in texts for n in range(len(text) - 2))
-    often = [run for run, _ in runs.most_common(40)][::10]
-    patterns = [pattern(number, *run) for number, run in enumerate(often)]
+    frequent = [run for run, _ in runs.most_common(40)][::10]
+    patterns = [pattern(number, *run) for number, run in enumerate(frequent)]
     vocabulary = len(tokenizer)
     made = stored(patterns, log_ratio_P=(2.0, 1.0, 0.5, 3.0), vocabulary=vocabulary, texts=texts)
     unigram_V = np.zeros(vocabulary, np.float32)

@@ -1,6 +1,7 @@
-"""English-like texts by many authors from a small grammar: what tests measure without real data.
+"""English-like texts by many authors from a small grammar, for tests without real data.
 
-Each author has habits: function words, marks, how long a sentence is. The topics are everybody's.
+Each author has habits: function words, punctuation, the length of sentences. All share the same
+topics.
 """
 
 import math
@@ -36,30 +37,30 @@ _HABITS = {
 NOUNS = _NOUNS.split()
 VERBS = _VERBS.split()
 ADJECTIVES = _ADJECTIVES.split()
-PLACES = {noun: place for place, noun in enumerate(NOUNS)}
+NOUN_INDEX = {noun: index for index, noun in enumerate(NOUNS)}
 HABITS = {name: known.split() for name, known in _HABITS.items()}
 HABITS["between"] = [",", ";", " —", ":", ""]
 
 
 def human_like(count: int, words: int = 160, seed: int = 0) -> list[str]:
-    """Texts of at least as many words, each by another author."""
-    return [write(f"{seed} {place}", f"{seed} {place}", words) for place in range(count)]
+    """Texts of at least `words` words, each by another author."""
+    return [write(f"{seed} {number}", f"{seed} {number}", words) for number in range(count)]
 
 
 def write(author: str, text: str, words: int = 160) -> str:
     """One text; both names are seeds."""
     writer = _Writer(author, text)
-    said = ""
-    while len(said.split()) < words + 10:  # A dash is no word.
-        said += writer.sentence() + ("\n\n" if writer.chance("paragraph", 0.2) else " ")
-    return said.strip()
+    written = ""
+    while len(written.split()) < words + 10:  # Some more, as a dash is not a word.
+        written += writer.sentence() + ("\n\n" if writer.chance("paragraph", 0.2) else " ")
+    return written.strip()
 
 
 def soup(text: str, seed: int = 0) -> str:
-    """Its words in random order."""
-    said = text.split()
-    random.Random(f"soup {seed}").shuffle(said)
-    return " ".join(said)
+    """The text's words in random order."""
+    words = text.split()
+    random.Random(f"soup {seed}").shuffle(words)
+    return " ".join(words)
 
 
 class _Writer:
@@ -80,19 +81,19 @@ class _Writer:
         return self.draw.choices(HABITS[name], cum_weights=self.weights[name])[0]
 
     def sentence(self) -> str:
-        said = f"{self.one('opening')}, " if self.chance("opening", 0.4) else ""
-        said += self.clause()
+        text = f"{self.one('opening')}, " if self.chance("opening", 0.4) else ""
+        text += self.clause()
         while self.chance("more", 0.7):
-            said += f"{self.one('between')} {self.one('joint')} {self.clause()}"
-        said = said[0].upper() + said[1:] + self.one("end")
-        return f'"{said}"' if self.chance("quote", 0.3) else said
+            text += f"{self.one('between')} {self.one('joint')} {self.clause()}"
+        text = text[0].upper() + text[1:] + self.one("end")
+        return f'"{text}"' if self.chance("quote", 0.3) else text
 
     def clause(self) -> str:
         who = self.one("pronoun") if self.chance("pronoun") else self.thing()
         manner = f" {self.one('manner')}" if self.chance("manner", 0.5) else ""
         where = f" {self.one('place')} {self.thing()}" if self.chance("place") else ""
-        # Words have company that they keep, so that their order carries information.
-        start = PLACES.get(who.split()[-1], 0)
+        # Verbs depend on nouns, and nouns on adjectives, so that word order carries information.
+        start = NOUN_INDEX.get(who.split()[-1], 0)
         verb = VERBS[(5 * start + self.draw.randrange(4)) % len(VERBS)]
         return f"{who}{manner} {verb} {self.thing()}{where}"
 

@@ -1,4 +1,4 @@
-"""Small material for tests of training: a tokenizer, models of several families, a store."""
+"""Small fixtures for tests of training: a tokenizer, models of several families, a store."""
 
 import json
 import random
@@ -63,14 +63,14 @@ FAMILIES = {
 
 
 def save_config(config: TrainConfig, path: Path) -> Path:
-    """As the file that `dftserve train` is given; with the default divergence, and no LoRA."""
+    """Save a config file for `dftserve train`, with the default divergence and without LoRA."""
     content = {k: v for k, v in asdict(config).items() if k not in ("divergence", "lora")}
     path.write_text(json.dumps(content))
     return path
 
 
 def save_sealed(folder: Path, files: Mapping[str, str]) -> Path:
-    """A checkpoint as far as its checksums go."""
+    """Save files as a sealed checkpoint, with valid checksums but no model."""
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_text(content)
@@ -99,35 +99,36 @@ def save_model(folder: Path, family: str = "llama", **given) -> Path:
 
 
 def documents(count: int, *, seed: int = 0, longest: int = 40) -> list[Document]:
-    """Each word is mostly followed by the next of the list: something can be learnt."""
+    """Random documents in which each word is mostly followed by the next of the list, so that there
+    is something to learn."""
     source = random.Random(seed)
 
     def text() -> str:
-        places = [source.randrange(len(WORDS))]
+        indices = [source.randrange(len(WORDS))]
         for _ in range(source.randint(1, longest)):
             jump = source.random() < 0.2
-            places.append(source.randrange(len(WORDS)) if jump else places[-1] + 1)
-        return " ".join(WORDS[place % len(WORDS)] for place in places)
+            indices.append(source.randrange(len(WORDS)) if jump else indices[-1] + 1)
+        return " ".join(WORDS[index % len(WORDS)] for index in indices)
 
     return [encode_text(tokenizer(), text()) for _ in range(count)]
 
 
 def save_texts(folder: Path, count: int, *, words: int = 60) -> Path:
-    """Text files: runs through the list of words from here and there."""
+    """Save text files of runs through the list of words, from random starts."""
     folder.mkdir()
     source = random.Random(0)
     for i in range(count):
-        places = [source.randrange(len(WORDS))]
-        while len(places) < words:
+        indices = [source.randrange(len(WORDS))]
+        while len(indices) < words:
             jump = source.random() < 0.5
-            places.append(source.randrange(len(WORDS)) if jump else places[-1] + 1)
-        written = " ".join(WORDS[place % len(WORDS)] for place in places)
-        (folder / f"{i:02}.txt").write_text(written)
+            indices.append(source.randrange(len(WORDS)) if jump else indices[-1] + 1)
+        text = " ".join(WORDS[index % len(WORDS)] for index in indices)
+        (folder / f"{i:02}.txt").write_text(text)
     return folder
 
 
 class Noise(DenseSource):
-    """A target drawn at random, the same for the same document."""
+    """A random target, deterministic for each document."""
 
     vocabulary = VOCABULARY
 
@@ -147,14 +148,14 @@ class Noise(DenseSource):
 def save_store(
     folder: Path, *, count: int = 60, heldout: int = 8, seed: int = 0, longest: int = 40
 ) -> Path:
-    held = {
+    splits = {
         "train": documents(count, seed=seed, longest=longest),
         "heldout": documents(heldout, seed=seed + 1, longest=longest),
     }
     source = Noise()
     plan = store.plan(
         source,
-        held,
+        splits,
         tokenizer=tokenizer_fingerprint(tokenizer()),
         template=None,
         corpus={},
@@ -162,5 +163,5 @@ def save_store(
         draws=6,
         seed=seed,
     )
-    store.write(folder, plan, source, held)
+    store.write(folder, plan, source, splits)
     return folder

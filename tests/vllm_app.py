@@ -1,4 +1,4 @@
-"""vLLM's own app, without an engine, and what docs/api.md says of its routes."""
+"""vLLM's own app, without an engine, and the routes that docs/api.md lists."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ API = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 def built(*flags: str) -> FastAPI:
-    """vLLM's app, as the server with these flags has it."""
-    from vllm.platforms import current_platform  # What every process of vLLM does first.
+    """vLLM's app, built as by a server with these flags."""
+    from vllm.platforms import current_platform  # Every process of vLLM imports this first.
 
     assert current_platform
     from vllm.entrypoints.launchers.app import build_app
@@ -23,14 +23,14 @@ def built(*flags: str) -> FastAPI:
 
 
 def routes_with_fields() -> list[str]:
-    """The routes that docs/api.md says take the fields."""
-    told = re.search(r"^On (`/v1/.*?`) and in\s`vllm run-batch`", API.read_text(), re.M | re.S)
-    assert told, "docs/api.md no longer says on which routes the fields are"
-    return re.findall(r"`(.*?)`", told[1])
+    """The routes that accept the fields according to docs/api.md."""
+    listed = re.search(r"^On (`/v1/.*?`) and in\s`vllm run-batch`", API.read_text(), re.M | re.S)
+    assert listed, "docs/api.md no longer lists the routes that accept the fields"
+    return re.findall(r"`(.*?)`", listed[1])
 
 
 def body_schema(document: dict[str, Any], route: str) -> dict[str, Any]:
-    """The schema of what a route's POST takes, in an OpenAPI document."""
+    """The schema of the body of a route's POST, in an OpenAPI document."""
     body = document["paths"][route]["post"]["requestBody"]["content"]["application/json"]
     name = body["schema"]["$ref"].removeprefix("#/components/schemas/")
     return document["components"]["schemas"][name]

@@ -1,4 +1,4 @@
-"""vLLM's router before a server, on loopback."""
+"""vLLM's router in front of a server, on loopback."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ ENVIRONMENT = ROOT / ".venv-clients"
 
 @contextlib.contextmanager
 def before(upstream: str, place: Path) -> Iterator[str]:
-    """Its address; its log is in `place`."""
+    """Run it with its log in `place`; yields its address."""
     command = ENVIRONMENT / "bin" / "vllm-router"
     if not command.exists():
         pytest.skip(f"no {command}: run `make clients-env`")
     port, metrics = _free_port(), _free_port()
     options = ["--host=127.0.0.1", f"--port={port}", f"--worker-urls={upstream}"]
     options += ["--prometheus-host=127.0.0.1", f"--prometheus-port={metrics}"]
-    # It listens when its server is well.
+    # It listens once its server is healthy.
     with listening([command, *options], port, place / "router.log") as url:
         yield url

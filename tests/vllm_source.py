@@ -1,4 +1,4 @@
-"""The source of a vLLM that has what the plug-in needs, and nothing else."""
+"""A stub source tree of vLLM with only the symbols that the plug-in needs."""
 
 import zipfile
 from collections import defaultdict
@@ -10,7 +10,7 @@ FILES = {symbol.module: f"{symbol.module.replace('.', '/')}.py" for symbol in SY
 
 
 def write_vllm(place: Path, *, version: str | None = None, without: str | None = None) -> None:
-    """`place/vllm`, less the module `without`."""
+    """Write `place/vllm`, without the module `without`."""
     by_module = defaultdict(list)
     for symbol in SYMBOLS:
         by_module[symbol.module].append(symbol)
@@ -25,7 +25,7 @@ def write_vllm(place: Path, *, version: str | None = None, without: str | None =
 
 
 def as_wheel(place: Path) -> Path:
-    """The Python files in a folder, as a wheel beside them."""
+    """Pack the Python files of a folder into a wheel in that folder."""
     wheel = place / "vllm-0.33.0-cp38-abi3-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for file in sorted(place.rglob("*.py")):

@@ -1,9 +1,9 @@
-"""Make an environment with a vLLM that has no CPU build yet: its Python over an older CPU build.
+"""Make an environment for a vLLM without a CPU build: its Python files over an older CPU build.
 
     python tools/hybrid_env.py [FOLDER]      # build/hybrid
 
 Run it with the Python of `.venv` (tools/setup.py). `make test-long` makes and uses the same one;
-tests/environment.py says of which versions. Downloads a wheel of some 340 MB; a second run does
+tests/environment.py defines the versions. Downloads a wheel of about 340 MB; a second run does
 nothing.
 """
 

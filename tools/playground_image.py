@@ -1,6 +1,6 @@
-"""The picture of docs/playground.md, from a server that runs.
+"""Makes the screenshot of docs/playground.md, from a running server.
 
-dftserve serve build/demo/smollm2 --host 127.0.0.1 …     # then, beside it:
+dftserve serve build/demo/smollm2 --host 127.0.0.1 …     # then, in another terminal:
 python tools/playground_image.py --url http://127.0.0.1:8000
 """
 

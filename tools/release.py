@@ -1,8 +1,8 @@
-"""`make wheels`, `make tag`, `make smoke`: the two wheels of a release, and whether they serve.
+"""`make wheels`, `make tag`, `make smoke`: build the two wheels of a release and test them.
 
-    python3 tools/release.py wheels     # dist/*.whl
-    python3 tools/release.py tag        # is $GITHUB_REF_NAME the version of both?
-    python3 tools/release.py smoke      # installs them in build/release-env, beside an engine
+    python3 tools/release.py wheels     # builds dist/*.whl
+    python3 tools/release.py tag        # checks that $GITHUB_REF_NAME is the version of both
+    python3 tools/release.py smoke      # installs them with an engine in build/release-env
 
 Standard library only. None needs `.venv`.
 """
@@ -18,11 +18,11 @@ DIST = ROOT / "dist"
 ENVIRONMENT = ROOT / "build" / "release-env"
 PROJECTS = (".", "./plugins/vllm")
 TAG = "GITHUB_REF_NAME"
-"""The environment variable in which GitHub names what was pushed."""
+"""The environment variable that GitHub sets to the name of the pushed tag."""
 
 
 def wheels() -> None:
-    """Anew: what another version left in dist/ is removed."""
+    """Build the wheels, after removing old ones from dist/."""
     for old in DIST.glob("*.whl"):
         old.unlink()
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", DIST, *PROJECTS)
@@ -30,25 +30,25 @@ def wheels() -> None:
 
 
 def tag() -> None:
-    """Nothing is published under another version than its tag names."""
+    """Check that the version of the wheels is that of the tag."""
     pushed = os.environ.get(TAG, "")
     tags = {f"v{wheel.name.split('-')[1]}" for wheel in _built()}
     if tags != {pushed}:
         accepted = " and ".join(sorted(tags))
         sys.exit(
             f"{TAG}: got {pushed!r}; accepted: {accepted}, by the wheels in {DIST}. Tag the commit "
-            "that has this version in both pyproject.toml files, or give them the tag's."
+            "that has this version in both pyproject.toml files, or set their version to the tag's."
         )
 
 
 def smoke() -> None:
-    """`dftserve doctor`, and a server that answers, from nothing but the wheels and an engine."""
+    """Run `dftserve doctor` and a server, with only the wheels and an engine installed."""
     built = _built()
     venv.create(ENVIRONMENT, with_pip=True, clear=True)
     python = ENVIRONMENT / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "uv>=0.9")
     install_on_cpu(*map(str, built), venv=ENVIRONMENT)
-    # Or a checkout on PYTHONPATH would be what is tried.
+    # Otherwise a checkout on PYTHONPATH would be tested instead of the wheels.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     run(ENVIRONMENT / "bin" / "dftserve", "doctor", env=alone)
     run(python, "tools/smoke.py", env=alone)

@@ -1,4 +1,4 @@
-"""Environments apart from the engine's, for packages that would change its versions."""
+"""Environments separate from the engine's, for packages that would change its versions."""
 
 import hashlib
 import sys
@@ -8,9 +8,9 @@ from setup import VENV, run, uv_install
 
 
 def make(folder: Path, requirements: list[str], inputs: list[Path]) -> None:
-    """The environment `folder` with `requirements`, by `.venv`'s uv.
+    """Make the environment `folder` with `requirements`, with the uv of `.venv`.
 
-    Nothing is done while `inputs` (files) and the Python are those it was made with.
+    Does nothing if `inputs` (files) and the Python have not changed since it was made.
     """
     if not (VENV / "bin" / "uv").exists():
         sys.exit(f"{VENV}: no uv in it; run tools/setup.py first (make setup).")

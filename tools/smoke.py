@@ -1,8 +1,8 @@
-"""Do the installed packages serve? Run it with the Python of an environment that has them.
+"""Checks that the installed packages can serve. Run it with the Python of their environment.
 
     build/release-env/bin/python tools/smoke.py
 
-A small untrained model, one request with the field and one with a wrong one.
+It serves a small untrained model and sends one valid and one invalid field.
 """
 
 import json
@@ -23,7 +23,7 @@ FLAGS = ("--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 VOCABULARY = 4096
 PATIENCE = 1200.0
-"""Seconds until the server answers."""
+"""Timeout in seconds for the server to answer."""
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         findings = doctor.ask(server.url)
         click.echo(doctor.shown(findings))
         problems = [each.text for each in findings if each.state == "error"]
-        problems += [said for said in (_honoured(server), _refused(server)) if said]
+        problems += [problem for problem in (_honoured(server), _refused(server)) if problem]
     if problems:
         sys.exit("smoke.py: " + "; ".join(problems))
     print("smoke.py: the field is honoured, and a wrong one is refused.")
@@ -47,8 +47,8 @@ def main() -> None:
 
 def _honoured(server: Server) -> str | None:
     status, answer = _asked(server, 0.5)
-    told = answer.get("diversity", {})
-    is_honoured = status == 200 and told.get("level") == 0.5 and told["choices"][0]["tokens"] > 0
+    stats = answer.get("diversity", {})
+    is_honoured = status == 200 and stats.get("level") == 0.5 and stats["choices"][0]["tokens"] > 0
     return None if is_honoured else f"diversity 0.5 was answered {status}: {str(answer)[:500]}"
 
 
@@ -64,7 +64,7 @@ def _asked(server: Server, diversity: float) -> tuple[int, dict[str, Any]]:
     headers = {"content-type": "application/json"}
     content = json.dumps(body).encode()
     request = urllib.request.Request(f"{server.url}/completions", content, headers)
-    # A proxy that the environment names has no business on the loopback.
+    # Loopback requests must not go through a proxy that the environment names.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request) as answer:

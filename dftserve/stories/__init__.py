@@ -1,6 +1,6 @@
-"""A source whose truth is known, for tests and benches: decidable stories, and a model of them.
+"""A text source with decidable validity, for tests and benchmarks: stories, and a model of them.
 
-`words` and `narrators` hold the language, `grammar` writes and reads it, `model` trains a language
-model on it, `tune` tunes that model twice. Importing this package loads none of them, and it is
-not part of the wheel.
+`words` and `narrators` define the language, `grammar` generates and parses it, `model` trains a
+language model on it, `tune` fine-tunes that model in two ways. Importing this package loads none of
+them, and it is not part of the wheel.
 """

@@ -24,12 +24,12 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
     "Tell me a story for a winter night.": {"season": "winter"},
     "Tell me a story for a summer night.": {"season": "summer"},
 }
-"""What a user may ask, and the choices that an answer must then hold."""
+"""The supported prompts, and the choices that each one fixes in the answer."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """A text of the grammar and the choices that make it."""
+    """A text of the grammar and the choices that produce it."""
 
     narrator: str
     choices: tuple[tuple[str, str], ...]
@@ -43,11 +43,11 @@ class Story:
 
 
 def generate(rng: random.Random, prompt: str = ANY_STORY) -> Story:
-    """Write a story that answers `prompt`, every open choice uniform over its options.
+    """Write a story that answers `prompt`; every open choice is uniform over its options.
 
     Raises ValueError when `prompt` is not one of PROMPTS.
     """
-    fixed = _asked(prompt)
+    fixed = _fixed_choices(prompt)
     narrator = rng.choice(list(NARRATORS))
     chosen: dict[str, str] = {}
     text = ""
@@ -73,13 +73,13 @@ def parse(text: str) -> Story | None:
 
 
 def valid(prompt: str, text: str) -> bool:
-    """Whether `text` is a story and holds what `prompt` asks for.
+    """Whether `text` is a story and contains what `prompt` asks for.
 
     Raises ValueError when `prompt` is not one of PROMPTS.
     """
-    asked = _asked(prompt)
+    fixed = _fixed_choices(prompt)
     story = parse(text)
-    return story is not None and asked.items() <= dict(story.choices).items()
+    return story is not None and fixed.items() <= dict(story.choices).items()
 
 
 def options(slot: str) -> int:
@@ -90,7 +90,7 @@ def options(slot: str) -> int:
     return len(NARRATORS) if slot == "narrator" else len(_OPTIONS[slot])
 
 
-def _asked(prompt: str) -> Mapping[str, str]:
+def _fixed_choices(prompt: str) -> Mapping[str, str]:
     if prompt not in PROMPTS:
         raise ValueError(f"unknown prompt {prompt!r}; the grammar answers: {', '.join(PROMPTS)}")
     return PROMPTS[prompt]
@@ -139,7 +139,7 @@ def _parts(template: str) -> _Parts:
 
 
 def _read(parts: _Parts, text: str, chosen: dict[str, str]) -> dict[str, str] | None:
-    """The choices under which `parts` spell `text`, going on from those already `chosen`."""
+    """The choices for which `parts` produce `text`, given those already `chosen`."""
     if not parts:
         return None if text else chosen
     head, rest = parts[0], parts[1:]
@@ -155,7 +155,7 @@ def _read(parts: _Parts, text: str, chosen: dict[str, str]) -> dict[str, str] | 
 
 
 def _compiled() -> tuple[dict[str, _Parts], dict[str, tuple[str, ...]]]:
-    """Every narrator's parts, and every slot's options: `[a|b]` becomes a slot of its own."""
+    """Every narrator's parts, and every slot's options. Each `[a|b]` becomes its own slot."""
     templates: dict[str, _Parts] = {}
     slots: dict[str, tuple[str, ...]] = dict(LISTS)
     for narrator, template in NARRATORS.items():

@@ -1,4 +1,4 @@
-"""Train the stories' language model: a tokenizer and a small Llama, from nothing, on two cores.
+"""Train the stories' language model from scratch: a tokenizer and a small Llama, on two cores.
 
     from dftserve.stories.model import STEPS, build
     build({Path("build/stories"): STEPS})
@@ -30,7 +30,7 @@ from dftserve.stories.grammar import PROMPTS, generate
 STEPS = 440
 """Training steps of the whole model: about a minute on two cores."""
 QUICK_STEPS = 40
-"""Enough for tests that need a model with much to say, right or wrong: entropies of some nats."""
+"""Enough for tests that need a model with entropies of a few nats, right or wrong."""
 
 VOCABULARY = 4096
 BATCH = 16
@@ -49,11 +49,11 @@ CHAT_TEMPLATE = (
 
 
 def build(stages: Mapping[Path, int], *, seed: int = 0) -> None:
-    """Train one model and save it into each folder of `stages` when it has made that many steps.
+    """Train one model and save it to each folder of `stages` after that many steps.
 
-    A folder appears whole or not at all, and an existing one is replaced. Each holds an ordinary
-    Hugging Face checkpoint: safetensors, tokenizer, chat template, generation config. The same
-    stages and seed give the same weights on the same machine.
+    A folder is written atomically, and an existing one is replaced. Each holds an ordinary Hugging
+    Face checkpoint: safetensors, tokenizer, chat template, generation config. The same stages and
+    seed give the same weights on the same machine.
     """
     rng = random.Random(seed)
     tokenizer = train_tokenizer(rng)
@@ -94,7 +94,7 @@ def train_tokenizer(rng: random.Random, stories: int = 12_000) -> PreTrainedToke
 
 
 def architecture() -> LlamaConfig:
-    """Two million parameters; heads of 64, which every attention backend knows."""
+    """Two million parameters; heads of size 64, which every attention backend supports."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -112,11 +112,11 @@ def architecture() -> LlamaConfig:
 
 @torch.no_grad()
 def let_attention_copy(model: LlamaForCausalLM) -> None:
-    """Start each layer as one that finds tokens like its own and copies what it finds.
+    """Initialise each layer to attend to equal tokens and copy them.
 
     Keys equal queries, and the output map is the transpose of the value map (mimetic
-    initialisation, arXiv 2305.09828). A story's hero comes back by name, and a minute is too
-    short to learn copying from noise.
+    initialisation, arXiv 2305.09828). Stories repeat the hero's name, and a minute of training is
+    too short to learn copying from a random initialisation.
     """
     layers = cast(Iterable[Any], model.model.layers)
     for attention in (layer.self_attn for layer in layers):
@@ -129,7 +129,7 @@ def let_attention_copy(model: LlamaForCausalLM) -> None:
 
 
 def dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Prompts and stories that answer them, without end."""
+    """An endless sequence of prompts and stories that answer them."""
     while True:
         prompt = rng.choice(list(PROMPTS))
         yield prompt, generate(rng, prompt).text
@@ -138,7 +138,8 @@ def dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens_BN, labels_BN) without end; only the assistant's tokens have a label, not -100."""
+    """An endless sequence of (tokens_BN, labels_BN); all but the assistant's tokens have the label
+    -100."""
     source = dialogues(rng)
     while True:
         rows = [encode(tokenizer, *dialogue) for dialogue in islice(source, BATCH)]
@@ -152,7 +153,7 @@ def batches(
 def encode(
     tokenizer: PreTrainedTokenizerFast, prompt: str, story: str
 ) -> tuple[list[int], list[int]]:
-    """The tokens of one dialogue as the server will see it, and their labels."""
+    """The tokens of one dialogue, in the server's format, and their labels."""
     question = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
     )
@@ -163,9 +164,9 @@ def encode(
 def train(
     model: LlamaForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int
 ) -> Iterator[int]:
-    """Yield the number of each step when it is done.
+    """Train, yielding the number of each step after it.
 
-    Muon for the matrices, AdamW for the embedding and the norms, one cosine for both.
+    Muon for the matrices, AdamW for the embedding and the norms, one cosine schedule for both.
     """
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [weight for weight in model.model.layers.parameters() if weight.ndim < 2]
@@ -191,7 +192,7 @@ def train(
 
 
 def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a whole checkpoint beside `folder`, then put it in its place."""
+    """Write a checkpoint next to `folder`, then move it to `folder`."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -1,10 +1,10 @@
-"""Five narrators, each one template with habits of its own.
+"""Five narrators, each a template with its own habits.
 
-`[a|b|c]` is a choice of this narrator alone; `{slot}` takes a word from the list of that name and
-repeats it wherever the slot returns; `{form slot}` shows the word in one of the grammar's forms:
-`{a look}` puts the article before it, `{he hero}`, `{his hero}` or `{child hero}` suit the person.
-Every narrator uses the slots that a prompt can ask for (thing, animal, season), and says what the
-hero is (a daughter, an uncle, Mister) before the name: every later pronoun has to agree with it.
+`[a|b|c]` is a choice that only this narrator has. `{slot}` is a word from the list of that name, the
+same wherever the slot occurs. `{form slot}` is that word in one of the grammar's forms: `{a look}`
+puts the article before it; `{he hero}`, `{his hero}` and `{child hero}` agree with the person.
+Every narrator uses the slots that a prompt can ask for (thing, animal, season), and states what the
+hero is (a daughter, an uncle, Mister) before the name; every later pronoun must agree with it.
 """
 
 NARRATORS = {

@@ -1,9 +1,9 @@
-"""Tune the stories' model on a few hundred stories twice: plainly, and toward a distribution.
+"""Fine-tune the stories' model on a few hundred stories in two ways: plain SFT, and DFT.
 
     tune(Path("build/stories"))
 
-Both runs start from the same model and read the same stories for the same steps; only the
-divergence differs. What a user would do by hand with `dftserve target build` and `dftserve train`.
+Both runs start from the same model and train on the same stories for the same number of steps; only
+the divergence differs. A user would do the same with `dftserve target build` and `dftserve train`.
 """
 
 import json
@@ -37,7 +37,7 @@ class Tuned:
     folder: Path
 
     def figure(self, name: str) -> float:
-        """As measured on the held-out stories, nats a token."""
+        """A metric of the run on the held-out stories, in nats per token."""
         run = read_json(self.folder / "run.json", within=self.folder, largest=1 << 20, finite=False)
         return run["figures"][name]
 
@@ -51,14 +51,14 @@ def tune(
     epochs: float = 3.0,
     learning_rate: float = 1e-3,
 ) -> list[Tuned]:
-    """Both checkpoints; what a former call has finished stays."""
+    """Both checkpoints; the results of an earlier call are reused."""
     base, texts, targets = folder / "base", folder / "stories.jsonl", folder / "targets"
     if not base.exists():
-        say("Writing stories and training a small model on them, about a minute:")
+        say("Writing stories and training a small model on them (about a minute):")
         folder.mkdir(parents=True, exist_ok=True)
         build({base: steps})
     if not targets.exists() or not (folder / "dft" / FINAL).exists():
-        say(f"Writing {stories} more stories, and for each of their tokens what may stand there:")
+        say(f"Writing {stories} more stories, and a target distribution for each of their tokens:")
         write_stories(texts, stories)
         build_targets(
             Job(
@@ -78,7 +78,7 @@ def tune(
 
 
 def write_stories(path: Path, count: int, seed: int = 7) -> None:
-    """So many prompts and answers as .jsonl."""
+    """Write `count` prompts and answers as .jsonl."""
     rng = random.Random(seed)
     lines = []
     for _ in range(count):

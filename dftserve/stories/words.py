@@ -1,4 +1,4 @@
-"""The word lists of the stories: everything a narrator may pick freely."""
+"""The word lists of the stories: everything that a narrator may choose freely."""
 
 from itertools import product
 
@@ -8,7 +8,8 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _compounds(stems: str, endings: str) -> tuple[str, ...]:
-    """Names such as Ashcombe and Foxley: every stem with every ending that does not stutter."""
+    """Names such as Ashcombe and Foxley: every stem with every ending, unless the stem ends in the
+    ending's first letter."""
     pairs = product(_listed(stems), _listed(endings))
     return tuple(stem + ending for stem, ending in pairs if stem[-1] != ending[0])
 

@@ -1,13 +1,14 @@
 """Phrases as an automaton over tokens (Aho and Corasick 1975), and the chance of their completion.
 
     automaton = build(patterns, vocabulary=len(tokenizer))
-    found = completions(automaton, tokens)              where which phrase ends
+    found = completions(automaton, tokens)              where each phrase occurs
     harms = count_harms(automaton, texts)               h_k(s), on the model's own answers
 
 A pattern is one tokenisation of a phrase; a phrase has several (`dftserve.styles.spellings`). A
-state is the longest end of a text that begins a pattern; 0, the root, is the empty one. Where the
-text goes on otherwise than any pattern, the automaton falls back to the next shorter such end:
-these links are followed when the automaton is built, so that a step is one look-up.
+state is the longest suffix of the text that is a prefix of a pattern; 0, the root, is the empty
+suffix. Where the next token continues no pattern, the automaton falls back to the next shorter
+such suffix. These failure links are resolved when the automaton is built, so that a step is one
+look-up.
 
 Shapes: V token ids, A states, N entries of their rows, H (state, phrase) pairs.
 """
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from dftserve.styles.profile import MOST_STATES, Harms, ProfileError
 
 PRIOR_VISITS = 2.0
-"""How many visits of a state what is known of its likes counts for."""
+"""Weight, in visits of a state, of the estimate pooled over similar states."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Pattern:
     phrase: int
     tokens: tuple[int, ...]
     done: tuple[int, ...]
-    """Characters of the phrase that stand after each of the tokens; the last: all of them. States
-    of one phrase that are equally far lend their counts to each other."""
+    """Characters of the phrase written after each token; after the last, all of them. States of
+    one phrase with the same number of characters pool their counts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """Rows as in `Profile`, and what each state is."""
+    """Rows as in `Profile`, and a description of each state."""
 
     vocabulary: int
     root_next_V: NDArray[np.int32]
@@ -48,13 +49,13 @@ class Automaton:
     row_token_N: NDArray[np.int32]
     row_next_N: NDArray[np.int32]
     depth_A: tuple[int, ...]
-    """Tokens of a state."""
+    """The number of tokens of each state."""
     ends_A: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each state, the phrases that are complete in it, each with the tokens of its longest
+    """For each state, the phrases that it completes, each with the length in tokens of its longest
     pattern there."""
     within_A: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each state, the phrases that are begun or complete in it, rising, each with the
-    characters of it that stand."""
+    """For each state, the phrases that are begun or complete in it, in ascending order, each with
+    the number of its characters written so far."""
 
     @property
     def states(self) -> int:
@@ -81,10 +82,11 @@ class Automaton:
 
 
 def build(patterns: Sequence[Pattern], *, vocabulary: int) -> Automaton:
-    """The automaton of patterns.
+    """Build the automaton of the patterns.
 
     Raises:
-        ProfileError: a pattern without tokens or with one beyond the vocabulary; too many states.
+        ProfileError: a pattern has no tokens or one outside the vocabulary, or there are too many
+            states.
     """
     children: list[dict[int, int]] = [{}]
     own_ends: list[dict[int, int]] = [{}]
@@ -101,12 +103,12 @@ def build(patterns: Sequence[Pattern], *, vocabulary: int) -> Automaton:
                 own_within.append({})
                 depth.append(depth[state] + 1)
             state = children[state][token]
-            # Two phrases' patterns share states; two of one phrase may, equally far.
+            # Patterns share states. Those of one phrase have the same `done` in a shared state.
             own_within[state][pattern.phrase] = done
         own_ends[state][pattern.phrase] = len(pattern.tokens)
     if len(children) > MOST_STATES:
         raise ProfileError(
-            f"phrases: got {len(children):,} states of their tokens; accepted: at most "
+            f"phrases: got {len(children):,} automaton states; accepted: at most "
             f"{MOST_STATES:,}. Give fewer phrases."
         )
     rows, ends, within = _linked(children, own_ends, own_within)
@@ -118,7 +120,7 @@ def _linked(
     own_ends: list[dict[int, int]],
     own_within: list[dict[int, int]],
 ) -> tuple[list[dict[int, int]], list[dict[int, int]], list[dict[int, int]]]:
-    """Rows, ends and phrases of each state with those of the shorter ends of the same text."""
+    """Rows, ends and phrases of each state, including those of its shorter suffixes."""
     rows: list[dict[int, int]] = [{} for _ in children]
     ends, within = list(own_ends), list(own_within)
     failure = [0] * len(children)
@@ -127,7 +129,7 @@ def _linked(
         state = waiting.popleft()
         shorter = failure[state]
         rows[state] = {**rows[shorter], **children[state]}
-        # What a longer end says of a phrase goes before: it is further.
+        # A longer suffix is further into a phrase, so its entry replaces that of a shorter one.
         ends[state] = {**ends[shorter], **own_ends[state]}
         within[state] = {**within[shorter], **own_within[state]}
         for token, child in children[state].items():
@@ -174,8 +176,8 @@ def _check(pattern: Pattern, vocabulary: int) -> None:
 
 
 def completions(automaton: Automaton, tokens: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(phrase, first token's place, last token's place) of each occurrence, by its end. One that
-    completes several patterns of a phrase at a place is one, of the longest."""
+    """(phrase, index of its first token, index of its last token) of each occurrence, sorted by
+    end. Several patterns of a phrase that end in the same token are one occurrence, the longest."""
     return _ends_on(automaton, automaton.walk(tokens))
 
 
@@ -189,12 +191,13 @@ def _ends_on(automaton: Automaton, path: Sequence[int]) -> list[tuple[int, int, 
 
 
 def count_harms(automaton: Automaton, texts: Iterable[Sequence[int]]) -> Harms:
-    """h_k(s) as counted on texts: of the visits of s, the share from which phrase k, as begun
+    """h_k(s) as counted on texts: the share of visits of state s after which phrase k, as begun
     there, was completed.
 
-    A state that was visited seldom leans, by `PRIOR_VISITS`, on all states in which the phrase
-    stands equally far, and these, by one visit, on a chance of one half for each token that it
-    still lacks. A state that completes a phrase has 1.
+    The estimate of a state is shrunk, with a weight of `PRIOR_VISITS`, toward the pooled estimate
+    of all states that are equally far into the phrase; that one is shrunk, with a weight of one
+    visit, toward a chance of one half for each token still missing. A state that completes a
+    phrase has 1.
 
     Args:
         texts: token ids of the model's own answers.
@@ -223,14 +226,14 @@ def _shrunk(
             pool = pooled[phrase, done]
             pool[0] += hits.get((state, phrase), 0)
             pool[1] += visits_A[state]
-    lacking = _lacking(automaton)
+    missing = _missing_steps(automaton)
     start, phrases, chances = [0], [], []
     for state, begun in enumerate(automaton.within_A):
         ended = dict(automaton.ends_A[state])
         for phrase, done in begun:
             hit, visited = pooled[phrase, done]
-            alike = (hit + 0.5 ** lacking[phrase, done]) / (visited + 1)
-            chance = (hits.get((state, phrase), 0) + PRIOR_VISITS * alike) / (
+            prior = (hit + 0.5 ** missing[phrase, done]) / (visited + 1)
+            chance = (hits.get((state, phrase), 0) + PRIOR_VISITS * prior) / (
                 visits_A[state] + PRIOR_VISITS
             )
             phrases.append(phrase)
@@ -241,8 +244,8 @@ def _shrunk(
     )
 
 
-def _lacking(automaton: Automaton) -> dict[tuple[int, int], int]:
-    """For (phrase, characters that stand): how many steps of its states are still to come."""
+def _missing_steps(automaton: Automaton) -> dict[tuple[int, int], int]:
+    """For each (phrase, characters written): how many steps are left until it is complete."""
     steps: defaultdict[int, set[int]] = defaultdict(set)
     for begun in automaton.within_A:
         for phrase, done in begun:

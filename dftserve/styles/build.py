@@ -1,10 +1,10 @@
-"""From a corpus and a model's answers to a style profile: what `dftserve style build` does.
+"""Build a style profile from a corpus and a model's answers (`dftserve style build`).
 
     build(Job(corpus=Path("novels"), model="path/to/model", answers=Path("answers.jsonl"),
               out=Path("profiles/novels")))
 
-Answers come from a file or a folder of an evaluation, or from a server, which is asked for those
-that the folder of answers lacks: the same job goes on where it was stopped.
+Answers come from a file, from the folder of an evaluation, or from a server. A server is asked only
+for the answers that the folder lacks, so the same job resumes where it was stopped.
 """
 
 from collections import Counter
@@ -38,12 +38,13 @@ from dftserve.styles.spellings import Encoded, Finder
 from dftserve.targets.document import load_tokenizer
 
 PIECE = 400
-"""Words of a piece of a long work: a text in which a phrase counts once."""
+"""Words. Long works are split into pieces of this length; a phrase counts once in each piece."""
 MOST_PIECES = 1_000_000
 LEAST_ANSWERS = 32
 LEAST_RECALL = 0.98
 HELD_OUT = 5
-"""One prompt of so many: its answers show no spellings, and recall is measured on them."""
+"""One prompt in so many is held out: recall is measured on its answers, which contribute no
+tokenisations."""
 SHOWN_OPENERS = 20
 ANSWERS = "-answers"
 
@@ -54,13 +55,13 @@ Tick = Callable[[int, int], object]
 @dataclass(frozen=True, kw_only=True)
 class Job:
     corpus: Path
-    """Texts by people: a file or folder, as `dftserve.corpus` reads them."""
+    """Texts by people: a file or folder that `dftserve.corpus` can read."""
     model: str
-    """The folder, or the name on the Hub, of the model: its tokenizer."""
+    """The model's folder or name on the Hub; only its tokenizer is used."""
     out: Path
     answers: Path | None = None
     """The model's answers: a .jsonl of `prompt` and `response`, or the OUT of an evaluation. With
-    `server`: the folder in which they are kept; default: beside `out`."""
+    `server`: the folder in which they are stored; default: next to `out`."""
     server: str | None = None
     """The URL of a server that answers `prompts`."""
     prompts: Path | None = None
@@ -68,9 +69,9 @@ class Job:
     """The model's name on the server; default: its first."""
     key_variable: str | None = None
     name: str | None = None
-    """Of the profile; default: the name of `out`."""
+    """The profile's name; default: the name of `out`."""
     phrases: Path | None = None
-    """Known phrases (`slop.read_lines`); default: ours."""
+    """A list of known phrases (`slop.read_lines`); default: the built-in one."""
     samples: int = 8
     max_tokens: int = 400
     temperature: float = 1.0
@@ -81,10 +82,10 @@ class Job:
     choice: Choice = field(default_factory=Choice)
 
     def __post_init__(self) -> None:
-        if not profiles.is_name(self.called):
+        if not profiles.is_name(self.profile_name):
             raise ValueError(
-                f"name: got {self.called!r:.80}; accepted: up to 64 letters, digits, '.', '_' and "
-                "'-'; give one with --name."
+                f"name: got {self.profile_name!r:.80}; accepted: up to 64 letters, digits, '.', "
+                "'_' and '-'; give one with --name."
             )
         if self.server is None and self.answers is None:
             raise ValueError(
@@ -92,21 +93,21 @@ class Job:
                 "answers, or the server to ask for them."
             )
         if self.server is not None and self.prompts is None:
-            raise ValueError("prompts: got none; accepted: a .txt or .jsonl file to ask with.")
+            raise ValueError("prompts: got none; accepted: a .txt or .jsonl file of prompts.")
         if self.server is not None and self.answers is not None and self.answers.is_file():
             raise ValueError(
                 f"answers: got the file {self.answers} and a server; accepted: a file of answers "
-                "without --server, or a folder in which to keep those of the server."
+                "without --server, or a folder in which to store the server's answers."
             )
         if self.concurrency < 1:
             raise ValueError(f"concurrency: got {self.concurrency}; accepted: 1 or more.")
 
     @property
-    def called(self) -> str:
+    def profile_name(self) -> str:
         return self.name or self.out.name
 
     @property
-    def kept(self) -> Path:
+    def answers_folder(self) -> Path:
         """The folder of the server's answers."""
         return self.answers or self.out.with_name(self.out.name + ANSWERS)
 
@@ -115,12 +116,12 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
     """Build the profile.
 
     Args:
-        say: takes a line for the user.
-        tick: takes how many answers there are, of how many.
+        say: called with each line for the user.
+        tick: called with the number of answers so far, and their total.
 
     Raises:
-        ValueError: corpus, model, answers or a setting are not what is accepted.
-        FileExistsError: something is at `out`.
+        ValueError: the corpus, the model, the answers or a setting is not accepted.
+        FileExistsError: `out` exists.
         RuntimeError: the server cannot be reached or fails.
     """
     if job.out.exists():
@@ -128,28 +129,28 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
     tokenizer = load_tokenizer(job.model)
     known = slop.read_lines(job.phrases or slop.OURS)
     human = read_samples(job.corpus, words=PIECE, pieces=MOST_PIECES)
-    if not any(words(text.text) for text in human):  # Before a server is asked for hours.
+    if not any(words(text.text) for text in human):  # Before hours of requests to a server.
         raise ValueError(
-            f"corpus: got {job.corpus}, which holds no words; accepted: texts by people (.txt, "
+            f"corpus: got {job.corpus}, which contains no words; accepted: texts by people (.txt, "
             ".md, .rst, .jsonl (.gz), .json, .csv, .parquet, or a folder of such)."
         )
     model = answers_of(job, say, tick)
     if len(model) < LEAST_ANSWERS:
         raise ValueError(
             f"answers: got {len(model)}; accepted: {LEAST_ANSWERS} or more, and a few thousand are "
-            "better. Ask more prompts, or more often (--samples)."
+            "better. Give more prompts, or more answers to each (--samples)."
         )
     model, human, is_shared = on_shared_prompts(model, human)
-    say(f"Counting {len(model):,} answers beside {len(human):,} texts…")
-    stored = made(job, tokenizer, Side(model), Side(human), known, is_shared)
+    say(f"Comparing {len(model):,} answers with {len(human):,} texts by people…")
+    stored = profile_of(job, tokenizer, Side(model), Side(human), known, is_shared)
     profiles.write(job.out, stored)
-    for line in doubts(stored):
+    for line in warnings(stored):
         say(f"Warning: {line}")
     return stored
 
 
-def doubts(stored: Stored) -> Iterator[str]:
-    """What a user should know before the profile is used."""
+def warnings(stored: Stored) -> Iterator[str]:
+    """Weaknesses of the profile that a user should be aware of."""
     recall = stored.counts["recall"]
     if recall["searched"] and recall["recall"] < LEAST_RECALL:
         yield (
@@ -158,8 +159,8 @@ def doubts(stored: Stored) -> Iterator[str]:
         )
     if not stored.profile.phrases:
         yield (
-            "no phrase is over-used beyond doubt; more answers tell more (--samples, --prompts), "
-            "and --false-discoveries says how much doubt is accepted."
+            "no phrase is significantly over-used; give more answers (--samples, --prompts), or "
+            "accept a larger share of false discoveries (--false-discoveries)."
         )
 
 
@@ -167,41 +168,41 @@ def doubts(stored: Stored) -> Iterator[str]:
 
 
 def answers_of(job: Job, say: Say, tick: Tick) -> list[Sample]:
-    """The model's answers, asked for where there is a server."""
+    """The model's answers: from the server if there is one, otherwise from `job.answers`."""
     if job.server is not None:
-        return _asked(job, say, tick)
+        return _from_server(job, say, tick)
     assert job.answers is not None
     if (job.answers / ASKED).exists():
-        return _evaluated(job.answers)
+        return _from_evaluation(job.answers)
     if not job.answers.exists():
         raise ValueError(
-            f"answers: got {job.answers}, where nothing is; accepted: a .jsonl with `prompt` and "
-            "`response`, or the OUT of `dftserve evaluate`."
+            f"answers: got {job.answers}, which does not exist; accepted: a .jsonl with `prompt` "
+            "and `response`, or the OUT of `dftserve evaluate`."
         )
     return read_samples(job.answers, words=PIECE, pieces=1)
 
 
-def _evaluated(folder: Path) -> list[Sample]:
-    """Of an evaluation's answers those without the field."""
+def _from_evaluation(folder: Path) -> list[Sample]:
+    """The answers of an evaluation that were sampled without the field."""
     levels = grid.samples_by_level(folder)
     plain = [level for level in levels if is_off(level.diversity)]
     if not plain:
         asked = ", ".join(str(level.diversity) for level in levels)
         raise ValueError(
-            f"answers: got {folder} with the diversities {asked}; accepted: an evaluation that has "
-            "0 among them: a profile says what the model does on its own."
+            f"answers: got {folder} with the diversities {asked}; accepted: an evaluation whose "
+            "diversities include 0: a profile describes the model without the field."
         )
     return list(plain[0].samples)
 
 
-def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
+def _from_server(job: Job, say: Say, tick: Tick) -> list[Sample]:
     assert job.server is not None
     assert job.prompts is not None
-    asked = prompts.read(job.prompts)
-    done, total = grid.count_answers(job.kept), len(asked) * job.samples
-    say(f"{job.kept}: {done} of {total} answers are there.")
+    asked, folder = prompts.read(job.prompts), job.answers_folder
+    done, total = grid.count_answers(folder), len(asked) * job.samples
+    say(f"{folder}: {done} of {total} answers are there.")
     server = Server(base_url(job.server), job.key_variable)
-    kept = (grid.read_asked(job.kept) or {}).get("model") if done == total else None
+    kept = (grid.read_asked(folder) or {}).get("model") if done == total else None
     wanted = RequestGrid(
         model=job.served_as or first_model(server, kept, say),
         prompts=asked,
@@ -211,18 +212,21 @@ def _asked(job: Job, say: Say, tick: Tick) -> list[Sample]:
         temperature=job.temperature,
         seed=job.seed,
     )
-    if (unknown := grid.doubt(wanted, job.kept)) is not None:
+    if (unknown := grid.doubt(wanted, folder)) is not None:
         say(unknown)
 
-    answers = grid.generate(wanted, job.kept, server=server, concurrency=job.concurrency, tick=tick)
+    answers = grid.generate(wanted, folder, server=server, concurrency=job.concurrency, tick=tick)
     return [Sample(each.said, asked[each.place].text) for each in answers if each.said.strip()]
 
 
 def on_shared_prompts(
     model: Sequence[Sample], human: Sequence[Sample]
 ) -> tuple[list[Sample], list[Sample], bool]:
-    """Both sides, and whether they are cut down to the prompts that both answer: where these are
-    at least half of the model's, so that a difference of topics is none of style."""
+    """Both sides, and whether they were restricted to the prompts that both answer.
+
+    They are where at least half of the model's prompts are shared, so that a difference of topics
+    is not taken for one of style.
+    """
     shared = {s.prompt for s in model} & {s.prompt for s in human} - {""}
     if not shared or 2 * len(shared) < len({sample.prompt for sample in model}):
         return list(model), list(human), False
@@ -233,30 +237,30 @@ def on_shared_prompts(
 # ── The profile ──────────────────────────────────────────────────────────────────────────────────
 
 
-def made(
+def profile_of(
     job: Job, tokenizer: Any, model: Side, human: Side, known: Sequence[str], is_shared: bool
 ) -> Stored:
-    """The profile of two sides."""
+    """The profile from the texts of both sides."""
     tallies = over_used(model, human, job.choice, known)
     phrases = [tally.text for tally in tallies]
     texts = {side: [s.text for s in side.samples] for side in (model, human)}
     encoded = {side: spellings.encode(tokenizer, texts[side]) for side in (model, human)}
-    held = _held_out(model)
-    shown = [n for n, is_held in enumerate(held) if not is_held]
+    held_out = _held_out(model)
+    seen = [n for n, is_held_out in enumerate(held_out) if not is_held_out]
     patterns = spellings.spell(
         tokenizer,
         phrases,
-        seen=[texts[model][n] for n in shown],
-        seen_encoded=[encoded[model][n] for n in shown],
+        seen=[texts[model][n] for n in seen],
+        seen_encoded=[encoded[model][n] for n in seen],
     )
     V = len(tokenizer)
     automaton = build_automaton(patterns, vocabulary=V)
     harms = count_harms(automaton, [each.tokens for each in encoded[model]])
-    judged = _judged(automaton, phrases, texts, encoded, model, human, held)
-    of_choice = _tilt(tokenizer, automaton, model, human, encoded)
+    recall = _recall(automaton, phrases, texts, encoded, model, human, held_out)
+    word_tilt = _tilt(tokenizer, automaton, model, human, encoded)
     factor_A = harms.log_factors(np.array([tally.log_ratio for tally in tallies]))
     profile = Profile(
-        name=job.called,
+        name=job.profile_name,
         vocabulary=V,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         template_fingerprint=template_fingerprint(tokenizer),
@@ -268,11 +272,11 @@ def made(
         row_token_N=automaton.row_token_N,
         row_next_N=automaton.row_next_N,
         row_log_factor_N=factor_A[automaton.row_next_N],
-        unigram_V=of_choice.unigram_V,
-        bigram_context_C=of_choice.context_C,
-        bigram_start_C=of_choice.start_C,
-        bigram_token_M=of_choice.token_M,
-        bigram_delta_M=of_choice.delta_M,
+        unigram_V=word_tilt.unigram_V,
+        bigram_context_C=word_tilt.context_C,
+        bigram_start_C=word_tilt.start_C,
+        bigram_token_M=word_tilt.token_M,
+        bigram_delta_M=word_tilt.delta_M,
         strength=job.strength,
         max_kl=job.max_kl,
     )
@@ -281,10 +285,10 @@ def made(
         "human": _size(human),
         "shared_prompts": is_shared,
         "phrases": [_counted(tally) for tally in tallies],
-        "recall": judged,
+        "recall": recall,
         "patterns": len(patterns),
-        "unigrams": int(np.count_nonzero(of_choice.unigram_V)),
-        "bigrams": len(of_choice.token_M),
+        "unigrams": int(np.count_nonzero(word_tilt.unigram_V)),
+        "bigrams": len(word_tilt.token_M),
         "habits": habits(texts[model], texts[human]),
     }
     return Stored(
@@ -318,7 +322,7 @@ def _size(side: Side) -> dict[str, int]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What decides the profile beside the texts; no path of this machine."""
+    """The settings that determine the profile, without paths of this machine."""
     return {
         "samples": job.samples,
         "max_tokens": job.max_tokens,
@@ -333,22 +337,22 @@ def _held_out(model: Side) -> list[bool]:
     return [group % HELD_OUT == HELD_OUT - 1 for group in model.groups]
 
 
-def _judged(
+def _recall(
     automaton: Automaton,
     phrases: Sequence[str],
     texts: Mapping[Side, Sequence[str]],
     encoded: Mapping[Side, Sequence[Encoded]],
     model: Side,
     human: Side,
-    held: Sequence[bool],
+    held_out: Sequence[bool],
 ) -> dict[str, Any]:
-    """Recall and precision on the answers that are held out and the corpus."""
-    places = [n for n, is_held in enumerate(held) if is_held]
+    """Recall and precision on the held-out answers and the corpus."""
+    unseen = [n for n, is_held_out in enumerate(held_out) if is_held_out]
     found = spellings.compare(
         automaton,
         Finder(phrases),
-        [*(texts[model][n] for n in places), *texts[human]],
-        [*(encoded[model][n] for n in places), *encoded[human]],
+        [*(texts[model][n] for n in unseen), *texts[human]],
+        [*(encoded[model][n] for n in unseen), *encoded[human]],
     )
     return {**asdict(found), "recall": found.recall, "precision": found.precision}
 
@@ -360,7 +364,7 @@ def _tilt(
     human: Side,
     encoded: Mapping[Side, Sequence[Encoded]],
 ) -> tilt.Tilt:
-    """Of the tokens outside the phrases: those the automaton cares for."""
+    """The tilt, from the tokens outside the phrases; the automaton handles those inside."""
     V = automaton.vocabulary
     counts = {
         side: tilt.count(
@@ -383,7 +387,7 @@ def _outside(automaton: Automaton, encoded: Encoded) -> NDArray[np.bool_]:
 
 
 def _allowed(tokenizer: Any, vocabulary: int, known_names: frozenset[str]) -> NDArray[np.bool_]:
-    """Tokens that are text, no part of a number, and no name."""
+    """Tokens that are text, contain no digit, and are not names."""
     allowed_V = np.zeros(vocabulary, bool)
     for token, piece in enumerate(token_pieces(tokenizer)[:vocabulary]):
         text = "" if piece is None else piece.decode(errors="replace").strip()
@@ -392,11 +396,11 @@ def _allowed(tokenizer: Any, vocabulary: int, known_names: frozenset[str]) -> ND
     return allowed_V
 
 
-# ── Habits that are reported ─────────────────────────────────────────────────────────────────────
+# ── Habits: reported, not changed ────────────────────────────────────────────────────────────────
 
 
 def habits(model: Sequence[str], human: Sequence[str]) -> dict[str, Any]:
-    """Em dashes and "not X but Y" per 1,000 words, and how sentences begin, on both sides."""
+    """Em dashes and "not X but Y" per 1,000 words, and how sentences begin, for both sides."""
     sides = {"model": [normalise(t) for t in model], "human": [normalise(t) for t in human]}
     total = {name: sum(len(words(text)) for text in texts) for name, texts in sides.items()}
     firsts = {name: _openers(texts) for name, texts in sides.items()}
@@ -405,11 +409,11 @@ def habits(model: Sequence[str], human: Sequence[str]) -> dict[str, Any]:
         word: {n: firsts[n][word] / max(begun[n], 1) for n in sides}
         for word in sorted(firsts["model"])
     }
-    telling = sorted(share, key=lambda word: share[word]["human"] - share[word]["model"])
+    over_used_first = sorted(share, key=lambda word: share[word]["human"] - share[word]["model"])
     return {
         "em_dashes": {n: PER * sum(t.count("—") for t in sides[n]) / total[n] for n in sides},
         "contrasts": {n: slop.contrast_rate(sides[n]).value for n in sides},
-        "openers": {word: share[word] for word in telling[:SHOWN_OPENERS]},
+        "openers": {word: share[word] for word in over_used_first[:SHOWN_OPENERS]},
     }
 
 

@@ -1,6 +1,6 @@
 """The `dftserve style` command.
 
-Thin, like `dftserve.cli`: what does the work is imported where it is called.
+Thin, like `dftserve.cli`: each command imports the modules that do its work when it is called.
 """
 
 from pathlib import Path
@@ -20,41 +20,57 @@ def style() -> None:
 @click.option(
     "--model",
     required=True,
-    help="A folder, a .gguf file, or a name on the hub: its tokenizer is what is read.",
+    help="A folder, a .gguf file, or a name on the hub. Only the tokenizer is read.",
 )
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--answers",
     type=click.Path(path_type=Path),
-    help="The model's: a .jsonl of `prompt` and `response`, or the OUT of an evaluation. With "
-    "--server: where they are kept.",
+    help="The model's answers: a .jsonl of `prompt` and `response`, or the OUT of an evaluation. "
+    "With --server: the folder in which to store them.",
 )
 @click.option("--server", metavar="URL", help="Ask this server for the answers.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="To ask with: .txt or .jsonl.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="For --server: .txt or .jsonl.")
 @click.option("--served-as", metavar="NAME", help="The model on the server. Default: its first.")
 @key_option
-@click.option("--name", help="Of the profile. Default: the name of --out.")
-@click.option("--phrases", type=click.Path(path_type=Path), help="Known phrases. Default: ours.")
+@click.option("--name", help="The profile's name. Default: the name of --out.")
+@click.option(
+    "--phrases",
+    type=click.Path(path_type=Path),
+    help="A list of known phrases. Default: the built-in list.",
+)
 @click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
 @click.option("--max-tokens", type=int, default=400, show_default=True)
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--concurrency", type=int, default=16, show_default=True)
-@click.option("--strength", type=float, default=1.0, show_default=True, help="If none is asked.")
-@click.option("--max-kl", type=float, default=0.05, show_default=True, help="Likewise, in nats.")
+@click.option(
+    "--strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="For requests that give none.",
+)
+@click.option(
+    "--max-kl",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Nats per token, for requests that give none.",
+)
 @click.option(
     "--false-discoveries",
     type=float,
     default=0.05,
     show_default=True,
-    help="Share of them among the phrases.",
+    help="Accepted share of false discoveries among the phrases.",
 )
-@click.option("--most", type=int, default=2000, show_default=True, help="Phrases at most.")
+@click.option("--most", type=int, default=2000, show_default=True, help="Maximum phrases.")
 def style_build(false_discoveries: float, most: int, **options) -> None:
     """Build a profile from CORPUS, texts by people: .txt, .md, .rst, .jsonl (.gz), .json, .csv,
     .parquet, a folder.
 
-    The same command goes on where asking the server was stopped.
+    If it is stopped while asking the server, the same command resumes there.
     """
     with usage_errors():
         from dftserve.styles.build import Job, build
@@ -72,10 +88,12 @@ def style_build(false_discoveries: float, most: int, **options) -> None:
 @style.command("inspect")
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--json", "in_json", is_flag=True, help="One JSON document.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also a page.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page."
+)
 @plots_option
 def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path | None) -> None:
-    """Show what the style profile in the folder PROFILE holds, and the rounds of its fit."""
+    """Show the contents of the style profile in the folder PROFILE, and the rounds of its fit."""
     with usage_errors():
         from dftserve import atomic
         from dftserve.plots import png
@@ -99,7 +117,9 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path |
 @click.option("--prompts", required=True, type=click.Path(path_type=Path), help=".txt or .jsonl.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--rounds", type=int, default=3, show_default=True)
-@click.option("--anchors", type=click.Path(path_type=Path), help="For what is not fitted.")
+@click.option(
+    "--anchors", type=click.Path(path_type=Path), help="To report measures that are not fitted."
+)
 @click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
 @click.option("--max-tokens", type=int, default=400, show_default=True)
 @click.option("--temperature", type=float, default=1.0, show_default=True)
@@ -109,11 +129,11 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path |
 @click.option("--concurrency", type=int, default=16, show_default=True)
 @plots_option
 def style_fit(plots: Path | None, **options) -> None:
-    """Correct a profile's phrases on what MODEL_OR_URL writes with it, and freeze the result.
+    """Correct a profile's phrases from what MODEL_OR_URL writes with it, and freeze the result.
 
-    A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served anew for
-    each round. A server at a URL is to be started with DFTSERVE_STYLES=OUT/styles for each; the
-    same command then goes on.
+    A model (a folder, a .gguf file or a folder with one, or a name on the hub) is served afresh
+    for each round. A server at a URL must be restarted with DFTSERVE_STYLES=OUT/styles for each
+    round; then run the same command again to continue.
     """
     with usage_errors():
         from dftserve.gguf import resolve

@@ -1,20 +1,21 @@
-"""Phrases that a model writes more often than people: found, tested, and cut down to the telling.
+"""Finds and tests the phrases that a model writes more often than people do.
 
     found = over_used(model, human, Choice(), known=read_lines(phrases))
 
-Candidates are all runs of 2 to 6 words without a mark inside, and a list of known phrases. A text
-counts once in the tests, however often it has a phrase, so that one text's refrain is not taken for
-a habit. The G statistic ranks; as it follows its χ² law badly at counts of five, p is the exact
-conditional test's: of n occurrences in all, as many in the model's texts as a binomial draw with
-the share of its words has or more. False discoveries are held by Benjamini and Hochberg's
-procedure over every telling run that comes often enough in both sides together, which does not
-depend on what is tested; known phrases are a family of their own.
+Candidates are all runs of 2 to 6 words without punctuation inside, and a list of known phrases. A
+text counts once in the tests, however often it contains a phrase, so that one text's refrain is not
+taken for a habit. Phrases are ranked by the G statistic. Its χ² approximation is poor at counts of
+about five, so p comes from the exact conditional test: the probability that a binomial draw of the
+n occurrences, with the model's share of the words, has at least as many in the model's texts. False
+discoveries are controlled by Benjamini and Hochberg's procedure over all eligible runs that are
+frequent enough in both sides together, a criterion that does not depend on what is tested. Known
+phrases are a family of tests of their own.
 
 Left out are names (capitalised inside a sentence), runs with a digit, short runs of common words,
-topics (said under few prompts, mostly under one, or over and over in a text), echoes of the
-prompt, and runs that one of their words explains. Of a run and a longer one with it, the longer
-stands if it explains most of the shorter, and else the shorter; of two that mostly overlap, the
-one with the larger G.
+topics (written under few prompts, mostly under one, or repeatedly in a text), echoes of the prompt,
+and runs that one of their words explains. Of a run and a longer run that contains it, the longer
+one is chosen if it explains most of the shorter one's occurrences, otherwise the shorter one. Of
+two runs that mostly overlap, the one with the larger G is chosen.
 """
 
 import math
@@ -40,41 +41,44 @@ SIZES = range(2, 7)
 PER = 1000
 """Rates are per so many words."""
 PRIOR = 2.0
-"""Occurrences at the rate of both sides together that each side's rate leans on."""
+"""Pseudo-occurrences, at the rate of both sides together, that each side's rate is shrunk with."""
 CAPITAL = 0.5
-"""Share of a word's places inside sentences where it is capitalised: more make it a name."""
+"""A word that is capitalised in more than this share of its occurrences inside sentences is a
+name."""
 REFRAIN = 2.0
-"""Occurrences in a text that has any, on average: more make a phrase a topic."""
+"""A phrase with more occurrences than this, on average over the texts that contain it, is a
+topic."""
 ECHO = 1 / 3
-"""Share of texts whose prompt has one of the phrase's content words: more make it an echo."""
+"""A phrase is an echo if in more than this share of its texts the prompt contains one of its
+content words."""
 COMMON = 0.25
-"""Per 1,000 words of the corpus: content words that come as often make no phrase of two or three
-words ("to make a"). How often they come is the tilt's matter, as is that of a word behind an
+"""Per 1,000 words of the corpus. Content words at least as frequent do not make a run of two or
+three words a phrase ("to make a"). The tilt handles their frequency, and that of a word after an
 article or a preposition ("the universe")."""
 OWN, BY_WORD = 0.25, 0.75
-"""A run with a smaller share of a word's occurrences, where that word's λ is so much of the run's,
-is left to the tilt: the word is over-used, whatever stands beside it."""
+"""A run is left to the tilt if it has less than the share OWN of the occurrences of one of its
+words and that word's λ is at least BY_WORD of the run's: the word is over-used in any context."""
 SENTENCE_ENDS = frozenset(".!?:\"'*“”—…([#-")
 _FUNCTION = frozenset(FUNCTION_WORDS)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is taken for over-used."""
+    """Which phrases count as over-used."""
 
     false_discoveries: float = 0.05
-    """Share among the phrases that are chosen by the test."""
+    """Accepted share of false ones among the phrases that pass the test."""
     least_texts: int = 4
-    """Of the model's, with the phrase."""
+    """Minimum number of the model's texts with the phrase."""
     least_prompts: int = 3
     most_of_one_prompt: float = 0.5
-    """Share of the model's texts with the phrase."""
+    """Maximum share, of the model's texts with the phrase, that answer one prompt."""
     least_ratio: float = 1.5
-    """e^λ, after shrinking."""
+    """Minimum e^λ, after shrinking."""
     explained: float = 0.75
-    """Share of a phrase's occurrences that another one must explain to stand for it."""
+    """Share of a phrase's occurrences that another phrase must explain to replace it."""
     most: int = 2000
-    """Phrases, those with the largest G."""
+    """Maximum number of phrases."""
 
     @property
     def least_log_ratio(self) -> float:
@@ -97,23 +101,23 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tally:
-    """A phrase in the texts of both sides."""
+    """The counts of a phrase in the texts of both sides."""
 
     text: str
-    """As the model mostly writes it inside a sentence."""
+    """The form in which the model writes it most often inside a sentence."""
     log_ratio: float
-    """λ, shrunk."""
+    """λ, after shrinking."""
     model_count: int
     human_count: int
     model_texts: int
     """Texts with the phrase."""
     human_texts: int
     prompts: int
-    """Of the model's texts with it."""
+    """Number of prompts of the model's texts with the phrase."""
     p: float
     g: float
     known: bool
-    """From the list of known phrases."""
+    """Whether it comes from the list of known phrases."""
 
 
 class Side:
@@ -121,27 +125,27 @@ class Side:
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = tuple(samples)
-        self.asked = [
+        self.prompts = [
             sample.prompt or sample.source or f"text {n}" for n, sample in enumerate(samples)
         ]
-        """The prompt of each text, or what stands for one where there is none."""
+        """The prompt of each text; its source or number where it has none."""
         self.spans = [spans(sample.text) for sample in self.samples]
         self.runs = [
-            [list(run) for is_word, run in groupby(said, lambda s: s[0][0].isalnum()) if is_word]
-            for said in self.spans
+            [list(run) for is_word, run in groupby(items, lambda s: s[0][0].isalnum()) if is_word]
+            for items in self.spans
         ]
         self.words = sum(len(run) for runs in self.runs for run in runs)
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """Of words and marks."""
-        return Counter(word for said in self.spans for word, _, _ in said)
+        """The number of occurrences of each word and punctuation mark."""
+        return Counter(word for items in self.spans for word, _, _ in items)
 
     @cached_property
     def groups(self) -> list[int]:
-        """Of each text the number of its prompt, from 0."""
-        place = {prompt: n for n, prompt in enumerate(dict.fromkeys(self.asked))}
-        return [place[prompt] for prompt in self.asked]
+        """For each text, the number of its prompt, from 0."""
+        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(self.prompts))}
+        return [number[prompt] for prompt in self.prompts]
 
     def grams(self, text: int, size: int) -> Iterator[tuple[Gram, int, int]]:
         """(gram, start, end) of each run of `size` words in a text."""
@@ -152,7 +156,7 @@ class Side:
 
     @cached_property
     def prompt_words(self) -> list[frozenset[str]]:
-        """Of each text."""
+        """For each text, the words of its prompt, without a final "s"."""
         return [
             frozenset(word.rstrip("s") for word, _, _ in spans(sample.prompt))
             for sample in self.samples
@@ -160,10 +164,10 @@ class Side:
 
 
 def over_used(model: Side, human: Side, choice: Choice, known: Iterable[str] = ()) -> list[Tally]:
-    """The phrases, those with the largest λ·√count first.
+    """The over-used phrases, those with the largest λ·√count first.
 
     Raises:
-        ValueError: a side without words.
+        ValueError: a side has no words.
     """
     for name, side in (("the model's answers", model), ("the corpus", human)):
         if not side.words:
@@ -187,18 +191,20 @@ def g_statistic(
 
 
 def p_value(a_N: ArrayLike, a_words: float, b_N: ArrayLike, b_words: float) -> NDArray[np.float64]:
-    """How likely `a` or more of the a + b occurrences are on that side, where both write alike."""
+    """The probability that `a` or more of the a + b occurrences are on the first side if both sides
+    write the phrase at the same rate."""
     a_N, b_N = np.asarray(a_N), np.asarray(b_N)
     return stats.binom.sf(a_N - 1, a_N + b_N, a_words / (a_words + b_words))
 
 
 def discoveries(p_N: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
-    """Which are, with at most that share of false ones expected (Benjamini and Hochberg 1995)."""
+    """Which p are discoveries, at an expected share of false ones of at most `share` (Benjamini and
+    Hochberg 1995)."""
     return stats.false_discovery_control(p_N) <= share
 
 
 def shrunk_log_ratio(a: float, a_words: float, b: float, b_words: float) -> float:
-    """ln of the ratio of two rates, each leaning by `PRIOR` occurrences on the common rate."""
+    """ln of the ratio of two rates, each shrunk toward the common rate by `PRIOR` occurrences."""
     if not a + b:
         return 0.0
     prior_words = PRIOR * (a_words + b_words) / (a + b)
@@ -214,12 +220,12 @@ def _weight(tally: Tally) -> tuple[float, str]:
 
 
 Place = tuple[int, int, int]
-"""A text, and start and end in it."""
+"""(text, start, end): a text's number, and character positions in it."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A phrase and where the model says it."""
+    """A phrase and its occurrences in the model's texts."""
 
     tally: Tally
     places: Sequence[Place]
@@ -227,7 +233,7 @@ class _Found:
 
 @dataclass
 class _Uses:
-    """The texts with a gram, and how often each has it."""
+    """The texts that contain a gram, each with its number of occurrences."""
 
     model: Counter[int] = field(default_factory=Counter)
     human: Counter[int] = field(default_factory=Counter)
@@ -239,9 +245,9 @@ class _Uses:
 
 def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
     uses = _frequent(model, human, choice.least_texts)
-    called, common = names(model, human), _common(human)
-    # Before the tests: what is not tested costs the others nothing.
-    grams = [gram for gram in uses if _tells(gram, called, common)]
+    known_names, common = names(model, human), _common(human)
+    # Filtered before the tests, so that fewer of them need correction.
+    grams = [gram for gram in uses if _is_eligible(gram, known_names, common)]
     if not grams:
         return {}
     p_G, g_G = _tested([uses[gram] for gram in grams], model, human)
@@ -260,12 +266,12 @@ def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
         gram: one
         for gram, one in found.items()
         if one.tally.log_ratio >= choice.least_log_ratio
-        and not _is_a_words(gram, one.tally, model, human)
+        and not _is_explained_by_word(gram, one.tally, model, human)
     }
 
 
-def _is_a_words(gram: Gram, tally: Tally, model: Side, human: Side) -> bool:
-    """Whether a run is over-used for a word of it, which the model mostly says elsewhere."""
+def _is_explained_by_word(gram: Gram, tally: Tally, model: Side, human: Side) -> bool:
+    """Whether a run is over-used because of one of its words, which mostly occurs elsewhere."""
     for word in _content(gram):
         counts = model.counts[word], human.counts[word]
         log_ratio = shrunk_log_ratio(counts[0], model.words, counts[1], human.words)
@@ -277,14 +283,15 @@ def _is_a_words(gram: Gram, tally: Tally, model: Side, human: Side) -> bool:
 def _tested(
     uses: Sequence[_Uses], model: Side, human: Side
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """p and G of each, by texts over words."""
+    """p and G of each gram, from its numbers of texts and each side's number of words."""
     texts_2G = np.array([(len(use.model), len(use.human)) for use in uses]).T
     sides = texts_2G[0], model.words, texts_2G[1], human.words
     return p_value(*sides), g_statistic(*sides)
 
 
 def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
-    """Grams that enough texts of both sides together have: each size from the next shorter."""
+    """Grams that occur in enough texts of both sides together. Each size is built from the next
+    shorter one."""
     found: dict[Gram, _Uses] = {}
     shorter: set[Gram] = set()
     for size in SIZES:
@@ -292,7 +299,7 @@ def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
         for is_model, side in ((True, model), (False, human)):
             for text in range(len(side.samples)):
                 for gram, _, _ in side.grams(text, size):
-                    # What is rare does not become frequent by a further word.
+                    # A gram is at most as frequent as its parts.
                     if size == SIZES[0] or (gram[:-1] in shorter and gram[1:] in shorter):
                         (uses[gram].model if is_model else uses[gram].human)[text] += 1
         often = {
@@ -305,9 +312,9 @@ def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
     return found
 
 
-def _tells(gram: Gram, called: frozenset[str], common: frozenset[str]) -> bool:
-    """Whether a run is a phrase: no name, no number, and content words where it is short."""
-    if any(word in called or any(map(str.isdigit, word)) for word in gram):
+def _is_eligible(gram: Gram, known_names: frozenset[str], common: frozenset[str]) -> bool:
+    """Whether a run may be a phrase: no names, no digits, and content words if it is short."""
+    if any(word in known_names or any(map(str.isdigit, word)) for word in gram):
         return False
     content = _content(gram)
     if len(gram) > 3:
@@ -324,8 +331,8 @@ def _content(gram: Gram) -> list[str]:
 
 
 def _is_habit(gram: Gram, uses: Counter[int], model: Side, choice: Choice) -> bool:
-    """Whether the model says it whatever it is asked."""
-    prompts = Counter(model.asked[text] for text in uses)
+    """Whether the model uses the gram under many prompts, rather than as a topic or an echo."""
+    prompts = Counter(model.prompts[text] for text in uses)
     texts = len(uses)
     if texts < choice.least_texts or len(prompts) < choice.least_prompts:
         return False
@@ -343,8 +350,8 @@ def names(*sides: Side) -> frozenset[str]:
     capital: Counter[str] = Counter()
     inside: Counter[str] = Counter()
     for side in sides:
-        for sample, said in zip(side.samples, side.spans, strict=True):
-            for (before, _, end), (word, start, _) in pairwise(said):
+        for sample, items in zip(side.samples, side.spans, strict=True):
+            for (before, _, end), (word, start, _) in pairwise(items):
                 if before in SENTENCE_ENDS or "\n" in sample.text[end:start]:
                     continue
                 inside[word] += 1
@@ -357,7 +364,7 @@ def names(*sides: Side) -> frozenset[str]:
 
 
 def _common(human: Side) -> frozenset[str]:
-    """Words that people use often."""
+    """Words that are frequent in the corpus."""
     return frozenset(word for word, n in human.counts.items() if 1000 * n >= COMMON * human.words)
 
 
@@ -372,15 +379,15 @@ def _places(model: Side, grams: Container[Gram]) -> dict[Gram, list[Place]]:
 
 
 def _surface(gram: Gram, places: Sequence[Place], model: Side) -> str:
-    """How the model mostly writes it: inside a sentence rather than at its start."""
+    """The most frequent form in the model's texts, preferably from inside a sentence."""
     forms = Counter(
         " ".join(model.samples[text].text[start:end].replace("’", "'").split())
         for text, start, end in places
     )
     is_i = gram[0] == "i" or gram[0].startswith("i'")
-    small = {form: n for form, n in forms.items() if form[0].islower() or is_i}
-    best = max(sorted(small or forms), key=lambda form: forms[form])
-    return best if small else best[0].lower() + best[1:]
+    inside = {form: n for form, n in forms.items() if form[0].islower() or is_i}
+    best = max(sorted(inside or forms), key=lambda form: forms[form])
+    return best if inside else best[0].lower() + best[1:]
 
 
 def _found(
@@ -402,7 +409,7 @@ def _found(
         human_count=counts[1],
         model_texts=len(uses.model),
         human_texts=len(uses.human),
-        prompts=len({model.asked[text] for text in uses.model}),
+        prompts=len({model.prompts[text] for text in uses.model}),
         p=float(p),
         g=float(g),
         known=known,
@@ -413,9 +420,10 @@ def _found(
 # ── Known phrases ────────────────────────────────────────────────────────────────────────────────
 
 LONGEST_KNOWN = 8
-"""Words and marks."""
+"""In words and punctuation marks."""
 LEAST_KNOWN = 2
-"""Texts and prompts of the model with a known phrase: that it is a phrase is known."""
+"""Minimum number of the model's texts, and of its prompts, for a known phrase; lower than for mined
+ones, as it is known to be a phrase."""
 
 
 def _known(
@@ -424,12 +432,12 @@ def _known(
     wanted = {tuple(word for word, _, _ in spans(phrase)) for phrase in phrases} - taken - {()}
     uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
     places: defaultdict[Gram, list[Place]] = defaultdict(list)
-    for text, said in enumerate(model.spans):
-        for gram, start, end in _occurrences(said, wanted):
+    for text, items in enumerate(model.spans):
+        for gram, start, end in _occurrences(items, wanted):
             uses[gram].model[text] += 1
             places[gram].append((text, start, end))
-    for text, said in enumerate(human.spans):
-        for gram, _, _ in _occurrences(said, uses.keys()):
+    for text, items in enumerate(human.spans):
+        for gram, _, _ in _occurrences(items, uses.keys()):
             uses[gram].human[text] += 1
     grams = sorted(uses)
     if not grams:
@@ -446,23 +454,23 @@ def _known(
 
 
 def _occurrences(
-    said: Sequence[tuple[str, int, int]], phrases: Container[Gram]
+    items: Sequence[tuple[str, int, int]], phrases: Container[Gram]
 ) -> Iterator[tuple[Gram, int, int]]:
-    """(phrase, start, end) of each in a text's words and marks."""
-    words = tuple(word for word, _, _ in said)
+    """(phrase, start, end) of each occurrence in a text's words and punctuation marks."""
+    words = tuple(word for word, _, _ in items)
     for at in range(len(words)):
         for size in range(1, min(LONGEST_KNOWN, len(words) - at) + 1):
             if (gram := words[at : at + size]) in phrases:
-                yield gram, said[at][1], said[at + size - 1][2]
+                yield gram, items[at][1], items[at + size - 1][2]
 
 
-# ── One phrase and another ───────────────────────────────────────────────────────────────────────
+# ── Redundant phrases ────────────────────────────────────────────────────────────────────────────
 
 
 def _without_parts(found: Mapping[Gram, _Found], explained: float) -> list[_Found]:
-    """Of two phrases, one inside the other, one."""
+    """Keep one of any two phrases of which one contains the other."""
     left = dict(found)
-    # From the longest on: a part may be explained by what is not explained itself.
+    # From the longest down, so that a part can only be dropped for a phrase that is kept.
     for gram in sorted(found, key=lambda gram: (-len(gram), gram)):
         if gram not in left:
             continue
@@ -483,11 +491,11 @@ def _parts(gram: Gram) -> set[Gram]:
 
 
 def _without_overlaps(found: Sequence[_Found], explained: float) -> Iterator[Tally]:
-    """Without phrases that mostly share words with one that is more telling."""
+    """Drop phrases most of whose occurrences overlap those of a phrase with a larger G."""
     taken: set[tuple[int, int]] = set()
     for one in sorted(found, key=lambda f: (-f.tally.g, f.tally.text)):
-        letters = [{(text, at) for at in range(a, b)} for text, a, b in one.places]
-        shared = sum(bool(each & taken) for each in letters)
-        if shared < explained * len(letters):
-            taken.update(*letters)
+        characters = [{(text, at) for at in range(a, b)} for text, a, b in one.places]
+        shared = sum(bool(each & taken) for each in characters)
+        if shared < explained * len(characters):
+            taken.update(*characters)
             yield one.tally

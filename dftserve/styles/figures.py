@@ -1,4 +1,4 @@
-"""The plots of a style profile: each phrase's rate beside people's, and the rounds of a fit."""
+"""The plots of a style profile: each phrase's rate against people's, and the rounds of a fit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from dftserve.plots.figure import (
 from dftserve.styles.rounds import Round
 
 NAMED = 8
-"""Phrases with their words beside the point; each has them in its title."""
+"""Number of points labelled with their phrase; every point has it in its title."""
 UNFITTED = {
     "sds": ("Style Diversity Score", "Style Diversity Score, people near 100"),
     "mmd_style": ("Style distance to human text", "√MMD² of style features"),
 }
-"""What no λ follows: its name, and the axis."""
+"""Measures that the fit does not use: title and axis label."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,21 @@ class Rates:
 
 
 def phrase_rates(series: Mapping[str, Sequence[Rates]]) -> Figure:
-    """By whose texts they were counted in."""
+    """
+    Args:
+        series: rates by the texts that they were counted in.
+    """
     spans = [
         span for rates in series.values() for each in rates for span in (each.model, each.human)
     ]
-    # An interval's low end may be a fortieth of its value: it ends at the axis's edge.
+    # Without low ends, which may be a fortieth of the value; they are clipped at the axis's edge.
     reached = [end for span in spans for end in (span.value, span.ends[-1])]
     *_, last = series
     return Figure(
         name="phrase-rates",
-        title="Phrases: how often the model says them, and people",
-        about="A point a phrase, per 1,000 words: on the line it comes as often as people say it, "
-        "above it more often; what never came stands at the edge.",
+        title="Phrases: how often the model and people write them",
+        about="One point per phrase, in occurrences per 1,000 words. On the line the model writes "
+        "it as often as people, above it more often. A rate of 0 is drawn at the edge.",
         x=logarithmic("people, per 1,000 words", reached),
         y=logarithmic("the model, per 1,000 words", reached),
         series=tuple(
@@ -71,16 +74,16 @@ def _points(name: str, rates: Sequence[Rates], named: int) -> tuple[Point, ...]:
 
 
 def by_round(rounds: Sequence[Round]) -> tuple[Figure, ...]:
-    """The rate by round, and what was measured and not fitted."""
+    """The rate by round, and the measures that are not fitted."""
     unfitted = [name for name in UNFITTED if any(name in one.unfitted for one in rounds)]
     return (_rates(rounds), *(_unfitted(rounds, name) for name in unfitted))
 
 
 def _rates(rounds: Sequence[Round]) -> Figure:
-    fitted = [(place, _span(one.rate, one.interval)) for place, one in enumerate(rounds)]
+    fitted = [(index, _span(one.rate, one.interval)) for index, one in enumerate(rounds)]
     held_out = [
-        (place, _span(one.held_out_rate, one.held_out_interval))
-        for place, one in enumerate(rounds)
+        (index, _span(one.held_out_rate, one.held_out_interval))
+        for index, one in enumerate(rounds)
         if one.held_out_rate is not None
     ]
     human = rounds[-1].human_rate
@@ -91,8 +94,8 @@ def _rates(rounds: Sequence[Round]) -> Figure:
     return Figure(
         name="rounds",
         title="All phrases of the profile, by round",
-        about="Occurrences per 1,000 words while the round's profile was in force; a round's step "
-        "is taken after it.",
+        about="Occurrences per 1,000 words with the round's profile in force; the round's step is "
+        "taken afterwards.",
         x=categories("round", [f"{one.number}" for one in rounds]),
         y=linear("phrases per 1,000 words", [human, *values], low=0),
         series=tuple(series),
@@ -103,14 +106,14 @@ def _rates(rounds: Sequence[Round]) -> Figure:
 def _unfitted(rounds: Sequence[Round], name: str) -> Figure:
     title, axis = UNFITTED[name]
     values = [
-        (place, Span(one.unfitted[name]))
-        for place, one in enumerate(rounds)
+        (index, Span(one.unfitted[name]))
+        for index, one in enumerate(rounds)
         if math.isfinite(one.unfitted.get(name, math.nan))
     ]
     return Figure(
         name=f"rounds-{name.replace('_', '-')}",
         title=f"{title}, by round",
-        about="Measured beside the fit, which does not follow it.",
+        about="Measured for information; the fit does not use it.",
         x=categories("round", [f"{one.number}" for one in rounds]),
         y=linear(axis, [span.value for _, span in values], low=0),
         series=(_joined(title, values, rounds),),
@@ -120,12 +123,12 @@ def _unfitted(rounds: Sequence[Round], name: str) -> Figure:
 def _joined(name: str, spans: Sequence[tuple[int, Span]], rounds: Sequence[Round]) -> Series:
     points = tuple(
         Point(
-            Span(float(place)),
+            Span(float(index)),
             span,
-            f"round {rounds[place].number}, {name}: {_render(span)}",
+            f"round {rounds[index].number}, {name}: {_render(span)}",
             f"{span.value:.3g}",
         )
-        for place, span in spans
+        for index, span in spans
     )
     return Series(name, points, is_joined=True)
 

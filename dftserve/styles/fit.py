@@ -1,23 +1,23 @@
-"""A profile's λ, corrected on what a server writes with the profile in force.
+"""Correct a profile's λ from what a server writes with the profile in force.
 
     fit(Job(server="path/to/model", profile=Path("profiles/novels"), prompts=Path("prompts.txt"),
             out=Path("fits/novels")))
 
-Of all distributions with the human rates, the one nearest to the model's is p·e^−λ·φ, φ being the
-counts; the gradient of its dual in λ is what the rates are above people's. Rates are roughly
-proportional to e^−λ and counts are small, so a round steps in their logarithm:
+Of all distributions with the human rates, the one nearest to the model's is p·e^−λ·φ, where φ are
+the counts; the gradient of its dual in λ is the rates minus people's. Rates are roughly
+proportional to e^−λ and counts are small, so a round takes a step in their logarithm:
 
     λ ← clip(λ + STEP·ln((n + PRIOR) / (N·μ + PRIOR)), 0, 10)
 
 with n occurrences in the N words of a round's answers and μ people's rate. One to three rounds
-suffice; what is left is the counts' own error. λ is fitted on four prompts of five; the fifth, and
-the measures that are not fitted, say whether it helped. A fit never follows users' texts: it makes
-another profile, which is frozen.
+suffice; the remaining error is that of the counts. λ is fitted on four prompts of five; the fifth,
+and the measures that are not fitted, show whether it helped. A fit never uses users' texts. It
+writes another profile, which is frozen.
 
-A round that would leave too few of its answers effective, by importance sampling, is not taken.
+A step whose effective sample size, by importance sampling, would be too small is not taken.
 
-    OUT/styles/NAME-1 …     the profile of each round: what the server is given
-    OUT/round-1 …           its answers (`evaluate.generate`): the same command goes on
+    OUT/styles/NAME-1 …     the profile of each round, for the server
+    OUT/round-1 …           its answers (`evaluate.generate`), from which the same command resumes
     OUT/NAME                the frozen profile
     OUT/fit.json            each round's figures
     OUT/report.html         the same as a page (`styles.report`)
@@ -60,11 +60,11 @@ from dftserve.styles.spellings import Finder
 
 STEP = 0.7
 PRIOR = 2.0
-"""Occurrences that both sides of the logarithm lean on."""
+"""Pseudo-occurrences added to the numerator and the denominator of the logarithm."""
 LEAST_EFFECTIVE = 0.1
-"""Share of a round's answers: a step that leaves fewer goes beyond what they show."""
+"""Minimum effective share of a round's answers: a larger step is not supported by them."""
 SETTLED = 0.05
-"""Nats: a round in which no λ moves further is the last one."""
+"""Nats: a round in which no λ changes by this much is the last one."""
 MOST_ROUNDS = 20
 RESULT = "fit.json"
 REPORT = "report.html"
@@ -73,14 +73,14 @@ REPORT = "report.html"
 @dataclass(frozen=True, kw_only=True)
 class Job:
     server: str
-    """A model's folder or its name on the hub, which is served anew for each round; or the URL of a
-    server, which is to be started anew with `OUT/styles` for each."""
+    """A model's folder or its name on the hub, which is served afresh for each round; or the URL of
+    a server, which the user restarts with `OUT/styles` for each."""
     profile: Path
     prompts: Path
     out: Path
     rounds: int = 3
     anchors: Path | None = None
-    """Human anchors, for what is measured and not fitted."""
+    """Human anchors, for the measures that are not fitted."""
     samples: int = 8
     max_tokens: int = 400
     temperature: float = 1.0
@@ -107,17 +107,17 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer with a profile in force."""
+class StyledAnswer:
+    """An answer written with a profile in force."""
 
     text: str
     prompt: str
     held_out: bool
     kl: float | None
-    """Mean nats a token that the style cost, where the server says it."""
+    """Mean nats per token that the style cost, if the server reports it."""
 
 
-Ask = Callable[[str, int], Sequence[Said]]
+Ask = Callable[[str, int], Sequence[StyledAnswer]]
 """(name of the profile in `OUT/styles`, round) → answers."""
 
 
@@ -128,7 +128,7 @@ class Fit:
     ended: str
     """Why it ended."""
     rates: tuple[Rate, ...]
-    """Of each phrase in the last round, on the prompts that are fitted."""
+    """The rate of each phrase in the last round, on the fitted prompts."""
 
     @property
     def fitted(self) -> Fitted:
@@ -139,8 +139,8 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
     """Fit, and write the frozen profile.
 
     Raises:
-        ValueError: profile, prompts, anchors or a setting are not what is accepted, `out` holds
-            another fit, or the server at a URL has not the round's profile.
+        ValueError: the profile, the prompts, the anchors or a setting is not accepted, `out` holds
+            another fit, or the server at a URL does not have the round's profile.
         RuntimeError: a server does not start, cannot be reached or fails.
     """
     stored = profiles.load(job.profile)
@@ -151,8 +151,8 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
             f"{job.out / stored.profile.name} exists: this fit is done; choose another --out."
         )
 
-    def ask(name: str, number: int) -> list[Said]:
-        say(f"Round {number}: asking with {name}…")
+    def ask(name: str, number: int) -> list[StyledAnswer]:
+        say(f"Round {number}: sampling answers with {name}…")
         return _answers(job, asked, name, number, say, tick)
 
     found = rounds(stored, ask, job.out, job.rounds, anchors, say)
@@ -174,11 +174,11 @@ def rounds(
     anchors: Anchors | None = None,
     say: Say = lambda line: None,
 ) -> Fit:
-    """The rounds of a fit, against whatever answers.
+    """Run the rounds of a fit, with answers from `ask`.
 
     Raises:
-        ProfileError: no phrases to fit.
-        ValueError: `out` holds another fit; answers without words.
+        ProfileError: the profile has no phrases to fit.
+        ValueError: `out` holds another fit, or the answers have no words.
     """
     phrases = stored.profile.phrases
     if not phrases:
@@ -190,18 +190,20 @@ def rounds(
     rates: tuple[Rate, ...] = ()
     ended = f"{most} rounds"
     for number in range(1, most + 1):
-        name = _offer(stored, log_ratio_P, number, out)
-        said = ask(name, number)
-        counts_TP, words_T = _counted(said, finder, len(phrases))
-        rates = _rates(said, counts_TP, words_T)
-        step_P = _step(said, counts_TP, words_T, human_P, log_ratio_P)
-        effective = effective_share(counts_TP[_fitted(said)], step_P)
-        done.append(_round(number, said, counts_TP, words_T, human_P, step_P, effective, anchors))
+        name = _write_round_profile(stored, log_ratio_P, number, out)
+        answers = ask(name, number)
+        counts_TP, words_T = _counted(answers, finder, len(phrases))
+        rates = _rates(answers, counts_TP, words_T)
+        step_P = _step(answers, counts_TP, words_T, human_P, log_ratio_P)
+        effective = effective_share(counts_TP[_fitted(answers)], step_P)
+        done.append(
+            _round(number, answers, counts_TP, words_T, human_P, step_P, effective, anchors)
+        )
         say(shown(done[-1]))
         if effective < LEAST_EFFECTIVE:
             ended = (
                 f"round {number}'s step would leave {effective:.0%} of its answers effective; "
-                "ask more at once (--samples)"
+                "give more answers to each prompt (--samples)"
             )
             break
         log_ratio_P = log_ratio_P + step_P
@@ -224,7 +226,7 @@ def updated(
 
 
 def effective_share(counts_TP: NDArray[np.float64], step_P: NDArray[np.float64]) -> float:
-    """(Σw)² / (T·Σw²) of the answers, weighted as the step makes them likelier: e^−Δλ·φ."""
+    """(Σw)² / (T·Σw²), where w = e^−Δλ·φ is how much likelier the step makes each answer."""
     log_weight_T = -(counts_TP @ step_P)
     weight_T = np.exp(log_weight_T - log_weight_T.max(initial=-np.inf))
     return float(weight_T.sum() ** 2 / (len(weight_T) * (weight_T**2).sum()))
@@ -233,8 +235,8 @@ def effective_share(counts_TP: NDArray[np.float64], step_P: NDArray[np.float64])
 # ── A round ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _offer(stored: Stored, log_ratio_P: NDArray, number: int, out: Path) -> str:
-    """Put the round's profile among `OUT/styles`, where it is not there already; its name."""
+def _write_round_profile(stored: Stored, log_ratio_P: NDArray, number: int, out: Path) -> str:
+    """Write the round's profile to `OUT/styles` unless it is there already, and return its name."""
     suffix = f"-{number}"
     name = stored.profile.name[: 64 - len(suffix)] + suffix
     profile = replace(with_log_ratios(stored, log_ratio_P), name=name)
@@ -244,53 +246,56 @@ def _offer(stored: Stored, log_ratio_P: NDArray, number: int, out: Path) -> str:
         return name
     found = profiles.read(folder)
     same = [phrase.text for phrase in found.phrases] == [p.text for p in profile.phrases]
-    there_P = np.array([phrase.log_ratio for phrase in found.phrases])
-    if not same or not np.allclose(there_P, log_ratio_P, atol=1e-6):
+    found_P = np.array([phrase.log_ratio for phrase in found.phrases])
+    if not same or not np.allclose(found_P, log_ratio_P, atol=1e-6):
         raise ValueError(
-            f"{folder} is a profile of another fit; accepted: the same command, or another --out."
+            f"{folder} is a profile of another fit; repeat that fit's command, or choose another "
+            "--out."
         )
     return name
 
 
 def _counted(
-    said: Sequence[Said], finder: Finder, phrases: int
+    answers: Sequence[StyledAnswer], finder: Finder, phrases: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """float64 [T, P] and [T]: occurrences and words of each answer."""
-    counts_TP = np.zeros((len(said), phrases))
-    for place, answer in enumerate(said):
+    counts_TP = np.zeros((len(answers), phrases))
+    for index, answer in enumerate(answers):
         for phrase, _, _ in finder.found(answer.text):
-            counts_TP[place, phrase] += 1
-    words_T = np.array([len(words(answer.text)) for answer in said], float)
-    if not words_T[_fitted(said)].sum():
-        raise ValueError(f"answers: got {len(said)} without words; is the server all right?")
+            counts_TP[index, phrase] += 1
+    words_T = np.array([len(words(answer.text)) for answer in answers], float)
+    if not words_T[_fitted(answers)].sum():
+        raise ValueError(f"answers: got {len(answers)} without words; does the server work?")
     return counts_TP, words_T
 
 
-def _fitted(said: Sequence[Said]) -> NDArray[np.bool_]:
-    return np.array([not answer.held_out for answer in said], bool)
+def _fitted(answers: Sequence[StyledAnswer]) -> NDArray[np.bool_]:
+    return np.array([not answer.held_out for answer in answers], bool)
 
 
-def _rates(said: Sequence[Said], counts_TP: NDArray, words_T: NDArray) -> tuple[Rate, ...]:
-    fitted_T = _fitted(said)
+def _rates(
+    answers: Sequence[StyledAnswer], counts_TP: NDArray, words_T: NDArray
+) -> tuple[Rate, ...]:
+    fitted_T = _fitted(answers)
     total = int(words_T[fitted_T].sum())
     return tuple(Rate.of(int(count), total) for count in counts_TP[fitted_T].sum(axis=0))
 
 
 def _step(
-    said: Sequence[Said],
+    answers: Sequence[StyledAnswer],
     counts_TP: NDArray,
     words_T: NDArray,
     human_P: NDArray,
     log_ratio_P: NDArray,
 ) -> NDArray[np.float64]:
-    fitted_T = _fitted(said)
+    fitted_T = _fitted(answers)
     expected_P = human_P * words_T[fitted_T].sum() / PER
     return updated(log_ratio_P, counts_TP[fitted_T].sum(axis=0), expected_P) - log_ratio_P
 
 
 def _round(
     number: int,
-    said: Sequence[Said],
+    answers: Sequence[StyledAnswer],
     counts_TP: NDArray,
     words_T: NDArray,
     human_P: NDArray,
@@ -298,12 +303,12 @@ def _round(
     effective: float,
     anchors: Anchors | None,
 ) -> Round:
-    fitted_T = _fitted(said)
+    fitted_T = _fitted(answers)
     count_P, total = counts_TP[fitted_T].sum(axis=0), words_T[fitted_T].sum()
-    held_count, held = counts_TP[~fitted_T].sum(), words_T[~fitted_T].sum()
+    held_out_count, held_out_words = counts_TP[~fitted_T].sum(), words_T[~fitted_T].sum()
     rate = Rate.of(int(count_P.sum()), int(total))
-    held_out = Rate.of(int(held_count), int(held)) if held else None
-    costs = [answer.kl for answer in said if answer.kl is not None]
+    held_out = Rate.of(int(held_out_count), int(held_out_words)) if held_out_words else None
+    costs = [answer.kl for answer in answers if answer.kl is not None]
     return Round(
         number=number,
         words=int(words_T.sum()),
@@ -314,16 +319,16 @@ def _round(
         mean_kl=float(np.mean(costs)) if costs else None,
         largest_step=float(np.abs(step_P).max()),
         effective=effective,
-        unfitted={} if anchors is None else unfitted(said, anchors),
+        unfitted={} if anchors is None else unfitted(answers, anchors),
         interval=(rate.low, rate.high),
         held_out_interval=() if held_out is None else (held_out.low, held_out.high),
     )
 
 
-def unfitted(said: Sequence[Said], anchors: Anchors) -> dict[str, float]:
-    """What no λ follows: the Style Diversity Score, and √MMD² of style features to held-out human
-    text; nothing where too few answers are long enough."""
-    texts = Windows.of([Sample(answer.text, answer.prompt) for answer in said], anchors.words)
+def unfitted(answers: Sequence[StyledAnswer], anchors: Anchors) -> dict[str, float]:
+    """Measures that the fit does not use: the Style Diversity Score, and √MMD² of style features to
+    held-out human text. Empty where too few answers are long enough."""
+    texts = Windows.of([Sample(answer.text, answer.prompt) for answer in answers], anchors.words)
     whole, human = texts.whole(), anchors.test
     if len(whole) < LEAST_TEXTS:
         return {}
@@ -340,12 +345,12 @@ def unfitted(said: Sequence[Said], anchors: Anchors) -> dict[str, float]:
 
 def _answers(
     job: Job, asked: tuple[Prompt, ...], name: str, number: int, say: Say, tick: Tick
-) -> list[Said]:
+) -> list[StyledAnswer]:
     folder = job.out / f"round-{number}"
     is_whole = grid.count_answers(folder) == len(asked) * job.samples
     if job.is_url and not is_whole:
-        there = Server(base_url(job.server), job.key_variable, retries=0)
-        _check_offered(there, name, (job.out / "styles").resolve())
+        server = Server(base_url(job.server), job.key_variable, retries=0)
+        _check_has_style(server, name, (job.out / "styles").resolve())
     wanted = RequestGrid(
         model=_model(job, folder, is_whole, say),
         prompts=asked,
@@ -353,7 +358,7 @@ def _answers(
         samples=job.samples,
         max_tokens=job.max_tokens,
         temperature=job.temperature,
-        # Rounds draw on their own: else one's luck is the next one's.
+        # Rounds are independent draws, so that they do not share their sampling error.
         seed=job.seed + number,
         body={"style": {"name": name, "strength": 1}},
         weights=None if job.is_url else weights_of(job.server, say),
@@ -367,11 +372,12 @@ def _answers(
         answers = grid.generate(
             wanted, folder, server=server, concurrency=job.concurrency, tick=tick
         )
-    return [_said(answer, asked) for answer in answers if answer.said.strip()]
+    return [_styled_answer(answer, asked) for answer in answers if answer.said.strip()]
 
 
 def _model(job: Job, folder: Path, is_whole: bool, say: Say) -> str:
-    """The name that is asked for now, whatever the round's answers were asked under."""
+    """The model's name in the requests of this run; stored answers may have been asked for under
+    another one."""
     if job.served_as is not None:
         return job.served_as
     if not job.is_url:
@@ -380,8 +386,8 @@ def _model(job: Job, folder: Path, is_whole: bool, say: Say) -> str:
     return first_model(Server(base_url(job.server), job.key_variable), kept, say)
 
 
-def _said(answer: Answer, asked: tuple[Prompt, ...]) -> Said:
-    return Said(
+def _styled_answer(answer: Answer, asked: tuple[Prompt, ...]) -> StyledAnswer:
+    return StyledAnswer(
         text=answer.said,
         prompt=asked[answer.place].text,
         held_out=len(asked) >= HELD_OUT and answer.place % HELD_OUT == HELD_OUT - 1,
@@ -391,7 +397,7 @@ def _said(answer: Answer, asked: tuple[Prompt, ...]) -> Said:
 
 @contextlib.contextmanager
 def _served(job: Job, name: str, number: int) -> Iterator[str]:
-    """The URL of a server that has the round's profile: of one at a URL that was checked before."""
+    """The URL of a server that has the round's profile; one given by its URL has been checked."""
     if job.is_url:
         yield base_url(job.server)
         return
@@ -400,29 +406,29 @@ def _served(job: Job, name: str, number: int) -> Iterator[str]:
     with running(
         job.server, *job.serve_flags, env={STYLES_VARIABLE: str(styles)}, log=log
     ) as server:
-        _check_offered(Server(server.url, job.key_variable, retries=0), name, styles)
+        _check_has_style(Server(server.url, job.key_variable, retries=0), name, styles)
         yield server.url
 
 
-def _check_offered(server: Server, name: str, styles: Path) -> None:
+def _check_has_style(server: Server, name: str, styles: Path) -> None:
     """
     Raises:
-        ValueError: the server has not the profile.
+        ValueError: the server does not have the profile.
         ServerError: there is no server, or it fails.
     """
-    anew = (
-        f"start it anew with {STYLES_VARIABLE}={styles}, and run this command again: it goes on "
-        "with this round."
+    advice = (
+        f"restart the server with {STYLES_VARIABLE}={styles}, and run this command again: it "
+        "continues with this round."
     )
     try:
-        told = server.capabilities() or {}
+        capabilities = server.capabilities() or {}
     except ServerError as error:
-        raise ServerError(f"{error} The profile {name!r} is written; {anew}") from None
-    known = told.get("styles")
-    refused = told.get("styles_refused")
+        raise ServerError(f"{error} The profile {name!r} is written; {advice}") from None
+    known = capabilities.get("styles")
+    refused = capabilities.get("styles_refused")
     if isinstance(known, list) and name in known:
         return
     if isinstance(refused, Mapping) and name in refused:
         raise ValueError(f"{server.url} refuses the style {name!r}: {refused[name]}")
     listed = among(name, map(str, known)) if isinstance(known, list) and known else "none"
-    raise ValueError(f"{server.url} has not the style {name!r} (it has: {listed}); {anew}")
+    raise ValueError(f"{server.url} does not have the style {name!r} (it has: {listed}); {advice}")

@@ -1,4 +1,4 @@
-"""A folder of style profiles, as a server is given it: which are in force, and why one is not."""
+"""A server's folder of style profiles: which are in force, and why the others are not."""
 
 import os
 from collections.abc import Callable
@@ -16,25 +16,25 @@ class Refused:
     """A profile that is not in force."""
 
     name: str
-    """Its own, or its folder's where it could not be read."""
+    """The profile's name, or its folder's if the profile could not be read."""
     place: Path
     reason: str
 
     @property
-    def told(self) -> str:
-        """The reason, for clients: with the folder's name in place of its path."""
+    def public_reason(self) -> str:
+        """The reason as shown to clients: with the folder's name instead of its path."""
         return self.reason.replace(str(self.place), self.place.name)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What a profile has to fit: how a model reads text."""
+    """The model that a profile must fit: how it encodes text."""
 
     tokenizer: str
     template: str | None
-    """Fingerprints."""
+    """Fingerprints of both."""
     vocabulary: int
-    """Columns of its logits."""
+    """Columns of the model's logits."""
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> "Reader":
@@ -44,7 +44,7 @@ class Reader:
     def check(self, profile: Profile) -> None:
         """
         Raises:
-            ValueError: the profile does not fit, or no engine can follow its phrases.
+            ValueError: the profile does not fit, or its phrases are longer than engines support.
         """
         profile.belongs_to(
             tokenizer=self.tokenizer, template=self.template, vocabulary=self.vocabulary
@@ -53,7 +53,7 @@ class Reader:
 
 
 def check_depth(profile: Profile) -> None:
-    """Raises ValueError where a phrase has more tokens than an engine follows."""
+    """Raises ValueError if a phrase has more tokens than engines support."""
     if depth_of([profile]) > DEEPEST:
         raise ValueError(f"phrases: got one of more than {DEEPEST} tokens; accepted: shorter ones.")
 
@@ -61,17 +61,17 @@ def check_depth(profile: Profile) -> None:
 def load(
     folder: Path, check: Callable[[Profile], None]
 ) -> tuple[tuple[Profile, ...], tuple[Refused, ...]]:
-    """The profiles of a folder in their order, and those that cannot be used.
+    """The profiles of a folder, sorted by folder name, and those that cannot be used.
 
     Args:
-        check: raises where a profile does not fit.
+        check: raises if a profile does not fit.
 
     Raises:
         OSError: the folder cannot be listed.
     """
     made: dict[str, Profile] = {}
     refused: list[Refused] = []
-    # os.path.exists is False for what may not be looked at, such as a volume's lost+found.
+    # os.path.exists is False for folders without access, such as a volume's lost+found.
     for place in (each for each in sorted(folder.iterdir()) if os.path.exists(each / MANIFEST)):
         name = place.name
         try:

@@ -1,17 +1,17 @@
-"""A style profile: phrases with their automaton, a tilt of word choice, and the folder it lies in.
+"""A style profile: phrases with their automaton, a tilt of word choice, and its folder.
 
     profile = read(Path("profiles/novels"))
 
-    profile.json           what it is: format, fingerprints, phrases, settings, counts, checksums
-    tensors.safetensors    every array of `Profile`, and what its factors are made of
+    profile.json           format, fingerprints, phrases, settings, counts, checksums
+    tensors.safetensors    every array of `Profile`, and the `Harms` that its factors come from
 
-A profile may come from anywhere. Both files are regular ones that lie in its folder
-(`bounded_files`), are bounded, and are compared with their checksums; every index in them is
-checked before anything follows it.
+Profiles are untrusted input. Both files must be regular files in the profile's folder
+(`bounded_files`), have bounded sizes, and match their checksums; every index in them is checked
+before it is used.
 
 Shapes: V token ids of the tokenizer, A automaton states (0 is the root), N entries of their rows,
 C contexts, M bigrams in them, P phrases, H (state, phrase) pairs. An engine's rows of logits may
-be wider than V: the ids beyond lead to the root, with factor 1 and no tilt.
+be wider than V: the additional ids lead to the root, with factor 1 and no tilt.
 """
 
 import json
@@ -43,11 +43,11 @@ LARGEST_DELTA = 10.0
 LARGEST_VOCABULARY = (1 << 24) - 1
 MOST_STATES = 1 << 24
 MOST_ENTRIES = 1 << 27
-"""Of a tensor whose length is not bounded by the above."""
+"""Maximum length of a tensor that the constants above do not bound."""
 LARGEST_MANIFEST = 64 << 20
 LARGEST_TENSORS = 2 << 30
 LARGEST_HEADER = 1 << 14
-"""Bytes of the file that are not tensors: its names and shapes take some 1,500."""
+"""Maximum bytes of the safetensors header; its names and shapes take about 1,500."""
 LONGEST_PHRASE = 200
 """Characters."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -55,18 +55,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be used: which, what is wrong with it, what to do."""
+    """A profile cannot be used; the message says which, what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A phrase that the model writes more often than people."""
+    """A phrase that the model writes more often than people do."""
 
     text: str
     log_ratio: float
-    """λ ≥ 0, in nats: at strength 1 the phrase comes e^−λ times as often."""
+    """λ ≥ 0, in nats: at strength 1 the phrase occurs e^−λ times as often."""
     model_rate: float
-    """Per 1,000 words of the model's own answers, as counted."""
+    """Occurrences per 1,000 words of the model's own answers."""
     human_rate: float
 
     def __post_init__(self) -> None:
@@ -82,11 +82,11 @@ class Phrase:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Profile:
-    """What decoding applies, checked when it is made.
+    """The data that decoding applies, validated on construction.
 
     Raises:
-        ProfileError: an array of another type or shape, an index that is out of range, rows that
-            are not sorted, a number that is not finite or beyond its bound.
+        ProfileError: an array has the wrong type or shape, an index is out of range, rows are not
+            sorted, or a number is not finite or out of bounds.
     """
 
     name: str
@@ -96,17 +96,18 @@ class Profile:
     """See `dftserve.fingerprints`."""
     template_fingerprint: str | None
     model: str
-    """Whose answers were counted; for readers."""
+    """The name of the model whose answers were counted; for display only."""
     phrases: tuple[Phrase, ...]
 
     root_next_V: NDArray[np.int32]
-    """The state after each token from the root; 0: the root."""
+    """The state that each token leads to from the root; 0: the root."""
     root_log_factor_V: NDArray[np.float32]
-    """ln Π_k [1 − (1 − e^−λ_k)·h_k(state after the token)], ≤ 0, of taking each token from the root
-    at strength 1."""
+    """ln Π_k [1 − (1 − e^−λ_k)·h_k(state after the token)], ≤ 0, for each token at the root, at
+    strength 1."""
     row_start_A: NDArray[np.int32]
-    """[A + 1]: a state's row is the entries from its start up to the next one's; tokens rise. It
-    holds every token that leads elsewhere than from the root."""
+    """[A + 1]: a state's row is the entries from its start up to the next state's start, with its
+    tokens in ascending order. It has an entry for every token that leads to another state than it
+    does from the root."""
     row_token_N: NDArray[np.int32]
     row_next_N: NDArray[np.int32]
     row_log_factor_N: NDArray[np.float32]
@@ -114,17 +115,17 @@ class Profile:
     unigram_V: NDArray[np.float32]
     """δ(v) in nats; 0 where nothing is known."""
     bigram_context_C: NDArray[np.int32]
-    """Tokens u, rising."""
+    """Tokens u, in ascending order."""
     bigram_start_C: NDArray[np.int32]
-    """[C + 1]: the entries of each context; tokens rise."""
+    """[C + 1]: the start of each context's entries; the tokens of a context ascend."""
     bigram_token_M: NDArray[np.int32]
     bigram_delta_M: NDArray[np.float32]
-    """δ(v|u), in place of the unigram's."""
+    """δ(v|u), which replaces the unigram's."""
 
     strength: float = 1.0
-    """Where a request names none."""
+    """For requests that give none."""
     max_kl: float = 0.05
-    """Nats a token that the tilt may cost where a request names no bound."""
+    """Nats per token that the tilt may cost, for requests that give no bound."""
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -144,14 +145,15 @@ class Profile:
         return len(self.row_start_A) - 1
 
     def belongs_to(self, *, tokenizer: str, template: str | None, vocabulary: int) -> None:
-        """Refuse a model that reads text otherwise.
+        """Check that the profile was built for a model's tokenizer and chat template.
 
         Args:
-            tokenizer, template: its fingerprints.
+            tokenizer, template: the model's fingerprints.
             vocabulary: columns of its logits.
 
         Raises:
-            ProfileError: another tokenizer, another chat template, or fewer columns.
+            ProfileError: the tokenizer or the chat template is another one, or there are too few
+                columns.
         """
         if self.tokenizer_fingerprint != tokenizer:
             raise ProfileError(
@@ -161,17 +163,17 @@ class Profile:
             )
         if self.template_fingerprint is not None and self.template_fingerprint != template:
             raise ProfileError(
-                f"the style {self.name!r} was counted under another chat template than the "
-                "model's; build one with the model's."
+                f"the style {self.name!r} was built with another chat template than the model's; "
+                "build one with the model's."
             )
         if self.vocabulary > vocabulary:
             raise ProfileError(
-                f"the style {self.name!r} names tokens up to {self.vocabulary - 1}; the model has "
+                f"the style {self.name!r} has token ids up to {self.vocabulary - 1}; the model has "
                 f"{vocabulary} columns of logits. Build one with the model's tokenizer."
             )
 
     def step(self, state: int, token: int) -> tuple[int, float]:
-        """The next state and the log factor of a token: the reference of what an engine does."""
+        """The next state and the log factor of a token; the reference for the engine's code."""
         entries = slice(self.row_start_A[state], self.row_start_A[state + 1])
         place = int(np.searchsorted(self.row_token_N[entries], token)) + entries.start
         if place < entries.stop and self.row_token_N[place] == token:
@@ -181,7 +183,7 @@ class Profile:
         return int(self.root_next_V[token]), float(self.root_log_factor_V[token])
 
     def delta(self, context: int | None, token: int) -> float:
-        """δ of a token behind another one: the reference of what an engine does."""
+        """δ of a token after another one; the reference for the engine's code."""
         if token >= self.vocabulary:
             return 0.0
         place = 0 if context is None else int(np.searchsorted(self.bigram_context_C, context))
@@ -196,9 +198,9 @@ class Profile:
 
 @dataclass(frozen=True, eq=False)
 class Harms:
-    """h_k(s): how likely a phrase that state s is in is completed, of all pairs where it may be.
+    """h_k(s): the chance that phrase k is completed from state s, for each pair where it is begun.
 
-    `start_A`, int32 [A + 1], are the pairs of each state; their phrases rise.
+    `start_A`, int32 [A + 1], is the start of each state's pairs, whose phrases ascend.
     """
 
     start_A: NDArray[np.int32]
@@ -207,9 +209,9 @@ class Harms:
     """In [0, 1]; 1 in a state that completes the phrase."""
 
     def log_factors(self, log_ratio_P: NDArray) -> NDArray[np.float32]:
-        """float32 [A]: ln Π_k [1 − (1 − e^−λ_k)·h_k(s)] of reaching each state; summed in fp64."""
+        """float32 [A]: ln Π_k [1 − (1 − e^−λ_k)·h_k(s)] for each state s; summed in fp64."""
         lost_H = -np.expm1(-np.asarray(log_ratio_P, np.float64)[self.phrase_H]) * self.chance_H
-        # λ ≤ 10 keeps it above 0 where h is 1.
+        # As λ ≤ 10, 1 − lost_H is above 0 even where h is 1.
         sums_H = np.concatenate([[0.0], np.cumsum(np.log1p(-lost_H))])
         factor_A = sums_H[self.start_A[1:]] - sums_H[self.start_A[:-1]]
         return np.minimum(factor_A, 0).astype(np.float32)
@@ -217,22 +219,22 @@ class Harms:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stored:
-    """A profile with all that its folder says of it."""
+    """A profile with everything else that its folder stores."""
 
     profile: Profile
     harms: Harms
     counts: Mapping[str, Any] = field(default_factory=dict)
-    """What was counted: words and texts of each side, counts by phrase, recall, report."""
+    """Words and texts of each side, counts by phrase, recall, and what is only reported."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What it was built with."""
+    """The settings that it was built with."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def with_log_ratios(stored: Stored, log_ratio_P: NDArray) -> Profile:
-    """The profile at other λ: its phrases' and its factors anew; all else as it was.
+    """The profile with other λ: phrases and factors are recomputed, all else is unchanged.
 
     Raises:
-        ProfileError: a λ that is out of bounds.
+        ProfileError: a λ is out of bounds.
     """
     profile = stored.profile
     pairs = zip(profile.phrases, np.asarray(log_ratio_P, float).tolist(), strict=True)
@@ -250,17 +252,17 @@ def with_log_ratios(stored: Stored, log_ratio_P: NDArray) -> Profile:
 
 
 def is_name(name: str) -> bool:
-    """Whether a profile may be called so."""
+    """Whether a profile may have this name."""
     return _NAME.fullmatch(name) is not None
 
 
 def _check_names(profile: Profile) -> None:
     if not is_name(profile.name):
         _refuse("name", f"{profile.name!r:.80}", "up to 64 letters, digits, '.', '_' and '-'")
-    prints = [profile.tokenizer_fingerprint]
+    fingerprints = [profile.tokenizer_fingerprint]
     if profile.template_fingerprint is not None:
-        prints.append(profile.template_fingerprint)
-    for each in prints:
+        fingerprints.append(profile.template_fingerprint)
+    for each in fingerprints:
         if not _SHA256.fullmatch(each):
             _refuse("fingerprint", f"{each!r:.80}", "64 hexadecimal digits")
     if not profile.model or len(profile.model) > 255 or not profile.model.isprintable():
@@ -286,7 +288,7 @@ def _check_automaton(profile: Profile) -> None:
     for name in ("root_log_factor_V", "row_log_factor_N"):
         factors = getattr(profile, name)
         if not (np.isfinite(factors) & (factors <= 0)).all():
-            _refuse(name, "numbers above 0, infinite or not numbers", "finite log factors up to 0")
+            _refuse(name, "positive, infinite or NaN values", "finite log factors up to 0")
 
 
 def _check_tilt(profile: Profile) -> None:
@@ -304,7 +306,7 @@ def _check_tilt(profile: Profile) -> None:
     for name in ("unigram_V", "bigram_delta_M"):
         # NaN compares false.
         if not (np.abs(getattr(profile, name)) <= LARGEST_DELTA).all():
-            _refuse(name, "numbers beyond it", f"-{LARGEST_DELTA:g} to {LARGEST_DELTA:g} nats")
+            _refuse(name, "other numbers", f"-{LARGEST_DELTA:g} to {LARGEST_DELTA:g} nats")
 
 
 def _check_harms(harms: Harms, states: int, phrases: int) -> None:
@@ -315,7 +317,7 @@ def _check_harms(harms: Harms, states: int, phrases: int) -> None:
     _check_rising("harm_phrase_H", harms.phrase_H, harms.start_A)
     _check_kind("harm_chance_H", harms.chance_H, np.float32, H)
     if not ((harms.chance_H >= 0) & (harms.chance_H <= 1)).all():
-        _refuse("harm_chance_H", "numbers beyond it", "chances from 0 to 1")
+        _refuse("harm_chance_H", "other numbers", "chances from 0 to 1")
 
 
 def _check_kind(name: str, array: NDArray, dtype: Any, length: int) -> None:
@@ -332,7 +334,7 @@ def _check_range(name: str, ids: NDArray, stop: int) -> None:
 def _check_rows(name: str, start: NDArray, rows: int, entries: int) -> None:
     _check_kind(name, start, np.int32, rows + 1)
     if start[0] != 0 or start[-1] != entries or (np.diff(start) < 0).any():
-        _refuse(name, "starts in another order", f"starts that rise from 0 to {entries}")
+        _refuse(name, "other starts", f"starts that ascend from 0 to {entries}")
 
 
 def _check_rising(name: str, ids: NDArray, start: NDArray) -> None:
@@ -341,7 +343,7 @@ def _check_rising(name: str, ids: NDArray, start: NDArray) -> None:
     begins = start[:-1]
     falls_N[begins[begins < len(ids)]] = False
     if falls_N.any():
-        _refuse(name, "ids out of order", "ids that rise in each row")
+        _refuse(name, "ids out of order", "ids that ascend in each row")
 
 
 def _refuse(where: str, got: str, accepted: str) -> NoReturn:
@@ -366,7 +368,7 @@ _TENSORS: Mapping[str, tuple[type, str]] = {
     "harm_phrase_H": (np.int32, "harms"),
     "harm_chance_H": (np.float32, "harms"),
 }
-"""Type and size of each; `*_start_*` have one more."""
+"""Type and size of each tensor; `*_start_*` have one entry more."""
 _HARMS = {"start_A": "harm_start_A", "phrase_H": "harm_phrase_H", "chance_H": "harm_chance_H"}
 
 
@@ -399,7 +401,7 @@ class _Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class _Manifest:
-    """What profile.json says."""
+    """The content of profile.json."""
 
     format: int
     name: str
@@ -416,16 +418,16 @@ class _Manifest:
     versions: Mapping[str, str]
     tensors_blake3: str
     blake3: str = ""
-    """Of all of the above, as it is written."""
+    """Checksum of the manifest as written, with an empty `blake3`."""
 
 
 def write(folder: Path, stored: Stored) -> None:
-    """Put a profile at `folder`, whole or not at all.
+    """Write a profile to `folder` atomically.
 
     Raises:
-        FileExistsError: something is there.
-        ProfileError: chances of other states or phrases than the profile's.
-        OSError: as the disk raised it.
+        FileExistsError: `folder` exists.
+        ProfileError: `stored.harms` does not match the profile's states and phrases.
+        OSError: the disk failed.
     """
     profile = stored.profile
     _check_harms(stored.harms, profile.states, len(profile.phrases))
@@ -467,11 +469,11 @@ def read(folder: Path) -> Profile:
 
 
 def load(folder: Path) -> Stored:
-    """The profile in a folder and all that the folder says of it.
+    """The profile in a folder, with everything else that the folder stores.
 
     Raises:
-        ProfileError: names the file and what is wrong with it: none there, no regular file of the
-            folder, too large, damaged, or not what `write` writes.
+        ProfileError: a file is missing, is not a regular file in the folder, is too large, is
+            damaged, or is not what `write` writes; the message names the file and the reason.
     """
     manifest = _manifest(folder)
     arrays = _tensors(folder, manifest)
@@ -495,7 +497,7 @@ def load(folder: Path) -> Stored:
 
 
 def versions() -> dict[str, str]:
-    """Of what a profile is made with."""
+    """The versions of the packages that determine a profile."""
     return {"dftserve": __version__, **{n: version(n) for n in ("numpy", "tokenizers")}}
 
 
@@ -539,10 +541,10 @@ def _manifest(folder: Path) -> _Manifest:
     except OSError as error:
         raise ProfileError(f"{path} cannot be read ({error.strerror}); {ANEW}.") from None
     except ValueError as error:
-        told = str(error)  # What a dataclass of ours refuses has the advice already.
-        raise ProfileError(told if ANEW in told else advised(error, ANEW)) from None
+        message = str(error)  # The dataclasses' own errors include the advice already.
+        raise ProfileError(message if ANEW in message else advised(error, ANEW)) from None
     if manifest.blake3 != _digest_of(content):
-        raise ProfileError(f"{path} is not the file that was written, by its checksum; {ANEW}.")
+        raise ProfileError(f"{path} was changed: its checksum does not match; {ANEW}.")
     if manifest.sizes.vocabulary != manifest.vocabulary:
         got = f"{manifest.sizes.vocabulary}"
         _refuse(f"{path}, sizes.vocabulary", got, f"{manifest.vocabulary}")
@@ -556,7 +558,7 @@ def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
         content = read_bytes(path, within=folder, largest=largest)
         if blake3(content).hexdigest() != manifest.tensors_blake3:
             raise ProfileError(
-                f"{path} is not the file that was written, by the checksum in {MANIFEST}; {ANEW}."
+                f"{path} was changed: the checksum in {MANIFEST} does not match; {ANEW}."
             )
         arrays = load_tensors(content)
     except FileNotFoundError:
@@ -576,7 +578,7 @@ def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:
-    # A lone surrogate, which JSON may hold, is a difference like any other.
+    # JSON may contain a lone surrogate, which "surrogatepass" encodes.
     content = _json({**manifest, "blake3": ""}).encode("utf-8", "surrogatepass")
     return blake3(content).hexdigest()
 

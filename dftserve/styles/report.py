@@ -1,9 +1,9 @@
-"""What a style profile holds, for a reader: phrases with their rates on both sides, the automaton.
+"""Reports on a style profile: its phrases with their rates on both sides, and its automaton.
 
 summary = inspect(load(Path("profiles/novels")))
 print(as_text(summary))
 
-A fit's page (`fit_html`) has its rounds, and the phrases' rates in the last one.
+A fit's page (`fit_html`) shows its rounds, and the phrases' rates in the last one.
 """
 
 import json
@@ -24,7 +24,7 @@ from dftserve.styles.profile import MANIFEST, Profile, ProfileError, Stored
 from dftserve.styles.rounds import Fitted, Round, read, shown
 
 SHOWN = 20
-"""Phrases of the text; a page and the JSON have all."""
+"""Phrases that the text lists; the HTML page and the JSON list all."""
 LEVEL = 0.95
 
 
@@ -32,7 +32,7 @@ LEVEL = 0.95
 class Rate:
     """Occurrences per 1,000 words, and the interval of a Poisson count (Garwood 1936) at 95 %.
 
-    It holds for occurrences that come on their own; where a text repeats itself it is too narrow.
+    The interval assumes independent occurrences; where a text repeats itself it is too narrow.
     """
 
     value: float
@@ -61,7 +61,7 @@ class Row:
     model: Rate
     human: Rate
     prompts: int | None
-    """Of the model's, under which it is said."""
+    """Number of the model's prompts under which the phrase occurs."""
     p: float | None
     known: bool
 
@@ -73,14 +73,14 @@ class Summary:
     strength: float
     max_kl: float
     sizes: Mapping[str, int]
-    """Of the automaton and the tilt."""
+    """Sizes of the automaton and the tilt."""
     sides: Mapping[str, Mapping[str, int]]
-    """Texts, words and prompts."""
+    """Texts, words and prompts of each side."""
     recall: Mapping[str, Any]
     habits: Mapping[str, Any]
     rows: tuple[Row, ...]
     fit: Fitted | None
-    """None where the profile was built and not fitted."""
+    """None where the profile was not fitted."""
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
 
@@ -88,8 +88,8 @@ class Summary:
 def inspect(stored: Stored) -> Summary:
     """
     Raises:
-        ProfileError: its counts are not those of its phrases.
-        ValueError: its fit is not what `dftserve style fit` writes.
+        ProfileError: the stored counts do not match the profile's phrases.
+        ValueError: the stored fit is not what `dftserve style fit` writes.
     """
     profile, counts = stored.profile, stored.counts
     try:
@@ -150,7 +150,7 @@ def as_text(summary: Summary) -> str:
     ]
     lines += _columns([head, *rows])
     if len(summary.rows) > SHOWN:
-        lines.append(f"and {len(summary.rows) - SHOWN} more; --json and --html have all.")
+        lines.append(f"and {len(summary.rows) - SHOWN} more; --json and --html list all.")
     if summary.fit is not None:
         lines += ["", *map(shown, summary.fit.rounds), f"The fit ended: {summary.fit.ended}."]
     return "\n".join([*lines, "", *_habit_lines(summary)])
@@ -189,7 +189,7 @@ def as_html(summary: Summary) -> str:
             "Phrases",
             note(
                 "Per 1,000 words, with the 95 % interval of a Poisson count; at strength 1 a "
-                "phrase comes e^−λ times as often."
+                "phrase occurs e^−λ times as often."
             ),
             table(head, rows, text=(0, 6)),
         ),
@@ -208,7 +208,10 @@ def as_html(summary: Summary) -> str:
 
 
 def fit_figures(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> tuple[Figure, ...]:
-    """`rates`: of each phrase in the last round."""
+    """
+    Args:
+        rates: the rate of each phrase in the last round.
+    """
     phrases = list(zip(profile.phrases, rates, strict=True))
     series = {
         "the model without the style": [
@@ -243,13 +246,13 @@ def fit_html(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> str:
 
 
 _LAST_ROUND = (
-    "Per 1,000 words, on the prompts that are fitted, with the 95 % interval of a Poisson count; "
-    "without the style as when the profile was built. λ is the frozen profile's: where a step was "
-    "taken after the last round, no answers with it were counted."
+    "Per 1,000 words, on the fitted prompts, with the 95 % interval of a Poisson count. The rates "
+    "without the style are from when the profile was built. λ is the frozen profile's: if a step "
+    "was taken after the last round, no answers with it have been counted."
 )
 _ROUND_HEAD = (
     *("round", "words", "phrases per 1,000", "held-out prompts", "people"),
-    *("above twice people's", "KL, nats a token", "largest step", "effective"),
+    *("above twice people's", "KL, nats per token", "largest step", "effective"),
 )
 
 
@@ -264,7 +267,7 @@ def _rounds(fitted: Fitted) -> Markup:
     ]
     return section(
         "Rounds of the fit",
-        note(f"It ended: {fitted.ended}. Intervals are 95 %, of a Poisson count."),
+        note(f"It ended: {fitted.ended}. The intervals are 95 % intervals of a Poisson count."),
         table((*_ROUND_HEAD, *names), rows),
     )
 
@@ -307,9 +310,9 @@ def _about(summary: Summary) -> list[str]:
         "by people.",
         f"Automaton: {sizes['states']:,} states and {sizes['entries']:,} entries of "
         f"{sizes['patterns']:,} tokenisations. It finds {recall['recall']:.1%} of "
-        f"{recall['searched']:,} occurrences in texts that it was not made from, and "
-        f"{recall['precision']:.1%} of what it finds is one.",
-        f"Strength {summary.strength:g}; the tilt costs at most {summary.max_kl:g} nats a token.",
+        f"{recall['searched']:,} occurrences in texts that it was not built from; "
+        f"{recall['precision']:.1%} of its matches are occurrences.",
+        f"Strength {summary.strength:g}; the tilt costs at most {summary.max_kl:g} nats per token.",
     ]
 
 
@@ -323,8 +326,8 @@ def _habit_lines(summary: Summary) -> list[str]:
     ]
     begun = list(summary.habits.get("openers", {}).items())[:5]
     if begun:
-        told = ", ".join(f"{word} {of['model']:.1%} / {of['human']:.1%}" for word, of in begun)
-        lines.append(f"Sentences begin with, model / people: {told}.")
+        shares = ", ".join(f"{word} {of['model']:.1%} / {of['human']:.1%}" for word, of in begun)
+        lines.append(f"Sentences begin with, model / people: {shares}.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The rounds of a fit: what each found, as a profile keeps it and as a line for the user."""
+"""The rounds of a fit: the figures of each, as stored in a profile and as a line for the user."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +12,7 @@ WRITTEN = "the rounds that `dftserve style fit` writes"
 
 @dataclass(frozen=True)
 class Round:
-    """What a profile in force did, and what came of it. Rates are per 1,000 words, of all phrases
-    together."""
+    """The figures of one round. Rates are per 1,000 words, of all phrases together."""
 
     number: int
     words: int
@@ -21,15 +20,15 @@ class Round:
     held_out_rate: float | None
     human_rate: float
     above: int
-    """Phrases that came more than twice as often as people's rate makes of the words."""
+    """Number of phrases more than twice as frequent as people's rate predicts."""
     mean_kl: float | None
     largest_step: float
     effective: float
-    """Share of the answers that the step leaves effective."""
+    """Effective share of the answers after the step."""
     unfitted: Mapping[str, float]
-    """`sds` and `mmd_style`, where there are anchors."""
+    """`sds` and `mmd_style`, if there are anchors."""
     interval: tuple[float, ...] = ()
-    """Of `rate`, at 95 %, as a Poisson count's; empty where it was not kept."""
+    """95 % interval of `rate`, that of a Poisson count; empty where it was not stored."""
     held_out_interval: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -43,7 +42,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit as its profile keeps it."""
+    """A fit as stored in its profile."""
 
     ended: str
     """Why it ended."""
@@ -51,10 +50,10 @@ class Fitted:
 
 
 def read(counts: Mapping[str, Any], where: str) -> Fitted | None:
-    """The fit in a profile's counts; None where the profile was built and not fitted.
+    """The fit in a profile's counts; None where the profile was not fitted.
 
     Raises:
-        ValueError: other content.
+        ValueError: the content is not what `dftserve style fit` writes.
     """
     if "fit" not in counts:
         return None
@@ -69,7 +68,7 @@ def shown(one: Round) -> str:
         + ("" if one.held_out_rate is None else f", held-out prompts {one.held_out_rate:.2f}")
         + ")",
         f"{one.above} above twice people's rate",
-        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats a token"]),
+        *([] if one.mean_kl is None else [f"KL {one.mean_kl:.4f} nats per token"]),
         f"largest step {one.largest_step:.2f}",
         f"{one.effective:.0%} effective",
         *(f"{name} {value:.3f}" for name, value in one.unfitted.items()),

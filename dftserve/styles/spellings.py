@@ -1,15 +1,16 @@
-"""How a tokenizer writes a phrase: behind a blank, at the start of a line, in quotes, capitalised.
+"""The tokenisations of a phrase: after a space, at the start of a line, in quotes, capitalised.
 
     patterns = spell(tokenizer, ["a testament to"], seen=texts)
-    judged = compare(automaton, finder, tokenizer, texts)       recall and precision
+    found = compare(automaton, finder, texts, encoded)          recall and precision
 
-A phrase's first token may hold what stands before it, as a blank, and its last one what follows,
-as `!\\n`; both depend on the text around. Each phrase is written in a few such surroundings, and as
-the texts of `seen` have it, and all tokens that hold a part of it are one of its tokenisations, as
-long as what else they hold is no letter or digit. What these miss is measured: on texts that were
-not among `seen`, against a search for its words.
+A phrase's first token may include the characters before it, such as a space, and its last token
+those after it, such as `!\\n`; both depend on the surrounding text. Each phrase is therefore
+encoded in a few such contexts, and wherever it occurs in the texts of `seen`. The tokens that
+overlap it are one of its tokenisations, unless they also contain a letter or digit outside it. The
+recall of these tokenisations is measured on texts that are not in `seen`, against a search for the
+words.
 
-A tokenizer must say where its tokens stand (`transformers`' fast ones do).
+The tokenizer must report the offsets of its tokens (`transformers`' fast ones do).
 """
 
 from collections import defaultdict
@@ -23,24 +24,25 @@ from dftserve.styles.automaton import Automaton, Pattern, completions
 BEFORE = ("", "so ", "\n", 'so "', "“", "(", "—")
 AFTER = ("", " so", ".", ",", '"', "”", "\n", "!\n")
 AT_ONCE = 4096
-"""Texts that are tokenised in one call."""
+"""Texts tokenised in one call."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text's tokens and where each stands in it."""
+    """A text's tokens and their character offsets."""
 
     tokens: tuple[int, ...]
-    places: tuple[tuple[int, int], ...]
+    offsets: tuple[tuple[int, int], ...]
 
-    def holding(self, start: int, end: int) -> range:
-        """The tokens that hold a part of text[start:end]."""
-        within = [n for n, (a, b) in enumerate(self.places) if a < end and b > start]
+    def overlapping(self, start: int, end: int) -> range:
+        """The indices of the tokens that overlap text[start:end]."""
+        within = [n for n, (a, b) in enumerate(self.offsets) if a < end and b > start]
         return range(within[0], within[-1] + 1) if within else range(0)
 
 
 class Finder:
-    """Phrases by their words and marks, found in a text whatever its capitals and quotes."""
+    """Finds phrases in a text by their words and punctuation, ignoring case and the form of
+    quotes."""
 
     def __init__(self, phrases: Sequence[str]) -> None:
         self._by_first: defaultdict[str, list[tuple[tuple[str, ...], int]]] = defaultdict(list)
@@ -49,24 +51,24 @@ class Finder:
             self._by_first[words[0]].append((words, number))
 
     def found(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(phrase, start, end) of each occurrence, also of those inside of others."""
-        said = spans(text)
-        words = tuple(word for word, _, _ in said)
+        """(phrase, start, end) of each occurrence, including those inside others."""
+        items = spans(text)
+        words = tuple(word for word, _, _ in items)
         for at, word in enumerate(words):
             for phrase, number in self._by_first.get(word, ()):
                 if words[at : at + len(phrase)] == phrase:
-                    yield number, said[at][1], said[at + len(phrase) - 1][2]
+                    yield number, items[at][1], items[at + len(phrase) - 1][2]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
     """
     Raises:
-        ValueError: the tokenizer does not say where its tokens stand.
+        ValueError: the tokenizer does not report the offsets of its tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"tokenizer: got {type(tokenizer).__name__}, which does not say where its tokens "
-            "stand in a text; accepted: a model with a tokenizer.json."
+            f"tokenizer: got {type(tokenizer).__name__}, which does not report the offsets of its "
+            "tokens; accepted: a model with a tokenizer.json."
         )
     found: list[Encoded] = []
     for start in range(0, len(texts), AT_ONCE):
@@ -75,11 +77,11 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
             add_special_tokens=False,
             truncation=False,
             return_offsets_mapping=True,
-            # Such a token in an answer's text was written letter by letter.
+            # The name of a special token in an answer's text was written as ordinary text.
             split_special_tokens=True,
         )
         pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
-        found += [Encoded(tuple(ids), tuple(map(tuple, places))) for ids, places in pairs]
+        found += [Encoded(tuple(ids), tuple(map(tuple, offsets))) for ids, offsets in pairs]
     return found
 
 
@@ -90,11 +92,11 @@ def spell(
     seen: Sequence[str] = (),
     seen_encoded: Sequence[Encoded] | None = None,
 ) -> list[Pattern]:
-    """The patterns of phrases, in their order; a phrase is the number of its place.
+    """The patterns of the phrases, sorted by phrase; a pattern's `phrase` is an index of `phrases`.
 
     Args:
-        seen: texts in which tokenisations are looked for too.
-        seen_encoded: their tokens, where they are at hand.
+        seen: further texts in which to look for tokenisations.
+        seen_encoded: their tokens, if already computed.
 
     Raises:
         ValueError: as `encode`.
@@ -110,7 +112,7 @@ def spell(
         (number, f"{before}{form}{after}", len(before), len(before) + len(form))
         for number, phrase in enumerate(phrases)
         for form in _forms(phrase)
-        for before, after in _surroundings()
+        for before, after in _contexts()
     ]
     texts = [text for _, text, _, _ in written]
     for (number, text, start, end), encoded in zip(written, encode(tokenizer, texts), strict=True):
@@ -131,37 +133,37 @@ def _forms(phrase: str) -> Iterable[str]:
             yield form.replace("'", "’")
 
 
-def _surroundings() -> list[tuple[str, str]]:
+def _contexts() -> list[tuple[str, str]]:
     return [*((before, "") for before in BEFORE), *(("so ", after) for after in AFTER[1:])]
 
 
 def _pattern(phrase: int, text: str, encoded: Encoded, start: int, end: int) -> Pattern | None:
-    """None where a token holds a letter or digit beside the phrase."""
-    held = encoded.holding(start, end)
-    if not held:
+    """None where one of the tokens also contains a letter or digit outside the phrase."""
+    within = encoded.overlapping(start, end)
+    if not within:
         return None
-    first, last = encoded.places[held[0]][0], encoded.places[held[-1]][1]
+    first, last = encoded.offsets[within[0]][0], encoded.offsets[within[-1]][1]
     if any(map(str.isalnum, text[first:start] + text[end:last])):
         return None
-    done = tuple(min(encoded.places[n][1], end) - start for n in held)
-    return Pattern(phrase, tuple(encoded.tokens[n] for n in held), done)
+    done = tuple(min(encoded.offsets[n][1], end) - start for n in within)
+    return Pattern(phrase, tuple(encoded.tokens[n] for n in within), done)
 
 
-# ── What is missed ───────────────────────────────────────────────────────────────────────────────
+# ── Recall and precision ─────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the automaton finds of what a search for the words finds."""
+    """How the automaton's matches agree with a search for the words."""
 
     texts: int
     searched: int
-    """Occurrences by the search."""
+    """Occurrences found by the search."""
     matched: int
-    """Completions by the automaton."""
+    """Completions found by the automaton."""
     both: int
     missed: Mapping[str, int] = field(default_factory=dict)
-    """How the missed ones were written, the most frequent first."""
+    """The text of the occurrences that the automaton missed, the most frequent first."""
 
     @property
     def recall(self) -> float:
@@ -178,18 +180,19 @@ MISSED_SHOWN = 20
 def compare(
     automaton: Automaton, finder: Finder, texts: Sequence[str], encoded: Sequence[Encoded]
 ) -> Found:
-    """The automaton beside the search: an occurrence is one where it ends in the same token."""
+    """Compare the automaton with the search. Two matches of a phrase are the same occurrence if
+    they end in the same token."""
     searched = matched = both = 0
     missed: defaultdict[str, int] = defaultdict(int)
     for text, tokens in zip(texts, encoded, strict=True):
         by_words = {}
         for phrase, start, end in finder.found(text):
-            held = tokens.holding(start, end)
-            by_words[phrase, held[-1] if held else -1] = text[start:end]
+            within = tokens.overlapping(start, end)
+            by_words[phrase, within[-1] if within else -1] = text[start:end]
         ended = {(phrase, last) for phrase, _, last in completions(automaton, tokens.tokens)}
         searched, matched = searched + len(by_words), matched + len(ended)
         both += len(by_words.keys() & ended)
         for key in by_words.keys() - ended:
             missed[by_words[key]] += 1
-    often = sorted(missed.items(), key=lambda item: (-item[1], item[0]))[:MISSED_SHOWN]
-    return Found(len(texts), searched, matched, both, dict(often))
+    most_frequent = sorted(missed.items(), key=lambda item: (-item[1], item[0]))[:MISSED_SHOWN]
+    return Found(len(texts), searched, matched, both, dict(most_frequent))

@@ -1,18 +1,18 @@
-"""A tilt of word choice: how much likelier people take each token than the model, alone and behind
-the token before it.
+"""A tilt of word choice: how much likelier people are to choose each token than the model is, on
+its own and given the previous token.
 
     tilt = fit(human, model, vocabulary=len(tokenizer), human_units=…, model_units=…)
 
 δ(v) = ln p⁺(v) − ln p⁻(v) and δ(v|u) likewise, with p⁺ of the corpus and p⁻ of the model's own
-answers. Both are Witten and Bell's interpolation (1991): behind a context u with c(u) tokens of
-T(u) kinds, p(v|u) = (c(uv) + T(u)·p(v)) / (c(u) + T(u)), and p(v) itself leans on the uniform
-distribution in the same way.
+answers. Both use Witten and Bell's interpolation (1991): after a context u followed by c(u) tokens
+of T(u) kinds, p(v|u) = (c(uv) + T(u)·p(v)) / (c(u) + T(u)), and p(v) is itself interpolated with
+the uniform distribution in the same way.
 
-A token that is used often under few prompts is a topic, not a choice: the variance of a rate is
-that of a ratio over all answers to each prompt, Σ_d (c_d − r·n_d)² / (Σ_d c_d)², and at least
-Poisson's. Kept is what lies more than `Z` standard errors from nothing (of a bigram: from what its
-unigram says), is used under `LEAST_GROUPS` prompts or more, and is shrunk to what a prior of
-`PRIOR_SD` nats leaves of it.
+A token that is frequent under few prompts is a topic, not a choice. The variance of a rate is
+therefore that of a ratio over all answers to each prompt, Σ_d (c_d − r·n_d)² / (Σ_d c_d)², and at
+least Poisson's. A token is kept if its δ is more than `Z` standard errors from 0 (a bigram's: from
+its unigram's) and it occurs under at least `LEAST_GROUPS` prompts; its δ is then shrunk by a prior
+with a standard deviation of `PRIOR_SD` nats.
 
 Shapes: V token ids, C contexts, M bigrams.
 """
@@ -27,15 +27,15 @@ from dftserve.styles.profile import LARGEST_DELTA
 
 Z = 3.0
 LEAST_GROUPS = 5
-"""Groups of texts of either side with the token, or the bigram."""
+"""Minimum number of groups of texts, on either side, that contain the token or bigram."""
 PRIOR_SD = 0.5
-"""Nats: how far choices mostly lie apart."""
+"""Nats: the typical difference between people's choices and the model's."""
 MOST_BIGRAMS = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Tilt:
-    """As a `Profile` has it."""
+    """The tilt in the form of a `Profile`'s arrays."""
 
     unigram_V: NDArray[np.float32]
     context_C: NDArray[np.int32]
@@ -48,17 +48,17 @@ class Tilt:
 class Counts:
     """Tokens and bigrams of the texts of one side.
 
-    Bigrams are coded as context·V + token; `pair_*` are of each that occurs, rising.
+    Bigrams are coded as context·V + token; `pair_*` are those that occur, in ascending order.
     """
 
     token_V: NDArray[np.int64]
     token_variance_V: NDArray[np.float64]
-    """Of the logarithm of each token's rate, over groups of texts."""
+    """Variance of the logarithm of each token's rate, over groups of texts."""
     token_groups_V: NDArray[np.int64]
     context_V: NDArray[np.int64]
-    """How often something counted stands behind each token."""
+    """How often a counted token follows each token."""
     kinds_V: NDArray[np.int64]
-    """How many different tokens stand behind it."""
+    """How many different counted tokens follow each token."""
     pair_P: NDArray[np.int64]
     count_P: NDArray[np.int64]
     pair_variance_P: NDArray[np.float64]
@@ -74,8 +74,8 @@ def count(
 ) -> Counts:
     """
     Args:
-        counted: which tokens of each text are; one that is not still is the context of the next.
-        groups: of each text, from 0: those of one group are not independent.
+        counted: which tokens of each text to count; others still serve as contexts.
+        groups: the group of each text, from 0; texts of one group are not independent.
     """
     V, D = vocabulary, max(groups, default=0) + 1
     lengths = [len(text) for text in texts]
@@ -86,15 +86,15 @@ def count(
     token_V = np.bincount(token_N[chosen], minlength=V)
     size_D = np.bincount(group_N[chosen], minlength=D).astype(float)
     token_U, group_U, times_U = _by_group(token_N[chosen], group_N[chosen], D)
-    behind = chosen[(chosen > 0) & (text_N[chosen] == text_N[chosen - 1])]
-    context_N = token_N[behind - 1]
-    pair_P, place_N, count_P = np.unique(
-        context_N * V + token_N[behind], return_inverse=True, return_counts=True
+    second = chosen[(chosen > 0) & (text_N[chosen] == text_N[chosen - 1])]
+    context_N = token_N[second - 1]
+    pair_P, pair_index_N, count_P = np.unique(
+        context_N * V + token_N[second], return_inverse=True, return_counts=True
     )
     context_V = np.bincount(context_N, minlength=V)
-    exposed_X, exposed_group_X, exposed_times_X = _by_group(context_N, group_N[behind], D)
+    exposed_X, exposed_group_X, exposed_times_X = _by_group(context_N, group_N[second], D)
     squared_V = np.bincount(exposed_X, exposed_times_X.astype(float) ** 2, minlength=V)
-    pair_U, pair_group_U, pair_times_U = _by_group(place_N, group_N[behind], D)
+    pair_U, pair_group_U, pair_times_U = _by_group(pair_index_N, group_N[second], D)
     context_P = pair_P // V
     exposure_U = exposed_times_X[
         np.searchsorted(exposed_X * D + exposed_group_X, context_P[pair_U] * D + pair_group_U)
@@ -139,8 +139,8 @@ def _log_rate_variance(
     """Σ_d (c_d − r·n_d)² / c² of each item, r = c/n, over groups; at least 1/c.
 
     Args:
-        item_U, times_U, exposure_U: of each (item, group) that occurs: the item, c_d and n_d.
-        count_I, exposure_I, squared_I: of each item: c, n and Σ_d n_d².
+        item_U, times_U, exposure_U: for each (item, group) that occurs: the item, c_d and n_d.
+        count_I, exposure_I, squared_I: for each item: c, n and Σ_d n_d².
     """
     size = len(count_I)
     count_I = np.maximum(count_I, 0.5)
@@ -178,9 +178,9 @@ def _looked_up(
 ) -> NDArray[np.float64]:
     found_Q = np.full(len(wanted_Q), float(missing))
     if len(keys_P):
-        place_Q = np.minimum(np.searchsorted(keys_P, wanted_Q), len(keys_P) - 1)
-        known_Q = keys_P[place_Q] == wanted_Q
-        found_Q[known_Q] = values_P[place_Q[known_Q]]
+        index_Q = np.minimum(np.searchsorted(keys_P, wanted_Q), len(keys_P) - 1)
+        known_Q = keys_P[index_Q] == wanted_Q
+        found_Q[known_Q] = values_P[index_Q[known_Q]]
     return found_Q
 
 
@@ -190,7 +190,7 @@ def _looked_up(
 def fit(human: Counts, model: Counts, allowed_V: NDArray[np.bool_]) -> Tilt:
     """
     Args:
-        allowed_V: tokens that may be tilted: not special ones, nor parts of names.
+        allowed_V: tokens that may be tilted; special tokens and names may not.
     """
     raw_V = np.log(token_rates(human)) - np.log(token_rates(model))
     variance_V = human.token_variance_V + model.token_variance_V
@@ -216,11 +216,11 @@ def _pairs(
     raw_V: NDArray[np.float64],
     unigram_V: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Bigrams, rising, that differ from their unigram, and their δ."""
+    """Bigrams that differ from their unigram, in ascending order, and their δ."""
     pair_P = np.union1d(human.pair_P, model.pair_P)
     token_P = pair_P % len(allowed_V)
     raw_P = np.log(pair_rates(human, pair_P)) - np.log(pair_rates(model, pair_P))
-    # What is not there has no rate to vary: half an occurrence's.
+    # A bigram that one side lacks has there the variance of half an occurrence.
     variance_P = sum(
         _looked_up(side.pair_P, side.pair_variance_P, pair_P, 2.0) for side in (human, model)
     )
@@ -238,7 +238,7 @@ def _pairs(
 
 
 def _shrunk(raw: NDArray, variance: NDArray) -> NDArray[np.float64]:
-    """The mean of what a normal prior of no difference leaves."""
+    """The posterior mean under a normal prior around 0."""
     return raw * PRIOR_SD**2 / (PRIOR_SD**2 + variance)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client_rows import Said, as_recorded, row
+from tests.client_rows import Outcome, as_recorded, row
 from tests.conftest import KEY, ROOT, Engine
 from tests.recorder import Exchange, Recorder, recording
 
@@ -50,7 +50,7 @@ def test_what_arrives(client, recorder, tmp_path):
     assert as_recorded(client, rows, versions) == rows
 
 
-def _asked(script: str, recorder: Recorder, place: Path) -> list[tuple[Said, list[Exchange]]]:
+def _asked(script: str, recorder: Recorder, place: Path) -> list[tuple[Outcome, list[Exchange]]]:
     """What the script reports of each case, and what passed to the engine for it."""
     results = place / "results.jsonl"
     recorder.exchanges.clear()

@@ -14,7 +14,7 @@ import pytest
 
 from tests import nginx, vllm_router
 from tests.client import chat_body, metric, post
-from tests.client_rows import Said, as_recorded, read, refusal, row
+from tests.client_rows import Outcome, as_recorded, read, refusal, row
 from tests.conftest import KEY, PATIENCE, engine_running
 from tests.local_server import serving
 from tests.recorder import HEADER, recording
@@ -41,7 +41,7 @@ def test_nginx_buffered_and_not(v1, tmp_path):
     assert as_recorded("nginx", rows, {"nginx": nginx.version()}) == rows
 
 
-def _ask(url: str, kind: str, route: str) -> Said:
+def _ask(url: str, kind: str, route: str) -> Outcome:
     """A case, asked without any client library."""
     body = chat_body(max_tokens=64, diversity=1.5 if kind == "wrong" else 0.5)
     answer = httpx.post(

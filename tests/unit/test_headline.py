@@ -25,12 +25,12 @@ def test_stories_that_begin_alike_are_in_one_part(data):
 
 def test_every_story_has_words_behind_its_prompt(data):
     for part in models.SHARES:
-        assert all(text.strip() for _, text in models.told(part))
+        assert all(text.strip() for _, text in models.human_stories(part))
 
 
 def test_the_start_does_not_learn_the_prompts_that_are_asked(data):
     asked = models.prompt_set(models.STORIES, data)
-    learnt = [prompt for prompt, _ in models.alike(data)]
+    learnt = [prompt for prompt, _ in models.model_answers(data)]
     assert len(learnt) == 300 - len(asked.prompts)
     assert set(learnt).isdisjoint(asked.prompts)
 

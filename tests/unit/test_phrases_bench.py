@@ -15,7 +15,7 @@ def bench():
 
 
 def test_phrases_orphans_and_first_words_are_told_apart(bench):
-    found = bench.Found(["a testament to", "tale of"])
+    found = bench.PhraseCounter(["a testament to", "tale of"])
     for text, counts in (
         ("It is a testament to her.", (6, 1, 0, 0)),
         ("It is a testament, they said.", (6, 0, 1, 1)),

@@ -34,4 +34,4 @@ def test_a_set_that_a_kill_left_in_part_is_completed(tmp_path, monkeypatch, kept
     done = CliRunner().invoke(real_answers.main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert len(calls) == asked
-    assert real_answers.kept(tmp_path) == answers("first")[:kept] + answers("second")[kept:]
+    assert real_answers.read_answers(tmp_path) == answers("first")[:kept] + answers("second")[kept:]

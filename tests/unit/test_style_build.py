@@ -63,7 +63,7 @@ def job(tmp_path_factory):
 def stored(job):
     said = []
     made = build(job, said.append)
-    assert said == ["Counting 96 answers beside 192 texts…"]
+    assert said == ["Comparing 96 answers with 192 texts by people…"]
     return made
 
 
@@ -146,7 +146,7 @@ def test_both_sides_are_cut_to_the_prompts_that_they_share():
     ("arguments", "told"),
     [
         ("build human.jsonl --model model --out new", "got neither --answers nor --server"),
-        ("build human.jsonl --model model --out new --answers none", "where nothing is"),
+        ("build human.jsonl --model model --out new --answers none", "which does not exist"),
         ("build none --model model --out new --answers answers.jsonl", "nothing is there"),
         ("build empty.jsonl --model model --out new --answers answers.jsonl", "empty.jsonl"),
         ("build empty.txt --model model --out new --answers answers.jsonl", "empty.txt"),

@@ -15,7 +15,7 @@ from dftserve.cli import main
 from dftserve.styles import fit as fits
 from dftserve.styles import profile as profiles
 from dftserve.styles.figures import by_round
-from dftserve.styles.fit import Job, Said, effective_share, fit, rounds, updated
+from dftserve.styles.fit import Job, StyledAnswer, effective_share, fit, rounds, updated
 from dftserve.styles.profile import Phrase, ProfileError
 from dftserve.styles.report import fit_figures, fit_html
 from dftserve.styles.rounds import Fitted, read
@@ -51,7 +51,7 @@ class Writer:
         given = profiles.read(self.out / "styles" / name)
         rng = np.random.default_rng(number)
         return [
-            Said(self.text(given, rng), f"prompt {n % 10}", n % 5 == 4, self.kl)
+            StyledAnswer(self.text(given, rng), f"prompt {n % 10}", n % 5 == 4, self.kl)
             for n in range(self.texts)
         ]
 
@@ -103,7 +103,10 @@ def test_a_round_follows_the_rule_and_its_bounds():
 
 def test_held_out_prompts_are_not_fitted(tmp_path):
     def ask(name, number):
-        return [Said("so " * 200 + PHRASES[0], f"prompt {n}", n % 5 == 4, None) for n in range(50)]
+        return [
+            StyledAnswer("so " * 200 + PHRASES[0], f"prompt {n}", n % 5 == 4, None)
+            for n in range(50)
+        ]
 
     def without(name, number):
         return [replace(s, text="so " * 200) if s.held_out else s for s in ask(name, number)]
@@ -131,7 +134,7 @@ def test_a_step_beyond_what_the_answers_show_is_not_taken(tmp_path):
 
     def ask(name, number):
         text = "so " + f"{PHRASES[0]}. " * 60
-        return [Said(text if n else "so on", f"prompt {n}", False, None) for n in range(50)]
+        return [StyledAnswer(text if n else "so on", f"prompt {n}", False, None) for n in range(50)]
 
     found = rounds(small(), ask, tmp_path, 3)
     assert len(found.rounds) == 1
@@ -286,7 +289,9 @@ def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
             rounds=2,
             samples=1,
         )
-        with pytest.raises(ValueError, match=r"has not the style 'small-2' \(it has: small-1"):
+        with pytest.raises(
+            ValueError, match=r"does not have the style 'small-2' \(it has: small-1"
+        ):
             fit(job, lambda line: None)
         assert len(server.bodies) == 5
         assert {json.dumps(body["style"]) for body in server.bodies} == {
@@ -320,7 +325,7 @@ def test_a_round_that_another_model_answered_is_refused(tmp_path):
             rounds=2,
             samples=1,
         )
-        with pytest.raises(ValueError, match="has not the style 'small-2'"):
+        with pytest.raises(ValueError, match="does not have the style 'small-2'"):
             fit(job, lambda line: None)
         server.name = "another"
         with pytest.raises(ValueError, match=r"round-1: .*model 'fake' \(now 'another'\)"):
@@ -346,7 +351,7 @@ def test_a_round_of_other_weights_is_refused(tmp_path, monkeypatch):
         rounds=2,
         samples=1,
     )
-    with pytest.raises(ValueError, match="has not the style 'small-2'"):
+    with pytest.raises(ValueError, match="does not have the style 'small-2'"):
         fit(job, lambda line: None)
     save_model(tmp_path / "model", seed=1)
     with pytest.raises(ValueError, match=r"round-1: .*answers of other weights"):
@@ -372,7 +377,7 @@ def test_the_command_writes_the_pages_plots_as_files(tmp_path):
 
 def test_a_style_that_the_server_refuses_is_told_with_its_reason(tmp_path):
     with serving(FakeServer()) as url, pytest.raises(ValueError, match=r"'small-3': a bad file"):
-        fits._check_offered(fits.Server(f"{url}/v1", retries=0), "small-3", tmp_path)
+        fits._check_has_style(fits.Server(f"{url}/v1", retries=0), "small-3", tmp_path)
 
 
 def test_where_no_server_is_yet_it_is_told_how_to_start_one(tmp_path):
@@ -380,5 +385,7 @@ def test_where_no_server_is_yet_it_is_told_how_to_start_one(tmp_path):
     with serving(FakeServer()) as url:
         pass
     nobody = fits.Server(f"{url}/v1", retries=0)
-    with pytest.raises(fits.ServerError, match=r"unreachable.*'small-1' is written; start it anew"):
-        fits._check_offered(nobody, "small-1", tmp_path)
+    with pytest.raises(
+        fits.ServerError, match=r"unreachable.*'small-1' is written; restart the server"
+    ):
+        fits._check_has_style(nobody, "small-1", tmp_path)

@@ -97,9 +97,9 @@ WRONG_TENSORS = {
     "a state below": ({"root_next_V": np.full(8, -1, np.int32)}, "-1 to -1; accepted: 0 to"),
     "a token beyond": ({"bigram_token_M": int32(1, 8)}, "1 to 8; accepted: 0 to 7"),
     "a context beyond": ({"bigram_context_C": int32(0, 8)}, "0 to 8; accepted: 0 to 7"),
-    "contexts that fall": ({"bigram_context_C": int32(3, 0)}, "ids that rise"),
-    "starts that fall": ({"bigram_start_C": int32(0, 3, 2)}, "starts that rise from 0 to 2"),
-    "starts from elsewhere": ({"bigram_start_C": int32(1, 1, 2)}, "starts that rise from 0 to 2"),
+    "contexts that fall": ({"bigram_context_C": int32(3, 0)}, "ids that ascend"),
+    "starts that fall": ({"bigram_start_C": int32(0, 3, 2)}, "starts that ascend from 0 to 2"),
+    "starts from elsewhere": ({"bigram_start_C": int32(1, 1, 2)}, "starts that ascend from 0 to 2"),
     "NaN": ({"unigram_V": np.full(8, np.nan, np.float32)}, "-10 to 10 nats"),
     "infinite": ({"bigram_delta_M": np.full(2, np.inf, np.float32)}, "-10 to 10 nats"),
     "a factor above 1": ({"root_log_factor_V": np.ones(8, np.float32)}, "log factors up to 0"),
@@ -124,7 +124,7 @@ def test_rows_out_of_order_are_refused(folder):
     for name in ("row_token_N", "row_next_N"):
         reversed_N = np.ascontiguousarray(getattr(small, name)[::-1])
         tensors(folder, **{name: reversed_N})
-    with pytest.raises(ProfileError, match=r"row_token_N.*ids that rise in each row"):
+    with pytest.raises(ProfileError, match=r"row_token_N.*ids that ascend in each row"):
         read(folder)
 
 

@@ -77,7 +77,7 @@ def test_the_search_is_for_words_and_not_for_letters():
 
 
 def test_a_tokenizer_without_places_is_refused():
-    with pytest.raises(ValueError, match=r"got int, which does not say where"):
+    with pytest.raises(ValueError, match=r"got int, which does not report the offsets"):
         encode(3, ["text"])
 
 

@@ -140,7 +140,7 @@ def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
     refused: dict[str, str] = {}
     for each in found:
         # The log has the whole path; clients see only the file's name.
-        refused.setdefault(each.name, each.told)
+        refused.setdefault(each.name, each.public_reason)
         logger.warning("styles: %r is refused: %s", each.name, each.reason)
     names = ", ".join(profile.name for profile in made)
     logger.info("styles: %s", names or f"no profile in {folder} is in force")
