@@ -115,7 +115,9 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "stories": story_rows({name: read_answers(each) for name, each in answers.items()}),
         "accuracy": {
             "ifeval": shares(followed(answers)),
-            "mmlu": shares({name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}),
+            "mmlu": shares(
+                {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}
+            ),
             "mmlu_unreadable": shares(
                 {name: [a is None for a, _ in pairs] for name, pairs in answer_letters.items()}
             ),
