@@ -130,17 +130,19 @@ def ratios(head: list[str], rows: list[tuple[tuple[int, int], list[dict[str, Any
 
 def real(document: dict[str, Any]) -> str:
     """People's stories and a real model's, with selected settings, the most errors first."""
-    return stories(document, {name: document["rows"][name] for name in IN_README})
+    columns = {name: STORY_COLUMNS[name] for name in ("errors", "AI phrases", "self-BLEU", "SDS")}
+    table = stories(columns, {name: document["rows"][name] for name in IN_README})
+    return f"{table}\n\n{story_caption(document)}"
 
 
 def every_setting(document: dict[str, Any]) -> str:
-    return stories(document, document["rows"])
+    table = stories(STORY_COLUMNS, document["rows"])
+    return f"{table}\n\n{story_caption(document)} {TOO_SHORT}"
 
 
 IN_README = (
     "people",
     "stock, T 1",
-    "top-p .95",
     "min-p .02, T 1.3",
     "top-nσ 1, T 1.5",
     "`gated` 1",
@@ -151,24 +153,26 @@ IN_README = (
 )
 
 
-def stories(document: dict[str, Any], rows: dict[str, Any]) -> str:
-    lines = [f"| | {' | '.join(MEASURED)} | too short |", f"|---|{'---|' * len(MEASURED)}---|"]
+def stories(columns: dict[str, Callable[[dict[str, Any]], str]], rows: dict[str, Any]) -> str:
+    """A table with people's row first, then the most errors first."""
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name in sorted(rows, key=lambda n: (n != "people", -rows[n]["errors"]["value"])):
-        cells = [interval(rows[name][key], digits) for key, digits in MEASURED.values()]
-        cells.append(left_out(rows[name]))
+        cells = [cell(rows[name]) for cell in columns.values()]
         label = re.sub(r"`(\w+)` ([\d.]+)", r"`diversity` \2, law `\1`", name)
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def story_caption(document: dict[str, Any]) -> str:
     count = document["prompts"] * document["answers_to_each"]
-    lines.append("")
-    lines.append(
+    return (
         f"`bench/real.py`: SmolLM2-135M-Instruct, {count} answers per row ({document['prompts']} "
         f"story prompts, {document['answers_to_each']} each, at most {document['max_tokens']} "
         "tokens, float32), and people's stories; 95 % intervals. Errors: marks of a grammar "
         "checker per 100 words, without names; AI phrases per 1,000 words; self-BLEU between "
-        "answers to different prompts, lower is more varied; SDS within prompts, 100 is as varied "
-        f"in style as people. {TOO_SHORT}"
+        "answers to different prompts, lower is more varied; SDS (Style Diversity Score) within "
+        "prompts, 100 is as varied in style as people."
     )
-    return "\n".join(lines)
 
 
 TOO_SHORT = (
@@ -183,6 +187,16 @@ MEASURED = {
     "self-BLEU": ("self_bleu", 1),
     "style distance": ("style", 3),
     "SDS": ("sds", 0),
+}
+"""By column, the key of its result and how many digits it is shown with."""
+
+
+def cell_of(key: str, digits: int) -> Callable[[dict[str, Any]], str]:
+    return lambda row: interval(row[key], digits)
+
+
+STORY_COLUMNS = {name: cell_of(*shown_as) for name, shown_as in MEASURED.items()} | {
+    "too short": left_out
 }
 
 
