@@ -179,7 +179,7 @@ def test_beyond_what_is_read_the_configuration_tells(kind, given, says):
 def test_a_batch_longer_than_what_is_read_is_refused_by_the_configuration():
     model = LanguageModel(family("phi3", **LONGROPE), "m")
     model.check_batch(64, most=60)
-    with pytest.raises(ValueError, match=r"beside one of 65 .*original_max.*: 64.* batch_size 1"):
+    with pytest.raises(ValueError, match=r"with one of 65 .*original_max.*: 64.* batch_size 1"):
         model.check_batch(65, most=60)
 
 
