@@ -231,7 +231,7 @@ def test_the_texts_of_a_single_prompt_are_resampled():
 
 
 def test_differences_between_prompts_are_not_variety():
-    """Eight copies of one answer to each of eight prompts; each human text has its own prompt."""
+    """Eight copies of one answer to each of eight prompts; people answered each prompt once."""
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     copied = [text for text in TEXTS[170:178] for _ in range(8)]
     prompts = [f"p{i // 8}" for i in range(64)]
@@ -243,7 +243,7 @@ def test_differences_between_prompts_are_not_variety():
 
 
 def test_variety_within_prompts_is_scaled_to_that_between_prompts(human):
-    """Answers of people to shared prompts, with a reference whose texts have a prompt each."""
+    """Answers of people to shared prompts, with a reference of people who answered each once."""
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     as_given = score(human, sds_reference)
     within = score(windows(TEXTS[170:234], 4), sds_reference)

@@ -1,4 +1,4 @@
-"""bench/soak.py: what its judges accept; failing phases; runs of some phases only; the table."""
+"""bench/soak.py: what its checks accept; failing phases; runs of some phases only; the table."""
 
 import json
 import random

@@ -93,7 +93,7 @@ def drawn(chances, texts, seed, length=100):
     return [rng.choice(V, length, p=chances).tolist() for _ in range(texts)]
 
 
-def test_only_the_token_with_another_rate_is_tilted():
+def test_the_tilt_of_a_token_is_its_log_rate_ratio():
     """δ of the token whose rate is doubled is ln 2, shrunk; the rates of the others differ by the
     mass that it takes. Tokens are independent, so bigrams have no δ of their own."""
     human = counted(drawn([0.2, 0.2, 0.2, 0.2, 0.2], 200, 1))
