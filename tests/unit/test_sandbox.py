@@ -1,7 +1,7 @@
-"""Programs that a model might write, and that an enemy would: what they do, and what they cannot.
+"""The sandbox, tested with ordinary and with hostile programs.
 
-In namespaces that bubblewrap made, where it is installed, and in our own. Every test also checks
-that the machine outside is as it was.
+In namespaces created by bubblewrap, where it is installed, and in our own. Every test also checks
+that the machine outside is unchanged.
 """
 
 import json
@@ -22,14 +22,14 @@ from dftserve.evaluate.accuracy.isolation.sandbox_init import BUBBLEWRAP, OWN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT, AMPLE = 1.5, 60.0
-"""Seconds, for what has no end, and for what has one on however busy a machine."""
+"""Seconds: for programs that never end, and for those that must end even on a busy machine."""
 QUICK = Limits(seconds=SHORT, memory=128 << 20)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _here():
+def _needs_sandbox():
     if (missing := sandbox.available()) is not None:
         assert not may_mount(), missing
         pytest.skip(missing)
@@ -44,22 +44,22 @@ def namespaces(request) -> str:
 
 
 @pytest.fixture
-def _filtered():
+def _needs_filter():
     if (missing := sandbox._no_filter()) is not None:
         pytest.skip(missing)
 
 
 def may_mount() -> bool:
-    """Whether we have CAP_SYS_ADMIN, with which the sandbox can be had."""
+    """Whether we have CAP_SYS_ADMIN, with which the sandbox must be available."""
     status = Path("/proc/self/status").read_text()
     return bool(int(status.partition("CapEff:")[2].split()[0], 16) >> 21 & 1)
 
 
 @pytest.fixture(autouse=True)
 def victim(tmp_path, monkeypatch):
-    """A process and a file that must be as they were after each test, and nothing beside them."""
-    kept = tmp_path / "kept"
-    kept.write_text("as it was")
+    """A process and a file that must be unchanged after each test; no other file may appear."""
+    file = tmp_path / "kept"
+    file.write_text("as it was")
     monkeypatch.chdir(tmp_path)
     mounts = Path("/proc/self/mounts").read_text()
     process = subprocess.Popen(["sleep", "60"])
@@ -67,22 +67,22 @@ def victim(tmp_path, monkeypatch):
     assert process.poll() is None
     process.kill()
     process.wait()
-    assert kept.read_text() == "as it was"
+    assert file.read_text() == "as it was"
     assert Path("/proc/self/mounts").read_text() == mounts
     assert set(os.listdir()) <= {"kept", "sandbox_init.py", "bin"}
-    waited(lambda: not survivors())
-    waited(lambda: not groups())
+    wait_until(lambda: not survivors())
+    wait_until(lambda: not groups())
 
 
 def groups() -> list[Path]:
-    """Control groups that runs of ours left behind."""
+    """Control groups left behind by our runs."""
     own = f"{cgroups.PREFIX}{os.getpid()}-*"
     return [left for place in cgroups.places().values() for left in place.folder.glob(own)]
 
 
 def survivors() -> list[str]:
-    """Processes of the sandbox's users, and of its script. Those of neighbours end soon."""
-    found = []
+    """Processes of the sandbox's users and of its script. Those of parallel tests end soon."""
+    statuses = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             status = (folder / "status").read_text()
@@ -91,15 +91,15 @@ def survivors() -> list[str]:
             continue
         user = int(status.partition("Uid:")[2].split()[0])
         if user in USERS or b"sandbox_init.py" in command:
-            found.append(status)
-    return found
+            statuses.append(status)
+    return statuses
 
 
 def limits_for(end: str) -> Limits:
     return replace(QUICK, seconds=SHORT if end == "timeout" else AMPLE)
 
 
-def waited(condition, seconds: float = 20) -> None:
+def wait_until(condition, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -133,7 +133,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("source", ENDS)
-def test_how_a_program_ends(source, namespaces):
+def test_the_end_of_a_program_is_reported(source, namespaces):
     result = sandbox.run(source, limits_for(ENDS[source]), namespaces=namespaces)
     assert (result.passed, result.ended) == (ENDS[source] == "ok", ENDS[source]), result
     assert result.ended in sandbox.ENDS
@@ -143,14 +143,14 @@ def test_an_assertion_is_reported():
     assert "AssertionError: 4 is no 5" in sandbox.run("assert 0, '4 is no 5'").stderr
 
 
-def test_what_a_program_says_is_bounded(namespaces):
+def test_stderr_is_bounded(namespaces):
     source = "import sys\nwhile True: sys.stderr.write('x' * 10_000)"
     result = sandbox.run(source, QUICK, namespaces=namespaces)
     assert not result.passed
     assert len(result.stderr) <= STDERR_BYTES
 
 
-HARMLESS = {
+HOSTILE = {
     "fork bomb": """
 import os
 made = 0
@@ -266,15 +266,15 @@ for number in range(4, 64):
 }
 
 
-@pytest.mark.parametrize("name", HARMLESS)
-def test_an_enemy_does_no_harm(name, namespaces):
-    # A bomb that spreads has no end of its own; every other checks its failure and ends well.
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_does_no_harm(name, namespaces):
+    # The spreading bomb never ends by itself; the others check that they failed, and exit normally.
     end = "timeout" if "spreads" in name else "ok"
-    result = sandbox.run(HARMLESS[name], limits_for(end), namespaces=namespaces)
+    result = sandbox.run(HOSTILE[name], limits_for(end), namespaces=namespaces)
     assert result.ended == end, result
 
 
-# What a filter of system calls forbids
+# What the filter of system calls forbids
 
 NEW_USER, NEW_NET = 0x10000000, 0x40000000
 CALLER = """
@@ -293,17 +293,17 @@ def numbers(*names: str) -> list[int]:
     return [n for name in names if (n := seccomp.number(name, machine)) is not None]
 
 
-@pytest.mark.usefixtures("_filtered")
-def test_forbidden_calls_fail_and_the_program_goes_on(namespaces):
+@pytest.mark.usefixtures("_needs_filter")
+def test_forbidden_calls_fail_and_the_program_continues(namespaces):
     source = f"for number in {numbers(*seccomp.FORBIDDEN)}:\n"
     source += "    assert call(number, 0, 0, 0, 0, 0, 0) == (-1, errno.EPERM), number"
     result = sandbox.run(CALLER + source, limits_for("ok"), namespaces=namespaces)
     assert result.ended == "ok", result
 
 
-@pytest.mark.usefixtures("_filtered")
+@pytest.mark.usefixtures("_needs_filter")
 @pytest.mark.parametrize("flags", [NEW_USER, NEW_NET, NEW_USER | NEW_NET])
-def test_no_namespace_in_the_namespace(namespaces, flags):
+def test_a_program_cannot_create_namespaces(namespaces, flags):
     clone, clone3, unshare = numbers("clone", "clone3", "unshare")
     source = f"""
 assert call({unshare}, {flags}) == (-1, errno.EPERM)
@@ -315,8 +315,8 @@ assert call({clone3}, ctypes.addressof(arguments), 64) == (-1, errno.ENOSYS)
     assert result.ended == "ok", result
 
 
-def test_a_namespace_could_be_had_without_the_filter(monkeypatch):
-    """Or the tests above would show nothing."""
+def test_without_the_filter_a_program_can_create_a_namespace(monkeypatch):
+    """Otherwise the tests above would prove nothing."""
     (unshare,) = numbers("unshare")
     monkeypatch.setattr(sandbox, "_no_filter", lambda: "for this test")
     result = sandbox.run(CALLER + f"assert call({unshare}, {NEW_USER}) == (0, 0)", namespaces=OWN)
@@ -324,9 +324,9 @@ def test_a_namespace_could_be_had_without_the_filter(monkeypatch):
         pytest.skip("this kernel gives unprivileged users no namespace anyway")
 
 
-@pytest.mark.usefixtures("_filtered")
+@pytest.mark.usefixtures("_needs_filter")
 @pytest.mark.parametrize("kind", ["vsock", "packet", "netlink"])
-def test_sockets_that_know_no_network_namespace(namespaces, kind):
+def test_only_unix_and_internet_sockets_can_be_created(namespaces, kind):
     family = {"vsock": 40, "packet": 17, "netlink": 16}[kind]
     source = f"""
 import errno, socket
@@ -353,16 +353,16 @@ ctypes.CFUNCTYPE(ctypes.c_int)(start)()
 }
 
 
-@pytest.mark.usefixtures("_filtered")
+@pytest.mark.usefixtures("_needs_filter")
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_calls_of_another_numbering_kill(namespaces, kind):
+def test_calls_of_another_abi_kill_the_program(namespaces, kind):
     if os.uname().machine != "x86_64":
         pytest.skip("x86_64 has them")
     assert sandbox.run(FOREIGN[kind], limits_for("killed"), namespaces=namespaces).ended == "killed"
 
 
-def test_without_a_filter_it_is_said_and_shared_memory_has_none(monkeypatch):
-    """As on a machine whose calls are not known: a bound of the namespace stands in."""
+def test_a_missing_filter_is_described_and_shared_memory_is_still_refused(monkeypatch):
+    """As on a machine whose calls are not known: a limit of the namespace applies instead."""
     (shmget,) = numbers("shmget")
     source = f"assert call({shmget}, 0, 1 << 20, 0o1600) == (-1, errno.ENOSPC)"
     monkeypatch.setattr(seccomp, "AUDIT", {"other": 1})
@@ -377,9 +377,9 @@ def test_without_a_filter_it_is_said_and_shared_memory_has_none(monkeypatch):
     assert result.ended == "ok", result
 
 
-# What a control group counts
+# Limits of a control group
 
-TOGETHER = """
+SEVEN_PROCESSES = """
 import os, time
 held, killed, ready = bytearray(b'x') * (100 << 20), 0, 0
 reader, writer = os.pipe()
@@ -398,29 +398,29 @@ while killed + ready < 6:
 
 
 @pytest.fixture
-def _counted():
+def _needs_cgroups():
     if not cgroups.places():
         pytest.skip(cgroups.described())
 
 
-@pytest.mark.usefixtures("_counted")
-def test_memory_is_counted_together(namespaces):
-    """Seven processes of 100 MB each, every one within its own limit, cannot be at once."""
-    source = f"{TOGETHER}\nassert not killed, 'some of them were'"
+@pytest.mark.usefixtures("_needs_cgroups")
+def test_memory_is_counted_over_all_processes(namespaces):
+    """Seven processes of 100 MB each, all within their own limit, exceed the group's."""
+    source = f"{SEVEN_PROCESSES}\nassert not killed, 'some of them were'"
     limits = replace(QUICK, seconds=AMPLE, memory=256 << 20, processes=16)
     result = sandbox.run(source, limits, namespaces=namespaces)
     assert result.ended == "memory", result
 
 
-def test_so_many_processes_could_be_without_the_group(monkeypatch):
+def test_without_the_group_the_same_processes_all_run(monkeypatch):
     monkeypatch.setattr(cgroups, "places", dict)
     limits = replace(QUICK, seconds=AMPLE, memory=256 << 20, processes=16)
-    assert sandbox.run(f"{TOGETHER}\nassert ready == 6", limits).ended == "ok"
+    assert sandbox.run(f"{SEVEN_PROCESSES}\nassert ready == 6", limits).ended == "ok"
 
 
-@pytest.mark.usefixtures("_counted")
-def test_a_program_alone_has_all_of_its_memory(namespaces):
-    """The group's bound is not met by what one process may have: it is a MemoryError as before."""
+@pytest.mark.usefixtures("_needs_cgroups")
+def test_a_single_process_can_use_all_of_its_memory(namespaces):
+    """It reaches its own limit, a MemoryError, before the group's."""
     source = "x = []\ntry:\n  while True: x.append(bytearray(b'x') * (1 << 20))\n"
     source += "except MemoryError: n = len(x); x.clear(); assert n > 90, n\nelse: assert False\n"
     source += "open('full', 'wb').write(b'x' * (1 << 20))"
@@ -428,29 +428,29 @@ def test_a_program_alone_has_all_of_its_memory(namespaces):
     assert result.ended == "ok", result
 
 
-@pytest.mark.usefixtures("_counted")
-def test_a_group_that_a_kill_left_is_removed_by_the_next():
+@pytest.mark.usefixtures("_needs_cgroups")
+def test_a_group_left_by_a_killed_run_is_removed_by_the_next():
     ended = subprocess.Popen(["true"])
     ended.wait()
     name = f"{cgroups.PREFIX}{ended.pid}-left"
-    left = [place.folder / name for place in cgroups.places().values()]
-    for folder in dict.fromkeys(left):
+    folders = [place.folder / name for place in cgroups.places().values()]
+    for folder in dict.fromkeys(folders):
         folder.mkdir()
     assert sandbox.run("pass").passed
-    assert not any(folder.exists() for folder in left)
+    assert not any(folder.exists() for folder in folders)
 
 
-def test_what_is_to_be_had_is_described():
-    told = sandbox.described()
-    assert told.startswith("bubblewrap;") == (sandbox._no_bubblewrap() is None)
-    assert ("system calls filtered" in told) == (sandbox._no_filter() is None)
-    assert ("counted together" in told) == bool(cgroups.places())
+def test_the_available_protection_is_described():
+    description = sandbox.described()
+    assert description.startswith("bubblewrap;") == (sandbox._no_bubblewrap() is None)
+    assert ("system calls filtered" in description) == (sandbox._no_filter() is None)
+    assert ("counted together" in description) == bool(cgroups.places())
 
 
-# The machine around it
+# The machine outside
 
 
-def test_our_environment_is_not_theirs(monkeypatch, namespaces):
+def test_the_callers_environment_and_process_are_not_visible(monkeypatch, namespaces):
     monkeypatch.setenv("SECRET", "s3cret")
     source = "import os\nassert 's3cret' not in str(os.environ)\n"
     source += f"assert not os.path.exists('/proc/{os.getpid()}')\n"
@@ -458,13 +458,13 @@ def test_our_environment_is_not_theirs(monkeypatch, namespaces):
     assert sandbox.run(source, namespaces=namespaces).ended == "ok"
 
 
-def test_a_given_process_cannot_be_killed(victim, namespaces):
+def test_a_process_outside_cannot_be_killed(victim, namespaces):
     source = f"import os\ntry: os.kill({victim.pid}, 9)\nexcept ProcessLookupError: pass\n"
     assert sandbox.run(source + "else: assert False", namespaces=namespaces).ended == "ok"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "abstract"])
-def test_our_servers_are_out_of_reach(kind, namespaces):
+def test_servers_outside_cannot_be_reached(kind, namespaces):
     family = socket.AF_INET if kind == "tcp" else socket.AF_UNIX
     with socket.socket(family) as server:
         server.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0dftserve-{os.getpid()}")
@@ -473,7 +473,7 @@ def test_our_servers_are_out_of_reach(kind, namespaces):
         address = server.getsockname()
         call = f"import socket\nsocket.socket({int(family)}).connect({address!r})"
         with socket.socket(family) as reachable:
-            reachable.connect(address)  # Or the test would show nothing.
+            reachable.connect(address)  # Otherwise the test would prove nothing.
             server.accept()[0].close()
         result = sandbox.run(call, limits_for("exception"), namespaces=namespaces)
         assert result.ended == "exception", result
@@ -482,7 +482,7 @@ def test_our_servers_are_out_of_reach(kind, namespaces):
             server.accept()
 
 
-def test_a_daemon_is_gone_afterwards(namespaces):
+def test_a_daemon_is_killed_at_the_end(namespaces):
     source = """
 import os, signal, time
 if os.fork() == 0:
@@ -494,7 +494,7 @@ if os.fork() == 0:
 time.sleep(.3)
 """
     assert sandbox.run(source, namespaces=namespaces).ended == "ok"
-    waited(lambda: not survivors())
+    wait_until(lambda: not survivors())
 
 
 def programs() -> list[str]:
@@ -505,25 +505,25 @@ def programs() -> list[str]:
     ]
 
 
-def test_all_processes_end_with_us(namespaces):
-    """The caller is killed: nothing of the sandbox lives on, and the next run clears its group."""
+def test_killing_the_caller_ends_all_processes(namespaces):
+    """The next run removes its control group."""
     code = "from dftserve.evaluate.accuracy.isolation import sandbox\n"
     code += "limits = sandbox.Limits(seconds=60)\n"
     code += f"sandbox.run('while True: pass', limits, namespaces={namespaces!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
-        waited(lambda: bool(programs()))
+        wait_until(lambda: bool(programs()))
     finally:
         caller.kill()
         caller.wait()
-    waited(lambda: not programs())
+    wait_until(lambda: not programs())
     assert sandbox.run("pass").passed
-    left = f"{cgroups.PREFIX}{caller.pid}-*"
-    assert not any(list(place.folder.glob(left)) for place in cgroups.places().values())
+    pattern = f"{cgroups.PREFIX}{caller.pid}-*"
+    assert not any(list(place.folder.glob(pattern)) for place in cgroups.places().values())
 
 
-def test_an_unprivileged_user_has_a_sandbox_too(namespaces):
-    """By a user namespace: the same ends, and the same enemies without harm."""
+def test_the_sandbox_works_for_an_unprivileged_user(namespaces):
+    """In a user namespace: programs end the same, and hostile ones do no harm."""
     python = python_for_nobody()
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1])\n"
@@ -534,11 +534,11 @@ def test_an_unprivileged_user_has_a_sandbox_too(namespaces):
         "ended = {s: run(s, limits) for s, limits in asked.items()}\n"
         "print(json.dumps(ended))"
     )
-    wanted = ENDS | dict.fromkeys(HARMLESS.values(), "ok")
-    wanted[HARMLESS["fork bomb that spreads"]] = "timeout"
+    expected = ENDS | dict.fromkeys(HOSTILE.values(), "ok")
+    expected[HOSTILE["fork bomb that spreads"]] = "timeout"
     done = subprocess.run(
         [*python, "-c", code, str(ROOT)],
-        input=json.dumps([(source, vars(limits_for(end))) for source, end in wanted.items()]),
+        input=json.dumps([(source, vars(limits_for(end))) for source, end in expected.items()]),
         capture_output=True,
         text=True,
         check=False,
@@ -547,7 +547,7 @@ def test_an_unprivileged_user_has_a_sandbox_too(namespaces):
     if done.returncode and "sandbox: unshare" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == wanted
+    assert json.loads(done.stdout) == expected
 
 
 def python_for_nobody() -> list[str]:
@@ -557,19 +557,19 @@ def python_for_nobody() -> list[str]:
     if setpriv is None:
         pytest.skip("no setpriv to become someone else with")
     become = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
-    asks = (
+    check = (
         "import os, sys; from dftserve.evaluate.accuracy.isolation import sandbox_init\n"
         "sys.exit(sys.version_info < (3, 11) or not os.access(sandbox_init.INTERPRETER, os.X_OK))"
     )
     for python in (sys.executable, "/usr/bin/python3"):
-        command = [*become, python, "-c", asks]
+        command = [*become, python, "-c", check]
         if subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0:
             return [*become, python]
     pytest.skip("no Python that an unprivileged user may run")
 
 
-def test_without_namespaces_it_refuses(monkeypatch, tmp_path):
-    """Where unshare fails nothing is run, and the error says what helps."""
+def test_without_namespaces_nothing_is_run(monkeypatch, tmp_path):
+    """Where unshare fails, the error names the option that helps."""
     original = sandbox.CONFINE.read_text()
     refusing = original.replace('call_libc("unshare", flags', 'call_libc("unshare", -1')
     assert refusing != original
@@ -580,7 +580,7 @@ def test_without_namespaces_it_refuses(monkeypatch, tmp_path):
     assert sandbox.run("pass", unsafe=True).passed
 
 
-def test_a_bubblewrap_that_does_not_work_is_said_and_ours_is_taken(monkeypatch, tmp_path):
+def test_a_broken_bubblewrap_is_described_and_our_namespaces_are_used(monkeypatch, tmp_path):
     broken = tmp_path / "bin" / "bwrap"
     broken.parent.mkdir()
     broken.write_text("#!/bin/sh\necho 'bwrap: no namespaces for you' >&2\nexit 1\n")
@@ -595,17 +595,17 @@ def test_a_bubblewrap_that_does_not_work_is_said_and_ours_is_taken(monkeypatch, 
 
 
 @pytest.mark.parametrize("source", ENDS)
-def test_without_the_sandbox_the_ends_are_the_same(source):
+def test_programs_end_the_same_without_the_sandbox(source):
     result = sandbox.run(source, limits_for(ENDS[source]), unsafe=True)
     assert (result.passed, result.ended) == (ENDS[source] == "ok", ENDS[source]), result
 
 
-def test_without_the_sandbox_the_group_is_killed():
+def test_without_the_sandbox_the_process_group_is_killed():
     source = "import os, time\nos.fork()\ntime.sleep(60)"
     assert sandbox.run(source, QUICK, unsafe=True).ended == "timeout"
 
 
-def test_some_at_once():
+def test_concurrent_runs():
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(4) as pool:

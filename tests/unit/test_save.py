@@ -1,4 +1,4 @@
-"""What could not be saved is refused before the first step; what was saved is what was trained."""
+"""What cannot be saved is refused before training; what is saved is what was trained."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def run(store, tmp_path) -> TrainConfig:
 
 
 @pytest.mark.parametrize("call", [train, plan_of])
-def test_a_generation_config_that_cannot_be_saved_ends_the_run_before_it_begins(call, run):
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(call, run):
     path = Path(run.model) / "generation_config.json"
     path.write_text(json.dumps({"temperature": 0.7, "top_p": 0.9}))
     with pytest.raises(ValueError, match=r"cannot be saved, .*temperature.*do_sample"):
@@ -53,7 +53,7 @@ def test_a_generation_config_that_cannot_be_saved_ends_the_run_before_it_begins(
 
 
 @pytest.mark.parametrize("call", [train, plan_of])
-def test_a_tokenizer_that_cannot_be_saved_likewise(call, run, monkeypatch):
+def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(call, run, monkeypatch):
     def refuse(*args, **given):
         raise TypeError("no such thing")
 
@@ -64,7 +64,7 @@ def test_a_tokenizer_that_cannot_be_saved_likewise(call, run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("modules", "says"),
+    ("modules", "message"),
     [
         ("embed_tokens", "tied to the output layer's"),
         (("q_proj", "embed_tokens"), "got 'embed_tokens', whose weights are tied"),
@@ -74,13 +74,13 @@ def test_a_tokenizer_that_cannot_be_saved_likewise(call, run, monkeypatch):
         ((), "got none"),
     ],
 )
-def test_adapters_that_would_not_survive_are_refused_by_name(modules, says, run):
-    with pytest.raises(ValueError, match=says):
+def test_modules_that_cannot_have_adapters_are_refused_by_name(modules, message, run):
+    with pytest.raises(ValueError, match=message):
         train(replace(run, lora=LoraConfig(modules=modules)))
     assert not Path(run.output).exists()
 
 
-def test_one_name_or_a_list_of_modules():
+def test_modules_are_one_name_or_a_list():
     model = small_model(tied=False)
     assert modules_of(model, "q_proj") == ["q_proj"]
     assert modules_of(model, ("q_proj", "self_attn.v_proj")) == ["q_proj", "self_attn.v_proj"]
@@ -93,10 +93,10 @@ def test_one_name_or_a_list_of_modules():
     )
 
 
-# ── After the last ───────────────────────────────────────────────────────────────────────────────
+# ── After the last step ──────────────────────────────────────────────────────────────────────────
 
 
-def test_adapters_on_an_embedding_of_its_own_are_what_was_trained(run, tmp_path):
+def test_adapters_on_an_untied_embedding_are_saved(run, tmp_path):
     base = save_model(tmp_path / "untied", tied=False)
     lora = LoraConfig(rank=4, modules=("embed_tokens", "q_proj"))
     final = train(replace(run, model=str(base), lora=lora))
@@ -105,10 +105,10 @@ def test_adapters_on_an_embedding_of_its_own_are_what_was_trained(run, tmp_path)
     assert not torch.equal(before[name], after[name])
 
 
-def spoiled(save):
-    """As a save that changes the weights on their way."""
+def corrupting(save):
+    """Wraps `save` so that it changes the weights of the final model."""
 
-    def saved(self, folder, *args, **given):
+    def save_and_corrupt(self, folder, *args, **given):
         save(self, folder, *args, **given)
         path = Path(folder) / "model.safetensors"
         if Path(folder).name.startswith("final") and path.exists():
@@ -116,29 +116,29 @@ def spoiled(save):
             weights["model.embed_tokens.weight"] += 1
             save_file(weights, path, metadata={"format": "pt"})
 
-    return saved
+    return save_and_corrupt
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
-def test_another_model_than_the_trained_one_is_not_kept_and_the_trained_one_is(
+def test_a_saved_model_that_differs_from_the_trained_one_is_deleted_and_its_checkpoint_kept(
     lora, run, monkeypatch
 ):
-    saved = PreTrainedModel.save_pretrained
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled(saved))
+    original_save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", corrupting(original_save))
     config = replace(run, lora=lora)
     with pytest.raises(SaveError, match=r"not the trained one.* weights are in .*checkpoint-2"):
         train(config)
     assert not (Path(run.output) / "final").exists()
-    kept = "model.safetensors" if lora is None else "adapter_model.safetensors"
-    assert (Path(run.output) / "checkpoint-2" / kept).exists()
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", saved)
+    weights = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    assert (Path(run.output) / "checkpoint-2" / weights).exists()
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", original_save)
     assert train(config).name == "final"
 
 
-# ── One document a row ───────────────────────────────────────────────────────────────────────────
+# ── One document per row ─────────────────────────────────────────────────────────────────────────
 
 
-def test_a_family_that_does_not_keep_documents_apart_is_trained_unpacked(run, tmp_path, capsys):
+def test_a_model_family_that_mixes_packed_documents_is_trained_unpacked(run, tmp_path, capsys):
     torch.manual_seed(0)
     opt = AutoConfig.for_model("opt", **SMALL, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3)
     AutoModelForCausalLM.from_config(opt).save_pretrained(tmp_path / "opt")
@@ -150,13 +150,13 @@ def test_a_family_that_does_not_keep_documents_apart_is_trained_unpacked(run, tm
     assert "computed in fp32\n" in planned.shown()
     final = train(config)
     assert "one document a row, not packed: a document's log-prob" in capsys.readouterr().err
-    told = json.loads((final / "run.json").read_text())["data"]["packing"]
-    assert told["used"] is False
-    assert told["refused_because"]
+    packing = json.loads((final / "run.json").read_text())["data"]["packing"]
+    assert packing["used"] is False
+    assert packing["refused_because"]
     assert plan_of(run).not_packed_because is None
 
 
-def test_a_plan_says_where_bfloat16_has_no_instructions(run, monkeypatch):
+def test_a_plan_warns_where_the_cpu_has_no_bfloat16_instructions(run, monkeypatch):
     bf16 = replace(run, precision="bf16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert "no instructions: fp32 is many times as fast" in plan_of(bf16).shown()
@@ -164,17 +164,17 @@ def test_a_plan_says_where_bfloat16_has_no_instructions(run, monkeypatch):
     assert plan_of(bf16).precision == "bf16"
 
 
-def test_an_unpacked_batch_is_each_document_alone(store):
+def test_the_loss_of_an_unpacked_batch_is_the_sum_over_its_documents(store):
     rows = Rows(TargetStore(store), "train", longest=64, packing=False, seed=0)
     model, divergence = small_model("gpt2"), SFT()
     attach(model, divergence)
     together = model(**Collator(packing=False)([rows[i] for i in range(9)])).loss
-    alone = sum(model(**Collator(packing=False)([rows[i]])).loss for i in range(9))
-    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-5)
+    separately = sum(model(**Collator(packing=False)([rows[i]])).loss for i in range(9))
+    torch.testing.assert_close(together, separately, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_are_filled_with_a_token_of_their_own(store, packing):
+def test_rows_are_padded_with_their_last_token(store, packing):
     rows = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
     items = sorted(
         (rows[i] for i in range(9)), key=lambda item: sum(len(d.tokens_N) for d, _ in item)
@@ -190,24 +190,28 @@ def test_rows_are_filled_with_a_token_of_their_own(store, packing):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe", "granitemoe"])
-def test_a_routers_loss_is_trained_where_the_configuration_asks_for_it(kind, run, store, tmp_path):
+def test_the_router_loss_is_included_if_the_configuration_enables_it(kind, run, store, tmp_path):
     experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
     losses = {}
-    for asked in (True, False):
+    for with_router_loss in (True, False):
         torch.manual_seed(0)
         config = AutoConfig.for_model(
-            kind, **SMALL, **experts, output_router_logits=asked, router_aux_loss_coef=0.7
+            kind,
+            **SMALL,
+            **experts,
+            output_router_logits=with_router_loss,
+            router_aux_loss_coef=0.7,
         )
         model, twin = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
         twin.load_state_dict(model.state_dict())
         rows = Rows(TargetStore(store), "train", longest=64, packing=False, seed=0)
         batch = Collator(packing=False)([rows[3]])
         attach(model, SFT())
-        model.save_pretrained(tmp_path / f"{asked}")
+        model.save_pretrained(tmp_path / f"{with_router_loss}")
         trainer = make_trainer(run, model, prepare(run).material)
         ours = trainer.compute_loss(model, batch)
-        own = twin(batch["input_ids"], labels=batch["input_ids"]).loss
-        torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)
+        expected = twin(batch["input_ids"], labels=batch["input_ids"]).loss
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
         ours.backward()
-        losses[asked] = float(ours)
+        losses[with_router_loss] = float(ours)
     assert losses[True] > losses[False] + 0.3

@@ -1,4 +1,4 @@
-"""The score against a double loop over pairs, and what it promises of copies and of soup."""
+"""The score, against a double loop over pairs, and its values for copies and shuffled words."""
 
 import math
 from dataclasses import replace
@@ -20,8 +20,10 @@ SHORT = Sample("Too short to say anything.", "p0")
 
 def windows(texts, prompts=0):
     """The texts as answers to as many prompts in turn; 0: without prompts."""
-    asked = [f"p{i % prompts}" if prompts else "" for i in range(len(texts))]
-    return Windows.of([Sample(text, prompt) for text, prompt in zip(texts, asked, strict=True)])
+    prompt_of_each = [f"p{i % prompts}" if prompts else "" for i in range(len(texts))]
+    return Windows.of(
+        [Sample(text, prompt) for text, prompt in zip(texts, prompt_of_each, strict=True)]
+    )
 
 
 REFERENCE = windows(TEXTS[:110])
@@ -42,10 +44,10 @@ def human(prompts):
     return windows(TEXTS[170:234], prompts)
 
 
-def pair_means(places, halves, shared, passed):
+def pair_means(indices, halves, shared, passed):
     """v and o over the pairs of texts that pass, one pair after the other."""
-    kept = [i for i in places if passed[i]]
-    pairs = [(i, j) for i in kept for j in kept if i < j]
+    passing = [i for i in indices if passed[i]]
+    pairs = [(i, j) for i in passing for j in passing if i < j]
     if not pairs:
         return 0.0, 1.0
     a, b, rho = halves
@@ -72,18 +74,18 @@ def by_pairs(texts, sds_reference):
     ]
     groups = [range(len(texts))]
     if sds_reference.by_prompt:
-        asked = sorted(set(texts.prompts) - {""})
-        groups = [[i for i, p in enumerate(texts.prompts) if p == prompt] for prompt in asked]
+        names = sorted(set(texts.prompts) - {""})
+        groups = [[i for i, p in enumerate(texts.prompts) if p == prompt] for prompt in names]
         groups = [group for group in groups if len(group) >= 8]
-    found = [pair_means(group, halves, shared, passed) for group in groups]
-    kept = [sum(passed[i] for i in group) for group in groups]
-    degrees = [max(count - 1, 0) for count in kept]
-    pairs = [count * (count - 1) for count in kept]
+    means = [pair_means(group, halves, shared, passed) for group in groups]
+    passing = [sum(passed[i] for i in group) for group in groups]
+    degrees = [max(count - 1, 0) for count in passing]
+    pairs = [count * (count - 1) for count in passing]
     answered = sum(long[i] for group in groups for i in group)
     return (
-        math.fsum(v * d for (v, _), d in zip(found, degrees, strict=True)) / sum(degrees),
-        math.fsum(o * n for (_, o), n in zip(found, pairs, strict=True)) / sum(pairs),
-        sum(kept) / answered,
+        math.fsum(v * d for (v, _), d in zip(means, degrees, strict=True)) / sum(degrees),
+        math.fsum(o * n for (_, o), n in zip(means, pairs, strict=True)) / sum(pairs),
+        sum(passing) / answered,
     )
 
 
@@ -98,7 +100,7 @@ def expected_score(texts, sds_reference, calibration):
 
 
 def mixed(prompts):
-    """Human texts, soup, copies and short ones; with prompts, one that too few texts answer."""
+    """Human texts, shuffled words, copies and short ones; with prompts, one has too few answers."""
     texts = [*TEXTS[170:200], *(soup(text) for text in TEXTS[200:206]), *([TEXTS[206]] * 7)]
     given = windows([*texts, SHORT.text, SHORT.text], prompts)
     rare = Windows.of([Sample(text, "rare" if prompts else "") for text in TEXTS[210:213]])
@@ -110,7 +112,7 @@ def mixed(prompts):
     )
 
 
-def test_against_a_loop_over_pairs(sds_reference, human, prompts):
+def test_the_score_is_that_of_a_loop_over_pairs(sds_reference, human, prompts):
     assert sds_reference.by_prompt == (prompts > 0)
     for texts in (human, mixed(prompts)):
         got = score(texts, sds_reference)
@@ -123,7 +125,7 @@ def test_against_a_loop_over_pairs(sds_reference, human, prompts):
         assert got.sds.low <= got.sds.high
 
 
-def test_held_out_humans_score_high(sds_reference, human):
+def test_held_out_human_texts_score_high(sds_reference, human):
     got = score(human, sds_reference)
     assert got.sds.value > 75
     assert got.sds.low is not None
@@ -139,14 +141,14 @@ def test_the_order_of_the_texts_does_not_matter(sds_reference, prompts, seed):
     )
 
 
-def test_copies_score_nothing(sds_reference, human):
+def test_copies_score_0(sds_reference, human):
     got = score(replace(human, texts=(human.texts[0],) * len(human)), sds_reference)
     assert (got.sds.value, got.sds.low, got.sds.high) == (0, 0, 0)
     assert got.variety.value == pytest.approx(0, abs=1e-6)
     assert got.wording.value == 0
 
 
-def test_the_more_copies_the_less(sds_reference, human):
+def test_the_score_falls_with_the_share_of_copies(sds_reference, human):
     scores = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         copied = round(share * len(human))
@@ -156,7 +158,7 @@ def test_the_more_copies_the_less(sds_reference, human):
     assert scores[1] > scores[2] > scores[4] == 0
 
 
-def test_soup_scores_nothing(sds_reference, prompts):
+def test_shuffled_words_score_0(sds_reference, prompts):
     got = score(windows([soup(text) for text in TEXTS[170:234]], prompts), sds_reference)
     assert got.sds.value == 0
     assert got.coherence.value == 0
@@ -168,8 +170,8 @@ def test_one_author_is_less_varied_than_many(sds_reference, human, prompts):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_resample_pairs_no_text_with_its_copy(seed):
-    """Weights of texts, against every pair of an explicit list of draws with other texts."""
+def test_a_resample_does_not_pair_a_text_with_its_copy(seed):
+    """Weights of texts, compared with all pairs of different texts in an explicit list of draws."""
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     texts = mixed(0).pick(range(0, 48, 3))
     observed = _Observed.of(texts, sds_reference.scale, sds_reference.coherence_filter, False)
@@ -178,12 +180,12 @@ def test_a_resample_pairs_no_text_with_its_copy(seed):
     got = observed.spread(np.array([weights_U, np.ones(len(texts))]))
 
     a, b = observed.first_TF, observed.second_TF
-    kept = [i for i in drawn if observed.passed_T[i]]
-    pairs = [(i, j) for i in kept for j in kept if i != j]
+    passing = [i for i in drawn if observed.passed_T[i]]
+    pairs = [(i, j) for i in passing for j in passing if i != j]
     v = np.mean([(a[i] - a[j]) @ (b[i] - b[j]) / 2 for i, j in pairs])
     assert got.variance[0] == pytest.approx(v)
     assert got.sharing[0] == pytest.approx(np.mean([observed.overlap_TT[i, j] for i, j in pairs]))
-    assert got.passed[0] == pytest.approx(len(kept) / len(drawn))
+    assert got.passed[0] == pytest.approx(len(passing) / len(drawn))
     assert got.passed[1] == pytest.approx(observed.passed_T.mean())
 
 
@@ -192,14 +194,14 @@ def test_a_resample_of_prompts_is_a_mean_over_prompts():
     observed = _Observed.of(
         windows(TEXTS[170:202], 4), sds_reference.scale, sds_reference.coherence_filter, True
     )
-    each = observed.spread(np.eye(4))
-    some = observed.spread(np.array([[0.0, 3, 1, 0]]))
+    alone = observed.spread(np.eye(4))
+    resampled = observed.spread(np.array([[0.0, 3, 1, 0]]))
     for name in ("variance", "sharing", "passed"):
-        values_G = getattr(each, name)
-        assert getattr(some, name)[0] == pytest.approx((3 * values_G[1] + values_G[2]) / 4)
+        values_G = getattr(alone, name)
+        assert getattr(resampled, name)[0] == pytest.approx((3 * values_G[1] + values_G[2]) / 4)
 
 
-def test_texts_that_are_too_short_are_left_out_and_counted():
+def test_short_texts_are_excluded_and_counted():
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     good = TEXTS[170:190]
     plain = score(windows(good), sds_reference)
@@ -209,18 +211,18 @@ def test_texts_that_are_too_short_are_left_out_and_counted():
     assert (got.texts, got.short) == (40, 20)
 
 
-def test_a_text_that_is_too_short_keeps_its_place_among_what_is_resampled():
-    """Else the resamples of two runs over the same prompts would be of different prompts."""
+def test_short_texts_remain_units_of_the_resampling():
+    """Otherwise the resamples of two runs over the same prompts would contain different prompts."""
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
-    some = windows([*TEXTS[170:180], SHORT.text, *TEXTS[180:190]])
+    texts = windows([*TEXTS[170:180], SHORT.text, *TEXTS[180:190]])
     scale, gate = sds_reference.scale, sds_reference.coherence_filter
-    assert _Observed.of(some, scale, gate, False).units == len(some)
-    asked = tuple(f"p{i // 8}" for i in range(24))
-    answers = replace(windows([*TEXTS[170:186], *[SHORT.text] * 8]), prompts=asked)
+    assert _Observed.of(texts, scale, gate, False).units == len(texts)
+    prompts = tuple(f"p{i // 8}" for i in range(24))
+    answers = replace(windows([*TEXTS[170:186], *[SHORT.text] * 8]), prompts=prompts)
     assert _Observed.of(answers, scale, gate, True).units == 3
 
 
-def test_one_prompt_is_resampled_by_its_texts():
+def test_the_texts_of_a_single_prompt_are_resampled():
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170], 4))
     got = score(windows(TEXTS[170:190], 1), sds_reference)
     assert got.sds.low is not None
@@ -228,31 +230,31 @@ def test_one_prompt_is_resampled_by_its_texts():
     assert got.sds.low < got.sds.high
 
 
-def test_what_different_prompts_bring_is_no_variety():
-    """Eight copies of an answer to each of eight prompts, where people answered each once."""
+def test_differences_between_prompts_are_not_variety():
+    """Eight copies of one answer to each of eight prompts; people answered each prompt once."""
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
     copied = [text for text in TEXTS[170:178] for _ in range(8)]
-    asked = [f"p{i // 8}" for i in range(64)]
-    samples = [Sample(text, prompt) for text, prompt in zip(copied, asked, strict=True)]
+    prompts = [f"p{i // 8}" for i in range(64)]
+    samples = [Sample(text, prompt) for text, prompt in zip(copied, prompts, strict=True)]
     got = score(Windows.of(samples), sds_reference)
     assert got.by_prompt
     assert got.sds.value == 0
     assert score(windows(copied), sds_reference).sds.value > 0
 
 
-def test_people_who_answer_one_prompt_score_as_people(human):
-    """Within prompts, beside what is estimated from people who answered a prompt each."""
+def test_variety_within_prompts_is_scaled_to_that_between_prompts(human):
+    """Answers of people to shared prompts, with a reference of people who answered each once."""
     sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
-    apart = score(human, sds_reference)
+    as_given = score(human, sds_reference)
     within = score(windows(TEXTS[170:234], 4), sds_reference)
     assert within.by_prompt
     assert within.variety.value == pytest.approx(
-        apart.variety.value / WITHIN_VARIANCE**0.5, rel=0.1
+        as_given.variety.value / WITHIN_VARIANCE**0.5, rel=0.1
     )
 
 
-def test_prompts_that_only_some_texts_have_are_not_what_is_compared():
-    """Eight answers among sixty texts do not make it a comparison within prompts."""
+def test_prompts_that_few_texts_have_are_ignored():
+    """Eight answers among sixty texts do not lead to a comparison within prompts."""
     given = windows(TEXTS[110:170])
     sds_reference = SDSReference.fit(REFERENCE, replace(given, prompts=("p",) * 8 + ("",) * 52))
     assert not sds_reference.by_prompt
@@ -275,6 +277,6 @@ def test_answers_to_too_many_prompts_are_refused():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("texts", [[TEXTS[0]] * 20, [soup(TEXTS[0])] * 20], ids=["copies", "soup"])
-def test_humans_that_are_all_alike_are_refused(texts):
+def test_a_reference_of_equal_texts_is_refused(texts):
     with pytest.raises(ValueError, match="accepted"):
         SDSReference.fit(REFERENCE, windows(texts))

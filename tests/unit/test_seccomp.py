@@ -1,4 +1,4 @@
-"""The filter of system calls, run on a small machine of our own for both numberings."""
+"""The filter of system calls, run by a small interpreter for both architectures."""
 
 import errno
 import re
@@ -18,7 +18,7 @@ HEADERS = {
 
 
 def answer(machine: str, call: int, *arguments: int, audit: int | None = None) -> int:
-    """What the filter of a machine says to a call."""
+    """What the filter of a machine returns for a call."""
     words = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", call, audit or AUDIT[machine], 0, *words)
     code = seccomp.program(machine)
@@ -43,9 +43,9 @@ def answer(machine: str, call: int, *arguments: int, audit: int | None = None) -
 
 
 def call_of(machine: str, name: str) -> int:
-    found = seccomp.number(name, machine)
-    assert found is not None
-    return found
+    number = seccomp.number(name, machine)
+    assert number is not None
+    return number
 
 
 @pytest.mark.parametrize("machine", AUDIT)
@@ -64,13 +64,13 @@ def test_every_other_known_call_passes(machine):
 
 
 @pytest.mark.parametrize("machine", AUDIT)
-def test_calls_that_are_newer_do_not_exist(machine):
+def test_newer_calls_fail_as_unknown(machine):
     for call in (seccomp.NEWEST + 1, 500, 0x3FFFFFFF):
         assert answer(machine, call) == ERRNO | errno.ENOSYS
 
 
 @pytest.mark.parametrize("machine", AUDIT)
-def test_another_numbering_kills(machine):
+def test_calls_of_another_architecture_kill(machine):
     for audit in (0x40000003, 0x40000028, *(each for each in AUDIT.values())):
         expected = ALLOW if audit == AUDIT[machine] else KILL
         assert answer(machine, 20, audit=audit) == expected
@@ -104,28 +104,28 @@ def test_x32_kills():
     ],
 )
 @pytest.mark.parametrize("machine", AUDIT)
-def test_arguments_decide(machine, name, arguments, expected):
+def test_some_calls_are_filtered_by_their_arguments(machine, name, arguments, expected):
     assert answer(machine, call_of(machine, name), *arguments) == expected
 
 
 @pytest.mark.parametrize("machine", AUDIT)
-def test_the_numbers_are_the_kernels(machine):
+def test_the_call_numbers_are_those_of_the_kernel_headers(machine):
     header = HEADERS[machine]
     if not header.is_file():
         pytest.skip(f"no {header}: the kernel's headers are not installed")
     define = re.compile(r"#define __NR(?:3264)?_(\w+)\s+(\d+)")
     numbers = {name: int(number) for name, number in define.findall(header.read_text())}
     ours = {name: seccomp.number(name, machine) for name in (*FORBIDDEN, *CALLS)}
-    missing = {"memfd_secret"}  # The general header has it only where an architecture asks.
+    missing = {"memfd_secret"}  # The general header has it only where an architecture requires it.
     wrong = {n: c for n, c in ours.items() if numbers.get(n) != c and n not in missing}
     assert wrong == {}
 
 
-def test_no_filter_is_longer_than_the_kernel_takes():
+def test_no_filter_exceeds_the_kernels_limit():
     for machine in AUDIT:
         assert len(seccomp.program(machine) or b"") <= 8 * 4096
 
 
 @pytest.mark.parametrize("machine", ["riscv64", "i686", "armv7l", ""])
-def test_a_machine_whose_calls_are_not_known_has_none(machine):
+def test_a_machine_whose_calls_are_not_known_has_no_filter(machine):
     assert seccomp.program(machine) is None

@@ -1,6 +1,6 @@
-"""The command that serves, and the life of a server's processes.
+"""The command that starts a server, and the lifetime of its processes.
 
-The stand-in here is a process with a /health, not a vLLM: only starting and ending is tested.
+The stand-in is a small HTTP server instead of vLLM: only starting and ending are tested.
 """
 
 import json
@@ -54,7 +54,7 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A `vllm` on PATH and none beside this Python; returns where a server logs."""
+    """Puts a `vllm` on PATH and hides the one of this Python; returns the path of its log."""
     command = tmp_path / "bin" / "vllm"
     command.parent.mkdir()
     command.write_text(STAND_IN)
@@ -66,7 +66,7 @@ def stand_in(tmp_path, monkeypatch):
     return tmp_path / "log"
 
 
-def seen(server):
+def argv_and_environment(server):
     with urllib.request.urlopen(f"{server.url}/anything") as answer:
         return json.load(answer)
 
@@ -76,7 +76,7 @@ def child(log: Path) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process has ended, be it that init has not reaped it yet."""
+    """Whether the process has ended, even if init has not reaped it yet."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -87,13 +87,13 @@ def is_gone(pid: int) -> bool:
 # launch
 
 
-def test_a_folder_of_styles_is_handed_on_by_its_whole_path(tmp_path, monkeypatch):
+def test_a_styles_folder_is_passed_as_an_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "styles").mkdir()
     environment = launch("m", styles="styles").environment
     assert environment == {STYLES_VARIABLE: str(tmp_path / "styles")}
-    said = launch("m", styles=Path("styles")).shown()
-    assert said.startswith(f"{STYLES_VARIABLE}={tmp_path / 'styles'} ")
+    shown = launch("m", styles=Path("styles")).shown()
+    assert shown.startswith(f"{STYLES_VARIABLE}={tmp_path / 'styles'} ")
     (tmp_path / "file").touch()
     for wrong in ("file", "nowhere"):
         with pytest.raises(ValueError, match=f"--styles: got '{wrong}'.*dftserve style build"):
@@ -101,7 +101,7 @@ def test_a_folder_of_styles_is_handed_on_by_its_whole_path(tmp_path, monkeypatch
 
 
 @given(st.from_regex(r"[a-z0-9-]{1,20}", fullmatch=True), st.lists(words))
-def test_the_argv_is_the_model_and_the_flags_as_they_were_given(model, flags):
+def test_the_argv_is_the_model_and_the_unchanged_flags(model, flags):
     command = launch(model, flags)
     assert command.argv[1:] == ("serve", model, *flags)
     assert Path(command.argv[0]).name == "vllm"
@@ -111,7 +111,7 @@ def test_the_argv_is_the_model_and_the_flags_as_they_were_given(model, flags):
 @given(
     st.lists(words, min_size=1), st.dictionaries(st.from_regex("[A-Z_]+", fullmatch=True), words)
 )
-def test_a_shell_reads_the_shown_line_as_the_command(argv, environment):
+def test_a_shell_parses_the_shown_line_to_the_command(argv, environment):
     shown = Launch(tuple(argv), environment).shown()
     assert shlex.split(shown) == [*(f"{k}={v}" for k, v in environment.items()), *argv]
 
@@ -125,17 +125,17 @@ def test_a_default_reaches_the_plug_in_as_canonical_json(text):
     assert launch("m", default_diversity=canonical).environment == environment
 
 
-def test_the_default_may_be_what_the_checkpoint_suggests(tmp_path):
+def test_the_default_can_be_taken_from_the_checkpoint(tmp_path):
     Promise(recipe="r", diversity=parse(0.3)).write(tmp_path)
     command = launch(str(tmp_path), default_diversity="checkpoint")
     assert json.loads(command.environment["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.3
 
 
-def test_the_default_may_be_the_entropy_of_the_checkpoint_s_target(tmp_path):
+def test_the_default_can_be_the_target_entropy_of_the_checkpoint(tmp_path):
     Promise(recipe="r", target_entropy=1.25).write(tmp_path)
     environment = launch(str(tmp_path), default_diversity="human").environment
-    asked = {"law": "budget", "target_entropy": 1.25}
-    assert parse(json.loads(environment["DFTSERVE_DEFAULT_DIVERSITY"])) == parse(asked)
+    expected = {"law": "budget", "target_entropy": 1.25}
+    assert parse(json.loads(environment["DFTSERVE_DEFAULT_DIVERSITY"])) == parse(expected)
     for entropy in (None, 0.0):
         Promise(recipe="r", target_entropy=entropy).write(tmp_path)
         with pytest.raises(ValueError, match=r"diversity human: .* has no target_entropy above 0"):
@@ -143,12 +143,12 @@ def test_the_default_may_be_the_entropy_of_the_checkpoint_s_target(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["1.5", "half", "null", '{"levle": 1}', "[0.5]", "NaN", ""])
-def test_a_wrong_default_is_refused_by_its_option(text):
+def test_an_invalid_default_is_refused_with_its_option(text):
     with pytest.raises(DiversityError, match="--default-diversity"):
         launch("m", default_diversity=text)
 
 
-def test_a_checkpoint_that_suggests_nothing_is_refused(tmp_path):
+def test_a_checkpoint_without_a_default_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a checkpoint folder with a dft\.json"):
         launch("some/model", default_diversity="checkpoint")
     Promise(recipe="r").write(tmp_path)
@@ -159,13 +159,13 @@ def test_a_checkpoint_that_suggests_nothing_is_refused(tmp_path):
         launch(str(tmp_path), default_diversity="checkpoint")
 
 
-def test_without_a_vllm_command_the_error_says_what_to_install(stand_in, monkeypatch):
+def test_without_a_vllm_command_the_error_names_what_to_install(stand_in, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeError, match="pip install vllm dftserve-vllm"):
         launch("m")
 
 
-def test_the_engine_of_this_environment_comes_before_the_path(stand_in, tmp_path, monkeypatch):
+def test_the_engine_of_this_environment_precedes_the_path(stand_in, tmp_path, monkeypatch):
     assert launch("m").argv[0] == str(tmp_path / "bin" / "vllm")
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -174,7 +174,7 @@ def test_the_engine_of_this_environment_comes_before_the_path(stand_in, tmp_path
 
 @pytest.fixture
 def without_bf16(tmp_path, monkeypatch):
-    """A folder with a model, a vLLM beside this Python, no accelerator and a CPU without bf16."""
+    """A folder with a model, a vLLM in this environment, no accelerator and a CPU without bf16."""
     command = tmp_path / "vllm"
     command.write_text("")
     command.chmod(0o755)
@@ -187,7 +187,7 @@ def without_bf16(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_cpu_without_bfloat16_instructions_serves_in_float32_and_says_so(without_bf16, caplog):
+def test_a_cpu_without_bfloat16_instructions_serves_in_float32_with_a_warning(without_bf16, caplog):
     command = launch(str(without_bf16), ["--max-model-len", "512"])
     assert command.argv[3:] == ("--max-model-len", "512", "--dtype", "float32")
     assert "--dtype float32" in command.shown()
@@ -197,12 +197,12 @@ def test_a_cpu_without_bfloat16_instructions_serves_in_float32_and_says_so(witho
 @pytest.mark.parametrize(
     "flags", [["--dtype", "bfloat16"], ["--dtype=auto"], ["--config", "vllm.yaml"], ["-q", "awq"]]
 )
-def test_the_users_own_dtype_stays(flags, without_bf16, caplog):
+def test_the_users_dtype_is_kept(flags, without_bf16, caplog):
     assert launch(str(without_bf16), flags).argv[3:] == tuple(flags)
     assert not caplog.text
 
 
-def test_float32_is_not_chosen_elsewhere(without_bf16, tmp_path, monkeypatch):
+def test_float32_is_chosen_in_no_other_case(without_bf16, tmp_path, monkeypatch):
     def chosen(model: Path | str = without_bf16) -> bool:
         return "float32" in launch(str(model)).argv
 
@@ -225,13 +225,13 @@ def test_float32_is_not_chosen_elsewhere(without_bf16, tmp_path, monkeypatch):
 # running
 
 
-def test_a_server_lives_as_long_as_the_block(stand_in):
+def test_a_server_runs_until_the_end_of_the_block(stand_in):
     with running("org/m", "--seed", "1", log=stand_in, default_diversity="0.5") as server:
-        said = seen(server)
+        received = argv_and_environment(server)
         port = server.url.removeprefix("http://127.0.0.1:").removesuffix("/v1")
         expected = ["serve", "org/m", "--seed", "1", "--host", "127.0.0.1", "--port", port]
-        assert said["argv"] == expected
-        assert json.loads(said["environment"]["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.5
+        assert received["argv"] == expected
+        assert json.loads(received["environment"]["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.5
         assert server.model == "org/m"
         assert server.pid == os.getpgid(server.pid) != os.getpgid(0)
     assert is_gone(server.pid)
@@ -247,12 +247,12 @@ def test_a_server_lives_as_long_as_the_block(stand_in):
         (["--served-model-name"], "m"),
     ],
 )
-def test_the_served_name_is_the_one_in_the_flags(stand_in, flags, name):
+def test_the_model_name_is_the_served_name_in_the_flags(stand_in, flags, name):
     with running("m", *flags) as server:
         assert server.model == name
 
 
-def test_a_server_that_dies_takes_the_end_of_its_log_with_it(stand_in, monkeypatch):
+def test_the_error_for_a_dead_server_contains_the_end_of_its_log(stand_in, monkeypatch):
     monkeypatch.setenv("STAND_IN", "dies")
     with pytest.raises(RuntimeError, match="exit code 3") as raised, running("m"):
         pass
@@ -260,8 +260,8 @@ def test_a_server_that_dies_takes_the_end_of_its_log_with_it(stand_in, monkeypat
     assert lines[1:] == [f"line {i}" for i in range(70, 100)]
 
 
-def test_another_server_on_its_port_is_not_taken_for_it(stand_in, monkeypatch):
-    """One that took the port first, and answers at once, be it with the same model."""
+def test_another_server_on_the_port_is_not_mistaken_for_it(stand_in, monkeypatch):
+    """One that took the port first and answers every request with 200."""
     with serving(lambda request: reply(request, 200, b"{}")) as url:
         monkeypatch.setattr(serve, "_free_port", lambda: int(url.rpartition(":")[2]))
         with (
@@ -271,7 +271,7 @@ def test_another_server_on_its_port_is_not_taken_for_it(stand_in, monkeypatch):
             pass
 
 
-def test_a_server_that_does_not_answer_in_time_is_ended(stand_in):
+def test_a_server_that_does_not_answer_in_time_is_stopped(stand_in):
     environment = {"STAND_IN": "silent"}
     with (
         pytest.raises(RuntimeError, match=r"within 4 s.*\n.*child"),
@@ -282,16 +282,16 @@ def test_a_server_that_does_not_answer_in_time_is_ended(stand_in):
 
 
 @pytest.mark.parametrize("mode", ["deaf", "deaf child"])
-def test_what_ignores_sigterm_is_killed(stand_in, monkeypatch, mode):
+def test_processes_that_ignore_sigterm_are_killed(stand_in, monkeypatch, mode):
     monkeypatch.setattr(serve, "GRACE_SECONDS", 0.5)
     with running("m", env={"STAND_IN": mode}, log=stand_in) as server:
-        time.sleep(0.2)  # For the child to have become deaf.
+        time.sleep(0.2)  # Until the child ignores SIGTERM.
     assert is_gone(server.pid)
     assert is_gone(child(stand_in))
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, ValueError])
-def test_the_server_ends_with_whatever_ends_the_block(stand_in, fault):
+def test_an_exception_in_the_block_ends_the_server(stand_in, fault):
     with pytest.raises(fault), running("m", log=stand_in) as server:
         raise fault
     assert is_gone(server.pid)
@@ -299,34 +299,34 @@ def test_the_server_ends_with_whatever_ends_the_block(stand_in, fault):
 
 
 @pytest.mark.parametrize("flag", ["--host", "--port=8000", "--uds"])
-def test_flags_do_not_say_where_to_listen(flag):
+def test_flags_that_set_the_address_are_refused(flag):
     with pytest.raises(ValueError, match="free loopback port"), running("m", flag):
         pass
 
 
-def test_what_an_operator_exported_is_not_in_force_unless_it_is_asked_for(stand_in, monkeypatch):
-    """A server that is there to be measured does what its requests say."""
+def test_an_exported_policy_or_default_applies_only_if_it_is_passed(stand_in, monkeypatch):
+    """A server started for measurements follows its requests alone."""
     monkeypatch.setenv("DFTSERVE_POLICY", "policy.yaml")
     monkeypatch.setenv("DFTSERVE_DEFAULT_DIVERSITY", "0.9")
     monkeypatch.setenv("DFTSERVE_STYLES", "styles")
     names = ("DFTSERVE_POLICY", "DFTSERVE_DEFAULT_DIVERSITY", "DFTSERVE_STYLES")
     with running("m") as server:
-        environment = seen(server)["environment"]
+        environment = argv_and_environment(server)["environment"]
     assert [environment.get(name) for name in names] == [None, None, "styles"]
     with running("m", env={"DFTSERVE_POLICY": "other.yaml"}, default_diversity="0.5") as server:
-        environment = seen(server)["environment"]
+        environment = argv_and_environment(server)["environment"]
     assert environment["DFTSERVE_POLICY"] == "other.yaml"
     assert json.loads(environment["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.5
 
 
-@pytest.mark.parametrize(("prefix", "kept"), [(None, True), ("somewhere", False)])
-def test_byte_code_is_written_where_there_is_a_place_for_it(stand_in, monkeypatch, prefix, kept):
+@pytest.mark.parametrize(("prefix", "disabled"), [(None, True), ("somewhere", False)])
+def test_byte_code_is_written_only_to_a_folder_of_its_own(stand_in, monkeypatch, prefix, disabled):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
     added = {"PYTHONPYCACHEPREFIX": str(stand_in.parent / prefix)} if prefix else {}
     with running("m", env=added) as server:
-        environment = seen(server)["environment"]
-    assert ("PYTHONDONTWRITEBYTECODE" in environment) is kept
+        environment = argv_and_environment(server)["environment"]
+    assert ("PYTHONDONTWRITEBYTECODE" in environment) is disabled
     assert environment.items() >= added.items()
 
 

@@ -1,4 +1,4 @@
-"""Shared phrases against sets of strings."""
+"""Shared phrases, compared with sets of strings."""
 
 import random
 
@@ -10,18 +10,18 @@ from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
 from dftserve.evaluate.text.tokenize import tokens
 from tests.texts import human_like
 
-SAID = ["the", "and", "of", "he", ",", ".", "...", "river", "singing", "ringing", "1999", "x", '"']
+WORDS = ["the", "and", "of", "he", ",", ".", "...", "river", "singing", "ringing", "1999", "x", '"']
 
 
 def by_sets(a, b):
-    """½ of 4-grams, ½ of masked 6-grams, over the smaller set."""
+    """½ of the shared 4-grams + ½ of the shared masked 6-grams, relative to the smaller set."""
 
-    def runs(said, size):
-        return {" ".join(said[i : i + size]) for i in range(len(said)) if i + size <= len(said)}
+    def runs(text, size):
+        return {" ".join(text[i : i + size]) for i in range(len(text)) if i + size <= len(text)}
 
-    def masked(said):
+    def masked(text):
         plain = [*FUNCTION_WORDS, ",", ".", "...", '"']
-        return [each if each in plain else "#" + each[max(0, len(each) - 2) :] for each in said]
+        return [each if each in plain else "#" + each[max(0, len(each) - 2) :] for each in text]
 
     def overlap(one, two):
         return len(one & two) / min(len(one), len(two)) if one and two else 0.0
@@ -31,9 +31,9 @@ def by_sets(a, b):
 
 
 def drawn(seed):
-    """Texts that borrow from each other, some of them short or empty."""
+    """Texts that share phrases, some of them short or empty."""
     draw = random.Random(seed)
-    phrases = [draw.choices(SAID, k=draw.randrange(1, 9)) for _ in range(5)]
+    phrases = [draw.choices(WORDS, k=draw.randrange(1, 9)) for _ in range(5)]
     return [
         [token for _ in range(draw.randrange(8)) for token in draw.choice(phrases)]
         for _ in range(draw.randrange(1, 9))
@@ -41,7 +41,7 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_against_sets(seed):
+def test_the_overlap_is_that_of_sets_of_strings(seed):
     texts = drawn(seed)
     o_TT = ngram_overlap(texts)
     assert o_TT.shape == (len(texts), len(texts))
@@ -52,14 +52,14 @@ def test_against_sets(seed):
     assert (o_TT.diagonal()[longer] == 1).all()
 
 
-def test_copies_share_everything_and_strangers_nothing():
-    said = tokens(human_like(1)[0])
-    assert (ngram_overlap([said] * 5) == 1).all()
+def test_copies_share_everything_and_unrelated_texts_nothing():
+    text = tokens(human_like(1)[0])
+    assert (ngram_overlap([text] * 5) == 1).all()
     others = [f"w{i}{i % 26:02d}" for i in range(200)], list("abcdefghi")
     assert ngram_overlap(others)[0, 1] == 0
 
 
-def test_a_pattern_counts_though_its_nouns_change():
+def test_a_repeated_pattern_counts_even_if_its_nouns_change():
     a = tokens("the old singer walked to the burning river and")
     b = tokens("the old ranger talked to the morning clover and")
     assert ngram_overlap([a, b])[0, 1] == pytest.approx(by_sets(a, b))

@@ -1,4 +1,4 @@
-"""Controls by slot: what the device has after requests came and went, and in how many copies."""
+"""Controls by slot: what the device has after requests start and end, and the number of copies."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def row(level=0.5, stops=()):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Sizes of what went to the device."""
+    """Sizes in bytes of the copies to the device."""
     sizes = []
     to_device = PinnedStaging.to_device
 
@@ -27,7 +27,7 @@ def sent(monkeypatch):
     return sizes
 
 
-def test_the_device_has_each_request_s_own_row(sent):
+def test_the_device_has_the_row_of_each_request(sent):
     controls = SlotControls(4, "cpu")
     controls.put(2, row(0.7, {5, 9}))
     controls.put(0, row(0.2, {3}))
@@ -51,7 +51,7 @@ def test_nothing_is_sent_while_nothing_changes(sent):
     assert len(sent) == 2
 
 
-def test_stop_tokens_take_room_only_while_their_request_is_there():
+def test_stop_tokens_take_memory_only_during_their_request():
     controls = SlotControls(4, "cpu")
     controls.put(0, row(0.5, {3}))
     controls.put(1, row(0.5, range(40)))
@@ -60,7 +60,7 @@ def test_stop_tokens_take_room_only_while_their_request_is_there():
     assert controls.on_device().stop_ids_RE.tolist() == [[3], [8], [-1], [-1]]
 
 
-def test_arrays_that_go_together_arrive_as_they_were():
+def test_arrays_sent_together_arrive_unchanged():
     given = [
         np.arange(3, dtype=np.int32),
         np.array([[2**62]]),
@@ -68,8 +68,8 @@ def test_arrays_that_go_together_arrive_as_they_were():
         np.array([1.5, -0.0], dtype=np.float32),
     ]
     arrived = PinnedStaging("cpu").to_device_together(*given)
-    for one, other in zip(given, arrived, strict=True):
-        assert torch.equal(torch.from_numpy(one), other)
-        assert other.dtype == torch.from_numpy(one).dtype
-        assert other.shape == one.shape
-        assert other.data_ptr() % 16 == 0
+    for array, tensor in zip(given, arrived, strict=True):
+        assert torch.equal(torch.from_numpy(array), tensor)
+        assert tensor.dtype == torch.from_numpy(array).dtype
+        assert tensor.shape == array.shape
+        assert tensor.data_ptr() % 16 == 0

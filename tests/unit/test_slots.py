@@ -1,6 +1,6 @@
-"""What is remembered between steps, against a plain replay of the accepted tokens only.
+"""The state kept between steps, compared with a plain replay of the accepted tokens only.
 
-What kernels make of the same steps is tested against these slots: test_steps.py."""
+test_steps.py compares the kernels with these slots."""
 
 import random
 from dataclasses import replace
@@ -40,7 +40,7 @@ def replay(entropies, target, constants=DEFAULT_CONSTANTS):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0.05, 4.0))
-def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
+def test_only_accepted_tokens_change_the_level_and_the_means(seed, rows_per_request, target):
     """Drafts are rejected at random, requests skip steps, prompts come in chunks."""
     source = random.Random(seed)
     slots = Slots(3, rows_per_request, "cpu")
@@ -53,9 +53,9 @@ def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
         rows = []
         for slot in source.sample(range(3), source.randint(1, 3)):
             if waiting[slot]:
-                kept = source.randint(1, len(waiting[slot]))
-                accepted[slot] += waiting[slot][:kept]
-                position[slot] += kept
+                count = source.randint(1, len(waiting[slot]))
+                accepted[slot] += waiting[slot][:count]
+                position[slot] += count
             chunk = not accepted[slot] and not waiting[slot] and source.random() < 0.3
             width = 1 if chunk else source.randint(1, rows_per_request)
             entropies = [source.uniform(0, 5) for _ in range(width)]
@@ -81,7 +81,7 @@ def test_only_accepted_tokens_count_and_steer(seed, rows_per_request, target):
         assert means[2] == pytest.approx(sum(total) / len(total), abs=1e-4)
 
 
-def test_a_resumed_request_keeps_its_figures_and_starts_open_loop():
+def test_a_resumed_request_keeps_its_statistics_and_starts_open_loop():
     slots, controls = Slots(2, 1, "cpu"), controls_of(3.0, 1)
     slots.open(0)
     zero, one_row = torch.tensor([0]), torch.tensor([True])
@@ -94,8 +94,8 @@ def test_a_resumed_request_keeps_its_figures_and_starts_open_loop():
     assert steered.level_R.item() == 0.0
 
 
-def test_requests_that_begin_together_begin_as_if_one_after_another():
-    """The slots were in use; a resumed request keeps what had been accepted of what waited."""
+def test_requests_opened_together_are_as_if_opened_one_after_another():
+    """In used slots. A resumed request keeps the statistics of its accepted waiting tokens."""
     slots, controls = Slots(4, 2, "cpu"), controls_of(3.0, 4)
     slot_R, zeros_R = torch.arange(4), torch.zeros(4, dtype=torch.int64)
     for position in range(DEFAULT_CONSTANTS.budget_open_loop + 2):
@@ -109,13 +109,13 @@ def test_requests_that_begin_together_begin_as_if_one_after_another():
     slots.open(3, drafts, produced=int(preempted.tokens) + 1)
     slots.open(2, produced=9)
     slots.open(2, produced=5)
-    accounts = [slots.read(slot) for slot in range(4)]
-    assert [int(account.tokens) for account in accounts] == [0, 17, 5, 18]
-    assert torch.equal(accounts[3].sums_F, preempted.sums_F + waiting_KF[0])
-    assert torch.equal(accounts[1].sums_F, preempted.sums_F)
-    assert not any(accounts[slot].sums_F.any() for slot in (0, 2))
-    assert [bool(account.waiting_KF.any()) for account in accounts] == [False, True, False, False]
-    # Open-loop at first; then steered by what came since, which is at the target, and no more.
+    states = [slots.read(slot) for slot in range(4)]
+    assert [int(state.tokens) for state in states] == [0, 17, 5, 18]
+    assert torch.equal(states[3].sums_F, preempted.sums_F + waiting_KF[0])
+    assert torch.equal(states[1].sums_F, preempted.sums_F)
+    assert not any(states[slot].sums_F.any() for slot in (0, 2))
+    assert [bool(state.waiting_KF.any()) for state in states] == [False, True, False, False]
+    # Open-loop at first; then steered only by the tokens since, which are at the target.
     levels_R = slots.commit_accepted(controls, slot_R, zeros_R + 30, zeros_R).level_R
     assert [bool(level) for level in levels_R] == [False, True, False, False]
     for position in range(30, 32 + DEFAULT_CONSTANTS.budget_open_loop):
@@ -126,7 +126,7 @@ def test_requests_that_begin_together_begin_as_if_one_after_another():
     assert [bool(level) for level in steered.level_R] == [False, True, False, False]
 
 
-READS = {
+READERS = {
     "commit_accepted": lambda slots, *at: slots.commit_accepted(controls_of(1.0, 1), *at).level_R,
     "stage_step": lambda slots, *at: slots.stage_step(*at, at[0] == 0, statistics_of([1.0])),
     "read": lambda slots, *at: slots.read(0),
@@ -134,16 +134,16 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("name", list(READS))
-def test_whatever_comes_next_sees_the_requests_that_were_opened(name):
+@pytest.mark.parametrize("name", list(READERS))
+def test_every_method_applies_pending_opens_first(name):
     slots = Slots(1, 1, "cpu")
     slots.open(0, produced=7)
-    READS[name](slots, *torch.zeros(3, 1, dtype=torch.int64))
+    READERS[name](slots, *torch.zeros(3, 1, dtype=torch.int64))
     assert slots._tokens_S.tolist() == [7]
 
 
 @pytest.mark.parametrize("slot", [-1, 2])
-def test_a_request_in_a_slot_that_is_not_there_is_refused(slot):
+def test_a_slot_that_does_not_exist_is_refused(slot):
     slots = Slots(2, 1, "cpu")
     with pytest.raises(IndexError, match=f"got {slot}; accepted: 0 to 1"):
         slots.open(slot)
@@ -165,7 +165,7 @@ def test_an_invalid_row_has_no_statistics():
 
 
 def test_an_invalid_row_of_a_prompt_is_not_counted():
-    """It is no token: the engine throws it away."""
+    """It yields no token: the engine discards it."""
     slots = Slots(1, 1, "cpu")
     slots.open(0)
     zero, nan = torch.tensor([0]), torch.tensor([float("nan")])
@@ -174,10 +174,10 @@ def test_an_invalid_row_of_a_prompt_is_not_counted():
     assert slots.invalid == 0
 
 
-def test_rows_of_no_budget_keep_their_level():
+def test_rows_without_a_budget_keep_their_level():
     rows = [
         control_row(parse(d), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
-        for d in ASKED
+        for d in FIXED_AND_BUDGET
     ]
     controls, slots = Controls.stack(rows), Slots(2, 1, "cpu")
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
@@ -189,4 +189,4 @@ def test_rows_of_no_budget_keep_their_level():
     assert steered.level_R[1] < 0
 
 
-ASKED = ({"level": 0.25}, {"law": "budget", "target_entropy": 1.0})
+FIXED_AND_BUDGET = ({"level": 0.25}, {"law": "budget", "target_entropy": 1.0})

@@ -1,5 +1,4 @@
-"""bench/soak.py: what its judges accept and what they do not; a phase that fails; some phases run
-again; the table."""
+"""bench/soak.py: what its checks accept; failing phases; runs of some phases only; the table."""
 
 import json
 import random
@@ -19,7 +18,7 @@ from soak_promises import JUDGES, broken_promises
 from tests.fuzz_bodies import MAX_ANSWER_BYTES, Asked, complaint
 from tests.local_server import serving
 
-KEPT = {
+PASSING = {
     "fuzz": {
         "bodies": 20,
         "refused": 9,
@@ -50,7 +49,7 @@ KEPT = {
         },
     },
 }
-BROKEN = [
+FAILING = [
     ("fuzz", {"complaints": {"a wrong field is not refused": 1}}),
     ("fuzz", {"in_log": {"a client's text": 1, "the key": 0}}),
     ("fuzz", {"in_log": {"a client's text": 0, "the key": 1}}),
@@ -69,22 +68,22 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_a_kept_promise_is_not_broken(name):
-    assert broken_promises(name, {"result": KEPT[name], "died": []}) == []
+def test_passing_figures_break_no_promise(name):
+    assert broken_promises(name, {"result": PASSING[name], "died": []}) == []
 
 
-@pytest.mark.parametrize(("name", "found"), BROKEN)
-def test_a_broken_promise_is_told_once(name, found):
-    assert len(broken_promises(name, {"result": KEPT[name] | found, "died": []})) == 1
+@pytest.mark.parametrize(("name", "changed"), FAILING)
+def test_a_broken_promise_is_reported_once(name, changed):
+    assert len(broken_promises(name, {"result": PASSING[name] | changed, "died": []})) == 1
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_a_death_or_a_phase_without_end_breaks_it(name):
-    assert broken_promises(name, {"result": KEPT[name], "died": ["ours"]})
+def test_a_dead_server_or_a_failed_phase_breaks_a_promise(name):
+    assert broken_promises(name, {"result": PASSING[name], "died": ["ours"]})
     assert broken_promises(name, {"failed": "ReadError: ", "died": []})
 
 
-def test_a_phase_that_fails_is_told(monkeypatch):
+def test_a_failing_phase_is_reported(monkeypatch):
     def failing(*_):
         raise RuntimeError("no room")
 
@@ -104,15 +103,15 @@ def test_a_phase_that_fails_is_told(monkeypatch):
         ('{"name": "Al", "kind": "owl", "old": tr', False),
     ],
 )
-def test_an_answer_is_valid_by_its_schema(text, expected):
+def test_an_answer_is_valid_if_it_matches_the_schema(text, expected):
     answer = httpx.Response(200, json={"choices": [{"message": {"content": text}}]})
     assert soak.is_valid(answer) is expected
 
 
-def test_the_table_has_a_line_for_each_phase_and_says_what_is_broken():
+def test_the_table_has_a_line_for_each_phase_and_names_what_is_broken():
     phases = {
-        name: {"result": found, "broken": [], "died": [], "seconds": 120.0}
-        for name, found in KEPT.items()
+        name: {"result": result, "broken": [], "died": [], "seconds": 120.0}
+        for name, result in PASSING.items()
     }
     phases["schema"] = {"failed": "ReadError", "broken": ["did not end"], "died": [], "seconds": 60}
     document = {
@@ -124,28 +123,28 @@ def test_the_table_has_a_line_for_each_phase_and_says_what_is_broken():
     table = soak_table.table(document)
     assert "it took 9 minutes" in table
     lines = {line.split("|")[1].strip(): line for line in table.splitlines()[2:7]}
-    assert set(lines) == set(KEPT)
+    assert set(lines) == set(PASSING)
     assert "no: did not end" in lines["schema"]
     assert all("| yes |" in line for name, line in lines.items() if name != "schema")
 
 
-def table_of(name, found):
-    phase = {"result": found, "broken": [], "died": [], "seconds": 60.0}
-    about = {"scale": 1, "machine": {"cores": 2}, "versions": {"vllm": "0.32"}}
-    return soak_table.table({"phases": {name: phase}, **about})
+def table_of(name, result):
+    phase = {"result": result, "broken": [], "died": [], "seconds": 60.0}
+    header = {"scale": 1, "machine": {"cores": 2}, "versions": {"vllm": "0.32"}}
+    return soak_table.table({"phases": {name: phase}, **header})
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "parts"),
     [
         ("served", ["(+1.00%)", "stock's 900 MiB", "(+6.00%)", "Worker 3 +10.0 and +54.0"]),
         ("overload", ["/health 990 ms", "stock's: 60 × 200; /health 1500 ms"]),
     ],
 )
-def test_the_table_tells_stocks_figures_beside_ours(name, told):
-    without = {key: value for key, value in KEPT[name].items() if key != "stock"}
-    assert all(part in table_of(name, KEPT[name]) for part in told)
-    assert "stock's" not in table_of(name, without).split("| asked")[1]
+def test_the_table_compares_our_figures_with_stocks(name, parts):
+    without_stock = {key: value for key, value in PASSING[name].items() if key != "stock"}
+    assert all(part in table_of(name, PASSING[name]) for part in parts)
+    assert "stock's" not in table_of(name, without_stock).split("| asked")[1]
 
 
 def fake_servers():
@@ -153,65 +152,65 @@ def fake_servers():
     return SimpleNamespace(get=engines.__getitem__)
 
 
-def test_both_servers_get_the_same_requests_and_their_growth_is_told_by_process(monkeypatch):
-    asked = {name: [] for name in soak.SERVERS}
+def test_both_servers_get_the_same_requests_and_their_growth_is_reported_by_process(monkeypatch):
+    received = {name: [] for name in soak.SERVERS}
 
     async def serve(engine, requests, source):
         part = [soak.short_request(source) for _ in requests]
-        asked[engine.name] += part
+        received[engine.name] += part
         return Counter({"200": len(part)})
 
     memory = {0: iter(range(100, 200)), 1: iter(range(100, 300, 3))}  # MiB, by process id.
     monkeypatch.setattr(soak, "_served", serve)
     monkeypatch.setattr(soak, "own_mib", lambda pid: {"Worker": float(next(memory[pid]))})
-    found = soak.served(30, random.Random(0), fake_servers())  # type: ignore[arg-type]
-    assert len(asked["ours"]) == 30
-    assert asked["ours"] == asked["stock"]
-    assert found["outcomes"] == found["stock"]["outcomes"] == {"200": 30}
-    assert found["by_process_mib"] == {"Worker": [*range(100, 110)]}
-    assert found["growth"] == pytest.approx(0.09)
-    assert found["stock"]["growth"] == pytest.approx(0.27)
-    assert found["grown_mib"] == {"ours": {"Worker": 9.0}, "stock": {"Worker": 27.0}}
+    result = soak.served(30, random.Random(0), fake_servers())  # type: ignore[arg-type]
+    assert len(received["ours"]) == 30
+    assert received["ours"] == received["stock"]
+    assert result["outcomes"] == result["stock"]["outcomes"] == {"200": 30}
+    assert result["by_process_mib"] == {"Worker": [*range(100, 110)]}
+    assert result["growth"] == pytest.approx(0.09)
+    assert result["stock"]["growth"] == pytest.approx(0.27)
+    assert result["grown_mib"] == {"ours": {"Worker": 9.0}, "stock": {"Worker": 27.0}}
 
 
-def test_both_servers_meet_the_same_overload(monkeypatch):
+def test_both_servers_get_the_same_overload(monkeypatch):
     async def overloaded(engine, seconds, source):
         return Counter({f"{engine.name} {seconds} {source.random()}": 1})
 
     monkeypatch.setattr(soak, "_overloaded", overloaded)
     monkeypatch.setattr(soak, "_health_watched", lambda engine: nullcontext([0.5]))
-    found = soak.overload(7, random.Random(0), fake_servers())  # type: ignore[arg-type]
-    (ours,), (stock,) = found["outcomes"], found["stock"]["outcomes"]
+    result = soak.overload(7, random.Random(0), fake_servers())  # type: ignore[arg-type]
+    (ours,), (stock,) = result["outcomes"], result["stock"]["outcomes"]
     assert ours.removeprefix("ours") == stock.removeprefix("stock")
-    assert found["health"] == found["stock"]["health"]
+    assert result["health"] == result["stock"]["health"]
 
 
 def test_health_is_watched_until_the_work_ends():
-    """Answers and what is none, by a process of its own."""
-    asked: list[str] = []
+    """From a process of its own; failures are recorded too."""
+    paths: list[str] = []
 
     def answer(handler) -> None:
-        asked.append(handler.path)
-        handler.send_response(200 if len(asked) != 2 else 503)
+        paths.append(handler.path)
+        handler.send_response(200 if len(paths) != 2 else 503)
         handler.end_headers()
 
-    with serving(answer) as url, soak._health_watched(SimpleNamespace(url=url)) as found:  # type: ignore[arg-type]
-        while len(asked) < 3:
+    with serving(answer) as url, soak._health_watched(SimpleNamespace(url=url)) as measured:  # type: ignore[arg-type]
+        while len(paths) < 3:
             time.sleep(0.01)
-    assert set(asked) == {"/health"}
-    assert len(found) in (len(asked), len(asked) - 1)
-    assert [seconds is None for seconds in found[:3]] == [False, True, False][: len(found)]
-    assert all(seconds > 0 for seconds in found if seconds is not None)
+    assert set(paths) == {"/health"}
+    assert len(measured) in (len(paths), len(paths) - 1)
+    assert [seconds is None for seconds in measured[:3]] == [False, True, False][: len(measured)]
+    assert all(seconds > 0 for seconds in measured if seconds is not None)
 
 
-def test_short_requests_are_half_with_the_field_and_half_streams():
+def test_half_of_the_short_requests_have_the_field_and_half_are_streams():
     source = random.Random(0)
     bodies = [soak.short_request(source)[1] for _ in range(1000)]
     for share in (
         sum("diversity" in body for body in bodies),
         sum(body["stream"] for body in bodies),
     ):
-        assert 400 < share < 600  # By chance outside: under 1e-9.
+        assert 400 < share < 600  # Outside by chance: p < 1e-9.
     assert any(body.get("diversity", {}).get("group") for body in bodies)
 
 
@@ -249,21 +248,21 @@ NOT_THERE, FAULT = httpx.Response(404), httpx.Response(500)
         (False, FAULT, FAULT, "a wrong field is not refused"),
     ],
 )
-def test_a_wrong_field_is_refused_by_name_unless_stock_refuses_the_rest(
+def test_a_wrong_field_must_be_refused_by_name_unless_stock_refuses_the_rest(
     is_valid, stock, ours, expected
 ):
     assert complaint(Asked("/v1/completions", b"", is_valid), stock, ours) == expected
 
 
 @pytest.fixture
-def soaked(monkeypatch, tmp_path):
-    """Runs the bench with phases that give KEPT, of which no server is asked, and gives what it
-    answered and the document that it left."""
+def run_soak(monkeypatch, tmp_path):
+    """Runs the bench with phases that return PASSING without a server; returns the result of the
+    command and the document that it wrote."""
     monkeypatch.setattr(soak, "tuned_model", Path)
     monkeypatch.setattr(soak, "machine", lambda: {"cores": 2})
     monkeypatch.setattr(soak, "versions", lambda *_: {"vllm": "0.32"})
     for name in soak.PHASES:
-        monkeypatch.setitem(soak.PHASES, name, lambda *_, name=name: KEPT[name])
+        monkeypatch.setitem(soak.PHASES, name, lambda *_, name=name: PASSING[name])
     output = tmp_path / "soak.json"
 
     def run(*options):
@@ -273,21 +272,23 @@ def soaked(monkeypatch, tmp_path):
     return run
 
 
-def test_a_whole_run_has_every_phase_and_its_seconds(soaked):
-    result, document = soaked()
+def test_a_full_run_has_every_phase_and_its_seconds(run_soak):
+    result, document = run_soak()
     assert (result.exit_code, document["kept"]) == (0, True)
     assert list(document["phases"]) == list(soak.SIZES)
     assert all(phase["seconds"] >= 0 for phase in document["phases"].values())
 
 
-def test_some_phases_replace_theirs_and_keep_the_others(soaked, monkeypatch):
-    monkeypatch.setitem(soak.PHASES, "fuzz", lambda *_: KEPT["fuzz"] | {"complaints": {"one": 1}})
-    result, before = soaked()
+def test_a_run_of_some_phases_replaces_these_and_keeps_the_others(run_soak, monkeypatch):
+    monkeypatch.setitem(
+        soak.PHASES, "fuzz", lambda *_: PASSING["fuzz"] | {"complaints": {"one": 1}}
+    )
+    result, before = run_soak()
     assert (result.exit_code, before["kept"]) == (1, False)
     clock = SimpleNamespace(monotonic=iter([100.0, 107.5]).__next__)
     monkeypatch.setattr(soak, "time", clock)
-    monkeypatch.setitem(soak.PHASES, "fuzz", lambda *_: KEPT["fuzz"] | {"refused": 8})
-    result, document = soaked("--only", "fuzz")
+    monkeypatch.setitem(soak.PHASES, "fuzz", lambda *_: PASSING["fuzz"] | {"refused": 8})
+    result, document = run_soak("--only", "fuzz")
     assert (result.exit_code, document["kept"]) == (0, True)
     again = document["phases"].pop("fuzz")
     assert (again["result"]["refused"], again["seconds"]) == (8, 7.5)
@@ -295,23 +296,23 @@ def test_some_phases_replace_theirs_and_keep_the_others(soaked, monkeypatch):
     assert document["phases"] == before["phases"]
 
 
-def test_some_phases_alone_are_no_whole_run(soaked):
-    result, document = soaked("--only", "schema", "--only", "fuzz")
+def test_a_run_of_some_phases_alone_does_not_pass(run_soak):
+    result, document = run_soak("--only", "schema", "--only", "fuzz")
     assert list(document["phases"]) == ["fuzz", "schema"]
     assert (result.exit_code, document["kept"]) == (0, False)
 
 
 @pytest.mark.parametrize("name", ["served", "overload"])
-def test_what_another_phase_broke_stays_broken(soaked, monkeypatch, name):
-    with monkeypatch.context() as broken:
-        broken.setitem(soak.PHASES, name, lambda *_: KEPT[name] | dict(BROKEN)[name])
-        soaked()
-    result, document = soaked("--only", "fuzz")
+def test_a_failure_of_another_phase_remains(run_soak, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        patch.setitem(soak.PHASES, name, lambda *_: PASSING[name] | dict(FAILING)[name])
+        run_soak()
+    result, document = run_soak("--only", "fuzz")
     assert (result.exit_code, document["kept"]) == (1, False)
 
 
 @pytest.mark.parametrize(
-    ("options", "changed", "said"),
+    ("options", "changed", "message"),
     [
         (["--scale", "0.5"], {}, "scale: the output has 1.0, this run 0.5"),
         (["--seed", "1"], {}, "seed: the output has 0, this run 1"),
@@ -319,16 +320,18 @@ def test_what_another_phase_broke_stays_broken(soaked, monkeypatch, name):
         ([], {"versions": {"vllm": "0.33"}}, "versions: the output has {'vllm': '0.32'}"),
     ],
 )
-def test_phases_of_another_kind_of_run_are_not_merged(soaked, monkeypatch, options, changed, said):
-    _, before = soaked()
+def test_phases_of_a_run_with_other_settings_are_not_merged(
+    run_soak, monkeypatch, options, changed, message
+):
+    _, before = run_soak()
     for name, value in changed.items():
         monkeypatch.setattr(soak, name, lambda *_, value=value: value)
-    result, document = soaked("--only", "fuzz", *options)
+    result, document = run_soak("--only", "fuzz", *options)
     assert (result.exit_code, document) == (1, before)
-    assert said in result.output
+    assert message in result.output
 
 
-def test_a_phase_that_is_not_there_is_refused(soaked):
-    result, document = soaked("--only", "fuz")
+def test_an_unknown_phase_is_refused(run_soak):
+    result, document = run_soak("--only", "fuz")
     assert (result.exit_code, document) == (2, None)
     assert "'fuz' is not one of 'fuzz'" in result.output

@@ -1,4 +1,4 @@
-"""Principles: the law of the sequence mixture, and how a principle enters."""
+"""Principles: their mixture over sequences, and where a principle is inserted in the prompt."""
 
 import itertools
 import math
@@ -21,11 +21,11 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-DEFAULTS = (
+DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|system|>w39<|end|>{% endif %}"
     + TEMPLATE.removeprefix("{{ bos_token }}")
 )
-REFUSES = (
+REFUSES_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     + TEMPLATE
 )
@@ -73,8 +73,8 @@ def token_logprobs(rows_TV, doc):
     ]
 
 
-def under_one(teacher, before, doc):
-    """ln p of the document's tokens after `before`, by the model's own forward."""
+def logprobs_after(teacher, before, doc):
+    """ln p of the document's tokens and of all tokens after `before`, by the model's forward."""
     tokens = torch.tensor([[*before, *doc.tokens_N.tolist()]])
     with torch.no_grad():
         logprobs_NV = teacher.model(tokens).logits[0].double().log_softmax(1)
@@ -89,29 +89,29 @@ def test_at_power_one_the_product_is_the_sequence_mixture(teacher, seed):
     rows_TV = source.read([doc])[0](0, len(doc.positions_T))
     parts = [
         math.log(WEIGHTS[name] / 8)
-        + float(under_one(teacher, tokenizer(text)["input_ids"], doc)[0].sum())
+        + float(logprobs_after(teacher, tokenizer(text)["input_ids"], doc)[0].sum())
         for name, text in TEXTS.items()
     ]
-    wanted = float(torch.tensor(parts, dtype=torch.float64).logsumexp(0))
-    assert abs(float(token_logprobs(rows_TV, doc).sum()) - wanted) < 1e-5 * abs(wanted)
+    expected = float(torch.tensor(parts, dtype=torch.float64).logsumexp(0))
+    assert abs(float(token_logprobs(rows_TV, doc).sum()) - expected) < 1e-5 * abs(expected)
     assert float(rows_TV.logsumexp(1).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("power", [1.0, 0.3])
-def test_rows_are_the_formula_in_fp64(teacher, power):
+def test_rows_equal_the_formula_in_fp64(teacher, power):
     tokenizer, doc = tokenizer_of(), document(20)
     befores = [tokenizer(text)["input_ids"] for text in TEXTS.values()]
-    tokens, rows = zip(*[under_one(teacher, before, doc) for before in befores], strict=True)
+    tokens, rows = zip(*[logprobs_after(teacher, before, doc) for before in befores], strict=True)
     evidence_KT = torch.stack(tokens).cumsum(1) - torch.stack(tokens)
     prior_K1 = torch.tensor([[0.125], [0.25], [0.625]], dtype=torch.float64).log()
     weight_KT = (prior_K1 + power * evidence_KT).softmax(0)
-    wanted_TV = (weight_KT[:, :, None] * torch.stack(rows).exp()).sum(0)
+    expected_TV = (weight_KT[:, :, None] * torch.stack(rows).exp()).sum(0)
     source = Principles(teacher, tokenizer, TEXTS, weights=WEIGHTS, posterior_power=power)
     found_TV = source.read([doc])[0](0, len(doc.positions_T)).exp().double()
-    torch.testing.assert_close(found_TV, wanted_TV, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found_TV, expected_TV, atol=1e-6, rtol=1e-4)
 
 
-def test_chunks_in_any_order_are_the_whole(teacher):
+def test_chunks_in_any_order_equal_the_whole(teacher):
     source, doc = Principles(teacher, tokenizer_of(), TEXTS), document(20)
     whole_TV = source.read([doc])[0](0, 19)
     for order in itertools.permutations([(0, 6), (6, 13), (13, 19)]):
@@ -122,13 +122,13 @@ def test_chunks_in_any_order_are_the_whole(teacher):
             )
 
 
-def test_a_batch_changes_nothing(teacher):
+def test_rows_do_not_depend_on_the_batch(teacher):
     source = Principles(teacher, tokenizer_of(), TEXTS)
     docs = [document(length, seed) for seed, length in enumerate([25, 6, 14])]
     for doc, rows in zip(docs, source.read(docs), strict=True):
-        many = len(doc.positions_T)
+        count = len(doc.positions_T)
         torch.testing.assert_close(
-            rows(0, many), source.read([doc])[0](0, many), atol=2e-5, rtol=1e-5
+            rows(0, count), source.read([doc])[0](0, count), atol=2e-5, rtol=1e-5
         )
 
 
@@ -139,13 +139,13 @@ MESSAGES = [{"role": "user", "content": " w7 w8 "}, {"role": "assistant", "conte
     ("template", "chat", "prefix"),
     [
         (TEMPLATE, True, "<s><|system|>w6<|end|>"),
-        (DEFAULTS, True, "<|system|>w6<|end|>"),
-        (REFUSES, True, "<s> w6 "),
-        (DEFAULTS, False, "w6 "),
+        (DEFAULT_SYSTEM, True, "<|system|>w6<|end|>"),
+        (REFUSES_SYSTEM, True, "<s> w6 "),
+        (DEFAULT_SYSTEM, False, "w6 "),
         (None, False, "w6 "),
     ],
 )
-def test_how_a_principle_enters(teacher, template, chat, prefix):
+def test_a_principle_is_the_system_message_or_a_prefix(teacher, template, chat, prefix):
     tokenizer = tokenizer_of(template)
     if chat:
         doc = conversation.encode(tokenizer, MESSAGES).document
@@ -153,7 +153,7 @@ def test_how_a_principle_enters(teacher, template, chat, prefix):
     else:
         doc = encode_text(tokenizer, "w7 w8 w9 w10")
         rest = "w7 w8 w9 w10</s>"
-    wanted = Document(
+    expected = Document(
         np.array(tokenizer(prefix + rest)["input_ids"], np.int32),
         np.concatenate(
             [
@@ -162,17 +162,17 @@ def test_how_a_principle_enters(teacher, template, chat, prefix):
             ]
         ),
     )
-    assert wanted.labels_T.tolist() == doc.labels_T.tolist()
+    assert expected.labels_T.tolist() == doc.labels_T.tolist()
     found = Principles(teacher, tokenizer, {"dry": "w6"}).read([doc])[0]
-    many = len(doc.positions_T)
+    count = len(doc.positions_T)
     torch.testing.assert_close(
-        found(0, many), teacher.read([wanted])[0](0, many), atol=2e-5, rtol=1e-5
+        found(0, count), teacher.read([expected])[0](0, count), atol=2e-5, rtol=1e-5
     )
 
 
-def test_what_is_not_accepted(teacher):
+def test_invalid_arguments_are_refused(teacher):
     tokenizer = tokenizer_of()
-    for given, said in [
+    for given, message in [
         ({"principles": {}}, "one at least"),
         ({"principles": {"dry": " "}}, "principles.dry"),
         ({"principles": TEXTS, "posterior_power": 0.0}, "posterior_power"),
@@ -181,12 +181,12 @@ def test_what_is_not_accepted(teacher):
         ({"principles": TEXTS, "weights": {**WEIGHTS, "dry": 0.0}}, "weights.dry"),
         ({"principles": TEXTS, "weights": {**WEIGHTS, "plian": 1.0}}, "did you mean 'plain'"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             Principles(teacher, tokenizer, **given)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("principles: [a", "not YAML"),
         ("voices: {a: b}", "no 'principles'"),
@@ -199,14 +199,14 @@ def test_what_is_not_accepted(teacher):
         ("principles: {a: b}\nweight: {a: 1}", "the key 'weight'"),
     ],
 )
-def test_mistakes_in_a_file_are_named(tmp_path, text, said):
+def test_mistakes_in_a_file_of_principles_are_named(tmp_path, text, message):
     path = tmp_path / "voices.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_principles(path)
 
 
-def test_a_file_of_principles(tmp_path):
+def test_principles_are_read_from_a_file(tmp_path):
     path = tmp_path / "voices.yaml"
     path.write_text("principles:\n  dry: Say it once.\n  warm: |\n    Say it kindly.\n")
     assert load_principles(path) == {"dry": "Say it once.", "warm": "Say it kindly.\n"}

@@ -33,29 +33,32 @@ def groups(draw):
 def test_rows_are_the_empirical_conditional_frequencies(answers):
     source = References(answers, vocabulary=V)
     for doc, rows in zip(answers, source.read(answers), strict=True):
-        for row, place in enumerate(doc.positions_T.tolist()):
-            before = doc.tokens_N[:place].tolist()
+        for row, index in enumerate(doc.positions_T.tolist()):
+            before = doc.tokens_N[:index].tolist()
             following = [
-                int(other.tokens_N[place])
+                int(other.tokens_N[index])
                 for other in answers
                 if other.prompt == doc.prompt
-                and len(other.tokens_N) > place
-                and other.tokens_N[:place].tolist() == before
+                and len(other.tokens_N) > index
+                and other.tokens_N[:index].tolist() == before
             ]
-            wanted_V = [following.count(token) / len(following) for token in range(V)]
-            torch.testing.assert_close(rows(row, row + 1)[0].exp(), torch.tensor(wanted_V))
+            expected_V = [following.count(token) / len(following) for token in range(V)]
+            torch.testing.assert_close(rows(row, row + 1)[0].exp(), torch.tensor(expected_V))
 
 
 @settings(max_examples=100, deadline=None)
 @given(groups())
-def test_rows_sum_to_one_and_chunks_are_the_whole(answers):
-    rows, many = References(answers, vocabulary=V).read(answers[:1])[0], len(answers[0].positions_T)
-    assert float(rows(0, many).logsumexp(1).abs().max()) < 1e-6
-    torch.testing.assert_close(torch.cat([rows(i, i + 1) for i in range(many)]), rows(0, many))
+def test_rows_sum_to_one_and_chunks_equal_the_whole(answers):
+    rows, count = (
+        References(answers, vocabulary=V).read(answers[:1])[0],
+        len(answers[0].positions_T),
+    )
+    assert float(rows(0, count).logsumexp(1).abs().max()) < 1e-6
+    torch.testing.assert_close(torch.cat([rows(i, i + 1) for i in range(count)]), rows(0, count))
 
 
-def test_tokens_between_trained_ones_are_followed():
-    """A conversation of two answers: the second is known by the first and by what was asked."""
+def test_frequencies_are_conditional_on_untrained_tokens_too():
+    """In a conversation of two answers, the second depends on the first and on the question."""
     marks = [True, False, True]
     answers = [
         answer([5], [0, 1, 2], marks),
@@ -67,10 +70,10 @@ def test_tokens_between_trained_ones_are_followed():
     torch.testing.assert_close(rows_TV[1, :3], torch.tensor([0.0, 0.0, 1.0]))
 
 
-def test_a_plain_text_is_nobodys_reference():
-    """All begin with one token, the held-out ones too: that is no prompt."""
+def test_a_plain_text_is_no_reference():
+    """All texts, held-out ones included, begin with the same token, which is no prompt."""
     texts = [
-        Document(np.array([3, *said], np.int32), np.arange(3) > 0) for said in ([0, 1], [2, 1])
+        Document(np.array([3, *tokens], np.int32), np.arange(3) > 0) for tokens in ([0, 1], [2, 1])
     ]
     answers = [answer([3], [0, 1]), answer([3], [1, 1])]
     source = References([*texts, *answers], vocabulary=V)
@@ -84,15 +87,15 @@ def test_a_plain_text_is_nobodys_reference():
         References(texts, vocabulary=V)
 
 
-def test_another_groups_answers_are_no_references_though_a_template_asks_alike():
-    """A group is trained on or held out as a whole."""
+def test_answers_of_another_group_are_no_references_even_to_an_equal_prompt():
+    """A group is either trained on or held out as a whole."""
     trained = [answer([5], [0, 1], group="a"), answer([5], [1, 1], group="a")]
     heldout = [answer([5], [2, 1], group="b")]
     first_V = References([*trained, *heldout], vocabulary=V).read(trained)[0](0, 1)[0].exp()
     assert first_V.tolist() == pytest.approx([0.5, 0.5, 0, 0, 0, 0])
 
 
-def test_descriptions_tell_answers_apart():
+def test_descriptions_of_different_answers_differ():
     one = [answer([5], [0, 1]), answer([5], [0, 2])]
     two = [answer([5], [0, 1]), answer([5], [0, 3])]
     assert (
@@ -101,7 +104,7 @@ def test_descriptions_tell_answers_apart():
     assert References(one, vocabulary=V).describe() != References(two, vocabulary=V).describe()
 
 
-def test_what_is_not_accepted():
+def test_invalid_answers_are_refused():
     answers = [answer([5], [0, 1]), answer([5], [0, 2])]
     with pytest.raises(ValueError, match="no two to the same"):
         References([answer([5], [0]), answer([4], [0])], vocabulary=V)

@@ -1,4 +1,4 @@
-"""The teacher against the model's own forward, alone and in a batch."""
+"""The teacher, compared with the model's forward, for single documents and batches."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     ),
-    # Capped far below the logits' size, so that a cap left out would show.
+    # Far below the size of the logits, so that a missing cap is noticed.
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
@@ -63,18 +63,18 @@ def rows_of(source, doc):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_rows_are_the_models_own(kind, temperature):
+def test_rows_equal_those_of_the_model(kind, temperature):
     model, doc = model_of(kind), document(20)
     with torch.no_grad():
         logits_NV = model(torch.from_numpy(doc.tokens_N.astype(np.int64))[None]).logits[0]
-    wanted_TV = (logits_NV.double()[doc.positions_T - 1] / temperature).log_softmax(1)
+    expected_TV = (logits_NV.double()[doc.positions_T - 1] / temperature).log_softmax(1)
     found_TV = rows_of(Teacher(model, vocabulary=V, name="m", temperature=temperature), doc)
     assert found_TV.dtype == torch.float32
-    torch.testing.assert_close(found_TV.double(), wanted_TV, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found_TV.double(), expected_TV, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_batch_changes_nothing(kind):
+def test_rows_do_not_depend_on_the_batch(kind):
     teacher = Teacher(model_of(kind), vocabulary=V, name="m")
     docs = [document(length, seed) for seed, length in enumerate([5, 30, 2, 17])]
     for doc, rows in zip(docs, teacher.read(docs), strict=True):
@@ -83,21 +83,21 @@ def test_a_batch_changes_nothing(kind):
         )
 
 
-def test_chunks_are_the_whole():
+def test_chunks_equal_the_whole():
     teacher, doc = Teacher(model_of("llama"), vocabulary=V, name="m"), document(30)
     rows, count = teacher.read([doc])[0], len(doc.positions_T)
     parts = [rows(start, min(start + 4, count)) for start in range(0, count, 4)]
     torch.testing.assert_close(torch.cat(parts), rows(0, count), atol=1e-5, rtol=1e-5)
 
 
-def test_padded_columns_get_nothing():
+def test_padded_columns_have_no_probability():
     teacher, doc = Teacher(model_of("llama"), vocabulary=90, name="m"), document(20, vocabulary=90)
     logprobs_TV = rows_of(teacher, doc)
     assert logprobs_TV.shape[1] == 90
     assert float(logprobs_TV.logsumexp(1).abs().max()) < 1e-5
 
 
-def test_a_saved_model_is_the_model(tmp_path):
+def test_a_saved_model_gives_the_same_rows(tmp_path):
     model = model_of("llama")
     model.save_pretrained(tmp_path / "base")
     loaded = Teacher.load(tmp_path / "base", vocabulary=V, device="cpu")
@@ -110,7 +110,7 @@ def test_a_saved_model_is_the_model(tmp_path):
     assert again.describe() == loaded.describe()
 
 
-def test_descriptions_tell_weights_apart():
+def test_descriptions_of_different_weights_differ():
     first = Teacher(model_of("llama"), vocabulary=V, name="m").describe()
     same = Teacher(model_of("llama"), vocabulary=V, name="m").describe()
     changed = model_of("llama")
@@ -120,7 +120,7 @@ def test_descriptions_tell_weights_apart():
     assert Teacher(changed, vocabulary=V, name="m").describe() != first
 
 
-def test_what_is_not_accepted(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     teacher = Teacher(model_of("llama"), vocabulary=V, name="m")
     with pytest.raises(ValueError, match="texts of 70, 65 tokens; m accepts up to 64"):
         teacher.read([document(70), document(10), document(65)])
@@ -133,7 +133,7 @@ def test_what_is_not_accepted(tmp_path):
         Teacher.load(tmp_path, vocabulary=V)
 
 
-def test_an_unknown_rescaling_is_refused():
+def test_unknown_rescaling_of_logits_is_refused():
     class Odd(LlamaForCausalLM):
         def forward(self, *args, **kw):
             output = super().forward(*args, **kw)
@@ -146,7 +146,7 @@ def test_an_unknown_rescaling_is_refused():
 
 
 class Moved(TorchFunctionMode):
-    """How many elements each tensor had that was to leave its device."""
+    """Records the number of elements of each tensor that is moved to the CPU or to NumPy."""
 
     def __init__(self):
         self.sizes = []
@@ -157,10 +157,10 @@ class Moved(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_of_a_row_only_what_is_kept_leaves_the_device():
+def test_only_the_kept_targets_leave_the_device():
     teacher, doc = Teacher(model_of("llama"), vocabulary=V, name="m"), document(30)
     with Moved() as moved:
-        found = teacher.targets([doc], k=4, draws=3, seeds=[0])[0]
-    assert len(found) == len(doc.positions_T)
+        targets = teacher.targets([doc], k=4, draws=3, seeds=[0])[0]
+    assert len(targets) == len(doc.positions_T)
     assert moved.sizes
     assert max(moved.sizes) == 4 * len(doc.positions_T)

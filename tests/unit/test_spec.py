@@ -1,4 +1,4 @@
-"""What a request may ask for, and what a checkpoint may promise."""
+"""The field `diversity` of requests, and the promise file of a checkpoint."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def numbers(name):
 
 @st.composite
 def objects(draw):
-    """Objects that are accepted: what the law needs, and any of the rest, or null for it."""
+    """Accepted objects: the required field of the law and any optional ones, which may be null."""
     law = draw(st.sampled_from(sorted(LAWS)))
     optional = [name for name in LAWS[law] if name != REQUIRED[law]]
     chosen = draw(st.sets(st.sampled_from(optional))) if optional else ()
@@ -60,7 +60,7 @@ WHOLE = {
     "group.size": lambda value: {"level": 1, "group": {"id": "g", "index": 0, "size": value}},
     "group.index": lambda value: {"level": 1, "group": {"id": "g", "index": value, "size": 8}},
 }
-"""The fields that take whole numbers alone, and what makes an object of one."""
+"""Functions that make an object from the value of a field that accepts only whole numbers."""
 
 accepted = numbers("level") | objects()
 json_values = st.recursive(
@@ -83,24 +83,24 @@ def refusal(value, parameter="diversity"):
 
 
 @given(accepted)
-def test_the_object_form_is_parsed_to_the_same(value):
+def test_the_object_form_is_parsed_to_an_equal_value(value):
     diversity = parse(value)
     assert parse(diversity.as_dict()) == diversity
     assert parse_json(json.dumps(diversity.as_dict())) == diversity
 
 
 @given(accepted)
-def test_json_text_means_what_the_value_means(value):
+def test_json_text_is_parsed_like_its_value(value):
     assert parse_json(json.dumps(value)) == parse(value)
 
 
 @given(objects())
-def test_what_is_given_is_kept_and_the_rest_is_the_laws_default(value):
+def test_fields_have_the_given_values_or_the_defaults_of_the_law(value):
     diversity = parse(value)
-    takes = LAWS[diversity.law]
+    defaults = LAWS[diversity.law]
     for name in BOUNDS:
         given_value = value.get(name)
-        expected = given_value if given_value is not None else takes.get(name)
+        expected = given_value if given_value is not None else defaults.get(name)
         assert getattr(diversity, name) == expected
         assert isinstance(getattr(diversity, name), float | None)
 
@@ -121,14 +121,14 @@ def test_only_a_level_of_zero_is_off():
 
 
 @given(st.none() | st.text() | st.booleans() | st.lists(st.floats(0, 1)) | st.binary())
-def test_neither_a_number_nor_an_object(value):
+def test_a_value_must_be_a_number_or_an_object(value):
     error = refusal(value)
     assert (error.parameter, error.value) == ("diversity", value)
 
 
 @pytest.mark.parametrize("name", sorted(BOUNDS))
 @given(st.data())
-def test_a_field_refuses_all_but_its_numbers(name, data):
+def test_a_field_refuses_everything_but_numbers_within_its_bounds(name, data):
     bounds = BOUNDS[name]
     outside = st.floats().filter(lambda x: math.isnan(x) or x not in bounds)
     outside |= st.integers(max_value=-1) | st.integers(min_value=math.floor(bounds.high) + 1)
@@ -142,11 +142,11 @@ def test_a_field_refuses_all_but_its_numbers(name, data):
 @pytest.mark.parametrize(
     "level", [math.nan, math.inf, -math.inf, -1e-9, 1 + 1e-9, 10**400, -(10**400)]
 )
-def test_a_level_outside_zero_to_one(level):
+def test_a_level_outside_zero_to_one_is_refused(level):
     assert refusal(level).parameter == "diversity.level"
 
 
-def test_an_integer_too_long_to_print():
+def test_errors_about_huge_integers_are_short():
     long = 10**5000
     for value in (long, [long], {"level": long}, {"law": long}, {"level": 0.5, long: 1}):
         assert len(str(refusal(value))) < 500
@@ -154,7 +154,7 @@ def test_an_integer_too_long_to_print():
 
 @pytest.mark.parametrize("law", sorted(LAWS))
 @pytest.mark.parametrize("absent", [{}, None])
-def test_what_the_law_needs_is_named(law, absent):
+def test_a_missing_required_field_is_named(law, absent):
     content = {"law": law} if absent == {} else {"law": law, REQUIRED[law]: None}
     error = refusal(content)
     assert error.parameter == f"diversity.{REQUIRED[law]}"
@@ -163,16 +163,16 @@ def test_what_the_law_needs_is_named(law, absent):
 
 @pytest.mark.parametrize("law", sorted(LAWS))
 @given(name=st.text(max_size=40).filter(lambda name: name not in KNOWN), value=json_values)
-def test_an_unknown_field_is_refused_whatever_it_holds(law, name, value):
+def test_an_unknown_field_is_refused_whatever_its_value(law, name, value):
     error = refusal({"law": law, REQUIRED[law]: 0.5, name: value})
     assert error.parameter.isprintable()
-    if name.isprintable() and not set(name) & {"'", '"', "\\"}:  # Else it is shown escaped.
+    if name.isprintable() and not set(name) & {"'", '"', "\\"}:  # Otherwise it is shown escaped.
         assert error.parameter == f"diversity.{name}"
     assert all(field in str(error) for field in LAWS[law])
 
 
 @pytest.mark.parametrize("law", sorted(LAWS))
-def test_a_field_of_another_law_is_refused_with_its_owner(law):
+def test_the_refusal_of_a_field_of_another_law_names_that_law(law):
     for name in set(BOUNDS) - set(LAWS[law]):
         error = refusal({"law": law, REQUIRED[law]: 0.5, name: 0.5})
         owners = [other for other in LAWS if name in LAWS[other]]
@@ -180,13 +180,13 @@ def test_a_field_of_another_law_is_refused_with_its_owner(law):
 
 
 @given(json_values.filter(lambda law: law is not None and law not in list(LAWS)))
-def test_an_unknown_law(law):
+def test_an_unknown_law_is_refused(law):
     error = refusal({"law": law, "level": 0.5})
     assert error.parameter == "diversity.law"
     assert all(name in str(error) for name in LAWS)
 
 
-def test_a_slip_of_the_pen_is_guessed():
+def test_the_intended_spelling_is_suggested():
     assert "did you mean 'level'?" in str(refusal({"levle": 0.5}))
     assert "did you mean 'dynatemp'?" in str(refusal({"law": "dynatmp"}))
 
@@ -198,7 +198,7 @@ def test_nothing_but_a_diversity_error_is_raised(value):
 
 
 @given(st.text())
-def test_text_is_json_or_refused(text):
+def test_text_is_parsed_or_refused(text):
     with contextlib.suppress(DiversityError):
         assert isinstance(parse_json(text), Diversity)
 
@@ -206,20 +206,20 @@ def test_text_is_json_or_refused(text):
 @pytest.mark.parametrize(
     "text", ["", "half", "{", "null", "true", '"0.5"', "[0.5]", "NaN", "0.5 0.5"]
 )
-def test_text_that_is_no_diversity(text):
+def test_text_of_another_kind_is_refused(text):
     with pytest.raises(DiversityError):
         parse_json(text)
 
 
 @pytest.mark.parametrize("opening", ["[", '{"level":', '{"law":', '{"a":'])
-def test_deep_json(opening):
+def test_deeply_nested_json_is_refused(opening):
     closing = "]" if opening == "[" else "}"
     for depth in range(2, MAX_JSON_CHARACTERS // (len(opening) + 1)):
         with pytest.raises(DiversityError):
             parse_json(opening * depth + "1" + closing * depth)
 
 
-def test_a_value_nested_beyond_recursion():
+def test_a_value_nested_beyond_the_recursion_limit_is_refused():
     deep = 1
     for _ in range(100_000):
         deep = [deep]
@@ -237,7 +237,7 @@ def test_long_text_is_refused_by_its_length(length):
         parse_json(text)
 
 
-def test_an_error_stays_short_whatever_came():
+def test_errors_about_long_values_are_short():
     for value in ("x" * 10**6, {"x" * 10**6: 1}, {"law": "x" * 10**6}, {"level": [1] * 10**6}):
         assert len(str(refusal(value))) < 500
 
@@ -258,7 +258,7 @@ def test_a_promise_is_read_as_it_was_written(tmp_path_factory, **content):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "not JSON"),
         ("{", "not JSON"),
@@ -274,41 +274,41 @@ def test_a_promise_is_read_as_it_was_written(tmp_path_factory, **content):
         ('{"recipe": "r", "model_entropy": NaN}', "model_entropy"),
     ],
 )
-def test_a_promise_that_is_none(tmp_path, text, said):
+def test_an_invalid_promise_is_refused_with_the_reason(tmp_path, text, message):
     (tmp_path / "dft.json").write_text(text)
     with pytest.raises(ValueError, match=r"dft\.json") as raised:
         Promise.read(tmp_path)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_bytes_that_are_no_text_are_no_promise(tmp_path):
+def test_a_promise_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "dft.json").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"dft\.json"):
         Promise.read(tmp_path)
 
 
-def test_a_folder_without_a_promise(tmp_path):
+def test_a_folder_without_a_promise_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError):
         Promise.read(tmp_path)
 
 
-def at(content, name):
+def nested_value(content, name):
     for key in name.split("."):
         content = content[key]
     return content
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_number_may_come_as_a_float_and_is_an_integer_then(name):
-    found = parse(WHOLE[name](2.0))
-    assert found == parse(WHOLE[name](2))
-    for content in (found.as_dict(), found.without_texts()):
-        assert type(at(content, name)) is int
+def test_a_whole_float_is_accepted_as_an_integer(name):
+    diversity = parse(WHOLE[name](2.0))
+    assert diversity == parse(WHOLE[name](2))
+    for content in (diversity.as_dict(), diversity.without_texts()):
+        assert type(nested_value(content, name)) is int
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("value", [2.5, True, "2", [2], math.nan, math.inf, -1, 1e300, 10**400])
-def test_what_is_no_whole_number_of_the_range_is_refused_by_name(name, value):
+def test_anything_but_a_whole_number_in_range_is_refused_with_the_field(name, value):
     with pytest.raises(DiversityError, match="a whole number from") as error:
         parse(WHOLE[name](value))
     assert error.value.parameter == f"diversity.{name}"

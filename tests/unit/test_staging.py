@@ -1,7 +1,7 @@
 """Copies from pinned memory: a buffer that the device has not read yet is never written to.
 
-The device here is a queue: a copy reads its buffer when the test lets it, as a stream does that
-the host runs ahead of.
+The device here is a queue: a copy reads its buffer when the test runs it, like a stream that is
+behind the host.
 """
 
 import numpy as np
@@ -51,7 +51,7 @@ STEPS = st.lists(
 
 @settings(deadline=None)
 @given(STEPS)
-def test_what_arrives_is_what_was_given_however_late_it_is_read(steps):
+def test_values_arrive_unchanged_however_late_they_are_read(steps):
     queue = Queue()
     staging = PinnedStaging("cpu", queue)
     given_and_sent = []
@@ -76,7 +76,7 @@ def test_there_are_as_many_buffers_as_copies_in_flight(ahead):
     assert queue.buffers == ahead
 
 
-def test_a_device_that_stands_still_gets_a_buffer_for_every_copy():
+def test_a_stalled_device_gets_a_buffer_for_every_copy():
     queue = Queue()
     staging = PinnedStaging("cpu", queue)
     sent = [staging.to_device([step]) for step in range(10)]
@@ -95,14 +95,14 @@ def test_shapes_and_types_are_kept(transport):
         assert (sent.shape, sent.dtype) == (expected.shape, expected.dtype)
 
 
-def test_on_a_cpu_it_is_a_copy_too():
+def test_values_are_copied_on_a_cpu_too():
     values = np.array([1, 2, 3])
     sent = PinnedStaging("cpu").to_device(values)
     values[0] = 9
     assert sent.tolist() == [1, 2, 3]
 
 
-def test_buffers_made_in_inference_mode_serve_outside_of_it():
+def test_buffers_made_in_inference_mode_are_usable_outside_of_it():
     queue = Queue()
     staging = PinnedStaging("cpu", queue)
     with torch.inference_mode():

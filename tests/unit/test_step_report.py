@@ -1,4 +1,4 @@
-"""A step's statistics on their way: all of them arrive, once, and nothing else changes."""
+"""Forwarding of a step's statistics: all arrive exactly once, and nothing else changes."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max
 
 
 def snapshot(nan_rows: int = 0) -> Snapshot:
-    """Every figure of slot s is s, so that a row says which slot it came from."""
+    """Every figure of slot s is s, so that a row identifies its slot."""
     layout = StatisticsLayout(SLOTS, ROWS)
     block = layout.zeros("cpu").numpy()
     invalid, tokens_S, sums_SF, _ = layout.arrays(block)
@@ -53,7 +53,7 @@ some = st.lists(st.integers(0, SLOTS - 1), unique=True)
 
 
 @given(active=some, ends=st.sets(st.integers(0, SLOTS - 1)), always=st.sets(st.integers(0, 7)))
-def test_a_request_that_ends_gets_its_own_statistics_and_no_other_does(active, ends, always):
+def test_only_ending_or_always_reported_requests_get_their_statistics(active, ends, always):
     model_output, outputs = step(active, ends, always, clients=2)
     Forwarder(engine=3).forward(model_output, outputs)
     for client in outputs.values():
@@ -74,8 +74,8 @@ def test_a_request_that_ends_gets_its_own_statistics_and_no_other_does(active, e
     rises=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), some), min_size=1, max_size=12),
     clients=st.integers(1, 3),
 )
-def test_counts_arrive_once_whoever_gets_them(rises, clients):
-    """Over any number of steps, requests and API processes; also where no request is active."""
+def test_each_count_arrives_once_at_any_client(rises, clients):
+    """Over any number of steps, requests and API processes; also if no request is active."""
     forwarder = Forwarder(engine=0)
     total = {"faults": 0, "nan_rows": 0}
     arrived = {"faults": 0, "nan_rows": 0}
@@ -93,29 +93,29 @@ def test_counts_arrive_once_whoever_gets_them(rises, clients):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
-def test_a_step_with_a_fault_vouches_for_none_of_its_rows(faulty):
+def test_a_step_with_a_fault_marks_all_of_its_rows_as_failed(faulty):
     forwarder, faults = Forwarder(engine=0), 0
     for fails in faulty:
         faults += fails
         model_output, outputs = step([0, 3], set(), {0, 3}, faults=faults)
         forwarder.forward(model_output, outputs)
-        said = [step_report.take(one) for one in outputs[0].outputs]
-        assert [("failed" in each) for each in said if each is not None] == [fails] * 2
+        payloads = [step_report.take(one) for one in outputs[0].outputs]
+        assert [("failed" in each) for each in payloads if each is not None] == [fails] * 2
 
 
 @given(connector=CONNECTORS)
-def test_a_connectors_own_values_pass(connector):
+def test_the_values_of_a_kv_connector_are_preserved(connector):
     one = output("a", ends=True, params=connector)
     step_report.put(one, {"tokens": 1})
     assert step_report.take(one) == {"tokens": 1}
     assert one.kv_transfer_params == (connector or None)
 
 
-def test_an_output_without_ours_is_not_touched():
-    mine = {"do_remote_prefill": True}
-    one = output("a", ends=True, params=mine)
+def test_an_output_without_our_statistics_is_unchanged():
+    params = {"do_remote_prefill": True}
+    one = output("a", ends=True, params=params)
     assert step_report.take(one) is None
-    assert one.kv_transfer_params is mine
+    assert one.kv_transfer_params is params
 
 
 def test_a_step_without_a_report_changes_nothing():

@@ -1,7 +1,7 @@
-"""A step of an engine, by every backend as by plain torch: what the slots hold, and the rows.
+"""A step of an engine: every backend computes the same rows and slots as plain torch.
 
 Plain torch itself is tested against a replay of the accepted tokens (test_slots.py). Triton decides
-at its import whether it interprets, so its kernels run in a process of their own, by the last test.
+at its import whether it interprets, so the last test runs its kernels in a process of their own.
 """
 
 import os
@@ -37,7 +37,7 @@ V = 150
 OPEN_LOOP = 3
 SEEDS = [(1, 3)] if INTERPRETED else [(0, 1), (1, 3)]
 CLASSES = TokenClasses((np.arange(V - 5) % 3 * 0b01_00_01 + 0b01_00).astype(np.uint8))
-ASKED = (
+DIVERSITIES = (
     {"law": "budget", "target_entropy": 0.4},
     {"law": "words", "level": 0.8},
     {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.02},
@@ -47,7 +47,7 @@ STOPS = ({3}, {1, 4, 7}, set(), {140})
 
 
 def row_of(slot):
-    diversity = parse(ASKED[slot])
+    diversity = parse(DIVERSITIES[slot])
     return control_row(
         diversity,
         temperature=0.9,
@@ -58,7 +58,7 @@ def row_of(slot):
 
 
 class Engine:
-    """Requests in slots 0 to 3 of five, each of another law."""
+    """Requests in slots 0 to 3 of five, with different laws or targets."""
 
     def __init__(self, seed, rows_per_request):
         self.source = random.Random(seed)
@@ -70,8 +70,7 @@ class Engine:
             self.controls.put(slot, row_of(slot))
 
     def step(self):
-        """Some requests, with some of their drafts; a row of slot 4, which holds none; sometimes a
-        chunk of a prompt."""
+        """Some requests with some of their drafts, and a row of slot 4, which has no request."""
         rows = []
         for slot in self.source.sample(range(5), self.source.randint(1, 5)):
             if slot == 4:
@@ -101,7 +100,7 @@ class Engine:
 
 
 @pytest.mark.parametrize(("seed", "rows_per_request"), SEEDS)
-def test_every_step_is_plain_torch_s(seed, rows_per_request):
+def test_every_step_equals_that_of_plain_torch(seed, rows_per_request):
     engine = Engine(seed, rows_per_request)
     constants = LawConstants(budget_open_loop=OPEN_LOOP)
     backends = [kind(CPU, constants, CLASSES) for kind in (TorchBackend, KIND)]
@@ -133,7 +132,7 @@ def test_every_step_is_plain_torch_s(seed, rows_per_request):
 
 
 def _check_untouched(before_XV, after_XV, step, statistics):
-    """Rows that are nobody's keep their bits; those of a request change."""
+    """Rows without a request keep their bits; valid rows of a request change."""
     rows = step.rows_R if step.rows_R is not None else torch.arange(len(before_XV))
     for x in set(range(len(before_XV))) - set(rows[step.slot_R != 4].tolist()):
         assert torch.equal(before_XV[x].view(torch.int32), after_XV[x].view(torch.int32))
@@ -145,7 +144,7 @@ def _check_untouched(before_XV, after_XV, step, statistics):
 @pytest.mark.skipif(INTERPRETED, reason="a GPU's slots are not looked at")
 @pytest.mark.parametrize("kind", [NumbaBackend])
 @pytest.mark.parametrize(("slot", "offset"), [(-1, 0), (5, 0), (0, 1), (0, -1)])
-def test_a_slot_that_is_not_there_is_refused(kind, slot, offset):
+def test_a_slot_or_offset_that_does_not_exist_is_refused(kind, slot, offset):
     """The kernels check no other index."""
     backend, controls = kind(CPU), SlotControls(5, CPU)
     controls.put(0, row_of(2))

@@ -1,4 +1,4 @@
-"""The target store: what it keeps, that it goes on where it stopped, and that it notices damage."""
+"""The target store: what it contains, continuing a stopped build, and detecting damage."""
 
 import json
 import math
@@ -22,7 +22,7 @@ LARGEST = (1 << 24) - 2
 
 
 class RandomSource(Source):
-    """Targets by the seed of each document alone: anything a source could say."""
+    """Random targets that depend only on the seed of each document."""
 
     def __init__(self, vocabulary: int = 50_000, name: str = "random") -> None:
         self.vocabulary = vocabulary
@@ -52,12 +52,12 @@ class RandomSource(Source):
 
 def documents_of(lengths: Sequence[int], *, highest: int = 40_000, seed: int = 0):
     random = np.random.default_rng(seed)
-    found = []
+    documents = []
     for length in lengths:
         trained_N = random.random(length) < 0.8
         trained_N[0], trained_N[-1] = False, True
-        found.append(Document(random.integers(0, highest, length).astype(np.int32), trained_N))
-    return found
+        documents.append(Document(random.integers(0, highest, length).astype(np.int32), trained_N))
+    return documents
 
 
 def plan_of(source, documents, *, seed=7, k=6, draws=6, tokenizer="t", template=None, corpus=None):
@@ -73,7 +73,7 @@ def plan_of(source, documents, *, seed=7, k=6, draws=6, tokenizer="t", template=
     )
 
 
-def built(folder: Path, documents, source=None, *, world=1, **more) -> TargetStore:
+def build_store(folder: Path, documents, source=None, *, world=1, **more) -> TargetStore:
     source = source or RandomSource()
     plan = plan_of(source, documents, **more)
     store.begin(folder, plan)
@@ -96,7 +96,7 @@ def small_shards(monkeypatch):
 SPLIT = {"train": documents_of([30] * 20), "heldout": documents_of([40] * 4, seed=1)}
 
 
-# What it keeps
+# Contents
 
 
 @settings(max_examples=30, deadline=None)
@@ -107,35 +107,37 @@ SPLIT = {"train": documents_of([30] * 20), "heldout": documents_of([40] * 4, see
     highest=st.sampled_from([3, 70_000, LARGEST]),
     seed=st.integers(0, 2**31),
 )
-def test_round_trip(tmp_path_factory, lengths, k, draws, highest, seed):
+def test_documents_and_targets_are_read_as_they_were_written(
+    tmp_path_factory, lengths, k, draws, highest, seed
+):
     folder = tmp_path_factory.mktemp("store")
     documents = {"train": documents_of(lengths, highest=highest, seed=seed)}
     source = RandomSource(vocabulary=max(highest, 10))
-    opened = built(folder, documents, source, k=k, draws=draws, seed=seed)
+    opened = build_store(folder, documents, source, k=k, draws=draws, seed=seed)
     assert opened.lengths("train") == lengths
     assert (opened.count("train"), opened.count("heldout")) == (len(lengths), 0)
     for number, document in enumerate(documents["train"]):
-        found, targets = opened["train", number]
-        np.testing.assert_array_equal(found.tokens_N, document.tokens_N)
-        np.testing.assert_array_equal(found.trained_N, document.trained_N)
+        read, targets = opened["train", number]
+        np.testing.assert_array_equal(read.tokens_N, document.tokens_N)
+        np.testing.assert_array_equal(read.trained_N, document.trained_N)
         own_seed = store._seed(opened.manifest.plan, "train", number)
-        wanted = source.targets(
+        expected = source.targets(
             [document], k=min(k, source.vocabulary), draws=draws, seeds=[own_seed]
         )
-        assert_equal_in_fp16(targets, wanted[0])
+        assert_equal_in_fp16(targets, expected[0])
 
 
-def assert_equal_in_fp16(found: Targets, wanted: Targets) -> None:
-    np.testing.assert_array_equal(found.top_ids_TK, wanted.top_ids_TK)
-    np.testing.assert_array_equal(found.tail_ids_TM, wanted.tail_ids_TM)
+def assert_equal_in_fp16(stored: Targets, expected: Targets) -> None:
+    np.testing.assert_array_equal(stored.top_ids_TK, expected.top_ids_TK)
+    np.testing.assert_array_equal(stored.tail_ids_TM, expected.tail_ids_TM)
     for name in ("top_logprobs_TK", "tail_logprob_T", "token_logprob_T", "entropy_T"):
         # Half a unit in the last of 11 bits; 2^-25 where fp16 is subnormal.
         np.testing.assert_allclose(
-            getattr(found, name), getattr(wanted, name), rtol=2**-11, atol=2**-25, err_msg=name
+            getattr(stored, name), getattr(expected, name), rtol=2**-11, atol=2**-25, err_msg=name
         )
 
 
-def test_probability_zero_survives(tmp_path):
+def test_probability_zero_is_stored(tmp_path):
     class Certain(RandomSource):
         def _of(self, document, seed, k, draws):
             targets = super()._of(document, seed, k, draws)
@@ -143,47 +145,47 @@ def test_probability_zero_survives(tmp_path):
             targets.tail_logprob_T[:] = -np.inf
             return targets
 
-    _, targets = built(tmp_path / "s", SPLIT, Certain())["train", 0]
+    _, targets = build_store(tmp_path / "s", SPLIT, Certain())["train", 0]
     assert (targets.top_logprobs_TK[:, 1:] == -np.inf).all()
     assert (targets.tail_logprob_T == -np.inf).all()
 
 
-def test_at_most_64_bytes_a_token(tmp_path):
+def test_a_store_has_at_most_64_bytes_per_token(tmp_path):
     documents = {"train": documents_of([1000] * 20)}
-    opened = built(tmp_path / "s", documents)
+    opened = build_store(tmp_path / "s", documents)
     size = sum(path.stat().st_size for path in (tmp_path / "s").iterdir())
     assert size / opened.manifest.tokens("train") <= 64
 
 
-def test_ids_up_to_the_largest(tmp_path):
+def test_ids_up_to_the_largest_are_stored(tmp_path):
     tokens_N = np.array([0, 65_535, 65_536, LARGEST - 1], dtype=np.int32)
     document = Document(tokens_N, np.array([False, True, True, True]))
-    opened = built(tmp_path / "s", {"train": [document]}, RandomSource(LARGEST))
+    opened = build_store(tmp_path / "s", {"train": [document]}, RandomSource(LARGEST))
     np.testing.assert_array_equal(opened["train", 0][0].tokens_N, tokens_N)
 
 
 # Building
 
 
-def test_goes_on_after_a_missing_shard_with_equal_bytes(tmp_path, small_shards):
-    whole = built(tmp_path / "whole", SPLIT).folder
-    wanted = bytes_of(whole)
-    assert len(wanted) > 6
-    for lost in (name for name in wanted if name.endswith(".safetensors")):
+def test_only_a_missing_shard_is_built_again_with_equal_bytes(tmp_path, small_shards):
+    whole = build_store(tmp_path / "whole", SPLIT).folder
+    expected = bytes_of(whole)
+    assert len(expected) > 6
+    for lost in (name for name in expected if name.endswith(".safetensors")):
         folder = tmp_path / lost
         plan = plan_of(RandomSource(), SPLIT)
         store.begin(folder, plan)
-        for name in wanted:
+        for name in expected:
             if name.endswith(".safetensors") and name != lost:
                 shutil.copy(whole / name, folder / name)
         source = RandomSource()
-        built(folder, SPLIT, source)
-        assert bytes_of(folder) == wanted
-        assert source.calls <= 4  # The lost shard's documents alone.
+        build_store(folder, SPLIT, source)
+        assert bytes_of(folder) == expected
+        assert source.calls <= 4  # Only the documents of the lost shard.
 
 
-def test_a_build_that_stops_anywhere_goes_on(tmp_path, small_shards):
-    wanted = bytes_of(built(tmp_path / "whole", SPLIT).folder)
+def test_a_build_continues_after_any_stop(tmp_path, small_shards):
+    expected = bytes_of(build_store(tmp_path / "whole", SPLIT).folder)
     source = RandomSource()
     plan = plan_of(source, SPLIT)
     for batches in range(9):
@@ -195,17 +197,17 @@ def test_a_build_that_stops_anywhere_goes_on(tmp_path, small_shards):
         steps.close()
         with pytest.raises(StoreError, match="unfinished; run its build again"):
             TargetStore(folder)
-        assert bytes_of(built(folder, SPLIT).folder) == wanted
+        assert bytes_of(build_store(folder, SPLIT).folder) == expected
 
 
 @pytest.mark.parametrize("world", [2, 3, 50])
-def test_several_processes_write_what_one_does(tmp_path, small_shards, world):
-    one = built(tmp_path / "one", SPLIT).folder
-    many = built(tmp_path / "many", SPLIT, world=world).folder
+def test_several_processes_write_the_same_bytes_as_one(tmp_path, small_shards, world):
+    one = build_store(tmp_path / "one", SPLIT).folder
+    many = build_store(tmp_path / "many", SPLIT, world=world).folder
     assert bytes_of(one) == bytes_of(many)
 
 
-def test_a_shard_that_no_process_wrote_is_named(tmp_path, small_shards):
+def test_a_shard_that_no_process_has_written_is_named(tmp_path, small_shards):
     source = RandomSource()
     plan = plan_of(source, SPLIT)
     store.begin(tmp_path / "s", plan)
@@ -228,10 +230,10 @@ def test_a_shard_that_no_process_wrote_is_named(tmp_path, small_shards):
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_plan_is_refused_with_the_reason(tmp_path, change, reason, finished):
+def test_another_plan_is_refused_with_the_difference(tmp_path, change, reason, finished):
     source = RandomSource()
     if finished:
-        built(tmp_path / "s", SPLIT, source)
+        build_store(tmp_path / "s", SPLIT, source)
     else:
         store.begin(tmp_path / "s", plan_of(source, SPLIT))
     before = bytes_of(tmp_path / "s")
@@ -244,25 +246,25 @@ def test_another_plan_is_refused_with_the_reason(tmp_path, change, reason, finis
 
 
 def test_other_documents_are_another_plan(tmp_path):
-    built(tmp_path / "s", SPLIT)
+    build_store(tmp_path / "s", SPLIT)
     changed = {"train": SPLIT["train"][1:], "heldout": SPLIT["heldout"]}
     with pytest.raises(StoreError, match="corpus_blake3 is"):
         store.begin(tmp_path / "s", plan_of(RandomSource(), changed))
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_not_changed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="neither empty nor a target store"):
         store.begin(tmp_path, plan_of(RandomSource(), SPLIT))
     assert bytes_of(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_tokens_beyond_the_vocabulary():
+def test_tokens_beyond_the_vocabulary_are_refused():
     with pytest.raises(StoreError, match="do not belong together"):
         plan_of(RandomSource(vocabulary=100), SPLIT)
 
 
-def test_nothing_to_train_on():
+def test_a_store_without_training_documents_is_refused():
     with pytest.raises(StoreError, match="no document to train on"):
         plan_of(RandomSource(), {"train": [], "heldout": SPLIT["heldout"]})
 
@@ -272,45 +274,45 @@ def test_nothing_to_train_on():
 
 def test_verify_names_the_file_of_a_flipped_bit(tmp_path, small_shards):
     """100 flips of one bit each, seeded."""
-    opened = built(tmp_path / "s", SPLIT)
+    opened = build_store(tmp_path / "s", SPLIT)
     opened.verify()
     random = np.random.default_rng(0)
     shards = [opened.folder / shard.file for shard in opened.manifest.shards]
     for _ in range(100):
         path = shards[random.integers(len(shards))]
-        whole = bytearray(path.read_bytes())
-        place, bit = int(random.integers(len(whole))), int(random.integers(8))
-        whole[place] ^= 1 << bit
-        path.write_bytes(whole)
+        content = bytearray(path.read_bytes())
+        index, bit = int(random.integers(len(content))), int(random.integers(8))
+        content[index] ^= 1 << bit
+        path.write_bytes(content)
         with pytest.raises(StoreError, match=f"{path.name} is not the file that the build wrote"):
             opened.verify()
-        whole[place] ^= 1 << bit
-        path.write_bytes(whole)
+        content[index] ^= 1 << bit
+        path.write_bytes(content)
     opened.verify()
 
 
 def test_verify_names_a_missing_file(tmp_path):
-    opened = built(tmp_path / "s", SPLIT)
+    opened = build_store(tmp_path / "s", SPLIT)
     (opened.folder / "heldout-00000.safetensors").unlink()
     with pytest.raises(StoreError, match=r"heldout-00000\.safetensors is missing"):
         opened.verify()
 
 
-def test_no_store(tmp_path):
+def test_a_folder_without_a_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"has no manifest\.json"):
         TargetStore(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": {}}', "[" * 100_000])
-def test_a_damaged_manifest(tmp_path, content):
-    built(tmp_path / "s", SPLIT)
+def test_a_damaged_manifest_is_refused(tmp_path, content):
+    build_store(tmp_path / "s", SPLIT)
     (tmp_path / "s" / "manifest.json").write_text(content)
     with pytest.raises(StoreError, match="build the store anew"):
         TargetStore(tmp_path / "s")
 
 
-def test_another_format(tmp_path):
-    built(tmp_path / "s", SPLIT)
+def test_another_format_is_refused(tmp_path):
+    build_store(tmp_path / "s", SPLIT)
     path = tmp_path / "s" / "manifest.json"
     content = json.loads(path.read_text())
     content["plan"]["format"] = 99
@@ -319,8 +321,8 @@ def test_another_format(tmp_path):
         TargetStore(tmp_path / "s")
 
 
-def test_belongs_to(tmp_path):
-    opened = built(tmp_path / "s", SPLIT, tokenizer="t", template="v")
+def test_a_store_fits_only_its_tokenizer_template_and_vocabulary(tmp_path):
+    opened = build_store(tmp_path / "s", SPLIT, tokenizer="t", template="v")
     opened.belongs_to(tokenizer="t", template="v", vocabulary=50_000)
     opened.belongs_to(tokenizer="t", template="v", vocabulary=60_000)
     with pytest.raises(StoreError, match="another tokenizer"):
@@ -334,27 +336,27 @@ def test_belongs_to(tmp_path):
 
 
 def test_plain_text_fits_any_template(tmp_path):
-    opened = built(tmp_path / "s", SPLIT, template=None)
+    opened = build_store(tmp_path / "s", SPLIT, template=None)
     opened.belongs_to(tokenizer="t", template="v", vocabulary=50_000)
 
 
-def test_it_can_be_sent_to_another_process(tmp_path):
+def test_a_store_can_be_pickled(tmp_path):
     import pickle
 
-    opened = built(tmp_path / "s", SPLIT)
+    opened = build_store(tmp_path / "s", SPLIT)
     tokens_N = opened["train", 3][0].tokens_N
-    again = pickle.loads(pickle.dumps(opened))  # noqa: S301
-    np.testing.assert_array_equal(again["train", 3][0].tokens_N, tokens_N)
+    unpickled = pickle.loads(pickle.dumps(opened))  # noqa: S301
+    np.testing.assert_array_equal(unpickled["train", 3][0].tokens_N, tokens_N)
 
 
 # Unbiasedness
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_expectations_over_the_draws_are_the_dense_ones(seed):
+def test_expectations_over_the_draws_equal_the_dense_ones(seed):
     """E over draws of Σ target·f = Σ q·f, by a z-test on 4,000 independent sparsifications.
 
-    |z| > 5.2 has probability 2e-7; over 20 seeds a false alarm has 4e-6. The seeds are fixed.
+    |z| > 5.2 has probability 2e-7: 4e-6 for a false alarm in any of the 20 fixed seeds.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary, k, draws, repeats = 200, 6, 6, 4000
@@ -372,8 +374,8 @@ def test_expectations_over_the_draws_are_the_dense_ones(seed):
     )
     top_T = (np.exp(targets.top_logprobs_TK.astype(float)) * f_V[targets.top_ids_TK]).sum(1)
     tail_T = np.exp(targets.tail_logprob_T.astype(float)) * f_V[targets.tail_ids_TM].mean(1)
-    found_T = top_T + tail_T
-    z = (found_T.mean() - exact) / (found_T.std(ddof=1) / math.sqrt(repeats))
+    estimate_T = top_T + tail_T
+    z = (estimate_T.mean() - exact) / (estimate_T.std(ddof=1) / math.sqrt(repeats))
     assert abs(z) < 5.2
 
 
@@ -389,7 +391,7 @@ def test_no_draw_is_a_top_token_or_impossible():
         assert max(tail_M) < 20
 
 
-def test_rows_that_are_no_distribution_are_refused():
+def test_rows_that_do_not_sum_to_one_are_refused():
     generator = torch.Generator().manual_seed(0)
     for row in (torch.zeros(1, 5), torch.full((1, 5), torch.nan), torch.full((1, 5), -torch.inf)):
         with pytest.raises(ValueError, match="accepted: rows that sum to 1"):
@@ -397,17 +399,17 @@ def test_rows_that_are_no_distribution_are_refused():
 
 
 @given(st.lists(st.integers(2, 2 * store.TOKENS_AT_ONCE), max_size=30))
-def test_batches_are_bounded_by_tokens_and_hold_each_document_once(lengths):
-    """Padding included; a document that is longer is alone."""
+def test_batches_have_a_bounded_number_of_tokens_and_each_document_once(lengths):
+    """Padding counts. A document beyond the bound has its own batch."""
     documents = [Document(np.zeros(n, np.int32), np.zeros(n, bool)) for n in lengths]
     batches = list(store.batches_of(documents))
-    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        width = max(lengths[place] for place in batch)
+        width = max(lengths[index] for index in batch)
         assert len(batch) * width <= store.TOKENS_AT_ONCE or len(batch) == 1
 
 
-def test_targets_are_of_their_own_documents_whatever_the_batches(tmp_path, monkeypatch):
+def test_targets_do_not_depend_on_the_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "TOKENS_AT_ONCE", 50)
     source, documents = RandomSource(), {"train": documents_of([7, 40, 3, 12, 90, 25, 2, 12])}
     plan = plan_of(source, documents)

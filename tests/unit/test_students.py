@@ -1,4 +1,4 @@
-"""Cross-fitted students: which texts each was tuned on, and which it is asked about."""
+"""Cross-fitted students: the texts that each is tuned on, and those that it scores."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ def document(seed, group=""):
     return Document(tokens_N, np.arange(12) > 0, group)
 
 
-class Sure(DenseSource):
-    """Expects one token everywhere."""
+class Certain(DenseSource):
+    """Predicts one token everywhere."""
 
     vocabulary = 9
 
@@ -41,27 +41,27 @@ class Sure(DenseSource):
         return [lambda start, stop: self._row_1V.expand(stop - start, 9) for _ in documents]
 
 
-def test_what_belongs_together_is_in_one_fold():
+def test_documents_of_a_group_are_in_one_fold():
     assert len({fold_of(document(seed, "a book"), 5) for seed in range(20)}) == 1
     assert {fold_of(document(seed), 5) for seed in range(60)} == set(range(5))
 
 
-def test_each_text_is_read_by_the_student_of_its_fold():
-    source = Students([Sure(token) for token in (0, 1, 2)])  # type: ignore[list-item]
-    read = [document(seed) for seed in range(20)]
-    for each, rows in zip(read, source.read(read), strict=True):
-        wanted_T = torch.full((11,), fold_of(each, 3))
-        torch.testing.assert_close(rows(0, 11).argmax(dim=1), wanted_T)
+def test_each_text_is_scored_by_the_student_of_its_fold():
+    source = Students([Certain(token) for token in (0, 1, 2)])  # type: ignore[list-item]
+    documents = [document(seed) for seed in range(20)]
+    for each, rows in zip(documents, source.read(documents), strict=True):
+        expected_T = torch.full((11,), fold_of(each, 3))
+        torch.testing.assert_close(rows(0, 11).argmax(dim=1), expected_T)
 
 
-def test_the_text_itself_is_certain():
-    one = document(0)
-    targets = TextItself(vocabulary=9).targets([one], k=1, draws=0, seeds=[0])[0]
-    np.testing.assert_array_equal(targets.top_ids_TK[:, 0], one.labels_T)
+def test_the_text_itself_has_probability_one():
+    text = document(0)
+    targets = TextItself(vocabulary=9).targets([text], k=1, draws=0, seeds=[0])[0]
+    np.testing.assert_array_equal(targets.top_ids_TK[:, 0], text.labels_T)
     assert (targets.top_logprobs_TK == 0).all()
     assert (targets.tail_logprob_T == -np.inf).all()
     with pytest.raises(ValueError, match="got k 6, draws 0; accepted: 1 and 0"):
-        TextItself(vocabulary=9).targets([one], k=6, draws=0, seeds=[0])
+        TextItself(vocabulary=9).targets([text], k=6, draws=0, seeds=[0])
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +97,18 @@ def tokens_of(store, split):
 
 def test_a_student_is_tuned_on_all_folds_but_its_own(students):
     stores = [TargetStore(students / f"fold-{fold}" / "targets") for fold in range(FOLDS)]
-    aside = [tokens_of(store, "heldout") for store in stores]
+    heldout = [tokens_of(store, "heldout") for store in stores]
     for fold, store in enumerate(stores):
-        others = set.union(*(each for i, each in enumerate(aside) if i != fold))
+        others = set.union(*(each for i, each in enumerate(heldout) if i != fold))
         assert tokens_of(store, "train") == others
-        assert aside[fold]
-        assert not aside[fold] & others
+        assert heldout[fold]
+        assert not heldout[fold] & others
         run = json.loads((final_of(students, fold) / "run.json").read_text())
         assert run["settings"]["divergence"]["name"] == "sft"
 
 
-def test_the_same_command_trains_no_fold_twice(students, texts, small):
-    """Also where one of them was stopped: it goes on with that one."""
+def test_a_repeated_command_trains_no_fold_again(students, texts, small):
+    """A command with other settings is refused."""
     before = [(final_of(students, fold) / "checksums.json").read_bytes() for fold in range(FOLDS)]
     again = target("students", texts, small, students, *TRAINING)
     assert again.exit_code == 0, again.output
@@ -121,14 +121,14 @@ def test_the_same_command_trains_no_fold_twice(students, texts, small):
     ]
 
 
-def test_students_are_a_component_and_a_baseline(tmp_path, students, texts, small):
-    chosen = ("--set", f"students={students}")
-    result = target("build", texts, small, tmp_path / "out", *chosen)
+def test_students_can_be_a_component_and_a_baseline(tmp_path, students, texts, small):
+    options = ("--set", f"students={students}")
+    result = target("build", texts, small, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    found = TargetStore(tmp_path / "out").manifest.plan.source["calibration"]
-    assert "students" in [each["name"] for each in found["components"]]
-    assert "students" in [each["over"] for each in found["gains"]]
-    other = target("build", texts, small, tmp_path / "other", *chosen, "--seed", "1")
+    calibration = TargetStore(tmp_path / "out").manifest.plan.source["calibration"]
+    assert "students" in [each["name"] for each in calibration["components"]]
+    assert "students" in [each["over"] for each in calibration["gains"]]
+    other = target("build", texts, small, tmp_path / "other", *options, "--seed", "1")
     assert other.exit_code == 2
     assert "was trained on other texts than these" in other.output
     assert not (tmp_path / "other").exists()
@@ -136,34 +136,34 @@ def test_students_are_a_component_and_a_baseline(tmp_path, students, texts, smal
 
 @pytest.fixture(scope="module")
 def other_weights(tmp_path_factory):
-    """The same configuration and tokenizer."""
+    """A model with the same configuration and tokenizer."""
     return save_model(tmp_path_factory.mktemp("other"), seed=1)
 
 
 def test_students_of_two_models_are_not_mixed(tmp_path, students, texts, small, other_weights):
-    """Folds that are missing are not trained from another model; nor is one taken for another's."""
-    begun = tmp_path / "begun"
-    shutil.copytree(students, begun)
-    shutil.rmtree(begun / "fold-1")
-    result = target("students", texts, other_weights, begun, *TRAINING)
+    """Missing folds are not trained from another model, and students fit only their own teacher."""
+    unfinished = tmp_path / "begun"
+    shutil.copytree(students, unfinished)
+    shutil.rmtree(unfinished / "fold-1")
+    result = target("students", texts, other_weights, unfinished, *TRAINING)
     assert result.exit_code == 2, result.output
     assert "holds students of another model; accepted: the model that they were" in result.output
-    assert not (begun / "fold-1").exists()
-    chosen = ("--set", f"students={students}", "--set", f"teacher={other_weights}")
-    built = target("build", texts, small, tmp_path / "out", *chosen)
+    assert not (unfinished / "fold-1").exists()
+    options = ("--set", f"students={students}", "--set", f"teacher={other_weights}")
+    built = target("build", texts, small, tmp_path / "out", *options)
     assert built.exit_code == 2, built.output
     assert f"another model than the teacher {str(other_weights)!r}; accepted" in built.output
     assert not (tmp_path / "out").exists()
 
 
-def test_patience_is_refused_before_any_text_is_read(tmp_path, texts, small, monkeypatch):
+def test_patience_is_refused_before_texts_are_read(tmp_path, texts, small, monkeypatch):
     monkeypatch.setattr(cross_fit, "read_documents", lambda *_: pytest.fail("texts are read"))
     result = target("students", texts, small, tmp_path / "out", "--train", "patience=2")
     assert "--train patience: got 2; accepted: none" in result.output
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--folds", "1"), "folds: got 1; accepted: from 2 to 100"),
         (("--folds", "90"), "folds: fold "),
@@ -172,24 +172,24 @@ def test_patience_is_refused_before_any_text_is_read(tmp_path, texts, small, mon
         (("--train", "steps"), "--train: got 'steps'; accepted: KEY=VALUE"),
     ],
 )
-def test_what_cannot_be_trained(tmp_path, texts, small, more, said):
+def test_students_that_cannot_be_trained_are_refused(tmp_path, texts, small, more, message):
     result = target("students", texts, small, tmp_path / "out", *more)
     assert result.exit_code == 2, result.output
-    assert said in result.output
+    assert message in result.output
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_without_students(tmp_path, students, texts, small):
+def test_folders_without_finished_students_are_refused(tmp_path, students, texts, small):
     empty, unfinished = tmp_path / "empty", tmp_path / "unfinished"
     empty.mkdir()
     unfinished.mkdir()
-    told = (students / "students.json").read_bytes()
-    (unfinished / "students.json").write_bytes(told)
-    for folder, said in (
+    description = (students / "students.json").read_bytes()
+    (unfinished / "students.json").write_bytes(description)
+    for folder, message in (
         (empty, "has no students.json; accepted: the --out of `dftserve target students`"),
         (unfinished, "is unfinished: fold 0 of 2 has no model; run its command again"),
     ):
         out = tmp_path / "out"
         result = target("build", texts, small, out, "--set", f"students={folder}")
         assert result.exit_code == 2, result.output
-        assert said in result.output
+        assert message in result.output

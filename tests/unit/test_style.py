@@ -1,4 +1,4 @@
-"""Features against a count by hand, and the ruler's promises."""
+"""Style features, compared with counts in plain Python; and properties of their scale."""
 
 import math
 import random
@@ -20,9 +20,9 @@ from dftserve.evaluate.text.tokenize import normalise
 from tests.texts import human_like, write
 
 
-def scanned(text):
-    """Words and marks by a walk over the characters, as written."""
-    said, marks, i = [], [], 0
+def words_and_marks(text):
+    """Words as written, and marks, from a scan of the characters."""
+    found_words, marks, i = [], [], 0
     while i < len(text):
         start = i
         while i < len(text) and (
@@ -36,18 +36,18 @@ def scanned(text):
         ):
             i += 1
         if i > start:
-            said.append(text[start:i])
+            found_words.append(text[start:i])
         elif text.startswith("...", i):
             marks.append("...")
             i += 3
         else:
             marks.append(text[i])
             i += 1
-    return said, marks
+    return found_words, marks
 
 
 def sentence_lengths(text):
-    """Words between ends, by a walk over the characters."""
+    """Numbers of words between sentence ends, from a scan of the characters."""
     lengths, start, i = [], 0, 0
     while i < len(text):
         j = i + 1
@@ -66,45 +66,45 @@ def sentence_lengths(text):
             start = i
         i = j
     lengths.append(text[start:])
-    return [len(scanned(each)[0]) for each in lengths if each.strip()]
+    return [len(words_and_marks(each)[0]) for each in lengths if each.strip()]
 
 
-def by_hand(text):
-    said, marks = scanned(text)
-    if not said:
+def expected_features(text):
+    words, marks = words_and_marks(text)
+    if not words:
         return dict.fromkeys(NAMES, 0.0)
-    low = [word.lower() for word in said]
+    low = [word.lower() for word in words]
 
     def share(count):
-        return math.sqrt(100 * count / len(said))
+        return math.sqrt(100 * count / len(words))
 
-    apart = ("n't", "'s", "'m", "'re", "'ve", "'ll", "'d", "'em")
-    once = [word for word in set(low) if low.count(word) == 1]
+    endings = ("n't", "'s", "'m", "'re", "'ve", "'ll", "'d", "'em")
+    hapaxes = [word for word in set(low) if low.count(word) == 1]
     lengths = sentence_lengths(text)
     mean = sum(lengths) / len(lengths)
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths))
-    found = {f"word {word}": share(low.count(word)) for word in FUNCTION_WORDS}
-    found |= {f"mark {mark}": share(marks.count(mark)) for mark in MARKS}
+    values = {f"word {word}": share(low.count(word)) for word in FUNCTION_WORDS}
+    values |= {f"mark {mark}": share(marks.count(mark)) for mark in MARKS}
     for end in ("ly", "ing", "ed", "tion", "ness", "ful", "ous"):
-        found[f"suffix -{end}"] = share(sum(word[-len(end) :] == end for word in low))
+        values[f"suffix -{end}"] = share(sum(word[-len(end) :] == end for word in low))
     for a, b in ((1, 3), (4, 6), (7, 9), (10, 99)):
-        found[f"words of {a} to {b}"] = share(sum(len(word) in range(a, b + 1) for word in low))
-    return found | {
-        "contractions": share(sum(word.endswith(apart) for word in low)),
+        values[f"words of {a} to {b}"] = share(sum(len(word) in range(a, b + 1) for word in low))
+    return values | {
+        "contractions": share(sum(word.endswith(endings) for word in low)),
         "capitals": share(sum("A" <= c <= "Z" for c in text)),
         "digits": share(sum(c.isdecimal() for c in text)),
         "paragraphs": share(text.count("\n\n")),
         "sentence length": math.log(1 + mean),
         "sentence length spread": math.log(1 + spread),
         "distinct words": len(set(low)) / len(low),
-        "words said once": len(once) / len(low),
+        "words said once": len(hapaxes) / len(low),
     }
 
 
 def check(text):
     text = normalise(text)
     (row,) = features([text])
-    expected = by_hand(text)
+    expected = expected_features(text)
     assert sorted(expected) == sorted(NAMES)
     wrong = {
         name: (value, expected[name])
@@ -121,7 +121,7 @@ def test_each_feature_has_one_name():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_features_of_prose_against_a_count_by_hand(seed):
+def test_features_of_prose_equal_plain_counts(seed):
     check(write(f"{seed}", f"{seed}"))
 
 
@@ -130,7 +130,7 @@ PIECES = [*FUNCTION_WORDS[:20], *MARKS, *" .!?'\"()*", "\n\n", " ", "don't", "He
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([*PIECES, "happily", "kindness", "nation-wide"]), max_size=40))
-def test_features_of_anything_against_a_count_by_hand(pieces):
+def test_features_of_any_text_equal_plain_counts(pieces):
     check("".join(pieces))
     check(" ".join(pieces))
 
@@ -139,23 +139,23 @@ def test_a_text_without_words_has_no_style():
     assert not features(["", "...", "— ! —"]).any()
 
 
-def test_the_share_of_function_words():
+def test_function_share_is_the_share_of_function_words():
     assert function_share([]) == function_share([""]) == 0
     assert function_share(["the of and", "house"]) == 0.75
     assert 0.4 < function_share(human_like(20)) < 0.75
 
 
-def test_texts_are_the_same_every_time():
+def test_generated_texts_are_reproducible_and_different():
     assert human_like(3) == human_like(3) != human_like(3, seed=1)
     assert len(set(human_like(50))) == 50
 
 
 def uniform(seed, texts=2000, features=50):
-    """Unit spread, never clipped."""
+    """Values with standard deviation 1 that are never clipped."""
     return np.random.default_rng(seed).uniform(-math.sqrt(3), math.sqrt(3), (texts, features))
 
 
-def test_the_reference_has_mean_zero_and_spread_one():
+def test_the_reference_has_mean_zero_and_standard_deviation_one():
     first_TF, second_TF = 3 + uniform(0), 3 + uniform(1)
     z_NF = Scale.fit(first_TF, second_TF).z(np.concatenate((first_TF, second_TF)))
     assert abs(z_NF.mean(axis=0)).max() < 1e-12
@@ -169,21 +169,21 @@ def test_z_is_clipped():
     assert (scale.z(-extreme_F) == -3).all()
 
 
-def test_halves_that_are_the_same_are_wholly_reliable():
+def test_equal_halves_are_fully_reliable():
     both_TF = uniform(0)
     assert Scale.fit(both_TF, both_TF).reliability_F == pytest.approx(1, abs=0.003)
 
 
 def test_independent_halves_are_not_reliable():
-    """Each is normal around 0 with a spread of .022: above .15 (6.7 of these) by chance for one of
-    50 in fewer than 1 of 1e9 runs."""
+    """Each is normal around 0 with a standard deviation of .022: any of 50 is above .15, which is
+    6.7 of these, in fewer than 1 of 1e9 runs."""
     reliability_F = Scale.fit(uniform(0), uniform(1)).reliability_F
     assert ((reliability_F >= 0) & (reliability_F < 0.15)).all()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_reliability_is_the_share_of_variance_that_halves_have_in_common(share):
-    """Error below .022·√2: .2 is more than 6 of these."""
+def test_reliability_is_the_share_of_variance_common_to_both_halves(share):
+    """The standard error is below .022·√2; .2 is more than 6 of these."""
     author_TF = math.sqrt(share) * uniform(0)
     first_TF, second_TF = (author_TF + math.sqrt(1 - share) * uniform(seed) for seed in (1, 2))
     assert Scale.fit(first_TF, second_TF).reliability_F == pytest.approx(share, abs=0.2)
@@ -195,7 +195,7 @@ def test_opposite_halves_are_not_reliable():
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, math.sqrt(7)])
-def test_what_humans_do_not_vary_in_counts_nowhere(constant):
+def test_features_that_are_constant_in_the_reference_do_not_count(constant):
     first_TF, second_TF = uniform(0), uniform(1)
     first_TF[:, 4] = second_TF[:, 4] = constant
     scale = Scale.fit(first_TF, second_TF)

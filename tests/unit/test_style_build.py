@@ -1,4 +1,4 @@
-"""From texts to a profile: what is in it follows from how the texts were made."""
+"""From texts to a profile, whose content follows from how the texts were generated."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def text(rng, *inserted):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Of a model that says one phrase in every third answer and "blurry" for "pale"."""
+    """For a model that writes one phrase in every third answer, and "blurry" instead of "pale"."""
     folder = tmp_path_factory.mktemp("style")
     rng = random.Random(1)
     model = [
@@ -45,12 +45,12 @@ def job(tmp_path_factory):
     human = [text(rng, "pale", "pale") for _ in range(192)]
     (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in model))
     (folder / "human.jsonl").write_text("".join(f"{json.dumps({'text': t})}\n" for t in human))
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator([*human, *(row["response"] for row in model)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder / "model")
+    core.train_from_iterator([*human, *(row["response"] for row in model)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder / "model")
     return Job(
         corpus=folder / "human.jsonl",
         model=str(folder / "model"),
@@ -61,13 +61,13 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stored(job):
-    said = []
-    made = build(job, said.append)
-    assert said == ["Comparing 96 answers with 192 texts by people…"]
-    return made
+    lines = []
+    built = build(job, lines.append)
+    assert lines == ["Comparing 96 answers with 192 texts by people…"]
+    return built
 
 
-def test_a_profile_has_the_phrase_and_the_words_and_belongs_to_the_model(job, stored):
+def test_a_profile_contains_the_phrase_the_words_and_the_model(job, stored):
     profile = profiles.read(job.out)
     tokenizer = builds.load_tokenizer(job.model)
     assert [phrase.text for phrase in profile.phrases] == ["a testament to"]
@@ -78,14 +78,14 @@ def test_a_profile_has_the_phrase_and_the_words_and_belongs_to_the_model(job, st
     assert profile.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
     assert (profile.name, profile.model) == ("profile", "model")
     assert stored.counts["recall"]["recall"] == 1
-    said = {word: tokenizer(f" {word}")["input_ids"] for word in ("blurry", "pale")}
-    assert profile.unigram_V[said["blurry"]].min() < -0.5
-    assert profile.unigram_V[said["pale"]].max() > 0.5
-    # What belongs to the phrase is the automaton's matter.
+    tokens_of = {word: tokenizer(f" {word}")["input_ids"] for word in ("blurry", "pale")}
+    assert profile.unigram_V[tokens_of["blurry"]].min() < -0.5
+    assert profile.unigram_V[tokens_of["pale"]].max() > 0.5
+    # The automaton accounts for the tokens of the phrase.
     assert profile.unigram_V[tokenizer(" testament")["input_ids"]].min() == 0
 
 
-def test_its_factors_fall_along_the_phrase(job, stored):
+def test_factors_fall_along_the_phrase(job, stored):
     profile = stored.profile
     tokens = builds.load_tokenizer(job.model)(" a testament to")["input_ids"]
     state, factors = 0, []
@@ -96,13 +96,13 @@ def test_its_factors_fall_along_the_phrase(job, stored):
     assert factors[-1] == pytest.approx(-profile.phrases[0].log_ratio, abs=1e-4)
 
 
-def test_the_same_texts_make_the_same_profile(job, stored, tmp_path):
+def test_equal_texts_give_equal_files(job, stored, tmp_path):
     build(replace(job, out=tmp_path / "profile"), lambda line: None)
     for name in (profiles.MANIFEST, profiles.TENSORS):
         assert (tmp_path / "profile" / name).read_bytes() == (job.out / name).read_bytes()
 
 
-def test_a_reader_sees_phrases_with_both_rates(job, stored):
+def test_every_format_of_the_summary_shows_the_phrases(job, stored):
     summary = inspect(profiles.load(job.out))
     assert "a testament to" in as_text(summary)
     assert "It finds 100.0% of" in as_text(summary)
@@ -110,19 +110,19 @@ def test_a_reader_sees_phrases_with_both_rates(job, stored):
     assert '<td class="text">a testament to</td>' in as_html(summary)
 
 
-def test_every_phrase_is_plotted_with_both_rates_and_what_nobody_says_at_the_edge(job, stored):
+def test_every_phrase_is_plotted_with_both_rates_and_rate_0_at_the_edge(job, stored):
     summary = inspect(profiles.load(job.out))
     (plot,) = figures(summary)
-    found = [(p.x.low, p.x.value, p.x.high, p.y.value) for p in plot.series[0].points]
+    points = [(p.x.low, p.x.value, p.x.high, p.y.value) for p in plot.series[0].points]
     rows = summary.rows
-    assert found == [(r.human.low, r.human.value, r.human.high, r.model.value) for r in rows]
+    assert points == [(r.human.low, r.human.value, r.human.high, r.model.value) for r in rows]
     assert plot.x.at(0.0) == 0
     assert plot.x.ticks[0].label == "0"
     assert 'id="phrase-rates-title"' in as_html(summary)
 
 
-def test_an_interval_covers_the_rate_as_often_as_it_says():
-    """Of Poisson counts at the true rate, 95 % or more: over 2,000 draws, six standard errors."""
+def test_an_interval_of_a_rate_has_its_nominal_coverage():
+    """At least 95% for Poisson counts, less six standard errors over 2,000 draws."""
     counts = np.random.default_rng(0).poisson(4, 2000)
     rates = {count: Rate.of(count, 1000) for count in set(counts.tolist())}
     covered = np.mean([rates[n].low <= 4 <= rates[n].high for n in counts.tolist()])
@@ -130,7 +130,7 @@ def test_an_interval_covers_the_rate_as_often_as_it_says():
     assert Rate.of(0, 1000).low == 0
 
 
-def test_both_sides_are_cut_to_the_prompts_that_they_share():
+def test_both_sides_are_restricted_to_their_common_prompts():
     def of(*prompts):
         return [Sample("text", prompt) for prompt in prompts]
 
@@ -143,7 +143,7 @@ def test_both_sides_are_cut_to_the_prompts_that_they_share():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("build human.jsonl --model model --out new", "got neither --answers nor --server"),
         ("build human.jsonl --model model --out new --answers none", "which does not exist"),
@@ -171,21 +171,23 @@ def test_both_sides_are_cut_to_the_prompts_that_they_share():
         ("fit model --profile none --prompts p.txt --out fit", "none has no profile.json"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_a_sentence(job, stored, monkeypatch, arguments, told):
+def test_unusable_arguments_are_refused_with_the_reason(
+    job, stored, monkeypatch, arguments, message
+):
     monkeypatch.chdir(job.out.parent)
     (job.out.parent / "empty").mkdir(exist_ok=True)
     for name in ("empty.jsonl", "empty.txt"):
         (job.out.parent / name).touch()
     (job.out.parent / "few.jsonl").write_text('{"prompt": "p", "response": "some words"}\n')
-    ended = CliRunner().invoke(cli.main, ["style", *arguments.split()])
-    assert ended.exit_code in (1, 2), ended.output
-    assert told in " ".join(ended.output.split())
-    assert "Traceback" not in ended.output
+    result = CliRunner().invoke(cli.main, ["style", *arguments.split()])
+    assert result.exit_code in (1, 2), result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
     assert not (job.out.parent / "new").exists()
 
 
-def test_occurrences_in_the_answers_are_the_ones_counted(job, stored):
-    """The profile's own automaton finds in the answers what its model rate says."""
+def test_the_automaton_finds_the_counted_occurrences(job, stored):
+    """In the answers, it finds as many as the profile's model rate is computed from."""
     tokenizer = builds.load_tokenizer(job.model)
     texts = [sample.text for sample in builds.answers_of(job, print, lambda done, total: None)]
     patterns = builds.spellings.spell(tokenizer, ["a testament to"])
@@ -195,8 +197,8 @@ def test_occurrences_in_the_answers_are_the_ones_counted(job, stored):
     assert found == stored.counts["phrases"][0]["model_count"] == 32
 
 
-def test_answers_of_another_model_than_the_server_has_now_are_refused(job, tmp_path):
-    """The first model of a server is asked, and what a folder holds is of the one that was."""
+def test_stored_answers_of_another_model_than_the_servers_are_refused(job, tmp_path):
+    """A server's first model is used, and a folder keeps the answers of one model only."""
     served = ["a"]
 
     def answer(request):
@@ -211,17 +213,17 @@ def test_answers_of_another_model_than_the_server_has_now_are_refused(job, tmp_p
         reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
     (tmp_path / "prompts.txt").write_text("Ask.")
-    told: list[str] = []
+    lines: list[str] = []
     with serving(answer) as url:
-        asked = replace(
+        server_job = replace(
             job, server=url, answers=tmp_path / "kept", prompts=tmp_path / "prompts.txt", samples=2
         )
-        said = builds.answers_of(asked, told.append, lambda done, total: None)
-        assert [sample.text for sample in said] == ["Said."] * 2
-        assert builds.answers_of(asked, told.append, lambda done, total: None) == said
-        assert sum("is not known" in line for line in told) == 1
+        samples = builds.answers_of(server_job, lines.append, lambda done, total: None)
+        assert [sample.text for sample in samples] == ["Said."] * 2
+        assert builds.answers_of(server_job, lines.append, lambda done, total: None) == samples
+        assert sum("is not known" in line for line in lines) == 1
         served.append("b")
         with pytest.raises(ValueError, match=r"model 'a' \(now 'b'\)"):
-            builds.answers_of(asked, told.append, lambda done, total: None)
-    assert builds.answers_of(asked, told.append, lambda done, total: None) == said
-    assert "Whether it still serves a is not known" in told[-2]
+            builds.answers_of(server_job, lines.append, lambda done, total: None)
+    assert builds.answers_of(server_job, lines.append, lambda done, total: None) == samples
+    assert "Whether it still serves a is not known" in lines[-2]

@@ -1,5 +1,5 @@
-"""Over-used phrases: the tests by scipy and by brute force, and what is chosen of texts made so
-that the answer is known."""
+"""Over-used phrases: the statistics, compared with scipy and brute force, and the phrases chosen
+from generated texts with a known answer."""
 
 import random
 
@@ -18,37 +18,37 @@ _count = st.integers(0, 60)
 
 @settings(max_examples=100, deadline=None)
 @given(_count, _count, st.integers(100, 9000), st.integers(100, 9000))
-def test_g_is_scipys(a, b, a_words, b_words):
+def test_g_equals_that_of_scipy(a, b, a_words, b_words):
     if a + b == 0:
         assert g_statistic([a], a_words, [b], b_words)[0] == 0
         return
     table = [[a, a_words - a], [b, b_words - b]]
-    wanted = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood")
+    expected = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood")
     found = g_statistic([a], a_words, [b], b_words)[0]
-    assert found == pytest.approx(wanted.statistic, rel=1e-9, abs=1e-9)
+    assert found == pytest.approx(expected.statistic, rel=1e-9, abs=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
 @given(_count, _count, st.integers(100, 9000), st.integers(100, 9000))
-def test_p_is_the_exact_conditional_tests(a, b, a_words, b_words):
+def test_p_equals_that_of_the_exact_conditional_test(a, b, a_words, b_words):
     share = a_words / (a_words + b_words)
-    wanted = stats.binomtest(a, a + b, share, alternative="greater").pvalue if a + b else 1.0
-    assert p_value([a], a_words, [b], b_words)[0] == pytest.approx(wanted, rel=1e-9)
+    expected = stats.binomtest(a, a + b, share, alternative="greater").pvalue if a + b else 1.0
+    assert p_value([a], a_words, [b], b_words)[0] == pytest.approx(expected, rel=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 0.5))
-def test_false_discoveries_are_held_as_benjamini_and_hochberg_say(p_values, share):
-    """The largest k with p_(k) ≤ k·q/m, and all that are no larger."""
+def test_discoveries_are_those_of_benjamini_and_hochberg(p_values, share):
+    """All p up to p_(k), for the largest k with p_(k) ≤ k·q/m."""
     m = len(p_values)
     ranked = sorted(p_values)
     passing = [p for k, p in enumerate(ranked, 1) if p <= k * share / m * (1 + 1e-12)]
-    wanted = [bool(passing) and p <= passing[-1] for p in p_values]
+    expected = [bool(passing) and p <= passing[-1] for p in p_values]
     found = counts.discoveries(np.array(p_values), share * (1 + 1e-12))
-    assert found.tolist() == wanted
+    assert found.tolist() == expected
 
 
-def test_a_log_ratio_goes_to_its_own_with_the_counts_and_to_0_without():
+def test_log_ratios_of_small_counts_are_shrunk_towards_0():
     assert shrunk_log_ratio(0, 1000, 0, 1000) == 0
     few, many = shrunk_log_ratio(5, 10_000, 1, 10_000), shrunk_log_ratio(5000, 1e7, 1000, 1e7)
     assert 0 < few < many < np.log(5)
@@ -63,7 +63,7 @@ PROMPTS = [f"Ask number {word}." for word in NUMBERS]
 
 
 def text(rng, *inserted):
-    """Thirty plain words, with phrases somewhere among them."""
+    """Thirty plain words with phrases inserted at random positions."""
     words = rng.choices(PLAIN, k=30)
     for phrase in inserted:
         words.insert(rng.randrange(1, len(words)), phrase)
@@ -71,14 +71,14 @@ def text(rng, *inserted):
 
 
 def sides(inserted, answers=96, human=192, every=3):
-    """Answers to eight prompts; each phrase of `inserted` stands in every third, if its prompt is
-    one of those that are named with it."""
+    """Answers to eight prompts, and human texts. `inserted` maps each phrase to the prompts whose
+    answers have it, every third by default."""
     rng = random.Random(1)
     model = []
     for n in range(answers):
         prompt = PROMPTS[n % 8]
-        said = [p for p, prompts in inserted.items() if n // 8 % every == 0 and n % 8 in prompts]
-        model.append(Sample(text(rng, *said), prompt))
+        phrases = [p for p, prompts in inserted.items() if n // 8 % every == 0 and n % 8 in prompts]
+        model.append(Sample(text(rng, *phrases), prompt))
     return Side(model), Side([Sample(text(rng), f"human {n}") for n in range(human)])
 
 
@@ -86,11 +86,11 @@ ALL = range(8)
 
 
 def found(inserted, known=(), choice=None, **sizes):
-    made = over_used(*sides(inserted, **sizes), choice or Choice(), known)
-    return {tally.text: tally for tally in made}
+    tallies = over_used(*sides(inserted, **sizes), choice or Choice(), known)
+    return {tally.text: tally for tally in tallies}
 
 
-def test_a_habit_is_found_whole_and_nothing_else():
+def test_only_the_whole_over_used_phrase_is_found():
     tallies = found({"a testament to": ALL})
     assert list(tallies) == ["a testament to"]
     tally = tallies["a testament to"]
@@ -98,7 +98,7 @@ def test_a_habit_is_found_whole_and_nothing_else():
     assert tally.log_ratio > 3
 
 
-def test_what_is_no_habit_is_left_out():
+def test_other_repeated_phrases_are_excluded():
     assert found({"velvet shadows": range(2)}) == {}, "under two prompts"
     refrain = ". ".join(["velvet shadows"] * 3)
     assert found({refrain: ALL}) == {}, "a refrain"
@@ -109,12 +109,12 @@ def test_what_is_no_habit_is_left_out():
     assert found({"velvet shadows": ALL}, choice=Choice(least_texts=40)) == {}, "too few"
 
 
-def test_a_shorter_phrase_stands_where_the_longer_does_not_explain_it():
+def test_a_shorter_phrase_is_kept_if_the_longer_one_does_not_explain_it():
     both = found({"tapestry of": ALL, "rich tapestry of": range(1)})
     assert list(both) == ["tapestry of"]
 
 
-def test_a_word_that_is_over_used_everywhere_makes_no_phrases():
+def test_phrases_explained_by_one_over_used_word_are_excluded():
     rng = random.Random(4)
     pairs = ["blurry rivers", "blurry clocks", "blurry lamps", "blurry doors", "blurry bells"]
     model = [Sample(text(rng, pairs[n % 5], pairs[n // 5 % 5]), PROMPTS[n % 8]) for n in range(120)]
@@ -125,7 +125,7 @@ def test_a_word_that_is_over_used_everywhere_makes_no_phrases():
     assert over_used(Side(model), Side(human), Choice()) == []
 
 
-def test_a_known_phrase_needs_less():
+def test_a_known_phrase_needs_less_evidence():
     inserted = {"delve": range(2)}
     assert found(inserted, every=6) == {}
     known = found(inserted, known=["Delve", "never said"], every=6)
@@ -133,12 +133,12 @@ def test_a_known_phrase_needs_less():
     assert known["delve"].known
 
 
-def test_a_phrase_is_written_as_the_model_writes_it():
+def test_a_phrase_has_the_spelling_of_the_model():
     assert "I'm not entirely sure" in found({"I’m not entirely sure": ALL})
     assert "let me be clear" in found({". Let me be clear": ALL})
 
 
-def test_people_who_say_it_as_often_are_no_discovery():
+def test_a_phrase_that_people_use_as_often_is_no_discovery():
     rng = random.Random(2)
     model, _ = sides({"velvet shadows": ALL})
     human = Side(
@@ -147,8 +147,8 @@ def test_people_who_say_it_as_often_are_no_discovery():
     assert over_used(model, human, Choice()) == []
 
 
-def test_null_texts_give_few_discoveries():
-    """Both sides by the same hand: over 8 seeds, fewer than 2 discoveries in all."""
+def test_texts_of_one_distribution_give_few_discoveries():
+    """Fewer than 2 discoveries in total over 8 seeds."""
     hits = 0
     for seed in range(8):
         rng = random.Random(seed)
@@ -169,13 +169,13 @@ def test_a_side_without_words_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"false_discoveries": 1.5}, "false_discoveries: got 1.5; accepted: 0 to 1"),
         ({"least_texts": 0}, "least_texts: got 0"),
         ({"most": 100_001}, "most: got 100001; accepted: 1 to 100,000"),
     ],
 )
-def test_a_choice_out_of_bounds_is_refused(changed, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_out_of_bounds_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
         Choice(**changed)

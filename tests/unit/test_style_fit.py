@@ -1,4 +1,4 @@
-"""Rounds of a style's fit against writers whose rates are known."""
+"""Fitting rounds of a style, with simulated writers whose rates are known."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def small(log_ratio_P=(0.0, 0.0)):
 
 
 class Writer:
-    """Writes each phrase at its native rate times e^−λ·`obeys` of the profile that it is given."""
+    """Writes each phrase at its native rate times e^(−λ·`obeys`), with λ of the given profile."""
 
     def __init__(self, out, *, texts=300, obeys=(1.0, 1.0), kl=0.01):
         self.out, self.texts, self.obeys, self.kl = out, texts, obeys, kl
@@ -59,12 +59,12 @@ class Writer:
         parts = ["so"] * words
         for phrase, native, obeys in zip(given.phrases, NATIVE, self.obeys, strict=True):
             expected = words / 1000 * native * np.exp(-phrase.log_ratio * obeys)
-            for place in rng.integers(0, words, rng.poisson(expected)):
-                parts[place] += f", {phrase.text}."
+            for index in rng.integers(0, words, rng.poisson(expected)):
+                parts[index] += f", {phrase.text}."
         return " ".join(parts)
 
 
-def test_rounds_bring_the_rates_to_peoples(tmp_path):
+def test_rounds_bring_the_rates_to_those_of_people(tmp_path):
     writer = Writer(tmp_path)
     found = rounds(small(), writer, tmp_path, 5)
     first, last = found.rounds[0], found.rounds[-1]
@@ -80,28 +80,28 @@ def test_rounds_bring_the_rates_to_peoples(tmp_path):
     assert found.stored.counts["fit"]["rounds"][0]["number"] == 1
 
 
-def test_a_phrase_that_obeys_by_half_gets_twice_the_log_ratio(tmp_path):
-    """The profile's own λ is the wrong one where the factors are not what they should be; a fit
-    does not ask why."""
+def test_a_phrase_with_half_the_effect_gets_twice_the_log_ratio(tmp_path):
+    """The initial λ is wrong if the factors do not have their nominal effect; a fit corrects it
+    whatever the reason."""
     found = rounds(small(np.log(NATIVE)), Writer(tmp_path, obeys=(0.5, 1.0)), tmp_path, 8)
     assert found.stored.profile.phrases[0].log_ratio == pytest.approx(2 * np.log(10), rel=0.25)
 
 
-def test_a_phrase_that_people_say_more_often_is_left_to_the_model(tmp_path):
-    made = small((1.0, 1.0))
-    phrases = tuple(replace(phrase, human_rate=50.0) for phrase in made.profile.phrases)
-    made = replace(made, profile=replace(made.profile, phrases=phrases))
-    found = rounds(made, Writer(tmp_path), tmp_path, 4)
+def test_a_phrase_that_people_use_more_often_gets_log_ratio_0(tmp_path):
+    initial = small((1.0, 1.0))
+    phrases = tuple(replace(phrase, human_rate=50.0) for phrase in initial.profile.phrases)
+    initial = replace(initial, profile=replace(initial.profile, phrases=phrases))
+    found = rounds(initial, Writer(tmp_path), tmp_path, 4)
     assert [phrase.log_ratio for phrase in found.stored.profile.phrases] == [0, 0]
 
 
-def test_a_round_follows_the_rule_and_its_bounds():
+def test_log_ratios_are_updated_by_the_rule_within_its_bounds():
     found = updated(np.array([1.0, 9.9, 0.1]), np.array([18, 998, 0]), np.array([8, 3, 98]))
-    wanted = [1 + 0.7 * np.log(20 / 10), 10, 0]
-    assert found == pytest.approx(wanted)
+    expected = [1 + 0.7 * np.log(20 / 10), 10, 0]
+    assert found == pytest.approx(expected)
 
 
-def test_held_out_prompts_are_not_fitted(tmp_path):
+def test_held_out_prompts_do_not_influence_the_fit(tmp_path):
     def ask(name, number):
         return [
             StyledAnswer("so " * 200 + PHRASES[0], f"prompt {n}", n % 5 == 4, None)
@@ -120,17 +120,17 @@ def test_held_out_prompts_are_not_fitted(tmp_path):
     assert found[0].rounds[0].mean_kl is None
 
 
-def test_the_effective_share_is_importance_samplings():
+def test_the_effective_share_is_that_of_importance_sampling():
     counts_TP = np.array([[0.0, 1], [2, 0], [1, 1]])
     step_P = np.array([0.5, -0.25])
     weights = [np.exp(-(0.5 * a - 0.25 * b)) for a, b in counts_TP]
-    wanted = sum(weights) ** 2 / (3 * sum(w * w for w in weights))
-    assert effective_share(counts_TP, step_P) == pytest.approx(wanted)
+    expected = sum(weights) ** 2 / (3 * sum(w * w for w in weights))
+    assert effective_share(counts_TP, step_P) == pytest.approx(expected)
     assert effective_share(counts_TP, 0 * step_P) == pytest.approx(1)
 
 
-def test_a_step_beyond_what_the_answers_show_is_not_taken(tmp_path):
-    """One answer in fifty lacks the phrase that all others repeat."""
+def test_a_step_that_leaves_too_few_effective_answers_is_not_taken(tmp_path):
+    """All answers but one in fifty repeat the phrase."""
 
     def ask(name, number):
         text = "so " + f"{PHRASES[0]}. " * 60
@@ -142,17 +142,17 @@ def test_a_step_beyond_what_the_answers_show_is_not_taken(tmp_path):
     assert [phrase.log_ratio for phrase in found.stored.profile.phrases] == [0, 0]
 
 
-def test_a_profile_without_phrases_or_another_fits_folder_is_refused(tmp_path):
-    made = small()
-    rounds(made, Writer(tmp_path), tmp_path, 1)
+def test_a_profile_without_phrases_or_a_folder_of_another_fit_is_refused(tmp_path):
+    initial = small()
+    rounds(initial, Writer(tmp_path), tmp_path, 1)
     with pytest.raises(ValueError, match="small-1 is a profile of another fit"):
         rounds(small((2.0, 2.0)), Writer(tmp_path), tmp_path, 1)
-    bare = stored((), log_ratio_P=())
+    without_phrases = stored((), log_ratio_P=())
     with pytest.raises(ProfileError, match="has no phrases to fit"):
-        rounds(bare, Writer(tmp_path), tmp_path / "bare", 1)
+        rounds(without_phrases, Writer(tmp_path), tmp_path / "bare", 1)
 
 
-def test_a_profile_keeps_its_rounds_and_they_are_read_as_they_were(tmp_path):
+def test_the_rounds_of_a_profile_are_read_as_they_were_written(tmp_path):
     found = rounds(small(), Writer(tmp_path), tmp_path, 2)
     profiles.write(tmp_path / "frozen", found.stored)
     counts = profiles.load(tmp_path / "frozen").counts
@@ -166,7 +166,7 @@ def test_a_profile_keeps_its_rounds_and_they_are_read_as_they_were(tmp_path):
             read({"fit": wrong}, "profile.json")
 
 
-def test_a_rounds_interval_is_around_its_rate_and_narrower_with_more_texts(tmp_path):
+def test_the_interval_of_a_round_contains_its_rate_and_narrows_with_more_texts(tmp_path):
     few, many = (
         rounds(small(), Writer(tmp_path / str(texts), texts=texts), tmp_path / str(texts), 1)
         for texts in (60, 600)
@@ -179,10 +179,10 @@ def test_a_rounds_interval_is_around_its_rate_and_narrower_with_more_texts(tmp_p
     assert high - low < higher - lower
 
 
-def test_every_round_and_phrase_is_plotted_with_its_interval_beside_people(tmp_path):
+def test_every_round_and_phrase_is_plotted_with_its_interval_and_the_human_rate(tmp_path):
     found = rounds(small(), Writer(tmp_path), tmp_path, 3)
-    by, phrases = fit_figures(found.stored.profile, found.fitted, found.rates)
-    fitted, held_out = by.series
+    by_round_plot, phrases = fit_figures(found.stored.profile, found.fitted, found.rates)
+    fitted, held_out = by_round_plot.series
     for series, rate, interval in (
         (fitted, "rate", "interval"),
         (held_out, "held_out_rate", "held_out_interval"),
@@ -192,7 +192,7 @@ def test_every_round_and_phrase_is_plotted_with_its_interval_beside_people(tmp_p
         ]
         spans = [(point.y.low, point.y.high) for point in series.points]
         assert spans == [getattr(one, interval) for one in found.rounds]
-    (line,) = by.references
+    (line,) = by_round_plot.references
     assert (line.axis, line.span.value) == ("y", 2 * HUMAN)
     before, after = phrases.series
     assert [point.y.value for point in before.points] == list(NATIVE)
@@ -202,7 +202,7 @@ def test_every_round_and_phrase_is_plotted_with_its_interval_beside_people(tmp_p
     assert sum(rate.value for rate in found.rates) == pytest.approx(found.rounds[-1].rate)
 
 
-def test_what_is_not_fitted_has_a_plot_where_it_was_measured(tmp_path):
+def test_unfitted_measures_are_plotted_in_the_rounds_that_have_them(tmp_path):
     found = rounds(small(), Writer(tmp_path), tmp_path, 2)
     first, last = found.rounds
     measured = (replace(first, unfitted={"sds": 40.0, "mmd_style": 0.5}), last)
@@ -217,7 +217,7 @@ def test_what_is_not_fitted_has_a_plot_where_it_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"rounds": 0}, "rounds: got 0; accepted: 1 to 20"),
         ({"server": "./nowhere"}, r"model: got './nowhere'; there is no such folder"),
@@ -225,15 +225,15 @@ def test_what_is_not_fitted_has_a_plot_where_it_was_measured(tmp_path):
         ({"serve_flags": ("--dtype", "x")}, "got the flags --dtype x and a URL"),
     ],
 )
-def test_a_job_that_cannot_be_done_is_refused(tmp_path, changed, told):
+def test_an_invalid_job_is_refused(tmp_path, changed, message):
     values = {"server": "http://127.0.0.1:9", "profile": tmp_path, "prompts": tmp_path}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Job(**{**values, "out": tmp_path / "out", **changed})
 
 
 @pytest.mark.parametrize("model", ["folder", "m.gguf", "with_gguf", "org/name"])
 def test_every_kind_of_model_is_served(tmp_path, monkeypatch, model):
-    """Also a GGUF file, which is resolved to its conversion, and a name on the hub."""
+    """A folder, a GGUF file, which is resolved to its conversion, and a name on the hub."""
     served = []
 
     @contextlib.contextmanager
@@ -250,13 +250,13 @@ def test_every_kind_of_model_is_served(tmp_path, monkeypatch, model):
     profiles.write(tmp_path / "small", small())
     (tmp_path / "prompts.txt").write_text("Say 1.\n")
     options = ["--profile", "small", "--prompts", "prompts.txt", "--out", "fit"]
-    found = CliRunner().invoke(main, ["style", "fit", model, *options])
-    assert "that is enough" in found.output, found.output
+    result = CliRunner().invoke(main, ["style", "fit", model, *options])
+    assert "that is enough" in result.output, result.output
     assert served == [converted.get(model, model)]
 
 
 class FakeServer:
-    """Has the styles that it is told of, and says one phrase in each answer."""
+    """Has the given styles, and writes one phrase in each answer."""
 
     def __init__(self, *styles):
         self.styles, self.bodies, self.name = list(styles), [], "fake"
@@ -276,7 +276,7 @@ class FakeServer:
         reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
 
-def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
+def test_a_fit_continues_when_the_server_has_the_next_profile(tmp_path):
     profiles.write(tmp_path / "small", small())
     (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
     server = FakeServer("small-1")
@@ -312,7 +312,7 @@ def test_a_fit_goes_on_as_the_server_gets_each_rounds_profile(tmp_path):
         fit(job, lambda line: None)
 
 
-def test_a_round_that_another_model_answered_is_refused(tmp_path):
+def test_a_round_with_answers_of_another_model_is_refused(tmp_path):
     profiles.write(tmp_path / "small", small())
     (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
     server = FakeServer("small-1")
@@ -332,8 +332,8 @@ def test_a_round_that_another_model_answered_is_refused(tmp_path):
             fit(job, lambda line: None)
 
 
-def test_a_round_of_other_weights_is_refused(tmp_path, monkeypatch):
-    """Of a model's folder, which is served anew for each round."""
+def test_a_round_with_answers_of_other_weights_is_refused(tmp_path, monkeypatch):
+    """With a model folder, which is served again for each round."""
     profiles.write(tmp_path / "small", small())
     (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
 
@@ -358,34 +358,34 @@ def test_a_round_of_other_weights_is_refused(tmp_path, monkeypatch):
         fit(job, lambda line: None)
 
 
-def test_the_command_writes_the_pages_plots_as_files(tmp_path):
+def test_the_command_writes_the_plots_of_the_page_as_files(tmp_path):
     pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'dftserve[plots]'")
     profiles.write(tmp_path / "small", small())
     (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
     with serving(FakeServer("small-1")) as url:
-        given = ["style", "fit", url, "--rounds", "1", "--samples", "1"]
+        arguments = ["style", "fit", url, "--rounds", "1", "--samples", "1"]
         for name in ("prompts.txt", "small", "fit", "plots"):
             option = {"small": "profile", "fit": "out"}.get(name, name.partition(".")[0])
-            given += [f"--{option}", str(tmp_path / name)]
-        found = CliRunner().invoke(main, given)
-    assert found.exit_code == 0, found.output
+            arguments += [f"--{option}", str(tmp_path / name)]
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "plots").iterdir()}
     page = (tmp_path / "fit" / fits.REPORT).read_text()
     assert written == {f"{name}.png" for name in re.findall(r'id="([^"]*)-title"', page)}
     assert written == {"rounds.png", "phrase-rates.png"}
 
 
-def test_a_style_that_the_server_refuses_is_told_with_its_reason(tmp_path):
+def test_a_style_that_the_server_refuses_is_reported_with_the_reason(tmp_path):
     with serving(FakeServer()) as url, pytest.raises(ValueError, match=r"'small-3': a bad file"):
         fits._check_has_style(fits.Server(f"{url}/v1", retries=0), "small-3", tmp_path)
 
 
-def test_where_no_server_is_yet_it_is_told_how_to_start_one(tmp_path):
-    """The first round's profile exists once the fit was started: no server can have it before."""
+def test_the_error_about_a_missing_server_names_the_written_profile(tmp_path):
+    """The fit writes the profile of the first round, so no server can have it before."""
     with serving(FakeServer()) as url:
         pass
-    nobody = fits.Server(f"{url}/v1", retries=0)
+    stopped = fits.Server(f"{url}/v1", retries=0)
     with pytest.raises(
         fits.ServerError, match=r"unreachable.*'small-1' is written; restart the server"
     ):
-        fits._check_has_style(nobody, "small-1", tmp_path)
+        fits._check_has_style(stopped, "small-1", tmp_path)

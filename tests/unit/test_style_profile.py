@@ -1,4 +1,4 @@
-"""A style profile's folder: read as written, and refused when it is anything else."""
+"""The folder of a style profile: it is read as it was written, and invalid ones are refused."""
 
 import json
 import os
@@ -22,27 +22,27 @@ def folder(tmp_path):
     return tmp_path / "small"
 
 
-def test_it_is_read_as_it_was_written(folder):
-    wanted, found = stored(), load(folder)
-    for each in fields(wanted.profile):
-        a, b = getattr(wanted.profile, each.name), getattr(found.profile, each.name)
+def test_a_profile_is_read_as_it_was_written(folder):
+    expected, found = stored(), load(folder)
+    for each in fields(expected.profile):
+        a, b = getattr(expected.profile, each.name), getattr(found.profile, each.name)
         np.testing.assert_array_equal(a, b, strict=True)
-    for each in fields(wanted.harms):
+    for each in fields(expected.harms):
         np.testing.assert_array_equal(
-            getattr(wanted.harms, each.name), getattr(found.harms, each.name), strict=True
+            getattr(expected.harms, each.name), getattr(found.harms, each.name), strict=True
         )
     for name in ("counts", "settings", "versions"):
-        assert getattr(found, name) == getattr(wanted, name)
+        assert getattr(found, name) == getattr(expected, name)
 
 
-def test_what_stands_there_is_not_overwritten(folder):
+def test_an_existing_folder_is_not_overwritten(folder):
     before = (folder / TENSORS).read_bytes()
     with pytest.raises(FileExistsError, match="choose another place"):
         write(folder, stored())
     assert (folder / TENSORS).read_bytes() == before
 
 
-def test_delta_is_the_bigrams_where_there_is_one():
+def test_delta_is_that_of_the_bigram_if_there_is_one():
     small = stored().profile
     assert small.delta(0, 1) == 1.0
     assert small.delta(2, 1) == small.delta(None, 1) == 0.5
@@ -53,37 +53,37 @@ def test_delta_is_the_bigrams_where_there_is_one():
 @pytest.mark.parametrize("name", [MANIFEST, TENSORS])
 def test_a_flipped_bit_anywhere_is_refused(folder, name):
     content = (folder / name).read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(content), 200).tolist():
+    for index in np.random.default_rng(0).integers(0, len(content), 200).tolist():
         flipped = bytearray(content)
-        flipped[place] ^= 1 << place % 8
+        flipped[index] ^= 1 << index % 8
         (folder / name).write_bytes(flipped)
         with pytest.raises(ProfileError, match=rf"small/{name}"):
             read(folder)
 
 
-def manifest(folder, **changed):
-    """The manifest with other values, and a checksum that agrees with them."""
+def rewrite_manifest(folder, **changed):
+    """Changes values of the manifest and updates its checksum."""
     content = {**json.loads((folder / MANIFEST).read_text()), **changed, "blake3": ""}
     content["blake3"] = blake3(profiles._json(content).encode()).hexdigest()
     (folder / MANIFEST).write_text(profiles._json(content))
 
 
-def tensors(folder, **changed):
-    """The tensors with others among them, and checksums that agree with them."""
+def rewrite_tensors(folder, **changed):
+    """Replaces or adds tensors and updates the checksums."""
     found = load_tensors((folder / TENSORS).read_bytes())
     content = save_tensors({**found, **changed})
     (folder / TENSORS).write_bytes(content)
-    manifest(folder, tensors_blake3=blake3(content).hexdigest())
+    rewrite_manifest(folder, tensors_blake3=blake3(content).hexdigest())
 
 
 def int32(*values):
     return np.array(values, np.int32)
 
 
-def test_a_changed_folder_with_checksums_that_agree_is_read(folder):
-    """What the tests below change is refused for what it says, not for its checksums."""
-    tensors(folder, unigram_V=np.full(8, 0.125, np.float32))
-    manifest(folder, name="other")
+def test_a_changed_folder_with_updated_checksums_is_read(folder):
+    """So that the tests below do not fail because of checksums."""
+    rewrite_tensors(folder, unigram_V=np.full(8, 0.125, np.float32))
+    rewrite_manifest(folder, name="other")
     assert read(folder).name == "other"
     assert read(folder).unigram_V[0] == 0.125
 
@@ -110,10 +110,10 @@ WRONG_TENSORS = {
 }
 
 
-@pytest.mark.parametrize(("changed", "told"), WRONG_TENSORS.values(), ids=list(WRONG_TENSORS))
-def test_tensors_that_do_not_fit_are_refused(folder, changed, told):
-    tensors(folder, **changed)
-    with pytest.raises(ProfileError, match=told) as refused:
+@pytest.mark.parametrize(("changed", "message"), WRONG_TENSORS.values(), ids=list(WRONG_TENSORS))
+def test_invalid_tensors_are_refused(folder, changed, message):
+    rewrite_tensors(folder, **changed)
+    with pytest.raises(ProfileError, match=message) as refused:
         read(folder)
     assert str(folder / TENSORS) in str(refused.value)
     assert "build the profile anew" in str(refused.value)
@@ -123,27 +123,27 @@ def test_rows_out_of_order_are_refused(folder):
     small = stored().profile
     for name in ("row_token_N", "row_next_N"):
         reversed_N = np.ascontiguousarray(getattr(small, name)[::-1])
-        tensors(folder, **{name: reversed_N})
+        rewrite_tensors(folder, **{name: reversed_N})
     with pytest.raises(ProfileError, match=r"row_token_N.*ids that ascend in each row"):
         read(folder)
 
 
-def test_chances_that_do_not_fit_are_refused(folder):
+def test_invalid_completion_probabilities_are_refused(folder):
     harms = stored().harms
-    for changed, told in (
+    for changed, message in (
         ({"harm_chance_H": harms.chance_H + 1}, "chances from 0 to 1"),
         ({"harm_phrase_H": harms.phrase_H + 2}, "accepted: 0 to 1"),
     ):
-        tensors(folder, **changed)
-        with pytest.raises(ProfileError, match=told):
+        rewrite_tensors(folder, **changed)
+        with pytest.raises(ProfileError, match=message):
             read(folder)
-        tensors(folder, harm_chance_H=harms.chance_H, harm_phrase_H=harms.phrase_H)
+        rewrite_tensors(folder, harm_chance_H=harms.chance_H, harm_phrase_H=harms.phrase_H)
 
 
-def test_a_manifest_that_does_not_fit_is_refused(folder):
+def test_an_invalid_manifest_is_refused(folder):
     good = json.loads((folder / MANIFEST).read_text())
     phrase = good["phrases"][0]
-    for changed, told in (
+    for changed, message in (
         ({"format": 2}, "got 2; accepted: 1"),
         ({"name": "../up"}, "name: got"),
         ({"vocabulary": 9}, "sizes.vocabulary: got 8; accepted: 9"),
@@ -163,8 +163,8 @@ def test_a_manifest_that_does_not_fit_is_refused(folder):
         ({"extra": 1}, "got the key 'extra'"),
         ({"counts": None}, "counts"),
     ):
-        manifest(folder, **{**good, **changed})
-        with pytest.raises(ProfileError, match=told) as refused:
+        rewrite_manifest(folder, **{**good, **changed})
+        with pytest.raises(ProfileError, match=message) as refused:
             read(folder)
         assert str(folder) in str(refused.value)
 
@@ -177,7 +177,7 @@ def test_too_many_phrases_are_refused(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [MANIFEST, TENSORS])
-def test_what_is_no_file_of_the_folder_is_refused(folder, tmp_path, name):
+def test_missing_files_links_and_other_kinds_are_refused(folder, tmp_path, name):
     elsewhere = tmp_path / "elsewhere"
     os.rename(folder / name, elsewhere)
     with pytest.raises(ProfileError, match=rf"has no {name}|{name} is missing"):
@@ -209,20 +209,20 @@ def test_a_manifest_of_another_kind_is_refused(folder, content):
         read(folder)
 
 
-def test_only_the_model_that_reads_text_alike_may_use_it():
+def test_a_profile_fits_only_its_tokenizer_template_and_vocabulary():
     small = replace(stored().profile, template_fingerprint="b" * 64)
     small.belongs_to(tokenizer=PRINT, template="b" * 64, vocabulary=12)
-    for changed, told in (
+    for changed, message in (
         ({"tokenizer": "c" * 64}, "another tokenizer"),
         ({"template": None}, "another chat template"),
         ({"vocabulary": 7}, "the model has 7 columns"),
     ):
         model = {"tokenizer": PRINT, "template": "b" * 64, "vocabulary": 12, **changed}
-        with pytest.raises(ProfileError, match=told):
+        with pytest.raises(ProfileError, match=message):
             small.belongs_to(**model)
 
 
-def test_a_log_ratio_beyond_its_bound_is_refused_when_a_phrase_is_made():
+def test_a_phrase_with_a_log_ratio_beyond_its_bound_is_refused():
     with pytest.raises(ProfileError, match=r"log ratio of 'a': got 10\.5; accepted: 0 to 10 nats"):
         Phrase("a", 10.5, 1, 1)
     with pytest.raises(ProfileError, match="got nan"):

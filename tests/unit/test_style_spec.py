@@ -1,4 +1,4 @@
-"""The field `style`: a name or an object, and what is refused."""
+"""The field `style`: accepted names and objects, and refused values."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def test_a_style_is_a_name_or_an_object():
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ({"name": "human", "strength": 1.5}, "style.strength: got 1.5; accepted: a number"),
         ({"name": "human", "strength": True}, "style.strength: got True"),
@@ -40,8 +40,8 @@ def test_a_style_is_a_name_or_an_object():
         (None, "style: got None; accepted: the name of a style, or an object"),
     ],
 )
-def test_what_is_wrong_is_named(value, told):
-    with pytest.raises(DiversityError, match=told):
+def test_invalid_values_are_refused_with_the_field(value, message):
+    with pytest.raises(DiversityError, match=message):
         parse_style(value)
     with pytest.raises(DiversityError, match=r"style: got .*; accepted: as JSON text"):
         parse_style_json("{")

@@ -1,4 +1,4 @@
-"""How a phrase is tokenised, and what of it the automaton finds in texts."""
+"""The tokenizations of a phrase, and how many of its occurrences the automaton finds in texts."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -8,12 +8,12 @@ from dftserve.styles.automaton import build
 from dftserve.styles.spellings import Finder, compare, encode, spell
 
 MERGED = ["Ġa", "Ġtestament", "Ġto", "Ġof", '"A', "o!", "a", "to"]
-"""Tokens beside single bytes; `"A` and `o!` hold more than a word."""
+"""Tokens in addition to single bytes; `"A` and `o!` contain a mark as well as letters."""
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """BPE over bytes whose words are not split from marks, as no pre-tokenizer does it."""
+    """BPE over bytes without a pre-tokenizer that separates words from marks."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate(letters)}
     merges = []
@@ -22,10 +22,10 @@ def tokenizer():
             if token[:end] not in vocabulary:
                 vocabulary[token[:end]] = len(vocabulary)
                 merges.append((token[: end - 1], token[end - 1]))
-    made = Tokenizer(models.BPE(vocabulary, merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    core = Tokenizer(models.BPE(vocabulary, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
 PHRASES = ["a testament to", "don't"]
@@ -38,50 +38,50 @@ TEXTS = [
 ]
 
 
-def made(tokenizer, seen=()):
+def patterns_and_automaton(tokenizer, seen=()):
     patterns = spell(tokenizer, PHRASES, seen=seen)
     return patterns, build(patterns, vocabulary=len(tokenizer))
 
 
-def test_every_way_of_writing_is_found(tokenizer):
-    _, automaton = made(tokenizer)
+def test_every_spelling_is_found(tokenizer):
+    _, automaton = patterns_and_automaton(tokenizer)
     found = compare(automaton, Finder(PHRASES), TEXTS, encode(tokenizer, TEXTS))
     assert (found.searched, found.matched, found.both) == (8, 8, 8)
     assert found.recall == found.precision == 1
 
 
-def test_a_token_that_holds_a_mark_too_belongs_to_the_phrase(tokenizer):
-    patterns, _ = made(tokenizer)
+def test_a_token_that_also_contains_a_mark_belongs_to_the_phrase(tokenizer):
+    patterns, _ = patterns_and_automaton(tokenizer)
     written = {tokenizer.decode(pattern.tokens) for pattern in patterns if pattern.phrase == 0}
     assert {'"A testament to', " a testament to", "A testament to"} <= written
     assert all(pattern.done[-1] == len(PHRASES[pattern.phrase]) for pattern in patterns)
     assert all(list(p.done) == sorted(p.done) for p in patterns)
 
 
-def test_what_no_surrounding_shows_is_counted_as_missed_and_seen_in_texts(tokenizer):
+def test_other_spellings_are_counted_as_missed_unless_texts_with_them_are_given(tokenizer):
     text = "they say A TESTAMENT TO that"
     for seen, recall in (((), 0.0), ((text,), 1.0)):
-        _, automaton = made(tokenizer, seen)
+        _, automaton = patterns_and_automaton(tokenizer, seen)
         found = compare(automaton, Finder(PHRASES), [text], encode(tokenizer, [text]))
         assert found.recall == recall
-    _, automaton = made(tokenizer)
+    _, automaton = patterns_and_automaton(tokenizer)
     found = compare(automaton, Finder(PHRASES), [text], encode(tokenizer, [text]))
     assert found.missed == {"A TESTAMENT TO": 1}
 
 
-def test_the_search_is_for_words_and_not_for_letters():
+def test_the_search_matches_whole_words():
     finder = Finder(PHRASES)
     assert list(finder.found("Panama testament to")) == []
     assert list(finder.found("a testament together")) == []
     assert list(finder.found("a  testament\nto")) == [(0, 0, 15)]
 
 
-def test_a_tokenizer_without_places_is_refused():
+def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(ValueError, match=r"got int, which does not report the offsets"):
         encode(3, ["text"])
 
 
-def test_a_phrase_that_begins_another_is_found_alone_and_within_it(tokenizer):
+def test_a_phrase_that_begins_another_is_found_alone_and_in_the_other(tokenizer):
     phrases = ["a testament", "a testament to"]
     automaton = build(spell(tokenizer, phrases), vocabulary=len(tokenizer))
     texts = ["so a testament to her", "so a testament, too"]
@@ -99,7 +99,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("phrase", "text"), FOREIGN.values(), ids=list(FOREIGN))
-def test_other_languages_are_found_where_blanks_part_their_words(tokenizer, phrase, text):
+def test_phrases_of_languages_with_spaces_between_words_are_found(tokenizer, phrase, text):
     automaton = build(spell(tokenizer, [phrase]), vocabulary=len(tokenizer))
     found = compare(automaton, Finder([phrase]), [text], encode(tokenizer, [text]))
     assert found.searched >= 1

@@ -1,7 +1,7 @@
-"""A style's stage on rows of every kind: against fp64, what it promises, and what it is for.
+"""The style stage: compared with fp64 on rows of every kind, its guarantees, its effect on rates.
 
-Triton decides at its import whether it interprets, so its kernel runs in a process of its own, by
-the last test."""
+Triton decides at its import whether it interprets, so the last test runs its kernel in a process of
+its own."""
 
 import math
 import os
@@ -53,7 +53,7 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason="of no kernel, or too l
 
 
 class Row:
-    """A request's row: what it asks for, its text and how many of its last tokens are drafts."""
+    """A request: its parameters, its text and how many of its last tokens are drafts."""
 
     def __init__(self, text=(), *, prompt=(), strength=1.0, max_kl=100.0, **others):
         self.text, self.prompt = list(text), list(prompt)
@@ -77,14 +77,14 @@ class Row:
 
 
 def step_of(rows, *, without=()):
-    """Each row and its drafts, as one request's rows of a step; `without`: rows without a style."""
+    """A step with a row for each request and each draft. `without`: requests without a style."""
     length = max(len(row.prompt) + len(row.text) for row in rows) + 1
     tokens_SL = np.full((len(rows), length), 10**6, np.int32)
     slots, positions, offsets, at, inputs = [], [], [], [], []
     for s, row in enumerate(rows):
         whole = [*row.prompt, *row.text]
         certain = len(whole) - row.drafts
-        # The last certain token is an input as well, and need not be there yet.
+        # The last certain token is also an input and may not be stored yet.
         tokens_SL[s, : max(certain - 1, 0)] = whole[: max(certain - 1, 0)]
         for k in range(row.drafts + 1):
             slots.append(s)
@@ -109,7 +109,7 @@ def step_of(rows, *, without=()):
 
 
 def restyle(stage, profiles, rows, logits_RV, **others):
-    """The rows afterwards, and their figures."""
+    """The rows after the stage, and their figures."""
     after_RV, step = logits_RV.clone(), step_of(rows, **others)
     slots = SLOTS(len(rows), 1 + max(row.drafts for row in rows), "cpu")
     figures_RF = stage(StyleTables.of(profiles))(after_RV, step, slots)
@@ -152,7 +152,7 @@ def log_guard_of(row):
     return math.log(0.05) + row.diversity.level * math.log(0.02 / 0.05)
 
 
-def said_of(row, profile, logits_V):
+def expected_of(row, profile, logits_V):
     return style_reference(
         logits_V,
         profile.factors(row.text),
@@ -168,38 +168,38 @@ def said_of(row, profile, logits_V):
 @STAGES
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(batches())
-def test_what_comes_out_is_the_formula_in_fp64(stage, batch):
+def test_the_result_equals_the_formula_in_fp64(stage, batch):
     logits_RV, profiles, rows = batch
     divisor_R1 = torch.tensor([row.divisor for row in rows], dtype=torch.float64)[:, None]
     given_RV = (logits_RV.double() / divisor_R1).float()
     after_RV, figures_RF = restyle(stage, profiles, rows, given_RV)
     for r, row in enumerate(rows):
         arrived_V = (given_RV[r].double() * divisor_R1[r]).numpy()
-        said = said_of(row, profiles[row.style.profile], arrived_V)
+        expected = expected_of(row, profiles[row.style.profile], arrived_V)
         largest = np.abs(np.where(np.isfinite(arrived_V), arrived_V, 0)).max()
         resolution = float(np.spacing(np.float32(largest))) / row.temperature
-        if said.margin < max(1e-4, 2 * resolution * row.temperature):
+        if expected.margin < max(1e-4, 2 * resolution * row.temperature):
             continue
         got_V = after_RV[r].double() * row.divisor / row.temperature
         got_V = torch.log_softmax(got_V, dim=0).numpy()
-        assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
-        likely_V = said.log_p_V > -25
+        assert (np.isinf(got_V) == np.isinf(expected.log_p_V)).all()
+        likely_V = expected.log_p_V > -25
         tolerance = max(LOG_PROBABILITY, 4 * resolution)
         kl, tilt_kl, held_back, strength = figures_RF[r].tolist()
-        # Where a strength was looked for, it is as near as false position comes.
-        tolerance += 20 * abs(strength - said.strength)
-        np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=tolerance)
-        assert kl == pytest.approx(said.kl, abs=NATS)
-        assert tilt_kl == pytest.approx(said.tilt_kl, abs=NATS)
+        # A reduced strength is found by false position, so it is approximate.
+        tolerance += 20 * abs(strength - expected.strength)
+        np.testing.assert_allclose(got_V[likely_V], expected.log_p_V[likely_V], atol=tolerance)
+        assert kl == pytest.approx(expected.kl, abs=NATS)
+        assert tilt_kl == pytest.approx(expected.tilt_kl, abs=NATS)
         assert tilt_kl <= row.style.max_kl + 1e-3
-        assert held_back == pytest.approx(said.held_back, abs=NATS)
-        assert strength == pytest.approx(said.strength, abs=0.01)
+        assert held_back == pytest.approx(expected.held_back, abs=NATS)
+        assert strength == pytest.approx(expected.strength, abs=0.01)
 
 
 @STAGES
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(batches())
-def test_stop_tokens_infinities_and_the_guard_s_support_are_kept(stage, batch):
+def test_stop_tokens_infinities_and_the_support_of_the_guard_are_kept(stage, batch):
     logits_RV, profiles, rows = batch
     for row in rows:
         row.divisor = 1.0
@@ -224,8 +224,8 @@ def test_stop_tokens_infinities_and_the_guard_s_support_are_kept(stage, batch):
 
 
 @STAGES
-def test_nothing_to_do_leaves_every_survivor_s_bits(stage):
-    """No phrase rarer (λ = 0) and no δ at any strength, or strength 0 of any profile."""
+def test_a_style_without_effect_leaves_the_bits_of_every_kept_token(stage):
+    """λ = 0 and δ = 0 at any strength, or any profile at strength 0."""
     logits_RV = make_rows(sorted(KINDS), 257, seed=3)
     idle = toy_profile([(0, 1)], {}, 257)
     for profile, strength in ((idle, 1.0), (idle, 0.3), (random_profile(5, 257), 0.0)):
@@ -244,11 +244,11 @@ def test_rows_without_a_style_and_invalid_ones_keep_their_bits(stage):
     logits_RV[4] = -torch.inf
     rows = [Row([0, 1]) for _ in logits_RV]
     after_RV, figures_RF = restyle(stage, [random_profile(1, 64)], rows, logits_RV, without=(1,))
-    same = [
+    is_same = [
         torch.equal(a.view(torch.int32), b.view(torch.int32))
         for a, b in zip(after_RV, logits_RV, strict=True)
     ]
-    assert same == [False, True, False, True, True]
+    assert is_same == [False, True, False, True, True]
     assert figures_RF.any(dim=1).tolist() == [True, False, True, False, False]
 
 
@@ -256,7 +256,7 @@ def test_rows_without_a_style_and_invalid_ones_keep_their_bits(stage):
 @STAGES
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000))
-def test_a_stronger_tilt_is_farther_from_the_model(stage, seed):
+def test_the_divergence_of_a_tilt_grows_with_its_strength(stage, seed):
     profile = random_profile(seed, 64)
     tilt = toy_profile([(0,)], {}, 64, profile.unigram_V)
     row_RV = make_rows(["gaussian"], 64, seed)
@@ -268,8 +268,8 @@ def test_a_stronger_tilt_is_farther_from_the_model(stage, seed):
 
 
 @STAGES
-def test_each_draft_is_behind_the_drafts_before_it(stage):
-    """And a state goes by the answer alone, however long it is."""
+def test_the_context_of_a_draft_includes_the_drafts_before_it(stage):
+    """The state depends on the answer alone, not on the prompt, at any length."""
     profile = random_profile(11, 17)
     source = np.random.default_rng(2)
     for drafts in (0, 1, 3):
@@ -280,17 +280,17 @@ def test_each_draft_is_behind_the_drafts_before_it(stage):
         for r in range(len(logits_RV)):
             row = rows[r // (1 + drafts)]
             text = row.text[: len(row.text) - drafts + r % (1 + drafts)]
-            said = said_of(Row(text, prompt=row.prompt), profile, logits_RV[r].numpy())
+            expected = expected_of(Row(text, prompt=row.prompt), profile, logits_RV[r].numpy())
             got_V = torch.log_softmax(after_RV[r].double(), 0).numpy()
-            likely_V = said.log_p_V > -25
-            np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=1e-3)
+            likely_V = expected.log_p_V > -25
+            np.testing.assert_allclose(got_V[likely_V], expected.log_p_V[likely_V], atol=1e-3)
 
 
 @STAGES
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
-    """Over answers of some hundred tokens with rows of every openness. Nothing is drawn that could
-    make it fail: the bound holds for any rows and any number of accepted drafts."""
+def test_the_mean_divergence_of_the_tilt_stays_within_its_bound(stage, drafts):
+    """Over answers of some hundred tokens, with rows from flat to peaky. There are no false alarms:
+    the bound holds for any rows and any number of accepted drafts."""
     bounds, answers = (0.01, 0.05, 0.2), 3
     profile = random_profile(4, 64, tilt=4.0)
     source = np.random.default_rng(9)
@@ -300,7 +300,7 @@ def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
     for s in range(answers):
         slots.open(s)
     position, means = [0] * answers, []
-    for at in range(8 if INTERPRETED else 120):  # With fewer some answer meets sure rows alone.
+    for at in range(8 if INTERPRETED else 120):  # With fewer, an answer may get peaky rows only.
         kinds = [str(source.choice(["flat", "gaussian", "few", "peaky"])) for _ in bounds]
         rows = [
             Row(source.integers(0, 4, 6 + drafts).tolist(), max_kl=b, drafts=drafts) for b in bounds
@@ -313,17 +313,16 @@ def test_the_tilt_costs_no_more_than_its_bound_in_the_mean(stage, drafts):
         transform_step(logits_RV, step, slots, backend, stage)
         position = [each + int(source.integers(1, 2 + drafts)) for each in position]
     for s, bound in enumerate(bounds):
-        read = slots.read(s)
-        means.append((read.sums_F[TILT_KL] / read.sums_F[COUNT]).item())
+        statistics = slots.read(s)
+        means.append((statistics.sums_F[TILT_KL] / statistics.sums_F[COUNT]).item())
         assert means[s] <= bound + 1e-3
-        assert read.sums_F[KL] > 0
+        assert statistics.sums_F[KL] > 0
     assert INTERPRETED or means[0] > 0.008, "the bound was never met"
 
 
 @not_interpreted
-def test_the_law_behind_it_leaves_what_the_style_left():
-    """A style alone is sampled from as it is; with a level, its support and its stop tokens are
-    kept, and the content is heated."""
+def test_the_law_keeps_the_support_and_the_stop_tokens_of_the_style():
+    """Without a level, the law does not change the styled row; with one, it flattens the rest."""
     profile, logits_RV = random_profile(7, 64), make_rows(["gaussian", "zipf"], 64, seed=2)
     for diversity in (OFF, parse(0.8), parse({"law": "dynatemp", "dynatemp_range": 0.5})):
         rows = [Row([0, 1], diversity=diversity, stop_ids=frozenset({3})) for _ in logits_RV]
@@ -341,7 +340,7 @@ def test_the_law_behind_it_leaves_what_the_style_left():
 @not_interpreted
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(batches())
-def test_a_law_on_what_the_kernel_lists_is_the_law_on_the_whole_row(batch):
+def test_a_law_on_the_listed_tokens_equals_the_law_on_the_whole_row(batch):
     logits_RV, profiles, rows = batch
     stage, step, count = NumbaStyleStage(StyleTables.of(profiles)), step_of(rows), len(rows)
     figures_RF = stage(logits_RV, step, NumbaSlots(count, 1, "cpu"))
@@ -350,13 +349,13 @@ def test_a_law_on_what_the_kernel_lists_is_the_law_on_the_whole_row(batch):
         assert not listed_L or listed_L == (logits_RV[r] > -math.inf).nonzero().flatten().tolist()
     whole_RV, few_RV = logits_RV.clone(), logits_RV.clone()
     for finite_tokens, after_RV in ((None, whole_RV), (stage.finite_tokens, few_RV)):
-        behind = replace(step, figures_RF=figures_RF, finite_tokens=finite_tokens)
-        NumbaBackend("cpu").step(after_RV, behind, NumbaSlots(count, 1, "cpu"))
+        law_step = replace(step, figures_RF=figures_RF, finite_tokens=finite_tokens)
+        NumbaBackend("cpu").step(after_RV, law_step, NumbaSlots(count, 1, "cpu"))
     torch.testing.assert_close(few_RV, whole_RV, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
 @not_interpreted
-def test_a_law_behind_the_kernel_neither_reads_nor_writes_what_was_cut():
+def test_a_law_after_the_kernel_neither_reads_nor_writes_cut_tokens():
     rows = [Row([0, 1], diversity=parse(0.5), stop_ids=frozenset({3})) for _ in range(2)]
     logits_RV = 5.0 * torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
     stage, step = NumbaStyleStage(StyleTables.of([random_profile(7, 64)])), step_of(rows)
@@ -364,9 +363,9 @@ def test_a_law_behind_the_kernel_neither_reads_nor_writes_what_was_cut():
     cut_RV = logits_RV == -math.inf
     assert [len(listed(stage, r)) for r in range(2)] == (~cut_RV).sum(dim=1).tolist()
     logits_RV[cut_RV] = math.nan
-    behind = replace(step, figures_RF=figures_RF, finite_tokens=stage.finite_tokens)
-    said = NumbaBackend("cpu").step(logits_RV, behind, NumbaSlots(2, 1, "cpu"))
-    assert said.valid_R.all()
+    law_step = replace(step, figures_RF=figures_RF, finite_tokens=stage.finite_tokens)
+    statistics = NumbaBackend("cpu").step(logits_RV, law_step, NumbaSlots(2, 1, "cpu"))
+    assert statistics.valid_R.all()
     assert torch.equal(logits_RV.isnan(), cut_RV)
 
 
@@ -376,7 +375,7 @@ def listed(stage, r):
 
 
 @not_interpreted
-def test_a_stage_that_computes_something_else_is_not_used(monkeypatch, caplog):
+def test_a_stage_that_disagrees_with_plain_torch_is_not_used(monkeypatch, caplog):
     class Wrong(PlainStyleStage):
         def __call__(self, logits_XV, step, slots):
             figures_RF = super().__call__(logits_XV, step, slots)
@@ -399,8 +398,8 @@ def test_texts_without_a_stage_are_refused():
 
 @not_interpreted
 @STAGES
-def test_a_phrase_comes_as_often_as_people_write_it_and_nothing_else_changes(stage):
-    """The rates of the chain as the stage leaves it, each pair of tokens being one row."""
+def test_a_phrase_gets_its_human_rate_and_nothing_else_changes(stage):
+    """Rates of a Markov chain after the stage, with one row for each pair of tokens."""
     chain = Chain()
     before = chain.rates(chain.p_UUV)
     profile = chain.profile(before[0])
@@ -408,22 +407,22 @@ def test_a_phrase_comes_as_often_as_people_write_it_and_nothing_else_changes(sta
     widest = Diversity(level=0.0, min_p=1e-9)
     logits_RV = torch.tensor(np.log(chain.p_UUV)).reshape(-1, chain.V).float()
     pairs_UU = chain.stationary(chain.p_UUV)
-    phrases = {}
+    phrase_rate = {}
     for strength in (1.0, 0.5):
         rows = [Row(text, diversity=widest, strength=strength) for text in texts]
         after_RV, figures_RF = restyle(stage, [profile], rows, logits_RV)
         q_UUV = after_RV.double().softmax(dim=1).reshape(chain.p_UUV.shape).numpy()
-        phrases[strength], orphan, innocent = chain.rates(q_UUV)
+        phrase_rate[strength], orphan, innocent = chain.rates(q_UUV)
         pairs_UU = chain.stationary(q_UUV)
         kl, _, held_back, _ = (pairs_UU.reshape(-1, 1) * figures_RF.numpy()).sum(axis=0)
         assert orphan == pytest.approx(before[1], rel=0.05)
         assert innocent == pytest.approx(before[2], rel=0.05)
         assert kl < 0.006
-        avoided = before[0] - phrases[strength]
+        avoided = before[0] - phrase_rate[strength]
         assert 1000 * held_back == pytest.approx(0.9 * avoided, rel=0.1)
     assert before[0] == pytest.approx(10 * chain.HUMAN, rel=0.1)
-    assert 0.54 <= phrases[1.0] <= 0.66
-    assert phrases[0.5] == pytest.approx((before[0] + chain.HUMAN) / 2, rel=0.1)
+    assert 0.54 <= phrase_rate[1.0] <= 0.66
+    assert phrase_rate[0.5] == pytest.approx((before[0] + chain.HUMAN) / 2, rel=0.1)
 
 
 @pytest.mark.long
