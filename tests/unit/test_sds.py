@@ -242,15 +242,15 @@ def test_differences_between_prompts_are_not_variety():
     assert score(windows(copied), sds_reference).sds.value > 0
 
 
-def test_variety_within_prompts_is_scaled_to_that_between_prompts(human):
-    """Answers of people to shared prompts, with a reference of people who answered each once."""
-    sds_reference = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
-    as_given = score(human, sds_reference)
-    within = score(windows(TEXTS[170:234], 4), sds_reference)
-    assert within.by_prompt
-    assert within.variety.value == pytest.approx(
-        as_given.variety.value / WITHIN_VARIANCE**0.5, rel=0.1
-    )
+def test_variety_within_prompts_is_compared_with_an_estimate_of_peoples():
+    """A reference of people who answered each prompt once has no pairs within prompts, so theirs is
+    estimated from the variance between all texts."""
+    between = SDSReference.fit(REFERENCE, windows(TEXTS[110:170]))
+    given = windows(TEXTS[170:234], 4)
+    within = score(given, between).variety.value
+    unscaled = replace(between, by_prompt=True)
+    assert not between.by_prompt
+    assert within == pytest.approx(score(given, unscaled).variety.value / WITHIN_VARIANCE**0.5)
 
 
 def test_prompts_that_few_texts_have_are_ignored():

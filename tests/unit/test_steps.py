@@ -58,13 +58,14 @@ def row_of(slot):
 
 
 class Engine:
-    """Requests in slots 0 to 3 of five, with different laws or targets."""
+    """Requests in slots 0 to 3 of five, with different laws or targets; the one in slot 1 begins
+    with a chunk of its prompt, whose rows do not sample."""
 
     def __init__(self, seed, rows_per_request):
         self.source = random.Random(seed)
         self.rows_per_request = rows_per_request
         self.position = [5, 9, 2, 7]
-        self.known_S = torch.tensor([6, 10, 3, 8, 0], dtype=torch.int32)
+        self.known_S = torch.tensor([6, 14, 3, 8, 0], dtype=torch.int32)
         self.controls = SlotControls(5, CPU)
         for slot in range(4):
             self.controls.put(slot, row_of(slot))
@@ -111,11 +112,13 @@ def test_every_step_equals_that_of_plain_torch(seed, rows_per_request):
         for slot in (0, 1, 3):
             slots.open(slot, produced=slot)
         slots.open(2, resumed, produced=4)
+    idle = 0
     for at in range(14):
         if at == 5:
             for slots in both:
                 slots.open(1, SlotStatistics.of_row(slots.snapshot().read(1)), produced=6)
         before_XV, step = engine.step()
+        idle += int((~step.samples_R() & (step.slot_R == 1)).sum())
         expected_XV, got_XV = before_XV.clone(), before_XV.clone()
         pairs = zip(backends, (expected_XV, got_XV), both, strict=True)
         _, statistics = (
@@ -129,6 +132,7 @@ def test_every_step_equals_that_of_plain_torch(seed, rows_per_request):
     assert steered_S[0] > OPEN_LOOP
     assert level_S[0] < 0 < level_S[3]
     assert tokens_S[2] > 4
+    assert idle > 0
 
 
 def _check_untouched(before_XV, after_XV, step, statistics):

@@ -43,5 +43,8 @@ def test_a_style_is_a_name_or_an_object():
 def test_invalid_values_are_refused_with_the_field(value, message):
     with pytest.raises(DiversityError, match=message):
         parse_style(value)
+
+
+def test_invalid_json_text_is_refused():
     with pytest.raises(DiversityError, match=r"style: got .*; accepted: as JSON text"):
         parse_style_json("{")

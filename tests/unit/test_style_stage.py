@@ -406,7 +406,6 @@ def test_a_phrase_gets_its_human_rate_and_nothing_else_changes(stage):
     texts = [[u1, u2] for u1 in range(chain.V) for u2 in range(chain.V)]
     widest = Diversity(level=0.0, min_p=1e-9)
     logits_RV = torch.tensor(np.log(chain.p_UUV)).reshape(-1, chain.V).float()
-    pairs_UU = chain.stationary(chain.p_UUV)
     phrase_rate = {}
     for strength in (1.0, 0.5):
         rows = [Row(text, diversity=widest, strength=strength) for text in texts]
