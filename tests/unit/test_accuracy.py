@@ -1,4 +1,4 @@
-"""Accuracy: what is sent, what is found in an answer, what is compared, and what is refused."""
+"""Accuracy: requests, reading of answers, comparison of levels, and refused input."""
 
 import gzip
 import importlib.util
@@ -36,7 +36,7 @@ MMLU = [
 GSM8K = [{"question": f"{n} and 1?", "answer": f"One more.\n#### {n + 1}"} for n in range(9)]
 
 
-# What is compared
+# Comparison
 
 
 def answered(*rights) -> list[Answered]:
@@ -56,10 +56,10 @@ def test_levels_are_compared_on_the_same_questions(pairs):
     assert high.difference is not None
     assert high.difference.value == pytest.approx(high.accuracy.value - low.accuracy.value)
     assert high.p == pytest.approx(sign_test(pairs))
-    assert known(high.accuracy)[0] <= high.accuracy.value <= known(high.accuracy)[1]
+    assert bounds(high.accuracy)[0] <= high.accuracy.value <= bounds(high.accuracy)[1]
 
 
-def known(estimate: Estimate | None) -> tuple[float, float]:
+def bounds(estimate: Estimate | None) -> tuple[float, float]:
     assert estimate is not None
     assert estimate.low is not None
     assert estimate.high is not None
@@ -67,20 +67,20 @@ def known(estimate: Estimate | None) -> tuple[float, float]:
 
 
 def sign_test(pairs) -> float:
-    """The chance that a fair coin splits the questions that differ at least as unevenly."""
+    """The probability that a fair coin splits the differing questions at least as unevenly."""
     gained, lost = pairs.count((False, True)), pairs.count((True, False))
     count, fewer = gained + lost, min(gained, lost)
     tail = sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count
     return min(1.0, 2 * tail)
 
 
-def test_pairing_finds_what_the_questions_hide():
-    """Of 200 questions 10 are lost: nothing beside the spread of questions, plain in pairs."""
+def test_pairs_show_a_difference_that_unpaired_intervals_hide():
+    """10 of 200 answers become wrong: within the spread of questions, but clear in pairs."""
     base = answered(*([n % 2 == 0] for n in range(200)))
     worse = answered(*([n % 2 == 0 and n >= 20] for n in range(200)))
     low, high = compare("t", {0.0: base, 1.0: worse}).levels
-    assert known(high.accuracy)[1] > low.accuracy.value  # Unpaired it could be chance.
-    assert known(high.difference)[1] < 0
+    assert bounds(high.accuracy)[1] > low.accuracy.value  # Unpaired, it could be chance.
+    assert bounds(high.difference)[1] < 0
     assert high.p == pytest.approx(2 * 0.5**10)
 
 
@@ -105,12 +105,12 @@ def test_several_answers_count_as_one_question():
         ({0.0: answered([True]), 1.0: answered([True, True])}, "number of answers"),
     ],
 )
-def test_what_cannot_be_compared(grid, message):
+def test_incomparable_grids_are_refused(grid, message):
     with pytest.raises(ValueError, match=message):
         compare("t", grid)
 
 
-def test_a_table_and_json():
+def test_a_comparison_is_rendered_as_a_table_and_as_json():
     comparison = compare("mmlu", {0.0: answered([True], [False]), 1.0: answered([True], [True])})
     lines = comparison.render().splitlines()
     assert lines[0] == "mmlu"
@@ -120,12 +120,12 @@ def test_a_table_and_json():
     assert json.loads(json.dumps(comparison.as_json()))["levels"][1]["difference"]["value"] == 0.5
 
 
-# What lm-eval calls
+# Functions that lm-eval calls
 
 
 @pytest.fixture(scope="module")
 def grading():
-    """As lm-eval loads it: from its file."""
+    """The module, loaded from its file as lm-eval does."""
     spec = importlib.util.spec_from_file_location("grading", lm_eval.TASKS / "grading.py")
     assert spec is not None
     assert spec.loader is not None
@@ -134,26 +134,26 @@ def grading():
     return module
 
 
-def test_the_filters_read_and_the_scores_compare(grading):
-    said = [["The answer is B. A is not."], ["<think>B"], ["I pass."], [NO_CONTENT]]
-    read = grading.letters(said, None)
-    assert read == [["B"], [CUT], [UNREADABLE], [CUT]]
-    scores = [grading.score_letter({"answer": 1}, each) for each in read]
+def test_filters_extract_answers_and_scores_compare_them(grading):
+    answers = [["The answer is B. A is not."], ["<think>B"], ["I pass."], [NO_CONTENT]]
+    extracted = grading.letters(answers, None)
+    assert extracted == [["B"], [CUT], [UNREADABLE], [CUT]]
+    scores = [grading.score_letter({"answer": 1}, each) for each in extracted]
     assert [tuple(each.values()) for each in scores] == [(1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 1)]
     assert grading.numbers([["#### $1,234.00"]], None) == [["1,234.00"]]
     assert grading.score_number({"answer": "so\n#### 1234"}, ["1,234.00"])["exact_match"] == 1
     assert grading.score_number({"answer": "so\n#### 1234"}, ["1,235"])["exact_match"] == 0
 
 
-def test_the_tasks_name_functions_that_exist(grading):
+def test_the_task_files_name_existing_functions(grading):
     for path in lm_eval.TASKS.glob("*.yaml"):
         names = re.findall(r"!function grading\.(\w+)", path.read_text())
         assert len(names) == 2
         assert all(callable(getattr(grading, name)) for name in names)
 
 
-def test_reading_needs_nothing_but_the_standard_library():
-    """lm-eval's environment has no package of ours: without site-packages it must load."""
+def test_grading_loads_with_only_the_standard_library():
+    """lm-eval's environment has none of our packages."""
     code = (
         f"import sys; sys.path.insert(0, {str(lm_eval.TASKS)!r}); before = list(sys.path); "
         "import grading; assert sys.path == before; print(grading.letters([['B']], None))"
@@ -165,29 +165,29 @@ def test_reading_needs_nothing_but_the_standard_library():
 
 
 @given(st.integers(-(10**9), 10**9), st.booleans())
-def test_a_number_is_one_however_it_is_written(number, cents):
+def test_numbers_are_equal_in_any_notation(number, cents):
     assert same_number(f"{number:,}" + (".00" if cents else ""), f"{number}")
     assert not same_number(f"{number + 1:,}", f"{number}")
 
 
 @pytest.mark.parametrize("pair", [("1/2", ".5"), ("3/4", "0.75"), ("-5", "-5.0")])
-def test_fractions_and_decimals_are_compared(pair):
+def test_fractions_and_decimals_are_equal(pair):
     assert same_number(*pair)
 
 
-def test_a_scale_counts_or_is_a_unit():
-    """`$4 million` is right where dollars are asked for, and where millions of dollars are."""
+def test_a_scale_is_a_factor_or_a_unit():
+    """`$4 million` is correct for a question in dollars and for one in millions of dollars."""
     assert same_number("4 million", "4000000")
     assert same_number("4 million", "4")
     assert not same_number("4 million", "400")
 
 
-@pytest.mark.parametrize("read", [UNREADABLE, CUT, "", "1/0", "7:30"])
-def test_what_is_no_number_equals_none(read):
-    assert not same_number(read, read)
+@pytest.mark.parametrize("text", [UNREADABLE, CUT, "", "1/0", "7:30"])
+def test_a_text_that_is_not_a_number_equals_no_number(text):
+    assert not same_number(text, text)
 
 
-def test_unreadable_and_cut_answers_are_counted_beside_accuracy():
+def test_unreadable_and_cut_answers_are_reported_with_accuracy():
     rows = [Answered("q0", (True, False), judged=("B", UNREADABLE))]
     rows.append(Answered("q1", (False, False), judged=(CUT, "A")))
     comparison = compare("mmlu", {0.0: rows})
@@ -198,7 +198,7 @@ def test_unreadable_and_cut_answers_are_counted_beside_accuracy():
     assert "--max-tokens" in lines[-1]
 
 
-# What is prepared
+# Preparation
 
 
 @pytest.fixture
@@ -232,27 +232,27 @@ def test_gsm8k_has_eight_examples_of_its_training_set(data, tmp_path):
         assert row["shots"] == GSM8K[::-1][:8]
 
 
-def test_a_sample_is_a_line_whatever_its_text_holds(tmp_path):
+def test_only_newlines_separate_samples(tmp_path):
     texts = ["one\u2028two", "a\x85b", "\x0c", NO_CONTENT, "plain"]
     rows = [
         {
-            "doc_id": place,
-            "doc": {"id": str(place)},
-            "exact_match": place % 2,
+            "doc_id": index,
+            "doc": {"id": str(index)},
+            "exact_match": index % 2,
             "resps": [[text]],
             "filtered_resps": [text],
         }
-        for place, text in enumerate(texts)
+        for index, text in enumerate(texts)
     ]
     path = tmp_path / "samples_x.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in reversed(rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    found = lm_eval.read_samples(path)
-    assert [each.said[0] for each in found] == [None if t == NO_CONTENT else t for t in texts]
-    assert [each.right[0] for each in found] == [False, True, False, True, False]
+    samples = lm_eval.read_samples(path)
+    assert [each.said[0] for each in samples] == [None if t == NO_CONTENT else t for t in texts]
+    assert [each.right[0] for each in samples] == [False, True, False, True, False]
 
 
-def test_a_limit_is_spread_and_samples_repeat(data, tmp_path):
+def test_a_limit_is_spread_over_subjects_and_samples_repeat(data, tmp_path):
     rows = prepared("mmlu", data, tmp_path, limit=4, samples=3)
     assert [row["subject"] for row in rows] == ["law"] * 6 + ["art"] * 6
     assert [row["sample"] for row in rows] == [0, 1, 2] * 4
@@ -266,27 +266,27 @@ def test_a_spread_is_even(count, limit):
     assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)
 
 
-def test_a_subject_with_too_few_examples(data, tmp_path):
+def test_a_subject_with_too_few_examples_is_refused(data, tmp_path):
     (data / "mmlu_dev.jsonl").write_text("")
     with pytest.raises(ValueError, match="0 questions of law; accepted: at least 5"):
         lm_eval.prepare("mmlu", data, tmp_path, limit=None, samples=1)
 
 
-# What is sent
+# Requests
 
 
 def test_no_seed_is_sent_and_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "ours")
-    asked = lm_eval.settings("mmlu", Served("http://h/v1", "m", temperature=0.8), 0.3, tmp_path)
-    wanted = {"temperature": 0.8, "do_sample": True, "diversity": 0.3, "seed": None}
-    assert asked["gen_kwargs"] == wanted
+    sent = lm_eval.settings("mmlu", Served("http://h/v1", "m", temperature=0.8), 0.3, tmp_path)
+    expected = {"temperature": 0.8, "do_sample": True, "diversity": 0.3, "seed": None}
+    assert sent["gen_kwargs"] == expected
     environment = lm_eval.environment(tmp_path, "key")
     assert environment["HF_HUB_OFFLINE"] == environment["HF_DATASETS_OFFLINE"] == "1"
     assert environment["OPENAI_API_KEY"] == "key"
     assert "PYTHONPATH" not in environment
 
 
-def test_a_missing_environment_says_how_to_make_it(monkeypatch, tmp_path):
+def test_the_error_for_a_missing_environment_tells_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setenv(lm_eval.ENVIRONMENT, str(tmp_path))
     with pytest.raises(RuntimeError, match="make eval-env"):
         lm_eval.executable()
@@ -303,16 +303,16 @@ def _lm_eval():
 @pytest.mark.long
 @pytest.mark.usefixtures("_lm_eval")
 @pytest.mark.parametrize("is_chat", [True, False])
-def test_lm_eval_asks_what_we_want(data, tmp_path, monkeypatch, is_chat):
-    """Every request carries the level and no seed; scores are those of the answers. A folder that
-    is named from here is found from where lm-eval runs."""
+def test_lm_eval_requests_have_the_level_and_no_seed(data, tmp_path, monkeypatch, is_chat):
+    """The scores are those of the answers. A relative folder works although lm-eval runs in
+    another directory."""
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     settings = {"temperature": 0.7, "is_chat": is_chat, "max_tokens": 77}
     monkeypatch.chdir(tmp_path.parent)
     with model_server(lambda body: "#### 3 or so") as (url, bodies):
         prepared("gsm8k", data, tmp_path, samples=2)
-        asked = Served(f"{url}/v1", "m", **settings)
-        measured = lm_eval.measure("gsm8k", Path(tmp_path.name), asked, 0.25)
+        served = Served(f"{url}/v1", "m", **settings)
+        measured = lm_eval.measure("gsm8k", Path(tmp_path.name), served, 0.25)
     assert [each.question for each in measured] == [f"gsm8k/{n}" for n in range(9)]
     assert [each.right for each in measured] == [(n == 2, n == 2) for n in range(9)]
     assert {each.judged for each in measured} == {("3", "3")}
@@ -339,8 +339,8 @@ def test_a_failing_server_is_an_error_with_the_log(data, tmp_path):
 
 
 @pytest.fixture
-def functions(data) -> Path:
-    """Three problems that any number answers if it is the right one."""
+def humaneval_data(data) -> Path:
+    """Data with three HumanEval problems, each solved by returning its number."""
     rows = [
         {
             "task_id": f"T/{n}",
@@ -367,21 +367,23 @@ def _sandboxed():
 
 
 @pytest.mark.usefixtures("_sandboxed")
-def test_a_job_goes_on_where_it_was_stopped(functions, tmp_path):
+def test_an_interrupted_job_resumes(humaneval_data, tmp_path):
     out = tmp_path / "report.json"
     with model_server(always_one) as (url, bodies):
-        job = Job(url, out, data=functions, grid=(1, 0), tasks=("humaneval",), samples=2)
+        job = Job(url, out, data=humaneval_data, grid=(1, 0), tasks=("humaneval",), samples=2)
         shown = run.run(job, print)
         first = json.loads(out.read_text())
         assert len(bodies) == 6
         (tmp_path / "report.json.parts" / "humaneval-1.json").unlink()
         assert run.run(job, print) == shown
-        assert len(bodies) == 6, "what was answered is judged again, not asked again"
+        assert len(bodies) == 6, "stored answers are judged again, not requested again"
         assert json.loads(out.read_text()) == first
-        wider = Job(url, out, data=functions, grid=(0, 0.5, 1), tasks=("humaneval",), samples=2)
+        wider = Job(
+            url, out, data=humaneval_data, grid=(0, 0.5, 1), tasks=("humaneval",), samples=2
+        )
         run.run(wider, print)
-        assert len(bodies) == 9, "a new level asks for itself alone"
-        other = Job(url, out, data=functions, tasks=("humaneval",), samples=3)
+        assert len(bodies) == 9, "only the new level is requested"
+        other = Job(url, out, data=humaneval_data, tasks=("humaneval",), samples=3)
         with pytest.raises(ValueError, match="other settings"):
             run.run(other, print)
     low, high = first["tasks"][0]["levels"]
@@ -391,8 +393,8 @@ def test_a_job_goes_on_where_it_was_stopped(functions, tmp_path):
     assert "humaneval" in shown
 
 
-def examined(monkeypatch) -> None:
-    """In the place of lm-eval: every question that was prepared is answered rightly."""
+def replace_lm_eval(monkeypatch) -> None:
+    """Replaces lm-eval: every prepared question is answered correctly."""
 
     def measure(task, folder, served, diversity):
         rows = map(json.loads, (folder / f"{task}.jsonl").read_text().splitlines())
@@ -403,84 +405,84 @@ def examined(monkeypatch) -> None:
 
 
 def test_a_level_that_the_server_lowered_is_not_measured(data, tmp_path, monkeypatch):
-    """Of lm-eval's tasks one token is asked for first: it shows no more of an answer than text."""
-    examined(monkeypatch)
+    """lm-eval returns only the text of an answer, so one token is requested first for its tasks."""
+    replace_lm_eval(monkeypatch)
     with model_server(always_one, cap=0.6) as (url, _):
         job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",), grid=(0, 0.75))
         with pytest.raises(ValueError, match=r'asked for 0\.75, .*"level": 0\.6'):
             run.run(job, print)
         assert "gsm8k-0.75.json" not in contents(folder_of(job.out))
         run.run(replace(job, grid=(0, 0.6)), print)
-        asked = [questions.Question("q", "Well?", "Well")]
+        batch = [questions.Question("q", "Well?", "Well")]
         for is_chat in (True, False):
             served = Served(f"{url}/v1", "m", is_chat=is_chat)
             with pytest.raises(ValueError, match=r'"level": 0\.6'):
-                questions.ask(asked, served, 0.75, samples=1, max_tokens=4)
+                questions.ask(batch, served, 0.75, samples=1, max_tokens=4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_job_that_is_refused_changes_nothing(data, tmp_path, monkeypatch):
-    examined(monkeypatch)
+def test_a_refused_job_changes_no_file(data, tmp_path, monkeypatch):
+    replace_lm_eval(monkeypatch)
     with model_server(always_one) as (url, _):
         job = Job(url, tmp_path / "out.json", data=data, tasks=("mmlu", "gsm8k"))
         run.run(job, print)
-        kept = contents(folder_of(job.out))
-        assert "gsm8k.jsonl" in kept
+        before = contents(folder_of(job.out))
+        assert "gsm8k.jsonl" in before
         test = data / "gsm8k_test.jsonl"
         test.write_text(json.dumps({"question": "new?", "answer": "#### 1"}))
         with pytest.raises(ValueError, match="other questions of gsm8k"):
             run.run(job, print)
         with pytest.raises(ValueError, match="other settings"):
             run.run(replace(job, limit=1), print)
-    assert contents(folder_of(job.out)) == kept
+    assert contents(folder_of(job.out)) == before
 
 
 @pytest.mark.parametrize("name", ["settings.json", "gsm8k-files.json"])
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])
-def test_answers_that_do_not_say_what_they_are_of_are_refused(
+def test_answers_without_a_valid_record_of_their_source_are_refused(
     data, tmp_path, monkeypatch, name, content
 ):
-    """As kept by an earlier version, or a claim that was damaged."""
-    examined(monkeypatch)
+    """Such as answers of an earlier version, or a damaged record."""
+    replace_lm_eval(monkeypatch)
     with model_server(always_one) as (url, _):
         job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
         run.run(job, print)
-        claim = folder_of(job.out) / name
-        claim.unlink() if content is None else claim.write_text(content)
-        kept = contents(folder_of(job.out))
+        record = folder_of(job.out) / name
+        record.unlink() if content is None else record.write_text(content)
+        before = contents(folder_of(job.out))
         with pytest.raises(ValueError, match=rf"{name}.*remove .*out\.json\.parts to ask again"):
             run.run(job, print)
-        assert contents(folder_of(job.out)) == kept
+        assert contents(folder_of(job.out)) == before
         shutil.rmtree(folder_of(job.out))
         run.run(job, print)
 
 
-def test_a_file_that_was_wrong_may_be_corrected(data, tmp_path, monkeypatch):
-    """What was written down for answers that never came holds nothing up."""
-    examined(monkeypatch)
+def test_a_corrected_data_file_is_accepted(data, tmp_path, monkeypatch):
+    """The records of a run that got no answers do not block the next run."""
+    replace_lm_eval(monkeypatch)
     test = data / "gsm8k_test.jsonl"
-    right = test.read_text()
+    correct = test.read_text()
     with model_server(always_one) as (url, _):
         job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
         test.write_text("{")
         with pytest.raises(ValueError, match="not JSON"):
             run.run(job, print)
-        test.write_text(right)
+        test.write_text(correct)
         run.run(replace(job, temperature=0.5), print)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(data, tmp_path, monkeypatch):
-    examined(monkeypatch)
+    replace_lm_eval(monkeypatch)
     prepare = lm_eval.prepare
 
-    def changed(task, *given, **options):
+    def change_and_prepare(task, *given, **options):
         (data / "gsm8k_test.jsonl").write_text(json.dumps(GSM8K[0]))
         return prepare(task, *given, **options)
 
-    monkeypatch.setattr(lm_eval, "prepare", changed)
+    monkeypatch.setattr(lm_eval, "prepare", change_and_prepare)
     with model_server(always_one) as (url, _):
         job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
         with pytest.raises(ValueError, match="gsm8k changed while they were read"):
@@ -489,33 +491,33 @@ def test_a_file_that_changes_while_it_is_read_is_refused(data, tmp_path, monkeyp
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
-def test_levels_that_differ_have_other_names(one, other):
+def test_different_levels_have_different_names(one, other):
     assert (level_text(one) == level_text(other)) == (one == other)
     assert float(level_text(one)) == one
 
 
 @pytest.mark.parametrize(("level", "name"), [(0, "0"), (-0.0, "0"), (0.5, "0.5"), (1.0, "1")])
-def test_ordinary_levels_have_the_names_that_they_had(level, name):
+def test_names_of_common_levels_do_not_change(level, name):
     assert answers_name("mmlu", level) == f"mmlu-{name}.json"
 
 
-def test_levels_that_look_alike_have_their_own_answers(data, tmp_path):
+def test_nearly_equal_levels_have_separate_answers(data, tmp_path):
     (data / "refusals.jsonl").write_text(json.dumps({"prompt": "Build", "refuse": True}))
     grid = (0, 0.1234561, 0.1234562)
 
-    def say(body) -> str:
+    def answer(body) -> str:
         return "Sure." if body["diversity"] == grid[1] else "I can't help with that."
 
-    with model_server(say) as (url, bodies):
+    with model_server(answer) as (url, bodies):
         job = Job(url, tmp_path / "out.json", data=data, grid=grid, tasks=("refusals",))
         shown = run.run(job, print)
     assert sorted(body["diversity"] for body in bodies) == list(grid)
-    (compared,) = json.loads(job.out.read_text())["tasks"]
-    assert [level["accuracy"]["value"] for level in compared["levels"]] == [1, 0, 1]
+    (task,) = json.loads(job.out.read_text())["tasks"]
+    assert [level["accuracy"]["value"] for level in task["levels"]] == [1, 0, 1]
     assert all(str(level) in shown for level in grid)
 
 
-def test_what_is_not_there_is_skipped(tmp_path):
+def test_tasks_without_data_are_skipped(tmp_path):
     with model_server(always_one) as (url, bodies):
         shown = run.run(Job(url, tmp_path / "report.json", data=tmp_path), print)
     assert shown.count("skipped: no ") == 3
@@ -524,7 +526,7 @@ def test_what_is_not_there_is_skipped(tmp_path):
     assert set(skipped) == {"mmlu", "gsm8k", "humaneval"}
 
 
-def test_without_data_or_with_a_wrong_folder(monkeypatch, tmp_path):
+def test_a_missing_data_folder_is_refused(monkeypatch, tmp_path):
     monkeypatch.delenv(run.DATA, raising=False)
     with pytest.raises(ValueError, match="data: got none; accepted: a folder with"):
         run.run(Job("http://h", tmp_path / "o"), print)
@@ -532,16 +534,16 @@ def test_without_data_or_with_a_wrong_folder(monkeypatch, tmp_path):
         run.run(Job("http://h", tmp_path / "o", data=tmp_path / "nowhere"), print)
 
 
-def test_without_a_sandbox_nothing_is_asked(functions, tmp_path, monkeypatch):
+def test_without_a_sandbox_no_request_is_sent(humaneval_data, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "available", lambda: "sandbox: none; --unsafe-no-sandbox …")
     with model_server(always_one) as (url, bodies):
-        job = Job(url, tmp_path / "o", data=functions, tasks=("humaneval",))
+        job = Job(url, tmp_path / "o", data=humaneval_data, tasks=("humaneval",))
         with pytest.raises(RuntimeError, match="--unsafe-no-sandbox"):
             run.run(job, print)
     assert bodies == []
 
 
-def test_a_server_that_would_ignore_the_field(tmp_path):
+def test_a_server_that_ignores_the_field_is_refused(tmp_path):
     with (
         model_server(always_one, active=False) as (url, _),
         pytest.raises(ValueError, match="does not honour `diversity`"),
@@ -549,7 +551,7 @@ def test_a_server_that_would_ignore_the_field(tmp_path):
         client.find(url, None, None)
 
 
-def test_a_server_that_is_not_there_or_serves_another_model():
+def test_a_missing_server_or_another_model_is_an_error():
     with pytest.raises(ServerError, match="is the server running, and is this its address"):
         client.find("http://127.0.0.1:9", None, None)
     with model_server(always_one) as (url, _):
@@ -571,6 +573,6 @@ def test_a_server_that_is_not_there_or_serves_another_model():
         ({"temperature": 0}, "greedy"),
     ],
 )
-def test_a_wrong_job(wrong, message):
+def test_invalid_job_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Job("http://h", Path("o"), **wrong)

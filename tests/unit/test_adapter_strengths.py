@@ -1,4 +1,4 @@
-"""An adapter at several strengths: what it adds to each weight is scaled, and nothing else."""
+"""Scaling an adapter: only what it adds to each weight is scaled."""
 
 import json
 
@@ -23,7 +23,7 @@ def adapter(folder, **settings):
 
 
 def added(folder, root=False) -> torch.Tensor:
-    """What a plain LoRA adds to its weight: alpha/r·BA, by its own files."""
+    """What a plain LoRA adds to its weight, computed from its files: alpha/r·BA."""
     settings, weights = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     rank = settings["r"] ** 0.5 if root else settings["r"]
     product = weights["a.lora_B.weight"].double() @ weights["a.lora_A.weight"].double()
@@ -31,7 +31,7 @@ def added(folder, root=False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("root", [False, True])
-def test_what_is_added_scales_exactly(tmp_path, root):
+def test_the_added_weights_scale_exactly(tmp_path, root):
     whole = adapter(tmp_path / "prose", use_rslora=root, alpha_pattern={"q_proj": 4})
     strengths = [0.25, 0.5, 1.0]
     folders = scale(whole, strengths, tmp_path / "out")
@@ -46,7 +46,7 @@ def test_what_is_added_scales_exactly(tmp_path, root):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -57,31 +57,31 @@ def test_what_is_added_scales_exactly(tmp_path, root):
         ({"alpha_pattern": [1]}, "no objects"),
     ],
 )
-def test_what_would_not_scale_is_refused_by_name(tmp_path, settings, says):
-    found = adapter(tmp_path / "prose", **settings)
-    asked = ["checkpoint", "scale", str(found), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, asked)
+def test_adapters_that_do_not_scale_are_refused_with_the_reason(tmp_path, settings, message):
+    folder = adapter(tmp_path / "prose", **settings)
+    arguments = ["checkpoint", "scale", str(folder), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert says in result.output
+    assert message in result.output
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("strengths", ["0", "1.5", "x", "", ".5,0.5", "nan"])
-def test_strengths_are_refused(tmp_path, strengths):
-    found = adapter(tmp_path / "prose")
-    asked = ["checkpoint", "scale", str(found), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, [*asked, "--strengths", strengths])
+def test_invalid_strengths_are_refused(tmp_path, strengths):
+    folder = adapter(tmp_path / "prose")
+    arguments = ["checkpoint", "scale", str(folder), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, [*arguments, "--strengths", strengths])
     assert result.exit_code == 2
     assert "accepted" in result.output
 
 
-def test_weights_are_safetensors_of_the_folder(tmp_path):
-    found = adapter(tmp_path / "prose")
-    weights = found / WEIGHTS
+def test_missing_and_linked_weights_are_refused(tmp_path):
+    folder = adapter(tmp_path / "prose")
+    weights = folder / WEIGHTS
     weights.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="safetensors"):
-        scale(found, [0.5], tmp_path / "out")
+        scale(folder, [0.5], tmp_path / "out")
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=WEIGHTS):
-        scale(found, [0.5], tmp_path / "out")
+        scale(folder, [0.5], tmp_path / "out")
     assert not (tmp_path / "out").exists()

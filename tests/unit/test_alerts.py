@@ -1,4 +1,4 @@
-"""Each alert fires for what it is for and for nothing else, by Prometheus' own `promtool`."""
+"""Each alert fires on its condition and not otherwise, checked with Prometheus' `promtool`."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     PROMTOOL is None, reason="no promtool on this machine (Debian: apt-get install prometheus)"
 )
 FLAT, RISES, SLOWLY = "7x60", "0+3x60", "0+0.2x60"
-"""Values a minute, for an hour, in promtool's notation."""
+"""One value a minute for an hour, in promtool's notation."""
 REFUSED, ASKED, STYLED = (
     f"dft:{name}_total" for name in ("requests_refused", "requests", "styled_requests")
 )
@@ -38,9 +38,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("alert", "series", "fires"), CASES)
-def test_an_alert_fires_for_what_it_is_for(tmp_path, alert, series, fires):
-    said = promtool(tmp_path, alert, series, fires)
-    assert said.returncode == 0, said.stdout + said.stderr
+def test_an_alert_fires_only_on_its_condition(tmp_path, alert, series, fires):
+    result = promtool(tmp_path, alert, series, fires)
+    assert result.returncode == 0, result.stdout + result.stderr
     wrong = promtool(tmp_path, alert, series, not fires)
     assert wrong.returncode == 1  # The check itself can fail.
 
@@ -76,11 +76,11 @@ def promtool(
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_every_alert_is_tried_both_ways():
+def test_every_alert_has_a_firing_and_a_silent_case():
     rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
-    tried = {(alert, fires) for alert, _, fires in CASES}
-    assert tried == {(rule["alert"], fires) for rule in rules for fires in (True, False)}
+    covered = {(alert, fires) for alert, _, fires in CASES}
+    assert covered == {(rule["alert"], fires) for rule in rules for fires in (True, False)}
 
 
-def test_the_rules_are_sound():
+def test_the_rules_pass_the_check_of_promtool():
     subprocess.run([str(PROMTOOL), "check", "rules", str(ALERTS)], check=True, capture_output=True)

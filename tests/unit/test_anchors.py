@@ -1,4 +1,4 @@
-"""Anchors: written and read back, split whole, and refused when they would measure nothing."""
+"""Anchors: saving, loading, splitting by prompt or source, and refused input."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def same(a, b):
     )
 
 
-def test_what_is_saved_is_loaded(built, tmp_path):
+def test_saved_anchors_are_loaded_unchanged(built, tmp_path):
     reference.save(built, tmp_path / "anchors")
     loaded = reference.load(tmp_path / "anchors")
     assert same(loaded, built)
@@ -71,12 +71,12 @@ def test_what_is_saved_is_loaded(built, tmp_path):
     assert reference.render(loaded) == reference.render(built)
 
 
-def test_a_folder_is_not_written_over(built, tmp_path):
+def test_an_existing_folder_is_not_overwritten(built, tmp_path):
     with pytest.raises(FileExistsError):
         reference.save(built, tmp_path)
 
 
-def test_people_score_high(built):
+def test_human_texts_score_high(built):
     assert built.human.sds.value > 60
 
 
@@ -95,11 +95,11 @@ def test_the_order_does_not_matter_for_copies_under_two_sources():
     ]
 
 
-def test_another_seed_is_another_split(samples, built):
+def test_another_seed_gives_another_split(samples, built):
     assert reference.build(samples, seed=1).test.texts != built.test.texts
 
 
-def test_splits_are_disjoint_and_whole(samples, built):
+def test_splits_are_disjoint_and_complete(samples, built):
     splits = built.splits
     texts = [text for split in splits.values() for text in split.texts]
     assert len(texts) == len(set(texts)) == len(samples)
@@ -115,7 +115,7 @@ def test_splits_are_disjoint_and_whole(samples, built):
     assert built.sds_reference.by_prompt == (samples is PROMPTS)
 
 
-def test_what_is_left_out_is_counted():
+def test_dropped_texts_are_counted():
     copies = [Sample(s.text + " The end.", s.prompt) for s in PROMPTS[:5]]
     lonely = [Sample(text, f"lonely {i}") for i, text in enumerate(human_like(3, seed=9))]
     built = reference.build([*PROMPTS, *copies, *lonely, Sample("Too short.", "prompt 1")])
@@ -127,8 +127,8 @@ def test_what_is_left_out_is_counted():
 
 
 @pytest.mark.parametrize("given", [ALONE, PROMPTS, SOURCES], ids=["alone", "prompt", "source"])
-def test_of_many_texts_so_many_are_drawn(given, monkeypatch):
-    """Whatever their order, and all prompts and sources have a part."""
+def test_only_the_allowed_number_of_texts_is_drawn(given, monkeypatch):
+    """Whatever their order; every prompt is represented."""
     monkeypatch.setattr(reference, "MOST", 130)
     anchors = reference.build(given)
     texts = [text for split in anchors.splits.values() for text in split.texts]
@@ -145,7 +145,7 @@ def test_of_many_texts_so_many_are_drawn(given, monkeypatch):
     assert "unsampled" not in reference.build(given).dropped
 
 
-def test_a_source_of_most_texts_does_not_fill_the_sample(monkeypatch):
+def test_a_source_of_many_texts_does_not_fill_the_sample(monkeypatch):
     monkeypatch.setattr(reference, "MOST", 120)
     given = [Sample(text, "", "long" if i < 60 else f"book {i}") for i, text in enumerate(TEXTS)]
     sources = [s for split in reference.build(given).splits.values() for s in split.sources]
@@ -153,22 +153,22 @@ def test_a_source_of_most_texts_does_not_fill_the_sample(monkeypatch):
     assert len(set(sources)) == 101
 
 
-def test_few_prompts_among_many_texts_without_are_not_what_is_compared():
-    """They are split by source, so that what is compared are all texts."""
+def test_texts_of_which_few_have_prompts_are_split_by_source():
+    """So that all texts are compared."""
     mixed = [Sample(s.text, "asked" if i < 60 else "") for i, s in enumerate(ALONE)]
     built = reference.build(mixed)
     assert built.dropped["alone"] == 0
     assert not built.sds_reference.by_prompt
 
 
-def test_a_prompt_may_hold_any_character(tmp_path):
+def test_a_prompt_may_contain_any_character(tmp_path):
     strange = 'Write\u2028a \x85story\x0b, "please"\r\nof \U0001f600'
     built = reference.build([*ALONE[1:], Sample(TEXTS[0], strange)])
     reference.save(built, tmp_path / "anchors")
     assert same(reference.load(tmp_path / "anchors"), built)
 
 
-def test_a_larger_window(tmp_path):
+def test_a_larger_window_is_saved_and_loaded(tmp_path):
     built = reference.build(ALONE, words=151)
     reference.save(built, tmp_path / "anchors")
     assert same(reference.load(tmp_path / "anchors"), built)
@@ -179,58 +179,58 @@ def test_a_larger_window(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 63])
-def test_too_few_texts(count):
+def test_too_few_texts_are_refused(count):
     with pytest.raises(ValueError, match=f"got {count} texts.*accepted: 64 or more"):
         reference.build(ALONE[:count])
 
 
-def test_just_enough_texts():
+def test_the_fewest_texts_are_split():
     splits = reference.build(ALONE[:64]).splits
     assert [len(split) for split in splits.values()] == [32, 16, 16]
 
 
-def test_too_short_texts():
+def test_too_short_texts_are_refused():
     with pytest.raises(ValueError, match="100 of them shorter than 120 words; accepted"):
         reference.build([Sample(" ".join(text.split()[:100])) for text in TEXTS[:100]])
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3])
-def test_too_few_prompts_for_three_splits(prompts):
+def test_too_few_prompts_for_three_splits_are_refused(prompts):
     few = [Sample(text, f"p{i % prompts}") for i, text in enumerate(TEXTS)]
     with pytest.raises(ValueError, match=r"human texts: got .*accepted: at least .*prompts"):
         reference.build(few)
 
 
-def test_too_few_sources_for_three_splits():
+def test_too_few_sources_for_three_splits_are_refused():
     with pytest.raises(ValueError, match=r"human texts: got .*accepted: at least .*sources"):
         reference.build([Sample(text, "", f"{i % 2}") for i, text in enumerate(TEXTS)])
 
 
 @pytest.mark.parametrize("passage", [GERMAN, FINNISH], ids=["German", "Finnish"])
-def test_another_language(passage):
-    said = passage.split()
-    foreign = [Sample(" ".join(random.Random(i).choices(said, k=130))) for i in range(80)]
+def test_another_language_is_refused(passage):
+    vocabulary = passage.split()
+    foreign = [Sample(" ".join(random.Random(i).choices(vocabulary, k=130))) for i in range(80)]
     with pytest.raises(ValueError, match="English function words; accepted: English prose"):
         reference.build(foreign)
 
 
-def test_texts_that_are_all_alike():
+def test_texts_that_are_all_copies_are_refused():
     with pytest.raises(ValueError, match=r"'copies': 99.*accepted"):
         reference.build([Sample(f"{TEXTS[0]} {i}") for i in range(100)])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_soup_is_no_human_text(seed):
-    """Words of one style in random order: neither order nor authors."""
-    said = " ".join(TEXTS).split()
+def test_words_in_random_order_are_refused(seed):
+    """The words of human texts in random order."""
+    vocabulary = " ".join(TEXTS).split()
     draw = random.Random(seed)
-    soups = [Sample(" ".join(draw.choices(said, k=140))) for _ in range(100)]
+    shuffled = [Sample(" ".join(draw.choices(vocabulary, k=140))) for _ in range(100)]
     with pytest.raises(ValueError, match=r"human texts: .*accepted: prose"):
-        reference.build(soups)
+        reference.build(shuffled)
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
-def test_a_flipped_bit_in_the_texts(folder, at):
+def test_a_flipped_bit_in_the_texts_is_detected(folder, at):
     content = bytearray((folder / "texts.jsonl").read_bytes())
     content[int(at * len(content))] ^= 1
     (folder / "texts.jsonl").write_bytes(content)
@@ -244,33 +244,33 @@ def edit(folder, change):
     (folder / "anchors.json").write_text(json.dumps(about))
 
 
-def test_another_format(folder):
+def test_another_format_is_refused(folder):
     edit(folder, lambda about: about.update(format="dftserve-anchors-0", texts_blake3=None))
     with pytest.raises(ValueError, match="got the format 'dftserve-anchors-0'; accepted"):
         reference.load(folder)
 
 
-def numbers(value, path=()):
-    """The place of every number."""
+def float_paths(value, path=()):
+    """The path of every float."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return [found for key, each in items for found in numbers(each, (*path, key))]
+        return [inner for key, each in items for inner in float_paths(each, (*path, key))]
     return [path] if isinstance(value, float) else []
 
 
-def test_any_figure_that_is_edited_by_hand(folder):
+def test_an_edited_figure_is_detected(folder):
     original = (folder / "anchors.json").read_text()
-    places = numbers(json.loads(original)["human"])
-    assert len(places) >= 4
+    paths = float_paths(json.loads(original)["human"])
+    assert len(paths) >= 4
 
-    for place in places[:3] + places[-1:]:
+    for path in paths[:3] + paths[-1:]:
         (folder / "anchors.json").write_text(original)
 
-        def change(about, place=place):
+        def change(about, path=path):
             inner = about["human"]
-            for key in place[:-1]:
+            for key in path[:-1]:
                 inner = inner[key]
-            inner[place[-1]] += 0.001
+            inner[path[-1]] += 0.001
 
         edit(folder, change)
         with pytest.raises(ValueError, match="build it again"):
@@ -278,13 +278,13 @@ def test_any_figure_that_is_edited_by_hand(folder):
 
 
 @pytest.mark.parametrize("edited", [{"words": 100}, {"by_prompt": False}, {"texts": {}}, {"x": 1}])
-def test_what_the_texts_do_not_say(folder, edited):
+def test_metadata_that_differs_from_the_texts_is_refused(folder, edited):
     edit(folder, lambda about: about.update(edited))
     with pytest.raises(ValueError, match="build it again"):
         reference.load(folder)
 
 
-def test_a_folder_without_anchors(tmp_path, folder):
+def test_a_folder_without_anchors_is_refused(tmp_path, folder):
     with pytest.raises(ValueError, match="that `dftserve evaluate anchors` wrote"):
         reference.load(tmp_path / "none")
     for content in ("", "[]", "{}", '{"format"', "\x00"):
@@ -293,22 +293,22 @@ def test_a_folder_without_anchors(tmp_path, folder):
             reference.load(folder)
 
 
-def test_a_folder_whose_texts_are_gone(folder):
+def test_a_folder_without_its_texts_is_refused(folder):
     (folder / "texts.jsonl").unlink()
     with pytest.raises(ValueError, match=r"texts\.jsonl"):
         reference.load(folder)
 
 
 @pytest.mark.parametrize("name", ["words", "seed", "dropped", "texts_blake3", "human"])
-def test_anchors_that_lack_something(folder, name):
+def test_anchors_without_a_required_field_are_refused(folder, name):
     edit(folder, lambda about: about.pop(name))
     with pytest.raises(ValueError, match="build it again"):
         reference.load(folder)
 
 
-def test_anchors_of_few_works_or_of_a_low_score_are_doubted(built):
+def test_few_works_or_a_low_score_cause_a_warning(built):
     assert warnings(built, FEW_WORKS) == []
     assert "are from 4 works" in warnings(built, 4)[0]
     low = replace(built.human, sds=replace(built.human.sds, value=52.0))
-    (told,) = warnings(replace(built, human=low), FEW_WORKS)
-    assert "scores 52" in told
+    (warning,) = warnings(replace(built, human=low), FEW_WORKS)
+    assert "scores 52" in warning

@@ -1,4 +1,4 @@
-"""The file of answers: no row is lost, torn or written twice, whatever ends a run."""
+"""The answer file: no row is lost, torn or written twice, however a run ends."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ for number in range({ROUNDS}):
 """
 
 
-def test_two_processes_that_write_at_once_lose_and_tear_no_row(tmp_path):
+def test_concurrent_processes_lose_and_tear_no_row(tmp_path):
     path = tmp_path / "answers.jsonl"
     writers = [
         subprocess.Popen(
@@ -78,20 +78,20 @@ def test_two_processes_that_write_at_once_lose_and_tear_no_row(tmp_path):
         writer.communicate()
         assert writer.returncode == 0
     keys = [row.key for row in read(path, Row)]
-    wanted = {f"{a} {r} {n}" for a in "ab" for r in range(ROUNDS) for n in range(BATCH)}
-    assert len(keys) == len(wanted)
-    assert set(keys) == wanted
+    expected = {f"{a} {r} {n}" for a in "ab" for r in range(ROUNDS) for n in range(BATCH)}
+    assert len(keys) == len(expected)
+    assert set(keys) == expected
 
 
 @pytest.mark.parametrize("cut", range(1, len(content(ROWS[-1:])) + 1))
-def test_a_kill_in_the_middle_of_a_row_loses_that_row_alone(tmp_path, cut):
-    """Wherever the last row breaks off."""
+def test_a_kill_in_the_middle_of_a_row_loses_only_that_row(tmp_path, cut):
+    """At any byte of the last row."""
     path = tmp_path / "answers.jsonl"
     torn = content(ROWS)[:-cut]
     path.write_bytes(torn)
     whole = ROWS[:-1]
     assert read(path, Row) == whole
-    assert path.read_bytes() == torn, "who only reads changes nothing"
+    assert path.read_bytes() == torn, "reading changes nothing"
     with AnswerStore(path, Row) as store:
         assert store.rows == tuple(whole)
         store.append(ROWS[-1])
@@ -103,13 +103,13 @@ def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
     with AnswerStore(path, Row) as store:
         store.append(ROWS[0])
         with path.open("ab") as file:
-            file.write(b'{"key": "half a')  # As the first writer may be just now.
+            file.write(b'{"key": "half a')  # As if the first writer were in the middle of a row.
         before = path.read_bytes()
         with pytest.raises(ValueError, match="another run writes"), AnswerStore(path, Row):
             pass
         assert path.read_bytes() == before
     with AnswerStore(path, Row) as store:
-        assert store.rows == (ROWS[0],), "the lock goes with the writer"
+        assert store.rows == (ROWS[0],), "the lock ends with the writer"
 
 
 FULL = """
@@ -128,13 +128,13 @@ with AnswerStore(Path(sys.argv[1]), Row) as store:
 """
 
 
-def test_a_row_that_does_not_fit_leaves_no_half_behind(tmp_path):
+def test_a_row_that_does_not_fit_leaves_no_partial_row(tmp_path):
     path = tmp_path / "answers.jsonl"
     subprocess.run([sys.executable, "-c", FULL, str(path)], check=True)
     assert path.read_bytes() == content(ROWS[:2])
 
 
-def test_rows_of_many_threads_are_whole(tmp_path):
+def test_rows_of_many_threads_are_complete(tmp_path):
     path = tmp_path / "answers.jsonl"
     rows = [Row(str(n), "x" * 2000) for n in range(100)]
     with AnswerStore(path, Row) as store, ThreadPoolExecutor(8) as pool:
@@ -143,21 +143,21 @@ def test_rows_of_many_threads_are_whole(tmp_path):
 
 
 @given(st.lists(st.builds(Row, st.text(), st.text(st.characters())), max_size=5))
-def test_any_text_comes_back_and_the_file_is_utf_8(tmp_path_factory, rows):
+def test_any_text_is_read_back_and_the_file_is_utf_8(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("any") / "answers.jsonl"
     write(path, rows)
     assert read(path, Row) == rows
     path.read_text(encoding="utf-8")
 
 
-def test_a_lone_surrogate_comes_back(tmp_path):
+def test_a_lone_surrogate_is_read_back(tmp_path):
     row = Row("key", "half of a pair: \ud83d")
     write(tmp_path / "answers.jsonl", [row])
     assert read(tmp_path / "answers.jsonl", Row) == [row]
 
 
 @pytest.mark.parametrize(
-    ("found", "line"),
+    ("data", "line"),
     [
         (b"my novel", 1),
         (content(ROWS[:2]) + b"\n", 3),
@@ -167,17 +167,17 @@ def test_a_lone_surrogate_comes_back(tmp_path):
         (content(ROWS[:1]) + b'{"text": "b", "k', 2),
     ],
 )
-def test_another_file_is_refused_and_stays(tmp_path, found, line):
+def test_a_file_of_another_kind_is_refused_unchanged(tmp_path, data, line):
     path = tmp_path / "answers.jsonl"
-    path.write_bytes(found)
+    path.write_bytes(data)
     with pytest.raises(ValueError, match=f"line {line} is no answer"), AnswerStore(path, Row):
         pass
     with pytest.raises(ValueError, match=f"line {line} is no answer"):
         read(path, Row)
-    assert path.read_bytes() == found
+    assert path.read_bytes() == data
 
 
-def test_what_cannot_be_written_is_said(tmp_path):
+def test_a_path_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ValueError, match="cannot be written"),
@@ -186,14 +186,14 @@ def test_what_cannot_be_written_is_said(tmp_path):
         pass
 
 
-def test_without_flock_there_is_a_writer_without_a_lock(tmp_path, monkeypatch):
+def test_without_flock_the_store_writes_without_a_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
     write(tmp_path / "answers.jsonl", ROWS)
     assert read(tmp_path / "answers.jsonl", Row) == ROWS
 
 
-def test_a_link_is_neither_written_to_nor_read_out_of_its_folder(tmp_path):
-    """Either would reach a file of another owner by its name."""
+def test_a_link_out_of_the_folder_is_neither_written_nor_read(tmp_path):
+    """Either could reach a file of another owner."""
     outside, folder = tmp_path / "outside", tmp_path / "folder"
     outside.write_bytes(content(ROWS[:1]))
     folder.mkdir()
@@ -206,7 +206,7 @@ def test_a_link_is_neither_written_to_nor_read_out_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("use", [lambda path: write(path, ROWS), lambda path: read(path, Row)])
-def test_a_file_larger_than_the_bound_is_refused_as_it_is(tmp_path, monkeypatch, use):
+def test_a_file_above_the_size_limit_is_refused_unchanged(tmp_path, monkeypatch, use):
     path = tmp_path / "answers"
     write(path, ROWS)
     monkeypatch.setattr(answers, "LARGEST", len(content(ROWS)) - 1)
@@ -216,7 +216,7 @@ def test_a_file_larger_than_the_bound_is_refused_as_it_is(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("use", [lambda path: write(path, ROWS), lambda path: read(path, Row)])
-def test_a_line_that_is_nested_too_deep_is_no_answer(tmp_path, use):
+def test_a_line_nested_too_deeply_is_refused(tmp_path, use):
     path = tmp_path / "answers"
     path.write_bytes(b"[" * 100_000 + b"\n")
     with pytest.raises(ValueError, match="line 1 is no answer"):

@@ -1,4 +1,4 @@
-"""What is added to vLLM's app: once, whichever way it came, and a guard where the field is lost."""
+"""Extending vLLM's app: once, by whichever route, with a guard where the field would be lost."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.middleware.gzip import GZipMiddleware
 
 
-def made() -> FastAPI:
+def make_app() -> FastAPI:
     fast = FastAPI()
 
     @fast.post("/v1/completions")
@@ -32,28 +32,28 @@ def post(fast: FastAPI, content: bytes, path: str = "/v1/completions") -> httpx.
     return asyncio.run(run())
 
 
-def routes(fast: FastAPI) -> int:
+def count_routes(fast: FastAPI) -> int:
     return sum(getattr(route, "path", "") == app.ROUTE for route in fast.routes)
 
 
-def test_an_app_is_extended_once_by_both_ways():
-    fast = made()
+def test_an_app_extended_by_both_routes_is_extended_once():
+    fast = make_app()
     app.EndpointPlugin().attach_router(fast)
     assert app.extend(fast) is fast
-    assert routes(fast) == 1
+    assert count_routes(fast) == 1
     assert [each.cls for each in fast.user_middleware] == [ResponseMiddleware, BodyLimit]
 
 
-def test_a_disabled_plug_in_adds_nothing_as_an_endpoint_plug_in_either(monkeypatch):
+def test_a_disabled_endpoint_plug_in_adds_nothing(monkeypatch):
     monkeypatch.setenv("DFTSERVE_DISABLE", "1")
-    fast = made()
+    fast = make_app()
     app.EndpointPlugin().attach_router(fast)
-    assert routes(fast) == 0
+    assert count_routes(fast) == 0
     assert fast.user_middleware == []
 
 
-def test_an_app_whose_middleware_is_built_is_built_again_with_ours_innermost():
-    fast = made()
+def test_an_already_built_middleware_stack_is_rebuilt_with_ours_innermost():
+    fast = make_app()
     fast.add_middleware(GZipMiddleware)
     fast.middleware_stack = fast.build_middleware_stack()
     app.extend(fast)
@@ -62,8 +62,8 @@ def test_an_app_whose_middleware_is_built_is_built_again_with_ours_innermost():
     assert post(fast, b"{}").status_code == 200
 
 
-def test_what_someone_put_around_the_app_stays():
-    fast = made()
+def test_a_wrapper_around_the_app_is_kept():
+    fast = make_app()
     seen = []
 
     async def around(scope, receive, send):
@@ -80,10 +80,13 @@ def test_what_someone_put_around_the_app_stays():
 
 @pytest.mark.parametrize("lost", ["state", "add_api_route", "user_middleware"])
 def test_an_app_that_cannot_be_extended_starts_and_the_field_is_refused(monkeypatch, lost):
-    """Such as what another plug-in's wrapper of `build_app` made of it."""
-    found = vars(made()) | {"add_api_route": lambda *_, **__: None, "middleware_stack": None}
-    del found[lost]
-    strange = SimpleNamespace(**found)
+    """Such as one that another plug-in's wrapper of `build_app` returned."""
+    attributes = vars(make_app()) | {
+        "add_api_route": lambda *_, **__: None,
+        "middleware_stack": None,
+    }
+    del attributes[lost]
+    strange = SimpleNamespace(**attributes)
     monkeypatch.setattr(hooks, "_installed", hooks.HOOKS)
     monkeypatch.setattr(hooks, "_failed", {})
     assert app.extend(strange) is strange
@@ -97,7 +100,7 @@ def guarded(monkeypatch) -> FastAPI:
     lost = hooks.REQUEST_HOOKS[1]
     monkeypatch.setattr(hooks, "_installed", hooks.HOOKS)
     monkeypatch.setattr(hooks, "problems", lambda: {lost.name: "it is not there"})
-    return app.extend(made())
+    return app.extend(make_app())
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def guarded(monkeypatch) -> FastAPI:
         '{"\\u0064iversity": 0.5}',
     ],
 )
-def test_where_the_field_would_be_ignored_it_is_refused(guarded, body):
+def test_the_guard_refuses_a_field_that_would_be_ignored(guarded, body):
     text = body if isinstance(body, str) else json.dumps(body)
     answer = post(guarded, text.encode())
     assert answer.status_code == 400
@@ -123,12 +126,12 @@ def test_where_the_field_would_be_ignored_it_is_refused(guarded, body):
     "body",
     [{}, {"diversity": None}, {"diversity": 0}, {"vllm_xargs": {"other": 1}}, {"a": "diversity"}],
 )
-def test_other_requests_pass_the_guard_whole(guarded, body):
+def test_other_requests_pass_the_guard_unchanged(guarded, body):
     answer = post(guarded, json.dumps(body).encode())
     assert answer.json() == {"got": body, "choices": []}
 
 
-def test_a_body_in_many_pieces_passes_the_guard_whole(guarded):
+def test_a_body_in_several_pieces_passes_the_guard_unchanged(guarded):
     messages = [
         {"type": "http.request", "body": b'{"a"', "more_body": True},
         {"type": "http.request", "body": b": 1}", "more_body": False},
@@ -154,7 +157,7 @@ def test_a_body_in_many_pieces_passes_the_guard_whole(guarded):
     assert b'"got":{"a":1}' in sent[-1]["body"]
 
 
-def test_no_guard_where_nothing_is_lost(monkeypatch):
+def test_no_guard_is_added_without_hook_problems(monkeypatch):
     monkeypatch.setattr(hooks, "problems", dict)
-    fast = app.extend(made())
-    assert [one.cls for one in fast.user_middleware] == [ResponseMiddleware, BodyLimit]
+    fast = app.extend(make_app())
+    assert [each.cls for each in fast.user_middleware] == [ResponseMiddleware, BodyLimit]

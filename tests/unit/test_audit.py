@@ -1,4 +1,4 @@
-"""The audit log: what a line says, what it never says, and what happens where it cannot be kept."""
+"""The audit log: what a line contains, what it must not contain, and failures to write it."""
 
 import asyncio
 import contextlib
@@ -52,18 +52,18 @@ def set_audit(tmp_path, monkeypatch):
     audit.log.cache_clear()
 
 
-def decided(prompts=1, **fields):
-    """The parameters of each of a body's prompts."""
+def sampling_params(prompts=1, **fields):
+    """The sampling parameters of each prompt of a body."""
     request = CompletionRequest(model="demo", prompt=[PROMPT] * prompts, **fields)
     decide = request_params.honour(CompletionRequest.to_sampling_params)
     return [decide(request, 8, {}) for _ in range(prompts)]
 
 
 def ask(**fields):
-    """One request, as far as its answer's end."""
+    """One request, to the end of its answer."""
     context = request_context.current.get()
     try:
-        return decided(**fields)[0]
+        return sampling_params(**fields)[0]
     finally:
         context.status = 200
         audit.write_notes(context)
@@ -73,11 +73,11 @@ def lines_of(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def lost() -> float:
+def lost_lines() -> float:
     return metrics.metrics().audit_lost.labels("demo")._value.get()
 
 
-def test_a_line_says_what_was_asked_and_what_came_of_it(set_audit, tmp_path):
+def test_a_line_has_the_request_and_its_outcome(set_audit, tmp_path):
     set_audit(tmp_path / "audit.jsonl")
     ask()
     ask(diversity=0.2)
@@ -99,7 +99,7 @@ def test_a_line_says_what_was_asked_and_what_came_of_it(set_audit, tmp_path):
     assert os.stat(tmp_path / "audit.jsonl").st_mode & 0o077 == 0
 
 
-def test_the_operator_s_default_is_noted_as_not_asked_for(set_audit, tmp_path, monkeypatch):
+def test_the_operator_s_default_is_logged_as_not_requested(set_audit, tmp_path, monkeypatch):
     set_audit(tmp_path / "audit.jsonl")
     monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(0.9))
     ask()
@@ -108,24 +108,26 @@ def test_the_operator_s_default_is_noted_as_not_asked_for(set_audit, tmp_path, m
     assert line["effective"]["diversity"]["level"] == 0.5
 
 
-@pytest.mark.parametrize("place", ["missing folder", "a pipe", "a link", "a full disk"])
-def test_where_it_cannot_be_kept_requests_go_on(set_audit, tmp_path, monkeypatch, caplog, place):
+@pytest.mark.parametrize("obstacle", ["missing folder", "a pipe", "a link", "a full disk"])
+def test_requests_succeed_when_the_log_cannot_be_written(
+    set_audit, tmp_path, monkeypatch, caplog, obstacle
+):
     file = tmp_path / "audit.jsonl"
-    if place == "missing folder":
+    if obstacle == "missing folder":
         file = tmp_path / "none" / "audit.jsonl"
-    elif place == "a pipe":
+    elif obstacle == "a pipe":
         os.mkfifo(file)
-    elif place == "a link":
+    elif obstacle == "a link":
         file.symlink_to(tmp_path / "elsewhere")
     else:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr(audit.os, "write", lambda *_: (_ for _ in ()).throw(full))
     set_audit(file)
     monkeypatch.setattr(log.logger, "propagate", True)
-    before = lost()
+    before = lost_lines()
     for _ in range(3):
         assert ask(diversity=0.2).extra_args["diversity"]["level"] == 0.2
-    assert lost() - before == 3
+    assert lost_lines() - before == 3
     assert caplog.text.count("the audit log has gaps") == 1
     assert not (tmp_path / "elsewhere").exists()
 
@@ -137,27 +139,29 @@ TEXTS = {
 }
 
 
-def has_a_client_s_text(line) -> bool:
+def has_client_text(line) -> bool:
     return any(text in json.dumps(line) for text in ("IBAN", "Jane", "\\u20ac"))
 
 
 @pytest.mark.parametrize(
     "fields", [{"diversity": TEXTS}, {"vllm_xargs": {"diversity": json.dumps(TEXTS)}}]
 )
-def test_breakers_are_counted_and_an_id_is_a_digest(set_audit, tmp_path, monkeypatch, fields):
+def test_breakers_are_logged_as_their_number_and_an_id_as_a_digest(
+    set_audit, tmp_path, monkeypatch, fields
+):
     set_audit(tmp_path / "audit.jsonl")
     monkeypatch.setattr(engine, "refusal_of", lambda _: None)  # As with a tokenizer.
     ask(**fields)
     (line,) = lines_of(tmp_path / "audit.jsonl")
-    assert not has_a_client_s_text(line)
+    assert not has_client_text(line)
     digest = hashlib.sha256(TEXTS["group"]["id"].encode()).hexdigest()[:12]
-    for said in (line["asked"]["diversity"], line["effective"]["diversity"]):
-        assert said["dry_sequence_breakers"] == 2
-        assert said["group"] == {"id": digest, "index": 1, "size": 4}
+    for logged in (line["asked"]["diversity"], line["effective"]["diversity"]):
+        assert logged["dry_sequence_breakers"] == 2
+        assert logged["group"] == {"id": digest, "index": 1, "size": 4}
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "diversity",
     [
         TEXTS,  # This engine has no tokenizer.
         {"dry_sequence_breakers": ["IBAN DE89 3704"]},
@@ -165,57 +169,57 @@ def test_breakers_are_counted_and_an_id_is_a_digest(set_audit, tmp_path, monkeyp
         {"level": 0.1, "Jane Doe": 1},
     ],
 )
-def test_a_line_of_a_refusal_has_no_text_either(set_audit, tmp_path, asked):
+def test_the_line_of_a_refusal_has_no_client_text(set_audit, tmp_path, diversity):
     set_audit(tmp_path / "audit.jsonl")
     with pytest.raises(VLLMValidationError):
-        ask(diversity=asked)
+        ask(diversity=diversity)
     (line,) = lines_of(tmp_path / "audit.jsonl")
     assert line["outcome"] == "refused"
-    assert not has_a_client_s_text(line)
+    assert not has_client_text(line)
 
 
 def test_a_body_of_many_prompts_is_one_line(set_audit, tmp_path):
     set_audit(tmp_path / "audit.jsonl")
-    decided(1000, diversity=0.2)
+    sampling_params(1000, diversity=0.2)
     audit.write_notes(request_context.current.get())
     (line,) = lines_of(tmp_path / "audit.jsonl")
     assert line["prompts"] == 1000
     assert os.stat(tmp_path / "audit.jsonl").st_size < 1000
 
 
-def test_outside_of_an_http_request_each_is_a_line(set_audit, tmp_path):
+def test_outside_of_an_http_request_each_prompt_is_a_line(set_audit, tmp_path):
     """As in `vllm run-batch`."""
     set_audit(tmp_path / "audit.jsonl")
     token = request_context.current.set(None)
-    decided(2, diversity=0.2)
+    sampling_params(2, diversity=0.2)
     request_context.current.reset(token)
     assert [line["prompts"] for line in lines_of(tmp_path / "audit.jsonl")] == [1, 1]
 
 
 class UnansweredError(Exception):
-    """What vLLM's handlers do not take."""
+    """An exception that vLLM's handlers do not handle."""
 
 
 @pytest.mark.parametrize(
     ("answered", "outcome", "status"),
     [
         (200, "accepted", 200),
-        (400, "failed", 400),  # vLLM's own, as it admits the request.
+        (400, "failed", 400),  # vLLM's own refusal, as it admits the request.
         (503, "failed", 503),
         (UnansweredError, "failed", 500),
         (asyncio.CancelledError, "failed", None),
     ],
 )
-def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(
+def test_a_line_is_written_when_the_answer_begins_or_fails(
     set_audit, tmp_path, answered, outcome, status
 ):
-    """With what became of it; a client that goes away leaves a line too."""
+    """The line has the outcome; a client that disconnects leaves one too."""
     file = tmp_path / "audit.jsonl"
     set_audit(file)
     seen = []
 
     async def app(scope, receive, send):
-        decided(2, diversity=0.2)
+        sampling_params(2, diversity=0.2)
         if not isinstance(answered, int):
             raise answered
         await send({"type": "http.response.start", "status": answered, "headers": []})
@@ -235,8 +239,8 @@ def test_it_is_noted_as_the_answer_begins_or_when_there_is_none(
     assert (line["outcome"], line["status"]) == (outcome, status)
 
 
-def counted(name) -> dict[tuple[str, ...], float]:
-    """The values of one of our counters, by its labels."""
+def counter_values(name) -> dict[tuple[str, ...], float]:
+    """The values of one of our counters, by labels."""
     (family,) = getattr(metrics.metrics(), name).collect()
     return {
         tuple(sample.labels.values()): sample.value
@@ -246,22 +250,22 @@ def counted(name) -> dict[tuple[str, ...], float]:
 
 
 def increase(name, before) -> dict[tuple[str, ...], float]:
-    after = counted(name)
+    after = counter_values(name)
     return {labels: rise for labels in after if (rise := after[labels] - before.get(labels, 0))}
 
 
 def test_a_body_of_many_prompts_is_counted_once(set_audit, tmp_path, monkeypatch):
-    """As its refusal is: an alert compares the two."""
+    """Like its refusal, because an alert compares the two."""
     set_audit(tmp_path / "audit.jsonl")
     profile = SimpleNamespace(name="habits", strength=1.0, max_kl=0.05)
     monkeypatch.setattr(engine, "styles", lambda: Styles((profile,)))
     names = ("requests", "styled", "clamped", "refused")
-    before = {name: counted(name) for name in names}
+    before = {name: counter_values(name) for name in names}
     for _ in range(2):
         token = request_context.current.set(RequestContext(HEADERS))
-        decided(100, diversity=0.9, style="habits")
+        sampling_params(100, diversity=0.9, style="habits")
         with pytest.raises(VLLMValidationError):
-            decided(100, diversity=7)
+            sampling_params(100, diversity=7)
         request_context.current.reset(token)
     expected = {"requests": ("demo", "gated"), "styled": ("demo", "habits")}
     for name in names:
@@ -270,17 +274,17 @@ def test_a_body_of_many_prompts_is_counted_once(set_audit, tmp_path, monkeypatch
 
 
 def test_a_request_with_two_laws_is_counted_for_each(set_audit, tmp_path):
-    """As where the requests of a batch differ."""
+    """As when the requests of a batch differ."""
     set_audit(tmp_path / "audit.jsonl")
-    before = counted("requests")
+    before = counter_values("requests")
     for law in ({"level": 0.2}, {"law": "guard", "min_p": 0.1}, {"level": 0.1}):
-        decided(2, diversity=law)
+        sampling_params(2, diversity=law)
     rise = increase("requests", before)
     assert rise == {("demo", "gated"): 1, ("demo", "guard"): 1}
 
 
 class Disk:
-    """`os.write` on a disk with so many bytes left."""
+    """`os.write` on a disk with `left` free bytes."""
 
     def __init__(self, monkeypatch) -> None:
         self.left = 0
@@ -296,7 +300,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("writer", ["the same", "another process", "the next start"])
-def test_after_a_full_disk_lines_are_whole_again(tmp_path, monkeypatch, writer):
+def test_after_a_full_disk_lines_are_complete_again(tmp_path, monkeypatch, writer):
     file, disk = tmp_path / "audit.jsonl", Disk(monkeypatch)
     settings = Audit(file=str(file))
     first, other = audit.AuditLog(settings), audit.AuditLog(settings)
@@ -319,8 +323,8 @@ def test_after_a_full_disk_lines_are_whole_again(tmp_path, monkeypatch, writer):
 
 
 @pytest.mark.parametrize("size", [100, 2_000_000])
-def test_a_file_that_is_too_large_already_is_renamed(tmp_path, monkeypatch, size):
-    """As where `largest_mib` was lowered."""
+def test_a_file_that_is_already_too_large_is_renamed(tmp_path, monkeypatch, size):
+    """As after `largest_mib` was lowered."""
     monkeypatch.setattr(audit, "MIB", 100)
     file = tmp_path / "audit.jsonl"
     file.write_text("x" * (size - 1) + "\n")
@@ -358,36 +362,38 @@ def test_files_are_renamed_by_size_and_the_oldest_deleted(tmp_path, monkeypatch)
         "audit.jsonl.1",
         "audit.jsonl.2",
     ]
-    places = (f"{file}.2", f"{file}.1", file)
-    lines = [line for place in places for line in Path(place).read_text().splitlines()]
+    paths = (f"{file}.2", f"{file}.1", file)
+    lines = [line for path in paths for line in Path(path).read_text().splitlines()]
     numbers = [json.loads(line)["number"] for line in lines]
     assert numbers == list(range(60 - len(numbers), 60))
-    assert all(os.stat(place).st_size < 100 + 20 for place in places)
+    assert all(os.stat(path).st_size < 100 + 20 for path in paths)
 
 
 @pytest.fixture
-def only_tries(monkeypatch):
-    """Waiting for a lock is a failure of the test, which would wait for ever."""
+def no_blocking_lock(monkeypatch):
+    """Fails the test on a blocking lock, which would wait forever."""
     flock = fcntl.flock
 
-    def tried(descriptor, operation):
-        assert operation & fcntl.LOCK_NB, "it waits for another process, and all requests with it"
+    def try_lock(descriptor, operation):
+        assert operation & fcntl.LOCK_NB, (
+            "it would wait for another process, and so would all requests"
+        )
         flock(descriptor, operation)
 
-    monkeypatch.setattr(audit.fcntl, "flock", tried)
+    monkeypatch.setattr(audit.fcntl, "flock", try_lock)
 
 
 @pytest.mark.parametrize("is_renamed", [False, True])
-def test_while_another_process_renames_files_no_line_waits_or_is_lost(
-    tmp_path, monkeypatch, only_tries, is_renamed
+def test_no_line_waits_or_is_lost_while_another_process_renames_files(
+    tmp_path, monkeypatch, no_blocking_lock, is_renamed
 ):
     monkeypatch.setattr(audit, "MIB", 30)
     file = tmp_path / "audit.jsonl"
     writer = audit.AuditLog(Audit(file=str(file), largest_mib=1, keep=2))
     for number in range(3):
-        writer.write({"number": number})  # The file has its size now.
-    with file.open() as held:  # A lock is its open file's, so that this is as of another process.
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        writer.write({"number": number})  # The file reaches its size limit.
+    with file.open() as locked:  # A lock belongs to the open file, so this acts as another process.
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         writer.write({"number": 3})
         if is_renamed:
             file.rename(f"{file}.1")
@@ -395,6 +401,6 @@ def test_while_another_process_renames_files_no_line_waits_or_is_lost(
     writer.write({"number": 5})
     writer.close()
     first, second = Path(f"{file}.1"), file
-    assert [[line["number"] for line in lines_of(place)] for place in (first, second)] == (
+    assert [[line["number"] for line in lines_of(path)] for path in (first, second)] == (
         [[0, 1, 2, 3], [4, 5]] if is_renamed else [[0, 1, 2, 3, 4], [5]]
     )

@@ -1,5 +1,5 @@
-"""The CPU's kernels against plain torch, where their own shape could go wrong: chunks, runs of
-rows, buffers that stay. test_transform.py tests the law itself on this backend."""
+"""The CPU kernels against plain torch, where their own structure could fail: chunks, runs of
+rows, reused buffers. test_transform.py tests the law itself on this backend."""
 
 import tracemalloc
 
@@ -56,8 +56,8 @@ def assert_agree(got_XV, expected_XV, got, expected):
     st.integers(0, 2**32 - 1),
     st.data(),
 )
-def test_it_is_plain_torch(kinds, vocabulary, seed, data):
-    """Rows of every kind, some invalid, in any order and any choice of them."""
+def test_the_kernels_equal_plain_torch(kinds, vocabulary, seed, data):
+    """Rows of every kind, some invalid, in any order and selection."""
     known = [kind if kind in KINDS else "peaky" for kind in kinds]
     logits_XV = make_rows(known, vocabulary, seed)
     for x, kind in enumerate(kinds):
@@ -90,13 +90,13 @@ def test_large_vocabularies(vocabulary):
     assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
 
 
-def test_a_row_with_many_stop_tokens_beside_others():
+def test_a_row_with_many_stop_tokens_among_others():
     vocabulary = 131_072
     many = frozenset(np.random.default_rng(0).permutation(vocabulary)[:30_000].tolist())
-    asked = [frozenset({2}), many, frozenset()]
+    stop_sets = [frozenset({2}), many, frozenset()]
     rows = [
         control_row(parse(0.5), temperature=0.8, logits_divisor=1.0, stop_ids=stops)
-        for stops in asked
+        for stops in stop_sets
     ]
     logits_XV = make_rows(["zipf", "gaussian", "few"], vocabulary, seed=3)
     expected_XV = logits_XV.clone()
@@ -106,7 +106,7 @@ def test_a_row_with_many_stop_tokens_beside_others():
 
 
 def test_a_row_reads_its_own_stop_tokens_only():
-    """Else each would pay for the widest: what lies after the first -1 makes no difference."""
+    """Values after the first -1 have no effect; a row does not pay for the widest one."""
     logits_XV = make_rows(["few"] * 3, 300, seed=3)
     other_XV = logits_XV.clone()
     controls = controls_of(3)
@@ -119,26 +119,26 @@ def test_a_row_reads_its_own_stop_tokens_only():
     assert torch.equal(logits_XV, other_XV)
 
 
-def test_what_was_kept_from_one_call_does_not_show_in_the_next():
-    """Batches of other sizes, vocabularies and controls through one way."""
-    way = NumbaBackend()
+def test_buffers_of_one_call_do_not_affect_the_next():
+    """Batches of different sizes, vocabularies and controls through one backend."""
+    backend = NumbaBackend()
     for seed, (rows, vocabulary) in enumerate([(3, 700), (1, 64), (8, 1000), (3, 700), (2, 129)]):
         logits_XV = make_rows([sorted(KINDS)[r] for r in range(rows)], vocabulary, seed)
         expected_XV = logits_XV.clone()
         controls = controls_of(rows, seed)
-        got = way(logits_XV, controls)
+        got = backend(logits_XV, controls)
         assert_agree(logits_XV, expected_XV, got, plain(expected_XV, controls))
 
 
-def test_in_inference_mode_and_out_of_it():
-    way, controls = NumbaBackend(), controls_of(2)
+def test_calls_in_inference_mode_and_outside_of_it():
+    backend, controls = NumbaBackend(), controls_of(2)
     with torch.inference_mode():
-        way(torch.randn(2, 300), controls)
-    way(torch.randn(2, 300), controls)
+        backend(torch.randn(2, 300), controls)
+    backend(torch.randn(2, 300), controls)
 
 
-def test_a_stop_token_that_would_overtake_is_held():
-    """Content one nat above many others, a stop token close behind: heat makes them tie."""
+def test_a_stop_token_does_not_overtake_the_content():
+    """The content is one nat above many tokens, a stop token close to it: heat makes them tie."""
     logits_XV = torch.zeros(2, 200)
     logits_XV[:, 7], logits_XV[0, 3], logits_XV[1, 3] = 1.0, 0.95, 1.05
     row = control_row(parse(1.0), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({3}))
@@ -151,19 +151,19 @@ def test_a_stop_token_that_would_overtake_is_held():
     assert logits_XV[1, 3] == logits_XV[1].max()
 
 
-@pytest.mark.parametrize("way", [NumbaBackend(), plain], ids=["fast", "plain"])
-def test_content_that_ties_with_a_stop_token_below_another(way):
-    """Hardly heated, so that the tie holds; the token that leads is a stop token."""
+@pytest.mark.parametrize("backend", [NumbaBackend(), plain], ids=["fast", "plain"])
+def test_content_that_ties_with_a_stop_token_below_the_top_token(backend):
+    """Barely heated, so that the tie holds; the top token is a stop token."""
     logits_RV = torch.zeros(1, 200)
     logits_RV[0, [3, 7, 9]] = torch.tensor([1.5, 1.0, 1.0])
     row = control_row(parse(1e-6), temperature=1.0, logits_divisor=1.0, stop_ids=frozenset({3, 9}))
     before_RV = torch.log_softmax(logits_RV, dim=1)
-    way(logits_RV, Controls.stack([row]), None)
+    backend(logits_RV, Controls.stack([row]), None)
     torch.testing.assert_close(logits_RV, before_RV, rtol=1e-5, atol=1e-5)
 
 
 def test_the_exponential_is_within_two_ulps_and_zero_far_below():
-    """Every 16-bit pattern of a negative float that its upper half can have."""
+    """Every pattern of the upper 16 bits of a negative float."""
     bits = torch.arange(0x8000, 0xFF80, dtype=torch.int64) << 16
     weights_K = (bits - 2**32).to(torch.int32).view(torch.float32).numpy()
     shares_K = np.empty_like(weights_K)
@@ -196,21 +196,21 @@ def test_a_steady_step_allocates_nothing_that_grows_with_the_vocabulary(rows_R):
     tracemalloc.start()
     try:
         step()
-        kept, _ = tracemalloc.get_traced_memory()
+        before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         for _ in range(10):
             step()
-        kept_after, peak = tracemalloc.get_traced_memory()
+        after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     one_row = 4 * vocabulary
-    assert by_torch + peak - kept < one_row / 4
-    assert kept_after - kept < 4096
+    assert by_torch + peak - before < one_row / 4
+    assert after - before < 4096
 
 
 @pytest.mark.parametrize("row", [-1, 3, 2**40])
-def test_a_row_that_is_not_there_is_refused_and_nothing_is_written(row):
-    """The kernel checks no other index."""
+def test_a_row_out_of_range_is_refused_and_nothing_is_written(row):
+    """The kernels check no other index."""
     logits_XV = torch.randn(3, 200)
     before_XV = logits_XV.clone()
     with pytest.raises(IndexError, match="beyond the rows of the logits"):
@@ -225,42 +225,42 @@ def test_a_row_that_is_not_there_is_refused_and_nothing_is_written(row):
     [torch.tensor([True, False, True]), torch.tensor([0.0, 1.0, 2.0]), torch.zeros(1, 3).long()],
     ids=["mask", "float", "matrix"],
 )
-def test_rows_that_are_no_list_of_int64_are_refused(rows_R):
+def test_rows_that_are_not_a_list_of_int64_are_refused(rows_R):
     with pytest.raises(ValueError, match="accepted: a list of int64"):
         transform(torch.zeros(3, 8), controls_of(3), rows_R)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6])
-def test_controls_for_other_rows_are_refused(rows):
+def test_controls_for_another_number_of_rows_are_refused(rows):
     with pytest.raises(ValueError, match=f"rows: got 4 and {rows} rows of controls"):
         transform(torch.zeros(4, 8), controls_of(rows))
 
 
-def test_room_that_grows_with_the_vocabulary_is_made_once():
-    """Whatever batches come: of 8 rows, of 3, with more stop tokens."""
-    way = NumbaBackend()
-    rooms = []
+def test_buffers_that_grow_with_the_vocabulary_are_allocated_once():
+    """For batches of 8 rows, of 3, and with more stop tokens."""
+    backend = NumbaBackend()
+    buffers = []
     for rows, seed in ((8, 0), (3, 5), (8, 2)):
-        way(torch.randn(rows, 300), controls_of(rows, seed))
-        rooms.append(way._scratch[2])
-    assert rooms[0] is rooms[1] is rooms[2]
+        backend(torch.randn(rows, 300), controls_of(rows, seed))
+        buffers.append(backend._scratch[2])
+    assert buffers[0] is buffers[1] is buffers[2]
 
 
 def test_nothing_is_compiled_after_the_first_call():
-    """A compiler takes seconds: whatever comes later has the types of what came first."""
-    way = NumbaBackend()
+    """Compiling takes seconds, so later calls must have the types of the first."""
+    backend = NumbaBackend()
     for rows_R in (None, torch.tensor([0]), torch.arange(0, 4, 2), torch.arange(8)[::4]):
         rows = 4 if rows_R is None else len(rows_R)
         controls = controls_of(rows)
         for width in (300, 333):
             logits_XV = torch.randn(8 if rows_R is not None else 4, width)[:, :300]
-            way(logits_XV, controls, rows_R)
-            way(logits_XV, controls.select(torch.arange(rows)), rows_R)
+            backend(logits_XV, controls, rows_R)
+            backend(logits_XV, controls.select(torch.arange(rows)), rows_R)
     assert len(_transform.signatures) == 1
 
 
-def test_kernels_handle_no_text():
-    """As numba's own message about arrays of two lengths would: every start would compile it."""
+def test_the_kernels_contain_no_string_code():
+    """Such as numba's message about arrays of different lengths: every start would compile it."""
     get_backend("cpu")
     for kernel in (_transform, _step):
         assert kernel.signatures
@@ -272,20 +272,20 @@ def test_kernels_handle_no_text():
     [torch.zeros(2, 8, dtype=torch.float64), torch.zeros(8), torch.zeros(2, 16)[:, ::2]],
     ids=["float64", "one dimension", "strided"],
 )
-def test_other_logits_are_refused(logits_XV):
+def test_logits_of_another_type_or_layout_are_refused(logits_XV):
     with pytest.raises(ValueError, match="accepted: a float32 matrix whose rows"):
         transform(logits_XV, controls_of(2))
 
 
-@pytest.mark.parametrize("way", [NumbaBackend(), plain], ids=["fast", "plain"])
-def test_a_stop_token_that_ties_with_the_content_ties_still(way):
-    """Whatever the temperatures round to: 2,000 rows, each with its own."""
+@pytest.mark.parametrize("backend", [NumbaBackend(), plain], ids=["fast", "plain"])
+def test_a_stop_token_that_ties_with_the_content_keeps_the_tie(backend):
+    """However the temperatures round: 2,000 rows, each with its own."""
     rows = 2000
     draw = torch.Generator().manual_seed(0)
     logits_RV = torch.randn(rows, 64, generator=draw)
     logits_RV[:, 7] = logits_RV[:, 46] = logits_RV.amax(dim=1) + 0.5
     temperatures_R = 0.2 + 1.8 * torch.rand(rows, generator=draw)
-    asked = [
+    control_rows = [
         control_row(
             parse({"law": "dynatemp", "dynatemp_range": 0.5, "level": 0.2}),
             temperature=t,
@@ -294,7 +294,7 @@ def test_a_stop_token_that_ties_with_the_content_ties_still(way):
         )
         for t in temperatures_R.tolist()
     ]
-    statistics = way(logits_RV, Controls.stack(asked), None)
+    statistics = backend(logits_RV, Controls.stack(control_rows), None)
     heated_R = statistics.temperature_R >= 0.9999 * temperatures_R
     assert heated_R.sum() > rows / 4
     assert torch.equal(logits_RV[heated_R, 7], logits_RV[heated_R, 46])

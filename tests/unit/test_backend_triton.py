@@ -1,8 +1,8 @@
 """The kernels under Triton's interpreter, against the fp64 reference and plain torch. No GPU is
 needed, and none is tested: `bench/sampler.py` times one.
 
-Triton decides at its import whether it interprets, so the kernels run in a process of their own:
-this file, run as a program, transforms the regimes and writes what came out.
+Triton decides at import whether it interprets, so the kernels run in a separate process: this
+file, run as a program, transforms the regimes and writes the results.
 """
 
 import os
@@ -42,24 +42,24 @@ def _near_tie(vocabulary: int, stop_logit: float) -> torch.Tensor:
 
 def regimes() -> dict[str, tuple[torch.Tensor, list[tuple[dict, float, frozenset[int]]]]]:
     """Logits by name, and each row's diversity, temperature and stop tokens."""
-    asked = [
+    cases = [
         (GATED, 0.7, frozenset()),
         (WIDE, 1.0, frozenset({0})),
         (RANGED, 1.3, frozenset({1, 5, 9})),
         (COOLED, 0.8, frozenset({2})),
     ]
     made = {
-        f"{kind}, V={vocabulary}": (make_rows([kind] * 4, vocabulary, seed), asked)
+        f"{kind}, V={vocabulary}": (make_rows([kind] * 4, vocabulary, seed), cases)
         for seed, kind in enumerate(sorted(KINDS))
         for vocabulary in (2, 257, 1024)
     }
     for vocabulary in (50_257, 262_144):
-        made[f"peaked, V={vocabulary}"] = make_rows(["few", "grammar"], vocabulary, 1), asked[:2]
+        made[f"peaked, V={vocabulary}"] = make_rows(["few", "grammar"], vocabulary, 1), cases[:2]
     # More survivors than `_decide` takes at once; heat until content and a stop token tie.
-    made["everything survives"] = make_rows(["flat", "gaussian"], 9001, 2), [asked[0], asked[1]]
+    made["everything survives"] = make_rows(["flat", "gaussian"], 9001, 2), [cases[0], cases[1]]
     near = torch.stack([_near_tie(300, 0.95), _near_tie(300, 1.05)])
     made["a stop token near the top"] = near, [({"level": 1.0}, 1.0, frozenset({3}))] * 2
-    # Hardly heated; the content ties with a stop token that does not lead.
+    # Barely heated; the content ties with a stop token that is not the top token.
     tied = _near_tie(300, 1.5)[None]
     tied[0, 9] = 1.0
     made["two stop tokens at the top"] = tied, [({"level": 1e-6}, 1.0, frozenset({3, 9}))]
@@ -69,10 +69,10 @@ def regimes() -> dict[str, tuple[torch.Tensor, list[tuple[dict, float, frozenset
     return made
 
 
-def controls_of(asked, *, divide: bool) -> Controls:
+def controls_of(cases, *, divide: bool) -> Controls:
     rows = [
         control_row(parse(d), temperature=t, logits_divisor=t if divide else 1.0, stop_ids=stops)
-        for d, t, stops in asked
+        for d, t, stops in cases
     ]
     return Controls.stack(rows)
 
@@ -101,11 +101,11 @@ def _after(interpreted, name: str) -> tuple[torch.Tensor, Statistics]:
 
 
 @pytest.mark.parametrize("name", list(REGIMES))
-def test_the_kernels_do_what_plain_torch_does(interpreted, name):
-    logits_RV, asked = REGIMES[name]
+def test_the_kernels_equal_plain_torch(interpreted, name):
+    logits_RV, cases = REGIMES[name]
     after_RV, statistics = _after(interpreted, name)
     expected_RV = logits_RV.clone()
-    expected = plain(expected_RV, controls_of(asked, divide=False))
+    expected = plain(expected_RV, controls_of(cases, divide=False))
     assert torch.equal(after_RV == -torch.inf, expected_RV == -torch.inf)
     torch.testing.assert_close(after_RV, expected_RV, rtol=1e-5, atol=2e-4)
     for value_R, expected_R in zip(statistics.values(), expected.values(), strict=True):
@@ -115,25 +115,29 @@ def test_the_kernels_do_what_plain_torch_does(interpreted, name):
 
 
 @pytest.mark.parametrize("name", list(REGIMES))
-def test_the_kernels_sample_the_law_in_fp64(interpreted, name):
-    logits_RV, asked = REGIMES[name]
+def test_the_kernels_match_the_fp64_reference(interpreted, name):
+    logits_RV, cases = REGIMES[name]
     if name == "everything survives":
-        logits_RV, asked = logits_RV[:1], asked[:1]  # The reference takes the square of survivors.
+        logits_RV, cases = logits_RV[:1], cases[:1]  # The reference is quadratic in the survivors.
     after_RV, statistics = _after(interpreted, name)
-    for r, (diversity, temperature, stops) in enumerate(asked):
-        said = reference(logits_RV[r].numpy(), temperature=temperature, stop_ids=stops, **diversity)
-        if said.margin < 1e-4:
+    for r, (diversity, temperature, stops) in enumerate(cases):
+        expected = reference(
+            logits_RV[r].numpy(), temperature=temperature, stop_ids=stops, **diversity
+        )
+        if expected.margin < 1e-4:
             continue
         got_V = torch.log_softmax(after_RV[r].double() / temperature, dim=0).numpy()
-        assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
-        likely_V = said.log_p_V > -30
-        np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=LOG_PROBABILITY)
-        assert statistics.entropy_before_R[r] == pytest.approx(said.entropy_before, abs=NATS)
-        assert statistics.entropy_after_R[r] == pytest.approx(said.entropy_after, abs=NATS)
-        assert statistics.temperature_R[r] == pytest.approx(said.temperature, rel=NATS)
+        assert (np.isinf(got_V) == np.isinf(expected.log_p_V)).all()
+        likely_V = expected.log_p_V > -30
+        np.testing.assert_allclose(
+            got_V[likely_V], expected.log_p_V[likely_V], atol=LOG_PROBABILITY
+        )
+        assert statistics.entropy_before_R[r] == pytest.approx(expected.entropy_before, abs=NATS)
+        assert statistics.entropy_after_R[r] == pytest.approx(expected.entropy_after, abs=NATS)
+        assert statistics.temperature_R[r] == pytest.approx(expected.temperature, rel=NATS)
 
 
-def test_rows_not_asked_for_and_unsound_rows_keep_their_bits(interpreted):
+def test_unselected_and_invalid_rows_keep_their_bits(interpreted):
     before_XV, rows_R = mixed()
     after_XV, statistics = _after(interpreted, "mixed")
     assert statistics.valid_R.tolist() == [True, False, False, False, True]
@@ -144,18 +148,18 @@ def test_rows_not_asked_for_and_unsound_rows_keep_their_bits(interpreted):
 
 
 def mixed() -> tuple[torch.Tensor, torch.Tensor]:
-    """Seven rows, five of them asked for, three of those invalid."""
+    """Seven rows, five of them selected, three of those invalid."""
     logits_XV = make_rows(["peaky"] * 7, 300, seed=5)
     logits_XV[2, 17], logits_XV[3, 299], logits_XV[4] = torch.nan, torch.inf, -torch.inf
     return logits_XV, torch.tensor([6, 2, 3, 4, 0])
 
 
-def test_a_part_of_wider_rows(interpreted):
-    """As of an engine that pads its vocabulary: what lies between the rows keeps its bits."""
-    logits_RV, asked = divided()
+def test_a_slice_of_wider_rows(interpreted):
+    """As in an engine that pads its vocabulary: the padding keeps its bits."""
+    logits_RV, cases = divided()
     wide_RW, _ = _after(interpreted, "padded")
     expected_RV = logits_RV.clone()
-    plain(expected_RV, controls_of(asked, divide=False))
+    plain(expected_RV, controls_of(cases, divide=False))
     torch.testing.assert_close(wide_RW[:, :300], expected_RV, rtol=1e-5, atol=2e-4)
     assert (wide_RW[:, 300:] == 7).all()
 
@@ -165,17 +169,17 @@ def padded() -> torch.Tensor:
     return torch.cat((logits_RV, torch.full((len(logits_RV), 20), 7.0)), dim=1)
 
 
-def test_logits_divided_by_the_temperature_before(interpreted):
-    logits_RV, asked = divided()
+def test_logits_that_are_already_divided_by_the_temperature(interpreted):
+    logits_RV, cases = divided()
     after_RV, _ = _after(interpreted, "divided")
     expected_RV = logits_RV.clone()
-    plain(expected_RV, controls_of(asked, divide=True))
+    plain(expected_RV, controls_of(cases, divide=True))
     assert torch.equal(after_RV == -torch.inf, expected_RV == -torch.inf)
     torch.testing.assert_close(after_RV, expected_RV, rtol=1e-5, atol=2e-4)
 
 
 def test_a_row_reads_its_own_stop_tokens_only(interpreted):
-    """What lies after the first -1 makes no difference."""
+    """Values after the first -1 have no effect."""
     expected_RV, _ = _after(interpreted, "own stops")
     after_RV, _ = _after(interpreted, "own stops, others behind")
     assert torch.equal(after_RV, expected_RV)
@@ -190,8 +194,8 @@ def own_stops() -> tuple[Controls, Controls]:
     return Controls(controls.numbers_RF, stops_RE), Controls(controls.numbers_RF, other_RE)
 
 
-def test_the_law_words_is_plain_torch_s(interpreted):
-    """Beside another law; classes of any pattern, texts that end anywhere or nowhere."""
+def test_the_law_words_equals_plain_torch(interpreted):
+    """Mixed with another law; with random token classes, and last tokens of any id or none."""
     for seed in WORDS_SEEDS:
         logits_RV, controls, classes = words(seed)
         after_RV, statistics = _after(interpreted, f"words {seed}")
@@ -212,18 +216,18 @@ def words(seed: int) -> tuple[torch.Tensor, Controls, TokenClasses]:
     kinds = sorted(KINDS)[seed % 3 :: 3]
     packed_V = source.integers(0, 3, (4, max(vocabulary - 9, 1)))
     classes = TokenClasses(sum(packed_V << 2 * np.arange(4)[:, None]).astype(np.uint8))
-    asked = []
+    cases = []
     for r in range(len(kinds)):
         diversity = {"law": "words", "level": float(source.uniform(0.01, 1)), "min_p": 1e-3}
         stops = frozenset(source.integers(0, 20, 2).tolist())
-        asked.append((diversity if r % 3 else GATED, float(source.uniform(0.3, 1.8)), stops))
+        cases.append((diversity if r % 3 else GATED, float(source.uniform(0.3, 1.8)), stops))
     last_R = torch.from_numpy(source.integers(-1, vocabulary + 2, len(kinds)))
-    controls = controls_of(asked, divide=False).after(last_R)
+    controls = controls_of(cases, divide=False).after(last_R)
     return make_rows(kinds, vocabulary, seed), controls, classes
 
 
-def test_the_laws_that_only_cut_are_plain_torch_s(interpreted):
-    """Beside another law; with rows longer than a tile, and positions that draw otherwise."""
+def test_the_laws_that_only_cut_equal_plain_torch(interpreted):
+    """Mixed with another law; with rows longer than a tile, and positions with different draws."""
     for seed in CUT_SEEDS:
         logits_RV, controls = cut(seed)
         after_RV, statistics = _after(interpreted, f"cut {seed}")
@@ -265,8 +269,8 @@ def cut(seed: int) -> tuple[torch.Tensor, Controls]:
 
 
 def divided():
-    _, asked = REGIMES["few, V=257"]
-    return make_rows(["few", "gaussian", "zipf", "peaky"], 300, seed=8), asked
+    _, cases = REGIMES["few, V=257"]
+    return make_rows(["few", "gaussian", "zipf", "peaky"], 300, seed=8), cases
 
 
 def main(file: str) -> None:
@@ -275,31 +279,31 @@ def main(file: str) -> None:
     backend = TritonBackend(torch.device("cpu"))
     arrays = {}
 
-    def keep(name, after_XV, statistics):
+    def store(name, after_XV, statistics):
         arrays[name] = after_XV.numpy()
         values = (*statistics.values(), statistics.valid_R.float())
         arrays[f"{name}: statistics"] = torch.stack(values).numpy()
 
-    for name, (logits_RV, asked) in REGIMES.items():
+    for name, (logits_RV, cases) in REGIMES.items():
         after_RV = logits_RV.clone()
-        keep(name, after_RV, backend(after_RV, controls_of(asked, divide=False)))
+        store(name, after_RV, backend(after_RV, controls_of(cases, divide=False)))
     after_XV, rows_R = mixed()
-    asked = [(GATED, 1.0, frozenset({3}))] * len(rows_R)
-    keep("mixed", after_XV, backend(after_XV, controls_of(asked, divide=False), rows_R))
-    after_RV, asked = divided()
-    keep("divided", after_RV, backend(after_RV, controls_of(asked, divide=True)))
+    cases = [(GATED, 1.0, frozenset({3}))] * len(rows_R)
+    store("mixed", after_XV, backend(after_XV, controls_of(cases, divide=False), rows_R))
+    after_RV, cases = divided()
+    store("divided", after_RV, backend(after_RV, controls_of(cases, divide=True)))
     wide_RW = padded()
-    keep("padded", wide_RW, backend(wide_RW[:, :300], controls_of(asked, divide=False)))
+    store("padded", wide_RW, backend(wide_RW[:, :300], controls_of(cases, divide=False)))
     for name, controls in zip(("own stops", "own stops, others behind"), own_stops(), strict=True):
         after_RV = make_rows(["few", "gaussian"], 300, seed=8)
-        keep(name, after_RV, backend(after_RV, controls))
+        store(name, after_RV, backend(after_RV, controls))
     for seed in WORDS_SEEDS:
         after_RV, controls, classes = words(seed)
         with_classes = TritonBackend("cpu", token_classes=classes)
-        keep(f"words {seed}", after_RV, with_classes(after_RV, controls))
+        store(f"words {seed}", after_RV, with_classes(after_RV, controls))
     for seed in CUT_SEEDS:
         after_RV, controls = cut(seed)
-        keep(f"cut {seed}", after_RV, backend(after_RV, controls))
+        store(f"cut {seed}", after_RV, backend(after_RV, controls))
     np.savez(file, **arrays)
 
 

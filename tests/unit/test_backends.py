@@ -1,5 +1,5 @@
-"""Which backend is chosen on a device, that an engine starts whatever its kernels do, and that the
-laws' constants reach every backend."""
+"""The choice of a backend for a device, the fallback from faulty kernels, and the laws' constants
+in every backend."""
 
 import logging
 import sys
@@ -21,25 +21,25 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def undecided():
+def clear_choice():
     checked_class.cache_clear()
     yield
     checked_class.cache_clear()
 
 
-def test_each_engine_has_buffers_of_its_own():
+def test_each_engine_has_its_own_buffers():
     one, other = get_backend(CPU), get_backend(CPU)
     assert isinstance(one, NumbaBackend)
     assert isinstance(one.create_slots(1, 1), NumbaSlots)
     assert one is not other
 
 
-def test_a_device_without_kernels_takes_plain_torch(caplog):
+def test_a_device_without_kernels_uses_plain_torch(caplog):
     assert isinstance(get_backend("meta"), TorchBackend)
     assert not caplog.records
 
 
-def test_without_a_compiler_it_is_plain_torch(monkeypatch, caplog):
+def test_without_a_compiler_plain_torch_is_used(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "dftserve.sampling.backends.numba", None)
     with caplog.at_level(logging.WARNING):
         assert isinstance(get_backend(CPU), TorchBackend)
@@ -49,7 +49,7 @@ def test_without_a_compiler_it_is_plain_torch(monkeypatch, caplog):
 @pytest.mark.parametrize(
     "spoil", [lambda row_XV: row_XV.mul_(1.01), lambda row_XV: row_XV.fill_(0)], ids=["1 %", "all"]
 )
-def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
+def test_wrong_kernels_are_not_used(spoil, monkeypatch, caplog):
     def wrong(self, logits_XV, controls, rows_R=None):
         done = _plain(self, logits_XV, controls, rows_R)
         spoil(logits_XV)
@@ -64,7 +64,7 @@ def test_kernels_that_are_wrong_are_not_used(spoil, monkeypatch, caplog):
 
 
 def _plain(backend, logits_XV, controls, rows_R):
-    """What plain torch makes of it."""
+    """The result of plain torch."""
     plain = TorchBackend(backend.device, backend.constants, backend.token_classes)
     return plain(logits_XV, controls, rows_R)
 
@@ -87,7 +87,7 @@ def _some_rows(logits_XV, controls, rows_R, calls):
 
 @pytest.mark.parametrize("case", [_many_stops, _padded_rows, _a_later_call, _some_rows])
 def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, caplog):
-    """In the last row only: one row is not enough to see it."""
+    """Wrong in the last row only, which a check of one row would miss."""
     calls = []
 
     def wrong(self, logits_XV, controls, rows_R=None):
@@ -103,7 +103,7 @@ def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, capl
     assert "disagree" in caplog.text
 
 
-def test_kernels_that_touch_an_invalid_row_are_not_used(monkeypatch, caplog):
+def test_kernels_that_change_an_invalid_row_are_not_used(monkeypatch, caplog):
     def wrong(self, logits_XV, controls, rows_R=None):
         done = _plain(self, logits_XV, controls, rows_R)
         logits_XV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
@@ -115,13 +115,13 @@ def test_kernels_that_touch_an_invalid_row_are_not_used(monkeypatch, caplog):
     assert "disagree" in caplog.text
 
 
-def test_kernels_that_take_every_token_for_one_class_are_not_used(monkeypatch, caplog):
-    """Wrong under the law `words` alone."""
-    calls = NumbaBackend.__call__
+def test_kernels_that_ignore_token_classes_are_not_used(monkeypatch, caplog):
+    """Wrong under the law `words` only."""
+    call = NumbaBackend.__call__
 
     def wrong(self, logits_XV, controls, rows_R=None):
         self._classes_V[:] = 0
-        return calls(self, logits_XV, controls, rows_R)
+        return call(self, logits_XV, controls, rows_R)
 
     monkeypatch.setattr(NumbaBackend, "__call__", wrong)
     with caplog.at_level(logging.WARNING):
@@ -129,20 +129,20 @@ def test_kernels_that_take_every_token_for_one_class_are_not_used(monkeypatch, c
     assert "disagree" in caplog.text
 
 
-def test_slots_that_forget_what_a_resumed_request_had_are_not_used(monkeypatch, caplog):
-    opens = NumbaSlots.open
-    monkeypatch.setattr(NumbaSlots, "open", lambda self, slot, *_, **__: opens(self, slot))
+def test_slots_that_lose_the_statistics_of_a_resumed_request_are_not_used(monkeypatch, caplog):
+    open_slot = NumbaSlots.open
+    monkeypatch.setattr(NumbaSlots, "open", lambda self, slot, *_, **__: open_slot(self, slot))
     with caplog.at_level(logging.WARNING):
         assert isinstance(get_backend(CPU), TorchBackend)
     assert "disagree" in caplog.text
 
 
-def test_slots_that_are_wrong_are_not_used(monkeypatch, caplog):
-    """They steer, and count nothing."""
-    steps = NumbaBackend.step
+def test_wrong_slots_are_not_used(monkeypatch, caplog):
+    """They steer but count nothing."""
+    original_step = NumbaBackend.step
 
     def forgetting(self, logits_XV, step, slots):
-        done = steps(self, logits_XV, step, slots)
+        done = original_step(self, logits_XV, step, slots)
         slots._waiting_SKF.zero_()
         return done
 
@@ -163,7 +163,7 @@ def test_kernels_that_fail_are_not_used(monkeypatch, caplog):
 
 
 COOLED = {"law": "dynatemp", "dynatemp_range": 1.0, "dynatemp_exponent": 10.0}
-# Another value of each constant of the transform, and a request that it concerns.
+# Another value of each constant of the transform, and a request that it affects.
 OTHERS = {
     "guard_start": (0.3, {"level": 0.1}),
     "guard_end": (0.3, {"level": 1.0}),
@@ -175,8 +175,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_a_constant_reaches_the_kernels(name):
-    """As if it were the default: what plain torch samples, which is not what it samples by
-    default."""
+    """The result is that of plain torch with the constant, and not that of the default."""
     value, diversity = OTHERS[name]
     constants = replace(LawConstants(), **{name: value})
     row = control_row(
@@ -215,9 +214,10 @@ def test_a_constant_of_the_controller_reaches_the_kernels(changed):
 
 def _steered(backend):
     """The temperatures of two requests after twenty tokens: one above its target, one below."""
-    asked = [parse({"law": "budget", "target_entropy": target}) for target in (0.5, 3.0)]
+    diversities = [parse({"law": "budget", "target_entropy": target}) for target in (0.5, 3.0)]
     rows = [
-        control_row(d, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset()) for d in asked
+        control_row(d, temperature=1.0, logits_divisor=1.0, stop_ids=frozenset())
+        for d in diversities
     ]
     controls, slots = Controls.stack(rows), backend.create_slots(2, 1)
     slot_R, zero_R = torch.arange(2), torch.zeros(2, dtype=torch.int64)

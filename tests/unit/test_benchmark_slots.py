@@ -1,4 +1,4 @@
-"""Slot errors and wording, on meanings worded by hand and on the E2E sets."""
+"""Slot errors and wording, on hand-written meanings and on the E2E sets."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ MEANING = parse(
     "name[Café Zoë], eatType[pub], food[Thai], priceRange[less than £20], "
     "customer rating[5 out of 5], area[riverside], familyFriendly[no], near[The Rice Boat]"
 )
-SAID = (
+TEXT = (
     "By the river, near the Rice Boat, is Cafe Zoe, a cheap pub with Thai food and a high customer "
     "rating. It is not family-friendly."
 )
@@ -44,19 +44,19 @@ def test_a_meaning_is_parsed():
 
 
 @pytest.mark.parametrize("wrong", ["", "Blue Spice", "name[a", "name[a], name[b]", "name[a] and b"])
-def test_what_is_no_meaning_is_refused(wrong):
+def test_an_invalid_meaning_is_refused(wrong):
     with pytest.raises(ValueError, match="accepted: slot"):
         parse(wrong)
 
 
-def test_a_text_that_says_all_of_it_has_no_error():
-    assert errors(SAID, MEANING).rate == 0
+def test_a_text_with_every_slot_has_no_error():
+    assert errors(TEXT, MEANING).rate == 0
 
 
 @pytest.mark.parametrize("text", ["", "Fish swim.", "Yellow stones lie in a garden."])
-def test_a_text_about_nothing_misses_every_slot(text):
-    found = errors(text, MEANING)
-    assert (found.slots, found.missing, found.wrong, found.added) == (8, 8, 0, 0)
+def test_an_unrelated_text_misses_every_slot(text):
+    result = errors(text, MEANING)
+    assert (result.slots, result.missing, result.wrong, result.added) == (8, 8, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -72,20 +72,20 @@ def test_a_text_about_nothing_misses_every_slot(text):
         ({"name": "Zizzi"}, "missing"),
     ],
 )
-def test_one_slot_said_otherwise_is_one_error(other, kind):
-    found = errors(SAID, {**MEANING, **other})
-    assert getattr(found, kind) == 1
-    assert found.missing + found.wrong + found.added == 1
+def test_one_different_slot_is_one_error(other, kind):
+    result = errors(TEXT, {**MEANING, **other})
+    assert getattr(result, kind) == 1
+    assert result.missing + result.wrong + result.added == 1
 
 
 @pytest.mark.parametrize("slot", [slot for slot in MEANING if slot in PATTERNS and slot != "food"])
-def test_what_was_not_asked_for_is_added(slot):
+def test_a_slot_that_was_not_requested_counts_as_added(slot):
     less = {name: value for name, value in MEANING.items() if name != slot}
-    assert errors(SAID, less).added == 1
+    assert errors(TEXT, less).added == 1
 
 
-def test_a_name_says_no_more_than_a_name():
-    """Raja Indian Cuisine serves what it serves, Burger King is no fast food of ours."""
+def test_words_inside_a_name_are_not_values():
+    """`Raja Indian Cuisine` does not mean Indian food, nor `Burger King` fast food."""
     meaning = parse("name[Cotto], near[Raja Indian Cuisine], eatType[pub]")
     assert errors("Cotto is a pub near Raja Indian Cuisine.", meaning).rate == 0
     meaning = parse("name[Burger King], area[riverside]")
@@ -99,18 +99,18 @@ def test_any_place_may_be_called_a_restaurant():
 
 
 @given(values)
-def test_a_value_that_stands_in_the_text_as_in_the_meaning_is_found(pair):
+def test_a_value_worded_as_in_the_meaning_is_found(pair):
     slot, value = pair
-    said = {
+    text = {
         "priceRange": f"The price range is {value}.",
         "customer rating": f"The customer rating is {value}.",
         "familyFriendly": f"It is {'' if value == 'yes' else 'not '}family friendly.",
     }.get(slot, f"It is {value}.")
-    assert errors(said, {slot: value}).missing + errors(said, {slot: value}).wrong == 0
+    assert errors(text, {slot: value}).missing + errors(text, {slot: value}).wrong == 0
 
 
-def test_the_rate_is_of_all_slots():
-    texts = [SAID, "Zizzi."]
+def test_the_rate_is_over_all_slots():
+    texts = [TEXT, "Zizzi."]
     meanings = [MEANING, parse("name[Zizzi], area[riverside]")]
     assert error_rate(texts, meanings).value == pytest.approx(1 / 10)
 
@@ -125,39 +125,41 @@ def sentences(seed: int, count: int = 8) -> list[str]:
     return [" ".join(draw.choices(ANY.split(), k=12)) for _ in range(count)]
 
 
-def test_wording_is_that_of_a_plain_count_over_pairs():
-    """All pairs by sets, without matrices; the patterns of these words are the words."""
-    said, human = ({p: sentences(n + p) for p in (1, 2)} for n in (0, 10))
+def test_wording_equals_a_plain_count_over_pairs():
+    """Computed from sets over all pairs, without matrices."""
+    generated, human = ({p: sentences(n + p) for p in (1, 2)} for n in (0, 10))
 
     def share(a: str, b: str) -> float:
-        found = []
+        shares = []
         for size, masked in ((4, False), (6, True)):
             x, y = (
                 {tuple(map(mask, g)) if masked else g for g in ngrams(tokens(normalise(t)), size)}
                 for t in (a, b)
             )
-            found.append(len(x & y) / min(len(x), len(y)))
-        return sum(found) / 2
+            shares.append(len(x & y) / min(len(x), len(y)))
+        return sum(shares) / 2
 
     def mask(word: str) -> str:
         content = {"pub", "river", "thai", "food", "high", "prices", "adults", "zizzi"}
         return f"#{word[-2:]}" if word in content else word
 
-    def o(texts: dict[int, list[str]]) -> float:
+    def overlap(texts: dict[int, list[str]]) -> float:
         means = [
             np.mean([share(t[i], t[j]) for i in range(8) for j in range(i)]) for t in texts.values()
         ]
         return max(float(np.mean(means)), 1e-4)
 
-    given_, other = ({str(p): t for p, t in each.items()} for each in (said, human))
-    expected = np.log(o(said)) / np.log(o(human))
-    assert wording(given_, other).value == pytest.approx(expected)
+    texts_of_prompts, human_texts = (
+        {str(p): t for p, t in each.items()} for each in (generated, human)
+    )
+    expected = np.log(overlap(generated)) / np.log(overlap(human))
+    assert wording(texts_of_prompts, human_texts).value == pytest.approx(expected)
 
 
-def test_people_beside_themselves_are_1_and_copies_0():
+def test_human_texts_compared_with_themselves_score_1_and_copies_0():
     human = {"p": [f"{text} {i}" for i, text in enumerate(sentences(0))]}
     assert wording(human, human).value == 1
-    assert wording({"p": [SAID] * 8}, human).value == 0
+    assert wording({"p": [TEXT] * 8}, human).value == 0
 
 
 @pytest.mark.parametrize("text", ["", "Zizzi.", "a b c d e"])
@@ -170,15 +172,15 @@ def test_texts_too_short_to_vary_count_as_copies(text):
 
 def test_prompts_with_too_few_texts_are_left_out():
     human = {"p": sentences(0), "q": sentences(1)}
-    said = {"p": sentences(2), "q": [SAID] * 7}
-    assert wording(said, human) == wording({"p": said["p"]}, human)
+    generated = {"p": sentences(2), "q": [TEXT] * 7}
+    assert wording(generated, human) == wording({"p": generated["p"]}, human)
     with pytest.raises(ValueError, match="no prompt has 8"):
-        wording({"q": said["q"]}, human)
+        wording({"q": generated["q"]}, human)
     with pytest.raises(ValueError, match="copies only"):
-        wording(said, {"p": [SAID] * 8})
+        wording(generated, {"p": [TEXT] * 8})
 
 
-# ── Real ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Real data ────────────────────────────────────────────────────────────────────────────────────
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -192,37 +194,37 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_people_say_most_slots_and_texts_of_other_meanings_few():
-    """On a quarter of the test set; the patterns were written on the other one."""
-    found = rows("e2e_testset_w_refs.csv")[::4]
-    texts, meanings = [row["ref"] for row in found], [parse(row["mr"]) for row in found]
+def test_human_texts_have_few_errors_and_many_with_shuffled_meanings():
+    """On a quarter of the test set; the patterns were written on another set."""
+    refs = rows("e2e_testset_w_refs.csv")[::4]
+    texts, meanings = [row["ref"] for row in refs], [parse(row["mr"]) for row in refs]
     assert error_rate(texts, meanings).value < 0.10
     others = random.Random(0).sample(meanings, len(meanings))
     assert error_rate(texts, others).value > 0.5
 
 
-def test_a_changed_value_is_noticed():
-    """Of texts without an error, one slot of the meaning changed to another value."""
-    draw, seen = random.Random(0), []
+def test_a_changed_value_is_detected():
+    """One slot of the meaning of a text without errors is changed to another value."""
+    draw, detected = random.Random(0), []
     for row in rows("e2e_testset_w_refs.csv")[::8]:
         meaning = parse(row["mr"])
         changed = {slot: other(slot, value, draw) for slot, value in meaning.items()}
         if errors(row["ref"], meaning).rate == 0:
             for slot in meaning.keys() - NAMED:
-                found = errors(row["ref"], {**meaning, slot: changed[slot]})
-                seen.append(found.missing + found.wrong >= 1)
-    assert len(seen) > 1000
-    assert np.mean(seen) > 0.97
+                result = errors(row["ref"], {**meaning, slot: changed[slot]})
+                detected.append(result.missing + result.wrong >= 1)
+    assert len(detected) > 1000
+    assert np.mean(detected) > 0.97
 
 
 def other(slot: str, value: str, draw: random.Random) -> str:
-    """A value that is not the same in other words."""
+    """A value with another meaning."""
     known = SAME.get(slot) or {each: each for each in slots.PATTERNS.get(slot, ("none",))}
     return draw.choice([each for each in known if known[each] != known.get(value)])
 
 
 def test_texts_of_one_meaning_are_one_unit():
-    """The same text eight times has the interval of one."""
+    """Eight copies of each text have the interval of one."""
     meanings = [{"name": f"Place {number}", "area": "riverside"} for number in range(9)]
     texts = [f"Place {number} is by the {'river' * (number % 3)}." for number in range(9)]
     one = error_rate(texts, meanings)

@@ -1,4 +1,4 @@
-"""Task files: those that come with dftserve and one's own."""
+"""Task files: those shipped with dftserve and the user's own."""
 
 import json
 from collections import Counter
@@ -29,8 +29,8 @@ def shipped_task(name: str, data: Path) -> tasks.Task:
         pytest.skip(str(reason))
 
 
-def own(folder: Path, **changed: object) -> Path:
-    """A task file and its texts; a key with None is left out."""
+def write_task(folder: Path, **changed: object) -> Path:
+    """Write a task file and its texts; a key with None is left out."""
     (folder / "asked.txt").write_text("the sea\na hill\n")
     lines = [{"prompt": "the sea", "response": "It is wet."}, {"text": "Hills are steep."}]
     (folder / "said.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -54,17 +54,17 @@ def test_a_style_task_has_prompts_and_enough_human_texts(name, data):
     assert max(beginnings.values()) == 1
 
 
-def test_stories_come_without_their_prompts(data):
-    """Each text begins with its prompt, and the window after it."""
+def test_story_windows_exclude_the_prompts(data):
+    """Each text begins with its prompt; its window begins after it."""
     task = shipped_task("story", data)
     assert all(sample.prompt for sample in task.human)
     for sample, text in zip(task.human, Windows.of(task.human).texts, strict=True):
-        asked = sample.prompt.split()
-        assert sample.text.split()[: len(asked)] == asked
-        assert not text or text.split()[: len(asked)] != asked
+        prompt_words = sample.prompt.split()
+        assert sample.text.split()[: len(prompt_words)] == prompt_words
+        assert not text or text.split()[: len(prompt_words)] != prompt_words
 
 
-def test_essays_are_prose_by_many(data):
+def test_essays_are_prose_of_many_sources(data):
     task = shipped_task("essay", data)
     sources = Counter(sample.source for sample in task.human)
     assert len(sources) > 40
@@ -73,7 +73,7 @@ def test_essays_are_prose_by_many(data):
     assert not any("\n    " in sample.text or "::" in sample.text[-2:] for sample in task.human)
 
 
-def test_every_meaning_has_enough_wordings(data):
+def test_every_meaning_has_enough_human_texts(data):
     task = shipped_task("e2e", data)
     assert (task.kind, task.words) == ("meaning", 0)
     counts = Counter(sample.prompt for sample in task.human)
@@ -84,17 +84,17 @@ def test_every_meaning_has_enough_wordings(data):
         assert slots.parse(prompt.about["meaning"])
 
 
-def test_three_tasks_come_with_dftserve():
+def test_three_tasks_are_shipped():
     assert shipped() == ["e2e", "essay", "story"]
 
 
 @pytest.mark.parametrize("name", ["story", "essay", "e2e"])
-def test_a_missing_set_says_what_is_missing_and_where(name, tmp_path):
+def test_the_error_for_a_missing_set_names_it_and_its_folder(name, tmp_path):
     with pytest.raises(Missing, match=rf"{name}: .* is not in .*{tmp_path.name}.*DFTSERVE_DATA"):
         load(name, tmp_path)
 
 
-def test_a_missing_folder_is_a_missing_set(tmp_path, monkeypatch):
+def test_a_missing_folder_is_reported_as_a_missing_set(tmp_path, monkeypatch):
     with pytest.raises(Missing, match="is not there"):
         load("story", tmp_path / "none")
     monkeypatch.delenv("DFTSERVE_DATA", raising=False)
@@ -102,11 +102,11 @@ def test_a_missing_folder_is_a_missing_set(tmp_path, monkeypatch):
         load("story")
 
 
-# ── One's own ────────────────────────────────────────────────────────────────────────────────────
+# ── The user's own ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_file_of_your_own_is_a_task(tmp_path, monkeypatch):
-    path = own(tmp_path)
+def test_a_user_s_file_is_loaded_as_a_task(tmp_path, monkeypatch):
+    path = write_task(tmp_path)
     monkeypatch.setenv("DFTSERVE_DATA", str(tmp_path))
     task = load(path)
     assert task == load(str(path), tmp_path)
@@ -121,29 +121,29 @@ def test_a_file_of_your_own_is_a_task(tmp_path, monkeypatch):
     assert (task.title, task.words, task.samples, task.max_tokens) == ("Mine", 120, 2, 64)
 
 
-def test_rows_are_counted_from_the_first(tmp_path):
+def test_rows_are_selected_by_first_and_count(tmp_path):
     (tmp_path / "asked.json").write_text(json.dumps(list("abcde")))
-    path = own(tmp_path, prompts={"file": "asked.json", "first": 1, "count": 3})
+    path = write_task(tmp_path, prompts={"file": "asked.json", "first": 1, "count": 3})
     assert [prompt.text for prompt in load(path, tmp_path).prompts] == ["b", "c", "d"]
-    path = own(tmp_path, prompts={"file": "asked.json", "first": 3, "count": 3})
+    path = write_task(tmp_path, prompts={"file": "asked.json", "first": 3, "count": 3})
     with pytest.raises(ValueError, match="got 5 rows; accepted: 6"):
         load(path, tmp_path)
 
 
-def test_an_original_that_stands_twice_is_one_text(tmp_path):
-    told = "There was a king who had three sons "
-    for name, other in (("a", "and a cow"), ("b", "but no")):
-        pair = {"original": [told + "and was glad"], "sampled": [told + other]}
+def test_a_repeated_original_is_one_text(tmp_path):
+    beginning = "There was a king who had three sons "
+    for name, ending in (("a", "and a cow"), ("b", "but no")):
+        pair = {"original": [beginning + "and was glad"], "sampled": [beginning + ending]}
         (tmp_path / f"{name}.json").write_text(json.dumps(pair))
-    task = load(own(tmp_path, human={"files": ["?.json"]}), tmp_path)
-    assert task.human == (Sample(told + "and was glad", told + "and"),)
+    task = load(write_task(tmp_path, human={"files": ["?.json"]}), tmp_path)
+    assert task.human == (Sample(beginning + "and was glad", beginning + "and"),)
 
 
 def test_prompts_with_few_human_texts_are_left_out(tmp_path):
     lines = ["mr,ref"]
     lines += [f"name[A],a{i}" for i in range(3)] + [f"name[B],b{i}" for i in range(2)]
     (tmp_path / "all.csv").write_text("\n".join(lines))
-    path = own(
+    path = write_task(
         tmp_path,
         kind="meaning",
         prompts={"file": "all.csv"},
@@ -155,7 +155,7 @@ def test_prompts_with_few_human_texts_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"max_token": 3}, "got the key 'max_token'.*did you mean 'max_tokens'"),
         ({"prompts": {"file": "asked.txt", "row": 1}}, "mine.yaml.prompts: got the key 'row'"),
@@ -170,23 +170,23 @@ def test_prompts_with_few_human_texts_are_left_out(tmp_path):
         ({"kind": "meaning"}, "meaning: got ''"),
     ],
 )
-def test_a_mistake_in_a_file_is_named(tmp_path, changed, told):
-    with pytest.raises(ValueError, match=told):
-        load(own(tmp_path, **changed), tmp_path)
+def test_a_mistake_in_a_file_is_reported(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        load(write_task(tmp_path, **changed), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: [", "not YAML"),
         ("a: &x 1\nb: *x", "alias"),
         ("- a", "accepted: keys and values"),
     ],
 )
-def test_what_is_no_task_file_is_refused(tmp_path, text, told):
+def test_an_invalid_task_file_is_refused(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load(path, tmp_path)
 
 
@@ -233,6 +233,6 @@ def test_the_prose_of_a_document_is_its_paragraphs():
     )
 
 
-def test_prose_stays_prose():
+def test_plain_paragraphs_are_unchanged():
     text = "This is a paragraph of plain words, and nothing else."
     assert rst.prose(f"Header: x\n\n{text}\n\n{text}") == f"{text}\n\n{text}"

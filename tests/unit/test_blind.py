@@ -1,4 +1,4 @@
-"""The blind test: the page as a browser reads it, and the verdict against sums by hand."""
+"""The blind test: the page as a browser reads it, and the verdict against direct sums."""
 
 import json
 import math
@@ -27,7 +27,7 @@ PAIRS = [Pair(f"prompt {i}", f"system {i}", f"human {i}") for i in range(6)]
 
 
 class Reader(HTMLParser):
-    """What a browser finds: tags with their attributes, scripts, words outside of them."""
+    """What a browser parses: tags with their attributes, scripts, and the text outside of them."""
 
     def __init__(self, html):
         super().__init__()
@@ -51,11 +51,11 @@ class Reader(HTMLParser):
             self.words.append(data)
 
 
-def made(folder, pairs=PAIRS, seed=1, **given):
-    """(HTML, the page's data, the key)."""
+def make_page(folder, pairs=PAIRS, seed=1, **options):
+    """Make a page; return its HTML, its data and its key."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "blind.html"
-    page(pairs, out, **{"seed": seed, "title": "Stories"} | given)
+    page(pairs, out, **{"seed": seed, "title": "Stories"} | options)
     html = out.read_text(encoding="utf-8")
     data = json.loads(Reader(html).scripts[0])
     return html, data, json.loads((folder / "blind.html.key.json").read_text())
@@ -64,12 +64,12 @@ def made(folder, pairs=PAIRS, seed=1, **given):
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_page_and_key_belong_together_and_hold_every_pair(tmp_path):
-    _, data, key = made(tmp_path)
+def test_page_and_key_match_and_contain_every_pair(tmp_path):
+    _, data, key = make_page(tmp_path)
     assert data["id"] == key["page"]
     assert data["ask"] == QUESTIONS["person"]
     assert {trial["id"] for trial in data["trials"]} == set(key["human"])
-    found = {
+    pairs = {
         (
             trial["prompt"],
             trial["texts"][1 - key["human"][trial["id"]]],
@@ -77,37 +77,37 @@ def test_page_and_key_belong_together_and_hold_every_pair(tmp_path):
         )
         for trial in data["trials"]
     }
-    assert found == {(pair.prompt, pair.system, pair.human) for pair in PAIRS}
+    assert pairs == {(pair.prompt, pair.system, pair.human) for pair in PAIRS}
 
 
-def test_the_page_does_not_hold_the_key(tmp_path):
-    """With the roles swapped the same pages come out, with the opposite keys."""
+def test_the_page_does_not_reveal_the_key(tmp_path):
+    """Swapped roles give the same pages with opposite keys."""
 
     def pages(name, pair):
-        found = {}
+        positions_by_page = {}
         for seed in range(20):
-            html, _, key = made(tmp_path / f"{name} {seed}", [pair], seed)
-            (place,) = key["human"].values()
-            found.setdefault(html, set()).add(place)
-        return found
+            html, _, key = make_page(tmp_path / f"{name} {seed}", [pair], seed)
+            (position,) = key["human"].values()
+            positions_by_page.setdefault(html, set()).add(position)
+        return positions_by_page
 
     one = pages("one", Pair("p", "x", "y"))
     other = pages("other", Pair("p", "y", "x"))
     assert len(one) == 2
     assert one.keys() == other.keys()
-    for html, places in one.items():
-        assert len(places) == 1
-        assert other[html] == {1 - place for place in places}
+    for html, positions in one.items():
+        assert len(positions) == 1
+        assert other[html] == {1 - position for position in positions}
 
 
 def test_sides_and_order_are_drawn_by_the_seed(tmp_path):
     """400 sides: outside 200 ± 60 with probability 2e-9."""
     many = [Pair(f"p{i}", f"s{i}", f"h{i}") for i in range(400)]
-    html, data, key = made(tmp_path / "a", many)
+    html, data, key = make_page(tmp_path / "a", many)
     assert abs(sum(key["human"].values()) - 200) <= 60
     assert [trial["prompt"] for trial in data["trials"]] != [pair.prompt for pair in many]
-    assert made(tmp_path / "b", many)[0] == html
-    assert made(tmp_path / "c", many, seed=2)[0] != html
+    assert make_page(tmp_path / "b", many)[0] == html
+    assert make_page(tmp_path / "c", many, seed=2)[0] != html
 
 
 HOSTILE = [
@@ -123,9 +123,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_texts_and_title_stay_texts(tmp_path, text):
-    html, data, _ = made(tmp_path, [Pair(text, text + "1", text + "2")], title=text)
-    plain = made(tmp_path / "plain", [Pair("a", "b", "c")])[0]
+def test_texts_and_title_are_not_read_as_markup(tmp_path, text):
+    html, data, _ = make_page(tmp_path, [Pair(text, text + "1", text + "2")], title=text)
+    plain = make_page(tmp_path / "plain", [Pair("a", "b", "c")])[0]
     assert data["trials"][0]["prompt"] == text
     assert sorted(data["trials"][0]["texts"]) == [text + "1", text + "2"]
     assert Reader(html).tags == Reader(plain).tags
@@ -133,8 +133,8 @@ def test_texts_and_title_stay_texts(tmp_path, text):
     assert Reader(html).scripts[1] == Reader(plain).scripts[1]
 
 
-def test_the_page_needs_nothing_else(tmp_path):
-    html = made(tmp_path)[0]
+def test_the_page_loads_no_other_resource(tmp_path):
+    html = make_page(tmp_path)[0]
     for tag, attrs in Reader(html).tags:
         assert tag not in ("link", "img", "iframe", "base")
         assert not {"src", "href", "srcset"} & attrs.keys()
@@ -142,18 +142,18 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert "default-src 'none'" in html
 
 
-def test_a_page_is_not_written_over(tmp_path):
-    html = made(tmp_path)[0]
+def test_an_existing_page_is_not_overwritten(tmp_path):
+    html = make_page(tmp_path)[0]
     with pytest.raises(FileExistsError, match=r"blind\.html exists"):
-        made(tmp_path, seed=2)
+        make_page(tmp_path, seed=2)
     (tmp_path / "blind.html").unlink()
     with pytest.raises(FileExistsError, match=r"key\.json exists"):
-        made(tmp_path, seed=2)
-    assert made(tmp_path / "new")[0] == html
+        make_page(tmp_path, seed=2)
+    assert make_page(tmp_path / "new")[0] == html
 
 
 @pytest.mark.parametrize(
-    ("pairs", "question", "said"),
+    ("pairs", "question", "message"),
     [
         ([], "person", "pairs: got none"),
         ([Pair("p", "s", " ")], "person", r"pairs\[0\]"),
@@ -161,13 +161,13 @@ def test_a_page_is_not_written_over(tmp_path):
         (PAIRS, "persons", "did you mean 'person'"),
     ],
 )
-def test_what_is_no_test_is_refused(tmp_path, pairs, question, said):
-    with pytest.raises(ValueError, match=said):
-        made(tmp_path, pairs, question=question)
+def test_invalid_pairs_and_questions_are_refused(tmp_path, pairs, question, message):
+    with pytest.raises(ValueError, match=message):
+        make_page(tmp_path, pairs, question=question)
     assert not list(tmp_path.iterdir())
 
 
-# ── In a browser, or what of one the page uses ───────────────────────────────────────────────────
+# ── In a stand-in for a browser ──────────────────────────────────────────────────────────────────
 
 BROWSER = """
 const fs = require("fs"), vm = require("vm");
@@ -206,28 +206,28 @@ console.log(JSON.stringify({ seen, done: shows("done"), trial: shows("trial"),
 """
 
 
-def browsed(html, keys):
+def run_page(html, keys):
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node on this machine to run the page's script")
-    given = json.dumps([*Reader(html).scripts, keys])
+    stdin = json.dumps([*Reader(html).scripts, keys])
     done = subprocess.run(
-        [node, "-e", BROWSER], input=given, capture_output=True, text=True, check=True
+        [node, "-e", BROWSER], input=stdin, capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
 
-def test_what_a_person_sees_and_presses_is_what_the_verdict_counts(tmp_path):
-    """Keys, buttons, a page that is opened again; a key that is held down does nothing."""
-    html = made(tmp_path, question="preference")[0]
+def test_the_verdict_counts_what_a_judge_saw_and_pressed(tmp_path):
+    """Keys, buttons and a reload; a key that is held down has no effect."""
+    html = make_page(tmp_path, question="preference")[0]
     keys = ["2", "x", "1", "ArrowRight", "reload", "click choose-left", "2", "ArrowLeft", "1", "2"]
     sides = ["left", "right", "left", "right", "left", "left"]
-    found = browsed(html, keys)
-    assert found["progress"] == "6 of 6"
-    assert (found["done"], found["trial"]) == (True, False)
+    session = run_page(html, keys)
+    assert session["progress"] == "6 of 6"
+    assert (session["done"], session["trial"]) == (True, False)
     # Neither the held key nor the unknown one is an answer: the first trial is seen three times.
-    seen = found["seen"][2:8]
-    assert found["seen"][0] == found["seen"][1] == seen[0]
+    seen = session["seen"][2:8]
+    assert session["seen"][0] == session["seen"][1] == seen[0]
     assert {prompt for prompt, *_ in seen} == {pair.prompt for pair in PAIRS}
     assert {question for *_, question in seen} == {"Which do you prefer?"}
     human = sum(
@@ -235,21 +235,21 @@ def test_what_a_person_sees_and_presses_is_what_the_verdict_counts(tmp_path):
         for side, (_, left, right, _) in zip(sides, seen, strict=True)
     )
     file = tmp_path / "answers.json"
-    file.write_text(json.dumps(found["answers"]))
-    given = verdict([file], tmp_path / "blind.html.key.json")
-    assert (given.judgments, given.trials, given.judges) == (6, 6, 1)
-    assert given.human == human
-    assert given.left == pytest.approx(4 / 6)
-    assert given.question == "preference"
+    file.write_text(json.dumps(session["answers"]))
+    result = verdict([file], tmp_path / "blind.html.key.json")
+    assert (result.judgments, result.trials, result.judges) == (6, 6, 1)
+    assert result.human == human
+    assert result.left == pytest.approx(4 / 6)
+    assert result.question == "preference"
 
 
-def test_every_judge_has_an_order_and_sides_of_their_own(tmp_path):
-    """Six judges see one order of six trials with probability 720⁻⁵."""
-    html = made(tmp_path)[0]
-    found = [browsed(html, ["1"] * 6) for _ in range(6)]
-    assert len({json.dumps(each["seen"]) for each in found}) > 1
-    assert len({each["answers"]["judge"] for each in found}) == 6
-    sides = [tuple(answer["shown"]) for each in found for answer in each["answers"]["answers"]]
+def test_every_judge_gets_a_different_order_and_sides(tmp_path):
+    """Six judges get the same order of six trials with probability 720⁻⁵."""
+    html = make_page(tmp_path)[0]
+    sessions = [run_page(html, ["1"] * 6) for _ in range(6)]
+    assert len({json.dumps(each["seen"]) for each in sessions}) > 1
+    assert len({each["answers"]["judge"] for each in sessions}) == 6
+    sides = [tuple(answer["shown"]) for each in sessions for answer in each["answers"]["answers"]]
     assert set(sides) == {(0, 1), (1, 0)}
 
 
@@ -257,54 +257,54 @@ def test_every_judge_has_an_order_and_sides_of_their_own(tmp_path):
 
 
 def answers(folder, key, rows, judge="j1", name=None, **changed):
-    """A file of answers that choose the person's text, or not, as `rows` say: (trial, right)."""
-    given = []
-    for number, (trial, right) in enumerate(rows):
-        chosen = key["human"][trial] if right else 1 - key["human"][trial]
+    """Write a file of answers; `rows` are (trial, whether the human text is chosen)."""
+    entries = []
+    for number, (trial, is_human) in enumerate(rows):
+        chosen = key["human"][trial] if is_human else 1 - key["human"][trial]
         shown = [0, 1] if number % 2 else [1, 0]
         side = "left" if shown[0] == chosen else "right"
-        given.append({"trial": trial, "shown": shown, "answer": side, "seconds": number + 0.5})
+        entries.append({"trial": trial, "shown": shown, "answer": side, "seconds": number + 0.5})
     file = folder / (name or f"{judge}.json")
-    file.write_text(json.dumps({"page": key["page"], "judge": judge, "answers": given} | changed))
+    file.write_text(json.dumps({"page": key["page"], "judge": judge, "answers": entries} | changed))
     return file
 
 
-def outcome(tmp_path, rights, **given):
+def outcome(tmp_path, chosen, **options):
     """The verdict on these judgments of many trials, by three judges in turn."""
-    many = [Pair(f"p{i}", f"s{i}", f"h{i}") for i in range(len(rights))]
-    place = tmp_path / str(len(list(tmp_path.iterdir())))
-    _, data, key = made(place, many)
-    rows = [(trial["id"], right) for trial, right in zip(data["trials"], rights, strict=True)]
-    files = [answers(place, key, rows[i::3], judge=f"j{i}") for i in range(3)]
-    return verdict(files, place / "blind.html.key.json", **given)
+    many = [Pair(f"p{i}", f"s{i}", f"h{i}") for i in range(len(chosen))]
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    _, data, key = make_page(folder, many)
+    rows = [(trial["id"], is_human) for trial, is_human in zip(data["trials"], chosen, strict=True)]
+    files = [answers(folder, key, rows[i::3], judge=f"j{i}") for i in range(3)]
+    return verdict(files, folder / "blind.html.key.json", **options)
 
 
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.booleans(), min_size=3, max_size=60))
-def test_the_verdict_is_the_sums_by_hand(tmp_path, rights):
-    found = outcome(tmp_path, rights)
-    n, k = len(rights), sum(rights)
+def test_the_verdict_equals_direct_sums(tmp_path, chosen):
+    result = outcome(tmp_path, chosen)
+    n, k = len(chosen), sum(chosen)
     chance = [math.comb(n, i) / 2**n for i in range(n + 1)]
-    assert (found.judgments, found.human, found.judges) == (n, k, 3)
-    assert found.share.value == k / n
+    assert (result.judgments, result.human, result.judges) == (n, k, 3)
+    assert result.share.value == k / n
     z = stats.norm.ppf(0.975)
     centre = (k + z**2 / 2) / (n + z**2)
     reach = z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
-    assert found.share.low == pytest.approx(centre - reach, abs=1e-9)
-    assert found.share.high == pytest.approx(centre + reach, abs=1e-9)
+    assert result.share.low == pytest.approx(centre - reach, abs=1e-9)
+    assert result.share.high == pytest.approx(centre + reach, abs=1e-9)
     rare = sum(p for p in chance if p <= chance[k] * (1 + 1e-7))
-    assert found.p_half == pytest.approx(min(1, rare))
-    assert found.p_equivalent == pytest.approx(by_hand(k, n, 0.1))
-    assert found.equivalent == (found.p_equivalent < 0.05)
-    assert json.loads(found.as_json()) == json.loads(
-        json.dumps(asdict(found) | {"equivalent": found.equivalent})
+    assert result.p_half == pytest.approx(min(1, rare))
+    assert result.p_equivalent == pytest.approx(direct_p(k, n, 0.1))
+    assert result.equivalent == (result.p_equivalent < 0.05)
+    assert json.loads(result.as_json()) == json.loads(
+        json.dumps(asdict(result) | {"equivalent": result.equivalent})
     )
 
 
-def by_hand(k, n, margin):
-    """The p of both one-sided tests by summing the binomial's terms."""
+def direct_p(k, n, margin):
+    """The larger p of both one-sided tests, by summing the binomial's terms."""
 
     def term(i, p):
         return math.comb(n, i) * p**i * (1 - p) ** (n - i)
@@ -323,7 +323,7 @@ def test_equivalence_is_symmetric_and_best_at_half(n, data, margin):
 
 
 @pytest.mark.parametrize(("margin", "level", "power"), [(0.1, 0.05, 0.8), (0.2, 0.01, 0.9)])
-def test_the_judgments_needed_are_the_fewest_from_which_the_power_holds(margin, level, power):
+def test_the_power_is_reached_from_the_judgments_needed_and_not_before(margin, level, power):
     def exact(n):
         return sum(
             math.comb(n, k) / 2**n
@@ -337,7 +337,7 @@ def test_the_judgments_needed_are_the_fewest_from_which_the_power_holds(margin, 
 
 
 def test_the_judgments_needed_at_ten_points():
-    """Exact, beside the normal approximation's 215 and 271."""
+    """Exact; the normal approximation gives 215 and 271."""
     assert judgments_needed(0.10, 0.05, 0.8) == 227
     assert judgments_needed(0.10, 0.05, 0.9) == 281
 
@@ -347,13 +347,13 @@ def test_the_test_keeps_its_level_and_its_power():
     simulation: 20,000 draws, each bound missed by 5 standard errors with probability 3e-7."""
     n = judgments_needed(0.10, 0.05, 0.8)
     source, draws = np.random.default_rng(4), 20_000
-    found = np.array([p_equivalent(k, n, 0.10) < 0.05 for k in range(n + 1)])
+    is_equivalent = np.array([p_equivalent(k, n, 0.10) < 0.05 for k in range(n + 1)])
     for share, low, high in ((0.4, 0, 0.05), (0.6, 0, 0.05), (0.5, 0.8, 1)):
-        rate = found[source.binomial(n, share, draws)].mean()
+        rate = is_equivalent[source.binomial(n, share, draws)].mean()
         assert low - 5 * math.sqrt(0.16 / draws) <= rate <= high + 5 * math.sqrt(0.0475 / draws)
 
 
-def test_parity_is_said_only_where_it_is_shown(tmp_path):
+def test_parity_is_reported_only_where_it_is_shown(tmp_path):
     few = outcome(tmp_path, [True, False] * 10)
     assert not few.equivalent
     assert "not shown to be within 10 points" in few.render()
@@ -362,13 +362,13 @@ def test_parity_is_said_only_where_it_is_shown(tmp_path):
     assert many.equivalent
     assert many.warnings == ()
     assert "\nwithin 10 points" in many.render()
-    apart = outcome(tmp_path, [True] * 180 + [False] * 100)
-    assert not apart.equivalent
-    assert apart.p_half < 1e-5
+    different = outcome(tmp_path, [True] * 180 + [False] * 100)
+    assert not different.equivalent
+    assert different.p_half < 1e-5
 
 
-def test_one_judge_who_gives_most_is_warned_about(tmp_path):
-    _, data, key = made(tmp_path)
+def test_a_judge_who_gives_most_judgments_causes_a_warning(tmp_path):
+    _, data, key = make_page(tmp_path)
     rows = [(trial["id"], True) for trial in data["trials"]]
     file = tmp_path / "blind.html.key.json"
     three = answers(tmp_path, key, rows[:3], judge="a")
@@ -377,8 +377,8 @@ def test_one_judge_who_gives_most_is_warned_about(tmp_path):
     assert len(verdict([three, half], file).warnings) == 1  # Too few judgments.
 
 
-def test_answers_that_do_not_belong_are_refused(tmp_path):
-    _, data, key = made(tmp_path)
+def test_foreign_repeated_and_invalid_answers_are_refused(tmp_path):
+    _, data, key = make_page(tmp_path)
     key_file = tmp_path / "blind.html.key.json"
     rows = [(trial["id"], True) for trial in data["trials"]]
     good = answers(tmp_path, key, rows[:2])
@@ -386,8 +386,8 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
     foreign = answers(tmp_path, key, rows, name="foreign.json", page="0123")
     empty = answers(tmp_path, key, [], name="empty.json")
 
-    def refused(files, said, key_file=key_file):
-        with pytest.raises(ValueError, match=said):
+    def refused(files, message, key_file=key_file):
+        with pytest.raises(ValueError, match=message):
             verdict(files, key_file)
 
     refused([good, again], f"again.json: got trial {rows[1][0]} by judge j1 again")
@@ -398,7 +398,7 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
     refused([good], "not JSON", tmp_path / "blind.html")
     refused([key_file], "got the keys 'question'")
     refused([good], "got the keys 'judge'", good)
-    for name, value, said in (
+    for name, value, message in (
         ("trial", "0123", "the trial '0123', which is not in the key"),
         ("shown", [0, 0], r"shown: got \[0, 0\]"),
         ("answer", "human", "answer: got 'human'"),
@@ -409,7 +409,7 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
         content["answers"][0][name] = value
         changed = tmp_path / "changed.json"
         changed.write_text(json.dumps(content))
-        refused([changed], said)
+        refused([changed], message)
     for wrong in ({"margin": 0.5}, {"margin": 0}, {"level": 0.5}, {"level": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):
             verdict([good], key_file, **wrong)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
 )
 LONG = "A word that goes on and on, " * 60 + "x" * 400
-"""A text of a page and more, with a word that no phone is wide enough for."""
+"""More than a page of text, with a word wider than a phone."""
 PAIRS = [
     Pair(f"prompt {i}\nof two lines", f"system {i} {LONG}", f"human {i} <b>") for i in range(4)
 ]
@@ -24,8 +24,8 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as found:
-        yield found
+    with chromium() as instance:
+        yield instance
 
 
 @pytest.fixture
@@ -36,36 +36,41 @@ def file(tmp_path):
 
 
 @contextmanager
-def opened(browser, file, **context):
-    """The page; what it asked of anyone, and what went wrong in it, are kept on it."""
-    with browser.new_context(**{"viewport": DESKTOP, "accept_downloads": True} | context) as around:
-        found = around.new_page()
-        asked, wrong = [], []
-        found.on("request", lambda request: asked.append(request.url))
-        found.on("pageerror", lambda error: wrong.append(str(error)))
-        found.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-        found.goto(file.as_uri())
-        yield found
-        assert not wrong
-        assert {url for url in asked if not url.startswith("blob:")} == {file.as_uri()}
+def open_page(browser, file, **options):
+    """Open the page; at the end, fail if it had an error or requested anything but itself."""
+    with browser.new_context(
+        **{"viewport": DESKTOP, "accept_downloads": True} | options
+    ) as context:
+        page = context.new_page()
+        requested, errors = [], []
+        page.on("request", lambda request: requested.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type == "error" else None,
+        )
+        page.goto(file.as_uri())
+        yield page
+        assert not errors
+        assert {url for url in requested if not url.startswith("blob:")} == {file.as_uri()}
 
 
 def sides(page) -> list[str]:
-    """Whose text is on the left and on the right."""
+    """Whose text is on the left and whose on the right."""
     return [page.text_content(f"#{side}").split()[0] for side in ("left", "right")]
 
 
-def downloaded(page, folder):
-    with page.expect_download() as waiting:
+def download_answers(page, folder):
+    with page.expect_download() as download:
         page.click("#download")
-    place = folder / waiting.value.suggested_filename
-    waiting.value.save_as(place)
-    return place
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
 
 
-def test_keys_and_buttons_answer_and_the_file_is_what_the_verdict_reads(browser, file, tmp_path):
+def test_keys_and_buttons_answer_and_the_verdict_reads_the_file(browser, file, tmp_path):
     human = 0
-    with opened(browser, file) as page:
+    with open_page(browser, file) as page:
         for press in ("1", "ArrowRight", "click left", "click right"):
             side = press in ("ArrowRight", "click right")
             human += sides(page)[side] == "human"
@@ -76,22 +81,22 @@ def test_keys_and_buttons_answer_and_the_file_is_what_the_verdict_reads(browser,
         assert page.text_content("#progress") == "4 of 4"
         assert page.is_visible("#done")
         assert not page.is_visible("#trial")
-        given = downloaded(page, tmp_path)
-    found = verdict([given], tmp_path / "blind.html.key.json")
-    assert (found.judgments, found.human) == (4, human)
+        answers = download_answers(page, tmp_path)
+    result = verdict([answers], tmp_path / "blind.html.key.json")
+    assert (result.judgments, result.human) == (4, human)
 
 
-def test_a_page_that_is_opened_again_goes_on(browser, file):
-    with opened(browser, file) as page:
+def test_a_reloaded_page_resumes(browser, file):
+    with open_page(browser, file) as page:
         page.keyboard.press("2")
-        left = sides(page), page.text_content("#prompt")
+        before = sides(page), page.text_content("#prompt")
         page.reload()
         assert page.text_content("#progress") == "1 of 4"
-        assert (sides(page), page.text_content("#prompt")) == left
+        assert (sides(page), page.text_content("#prompt")) == before
 
 
-def test_it_is_used_by_tab_and_enter_alone(browser, file):
-    with opened(browser, file) as page:
+def test_the_page_can_be_used_with_only_tab_and_enter(browser, file):
+    with open_page(browser, file) as page:
         reached = []
         for _ in range(3):
             page.keyboard.press("Tab")
@@ -102,8 +107,8 @@ def test_it_is_used_by_tab_and_enter_alone(browser, file):
         assert page.text_content("#progress") == "1 of 4"
 
 
-def test_texts_are_shown_as_they_are(browser, file):
-    with opened(browser, file) as page:
+def test_texts_are_shown_unchanged(browser, file):
+    with open_page(browser, file) as page:
         texts = {page.text_content("#left"), page.text_content("#right")}
         number = page.text_content("#prompt").split()[1]
         assert texts == {f"system {number} {LONG}", f"human {number} <b>"}
@@ -116,12 +121,12 @@ def test_texts_are_shown_as_they_are(browser, file):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_anyone_can_use_it(browser, file, scheme, viewport):
-    """axe's rules while it asks and when it is over; nothing wider than the screen; a dark page
-    where the system is dark."""
-    # axe's script is put into the page, which the page's own policy forbids.
+def test_the_page_is_accessible(browser, file, scheme, viewport):
+    """By axe's rules, during the trials and at the end; nothing is wider than the screen, and the
+    page is dark where the system is."""
+    # axe's script is injected into the page, which the page's own policy forbids.
     options = {"viewport": viewport, "color_scheme": scheme, "bypass_csp": True}
-    with opened(browser, file, **options) as page:
+    with open_page(browser, file, **options) as page:
         colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         brightness = sum(map(int, colour[colour.index("(") + 1 : -1].split(",")[:3])) / 3
         assert (brightness < 128) == (scheme == "dark"), colour
@@ -131,13 +136,13 @@ def test_anyone_can_use_it(browser, file, scheme, viewport):
             assert_accessible(page)
 
 
-def test_without_javascript_it_says_so(browser, file):
-    with opened(browser, file, java_script_enabled=False) as page:
+def test_without_javascript_the_page_says_so(browser, file):
+    with open_page(browser, file, java_script_enabled=False) as page:
         assert "needs JavaScript" in page.inner_text("noscript")
 
 
-def test_a_browser_that_keeps_nothing_warns(browser, file):
-    with opened(browser, file) as page:
+def test_the_page_warns_when_the_browser_stores_nothing(browser, file):
+    with open_page(browser, file) as page:
         page.evaluate("void (Storage.prototype.setItem = () => { throw new Error('full'); })")
         page.keyboard.press("1")
         assert "download before you close" in page.text_content("#warning")

@@ -1,4 +1,4 @@
-"""Large bodies that name our fields are a 413 before they are read whole; others are stock's."""
+"""Large bodies with our fields get a 413 before they are read whole; others are left to vLLM."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ def one_mebibyte(monkeypatch):
 
 @pytest.fixture
 def served(one_mebibyte) -> FastAPI:
-    """A route that answers as vLLM's do, errors too."""
+    """An app whose routes answer, and report errors, as vLLM's do."""
     fast = FastAPI()
     fast.state.args = SimpleNamespace(log_error_stack=False)
 
@@ -45,7 +45,7 @@ def served(one_mebibyte) -> FastAPI:
 
 
 class Pieces:
-    """A body of at least `size` bytes, sent in pieces as they are asked for."""
+    """A body with `size` bytes of filler, sent in pieces on demand."""
 
     def __init__(self, begins: bytes, size: int, ends: bytes = b'"}') -> None:
         filler = [b"x" * PIECE] * (size // PIECE)
@@ -84,7 +84,7 @@ def test_a_large_body_with_a_field_is_refused_before_it_is_read_whole(served, be
     assert error["code"] == 413
     assert "1 MiB" in error["message"]
     assert body_limit.VARIABLE in error["message"]
-    # What is declared is refused at the field's name, and the rest as the bound is passed.
+    # A declared length is refused at the field's name, otherwise where the limit is passed.
     most = len(begins) if declared else LIMIT + PIECE
     assert pieces.sent <= most
 
@@ -99,13 +99,13 @@ def test_a_field_at_the_end_of_a_large_body_is_refused(served, declared):
 @pytest.mark.parametrize(
     ("begins", "size"), [(PLAIN, 3 * LIMIT), (FIELD, LIMIT // 2), (STYLE, LIMIT // 2)]
 )
-def test_other_bodies_are_stocks(served, begins, size, declared):
+def test_other_bodies_are_left_to_vllm(served, begins, size, declared):
     answer = post(served, Pieces(begins, size), declared=declared)
     assert answer.status_code == 200
     assert answer.json() == {"characters": size}
 
 
-def test_a_body_that_is_not_json_is_stocks(served):
+def test_a_body_that_is_not_json_is_left_to_vllm(served):
     pieces = Pieces(FIELD, 2 * LIMIT)
     path, kind = "/v1/audio/transcriptions", "multipart/form-data; boundary=x"
     assert post(served, pieces, declared=False, path=path, kind=kind).status_code == 200
@@ -115,11 +115,11 @@ ENCODINGS = [
     "utf-8-sig",
     *(f"utf-{size}{order}" for size in (16, 32) for order in ("", "-le", "-be")),
 ]
-"""That Starlette reads, as `json.loads` finds them out: `test_starlette_reads_every_encoding`."""
+"""Those that `json.loads` detects: `test_starlette_reads_every_encoding`."""
 
 
 class Encoded(Pieces):
-    """The body in an encoding, cut within letters."""
+    """The body in an encoding, cut within characters."""
 
     def __init__(self, encoding: str, begins: bytes, size: int) -> None:
         super().__init__(begins, size)
@@ -145,7 +145,7 @@ def test_a_large_body_with_a_field_is_refused_in_every_encoding(served, encoding
 @pytest.mark.parametrize(
     "kind", ["Application/JSON", "APPLICATION/JSON; charset=utf-8", "application/vnd.x+Json"]
 )
-def test_a_content_type_is_one_in_letters_of_either_case(served, kind):
+def test_a_content_type_is_case_insensitive(served, kind):
     assert post(served, Pieces(FIELD, PIECE), declared=False, kind=kind).status_code == 200
     assert post(served, Pieces(FIELD, 2 * LIMIT), declared=False, kind=kind).status_code == 413
 
@@ -160,7 +160,7 @@ def test_the_guard_finds_a_field_in_every_encoding(encoding, name):
 
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("is_wrapped", [True, False])
-def test_where_the_field_is_not_seen_a_large_body_with_it_is_refused_too(
+def test_a_large_body_with_a_field_is_refused_even_where_its_hook_failed(
     monkeypatch, one_mebibyte, declared, is_wrapped
 ):
     lost = hooks.REQUEST_HOOKS[1]
@@ -208,14 +208,14 @@ def test_a_name_is_found_however_far_its_colon_is(blanks, piece):
 
 
 @pytest.mark.parametrize("body", [{"user": "style"}, {"styles": 1}, {"prompt": '"diversity": 1'}])
-def test_a_text_is_no_name(body):
+def test_other_names_and_values_are_not_found(body):
     names = body_limit.FieldNames()
     names.look(json.dumps(body).encode())
     assert not names.seen
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "4097", "9" * 5000, "²"])
-def test_a_wrong_bound_is_refused(monkeypatch, text):
+def test_an_invalid_limit_is_refused(monkeypatch, text):
     monkeypatch.setenv(body_limit.VARIABLE, text)
     body_limit.largest.cache_clear()
     with pytest.raises(ValueError, match="from 1 to 4096") as refusal:
@@ -225,7 +225,7 @@ def test_a_wrong_bound_is_refused(monkeypatch, text):
 
 
 @pytest.mark.parametrize("text", [None, ""])
-def test_the_bound_is_32_mebibytes_where_nothing_is_said(monkeypatch, text):
+def test_the_limit_is_32_mebibytes_by_default(monkeypatch, text):
     if text is None:
         monkeypatch.delenv(body_limit.VARIABLE, raising=False)
     else:

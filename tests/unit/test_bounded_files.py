@@ -1,4 +1,4 @@
-"""Files that somebody else made: what each command says of them, with little memory to spare."""
+"""Untrusted files: each command refuses them in one sentence, with limited memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.bounded_commands import Commands
 from tests.texts import human_like
 from tests.training import save_model, save_store
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory in use")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc reports the memory in use")
 
 HUGE = 10**18
 SPARSE_BYTES = 1 << 43
@@ -30,35 +30,35 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 
 
-# ── The material ─────────────────────────────────────────────────────────────────────────────────
+# ── The files ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """One of each file that commands read, as dftserve writes them."""
-    place = tmp_path_factory.mktemp("whole")
-    save_model(place / "model")
-    save_store(place / "store", count=12, heldout=4)
-    shutil.copytree(place / "model", place / "final")
-    Promise(recipe="a test", diversity=None).write(place / "final")
-    checkpoint.seal(place / "final")
-    shutil.copytree(place / "model", place / "promised")
+    root = tmp_path_factory.mktemp("whole")
+    save_model(root / "model")
+    save_store(root / "store", count=12, heldout=4)
+    shutil.copytree(root / "model", root / "final")
+    Promise(recipe="a test", diversity=None).write(root / "final")
+    checkpoint.seal(root / "final")
+    shutil.copytree(root / "model", root / "promised")
     promise = {"recipe": "a test", "diversity": {"level": 0.5}}
-    (place / "promised" / "dft.json").write_text(json.dumps(promise))
+    (root / "promised" / "dft.json").write_text(json.dumps(promise))
     texts = human_like(96)
-    reference.save(reference.build([Sample(text) for text in texts]), place / "anchors")
-    (place / "corpus").mkdir()
+    reference.save(reference.build([Sample(text) for text in texts]), root / "anchors")
+    (root / "corpus").mkdir()
     for number, text in enumerate(texts[:6]):
-        (place / "corpus" / f"{number}.txt").write_text(text)
-    (place / "corpus" / "more.jsonl").write_text(json.dumps({"text": texts[7]}) + "\n")
-    (place / "recipe.yaml").write_text(
+        (root / "corpus" / f"{number}.txt").write_text(text)
+    (root / "corpus" / "more.jsonl").write_text(json.dumps({"text": texts[7]}) + "\n")
+    (root / "recipe.yaml").write_text(
         "{name: mine, about: a test, source: {ngram: {order: 2}}, corpus: {min_words: 5}}"
     )
-    settings_ = {"model": f"{place}/model", "targets": f"{place}/store", "output": f"{place}/run"}
-    (place / "run.yaml").write_text(json.dumps(settings_))
-    (place / "prompts.txt").write_text("Write.\n")
-    write_answers(place / "answers", texts)
-    return place
+    settings_ = {"model": f"{root}/model", "targets": f"{root}/store", "output": f"{root}/run"}
+    (root / "run.yaml").write_text(json.dumps(settings_))
+    (root / "prompts.txt").write_text("Write.\n")
+    write_answers(root / "answers", texts)
+    return root
 
 
 def write_answers(folder: Path, texts: list[str]) -> None:
@@ -73,7 +73,7 @@ def write_answers(folder: Path, texts: list[str]) -> None:
 
 
 @pytest.fixture
-def place(whole, tmp_path) -> Path:
+def workspace(whole, tmp_path) -> Path:
     copy = shutil.copytree(whole, tmp_path / "place")
     run = json.loads((copy / "run.yaml").read_text())
     moved = {name: value.replace(str(whole), str(copy)) for name, value in run.items()}
@@ -83,18 +83,18 @@ def place(whole, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[Commands]:
-    with Commands() as found:
-        yield found
+    with Commands() as instance:
+        yield instance
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A command, and the file that it is about; both in terms of `place`."""
+    """A command and the file that it reads, both relative to `workspace`."""
 
     file: str
     words: str
     code: int = 0
-    """Of the command on the whole file."""
+    """The exit code of the command on the valid file."""
     is_the_users: bool = False
     """Named on the command line: its links are followed."""
 
@@ -139,8 +139,8 @@ READERS = {
 }
 
 
-def test_whole_files_are_taken(commands, whole):
-    """Or the refusals below would say nothing; two ask for more prompts than there are."""
+def test_valid_files_are_accepted(commands, whole):
+    """Otherwise the refusals below would prove nothing. Two need more prompts than there are."""
     for name, reader in READERS.items():
         ended = commands.run(*reader.words.format(whole).split())
         assert ended.code == reader.code, (name, ended.output)
@@ -152,9 +152,9 @@ def test_whole_files_are_taken(commands, whole):
         (whole / "x.html.key.json").unlink(missing_ok=True)
 
 
-def refused(commands, reader: Reader, place: Path, *said: str) -> None:
-    """One sentence that names the file, exit code 2 or 1, and no more memory than there is."""
-    ended = commands.run(*reader.words.format(place).split())
+def refused(commands, reader: Reader, workspace: Path, *parts: str) -> None:
+    """Assert that the command ends with code 1 or 2 and one sentence that names the file."""
+    ended = commands.run(*reader.words.format(workspace).split())
     assert ended.code in (1, 2), ended
     assert "Traceback" not in ended.output
     assert len(ended.errors) == 1, ended.output
@@ -162,15 +162,15 @@ def refused(commands, reader: Reader, place: Path, *said: str) -> None:
     assert Path(reader.file).name in line, line
     assert line.endswith("."), line
     assert ended.output.rstrip().endswith(line)
-    for part in said:
+    for part in parts:
         assert part in line, line
 
 
-# ── What stands in the file's place ──────────────────────────────────────────────────────────────
+# ── Something else in place of the file ──────────────────────────────────────────────────────────
 
 
 def link_out(path: Path) -> str:
-    """To the same content: the link alone is wrong."""
+    """A link to the same content: only the link is wrong."""
     outside = path.parent.parent / f"outside-{path.name}"
     path.rename(outside)
     path.symlink_to(outside)
@@ -220,25 +220,27 @@ PLACED = (link_out, link_to_a_device, link_to_nothing, link_to_itself, fifo, fol
 
 @pytest.mark.parametrize("attack", PLACED, ids=lambda attack: attack.__name__)
 @pytest.mark.parametrize("name", READERS)
-def test_what_is_no_plain_file_is_refused(commands, place, name, attack: Callable[[Path], str]):
+def test_anything_but_a_plain_file_is_refused(
+    commands, workspace, name, attack: Callable[[Path], str]
+):
     reader = READERS[name]
     if attack is link_out and reader.is_the_users:
         pytest.skip("the user's own link is followed")
     if attack is folder and name in ("text of a corpus", "records of a corpus"):
         pytest.skip("a folder of a corpus may have any name")
-    said = attack(place / reader.file)
-    # A command that lists a folder has other words for a folder in it.
-    refused(commands, reader, place, said)
+    part = attack(workspace / reader.file)
+    # A command that lists a folder refuses a folder in it with another message.
+    refused(commands, reader, workspace, part)
 
 
-def test_a_users_own_link_is_followed(commands, place):
+def test_a_users_own_link_is_followed(commands, workspace):
     for name in ("recipe.yaml", "run.yaml"):
-        link_out(place / name)
-    assert commands.run(*TRAIN.format(place).split()).code == 0
-    assert commands.run(*BUILD.format(place).split()).code == 0
+        link_out(workspace / name)
+    assert commands.run(*TRAIN.format(workspace).split()).code == 0
+    assert commands.run(*BUILD.format(workspace).split()).code == 0
 
 
-# ── What stands in the file ──────────────────────────────────────────────────────────────────────
+# ── Wrong content ────────────────────────────────────────────────────────────────────────────────
 
 JSON_FILES = [
     *("dft.json, served", "checksums.json", "config.json, served", "config.json, trained"),
@@ -250,19 +252,19 @@ JSON_FILES = [
 
 @pytest.mark.parametrize("content", [DEEP, '{"a":' * 100_000, "{", "\udcff", "null", "[]"])
 @pytest.mark.parametrize("name", JSON_FILES)
-def test_what_is_no_document_is_refused(commands, place, name, content):
+def test_invalid_documents_are_refused(commands, workspace, name, content):
     if name.startswith("config.json") and content in ("null", "[]"):
-        pytest.skip("transformers says it")
-    path = place / READERS[name].file
+        pytest.skip("transformers reports it")
+    path = workspace / READERS[name].file
     path.write_bytes(f"{content}\n".encode(errors="surrogateescape"))
-    refused(commands, READERS[name], place)
+    refused(commands, READERS[name], workspace)
 
 
 @pytest.mark.parametrize("name", ["recipe", "training settings"])
-def test_aliases_are_refused(commands, place, name):
-    """25 of them unfold to 67 million texts."""
-    (place / READERS[name].file).write_text(BOMB)
-    refused(commands, READERS[name], place, "alias")
+def test_aliases_are_refused(commands, workspace, name):
+    """25 of them expand to 67 million texts."""
+    (workspace / READERS[name].file).write_text(BOMB)
+    refused(commands, READERS[name], workspace, "alias")
 
 
 def changed(path: Path, change: Callable[[dict], object]) -> None:
@@ -277,10 +279,10 @@ NUMBERS = [0, -1, HUGE, 10**30, float("nan"), float("inf"), 1.5, "1", None, [1],
 @pytest.mark.parametrize("value", [*NUMBERS, 10**6], ids=str)
 @pytest.mark.parametrize("name", ["documents", "tokens", "trained"])
 @pytest.mark.parametrize("command", ["inspected", "verified", "trained on"])
-def test_counts_of_shards_are_compared_with_the_file(commands, place, command, name, value):
+def test_counts_of_shards_are_compared_with_the_file(commands, workspace, command, name, value):
     reader = READERS[f"manifest, {command}"]
-    changed(place / reader.file, lambda given: given["shards"][0].update({name: value}))
-    ended = commands.run(*reader.words.format(place).split())
+    changed(workspace / reader.file, lambda manifest: manifest["shards"][0].update({name: value}))
+    ended = commands.run(*reader.words.format(workspace).split())
     assert ended.code in (1, 2), ended.output
     assert len(ended.errors) == 1, ended.output
     assert "store" in ended.errors[0]
@@ -288,51 +290,53 @@ def test_counts_of_shards_are_compared_with_the_file(commands, place, command, n
 
 @pytest.mark.parametrize("value", NUMBERS, ids=str)
 @pytest.mark.parametrize("name", ["k", "draws", "vocabulary", "seed", "format"])
-def test_numbers_of_a_plan_have_bounds(commands, place, name, value):
+def test_numbers_of_a_plan_have_bounds(commands, workspace, name, value):
     if (name, value) in (("seed", 0), ("seed", -1), ("seed", HUGE)):
         pytest.skip("a seed is any number of 64 bits")
     reader = READERS["manifest, inspected"]
-    changed(place / reader.file, lambda given: given["plan"].update({name: value}))
-    ended = commands.run(*reader.words.format(place).split())
+    changed(workspace / reader.file, lambda manifest: manifest["plan"].update({name: value}))
+    ended = commands.run(*reader.words.format(workspace).split())
     assert ended.code in (1, 2), ended.output
     assert len(ended.errors) == 1, ended.output
 
 
 @pytest.mark.parametrize("value", ["../model/model.safetensors", "/etc/passwd", "", ".", "a/b"])
 @pytest.mark.parametrize("command", ["inspected", "verified", "trained on"])
-def test_a_manifest_names_files_beside_it(commands, place, command, value):
+def test_a_manifest_may_name_only_files_of_its_folder(commands, workspace, command, value):
     reader = READERS[f"manifest, {command}"]
-    changed(place / reader.file, lambda given: given["shards"][0].update(file=value))
-    refused(commands, reader, place, f"got {value!r}", "accepted: a file beside the manifest")
+    changed(workspace / reader.file, lambda manifest: manifest["shards"][0].update(file=value))
+    refused(commands, reader, workspace, f"got {value!r}", "accepted: a file beside the manifest")
 
 
-def test_a_manifest_names_a_shard_once(commands, place):
+def test_a_manifest_may_name_a_shard_only_once(commands, workspace):
     reader = READERS["manifest, inspected"]
-    changed(place / reader.file, lambda given: given["shards"].append(given["shards"][0]))
-    refused(commands, reader, place, "the same shard twice")
+    changed(
+        workspace / reader.file, lambda manifest: manifest["shards"].append(manifest["shards"][0])
+    )
+    refused(commands, reader, workspace, "the same shard twice")
 
 
 @pytest.mark.parametrize("name", ["../final/config.json", "/etc/passwd", "a/../b", "", "a\x1b[2J"])
-def test_checksums_name_files_of_their_folder(commands, place, name):
+def test_checksums_may_name_only_files_of_their_folder(commands, workspace, name):
     reader = READERS["checksums.json"]
-    changed(place / reader.file, lambda given: given.update({name: "0" * 64}))
-    refused(commands, reader, place, "accepted: paths of files below its folder")
+    changed(workspace / reader.file, lambda checksums: checksums.update({name: "0" * 64}))
+    refused(commands, reader, workspace, "accepted: paths of files below its folder")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), HUGE, 10**400, -1, "1"], ids=str)
 @pytest.mark.parametrize("name", ["target_entropy", "model_entropy", "diversity"])
-def test_numbers_of_a_promise_have_bounds(commands, place, name, value):
+def test_numbers_of_a_promise_have_bounds(commands, workspace, name, value):
     reader = READERS["dft.json, served"]
-    changed(place / reader.file, lambda given: given.update({name: value}))
-    refused(commands, reader, place, name)
+    changed(workspace / reader.file, lambda promise: promise.update({name: value}))
+    refused(commands, reader, workspace, name)
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "num_hidden_layers", "hidden_size"])
 @pytest.mark.parametrize("command", ["served", "trained"])
-def test_sizes_of_a_model_have_bounds(commands, place, command, name):
+def test_sizes_of_a_model_have_bounds(commands, workspace, command, name):
     reader = READERS[f"config.json, {command}"]
-    changed(place / reader.file, lambda given: given.update({name: HUGE}))
-    refused(commands, reader, place, name)
+    changed(workspace / reader.file, lambda config: config.update({name: HUGE}))
+    refused(commands, reader, workspace, name)
 
 
 @pytest.mark.parametrize("value", [0, -1, HUGE, float("nan"), float("inf"), 10**400], ids=str)
@@ -349,17 +353,17 @@ def test_sizes_of_a_model_have_bounds(commands, place, command, name):
         '"posterior_power": N}}',
     ],
 )
-def test_numbers_of_a_recipe_have_bounds(commands, place, source, value):
+def test_numbers_of_a_recipe_have_bounds(commands, workspace, source, value):
     number = {"nan": ".nan", "inf": ".inf"}.get(str(value), str(value))
     text = '{"name": "mine", "about": "a test", "source": S}'
-    (place / "recipe.yaml").write_text(text.replace("S", source.replace("N", number)))
-    refused(commands, READERS["recipe"], place)
+    (workspace / "recipe.yaml").write_text(text.replace("S", source.replace("N", number)))
+    refused(commands, READERS["recipe"], workspace)
 
 
-def test_sizes_of_anchors_have_bounds(commands, place):
+def test_sizes_of_anchors_have_bounds(commands, workspace):
     reader = READERS["anchors"]
-    changed(place / reader.file, lambda given: given.update(words=HUGE))
-    refused(commands, reader, place, "words")
+    changed(workspace / reader.file, lambda anchors: anchors.update(words=HUGE))
+    refused(commands, reader, workspace, "words")
 
 
 @pytest.mark.parametrize(
@@ -377,30 +381,30 @@ def test_sizes_of_anchors_have_bounds(commands, place):
     ],
 )
 @pytest.mark.parametrize("command", ["inspected", "trained on"])
-def test_what_a_shard_holds_is_compared_with_its_manifest(
-    commands, place, command, name, change: Callable
+def test_the_content_of_a_shard_is_compared_with_its_manifest(
+    commands, workspace, command, name, change: Callable
 ):
     from safetensors.numpy import load_file, save_file
 
     reader = READERS[f"shard, {command}"]
-    tensors = load_file(place / reader.file)
+    tensors = load_file(workspace / reader.file)
     tensors[name] = change(tensors[name]).astype(tensors[name].dtype)
-    save_file(tensors, place / reader.file)
-    refused(commands, reader, place, "build the store anew")
+    save_file(tensors, workspace / reader.file)
+    refused(commands, reader, workspace, "build the store anew")
 
 
-def test_a_shard_of_other_shapes_is_refused(commands, place):
-    """As many bytes in all."""
+def test_a_shard_of_other_shapes_is_refused(commands, workspace):
+    """With the same number of bytes."""
     from safetensors.numpy import load_file, save_file
 
     reader = READERS["shard, inspected"]
-    tensors = load_file(place / reader.file)
+    tensors = load_file(workspace / reader.file)
     tensors["entropy"] = tensors["entropy"].reshape(1, -1)
-    save_file(tensors, place / reader.file)
-    refused(commands, reader, place, "the tensors entropy")
+    save_file(tensors, workspace / reader.file)
+    refused(commands, reader, workspace, "the tensors entropy")
 
 
-# ── What is there and not listed ─────────────────────────────────────────────────────────────────
+# ── Unlisted files ───────────────────────────────────────────────────────────────────────────────
 
 
 def extra_file(path: Path) -> None:
@@ -417,7 +421,7 @@ def extra_checksums_below(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("add", "said"),
+    ("add", "part"),
     [
         (extra_file, "'extra.py' (a regular file)"),
         (os.mkfifo, "'extra.py' (a FIFO)"),
@@ -426,36 +430,36 @@ def extra_checksums_below(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("words", ["checkpoint verify {0}/final", "serve {0}/final --dry-run"])
-def test_what_is_there_and_not_listed_is_named(commands, place, words, add: Callable, said):
-    add(place / "final" / "extra.py")
-    refused(commands, Reader("extra.py", words), place, said)
+def test_unlisted_files_are_reported(commands, workspace, words, add: Callable, part):
+    add(workspace / "final" / "extra.py")
+    refused(commands, Reader("extra.py", words), workspace, part)
 
 
-def test_so_many_are_named_and_the_rest_counted(commands, place):
+def test_the_first_unlisted_files_are_named_and_the_rest_counted(commands, workspace):
     for number in range(9):
-        (place / "final" / f"extra{number}").write_text("")
+        (workspace / "final" / f"extra{number}").write_text("")
     reader = Reader("final", "checkpoint verify {0}/final")
-    refused(commands, reader, place, "'extra0'", "'extra4'", "and 4 more")
+    refused(commands, reader, workspace, "'extra0'", "'extra4'", "and 4 more")
 
 
 # ── The Hugging Face cache ───────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def snapshot(place) -> Path:
+def snapshot(workspace) -> Path:
     """The checkpoint as the hub's client lays it out."""
-    entry = place / "models--me--mine"
+    entry = workspace / "models--me--mine"
     snapshot = entry / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     (entry / "blobs").mkdir()
-    (place / "final" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    for number, path in enumerate(sorted((place / "final").iterdir())):
+    (workspace / "final" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    for number, path in enumerate(sorted((workspace / "final").iterdir())):
         shutil.copy(path, entry / "blobs" / f"{number:064x}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
     return snapshot
 
 
-def test_a_snapshot_of_the_hub_is_a_checkpoint(commands, snapshot):
+def test_a_snapshot_of_the_hub_is_accepted_as_a_checkpoint(commands, snapshot):
     verified = commands.run("checkpoint", "verify", snapshot)
     assert verified.code == 0, verified.output
     assert "added by the hub: .gitattributes" in verified.output
@@ -465,15 +469,15 @@ def test_a_snapshot_of_the_hub_is_a_checkpoint(commands, snapshot):
 @pytest.mark.parametrize(
     "kind", ["elsewhere", "another entry", "a blob that is a link", "snapshots"]
 )
-def test_a_snapshot_reaches_its_own_blobs_alone(commands, snapshot, place, kind):
+def test_a_snapshot_may_link_only_to_its_own_blobs(commands, snapshot, workspace, kind):
     link = snapshot / "dft.json"
     content = link.read_text()
     link.unlink()
     blobs = snapshot.parent.parent / "blobs"
     target = {
-        "elsewhere": place / "secret",
-        "another entry": place / "models--other--one" / "blobs" / "secret",
-        "a blob that is a link": place / "secret",
+        "elsewhere": workspace / "secret",
+        "another entry": workspace / "models--other--one" / "blobs" / "secret",
+        "a blob that is a link": workspace / "secret",
         "snapshots": snapshot.parent / "other" / "secret",
     }[kind]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -483,11 +487,11 @@ def test_a_snapshot_reaches_its_own_blobs_alone(commands, snapshot, place, kind)
         target = blobs / "linked"
     link.symlink_to(target)
     reader = Reader("dft.json", f"checkpoint verify {snapshot}")
-    refused(commands, reader, place, "outside of")
+    refused(commands, reader, workspace, "outside of")
 
 
-def test_a_folder_that_only_looks_like_a_cache_reaches_no_blobs(tmp_path):
-    """`snapshots` is a name that anybody may give a folder."""
+def test_a_folder_that_only_looks_like_a_cache_may_not_link_to_blobs(tmp_path):
+    """Any folder may be named `snapshots`."""
     for name in ("blobs", "snapshots/mine"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "blobs" / "secret").write_text("{}")
@@ -519,14 +523,14 @@ def test_a_size_up_to_the_bound_is_read(tmp_path, size):
         bounded_files.read_bytes(tmp_path / "x", largest=100)
 
 
-def test_what_grows_while_it_is_read_is_bounded():
-    """A file of /proc says that it is empty."""
+def test_a_file_that_grows_while_it_is_read_is_bounded():
+    """A file in /proc reports a size of 0."""
     with pytest.raises(FileError, match="more than 10 bytes"):
         bounded_files.read_bytes("/proc/self/maps", largest=10)
 
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9223372036854775808", "1" * 5000])
-def test_numbers_beyond_64_bits_are_refused_where_asked(text):
+def test_numbers_beyond_64_bits_are_refused(text):
     with pytest.raises(FileError, match=r"^w: .*got the number"):
         bounded_files.parse_json(f"[{text}]", "w")
 
@@ -546,7 +550,7 @@ def test_levels_up_to_the_bound_are_read(levels):
             bounded_files.parse_json(text, "w", deepest=levels - 1)
 
 
-def test_lines_are_bounded_one_by_one_and_together(tmp_path):
+def test_lines_are_bounded_individually_and_in_total(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"aa\nbb\ncc")
     assert list(bounded_files.lines(path, largest=8, longest=3)) == [b"aa\n", b"bb\n", b"cc"]
@@ -556,7 +560,7 @@ def test_lines_are_bounded_one_by_one_and_together(tmp_path):
         list(bounded_files.lines(path, largest=7, longest=3))
 
 
-def test_a_file_that_is_appended_to_is_no_link(tmp_path):
+def test_a_file_to_append_to_may_not_be_a_link(tmp_path):
     (tmp_path / "real").write_text("mine")
     (tmp_path / "log").symlink_to(tmp_path / "real")
     with pytest.raises(FileError, match="got a link"):
@@ -567,7 +571,7 @@ def test_a_file_that_is_appended_to_is_no_link(tmp_path):
 @pytest.mark.parametrize(
     "text", ["!!bool maybe", "!!timestamp x", "!!int x", "2001-99-99", "{[a]: b}"]
 )
-def test_what_yaml_cannot_make_anything_of_is_one_sentence(text):
+def test_invalid_yaml_is_reported_in_one_sentence(text):
     with pytest.raises(ValueError, match=r"^w: not YAML \(.*\); correct it there\.$"):
         settings.parse_yaml(text, "w")
 
@@ -575,7 +579,7 @@ def test_what_yaml_cannot_make_anything_of_is_one_sentence(text):
 @pytest.mark.parametrize(
     "attack", [fifo, folder, sparse, link_to_a_device], ids=lambda a: a.__name__
 )
-def test_principles_are_a_plain_file(tmp_path, attack):
+def test_principles_must_be_a_plain_file(tmp_path, attack):
     path = tmp_path / "voices.yaml"
     path.write_text("principles: {dry: Say it once.}")
     assert load_principles(path) == {"dry": "Say it once."}
@@ -584,14 +588,14 @@ def test_principles_are_a_plain_file(tmp_path, attack):
         load_principles(path)
 
 
-def test_principles_have_no_aliases(tmp_path):
+def test_principles_may_not_have_aliases(tmp_path):
     (tmp_path / "voices.yaml").write_text("principles: {a: &a x, b: *a}")
     with pytest.raises(ValueError, match="alias"):
         load_principles(tmp_path / "voices.yaml")
 
 
 def test_weights_may_be_links_and_texts_may_not(tmp_path):
-    """A chat template would stand in every prompt, and in what is saved."""
+    """The content of a chat template gets into every prompt, and into what is saved."""
     model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     model.mkdir()
     elsewhere.write_text("{}")

@@ -1,6 +1,6 @@
-"""The commands of the conversation, and what it does when a server refuses or breaks off.
+"""The chat: its commands, its requests, and faults of the server.
 
-The server here speaks OpenAI's stream format and no more.
+The server of these tests implements only OpenAI's streaming format.
 """
 
 import json
@@ -50,12 +50,12 @@ def test_a_line_is_a_command_or_a_message(line, command):
 
 
 @given(st.text().filter(lambda text: not text.strip().startswith("/")))
-def test_whatever_has_no_slash_is_a_message(line):
+def test_a_line_without_a_slash_is_a_message(line):
     assert read_command(line) == Command("say", line.strip())
 
 
 @pytest.mark.parametrize("line", ["/", "/diverse 1", "/Again", "/say x"])
-def test_an_unknown_command_is_refused_with_the_known(line):
+def test_an_unknown_command_is_refused_with_the_known_ones(line):
     with pytest.raises(ValueError, match="accepted: /diversity, ") as raised:
         read_command(line)
     assert all(f"/{name}" in str(raised.value) for name in COMMANDS)
@@ -81,7 +81,7 @@ def test_a_diversity_is_a_number_an_object_or_a_word(text, diversity):
 
 
 @pytest.mark.parametrize("text", ["much", "1.5", ".", ".5.5", "[1]", '{"levle": 1}', "NaN"])
-def test_what_is_no_diversity_is_refused(text):
+def test_an_invalid_diversity_is_refused(text):
     with pytest.raises(DiversityError):
         read_diversity(text)
 
@@ -89,12 +89,12 @@ def test_what_is_no_diversity_is_refused(text):
 # Statistics
 
 
-def test_the_line_about_an_answer():
+def test_the_statistics_line_of_an_answer():
     assert statistics(REPORT) == FIGURES
 
 
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "expected"),
     [
         (None, "is the plug-in active?"),
         ({**REPORT, "choices": [None]}, "gated 0.7, no statistics"),
@@ -106,15 +106,15 @@ def test_the_line_about_an_answer():
         ({**REPORT, "level": "much"}, "diversity: {"),
     ],
 )
-def test_the_line_where_something_is_missing(report, said):
-    assert said in statistics(report)
+def test_the_statistics_line_of_an_incomplete_report(report, expected):
+    assert expected in statistics(report)
 
 
 # The conversation, with a server
 
 
 class Server:
-    """Answers each chat request with the next of `answers`, then with the last; remembers them."""
+    """Answers each chat request with the next of `answers`, then the last; records the requests."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -155,7 +155,7 @@ def refuse(status, content):
 
 
 def break_off(request):
-    """Half an answer, and the connection is gone."""
+    """Half an answer, then the connection is closed."""
     request.send_response(200)
     request.send_header("Content-Type", "text/event-stream")
     request.send_header("Content-Length", "100000")
@@ -168,11 +168,11 @@ STORY = stream(chunk("Once "), chunk("upon."), chunk(diversity=REPORT))
 
 
 def talk(server, *lines, options=(), environment=None, code=0):
-    """What the terminal shows of a conversation with these lines typed."""
-    return told(server, *lines, options=options, environment=environment, code=code).output
+    """The output of a conversation in which these lines are typed."""
+    return run_chat(server, *lines, options=options, environment=environment, code=code).output
 
 
-def told(server, *lines, options=(), environment=None, code=0):
+def run_chat(server, *lines, options=(), environment=None, code=0):
     with serving(server) as url:
         result = CliRunner().invoke(
             main,
@@ -195,34 +195,34 @@ def sent(server):
 
 def test_an_answer_is_streamed_and_followed_by_its_figures():
     server = Server(STORY)
-    shown = talk(server, "/diversity .7", "Tell me.", options=["--temperature", "0.9"])
-    assert shown.splitlines()[-2:] == ["Once upon.", FIGURES]
+    output = talk(server, "/diversity .7", "Tell me.", options=["--temperature", "0.9"])
+    assert output.splitlines()[-2:] == ["Once upon.", FIGURES]
     (body,) = server.bodies
     assert body["model"] == "storyteller"
     assert body["temperature"] == 0.9
     assert parse(body["diversity"]) == parse(0.7)
 
 
-def test_human_is_sent_as_the_word_and_its_figures_are_missed():
+def test_human_is_sent_as_the_word_and_missing_figures_cause_a_warning():
     server = Server(STORY, stream(chunk("Yes.")))
-    shown = talk(server, "/diversity human", "Tell me.", "/diversity", "Well?")
-    assert "diversity: human" in shown
+    output = talk(server, "/diversity human", "Tell me.", "/diversity", "Well?")
+    assert "diversity: human" in output
     assert [body["diversity"] for body in server.bodies] == ["human"] * 2
-    assert shown.count("is the plug-in active?") == 1
+    assert output.count("is the plug-in active?") == 1
 
 
-def test_without_a_diversity_none_is_sent_and_none_is_missed():
+def test_without_a_diversity_none_is_sent_and_there_is_no_warning():
     server = Server(stream(chunk("Yes.")))
-    shown = talk(server, "Well?", options=["--model", "other"])
-    assert shown.splitlines()[-1] == "Yes."
+    output = talk(server, "Well?", options=["--model", "other"])
+    assert output.splitlines()[-1] == "Yes."
     assert server.bodies[0].keys() == {"model", "messages", "stream"}
     assert server.bodies[0]["model"] == "other"
 
 
-def test_a_server_that_ignores_the_field_is_told_apart():
+def test_a_server_that_ignores_the_field_causes_a_warning():
     server = Server(stream(chunk("Yes.")))
-    shown = talk(server, "/diversity 0.5", "Well?", "/diversity off", "Well?")
-    assert shown.count("is the plug-in active?") == 1
+    output = talk(server, "/diversity 0.5", "Well?", "/diversity off", "Well?")
+    assert output.count("is the plug-in active?") == 1
 
 
 def test_the_conversation_grows_and_again_replaces_its_end():
@@ -238,9 +238,9 @@ def test_the_conversation_grows_and_again_replaces_its_end():
     ]
 
 
-def test_compare_asks_at_three_levels_beside_the_conversation():
+def test_compare_requests_three_levels_outside_of_the_conversation():
     server = Server(STORY)
-    shown = talk(server, "A", "/compare B", "/compare", "C")
+    output = talk(server, "A", "/compare B", "/compare", "C")
     levels = [parse(level).as_dict() for level in (0, 0.5, 1)]
     assert sent(server) == [
         (None, ["A"]),
@@ -248,21 +248,21 @@ def test_compare_asks_at_three_levels_beside_the_conversation():
         *((level, ["A"]) for level in levels),
         (None, ["A", "Once upon.", "C"]),
     ]
-    headings = [line for line in shown.splitlines() if line.startswith("diversity ")]
+    headings = [line for line in output.splitlines() if line.startswith("diversity ")]
     assert headings == ["diversity 0", "diversity 0.5", "diversity 1"] * 2
 
 
 @pytest.mark.parametrize("line", ["/again", "/compare", "/what", "/diversity 7", "/diversity x"])
-def test_a_wrong_line_is_refused_and_the_conversation_goes_on(line):
+def test_a_wrong_line_is_refused_and_the_conversation_continues(line):
     server = Server(STORY)
-    result = told(server, line, "A", "/quit", "never sent", code=1)
+    result = run_chat(server, line, "A", "/quit", "never sent", code=1)
     assert "Once upon." in result.stdout
     assert result.stderr
     assert sent(server) == [(None, ["A"])]
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (refuse(400, {"error": {"message": "diversity: got 7", "code": 400}}), "diversity: got 7"),
         (refuse(401, {"error": "Unauthorized"}), "Unauthorized"),
@@ -272,21 +272,21 @@ def test_a_wrong_line_is_refused_and_the_conversation_goes_on(line):
         (break_off, "closed"),
     ],
 )
-def test_a_fault_is_shown_as_it_came_and_the_conversation_goes_on(fault, said):
+def test_a_fault_is_shown_unchanged_and_the_conversation_continues(fault, message):
     server = Server(fault, STORY)
-    result = told(server, "A", "/again", "B", code=1)
-    assert said in result.stderr
-    assert said not in result.stdout
+    result = run_chat(server, "A", "/again", "B", code=1)
+    assert message in result.stderr
+    assert message not in result.stdout
     assert sent(server) == [(None, ["A"]), (None, ["A"]), (None, ["A", "Once upon.", "B"])]
 
 
 def test_help_names_every_command():
-    shown = talk(Server(STORY), "/help", "/diversity")
-    assert all(f"/{name}" in shown for name in COMMANDS)
-    assert "the server’s default" in shown
+    output = talk(Server(STORY), "/help", "/diversity")
+    assert all(f"/{name}" in output for name in COMMANDS)
+    assert "the server’s default" in output
 
 
-def test_the_key_comes_from_the_variable_that_is_named():
+def test_the_key_comes_from_the_named_variable():
     server = Server(STORY)
     talk(server, "A", options=["--api-key-env", "MY_KEY"], environment={"MY_KEY": "secret\n"})
     assert server.keys == {"Bearer secret"}
@@ -299,7 +299,7 @@ def start(*options):
     return CliRunner().invoke(main, ["chat", *options], input="A\n")
 
 
-def test_a_server_that_is_not_there_ends_it_in_one_line():
+def test_an_unreachable_server_ends_the_chat_in_one_line():
     with serving(lambda _: None) as url:
         pass
     result = start("--url", url)
@@ -308,7 +308,7 @@ def test_a_server_that_is_not_there_ends_it_in_one_line():
     assert len(result.output.splitlines()) == 1
 
 
-def test_a_server_without_models_asks_for_a_name():
+def test_a_server_without_models_requires_a_name():
     empty = json.dumps({"object": "list", "data": []}).encode()
     with serving(lambda request: reply(request, 200, empty)) as url:
         result = start("--url", f"{url}/v1")

@@ -1,4 +1,4 @@
-"""The command line: what it passes on, what it refuses, and that it starts at once."""
+"""The command line: what it passes on, what it refuses, and a fast start."""
 
 import json
 import os
@@ -42,14 +42,14 @@ def test_help_imports_neither_torch_nor_vllm():
         "try: main(['--help'])\n"
         "finally: print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
-    said = python("-c", code)
-    loaded = set(said.stderr.split())
-    assert "Usage:" in said.stdout
+    result = python("-c", code)
+    loaded = set(result.stderr.split())
+    assert "Usage:" in result.stdout
     assert "click" in loaded
     assert not loaded & {"torch", "vllm", "numpy", "transformers", "openai", "dftserve_vllm"}
 
 
-def test_help_comes_at_once():
+def test_help_is_fast():
     def seconds(*arguments):
         started = time.perf_counter()
         assert python(*arguments).returncode == 0
@@ -61,8 +61,8 @@ def test_help_comes_at_once():
 
 
 def test_it_runs_as_a_module_under_its_own_name():
-    said = python("-m", "dftserve.cli", "--version")
-    assert said.stdout == f"dftserve, version {dftserve.__version__}\n"
+    result = python("-m", "dftserve.cli", "--version")
+    assert result.stdout == f"dftserve, version {dftserve.__version__}\n"
     assert python("-m", "dftserve.cli", "--help").stdout.startswith("Usage: dftserve ")
 
 
@@ -77,14 +77,14 @@ def test_every_command_has_help():
 
 
 @given(st.lists(flags))
-def test_every_other_flag_is_passed_on_as_it_is(given_flags):
+def test_every_other_flag_is_passed_on_unchanged(given_flags):
     result = run("serve", "org/m", *given_flags, "--dry-run")
     assert result.exit_code == 0
     assert shlex.split(result.stderr)[1:] == ["serve", "org/m", *given_flags]
     assert result.stdout == ""
 
 
-def test_our_options_are_found_among_vllms_and_do_not_reach_it():
+def test_our_options_are_removed_from_vllms():
     result = run(
         "serve", "m", "--seed", "-1", "--default-diversity", "0.5", "-tp", "2", "--dry-run"
     )
@@ -95,19 +95,19 @@ def test_our_options_are_found_among_vllms_and_do_not_reach_it():
     assert parse(json.loads(value)) == parse(0.5)
 
 
-def test_after_two_dashes_everything_is_vllms():
+def test_after_two_dashes_everything_is_passed_to_vllm():
     result = run("serve", "m", "--dry-run", "--", "--help")
     assert shlex.split(result.stderr)[1:] == ["serve", "m", "--help"]
 
 
-def test_the_default_of_the_checkpoint(tmp_path):
+def test_the_default_of_the_checkpoint_is_used(tmp_path):
     Promise(recipe="r", diversity=parse(0.3)).write(tmp_path)
     result = run("serve", str(tmp_path), "--default-diversity", "checkpoint", "--dry-run")
     assert '"level": 0.3' in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["m", "--default-diversity", "7"], "--default-diversity.level: got 7; accepted: a number"),
         (["m", "--default-diversity", "x"], "--default-diversity: got 'x'"),
@@ -116,10 +116,10 @@ def test_the_default_of_the_checkpoint(tmp_path):
         ([], "Missing argument 'MODEL'"),
     ],
 )
-def test_what_is_wrong_ends_with_code_two(arguments, said):
+def test_invalid_arguments_end_with_code_two(arguments, message):
     result = run("serve", *arguments)
     assert result.exit_code == 2
-    assert said in result.stderr.replace("\n", " ")
+    assert message in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
 
 
@@ -130,11 +130,11 @@ sys.exit(7)
 """
 
 
-def test_it_becomes_the_command_that_it_prints(tmp_path):
+def test_serve_becomes_the_command_that_it_prints(tmp_path):
     command = tmp_path / "vllm"
     command.write_text(STAND_IN)
     command.chmod(0o755)
-    # Only PATH is looked at, or the real one beside this Python would come first.
+    # Search only PATH: otherwise the real vllm of this Python would come first.
     code = (
         "import sysconfig; sysconfig.get_path = lambda _: ''\nfrom dftserve.cli import main; main()"
     )
@@ -171,7 +171,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch):
 # doctor
 
 
-def test_the_doctors_word_and_exit_code():
+def test_the_doctors_report_and_exit_code():
     result = run("doctor", env={"DFTSERVE_DEFAULT_DIVERSITY": "7"})
     assert result.exit_code == 1
     assert "DFTSERVE_DEFAULT_DIVERSITY.level: got 7" in result.stdout
@@ -181,7 +181,7 @@ def test_the_doctors_word_and_exit_code():
     assert listed["ok"] == ("error" not in states.values())
 
 
-def test_the_doctor_asks_a_server_too():
+def test_the_doctor_also_checks_a_server():
     keys = []
 
     def answer(request):
@@ -196,12 +196,12 @@ def test_the_doctor_asks_a_server_too():
     assert json.loads(result.stdout)["findings"][-1]["name"] == "server"
 
 
-def test_a_server_that_is_well_is_well_wherever_it_is_asked_from(tmp_path, monkeypatch):
+def test_a_healthy_server_is_ok_without_a_local_vllm(tmp_path, monkeypatch):
     """As on a laptop, where neither vLLM nor the plug-in is installed."""
-    said = {"dftserve": dftserve.__version__, "vllm": "0.32.0", "active": True, "answers": True}
+    report = {"dftserve": dftserve.__version__, "vllm": "0.32.0", "active": True, "answers": True}
     monkeypatch.setattr("dftserve.doctor.packages.installed", lambda name: None)
     assert run("doctor").exit_code == 1
-    with serving(lambda request: reply(request, 200, json.dumps(said).encode())) as url:
+    with serving(lambda request: reply(request, 200, json.dumps(report).encode())) as url:
         result = run("doctor", "--url", url, "--json")
     assert result.exit_code == 0, result.output
     listed = json.loads(result.stdout)
@@ -212,10 +212,10 @@ def test_a_server_that_is_well_is_well_wherever_it_is_asked_from(tmp_path, monke
 
 
 @pytest.mark.parametrize("option", ["--vllm", "--wheel"])
-def test_the_doctor_judges_a_vllm_and_nothing_else(tmp_path, option):
+def test_the_doctor_checks_only_the_given_vllm(tmp_path, option):
     write_vllm(tmp_path, version="0.33.0")
-    place = tmp_path if option == "--vllm" else as_wheel(tmp_path)
-    result = run("doctor", option, str(place), "--json", env={"DFTSERVE_DEFAULT_DIVERSITY": "7"})
+    path = tmp_path if option == "--vllm" else as_wheel(tmp_path)
+    result = run("doctor", option, str(path), "--json", env={"DFTSERVE_DEFAULT_DIVERSITY": "7"})
     assert result.exit_code == 0
     assert [finding["name"] for finding in json.loads(result.stdout)["findings"]] == [
         "vllm",
@@ -223,18 +223,18 @@ def test_the_doctor_judges_a_vllm_and_nothing_else(tmp_path, option):
     ]
 
 
-def test_the_doctors_exit_code_is_one_only_where_a_required_symbol_is_missing(tmp_path):
+def test_the_doctors_exit_code_is_one_only_if_a_required_symbol_is_missing(tmp_path):
     for module, code in (("vllm.triton_utils.dispatcher", 0), ("vllm.exceptions", 1)):
-        place = tmp_path / module
-        place.mkdir()
-        write_vllm(place, version="0.33.0", without=module)
-        result = run("doctor", "--vllm", str(place))
+        folder = tmp_path / module
+        folder.mkdir()
+        write_vllm(folder, version="0.33.0", without=module)
+        result = run("doctor", "--vllm", str(folder))
         assert result.exit_code == code
         assert module in result.output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--vllm", ".", "--url", "http://x"], 2, "accepted: one of them"),
         (["--vllm", ".", "--wheel", "a.whl"], 2, "accepted: one of them"),
@@ -244,16 +244,16 @@ def test_the_doctors_exit_code_is_one_only_where_a_required_symbol_is_missing(tm
         (["--vllm", "gone"], 2, "does not exist"),
     ],
 )
-def test_the_doctor_refuses_what_is_no_vllm(tmp_path, monkeypatch, arguments, code, said):
+def test_the_doctor_refuses_invalid_vllm_arguments(tmp_path, monkeypatch, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.whl").write_text("no zip")
     result = run("doctor", *arguments)
     assert result.exit_code == code
-    assert said in " ".join(result.stderr.split())
+    assert message in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--url", "localhost"], "--url: got 'localhost'; accepted: http://HOST:PORT"),
         (["--url", "http://x", "--api-key-env", "UNSET"], "UNSET is not set"),
@@ -263,14 +263,14 @@ def test_the_doctor_refuses_what_is_no_vllm(tmp_path, monkeypatch, arguments, co
         ),
     ],
 )
-def test_the_doctor_refuses_what_it_cannot_ask(arguments, said):
+def test_the_doctor_refuses_invalid_server_arguments(arguments, message):
     result = run("doctor", *arguments, env={"UNSET": "", "ODD": "secret\nsecond"})
     assert result.exit_code == 2
-    assert said in result.stderr.replace("\n", " ")
+    assert message in result.stderr.replace("\n", " ")
     assert "secret" not in result.output
 
 
 def test_the_command_is_installed():
     installed = Path(sys.executable).with_name("dftserve")
-    said = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True)
-    assert said.stdout.startswith("dftserve, version")
+    result = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("dftserve, version")

@@ -44,17 +44,17 @@ weights = st.floats(0.05, 5.0)
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.data())
-def test_mix_and_geomix_are_their_formulas(given_seeds, data):
+def test_mix_and_geomix_equal_their_formulas(given_seeds, data):
     sources = [Fixed(seed) for seed in given_seeds]
-    many = [data.draw(weights) for _ in sources]
+    drawn = [data.draw(weights) for _ in sources]
     parts = [source.rows_TV.double().exp() for source in sources]
-    mixed_TV = sum(w * part for w, part in zip(many, parts, strict=True)) / sum(many)
+    mixed_TV = sum(w * part for w, part in zip(drawn, parts, strict=True)) / sum(drawn)
     torch.testing.assert_close(
-        rows_of(Mix(sources, many)).double().exp(), mixed_TV, atol=1e-6, rtol=1e-5
+        rows_of(Mix(sources, drawn)).double().exp(), mixed_TV, atol=1e-6, rtol=1e-5
     )
-    product_TV = torch.stack([part**w for w, part in zip(many, parts, strict=True)]).prod(0)
+    product_TV = torch.stack([part**w for w, part in zip(drawn, parts, strict=True)]).prod(0)
     torch.testing.assert_close(
-        rows_of(Geomix(sources, many)).double().exp(),
+        rows_of(Geomix(sources, drawn)).double().exp(),
         product_TV / product_TV.sum(1, keepdim=True),
         atol=1e-6,
         rtol=1e-4,
@@ -63,15 +63,18 @@ def test_mix_and_geomix_are_their_formulas(given_seeds, data):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 999), st.floats(0.1, 4.0))
-def test_temper_is_its_formula_and_a_geomix_of_one_source(seed, power):
+def test_temper_equals_its_formula_and_a_geomix_of_one_source(seed, power):
     source = Fixed(seed)
-    wanted_TV = source.rows_TV.double().exp() ** power
-    found_TV = rows_of(Temper(source, power))
+    expected_TV = source.rows_TV.double().exp() ** power
+    result_TV = rows_of(Temper(source, power))
     torch.testing.assert_close(
-        found_TV.double().exp(), wanted_TV / wanted_TV.sum(1, keepdim=True), atol=1e-6, rtol=1e-4
+        result_TV.double().exp(),
+        expected_TV / expected_TV.sum(1, keepdim=True),
+        atol=1e-6,
+        rtol=1e-4,
     )
     twice_TV = rows_of(Geomix([source, source], [power / 2, power / 2]))
-    torch.testing.assert_close(twice_TV, found_TV, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(twice_TV, result_TV, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=50, deadline=None)
@@ -84,17 +87,17 @@ def test_combinations_nest_and_sum_to_one(given_seeds):
     assert len(targets) == N - 1
 
 
-def test_a_mix_knows_proportions_alone():
+def test_a_mix_depends_only_on_proportions():
     sources = [Fixed(1), Fixed(2)]
     assert Mix(sources, [1, 3]).describe() == Mix(sources, [2, 6]).describe()
     assert Mix(sources, [1, 3]).describe() != Mix(sources[::-1], [1, 3]).describe()
     torch.testing.assert_close(rows_of(Mix(sources, [1, 3])), rows_of(Mix(sources, [2, 6])))
 
 
-def test_what_is_not_accepted():
+def test_invalid_combinations_are_refused():
     one, two = Fixed(1), Fixed(2)
     served = ServedTeacher("http://localhost:1", "m", vocabulary=V)
-    for given_, said in [
+    for make, message in [
         (lambda: Mix([one], [1.0]), "two or more"),
         (lambda: Mix([one, Fixed(1, V + 1)], [1, 1]), "11, 12 tokens"),
         (lambda: Mix([one, served], [1, 1]), "lumped"),
@@ -106,11 +109,11 @@ def test_what_is_not_accepted():
         (lambda: Geomix([one, two], [1.0, float("nan")]), "2 numbers above 0"),
         (lambda: Temper(one, 0.0), "above 0"),
     ]:
-        with pytest.raises(ValueError, match=said):
-            given_()
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
-def test_a_product_of_nothing_is_refused():
+def test_a_product_without_a_possible_token_is_refused():
     one, two = Fixed(1), Fixed(2)
     one.rows_TV = torch.eye(N - 1, V).log()
     two.rows_TV = torch.eye(N - 1, V).roll(1, dims=1).log()

@@ -1,4 +1,4 @@
-"""Rows of controls: what a request with many stop tokens makes of the others'."""
+"""Rows of controls: their width, their columns and what is refused."""
 
 import numpy as np
 import pytest
@@ -34,15 +34,18 @@ def test_the_width_shrinks_when_the_row_with_many_leaves():
     assert [stop_width(rows), stop_width([rows[0], rows[2]])] == [32_768, 2]
 
 
-def test_ids_that_are_no_tokens_are_left_out():
-    """A negative one would hide those after it."""
+def test_negative_ids_are_left_out():
+    """A negative id would hide those after it."""
     assert row_of({-7, 4, -1, 2}).stop_ids == (2, 4)
 
 
-def test_columns_are_what_their_names_say():
-    asked = {"law": "dynatemp", "dynatemp_range": 0.25, "dynatemp_exponent": 0.5, "level": 0.75}
+def test_columns_have_the_values_that_they_are_named_after():
+    diversity = {"law": "dynatemp", "dynatemp_range": 0.25, "dynatemp_exponent": 0.5, "level": 0.75}
     row = control_row(
-        parse({**asked, "min_p": 0.125}), temperature=1.5, logits_divisor=2.0, stop_ids=frozenset()
+        parse({**diversity, "min_p": 0.125}),
+        temperature=1.5,
+        logits_divisor=2.0,
+        stop_ids=frozenset(),
     )
     controls = Controls.stack([row, row])
     expected = {
@@ -70,8 +73,8 @@ def test_columns_are_what_their_names_say():
         assert getattr(controls, f"{name}_R").tolist() == pytest.approx([value] * 2)
 
 
-def test_a_style_s_guard_comes_before_it_and_once():
-    """It is the law's own; that of `budget`, whose level moves, is the widest."""
+def test_a_style_s_guard_is_applied_once_and_before_the_style():
+    """It is the guard of the law; for `budget`, whose level varies, it is the widest."""
     style = StyleControls(profile=2, strength=0.5, max_kl=0.05)
     wide, narrow = np.log(0.02), np.log(0.05)
     budget = {"law": "budget", "target_entropy": 1.0}
@@ -81,15 +84,15 @@ def test_a_style_s_guard_comes_before_it_and_once():
         (budget, wide),
         ({**budget, "min_p": 0.3}, -1.2),
     ]
-    for asked, log_guard in cases:
-        given = {"temperature": 1.0, "logits_divisor": 1.0, "stop_ids": frozenset()}
-        controls = Controls.stack([control_row(parse(asked), style=style, **given)])
+    for diversity, log_guard in cases:
+        options = {"temperature": 1.0, "logits_divisor": 1.0, "stop_ids": frozenset()}
+        controls = Controls.stack([control_row(parse(diversity), style=style, **options)])
         assert controls.log_min_p_R.tolist() == [-np.inf]
         assert controls.style_log_guard_R.item() == pytest.approx(log_guard, abs=5e-3)
         assert controls.style_R.tolist() == [2]
 
 
-def test_another_level_leaves_the_former_controls_as_they_were():
+def test_another_level_leaves_the_original_controls_unchanged():
     controls = Controls.stack([row_of({1}), row_of({2})])
     steered = controls.with_level(torch.tensor([0.1, 0.2]))
     assert steered.level_R.tolist() == pytest.approx([0.1, 0.2])

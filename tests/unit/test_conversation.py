@@ -1,4 +1,4 @@
-"""Conversations through chat templates: which tokens are learnt, and what is said of the rest."""
+"""Conversations through chat templates: which tokens are learnt, and the notes on the rest."""
 
 import json
 from datetime import datetime
@@ -36,7 +36,7 @@ TOOLS = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MISTRAL = (  # The system turn moves into the last question, so no prompt is another's beginning.
+MISTRAL = (  # The system turn moves into the last question, so no prompt is a prefix of another.
     "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}"
     "{% set ns.system = messages[0].content + '\n\n' %}{% endif %}<s>"
     "{% for m in messages %}{% if m.role == 'user' %}[INST] "
@@ -87,22 +87,22 @@ def tokenizer_of(core: str, template) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def turns(*said: str, system: str = "") -> list[dict]:
-    roles = ["user", "assistant"] * len(said)
-    found = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
-    return [{"role": "system", "content": system}, *found] if system else found
+def turns(*texts: str, system: str = "") -> list[dict]:
+    roles = ["user", "assistant"] * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def learnt(tokenizer, messages, **given) -> list[str]:
-    """The stretches of text that are learnt."""
-    document = encode(tokenizer, messages, **given).document
-    stretches, before = [], -2
+def learnt(tokenizer, messages, **options) -> list[str]:
+    """The spans of text that are learnt."""
+    document = encode(tokenizer, messages, **options).document
+    spans, before = [], -2
     for at in document.positions_T.tolist():
         if at != before + 1:
-            stretches.append([])
-        stretches[-1].append(int(document.tokens_N[at]))
+            spans.append([])
+        spans[-1].append(int(document.tokens_N[at]))
         before = at
-    return [tokenizer.decode(each) for each in stretches]
+    return [tokenizer.decode(each) for each in spans]
 
 
 FOUR = turns("the river", "old stone", "the garden", "quiet winter", system="be old")
@@ -125,7 +125,7 @@ def test_every_answer_is_learnt_where_the_template_has_no_marks(core, template, 
 @pytest.mark.parametrize(
     "template", [CHATML, MISTRAL, THINKING, MARKED % ("{% generation %}", "{% endgeneration %}")]
 )
-def test_the_tokens_are_the_templates(core, template):
+def test_the_tokens_are_those_of_the_template(core, template):
     tokenizer = tokenizer_of(core, template)
     rendered = tokenizer.apply_chat_template(FOUR, return_dict=False)
     assert encode(tokenizer, FOUR).document.tokens_N.tolist() == rendered
@@ -152,11 +152,11 @@ def test_marks_are_found_however_the_tag_is_written(core, opened, closed):
 @pytest.mark.parametrize(
     "text", ["{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}", "generation"]
 )
-def test_what_only_looks_like_a_mark_is_none(core, text):
+def test_text_that_only_looks_like_a_mark_is_no_mark(core, text):
     assert not ChatTemplate.of(tokenizer_of(core, text + CHATML)).marks
 
 
-def test_named_templates(core):
+def test_named_templates_are_selected_by_use(core):
     marked = MARKED % ("{%-generation-%}", "{% endgeneration %}")
     tokenizer = tokenizer_of(core, {"default": marked, "tool_use": TOOLS})
     assert ChatTemplate.of(tokenizer).title == "the chat template 'default'"
@@ -168,26 +168,26 @@ def test_named_templates(core):
         encode(tokenizer, FOUR)
 
 
-def test_an_answer_that_begins_with_a_newline_is_apart_from_its_prompt(core):
-    """`\\n\\n` is one token; asked, the model gets the prompt's `\\n` alone."""
+def test_the_first_newline_of_an_answer_is_not_merged_with_its_prompt(core):
+    """`\\n\\n` is one token, but at inference the prompt ends with a single `\\n`."""
     tokenizer = tokenizer_of(core, CHATML)
     messages = turns("the river", "\n\nold stone")
-    asked = tokenizer.apply_chat_template(
+    prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert whole[: len(asked)] != asked
+    assert whole[: len(prompt)] != prompt
     document = encode(tokenizer, messages).document
-    assert document.tokens_N[: len(asked)].tolist() == asked
-    assert document.positions_T[0] == len(asked)
+    assert document.tokens_N[: len(prompt)].tolist() == prompt
+    assert document.positions_T[0] == len(prompt)
     assert learnt(tokenizer, messages) == [f"\n\nold stone{END}"]
 
 
 @given(st.lists(st.text("a\n <>|imend_star", max_size=12), min_size=2, max_size=6))
-def test_any_answer_is_learnt_as_it_was_said_and_nothing_else(core, said):
-    """Also one that spells special tokens."""
-    said = [*said, *said[: len(said) % 2]]
-    messages = turns(*(f"{text}{END}x" for text in said))
+def test_exactly_the_answers_are_learnt(core, texts):
+    """Also answers that spell special tokens."""
+    texts = [*texts, *texts[: len(texts) % 2]]
+    messages = turns(*(f"{text}{END}x" for text in texts))
     tokenizer = tokenizer_of(core, CHATML)
     encoded = encode(tokenizer, messages)
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
@@ -215,7 +215,7 @@ def test_a_turn_of_weight_0_is_not_learnt(core):
         encode(tokenizer_of(core, CHATML), messages)
 
 
-def test_tool_calls_are_learnt_and_no_empty_answer(core):
+def test_tool_calls_of_an_empty_answer_are_learnt(core):
     messages = turns("the river", "")
     messages[1]["tool_calls"] = [CALL]
     messages += [{"role": "tool", "content": "old"}, {"role": "assistant", "content": "an old one"}]
@@ -226,28 +226,28 @@ def test_tool_calls_are_learnt_and_no_empty_answer(core):
 
 
 @pytest.mark.parametrize(
-    ("given", "written"),
+    ("text", "parsed"),
     [
         ('{"at": "riv\u00e9r", "deep": null}', {"at": "rivér", "deep": None}),
-        ('{"at": "\\udb80\\udc00"}', {"at": "\U000f0000"}),  # What may serve as a mark.
+        ('{"at": "\\udb80\\udc00"}', {"at": "\U000f0000"}),  # A character that may serve as a mark.
         ("{}", {}),
         ("", {}),
         (None, {}),
     ],
 )
-def test_arguments_that_are_a_text_are_the_object_that_they_say(core, given, written):
-    """As vLLM gives them to a template when the model is asked."""
+def test_arguments_that_are_a_text_are_parsed(core, text, parsed):
+    """As vLLM does before it renders a template."""
     messages = turns("the river", "")
-    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": given}}]
-    called = {"name": "f", "arguments": written}
+    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": text}}]
+    called = {"name": "f", "arguments": parsed}
     expected = f"<call>{json.dumps(called, ensure_ascii=False)}</call>{END}"
     assert learnt(tokenizer_of(core, TOOLS), messages) == [expected]
 
 
-@pytest.mark.parametrize("given", ['{"at": ', "[1]", "3", [1], 3, '{"at": "\\ud800"}'])
-def test_arguments_that_are_no_object_leave_the_conversation_out(core, given):
+@pytest.mark.parametrize("value", ['{"at": ', "[1]", "3", [1], 3, '{"at": "\\ud800"}'])
+def test_arguments_that_are_not_an_object_are_refused(core, value):
     messages = turns("the river", "")
-    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": given}}]
+    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": value}}]
     with pytest.raises(UnfitError, match="a tool call with arguments that are no"):
         encode(tokenizer_of(core, TOOLS), messages)
     messages[1]["tool_calls"] = ["f()"]
@@ -255,13 +255,13 @@ def test_arguments_that_are_no_object_leave_the_conversation_out(core, given):
         encode(tokenizer_of(core, TOOLS), messages)
 
 
-def test_no_calls_are_no_field(core):
+def test_an_empty_list_of_calls_is_not_noted(core):
     messages = turns("the river", "stone")
     messages[1]["tool_calls"] = []
     assert encode(tokenizer_of(core, CHATML), messages).notes == ()
 
 
-def test_an_empty_answer_is_not_learnt_and_noted(core):
+def test_an_empty_answer_is_not_learnt_but_noted(core):
     encoded = encode(tokenizer_of(core, CHATML), turns("a", "", "b", "stone"))
     assert encoded.notes == ("an empty answer: not learnt",)
     assert learnt(tokenizer_of(core, CHATML), turns("a", "", "b", "stone")) == [f"stone{END}"]
@@ -272,9 +272,9 @@ def test_fields_go_to_the_template_or_are_noted_by_name(core):
     messages[0]["name"] = "ann"
     messages[1]["reasoning_content"] = "old?"
     tools = [{"type": "function", "function": {"name": "look"}}]
-    taken = encode(tokenizer_of(core, TOOLS), messages, tools)
-    text = tokenizer_of(core, TOOLS).decode(taken.document.tokens_N)
-    assert taken.notes == ()
+    encoded = encode(tokenizer_of(core, TOOLS), messages, tools)
+    text = tokenizer_of(core, TOOLS).decode(encoded.document.tokens_N)
+    assert encoded.notes == ()
     assert "user ann\n" in text
     assert '"look"' in text
     assert learnt(tokenizer_of(core, TOOLS), messages) == [f"<think>old?</think>\nstone{END}"]
@@ -283,7 +283,7 @@ def test_fields_go_to_the_template_or_are_noted_by_name(core):
 
 
 @pytest.mark.parametrize("more", [("b",), ("b", "", "c")])
-def test_what_follows_the_last_answer_is_cut_and_noted(core, more):
+def test_turns_after_the_last_answer_are_cut_and_noted(core, more):
     messages = turns("a", "stone")
     messages += [{"role": "user", "content": text} for text in more]
     encoded = encode(tokenizer_of(core, CHATML), messages)
@@ -314,7 +314,7 @@ def test_a_spelled_token_is_text_unless_kept(core):
 
 
 def test_a_token_that_tools_or_calls_spell_is_text(core):
-    """At any depth, under any name, and in a name."""
+    """At any depth, in values and in names."""
     tokenizer = tokenizer_of(core, TOOLS)
     stop = tokenizer.convert_tokens_to_ids(END)
     spells = {"role": {"enum": [END], END: f"ends with {END}"}}
@@ -325,7 +325,7 @@ def test_a_token_that_tools_or_calls_spell_is_text(core):
     assert encoded.notes == (READ_AS_TEXT,)
     tokens_N = encoded.document.tokens_N
     assert tokenizer.decode(tokens_N).count(json.dumps(spells)) == 2
-    assert (tokens_N == stop).sum() == 3  # Behind the tools, the question and the call.
+    assert (tokens_N == stop).sum() == 3  # After the tools, the question and the call.
     with pytest.raises(UnfitError, match="spells the special token"):
         encode(tokenizer, turns("the river", "stone"), tools, spelled="drop")
 
@@ -334,8 +334,8 @@ def test_a_token_that_tools_or_calls_spell_is_text(core):
 @pytest.mark.parametrize(
     "template", [CHATML, MISTRAL, MARKED % ("{% generation %}", "{% endgeneration %}")]
 )
-def test_private_characters_of_a_text_are_learnt_as_they_are(core, template, spelled):
-    """Fonts have icons there; which of them serve as marks is ours to choose."""
+def test_private_characters_of_a_text_are_learnt_unchanged(core, template, spelled):
+    """Fonts have icons there, which our marks must not collide with."""
     tokenizer = tokenizer_of(core, template)
     icons = "".join(map(chr, range(0xF0000, 0xF0020)))
     messages = turns(f"the {icons} river", f"old {icons} stone", system=f"be {icons}")
@@ -349,7 +349,7 @@ def test_private_characters_of_a_text_are_learnt_as_they_are(core, template, spe
 # A plain text's beginning and end
 
 
-def test_a_text_begins_as_the_tokenizer_itself_begins_one(core):
+def test_a_text_begins_as_the_tokenizer_begins_it(core):
     tokenizer = tokenizer_of(core, None)
     begin, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     bare = tokenizer("old stone", add_special_tokens=False)["input_ids"]
@@ -404,7 +404,7 @@ def test_answers_that_are_learnt_without_an_end_are_noted(core, template, stops)
 # The date
 
 
-def test_a_build_is_the_same_build_on_another_day(tmp_path, core):
+def test_a_build_with_a_dated_template_is_reused(tmp_path, core):
     dated = "{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}" + CHATML
     tokenizer_of(core, dated).save_pretrained(tmp_path / "model")
     corpus = tmp_path / "chats.jsonl"
@@ -438,7 +438,7 @@ def test_a_template_without_a_date_leaves_the_plan_without_one(tmp_path, core):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (RAISING + CHATML, "line 2, refuses it: No system role here"),
         ("{{ nowhere.at.all }}" + CHATML, "line 1, refuses it: 'nowhere' is undefined"),
@@ -452,13 +452,13 @@ def test_a_template_without_a_date_leaves_the_plan_without_one(tmp_path, core):
         (None, "has no chat template"),
     ],
 )
-def test_a_template_that_raises_says_so_with_its_line(core, template, said):
+def test_the_error_of_a_template_names_the_line(core, template, message):
     with pytest.raises(TemplateError) as error:
         encode(tokenizer_of(core, template), FOUR)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_bad_conversations_are_named_or_left_out_and_counted(tmp_path, core):
+def test_bad_conversations_are_reported_or_left_out_and_counted(tmp_path, core):
     tokenizer_of(core, RAISING + CHATML).save_pretrained(tmp_path / "model")
     long = prose(30, 1)
     lines = [{"messages": turns(f"{n} {long}", prose(30, n + 2))} for n in range(8)]
@@ -475,5 +475,5 @@ def test_bad_conversations_are_named_or_left_out_and_counted(tmp_path, core):
     assert "noted, cut behind the last answer: user: 1 (chats.jsonl:5)" in result.output
     assert "the chat template: learns the answers, has no marks" in result.output
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    told = manifest["plan"]["corpus"] if "plan" in manifest else manifest["corpus"]
-    assert 0 < told["trained"]["train"] < told["tokens"]["train"]
+    report = manifest["plan"]["corpus"] if "plan" in manifest else manifest["corpus"]
+    assert 0 < report["trained"]["train"] < report["tokens"]["train"]

@@ -96,24 +96,24 @@ def test_jsonl_fields(tmp_path):
     assert pair.origin == "x.jsonl:5"
 
 
-def test_parquet_and_datasets_say_the_same_as_jsonl(tmp_path):
+def test_parquet_and_datasets_are_read_like_jsonl(tmp_path):
     rows = [{"text": f"text {i}", "messages": None} for i in range(600)]
     rows.append({"text": None, "messages": TURNS})
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    found = list(read(tmp_path / "x.parquet"))
-    assert [each.content for each in found[:600]] == [f"text {i}" for i in range(600)]
-    assert found[600].messages == tuple(TURNS)
-    assert found[600].origin == "x.parquet:601"
+    loaded = list(read(tmp_path / "x.parquet"))
+    assert [each.content for each in loaded[:600]] == [f"text {i}" for i in range(600)]
+    assert loaded[600].messages == tuple(TURNS)
+    assert loaded[600].origin == "x.parquet:601"
 
     table = datasets.Dataset.from_list(rows)
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"b": table, "a": table}).save_to_disk(tmp_path / "two")
-    assert [each.content for each in read(tmp_path / "one")] == [each.content for each in found]
+    assert [each.content for each in read(tmp_path / "one")] == [each.content for each in loaded]
     assert [each.origin for each in read(tmp_path / "two")][::601] == ["a:1", "b:1"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "parts"),
     [
         ("x.txt", b"fine\ncaf\xe9", ["x.txt, line 2", "0xe9", "UTF-8"]),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', ["line 2", "0xff", "UTF-8"]),
@@ -139,11 +139,11 @@ def test_parquet_and_datasets_say_the_same_as_jsonl(tmp_path):
         ("x.pdf", b"", ["x.pdf", "'.pdf'", ".txt", ".jsonl", ".parquet"]),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
+def test_unreadable_files_are_reported(tmp_path, name, content, parts):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=r".") as caught:
         list(read(tmp_path))
-    assert [part for part in said if part not in str(caught.value)] == []
+    assert [part for part in parts if part not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
         (b"caf\xe9 au lait, et du th\xe9 \x00", "latin1"),
     ],
 )
-def test_another_encoding_is_told_from_the_bytes(tmp_path, content, encoding):
+def test_another_encoding_is_detected_from_the_bytes(tmp_path, content, encoding):
     (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"iconv -f {encoding} -t utf-8") as caught:
         list(read(tmp_path / "x.txt"))
@@ -179,7 +179,7 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
         list(read(tmp_path / "x.csv"))
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing is there"):
         list(read(tmp_path / "missing"))
     with pytest.raises(ValueError, match="got no files with the suffix"):
@@ -276,12 +276,12 @@ def test_a_gutenberg_frame_is_stripped():
         ("_NOTICE", "** all rights reserved **"),
     ],
 )
-def test_marks_are_looked_for_line_by_line(pattern, line):
-    """From each of many blank lines, a match over lines would read all that follow."""
-    found = getattr(filters_module, pattern).search(f"*\n\n{line}\n\n*")
-    assert found
-    assert line.startswith(found[0].strip("\n"))
-    assert found.start() == len("*\n\n")
+def test_marks_are_searched_line_by_line(pattern, line):
+    """From each blank line, a match across lines would scan all the text after it."""
+    match = getattr(filters_module, pattern).search(f"*\n\n{line}\n\n*")
+    assert match
+    assert line.startswith(match[0].strip("\n"))
+    assert match.start() == len("*\n\n")
 
 
 def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
@@ -297,15 +297,15 @@ def test_licences_and_cookie_lines_are_stripped_and_prose_is_not():
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sentence",
     [
         "He signed: all rights reserved to the elder son. {0}",
         "He signed: all rights reserved to the elder son.",
         "{0} It was licensed under the GNU way of living, placed in the public domain. {0}",
     ],
 )
-def test_prose_that_speaks_of_rights_stays(said):
-    novel = said.format(prose(90).replace("\n\n", " ")) + "\n\n" + prose(200, 1)
+def test_prose_that_mentions_rights_is_kept(sentence):
+    novel = sentence.format(prose(90).replace("\n\n", " ")) + "\n\n" + prose(200, 1)
     for content in (novel, novel.replace(" all", "\nall")):
         assert cleaned(text(content), ANY).content.strip() == content.strip()
 
@@ -329,13 +329,13 @@ MARKS = ["(c)", "(C)", "©", "Copyright", "all rights reserved", "All Rights Res
 
 
 @given(st.lists(st.sampled_from(MARKS), max_size=6).map("".join))
-def test_rights_are_reserved_where_a_line_says_whose(line):
+def test_a_rights_notice_has_a_copyright_mark_and_the_phrase(line):
     mark, rights = r"(?:copyright|©|\(c\))", "all rights reserved"
-    found = re.search(f"{mark}.*{rights}|{rights}.*{mark}", line, re.IGNORECASE)
-    assert filters_module._is_rights_notice(line) == bool(found)
+    match = re.search(f"{mark}.*{rights}|{rights}.*{mark}", line, re.IGNORECASE)
+    assert filters_module._is_rights_notice(line) == bool(match)
 
 
-def test_a_copyright_line_takes_nothing_with_it():
+def test_only_the_line_of_a_copyright_notice_is_stripped():
     code = "".join(f"x{i} = compute({i})\n" for i in range(60))
     for notice in ("# Copyright 2024 X. All rights reserved.", "# SPDX-License-Identifier: MIT"):
         file = text(f"import numpy\n{notice}\n{code}")
@@ -343,14 +343,14 @@ def test_a_copyright_line_takes_nothing_with_it():
         assert verdict(file, ANY) is None
 
 
-def test_a_conversation_is_judged_and_not_changed():
+def test_a_conversation_is_not_cleaned():
     chat = answered("Why?", "We use cookies.\nBecause.")
     assert cleaned(chat, ANY) is chat
 
 
 def test_filters_from_a_recipe():
     assert settings.load(Filters, {"languages": ["en"], "min_words": 5}, "corpus").min_words == 5
-    for given_, said in (
+    for values, message in (
         ({"min_word": 5}, "did you mean 'min_words'"),
         ({"languages": ["english"]}, "languages: got 'english'"),
         ({"min_words": 9, "max_words": 3}, "min_words"),
@@ -358,8 +358,8 @@ def test_filters_from_a_recipe():
         ({"duplicate_threshold": 0}, "duplicate_threshold: got 0"),
         ({"split_words": 0}, "split_words: got 0"),
     ):
-        with pytest.raises(ValueError, match=said):
-            settings.load(Filters, given_, "corpus")
+        with pytest.raises(ValueError, match=message):
+            settings.load(Filters, values, "corpus")
 
 
 # Duplicates
@@ -377,16 +377,16 @@ def test_near_duplicates_are_found_and_others_are_not():
 
 
 def changed(content: str, share: float, seed: int) -> str:
-    """A copy with so many of its words replaced by others of the same kind of text."""
+    """A copy in which `share` of the words are replaced by others of `WORDS`."""
     words, chosen = content.split(), random.Random(seed)
-    for place in chosen.sample(range(len(words)), round(share * len(words))):
-        words[place] = chosen.choice([word for word in WORDS if word != words[place]])
+    for index in chosen.sample(range(len(words)), round(share * len(words))):
+        words[index] = chosen.choice([word for word in WORDS if word != words[index]])
     return " ".join(words)
 
 
 @pytest.mark.parametrize("words", [100, 300, 1000])
 def test_copies_with_3_percent_of_their_words_changed_are_found(words):
-    """At .8, the threshold before this was measured, one in seven was."""
+    """At the earlier threshold, 0.8, one in seven was found."""
     threshold = Filters().duplicate_threshold
     missed = 0
     for seed in range(30):
@@ -407,18 +407,18 @@ def clauses(seed: int) -> str:
 def test_chinese_copies_are_found_and_other_texts_are_not():
     known = Duplicates(Filters().duplicate_threshold)
     first = clauses(0)
-    edited = "".join("某" if place % 50 == 7 else each for place, each in enumerate(first))
+    edited = "".join("某" if index % 50 == 7 else each for index, each in enumerate(first))
     assert known.of(first, "first") is None
     assert known.of(edited, "edited") == "first"
     assert known.of(clauses(1), "other") is None
 
 
-def test_texts_without_words_are_told_apart():
+def test_different_texts_without_words_are_not_duplicates():
     known = Duplicates(0.6)
     assert [known.of(each, each) for each in ("—", "😀", "…", "", "😀 😀")] == [None] * 5
 
 
-def test_thresholds_at_the_ends():
+def test_a_threshold_of_one_or_none():
     first, edited = prose(300), prose(300).replace("river", "brook", 1)
     equal, none = Duplicates(1.0), Duplicates(None)
     assert [equal.of(each, str(i)) for i, each in enumerate((first, edited, first))] == [
@@ -436,14 +436,14 @@ def test_only_answers_to_one_prompt_are_duplicates():
     assert known.of("sure", "c", within="Can you?") == "a"
 
 
-def test_shingles_know_the_order_of_words():
+def test_shingles_depend_on_the_order_of_words():
     words = [f"w{i}" for i in range(9)]
     assert len(shingles(" ".join(words))) == 5
     assert not set(shingles(" ".join(words))) & set(shingles(" ".join(reversed(words))))
     assert len(shingles("")) == 1
 
 
-def test_other_texts_share_few_shingles():
+def test_unrelated_texts_share_few_shingles():
     one, two = set(shingles(prose(5000, 1))), set(shingles(prose(5000, 2)))
     assert len(one & two) <= 15  # Of 24^5 grams about 3 are in both; more than 15: 1e-7.
 
@@ -470,7 +470,7 @@ def test_pieces_have_the_words_of_the_text(parts, limit):
         assert all(piece.content.strip() for piece in pieces)
 
 
-def test_pieces_end_at_paragraph_ends_and_are_alike():
+def test_pieces_end_at_paragraph_ends_and_have_similar_sizes():
     content = prose(5050)
     pieces = cut(text(content), 1000)
     assert len(pieces) == 6
@@ -489,7 +489,7 @@ def test_a_conversation_is_not_cut():
 
 
 def test_the_report_counts_everything():
-    given_ = [
+    listed = [
         *texts(10),
         text("short", "s.txt"),
         text("short too", "t.txt"),
@@ -498,21 +498,21 @@ def test_the_report_counts_everything():
         text(prose(60, 3), "copy.txt"),
         text(prose(250, 99), "long.txt"),
     ]
-    corpus = prepare(given_, Filters(split_words=100), heldout=0.2)
-    told = corpus.report.as_dict()
-    assert told["read"] == 16
-    assert told["kept"] == 11
-    assert told["dropped"] == {
+    corpus = prepare(listed, Filters(split_words=100), heldout=0.2)
+    counts = corpus.report.as_dict()
+    assert counts["read"] == 16
+    assert counts["kept"] == 11
+    assert counts["dropped"] == {
         DUPLICATE: {"count": 1, "examples": ["copy.txt"]},
         "too short": {"count": 4, "examples": ["s.txt", "t.txt", "u.txt"]},
     }
-    assert told["documents"] == {"train": len(corpus.train), "heldout": len(corpus.heldout)}
-    assert sum(told["documents"].values()) == 10 + len(cut(given_[-1], 100))
-    assert sum(told["words"].values()) == 10 * 60 + 250
-    assert json.loads(json.dumps(told)) == told
+    assert counts["documents"] == {"train": len(corpus.train), "heldout": len(corpus.heldout)}
+    assert sum(counts["documents"].values()) == 10 + len(cut(listed[-1], 100))
+    assert sum(counts["words"].values()) == 10 * 60 + 250
+    assert json.loads(json.dumps(counts)) == counts
 
 
-def test_what_goes_as_a_copy_of_a_held_out_text_is_not_counted_as_changed():
+def test_dropped_copies_of_held_out_texts_are_not_counted_as_changed():
     bodies = [prose(100, seed) for seed in range(3)]
     listed = [
         Text(bodies[0], None, "aside.txt", split="heldout"),
@@ -521,26 +521,26 @@ def test_what_goes_as_a_copy_of_a_held_out_text_is_not_counted_as_changed():
         text(f"We use cookies.\n\n{bodies[1]}", "stripped.txt"),
         text(textwrap.fill(bodies[2].replace("\n", " "), 60), "joined.txt"),
     ]
-    told = prepare(listed, ANY).report.as_dict()
-    assert told["dropped"][LIKE_HELDOUT]["count"] == 2
-    assert (told["kept"], told["stripped"], told["joined"]) == (3, 1, 1)
+    report = prepare(listed, ANY).report.as_dict()
+    assert report["dropped"][LIKE_HELDOUT]["count"] == 2
+    assert (report["kept"], report["stripped"], report["joined"]) == (3, 1, 1)
 
 
-def test_added_texts_move_none():
+def test_added_texts_do_not_move_others():
     some = prepare(texts(60), ANY, heldout=0.3)
     more = prepare(reversed(texts(120)), ANY, heldout=0.3)
     assert {each.content for each in some.heldout} <= {each.content for each in more.heldout}
     assert {each.content for each in some.train} <= {each.content for each in more.train}
 
 
-def test_the_share_that_is_held_out():
+def test_the_given_share_is_held_out():
     """Of 1,000 texts, binomial: outside 200 ± 65 with probability 3e-7; the seed is fixed."""
     corpus = prepare(texts(1000, words=20), ANY, heldout=0.2)
     assert abs(len(corpus.heldout) - 200) <= 65
 
 
 def test_copies_of_one_another_stay_on_one_side():
-    """Also those that are not like enough to be dropped, by way of a third."""
+    """Also copies that are too different to be dropped, and copies of these."""
     families = []
     for seed in range(40):
         first = prose(200, seed)
@@ -556,26 +556,26 @@ def test_copies_of_one_another_stay_on_one_side():
     ]
     assert not sides[0] & sides[1]
     assert corpus.report.noted["near-copies kept on one side"].count >= 70
-    apart = Filters(min_words=0, duplicate_threshold=None, family_threshold=None)
-    corpus = prepare(listed, apart, heldout=0.3, seed=3)
+    separate = Filters(min_words=0, duplicate_threshold=None, family_threshold=None)
+    corpus = prepare(listed, separate, heldout=0.3, seed=3)
     assert {each.origin.split("/")[0] for each in corpus.train} & {
         each.origin.split("/")[0] for each in corpus.heldout
     }
 
 
 def are_family(one: str, other: str) -> bool:
-    """Whether a text is dropped for another or kept on its side, in pieces of 300 words."""
-    given_ = [text(one, "one.txt"), text(prose(40, 500), "third.txt"), text(other, "other.txt")]
-    corpus = prepare(given_, Filters(min_words=0, split_words=300), heldout=0.5)
+    """Whether one text is dropped as a copy or kept on the side of the other, cut at 300 words."""
+    listed = [text(one, "one.txt"), text(prose(40, 500), "third.txt"), text(other, "other.txt")]
+    corpus = prepare(listed, Filters(min_words=0, split_words=300), heldout=0.5)
     parts = [{each.origin.split("#")[0] for each in p} for p in (corpus.train, corpus.heldout)]
-    found = "near-copies kept on one side" in corpus.report.noted
-    is_gone = all("other.txt" not in part for part in parts)
-    assert is_gone or not found or {"one.txt", "other.txt"} in parts
-    return found or is_gone
+    is_noted = "near-copies kept on one side" in corpus.report.noted
+    is_dropped = all("other.txt" not in part for part in parts)
+    assert is_dropped or not is_noted or {"one.txt", "other.txt"} in parts
+    return is_noted or is_dropped
 
 
 def interleaved(content: str) -> str:
-    """Each third paragraph, from the first on, the second and the third."""
+    """Every third paragraph from the first on, then from the second, then from the third."""
     parts = content.strip().split("\n\n")
     return "\n\n".join([*parts[::3], *parts[1::3], *parts[2::3]])
 
@@ -597,17 +597,17 @@ ACCENTED = BOOK.replace("e", "é")
     ],
     ids=lambda content: f"{len(content.split())} words",
 )
-def test_copies_in_part_are_on_one_side(other):
-    """An edition with a foreword, an excerpt, paragraphs shuffled, words changed, other forms."""
+def test_partial_copies_are_on_one_side(other):
+    """A foreword, an excerpt, shuffled paragraphs, changed words, other Unicode forms."""
     assert are_family(ACCENTED if "é" in unicodedata.normalize("NFC", other) else BOOK, other)
 
 
-def test_other_texts_are_no_family():
+def test_unrelated_texts_are_not_a_family():
     assert not are_family(BOOK, prose(300, 9))
     assert not are_family(BOOK, prose(900, 9))
 
 
-def test_a_text_whose_first_piece_goes_as_a_copy_is_of_that_family():
+def test_a_text_whose_first_piece_is_dropped_as_a_copy_is_of_that_family():
     known = Duplicates(0.6)
     first, edited = prose(300), changed(prose(300), 0.03, 1)
     assert known.of(first, "0 0") is None
@@ -616,7 +616,7 @@ def test_a_text_whose_first_piece_goes_as_a_copy_is_of_that_family():
     assert are_family(first, copy)
 
 
-def test_unrelated_real_texts_are_no_family(data):
+def test_unrelated_real_texts_are_not_a_family(data):
     """Of 5,000 passages of 100 words from novels; those of one novel may quote one another."""
     families, owners = Families(Filters().family_threshold), []
     for number, path in enumerate(sorted((data / "books" / "heldout").glob("*.txt"))[1:11]):
@@ -630,18 +630,18 @@ def test_unrelated_real_texts_are_no_family(data):
 
 
 def test_a_pair_is_counted_once_and_none_is_within_a_text():
-    """Of a text in three pieces, its whole, and a copy: not the pieces with their own whole."""
+    """A text in three pieces and as a whole, and a copy: no pairs of a piece and its own whole."""
     pieces = [shingles(prose(100, seed)) for seed in range(3)]
     whole = np.unique(np.concatenate(pieces))
     pairs_K, shared_K = families_module._shared([*pieces, whole, whole], np.array([0, 0, 0, 0, 1]))
     expected = {(i, 4): len(grams) for i, grams in enumerate([*pieces, whole]) if i != 4}
-    found = {
+    counted = {
         divmod(int(pair), 5): int(count) for pair, count in zip(pairs_K, shared_K, strict=True)
     }
-    assert found == expected
+    assert counted == expected
 
 
-def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
+def test_a_large_corpus_is_compared_by_a_sample_of_its_grams(monkeypatch):
     monkeypatch.setattr(families_module, "MOST", 8000)
     families = Families(0.25)
     for seed in range(30):
@@ -652,21 +652,21 @@ def test_a_large_corpus_is_compared_by_a_part_of_its_grams(monkeypatch):
     assert families.firsts() == [number - number % 2 for number in range(60)]
 
 
-def test_the_report_says_by_how_much_families_were_told(monkeypatch):
+def test_the_report_has_the_share_of_grams_that_were_compared(monkeypatch):
     assert prepare(texts(40), ANY, heldout=0.3).report.as_dict()["compared"] == 1
     monkeypatch.setattr(families_module, "MOST", 1000)
     assert prepare(texts(40), ANY, heldout=0.3).report.as_dict()["compared"] < 1
 
 
 def phrased(words: int, seed: int) -> str:
-    """Random words, of which one in five is in a phrase of nine that other texts have too."""
-    chosen, said = random.Random(seed), []
+    """Random words, one in five of them in a phrase of nine words that other texts have too."""
+    chosen, text_words = random.Random(seed), []
     while words > 0:
-        said += [f"w{chosen.randrange(5000)}" for _ in range(36)]
+        text_words += [f"w{chosen.randrange(5000)}" for _ in range(36)]
         phrase = chosen.randrange(30)
-        said += [f"p{phrase}w{place}" for place in range(9)]
+        text_words += [f"p{phrase}w{index}" for index in range(9)]
         words -= 45
-    return " ".join(said)
+    return " ".join(text_words)
 
 
 def families_of(listed: list[str]) -> tuple[list[int], float]:
@@ -678,23 +678,23 @@ def families_of(listed: list[str]) -> tuple[list[int], float]:
 
 
 @pytest.mark.parametrize(("most", "share", "at_least"), [(40_000, 1 / 8, 58), (16_000, 1 / 16, 55)])
-def test_a_sample_joins_nothing_else(monkeypatch, most, share, at_least):
+def test_a_sample_of_grams_joins_no_unrelated_texts(monkeypatch, most, share, at_least):
     """Short texts and long ones that have phrases in common, and copies of the short ones."""
     listed = [phrased(90, seed) for seed in range(300)]
     listed += [phrased(5000, seed) for seed in range(300, 320)]
     assert families_of(listed)[0] == list(range(320))
     copies = [changed(each, 0.07, seed) for seed, each in enumerate(listed[:60])]
-    whole, all_of_them = families_of(listed + copies)
+    whole, whole_share = families_of(listed + copies)
     monkeypatch.setattr(families_module, "MOST", most)
-    found, sampled = families_of(listed + copies)
-    assert (all_of_them, sampled) == (1, share)
+    firsts, sampled_share = families_of(listed + copies)
+    assert (whole_share, sampled_share) == (1, share)
     assert whole == [*range(320), *range(60)]
-    missed = [320 + copy for copy in range(60) if found[320 + copy] != copy]
-    assert found == [number if number in missed else first for number, first in enumerate(whole)]
+    missed = [320 + copy for copy in range(60) if firsts[320 + copy] != copy]
+    assert firsts == [number if number in missed else first for number, first in enumerate(whole)]
     assert len(copies) - len(missed) >= at_least
 
 
-def test_one_instruction_in_all_prompts_makes_no_family():
+def test_an_instruction_in_all_prompts_makes_no_family():
     instruction = prose(200, 99)
     listed = [
         answered(f"{instruction}\n\n{prose(20, seed)}", prose(words, seed + 50), f"c:{seed}")
@@ -709,8 +709,8 @@ def test_one_instruction_in_all_prompts_makes_no_family():
 def test_answers_that_are_copies_are_on_one_side():
     listed = [answered(prose(20, seed), prose(60, seed // 2 + 50), f"{seed}") for seed in range(40)]
     corpus = prepare(listed, ANY, heldout=0.3)
-    found = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
-    assert not found[0] & found[1]
+    sides = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
+    assert not sides[0] & sides[1]
 
 
 def greeted(seed: int, *, greets: bool = True) -> Text:
@@ -724,38 +724,38 @@ def greeted(seed: int, *, greets: bool = True) -> Text:
     return Text("\n\n".join(each["content"] for each in turns), tuple(turns), f"{seed}")
 
 
-def test_a_greeting_is_no_answer_to_one_prompt():
+def test_a_greeting_does_not_count_as_an_answer_to_one_prompt():
     corpus = prepare([greeted(seed) for seed in range(40)], ANY, heldout=0.3)
     assert len(corpus.train) + len(corpus.heldout) == 40
     assert len(corpus.heldout) > 1  # Of 40 by a hash: one or none below 1e-4.
     assert corpus.report.dropped == {}
 
 
-def test_what_opens_a_conversation():
+def test_the_opening_of_a_conversation():
     assert opening(greeted(1)) == f"Be kind.\n\nHello! What can I do?\n\n{prose(12, 1)}\n\n"
     assert opening(greeted(1, greets=False)) == f"Be kind.\n\n{prose(12, 1)}\n\n"
-    told = Text("", (greeted(1).messages or ())[:2], "")
-    assert opening(told) == "Be kind.\n\n"
+    greeting = Text("", (greeted(1).messages or ())[:2], "")
+    assert opening(greeting) == "Be kind.\n\n"
     assert opening(text("plain")) == ""
 
 
-def test_answers_to_one_prompt_alone_are_refused_with_another_way_out():
+def test_a_corpus_of_answers_to_one_prompt_is_refused_with_a_remedy():
     answers = [answered("Why?", prose(40, seed)) for seed in range(10)]
     with pytest.raises(ValueError, match=r"answers to one prompt .* other prompts") as caught:
         prepare(answers, Filters(min_words=0, family_threshold=None))
     assert "family_threshold" not in str(caught.value)
 
 
-def test_letters_of_one_form_are_refused_with_the_way_out():
+def test_letters_of_one_form_are_refused_with_a_remedy():
     form = prose(200, 99)
     letters = [text(f"{form}\n{prose(160, seed)}", f"{seed}.txt") for seed in range(10)]
     with pytest.raises(ValueError, match=r"corpus\.family_threshold=null"):
         prepare(letters, ANY)
-    apart = settings.load(Filters, {"min_words": 0, "family_threshold": None}, "corpus")
-    assert prepare(letters, apart).heldout
+    separate = settings.load(Filters, {"min_words": 0, "family_threshold": None}, "corpus")
+    assert prepare(letters, separate).heldout
 
 
-def test_what_the_system_says_makes_no_family():
+def test_a_shared_system_turn_makes_no_family():
     system = {"role": "system", "content": prose(400, 99)}
     listed = [answered(prose(30, seed), prose(40, seed + 50), f"c:{seed}") for seed in range(30)]
     listed = [Text(each.content, (system, *(each.messages or ())), each.origin) for each in listed]
@@ -764,7 +764,7 @@ def test_what_the_system_says_makes_no_family():
     assert 0.05 < corpus.report.heldout_share < 0.6
 
 
-def test_the_share_of_words_that_is_held_out_is_said():
+def test_the_share_of_words_that_is_held_out_is_reported():
     report = prepare(texts(200), ANY, heldout=0.2).report
     words = report.words["heldout"] / (report.words["train"] + report.words["heldout"])
     assert report.as_dict()["heldout_share"] == pytest.approx(words, abs=1e-6)
@@ -788,8 +788,8 @@ def test_answers_to_one_prompt_stay_together():
         for j in range(4)
     ]
     corpus = prepare(answers, ANY, heldout=0.3)
-    asked = [{each.messages[0]["content"] for each in s} for s in (corpus.train, corpus.heldout)]
-    assert not asked[0] & asked[1]
+    prompts = [{each.messages[0]["content"] for each in s} for s in (corpus.train, corpus.heldout)]
+    assert not prompts[0] & prompts[1]
     assert len(corpus.train) + len(corpus.heldout) == 120
     assert len(corpus.heldout) % 4 == 0
 
@@ -802,7 +802,7 @@ def test_a_small_corpus_has_both_parts(count):
         assert corpus.heldout
 
 
-def test_what_cannot_be_split():
+def test_a_corpus_that_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="the corpus is empty: 0 read"):
         prepare([], ANY)
     with pytest.raises(ValueError, match="the corpus is empty: 1 read, dropped: 1 too short"):
@@ -815,7 +815,7 @@ def test_what_cannot_be_split():
             prepare(texts(3), ANY, heldout=share)
 
 
-def test_the_same_corpus_whatever_the_hash_seed(tmp_path):
+def test_the_corpus_does_not_depend_on_the_hash_seed(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(prose(60, i % 20))
     code = (
@@ -841,12 +841,12 @@ def test_the_same_corpus_whatever_the_hash_seed(tmp_path):
 
 def test_novels_are_kept_and_cut(data):
     books = sorted((data / "prose" / "litbank").glob("*.txt"))[:2]
-    given_ = [each for book in books for each in read(book)]
-    corpus = prepare(given_, Filters(languages=("en",), join_lines=False))
+    listed = [each for book in books for each in read(book)]
+    corpus = prepare(listed, Filters(languages=("en",), join_lines=False))
     assert corpus.report.dropped == {}
     pieces = [len(each.content.split()) for each in (*corpus.train, *corpus.heldout)]
     assert max(pieces) <= 1000
-    assert sum(pieces) == sum(len(each.content.split()) for each in given_)
+    assert sum(pieces) == sum(len(each.content.split()) for each in listed)
 
 
 def test_specifications_are_kept_and_lose_their_licence(data):
@@ -855,8 +855,8 @@ def test_specifications_are_kept_and_lose_their_licence(data):
     assert not any("placed in the public domain" in each.content for each in corpus.train)
 
 
-def test_texts_that_are_held_out_together_say_so():
-    """Pieces of one text, answers to one prompt and copies; none where nothing is held out."""
+def test_texts_that_are_held_out_together_have_the_same_family():
+    """Pieces of one text, answers to one prompt and copies; no family if nothing is held out."""
     long = text(prose(500, 1), "long.txt")
     near = text(f"{prose(60, 2)}\n\n{prose(60, 3)}", "near.txt")
     listed = [long, text(prose(60, 2), "a.txt"), near, text(prose(60, 4), "alone.txt")]

@@ -1,4 +1,4 @@
-"""Records of other formats, several corpora as one, and what is held out by name."""
+"""Records of other formats, several corpora as one, and splits held out by name."""
 
 import csv
 import gzip
@@ -69,16 +69,16 @@ def lines(path: Path, *records) -> Path:
         ),
     ],
 )
-def test_formats_that_are_known(tmp_path, record, turns):
+def test_known_formats_are_read(tmp_path, record, turns):
     (text,) = read(lines(tmp_path / "a.jsonl", record))
     assert text.messages is not None
     assert [dict(turn) for turn in text.messages] == turns
 
 
-def test_keys_that_a_column_gives_to_all_structs_are_no_arguments(tmp_path):
-    """A table has every key of any row in all; what a list holds stays."""
+def test_keys_that_a_table_adds_to_all_structs_are_removed(tmp_path):
+    """A table gives each row the keys of all rows. The items of a list stay."""
 
-    def asked(number: int, arguments: dict, properties: dict) -> dict:
+    def record(number: int, arguments: dict, properties: dict) -> dict:
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         turn = {"role": "assistant", "content": None, "tool_calls": [call]}
         parameters = {"type": "object", "properties": properties}
@@ -86,8 +86,8 @@ def test_keys_that_a_column_gives_to_all_structs_are_no_arguments(tmp_path):
         return {"messages": [{**USER, "content": f"{number}?"}, turn], "tools": tools}
 
     rows = [
-        asked(1, {"city": "Paris"}, {"city": {"type": "string"}}),
-        asked(2, {"expr": "1", "xs": ["a", None]}, {"expr": {"enum": ["1", None]}}),
+        record(1, {"city": "Paris"}, {"city": {"type": "string"}}),
+        record(2, {"expr": "1", "xs": ["a", None]}, {"expr": {"enum": ["1", None]}}),
     ]
     expected = list(read(lines(tmp_path / "a.jsonl", *rows)))
     assert [text.tools[0]["function"]["parameters"]["properties"] for text in expected] == [
@@ -97,30 +97,30 @@ def test_keys_that_a_column_gives_to_all_structs_are_no_arguments(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "d"))
     for path in (tmp_path / "a.parquet", tmp_path / "d"):
-        found = list(read(path))
-        assert [replace(text, origin="") for text in found] == [
+        loaded = list(read(path))
+        assert [replace(text, origin="") for text in loaded] == [
             replace(text, origin="") for text in expected
         ]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_list_in_a_json_file_is_what_its_records_are_in_a_jsonl_file(tmp_path, indent):
-    """As Alpaca and ShareGPT usually come."""
+def test_a_list_in_a_json_file_is_read_like_a_jsonl_file(tmp_path, indent):
+    """The usual format of Alpaca and ShareGPT."""
     records = [
         {"instruction": "Name a river.", "input": "", "output": "The Rhine\u2028is one."},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {"text": "é"},
     ]
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records, indent=indent), "utf-8")
-    found = list(read(tmp_path / "a.json"))
+    loaded = list(read(tmp_path / "a.json"))
     expected = list(read(lines(tmp_path / "a.jsonl", *records)))
-    assert [replace(text, origin="") for text in found] == [
+    assert [replace(text, origin="") for text in loaded] == [
         replace(text, origin="") for text in expected
     ]
-    assert [text.origin for text in found] == ["a.json:1", "a.json:2", "a.json:3"]
+    assert [text.origin for text in loaded] == ["a.json:1", "a.json:2", "a.json:3"]
 
 
-def test_a_table_and_packed_lines_are_what_the_lines_are(tmp_path):
+def test_csv_and_gzipped_jsonl_are_read_like_jsonl(tmp_path):
     records = [
         {"prompt": "Why, so?", "response": 'He said "so".\nAnd so on.', "system": "Be."},
         {"text": "x" * 200_000},
@@ -139,11 +139,11 @@ def test_a_table_and_packed_lines_are_what_the_lines_are(tmp_path):
             table.writerow(cells)
             file.write("\r\n")
     for path in (packed, tmp_path / "test.csv"):
-        found = list(read(path))
-        assert [replace(text, origin="") for text in found] == [
+        loaded = list(read(path))
+        assert [replace(text, origin="") for text in loaded] == [
             replace(text, origin="") for text in expected
         ]
-        assert [text.origin for text in found] == [f"{path.name}:{n}" for n in range(1, 5)]
+        assert [text.origin for text in loaded] == [f"{path.name}:{n}" for n in range(1, 5)]
     (tmp_path / "a.jsonl").unlink()
     assert {(each.origin[:5], each.split) for each in read(tmp_path)} == {
         ("test.", "heldout"),
@@ -152,7 +152,7 @@ def test_a_table_and_packed_lines_are_what_the_lines_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"text": "a"}', "got a dict; accepted: a list of records.*jsonl"),
         ('{"text": "a"}\n{"text": "b"}', "not JSON"),
@@ -160,9 +160,9 @@ def test_a_table_and_packed_lines_are_what_the_lines_are(tmp_path):
         ('[{"text": "a"}, {"body": "b"}]', "record 2: "),
     ],
 )
-def test_another_json_file_is_refused(tmp_path, content, said):
+def test_an_invalid_json_file_is_refused(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         list(read(tmp_path / "a.json"))
 
 
@@ -179,7 +179,7 @@ def test_a_folder_without_files_is_refused(tmp_path):
         list(read(tmp_path))
 
 
-def test_other_names_by_a_mapping(tmp_path):
+def test_fields_of_other_names_are_mapped(tmp_path):
     fields = Fields(
         messages="dialog", role="speaker", content="said", roles={"me": "user", "it": "assistant"}
     )
@@ -194,7 +194,7 @@ def test_other_names_by_a_mapping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"body": "x"}, "got the fields 'body'; accepted: `text`, or `messages`"),
         ({"messages": [{"role": "user", "content": None}]}, r"content: got None"),
@@ -205,16 +205,16 @@ def test_other_names_by_a_mapping(tmp_path):
         ({"prompt": [USER], "completion": []}, "completion: got .*accepted: a list of turns"),
     ],
 )
-def test_what_is_refused_is_named(tmp_path, record, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_records_are_refused_with_the_reason(tmp_path, record, message):
+    with pytest.raises(ValueError, match=message):
         list(read(lines(tmp_path / "a.jsonl", record)))
 
 
 @pytest.mark.parametrize(
-    "beside", [{"system": "s"}, {"roles": {"me": "user"}}, {"role": "who"}, {"content": "said"}]
+    "names", [{"system": "s"}, {"roles": {"me": "user"}}, {"role": "who"}, {"content": "said"}]
 )
-def test_names_of_what_is_beside_leave_the_known_ones(tmp_path, beside):
-    fields = Fields(**beside)
+def test_names_of_secondary_fields_keep_the_known_formats(tmp_path, names):
+    fields = Fields(**names)
     records = [
         {"prompt": "Why?", "response": "So.", "s": "Be."},
         {"instruction": "Add.", "input": "1", "output": "2"},
@@ -227,7 +227,7 @@ def test_names_of_what_is_beside_leave_the_known_ones(tmp_path, beside):
     assert (plain.content, plain.messages) == ("T", None)
 
 
-def test_tools_stand_beside_a_prompt_too(tmp_path):
+def test_tools_are_read_together_with_a_prompt(tmp_path):
     record = {"prompt": [USER], "completion": [ANSWER], "tools": [{"name": "f"}]}
     (text,) = read(lines(tmp_path / "a.jsonl", record))
     assert text.tools == ({"name": "f"},)
@@ -256,11 +256,11 @@ def test_a_weight_is_the_share_of_a_corpus_that_is_taken(tmp_path):
     assert sum(text.messages is None for text in texts) == 30
     assert (
         15 <= sum(text.messages is not None for text in texts) <= 45
-    )  # Of 60: below 1e-4 outside.
+    )  # Of 60: outside with a probability below 1e-4.
     assert texts[0].origin == "novels/0.txt"
 
 
-def test_one_corpus_of_several_may_be_what_is_held_out(tmp_path):
+def test_one_corpus_of_several_may_be_held_out(tmp_path):
     corpus = prepare(read_all(corpora(tmp_path, split="heldout")), ANY, heldout=0.5)
     assert {each.messages is None for each in corpus.train} == {True}
     assert {each.messages is None for each in corpus.heldout} == {False}
@@ -268,7 +268,7 @@ def test_one_corpus_of_several_may_be_what_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("entry", "message"),
     [
         ({"weight": 2}, "the share of its texts"),
         ({"split": "test"}, "accepted: train, heldout"),
@@ -277,12 +277,12 @@ def test_one_corpus_of_several_may_be_what_is_held_out(tmp_path):
         ({"fields": {"roles": {"a": "b"}}}, "accepted: system, user"),
     ],
 )
-def test_a_wrong_list_of_corpora(tmp_path, given, said):
-    with pytest.raises(ValueError, match=said):
-        list(read_all(corpora(tmp_path, **given)))
+def test_a_wrong_list_of_corpora_is_refused(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_all(corpora(tmp_path, **entry)))
 
 
-# What is held out by name
+# Splits held out by name
 
 
 def test_the_test_split_of_a_dataset_is_not_trained_on(tmp_path):
@@ -299,7 +299,7 @@ def test_the_test_split_of_a_dataset_is_not_trained_on(tmp_path):
     assert len(prepare(read(tmp_path / "e"), ANY, heldout=0.3).heldout) < 20
 
 
-def test_files_with_names_of_splits(tmp_path):
+def test_files_named_after_a_test_split_are_held_out(tmp_path):
     for name, seed in (("train-00000-of-00002", 0), ("train-00001-of-00002", 50), ("test", 100)):
         lines(tmp_path / f"{name}.jsonl", *({"text": prose(60, seed + n)} for n in range(9)))
     corpus = prepare(read(tmp_path), ANY, heldout=0.05)
@@ -326,17 +326,17 @@ COPIES = {"near": changed(prose(200, 1), 0.03, 1), "further": changed(prose(200,
 
 
 @pytest.mark.parametrize("copy", COPIES)
-@pytest.mark.parametrize("way", ["dataset", "files", "corpora", "one of several"])
-def test_copies_of_what_a_split_holds_out_are_not_trained_on(tmp_path, copy, way):
-    """Whatever comes first by its name."""
+@pytest.mark.parametrize("layout", ["dataset", "files", "corpora", "one of several"])
+def test_copies_of_texts_in_a_held_out_split_are_not_trained_on(tmp_path, copy, layout):
+    """Whichever is read first."""
     train = [{"text": text} for text in (COPIES[copy], prose(200, 2), prose(200, 3))]
     heldout = [{"text": prose(200, 1)}, {"text": prose(200, 4)}]
     path = tmp_path / "corpus"
-    if way == "dataset":
+    if layout == "dataset":
         splits = {"train": train, "validation": heldout}
         listed = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
         datasets.DatasetDict(listed).save_to_disk(str(path))
-    elif way == "files":
+    elif layout == "files":
         path.mkdir()
         lines(path / "train.jsonl", *train)
         lines(path / "valid.jsonl", *heldout)
@@ -344,12 +344,12 @@ def test_copies_of_what_a_split_holds_out_are_not_trained_on(tmp_path, copy, way
         for name, rows in (("mine", train[:1]), ("exam/test", heldout), ("exam/train", train[1:])):
             (tmp_path / "exam").mkdir(exist_ok=True)
             lines(tmp_path / f"{name}.jsonl", *rows)
-        given = [{"path": "mine.jsonl"}, {"path": "exam"}]
-        if way == "one of several":
+        entries = [{"path": "mine.jsonl"}, {"path": "exam"}]
+        if layout == "one of several":
             tests = {"path": "exam/test.jsonl", "split": "heldout"}
-            given = [{"path": "mine.jsonl"}, {"path": "exam/train.jsonl"}, tests]
+            entries = [{"path": "mine.jsonl"}, {"path": "exam/train.jsonl"}, tests]
         path = tmp_path / "mix.yaml"
-        path.write_text(json.dumps({"corpora": given}))
+        path.write_text(json.dumps({"corpora": entries}))
     corpus = prepare(read_all(path), ANY, heldout=0.05)
     assert [each.content for each in corpus.heldout] == [each["text"] for each in heldout]
     assert [each.content for each in corpus.train] == [each["text"] for each in train[1:]]

@@ -1,5 +1,5 @@
-"""The Helm values speak of keys that the chart has, and of variables that we read; the Dockerfile
-is linted. What needs helm or hadolint is skipped without it."""
+"""The Helm values use keys that the chart has and variables that we read; the Dockerfile is
+linted. Tests that need helm or hadolint are skipped without it."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ PLUGIN = ROOT / "plugins" / "vllm"
 VALUES = PLUGIN / "ops" / "production-stack.yaml"
 CHART, CHARTS = "vllm-stack", "https://vllm-project.github.io/production-stack"
 
-# What helm/values.yaml and values.schema.json of the chart document, of its version 0.1.9.
+# The keys that helm/values.yaml and values.schema.json of the chart, version 0.1.9, document.
 ENGINE = {
     *("enableEngine", "labels", "extraPorts", "vllmApiKey", "modelSpec", "containerPort"),
     *("servicePort", "configs", "strategy", "startupProbe", "livenessProbe", "readinessProbe"),
@@ -54,7 +54,7 @@ CONTEXT = {
     *("runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "seccompProfile"),
     *("readOnlyRootFilesystem", "allowPrivilegeEscalation", "capabilities"),
 }
-"""Of Kubernetes."""
+"""Keys of the security contexts of Kubernetes."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_every_key_is_one_of_the_chart(engine, model):
     assert set(engine["securityContext"]) | set(engine["containerSecurityContext"]) <= CONTEXT
 
 
-def test_what_the_chart_requires_is_there_in_its_type(engine, model):
+def test_required_keys_are_present_with_their_types(engine, model):
     assert {name: type(model.get(name)) for name in REQUIRED} == REQUIRED
     assert set(engine["vllmApiKey"]) == {"secretName", "secretKey"}
     assert "extraArgs" not in model["vllmConfig"]  # The plug-in needs none.
@@ -95,7 +95,7 @@ def test_the_image_is_of_this_version(model):
     assert f"{model['repository']}:{model['tag']}" in (PLUGIN / "README.md").read_text()
 
 
-def test_every_variable_is_a_text_that_we_read_and_accept(variables, monkeypatch):
+def test_every_variable_is_a_string_that_we_read_and_accept(variables, monkeypatch):
     sources = "".join(path.read_text() for path in (PLUGIN / "dftserve_vllm").glob("*.py"))
     sources += "".join(
         (ROOT / "dftserve" / f"{name}.py").read_text() for name in ("policy", "spec")
@@ -112,32 +112,32 @@ def test_every_variable_is_a_text_that_we_read_and_accept(variables, monkeypatch
     body_limit.largest.cache_clear()
 
 
-def test_with_a_read_only_root_every_place_that_is_written_to_is_mounted(engine, model, variables):
+def test_with_a_read_only_root_every_written_path_is_mounted(engine, model, variables):
     assert engine["containerSecurityContext"]["readOnlyRootFilesystem"] is True
     volumes = {each["name"]: each for each in model["extraVolumes"]}
     mounts = {each["mountPath"]: each for each in model["extraVolumeMounts"]}
     assert {each["name"] for each in mounts.values()} == volumes.keys()
-    for place in ("/tmp", variables["HOME"]):
-        assert "emptyDir" in volumes[mounts[place]["name"]]
-        assert not mounts[place].get("readOnly")
+    for path in ("/tmp", variables["HOME"]):
+        assert "emptyDir" in volumes[mounts[path]["name"]]
+        assert not mounts[path].get("readOnly")
     policy = Path(variables[POLICY])
     assert mounts[str(policy.parent)]["readOnly"] is True
     assert "configMap" in volumes[mounts[str(policy.parent)]["name"]]
 
 
-def test_the_probes_ask_a_route_of_vllm_that_needs_no_key(engine):
+def test_the_probes_request_a_route_of_vllm_that_needs_no_key(engine):
     from vllm.entrypoints.serve.instrumentator import health
     from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 
     paths = {getattr(route, "path", None) for route in health.router.routes}
     for probe in (engine["startupProbe"], engine["livenessProbe"]):
-        asked = probe["httpGet"]
-        assert asked["path"] in paths
-        assert not asked["path"].startswith(GUARDED_PREFIX)
-        assert asked["port"] == engine["containerPort"]
+        request = probe["httpGet"]
+        assert request["path"] in paths
+        assert not request["path"].startswith(GUARDED_PREFIX)
+        assert request["port"] == engine["containerPort"]
 
 
-def test_helm_renders_them(engine, model, variables):
+def test_helm_renders_the_values(engine, model, variables):
     helm = shutil.which("helm")
     if helm is None:
         pytest.skip("helm is not installed")
@@ -153,8 +153,8 @@ def test_helm_renders_them(engine, model, variables):
         and (document := settings.parse_yaml(text, "rendered"))["kind"] == "Deployment"
     )
     (container,) = deployed["spec"]["template"]["spec"]["containers"]
-    given = {each["name"]: each.get("value") for each in container["env"]}
-    assert given.items() >= variables.items()
+    environment = {each["name"]: each.get("value") for each in container["env"]}
+    assert environment.items() >= variables.items()
     assert container["image"] == f"{model['repository']}:{model['tag']}"
     assert container["startupProbe"]["httpGet"] == engine["startupProbe"]["httpGet"]
 

@@ -1,4 +1,4 @@
-"""Each closed form against fp64 autograd of its definition, and what the definitions promise."""
+"""Each closed form against fp64 autograd of its definition, and properties of the definitions."""
 
 import math
 
@@ -30,14 +30,14 @@ def dense_target(seed: int, *, sharpness: float = 2.0, rows: int = R, holes: boo
 
 
 def stored(logprobs_RV, labels_R, *, k=6, draws=6, seed=0) -> d.TargetRows:
-    kept = sparsify(
+    targets = sparsify(
         logprobs_RV.float(),
         labels_R,
         k=k,
         draws=draws,
         generator=torch.Generator().manual_seed(seed),
     )
-    return d.TargetRows.of(labels_R.numpy(), kept)
+    return d.TargetRows.of(labels_R.numpy(), targets)
 
 
 def every_divergence(weight: float) -> list[d.Divergence]:
@@ -70,17 +70,17 @@ def test_gradients_equal_fp64_autograd(monkeypatch, divergence, scale, cap, hole
     head = Head(weight_VD, bias_V, scale, cap)
     expected = divergence.reference(head.logits(hidden_ND), target).sum()
     expected_gradients = torch.autograd.grad(expected, [hidden_ND, weight_VD, bias_V])
-    found = head_loss(head, hidden_ND, target, divergence)
-    gradients = torch.autograd.grad(3.0 * found.loss, [hidden_ND, weight_VD, bias_V])
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    result = head_loss(head, hidden_ND, target, divergence)
+    gradients = torch.autograd.grad(3.0 * result.loss, [hidden_ND, weight_VD, bias_V])
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert (ours / 3.0 - theirs).norm() <= 1e-6 * theirs.norm()
     p_RV = head.logits(hidden_ND).softmax(dim=1)
-    assert found.model_entropy.item() == pytest.approx(-(p_RV * p_RV.log()).sum().item(), rel=1e-9)
+    assert result.model_entropy.item() == pytest.approx(-(p_RV * p_RV.log()).sum().item(), rel=1e-9)
 
 
 def dense_value(name: str, p_V: np.ndarray, q_V: np.ndarray) -> float:
-    """On whole distributions, in numpy."""
+    """The divergence of whole distributions, in numpy."""
 
     def kl(a, b):
         seen = a > 0
@@ -121,7 +121,7 @@ def test_values_equal_the_dense_divergence_when_everything_is_stored(seed, kind,
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([d.ReverseKL, d.SkewKL, d.JSD]), st.integers(1, 20))
-def test_lumping_bounds_from_below(seed, kind, k):
+def test_lumping_gives_a_lower_bound(seed, kind, k):
     logprobs_RV, labels_R = dense_target(seed)
     logits_RV = torch.randn(
         R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1)
@@ -185,11 +185,11 @@ def test_every_divergence_is_zero_where_the_model_is_the_target(weight):
     for divergence in every_divergence(weight)[:5]:
         loss_R, gradient_RV = divergence.loss_and_gradient(d.Rows.of(q_RV.log()), target)
         assert float(loss_R.abs().max()) < 1e-5, divergence
-        if not isinstance(divergence, d.SlicedW1):  # |x| has no one slope at 0.
+        if not isinstance(divergence, d.SlicedW1):  # |x| has no unique slope at 0.
             assert float(gradient_RV.abs().max()) < 1e-5, divergence
 
 
-def test_sliced_w1_is_scipys_distance_on_each_line():
+def test_sliced_w1_equals_scipys_distance_averaged_over_lines():
     from scipy.stats import wasserstein_distance
 
     generator = torch.Generator().manual_seed(3)
@@ -198,20 +198,20 @@ def test_sliced_w1_is_scipys_distance_on_each_line():
     logprobs_RV, labels_R = dense_target(6)
     target = stored(logprobs_RV, labels_R, k=V)
     logits_RV = torch.randn(R, V, dtype=torch.float64, generator=generator)
-    found_R = d.SlicedW1(weight=1.0, projections=lines).reference(logits_RV, target)
+    values_R = d.SlicedW1(weight=1.0, projections=lines).reference(logits_RV, target)
     directions_DL = torch.randn(D, 8, generator=torch.Generator().manual_seed(4)).double()
     scaled_VD = embeddings_VD.double() / embeddings_VD.double().norm(dim=1, keepdim=True)
-    places_VL = (scaled_VD @ (directions_DL / directions_DL.norm(dim=0))).numpy()
+    positions_VL = (scaled_VD @ (directions_DL / directions_DL.norm(dim=0))).numpy()
     p_RV, q_RV = logits_RV.softmax(dim=1).numpy(), logprobs_RV.exp().numpy()
     for row in range(R):
         expected = np.mean(
-            [wasserstein_distance(x_V, x_V, p_RV[row], q_RV[row]) for x_V in places_VL.T]
+            [wasserstein_distance(x_V, x_V, p_RV[row], q_RV[row]) for x_V in positions_VL.T]
         )
-        assert float(found_R[row]) == pytest.approx(expected, rel=1e-4)
+        assert float(values_R[row]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: d.ReverseKL(weight=0.0), "reverse KL accepts a number above 0"),
         (lambda: d.ForwardKL(weight=1.5), "accepted: a number from 0 to 1"),
@@ -220,6 +220,6 @@ def test_sliced_w1_is_scipys_distance_on_each_line():
         (lambda: d.SkewKL(skew=0.0), "between 0 and 1"),
     ],
 )
-def test_wrong_settings_are_refused(make, says):
-    with pytest.raises(ValueError, match=says):
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
