@@ -128,7 +128,7 @@ def test_dropped_texts_are_counted():
 
 @pytest.mark.parametrize("given", [ALONE, PROMPTS, SOURCES], ids=["alone", "prompt", "source"])
 def test_only_the_allowed_number_of_texts_is_drawn(given, monkeypatch):
-    """Whatever their order; every prompt is represented."""
+    """Whatever their order; every prompt is represented, and every source."""
     monkeypatch.setattr(reference, "MOST", 130)
     anchors = reference.build(given)
     texts = [text for split in anchors.splits.values() for text in split.texts]
@@ -138,6 +138,8 @@ def test_only_the_allowed_number_of_texts_is_drawn(given, monkeypatch):
     assert "unsampled (130 are compared at most" in reference.render(anchors)
     prompts = {prompt for split in anchors.splits.values() for prompt in split.prompts}
     assert prompts == {sample.prompt for sample in given}
+    sources = {source for split in anchors.splits.values() for source in split.sources}
+    assert sources == {sample.source for sample in given}
     assert same(anchors, reference.build(list(reversed(given))))
     other = reference.build(given, seed=1)
     assert {text for split in other.splits.values() for text in split.texts} != set(texts)
