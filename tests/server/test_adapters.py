@@ -22,9 +22,9 @@ from tests.parity.test_exactness import (
     LOG_PROBABILITY,
     NATS,
     NEAR_THRESHOLD,
+    _answers,
     _log_p,
     _plain,
-    _reading,
     _stops,
     _vocabulary,
 )
@@ -107,7 +107,7 @@ def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, figure):
     bodies = [
         _plain({"prompt": prompt, "shaping": shaping}) | {"model": name} for name, prompt in cases
     ]
-    answers = _reading(adapted, bodies, vocabulary)
+    answers = _answers(adapted, bodies, vocabulary)
     for (name, prompt), answer in zip(cases, answers, strict=True):
         assert answer.json()["model"] == name
         text = [*prompt, *tokens_of(answer)]
@@ -131,7 +131,7 @@ def test_the_field_goes_by_the_adapter_s_logits(adapted, tuned, figure):
         {"prompt": prompt, "model": name, "diversity": 0.5, "temperature": 0.8}
         for name, prompt in cases
     ]
-    for (name, prompt), answer in zip(cases, _reading(adapted, bodies, vocabulary), strict=True):
+    for (name, prompt), answer in zip(cases, _answers(adapted, bodies, vocabulary), strict=True):
         logits_V = logits_LV(tuned, SCALES[name], prompt)[-1]
         expected = reference(logits_V, temperature=0.8, level=0.5, stop_ids=stops)
         if expected.margin < NEAR_THRESHOLD:
@@ -169,7 +169,7 @@ def test_a_style_takes_the_nearest_adapter(adapted, tuned, case, diversity):
     taken = f"tales-{strength:g}"
     body = _plain({"prompt": prompt, "shaping": {}}) | {"style": style}
     body |= {} if diversity is None else {"diversity": diversity}
-    by_style, by_model = _reading(
+    by_style, by_model = _answers(
         adapted,
         [body, {k: v for k, v in body.items() if k != "style"} | {"model": taken}],
         vocabulary,
