@@ -91,13 +91,13 @@ def configuration(upstream: str, listed: list[Way]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def proxy(upstream: str, listed: list[Way], place: Path) -> Iterator[str]:
+def proxy(upstream: str, listed: list[Way], folder: Path) -> Iterator[str]:
     """The URL of a running proxy."""
-    config, port = place / "proxy.yaml", free_port()
+    config, port = folder / "proxy.yaml", free_port()
     config.write_text(json.dumps(configuration(upstream, listed)))
     command = [Path(sys.executable).with_name("litellm"), "--config", config]
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    with (place / "proxy.log").open("wb") as log:
+    with (folder / "proxy.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=log,
@@ -105,7 +105,7 @@ def proxy(upstream: str, listed: list[Way], place: Path) -> Iterator[str]:
             env=environment,
         )
         try:
-            wait_until_alive(process, f"http://127.0.0.1:{port}", place / "proxy.log")
+            wait_until_alive(process, f"http://127.0.0.1:{port}", folder / "proxy.log")
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()

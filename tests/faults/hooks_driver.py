@@ -58,8 +58,8 @@ def _in_a_fork(function: Callable[[], Any]) -> Any:
             json.dump(function(), output)
         os._exit(0)
     os.close(writing)
-    with open(reading) as said:
-        text = said.read()
+    with open(reading) as reader:
+        text = reader.read()
     os.wait()
     return json.loads(text or '{"error": "the process ended"}')
 

@@ -125,9 +125,9 @@ def _check_refused(findings: dict, hook: str, kind: str) -> None:
 
 def _names(problems: dict[str, str] | None, hook: str) -> bool:
     """Whether the problems name the hooked module or function."""
-    said = json.dumps(problems)
-    place = HOOKS[hook]
-    return place.module in said or place.path.removesuffix(".__init__") in said
+    text = json.dumps(problems)
+    hooked = HOOKS[hook]
+    return hooked.module in text or hooked.path.removesuffix(".__init__") in text
 
 
 @pytest.mark.long

@@ -70,39 +70,39 @@ def order() -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """A model, a store to train on, and a corpus to build from."""
-    place = tmp_path_factory.mktemp("saves")
-    save_model(place / "base")
-    save_store(place / "store")
-    (place / "corpus").mkdir()
+    workspace = tmp_path_factory.mktemp("saves")
+    save_model(workspace / "base")
+    save_store(workspace / "store")
+    (workspace / "corpus").mkdir()
     source = random.Random(0)
     for i in range(8):
         text = " ".join(source.choices(WORDS, k=120))
-        (place / "corpus" / f"{i}.txt").write_text(text)
-    (place / "recipe.yaml").write_text(json.dumps(RECIPE))
-    return place
+        (workspace / "corpus" / f"{i}.txt").write_text(text)
+    (workspace / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def training(order, place) -> Work:
-    return _training(order, place, "run", steps=6, save_every=2, evaluate_every=3)
+def training(order, workspace) -> Work:
+    return _training(order, workspace, "run", steps=6, save_every=2, evaluate_every=3)
 
 
 @pytest.fixture(scope="module")
-def stopping(order, place) -> Work:
+def stopping(order, workspace) -> Work:
     """A training that stops early because its held-out figures get worse."""
     work = _training(
-        order, place, "stopped", steps=20, evaluate_every=1, patience=2, learning_rate=0.9
+        order, workspace, "stopped", steps=20, evaluate_every=1, patience=2, learning_rate=0.9
     )
     assert not (work.folder / "checkpoint-20").exists()
     return work
 
 
-def _training(order, place: Path, name: str, **given: Any) -> Work:
+def _training(order, workspace: Path, name: str, **given: Any) -> Work:
     settings = {
-        "model": str(place / "base"),
-        "targets": str(place / "store"),
+        "model": str(workspace / "base"),
+        "targets": str(workspace / "store"),
         "max_length": 64,
         "batch_size": 2,
         "learning_rate": 1e-2,
@@ -115,15 +115,15 @@ def _training(order, place: Path, name: str, **given: Any) -> Work:
         return order(do="train", folder=str(folder), settings=content, **fault)
 
     sizes = (0, 500, 20_000, 100_000, 164_000)
-    return _uninterrupted(run, check_run, weights, sizes, place / name)
+    return _uninterrupted(run, check_run, weights, sizes, workspace / name)
 
 
 @pytest.fixture(scope="module")
-def building(order, place) -> Work:
+def building(order, workspace) -> Work:
     settings = {
-        "corpus": str(place / "corpus"),
-        "model": str(place / "base"),
-        "recipe": str(place / "recipe.yaml"),
+        "corpus": str(workspace / "corpus"),
+        "model": str(workspace / "base"),
+        "recipe": str(workspace / "recipe.yaml"),
         "heldout": 0.2,
     }
 
@@ -133,7 +133,7 @@ def building(order, place) -> Work:
         return order(settings=content, **fields, **fault)
 
     sizes = (0, 500, 1500, 10_000, 18_000)
-    return _uninterrupted(run, check_store, contents, sizes, place / "built")
+    return _uninterrupted(run, check_store, contents, sizes, workspace / "built")
 
 
 def _uninterrupted(run, check, result, sizes: tuple[int, ...], folder: Path) -> Work:

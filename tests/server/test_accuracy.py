@@ -39,10 +39,10 @@ ALARM = 1e-7
 
 @pytest.fixture(scope="module")
 def rigged(tmp_path_factory):
-    place = tmp_path_factory.mktemp("rigged")
-    folder = place / "model"
+    parent = tmp_path_factory.mktemp("rigged")
+    folder = parent / "model"
     save(folder, rigged_model(), byte_tokenizer())
-    with engine_running("v1_rigged", folder, place, "--max-model-len=2048") as engine:
+    with engine_running("v1_rigged", folder, parent, "--max-model-len=2048") as engine:
         yield engine
 
 
@@ -173,10 +173,10 @@ def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
     report = measured(rigged, tmp_path, "mmlu", samples=1)
     right = {}
     for level in (0.0, 1.0):
-        kept = json.loads((tmp_path / "report.json.parts" / f"mmlu-{level:g}.json").read_text())
-        assert len(kept) == 2 * SAMPLED
+        results = json.loads((tmp_path / "report.json.parts" / f"mmlu-{level:g}.json").read_text())
+        assert len(results) == 2 * SAMPLED
         for number, letter in enumerate("AB"):
-            right[letter, level] = sum(each["right"][0] for each in kept[number::2])
+            right[letter, level] = sum(each["right"][0] for each in results[number::2])
             check(right[letter, level], SAMPLED, letter, level)
     assert stats.binomtest(right["A", 1.0], SAMPLED, chance_of("A", 0.0)).pvalue < ALARM
     low, high = levels(report)

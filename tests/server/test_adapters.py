@@ -62,10 +62,10 @@ def tuned(model_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapted(model_folder, tuned, styles_folder, tmp_path_factory):
     """An engine with the style profile `habits` and the LoRA at two strengths."""
-    place = tmp_path_factory.mktemp("adapted")
-    folders = scale(tuned[1], [0.5, 1.0], place / "adapters")
+    path = tmp_path_factory.mktemp("adapted")
+    folders = scale(tuned[1], [0.5, 1.0], path / "adapters")
     env = {"DFTSERVE_STYLES": str(styles_folder)}
-    with engine_running("v1", model_folder, place, *shlex.split(flags(folders)), env=env) as engine:
+    with engine_running("v1", model_folder, path, *shlex.split(flags(folders)), env=env) as engine:
         yield engine
 
 
@@ -234,11 +234,11 @@ REFUSED = [
 
 def test_invalid_styles_are_refused(adapted):
     body = {"model": "demo", "prompt": "Once", "max_tokens": 2}
-    for fields, parameter, says in REFUSED:
+    for fields, parameter, message in REFUSED:
         answer = post(adapted, "/v1/completions", body | fields)
         assert answer.status_code == 400, (fields, answer.text)
         assert answer.json()["error"]["param"] == parameter
-        assert says in answer.json()["error"]["message"]
+        assert message in answer.json()["error"]["message"]
     beam = body | {"style": "tales", "use_beam_search": True, "n": 2}
     assert post(adapted, "/v1/completions", beam).json()["error"]["param"] == "style"
 

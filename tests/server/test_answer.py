@@ -74,7 +74,7 @@ def test_responses_and_their_streams_report_each_token(engine):
 
 
 @BOTH
-def test_a_batch_of_conversations(engine):
+def test_a_batch_reports_each_conversation(engine):
     body = chat_body(diversity=0.5, **SHORT)
     body["messages"] = [body["messages"], body["messages"]]
     content = post(engine, "/v1/chat/completions/batch", body).json()

@@ -109,12 +109,12 @@ def test_requests_have_the_chosen_settings(page):
 
 def test_the_answers_of_both_settings_are_shown_side_by_side(page):
     generate(page, max_tokens=12, n=2)
-    for column, says in (("A", "off: the model's own sampling"), ("B", "gated 0.5 · ")):
+    for column, figures in (("A", "off: the model's own sampling"), ("B", "gated 0.5 · ")):
         answers = page.locator(f"[aria-label='Setting {column}'] article")
         assert answers.count() == 2
         for number in range(2):
             assert answers.nth(number).locator(".text").inner_text()
-            assert says in answers.nth(number).locator(".figures").inner_text()
+            assert figures in answers.nth(number).locator(".figures").inner_text()
     assert re.match(r"Done: \d+ tokens", page.inner_text("#status"))
 
 
@@ -261,8 +261,8 @@ def test_reasoning_clamped_values_and_tool_calls_are_shown(page):
         delta = {"reasoning": "Hm, a lamp.", "tool_calls": [{"index": 0}]}
         choice = {"index": 0, "delta": delta, "finish_reason": None}
         last = {"index": 0, "delta": {"content": "A lamp."}, "finish_reason": "length"}
-        said = {"law": "gated", "level": 0.4, "clamped": {"level": 0.9}, "choices": [None]}
-        events = ({"choices": [choice]}, {"choices": [last], "diversity": said})
+        diversity = {"law": "gated", "level": 0.4, "clamped": {"level": 0.9}, "choices": [None]}
+        events = ({"choices": [choice]}, {"choices": [last], "diversity": diversity})
         headers = {"Content-Type": "text/event-stream"}
         route.fulfill(status=200, headers=headers, body=event_stream(*events))
 
@@ -271,9 +271,9 @@ def test_reasoning_clamped_values_and_tool_calls_are_shown(page):
     answer = page.locator("[aria-label='Setting B'] article")
     assert answer.locator(".reasoning").inner_text() == "Hm, a lamp."
     assert answer.locator(".text").inner_text() == "A lamp."
-    said = answer.locator(".figures").inner_text()
+    figures = answer.locator(".figures").inner_text()
     for part in ("gated 0.4", "from level 0.9", "cut at max tokens", "calls tools"):
-        assert part in said
+        assert part in figures
 
 
 def test_an_answer_that_is_not_a_stream_is_shown_as_text(page):

@@ -60,7 +60,7 @@ def _outcome(url: str, kind: str, route: str) -> Outcome:
     return about | {"error": "HTTP", **details}
 
 
-def _events(buffering: str, place: Path) -> str:
+def _events(buffering: str, folder: Path) -> str:
     """Whether nginx passes on a stream's first event before there is a second.
 
     The upstream sends the second event when the client has read the first.
@@ -81,7 +81,7 @@ def _events(buffering: str, place: Path) -> str:
     pieces = []
     with (
         serving(upstream) as upstream_url,
-        nginx.before(upstream_url, buffering, place) as url,
+        nginx.before(upstream_url, buffering, folder) as url,
         httpx.stream("POST", url, content=b"{}", trust_env=False, timeout=PATIENCE) as answer,
     ):
         for piece in answer.iter_raw():
@@ -90,7 +90,7 @@ def _events(buffering: str, place: Path) -> str:
     return "held until the end" if len(pieces) == 1 else "as they are made"
 
 
-def test_requests_through_vllms_router(v1, tmp_path):
+def test_requests_through_vllms_router_are_counted_once(v1, tmp_path):
     """It requests a rendering before it forwards each request, which is counted once."""
     counters = ("dft:requests_total", "dft:requests_refused_total")
     before = [metric(v1, name) for name in counters]

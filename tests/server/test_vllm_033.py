@@ -37,13 +37,13 @@ def hybrid(tmp_path_factory) -> Environment:
 @pytest.fixture(scope="module", params=COUNTS)
 def pair(request, hybrid, model_folder, tmp_path_factory) -> Iterator[tuple[Engine, Engine]]:
     """A server with the plug-in, and one with DFTSERVE_DISABLE=1."""
-    place = tmp_path_factory.mktemp(request.param)
+    path = tmp_path_factory.mktemp(request.param)
     flags = [FEW_BLOCKS] if request.param == "v1" else []
     off = {"DFTSERVE_DISABLE": "1"}
     with (
         hybrid.serves(),
-        engine_running(f"{request.param}_033", model_folder, place, *flags) as engine,
-        engine_running(f"{request.param}_033_stock", model_folder, place, *flags, env=off) as stock,
+        engine_running(f"{request.param}_033", model_folder, path, *flags) as engine,
+        engine_running(f"{request.param}_033_stock", model_folder, path, *flags, env=off) as stock,
     ):
         yield engine, stock
 

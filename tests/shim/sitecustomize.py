@@ -30,10 +30,10 @@ def _add_a_cpu_driver(module):
 def _cast_masks_to_boolean(module):
     builder = module.InterpreterBuilder
 
-    def casting(method, place):
+    def casting(method, index):
         def wrapped(self, *args, **kwargs):
             args = list(args)
-            args[place].data = args[place].data.astype(bool)
+            args[index].data = args[index].data.astype(bool)
             return method(self, *args, **kwargs)
 
         return wrapped

@@ -128,8 +128,8 @@ def test_a_packed_batch_equals_its_documents_one_by_one(store, family, tied):
     loss.backward()
     assert float(output.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(output.human_nll) == pytest.approx(float(nll), rel=1e-5)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (found.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-6
 
 
 def test_without_targets_an_attached_model_is_unchanged():
@@ -727,7 +727,7 @@ def test_sigterm_saves_a_checkpoint_and_exits(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"divergence.name": "forward_lk"}, "did you mean 'forward_kl'"),
         ({"learning_rat": "1"}, "did you mean 'learning_rate'"),
@@ -766,9 +766,9 @@ def test_sigterm_saves_a_checkpoint_and_exits(run, tmp_path):
         ({"max_length": "1"}, "max_length: got 1; accepted: from 2 to"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_its_name(change, says):
+def test_a_wrong_setting_is_refused_with_its_name(change, message):
     given = {"model": "m", "targets": "t", "output": "o"} | change
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         configs.load(None, given)
 
 
@@ -831,8 +831,8 @@ def test_a_refused_run_creates_no_folder(run, base, store, tmp_path):
         "another tokenizer": replace(run, model=str(other)),
         "has no manifest.json": replace(run, targets=str(tmp_path)),
     }
-    for says, config in wrong.items():
-        with pytest.raises(ValueError, match=says):
+    for message, config in wrong.items():
+        with pytest.raises(ValueError, match=message):
             train(config)
         assert not Path(config.output).exists()
 
@@ -891,8 +891,8 @@ def test_a_run_does_not_resume_with_another_model_at_the_same_path(run, tmp_path
 def test_a_run_does_not_resume_with_another_number_of_processes(run, monkeypatch):
     config = interrupted_run(run)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    says = r"of 1 processes, not 2: .*--nproc-per-node=1"
-    with pytest.raises(ValueError, match=says), RunFolder(config):
+    message = r"of 1 processes, not 2: .*--nproc-per-node=1"
+    with pytest.raises(ValueError, match=message), RunFolder(config):
         pass
 
 
@@ -938,9 +938,9 @@ def test_a_run_resumes_if_a_setting_it_lacks_has_its_default(run, names):
         pass
 
 
-@pytest.mark.parametrize("given", [(LoraConfig(), None), (None, LoraConfig())])
-def test_a_run_does_not_resume_with_lora_added_or_removed(run, given):
-    before, after = (replace(run, lora=lora) for lora in given)
+@pytest.mark.parametrize("loras", [(LoraConfig(), None), (None, LoraConfig())])
+def test_a_run_does_not_resume_with_lora_added_or_removed(run, loras):
+    before, after = (replace(run, lora=lora) for lora in loras)
     _begin(before)
     with pytest.raises(ValueError, match=r"whose lora.* is"), RunFolder(after):
         pass

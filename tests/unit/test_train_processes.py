@@ -47,13 +47,13 @@ def run(tmp_path_factory) -> TrainConfig:
 
 def start_torchrun(*command: Path | str, **environment: str) -> subprocess.Popen:
     """A torchrun that communicates over loopback, on CPUs."""
-    ours = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    defaults = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **ours, **environment},
+        env={**os.environ, **defaults, **environment},
     )
 
 
@@ -65,9 +65,9 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output) / "final" / "model.safetensors")
 
 
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def train_uninterrupted(run: TrainConfig, folder: Path) -> dict[str, torch.Tenso
     torchrun = start_torchrun(*ONE_MACHINE, *TRAIN, save_config(config, folder / "run.yaml"))
     output, _ = torchrun.communicate()
     assert torchrun.returncode == 0, output[-3000:]
-    assert output.count(f"{config.output}/final\n") == 1, "one process prints the result"
+    assert output.count(f"{config.output}/final\n") == 1, "the result is not printed once"
     trained = weights(config)
     start = load_file(Path(run.model) / "model.safetensors")
     assert not all(torch.equal(trained[name], start[name]) for name in start), "nothing was learnt"
@@ -405,10 +405,10 @@ def other_model(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
 def test_a_process_with_another_run_is_refused_in_all_and_nothing_is_written(
     here, tmp_path, monkeypatch, other
 ):
-    second, says = other(here, tmp_path)
+    second, message = other(here, tmp_path)
     first, others = refusals_of_two_processes(monkeypatch, here, second)
     assert first == others
-    assert says in first
+    assert message in first
     assert not Path(here.output).exists()
 
 

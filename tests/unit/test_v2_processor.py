@@ -68,12 +68,12 @@ def breaking(*_, **__):
     raise RuntimeError("a fault")
 
 
-def test_a_fault_while_a_request_is_added(v2, monkeypatch):
+def test_a_fault_while_adding_a_request_affects_only_it(v2, monkeypatch):
     monkeypatch.setattr("dftserve_vllm.v2.active", breaking)
     check_only_the_new_request_is_affected(v2, monkeypatch)
 
 
-def test_a_fault_while_a_requests_controls_are_stored(v2, monkeypatch):
+def test_a_fault_while_storing_controls_affects_only_their_request(v2, monkeypatch):
     monkeypatch.setattr(v2._controls, "put", breaking)
     check_only_the_new_request_is_affected(v2, monkeypatch)
 
@@ -87,7 +87,7 @@ def check_only_the_new_request_is_affected(v2, monkeypatch):
     assert rows_changed(v2) == [True, True, False]
 
 
-def test_a_fault_while_controls_are_copied_to_the_device(v2, monkeypatch):
+def test_a_fault_while_copying_controls_affects_only_the_new_request(v2, monkeypatch):
     monkeypatch.setattr(v2._controls, "on_device", breaking)
     add_request(v2, 1)
     monkeypatch.undo()
@@ -95,7 +95,7 @@ def test_a_fault_while_controls_are_copied_to_the_device(v2, monkeypatch):
     assert rows_changed(v2) == [True, False, False]
 
 
-def test_a_fault_while_a_step_is_reported(v2, monkeypatch):
+def test_a_fault_while_reporting_a_step_is_counted(v2, monkeypatch):
     monkeypatch.setattr(v2.stats.slots, "snapshot", breaking)
     rows_changed(v2)
     monkeypatch.undo()

@@ -66,7 +66,7 @@ def test_picked_windows_keep_their_prompts_and_sources():
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, 1), (2, 2), (5, 5), (99, 13)])
-def test_pieces_of_a_long_work(most, expected):
+def test_a_long_work_is_cut_into_pieces_without_overlap(most, expected):
     work = Sample(" ".join(f"word{i}." for i in range(1310)), "asked")
     cut = pieces(work, 100, most)
     assert len(cut) == expected

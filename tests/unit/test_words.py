@@ -27,7 +27,7 @@ def random_classes(vocabulary: int, seed: int) -> TokenClasses:
     source = np.random.default_rng(seed)
     known = max(vocabulary - vocabulary // 8, 1)
     by_state = source.integers(0, 3, (4, known))
-    packed_V = sum(part << (2 * place) for place, part in enumerate(by_state))
+    packed_V = sum(part << (2 * index) for index, part in enumerate(by_state))
     return TokenClasses(packed_V.astype(np.uint8))
 
 

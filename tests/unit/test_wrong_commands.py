@@ -108,10 +108,10 @@ def outcome_of(command: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("wrong")
-    make_files(place)
-    return place
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    make_files(folder)
+    return folder
 
 
 SNAPSHOT = json.loads(CASES.read_text()) if CASES.exists() else []
@@ -123,8 +123,8 @@ def test_the_snapshot_has_every_command():
 
 
 @pytest.mark.parametrize("expected", SNAPSHOT, ids=lambda expected: expected["command"])
-def test_a_wrong_command_ends_in_a_helpful_sentence(monkeypatch, place, expected):
-    monkeypatch.chdir(place)
+def test_a_wrong_command_ends_in_a_helpful_sentence(monkeypatch, folder, expected):
+    monkeypatch.chdir(folder)
     monkeypatch.delenv("DFTSERVE_DATA", raising=False)
     outcome = outcome_of(expected["command"])
     assert "Traceback" not in outcome["said"]
