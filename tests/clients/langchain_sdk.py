@@ -15,16 +15,16 @@ CLASSES = {
 }
 
 
-def way(route: str, written: str, **more: Any) -> Way:
+def way_of(route: str, written: str, **more: Any) -> Way:
     def ask(url: str, value: Any, stream: bool) -> Seen:
         given = {"model": MODEL, "base_url": url, "api_key": KEY, "max_retries": 0}
         model = CLASSES[route](**given, extra_body={"diversity": value}, **more)
-        return seen(model, stream)
+        return seen_of(model, stream)
 
     return Way(route, written, ask)
 
 
-def seen(model: Any, stream: bool) -> Seen:
+def seen_of(model: Any, stream: bool) -> Seen:
     answers = list(model.stream(PROMPT)) if stream else [model.invoke(PROMPT)]
     carrying = [repr(answer) for answer in answers if "mean_entropy_after" in repr(answer)]
     headers: dict[str, Any] = {}
@@ -33,10 +33,10 @@ def seen(model: Any, stream: bool) -> Seen:
     return Seen(carrying[-1] if carrying else None, header_in(headers))
 
 
-def misplaced(how: Callable[[Any], dict[str, Any]]) -> Callable[[str, Any, bool], Seen]:
+def ask_with(arguments: Callable[[Any], dict[str, Any]]) -> Callable[[str, Any, bool], Seen]:
     def ask(url: str, value: Any, stream: bool) -> Seen:
         given = {"model": MODEL, "base_url": url, "api_key": KEY, "max_retries": 0}
-        return seen(ChatOpenAI(**given, **how(value)), stream)
+        return seen_of(ChatOpenAI(**given, **arguments(value)), stream)
 
     return ask
 
@@ -46,13 +46,13 @@ if __name__ == "__main__":
     headers = "`extra_body`, with `include_response_headers`"
     ask_all(
         [
-            *(way(route, body) for route in CLASSES),
-            *(way(route, headers, include_response_headers=True) for route in list(CLASSES)[:2]),
-            Way("ChatOpenAI", "argument", misplaced(lambda value: {"diversity": value})),
+            *(way_of(route, body) for route in CLASSES),
+            *(way_of(route, headers, include_response_headers=True) for route in list(CLASSES)[:2]),
+            Way("ChatOpenAI", "argument", ask_with(lambda value: {"diversity": value})),
             Way(
                 "ChatOpenAI",
                 "`model_kwargs`",
-                misplaced(lambda value: {"model_kwargs": {"diversity": value}}),
+                ask_with(lambda value: {"model_kwargs": {"diversity": value}}),
             ),
         ]
     )

@@ -1,6 +1,6 @@
-"""LiteLLM's proxy, asked over plain HTTP on its four routes.
+"""LiteLLM's proxy, with plain HTTP requests to its four routes.
 
-It gets one model for each case, so that the case is in the address it asks.
+Its configuration has one model for each case, so that the case is in the URL it requests.
 """
 
 import contextlib
@@ -41,30 +41,30 @@ WITH_SETTINGS = {
 }
 
 
-def ways(ask: Callable[..., Seen]) -> list[Way]:
-    made = []
-    set_too = [f"top level and {name}" for name in WITH_SETTINGS]
-    for prefix, more in {"hosted_vllm/": set_too, "openai/": []}.items():
+def make_ways(ask: Callable[..., Seen]) -> list[Way]:
+    listed = []
+    with_settings = [f"top level and {name}" for name in WITH_SETTINGS]
+    for prefix, more in {"hosted_vllm/": with_settings, "openai/": []}.items():
         for path in ROUTES:
-            made += [
-                Way(f"`{prefix}` {path}", written, asking(ask, path, written))
+            listed += [
+                Way(f"`{prefix}` {path}", written, make_ask(ask, path, written))
                 for written in (*IN_THE_BODY, *more, *IN_THE_CONFIGURATION)
             ]
-    return made
+    return listed
 
 
-def asking(ask: Callable[..., Seen], path: str, written: str) -> Callable[[str, Any, bool], Seen]:
+def make_ask(ask: Callable[..., Seen], path: str, written: str) -> Callable[[str, Any, bool], Seen]:
     return lambda url, value, stream: ask(url, path, written, value, stream)
 
 
-def fields(written: str, value: Any) -> dict[str, Any]:
-    """Of the request's body."""
+def body_fields(written: str, value: Any) -> dict[str, Any]:
+    """Fields for the request's body."""
     by_name = {name: make for name, make in IN_THE_BODY.items() if written.startswith(name)}
     return next(iter(by_name.values()))(value) if by_name else {}
 
 
-def settings(written: str, value: Any) -> dict[str, Any]:
-    """Of the model in the proxy's configuration."""
+def model_settings(written: str, value: Any) -> dict[str, Any]:
+    """Settings for the model in the proxy's configuration."""
     if written in IN_THE_CONFIGURATION:
         return IN_THE_CONFIGURATION[written](value)
     return next((given for name, given in WITH_SETTINGS.items() if written.endswith(name)), {})
@@ -78,7 +78,7 @@ def configuration(upstream: str, listed: list[Way]) -> dict[str, Any]:
                 "model": way.route.split("`")[1] + MODEL,
                 "api_base": f"{upstream}/{case}/v1",
                 "api_key": KEY,
-                **settings(way.written, value),
+                **model_settings(way.written, value),
             },
         }
         for case, way, value, _ in cases(listed)
@@ -91,13 +91,13 @@ def configuration(upstream: str, listed: list[Way]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def proxy(upstream: str, listed: list[Way], place: Path) -> Iterator[str]:
-    """Its address, while it runs."""
-    config, port = place / "proxy.yaml", free_port()
+def proxy(upstream: str, listed: list[Way], folder: Path) -> Iterator[str]:
+    """The URL of a running proxy."""
+    config, port = folder / "proxy.yaml", free_port()
     config.write_text(json.dumps(configuration(upstream, listed)))
     command = [Path(sys.executable).with_name("litellm"), "--config", config]
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    with (place / "proxy.log").open("wb") as log:
+    with (folder / "proxy.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=log,
@@ -105,7 +105,7 @@ def proxy(upstream: str, listed: list[Way], place: Path) -> Iterator[str]:
             env=environment,
         )
         try:
-            await_life(process, f"http://127.0.0.1:{port}", place / "proxy.log")
+            wait_until_alive(process, f"http://127.0.0.1:{port}", folder / "proxy.log")
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -118,7 +118,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def await_life(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_alive(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
@@ -135,15 +135,15 @@ def main() -> None:
 
     def ask(url: str, path: str, written: str, value: Any, stream: bool) -> Seen:
         case = url.removesuffix("/v1").rpartition("/")[2]
-        body = {"model": case, "stream": stream, **ROUTES[path], **fields(written, value)}
-        return seen(client.post(f"{address}{path}", json=body), stream)
+        body = {"model": case, "stream": stream, **ROUTES[path], **body_fields(written, value)}
+        return seen_of(client.post(f"{address}{path}", json=body), stream)
 
-    listed = ways(ask)
+    listed = make_ways(ask)
     with proxy(sys.argv[1], listed, Path(sys.argv[2]).parent) as address:
         ask_all(listed)
 
 
-def seen(answer: httpx.Response, stream: bool) -> Seen:
+def seen_of(answer: httpx.Response, stream: bool) -> Seen:
     if answer.status_code != 200:
         raise RefusedError(
             f"HTTP {answer.status_code}",

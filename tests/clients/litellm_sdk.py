@@ -1,11 +1,11 @@
-"""LiteLLM as a library, with both of its prefixes for a server that speaks OpenAI's API."""
+"""LiteLLM as a library, with both of its prefixes for an OpenAI-compatible server."""
 
 import asyncio
 import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # Else it asks the net when imported.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # Otherwise its import makes a request.
 
 import litellm
 from ways import KEY, MESSAGES, MODEL, PROMPT, Seen, Way, ask_all, header_in
@@ -22,16 +22,16 @@ WRITTEN: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
-def ways() -> list[Way]:
+def make_ways() -> list[Way]:
     return [
-        Way(f"`{prefix}` {route}", written, asking(call, prefix, fields))
+        Way(f"`{prefix}` {route}", written, make_ask(call, prefix, fields))
         for prefix in ("hosted_vllm/", "openai/")
         for route, call in CALLS.items()
         for written, fields in WRITTEN.items()
     ]
 
 
-def asking(
+def make_ask(
     call: Callable[..., Seen], prefix: str, fields: Callable[[Any], dict[str, Any]]
 ) -> Callable[[str, Any, bool], Seen]:
     def ask(url: str, value: Any, stream: bool) -> Seen:
@@ -41,25 +41,25 @@ def asking(
     return ask
 
 
-def completion(**asked: Any) -> Seen:
-    return seen(litellm.completion(messages=MESSAGES, max_tokens=8, **asked), asked["stream"])
+def completion(**given: Any) -> Seen:
+    return seen_of(litellm.completion(messages=MESSAGES, max_tokens=8, **given), given["stream"])
 
 
-def text_completion(**asked: Any) -> Seen:
-    return seen(litellm.text_completion(prompt=PROMPT, max_tokens=8, **asked), asked["stream"])
+def text_completion(**given: Any) -> Seen:
+    return seen_of(litellm.text_completion(prompt=PROMPT, max_tokens=8, **given), given["stream"])
 
 
-def responses(**asked: Any) -> Seen:
-    return seen(litellm.responses(input=PROMPT, max_output_tokens=16, **asked), asked["stream"])
+def responses(**given: Any) -> Seen:
+    return seen_of(litellm.responses(input=PROMPT, max_output_tokens=16, **given), given["stream"])
 
 
-def messages(**asked: Any) -> Seen:
-    return asyncio.run(_messages(**asked))
+def messages(**given: Any) -> Seen:
+    return asyncio.run(_messages(**given))
 
 
-async def _messages(**asked: Any) -> Seen:
-    answer = await litellm.anthropic.messages.acreate(messages=MESSAGES, max_tokens=16, **asked)
-    if not asked["stream"]:
+async def _messages(**given: Any) -> Seen:
+    answer = await litellm.anthropic.messages.acreate(messages=MESSAGES, max_tokens=16, **given)
+    if not given["stream"]:
         return Seen(answer.get("diversity"), _header(answer))
     events = [event async for event in answer]
     carrying = [event for event in events if "mean_entropy_after" in str(event)]
@@ -74,12 +74,12 @@ CALLS = {
 }
 
 
-def seen(answer: Any, stream: bool) -> Seen:
+def seen_of(answer: Any, stream: bool) -> Seen:
     if not stream:
         return Seen(getattr(answer, "diversity", None), _header(answer))
     chunks = list(answer)
-    said = [getattr(getattr(chunk, "response", chunk), "diversity", None) for chunk in chunks]
-    return Seen(next(filter(None, said), None), _header(answer) or _header(chunks[-1]))
+    objects = [getattr(getattr(chunk, "response", chunk), "diversity", None) for chunk in chunks]
+    return Seen(next(filter(None, objects), None), _header(answer) or _header(chunks[-1]))
 
 
 def _header(answer: Any) -> str | None:
@@ -89,4 +89,4 @@ def _header(answer: Any) -> str | None:
 
 if __name__ == "__main__":
     litellm.suppress_debug_info = True
-    ask_all(ways())
+    ask_all(make_ways())

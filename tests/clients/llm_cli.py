@@ -13,7 +13,7 @@ from ways import KEY, MODEL, PROMPT, RefusedError, Seen, Way, ask_all
 COMMAND = Path(sys.executable).with_name("llm")
 
 
-def asking(models: str, folder: Path) -> Callable[[str, Any, bool], Seen]:
+def make_ask(models: str, folder: Path) -> Callable[[str, Any, bool], Seen]:
     def ask(url: str, value: Any, stream: bool) -> Seen:
         folder.mkdir(exist_ok=True)
         entry = {"model_id": "served", "model_name": MODEL, "api_base": url, "api_key_name": "here"}
@@ -27,14 +27,14 @@ def asking(models: str, folder: Path) -> Callable[[str, Any, bool], Seen]:
     return ask
 
 
-def llm(folder: Path, *words: str) -> str:
-    """Its stdout.
+def llm(folder: Path, *arguments: str) -> str:
+    """The stdout of the command.
 
     Raises:
-        RefusedError: with its stderr, where it fails.
+        RefusedError: the command failed; with its stderr.
     """
     done = subprocess.run(
-        [COMMAND, *words],
+        [COMMAND, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[2]).parent
     ask_all(
         [
-            Way(name, "`-o`", asking(models, place / models.split("-", 1)[0]))
+            Way(name, "`-o`", make_ask(models, place / models.split("-", 1)[0]))
             for name, models in {
                 "extra-openai-models.yaml": "extra-openai-models.yaml",
                 "llm-dftserve": "dftserve-models.yaml",

@@ -12,12 +12,12 @@ FIELDS = {
 }
 
 
-def way(route: str) -> Way:
+def way_of(route: str) -> Way:
     def ask(url: str, value: Any, stream: bool) -> Seen:
         body = FIELDS[route] | {"model": MODEL, "stream": stream}
         raw = resource(url, route).with_raw_response.create(**body, extra_body={"diversity": value})
         answer = raw.parse()
-        return Seen(said(list(answer)[-1] if stream else answer), header_in(raw.headers))
+        return Seen(diversity_of(list(answer)[-1] if stream else answer), header_in(raw.headers))
 
     return Way(route, "`extra_body`", ask)
 
@@ -31,8 +31,8 @@ def resource(url: str, route: str) -> Any:
     }[route]
 
 
-def said(answer: Any) -> Any:
-    """The object of an answer, a last chunk, or a last event."""
+def diversity_of(answer: Any) -> Any:
+    """The `diversity` object of an answer, a last chunk, or a last event."""
     return (getattr(answer, "response", answer).model_extra or {}).get("diversity")
 
 
@@ -42,4 +42,4 @@ def as_keyword(url: str, value: Any, stream: bool) -> Seen:
 
 
 if __name__ == "__main__":
-    ask_all([*map(way, FIELDS), Way("chat", "argument", as_keyword)])
+    ask_all([*map(way_of, FIELDS), Way("chat", "argument", as_keyword)])

@@ -1,9 +1,9 @@
-"""Ask through every way that a client offers, and write down what came back.
+"""Send requests with each notation of the field that a client offers, and write the outcomes.
 
     python CLIENT.py http://127.0.0.1:PORT results.jsonl
 
-The scripts of this folder run in `.venv-clients`, which has none of this project: only the standard
-library and the client itself may be imported here.
+The scripts of this folder run in `.venv-clients`, without this project: they may import only the
+standard library and the client itself.
 """
 
 import json
@@ -19,32 +19,32 @@ PROMPT = "Tell me a story about a lost key."
 MESSAGES = [{"role": "user", "content": PROMPT}]
 HEADER = "x-dftserve-diversity"
 KINDS = {"plain": (0.5, False), "stream": (0.5, True), "wrong": (1.5, False)}
-"""What is asked through every way: the value, and whether for a stream."""
+"""The requests of every way: the field's value, and whether it is a stream."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a client lets its user read of an answer."""
+    """The parts of an answer that a client shows to its user."""
 
     answer: Any = None
     """The `diversity` object."""
     header: str | None = None
-    """The name under which it shows the header."""
+    """The name under which the client shows the header."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of writing the field, on one route."""
+    """A notation of the field on a route."""
 
     route: str
     written: str
-    """Where the field is put, in the words that docs/clients.md explains."""
+    """Where the field is written, in the terms of docs/clients.md."""
     ask: Callable[[str, Any, bool], Seen]
     """(base URL, value, stream)"""
 
 
 class RefusedError(Exception):
-    """An error that a client reports otherwise than by raising."""
+    """An error that a client reports other than by raising."""
 
     def __init__(
         self, name: str, text: str, status_code: int | None = None, param: str | None = None
@@ -56,7 +56,7 @@ class RefusedError(Exception):
 
 
 def cases(ways: list[Way]) -> Iterator[tuple[str, Way, Any, bool]]:
-    """(case, way, value, stream); the case is the first part of the path that is asked."""
+    """(case, way, value, stream); the case is the first part of the requested path."""
     for number, way in enumerate(ways):
         for kind, (value, stream) in KINDS.items():
             yield f"{number}.{kind}", way, value, stream
@@ -66,15 +66,15 @@ def ask_all(ways: list[Way]) -> None:
     base, results = sys.argv[1], Path(sys.argv[2])
     with results.open("w") as lines:
         for case, way, value, stream in cases(ways):
-            said = _outcome(way, f"{base}/{case}/v1", value, stream)
+            outcome = _outcome(way, f"{base}/{case}/v1", value, stream)
             about = {"case": case, "route": way.route, "written": way.written}
-            lines.write(json.dumps(about | said) + "\n")
+            lines.write(json.dumps(about | outcome) + "\n")
 
 
 def _outcome(way: Way, url: str, value: Any, stream: bool) -> dict[str, Any]:
     try:
         seen = way.ask(url, value, stream)
-    except Exception as error:  # noqa: BLE001 - what a client raises is what is asked here
+    except Exception as error:  # noqa: BLE001 - any exception of a client is an outcome
         return {
             "error": error.name if isinstance(error, RefusedError) else type(error).__name__,
             "text": str(error),
@@ -85,5 +85,5 @@ def _outcome(way: Way, url: str, value: Any, stream: bool) -> dict[str, Any]:
 
 
 def header_in(headers: Any) -> str | None:
-    """The name among `headers` (anything with keys) that carries ours."""
+    """The name of our header among `headers`, which is anything with keys."""
     return next((name for name in dict(headers or {}) if name.lower().endswith(HEADER)), None)

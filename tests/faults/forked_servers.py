@@ -1,11 +1,11 @@
-"""`vllm serve` many times over, its imports paid once: each server is a fork of one process.
+"""Runs `vllm serve` many times and imports vLLM once: each server is a fork of one process.
 
     python -m tests.faults.forked_servers < orders
 
-Each line of the input is an order in JSON: `argv` of the command, and the `log` that gets what it
-says. The answers are the process id of the server, and a second line with its exit code when it
-has ended. vLLM's own children are forks too, so a server starts in seconds; its processes, sockets
-and signals are those of any other. `ForkedServers` writes the orders.
+Each line of the input is an order in JSON: `argv` of the command, and the `log` for its output. Two
+lines answer it: the server's process id, and its exit code when it has ended. vLLM's children are
+forks too, so a server starts in seconds; its processes, sockets and signals are those of any other.
+`ForkedServers` writes the orders.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class ForkedServers:
 
     @contextlib.contextmanager
     def running(self, model: Path, *flags: str, log: Path) -> Iterator[Started]:
-        """A server that answers, for as long as the block lasts or it is ended in there.
+        """A running server, which is killed at the end of the block if it has not ended.
 
         Raises:
             RuntimeError: it ended before it answered; with the last lines of its log.
@@ -59,23 +59,23 @@ class ForkedServers:
         order = {"argv": ["vllm", "serve", str(model), *flags, *address], "log": str(log)}
         assert self._process.stdin is not None
         print(json.dumps(order), file=self._process.stdin, flush=True)
-        started = Started(f"http://{serve.HOST}:{port}", self._said(), log)
+        started = Started(f"http://{serve.HOST}:{port}", self._read_number(), log)
         try:
             _wait(started)
             yield started
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(started.process_id, signal.SIGKILL)
-            self._said()
+            self._read_number()
 
-    def _said(self) -> int:
+    def _read_number(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
 
 def _wait(started: Started) -> None:
     while not serve._answers(f"{started.url}/health"):
-        if not Path(f"/proc/{started.process_id}").exists():  # The other side has reaped it.
+        if not Path(f"/proc/{started.process_id}").exists():  # The parent has reaped it.
             raise serve._failure("ended before it answered", started.log)
         time.sleep(0.1)
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _import_vllm() -> None:
-    """What the processes of a server import, and the plug-ins that they load."""
+    """Import the modules and load the plug-ins that a server's processes need."""
     methods = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
     methods["spawn"] = methods["fork"]  # vLLM asks for spawn on a CPU.
     _let_metrics_be_shared()
@@ -111,7 +111,7 @@ def _import_vllm() -> None:
 
 
 def _let_metrics_be_shared() -> None:
-    """prometheus_client looks at the environment when it is imported, and vLLM sets it later."""
+    """prometheus_client reads the environment on import, and vLLM sets it only later."""
     from prometheus_client import values
 
     shared = values.MultiProcessValue()
@@ -124,9 +124,9 @@ def _let_metrics_be_shared() -> None:
 
 
 def _let_aborts_end() -> None:
-    """As vLLM 0.32 aborts, it cancels the task that tells the requests in flight that the engine
-    is gone. Where its event loop is late, that is before they were told, and the server waits for
-    them without end, with the plug-in and without. The task ends by itself when it has told them.
+    """When vLLM 0.32 aborts, it cancels the task that notifies the requests in flight that the
+    engine is gone. If its event loop is late, they are not notified yet, and the server waits for
+    them forever, with or without the plug-in. The task ends by itself after it has notified them.
     """
     from vllm.v1.engine import async_llm
 
@@ -134,8 +134,8 @@ def _let_aborts_end() -> None:
 
 
 def _serve(argv: list[str], log: str) -> None:
-    """The child: it never returns."""
-    os.setsid()  # A group of its own, so that all of it can be ended.
+    """Run the server in the child process; never returns."""
+    os.setsid()  # A new process group, which can be killed as a whole.
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (output, 1), (output, 2)):

@@ -1,10 +1,10 @@
-"""What the plug-in makes of a vLLM that is not as it expects, without an engine.
+"""Reports how the plug-in reacts to a vLLM that differs from what it expects, without an engine.
 
     python -m tests.faults.hooks_driver < faults
 
 Each line of the input is a fault (tests/shim/hook_faults.py), or empty for none; each line of the
-output says in JSON what was found. The imports that are not vLLM's are paid once: every fault is
-a fork of this process, which then imports vLLM as a server does.
+output has the findings in JSON. Modules other than vLLM's are imported once: each fault is injected
+into a fork of this process, which then imports vLLM as a server does.
 """
 
 import asyncio
@@ -39,15 +39,15 @@ REQUESTS = {
     "ChatCompletionRequest.to_beam_search_params": ("/v1/chat/completions", CHAT | BEAM),
     "CompletionRequest.to_beam_search_params": ("/v1/completions", TEXT | BEAM),
 }
-"""By the hook that meets it: where a request goes, and its body."""
+"""For each hook, the path and the body of a request that reaches it."""
 
 
 def main() -> None:
     for name in _in_a_fork(_third_parties):
-        with contextlib.suppress(Exception):  # Some are parts of another, and come with it.
+        with contextlib.suppress(Exception):  # Some cannot be imported on their own.
             importlib.import_module(name)
     for line in sys.stdin:
-        print(json.dumps(_in_a_fork(partial(_found, line.strip()))), flush=True)
+        print(json.dumps(_in_a_fork(partial(_findings, line.strip()))), flush=True)
 
 
 def _in_a_fork(function: Callable[[], Any]) -> Any:
@@ -58,27 +58,27 @@ def _in_a_fork(function: Callable[[], Any]) -> Any:
             json.dump(function(), output)
         os._exit(0)
     os.close(writing)
-    with open(reading) as said:
-        text = said.read()
+    with open(reading) as reader:
+        text = reader.read()
     os.wait()
     return json.loads(text or '{"error": "the process ended"}')
 
 
 def _third_parties() -> list[str]:
-    """The modules that vLLM imports, and that are neither its own nor ours, in its order."""
+    """The modules of other packages that vLLM imports, in its order."""
     _Vllm("")
     ours = ("vllm", "dftserve", "dftserve_vllm", "tests", "__main__")
     return [name for name in sys.modules if name.partition(".")[0] not in ours]
 
 
-def _found(fault: str) -> dict[str, Any]:
+def _findings(fault: str) -> dict[str, Any]:
     """The findings on one fault, in a process of its own.
 
-    error       the traceback of an import, which would have kept a server from starting
-    problems    what `hooks.problems()` says; None where there is no such function
-    refusal     what `engine.refusal()` says
-    in_place    whether the change is there
-    stock       the calls of vLLM that a request without the field meets and that fail or differ
+    error       the traceback of a failed import, with which no server would start
+    problems    the value of `hooks.problems()`; None if there is no such function
+    refusal     the value of `engine.refusal()`
+    in_place    whether the hook is in place
+    stock       the calls of vLLM for a request without the field that fail or differ from stock
     refused     by hook, `param: message` of the 400 for a request with the field, or None
     """
     try:
@@ -88,7 +88,7 @@ def _found(fault: str) -> dict[str, Any]:
 
         dftserve_vllm.register()
         vllm = _Vllm(fault)
-    except BaseException:  # noqa: BLE001 - whatever it is, it is the finding
+    except BaseException:  # noqa: BLE001 - any exception is a finding
         return {"error": traceback.format_exc()}
     from dftserve_vllm import engine, hooks
 
@@ -103,10 +103,10 @@ def _found(fault: str) -> dict[str, Any]:
 
 
 class _Vllm:
-    """vLLM as its own code uses it: under a fault by new names, and with new arguments."""
+    """Calls vLLM as its own code does: under a fault by new names and with new arguments."""
 
     def __init__(self, fault: str) -> None:
-        from vllm.platforms import current_platform  # What every process does first.
+        from vllm.platforms import current_platform  # Every process of vLLM imports it first.
 
         assert current_platform
         self.faulty, _, self._kind = fault.rpartition(":")
@@ -114,10 +114,10 @@ class _Vllm:
         self._app: Any = None
 
     def function(self, name: str) -> Callable[..., Any]:
-        """As vLLM calls it: whatever it is called now, with whatever comes first now."""
+        """The hooked function, by its new name and with the new first argument of a fault."""
         module, hook = self._modules[name], HOOKS[name]
         found = _unbound(module, name)
-        both = ("build_app", "entry.build_app")  # One function, imported by its name.
+        both = ("build_app", "entry.build_app")  # The same function in two modules.
         is_changed = name == self.faulty or (name in both and self.faulty in both)
         if self._kind != "signature" or not is_changed:
             return found
@@ -135,12 +135,12 @@ class _Vllm:
 
     def has_change(self, name: str) -> bool:
         if name.endswith("build_app"):
-            return _asked(self.app(), "GET", "/v1/dft/capabilities").status_code == 200
-        found = _resolved(self._modules[name], HOOKS[name].path)
-        return hasattr(found, "__wrapped__")
+            return _response(self.app(), "GET", "/v1/dft/capabilities").status_code == 200
+        function = _resolved(self._modules[name], HOOKS[name].path)
+        return hasattr(function, "__wrapped__")
 
     def failures(self) -> dict[str, str]:
-        """By hook, what is not as it is on stock."""
+        """By hook, how a call differs from stock."""
         from vllm import SamplingParams
 
         child = SimpleNamespace(
@@ -162,16 +162,16 @@ class _Vllm:
             "WorkerWrapperBase.execute_model": lambda: (
                 self.function("WorkerWrapperBase.execute_model")(wrapper, "s") == "output of s"
             ),
-            "build_app": lambda: _asked(self.app(), "GET", "/version").status_code == 200,
+            "build_app": lambda: _response(self.app(), "GET", "/version").status_code == 200,
             "_rebind_kernels": lambda: self.function("_rebind_kernels")([]) is None,
         }
-        return {name: said for name, call in calls.items() if (said := _complaint(call))}
+        return {name: problem for name, call in calls.items() if (problem := _problem(call))}
 
     def _params(self, name: str, field: dict[str, Any]) -> bool:
-        """Whether a request's parameters are stock's.
+        """Whether a request's parameters equal stock's.
 
         Raises:
-            VLLMValidationError: it is refused.
+            VLLMValidationError: the request is refused.
         """
         _, body = REQUESTS[name]
         owner = getattr(self._modules[name], HOOKS[name].path.partition(".")[0])
@@ -185,7 +185,7 @@ class _Vllm:
     def refused(self, name: str) -> str | None:
         """How a request with the field is refused: by the app, or by the request itself."""
         path, body = REQUESTS[name]
-        answer = _asked(self.app(), "POST", path, body | {"diversity": 0.5})
+        answer = _response(self.app(), "POST", path, body | {"diversity": 0.5})
         if answer.status_code == 400:
             error = answer.json()["error"]
             return f"{error['param']}: {error['message']}"
@@ -195,7 +195,7 @@ class _Vllm:
             self._params(name, {"diversity": 0.5})
         except VLLMValidationError as error:
             return f"{error.parameter}: {error}"
-        except Exception as error:  # noqa: BLE001 - a 500, and no refusal
+        except Exception as error:  # noqa: BLE001 - a 500 and not a refusal
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -210,25 +210,25 @@ def _imported(name: str) -> ModuleType:
 
 
 def _resolved(module: ModuleType, path: str) -> Any:
-    found: Any = module
+    value: Any = module
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value
 
 
 def _unbound(module: ModuleType, name: str) -> Any:
     return _resolved(module, HOOKS[name].path) or _resolved(module, HOOKS[name].new_path)
 
 
-def _complaint(call: Callable[[], bool]) -> str | None:
+def _problem(call: Callable[[], bool]) -> str | None:
     try:
         return None if call() else "differs"
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+    except Exception as error:  # noqa: BLE001 - any exception is a finding
         return f"{type(error).__name__}: {error}"
 
 
-def _asked(app: Any, method: str, path: str, body: Any = None) -> httpx.Response:
-    """The app's answer; it has no engine, so a request that is not refused ends in a 500."""
+def _response(app: Any, method: str, path: str, body: Any = None) -> httpx.Response:
+    """The app's response; without an engine, a request that is not refused gets a 500."""
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -1,17 +1,18 @@
-"""Trains and builds stores in children that end, or fail, where they are told to.
+"""Trains and builds stores in child processes with injected kills and write errors.
 
     python -m tests.faults.saves_driver < orders
 
-Each line of the input is an order in JSON, each line of the output what became of it. The imports
-are paid once: every order is carried out in a fork of this process. The faults of an order:
+Each line of the input is an order in JSON, each line of the output its outcome. Every order is
+carried out in a fork of this process, so that modules are imported only once. The faults of an
+order:
 
-    kill_at: i     SIGKILL before its i-th event: a file opened to be written, a folder made, a
+    kill_at: i     SIGKILL before the i-th event: a file opened for writing, a folder made, a
                    rename, a removal, a sync, the middle of a file of tensors
-    full_at: i     from its i-th event on, the disk is full: nothing can be opened, made, synced
-    largest: n     no file can grow beyond n bytes, whoever writes it
-    kill: true     … and the one that wants to gets SIGXFSZ in the middle of the write
-    after: s       SIGKILL after so many seconds
-    bound: true    root is bound by permissions as everyone is
+    full_at: i     from the i-th event on, the disk is full: nothing can be opened, made, synced
+    largest: n     no file can grow beyond n bytes, whichever library writes it
+    kill: true     … and a write beyond them gets SIGXFSZ
+    after: s       SIGKILL after s seconds
+    bound: true    permissions apply to root too
 """
 
 import ctypes
@@ -43,12 +44,12 @@ from dftserve.train.config import TrainConfig
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-GROWS = ("open", "os.mkdir", "sync", "middle")
+NEEDS_SPACE = ("open", "os.mkdir", "sync", "middle")
 
 
 @dataclass
 class Events:
-    """Counts what happens below a folder, and does what the order wants at one of them."""
+    """Counts the events below a folder, and injects the order's fault at one of them."""
 
     folder: str
     kill_at: int | None
@@ -61,7 +62,7 @@ class Events:
         number, self.seen = self.seen, self.seen + 1
         if number == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.full_at is not None and number >= self.full_at and name in GROWS:
+        if self.full_at is not None and number >= self.full_at and name in NEEDS_SPACE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))  # type: ignore[arg-type]
 
     def audit(self, event: str, arguments: tuple) -> None:
@@ -77,7 +78,7 @@ class Events:
             self.at(event, path)
 
     def install(self) -> None:
-        """Also where the audit does not look: syncs, and files that other languages write."""
+        """Watch also syncs and files written by C++ or Rust, which audit hooks do not see."""
         sync = os.fsync
 
         def watched(descriptor: int) -> None:
@@ -93,20 +94,20 @@ class Events:
             self._watch(module, name, 1)
         sys.addaudithook(self.audit)
 
-    def _watch(self, module: Any, name: str, place: int) -> None:
-        """Two events around a writer of tensors; at the second its file is written by half."""
-        plain: Callable = getattr(module, name)
+    def _watch(self, module: Any, name: str, index: int) -> None:
+        """Two events around a writer of tensors; a kill at the second leaves half of the file."""
+        original: Callable = getattr(module, name)
 
         def watched(*given: Any, **named: Any) -> Any:
-            path = named.get("filename", given[place] if len(given) > place else None)
+            path = named.get("filename", given[index] if len(given) > index else None)
             if not isinstance(path, (str, Path)):
-                return plain(*given, **named)
+                return original(*given, **named)
             self.at("open", path)
-            found = plain(*given, **named)
+            result = original(*given, **named)
             if self.seen == self.kill_at and os.path.abspath(path).startswith(self.folder):
                 os.truncate(path, os.path.getsize(path) // 2)
             self.at("middle", path)
-            return found
+            return result
 
         setattr(module, name, watched)
 
@@ -125,29 +126,29 @@ DO = {"train": train, "build": build}
 
 
 def carry_out(order: dict[str, Any]) -> dict[str, Any]:
-    """In a child; how it ended, what it said, how many events there were, how long it took."""
-    told, tell = os.pipe()
+    """The exit code, error, number of events and seconds of an order, from a child process."""
+    reading, writing = os.pipe()
     start = time.monotonic()
     child = os.fork()
     if child == 0:
-        os.close(told)
-        _child(order, tell)
-    os.close(tell)
+        os.close(reading)
+        _child(order, writing)
+    os.close(writing)
     if order.get("after") is not None:
         time.sleep(order["after"])
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-    with os.fdopen(told, encoding="utf-8") as reader:
-        said = reader.read()
+    with os.fdopen(reading, encoding="utf-8") as reader:
+        report = reader.read()
     _, status = os.waitpid(child, 0)
     answer = {"ended": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - start}
-    return answer | (json.loads(said) if said else {})
+    return answer | (json.loads(report) if report else {})
 
 
-def _child(order: dict[str, Any], tell: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def _child(order: dict[str, Any], writing: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     events = Events(order["folder"], order.get("kill_at"), order.get("full_at"))
     events.install()
     if order.get("largest") is not None:
@@ -157,19 +158,19 @@ def _child(order: dict[str, Any], tell: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], resource.RLIM_INFINITY))
     if order.get("bound"):
         _give_up_privileges()
-    said: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     try:
         DO[order["do"]](order)
     except Exception as error:  # noqa: BLE001
         kinds = [kind.__name__ for kind in type(error).__mro__]
         trace = traceback.format_exc()
-        said = {"kinds": kinds, "error": f"{error}", "trace": trace}
-    os.write(tell, json.dumps(said | {"events": events.seen}).encode())
-    os._exit(1 if "kinds" in said else 0)
+        report = {"kinds": kinds, "error": f"{error}", "trace": trace}
+    os.write(writing, json.dumps(report | {"events": events.seen}).encode())
+    os._exit(1 if "kinds" in report else 0)
 
 
 def _give_up_privileges() -> None:
-    """All capabilities, by capset(2)."""
+    """Drop all capabilities by capset(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     version_3_self = (ctypes.c_uint32 * 2)(0x20080522, 0)
     if libc.capset(version_3_self, (ctypes.c_uint32 * 6)()):

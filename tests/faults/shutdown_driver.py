@@ -1,4 +1,4 @@
-"""A server with requests in flight gets SIGTERM: who is answered, and when it has ended."""
+"""Sends SIGTERM to a server with requests in flight; reports the answers and when it ended."""
 
 import asyncio
 import json
@@ -17,18 +17,18 @@ ATTEMPTS = 5
 PATIENCE = 45.0
 """Seconds after the signal until a server counts as hanging; its own --shutdown-timeout is 30."""
 FIRST_TOKENS = "vllm:time_to_first_token_seconds_count"
-"""One for each request that has its first token, in /metrics."""
+"""Counts in /metrics the requests that have their first token."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What every request asks for."""
+    """The parameters of every request."""
 
     model: str
     field: bool
     stream: bool
     tokens: int
-    """So many that every request outlasts the signal."""
+    """Output tokens of a request: enough to outlast the signal."""
 
     def body(self, index: int) -> dict[str, Any]:
         body = {
@@ -43,25 +43,25 @@ class Load:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one shutdown."""
+    """The outcome of one shutdown."""
 
     complete: int
-    """Answers with every token that was asked for."""
+    """Answers with all requested tokens."""
     aborted: int
-    """Answers that are whole, and say that they were cut short."""
+    """Complete HTTP answers that report an early end."""
     lost: int
-    """Connections that broke, or never answered."""
+    """Connections that broke or got no answer."""
     statistics: int
-    """Complete answers whose statistics are known."""
+    """Complete answers with statistics."""
     seconds: float | None
     """From the signal to the end of the server's process; None: it did not end."""
 
 
 async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
-    """Send the requests, wait until each has its first token, then SIGTERM to the server.
+    """Send the requests, wait until each has its first token, then send SIGTERM to the server.
 
     Raises:
-        RuntimeError: requests ended before the signal each time, so nothing is shown.
+        RuntimeError: in every attempt some request ended before the signal.
     """
     headers = {"Authorization": f"Bearer {key}"}
     process = os.pidfd_open(process_id)
@@ -76,7 +76,7 @@ async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
         start = time.monotonic()
         ended = await asyncio.to_thread(_ends, process, PATIENCE)
         seconds = time.monotonic() - start
-        for request in requests:  # An answer may still lie in a socket of ours.
+        for request in requests:  # An answer may still be in a socket buffer.
             await asyncio.wait([request], timeout=1 if ended else 0)
             request.cancel()
         results = await asyncio.gather(*requests, return_exceptions=True)
@@ -92,7 +92,7 @@ async def shut_down(url: str, key: str, process_id: int, load: Load) -> Outcome:
 
 
 async def _in_flight(client: httpx.AsyncClient, load: Load) -> list[asyncio.Task[str]]:
-    """Requests that all have a first token, and none its last."""
+    """Requests that all have their first token and are not finished."""
     for _ in range(ATTEMPTS):
         before = await _first_tokens(client)
         requests = [asyncio.create_task(_outcome(client, load.body(i))) for i in range(REQUESTS)]
@@ -102,7 +102,7 @@ async def _in_flight(client: httpx.AsyncClient, load: Load) -> list[asyncio.Task
             await asyncio.sleep(0.02)
         if not any(request.done() for request in requests):
             return requests
-        await asyncio.gather(*requests)  # A slow machine: one had ended before we saw the last.
+        await asyncio.gather(*requests)  # One ended before the last one's first token.
     raise RuntimeError(f"requests ended before the signal, {ATTEMPTS} times")
 
 
@@ -128,15 +128,15 @@ async def _outcome(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
     reasons = [choice.get("finish_reason") for c in chunks for choice in c.get("choices", [])]
     if reasons[-1:] != ["length"]:
         return "aborted"
-    said = next((c["diversity"] for c in chunks if "diversity" in c), {"choices": [None]})
-    return "complete" if None in said["choices"] else "complete, with statistics"
+    reported = next((c["diversity"] for c in chunks if "diversity" in c), {"choices": [None]})
+    return "complete" if None in reported["choices"] else "complete, with statistics"
 
 
 def _chunks(text: str) -> list[dict[str, Any]]:
-    """The events of a stream that came to its end; nothing of one that broke off.
+    """The events of a stream that ended with [DONE]; otherwise none.
 
     Raises:
-        ValueError: an event is no JSON.
+        ValueError: an event is not JSON.
     """
     events = [line.removeprefix("data: ") for line in text.splitlines() if line]
     return [json.loads(event) for event in events[:-1]] if events[-1:] == ["[DONE]"] else []

@@ -1,4 +1,4 @@
-"""A fault in the transform: the engine lives, the step passes unchanged, the counter is exact."""
+"""A fault in the transform: the engine survives, the rows are unchanged, the count is exact."""
 
 import random
 
@@ -12,8 +12,8 @@ from tests.conftest import long
     ("engine", "faults"), [("v1", 100), long("v1", 1000), long("v2", 1000)], indirect=["engine"]
 )
 def test_faults_are_survived_and_counted(engine, faults, figure):
-    counted = engine.fault_file.with_name(engine.fault_file.name + ".count")
-    counted.unlink(missing_ok=True)
+    count_file = engine.fault_file.with_name(engine.fault_file.name + ".count")
+    count_file.unlink(missing_ok=True)
     before = metric(engine, "dft:faults_total")
     plain = [_plain(seed) for seed in range(16)]
     expected = [_text(answer) for answer in gather(engine, plain)]
@@ -26,11 +26,11 @@ def test_faults_are_survived_and_counted(engine, faults, figure):
                 for seed, (path, body) in enumerate(plain)
             ]
             answers = gather(engine, active)
-            # What passes unchanged is what stock sampling gives for the seed.
+            # Unchanged rows give the texts of stock sampling for the seed.
             assert [_text(answer) for answer in answers] == expected
-            # And nothing is said of a token that passed.
+            # And tokens of unchanged rows have no figures.
             assert {figure for answer in answers for figure in _traced(answer)} <= {None}
-            injected = counted.stat().st_size
+            injected = count_file.stat().st_size
     finally:
         engine.fault_file.unlink()
     assert None not in _traced(gather(engine, active)[0])

@@ -1,7 +1,7 @@
-"""Kills, full disks, read-only folders and flipped bits: what stands is whole, and runs go on.
+"""Kills, full disks, read-only folders and flipped bits: what is saved is intact, and runs resume.
 
-The law: whatever ended a run or a build, every checkpoint that stands under its own name is whole,
-and the same command then ends in the same bits as one that nothing ended, with nothing left over.
+The property: whatever ended a run or a build, every checkpoint under its final name is intact, and
+the same command then ends in the same bits as an uninterrupted one, without left-over files.
 """
 
 import json
@@ -23,8 +23,8 @@ from dftserve.targets.store import StoreError, TargetStore
 from tests.conftest import ROOT, long
 from tests.training import WORDS, save_model, save_store
 
-FEW = 3
-"""Events that a short run takes, spread over all of them."""
+SHORT_RUN_EVENTS = 3
+"""Number of events that a short test run tries, spread over all of them."""
 RECIPE = {
     "name": "small",
     "about": "Two words before.",
@@ -37,15 +37,15 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Work:
-    """A command, and what it leaves behind where nothing ends it."""
+    """A command, and its results without interruption."""
 
     run: Callable[..., dict[str, Any]]
     """run(folder, **fault)"""
     check: Callable[[Path], None]
-    """Every checkpoint or store that stands in the folder is whole."""
+    """Asserts that every checkpoint or store in the folder is intact."""
     result: Callable[[Path], dict[str, bytes]]
     sizes: tuple[int, ...]
-    """Sizes that no file may exceed: some write is the first that wants to."""
+    """Limits of file sizes to test: each is exceeded by some write."""
     folder: Path
     events: int
     seconds: float
@@ -70,39 +70,39 @@ def order() -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """A model, a store to train on, and a corpus to build from."""
-    place = tmp_path_factory.mktemp("saves")
-    save_model(place / "base")
-    save_store(place / "store")
-    (place / "corpus").mkdir()
-    drawn = random.Random(0)
+    workspace = tmp_path_factory.mktemp("saves")
+    save_model(workspace / "base")
+    save_store(workspace / "store")
+    (workspace / "corpus").mkdir()
+    source = random.Random(0)
     for i in range(8):
-        text = " ".join(drawn.choices(WORDS, k=120))
-        (place / "corpus" / f"{i}.txt").write_text(text)
-    (place / "recipe.yaml").write_text(json.dumps(RECIPE))
-    return place
+        text = " ".join(source.choices(WORDS, k=120))
+        (workspace / "corpus" / f"{i}.txt").write_text(text)
+    (workspace / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def training(order, place) -> Work:
-    return _training(order, place, "run", steps=6, save_every=2, evaluate_every=3)
+def training(order, workspace) -> Work:
+    return _training(order, workspace, "run", steps=6, save_every=2, evaluate_every=3)
 
 
 @pytest.fixture(scope="module")
-def stopping(order, place) -> Work:
-    """A training whose held-out figures get worse, and that stops by them."""
-    made = _training(
-        order, place, "stopped", steps=20, evaluate_every=1, patience=2, learning_rate=0.9
+def stopping(order, workspace) -> Work:
+    """A training that stops early because its held-out figures get worse."""
+    work = _training(
+        order, workspace, "stopped", steps=20, evaluate_every=1, patience=2, learning_rate=0.9
     )
-    assert not (made.folder / "checkpoint-20").exists()
-    return made
+    assert not (work.folder / "checkpoint-20").exists()
+    return work
 
 
-def _training(order, place: Path, name: str, **given: Any) -> Work:
+def _training(order, workspace: Path, name: str, **given: Any) -> Work:
     settings = {
-        "model": str(place / "base"),
-        "targets": str(place / "store"),
+        "model": str(workspace / "base"),
+        "targets": str(workspace / "store"),
         "max_length": 64,
         "batch_size": 2,
         "learning_rate": 1e-2,
@@ -115,28 +115,28 @@ def _training(order, place: Path, name: str, **given: Any) -> Work:
         return order(do="train", folder=str(folder), settings=content, **fault)
 
     sizes = (0, 500, 20_000, 100_000, 164_000)
-    return _whole(run, check_run, weights, sizes, place / name)
+    return _uninterrupted(run, check_run, weights, sizes, workspace / name)
 
 
 @pytest.fixture(scope="module")
-def building(order, place) -> Work:
+def building(order, workspace) -> Work:
     settings = {
-        "corpus": str(place / "corpus"),
-        "model": str(place / "base"),
-        "recipe": str(place / "recipe.yaml"),
+        "corpus": str(workspace / "corpus"),
+        "model": str(workspace / "base"),
+        "recipe": str(workspace / "recipe.yaml"),
         "heldout": 0.2,
     }
 
     def run(folder: Path, **fault: Any) -> dict[str, Any]:
         content = {**settings, "out": str(folder)}
-        asked = {"do": "build", "folder": str(folder), "shard_tokens": 250}
-        return order(settings=content, **asked, **fault)
+        fields = {"do": "build", "folder": str(folder), "shard_tokens": 250}
+        return order(settings=content, **fields, **fault)
 
     sizes = (0, 500, 1500, 10_000, 18_000)
-    return _whole(run, check_store, contents, sizes, place / "built")
+    return _uninterrupted(run, check_store, contents, sizes, workspace / "built")
 
 
-def _whole(run, check, result, sizes: tuple[int, ...], folder: Path) -> Work:
+def _uninterrupted(run, check, result, sizes: tuple[int, ...], folder: Path) -> Work:
     answer = run(folder)
     assert answer["ended"] == 0, answer
     check(folder)
@@ -152,15 +152,15 @@ BOTH = ("training", "building")
 
 
 TRAINING_IS_LONG = (long("training"), "building")
-"""A trained run takes half a minute to a minute and a half of each test."""
+"""Training takes half a minute to a minute and a half of each test."""
 
 
 def each_work(short: int, long_run: int | None) -> list:
-    """(work, how many) of a short and a long run; None: all."""
+    """(work, number of events) for the short and the long tests; None: all events."""
     return [(name, short) for name in BOTH] + [long(name, long_run) for name in BOTH]
 
 
-# ── What is whole ────────────────────────────────────────────────────────────────────────────────
+# ── Checks ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_run(folder: Path) -> None:
@@ -186,8 +186,8 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def goes_on(work: Work, folder: Path) -> None:
-    """The law."""
+def check_resumes(work: Work, folder: Path) -> None:
+    """Check the property in the docstring of this module."""
     work.check(folder)
     finished = (folder / "final").exists()
     answer = work.run(folder)
@@ -201,7 +201,7 @@ def goes_on(work: Work, folder: Path) -> None:
 
 
 def spread(events: int, count: int | None) -> list[int]:
-    """So many of all events, from the first to the last; None: all."""
+    """`count` of all events, from the first to the last; None: all."""
     if count is None:
         return list(range(events))
     return [round(i * (events - 1) / (count - 1)) for i in range(count)]
@@ -210,13 +210,13 @@ def spread(events: int, count: int | None) -> list[int]:
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("work", "count"), each_work(FEW, None), indirect=["work"])
+@pytest.mark.parametrize(("work", "count"), each_work(SHORT_RUN_EVENTS, None), indirect=["work"])
 def test_a_kill_at_any_write_sync_or_rename(work, count, tmp_path, figure):
     events = spread(work.events, count)
     for event in events:
         folder = tmp_path / str(event)
         assert work.run(folder, kill_at=event)["ended"] == -SIGKILL
-        goes_on(work, folder)
+        check_resumes(work, folder)
     figure(kills=len(events), events=work.events)
 
 
@@ -226,16 +226,16 @@ def test_a_kill_of_a_run_that_stops_early(stopping, count, tmp_path, figure):
     for event in events:
         folder = tmp_path / str(event)
         assert stopping.run(folder, kill_at=event)["ended"] == -SIGKILL
-        goes_on(stopping, folder)
+        check_resumes(stopping, folder)
     figure(kills=len(events), events=stopping.events)
 
 
 @pytest.mark.parametrize("work", TRAINING_IS_LONG, indirect=True)
-def test_a_kill_in_the_middle_of_a_write(work, tmp_path):
+def test_a_kill_in_the_middle_of_a_write_is_survived(work, tmp_path):
     for size in work.sizes:
         folder = tmp_path / str(size)
         assert work.run(folder, largest=size, kill=True)["ended"] == -SIGXFSZ
-        goes_on(work, folder)
+        check_resumes(work, folder)
 
 
 @pytest.mark.parametrize(
@@ -244,13 +244,13 @@ def test_a_kill_in_the_middle_of_a_write(work, tmp_path):
     indirect=["work"],
 )
 def test_a_kill_at_any_time(work, count, tmp_path, figure):
-    drawn = random.Random(0)
+    source = random.Random(0)
     ends = []
     for number in range(count):
         folder = tmp_path / str(number)
         folder.mkdir()
-        ends.append(work.run(folder, after=drawn.uniform(0, work.seconds))["ended"])
-        goes_on(work, folder)
+        ends.append(work.run(folder, after=source.uniform(0, work.seconds))["ended"])
+        check_resumes(work, folder)
     assert set(ends) <= {0, -SIGKILL}
     figure(kills=ends.count(-SIGKILL))
 
@@ -258,7 +258,7 @@ def test_a_kill_at_any_time(work, count, tmp_path, figure):
 # ── Disks ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("work", "count"), each_work(FEW, None), indirect=["work"])
+@pytest.mark.parametrize(("work", "count"), each_work(SHORT_RUN_EVENTS, None), indirect=["work"])
 def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, figure):
     failed = 0
     for event in spread(work.events, count):
@@ -266,55 +266,55 @@ def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, figure):
         answer = work.run(folder, full_at=event)
         if answer["ended"]:
             failed += 1
-            said_clearly(answer, "No space left on device")
+            check_clear_error(answer, "No space left on device")
         assert not folder.exists() or not list(folder.rglob("*.partial"))
-        goes_on(work, folder)
+        check_resumes(work, folder)
     assert failed >= min(count or work.events, work.events) - 2
     figure(failures=failed, events=work.events)
 
 
 @pytest.mark.parametrize("work", TRAINING_IS_LONG, indirect=True)
-def test_a_file_that_cannot_grow(work, tmp_path):
-    """Whoever writes it: Python, Rust (safetensors) or C++ (torch)."""
+def test_a_file_size_limit_is_a_clear_error(work, tmp_path):
+    """For files written by Python, Rust (safetensors) and C++ (torch)."""
     for size in work.sizes:
         folder = tmp_path / str(size)
-        said_clearly(work.run(folder, largest=size), "File too large", "cannot be written")
+        check_clear_error(work.run(folder, largest=size), "File too large", "cannot be written")
         assert not list(folder.rglob("*.partial"))
-        goes_on(work, folder)
+        check_resumes(work, folder)
 
 
 @pytest.mark.parametrize("work", BOTH, indirect=True)
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_read_only_folder(work, exists, tmp_path):
+def test_a_read_only_folder_is_a_clear_error_and_unchanged(work, exists, tmp_path):
     folder = tmp_path / "shut" / "out"
     folder.parent.mkdir()
     if exists:
         work.run(folder, kill_at=work.events * 2 // 3)
-    shut = folder if exists else folder.parent
+    read_only = folder if exists else folder.parent
     before = names(folder)
-    shut.chmod(0o555)
+    read_only.chmod(0o555)
     try:
         answer = work.run(folder, bound=True)
     finally:
-        shut.chmod(0o755)
+        read_only.chmod(0o755)
     if "capset" in answer.get("error", ""):
         pytest.skip(answer["error"])
-    said_clearly(answer, "Permission denied")
+    check_clear_error(answer, "Permission denied")
     assert {name for name in names(folder) if ".partial" not in name} == {
         name for name in before if ".partial" not in name
     }
-    goes_on(work, folder)
+    check_resumes(work, folder)
 
 
 @pytest.mark.parametrize("work", BOTH, indirect=True)
-def test_a_folder_below_a_file(work, tmp_path):
+def test_a_folder_below_a_file_is_a_clear_error(work, tmp_path):
     (tmp_path / "file").write_text("mine")
-    said_clearly(work.run(tmp_path / "file" / "out"), "Not a directory")
+    check_clear_error(work.run(tmp_path / "file" / "out"), "Not a directory")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def said_clearly(answer: dict[str, Any], *reasons: str) -> None:
-    """An OSError, or what the command line shows as one line."""
+def check_clear_error(answer: dict[str, Any], *reasons: str) -> None:
+    """Check that the error is one that the command line shows as one line."""
     assert answer["ended"] == 1, answer
     assert {"OSError", "StoreError"} & set(answer["kinds"]), answer["trace"]
     assert any(reason in answer["error"] for reason in reasons), answer["error"]
@@ -324,7 +324,7 @@ def said_clearly(answer: dict[str, Any], *reasons: str) -> None:
 # ── Flipped bits ─────────────────────────────────────────────────────────────────────────────────
 
 
-def open_and_verify(folder: Path) -> None:
+def verify_store(folder: Path) -> None:
     TargetStore(folder).verify()
 
 
@@ -332,14 +332,14 @@ def open_and_verify(folder: Path) -> None:
 def test_every_flipped_bit_is_found_and_its_file_named(training, building, count, figure):
     verified = [
         *((training.folder / name, checkpoint.verify) for name in ("checkpoint-6", "final")),
-        (building.folder, open_and_verify),
+        (building.folder, verify_store),
     ]
-    drawn = random.Random(0)
+    source = random.Random(0)
     flipped: dict[str, int] = {}
     for _ in range(count):
-        folder, verify = drawn.choice(verified)
-        path = drawn.choice(sorted(folder.iterdir()))
-        with flipped_bit(path, drawn), pytest.raises((CheckpointError, StoreError)) as caught:
+        folder, verify = source.choice(verified)
+        path = source.choice(sorted(folder.iterdir()))
+        with flipped_bit(path, source), pytest.raises((CheckpointError, StoreError)) as caught:
             verify(folder)
         assert path.name in str(caught.value)
         flipped[path.name] = flipped.get(path.name, 0) + 1
@@ -349,13 +349,13 @@ def test_every_flipped_bit_is_found_and_its_file_named(training, building, count
 
 
 @contextmanager
-def flipped_bit(path: Path, drawn: random.Random) -> Iterator[None]:
-    """One bit of a file is another one, until the end."""
-    whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[drawn.randrange(len(whole))] ^= 1 << drawn.randrange(8)
+def flipped_bit(path: Path, source: random.Random) -> Iterator[None]:
+    """Flip one bit of a file; it is restored at the end."""
+    original = path.read_bytes()
+    damaged = bytearray(original)
+    damaged[source.randrange(len(original))] ^= 1 << source.randrange(8)
     path.write_bytes(damaged)
     try:
         yield
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)

@@ -1,8 +1,8 @@
-"""SIGTERM with requests in flight: as many answers as from stock vLLM, and an end as soon.
+"""SIGTERM with requests in flight: as many answers as from stock vLLM, and an end as early.
 
-A server drains (`--shutdown-timeout` above 0: requests in flight run to their end) or aborts.
-Statistics may be missing from an answer then; the answer may not. With several API servers vLLM
-0.32 does not drain: each lets go of the engine at once, and their requests are lost on stock too.
+A server drains (`--shutdown-timeout` above 0: requests in flight are completed) or aborts. Then an
+answer may lack statistics, but no answer that stock gives may be lost. With several API servers,
+vLLM 0.32 does not drain: each disconnects from the engine at once, and stock loses requests too.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ ABORT = "--shutdown-timeout=0"
 SLACK = 2.0
 """Seconds that a shutdown may take longer than stock's."""
 TOKENS = 400
-"""Of a request: some seconds on a CPU, so that all of them outlast the signal."""
+"""Output tokens of a request: they take seconds on a CPU, so that all outlast the signal."""
 PAIRS = 3
 REPETITIONS = 50
 
@@ -92,7 +92,7 @@ def stock() -> Iterator[ForkedServers]:
 
 @pytest.fixture(scope="session")
 def adapter(model_folder, tmp_path_factory) -> Path:
-    """A LoRA adapter of random numbers for the model."""
+    """A random LoRA adapter for the model."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -120,8 +120,8 @@ def test_a_drain_answers_every_request(ours, model_folder, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_shutdown_is_stock(ours, stock, model_folder, adapter, tmp_path, case, figure):
-    """Every pair gives as many answers; one pair at least shows the time, as others share the
-    machine."""
+    """Every pair has as many answers as stock. One pair within the time suffices, as the machine is
+    shared."""
     pairs = []
     for pair in range(PAIRS):
         expected, got = (
@@ -153,8 +153,8 @@ def test_drains_never_hang(ours, model_folder, tmp_path, figure):
 
 
 @pytest.mark.long
-def test_the_command_itself_drains(model_folder, tmp_path):
-    """As above, not forked: `vllm serve` as an operator starts it."""
+def test_vllm_serve_itself_drains(model_folder, tmp_path):
+    """Not forked: as an operator starts it."""
     with engine_running("v1", model_folder, tmp_path, DRAIN) as engine:
         outcome = asyncio.run(shut_down(engine.url, KEY, engine.pid, Case().load(TOKENS)))
     assert (outcome.complete, outcome.seconds is None) == (REQUESTS, False), outcome

@@ -1,4 +1,4 @@
-"""A tuned checkpoint says the same of a text in the trainer and in the server."""
+"""The trainer and the server compute the same log-probabilities from a tuned checkpoint."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from tests.conftest import KEY
 
 TEXT = "Once upon a time, in the little town of Ravenham, there lived a painter's daughter."
 TOLERANCE = 2e-4
-"""Nats a token, both in float32: they sum over hidden units in other orders. In bfloat16, with 8
-bits of mantissa and logits up to some 20, rounding alone leaves .1."""
+"""Nats per token, both in float32: they sum over hidden units in other orders. In bfloat16, with 8
+bits of mantissa and logits up to some 20, rounding alone would leave .1."""
 
 
 @pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
@@ -28,26 +28,26 @@ def test_the_trainers_log_probabilities_are_the_servers(engine, figure):
     worst = 0.0
     for prompt in PROMPTS:
         tokens = tokenizer(f"<|user|>{prompt}<|end|><|assistant|>{TEXT}")["input_ids"]
-        theirs_N = served(engine, tokens)
-        ours_N = trained(model, tokens)
+        theirs_N = server_log_p(engine, tokens)
+        ours_N = trainer_log_p(model, tokens)
         worst = max(worst, float(np.abs(ours_N - theirs_N).max()))
     figure(worst_nats=worst, texts=len(PROMPTS))
     assert worst < TOLERANCE
 
 
-def served(engine, tokens: list[int]) -> np.ndarray:
+def server_log_p(engine, tokens: list[int]) -> np.ndarray:
     """ln p of every token but the first, from the server's own scoring of a prompt."""
     body = {"model": "demo", "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0}
     answer = post(engine, "/v1/completions", body).json()
-    told = answer["choices"][0]["prompt_logprobs"]
+    entries = answer["choices"][0]["prompt_logprobs"]
     return np.array(
-        [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], told[1:], strict=True)]
+        [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], entries[1:], strict=True)]
     )
 
 
 @torch.no_grad()
-def trained(model, tokens: list[int]) -> np.ndarray:
-    """The same through the trainer's head, a position at a time: its loss is −ln p."""
+def trainer_log_p(model, tokens: list[int]) -> np.ndarray:
+    """The same from the loss of the trainer's head, −ln p, one position at a time."""
     language_model = LanguageModel(model, "the checkpoint")
     hidden_ND = language_model.states(input_ids=torch.tensor([tokens])).hidden_BND[0, :-1]
     target = TargetRows.none(np.array(tokens[1:]))
@@ -61,8 +61,8 @@ def trained(model, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
-def test_a_served_teacher_says_what_the_model_says(engine, monkeypatch):
-    """The top k, the tail's mass and the text's own token, through prompt logprobs."""
+def test_a_served_teachers_targets_equal_the_local_models(engine, monkeypatch):
+    """Top k, mass of the tail and the text's own token, from prompt logprobs."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
     tokenizer = AutoTokenizer.from_pretrained(engine.model_folder)
     document = encode_text(tokenizer, TEXT)

@@ -1,6 +1,6 @@
-"""DRY is what the server samples from: over HTTP, against fp64, from the prompt and the answer.
+"""The server samples with DRY's penalties for prompt and answer: over HTTP, against fp64.
 
-A prompt that says the same twice, so that its end is a match, and a few tokens behind it.
+The prompt ends with a repetition, and a few tokens follow it.
 """
 
 import random
@@ -17,19 +17,19 @@ from tests.dry_reference import dry_reference, penalties_reference
 from tests.parity.test_exactness import (
     LOG_PROBABILITY,
     NEAR_THRESHOLD,
+    _answers,
     _log_p,
+    _log_ps,
     _plain,
-    _read,
-    _reading,
-    _sampled,
+    _sampled_tokens,
     _stops,
     _vocabulary,
 )
 from tests.reference import reference
 
 TOKENS = 3
-ALONE = 1e-30
-"""The min_p of a row that nothing is cut from."""
+NOTHING_CUT = 1e-30
+"""A min_p with which the guard cuts nothing."""
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,21 @@ def test_repeats_are_penalised_before_the_law(engine, count, figure):
         dry = {f"dry_{name}": value for name, value in numbers.items()}
         level = source.uniform(0.1, 1.0) if number % 2 else None
         temperature = source.uniform(0.5, 1.5)
-        breaking = number % 3 == 0
-        asked = dry | {"dry_sequence_breakers": ["\n", "."] if breaking else []}
-        asked |= {} if level is None else {"level": level}
-        body = {"prompt": prompt, "diversity": asked, "temperature": temperature, "seed": number}
-        answer = _reading(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
-        tokens = _sampled(answer.json()["choices"][0])
+        with_breakers = number % 3 == 0
+        fields = dry | {"dry_sequence_breakers": ["\n", "."] if with_breakers else []}
+        fields |= {} if level is None else {"level": level}
+        body = {
+            "prompt": prompt,
+            "diversity": fields,
+            "temperature": temperature,
+            "seed": number,
+        }
+        answer = _answers(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
+        tokens = _sampled_tokens(answer.json()["choices"][0])
         for step in range(len(tokens)):
             before = [*prompt, *tokens[:step]]
-            logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
-            breakers = set(np.flatnonzero(breaks_V).tolist()) if breaking else set()
+            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+            breakers = set(np.flatnonzero(breaks_V).tolist()) if with_breakers else set()
             nats = penalties_reference(before, breakers=breakers, **numbers)
             row_V = dry_reference(
                 logits_V,
@@ -66,23 +71,23 @@ def test_repeats_are_penalised_before_the_law(engine, count, figure):
                 log_guard=_log_guard(level),
                 stop_ids=stops,
             )
-            said = reference(
+            expected = reference(
                 row_V,
                 temperature=temperature,
                 level=level or 0.0,
-                min_p=ALONE if level is None else None,
+                min_p=NOTHING_CUT if level is None else None,
                 stop_ids=stops,
             )
-            if said.margin < NEAR_THRESHOLD:
+            if expected.margin < NEAR_THRESHOLD:
                 continue
             sampled_V = _log_p(answer, vocabulary, step)
-            likely_V = said.log_p_V > -20
-            worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
+            likely_V = expected.log_p_V > -20
+            worst = max(worst, np.abs(sampled_V[likely_V] - expected.log_p_V[likely_V]).max())
             assert worst <= LOG_PROBABILITY, (number, step, level)
             checked += 1
             penalised += bool(nats)
-        told = answer.json()["diversity"]
-        assert told["dry_multiplier"] == pytest.approx(numbers["multiplier"])
+        reported = answer.json()["diversity"]
+        assert reported["dry_multiplier"] == pytest.approx(numbers["multiplier"])
     assert checked >= 2 * count
     assert penalised > count // 2
     figure(checked=checked, penalised=penalised, worst_logprob=worst)

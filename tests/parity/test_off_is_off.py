@@ -1,6 +1,6 @@
-"""Without the field, and with null or 0, every seeded request gives stock vLLM's own bytes.
+"""Without the field, and with null or 0, every seeded request is answered as by stock vLLM.
 
-Stock is the same environment with DFTSERVE_DISABLE=1, in the long run one without the plug-in.
+Stock is the same environment with DFTSERVE_DISABLE=1, in the long tests one without the plug-in.
 """
 
 import random
@@ -22,7 +22,7 @@ def test_seeded_answers_are_stock_byte_for_byte(engine, stock, count, figure):
     bodies = [_seeded(source) for _ in range(count)]
     expected = gather(stock, [("/v1/chat/completions", body) for body in bodies])
     off = [body | source.choice([{}, {"diversity": None}, {"diversity": 0}]) for body in bodies]
-    # Active rows share every batch with them.
+    # They share their batches with requests that have the field.
     active = [chat_body(diversity=0.8, max_tokens=body["max_tokens"]) for body in bodies[::2]]
     mixed = [("/v1/chat/completions", body) for body in _interleaved(off, active)]
     answers = [
@@ -30,7 +30,7 @@ def test_seeded_answers_are_stock_byte_for_byte(engine, stock, count, figure):
         for (_, body), answer in zip(mixed, gather(engine, mixed), strict=True)
         if body.get("diversity") != 0.8
     ]
-    same = [_said(a) == _said(b) for a, b in zip(expected, answers, strict=True)]
+    same = [_content(a) == _content(b) for a, b in zip(expected, answers, strict=True)]
     figure(requests=count, identical=sum(same))
     assert all(same), f"{same.count(False)} of {count} differ"
 
@@ -52,14 +52,14 @@ def _seeded(source: random.Random) -> dict:
 def _interleaved(first: list, second: list) -> list:
     """Two of the first, then one of the second, and so on; the first stay in order."""
     mixed = []
-    for place, item in enumerate(first):
+    for index, item in enumerate(first):
         mixed.append(item)
-        if place % 2 and second:
+        if index % 2 and second:
             mixed.append(second.pop())
     return mixed
 
 
-def _said(response) -> tuple:
+def _content(response) -> tuple:
     assert response.status_code == 200, response.text
     choice = response.json()["choices"][0]
     tokens = [(entry["token"], entry["bytes"]) for entry in choice["logprobs"]["content"]]

@@ -1,7 +1,8 @@
-"""A request's style is what the server samples from: over HTTP, against fp64.
+"""The server samples from the distribution of a request's style: over HTTP, against fp64.
 
-Every step of a few tokens: phrases by the automaton's state in the answer so far, the tilt by the
-last token and by what the tokens before have cost, then the law of `diversity` where it is asked.
+Each step of a short answer is checked: phrase factors by the automaton's state after the answer so
+far, the tilt by the last token and by the KL spent on earlier tokens, then the law of `diversity`
+if the request has one.
 """
 
 import random
@@ -17,11 +18,11 @@ from tests.conftest import long
 from tests.parity.test_exactness import (
     LOG_PROBABILITY,
     NEAR_THRESHOLD,
+    _answers,
     _log_p,
+    _log_ps,
     _plain,
-    _read,
-    _reading,
-    _sampled,
+    _sampled_tokens,
     _stops,
     _vocabulary,
 )
@@ -30,7 +31,7 @@ from tests.style_reference import style_reference
 
 TOKENS = 4
 NOTHING_CUT = 1e-30
-"""A min_p: what a style has left goes to the law as it is."""
+"""A min_p with which the law's guard cuts nothing of what the style has left."""
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,14 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
         temperature = source.uniform(0.5, 1.5)
         body = {"prompt": prompt, "style": style, "temperature": temperature, "seed": number}
         body |= {} if level is None else {"diversity": level}
-        answer = _reading(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
-        tokens = _sampled(answer.json()["choices"][0])
+        answer = _answers(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
+        tokens = _sampled_tokens(answer.json()["choices"][0])
         state, spent = 0, 0.0
         for step, token in enumerate(tokens):
             before = [*prompt, *tokens[:step]]
-            logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
-            factor_V, delta_V = _of_profile(profile, state, before[-1], vocabulary)
-            said = style_reference(
+            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+            factor_V, delta_V = _style_rows(profile, state, before[-1], vocabulary)
+            expected = style_reference(
                 logits_V,
                 factor_V,
                 delta_V,
@@ -69,12 +70,12 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
                 allowance=style["max_kl"] * (step + 1) - spent,
                 stop_ids=stops,
             )
-            spent += said.tilt_kl
-            held_back += said.held_back
+            spent += expected.tilt_kl
+            held_back += expected.held_back
             state = profile.step(state, token)[0]
-            if said.margin < NEAR_THRESHOLD:
-                break  # What it has spent is not known.
-            expected_V = said.log_p_V
+            if expected.margin < NEAR_THRESHOLD:
+                break  # The KL spent so far is not known any more.
+            expected_V = expected.log_p_V
             if level is not None:
                 expected_V = reference(
                     np.where(np.isfinite(expected_V), expected_V * temperature, -np.inf),
@@ -89,15 +90,15 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
             worst = max(worst, np.abs(sampled_V[likely_V] - expected_V[likely_V]).max())
             assert worst <= LOG_PROBABILITY, (number, step, level)
             checked += 1
-        told = answer.json()["style"]
-        assert told["name"] == "habits"
-        assert told["choices"][0]["tokens"] == len(tokens)
+        reported = answer.json()["style"]
+        assert reported["name"] == "habits"
+        assert reported["choices"][0]["tokens"] == len(tokens)
     assert checked >= 2 * count
     assert held_back > 0
     figure(checked=checked, worst_logprob=worst)
 
 
-def _of_profile(profile, state: int, last: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+def _style_rows(profile, state: int, last: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     factor_V, delta_V = np.ones(vocabulary), np.zeros(vocabulary)
     for token in range(profile.vocabulary):
         factor_V[token] = np.exp(profile.step(state, token)[1])

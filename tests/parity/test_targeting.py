@@ -1,4 +1,4 @@
-"""The reported entropy is the entropy that is sampled at, and `budget` meets its target."""
+"""The reported entropy is that of the sampled distribution, and `budget` meets its target."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from tests.client import LIVELY, chat_body, gather, some_prompt
 from tests.conftest import long
 
 STANDARD_ERRORS = 4.0
-"""Per setting a correct server fails with probability 6e-5; the seeds are fixed."""
+"""A correct server fails a setting with probability 6e-5; the seeds are fixed."""
 SEQUENCES = 96
 
 COUNTS = [("v1", 10), long("v1", 20), long("v2", 4)]
@@ -18,7 +18,7 @@ COUNTS = [("v1", 10), long("v1", 20), long("v2", 4)]
 
 @pytest.mark.parametrize(("engine", "settings"), COUNTS, indirect=["engine"])
 def test_surprise_equals_the_reported_entropy(engine, settings, figure):
-    """Σ_t (−ln p(token_t) − H_t) is a martingale: over sequences its mean is 0."""
+    """Σ_t (−ln p(token_t) − H_t) is a martingale, so its mean over sequences is 0."""
     source = random.Random(3)
     worst = 0.0
     for setting in range(settings):
@@ -67,16 +67,16 @@ def _excess(answer) -> float:
     indirect=["engine"],
 )
 def test_budget_meets_its_target(engine, share, figure):
-    """A target between what cooling and heating can reach is met within a tenth.
+    """A target within the reach of cooling and heating is met within a tenth.
 
-    At η = .2 and c = 2 a level that settles at ℓ leaves the mean over 256 tokens 4·|ℓ| % beside the
+    At η = .2 and c = 2 a level that settles at ℓ leaves the mean over 256 tokens 4·|ℓ| % from the
     target. Measured spread of one text's mean: 5 % of the target; of eight texts' mean: under 2 %.
     """
     free = chat_body(diversity={"level": 0.01}, max_tokens=256, **LIVELY)
     natural = _mean_after(_eight(engine, free))
     target = share * natural
-    asked = free | {"diversity": {"law": "budget", "target_entropy": target}}
-    reached = _mean_after(_eight(engine, asked))
+    with_budget = free | {"diversity": {"law": "budget", "target_entropy": target}}
+    reached = _mean_after(_eight(engine, with_budget))
     figure(target=target, reached=reached)
     assert reached == pytest.approx(target, rel=0.1)
 

@@ -1,6 +1,6 @@
 """DRY, a style, a law and a group in one request, in that order: over HTTP, against fp64.
 
-The first tokens are the code's of a group; when its bits are used the rows are the law's.
+A group's code determines the first tokens; when its bits are used up, the law samples.
 """
 
 import random
@@ -17,16 +17,16 @@ from tests.group_reference import drawn_reference, first_code_reference
 from tests.parity.test_exactness import (
     LOG_PROBABILITY,
     NEAR_THRESHOLD,
+    _answers,
     _log_p,
+    _log_ps,
     _plain,
-    _read,
-    _reading,
-    _sampled,
+    _sampled_tokens,
     _stops,
     _vocabulary,
 )
 from tests.parity.test_groups import NEAR
-from tests.parity.test_styles import NOTHING_CUT, _log_guard, _of_profile
+from tests.parity.test_styles import NOTHING_CUT, _log_guard, _style_rows
 from tests.reference import reference
 from tests.style_reference import style_reference
 
@@ -49,21 +49,21 @@ def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
         text = tokenizer.encode(generate(source).text).ids[: source.randrange(20, 60)]
         prompt = [*text, *text[: source.randrange(4, 12)]]
         level, temperature = source.uniform(0.1, 1.0), source.uniform(0.5, 1.5)
-        place = {"id": f"t{number}", "index": number % SIZE, "size": SIZE}
+        group = {"id": f"t{number}", "index": number % SIZE, "size": SIZE}
         dry = {f"dry_{name}": value for name, value in DRY.items()}
         style = {"name": "habits", "strength": source.uniform(0.2, 1.0), "max_kl": 0.05}
-        asked = {"level": level, "group": place, "dry_sequence_breakers": [], **dry}
-        body = {"prompt": prompt, "diversity": asked, "style": style, "seed": number}
+        diversity = {"level": level, "group": group, "dry_sequence_breakers": [], **dry}
+        body = {"prompt": prompt, "diversity": diversity, "style": style, "seed": number}
         body |= {"temperature": temperature, "max_tokens": TOKENS}
-        answer = _reading(engine, [body], vocabulary)[0]
-        tokens = _sampled(answer.json()["choices"][0])
-        code, bits = first_code_reference(place["id"], place["index"], SIZE), np.log2(SIZE)
+        answer = _answers(engine, [body], vocabulary)[0]
+        tokens = _sampled_tokens(answer.json()["choices"][0])
+        code, bits = first_code_reference(group["id"], group["index"], SIZE), np.log2(SIZE)
         state, spent = 0, 0.0
         for step, token in enumerate(tokens):
             before = [*prompt, *tokens[:step]]
-            logits_V = _read(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
             nats = penalties_reference(before, **DRY)
-            factor_V, delta_V = _of_profile(profile, state, before[-1], vocabulary)
+            factor_V, delta_V = _style_rows(profile, state, before[-1], vocabulary)
             shaped = {"temperature": temperature, "stop_ids": stops}
             styled = style_reference(
                 dry_reference(logits_V, nats, log_guard=_log_guard(level), **shaped),
@@ -75,17 +75,17 @@ def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
                 **shaped,
             )
             if styled.margin < NEAR_THRESHOLD:
-                break  # What it has spent is not known.
+                break  # The KL spent so far is not known any more.
             spent += styled.tilt_kl
             state = profile.step(state, token)[0]
             penalised += bool(nats)
             row_V = np.where(np.isfinite(styled.log_p_V), styled.log_p_V * temperature, -np.inf)
             law = reference(row_V, level=level, min_p=NOTHING_CUT, **shaped)
             if bits > 0:
-                wanted, code = drawn_reference(np.exp(law.log_p_V), code)
+                expected, code = drawn_reference(np.exp(law.log_p_V), code)
                 if not NEAR < code < 1 - NEAR:
                     break
-                assert token == wanted, (number, step)
+                assert token == expected, (number, step)
                 bits += law.log_p_V[token] / np.log(2)
                 drawn += 1
                 continue

@@ -13,7 +13,7 @@ def cluster():
     import ray
 
     ray.init(
-        "local",  # Another cluster of this machine is none of ours.
+        "local",  # Do not connect to another cluster of this machine.
         num_cpus=WORKERS,
         object_store_memory=200 << 20,
         include_dashboard=False,

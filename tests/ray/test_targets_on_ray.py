@@ -1,4 +1,4 @@
-"""`target build --engine ray`: the local store bit for bit, whoever is lost on the way."""
+"""`target build --engine ray`: the same store as the local engine's, also after lost workers."""
 
 import importlib
 import os
@@ -23,11 +23,11 @@ from tests.ray.conftest import WORKERS
 from tests.unit.test_target_cli import build, bytes_of, make_tokenizer, refused, save_novels
 
 V = 50
-SOME = Cluster(address=None, workers=WORKERS, loads_models=False)
+CLUSTER = Cluster(address=None, workers=WORKERS, loads_models=False)
 
 
-class Certain(DenseSource):
-    """Logits that follow from the token before; what a worker does on the way is `disturb`'s."""
+class PredictableSource(DenseSource):
+    """Logits that depend on the token before; `disturb` is called at every read."""
 
     vocabulary = V
 
@@ -51,8 +51,8 @@ class Certain(DenseSource):
         return rows
 
 
-class Once:
-    """Does something in the first process that takes it, and in no other."""
+class SignalOnce:
+    """Sends a signal to the first process that calls it, and to no other."""
 
     def __init__(self, mark: Path, number: int = signal.SIGKILL) -> None:
         self._mark, self._number = mark, number
@@ -70,7 +70,7 @@ def die() -> None:
 
 
 def some_documents(number: int) -> dict[str, list[Document]]:
-    """Of a hundred tokens; two more are held out."""
+    """`number` documents of 100 tokens to train on, and two that are held out."""
     source = np.random.default_rng(0)
 
     def document() -> Document:
@@ -82,16 +82,16 @@ def some_documents(number: int) -> dict[str, list[Document]]:
 
 @pytest.fixture
 def documents(monkeypatch) -> dict[str, list[Document]]:
-    """Six shards to train on and one that is held out."""
+    """Documents for six training shards and one held-out shard."""
     monkeypatch.setattr(store, "SHARD_TOKENS", 300)
-    made = some_documents(17)
-    assert len(store.parts_of(made)) == 7
-    return made
+    documents_by_split = some_documents(17)
+    assert len(store.parts_of(documents_by_split)) == 7
+    return documents_by_split
 
 
-def planned(documents, source=None) -> store.Plan:
+def make_plan(documents, source=None) -> store.Plan:
     return store.plan(
-        source or Certain(),
+        source or PredictableSource(),
         documents,
         tokenizer="t",
         template=None,
@@ -102,126 +102,129 @@ def planned(documents, source=None) -> store.Plan:
     )
 
 
-def built_on_ray(folder: Path, documents, make, say=print, cluster=SOME) -> list[int]:
-    plan = planned(documents)
+def build_on_ray(folder: Path, documents, make, say=print, cluster=CLUSTER) -> list[int]:
+    plan = make_plan(documents)
     store.begin(folder, plan)
     return list(on_ray.build(folder, plan, documents, make, cluster, say))
 
 
 @pytest.fixture
 def local(tmp_path, documents) -> dict[str, bytes]:
-    store.write(tmp_path / "local", planned(documents), Certain(), documents)
+    store.write(tmp_path / "local", make_plan(documents), PredictableSource(), documents)
     return bytes_of(tmp_path / "local")
 
 
-def finished(folder: Path, documents) -> dict[str, bytes]:
-    store.finish(folder, planned(documents), documents, store.versions())
+def finish_store(folder: Path, documents) -> dict[str, bytes]:
+    store.finish(folder, make_plan(documents), documents, store.versions())
     return bytes_of(folder)
 
 
-def test_the_same_store_as_the_local_engine(cluster, tmp_path, documents, local):
-    """And where one shard is missing, that one is read again, and no other."""
+def test_ray_builds_the_store_of_the_local_engine(cluster, tmp_path, documents, local):
+    """If a shard is missing, only that one is written again."""
     folder = tmp_path / "ray"
-    done = built_on_ray(folder, documents, lambda _: Certain())
+    done = build_on_ray(folder, documents, lambda _: PredictableSource())
     assert sorted(done) == sorted(part.tokens for part in store.parts_of(documents))
-    gone = folder / "train-00003.safetensors"
-    gone.unlink()
+    removed = folder / "train-00003.safetensors"
+    removed.unlink()
     others = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert sorted(built_on_ray(folder, documents, lambda _: Certain())) == sorted(done)
+    assert sorted(build_on_ray(folder, documents, lambda _: PredictableSource())) == sorted(done)
     assert {path: path.stat().st_mtime_ns for path in others} == others
-    assert finished(folder, documents) == local
+    assert finish_store(folder, documents) == local
 
 
-def test_where_nothing_is_missing_no_worker_is_asked(tmp_path, documents, local):
-    """Without a cluster, even."""
+def test_a_complete_store_needs_no_cluster(tmp_path, documents, local):
     folder = tmp_path / "local"
-    plan = planned(documents)
-    given = on_ray.build(folder, plan, documents, lambda _: Certain(), SOME, print)
-    assert sum(given) == sum(part.tokens for part in store.parts_of(documents))
+    plan = make_plan(documents)
+    token_counts = on_ray.build(
+        folder, plan, documents, lambda _: PredictableSource(), CLUSTER, print
+    )
+    assert sum(token_counts) == sum(part.tokens for part in store.parts_of(documents))
 
 
-def test_a_worker_that_is_killed_is_replaced(cluster, tmp_path, documents, local):
-    said: list[str] = []
-    disturbance = Once(tmp_path / "killed")
-    built_on_ray(tmp_path / "ray", documents, lambda _: Certain(disturbance), said.append)
+def test_a_killed_worker_is_replaced(cluster, tmp_path, documents, local):
+    lines: list[str] = []
+    disturbance = SignalOnce(tmp_path / "killed")
+    build_on_ray(
+        tmp_path / "ray", documents, lambda _: PredictableSource(disturbance), lines.append
+    )
     assert (tmp_path / "killed").exists()
-    assert [line for line in said if "its worker was lost (ActorDiedError)" in line]
-    assert finished(tmp_path / "ray", documents) == local
+    assert [line for line in lines if "its worker was lost (ActorDiedError)" in line]
+    assert finish_store(tmp_path / "ray", documents) == local
 
 
 @pytest.mark.long
-def test_a_worker_that_is_killed_as_it_starts_is_replaced(cluster, tmp_path, documents, local):
-    disturbance = Once(tmp_path / "killed")
+def test_a_worker_that_is_killed_while_starting_is_replaced(cluster, tmp_path, documents, local):
+    disturbance = SignalOnce(tmp_path / "killed")
 
-    def make(_: object) -> Certain:
+    def make(_: object) -> PredictableSource:
         disturbance()
-        return Certain()
+        return PredictableSource()
 
-    said: list[str] = []
-    built_on_ray(tmp_path / "ray", documents, make, said.append)
-    assert [line for line in said if line.startswith("  a start: its worker was lost")]
-    assert finished(tmp_path / "ray", documents) == local
+    lines: list[str] = []
+    build_on_ray(tmp_path / "ray", documents, make, lines.append)
+    assert [line for line in lines if line.startswith("  a start: its worker was lost")]
+    assert finish_store(tmp_path / "ray", documents) == local
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("when", ["reading", "starting"])
-def test_workers_that_are_always_lost_end_the_build(cluster, tmp_path, documents, when):
-    def make(_: object) -> Certain:
+def test_workers_that_are_lost_every_time_end_the_build(cluster, tmp_path, documents, when):
+    def make(_: object) -> PredictableSource:
         if when == "starting":
             die()
-        return Certain(die)
+        return PredictableSource(die)
 
     of = "a start" if when == "starting" else r"train-0000\d.safetensors"
     with pytest.raises(RuntimeError, match=rf"{of}: its worker was lost 5 times.*--processes"):
-        built_on_ray(tmp_path / "ray", documents, make)
+        build_on_ray(tmp_path / "ray", documents, make)
     assert [path.name for path in (tmp_path / "ray").iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "reported"),
     [
         (ValueError, ValueError),
         pytest.param(OSError, RuntimeError, marks=pytest.mark.long),
         pytest.param(KeyError, RuntimeError, marks=pytest.mark.long),
     ],
 )
-def test_what_a_worker_raises_is_told(cluster, tmp_path, documents, kind, told):
-    def make(_: object) -> Certain:
+def test_an_exception_of_a_worker_is_reported(cluster, tmp_path, documents, kind, reported):
+    def make(_: object) -> PredictableSource:
         raise kind("no model at models/base")
 
-    with pytest.raises(told, match=r"a worker of the Ray cluster: .*no model at models/base"):
-        built_on_ray(tmp_path / "ray", documents, make)
+    with pytest.raises(reported, match=r"a worker of the Ray cluster: .*no model at models/base"):
+        build_on_ray(tmp_path / "ray", documents, make)
 
 
 @pytest.mark.long
-def test_another_source_is_refused(cluster, tmp_path, documents):
+def test_a_worker_with_another_source_is_refused(cluster, tmp_path, documents):
     with pytest.raises(ValueError, match='kind is "other" there and "certain" here'):
-        built_on_ray(tmp_path / "ray", documents, lambda _: Certain(name="other"))
+        build_on_ray(tmp_path / "ray", documents, lambda _: PredictableSource(name="other"))
 
 
 @pytest.mark.long
-def test_a_worker_without_the_package_is_told(cluster, tmp_path, documents, monkeypatch):
-    """The class comes from a module that this process has, and the workers do not find."""
+def test_a_worker_without_the_package_is_reported(cluster, tmp_path, documents, monkeypatch):
+    """The class is from a module that this process has imported and the workers cannot find."""
     code = tmp_path / "only_here.py"
     code.write_text("from dftserve.targets import on_ray\nclass Worker(on_ray._Worker): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(on_ray, "_Worker", importlib.import_module("only_here").Worker)
     code.unlink()
     with pytest.raises(RuntimeError, match=r"cannot be made: .*only_here.*; install the same"):
-        built_on_ray(tmp_path / "ray", documents, lambda _: Certain())
+        build_on_ray(tmp_path / "ray", documents, lambda _: PredictableSource())
 
 
 @pytest.mark.long
-def test_other_versions_are_refused(cluster, tmp_path, documents, monkeypatch):
+def test_workers_with_other_versions_are_refused(cluster, tmp_path, documents, monkeypatch):
     ours = store.versions()
     monkeypatch.setattr(store, "versions", lambda: {**ours, "torch": "1.0"})
     with pytest.raises(RuntimeError, match=r"this process .*'torch': '1.0'.*Install the same"):
-        built_on_ray(tmp_path / "ray", documents, lambda _: Certain())
+        build_on_ray(tmp_path / "ray", documents, lambda _: PredictableSource())
 
 
 @pytest.mark.long
 def test_a_worker_reads_one_shard_at_a_time(cluster, tmp_path, documents):
-    """And there are as many of them as are asked for, whether or not there is a GPU for them."""
+    """The number of workers is as requested, with or without GPUs."""
     running, counts = tmp_path / "running", tmp_path / "counts"
     running.mkdir()
     counts.mkdir()
@@ -233,7 +236,7 @@ def test_a_worker_reads_one_shard_at_a_time(cluster, tmp_path, documents):
         mine.unlink()
 
     one = Cluster(address=None, workers=1, loads_models=True)
-    built_on_ray(tmp_path / "ray", documents, lambda _: Certain(count), cluster=one)
+    build_on_ray(tmp_path / "ray", documents, lambda _: PredictableSource(count), cluster=one)
     assert {path.read_text() for path in counts.iterdir()} == {"1"}
     assert len({path.name.partition("-")[0] for path in counts.iterdir()}) == 1
 
@@ -251,8 +254,8 @@ def novels(tmp_path) -> Path:
     return save_novels(tmp_path / "novels")
 
 
-def test_the_command(cluster, tmp_path, novels, model, monkeypatch):
-    """With a shipped recipe; names that the driver's folder makes true are true for the workers."""
+def test_the_build_command_on_ray(cluster, tmp_path, novels, model, monkeypatch):
+    """With a shipped recipe; relative paths are valid for the workers too."""
     monkeypatch.setattr(store, "SHARD_TOKENS", 1500)
     monkeypatch.chdir(tmp_path)
     assert build("novels", model, "local").exit_code == 0
@@ -266,15 +269,15 @@ def test_the_command(cluster, tmp_path, novels, model, monkeypatch):
     "engine",
     ["Ray", "ray://", "ray://host", "http://127.0.0.1:10001", "ray://a b:1", "ray://a:70000", ""],
 )
-def test_engines_that_are_none(tmp_path, novels, model, engine):
+def test_invalid_engines_are_refused(tmp_path, novels, model, engine):
     result = build(novels, model, tmp_path / "out", "--engine", engine)
     refused(result, "engine: got", "accepted: local, ray, ray://HOST:PORT")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
-def nobody(monkeypatch, tmp_path) -> int:
-    """A port on which nothing listens; and no cluster of this machine is known."""
+def unused_port(monkeypatch, tmp_path) -> int:
+    """A port on which nothing listens; no cluster of this machine can be found."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray-tmp"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
@@ -284,10 +287,10 @@ def nobody(monkeypatch, tmp_path) -> int:
 
 
 @pytest.mark.parametrize("how", ["--engine", "RAY_ADDRESS", "ray_current_cluster"])
-def test_a_cluster_that_is_gone_is_told_before_anything_is_read(
-    tmp_path, novels, model, monkeypatch, nobody, how
+def test_an_unreachable_cluster_is_reported_before_texts_are_read(
+    tmp_path, novels, model, monkeypatch, unused_port, how
 ):
-    engine, address = "ray", f"127.0.0.1:{nobody}"
+    engine, address = "ray", f"127.0.0.1:{unused_port}"
     if how == "--engine":
         engine = address = f"ray://{address}"
     elif how == "RAY_ADDRESS":
@@ -303,7 +306,7 @@ def test_a_cluster_that_is_gone_is_told_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_ray_nothing_is_read(tmp_path, novels, model, monkeypatch):
+def test_without_ray_the_build_is_refused(tmp_path, novels, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     result = build(novels, model, tmp_path / "out", "--engine", "ray")
     assert result.exit_code == 1
@@ -311,7 +314,7 @@ def test_without_ray_nothing_is_read(tmp_path, novels, model, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_says_where_it_measured(tmp_path, novels, model):
+def test_a_plan_says_that_it_measured_locally(tmp_path, novels, model):
     result = build(novels, model, tmp_path / "out", "--engine", "ray", "--plan")
     assert result.exit_code == 0, result.output
     assert "Measured on this machine; the Ray cluster is not asked." in result.output

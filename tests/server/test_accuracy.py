@@ -1,8 +1,8 @@
-"""The accuracy path sees the sampler.
+"""Accuracy scores depend on the sampler as the law predicts.
 
 A rigged model answers every prompt with one letter and ends: A with probability .38, eleven others
-with .05 each, ten unlikely ones, or nothing. What diversity makes of these numbers follows from
-docs/maths.md by the fp64 reference, and the measured scores must be binomial around it.
+with .05 each, ten unlikely ones, or nothing. The fp64 reference gives the probabilities for each
+level, and the measured scores must be binomial around them.
 """
 
 import gzip
@@ -30,19 +30,19 @@ END_CHANCE = 0.04
 STOPS = frozenset([SPECIALS.index(END)])
 NEVER = -60.0
 """A logit: 1e-26."""
-ASKED = 300
-"""Answers at each level. The score at level 1 lies 4.9 of its deviations from where a test with
-ALARM would still take it for level 0's."""
+SAMPLED = 300
+"""Answers at each level. The score at level 1 is 4.9 of its standard deviations away from where a
+test with ALARM would still accept it as level 0's."""
 ALARM = 1e-7
-"""Of one binomial check; no test here makes more than ten."""
+"""False-alarm probability of one binomial check; no test here makes more than ten."""
 
 
 @pytest.fixture(scope="module")
 def rigged(tmp_path_factory):
-    place = tmp_path_factory.mktemp("rigged")
-    folder = place / "model"
+    parent = tmp_path_factory.mktemp("rigged")
+    folder = parent / "model"
     save(folder, rigged_model(), byte_tokenizer())
-    with engine_running("v1_rigged", folder, place, "--max-model-len=2048") as engine:
+    with engine_running("v1_rigged", folder, parent, "--max-model-len=2048") as engine:
         yield engine
 
 
@@ -72,7 +72,7 @@ def rigged_model() -> LlamaForCausalLM:
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
         embedding[:, :half] = 1.0
         embedding[letters] = 1.0 - embedding[letters]
-        # The norm makes of each half its ones times √2.
+        # The norm turns the ones of either half into √2.
         head[:, :half] = torch.tensor(first_logits())[:, None] / (half * math.sqrt(2))
         head[:, half:] = after_letter[:, None] / (half * math.sqrt(2))
     return model
@@ -108,21 +108,21 @@ def first_logits() -> np.ndarray:
 
 
 def chance_of(letter: str, level: float) -> float:
-    """Of the answer, by the law; at level 0 of the plain softmax."""
+    """Probability of the answer by the law; at level 0 by the plain softmax."""
     if level == 0:
         return CHANCES[letter]
     law = reference(first_logits(), temperature=1.0, level=level, stop_ids=STOPS)
-    assert law.margin > 0.01, "a token at the guard's threshold: rounding would decide"
+    assert law.margin > 0.01, "a token is so near the guard's threshold that rounding decides"
     return math.exp(law.log_p_V[vocabulary()[letter]])
 
 
-def test_the_numbers_are_what_the_law_says_by_hand():
+def test_the_expected_chances_equal_a_computation_by_hand():
     """CHANCES is a distribution, and heating A and its eleven rivals leaves A a sixth."""
     assert sum(CHANCES.values()) + END_CHANCE == pytest.approx(1)
     # At level 1 the guard keeps p ≥ .02·.38: A, eleven rivals, the end.
     kept = np.array([0.38] + [0.05] * 11 + [END_CHANCE])
     p = kept / kept.sum()
-    # The end is always kept, and the entropy is that of the plausible tokens, it among them.
+    # The end is always kept, and counts as a plausible token in the entropy.
     entropy = -(p * np.log(p)).sum()
     heated = p[:-1] ** math.exp(-2 * (entropy / (entropy + 1)) ** 2)
     by_hand = heated[0] / heated.sum() * (1 - p[-1])
@@ -130,9 +130,9 @@ def test_the_numbers_are_what_the_law_says_by_hand():
     assert by_hand < 0.2
 
 
-def check(right: int, asked: int, letter: str, level: float) -> None:
+def check(right: int, answers: int, letter: str, level: float) -> None:
     chance = chance_of(letter, level)
-    assert stats.binomtest(right, asked, chance).pvalue > ALARM, (letter, level, right, chance)
+    assert stats.binomtest(right, answers, chance).pvalue > ALARM, (letter, level, right, chance)
 
 
 def test_humaneval_sees_diversity(rigged, tmp_path, figure):
@@ -142,43 +142,45 @@ def test_humaneval_sees_diversity(rigged, tmp_path, figure):
         "prompt": 'A = 1\n\n\ndef f():\n    """Only A is a name that is known."""\n    return ',
         "entry_point": "f",
         "canonical_solution": "A\n",
-        # An empty answer would do no harm: the test asks for the name in the body.
+        # An empty answer raises no error, so the test checks for the name in the body.
         "test": "def check(candidate):\n    assert 'A' in candidate.__code__.co_names\n",
     }
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
         for number in range(10):
             file.write(json.dumps(problem | {"task_id": f"T/{number}"}) + "\n")
-    report = measured(rigged, tmp_path, "humaneval", samples=ASKED // 10)
-    assert metric(rigged, "dft:faults_total") == 0, "260 tokens, in rows that vLLM padded to 320"
-    right = {each["diversity"]: round(each["accuracy"]["value"] * ASKED) for each in levels(report)}
+    report = measured(rigged, tmp_path, "humaneval", samples=SAMPLED // 10)
+    assert metric(rigged, "dft:faults_total") == 0, "260 tokens, in rows that vLLM pads to 320"
+    right = {
+        each["diversity"]: round(each["accuracy"]["value"] * SAMPLED) for each in levels(report)
+    }
     for level in (0.0, 1.0):
-        check(right[level], ASKED, "A", level)
-    assert stats.binomtest(right[1.0], ASKED, chance_of("A", 0.0)).pvalue < ALARM
+        check(right[level], SAMPLED, "A", level)
+    assert stats.binomtest(right[1.0], SAMPLED, chance_of("A", 0.0)).pvalue < ALARM
     assert levels(report)[1]["difference"]["high"] < 0
-    figure(right=right, asked=ASKED, expected={level: chance_of("A", level) for level in (0, 1)})
+    figure(right=right, asked=SAMPLED, expected={level: chance_of("A", level) for level in (0, 1)})
 
 
 @pytest.mark.long
 def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
-    """As many questions whose answer is A, and whose is B: one falls, and one rises."""
+    """Half of the answers are A and half B: the score of A falls, and that of B rises."""
     try:
         lm_eval.executable()
     except RuntimeError as error:
         pytest.skip(str(error))
     row = {"subject": "letters", "question": "Which?", "choices": ["1", "2", "3", "4"], "answer": 0}
     write_lines(tmp_path / "mmlu_dev.jsonl", [row] * 5)
-    write_lines(tmp_path / "mmlu_test.jsonl", [row | {"answer": n % 2} for n in range(2 * ASKED)])
+    write_lines(tmp_path / "mmlu_test.jsonl", [row | {"answer": n % 2} for n in range(2 * SAMPLED)])
     report = measured(rigged, tmp_path, "mmlu", samples=1)
     right = {}
     for level in (0.0, 1.0):
-        kept = json.loads((tmp_path / "report.json.parts" / f"mmlu-{level:g}.json").read_text())
-        assert len(kept) == 2 * ASKED
+        results = json.loads((tmp_path / "report.json.parts" / f"mmlu-{level:g}.json").read_text())
+        assert len(results) == 2 * SAMPLED
         for number, letter in enumerate("AB"):
-            right[letter, level] = sum(each["right"][0] for each in kept[number::2])
-            check(right[letter, level], ASKED, letter, level)
-    assert stats.binomtest(right["A", 1.0], ASKED, chance_of("A", 0.0)).pvalue < ALARM
+            right[letter, level] = sum(each["right"][0] for each in results[number::2])
+            check(right[letter, level], SAMPLED, letter, level)
+    assert stats.binomtest(right["A", 1.0], SAMPLED, chance_of("A", 0.0)).pvalue < ALARM
     low, high = levels(report)
-    assert low["accuracy"]["value"] == (right["A", 0.0] + right["B", 0.0]) / (2 * ASKED)
+    assert low["accuracy"]["value"] == (right["A", 0.0] + right["B", 0.0]) / (2 * SAMPLED)
     assert high["difference"]["value"] < 0
     assert high["p"] < 0.001
     figure(

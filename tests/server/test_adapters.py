@@ -1,5 +1,7 @@
-"""LoRA adapters at several strengths, served by vLLM on a CPU, beside their base: each token's
-probabilities are those of transformers and peft with the scale set there, and `style` names them.
+"""LoRA adapters at several strengths, served by vLLM on a CPU together with their base.
+
+Each token's probabilities are those of transformers and peft at the same scale, and `style` selects
+an adapter.
 """
 
 import json
@@ -20,9 +22,9 @@ from tests.parity.test_exactness import (
     LOG_PROBABILITY,
     NATS,
     NEAR_THRESHOLD,
+    _answers,
     _log_p,
     _plain,
-    _reading,
     _stops,
     _vocabulary,
 )
@@ -32,16 +34,16 @@ pytestmark = pytest.mark.long
 
 RANK, ALPHA = 8, 8
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-VISIBLE = 0.3
-"""Nats by which the most changed token of each step differs between two strengths, at least."""
+LEAST_DIFFERENCE = 0.3
+"""Nats by which the most changed token of each step must differ between two strengths."""
 SCALES = {"demo": 0.0, "tales-0.5": 0.5, "tales-1": 1.0}
-"""By the model that a client asks for."""
+"""The adapter's scale by the requested model."""
 TOKENS = 4
 
 
 @pytest.fixture(scope="module")
 def tuned(model_folder, tmp_path_factory):
-    """The test model with a LoRA of random numbers, in float32, and the folder of that LoRA."""
+    """The test model with a random LoRA, in float32, and the folder of that LoRA."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -59,16 +61,16 @@ def tuned(model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapted(model_folder, tuned, styles_folder, tmp_path_factory):
-    """An engine with a profile, `habits`, and the LoRA at two strengths."""
-    place = tmp_path_factory.mktemp("adapted")
-    folders = scale(tuned[1], [0.5, 1.0], place / "adapters")
+    """An engine with the style profile `habits` and the LoRA at two strengths."""
+    path = tmp_path_factory.mktemp("adapted")
+    folders = scale(tuned[1], [0.5, 1.0], path / "adapters")
     env = {"DFTSERVE_STYLES": str(styles_folder)}
-    with engine_running("v1", model_folder, place, *shlex.split(flags(folders)), env=env) as engine:
+    with engine_running("v1", model_folder, path, *shlex.split(flags(folders)), env=env) as engine:
         yield engine
 
 
 def logits_LV(tuned, scale: float, tokens: list[int]) -> np.ndarray:
-    """Of transformers and peft after each token, at this scale of what the LoRA adds."""
+    """Logits of transformers and peft after each token, with the LoRA at this scale."""
     from peft.tuners.lora import LoraLayer
 
     model, _ = tuned
@@ -99,14 +101,14 @@ def tokens_of(answer) -> list[int]:
 
 
 def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, figure):
-    vocabulary, worst, least_seen = _vocabulary(adapted), dict.fromkeys(SCALES, 0.0), np.inf
-    asked = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
-    longer = {"max_tokens": TOKENS, "ignore_eos": True}
+    vocabulary, worst, least_change = _vocabulary(adapted), dict.fromkeys(SCALES, 0.0), np.inf
+    cases = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
+    shaping = {"max_tokens": TOKENS, "ignore_eos": True}
     bodies = [
-        _plain({"prompt": prompt, "shaping": longer}) | {"model": name} for name, prompt in asked
+        _plain({"prompt": prompt, "shaping": shaping}) | {"model": name} for name, prompt in cases
     ]
-    answers = _reading(adapted, bodies, vocabulary)
-    for (name, prompt), answer in zip(asked, answers, strict=True):
+    answers = _answers(adapted, bodies, vocabulary)
+    for (name, prompt), answer in zip(cases, answers, strict=True):
         assert answer.json()["model"] == name
         text = [*prompt, *tokens_of(answer)]
         rows = {each: logits_LV(tuned, s, text)[len(prompt) - 1 :] for each, s in SCALES.items()}
@@ -115,40 +117,40 @@ def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, figure):
             error = float(np.abs(served_V - log_p(rows[name][step])).max())
             worst[name] = max(worst[name], error)
             others = [log_p(rows[each][step]) for each in SCALES if each != name]
-            least_seen = min(least_seen, *(np.abs(served_V - other).max() for other in others))
-    figure(steps=len(asked) * TOKENS, worst_logprob=worst, least_change=float(least_seen))
+            least_change = min(least_change, *(np.abs(served_V - other).max() for other in others))
+    figure(steps=len(cases) * TOKENS, worst_logprob=worst, least_change=float(least_change))
     assert max(worst.values()) <= LOG_PROBABILITY, worst
-    assert least_seen >= VISIBLE
+    assert least_change >= LEAST_DIFFERENCE
 
 
 def test_the_field_goes_by_the_adapter_s_logits(adapted, tuned, figure):
     vocabulary, worst, checked = _vocabulary(adapted), 0.0, 0
     stops = _stops(adapted, {"shaping": {}})
-    asked = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
+    cases = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
     bodies = [
         {"prompt": prompt, "model": name, "diversity": 0.5, "temperature": 0.8}
-        for name, prompt in asked
+        for name, prompt in cases
     ]
-    for (name, prompt), answer in zip(asked, _reading(adapted, bodies, vocabulary), strict=True):
+    for (name, prompt), answer in zip(cases, _answers(adapted, bodies, vocabulary), strict=True):
         logits_V = logits_LV(tuned, SCALES[name], prompt)[-1]
-        said = reference(logits_V, temperature=0.8, level=0.5, stop_ids=stops)
-        if said.margin < NEAR_THRESHOLD:
+        expected = reference(logits_V, temperature=0.8, level=0.5, stop_ids=stops)
+        if expected.margin < NEAR_THRESHOLD:
             continue
         checked += 1
         sampled_V = _log_p(answer, vocabulary)
-        assert (np.isinf(sampled_V) == np.isinf(said.log_p_V)).all(), name
-        likely_V = said.log_p_V > -25
-        worst = max(worst, np.abs(sampled_V[likely_V] - said.log_p_V[likely_V]).max())
+        assert (np.isinf(sampled_V) == np.isinf(expected.log_p_V)).all(), name
+        likely_V = expected.log_p_V > -25
+        worst = max(worst, np.abs(sampled_V[likely_V] - expected.log_p_V[likely_V]).max())
         figures = answer.json()["diversity"]["choices"][0]
-        assert figures["mean_entropy_before"] == pytest.approx(said.entropy_before, abs=NATS)
-        assert figures["mean_entropy_after"] == pytest.approx(said.entropy_after, abs=NATS)
-        assert figures["mean_temperature"] == pytest.approx(said.temperature, rel=1e-4)
+        assert figures["mean_entropy_before"] == pytest.approx(expected.entropy_before, abs=NATS)
+        assert figures["mean_entropy_after"] == pytest.approx(expected.entropy_after, abs=NATS)
+        assert figures["mean_temperature"] == pytest.approx(expected.temperature, rel=1e-4)
     figure(checked=checked, worst_logprob=float(worst))
-    assert checked > len(asked) // 2
+    assert checked > len(cases) // 2
     assert worst <= LOG_PROBABILITY
 
 
-NAMED = {
+STYLES = {
     "as trained": ("tales", {"name": "tales", "strength": 1.0}, 1.0),
     "nearest": ({"name": "tales", "strength": 0.6}, {"name": "tales", "strength": 0.6}, 0.5),
     "of two as near": (
@@ -159,24 +161,24 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("case", NAMED)
+@pytest.mark.parametrize("case", STYLES)
 @pytest.mark.parametrize("diversity", [None, 0.5])
 def test_a_style_takes_the_nearest_adapter(adapted, tuned, case, diversity):
-    style, echoed, strength = NAMED[case]
+    style, echoed, strength = STYLES[case]
     vocabulary, (prompt,) = _vocabulary(adapted), prompts(adapted, 1)
     taken = f"tales-{strength:g}"
     body = _plain({"prompt": prompt, "shaping": {}}) | {"style": style}
     body |= {} if diversity is None else {"diversity": diversity}
-    by_style, by_model = _reading(
+    by_style, by_model = _answers(
         adapted,
         [body, {k: v for k, v in body.items() if k != "style"} | {"model": taken}],
         vocabulary,
     )
-    said = by_style.json()
-    assert said["model"] == taken
-    assert said["style"] == echoed | {"adapter": taken, "effective_strength": strength}
-    assert json.loads(by_style.headers["x-dftserve-style"]) == said["style"]
-    assert ("diversity" in said) == (diversity is not None)
+    content = by_style.json()
+    assert content["model"] == taken
+    assert content["style"] == echoed | {"adapter": taken, "effective_strength": strength}
+    assert json.loads(by_style.headers["x-dftserve-style"]) == content["style"]
+    assert ("diversity" in content) == (diversity is not None)
     got_V, expected_V = (_log_p(answer, vocabulary) for answer in (by_style, by_model))
     np.testing.assert_allclose(got_V, expected_V, atol=LOG_PROBABILITY)
     if diversity is None:
@@ -195,19 +197,19 @@ ROUTES = {
 }
 
 
-def test_every_route_takes_it(adapted):
+def test_every_route_accepts_a_style_with_an_adapter(adapted):
     echo = {"name": "tales", "strength": 1.0, "adapter": "tales-1", "effective_strength": 1.0}
-    asked = {"vllm_xargs": {"style": "tales"}}
+    fields = {"vllm_xargs": {"style": "tales"}}
     for (path, _), answer in zip(
         ROUTES.items(),
-        gather(adapted, [(path, ROUTES[path] | asked) for path in ROUTES]),
+        gather(adapted, [(path, ROUTES[path] | fields) for path in ROUTES]),
         strict=True,
     ):
         assert answer.status_code == 200, (path, answer.text)
         assert answer.json()["style"] == echo, path
 
 
-def test_a_stream_says_it_and_so_does_a_greedy_text(adapted):
+def test_streams_and_greedy_texts_use_and_report_the_adapter(adapted):
     client = sync_client(adapted)
     body = chat_body(max_tokens=4, temperature=0)
     with client.chat.completions.create(
@@ -230,18 +232,18 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_be_taken_is_refused(adapted):
+def test_invalid_styles_are_refused(adapted):
     body = {"model": "demo", "prompt": "Once", "max_tokens": 2}
-    for fields, parameter, says in REFUSED:
+    for fields, parameter, message in REFUSED:
         answer = post(adapted, "/v1/completions", body | fields)
         assert answer.status_code == 400, (fields, answer.text)
         assert answer.json()["error"]["param"] == parameter
-        assert says in answer.json()["error"]["message"]
+        assert message in answer.json()["error"]["message"]
     beam = body | {"style": "tales", "use_beam_search": True, "n": 2}
     assert post(adapted, "/v1/completions", beam).json()["error"]["param"] == "style"
 
 
-def test_what_is_off_or_a_profile_is_as_ever(adapted):
+def test_strength_0_and_profiles_use_no_adapter(adapted):
     body = {"model": "demo", "prompt": "Once", "max_tokens": 4, "seed": 1}
     off, profile, both = (
         post(adapted, "/v1/completions", body | fields).json()
@@ -258,7 +260,7 @@ def test_what_is_off_or_a_profile_is_as_ever(adapted):
 
 
 def test_capabilities_name_the_adapters(adapted):
-    said = get(adapted, "/v1/dft/capabilities").json()
-    assert said["adapters"] == {"tales": [0.5, 1.0]}
-    assert said["styles"] == ["habits"]
-    assert said["hooks_missing"] == {}
+    capabilities = get(adapted, "/v1/dft/capabilities").json()
+    assert capabilities["adapters"] == {"tales": [0.5, 1.0]}
+    assert capabilities["styles"] == ["habits"]
+    assert capabilities["hooks_missing"] == {}

@@ -1,4 +1,4 @@
-"""The field on every endpoint, and its answer: header, body, stream, metrics, capabilities."""
+"""The field on every endpoint, and its reports: header, body, stream, metrics, capabilities."""
 
 import json
 import math
@@ -25,18 +25,18 @@ def test_chat_through_the_openai_client(engine):
     answer = sync_client(engine).chat.completions.create(
         **chat_body(max_tokens=12, n=2), extra_body={"diversity": 0.5}
     )
-    said = answer.model_extra["diversity"]
-    assert said["law"] == "gated"
-    assert said["level"] == 0.5
-    assert len(said["choices"]) == 2
-    assert all(set(choice) == FIGURES for choice in said["choices"])
-    assert sum(choice["tokens"] for choice in said["choices"]) == answer.usage.completion_tokens
+    reported = answer.model_extra["diversity"]
+    assert reported["law"] == "gated"
+    assert reported["level"] == 0.5
+    assert len(reported["choices"]) == 2
+    assert all(set(choice) == FIGURES for choice in reported["choices"])
+    assert sum(choice["tokens"] for choice in reported["choices"]) == answer.usage.completion_tokens
 
 
 @BOTH
 @pytest.mark.parametrize("usage", [True, False])
 @pytest.mark.parametrize("choices", [1, 2])
-def test_a_stream_carries_it_in_the_last_chunk(engine, usage, choices):
+def test_a_streams_last_chunk_has_the_diversity_object(engine, usage, choices):
     stream = sync_client(engine).chat.completions.create(
         **chat_body(max_tokens=8, n=choices),
         stream=True,
@@ -47,34 +47,34 @@ def test_a_stream_carries_it_in_the_last_chunk(engine, usage, choices):
     carrying = [chunk for chunk in chunks if "diversity" in (chunk.model_extra or {})]
     assert carrying == chunks[-1:]
     assert bool(chunks[-1].usage) == usage
-    said = chunks[-1].model_extra["diversity"]["choices"]
-    assert len(said) == choices
-    assert all(set(choice) == FIGURES for choice in said)
+    reported = chunks[-1].model_extra["diversity"]["choices"]
+    assert len(reported) == choices
+    assert all(set(choice) == FIGURES for choice in reported)
 
 
 @BOTH
-def test_completions_with_several_prompts_answer_for_each_choice(engine):
+def test_completions_with_several_prompts_report_each_choice(engine):
     answer = sync_client(engine).completions.create(
         model="demo", prompt=["Once", "There"], n=2, **SHORT, extra_body={"diversity": 0.3}
     )
-    said = answer.model_extra["diversity"]["choices"]
-    assert len(said) == len(answer.choices) == 4
-    assert sum(choice["tokens"] for choice in said) == answer.usage.completion_tokens
+    reported = answer.model_extra["diversity"]["choices"]
+    assert len(reported) == len(answer.choices) == 4
+    assert sum(choice["tokens"] for choice in reported) == answer.usage.completion_tokens
 
 
 @BOTH
-def test_responses(engine):
+def test_responses_and_their_streams_report_each_token(engine):
     client = sync_client(engine)
-    asked = {"model": "demo", "input": "Tell me a story.", "max_output_tokens": 16}
-    answer = client.responses.create(**asked, extra_body={"diversity": 0.5})
+    request = {"model": "demo", "input": "Tell me a story.", "max_output_tokens": 16}
+    answer = client.responses.create(**request, extra_body={"diversity": 0.5})
     assert answer.model_extra["diversity"]["choices"][0]["tokens"] == answer.usage.output_tokens
-    events = list(client.responses.create(**asked, stream=True, extra_body={"diversity": 0.5}))
+    events = list(client.responses.create(**request, stream=True, extra_body={"diversity": 0.5}))
     final = events[-1].response
     assert final.model_extra["diversity"]["choices"][0]["tokens"] == final.usage.output_tokens
 
 
 @BOTH
-def test_a_batch_of_conversations(engine):
+def test_a_batch_reports_each_conversation(engine):
     body = chat_body(diversity=0.5, **SHORT)
     body["messages"] = [body["messages"], body["messages"]]
     content = post(engine, "/v1/chat/completions/batch", body).json()
@@ -84,7 +84,7 @@ def test_a_batch_of_conversations(engine):
 @BOTH
 @pytest.mark.parametrize("value", [0.5, "0.5", '{"level": 0.5}'])
 @pytest.mark.parametrize("stream", [False, True])
-def test_messages_take_it_through_vllm_xargs(engine, value, stream):
+def test_messages_accept_the_field_in_vllm_xargs(engine, value, stream):
     body = chat_body(vllm_xargs={"diversity": value}, stream=stream, **SHORT)
     answer = post(engine, "/v1/messages", body)
     lines = [
@@ -105,7 +105,7 @@ def test_the_header_echoes_what_is_in_force(engine):
 
 @BOTH
 @pytest.mark.parametrize("off", [{}, {"diversity": None}])
-def test_an_answer_without_the_field_has_nothing_of_ours(engine, off):
+def test_an_answer_without_the_field_has_no_header_and_no_object(engine, off):
     answer = post(engine, "/v1/chat/completions", chat_body(**SHORT, **off))
     assert "x-dftserve-diversity" not in answer.headers
     assert "diversity" not in answer.json()
@@ -113,31 +113,31 @@ def test_an_answer_without_the_field_has_nothing_of_ours(engine, off):
 
 @BOTH
 @pytest.mark.parametrize(
-    ("asked", "reason"),
+    ("fields", "reason"),
     [
         ({"diversity": 0}, None),
         ({"diversity": 0.5, "temperature": 0}, "temperature 0 stays greedy"),
     ],
 )
-def test_off_is_said(engine, asked, reason):
-    said = post(engine, "/v1/chat/completions", chat_body(**SHORT, **asked)).json()["diversity"]
-    assert said["level"] == 0
-    assert said.get("reason") == reason
-    assert said["choices"] == [None]
+def test_an_answer_reports_that_the_field_is_off(engine, fields, reason):
+    found = post(engine, "/v1/chat/completions", chat_body(**SHORT, **fields)).json()["diversity"]
+    assert found["level"] == 0
+    assert found.get("reason") == reason
+    assert found["choices"] == [None]
 
 
 @BOTH
 def test_temperature_zero_stays_greedy(engine):
     greedy = chat_body(max_tokens=24, temperature=0)
     plain = post(engine, "/v1/chat/completions", greedy).json()
-    asked = post(engine, "/v1/chat/completions", greedy | {"diversity": 1}).json()
-    assert asked["choices"][0]["message"] == plain["choices"][0]["message"]
+    with_field = post(engine, "/v1/chat/completions", greedy | {"diversity": 1}).json()
+    assert with_field["choices"][0]["message"] == plain["choices"][0]["message"]
 
 
 @BOTH
-def test_the_models_own_cuts_are_dropped_and_listed_and_the_clients_are_kept(engine):
-    def dropped(**asked):
-        body = chat_body(diversity=0.5, **SHORT, **asked)
+def test_cuts_of_the_model_are_dropped_and_reported_and_those_of_the_client_kept(engine):
+    def dropped(**fields):
+        body = chat_body(diversity=0.5, **SHORT, **fields)
         return post(engine, "/v1/chat/completions", body).json()["diversity"].get("dropped")
 
     assert dropped() == {"top_p": 0.9, "top_k": 50}
@@ -148,15 +148,15 @@ def test_the_models_own_cuts_are_dropped_and_listed_and_the_clients_are_kept(eng
 @BOTH
 def test_min_p_of_the_client_becomes_the_guard(engine):
     body = chat_body(diversity=0.5, min_p=0.2, **SHORT)
-    said = post(engine, "/v1/chat/completions", body).json()["diversity"]
-    assert said["min_p"] == 0.2
+    reported = post(engine, "/v1/chat/completions", body).json()["diversity"]
+    assert reported["min_p"] == 0.2
     refused = post(engine, "/v1/chat/completions", body | {"diversity": {"level": 1, "min_p": 0.1}})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "min_p"
 
 
 @BOTH
-def test_top_k_of_the_client_cuts_what_we_leave(engine):
+def test_top_k_of_the_client_applies_after_the_field(engine):
     body = {"model": "demo", "prompt": "Once", "max_tokens": 1, "logprobs": 4096, "top_k": 2}
     top = post(engine, "/v1/completions", body | {"diversity": 1}).json()
     logprobs = top["choices"][0]["logprobs"]["top_logprobs"][0].values()
@@ -170,7 +170,7 @@ def test_the_same_seed_gives_the_same_text(engine):
     assert first["choices"][0]["message"] == second["choices"][0]["message"]
 
 
-def test_structured_output_is_as_valid_as_without(v1):
+def test_structured_output_stays_valid(v1):
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 8}, "old": {"type": "boolean"}},
@@ -195,16 +195,16 @@ def test_human_is_the_budget_law_at_the_checkpoint_s_target(engine):
 
 
 @BOTH
-def test_capabilities_are_behind_the_key(engine):
+def test_capabilities_need_the_key(engine):
     assert get(engine, "/v1/dft/capabilities", key=None).status_code == 401
-    said = get(engine, "/v1/dft/capabilities").json()
-    assert said["active"] is True
-    assert said["runner"] == ("V2" if engine.is_v2 else "V1")
-    assert set(said["laws"]) == set(spec.LAWS)
+    capabilities = get(engine, "/v1/dft/capabilities").json()
+    assert capabilities["active"] is True
+    assert capabilities["runner"] == ("V2" if engine.is_v2 else "V1")
+    assert set(capabilities["laws"]) == set(spec.LAWS)
 
 
 @BOTH
-def test_metrics_count(engine):
+def test_metrics_count_the_tokens(engine):
     before = metric(engine, "dft:tokens_total")
     answer = post(engine, "/v1/chat/completions", chat_body(diversity=0.5, **SHORT)).json()
     tokens = answer["diversity"]["choices"][0]["tokens"]
@@ -212,29 +212,29 @@ def test_metrics_count(engine):
     assert metric(engine, "dft:requests_total") > 0
 
 
-def test_the_disabled_plug_in_is_stock(v1_stock):
+def test_the_disabled_plug_in_ignores_the_field(v1_stock):
     answer = post(v1_stock, "/v1/chat/completions", chat_body(diversity=7, **SHORT))
     assert answer.status_code == 200
     assert "diversity" not in answer.json()
     assert get(v1_stock, "/v1/dft/capabilities").status_code == 404
 
 
-TRACED = {"entropy_before", "entropy_after", "temperature", "changed"}
+TRACE_COLUMNS = {"entropy_before", "entropy_after", "temperature", "changed"}
 
 
 @BOTH
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("law", [{}, {"law": "words"}])
 def test_a_trace_has_the_figures_of_each_token(engine, stream, law):
-    """The means are those of the trace, and the temperature is the law's, token by token."""
-    asked = {"level": 0.9, "trace": True, **law}
-    body = chat_body(max_tokens=24, n=2, diversity=asked, stream=stream)
-    said = _members(post(engine, "/v1/chat/completions", body), stream)
-    assert said["trace"] is True
-    for choice in said["choices"]:
+    """The reported means are those of the trace, and each token's temperature is the law's."""
+    diversity = {"level": 0.9, "trace": True, **law}
+    body = chat_body(max_tokens=24, n=2, diversity=diversity, stream=stream)
+    reported = _diversity_object(post(engine, "/v1/chat/completions", body), stream)
+    assert reported["trace"] is True
+    for choice in reported["choices"]:
         assert set(choice) == FIGURES | {"trace"}
         trace = choice["trace"]
-        assert set(trace) == TRACED
+        assert set(trace) == TRACE_COLUMNS
         assert {len(column) for column in trace.values()} == {choice["tokens"]}
         for column, mean in (
             ("entropy_before", "mean_entropy_before"),
@@ -242,14 +242,14 @@ def test_a_trace_has_the_figures_of_each_token(engine, stream, law):
             ("temperature", "mean_temperature"),
             ("changed", "tokens_changed"),
         ):
-            found = sum(trace[column]) / choice["tokens"]
-            assert found == pytest.approx(choice[mean], abs=1e-4)
+            value = sum(trace[column]) / choice["tokens"]
+            assert value == pytest.approx(choice[mean], abs=1e-4)
         if not law:
-            asked_for = [_gated(entropy, level=0.9) for entropy in trace["entropy_before"]]
-            pairs = list(zip(trace["temperature"], asked_for, strict=True))
-            # A stop token that would become the likeliest holds it back, which is rare.
-            assert all(1 <= found <= heated + 1e-3 for found, heated in pairs)
-            assert sum(found >= heated - 1e-3 for found, heated in pairs) > len(pairs) / 2
+            by_law = [_gated(entropy, level=0.9) for entropy in trace["entropy_before"]]
+            pairs = list(zip(trace["temperature"], by_law, strict=True))
+            # It is lower, which is rare, if a stop token would otherwise become the likeliest.
+            assert all(1 <= value <= heated + 1e-3 for value, heated in pairs)
+            assert sum(value >= heated - 1e-3 for value, heated in pairs) > len(pairs) / 2
 
 
 def _gated(entropy: float, level: float) -> float:
@@ -257,7 +257,7 @@ def _gated(entropy: float, level: float) -> float:
     return min(math.exp(2 * level * (entropy / (entropy + 1)) ** 2), 4)
 
 
-def _members(answer, stream: bool) -> dict:
+def _diversity_object(answer, stream: bool) -> dict:
     """The `diversity` object of an answer."""
     if not stream:
         return answer.json()["diversity"]
@@ -266,28 +266,28 @@ def _members(answer, stream: bool) -> dict:
 
 
 @BOTH
-def test_a_traced_text_is_the_same_text(engine):
-    asked = chat_body(max_tokens=24, seed=5)
+def test_a_trace_does_not_change_the_text(engine):
+    body = chat_body(max_tokens=24, seed=5)
     texts = [
-        post(engine, "/v1/chat/completions", asked | {"diversity": diversity}).json()["choices"]
+        post(engine, "/v1/chat/completions", body | {"diversity": diversity}).json()["choices"]
         for diversity in (0.9, {"level": 0.9, "trace": True})
     ]
     assert texts[0] == texts[1]
 
 
 @BOTH
-def test_a_trace_that_a_stop_string_ends_and_one_of_a_style(engine):
-    asked = {"max_tokens": 48, "stop": ["e"], "diversity": {"level": 1, "trace": True}}
-    said = post(engine, "/v1/chat/completions", chat_body(**asked)).json()
-    trace = said["diversity"]["choices"][0]["trace"]
-    assert len(trace["changed"]) == said["usage"]["completion_tokens"] > 0
-    asked = {**SHORT, "style": "habits", "diversity": {"level": 0, "trace": True}}
-    said = post(engine, "/v1/chat/completions", chat_body(**asked)).json()
-    assert len(said["diversity"]["choices"][0]["trace"]["changed"]) > 0
+def test_traces_of_a_text_with_a_stop_string_and_of_a_style(engine):
+    fields = {"max_tokens": 48, "stop": ["e"], "diversity": {"level": 1, "trace": True}}
+    content = post(engine, "/v1/chat/completions", chat_body(**fields)).json()
+    trace = content["diversity"]["choices"][0]["trace"]
+    assert len(trace["changed"]) == content["usage"]["completion_tokens"] > 0
+    fields = {**SHORT, "style": "habits", "diversity": {"level": 0, "trace": True}}
+    content = post(engine, "/v1/chat/completions", chat_body(**fields)).json()
+    assert len(content["diversity"]["choices"][0]["trace"]["changed"]) > 0
 
 
 @BOTH
-def test_a_trace_of_what_is_off_is_none(engine):
+def test_without_an_effect_there_is_no_trace(engine):
     body = chat_body(**SHORT, diversity={"level": 0, "trace": True})
     assert post(engine, "/v1/chat/completions", body).json()["diversity"]["choices"] == [None]
     refused = post(engine, "/v1/chat/completions", chat_body(diversity={"level": 1, "trace": 1}))
@@ -295,8 +295,8 @@ def test_a_trace_of_what_is_off_is_none(engine):
     assert refused.json()["error"]["param"] == "diversity.trace"
 
 
-def test_the_servers_openapi_document_has_the_fields(v1, v1_stock):
-    """Twice: FastAPI keeps its document. Nothing else of it differs but our route."""
+def test_the_openapi_document_has_the_fields_and_is_otherwise_stock(v1, v1_stock):
+    """Also the second time, as FastAPI caches the document."""
     ours, again, stock = (get(each, "/openapi.json").json() for each in (v1, v1, v1_stock))
     assert ours == again
     del ours["paths"]["/v1/dft/capabilities"]

@@ -1,4 +1,4 @@
-"""Wrong values: a 400 that names the parameter, on every endpoint, streams too."""
+"""Wrong values get a 400 that names the parameter, on every endpoint and in streams."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def test_wrong_values_are_refused_and_good_requests_live_on(engine, figure):
 
 
 @pytest.mark.parametrize("text", RAW)
-def test_json_that_is_no_number_is_refused(v1, text):
+def test_nan_and_infinity_are_refused(v1, text):
     import httpx
 
     from tests.conftest import KEY
@@ -87,7 +87,7 @@ def test_beam_search_is_refused(v1, path):
     assert answer.json()["error"]["param"] == "diversity"
 
 
-def test_two_different_values_are_refused_and_two_equal_ones_are_not(v1):
+def test_the_field_and_vllm_xargs_must_agree(v1):
     body = chat_body(diversity=0.5, max_tokens=4)
     different, equal = gather(
         v1,
@@ -101,12 +101,12 @@ def test_two_different_values_are_refused_and_two_equal_ones_are_not(v1):
     assert equal.status_code == 200
 
 
-def test_a_boolean_in_vllm_xargs_has_become_one_before_us(v1):
+def test_a_boolean_in_vllm_xargs_is_1(v1):
     body = chat_body(vllm_xargs={"diversity": True}, max_tokens=4)
     answer = gather(v1, [("/v1/chat/completions", body)])[0]
     assert answer.json()["diversity"]["level"] == 1
 
 
-def test_nobody_names_our_figures(v1):
+def test_a_clients_diversity_id_is_not_refused(v1):
     body = chat_body(vllm_xargs={"diversity_id": "mine"}, max_tokens=4)
     assert gather(v1, [("/v1/chat/completions", body)])[0].status_code == 200

@@ -1,4 +1,4 @@
-"""A request's text does not depend on who shares its batch, nor on being preempted."""
+"""A request's text does not depend on other requests in its batch, nor on preemption."""
 
 import random
 
@@ -29,22 +29,22 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
     assert alone == together
 
 
-def test_preempted_requests_end_well_and_count_each_token_once(v1, figure):
-    """Sixteen long texts at a time in twenty blocks: it has to preempt, and figures stay exact."""
+def test_preempted_requests_complete_and_count_each_token_once(v1, figure):
+    """Sixteen long texts at a time do not fit into twenty blocks, so the engine must preempt."""
     before = metric(v1, "vllm:num_preemptions_total")
     free = chat_body(diversity={"level": 0.01}, max_tokens=380, **LIVELY)
     alone = gather(v1, [("/v1/chat/completions", free)])[0].json()
     target = alone["diversity"]["choices"][0]["mean_entropy_after"]
-    # Of one request, so that they run together however slowly a busy machine lets requests in.
+    # One request, so that its choices run together also on a busy machine.
     body = free | {"diversity": {"law": "budget", "target_entropy": target}, "n": 16}
     answers = gather(v1, [("/v1/chat/completions", body)] * 2, at_once=2)
     preemptions = metric(v1, "vllm:num_preemptions_total") - before
     figure(preemptions=preemptions)
-    assert preemptions > 0, "the engine had room for all: the test shows nothing"
+    assert preemptions > 0, "nothing was preempted, so the test shows nothing"
     for answer in answers:
-        said = answer.json()
-        assert said["usage"]["completion_tokens"] == 16 * 380
-        for choice in said["diversity"]["choices"]:
+        content = answer.json()
+        assert content["usage"]["completion_tokens"] == 16 * 380
+        for choice in content["diversity"]["choices"]:
             assert choice["tokens"] == 380
             assert choice["mean_entropy_after"] == pytest.approx(target, rel=0.25)
 

@@ -1,4 +1,4 @@
-"""What /metrics counts is what was sent, with several API servers and several engines too."""
+"""/metrics counts exactly what was sent, also with several API servers and engines."""
 
 import re
 from collections import Counter
@@ -32,7 +32,7 @@ def deployed(request, model_folder, tmp_path) -> Iterator[tuple[Engine, int]]:
     """A server, and how many engines it has."""
     api_servers, engines = DEPLOYMENTS[request.param]
     flags = [f"--api-server-count={api_servers}", f"--data-parallel-size={engines}"]
-    # Each engine would bind to cores of its own, and there may be too few.
+    # Otherwise each engine binds to its own cores, of which there may be too few.
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with engine_running("v1", model_folder, tmp_path, *flags, env=env) as engine:
         yield engine, engines
@@ -40,32 +40,32 @@ def deployed(request, model_folder, tmp_path) -> Iterator[tuple[Engine, int]]:
 
 def test_counters_are_what_was_sent(deployed, figure):
     engine, engines = deployed
-    sent = []
+    responses = []
     with injected(engine.fault_file.with_name(engine.fault_file.name + ".nan")) as nan_rows:
-        sent += answers(engine)
+        responses += answers(engine)
     with injected(engine.fault_file) as faults:
-        sent += answers(engine)
-    sent += answers(engine)
+        responses += answers(engine)
+    responses += answers(engine)
     several = completion_of_several_prompts(engine)
     wrong = chat_body(diversity=7, max_tokens=TOKENS)
     refused = gather(engine, [("/v1/chat/completions", wrong)] * REFUSED)
     assert {answer.status_code for answer in refused} == {400}
 
-    choices = [choice for said in [*sent, several] for choice in said["diversity"]["choices"]]
+    choices = [choice for each in [*responses, several] for choice in each["diversity"]["choices"]]
     expected = {
-        "dft:requests_total": len(sent) + 1,
+        "dft:requests_total": len(responses) + 1,
         "dft:requests_refused_total": REFUSED,
         "dft:tokens_total": sum(choice["tokens"] for choice in choices if choice is not None),
         "dft:nan_rows_total": nan_rows(),
         "dft:faults_total": faults(),
         "dft:statistics_unavailable_total": choices.count(None),
     }
-    sums, labels = counted(engine)
+    sums, labels = counters_of(engine)
     figure(expected=expected, counted={name: sums[name] for name in expected})
     assert {name: sums[name] for name in expected} == expected
-    # The last twelve met no fault: each has its statistics, of all its tokens.
-    for said in sent[-REQUESTS:]:
-        tokens = [choice and choice["tokens"] for choice in said["diversity"]["choices"]]
+    # The last twelve had no fault: each has statistics of all its tokens.
+    for each in responses[-REQUESTS:]:
+        tokens = [choice and choice["tokens"] for choice in each["diversity"]["choices"]]
         assert tokens == [TOKENS]
     assert nan_rows() == REQUESTS * TOKENS
     assert {label["model_name"] for name in sums for label in labels[name]} == {"demo"}
@@ -75,7 +75,7 @@ def test_counters_are_what_was_sent(deployed, figure):
 
 @contextmanager
 def injected(trigger: Path):
-    """What tests/shim puts in while the file exists, and how often it did."""
+    """tests/shim injects faults while the file exists; yields a function that counts them."""
     count = trigger.with_name(f"{trigger.name}.count")
     trigger.touch()
     try:
@@ -96,19 +96,19 @@ def completion_of_several_prompts(engine: Engine) -> dict:
     body = {"model": "demo", "prompt": prompts, "max_tokens": TOKENS, "diversity": 0.5}
     (answer,) = gather(engine, [("/v1/completions", body | {"ignore_eos": True})])
     assert answer.status_code == 200, answer.text
-    said = answer.json()
-    assert len(said["diversity"]["choices"]) == PROMPTS
-    return said
+    content = answer.json()
+    assert len(content["diversity"]["choices"]) == PROMPTS
+    return content
 
 
-def counted(engine: Engine) -> tuple[Counter[str], dict[str, list[dict[str, str]]]]:
-    """The sum of each sample of ours in /metrics, and the labels it has."""
+def counters_of(engine: Engine) -> tuple[Counter[str], dict[str, list[dict[str, str]]]]:
+    """The sum over the samples of each metric of ours in /metrics, and their labels."""
     sums: Counter[str] = Counter()
     labels: dict[str, list[dict[str, str]]] = {}
     for line in get(engine, "/metrics").text.splitlines():
         if (sample := SAMPLE.fullmatch(line)) is None:
             continue
         sums[sample["name"]] += float(sample["value"])
-        found = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"] or ""))
-        labels.setdefault(sample["name"], []).append(found)
+        pairs = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"] or ""))
+        labels.setdefault(sample["name"], []).append(pairs)
     return sums, labels

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real server: every panel of the dashboard has something to show."""
+"""A real Prometheus scrapes a real server, and every panel of the dashboard has data."""
 
 import contextlib
 import json
@@ -20,26 +20,26 @@ PROMETHEUS = shutil.which("prometheus")
 pytestmark = pytest.mark.skipif(
     PROMETHEUS is None, reason="no prometheus on this machine (Debian: apt-get install prometheus)"
 )
-ASKED = [
+REQUESTED = [
     {"diversity": 0.5},
     {"diversity": {"law": "words", "level": 1}},
     {"style": "habits"},
     {"diversity": 7},
 ]
-QUIET = ("clamped", "faults", "nan_rows", "unavailable", "audit_lost")
-"""What these requests do not move."""
+UNMOVED = ("clamped", "faults", "nan_rows", "unavailable", "audit_lost")
+"""Parts of names of metrics that these requests do not change."""
 
 
 @contextlib.contextmanager
 def prometheus(engine: Engine, folder) -> Iterator[httpx.Client]:
-    """Scrapes the engine each second, with the alert rules; its API."""
+    """A client of a Prometheus that scrapes the engine each second and has the alert rules."""
     target = engine.url.removeprefix("http://")
-    scraped = {"job_name": "vllm", "static_configs": [{"targets": [target]}]}
-    scraped |= {"authorization": {"credentials": KEY}}
+    job = {"job_name": "vllm", "static_configs": [{"targets": [target]}]}
+    job |= {"authorization": {"credentials": KEY}}
     configuration = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(OPS / "alerts.yaml")],
-        "scrape_configs": [scraped],
+        "scrape_configs": [job],
     }
     file = folder / "prometheus.yaml"
     file.write_text(yaml.safe_dump(configuration))
@@ -68,19 +68,19 @@ def is_ready(client: httpx.Client) -> bool:
 
 
 def values_of(client: httpx.Client, expression: str) -> list[float]:
-    """Of each series that an expression gives."""
+    """The value of each series of an expression."""
     answer = client.get("/api/v1/query", params={"query": expression})
     assert answer.status_code == 200, answer.text
     return [float(each["value"][1]) for each in answer.json()["data"]["result"]]
 
 
 def wait_for(client: httpx.Client, expression: str) -> None:
-    """For what comes with the next scrape; a Prometheus that has ended raises."""
+    """Wait until an expression has a nonzero value; raises if Prometheus has ended."""
     while not any(values_of(client, expression)):
         time.sleep(0.5)
 
 
-def test_every_panel_shows_what_was_sent(v1, tmp_path):
+def test_every_panel_has_data(v1, tmp_path):
     dashboard = json.loads((OPS / "grafana.json").read_text())
     expressions = [
         target["expr"].replace("$model", ".*")
@@ -88,15 +88,15 @@ def test_every_panel_shows_what_was_sent(v1, tmp_path):
         for target in panel["targets"]
     ]
     with prometheus(v1, tmp_path) as client:
-        for _ in range(2):  # A rate is of two values that differ.
-            bodies = [chat_body(max_tokens=8, **asked) for asked in ASKED]
+        for _ in range(2):  # A rate needs two values that differ.
+            bodies = [chat_body(max_tokens=8, **fields) for fields in REQUESTED]
             answers = gather(v1, [("/v1/chat/completions", body) for body in bodies])
             assert [answer.status_code for answer in answers] == [200, 200, 200, 400]
             wait_for(client, f"timestamp(up) > {time.time():f}")
         for expression in expressions:
-            found = values_of(client, expression)
-            assert found, expression
-            assert all(value == value for value in found), expression  # NaN is an empty panel.
-            assert any(found) or any(name in expression for name in QUIET), expression
+            values = values_of(client, expression)
+            assert values, expression
+            assert all(value == value for value in values), expression  # NaN is an empty panel.
+            assert any(values) or any(name in expression for name in UNMOVED), expression
         rules = client.get("/api/v1/rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}

@@ -1,5 +1,5 @@
-"""The plug-in where operators have it: in a running environment, on vLLM 0.31, under speculative
-decoding, on two ranks, in run-batch."""
+"""The plug-in in deployments: in an existing environment, on vLLM 0.31, with speculative decoding,
+on two ranks, and in run-batch."""
 
 import json
 import os
@@ -35,11 +35,11 @@ def wheels(tmp_path_factory) -> list[Path]:
 
 
 def check_field(engine: Engine) -> None:
-    """The field works and answers, a wrong value is refused."""
+    """The field is honoured and reported, and a wrong value is refused."""
     body = chat_body(diversity=0.5, max_tokens=16, n=2)
-    said = post(engine, "/v1/chat/completions", body).json()
-    tokens = sum(choice["tokens"] for choice in said["diversity"]["choices"])
-    assert tokens == said["usage"]["completion_tokens"]
+    content = post(engine, "/v1/chat/completions", body).json()
+    tokens = sum(choice["tokens"] for choice in content["diversity"]["choices"])
+    assert tokens == content["usage"]["completion_tokens"]
     assert post(engine, "/v1/chat/completions", body | {"diversity": 2}).status_code == 400
 
 
@@ -61,7 +61,7 @@ def _remove(environment: Environment) -> None:
     uv("pip", "uninstall", "--python", environment.python, "dftserve", "dftserve-vllm")
 
 
-def test_no_wheel_carries_the_stub(wheels):
+def test_no_wheel_contains_the_vllm_stub(wheels):
     import zipfile
 
     for wheel in wheels:
@@ -73,11 +73,11 @@ def test_no_wheel_carries_the_stub(wheels):
 def test_vllm_031(runner, wheels, model_folder, tmp_path, tmp_path_factory, figure):
     environment = _environment_031(tmp_path_factory, wheels)
     with environment.serves(), engine_running(f"{runner}_031", model_folder, tmp_path) as engine:
-        said = get(engine, "/v1/dft/capabilities").json()
-        assert said["vllm"].startswith("0.31")
-        assert said["runner"].lower() == runner
+        capabilities = get(engine, "/v1/dft/capabilities").json()
+        assert capabilities["vllm"].startswith("0.31")
+        assert capabilities["runner"].lower() == runner
         check_field(engine)
-        figure(vllm=said["vllm"], runner=said["runner"])
+        figure(vllm=capabilities["vllm"], runner=capabilities["runner"])
 
 
 _made_031: list[Environment] = []
@@ -92,8 +92,8 @@ def _environment_031(tmp_path_factory, wheels: list[Path]) -> Environment:
 
 
 def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
-    """Several rows a request and step: figures count accepted tokens, `budget` still steers, and a
-    group's texts are those of their codes."""
+    """With several rows per request and step, figures count accepted tokens, `budget` meets its
+    target, and a group's texts are those of their codes."""
     flags = ("--speculative-config", NGRAM)
     with engine_running("v2_ngram", model_folder, tmp_path, *flags) as engine:
         assert get(engine, "/v1/dft/capabilities").json()["speculative_decoding"] == "ngram"
@@ -101,27 +101,27 @@ def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
         free = chat_body(diversity={"level": 0.01}, max_tokens=256, **LIVELY)
         natural = _figures(gather(engine, [("/v1/chat/completions", free)] * 8))
         target = 0.9 * natural
-        asked = free | {"diversity": {"law": "budget", "target_entropy": target}}
-        reached = _figures(gather(engine, [("/v1/chat/completions", asked)] * 8))
+        with_budget = free | {"diversity": {"law": "budget", "target_entropy": target}}
+        reached = _figures(gather(engine, [("/v1/chat/completions", with_budget)] * 8))
         accepted = metric(engine, "vllm:spec_decode_num_accepted_tokens_total")
-        assert accepted > 0, "no draft was ever accepted: the test shows nothing"
+        assert accepted > 0, "no draft was accepted, so the test shows nothing"
         assert reached == pytest.approx(target, rel=0.1)
-        of_groups = test_groups.check(engine, 4)
-        figure(accepted_drafts=accepted, target=target, reached=reached, of_groups=of_groups)
+        group_tokens = test_groups.check(engine, 4)
+        figure(accepted_drafts=accepted, target=target, reached=reached, of_groups=group_tokens)
 
 
 def _figures(answers) -> float:
-    """The mean entropy after; every accepted token is counted once."""
+    """The mean entropy after the field; asserts that every accepted token is counted once."""
     means = []
     for answer in answers:
-        said = answer.json()
-        figures = said["diversity"]["choices"][0]
-        assert figures["tokens"] == said["usage"]["completion_tokens"] == 256
+        content = answer.json()
+        figures = content["diversity"]["choices"][0]
+        assert figures["tokens"] == content["usage"]["completion_tokens"] == 256
         means.append(figures["mean_entropy_after"])
     return float(np.mean(means))
 
 
-def test_v1_with_speculative_decoding_says_why_not(model_folder, tmp_path):
+def test_v1_with_speculative_decoding_refuses_the_field_with_the_reason(model_folder, tmp_path):
     flags = ("--speculative-config", NGRAM)
     with engine_running("v1_ngram", model_folder, tmp_path, *flags) as engine:
         refused = post(engine, "/v1/chat/completions", chat_body(diversity=0.5, max_tokens=4))
@@ -133,12 +133,12 @@ def test_v1_with_speculative_decoding_says_why_not(model_folder, tmp_path):
         body = chat_body(diversity=0, max_tokens=4, **neutral)
         plain = post(engine, "/v1/chat/completions", body)
         assert plain.status_code == 200
-        said = get(engine, "/v1/dft/capabilities").json()
-        assert said["active"] is False
+        capabilities = get(engine, "/v1/dft/capabilities").json()
+        assert capabilities["active"] is False
 
 
 def test_two_ranks_agree(model_folder, tmp_path, figure):
-    """Tensor parallel 2: seeded texts with the field are those of one rank."""
+    """With tensor parallel size 2, seeded texts with the field are those of one rank."""
     folder = _even_heads(model_folder, tmp_path / "model")
     texts = {}
     for ranks in (1, 2):
@@ -151,7 +151,7 @@ def test_two_ranks_agree(model_folder, tmp_path, figure):
             texts[ranks] = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
     same = sum(a == b for a, b in zip(texts[1], texts[2], strict=True))
     figure(seeds=32, identical=same)
-    # Two ranks add in another order: a rare token may fall otherwise, a wrong rank changes all.
+    # Two ranks sum in another order: a rare token may differ, a wrong rank would change all texts.
     assert same >= 30
 
 
@@ -177,8 +177,8 @@ def _even_heads(model_folder: Path, folder: Path) -> Path:
     return folder
 
 
-def test_as_an_endpoint_plug_in(model_folder, tmp_path):
-    """Where VLLM_PLUGINS names us, vLLM itself adds our route, and has nothing to warn about."""
+def test_vllm_loads_the_plug_in_as_an_endpoint_plug_in(model_folder, tmp_path):
+    """If VLLM_PLUGINS names the plug-in, vLLM itself adds the route, without a warning."""
     env = {"VLLM_PLUGINS": "dftserve"}
     with engine_running("v1", model_folder, tmp_path, env=env) as engine:
         check_field(engine)
@@ -189,8 +189,7 @@ def test_as_an_endpoint_plug_in(model_folder, tmp_path):
     assert "VLLM_PLUGINS is not set" not in log
 
 
-def test_run_batch(model_folder, tmp_path):
-    """The field in a batch file: honoured, or refused for that line alone."""
+def test_run_batch_honours_or_refuses_the_field_by_line(model_folder, tmp_path):
     lines = [
         {
             "custom_id": str(value),
@@ -200,10 +199,10 @@ def test_run_batch(model_folder, tmp_path):
         }
         for value in (0.5, 1.5)
     ]
-    asked, said = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    input_file, output_file = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    input_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [
-        *(Path(sys.executable).parent / "vllm", "run-batch", "-i", asked, "-o", said),
+        *(Path(sys.executable).parent / "vllm", "run-batch", "-i", input_file, "-o", output_file),
         *("--model", model_folder, "--enforce-eager", "--max-model-len", "512"),
         *("--kv-cache-memory-bytes", "64000000", "--dtype", "float32"),
     ]
@@ -218,7 +217,7 @@ def test_run_batch(model_folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = {
-        entry["custom_id"]: entry for entry in map(json.loads, said.read_text().splitlines())
+        entry["custom_id"]: entry for entry in map(json.loads, output_file.read_text().splitlines())
     }
     assert answers["0.5"]["response"]["status_code"] == 200
     assert answers["1.5"]["response"]["status_code"] == 400

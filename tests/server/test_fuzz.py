@@ -1,4 +1,4 @@
-"""Whatever comes: a wrong field is a short 400 that names it, the rest is answered as by stock."""
+"""Random requests: a wrong field gets a short 400 that names it; stock answers are unchanged."""
 
 import json
 import random
@@ -13,75 +13,75 @@ from tests.fuzz_bodies import BASES, CANARY, MAX_ANSWER_BYTES, Asked, asked, com
 from tests.vllm_app import routes_with_fields
 
 BODIES = 500
-BY_SCHEMA = 40
-"""Bodies of each route, which take longer to draw."""
+BODIES_BY_SCHEMA = 40
+"""Bodies for each route; they take longer to draw."""
 VALUES = 40
-"""Of each field on each route, by our own document."""
+"""Values for each field on each route, drawn from our OpenAPI document."""
 CHAT = "/v1/chat/completions"
-TAKING = BASES | {f"{CHAT}/batch": BASES[CHAT] | {"messages": [BASES[CHAT]["messages"]]}}
+BODY_BY_PATH = BASES | {f"{CHAT}/batch": BASES[CHAT] | {"messages": [BASES[CHAT]["messages"]]}}
 PARSE = {"diversity": spec.parse, "style": spec.parse_style}
 
 
-def test_whatever_comes(v1, v1_stock, figure):
+def test_random_bodies_are_answered_as_by_stock_or_refused(v1, v1_stock, figure):
     source = random.Random(0)
     requested = [asked(source, number) for number in range(BODIES)]
     requests = [(one.path, one.body) for one in requested]
     stock, ours = (gather_bytes(engine, requests) for engine in (v1_stock, v1))
     complaints: dict[str, list[str]] = {}
     for one, expected, got in zip(requested, stock, ours, strict=True):
-        if said := complaint(one, expected, got):
-            complaints.setdefault(said, []).append(_shown(one, expected, got))
+        if text := complaint(one, expected, got):
+            complaints.setdefault(text, []).append(_shown(one, expected, got))
     if CANARY in v1.log.read_text(errors="replace"):
         complaints["the log has a client's text"] = [str(v1.log)]
     figure(bodies=BODIES, refused=sum(answer.status_code == 400 for answer in ours))
     assert not complaints, "\n".join(
-        f"{len(cases)} times: {said}, such as\n{cases[0]}" for said, cases in complaints.items()
+        f"{len(cases)} times: {text}, such as\n{cases[0]}" for text, cases in complaints.items()
     )
     good = chat_body(diversity=0.5, max_tokens=2)
     assert post(v1, "/v1/chat/completions", good).status_code == 200
 
 
 @pytest.mark.parametrize("path", BASES)
-def test_bodies_by_the_servers_own_schema(v1, v1_stock, path, figure):
-    """Without the field and with a level, stock's status; with a wrong one a 400 that names it."""
+def test_bodies_drawn_from_the_servers_schema(v1, v1_stock, path, figure):
+    """Without the field or with a valid level the status is stock's; a wrong level gets a 400."""
     pytest.importorskip("schemathesis")
     from tests.schema_bodies import drawn
 
-    bodies = drawn(get(v1_stock, "/openapi.json").json(), path, BY_SCHEMA)
-    one_of_each = [
+    bodies = drawn(get(v1_stock, "/openapi.json").json(), path, BODIES_BY_SCHEMA)
+    variants = [
         Asked(path, json.dumps(body | field).encode(), is_valid)
         for body in bodies
-        # A beam search does not sample, and is refused with a level.
+        # Beam search does not sample, so a level is refused.
         for field, is_valid in (
             ({}, True),
             ({"diversity": 0.5}, not body.get("use_beam_search")),
             ({"diversity": 7}, False),
         )
     ]
-    requests = [(one.path, one.body) for one in one_of_each]
+    requests = [(one.path, one.body) for one in variants]
     stock, ours = (gather_bytes(engine, requests) for engine in (v1_stock, v1))
     wrong = [
-        f"{said}\n{_shown(one, expected, got)}"
-        for one, expected, got in zip(one_of_each, stock, ours, strict=True)
-        if (said := complaint(one, expected, got))
+        f"{problem}\n{_shown(one, expected, got)}"
+        for one, expected, got in zip(variants, stock, ours, strict=True)
+        if (problem := complaint(one, expected, got))
     ]
     figure(bodies=len(bodies), accepted=sum(answer.status_code == 200 for answer in stock))
-    assert len(bodies) == BY_SCHEMA
+    assert len(bodies) == BODIES_BY_SCHEMA
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("path", routes_with_fields())
 @pytest.mark.parametrize("name", PARSE)
-def test_a_field_by_our_own_document_is_honoured_or_refused_by_name(v1, path, name, figure):
+def test_a_field_drawn_from_our_schema_is_honoured_or_refused_by_name(v1, path, name, figure):
     pytest.importorskip("schemathesis")
     from tests.schema_bodies import drawn_values
 
     values = drawn_values(get(v1, "/openapi.json").json(), path, name, VALUES)
-    answers = gather(v1, [(path, TAKING[path] | {name: value}) for value in values])
+    answers = gather(v1, [(path, BODY_BY_PATH[path] | {name: value}) for value in values])
     wrong = [
-        f"{said}: {json.dumps(value)[:300]}: {answer.status_code} {answer.content[:300]!r}"
+        f"{problem}: {json.dumps(value)[:300]}: {answer.status_code} {answer.content[:300]!r}"
         for value, answer in zip(values, answers, strict=True)
-        if (said := _field_complaint(name, value, answer))
+        if (problem := _field_complaint(name, value, answer))
     ]
     statuses = [answer.status_code for answer in answers]
     figure(values=len(values), honoured=statuses.count(200), refused=statuses.count(400))
@@ -92,7 +92,7 @@ def test_a_field_by_our_own_document_is_honoured_or_refused_by_name(v1, path, na
 
 def _field_complaint(name: str, value: Any, answer: httpx.Response) -> str | None:
     if answer.status_code == 200:
-        return None if _is_taken(name, value) else "a wrong field is not refused"
+        return None if _is_valid(name, value) else "a wrong field is not refused"
     if answer.status_code != 400:
         return "another status than 200 and 400"
     if len(answer.content) > MAX_ANSWER_BYTES:
@@ -101,8 +101,8 @@ def _field_complaint(name: str, value: Any, answer: httpx.Response) -> str | Non
     return None if is_named else "the field is not named"
 
 
-def _is_taken(name: str, value: Any) -> bool:
-    """Whether a server may take it; which styles it has, and what `human` is, it knows alone."""
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether the library accepts it; styles and `human` depend on the server."""
     if value is None or (name, value) == ("diversity", spec.HUMAN):
         return True
     try:

@@ -1,7 +1,7 @@
-"""What the documents say about installing, in environments that have nothing yet.
+"""The documented ways to install, in empty environments.
 
-`pip install . ./plugins/vllm` and `uv pip install` of the same are copies, `make setup` links to
-the checkout, and plugins/vllm/Dockerfile builds its wheels from a checkout.
+`pip install . ./plugins/vllm` and `uv pip install` of the same copy the code, `make setup` links to
+the checkout, and plugins/vllm/Dockerfile builds wheels from a checkout.
 """
 
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 
 DOCKERFILE = ROOT / "plugins" / "vllm" / "Dockerfile"
 BOTH = (".", "./plugins/vllm")
-ASK = """
+DESCRIBE = """
 import importlib.util, json
 from importlib.metadata import distribution, entry_points
 names = ("dftserve", "dftserve-vllm")
@@ -37,7 +37,7 @@ print(json.dumps({
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A copy of what git knows of this checkout, and of what it does not ignore."""
+    """A copy of the files of this checkout that git tracks or does not ignore."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
     for name in filter(None, map(os.fsdecode, names)):
@@ -54,27 +54,27 @@ def environment(tmp_path) -> Path:
     return tmp_path / "environment"
 
 
-def run(*words: str | Path, cwd: Path | None = None, expected: int = 0) -> str:
-    """A command's stdout, without the Python paths that tests may be run with."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(words, cwd=cwd, env=kept, capture_output=True, text=True, check=False)
-    assert done.returncode == expected, f"{words}:\n{done.stdout}\n{done.stderr[-3000:]}"
+def run(*command: str | Path, cwd: Path | None = None, expected: int = 0) -> str:
+    """The stdout of a command, which runs without the PYTHON variables of the test run."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == expected, f"{command}:\n{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def described(environment: Path) -> dict:
-    """Which distributions are links to a checkout, and the entry points whose modules are there."""
-    return json.loads(run(environment / "bin" / "python", "-c", ASK))
+    """Which distributions are editable, and our entry points whose modules can be found."""
+    return json.loads(run(environment / "bin" / "python", "-c", DESCRIBE))
 
 
-def pip_install(environment: Path, checkout: Path, *words: str) -> None:
-    run(environment / "bin" / "python", "-m", "pip", "install", *words, cwd=checkout)
+def pip_install(environment: Path, checkout: Path, *args: str) -> None:
+    run(environment / "bin" / "python", "-m", "pip", "install", *args, cwd=checkout)
 
 
-def uv_install(environment: Path, checkout: Path, *words: str) -> None:
+def uv_install(environment: Path, checkout: Path, *args: str) -> None:
     wheels = os.environ.get("PIP_FIND_LINKS")
     source = ["--find-links", wheels] if wheels else ["--torch-backend", "cpu"]
-    uv("pip", "install", "--python", environment / "bin" / "python", *words, *source, cwd=checkout)
+    uv("pip", "install", "--python", environment / "bin" / "python", *args, *source, cwd=checkout)
 
 
 @pytest.mark.parametrize("install", [pip_install, uv_install])
@@ -90,13 +90,13 @@ def test_a_plain_install_works_without_the_checkout(install, environment, checko
     }
     command = environment / "bin" / "dftserve"
     assert re.fullmatch(r"dftserve, version \d+\.\d+\.\d+\n", run(command, "--version"))
-    # An engine is what is missing here, and all that doctor calls an error.
+    # Only the engine is missing, and doctor reports no other error.
     findings = json.loads(run(command, "doctor", "--json", expected=1))["findings"]
     assert [found["name"] for found in findings if found["state"] == "error"] == ["vllm"]
 
 
 def test_an_editable_install_stays_editable(environment, checkout):
-    """`make setup`'s words: they resolve with the dependencies, which are not installed here."""
+    """The arguments of `make setup`. Dependencies are resolved but not installed."""
     editable = ("-e", ".", "-e", "plugins/vllm")
     constraint = ("--constraint", "constraints/cpu.txt")
     uv_install(environment, checkout, "--dry-run", *editable, *constraint)
@@ -111,8 +111,8 @@ def _links(environment: Path) -> dict[str, bool]:
     return {name: link.get("editable", False) for name, link in links.items()}
 
 
-def test_the_dockerfile_builds_wheels_from_a_checkout_and_installs_them(environment, checkout):
-    """Both stages without Docker: what is copied, and each RUN line, as the file has them."""
+def test_the_dockerfile_builds_and_installs_the_wheels_of_a_checkout(environment, checkout):
+    """Runs the COPY and RUN lines of both stages without Docker."""
     building, serving = _stages()
     context = checkout.with_name("context")
     for words in building["COPY"]:
@@ -149,7 +149,7 @@ def _stages() -> list[dict[str, list[str]]]:
 
 
 def _copy(words: list[str], checkout: Path, context: Path) -> None:
-    """A COPY line; what it names must pass the .dockerignore file."""
+    """Run a COPY line; its sources must be allowed by the .dockerignore file."""
     *sources, target = words
     ignore = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
     for source in sources:

@@ -1,4 +1,4 @@
-"""The playground's page in a real browser, before real servers."""
+"""The playground's page in a real browser, with real servers."""
 
 import json
 import os
@@ -32,46 +32,46 @@ expect.set_options(timeout=WAIT_MS)
 
 @pytest.fixture(scope="module")
 def address(v1) -> Iterator[str]:
-    with playground(v1.url, KEY) as found:
-        yield found
+    with playground(v1.url, KEY) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as found:
-        yield found
+    with chromium() as instance:
+        yield instance
 
 
 @pytest.fixture
 def page(browser, address):
-    with opened(browser, address) as found:
-        yield found
+    with opened(browser, address) as ready_page:
+        yield ready_page
 
 
 @contextmanager
-def opened(browser, address, viewport=DESKTOP, **given):
-    """The page, ready; what it asked for, and what its console said, are kept on it."""
-    context = browser.new_context(viewport=viewport, **given)
-    found = context.new_page()
-    found.set_default_timeout(WAIT_MS)
-    found.asked, found.complaints = [], []
-    found.on("request", lambda request: found.asked.append(request))
-    found.on("pageerror", lambda error: found.complaints.append(str(error)))
+def opened(browser, address, viewport=DESKTOP, **options):
+    """The loaded page, with the lists `sent` (requests) and `script_errors`."""
+    context = browser.new_context(viewport=viewport, **options)
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    page.sent, page.script_errors = [], []
+    page.on("request", lambda request: page.sent.append(request))
+    page.on("pageerror", lambda error: page.script_errors.append(str(error)))
     try:
-        found.goto(address)
-        expect(found.locator("#server")).not_to_contain_text("Asking")
-        yield found
-        assert not found.complaints
+        page.goto(address)
+        expect(page.locator("#server")).not_to_contain_text("Asking")
+        yield page
+        assert not page.script_errors
     finally:
         context.close()
 
 
 def bodies(page) -> list[dict]:
-    return [json.loads(each.post_data) for each in page.asked if each.url.endswith("/api/chat")]
+    return [json.loads(each.post_data) for each in page.sent if each.url.endswith("/api/chat")]
 
 
 def generate(page, **values) -> None:
-    """Fill in, ask, and wait for the end."""
+    """Fill in the fields, generate, and wait for the end."""
     for name, value in values.items():
         page.fill(f"#{name}", str(value))
     page.click("#generate")
@@ -86,7 +86,7 @@ def slide(page, column: str, level: float) -> None:
     page.fill(f"#diversity-{column}", str(level))
 
 
-def test_what_is_chosen_is_what_is_asked(page):
+def test_requests_have_the_chosen_settings(page):
     slide(page, "A", 0)
     slide(page, "B", 0.75)
     page.select_option("#law-B", "words")
@@ -107,27 +107,27 @@ def test_what_is_chosen_is_what_is_asked(page):
         assert (body["n"], body["max_tokens"], body["temperature"], body["seed"]) == (1, 4, 0.9, 7)
 
 
-def test_two_settings_are_answered_side_by_side(page):
+def test_the_answers_of_both_settings_are_shown_side_by_side(page):
     generate(page, max_tokens=12, n=2)
-    for column, says in (("A", "off: the model's own sampling"), ("B", "gated 0.5 · ")):
+    for column, figures in (("A", "off: the model's own sampling"), ("B", "gated 0.5 · ")):
         answers = page.locator(f"[aria-label='Setting {column}'] article")
         assert answers.count() == 2
         for number in range(2):
             assert answers.nth(number).locator(".text").inner_text()
-            assert says in answers.nth(number).locator(".figures").inner_text()
+            assert figures in answers.nth(number).locator(".figures").inner_text()
     assert re.match(r"Done: \d+ tokens", page.inner_text("#status"))
 
 
 @pytest.mark.parametrize("view", ["entropy_before", "entropy_after", "temperature", "changed"])
-def test_the_tokens_are_the_text_and_have_their_figures(page, view):
+def test_tokens_spell_the_text_and_show_their_figures(page, view):
     slide(page, "B", 1)
     generate(page, max_tokens=24, n=1, messages="Tell me of a “naïve” owl 🦉.")
     plain = page.text_content("[aria-label='Setting B'] .text")
     page.check(f"[value={view}]")
     tokens = page.locator("[aria-label='Setting B'] .token")
-    # vLLM leaves special tokens out of the answer, and what stands for bytes that are no character.
-    told = re.sub(r"<\|\w+\|>", "", "".join(tokens.all_text_contents())).replace(NO_CHARACTER, "")
-    assert told.startswith(plain.replace(NO_CHARACTER, ""))
+    # vLLM leaves special tokens and replacement characters of incomplete bytes out of the answer.
+    text = re.sub(r"<\|\w+\|>", "", "".join(tokens.all_text_contents())).replace(NO_CHARACTER, "")
+    assert text.startswith(plain.replace(NO_CHARACTER, ""))
     heat = tokens.evaluate_all(
         "all => all.map(one => Number(one.style.getPropertyValue('--heat')))"
     )
@@ -141,7 +141,7 @@ def test_the_tokens_are_the_text_and_have_their_figures(page, view):
     assert page.text_content("[aria-label='Setting B'] .text") == plain
 
 
-def test_phrases_that_answers_share_are_marked(page):
+def test_shared_phrases_are_marked(page):
     texts = ["The old owl flew over the hill.", "An OLD owl, flew over: the sea", "Nothing of it"]
     marks = ["old owl flew over the", "OLD owl, flew over: the"]
 
@@ -151,7 +151,7 @@ def test_phrases_that_answers_share_are_marked(page):
             for index, text in enumerate(texts)
         ]
         headers = {"Content-Type": "text/event-stream"}
-        route.fulfill(status=200, headers=headers, body=of_a_server({"choices": choices}))
+        route.fulfill(status=200, headers=headers, body=event_stream({"choices": choices}))
 
     page.route("**/api/chat", answered)
     generate(page, n=3)
@@ -162,12 +162,12 @@ def test_phrases_that_answers_share_are_marked(page):
     assert "2 in setting A" in page.inner_text("#scale")
 
 
-def test_a_refusal_stands_beside_what_it_speaks_of(page):
+def test_a_refusal_is_shown_at_its_field(page):
     page.eval_on_selector("#diversity-B", "one => { one.max = 2 }")
     slide(page, "B", 1.5)
     generate(page, max_tokens=4, n=1)
-    said = page.inner_text("#diversity-B-error")
-    assert "got 1.5; accepted: a number from 0 to 1" in said
+    message = page.inner_text("#diversity-B-error")
+    assert "got 1.5; accepted: a number from 0 to 1" in message
     assert page.get_attribute("#diversity-B", "aria-invalid") == "true"
     assert page.inner_text("[aria-label='Setting A'] .text")
     slide(page, "B", 0.5)
@@ -175,17 +175,17 @@ def test_a_refusal_stands_beside_what_it_speaks_of(page):
     assert page.inner_text("#diversity-B-error") == ""
 
 
-def test_a_request_that_does_not_fit_is_refused_in_the_servers_words(page):
+def test_a_request_that_is_too_long_shows_the_servers_message(page):
     generate(page, max_tokens=4000, n=1)
-    said = " ".join(page.locator(".error").all_inner_texts())
-    assert "4000" in said
+    messages = " ".join(page.locator(".error").all_inner_texts())
+    assert "4000" in messages
     assert page.inner_text("#status").startswith("Some answers failed")
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("n", "0"), ("n", ""), ("temperature", "9"), ("messages", " ")]
 )
-def test_an_invalid_field_is_told_before_anything_is_asked(page, name, value):
+def test_an_invalid_field_is_reported_before_any_request(page, name, value):
     page.fill(f"#{name}", value)
     page.click("#generate")
     assert page.inner_text(f"#{name}-error")
@@ -193,7 +193,7 @@ def test_an_invalid_field_is_told_before_anything_is_asked(page, name, value):
     assert not bodies(page)
 
 
-def test_stop_ends_the_requests_of_the_engine(page, v1):
+def test_stop_ends_the_engines_requests(page, v1):
     def long_texts(route):
         route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
 
@@ -202,10 +202,10 @@ def test_stop_ends_the_requests_of_the_engine(page, v1):
     page.fill("#max_tokens", "450")
     page.click("#generate")
     expect(page.locator(".text").first).not_to_be_empty()
-    page.evaluate("document.querySelector('#stop').click()")  # As nothing, where it is disabled.
+    page.evaluate("document.querySelector('#stop').click()")  # Does nothing if it is disabled.
     wait_for(page, "Stopped|Done")
     while metric(v1, "vllm:num_requests_running") or metric(v1, "vllm:num_requests_waiting"):
-        time.sleep(0.1)  # Requests that go on end by themselves, after 450 tokens each.
+        time.sleep(0.1)  # Requests that are not stopped end after 450 tokens.
     assert page.inner_text("#status").startswith("Stopped")
     assert metric(v1, "vllm:generation_tokens_total") - before < 4 * 450
     assert "stopped" in page.inner_text("[aria-label='Setting B'] .figures >> nth=0")
@@ -229,7 +229,7 @@ EVENTS = (
         ('data: {"error": "Unauthorized"}\n\n', 9, ["Unauthorized"]),
     ],
 )
-def test_events_are_read_however_the_stream_is_cut(page, text, size, expected):
+def test_events_are_parsed_for_any_chunk_size(page, text, size, expected):
     parts = [text[i : i + size] for i in range(0, len(text), size)]
     found = page.evaluate(
         """async parts => {
@@ -250,33 +250,33 @@ def test_events_are_read_however_the_stream_is_cut(page, text, size, expected):
     assert found == expected
 
 
-def of_a_server(*events: dict) -> str:
+def event_stream(*events: dict) -> str:
     return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
 
 
-def test_what_a_server_says_of_its_answer_is_shown(page):
-    """What the test model's server never says: of reasoning, of a policy, of tools."""
+def test_reasoning_clamped_values_and_tool_calls_are_shown(page):
+    """The test model's server never returns these."""
 
     def answered(route):
         delta = {"reasoning": "Hm, a lamp.", "tool_calls": [{"index": 0}]}
         choice = {"index": 0, "delta": delta, "finish_reason": None}
         last = {"index": 0, "delta": {"content": "A lamp."}, "finish_reason": "length"}
-        said = {"law": "gated", "level": 0.4, "clamped": {"level": 0.9}, "choices": [None]}
-        events = ({"choices": [choice]}, {"choices": [last], "diversity": said})
+        diversity = {"law": "gated", "level": 0.4, "clamped": {"level": 0.9}, "choices": [None]}
+        events = ({"choices": [choice]}, {"choices": [last], "diversity": diversity})
         headers = {"Content-Type": "text/event-stream"}
-        route.fulfill(status=200, headers=headers, body=of_a_server(*events))
+        route.fulfill(status=200, headers=headers, body=event_stream(*events))
 
     page.route("**/api/chat", answered)
     generate(page, n=1)
     answer = page.locator("[aria-label='Setting B'] article")
     assert answer.locator(".reasoning").inner_text() == "Hm, a lamp."
     assert answer.locator(".text").inner_text() == "A lamp."
-    said = answer.locator(".figures").inner_text()
+    figures = answer.locator(".figures").inner_text()
     for part in ("gated 0.4", "from level 0.9", "cut at max tokens", "calls tools"):
-        assert part in said
+        assert part in figures
 
 
-def test_an_answer_that_is_no_stream_is_shown_as_it_came(page):
+def test_an_answer_that_is_not_a_stream_is_shown_as_text(page):
     page.route("**/api/chat", lambda route: route.fulfill(status=200, body="<p>a gateway</p>"))
     generate(page, n=1)
     assert "<p>a gateway</p>" in page.inner_text("[aria-label='Setting A'] [data-error=other]")
@@ -284,7 +284,7 @@ def test_an_answer_that_is_no_stream_is_shown_as_it_came(page):
 
 
 @pytest.mark.parametrize("language", ["curl", "python"])
-def test_the_lines_to_copy_run(page, language):
+def test_the_shown_code_runs(page, language):
     page.fill("#messages", "It's a \"quoted\" owl's\nline: $HOME `id` 🦉 \\n")
     page.fill("#max_tokens", "4")
     slide(page, "B", 0.65)
@@ -299,7 +299,7 @@ def test_the_lines_to_copy_run(page, language):
     assert "mean_entropy_after" in ran.stdout
 
 
-def test_the_copy_button_copies(browser, address):
+def test_the_copy_button_copies_the_code(browser, address):
     with opened(browser, address, permissions=["clipboard-read", "clipboard-write"]) as page:
         page.click("[aria-label='Setting A'] .code summary")
         page.click("[aria-label='Setting A'] [data-copy=python]")
@@ -307,30 +307,30 @@ def test_the_copy_button_copies(browser, address):
         assert copied == page.text_content("[aria-label='Setting A'] [data-code=python]")
 
 
-def test_no_request_leaves_the_host_and_none_shows_the_key(page, address):
+def test_no_request_leaves_the_host_or_contains_the_key(page, address):
     generate(page, max_tokens=4)
-    assert page.asked
-    for request in page.asked:
+    assert page.sent
+    for request in page.sent:
         assert request.url.startswith((address, "data:"))
         assert KEY not in json.dumps(request.all_headers())
-    for url in {request.url for request in page.asked if request.url.startswith("http")}:
+    for url in {request.url for request in page.sent if request.url.startswith("http")}:
         assert KEY not in page.request.fetch(url, fail_on_status_code=False).text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_it_is_accessible(browser, address, scheme, viewport):
+def test_the_page_is_accessible(browser, address, scheme, viewport):
     with opened(browser, address, viewport, color_scheme=scheme) as page:
         generate(page, max_tokens=24)
         page.click("[aria-label='Setting B'] article >> nth=0 >> summary")
         page.click("[aria-label='Setting B'] .code summary")
         for view in ("plain", "temperature", "shared"):
             page.check(f"[value={view}]")
-            # Its script goes in by the browser's own way, which the page's policy does not bind.
+            # The checker's script is injected by the browser, so the page's CSP does not apply.
             assert_accessible(page)
 
 
-def test_it_is_used_by_keys_alone(page):
+def test_the_page_works_by_keyboard_alone(page):
     page.focus("#messages")
     order = []
     for _ in range(12):
@@ -350,7 +350,7 @@ def test_it_is_used_by_keys_alone(page):
     assert page.is_checked("[value=shared]")
 
 
-def test_a_server_without_the_plug_in_is_named_and_still_asked(browser, v1_stock):
+def test_a_server_without_the_plug_in_is_reported_and_still_used(browser, v1_stock):
     with playground(v1_stock.url, KEY) as address, opened(browser, address) as page:
         assert "has no diversity field" in page.inner_text("#server")
         assert page.is_disabled("#diversity-A")
@@ -360,7 +360,7 @@ def test_a_server_without_the_plug_in_is_named_and_still_asked(browser, v1_stock
         assert page.inner_text("[aria-label='Setting A'] .text")
 
 
-def test_a_wrong_key_and_a_server_that_is_gone_are_told(browser, v1):
+def test_a_wrong_key_and_an_unreachable_server_are_reported(browser, v1):
     with playground(v1.url, "wrong") as address, opened(browser, address) as page:
         assert "refuses the API key of OPENAI_API_KEY" in page.inner_text("#server")
         generate(page, n=1)
@@ -371,32 +371,32 @@ def test_a_wrong_key_and_a_server_that_is_gone_are_told(browser, v1):
         assert "is it running?" in page.inner_text("[aria-label='Setting A'] [data-error=other]")
 
 
-def test_nobody_else_gets_at_the_key(address):
-    """A page of another origin can send what needs no permission: simple requests, and any to a
-    name of its own that points here."""
+def test_pages_of_other_origins_cannot_use_the_key(address):
+    """A page of another origin can send simple requests, and any request to its own domain, which
+    may resolve to this server."""
     with httpx.Client(base_url=address, timeout=PATIENCE, trust_env=False) as client:
         plain = client.post("api/chat", content="{}", headers={"Content-Type": "text/plain"})
         assert plain.status_code == 415
         other = client.get("api/server", headers={"Host": "attacker.example"})
         assert other.status_code == 400
-        asked = {"Origin": "http://attacker.example", "Access-Control-Request-Method": "POST"}
-        preflight = client.options("api/chat", headers=asked)
+        headers = {"Origin": "http://attacker.example", "Access-Control-Request-Method": "POST"}
+        preflight = client.options("api/chat", headers=headers)
         assert "access-control-allow-origin" not in preflight.headers
         large = client.post("api/chat", json={"pad": "x" * (1 << 20)})
         assert large.status_code == 413
 
 
 @pytest.mark.parametrize("name", ["../server.py", "..%2fserver.py", "%2e%2e/server.py", "none.js"])
-def test_no_other_file_is_given(address, name):
-    """Sent as it stands here: clients tidy a path before they send it."""
+def test_no_other_file_is_served(address, name):
+    """Sent over a socket, as HTTP clients normalise paths."""
     host, _, port = address.removeprefix("http://").rstrip("/").partition(":")
-    with socket.create_connection((host, int(port))) as sent:
-        sent.sendall(f"GET /static/{name} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-        assert sent.makefile("rb").readline().split()[1] == b"404"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"GET /static/{name} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+        assert connection.makefile("rb").readline().split()[1] == b"404"
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://localhost:99999", "ftp://localhost"])
-def test_an_address_that_is_none_is_told_in_one_line(url):
+def test_an_invalid_url_is_reported_in_one_line(url):
     command = [sys.executable, "-m", "dftserve.cli", "playground", "--port", "0", "--url", url]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2
@@ -404,7 +404,7 @@ def test_an_address_that_is_none_is_told_in_one_line(url):
     assert "Traceback" not in ran.stderr
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(address):
+def test_a_used_port_is_reported_in_one_line(address):
     port = address.rstrip("/").rpartition(":")[2]
     command = [sys.executable, "-m", "dftserve.cli", "playground", "--port", port]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""What arrives through nginx, vLLM's router, and a middleware of the operator's that compresses.
+"""Requests through nginx, vLLM's router, and a compressing middleware.
 
-Recorded as tests/server/test_clients.py says.
+The rows are recorded as described in tests/server/test_clients.py.
 """
 
 import subprocess
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.long
 GZIP = "starlette.middleware.gzip.GZipMiddleware"
 KINDS = ("plain", "stream", "wrong")
 HELD_SECONDS = 5
-"""How long the upstream waits for its first event to be read where nginx may hold it back."""
+"""How long the upstream waits for its first event to be read if nginx may buffer it."""
 
 
-def test_nginx_buffered_and_not(v1, tmp_path):
+def test_nginx_with_and_without_buffering(v1, tmp_path):
     rows = []
     for buffering in ("on", "off"):
         route = f"`proxy_buffering {buffering}`"
@@ -35,14 +35,14 @@ def test_nginx_buffered_and_not(v1, tmp_path):
             recording(v1.url) as recorder,
             nginx.before(recorder.url, buffering, tmp_path) as url,
         ):
-            said = [_ask(f"{url}/{kind}", kind, route) for kind in KINDS]
-        found = row("nginx", [(answer, recorder.exchanges[answer["case"]]) for answer in said])
+            cases = [_outcome(f"{url}/{kind}", kind, route) for kind in KINDS]
+        found = row("nginx", [(each, recorder.exchanges[each["case"]]) for each in cases])
         rows.append(found | {"events": _events(buffering, tmp_path)})
     assert as_recorded("nginx", rows, {"nginx": nginx.version()}) == rows
 
 
-def _ask(url: str, kind: str, route: str) -> Outcome:
-    """A case, asked without any client library."""
+def _outcome(url: str, kind: str, route: str) -> Outcome:
+    """The outcome of a case that is requested without a client library."""
     body = chat_body(max_tokens=64, diversity=1.5 if kind == "wrong" else 0.5)
     answer = httpx.post(
         f"{url}/v1/chat/completions",
@@ -56,14 +56,14 @@ def _ask(url: str, kind: str, route: str) -> Outcome:
         header = HEADER if HEADER in answer.headers else None
         return about | {"answer": "mean_entropy_after" in answer.text, "header": header}
     error = answer.json()["error"]
-    said = {"status": answer.status_code, "param": error["param"], "text": error["message"]}
-    return about | {"error": "HTTP", **said}
+    details = {"status": answer.status_code, "param": error["param"], "text": error["message"]}
+    return about | {"error": "HTTP", **details}
 
 
-def _events(buffering: str, place: Path) -> str:
-    """Whether nginx gives a stream's first event before there is a second.
+def _events(buffering: str, folder: Path) -> str:
+    """Whether nginx passes on a stream's first event before there is a second.
 
-    The upstream sends one, and the next when the client has read the first.
+    The upstream sends the second event when the client has read the first.
     """
     was_read = threading.Event()
     patience = HELD_SECONDS if buffering == "on" else None
@@ -80,8 +80,8 @@ def _events(buffering: str, place: Path) -> str:
 
     pieces = []
     with (
-        serving(upstream) as behind,
-        nginx.before(behind, buffering, place) as url,
+        serving(upstream) as upstream_url,
+        nginx.before(upstream_url, buffering, folder) as url,
         httpx.stream("POST", url, content=b"{}", trust_env=False, timeout=PATIENCE) as answer,
     ):
         for piece in answer.iter_raw():
@@ -90,31 +90,31 @@ def _events(buffering: str, place: Path) -> str:
     return "held until the end" if len(pieces) == 1 else "as they are made"
 
 
-def test_vllms_router(v1, tmp_path):
-    """It asks for each request to be rendered before it sends it on, and each counts once."""
+def test_requests_through_vllms_router_are_counted_once(v1, tmp_path):
+    """It requests a rendering before it forwards each request, which is counted once."""
     counters = ("dft:requests_total", "dft:requests_refused_total")
     before = [metric(v1, name) for name in counters]
-    said = []
+    outcomes = []
     with recording(v1.url) as recorder:
         for kind in KINDS:
             with vllm_router.before(f"{recorder.url}/{kind}", tmp_path) as url:
-                said.append(_ask(url, kind, "chat"))
+                outcomes.append(_outcome(url, kind, "chat"))
     sent_on = [
         [each for each in recorder.exchanges[kind] if not each.path.endswith("/render")]
         for kind in KINDS
     ]
     assert any(len(recorder.exchanges[kind]) > 1 for kind in KINDS), "nothing was rendered"
     assert [metric(v1, name) for name in counters] == [before[0] + 2, before[1] + 1]
-    rows = [row("vllm-router", list(zip(said, sent_on, strict=True)))]
-    asked = "import importlib.metadata as m; print(m.version('vllm-router'))"
+    rows = [row("vllm-router", list(zip(outcomes, sent_on, strict=True)))]
+    code = "import importlib.metadata as m; print(m.version('vllm-router'))"
     python = vllm_router.ENVIRONMENT / "bin" / "python"
-    version_of = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True)
+    version_of = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     versions = {"vllm-router": version_of.stdout.strip()}
     assert as_recorded("vllm-router", rows, versions) == rows
 
 
-def test_what_is_only_rendered_is_not_counted(model_folder, tmp_path):
-    """A router may ask for it before each request that it sends on, where the server allows it."""
+def test_render_requests_are_not_counted(model_folder, tmp_path):
+    """A router may send one before each request that it forwards, if the server allows it."""
     bodies = {
         "/v1/chat/completions": chat_body(max_tokens=4),
         "/v1/completions": {"model": "demo", "prompt": "Once", "max_tokens": 4},
@@ -133,18 +133,20 @@ def test_what_is_only_rendered_is_not_counted(model_folder, tmp_path):
             assert [metric(engine, name) for name in names] == [count + 1 for count in before]
 
 
-def test_a_middleware_that_compresses(model_folder, tmp_path):
-    """Nothing breaks, and the header is there; a compressed body can be read."""
+def test_a_compressing_middleware(model_folder, tmp_path):
+    """The header arrives, and a compressed body can be read."""
     flags = ("--middleware", GZIP)
     with (
         engine_running("v1_gzip", model_folder, tmp_path, *flags) as engine,
         recording(engine.url, encodings="gzip") as recorder,
     ):
-        said = [_ask(f"{recorder.url}/{kind}", kind, f"`--middleware {GZIP}`") for kind in KINDS]
-    passed = [recorder.exchanges[kind][-1] for kind in KINDS]
-    assert [exchange.encoding for exchange in passed] == ["gzip", None, None]
-    assert all(exchange.header for exchange in passed[:2])
-    plain, stream, wrong = said
+        cases = [
+            _outcome(f"{recorder.url}/{kind}", kind, f"`--middleware {GZIP}`") for kind in KINDS
+        ]
+    exchanges = [recorder.exchanges[kind][-1] for kind in KINDS]
+    assert [exchange.encoding for exchange in exchanges] == ["gzip", None, None]
+    assert all(exchange.header for exchange in exchanges[:2])
+    plain, stream, wrong = cases
     found = {
         "client": "GZipMiddleware",
         "route": plain["route"],

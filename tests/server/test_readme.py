@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type works as it stands there."""
+"""The curl command of the README works as written."""
 
 import json
 import re
@@ -14,7 +14,7 @@ def readme_curl() -> str:
     return re.sub(r"^    ", "", block[1], flags=re.MULTILINE)
 
 
-def test_the_curl_line_answers_with_its_diversity(v1):
+def test_the_curl_command_returns_its_diversity(v1):
     line = (
         readme_curl()
         .replace("http://localhost:8000", v1.url)

@@ -1,4 +1,4 @@
-"""A real language model behind the server: every way to ask, and 500 seeds at once on a CPU."""
+"""A real language model behind the server: every endpoint, and 500 seeds at once on a CPU."""
 
 import asyncio
 import json
@@ -43,27 +43,27 @@ def client(server) -> OpenAI:
     return OpenAI(base_url=server.url, api_key="EMPTY", timeout=600, max_retries=0)
 
 
-def test_chat_with_four_choices(client, server):
+def test_chat_with_four_choices_reports_each(client, server):
     answer = client.chat.completions.create(
         model=server.model, messages=PROMPT, max_tokens=24, n=4, seed=1, extra_body=FIELD
     )
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 4
-    told = answer.model_extra["diversity"]
-    assert (told["level"], len(told["choices"])) == (0.5, 4)
-    assert all(each["mean_temperature"] >= 1 for each in told["choices"])
+    reported = answer.model_extra["diversity"]
+    assert (reported["level"], len(reported["choices"])) == (0.5, 4)
+    assert all(each["mean_temperature"] >= 1 for each in reported["choices"])
 
 
-def test_a_stream_says_the_same_as_an_answer(client, server):
-    asked = {"model": server.model, "messages": PROMPT, "max_tokens": 24, "seed": 3}
-    whole = client.chat.completions.create(**asked, extra_body=FIELD)
-    chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=FIELD))
+def test_a_stream_has_the_text_of_an_answer(client, server):
+    request = {"model": server.model, "messages": PROMPT, "max_tokens": 24, "seed": 3}
+    whole = client.chat.completions.create(**request, extra_body=FIELD)
+    chunks = list(client.chat.completions.create(**request, stream=True, extra_body=FIELD))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content
     assert [c for c in chunks if "diversity" in (c.model_extra or {})]
 
 
-def test_completions(client, server):
+def test_completions_report_diversity(client, server):
     answer = client.completions.create(
         model=server.model, prompt="Once upon a time", max_tokens=16, extra_body=FIELD
     )
@@ -71,7 +71,7 @@ def test_completions(client, server):
     assert answer.model_extra["diversity"]["choices"][0]["tokens"] == answer.usage.completion_tokens
 
 
-def test_responses(client, server):
+def test_responses_report_diversity(client, server):
     answer = client.responses.create(
         model=server.model, input="Say something.", max_output_tokens=16, extra_body=FIELD
     )
@@ -80,12 +80,12 @@ def test_responses(client, server):
 
 
 def test_a_json_schema_holds_at_every_level(client, server):
-    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
     for level in (0.0, 1.0):
         answer = client.chat.completions.create(
             model=server.model,
             messages=[{"role": "user", "content": "Invent a person: name and age, as JSON."}],
-            response_format=wanted,
+            response_format=response_format,
             max_tokens=80,
             seed=5,
             extra_body={"diversity": level},
@@ -101,17 +101,17 @@ TOPICS = (
 )  # fmt: skip
 
 
-def stories(server: Server, **asked: Any) -> list[list[str]]:
-    """Two to each topic."""
+def stories(server: Server, **fields: Any) -> list[list[str]]:
+    """Two stories for each topic."""
 
     async def ask_all() -> list[list[str]]:
         async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=1200) as client:
 
             async def ask(seed: int, topic: str) -> list[str]:
-                # One seed for all would be the same noise in all, and make them alike.
+                # One seed for all would give all the same noise, and make them similar.
                 prompt = {"role": "user", "content": f"Tell me a short story about {topic}."}
                 answer = await client.chat.completions.create(
-                    model=server.model, messages=[prompt], max_tokens=96, n=2, seed=seed, **asked
+                    model=server.model, messages=[prompt], max_tokens=96, n=2, seed=seed, **fields
                 )
                 return [choice.message.content for choice in answer.choices]
 
@@ -120,8 +120,8 @@ def stories(server: Server, **asked: Any) -> list[list[str]]:
     return asyncio.run(ask_all())
 
 
-def test_the_field_varies_more_than_a_low_temperature_and_errs_less_than_a_high_one(server, figure):
-    """What the field is for, on real text: passes by chance, were either not so, once in 1,000."""
+def test_more_varied_than_a_low_temperature_and_fewer_errors_than_a_high_one(server, figure):
+    """If either did not hold, the test would pass by chance once in 1,000."""
     low = stories(server, temperature=0.5)
     field = stories(server, temperature=1.0, extra_body={"diversity": 1})
     high = stories(server, temperature=1.2)
@@ -130,16 +130,16 @@ def test_the_field_varies_more_than_a_low_temperature_and_errs_less_than_a_high_
     def marks(texts: list[list[str]]) -> list[int]:
         return [sum(errors.check(text, checker).marks for text in pair) for pair in texts]
 
-    def likeness(texts: list[list[str]]) -> NDArray[np.float64]:
-        """Between stories of other topics."""
+    def similarity(texts: list[list[str]]) -> NDArray[np.float64]:
+        """Self-BLEU of stories on different topics."""
         return self_bleus([words(pair[0]) for pair in texts])
 
     fewer = stats.ttest_rel(marks(high), marks(field), alternative="greater").pvalue
-    alike, varied = likeness(low), likeness(field)
-    more = stats.ttest_rel(alike, varied, alternative="greater").pvalue
+    similarity_low, similarity_field = similarity(low), similarity(field)
+    more = stats.ttest_rel(similarity_low, similarity_field, alternative="greater").pvalue
     figure(
         marks=[sum(marks(each)) for each in (low, field, high)],
-        self_bleu=[round(float(each.mean()), 1) for each in (alike, varied)],
+        self_bleu=[round(float(each.mean()), 1) for each in (similarity_low, similarity_field)],
         p=[float(fewer), float(more)],
     )
     assert fewer < 1e-3
@@ -147,7 +147,7 @@ def test_the_field_varies_more_than_a_low_temperature_and_errs_less_than_a_high_
 
 
 def test_500_seeds_at_once_leave_the_engine_alive(server, figure):
-    """On stock vLLM 0.32 some tens of them end it: prompts do not all fit into one step."""
+    """Some tens of them end stock vLLM 0.32 if the prompts do not all fit into one step."""
 
     async def ask_all() -> list[tuple[int, str]]:
         async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=1200) as client:
@@ -166,7 +166,7 @@ def test_500_seeds_at_once_leave_the_engine_alive(server, figure):
         by_seed.setdefault(seed, []).append(text)
     figure(requests=len(answers), seeds=len(by_seed), texts=len({text for _, text in answers}))
     assert len(answers) == 500
-    # However a prompt was divided: each seed's five requests met different neighbours.
+    # However prompts were split into steps: each seed's five requests had different neighbours.
     assert all(len(set(texts)) == 1 for texts in by_seed.values())
     again = OpenAI(base_url=server.url, api_key="EMPTY").models.list()
     assert again.data

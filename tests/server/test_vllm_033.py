@@ -1,6 +1,6 @@
-"""vLLM 0.33: its Python over the compiled parts of 0.32's CPU build, as it has none of its own.
+"""vLLM 0.33: its Python code over the compiled parts of 0.32's CPU build, as it has no CPU build.
 
-The laws are those of the other files, on this engine.
+The tests are those of other files, on this engine.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"v1": 200, "v2": 20}
-"""Requests of a test; the V2 runner's kernels are interpreted."""
+"""Requests of a test: fewer for V2, whose kernels are interpreted."""
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def hybrid(tmp_path_factory) -> Environment:
 @pytest.fixture(scope="module", params=COUNTS)
 def pair(request, hybrid, model_folder, tmp_path_factory) -> Iterator[tuple[Engine, Engine]]:
     """A server with the plug-in, and one with DFTSERVE_DISABLE=1."""
-    place = tmp_path_factory.mktemp(request.param)
+    path = tmp_path_factory.mktemp(request.param)
     flags = [FEW_BLOCKS] if request.param == "v1" else []
     off = {"DFTSERVE_DISABLE": "1"}
     with (
         hybrid.serves(),
-        engine_running(f"{request.param}_033", model_folder, place, *flags) as engine,
-        engine_running(f"{request.param}_033_stock", model_folder, place, *flags, env=off) as stock,
+        engine_running(f"{request.param}_033", model_folder, path, *flags) as engine,
+        engine_running(f"{request.param}_033_stock", model_folder, path, *flags, env=off) as stock,
     ):
         yield engine, stock
 
@@ -58,11 +58,11 @@ def count(engine) -> int:
     return COUNTS["v2" if engine.is_v2 else "v1"]
 
 
-def test_it_is_that_version(engine):
-    said = get(engine, "/v1/dft/capabilities").json()
-    assert said["vllm"] == HYBRID
-    assert said["active"] is True
-    assert said["runner"] == ("V2" if engine.is_v2 else "V1")
+def test_the_engine_has_version_033(engine):
+    capabilities = get(engine, "/v1/dft/capabilities").json()
+    assert capabilities["vllm"] == HYBRID
+    assert capabilities["active"] is True
+    assert capabilities["runner"] == ("V2" if engine.is_v2 else "V1")
 
 
 def test_off_is_off(pair, count, figure):
@@ -84,16 +84,16 @@ def test_surprise(engine, count, figure):
 @pytest.mark.parametrize(
     ("tokens", "status"), [(16, "incomplete"), (480, "completed")], ids=["cut", "to its end"]
 )
-def test_responses_end_with_the_figures_however_they_end(engine, tokens, status):
+def test_complete_and_incomplete_responses_end_with_the_figures(engine, tokens, status):
     if engine.is_v2 and status == "completed":
         pytest.skip("a text to its end takes minutes there")
     client = sync_client(engine)
-    asked = {"model": "demo", "input": "Tell me a story.", "max_output_tokens": tokens}
-    asked["extra_body"] = {"diversity": 0.1, "seed": 1}
-    answer = client.responses.create(**asked)
+    request = {"model": "demo", "input": "Tell me a story.", "max_output_tokens": tokens}
+    request["extra_body"] = {"diversity": 0.1, "seed": 1}
+    answer = client.responses.create(**request)
     assert answer.status == status
     assert tokens_of(answer) == answer.usage.output_tokens
-    events = list(client.responses.create(**asked, stream=True))
+    events = list(client.responses.create(**request, stream=True))
     assert events[-1].type == f"response.{status}"
     assert tokens_of(events[-1].response) == events[-1].response.usage.output_tokens
     carrying = [e for e in events if "diversity" in (getattr(e, "response", e).model_extra or {})]
@@ -107,9 +107,9 @@ def tokens_of(response) -> int:
 
 def test_several_choices_and_a_stream_with_usage(engine):
     body = chat_body(diversity=0.5, max_tokens=8, n=2)
-    said = post(engine, "/v1/chat/completions", body).json()
-    tokens = sum(choice["tokens"] for choice in said["diversity"]["choices"])
-    assert tokens == said["usage"]["completion_tokens"]
+    content = post(engine, "/v1/chat/completions", body).json()
+    tokens = sum(choice["tokens"] for choice in content["diversity"]["choices"])
+    assert tokens == content["usage"]["completion_tokens"]
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(
         sync_client(engine).chat.completions.create(

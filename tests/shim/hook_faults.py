@@ -1,16 +1,16 @@
-"""Faults of one place where the plug-in meets vLLM, put in before vLLM is imported.
+"""Faults in one hook of the plug-in, injected before vLLM is imported.
 
-A fault is named `HOOK:KIND`, a hook as vLLM's code writes it (`ParentRequest.get_child_info`):
+A fault is named `HOOK:KIND`; a hook has its name in vLLM's code (`ParentRequest.get_child_info`):
 
     moved      vLLM has the module under another name
     renamed    … the class, function or method
     signature  … the function or method with one more parameter, before all others
-    lost       somebody asks for the module's spec before vLLM imports it
-    raises     an exception where the plug-in touches the module's class or function
+    lost       other code requests the module's spec before vLLM imports it
+    raises     an exception when the plug-in accesses the module's class or function
     decorated  build_app only: another plug-in has wrapped it first
 
-The first three edit vLLM's source as it is read, callers too, so vLLM itself works as before.
-Standard library only: this runs before everything else.
+The first three edit vLLM's source when it is loaded, including callers, so vLLM itself still works.
+Only the standard library is used: this runs before everything else.
 """
 
 import functools
@@ -29,8 +29,7 @@ INJECTED = "an injected fault"
 
 @dataclass(frozen=True)
 class Edit:
-    """A replacement in the sources of vLLM whose path ends in one of `files`; all if there are
-    none."""
+    """A replacement in the sources of vLLM whose path contains one of `files`; in all if empty."""
 
     pattern: str
     replacement: str
@@ -44,18 +43,18 @@ class Edit:
 
 @dataclass(frozen=True)
 class Hook:
-    """Where the plug-in changes vLLM, and how vLLM might have changed it first."""
+    """A function that the plug-in changes, and how another version of vLLM might differ there."""
 
     module: str
     path: str
-    """A function of the module, a class, or a method of one."""
+    """A function, a class or a method of the module."""
     new_path: str
-    """… under `renamed`."""
+    """The path under `renamed`."""
     renamed: tuple[Edit, ...]
     signature: tuple[Edit, ...] = ()
-    """Empty where there is no signature."""
+    """Empty if the fault does not apply."""
     relative: tuple[Edit, ...] = field(default=())
-    """How importers name the module, beside its full name."""
+    """Edits of relative imports of the module, for `moved`."""
 
     def edits(self, kind: str) -> Iterable[Edit]:
         if kind == "moved":
@@ -64,7 +63,7 @@ class Hook:
 
 
 def _method(name: str, new_name: str, *files: str) -> dict[str, tuple[Edit, ...]]:
-    """A method that is called as `request.NAME(`, in these files only."""
+    """The edits of a method that is called as `request.NAME(`, in these files only."""
     return {
         "renamed": (Edit(rf"\b{name}\b", new_name, files),),
         "signature": (
@@ -228,7 +227,7 @@ FAULTS = [
 
 
 def install(fault: str) -> None:
-    """Put the fault into every import from now on."""
+    """Inject the fault into every import from now on."""
     name, _, kind = fault.rpartition(":")
     hook = HOOKS[name]
     if edits := tuple(hook.edits(kind)):
@@ -269,14 +268,14 @@ def _move(name: str) -> None:
             return None
         if fullname != name + MOVED:
             return find_spec(self, fullname, target)
-        found = find_spec(self, name, target)
-        return found and importlib.util.spec_from_file_location(fullname, found.origin)
+        spec = find_spec(self, name, target)
+        return spec and importlib.util.spec_from_file_location(fullname, spec.origin)
 
     finder.find_spec = moved
 
 
 def _after(name: str, change) -> None:
-    """`change(module)` when the module has been executed, before whoever waits for that."""
+    """Call `change(module)` directly after the module is executed, before other such callbacks."""
     loader = importlib.machinery.SourceFileLoader
     exec_module = loader.exec_module
 
@@ -289,7 +288,7 @@ def _after(name: str, change) -> None:
 
 
 def _make_raising(module: types.ModuleType, name: str) -> None:
-    """To the plug-in alone: vLLM must work."""
+    """Raise only for accesses by the plug-in, as vLLM must work."""
 
     class Raising(types.ModuleType):
         def __getattribute__(self, attribute):

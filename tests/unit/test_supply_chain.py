@@ -1,4 +1,4 @@
-"""Nothing of ours makes objects of bytes that somebody else may have written."""
+"""No code of this project unpickles data, which could come from an untrusted source."""
 
 import ast
 from pathlib import Path
@@ -11,35 +11,35 @@ UNSAFE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marsh
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def complaints(source: str) -> list[str]:
-    found = []
+def unsafe_calls(source: str) -> list[str]:
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in UNSAFE]
+            names += [alias.name for alias in node.names if alias.name.partition(".")[0] in UNSAFE]
         elif isinstance(node, ast.ImportFrom):
-            found += [node.module] if (node.module or "").partition(".")[0] in UNSAFE else []
+            names += [node.module] if (node.module or "").partition(".")[0] in UNSAFE else []
         elif isinstance(node, ast.Call):
-            found += _of_call(ast.unparse(node.func), node.keywords)
-    return found
+            names += _unsafe_call(ast.unparse(node.func), node.keywords)
+    return names
 
 
-def _of_call(name: str, keywords: list[ast.keyword]) -> list[str]:
-    said = {word.arg: ast.unparse(word.value) for word in keywords}
-    is_torch = name == "torch.load" and said.get("weights_only") != "True"
-    is_numpy = name.endswith(".load") and said.get("allow_pickle", "False") != "False"
+def _unsafe_call(name: str, keywords: list[ast.keyword]) -> list[str]:
+    arguments = {word.arg: ast.unparse(word.value) for word in keywords}
+    is_torch = name == "torch.load" and arguments.get("weights_only") != "True"
+    is_numpy = name.endswith(".load") and arguments.get("allow_pickle", "False") != "False"
     is_pandas = name.endswith("read_pickle")
     return [name] if is_torch or is_numpy or is_pandas else []
 
 
-def test_there_are_sources():
+def test_the_source_files_are_found():
     assert len(SOURCES) > 100
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_nothing_reads_a_pickle(folder):
+def test_no_source_file_reads_a_pickle(folder):
     sources = [path for path in SOURCES if path.is_relative_to(ROOT / folder)]
-    found = {path.name: complaints(path.read_text(encoding="utf-8")) for path in sources}
-    assert {name: said for name, said in found.items() if said} == {}
+    by_file = {path.name: unsafe_calls(path.read_text(encoding="utf-8")) for path in sources}
+    assert {name: names for name, names in by_file.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_nothing_reads_a_pickle(folder):
         "pandas.read_pickle(path)",
     ],
 )
-def test_such_a_line_is_found(source):
-    assert complaints(source)
+def test_an_unsafe_line_is_found(source):
+    assert unsafe_calls(source)
 
 
 @pytest.mark.parametrize("source", ["torch.load(path, weights_only=True)", "np.load(path)"])
-def test_a_safe_one_is_not(source):
-    assert not complaints(source)
+def test_a_safe_line_is_accepted(source):
+    assert not unsafe_calls(source)

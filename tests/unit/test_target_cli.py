@@ -1,4 +1,4 @@
-"""`dftserve target`: from texts to a store, what it shows, and what it refuses."""
+"""`dftserve target`: building a store from texts, inspecting it, and what is refused."""
 
 import json
 import os
@@ -94,11 +94,11 @@ def build(corpus, model, out, *more, recipe="creative"):
     return target("build", corpus, "--model", model, "--recipe", recipe, "--out", out, *more)
 
 
-def refused(result, *said: str) -> None:
+def refused(result, *parts: str) -> None:
     assert result.exit_code == 2, result.output
     lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1
-    assert [part for part in said if part not in lines[0]] == []
+    assert [part for part in parts if part not in lines[0]] == []
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -108,7 +108,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 # Build, inspect, verify
 
 
-def test_from_texts_to_a_store(tmp_path, novels, model):
+def test_build_verify_and_inspect(tmp_path, novels, model):
     out = tmp_path / "out"
     result = build(novels, model, out, "--heldout", "0.2")
     assert result.exit_code == 0, result.output
@@ -130,15 +130,15 @@ def test_from_texts_to_a_store(tmp_path, novels, model):
     shown = target("inspect", out, "--model", model).output
     assert "top 6, 6 draws, sampled tail, seed 0" in shown
     assert "entropy of the training targets, nats" in shown
-    said = json.loads(target("inspect", out, "--json").output)
-    train = said["splits"]["train"]
+    inspected = json.loads(target("inspect", out, "--json").output)
+    train = inspected["splits"]["train"]
     assert train["trained"] == sum(train["entropy_histogram"])
     assert 0 < train["entropy_nats"] < 8
-    assert said["bytes_a_token"] <= 100  # 52, and the shards' headers, which are few tokens' here.
-    assert said["examples"][0]["positions"][0]["token"].startswith("#")
+    assert inspected["bytes_a_token"] <= 100  # 52, and the shards' headers, for few tokens.
+    assert inspected["examples"][0]["positions"][0]["token"].startswith("#")
 
 
-def test_the_page_is_one_safe_file(tmp_path, novels, model):
+def test_the_html_page_has_no_scripts_and_no_external_resources(tmp_path, novels, model):
     for path in novels.iterdir():
         path.write_text(f"{MARKUP} {path.read_text()} ")
     out, page = tmp_path / "out", tmp_path / "page.html"
@@ -147,20 +147,20 @@ def test_the_page_is_one_safe_file(tmp_path, novels, model):
     assert result.exit_code == 0
     assert "\x1b[31m" not in result.output
 
-    found = []
+    tags = []
 
     class Tags(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            found.append((tag, dict(attrs)))
+            tags.append((tag, dict(attrs)))
 
     content = page.read_text(encoding="utf-8")
     Tags().feed(content)
-    assert {tag for tag, _ in found} >= {"table", "svg", "style"}
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in found}
-    assert not any({"src", "href", "onload"} & set(attrs) for _, attrs in found)
+    assert {tag for tag, _ in tags} >= {"table", "svg", "style"}
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags}
+    assert not any({"src", "href", "onload"} & set(attrs) for _, attrs in tags)
 
 
-def test_everything_on_the_page_is_escaped():
+def test_markup_and_control_characters_are_escaped_in_reports():
     figures = report.Figures(1, 1, 1, 0.5, 0.1, 0.2, 0.0, (1, 0))
     position = report.Position(MARKUP, 0.5, ((MARKUP, 0.5),), 0.7)
     plan = {"k": 6, "draws": 6, "tail": "sampled", "seed": 0, "name": MARKUP}
@@ -171,7 +171,7 @@ def test_everything_on_the_page_is_escaped():
     assert "\x1b" not in report.as_text(summary).replace(MARKUP, "", 1)
 
 
-def test_conversations(tmp_path, model):
+def test_conversations_are_built_and_need_a_chat_template(tmp_path, model):
     lines = [
         {"prompt": f"question {i}?", "response": prose(20, 10 * i + j)}
         for i in range(8)
@@ -194,11 +194,11 @@ def test_conversations(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
-def test_references_count_an_answer_as_often_as_it_is_given(tmp_path, model):
-    """Also one of which others differ in case alone; without references, each comes once."""
-    said = ["Yes, sure."] * 9 + ["No, never."] + ["yes, sure"] * 2
+def test_references_count_repeated_answers(tmp_path, model):
+    """Answers that differ only in case count separately; without references, they are dropped."""
+    answers = ["Yes, sure."] * 9 + ["No, never."] + ["yes, sure"] * 2
     path = tmp_path / "chat.jsonl"
-    rows = [{"prompt": "Is it so?", "response": each} for each in said]
+    rows = [{"prompt": "Is it so?", "response": each} for each in answers]
     path.write_text("\n".join(map(json.dumps, rows)))
     job = Job(
         corpus=path, model=model, recipe="conversation", out=tmp_path / "out", heldout=0, seed=0
@@ -220,7 +220,7 @@ def test_references_count_an_answer_as_often_as_it_is_given(tmp_path, model):
     assert len(material.documents["train"]) == 2
 
 
-def test_a_text_that_is_left_out_is_not_counted_as_joined(tmp_path, model):
+def test_a_dropped_text_is_not_counted_as_joined(tmp_path, model):
     """Six texts with wrapped lines, two of which spell a special token."""
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -229,13 +229,13 @@ def test_a_text_that_is_left_out_is_not_counted_as_joined(tmp_path, model):
         (folder / f"{i}.txt").write_text(f"{wrapped} </s>" if i < 2 else wrapped)
     result = build(folder, model, tmp_path / "out", "--set", "corpus.special_tokens=drop")
     assert result.exit_code == 0, result.output
-    told = TargetStore(tmp_path / "out").manifest.plan.corpus
-    assert (told["read"], told["kept"], told["joined"]) == (6, 4, 4)
+    corpus = TargetStore(tmp_path / "out").manifest.plan.corpus
+    assert (corpus["read"], corpus["kept"], corpus["joined"]) == (6, 4, 4)
 
 
-def test_the_counts_of_the_report_add_up(tmp_path, model):
-    """Also with what was left out after the filters: 1 too short, 10 whose calls no template takes,
-    and 4 long texts, each in several documents."""
+def test_read_kept_and_dropped_counts_add_up(tmp_path, model):
+    """Texts are also dropped after the filters: 1 is too short, and 10 have tool calls that the
+    template cannot render. Each of 4 long texts becomes several documents."""
     calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     records = [{"text": "short"}, *({"text": prose(2500, 100 + i)} for i in range(4))]
     for i in range(30):
@@ -247,15 +247,15 @@ def test_the_counts_of_the_report_add_up(tmp_path, model):
     path.write_text("\n".join(map(json.dumps, records)))
     result = build(path, model, tmp_path / "out", "--set", "corpus.min_words=5")
     assert result.exit_code == 0, result.output
-    told = TargetStore(tmp_path / "out").manifest.plan.corpus
-    dropped = sum(each["count"] for each in told["dropped"].values())
-    assert (told["read"], told["kept"], dropped) == (35, 24, 11)
-    documents = sum(told["documents"].values())
+    corpus = TargetStore(tmp_path / "out").manifest.plan.corpus
+    dropped = sum(each["count"] for each in corpus["dropped"].values())
+    assert (corpus["read"], corpus["kept"], dropped) == (35, 24, 11)
+    documents = sum(corpus["documents"].values())
     assert "35 texts read, 24 kept" in result.output
     assert f"  24 texts in {documents} documents: longer ones are cut" in result.output
 
 
-def test_max_tokens(tmp_path, novels, model):
+def test_max_tokens_cuts_documents_and_keeps_every_trained_token(tmp_path, novels, model):
     assert build(novels, model, tmp_path / "a", "--heldout", "0").exit_code == 0
     assert build(novels, model, tmp_path / "b", "--heldout", "0", "--max-tokens", 64).exit_code == 0
     whole, cut = TargetStore(tmp_path / "a"), TargetStore(tmp_path / "b")
@@ -274,16 +274,16 @@ def test_windows_train_every_token_once(size):
     np.testing.assert_array_equal(labels, document.labels_T)
 
 
-def test_a_document_keeps_its_tokens_and_marks_alone():
-    """5 bytes a token, whatever was asked of it: a corpus is held in memory whole."""
+def test_a_document_stores_only_its_tokens_and_marks():
+    """5 bytes a token, also after its properties were read: the whole corpus is held in memory."""
     document = Document(np.arange(1000, dtype=np.int32), np.arange(1000) > 3)
     assert (document.trained, len(document.positions_T), len(document.labels_T)) == (996,) * 3
     assert document.prompt == (0, 1, 2, 3)
-    kept = [each for each in vars(document).values() if isinstance(each, np.ndarray)]
-    assert sum(each.nbytes for each in kept) == 5 * 1000
+    arrays = [each for each in vars(document).values() if isinstance(each, np.ndarray)]
+    assert sum(each.nbytes for each in arrays) == 5 * 1000
 
 
-def test_a_piece_that_goes_on_does_not_end(tmp_path, novels, model):
+def test_only_the_last_piece_of_a_cut_text_ends_with_the_end_token(tmp_path, novels, model):
     (novels / "00.txt").write_text(prose(2500, 77))
     assert build(novels, model, tmp_path / "out").exit_code == 0
     opened = TargetStore(tmp_path / "out")
@@ -296,10 +296,10 @@ def test_a_piece_that_goes_on_does_not_end(tmp_path, novels, model):
     assert ends.count(1) == 12
 
 
-# Going on
+# Resuming
 
 
-def test_the_same_command_again(tmp_path, novels, model):
+def test_repeating_a_finished_build_changes_nothing(tmp_path, novels, model):
     out = tmp_path / "out"
     assert build(novels, model, out).exit_code == 0
     before = bytes_of(out)
@@ -309,14 +309,14 @@ def test_the_same_command_again(tmp_path, novels, model):
     assert bytes_of(out) == before
 
 
-def test_another_folder_or_another_place_gives_the_same_store(tmp_path, novels, model):
+def test_the_store_does_not_depend_on_the_paths_of_corpus_and_output(tmp_path, novels, model):
     assert build(novels, model, tmp_path / "a").exit_code == 0
     novels.rename(tmp_path / "moved")
     assert build(tmp_path / "moved", model, tmp_path / "b").exit_code == 0
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
 
-def test_a_build_that_is_interrupted_goes_on(tmp_path, novels, model, small_shards, monkeypatch):
+def test_an_interrupted_build_resumes(tmp_path, novels, model, small_shards, monkeypatch):
     assert build(novels, model, tmp_path / "whole").exit_code == 0
     out, real = tmp_path / "out", store.build
 
@@ -327,10 +327,10 @@ def test_a_build_that_is_interrupted_goes_on(tmp_path, novels, model, small_shar
             yield tokens
 
     monkeypatch.setattr(store, "build", interrupted)
-    for stop_after, said in ((0, "Stopped before the first shard"), (1, "Stopped; 1 shard in")):
+    for stop_after, message in ((0, "Stopped before the first shard"), (1, "Stopped; 1 shard in")):
         result = build(novels, model, out)
         assert result.exit_code == 130
-        assert said in result.output
+        assert message in result.output
         assert len(list(out.glob("*.safetensors"))) == stop_after
         assert "Aborted" not in result.output
     refused(target("verify", out), "is unfinished; run its build again")
@@ -339,7 +339,7 @@ def test_a_build_that_is_interrupted_goes_on(tmp_path, novels, model, small_shar
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
-def test_a_log_is_told_how_far_it_is(tmp_path, novels, model, monkeypatch):
+def test_progress_is_logged(tmp_path, novels, model, monkeypatch):
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     result = build(novels, model, tmp_path / "out")
     assert "  13 texts read, " in result.output
@@ -347,20 +347,20 @@ def test_a_log_is_told_how_far_it_is(tmp_path, novels, model, monkeypatch):
     assert f"  {total:,} of {total:,} tokens (100%), " in result.output
 
 
-def test_a_line_has_the_count_the_rate_and_what_is_left():
-    said: list[str] = []
+def test_a_progress_line_has_the_count_the_rate_and_the_time_left():
+    lines: list[str] = []
     times = iter([0.0, 1.0, 20.0, 21.0, 40.0])
-    told = progress.Progress("tokens", said.append, total=10_000, clock=lambda: next(times))
+    counter = progress.Progress("tokens", lines.append, total=10_000, clock=lambda: next(times))
     for count in (1000, 1000, 50, 150):
-        told.add(count)
-    assert said == [
+        counter.add(count)
+    assert lines == [
         "  2,000 of 10,000 tokens (20%), 100 a second, about 80 s left",
         "  2,200 of 10,000 tokens (22%), 10 a second, about 13 min left",
     ]
 
 
-def test_several_processes_and_a_signal(tmp_path, novels, model):
-    """Two processes, stopped by SIGINT where that comes in time, then finished by one."""
+def test_a_build_by_two_processes_resumes_after_sigint(tmp_path, novels, model):
+    """The signal may arrive after the build has finished."""
     assert build(novels, model, tmp_path / "one").exit_code == 0
     out = tmp_path / "two"
     flags = ["--model", model, "--recipe", "creative", "--out", str(out)]
@@ -373,17 +373,17 @@ def test_several_processes_and_a_signal(tmp_path, novels, model):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    # A signal that comes when all is done may meet Python on its way out, which then says so.
+    # A signal after the build may hit Python during its exit, which then prints a traceback.
     assert "Traceback" not in output or (out / "manifest.json").exists()
     assert not list(out.glob("*.partial"))
     assert build(novels, model, out, "--processes", 2).exit_code == 0
     assert bytes_of(out) == bytes_of(tmp_path / "one")
 
 
-# What is refused
+# Refusals
 
 
-def test_what_cannot_be_built(tmp_path, novels, model):
+def test_invalid_build_arguments_are_refused(tmp_path, novels, model):
     out, empty, one = tmp_path / "out", tmp_path / "empty", tmp_path / "one"
     empty.mkdir()
     one.mkdir()
@@ -402,7 +402,7 @@ def test_what_cannot_be_built(tmp_path, novels, model):
     assert not out.exists()
 
 
-def test_the_corpus_is_no_place_for_its_store(novels, model):
+def test_the_corpus_folder_is_refused_as_the_output(novels, model):
     refused(build(novels, model, novels), "--out", "the corpus itself")
     assert {path.suffix for path in novels.iterdir()} == {".txt"}
 
@@ -418,8 +418,8 @@ def test_another_tokenizer_is_refused(tmp_path, novels, model):
     assert bytes_of(out) == before
 
 
-def test_a_place_that_cannot_be_written(tmp_path, novels, model):
-    """A file stands where the folder should: root may write through any permission."""
+def test_an_unwritable_output_path_is_refused(tmp_path, novels, model):
+    """A file is in the place of the folder: permissions do not stop root."""
     (tmp_path / "file").write_text("mine")
     refused(build(novels, model, tmp_path / "file" / "out"), "cannot be written")
     assert build(novels, model, tmp_path / "out").exit_code == 0
@@ -427,7 +427,7 @@ def test_a_place_that_cannot_be_written(tmp_path, novels, model):
     refused(target("inspect", tmp_path / "out", "--html", page), "cannot be written")
 
 
-def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path, novels, model, monkeypatch):
+def test_a_full_disk_leaves_no_partial_shard(tmp_path, novels, model, monkeypatch):
     def full(path, *_):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -439,7 +439,7 @@ def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path, novels, model, monkey
     assert build(novels, model, tmp_path / "out").exit_code == 0
 
 
-def test_a_changed_store(tmp_path, novels, model):
+def test_a_changed_or_missing_shard_is_found(tmp_path, novels, model):
     out = tmp_path / "out"
     assert build(novels, model, out).exit_code == 0
     path = out / "train-00000.safetensors"
@@ -447,22 +447,22 @@ def test_a_changed_store(tmp_path, novels, model):
     content[-1] ^= 1
     path.write_bytes(content)
     refused(target("verify", out), "train-00000.safetensors", "not the file that the build wrote")
-    refused(build(novels, model, out), "train-00000.safetensors")  # Nor is it signed anew.
+    refused(build(novels, model, out), "train-00000.safetensors")  # Nor is a new checksum written.
     path.unlink()
     refused(target("verify", out), "train-00000.safetensors is missing")
     refused(target("inspect", out), "train-00000.safetensors")
     refused(target("verify", tmp_path), "has no manifest.json")
 
 
-def test_a_process_that_dies_is_told(tmp_path):
+def test_a_dead_worker_process_is_reported(tmp_path):
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
+    results = context.Queue()
     worker = context.Process(target=os._exit, args=(9,))
     worker.start()
     with pytest.raises(RuntimeError, match="ended with exit code 9"):
-        list(run._finished_tokens(told, [worker]))
+        list(run._finished_tokens(results, [worker]))
     worker.join()
 
 
@@ -480,10 +480,10 @@ def test_help_needs_no_torch():
     assert "--max-tokens" in output
 
 
-# What it would take
+# Cost estimates
 
 
-def test_a_plan_is_measured_and_nothing_is_written(tmp_path, novels, model):
+def test_a_plan_is_measured_and_writes_nothing(tmp_path, novels, model):
     out = tmp_path / "out"
     result = build(novels, model, out, "--json")
     assert result.exit_code == 0, result.output
@@ -496,7 +496,7 @@ def test_a_plan_is_measured_and_nothing_is_written(tmp_path, novels, model):
     assert not out.exists()
 
 
-def test_a_plan_stops_measuring_in_time_and_shares_the_work_out():
+def test_a_plan_measures_for_ten_seconds_and_divides_by_the_processes():
     tokens_N = np.arange(4096, dtype=np.int32)
     documents = [Document(tokens_N, tokens_N > 0) for _ in range(40)]
     ticks = iter(np.arange(0, 1000, 4.0))
@@ -507,19 +507,19 @@ def test_a_plan_stops_measuring_in_time_and_shares_the_work_out():
 
     source.targets = targets
     plan = SimpleNamespace(k=1, draws=1, source={})
-    found = estimate_of(source, plan, {"train": documents}, 4, clock=lambda: next(ticks))
+    estimate = estimate_of(source, plan, {"train": documents}, 4, clock=lambda: next(ticks))
     # Batches of two: one to warm up, and three until more than ten seconds have passed.
     assert source.read == 2 + 6
-    assert found.measured_tokens == 6 * 4096
-    assert found.tokens_per_second == pytest.approx(6 * 4096 / 12)
-    assert found.seconds == pytest.approx(40 * 4096 / found.tokens_per_second / 4)
+    assert estimate.measured_tokens == 6 * 4096
+    assert estimate.tokens_per_second == pytest.approx(6 * 4096 / 12)
+    assert estimate.seconds == pytest.approx(40 * 4096 / estimate.tokens_per_second / 4)
 
 
-def test_processes_share_out_the_gpus(monkeypatch):
-    taken = []
+def test_processes_are_spread_over_the_gpus(monkeypatch):
+    devices = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for rank in range(3):
         run._take_device(rank)
-    assert taken == [0, 1, 0]
+    assert devices == [0, 1, 0]

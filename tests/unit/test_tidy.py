@@ -1,4 +1,4 @@
-"""Plain texts as files have them: wrapped lines, HTML, comments, front matter, code."""
+"""Cleaning texts from files: wrapped lines, HTML, comments, front matter, code."""
 
 import ast
 import calendar
@@ -21,7 +21,7 @@ from dftserve.corpus.wrapping import joined
 from tests.unit.test_corpus import prose
 
 VERSE = "The river runs below the hill,\nAnd all the stones lie deep and still,\nA lantern\nburns."
-OTHERS = [
+NOT_PROSE = [
     VERSE,
     "- an item that is long enough to be wrapped at the end\n- and another one of some length",
     "    indented = code(that, is, as, long, as, a, line, of, prose)\n    more = code(of, it)",
@@ -32,92 +32,92 @@ OTHERS = [
 
 
 @given(st.integers(0, 10**6), st.integers(50, 100))
-def test_wrapped_prose_is_joined_as_it_was(seed, width):
+def test_joining_restores_wrapped_prose(seed, width):
     paragraphs = [each.replace("\n", " ") for each in prose(200, seed).strip().split("\n\n")]
     paragraphs[0] = paragraphs[0].replace("river", "half-hidden river--a brook")
     wrapped = "\n\n".join(textwrap.fill(each, width) for each in paragraphs)
-    if not re.search("^--", wrapped, re.MULTILINE):  # As an item of a list begins.
+    if not re.search("^--", wrapped, re.MULTILINE):  # It would start a list item.
         assert joined(wrapped) == "\n\n".join(paragraphs)
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_what_is_no_prose_stays(other):
+@pytest.mark.parametrize("block", NOT_PROSE)
+def test_what_is_not_prose_is_unchanged(block):
     wrapped = textwrap.fill(prose(120, 1).replace("\n", " "), 70)
-    assert other in joined(f"{wrapped}\n\n{other}\n\n{wrapped}")
+    assert block in joined(f"{wrapped}\n\n{block}\n\n{wrapped}")
 
 
-def test_unwrapped_texts_stay():
+def test_unwrapped_texts_are_unchanged():
     for content in (prose(300), VERSE, "", "one line", "a\nb\nc\nd\ne"):
         assert joined(content) == content
 
 
-def of_one_length(*lines: str) -> str:
-    """Lines that could be wrapped prose by their lengths, three times."""
+def repeated(*lines: str) -> str:
+    """The lines three times: judged by their lengths they could be wrapped prose."""
     return "\n".join(lines * 3)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        of_one_length(
+        repeated(
             "result_alpha = compute_the_weighted_average(values_alpha)",
             "result_betas = compute_the_weighted_average(values_betas)",
         ),
-        of_one_length(
+        repeated(
             "import alpha_component from the_other_module",
             "import betas_component from this_same_module",
         ),
-        of_one_length(
+        repeated(
             "INSERT INTO users VALUES ('anna', 'berlin', 'engineer');",
             "INSERT INTO users VALUES ('bert', 'munich', 'optician');",
         ),
-        of_one_length(
+        repeated(
             "x = f(the_first_one, and_more_of_these) {", "y = f(the_second_one, and_the_others) {"
         ),
-        of_one_length(
+        repeated(
             "1001,Anna Smith,Berlin,30,engineer,50000,2024-01-01,active",
             "1002,Bert Jones,Munich,31,optician,51000,2024-01-02,absent",
         ),
-        of_one_length(
+        repeated(
             "Anna Smith,Berlin am Wannsee,senior engineer,active since May",
             "Bert Jones,Munich near the Isar,junior cook,active since June",
         ),
-        of_one_length(
+        repeated(
             "2026-01-01T12:00:01Z worker took the item and said that it is ok",
             "2026-01-01T12:00:02Z worker left the item and said that it isn't",
         ),
-        of_one_length(
+        repeated(
             "INFO the worker took the next item and went home",
             "INFO the worker left the last item and went away",
         ),
-        of_one_length(
+        repeated(
             "name: the worker who took the item and went home",
             "place: the garden behind the wall of his kitchen",
         ),
-        of_one_length(
+        repeated(
             "And when the lanterns by the harbour burned with steady golden glow,",
             "extraordinarily long-remembered voices whispered of the falling snow,",
         ),
-        of_one_length(
+        repeated(
             "And when the lanterns by the harbour burned with steady golden glow",
             "Extraordinarily long-remembered voices whispered of the falling snow",
         ),
-        of_one_length(
+        repeated(
             "那天早晨，河水很静，母亲在厨房里点着灯笼，等父亲从港口回来，院子里的石榴树落了一地的花，谁也没说话。",
             "远处传来钟声，孩子们跑过石桥，把纸船一只一只放进水里，看它们慢慢漂向城外，谁也不知道它们会去哪里呢。",
         ),
-        of_one_length(
+        repeated(
             "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いて",
             "いた事だけは記憶している。吾輩はここで始めて人間というものを見た。しかもあとで聞くとそれは書生という",
         ),
         "the river runs slow and the lanterns burn\nbelow\n\na stone\nlies\nin the grass\n\n" * 6,
     ],
 )
-def test_what_only_has_the_lengths_of_wrapped_prose_stays(content):
+def test_lines_that_only_have_the_lengths_of_wrapped_prose_are_unchanged(content):
     assert joined(content) == content
 
 
-def test_no_blank_comes_between_characters_of_a_script_without_blanks():
+def test_lines_of_a_script_without_spaces_are_joined_without_a_space():
     line = "河水 is a word in the midst of a text that is English but for 早晨"
     assert joined("\n".join([line] * 2 + [line.replace("河水", "河流")] * 2)).count("早晨河") == 3
 
@@ -135,7 +135,7 @@ End."""
 
 
 @pytest.mark.parametrize(
-    ("strip", "gone", "left"),
+    ("strip", "removed", "kept"),
     [
         ("front_matter", "title: x", "<p>"),
         ("comments", "hidden", "title: x"),
@@ -143,15 +143,15 @@ End."""
         ("html", "<b>", "One & two."),
     ],
 )
-def test_markup_is_taken_out_by_choice(strip, gone, left):
+def test_only_the_chosen_markup_is_removed(strip, removed, kept):
     assert tidied(MARKUP, ()) == MARKUP
-    found = tidied(MARKUP, (strip,))
-    assert gone not in found
-    assert left in found
-    assert found.endswith("End.")
+    tidy_text = tidied(MARKUP, (strip,))
+    assert removed not in tidy_text
+    assert kept in tidy_text
+    assert tidy_text.endswith("End.")
 
 
-def test_filters_ask_for_it():
+def test_filters_join_lines_by_default_and_check_the_names_in_strip():
     wrapped = Text(textwrap.fill(prose(100, 3).replace("\n", " "), 60), None, "a.txt")
     assert "\n" not in cleaned(wrapped, Filters()).content
     assert cleaned(wrapped, Filters(join_lines=False)) == wrapped
@@ -159,14 +159,14 @@ def test_filters_ask_for_it():
         Filters(strip=("comment",))
 
 
-def test_joined_and_stripped_texts_are_counted_apart():
+def test_joined_and_stripped_texts_are_counted_separately():
     wrapped = textwrap.fill(prose(100, 3).replace("\n", " "), 60)
-    listed = [wrapped, f"We use cookies.\n\n{prose(100, 4)}", prose(100, 5)]
-    report = prepare([Text(each, None, each[:20]) for each in listed], Filters()).report.as_dict()
+    contents = [wrapped, f"We use cookies.\n\n{prose(100, 4)}", prose(100, 5)]
+    report = prepare([Text(each, None, each[:20]) for each in contents], Filters()).report.as_dict()
     assert (report["stripped"], report["joined"], report["kept"]) == (1, 1, 3)
 
 
-def test_languages_are_told():
+def test_the_report_counts_languages():
     german = "Der alte Fluss fließt unter der Mauer des Gartens und niemand weiß warum. " * 5
     english = "The old river runs under the wall of the garden and nobody knows why. " * 5
     texts = [Text(f"{each} {n}", None, f"{n}") for n, each in enumerate([german, english, english])]
@@ -175,31 +175,31 @@ def test_languages_are_told():
     assert report.as_dict()["languages"] == {"en": 2, "de": 1}
 
 
-def test_real_prose_loses_its_wrapping(data):
-    """What does not: lines that begin with a dash, and the like; 1.3 % of 15,000 paragraphs."""
+def test_joining_restores_real_prose(data):
+    """Exceptions are lines that begin with a dash and the like: 1.3 % of 15,000 paragraphs."""
     total = lost = 0
     for path in sorted((data / "books" / "heldout").glob("*.txt"))[:4]:
         content = path.read_text()[20_000:60_000]
         paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", content)]
         wrapped = [textwrap.fill(each, 72) for each in paragraphs]
-        found = joined("\n\n".join(wrapped)).split("\n\n")
+        rejoined = joined("\n\n".join(wrapped)).split("\n\n")
         total += sum("\n" in each for each in wrapped)
-        lost += sum(one != other for one, other in zip(paragraphs, found, strict=True))
+        lost += sum(one != other for one, other in zip(paragraphs, rejoined, strict=True))
     assert total > 100
     assert lost <= 0.03 * total
 
 
-def test_code_is_the_same_program():
-    """Of real files: what is joined is the prose of their docstrings."""
+def test_joining_does_not_change_python_code():
+    """In real files only the prose of docstrings is joined."""
     changed = 0
     for module in (textwrap, calendar, tempfile, fileinput, getopt):
         content = Path(module.__file__ or "").read_text()
         changed += joined(content) != content
-        assert shape(joined(content)) == shape(content)
+        assert syntax_tree(joined(content)) == syntax_tree(content)
     assert changed
 
 
-def shape(code: str) -> str:
+def syntax_tree(code: str) -> str:
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -1,4 +1,4 @@
-"""The tilt: its rates after the fit, and its rows by the formula."""
+"""The tilt: its phrase rates after the fit, and its rows against the formula."""
 
 import math
 
@@ -41,25 +41,27 @@ def tilted(**kw):
     return Tilt(Uniform(), PHRASES, human=human, samples=samples, **kw), human, samples
 
 
-def scanned(document, ways):
-    """Count in plain Python: trained places at which a way ends."""
+def count_by_scan(document, phrases):
+    """Count in plain Python: trained positions at which one of the phrases ends."""
     tokens = document.tokens_N.tolist()
     return sum(
         bool(document.trained_N[end])
-        and any(tokens[max(0, end + 1 - len(way)) : end + 1] == list(way) for way in ways)
+        and any(
+            tokens[max(0, end + 1 - len(phrase)) : end + 1] == list(phrase) for phrase in phrases
+        )
         for end in range(len(tokens))
     )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, V - 1), min_size=2, max_size=30))
-def test_counts_are_those_of_a_scan(tokens):
+def test_counts_equal_those_of_a_plain_scan(tokens):
     document = Document(np.array(tokens, np.int32), np.arange(len(tokens)) > 0)
-    for ways in PHRASES.values():
-        assert count(document, ways) == scanned(document, ways)
+    for phrases in PHRASES.values():
+        assert count(document, phrases) == count_by_scan(document, phrases)
 
 
-def test_the_weighted_samples_have_the_human_rates():
+def test_the_weighted_samples_have_the_human_phrase_rates():
     source, human, samples = tilted()
     weight_S = np.array(
         [
@@ -67,22 +69,22 @@ def test_the_weighted_samples_have_the_human_rates():
                 sum(
                     source.fit.strengths[name]
                     * (
-                        scanned(each, ways)
+                        count_by_scan(each, phrases)
                         - source.fit.human_rates[name] / 1000 * len(each.positions_T)
                     )
-                    for name, ways in PHRASES.items()
+                    for name, phrases in PHRASES.items()
                 )
             )
             for each in samples
         ]
     )
-    for name, ways in PHRASES.items():
-        wanted = 1000 * sum(scanned(each, ways) for each in human) / (59 * len(human))
-        counts_S = np.array([scanned(each, ways) for each in samples])
-        found = 1000 * (weight_S @ counts_S) / (59 * weight_S.sum())
-        assert source.fit.human_rates[name] == pytest.approx(wanted, rel=1e-5)
-        assert found == pytest.approx(wanted, rel=1e-3)
-        assert source.fit.tilted_rates[name] == pytest.approx(wanted, rel=1e-3)
+    for name, phrases in PHRASES.items():
+        human_rate = 1000 * sum(count_by_scan(each, phrases) for each in human) / (59 * len(human))
+        counts_S = np.array([count_by_scan(each, phrases) for each in samples])
+        weighted_rate = 1000 * (weight_S @ counts_S) / (59 * weight_S.sum())
+        assert source.fit.human_rates[name] == pytest.approx(human_rate, rel=1e-5)
+        assert weighted_rate == pytest.approx(human_rate, rel=1e-3)
+        assert source.fit.tilted_rates[name] == pytest.approx(human_rate, rel=1e-3)
     effective = weight_S.sum() ** 2 / (weight_S**2).sum()
     assert source.effective_samples == pytest.approx(effective, rel=1e-3)
     assert source.describe()["effective_samples"] == source.effective_samples
@@ -93,26 +95,27 @@ def test_rows_are_tilted_where_a_phrase_would_be_completed():
     document = human[0]
     tokens = document.tokens_N.tolist()
     rows = source.read([document])[0]
-    wanted = []
-    for place in document.positions_T.tolist():
+    expected = []
+    for position in document.positions_T.tolist():
         weight = [
             math.exp(
                 sum(
                     source.fit.strengths[name]
-                    for name, ways in PHRASES.items()
+                    for name, phrases in PHRASES.items()
                     if any(
-                        [*tokens[:place], token][max(0, place + 1 - len(way)) :] == list(way)
-                        for way in ways
+                        [*tokens[:position], token][max(0, position + 1 - len(phrase)) :]
+                        == list(phrase)
+                        for phrase in phrases
                     )
                 )
             )
             for token in range(V)
         ]
-        wanted.append([each / sum(weight) for each in weight])
-    many = len(wanted)
-    torch.testing.assert_close(rows(0, many).exp(), torch.tensor(wanted), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(rows(7, 20), rows(0, many)[7:20])
-    assert float(rows(0, many).logsumexp(1).abs().max()) < 1e-5
+        expected.append([each / sum(weight) for each in weight])
+    total = len(expected)
+    torch.testing.assert_close(rows(0, total).exp(), torch.tensor(expected), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rows(7, 20), rows(0, total)[7:20])
+    assert float(rows(0, total).logsumexp(1).abs().max()) < 1e-5
 
 
 def test_equal_rates_give_no_tilt():
@@ -122,12 +125,12 @@ def test_equal_rates_give_no_tilt():
     assert source.effective_samples == pytest.approx(200)
 
 
-def test_strengths_keep_their_limit():
+def test_strengths_stay_within_their_limit():
     source, _, _ = tilted(largest=0.05)
     assert max(map(abs, source.fit.strengths.values())) <= 0.05
 
 
-def test_a_fit_on_few_texts_is_doubted_and_on_one_refused():
+def test_a_fit_with_few_effective_samples_warns_and_with_one_is_refused():
     human, samples = texts(50, [0.1, 0.1, 0.1, 0.1, 0.6], 1), texts(100, [0.2] * 5)
     with pytest.warns(UserWarning, match="are effective, under 10%"):
         Tilt(Uniform(), {"four": [(4,)]}, human=human, samples=samples, largest=0.6)
@@ -135,7 +138,7 @@ def test_a_fit_on_few_texts_is_doubted_and_on_one_refused():
         Tilt(Uniform(), {"four": [(4,)]}, human=human, samples=samples)
 
 
-def test_a_phrase_in_no_sample_is_left_alone():
+def test_a_phrase_in_no_sample_gets_strength_0():
     human, samples = texts(50, [0.2] * 5, 1), texts(50, [0.25] * 4 + [0.0])
     with pytest.warns(UserWarning, match="no sample holds 'four'"):
         source = Tilt(Uniform(), {"four": [(4,)]}, human=human, samples=samples)
@@ -143,11 +146,11 @@ def test_a_phrase_in_no_sample_is_left_alone():
     assert source.fit.unseen == ("four",)
 
 
-def test_what_is_not_accepted():
+def test_invalid_arguments_are_refused():
     some = texts(5, [0.2] * 5)
     nothing = [Document(np.zeros(3, np.int32), np.zeros(3, bool))]
     served = ServedTeacher("http://localhost:1", "m", vocabulary=V)
-    for base, phrases, human, samples, said in [
+    for base, phrases, human, samples, message in [
         (served, PHRASES, some, some, "lumped"),
         (Uniform(), {}, some, some, "no phrases"),
         (Uniform(), {"a": []}, some, some, "phrase 'a'"),
@@ -156,7 +159,7 @@ def test_what_is_not_accepted():
         (Uniform(), PHRASES, nothing, some, "human: got 1 documents"),
         (Uniform(), PHRASES, some, [], "samples: got 0 documents"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             Tilt(base, phrases, human=human, samples=samples)
 
 

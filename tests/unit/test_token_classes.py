@@ -1,4 +1,4 @@
-"""Token classes against Unicode's word segmentation of the text that the tokens make."""
+"""Token classes compared with Unicode's word segmentation of the decoded text."""
 
 import math
 
@@ -59,57 +59,57 @@ PUBLIC = list(TEXTS.values())
 
 
 def byte_level_bpe() -> Tokenizer:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
     )
-    made.train_from_iterator(PUBLIC, trainer)
-    return made
+    tokenizer.train_from_iterator(PUBLIC, trainer)
+    return tokenizer
 
 
 def sentencepiece_bpe() -> Tokenizer:
-    """As Llama's and Gemma's: ▁ for blanks, and bytes for what the vocabulary lacks."""
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    """Like Llama's and Gemma's: ▁ for spaces, and bytes for characters not in the vocabulary."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(steps)
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=900, special_tokens=["<unk>", "</s>", *fallback], show_progress=False
     )
-    # Letters beyond ASCII stay out of the vocabulary, so that bytes stand for them.
-    made.train_from_iterator([TEXTS["English"].encode("ascii", "ignore").decode()], trainer)
-    return made
+    # Only ASCII letters get into the vocabulary, so that others are encoded as bytes.
+    tokenizer.train_from_iterator([TEXTS["English"].encode("ascii", "ignore").decode()], trainer)
+    return tokenizer
 
 
 def unigram() -> Tokenizer:
-    made = Tokenizer(models.Unigram())
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=700, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
     )
-    made.train_from_iterator(PUBLIC, trainer)
-    return made
+    tokenizer.train_from_iterator(PUBLIC, trainer)
+    return tokenizer
 
 
 def word_piece() -> Tokenizer:
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
         vocab_size=900, special_tokens=["[UNK]"], show_progress=False
     )
-    made.train_from_iterator(PUBLIC, trainer)
-    return made
+    tokenizer.train_from_iterator(PUBLIC, trainer)
+    return tokenizer
 
 
 class Tiktoken:
-    """An encoding of tiktoken with the ids of a `tokenizers` one."""
+    """A tiktoken encoding with the ids of a tokenizer of `tokenizers`."""
 
     def __init__(self, vocabulary: dict[bytes, int]) -> None:
         pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -137,29 +137,29 @@ def tokenizer(request):
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    found = tokenizer.encode(text)
-    return found if isinstance(found, list) else found.ids
+    encoding = tokenizer.encode(text)
+    return encoding if isinstance(encoding, list) else encoding.ids
 
 
-def by_table(classes: TokenClasses, ids: list[int]) -> list[int]:
-    """The class of each token, from the token before it alone."""
+def classes_by_table(classes: TokenClasses, ids: list[int]) -> list[int]:
+    """The class of each token, which depends only on the token before it."""
     states = classes.states()
     after = [classes.classes_after(state) for state in (OUTSIDE_WORD, IN_WORD, AT_JOINER)]
-    said, state = [], OUTSIDE_WORD
+    assigned, state = [], OUTSIDE_WORD
     for token in ids:
-        said.append(int(after[state][token]))
+        assigned.append(int(after[state][token]))
         state = states[token]
-    return said
+    return assigned
 
 
 HYPHENS = "-‐‑"
 
 
 def words_of(text: str) -> list[tuple[int, int]]:
-    """(begin, end) of each word or number: Unicode's segments that hold a letter or a digit.
+    """(begin, end) of each word or number: Unicode's segments that contain a letter or a digit.
 
-    Unlike Unicode, hyphens between letters join, and what is neither an apostrophe nor a letter
-    does not: "e.g" is two words, and so is "1,984".
+    Unlike in Unicode, hyphens join letters, and other characters than letters and apostrophes do
+    not: "e.g" is two words, and so is "1,984".
     """
     segments = [match.span() for match in regex.finditer(r"(?w)\b.+?\b", text, regex.DOTALL)]
     parts: list[tuple[int, int]] = []
@@ -179,60 +179,60 @@ def words_of(text: str) -> list[tuple[int, int]]:
     return joined
 
 
-def _letters(text: str, place: int) -> bool:
-    return regex.match(r"[\p{L}\p{M}\p{Nd}]", text[place]) is not None
+def _letters(text: str, index: int) -> bool:
+    return regex.match(r"[\p{L}\p{M}\p{Nd}]", text[index]) is not None
 
 
-def by_text(pieces: list[bytes]) -> list[int]:
+def classes_by_text(pieces: list[bytes]) -> list[int]:
     """The class of each token, from the words of the whole text."""
     whole = b"".join(pieces)
     text = whole.decode("utf-8", "replace")
-    place = np.cumsum([0, *(len(character.encode()) for character in text)])
-    words = [(place[begin], place[end], text[begin]) for begin, end in words_of(text)]
-    is_begun = set(place.tolist())
-    said, begin = [], 0
+    offset = np.cumsum([0, *(len(character.encode()) for character in text)])
+    words = [(offset[begin], offset[end], text[begin]) for begin, end in words_of(text)]
+    is_begun = set(offset.tolist())
+    assigned, begin = [], 0
     for piece in pieces:
         end = begin + len(piece)
         inside = any(b < begin < e for b, e, _ in words) or begin not in is_begun
         begins = [first for b, _, first in words if begin <= b < end]
         is_start = bool(begins) and not begins[0].isdigit()
-        said.append(INSIDE if inside else START if is_start else OTHER)
-        # Whether a letter follows is not known yet.
+        assigned.append(INSIDE if inside else START if is_start else OTHER)
+        # It is not known yet whether a letter follows.
         is_joiner = piece.decode("utf-8", "replace") in ("'", "’", *HYPHENS)
-        said[-1] = OTHER if is_joiner else said[-1]
+        assigned[-1] = OTHER if is_joiner else assigned[-1]
         begin = end
-    return said
+    return assigned
 
 
 def agreement(tokenizer, ids: list[int]) -> float:
     pieces = token_pieces(tokenizer)
     ids = [i for i in ids if pieces[i] is not None]
-    said = by_table(TokenClasses.from_tokenizer(tokenizer), ids)
-    expected = by_text([pieces[i] or b"" for i in ids])
-    return float(np.mean(np.array(said) == np.array(expected)))
+    assigned = classes_by_table(TokenClasses.from_tokenizer(tokenizer), ids)
+    expected = classes_by_text([pieces[i] or b"" for i in ids])
+    return float(np.mean(np.array(assigned) == np.array(expected)))
 
 
 @pytest.mark.parametrize("language", list(TEXTS))
-def test_classes_follow_the_words_of_a_text(tokenizer, language):
+def test_classes_agree_with_the_words_of_a_text(tokenizer, language):
     ids = encode(tokenizer, TEXTS[language])
     assert len(ids) > 40
     pieces = token_pieces(tokenizer)
-    kept = [i for i in ids if pieces[i] is not None]
-    said = by_table(TokenClasses.from_tokenizer(tokenizer), kept)
-    expected = by_text([pieces[i] or b"" for i in kept])
+    known = [i for i in ids if pieces[i] is not None]
+    assigned = classes_by_table(TokenClasses.from_tokenizer(tokenizer), known)
+    expected = classes_by_text([pieces[i] or b"" for i in known])
     wrong = [
-        (pieces[kept[max(n - 1, 0)]], pieces[kept[n]], said[n], expected[n])
-        for n in range(len(kept))
-        if said[n] != expected[n]
+        (pieces[known[max(n - 1, 0)]], pieces[known[n]], assigned[n], expected[n])
+        for n in range(len(known))
+        if assigned[n] != expected[n]
     ]
-    # One in a short text may be a byte that is common to a letter and something else.
-    assert len(wrong) <= max(0.005 * len(kept), 1), wrong
+    # One error in a short text may be a byte that letters share with other characters.
+    assert len(wrong) <= max(0.005 * len(known), 1), wrong
 
 
-def test_classes_follow_the_words_of_random_tokens(tokenizer):
-    """Tokens in no order: many a text that nobody writes."""
+def test_classes_agree_with_the_words_of_random_tokens(tokenizer):
+    """Random tokens make texts that nobody writes."""
     pieces = token_pieces(tokenizer)
-    # Single bytes in no order are no characters, and symbols between letters no words.
+    # Random single bytes do not form characters, nor do symbols between letters form words.
     known = [i for i, p in enumerate(pieces) if p and _is_text(p)]
     ids = np.random.default_rng(0).choice(known, 400).tolist()
     assert agreement(tokenizer, ids) >= 0.97
@@ -245,10 +245,10 @@ def _is_text(piece: bytes) -> bool:
         return False
 
 
-def classes_of(*pieces: str | bytes) -> list[int]:
-    """The class of the last piece behind the others."""
-    given = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
-    return by_table(TokenClasses.from_pieces([*given]), list(range(len(given))))
+def token_classes(*pieces: str | bytes) -> list[int]:
+    """The class of each piece, given those before it."""
+    encoded = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+    return classes_by_table(TokenClasses.from_pieces([*encoded]), list(range(len(encoded))))
 
 
 CASES = [
@@ -281,8 +281,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("pieces", "expected"), CASES)
-def test_classes_of_a_few_tokens(pieces, expected):
-    assert classes_of(*pieces) == expected
+def test_the_class_of_each_token(pieces, expected):
+    assert token_classes(*pieces) == expected
 
 
 def test_special_tokens_and_ids_without_a_token_are_other(tokenizer):
@@ -298,7 +298,7 @@ def test_one_vocabulary_is_classified_once():
     )
 
 
-def test_a_vocabulary_of_no_known_form_is_refused():
+def test_a_vocabulary_of_unknown_form_is_refused():
     with pytest.raises(ValueError, match="got object, whose vocabulary is of no known form"):
         TokenClasses.from_tokenizer(object())
 
@@ -309,7 +309,7 @@ def test_a_fourth_class_is_refused():
 
 
 def test_every_piece_of_a_character_has_a_class():
-    """All prefixes of UTF-8 characters; none raises, and what goes on with one is inside."""
+    """No prefix of a UTF-8 character raises, and every continuation of a character is INSIDE."""
     points = [*range(0x80, 0x3000, 37), *range(0x3000, 0x30000, 1009), 0x1F600, 0x10FFFF]
     characters = [chr(p).encode() for p in points if not 0xD800 <= p < 0xE000]
     tails = [character[cut:] for character in characters for cut in range(1, len(character))]

@@ -1,4 +1,4 @@
-"""The figures of each token, from what an engine reports of its steps."""
+"""The figures of each token, from an engine's reports of its steps."""
 
 from dftserve_vllm.request_context import PromptContext, RequestContext, Trace, current
 from hypothesis import given
@@ -8,14 +8,14 @@ from dftserve.sampling.slots import AFTER, BEFORE, CHANGED, COLUMNS, COUNT, TEMP
 from dftserve.spec import MOST_TRACED, parse
 
 ROWS = 3
-"""Of a request in a step: two drafts, and the token behind them."""
+"""Rows of a request in a step: two draft tokens, and the token after them."""
 figures = st.floats(0, 10, width=32)
 
 
 @st.composite
 def steps(draw):
-    """A step: the row of `Snapshot.rows`, or None where it was lost; the tokens that it gave, and
-    the figures that each of these has, None where it has none."""
+    """A step: the row of `Snapshot.rows`, or None if it was lost; the number of tokens that it
+    produced; and the figures of each of these, None where it has none."""
     produced = draw(st.integers(0, ROWS))
     waiting = [[0.0] * COLUMNS for _ in range(ROWS)]
     expected = []
@@ -31,16 +31,16 @@ def steps(draw):
 
 
 @given(st.lists(steps(), max_size=8), st.integers(1, 12))
-def test_each_token_has_the_figures_of_its_own_row(taken, most):
+def test_each_token_has_the_figures_of_its_row(drawn, most):
     trace = Trace(most)
-    for row_X, produced, _ in taken:
+    for row_X, produced, _ in drawn:
         trace.add(row_X, produced)
-    expected = [each for _, _, found in taken for each in found][:most]
+    expected = [each for _, _, rows in drawn for each in rows][:most]
     assert [list(each) for each in zip(*trace.columns.values(), strict=True)] == expected
 
 
 @given(st.integers(1, 5000))
-def test_a_request_is_traced_within_a_bound_whatever_its_choices(count):
+def test_a_requests_trace_is_bounded_for_any_number_of_choices(count):
     prompt = PromptContext(parse({"level": 1, "trace": True}), count)
     bounds = [choice.trace.most for choice in prompt.choices if choice.trace is not None]
     assert len(bounds) == count
@@ -49,20 +49,20 @@ def test_a_request_is_traced_within_a_bound_whatever_its_choices(count):
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=60))
-def test_prompts_of_one_request_share_the_bound(prompts):
+def test_prompts_of_one_request_share_the_trace_bound(prompts):
     context = RequestContext()
     token = current.set(context)
     context.trace_budget.left = bound = 100
     try:
-        made = [PromptContext(parse({"level": 1, "trace": True}), count) for _, count in prompts]
+        opened = [PromptContext(parse({"level": 1, "trace": True}), count) for _, count in prompts]
     finally:
         current.reset(token)
-    for prompt, (tokens, _) in zip(made, prompts, strict=True):
+    for prompt, (tokens, _) in zip(opened, prompts, strict=True):
         for choice in prompt.choices:
             choice.trace.add(None, tokens)
-    kept = sum(len(c.trace.columns["changed"]) for prompt in made for c in prompt.choices)
-    assert kept == min(bound, sum(tokens * count for tokens, count in prompts))
+    traced = sum(len(c.trace.columns["changed"]) for prompt in opened for c in prompt.choices)
+    assert traced == min(bound, sum(tokens * count for tokens, count in prompts))
 
 
-def test_nothing_is_kept_where_none_was_asked_for():
+def test_nothing_is_traced_unless_it_is_requested():
     assert all(choice.trace is None for choice in PromptContext(parse(1), 3).choices)

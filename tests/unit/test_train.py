@@ -1,4 +1,4 @@
-"""Training on a store: what a batch is, what a step computes, what a run leaves behind."""
+"""Training on a store: batches, gradients of a step, and the results of a run."""
 
 import json
 import os
@@ -78,21 +78,19 @@ def run(base, store, tmp_path) -> TrainConfig:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=60), st.integers(2, 40), st.integers(0, 9))
-def test_packing_keeps_every_prediction_once_and_fills_no_row_beyond_its_length(
-    lengths, longest, seed
-):
+def test_packing_keeps_every_prediction_once_and_no_row_is_too_long(lengths, longest, seed):
     rows = packed(pieces(lengths, longest), longest, seed)
     predicted = [
-        (piece.document, place)
+        (piece.document, position)
         for row in rows
         for piece in row
-        for place in range(piece.start + 1, piece.stop)
+        for position in range(piece.start + 1, piece.stop)
     ]
     assert sorted(predicted) == [
         (d, n) for d, length in enumerate(lengths) for n in range(1, length)
     ]
     assert all(sum(map(len, row)) <= longest for row in rows)
-    # Best fit: no two rows of at most half could have been one.
+    # Best fit: two rows that are at most half full would have become one.
     assert sum(2 * sum(map(len, row)) <= longest for row in rows) <= 1
 
 
@@ -101,39 +99,40 @@ def batch_of(store: Path, longest: int, packing: bool) -> dict[str, torch.Tensor
     return Collator()([rows[i] for i in range(len(rows))])
 
 
-BRIEF = (("llama", False), ("gpt2", True))
+NOT_LONG = (("llama", False), ("gpt2", True))
 ARCHITECTURES = [
-    pytest.param(family, tied, marks=() if (family, tied) in BRIEF else pytest.mark.long)
+    pytest.param(family, tied, marks=() if (family, tied) in NOT_LONG else pytest.mark.long)
     for family in FAMILIES
     for tied in (True, False)
 ]
 
 
 @pytest.mark.parametrize(("family", "tied"), ARCHITECTURES)
-def test_a_packed_batch_is_each_document_alone_under_the_models_own_logits(store, family, tied):
-    """Loss, entropy and every gradient, to 1e-5: packing, soft-caps, scales and tied heads."""
+def test_a_packed_batch_equals_its_documents_one_by_one(store, family, tied):
+    """Loss, human NLL and gradients equal those from the model's full logits, with packing,
+    soft-caps, scales and tied heads."""
     divergence = ForwardKL(weight=0.7)
     model = small_model(family, tied=tied)
     twin = small_model(family, tied=tied)
     attach(model, divergence)
-    found = model(**batch_of(store, 64, packing=True))
-    found.loss.backward()
-    alone = Rows(TargetStore(store), "train", longest=64, packing=False, seed=0)
+    output = model(**batch_of(store, 64, packing=True))
+    output.loss.backward()
+    single_rows = Rows(TargetStore(store), "train", longest=64, packing=False, seed=0)
     loss, nll = torch.zeros(()), torch.zeros(())
-    for i in range(len(alone)):
-        batch = Collator()([alone[i]])
+    for i in range(len(single_rows)):
+        batch = Collator()([single_rows[i]])
         logits_TV = twin(batch["input_ids"]).logits.flatten(0, 1)[batch["positions_T"]]
         target = TargetRows(**{name: batch[name] for name in TARGET_NAMES}).to(torch.float32)
         loss = loss + divergence.reference(logits_TV, target).sum()
         nll = nll + SFT().reference(logits_TV, target).sum()
     loss.backward()
-    assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)
-    assert float(found.human_nll) == pytest.approx(float(nll), rel=1e-5)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6
+    assert float(output.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert float(output.human_nll) == pytest.approx(float(nll), rel=1e-5)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (found.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-6
 
 
-def test_without_targets_the_model_is_what_it_was():
+def test_without_targets_an_attached_model_is_unchanged():
     model = small_model()
     tokens_1N = torch.arange(2, 9)[None]
     before = model(tokens_1N).logits
@@ -146,7 +145,7 @@ def test_without_targets_the_model_is_what_it_was():
 
 
 def one_step_gradients(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Of the first optimizer step: the change of plain SGD at learning rate 1."""
+    """Gradients of the first optimizer step: the change by plain SGD at learning rate 1."""
     model = small_model()
     attach(model, config.divergence.build(None))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -158,7 +157,7 @@ def one_step_gradients(config: TrainConfig) -> dict[str, torch.Tensor]:
     return {name: before[name] - value.detach() for name, value in model.named_parameters()}
 
 
-def test_accumulated_batches_are_one_batch(run):
+def test_accumulated_batches_have_the_gradients_of_one_batch(run):
     whole = one_step_gradients(replace(run, batch_size=8, accumulation=1))
     parts = one_step_gradients(replace(run, batch_size=2, accumulation=4))
     for name, gradient in whole.items():
@@ -187,7 +186,7 @@ GRADIENTS = """
     trainer.args.max_grad_norm = 0.0
     trainer.train()
     assert trainer.is_fsdp_enabled is config.fsdp
-    # Which shards again what the last forward gathered.
+    # Asking for the state dict shards again what the last forward gathered.
     held = trainer.model_wrapped.state_dict().values()
     assert all(isinstance(each, DTensor) is config.fsdp for each in held)
     after = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -196,8 +195,8 @@ GRADIENTS = """
 """
 
 
-def launched(processes: int, *command: Path | str, ends: bool = True) -> None:
-    """A script in so many processes that talk over loopback; `ends`: as it should, not by force."""
+def run_processes(processes: int, *command: Path | str, ends: bool = True) -> None:
+    """Run a script in several processes over loopback; `ends`: whether it exits with code 0."""
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     launch += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=127.0.0.1:0"]
@@ -221,7 +220,7 @@ def launched(processes: int, *command: Path | str, ends: bool = True) -> None:
     ],
 )
 def test_two_processes_have_the_gradients_of_one(run, fsdp, head, tmp_path):
-    """To 1e-5, although the two ranks hold different numbers of tokens."""
+    """To 1e-5, although the two ranks have different numbers of tokens."""
     shared = {"steps": 1, "schedule": "constant", "evaluate_every": 10}
     one = replace(run, **shared, batch_size=8)
     two = replace(run, **shared, batch_size=4, fsdp=fsdp)
@@ -231,7 +230,7 @@ def test_two_processes_have_the_gradients_of_one(run, fsdp, head, tmp_path):
         script.write_text(textwrap.dedent(GRADIENTS))
         save_config(config, settings_file)
         result = tmp_path / f"{name}.safetensors"
-        launched(processes, script, settings_file, result, head)
+        run_processes(processes, script, settings_file, result, head)
         weights.append(load_file(result))
     start = small_model(tied=head == "tied").state_dict()
     for name, first in weights[0].items():
@@ -259,20 +258,20 @@ EVALUATED = """
 
 
 @pytest.mark.long
-def test_in_bf16_shards_round_neither_targets_nor_what_the_model_is_judged_by(run, tmp_path):
+def test_fsdp_in_bf16_rounds_neither_targets_nor_evaluation_figures(run, tmp_path):
     script = tmp_path / "evaluated.py"
     script.write_text(textwrap.dedent(EVALUATED))
-    told = {}
+    results = {}
     for name, fsdp in (("ddp", False), ("fsdp", True)):
         config = replace(run, precision="bf16", fsdp=fsdp, output=str(tmp_path / name))
         save_config(config, tmp_path / f"{name}.yaml")
-        launched(2, script, tmp_path / f"{name}.yaml", tmp_path / f"{name}.json")
-        told[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    figures, whole = told["fsdp"]["figures"], told["ddp"]["figures"]
-    # Of the targets alone, not of the model.
+        run_processes(2, script, tmp_path / f"{name}.yaml", tmp_path / f"{name}.json")
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    figures, whole = results["fsdp"]["figures"], results["ddp"]["figures"]
+    # It depends on the targets alone, not on the model.
     assert figures["eval_target_entropy"] == pytest.approx(whole["eval_target_entropy"], rel=1e-6)
     assert figures["eval_human_nll"] == pytest.approx(whole["eval_human_nll"], rel=1e-3)
-    nats_B = torch.tensor(told["fsdp"]["batches"])
+    nats_B = torch.tensor(results["fsdp"]["batches"])
     assert (nats_B.bfloat16() != nats_B).any()
 
 
@@ -305,7 +304,7 @@ STOPPED = """
 
 @pytest.mark.long
 def test_several_processes_stop_together_and_score_each_held_out_row_once(run, tmp_path):
-    """The signal reaches one of them; eight rows do not fill two batches of three."""
+    """Only one process gets the signal; the held-out rows do not fill two batches of three."""
     config = replace(run, evaluate_every=1000, save_every=1000, packing=False, steps=50)
     config = replace(config, batch_size=3)
     script, settings_file = tmp_path / "stopped.py", tmp_path / "run.yaml"
@@ -314,17 +313,17 @@ def test_several_processes_stop_together_and_score_each_held_out_row_once(run, t
     prepared = prepare(config)
     rows = len(prepared.material.heldout)
     assert rows % (2 * config.batch_size), "there is nothing to fill up"
-    launched(2, script, settings_file, tmp_path / "told")
-    told = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in (0, 1)]
-    assert [each["agreed"] for each in told] == [signal.SIGTERM] * 2
-    assert [each["step"] for each in told] == [2, 2]
+    run_processes(2, script, settings_file, tmp_path / "told")
+    ranks = [json.loads((tmp_path / f"told-{rank}").read_text()) for rank in (0, 1)]
+    assert [each["agreed"] for each in ranks] == [signal.SIGTERM] * 2
+    assert [each["step"] for each in ranks] == [2, 2]
     checkpoint.verify(Path(run.output) / "checkpoint-2")
     alone = make_trainer(config, prepared.loaded.model, prepared.material).evaluate()
-    # What `auto` judges by is of all rows, and the same in every process.
-    assert told[0]["batches"] == told[1]["batches"]
-    nats, tokens = (sum(each) for each in zip(*told[0]["batches"], strict=True))
-    assert nats / tokens == pytest.approx(told[0]["nll"], rel=1e-6)
-    assert told[0]["nll"] == told[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
+    # `auto` decides by these: all rows, the same in every process.
+    assert ranks[0]["batches"] == ranks[1]["batches"]
+    nats, tokens = (sum(each) for each in zip(*ranks[0]["batches"], strict=True))
+    assert nats / tokens == pytest.approx(ranks[0]["nll"], rel=1e-6)
+    assert ranks[0]["nll"] == ranks[1]["nll"] == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
 INTERRUPTED = """
@@ -364,29 +363,31 @@ INTERRUPTED = """
 
 @pytest.mark.long
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_that_are_stopped_and_killed_end_as_two_that_are_not_and_as_one(
+def test_an_interrupted_run_of_two_processes_equals_an_uninterrupted_one_and_one_process(
     run, fsdp, tmp_path
 ):
-    """Signals reach the second of them: one that is saved for in step 2, one in step 5 that is not.
-    One process takes the same rows in batches of twice the size."""
+    """The second process gets SIGTERM in step 2, after which a checkpoint is saved, and SIGKILL in
+    step 5. One process takes the same rows in batches of twice the size."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(INTERRUPTED))
 
-    def settled(name: str) -> tuple[Path, Path]:
+    def write_config(name: str) -> tuple[Path, Path]:
         config = replace(run, batch_size=2, fsdp=fsdp, output=str(tmp_path / name))
         save_config(config, tmp_path / f"{name}.yaml")
         return tmp_path / f"{name}.yaml", Path(config.output)
 
-    never, (settings_file, whole) = "100", settled("whole")
-    launched(2, script, settings_file, "0", never)
-    settings_file, halves = settled("halves")
-    launched(2, script, settings_file, str(int(signal.SIGTERM)), "1", ends=False)
-    assert [place.name for place in halves.glob("checkpoint-*")] == ["checkpoint-2"]
-    launched(2, script, settings_file, str(int(signal.SIGKILL)), "5", ends=False)
-    assert not (halves / "final").exists()
-    launched(2, script, settings_file, "0", never)
-    ours, theirs = (load_file(each / "final" / "model.safetensors") for each in (halves, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    never, (settings_file, whole) = "100", write_config("whole")
+    run_processes(2, script, settings_file, "0", never)
+    settings_file, interrupted = write_config("halves")
+    run_processes(2, script, settings_file, str(int(signal.SIGTERM)), "1", ends=False)
+    assert [path.name for path in interrupted.glob("checkpoint-*")] == ["checkpoint-2"]
+    run_processes(2, script, settings_file, str(int(signal.SIGKILL)), "5", ends=False)
+    assert not (interrupted / "final").exists()
+    run_processes(2, script, settings_file, "0", never)
+    resumed, expected = (
+        load_file(each / "final" / "model.safetensors") for each in (interrupted, whole)
+    )
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     one = train(replace(run, batch_size=4, output=str(tmp_path / "one")))
     alone, together = (
         json.loads((each / checkpoint.RUN).read_text())["figures"]["human_nll"]
@@ -398,24 +399,24 @@ def test_two_processes_that_are_stopped_and_killed_end_as_two_that_are_not_and_a
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_ends_in_a_checkpoint_that_says_what_it_is(run):
+def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run):
     final = train(replace(run, patience=5))
     assert checkpoint.verify(final).files >= 6
     promise = Promise.read(final)
     assert promise.diversity is not None
-    assert promise.target_entropy == pytest.approx(3.0, abs=0.5)  # Of 2·N(0, 1) logits.
+    assert promise.target_entropy == pytest.approx(3.0, abs=0.5)  # Of softmax(2·N(0, 1)).
     assert promise.model_entropy > 0
     assert len(promise.model_deciles) == 9
-    told = json.loads((final / checkpoint.RUN).read_text())
-    assert told["settings"]["learning_rate"] == 1e-2
-    assert told["figures"]["human_nll"] > 0
-    assert told["figures"]["untouched_human_nll"] > 0
-    assert told["versions"]["torch"] == torch.__version__
+    record = json.loads((final / checkpoint.RUN).read_text())
+    assert record["settings"]["learning_rate"] == 1e-2
+    assert record["figures"]["human_nll"] > 0
+    assert record["figures"]["untouched_human_nll"] > 0
+    assert record["versions"]["torch"] == torch.__version__
     with pytest.raises(ValueError, match="this run is finished"):
         train(run)
 
 
-def test_the_untouched_model_is_scored_first_and_a_worse_one_says_so(run, capsys):
+def test_the_untrained_model_is_scored_first_and_a_worse_result_warns(run, capsys):
     prepared = prepare(run)
     trainer = make_trainer(run, prepared.loaded.model, prepared.material)
     untouched = trainer.evaluate()["eval_human_nll"]
@@ -424,17 +425,17 @@ def test_the_untouched_model_is_scored_first_and_a_worse_one_says_so(run, capsys
     figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
     assert figures["untouched_human_nll"] == pytest.approx(untouched, rel=1e-6)
     assert figures["human_nll"] > untouched, "a rate that ruins the model"
-    told = capsys.readouterr().err
-    assert f"{untouched:.4f} before training" in told
-    assert "Warning: the trained model is worse" in told
-    # Nothing takes long in silence after the last step.
-    assert "Measuring the diversity to suggest, on held-out text." in told
-    assert f"Writing {final}, and reading it back." in told
+    messages = capsys.readouterr().err
+    assert f"{untouched:.4f} before training" in messages
+    assert "Warning: the trained model is worse" in messages
+    # The slow steps after training are announced.
+    assert "Measuring the diversity to suggest, on held-out text." in messages
+    assert f"Writing {final}, and reading it back." in messages
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_the_best_model_is_kept_where_the_last_is_worse(run, keep):
-    """At a rate that ruins the model in the end, `final` is the checkpoint of the lowest NLL."""
+def test_the_best_checkpoint_is_final_if_the_last_is_worse(run, keep):
+    """At a learning rate that ruins the model, `final` is the checkpoint of the lowest NLL."""
     config = replace(run, patience=9, keep=keep, evaluate_every=1, steps=8, learning_rate=0.3)
     config = replace(config, divergence=DivergenceConfig(name="sft"), schedule="constant")
     final = train(config)
@@ -442,22 +443,22 @@ def test_the_best_model_is_kept_where_the_last_is_worse(run, keep):
     state = json.loads((last / "trainer_state.json").read_text())
     figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
     assert figures["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
-    # With one checkpoint to keep the best is what stays.
+    # With keep=1 only the best checkpoint is kept.
     assert (state["best_global_step"] < 8) or keep == 1, "the last was the best: nothing is shown"
     assert Path(state["best_model_checkpoint"]).is_dir()
 
 
-def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path):
+def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path):
     whole = train(replace(run, output=str(tmp_path / "whole")))
-    halves = replace(run, output=str(tmp_path / "halves"))
-    material = read(halves)
-    stopped = make_trainer(halves, _model(halves), material, callbacks=(_stop_after(3),))
-    _begin(halves)
+    config = replace(run, output=str(tmp_path / "halves"))
+    material = read(config)
+    stopped = make_trainer(config, _model(config), material, callbacks=(_stop_after(3),))
+    _begin(config)
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    resumed = train(halves)
-    ours, theirs = (load_file(each / "model.safetensors") for each in (whole, resumed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    resumed = train(config)
+    expected, found = (load_file(each / "model.safetensors") for each in (whole, resumed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def _model(config):
@@ -486,12 +487,12 @@ def test_adapters_are_merged_and_kept(run, base):
 
     final = train(replace(run, lora=LoraConfig(rank=4)))
     merged = AutoModelForCausalLM.from_pretrained(final)
-    beside = PeftModel.from_pretrained(
+    unmerged = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), final / "adapter"
     )
     tokens_1N = torch.arange(2, 30)[None]
     torch.testing.assert_close(
-        merged(tokens_1N).logits, beside(tokens_1N).logits, atol=1e-5, rtol=1e-4
+        merged(tokens_1N).logits, unmerged(tokens_1N).logits, atol=1e-5, rtol=1e-4
     )
     before, after = (load_file(each / "model.safetensors") for each in (base, final))
     assert before.keys() == after.keys()
@@ -501,7 +502,7 @@ def test_adapters_are_merged_and_kept(run, base):
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "skew_kl", "jsd", "sliced_w1", "gem", "sft"])
-def test_every_divergence_falls(run, name):
+def test_every_divergence_decreases(run, name):
     trainer_losses = []
     config = replace(run, divergence=DivergenceConfig(name=name), steps=8, batch_size=8)
     trainer = make_trainer(config, _model(config), read(config))
@@ -521,34 +522,34 @@ def test_bf16_and_gradient_checkpointing_run(run):
 BF16 = {"weights": "bf16", "precision": "bf16", "lora": LoraConfig(rank=4)}
 
 
-def test_adapters_beside_weights_in_bf16_are_trained_and_merged_in_float32(run, base):
+def test_adapters_on_bf16_weights_are_trained_and_merged_in_float32(run, base):
     final = train(replace(run, **BF16, learning_rate=1e-3))
     before, after, adapter = (
-        load_file(place / name)
-        for place, name in (
+        load_file(folder / name)
+        for folder, name in (
             (base, "model.safetensors"),
             (final, "model.safetensors"),
             (final / "adapter", "adapter_model.safetensors"),
         )
     )
     scale = LoraConfig().alpha / BF16["lora"].rank
-    learnt = 0
+    trained = 0
     for name, weight in before.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        kept = weight.bfloat16().float()
+        expected = weight.bfloat16().float()
         if f"{module}.lora_A.weight" in adapter:
             a, b = (adapter[f"{module}.lora_{each}.weight"] for each in "AB")
             assert a.dtype == b.dtype == torch.float32
-            learnt += int((b @ a).abs().sum() > 0)
-            kept = kept + scale * (b @ a)
-        torch.testing.assert_close(after[name], kept, atol=1e-6, rtol=1e-6)
-    assert learnt > 0
+            trained += int((b @ a).abs().sum() > 0)
+            expected = expected + scale * (b @ a)
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-6)
+    assert trained > 0
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_every_divergence_falls_beside_weights_in_bf16(run, name):
-    given = {"divergence": DivergenceConfig(name=name), "learning_rate": 1e-2}
-    config = replace(run, **BF16, **given, steps=8, batch_size=8)
+def test_every_divergence_decreases_with_adapters_on_bf16_weights(run, name):
+    changes = {"divergence": DivergenceConfig(name=name), "learning_rate": 1e-2}
+    config = replace(run, **BF16, **changes, steps=8, batch_size=8)
     material = read(config)
     model = narrowed(load_model(config, material), config).model
     trainer = make_trainer(config, model, material)
@@ -570,9 +571,9 @@ def test_weights_in_bf16_take_half_the_memory(run):
     assert "for the weights in float32" not in wide.shown()
 
 
-def test_what_transformers_is_told_of_the_machine(run):
-    told = {"optim": "sgd", "attention": "eager", "torch_compile": True, "workers": 2}
-    config = replace(run, **told)
+def test_optimizer_attention_compile_and_workers_reach_transformers(run):
+    changes = {"optim": "sgd", "attention": "eager", "torch_compile": True, "workers": 2}
+    config = replace(run, **changes)
     material = read(config)
     trainer = make_trainer(config, load_model(config, material).model, material)
     assert trainer.args.optim == "sgd"
@@ -582,57 +583,57 @@ def test_what_transformers_is_told_of_the_machine(run):
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "sgd"])
-def test_another_optimizer_trains(run, optim):
+def test_other_optimizers_train(run, optim):
     final = train(replace(run, optim=optim))
     weights = load_file(final / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
 def test_flash_attention_is_refused_with_the_reason(run):
-    told = "attention: got 'flash_attention_2'; accepted: eager, sdpa, .* only half precision"
-    with pytest.raises(ValueError, match=told):
+    message = "attention: got 'flash_attention_2'; accepted: eager, sdpa, .* only half precision"
+    with pytest.raises(ValueError, match=message):
         replace(run, attention="flash_attention_2")
 
 
-def test_checkpointing_is_enabled_by_the_name_that_this_transformers_has():
+def test_gradient_checkpointing_is_enabled_in_every_layer():
     model = small_model()
     enable_checkpointing(model)
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
-def test_the_weight_is_chosen_by_held_out_text(run, capsys):
-    """The target is noise: the text alone must win."""
+def test_auto_chooses_the_weight_by_held_out_text(run, capsys):
+    """The targets are noise, so a target weight of 0 must win."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=30)
     config = replace(run, divergence=divergence, steps=90, evaluate_every=90, save_every=90)
     train(config)
     tried = json.loads((Path(run.output) / "weights.json").read_text())
     assert tried["0"]["human_nll"] < tried["0.9"]["human_nll"]
     assert "not significantly different" not in capsys.readouterr().err
-    told = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
-    assert told["settings"]["divergence"]["target_weight"] == 0.0
+    record = json.loads((Path(run.output) / "final" / checkpoint.RUN).read_text())
+    assert record["settings"]["divergence"]["target_weight"] == 0.0
 
 
-def test_weights_that_held_out_text_does_not_tell_apart_are_named(run, capsys):
-    """The same weight twice, to the last digit but one."""
+def test_weights_that_held_out_text_cannot_distinguish_are_reported(run, capsys):
+    """Two of the candidates are almost equal."""
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.00001, 0.9))
     train(replace(run, divergence=divergence, steps=9, evaluate_every=90))
     assert "not significantly different from 1e-05" in capsys.readouterr().err
 
 
-def test_candidates_that_were_judged_by_other_batches_are_refused_with_what_to_do(run):
+def test_candidates_scored_on_different_batches_are_refused(run):
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
     config = replace(run, divergence=divergence)
     _begin(config)
-    judged = {"0": [[9.0, 3], [8.0, 3]], "0.9": [[9.0, 3]]}
-    tried = {name: {"human_nll": 3.0, "batches": batches} for name, batches in judged.items()}
+    scored = {"0": [[9.0, 3], [8.0, 3]], "0.9": [[9.0, 3]]}
+    tried = {name: {"human_nll": 3.0, "batches": batches} for name, batches in scored.items()}
     (Path(run.output) / "weights.json").write_text(json.dumps(tried))
     with pytest.raises(ValueError, match=r"weights\.json: got candidates .* Remove it"):
         train(config)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_no_step_of_a_short_run_is_taken_at_a_rate_of_0(run, steps):
-    """`auto` tries its candidates in short runs: one step at 0 of one would try nothing."""
+def test_a_short_run_starts_at_the_full_learning_rate(run, steps):
+    """`auto` tries its candidates in short runs: a first step at rate 0 would waste them."""
     config = replace(run, steps=steps)
     trainer = make_trainer(config, _model(config), read(config))
     trainer.args.save_strategy = "no"
@@ -646,48 +647,48 @@ def test_a_long_run_warms_up(run):
     assert warmup_of(replace(run, steps=100), read(run)) == run.warmup > 0
 
 
-def test_auto_never_has_two_models(run, monkeypatch):
-    """Of one process: a run that fits in memory, by `--plan`, tries its candidates in it too."""
-    load, models, living = lm.load, [], []
+def test_auto_never_holds_two_models_in_memory(run, monkeypatch):
+    """So the candidates of a run that fits in memory by `--plan` fit too."""
+    load, models, alive = lm.load, [], []
 
-    def counted(*args, **named):
-        living.append(sum(each() is not None for each in models))
+    def counting_load(*args, **named):
+        alive.append(sum(each() is not None for each in models))
         model = load(*args, **named)
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(lm, "load", counted)
+    monkeypatch.setattr(lm, "load", counting_load)
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
     train(replace(run, divergence=divergence))
-    # The check before, two candidates, the run itself, and its checkpoint read back beside it.
-    assert living[:4] == [0, 0, 0, 0]
-    assert len(living) == 5
+    # The check before, two candidates, the run, and its checkpoint read back while it is loaded.
+    assert alive[:4] == [0, 0, 0, 0]
+    assert len(alive) == 5
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_first_rows_are_a_sample_of_the_corpus(store, packing):
-    """Held-out figures are of the first rows: a corpus in files must not give its first file."""
+    """Held-out figures use the first rows, which must not all come from the corpus's first file."""
     rows = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
     count = TargetStore(store).count("train")
     first = [piece.document for row in rows.rows for piece in row][: count // 2]
-    # All from the first half by chance: 1 in C(60, 30).
+    # The probability that all come from the first half: 1 in C(60, 30).
     assert any(document >= count // 2 for document in first)
     again = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
     assert again.rows == rows.rows
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_documents_that_are_cut_are_told(run, store, packing):
-    """How many, and what of them is learnt without what stands before."""
+def test_cut_documents_are_reported(run, store, packing):
+    """The plan states how many, and how many tokens are trained without the text before."""
     config = replace(run, max_length=16, packing=packing)
-    held = TargetStore(store)
-    lengths = [length for length in held.lengths("train") if length > 16]
+    target_store = TargetStore(store)
+    lengths = [length for length in target_store.lengths("train") if length > 16]
     plan = plan_of(config)
-    told = f"{len(lengths):,} documents are longer than a row (max_length) and are cut: "
+    message = f"{len(lengths):,} documents are longer than a row (max_length) and are cut: "
     assert plan.cut is not None
-    assert plan.cut.startswith(told)
-    learnt = int(plan.cut.removeprefix(told).split()[0].replace(",", ""))
-    assert learnt == sum(length - 16 for length in lengths)
+    assert plan.cut.startswith(message)
+    trained_tokens = int(plan.cut.removeprefix(message).split()[0].replace(",", ""))
+    assert trained_tokens == sum(length - 16 for length in lengths)
     assert plan.cut in plan.shown()
     assert plan.cut in read(config).shown()
     assert plan_of(replace(run, packing=packing)).cut is None
@@ -698,13 +699,13 @@ def test_documents_that_are_cut_are_told(run, store, packing):
     [("forward_kl", 0.0, 600, 50), ("forward_kl", 0.0, 120, 10), ("reverse_kl", 0.3, 18, 2),
      ("jsd", 0.0, 3, 1)],
 )  # fmt: skip
-def test_auto_tries_the_text_alone_and_takes_a_third_of_the_run(run, name, first, steps, each):
+def test_auto_tries_the_least_weight_first_and_a_third_of_the_steps(run, name, first, steps, each):
     config = replace(run, steps=steps, divergence=DivergenceConfig(name=name, target_weight="auto"))
     assert config.divergence.to_try[0] == first
     assert probe_steps(config, read(config)) == each
 
 
-def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_exits(run, tmp_path):
     config = replace(run, steps=4000, save_every=100_000, evaluate_every=100_000)
     settings_file = tmp_path / "run.yaml"
     save_config(config, settings_file)
@@ -722,11 +723,11 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
     checkpoint.verify(saved[0])
 
 
-# ── What is refused ──────────────────────────────────────────────────────────────────────────────
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"divergence.name": "forward_lk"}, "did you mean 'forward_kl'"),
         ({"learning_rat": "1"}, "did you mean 'learning_rate'"),
@@ -765,48 +766,46 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(run, tmp_path):
         ({"max_length": "1"}, "max_length: got 1; accepted: from 2 to"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_name(change, says):
+def test_a_wrong_setting_is_refused_with_its_name(change, message):
     given = {"model": "m", "targets": "t", "output": "o"} | change
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         configs.load(None, given)
 
 
 @pytest.mark.parametrize(
     ("given", "meant"), [("lr", "learning_rate"), ("per_device_train_batch_size", "batch_size")]
 )
-def test_what_other_trainers_call_a_setting_leads_to_ours(given, meant):
+def test_setting_names_of_other_trainers_suggest_ours(given, meant):
     with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
         configs.load(None, {"model": "m", "targets": "t", "output": "o", given: "1"})
 
 
-def test_every_synonym_leads_to_a_setting():
+def test_every_synonym_suggests_a_setting():
     kinds = (TrainConfig, DivergenceConfig, LoraConfig)
     assert set(SYNONYMS.values()) <= {each.name for kind in kinds for each in fields(kind)}
     assert not set(SYNONYMS) & {each.name for each in fields(TrainConfig)}
 
 
 @pytest.mark.parametrize(("fsdp", "most"), [(True, 256), (False, None)])
-def test_checks_on_the_cpu_of_a_run_on_gpus_are_short_and_say_so(
-    run, monkeypatch, capsys, fsdp, most
-):
+def test_checks_on_the_cpu_of_a_gpu_run_are_short_and_say_so(run, monkeypatch, capsys, fsdp, most):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("dftserve.train.run._device", lambda config: torch.device("cpu"))
-    given = []
+    limits = []
     for name in ("packing_leak", "check_batch"):
         monkeypatch.setattr(
-            f"dftserve.lm.LanguageModel.{name}", lambda *_, most: given.append(most)
+            f"dftserve.lm.LanguageModel.{name}", lambda *_, most: limits.append(most)
         )
     prepare(replace(run, fsdp=fsdp, max_length=1024))
-    assert given == [most, most]
+    assert limits == [most, most]
     assert ("at most 256 tokens at once" in capsys.readouterr().err) is fsdp
 
 
-def test_the_candidates_are_a_list_of_lines():
-    told = weights_shown({"0": 10.736137517668388, "0.6": 10.709326459946533}, "0.6")
-    assert told.splitlines()[1:] == ["  0    10.7361", "  0.6  10.7093  taken"]
+def test_each_candidate_is_shown_in_a_line():
+    shown = weights_shown({"0": 10.736137517668388, "0.6": 10.709326459946533}, "0.6")
+    assert shown.splitlines()[1:] == ["  0    10.7361", "  0.6  10.7093  taken"]
 
 
-def test_verify_says_of_a_run_what_its_checkpoint_is(tmp_path):
+def test_verify_of_a_run_folder_names_its_checkpoint(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(ValueError, match="an unfinished run; run the same train again"):
         checkpoint.verify(tmp_path)
@@ -816,13 +815,13 @@ def test_verify_says_of_a_run_what_its_checkpoint_is(tmp_path):
         checkpoint.verify(tmp_path)
 
 
-def test_a_learning_rate_in_yamls_own_dialect(tmp_path):
+def test_a_yaml_learning_rate_without_a_decimal_point_is_a_number(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("{model: m, targets: t, output: o, learning_rate: 2e-5}")
     assert configs.load(path, {"epochs": "3"}).learning_rate == 2e-5
 
 
-def test_a_run_that_cannot_be_leaves_nothing(run, base, store, tmp_path):
+def test_a_refused_run_creates_no_folder(run, base, store, tmp_path):
     other = save_model(tmp_path / "other", "gpt2")
     (other / "tokenizer.json").write_text(
         (base / "tokenizer.json").read_text().replace('"w7"', '"w7x"')
@@ -832,13 +831,13 @@ def test_a_run_that_cannot_be_leaves_nothing(run, base, store, tmp_path):
         "another tokenizer": replace(run, model=str(other)),
         "has no manifest.json": replace(run, targets=str(tmp_path)),
     }
-    for says, config in wrong.items():
-        with pytest.raises(ValueError, match=says):
+    for message, config in wrong.items():
+        with pytest.raises(ValueError, match=message):
             train(config)
         assert not Path(config.output).exists()
 
 
-def test_another_runs_settings_are_told_apart_by_name(run):
+def test_a_differing_setting_is_named(run):
     train(replace(run, steps=1))
     shutil.rmtree(Path(run.output) / "final")
     with pytest.raises(ValueError, match=r"divergence.name is 'forward_kl', not 'sft'"):
@@ -850,7 +849,7 @@ def test_a_run_too_short_to_stop_early_is_refused(run):
         train(replace(run, patience=2, steps=3))
 
 
-def test_another_runs_folder_is_not_touched(run):
+def test_a_folder_that_is_not_a_run_is_not_touched(run):
     Path(run.output).mkdir()
     (Path(run.output) / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="neither empty nor a run"):
@@ -861,8 +860,8 @@ def test_another_runs_folder_is_not_touched(run):
 # ── A folder belongs to one run ──────────────────────────────────────────────────────────────────
 
 
-def begun(config: TrainConfig, step: int = 3) -> TrainConfig:
-    """The configuration of a run that was stopped behind a checkpoint."""
+def interrupted_run(config: TrainConfig, step: int = 3) -> TrainConfig:
+    """The configuration of a run that was interrupted after a checkpoint."""
     trainer = make_trainer(config, _model(config), read(config), callbacks=(_stop_after(step),))
     _begin(config)
     with pytest.raises(KeyboardInterrupt):
@@ -870,8 +869,8 @@ def begun(config: TrainConfig, step: int = 3) -> TrainConfig:
     return config
 
 
-def test_a_run_does_not_go_on_with_other_targets_at_the_same_place(run, tmp_path):
-    config = begun(replace(run, targets=str(save_store(tmp_path / "store"))))
+def test_a_run_does_not_resume_with_other_targets_at_the_same_path(run, tmp_path):
+    config = interrupted_run(replace(run, targets=str(save_store(tmp_path / "store"))))
     shutil.rmtree(config.targets)
     save_store(Path(config.targets), seed=5)
     with pytest.raises(ValueError, match=r"began with another `targets` .* its manifest differ"):
@@ -880,27 +879,27 @@ def test_a_run_does_not_go_on_with_other_targets_at_the_same_place(run, tmp_path
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "adapter"])
-def test_a_run_does_not_go_on_with_another_model_at_the_same_place(run, tmp_path, lora):
-    """An adapter that was trained on one would else be merged into the other."""
-    config = begun(replace(run, model=str(save_model(tmp_path / "base")), lora=lora))
+def test_a_run_does_not_resume_with_another_model_at_the_same_path(run, tmp_path, lora):
+    """Otherwise an adapter that was trained on one would be merged into the other."""
+    config = interrupted_run(replace(run, model=str(save_model(tmp_path / "base")), lora=lora))
     save_model(Path(config.model), seed=5)
     with pytest.raises(ValueError, match=r"began with another `model` .* configuration or weights"):
         train(config)
     assert not (Path(config.output) / "final").exists()
 
 
-def test_a_run_does_not_go_on_with_another_number_of_processes(run, monkeypatch):
-    config = begun(run)
+def test_a_run_does_not_resume_with_another_number_of_processes(run, monkeypatch):
+    config = interrupted_run(run)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    says = r"of 1 processes, not 2: .*--nproc-per-node=1"
-    with pytest.raises(ValueError, match=says), RunFolder(config):
+    message = r"of 1 processes, not 2: .*--nproc-per-node=1"
+    with pytest.raises(ValueError, match=message), RunFolder(config):
         pass
 
 
-def test_a_run_goes_on_wherever_its_folders_are_by_now(run, tmp_path, monkeypatch):
-    """The best checkpoint too is found where it is: the last one is worse, and not kept."""
+def test_a_run_resumes_after_its_folders_moved(run, tmp_path, monkeypatch):
+    """The best checkpoint is found too, and is the one that is kept: the last is worse."""
     config = replace(run, model=str(save_model(tmp_path / "base")), steps=8, patience=5)
-    begun(replace(config, learning_rate=0.5, evaluate_every=1), step=4)
+    interrupted_run(replace(config, learning_rate=0.5, evaluate_every=1), step=4)
     shutil.move(run.output, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     moved = replace(config, model="base", output="moved", learning_rate=0.5, evaluate_every=1)
@@ -910,7 +909,7 @@ def test_a_run_goes_on_wherever_its_folders_are_by_now(run, tmp_path, monkeypatc
     assert Path(state["best_model_checkpoint"]).is_dir()
 
 
-def rewritten(config: TrainConfig, change) -> None:
+def rewrite_settings(config: TrainConfig, change) -> None:
     path = Path(config.output) / "settings.json"
     content = json.loads(path.read_text())
     change(content)
@@ -920,7 +919,7 @@ def rewritten(config: TrainConfig, change) -> None:
 @pytest.mark.parametrize(
     "names", [("workers",), ("divergence", "projections"), ("lora", "dropout")]
 )
-def test_a_run_goes_on_where_a_setting_came_later_and_has_its_default(run, names):
+def test_a_run_resumes_if_a_setting_it_lacks_has_its_default(run, names):
     config = replace(run, lora=LoraConfig())
     _begin(config)
 
@@ -929,7 +928,7 @@ def test_a_run_goes_on_where_a_setting_came_later_and_has_its_default(run, names
             content = content[name]
         del content[names[-1]]
 
-    rewritten(config, without)
+    rewrite_settings(config, without)
     with RunFolder(config):
         pass
     other = {"workers": replace(config, workers=2),
@@ -939,30 +938,30 @@ def test_a_run_goes_on_where_a_setting_came_later_and_has_its_default(run, names
         pass
 
 
-@pytest.mark.parametrize("given", [(LoraConfig(), None), (None, LoraConfig())])
-def test_adapters_do_not_come_or_go_in_a_run(run, given):
-    before, after = (replace(run, lora=lora) for lora in given)
+@pytest.mark.parametrize("loras", [(LoraConfig(), None), (None, LoraConfig())])
+def test_a_run_does_not_resume_with_lora_added_or_removed(run, loras):
+    before, after = (replace(run, lora=lora) for lora in loras)
     _begin(before)
     with pytest.raises(ValueError, match=r"whose lora.* is"), RunFolder(after):
         pass
 
 
-def test_a_setting_that_this_version_does_not_have_is_told(run):
+def test_a_setting_unknown_to_this_version_is_refused_with_its_name(run):
     _begin(run)
-    rewritten(run, lambda content: content.update(momentum=0.9))
+    rewrite_settings(run, lambda content: content.update(momentum=0.9))
     with pytest.raises(ValueError, match=r"whose momentum is 0\.9, not None"), RunFolder(run):
         pass
 
 
-def test_a_run_without_its_origin_is_one_of_an_earlier_version_and_not_to_be_removed(run):
+def test_a_run_of_an_earlier_version_is_refused_without_advice_to_remove_it(run):
     _begin(run)
-    rewritten(run, lambda content: content.pop("origin"))
-    with pytest.raises(ValueError, match="begun by an earlier version") as told, RunFolder(run):
+    rewrite_settings(run, lambda content: content.pop("origin"))
+    with pytest.raises(ValueError, match="begun by an earlier version") as caught, RunFolder(run):
         pass
-    assert "remove" not in str(told.value)
+    assert "remove" not in str(caught.value)
 
 
-def test_a_folder_that_is_written_to_is_refused_before_weights_are_read(run, monkeypatch):
+def test_a_folder_in_use_is_refused_before_weights_are_read(run, monkeypatch):
     with RunFolder(run) as folder:
         folder.begin()
         monkeypatch.setattr(run_folder, "model_digest", lambda found: pytest.fail("weights read"))
@@ -970,7 +969,7 @@ def test_a_folder_that_is_written_to_is_refused_before_weights_are_read(run, mon
             pass
 
 
-def test_a_refused_start_gives_the_lock_back(run):
+def test_a_refused_start_releases_the_lock(run):
     _begin(run)
     with pytest.raises(ValueError, match="whose seed is 0, not 1"):
         RunFolder(replace(run, seed=1)).__enter__()
@@ -978,7 +977,7 @@ def test_a_refused_start_gives_the_lock_back(run):
         pass
 
 
-def test_a_file_is_sampled_once_a_process_until_it_changes(tmp_path, monkeypatch):
+def test_a_files_digest_is_computed_once_until_it_changes(tmp_path, monkeypatch):
     path, digests = tmp_path / "weights", []
     monkeypatch.setattr(digest, "blake3", lambda *given: digests.append(1) or blake3(*given))
     path.write_bytes(b"1" * 100)
@@ -1001,15 +1000,15 @@ def test_two_trainings_do_not_share_a_folder(run):
         assert sorted(os.listdir(run.output)) == before
 
 
-def test_of_two_that_begin_at_once_the_second_is_refused(run):
+def test_of_two_runs_that_begin_together_the_second_is_refused(run):
     with RunFolder(run) as first, RunFolder(replace(run, seed=1)) as second:
         first.begin()
         with pytest.raises(ValueError, match="another training writes to it"):
             second.begin()
 
 
-def test_where_the_newest_checkpoint_is_damaged_an_older_that_is_whole_is_named(run):
-    config = begun(run, step=5)
+def test_if_the_newest_checkpoint_is_damaged_an_older_intact_one_is_named(run):
+    config = interrupted_run(run, step=5)
     newest, older = (Path(config.output) / f"checkpoint-{step}" for step in (4, 2))
     (newest / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"or remove .*checkpoint-4 to go on from checkpoint-2"):
@@ -1019,7 +1018,7 @@ def test_where_the_newest_checkpoint_is_damaged_an_older_that_is_whole_is_named(
         train(config)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(run):
+def test_a_nan_loss_stops_the_run_and_leaves_no_checkpoint(run):
     prepared = prepare(run)
     trainer = make_trainer(run, prepared.loaded.model, prepared.material)
     prepared.loaded.model.model.norm.weight.data[:] = torch.nan
@@ -1028,13 +1027,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(run):
     assert not list(Path(run.output).glob("checkpoint-*"))
 
 
-def test_tensorboard_gets_the_figures(run):
+def test_tensorboard_receives_the_figures(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(replace(run, report_to="tensorboard"))
     events = next(Path(run.output).rglob("events.out.tfevents.*"))
-    told = EventAccumulator(str(events.parent))
-    told.Reload()
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
     assert {"train/divergence", "train/model_entropy", "eval/human_nll"} <= set(
-        told.Tags()["scalars"]
+        accumulator.Tags()["scalars"]
     )

@@ -1,4 +1,4 @@
-"""Training by several processes that torchrun starts: killed and started again, on two machines."""
+"""Training by several processes that torchrun starts: restarts after kills, and two machines."""
 
 import json
 import os
@@ -45,15 +45,15 @@ def run(tmp_path_factory) -> TrainConfig:
     )
 
 
-def started(*command: Path | str, **environment: str) -> subprocess.Popen:
-    """A torchrun that talks over loopback, on CPUs."""
-    ours = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def start_torchrun(*command: Path | str, **environment: str) -> subprocess.Popen:
+    """A torchrun that communicates over loopback, on CPUs."""
+    defaults = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **ours, **environment},
+        env={**os.environ, **defaults, **environment},
     )
 
 
@@ -65,30 +65,30 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output) / "final" / "model.safetensors")
 
 
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(run, tmp_path_factory) -> dict[str, torch.Tensor]:
-    return undisturbed(run, tmp_path_factory.mktemp("uninterrupted"))
+    return train_uninterrupted(run, tmp_path_factory.mktemp("uninterrupted"))
 
 
-def undisturbed(run: TrainConfig, folder: Path) -> dict[str, torch.Tensor]:
-    """What two processes make of a run that nothing disturbs."""
+def train_uninterrupted(run: TrainConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an uninterrupted run of two processes."""
     config = replace(run, output=str(folder / "run"))
-    torchrun = started(*ONE_MACHINE, *TRAIN, save_config(config, folder / "run.yaml"))
-    told, _ = torchrun.communicate()
-    assert torchrun.returncode == 0, told[-3000:]
-    assert told.count(f"{config.output}/final\n") == 1, "each process told the result"
-    made = weights(config)
+    torchrun = start_torchrun(*ONE_MACHINE, *TRAIN, save_config(config, folder / "run.yaml"))
+    output, _ = torchrun.communicate()
+    assert torchrun.returncode == 0, output[-3000:]
+    assert output.count(f"{config.output}/final\n") == 1, "the result is not printed once"
+    trained = weights(config)
     start = load_file(Path(run.model) / "model.safetensors")
-    assert not all(torch.equal(made[name], start[name]) for name in start), "nothing was learnt"
-    return made
+    assert not all(torch.equal(trained[name], start[name]) for name in start), "nothing was learnt"
+    return trained
 
 
-# ── Killed, and started again ────────────────────────────────────────────────────────────────────
+# ── Kills and restarts ───────────────────────────────────────────────────────────────────────────
 
 KILLED = """
     import json, os, signal, sys
@@ -131,92 +131,90 @@ KILLED = """
 def assert_survives(
     kills: Sequence[tuple[str, int, int]],
     config: TrainConfig,
-    theirs: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
     folder: Path,
 ) -> str:
-    """A run that is killed as often as told ends in the same bits; what it said.
+    """Assert that a run that is killed and restarted ends in the expected weights; its output.
 
     Args:
-        kills: when, by start: a moment, the rank that dies in it, and the step.
+        kills: for each start: a moment, the rank that dies then, and the step.
     """
-    script, noted, plan = folder / "killed.py", folder / "noted", folder / "kills.json"
+    script, deaths, plan = folder / "killed.py", folder / "noted", folder / "kills.json"
     script.write_text(textwrap.dedent(KILLED))
     plan.write_text(json.dumps(kills))
-    noted.mkdir()
+    deaths.mkdir()
     config = replace(config, output=str(folder / "run"))
-    torchrun = started(
+    torchrun = start_torchrun(
         *ONE_MACHINE,
         f"--max-restarts={len(kills)}",
-        *(script, save_config(config, folder / "run.yaml"), plan, noted),
+        *(script, save_config(config, folder / "run.yaml"), plan, deaths),
         **OWN_STORES,
     )
-    told, _ = torchrun.communicate()
-    assert torchrun.returncode == 0, told[-6000:]
-    died = {int(place.name): place.read_text() for place in noted.iterdir()}
-    assert died == {start: moment for start, (moment, *_) in enumerate(kills)}
-    assert_same(weights(config), theirs)
-    assert not list(Path(config.output).glob("*.partial")), "what a kill left is still there"
-    return told
+    output, _ = torchrun.communicate()
+    assert torchrun.returncode == 0, output[-6000:]
+    moments = {int(path.name): path.read_text() for path in deaths.iterdir()}
+    assert moments == {start: moment for start, (moment, *_) in enumerate(kills)}
+    assert_same(weights(config), expected)
+    assert not list(Path(config.output).glob("*.partial")), "partial folders of a kill remain"
+    return output
 
 
-def test_a_run_whose_process_is_killed_goes_on_by_itself_and_ends_in_the_same_bits(
+def test_a_run_whose_process_is_killed_resumes_and_ends_in_the_same_weights(
     run, uninterrupted, tmp_path
 ):
-    told = assert_survives([("step", 1, 5)], run, uninterrupted, tmp_path)
-    assert f"Going on from {tmp_path / 'run'}/checkpoint-4." in told
+    output = assert_survives([("step", 1, 5)], run, uninterrupted, tmp_path)
+    assert f"Going on from {tmp_path / 'run'}/checkpoint-4." in output
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_later_epoch_that_is_gone_on_in_has_its_own_order(run, tmp_path, number):
-    """Of one store, and of two that are mixed by weights."""
+def test_a_run_resumed_in_a_later_epoch_keeps_that_epochs_order(run, tmp_path, number):
+    """With one store, and with two that are mixed by weights."""
     first = StoreConfig(path=str(save_store(tmp_path / "first", count=45, seed=5)), weight=0.6)
     second = StoreConfig(path=run.stores[0].path, weight=0.4)
     run = replace(run, targets=(first, second)[:number])
-    # A step reads the rows of two processes.
+    # A step takes the rows of two processes.
     steps = steps_of_epoch(replace(run, batch_size=2 * run.batch_size), read(run))
-    assert steps < 8 < 2 * steps, "the second epoch is not gone on in"
-    theirs = undisturbed(run, made_folder(tmp_path / "undisturbed"))
-    told = assert_survives([("step", 1, 9)], run, theirs, made_folder(tmp_path / "disturbed"))
-    assert "checkpoint-8." in told
+    assert steps < 8 < 2 * steps, "the run is not resumed in the second epoch"
+    expected = train_uninterrupted(run, new_folder(tmp_path / "undisturbed"))
+    output = assert_survives([("step", 1, 9)], run, expected, new_folder(tmp_path / "disturbed"))
+    assert "checkpoint-8." in output
 
 
 @pytest.mark.long
-def test_continuations_are_drawn_again_by_processes_that_are_started_again(run, tmp_path):
-    """Each process draws others, and the same in a step that is done again."""
+def test_a_restarted_run_draws_the_same_continuations(run, tmp_path):
+    """The processes draw different ones; a repeated step draws the same as before."""
     run = replace(run, feature_matching=FeatureMatchingConfig(samples=3, length=3, every=8))
-    theirs = undisturbed(run, made_folder(tmp_path / "undisturbed"))
-    assert_survives([("step", 1, 5)], run, theirs, made_folder(tmp_path / "disturbed"))
+    expected = train_uninterrupted(run, new_folder(tmp_path / "undisturbed"))
+    assert_survives([("step", 1, 5)], run, expected, new_folder(tmp_path / "disturbed"))
 
 
-def made_folder(place: Path) -> Path:
-    place.mkdir()
-    return place
+def new_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0])
-def test_a_run_that_is_killed_ten_times_ends_in_the_same_bits(run, uninterrupted, tmp_path, seed):
-    """Either of the two, at random steps and while it evaluates; the first while it saves, and
-    when it has written `final`."""
-    drawn = random.Random(seed)
-    steps = sorted(drawn.choices(range(8), k=5))
+def test_a_run_killed_ten_times_ends_in_the_same_weights(run, uninterrupted, tmp_path, seed):
+    """Either process is killed at random steps and during evaluations, the first one also while it
+    saves and after it has written `final`."""
+    source = random.Random(seed)
+    steps = sorted(source.choices(range(8), k=5))
     kills = [
-        ("evaluation", 0, 0),  # Of the untouched model.
-        *(("step", drawn.randrange(2), step) for step in steps),
+        ("evaluation", 0, 0),  # The evaluation before training.
+        *(("step", source.randrange(2), step) for step in steps),
         ("save", 0, steps[-1] // 2 * 2 + 2),
         ("evaluation", 1, 10),
         ("save", 0, run.steps),
         ("final", 0, run.steps),
     ]
     assert len(kills) == 10
-    told = assert_survives(kills, run, uninterrupted, tmp_path)
-    assert "/final exists: this run is finished." in told
+    output = assert_survives(kills, run, uninterrupted, tmp_path)
+    assert "/final exists: this run is finished." in output
 
 
-def test_a_torchrun_whose_second_start_would_look_for_the_first_ones_processes_is_refused(
-    run, monkeypatch
-):
+def test_torchrun_with_restarts_and_a_shared_store_is_refused(run, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun"):
@@ -235,34 +233,38 @@ def free_port() -> int:
         return bound.getsockname()[1]
 
 
-def on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
-    """Two agents of one process each, which know of each other by a port; (exit code, words)."""
-    where = (f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=run")
+def train_on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
+    """(exit code, output) of two agents of one process each, which meet at a port."""
+    meeting = (
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=run",
+    )
     agents = [
-        started("--nnodes=2", "--nproc-per-node=1", *where, *TRAIN, settings)
+        start_torchrun("--nnodes=2", "--nproc-per-node=1", *meeting, *TRAIN, settings)
         for settings in (first, second)
     ]
-    told = ["", ""]
+    outputs = ["", ""]
 
-    def read(place: int) -> None:
-        told[place], _ = agents[place].communicate()
+    def read(index: int) -> None:
+        outputs[index], _ = agents[index].communicate()
 
-    readers = [threading.Thread(target=read, args=(place,)) for place in (0, 1)]
+    readers = [threading.Thread(target=read, args=(index,)) for index in (0, 1)]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    return [(agent.returncode, words) for agent, words in zip(agents, told, strict=True)]
+    return [(agent.returncode, output) for agent, output in zip(agents, outputs, strict=True)]
 
 
 @pytest.mark.long
-def test_two_machines_make_what_two_processes_of_one_make(run, uninterrupted, tmp_path):
-    """On CPUs also where `fsdp` is asked for, which says that it does nothing there."""
+def test_two_machines_end_in_the_weights_of_two_processes_on_one(run, uninterrupted, tmp_path):
+    """On CPUs also with `fsdp`, which has no effect there and says so."""
     config = replace(run, output=str(tmp_path / "run"), fsdp=True)
     settings = save_config(config, tmp_path / "run.yaml")
-    ended = on_two_machines(settings, settings)
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert sum(told.count("nothing is sharded on CPUs") for _, told in ended) == 1
+    results = train_on_two_machines(settings, settings)
+    assert [code for code, _ in results] == [0, 0], results
+    assert sum(output.count("nothing is sharded on CPUs") for _, output in results) == 1
     assert_same(weights(config), uninterrupted)
 
 
@@ -285,42 +287,46 @@ MACHINE_DIES = """
 
 
 @pytest.mark.long
-def test_a_machine_that_dies_and_comes_back_ends_in_the_same_bits(run, uninterrupted, tmp_path):
-    """The other one, at which they meet, waits for it."""
+def test_a_run_whose_machine_dies_and_returns_ends_in_equal_weights(run, uninterrupted, tmp_path):
+    """The other machine, which hosts the rendezvous, waits for it."""
     script = tmp_path / "dies.py"
     script.write_text(textwrap.dedent(MACHINE_DIES))
     config = replace(run, output=str(tmp_path / "run"))
     command = ("train", save_config(config, tmp_path / "run.yaml"))
-    where = (f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=run")
-    nodes = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", *where)
-    stays = started(*nodes, "--rdzv-conf=is_host=1", script, *command, **OWN_STORES)
-    comes_back = (*nodes, "--rdzv-conf=is_host=0", script, *command)
-    died = started(*comes_back, **OWN_STORES, DIES="1")
-    died.communicate()
-    assert died.returncode == -signal.SIGKILL
+    meeting = (
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=run",
+    )
+    nodes = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", *meeting)
+    surviving = start_torchrun(*nodes, "--rdzv-conf=is_host=1", script, *command, **OWN_STORES)
+    returning = (*nodes, "--rdzv-conf=is_host=0", script, *command)
+    dying = start_torchrun(*returning, **OWN_STORES, DIES="1")
+    dying.communicate()
+    assert dying.returncode == -signal.SIGKILL
     assert not (Path(config.output) / "final").exists()
-    for agent in (started(*comes_back, **OWN_STORES), stays):
-        told, _ = agent.communicate()
-        assert agent.returncode == 0, told[-3000:]
+    for agent in (start_torchrun(*returning, **OWN_STORES), surviving):
+        output, _ = agent.communicate()
+        assert agent.returncode == 0, output[-3000:]
     assert_same(weights(config), uninterrupted)
 
 
 @pytest.mark.long
-def test_a_machine_that_lacks_what_is_needed_is_refused_on_both(run, tmp_path):
-    """Neither waits for the other until torch gives up."""
+def test_a_machine_without_the_targets_is_refused_on_both(run, tmp_path):
+    """Neither waits for the other until torch's timeout."""
     config = replace(run, output=str(tmp_path / "run"))
-    there = save_config(config, tmp_path / "run.yaml")
-    not_there = save_config(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
-    for code, told in on_two_machines(there, not_there):
+    complete = save_config(config, tmp_path / "run.yaml")
+    lacking = save_config(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
+    for code, output in train_on_two_machines(complete, lacking):
         assert code != 0
-        assert f"{tmp_path / 'no'} has no manifest.json" in told
+        assert f"{tmp_path / 'no'} has no manifest.json" in output
     assert not Path(config.output).exists()
 
 
-# ── What processes must agree in ─────────────────────────────────────────────────────────────────
+# ── Processes must agree ─────────────────────────────────────────────────────────────────────────
 
 
-def begin(config: TrainConfig) -> None:
+def begin_run(config: TrainConfig) -> None:
     with ExitStack() as opened:
         with processes.together():
             folder = opened.enter_context(RunFolder(config))
@@ -330,37 +336,37 @@ def begin(config: TrainConfig) -> None:
         folder.check_seen()
 
 
-def in_two_processes(
-    monkeypatch, *configs: TrainConfig, do: Callable[[TrainConfig], object] = begin
+def refusals_of_two_processes(
+    monkeypatch, *configs: TrainConfig, do: Callable[[TrainConfig], object] = begin_run
 ) -> list[str]:
-    """What each of two processes is refused with; they are threads that meet as processes do."""
-    here, meeting, given = threading.local(), threading.Barrier(2, timeout=120), [None, None]
+    """The refusal that each of two processes gets; threads stand in for the processes."""
+    local, barrier, values = threading.local(), threading.Barrier(2, timeout=120), [None, None]
 
     def gathered(value):
-        given[here.rank] = json.loads(json.dumps(value))
-        meeting.wait()
-        values = list(given)
-        meeting.wait()
-        return values
+        values[local.rank] = json.loads(json.dumps(value))
+        barrier.wait()
+        copied = list(values)
+        barrier.wait()
+        return copied
 
     monkeypatch.setattr(processes, "gathered", gathered)
-    monkeypatch.setattr(processes, "rank", lambda: here.rank)
+    monkeypatch.setattr(processes, "rank", lambda: local.rank)
     monkeypatch.setattr(processes, "count", lambda: 2)
-    told = ["", ""]
+    refusals = ["", ""]
 
     def run_as(rank: int) -> None:
-        here.rank = rank
+        local.rank = rank
         try:
             do(configs[rank])
         except ValueError as error:
-            told[rank] = str(error)
+            refusals[rank] = str(error)
 
     threads = [threading.Thread(target=run_as, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return told
+    return refusals
 
 
 @pytest.fixture
@@ -369,9 +375,7 @@ def here(run, tmp_path, monkeypatch) -> TrainConfig:
     return replace(run, output=str(tmp_path / "run"))
 
 
-def test_processes_of_one_run_are_not_refused_wherever_its_folders_are_mounted(
-    here, tmp_path, monkeypatch
-):
+def test_processes_may_mount_the_folders_of_a_run_at_different_paths(here, tmp_path, monkeypatch):
     (tmp_path / "mounted").symlink_to(Path(here.model).parent)
     (tmp_path / "shared").symlink_to(tmp_path)
     elsewhere = replace(
@@ -380,7 +384,7 @@ def test_processes_of_one_run_are_not_refused_wherever_its_folders_are_mounted(
         targets=str(tmp_path / "mounted" / "store"),
         output=str(tmp_path / "shared" / "run"),
     )
-    assert in_two_processes(monkeypatch, here, elsewhere) == ["", ""]
+    assert refusals_of_two_processes(monkeypatch, here, elsewhere) == ["", ""]
 
 
 def other_settings(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
@@ -398,18 +402,18 @@ def other_model(config: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
 
 
 @pytest.mark.parametrize("other", [other_settings, other_targets, other_model])
-def test_a_process_that_was_given_another_run_is_refused_in_all_and_nothing_is_save_config(
+def test_a_process_with_another_run_is_refused_in_all_and_nothing_is_written(
     here, tmp_path, monkeypatch, other
 ):
-    second, says = other(here, tmp_path)
-    first, others = in_two_processes(monkeypatch, here, second)
+    second, message = other(here, tmp_path)
+    first, others = refusals_of_two_processes(monkeypatch, here, second)
     assert first == others
-    assert says in first
+    assert message in first
     assert not Path(here.output).exists()
 
 
 @pytest.mark.parametrize("is_copied", [False, True], ids=["missing", "a copy"])
-def test_an_output_that_a_machine_does_not_share_is_refused_in_all(
+def test_an_output_that_is_not_shared_is_refused_in_all_processes(
     here, tmp_path, monkeypatch, is_copied
 ):
     own = replace(here, output=str(tmp_path / "own"))
@@ -417,41 +421,41 @@ def test_an_output_that_a_machine_does_not_share_is_refused_in_all(
         monkeypatch.setattr(processes, "count", lambda: 2)
         with RunFolder(own) as folder:
             folder.begin()
-    first, second = in_two_processes(monkeypatch, here, own)
-    for told in (first, second):
-        assert "process 1 on" in told
-        assert "one folder, on a file system that all machines share" in told
+    first, second = refusals_of_two_processes(monkeypatch, here, own)
+    for refusal in (first, second):
+        assert "process 1 on" in refusal
+        assert "one folder, on a file system that all machines share" in refusal
 
 
-def test_what_one_process_is_refused_in_the_other_is_told(here, tmp_path, monkeypatch):
+def test_a_refusal_in_one_process_is_reported_in_the_other(here, tmp_path, monkeypatch):
     lacking = replace(here, targets=str(tmp_path / "no"))
-    first, second = in_two_processes(monkeypatch, here, lacking)
+    first, second = refusals_of_two_processes(monkeypatch, here, lacking)
     assert f"{tmp_path / 'no'} has no manifest.json" in second
     assert first == f"process 1 on {socket.gethostname()}: {second}"
 
 
-def test_all_go_on_from_the_checkpoint_that_the_first_one_finds(here, tmp_path, monkeypatch):
-    """Another machine sees the output as it was, until it sees it as it is."""
+def test_all_processes_resume_from_the_checkpoint_that_the_first_finds(here, tmp_path, monkeypatch):
+    """Another machine sees the newest checkpoint only after a delay."""
     monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 600.0)
     newest = save_sealed(Path(here.output) / "checkpoint-4", {"weights": "some"})
     late = replace(here, output=str(tmp_path / "late"))
     save_sealed(Path(late.output) / "checkpoint-2", {"weights": "some"})
-    comes = Path(late.output) / "checkpoint-4"
-    found = {}
+    delayed = Path(late.output) / "checkpoint-4"
+    states = {}
 
-    def go_on(config: TrainConfig) -> None:
+    def resume(config: TrainConfig) -> None:
         if config is late:
-            threading.Timer(0.3, shutil.copytree, (newest, comes)).start()
-        found[config.output] = RunFolder(config).resume_state()
+            threading.Timer(0.3, shutil.copytree, (newest, delayed)).start()
+        states[config.output] = RunFolder(config).resume_state()
 
-    assert in_two_processes(monkeypatch, here, late, do=go_on) == ["", ""]
-    assert found == {here.output: (newest, {}), late.output: (comes, {})}
+    assert refusals_of_two_processes(monkeypatch, here, late, do=resume) == ["", ""]
+    assert states == {here.output: (newest, {}), late.output: (delayed, {})}
 
 
-def test_a_checkpoint_that_one_does_not_see_is_refused_in_all(here, tmp_path, monkeypatch):
+def test_a_checkpoint_that_one_process_does_not_see_is_refused_in_all(here, tmp_path, monkeypatch):
     save_sealed(Path(here.output) / "checkpoint-4", {"weights": "some"})
     blind = replace(here, output=str(tmp_path / "blind"))
-    first, second = in_two_processes(
+    first, second = refusals_of_two_processes(
         monkeypatch, here, blind, do=lambda config: RunFolder(config).resume_state()
     )
     assert str(Path(blind.output) / "checkpoint-4") in second

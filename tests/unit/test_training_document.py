@@ -1,5 +1,5 @@
-"""docs/training.md has every setting of a corpus and of a recipe, and its recipe can be built;
-its ways to name several stores are one; docs/evaluation.md has the signatures that are."""
+"""docs/training.md has every setting of a corpus and of a recipe, its example recipe can be loaded,
+and its notations for several stores are equivalent; docs/evaluation.md has the signatures."""
 
 import dataclasses
 import inspect
@@ -28,14 +28,14 @@ def test_the_table_has_every_filter(field):
 
 
 @pytest.mark.parametrize("kind", recipe._ALL)
-def test_a_recipes_section_has_every_kind_of_source_and_its_settings(kind):
-    told = section("Recipes")
-    assert re.search(rf"`{kind}\b", told)
+def test_the_recipes_section_has_every_kind_of_source_and_its_settings(kind):
+    text = section("Recipes")
+    assert re.search(rf"`{kind}\b", text)
     for each in dataclasses.fields(recipe._KINDS[kind]) if kind in recipe._KINDS else ():
-        assert re.search(rf"`{kind}:\s[^`]*\b{each.name}\b", told), each.name
+        assert re.search(rf"`{kind}:\s[^`]*\b{each.name}\b", text), each.name
 
 
-def test_its_example_is_a_recipe(tmp_path):
+def test_the_example_recipe_can_be_loaded(tmp_path):
     written = re.search(r"\n\n((?:    .*\n)+)", section("Recipes"))
     assert written is not None
     path = tmp_path / "mine.yaml"
@@ -50,21 +50,21 @@ def test_its_example_is_a_recipe(tmp_path):
     assert alone.corpus.strip == ("html",)
 
 
-def test_the_two_ways_to_give_several_stores_are_the_same(tmp_path):
-    told = section("Several stores, by weights")
-    setting = re.search(r"--set 'targets=(.*)'", told)
-    written = re.search(r"\n\n(    targets:\n(?:    .*\n)+)", told)
+def test_both_notations_for_several_stores_are_equivalent(tmp_path):
+    text = section("Several stores, by weights")
+    setting = re.search(r"--set 'targets=(.*)'", text)
+    written = re.search(r"\n\n(    targets:\n(?:    .*\n)+)", text)
     assert setting is not None
     assert written is not None
     path = tmp_path / "run.yaml"
     path.write_text(textwrap.dedent(written[1]))
-    places = {"model": "m", "output": "o"}
-    given = configs.load(None, {**places, "targets": setting[1]})
-    assert given == configs.load(path, places)
-    assert [store.weight for store in given.stores] == [0.7, 0.3]
+    paths = {"model": "m", "output": "o"}
+    from_flag = configs.load(None, {**paths, "targets": setting[1]})
+    assert from_flag == configs.load(path, paths)
+    assert [store.weight for store in from_flag.stores] == [0.7, 0.3]
 
 
 @pytest.mark.parametrize("name", extract.__all__)
-def test_the_signatures_of_extract_are_told(name):
-    told = (ROOT / "docs" / "evaluation.md").read_text()
-    assert f"{name}{inspect.signature(getattr(extract, name))}".replace("'", '"') in told
+def test_evaluation_md_has_the_signatures_of_extract(name):
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    assert f"{name}{inspect.signature(getattr(extract, name))}".replace("'", '"') in text

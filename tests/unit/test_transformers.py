@@ -1,4 +1,4 @@
-"""The newest transformers of the range: what trains and generates does so, and warns of nothing."""
+"""With the newest supported transformers, training and generation work without warnings."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ MODULES = ("test_train.py", "test_hf.py", "test_divergences.py", "test_first_law
 
 
 @pytest.mark.long
-def test_the_newest_transformers(tmp_path, figure):
+def test_unit_tests_pass_with_the_newest_transformers(tmp_path, figure):
     oldest, beyond = TRANSFORMERS
     try:
         install_beside(tmp_path, f"transformers>={oldest},<{beyond}")
@@ -25,14 +25,14 @@ def test_the_newest_transformers(tmp_path, figure):
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": FOR_CHILDREN}
     code = "import transformers; print(transformers.__version__, transformers.__file__)"
-    version, place = _said([sys.executable, "-c", code], environment).split()
-    assert Path(place).is_relative_to(tmp_path)
+    version, location = _output_of([sys.executable, "-c", code], environment).split()
+    assert Path(location).is_relative_to(tmp_path)
     tests = [str(ROOT / "tests" / "unit" / name) for name in MODULES]
-    said = _said([sys.executable, "-m", "pytest", "-q", "-m", "not long", *tests], environment)
-    figure(transformers=version, summary=said.splitlines()[-1])
+    log = _output_of([sys.executable, "-m", "pytest", "-q", "-m", "not long", *tests], environment)
+    figure(transformers=version, summary=log.splitlines()[-1])
 
 
-def _said(command: list[str], environment: dict[str, str]) -> str:
+def _output_of(command: list[str], environment: dict[str, str]) -> str:
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )

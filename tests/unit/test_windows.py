@@ -1,4 +1,4 @@
-"""Every text is measured over as many words."""
+"""Every text is measured over the same number of words."""
 
 import pytest
 
@@ -10,7 +10,7 @@ TEXTS = human_like(12)
 
 
 @pytest.mark.parametrize("length", [LEAST_WORDS, 101, 120])
-def test_windows_have_their_words(length):
+def test_windows_and_halves_have_the_first_words_of_their_texts(length):
     windows = Windows.of([Sample(text) for text in TEXTS], length)
     assert windows.short == 0
     assert len(windows) == len(TEXTS)
@@ -22,7 +22,7 @@ def test_windows_have_their_words(length):
         assert words(a) + words(b) == words(cut)[: 2 * (length // 2)]
 
 
-def test_a_text_may_be_just_long_enough():
+def test_a_text_with_exactly_the_words_of_a_window_is_not_short():
     just = "the river was deep " * 30
     assert Windows.of([Sample(just)], 120).short == 0
     assert Windows.of([Sample(just)], 121).short == 1
@@ -48,7 +48,7 @@ def test_an_echo_of_the_prompt_is_not_measured():
     assert words(windows.texts[0]) == words(windows.texts[1])
 
 
-def test_a_prompt_is_answered_by_enough_texts():
+def test_only_prompts_with_enough_texts_are_grouped():
     prompts = ["a"] * LEAST_TEXTS + ["b"] * (LEAST_TEXTS - 1) + [""] * (LEAST_TEXTS + 1) + ["a"]
     windows = Windows.of([Sample(TEXTS[0], prompt) for prompt in prompts])
     assert windows.indices_by_prompt() == {
@@ -56,7 +56,7 @@ def test_a_prompt_is_answered_by_enough_texts():
     }
 
 
-def test_picks_keep_what_belongs_together():
+def test_picked_windows_keep_their_prompts_and_sources():
     windows = Windows.of([Sample(text, f"p{i}", f"s{i}") for i, text in enumerate(TEXTS)])
     picked = windows.pick(iter((3, 1, 3)))
     assert picked.texts == tuple(windows.texts[i] for i in (3, 1, 3))
@@ -66,19 +66,19 @@ def test_picks_keep_what_belongs_together():
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, 1), (2, 2), (5, 5), (99, 13)])
-def test_pieces_of_a_long_work(most, expected):
+def test_a_long_work_is_cut_into_pieces_without_overlap(most, expected):
     work = Sample(" ".join(f"word{i}." for i in range(1310)), "asked")
     cut = pieces(work, 100, most)
     assert len(cut) == expected
     if expected > 1:
-        said = [words(piece.text) for piece in cut]
-        assert all(len(each) == 100 for each in said)
-        assert len({word for each in said for word in each}) == 100 * expected, "no overlap"
+        piece_words = [words(piece.text) for piece in cut]
+        assert all(len(each) == 100 for each in piece_words)
+        assert len({word for each in piece_words for word in each}) == 100 * expected, "no overlap"
         assert {piece.source for piece in cut} == {work.text[:200]}
         assert {piece.prompt for piece in cut} == {"asked"}
 
 
-def test_a_work_of_less_than_two_pieces_comes_back_whole():
+def test_a_work_of_less_than_two_pieces_is_returned_whole():
     work = Sample("word " * 199, source="a book")
     assert pieces(work, 100, 9) == [work]
     assert {piece.source for piece in pieces(Sample("word " * 200, source="a book"), 100, 9)} == {

@@ -1,4 +1,4 @@
-"""No file of ours is a pickle, but for what the Trainer of transformers keeps to resume from."""
+"""No written file is a pickle, except the state that the Trainer of transformers resumes from."""
 
 import pickle
 import zipfile
@@ -14,18 +14,18 @@ from dftserve.train.run import train
 from tests.styles import stored
 from tests.training import save_model, save_store
 
-RESUMED = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-"""torch.save's: zip files with a pickle in them. The Trainer reads them with `weights_only`."""
+TRAINER_STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+"""Files of torch.save: zip files with a pickle. The Trainer reads them with `weights_only`."""
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 BEGINNINGS = tuple(b"\x80" + bytes([protocol]) for protocol in PROTOCOLS)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is one, or holds one: torch.save's, and numpy's of objects."""
+    """Whether a file is a pickle or contains one, like those of torch.save or of object arrays."""
     content = path.read_bytes()
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as held:
-            return any(held.read(name).startswith(BEGINNINGS) for name in held.namelist())
+        with zipfile.ZipFile(path) as archive:
+            return any(archive.read(name).startswith(BEGINNINGS) for name in archive.namelist())
     is_of_objects = content.startswith(b"\x93NUMPY") and b"'|O'" in content[:200]
     return content.startswith(BEGINNINGS) or is_of_objects
 
@@ -37,18 +37,18 @@ def pickles(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
-def test_a_training_run_leaves_none_but_to_resume_from(tmp_path, lora):
-    given = {"model": str(save_model(tmp_path / "model")), "output": str(tmp_path / "run")}
-    given["targets"] = str(save_store(tmp_path / "store"))
-    train(TrainConfig(**given, steps=2, save_every=1, batch_size=2, max_length=64, lora=lora))
+def test_a_training_run_pickles_only_the_trainer_state(tmp_path, lora):
+    paths = {"model": str(save_model(tmp_path / "model")), "output": str(tmp_path / "run")}
+    paths["targets"] = str(save_store(tmp_path / "store"))
+    train(TrainConfig(**paths, steps=2, save_every=1, batch_size=2, max_length=64, lora=lora))
     assert pickles(tmp_path / "model") == []
     assert pickles(tmp_path / "store") == []
     found = pickles(tmp_path / "run")
-    assert {path.name for path in found} == RESUMED
+    assert {path.name for path in found} == TRAINER_STATE
     assert all(path.parts[0].startswith("checkpoint-") for path in found)
 
 
-def test_a_style_profile_is_none(tmp_path):
+def test_a_style_profile_has_no_pickle(tmp_path):
     profile.write(tmp_path / "style", stored())
     assert pickles(tmp_path / "style") == []
 
@@ -61,12 +61,12 @@ def test_a_style_profile_is_none(tmp_path):
         lambda path: np.save(path.open("wb"), np.array([{}], object)),
     ],
 )
-def test_each_kind_is_seen(tmp_path, write):
+def test_each_kind_of_pickle_is_detected(tmp_path, write):
     write(tmp_path / "file")
     assert pickles(tmp_path) == [Path("file")]
 
 
-def test_arrays_are_none(tmp_path):
+def test_plain_arrays_are_not_pickles(tmp_path):
     np.save(tmp_path / "plain.npy", np.zeros(3))
     np.savez(tmp_path / "more.npz", a=np.zeros(3))
     assert pickles(tmp_path) == []

@@ -1,5 +1,5 @@
-"""Commands that a user gets wrong: each ends in a sentence that says what to do, as kept in
-tests/cases/wrong_commands.json (`python -m tests.unit.test_wrong_commands` writes it anew)."""
+"""Wrong commands: each ends in a sentence that says what to do, as recorded in
+tests/cases/wrong_commands.json (`python -m tests.unit.test_wrong_commands` writes that file)."""
 
 import json
 import re
@@ -79,123 +79,123 @@ HELPFUL = re.compile(
 )
 
 
-def make(place: Path) -> None:
-    """What the commands name."""
+def make_files(folder: Path) -> None:
+    """Make the files that the commands name."""
     for name in ("texts", "empty", "broken"):
-        (place / name).mkdir()
-    tokenizer().save_pretrained(place / "model")
-    (place / "corpus.txt").write_text("A short text.")
-    (place / "texts" / "a.txt").write_text("The old river runs under the garden wall. " * 9)
-    (place / "texts" / "b.txt").write_text(
+        (folder / name).mkdir()
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "corpus.txt").write_text("A short text.")
+    (folder / "texts" / "a.txt").write_text("The old river runs under the garden wall. " * 9)
+    (folder / "texts" / "b.txt").write_text(
         "A captain wrote a letter to the quiet winter town. " * 9
     )
-    (place / "broken" / "tokenizer.json").write_text("{")
-    (place / "broken" / "manifest.json").write_text("{")
-    (place / "bad.yaml").write_text("a: [")
-    (place / "unknown.yaml").write_text("name: x\nabout: y\nsource: {ngrams: {}}\n")
-    (place / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
-    (place / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (place / "fields.jsonl").write_text('{"body": "a"}\n')
-    (place / "broken.parquet").write_bytes(b"PAR1")
-    (place / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "broken" / "tokenizer.json").write_text("{")
+    (folder / "broken" / "manifest.json").write_text("{")
+    (folder / "bad.yaml").write_text("a: [")
+    (folder / "unknown.yaml").write_text("name: x\nabout: y\nsource: {ngrams: {}}\n")
+    (folder / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "fields.jsonl").write_text('{"body": "a"}\n')
+    (folder / "broken.parquet").write_bytes(b"PAR1")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
 
 
-def said_by(command: str) -> dict:
+def outcome_of(command: str) -> dict:
     result = CliRunner().invoke(cli.main, shlex.split(command))
-    lines = " ".join(result.output.replace("│", " ").split())
-    lines = re.sub(r"\(Couldn't .*?\)(?=;)", "(…)", lines)  # In transformers' words.
-    return {"command": command, "code": result.exit_code, "said": lines}
+    text = " ".join(result.output.replace("│", " ").split())
+    text = re.sub(r"\(Couldn't .*?\)(?=;)", "(…)", text)  # The words are those of transformers.
+    return {"command": command, "code": result.exit_code, "said": text}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("wrong")
-    make(place)
-    return place
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    make_files(folder)
+    return folder
 
 
-KEPT = json.loads(CASES.read_text()) if CASES.exists() else []
+SNAPSHOT = json.loads(CASES.read_text()) if CASES.exists() else []
 
 
 def test_the_snapshot_has_every_command():
-    assert [each["command"] for each in KEPT] == COMMANDS
+    assert [each["command"] for each in SNAPSHOT] == COMMANDS
     assert len(COMMANDS) >= 40
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=lambda kept: kept["command"])
-def test_a_wrong_command_ends_in_a_sentence(monkeypatch, place, kept):
-    monkeypatch.chdir(place)
+@pytest.mark.parametrize("expected", SNAPSHOT, ids=lambda expected: expected["command"])
+def test_a_wrong_command_ends_in_a_helpful_sentence(monkeypatch, folder, expected):
+    monkeypatch.chdir(folder)
     monkeypatch.delenv("DFTSERVE_DATA", raising=False)
-    found = said_by(kept["command"])
-    assert "Traceback" not in found["said"]
-    assert found["code"] in (1, 2)
-    assert HELPFUL.search(found["said"].rpartition("Error: ")[2])
-    assert found == kept
+    outcome = outcome_of(expected["command"])
+    assert "Traceback" not in outcome["said"]
+    assert outcome["code"] in (1, 2)
+    assert HELPFUL.search(outcome["said"].rpartition("Error: ")[2])
+    assert outcome == expected
 
 
-# What is raised
+# Exceptions
 
 
-def ended(raising) -> tuple[int, str]:
+def run_callback(raising) -> tuple[int, str]:
     command = click.Command("command", callback=raising)
     result = CliRunner().invoke(Group("g", commands=[command]), ["command"])
     return result.exit_code, result.output
 
 
-def raised(error: BaseException):
+def raiser(error: BaseException):
     def raising():
         raise error
 
     return raising
 
 
-def test_an_extra_brings_what_the_advice_says_it_does():
-    """`EXTRAS` has import names, pyproject.toml those of distributions."""
+def test_the_extras_install_the_packages_that_the_advice_names():
+    """`EXTRAS` has names of modules, pyproject.toml names of distributions."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = {"sklearn": "scikit-learn", "yaml": "pyyaml", "harper": "harper-py"}
+    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "harper": "harper-py"}
     for extra, packages in commandline.EXTRAS.items():
         lines = declared["optional-dependencies"][extra]
-        brought = {re.split(r"[<>=~! ]", line, maxsplit=1)[0] for line in lines}
-        wanted = {named.get(each, each.replace("_", "-")) for each in packages}
-        assert wanted <= brought, extra
+        installed = {re.split(r"[<>=~! ]", line, maxsplit=1)[0] for line in lines}
+        needed = {distributions.get(each, each.replace("_", "-")) for each in packages}
+        assert needed <= installed, extra
 
 
-def test_a_package_that_is_missing_is_named_with_what_brings_it():
-    code, said = ended(lambda: __import__("peft_is_not_here"))
-    assert (code, "needs the package peft_is_not_here" in said) == (1, True)
-    code, said = ended(raised(ModuleNotFoundError("no", name="datasketch.lsh")))
+def test_a_missing_package_is_named_with_the_extra_that_installs_it():
+    code, output = run_callback(lambda: __import__("peft_is_not_here"))
+    assert (code, "needs the package peft_is_not_here" in output) == (1, True)
+    code, output = run_callback(raiser(ModuleNotFoundError("no", name="datasketch.lsh")))
     assert (
         "needs the package datasketch, which is not installed: pip install 'dftserve[train]'"
-        in said
+        in output
     )
 
 
-def test_what_a_library_raises_is_a_sentence(tmp_path):
+def test_an_exception_of_a_library_is_shown_as_a_sentence(tmp_path):
     import safetensors
 
     (tmp_path / "w.safetensors").write_bytes(b"nothing")
-    code, said = ended(lambda: safetensors.safe_open(tmp_path / "w.safetensors", "np"))
+    code, output = run_callback(lambda: safetensors.safe_open(tmp_path / "w.safetensors", "np"))
     assert code == 1
-    assert "Traceback" not in said
-    assert "Check the files" in said
+    assert "Traceback" not in output
+    assert "Check the files" in output
     library: dict = {"__name__": "somelib.inner"}
     exec("def f(): return [][0]", library)
-    code, said = ended(library["f"])
+    code, output = run_callback(library["f"])
     assert code == 1
-    assert "somelib cannot use what it was given: list index out of range" in said
+    assert "somelib cannot use what it was given: list index out of range" in output
 
 
 @pytest.mark.parametrize("error", [IndexError("ours"), KeyError("ours"), AssertionError("ours")])
-def test_a_fault_of_ours_shows_its_traceback_and_says_so(monkeypatch, error):
-    monkeypatch.setitem(raised.__globals__, "__name__", "dftserve.somewhere")
-    code, said = ended(raised(error))
+def test_a_bug_of_dftserve_shows_a_traceback_and_asks_for_a_report(monkeypatch, error):
+    monkeypatch.setitem(raiser.__globals__, "__name__", "dftserve.somewhere")
+    code, output = run_callback(raiser(error))
     assert code == FAULT
-    assert "Traceback" in said
-    assert "fault of dftserve" in said.splitlines()[-1]
-    assert "report" in said.splitlines()[-1]
+    assert "Traceback" in output
+    assert "fault of dftserve" in output.splitlines()[-1]
+    assert "report" in output.splitlines()[-1]
 
 
-# What is ours, said or not
+# Deliberate errors and bugs of our code
 
 
 def of_module(name: str, source: str):
@@ -205,7 +205,7 @@ def of_module(name: str, source: str):
     return module["f"]
 
 
-SAID = {
+DELIBERATE = {
     "a refusal": ("raise ValueError('x: got 7')", 2),
     "a failure": ("raise RuntimeError('the server is gone')", 1),
     "a refusal made of a library's": (
@@ -222,51 +222,53 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("what", SAID)
-def test_what_we_say_has_a_traceback_only_where_it_is_asked_for(monkeypatch, what):
-    body, code = SAID[what]
+@pytest.mark.parametrize("what", DELIBERATE)
+def test_deliberate_errors_have_a_traceback_only_on_request(monkeypatch, what):
+    body, code = DELIBERATE[what]
     monkeypatch.delenv(commandline.TRACEBACK, raising=False)
     f = of_module("dftserve.somewhere", f"def f():\n {body}")
-    found = ended(f)
-    assert found[0] == code
-    assert "Traceback" not in found[1]
+    without_traceback = run_callback(f)
+    assert without_traceback[0] == code
+    assert "Traceback" not in without_traceback[1]
     monkeypatch.setenv(commandline.TRACEBACK, "1")
-    again = ended(f)
-    assert again[0] == code
-    assert again[1].endswith(found[1])
-    assert again[1].count("Traceback") == (2 if "library" in what else 1)
+    with_traceback = run_callback(f)
+    assert with_traceback[0] == code
+    assert with_traceback[1].endswith(without_traceback[1])
+    assert with_traceback[1].count("Traceback") == (2 if "library" in what else 1)
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_operations_raise_in_our_code_is_a_fault_of_ours(what):
-    code, said = ended(of_module("dftserve.somewhere", f"def f(): {FAULTS[what]}"))
+def test_exceptions_of_operations_in_our_code_are_bugs(what):
+    code, output = run_callback(of_module("dftserve.somewhere", f"def f(): {FAULTS[what]}"))
     assert code == FAULT
-    assert "Traceback" in said
-    assert "Usage" not in said
+    assert "Traceback" in output
+    assert "Usage" not in output
 
 
-def test_a_librarys_value_error_is_no_usage_error(monkeypatch):
+def test_a_librarys_value_error_is_not_a_usage_error(monkeypatch):
     monkeypatch.delenv(commandline.TRACEBACK, raising=False)
-    code, said = ended(of_module("somelib.inner", "def f(): raise ValueError('odd shapes')"))
+    code, output = run_callback(
+        of_module("somelib.inner", "def f(): raise ValueError('odd shapes')")
+    )
     assert code == 1
-    assert "somelib cannot use what it was given: odd shapes" in said
-    assert f"{commandline.TRACEBACK}=1" in said
-    assert "Usage" not in said
-    assert "Traceback" not in said
+    assert "somelib cannot use what it was given: odd shapes" in output
+    assert f"{commandline.TRACEBACK}=1" in output
+    assert "Usage" not in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
     "raising",
     ["raise MemoryError", "import torch; torch.empty(1 << 62, dtype=torch.uint8)"],
 )
-def test_too_little_memory_is_told_as_such(raising):
-    code, said = ended(of_module("dftserve.somewhere", f"def f(): {raising}"))
+def test_too_little_memory_is_reported(raising):
+    code, output = run_callback(of_module("dftserve.somewhere", f"def f(): {raising}"))
     assert code == 1
-    assert "ask for less at once" in said
-    assert "Traceback" not in said
+    assert "ask for less at once" in output
+    assert "Traceback" not in output
 
 
-def test_a_usage_error_passes_as_it_is():
+def test_a_usage_error_is_passed_on_unchanged():
     with pytest.raises(click.UsageError, match="as it is"), usage_errors():
         raise click.UsageError("as it is")
 
@@ -275,9 +277,9 @@ if __name__ == "__main__":
     import os
 
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder))
+        make_files(Path(folder))
         os.chdir(folder)
         os.environ.pop("DFTSERVE_DATA", None)
-        found = [said_by(command) for command in COMMANDS]
+        found = [outcome_of(command) for command in COMMANDS]
     CASES.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     sys.stdout.write("".join(f"{each['code']} {each['said'][-300:]}\n" for each in found))
