@@ -582,8 +582,8 @@ class V2:
         )
         self.processor = V2Processor(config, states)
 
-    def join(self, **asked):
-        for slot, diversity in asked.items():
+    def join(self, **diversities):
+        for slot, diversity in diversities.items():
             self.processor.add_request(int(slot[1:]), sampling_params(diversity))
         self.processor.apply_staged_writes()
 
@@ -669,11 +669,11 @@ def memory_of(tensor):
 LONG = 6000
 
 
-def largest_of_a_step(**asked):
+def largest_of_a_step(**diversities):
     """The size in elements of the largest tensor of a step with three drafts, one short text and
     three long ones; the rows have 50 logits each."""
     engine = V2(drafts=3, length=LONG)
-    engine.join(**asked)
+    engine.join(**diversities)
     texts = {0: [7] * LONG, 1: TEXT * 4, 2: [7] * LONG, 3: [7] * LONG}
     rows_RV = torch.linspace(0, -4, 16 * 50).view(16, 50).clone()
     return engine.step([0, 1, 2, 3], [4, 4, 4, 4], texts, rows_RV, Largest).elements

@@ -155,7 +155,7 @@ def test_the_model_that_a_url_serves_now_is_checked(evaluated):
     with chat(lambda body: f"{body['messages']} {text}") as url:
         first = run_it(url)
         assert first.exit_code == 0, first.output
-    with chat(lambda body: pytest.fail("asked"), "another") as url:
+    with chat(lambda body: pytest.fail("a request was sent"), "another") as url:
         other = run_it(url)
         assert (other.exit_code, "model 'fake' (now 'another')" in other.output) == (2, True)
         named = run_it(url, "--model", "fake")
