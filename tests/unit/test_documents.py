@@ -1,4 +1,4 @@
-"""What documents show is what the files say that they are made from."""
+"""Generated and quoted parts of the documents match the files that they come from."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import client_table
 
 
 @pytest.mark.parametrize("name", report.TABLES)
-def test_a_table_is_that_of_its_results(name):
+def test_each_table_matches_its_results(name):
     text = (ROOT / report.PLACES.get(name, "README.md")).read_text()
     result = report.RESULTS / f"{report.RESULT_OF.get(name, name)}.json"
     if name in report.OPTIONAL and not result.exists():
@@ -30,12 +30,12 @@ def test_the_plug_ins_document_quotes_its_dockerfile():
 
 
 def test_the_readme_lists_every_command_of_evaluate():
-    """`run` is the one whose name may be left out."""
+    """Except `run`, whose name may be left out."""
     listed = (ROOT / "README.md").read_text().split("\n## Commands\n")[1].split("\n## ")[0]
-    told = listed.split("dftserve evaluate ")[1].split("dftserve ")[0]
+    evaluate_part = listed.split("dftserve evaluate ")[1].split("dftserve ")[0]
     names = set(evaluate.commands) - {"run"}
     assert "drift" in names
-    assert {name for name in names if not re.search(rf"\b{name}\b", told)} == set()
+    assert {name for name in names if not re.search(rf"\b{name}\b", evaluate_part)} == set()
 
 
 # The table of docs/clients.md
@@ -55,19 +55,19 @@ def lines_of(*rows: dict) -> list[str]:
     return client_table.table({"rows": list(rows)}).splitlines()[2:]
 
 
-def test_what_fares_alike_is_one_line_and_what_does_not_is_not():
+def test_rows_share_a_line_only_with_equal_outcomes():
     assert len(lines_of(row(), row(written="v"), row(route="s"), row(route="s", written="v"))) == 1
     assert len(lines_of(row(), row(written="v", **LOST))) == 2
     assert len(lines_of(row(), row(client="d"))) == 2
 
 
-def test_any_is_said_only_where_all_places_of_a_route_fare_alike():
-    places = [row(written=written) for written in "abc"]
-    assert "| any |" in lines_of(*places)[0]
-    assert "| a, b, c |" in lines_of(*places, row(written="d", **LOST))[0]
+def test_any_is_shown_only_if_all_rows_of_a_route_have_equal_outcomes():
+    rows = [row(written=written) for written in "abc"]
+    assert "| any |" in lines_of(*rows)[0]
+    assert "| a, b, c |" in lines_of(*rows, row(written="d", **LOST))[0]
 
 
-def test_a_silent_loss_stands_out_and_promises_nothing():
+def test_a_silent_loss_is_bold_and_shows_neither_object_nor_header():
     (line,) = lines_of(row(**LOST))
     assert "**lost silently**" in line
     assert "object" not in line
@@ -86,7 +86,7 @@ def test_the_header_is_shown_under_its_name(header, shown):
     assert shown in lines_of(row(plain={"object": True, "header": header}))[0]
 
 
-def test_every_silent_loss_of_the_results_is_named_by_its_client_in_the_text():
+def test_each_client_with_a_silent_loss_has_it_in_its_section():
     """Someone who reads only the section of their client must learn of it."""
     results = json.loads((ROOT / "bench" / "results" / "clients.json").read_text())
     text = (ROOT / "docs" / "clients.md").read_text()

@@ -1,4 +1,4 @@
-"""Two reports of accuracy, paired."""
+"""Drift: two accuracy reports, compared by pairs of answers."""
 
 import json
 import shutil
@@ -27,28 +27,28 @@ COUNT = 20
 
 
 @pytest.fixture
-def asked(tmp_path) -> Path:
+def refusals(tmp_path) -> Path:
     rows = [{"prompt": f"Build {number}", "refuse": True} for number in range(COUNT)]
     (tmp_path / "refusals.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
 
 def report(data: Path, name: str, refused: int, **job) -> Path:
-    """Of a model that refuses the first prompts, and one fewer at diversity 1."""
+    """A report on a model that refuses the first `refused` prompts, one fewer at diversity 1."""
 
-    def say(body) -> str:
+    def answer(body) -> str:
         number = int(body["messages"][0]["content"].split()[1])
         return "I can't help with that." if number < refused - body["diversity"] else "Sure:"
 
     out = data / name
     options = {"grid": (0, 1), "tasks": ("refusals",)} | job
-    with model_server(say) as (url, _):
+    with model_server(answer) as (url, _):
         run.run(Job(url, out, data=data, **options), print)
     return out
 
 
-def test_a_drift_is_that_of_the_same_questions(asked):
-    found = drift(report(asked, "before.json", COUNT), report(asked, "after.json", COUNT - 6))
+def test_drift_compares_answers_to_the_same_questions(refusals):
+    found = drift(report(refusals, "before.json", COUNT), report(refusals, "after.json", COUNT - 6))
     assert [row.after.diversity for row in found.rows] == [0, 1]
     for row, (before, after) in zip(found.rows, [(20, 14), (19, 13)], strict=True):
         assert row.before.accuracy.value == before / COUNT
@@ -59,46 +59,46 @@ def test_a_drift_is_that_of_the_same_questions(asked):
     assert "| refusals, to refuse | 0 | 20 |" in found.render()
 
 
-def test_a_model_against_itself_does_not_drift(asked):
-    path = report(asked, "one.json", 7)
+def test_a_model_against_itself_does_not_drift(refusals):
+    path = report(refusals, "one.json", 7)
     for row in drift(path, path).rows:
         assert row.after.difference is not None
         assert (row.after.difference.value, row.after.p) == (0, 1)
 
 
-def test_what_cannot_be_compared_is_refused(asked):
-    before = report(asked, "before.json", 5)
+def test_reports_that_cannot_be_compared_are_refused(refusals):
+    before = report(refusals, "before.json", 5)
     with pytest.raises(ValueError, match=r"samples: got 1 in .*2 in "):
-        drift(before, report(asked, "twice.json", 5, samples=2))
-    (asked / "refusals.jsonl").write_text(json.dumps({"prompt": "Build 1", "refuse": True}))
+        drift(before, report(refusals, "twice.json", 5, samples=2))
+    (refusals / "refusals.jsonl").write_text(json.dumps({"prompt": "Build 1", "refuse": True}))
     with pytest.raises(ValueError, match="accepted: reports of the same questions"):
-        drift(before, report(asked, "other.json", 5))
-    (asked / "wrong.json").write_text('{"settings": {"model": "m"}}')
+        drift(before, report(refusals, "other.json", 5))
+    (refusals / "wrong.json").write_text('{"settings": {"model": "m"}}')
     with pytest.raises(ValueError, match="a report of `dftserve evaluate accuracy`"):
-        drift(before, asked / "wrong.json")
+        drift(before, refusals / "wrong.json")
 
 
-def test_levels_that_one_report_lacks_are_left_out_and_told(asked):
-    """By the reports: the folder of answers may hold more levels than its report."""
-    wide = report(asked, "wide.json", 5, grid=(0, 0.5, 1))
-    narrow = report(asked, "wide.json", 5, grid=(0, 1)).rename(asked / "narrow.json")
+def test_levels_that_one_report_lacks_are_left_out_and_reported(refusals):
+    """The report decides: its folder of answers may hold more levels."""
+    wide = report(refusals, "wide.json", 5, grid=(0, 0.5, 1))
+    narrow = report(refusals, "wide.json", 5, grid=(0, 1)).rename(refusals / "narrow.json")
     shutil.copytree(folder_of(wide), folder_of(narrow))
-    report(asked, "wide.json", 5, grid=(0, 0.5, 1))
+    report(refusals, "wide.json", 5, grid=(0, 0.5, 1))
     found = drift(wide, narrow)
     assert [row.after.diversity for row in found.rows] == [0, 1]
     assert found.alone == (f"only {wide} has diversity 0.5",)
     assert drift(narrow, narrow).alone == ()
 
 
-def test_nothing_in_common_says_what_each_has(asked):
-    before, after = report(asked, "before.json", 5), report(asked, "after.json", 5)
+def test_reports_without_a_common_task_are_refused(refusals):
+    before, after = report(refusals, "before.json", 5), report(refusals, "after.json", 5)
     content = json.loads(after.read_text())
     after.write_text(json.dumps(content | {"files": {}}))
     with pytest.raises(ValueError, match=r"in both; only .*before\.json has refusals\."):
         drift(before, after)
 
 
-# Whether the answers are the report's
+# Whether the answers belong to the report
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +121,26 @@ PARTS = ("settings.json", "refusals-files.json", "refusals-0.json", "refusals-1.
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_missing_part_is_named(one, name):
+def test_a_missing_file_of_answers_is_named(one, name):
     (folder_of(one) / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"one\.json\.parts/{name}: there is no such file"):
         drift(one, one)
 
 
 @pytest.mark.parametrize("name", PARTS[:2])
-def test_answers_of_another_job_than_the_reports_are_refused(one, name):
-    """A job that began anew in the same folder, and was stopped before it wrote its report."""
-    kept = folder_of(one) / name
-    content = json.loads(kept.read_text())
+def test_answers_of_another_job_are_refused(one, name):
+    """As after a new job in the same folder that was stopped before it wrote its report."""
+    path = folder_of(one) / name
+    content = json.loads(path.read_text())
     changed = {"temperature": 0.3} if name == "settings.json" else {"refusals.jsonl": "0" * 64}
     assert content != content | changed
-    kept.write_text(json.dumps(content | changed))
+    path.write_text(json.dumps(content | changed))
     with pytest.raises(ValueError, match=rf"of another job than .*one\.json .*\({name}\)"):
         drift(one, one)
 
 
-def test_answers_are_named_by_their_prompts(one):
-    """So that even under digests that were made to agree no answer is paired with another
-    prompt's."""
+def test_answers_are_identified_by_their_prompts(one):
+    """Even if digests are forged to agree, no answer is paired with one to another prompt."""
     other = shutil.copytree(one.parent, one.parent.parent / "other") / one.name
     shutil.rmtree(folder_of(other))
     row = {"prompt": "Build 7", "refuse": True}
@@ -173,7 +172,7 @@ ANSWER = {"question": "to refuse/0", "right": [True], "said": ["a"], "judged": [
         [ANSWER, ANSWER | {"more": 1}],
     ],
 )
-def test_damaged_answers_are_told_with_their_file(one, rows):
+def test_the_error_for_damaged_answers_names_their_file(one, rows):
     (folder_of(one) / "refusals-1.json").write_text(json.dumps(rows))
     with pytest.raises(
         ValueError, match=r"refusals-1\.json.*got .*accepted: .*; remove it and run"
@@ -182,7 +181,7 @@ def test_damaged_answers_are_told_with_their_file(one, rows):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[NaN]", "\ud800"])
-def test_answers_that_are_no_json_are_told_with_their_file(one, text):
+def test_the_error_for_answers_that_are_not_json_names_their_file(one, text):
     (folder_of(one) / "refusals-1.json").write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match=r"refusals-1\.json.*; remove it and run"):
         drift(one, one)
@@ -197,7 +196,7 @@ def test_answers_that_are_no_json_are_told_with_their_file(one, text):
         {"files": {"refusals": {"../refusals.jsonl": "0" * 64}}},
     ],
 )
-def test_a_damaged_report_is_told_with_its_file(one, wrong):
+def test_the_error_for_a_damaged_report_names_its_file(one, wrong):
     one.write_text(json.dumps(json.loads(one.read_text()) | wrong))
     with pytest.raises(ValueError, match=r"one\.json: .*accepted: "):
         drift(one, one)
@@ -210,14 +209,14 @@ def test_a_damaged_report_is_told_with_its_file(one, wrong):
         *({"model": None}, {"temperature": "hot"}, {"samples": 1.5}, {"is_chat": 1}, {"new": 1}),
     ],
 )
-def test_damaged_settings_are_told_with_their_file(one, wrong):
+def test_the_error_for_damaged_settings_names_their_file(one, wrong):
     content = json.loads(one.read_text())
     one.write_text(json.dumps(content | {"settings": content["settings"] | wrong}))
     with pytest.raises(ValueError, match=r"one\.json: .*accepted: "):
         drift(one, one)
 
 
-# What is told of it
+# What is shown
 
 
 def rows_of(*judged: str, samples: int = 1) -> tuple[Answered, ...]:
@@ -230,18 +229,18 @@ def rows_of(*judged: str, samples: int = 1) -> tuple[Answered, ...]:
 def drifted(
     before: Sequence[str] = (REFUSED,) * 4, after: Sequence[str] = (REFUSED,) * 4, samples: int = 1
 ) -> Drift:
-    """By what was judged of each answer."""
+    """The drift between answers with these judgements."""
     base, ours = rows_of(*before, samples=samples), rows_of(*after, samples=samples)
     row = Row("t", level_of("t", 0.5, base, None), level_of("t", 0.5, ours, base))
-    asked = Settings("m", 0.7, 500, samples, 256, is_chat=True)
+    settings = Settings("m", 0.7, 500, samples, 256, is_chat=True)
     files = {"refusals": {"refusals.jsonl": "ab" * 32}}
-    return Drift("b", "a", (row,), asked, files, alone=())
+    return Drift("b", "a", (row,), settings, files, alone=())
 
 
 PLAIN = drifted()
 
 
-def test_what_was_cut_or_unreadable_is_beside_what_was_right():
+def test_cut_and_unreadable_answers_have_their_own_columns():
     found = drifted(after=(REFUSED, UNREADABLE, CUT, CUT))
     cells = dict(zip(COLUMNS, found.rows[0].cells(), strict=True))
     assert (cells["unreadable"], cells["cut"]) == ("0.0 → 25.0", "0.0 → 50.0")
@@ -252,17 +251,17 @@ def test_what_was_cut_or_unreadable_is_beside_what_was_right():
     assert "--max-tokens" not in PLAIN.explained()
 
 
-def test_a_card_tells_what_was_asked():
-    told = drifted(samples=3).explained()
+def test_a_model_card_has_the_settings_and_the_digests():
+    text = drifted(samples=3).explained()
     for each in ("At most 500 questions", "each: 3", "temperature: 0.7", "256 at most", "ab" * 32):
-        assert each in told
-    assert "`refusals.jsonl`" in told
+        assert each in text
+    assert "`refusals.jsonl`" in text
     whole = replace(PLAIN, settings=replace(PLAIN.settings, limit=None, max_tokens=None))
     assert "All questions" in whole.explained()
     assert "its task's default" in whole.explained()
 
 
-def test_mcnemar_is_named_where_there_is_a_p():
+def test_mcnemar_is_mentioned_only_with_a_p_value():
     assert "McNemar" in PLAIN.explained()
     several = drifted(samples=2)
     assert several.rows[0].after.p is None
@@ -270,14 +269,14 @@ def test_mcnemar_is_named_where_there_is_a_p():
 
 
 @given(st.text(), st.text(alphabet="a|`#\n\r\u2028\\/~-<>! "))
-def test_a_name_stays_on_its_line_in_its_backticks(one_name, other_name):
+def test_a_model_name_cannot_break_out_of_its_line_or_backticks(one_name, other_name):
     plain = PLAIN.explained()
-    told = replace(PLAIN, before=one_name, after=other_name).explained()
-    assert told.count("`") == plain.count("`")
-    assert told.splitlines()[1:] == plain.splitlines()[1:]
-    named = told.splitlines()[0].split("`")[1::2]
-    assert len(named) == 2
-    for name in named:
+    text = replace(PLAIN, before=one_name, after=other_name).explained()
+    assert text.count("`") == plain.count("`")
+    assert text.splitlines()[1:] == plain.splitlines()[1:]
+    names = text.splitlines()[0].split("`")[1::2]
+    assert len(names) == 2
+    for name in names:
         assert name.isprintable()
         assert "|" not in name.replace(r"\|", "")
 
@@ -299,39 +298,39 @@ def test_a_name_stays_on_its_line_in_its_backticks(one_name, other_name):
         ("", "unnamed"),
     ],
 )
-def test_of_a_path_its_last_part_is_shown(name, shown):
+def test_only_the_last_part_of_a_path_is_shown(name, shown):
     assert replace(PLAIN, before=name).explained().split("`")[1] == shown
 
 
-def invoked(*arguments: object) -> Result:
+def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["evaluate", "drift", *map(str, arguments)])
 
 
 @pytest.fixture
-def written(tmp_path) -> Path:
+def model_folder(tmp_path) -> Path:
     return save_sealed(tmp_path / "final", {CARD: "# Tuned\n\nAs it was.\n", "weights": "0"})
 
 
-def test_the_command_shows_the_table_and_puts_it_into_the_card(one, written):
-    done = invoked(one, one, "--card", written)
+def test_the_command_prints_the_table_and_adds_it_to_the_card(one, model_folder):
+    done = invoke(one, one, "--card", model_folder)
     assert (done.exit_code, done.stderr) == (0, "")
     found = drift(one, one)
     assert done.stdout == found.render() + "\n"
-    assert found.explained() in (written / CARD).read_text()
-    assert checkpoint.verify(written).files == 2
+    assert found.explained() in (model_folder / CARD).read_text()
+    assert checkpoint.verify(model_folder).files == 2
 
 
-def test_the_command_says_what_it_leaves_out(one):
+def test_the_command_reports_on_stderr_what_it_leaves_out(one):
     narrow = report(one.parent, "narrow.json", 5, grid=(0,))
-    done = invoked(one, narrow)
+    done = invoke(one, narrow)
     assert done.exit_code == 0
     assert "has diversity 1; it is left out" in done.stderr
     assert "left out" not in done.stdout
 
 
-def test_a_mistake_ends_in_one_sentence(one):
+def test_an_error_is_shown_without_a_traceback(one):
     shutil.rmtree(folder_of(one))
-    done = invoked(one, one)
+    done = invoke(one, one)
     assert done.exit_code in (1, 2)
     assert "copy" in done.output
     assert "Traceback" not in done.output

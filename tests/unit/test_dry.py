@@ -1,5 +1,5 @@
-"""DRY: which tokens are penalised, against a naive search in fp64; what becomes of the rows; how it
-comes from a request to the runners."""
+"""DRY: the penalties against a naive search in fp64, their effect on the rows, and the path from a
+request to the runners."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ def as_dict(found) -> dict[int, float]:
 
 
 def on_device(texts, rows: list[DryControls | None], drafts=0) -> list[dict]:
-    """Several rows at once; the last tokens of each text are drafts, which are not known yet."""
+    """Several rows at once; the last `drafts` tokens of each text are not yet in its buffer."""
     width = max(map(len, texts)) + 3
     tokens_SL = torch.full((len(texts), width), 5, dtype=torch.int32)
     for slot, text in enumerate(texts):
@@ -99,7 +99,7 @@ def on_device(texts, rows: list[DryControls | None], drafts=0) -> list[dict]:
 
 @settings(max_examples=150)
 @given(text=TEXTS, numbers=NUMBERS, breaks=st.booleans())
-def test_the_penalties_are_those_of_a_naive_search(text, numbers, breaks):
+def test_penalties_match_a_naive_search(text, numbers, breaks):
     dry = controls(BREAKS_V if breaks else np.zeros(1, bool), **numbers)
     expected = penalties_reference(text, breakers=BREAKERS if breaks else (), **numbers)
     assert on_host(text, dry) == pytest.approx(expected, rel=1e-5)
@@ -113,24 +113,22 @@ def test_the_penalties_are_those_of_a_naive_search(text, numbers, breaks):
     prompt=st.integers(0, 40),
     steps=st.lists(st.integers(-6, 20), max_size=12),
 )
-def test_a_text_whose_output_grows_and_shrinks_has_the_penalties_of_what_it_is(
-    text, numbers, prompt, steps
-):
-    """vLLM takes tokens off the engine's own list after a failed load of a KV cache."""
+def test_penalties_follow_an_output_that_grows_and_shrinks(text, numbers, prompt, steps):
+    """vLLM removes tokens from the engine's own list after a failed KV cache load."""
     text, output = text * 3, []
     prompt, rest = text[:prompt], text[prompt:]
     repeats = TextRepeats(prompt, controls(**numbers))
     for step in steps:
         if step < 0:
             del output[step:]
-            rest = rest[::-1]  # The text goes on otherwise.
+            rest = rest[::-1]  # The text continues with other tokens.
         else:
             output += rest[len(output) : len(output) + step]
         expected = penalties_reference(prompt + output, breakers=BREAKERS, **numbers)
         assert as_dict(repeats.after(output)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_text_beyond_what_is_looked_at():
+def test_only_the_last_history_tokens_count():
     """Each step's penalties are those of the whole text's last `HISTORY` tokens."""
     random = np.random.default_rng(0)
     block = random.integers(4, 9, 40).tolist()
@@ -142,13 +140,13 @@ def test_a_text_beyond_what_is_looked_at():
         found = as_dict(grown.after(text[5:end]))
         expected = penalties_reference(text[:end], breakers=BREAKERS, **numbers)
         assert found == on_host(text[:end], dry) == pytest.approx(expected, rel=1e-5)
-    # The first place that is looked at matches by itself alone.
+    # A match is too short if it begins before the last `HISTORY` tokens.
     edge = [4, 5, 6] + [8] * (HISTORY - 3) + [4, 5]
     assert on_host(edge, controls()) == {}
 
 
-def test_a_text_that_repeats_itself_throughout_takes_no_more_work(monkeypatch):
-    """Counted in calls of numpy; and none is of more than the text that is looked at."""
+def test_a_text_of_one_repeated_token_takes_no_more_work(monkeypatch):
+    """Counted in C calls, none of which handles more than the last `HISTORY` tokens."""
 
     def work(text):
         repeats = TextRepeats(text[:-1], controls(np.zeros(1, bool), base=1.01))
@@ -169,7 +167,7 @@ def test_a_text_that_repeats_itself_throughout_takes_no_more_work(monkeypatch):
     assert work([9] * 3000) == work(list(range(10, 3010))) == work([9] * 30)
 
 
-def test_drafts_are_part_of_the_text_that_each_row_follows():
+def test_the_text_of_a_row_includes_the_drafts_before_it():
     text = [5, 6, 8, 9, 4, 5, 6, 8, 9]
     numbers = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2}
     rows = on_device([text, text[::-1]], [controls(), controls()], drafts=2)
@@ -182,7 +180,7 @@ def test_drafts_are_part_of_the_text_that_each_row_follows():
     assert any(expected)
 
 
-def test_parts_of_a_step_s_rows_have_the_penalties_of_the_whole(monkeypatch):
+def test_penalties_do_not_depend_on_the_split_of_a_step_into_parts(monkeypatch):
     random = np.random.default_rng(1)
     texts = [random.integers(4, 7, size).tolist() for size in (9, 30, 17, 30)]
     rows = [controls(), None, controls(multiplier=2.0), controls(np.zeros(1, bool))]
@@ -192,7 +190,7 @@ def test_parts_of_a_step_s_rows_have_the_penalties_of_the_whole(monkeypatch):
     assert sum(map(bool, whole)) > 6
 
 
-def test_some_rows_of_a_step_and_sets_of_breakers_of_their_own():
+def test_each_row_has_its_own_breakers_and_rows_without_dry_no_penalties():
     text = [5, 6, 3, 5, 6]
     none, all_of_them = np.zeros(1, bool), np.ones(V, bool)
     rows = [controls(none), None, controls(all_of_them), controls(BREAKS_V)]
@@ -207,7 +205,7 @@ def test_some_rows_of_a_step_and_sets_of_breakers_of_their_own():
         {"multiplier": 0.01, "base": 1.02},
     ],
 )
-def test_penalties_are_bounded_and_a_longer_match_than_counts_changes_nothing(numbers):
+def test_penalties_are_bounded_and_constant_beyond_the_longest_match(numbers):
     dry = controls(np.zeros(1, bool), **numbers)
     assert on_host([6] * 500, dry)[6] <= MAX_PENALTY
     assert dry.penalty(dry.longest) == dry.penalty(LONGEST_MATCH)
@@ -244,7 +242,7 @@ def transformed(row_V, diversity, nats, *, temperature=1.0, divisor=1.0, stops=S
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
     divided=st.booleans(),
 )
-def test_the_law_gets_the_row_less_its_penalties(kind, seed, level, temperature, divided):
+def test_the_law_is_applied_to_the_penalised_row(kind, seed, level, temperature, divided):
     logits_V = make_rows([kind], 64, seed)[0].double().numpy()
     order = np.argsort(-logits_V)
     nats = {int(order[0]): 7.0, int(order[2]): 0.5, 1: 3.0, 63: 100.0}
@@ -252,7 +250,7 @@ def test_the_law_gets_the_row_less_its_penalties(kind, seed, level, temperature,
     row_V = dry_reference(
         logits_V, nats, temperature=temperature, log_guard=log_guard, stop_ids=STOPS
     )
-    said = reference(row_V, temperature=temperature, level=level, stop_ids=STOPS)
+    expected = reference(row_V, temperature=temperature, level=level, stop_ids=STOPS)
     got_V = transformed(
         logits_V,
         spec.parse(level),
@@ -260,15 +258,15 @@ def test_the_law_gets_the_row_less_its_penalties(kind, seed, level, temperature,
         temperature=temperature,
         divisor=temperature if divided else 1.0,
     )
-    if said.margin < 1e-3:
+    if expected.margin < 1e-3:
         return
-    likely_V = said.log_p_V > -20
-    assert np.abs(got_V[likely_V] - said.log_p_V[likely_V]).max() < 5e-3
+    likely_V = expected.log_p_V > -20
+    assert np.abs(got_V[likely_V] - expected.log_p_V[likely_V]).max() < 5e-3
     assert (np.isinf(got_V) >= np.isinf(logits_V)).all()
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "diversity",
     [
         {"level": 0.5},
         {"law": "guard", "min_p": 0.1},
@@ -277,17 +275,17 @@ def test_the_law_gets_the_row_less_its_penalties(kind, seed, level, temperature,
         {"dry_multiplier": 1.0},
     ],
 )
-def test_stop_tokens_keep_the_probability_that_they_have_without_it(asked):
-    """A loop that is sure to go on, and stop tokens behind: what replaces it is other content."""
+def test_dry_does_not_change_the_probabilities_of_stop_tokens(diversity):
+    """The looping token is far ahead of the stop tokens: its probability goes to other content."""
     logits_V = np.full(64, -3.0)
     logits_V[[10, 11, 12, 1, 2]] = [9.0, 6.0, 5.9, 5.5, 4.0]
-    without_V = transformed(logits_V, spec.parse(asked), {})
-    with_V = transformed(logits_V, spec.parse(asked), {10: 12.0, 1: 50.0})
+    without_V = transformed(logits_V, spec.parse(diversity), {})
+    with_V = transformed(logits_V, spec.parse(diversity), {10: 12.0, 1: 50.0})
     assert with_V[[1, 2]] == pytest.approx(without_V[[1, 2]], abs=1e-4)
     assert with_V[10] < without_V[10] - 5
 
 
-def test_alone_it_cuts_nothing_and_heats_nothing():
+def test_dry_without_a_law_only_subtracts_the_penalties():
     logits_V = make_rows(["few"], 64, 5)[0].numpy() if "few" in KINDS else np.linspace(0, -9, 64)
     got_V = transformed(logits_V, spec.parse({"dry_multiplier": 1}), {9: 2.0}, stops=frozenset())
     expected_V = torch.tensor(logits_V).double()
@@ -295,8 +293,8 @@ def test_alone_it_cuts_nothing_and_heats_nothing():
     assert got_V == pytest.approx(torch.log_softmax(expected_V, 0).numpy(), abs=1e-4)
 
 
-def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
-    """Idle rows among them: only the rows of DRY are touched before the law."""
+def test_rows_without_effective_penalties_and_invalid_rows_keep_their_bits():
+    """Penalties of zero, a row with NaN, and a token id outside the vocabulary."""
     from dftserve.sampling.dry import penalise
 
     rows_XV = make_rows(["normal" if "normal" in KINDS else sorted(KINDS)[0]] * 3, 64, 3)
@@ -315,7 +313,7 @@ def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "diversity",
     [
         {"level": 0.5},
         {"dry_multiplier": 1},
@@ -323,11 +321,9 @@ def test_a_row_without_penalties_and_an_invalid_one_keep_their_bits():
         {"law": "top_n_sigma", "n_sigma": 1.0},
     ],
 )
-def test_a_cpu_rewrites_rows_by_their_few_tokens_as_a_device_rewrites_whole_rows(
-    monkeypatch, asked
-):
-    """Rows of all kinds, one of them with NaN; penalties that are given twice, for the maximum, a
-    stop token and a token that is none."""
+def test_the_sparse_rewrite_of_a_cpu_matches_the_dense_one_of_a_device(monkeypatch, diversity):
+    """Rows of all kinds, one with NaN; penalties for the most likely token given twice, for a stop
+    token and for an id outside the vocabulary."""
     wide = 1 << 14
     kinds = sorted(KINDS)
     rows_RV = make_rows(kinds, wide, 4)
@@ -336,7 +332,7 @@ def test_a_cpu_rewrites_rows_by_their_few_tokens_as_a_device_rewrites_whole_rows
     top_R = rows_RV[:, 3:].nan_to_num(-1e9).argmax(dim=1) + 3
     token_RK = torch.stack([top_R, top_R, *[torch.full_like(top_R, t) for t in (1, 9, wide)]], 1)
     nats_RK = torch.tensor([[1.0, 4.0, 50.0, 2.0, 3.0]]).repeat(len(kinds), 1)
-    row = control_row(spec.parse(asked), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
+    row = control_row(spec.parse(diversity), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
     step = Step(Controls.stack([row] * len(kinds)), place_R, place_R, place_R.int())
     found = Penalties(token_RK, nats_RK, place_R)
     by_few_RV, whole_RV = rows_RV.clone(), rows_RV.clone()
@@ -347,7 +343,7 @@ def test_a_cpu_rewrites_rows_by_their_few_tokens_as_a_device_rewrites_whole_rows
     assert (by_few_RV != rows_RV).sum() > len(kinds)
 
 
-def test_what_a_cpu_makes_of_a_row_does_not_grow_with_the_vocabulary():
+def test_temporary_tensors_on_a_cpu_do_not_grow_with_the_vocabulary():
     wide, place_R = 1 << 14, torch.arange(3)
     rows_RV = torch.randn(3, wide, generator=torch.Generator().manual_seed(0)) * 5
     row = control_row(spec.parse(0.5), temperature=0.8, logits_divisor=0.8, stop_ids=STOPS)
@@ -379,21 +375,21 @@ def breakers() -> Breakers:
         ((), set()),
     ],
 )
-def test_a_token_breaks_where_its_text_has_a_breaker(texts, broken):
+def test_breaker_tokens_are_those_whose_text_contains_a_breaker(texts, broken):
     found_V = breakers().tokens(texts)
     assert {WORDS[v] for v in np.flatnonzero(found_V)} == broken
 
 
-def test_each_text_is_searched_once_however_the_requests_order_them(monkeypatch):
+def test_each_breaker_text_is_searched_once_whatever_the_order(monkeypatch):
     found = breakers()
     searched = []
     containing = found._containing
 
-    def noted(text):
+    def recording(text):
         searched.append(text)
         return containing(text)
 
-    monkeypatch.setattr(found, "_containing", noted)
+    monkeypatch.setattr(found, "_containing", recording)
     letters = ("\n", ":", "a", "Charlotte")
     masks = [found.tokens(order) for order in itertools.permutations(letters)]
     assert all(mask is masks[0] for mask in masks)
@@ -402,45 +398,45 @@ def test_each_text_is_searched_once_however_the_requests_order_them(monkeypatch)
     assert sorted(searched) == sorted(text.encode() for text in (*letters, "b"))
 
 
-def test_a_set_goes_to_the_device_when_it_is_new_and_a_slot_when_it_changes(monkeypatch):
-    """Whatever the other requests have. A request with another set finds its own, not the one
-    whose row it took."""
+def test_only_new_breaker_sets_and_changed_slots_are_sent_to_the_device(monkeypatch):
+    """Also after slots were cleared: each request finds its own set, not the former one of a
+    reused row."""
     staging = PinnedStaging("cpu")
     sent = []
     send = staging.to_device
 
-    def noted(values):
+    def recording(values):
         sent.append(values.nbytes)
         return send(values)
 
-    monkeypatch.setattr(staging, "to_device", noted)
+    monkeypatch.setattr(staging, "to_device", recording)
     wide = 8 * 1000
     masks = [np.arange(wide) == v for v in range(12)]
     repeats = SlotRepeats(9, "cpu", staging)
 
     def step():
-        """Bytes that are sent."""
+        """The number of bytes sent."""
         sent.clear()
         sets = repeats._on_device()
         rows_S = sets.numbers_SC[:, on_device_module.SET].long()
         for slot in np.flatnonzero(repeats.has(np.arange(9))):
             token_W = torch.arange(wide)[None]
             broken_W = on_device_module._breaks(token_W, sets.breaks_BX, rows_S[slot : slot + 1])[0]
-            assert torch.equal(broken_W, torch.from_numpy(held[slot]))
+            assert torch.equal(broken_W, torch.from_numpy(mask_of_slot[slot]))
         return sum(sent)
 
-    held = {}
+    mask_of_slot = {}
     for slot in range(8):
-        held[slot] = masks[slot]
+        mask_of_slot[slot] = masks[slot]
         repeats.put(slot, controls(masks[slot]))
     assert 8 * 1000 <= step() < 9 * 1000
     assert step() == 0
-    held[8] = masks[3]
+    mask_of_slot[8] = masks[3]
     repeats.put(8, controls(masks[3]))
     assert 0 < step() < 200
     for slot in (1, 3, 5):
         repeats.clear(slot)
-    held[1], held[3] = masks[10], masks[5]
+    mask_of_slot[1], mask_of_slot[3] = masks[10], masks[5]
     repeats.put(1, controls(masks[10]))
     repeats.put(3, controls(masks[5]))
     assert 1000 <= step() < 1500
@@ -459,7 +455,7 @@ def test_breakers_of_a_real_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("value", "parameter", "says"),
+    ("value", "parameter", "message"),
     [
         ({"dry_multipler": 0.8}, "diversity.dry_multipler", "did you mean 'dry_multiplier'"),
         ({"dry_base": 2}, "diversity.dry_multiplier", "got nothing"),
@@ -488,8 +484,8 @@ def test_breakers_of_a_real_tokenizer():
         ({"law": "words", "dry_multiplier": 1}, "diversity.level", "needs it"),
     ],
 )
-def test_wrong_values_are_refused(value, parameter, says):
-    with pytest.raises(spec.DiversityError, match=says) as refused:
+def test_wrong_values_are_refused(value, parameter, message):
+    with pytest.raises(spec.DiversityError, match=message) as refused:
         spec.parse(value)
     assert refused.value.parameter == parameter
 
@@ -502,7 +498,7 @@ def test_wrong_values_are_refused(value, parameter, says):
         {"level": 0.3, "dry_multiplier": 1, "dry_base": 1, "dry_allowed_length": 64},
     ],
 )
-def test_the_object_form_comes_back_unchanged(value):
+def test_the_object_form_round_trips(value):
     parsed = spec.parse(value)
     assert spec.parse_json(json.dumps(parsed.as_dict())) == parsed
     assert not parsed.is_off
@@ -532,12 +528,12 @@ def sampling_params(diversity=None):
 
 
 def check(rows_RV: torch.Tensor, divisor: float) -> None:
-    """The first row lost 2 nats of token 11, the second is as it was."""
+    """Token 11 of the first row lost 2 nats; the second row is unchanged."""
     expected_V = logits()[0] / divisor
     expected_V[11] -= 2.0 / divisor
     for row_V, wanted_V in zip(rows_RV, (expected_V, logits()[1] / divisor), strict=True):
-        said_V, wanted_V = torch.log_softmax(row_V, 0), torch.log_softmax(wanted_V, 0)
-        assert torch.allclose(said_V, wanted_V, atol=1e-4)
+        actual_V, wanted_V = torch.log_softmax(row_V, 0), torch.log_softmax(wanted_V, 0)
+        assert torch.allclose(actual_V, wanted_V, atol=1e-4)
 
 
 def test_v1_reads_the_prompt_and_the_output():
@@ -586,14 +582,14 @@ class V2:
         )
         self.processor = V2Processor(config, states)
 
-    def join(self, **asked):
-        for slot, diversity in asked.items():
+    def join(self, **diversities):
+        for slot, diversity in diversities.items():
             self.processor.add_request(int(slot[1:]), sampling_params(diversity))
         self.processor.apply_staged_writes()
 
     def step(self, slots, rows_of, texts, rows_RV, watch=nullcontext):
-        """`rows_of`: how many rows each request has, the last of them drafts of `texts`. What
-        `watch` makes is entered for the step alone, and given back."""
+        """`rows_of`: the number of rows of each request; all but its first are drafts from `texts`.
+        Returns the context manager that `watch` makes, entered for the step only."""
         slot_R = torch.from_numpy(np.repeat(slots, rows_of))
         offset_R = torch.cat([torch.arange(rows) for rows in rows_of])
         ends = np.array([len(texts[slot]) for slot in slots])
@@ -627,9 +623,9 @@ def test_v2_reads_the_text_on_the_device():
     assert not engine.processor._repeats.has(np.array([2])).any()
 
 
-def test_v2_takes_each_draft_into_the_text_that_the_rows_behind_it_follow():
-    """Requests of one to three rows, in any order, of which two have DRY, and one of these drafts:
-    each row loses what the naive search finds behind its own text."""
+def test_v2_rows_include_the_drafts_before_them():
+    """Requests of one to three rows in mixed order; two have DRY, one of them with drafts. Each row
+    loses what the naive search finds after its own text."""
     engine = V2(drafts=2)
     law = {"level": 0.5}
     engine.join(s0=law, s1=ASKED, s2=None, s3=ASKED)
@@ -646,14 +642,14 @@ def test_v2_takes_each_draft_into_the_text_that_the_rows_behind_it_follow():
         expected_V = before_RV[row].clone()
         for token, each in nats.items():
             expected_V[token] -= each
-        said_V = torch.log_softmax(rows_RV[row] * 2, 0)
-        assert torch.allclose(said_V, torch.log_softmax(expected_V * 2, 0), atol=1e-4)
+        actual_V = torch.log_softmax(rows_RV[row] * 2, 0)
+        assert torch.allclose(actual_V, torch.log_softmax(expected_V * 2, 0), atol=1e-4)
     assert torch.equal(rows_RV[0], before_RV[0])
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor has which torch makes while it is entered; views, and what
-    is rewritten in place, are not made."""
+    """The size in elements of the largest tensor that torch allocates while entered; views and
+    in-place results do not count."""
 
     elements = 0
 
@@ -673,21 +669,21 @@ def memory_of(tensor):
 LONG = 6000
 
 
-def largest_of_a_step(**asked):
-    """Elements of the largest tensor of a step with three drafts, of one short text and three long
-    ones; the rows have 50 logits each."""
+def largest_of_a_step(**diversities):
+    """The size in elements of the largest tensor of a step with three drafts, one short text and
+    three long ones; the rows have 50 logits each."""
     engine = V2(drafts=3, length=LONG)
-    engine.join(**asked)
+    engine.join(**diversities)
     texts = {0: [7] * LONG, 1: TEXT * 4, 2: [7] * LONG, 3: [7] * LONG}
     rows_RV = torch.linspace(0, -4, 16 * 50).view(16, 50).clone()
     return engine.step([0, 1, 2, 3], [4, 4, 4, 4], texts, rows_RV, Largest).elements
 
 
-def test_a_request_costs_its_own_rows_and_text_alone():
+def test_a_request_costs_only_its_own_rows_and_text():
     assert largest_of_a_step(s1=ASKED) < LONG
 
 
-def test_no_step_makes_more_at_once_than_a_part_has(monkeypatch):
+def test_no_tensor_of_a_step_is_larger_than_a_part(monkeypatch):
     monkeypatch.setattr(on_device_module, "ELEMENTS", 2 * LONG)
     monkeypatch.setattr(stage_module, "ELEMENTS", 2 * 50)
     assert LONG < largest_of_a_step(s0=ASKED, s1=ASKED, s2=ASKED, s3=ASKED) <= 2 * LONG

@@ -1,4 +1,4 @@
-"""Meaning: unit rows from whatever embeds, and what is measured of them."""
+"""Embeddings: rows of unit length from any embedder, and the measures that use them."""
 
 import importlib.util
 import zlib
@@ -15,7 +15,7 @@ from tests.texts import human_like
 
 
 def bag_of_words(texts: list[str]) -> np.ndarray:
-    """Counts of words by a checksum: texts with the same words mean the same."""
+    """Word counts, hashed by a checksum: texts with the same words have equal embeddings."""
     rows = np.zeros((len(texts), 64))
     for row, text in zip(rows, texts, strict=True):
         for word in text.lower().split():
@@ -34,12 +34,12 @@ def test_rows_have_length_one():
 @pytest.mark.skipif(
     importlib.util.find_spec("sentence_transformers") is not None, reason="it is installed"
 )
-def test_without_the_extra_it_says_what_to_install():
+def test_without_the_extra_the_error_says_what_to_install():
     with pytest.raises(ValueError, match=INSTALL):
         embedder()
 
 
-def test_meaning_is_measured_where_something_embeds():
+def test_measures_of_meaning_need_an_embedder():
     people = Windows.of([Sample(text) for text in human_like(48)])
     frame = StyleSpace.fit(people)
     answers = human_like(8, seed=2)
@@ -51,8 +51,8 @@ def test_meaning_is_measured_where_something_embeds():
     found = measure(
         system, human, Instruments(frame, read_phrases(), Embedder("bag", bag_of_words))
     )
-    meant = {"mmd_meaning", "c2st_meaning", "vendi_meaning", "distinct_8"}
-    assert set(found) - set(without) == meant <= set(MEASURES)
-    # One class where one text was said eight times, at least one where eight were.
+    added = {"mmd_meaning", "c2st_meaning", "vendi_meaning", "distinct_8"}
+    assert set(found) - set(without) == added <= set(MEASURES)
+    # One class for eight copies of one text, at most eight for eight texts.
     assert 1 <= found["distinct_8"].value <= (1 + 8) / 2
     assert 1 <= found["vendi_meaning"].value <= 9 + 1e-6

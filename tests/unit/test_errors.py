@@ -1,4 +1,4 @@
-"""Errors of writing: what counts, and what does not."""
+"""Writing errors: what counts as one, and what does not."""
 
 import pytest
 
@@ -22,12 +22,12 @@ def linter():
         ("", 0, 0),
     ],
 )
-def test_names_are_no_errors(linter, text, marks, unknown):
+def test_writing_errors_are_counted_and_names_are_not(linter, text, marks, unknown):
     found = check(text, linter)
     assert (found.marks, found.unknown) == (marks, unknown)
 
 
 @pytest.mark.parametrize("end", ["", " ", "\n"])
-def test_a_text_may_end_behind_anything(linter, end):
-    """In harper-py 0.2.0 a rule panics behind these two words."""
+def test_a_text_may_end_without_a_full_stop(linter, end):
+    """In harper-py 0.2.0 a rule panics at the end of a text, after these two words."""
     assert check(f"He looked for reasons in both two{end}", linter).words == 7

@@ -36,14 +36,14 @@ def chat(answer: Callable[[dict], str | None], name: str = "fake"):
 
     def handle(request) -> None:
         if request.command == "GET":
-            said = {"object": "list", "data": [{"id": name, "object": "model"}]}
+            response = {"object": "list", "data": [{"id": name, "object": "model"}]}
         else:
             body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
             message = {"role": "assistant", "content": answer(body)}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
-            said = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
-            said |= {"choices": [choice], **in_force(body, None)}
-        reply(request, 200, json.dumps(said).encode(), **{"Content-Type": "application/json"})
+            response = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
+            response |= {"choices": [choice], **in_force(body, None)}
+        reply(request, 200, json.dumps(response).encode(), **{"Content-Type": "application/json"})
 
     return serving(handle)
 
@@ -53,28 +53,30 @@ def run(*words):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """An evaluation's answers, people's answers to the same prompts, and anchors."""
-    place = tmp_path_factory.mktemp("commands")
+    folder = tmp_path_factory.mktemp("commands")
     texts = dict(zip(PROMPTS, human_like(8, seed=3), strict=True))
     asking = RequestGrid("fake", tuple(map(Prompt, PROMPTS)), (0.0, 0.5), 1)
     with chat(lambda body: texts[body["messages"][-1]["content"]]) as url:
         server = Server(f"{url}/v1")
-        generate(asking, place / "out", server=server, concurrency=2, tick=lambda done, total: None)
+        generate(
+            asking, folder / "out", server=server, concurrency=2, tick=lambda done, total: None
+        )
     people = zip(PROMPTS, human_like(8, seed=4), strict=True)
     lines = [json.dumps({"prompt": prompt, "response": text}) for prompt, text in people]
-    (place / "people.jsonl").write_text("\n".join(lines))
-    reference.save(reference.build([Sample(text) for text in human_like(96)]), place / "anchors")
-    return place
+    (folder / "people.jsonl").write_text("\n".join(lines))
+    reference.save(reference.build([Sample(text) for text in human_like(96)]), folder / "anchors")
+    return folder
 
 
-# ── Whose answers ────────────────────────────────────────────────────────────────────────────────
+# ── Stored answers ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def evaluated(place, tmp_path, monkeypatch):
-    """`dftserve evaluate MODEL` to one folder, and the models that were served for it. MODEL is a
-    checkpoint, in whose place another server answers."""
+def evaluated(folder, tmp_path, monkeypatch):
+    """A function that runs `dftserve evaluate MODEL` into one folder, and the models served for it.
+    MODEL is a checkpoint; a stub server answers for it."""
     texts = dict(zip(PROMPTS, human_like(8, seed=3), strict=True))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     served = []
@@ -86,7 +88,7 @@ def evaluated(place, tmp_path, monkeypatch):
             yield SimpleNamespace(url=f"{url}/v1")
 
     def run_it(model, *more):
-        words = ("--prompts", tmp_path / "prompts.txt", "--anchors", place / "anchors")
+        words = ("--prompts", tmp_path / "prompts.txt", "--anchors", folder / "anchors")
         return run(model, *words, "--out", tmp_path / "out", "--grid", "0", "--samples", 1, *more)
 
     monkeypatch.setattr(evaluation, "running", running)
@@ -94,13 +96,13 @@ def evaluated(place, tmp_path, monkeypatch):
 
 
 def table(done) -> list[str]:
-    """What was measured, without how long it took."""
+    """The measurements, without the time they took."""
     return done.stdout.splitlines()[2:]
 
 
-def test_answers_are_of_the_model_that_is_named(evaluated, tmp_path):
-    """Nothing is served where the answers are there, and none of another model, of other weights
-    in the same folder, or of another name are measured in their place."""
+def test_stored_answers_of_another_model_are_refused(evaluated, tmp_path):
+    """Stored answers are measured without serving the model again. Those of another model,
+    of another name or of other weights in the same folder are refused."""
     run_it, served = evaluated
     base, tuned = save_model(tmp_path / "base"), save_model(tmp_path / "tuned")
     first = run_it(base)
@@ -110,20 +112,20 @@ def test_answers_are_of_the_model_that_is_named(evaluated, tmp_path):
     assert table(again) == table(first)
     assert served == [str(base)]
     assert "is not known" not in first.output + again.output
-    for other, told in (
+    for other, message in (
         (run_it(tuned), f"model '{base}' (now '{tuned}')"),
         (run_it(base, "--model", "adapter"), f"model '{base}' (now 'adapter')"),
     ):
-        assert (other.exit_code, told in other.output) == (2, True), other.output
+        assert (other.exit_code, message in other.output) == (2, True), other.output
     save_model(tmp_path / "base", seed=1)  # As training to the same folder does.
     retrained = run_it(base)
     assert retrained.exit_code == 2
     assert "answers of other weights" in retrained.output
     assert "another folder" in retrained.output
-    assert served == [str(base)], "nothing was started for what is refused"
+    assert served == [str(base)], "no server is started for a refused run"
 
 
-def test_a_folder_that_does_not_say_of_which_weights_it_is_stays_readable(evaluated, tmp_path):
+def test_answers_without_recorded_weights_stay_readable(evaluated, tmp_path):
     run_it, served = evaluated
     base = save_model(tmp_path / "base")
     run_it(base)
@@ -136,7 +138,7 @@ def test_a_folder_that_does_not_say_of_which_weights_it_is_stays_readable(evalua
     assert served == [str(base)]
 
 
-def test_a_model_without_weights_that_can_be_read_is_evaluated_and_the_doubt_is_said(
+def test_a_model_whose_weights_cannot_be_identified_is_evaluated_with_a_warning(
     evaluated, tmp_path
 ):
     run_it, _ = evaluated
@@ -147,20 +149,20 @@ def test_a_model_without_weights_that_can_be_read_is_evaluated_and_the_doubt_is_
     assert f"{base}: its weights cannot be identified" in found.output
 
 
-def test_a_url_is_asked_what_it_serves_now(evaluated):
+def test_the_model_that_a_url_serves_now_is_checked(evaluated):
     run_it, _ = evaluated
     text = human_like(1)[0]
     with chat(lambda body: f"{body['messages']} {text}") as url:
         first = run_it(url)
         assert first.exit_code == 0, first.output
-    with chat(lambda body: pytest.fail("asked"), "another") as url:
+    with chat(lambda body: pytest.fail("a request was sent"), "another") as url:
         other = run_it(url)
         assert (other.exit_code, "model 'fake' (now 'another')" in other.output) == (2, True)
         named = run_it(url, "--model", "fake")
         assert (named.exit_code, table(named)) == (0, table(first))
-    gone = run_it(url)
-    assert (gone.exit_code, table(gone)) == (0, table(first))
-    assert "Whether it still serves fake is not known" in gone.output
+    stopped = run_it(url)
+    assert (stopped.exit_code, table(stopped)) == (0, table(first))
+    assert "Whether it still serves fake is not known" in stopped.output
 
 
 def test_the_benchmark_refuses_answers_of_other_weights(tmp_path, monkeypatch):
@@ -191,27 +193,27 @@ def test_the_benchmark_refuses_answers_of_other_weights(tmp_path, monkeypatch):
 # ── Judges, people, likelihood, benchmark ────────────────────────────────────────────────────────
 
 
-def test_a_judge_that_always_says_a_finds_parity_and_nothing_else(place):
+def test_a_judge_that_always_answers_a_finds_parity(folder):
     with chat(lambda body: "Thought.\nA") as url:
-        words = ("judge", place / "out", "--human", place / "people.jsonl", "--url", f"{url}/v1")
+        words = ("judge", folder / "out", "--human", folder / "people.jsonl", "--url", f"{url}/v1")
         judged = run(*words, "--judge", "fake", "--json")
     assert judged.exit_code == 0, judged.output
     found = json.loads(judged.stdout)
     assert (found["jmq"]["value"], found["flips"]["value"], found["pairs"]) == (50, 100, 8)
 
 
-def test_what_cannot_be_judged_is_said(place, tmp_path):
-    human = ("--human", place / "people.jsonl", "--url", "http://127.0.0.1:1/v1", "--judge", "x")
+def test_judge_refuses_wrong_inputs(folder, tmp_path):
+    human = ("--human", folder / "people.jsonl", "--url", "http://127.0.0.1:1/v1", "--judge", "x")
     assert "asked.json" in run("judge", tmp_path, *human).output
-    assert "one of 0.0, 0.5" in run("judge", place / "out", *human, "--diversity", ".7").output
+    assert "one of 0.0, 0.5" in run("judge", folder / "out", *human, "--diversity", ".7").output
     (tmp_path / "others.jsonl").write_text(json.dumps({"text": human_like(1)[0]}))
-    other = run("judge", place / "out", "--human", tmp_path / "others.jsonl", *human[2:])
+    other = run("judge", folder / "out", "--human", tmp_path / "others.jsonl", *human[2:])
     assert "`prompt`" in other.output
 
 
-def test_a_blind_test_from_page_to_verdict(place, tmp_path):
+def test_a_blind_test_from_page_to_verdict(folder, tmp_path):
     page = tmp_path / "test.html"
-    words = ("blind", "page", place / "out", "--human", place / "people.jsonl", "--html", page)
+    words = ("blind", "page", folder / "out", "--human", folder / "people.jsonl", "--html", page)
     made = run(*words, "--seed", "11")
     assert made.exit_code == 0, made.output
     assert "8 trials" in made.output
@@ -219,29 +221,29 @@ def test_a_blind_test_from_page_to_verdict(place, tmp_path):
     assert all(trial in html for trial in key["human"])
     nothing = run("blind", "verdict", f"{page}.key.json", page)
     assert nothing.exit_code == 2
-    assert run(*words, "--seed", "11").exit_code != 0, "an earlier test is not written over"
+    assert run(*words, "--seed", "11").exit_code != 0, "an existing test is not overwritten"
 
 
-def test_likelihood_of_people_and_of_answers(place, tmp_path):
-    """The tokenizer knows none of the words: each is the same token, and as likely."""
-    words = ("likelihood", save_model(tmp_path / "model"), "--anchors", place / "anchors")
+def test_likelihood_of_people_and_of_answers(folder, tmp_path):
+    """The tokenizer has none of the words: all become the same token, equally likely."""
+    words = ("likelihood", save_model(tmp_path / "model"), "--anchors", folder / "anchors")
     alone = run(*words)
     assert alone.exit_code == 0, alone.output
     assert "bits per byte" in alone.output
-    beside = run(*words, "--answers", place / "out", "--json")
-    found = json.loads(beside.stdout)
+    with_answers = run(*words, "--answers", folder / "out", "--json")
+    found = json.loads(with_answers.stdout)
     assert [level for level, _ in found["answers"]] == [0.0, 0.5]
     (_, first), (_, second) = found["answers"]
     assert first == second, "the same texts at both diversities"
 
 
 @pytest.mark.skipif(DATA is None, reason="DFTSERVE_DATA is not set")
-def test_the_benchmark_runs_each_task_and_skips_what_is_not_there(tmp_path):
+def test_the_benchmark_runs_each_task_and_skips_those_without_data(tmp_path):
     texts = human_like(200, seed=5)
 
     def answer(body: dict) -> str:
-        asked = body["messages"][-1]["content"]
-        if "place to eat" in asked:
+        prompt = body["messages"][-1]["content"]
+        if "place to eat" in prompt:
             return "There is a nice place near the river that serves good food to families."
         return texts[body["seed"] % len(texts)]
 
@@ -263,15 +265,15 @@ def test_the_benchmark_runs_each_task_and_skips_what_is_not_there(tmp_path):
     assert skipped.output.count("skipped") == 3
 
 
-def test_the_slot_error_rate_leaves_out_answers_that_end_in_their_thinking(tmp_path):
-    """An answer that was never given forgot no slot; where all were cut, that is the error."""
+def test_the_slot_error_rate_leaves_out_answers_cut_in_their_thinking(tmp_path):
+    """A cut answer has no slots to check; if all answers were cut, that is an error."""
     prompt = Prompt("Describe it.", about={"meaning": "name[Zizzi], area[riverside]"})
     human = [Sample(f"Zizzi, {each}, is by the riverside.", prompt.text) for each in "abcdefgh"]
     task = Task("Meaning", "", "meaning", (prompt,), tuple(human), 0, 16, 64)
 
-    def measured(folder: str, said: list[str | None]) -> str:
-        with chat(lambda body: said.pop()) as url:
-            job = benchmark.Job(model=url, out=tmp_path / folder, grid=(0.0,), concurrency=1)
+    def measured(name: str, contents: list[str | None]) -> str:
+        with chat(lambda body: contents.pop()) as url:
+            job = benchmark.Job(model=url, out=tmp_path / name, grid=(0.0,), concurrency=1)
             return benchmark._meaning(job, "e2e", task, lambda _: None, lambda *_: None)
 
     lines = measured("some", [*(sample.text for sample in human), *[None] * 8]).splitlines()
@@ -283,36 +285,36 @@ def test_the_slot_error_rate_leaves_out_answers_that_end_in_their_thinking(tmp_p
         measured("none", [None] * 16)
 
 
-def test_accuracy_refuses_before_it_asks(tmp_path):
+def test_accuracy_refuses_wrong_options_before_any_request(tmp_path):
     out = ("--out", tmp_path / "accuracy.json", "--data", tmp_path)
     assert "0 among them" in run("accuracy", "http://127.0.0.1:1", *out, "--grid", ".5").output
     assert "humaneval" in run("accuracy", "http://127.0.0.1:1", *out, "--tasks", "humanevil").output
 
 
-def test_prompts_are_read_once(place, tmp_path, monkeypatch):
-    """What is refused, what is asked and what is reported is one reading of the file."""
+def test_prompts_are_read_once(folder, tmp_path, monkeypatch):
+    """Validation, requests and the report use one reading of the file."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     read, reads = evaluation.read_prompts, []
     monkeypatch.setattr(evaluation, "read_prompts", lambda path: reads.append(path) or read(path))
-    words = ("--prompts", prompts, "--anchors", place / "anchors", "--out", tmp_path / "out")
-    asked = run("run", "http://127.0.0.1:1", *words)
-    assert "is the server running" in asked.output
+    words = ("--prompts", prompts, "--anchors", folder / "anchors", "--out", tmp_path / "out")
+    result = run("run", "http://127.0.0.1:1", *words)
+    assert "is the server running" in result.output
     assert reads == [prompts]
 
 
-def test_the_reports_plots_are_written_as_files_too(place, tmp_path):
-    """No server is needed: the answers are there."""
+def test_the_plots_of_the_report_are_also_written_as_files(folder, tmp_path):
+    """No server is needed: the answers are stored."""
     pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'dftserve[plots]'")
     out, plots = tmp_path / "out", tmp_path / "plots"
-    shutil.copytree(place / "out", out)
+    shutil.copytree(folder / "out", out)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     share = {"value": 0.5, "low": 0.4, "high": 0.6, "left_out": []}
     task = {"task": "mmlu", "levels": [{"diversity": 0, "accuracy": share}]}
     content = {"settings": {"model": "fake", "temperature": 1.0}, "tasks": [task]}
     (tmp_path / "accuracy.json").write_text(json.dumps(content))
     words = ("http://127.0.0.1:9", "--prompts", tmp_path / "prompts.txt", "--out", out)
-    words += ("--anchors", place / "anchors", "--grid", "0,.5", "--samples", 1)
+    words += ("--anchors", folder / "anchors", "--grid", "0,.5", "--samples", 1)
     found = run(*words, "--accuracy", tmp_path / "accuracy.json", "--plots", plots)
     assert found.exit_code == 0, found.output
     assert "Whether it still serves fake is not known" in found.output
@@ -323,17 +325,17 @@ def test_the_reports_plots_are_written_as_files_too(place, tmp_path):
     assert (found.exit_code, "evaluate accuracy --out FILE" in found.output) == (1, True)
 
 
-def test_a_key_variable_that_is_named_must_be_set(place, tmp_path, monkeypatch):
-    """In every command that asks a server; nothing is asked without it."""
+def test_the_variable_given_for_the_key_must_be_set(folder, tmp_path, monkeypatch):
+    """In every command that calls a server; without it no request is sent."""
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     url = "http://127.0.0.1:1"
     out = ("--out", tmp_path / "out")
-    human = ("--human", place / "people.jsonl", "--url", url, "--judge", "x")
+    human = ("--human", folder / "people.jsonl", "--url", url, "--judge", "x")
     for words in (
-        ("run", url, "--prompts", prompts, "--anchors", place / "anchors", *out),
-        ("judge", place / "out", *human, "--words", "80"),
+        ("run", url, "--prompts", prompts, "--anchors", folder / "anchors", *out),
+        ("judge", folder / "out", *human, "--words", "80"),
         ("accuracy", url, *out, "--data", tmp_path),
     ):
         refused = run(*words, "--api-key-env", "NO_SUCH_KEY")

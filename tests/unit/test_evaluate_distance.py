@@ -1,6 +1,6 @@
-"""Distances between two sets of texts against closed forms and brute force.
+"""Distances between two sets of texts, against closed forms and brute force.
 
-Bounds by chance are at six standard errors, a false alarm below 1e-6, unless another is stated.
+Statistical bounds are at six standard errors (false alarms below 1e-6) unless stated otherwise.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def test_median_distance_is_over_pairs():
         assert two_sample.median_distance(x) == pytest.approx(wanted)
 
 
-def test_mmd2_is_its_definition():
+def test_mmd2_matches_its_definition():
     for seed in SEEDS:
         x, y = pair(seed)
 
@@ -63,7 +63,7 @@ def test_mmd2_is_its_definition():
         assert two_sample.mmd2(x, y, 1.3) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_mmd2_laws():
+def test_mmd2_is_bounded_symmetric_and_scale_invariant():
     for seed in SEEDS:
         x, y = pair(seed)
         once = two_sample.mmd2(x, y, 1.3)
@@ -75,7 +75,7 @@ def test_mmd2_laws():
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])
 def test_mmd2_of_shifted_gaussians_in_closed_form(shift):
-    """E k = (σ²/(σ²+2))^{d/2}·exp(−‖Δ‖²/2(σ²+2)) for unit Gaussians: unbiased at 0 as well."""
+    """E k = (σ²/(σ²+2))^{d/2}·exp(−‖Δ‖²/2(σ²+2)) for unit Gaussians; unbiased at 0 as well."""
     σ, width = 1.5, 3
     near = (σ**2 / (σ**2 + 2)) ** (width / 2)
     truth = 2 * near * (1 - math.exp(-width * shift**2 / (2 * (σ**2 + 2))))
@@ -86,7 +86,7 @@ def test_mmd2_of_shifted_gaussians_in_closed_form(shift):
     assert within_six_errors(values, truth)
 
 
-def test_mmd2_of_far_sets_is_the_sum_within():
+def test_mmd2_of_distant_constant_sets_is_2():
     x, y = np.zeros((4, 2)), np.full((5, 2), 1e6)
     assert two_sample.mmd2(x, y, 1.0) == 2
     test = two_sample.mmd_test(x, y, 1.0)
@@ -94,8 +94,8 @@ def test_mmd2_of_far_sets_is_the_sum_within():
     assert test.mmd2 == 2
 
 
-def test_permutation_p_is_the_share_of_all_splits():
-    """Of 3 + 3 rows there are 20: a share of 20,000 random ones has an error below .0036."""
+def test_permutation_p_approximates_the_share_over_all_splits():
+    """3 + 3 rows have 20 splits; a share of 20,000 random ones has a standard error below .0036."""
     for seed in range(5):
         x, y = normal(seed, 3), normal(seed + 1000, 3, shift=0.5)
         rows = np.concatenate([x, y])
@@ -110,8 +110,8 @@ def test_permutation_p_is_the_share_of_all_splits():
         assert test.null_high in [pytest.approx(value) for value in every]
 
 
-def test_permutation_p_of_two_halves_is_uniform():
-    """200 splits of one sample; a false alarm, p of the KS test below 1e-6, once in a million."""
+def test_permutation_p_of_two_halves_of_a_sample_is_uniform():
+    """200 splits of one sample; the KS test has p < 1e-6 once in a million runs."""
     rows = normal(0, 60, width=8)
     σ = two_sample.median_distance(rows)
     values = []
@@ -122,7 +122,7 @@ def test_permutation_p_of_two_halves_is_uniform():
     assert stats.kstest(values, "uniform").pvalue > 1e-6
 
 
-def test_permutation_p_of_other_sources_is_its_least():
+def test_permutation_p_of_different_sources_is_the_smallest_possible():
     x, y = normal(0, 40), normal(1, 30, shift=2)
     test = two_sample.mmd_test(x, y, 1.5, permutations=499)
     assert test.p == 1 / 500
@@ -136,8 +136,8 @@ def test_permutation_p_of_other_sources_is_its_least():
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.5])
 def test_c2st_approaches_the_best_classifier(shift):
-    """Of unit Gaussians shifted in one of two dimensions: AUC Φ(shift/√2). What the fit of two
-    weights on 480 rows loses is far below the error of one AUC, .021 at most."""
+    """For unit Gaussians shifted in one of two dimensions the best AUC is Φ(shift/√2). Fitting two
+    weights on 480 rows costs far less than the standard error of one AUC, .021 at most."""
     move = np.array([shift, 0])
     found = two_sample.c2st(normal(0, 300, width=2), normal(1, 300, width=2) + move)
     best = stats.norm.cdf(shift / math.sqrt(2))
@@ -150,15 +150,15 @@ def test_c2st_of_one_source_is_a_half_on_average():
     assert within_six_errors(values, 0.5)
 
 
-def test_c2st_of_what_a_line_parts_is_1_with_an_interval():
+def test_c2st_of_linearly_separable_sets_is_1_with_an_interval():
     found = two_sample.c2st(normal(0, 30), normal(1, 20, shift=50))
     assert found.value == found.high == 1
     assert 0.8 < found.low < 1
 
 
-def test_c2st_does_not_learn_a_group_that_it_is_tested_on():
-    """Both sets are of one source, with a feature of its own in each group and side: whoever sees a
-    part of a group knows its other half."""
+def test_c2st_is_not_tested_on_groups_that_it_was_trained_on():
+    """Both sets are of one source, but each group has features of its own on each side: a
+    classifier that was trained on a part of a group recognises the rest."""
     rng = np.random.default_rng(0)
     own_GS = rng.normal(0, 3, (12, 2, 40))
     x, y = (
@@ -178,36 +178,36 @@ def test_c2st_of_groups_on_one_side_each_is_a_half_on_average():
     assert within_six_errors([value(seed) for seed in range(30)], 0.5)
 
 
-def test_c2st_does_not_see_the_features_scale():
+def test_c2st_is_invariant_to_the_scale_of_the_features():
     x, y = normal(0, 30), normal(1, 20, shift=0.5)
     scales = np.array([4.0, 0.5, 64.0])
     assert two_sample.c2st(x * scales, y * scales) == two_sample.c2st(x, y)
-    still = np.ones((1, 2)).repeat
-    with_constant = [np.hstack([rows, still(len(rows), 0)]) for rows in (x, y)]
+    constant = np.ones((1, 2)).repeat
+    with_constant = [np.hstack([rows, constant(len(rows), 0)]) for rows in (x, y)]
     assert two_sample.c2st(*with_constant).value == pytest.approx(
         two_sample.c2st(x, y).value, abs=0.01
     )
 
 
 @pytest.mark.parametrize("truth", [0.5, 0.8, 0.97])
-def test_aucs_interval_holds_the_truth(truth):
-    """1,000 samples at 95 %: fewer than 900 come with a probability below 1e-9."""
+def test_the_auc_interval_covers_the_truth(truth):
+    """Of 1,000 intervals at 95 %, fewer than 900 cover it with a probability below 1e-9."""
     shift = math.sqrt(2) * stats.norm.ppf(truth)
-    held = 0
+    covered = 0
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         scores = np.concatenate([rng.normal(0, 1, 40), rng.normal(shift, 1, 60)])
-        auc = (stats.rankdata(scores)[40:].sum() - 60 * 61 / 2) / (40 * 60)  # Mann and Whitney's.
+        auc = (stats.rankdata(scores)[40:].sum() - 60 * 61 / 2) / (40 * 60)  # Mann-Whitney.
         low, high = two_sample._auc_interval(auc, 40, 60)
         assert 0 <= low <= auc <= high <= 1
-        held += low <= truth <= high
-    assert held >= 900
+        covered += low <= truth <= high
+    assert covered >= 900
 
 
 # Tokens
 
 
-def test_token_distances_are_their_definitions():
+def test_token_distances_match_their_definitions():
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
         a, b = (
@@ -224,7 +224,7 @@ def test_token_distances_are_their_definitions():
 
 
 @given(some_texts, some_texts, st.integers(2, 4))
-def test_token_distances_laws(a, b, copies):
+def test_token_distances_are_bounded_symmetric_and_ignore_copies(a, b, copies):
     l2, js = two_sample.token_distances(a, b)
     assert 0 <= l2 <= math.sqrt(2) + 1e-12
     assert 0 <= js <= math.log(2) + 1e-12
@@ -234,20 +234,20 @@ def test_token_distances_laws(a, b, copies):
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
-def test_token_distances_of_what_shares_nothing(m, n):
+def test_token_distances_of_disjoint_texts(m, n):
     a, b = [[f"a{i}" for i in range(m)]], [[f"b{i}" for i in range(n)]]
     wanted = math.sqrt(1 / m + 1 / n), math.log(2)
     assert two_sample.token_distances(a, b) == pytest.approx(wanted)
 
 
-def test_a_models_tokens_are_further_from_human_than_other_humans_are():
+def test_model_tokens_are_further_from_human_text_than_other_human_text_is():
     folder = os.environ.get("DFTSERVE_DATA")
     if not folder:
         pytest.skip("DFTSERVE_DATA names no folder of real texts")
     sets = Path(folder) / "human_ai"
     human = json.loads((sets / "fdg_writing_gpt2-xl.json").read_text())["original"]
     (model,) = json.loads((sets / "slopscore_gemma-3-27b-it.json").read_text()).values()
-    said = [
+    token_sets = [
         [tokens(window(normalise(text), 0, 100)) for text in texts]
         for texts in (
             human[:200],
@@ -255,8 +255,8 @@ def test_a_models_tokens_are_further_from_human_than_other_humans_are():
             [row["output"] for row in model["samples"]][:200],
         )
     ]
-    others = two_sample.token_distances(said[1], said[0])
-    models = two_sample.token_distances(said[2], said[0])
+    others = two_sample.token_distances(token_sets[1], token_sets[0])
+    models = two_sample.token_distances(token_sets[2], token_sets[0])
     assert models[0] > 1.5 * others[0]
     assert models[1] > 1.5 * others[1]
 
@@ -283,20 +283,21 @@ def test_a_models_tokens_are_further_from_human_than_other_humans_are():
         lambda: two_sample.token_distances([["a"]], [[]]),
     ],
 )
-def test_what_cannot_be_measured_is_refused(call):
+def test_invalid_inputs_are_refused(call):
     with pytest.raises(ValueError, match=r"got .*; accepted: "):
         call()
 
 
 def of_prompts(rng, prompts: int, texts: int):
-    """`texts` answers to each of some prompts, which differ more than the answers to one do."""
+    """`texts` answers to each prompt; prompts differ more than the answers to one prompt do."""
     centres = rng.normal(size=(prompts, 3))
     return (centres[:, None] + 0.3 * rng.normal(size=(prompts, texts, 3))).reshape(-1, 3)
 
 
-def test_answers_to_few_prompts_are_not_taken_for_another_source():
-    """Two sides of one source, eight prompts with six answers each. Over their groups p is exact:
-    of 60 tests more than 10 are at or below .05 with a chance of 1e-4. Text by text most are."""
+def test_answers_to_few_prompts_are_not_mistaken_for_another_source():
+    """Two sides of one source, eight prompts with six answers each. Permuting groups gives an exact
+    p: more than 10 of 60 tests are at or below .05 with a chance of 1e-4. Permuting texts puts
+    most of them there."""
     groups = [f"{side} {prompt}" for side in "xy" for prompt in range(8) for _ in range(6)]
     rng = np.random.default_rng(0)
     by_prompt, by_text = [], []
@@ -309,15 +310,16 @@ def test_answers_to_few_prompts_are_not_taken_for_another_source():
     assert sum(p <= 0.05 for p in by_text) > 30
 
 
-def test_groups_of_another_source_are_told():
-    """p is the least that 99 permutations give, unless one of them is the observed split again."""
+def test_groups_of_another_source_are_detected():
+    """p is the smallest possible with 99 permutations, unless one of them repeats the observed
+    split."""
     rng = np.random.default_rng(1)
     groups = [f"{side} {prompt}" for side in "xy" for prompt in range(8) for _ in range(6)]
     x, y = of_prompts(rng, 8, 6), of_prompts(rng, 8, 6) + 5.0
     assert two_sample.mmd_test(x, y, 1.5, groups=groups, permutations=99).p <= 0.02
 
 
-def test_groups_of_one_text_are_the_texts():
+def test_groups_of_one_text_are_equal_to_no_groups():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(7, 3)), rng.normal(size=(9, 3))
     alone = two_sample.mmd_test(x, y, 1.0, permutations=50)
@@ -328,10 +330,11 @@ def test_groups_of_one_text_are_the_texts():
 
 
 @pytest.mark.parametrize(
-    ("groups", "told"), [(["a"] * 3, "accepted: one for each"), (["a"] * 5 + [""] * 5, "got 1 on")]
+    ("groups", "message"),
+    [(["a"] * 3, "accepted: one for each"), (["a"] * 5 + [""] * 5, "got 1 on")],
 )
-def test_groups_that_cannot_be_permuted(groups, told):
+def test_groups_that_cannot_be_permuted_are_refused(groups, message):
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         two_sample.mmd_test(x, y, 1.0, groups=groups)

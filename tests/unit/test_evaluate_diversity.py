@@ -22,7 +22,7 @@ some_texts = st.lists(
 
 
 def random_texts(seed: int, count: int = 6, longest: int = 14) -> list[list[str]]:
-    """Few words, so that much is shared; some texts are copies, some have one word or none."""
+    """Texts of few distinct words, so that they overlap; one is a copy, some may be empty."""
     chosen = random.Random(seed)
     texts = [chosen.choices("abcde", k=chosen.randint(0, longest)) for _ in range(count - 1)]
     texts.append(list(chosen.choice(texts)))
@@ -43,7 +43,7 @@ def random_kernel(seed: int, count: int = 7) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_distinct_n_is_the_share_of_different_ones(n):
+def test_distinct_n_is_the_share_of_distinct_ngrams(n):
     for seed in SEEDS:
         texts = random_texts(seed)
         every = [gram for text in texts for gram in grams(text, n)]
@@ -55,7 +55,7 @@ def test_distinct_n_is_the_share_of_different_ones(n):
 
 
 @given(some_texts, st.integers(2, 5))
-def test_distinct_n_of_copies_falls_by_their_number(texts, copies):
+def test_distinct_n_is_divided_by_the_number_of_copies(texts, copies):
     once = lexical.distinct_n(texts, 1)
     assert 0 < once <= 1
     assert lexical.distinct_n(texts * copies, 1) == pytest.approx(once / copies)
@@ -66,16 +66,19 @@ def test_distinct_n_of_copies_falls_by_their_number(texts, copies):
 
 def by_sacrebleu(texts: list[list[str]], order: int) -> float:
     bleu = sacrebleu.BLEU(tokenize="none", effective_order=True, max_ngram_order=order)
-    said = [" ".join(text) for text in texts]
+    joined = [" ".join(text) for text in texts]
     return float(
         np.mean(
-            [bleu.sentence_score(said[i], said[:i] + said[i + 1 :]).score for i in range(len(said))]
+            [
+                bleu.sentence_score(joined[i], joined[:i] + joined[i + 1 :]).score
+                for i in range(len(joined))
+            ]
         )
     )
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 5])
-def test_self_bleu_is_sacrebleus(order):
+def test_self_bleu_matches_sacrebleu(order):
     for seed in SEEDS:
         texts = random_texts(seed, count=2 + seed % 5)
         assert lexical.self_bleu(texts, order) == pytest.approx(
@@ -83,7 +86,7 @@ def test_self_bleu_is_sacrebleus(order):
         )
 
 
-def test_self_bleu_is_sacrebleus_on_twenty_long_texts():
+def test_self_bleu_matches_sacrebleu_on_twenty_long_texts():
     words = [f"w{rank}" for rank in range(200)]
     chosen = random.Random(1)
     weights = [1 / (rank + 1) for rank in range(200)]
@@ -94,21 +97,21 @@ def test_self_bleu_is_sacrebleus_on_twenty_long_texts():
 
 
 @given(some_texts, st.randoms(use_true_random=False))
-def test_self_bleu_knows_no_order_and_rises_to_100_with_copies(texts, chance):
+def test_self_bleu_ignores_order_and_is_100_for_copies(texts, rng):
     once = lexical.self_bleu(texts)
     mixed = list(texts)
-    chance.shuffle(mixed)
+    rng.shuffle(mixed)
     assert 0 <= once <= 100 + 1e-9
     assert lexical.self_bleu(mixed) == pytest.approx(once, abs=1e-9)
     assert lexical.self_bleu(texts * 2) == pytest.approx(100)
 
 
-def test_self_bleu_of_texts_that_share_nothing_is_0():
+def test_self_bleu_of_disjoint_texts_is_0():
     assert lexical.self_bleu([["a", "b"], ["c", "d"], ["e"]]) == 0
 
 
 def test_self_bleu_of_a_thousand_texts_takes_seconds():
-    """CPU time: what else the machine does is not counted."""
+    """CPU time: other load on the machine does not count."""
     ranks = np.random.default_rng(0).zipf(1.3, size=(1000, 500)) % 20_000
     texts = [[str(rank) for rank in row] for row in ranks.tolist()]
     began = time.process_time()
@@ -119,7 +122,7 @@ def test_self_bleu_of_a_thousand_texts_takes_seconds():
 # Compression and self-repetition
 
 
-def test_compression_is_of_one_gzip():
+def test_compression_ratio_is_that_of_one_gzip_stream():
     text = "".join(random.Random(0).choices("abcdefgh \n", k=4000))
     assert lexical.compression_ratio([text]) == 4000 / len(gzip.compress(text.encode()))
     assert lexical.compression_ratio(["ab", "c"]) == lexical.compression_ratio(["ab\nc"])
@@ -131,7 +134,7 @@ def test_compression_of_repeated_text_approaches_gzips_limit():
 
 
 @given(st.text("abcdef ", min_size=200, max_size=400), st.integers(2, 4))
-def test_compression_rises_with_copies(text, copies):
+def test_compression_ratio_rises_with_copies(text, copies):
     ratios = [lexical.compression_ratio([text] * count) for count in (1, copies, 2 * copies)]
     assert ratios[0] < ratios[1] < ratios[2]
 
@@ -167,7 +170,7 @@ def test_vendi_of_all_different_is_n_and_of_all_equal_is_1(q):
 
 @pytest.mark.parametrize("q", [0.5, 1.0, 2.0, 3.0, math.inf])
 def test_vendi_of_classes_is_their_hill_number(q):
-    """Texts alike within a class and unlike between them: eigenvalues are the classes' shares."""
+    """Texts are equal within a class and unrelated between them: eigenvalues are class shares."""
     for seed in SEEDS:
         labels = np.random.default_rng(seed).integers(4, size=9)
         shares = np.array([count / 9 for count in Counter(labels.tolist()).values()])
@@ -182,7 +185,7 @@ def test_vendi_of_classes_is_their_hill_number(q):
 
 
 @given(st.integers(0, 10**6), st.integers(2, 4))
-def test_vendi_laws(seed, copies):
+def test_vendi_is_bounded_falls_with_the_order_and_ignores_copies(seed, copies):
     K = random_kernel(seed)
     orders = [0.5, 0.9999999, 1.0, 1.5, 2.0, 4.0, math.inf]
     values = [lexical.vendi(K, q) for q in orders]
@@ -195,20 +198,20 @@ def test_vendi_laws(seed, copies):
         assert lexical.vendi(np.kron(K, np.ones((copies, copies))), q) == pytest.approx(value)
 
 
-def test_vendi_of_order_2_is_that_of_the_eigenvalues():
+def test_vendi_of_order_2_matches_the_eigenvalues():
     for seed in SEEDS:
         K = random_kernel(seed)
         eigenvalues = np.linalg.eigvals(K / len(K)).real
         assert lexical.vendi(K, 2) == pytest.approx(1 / (eigenvalues**2).sum())
 
 
-def test_vendi_takes_what_float32_leaves():
+def test_vendi_accepts_a_float32_kernel():
     K = random_kernel(3).astype(np.float32)
     assert lexical.vendi(K) == pytest.approx(lexical.vendi(random_kernel(3)), rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("K", "said"),
+    ("K", "message"),
     [
         (np.ones((2, 3)), "shape"),
         (np.zeros((0, 0)), "shape"),
@@ -218,13 +221,13 @@ def test_vendi_takes_what_float32_leaves():
         ([[1, 2], [2, 1]], "eigenvalue"),
     ],
 )
-def test_vendi_refuses_what_is_no_kernel(K, said):
-    with pytest.raises(ValueError, match=said):
+def test_vendi_refuses_matrices_that_are_not_kernels(K, message):
+    with pytest.raises(ValueError, match=message):
         lexical.vendi(K)
 
 
 @pytest.mark.parametrize("q", [0, -1, math.nan])
-def test_vendi_refuses_orders(q):
+def test_vendi_refuses_invalid_orders(q):
     with pytest.raises(ValueError, match="q:"):
         lexical.vendi(np.eye(2), q)
 
@@ -251,7 +254,7 @@ def test_zipf_slope_is_least_squares():
         assert lexical.zipf_slope(texts * 3) == pytest.approx(wanted, abs=1e-9)
 
 
-def test_zipf_slope_leaves_out_the_rare():
+def test_zipf_slope_leaves_out_rare_words():
     common = [[str(rank)] * 2 for rank in range(lexical.ZIPF_RANKS)]
     assert lexical.zipf_slope(common) == pytest.approx(0, abs=1e-12)
     assert lexical.zipf_slope([*common, ["once"]]) == pytest.approx(0, abs=1e-12)
@@ -275,7 +278,7 @@ def test_burstiness_is_scale_free_and_bounded(lengths, scale):
 # Classes
 
 
-def test_classes_are_those_of_a_loop():
+def test_classes_match_a_plain_loop():
     for seed in SEEDS:
         K = random_kernel(seed, count=12)
         firsts, wanted = [], []
@@ -290,7 +293,7 @@ def test_classes_are_those_of_a_loop():
         assert lexical.classes(K, 0.6).tolist() == wanted
 
 
-def test_classes_at_the_ends():
+def test_classes_at_extreme_thresholds():
     assert lexical.classes(np.eye(4), 1).tolist() == [0, 1, 2, 3]
     assert lexical.classes([[1, 0.5], [0.5, 1]], 0.5).tolist() == [0, 0]
     assert lexical.classes(random_kernel(0), -2).tolist() == [0] * 7
@@ -308,7 +311,7 @@ def test_distinct_k_is_the_mean_over_all_draws():
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 @settings(max_examples=50)
-def test_distinct_k_laws(labels):
+def test_distinct_k_rises_from_1_to_the_number_of_classes(labels):
     values = [lexical.distinct_k(labels, k) for k in range(1, len(labels) + 1)]
     assert values[0] == pytest.approx(1)
     assert values[-1] == pytest.approx(len(set(labels)))
@@ -337,6 +340,6 @@ def test_distinct_k_laws(labels):
         lambda: lexical.burstiness([3, -1]),
     ],
 )
-def test_what_cannot_be_measured_is_refused(call):
+def test_invalid_inputs_are_refused(call):
     with pytest.raises(ValueError, match=r"got .*; accepted: "):
         call()

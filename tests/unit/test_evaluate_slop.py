@@ -1,4 +1,4 @@
-"""Phrases of models: found as a regular expression would, and more often in models' text."""
+"""Phrases typical of models: matched like a regular expression, and more frequent in model text."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def random_text(chosen: random.Random, size: int = 40) -> str:
 # Finding
 
 
-def test_found_is_the_leftmost_longest_match():
+def test_phrases_match_leftmost_longest():
     for seed in SEEDS:
         chosen = random.Random(seed)
         lines, text = random_phrases(chosen), random_text(chosen)
@@ -50,18 +50,18 @@ def test_found_is_the_leftmost_longest_match():
         ("a a", "a a a", 1),
     ],
 )
-def test_what_a_phrase_finds(line, text, times):
+def test_a_phrase_matches_whole_normalised_tokens(line, text, times):
     assert len(list(Phrases.of([line]).found(normalise(text)))) == times
 
 
-def test_our_phrases_find_themselves():
+def test_each_of_our_phrases_matches_itself():
     ours = slop.read_phrases()
     lines = [
         line
         for line in slop.OURS.read_text(encoding="utf-8").splitlines()
         if line and not line.startswith("#")
     ]
-    assert len(ours) == len(lines) >= 150, "none twice"
+    assert len(ours) == len(lines) >= 150, "no duplicates"
     for line in lines:
         assert list(ours.found(line)) == [" ".join(tokens(normalise(line)))]
 
@@ -78,13 +78,13 @@ def test_our_phrases_find_themselves():
         ("a.json", '["deep breath", "whisper", "Whisper"]'),
     ],
 )
-def test_files_of_phrases(tmp_path, name, content):
+def test_phrase_files_are_read_in_each_format(tmp_path, name, content):
     (tmp_path / name).write_text(content, newline="")
     assert slop.read_phrases(tmp_path / name) == Phrases.of(["deep breath", "whisper"])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"# nothing\n", "none"),
         ("a.txt", b"--\n", "'--'"),
@@ -98,16 +98,16 @@ def test_files_of_phrases(tmp_path, name, content):
         ("a.json", b'[""]', "''"),
     ],
 )
-def test_files_that_are_none(tmp_path, name, content, said):
+def test_invalid_phrase_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}.*{said}"):
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
         slop.read_phrases(tmp_path / name)
 
 
 # Rates
 
 
-def test_rate_is_found_per_thousand_words():
+def test_rate_is_matches_per_thousand_words():
     for seed in SEEDS:
         chosen = random.Random(seed)
         phrases = Phrases.of(random_phrases(chosen))
@@ -149,7 +149,7 @@ def test_rates_are_bounded_and_need_words(texts):
         "Not a sound. Not a breath. Only the dark.",
     ],
 )
-def test_contrasts(text):
+def test_contrasts_are_counted(text):
     found = slop.contrast_rate([normalise(text), "The rain fell all day long."])
     assert found.value == pytest.approx(1000 / (len(words(normalise(text))) + 6))
 
@@ -166,12 +166,12 @@ def test_contrasts(text):
         "Not long ago there was a king. He had one son, but no daughter.",
     ],
 )
-def test_what_is_no_contrast(text):
+def test_similar_sentences_are_not_counted_as_contrasts(text):
     assert slop.contrast_rate([text]).value == 0
 
 
 def test_contrasts_are_searched_in_linear_time():
-    """Beginnings without an end: a pattern that starts over from each would take minutes."""
+    """Many beginnings without an end: a pattern that restarts at each would take minutes."""
     began = time.process_time()
     assert slop.contrast_rate(["not no it's not less just " * 4000]).value == 0
     assert time.process_time() - began < 5
@@ -182,7 +182,7 @@ def test_contrasts_are_searched_in_linear_time():
     st.floats(0, 100, allow_subnormal=False),
     st.floats(0, 1),
 )
-def test_cut_is_the_share_of_the_way(base, human, share):
+def test_cut_is_the_share_of_the_distance_from_base_to_human(base, human, share):
     if abs(base - human) < 1e-3:
         return
     assert slop.cut(base, base, human) == 0
@@ -192,7 +192,7 @@ def test_cut_is_the_share_of_the_way(base, human, share):
 
 
 @pytest.mark.parametrize(("base", "human"), [(3, 3), (0, 0), (3, 3 + 1e-12), (float("nan"), 1)])
-def test_cut_needs_a_way(base, human):
+def test_cut_needs_a_difference_between_base_and_human(base, human):
     with pytest.raises(ValueError, match="nothing to cut"):
         slop.cut(base, 1, human)
 
@@ -201,7 +201,7 @@ def test_cut_needs_a_way(base, human):
 
 
 @pytest.mark.parametrize("sizes", [(3, 4, 5, 6, 7, 8), (2, 4, 5), (1, 3), (2,)])
-def test_most_repeated_is_that_of_all_runs(sizes):
+def test_most_repeated_matches_a_search_of_all_runs(sizes):
     for seed in SEEDS:
         chosen = random.Random(seed)
         texts = [random_text(chosen, 25) for _ in range(4)]
@@ -209,10 +209,10 @@ def test_most_repeated_is_that_of_all_runs(sizes):
         having: dict[str, set[int]] = {}
         for i, text in enumerate(texts):
             for run in re.split(r"[^\w ]", normalise(text).lower()):
-                said = run.split()
+                run_words = run.split()
                 for size in sizes:
-                    for at in range(len(said) - size + 1):
-                        having.setdefault(" ".join(said[at : at + size]), set()).add(i)
+                    for at in range(len(run_words) - size + 1):
+                        having.setdefault(" ".join(run_words[at : at + size]), set()).add(i)
         shared = {phrase: len(places) for phrase, places in having.items() if len(places) > 1}
         maximal = {
             phrase: count
@@ -229,9 +229,9 @@ def test_most_repeated_is_that_of_all_runs(sizes):
 
 
 @given(some_texts, st.randoms(use_true_random=False))
-def test_most_repeated_knows_no_order(texts, chance):
+def test_most_repeated_ignores_order(texts, rng):
     mixed = list(texts)
-    chance.shuffle(mixed)
+    rng.shuffle(mixed)
     assert slop.most_repeated(mixed) == slop.most_repeated(texts)
 
 
@@ -247,7 +247,7 @@ def test_most_repeated_of_copies_is_the_text():
 # Real text
 
 
-def test_models_text_has_more_of_it_than_humans(data):
+def test_model_text_has_higher_rates_than_human_text(data):
     def model(name: str) -> list[str]:
         (run,) = json.loads((data / "human_ai" / name).read_text()).values()
         return [row["output"] for row in run["samples"]][:150]
@@ -256,12 +256,12 @@ def test_models_text_has_more_of_it_than_humans(data):
     theirs = slop.read_phrases(data / "slop" / "slopscore_slop_list.json")
     for phrases in (slop.read_phrases(), theirs):
         human = slop.rate(stories["original"], phrases)
-        for said in (
+        for texts in (
             model("slopscore_gemma-3-27b-it.json"),
             model("slopscore_mistral-nemo.json"),
             stories["sampled"],
         ):
-            assert slop.rate(said, phrases).low > 2 * human.high
+            assert slop.rate(texts, phrases).low > 2 * human.high
     contrast = slop.contrast_rate(model("slopscore_gemma-3-27b-it.json"))
     assert contrast.low > slop.contrast_rate(stories["original"]).high
 
@@ -276,7 +276,7 @@ def test_models_text_has_more_of_it_than_humans(data):
         "slopforensics_slop_list_trigrams.json",
     ],
 )
-def test_lists_of_others_are_read(data, name):
+def test_third_party_lists_are_read(data, name):
     given = json.loads((data / "slop" / name).read_text())
     assert 0.9 * len(given) < len(slop.read_phrases(data / "slop" / name)) <= len(given)
 

@@ -1,4 +1,4 @@
-"""Intervals and tests against closed forms, and how often the intervals hold the truth."""
+"""Intervals and tests against closed forms, and the coverage of the intervals."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ def normal(seed: int, count: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).normal(3, 2, count)
 
 
-def times_held(estimates: list[Estimate], truth: float) -> int:
+def times_covered(estimates: list[Estimate], truth: float) -> int:
     return sum(each.low <= truth <= each.high for each in estimates)
 
 
@@ -46,7 +46,7 @@ def test_mean_is_within_its_interval_and_the_values(values):
 
 
 @given(samples, st.sampled_from([0.5, 2.0, 4.0]), numbers)
-def test_mean_moves_with_its_values(values, scale, shift):
+def test_mean_follows_the_scale_and_shift_of_its_values(values, scale, shift):
     once = mean(values)
     moved = mean(scale * np.array(values) + shift)
     for end in ("value", "low", "high"):
@@ -54,18 +54,18 @@ def test_mean_moves_with_its_values(values, scale, shift):
         assert getattr(moved, end) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_bootstrap_width_is_the_standard_error():
-    """Of 2,000 draws a quantile has an error of 3 %; five times that."""
+def test_bootstrap_width_matches_the_standard_error():
+    """A quantile of 2,000 draws has an error of 3 %; the bound is five times that."""
     values = normal(0, 400)
     found = mean(values)
     wanted = 2 * 1.96 * values.std() / math.sqrt(400)
     assert found.high - found.low == pytest.approx(wanted, rel=0.15)
 
 
-def test_bootstrap_holds_the_truth():
-    """Of 40 values it holds it 93.6 % of the time: 300 samples, fewer than 250 come with a
+def test_bootstrap_intervals_cover_the_truth():
+    """Coverage with 40 values is 93.6 %: of 300 samples fewer than 250 are covered with a
     probability below 1e-7."""
-    assert 250 <= times_held([mean(normal(seed)) for seed in range(300)], 3) < 300
+    assert 250 <= times_covered([mean(normal(seed)) for seed in range(300)], 3) < 300
 
 
 def test_units_are_resampled_whole():
@@ -84,7 +84,7 @@ def test_units_are_resampled_whole():
     assert len({tuple(weights) for weights in seen}) > 30
 
 
-def test_what_has_no_interval():
+def test_estimates_without_an_interval():
     assert mean([2.5]) == Estimate(2.5, None, None)
     never = over_units(np.zeros(3), lambda weights, _: 1.0 if (weights == 1).all() else math.nan)
     assert (never.value, never.low, never.high) == (1, 1, 1)
@@ -94,14 +94,14 @@ def test_what_has_no_interval():
 
 
 @given(samples, numbers)
-def test_pairs_that_differ_by_a_constant_have_no_doubt(values, constant):
+def test_pairs_that_differ_by_a_constant_have_an_interval_of_width_0(values, constant):
     a = np.array(values)
     found = paired_difference(a, a + constant)
     for end in (found.value, found.low, found.high):
         assert end == pytest.approx(constant, abs=1e-9)
 
 
-def test_paired_difference_is_antisymmetric_and_wants_pairs():
+def test_paired_difference_is_antisymmetric_and_requires_pairs():
     a, b = normal(0), normal(1)
     there, back = paired_difference(a, b), paired_difference(b, a)
     assert (there.value, there.low, there.high) == pytest.approx(
@@ -121,7 +121,7 @@ def test_estimates_are_shown_with_their_interval():
 
 @given(st.lists(numbers, min_size=2, max_size=10))
 def test_jackknife_of_a_mean_is_its_standard_error(values):
-    """One left out at a time: the classic s/√n."""
+    """With one value left out at a time it is the classic s/√n."""
     found = jackknife(len(values), lambda at: np.mean(np.array(values)[at]))
     quantile = stats.t.ppf(0.975, len(values) - 1)
     reach = quantile * np.std(values, ddof=1) / math.sqrt(len(values))
@@ -143,12 +143,12 @@ def test_jackknife_leaves_each_out_once(count):
     assert max(map(len, left_out)) - min(map(len, left_out)) <= 1
 
 
-def test_jackknife_holds_the_truth():
-    """Student's quantiles hold it 95 % of the time: of 300 samples fewer than 262 come with a
+def test_jackknife_intervals_cover_the_truth():
+    """Coverage with Student's quantiles is 95 %: of 300 samples fewer than 262 are covered with a
     probability below 1e-6."""
     samples = [normal(seed) for seed in range(300)]
     found = [jackknife(40, lambda at, values=values: values[at].mean()) for values in samples]
-    assert 262 <= times_held(found, 3) < 300
+    assert 262 <= times_covered(found, 3) < 300
 
 
 def test_jackknife_needs_two_texts():
@@ -168,13 +168,13 @@ def test_difference_of_jackknives_is_the_jackknife_of_the_difference():
         )
 
 
-def test_difference_of_the_same_is_nothing():
+def test_difference_of_an_estimate_to_itself_is_0():
     each = jackknife(23, lambda at: normal(0, 23)[at].mean())
     nothing = difference(each, each)
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
 
 
-def test_difference_of_others_adds_their_errors():
+def test_difference_of_unpaired_estimates_adds_their_errors():
     assert difference(Estimate(1, -2, 4), Estimate(5, 1, 9)) == Estimate(4, -1, 9)
     assert difference(Estimate(1, None, None), Estimate(5, 1, 9)) == Estimate(4, None, None)
 
@@ -182,25 +182,25 @@ def test_difference_of_others_adds_their_errors():
 # Shares
 
 
-def test_mcnemar_is_the_exact_binomial():
-    """All ways to share out the d questions that differ, as likely as 2^−d each, that are no
-    likelier than the one seen."""
+def test_mcnemar_is_the_exact_binomial_test():
+    """The sum over all assignments of the d questions that differ, each of probability 2^−d, whose
+    count is no likelier than the observed one."""
     for seed in SEEDS:
         a, b = np.random.default_rng(seed).integers(2, size=(2, 12)).astype(bool)
         only_a, differ = int((a & ~b).sum()), int((a ^ b).sum())
-        ways = [math.comb(differ, k) for k in range(differ + 1)]
-        wanted = sum(way for way in ways if way <= ways[only_a]) / 2**differ
+        counts = [math.comb(differ, k) for k in range(differ + 1)]
+        wanted = sum(count for count in counts if count <= counts[only_a]) / 2**differ
         assert mcnemar(a, b) == pytest.approx(wanted)
         assert mcnemar(b, a) == pytest.approx(wanted)
 
 
-def test_mcnemar_sees_only_what_differs():
+def test_mcnemar_uses_only_the_answers_that_differ():
     assert mcnemar([1, 0, 1], [1, 0, 1]) == 1
     assert mcnemar([1] * 10 + [0] * 90, [0] * 100) == pytest.approx(2 / 2**10)
 
 
 @pytest.mark.parametrize("count", [1, 7, 164, 10_000])
-def test_wilson_is_its_formula(count):
+def test_wilson_matches_its_formula(count):
     z = 1.959963984540054
     for right in {0, 1, count // 3, count}:
         share = right / count
@@ -214,7 +214,7 @@ def test_wilson_is_its_formula(count):
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_what_is_no_share(right, count):
+def test_wilson_refuses_invalid_counts(right, count):
     with pytest.raises(ValueError, match="share"):
         wilson(right, count)
 
@@ -233,7 +233,7 @@ def test_answers_to_one_prompt_are_one_unit():
     assert as_texts.high - as_texts.low < 0.5 * (one.high - one.low)
 
 
-def test_texts_without_a_prompt_and_those_of_one_alone_are_resampled_by_text():
+def test_groups_of_no_prompt_of_one_or_of_one_text_each_are_resampled_by_text():
     values = np.random.default_rng(1).normal(size=12)
     alone = intervals.mean(values)
     for groups in ([""] * 12, ["one prompt"] * 12, [f"{number}" for number in range(12)]):
@@ -242,7 +242,7 @@ def test_texts_without_a_prompt_and_those_of_one_alone_are_resampled_by_text():
         intervals.mean(values, groups=["a", "b", "c"])
 
 
-def test_differences_are_paired_where_the_same_prompts_are_left_out():
+def test_differences_are_paired_only_if_the_same_prompts_are_left_out():
     rng = np.random.default_rng(2)
     a_N = rng.normal(size=40)
     b_N = a_N + 0.01 * rng.normal(size=40)
@@ -250,8 +250,8 @@ def test_differences_are_paired_where_the_same_prompts_are_left_out():
     a, b = (intervals.jackknife(40, lambda at, v=v: float(v[at].mean())) for v in (a_N, b_N))
     of_prompts, moved = intervals.parts_of(prompts), intervals.parts_of([*prompts[1:], "another"])
     assert of_prompts == intervals.parts_of(list(prompts)) != moved
-    same = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=of_prompts))
-    apart = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=moved))
-    assert same == intervals.difference(a, b)
-    assert same.value == apart.value
-    assert same.high - same.low < 0.1 * (apart.high - apart.low)
+    paired = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=of_prompts))
+    unpaired = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=moved))
+    assert paired == intervals.difference(a, b)
+    assert paired.value == unpaired.value
+    assert paired.high - paired.low < 0.1 * (unpaired.high - unpaired.low)

@@ -1,5 +1,5 @@
-"""What is counted: normalised text is a fixed point, nothing is lost, hostile text costs time
-in proportion to its length."""
+"""Splitting of texts: normalising is idempotent, nothing is lost, and the time is linear on hostile
+text."""
 
 import time
 import unicodedata
@@ -30,29 +30,29 @@ def unspaced(text):
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_normalised_text_is_a_fixed_point(text):
+def test_normalising_is_idempotent(text):
     once = normalise(text)
     assert normalise(once) == once
     assert unicodedata.is_normalized("NFC", once)
     assert once == once.strip()
     assert set("\u00ad\u200b\ufeff\r\t“”‘’–") & set(once) == set()
     assert "  " not in once
-    assert not {"\n"} & set(once.replace("\n\n", "")), "a line break is half an empty line"
+    assert not {"\n"} & set(once.replace("\n\n", "")), "line breaks come in pairs"
 
 
 @settings(deadline=None)
 @given(TEXTS)
 def test_normalising_changes_no_word_character(text):
-    def kept(said):
-        return [c for c in unicodedata.normalize("NFC", said) if c.isalnum()]
+    def word_characters(value):
+        return [c for c in unicodedata.normalize("NFC", value) if c.isalnum()]
 
     visible = text.translate(dict.fromkeys(map(ord, "\u00ad\u200b\ufeff")))
-    assert kept(normalise(text)) == kept(visible)
+    assert word_characters(normalise(text)) == word_characters(visible)
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["He left.", "-- No", "But--", "—", "---", "a--b"]), max_size=6))
-def test_paragraphs_survive_whatever_marks_they_begin_and_end_with(blocks):
+def test_paragraphs_survive_any_leading_and_trailing_marks(blocks):
     assert len(paragraphs(normalise("\n \n".join(blocks)))) == len(blocks)
 
 
@@ -74,18 +74,18 @@ def test_paragraphs_survive_whatever_marks_they_begin_and_end_with(blocks):
         (" \n \n ", ""),
     ],
 )
-def test_typesetting_is_not_style(text, plain):
+def test_typographic_variants_are_normalised(text, plain):
     assert normalise(text) == plain
 
 
 @settings(deadline=None)
 @given(TEXTS, st.integers(0, 9), st.integers(0, 9))
-def test_a_window_has_its_words(text, start, length):
+def test_a_window_has_the_words_of_its_range(text, start, length):
     text = normalise(text)
-    said = words(text)
-    assert words(window(text, start, start + length)) == said[start : start + length]
+    all_words = words(text)
+    assert words(window(text, start, start + length)) == all_words[start : start + length]
     assert len(words(window(text, start, start + length))) == max(
-        0, min(start + length, len(said)) - start
+        0, min(start + length, len(all_words)) - start
     )
 
 
@@ -101,15 +101,15 @@ def test_windows_tile_a_text_from_its_first_word(text, length):
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_tokens_are_words_and_marks_in_order_and_nothing_else_is_left_out(text):
+def test_tokens_are_all_words_and_marks_in_order(text):
     text = normalise(text)
-    said = tokens(text)
-    assert [token for token in said if token[0].isalnum()] == words(text)
-    # `ß` and `İ` have no lower case of one character: compared as `lower` writes each.
-    assert "".join(said) == "".join(c.lower() for c in unspaced(text) if c != "_") or "Σ" in text
+    found = tokens(text)
+    assert [token for token in found if token[0].isalnum()] == words(text)
+    # `ß` and `İ` have no single lower-case character: each is compared as `lower` writes it.
+    assert "".join(found) == "".join(c.lower() for c in unspaced(text) if c != "_") or "Σ" in text
 
 
-def test_tokens():
+def test_tokens_of_a_sentence():
     assert tokens("Well-known... he didn't -- (B.2)!") == [
         *("well-known", "...", "he", "didn't", "-", "-", "(", "b", ".", "2", ")", "!")
     ]
@@ -117,12 +117,12 @@ def test_tokens():
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_sentences_join_back(text):
+def test_sentences_join_to_the_text(text):
     text = normalise(text)
-    said = sentences(text)
-    assert unspaced("".join(said)) == unspaced(text)
-    assert all(each == each.strip() != "" for each in said)
-    assert [word for each in said for word in words(each)] == words(text)
+    found = sentences(text)
+    assert unspaced("".join(found)) == unspaced(text)
+    assert all(each == each.strip() != "" for each in found)
+    assert [word for each in found for word in words(each)] == words(text)
 
 
 @pytest.mark.parametrize(
@@ -136,47 +136,47 @@ def test_sentences_join_back(text):
         ("", []),
     ],
 )
-def test_sentences(text, expected):
+def test_sentence_boundaries(text, expected):
     assert sentences(text) == expected
 
 
-ASKED = "Tell me the story of a man who lost his only key"
+PROMPT = "Tell me the story of a man who lost his only key"
 
 
 @pytest.mark.parametrize(
     ("text", "prompt", "rest"),
     [
-        (f"{ASKED}. It was late.", ASKED, "It was late."),
-        (ASKED, ASKED, ""),
-        ("TELL me the story of a man who fled.", ASKED, "fled."),
-        ("Tell me the story of a dog.", ASKED, "Tell me the story of a dog."),
+        (f"{PROMPT}. It was late.", PROMPT, "It was late."),
+        (PROMPT, PROMPT, ""),
+        ("TELL me the story of a man who fled.", PROMPT, "fled."),
+        ("Tell me the story of a dog.", PROMPT, "Tell me the story of a dog."),
         ("Once upon a time", "Once upon", "a time"),
         ("Once more", "Once upon", "Once more"),
         ("It was late.", "", "It was late."),
-        ("", ASKED, ""),
+        ("", PROMPT, ""),
         ("İstanbul is a town", "İstanbul", "is a town"),
     ],
 )
-def test_an_echo_of_the_prompt_is_no_text(text, prompt, rest):
+def test_an_echo_of_the_prompt_is_removed(text, prompt, rest):
     assert without_echo(text, prompt) == rest
 
 
 @settings(deadline=None)
 @given(TEXTS, TEXTS)
-def test_what_is_left_of_an_echo_is_the_end_of_the_text(text, prompt):
+def test_removing_an_echo_leaves_the_end_of_the_text(text, prompt):
     text = normalise(text)
     assert text.endswith(without_echo(text, prompt))
 
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_a_text_that_is_its_prompt_says_nothing(text):
+def test_no_words_are_left_of_a_text_equal_to_its_prompt(text):
     assert words(without_echo(normalise(text), text)) == []
 
 
 @settings(deadline=None)
 @given(st.lists(st.text("ab", max_size=1), max_size=9), st.integers(1, 5))
-def test_ngrams_are_every_run(items, size):
+def test_ngrams_are_all_runs(items, size):
     runs = ngrams(items, size)
     assert len(runs) == max(0, len(items) - size + 1)
     assert all(run == tuple(items[start : start + size]) for start, run in enumerate(runs))
@@ -188,7 +188,7 @@ HOSTILE = [*"\"'-— \n.`_a", "\n ", ". ", '."', ' "', " --", "a-", "\u00a0", ".
 @pytest.mark.parametrize("pattern", HOSTILE)
 @pytest.mark.parametrize("measure", [normalise, words, tokens, sentences])
 def test_the_time_is_linear_on_hostile_text(measure, pattern):
-    """In seconds of CPU, not of the clock; the first size stops a quadratic one early."""
+    """In CPU seconds; the smallest size stops a quadratic implementation early."""
     spent = {}
     for size in (16_000, 250_000, 500_000):
         text = "a." + pattern * (size // len(pattern)) + "A"

@@ -1,4 +1,4 @@
-"""An evaluation from answers to report, and two of them as a pair."""
+"""An evaluation from answers to report, and the comparison of two."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def instruments(anchors):
     return Instruments(StyleSpace.fit(anchors.splits["reference"]), read_phrases(), None)
 
 
-def asking(**changes) -> RequestGrid:
+def request_grid(**changes) -> RequestGrid:
     prompts = tuple(Prompt(f"Prompt {number} <script>") for number in range(TEXTS))
     values = {"model": "a & b", "prompts": prompts, "grid": (0.0, 0.5), "samples": 1}
     return RequestGrid(**{**values, **changes})
@@ -62,14 +62,14 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def result(anchors, instruments):
-    """Level 0 says one thing over and over; level .5 writes like people."""
+    """Half of the answers at level 0 are one text; those at level .5 are like human text."""
     people = human_like(TEXTS, seed=7)
     same = [people[0]] * (TEXTS // 2) + people[: TEXTS // 2]
-    said = [*answers(same, 0), *answers(people, 1, FIGURES)]
-    return assess(asking(), said, anchors, "digest", instruments)
+    replies = [*answers(same, 0), *answers(people, 1, FIGURES)]
+    return assess(request_grid(), replies, anchors, "digest", instruments)
 
 
-def test_a_varied_level_is_told_from_a_monotonous_one(result):
+def test_a_varied_level_scores_higher_than_a_monotonous_one(result):
     same, people = (level.side for level in result.levels)
     assert people.score.sds.value > 60 > 40 > same.score.sds.value
     assert people.score.sds.low > same.score.sds.high
@@ -77,7 +77,7 @@ def test_a_varied_level_is_told_from_a_monotonous_one(result):
     assert people.measures["mmd_style_p"].value > 0.001
 
 
-def test_every_number_has_an_interval_and_a_human_value_beside_it(result):
+def test_every_measure_has_an_interval_and_a_human_value(result):
     for level in result.levels:
         assert set(level.side.measures) == set(result.human.measures)
         for name, value in level.side.measures.items():
@@ -88,7 +88,7 @@ def test_every_number_has_an_interval_and_a_human_value_beside_it(result):
 
 
 def test_no_interval_leaves_the_range_of_its_measure(result):
-    """Half of a level is one text twelve times: leaving out a tenth moves its measures far."""
+    """Half of one level is the same text: leaving out a tenth changes its measures a lot."""
     for side in (result.human, *(level.side for level in result.levels)):
         for name, found in side.measures.items():
             least, most = MEASURES[name].least, MEASURES[name].most
@@ -99,19 +99,19 @@ def test_no_interval_leaves_the_range_of_its_measure(result):
     assert (wide.low, wide.high) == (0.8, 1.0)
 
 
-def test_entropies_are_the_answers_own(result):
+def test_entropies_are_those_of_the_answers(result):
     off, on = (level.entropy for level in result.levels)
     assert off is None
     assert (on.before.value, on.after.value, on.temperature.value) == pytest.approx((1, 1.5, 1.2))
     assert on.histogram_before[4] == on.histogram_after[6] == TEXTS
 
 
-def test_the_report_is_whole_and_harmless(result):
+def test_the_report_escapes_markup_and_loads_nothing(result):
     html = as_html(result)
-    assert "<script" not in html, "what a model or a user wrote is text"
+    assert "<script" not in html, "text of models and users is escaped"
     assert "&lt;script&gt;" in html
     assert "a &amp; b" in html
-    assert not re.search(r'(src|href)="?http', html), "it needs nothing else"
+    assert not re.search(r'(src|href)="?http', html), "it loads nothing"
     shown = result.levels[1].side.score.sds.render(1)
     assert shown in html
     assert shown in as_text(result)
@@ -128,7 +128,7 @@ def drawn_ends(span) -> tuple[float | None, ...]:
     return span.low, span.value, span.high
 
 
-def test_every_level_is_in_every_plot_with_its_intervals_and_people_at_their_value(result):
+def test_plots_show_every_level_with_its_intervals_and_the_human_values(result):
     drawn = {each.name: each for each in figures(result)}
     assert list(drawn) == ["distance", "quality", "ai-phrases", "not-x-but-y"]
     everyone = [result.human, *(level.side for level in result.levels)]
@@ -150,7 +150,7 @@ def test_every_level_is_in_every_plot_with_its_intervals_and_people_at_their_val
         assert [labels[int(point.x.value)] for point in series.points] == ["0", "0.5"]
 
 
-def test_a_level_without_a_value_has_no_point_and_the_others_have_theirs(result):
+def test_only_a_level_without_a_value_has_no_point(result):
     low, high = result.levels
     measures = {**low.side.measures, "slop": Estimate(float("nan"), None, None)}
     bare = replace(result, levels=(replace(low, side=replace(low.side, measures=measures)), high))
@@ -171,9 +171,9 @@ def test_the_report_has_each_plot_as_svg_with_its_values(result):
 
 
 def accuracy_report(path: Path, right: dict[str, dict[float, list[bool]]]) -> Path:
-    """What `evaluate accuracy` writes, of questions that were answered once."""
+    """Write what `evaluate accuracy` writes, for questions with one answer each."""
     tasks = [
-        compare_accuracy(task, {level: answered(said) for level, said in levels.items()})
+        compare_accuracy(task, {level: answered(outcomes) for level, outcomes in levels.items()})
         for task, levels in right.items()
     ]
     settings = {"model": "a & b", "temperature": 1.0}
@@ -207,22 +207,24 @@ def test_accuracy_is_plotted_over_the_score_of_the_same_diversity(result, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("grid", "temperature", "told"),
+    ("grid", "temperature", "message"),
     [
         ([0.5, True, {"strength": 1}], 1.0, "got mmlu at the diversities 0, none of them"),
         ([0.0], 1.0, "got gsm8k at the diversities 1, none of them"),
         ([0.0, 1.0], 0.7, "at temperature 1, and this run is at 0.7"),
     ],
 )
-def test_accuracy_of_other_answers_is_refused(grid, temperature, told):
+def test_accuracy_at_other_diversities_or_another_temperature_is_refused(
+    grid, temperature, message
+):
     of_task = Estimate(0.5, 0.4, 0.6)
     accuracy = Accuracy("m", 1.0, {"mmlu": {0.0: of_task}, "gsm8k": {1.0: of_task}})
     accuracy.check([0.0, 1.0, {"strength": 1}], 1.0)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         accuracy.check(grid, temperature)
 
 
-def test_a_file_that_is_no_report_of_accuracy_is_refused(tmp_path):
+def test_a_file_that_is_not_an_accuracy_report_is_refused(tmp_path):
     path = tmp_path / "accuracy.json"
     with pytest.raises(FileNotFoundError, match="evaluate accuracy --out FILE"):
         read_accuracy(path)
@@ -240,7 +242,7 @@ def test_a_file_that_is_no_report_of_accuracy_is_refused(tmp_path):
 # ── Pairs ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_against_itself_differs_by_nothing(result, tmp_path):
+def test_a_run_does_not_differ_from_itself(result, tmp_path):
     path = write(result, tmp_path / "a.json")
     compared = compare(path, path)
     for _, rows in compared.levels:
@@ -263,12 +265,11 @@ def write(result, path: Path) -> Path:
     return path
 
 
-def test_pairs_are_narrower_than_strangers(anchors, instruments, tmp_path):
-    """Two models with the same texts but for a few: the paired interval of the score is narrower
-    than the interval of either."""
+def test_a_paired_interval_is_narrower_than_that_of_one_model(anchors, instruments, tmp_path):
+    """Of the score, for two models with the same texts except for two."""
     people = human_like(TEXTS, seed=7)
     nearly = [*people[:-2], *human_like(2, seed=9)]
-    one = asking(grid=(0.0,))
+    one = request_grid(grid=(0.0,))
     paths = [
         write(assess(one, answers(texts, 0), anchors, "d", instruments), tmp_path / f"{i}.json")
         for i, texts in enumerate((people, nearly))
@@ -277,13 +278,13 @@ def test_pairs_are_narrower_than_strangers(anchors, instruments, tmp_path):
     assert row.difference.high - row.difference.low < row.a.high - row.a.low
 
 
-def test_runs_that_left_out_other_prompts_are_no_pairs(result, tmp_path):
-    """As where one of them has a text that was too short to be measured, or is of a version that
-    did not say."""
+def test_runs_that_left_out_different_prompts_are_not_paired(result, tmp_path):
+    """As when one of them has a text that was too short to be measured, or is of a version that did
+    not record them."""
     first = write(result, tmp_path / "a.json")
     other = json.loads(first.read_text())
     shown = {"same": compare(first, first)}
-    for name, parts in (("other", "0" * 16), ("unsaid", "")):
+    for name, parts in (("other", "0" * 16), ("unrecorded", "")):
         for level in other["levels"]:
             for found in level["side"]["measures"].values():
                 found["parts"] = parts
@@ -294,21 +295,21 @@ def test_runs_that_left_out_other_prompts_are_no_pairs(result, tmp_path):
         for name, each in shown.items()
     }
     assert widths["same"].high == widths["same"].low == 0
-    assert widths["other"].high == widths["unsaid"].high > 0
+    assert widths["other"].high == widths["unrecorded"].high > 0
 
 
-def test_one_prompt_alone_has_no_p(anchors, instruments):
-    """Its answers are one draw of a prompt: there is nothing to permute."""
+def test_a_single_prompt_gives_no_p_value(anchors, instruments):
+    """Its answers are one group: there is nothing to permute."""
     people = human_like(TEXTS, seed=7)
-    one = asking(prompts=(Prompt("Only one."),), grid=(0.0,), samples=TEXTS)
-    said = [Answer(0, 0, number, text, "stop", 200, None) for number, text in enumerate(people)]
-    measures = assess(one, said, anchors, "d", instruments).levels[0].side.measures
+    one = request_grid(prompts=(Prompt("Only one."),), grid=(0.0,), samples=TEXTS)
+    replies = [Answer(0, 0, number, text, "stop", 200, None) for number, text in enumerate(people)]
+    measures = assess(one, replies, anchors, "d", instruments).levels[0].side.measures
     assert {"mmd_style_p", "c2st_style"}.isdisjoint(measures)
     assert "mmd_style" in measures
 
 
-def test_a_score_within_prompts_and_one_between_texts_are_no_pair(result, tmp_path):
-    """So many answers of one run were cut that its prompts have too few to be compared within."""
+def test_a_score_within_prompts_and_one_between_texts_cannot_be_compared(result, tmp_path):
+    """As when so many answers of one run were cut that its prompts have too few to compare."""
     first = write(result, tmp_path / "a.json")
     other = json.loads(first.read_text())
     for level in other["levels"]:
@@ -319,7 +320,7 @@ def test_a_score_within_prompts_and_one_between_texts_are_no_pair(result, tmp_pa
         compare(first, tmp_path / "b.json")
 
 
-def test_a_report_says_where_diversities_are_not_compared_alike(result):
+def test_a_report_says_if_only_some_diversities_are_compared_within_prompts(result):
     low, high = result.levels
     score = replace(high.side.score, by_prompt=not high.side.score.by_prompt)
     mixed = replace(result, levels=(low, replace(high, side=replace(high.side, score=score))))
@@ -327,15 +328,19 @@ def test_a_report_says_where_diversities_are_not_compared_alike(result):
     assert "at some diversities only" not in as_text(result)
 
 
-def test_other_prompts_or_anchors_are_no_pair(result, anchors, instruments, tmp_path):
+def test_runs_with_different_prompts_or_anchors_cannot_be_compared(
+    result, anchors, instruments, tmp_path
+):
     people = human_like(TEXTS, seed=7)
-    said = [*answers(people, 0), *answers(people, 1)]
-    other = asking(prompts=tuple(Prompt(f"Other {number}") for number in range(TEXTS)))
+    replies = [*answers(people, 0), *answers(people, 1)]
+    other = request_grid(prompts=tuple(Prompt(f"Other {number}") for number in range(TEXTS)))
     first = write(result, tmp_path / "a.json")
-    second = write(assess(other, said, anchors, "digest", instruments), tmp_path / "b.json")
+    second = write(assess(other, replies, anchors, "digest", instruments), tmp_path / "b.json")
     with pytest.raises(ValueError, match="prompts"):
         compare(first, second)
-    third = write(assess(asking(), said, anchors, "another", instruments), tmp_path / "c.json")
+    third = write(
+        assess(request_grid(), replies, anchors, "another", instruments), tmp_path / "c.json"
+    )
     with pytest.raises(ValueError, match="anchors"):
         compare(first, third)
     (tmp_path / "d.json").write_text("{}")
@@ -343,38 +348,38 @@ def test_other_prompts_or_anchors_are_no_pair(result, anchors, instruments, tmp_
         compare(first, tmp_path / "d.json")
 
 
-def test_texts_that_are_too_short_are_said_to_be(anchors, instruments):
+def test_texts_that_are_too_short_are_reported(anchors, instruments):
     short = [text[:200] for text in human_like(TEXTS, seed=7)]
     with pytest.raises(ValueError, match=r"0 of 24.*max-tokens"):
-        assess(asking(grid=(0.0,)), answers(short, 0), anchors, "d", instruments)
+        assess(request_grid(grid=(0.0,)), answers(short, 0), anchors, "d", instruments)
 
 
 THINKING = (None, "<think>He wants a story. Let me", "</think>", "<think>a</think>\n<think>b")
-"""As servers without and with a parser of thinking end an answer whose tokens were used up."""
+"""What servers with and without a parser of thinking return if the tokens end inside it."""
 
 
-def with_cut(said: list[Answer]) -> list[Answer]:
+def with_cut(replies: list[Answer]) -> list[Answer]:
     """The same answers, and others that ended in their thinking."""
     cut = [
-        Answer(said[0].level, TEXTS + i, 0, text, "length", 1024, None)
+        Answer(replies[0].level, TEXTS + i, 0, text, "length", 1024, None)
         for i, text in enumerate(THINKING)
     ]
-    return [*cut, *said]
+    return [*cut, *replies]
 
 
-def asking_more() -> RequestGrid:
+def larger_request_grid() -> RequestGrid:
     prompts = tuple(Prompt(f"Prompt {number}") for number in range(TEXTS + len(THINKING)))
-    return asking(grid=(0.0,), prompts=prompts)
+    return request_grid(grid=(0.0,), prompts=prompts)
 
 
-def test_answers_that_end_in_their_thinking_are_counted_and_in_no_measure(anchors, instruments):
+def test_answers_cut_in_their_thinking_are_counted_but_not_measured(anchors, instruments):
     people = answers(human_like(TEXTS, seed=7), 0)
-    plain = assess(asking_more(), people, anchors, "d", instruments).levels[0]
-    result = assess(asking_more(), with_cut(people), anchors, "d", instruments)
+    plain = assess(larger_request_grid(), people, anchors, "d", instruments).levels[0]
+    result = assess(larger_request_grid(), with_cut(people), anchors, "d", instruments)
     level = result.levels[0]
     assert (level.cut, level.unfinished, plain.cut) == (len(THINKING), 0, 0)
     assert (level.side, level.tokens) == (plain.side, plain.tokens)
-    assert level.side.score.short == 0, "they are no short texts either"
+    assert level.side.score.short == 0, "nor are they counted as short"
     assert json.loads(result.as_json())["levels"][0]["cut"] == len(THINKING)
     lines = as_text(result).splitlines()
     assert ["cut", "–", "4"] in [line.split() for line in lines]
@@ -382,10 +387,10 @@ def test_answers_that_end_in_their_thinking_are_counted_and_in_no_measure(anchor
     assert CUT_NOTE in as_html(result)
 
 
-def test_an_answer_that_was_cut_is_shown_as_one(anchors, instruments):
+def test_a_cut_answer_is_shown_as_cut(anchors, instruments):
     people = answers(human_like(TEXTS, seed=7), 0)
-    said = [replace(people[0], text=None), *people[1:]]
-    result = assess(asking(grid=(0.0,)), said, anchors, "d", instruments)
+    replies = [replace(people[0], text=None), *people[1:]]
+    result = assess(request_grid(grid=(0.0,)), replies, anchors, "d", instruments)
     assert result.levels[0].samples[0][1] is None
     assert "(ended in its thinking)" in as_html(result)
 
@@ -393,9 +398,9 @@ def test_an_answer_that_was_cut_is_shown_as_one(anchors, instruments):
 def test_thinking_before_an_answer_is_not_measured(anchors, instruments):
     people = answers(human_like(TEXTS, seed=7), 0)
     thought = [replace(each, text=f"<think>{LONG}</think>\n\n{each.text}") for each in people]
-    one = asking(grid=(0.0,))
+    one = request_grid(grid=(0.0,))
     plain, other = (
-        assess(one, said, anchors, "d", instruments).levels[0] for said in (people, thought)
+        assess(one, replies, anchors, "d", instruments).levels[0] for replies in (people, thought)
     )
     assert other.side == plain.side
     assert f"{other.samples[0][1]}".strip() == plain.samples[0][1]
@@ -404,30 +409,29 @@ def test_thinking_before_an_answer_is_not_measured(anchors, instruments):
 LONG = "the same thought, " * 80
 
 
-def test_answers_that_are_all_cut_say_what_to_do(anchors, instruments):
+def test_the_error_for_a_run_with_only_cut_answers_names_max_tokens(anchors, instruments):
     people = answers(human_like(TEXTS, seed=7), 0)
-    said = [replace(each, text=None) for each in people]
+    replies = [replace(each, text=None) for each in people]
     with pytest.raises(ValueError, match=r"0 of 24 \(24 ended in their thinking\).*max-tokens"):
-        assess(asking(grid=(0.0,)), said, anchors, "d", instruments)
+        assess(request_grid(grid=(0.0,)), replies, anchors, "d", instruments)
 
 
-def test_runs_with_cut_answers_are_no_pairs_of_texts(anchors, instruments, tmp_path):
-    """Their resamples are of other texts: the intervals are joined as strangers'."""
+def test_a_run_with_cut_answers_is_not_paired_with_a_complete_one(anchors, instruments, tmp_path):
+    """Its resamples are of other texts: the intervals are combined as independent ones."""
     people = answers(human_like(TEXTS, seed=7), 0)
-    whole = assess(asking_more(), people, anchors, "d", instruments)
-    cut = assess(asking_more(), with_cut(people), anchors, "d", instruments)
+    whole = assess(larger_request_grid(), people, anchors, "d", instruments)
+    cut = assess(larger_request_grid(), with_cut(people), anchors, "d", instruments)
     paths = [write(each, tmp_path / f"{i}.json") for i, each in enumerate((whole, whole, cut))]
     paired = compare(paths[0], paths[1]).levels[0][1][0].difference
-    strangers = compare(paths[0], paths[2]).levels[0][1][0].difference
-    assert paired.high == paired.low == paired.value == strangers.value == 0
-    assert (strangers.low or 0) < 0 < (strangers.high or 0)
+    unpaired = compare(paths[0], paths[2]).levels[0][1][0].difference
+    assert paired.high == paired.low == paired.value == unpaired.value == 0
+    assert (unpaired.low or 0) < 0 < (unpaired.high or 0)
 
 
-def test_order_of_answers_within_a_level_is_theirs(anchors, instruments):
-    """The score does not depend on the order of the texts."""
+def test_the_score_does_not_depend_on_the_order_of_the_answers(anchors, instruments):
     people = human_like(TEXTS, seed=7)
     mixed = [people[i] for i in np.random.default_rng(0).permutation(TEXTS)]
-    one = asking(grid=(0.0,))
+    one = request_grid(grid=(0.0,))
     first, second = (
         assess(one, answers(texts, 0), anchors, "d", instruments).levels[0].side.score.sds.value
         for texts in (people, mixed)
@@ -437,7 +441,7 @@ def test_order_of_answers_within_a_level_is_theirs(anchors, instruments):
 
 @pytest.mark.long
 def test_a_thousand_texts_of_five_hundred_words(tmp_path, figure):
-    """In a minute and 2 GB, as the command prints them; in processes of their own, as it is."""
+    """In a minute and 2 GB, by the cost that the report has; in separate processes."""
     for step in ("build", "measure"):
         code = f"from tests.unit.test_evaluation import {step}; {step}({str(tmp_path)!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -447,19 +451,19 @@ def test_a_thousand_texts_of_five_hundred_words(tmp_path, figure):
     assert cost["peak_bytes"] < 2e9
 
 
-def build(place: str) -> None:
+def build(folder: str) -> None:
     samples = [Sample(text) for text in human_like(4400, 560)]
-    reference.save(reference.build(samples, words=500), Path(place) / "anchors")
+    reference.save(reference.build(samples, words=500), Path(folder) / "anchors")
 
 
-def measure(place: str) -> None:
-    human = reference.load(Path(place) / "anchors")
+def measure(folder: str) -> None:
+    human = reference.load(Path(folder) / "anchors")
     with_ = Instruments(StyleSpace.fit(human.splits["reference"]), read_phrases(), None)
     prompts = tuple(Prompt(f"Prompt {number}") for number in range(1000))
-    said = answers(human_like(1000, 560, seed=1), 0)
-    found = assess(asking(prompts=prompts, grid=(0.0,)), said, human, "d", with_)
+    replies = answers(human_like(1000, 560, seed=1), 0)
+    found = assess(request_grid(prompts=prompts, grid=(0.0,)), replies, human, "d", with_)
     assert found.compared == 1000
-    (Path(place) / "result.json").write_text(found.as_json())
+    (Path(folder) / "result.json").write_text(found.as_json())
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────
@@ -488,7 +492,7 @@ def test_anchors_are_built_and_inspected(corpus, tmp_path):
     assert "anchors" in again.output
 
 
-def test_run_may_be_left_out_and_mistakes_are_named(corpus, tmp_path):
+def test_the_word_run_may_be_left_out_and_errors_are_reported(corpus, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell me a story.\n")
     common = ("--prompts", prompts, "--out", tmp_path / "out")
@@ -497,9 +501,9 @@ def test_run_may_be_left_out_and_mistakes_are_named(corpus, tmp_path):
     assert "anchors.json" in wrong.output
     run("anchors", "build", corpus, "--out", tmp_path / "anchors")
     common = (*common, "--anchors", tmp_path / "anchors")
-    gone = run("run", "http://127.0.0.1:1", *common)
-    assert gone.exit_code == 1
-    assert "is the server running" in gone.output
+    unreachable = run("run", "http://127.0.0.1:1", *common)
+    assert unreachable.exit_code == 1
+    assert "is the server running" in unreachable.output
     assert run("http://127.0.0.1:1", *common, "--grid", "0,two").exit_code == 2
     assert run("http://127.0.0.1:1", *common, "--body", "[]").exit_code == 2
     few = run("http://127.0.0.1:1", *common, "--samples", "2")

@@ -1,5 +1,5 @@
-"""What a reader takes from an answer, on answers as models write them: tests/cases, and the folder
-`cases` beside DFTSERVE_DATA."""
+"""What is extracted from answers as models write them: tests/cases, and the folder `cases` next to
+DFTSERVE_DATA."""
 
 import json
 import os
@@ -21,27 +21,27 @@ FUNCTIONS = json.loads((CASES / "functions.json").read_text())
 
 
 def cases(name: str, real: str) -> list:
-    """Our own, and the real ones where they are."""
+    """Our own cases, and the real ones if they are there."""
     listed = json.loads((CASES / f"{name}.json").read_text())
     path = REAL / f"{real}.json"
     if "DFTSERVE_DATA" not in os.environ or not path.is_file():
-        skip = pytest.mark.skip(reason=f"no folder `cases` with {path.name} beside DFTSERVE_DATA")
+        skip = pytest.mark.skip(reason=f"no folder `cases` with {path.name} next to DFTSERVE_DATA")
         return [*listed, pytest.param({"answer": "", "right": ""}, marks=skip)]
     return [*listed, *json.loads(path.read_text())]
 
 
 @pytest.mark.parametrize("case", cases("choices", "mmlu_answers"), ids=str)
-def test_the_letter_is_the_one_that_a_reader_takes(case):
+def test_the_letter_is_extracted_as_a_reader_would(case):
     assert extract.choice(case["answer"]) == case["right"]
 
 
 @pytest.mark.parametrize("case", cases("numbers", "gsm8k_answers"), ids=str)
-def test_the_number_is_the_one_that_a_reader_takes(case):
+def test_the_number_is_extracted_as_a_reader_would(case):
     assert extract.number(case["answer"]) == case["right"]
 
 
 @pytest.mark.parametrize("case", FUNCTIONS["answers"], ids=lambda case: case["name"])
-def test_the_function_is_the_one_that_a_reader_takes(case):
+def test_the_function_is_extracted_as_a_reader_would(case):
     """Our own cases, which need no sandbox."""
     source = extract.code(case["answer"], FUNCTIONS["entry_point"], FUNCTIONS["prompt"])
     outcome = "unreadable"
@@ -65,7 +65,7 @@ def _sandboxed():
 def test_real_answers_to_a_problem_pass():
     path = REAL / "humaneval_answers.json"
     if "DFTSERVE_DATA" not in os.environ or not path.is_file():
-        pytest.skip("no folder `cases` with humaneval_answers.json beside DFTSERVE_DATA")
+        pytest.skip("no folder `cases` with humaneval_answers.json next to DFTSERVE_DATA")
     listed = json.loads(path.read_text())
     problem = Problem("t", listed["prompt"], listed["entry_point"], "", listed["test"])
     answers = {each["name"]: each["answer"] for each in listed["right_answers"]}
@@ -87,55 +87,55 @@ def test_any_letter_is_read_in_any_frame(letter, frame):
 
 @given(st.sampled_from("ABCDEFGHIJ"))
 def test_only_letters_of_the_question_are_read(letter):
-    said = f"The answer is {letter}."
-    assert extract.choice(said) == (letter if letter in "ABCD" else None)
-    assert extract.choice(said, "ABCDEFGHIJ") == letter
+    answer = f"The answer is {letter}."
+    assert extract.choice(answer) == (letter if letter in "ABCD" else None)
+    assert extract.choice(answer, "ABCDEFGHIJ") == letter
 
 
-TURNS = (
+RETRACTIONS = (
     " Wait, that's wrong. The answer is {}.", "\n\nCorrection: {}", " No, sorry, it's {}.",
     "\n\nActually, on second thought, {}.", " Oops. It should be {}.", "... no, {}.",
 )  # fmt: skip
 
 
-@given(st.sampled_from("ABCD"), st.sampled_from("ABCD"), st.sampled_from(TURNS))
-def test_a_letter_that_is_taken_back_is_not_read(first, second, turn):
+@given(st.sampled_from("ABCD"), st.sampled_from("ABCD"), st.sampled_from(RETRACTIONS))
+def test_a_retracted_letter_is_not_read(first, second, turn):
     assert extract.choice(f"The answer is {first}.{turn.format(second)}") == second
     assert extract.choice(f"The answer is {first}. That's wrong.") is None
 
 
-@given(st.integers(2, 999), st.integers(2, 999), st.sampled_from(TURNS))
-def test_a_number_that_is_taken_back_is_not_read(first, second, turn):
+@given(st.integers(2, 999), st.integers(2, 999), st.sampled_from(RETRACTIONS))
+def test_a_retracted_number_is_not_read(first, second, turn):
     assert extract.number(f"The answer is {first}.{turn.format(second)}") == str(second)
     assert extract.number(f"The answer is {first}. That's wrong.") is None
 
 
 @given(st.integers(0, 999), st.integers(1, 999), st.sampled_from("+-*"))
-def test_a_sum_is_read_as_its_value(left, right, sign):
+def test_an_expression_is_read_as_its_value(left, right, sign):
     value = {"+": left + right, "-": left - right, "*": left * right}[sign]
     for frame in ("The answer is {}", "\\boxed{{{}}}", "#### {}", "So it is {}."):
         assert extract.number(frame.format(f"{left} {sign} {right}")) == str(value)
 
 
-@pytest.mark.parametrize("said", ["9" * 5000, "10^99999", "9^9^9", "1e99999", "2" * 299 + "^9"])
-def test_a_number_without_end_is_unreadable(said):
-    assert extract.number(f"The answer is {said}") is None
+@pytest.mark.parametrize("number", ["9" * 5000, "10^99999", "9^9^9", "1e99999", "2" * 299 + "^9"])
+def test_a_huge_number_is_unreadable(number):
+    assert extract.number(f"The answer is {number}") is None
 
 
 @given(st.integers(-(10**9), 10**9), st.text("ab \n$.", max_size=20), st.booleans())
-def test_any_number_is_found_where_it_stands(number, around, marked):
-    said = f"{around} 7 {around}\n{'#### ' if marked else ''}{number}"
-    assert extract.number(said) == str(number)
+def test_the_last_number_is_read_whatever_the_text_before_it(number, around, marked):
+    answer = f"{around} 7 {around}\n{'#### ' if marked else ''}{number}"
+    assert extract.number(answer) == str(number)
 
 
 @given(st.text(string.printable + "“”−é中\u202f", max_size=200))
-def test_no_text_is_too_odd(text):
+def test_no_text_makes_extraction_fail(text):
     assert extract.choice(text) in (None, *"ABCD")
     assert extract.number(text) is None or any(map(str.isdigit, extract.number(text) or ""))
     source = extract.code(text, "add", "def add(a, b):\n")
     assert source is None or "add" in source
 
 
-@pytest.mark.parametrize("said", ["(" * 5000, "```python\n" + "[" * 5000, "x = 1 +\n" * 5000])
-def test_hostile_texts_take_no_time_and_no_traceback(said):
-    assert extract.code(said, "add", "def add(a, b):\n") is None
+@pytest.mark.parametrize("answer", ["(" * 5000, "```python\n" + "[" * 5000, "x = 1 +\n" * 5000])
+def test_hostile_texts_are_unreadable_without_an_error(answer):
+    assert extract.code(answer, "add", "def add(a, b):\n") is None

@@ -1,4 +1,4 @@
-"""The table of families: each has a row, each row says what became of it."""
+"""The table of model families: each has a row with its outcome."""
 
 import json
 import re
@@ -13,7 +13,7 @@ def row(family, outcome, reason=None):
     return {"family": family, "model": "M", "outcome": outcome, "reason": reason}
 
 
-def test_every_family_stands_in_the_table_once_with_what_became_of_it():
+def test_every_family_is_in_the_table_once_with_its_outcome():
     rows = [
         row("a", "packed"),
         row("b", "unpacked", "a document's log-probabilities change"),
@@ -29,7 +29,7 @@ def test_every_family_stands_in_the_table_once_with_what_became_of_it():
     assert all(line.count(" | ") == 2 for line in table.splitlines()[2:])
 
 
-def test_the_results_have_a_row_for_every_family_and_a_reason_where_it_is_not_trained():
+def test_the_results_have_one_row_per_family_and_a_reason_if_it_is_not_packed():
     document = json.loads(families.RESULT.read_text())
     named = [each["family"] for each in document["rows"]]
     assert len(named) == len(set(named)) >= 150
@@ -41,7 +41,7 @@ def test_the_results_have_a_row_for_every_family_and_a_reason_where_it_is_not_tr
         assert max(each["head"], each["packing"] or 0.0, each["reload"]) <= families.SAME
 
 
-def test_rows_that_are_run_again_take_their_places():
+def test_rows_that_are_run_again_replace_the_old_ones():
     before = {"versions": {"torch": "1"}, "steps": 5, "minutes": 16.0}
     rows = [{"family": "a", "outcome": "packed"}, {"family": "b", "outcome": "failed"}]
     again = [{"family": "c", "outcome": "packed"}, {"family": "b", "outcome": "refused"}]
@@ -53,14 +53,14 @@ def test_rows_that_are_run_again_take_their_places():
         families.merged({**before, "rows": rows}, other)
 
 
-def test_a_family_that_is_refused_has_the_reason_that_a_user_sees(tmp_path):
+def test_a_refused_family_has_the_reason_that_a_user_sees(tmp_path):
     found = families.row_of("bert", tmp_path)
     assert found.outcome == "refused"
     assert "is not causal" in found.reason
 
 
-def test_a_family_that_is_trained_has_its_figures(tmp_path):
-    """As the command runs it; the results of an earlier run say nothing about its code."""
+def test_a_trained_family_has_its_figures(tmp_path):
+    """Run as by the command: the stored results do not test its code."""
     found = families.row_of("llama", tmp_path)
     assert found.outcome == "packed", found.reason
     for gap in (found.head, found.packing, found.reload):

@@ -1,5 +1,5 @@
-"""Feature matching: its estimates have no bias, and continuations that are read side by side are
-what they are alone."""
+"""Feature matching: its estimates are unbiased, and continuations that are batched with the text
+equal separate ones."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ pytestmark = no_future_warnings
 FALSE_ALARM = 1e-6
 
 
-# ── The estimates, against sums over all that can be drawn ───────────────────────────────────────
+# ── The estimates, against sums over all possible draws ──────────────────────────────────────────
 
 
 def outcomes(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def estimated_gradient(logits_V, drawn_S, advantages_S):
 
 @pytest.mark.parametrize("samples", [3, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_gradients_mean_over_all_draws_is_that_of_the_distance(samples, seed):
+def test_the_expected_gradient_estimate_is_the_gradient_of_the_distance(samples, seed):
     logits_V, features_VF, text_F = outcomes(seed)
     mean_F = logits_V.softmax(dim=0) @ features_VF
     exact = torch.autograd.grad(((mean_F - text_F) ** 2).sum(), logits_V)[0]
@@ -90,8 +90,8 @@ def test_the_gradients_mean_over_all_draws_is_that_of_the_distance(samples, seed
 
 
 @pytest.mark.parametrize("samples", [3, 4])
-def test_the_papers_baseline_leaves_a_part_of_what_keeps_samples_apart(samples):
-    """The mean of the others' rewards (RLOO): the term of pairs has (S−2)/(S−1) of its weight."""
+def test_the_baseline_of_the_paper_underweights_the_repulsion_of_samples(samples):
+    """With the mean of the others' rewards (RLOO) the pair term has (S−2)/(S−1) of its weight."""
     logits_V, features_VF, text_F = outcomes(0)
 
     def rloo(drawn_S, features_1SF, text_1F):
@@ -110,7 +110,7 @@ def test_the_papers_baseline_leaves_a_part_of_what_keeps_samples_apart(samples):
 
 
 @pytest.mark.parametrize("samples", [3, 4])
-def test_the_mean_distance_over_all_draws_is_the_distance(samples):
+def test_the_expected_distance_estimate_is_the_distance(samples):
     logits_V, features_VF, text_F = outcomes(1)
     found = expected_over_draws(
         logits_V,
@@ -123,7 +123,7 @@ def test_the_mean_distance_over_all_draws_is_the_distance(samples):
     torch.testing.assert_close(found, ((mean_F - text_F) ** 2).sum(), rtol=1e-9, atol=1e-12)
 
 
-def test_a_weighted_head_is_the_sum_of_weighted_losses():
+def test_the_weighted_head_loss_is_the_sum_of_weighted_losses():
     torch.manual_seed(0)
     head = LanguageModel(small_model("cohere").double(), "model").head
     hidden_ND = torch.randn(9, 32, dtype=torch.float64, requires_grad=True)
@@ -168,7 +168,7 @@ def batch_of(store: Path, packing: bool = True, rows: int = 4) -> dict[str, torc
     st.integers(0, 5),
 )
 def test_anchors_are_followed_by_learnt_tokens_of_one_document(documents, length, every, seed):
-    """Rows of documents, each with a run of learnt tokens behind its first one."""
+    """Rows of documents, each with a run of learnt tokens after its first token."""
     longest = max(sum(row) + len(row) for row in documents)
     learnt: list[int] = []
     runs: list[range] = []
@@ -183,34 +183,34 @@ def test_anchors_are_followed_by_learnt_tokens_of_one_document(documents, length
         "positions_T": torch.tensor(learnt),
     }
     found = Anchors.drawn(batch, length=length, every=every, source=np.random.default_rng(seed))
-    rows, places = found.is_real_BK.nonzero(as_tuple=True)
-    at = (rows * longest + found.places_BK[rows, places]).tolist()
+    rows, columns = found.is_real_BK.nonzero(as_tuple=True)
+    at = (rows * longest + found.places_BK[rows, columns]).tolist()
     assert len(at) == len(found) == len(set(at))
     for run in runs:
-        inside = [place for place in at if place in run]
-        assert all(place + length <= run.stop for place in inside)
+        inside = [position for position in at if position in run]
+        assert all(position + length <= run.stop for position in inside)
         assert all(b - a == every for a, b in itertools.pairwise(inside))
         room = len(run) - length + 1
         assert len(inside) >= room // every
         assert bool(inside) == (room > 0)
 
 
-def test_every_place_that_has_a_continuation_is_drawn_at_some_time():
+def test_every_position_that_has_a_continuation_is_drawn_eventually():
     batch = {"input_ids": torch.zeros(1, 20, dtype=torch.int64), "positions_T": torch.arange(5, 17)}
     source = np.random.default_rng(0)
     seen = {
-        int(place)
-        for _ in range(400)  # (7/8)^400 for each of the eight first places.
-        for place in Anchors.drawn(batch, length=3, every=8, source=source).places_BK.flatten()
+        int(position)
+        for _ in range(400)  # (7/8)^400 for each of the eight first positions.
+        for position in Anchors.drawn(batch, length=3, every=8, source=source).places_BK.flatten()
     }
     assert seen == set(range(5, 15))
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "cohere"])
-def test_continuations_beside_the_text_are_what_they_are_alone(family, packing, store):
-    """Of the model's own forward on each document and continuation: likelihoods and gradients;
-    and the divergence of the text beside them is what it is without them."""
+def test_continuations_batched_with_the_text_match_separate_forwards(family, packing, store):
+    """Likelihoods and gradients are those of the model's own forward on each document and
+    continuation, and the divergence of the text is the same as without continuations."""
     if packing is False and family != "llama":
         pytest.skip("positions without packing are made in one place")
     batch = batch_of(store, packing)
@@ -231,9 +231,9 @@ def test_continuations_beside_the_text_are_what_they_are_alone(family, packing, 
     expected = torch.zeros(())
     positions_BN = continuations.positions_of(batch)
     for row, k in anchors.is_real_BK.nonzero().tolist():
-        place = int(anchors.places_BK[row, k])
-        start = place - int(positions_BN[row, place])
-        prefix_N = batch["input_ids"][row, start : place + 1]
+        position = int(anchors.places_BK[row, k])
+        start = position - int(positions_BN[row, position])
+        prefix_N = batch["input_ids"][row, start : position + 1]
         for drawn_G, weight in zip(drawn_BKSG[row, k], weights_BKS[row, k], strict=True):
             logits_NV = twin(input_ids=torch.cat([prefix_N, drawn_G])[None]).logits[0]
             nll = torch.nn.functional.cross_entropy(logits_NV[-4:-1], drawn_G, reduction="sum")
@@ -246,8 +246,8 @@ def test_continuations_beside_the_text_are_what_they_are_alone(family, packing, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_window_that_documents_reach_beyond_is_refused(family):
-    """Gemma 2 and Mistral are made with windows of 8 tokens here."""
+def test_documents_longer_than_the_attention_window_are_refused(family):
+    """Gemma 2 and Mistral have windows of 8 tokens here."""
     language_model = LanguageModel(small_model(family), "model")
     continuations.check(language_model, 8)
     if family in ("gemma2", "mistral"):
@@ -259,8 +259,8 @@ def test_a_window_that_documents_reach_beyond_is_refused(family):
 
 
 def test_tokens_are_drawn_from_the_models_own_distribution():
-    """The first token by a χ² test; the second by the mean of its −ln p, whose expectation is the
-    entropy there; the third is seen to follow the second, as its own. Behind a second document."""
+    """The first token by a χ² test; the second and third by their mean −ln p, whose expectation is
+    the entropy. The anchor is in the second document of its row."""
     model = small_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
@@ -308,11 +308,11 @@ def test_features_are_of_unit_length_and_have_no_common_direction(store):
         [each.flatten(0, 1)[batch["positions_T"] + 1] for each in states]
     ).detach()
     torch.testing.assert_close(features_TF.norm(dim=1), torch.ones(len(features_TF)))
-    # Of vectors in all directions the mean is short.
+    # The mean of vectors in all directions is short.
     assert float(features_TF.mean(dim=0).norm()) < 0.1
 
 
-def test_features_of_continuations_are_those_of_their_texts_alone(store):
+def test_features_of_continuations_match_separate_forwards(store):
     model = small_model("qwen3")
     network = network_of(model, store)
     batch = batch_of(store)
@@ -323,12 +323,12 @@ def test_features_of_continuations_are_those_of_their_texts_alone(store):
     )
     of_samples, of_text = network.of_continuations(batch["input_ids"], layout, drawn_BKSG)
     row, k = anchors.is_real_BK.nonzero()[-1].tolist()
-    place = int(anchors.places_BK[row, k])
-    start = place - int(batch["position_ids"][row, place])
+    position = int(anchors.places_BK[row, k])
+    start = position - int(batch["position_ids"][row, position])
     text_N = batch["input_ids"][row]
     for found, tokens_N in (
-        (of_text[row, k], text_N[start : place + 4]),
-        (of_samples[row, k, 2], torch.cat([text_N[start : place + 1], drawn_BKSG[row, k, 2]])),
+        (of_text[row, k], text_N[start : position + 4]),
+        (of_samples[row, k, 2], torch.cat([text_N[start : position + 1], drawn_BKSG[row, k, 2]])),
     ):
         with torch.no_grad():
             states = model(input_ids=tokens_N[None], output_hidden_states=True).hidden_states
@@ -340,7 +340,7 @@ def test_features_of_continuations_are_those_of_their_texts_alone(store):
 
 
 def tiny_matching(store: Path) -> tuple[LlamaForCausalLM, FeatureMatching]:
-    """Seven words, so that all continuations of two can be counted out."""
+    """A vocabulary of seven, so that all continuations of two tokens can be enumerated."""
     torch.manual_seed(0)
     config = LlamaConfig(**(SMALL | {"vocab_size": 7, "hidden_size": 16}))
     model, frozen = LlamaForCausalLM(config), LlamaForCausalLM(config)
@@ -363,27 +363,27 @@ def tiny_batch() -> dict[str, torch.Tensor]:
     }
 
 
-def exact_distance(model, network: FeatureNetwork, batch, places: list[int]) -> torch.Tensor:
-    """The mean over anchors of ‖E φ − φ_y‖², by all 49 continuations of two of seven words."""
+def exact_distance(model, network: FeatureNetwork, batch, positions: list[int]) -> torch.Tensor:
+    """The mean over anchors of ‖E φ − φ_y‖², over all 49 continuations of two tokens."""
     text_N = batch["input_ids"][0]
     pairs = torch.tensor(list(itertools.product(range(7), repeat=2)))
     total = torch.zeros(())
-    for place in places:
-        ids = torch.cat([text_N[: place + 1].expand(49, -1), pairs], dim=1)
+    for position in positions:
+        ids = torch.cat([text_N[: position + 1].expand(49, -1), pairs], dim=1)
         logprobs = model(input_ids=ids).logits[:, -3:-1].log_softmax(-1)
         p = logprobs.gather(2, pairs[..., None])[..., 0].sum(1).exp()
         with torch.no_grad():
             states = network.model.layer_states(network.layers, input_ids=ids)
             features = network.features([each[:, -1] for each in states])
-            own = network.model.layer_states(network.layers, input_ids=text_N[None, : place + 3])
+            own = network.model.layer_states(network.layers, input_ids=text_N[None, : position + 3])
             of_text = network.features([each[0, -1] for each in own])
         total = total + ((p @ features - of_text) ** 2).sum()
-    return total / len(places)
+    return total / len(positions)
 
 
-def test_the_gradient_of_a_batch_is_on_average_that_of_the_distance(store):
-    """Of 300 draws, along the exact gradient and along a fixed other direction; a fault in any part
-    (mask, features, rewards, weights) turns it."""
+def test_the_mean_gradient_of_a_batch_is_that_of_the_distance(store):
+    """Over 300 draws, along the exact gradient and along another fixed direction; an error in any
+    part (mask, features, rewards, weights) changes it."""
     model, matching = tiny_matching(store)
     batch = tiny_batch()
     parameters = list(model.parameters())
@@ -393,18 +393,18 @@ def test_the_gradient_of_a_batch_is_on_average_that_of_the_distance(store):
     along, across = [], []
     for draw in range(300):
         matched = matching.match(batch, draw)
-        places = tuple(matched.inputs["anchors_BK"][0].tolist())
-        if places not in exact:
-            distance = exact_distance(model, matching.network, batch, list(places))
-            exact[places] = torch.autograd.grad(distance, parameters)
+        positions = tuple(matched.inputs["anchors_BK"][0].tolist())
+        if positions not in exact:
+            distance = exact_distance(model, matching.network, batch, list(positions))
+            exact[positions] = torch.autograd.grad(distance, parameters)
         output = model(**batch, **matched.inputs)
-        # Of the mean: the surrogate stands beside a sum over 17 learnt tokens.
+        # As a mean: the surrogate is added to a sum over 17 learnt tokens.
         found = torch.autograd.grad(output.matching / 17, parameters)
-        errors = [a - b for a, b in zip(found, exact[places], strict=True)]
-        size = sum(float((each**2).sum()) for each in exact[places])
-        along.append(_inner(errors, exact[places]) / size)
+        errors = [a - b for a, b in zip(found, exact[positions], strict=True)]
+        size = sum(float((each**2).sum()) for each in exact[positions])
+        along.append(_inner(errors, exact[positions]) / size)
         across.append(_inner(errors, other) / size**0.5)
-    assert len(exact) == 4  # `every` is 4, and each first place comes.
+    assert len(exact) == 4  # `every` is 4, and each first position occurs.
     for errors in (along, across):
         z = np.mean(errors) / (np.std(errors, ddof=1) / len(errors) ** 0.5)
         assert abs(z) < stats.norm.isf(FALSE_ALARM / 2)
@@ -416,18 +416,20 @@ def _inner(a, b) -> float:
     return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
 
 
-def test_the_distance_of_a_batch_is_on_average_the_distance(store):
+def test_the_mean_distance_estimate_of_a_batch_is_the_distance(store):
     model, matching = tiny_matching(store)
     batch = tiny_batch()
     off = []
     exact: dict[tuple, float] = {}
     for draw in range(400):
         matched = matching.match(batch, draw)
-        places = tuple(matched.inputs["anchors_BK"][0].tolist())
-        if places not in exact:
+        positions = tuple(matched.inputs["anchors_BK"][0].tolist())
+        if positions not in exact:
             with torch.no_grad():
-                exact[places] = float(exact_distance(model, matching.network, batch, list(places)))
-        off.append(float(matched.distance) / 17 - exact[places])
+                exact[positions] = float(
+                    exact_distance(model, matching.network, batch, list(positions))
+                )
+        off.append(float(matched.distance) / 17 - exact[positions])
     z = np.mean(off) / (np.std(off, ddof=1) / len(off) ** 0.5)
     assert abs(z) < stats.norm.isf(FALSE_ALARM / 2)
 
@@ -456,10 +458,10 @@ def weights_of(final: Path) -> dict[str, torch.Tensor]:
     return load_file(final / "model.safetensors")
 
 
-def test_a_run_tells_the_distance_and_its_weights_differ_from_those_without(run, tmp_path):
+def test_a_run_reports_the_distance_and_its_weights_differ_from_those_without(run, tmp_path):
     final = train(run)
-    told = json.loads((final / "run.json").read_text())
-    assert 0 < told["figures"]["feature_distance"] < 4
+    report = json.loads((final / "run.json").read_text())
+    assert 0 < report["figures"]["feature_distance"] < 4
     without = train(replace(run, feature_matching=None, output=str(tmp_path / "without")))
     assert "feature_distance" not in json.loads((without / "run.json").read_text())["figures"]
     ours, theirs = weights_of(final), weights_of(without)
@@ -467,7 +469,7 @@ def test_a_run_tells_the_distance_and_its_weights_differ_from_those_without(run,
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_run_that_goes_on_ends_in_the_bits_of_one_that_did_not_stop(run, tmp_path, accumulation):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(run, tmp_path, accumulation):
     run = replace(run, accumulation=accumulation)
     whole = train(replace(run, output=str(tmp_path / "whole")))
     prepared = prepare(run)
@@ -490,7 +492,7 @@ def test_a_run_that_goes_on_ends_in_the_bits_of_one_that_did_not_stop(run, tmp_p
 
 
 def test_with_adapters_the_network_is_the_model_without_them(run):
-    """However they are trained: they are off where features are taken, and on where it writes."""
+    """However they are trained: they are off for features, and on for sampling."""
     run = replace(run, lora=LoraConfig(rank=4))
     prepared = prepare(run)
     matching = matching_of(run, prepared.loaded, prepared.material)
@@ -516,29 +518,29 @@ def test_with_adapters_the_network_is_the_model_without_them(run):
     assert not torch.equal(before[2], after[2])
 
 
-def test_training_brings_continuations_nearer_than_plain_fine_tuning(run, tmp_path):
-    """On the texts that are trained on, whose order is mostly sure: at equal steps and rate."""
+def test_training_brings_continuations_closer_than_plain_fine_tuning(run, tmp_path):
+    """On the training texts, whose order is mostly certain, at equal steps and learning rate."""
     run = replace(run, steps=40, learning_rate=3e-3, log_every=10)
     matching = FeatureMatchingConfig(samples=4, length=4, every=8, weight=10)
 
     def distance(weight_run) -> float:
         final = train(weight_run)
-        looked_at = replace(run, model=str(final), feature_matching=matching)
-        prepared = prepare(looked_at)
+        measured = replace(run, model=str(final), feature_matching=matching)
+        prepared = prepare(measured)
         # In the features of the model before both runs.
         network = matching_of(run, prepare(run).loaded, prepared.material).network
         found = FeatureMatching(matching, prepared.loaded.language_model, network, seed=1)
         material = prepared.material
         batches = [material.collate([material.train[i]]) for i in range(12)]
-        told = [(found.match(b, i), len(b["positions_T"])) for i, b in enumerate(batches)]
-        return sum(float(each.distance) / tokens for each, tokens in told) / len(told)
+        matches = [(found.match(b, i), len(b["positions_T"])) for i, b in enumerate(batches)]
+        return sum(float(each.distance) / tokens for each, tokens in matches) / len(matches)
 
     with_it = distance(replace(run, feature_matching=matching))
     without = distance(replace(run, feature_matching=None, output=str(tmp_path / "without")))
     assert with_it < without
 
 
-def test_a_plan_counts_what_it_takes(run):
+def test_a_plan_counts_the_network_and_its_activations(run):
     plan, plain = plan_of(run), plan_of(replace(run, feature_matching=None))
     assert plan.network_bytes == plan.weights_bytes
     assert plain.network_bytes == 0
@@ -550,7 +552,7 @@ def test_a_plan_counts_what_it_takes(run):
 
 
 def test_documents_without_room_for_a_continuation_are_refused(run, tmp_path):
-    """All of them: the run would be plain training, without a word."""
+    """If no document has room: the run would silently be plain training."""
     brief = save_store(tmp_path / "brief", longest=3)
     longest = max(TargetStore(brief).lengths("train"))
     matching = FeatureMatchingConfig(samples=3, length=longest, every=8)
@@ -563,8 +565,8 @@ def test_documents_without_room_for_a_continuation_are_refused(run, tmp_path):
     )
 
 
-def test_batches_without_a_place_do_not_count_as_a_distance_of_nothing(run, tmp_path):
-    """Of held-out rows some of which are too short: the mean is that of the others."""
+def test_batches_without_anchors_do_not_count_as_a_distance_of_0(run, tmp_path):
+    """Some held-out rows are too short: the mean is that of the others."""
     matching = FeatureMatchingConfig(samples=3, length=24, every=64)
     config = replace(run, feature_matching=matching, packing=False, batch_size=1)
     prepared = prepare(config)
@@ -578,22 +580,22 @@ def test_batches_without_a_place_do_not_count_as_a_distance_of_nothing(run, tmp_
     has_room = [any(len(document.positions_T) >= 24 for document, _ in row) for row in part.rows]
     assert len(set(has_room)) == 2
     whole = trainer.evaluate()["eval_feature_distance"]
-    told = [
+    matches = [
         trainer._matched(trainer._prepare_inputs(prepared.material.collate([row])), 1, number, 0)
         for number, row in enumerate(part.rows)
     ]
-    assert [each is not None for each in told] == has_room
+    assert [each is not None for each in matches] == has_room
     tokens = sum(
         sum(len(document.positions_T) for document, _ in row)
         for row, has in zip(part.rows, has_room, strict=True)
         if has
     )
-    expected = sum(float(each.distance) for each in told if each is not None) / tokens
+    expected = sum(float(each.distance) for each in matches if each is not None) / tokens
     assert whole == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"samples": 2}, "samples: got 2; accepted: from 3"),
         ({"length": 0}, "length: got 0"),
@@ -603,13 +605,13 @@ def test_batches_without_a_place_do_not_count_as_a_distance_of_nothing(run, tmp_
         ({"layers": (1.5,)}, "layers: got 1.5"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(given, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_out_of_bounds_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
         FeatureMatchingConfig(**given)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"fsdp": True}, "fsdp: got true with feature_matching"),
         ({"torch_compile": True}, "torch_compile: got true with feature_matching"),
@@ -617,6 +619,6 @@ def test_what_is_out_of_bounds_is_refused(given, told):
         ({"max_length": 3}, "feature_matching.length: got 3"),
     ],
 )
-def test_what_it_does_not_go_with_is_refused(run, given, told):
-    with pytest.raises(ValueError, match=told):
+def test_incompatible_settings_are_refused(run, given, message):
+    with pytest.raises(ValueError, match=message):
         replace(run, **given)

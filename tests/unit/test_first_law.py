@@ -20,7 +20,7 @@ from tests.training import VOCABULARY, small_model
 pytestmark = no_future_warnings
 
 NO_TOKENS = torch.empty(0, dtype=torch.int64)
-"""For laws that do not read the token before."""
+"""For laws that do not read the previous token."""
 FOX = "Tell me a story with a fox in it."
 
 
@@ -29,11 +29,11 @@ def bench():
     return importlib.import_module("first_law")
 
 
-def written(bench, prompt, texts, ended=True):
+def samples_of(bench, prompt, texts, ended=True):
     return [bench.Sample(prompt, text, ended, 1.0) for text in texts]
 
 
-def test_copies_share_one_credit_and_nothing_gets_none(bench):
+def test_copies_share_one_credit_and_none_gets_no_credit(bench):
     assert bench.credits(["a", "a", None, "b"]) == [0.5, 0.5, 0.0, 1.0]
 
 
@@ -41,12 +41,12 @@ def test_entropy_of_counts_by_hand(bench):
     # G(2) = ψ(2) + (ψ(3/2) − ψ(1))/2 = (1 − γ) + (1 − ln 2), with ψ(3/2) = 2 − γ − 2 ln 2.
     g2 = 2 - np.euler_gamma - math.log(2)
     assert bench.entropy(np.array([[2, 2]])) == pytest.approx([math.log(4) - g2])
-    # G(1) = ψ(1) − (ψ(1) − ψ(1/2))/2 = −γ − ln 2: one choice seen once says nothing is certain.
+    # G(1) = ψ(1) − (ψ(1) − ψ(1/2))/2 = −γ − ln 2: one choice seen once does not mean certainty.
     assert bench.entropy(np.array([[1]])) == pytest.approx([np.euler_gamma + math.log(2)])
 
 
 def test_entropy_does_not_depend_on_how_many_texts_are_valid(bench):
-    """80 uniform options, as often as a slot is seen among 1,000 half-valid texts.
+    """80 uniform options, seen as often as a slot among 1,000 half-valid texts.
 
     Mean of 200 draws: standard error below .0005 of uniform, so .005 is ten of them.
     """
@@ -71,8 +71,8 @@ def test_share_of_uniform_counts_only_the_open_slots(bench):
 
 def test_measures_of_three_texts(bench):
     story = grammar.generate(random.Random(0), FOX).text
-    samples = written(bench, FOX, [story, story, story + " "])
-    samples += written(bench, FOX, [story], ended=False)
+    samples = samples_of(bench, FOX, [story, story, story + " "])
+    samples += samples_of(bench, FOX, [story], ended=False)
     figures = bench.measure(samples, np.ones((1, 4)))
     assert figures["validity"] == pytest.approx([0.5])
     assert figures["distinct_valid"] == pytest.approx([250])
@@ -86,7 +86,7 @@ def test_an_interval_is_centred_on_its_estimate(bench):
     assert (interval.estimate, interval.low, interval.high) == pytest.approx((10, 9.05, 10.95))
 
 
-def test_a_front_keeps_what_nothing_beats(bench):
+def test_a_front_keeps_the_points_that_no_other_dominates(bench):
     validity, diversity = bench.front(
         np.array([0.9, 0.5, 0.6, 0.8]), np.array([0.7, 0.9, 0.6, 0.7])
     )
@@ -104,21 +104,21 @@ def test_lead_is_taken_over_shared_validities_only(bench):
 def test_gain_at_a_point(bench):
     line = np.array([0.5, 1.0]), np.array([0.9, 0.7])
     assert bench.gain_at(*line, 0.75, 0.7) == pytest.approx(0.1)
-    assert bench.gain_at(*line, 0.2, 0.7) == pytest.approx(0.2), "the more valid point stands in"
+    assert bench.gain_at(*line, 0.2, 0.7) == pytest.approx(0.2), "the more valid point is used"
     assert math.isnan(bench.gain_at(np.array([0.5]), np.array([0.9]), 0.75, 0.7))
 
 
-def test_a_models_cache_fills_under_the_name_that_this_transformers_has(bench, caplog):
+def test_the_cache_is_passed_under_the_name_that_this_transformers_has(bench, caplog):
     model = small_model()
-    room = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
     ids_RN = torch.randint(2, VOCABULARY, (2, 5))
     with caplog.at_level("WARNING", logger="transformers"):
-        model(ids_RN, **{bench.Writer("any", model, None).cache_argument: room})
-    assert room.get_seq_length() == 5
+        model(ids_RN, **{bench.Writer("any", model, None).cache_argument: cache})
+    assert cache.get_seq_length() == 5
     assert "deprecated" not in caplog.text
 
 
-def test_rows_close_up(bench):
+def test_unfinished_rows_move_into_the_gaps(bench):
     going = torch.tensor([True, False, True, False, True])
     assert bench.closed_up(going).tolist() == [0, 4, 2]
 
@@ -134,7 +134,7 @@ def test_rows_close_up(bench):
     ids=["c 0", "c 3", "guard .5", "power 0"],
 )
 def test_a_setting_samples_the_law_of_its_constants(bench, constants):
-    """The entropy of what the bench samples is plain torch's under the same constants."""
+    """The entropy that the bench samples is that of plain torch with the same constants."""
     source_RV = make_rows(["gaussian", "zipf", "few"], 200, seed=2)
     after_RV = bench.gated(constants, 1.0).rewrite(source_RV, NO_TOKENS, 3)
     p_RV = after_RV.softmax(dim=1)
@@ -152,7 +152,7 @@ def _entropy_after(logits_RV, constants):
     return plain(logits_RV.clone(), controls, None, constants).entropy_after_R
 
 
-def test_rewrites_keep_what_they_say(bench):
+def test_each_rewrite_keeps_the_right_tokens(bench):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     end = 3
     kept = {
@@ -167,6 +167,6 @@ def test_rewrites_keep_what_they_say(bench):
     for setting, expected in kept.items():
         out = setting.rewrite(logits.clone(), NO_TOKENS, end)
         assert out.isfinite()[0].tolist() == expected, setting.label
-    # Of the two plausible contents at T=2, sqrt(.5/.3) to 1.
+    # The two tokens above the guard have the ratio sqrt(.5/.3) at T=2.
     p = bench.fixed(0.5, 2.0).rewrite(logits.clone(), NO_TOKENS, end).softmax(dim=1)[0]
     assert float(p[0] / p[1]) == pytest.approx(math.sqrt(0.5 / 0.3), rel=1e-4)

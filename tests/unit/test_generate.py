@@ -1,4 +1,4 @@
-"""Answers are asked for once, whatever happens on the way."""
+"""Each answer is requested once, whatever interrupts the run."""
 
 import collections
 import hashlib
@@ -34,7 +34,7 @@ CONCURRENCY = 4
 Content = Callable[[dict], str | None]
 
 
-def asking(**changes) -> RequestGrid:
+def request_grid(**changes) -> RequestGrid:
     values = {
         "model": "fake",
         "prompts": tuple(Prompt(f"Say {number}.") for number in range(10)),
@@ -45,7 +45,7 @@ def asking(**changes) -> RequestGrid:
 
 
 class FakeServer:
-    """Says what it was asked, and how often it was asked each thing."""
+    """Answers with the messages and seed of a request, and counts equal requests."""
 
     def __init__(
         self,
@@ -55,10 +55,9 @@ class FakeServer:
         content: Content | None = None,
         cap: float = 1.0,
     ) -> None:
-        """`content`: what stands in a message in place of the question, from the body; `cap`: as
-        for `in_force`."""
+        """`content` makes the content of a message from the body; `cap` is as for `in_force`."""
         self.cap = cap
-        self.asked: collections.Counter[str] = collections.Counter()
+        self.request_counts: collections.Counter[str] = collections.Counter()
         self.bodies: list[dict] = []
         self.seconds, self.plugged = seconds, plugged
         self.content = content or (lambda body: f"{body['messages']} {body['seed']}")
@@ -66,7 +65,7 @@ class FakeServer:
     def __call__(self, request) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        self.asked[key] += 1
+        self.request_counts[key] += 1
         self.bodies.append(body)
         time.sleep(self.seconds)
         choice = {
@@ -87,7 +86,7 @@ def _usage(tokens: int) -> dict[str, int]:
 
 def run(url: str, folder: Path, what: RequestGrid | None = None, retries: int = 4) -> list[Answer]:
     return generate(
-        what or asking(),
+        what or request_grid(),
         folder,
         server=Server(f"{url}/v1", retries=retries),
         concurrency=CONCURRENCY,
@@ -95,18 +94,17 @@ def run(url: str, folder: Path, what: RequestGrid | None = None, retries: int = 
     )
 
 
-def test_every_answer_once_and_in_order(tmp_path):
+def test_every_answer_is_requested_once_and_returned_in_order(tmp_path):
     server = FakeServer()
     with serving(server) as url:
         answers = run(url, tmp_path)
         assert run(url, tmp_path) == answers
-    assert set(server.asked.values()) == {1}
-    assert [answer.key for answer in answers] == [each.key for each in asking().requests()]
+    assert set(server.request_counts.values()) == {1}
+    assert [answer.key for answer in answers] == [each.key for each in request_grid().requests()]
     assert len(answers) == 60 == count_answers(tmp_path)
 
 
-def test_a_grid_is_asked_in_pairs(tmp_path):
-    """The answers of a prompt at every diversity have one seed, and different answers another."""
+def test_the_diversities_of_an_answer_share_a_seed_and_answers_do_not(tmp_path):
     server = FakeServer()
     with serving(server) as url:
         run(url, tmp_path)
@@ -117,8 +115,8 @@ def test_a_grid_is_asked_in_pairs(tmp_path):
     assert all(levels == {0.0, 0.5, 1.0} for levels in seeds.values())
 
 
-def test_answers_without_content_are_kept_as_they_came_and_counted(tmp_path):
-    """A server with a parser of thinking gives null where the tokens ended inside it."""
+def test_answers_without_content_are_stored_as_they_are_and_counted(tmp_path):
+    """A server with a parser of thinking returns null if the tokens ended inside it."""
 
     def content(body: dict) -> str | None:
         return None if body["diversity"] == 1 else f"<think>so</think>{body['seed']}"
@@ -141,7 +139,7 @@ run(sys.argv[1], Path(sys.argv[2]))
 """
 
 
-def test_a_killed_run_goes_on_and_asks_nothing_twice_that_was_answered(tmp_path):
+def test_a_killed_run_resumes_without_repeating_answered_requests(tmp_path):
     server = FakeServer(seconds=0.03)
     with serving(server) as url:
         process = subprocess.Popen([sys.executable, "-c", KILLED, url, str(tmp_path)])
@@ -152,14 +150,14 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice_that_was_answered(tmp_path)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        kept = answered_lines(tmp_path)
-        assert 15 <= kept < 60
+        stored = answered_lines(tmp_path)
+        assert 15 <= stored < 60
         answers = run(url, tmp_path)
     assert len(answers) == 60
-    twice = [key for key, times in server.asked.items() if times > 1]
-    assert len(server.asked) == 60
-    assert len(twice) <= CONCURRENCY, "only what was under way when it was killed"
-    assert max(server.asked.values()) <= 2
+    twice = [key for key, times in server.request_counts.items() if times > 1]
+    assert len(server.request_counts) == 60
+    assert len(twice) <= CONCURRENCY, "only requests in flight when it was killed"
+    assert max(server.request_counts.values()) <= 2
 
 
 def answered_lines(folder: Path) -> int:
@@ -167,45 +165,45 @@ def answered_lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_half_a_line_is_asked_again(tmp_path):
+def test_the_answer_of_a_truncated_line_is_requested_again(tmp_path):
     server = FakeServer()
     with serving(server) as url:
         before = run(url, tmp_path)
         path = tmp_path / ANSWERS
         os.truncate(path, path.stat().st_size - 5)
         assert run(url, tmp_path) == before
-    assert sum(server.asked.values()) == 61
+    assert sum(server.request_counts.values()) == 61
 
 
 @pytest.mark.parametrize("changed", [{"samples": 3}, {"seed": 1}, {"body": {"top_p": 0.5}}])
-def test_another_question_in_the_same_folder_is_refused(tmp_path, changed):
+def test_another_grid_in_the_same_folder_is_refused(tmp_path, changed):
     with serving(FakeServer()) as url:
         run(url, tmp_path)
         with pytest.raises(ValueError, match=next(iter(changed))):
-            run(url, tmp_path, asking(**changed))
+            run(url, tmp_path, request_grid(**changed))
 
 
 def test_answers_of_other_weights_are_refused_and_unknown_ones_are_not(tmp_path):
     with serving(FakeServer()) as url:
-        run(url, tmp_path, asking(weights="a"))
+        run(url, tmp_path, request_grid(weights="a"))
         with pytest.raises(ValueError, match="answers of other weights"):
-            run(url, tmp_path, asking(weights="b"))
+            run(url, tmp_path, request_grid(weights="b"))
         for weights in ("a", None):
-            assert len(run(url, tmp_path, asking(weights=weights))) == 60
-    assert doubt(asking(weights="a"), tmp_path) is None
-    assert "is not known" in (doubt(asking(), tmp_path) or "")
+            assert len(run(url, tmp_path, request_grid(weights=weights))) == 60
+    assert doubt(request_grid(weights="a"), tmp_path) is None
+    assert "is not known" in (doubt(request_grid(), tmp_path) or "")
 
 
-def test_a_server_without_the_plug_in_is_found_out(tmp_path):
+def test_a_server_without_the_plug_in_is_detected(tmp_path):
     with serving(FakeServer(plugged=False)) as url:
         with pytest.raises(RuntimeError, match="doctor"):
             run(url, tmp_path)
-        off = asking(grid=(0.0,))
-        assert len(run(url, tmp_path / "off", off)) == 20, "diversity 0 is any server's"
+        off = request_grid(grid=(0.0,))
+        assert len(run(url, tmp_path / "off", off)) == 20, "any server can do diversity 0"
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"grid": (0.0, 0.75)}, r'diversity: asked for 0\.75, .*"level": 0\.6.*in force'),
         ({"grid": ({"law": "words", "level": 0.9},)}, '"clamped": {"level": 0.9}'),
@@ -214,21 +212,21 @@ def test_a_server_without_the_plug_in_is_found_out(tmp_path):
         ({"grid": (0.0, 0.25, 0.6)}, None),
     ],
 )
-def test_a_level_that_the_server_lowered_is_no_level_of_the_grid(tmp_path, changed, told):
-    """Else texts that were all sampled at .6 are reported as two diversities."""
-    what = asking(**changed)
+def test_a_level_that_the_server_lowered_is_refused(tmp_path, changed, message):
+    """Otherwise texts all sampled at .6 would be reported as two diversities."""
+    what = request_grid(**changed)
     with serving(FakeServer(cap=0.6)) as url:
-        if told is None:
+        if message is None:
             assert len(run(url, tmp_path, what)) == 20 * len(what.grid)
             return
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             run(url, tmp_path, what)
-    kept = {answer.level for answer in read(tmp_path / ANSWERS, Answer)}
-    assert kept <= {0}, "what was sampled otherwise is not kept"
+    stored = {answer.level for answer in read(tmp_path / ANSWERS, Answer)}
+    assert stored <= {0}, "texts sampled at another level are not stored"
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("found", "message"),
     [
         ({"law": "gated", "level": 0, "reason": "temperature 0"}, "temperature 0"),
         ({"law": "guard", "level": 0.5, "max_temperature": 4.0}, '"law": "guard"'),
@@ -236,12 +234,12 @@ def test_a_level_that_the_server_lowered_is_no_level_of_the_grid(tmp_path, chang
         ({}, '"level": null'),
     ],
 )
-def test_whatever_else_is_in_force_is_told(found, told):
-    with pytest.raises(ValueError, match=told):
+def test_other_settings_in_force_are_refused(found, message):
+    with pytest.raises(ValueError, match=message):
         check({"diversity": 0.5}, {"diversity": found})
 
 
-def test_what_is_in_force_may_have_more_than_was_asked_for():
+def test_the_settings_in_force_may_have_additional_fields():
     """The client's own min_p, what was dropped, the figures."""
     found = parse(0.5).as_dict() | {"min_p": 0.1, "dropped": {"top_p": 0.9}, "choices": [None]}
     check({"diversity": 0.5}, {"diversity": found})
@@ -250,24 +248,24 @@ def test_what_is_in_force_may_have_more_than_was_asked_for():
         check({"diversity": 0}, {"diversity": parse(0.3).as_dict()})
 
 
-def test_human_is_asked_for_as_it_stands(tmp_path):
-    """Only the server knows what it is; where it is off, it is no "human"."""
+def test_human_is_sent_unchanged(tmp_path):
+    """Only the server knows what it stands for; it is refused if the law is off."""
     server = FakeServer()
     with serving(server) as url:
-        assert len(run(url, tmp_path, asking(grid=(0.0, "human")))) == 40
+        assert len(run(url, tmp_path, request_grid(grid=(0.0, "human")))) == 40
     assert {body["diversity"] for body in server.bodies} == {0.0, "human"}
     with pytest.raises(ValueError, match="temperature 0"):
         check({"diversity": "human"}, {"diversity": {"law": "budget", "reason": "temperature 0"}})
 
 
-def test_no_server(tmp_path):
+def test_an_unreachable_server_is_reported(tmp_path):
     with serving(FakeServer()) as url:
         gone = url
     with pytest.raises(RuntimeError, match="is the server running"):
         run(gone, tmp_path, retries=0)
 
 
-def test_a_refusal_names_its_reason(tmp_path):
+def test_a_refusal_is_reported_with_its_reason(tmp_path):
     def refuse(request) -> None:
         body = {"error": {"message": "max_tokens: too many", "type": "BadRequestError"}}
         reply(request, 400, json.dumps(body).encode(), **{"Content-Type": "application/json"})
@@ -277,7 +275,7 @@ def test_a_refusal_names_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"grid": (0.0, 0.0)}, "each value once"),
         ({"grid": ()}, "nothing"),
@@ -290,6 +288,6 @@ def test_a_refusal_names_its_reason(tmp_path):
         ({"grid": ("humane",)}, "humane"),
     ],
 )
-def test_what_is_not_accepted(changed, told):
-    with pytest.raises(ValueError, match=told):
-        asking(**changed)
+def test_invalid_grids_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        request_grid(**changed)

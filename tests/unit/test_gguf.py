@@ -1,4 +1,4 @@
-"""A GGUF file is a model like any other: converted once and whole, or refused by name."""
+"""A GGUF file as a model: it is converted once and completely, or refused with the reason."""
 
 import json
 import multiprocessing
@@ -35,13 +35,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    return written(tmp_path / "models" / "tiny.gguf")
+    return write_gguf(tmp_path / "models" / "tiny.gguf")
 
 
-def written(
+def write_gguf(
     path: Path, *, architecture: str = "llama", kind: str = "F32", lacking: str = "", parts: int = 1
 ) -> Path:
-    """A model of one layer, by the format's own package."""
+    """A model of one layer, written by the format's own package."""
     path.parent.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -101,25 +101,25 @@ def put(writer, name: str, values: np.ndarray, kind: str) -> None:
     writer.add_tensor(name, gguf.quantize(values, quantised), raw_dtype=quantised)
 
 
-def said() -> tuple[list[str], dict]:
+def recorded_lines() -> tuple[list[str], dict]:
     lines: list[str] = []
     return lines, {"say": lines.append}
 
 
-def test_what_is_no_gguf_comes_back_as_it_was(tmp_path):
+def test_models_that_are_not_gguf_are_returned_unchanged(tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "beside.gguf").touch()
     for model in (str(tmp_path), "org/name", str(tmp_path / "absent")):
         assert resolve(model) == model
 
 
-def test_a_file_becomes_a_folder_once(file, cache):
-    lines, given = said()
-    folder = resolve(str(file), **given)
+def test_a_file_is_converted_to_a_folder_once(file, cache):
+    lines, options = recorded_lines()
+    folder = resolve(str(file), **options)
     assert Path(folder).parent == cache / "gguf"
     assert lines == [f"Converting {file} to {folder}, once."]
-    # Offline and idempotent: the folder that holds the file is the same model, and nothing is said.
-    assert resolve(str(file.parent), **given) == folder
+    # Idempotent and offline: the folder of the file is the same model, and nothing is printed.
+    assert resolve(str(file.parent), **options) == folder
     assert len(lines) == 1
     assert json.loads((Path(folder) / ORIGIN).read_text())["architecture"] == "llama"
     assert [path.name for path in (cache / "gguf").glob("*.partial")] == []
@@ -136,7 +136,7 @@ def test_floats_are_kept_exactly(file):
 
 
 def test_quantised_weights_become_bfloat16(tmp_path):
-    folder = resolve(str(written(tmp_path / "q.gguf", kind="Q8_0")))
+    folder = resolve(str(write_gguf(tmp_path / "q.gguf", kind="Q8_0")))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     values = np.random.default_rng(0).standard_normal((len(VOCABULARY), WIDTH), dtype=np.float32)
@@ -144,7 +144,7 @@ def test_quantised_weights_become_bfloat16(tmp_path):
     assert 0 < far < 0.05
 
 
-def test_tokenizer_template_and_stop_token_come_along(file):
+def test_tokenizer_template_and_stop_token_are_converted(file):
     folder = resolve(str(file))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token == "<|im_end|>"
@@ -155,50 +155,50 @@ def test_tokenizer_template_and_stop_token_come_along(file):
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path, cache):
-    file = written(tmp_path / "new.gguf", architecture="strange9")
+    file = write_gguf(tmp_path / "new.gguf", architecture="strange9")
     with pytest.raises(ValueError, match=r"'strange9', which transformers .* cannot convert"):
         resolve(str(file))
     assert [path.name for path in (cache / "gguf").iterdir() if path.is_dir()] == []
 
 
 def test_missing_weights_are_refused(tmp_path):
-    file = written(tmp_path / "holes.gguf", lacking="blk.0.ffn_up.weight")
+    file = write_gguf(tmp_path / "holes.gguf", lacking="blk.0.ffn_up.weight")
     with pytest.raises(ValueError, match=r"missing keys: model\.layers\.0\.mlp\.up_proj"):
         resolve(str(file))
 
 
 def test_one_part_of_several_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one of 3 parts"):
-        resolve(str(written(tmp_path / "part.gguf", parts=3)))
+        resolve(str(write_gguf(tmp_path / "part.gguf", parts=3)))
 
 
-@pytest.mark.parametrize("kept", [3, 100, 4000])
-def test_a_cut_file_is_refused(file, kept):
-    file.write_bytes(file.read_bytes()[:kept])
+@pytest.mark.parametrize("size", [3, 100, 4000])
+def test_a_truncated_file_is_refused(file, size):
+    file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"tiny\.gguf: .*download"):
         resolve(str(file))
 
 
-def test_several_files_and_a_wrong_one_are_refused(file):
+def test_a_missing_file_and_a_folder_with_several_are_refused(file):
     with pytest.raises(ValueError, match="there is no such file"):
         resolve(str(file.with_name("absent.gguf")))
-    written(file.with_name("other.gguf"), kind="Q8_0")
+    write_gguf(file.with_name("other.gguf"), kind="Q8_0")
     with pytest.raises(ValueError, match=r"2 GGUF files \(other\.gguf, tiny\.gguf\)"):
         resolve(str(file.parent))
 
 
-def test_processes_that_convert_at_once_make_one_folder(file, cache):
+def test_concurrent_conversions_make_one_folder(file, cache):
     context = multiprocessing.get_context("fork")
     with context.Pool(3) as pool:
         folders = pool.map(resolve, [str(file)] * 3)
-        # Not by SIGTERM, as the end of `with` would: what handles it here handles it in a fork too.
+        # The end of `with` would send SIGTERM, and a fork inherits the handlers of this process.
         pool.close()
         pool.join()
     assert len(set(folders)) == 1
     assert (Path(folders[0]) / "model.safetensors").exists()
 
 
-def test_it_is_served_from_the_folder_under_its_own_name(file):
+def test_a_gguf_is_served_from_its_folder_under_its_own_name(file):
     argv = launch(str(file)).argv
     assert argv[1:3] == ("serve", resolve(str(file)))
     assert argv[argv.index("--served-model-name") + 1] == str(file)
@@ -207,29 +207,29 @@ def test_it_is_served_from_the_folder_under_its_own_name(file):
 
 
 @pytest.mark.parametrize("command", ["run", "benchmark", "likelihood"])
-def test_evaluate_takes_it(file, tmp_path, monkeypatch, command):
-    """Each is stopped where it would go on: what counts is which model it was given."""
+def test_evaluate_accepts_a_gguf(file, tmp_path, monkeypatch, command):
+    """Each command is stopped where its work begins: only the model that it got matters."""
     from dftserve.evaluate import perplexity, run
     from dftserve.evaluate.benchmark import run as benchmark
 
-    given = []
+    models = []
 
     def stopped(job, *_):
-        given.append(getattr(job, "model", job))
+        models.append(getattr(job, "model", job))
         raise ValueError("stopped")
 
     monkeypatch.setattr(run, "evaluate", stopped)
     monkeypatch.setattr(benchmark, "run", stopped)
     monkeypatch.setattr(perplexity, "surprise", stopped)
-    there = str(tmp_path)
+    folder = str(tmp_path)
     options = {
-        "run": ("--prompts", there, "--anchors", there, "--out", there),
-        "benchmark": ("--out", there),
-        "likelihood": ("--anchors", there),
+        "run": ("--prompts", folder, "--anchors", folder, "--out", folder),
+        "benchmark": ("--out", folder),
+        "likelihood": ("--anchors", folder),
     }
     result = CliRunner().invoke(main, ["evaluate", command, str(file), *options[command]])
     assert "stopped" in result.output
-    assert given == [resolve(str(file))]
+    assert models == [resolve(str(file))]
 
 
 RECIPE = """
@@ -242,9 +242,9 @@ source: {teacher: {model: "${teacher}"}}
 """
 
 
-def test_the_commands_take_it(file, tmp_path):
+def test_target_and_train_accept_a_gguf(file, tmp_path):
     corpus, recipe, out = (tmp_path / name for name in ("texts.jsonl", "recipe.yaml", "targets"))
-    drawn = random.Random(0)  # Of the alphabet, so that no text is nearly another's copy.
+    drawn = random.Random(0)  # Single letters, so that no text is a near copy of another.
     texts = [" ".join(drawn.choices(string.ascii_lowercase, k=12)) for _ in range(8)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe.write_text(RECIPE)

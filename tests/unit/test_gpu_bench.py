@@ -1,4 +1,4 @@
-"""bench/gpu.py: a stage that fails does not take the others along; and what its table says."""
+"""bench/gpu.py: a failed stage does not stop the others; and the table of its results."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The bench with stages of nothing, on a CPU."""
+    """The bench with empty stages, on a CPU."""
     module = importlib.import_module("gpu")
     for stage in ("exactness", "samplers", "steps", "training", "targets", "generation"):
         monkeypatch.setattr(module, stage, lambda *_: [])
@@ -23,28 +23,28 @@ def run(gpu, monkeypatch, capsys, *options):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_stage_that_fails_is_told_and_the_others_go_on(gpu, monkeypatch, capsys, tmp_path):
+def test_a_failed_stage_is_reported_and_the_others_run(gpu, monkeypatch, capsys, tmp_path):
     def failing(*_):
         raise MemoryError("too large")
 
     monkeypatch.setattr(gpu, "training", failing)
     monkeypatch.setattr(gpu, "targets", lambda *_: {"tokens_per_second": 5.0})
     file = tmp_path / "gpu.json"
-    told = run(gpu, monkeypatch, capsys, "--device", "cpu", "--quick", "--output", str(file))
-    assert told["train"]["failed"] == "MemoryError: too large"
-    assert told["targets"]["result"] == {"tokens_per_second": 5.0}
-    assert json.loads(file.read_text()) == told
-    assert not told["is_whole_run"]
+    results = run(gpu, monkeypatch, capsys, "--device", "cpu", "--quick", "--output", str(file))
+    assert results["train"]["failed"] == "MemoryError: too large"
+    assert results["targets"]["result"] == {"tokens_per_second": 5.0}
+    assert json.loads(file.read_text()) == results
+    assert not results["is_whole_run"]
 
 
-def test_a_run_without_a_gpu_leaves_the_results_alone(gpu, monkeypatch, capsys, tmp_path):
+def test_a_run_without_a_gpu_does_not_write_the_results(gpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
     for options in (("--device", "cpu"), ("--device", "cpu", "--quick")):
         run(gpu, monkeypatch, capsys, *options)
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_a_package_that_is_not_there_does_not_keep_its_importers_away(gpu, monkeypatch):
+def test_a_missing_package_is_replaced_by_a_stand_in(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "blake3", None)
     gpu.stand_in_for_absent_packages()
     from blake3 import blake3
@@ -52,7 +52,7 @@ def test_a_package_that_is_not_there_does_not_keep_its_importers_away(gpu, monke
     assert isinstance(blake3, type)
 
 
-def test_the_exactness_stage_finds_a_wrong_law(monkeypatch):
+def test_the_exactness_stage_detects_a_wrong_law(monkeypatch):
     gpu = importlib.import_module("gpu")
     size = gpu.Size(**{**vars(gpu.QUICK), "step_vocabulary": 300})
     monkeypatch.setattr(gpu, "KINDS", {"few": None, "gaussian": None})
@@ -66,7 +66,7 @@ def test_the_exactness_stage_finds_a_wrong_law(monkeypatch):
         gpu.exactness(torch.device("cpu"), size)
 
 
-def test_the_table_has_a_line_for_every_figure_and_says_what_failed():
+def test_the_table_has_a_line_for_every_figure_and_every_failure():
     table = importlib.import_module("gpu_table").table
     found = {"ratio": 1.2, "interval": [1.1, 1.3]}
     document = {

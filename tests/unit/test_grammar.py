@@ -14,7 +14,7 @@ prompts = st.sampled_from(list(PROMPTS))
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, prompts)
-def test_what_is_written_is_read_back(seed, prompt):
+def test_a_generated_story_is_parsed_back(seed, prompt):
     story = generate(random.Random(seed), prompt)
     assert parse(story.text) == story
     assert valid(prompt, story.text)
@@ -23,25 +23,25 @@ def test_what_is_written_is_read_back(seed, prompt):
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.data())
-def test_an_altered_text_is_refused_or_another_whole_story(seed, data):
-    """Dropping, doubling or swapping a word: what parses must be what its own choices write."""
+def test_an_altered_text_is_refused_or_parsed_as_another_story(seed, data):
+    """After dropping, doubling or swapping a word; a parsed story has the text it was read from."""
     story = generate(random.Random(seed))
     words = story.text.split(" ")
-    place = data.draw(st.integers(0, len(words) - 2))
+    index = data.draw(st.integers(0, len(words) - 2))
     altered = data.draw(
         st.sampled_from(
             [
-                words[:place] + words[place + 1 :],
-                words[: place + 1] + words[place:],
-                [*words[:place], words[place + 1], words[place], *words[place + 2 :]],
+                words[:index] + words[index + 1 :],
+                words[: index + 1] + words[index:],
+                [*words[:index], words[index + 1], words[index], *words[index + 2 :]],
             ]
         )
     )
     text = " ".join(altered)
-    read = parse(text)
-    assert read is None or read.text == text
+    parsed = parse(text)
+    assert parsed is None or parsed.text == text
     if len(altered) != len(words):
-        assert read is None or read.choices != story.choices
+        assert parsed is None or parsed.choices != story.choices
 
 
 @settings(max_examples=50, deadline=None)
@@ -54,12 +54,12 @@ def test_a_foreign_word_is_refused(seed):
 
 
 @pytest.mark.parametrize("text", ["", " ", "Once upon a time", "\n", "a" * 10_000])
-def test_what_is_no_story_is_refused(text):
+def test_other_texts_are_refused(text):
     assert parse(text) is None
 
 
-def test_the_number_of_options_is_honest():
-    """Every choice is one of its slot's options: no more of them are ever seen than there are."""
+def test_options_counts_the_choices_of_a_slot():
+    """No slot has more distinct choices than options, and a slot of few options has all of them."""
     source = random.Random(0)
     seen: dict[str, set[str]] = {}
     for _ in range(3000):
@@ -69,17 +69,17 @@ def test_the_number_of_options_is_honest():
     assert all(len(seen[slot]) == options(slot) for slot in seen if options(slot) < 9)
 
 
-def test_stories_are_many():
+def test_2000_stories_are_all_different():
     source = random.Random(0)
     assert len({generate(source).text for _ in range(2000)}) == 2000
 
 
 def test_a_prompt_constrains_the_answer():
     source = random.Random(0)
-    for prompt, asked in PROMPTS.items():
+    for prompt, required in PROMPTS.items():
         free = [generate(source).text for _ in range(50)]
         assert all(valid(ANY_STORY, text) for text in free)
-        if asked:
+        if required:
             assert not all(valid(prompt, text) for text in free)
 
 

@@ -1,6 +1,6 @@
-"""What lives as long as a process does not grow with the requests that it has served: of objects
-that Python's garbage collector visits there are as many after N requests as after 3N, and of all
-memory that Python gives out less than a piece a request more."""
+"""Long-lived state does not grow with the number of served requests: there are as many objects
+tracked by Python's garbage collector after 3N requests as after N, and fewer additional allocated
+blocks than requests."""
 
 import asyncio
 import gc
@@ -39,19 +39,19 @@ FIELDS = (
     {"level": 0.3, "trace": True},
     {"level": 0.5, "group": True},
 )
-"""Of a request each, in turn; the last is of two choices."""
+"""The requests take these in turn."""
 
 
 OTHERS = 8
-"""Objects of a type that the rest of this process may have made meanwhile: fewer than what every
-tenth request would leave, 2N / 10."""
+"""Objects of a type that the rest of this process may create meanwhile: fewer than one for every
+tenth request, 2N / 10."""
 
 
-def grown(serve: Callable[[int], None]) -> tuple[dict[str, int], int]:
-    """What there is more of after 3N requests than after N: of collected objects by type, where
-    more than `OTHERS`, and of Python's pieces of memory."""
+def growth_of(serve: Callable[[int], None]) -> tuple[dict[str, int], int]:
+    """What there is more of after 3N requests than after N: tracked objects by type, if more than
+    `OTHERS`, and allocated blocks of memory."""
     serve(N // 2)
-    objects = _objects()  # Of what is made once, some is made as it is counted.
+    objects = _objects()  # Counting itself creates some objects once.
     serve(N - N // 2)
     objects = _objects()
     pieces = sys.getallocatedblocks()
@@ -72,8 +72,8 @@ def is_less_than_one_a_request(pieces: int) -> bool:
 
 
 class Worker:
-    """A V1 worker of four slots, and the engine core behind it. Every tenth request is preempted
-    on its way, and comes back."""
+    """A V1 worker of four slots and its engine core. Every tenth request is preempted and
+    resumed."""
 
     def __init__(self) -> None:
         self._config = config(parallel_config=SimpleNamespace(data_parallel_index=0))
@@ -95,8 +95,8 @@ class Worker:
             self._leave()
 
     def _join(self, number: int, outputs: list[list[int]]) -> None:
-        asked = FIELDS[number % len(FIELDS)]
-        carried = {"diversity": asked, "diversity_id": str(number)}
+        diversity = FIELDS[number % len(FIELDS)]
+        carried = {"diversity": diversity, "diversity_id": str(number)}
         whole = SamplingParams(temperature=1.0, n=len(outputs), seed=number, extra_args=carried)
         parent = SimpleNamespace(sampling_params=whole, request_id=str(number))
         added = []
@@ -129,26 +129,26 @@ class Worker:
         return self._processor.stats.faults
 
 
-def test_a_worker_and_its_engine_core(monkeypatch):
-    """What is kept for preempted requests is bounded, and its bound is reached here."""
+def test_a_worker_and_its_engine_core_do_not_grow(monkeypatch):
+    """The state kept for preempted requests is bounded; the bound is reached here."""
     monkeypatch.setattr(preempted, "MOST", N // 10)
     served = Worker()
-    objects, pieces = grown(served.serve)
+    objects, pieces = growth_of(served.serve)
     assert served.faults == 0
     assert served.payloads >= 6 * N
     assert objects == {}
     assert is_less_than_one_a_request(pieces)
 
 
-def test_what_is_kept_for_requests_that_may_come_back_is_no_object_that_is_collected():
-    """Thousands of them are kept in a worker, each of a request that has mostly ended."""
+def test_states_of_preempted_requests_are_not_tracked_by_the_collector():
+    """A worker keeps thousands of them, mostly for requests that have ended."""
     assert 3 * N < preempted.MOST
-    objects, _ = grown(Worker().serve)
+    objects, _ = growth_of(Worker().serve)
     assert objects == {}
 
 
 class ApiProcess:
-    """The middleware around an app that takes the field, and an engine that answers at once."""
+    """The middleware around an app that accepts the field, and an engine that answers at once."""
 
     def __init__(self) -> None:
         self._app = ResponseMiddleware(self._answer)
@@ -163,7 +163,7 @@ class ApiProcess:
         for _ in range(requests):
             headers = [(b"authorization", b"Bearer a")]
             scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
-            # A task of its own, as a web server has it: what is set in its context ends with it.
+            # In its own task, as in a web server: its context variables end with it.
             one = self._app({**scope, "headers": headers}, None, self._send)
             await asyncio.create_task(one)  # type: ignore[arg-type]
 
@@ -196,16 +196,16 @@ class ApiProcess:
             self.answers += choice["tokens"] == 1
 
 
-def test_an_api_process():
+def test_an_api_process_does_not_grow():
     process = ApiProcess()
-    objects, pieces = grown(process.serve)
+    objects, pieces = growth_of(process.serve)
     assert process.answers == 3 * N
     assert objects == {}
     assert is_less_than_one_a_request(pieces)
 
 
-def test_an_api_process_leaves_nothing_of_ours_to_the_collector():
-    """Else each request, its answer among it, stays until the collector comes."""
+def test_an_api_process_leaves_no_cycles_of_our_objects():
+    """Otherwise each request and its answer would stay in memory until the collector runs."""
     process = ApiProcess()
     process.serve(1)
     gc.collect()
@@ -226,16 +226,16 @@ def _ours() -> Counter[str]:
     )
 
 
-def test_what_does_grow_is_seen():
+def test_growth_is_detected():
     kept: list[object] = []
     numbers = itertools.count(10**6)
-    objects, _ = grown(lambda requests: kept.extend([] for _ in range(requests)))
+    objects, _ = growth_of(lambda requests: kept.extend([] for _ in range(requests)))
     assert objects == {"list": 2 * N}
-    _, pieces = grown(lambda requests: kept.extend(next(numbers) for _ in range(requests)))
+    _, pieces = growth_of(lambda requests: kept.extend(next(numbers) for _ in range(requests)))
     assert not is_less_than_one_a_request(pieces)
 
 
 @pytest.fixture(autouse=True)
 def collected_first():
-    """What earlier tests left behind is not counted as less."""
+    """Garbage of earlier tests must not hide growth."""
     gc.collect()

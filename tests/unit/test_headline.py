@@ -1,4 +1,4 @@
-"""bench/headline_models.py: what is trained on is not what is measured, and the mean of weights."""
+"""bench/headline_models.py: training and measurement do not overlap, and the mean of weights."""
 
 import importlib
 from pathlib import Path
@@ -13,26 +13,26 @@ from tiny_model import save_model, save_tokenizer
 models = importlib.import_module("headline_models")
 
 
-def test_stories_that_begin_alike_are_in_one_part(data):
-    begin = {
+def test_stories_with_equal_beginnings_are_in_one_part(data):
+    beginnings = {
         part: {" ".join(s.text.split()[:8]).lower() for s in found}
         for part, found in models.stories().items()
     }
     for part, others in (("train", "heldout"), ("train", "measure"), ("heldout", "measure")):
-        assert len(begin[part]) > 30
-        assert begin[part].isdisjoint(begin[others])
+        assert len(beginnings[part]) > 30
+        assert beginnings[part].isdisjoint(beginnings[others])
 
 
-def test_every_story_has_words_behind_its_prompt(data):
+def test_every_story_continues_after_its_prompt(data):
     for part in models.SHARES:
         assert all(text.strip() for _, text in models.human_stories(part))
 
 
-def test_the_start_does_not_learn_the_prompts_that_are_asked(data):
-    asked = models.prompt_set(models.STORIES, data)
+def test_the_start_is_not_trained_on_the_measured_prompts(data):
+    measured = models.prompt_set(models.STORIES, data)
     learnt = [prompt for prompt, _ in models.model_answers(data)]
-    assert len(learnt) == 300 - len(asked.prompts)
-    assert set(learnt).isdisjoint(asked.prompts)
+    assert len(learnt) == 300 - len(measured.prompts)
+    assert set(learnt).isdisjoint(measured.prompts)
 
 
 def test_a_text_is_cut_between_words_and_keeps_its_lines():
@@ -52,14 +52,14 @@ def tokenizer(tmp_path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_the_answer_is_learnt_and_its_end_is_not(tokenizer):
+def test_the_answer_is_learnt_without_its_end(tokenizer):
     (document,) = models.documents(iter([("w10 w11", "w20 w21")]), tokenizer)
     assert document.tokens_N.tolist() == [1, 10, 11, 2, 3, 20, 21]
     assert document.labels_T.tolist() == [20, 21]
     assert document.group == "w10 w11"
 
 
-def test_half_way_is_the_mean_of_the_weights(tmp_path, tokenizer):
+def test_mean_of_averages_the_weights(tmp_path, tokenizer):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, scale in zip(folders, (1.0, 3.0), strict=True):
         save_model(folder, 64)

@@ -75,15 +75,17 @@ def test_generate_samples_the_law(model, draws):
         prompt = torch.tensor(random.integers(4, 301, size=(2, 5)))
         out = generate(model, prompt, processor, sampling(t, max_new_tokens=1))
         for r in range(2):
-            said = reference(out.logits[0][r].numpy(), temperature=t, stop_ids={EOS}, **diversity)
-            if said.margin < 1e-4:
+            expected = reference(
+                out.logits[0][r].numpy(), temperature=t, stop_ids={EOS}, **diversity
+            )
+            if expected.margin < 1e-4:
                 continue
             got_V = torch.log_softmax(out.scores[0][r].double(), 0).numpy()
-            assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
-            likely_V = said.log_p_V > -25
-            np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+            assert (np.isinf(got_V) == np.isinf(expected.log_p_V)).all()
+            likely_V = expected.log_p_V > -25
+            np.testing.assert_allclose(got_V[likely_V], expected.log_p_V[likely_V], atol=2e-4)
             assert processor.statistics.entropy_after_R[r] == pytest.approx(
-                said.entropy_after, abs=1e-3
+                expected.entropy_after, abs=1e-3
             )
 
 
@@ -97,7 +99,7 @@ def test_nothing_is_cut_after_the_processor(model):
     assert kept == expected > 50
 
 
-def test_off_is_off(model):
+def test_diversity_0_changes_nothing(model):
     prompt = torch.tensor([[5, 6, 7]])
     config = sampling(max_new_tokens=12)
     plain = generate(model, prompt, None, config).sequences
@@ -106,15 +108,15 @@ def test_off_is_off(model):
 
 
 def test_budget_meets_its_target():
-    """Rows drawn at random stand in for a model: entropies spread around two nats."""
+    """Random rows replace a model: their entropies are spread around two nats."""
     torch.manual_seed(0)
-    natural = _steered({"level": 0.001})
+    natural = _mean_entropy({"level": 0.001})
     for share in (0.7, 1.1):
-        asked = {"law": "budget", "target_entropy": share * natural}
-        assert _steered(asked) == pytest.approx(share * natural, rel=0.1)
+        diversity = {"law": "budget", "target_entropy": share * natural}
+        assert _mean_entropy(diversity) == pytest.approx(share * natural, rel=0.1)
 
 
-def _steered(diversity, rows=4, steps=200):
+def _mean_entropy(diversity, rows=4, steps=200):
     """The mean entropy that a processor reaches over sequences of random logits."""
     processor = DiversityProcessor(diversity, stop_ids=[EOS])
     entropies, text_RL = [], torch.zeros(rows, 5, dtype=torch.int64)
@@ -126,7 +128,7 @@ def _steered(diversity, rows=4, steps=200):
 
 
 def words_tokenizer():
-    """Of the model's vocabulary: words with and without a blank before them, marks, digits."""
+    """For the model's vocabulary: words with and without a leading blank, marks and digits."""
     pieces = ["<s>", "<pad>", "<unk>", "</s>"]
     for n in range(297):
         text = f"{chr(97 + n % 26)}{chr(97 + n // 26)}"
@@ -142,70 +144,72 @@ def test_generate_samples_the_law_words(model):
     classes = TokenClasses.from_tokenizer(tokenizer)
     assert len({*classes.classes_after(IN_WORD)}) == 3
     for level, last in itertools.product((0.3, 1.0), (5, 4, 8, 0)):
-        asked = {"law": "words", "level": level}
-        processor = DiversityProcessor(asked, temperature=0.8, stop_ids=[EOS], tokenizer=tokenizer)
+        diversity = {"law": "words", "level": level}
+        processor = DiversityProcessor(
+            diversity, temperature=0.8, stop_ids=[EOS], tokenizer=tokenizer
+        )
         prompt = torch.tensor([[7, 9, last]])
         out = generate(model, prompt, processor, sampling(0.8, max_new_tokens=1))
         class_V = classes.classes_after(int(classes.states()[last]))
-        said = words_reference(
+        expected = words_reference(
             out.logits[0][0].numpy(), class_V, temperature=0.8, level=level, stop_ids={EOS}
         )
-        assert said.margin > 1e-4
+        assert expected.margin > 1e-4
         got_V = torch.log_softmax(out.scores[0][0].double(), 0).numpy()
-        assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
-        likely_V = said.log_p_V > -25
-        np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+        assert (np.isinf(got_V) == np.isinf(expected.log_p_V)).all()
+        likely_V = expected.log_p_V > -25
+        np.testing.assert_allclose(got_V[likely_V], expected.log_p_V[likely_V], atol=2e-4)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "diversity",
     [
         {"law": "guard", "min_p": 0.05},
         {"law": "top_n_sigma", "n_sigma": 1.5},
         {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.05},
     ],
-    ids=lambda asked: asked["law"],
+    ids=lambda diversity: diversity["law"],
 )
-def test_generate_samples_the_laws_that_only_cut(model, asked):
-    """Rows of a batch draw apart, and each step for itself, by the seed."""
-    processor = DiversityProcessor(asked, temperature=0.8, stop_ids=[EOS], seed=7)
+def test_generate_samples_the_truncating_laws(model, diversity):
+    """Each row of a batch and each step has its own draw, given by the seed."""
+    processor = DiversityProcessor(diversity, temperature=0.8, stop_ids=[EOS], seed=7)
     prompt = torch.tensor([[7, 9, 5], [4, 8, 6]])
     config = sampling(0.8, max_new_tokens=8, eos_token_id=None)
     out = generate(model, prompt, processor, config)
     for step, (logits_RV, scores_RV) in enumerate(zip(out.logits, out.scores, strict=True)):
         for r in range(2):
             draw = draw_reference(draw_key(7, r), 3 + step)
-            said = cut_reference(
-                logits_RV[r].numpy(), temperature=0.8, stop_ids={EOS}, draw=draw, **asked
+            expected = cut_reference(
+                logits_RV[r].numpy(), temperature=0.8, stop_ids={EOS}, draw=draw, **diversity
             )
-            if said.margin < 1e-4:
+            if expected.margin < 1e-4:
                 continue
             got_V = torch.log_softmax(scores_RV[r].double(), 0).numpy()
-            assert (np.isinf(got_V) == np.isinf(said.log_p_V)).all()
-            likely_V = said.log_p_V > -25
-            np.testing.assert_allclose(got_V[likely_V], said.log_p_V[likely_V], atol=2e-4)
+            assert (np.isinf(got_V) == np.isinf(expected.log_p_V)).all()
+            likely_V = expected.log_p_V > -25
+            np.testing.assert_allclose(got_V[likely_V], expected.log_p_V[likely_V], atol=2e-4)
 
 
-def test_without_a_seed_each_text_draws_otherwise():
-    asked = {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.1}
+def test_without_a_seed_each_text_draws_differently():
+    diversity = {"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.1}
     scores_RV = torch.tensor([[0.5, 0.3, 0.2]]).log()
 
     def excluded(processor):
         texts = [torch.zeros(1, 5 + step, dtype=torch.int64) for step in range(64)]
         return [bool(processor(text, scores_RV)[0, 0] == -torch.inf) for text in texts]
 
-    seeded, free = DiversityProcessor(asked, seed=1), DiversityProcessor(asked)
-    assert excluded(seeded) == excluded(seeded) != excluded(DiversityProcessor(asked, seed=2))
+    seeded, free = DiversityProcessor(diversity, seed=1), DiversityProcessor(diversity)
+    assert excluded(seeded) == excluded(seeded) != excluded(DiversityProcessor(diversity, seed=2))
     assert excluded(free) != excluded(free)
 
 
-def test_rows_of_equal_prompts_are_a_group(model):
-    """Four texts of each of two prompts: their first tokens are those of four codes, of the law
-    that `reference` has, after the processor's own cuts."""
-    asked = {"level": 0.5, "group": True}
+def test_rows_with_equal_prompts_are_a_group(model):
+    """Four texts for each of two prompts: four codes draw their first tokens from the law of
+    `reference`, after the processor's own cuts."""
+    diversity = {"level": 0.5, "group": True}
     prompts = torch.tensor([[5, 6, 7]] * 4 + [[8, 9, 10]] * 4)
     for cuts in ({}, {"top_k": 3}):
-        processor = DiversityProcessor(asked, stop_ids=EOS, seed=11, **cuts)
+        processor = DiversityProcessor(diversity, stop_ids=EOS, seed=11, **cuts)
         output = generate(model, prompts, processor, sampling(max_new_tokens=3))
         for row in range(8):
             law = reference(
@@ -220,25 +224,25 @@ def test_rows_of_equal_prompts_are_a_group(model):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"level": 0.5, "group": True}, {"law": "budget", "target_entropy": 2.0}]
+    "diversity", [{"level": 0.5, "group": True}, {"law": "budget", "target_entropy": 2.0}]
 )
-def test_another_call_begins_anew_though_its_prompt_is_one_token_longer(asked):
-    """As many rows as before; what a processor of its own would do with them."""
+def test_a_call_whose_prompt_is_one_token_longer_is_a_new_call(diversity):
+    """With the same number of rows; the result is that of a fresh processor."""
     scores_RV = torch.randn(2, 301, generator=torch.Generator().manual_seed(0)) * 3
-    used, own = (DiversityProcessor(asked, seed=5) for _ in range(2))
+    used, fresh = (DiversityProcessor(diversity, seed=5) for _ in range(2))
     for length in range(3, 60):
         used(torch.full((2, length), 9), scores_RV)
     prompt = torch.full((2, 60), 11)
     for text in (prompt, torch.nn.functional.pad(prompt, (0, 1), value=12)):
-        assert torch.equal(used(text, scores_RV), own(text, scores_RV))
+        assert torch.equal(used(text, scores_RV), fresh(text, scores_RV))
 
 
 def steps_of(processor, texts, scores_RV):
     return torch.stack([processor(text, scores_RV) for text in texts])
 
 
-def test_a_prompt_of_a_token_that_was_not_to_be_drawn_begins_another_call():
-    """Its text is the last step's and one token more; a row that ended is padded with any token."""
+def test_a_prompt_with_a_token_that_could_not_be_drawn_is_a_new_call():
+    """Its text is the last one and one token more; an ended row may be padded with any token."""
     scores_RV = torch.tensor([[5.0, 3.0, 2.0, 0.0]] * 2).log()
     processor = DiversityProcessor({"law": "xtc", "xtc_probability": 0.5, "xtc_threshold": 0.1})
     steps_of(processor, [torch.full((2, length), 2) for length in range(3, 6)], scores_RV)
@@ -249,25 +253,25 @@ def test_a_prompt_of_a_token_that_was_not_to_be_drawn_begins_another_call():
         assert (processor._controls is not begun) == is_new, appended
 
 
-def test_after_a_reset_the_next_step_begins_another_call():
-    """As a processor of its own; without it, a prompt that an earlier call wrote goes on."""
-    asked = {"law": "budget", "target_entropy": 0.9}
+def test_after_a_reset_the_next_step_is_a_new_call():
+    """As with a fresh processor; without a reset, the text of an earlier call is continued."""
+    diversity = {"law": "budget", "target_entropy": 0.9}
     scores_RV = torch.randn(2, 301, generator=torch.Generator().manual_seed(0)) * 3
     best_R1 = scores_RV.argmax(dim=1, keepdim=True)
-    reset, own, going_on = (DiversityProcessor(asked) for _ in range(3))
-    for used in (reset, going_on):
+    reset, fresh, not_reset = (DiversityProcessor(diversity) for _ in range(3))
+    for used in (reset, not_reset):
         steps_of(used, [best_R1.expand(2, length) for length in range(3, 60)], scores_RV)
     reset.reset()
     prompt = best_R1.expand(2, 60)
-    wanted_RV = own(prompt, scores_RV)
+    wanted_RV = fresh(prompt, scores_RV)
     assert torch.equal(reset(prompt, scores_RV), wanted_RV)
-    assert not torch.equal(going_on(prompt, scores_RV), wanted_RV)
+    assert not torch.equal(not_reset(prompt, scores_RV), wanted_RV)
 
 
-def test_one_text_s_place_is_refused():
-    place = {"id": "a", "index": 0, "size": 2}
+def test_the_object_form_of_group_is_refused():
+    group = {"id": "a", "index": 0, "size": 2}
     with pytest.raises(ValueError, match=r"diversity\.group: got the object form; accepted: true"):
-        DiversityProcessor({"level": 0.5, "group": place})
+        DiversityProcessor({"level": 0.5, "group": group})
 
 
 def test_words_without_a_tokenizer_is_refused():
@@ -280,8 +284,8 @@ def test_a_wrong_diversity_is_refused():
         DiversityProcessor(1.5)
 
 
-def test_stop_ids_as_configurations_have_them():
-    """`eos_token_id` is a number, a list or None, and tokenizers give None."""
+def test_stop_ids_are_accepted_in_the_forms_of_configurations():
+    """`eos_token_id` is a number, a list or None, and tokenizers return None."""
     for given, ids in ((EOS, [EOS]), (None, []), ([EOS, None, 7], [EOS, 7]), ({EOS}, [EOS])):
         processor = DiversityProcessor(0.5, stop_ids=given)
         same = DiversityProcessor(0.5, stop_ids=ids)
@@ -306,21 +310,21 @@ def test_beams_are_refused(model):
 
 
 def toy_style(vocabulary=301):
-    """A profile whose phrases are of the tokens 0 to 3."""
+    """A profile whose phrases consist of the tokens 0 to 3."""
     profile = random_profile(7, vocabulary)
     return SimpleNamespace(**vars(profile), name="toy", strength=1.0, max_kl=0.05), profile
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.4])
-def test_a_style_goes_by_each_rows_answer_in_fp64(model, strength):
-    """Two rows of other prompts, one of which ends inside a phrase: that is not the answer's."""
+def test_a_style_depends_on_the_answer_of_each_row_and_matches_fp64(model, strength):
+    """Two rows with different prompts; a phrase that one prompt begins does not count."""
     style, profile = toy_style()
-    asked = {"name": "toy", "strength": strength}
+    request = {"name": "toy", "strength": strength}
     processor = DiversityProcessor(
-        0, temperature=0.8, stop_ids=EOS, style=asked, profiles=[style], seed=0
+        0, temperature=0.8, stop_ids=EOS, style=request, profiles=[style], seed=0
     )
     prompt = torch.tensor([[5, 0, 1], [9, 8, 7]])
-    # The logits are of the model with a fair chance of phrases.
+    # Logits under which phrases are likely.
     logits_TRV = torch.randn(5, 2, 301, generator=torch.Generator().manual_seed(1))
     logits_TRV[..., :4] += 3
     answer_RT = torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 2, 2]])
@@ -330,7 +334,7 @@ def test_a_style_goes_by_each_rows_answer_in_fp64(model, strength):
         got_RV = processor(text_RL, logits_RV)
         for r in range(2):
             answer, before = answer_RT[r, :t].tolist(), int(text_RL[r, -1])
-            said = style_reference(
+            expected = style_reference(
                 logits_RV[r].numpy(),
                 profile.factors(answer),
                 profile.delta_VV[before],
@@ -340,12 +344,12 @@ def test_a_style_goes_by_each_rows_answer_in_fp64(model, strength):
                 allowance=style.max_kl * (t + 1) - spent_R[r],
                 stop_ids={EOS},
             )
-            assert said.margin > 1e-4
-            spent_R[r] += said.tilt_kl
+            assert expected.margin > 1e-4
+            spent_R[r] += expected.tilt_kl
             log_p_V = (got_RV[r] / 0.8).log_softmax(0).double().numpy()
-            kept_V = np.isfinite(said.log_p_V)
+            kept_V = np.isfinite(expected.log_p_V)
             assert (np.isfinite(log_p_V) == kept_V).all(), (t, r)
-            np.testing.assert_allclose(log_p_V[kept_V], said.log_p_V[kept_V], atol=2e-3)
+            np.testing.assert_allclose(log_p_V[kept_V], expected.log_p_V[kept_V], atol=2e-3)
     assert min(spent_R) > 0
 
 

@@ -1,4 +1,4 @@
-"""Hooks: in place once, missing with a reason, and never in the way of vLLM."""
+"""Hooks: installed once, reported with a reason if missing, and never harmful to vLLM."""
 
 import subprocess
 import sys
@@ -88,36 +88,36 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_vllms_search_for_kernels_survives_numba_and_still_finds_them():
-    """Without the change it ends in an AttributeError, and the engine with it."""
+def test_vllms_search_for_kernels_works_after_numba_is_imported():
+    """Without our change an AttributeError ends the search and the engine."""
     run(SEARCH)
 
 
-def test_a_seed_on_a_cpu_survives_a_prompt_in_two_parts():
-    """The first word is stock vLLM's: where it is no RuntimeError, `seeds` has become needless."""
+def test_generators_of_seeds_survive_a_chunked_prompt_on_a_cpu():
+    """The first result is stock vLLM's: if it is no RuntimeError, `seeds` is no longer needed."""
     ends, generators, draws = run(SEEDS).splitlines()
     assert ends == "RuntimeError Reached"
     assert generators == "[0, 2]", "a generator was lost"
-    # Row 0's token is thrown away and its draw taken back; row 2's counts.
+    # Row 0's token is discarded and its draw undone; row 2's counts.
     assert draws == "True False"
 
 
-def test_every_hook_is_in_place_on_this_vllm():
+def test_every_hook_is_installed_on_this_vllm():
     assert run(ALL) == "{} None"
 
 
-NOT_NEEDED = {
+OPTIONAL = {
     "BaseServing._maybe_get_adapters",
     "_rebind_kernels",
     "GPUModelRunner._sample",
     "GPUModelRunner._bookkeeping_sync",
 }
-"""What takes a style's adapter, refused without it, and what mends vLLM itself on a CPU."""
+"""The hook for the adapter of a style, which is refused without it, and fixes of vLLM on a CPU."""
 
 
-def test_every_other_hook_is_needed_and_all_are_in_the_contract():
+def test_all_hooks_but_the_optional_are_needed_and_all_are_in_the_contract():
     for hook in hooks.HOOKS:
-        assert hook.is_needed != (hook.target in NOT_NEEDED)
+        assert hook.is_needed != (hook.target in OPTIONAL)
         assert hook.symbols() or hook.passes_on, hook.name
         assert all(symbol.required == hook.is_needed for symbol in hook.symbols())
 
@@ -129,7 +129,7 @@ SYMBOL = vllm_contract.Symbol(
 
 @pytest.fixture
 def module(monkeypatch):
-    """A module of vLLM's with one function, which the contract knows, and no hook installed."""
+    """A stub module of vLLM with one method, which is in the contract, and without a hook."""
 
     class Engine:
         def run(self, step):
@@ -151,14 +151,14 @@ def doubling(run):
     return wrapped
 
 
-def installed(monkeypatch, **changes) -> Hook:
+def install_hook(monkeypatch, **changes) -> Hook:
     hook = Hook("engine", "Engine.run", doubling, **changes)
     monkeypatch.setattr(hooks, "_installed", (hook,))
     return hook
 
 
-def test_a_hook_is_put_in_place_once(monkeypatch, module):
-    hook = installed(monkeypatch)
+def test_a_hook_is_installed_once(monkeypatch, module):
+    hook = install_hook(monkeypatch)
     hooks._apply(hook, module)
     hooks._apply(hook, module)
     assert module.Engine().run(1) == 4
@@ -166,10 +166,10 @@ def test_a_hook_is_put_in_place_once(monkeypatch, module):
     assert hooks.refusal() is None
 
 
-def test_a_hook_under_anothers_wrapper_is_in_place(monkeypatch, module):
+def test_a_hook_inside_a_third_party_wrapper_counts_as_installed(monkeypatch, module):
     import functools
 
-    hook = installed(monkeypatch)
+    hook = install_hook(monkeypatch)
     hooks._apply(hook, module)
     ours = module.Engine.run
 
@@ -181,7 +181,7 @@ def test_a_hook_under_anothers_wrapper_is_in_place(monkeypatch, module):
     assert hooks.problems() == {}
 
 
-def test_a_wrapper_of_anothers_is_wrapped(monkeypatch, module):
+def test_a_third_party_wrapper_is_wrapped(monkeypatch, module):
     import functools
 
     stock = module.Engine.run
@@ -191,12 +191,12 @@ def test_a_wrapper_of_anothers_is_wrapped(monkeypatch, module):
         return 10 * stock(self, *args, **kwargs)
 
     module.Engine.run = theirs
-    hook = installed(monkeypatch)
+    hook = install_hook(monkeypatch)
     hooks._apply(hook, module)
     assert module.Engine().run(1) == 40
 
 
-def gone(module):
+def removed(module):
     del module.Engine.run
 
 
@@ -209,25 +209,25 @@ def changed_signature(module):
     module.Engine.run = lambda self, batch, step: step + 1
 
 
-@pytest.mark.parametrize("fault", [gone, renamed_class, changed_signature])
-def test_a_function_that_is_not_as_we_know_it_is_left_alone(monkeypatch, module, fault):
+@pytest.mark.parametrize("fault", [removed, renamed_class, changed_signature])
+def test_a_function_that_differs_from_the_contract_is_left_unchanged(monkeypatch, module, fault):
     fault(module)
     before = dict(vars(getattr(module, "Engine", object)))
-    hook = installed(monkeypatch)
+    hook = install_hook(monkeypatch)
     hooks._apply(hook, module)
     assert dict(vars(getattr(module, "Engine", object))) == before
     assert "Engine.run" in hooks.refusal()
 
 
 class Base:
-    """A worker's, of whose methods the wrapper knows nothing."""
+    """A worker, whose methods the wrapper does not define."""
 
     def run(self, step):
         return step + 1
 
 
 class Wrapper:
-    """As vLLM's: it passes on what it has not."""
+    """As vLLM's: it passes on the attributes that it does not have."""
 
     worker = Base()
 
@@ -236,8 +236,8 @@ class Wrapper:
 
 
 @pytest.mark.parametrize("is_renamed", [False, True])
-def test_a_method_that_is_passed_on_must_be_the_workers(monkeypatch, module, is_renamed):
-    """Around a name that the engine no longer calls, a hook would be in place and see nothing."""
+def test_a_method_that_is_passed_on_must_exist_on_the_worker(monkeypatch, module, is_renamed):
+    """Around a name that the engine no longer calls, a hook would be installed but never called."""
     monkeypatch.setattr(vllm_contract, "SYMBOLS", ())
     module.Wrapper, module.Base = type("Wrapper", (Wrapper,), {}), object if is_renamed else Base
     hook = Hook("engine", "Wrapper.run", doubling, passes_on="Base")
@@ -247,7 +247,7 @@ def test_a_method_that_is_passed_on_must_be_the_workers(monkeypatch, module, is_
     assert ("Base.run" in (hooks.refusal() or "")) == is_renamed
 
 
-def test_an_exception_of_ours_stays_ours(monkeypatch, module):
+def test_an_exception_while_wrapping_does_not_reach_vllm(monkeypatch, module):
     def breaking(_):
         raise OSError("no")
 
@@ -258,30 +258,30 @@ def test_an_exception_of_ours_stays_ours(monkeypatch, module):
     assert "OSError: no" in hooks.refusal()
 
 
-def test_a_hook_that_was_lost_or_replaced_is_missed(monkeypatch, module):
-    hook = installed(monkeypatch)
-    assert "without the change" in hooks.refusal()  # Imported, and never told to us.
+def test_a_lost_or_replaced_hook_is_reported(monkeypatch, module):
+    hook = install_hook(monkeypatch)
+    assert "without the change" in hooks.refusal()  # Imported, but our hook was not applied.
     hooks._apply(hook, module)
     assert hooks.refusal() is None
     module.Engine.run = lambda self, step: 0
     assert "replaced" in hooks.refusal()
 
 
-def test_a_module_that_is_not_there_is_missed(monkeypatch):
+def test_a_missing_module_is_reported(monkeypatch):
     hook = Hook("vllm.no_such_module", "run", doubling)
     monkeypatch.setattr(hooks, "_installed", (hook,))
     assert "no such module" in hooks.refusal()
 
 
 def test_a_hook_that_is_not_needed_refuses_nothing(monkeypatch, module):
-    installed(monkeypatch, is_needed=False)
+    install_hook(monkeypatch, is_needed=False)
     assert hooks.problems()
     assert hooks.refusal() is None
 
 
-def test_the_file_system_is_searched_once_and_for_what_is_needed(monkeypatch):
-    """Every request with a field asks, some of them several times, in the server's event loop."""
-    needed, other = "xml.dom.pulldom", "xml.dom.expatbuilder"  # There, and not imported.
+def test_the_file_system_is_searched_once_and_only_for_needed_modules(monkeypatch):
+    """Every request with a field checks them, some several times, in the server's event loop."""
+    needed, other = "xml.dom.pulldom", "xml.dom.expatbuilder"  # Installed, but not imported.
     for name in (needed, other):
         monkeypatch.delitem(sys.modules, name, raising=False)
     both = Hook(needed, "parse", doubling), Hook(other, "parse", doubling, is_needed=False)
@@ -298,8 +298,8 @@ def test_the_file_system_is_searched_once_and_for_what_is_needed(monkeypatch):
     assert searched == [needed, other]
 
 
-def test_a_module_that_is_missed_is_looked_for_again(monkeypatch):
-    """Its package may have been importing itself."""
+def test_a_missing_module_is_searched_for_again(monkeypatch):
+    """Its package may still have been importing."""
     monkeypatch.setattr(hooks, "_installed", (Hook("xml.dom.pulldom", "parse", doubling),))
     monkeypatch.delitem(sys.modules, "xml.dom.pulldom", raising=False)
     monkeypatch.setattr(hooks, "_present", set())
@@ -310,8 +310,8 @@ def test_a_module_that_is_missed_is_looked_for_again(monkeypatch):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_what_a_request_s_parameters_are_made_from_passes_as_it_came(by_name):
-    """Also what a later vLLM may add; the model's own cuts are taken out of the second."""
+def test_arguments_of_to_sampling_params_are_passed_unchanged(by_name):
+    """Also those that a later vLLM may add; with the field the model's own cuts are removed."""
 
     def to_sampling_params(
         request, default_max_tokens, default_sampling_params=None, *rest, **named
@@ -332,13 +332,13 @@ def test_what_a_request_s_parameters_are_made_from_passes_as_it_came(by_name):
 
 
 @pytest.mark.parametrize("wrapper", [seeds.restore_generators, seeds.hide_generators])
-def test_a_runner_whose_seeds_we_do_not_understand_runs_as_it_is(wrapper):
+def test_a_runner_with_unknown_seed_handling_runs_unchanged(wrapper):
     ran = wrapper(lambda self, *args, **kwargs: (self, args, kwargs))
     runner = object()
     assert ran(runner, 1, two=2) == (runner, (1,), {"two": 2})
 
 
-def test_a_numba_that_we_do_not_understand_keeps_no_engine_from_starting(monkeypatch):
+def test_an_unknown_numba_does_not_stop_an_engine_from_starting(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", types.ModuleType("ffi"))
     seen = []
     hooks._survives_numba(seen.append)("overrides")

@@ -1,5 +1,5 @@
-"""What a step costs the host does not grow with its rows: Python executes as many instructions, and
-torch does as many operations, for two rows as for 256."""
+"""The host cost of a step does not grow with its rows: Python executes as many instructions, and
+torch as many operations, for 256 rows as for two."""
 
 import sys
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tests.styles import stored
 CPU = torch.device("cpu")
 SLOTS, V = 256, 40
 PROFILE = stored(vocabulary=V).profile
-ASKED = {
+MANY = {
     "a law": {"diversity": 0.7},
     "last tokens": {"diversity": {"law": "words", "level": 0.5}},
     "a style": {"style": {"name": PROFILE.name, "strength": 0.8, "max_kl": 0.2}},
@@ -32,12 +32,12 @@ ONE = {
     "DRY": {"diversity": {"dry_multiplier": 0.8, "dry_sequence_breakers": []}},
 }
 PAIR = {"id": "a", "index": 1, "size": 2}
-USED = {"a group of two": {"diversity": {"level": 0.5, "group": PAIR}}}
-"""A flat row's token takes more bits than it has."""
+USED_UP = {"a group of two": {"diversity": {"level": 0.5, "group": PAIR}}}
+"""A token of a uniform row takes more bits than its code has."""
 
 
 class Operations(TorchDispatchMode):
-    """How many torch does while it is entered."""
+    """Counts the operations of torch while it is entered."""
 
     count = 0
 
@@ -46,11 +46,11 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def work_of(step, then):
-    """(instructions of Python, operations of torch), each of one step after some."""
+def work_of(step, end_step):
+    """(Python instructions, torch operations), each of one step after some others."""
     for _ in range(3):
         step()
-        then()
+        end_step()
     instructions, former = 0, sys.gettrace()
 
     def trace(frame, event, _):
@@ -64,7 +64,7 @@ def work_of(step, then):
         step()
     finally:
         sys.settrace(former)
-    then()
+    end_step()
     with Operations() as operations:
         step()
     assert instructions > 100
@@ -80,63 +80,63 @@ def engine(monkeypatch):
     return SimpleNamespace(scheduler_config=scheduler, speculative_config=None)
 
 
-def params(asked):
-    return SamplingParams(temperature=0.9, extra_args=(ASKED | ONE | USED)[asked])
+def params(kind):
+    return SamplingParams(temperature=0.9, extra_args=(MANY | ONE | USED_UP)[kind])
 
 
-def v1_of(engine, rows, asked, *others):
-    """The processor, its batch's answers, and what ends a step; the first ask for `others`."""
+def v1_of(engine, rows, kind, *others):
+    """The processor, the answers of its batch, and a function that ends a step. The first requests
+    are `others`, all further ones `kind`."""
     outputs = [[] if i < len(others) else [5] for i in range(rows)]
     processor = V1Processor(engine, CPU, False)
-    kinds = [*others, *[asked] * (rows - len(others))]
-    added = [(i, params(kind), [1], outputs[i]) for i, kind in enumerate(kinds)]
+    kinds = [*others, *[kind] * (rows - len(others))]
+    added = [(i, params(each), [1], outputs[i]) for i, each in enumerate(kinds)]
     processor.update_state(BatchUpdate(rows, removed=[], added=added, moved=[]))
 
-    def then():
+    def end_step():
         for output in outputs:
             output.append(1)
 
-    return processor, outputs, then
+    return processor, outputs, end_step
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_a_step_of_the_v1_runner(engine, asked):
+@pytest.mark.parametrize("kind", MANY)
+def test_a_step_of_the_v1_runner_costs_the_same_for_any_number_of_rows(engine, kind):
     def work(rows):
-        processor, _, then = v1_of(engine, rows, asked)
+        processor, _, end_step = v1_of(engine, rows, kind)
         logits_RV = torch.zeros(rows, V)
-        found = work_of(lambda: processor.apply(logits_RV), then)
+        found = work_of(lambda: processor.apply(logits_RV), end_step)
         assert processor.stats.faults == 0
         return found
 
     assert work(SLOTS) == work(2)
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_a_step_of_the_v1_runner_whose_batch_has_changed(engine, asked):
-    """On a busy server one request or another comes or goes at most steps."""
+@pytest.mark.parametrize("kind", MANY)
+def test_a_v1_step_with_a_changed_batch_costs_the_same_for_any_number_of_rows(engine, kind):
+    """On a busy server a request starts or ends at most steps."""
 
     def work(rows):
-        processor, outputs, then = v1_of(engine, rows, asked)
+        processor, outputs, end_step = v1_of(engine, rows, kind)
         logits_RV = torch.zeros(rows, V)
 
         def step():
             outputs[0] = []
             one = BatchUpdate(
-                rows, removed=[], added=[(0, params(asked), [1], outputs[0])], moved=[]
+                rows, removed=[], added=[(0, params(kind), [1], outputs[0])], moved=[]
             )
             processor.update_state(one)
             processor.apply(logits_RV)
 
-        found = work_of(step, then)
+        found = work_of(step, end_step)
         assert processor.stats.faults == 0
         return found
 
     assert work(SLOTS) == work(2)
 
 
-def v2_work(engine, rows, asked, *others, drafts=0):
-    """The work of a step of so many requests, which ask for `asked`, the first of them for
-    `others`."""
+def v2_work(engine, rows, kind, *others, drafts=0):
+    """The work of a step of `rows` requests: the first are `others`, all further ones `kind`."""
     if drafts:
         engine.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
     lengths = torch.ones(SLOTS, dtype=torch.int32)
@@ -151,7 +151,7 @@ def v2_work(engine, rows, asked, *others, drafts=0):
     )
     processor = V2Processor(engine, states)
     for slot in range(rows):
-        assert processor.add_request(slot, params(others[slot] if slot < len(others) else asked))
+        assert processor.add_request(slot, params(others[slot] if slot < len(others) else kind))
     processor.apply_staged_writes()
     offsets = torch.arange(1 + drafts, dtype=torch.int32).repeat(rows)
     context = SimpleNamespace(
@@ -168,58 +168,58 @@ def v2_work(engine, rows, asked, *others, drafts=0):
     return found
 
 
-@pytest.mark.parametrize("asked", [*ASKED, "DRY"])
-def test_a_step_of_the_v2_runner(engine, asked):
-    assert v2_work(engine, SLOTS, asked) == v2_work(engine, 2, asked)
+@pytest.mark.parametrize("kind", [*MANY, "DRY"])
+def test_a_step_of_the_v2_runner_costs_the_same_for_any_number_of_rows(engine, kind):
+    assert v2_work(engine, SLOTS, kind) == v2_work(engine, 2, kind)
 
 
 @pytest.mark.parametrize("drafts", [0, 5])
 @pytest.mark.parametrize("one", ONE)
-def test_one_request_of_its_kind_costs_the_same_beside_many_as_beside_few(engine, one, drafts):
-    """Of which rows there are several for each request, and the host knows not where."""
+def test_a_single_request_of_a_kind_costs_v2_the_same_among_many_as_among_few(engine, one, drafts):
+    """With drafts a request has several rows, and the host does not know which."""
     work = [v2_work(engine, rows, "a law", one, drafts=drafts) for rows in (2, SLOTS)]
     assert work[0] == work[1]
     assert work[0] > v2_work(engine, 2, "a law", drafts=drafts)
 
 
 @pytest.mark.parametrize("one", ONE)
-def test_one_request_of_its_kind_costs_the_v1_runner_the_same_beside_many(engine, one):
+def test_a_single_request_of_a_kind_costs_v1_the_same_among_many_as_among_few(engine, one):
     def work(rows):
-        processor, _, then = v1_of(engine, rows, "a law", one)
+        processor, _, end_step = v1_of(engine, rows, "a law", one)
         logits_RV = torch.zeros(rows, V)
-        return work_of(lambda: processor.apply(logits_RV), then)
+        return work_of(lambda: processor.apply(logits_RV), end_step)
 
     assert work(SLOTS) == work(2)
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_a_text_of_a_group_costs_nothing_more_when_its_bits_are_used(engine, runner):
+def test_a_text_of_a_group_costs_nothing_once_its_bits_are_used(engine, runner):
     def work(one):
         if runner == "V2":
             return v2_work(engine, 4, "a law", one, drafts=5)
-        processor, _, then = v1_of(engine, 4, "a law", one)
+        processor, _, end_step = v1_of(engine, 4, "a law", one)
         logits_RV = torch.zeros(4, V)
-        return work_of(lambda: processor.apply(logits_RV), then)
+        return work_of(lambda: processor.apply(logits_RV), end_step)
 
     assert work("a group of two") == work("a law") != work("a group")
 
 
-def test_a_report_on_its_way(engine):
-    """Of a step that ends no request; from the worker to the engine core."""
+def test_forwarding_a_report_costs_the_same_for_any_number_of_rows(engine):
+    """From the worker to the engine core, for a step that ends no request."""
 
     def work(rows):
-        processor, _, then = v1_of(engine, rows, "a law")
+        processor, _, end_step = v1_of(engine, rows, "a law")
         processor.apply(torch.zeros(rows, V))
         pending = processor.stats.take_report()
         outputs = [SimpleNamespace(request_id=str(i), finish_reason=None) for i in range(rows)]
         clients = {0: SimpleNamespace(outputs=outputs)}
-        places = {str(i): i for i in range(rows)}
+        indices = {str(i): i for i in range(rows)}
         forwarder = Forwarder(0)
 
         def step():
-            output = SimpleNamespace(dftserve_report=pending.resolve(), req_id_to_index=places)
+            output = SimpleNamespace(dftserve_report=pending.resolve(), req_id_to_index=indices)
             forwarder.forward(output, clients)
 
-        return work_of(step, then)
+        return work_of(step, end_step)
 
     assert work(SLOTS) == work(2)

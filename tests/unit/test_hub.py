@@ -1,4 +1,4 @@
-"""A model's name: what is written as a path is no name, and a misspelt one is told at once."""
+"""Model names: a path is not taken for a name, and a misspelt name is reported at once."""
 
 import subprocess
 import sys
@@ -12,30 +12,30 @@ from dftserve.hub import check_path, folder_of
 
 
 @pytest.mark.parametrize("path", ["./m", "/m", "~/m", "a/b/m", "m/", "a\\m", "tests/no_such_model"])
-def test_what_is_written_as_a_path_is_not_asked_of_the_hub(path):
+def test_a_path_is_not_looked_up_on_the_hub(path):
     with pytest.raises(ValueError, match="there is no such folder"):
         check_path(path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai/gpt2"])
-def test_what_may_be_a_name_on_the_hub_is(name):
+def test_a_possible_name_on_the_hub_is_accepted(name):
     check_path(name)
 
 
 @pytest.fixture
 def hub(monkeypatch) -> list[str]:
-    """What the hub was asked for; it is out of reach."""
-    asked = []
+    """The names requested from the hub, which is unreachable."""
+    requested = []
 
     def unreachable(name, **more):
-        asked.append(name)
+        requested.append(name)
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    return asked
+    return requested
 
 
-def test_the_folder_of_the_nearest_name_is_told(tmp_path, monkeypatch, hub):
+def test_the_folder_with_the_closest_name_is_suggested(tmp_path, monkeypatch, hub):
     (tmp_path / "models" / "tinyllama").mkdir(parents=True)
     (tmp_path / "models" / "tinylama.txt").write_text("no folder")
     with pytest.raises(ValueError, match=r"did you mean '.*/models/tinyllama'\?"):
@@ -43,7 +43,7 @@ def test_the_folder_of_the_nearest_name_is_told(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path / "models")
     with pytest.raises(ValueError, match=r"no such folder here \(did you mean 'tinyllama'\?\)"):
         folder_of("tinylama")
-    assert hub == ["tinylama"], "asked once, of a name alone"
+    assert hub == ["tinylama"], "one request, for the plain name only"
 
 
 COMMANDS = """
@@ -56,7 +56,7 @@ evaluate likelihood tinylama --anchors anchors
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_so(command, tmp_path, monkeypatch, hub):
+def test_every_command_suggests_the_closest_name(command, tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     for name in ("tinyllama", "texts", "store", "anchors"):
         (tmp_path / name).mkdir()
@@ -68,8 +68,8 @@ def test_every_command_says_so(command, tmp_path, monkeypatch, hub):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_heavy_is_imported_before_a_mistake_is_told(tmp_path):
-    """They take half a minute on a busy machine."""
+def test_wrong_arguments_are_reported_before_slow_imports(tmp_path):
+    """The imports take half a minute on a busy machine."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("A text.")
     (tmp_path / "texts" / "b.docx").write_text("A text.")
@@ -102,7 +102,7 @@ for arguments in {wrong!r}:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_server_is_not_started_on_a_folder_that_is_not_there(monkeypatch):
+def test_a_server_is_not_started_for_a_missing_folder(monkeypatch):
     monkeypatch.setattr("dftserve.serve._command", lambda: "vllm")
     refused = CliRunner().invoke(main, ["serve", "./no_such_model", "--dry-run"])
     assert refused.exit_code == 2
