@@ -1,4 +1,4 @@
-"""Likelihood against a plain loop in fp64 that reads a text anew for every token."""
+"""Likelihood against a plain fp64 loop that reads the text again for every token."""
 
 import math
 
@@ -20,7 +20,7 @@ from dftserve.targets.teacher import Teacher
 from tests.training import VOCABULARY, WORDS, save_model, small_model, tokenizer
 
 START = 1
-"""The end token: the tests' tokenizer has no other."""
+"""The end token: the tests' tokenizer has no begin token."""
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +33,21 @@ def text(count, seed=0):
 
 
 def reference(network, text, window, stride):
-    """−ln p of each token. The window that scores a token is the first that reaches it."""
+    """−ln p of each token, scored by the first window that contains it."""
     tokens = [START] + [2 + WORDS.index(word) for word in text.split()]
     nats = []
-    for place in range(1, len(tokens)):
-        moved = max(0, math.ceil((place + 1 - window) / stride))
+    for position in range(1, len(tokens)):
+        moved = max(0, math.ceil((position + 1 - window) / stride))
         with torch.no_grad():
-            logits_NV = network(torch.tensor([tokens[moved * stride : place]])).logits[0]
-        nats.append(-float(logits_NV[-1].log_softmax(0)[tokens[place]]))
+            logits_NV = network(torch.tensor([tokens[moved * stride : position]])).logits[0]
+        nats.append(-float(logits_NV[-1].log_softmax(0)[tokens[position]]))
     return nats
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere"])
 @pytest.mark.parametrize(("window", "stride"), [(16, 7), (9, 8), (2, 1), (128, 64)])
-def test_every_token_is_scored_as_by_a_plain_loop(tmp_path, family, window, stride):
-    """Lengths around the window, read in batches that mix them."""
+def test_every_token_is_scored_as_by_the_plain_loop(tmp_path, family, window, stride):
+    """Text lengths around the window's, mixed in batches."""
     folder = save_model(tmp_path / family, family, seed=3)
     texts = [text(count, seed=count) for count in (1, 30, 15, 16, 17, 2, 8)]
     found = token_nats(folder, texts, window=window, stride=stride, batch_size=3)
@@ -88,7 +88,7 @@ cases = st.lists(st.integers(1, 30), min_size=1, max_size=6)
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(cases, st.integers(31, 128), st.integers(1, 30), st.integers(1, 7), st.randoms())
-def test_window_stride_batch_and_order_change_nothing_for_short_texts(
+def test_window_stride_batch_and_order_do_not_matter_for_short_texts(
     model, lengths, window, stride, batch_size, random
 ):
     texts = [text(length, seed) for seed, length in enumerate(lengths)]
@@ -102,15 +102,15 @@ def test_window_stride_batch_and_order_change_nothing_for_short_texts(
         assert found.high == pytest.approx(expected.high, rel=1e-5)
 
 
-def test_the_interval_holds_the_ratio_and_one_text_has_none(model):
+def test_the_interval_contains_the_ratio_and_one_text_has_none(model):
     texts = [text(length, seed=length) for length in range(2, 22)]
     found = bits_per_byte(model, texts, window=64, stride=32)
     assert found.low < found.value < found.high
     assert bits_per_byte(model, texts[:1], window=64, stride=32).low is None
 
 
-def test_more_context_is_used_where_the_stride_leaves_it(model):
-    """The same token is scored otherwise after 15 tokens than after 1: windows do matter."""
+def test_a_smaller_stride_gives_more_context(model):
+    """The same token has another score after 15 tokens than after 1."""
     one, other = (
         token_nats(model, [text(40)], window=16, stride=stride, batch_size=4)[0]
         for stride in (1, 15)
@@ -119,7 +119,7 @@ def test_more_context_is_used_where_the_stride_leaves_it(model):
     assert np.abs(one[15:] - other[15:]).max() > 1e-3
 
 
-def test_the_begin_token_stands_first_where_there_is_one(tmp_path):
+def test_the_begin_token_comes_first_if_there_is_one(tmp_path):
     save_model(tmp_path, seed=5)
     begun = tokenizer()
     begun.add_special_tokens({"bos_token": "w7"})
@@ -132,7 +132,7 @@ def test_the_begin_token_stands_first_where_there_is_one(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_what_is_refused(model, tmp_path):
+def test_invalid_arguments_are_refused(model, tmp_path):
     given = {"window": 16, "stride": 8}
     with pytest.raises(ValueError, match="texts: got none"):
         bits_per_byte(model, [], **given)
@@ -156,7 +156,7 @@ def test_what_is_refused(model, tmp_path):
 
 
 def test_weights_that_could_run_code_are_refused(model, tmp_path):
-    """A pickle beside the tokenizer is no model."""
+    """A pickle is not accepted as weights."""
     tokenizer().save_pretrained(tmp_path)
     network = small_model()
     network.config.save_pretrained(tmp_path)
@@ -166,7 +166,7 @@ def test_weights_that_could_run_code_are_refused(model, tmp_path):
 
 
 class OnAnotherDevice(torch.Tensor):
-    """As a tensor of a GPU: its numbers can be had once it was copied to the CPU."""
+    """Like a tensor on a GPU: it must be copied to the CPU before it is read."""
 
     def numpy(self, **_):
         raise TypeError("can't convert cuda:0 device type tensor to numpy.")
@@ -176,16 +176,16 @@ class OnAnotherDevice(torch.Tensor):
 
 
 def test_a_model_on_another_device_is_read(model, monkeypatch):
-    here = token_nats(model, [text(30)], window=16, stride=5)[0]
+    expected = token_nats(model, [text(30)], window=16, stride=5)[0]
     logprobs = Teacher.logprobs
     monkeypatch.setattr(
         Teacher, "logprobs", lambda *given: logprobs(*given).as_subclass(OnAnotherDevice)
     )
-    np.testing.assert_array_equal(token_nats(model, [text(30)], window=16, stride=5)[0], here)
+    np.testing.assert_array_equal(token_nats(model, [text(30)], window=16, stride=5)[0], expected)
 
 
 def test_answers_to_one_prompt_are_one_unit():
-    """The same answer eight times says no more than once."""
+    """The same answer eight times adds no information."""
     rng = np.random.default_rng(0)
     texts = [text(count, seed=count) for count in range(5, 17)]
     found = [rng.exponential(size=count) for count in range(5, 17)]
