@@ -108,7 +108,7 @@ def test_without_seed_and_identity_xtc_draws_by_the_order_of_arrival():
     assert v1_exclusions(params(), params(), params()) == expected
 
 
-def test_identities_differ_between_server_starts():
+def test_identities_contain_a_token_of_the_server_start():
     """Otherwise the first request after each start would have the same draws."""
     first, second = (PromptContext(parse(XTC), 1).identity for _ in range(2))
     assert first.split("-")[:2] == second.split("-")[:2]
