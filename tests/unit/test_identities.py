@@ -132,12 +132,12 @@ def test_the_turns_of_one_answer_are_reported_together(context):
     assert len(set(engine.names)) == 3
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_incomplete_turns_are_not_reported(context, lost):
+@pytest.mark.parametrize("unreported", [0, 1, 2])
+def test_incomplete_turns_are_not_reported(context, unreported):
     made, engine = prompt(), Engine()
     context.prompts.append(made)
     for turn in range(3):
-        engine.run(carried_by(made), 10, is_reported=turn != lost)
+        engine.run(carried_by(made), 10, is_reported=turn != unreported)
     assert context.members()["diversity"]["choices"] == [None]
 
 

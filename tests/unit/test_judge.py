@@ -156,10 +156,10 @@ def test_the_score_is_a_count_that_does_not_depend_on_the_order_of_pairs(rows, r
 
     scores = scored(rows)
     whole = [(first, second) for _, first, second in rows if first and second]
-    won = sum(both == ("A", "B") for both in whole)
-    lost = sum(both == ("B", "A") for both in whole)
+    wins = sum(both == ("A", "B") for both in whole)
+    losses = sum(both == ("B", "A") for both in whole)
     flips = sum(both in (("A", "A"), ("B", "B")) for both in whole)
-    assert scores.jmq.value == pytest.approx(50 + 50 * (won - lost) / len(whole))
+    assert scores.jmq.value == pytest.approx(50 + 50 * (wins - losses) / len(whole))
     assert scores.flips.value == pytest.approx(100 * flips / len(whole))
     assert scores.unparsable == sum((first is None) + (second is None) for _, first, second in rows)
     assert scores.left_out == len(rows) - len(whole)
@@ -229,10 +229,10 @@ def test_each_question_is_asked_once_at_temperature_0_with_a_token_limit(tmp_pat
     twice = [*PAIRS, *PAIRS]
     with judging(max_tokens=77, key_variable="A_KEY") as (fake, judge):
         judged(twice, judge, tmp_path / "answers.jsonl")
-        asked = set(fake.asked)
+        questions = set(fake.asked)
         judged(twice, judge, tmp_path / "answers.jsonl")
     assert set(fake.asked.values()) == {1}
-    assert asked == {
+    assert questions == {
         each
         for p in PAIRS
         for each in ((p.prompt, p.system, p.human), (p.prompt, p.human, p.system))
@@ -318,9 +318,9 @@ def test_a_killed_run_resumes_without_asking_answered_questions_again(tmp_path):
     with serving(fake) as url:
         command = [sys.executable, "-c", RUN, url + "/v1", str(file)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        ended = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while not file.exists() or file.read_bytes().count(b"\n") < 25:
-            assert time.monotonic() < ended
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -393,16 +393,16 @@ def test_an_unreachable_judge_is_reported_and_no_answer_is_lost(tmp_path):
 
 
 def test_a_judge_that_is_too_slow_is_reported(tmp_path):
-    ended = threading.Event()
+    done = threading.Event()
 
     def slow(a, b):
-        ended.wait(30)
+        done.wait(30)
         return "A"
 
     with judging(slow, timeout_s=0.2) as (_, judge):
         with pytest.raises(ServerError, match=r"did not answer within 0\.2 s"):
             judged(PAIRS, judge, tmp_path / "answers.jsonl")
-        ended.set()
+        done.set()
 
 
 def test_a_request_to_a_busy_judge_is_retried(tmp_path):

@@ -174,10 +174,10 @@ def test_xtc_never_excludes_a_stop_token(kind):
 def test_top_n_sigma_uses_all_finite_logits_including_stop_tokens(kind):
     """Logits 4, 2, 0, 0: mean 1.5, σ 1.658."""
     row = torch.tensor([4.0, 2.0, 0.0, 0.0, -torch.inf]).exp().tolist()
-    for n, kept in ((1.2, [0, 3]), (1.21, [0, 1, 3]), (2.42, [0, 1, 2, 3])):
+    for n, expected in ((1.2, [0, 3]), (1.21, [0, 1, 3]), (2.42, [0, 1, 2, 3])):
         diversity = {"law": "top_n_sigma", "n_sigma": n}
         left, _ = rewritten(row, diversity, kind, stop_ids=frozenset({3}))
-        assert [i for i, p in enumerate(left) if p > 0] == kept
+        assert [i for i, p in enumerate(left) if p > 0] == expected
 
 
 @BACKENDS

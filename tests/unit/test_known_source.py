@@ -51,9 +51,9 @@ def test_next_token_matches_enumeration(source):
     p_NV = source.next_token(torch.tensor([words]))[0]
     for index in range(len(words)):
         before = words[:index]
-        known = probability(source, before) if before else 1.0
+        p_before = probability(source, before) if before else 1.0
         expected = [
-            probability(source, [*before, word]) / known for word in range(source.vocabulary)
+            probability(source, [*before, word]) / p_before for word in range(source.vocabulary)
         ]
         assert p_NV[index].tolist() == pytest.approx(expected, abs=1e-12)
 

@@ -50,20 +50,20 @@ def test_every_token_is_scored_as_by_the_plain_loop(tmp_path, family, window, st
     """Text lengths around the window's, mixed in batches."""
     folder = save_model(tmp_path / family, family, seed=3)
     texts = [text(count, seed=count) for count in (1, 30, 15, 16, 17, 2, 8)]
-    found = token_nats(folder, texts, window=window, stride=stride, batch_size=3)
+    nats = token_nats(folder, texts, window=window, stride=stride, batch_size=3)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     expected = [reference(network, each, window, stride) for each in texts]
-    for nats_T, expected_T in zip(found, expected, strict=True):
+    for nats_T, expected_T in zip(nats, expected, strict=True):
         np.testing.assert_allclose(nats_T, expected_T, atol=2e-5)
     bits = sum(map(sum, expected)) / math.log(2)
     size = sum(len(each.encode()) for each in texts)
-    given = {"window": window, "stride": stride, "batch_size": 3}
-    assert bits_per_byte(folder, texts, **given).value == pytest.approx(bits / size, abs=1e-5)
+    options = {"window": window, "stride": stride, "batch_size": 3}
+    assert bits_per_byte(folder, texts, **options).value == pytest.approx(bits / size, abs=1e-5)
     flat = np.concatenate(expected)
-    seen = surprisal(folder, texts, **given)
-    assert seen.mean.value == pytest.approx(flat.mean(), abs=1e-5)
-    assert seen.sd.value == pytest.approx(flat.std(), abs=1e-5)
-    assert seen.tokens == len(flat)
+    figures = surprisal(folder, texts, **options)
+    assert figures.mean.value == pytest.approx(flat.mean(), abs=1e-5)
+    assert figures.sd.value == pytest.approx(flat.std(), abs=1e-5)
+    assert figures.tokens == len(flat)
 
 
 def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
@@ -72,13 +72,13 @@ def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     texts = [text(40), text(7, seed=1), "w1 ünknown w3"]
-    found = bits_per_byte(tmp_path, texts, window=16, stride=5)
+    bits = bits_per_byte(tmp_path, texts, window=16, stride=5)
     size = sum(len(each.encode()) for each in texts)
-    assert found.value == pytest.approx(50 * math.log2(VOCABULARY) / size, rel=1e-6)
-    seen = surprisal(tmp_path, texts, window=16, stride=5)
-    assert seen.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
-    assert seen.sd.value == pytest.approx(0, abs=1e-6)
-    assert seen.mean.high - seen.mean.low < 1e-5
+    assert bits.value == pytest.approx(50 * math.log2(VOCABULARY) / size, rel=1e-6)
+    figures = surprisal(tmp_path, texts, window=16, stride=5)
+    assert figures.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert figures.sd.value == pytest.approx(0, abs=1e-6)
+    assert figures.mean.high - figures.mean.low < 1e-5
 
 
 cases = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -95,17 +95,17 @@ def test_window_stride_batch_and_order_do_not_matter_for_short_texts(
     expected = bits_per_byte(model, texts, window=128, stride=64, batch_size=1)
     shuffled = list(texts)
     random.shuffle(shuffled)
-    found = bits_per_byte(model, shuffled, window=window, stride=stride, batch_size=batch_size)
-    assert found.value == pytest.approx(expected.value, rel=1e-5)
+    bits = bits_per_byte(model, shuffled, window=window, stride=stride, batch_size=batch_size)
+    assert bits.value == pytest.approx(expected.value, rel=1e-5)
     if len(texts) > 1:
-        assert found.low == pytest.approx(expected.low, rel=1e-5)
-        assert found.high == pytest.approx(expected.high, rel=1e-5)
+        assert bits.low == pytest.approx(expected.low, rel=1e-5)
+        assert bits.high == pytest.approx(expected.high, rel=1e-5)
 
 
 def test_the_interval_contains_the_ratio_and_one_text_has_none(model):
     texts = [text(length, seed=length) for length in range(2, 22)]
-    found = bits_per_byte(model, texts, window=64, stride=32)
-    assert found.low < found.value < found.high
+    bits = bits_per_byte(model, texts, window=64, stride=32)
+    assert bits.low < bits.value < bits.high
     assert bits_per_byte(model, texts[:1], window=64, stride=32).low is None
 
 
@@ -121,15 +121,15 @@ def test_a_smaller_stride_gives_more_context(model):
 
 def test_the_begin_token_comes_first_if_there_is_one(tmp_path):
     save_model(tmp_path, seed=5)
-    begun = tokenizer()
-    begun.add_special_tokens({"bos_token": "w7"})
-    begun.save_pretrained(tmp_path)
-    found = token_nats(tmp_path, ["w3 w4"], window=8, stride=4, batch_size=1)[0]
+    with_begin = tokenizer()
+    with_begin.add_special_tokens({"bos_token": "w7"})
+    with_begin.save_pretrained(tmp_path)
+    nats = token_nats(tmp_path, ["w3 w4"], window=8, stride=4, batch_size=1)[0]
     network = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
         logprobs_NV = network(torch.tensor([[9, 5, 6]])).logits[0].log_softmax(1)
     expected = [-float(logprobs_NV[0, 5]), -float(logprobs_NV[1, 6])]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
 def test_invalid_arguments_are_refused(model, tmp_path):
@@ -188,14 +188,14 @@ def test_answers_to_one_prompt_are_one_unit():
     """The same answer eight times adds no information."""
     rng = np.random.default_rng(0)
     texts = [text(count, seed=count) for count in range(5, 17)]
-    found = [rng.exponential(size=count) for count in range(5, 17)]
+    nats = [rng.exponential(size=count) for count in range(5, 17)]
     prompts = [f"prompt {number}" for number in range(12) for _ in range(8)]
-    eight = [each for each in found for _ in range(8)]
-    one, of_eight = surprisal_of(found), surprisal_of(eight, prompts)
+    eight = [each for each in nats for _ in range(8)]
+    one, of_eight = surprisal_of(nats), surprisal_of(eight, prompts)
     assert ends(of_eight.mean) == pytest.approx(ends(one.mean))
     assert ends(of_eight.sd) == pytest.approx(ends(one.sd))
     bits = bits_of([each for each in texts for _ in range(8)], eight, prompts)
-    assert ends(bits) == pytest.approx(ends(bits_of(texts, found)))
+    assert ends(bits) == pytest.approx(ends(bits_of(texts, nats)))
 
 
 def ends(estimate):

@@ -65,8 +65,8 @@ def test_logits_of_chunks_are_the_models_own(kind):
     ids_BN = torch.randint(2, VOCABULARY, (2, 11))
     with torch.no_grad():
         own_BNV = model(ids_BN).logits
-        found = LanguageModel(model, "m")
-        ours_BNV = found.head.logits(found.states(input_ids=ids_BN).hidden_BND)
+        wrapped = LanguageModel(model, "m")
+        ours_BNV = wrapped.head.logits(wrapped.states(input_ids=ids_BN).hidden_BND)
     torch.testing.assert_close(ours_BNV, own_BNV, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         assert torch.equal(model(ids_BN).logits, own_BNV), "the model is unchanged"
@@ -149,9 +149,9 @@ def test_a_text_whose_result_depends_on_a_longer_text_in_its_batch_is_refused(tm
     tokenizer().save_pretrained(base)
     store = save_store(tmp_path / "store", longest=120)
     run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
-    says = r"with one of .*original_max_position_embeddings: 64.* batch_size 1"
+    message = r"with one of .*original_max_position_embeddings: 64.* batch_size 1"
     for call in (train, plan_of):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             call(replace(run, max_length=128))
     assert not (tmp_path / "run").exists()
     assert prepare(replace(run, max_length=64)).not_packed_because is None
@@ -159,7 +159,7 @@ def test_a_text_whose_result_depends_on_a_longer_text_in_its_batch_is_refused(tm
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "says"),
+    ("kind", "given", "message"),
     [
         (
             "llama4_text",
@@ -170,9 +170,9 @@ def test_a_text_whose_result_depends_on_a_longer_text_in_its_batch_is_refused(tm
     ],
     ids=["attention in chunks", "positions rescaled"],
 )
-def test_leaks_beyond_the_length_that_is_tried_are_found_in_the_configuration(kind, given, says):
+def test_leaks_beyond_the_length_that_is_tried_are_found_in_the_configuration(kind, given, message):
     model = LanguageModel(family(kind, **given), "m")
-    assert re.search(says, model.packing_leak(100, 200, most=60) or "")
+    assert re.search(message, model.packing_leak(100, 200, most=60) or "")
     assert model.packing_leak(24, 60, most=60) is None
 
 
@@ -289,8 +289,8 @@ def test_every_command_refuses_an_unusable_model_and_writes_nothing(
 ):
     """And does not load weights, read a corpus or contact the hub first."""
     base = save_model(tmp_path / "base")
-    spoil, says = EARLY[kind]
-    spoil(base)
+    damage, message = EARLY[kind]
+    damage(base)
 
     def never(*args, **given):
         raise AssertionError("work was begun")
@@ -307,7 +307,7 @@ def test_every_command_refuses_an_unusable_model_and_writes_nothing(
         lambda: build(job, lambda line: None),
         lambda: bits_per_byte(base, ["w1 w2"]),
     ):
-        with pytest.raises(ValueError, match=says) as refused:
+        with pytest.raises(ValueError, match=message) as refused:
             call()
         assert "trust_remote_code" not in str(refused.value)
     assert not (tmp_path / "run").exists()
@@ -340,7 +340,7 @@ BF16 = {"avx512_bf16": True}
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "stored", "asked", "loaded"),
+    ("capabilities", "stored", "requested", "loaded"),
     [
         ({}, "bfloat16", "auto", torch.float32),
         ({}, "float16", "auto", torch.float32),
@@ -353,23 +353,23 @@ BF16 = {"avx512_bf16": True}
     ],
 )
 def test_auto_is_float32_on_a_cpu_without_bfloat16_instructions(
-    capabilities, stored, asked, loaded, tmp_path, monkeypatch
+    capabilities, stored, requested, loaded, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     small_model().to(getattr(torch, stored)).save_pretrained(tmp_path)
-    found = examine(tmp_path)
-    assert load(found, dtype=asked).dtype is loaded
-    on_gpu = dtype_for(found, asked, "cuda")
-    assert on_gpu == asked, "a GPU keeps the weights' own dtype"
+    examined = examine(tmp_path)
+    assert load(examined, dtype=requested).dtype is loaded
+    on_gpu = dtype_for(examined, requested, "cuda")
+    assert on_gpu == requested, "a GPU keeps the weights' own dtype"
 
 
 def test_float32_in_place_of_auto_is_logged_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     _warn_float32.cache_clear()
     small_model().to(torch.bfloat16).save_pretrained(tmp_path)
-    found = examine(tmp_path)
+    examined = examine(tmp_path)
     for dtype in ("auto", "auto", "float32"):
-        dtype_for(found, dtype, "cpu")
+        dtype_for(examined, dtype, "cpu")
     assert [record.name for record in caplog.records] == ["dftserve.lm"]
     assert "are loaded in float32" in caplog.text
 

@@ -301,8 +301,8 @@ def test_targets_of_different_widths_have_the_same_losses_together_as_alone(dive
 
     alone = [losses(logits_RV[8 * i : 8 * i + 8], part) for i, part in enumerate(parts)]
     together = losses(logits_RV, joined(parts))
-    for found, each in zip(together, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(found, torch.cat(each))
+    for joint, each in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(joint, torch.cat(each))
 
 
 def test_targets_of_one_width_are_joined_unchanged():
@@ -393,8 +393,8 @@ def test_each_stores_figure_equals_that_of_the_store_alone(run, folder):
     for name in ("stories", "answers"):
         config = replace(run, targets=str(folder / name))
         alone = make_trainer(config, prepared.loaded.model, read(config)).evaluate()
-        found = both[f"eval_human_nll/{name}"]
-        assert found == pytest.approx(alone["eval_human_nll"], rel=1e-6)
+        figure = both[f"eval_human_nll/{name}"]
+        assert figure == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
 def test_auto_compares_by_the_weighted_figure(run):
@@ -490,7 +490,7 @@ def test_the_plan_shows_the_share_of_each_store(run):
 
 
 @pytest.mark.parametrize(
-    ("targets", "says"),
+    ("targets", "message"),
     [
         ("[]", "targets: got an empty list; accepted: a path, or a list of"),
         ("3", r"targets: got 3; accepted: a path, or a list of \{path, weight\}\."),
@@ -512,8 +512,8 @@ def test_the_plan_shows_the_share_of_each_store(run):
         ("[{path: a, weight: 1}, {path: ./a/, weight: 2}]", r"got \./a/ twice; .* once"),
     ],
 )
-def test_invalid_targets_are_refused_by_name(targets, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_targets_are_refused_by_name(targets, message):
+    with pytest.raises(ValueError, match=message):
         configs.load(None, {"model": "m", "output": "o", "targets": targets})
 
 
@@ -556,13 +556,13 @@ def no_heldout(folder: Path) -> str:
     return f"{folder / 'answers'} has no held-out text and {folder / 'stories'} has some"
 
 
-@pytest.mark.parametrize("harm", [other_tokenizer, other_template, missing, no_heldout])
-def test_an_incompatible_store_is_refused_by_its_folder(run, folder, tmp_path, harm):
+@pytest.mark.parametrize("damage", [other_tokenizer, other_template, missing, no_heldout])
+def test_an_incompatible_store_is_refused_by_its_folder(run, folder, tmp_path, damage):
     for name in ("stories", "answers"):
         shutil.copytree(folder / name, tmp_path / name)
-    says = harm(tmp_path)
+    message = damage(tmp_path)
     config = replace(run, targets=mixed(tmp_path, stories=0.7, answers=0.3))
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         train(config)
     assert not Path(config.output).exists()
 
@@ -604,17 +604,17 @@ def begin(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "message"),
     [
         ({"stories": 0.6, "answers": 0.4}, r"whose targets\[0\]\.weight is 0\.7, not 0\.6"),
         ({"stories": 1.0}, "whose number of targets is 2, not 1"),
         ({"answers": 0.7, "stories": 0.3}, r"began with another `targets\[0\]` .*manifest differ"),
     ],
 )
-def test_a_run_does_not_resume_with_other_stores_or_weights(run, folder, other, says):
+def test_a_run_does_not_resume_with_other_stores_or_weights(run, folder, other, message):
     begin(run)
     with (
-        pytest.raises(ValueError, match=says),
+        pytest.raises(ValueError, match=message),
         RunFolder(replace(run, targets=mixed(folder, **other))),
     ):
         pass

@@ -96,12 +96,12 @@ def test_a_server_error_is_reported_without_retries(status, body, error, message
 
 def test_the_first_error_cancels_the_other_requests():
     """The second request never gets an answer."""
-    ended = threading.Event()
+    done = threading.Event()
 
     def handle(request) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         if body["model"] == "slow":
-            ended.wait(60)
+            done.wait(60)
         reply(request, 400, b"{}", **JSON)
 
     with serving(handle) as url:
@@ -113,7 +113,7 @@ def test_the_first_error_cancels_the_other_requests():
 
         with pytest.raises(ValueError, match="refuses"):
             ask_all(server, ["slow", "m"], one, 2)
-        ended.set()
+        done.set()
 
 
 def test_every_item_is_processed_once_with_limited_concurrency():

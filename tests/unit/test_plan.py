@@ -38,24 +38,24 @@ def config(tmp_path_factory) -> TrainConfig:
 
 def test_memory_includes_what_the_process_already_holds(config):
     before = plan_of(config)
-    held = np.ones(EXTRA, dtype=np.uint8)
+    allocated = np.ones(EXTRA, dtype=np.uint8)
     after = plan_of(config)
     assert after.process_bytes - before.process_bytes > EXTRA // 2
     assert after.memory_bytes - before.memory_bytes > EXTRA // 2
-    assert len(held) == EXTRA
+    assert len(allocated) == EXTRA
 
 
 def test_memory_includes_the_weights_once(config, monkeypatch):
     """Memory that is allocated while the model is loaded is not counted as the process's."""
-    held, before, load_model = [], plan_of(config), runs.load_model
+    allocated, before, load_model = [], plan_of(config), runs.load_model
 
     def heavy(*given):
-        held.append(np.ones(EXTRA, dtype=np.uint8))
+        allocated.append(np.ones(EXTRA, dtype=np.uint8))
         return load_model(*given)
 
     monkeypatch.setattr(runs, "load_model", heavy)
     assert plan_of(config).process_bytes - before.process_bytes < EXTRA // 2
-    assert len(held) == 1
+    assert len(allocated) == 1
 
 
 def test_the_parts_of_memory_are_shown_and_sum_to_the_total(config):

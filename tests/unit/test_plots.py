@@ -201,14 +201,14 @@ def test_an_svg_describes_every_value_and_is_self_contained():
     drawn = figure()
     root = ElementTree.fromstring(svg(drawn))
     ids = {element.get("id"): element.text for element in root.iter() if element.get("id")}
-    named = [ids[name] for name in root.attrib["aria-labelledby"].split()]
-    assert (root.get("role"), named[0]) == ("img", drawn.title)
+    labels = [ids[name] for name in root.attrib["aria-labelledby"].split()]
+    assert (root.get("role"), labels[0]) == ("img", drawn.title)
     titles = {element.text for element in root.iter(f"{SVG}title")}
     texts = {element.text for element in root.iter(f"{SVG}text")}
     for series in drawn.series:
         for point in series.points:
             assert point.description in titles
-            assert point.description in named[1]
+            assert point.description in labels[1]
             assert point.label in texts
     for tick in (*drawn.x.ticks, *drawn.y.ticks):
         assert tick.label in texts

@@ -216,10 +216,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_invalid_adapter_requests_are_refused(case):
-    fields, parameter, says = REFUSED[case]
+    fields, parameter, message = REFUSED[case]
     error = refused(make_request(**fields))
     assert error.parameter == parameter
-    assert says in str(error)
+    assert message in str(error)
     assert len(str(error)) < 300
 
 

@@ -97,14 +97,14 @@ def token_of(row_V):
 class V1Batch:
     """A batch of the V1 runner, and each request's output."""
 
-    def __init__(self, *asked, outputs=None):
+    def __init__(self, *requests, outputs=None):
         self.processor = V1Processor(config(), CPU, False)
-        self.outputs = outputs or [[] for _ in asked]
-        self.join(*asked)
+        self.outputs = outputs or [[] for _ in requests]
+        self.join(*requests)
 
-    def join(self, *asked):
-        added = [(i, each, [1], self.outputs[i]) for i, each in enumerate(asked)]
-        update = BatchUpdate(len(asked), removed=[], added=added, moved=[])
+    def join(self, *requests):
+        added = [(i, each, [1], self.outputs[i]) for i, each in enumerate(requests)]
+        update = BatchUpdate(len(requests), removed=[], added=added, moved=[])
         self.processor.update_state(update)
 
     def leave(self):
@@ -123,8 +123,8 @@ class V1Batch:
 
 def test_v1_draws_by_the_law_the_requests_cuts_and_the_code():
     cuts = {"top_k": 6, "top_p": 0.8}
-    asked = [member(0), member(1, level=0.0, identity="b"), member(2, identity="c", **cuts)]
-    batch = V1Batch(*asked, SamplingParams(temperature=T, extra_args={"diversity": 0.5}))
+    requests = [member(0), member(1, level=0.0, identity="b"), member(2, identity="c", **cuts)]
+    batch = V1Batch(*requests, SamplingParams(temperature=T, extra_args={"diversity": 0.5}))
     for step in range(STEPS):
         batch.step(step)
     assert batch.outputs[0] == expected(0, range(STEPS))
@@ -185,13 +185,13 @@ def test_without_an_identity_a_preempted_text_is_no_longer_drawn_by_the_code():
 
 def v2_processor(drafts=0):
     lengths = torch.full((4,), 2, dtype=torch.int32)
-    known = SimpleNamespace(np=lengths.numpy().copy(), gpu=lengths)
+    prefill = SimpleNamespace(np=lengths.numpy().copy(), gpu=lengths)
     prompt = SimpleNamespace(np=lengths.numpy().copy(), gpu=lengths.clone())
-    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=known, prompt_len=prompt)
+    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=prefill, prompt_len=prompt)
     given = config()
     if drafts:
         given.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
-    return V2Processor(given, states), known
+    return V2Processor(given, states), prefill
 
 
 def v2_step(processor, slots, first, rows_per_request=1, rows=None):
@@ -212,13 +212,13 @@ def v2_step(processor, slots, first, rows_per_request=1, rows=None):
 
 
 def test_v2_draws_by_slot_and_resumes_after_a_preemption():
-    processor, known = v2_processor()
+    processor, prefill = v2_processor()
     assert processor.add_request(1, member(2))
     assert processor.add_request(3, SamplingParams(temperature=T, extra_args={"diversity": 0.5}))
     processor.apply_staged_writes()
     drawn = [v2_step(processor, [3, 1], 1 + step) for step in range(3)]
     assert [other for other, _ in drawn] == [-1] * 3
-    known.np[0] = known.gpu[0] = 2 + 3
+    prefill.np[0] = prefill.gpu[0] = 2 + 3
     assert processor.add_request(0, member(2))  # In another slot, with three tokens.
     assert not processor.add_request(1, SamplingParams())
     processor.apply_staged_writes()
@@ -237,14 +237,14 @@ def test_v2_draws_drafts_in_sequence():
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_nothing_is_drawn_if_no_row_belongs_to_a_group(monkeypatch, runner):
-    asked = SamplingParams(temperature=T, extra_args={"diversity": 0.5})
+    request = SamplingParams(temperature=T, extra_args={"diversity": 0.5})
     if runner == "V1":
-        batch = V1Batch(asked)
+        batch = V1Batch(request)
         processor, run = batch.processor, lambda: batch.step(0)
     else:
         processor, _ = v2_processor(drafts=2)
         processor.add_request(0, member(1))  # The slot's previous request has a group.
-        processor.add_request(0, asked)
+        processor.add_request(0, request)
         processor.apply_staged_writes()
         run = lambda: v2_step(processor, [0], 1, 3)  # noqa: E731
     monkeypatch.setattr(processor.stats._codes, "draw", None)
@@ -276,8 +276,8 @@ def test_each_choice_has_its_index_and_the_seed_determines_the_group(configured,
 
 
 def test_without_a_seed_each_request_has_its_own_group(configured):
-    asked = {"diversity": {"level": 0, "group": True}, "n": 2}
-    first, second = (children(ask(**asked), request_id=name) for name in "ab")
+    fields = {"diversity": {"level": 0, "group": True}, "n": 2}
+    first, second = (children(ask(**fields), request_id=name) for name in "ab")
     names = [child.extra_args["diversity"]["group"]["id"] for child in (*first, *second)]
     assert names[0] == names[1] != names[2] == names[3]
 
@@ -301,7 +301,7 @@ def test_offline_choices_have_their_index_too():
 
 
 @pytest.mark.parametrize(
-    ("group", "fields", "parameter", "says"),
+    ("group", "fields", "parameter", "message"),
     [
         (True, {}, "diversity.group", "got true with n = 1; accepted: n from 2 to 1024, or "),
         (True, {"n": 1025}, "diversity.group", "got true with n = 1025"),
@@ -324,10 +324,10 @@ def test_offline_choices_have_their_index_too():
         (MEMBER | {"indx": 1}, {}, "diversity.group.indx", "did you mean 'index'"),
     ],
 )
-def test_an_invalid_group_is_refused_by_name(configured, group, fields, parameter, says):
+def test_an_invalid_group_is_refused_by_name(configured, group, fields, parameter, message):
     error = refused(diversity={"level": 0.5, "group": group}, **fields)
     assert error.parameter == parameter
-    assert says in str(error)
+    assert message in str(error)
 
 
 def test_an_invalid_group_is_refused_offline():

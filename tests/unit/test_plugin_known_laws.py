@@ -36,15 +36,15 @@ def expected_exclusions(key, first=0):
     return [draw_reference(key, first + step) < 0.5 for step in range(STEPS)]
 
 
-def v1_exclusions(*asked):
+def v1_exclusions(*requests):
     """For each request and step whether the top choice was excluded."""
-    outputs = [[] for _ in asked]
+    outputs = [[] for _ in requests]
     processor = V1Processor(config(), CPU, False)
-    added = [(i, each, [1], outputs[i]) for i, each in enumerate(asked)]
-    processor.update_state(BatchUpdate(len(asked), removed=[], added=added, moved=[]))
+    added = [(i, each, [1], outputs[i]) for i, each in enumerate(requests)]
+    processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
     excluded = []
     for _ in range(STEPS):
-        logits_RV = (ROW / 0.9).repeat(len(asked), 1)
+        logits_RV = (ROW / 0.9).repeat(len(requests), 1)
         processor.apply(logits_RV)
         excluded.append((logits_RV[:, 0] == -torch.inf).tolist())
         for output in outputs:
@@ -53,14 +53,14 @@ def v1_exclusions(*asked):
     return [list(each) for each in zip(*excluded, strict=True)]
 
 
-def v2_exclusions(asked, *, drafts):
+def v2_exclusions(request, *, drafts):
     """The same for one request from position 4 on, with this number of drafts in each step."""
-    known = SimpleNamespace(np=np.ones(4, int), gpu=torch.ones(4))
-    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=known, prompt_len=known)
+    lengths = SimpleNamespace(np=np.ones(4, int), gpu=torch.ones(4))
+    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=lengths, prompt_len=lengths)
     given = config()
     given.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
     processor = V2Processor(given, states)
-    assert processor.add_request(2, asked)
+    assert processor.add_request(2, request)
     processor.apply_staged_writes()
     excluded = []
     for first in range(0, STEPS, 1 + drafts):
@@ -125,8 +125,8 @@ SIGMA = {"law": "top_n_sigma", "n_sigma": 1}
 
 
 def test_min_p_becomes_the_guard_of_laws_with_a_guard():
-    asked = ask(XTC, min_p=0.1)
-    assert (asked.min_p, asked.extra_args["diversity"]["min_p"]) == (0, 0.1)
+    sampling_params = ask(XTC, min_p=0.1)
+    assert (sampling_params.min_p, sampling_params.extra_args["diversity"]["min_p"]) == (0, 0.1)
     assert ask({"law": "guard", "min_p": 0.1}, min_p=0.1).min_p == 0
     assert "min_p" not in ask(SIGMA).extra_args["diversity"]
 
@@ -140,5 +140,5 @@ def test_min_p_is_refused_with_a_law_that_has_its_own_cut():
 def test_a_default_law_with_its_own_cut_is_not_applied_to_requests_with_min_p(monkeypatch):
     monkeypatch.setattr(request_params, "default_diversity", lambda: parse(SIGMA))
     assert ask(None).extra_args["diversity"] == SIGMA
-    asked = ask(None, min_p=0.1)
-    assert (asked.min_p, asked.extra_args) == (0.1, None)
+    sampling_params = ask(None, min_p=0.1)
+    assert (sampling_params.min_p, sampling_params.extra_args) == (0.1, None)

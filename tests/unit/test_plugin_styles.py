@@ -138,15 +138,15 @@ def test_v2_reads_committed_tokens_by_slot_and_drafts_from_the_inputs():
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_the_style_stage_does_not_run_if_no_row_has_a_style(monkeypatch, runner):
-    asked = SamplingParams(temperature=0.9, extra_args={"diversity": 0.5})
+    request = SamplingParams(temperature=0.9, extra_args={"diversity": 0.5})
     if runner == "V1":
         processor = V1Processor(config(), CPU, False)
-        added = [(0, asked, [1], [2])]
+        added = [(0, request, [1], [2])]
         processor.update_state(BatchUpdate(1, removed=[], added=added, moved=[]))
         context = ()
     else:
         processor, _ = v2_processor()
-        processor.add_request(0, asked)
+        processor.add_request(0, request)
         processor.apply_staged_writes()
         zero = torch.tensor([0])
         context = (

@@ -35,7 +35,7 @@ class Count(TorchDispatchMode):
 
 
 def v1_update(params):
-    added = [(i, asked, [1], []) for i, asked in enumerate(params)]
+    added = [(i, request, [1], []) for i, request in enumerate(params)]
     return BatchUpdate(len(params), removed=[], added=added, moved=[])
 
 
@@ -77,8 +77,8 @@ def test_v2_reports_which_requests_it_changes_and_runs_nothing_for_the_others(v2
     logits_RV = torch.randn(3, V)
     context = SimpleNamespace(idx_mapping_np=np.arange(3))
     with Count() as count:
-        for slot, asked in enumerate(UNAFFECTED[:3]):
-            assert v2.add_request(slot, asked) is False
+        for slot, request in enumerate(UNAFFECTED[:3]):
+            assert v2.add_request(slot, request) is False
         assert v2.add_request(0, UNAFFECTED[3]) is False
         assert v2.apply(logits_RV, context) is logits_RV
     assert count.operations == 0

@@ -143,7 +143,7 @@ PATHS = {
             "dry_sequence_breakers": ["a", "b", "c"],
         }.items()
     },
-    "DRY beside a law": (
+    "DRY with a law": (
         {"diversity": {"level": 0.1, "max_temperature": 2} | DRY | {"dry_multiplier": 4}},
         "diversity.dry_multiplier",
     ),
@@ -157,7 +157,7 @@ PATHS = {
         {"vllm_xargs": {"diversity": json.dumps({"level": 0.1} | GROUP)}},
         "vllm_xargs.diversity.group",
     ),
-    "beside one that is allowed": ({"diversity": 0.9, "style": "habits"}, "diversity.level"),
+    "with a style that is allowed": ({"diversity": 0.9, "style": "habits"}, "diversity.level"),
 }
 
 
@@ -314,18 +314,18 @@ DECIDED = {
     "a number": {"diversity": 0.8},
     "a number and a style": {"diversity": 1, "style": "habits"},
     "another law": {"diversity": {"law": "xtc", "xtc_probability": 1}},
-    "min_p beside it": {"diversity": 0.8, "min_p": 0.05},
+    "a number and min_p": {"diversity": 0.8, "min_p": 0.05},
     "min_p of 1": {"diversity": {"law": "guard", "min_p": 1}},
     "a trace": {"diversity": {"level": 0.8, "trace": True}},
     "a style": {"style": "b"},
     "a style of strength 1": {"style": {"name": "b", "strength": 1}},
     "a style and min_p": {"style": "b", "min_p": 0.05},
-    "a style beside level 0": {"style": "b", "diversity": 0},
-    "a style beside DRY": {"style": "b", "diversity": DRY},
+    "a style and level 0": {"style": "b", "diversity": 0},
+    "a style and DRY": {"style": "b", "diversity": DRY},
     "DRY": {"diversity": {"dry_multiplier": 4}},
     "DRY without breakers": {"diversity": DRY | {"dry_sequence_breakers": []}},
     "a group": {"diversity": {"level": 0, "group": True}, "n": 5},
-    "a place in a group": {"diversity": {"level": 0, "group": {"id": "a", "index": 5, "size": 8}}},
+    "an index in a group": {"diversity": {"level": 0, "group": {"id": "a", "index": 5, "size": 8}}},
 }
 NARROW = {"level": 0.2, "strength": 0.5, "laws": ["gated"], "styles": [], "dry_multiplier": 0}
 NARROW |= {"group_size": 2, "max_temperature": 2}
@@ -337,12 +337,12 @@ CLAMPING |= {"dry_multiplier": 1, "dry_allowed_length": 1, "dry_sequence_breaker
 
 
 @pytest.mark.parametrize("of_model", [WIDE, CLAMPING])
-@pytest.mark.parametrize("asked", DECIDED)
-def test_accepted_values_are_not_checked_again(set_policy, asked, of_model):
+@pytest.mark.parametrize("case", DECIDED)
+def test_accepted_values_are_not_checked_again(set_policy, case, of_model):
     """Also without an HTTP request, as in `vllm run-batch`, where only the parameters can record
     the decision."""
     set_policy(server=NARROW, models={"alias": of_model}, on_excess="clamp")
-    params = params_of(model="alias", **DECIDED[asked])
+    params = params_of(model="alias", **DECIDED[case])
     assert params.extra_args
     DiversityProcessor.validate_params(params)
     shown = SamplingParams(n=params.n, extra_args=through_json(params.extra_args))

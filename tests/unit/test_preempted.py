@@ -28,10 +28,10 @@ def test_the_store_is_a_dictionary_that_drops_the_oldest_entry(calls):
                 if len(reference) > MOST:
                     reference.popitem(last=False)
             else:
-                found, expected = store.take(identity), reference.pop(identity, None)
-                assert (found is None) == (expected is None)
-                if found is not None:
-                    np.testing.assert_array_equal(found, expected)
-                    found[:] = 7  # What is taken is a copy.
+                stored, expected = store.take(identity), reference.pop(identity, None)
+                assert (stored is None) == (expected is None)
+                if stored is not None:
+                    np.testing.assert_array_equal(stored, expected)
+                    stored[:] = 7  # What is taken is a copy.
     finally:
         preempted.MOST = original_most

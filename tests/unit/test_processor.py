@@ -32,7 +32,7 @@ def params(diversity=None, identity=None, **fields):
 def v1_with(*requests):
     """A processor with these (params, output ids) at indices 0, 1, …"""
     processor = DiversityProcessor(config(), torch.device("cpu"), False)
-    added = [(i, asked, [1], output) for i, (asked, output) in enumerate(requests)]
+    added = [(i, request, [1], output) for i, (request, output) in enumerate(requests)]
     processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
     return processor
 
@@ -92,8 +92,8 @@ def test_a_request_keeps_its_row_when_the_batch_moves():
     """After swaps, one-way moves and removal."""
     torch.manual_seed(0)
     outputs = [[], [], []]
-    asked = [params(0.9, "a"), SamplingParams(), params({"level": 0.2}, "c")]
-    processor = v1_with(*zip(asked, outputs, strict=True))
+    requests = [params(0.9, "a"), SamplingParams(), params({"level": 0.2}, "c")]
+    processor = v1_with(*zip(requests, outputs, strict=True))
     logits_RV = torch.randn(3, V) * 3
 
     def changed(rows):
@@ -220,10 +220,10 @@ def test_nan_rows_are_counted():
 
 @pytest.fixture
 def v2():
-    known_S = torch.ones(4, dtype=torch.int32)
-    known = SimpleNamespace(np=known_S.numpy(), gpu=known_S)
+    lengths_S = torch.ones(4, dtype=torch.int32)
+    lengths = SimpleNamespace(np=lengths_S.numpy(), gpu=lengths_S)
     states = SimpleNamespace(
-        max_num_reqs=4, device=torch.device("cpu"), prefill_len=known, prompt_len=known
+        max_num_reqs=4, device=torch.device("cpu"), prefill_len=lengths, prompt_len=lengths
     )
     return V2Processor(config(), states)
 

@@ -22,7 +22,7 @@ def answers(text):
 def test_a_partial_set_is_completed(tmp_path, monkeypatch, stored, requests):
     monkeypatch.setenv("DFTSERVE_DATA", str(tmp_path))
     monkeypatch.setattr(real_answers, "prompt_sets", lambda data: [SET])
-    monkeypatch.setattr(real_answers, "engine", lambda *given, **named: None)
+    monkeypatch.setattr(real_answers, "engine", lambda *given, **settings: None)
     calls = []
     monkeypatch.setattr(
         real_answers, "ask", lambda *given: calls.append(given) or answers("second")

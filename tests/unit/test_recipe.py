@@ -16,11 +16,11 @@ MINIMAL = {"name": "mine", "about": "A test.", "source": {"ngram": {"order": 3}}
 
 
 def documents_of(*texts: list[int], prompt: int = 1, asked: bool = True) -> list[Document]:
-    found = []
+    documents = []
     for tokens in texts:
         trained_N = np.arange(len(tokens)) >= prompt
-        found.append(Document(np.array(tokens, dtype=np.int32), trained_N, has_prompt=asked))
-    return found
+        documents.append(Document(np.array(tokens, dtype=np.int32), trained_N, has_prompt=asked))
+    return documents
 
 
 DOCUMENTS = {

@@ -229,14 +229,14 @@ LISTED = json.loads((Path(__file__).parent.parent / "cases" / "refusals.json").r
 
 
 @pytest.mark.parametrize(
-    ("read", "refusals", "found", "wrong"), [(True, 21, 21, 0), (False, 41, 30, 1)]
+    ("read", "refusals", "right", "wrong"), [(True, 21, 21, 0), (False, 41, 30, 1)]
 )
-def test_recall_and_precision_on_the_listed_answers(read, refusals, found, wrong):
+def test_recall_and_precision_on_the_listed_answers(read, refusals, right, wrong):
     """On those not read, recall is 30 of 41 (73 %) and precision 30 of 31 (97 %)."""
     listed = [each for each in LISTED if each["read"] is read]
     labels = [each["refuses"] for each in listed if refuses(each["answer"])]
     assert (sum(each["refuses"] for each in listed), len(listed)) == (refusals, 2 * refusals)
-    assert (sum(labels), len(labels) - sum(labels)) == (found, wrong)
+    assert (sum(labels), len(labels) - sum(labels)) == (right, wrong)
 
 
 @pytest.mark.parametrize("answer", ["", "  \n", "…", "<think>so</think>\n"])

@@ -37,9 +37,9 @@ def actions(job: dict) -> list[str]:
 
 
 def test_every_command_is_a_target_of_the_makefile(workflow, rules):
-    found = [command for job in workflow["jobs"].values() for command in commands(job)]
-    assert found == [["make", "wheels"], ["make", "tag"], ["make", "smoke"]]
-    assert {target for _, target in found} <= rules.keys()
+    used = [command for job in workflow["jobs"].values() for command in commands(job)]
+    assert used == [["make", "wheels"], ["make", "tag"], ["make", "smoke"]]
+    assert {target for _, target in used} <= rules.keys()
 
 
 def test_the_makefile_has_each_target_once_and_all_are_phony(rules):

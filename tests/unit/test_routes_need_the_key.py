@@ -92,4 +92,4 @@ def test_a_new_unprotected_route_is_detected(served, monkeypatch, path):
 
     monkeypatch.setattr(app, "_extend", with_more)
     fast, ours = served("--api-key", KEY)
-    assert any(path in found for found in unprotected(fast, ours))
+    assert any(path in route for route in unprotected(fast, ours))

@@ -42,8 +42,8 @@ def target_of(vocabulary, *, is_sparse=False):
     if is_sparse:
         logits_RV[:, 9:] = -torch.inf
     labels_R = torch.randint(9, (R,), generator=generator)
-    kept = sparsify(logits_RV.log_softmax(1), labels_R, k=4, draws=6, generator=generator)
-    return d.TargetRows.of(labels_R.numpy(), kept)
+    targets = sparsify(logits_RV.log_softmax(1), labels_R, k=4, draws=6, generator=generator)
+    return d.TargetRows.of(labels_R.numpy(), targets)
 
 
 def head_of(vocabulary, scale, cap):
@@ -75,14 +75,14 @@ def test_loss_and_gradients_match_fp64(monkeypatch, divergence, scale, cap, voca
     expected = divergence.reference(logits_RV, target).sum()
     expected_gradients = torch.autograd.grad(expected, wide, retain_graph=True)
     hidden_RD, ours = make_head(*leaves)
-    found = head.head_loss(ours, hidden_RD, target, divergence)
-    gradients = torch.autograd.grad(found.loss, leaves)
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
-    for got, wanted in zip(gradients, expected_gradients, strict=True):
-        assert (got - wanted).norm() <= 1e-5 * wanted.norm() + 2e-6
+    result = head.head_loss(ours, hidden_RD, target, divergence)
+    gradients = torch.autograd.grad(result.loss, leaves)
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    for gradient, exact_gradient in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - exact_gradient).norm() <= 1e-5 * exact_gradient.norm() + 2e-6
     p_RV = logits_RV.softmax(dim=1)
     entropy = -torch.xlogy(p_RV, p_RV).sum().item()
-    assert found.model_entropy.item() == pytest.approx(entropy, rel=1e-5)
+    assert result.model_entropy.item() == pytest.approx(entropy, rel=1e-5)
 
 
 @interpreted_only
@@ -176,10 +176,10 @@ def test_a_kernel_that_fails_or_disagrees_is_logged_and_not_used(monkeypatch, ca
     def fails(device):
         raise RuntimeError("no compiler")
 
-    for check, says in ((fails, "fails"), (lambda device: False, "disagrees")):
+    for check, message in ((fails, "fails"), (lambda device: False, "disagrees")):
         monkeypatch.setattr(row_pass, "self_check", check)
         row_pass.has_kernel.cache_clear()
         assert not row_pass.has_kernel(torch.device("cuda"))
-        assert says in caplog.text
+        assert message in caplog.text
     row_pass.has_kernel.cache_clear()
     assert not row_pass.has_kernel(CPU)
