@@ -15,9 +15,7 @@ FIELDS = {"diversity": json_schema.diversity(), "style": json_schema.style()}
 def documents():
     """vLLM's own document, and the one with the fields."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "vllm.plugins.plugins_loaded", True
-        )  # Otherwise the hooks would be installed here.
+        patch.setattr("vllm.plugins.plugins_loaded", True)  # No hooks in this process.
         app = built()
     stock = copy.deepcopy(app.openapi())
     return stock, openapi.with_fields(app.openapi)()

@@ -25,9 +25,7 @@ def attach(request):
 def served(attach, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.delenv("DFTSERVE_DISABLE", raising=False)
-    monkeypatch.setattr(
-        "vllm.plugins.plugins_loaded", True
-    )  # Otherwise the hooks would be installed here.
+    monkeypatch.setattr("vllm.plugins.plugins_loaded", True)  # No hooks in this process.
 
     def serve(*flags: str) -> tuple[FastAPI, list[BaseRoute]]:
         """The app, and the routes that are ours."""
