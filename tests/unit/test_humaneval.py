@@ -55,7 +55,7 @@ def test_every_canonical_solution_passes(problems):
 
 @pytest.mark.usefixtures("_sandboxed")
 def test_no_wrong_solution_passes(problems):
-    """Nothing at all, and the way out before the tests."""
+    """Solutions that do nothing, or exit before the tests run."""
     wrong = ["    pass\n", "    import os; os._exit(0)\n", "    raise SystemExit(0)\n"]
     some = [(problem, each) for problem in problems[::8] for each in wrong]
     assert not any(passed(*zip(*some, strict=True)))
@@ -80,11 +80,11 @@ def test_no_wrong_solution_passes(problems):
         ("```python\n```", False),
     ],
 )  # fmt: skip
-def test_what_an_answer_is_taken_for(answer, right):
+def test_code_is_extracted_from_an_answer(answer, right):
     assert passed([ADD], [answer]) == [right]
 
 
-def test_what_cannot_be_read_or_was_cut_is_not_run(monkeypatch):
+def test_unreadable_and_cut_answers_are_not_run(monkeypatch):
     monkeypatch.setattr(sandbox, "run", lambda *_, **__: pytest.fail("it was run"))
     answers = ["I cannot.", None, "<think>a + b", "```python\ndef sub(a, b):\n    return 1\n```"]
     (judged,) = humaneval.judge([ADD], [answers])
@@ -103,7 +103,7 @@ def test_the_estimator_is_the_share_of_subsets_with_a_pass():
 
 
 @given(st.integers(1, 300), st.data())
-def test_the_estimator_rises_with_k_and_with_what_passed(samples, data):
+def test_the_estimator_increases_with_k_and_with_passes(samples, data):
     right = data.draw(st.integers(0, samples))
     k = data.draw(st.integers(1, samples))
     estimate = humaneval.pass_at_k(samples, right, k)
@@ -116,12 +116,12 @@ def test_the_estimator_rises_with_k_and_with_what_passed(samples, data):
 
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(3, 1, 0), (3, 1, 4), (3, 4, 1), (3, -1, 1)])
-def test_the_estimator_refuses(samples, right, k):
+def test_the_estimator_refuses_invalid_counts(samples, right, k):
     with pytest.raises(ValueError, match="accepted: 1 ≤ k"):
         humaneval.pass_at_k(samples, right, k)
 
 
-def test_read_names_a_wrong_file(tmp_path):
+def test_read_refuses_an_invalid_line(tmp_path):
     for suffix, opened in ((".jsonl", open), (".jsonl.gz", gzip.open)):
         path = tmp_path / f"problems{suffix}"
         with opened(path, "wt") as file:
@@ -133,41 +133,41 @@ def test_read_names_a_wrong_file(tmp_path):
             humaneval.read(path)
 
 
-def test_what_was_answered_is_not_asked_again(tmp_path):
-    """A server that fails from the fourth problem on, then one that does not; half a line too."""
+def test_stored_answers_are_not_requested_again(tmp_path):
+    """The first run fails at problem 4, and the file then ends in half a line."""
     problems = [replace(ADD, task_id=f"T/{number}", prompt=f"# {number}\n") for number in range(6)]
-    asked, failing = [], [True]
+    requested, failing = [], [True]
 
     def answer(request):
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         number = int(body["prompt"].split()[1])
-        asked.append(number)
+        requested.append(number)
         if failing[0] and number > 3:
             reply(request, 400, b'{"error": {"message": "no"}}')
             return
-        said = {"choices": [{"index": 0, "text": f"{number}"}], **in_force(body)}
-        reply(request, 200, json.dumps(said).encode(), **{"Content-Type": "application/json"})
+        content = {"choices": [{"index": 0, "text": f"{number}"}], **in_force(body)}
+        reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
-    kept = tmp_path / "said.jsonl"
+    saved = tmp_path / "said.jsonl"
     with serving(answer) as url:
         served = Served(f"{url}/v1", "m", is_chat=False, at_once=1)
         with pytest.raises(ValueError, match="refuses the request: no"):
-            humaneval.ask(problems, served, 0.5, saved=kept)
+            humaneval.ask(problems, served, 0.5, saved=saved)
         failing[0] = False
-        with kept.open("a") as file:
+        with saved.open("a") as file:
             file.write('{"problem": "T/4", "sa')
-        first = [number for number in asked if number <= 3]
-        asked.clear()
-        found = humaneval.ask(problems, served, 0.5, saved=kept)
+        first = [number for number in requested if number <= 3]
+        requested.clear()
+        answers = humaneval.ask(problems, served, 0.5, saved=saved)
     assert first == [0, 1, 2, 3]
-    assert asked == [4, 5]
-    assert found == [[f"{number}"] for number in range(6)]
+    assert requested == [4, 5]
+    assert answers == [[f"{number}"] for number in range(6)]
 
 
 @pytest.mark.usefixtures("_sandboxed")
 @pytest.mark.parametrize("is_chat", [True, False])
-def test_each_level_is_asked_for_and_judged(is_chat):
-    """A server that errs at diversity 1 alone, and in every second sample."""
+def test_each_level_is_requested_and_judged(is_chat):
+    """The server's answers are wrong at diversity 1, and in every second sample at 0."""
     bodies = []
 
     def answer(request):
@@ -177,9 +177,9 @@ def test_each_level_is_asked_for_and_judged(is_chat):
         texts = [f"    return a {'+' if each else '-'} b\n" for each in right]
         message = [{"message": {"role": "assistant", "content": text}} for text in texts]
         choices = message if is_chat else [{"text": text} for text in texts]
-        said = {"choices": [{"index": n, **each} for n, each in enumerate(choices)]}
-        said |= in_force(body)
-        reply(request, 200, json.dumps(said).encode(), **{"Content-Type": "application/json"})
+        content = {"choices": [{"index": n, **each} for n, each in enumerate(choices)]}
+        content |= in_force(body)
+        reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
     with serving(answer) as url:
         served = Served(f"{url}/v1", "m", temperature=0.7, is_chat=is_chat)

@@ -1,4 +1,4 @@
-"""Changing a module when it is imported, and the hooks on vLLM's real request classes."""
+"""Patching a module when it is imported, and the hooks on vLLM's real request classes."""
 
 import json
 import subprocess
@@ -33,15 +33,15 @@ for line in sys.stdin:
     sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(status), text]) + "\\n")
     sys.stdout.flush()
 """
-"""Each line of the input is code to run in a fork of this process, which has imported what takes
-long of what vLLM needs, and neither vLLM nor the plug-in: these are imported once."""
+"""Each input line is code to run in a fork of this process, which has imported vLLM's slow
+dependencies, but neither vLLM nor the plug-in."""
 
 Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """run(code, **environment): what the code prints in an interpreter of its own."""
+    """run(code, **environment): what the code prints in its own process."""
     with subprocess.Popen(
         [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as forks:
@@ -51,16 +51,16 @@ def run() -> Iterator[Run]:
         def in_fork(code: str, **env: str) -> str:
             print(json.dumps({"code": textwrap.dedent(code), "env": env}), file=forks.stdin)
             forks.stdin.flush()
-            status, said = json.loads(forks.stdout.readline())
-            assert status == 0, said[-3000:]
-            return said
+            status, printed = json.loads(forks.stdout.readline())
+            assert status == 0, printed[-3000:]
+            return printed
 
         yield in_fork
         forks.stdin.close()
 
 
-def test_a_change_comes_right_after_the_import_and_once(run):
-    said = run(
+def test_a_patch_is_applied_once_right_after_the_import(run):
+    printed = run(
         """
         from dftserve_vllm.imports import when_imported
         when_imported("tabnanny", lambda module: print("changed", module.__name__))
@@ -71,7 +71,7 @@ def test_a_change_comes_right_after_the_import_and_once(run):
         when_imported("tabnanny", lambda module: print("at once"))
         """
     )
-    assert said.split("\n")[:-1] == [
+    assert printed.split("\n")[:-1] == [
         "before",
         "changed tabnanny",
         "after SourceFileLoader",
@@ -79,8 +79,8 @@ def test_a_change_comes_right_after_the_import_and_once(run):
     ]
 
 
-def test_registering_twice_changes_once_and_imports_nothing_of_vllm(run):
-    said = run(
+def test_registering_twice_patches_once_and_does_not_import_vllm(run):
+    printed = run(
         """
         import sys, dftserve_vllm
         dftserve_vllm.register(); dftserve_vllm.register()
@@ -90,12 +90,12 @@ def test_registering_twice_changes_once_and_imports_nothing_of_vllm(run):
         print(hasattr(method, "__wrapped__"), hasattr(method.__wrapped__, "__wrapped__"))
         """
     )
-    assert said.split() == ["False", "True", "False"]
+    assert printed.split() == ["False", "True", "False"]
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
 def test_disabled_changes_nothing(run, value):
-    said = run(
+    printed = run(
         """
         import dftserve_vllm
         dftserve_vllm.register()
@@ -104,11 +104,11 @@ def test_disabled_changes_nothing(run, value):
         """,
         DFTSERVE_DISABLE=value,
     )
-    assert said.strip() == "False"
+    assert printed.strip() == "False"
 
 
-def test_the_operators_default_and_what_it_skips(run):
-    said = run(
+def test_the_operators_default_and_the_requests_that_it_skips(run):
+    printed = run(
         """
         import dftserve_vllm
         dftserve_vllm.register()
@@ -127,11 +127,11 @@ def test_the_operators_default_and_what_it_skips(run):
         """,
         DFTSERVE_DEFAULT_DIVERSITY="0.4",
     )
-    assert said.split() == ["0.4", "0.4", "None", "0.9", "None", "None", "None", "0.4", "0.9"]
+    assert printed.split() == ["0.4", "0.4", "None", "0.9", "None", "None", "None", "0.4", "0.9"]
 
 
-def test_a_wrong_default_is_named(run):
-    said = run(
+def test_an_invalid_default_is_refused_by_name(run):
+    printed = run(
         """
         from dftserve_vllm.request_params import default_diversity
         try:
@@ -141,11 +141,11 @@ def test_a_wrong_default_is_named(run):
         """,
         DFTSERVE_DEFAULT_DIVERSITY="1.5",
     )
-    assert "DFTSERVE_DEFAULT_DIVERSITY.level: got 1.5" in said
+    assert "DFTSERVE_DEFAULT_DIVERSITY.level: got 1.5" in printed
 
 
-def test_the_operators_own_cuts_are_explicit(run):
-    said = run(
+def test_the_operators_generation_config_counts_as_explicit(run):
+    printed = run(
         """
         import types, dftserve_vllm
         dftserve_vllm.register()
@@ -161,11 +161,11 @@ def test_the_operators_own_cuts_are_explicit(run):
         print(params.extra_args["diversity"]["min_p"])
         """
     )
-    assert said.split() == ["0.8", "0", "0.0", "0.6", "0.1"]
+    assert printed.split() == ["0.8", "0", "0.0", "0.6", "0.1"]
 
 
 def test_speculative_decoding_on_v1_is_refused_with_the_reason(run):
-    said = run(
+    printed = run(
         """
         import types, dftserve_vllm
         dftserve_vllm.register()
@@ -185,11 +185,11 @@ def test_speculative_decoding_on_v1_is_refused_with_the_reason(run):
             print(type(error).__name__, error.parameter, "V2" in str(error))
         """
     )
-    assert said.split() == ["VLLMValidationError", "diversity", "True"]
+    assert printed.split() == ["VLLMValidationError", "diversity", "True"]
 
 
 def test_an_unsupported_vllm_is_refused_with_the_reason(run):
-    said = run(
+    printed = run(
         """
         import vllm, dftserve_vllm
         vllm.__version__ = "0.99.0"
@@ -204,4 +204,4 @@ def test_an_unsupported_vllm_is_refused_with_the_reason(run):
             print(type(error).__name__, "0.99.0" in str(error))
         """
     )
-    assert said.split() == ["Inert", "VLLMValidationError", "True"]
+    assert printed.split() == ["Inert", "VLLMValidationError", "True"]

@@ -1,6 +1,6 @@
-"""The fields' JSON Schemas accept what `spec` accepts and refuse what it refuses, but for what
-`is_beyond_a_schema` says. Each value is an accepted one with one thing of it changed. That these
-values tell a wrong schema is shown by schemas with one thing of them changed: each is found out.
+"""The fields' JSON Schemas accept and refuse the same values as `spec`, except for the cases of
+`is_beyond_a_schema`. The values are accepted ones, each with one change. Mutation tests of the
+schemas show that these values detect a wrong schema.
 """
 
 import unicodedata
@@ -43,8 +43,8 @@ SMALLEST, LARGEST = GROUP_SIZE
 
 
 def around(bounds: Bounds) -> list[float]:
-    """On each bound and on both sides of it; of whole numbers also as floats, and one that is no
-    whole one."""
+    """Each bound and values on both sides of it; for whole numbers also as floats, and one
+    fraction."""
     edges = (bounds.low, bounds.high)
     if not bounds.whole:
         return [edge + step for edge in edges for step in (-1e-6, 0, 1e-6)]
@@ -57,7 +57,7 @@ def texts(longest: int) -> list[str]:
 
 
 ANYTHING = [None, True, "a", "", 0, 1, 0.5, -1, 1e300, [], ["a"], {}]
-"""In the place of every value."""
+"""Replacements for any value."""
 OTHERS: dict[str, list[Any]] = {
     "": [*around(BOUNDS["level"]), *texts(LONGEST_NAME)],
     **{name: around(each) for name, each in {**BOUNDS, **DRY_BOUNDS, **STYLE_BOUNDS}.items()},
@@ -76,7 +76,7 @@ OTHERS: dict[str, list[Any]] = {
     "size": around(Bounds(low=SMALLEST, high=LARGEST, whole=True)),
     "name": texts(LONGEST_NAME),
 }
-"""In the place of a value of that name."""
+"""Replacements for a value of that name."""
 LEAST = {"id": "g", "index": 0, "size": SMALLEST}
 MOST = {"id": "g", "index": LARGEST - 1, "size": LARGEST}
 DRY = {"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 2, DRY_BREAKERS: ["\n"]}
@@ -86,8 +86,8 @@ ONE = 0.5
 
 
 def diversities() -> Iterator[Any]:
-    """Accepted values of `diversity`: a number, a word, each law with and without what may stand
-    beside it, the default one without its name, DRY alone with little and with much."""
+    """Accepted values of `diversity`: a number, a word, each law with and without DRY and a trace,
+    the default law without its name, DRY alone with few and with many keys."""
     yield from (ONE, None, HUMAN)
     for law, takes in LAWS.items():
         whole = {"law": law} | dict.fromkeys(takes, ONE)
@@ -105,14 +105,16 @@ def styles() -> Iterator[Any]:
 
 
 def changed(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """A value with one thing of it changed, and the name of that: something in its place; of an
-    object, a key less, a key more, or one of its values changed."""
+    """Variants of a value with one change, each with the name of what was changed: a replacement;
+    for an object also a removed key, an added key, or one changed value."""
     yield from ((name, other) for other in [*ANYTHING, *OTHERS.get(name, [])])
     if not isinstance(value, dict):
         return
     for key in value:
         yield key, without(value, key)
-        yield from ((place, value | {key: other}) for place, other in changed(value[key], key))
+        yield from (
+            (key_name, value | {key: other}) for key_name, other in changed(value[key], key)
+        )
     yield from ((key, value | {key: other}) for key in KEYS - value.keys() for other in (1, None))
 
 
@@ -121,8 +123,8 @@ def without(content: JSON, key: str) -> JSON:
 
 
 def is_beyond_a_schema(value: Any) -> bool:
-    """What no schema of ours tells: names of DRY without its multiplier; in a group of which all
-    else is right, an index above the size, or characters of the id that are not printable."""
+    """Errors that our schemas do not express: DRY keys without the multiplier; in an otherwise
+    valid group, an index not below the size, or unprintable characters in the id."""
     if not isinstance(value, dict):
         return False
     given = {name for name, each in value.items() if each is not None}
@@ -142,7 +144,7 @@ def is_whole(value: Any, low: int, high: int) -> bool:
 
 
 def is_control(character: str) -> bool:
-    """A control character, or one that ends a line or a paragraph."""
+    """A control character, or a line or paragraph separator."""
     return unicodedata.category(character) in ("Cc", "Zl", "Zp")
 
 
@@ -151,9 +153,9 @@ class Case:
     """A value, and whether the server and each part of the schema (of its `anyOf`) accept it."""
 
     base: tuple[int, ...]
-    """The parts that accept what it was before its change."""
+    """The parts that accept the value before the change."""
     name: str
-    """Of what was changed."""
+    """The name of what was changed."""
     value: Any
     is_accepted: bool
     accepting: tuple[int, ...]
@@ -163,12 +165,12 @@ class Case:
 
 
 class Field:
-    """One of the two: the parts of its schema, and the cases, made of accepted values."""
+    """`diversity` or `style`: the parts of its schema, and the cases made from accepted values."""
 
     def __init__(
         self, schema: JSON, accepted: Iterator[Any], parse: Callable[[Any], object], *words: Any
     ) -> None:
-        """`words`: what the server takes beside what `parse` does."""
+        """`words`: values that the server accepts in addition to those that `parse` accepts."""
         self.schema = schema
         self.parts: list[JSON] = schema["anyOf"]
         self.accepted = list(accepted)
@@ -177,7 +179,7 @@ class Field:
 
     @cached_property
     def cases(self) -> list[Case]:
-        """The accepted values, and each with one thing of it changed."""
+        """The accepted values, and each with one change."""
         return [
             Case(self.accepting(whole), name, value, self.accepts(value), self.accepting(value))
             for whole in self.accepted
@@ -185,11 +187,11 @@ class Field:
         ]
 
     def accepting(self, value: Any) -> tuple[int, ...]:
-        """The parts that accept a value."""
+        """The indices of the parts that accept a value."""
         return tuple(n for n, each in enumerate(self._validators) if each.is_valid(value))
 
     def accepts(self, value: Any) -> bool:
-        """Whether the server does."""
+        """Whether the server accepts a value."""
         if value in self._words:
             return True
         try:
@@ -213,7 +215,7 @@ def test_the_schema_accepts_what_the_server_accepts(field):
 
 
 def test_there_are_cases_of_each_kind():
-    """Also in which a group's object alone is wrong, and in which a schema cannot tell."""
+    """Including those with an invalid group only, and those that a schema cannot express."""
     cases = DIVERSITY.cases
     group = [case for case in cases if case.name in LEAST and len(case.base) == 1]
     assert sum(not case.is_accepted for case in group) > 100 < sum(c.is_accepted for c in group)
@@ -223,16 +225,16 @@ def test_there_are_cases_of_each_kind():
 
 @dataclass(frozen=True)
 class Mutant:
-    """A part of a schema with one thing of it changed."""
+    """A part of a schema with one change."""
 
     part: int
     name: str
-    """Of the property that is another."""
+    """The name of the changed property."""
     change: str
     schema: JSON
 
     def is_found(self, cases: list[Case]) -> bool:
-        """Whether a case does not agree with it. Those of its part and property come first."""
+        """Whether a case disagrees with it. The cases of its part and property are tried first."""
         validator = Validator(self.schema)
 
         def is_far(case: Case) -> int:
@@ -254,7 +256,7 @@ def mutants(parts: list[JSON]) -> Iterator[Mutant]:
 
 
 def within(schema: JSON, name: str = "", path: Place = ()) -> Iterator[tuple[str, Place, JSON]]:
-    """A schema and those within it, each with the property that it is of, and its path."""
+    """A schema and its subschemas, each with the property that it belongs to, and its path."""
     yield name, path, schema
     for key, each in schema.get("properties", {}).items():
         yield from within(each, key, (*path, "properties", key))
@@ -265,17 +267,18 @@ def within(schema: JSON, name: str = "", path: Place = ()) -> Iterator[tuple[str
 
 
 def replaced(schema: Any, path: Place, other: JSON) -> Any:
-    """A schema with another one at a path."""
+    """A schema with the subschema at a path replaced."""
     if not path:
         return other
-    found = copy(schema)
-    found[path[0]] = replaced(schema[path[0]], path[1:], other)
-    return found
+    changed_schema = copy(schema)
+    changed_schema[path[0]] = replaced(schema[path[0]], path[1:], other)
+    return changed_schema
 
 
 def variants(schema: JSON) -> Iterator[tuple[str, str, JSON]]:
-    """A schema with one thing of its own changed, what, and the property concerned, if it is one:
-    a keyword less, another value of one; a property less, of anything, or required."""
+    """Variants of a schema with one change at its top level, each with the property concerned, if
+    any, and the change: a keyword removed or with another value; a property removed, accepting
+    anything, or required."""
     for keyword in schema.keys() - {"title", "description"}:
         yield "", f"no {keyword}", without(schema, keyword)
         for other in other_values(schema[keyword]):
@@ -289,34 +292,35 @@ def variants(schema: JSON) -> Iterator[tuple[str, str, JSON]]:
 
 
 def other_values(value: Any) -> list[Any]:
-    """Of a keyword: a number by 1, a list with one less, numbers that need not be whole."""
+    """Other values of a keyword: a number ± 1, a list without one item, `number` for `integer`."""
     if type(value) in (int, float):
         return [value - 1, value + 1]
     if value == "integer":
         return ["number"]
     if not isinstance(value, list):
         return []
-    fewer = [value[:place] + value[place + 1 :] for place in range(len(value))]
+    fewer = [value[:index] + value[index + 1 :] for index in range(len(value))]
     return [*fewer, ["number", *value]] if "integer" in value else fewer
 
 
 WORDS = [part.get("title") for part in DIVERSITY.parts].index("words")
 
 
-def is_the_same(mutant: Mutant) -> bool:
-    """Whether a mutant accepts what the schema does: `words` takes what the default law does, which
-    needs no name; and what is no text matches every pattern, so that it is no id in any case."""
+def is_equivalent(mutant: Mutant) -> bool:
+    """Whether a mutant accepts the same values as the schema: `words` takes what the default law
+    takes, which needs no name; and a non-string matches every pattern, so that an id's `not`
+    refuses it even without `type`."""
     is_nameless = (mutant.part, mutant.change) == (WORDS, "required ['level']")
     return is_nameless or (mutant.name, mutant.change) == ("id", "no type")
 
 
 @BOTH
-def test_each_change_of_the_schema_is_found_out(field):
-    every = [mutant for mutant in mutants(field.parts) if not is_the_same(mutant)]
-    assert [(m.part, m.name, m.change) for m in every if not m.is_found(field.cases)] == []
+def test_each_mutant_of_the_schema_is_detected(field):
+    relevant = [mutant for mutant in mutants(field.parts) if not is_equivalent(mutant)]
+    assert [(m.part, m.name, m.change) for m in relevant if not m.is_found(field.cases)] == []
 
 
-def test_the_changes_are_made_in_every_law():
+def test_every_law_has_mutants():
     changes = {(each.part, each.name, each.change) for each in mutants(DIVERSITY.parts)}
     for part, schema in enumerate(DIVERSITY.parts):
         if schema.get("title") in (*LAWS, "DRY alone"):
@@ -349,5 +353,5 @@ def test_examples(value, is_valid):
 
 
 @BOTH
-def test_they_are_schemas(field):
+def test_the_schemas_are_valid(field):
     Validator.check_schema(field.schema)

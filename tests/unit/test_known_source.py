@@ -1,4 +1,4 @@
-"""The known source of bench/known_source.py against enumeration, and the targets made of it."""
+"""The known source of bench/known_source.py against enumeration, and targets built from it."""
 
 import importlib
 import itertools
@@ -46,14 +46,16 @@ def probability(source, words) -> float:
     return total
 
 
-def test_next_token_is_what_enumeration_gives(source):
+def test_next_token_matches_enumeration(source):
     words = [3, 1, 5]
     p_NV = source.next_token(torch.tensor([words]))[0]
-    for place in range(len(words)):
-        before = words[:place]
-        known = probability(source, before) if before else 1.0
-        wanted = [probability(source, [*before, word]) / known for word in range(source.vocabulary)]
-        assert p_NV[place].tolist() == pytest.approx(wanted, abs=1e-12)
+    for index in range(len(words)):
+        before = words[:index]
+        p_before = probability(source, before) if before else 1.0
+        expected = [
+            probability(source, [*before, word]) / p_before for word in range(source.vocabulary)
+        ]
+        assert p_NV[index].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_next_token_sums_to_one_over_the_words(source, settings, texts):
@@ -62,7 +64,7 @@ def test_next_token_sums_to_one_over_the_words(source, settings, texts):
     assert not texts.p_RV[:, specials].any()
 
 
-def test_true_kl_is_zero_to_itself_and_by_hand_to_another(bench, texts):
+def test_true_kl_is_zero_to_itself_and_as_computed_by_hand_otherwise(bench, texts):
     assert bench.true_kl(texts.p_RV, texts.p_RV.log()) == pytest.approx(0, abs=1e-12)
     p_RV = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     other_RV = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
@@ -71,7 +73,7 @@ def test_true_kl_is_zero_to_itself_and_by_hand_to_another(bench, texts):
 
 
 def test_renormalised_top_k_is_biased_and_the_sampled_tail_is_not(bench, texts):
-    """The gradient at the truth is 0 on average over the draws, or the target pulls elsewhere.
+    """At the true distribution the mean gradient over the draws is 0, or the target is biased.
 
     40,000 draws of a tail: a standard error of .0025 at most, so .0125 is five of them.
     """
@@ -80,27 +82,29 @@ def test_renormalised_top_k_is_biased_and_the_sampled_tail_is_not(bench, texts):
     generator = torch.Generator().manual_seed(2)
     sampled = sparsify(p_RV.log().float(), labels_R, k=2, draws=40_000, generator=generator)
 
-    def pull(targets) -> torch.Tensor:
+    def gradient_at_truth(targets) -> torch.Tensor:
         rows = TargetRows.of(labels_R.numpy(), targets)
         return ForwardKL(weight=1.0).loss_and_gradient(Rows.of(p_RV.log()), rows)[1]
 
-    assert pull(sampled).abs().max() < 0.0125
+    assert gradient_at_truth(sampled).abs().max() < 0.0125
     mass_R = p_RV.topk(2, dim=1).values.sum(dim=1)
-    missing_R = pull(bench.renormalised(sampled, labels_R)).abs().sum(dim=1)
+    missing_R = gradient_at_truth(bench.renormalised(sampled, labels_R)).abs().sum(dim=1)
     torch.testing.assert_close(missing_R, 2 * (1 - mass_R), atol=1e-5, rtol=0)
     assert missing_R.min() > 0.05
 
 
 def test_the_posterior_of_exact_personas_is_the_source(bench, source, settings, texts):
-    found = bench.personas(bench.ExactTeacher(source, settings), texts, settings)
-    assert found.posterior == pytest.approx(0, abs=1e-5)
-    assert found.fixed > 0.01
+    result = bench.personas(bench.ExactTeacher(source, settings), texts, settings)
+    assert result.posterior == pytest.approx(0, abs=1e-5)
+    assert result.fixed > 0.01
 
 
-def test_interval_by_hand_and_a_claim_needs_all_of_it(bench):
-    found = bench.Interval.of([1.0, 2.0, 3.0])
+def test_interval_as_computed_by_hand_and_a_claim_needs_the_whole_interval(bench):
+    interval = bench.Interval.of([1.0, 2.0, 3.0])
     reach = 4.302653 / math.sqrt(3)  # Student's t of 2 degrees of freedom.
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - reach, 2 + reach), abs=1e-4)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx(
+        (2, 2 - reach, 2 + reach), abs=1e-4
+    )
     values = torch.tensor([1.0, 2.0, 3.0]).numpy()
     assert bench.claim(values, -1.0)["holds"]
     assert not bench.claim(values, 0.0)["holds"]
@@ -110,8 +114,8 @@ def test_a_stored_token_takes_58_bytes(bench):
     assert bench.bytes_a_token(bench.Settings()) == 58
 
 
-def test_every_method_of_a_seed_is_tried(bench):
-    """Briefly, on few words: what the methods find is the bench's to say."""
+def test_every_method_is_run(bench):
+    """A short run with few words: it does not check the quality of the results."""
     settings = bench.Settings(
         narrators=2,
         slots=3,
@@ -132,10 +136,10 @@ def test_every_method_of_a_seed_is_tried(bench):
         draws=2,
         temperatures=(0.8, 1.0),
     )
-    found = bench.measure(settings, seed=0)
-    assert set(bench.BASELINES) < set(found.outcomes)
-    assert {"hybrid", "reverse_kl", "sliced_w1"} < set(found.outcomes)
-    told = [outcome.true_kl for outcome in found.outcomes.values()]
-    assert all(0 < kl < 20 for kl in told)
-    # From one start, on the same documents: each method ends elsewhere.
-    assert len({round(kl, 9) for kl in told}) >= len(told) - 2
+    result = bench.measure(settings, seed=0)
+    assert set(bench.BASELINES) < set(result.outcomes)
+    assert {"hybrid", "reverse_kl", "sliced_w1"} < set(result.outcomes)
+    kls = [outcome.true_kl for outcome in result.outcomes.values()]
+    assert all(0 < kl < 20 for kl in kls)
+    # The same start and documents: different methods give different results.
+    assert len({round(kl, 9) for kl in kls}) >= len(kls) - 2

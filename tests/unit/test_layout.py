@@ -1,4 +1,4 @@
-"""The tree stays one that is read at a glance."""
+"""Folders stay small enough to read at a glance."""
 
 from pathlib import Path
 
@@ -17,5 +17,5 @@ FOLDERS = [
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_no_folder_of_evaluate_has_more_than_a_dozen_files(folder):
-    files = [place.name for place in folder.iterdir() if place.is_file()]
+    files = [path.name for path in folder.iterdir() if path.is_file()]
     assert len(files) <= MOST_FILES, sorted(files)

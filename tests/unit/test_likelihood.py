@@ -1,4 +1,4 @@
-"""Likelihood against a plain loop in fp64 that reads a text anew for every token."""
+"""Likelihood against a plain fp64 loop that reads the text again for every token."""
 
 import math
 
@@ -20,7 +20,7 @@ from dftserve.targets.teacher import Teacher
 from tests.training import VOCABULARY, WORDS, save_model, small_model, tokenizer
 
 START = 1
-"""The end token: the tests' tokenizer has no other."""
+"""The end token: the tests' tokenizer has no begin token."""
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +33,37 @@ def text(count, seed=0):
 
 
 def reference(network, text, window, stride):
-    """−ln p of each token. The window that scores a token is the first that reaches it."""
+    """−ln p of each token, scored by the first window that contains it."""
     tokens = [START] + [2 + WORDS.index(word) for word in text.split()]
     nats = []
-    for place in range(1, len(tokens)):
-        moved = max(0, math.ceil((place + 1 - window) / stride))
+    for position in range(1, len(tokens)):
+        moved = max(0, math.ceil((position + 1 - window) / stride))
         with torch.no_grad():
-            logits_NV = network(torch.tensor([tokens[moved * stride : place]])).logits[0]
-        nats.append(-float(logits_NV[-1].log_softmax(0)[tokens[place]]))
+            logits_NV = network(torch.tensor([tokens[moved * stride : position]])).logits[0]
+        nats.append(-float(logits_NV[-1].log_softmax(0)[tokens[position]]))
     return nats
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere"])
 @pytest.mark.parametrize(("window", "stride"), [(16, 7), (9, 8), (2, 1), (128, 64)])
-def test_every_token_is_scored_as_by_a_plain_loop(tmp_path, family, window, stride):
-    """Lengths around the window, read in batches that mix them."""
+def test_every_token_is_scored_as_by_the_plain_loop(tmp_path, family, window, stride):
+    """Text lengths around the window's, mixed in batches."""
     folder = save_model(tmp_path / family, family, seed=3)
     texts = [text(count, seed=count) for count in (1, 30, 15, 16, 17, 2, 8)]
-    found = token_nats(folder, texts, window=window, stride=stride, batch_size=3)
+    nats = token_nats(folder, texts, window=window, stride=stride, batch_size=3)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     expected = [reference(network, each, window, stride) for each in texts]
-    for nats_T, expected_T in zip(found, expected, strict=True):
+    for nats_T, expected_T in zip(nats, expected, strict=True):
         np.testing.assert_allclose(nats_T, expected_T, atol=2e-5)
     bits = sum(map(sum, expected)) / math.log(2)
     size = sum(len(each.encode()) for each in texts)
-    given = {"window": window, "stride": stride, "batch_size": 3}
-    assert bits_per_byte(folder, texts, **given).value == pytest.approx(bits / size, abs=1e-5)
+    options = {"window": window, "stride": stride, "batch_size": 3}
+    assert bits_per_byte(folder, texts, **options).value == pytest.approx(bits / size, abs=1e-5)
     flat = np.concatenate(expected)
-    seen = surprisal(folder, texts, **given)
-    assert seen.mean.value == pytest.approx(flat.mean(), abs=1e-5)
-    assert seen.sd.value == pytest.approx(flat.std(), abs=1e-5)
-    assert seen.tokens == len(flat)
+    figures = surprisal(folder, texts, **options)
+    assert figures.mean.value == pytest.approx(flat.mean(), abs=1e-5)
+    assert figures.sd.value == pytest.approx(flat.std(), abs=1e-5)
+    assert figures.tokens == len(flat)
 
 
 def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
@@ -72,13 +72,13 @@ def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     texts = [text(40), text(7, seed=1), "w1 ünknown w3"]
-    found = bits_per_byte(tmp_path, texts, window=16, stride=5)
+    bits = bits_per_byte(tmp_path, texts, window=16, stride=5)
     size = sum(len(each.encode()) for each in texts)
-    assert found.value == pytest.approx(50 * math.log2(VOCABULARY) / size, rel=1e-6)
-    seen = surprisal(tmp_path, texts, window=16, stride=5)
-    assert seen.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
-    assert seen.sd.value == pytest.approx(0, abs=1e-6)
-    assert seen.mean.high - seen.mean.low < 1e-5
+    assert bits.value == pytest.approx(50 * math.log2(VOCABULARY) / size, rel=1e-6)
+    figures = surprisal(tmp_path, texts, window=16, stride=5)
+    assert figures.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert figures.sd.value == pytest.approx(0, abs=1e-6)
+    assert figures.mean.high - figures.mean.low < 1e-5
 
 
 cases = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -88,29 +88,29 @@ cases = st.lists(st.integers(1, 30), min_size=1, max_size=6)
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(cases, st.integers(31, 128), st.integers(1, 30), st.integers(1, 7), st.randoms())
-def test_window_stride_batch_and_order_change_nothing_for_short_texts(
+def test_window_stride_batch_and_order_do_not_matter_for_short_texts(
     model, lengths, window, stride, batch_size, random
 ):
     texts = [text(length, seed) for seed, length in enumerate(lengths)]
     expected = bits_per_byte(model, texts, window=128, stride=64, batch_size=1)
     shuffled = list(texts)
     random.shuffle(shuffled)
-    found = bits_per_byte(model, shuffled, window=window, stride=stride, batch_size=batch_size)
-    assert found.value == pytest.approx(expected.value, rel=1e-5)
+    bits = bits_per_byte(model, shuffled, window=window, stride=stride, batch_size=batch_size)
+    assert bits.value == pytest.approx(expected.value, rel=1e-5)
     if len(texts) > 1:
-        assert found.low == pytest.approx(expected.low, rel=1e-5)
-        assert found.high == pytest.approx(expected.high, rel=1e-5)
+        assert bits.low == pytest.approx(expected.low, rel=1e-5)
+        assert bits.high == pytest.approx(expected.high, rel=1e-5)
 
 
-def test_the_interval_holds_the_ratio_and_one_text_has_none(model):
+def test_the_interval_contains_the_ratio_and_one_text_has_none(model):
     texts = [text(length, seed=length) for length in range(2, 22)]
-    found = bits_per_byte(model, texts, window=64, stride=32)
-    assert found.low < found.value < found.high
+    bits = bits_per_byte(model, texts, window=64, stride=32)
+    assert bits.low < bits.value < bits.high
     assert bits_per_byte(model, texts[:1], window=64, stride=32).low is None
 
 
-def test_more_context_is_used_where_the_stride_leaves_it(model):
-    """The same token is scored otherwise after 15 tokens than after 1: windows do matter."""
+def test_a_smaller_stride_gives_more_context(model):
+    """The same token has another score after 15 tokens than after 1."""
     one, other = (
         token_nats(model, [text(40)], window=16, stride=stride, batch_size=4)[0]
         for stride in (1, 15)
@@ -119,20 +119,20 @@ def test_more_context_is_used_where_the_stride_leaves_it(model):
     assert np.abs(one[15:] - other[15:]).max() > 1e-3
 
 
-def test_the_begin_token_stands_first_where_there_is_one(tmp_path):
+def test_the_begin_token_comes_first_if_there_is_one(tmp_path):
     save_model(tmp_path, seed=5)
-    begun = tokenizer()
-    begun.add_special_tokens({"bos_token": "w7"})
-    begun.save_pretrained(tmp_path)
-    found = token_nats(tmp_path, ["w3 w4"], window=8, stride=4, batch_size=1)[0]
+    with_begin = tokenizer()
+    with_begin.add_special_tokens({"bos_token": "w7"})
+    with_begin.save_pretrained(tmp_path)
+    nats = token_nats(tmp_path, ["w3 w4"], window=8, stride=4, batch_size=1)[0]
     network = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
         logprobs_NV = network(torch.tensor([[9, 5, 6]])).logits[0].log_softmax(1)
     expected = [-float(logprobs_NV[0, 5]), -float(logprobs_NV[1, 6])]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
-def test_what_is_refused(model, tmp_path):
+def test_invalid_arguments_are_refused(model, tmp_path):
     given = {"window": 16, "stride": 8}
     with pytest.raises(ValueError, match="texts: got none"):
         bits_per_byte(model, [], **given)
@@ -156,7 +156,7 @@ def test_what_is_refused(model, tmp_path):
 
 
 def test_weights_that_could_run_code_are_refused(model, tmp_path):
-    """A pickle beside the tokenizer is no model."""
+    """A pickle is not accepted as weights."""
     tokenizer().save_pretrained(tmp_path)
     network = small_model()
     network.config.save_pretrained(tmp_path)
@@ -166,7 +166,7 @@ def test_weights_that_could_run_code_are_refused(model, tmp_path):
 
 
 class OnAnotherDevice(torch.Tensor):
-    """As a tensor of a GPU: its numbers can be had once it was copied to the CPU."""
+    """Like a tensor on a GPU: it must be copied to the CPU before it is read."""
 
     def numpy(self, **_):
         raise TypeError("can't convert cuda:0 device type tensor to numpy.")
@@ -176,26 +176,26 @@ class OnAnotherDevice(torch.Tensor):
 
 
 def test_a_model_on_another_device_is_read(model, monkeypatch):
-    here = token_nats(model, [text(30)], window=16, stride=5)[0]
+    expected = token_nats(model, [text(30)], window=16, stride=5)[0]
     logprobs = Teacher.logprobs
     monkeypatch.setattr(
         Teacher, "logprobs", lambda *given: logprobs(*given).as_subclass(OnAnotherDevice)
     )
-    np.testing.assert_array_equal(token_nats(model, [text(30)], window=16, stride=5)[0], here)
+    np.testing.assert_array_equal(token_nats(model, [text(30)], window=16, stride=5)[0], expected)
 
 
 def test_answers_to_one_prompt_are_one_unit():
-    """The same answer eight times says no more than once."""
+    """The same answer eight times adds no information."""
     rng = np.random.default_rng(0)
     texts = [text(count, seed=count) for count in range(5, 17)]
-    found = [rng.exponential(size=count) for count in range(5, 17)]
+    nats = [rng.exponential(size=count) for count in range(5, 17)]
     prompts = [f"prompt {number}" for number in range(12) for _ in range(8)]
-    eight = [each for each in found for _ in range(8)]
-    one, of_eight = surprisal_of(found), surprisal_of(eight, prompts)
+    eight = [each for each in nats for _ in range(8)]
+    one, of_eight = surprisal_of(nats), surprisal_of(eight, prompts)
     assert ends(of_eight.mean) == pytest.approx(ends(one.mean))
     assert ends(of_eight.sd) == pytest.approx(ends(one.sd))
     bits = bits_of([each for each in texts for _ in range(8)], eight, prompts)
-    assert ends(bits) == pytest.approx(ends(bits_of(texts, found)))
+    assert ends(bits) == pytest.approx(ends(bits_of(texts, nats)))
 
 
 def ends(estimate):

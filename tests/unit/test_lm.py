@@ -1,4 +1,4 @@
-"""A model is used as it would be by its own forward, or refused for a reason that names it."""
+"""A model gives the same results as its own forward, or is refused with a reason."""
 
 import json
 import re
@@ -51,7 +51,7 @@ LEAKING = {
 
 
 def family(kind: str, **given):
-    """A model whose logits are far enough apart to show a cap or a scale that is left out."""
+    """A model whose logits vary enough to detect an omitted cap or scale."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         kind, **{**SMALL, "initializer_range": 0.3, "init_std": 0.3, **given}
@@ -65,14 +65,14 @@ def test_logits_of_chunks_are_the_models_own(kind):
     ids_BN = torch.randint(2, VOCABULARY, (2, 11))
     with torch.no_grad():
         own_BNV = model(ids_BN).logits
-        found = LanguageModel(model, "m")
-        ours_BNV = found.head.logits(found.states(input_ids=ids_BN).hidden_BND)
+        wrapped = LanguageModel(model, "m")
+        ours_BNV = wrapped.head.logits(wrapped.states(input_ids=ids_BN).hidden_BND)
     torch.testing.assert_close(ours_BNV, own_BNV, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
-        assert torch.equal(model(ids_BN).logits, own_BNV), "the model is left as it was"
+        assert torch.equal(model(ids_BN).logits, own_BNV), "the model is unchanged"
 
 
-def test_a_factor_under_another_name_is_refused():
+def test_an_unknown_factor_on_the_logits_is_refused():
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, *args, **given):
             output = super().forward(*args, **given)
@@ -83,7 +83,7 @@ def test_a_factor_under_another_name_is_refused():
         LanguageModel(Odd(small_model().config), "m")
 
 
-def test_a_head_that_reads_the_logits_elsewhere_is_refused():
+def test_a_second_use_of_the_output_layer_is_refused():
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, *args, **given):
             output = super().forward(*args, **given)
@@ -94,19 +94,19 @@ def test_a_head_that_reads_the_logits_elsewhere_is_refused():
         LanguageModel(Odd(small_model().config), "m")
 
 
-def test_a_model_that_sees_what_follows_is_refused():
+def test_a_model_that_is_not_causal_is_refused():
     model = family("bert", is_decoder=False)
     with pytest.raises(ValueError, match=r"m \(BertLMHeadModel\) is not causal: another ending"):
         LanguageModel(model, "m")
 
 
 @pytest.mark.parametrize("kind", LEAKING)
-def test_a_family_that_cannot_keep_documents_apart_says_so(kind):
+def test_a_family_that_mixes_packed_documents_is_detected(kind):
     assert LanguageModel(family(kind, **LEAKING[kind]), "m").packing_leak() is not None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "cohere"])
-def test_a_family_that_keeps_documents_apart_is_packed(kind):
+def test_a_family_that_separates_packed_documents_is_packed(kind):
     assert LanguageModel(small_model(kind), "m").packing_leak() is None
 
 
@@ -129,19 +129,19 @@ LONGROPE = {
     [("llama4_text", {**RESCALED["llama4_text"], **CHUNKED}), ("phi3", LONGROPE)],
     ids=["attention in chunks", "positions rescaled"],
 )
-def test_what_leaks_behind_a_length_alone_is_found_at_the_lengths_of_the_run(kind, given):
+def test_leaks_that_depend_on_length_are_found_at_the_runs_lengths(kind, given):
     model = LanguageModel(family(kind, **given), "m")
     assert model.packing_leak() is None
     assert model.packing_leak(100, 200) is not None
 
 
-def test_chunks_that_no_document_fills_still_cut_one_in_a_row():
-    """Whatever the lengths are in powers of two, as row, chunk and document often are."""
+def test_attention_chunks_longer_than_a_document_still_leak_in_a_packed_row():
+    """Also if the lengths of row, chunk and document are powers of two, as is common."""
     model = LanguageModel(family("llama4_text", **RESCALED["llama4_text"], **CHUNKED), "m")
     assert model.packing_leak(32, 256) is not None
 
 
-def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
+def test_a_text_whose_result_depends_on_a_longer_text_in_its_batch_is_refused(tmp_path):
     model = family("phi3", **LONGROPE)
     LanguageModel(model, "m").check_batch(64)
     base = tmp_path / "base"
@@ -149,9 +149,9 @@ def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
     tokenizer().save_pretrained(base)
     store = save_store(tmp_path / "store", longest=120)
     run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
-    says = r"with one of .*original_max_position_embeddings: 64.* batch_size 1"
+    message = r"with one of .*original_max_position_embeddings: 64.* batch_size 1"
     for call in (train, plan_of):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             call(replace(run, max_length=128))
     assert not (tmp_path / "run").exists()
     assert prepare(replace(run, max_length=64)).not_packed_because is None
@@ -159,7 +159,7 @@ def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "says"),
+    ("kind", "given", "message"),
     [
         (
             "llama4_text",
@@ -170,20 +170,20 @@ def test_a_text_that_is_read_otherwise_beside_a_longer_one_is_refused(tmp_path):
     ],
     ids=["attention in chunks", "positions rescaled"],
 )
-def test_beyond_what_is_read_the_configuration_tells(kind, given, says):
+def test_leaks_beyond_the_length_that_is_tried_are_found_in_the_configuration(kind, given, message):
     model = LanguageModel(family(kind, **given), "m")
-    assert re.search(says, model.packing_leak(100, 200, most=60) or "")
+    assert re.search(message, model.packing_leak(100, 200, most=60) or "")
     assert model.packing_leak(24, 60, most=60) is None
 
 
-def test_a_batch_longer_than_what_is_read_is_refused_by_the_configuration():
+def test_a_batch_longer_than_the_length_that_is_tried_is_refused_by_the_configuration():
     model = LanguageModel(family("phi3", **LONGROPE), "m")
     model.check_batch(64, most=60)
     with pytest.raises(ValueError, match=r"with one of 65 .*original_max.*: 64.* batch_size 1"):
         model.check_batch(65, most=60)
 
 
-def test_no_check_reads_more_than_it_may():
+def test_checks_respect_their_length_limit():
     seen, model = [], small_model()
     model.model.embed_tokens.register_forward_pre_hook(
         lambda layer, given: seen.append(given[0].shape[1])
@@ -202,13 +202,13 @@ BOUNDED = {
 
 
 @pytest.mark.parametrize("kind", BOUNDED)
-def test_positions_under_another_name_bound_a_document_too(kind, tmp_path):
+def test_limits_of_positions_under_other_names_are_respected(kind, tmp_path):
     config = transformers.AutoConfig.for_model(kind, **BOUNDED[kind])
     with pytest.raises(ValueError, match="accepted: max_length of at most 64"):
         Examined(tmp_path, "m", config).check_length(65, "max_length")
 
 
-def test_positions_that_no_configuration_names_are_found_before_the_first_step():
+def test_limits_of_positions_that_no_configuration_names_are_found_before_the_first_step():
     class Short(transformers.LlamaForCausalLM):
         def forward(self, *args, **given):
             if given["input_ids"].shape[1] > 100:
@@ -222,60 +222,58 @@ def test_positions_that_no_configuration_names_are_found_before_the_first_step()
             check(101)
 
 
-# ── What is refused before any work ──────────────────────────────────────────────────────────────
+# ── Refusals before any work ─────────────────────────────────────────────────────────────────────
 
 
-def edited(folder: Path, name: str, **changes) -> None:
+def edit(folder: Path, name: str, **changes) -> None:
     path = folder / name
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | changes))
 
 
-def without(folder: Path, tensor: str) -> None:
+def remove_tensor(folder: Path, tensor: str) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights[tensor]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
 
 
-def quantised(method):
-    return lambda folder: edited(
-        folder, "config.json", quantization_config={"quant_method": method}
-    )
+def quantise(method):
+    return lambda folder: edit(folder, "config.json", quantization_config={"quant_method": method})
 
 
-def added_tokens(folder: Path) -> None:
+def add_tokens(folder: Path) -> None:
     larger = tokenizer()
     larger.add_tokens([f"new{i}" for i in range(9)])
     larger.save_pretrained(folder)
 
 
 EARLY = {
-    "bitsandbytes": (quantised("bitsandbytes"), "quantised .*bitsandbytes"),
-    "gptq": (quantised("gptq"), "quantised .*gptq"),
-    "awq": (quantised("awq"), "quantised .*awq"),
-    "fp8": (quantised("fp8"), "quantised .*fp8"),
-    "compressed-tensors": (quantised("compressed-tensors"), "quantised .*compressed-tensors"),
-    "truncated": (cut, "cut short"),
+    "bitsandbytes": (quantise("bitsandbytes"), "quantised .*bitsandbytes"),
+    "gptq": (quantise("gptq"), "quantised .*gptq"),
+    "awq": (quantise("awq"), "quantised .*awq"),
+    "fp8": (quantise("fp8"), "quantised .*fp8"),
+    "compressed-tensors": (quantise("compressed-tensors"), "quantised .*compressed-tensors"),
+    "truncated": (truncate, "cut short"),
     "custom code": (
-        lambda folder: edited(
+        lambda folder: edit(
             folder, "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"}
         ),
         "code of its own .*never runs",
     ),
     "no such family": (
-        lambda folder: edited(folder, "config.json", model_type="mine"),
+        lambda folder: edit(folder, "config.json", model_type="mine"),
         "model_type 'mine'",
     ),
     "damaged configuration": (
-        lambda folder: edited(folder, "config.json", num_attention_heads=5),
+        lambda folder: edit(folder, "config.json", num_attention_heads=5),
         r"base/config\.json: transformers cannot use it \(.*attention heads.*correct it",
     ),
-    "tokens": (added_tokens, f"{VOCABULARY + 9} tokens and its embedding {VOCABULARY}"),
+    "tokens": (add_tokens, f"{VOCABULARY + 9} tokens and its embedding {VOCABULARY}"),
     "no folder": (shutil.rmtree, "there is no such folder"),
 }  # fmt: skip
 
@@ -286,11 +284,13 @@ def store(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", EARLY)
-def test_every_command_refuses_it_alike_and_writes_nothing(kind, store, tmp_path, monkeypatch):
-    """Also without loading weights, reading a corpus, or asking the hub."""
+def test_every_command_refuses_an_unusable_model_and_writes_nothing(
+    kind, store, tmp_path, monkeypatch
+):
+    """And does not load weights, read a corpus or contact the hub first."""
     base = save_model(tmp_path / "base")
-    spoil, says = EARLY[kind]
-    spoil(base)
+    damage, message = EARLY[kind]
+    damage(base)
 
     def never(*args, **given):
         raise AssertionError("work was begun")
@@ -307,7 +307,7 @@ def test_every_command_refuses_it_alike_and_writes_nothing(kind, store, tmp_path
         lambda: build(job, lambda line: None),
         lambda: bits_per_byte(base, ["w1 w2"]),
     ):
-        with pytest.raises(ValueError, match=says) as refused:
+        with pytest.raises(ValueError, match=message) as refused:
             call()
         assert "trust_remote_code" not in str(refused.value)
     assert not (tmp_path / "run").exists()
@@ -316,7 +316,7 @@ def test_every_command_refuses_it_alike_and_writes_nothing(kind, store, tmp_path
 
 def test_a_teacher_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch):
     base, teacher = save_model(tmp_path / "base"), save_model(tmp_path / "teacher")
-    quantised("awq")(teacher)
+    quantise("awq")(teacher)
     monkeypatch.setattr("dftserve.targets.run.read_all", lambda *_: pytest.fail("read"))
     job = Job(
         corpus=tmp_path / "corpus",
@@ -329,9 +329,9 @@ def test_a_teacher_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch):
         build(job, lambda line: None)
 
 
-def test_a_native_family_with_code_beside_it_is_loaded_without_that_code(tmp_path):
+def test_a_native_family_with_custom_code_is_loaded_without_that_code(tmp_path):
     base = save_model(tmp_path / "base")
-    edited(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    edit(base, "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
     (base / "evil.py").write_text("raise SystemExit('ran')")
     assert type(load(examine(base), dtype=torch.float32)).__name__ == "LlamaForCausalLM"
 
@@ -340,7 +340,7 @@ BF16 = {"avx512_bf16": True}
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "stored", "asked", "loaded"),
+    ("capabilities", "stored", "requested", "loaded"),
     [
         ({}, "bfloat16", "auto", torch.float32),
         ({}, "float16", "auto", torch.float32),
@@ -353,56 +353,56 @@ BF16 = {"avx512_bf16": True}
     ],
 )
 def test_auto_is_float32_on_a_cpu_without_bfloat16_instructions(
-    capabilities, stored, asked, loaded, tmp_path, monkeypatch
+    capabilities, stored, requested, loaded, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     small_model().to(getattr(torch, stored)).save_pretrained(tmp_path)
-    found = examine(tmp_path)
-    assert load(found, dtype=asked).dtype is loaded
-    on_gpu = dtype_for(found, asked, "cuda")
-    assert on_gpu == asked, "a GPU keeps the weights' own"
+    examined = examine(tmp_path)
+    assert load(examined, dtype=requested).dtype is loaded
+    on_gpu = dtype_for(examined, requested, "cuda")
+    assert on_gpu == requested, "a GPU keeps the weights' own dtype"
 
 
-def test_float32_in_place_of_auto_is_said_once(tmp_path, monkeypatch, caplog):
+def test_float32_in_place_of_auto_is_logged_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     _warn_float32.cache_clear()
     small_model().to(torch.bfloat16).save_pretrained(tmp_path)
-    found = examine(tmp_path)
+    examined = examine(tmp_path)
     for dtype in ("auto", "auto", "float32"):
-        dtype_for(found, dtype, "cpu")
+        dtype_for(examined, dtype, "cpu")
     assert [record.name for record in caplog.records] == ["dftserve.lm"]
     assert "are loaded in float32" in caplog.text
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_without_a_tensor_are_refused_by_its_name(tied, tmp_path):
+def test_weights_that_lack_a_tensor_are_refused_with_its_name(tied, tmp_path):
     base = save_model(tmp_path / "base", tied=tied)
     load(examine(base), dtype=torch.float32)
-    without(base, "model.layers.1.mlp.up_proj.weight")
+    remove_tensor(base, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ValueError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
         load(examine(base), dtype=torch.float32)
 
 
-def test_weights_without_a_place_are_refused_by_their_name(tmp_path):
+def test_unused_weights_are_refused_with_their_names(tmp_path):
     base = save_model(tmp_path / "base")
-    edited(base, "config.json", num_hidden_layers=1)
+    edit(base, "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"does not use: model\.layers\.1"):
         load(examine(base), dtype=torch.float32)
 
 
-def test_weights_of_another_shape_are_refused_in_a_sentence(tmp_path, capfd):
+def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path, capfd):
     base = save_model(tmp_path / "base")
-    edited(base, "config.json", intermediate_size=64)
+    edit(base, "config.json", intermediate_size=64)
     with pytest.raises(
         ValueError, match=r"mlp\.down_proj\.weight is 32 × 48 in its weights"
-    ) as told:
+    ) as error:
         load(examine(base), dtype=torch.float32)
-    assert "32 × 64 by its config.json (and 5 more)" in str(told.value)
-    assert str(told.value).startswith(str(base))
+    assert "32 × 64 by its config.json (and 5 more)" in str(error.value)
+    assert str(error.value).startswith(str(base))
     assert "MISMATCH" not in capfd.readouterr().err
 
 
-def test_a_family_that_zeroes_a_loaded_row_is_refused_with_what_to_do(tmp_path):
+def test_a_family_that_zeroes_a_loaded_row_is_refused_with_a_remedy(tmp_path):
     """Youtu's initialiser zeroes the padding token's row of a model that was loaded."""
     torch.manual_seed(0)
     small = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16, "qk_nope_head_dim": 8}
@@ -413,12 +413,12 @@ def test_a_family_that_zeroes_a_loaded_row_is_refused_with_what_to_do(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r'padding token, 3, .* to zero.*"pad_token_id": null'):
         load(examine(tmp_path), dtype=torch.float32)
-    edited(tmp_path, "config.json", pad_token_id=None)
+    edit(tmp_path, "config.json", pad_token_id=None)
     loaded = load(examine(tmp_path), dtype=torch.float32)
     assert bool((loaded.get_input_embeddings().weight[3] == 1.0).all())
 
 
-def test_an_index_that_names_a_shard_that_is_not_there(tmp_path):
+def test_a_missing_shard_is_refused_by_name(tmp_path):
     base = tmp_path / "base"
     small_model().save_pretrained(base, max_shard_size="20KB")
     tokenizer().save_pretrained(base)
@@ -430,7 +430,7 @@ def test_an_index_that_names_a_shard_that_is_not_there(tmp_path):
 
 def test_documents_longer_than_the_positions_are_refused_before_the_weights(store, tmp_path):
     base = save_model(tmp_path / "base", "gpt2")
-    edited(base, "config.json", n_positions=16)
+    edit(base, "config.json", n_positions=16)
     run = TrainConfig(model=str(base), targets=str(store), output=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="accepted: max_length of at most 16"):
         train(run)

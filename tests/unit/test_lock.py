@@ -1,4 +1,4 @@
-"""A lock ends with the process that took it, and a file system without locks is no obstacle."""
+"""A lock ends with the process that took it, and file systems without locks are accepted."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path
         assert holder.stdout is not None
         assert holder.stdout.read(len(b"forked")) == b"forked"
         with path.open("ab") as file:
-            assert not lock.take(file), "the parent has it"
+            assert not lock.take(file), "the parent holds it"
         holder.kill()
         holder.wait()
         # The child still waits for its input.
@@ -61,7 +61,7 @@ def without_locks(number: int):
 
 
 @pytest.mark.parametrize("number", lock.UNSUPPORTED)
-def test_a_file_system_without_locks_is_warned_of_once(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_gives_one_warning(tmp_path, monkeypatch, caplog, number):
     monkeypatch.setattr(lock, "fcntl", without_locks(number))
     lock._warn_once.cache_clear()
     with (tmp_path / "lock").open("ab") as file:
@@ -71,7 +71,7 @@ def test_a_file_system_without_locks_is_warned_of_once(tmp_path, monkeypatch, ca
     assert "has no locks" in caplog.text
 
 
-def test_another_error_of_the_system_is_told(tmp_path, monkeypatch):
+def test_other_system_errors_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", without_locks(errno.EIO))
     with (tmp_path / "lock").open("ab") as file, pytest.raises(OSError, match="Input/output"):
         lock.take(file)

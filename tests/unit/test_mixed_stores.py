@@ -1,5 +1,4 @@
-"""Training on several target stores by weights: the order of rows, what a run judges itself by,
-what is refused."""
+"""Training on several weighted target stores: the order of rows, a run's figures, and refusals."""
 
 import json
 import re
@@ -72,7 +71,7 @@ def mixed(folder: Path, **weights: float) -> tuple[StoreConfig, ...]:
     )
 
 
-# ── The order ────────────────────────────────────────────────────────────────────────────────────
+# ── The order of rows ────────────────────────────────────────────────────────────────────────────
 
 STORE = st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any)
 WEIGHT = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 9))
@@ -80,7 +79,7 @@ WEIGHT = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 9))
 
 @st.composite
 def mixtures(draw) -> tuple[list[list[int]], list[float]]:
-    """Trained tokens of the rows of each store, and weights."""
+    """The number of trained tokens of each store's rows, and the stores' weights."""
     trained = draw(st.lists(STORE, min_size=1, max_size=6))
     weights = draw(st.lists(WEIGHT, min_size=len(trained), max_size=len(trained)))
     return trained, weights
@@ -88,19 +87,19 @@ def mixtures(draw) -> tuple[list[list[int]], list[float]]:
 
 @settings(max_examples=60, deadline=None)
 @given(mixtures(), st.integers(0, 9))
-def test_after_every_row_each_store_is_within_one_row_of_its_share(mixture, seed):
+def test_after_each_row_every_store_is_within_one_row_of_its_share(mixture, seed):
     trained, weights = mixture
     longest = max(map(max, trained))
     taken = [0] * len(trained)
     for store, row in islice(mixed_order(trained, weights, seed), 200):
         taken[store] += trained[store][row]
-        for had, weight in zip(taken, weights, strict=True):
-            assert abs(had - weight / sum(weights) * sum(taken)) <= longest * (1 + 1e-9)
+        for count, weight in zip(taken, weights, strict=True):
+            assert abs(count - weight / sum(weights) * sum(taken)) <= longest * (1 + 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
 @given(mixtures(), st.integers(0, 9))
-def test_every_row_of_a_store_comes_once_before_any_comes_again(mixture, seed):
+def test_a_store_is_read_completely_before_it_is_read_again(mixture, seed):
     trained, weights = mixture
     seen: list[list[int]] = [[] for _ in trained]
     for store, row in islice(mixed_order(trained, weights, seed), 200):
@@ -111,7 +110,7 @@ def test_every_row_of_a_store_comes_once_before_any_comes_again(mixture, seed):
             assert len(set(one_pass)) == len(one_pass)
 
 
-def test_a_store_that_is_read_again_has_another_order():
+def test_each_pass_over_a_store_has_another_order():
     order = [row for _, row in islice(mixed_order([[1] * 30], [1.0], 0), 60)]
     assert sorted(order[:30]) == sorted(order[30:]) == list(range(30))
     assert order[:30] != order[30:]
@@ -119,7 +118,7 @@ def test_a_store_that_is_read_again_has_another_order():
 
 @settings(max_examples=20, deadline=None)
 @given(mixtures(), st.integers(0, 9))
-def test_the_order_follows_from_rows_weights_and_seed_and_not_from_the_weights_sum(mixture, seed):
+def test_the_order_is_determined_by_rows_seed_and_relative_weights(mixture, seed):
     trained, weights = mixture
     first, again = (list(islice(mixed_order(trained, weights, seed), 100)) for _ in range(2))
     assert first == again
@@ -127,7 +126,7 @@ def test_the_order_follows_from_rows_weights_and_seed_and_not_from_the_weights_s
     assert list(islice(mixed_order(trained, doubled, seed), 100)) == first
 
 
-def test_weights_are_as_they_are_written():
+def test_whole_shares_are_exact_in_decimals():
     assert whole_shares([0.7, 0.3]) == whole_shares([70, 30]) == [7, 3]
     assert whole_shares([0.1, 0.2, 1e-05]) == [10000, 20000, 1]
 
@@ -139,7 +138,7 @@ def rows_of(folder: Path, *, packing: bool = True, split: str = "train") -> Mixe
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_an_epoch_ends_where_the_first_store_was_read_once(folder, packing):
+def test_an_epoch_ends_when_one_store_has_been_read_once(folder, packing):
     rows = rows_of(folder, packing=packing)
     taken = Counter(store for store, _ in islice(rows.order(), len(rows)))
     left = [len(part) - taken[store] for store, part in enumerate(rows.parts)]
@@ -147,7 +146,7 @@ def test_an_epoch_ends_where_the_first_store_was_read_once(folder, packing):
     assert Counter(store for store, _ in islice(rows.order(), len(rows) - 1)) != taken
 
 
-def test_epochs_are_one_after_the_other_in_the_order_from_wherever_they_are_asked_for(folder):
+def test_epochs_follow_the_order_also_when_requested_out_of_sequence(folder):
     rows = rows_of(folder)
     size = len(rows)
     whole = list(islice(rows.order(), 4 * size))
@@ -157,11 +156,11 @@ def test_epochs_are_one_after_the_other_in_the_order_from_wherever_they_are_aske
         assert list(sampler) == whole[epoch * size : (epoch + 1) * size]
     sampler.set_epoch(1)
     assert next(iter(sampler)) == whole[size]
-    assert list(sampler) == whole[size : 2 * size], "after one that was left in the middle"
+    assert list(sampler) == whole[size : 2 * size], "after an iteration that was abandoned"
 
 
-def test_two_processes_share_out_the_rows_of_an_epoch(folder):
-    """As accelerate wraps the sampler. tests/unit/test_train_processes.py goes on within one."""
+def test_two_processes_divide_the_rows_of_an_epoch(folder):
+    """As accelerate wraps the sampler. tests/unit/test_train_processes.py resumes within one."""
     rows = rows_of(folder)
 
     def read_by(rank: int) -> list[Any]:
@@ -177,54 +176,54 @@ def test_two_processes_share_out_the_rows_of_an_epoch(folder):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_trained_tokens_are_counted_as_a_batch_has_them(folder, packing):
-    """Also of documents that are cut into windows."""
+def test_counted_trained_tokens_are_those_of_the_batches(folder, packing):
+    """Also for documents that are cut into windows."""
     rows = rows_of(folder, packing=packing)
     assert any(length > 32 for length in TargetStore(folder / "stories").lengths("train"))
     for part in rows.parts:
-        batches = [Collator(packing=packing)([part[place]]) for place in range(len(part))]
+        batches = [Collator(packing=packing)([part[index]]) for index in range(len(part))]
         assert part.trained == [len(batch["positions_T"]) for batch in batches]
 
 
-# ── Rows without a learnt token ──────────────────────────────────────────────────────────────────
+# ── Rows without a trained token ─────────────────────────────────────────────────────────────────
 
 
 def save_marked(
-    folder: Path, learnt_from: dict[str, int], *, count: int = 12, k: int = 6, draws: int = 6
+    folder: Path, trained_from: dict[str, int], *, count: int = 12, k: int = 6, draws: int = 6
 ) -> Path:
-    """A store of documents of 70 tokens, of each split learnt from this token on."""
-    held = {}
-    for split, start in learnt_from.items():
-        made = []
+    """A store of documents of 70 tokens, trained from this token on, which is given by split."""
+    documents = {}
+    for split, start in trained_from.items():
+        of_split = []
         for seed in range(count):
-            words = [WORDS[(seed * 7 + place) % len(WORDS)] for place in range(70)]
+            words = [WORDS[(seed * 7 + position) % len(WORDS)] for position in range(70)]
             document = encode_text(tokenizer(), " ".join(words))
             trained_N = document.trained_N.copy()
             trained_N[:start] = False
-            made.append(Document(document.tokens_N, trained_N))
-        held[split] = made
+            of_split.append(Document(document.tokens_N, trained_N))
+        documents[split] = of_split
     source = Noise()
     given: dict[str, Any] = {"template": None, "corpus": {}, "k": k, "draws": draws, "seed": 0}
-    plan = stores.plan(source, held, tokenizer=tokenizer_fingerprint(tokenizer()), **given)
-    stores.write(folder, plan, source, held)
+    plan = stores.plan(source, documents, tokenizer=tokenizer_fingerprint(tokenizer()), **given)
+    stores.write(folder, plan, source, documents)
     return folder
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_row_has_a_learnt_token_and_no_learnt_token_is_left_out(tmp_path, packing, split):
+def test_every_row_has_a_trained_token_and_no_trained_token_is_left_out(tmp_path, packing, split):
     opened = TargetStore(save_marked(tmp_path / "chat", {"train": 45, "heldout": 50}))
     rows = Rows(opened, split, longest=32, packing=packing, seed=0)
-    learnt = [sum(len(targets) for _, targets in rows[place]) for place in range(len(rows))]
-    assert all(learnt)
-    assert learnt == rows.trained
+    trained = [sum(len(targets) for _, targets in rows[index]) for index in range(len(rows))]
+    assert all(trained)
+    assert trained == rows.trained
     whole = Rows(opened, split, longest=128, packing=packing, seed=0)
-    assert sum(learnt) == sum(whole.trained) == sum(opened.trained(split))
+    assert sum(trained) == sum(whole.trained) == sum(opened.trained(split))
     assert len(rows) < len(pieces(opened.lengths(split), 32))
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_where_all_rows_are_learnt_from_none_is_left_out_or_moved(folder, packing):
+def test_if_all_rows_have_trained_tokens_none_is_left_out_or_moved(folder, packing):
     for split in ("train", "heldout"):
         opened = TargetStore(folder / "stories")
         rows = Rows(opened, split, longest=32, packing=packing, seed=5)
@@ -233,10 +232,10 @@ def test_where_all_rows_are_learnt_from_none_is_left_out_or_moved(folder, packin
 
 
 @pytest.mark.parametrize("mixes", [True, False])
-def test_a_run_of_long_prompts_learns_at_each_step_and_measures_what_it_serves(
+def test_with_long_prompts_no_step_and_no_figure_is_without_trained_tokens(
     run, folder, tmp_path, mixes
 ):
-    """With a batch of one window of a prompt, a step or a figure would be of nothing."""
+    """A batch that is one window of a prompt has none."""
     save_marked(tmp_path / "chat", {"train": 60, "heldout": 60})
     chat = StoreConfig(path=str(tmp_path / "chat"), weight=0.3)
     targets = (*mixed(folder, stories=0.7), chat) if mixes else (chat,)
@@ -247,15 +246,15 @@ def test_a_run_of_long_prompts_learns_at_each_step_and_measures_what_it_serves(
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("mixes", [True, False])
-def test_a_split_of_which_nothing_is_learnt_is_refused_by_its_folder(
+def test_a_split_without_trained_tokens_is_refused_by_its_folder(
     run, folder, monkeypatch, split, mixes
 ):
-    """As some sources write one: the marks of `answers` are taken away here."""
+    """Some sources write such splits; here those of `answers` are replaced by zeros."""
     trained = TargetStore.trained
 
-    def without(self: TargetStore, asked: str) -> list[int]:
-        counts = trained(self, asked)
-        return [0] * len(counts) if (self.folder.name, asked) == ("answers", split) else counts
+    def without(self: TargetStore, requested: str) -> list[int]:
+        counts = trained(self, requested)
+        return [0] * len(counts) if (self.folder.name, requested) == ("answers", split) else counts
 
     monkeypatch.setattr(TargetStore, "trained", without)
     targets = run.targets if mixes else str(folder / "answers")
@@ -267,7 +266,7 @@ def test_a_split_of_which_nothing_is_learnt_is_refused_by_its_folder(
 
 
 def targets(rows: int, *, k: int, draws: int, vocabulary: int, seed: int) -> Targets:
-    """Of random distributions."""
+    """Targets of random distributions."""
     source = np.random.default_rng(seed)
     logprobs_TV = np.log(source.dirichlet(np.ones(vocabulary), rows))
     order_TV = np.argsort(-logprobs_TV, axis=1)
@@ -284,8 +283,8 @@ def targets(rows: int, *, k: int, draws: int, vocabulary: int, seed: int) -> Tar
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), SkewKL(), JSD()], ids=repr)
-def test_targets_that_keep_different_numbers_have_the_losses_that_they_have_alone(divergence):
-    """Three top entries and four draws beside six and six; labels are the token 0."""
+def test_targets_of_different_widths_have_the_same_losses_together_as_alone(divergence):
+    """Three top entries and four draws together with six and six; labels are the token 0."""
     given_k = ((3, 4, 0), (6, 6, 1))
     parts = [targets(8, k=k, draws=m, vocabulary=20, seed=seed) for k, m, seed in given_k]
     generator = torch.Generator().manual_seed(0)
@@ -302,11 +301,11 @@ def test_targets_that_keep_different_numbers_have_the_losses_that_they_have_alon
 
     alone = [losses(logits_RV[8 * i : 8 * i + 8], part) for i, part in enumerate(parts)]
     together = losses(logits_RV, joined(parts))
-    for found, each in zip(together, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(found, torch.cat(each))
+    for joint, each in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(joint, torch.cat(each))
 
 
-def test_targets_of_one_width_are_joined_as_they_are():
+def test_targets_of_one_width_are_joined_unchanged():
     parts = [targets(4, k=3, draws=2, vocabulary=9, seed=seed) for seed in (0, 1)]
     for name, value in asdict(joined(parts)).items():
         assert np.array_equal(value, asdict(Targets.joined(parts))[name])
@@ -325,7 +324,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_list_of_one_trains_to_the_bits_of_its_path(run, folder, tmp_path):
+def test_a_list_of_one_store_trains_exactly_as_its_path(run, folder, tmp_path):
     path = replace(run, targets=str(folder / "stories"), output=str(tmp_path / "path"))
     one = replace(run, targets=mixed(folder, stories=0.2), output=str(tmp_path / "one"))
     assert_same(train(path), train(one))
@@ -336,7 +335,7 @@ def test_a_list_of_one_trains_to_the_bits_of_its_path(run, folder, tmp_path):
     assert figures[0] == figures[1]
     shutil.rmtree(tmp_path / "path" / "final")
     with RunFolder(replace(one, output=path.output)):
-        pass  # It goes on with the run of its path.
+        pass  # The list can resume the run of the path.
 
 
 class Stop(TrainerCallback):
@@ -348,7 +347,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def stopped(config: TrainConfig, step: int) -> None:
+def train_until(config: TrainConfig, step: int) -> None:
     prepared = prepare(config)
     with RunFolder(config) as opened:
         opened.begin()
@@ -358,43 +357,47 @@ def stopped(config: TrainConfig, step: int) -> None:
         trainer.train()
 
 
-def test_a_run_that_goes_on_in_its_second_epoch_ends_in_the_same_bits(run, tmp_path):
+def test_a_run_resumed_in_its_second_epoch_gives_exactly_the_same_weights(run, tmp_path):
     steps = -(-len(read(run).train) // (8 * 2)) + 3
     config = replace(run, batch_size=8, accumulation=2, steps=steps, workers=0)
     whole = train(replace(config, output=str(tmp_path / "whole")))
     halves = replace(config, output=str(tmp_path / "halves"), save_every=steps - 1)
-    stopped(halves, steps - 1)
+    train_until(halves, steps - 1)
     assert_same(train(halves), whole)
 
 
-def test_a_mixed_run_says_what_it_learnt_from_and_what_each_store_came_to(run, folder, capsys):
+def test_a_mixed_run_reports_its_stores_and_the_figures_of_each(run, folder, capsys):
     final = train(run)
-    told = json.loads((final / checkpoint.RUN).read_text())
-    figures = told["figures"]
+    record = json.loads((final / checkpoint.RUN).read_text())
+    figures = record["figures"]
     each = [figures[f"human_nll/{name}"] for name in ("stories", "answers")]
     assert figures["human_nll"] == pytest.approx(0.7 * each[0] + 0.3 * each[1], rel=1e-9)
     assert figures["untouched_human_nll/stories"] > 0
-    assert told["data"]["targets"].keys() == told["data"]["corpus"].keys() == {"stories", "answers"}
-    assert [store["weight"] for store in told["settings"]["targets"]] == [0.7, 0.3]
+    assert (
+        record["data"]["targets"].keys()
+        == record["data"]["corpus"].keys()
+        == {"stories", "answers"}
+    )
+    assert [store["weight"] for store in record["settings"]["targets"]] == [0.7, 0.3]
     card = (final / checkpoint.CARD).read_text()
     assert '"weight": 0.7' in card
     assert "human nll/answers" in card
-    said = capsys.readouterr().err
-    assert re.search(r"^stories: 40 documents in \d+ rows.* Weight 0\.7\.$", said, re.MULTILINE)
-    assert re.search(r"^  answers: \d\.\d+; \d\.\d+ before training\.$", said, re.MULTILINE)
+    printed = capsys.readouterr().err
+    assert re.search(r"^stories: 40 documents in \d+ rows.* Weight 0\.7\.$", printed, re.MULTILINE)
+    assert re.search(r"^  answers: \d\.\d+; \d\.\d+ before training\.$", printed, re.MULTILINE)
 
 
-def test_each_stores_figure_is_what_it_is_alone(run, folder):
+def test_each_stores_figure_equals_that_of_the_store_alone(run, folder):
     prepared = prepare(run)
     both = make_trainer(run, prepared.loaded.model, prepared.material).evaluate()
     for name in ("stories", "answers"):
         config = replace(run, targets=str(folder / name))
         alone = make_trainer(config, prepared.loaded.model, read(config)).evaluate()
-        found = both[f"eval_human_nll/{name}"]
-        assert found == pytest.approx(alone["eval_human_nll"], rel=1e-6)
+        figure = both[f"eval_human_nll/{name}"]
+        assert figure == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
-def test_what_auto_judges_by_is_the_weighted_figure(run):
+def test_auto_compares_by_the_weighted_figure(run):
     prepared = prepare(run)
     trainer = make_trainer(run, prepared.loaded.model, prepared.material)
     figure = trainer.evaluate()["eval_human_nll"]
@@ -404,25 +407,23 @@ def test_what_auto_judges_by_is_the_weighted_figure(run):
     assert len(trainer.batches_of_stores) == 2
 
 
-def test_the_profile_is_of_each_store_by_its_weight_and_not_of_the_smallest_alone(
-    run, folder, tmp_path
-):
-    """Of held-out text of 2 and of 40 documents, as of each store alone."""
+def test_the_profile_weights_all_stores_and_is_not_limited_by_the_smallest(run, folder, tmp_path):
+    """With 2 and with 40 held-out documents, compared with each store alone."""
     save_store(tmp_path / "few", count=40, heldout=2, seed=11)
     save_store(tmp_path / "many", count=40, heldout=40, seed=13, longest=12)
     config = replace(run, targets=mixed(tmp_path, few=0.9, many=0.1))
     prepared = prepare(config)
     language_model = prepared.loaded.language_model
-    found = profile(language_model, config, prepared.material)
+    combined = profile(language_model, config, prepared.material)
     alone = [
         profile(language_model, each, read(each))
         for each in (replace(run, targets=str(tmp_path / name)) for name in ("few", "many"))
     ]
-    assert len(found.target_T) == sum(len(each.target_T) for each in alone)
+    assert len(combined.target_T) == sum(len(each.target_T) for each in alone)
     for mean in ("target_mean", "model_mean"):
         few, many = (getattr(each, mean) for each in alone)
-        assert getattr(found, mean) == pytest.approx(0.9 * few + 0.1 * many, rel=1e-6)
-    for level, entropy in found.by_level.items():
+        assert getattr(combined, mean) == pytest.approx(0.9 * few + 0.1 * many, rel=1e-6)
+    for level, entropy in combined.by_level.items():
         expected = 0.9 * alone[0].by_level[level] + 0.1 * alone[1].by_level[level]
         assert entropy == pytest.approx(expected, rel=1e-6)
     below = [
@@ -430,7 +431,7 @@ def test_the_profile_is_of_each_store_by_its_weight_and_not_of_the_smallest_alon
             weight * float((each.target_T <= value).mean())
             for weight, each in zip((0.9, 0.1), alone, strict=True)
         )
-        for value in found.target_deciles
+        for value in combined.target_deciles
     ]
     assert below == pytest.approx(np.arange(1, 10) / 10, abs=0.06)
 
@@ -446,7 +447,7 @@ def test_a_difference_between_stores_does_not_hide_one_between_candidates():
 
 
 def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
-    """Weights .97 and .03: 39 batches, and one."""
+    """Weights .97 and .03: 39 batches of one store and one of the other."""
     source = np.random.default_rng(0)
     theirs_B2 = np.ones((40, 2)) * [4000, 1000]
     theirs_B2[39] = [4000 * 1.2, 1200]
@@ -454,42 +455,42 @@ def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
     ours_B2[:, 0] -= theirs_B2[:, 1] * source.uniform(0.9, 1.0, 40)
     assert _differs(ours_B2, theirs_B2, (39, 1))
     assert _differs(ours_B2, theirs_B2, (1, 39))
-    assert not _differs(ours_B2[:1], theirs_B2[:1], (1,)), "of one batch nothing is known"
+    assert not _differs(ours_B2[:1], theirs_B2[:1], (1,)), "one batch cannot show a difference"
 
 
 @pytest.mark.parametrize("counts", [(1, 39), (39, 1), (1, 1, 38), (1, 1), (20, 20)])
-def test_candidates_that_do_not_differ_are_seldom_told_apart(counts):
-    """A store's own mean varies as its weight says; one of one batch has no variance of its own."""
+def test_equal_candidates_are_seldom_found_different(counts):
+    """Stores of equal weight; a store of one batch has no variance estimate of its own."""
     source = np.random.default_rng(1)
     number, weight = sum(counts), 1 / len(counts)
     tokens_B = np.repeat([weight / count for count in counts], counts)
-    told = 0
+    differing = 0
     for _ in range(400):
         theirs_B2 = np.stack([np.zeros(number), tokens_B], axis=1)
         spread_B = source.normal(size=number)
         ours_B2 = np.stack([tokens_B * spread_B, tokens_B], axis=1)
-        told += _differs(ours_B2, theirs_B2, counts)
-    # 5 % of many batches; of two numbers, as of two batches of one store, it is 30 %.
-    assert told <= (0.35 if min(counts) == 1 else 0.08) * 400
+        differing += _differs(ours_B2, theirs_B2, counts)
+    # With many batches 5 % are expected; with two, as for a store of two batches, 30 %.
+    assert differing <= (0.35 if min(counts) == 1 else 0.08) * 400
 
 
-def test_the_plan_has_the_share_of_each_store(run):
-    told = plan_of(replace(run, steps=60))
-    assert [store.name for store in told.stores] == ["stories", "answers"]
-    first, second = (store.trained_tokens for store in told.stores)
-    assert first / (first + second) == pytest.approx(0.7, abs=32 / told.trained_tokens_per_epoch)
-    assert sum(store.tokens for store in told.stores) == pytest.approx(told.tokens, abs=1)
-    for store in told.stores:
+def test_the_plan_shows_the_share_of_each_store(run):
+    plan = plan_of(replace(run, steps=60))
+    assert [store.name for store in plan.stores] == ["stories", "answers"]
+    first, second = (store.trained_tokens for store in plan.stores)
+    assert first / (first + second) == pytest.approx(0.7, abs=32 / plan.trained_tokens_per_epoch)
+    assert sum(store.tokens for store in plan.stores) == pytest.approx(plan.tokens, abs=1)
+    for store in plan.stores:
         assert store.readings > 0
-        assert store.shown() in told.shown()
-    assert json.loads(told.as_json())["stores"][1]["name"] == "answers"
+        assert store.shown() in plan.shown()
+    assert json.loads(plan.as_json())["stores"][1]["name"] == "answers"
 
 
-# ── What is refused ──────────────────────────────────────────────────────────────────────────────
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("targets", "says"),
+    ("targets", "message"),
     [
         ("[]", "targets: got an empty list; accepted: a path, or a list of"),
         ("3", r"targets: got 3; accepted: a path, or a list of \{path, weight\}\."),
@@ -511,12 +512,12 @@ def test_the_plan_has_the_share_of_each_store(run):
         ("[{path: a, weight: 1}, {path: ./a/, weight: 2}]", r"got \./a/ twice; .* once"),
     ],
 )
-def test_wrong_targets_are_refused_by_name(targets, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_targets_are_refused_by_name(targets, message):
+    with pytest.raises(ValueError, match=message):
         configs.load(None, {"model": "m", "output": "o", "targets": targets})
 
 
-def test_targets_come_from_a_setting_as_from_yaml(tmp_path):
+def test_targets_are_read_from_a_setting_as_from_yaml(tmp_path):
     text = "[{path: a, weight: 0.7}, {path: b, weight: 3}]"
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -527,20 +528,20 @@ def test_targets_come_from_a_setting_as_from_yaml(tmp_path):
     assert given.stores == (StoreConfig(path="a", weight=0.7), StoreConfig(path="b", weight=3))
 
 
-def changed(folder: Path, **plan: object) -> None:
-    """Another plan in a store's manifest."""
+def change_plan(folder: Path, **plan: object) -> None:
+    """Change the plan in a store's manifest."""
     content = json.loads((folder / MANIFEST).read_text())
     content["plan"] |= plan
     (folder / MANIFEST).write_text(json.dumps(content))
 
 
 def other_tokenizer(folder: Path) -> str:
-    changed(folder / "answers", tokenizer="0" * 64)
+    change_plan(folder / "answers", tokenizer="0" * 64)
     return f"{folder / 'answers'} was built with another tokenizer"
 
 
 def other_template(folder: Path) -> str:
-    changed(folder / "answers", template="0" * 64)
+    change_plan(folder / "answers", template="0" * 64)
     return f"{folder / 'answers'} was built with another chat template"
 
 
@@ -555,40 +556,40 @@ def no_heldout(folder: Path) -> str:
     return f"{folder / 'answers'} has no held-out text and {folder / 'stories'} has some"
 
 
-@pytest.mark.parametrize("harm", [other_tokenizer, other_template, missing, no_heldout])
-def test_a_store_that_does_not_fit_is_refused_by_its_folder(run, folder, tmp_path, harm):
+@pytest.mark.parametrize("damage", [other_tokenizer, other_template, missing, no_heldout])
+def test_an_incompatible_store_is_refused_by_its_folder(run, folder, tmp_path, damage):
     for name in ("stories", "answers"):
         shutil.copytree(folder / name, tmp_path / name)
-    says = harm(tmp_path)
+    message = damage(tmp_path)
     config = replace(run, targets=mixed(tmp_path, stories=0.7, answers=0.3))
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         train(config)
     assert not Path(config.output).exists()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(["a", "a[0]", "a[1]", "a[0][0]", "a[0][2]", "b"]), max_size=6))
-def test_no_two_stores_of_a_run_have_one_name(names):
-    found = store_names([f"/{number}/{name}" for number, name in enumerate(names)])
-    assert len(set(found)) == len(names)
-    for name, own in zip(names, found, strict=True):
+def test_the_stores_of_a_run_have_different_names(names):
+    unique = store_names([f"/{number}/{name}" for number, name in enumerate(names)])
+    assert len(set(unique)) == len(names)
+    for name, own in zip(names, unique, strict=True):
         assert own.startswith(name)
 
 
-def test_a_divergence_that_needs_draws_is_refused_where_a_store_keeps_none(run, folder, tmp_path):
+def test_a_divergence_that_needs_draws_is_refused_if_a_store_has_none(run, folder, tmp_path):
     none = save_marked(tmp_path / "none", {"train": 1, "heldout": 1}, draws=0)
     targets = (*mixed(folder, stories=0.7), StoreConfig(path=str(none), weight=0.3))
-    for named in (targets, str(none)):
-        config = replace(run, targets=named)
+    for value in (targets, str(none)):
+        config = replace(run, targets=value)
         with pytest.raises(ValueError, match=rf"{re.escape(str(none))} keeps 0 .*store\.draws"):
             read(config)
         read(replace(config, divergence=DivergenceConfig(name="reverse_kl")))
     whole = save_marked(tmp_path / "whole", {"train": 1, "heldout": 1}, draws=0, k=VOCABULARY)
-    read(replace(run, targets=str(whole)))  # Of nothing outside the top entries none are needed.
+    read(replace(run, targets=str(whole)))  # Top entries for all tokens: no draws needed.
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_patience_is_refused_where_an_epoch_ends_before_the_first_evaluation(run, packing):
+def test_patience_is_refused_if_the_run_ends_before_the_first_evaluation(run, packing):
     given: dict[str, Any] = {"steps": None, "epochs": 1.5, "patience": 2, "packing": packing}
     config = replace(run, **given)
     steps = steps_of(config, read(config))
@@ -597,32 +598,32 @@ def test_patience_is_refused_where_an_epoch_ends_before_the_first_evaluation(run
     prepare(replace(config, evaluate_every=steps - 1))
 
 
-def begun(config: TrainConfig) -> None:
+def begin(config: TrainConfig) -> None:
     with RunFolder(config) as opened:
         opened.begin()
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "message"),
     [
         ({"stories": 0.6, "answers": 0.4}, r"whose targets\[0\]\.weight is 0\.7, not 0\.6"),
         ({"stories": 1.0}, "whose number of targets is 2, not 1"),
         ({"answers": 0.7, "stories": 0.3}, r"began with another `targets\[0\]` .*manifest differ"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_stores_or_weights(run, folder, other, says):
-    begun(run)
+def test_a_run_does_not_resume_with_other_stores_or_weights(run, folder, other, message):
+    begin(run)
     with (
-        pytest.raises(ValueError, match=says),
+        pytest.raises(ValueError, match=message),
         RunFolder(replace(run, targets=mixed(folder, **other))),
     ):
         pass
 
 
-def test_a_mixed_run_goes_on_wherever_its_stores_are_by_now(run, folder, tmp_path):
-    """To its end, under the names of its start: its earlier figures have those."""
+def test_a_mixed_run_resumes_after_its_stores_were_moved(run, folder, tmp_path):
+    """It keeps the stores' first names, which its earlier figures have."""
     whole = train(replace(run, output=str(tmp_path / "whole")))
-    stopped(run, 4)
+    train_until(run, 4)
     shutil.copytree(folder / "stories", tmp_path / "answers")
     shutil.copytree(folder / "answers", tmp_path / "moved")
     final = train(replace(run, targets=mixed(tmp_path, answers=0.7, moved=0.3)))

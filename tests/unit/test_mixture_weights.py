@@ -9,13 +9,14 @@ from dftserve.targets import mixture_weights
 from dftserve.targets.mixture_weights import fit
 
 
-def observations(seed, positions, components, *, ruled_out=0.0):
-    """What components gave the observed tokens; the first one rules none out."""
+def observations(seed, positions, components, *, excluded=0.0):
+    """The observed tokens' log-probabilities by component, and bins; the first component excludes
+    none."""
     random = np.random.default_rng(seed)
     logprobs_TC = np.log(random.random((positions, components)))
-    out_TC = random.random((positions, components)) < ruled_out
-    out_TC[:, 0] = False
-    return np.where(out_TC, -np.inf, logprobs_TC), random.integers(0, 4, positions)
+    excluded_TC = random.random((positions, components)) < excluded
+    excluded_TC[:, 0] = False
+    return np.where(excluded_TC, -np.inf, logprobs_TC), random.integers(0, 4, positions)
 
 
 @settings(max_examples=40, deadline=None)
@@ -26,24 +27,24 @@ def observations(seed, positions, components, *, ruled_out=0.0):
     st.sampled_from([0.0, 5.0, 1e3]),
     st.sampled_from([0.0, 0.3]),
 )
-def test_no_step_lowers_what_is_maximised(seed, positions, components, shrinkage, ruled_out):
-    logprobs_TC, bins_T = observations(seed, positions, components, ruled_out=ruled_out)
-    found = fit(logprobs_TC, bins_T, bins=4, shrinkage=shrinkage)
-    for trace in (found.trace, found.bins_trace):
+def test_no_step_decreases_the_objective(seed, positions, components, shrinkage, excluded):
+    logprobs_TC, bins_T = observations(seed, positions, components, excluded=excluded)
+    fitted = fit(logprobs_TC, bins_T, bins=4, shrinkage=shrinkage)
+    for trace in (fitted.trace, fitted.bins_trace):
         assert np.isfinite(trace).all()
         assert (np.diff(trace) > -1e-10).all()
-    for weights in (found.pooled_C[None], found.bins_BC):
+    for weights in (fitted.pooled_C[None], fitted.bins_BC):
         assert (weights >= 0).all()
         np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-9)
 
 
-def test_the_weights_of_a_known_mixture_come_back():
+def test_the_weights_of_a_known_mixture_are_recovered():
     """Within five standard errors of maximum likelihood, by the Fisher information of the truth."""
     random, tokens, true_C = np.random.default_rng(4), 20_000, np.array([0.6, 0.3, 0.1])
     p_CV = random.dirichlet(np.full(50, 0.3), size=3)
     p_CV = 0.99 * p_CV + 0.01 / 50
     mixed_V = true_C @ p_CV
-    found = fit(
+    fitted = fit(
         np.log(p_CV[:, random.choice(50, tokens, p=mixed_V)].T),
         np.zeros(tokens, np.int64),
         bins=1,
@@ -52,8 +53,8 @@ def test_the_weights_of_a_known_mixture_come_back():
     slope_CV = p_CV[:2] - p_CV[2]
     information = tokens * (slope_CV / mixed_V) @ slope_CV.T
     errors_C = np.sqrt(np.diag(np.linalg.inv(information)))
-    assert (np.abs(found.pooled_C[:2] - true_C[:2]) < 5 * errors_C).all()
-    assert errors_C.max() < 0.02  # Else the law above says nothing.
+    assert (np.abs(fitted.pooled_C[:2] - true_C[:2]) < 5 * errors_C).all()
+    assert errors_C.max() < 0.02  # Otherwise the assertion above is too weak.
 
 
 def test_bins_have_weights_of_their_own_and_shrink_to_the_pooled_ones():
@@ -62,30 +63,30 @@ def test_bins_have_weights_of_their_own_and_shrink_to_the_pooled_ones():
     first_TC = np.log([[0.9, 0.1]] * 500 + [[0.1, 0.9]] * 500 + [[0.1, 0.9]])
     bins_T = np.array([0] * 500 + [1] * 500 + [2])
     order = random.permutation(1001)
-    found = fit(first_TC[order], bins_T[order], bins=4, shrinkage=50.0)
-    assert found.bins_BC[0, 0] > 0.9
-    assert found.bins_BC[1, 0] < 0.1
-    assert abs(found.bins_BC[2, 0] - found.pooled_C[0]) < 1 / 50
-    np.testing.assert_allclose(found.bins_BC[3], found.pooled_C, rtol=1e-12)
+    fitted = fit(first_TC[order], bins_T[order], bins=4, shrinkage=50.0)
+    assert fitted.bins_BC[0, 0] > 0.9
+    assert fitted.bins_BC[1, 0] < 0.1
+    assert abs(fitted.bins_BC[2, 0] - fitted.pooled_C[0]) < 1 / 50
+    np.testing.assert_allclose(fitted.bins_BC[3], fitted.pooled_C, rtol=1e-12)
 
 
 def test_nll_is_that_of_the_mixture():
-    logprobs_TC, _ = observations(1, 30, 3, ruled_out=0.4)
+    logprobs_TC, _ = observations(1, 30, 3, excluded=0.4)
     weights_TC = np.random.default_rng(2).dirichlet(np.ones(3), size=30)
-    wanted_T = -np.log((np.exp(logprobs_TC) * weights_TC).sum(axis=1))
-    np.testing.assert_allclose(mixture_weights.nll(logprobs_TC, weights_TC), wanted_T)
-    tiny_TC = logprobs_TC - 2000  # Beyond what float64 holds as probabilities.
-    np.testing.assert_allclose(mixture_weights.nll(tiny_TC, weights_TC), wanted_T + 2000)
+    expected_T = -np.log((np.exp(logprobs_TC) * weights_TC).sum(axis=1))
+    np.testing.assert_allclose(mixture_weights.nll(logprobs_TC, weights_TC), expected_T)
+    tiny_TC = logprobs_TC - 2000  # Too small for probabilities in float64.
+    np.testing.assert_allclose(mixture_weights.nll(tiny_TC, weights_TC), expected_T + 2000)
 
 
 @pytest.mark.parametrize(
-    ("logprobs_TC", "said"),
+    ("logprobs_TC", "message"),
     [
         (np.zeros((0, 2)), "got no positions"),
         (np.full((3, 2), -np.inf), "no component gives some observed token"),
         (np.full((3, 2), np.nan), "no component gives some observed token"),
     ],
 )
-def test_what_cannot_be_fitted(logprobs_TC, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_observations_are_refused(logprobs_TC, message):
+    with pytest.raises(ValueError, match=message):
         fit(logprobs_TC, np.zeros(len(logprobs_TC), np.int64), bins=1, shrinkage=0.0)

@@ -1,4 +1,4 @@
-"""The client: which key is sent, how often it tries, and what a user is told."""
+"""The client: the key that it sends, its retries, and its error messages."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
 
 
 class Fake:
-    """A server that answers with these statuses in turn, the last one for ever."""
+    """A server that answers with these statuses in turn, and then repeats the last."""
 
     def __init__(
         self, *statuses: int, body: bytes = b'{"error": {"message": "why\\n not"}}'
@@ -43,7 +43,7 @@ def ask(server: Server) -> str:
     return server.choices(answer)[0].message.content
 
 
-def test_the_key_is_the_variables_that_is_named(monkeypatch):
+def test_the_key_is_read_from_the_named_variable(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "usual")
     monkeypatch.setenv("OTHER", " other\n")
     fake = Fake(200)
@@ -56,17 +56,17 @@ def test_the_key_is_the_variables_that_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "se\ncret", "schlüssel"])
-def test_a_named_variable_must_hold_a_key_and_is_not_repeated(monkeypatch, value):
+def test_a_named_variable_must_hold_a_key_and_its_value_is_not_shown(monkeypatch, value):
     monkeypatch.delenv("OTHER", raising=False)
     if value is not None:
         monkeypatch.setenv("OTHER", value)
-    with pytest.raises(ValueError, match="OTHER holds no API key") as told:
+    with pytest.raises(ValueError, match="OTHER holds no API key") as error:
         key_of("OTHER")
-    assert not (value and value.strip() and value in str(told.value))
+    assert not (value and value.strip() and value in str(error.value))
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
-def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(status):
+def test_a_temporary_failure_is_retried_and_a_permanent_one_is_reported(status):
     fake = Fake(status, status, 200)
     with serving(fake) as url:
         assert ask(Server(f"{url}/v1", retries=2)) == "yes"
@@ -78,7 +78,7 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(status):
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "error", "told"),
+    ("status", "body", "error", "message"),
     [
         (400, b'{"error": {"message": "no"}}', ValueError, "refuses the request: no"),
         (422, b'{"error": {"message": "no"}}', ValueError, "refuses the request: no"),
@@ -87,21 +87,21 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(status):
         (404, b"x" * 9999, ServerError, "answers 404 .x{300}.; see"),
     ],
 )
-def test_what_the_server_says_is_told_once(status, body, error, told):
+def test_a_server_error_is_reported_without_retries(status, body, error, message):
     fake = Fake(status, body=body)
-    with serving(fake) as url, pytest.raises(error, match=told):
+    with serving(fake) as url, pytest.raises(error, match=message):
         ask(Server(f"{url}/v1", name="the judge"))
     assert len(fake.keys) == 1
 
 
-def test_the_first_error_ends_the_others():
+def test_the_first_error_cancels_the_other_requests():
     """The second request never gets an answer."""
-    ended = threading.Event()
+    done = threading.Event()
 
     def handle(request) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         if body["model"] == "slow":
-            ended.wait(60)
+            done.wait(60)
         reply(request, 400, b"{}", **JSON)
 
     with serving(handle) as url:
@@ -113,10 +113,10 @@ def test_the_first_error_ends_the_others():
 
         with pytest.raises(ValueError, match="refuses"):
             ask_all(server, ["slow", "m"], one, 2)
-        ended.set()
+        done.set()
 
 
-def test_every_item_is_asked_once_and_so_many_at_a_time():
+def test_every_item_is_processed_once_with_limited_concurrency():
     running, most, seen = 0, 0, []
 
     async def one(client, item: int) -> None:
@@ -132,7 +132,7 @@ def test_every_item_is_asked_once_and_so_many_at_a_time():
     assert most == 3
 
 
-def test_it_works_where_a_loop_runs():
+def test_it_works_inside_a_running_event_loop():
     """As in a notebook."""
     seen = []
 
@@ -147,7 +147,7 @@ def test_it_works_where_a_loop_runs():
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"data": []}', b"<html>"])
-def test_a_server_without_models_is_told(body):
+def test_a_server_without_models_is_reported(body):
     def handle(request) -> None:
         reply(request, 200, body, **JSON)
 
@@ -156,7 +156,7 @@ def test_a_server_without_models_is_told(body):
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "result"),
     [
         (200, b'{"active": true}', {"active": True}),
         (404, b'{"detail": "Not Found"}', None),
@@ -165,12 +165,12 @@ def test_a_server_without_models_is_told(body):
         (500, b"{}", ServerError),
     ],
 )
-def test_a_server_without_the_plug_in_is_told_from_one_that_does_not_say(status, body, said):
-    """A wrong key is no missing plug-in."""
+def test_a_server_without_the_plug_in_is_distinguished_from_an_error(status, body, result):
+    """A wrong key does not mean that the plug-in is missing."""
     with serving(lambda request: reply(request, status, body, **JSON)) as url:
         server = Server(f"{url}/v1", retries=0)
-        if said is ServerError:
+        if result is ServerError:
             with pytest.raises(ServerError, match=str(status)):
                 server.capabilities()
         else:
-            assert server.capabilities() == said
+            assert server.capabilities() == result

@@ -1,4 +1,4 @@
-"""The fields are in the OpenAPI document of vLLM's app wherever docs/api.md says they are taken."""
+"""The OpenAPI document of vLLM's app has the fields on every route that docs/api.md lists."""
 
 import copy
 
@@ -13,9 +13,9 @@ FIELDS = {"diversity": json_schema.diversity(), "style": json_schema.style()}
 
 @pytest.fixture(scope="module")
 def documents():
-    """vLLM's own, and with the fields."""
+    """vLLM's own document, and the one with the fields."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm.plugins.plugins_loaded", True)  # Or this process would have hooks.
+        patch.setattr("vllm.plugins.plugins_loaded", True)  # No hooks in this process.
         app = built()
     stock = copy.deepcopy(app.openapi())
     return stock, openapi.with_fields(app.openapi)()
@@ -28,13 +28,13 @@ def test_the_body_of_each_route_has_the_fields(documents, route):
     assert not stock.keys() & FIELDS.keys()
 
 
-def test_docs_list_as_many_routes_as_there_are_bodies():
+def test_docs_list_one_route_for_each_documented_body():
     routes = routes_with_fields()
     assert len(routes) == len(set(routes)) == len(openapi.DOCUMENTED)
     assert "/v1/chat/completions/batch" in routes
 
 
-def test_nothing_else_of_the_document_differs(documents):
+def test_the_rest_of_the_document_is_unchanged(documents):
     stock, ours = documents
     ours = copy.deepcopy(ours)
     for name in openapi.DOCUMENTED:

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules speak of metrics that there are, in PromQL that parses."""
+"""The dashboard and the alert rules use existing metrics, in PromQL that parses."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from dftserve import settings
 
 OPS = Path(__file__).resolve().parents[2] / "plugins" / "vllm" / "ops"
 VLLM_METRICS = {"vllm:generation_tokens_total"}
-"""Of vLLM's documentation, https://docs.vllm.ai/en/latest/usage/metrics/."""
+"""From vLLM's documentation, https://docs.vllm.ai/en/latest/usage/metrics/."""
 NAME = re.compile(r"\b(?:dft|vllm):[a-z_]+")
 
 
@@ -23,27 +23,29 @@ def expressions() -> list[str]:
     return alerts + targets
 
 
-def known() -> set[str]:
-    found = set()
+def known_metrics() -> set[str]:
+    names = set()
     for collector in vars(metrics.metrics()).values():
         (family,) = collector.collect()
         if family.type == "histogram":
-            found |= {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
+            names |= {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
         else:
-            found.add(f"{family.name}_total")
-    return found | VLLM_METRICS
+            names.add(f"{family.name}_total")
+    return names | VLLM_METRICS
 
 
-def test_every_metric_exists():
-    named = {name for expression in expressions() for name in NAME.findall(expression)}
-    assert named
-    assert named <= known()
+def test_every_metric_that_is_used_exists():
+    used = {name for expression in expressions() for name in NAME.findall(expression)}
+    assert used
+    assert used <= known_metrics()
 
 
-def test_every_metric_of_ours_is_on_the_dashboard_or_in_an_alert():
-    named = " ".join(expressions())
-    ours = {name for name in known() - VLLM_METRICS if not name.endswith(("_sum", "_count"))}
-    assert {name for name in ours if name not in named} == set()
+def test_each_of_our_metrics_is_on_the_dashboard_or_in_an_alert():
+    used = " ".join(expressions())
+    ours = {
+        name for name in known_metrics() - VLLM_METRICS if not name.endswith(("_sum", "_count"))
+    }
+    assert {name for name in ours if name not in used} == set()
 
 
 @pytest.mark.parametrize("expression", expressions())
@@ -52,7 +54,7 @@ def test_every_expression_parses(expression):
     parser.parse(expression.replace("$model", "demo"))
 
 
-def test_every_alert_says_what_it_means():
+def test_every_alert_has_a_unique_name_and_a_description():
     rules = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")["groups"][0][
         "rules"
     ]
@@ -60,18 +62,18 @@ def test_every_alert_says_what_it_means():
     assert all({"summary", "description"} <= rule["annotations"].keys() for rule in rules)
 
 
-def test_refusals_are_weighed_against_all_that_is_accepted():
-    """A server may have styles only."""
+def test_the_refusal_alert_compares_with_all_accepted_requests():
+    """Also those with a style only."""
     rules = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")["groups"][0][
         "rules"
     ]
     (expression,) = (rule["expr"] for rule in rules if rule["alert"] == "DftserveRefusals")
-    accepted = {name for name in known() if name.endswith("requests_total")}
+    accepted = {name for name in known_metrics() if name.endswith("requests_total")}
     assert {"dft:requests_total", "dft:styled_requests_total"} <= accepted
     assert set(NAME.findall(expression)) == accepted | {"dft:requests_refused_total"}
 
 
-def test_rows_of_nan_have_one_name():
+def test_rows_of_nan_are_never_called_unsound():
     root = OPS.parents[2]
     shown = [*OPS.iterdir(), *root.glob("docs/*.md"), *root.glob("dftserve/doctor/*.py")]
     assert [path.name for path in shown if "unsound" in path.read_text().lower()] == []

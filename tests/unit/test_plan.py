@@ -1,4 +1,4 @@
-"""What `train --plan` says that a run takes."""
+"""`train --plan`: the memory and time that a run needs, and its warnings."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from dftserve.train.run import read
 from tests.conftest import ROOT
 from tests.training import save_model, save_store
 
-HELD = 256 << 20
-"""Bytes; what else the process takes or gives back in a test is far less."""
+EXTRA = 256 << 20
+"""Bytes; far more than the process otherwise allocates or frees in a test."""
 
 
 @pytest.fixture(scope="module")
@@ -36,49 +36,49 @@ def config(tmp_path_factory) -> TrainConfig:
     )
 
 
-def test_memory_counts_what_the_process_holds_already(config):
+def test_memory_includes_what_the_process_already_holds(config):
     before = plan_of(config)
-    held = np.ones(HELD, dtype=np.uint8)
+    allocated = np.ones(EXTRA, dtype=np.uint8)
     after = plan_of(config)
-    assert after.process_bytes - before.process_bytes > HELD // 2
-    assert after.memory_bytes - before.memory_bytes > HELD // 2
-    assert len(held) == HELD
+    assert after.process_bytes - before.process_bytes > EXTRA // 2
+    assert after.memory_bytes - before.memory_bytes > EXTRA // 2
+    assert len(allocated) == EXTRA
 
 
-def test_memory_counts_the_weights_once(config, monkeypatch):
-    """What comes with the model is not the process's own."""
-    held, before, load_model = [], plan_of(config), runs.load_model
+def test_memory_includes_the_weights_once(config, monkeypatch):
+    """Memory that is allocated while the model is loaded is not counted as the process's."""
+    allocated, before, load_model = [], plan_of(config), runs.load_model
 
     def heavy(*given):
-        held.append(np.ones(HELD, dtype=np.uint8))
+        allocated.append(np.ones(EXTRA, dtype=np.uint8))
         return load_model(*given)
 
     monkeypatch.setattr(runs, "load_model", heavy)
-    assert plan_of(config).process_bytes - before.process_bytes < HELD // 2
-    assert len(held) == 1
+    assert plan_of(config).process_bytes - before.process_bytes < EXTRA // 2
+    assert len(allocated) == 1
 
 
-def test_the_parts_of_memory_are_shown_and_add_up(config):
-    told = plan_of(config)
-    whole = json.loads(told.as_json())
+def test_the_parts_of_memory_are_shown_and_sum_to_the_total(config):
+    plan = plan_of(config)
+    whole = json.loads(plan.as_json())
     parts = ("process", "weights", "gradient", "optimizer", "activation", "head")
     assert sum(whole[f"{name}_bytes"] for name in parts) == whole["memory_bytes"]
-    assert re.search(r"^memory +.*: process [\d.e+]+ [MG]iB, weights ", told.shown(), re.MULTILINE)
+    assert re.search(r"^memory +.*: process [\d.e+]+ [MG]iB, weights ", plan.shown(), re.MULTILINE)
 
 
-def test_memory_of_a_gpu_has_none_of_the_process(config, monkeypatch):
+def test_gpu_memory_excludes_that_of_the_process(config, monkeypatch):
     monkeypatch.setattr(plans, "_device_of", lambda model: "cuda")
     assert plan_of(config).process_bytes == 0
 
 
-def test_what_auto_tries_is_among_the_steps(config):
+def test_the_steps_include_the_candidates_that_auto_tries(config):
     assert "auto" not in plan_of(config).shown()
     auto = DivergenceConfig(target_weight="auto")
-    told = plan_of(replace(config, divergence=auto)).shown()
-    assert "before them 40 for target_weight auto, which tries 0, 0.3, 0.6, 0.9\n" in told
+    shown = plan_of(replace(config, divergence=auto)).shown()
+    assert "before them 40 for target_weight auto, which tries 0, 0.3, 0.6, 0.9\n" in shown
 
 
-def test_the_readme_plans_the_run_that_it_shows():
+def test_the_readme_plans_the_same_run_that_it_shows():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^    dftserve train (--[^#\n]*)", text, re.MULTILINE)
     planned, run = [_settings(line) for line in lines]
@@ -91,8 +91,8 @@ def _settings(line: str) -> TrainConfig:
     return load(None, dict(pairs))
 
 
-def test_targets_whose_answers_have_no_end_are_warned_of(config, tmp_path):
-    """In the plan, and by a run."""
+def test_targets_whose_answers_have_no_end_give_a_warning(config, tmp_path):
+    """In the plan and in a run."""
     assert plan_of(config).warning is None
     store = Path(shutil.copytree(config.targets, tmp_path / "store"))
     content = json.loads((store / MANIFEST).read_text())

@@ -1,4 +1,4 @@
-"""Figures of reports: what is described is what an SVG and a PNG file show."""
+"""Figures of reports: SVG and PNG files show what the description contains."""
 
 import re
 import subprocess
@@ -38,7 +38,7 @@ RATES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_
 
 
 def figure(**changes) -> Figure:
-    """People, and a model at three levels, each with intervals."""
+    """People and a model at three levels, with intervals."""
     levels = tuple(
         Point(Span(x, x - 0.1, x + 0.2), Span(y, y - 3, y + 2), f"level {x}: {y}", f"{x:g}")
         for x, y in ((0.0, 10.0), (0.5, 20.0), (1.0, 40.0))
@@ -58,7 +58,7 @@ def figure(**changes) -> Figure:
 
 
 def marks(drawn: Figure) -> list[Mark]:
-    """Those of points, not of the legend."""
+    """The marks of points, without those of the legend."""
     return [shape for shape in shapes(drawn) if isinstance(shape, Mark) and shape.description]
 
 
@@ -66,7 +66,7 @@ def marks(drawn: Figure) -> list[Mark]:
 
 
 @given(NUMBERS)
-def test_a_linear_axis_holds_its_values_from_tick_to_tick(values):
+def test_a_linear_axis_contains_its_values_and_ends_at_ticks(values):
     axis = linear("a", values)
     ticks = [tick.value for tick in axis.ticks]
     reach = 1e-6 * (axis.high - axis.low)
@@ -78,7 +78,7 @@ def test_a_linear_axis_holds_its_values_from_tick_to_tick(values):
 
 
 @given(RATES)
-def test_a_logarithmic_axis_has_what_is_above_0_inside_and_0_at_its_edge(values):
+def test_a_logarithmic_axis_has_positive_values_inside_and_0_at_its_edge(values):
     axis = logarithmic("a", values)
     for value in values:
         assert (axis.at(value) > 0.01) == (value > 0)
@@ -87,21 +87,21 @@ def test_a_logarithmic_axis_has_what_is_above_0_inside_and_0_at_its_edge(values)
 
 
 @given(NUMBERS, st.booleans(), st.booleans())
-def test_a_place_follows_the_value(values, is_log, is_flipped):
+def test_positions_are_monotonic_in_the_value(values, is_log, is_flipped):
     made = logarithmic("a", map(abs, values)) if is_log else linear("a", values)
     axis = replace(made, is_flipped=is_flipped)
-    places = [axis.at(value) for value in sorted(map(abs, values) if is_log else values)]
-    assert all(0 <= place <= 1 for place in places)
-    assert places == sorted(places, reverse=is_flipped)
+    positions = [axis.at(value) for value in sorted(map(abs, values) if is_log else values)]
+    assert all(0 <= position <= 1 for position in positions)
+    assert positions == sorted(positions, reverse=is_flipped)
 
 
-def test_names_stand_side_by_side():
+def test_categories_are_evenly_spaced():
     axis = categories("level", ["0", "{}", "1"])
     assert [axis.at(tick.value) for tick in axis.ticks] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("make", "message"),
     [
         (lambda: Span(float("nan")), "got nan; accepted: finite"),
         (lambda: Axis("a", 1, 1, ()), "accepted: low < high"),
@@ -114,16 +114,16 @@ def test_names_stand_side_by_side():
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_no_description(wrong, told):
-    with pytest.raises(ValueError, match=told):
-        wrong()
+def test_invalid_descriptions_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
-# ── Where everything stands ──────────────────────────────────────────────────────────────────────
+# ── Layout ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def at(drawn: Figure, x: float, y: float) -> tuple[float, float]:
-    """By its definition, on the canvas."""
+    """The position of (x, y) on the canvas, by the definition of the layout."""
     wide = layout.RIGHT - layout.LEFT - 2 * layout.INSET
     tall = layout.BOTTOM - layout.TOP - 2 * layout.INSET
     across = (x - drawn.x.low) / (drawn.x.high - drawn.x.low)
@@ -142,17 +142,17 @@ def test_every_point_and_both_ends_of_every_interval_are_drawn():
         if isinstance(shape, Line)
         for x, y in ((shape.x0, shape.y0), (shape.x1, shape.y1))
     }
-    places = {mark.description: (mark.x, mark.y) for mark in marks(drawn)}
+    positions = {mark.description: (mark.x, mark.y) for mark in marks(drawn)}
     points = [point for series in drawn.series for point in series.points]
-    assert len(places) == len(points) == 4
+    assert len(positions) == len(points) == 4
     for point in points:
         x, y = point.x, point.y
-        assert places[point.description] == pytest.approx(at(drawn, x.value, y.value))
-        wanted = [(end, y.value) for end in (x.low, x.high)]
-        wanted += [(x.value, end) for end in (y.low, y.high)]
-        for place in wanted:
-            if None not in place:
-                assert tuple(round(each, 3) for each in at(drawn, *place)) in ends
+        assert positions[point.description] == pytest.approx(at(drawn, x.value, y.value))
+        expected = [(end, y.value) for end in (x.low, x.high)]
+        expected += [(x.value, end) for end in (y.low, y.high)]
+        for end_point in expected:
+            if None not in end_point:
+                assert tuple(round(each, 3) for each in at(drawn, *end_point)) in ends
 
 
 def test_the_human_line_and_band_are_at_the_human_value():
@@ -176,18 +176,18 @@ def test_the_line_of_equal_values_joins_equal_values():
     assert mark.y == pytest.approx(line.y0 + slope * (mark.x - line.x0))
 
 
-def test_nothing_leaves_the_canvas_and_series_differ_without_their_colours():
+def test_all_is_inside_the_canvas_and_series_differ_without_colours():
     many = figure(series=tuple(Series(f"series {n}", figure().series[1].points) for n in range(5)))
     for shape in shapes(many):
-        where = vars(shape)
-        for name in {"x", "x0", "x1"} & set(where):
-            assert 0 <= where[name] <= layout.WIDTH
-        for name in {"y", "y0", "y1"} & set(where):
-            assert 0 <= where[name] <= layout.HEIGHT
+        coordinates = vars(shape)
+        for name in {"x", "x0", "x1"} & set(coordinates):
+            assert 0 <= coordinates[name] <= layout.WIDTH
+        for name in {"y", "y0", "y1"} & set(coordinates):
+            assert 0 <= coordinates[name] <= layout.HEIGHT
     assert len({mark.form for mark in marks(many)}) == SERIES
 
 
-def test_a_label_is_freed_from_the_label_of_a_point_beside_it():
+def test_labels_of_neighbouring_points_do_not_overlap():
     near = [Point(Span(x), Span(20.0), f"{x}", "a long label") for x in (0.5, 0.51)]
     drawn = figure(series=(Series("s", tuple(near)),), references=())
     first, second = [s for s in shapes(drawn) if isinstance(s, Text) and s.text == "a long label"]
@@ -197,18 +197,18 @@ def test_a_label_is_freed_from_the_label_of_a_point_beside_it():
 # ── SVG ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_svg_says_every_value_and_needs_nothing():
+def test_an_svg_describes_every_value_and_is_self_contained():
     drawn = figure()
     root = ElementTree.fromstring(svg(drawn))
     ids = {element.get("id"): element.text for element in root.iter() if element.get("id")}
-    named = [ids[name] for name in root.attrib["aria-labelledby"].split()]
-    assert (root.get("role"), named[0]) == ("img", drawn.title)
+    labels = [ids[name] for name in root.attrib["aria-labelledby"].split()]
+    assert (root.get("role"), labels[0]) == ("img", drawn.title)
     titles = {element.text for element in root.iter(f"{SVG}title")}
     texts = {element.text for element in root.iter(f"{SVG}text")}
     for series in drawn.series:
         for point in series.points:
             assert point.description in titles
-            assert point.description in named[1]
+            assert point.description in labels[1]
             assert point.label in texts
     for tick in (*drawn.x.ticks, *drawn.y.ticks):
         assert tick.label in texts
@@ -218,7 +218,7 @@ def test_an_svg_says_every_value_and_needs_nothing():
     assert not [name for each in root.iter() for name in each.attrib if "href" in name]
 
 
-def test_colours_are_the_pages_where_there_is_one():
+def test_colours_can_be_overridden_by_a_page():
     root = ElementTree.fromstring(svg(figure()))
     painted = [each for each in root.iter() if each.tag in (f"{SVG}path", f"{SVG}text")]
     for each in painted:
@@ -226,8 +226,8 @@ def test_colours_are_the_pages_where_there_is_one():
         assert each.get("color") == layout.COLOURS[each.attrib["class"]]
 
 
-def test_the_pages_colours_are_the_plots_and_are_read_on_its_ground_light_and_dark():
-    """WCAG's contrast of text, 4.5."""
+def test_the_pages_colours_are_the_plots_and_have_enough_contrast_in_both_schemes():
+    """WCAG requires a contrast of 4.5 for text."""
     html = page("a page")
     light, dark = (
         dict(PAINT.findall(part)) for part in html.split("prefers-color-scheme:dark")[:2]
@@ -262,7 +262,7 @@ def luminance(colour: str) -> float:
     )
 
 
-def test_whatever_a_text_holds_an_svg_is_xml():
+def test_an_svg_with_hostile_texts_is_valid_xml():
     point = Point(Span(0.0), Span(1.0), HOSTILE, HOSTILE)
     axis = Axis(HOSTILE, 0, 1, (Tick(0, HOSTILE),))
     hostile = figure(
@@ -279,10 +279,10 @@ def test_whatever_a_text_holds_an_svg_is_xml():
     }
 
 
-def test_a_description_of_very_many_values_says_how_many_more():
+def test_a_description_of_very_many_values_is_cut_with_the_number_left_out():
     points = tuple(Point(Span(0.5), Span(9.0), f"point {n}") for n in range(MOST_DESCRIBED + 40))
-    told = described(figure(series=(Series("s", points),), references=()))
-    assert f"point {MOST_DESCRIBED - 1}; and 40 more." in told
+    description = described(figure(series=(Series("s", points),), references=()))
+    assert f"point {MOST_DESCRIBED - 1}; and 40 more." in description
 
 
 # ── PNG ──────────────────────────────────────────────────────────────────────────────────────────
@@ -299,7 +299,7 @@ def pixels(path: Path):
     return (image.imread(path) * 255).round().astype(int)
 
 
-def test_a_png_has_each_mark_where_the_layout_has_it(matplotlib, tmp_path):
+def test_a_png_has_each_mark_at_its_position_in_the_layout(matplotlib, tmp_path):
     drawn = figure()
     (path,) = png.write([drawn], tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["levels.png"]
@@ -308,11 +308,11 @@ def test_a_png_has_each_mark_where_the_layout_has_it(matplotlib, tmp_path):
     assert tuple(pixels_HWC[0, 0][:3]) == (255, 255, 255)
     for mark in marks(drawn):
         colour = layout.COLOURS[mark.tone]
-        there = pixels_HWC[round(png.SCALE * mark.y), round(png.SCALE * mark.x)][:3]
-        assert list(there) == [int(colour[at : at + 2], 16) for at in (1, 3, 5)], mark.description
+        pixel = pixels_HWC[round(png.SCALE * mark.y), round(png.SCALE * mark.x)][:3]
+        assert list(pixel) == [int(colour[at : at + 2], 16) for at in (1, 3, 5)], mark.description
 
 
-def test_the_same_figure_is_the_same_file_whatever_the_users_settings(matplotlib, tmp_path):
+def test_the_png_file_does_not_depend_on_the_users_settings(matplotlib, tmp_path):
     (path,) = png.write([figure()], tmp_path)
     before = path.read_bytes()
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "black", "font.size": 40}):
@@ -321,18 +321,18 @@ def test_the_same_figure_is_the_same_file_whatever_the_users_settings(matplotlib
     assert path.read_bytes() == before
 
 
-def test_dollar_signs_are_no_mathematics(matplotlib, tmp_path):
+def test_dollar_signs_are_not_parsed_as_mathematics(matplotlib, tmp_path):
     png.write([figure(title=r"from $\frac to 1$")], tmp_path)
     assert (tmp_path / "levels.png").stat().st_size
 
 
-def test_letters_that_the_font_lacks_are_told_once(matplotlib, tmp_path):
-    with pytest.warns(UserWarning, match="levels.png: the font lacks") as told:
+def test_letters_that_the_font_lacks_give_one_warning(matplotlib, tmp_path):
+    with pytest.warns(UserWarning, match="levels.png: the font lacks") as warnings:
         png.write([figure(title="一見 and 百聞")], tmp_path)
-    assert len(told) == 1
+    assert len(warnings) == 1
 
 
-def test_a_page_needs_no_matplotlib():
+def test_a_page_does_not_import_matplotlib():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "import dftserve.evaluate.report.html, dftserve.styles.report, dftserve.plots.png"
@@ -361,10 +361,10 @@ def test_without_matplotlib_plots_are_refused_before_anything_is_done(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = run(command, "--plots", "plots")
-    assert found.exit_code == 1
-    assert "--plots needs the package matplotlib" in found.output
-    assert "pip install 'dftserve[plots]'" in found.output
+    result = run(command, "--plots", "plots")
+    assert result.exit_code == 1
+    assert "--plots needs the package matplotlib" in result.output
+    assert "pip install 'dftserve[plots]'" in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -375,13 +375,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_done(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a file")
     for place in ("file", "file/plots", "/proc/plots"):
-        found = run(command, "--plots", place)
-        assert found.exit_code == 2, found.output
-        assert "--plots" in found.output
-        assert "Traceback" not in found.output
+        result = run(command, "--plots", place)
+        assert result.exit_code == 2, result.output
+        assert "--plots" in result.output
+        assert "Traceback" not in result.output
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_that_is_not_there_is_made(matplotlib, tmp_path):
+def test_a_missing_folder_is_created(matplotlib, tmp_path):
     png.check(tmp_path / "a" / "b")
     assert not list((tmp_path / "a" / "b").iterdir())

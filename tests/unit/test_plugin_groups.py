@@ -1,4 +1,5 @@
-"""Groups in the plug-in: from the body, over vLLM's own children, to the rows of both runners."""
+"""Groups in the plug-in: from the request's body through vLLM's child requests to the rows of both
+runners."""
 
 import math
 from types import SimpleNamespace
@@ -23,9 +24,9 @@ from tests.vllm_config import config
 
 V, T, STEPS = 40, 0.9, 8
 SIZE = 1024
-"""Of a group: its codes last for ten bits, several steps."""
+"""The size of a group: its codes have ten bits, enough for several steps."""
 CPU = torch.device("cpu")
-PLACE = {"id": "mine", "index": 2, "size": 4}
+MEMBER = {"id": "mine", "index": 2, "size": 4}
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def refused(**fields) -> VLLMValidationError:
     return refusal.value
 
 
-def placed(index=0, level=0.5, identity="a", **fields):
+def member(index=0, level=0.5, identity="a", **fields):
     """One text of a group."""
     group = {"id": "mine", "index": index, "size": SIZE}
     carried = {"diversity": {"level": level, "group": group}, "diversity_id": identity}
@@ -55,12 +56,12 @@ def placed(index=0, level=0.5, identity="a", **fields):
 
 
 def children(params, request_id="r"):
-    """As vLLM parts a request into choices, with the hook around it."""
+    """The choices' parameters as vLLM makes them from a request, with the hook applied."""
     parent = ParentRequest(
         SimpleNamespace(request_id=request_id, external_req_id=request_id, params=params)
     )
-    found = [parent.get_child_info(index)[1] for index in range(params.n)]
-    return [extra_args.of_choice(child, i, parent) for i, child in enumerate(found)]
+    made = [parent.get_child_info(index)[1] for index in range(params.n)]
+    return [extra_args.of_choice(child, i, parent) for i, child in enumerate(made)]
 
 
 def logits_of(step, row=0):
@@ -68,8 +69,9 @@ def logits_of(step, row=0):
 
 
 def expected(index, steps, *, level=0.5, row=0, **cuts):
-    """The tokens of a text of the group, by the law's fp64 reference and then the code's; behind
-    the code's bits, and where the index is None, what `token_of` makes of the law's rows."""
+    """The tokens of a text of the group, by the fp64 references of the law and of the code. Once
+    the code's bits are used up, or if the index is None, what `token_of` returns for the law's
+    rows."""
     used = math.inf if index is None else 0.0
     code = 0.0 if index is None else first_code_reference("mine", index, SIZE)
     tokens = []
@@ -87,22 +89,22 @@ def expected(index, steps, *, level=0.5, row=0, **cuts):
 
 
 def token_of(row_V):
-    """-1 where a row has more than one token left."""
-    found = torch.isfinite(row_V).nonzero().flatten().tolist()
-    return found[0] if len(found) == 1 else -1
+    """The only token left in a row, or -1 if there are several."""
+    finite = torch.isfinite(row_V).nonzero().flatten().tolist()
+    return finite[0] if len(finite) == 1 else -1
 
 
-class V1:
-    """Requests in a batch of the V1 runner, and what each has said."""
+class V1Batch:
+    """A batch of the V1 runner, and each request's output."""
 
-    def __init__(self, *asked, outputs=None):
+    def __init__(self, *requests, outputs=None):
         self.processor = V1Processor(config(), CPU, False)
-        self.outputs = outputs or [[] for _ in asked]
-        self.join(*asked)
+        self.outputs = outputs or [[] for _ in requests]
+        self.join(*requests)
 
-    def join(self, *asked):
-        added = [(i, each, [1], self.outputs[i]) for i, each in enumerate(asked)]
-        update = BatchUpdate(len(asked), removed=[], added=added, moved=[])
+    def join(self, *requests):
+        added = [(i, each, [1], self.outputs[i]) for i, each in enumerate(requests)]
+        update = BatchUpdate(len(requests), removed=[], added=added, moved=[])
         self.processor.update_state(update)
 
     def leave(self):
@@ -110,7 +112,7 @@ class V1:
         self.processor.update_state(BatchUpdate(0, removed=list(rows), added=[], moved=[]))
 
     def step(self, step, rows=None):
-        """`rows`: of which logits each request's are."""
+        """`rows`: which row of logits each request has."""
         rows = range(len(self.outputs)) if rows is None else rows
         logits_RV = torch.from_numpy(np.stack([logits_of(step, row) / T for row in rows]))
         self.processor.apply(logits_RV)
@@ -119,10 +121,10 @@ class V1:
             output.append(token_of(row_V))
 
 
-def test_v1_draws_by_the_law_the_request_s_cuts_and_the_code():
+def test_v1_draws_by_the_law_the_requests_cuts_and_the_code():
     cuts = {"top_k": 6, "top_p": 0.8}
-    asked = [placed(0), placed(1, level=0.0, identity="b"), placed(2, identity="c", **cuts)]
-    batch = V1(*asked, SamplingParams(temperature=T, extra_args={"diversity": 0.5}))
+    requests = [member(0), member(1, level=0.0, identity="b"), member(2, identity="c", **cuts)]
+    batch = V1Batch(*requests, SamplingParams(temperature=T, extra_args={"diversity": 0.5}))
     for step in range(STEPS):
         batch.step(step)
     assert batch.outputs[0] == expected(0, range(STEPS))
@@ -134,10 +136,10 @@ def test_v1_draws_by_the_law_the_request_s_cuts_and_the_code():
 
 
 @pytest.mark.parametrize("dropped", [0, 1])
-def test_v1_goes_on_after_a_preemption_as_if_there_had_been_none(dropped):
-    """Also where the last token was not taken: it is then drawn again."""
-    first, second = placed(3), placed(1, identity="b")
-    whole, batch = V1(first, second), V1(first, second)
+def test_v1_output_does_not_depend_on_a_preemption(dropped):
+    """Also if the last token was dropped: it is then drawn again."""
+    first, second = member(3), member(1, identity="b")
+    whole, batch = V1Batch(first, second), V1Batch(first, second)
     for step in range(8):
         whole.step(step)
     for step in range(3):
@@ -153,10 +155,10 @@ def test_v1_goes_on_after_a_preemption_as_if_there_had_been_none(dropped):
     assert -1 not in whole.outputs[0][:4] + whole.outputs[1][:4]
 
 
-def test_v1_goes_on_after_a_second_preemption_before_any_step():
-    """Into a slot whose former request was another text of the group."""
-    first, second = placed(3), placed(1, identity="b")
-    whole, batch = V1(first, second), V1(first, second)
+def test_v1_output_does_not_depend_on_a_second_preemption_before_any_step():
+    """In a slot whose previous request was another text of the group."""
+    first, second = member(3), member(1, identity="b")
+    whole, batch = V1Batch(first, second), V1Batch(first, second)
     for step in range(8):
         whole.step(step)
     for step in range(3):
@@ -172,24 +174,24 @@ def test_v1_goes_on_after_a_second_preemption_before_any_step():
     assert batch.outputs == whole.outputs
 
 
-def test_without_an_identity_a_preempted_text_is_left_to_the_engine():
-    batch = V1(placed(3, identity=None))
+def test_without_an_identity_a_preempted_text_is_no_longer_drawn_by_the_code():
+    batch = V1Batch(member(3, identity=None))
     batch.step(0)
     batch.leave()
-    batch.join(placed(3, identity=None))
+    batch.join(member(3, identity=None))
     batch.step(1)
     assert batch.outputs == [[*expected(3, [0]), -1]]
 
 
 def v2_processor(drafts=0):
     lengths = torch.full((4,), 2, dtype=torch.int32)
-    known = SimpleNamespace(np=lengths.numpy().copy(), gpu=lengths)
+    prefill = SimpleNamespace(np=lengths.numpy().copy(), gpu=lengths)
     prompt = SimpleNamespace(np=lengths.numpy().copy(), gpu=lengths.clone())
-    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=known, prompt_len=prompt)
+    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=prefill, prompt_len=prompt)
     given = config()
     if drafts:
         given.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
-    return V2Processor(given, states), known
+    return V2Processor(given, states), prefill
 
 
 def v2_step(processor, slots, first, rows_per_request=1, rows=None):
@@ -209,40 +211,40 @@ def v2_step(processor, slots, first, rows_per_request=1, rows=None):
     return [token_of(row_V) for row_V in logits_RV]
 
 
-def test_v2_draws_by_slot_and_goes_on_after_a_preemption():
-    processor, known = v2_processor()
-    assert processor.add_request(1, placed(2))
+def test_v2_draws_by_slot_and_resumes_after_a_preemption():
+    processor, prefill = v2_processor()
+    assert processor.add_request(1, member(2))
     assert processor.add_request(3, SamplingParams(temperature=T, extra_args={"diversity": 0.5}))
     processor.apply_staged_writes()
-    found = [v2_step(processor, [3, 1], 1 + step) for step in range(3)]
-    assert [other for other, _ in found] == [-1] * 3
-    known.np[0] = known.gpu[0] = 2 + 3
-    assert processor.add_request(0, placed(2))  # In another slot, with three tokens.
+    drawn = [v2_step(processor, [3, 1], 1 + step) for step in range(3)]
+    assert [other for other, _ in drawn] == [-1] * 3
+    prefill.np[0] = prefill.gpu[0] = 2 + 3
+    assert processor.add_request(0, member(2))  # In another slot, with three tokens.
     assert not processor.add_request(1, SamplingParams())
     processor.apply_staged_writes()
-    found += [v2_step(processor, [1, 0], 1 + step) for step in range(3, STEPS)]
-    assert [own for _, own in found] == expected(2, range(STEPS))
+    drawn += [v2_step(processor, [1, 0], 1 + step) for step in range(3, STEPS)]
+    assert [own for _, own in drawn] == expected(2, range(STEPS))
 
 
-def test_v2_draws_drafts_behind_one_another():
+def test_v2_draws_drafts_in_sequence():
     processor, _ = v2_processor(drafts=2)
-    assert processor.add_request(1, placed(2, level=0.8))
+    assert processor.add_request(1, member(2, level=0.8))
     processor.apply_staged_writes()
-    said = expected(2, range(STEPS), level=0.8)
+    tokens = expected(2, range(STEPS), level=0.8)
     for first in (0, 1):  # One row of three is accepted.
-        assert v2_step(processor, [0, 1], 1 + first, 3)[3:] == said[first : first + 3]
+        assert v2_step(processor, [0, 1], 1 + first, 3)[3:] == tokens[first : first + 3]
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_nothing_is_drawn_where_no_row_is_of_a_group(monkeypatch, runner):
-    asked = SamplingParams(temperature=T, extra_args={"diversity": 0.5})
+def test_nothing_is_drawn_if_no_row_belongs_to_a_group(monkeypatch, runner):
+    request = SamplingParams(temperature=T, extra_args={"diversity": 0.5})
     if runner == "V1":
-        batch = V1(asked)
+        batch = V1Batch(request)
         processor, run = batch.processor, lambda: batch.step(0)
     else:
         processor, _ = v2_processor(drafts=2)
-        processor.add_request(0, placed(1))  # The slot was a group's.
-        processor.add_request(0, asked)
+        processor.add_request(0, member(1))  # The slot's previous request has a group.
+        processor.add_request(0, request)
         processor.apply_staged_writes()
         run = lambda: v2_step(processor, [0], 1, 3)  # noqa: E731
     monkeypatch.setattr(processor.stats._codes, "draw", None)
@@ -259,31 +261,31 @@ def test_nothing_is_drawn_where_no_row_is_of_a_group(monkeypatch, runner):
         {"vllm_xargs": {"diversity": '{"level": 0.5, "group": true}'}, "n": 4},
     ],
 )
-def test_each_choice_gets_its_place_and_the_seed_names_the_group(configured, fields):
-    found = children(ask(seed=7, **fields))
-    placed_in = [child.extra_args["diversity"]["group"] for child in found]
-    assert [each["index"] for each in placed_in] == [0, 1, 2, 3]
-    assert {each["size"] for each in placed_in} == {4}
-    assert len({each["id"] for each in placed_in}) == 1
-    assert [child.seed for child in found] == [7, 8, 9, 10]
-    assert len({child.extra_args["diversity_id"] for child in found}) == 4
+def test_each_choice_has_its_index_and_the_seed_determines_the_group(configured, fields):
+    choices = children(ask(seed=7, **fields))
+    memberships = [child.extra_args["diversity"]["group"] for child in choices]
+    assert [each["index"] for each in memberships] == [0, 1, 2, 3]
+    assert {each["size"] for each in memberships} == {4}
+    assert len({each["id"] for each in memberships}) == 1
+    assert [child.seed for child in choices] == [7, 8, 9, 10]
+    assert len({child.extra_args["diversity_id"] for child in choices}) == 4
     again = children(ask(seed=7, **fields), request_id="other")
-    assert [child.extra_args["diversity"]["group"] for child in again] == placed_in
+    assert [child.extra_args["diversity"]["group"] for child in again] == memberships
     other = children(ask(seed=8, **fields))
-    assert other[0].extra_args["diversity"]["group"]["id"] != placed_in[0]["id"]
+    assert other[0].extra_args["diversity"]["group"]["id"] != memberships[0]["id"]
 
 
-def test_without_a_seed_each_request_is_a_group_of_its_own(configured):
-    asked = {"diversity": {"level": 0, "group": True}, "n": 2}
-    first, second = (children(ask(**asked), request_id=name) for name in "ab")
+def test_without_a_seed_each_request_has_its_own_group(configured):
+    fields = {"diversity": {"level": 0, "group": True}, "n": 2}
+    first, second = (children(ask(**fields), request_id=name) for name in "ab")
     names = [child.extra_args["diversity"]["group"]["id"] for child in (*first, *second)]
     assert names[0] == names[1] != names[2] == names[3]
 
 
-def test_one_text_s_place_goes_to_the_worker_as_it_came(configured):
-    carried = ask(diversity={"level": 0.5, "group": PLACE}).extra_args
-    assert carried["diversity"]["group"] == PLACE
-    assert spec.parse(carried["diversity"]).group == spec.Group(**PLACE)
+def test_the_group_of_a_single_text_reaches_the_worker_unchanged(configured):
+    carried = ask(diversity={"level": 0.5, "group": MEMBER}).extra_args
+    assert carried["diversity"]["group"] == MEMBER
+    assert spec.parse(carried["diversity"]).group == spec.Group(**MEMBER)
     assert ask(diversity={"level": 0.5, "group": False}).extra_args["diversity"] == {
         "law": "gated",
         "level": 0.5,
@@ -291,51 +293,51 @@ def test_one_text_s_place_goes_to_the_worker_as_it_came(configured):
     }
 
 
-def test_offline_choices_are_placed_too():
+def test_offline_choices_have_their_index_too():
     params = SamplingParams(n=3, extra_args={"diversity": {"level": 0.5, "group": True}})
     DiversityProcessor.validate_params(params)
-    found = [child.extra_args["diversity"]["group"]["index"] for child in children(params)]
-    assert found == [0, 1, 2]
+    indices = [child.extra_args["diversity"]["group"]["index"] for child in children(params)]
+    assert indices == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("group", "fields", "parameter", "says"),
+    ("group", "fields", "parameter", "message"),
     [
         (True, {}, "diversity.group", "got true with n = 1; accepted: n from 2 to 1024, or "),
         (True, {"n": 1025}, "diversity.group", "got true with n = 1025"),
-        (PLACE, {"n": 2}, "diversity.group", "got one text's index with n = 2; accepted: n = 1"),
-        (PLACE, {"temperature": 0}, "temperature", "got 0 with diversity.group"),
+        (MEMBER, {"n": 2}, "diversity.group", "got one text's index with n = 2; accepted: n = 1"),
+        (MEMBER, {"temperature": 0}, "temperature", "got 0 with diversity.group"),
         (1, {"n": 2}, "diversity.group", "got 1; accepted: true, for the choices of"),
         ("mine", {}, "diversity.group", "got 'mine'; accepted: true"),
-        (PLACE | {"id": ""}, {}, "diversity.group.id", "got ''; accepted: a text of 1 to 64"),
-        (PLACE | {"id": "a\n"}, {}, "diversity.group.id", "printable"),
-        (PLACE | {"id": "a" * 65}, {}, "diversity.group.id", "1 to 64"),
+        (MEMBER | {"id": ""}, {}, "diversity.group.id", "got ''; accepted: a text of 1 to 64"),
+        (MEMBER | {"id": "a\n"}, {}, "diversity.group.id", "printable"),
+        (MEMBER | {"id": "a" * 65}, {}, "diversity.group.id", "1 to 64"),
         ({"index": 0, "size": 4}, {}, "diversity.group.id", "got nothing; accepted: a text"),
-        (PLACE | {"index": 4}, {}, "diversity.group.index", "whole number from 0 to 3"),
-        (PLACE | {"index": -1}, {}, "diversity.group.index", "got -1; accepted: a whole"),
-        (PLACE | {"index": 0.5}, {}, "diversity.group.index", "got 0.5"),
-        (PLACE | {"index": True}, {}, "diversity.group.index", "got True"),
-        (PLACE | {"size": 1}, {}, "diversity.group.size", "whole number from 2 to 1024"),
-        (PLACE | {"size": 1025}, {}, "diversity.group.size", "got 1025"),
-        (PLACE | {"size": math.inf}, {}, "diversity.group.size", "got inf"),
+        (MEMBER | {"index": 4}, {}, "diversity.group.index", "whole number from 0 to 3"),
+        (MEMBER | {"index": -1}, {}, "diversity.group.index", "got -1; accepted: a whole"),
+        (MEMBER | {"index": 0.5}, {}, "diversity.group.index", "got 0.5"),
+        (MEMBER | {"index": True}, {}, "diversity.group.index", "got True"),
+        (MEMBER | {"size": 1}, {}, "diversity.group.size", "whole number from 2 to 1024"),
+        (MEMBER | {"size": 1025}, {}, "diversity.group.size", "got 1025"),
+        (MEMBER | {"size": math.inf}, {}, "diversity.group.size", "got inf"),
         ({"id": "a", "index": 0}, {}, "diversity.group.size", "got nothing"),
-        (PLACE | {"indx": 1}, {}, "diversity.group.indx", "did you mean 'index'"),
+        (MEMBER | {"indx": 1}, {}, "diversity.group.indx", "did you mean 'index'"),
     ],
 )
-def test_a_wrong_group_is_refused_by_name(configured, group, fields, parameter, says):
+def test_an_invalid_group_is_refused_by_name(configured, group, fields, parameter, message):
     error = refused(diversity={"level": 0.5, "group": group}, **fields)
     assert error.parameter == parameter
-    assert says in str(error)
+    assert message in str(error)
 
 
-def test_offline_a_wrong_group_is_refused():
-    for n, group in ((1, True), (2, PLACE), (2, {**PLACE, "index": 9})):
+def test_an_invalid_group_is_refused_offline():
+    for n, group in ((1, True), (2, MEMBER), (2, {**MEMBER, "index": 9})):
         params = SamplingParams(n=n, extra_args={"diversity": {"level": 0.5, "group": group}})
         with pytest.raises(ValueError, match=r"diversity\.group"):
             DiversityProcessor.validate_params(params)
 
 
-def test_under_watermarking_a_group_is_refused_and_nothing_else(configured, monkeypatch):
+def test_with_watermarking_only_groups_are_refused(configured, monkeypatch):
     watermarked = config(**configured, watermark_config=SimpleNamespace())
     monkeypatch.setattr(engine, "_config", watermarked)
     error = refused(diversity={"level": 0.5, "group": True}, n=2)
@@ -344,14 +346,14 @@ def test_under_watermarking_a_group_is_refused_and_nothing_else(configured, monk
     ask(diversity=0.5, n=2)
 
 
-def test_beam_search_is_refused_beside_a_group_at_level_0(configured):
+def test_beam_search_is_refused_with_a_group_at_level_0(configured):
     request = CompletionRequest(model="m", prompt="x", diversity={"level": 0, "group": True}, n=2)
     refuse = request_params.refuse_beam_search(lambda request: None)
     with pytest.raises(VLLMValidationError, match="use_beam_search"):
         refuse(request)
 
 
-def test_a_default_s_group_is_for_several_choices(configured, monkeypatch):
+def test_a_group_in_the_default_applies_to_several_choices_only(configured, monkeypatch):
     monkeypatch.setenv(spec.DEFAULT_VARIABLE, '{"level": 0.5, "group": true}')
     request_params.default_diversity.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""`"diversity": "human"`: the entropy that the served checkpoint's target has."""
+"""`"diversity": "human"`: the target entropy of the served checkpoint."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ EFFECTIVE = {"law": "budget", "target_entropy": 1.25, "max_temperature": 4.0}
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """The folder of the model that is served."""
+    """The folder of the served model."""
     model_config = SimpleNamespace(
         model=str(tmp_path), is_diffusion=False, override_generation_config={}
     )
@@ -36,13 +36,13 @@ def ask(**fields):
 @pytest.mark.parametrize(
     "fields", [{"diversity": "human"}, {"vllm_xargs": {"diversity": "human"}}], ids=["top", "xargs"]
 )
-def test_it_is_the_budget_law_at_the_target_s_entropy(served, fields):
+def test_human_is_the_budget_law_at_the_target_entropy(served, fields):
     Promise(recipe="r", target_entropy=1.25).write(served)
     assert ask(**fields).extra_args["diversity"] == EFFECTIVE
     assert capabilities.capabilities()["human"] == EFFECTIVE
 
 
-def test_it_is_echoed_as_what_is_in_force(served):
+def test_the_answer_reports_the_effective_diversity(served):
     Promise(recipe="r", target_entropy=1.25).write(served)
     context = RequestContext()
     token = request_context.current.set(context)
@@ -54,7 +54,7 @@ def test_it_is_echoed_as_what_is_in_force(served):
 
 
 @pytest.mark.parametrize("written", ["nothing", "no entropy", "entropy 0", "something else"])
-def test_without_such_an_entropy_it_is_refused(served, written):
+def test_without_a_target_entropy_human_is_refused(served, written):
     if written == "something else":
         (served / Promise.FILE).write_text("{")
     elif written != "nothing":
@@ -67,7 +67,7 @@ def test_without_such_an_entropy_it_is_refused(served, written):
     assert ask(diversity=0.5).extra_args["diversity"]["level"] == 0.5
 
 
-def test_before_the_engine_is_configured_it_is_refused(monkeypatch):
+def test_human_is_refused_before_the_engine_is_configured(monkeypatch):
     monkeypatch.setattr(engine, "_config", None)
     with pytest.raises(VLLMValidationError, match="target_entropy above 0"):
         ask(diversity="human")

@@ -1,4 +1,4 @@
-"""The laws that only cut, in the plug-in: by what `xtc` draws on both runners, and `min_p`."""
+"""The laws that only cut, in the plug-in: the draws of `xtc` on both runners, and `min_p`."""
 
 from types import SimpleNamespace
 
@@ -31,20 +31,20 @@ def params(seed=None, identity=None):
     return SamplingParams(temperature=0.9, seed=seed, extra_args=carried)
 
 
-def said(key, first=0):
-    """In which steps top choices go."""
+def expected_exclusions(key, first=0):
+    """For each step whether the top choices are excluded."""
     return [draw_reference(key, first + step) < 0.5 for step in range(STEPS)]
 
 
-def v1_excludes(*asked):
-    """Of each request, in which steps its top choice went."""
-    outputs = [[] for _ in asked]
+def v1_exclusions(*requests):
+    """For each request and step whether the top choice was excluded."""
+    outputs = [[] for _ in requests]
     processor = V1Processor(config(), CPU, False)
-    added = [(i, each, [1], outputs[i]) for i, each in enumerate(asked)]
-    processor.update_state(BatchUpdate(len(asked), removed=[], added=added, moved=[]))
+    added = [(i, each, [1], outputs[i]) for i, each in enumerate(requests)]
+    processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
     excluded = []
     for _ in range(STEPS):
-        logits_RV = (ROW / 0.9).repeat(len(asked), 1)
+        logits_RV = (ROW / 0.9).repeat(len(requests), 1)
         processor.apply(logits_RV)
         excluded.append((logits_RV[:, 0] == -torch.inf).tolist())
         for output in outputs:
@@ -53,14 +53,14 @@ def v1_excludes(*asked):
     return [list(each) for each in zip(*excluded, strict=True)]
 
 
-def v2_excludes(asked, *, drafts):
-    """Likewise of one request from position 4 on, with so many drafts at each step."""
-    known = SimpleNamespace(np=np.ones(4, int), gpu=torch.ones(4))
-    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=known, prompt_len=known)
+def v2_exclusions(request, *, drafts):
+    """The same for one request from position 4 on, with this number of drafts in each step."""
+    lengths = SimpleNamespace(np=np.ones(4, int), gpu=torch.ones(4))
+    states = SimpleNamespace(max_num_reqs=4, device=CPU, prefill_len=lengths, prompt_len=lengths)
     given = config()
     given.speculative_config = SimpleNamespace(num_speculative_tokens=drafts)
     processor = V2Processor(given, states)
-    assert processor.add_request(2, asked)
+    assert processor.add_request(2, request)
     processor.apply_staged_writes()
     excluded = []
     for first in range(0, STEPS, 1 + drafts):
@@ -78,34 +78,38 @@ def v2_excludes(asked, *, drafts):
     return excluded
 
 
-def test_v1_draws_by_the_seed_and_how_long_the_output_is():
-    assert v1_excludes(params(seed=3), params(seed=4), params(seed=3)) == [
-        said(draw_key("seed", seed)) for seed in (3, 4, 3)
+def test_v1_draws_by_the_seed_and_the_output_length():
+    assert v1_exclusions(params(seed=3), params(seed=4), params(seed=3)) == [
+        expected_exclusions(draw_key("seed", seed)) for seed in (3, 4, 3)
     ]
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_v2_draws_by_the_seed_and_each_row_s_position(drafts):
-    assert v2_excludes(params(seed=3), drafts=drafts) == said(draw_key("seed", 3), first=4)
+def test_v2_draws_by_the_seed_and_each_rows_position(drafts):
+    assert v2_exclusions(params(seed=3), drafts=drafts) == expected_exclusions(
+        draw_key("seed", 3), first=4
+    )
 
 
-def test_without_a_seed_it_draws_by_the_request_s_identity_and_choice():
-    """Which every tensor-parallel rank is told."""
+def test_without_a_seed_xtc_draws_by_the_requests_identity_and_choice():
+    """All tensor-parallel ranks have these."""
     of_prompt = params(identity="x")
     choices = [of_choice(of_prompt, index, None) for index in range(2)]
-    expected = [said(draw_key("identity", name)) for name in ("x.0", "x.1")]
-    assert v1_excludes(*choices) == expected
-    assert v2_excludes(choices[1], drafts=1) == said(draw_key("identity", "x.1"), first=4)
+    expected = [expected_exclusions(draw_key("identity", name)) for name in ("x.0", "x.1")]
+    assert v1_exclusions(*choices) == expected
+    assert v2_exclusions(choices[1], drafts=1) == expected_exclusions(
+        draw_key("identity", "x.1"), first=4
+    )
 
 
-def test_without_either_it_draws_by_how_many_came_before():
-    """Offline: ranks take the same requests in the same order."""
-    expected = [said(draw_key("arrival", n)) for n in range(3)]
-    assert v1_excludes(params(), params(), params()) == expected
+def test_without_seed_and_identity_xtc_draws_by_the_order_of_arrival():
+    """Offline: ranks receive the same requests in the same order."""
+    expected = [expected_exclusions(draw_key("arrival", n)) for n in range(3)]
+    assert v1_exclusions(params(), params(), params()) == expected
 
 
-def test_identities_are_of_one_start():
-    """Else the first request after each start would draw the same."""
+def test_identities_contain_a_token_of_the_server_start():
+    """Otherwise the first request after each start would have the same draws."""
     first, second = (PromptContext(parse(XTC), 1).identity for _ in range(2))
     assert first.split("-")[:2] == second.split("-")[:2]
     assert len(first.split("-")) > 2
@@ -120,21 +124,21 @@ def ask(diversity, min_p=None):
 SIGMA = {"law": "top_n_sigma", "n_sigma": 1}
 
 
-def test_min_p_becomes_the_guard_of_laws_that_have_one():
-    asked = ask(XTC, min_p=0.1)
-    assert (asked.min_p, asked.extra_args["diversity"]["min_p"]) == (0, 0.1)
+def test_min_p_becomes_the_guard_of_laws_with_a_guard():
+    sampling_params = ask(XTC, min_p=0.1)
+    assert (sampling_params.min_p, sampling_params.extra_args["diversity"]["min_p"]) == (0, 0.1)
     assert ask({"law": "guard", "min_p": 0.1}, min_p=0.1).min_p == 0
     assert "min_p" not in ask(SIGMA).extra_args["diversity"]
 
 
-def test_min_p_beside_a_law_with_a_cut_of_its_own_is_refused():
+def test_min_p_is_refused_with_a_law_that_has_its_own_cut():
     with pytest.raises(VLLMValidationError, match="with the law 'top_n_sigma'") as raised:
         ask(SIGMA, min_p=0.1)
     assert raised.value.parameter == "min_p"
 
 
-def test_such_a_default_leaves_requests_with_min_p_alone(monkeypatch):
+def test_a_default_law_with_its_own_cut_is_not_applied_to_requests_with_min_p(monkeypatch):
     monkeypatch.setattr(request_params, "default_diversity", lambda: parse(SIGMA))
     assert ask(None).extra_args["diversity"] == SIGMA
-    asked = ask(None, min_p=0.1)
-    assert (asked.min_p, asked.extra_args) == (0.1, None)
+    sampling_params = ask(None, min_p=0.1)
+    assert (sampling_params.min_p, sampling_params.extra_args) == (0.1, None)

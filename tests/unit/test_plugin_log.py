@@ -1,4 +1,4 @@
-"""What the library and the plug-in say reaches vLLM's log."""
+"""Messages of the library and the plug-in reach vLLM's log."""
 
 import io
 import logging
@@ -8,12 +8,10 @@ from dftserve_vllm import log
 
 
 @pytest.mark.parametrize("root_handlers", [[], [logging.StreamHandler(io.StringIO())]])
-def test_warnings_of_the_library_are_shown_once_where_vllm_shows_its_own(
-    monkeypatch, root_handlers
-):
+def test_library_warnings_are_shown_once_in_vllms_log(monkeypatch, root_handlers):
     shown = io.StringIO()
     vllm = logging.getLogger("vllm")
-    # The root logger as it is in vLLM's processes: level ERROR, its handlers too.
+    # As in vLLM's processes, the root logger and its handlers have the level ERROR.
     monkeypatch.setattr(logging.root, "handlers", root_handlers)
     monkeypatch.setattr(logging.root, "level", logging.ERROR)
     for handler in root_handlers:

@@ -1,4 +1,5 @@
-"""The field `style` in the plug-in: from the body to the rows of both runners, and refusals."""
+"""The field `style` in the plug-in: from the request's body to the rows of both runners, and
+refusals."""
 
 import math
 from types import SimpleNamespace
@@ -41,8 +42,8 @@ def params(style=HUMAN, **extra):
     return SamplingParams(temperature=0.9, extra_args={"style": style, **extra})
 
 
-def said(logits_V, answer, last, level=0.0):
-    """The row behind this answer, by the definition of a profile."""
+def expected_row(logits_V, answer, last, level=0.0):
+    """The reference log-probabilities after this answer, by the definition of a profile."""
     state = 0
     for token in answer:
         state, _ = PROFILE.step(state, token)
@@ -64,7 +65,7 @@ def check(after_V, expected_V, divisor=1.0):
     np.testing.assert_allclose(got_V, expected_V, atol=1e-3)
 
 
-def test_v1_goes_by_the_answer_so_far_also_after_a_preemption():
+def test_v1_depends_on_the_answer_so_far_also_after_a_preemption():
     answers = [[], [4, 2]]
     processor = V1Processor(config(), CPU, False)
     added = [(0, params(), [1, 2], answers[0]), (1, params(), [7], answers[1])]
@@ -84,7 +85,7 @@ def test_v1_goes_by_the_answer_so_far_also_after_a_preemption():
         for r, prompt_end in enumerate((2, 7)):
             last = answers[r][-1] if answers[r] else prompt_end
             arrived_V = logits_RV[r].double().numpy() * 0.9
-            check(after_RV[r], said(arrived_V, answers[r], last), divisor=0.9)
+            check(after_RV[r], expected_row(arrived_V, answers[r], last), divisor=0.9)
             answers[r].append(following[r])
     assert processor.stats.faults == 0
     assert processor.stats.slots.read(processor._slots[0]).sums_F[COUNT] == 3
@@ -106,14 +107,14 @@ def v2_processor(drafts=0):
     return V2Processor(given, states), tokens_SL
 
 
-def test_v2_reads_committed_tokens_by_slot_and_drafts_among_the_inputs():
+def test_v2_reads_committed_tokens_by_slot_and_drafts_from_the_inputs():
     processor, tokens_SL = v2_processor(drafts=2)
     assert processor.add_request(1, params())
     assert processor.add_request(2, params(diversity=0.5))
     assert not processor.add_request(3, SamplingParams())
     processor.apply_staged_writes()
-    # Prompts of two tokens; of the first answer, 4 and 2 are committed; 3 is the last, 0 and 1 are
-    # drafts. The second has begun with 1.
+    # The prompts have two tokens. In the first answer 4 and 2 are committed, 3 is the last token,
+    # 0 and 1 are drafts. The second answer has one token, 1.
     tokens_SL[1, :4] = torch.tensor([1, 2, 4, 2])
     tokens_SL[2, :2] = torch.tensor([1, 2])
     context = SimpleNamespace(
@@ -129,23 +130,23 @@ def test_v2_reads_committed_tokens_by_slot_and_drafts_among_the_inputs():
     assert processor.stats.faults == 0
     texts = [[4, 2, 3], [4, 2, 3, 0], [4, 2, 3, 0, 1]]
     for r, text in enumerate(texts):
-        check(after_RV[r], said(logits_RV[r].numpy(), text, text[-1]))
-    heated_V = said(logits_RV[3].numpy(), [1], 1, level=0.5)
+        check(after_RV[r], expected_row(logits_RV[r].numpy(), text, text[-1]))
+    heated_V = expected_row(logits_RV[3].numpy(), [1], 1, level=0.5)
     assert np.array_equal(np.isinf(heated_V), after_RV[3].isinf().numpy())
     assert torch.equal(after_RV[4], logits_RV[4])
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_no_stage_runs_where_no_row_has_a_style(monkeypatch, runner):
-    asked = SamplingParams(temperature=0.9, extra_args={"diversity": 0.5})
+def test_the_style_stage_does_not_run_if_no_row_has_a_style(monkeypatch, runner):
+    request = SamplingParams(temperature=0.9, extra_args={"diversity": 0.5})
     if runner == "V1":
         processor = V1Processor(config(), CPU, False)
-        added = [(0, asked, [1], [2])]
+        added = [(0, request, [1], [2])]
         processor.update_state(BatchUpdate(1, removed=[], added=added, moved=[]))
         context = ()
     else:
         processor, _ = v2_processor()
-        processor.add_request(0, asked)
+        processor.add_request(0, request)
         processor.apply_staged_writes()
         zero = torch.tensor([0])
         context = (
@@ -192,14 +193,14 @@ def configured(monkeypatch):
         {"style": "small", "vllm_xargs": {"style": "small"}},
     ],
 )
-def test_a_style_goes_to_the_workers_with_its_profile_s_numbers(configured, fields):
+def test_a_style_reaches_the_workers_with_its_profiles_values(configured, fields):
     carried = ask(**fields).extra_args
     assert carried["style"] == {"name": "small", "strength": 1.0, "max_kl": 0.05}
     assert carried["diversity"] == {"law": "gated", "level": 0.0}
     assert carried["diversity_id"]
 
 
-def test_beside_a_diversity_and_min_p(configured):
+def test_a_style_is_combined_with_a_diversity_and_min_p(configured):
     carried = ask(style=HUMAN, diversity=0.5, min_p=0.1).extra_args
     assert carried["style"] == HUMAN
     assert carried["diversity"]["level"] == 0.5
@@ -218,7 +219,7 @@ def test_beside_a_diversity_and_min_p(configured):
         ({"name": "small", "strenght": 1}, "style.strenght", "did you mean 'strength'"),
     ],
 )
-def test_a_wrong_style_is_refused_by_name(configured, style, parameter, names):
+def test_an_invalid_style_is_refused_by_name(configured, style, parameter, names):
     import re
 
     error = refused(style=style)
@@ -228,7 +229,7 @@ def test_a_wrong_style_is_refused_by_name(configured, style, parameter, names):
         DiversityProcessor.validate_params(params(style))
 
 
-def test_different_styles_in_both_places_and_beam_search_are_refused(configured):
+def test_contradictory_styles_and_beam_search_are_refused(configured):
     assert refused(style="small", vllm_xargs={"style": '{"name": "small", "strength": 0.5}'})
     request = CompletionRequest(model="m", prompt="x", style="small")
     refuse = request_params.refuse_beam_search(lambda request: None)
@@ -237,7 +238,7 @@ def test_different_styles_in_both_places_and_beam_search_are_refused(configured)
 
 
 @pytest.mark.parametrize("law", ["top_n_sigma", "xtc"])
-def test_a_law_that_cuts_by_the_whole_row_is_refused_beside_a_style(configured, law):
+def test_a_law_that_cuts_by_the_whole_row_is_refused_with_a_style(configured, law):
     diversity = {"top_n_sigma": {"n_sigma": 1.0}, "xtc": {"xtc_probability": 0.5}}[law]
     error = refused(style="small", diversity={"law": law, **diversity})
     assert error.parameter == "style"
@@ -245,7 +246,7 @@ def test_a_law_that_cuts_by_the_whole_row_is_refused_beside_a_style(configured, 
     ask(style={"name": "small", "strength": 0}, diversity={"law": law, **diversity})
 
 
-def test_what_is_off_is_stock(configured):
+def test_a_style_that_is_off_changes_nothing(configured):
     assert ask(style={"name": "small", "strength": 0}).extra_args is None
     assert ask(style="small", temperature=0).extra_args is None
 
@@ -266,7 +267,7 @@ def answer_of(**fields) -> tuple[RequestContext, dict]:
     return opened, opened.members()
 
 
-def test_the_answer_says_what_the_style_did(configured):
+def test_the_answer_reports_the_styles_statistics(configured):
     _, members = answer_of(style="small", n=2)
     figures = {"tokens": 10, "mean_kl": 0.02, "effective_strength": 0.8, "phrases_held_back": 3.0}
     assert members == {
@@ -284,14 +285,14 @@ def test_the_answer_says_what_the_style_did(configured):
     assert "greedy" in members["style"]["reason"]
 
 
-def test_a_diversity_alone_is_answered_as_before():
+def test_without_a_style_the_answer_reports_the_diversity_only():
     assert PromptContext(spec.parse(0.5), 1).effective() == {
         "diversity": {"law": "gated", "level": 0.5, "max_temperature": 4.0}
     }
 
 
 class Tokenizer:
-    """As far as fingerprints look at one."""
+    """The parts of a tokenizer that fingerprints read."""
 
     chat_template = "a template"
 
@@ -302,17 +303,17 @@ class Tokenizer:
         return {"a": 0, "b": 1}
 
 
-def test_profiles_that_do_not_fit_the_engine_are_refused_by_their_names(monkeypatch, tmp_path):
+def test_profiles_that_do_not_fit_the_engine_are_refused_by_name(monkeypatch, tmp_path):
     monkeypatch.undo()
     tokenizer = Tokenizer()
     own = fingerprints.tokenizer_fingerprint(tokenizer)
-    written = {
+    manifests = {
         "fits": {"tokenizer_fingerprint": own},
         "other": {"tokenizer_fingerprint": "b" * 64},
         "templated": {"tokenizer_fingerprint": own, "template_fingerprint": "c" * 64},
         "larger": {"tokenizer_fingerprint": own, "vocabulary": V + 1},
     }
-    for name, values in written.items():
+    for name, values in manifests.items():
         vocabulary = values.pop("vocabulary", V)
         profiles.write(tmp_path / name, stored(vocabulary=vocabulary, name=name, **values))
     (tmp_path / "broken").mkdir()
@@ -331,17 +332,17 @@ def test_profiles_that_do_not_fit_the_engine_are_refused_by_their_names(monkeypa
     given = config(model_config=model, use_v2_model_runner=True)
     assert styles.of_engine(given) is styles.NONE
     monkeypatch.setenv(spec.STYLES_VARIABLE, str(tmp_path))
-    found = styles.of_engine(given)
-    assert [profile.name for profile in found.profiles] == ["fits"]
+    loaded = styles.of_engine(given)
+    assert [profile.name for profile in loaded.profiles] == ["fits"]
     refused = {"other", "templated", "larger", "broken", "surrogate", "deep"}
-    assert set(found.refused) == refused
-    assert "256 tokens" in found.refused["deep"]
-    assert str(tmp_path) not in "".join(found.refused.values())
-    assert "another tokenizer" in found.refused["other"]
-    assert "columns of logits" in found.refused["larger"]
-    assert styles.of_engine(given).profiles is found.profiles, "read once"
-    assert "which was refused" in str(found.refusal_of(spec.Style(name="other")))
-    assert found.refusal_of(spec.Style(name="fits")) is None
+    assert set(loaded.refused) == refused
+    assert "256 tokens" in loaded.refused["deep"]
+    assert str(tmp_path) not in "".join(loaded.refused.values())
+    assert "another tokenizer" in loaded.refused["other"]
+    assert "columns of logits" in loaded.refused["larger"]
+    assert styles.of_engine(given).profiles is loaded.profiles, "read once"
+    assert "which was refused" in str(loaded.refusal_of(spec.Style(name="other")))
+    assert loaded.refusal_of(spec.Style(name="fits")) is None
 
 
 def test_v1_with_asynchronous_scheduling_refuses_every_style(monkeypatch, tmp_path):
@@ -356,7 +357,7 @@ def test_v1_with_asynchronous_scheduling_refuses_every_style(monkeypatch, tmp_pa
     assert styles.of_engine(given).profiles == ()
 
 
-def test_an_operator_s_default_steps_back_where_a_style_cannot_be_beside_it(
+def test_an_operators_default_is_dropped_if_it_is_incompatible_with_a_style(
     configured, monkeypatch
 ):
     default = spec.parse({"law": "xtc", "xtc_probability": 0.5})
@@ -384,15 +385,15 @@ GROUP = {"level": 0.5, "group": True}
     ],
 )
 @pytest.mark.parametrize("style", [{"style": "small"}, {"style": HUMAN | {"strength": 0}}, {}])
-def test_an_operator_s_default_steps_back_for_what_the_client_named(
+def test_an_operators_default_is_dropped_if_it_conflicts_with_the_clients_fields(
     configured, monkeypatch, default, fields, is_in_force, style
 ):
-    """An answer and never a 400 for the default; the style is in force all the same."""
+    """The default never causes an error, and the style is still in force."""
     monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(default))
     token = request_context.current.set(RequestContext())
     try:
         if style == {"style": "small"} and "stop_token_ids" in fields:
-            assert refused(**style, **fields).parameter == "stop_token_ids"  # Beside the style.
+            assert refused(**style, **fields).parameter == "stop_token_ids"  # By the style.
             return
         params = ask(**style, **fields)
         prompts = request_context.current.get().prompts
@@ -408,7 +409,7 @@ def test_an_operator_s_default_steps_back_for_what_the_client_named(
     )
 
 
-def test_a_client_s_min_p_is_its_own_beside_an_operator_s_default(configured, monkeypatch):
+def test_a_clients_min_p_replaces_an_operators_default_with_min_p(configured, monkeypatch):
     guard = spec.parse({"law": "guard", "min_p": 0.05})
     monkeypatch.setattr(request_params, "default_diversity", lambda: guard)
     params = ask(min_p=0.1)

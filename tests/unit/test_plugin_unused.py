@@ -1,4 +1,4 @@
-"""Where no request asks for the field, nothing runs: counted by torch itself, on both runners."""
+"""If no request has the field, no tensor operation runs: counted by torch on both runners."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from tests.vllm_config import config
 
 V = 300
-UNASKED = (
+UNAFFECTED = (
     SamplingParams(temperature=0.7),
     SamplingParams(extra_args={"diversity": 0}),
     SamplingParams(extra_args={"diversity": None, "other": 1}),
@@ -23,7 +23,7 @@ UNASKED = (
 
 
 class Count(TorchDispatchMode):
-    """Every operation on any tensor."""
+    """Counts every operation on any tensor."""
 
     def __init__(self):
         super().__init__()
@@ -35,24 +35,24 @@ class Count(TorchDispatchMode):
 
 
 def v1_update(params):
-    added = [(i, asked, [1], []) for i, asked in enumerate(params)]
+    added = [(i, request, [1], []) for i, request in enumerate(params)]
     return BatchUpdate(len(params), removed=[], added=added, moved=[])
 
 
-def test_v1_runs_no_operation_for_requests_that_did_not_ask():
+def test_v1_runs_no_operation_for_unaffected_requests():
     processor = V1Processor(config(), torch.device("cpu"), False)
     logits_RV = torch.randn(4, V)
     with Count() as count:
         for _ in range(3):
-            processor.update_state(v1_update(UNASKED))
+            processor.update_state(v1_update(UNAFFECTED))
             assert processor.apply(logits_RV) is logits_RV
             processor.update_state(None)
             processor.update_state(BatchUpdate(0, removed=[0, 1, 2, 3], added=[], moved=[]))
     assert count.operations == 0
 
 
-def test_v1_runs_some_for_one_that_did():
-    """So that the count above could have been other than zero."""
+def test_v1_runs_operations_for_a_request_with_the_field():
+    """Shows that the count of the test above can be other than zero."""
     processor = V1Processor(config(), torch.device("cpu"), False)
     processor.update_state(v1_update([SamplingParams(extra_args={"diversity": 0.5})]))
     with Count() as count:
@@ -72,33 +72,33 @@ def v2():
     return V2Processor(config(), states)
 
 
-def test_v2_says_which_requests_it_changes_and_runs_nothing_for_the_others(v2):
+def test_v2_reports_which_requests_it_changes_and_runs_nothing_for_the_others(v2):
     assert v2.add_request(3, SamplingParams(extra_args={"diversity": 0.5})) is True
     logits_RV = torch.randn(3, V)
     context = SimpleNamespace(idx_mapping_np=np.arange(3))
     with Count() as count:
-        for slot, asked in enumerate(UNASKED[:3]):
-            assert v2.add_request(slot, asked) is False
-        assert v2.add_request(0, UNASKED[3]) is False
+        for slot, request in enumerate(UNAFFECTED[:3]):
+            assert v2.add_request(slot, request) is False
+        assert v2.add_request(0, UNAFFECTED[3]) is False
         assert v2.apply(logits_RV, context) is logits_RV
     assert count.operations == 0
     assert v2.stats.faults == 0
 
 
 def test_an_engine_keeps_one_backend_for_all_its_steps(monkeypatch):
-    """Its buffers last as long as the engine, and belong to no other."""
-    seen = []
+    """The backend's buffers are kept as long as the engine and are not shared with another."""
+    backends = []
     processors = [V1Processor(config(), torch.device("cpu"), False) for _ in range(2)]
 
-    def noting(logits_XV, step, slots, backend, style_stage):
+    def record(logits_XV, step, slots, backend, style_stage):
         assert style_stage is None
-        seen.append(backend)
+        backends.append(backend)
         return backend.step(logits_XV, step, slots)
 
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", noting)
+    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", record)
     for processor in processors:
         processor.update_state(v1_update([SamplingParams(extra_args={"diversity": 0.5})]))
         for _ in range(3):
             processor.apply(torch.randn(1, V))
         assert processor.stats.faults == 0
-    assert [seen.count(backend) for backend in (seen[0], seen[-1])] == [3, 3]
+    assert [backends.count(backend) for backend in (backends[0], backends[-1])] == [3, 3]

@@ -20,7 +20,7 @@ from tests.vllm_config import config
 
 V = 40
 WORDS = {"law": "words", "level": 0.8}
-# Each class in turn; texts end outside a word, in one, at a joiner in turn.
+# Cycles through the classes, and through texts that end outside a word, inside one, or at a joiner.
 PACKED_V = np.array([0b00_10_01 | (v % 3) << 6 if v % 2 else v % 3 * 21 for v in range(V)])
 CLASSES = TokenClasses(PACKED_V.astype(np.uint8))
 
@@ -35,7 +35,7 @@ def params(diversity=WORDS):
 
 
 def expected(logits_RV, last, *, logits_divisor=1.0, diversity=WORDS):
-    """The rows after these tokens, by the transform itself."""
+    """The rows after these last tokens, computed by the transform."""
     after_RV = logits_RV.clone()
     row = control_row(
         parse(diversity), temperature=0.9, logits_divisor=logits_divisor, stop_ids=frozenset()
@@ -45,7 +45,7 @@ def expected(logits_RV, last, *, logits_divisor=1.0, diversity=WORDS):
     return after_RV
 
 
-def test_v1_reads_the_prompt_s_last_token_and_then_the_output_s():
+def test_v1_reads_the_last_token_of_the_prompt_and_then_of_the_output():
     outputs = [[], [5]]
     processor = V1Processor(config(), torch.device("cpu"), False)
     added = [(0, params(), [7, 3], outputs[0]), (1, params(), None, outputs[1])]
@@ -63,7 +63,7 @@ def test_v1_reads_the_prompt_s_last_token_and_then_the_output_s():
     assert processor.stats.faults == 0
 
 
-def test_v1_takes_a_prompt_of_embeddings_as_outside_a_word():
+def test_v1_treats_a_prompt_of_embeddings_as_ending_outside_a_word():
     processor = V1Processor(config(), torch.device("cpu"), False)
     added = [(0, params(), None, [])]
     processor.update_state(BatchUpdate(1, removed=[], added=added, moved=[]))
@@ -73,8 +73,8 @@ def test_v1_takes_a_prompt_of_embeddings_as_outside_a_word():
     assert torch.equal(after_RV, expected(logits_RV, [-1], logits_divisor=0.9))
 
 
-def test_v2_reads_each_row_s_input_drafts_included():
-    """Two requests, the first with two drafts: three rows, each after its own input."""
+def test_v2_reads_each_rows_input_token_including_drafts():
+    """Two requests; the first has two drafts and so three rows, each after its own input token."""
     states = SimpleNamespace(
         max_num_reqs=4,
         device=torch.device("cpu"),
@@ -119,7 +119,7 @@ def ask(diversity=WORDS):
 
 
 class Tokenizer:
-    """With bytes for tokens."""
+    """A tokenizer whose tokens are bytes."""
 
     def get_vocab(self):
         return {b"a": 0, b" a": 1}
@@ -134,7 +134,7 @@ class Tokenizer:
     ],
     ids=["no tokenizer", "unknown", "V1, asynchronous"],
 )
-def test_words_is_refused_with_the_reason_and_other_laws_are_not(
+def test_words_is_refused_with_a_reason_and_other_laws_are_not(
     monkeypatch, given, tokenizer, names
 ):
     monkeypatch.setattr(engine, "_config", given)
@@ -156,7 +156,7 @@ def test_words_is_refused_with_the_reason_and_other_laws_are_not(
     ],
     ids=["V1", "V2", "V1 by flag"],
 )
-def test_words_is_honoured(monkeypatch, given):
+def test_words_is_accepted(monkeypatch, given):
     monkeypatch.setattr(engine, "_config", given)
     monkeypatch.setattr("vllm.tokenizers.cached_tokenizer_from_config", lambda config: Tokenizer())
     assert ask().extra_args["diversity"]["law"] == "words"

@@ -1,4 +1,4 @@
-"""A step's output on its way out of the worker: vLLM's own object, and the report with it."""
+"""A step's output leaves the worker as vLLM's own object, with the report attached."""
 
 import gc
 import weakref
@@ -16,7 +16,7 @@ from dftserve.sampling.slots import Snapshot, StatisticsLayout
 
 
 class Awaited(AsyncModelRunnerOutput):
-    """Of a vLLM whose executor asks such an output for more than its result, as 0.33's does."""
+    """The output of a vLLM whose executor calls more than `get_output`, such as 0.33."""
 
     def __init__(self, ready):
         self.ready = ready
@@ -31,7 +31,7 @@ class Awaited(AsyncModelRunnerOutput):
 
 
 class Stats(RequestStats):
-    """Of a step with nothing to report but one fault."""
+    """The statistics of a step with one fault and nothing else to report."""
 
     def __init__(self):
         self.faults = 1
@@ -49,7 +49,7 @@ def stats(monkeypatch) -> RequestStats:
     return made
 
 
-def test_an_output_that_is_waited_for_carries_the_report(stats):
+def test_an_asynchronous_output_carries_the_report(stats):
     ready = SimpleNamespace()
     output = worker.with_report(None, Awaited(ready))
     assert output.get_output() is ready
@@ -57,7 +57,7 @@ def test_an_output_that_is_waited_for_carries_the_report(stats):
     assert stats.faults == 1
 
 
-def test_all_else_of_it_is_vllm_s(stats):
+def test_an_output_behaves_as_vllms_own_in_all_else(stats):
     output = worker.with_report(None, Awaited(RuntimeError("the step failed")))
     with pytest.raises(RuntimeError, match="the step failed"):
         output.get_output()
@@ -65,14 +65,14 @@ def test_all_else_of_it_is_vllm_s(stats):
     assert stats.faults == 1
 
 
-def test_it_is_freed_as_soon_as_it_was_read(stats):
-    """It holds tensors of the device: none may wait for the garbage collector."""
+def test_an_output_is_freed_as_soon_as_it_was_read(stats):
+    """It holds device tensors, which must not wait for the garbage collector."""
     output = worker.with_report(None, Awaited(SimpleNamespace()))
     output.get_output()
-    seen = weakref.ref(output)
+    reference = weakref.ref(output)
     gc.disable()
     try:
         del output
-        assert seen() is None
+        assert reference() is None
     finally:
         gc.enable()

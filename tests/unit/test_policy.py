@@ -1,4 +1,4 @@
-"""A policy's file, and its caps on every path by which a value can reach an engine."""
+"""Policy files, and caps on every path by which a value can reach an engine."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ from dftserve.serve import launch
 KEY = "a-secret-key"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
 DYNATEMP = {"law": "dynatemp", "dynatemp_range": 0.1}
-"""Of a law that is not among those of `CAPS`."""
+"""A law that is not in `CAPS`."""
 CAPS = {"level": 0.4, "target_entropy": 1, "max_temperature": 3, "laws": ["gated", "budget"]}
 CAPS |= {"styles": ["habits"], "strength": 0.5, "max_kl": 0.02}
 CAPS |= {"dry_multiplier": 0.5, "dry_base": 1.5, "dry_allowed_length": 3, "group_size": 4}
@@ -42,7 +42,7 @@ DRY = {"dry_multiplier": 0.4, "dry_base": 1.2, "dry_sequence_breakers": ["a", "b
 
 @pytest.fixture
 def served(monkeypatch):
-    """An engine that has styles and says what `human` means."""
+    """An engine that has styles and a value for `human`."""
     model_config = SimpleNamespace(
         is_diffusion=False, override_generation_config={}, served_model_name="demo"
     )
@@ -71,7 +71,7 @@ def set_policy(tmp_path, monkeypatch, served):
     return write
 
 
-CLASSES = {
+REQUEST_CLASSES = {
     "completions": (CompletionRequest, {"prompt": "x"}),
     "chat": (ChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
     "responses": (ResponsesRequest, {"input": "x"}),
@@ -79,7 +79,7 @@ CLASSES = {
 
 
 def params_of(route="completions", model="demo", **fields):
-    kind, base = CLASSES[route]
+    kind, base = REQUEST_CLASSES[route]
     request = kind(model=model, **base, **fields)
     return request_params.honour(kind.to_sampling_params)(request, 8, {})
 
@@ -90,14 +90,14 @@ def refused(**fields) -> VLLMValidationError:
     return refusal.value
 
 
-def opened(key: str | None):
+def open_context(key: str | None):
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     return request_context.current.set(RequestContext(headers))
 
 
 @pytest.fixture
 def context():
-    token = opened(None)
+    token = open_context(None)
     yield request_context.current.get()
     request_context.current.reset(token)
 
@@ -143,7 +143,7 @@ PATHS = {
             "dry_sequence_breakers": ["a", "b", "c"],
         }.items()
     },
-    "DRY beside a law": (
+    "DRY with a law": (
         {"diversity": {"level": 0.1, "max_temperature": 2} | DRY | {"dry_multiplier": 4}},
         "diversity.dry_multiplier",
     ),
@@ -157,25 +157,25 @@ PATHS = {
         {"vllm_xargs": {"diversity": json.dumps({"level": 0.1} | GROUP)}},
         "vllm_xargs.diversity.group",
     ),
-    "beside one that is allowed": ({"diversity": 0.9, "style": "habits"}, "diversity.level"),
+    "with a style that is allowed": ({"diversity": 0.9, "style": "habits"}, "diversity.level"),
 }
 
 
-@pytest.mark.parametrize("route", CLASSES)
+@pytest.mark.parametrize("route", REQUEST_CLASSES)
 @pytest.mark.parametrize("path", PATHS)
-def test_a_cap_that_rejects_holds_on_every_path(set_policy, route, path):
+def test_a_rejecting_cap_applies_on_every_path(set_policy, route, path):
     fields, parameter = PATHS[path]
     set_policy(server=CAPS)
     assert refused(route=route, **fields).parameter == parameter
     set_policy()
-    params_of(route, **fields)  # The same without caps.
+    params_of(route, **fields)  # Accepted without caps.
 
 
-@pytest.mark.parametrize("route", CLASSES)
+@pytest.mark.parametrize("route", REQUEST_CLASSES)
 @pytest.mark.parametrize(
     "path", [path for path in PATHS if not PATHS[path][1].endswith(NOT_LOWERED)]
 )
-def test_a_cap_that_clamps_holds_on_every_path(set_policy, context, route, path):
+def test_a_clamping_cap_applies_on_every_path(set_policy, context, route, path):
     set_policy(server=CAPS, on_excess="clamp")
     carried = params_of(route, **PATHS[path][0]).extra_args
     for name in ("diversity", "style"):
@@ -198,14 +198,14 @@ def test_a_cap_that_clamps_holds_on_every_path(set_policy, context, route, path)
         {"diversity": {"level": 0, "group": True}, "n": 5},
     ],
 )
-def test_a_law_a_style_and_a_group_cannot_be_lowered(set_policy, fields):
+def test_laws_styles_and_groups_are_refused_and_not_clamped(set_policy, fields):
     set_policy(server=CAPS, on_excess="clamp")
     assert "policy" in str(refused(**fields))
 
 
 @pytest.mark.parametrize("route", ["completions", "chat"])
 @pytest.mark.parametrize("on_excess", ["reject", "clamp"])
-def test_a_request_s_choices_are_its_group(set_policy, on_excess, route):
+def test_the_cap_on_group_size_applies_to_a_requests_choices(set_policy, on_excess, route):
     set_policy(server={"group_size": 4}, on_excess=on_excess)
     group = {"level": 0.1, "group": True}
     assert params_of(route, diversity=group, n=4).n == 4
@@ -218,14 +218,14 @@ def test_a_request_s_choices_are_its_group(set_policy, on_excess, route):
 
 
 @pytest.mark.parametrize("count", ["many", [], None, -1])
-def test_what_is_no_number_of_choices_on_a_route_without_them_is_one_choice(set_policy, count):
+def test_an_invalid_n_on_a_route_without_n_means_one_choice(set_policy, count):
     set_policy(server=CAPS)
     assert "n = 1" in str(
         refused(route="responses", diversity={"level": 0, "group": True}, n=count)
     )
 
 
-def test_dry_that_is_clamped_to_nothing_is_off_and_the_answer_says_so(set_policy, context):
+def test_dry_clamped_to_0_is_off_and_reported(set_policy, context):
     set_policy(server={"dry_multiplier": 0}, on_excess="clamp")
     assert params_of(diversity=DRY).extra_args is None
     answer = context.members()["diversity"]
@@ -234,7 +234,7 @@ def test_dry_that_is_clamped_to_nothing_is_off_and_the_answer_says_so(set_policy
     assert "dry_multiplier" not in answer
 
 
-def test_breakers_are_clamped_to_the_first_and_the_answer_has_both(set_policy, context):
+def test_excess_breakers_are_dropped_and_their_requested_number_is_reported(set_policy, context):
     set_policy(server={"dry_sequence_breakers": 2}, on_excess="clamp")
     params_of(diversity=DRY | {"dry_sequence_breakers": ["a", "b", "c"]})
     answer = context.members()["diversity"]
@@ -242,7 +242,7 @@ def test_breakers_are_clamped_to_the_first_and_the_answer_has_both(set_policy, c
     assert answer["clamped"] == {"dry_sequence_breakers": 3}
 
 
-def test_dry_and_a_group_need_no_law_beside_them(set_policy):
+def test_dry_and_a_group_are_allowed_without_any_law(set_policy):
     set_policy(server={"laws": ["budget"]})
     assert params_of(diversity=DRY).extra_args is not None
     assert params_of(diversity={"level": 0, "group": True}, n=2).extra_args is not None
@@ -250,30 +250,30 @@ def test_dry_and_a_group_need_no_law_beside_them(set_policy):
 
 
 @pytest.mark.parametrize("on_excess", ["reject", "clamp"])
-def test_what_the_client_did_not_name_is_lowered(set_policy, context, on_excess):
+def test_defaults_of_fields_that_the_client_omitted_are_lowered(set_policy, context, on_excess):
     set_policy(server=CAPS, on_excess=on_excess)
     carried = params_of(diversity=0.3, style="habits").extra_args
     assert carried["diversity"] == {"law": "gated", "level": 0.3, "max_temperature": 3}
     assert carried["style"] == {"name": "habits", "strength": 0.5, "max_kl": 0.02}
     dry = params_of(diversity={"dry_multiplier": 0.5}).extra_args["diversity"]
-    assert dry["dry_base"] == 1.5  # Of 1.75, and the first of four.
+    assert dry["dry_base"] == 1.5  # Lowered from 1.75; below, the first two of four breakers.
     assert dry["dry_sequence_breakers"] == ["\n", ":"]
     assert [prompt.clamped for prompt in context.prompts] == [{}, {}]
 
 
 @pytest.mark.parametrize("on_excess", ["reject", "clamp"])
-def test_the_operator_s_own_default_is_lowered(set_policy, monkeypatch, on_excess):
+def test_the_operators_default_is_lowered(set_policy, monkeypatch, on_excess):
     set_policy(server=CAPS, on_excess=on_excess, keys={DIGEST: {"level": 0}})
     monkeypatch.setattr(request_params, "default_diversity", lambda: spec.parse(0.9))
     assert params_of().extra_args["diversity"]["level"] == 0.4
-    token = opened(KEY)
+    token = open_context(KEY)
     assert params_of().extra_args is None
     request_context.current.reset(token)
     of_dry = spec.parse(DRY | {"dry_multiplier": 4, "group": True})
     monkeypatch.setattr(request_params, "default_diversity", lambda: of_dry)
     lowered = params_of(n=8).extra_args["diversity"]
     assert lowered["dry_multiplier"] == 0.5
-    assert spec.parse(lowered).group is None  # A default's group steps back.
+    assert spec.parse(lowered).group is None  # A default's group is dropped.
     other = spec.parse(DYNATEMP)
     monkeypatch.setattr(request_params, "default_diversity", lambda: other)
     assert params_of().extra_args is None
@@ -294,8 +294,9 @@ def test_the_operator_s_own_default_is_lowered(set_policy, monkeypatch, on_exces
         {"diversity": {"level": 0.1, "max_temperature": 3}, "style": '{"name": "habits"}'},
     ],
 )
-def test_routes_without_the_field_refuse_excess(set_policy, on_excess, carried):
-    """Speech to text, tokens in and out, and offline carry `extra_args` past the field."""
+def test_excess_in_extra_args_is_refused(set_policy, on_excess, carried):
+    """Routes without the field (speech to text, tokens in and out) and offline use pass
+    `extra_args` to the engine unchanged."""
     params = SamplingParams(extra_args=carried)
     set_policy(server=CAPS, on_excess=on_excess)
     with pytest.raises(ValueError, match="policy"):
@@ -305,7 +306,7 @@ def test_routes_without_the_field_refuse_excess(set_policy, on_excess, carried):
 
 
 def through_json(carried):
-    """As a client sends it that was shown it, with 1 for 1.0."""
+    """As a client sends back what it was shown, with 1 for 1.0."""
     return json.loads(re.sub(r"\.0\b", "", json.dumps(carried)))
 
 
@@ -313,18 +314,18 @@ DECIDED = {
     "a number": {"diversity": 0.8},
     "a number and a style": {"diversity": 1, "style": "habits"},
     "another law": {"diversity": {"law": "xtc", "xtc_probability": 1}},
-    "min_p beside it": {"diversity": 0.8, "min_p": 0.05},
+    "a number and min_p": {"diversity": 0.8, "min_p": 0.05},
     "min_p of 1": {"diversity": {"law": "guard", "min_p": 1}},
     "a trace": {"diversity": {"level": 0.8, "trace": True}},
     "a style": {"style": "b"},
     "a style of strength 1": {"style": {"name": "b", "strength": 1}},
     "a style and min_p": {"style": "b", "min_p": 0.05},
-    "a style beside level 0": {"style": "b", "diversity": 0},
-    "a style beside DRY": {"style": "b", "diversity": DRY},
+    "a style and level 0": {"style": "b", "diversity": 0},
+    "a style and DRY": {"style": "b", "diversity": DRY},
     "DRY": {"diversity": {"dry_multiplier": 4}},
     "DRY without breakers": {"diversity": DRY | {"dry_sequence_breakers": []}},
     "a group": {"diversity": {"level": 0, "group": True}, "n": 5},
-    "a place in a group": {"diversity": {"level": 0, "group": {"id": "a", "index": 5, "size": 8}}},
+    "an index in a group": {"diversity": {"level": 0, "group": {"id": "a", "index": 5, "size": 8}}},
 }
 NARROW = {"level": 0.2, "strength": 0.5, "laws": ["gated"], "styles": [], "dry_multiplier": 0}
 NARROW |= {"group_size": 2, "max_temperature": 2}
@@ -332,16 +333,16 @@ WIDE = {"level": 1, "strength": 1, "laws": list(spec.LAWS), "styles": ["habits",
 WIDE |= {"group_size": 8, "max_temperature": 100, "dry_multiplier": 5}
 CLAMPING = WIDE | {"level": 0.3, "strength": 0.6, "max_kl": 0.03, "max_temperature": 3}
 CLAMPING |= {"dry_multiplier": 1, "dry_allowed_length": 1, "dry_sequence_breakers": 1}
-"""Whole numbers too, which the sealed form must not keep as such."""
+"""With whole numbers, which the sealed form must not distinguish from floats."""
 
 
 @pytest.mark.parametrize("of_model", [WIDE, CLAMPING])
-@pytest.mark.parametrize("asked", DECIDED)
-def test_what_was_decided_is_not_decided_again(set_policy, asked, of_model):
-    """Also without an HTTP request, as in `vllm run-batch`: nothing keeps what was decided but the
-    parameters."""
+@pytest.mark.parametrize("case", DECIDED)
+def test_accepted_values_are_not_checked_again(set_policy, case, of_model):
+    """Also without an HTTP request, as in `vllm run-batch`, where only the parameters can record
+    the decision."""
     set_policy(server=NARROW, models={"alias": of_model}, on_excess="clamp")
-    params = params_of(model="alias", **DECIDED[asked])
+    params = params_of(model="alias", **DECIDED[case])
     assert params.extra_args
     DiversityProcessor.validate_params(params)
     shown = SamplingParams(n=params.n, extra_args=through_json(params.extra_args))
@@ -353,10 +354,10 @@ MORE_FOR = {"models": {"alias": {"level": 1}}, "keys": {DIGEST: {"level": 1, "gr
 
 
 @pytest.mark.parametrize("is_open", [True, False])
-def test_a_decision_on_a_group_is_of_its_number_of_choices(set_policy, is_open):
-    """Also within the same HTTP request, and outside of one."""
+def test_a_decision_on_a_group_is_valid_for_its_number_of_choices_only(set_policy, is_open):
+    """Inside and outside of an HTTP request."""
     set_policy(server={"group_size": 4})
-    token = opened(None) if is_open else None
+    token = open_context(None) if is_open else None
     carried = params_of(diversity=GROUP_OF_CHOICES, n=2).extra_args
     DiversityProcessor.validate_params(SamplingParams(n=2, extra_args=carried))
     with pytest.raises(ValueError, match="at most 4"):
@@ -374,28 +375,28 @@ def test_a_decision_on_a_group_is_of_its_number_of_choices(set_policy, is_open):
     ],
 )
 @pytest.mark.parametrize("sent_by", [None, "another key", "no request"])
-def test_a_decision_is_of_its_http_request(set_policy, key, fields, sent_by):
-    """What a render route showed to one client does not lift the caps of another request: its key
-    and its model may be others."""
+def test_a_decision_is_valid_for_its_http_request_only(set_policy, key, fields, sent_by):
+    """What a render route showed to one client does not lift the caps of another request, which may
+    have another key and model."""
     set_policy(server={"level": 0.2, "group_size": 4}, **MORE_FOR)
-    token = opened(key)
+    token = open_context(key)
     params = params_of(**fields)
     DiversityProcessor.validate_params(params)
     request_context.current.reset(token)
-    token = request_context.current.set(None) if sent_by == "no request" else opened(sent_by)
+    token = request_context.current.set(None) if sent_by == "no request" else open_context(sent_by)
     shown = SamplingParams(n=params.n, extra_args=through_json(params.extra_args))
     with pytest.raises(ValueError, match="policy"):
         DiversityProcessor.validate_params(shown)
     request_context.current.reset(token)
 
 
-def test_what_is_sent_on_by_the_same_key_is_within_its_caps(set_policy):
+def test_rendered_parameters_are_accepted_from_the_same_key(set_policy):
     """A render route's answer, sent to `/inference/v1/generate`, which names no model."""
     set_policy(server={"level": 0.2, "group_size": 4}, **MORE_FOR)
-    token = opened(KEY)
+    token = open_context(KEY)
     params = params_of(diversity=GROUP_OF_CHOICES | {"level": 0.9}, n=8)
     request_context.current.reset(token)
-    token = opened(KEY)
+    token = open_context(KEY)
     DiversityProcessor.validate_params(
         SamplingParams(n=params.n, extra_args=through_json(params.extra_args))
     )
@@ -411,13 +412,13 @@ OTHERS = {
 
 @pytest.mark.parametrize("changed", OTHERS)
 @pytest.mark.parametrize("of_choice", ["", ".0", ".7", ".x"])
-def test_a_live_identity_vouches_for_what_it_was_made_for_only(
+def test_an_active_identity_is_valid_for_its_own_values_only(
     set_policy, context, changed, of_choice
 ):
     """vLLM's render routes show SamplingParams to clients."""
     set_policy(server={"level": 0.2, "max_temperature": 4, "styles": []})
     carried = params_of(diversity=0.1).extra_args
-    assert context.prompts  # It is under way.
+    assert context.prompts  # The request is in progress.
     carried["style" if "style" in changed else "diversity"] = OTHERS[changed]
     carried["diversity_id"] += of_choice
     with pytest.raises(ValueError, match="policy"):
@@ -425,21 +426,21 @@ def test_a_live_identity_vouches_for_what_it_was_made_for_only(
 
 
 @pytest.mark.parametrize("identity", [7, [], "", "-", "é-\ud800", "1-2-3.7", "." * 9000])
-def test_an_identity_of_no_form_is_no_error_of_its_own(set_policy, context, identity):
+def test_a_malformed_identity_is_not_an_error(set_policy, context, identity):
     set_policy(server={"level": 0.2})
     params = SamplingParams(extra_args={"diversity": 0.1, "diversity_id": identity})
     DiversityProcessor.validate_params(params)
 
 
 @pytest.mark.parametrize("on_excess", ["reject", "clamp"])
-def test_clients_name_no_identity(set_policy, on_excess):
+def test_clients_cannot_set_an_identity(set_policy, on_excess):
     set_policy(server=CAPS, on_excess=on_excess)
     assert params_of(vllm_xargs={"diversity_id": "1"}).extra_args is None
     made = params_of(diversity=0.1, vllm_xargs={"diversity_id": "1"}).extra_args
     assert made["diversity_id"] != "1"
 
 
-def test_a_key_stands_over_a_model_and_a_model_over_the_server(set_policy):
+def test_a_keys_caps_override_a_models_and_those_override_the_servers(set_policy):
     set_policy(
         server={"level": 0.1, "laws": ["gated"]},
         models={"demo": {"level": 0.2}, "adapter": {"level": 0.3}},
@@ -447,7 +448,7 @@ def test_a_key_stands_over_a_model_and_a_model_over_the_server(set_policy):
     )
 
     def most(model, key):
-        token = opened(key)
+        token = open_context(key)
         try:
             refusal = refused(model=model, diversity=1)
             assert "law" in refused(diversity=DYNATEMP).parameter
@@ -459,11 +460,11 @@ def test_a_key_stands_over_a_model_and_a_model_over_the_server(set_policy):
     assert most("adapter", None) == 0.3
     assert most("adapter", "another key") == 0.3
     assert most("adapter", KEY) == 0.4
-    # A name without an entry is the server's first name: an alias escapes no cap.
+    # A name without an entry counts as the server's first name, so an alias cannot avoid a cap.
     assert most("alias", None) == most(None, None) == 0.2
 
 
-def test_level_0_is_off_and_always_allowed(set_policy):
+def test_off_is_always_allowed(set_policy):
     set_policy(server={"level": 0, "laws": [], "styles": []})
     assert params_of(diversity=0).extra_args is None
     assert params_of(diversity=DYNATEMP | {"level": 0}).extra_args is None
@@ -471,12 +472,12 @@ def test_level_0_is_off_and_always_allowed(set_policy):
     assert "none" in str(refused(style="habits"))
 
 
-def test_capabilities_say_the_caps(set_policy):
+def test_capabilities_report_the_caps(set_policy):
     set_policy(server=CAPS, models={"demo": {"level": 0.2}})
-    said = capabilities.capabilities()["policy"]
-    assert said["level"] == 0.2
-    assert said["on_excess"] == "reject"
-    json.dumps(said)
+    reported = capabilities.capabilities()["policy"]
+    assert reported["level"] == 0.2
+    assert reported["on_excess"] == "reject"
+    json.dumps(reported)
     set_policy()
     assert capabilities.capabilities()["policy"] == {"on_excess": "reject"}
 
@@ -485,7 +486,7 @@ def test_capabilities_say_the_caps(set_policy):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("server: {levle: 1}", "did you mean 'level'"),
         ("sever: {}", "did you mean 'server'"),
@@ -506,16 +507,16 @@ def test_capabilities_say_the_caps(set_policy):
         ("server: &a {level: 1}\nmodels: {x: *a}", "alias"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_place(tmp_path, text, told):
+def test_an_invalid_file_is_refused_with_the_location(tmp_path, text, message):
     path = tmp_path / "policy.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"policy\.yaml") as refusal:
         policies.read(path)
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("digest", [KEY, DIGEST.upper(), DIGEST[1:], f"sha256:{DIGEST}", 7])
-def test_a_key_in_place_of_its_hash_is_refused_and_not_repeated(tmp_path, digest):
+def test_an_invalid_key_hash_is_refused_and_not_shown(tmp_path, digest):
     path = tmp_path / "policy.yaml"
     path.write_text(json.dumps({"keys": {digest: {"level": 1}}}).replace('"7"', "7"))
     with pytest.raises(ValueError, match="sha256sum") as refusal:
@@ -532,7 +533,7 @@ def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path):
         policies.read(path)
 
 
-def test_serve_checks_the_file_and_hands_its_path_on(tmp_path, monkeypatch):
+def test_serve_checks_the_file_and_passes_its_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "policy.yaml").write_text("server: {level: 0.5}")
     environment = launch("m", policy="policy.yaml").environment

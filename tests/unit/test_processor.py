@@ -1,4 +1,5 @@
-"""What vLLM's loaders see: one class, the right implementation, and nothing done twice."""
+"""The class that vLLM's loaders use: the implementation for each runner, loaded once per engine;
+rows, faults and preemptions."""
 
 from abc import abstractmethod
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ def params(diversity=None, identity=None, **fields):
 def v1_with(*requests):
     """A processor with these (params, output ids) at indices 0, 1, …"""
     processor = DiversityProcessor(config(), torch.device("cpu"), False)
-    added = [(i, asked, [1], output) for i, (asked, output) in enumerate(requests)]
+    added = [(i, request, [1], output) for i, (request, output) in enumerate(requests)]
     processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
     return processor
 
@@ -54,7 +55,7 @@ def test_a_second_load_for_the_same_engine_does_nothing():
     assert second.apply(untouched) is untouched
 
 
-def test_on_a_later_vllm_that_asks_for_more_methods_the_engine_starts(monkeypatch):
+def test_the_engine_starts_on_a_later_vllm_that_requires_more_methods(monkeypatch):
     class LaterBase(V1Base):
         @abstractmethod
         def of_a_later_version(self): ...
@@ -68,7 +69,7 @@ def test_on_a_later_vllm_that_asks_for_more_methods_the_engine_starts(monkeypatc
 
 
 def test_without_the_field_no_tensor_is_touched():
-    """The logits are an object with no attribute at all: any look at it would raise."""
+    """The logits are an object without attributes: any use of it would raise."""
     processor = v1_with((SamplingParams(), []), (params(0), []), (params(0.5, seed=1), []))
     processor.update_state(BatchUpdate(2, removed=[2], added=[], moved=[]))
     logits = object()
@@ -76,23 +77,23 @@ def test_without_the_field_no_tensor_is_touched():
     assert processor.stats.faults == 0
 
 
-def test_wrong_arguments_are_named():
+def test_missing_arguments_are_an_error():
     with pytest.raises(TypeError):
         DiversityProcessor(config())
 
 
 @pytest.mark.parametrize("diversity", [2, "x", {"law": "none"}, {"level": 0.5, "lvl": 1}])
-def test_wrong_extra_args_are_refused_offline(diversity):
+def test_invalid_extra_args_are_refused_offline(diversity):
     with pytest.raises(ValueError, match="accepted"):
         DiversityProcessor.validate_params(params(diversity))
 
 
 def test_a_request_keeps_its_row_when_the_batch_moves():
-    """Rows follow their request through removal, one-way moves and swaps."""
+    """After swaps, one-way moves and removal."""
     torch.manual_seed(0)
     outputs = [[], [], []]
-    asked = [params(0.9, "a"), SamplingParams(), params({"level": 0.2}, "c")]
-    processor = v1_with(*zip(asked, outputs, strict=True))
+    requests = [params(0.9, "a"), SamplingParams(), params({"level": 0.2}, "c")]
+    processor = v1_with(*zip(requests, outputs, strict=True))
     logits_RV = torch.randn(3, V) * 3
 
     def changed(rows):
@@ -146,7 +147,7 @@ def test_a_preempted_request_keeps_its_statistics():
     assert counted(processor.stats.take_report().resolve(), 0, produced=6) == 6
 
 
-def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
+def test_a_fault_leaves_the_rows_unchanged_and_is_counted(monkeypatch):
     processor = v1_with((params(0.5, "a"), []))
 
     def failing(*_):
@@ -159,13 +160,13 @@ def test_a_fault_leaves_the_rows_and_is_counted(monkeypatch):
     assert processor.stats.faults == 1
 
 
-def breaking(*_, **__):
+def raise_fault(*_, **__):
     raise RuntimeError("a fault")
 
 
-def test_a_fault_as_a_request_joins_leaves_its_rows_and_spares_the_others(monkeypatch):
+def test_a_fault_while_adding_a_request_affects_its_rows_only(monkeypatch):
     processor = v1_with((params(0.5, "a"), []), (params(0.5, "b"), []))
-    monkeypatch.setattr("dftserve_vllm.v1.active", breaking)
+    monkeypatch.setattr("dftserve_vllm.v1.active", raise_fault)
     added = [(2, params(0.5, "c"), [1], [])]
     processor.update_state(BatchUpdate(3, removed=[], added=added, moved=[]))
     logits_RV = torch.randn(3, V) * 3
@@ -176,11 +177,11 @@ def test_a_fault_as_a_request_joins_leaves_its_rows_and_spares_the_others(monkey
 
 
 @pytest.mark.parametrize("method", ["open", "close"])
-def test_a_fault_of_the_slots_does_not_lose_one(monkeypatch, method):
-    """Four slots, many requests: each comes and goes through a fault."""
+def test_a_fault_in_the_slots_does_not_leak_a_slot(monkeypatch, method):
+    """Four slots; every addition or removal of a request has a fault."""
     processor = v1_with()
     for _ in range(3):
-        monkeypatch.setattr(processor.stats, method, breaking)
+        monkeypatch.setattr(processor.stats, method, raise_fault)
         added = [(i, params(0.5, str(i)), [1], []) for i in range(4)]
         processor.update_state(BatchUpdate(4, removed=[], added=added, moved=[]))
         processor.update_state(BatchUpdate(0, removed=range(4), added=[], moved=[]))
@@ -194,7 +195,7 @@ def test_a_fault_of_the_slots_does_not_lose_one(monkeypatch, method):
     assert processor.stats.faults == 12
 
 
-def test_an_update_that_is_not_understood_leaves_every_row(monkeypatch):
+def test_a_malformed_update_leaves_every_row_unchanged(monkeypatch):
     processor = v1_with((params(0.5, "a"), []), (params(0.5, "b"), []))
     processor.update_state(BatchUpdate(3, removed=[], added=[("one of three",)], moved=[]))
     untouched = object()
@@ -203,9 +204,9 @@ def test_an_update_that_is_not_understood_leaves_every_row(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["arrays", "snapshot"])
-def test_a_fault_of_the_statistics_does_not_end_a_step(monkeypatch, method):
+def test_a_fault_in_the_statistics_does_not_fail_a_step(monkeypatch, method):
     processor = v1_with((params(0.5, "a"), []))
-    monkeypatch.setattr(processor.stats.slots, method, breaking)
+    monkeypatch.setattr(processor.stats.slots, method, raise_fault)
     logits_RV = torch.randn(1, V)
     assert processor.apply(logits_RV) is logits_RV
     assert processor.stats.faults == 1
@@ -219,16 +220,16 @@ def test_nan_rows_are_counted():
 
 @pytest.fixture
 def v2():
-    known_S = torch.ones(4, dtype=torch.int32)
-    known = SimpleNamespace(np=known_S.numpy(), gpu=known_S)
+    lengths_S = torch.ones(4, dtype=torch.int32)
+    lengths = SimpleNamespace(np=lengths_S.numpy(), gpu=lengths_S)
     states = SimpleNamespace(
-        max_num_reqs=4, device=torch.device("cpu"), prefill_len=known, prompt_len=known
+        max_num_reqs=4, device=torch.device("cpu"), prefill_len=lengths, prompt_len=lengths
     )
     return V2Processor(config(), states)
 
 
-def changed_by(v2, slots):
-    """Whether a step changes each of these slots' rows."""
+def is_changed_by(v2, slots):
+    """For each of these slots whether a step changes its row."""
     context = SimpleNamespace(
         idx_mapping_np=np.array(slots),
         expanded_idx_mapping=torch.tensor(slots),
@@ -242,38 +243,38 @@ def changed_by(v2, slots):
     return [not torch.equal(a, b) for a, b in zip(logits_RV, after_RV, strict=True)]
 
 
-def test_v2_changes_the_rows_of_the_requests_that_ask(v2):
-    """Also where a slot's former request had asked."""
+def test_v2_changes_only_the_rows_of_requests_with_the_field(v2):
+    """Also if a slot's previous request had the field."""
     assert v2.add_request(1, params(0.5, "a"))
     assert v2.add_request(3, params(0.5, "b"))
     v2.apply_staged_writes()
-    assert changed_by(v2, [3, 0, 1]) == [True, False, True]
+    assert is_changed_by(v2, [3, 0, 1]) == [True, False, True]
     assert not v2.add_request(3, SamplingParams())
     v2.apply_staged_writes()
-    assert changed_by(v2, [3, 0, 1]) == [False, False, True]
+    assert is_changed_by(v2, [3, 0, 1]) == [False, False, True]
     assert v2.stats.faults == 0
 
 
-def test_v2_leaves_the_rows_of_controls_that_did_not_arrive(v2, monkeypatch):
-    """One fault, and the other requests go on."""
+def test_v2_does_not_change_rows_whose_controls_were_not_copied_to_the_device(v2, monkeypatch):
+    """One fault is counted, and other requests are not affected."""
     assert v2.add_request(1, params(0.5, "a"))
     v2.apply_staged_writes()
     assert v2.add_request(2, params(0.5, "b"))
-    monkeypatch.setattr(PinnedStaging, "to_device", breaking)
+    monkeypatch.setattr(PinnedStaging, "to_device", raise_fault)
     v2.apply_staged_writes()
     monkeypatch.undo()
-    assert changed_by(v2, [1, 2]) == [True, False]
+    assert is_changed_by(v2, [1, 2]) == [True, False]
     assert v2.stats.faults == 1
 
 
-def test_v2_changes_nothing_while_the_device_s_controls_are_not_the_host_s(v2, monkeypatch):
+def test_v2_changes_nothing_while_the_controls_on_the_device_are_outdated(v2, monkeypatch):
     assert v2.add_request(1, params(0.5, "a"))
     assert v2.add_request(2, params(0.5, "b"))
     v2.apply_staged_writes()
-    assert changed_by(v2, [1, 2]) == [True, True]
+    assert is_changed_by(v2, [1, 2]) == [True, True]
     assert not v2.add_request(2, SamplingParams())
-    monkeypatch.setattr(PinnedStaging, "to_device", breaking)
-    assert changed_by(v2, [1, 2]) == [False, False]
+    monkeypatch.setattr(PinnedStaging, "to_device", raise_fault)
+    assert is_changed_by(v2, [1, 2]) == [False, False]
     assert v2.stats.faults == 1
     monkeypatch.undo()
-    assert changed_by(v2, [1, 2]) == [True, False]
+    assert is_changed_by(v2, [1, 2]) == [True, False]

@@ -1,4 +1,4 @@
-"""The entropies of a trained model, and what each level of diversity adds to them."""
+"""The entropies of a trained model, and the entropy that each level of diversity adds."""
 
 import numpy as np
 import pytest
@@ -47,27 +47,27 @@ def _entropies(logits_RV: torch.Tensor, level: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("step", [1, 7])
-def test_what_a_level_adds_is_measured_on_every_so_many_positions(
+def test_the_entropy_that_a_level_adds_is_measured_at_every_nth_position(
     model, batches, monkeypatch, step
 ):
     logits_RV = _logits(model, batches)
     total = logits_RV.numel()
     monkeypatch.setattr(profile, "LEVEL_ELEMENTS", total if step == 1 else total // step + 1)
     monkeypatch.setattr(profile, "AT_ONCE", 3 * logits_RV.shape[1])
-    found = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
+    measured = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
     own_R = torch.distributions.Categorical(logits=logits_RV).entropy().numpy()
-    assert found.model_T == pytest.approx(own_R, abs=1e-4)
-    for level, mean in found.by_level.items():
+    assert measured.model_T == pytest.approx(own_R, abs=1e-4)
+    for level, mean in measured.by_level.items():
         added_R = _entropies(logits_RV[::step], level) - own_R[::step]
         assert mean == pytest.approx(own_R.mean() + added_R.mean(), abs=1e-4), level
 
 
-def test_no_kernel_is_compiled_for_it(model, batches, monkeypatch):
-    def compiles(device):
+def test_no_kernel_is_compiled_for_a_profile(model, batches, monkeypatch):
+    def fail_to_compile(device):
         raise AssertionError(f"a backend was made for {device}")
 
-    monkeypatch.setattr(backends, "checked_class", compiles)
+    monkeypatch.setattr(backends, "checked_class", fail_to_compile)
     with pytest.raises(AssertionError):
         sampling.get_backend("cpu")
-    found = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
-    assert found.suggested is not None
+    measured = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
+    assert measured.suggested is not None

@@ -1,4 +1,4 @@
-"""Files of prompts."""
+"""Prompt files."""
 
 import json
 
@@ -20,17 +20,17 @@ def file(tmp_path):
     return write
 
 
-def test_one_a_line(file):
-    given = read(file("One\n\n  Two \r\nThree and 3\u2028lines\n", "p.TXT"))
-    assert given == (Prompt("One"), Prompt("Two"), Prompt("Three and 3\u2028lines"))
-    assert given[0].messages() == [{"role": "user", "content": "One"}]
+def test_a_text_file_has_one_prompt_per_line(file):
+    result = read(file("One\n\n  Two \r\nThree and 3\u2028lines\n", "p.TXT"))
+    assert result == (Prompt("One"), Prompt("Two"), Prompt("Three and 3\u2028lines"))
+    assert result[0].messages() == [{"role": "user", "content": "One"}]
 
 
-def test_one_object_a_line(file):
+def test_a_jsonl_file_has_one_object_per_line(file):
     line = {"prompt": "One", "system": "Be brief.", "answer": 3, "choices": ["a"]}
-    (given,) = read(file(json.dumps(line)))
-    assert given == Prompt("One", "Be brief.", {"answer": 3, "choices": ["a"]})
-    assert given.messages() == [
+    (prompt,) = read(file(json.dumps(line)))
+    assert prompt == Prompt("One", "Be brief.", {"answer": 3, "choices": ["a"]})
+    assert prompt.messages() == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One"},
     ]
@@ -41,7 +41,7 @@ TEXT = st.text().filter(str.strip)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(TEXT, st.text()), min_size=1, unique=True), st.booleans())
-def test_whatever_json_can_say_is_read(tmp_path_factory, pairs, escaped):
+def test_any_json_text_is_read(tmp_path_factory, pairs, escaped):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     lines = [{"prompt": text, "system": system} for text, system in pairs]
     path.write_text(
@@ -53,13 +53,13 @@ def test_whatever_json_can_say_is_read(tmp_path_factory, pairs, escaped):
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
-def test_a_byte_order_mark_is_no_text(file, name):
+def test_a_byte_order_mark_is_ignored(file, name):
     line = "One" if name == "p.txt" else '{"prompt": "One"}'
     assert read(file(b"\xef\xbb\xbf" + line.encode(), name)) == (Prompt("One"),)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("", "got 0 prompts; accepted: 1 to"),
         ("\n \n", "got 0 prompts"),
@@ -75,30 +75,30 @@ def test_a_byte_order_mark_is_no_text(file, name):
         (b'{"prompt": "\xff"}', "accepted: UTF-8"),
     ],
 )
-def test_what_is_wrong_is_said(file, content, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_content_is_refused(file, content, message):
+    with pytest.raises(ValueError, match=message):
         read(file(content))
 
 
-def test_the_same_prompt_under_two_systems_is_two(file):
+def test_the_same_prompt_with_different_systems_is_accepted(file):
     lines = [{"prompt": "One", "system": system} for system in ("", "a", "b")]
     assert len(read(file("\n".join(map(json.dumps, lines))))) == 3
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p", "p.json"])
-def test_other_suffixes(file, name):
+def test_other_suffixes_are_refused(file, name):
     with pytest.raises(ValueError, match=r"accepted: a \.txt or \.jsonl"):
         read(file("One", name))
 
 
-def test_no_file(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    for name, said in {"none.txt": "that exists", "folder.txt": "got a folder"}.items():
-        with pytest.raises(ValueError, match=said):
+    for name, message in {"none.txt": "that exists", "folder.txt": "got a folder"}.items():
+        with pytest.raises(ValueError, match=message):
             read(tmp_path / name)
 
 
-def test_too_many_and_too_large(file, monkeypatch):
+def test_too_many_prompts_and_too_large_a_file_are_refused(file, monkeypatch):
     path = file("1\n2\n3\n", "p.txt")
     monkeypatch.setattr(prompts, "MOST", 2)
     with pytest.raises(ValueError, match="got 3 prompts; accepted: 1 to 2"):

@@ -1,4 +1,4 @@
-"""bench/real_answers.py after a kill: what is missing is asked for, and nothing is there twice."""
+"""bench/real_answers.py after a kill: missing answers are requested, and none is stored twice."""
 
 import importlib
 
@@ -18,20 +18,23 @@ def answers(text):
     ]
 
 
-@pytest.mark.parametrize(("kept", "asked"), [(0, 1), (3, 1), (4, 0)])
-def test_a_set_that_a_kill_left_in_part_is_completed(tmp_path, monkeypatch, kept, asked):
+@pytest.mark.parametrize(("stored", "requests"), [(0, 1), (3, 1), (4, 0)])
+def test_a_partial_set_is_completed(tmp_path, monkeypatch, stored, requests):
     monkeypatch.setenv("DFTSERVE_DATA", str(tmp_path))
     monkeypatch.setattr(real_answers, "prompt_sets", lambda data: [SET])
-    monkeypatch.setattr(real_answers, "engine", lambda *given, **named: None)
+    monkeypatch.setattr(real_answers, "engine", lambda *given, **settings: None)
     calls = []
     monkeypatch.setattr(
         real_answers, "ask", lambda *given: calls.append(given) or answers("second")
     )
     with real_answers.AnswerStore(tmp_path / "answers.jsonl", real_answers.Answer) as store:
-        for answer in answers("first")[:kept]:
+        for answer in answers("first")[:stored]:
             store.append(answer)
     command = ["--model", str(tmp_path), "--folder", str(tmp_path)]
     done = CliRunner().invoke(real_answers.main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert len(calls) == asked
-    assert real_answers.read_answers(tmp_path) == answers("first")[:kept] + answers("second")[kept:]
+    assert len(calls) == requests
+    assert (
+        real_answers.read_answers(tmp_path)
+        == answers("first")[:stored] + answers("second")[stored:]
+    )

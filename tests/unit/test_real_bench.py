@@ -1,4 +1,4 @@
-"""What bench/real.py and bench/words.py make of measures that were taken."""
+"""How bench/real.py and bench/words.py evaluate measurements."""
 
 import importlib
 import math
@@ -13,7 +13,7 @@ words = importlib.import_module("words")
 
 
 def estimate(value):
-    """The same whichever tenth is left out."""
+    """An estimate whose value is the same whichever tenth is left out."""
     return from_left_out(value, [value] * 10)
 
 
@@ -21,29 +21,29 @@ def row(self_bleu, errors):
     return {"self_bleu": estimate(self_bleu), "errors": estimate(errors)}
 
 
-def test_errors_are_read_between_two_settings_on_a_log_scale():
+def test_errors_are_interpolated_between_settings_on_a_log_scale():
     curve = [row(8.0, 4.0), row(32.0, 1.0)]
-    found = real.read_at(curve, "self_bleu", "errors", row(16.0, 9.0))
-    assert found.value == pytest.approx(2.0)
-    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
+    errors = real.read_at(curve, "self_bleu", "errors", row(16.0, 9.0))
+    assert errors.value == pytest.approx(2.0)
+    assert (errors.low, errors.high) == pytest.approx((2.0, 2.0))
 
 
-@pytest.mark.parametrize("place", [7.9, 32.1])
-def test_nothing_is_read_beyond_the_settings(place):
+@pytest.mark.parametrize("self_bleu", [7.9, 32.1])
+def test_errors_are_not_extrapolated(self_bleu):
     curve = [row(8.0, 4.0), row(32.0, 1.0)]
-    assert real.read_at(curve, "self_bleu", "errors", row(place, 1.0)) is None
+    assert real.read_at(curve, "self_bleu", "errors", row(self_bleu, 1.0)) is None
 
 
-def test_self_bleu_between_prompts_does_not_see_what_one_prompt_repeats():
+def test_self_bleu_between_prompts_ignores_repetitions_within_a_prompt():
     """Three prompts with two equal answers each, and nothing in common between them."""
-    said = [list(text) for text in ("abcdefgh", "ijklmnop", "qrstuvwx") for _ in range(2)]
+    texts = [list(text) for text in ("abcdefgh", "ijklmnop", "qrstuvwx") for _ in range(2)]
     numbers, prompts = np.array([0, 1] * 3), np.array([0, 0, 1, 1, 2, 2])
-    assert real.within(prompts, said, 3).value == pytest.approx(100.0)
-    assert real.between(numbers, prompts, said, 3)["self_bleu"].value < 10
+    assert real.within(prompts, texts, 3).value == pytest.approx(100.0)
+    assert real.between(numbers, prompts, texts, 3)["self_bleu"].value < 10
 
 
-def test_p_is_students():
-    """Ten tenths with a standard error of 1, and 2.262 of these away: the 95 % point of t(9)."""
+def test_p_is_that_of_students_t():
+    """Ten tenths, a standard error of 1 and a distance of 2.262, the 95 % point of t(9)."""
     spread = math.sqrt(1 / 9)
     left_out = [2.262 + spread, 2.262 - spread] * 5
     assert words.with_p(from_left_out(2.262, left_out))["p"] == pytest.approx(0.05, abs=1e-4)
@@ -62,7 +62,7 @@ def followed(share):
         (0.7, 0.01, 0.05, "gated"),
     ],
 )
-def test_the_default_needs_fewer_errors_for_sure_and_no_fewer_instructions(
+def test_words_is_the_default_only_if_clearly_fewer_errors_cost_no_instructions(
     ratio, p, with_words, law
 ):
     against = {
@@ -80,18 +80,18 @@ def answered(setting, *texts):
     ]
 
 
-def test_right_and_unreadable_answers_are_counted_and_paired():
-    asked = [{"answer": 1}, {"answer": 0}, {"answer": 3}]
+def test_right_and_unreadable_answers_are_counted_and_compared_in_pairs():
+    questions = [{"answer": 1}, {"answer": 0}, {"answer": 3}]
     answers = {
         words.WORDS: answered(words.WORDS, "B", "The answer is A.", "C"),
         words.GATED: answered(words.GATED, "B", "I cannot say.", "D"),
     }
-    rows = words.questions(answers, asked)["rows"]
-    found = {
+    rows = words.questions(answers, questions)["rows"]
+    shares = {
         name: (row["right"]["value"], row["unreadable"]["value"]) for name, row in rows.items()
     }
     third = pytest.approx(1 / 3, abs=1e-4)
     two = pytest.approx(2 / 3, abs=1e-4)
-    assert found == {words.WORDS: (two, 0.0), words.GATED: (two, third)}
+    assert shares == {words.WORDS: (two, 0.0), words.GATED: (two, third)}
     assert (rows[words.GATED]["words_wins"], rows[words.GATED]["words_losses"]) == (1, 1)
     assert rows[words.WORDS]["p"] == 1.0

@@ -1,4 +1,4 @@
-"""Recipes: what is shipped, what a user's own may say, and what becomes of it."""
+"""Recipes: the shipped ones, what users' recipes may contain, and the sources built from them."""
 
 import sys
 import types
@@ -12,15 +12,15 @@ from dftserve.targets import recipe
 from dftserve.targets.document import Document
 from dftserve.targets.recipe import load, shipped, source_of
 
-LEAST = {"name": "mine", "about": "A test.", "source": {"ngram": {"order": 3}}}
+MINIMAL = {"name": "mine", "about": "A test.", "source": {"ngram": {"order": 3}}}
 
 
 def documents_of(*texts: list[int], prompt: int = 1, asked: bool = True) -> list[Document]:
-    found = []
+    documents = []
     for tokens in texts:
         trained_N = np.arange(len(tokens)) >= prompt
-        found.append(Document(np.array(tokens, dtype=np.int32), trained_N, has_prompt=asked))
-    return found
+        documents.append(Document(np.array(tokens, dtype=np.int32), trained_N, has_prompt=asked))
+    return documents
 
 
 DOCUMENTS = {
@@ -30,20 +30,20 @@ DOCUMENTS = {
 
 
 @pytest.fixture
-def written(tmp_path):
+def write_recipe(tmp_path):
     def write(**changes) -> str:
         path = tmp_path / "mine.yaml"
-        path.write_text(yaml.safe_dump({**LEAST, **changes}))
+        path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
         return str(path)
 
     return write
 
 
-def built(name: str, values=None, documents=DOCUMENTS):
+def build(name: str, values=None, documents=DOCUMENTS):
     return source_of(load(name, values), tokenizer=None, documents=documents, vocabulary=10)
 
 
-# What is shipped
+# Shipped recipes
 
 
 WITHOUT_A_TEACHER = ["conversation", "creative", "technical"]
@@ -57,12 +57,12 @@ def test_four_recipes_are_shipped_and_one_needs_a_teacher():
 
 @pytest.mark.parametrize("name", WITHOUT_A_TEACHER)
 def test_a_shipped_recipe_needs_no_teacher(name):
-    found = load(name)
-    assert found.name == name
-    assert len(found.about) > 100
-    assert found.text
-    assert (found.store.k, found.store.draws) == (6, 6)
-    source = built(name)
+    loaded = load(name)
+    assert loaded.name == name
+    assert len(loaded.about) > 100
+    assert loaded.text
+    assert (loaded.store.k, loaded.store.draws) == (6, 6)
+    source = build(name)
     targets = source.targets(DOCUMENTS["train"], k=4, draws=2, seeds=[1, 2, 3])
     assert [len(each) for each in targets] == [4, 4, 4]
     source.targets(DOCUMENTS["heldout"], k=4, draws=2, seeds=[1])
@@ -74,12 +74,12 @@ def test_a_shipped_recipe_takes_a_teacher(name):
     assert parts[-1] == {"weight": 2, "when": "teacher", "teacher": {"model": "/models/base"}}
 
 
-def test_conversation_uses_references_where_there_are_any():
-    assert built("conversation").describe()["kind"] == "mix"
+def test_conversation_uses_references_if_there_are_any():
+    assert build("conversation").describe()["kind"] == "mix"
     single = {"train": documents_of([0, 1, 2, 3], [1, 2, 3, 0]), "heldout": []}
-    assert built("conversation", documents=single).describe()["kind"] == "ngram"
+    assert build("conversation", documents=single).describe()["kind"] == "ngram"
     plain = {"train": documents_of([0, 1, 2], [0, 2, 1], asked=False), "heldout": []}
-    assert built("conversation", documents=plain).describe()["kind"] == "ngram"
+    assert build("conversation", documents=plain).describe()["kind"] == "ngram"
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_conversation_uses_references_where_there_are_any():
         ({"principles": {"teacher": {"model": "m"}, "principles": {"references": "x"}}}, False),
     ],
 )
-def test_a_recipe_with_references_anywhere_counts_answers(written, source, counts):
-    assert recipe.counts_answers(load(written(source=source))) == counts
+def test_a_recipe_with_references_anywhere_counts_answers(write_recipe, source, counts):
+    assert recipe.counts_answers(load(write_recipe(source=source))) == counts
 
 
 # Placeholders
 
 
-def test_placeholders(written):
+def test_placeholders(write_recipe):
     source = {"teacher": {"model": "${base}/v${version}", "temperature": "${t}"}}
-    path = written(source=source, defaults={"version": 2, "t": 1.0})
+    path = write_recipe(source=source, defaults={"version": 2, "t": 1.0})
     assert load(path, {"base": "/m"}).source == {"teacher": {"model": "/m/v2", "temperature": 1.0}}
     assert load(path, {"base": "/m", "t": "0.5"}).source["teacher"]["temperature"] == 0.5
     with pytest.raises(ValueError, match=r"\$\{base\} has no value; give one: --set base=VALUE"):
@@ -113,17 +113,17 @@ def test_placeholders(written):
 @pytest.mark.parametrize(
     "value", ["~", "no such: thing", "[1]", "!!python/object:os.system x", "{"]
 )
-def test_a_value_stays_the_text_that_it_is(written, value):
-    path = written(source={"teacher": {"model": "${base}"}})
+def test_a_text_value_is_not_parsed_as_yaml(write_recipe, value):
+    path = write_recipe(source={"teacher": {"model": "${base}"}})
     assert load(path, {"base": value}).source["teacher"]["model"] == value
 
 
-def test_a_value_is_not_read_again_for_placeholders(written):
-    path = written(source={"teacher": {"model": "${base}"}})
+def test_placeholders_within_a_value_are_not_replaced(write_recipe):
+    path = write_recipe(source={"teacher": {"model": "${base}"}})
     assert load(path, {"base": "${base}"}).source["teacher"]["model"] == "${base}"
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("name", ["creativ", "no-such", "../creative", "", "no-such.yaml"])
@@ -138,7 +138,7 @@ NGRAM = {"ngram": {}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"sources": {}}, "got the key 'sources'.*did you mean 'source'"),
         ({"corpus": {"min_word": 3}}, "corpus: got the key 'min_word'.*did you mean 'min_words'"),
@@ -159,8 +159,8 @@ NGRAM = {"ngram": {}}
         ({"source": {"mix": [{"weight": float("nan"), **NGRAM}]}}, r"mix\[0\].weight: got nan"),
         ({"source": {"mix": [{"weight": 1}]}}, r"source.mix\[0\]: got \[\]"),
         *(
-            ({"source": {"calibrated": {"teacher": {"model": "m"}, **wrong}}}, said)
-            for wrong, said in [
+            ({"source": {"calibrated": {"teacher": {"model": "m"}, **wrong}}}, message)
+            for wrong, message in [
                 ({"order": [1]}, "calibrated: got the key 'order'.*did you mean 'orders'"),
                 ({"orders": []}, "orders: got none; accepted: one at least"),
                 ({"orders": 3}, "calibrated.orders: got 3; accepted: a list"),
@@ -190,15 +190,15 @@ NGRAM = {"ngram": {}}
         ),
     ],
 )
-def test_what_a_recipe_may_not_say(written, changes, said):
-    with pytest.raises(ValueError, match=said) as caught:
-        load(written(**changes))
+def test_invalid_recipes_are_refused(write_recipe, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(write_recipe(**changes))
     assert str(caught.value).startswith("mine.yaml")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("a: [", "not YAML"),
         ("!!python/object/apply:os.system [ls]", "not YAML"),
@@ -210,75 +210,81 @@ def test_what_a_recipe_may_not_say(written, changes, said):
         ("#" * 65_537, "65,537 bytes; accepted: at most 65,536"),
     ],
 )
-def test_files_that_are_no_recipe(tmp_path, content, said):
+def test_files_that_are_not_recipes_are_refused(tmp_path, content, message):
     path = tmp_path / "x.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load(str(path))
 
 
-def test_a_recipe_is_named_by_its_file_and_needs_no_more_than_a_source(tmp_path):
+def test_a_recipe_needs_only_a_source_and_has_its_files_name_by_default(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("source: {ngram: {order: 3}}\n")
     assert (load(str(path)).name, load(str(path)).about) == ("mine", "")
 
 
-def test_all_unknown_keys_are_told_at_once(written):
+def test_all_unknown_keys_are_reported_at_once(write_recipe):
     with pytest.raises(
         ValueError, match=r"keys 'sorce' \(did you mean 'source'\?\), 'x'; accepted"
     ):
-        load(written(sorce=1, x=2))
+        load(write_recipe(sorce=1, x=2))
 
 
-def test_a_value_of_the_command_line_is_blamed_on_it_and_its_form_told():
-    with pytest.raises(ValueError, match=r"^--set corpus\.strip: got 'front_matter'.*list") as told:
+def test_an_invalid_command_line_value_is_refused_with_the_option_and_the_form():
+    with pytest.raises(
+        ValueError, match=r"^--set corpus\.strip: got 'front_matter'.*list"
+    ) as error:
         load("technical", {"corpus.strip": "front_matter"})
-    assert "such as [front_matter]" in str(told.value)
-    assert "html, comments, front_matter, code" in str(told.value)
+    assert "such as [front_matter]" in str(error.value)
+    assert "html, comments, front_matter, code" in str(error.value)
     assert load("technical", {"corpus.strip": "[front_matter]"}).corpus.strip == ("front_matter",)
 
 
-def test_sources_within_sources_end(written):
+def test_the_nesting_of_sources_is_limited(write_recipe):
     source: dict = NGRAM
     for _ in range(20):
         source = {"temper": {"power": 1, "of": source}}
     with pytest.raises(ValueError, match="more than 16 sources within sources"):
-        load(written(source=source))
+        load(write_recipe(source=source))
 
 
-# What is built
+# Sources
 
 
-def test_nested_sources(written):
+def test_nested_sources_are_built(write_recipe):
     parts = [{"weight": 3, "ngram": {"order": 2}}, {"weight": 1, "ngram": {"order": 1}}]
-    path = written(source={"temper": {"power": 0.5, "of": {"mix": parts}}})
-    said = built(path).describe()
-    assert (said["kind"], said["power"], said["source"]["kind"]) == ("temper", 0.5, "mix")
-    assert built(written(source={"geomix": parts})).describe()["kind"] == "geomix"
+    path = write_recipe(source={"temper": {"power": 0.5, "of": {"mix": parts}}})
+    description = build(path).describe()
+    assert (description["kind"], description["power"], description["source"]["kind"]) == (
+        "temper",
+        0.5,
+        "mix",
+    )
+    assert build(write_recipe(source={"geomix": parts})).describe()["kind"] == "geomix"
 
 
-def test_one_part_of_a_mix_is_its_source_and_of_a_geomix_has_its_exponent(written):
+def test_a_single_part_of_a_mix_is_its_source_and_of_a_geomix_is_tempered(write_recipe):
     def of(kind, weight):
         left_out = {"weight": 1, "when": "more", "ngram": {"order": 1}}
         parts = [{"weight": weight, "ngram": {"order": 2}}, left_out]
-        return built(written(source={kind: parts})).describe()
+        return build(write_recipe(source={kind: parts})).describe()
 
     assert of("mix", 0.5)["kind"] == of("geomix", 1)["kind"] == "ngram"
     powered = of("geomix", 0.5)
     assert (powered["kind"], powered["power"]) == ("temper", 0.5)
 
 
-def test_ngrams_are_counted_in_the_training_part_alone(written):
-    path = written()
+def test_ngrams_are_counted_in_the_training_split_only(write_recipe):
+    path = write_recipe()
     other = {"train": DOCUMENTS["train"], "heldout": []}
-    assert built(path).describe() == built(path, documents=other).describe()
+    assert build(path).describe() == build(path, documents=other).describe()
 
 
-def test_every_setting_of_a_kind_reaches_its_source(written, monkeypatch):
-    """Sources that need a model or a server, with both replaced: what they were called with."""
+def test_all_settings_reach_their_source(write_recipe, monkeypatch):
+    """The arguments of sources that need a model or a server, with both replaced."""
     calls = []
 
-    class Called:
+    class Recorded:
         def __init__(self, *given, **named):
             calls.append((given, named))
 
@@ -286,10 +292,10 @@ def test_every_setting_of_a_kind_reaches_its_source(written, monkeypatch):
 
     for module, name in (("teacher", "Teacher"), ("served", "ServedTeacher")):
         fake = types.ModuleType(module)
-        setattr(fake, name, Called)
+        setattr(fake, name, Recorded)
         monkeypatch.setitem(sys.modules, f"dftserve.targets.{module}", fake)
-    built(written(source={"teacher": {"model": "/m", "dtype": "float32", "device": "cpu"}}))
-    built(written(source={"served": {"url": "http://x", "model": "m", "key_variable": "KEY"}}))
+    build(write_recipe(source={"teacher": {"model": "/m", "dtype": "float32", "device": "cpu"}}))
+    build(write_recipe(source={"served": {"url": "http://x", "model": "m", "key_variable": "KEY"}}))
     assert calls == [
         (("/m",), {"vocabulary": 10, "dtype": "float32", "device": "cpu", "temperature": 1.0}),
         (("http://x", "m"), {"vocabulary": 10, "key_variable": "KEY", "at_once": 4}),

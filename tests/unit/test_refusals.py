@@ -1,4 +1,5 @@
-"""What the field cannot do, or must not cost others, is refused: briefly, and by name."""
+"""What the field does not support, or what would harm other requests, is refused with the name of
+the field and in a short message."""
 
 from types import SimpleNamespace
 
@@ -29,13 +30,13 @@ def config(*, runner="V2", diffusion=False, **speculative):
     )
 
 
-def asked(**fields):
+def params_of(**fields):
     return to_sampling_params(CompletionRequest(model="m", prompt="x", **fields), 8, {})
 
 
 def refused(**fields) -> VLLMValidationError:
     with pytest.raises(VLLMValidationError) as refusal:
-        asked(**fields)
+        params_of(**fields)
     return refusal.value
 
 
@@ -46,22 +47,22 @@ def refused(**fields) -> VLLMValidationError:
         (config(method="eagle", rejection_sample_method="fly"), "'fly'"),
         (config(method="eagle", rejection_sample_method="synthetic"), "'synthetic'"),
         (config(runner="V1", method="ngram", rejection_sample_method="standard"), "V1"),
-        (config(runner="V1", method="ngram"), "V1"),  # A vLLM that has only the standard way.
+        (config(runner="V1", method="ngram"), "V1"),  # A vLLM that has only the standard method.
     ],
 )
 def test_an_engine_that_would_ignore_the_field_refuses_it(monkeypatch, engine_config, names):
     monkeypatch.setattr(engine, "_config", engine_config)
     assert names in str(refused(diversity=0.5))
-    assert asked(diversity=0).extra_args is None
-    assert asked().extra_args is None
+    assert params_of(diversity=0).extra_args is None
+    assert params_of().extra_args is None
 
 
 @pytest.mark.parametrize(
     "engine_config", [config(), config(method="eagle", rejection_sample_method="standard")]
 )
-def test_other_engines_do_not(monkeypatch, engine_config):
+def test_other_engines_accept_the_field(monkeypatch, engine_config):
     monkeypatch.setattr(engine, "_config", engine_config)
-    assert asked(diversity=0.5).extra_args["diversity"]["level"] == 0.5
+    assert params_of(diversity=0.5).extra_args["diversity"]["level"] == 0.5
 
 
 SLIPS = {
@@ -75,17 +76,17 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("name", SLIPS)
-def test_a_key_that_is_a_slip_away_is_refused(name):
+def test_a_misspelt_field_is_refused(name):
     clients = {f"sampler_{number}": 1 for number in range(100)}
     for key in SLIPS[name]:
         for more in ({}, clients):
             error = refused(**more, **{key: 0.5})
             assert error.parameter == name
             assert repr(key) in str(error)
-        assert not asked(**{key: None}).extra_args
+        assert not params_of(**{key: None}).extra_args
 
 
-def test_a_slip_is_refused_beside_beam_search():
+def test_a_misspelt_field_is_refused_with_beam_search():
     to_beam_search_params = request_params.refuse_beam_search(
         CompletionRequest.to_beam_search_params
     )
@@ -94,69 +95,69 @@ def test_a_slip_is_refused_beside_beam_search():
         to_beam_search_params(request, 8, {})
 
 
-def test_other_keys_that_vllm_does_not_know_are_as_they_were():
+def test_other_unknown_keys_are_ignored():
     for key in OTHERS:
-        assert not asked(**{key: 0.5}).extra_args, key
+        assert not params_of(**{key: 0.5}).extra_args, key
 
 
 @given(st.sampled_from(list(SLIPS)), st.text(alphabet="diverstyl_2", max_size=11))
-def test_a_slip_is_one_letter_away(name, key):
-    """By the edits themselves: every name with a letter left out, replaced, or swapped."""
+def test_a_slip_is_one_edit_away(name, key):
+    """Edits are: a letter left out, a letter replaced, or two letters swapped."""
     cuts = range(len(name))
-    wanted = {name[:i] + name[i + 1 :] for i in cuts}
-    wanted |= {name[:i] + letter + name[i + 1 :] for i in cuts for letter in "diverstyl_2"}
-    wanted |= {name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in cuts}
-    assert spec.is_slip_of(key, name) == (key in wanted - {name})
-    assert all(spec.is_slip_of(each, name) for each in wanted - {name})
+    edits = {name[:i] + name[i + 1 :] for i in cuts}
+    edits |= {name[:i] + letter + name[i + 1 :] for i in cuts for letter in "diverstyl_2"}
+    edits |= {name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in cuts}
+    assert spec.is_slip_of(key, name) == (key in edits - {name})
+    assert all(spec.is_slip_of(each, name) for each in edits - {name})
 
 
-def test_a_slip_is_left_where_the_field_would_be_refused(monkeypatch):
+def test_a_misspelt_field_is_ignored_if_the_engine_refuses_the_field(monkeypatch):
     monkeypatch.setattr(engine, "_config", config(diffusion=True))
-    assert not asked(diversty=0.5).extra_args
+    assert not params_of(diversty=0.5).extra_args
 
 
-def test_many_stop_tokens_are_refused_with_the_field_only():
+def test_too_many_stop_tokens_are_refused_with_the_field_only():
     many = list(range(MAX_STOP_IDS + 1))
     error = refused(diversity=0.5, stop_token_ids=many)
     assert error.parameter == "stop_token_ids"
     assert str(MAX_STOP_IDS) in str(error)
     error = refused(vllm_xargs={"diversity": "0.5"}, stop_token_ids=many)
     assert error.parameter == "stop_token_ids"
-    assert asked(stop_token_ids=many).stop_token_ids == many
-    assert asked(diversity=0, stop_token_ids=many).stop_token_ids == many
-    assert asked(diversity=0.5, stop_token_ids=many[:-1]).extra_args["diversity"]
+    assert params_of(stop_token_ids=many).stop_token_ids == many
+    assert params_of(diversity=0, stop_token_ids=many).stop_token_ids == many
+    assert params_of(diversity=0.5, stop_token_ids=many[:-1]).extra_args["diversity"]
 
 
 @pytest.mark.parametrize(
     "carried", [{"diversity": 0.5}, {"diversity": '{"level": 1}'}, {"style": "s"}]
 )
-def test_many_stop_tokens_are_refused_past_the_field_too(monkeypatch, carried):
-    """Offline, and on routes where `extra_args` reach the engine as they are."""
+def test_too_many_stop_tokens_are_refused_with_extra_args_too(monkeypatch, carried):
+    """Offline, and on routes where `extra_args` reach the engine unchanged."""
     profile = SimpleNamespace(name="s", strength=1.0, max_kl=0.05)
     monkeypatch.setattr(engine, "styles", lambda: Styles((profile,)))
     many = list(range(MAX_STOP_IDS + 1))
 
-    def validated(ids, extra_args, **more):
+    def validate(ids, extra_args, **more):
         params = SamplingParams(stop_token_ids=ids, extra_args=extra_args, **more)
         DiversityProcessor.validate_params(params)
 
     with pytest.raises(ValueError, match=rf"stop_token_ids: got 65.*at most {MAX_STOP_IDS}"):
-        validated(many, carried)
-    validated(many[:-1], carried)
-    validated(many, None)
-    validated(many, {"diversity": 0})
-    validated(many, carried, temperature=0)  # Greedy stays greedy: no row is changed.
+        validate(many, carried)
+    validate(many[:-1], carried)
+    validate(many, None)
+    validate(many, {"diversity": 0})
+    validate(many, carried, temperature=0)  # Greedy stays greedy: no row is changed.
 
 
 def test_a_default_is_not_applied_to_many_stop_tokens(monkeypatch):
     monkeypatch.setattr(request_params, "default_diversity", lambda: request_params.spec.parse(0.5))
     many = list(range(MAX_STOP_IDS + 1))
-    assert asked(stop_token_ids=many).extra_args is None
-    assert asked(stop_token_ids=many[:1]).extra_args["diversity"]
+    assert params_of(stop_token_ids=many).extra_args is None
+    assert params_of(stop_token_ids=many[:1]).extra_args["diversity"]
 
 
 OF_THE_SERVER = {"min_p": 0.1, "top_p": 0.9}
-"""Of --override-generation-config."""
+"""Given by --override-generation-config."""
 
 
 @pytest.mark.parametrize(
@@ -172,10 +173,10 @@ OF_THE_SERVER = {"min_p": 0.1, "top_p": 0.9}
     ],
 )
 @pytest.mark.parametrize("is_default", [False, True])
-def test_the_server_s_own_min_p_gives_way_to_a_diversity_that_cuts(
+def test_a_diversity_with_a_cut_overrides_the_servers_min_p(
     monkeypatch, fields, carried, dropped, is_default
 ):
-    """The client did not send it: a 400 would name a parameter that is not in the body."""
+    """A refusal would name a parameter that the client did not send."""
     engine_config = config()
     engine_config.model_config.override_generation_config = OF_THE_SERVER
     monkeypatch.setattr(engine, "_config", engine_config)
@@ -196,11 +197,11 @@ def test_the_server_s_own_min_p_gives_way_to_a_diversity_that_cuts(
 @pytest.mark.parametrize(
     "diversity", [{"law": "guard", "min_p": 0.05}, {"law": "top_n_sigma", "n_sigma": 1}]
 )
-def test_a_client_s_own_min_p_beside_another_cut_is_refused(diversity):
+def test_a_clients_min_p_is_refused_with_another_cut(diversity):
     assert refused(diversity=diversity, min_p=0.1).parameter == "min_p"
 
 
-def test_a_temperature_of_0_that_the_client_did_not_send_is_said_to_be_the_server_s():
+def test_a_refusal_of_temperature_0_names_the_server_if_the_client_did_not_send_it():
     group = {"level": 0.5, "group": {"id": "a", "index": 0, "size": 2}}
     request = CompletionRequest(model="m", prompt="x", diversity=group)
     with pytest.raises(VLLMValidationError, match="got 0, the server's own, with") as refusal:
@@ -216,8 +217,8 @@ GROUP = {"level": 0.5, "group": True}
 
 
 @pytest.fixture
-def started(monkeypatch, caplog):
-    """Starts an engine with a default; what the log says."""
+def start_engine(monkeypatch, caplog):
+    """A function that starts an engine with a default and returns the log."""
 
     def start(default, engine_config, **more):
         monkeypatch.setattr(engine, "_config", None)
@@ -243,19 +244,21 @@ def started(monkeypatch, caplog):
         (0.5, {"scheduler_config": ASYNCHRONOUS, "watermark_config": object()}, {1: 0.5, 2: 0.5}),
     ],
 )
-def test_a_default_is_said_to_be_in_force_where_it_is(started, default, more, applied):
-    said = started(default, config(runner="V1"), **more)
-    found = {}
+def test_the_log_states_correctly_whether_a_default_is_applied(
+    start_engine, default, more, applied
+):
+    log_text = start_engine(default, config(runner="V1"), **more)
+    levels = {}
     for n in applied:
-        carried = asked(n=n).extra_args or {}
-        found[n] = carried.get("diversity", {}).get("level")
-    assert found == applied
+        carried = params_of(n=n).extra_args or {}
+        levels[n] = carried.get("diversity", {}).get("level")
+    assert levels == applied
     is_applied = None not in applied.values()
-    assert ("default diversity: {" in said) == is_applied
-    assert ("is not applied" in said) != is_applied
-    assert ("is not applied: for requests with n > 1" in said) == (applied[1] != applied[2])
+    assert ("default diversity: {" in log_text) == is_applied
+    assert ("is not applied" in log_text) != is_applied
+    assert ("is not applied: for requests with n > 1" in log_text) == (applied[1] != applied[2])
     reason = capabilities.capabilities()["default_refused"]
-    assert reason is None if is_applied else reason in said
+    assert reason is None if is_applied else reason in log_text
 
 
 strings = st.text(st.characters(), max_size=50) | st.sampled_from(
@@ -269,11 +272,11 @@ values = st.recursive(
 
 
 @given(value=values | st.dictionaries(st.sampled_from(["level", "law", "min_p"]), values))
-def test_a_refusal_is_short_and_printable_whatever_came(value):
-    """So that nothing of a client's text can fill an answer, break its JSON, or write in a log."""
+def test_a_refusal_is_short_and_printable_for_any_value(value):
+    """A client's text must not fill an answer, break its JSON, or inject lines into a log."""
     refusal = None
     try:
-        asked(diversity=value)
+        params_of(diversity=value)
     except VLLMValidationError as error:
         refusal = error
     if refusal is not None:

@@ -1,4 +1,4 @@
-"""The release workflow runs the Makefile's commands, and publishes on a tag what they tried."""
+"""The release workflow runs the Makefile's commands and publishes, on a tag, what they tested."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def workflow() -> dict:
 
 @pytest.fixture(scope="module")
 def rules() -> dict[str, str]:
-    """The Makefile's targets and what stands behind them."""
+    """The Makefile's targets and the rest of each rule's line."""
     return dict(RULE.findall((ROOT / "Makefile").read_text()))
 
 
@@ -37,40 +37,40 @@ def actions(job: dict) -> list[str]:
 
 
 def test_every_command_is_a_target_of_the_makefile(workflow, rules):
-    found = [command for job in workflow["jobs"].values() for command in commands(job)]
-    assert found == [["make", "wheels"], ["make", "tag"], ["make", "smoke"]]
-    assert {target for _, target in found} <= rules.keys()
+    used = [command for job in workflow["jobs"].values() for command in commands(job)]
+    assert used == [["make", "wheels"], ["make", "tag"], ["make", "smoke"]]
+    assert {target for _, target in used} <= rules.keys()
 
 
-def test_the_makefile_has_each_target_once_and_says_that_none_is_a_file(rules):
+def test_the_makefile_has_each_target_once_and_all_are_phony(rules):
     text = (ROOT / "Makefile").read_text()
-    named = [target for target, _ in RULE.findall(text)]
-    assert len(named) == len(set(named))
+    targets = [target for target, _ in RULE.findall(text)]
+    assert len(targets) == len(set(targets))
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     assert phony is not None
     assert set(phony[1].split()) == rules.keys()
 
 
-def test_every_tool_that_a_target_runs_is_there(rules):
-    for behind in rules.values():
-        for tool in re.findall(r"tools/\w+\.py", behind):
+def test_every_tool_that_a_target_runs_exists(rules):
+    for rule in rules.values():
+        for tool in re.findall(r"tools/\w+\.py", rule):
             assert (ROOT / tool).is_file(), tool
 
 
-def test_what_is_published_is_what_was_tried(workflow):
+def test_only_tested_wheels_are_published(workflow):
     build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
     steps = build["steps"]
     upload = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
-    tried = next(number for number, step in enumerate(steps) if step.get("run") == "make smoke")
-    assert tried < steps.index(upload)
+    tested = next(number for number, step in enumerate(steps) if step.get("run") == "make smoke")
+    assert tested < steps.index(upload)
     download = next(s for s in publish["steps"] if "download-artifact" in s.get("uses", ""))
     assert download["with"]["name"] == upload["with"]["name"]
     assert publish["needs"] == "build"
     assert actions(publish)[-1] == "pypa/gh-action-pypi-publish"
-    assert commands(publish) == []  # Nothing is built with the right to publish.
+    assert commands(publish) == []  # The job that may publish builds nothing.
 
 
-def test_it_is_published_on_a_tag_only_without_a_stored_secret(workflow):
+def test_publishing_needs_a_tag_and_no_stored_secret(workflow):
     publish = workflow["jobs"]["publish"]
     assert "startsWith(github.ref, 'refs/tags/v')" in publish["if"]
     assert "||" not in publish["if"]
@@ -78,14 +78,14 @@ def test_it_is_published_on_a_tag_only_without_a_stored_secret(workflow):
     assert "secrets." not in FILE.read_text()
 
 
-def test_only_the_publishing_job_may_prove_who_it_is(workflow):
+def test_only_the_publishing_job_may_request_an_identity_token(workflow):
     assert workflow["permissions"] == {"contents": "read"}
     rights = {name: job.get("permissions") for name, job in workflow["jobs"].items()}
     assert rights == {"build": None, "publish": {"id-token": "write"}}
 
 
-def test_every_action_is_a_commit_and_says_its_version():
-    """Who can move an action's tag could publish in our name."""
+def test_every_action_is_pinned_to_a_commit_with_its_version():
+    """Anyone who can move an action's tag could publish in our name."""
     pinned = re.compile(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
     used = re.findall(r"uses: *(.*)", FILE.read_text())
     assert len(used) == 5
@@ -97,7 +97,7 @@ def test_a_tag_is_compared_with_the_wheels_before_they_are_kept(workflow):
     runs = [step.get("run") for step in build["steps"]]
     compared = build["steps"][runs.index("make tag")]
     assert runs.index("make wheels") < runs.index("make tag") < runs.index("make smoke")
-    assert compared["if"] in publish["if"]  # So that it has run wherever something is published.
+    assert compared["if"] in publish["if"]  # It has run whenever something is published.
     assert "continue-on-error" not in compared
 
 
@@ -118,16 +118,16 @@ def test_a_tag_of_another_version_is_refused(tmp_path, pushed, versions, accepte
         (tmp_path / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
     for name, version in zip(("dftserve", "dftserve_vllm"), versions, strict=True):
         (tmp_path / "dist" / f"{name}-{version}-py3-none-any.whl").touch()
-    named = {} if pushed is None else {"GITHUB_REF_NAME": pushed}
+    variables = {} if pushed is None else {"GITHUB_REF_NAME": pushed}
     command = [sys.executable, tmp_path / "tools" / "release.py", "tag"]
-    ended = subprocess.run(command, env=named, capture_output=True, text=True, check=False)
-    assert (ended.returncode == 0) == (accepted is None), ended.stderr
-    assert "Traceback" not in ended.stderr
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (accepted is None), result.stderr
+    assert "Traceback" not in result.stderr
     if accepted is not None:
-        assert f"accepted: {accepted}" in ended.stderr
+        assert f"accepted: {accepted}" in result.stderr
 
 
-def test_both_wheels_have_the_same_version_and_go_together():
+def test_both_wheels_have_the_same_version_and_the_plugin_requires_it():
     projects = [ROOT / "pyproject.toml", ROOT / "plugins" / "vllm" / "pyproject.toml"]
     ours, plugin = (tomllib.loads(path.read_text())["project"] for path in projects)
     assert ours["version"] == plugin["version"] == __version__

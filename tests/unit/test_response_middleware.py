@@ -1,4 +1,4 @@
-"""The answer's middleware around apps that encode what they send."""
+"""The response middleware: encoded bodies, headers, streams, and the context of a request."""
 
 import asyncio
 import gzip
@@ -17,7 +17,7 @@ HEADER = b"x-dftserve-diversity"
 
 
 def app(content_type: bytes, body: list[bytes], *more: tuple[bytes, bytes], asked: object = 0.5):
-    """An ASGI app that answers a request with the field in pieces, as vLLM's routes would."""
+    """An ASGI app that answers a request with the field in several pieces, as vLLM's routes do."""
 
     async def answers(scope, receive, send) -> None:
         opened = request_context.current.get()
@@ -33,8 +33,8 @@ def app(content_type: bytes, body: list[bytes], *more: tuple[bytes, bytes], aske
     return answers
 
 
-def sent_by(middleware, accepts: bytes = b"gzip") -> list[dict]:
-    """All messages of one POST."""
+def messages_of(middleware, accepts: bytes = b"gzip") -> list[dict]:
+    """All messages that the app sends for one POST."""
     messages: list[dict] = []
 
     async def send(message) -> None:
@@ -55,11 +55,11 @@ def bodies(messages: list[dict]) -> list[bytes]:
 
 @pytest.mark.parametrize("content_type", [b"application/json", b"text/event-stream"])
 @pytest.mark.parametrize("encoding", [b"gzip", b"br", b"gzip, identity"])
-def test_an_encoded_body_passes_untouched_with_the_header(content_type, encoding):
-    # Bytes that would be taken for JSON and for an event, if they were looked at.
+def test_an_encoded_body_is_unchanged_and_has_the_header(content_type, encoding):
+    # These bytes would be parsed as JSON and as an event if they were read.
     pieces = [b"{", b'data: {"choices":[{"finish_reason":"stop"}]}\n\n', b"}"]
     encoded = app(content_type, pieces, (b"content-encoding", encoding))
-    messages = sent_by(ResponseMiddleware(encoded))
+    messages = messages_of(ResponseMiddleware(encoded))
     assert bodies(messages) == pieces
     headers = dict(messages[0]["headers"])
     assert headers[b"content-length"] == str(sum(map(len, pieces))).encode()
@@ -67,43 +67,43 @@ def test_an_encoded_body_passes_untouched_with_the_header(content_type, encoding
 
 
 @pytest.mark.parametrize("more", [(), ((b"content-encoding", b"identity"),)])
-def test_a_body_that_is_not_encoded_gets_the_object(more):
-    messages = sent_by(ResponseMiddleware(app(b"application/json", [PLAIN], *more)))
+def test_an_unencoded_body_gets_the_object(more):
+    messages = messages_of(ResponseMiddleware(app(b"application/json", [PLAIN], *more)))
     body = b"".join(bodies(messages))
     assert json.loads(body)["diversity"]["level"] == 0.5
     assert dict(messages[0]["headers"])[b"content-length"] == str(len(body)).encode()
 
 
-def test_the_header_is_small_and_the_body_has_what_was_asked_for():
-    """Proxies' buffers for headers are of a few thousand bytes."""
+def test_the_header_is_small_and_the_body_has_all_values():
+    """Proxies' buffers for headers have a few thousand bytes."""
     breakers = [f"{number:02}" + "\u20ac" * 62 for number in range(32)]
     group = {"id": "\u20ac" * 64, "index": 1, "size": 4}
     asked = {"dry_multiplier": 1, "dry_sequence_breakers": breakers, "group": group}
     answer = app(b"application/json", [PLAIN], asked=asked)
-    start, *rest = sent_by(ResponseMiddleware(answer))
+    start, *rest = messages_of(ResponseMiddleware(answer))
     header = dict(start["headers"])[HEADER]
     assert len(header) < 500
     assert json.loads(header)["dry_sequence_breakers"] == 32
-    said = json.loads(b"".join(bodies([start, *rest])))["diversity"]
-    assert said["dry_sequence_breakers"] == breakers
-    assert said["group"] == group
+    reported = json.loads(b"".join(bodies([start, *rest])))["diversity"]
+    assert reported["dry_sequence_breakers"] == breakers
+    assert reported["group"] == group
 
 
 def test_around_gzip_the_body_can_still_be_decompressed():
-    messages = sent_by(ResponseMiddleware(GZipMiddleware(app(b"application/json", [PLAIN]))))
+    messages = messages_of(ResponseMiddleware(GZipMiddleware(app(b"application/json", [PLAIN]))))
     assert gzip.decompress(b"".join(bodies(messages))) == PLAIN
     assert HEADER in dict(messages[0]["headers"])
 
 
-def test_inside_of_gzip_the_object_is_in_the_compressed_body():
-    messages = sent_by(GZipMiddleware(ResponseMiddleware(app(b"application/json", [PLAIN]))))
+def test_inside_gzip_the_object_is_in_the_compressed_body():
+    messages = messages_of(GZipMiddleware(ResponseMiddleware(app(b"application/json", [PLAIN]))))
     assert json.loads(gzip.decompress(b"".join(bodies(messages))))["diversity"]["level"] == 0.5
     assert HEADER in dict(messages[0]["headers"])
 
 
 @pytest.mark.parametrize("end", ["completed", "incomplete", "failed"])
 def test_responses_carry_the_object_in_their_last_event_however_they_end(end):
-    """vLLM says `completed` of every end up to 0.32, and `incomplete` of a cut text since 0.33."""
+    """Up to 0.32 vLLM always reports `completed`; since 0.33 `incomplete` for a cut text."""
     kinds = ("created", "in_progress", end)
     usages = (None, None, {"output_tokens": 16})
     events = [
@@ -114,31 +114,31 @@ def test_responses_carry_the_object_in_their_last_event_however_they_end(end):
         f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
         for event in events
     ]
-    messages = sent_by(ResponseMiddleware(app(b"text/event-stream", pieces)))
+    messages = messages_of(ResponseMiddleware(app(b"text/event-stream", pieces)))
     assert bodies(messages)[:-1] == pieces[:-1]
     last = json.loads(bodies(messages)[-1].split(b"data: ")[1])
     assert last["response"].pop("diversity")["level"] == 0.5
     assert last == events[-1]
 
 
-def test_what_a_request_starts_knows_the_request():
-    """The policy's decision holds where the engine is asked: in tasks and in a stream's body."""
-    seen = []
+def test_tasks_and_streams_of_a_request_have_its_context():
+    """The policy's decision must be available there, because they send requests to the engine."""
+    contexts = []
 
     async def app(scope, receive, send):
-        async def noted() -> None:
-            seen.append(request_context.opened())
+        async def record() -> None:
+            contexts.append(request_context.opened())
 
         async def body():
-            await asyncio.create_task(noted())
+            await asyncio.create_task(record())
             yield b"{}"
 
-        await noted()
+        await record()
         newest = {**scope, "asgi": {"spec_version": "2.4"}}  # Nobody listens for a disconnect.
         await StreamingResponse(body())(newest, receive, send)
 
     for _ in range(2):
-        sent_by(ResponseMiddleware(app))
-    assert seen[0] == seen[1] != seen[2] == seen[3]
-    assert None not in seen
+        messages_of(ResponseMiddleware(app))
+    assert contexts[0] == contexts[1] != contexts[2] == contexts[3]
+    assert None not in contexts
     assert request_context.opened() is None

@@ -1,4 +1,4 @@
-"""Every route that the plug-in adds to vLLM's app answers nothing without the server's API key."""
+"""Every route that the plug-in adds to vLLM's app requires the server's API key."""
 
 import asyncio
 import re
@@ -17,7 +17,7 @@ REFUSED = 401
 
 @pytest.fixture(params=["hook", "plug-in"])
 def attach(request):
-    """The two ways by which our routes come to an app."""
+    """The two methods by which our routes are added to an app."""
     return app.extend if request.param == "hook" else app.EndpointPlugin().attach_router
 
 
@@ -25,7 +25,7 @@ def attach(request):
 def served(attach, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.delenv("DFTSERVE_DISABLE", raising=False)
-    monkeypatch.setattr("vllm.plugins.plugins_loaded", True)  # Or this process would have hooks.
+    monkeypatch.setattr("vllm.plugins.plugins_loaded", True)  # No hooks in this process.
 
     def serve(*flags: str) -> tuple[FastAPI, list[BaseRoute]]:
         """The app, and the routes that are ours."""
@@ -37,8 +37,8 @@ def served(attach, monkeypatch):
     return serve
 
 
-def asked(fast: FastAPI, route: BaseRoute, key: str | None) -> dict[str, int]:
-    """The status by method, of a route of any kind."""
+def statuses(fast: FastAPI, route: BaseRoute, key: str | None) -> dict[str, int]:
+    """A route's status by HTTP method."""
     path = re.sub(r"{[^}]*}", "x", getattr(route, "path", "")) or "/"
     methods = getattr(route, "methods", None) or {"GET", "POST"}
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -54,34 +54,34 @@ def asked(fast: FastAPI, route: BaseRoute, key: str | None) -> dict[str, int]:
     return asyncio.run(run())
 
 
-def open_to_all(fast: FastAPI, routes: list[BaseRoute]) -> list[str]:
-    """The paths and methods of routes that answer without the key, or with another one."""
+def unprotected(fast: FastAPI, routes: list[BaseRoute]) -> list[str]:
+    """The methods and paths of routes that answer without the key or with a wrong one."""
     return [
         f"{method} {getattr(route, 'path', route)}"
         for route in routes
         for key in (None, "another", "")
-        for method, status in asked(fast, route, key).items()
+        for method, status in statuses(fast, route, key).items()
         if status != REFUSED
     ]
 
 
-def test_every_own_route_is_behind_the_key(served):
+def test_every_route_of_the_plug_in_requires_the_key(served):
     fast, ours = served("--api-key", KEY)
     assert app.ROUTE in {getattr(route, "path", None) for route in ours}
-    assert open_to_all(fast, ours) == []
+    assert unprotected(fast, ours) == []
     for route in ours:
-        assert not {REFUSED, 404, 405, 500} & set(asked(fast, route, KEY).values())
+        assert not {REFUSED, 404, 405, 500} & set(statuses(fast, route, KEY).values())
 
 
 def test_a_server_without_a_key_answers(served):
     fast, ours = served()
     assert ours
     for route in ours:
-        assert set(asked(fast, route, None).values()) == {200}
+        assert set(statuses(fast, route, None).values()) == {200}
 
 
 @pytest.mark.parametrize("path", ["/dft/open", "/dft/{name}", "/metrics/dft"])
-def test_a_new_route_that_is_open_is_found(served, monkeypatch, path):
+def test_a_new_unprotected_route_is_detected(served, monkeypatch, path):
     extend = app._extend
 
     def with_more(fast: FastAPI) -> None:
@@ -90,4 +90,4 @@ def test_a_new_route_that_is_open_is_found(served, monkeypatch, path):
 
     monkeypatch.setattr(app, "_extend", with_more)
     fast, ours = served("--api-key", KEY)
-    assert any(path in found for found in open_to_all(fast, ours))
+    assert any(path in route for route in unprotected(fast, ours))

@@ -1,5 +1,5 @@
-"""The training kernel: interpreted, against fp64 autograd of the definitions; compiled to machine
-code and launched, without a GPU."""
+"""The training kernel: interpreted, compared with fp64 autograd of the definitions; compiled to
+machine code and launched without a GPU."""
 
 import os
 
@@ -31,19 +31,19 @@ KINDS = [
 
 
 @compiled_only
-def test_interpreted():
+def test_this_file_passes_interpreted():
     assert " passed" in interpreted.run(__file__)
 
 
 def target_of(vocabulary, *, is_sparse=False):
-    """Of few tokens, so that draws and the text's own token are among each other and the top."""
+    """Labels among few tokens, so that they often coincide with draws and top entries."""
     generator = torch.Generator().manual_seed(1)
     logits_RV = 2 * torch.randn(R, vocabulary, generator=generator)
     if is_sparse:
         logits_RV[:, 9:] = -torch.inf
     labels_R = torch.randint(9, (R,), generator=generator)
-    kept = sparsify(logits_RV.log_softmax(1), labels_R, k=4, draws=6, generator=generator)
-    return d.TargetRows.of(labels_R.numpy(), kept)
+    targets = sparsify(logits_RV.log_softmax(1), labels_R, k=4, draws=6, generator=generator)
+    return d.TargetRows.of(labels_R.numpy(), targets)
 
 
 def head_of(vocabulary, scale, cap):
@@ -61,38 +61,38 @@ def head_of(vocabulary, scale, cap):
 @pytest.mark.parametrize(
     ("scale", "cap", "vocabulary", "is_sparse"), [(2.0, 5.0, 41, False), (1.0, None, 5000, True)]
 )
-def test_gradients_are_those_of_fp64(monkeypatch, divergence, scale, cap, vocabulary, is_sparse):
-    """Of hidden states, head and bias, over several chunks: 1e-5 of their norm, and what float32
-    leaves of numbers around 1 that cancel."""
+def test_loss_and_gradients_match_fp64(monkeypatch, divergence, scale, cap, vocabulary, is_sparse):
+    """For hidden states, head and bias, over several chunks: within 1e-5 of the norm, plus the
+    float32 error of numbers around 1 that cancel."""
     monkeypatch.setattr(row_pass, "has_kernel", lambda device: True)
-    monkeypatch.setattr(d.Rows, "of", None)  # What plain torch would begin with.
+    monkeypatch.setattr(d.Rows, "of", None)  # The plain-torch path calls it.
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 2 * vocabulary)
     target = target_of(vocabulary, is_sparse=is_sparse)
-    leaves, of = head_of(vocabulary, scale, cap)
+    leaves, make_head = head_of(vocabulary, scale, cap)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    hidden_RD, exact = of(*wide)
+    hidden_RD, exact = make_head(*wide)
     logits_RV = exact.logits(hidden_RD)
     expected = divergence.reference(logits_RV, target).sum()
     expected_gradients = torch.autograd.grad(expected, wide, retain_graph=True)
-    hidden_RD, ours = of(*leaves)
-    found = head.head_loss(ours, hidden_RD, target, divergence)
-    gradients = torch.autograd.grad(found.loss, leaves)
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
-    for got, wanted in zip(gradients, expected_gradients, strict=True):
-        assert (got - wanted).norm() <= 1e-5 * wanted.norm() + 2e-6
+    hidden_RD, ours = make_head(*leaves)
+    result = head.head_loss(ours, hidden_RD, target, divergence)
+    gradients = torch.autograd.grad(result.loss, leaves)
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    for gradient, exact_gradient in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - exact_gradient).norm() <= 1e-5 * exact_gradient.norm() + 2e-6
     p_RV = logits_RV.softmax(dim=1)
     entropy = -torch.xlogy(p_RV, p_RV).sum().item()
-    assert found.model_entropy.item() == pytest.approx(entropy, rel=1e-5)
+    assert result.model_entropy.item() == pytest.approx(entropy, rel=1e-5)
 
 
 @interpreted_only
-def test_the_check_at_the_start_agrees():
+def test_the_self_check_passes():
     assert row_pass.self_check(CPU)
 
 
 @interpreted_only
 @pytest.mark.parametrize("name", ["POINTS", "REVERSE_KL", "SKEW_KL", "JENSEN_SHANNON"])
-def test_the_check_at_the_start_sees_another_divergence(monkeypatch, name):
+def test_the_self_check_detects_another_divergence(monkeypatch, name):
     other = (getattr(row_kernel, name) + 1) % 4
     monkeypatch.setattr(row_kernel, name, other)
     of_float32 = [case for case in row_pass.cases() if case.dtype is torch.float32]
@@ -101,8 +101,8 @@ def test_the_check_at_the_start_sees_another_divergence(monkeypatch, name):
 
 
 @compiled_only
-def test_the_check_at_the_start_has_all_that_the_kernel_takes():
-    """Each divergence: in every type, scaled or not, capped or not."""
+def test_the_self_check_covers_all_that_the_kernel_supports():
+    """Each divergence in every type, scaled or not, capped or not."""
     tried = list(row_pass.cases())
     for kind in {type(case.divergence) for case in tried}:
         of_kind = [case for case in tried if type(case.divergence) is kind]
@@ -124,18 +124,18 @@ FAULTS = {
 
 @compiled_only
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_check_at_the_start_sees_a_fault(monkeypatch, fault):
-    """Plain torch in the kernel's place, which agrees but for the fault."""
+def test_the_self_check_detects_a_fault(monkeypatch, fault):
+    """Plain torch replaces the kernel, with the fault and then without it."""
 
     def plain(divergence, target, scale, cap):
-        def way(raw_RV, part):
+        def row_pass_of_part(raw_RV, part):
             raw_RV, options = FAULTS[fault](raw_RV, {"scale": scale, "cap": cap})
             loss_R, entropy_R, gradient_RV = row_pass.PlainPass(divergence, target, **options)(
                 raw_RV, part
             )
             return loss_R, entropy_R, gradient_RV.to(raw_RV.dtype)
 
-        return way
+        return row_pass_of_part
 
     monkeypatch.setattr(row_pass, "_fused", plain)
     assert not row_pass.self_check(CPU)
@@ -151,16 +151,16 @@ def cache(tmp_path_factory):
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_divergence_is_compiled_once_and_launched_again(capability, cache):
-    """Whatever the part of a batch; logits are loaded sixteen bytes at a time."""
+    """For any part of a batch. Logits are loaded sixteen bytes at a time."""
     kernels = {"_row_pass": row_kernel._row_pass}
     target = target_of(64).to(torch.float32)
     with fake_gpu(capability, cache, kernels) as gpu:
         cases = [(each, torch.bfloat16, None) for each in KINDS]
         cases += [(KINDS[-1], torch.float32, None), (KINDS[1], torch.bfloat16, 5.0)]
         for divergence, dtype, cap in cases:
-            way = row_pass._fused(divergence, target, 1.0, cap)
+            fused = row_pass._fused(divergence, target, 1.0, cap)
             for part in (slice(0, 3), slice(3, 5)):
-                way(torch.zeros(part.stop - part.start, 64, dtype=dtype), part)
+                fused(torch.zeros(part.stop - part.start, 64, dtype=dtype), part)
         assert gpu.launched() == {"_row_pass": 2 * len(cases)}
         # SFT is forward KL without a target.
         assert gpu.loaded == {"_row_pass": len(cases) - 1}
@@ -170,16 +170,16 @@ def test_every_divergence_is_compiled_once_and_launched_again(capability, cache)
 
 
 @compiled_only
-def test_a_kernel_that_fails_or_disagrees_is_said_and_not_used(monkeypatch, caplog):
-    """On whatever is called a GPU: plain torch goes on."""
+def test_a_kernel_that_fails_or_disagrees_is_logged_and_not_used(monkeypatch, caplog):
+    """For a CUDA device; a CPU never uses the kernel."""
 
     def fails(device):
         raise RuntimeError("no compiler")
 
-    for check, says in ((fails, "fails"), (lambda device: False, "disagrees")):
+    for check, message in ((fails, "fails"), (lambda device: False, "disagrees")):
         monkeypatch.setattr(row_pass, "self_check", check)
         row_pass.has_kernel.cache_clear()
         assert not row_pass.has_kernel(torch.device("cuda"))
-        assert says in caplog.text
+        assert message in caplog.text
     row_pass.has_kernel.cache_clear()
     assert not row_pass.has_kernel(CPU)

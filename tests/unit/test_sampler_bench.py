@@ -1,4 +1,4 @@
-"""bench/sampler.py: what a captured graph reads stays as long as the graph."""
+"""bench/sampler.py: the buffers that a captured graph reads are kept as long as the graph."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ import torch
 
 @pytest.fixture
 def sampler(monkeypatch):
-    """The bench, with a CUDA that captures nothing."""
+    """The bench with a fake CUDA that captures nothing."""
     nothing = contextlib.nullcontext()
     replays = []
     fake = SimpleNamespace(
@@ -28,7 +28,7 @@ def sampler(monkeypatch):
     return module
 
 
-def test_a_captured_graph_keeps_the_buffers_of_its_way(sampler):
+def test_a_captured_graph_keeps_its_buffers(sampler):
     logits_RV = torch.randn(2, 300)
 
     class Buffered:
@@ -38,10 +38,10 @@ def test_a_captured_graph_keeps_the_buffers_of_its_way(sampler):
         def __call__(self, logits_RV):
             self.buffer.copy_(logits_RV)
 
-    way = Buffered()
-    buffer = weakref.ref(way.buffer)
-    captured = sampler._captured(way, logits_RV, logits_RV)
-    del way
+    variant = Buffered()
+    buffer = weakref.ref(variant.buffer)
+    captured = sampler._captured(variant, logits_RV, logits_RV)
+    del variant
     gc.collect()
     assert buffer() is not None
     captured(logits_RV)
@@ -53,10 +53,10 @@ def test_a_captured_graph_keeps_the_buffers_of_its_way(sampler):
     assert buffer() is None
 
 
-def test_the_ways_hold_the_backend_that_they_use(sampler):
-    """Ours are closures: the transform with its buffers lives in them."""
+def test_our_variants_keep_their_backend(sampler):
+    """They are closures, which hold the transform and its buffers."""
     for name in ("ours", "half", "tenth"):
-        way = sampler.WAYS[name](4, torch.device("cpu"))
-        way(torch.randn(4, 300))
-        held = [cell.cell_contents for cell in way.__closure__]
-        assert any(type(each).__name__ == "NumbaBackend" for each in held), name
+        variant = sampler.WAYS[name](4, torch.device("cpu"))
+        variant(torch.randn(4, 300))
+        cells = [cell.cell_contents for cell in variant.__closure__]
+        assert any(type(each).__name__ == "NumbaBackend" for each in cells), name
