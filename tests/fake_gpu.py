@@ -39,6 +39,10 @@ class FakeGPU:
         """Machine code that was loaded: once for each time that a kernel was compiled."""
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
         """Kernel and grid."""
+        self.current = 0
+        """The device that the process is on."""
+        self.devices: list[int] = []
+        """Of each launch, the device that was current."""
         self.arguments: list[list[Any]] = []
         """Of each launch, what the kernel was given."""
         self.signatures: dict[str, dict[str, str]] = {}
@@ -52,7 +56,23 @@ class FakeGPU:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.current
+
+    @contextmanager
+    def tensors_on(self, device: int) -> Iterator[None]:
+        """Every tensor says that it lies on this device, whichever is current."""
+
+        def exchange(index: int) -> int:
+            former = self.current
+            self.current = max(index, 0)
+            return former
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            patch.setattr(torch.Tensor, "get_device", lambda tensor: device)
+            for name in ("_exchange_device", "_maybe_exchange_device"):
+                patch.setattr(torch.cuda, name, exchange)
+            yield
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -62,6 +82,7 @@ class FakeGPU:
 
         def launch(x, y, z, *rest):
             self.launches.append((metadata.name, (x, y, z)))
+            self.devices.append(self.current)
             self.arguments.append([each for each in rest if isinstance(each, torch.Tensor | int)])
 
         return launch
@@ -94,5 +115,6 @@ def fake_gpu(
 
 def compiled_kernels(kernels: Mapping[str, JITFunction] = KERNELS) -> list[CompiledKernel]:
     """Of all kernels, whatever they were compiled for."""
-    caches = [kernel.device_caches[0][0] for kernel in kernels.values()]
+    devices = [each for kernel in kernels.values() for each in kernel.device_caches.values()]
+    caches = [cache for cache, *_ in devices]
     return [compiled for cache in caches for compiled in cache.values()]

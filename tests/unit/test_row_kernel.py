@@ -170,6 +170,19 @@ def test_every_divergence_is_compiled_once_and_launched_again(capability, cache)
 
 
 @compiled_only
+def test_it_is_launched_where_the_logits_are(cache):
+    """Processes of one machine check their models before each has made its GPU the current one."""
+    kernels = {"_row_pass": row_kernel._row_pass}
+    target = target_of(64).to(torch.float32)
+    with fake_gpu(90, cache, kernels) as gpu:
+        way = row_pass._fused(KINDS[0], target, 1.0, None)
+        with gpu.tensors_on(1):
+            way(torch.zeros(3, 64), slice(0, 3))
+        assert gpu.devices == [1]
+        assert gpu.current == 0
+
+
+@compiled_only
 def test_a_kernel_that_fails_or_disagrees_is_said_and_not_used(monkeypatch, caplog):
     """On whatever is called a GPU: plain torch goes on."""
 
