@@ -21,7 +21,7 @@ import inspect
 import itertools
 import logging
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,6 +324,11 @@ def _check_padding_row(model: PreTrainedModel, name: str) -> None:
 # ── Hidden states and logits ─────────────────────────────────────────────────────────────────────
 
 
+as_it_is = torch.compiler.disable(recursive=False)
+"""For a function of ours within a model that torch.compile compiles: it puts functions in others'
+places, which cannot be compiled; the model that it calls is."""
+
+
 @dataclass(frozen=True)
 class Head:
     """How hidden states become logits: cap·tanh(scale·(h Wᵀ + b)/cap)."""
@@ -379,6 +384,8 @@ class LanguageModel:
         self._forward = model.forward
         self._accepts = inspect.signature(model.forward).parameters
         self._layer = self._linear()
+        self._seen: list[Tensor] = []
+        self._take = _taking(self._seen)
         self._config = model.config.get_text_config()
         self._scale, self._cap = 1.0, None
         self.text_N = _text(tokens_N, self._config.vocab_size)
@@ -413,9 +420,11 @@ class LanguageModel:
         the mask is a float [B, 1, N, tokens of the cache and N]."""
         return self._states(inputs, cache)
 
+    @as_it_is
     def _states(self, inputs: Mapping[str, Tensor], cache: Cache | None) -> States:
-        with _out_of_use(self._layer) as seen:
+        with self._out_of_use() as seen:
             output = self._forward(**self._given(inputs, cache))
+            seen = list(seen)
         if len(seen) != 1:
             raise ValueError(
                 f"{self.family} uses its output layer {len(seen)} times in one forward; accepted: "
@@ -429,7 +438,7 @@ class LanguageModel:
         Raises:
             ValueError: the family does not give them.
         """
-        with _out_of_use(self._layer):
+        with self._out_of_use():
             output = self._forward(**self._given(inputs), output_hidden_states=True)
         states = getattr(output, "hidden_states", None)
         shape = inputs["input_ids"].shape
@@ -667,6 +676,19 @@ class LanguageModel:
             settings["past_key_values"] = cache
         return given | {name: settings[name] for name in settings if name in self._accepts}
 
+    @contextmanager
+    def _out_of_use(self) -> Iterator[list[Tensor]]:
+        """What the output layer is given within, in place of its work."""
+        layer, before = self._layer, vars(self._layer).get("forward")
+        layer.forward = self._take  # type: ignore[method-assign]
+        try:
+            yield self._seen
+        finally:
+            self._seen.clear()  # A batch's hidden states, which nothing here must keep.
+            del layer.forward
+            if before is not None:
+                layer.forward = before
+
     def _auxiliary(self, output: Any) -> Tensor | None:
         loss = getattr(output, "aux_loss", None)
         if not isinstance(loss, Tensor):
@@ -758,23 +780,17 @@ def _originally(config: Any) -> str:
     return "" if number is None else f" ({ORIGINAL}: {number:,})"
 
 
-@contextmanager
-def _out_of_use(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """The layer takes what it is given, and gives one column of it: enough for what follows it."""
-    seen: list[Tensor] = []
+def _taking(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """What stands in for an output layer's forward: it takes what the layer is given, and gives one
+    column of it, enough for what follows. One for all passes: torch.compile compiles a model anew
+    for each function that it meets."""
 
+    @torch.compiler.disable
     def take(hidden_BND: Tensor) -> Tensor:
         seen.append(hidden_BND)
         return hidden_BND[..., :1]
 
-    before = vars(layer).get("forward")
-    layer.forward = take  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
+    return take
 
 
 @contextmanager

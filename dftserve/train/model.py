@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from dftserve.lm import Head, LanguageModel
+from dftserve.lm import Head, LanguageModel, as_it_is
 from dftserve.train.continuations import Layout
 from dftserve.train.divergences import SFT, Divergence, TargetRows
 from dftserve.train.head import head_loss
@@ -74,6 +74,7 @@ def attach(
     language_model = LanguageModel(model, name, tokens_N)
     _check_loss(language_model)
 
+    @as_it_is
     def forward(
         self,
         *args,

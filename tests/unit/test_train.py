@@ -17,6 +17,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from dftserve import checkpoint, digest, lm
 from dftserve.settings import SYNONYMS
@@ -131,6 +132,30 @@ def test_a_packed_batch_is_each_document_alone_under_the_models_own_logits(store
     assert float(found.human_nll) == pytest.approx(float(nll), rel=1e-5)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6
+
+
+def test_a_compiled_model_is_the_same_and_is_compiled_once(store):
+    """`torch_compile`: loss and gradients, to rounding; no step waits for another compilation."""
+    batch = batch_of(store, 64, packing=True)
+    model = small_model()
+    attach(model, ForwardKL(weight=0.7))
+    plain = model(**batch)
+    plain.loss.backward()
+    gradients = [value.grad.clone() for value in model.parameters()]
+    torch._dynamo.reset()
+    compilations = CompileCounter()
+    compiled = torch.compile(model, backend=compilations)
+    counts = []
+    for _ in range(3):
+        model.zero_grad()
+        found = compiled(**batch)
+        found.loss.backward()
+        assert float(found.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-6)
+        for value, gradient in zip(model.parameters(), gradients, strict=True):
+            assert (value.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7
+        counts.append(compilations.frame_count)
+    assert counts == [counts[0]] * 3
+    assert counts[0] > 0
 
 
 def test_without_targets_the_model_is_what_it_was():
