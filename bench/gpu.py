@@ -5,7 +5,9 @@
 Runs from a copy of the tree, on a machine with torch, Triton, transformers and numba and without a
 network, in under four minutes on one GPU. `--device cpu --quick` is a trial run without a GPU, in
 under three minutes. Stages:
-    exactness  rows of every kind and law against the law in fp64 numpy (tests/reference.py)
+    exactness  rows of every kind and law against the law in fp64 numpy (tests/reference.py), and
+               repeated, bit for bit; steps with a style, DRY, a group and two rows per request
+               against plain torch on a CPU
     sampler    the variants of bench/sampler.py: ours over a copy of the logits
     step       the time of a whole step, with statistics, stop tokens and token classes: on the host
                until the call returns, on the device, and as a replay of a CUDA graph
@@ -44,12 +46,21 @@ from dftserve.sampling import (
     Controls,
     SlotControls,
     Step,
+    StyleControls,
+    StyleTables,
+    Texts,
     TokenClasses,
     control_row,
     get_backend,
+    get_style_stage,
     transform_step,
 )
+from dftserve.sampling.backends.plain_torch import TorchBackend
+from dftserve.sampling.dry import DryControls, SlotRepeats
+from dftserve.sampling.group import GroupCodes, GroupRow
+from dftserve.sampling.style import PlainStyleStage
 from dftserve.spec import parse
+from tests.profiles import random_profile
 from tests.reference import cut_reference, reference, words_reference
 from tests.rows import KINDS, make_rows
 
@@ -240,7 +251,94 @@ def exactness(device: torch.device, size: Size) -> dict[str, Any]:
                 off = abs(float(entropy_R[r]) - expected.entropy_after)
                 worst["nats"] = max(worst["nats"], off)
                 compared += 1
-    return {"backend": type(backend).__name__, "rows": compared, "worst": worst}
+    found = {"backend": type(backend).__name__, "rows": compared, "worst": worst}
+    repeated(device, size, backend)
+    return found | {"steps": engine_steps(device)}
+
+
+def repeated(device: torch.device, size: Size, backend: Any) -> None:
+    """The same rows give the same bits however often: threads that race would not."""
+    for asked in (*LAWS, *CUTTING_LAWS):
+        logits_RV = make_rows(["few", "gaussian"] * 16, size.step_vocabulary, 5).to(device)
+        first_RV, _ = rewritten(logits_RV, asked, frozenset({1, 5}), backend)
+        for _ in range(REPEATS):
+            again_RV, _ = rewritten(logits_RV, asked, frozenset({1, 5}), backend)
+            if not torch.equal(first_RV.view(torch.int32), again_RV.view(torch.int32)):
+                raise ArithmeticError(f"{asked}: other bits when it was done again")
+
+
+REPEATS = 20
+
+
+def engine_steps(device: torch.device) -> dict[str, Any]:
+    """Steps with a style, DRY, `budget`, a group and an idle slot, two rows each: on the device and
+    by plain torch on a CPU. The largest difference of logits and of what the slots hold."""
+    cpu, profiles = torch.device("cpu"), [random_profile(1, SMALL)]
+    stage = get_style_stage(device, profiles)
+    ways = (
+        engine_on(device, get_backend(device), stage),
+        engine_on(cpu, TorchBackend(cpu), PlainStyleStage(StyleTables.of(profiles))),
+    )
+    worst = {"logits": 0.0, "slots": 0.0}
+    for at in range(STEPS):
+        logits_RV = make_rows(["few", "gaussian"] * SLOTS, SMALL, at)
+        both = zip(*(way(logits_RV, at) for way in ways), strict=True)
+        for name, (got, expected) in zip(worst, both, strict=True):
+            if not np.array_equal(np.isinf(got), np.isinf(expected)):
+                raise ArithmeticError(f"step {at}: another support, or another token of a group")
+            there = ~np.isinf(got)
+            off = float(np.abs(got[there] - expected[there]).max())
+            if not off < FAR:
+                raise ArithmeticError(f"step {at}: {name} are {off:.2g} from plain torch's")
+            worst[name] = max(worst[name], off)
+    return {"style stage": type(stage).__name__, "worst": worst}
+
+
+SMALL, SLOTS, STEPS = 257, 4, 30
+FAR = 5e-3
+"""Between float32 on a device and on a CPU there is a tenth of it; a race or a wrong index leaves
+hundreds of times as much."""
+
+
+def engine_on(
+    device: torch.device, backend: Any, stage: Any
+) -> Callable[[Tensor, int], tuple[np.ndarray, np.ndarray]]:
+    """A step of an engine, by the number of the step: the rows after it, and the slots' figures."""
+    style = StyleControls(profile=0, strength=0.7, max_kl=0.05)
+    budget = parse({"law": "budget", "target_entropy": 1.5})
+    controls, slots = SlotControls(SLOTS, device), backend.create_slots(SLOTS, 2)
+    repeats, codes = SlotRepeats(SLOTS, device), GroupCodes(SLOTS, 2, device)
+    for slot, (asked, own) in enumerate(((parse(0.5), style), (budget, None), (parse(0.5), None))):
+        common = {"temperature": 0.9, "logits_divisor": 1.0, "stop_ids": frozenset({3})}
+        controls.put(slot, control_row(asked, style=own, **common))
+        slots.open(slot)
+    repeats.put(1, DryControls(0.8, 1.75, 2, np.zeros(SMALL, bool)))
+    codes.open(2, GroupRow(code=0.3, bits=4.0, scale=1 / 0.9))
+    slot_R = torch.arange(2 * SLOTS, device=device) // 2
+    offset_R = (torch.arange(2 * SLOTS, device=device) % 2).int()
+    tokens_SL = (torch.arange(64, device=device) % 5).int().repeat(SLOTS, 1)
+    begin_S = torch.zeros(SLOTS, dtype=torch.int32, device=device)
+
+    def step_once(logits_RV: Tensor, at: int) -> tuple[np.ndarray, np.ndarray]:
+        logits_RV = logits_RV.to(device, copy=True)
+        at_R = at + 8 + offset_R.long()
+        texts = Texts(tokens_SL, begin_S, at_R, (at_R % 5).int())
+        penalties = repeats.penalties(
+            *(texts, slot_R, offset_R), slots=np.array([1]), most_rows=2, longest_text=64
+        )
+        step = Step(
+            *(controls.on_device(), slot_R, at_R, offset_R),
+            has_idle_rows=True,
+            texts=texts,
+            penalties=penalties,
+        )
+        transform_step(logits_RV, step, slots, backend, stage)
+        codes.draw(logits_RV, step, 2)
+        snapshot = slots.snapshot()
+        snapshot.copy.wait()
+        return logits_RV.cpu().numpy(), snapshot.rows(np.arange(SLOTS))
+
+    return step_once
 
 
 def rewritten(

@@ -22,7 +22,7 @@ import inspect
 import itertools
 import logging
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,6 +325,11 @@ def _check_padding_row(model: PreTrainedModel, name: str) -> None:
 # ── Hidden states and logits ─────────────────────────────────────────────────────────────────────
 
 
+uncompiled = torch.compiler.disable(recursive=False)
+"""Decorates a function that runs inside a model compiled by torch.compile and replaces methods,
+which cannot be compiled. The model that the function calls is still compiled."""
+
+
 @dataclass(frozen=True)
 class Head:
     """How hidden states become logits: cap·tanh(scale·(h Wᵀ + b)/cap)."""
@@ -380,6 +385,8 @@ class LanguageModel:
         self._forward = model.forward
         self._accepts = inspect.signature(model.forward).parameters
         self._layer = self._linear()
+        self._captured: list[Tensor] = []
+        self._capture = _capturing(self._captured)
         self._config = model.config.get_text_config()
         self._scale, self._cap = 1.0, None
         self.text_N = _text(tokens_N, self._config.vocab_size)
@@ -415,9 +422,11 @@ class LanguageModel:
         added; the mask is a float [B, 1, N, tokens of the cache and N]."""
         return self._states(inputs, cache)
 
+    @uncompiled
     def _states(self, inputs: Mapping[str, Tensor], cache: Cache | None) -> States:
-        with _bypassed(self._layer) as captured:
+        with self._bypassed_head() as inputs_of_head:
             output = self._forward(**self._given(inputs, cache))
+            captured = list(inputs_of_head)
         if len(captured) != 1:
             raise ValueError(
                 f"{self.family} uses its output layer {len(captured)} times in one forward; "
@@ -431,7 +440,7 @@ class LanguageModel:
         Raises:
             ValueError: the family does not return them.
         """
-        with _bypassed(self._layer):
+        with self._bypassed_head():
             output = self._forward(**self._given(inputs), output_hidden_states=True)
         states = getattr(output, "hidden_states", None)
         shape = inputs["input_ids"].shape
@@ -673,6 +682,19 @@ class LanguageModel:
             settings["past_key_values"] = cache
         return given | {name: settings[name] for name in settings if name in self._accepts}
 
+    @contextmanager
+    def _bypassed_head(self) -> Iterator[list[Tensor]]:
+        """Capture the output layer's inputs in the yielded list, in place of its work."""
+        layer, before = self._layer, vars(self._layer).get("forward")
+        layer.forward = self._capture  # type: ignore[method-assign]
+        try:
+            yield self._captured
+        finally:
+            self._captured.clear()  # Do not keep a batch's hidden states alive.
+            del layer.forward
+            if before is not None:
+                layer.forward = before
+
     def _auxiliary(self, output: Any) -> Tensor | None:
         loss = getattr(output, "aux_loss", None)
         if not isinstance(loss, Tensor):
@@ -764,24 +786,17 @@ def _originally(config: Any) -> str:
     return "" if number is None else f" ({ORIGINAL}: {number:,})"
 
 
-@contextmanager
-def _bypassed(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """Capture the layer's inputs in the yielded list, and return one column of them as its output:
-    enough for the code that follows the layer."""
-    captured: list[Tensor] = []
+def _capturing(captured: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A replacement for an output layer's forward: it appends its input to the list, and returns
+    one column of it, which is enough for the code that follows the layer. One function serves all
+    passes, because torch.compile recompiles a model for each function that it encounters."""
 
+    @torch.compiler.disable
     def capture(hidden_BND: Tensor) -> Tensor:
         captured.append(hidden_BND)
         return hidden_BND[..., :1]
 
-    before = vars(layer).get("forward")
-    layer.forward = capture  # type: ignore[method-assign]
-    try:
-        yield captured
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
+    return capture
 
 
 @contextmanager

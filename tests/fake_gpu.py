@@ -39,6 +39,10 @@ class FakeGPU:
         """How often machine code was loaded, by kernel: once per compilation."""
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
         """Kernel and grid of each launch."""
+        self.current = 0
+        """The current device of the process."""
+        self.devices: list[int] = []
+        """The device that was current at each launch."""
         self.arguments: list[list[Any]] = []
         """The kernel's arguments for each launch."""
         self.signatures: dict[str, dict[str, str]] = {}
@@ -52,7 +56,23 @@ class FakeGPU:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.current
+
+    @contextmanager
+    def tensors_on(self, device: int) -> Iterator[None]:
+        """Every tensor says that it lies on this device, whichever is current."""
+
+        def exchange(index: int) -> int:
+            former = self.current
+            self.current = max(index, 0)
+            return former
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            patch.setattr(torch.Tensor, "get_device", lambda tensor: device)
+            for name in ("_exchange_device", "_maybe_exchange_device"):
+                patch.setattr(torch.cuda, name, exchange)
+            yield
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -62,6 +82,7 @@ class FakeGPU:
 
         def launch(x, y, z, *rest):
             self.launches.append((metadata.name, (x, y, z)))
+            self.devices.append(self.current)
             self.arguments.append([each for each in rest if isinstance(each, torch.Tensor | int)])
 
         return launch
@@ -93,6 +114,7 @@ def fake_gpu(
 
 
 def compiled_kernels(kernels: Mapping[str, JITFunction] = KERNELS) -> list[CompiledKernel]:
-    """All compiled variants of the kernels."""
-    caches = [kernel.device_caches[0][0] for kernel in kernels.values()]
+    """All compiled variants of the kernels, on all devices."""
+    devices = [each for kernel in kernels.values() for each in kernel.device_caches.values()]
+    caches = [cache for cache, *_ in devices]
     return [compiled for cache in caches for compiled in cache.values()]

@@ -25,7 +25,7 @@ class HostCopy:
             return cls(tensor.cpu().numpy().copy())
         on_host = tensor.to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(tensor.device))
         return cls(on_host.numpy(), copied)
 
     def is_there(self) -> bool:

@@ -31,6 +31,7 @@ class HeadLoss:
     """Σ of the model's next-token entropy in nats."""
 
 
+@torch.compiler.disable
 def head_loss(
     head: Head,
     hidden_ND: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from dftserve.lm import Head, LanguageModel
+from dftserve.lm import Head, LanguageModel, uncompiled
 from dftserve.train.continuations import Layout
 from dftserve.train.divergences import SFT, Divergence, TargetRows
 from dftserve.train.head import head_loss
@@ -75,6 +75,7 @@ def attach(
     language_model = LanguageModel(model, name, tokens_N)
     _check_loss(language_model)
 
+    @uncompiled
     def forward(
         self,
         *args,

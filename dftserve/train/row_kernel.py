@@ -107,25 +107,27 @@ def rewrite(
     rows, vocabulary = raw_RV.shape
     loss_R, entropy_R = torch.empty((2, rows), dtype=torch.float32, device=raw_RV.device)
     count = entries.ids_RE.shape[1]
-    _row_pass[(rows,)](
-        raw_RV,
-        entries.ids_RE,
-        entries.mass_RE,
-        entries.rest_R,
-        loss_R,
-        entropy_R,
-        raw_RV.stride(0),
-        vocabulary,
-        count,
-        scale,
-        1.0 if cap is None else cap,
-        entries.parameter,
-        KIND=entries.kind,
-        CAPPED=cap is not None,
-        BLOCK=BLOCK,
-        ENTRIES=triton.next_power_of_2(count),
-        num_warps=8,
-    )
+    with torch.cuda.device_of(raw_RV):  # Triton launches on the current device.
+        _row_pass[(rows,)](
+            raw_RV,
+            entries.ids_RE,
+            entries.mass_RE,
+            entries.rest_R,
+            loss_R,
+            entropy_R,
+            raw_RV.stride(0),
+            vocabulary,
+            count,
+            scale,
+            1.0 if cap is None else cap,
+            entries.parameter,
+            KIND=entries.kind,
+            CAPPED=cap is not None,
+            BLOCK=BLOCK,
+            ENTRIES=triton.next_power_of_2(count),
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
     return loss_R, entropy_R
 
 

@@ -170,6 +170,19 @@ def test_every_divergence_is_compiled_once_and_launched_again(capability, cache)
 
 
 @compiled_only
+def test_the_kernel_is_launched_on_the_device_of_the_logits(cache):
+    """A training process checks its model before it makes its GPU the current device."""
+    kernels = {"_row_pass": row_kernel._row_pass}
+    target = target_of(64).to(torch.float32)
+    with fake_gpu(90, cache, kernels) as gpu:
+        fused = row_pass._fused(KINDS[0], target, 1.0, None)
+        with gpu.tensors_on(1):
+            fused(torch.zeros(3, 64), slice(0, 3))
+        assert gpu.devices == [1]
+        assert gpu.current == 0
+
+
+@compiled_only
 def test_a_kernel_that_fails_or_disagrees_is_logged_and_not_used(monkeypatch, caplog):
     """For a CUDA device; a CPU never uses the kernel."""
 

@@ -4,12 +4,15 @@ The device here is a queue: a copy reads its buffer when the test runs it, like 
 behind the host.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dftserve.sampling.host_copy import HostCopy
 from dftserve.sampling.staging import SMALLEST, PinnedStaging
 
 
@@ -109,3 +112,16 @@ def test_buffers_made_in_inference_mode_are_usable_outside_of_it():
         staging.to_device([1])
         queue.run(1)
     assert not staging.to_device([2]).is_inference()
+
+
+def test_a_copy_to_the_host_is_waited_for_on_its_own_device(monkeypatch):
+    """Whichever is current: its stream is another, and knows nothing of the copy."""
+    recorded = []
+    event = SimpleNamespace(record=recorded.append, query=lambda: False, synchronize=None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    device = torch.device("cuda", 1)
+    held = SimpleNamespace(device=device, to=lambda place, non_blocking: torch.ones(2))
+    copy = HostCopy.of(held)
+    assert recorded == [device]
+    assert not copy.is_there()

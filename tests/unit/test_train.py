@@ -17,6 +17,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from dftserve import checkpoint, digest, lm
 from dftserve.settings import SYNONYMS
@@ -130,6 +131,31 @@ def test_a_packed_batch_equals_its_documents_one_by_one(store, family, tied):
     assert float(output.human_nll) == pytest.approx(float(nll), rel=1e-5)
     for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert (found.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-6
+
+
+def test_a_compiled_model_has_the_same_gradients_and_is_compiled_once(store):
+    """`torch_compile`: the same loss and gradients up to rounding, and no compilation after the
+    first step."""
+    batch = batch_of(store, 64, packing=True)
+    model = small_model()
+    attach(model, ForwardKL(weight=0.7))
+    plain = model(**batch)
+    plain.loss.backward()
+    gradients = [value.grad.clone() for value in model.parameters()]
+    torch._dynamo.reset()
+    compilations = CompileCounter()
+    compiled = torch.compile(model, backend=compilations)
+    counts = []
+    for _ in range(3):
+        model.zero_grad()
+        found = compiled(**batch)
+        found.loss.backward()
+        assert float(found.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-6)
+        for value, gradient in zip(model.parameters(), gradients, strict=True):
+            assert (value.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7
+        counts.append(compilations.frame_count)
+    assert counts == [counts[0]] * 3
+    assert counts[0] > 0
 
 
 def test_without_targets_an_attached_model_is_unchanged():

@@ -4,6 +4,7 @@ Triton's interpreter (test_backend_triton.py, test_slots.py)."""
 
 import math
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -305,6 +306,39 @@ def test_a_style_adds_one_launch_to_a_step(gpu, vocabulary):
             assert kind == "*fp32", argument
         elif not argument.isupper():
             assert kind in ("*i32", "i32"), argument
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(gpu):
+    """Triton launches on the current device, which may not be theirs; it is restored afterwards."""
+    engine = Engine(slots=2)
+    stage = TritonStyleStage(StyleTables.of([random_profile(1, 64)]))
+    style = StyleControls(profile=0, strength=0.5, max_kl=0.05)
+    row = control_row(
+        parse(0.5), temperature=0.8, logits_divisor=1.0, stop_ids=frozenset({3}), style=style
+    )
+    slot_R, zero_R = torch.arange(2), torch.zeros(2, dtype=torch.int32)
+    texts = Texts(torch.zeros(2, 9, dtype=torch.int32), zero_R, slot_R + 3, zero_R)
+    step = Step(Controls.stack([row] * 2), slot_R, slot_R, zero_R, texts=texts)
+    logits_XV, own = torch.randn(2, 257), controls_of(2)
+    with gpu.tensors_on(1):
+        engine.slots.open(0)
+        transform_step(logits_XV, step, engine.slots, engine.backend, stage)
+        engine.backend(logits_XV, own)
+        engine.slots.open(1)
+        engine.slots.read(1)
+    assert gpu.launched() == {"_open": 2, STYLE_KERNEL: 1, **dict.fromkeys(STEP, 2)}
+    assert set(gpu.devices) == {1}
+    assert gpu.current == 0
+
+
+def test_a_barrier_separates_the_reads_of_waiting_rows_from_their_clearing(gpu):
+    """Every thread of the program reads them, and some may be behind the one that clears them."""
+    Engine().step(torch.randn(3, 257))()
+    (code,) = [each.asm["ttir"] for each in compiled_kernels() if each.name == "_maxima"]
+    done = re.findall(r"\b(?:barrier|tt\.load|tt\.store)\b", code)
+    assert done.count("barrier") == 1
+    at = done.index("barrier")
+    assert done[at - 1 : at + 2] == ["tt.load", "barrier", "tt.store"]
 
 
 def test_new_requests_share_one_launch(gpu):

@@ -115,13 +115,15 @@ class TritonBackend(Backend):
             last_token_R=last_token_R,
             rows_R=None if rows_R is None else rows_R.contiguous(),
         )
-        return self._launch(logits_XV, by_row, None)
+        with torch.cuda.device_of(logits_XV):  # Triton launches on the current device.
+            return self._launch(logits_XV, by_row, None)
 
     def step(self, logits_XV: Tensor, step: Step, slots: Slots) -> Statistics:
         """As `Backend.step`, in three launches."""
         assert isinstance(slots, TritonSlots)
         self._make_room(len(step.slot_R))
-        return self._launch(logits_XV, step, slots)
+        with torch.cuda.device_of(logits_XV):
+            return self._launch(logits_XV, step, slots)
 
     def _launch(self, logits_XV: Tensor, step: Step, slots: TritonSlots | None) -> Statistics:
         """Without slots, no statistics are committed or staged."""

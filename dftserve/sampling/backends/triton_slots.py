@@ -37,17 +37,18 @@ class TritonSlots(Slots):
 
     def _begin(self, order_NX: Tensor) -> None:
         """As `Slots._begin`."""
-        _open[(len(order_NX),)](
-            order_NX,
-            self._level_S,
-            self._steered_S,
-            self._tokens_S,
-            self._base_S,
-            self._sums_SF,
-            self._waiting_SKF,
-            self._waiting_SKF.shape[1],
-            **EXACT,
-        )
+        with torch.cuda.device_of(order_NX):
+            _open[(len(order_NX),)](
+                order_NX,
+                self._level_S,
+                self._steered_S,
+                self._tokens_S,
+                self._base_S,
+                self._sums_SF,
+                self._waiting_SKF,
+                self._waiting_SKF.shape[1],
+                **EXACT,
+            )
 
 
 # Globals that a kernel reads must be constexpr.
@@ -88,6 +89,7 @@ def settle(state, s, position, numbers, constants, rows_per_request):
         steered_level = tl.where(counts, moved, steered_level)
         count += counts.to(tl.int64)
     # 3. Clear the waiting rows.
+    tl.debug_barrier()  # All threads have read them.
     for k in range(rows_per_request):
         tl.store(waiting + k * _COLUMNS + f, 0.0, mask=f < _COLUMNS)
     tl.store(sums + s * _COLUMNS + f, sum_F, mask=f < _COLUMNS)
