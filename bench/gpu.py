@@ -257,32 +257,32 @@ def exactness(device: torch.device, size: Size) -> dict[str, Any]:
 
 
 def repeated(device: torch.device, size: Size, backend: Any) -> None:
-    """The same rows give the same bits however often: threads that race would not."""
+    """Raises ArithmeticError unless repetitions give the same bits: a race would not."""
     for asked in (*LAWS, *CUTTING_LAWS):
         logits_RV = make_rows(["few", "gaussian"] * 16, size.step_vocabulary, 5).to(device)
         first_RV, _ = rewritten(logits_RV, asked, frozenset({1, 5}), backend)
         for _ in range(REPEATS):
             again_RV, _ = rewritten(logits_RV, asked, frozenset({1, 5}), backend)
             if not torch.equal(first_RV.view(torch.int32), again_RV.view(torch.int32)):
-                raise ArithmeticError(f"{asked}: other bits when it was done again")
+                raise ArithmeticError(f"{asked}: a repetition gave different bits")
 
 
 REPEATS = 20
 
 
 def engine_steps(device: torch.device) -> dict[str, Any]:
-    """Steps with a style, DRY, `budget`, a group and an idle slot, two rows each: on the device and
-    by plain torch on a CPU. The largest difference of logits and of what the slots hold."""
+    """Steps with a style, DRY, `budget`, a group and an idle slot, two rows per slot, on the device
+    and in plain torch on a CPU. Returns the largest differences of logits and of slots."""
     cpu, profiles = torch.device("cpu"), [random_profile(1, SMALL)]
     stage = get_style_stage(device, profiles)
-    ways = (
+    engines = (
         engine_on(device, get_backend(device), stage),
         engine_on(cpu, TorchBackend(cpu), PlainStyleStage(StyleTables.of(profiles))),
     )
     worst = {"logits": 0.0, "slots": 0.0}
     for at in range(STEPS):
         logits_RV = make_rows(["few", "gaussian"] * SLOTS, SMALL, at)
-        both = zip(*(way(logits_RV, at) for way in ways), strict=True)
+        both = zip(*(step_once(logits_RV, at) for step_once in engines), strict=True)
         for name, (got, expected) in zip(worst, both, strict=True):
             if not np.array_equal(np.isinf(got), np.isinf(expected)):
                 raise ArithmeticError(f"step {at}: another support, or another token of a group")
@@ -296,14 +296,15 @@ def engine_steps(device: torch.device) -> dict[str, Any]:
 
 SMALL, SLOTS, STEPS = 257, 4, 30
 FAR = 5e-3
-"""Between float32 on a device and on a CPU there is a tenth of it; a race or a wrong index leaves
-hundreds of times as much."""
+"""The largest difference that float32 explains, by a wide margin; a race or a wrong index gives far
+larger ones."""
 
 
 def engine_on(
     device: torch.device, backend: Any, stage: Any
 ) -> Callable[[Tensor, int], tuple[np.ndarray, np.ndarray]]:
-    """A step of an engine, by the number of the step: the rows after it, and the slots' figures."""
+    """A function that runs one step, given its logits and number, and returns the rewritten logits
+    and the slots' statistics."""
     style = StyleControls(profile=0, strength=0.7, max_kl=0.05)
     budget = parse({"law": "budget", "target_entropy": 1.5})
     controls, slots = SlotControls(SLOTS, device), backend.create_slots(SLOTS, 2)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dftserve_vllm import metrics
@@ -16,11 +17,15 @@ NAME = re.compile(r"\b(?:dft|vllm):[a-z_]+")
 
 
 def expressions() -> list[str]:
-    rules = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")
-    alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    alerts = [rule["expr"] for rule in alert_rules()]
     dashboard = json.loads((OPS / "grafana.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     return alerts + targets
+
+
+def alert_rules() -> list[dict[str, Any]]:
+    groups = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")["groups"]
+    return [rule for group in groups for rule in group["rules"]]
 
 
 def known_metrics() -> set[str]:
@@ -55,19 +60,14 @@ def test_every_expression_parses(expression):
 
 
 def test_every_alert_has_a_unique_name_and_a_description():
-    rules = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")["groups"][0][
-        "rules"
-    ]
+    rules = alert_rules()
     assert len({rule["alert"] for rule in rules}) == len(rules)
     assert all({"summary", "description"} <= rule["annotations"].keys() for rule in rules)
 
 
 def test_the_refusal_alert_compares_with_all_accepted_requests():
     """Also those with a style only."""
-    rules = settings.parse_yaml((OPS / "alerts.yaml").read_text(), "alerts.yaml")["groups"][0][
-        "rules"
-    ]
-    (expression,) = (rule["expr"] for rule in rules if rule["alert"] == "DftserveRefusals")
+    (expression,) = (rule["expr"] for rule in alert_rules() if rule["alert"] == "DftserveRefusals")
     accepted = {name for name in known_metrics() if name.endswith("requests_total")}
     assert {"dft:requests_total", "dft:styled_requests_total"} <= accepted
     assert set(NAME.findall(expression)) == accepted | {"dft:requests_refused_total"}
