@@ -123,7 +123,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not is_plain_name(self.file):
-            raise StoreError(f"file: got {self.file!r:.80}; accepted: a file beside the manifest.")
+            raise StoreError(f"file: got {self.file!r:.80}; accepted: a file next to the manifest.")
         if self.split not in SPLITS:
             raise StoreError(f"split: got {self.split!r:.80}; accepted: {', '.join(SPLITS)}.")
         most = SHARD_TOKENS + LARGEST_DOCUMENT

@@ -327,7 +327,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
 def _how_to_resume() -> str:
     if processes.may_restart():
         return "torchrun restarts it, as long as it has restarts left."
-    return "the same command goes on from there."
+    return "the same command continues from there."
 
 
 def _untouched_figures(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:

@@ -305,7 +305,7 @@ def test_numbers_of_a_plan_have_bounds(commands, workspace, name, value):
 def test_a_manifest_may_name_only_files_of_its_folder(commands, workspace, command, value):
     reader = READERS[f"manifest, {command}"]
     changed(workspace / reader.file, lambda manifest: manifest["shards"][0].update(file=value))
-    refused(commands, reader, workspace, f"got {value!r}", "accepted: a file beside the manifest")
+    refused(commands, reader, workspace, f"got {value!r}", "accepted: a file next to the manifest")
 
 
 def test_a_manifest_may_name_a_shard_only_once(commands, workspace):

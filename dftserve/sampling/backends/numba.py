@@ -309,7 +309,7 @@ def _check_rows(rows_R: Array, stride: int, vocabulary: int, logits: Array) -> N
     """Raise IndexError for row indices out of range; kernels do not check any others."""
     for row in rows_R:
         if row < 0 or row * stride + vocabulary > len(logits):
-            raise IndexError("rows: an index is beyond the rows of the logits.")
+            raise IndexError("rows: an index is outside the rows of the logits.")
 
 
 @_kernel

@@ -13,8 +13,8 @@ from fractions import Fraction
 UNKNOWN = "\ue000"
 """Stands for a value that is not a single rational number: `2π`, `√17`, `3:30`, `12,5`."""
 MOST_DIGITS = 300
-"""Maximum of a value; a longer one is `UNKNOWN`: powers may be huge, and Python refuses to print
-them."""
+"""Maximum number of digits of a value; a longer one is `UNKNOWN`: powers may be huge, and Python
+refuses to print them."""
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _OPERAND = rf"\(*\s*[$€£¥₹]?\s?{_DECIMAL}\s*\)*"
