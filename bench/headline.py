@@ -7,8 +7,7 @@
 
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
 (bench/real_answers.py) without the field at T 1, and with the law `words` at .25, the setting that
-bench/laws.py found best for a tuned model. `--base-answers` gives those of the base model that were
-made before.
+bench/laws.py found best for a tuned model. With `--base-answers`, the base model makes no new ones.
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
                 bench/real.py, next to stories by people to prompts that none was tuned on
     IFEval      the share of prompts all of whose instructions are followed
@@ -80,7 +79,8 @@ BOOK_CHARACTERS = 1500
 @click.option(
     "--base-answers",
     type=click.Path(exists=True, path_type=Path),
-    help="Answers of --model that are there already, as bench/results/texts/real_answers.jsonl.gz.",
+    help="Existing answers of --model, such as bench/results/texts/real_answers.jsonl.gz; it makes "
+    "no others.",
 )
 @click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
@@ -95,16 +95,17 @@ def main(
         raise click.UsageError(
             f"{places[START]} does not exist; run bench/headline_models.py first."
         )
+    folders = {name: folder / "answers" / headline_models.label(name, seed) for name in models}
     if base_answers is not None:
-        unpack(base_answers, folder / "answers" / BASE)
-    answers = {
-        name: answered(place, folder / "answers" / headline_models.label(name, seed), dtype)
-        for name, place in models.items()
-    }
+        unpack(base_answers, folders[BASE])
+    for name, place in models.items():
+        if name != BASE or base_answers is None:
+            answer_missing(place, folders[name], dtype)
+        check_instructions(folders[name])
     questions = mmlu(data_folder())
     answer_letters = {
         f"{name}, {setting}": letters(found, questions)
-        for name, each in answers.items()
+        for name, each in folders.items()
         for setting, found in by_setting(read_answers(each), MMLU).items()
         if MMLU in ASKED.get(setting, ())
     }
@@ -117,9 +118,9 @@ def main(
         "versions": versions("vllm", "transformers", "harper-py"),
         "seed": seed,
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
-        "stories": story_rows({name: read_answers(each) for name, each in answers.items()}),
+        "stories": story_rows({name: read_answers(each) for name, each in folders.items()}),
         "accuracy": {
-            "ifeval": shares(followed(answers)),
+            "ifeval": shares(followed(folders)),
             "mmlu": shares(
                 {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}
             ),
@@ -131,7 +132,7 @@ def main(
         "perplexity": {source: each["perplexity"] for source, each in likelihoods.items()},
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    made_here = {name: answers[name] for name in answers if name != BASE or base_answers is None}
+    made_here = {name: folders[name] for name in folders if name != BASE or base_answers is None}
     pack(texts_of(output), answer_rows(made_here))
     print(json.dumps(document))
 
@@ -154,17 +155,20 @@ def unpack(packed_answers: Path, folder: Path) -> None:
             atomic.write_text(place, packed.read().decode())
 
 
-def answered(model: Path, folder: Path, dtype: str) -> Path:
-    """Make a model's answers and check their instructions, where missing; returns the folder."""
+def answer_missing(model: Path, folder: Path, dtype: str) -> None:
+    """Make the model's answers that the folder does not have."""
     for setting, names in ASKED.items():
         chosen = [part for name in names for part in ("--only", name)]
         options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
         script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
         subprocess.run(list(map(str, script)), check=True)
+
+
+def check_instructions(folder: Path) -> None:
+    """Write which instructions the folder's answers follow."""
     python = ROOT / ".venv-eval" / "bin" / "python"
     script = [python, ROOT / "bench" / "ifeval.py", data_folder(), folder]
     subprocess.run(list(map(str, script)), check=True)
-    return folder
 
 
 def answer_rows(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
