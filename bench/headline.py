@@ -1,19 +1,17 @@
 """Does Distribution Fine-Tuning add variety without a cost? On a real model with collapsed variety.
 
     make eval-env
-    DFTSERVE_DATA=path/to/data python bench/headline_models.py --model FOLDER     # first: models
-    DFTSERVE_DATA=path/to/data python bench/headline.py --model FOLDER [--folder build/headline]
-        [--dtype auto]
+    DFTSERVE_DATA=path/to/data python bench/headline_models.py --model MODEL      # first: models
+    DFTSERVE_DATA=path/to/data python bench/headline.py --model MODEL [--folder build/headline]
+        [--dtype auto] [--base-answers bench/results/texts/real_answers.jsonl.gz]
 
-Each model of bench/headline_models.py that FOLDER has, and the one that it began with (whose
-answers are those of results/texts/real_answers.jsonl.gz), answers through vLLM
-(bench/real_answers.py) without the field at T 1, with `diversity` 1, and with the law `words` at
-.25, which is the setting that bench/laws.py found best for a tuned model:
+Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
+(bench/real_answers.py) without the field at T 1, and with the law `words` at .25, the setting that
+bench/laws.py found best for a tuned model. With `--base-answers`, the base model makes no new ones.
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
                 bench/real.py, next to stories by people to prompts that none was tuned on
-    IFEval      the share of prompts all of whose instructions are followed; not with `diversity` 1
-    MMLU        the share of 300 questions answered right, and of answers that cannot be read; as
-                IFEval
+    IFEval      the share of prompts all of whose instructions are followed
+    MMLU        the share of 300 questions answered right, and of answers that cannot be read
 Each model also scores human text:
     bits per byte, and perplexity per token, of people's stories that none was tuned on and of
     books (books/heldout)
@@ -35,10 +33,10 @@ import click
 import headline_models
 import numpy as np
 from headline_models import BASE, MODELS, SFT, START, stories
+from model_option import model_option
 from numpy.typing import NDArray
-from real import PEOPLE, RESULTS, Checks, by_setting, rounded
+from real import PEOPLE, RESULTS, Checks, by_setting, rounded, texts_of
 from real_answers import (
-    GATED,
     IFEVAL,
     MMLU,
     STOCK,
@@ -67,11 +65,9 @@ from dftserve.targets.store import TargetStore
 from provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
-TEXTS = RESULTS / "texts" / "headline.jsonl.gz"
 ASKED: Mapping[str, Sequence[str]] = {
     STOCK: (STORIES, IFEVAL, MMLU),
     WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
-    GATED: (STORIES,),
 }
 """Prompt sets by setting; each setting has its own engine."""
 BOOK_CHARACTERS = 1500
@@ -79,27 +75,37 @@ BOOK_CHARACTERS = 1500
 
 
 @click.command(help=__doc__)
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@model_option
+@click.option(
+    "--base-answers",
+    type=click.Path(exists=True, path_type=Path),
+    help="Existing answers of --model, such as bench/results/texts/real_answers.jsonl.gz; it makes "
+    "no others.",
+)
 @click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--output", default=RESULTS / "headline.json", type=click.Path(path_type=Path))
-def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None:
+def main(
+    model: Path, base_answers: Path | None, folder: Path, seed: int, dtype: str, output: Path
+) -> None:
     places = {name: headline_models.place_of(folder, name, seed) for name in MODELS}
     models = {BASE: model} | {name: place for name, place in places.items() if place.exists()}
     if START not in models:
         raise click.UsageError(
             f"{places[START]} does not exist; run bench/headline_models.py first."
         )
-    unpack(folder / "answers" / BASE)
-    answers = {
-        name: answered(place, folder / "answers" / headline_models.label(name, seed), dtype)
-        for name, place in models.items()
-    }
+    folders = {name: folder / "answers" / headline_models.label(name, seed) for name in models}
+    if base_answers is not None:
+        unpack(base_answers, folders[BASE])
+    for name, place in models.items():
+        if name != BASE or base_answers is None:
+            answer_missing(place, folders[name], dtype)
+        check_instructions(folders[name])
     questions = mmlu(data_folder())
     answer_letters = {
         f"{name}, {setting}": letters(found, questions)
-        for name, each in answers.items()
+        for name, each in folders.items()
         for setting, found in by_setting(read_answers(each), MMLU).items()
         if MMLU in ASKED.get(setting, ())
     }
@@ -112,9 +118,9 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "versions": versions("vllm", "transformers", "harper-py"),
         "seed": seed,
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
-        "stories": story_rows({name: read_answers(each) for name, each in answers.items()}),
+        "stories": story_rows({name: read_answers(each) for name, each in folders.items()}),
         "accuracy": {
-            "ifeval": shares(followed(answers)),
+            "ifeval": shares(followed(folders)),
             "mmlu": shares(
                 {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}
             ),
@@ -126,7 +132,8 @@ def main(model: Path, folder: Path, seed: int, dtype: str, output: Path) -> None
         "perplexity": {source: each["perplexity"] for source, each in likelihoods.items()},
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    pack(TEXTS, answer_rows(answers))
+    made_here = {name: folders[name] for name in folders if name != BASE or base_answers is None}
+    pack(texts_of(output), answer_rows(made_here))
     print(json.dumps(document))
 
 
@@ -139,32 +146,34 @@ def learnt_from(folder: Path) -> dict[str, int]:
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def unpack(folder: Path) -> None:
-    """Put the base model's answers, from bench/real_answers.py, into the folder."""
+def unpack(packed_answers: Path, folder: Path) -> None:
+    """Put the base model's answers into the folder, if it has none yet."""
     place = folder / "answers.jsonl"
     if not place.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with gzip.open(RESULTS / "texts" / "real_answers.jsonl.gz", "rb") as packed:
+        with gzip.open(packed_answers, "rb") as packed:
             atomic.write_text(place, packed.read().decode())
 
 
-def answered(model: Path, folder: Path, dtype: str) -> Path:
-    """Make a model's answers and check their instructions, where missing; returns the folder."""
+def answer_missing(model: Path, folder: Path, dtype: str) -> None:
+    """Make the model's answers that the folder does not have."""
     for setting, names in ASKED.items():
         chosen = [part for name in names for part in ("--only", name)]
         options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
         script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
         subprocess.run(list(map(str, script)), check=True)
+
+
+def check_instructions(folder: Path) -> None:
+    """Write which instructions the folder's answers follow."""
     python = ROOT / ".venv-eval" / "bin" / "python"
     script = [python, ROOT / "bench" / "ifeval.py", data_folder(), folder]
     subprocess.run(list(map(str, script)), check=True)
-    return folder
 
 
 def answer_rows(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """The answers to store in TEXTS: all but the base model's, which are stored elsewhere."""
     for name, folder in folders.items():
-        for answer in read_answers(folder) if name != BASE else ():
+        for answer in read_answers(folder):
             yield {"model": name, **asdict(answer)}
 
 

@@ -39,6 +39,7 @@ import click
 import numpy as np
 import target_stores
 import torch
+from model_option import model_option
 from real_answers import STORIES, data_folder, prompt_set
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -248,7 +249,7 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
 
 
 @click.command(help=__doc__)
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@model_option
 @click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, type=click.Choice(MODELS))
 @click.option("--seed", default=0, show_default=True)

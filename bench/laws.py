@@ -28,7 +28,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import click
 from headline_models import stories
-from real import PEOPLE, RESULTS, Checks, read_at, rounded
+from model_option import model_option
+from real import PEOPLE, RESULTS, Checks, read_at, rounded, texts_of
 from real_answers import (
     STORIES,
     Answer,
@@ -51,7 +52,6 @@ from dftserve.evaluate.metrics.intervals import Estimate, difference, from_left_
 
 from provenance import machine, versions
 
-TEXTS = RESULTS / "texts" / "laws.jsonl.gz"
 ANSWERS = 4
 """To each prompt."""
 SIMPLEST = "one temperature on the guard"
@@ -118,7 +118,7 @@ SETTINGS: Settings = {name: each for law in LAWS.values() for name, each in law.
 
 
 @click.command(help=__doc__)
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@model_option
 @click.option("--folder", default=Path("build/laws"), type=click.Path(path_type=Path))
 @click.option("--called", default="", help="The model's name in the table.")
 @click.option("--dtype", default="float32", show_default=True)
@@ -148,7 +148,7 @@ def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> No
         "laws": compared({law: [rows[name] for name in LAWS[law]] for law in LAWS}, human),
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    pack(TEXTS, map(asdict, answers))
+    pack(texts_of(output), map(asdict, answers))
     print(json.dumps(document))
 
 

@@ -40,8 +40,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from model_option import model_option
 from numpy.typing import NDArray
-from real import RESULTS, Checks, rounded
+from real import RESULTS, Checks, rounded, texts_of
 from real_answers import Answer, data_folder
 
 from dftserve.evaluate import reference
@@ -80,13 +81,12 @@ MAX_TOKENS = 200
 STOCK = "stock"
 MOST_BAD_WORDS = 128
 """Maximum tokenisations of `bad_words` in one request; vLLM answers 400 to more."""
-TEXTS = RESULTS / "texts" / "phrases.jsonl.gz"
 UNFITTED = ("errors", "unknown", "phrases", "self_bleu", "style", "sds")
 
 
 @click.command()
 @click.option("--profile", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@model_option
 @click.option("--server", help="URL of a server to request missing answers from.")
 @click.option("--folder", default=Path("build/phrases"), type=click.Path(path_type=Path))
 @click.option("--prompts", "count", default=48, type=click.IntRange(min=BLOCK))
@@ -120,7 +120,7 @@ def main(
         "fit": None if fit is None else json.loads(fit.read_text()),
     }
     if answers[STOCK]:
-        keep(answers, TEXTS if output.parent == RESULTS else output.with_suffix(".jsonl.gz"))
+        keep(answers, texts_of(output))
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 

@@ -51,6 +51,7 @@ from dftserve.evaluate.text.windows import Sample, Windows
 from provenance import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
+
 PEOPLE = "people"
 WAYS: Mapping[str, Sequence[str]] = {
     "stock, T": ("stock, T .2", "stock, T .5", COOL, STOCK, "stock, T 1.1", "stock, T 1.2"),
@@ -103,6 +104,13 @@ def by_setting(answers: Sequence[Answer], prompt_set: str) -> dict[str, list[Ans
         if answer.prompt_set == prompt_set:
             found.setdefault(answer.setting, []).append(answer)
     return {name: found[name] for name in SETTINGS if name in found}
+
+
+def texts_of(output: Path) -> Path:
+    """The file for the answers behind a result: in results/texts, or next to a result elsewhere."""
+    name = f"{output.stem}.jsonl.gz"
+    is_ours = output.parent.resolve() == RESULTS.resolve()
+    return RESULTS / "texts" / name if is_ours else output.with_name(name)
 
 
 def rounded(row: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import click
+from model_option import model_option
 
 from dftserve.evaluate.benchmark import tasks
 from dftserve.evaluate.generate.answers import AnswerStore, read
@@ -185,7 +186,7 @@ def data_folder() -> Path:
 
 
 @click.command()
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@model_option
 @click.option(
     "--only",
     multiple=True,

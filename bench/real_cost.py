@@ -30,6 +30,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import click
+from model_option import model_option
 from overhead import without_ours
 from real_answers import GATED, MIN_P, SETTINGS, STORIES, WORDS, data_folder, prompt_set
 from vllm import LLM, SamplingParams
@@ -69,7 +70,7 @@ class Round:
 
 
 @click.command()
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+@model_option
 @click.option("--dtype", default="auto")
 @click.option(
     "--pairs", default=8, type=click.IntRange(min=2), help="Rounds; each runs every variant once."
