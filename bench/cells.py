@@ -9,6 +9,17 @@ def interval(found: Mapping[str, float | None], digits: int) -> str:
     return f"{value:.{digits}f} [{max(low or 0.0, 0.0):.{digits}f}, {high:.{digits}f}]"
 
 
+def percent(found: Mapping[str, float]) -> str:
+    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
+    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
+
+
 def left_out(row: Mapping[str, Any]) -> str:
     """The share of answers that are too short; 0 for people's stories, chosen to be long enough."""
     return f"{100 * row['short']['value']:.0f} %" if "short" in row else "0 %"
+
+
+TOO_SHORT = (
+    "Too short: answers with fewer words than a style measurement needs (120); self-BLEU, style "
+    "distance and SDS leave them out."
+)

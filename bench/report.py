@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import gpu_table
+import headline_table
 import laws_table
 import soak_table
-from cells import interval, left_out
+from cells import TOO_SHORT, interval, left_out, percent
 
 import client_table
 from ratios import shown
@@ -175,12 +176,6 @@ def story_caption(document: dict[str, Any]) -> str:
     )
 
 
-TOO_SHORT = (
-    "Too short: answers with fewer words than a style measurement needs (120); self-BLEU, style "
-    "distance and SDS leave them out."
-)
-
-
 MEASURED = {
     "errors": ("errors", 2),
     "AI phrases": ("phrases", 1),
@@ -252,35 +247,6 @@ def _differences(against: dict[str, Any]) -> str:
     )
 
 
-def headline(document: dict[str, Any]) -> str:
-    """Variety, errors, accuracy and likelihood of the models, by tuning method."""
-    measured = {name: MEASURED[name] for name in ("SDS", "style distance", "AI phrases", "errors")}
-    accuracy, bits = document["accuracy"], document["bits_per_byte"]
-    story, texts = document["stories"], document["texts"]
-    lines = [
-        f"| | {' | '.join(measured)} | too short | IFEval | bits a byte: stories | books |",
-        f"|---|{'---|' * len(measured)}---|---|---|---|",
-    ]
-    for name, row in {"people": story["people"], **story["rows"]}.items():
-        cells = [interval(row[key], digits) for key, digits in measured.values()]
-        cells.append(left_out(row))
-        model, _, setting = name.partition(", ")
-        is_plain = setting == "stock, T 1"
-        cells.append(percent(accuracy["ifeval"][model]) if is_plain else "")
-        cells += [interval(bits[of][model], 3) if is_plain else "" for of in bits]
-        lines.append(f"| {name.replace('`gated` 1', '`diversity` 1')} | {' | '.join(cells)} |")
-    count = story["prompts"] * story["answers_to_each"]
-    lines.append("")
-    lines.append(
-        f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories for each row of a "
-        f"model, {document['accuracy']['ifeval']['start']['count']} prompts of IFEval. The start "
-        f"was tuned on {texts['start']} answers of one model, the models made from it on "
-        f"{texts['train']} people's stories; {texts['measure']} other stories by people are for "
-        f"comparison. 95 % intervals. {TOO_SHORT}"
-    )
-    return "\n".join(lines)
-
-
 def variety(document: dict[str, Any]) -> str:
     """Eight answers to an open prompt, the fewest meanings first."""
     measured = {"distinct": 2, "alike": 3, "openings": 3, "self_bleu": 1, "errors": 2}
@@ -315,11 +281,6 @@ def forms(document: dict[str, Any]) -> str:
         "tokens) that by rule keep the form or language of the prompt; 95 % intervals."
     )
     return "\n".join(lines)
-
-
-def percent(found: dict[str, float]) -> str:
-    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
-    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 
 
 def first_law(document: dict[str, Any]) -> str:
@@ -443,7 +404,7 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def sds_validation(document: dict[str, Any]) -> str:
     lines = [
-        "| stories by | SDS | style distance | told apart | distinct-3 | self-BLEU |",
+        "| stories by | SDS | style distance | style classifier | distinct-3 | self-BLEU |",
         "|---|---|---|---|---|---|",
     ]
     systems = document["systems"]
@@ -642,7 +603,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
     "variety": variety,
-    "headline": headline,
+    "headline": headline_table.models,
+    "headline_targets": headline_table.targets,
     "forms": forms,
     "families": families,
     "ray_targets": ray_targets,
@@ -652,9 +614,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "laws": laws_table.laws,
     "law_settings": laws_table.settings,
 }
-RESULT_OF = {"every_setting": "real", "law_settings": "laws"}
+RESULT_OF = {
+    "every_setting": "real",
+    "law_settings": "laws",
+    "headline_targets": "headline",
+}
 """The results of tables that have another name."""
-OPTIONAL = {"gpu", "soak", "headline", "laws", "law_settings"}
+OPTIONAL = {"gpu", "soak", "headline", "headline_targets", "laws", "law_settings"}
 """Tables of benches that need special hardware or take long; without a result the document is left
 unchanged."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {
