@@ -99,7 +99,8 @@ def chat(url: str, model: str | None, key_variable: str | None, temperature: flo
     from dftserve.serve import base_url
 
     # Show the server's errors immediately, not after silent retries.
-    server = Server(base_url(url), key_variable, retries=0)
+    with usage_errors():
+        server = Server(base_url(url), key_variable, retries=0)
     all_done = chat(server, model=model, temperature=temperature)
     if not (all_done or sys.stdin.isatty()):
         raise SystemExit(1)
@@ -416,6 +417,8 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
         if plan or as_json:
             from dftserve.train.plan import plan_of
 
+            if processes.is_first():
+                click.echo("Measuring two batches; on a CPU this may take minutes.", err=True)
             planned = plan_of(wanted)
             if processes.is_first():
                 click.echo(planned.as_json() if as_json else planned.shown())

@@ -93,7 +93,15 @@ class Server:
 
 
 def base_url(address: str) -> str:
-    """A server's address as an OpenAI client expects it: /v1 is added if it is missing."""
+    """A server's address as an OpenAI client expects it: /v1 is added if it is missing.
+
+    Raises:
+        ValueError: it does not begin with http:// or https://.
+    """
+    if not re.match("https?://", address, re.IGNORECASE):
+        raise ValueError(
+            f"the server: got {address!r}; accepted: http://HOST:PORT or https://HOST."
+        )
     address = address.rstrip("/")
     return address if address.endswith("/v1") else f"{address}/v1"
 

@@ -512,7 +512,7 @@ def _deciles(value: object, parameter: str) -> tuple[float, ...]:
 def _unknown_field(parameter: str, name: object, value: object, law: str) -> DiversityError:
     takes = [*LAWS[law], GROUP, TRACE]
     owners = [other for other, theirs in LAWS.items() if name in theirs]
-    hint = f" ({name!r} belongs to {' and '.join(map(repr, owners))})" if owners else ""
+    hint = f" ({name!r} is a field of {', '.join(map(repr, owners))})" if owners else ""
     names = [*takes, *DRY_NAMES]
     accepted = f"for the law {law!r}: {', '.join(names)}{hint or _nearest(name, names)}"
     return DiversityError(f"{parameter}.{_short_key(name)}", value, accepted)

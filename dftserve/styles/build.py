@@ -92,6 +92,8 @@ class Job:
                 "answers: got neither --answers nor --server; accepted: a file of the model's "
                 "answers, or the server to ask for them."
             )
+        if self.server is not None:
+            base_url(self.server)  # Refuses an address without http.
         if self.server is not None and self.prompts is None:
             raise ValueError("prompts: got none; accepted: a .txt or .jsonl file of prompts.")
         if self.server is not None and self.answers is not None and self.answers.is_file():

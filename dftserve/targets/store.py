@@ -727,10 +727,25 @@ def versions() -> dict[str, str]:
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """A description of the first field of `wanted` that differs in `found`; None if all are
     equal."""
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            return f"{name} is {_short(found.get(name))} there and {_short(wanted[name])} here"
+    for name, here in wanted.items():
+        there = found.get(name)
+        if there != here:
+            name, there, here = _innermost(name, there, here)
+            return f"{name} is {_short(there)} there and {_short(here)} here"
     return None
+
+
+def _innermost(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """The first difference inside two unequal values of JSON, with its path. Values of different
+    kinds, and mappings with different keys or lists with different lengths, are the difference."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        inner = [(f"{name}.{key}", there[key], here[key]) for key in here]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        inner = [(f"{name}[{place}]", *pair) for place, pair in pairs]
+    else:
+        return name, there, here
+    return next(_innermost(*each) for each in inner if each[1] != each[2])
 
 
 def _short(value: object) -> str:

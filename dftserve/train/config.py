@@ -198,13 +198,15 @@ class StoreConfig:
 class TrainConfig:
     """One run."""
 
-    model: str
+    model: str = field(
+        metadata={"kind": "a folder, a .gguf file, or a name on the hub (--set model=BASE)"}
+    )
     """A Hugging Face causal LM: a folder, or a name on the hub."""
     targets: str | tuple[StoreConfig, ...] = field(
         metadata={"kind": "a path, or a list of {path, weight}"}
     )
     """The folder of a target store, or several with weights. A list of one means that store."""
-    output: str
+    output: str = field(metadata={"kind": "a folder (--set output=FOLDER)"})
     """Folder of the checkpoints: `checkpoint-N` to resume from, `final` to serve."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     feature_matching: FeatureMatchingConfig | None = None
@@ -366,7 +368,8 @@ def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
     if path is not None:
         content = settings.read_yaml(path)
         if not isinstance(content, dict):
-            raise ValueError(f"{path}: got a {type(content).__name__}; accepted: keys and values.")
+            got = "nothing" if content is None else f"a {type(content).__name__}"
+            raise ValueError(f"{path}: got {got}; accepted: keys and values.")
     for name, text in overrides.items():
         *outer, last = name.split(".")
         section = content

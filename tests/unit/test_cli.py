@@ -270,6 +270,32 @@ def test_the_doctor_refuses_invalid_server_arguments(arguments, message):
     assert "secret" not in result.output
 
 
+@pytest.mark.parametrize("command", ["chat", "verify"])
+def test_an_address_without_http_is_refused_as_it_was_given(command):
+    result = run(command, "--url", "127.0.0.1:8000")
+    assert result.exit_code == 2
+    assert "got '127.0.0.1:8000'; accepted: http://HOST:PORT or https://HOST." in " ".join(
+        result.stderr.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "train.model: got nothing; accepted: a folder, a .gguf file, or a name on the hub"),
+        (["empty.yaml"], "empty.yaml: got nothing; accepted: keys and values."),
+        (["list.yaml"], "list.yaml: got a list; accepted: keys and values."),
+    ],
+)
+def test_train_refuses_what_lacks_its_settings(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    result = run("train", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
 def test_the_command_is_installed():
     installed = Path(sys.executable).with_name("dftserve")
     result = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True)

@@ -186,6 +186,11 @@ def test_an_unknown_law_is_refused(law):
     assert all(name in str(error) for name in LAWS)
 
 
+def test_a_field_of_other_laws_is_refused_with_their_names():
+    error = refusal({"law": "budget", "target_entropy": 1, "level": 0.5})
+    assert str(error).endswith("('level' is a field of 'gated', 'dynatemp', 'words').")
+
+
 def test_the_intended_spelling_is_suggested():
     assert "did you mean 'level'?" in str(refusal({"levle": 0.5}))
     assert "did you mean 'dynatemp'?" in str(refusal({"law": "dynatmp"}))

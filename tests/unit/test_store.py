@@ -226,7 +226,7 @@ def test_a_shard_that_no_process_has_written_is_named(tmp_path, small_shards):
         ({"tokenizer": "u"}, 'tokenizer is "t" there and "u" here'),
         ({"template": "v"}, 'template is null there and "v" here'),
         ({"corpus": {"read": 3}}, "corpus is {} there"),
-        ({"source": RandomSource(name="other")}, "source is"),
+        ({"source": RandomSource(name="other")}, 'source.kind is "random" there and "other" here'),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -243,6 +243,20 @@ def test_another_plan_is_refused_with_the_difference(tmp_path, change, reason, f
         store.begin(tmp_path / "s", other)
     assert reason in str(caught.value)
     assert bytes_of(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize(
+    ("here", "reason"),
+    [
+        ({"a": [{"order": 6, "corpus": "long " * 30}]}, "source.a[0].order is 5 there and 6 here"),
+        ({"a": [{"corpus": 1}]}, 'source.a[0] is {"order": 5, "corpus": '),
+        ({"a": []}, 'source.a is [{"order": 5, "corpus": '),
+    ],
+)
+def test_the_difference_of_two_plans_is_the_innermost_one(here, reason):
+    there = {"a": [{"order": 5, "corpus": "long " * 30}]}
+    assert store.difference({"source": there}, {"source": there}) is None
+    assert store.difference({"source": there}, {"source": here}).startswith(reason)
 
 
 def test_other_documents_are_another_plan(tmp_path):

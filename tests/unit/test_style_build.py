@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,11 @@ def stored(job):
     built = build(job, lines.append)
     assert lines == ["Comparing 96 answers with 192 texts by people…"]
     return built
+
+
+def test_a_server_without_http_is_refused_before_anything_is_read(job):
+    with pytest.raises(ValueError, match=r"got '127\.0\.0\.1:8000'; accepted: http://HOST:PORT"):
+        replace(job, answers=None, server="127.0.0.1:8000", prompts=Path("prompts.txt"))
 
 
 def test_a_profile_contains_the_phrase_the_words_and_the_model(job, stored):
