@@ -38,6 +38,7 @@ from dftserve.evaluate.reference import LEAST_FUNCTION_WORDS, Anchors
 from dftserve.evaluate.report.results import BIN_NATS, BINS, RESULT, Entropy, Level, Result, Side
 from dftserve.evaluate.text.embeddings import Embedder, embedder
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
+from dftserve.hub import folder_of
 from dftserve.openai_client import Server, key_of
 from dftserve.serve import base_url, check_model_or_url, is_url, running, served_name
 
@@ -176,6 +177,7 @@ def server(job: Job, say: Callable[[str], object]) -> Iterator[str]:
     if job.is_url:
         yield base_url(job.model)
         return
+    folder_of(job.model)  # vLLM would refuse a wrong name only after its start, with a traceback.
     say(f"Serving {job.model}…")
     job.out.mkdir(parents=True, exist_ok=True)
     log = job.out / "server.log"

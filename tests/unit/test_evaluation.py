@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,7 +25,7 @@ from dftserve.evaluate.metrics.suite import MEASURES, _clipped
 from dftserve.evaluate.report.compare import compare
 from dftserve.evaluate.report.figures import Accuracy, figures
 from dftserve.evaluate.report.html import as_html, as_text
-from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess
+from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess, server
 from dftserve.evaluate.text.thinking import CUT_NOTE
 from dftserve.evaluate.text.windows import Sample
 from tests.texts import human_like
@@ -509,3 +510,12 @@ def test_the_word_run_may_be_left_out_and_errors_are_reported(corpus, tmp_path):
     few = run("http://127.0.0.1:1", *common, "--samples", "2")
     assert "accepted: 8" in few.output
     assert "anchors" in run("--help").output
+
+
+def test_an_unknown_model_is_refused_before_a_server_is_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("dftserve.evaluate.run.running", None)
+    job = SimpleNamespace(key_variable=None, is_url=False, model="nosuch", out=tmp_path / "out")
+    with pytest.raises(ValueError, match="there is no such folder here"), server(job, print):
+        pass
+    assert not job.out.exists()
