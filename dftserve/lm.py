@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -325,9 +325,18 @@ def _check_padding_row(model: PreTrainedModel, name: str) -> None:
 # ── Hidden states and logits ─────────────────────────────────────────────────────────────────────
 
 
-uncompiled = torch.compiler.disable(recursive=False)
-"""Decorates a function that runs inside a model compiled by torch.compile and replaces methods,
-which cannot be compiled. The model that the function calls is still compiled."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """Decorates a function that runs inside a model compiled by torch.compile and replaces methods,
+    which cannot be compiled. The model that the function calls is still compiled."""
+    return cast(F, torch.compiler.disable(function, recursive=False))
+
+
+def never_compiled(function: F) -> F:
+    """Decorates a function that torch.compile must not compile, nor anything that it calls."""
+    return cast(F, torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -791,7 +800,7 @@ def _capturing(captured: list[Tensor]) -> Callable[[Tensor], Tensor]:
     one column of it, which is enough for the code that follows the layer. One function serves all
     passes, because torch.compile recompiles a model for each function that it encounters."""
 
-    @torch.compiler.disable
+    @never_compiled
     def capture(hidden_BND: Tensor) -> Tensor:
         captured.append(hidden_BND)
         return hidden_BND[..., :1]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dftserve.lm import Head
+from dftserve.lm import Head, never_compiled
 from dftserve.train.divergences import Divergence, TargetRows
 from dftserve.train.row_pass import row_pass
 
@@ -31,7 +31,7 @@ class HeadLoss:
     """Σ of the model's next-token entropy in nats."""
 
 
-@torch.compiler.disable
+@never_compiled
 def head_loss(
     head: Head,
     hidden_ND: Tensor,
