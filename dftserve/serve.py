@@ -98,7 +98,7 @@ def base_url(address: str) -> str:
     Raises:
         ValueError: it does not begin with http:// or https://.
     """
-    if not re.match("https?://", address, re.IGNORECASE):
+    if not is_url(address.lower()):
         raise ValueError(
             f"the server: got {address!r}; accepted: http://HOST:PORT or https://HOST."
         )
