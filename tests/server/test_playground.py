@@ -59,7 +59,7 @@ def opened(browser, address, viewport=DESKTOP, **options):
     page.on("pageerror", lambda error: page.script_errors.append(str(error)))
     try:
         page.goto(address)
-        expect(page.locator("#server")).not_to_contain_text("Asking")
+        expect(page.locator("#server")).to_have_attribute("aria-busy", "false")
         yield page
         assert not page.script_errors
     finally:

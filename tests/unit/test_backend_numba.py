@@ -213,7 +213,7 @@ def test_a_row_out_of_range_is_refused_and_nothing_is_written(row):
     """The kernels check no other index."""
     logits_XV = torch.randn(3, 200)
     before_XV = logits_XV.clone()
-    with pytest.raises(IndexError, match="beyond the rows of the logits"):
+    with pytest.raises(IndexError, match="outside the rows of the logits"):
         NumbaBackend()(logits_XV, controls_of(2), torch.tensor([0, row]))
     with pytest.raises(ValueError, match="number differs"):
         NumbaBackend()(logits_XV, controls_of(2), torch.tensor([0]))

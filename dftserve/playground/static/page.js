@@ -238,6 +238,7 @@ async function start() {
   byId("server").classList.toggle("problem", server.problem !== null);
   for (const column of columns) column.offer(server.capabilities ?? {}, Boolean(server.capabilities?.active));
   byId("generate").disabled = false;
+  byId("server").ariaBusy = "false";
 }
 
 function described({ url, capabilities }) {
