@@ -47,7 +47,7 @@ FINAL, RUN_SETTINGS = "final", "settings.json"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = LARGEST_CARD = 1 << 20
 MOST_FILES = 10_000
-COPY = "copy the checkpoint anew"
+COPY = "copy the checkpoint again"
 NAMED = 5
 """Number of files that an error lists by name; the rest are counted."""
 HUB_LEAVES = re.compile(r"\.gitattributes|\.cache/huggingface/.+")

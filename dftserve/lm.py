@@ -149,7 +149,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
     except Exception as error:  # Each configuration class raises errors of its own.
         raise ValueError(
             f"{folder / CONFIG}: transformers cannot use it ({_line(error).rstrip('.')}); correct "
-            "it, or copy the model anew."
+            "it, or copy the model again."
         ) from error
     return Examined(folder, str(model), config)
 
@@ -263,7 +263,7 @@ def load(
         if info[kind]:
             raise ValueError(
                 f"{found.name} {what} {_named(info[kind])}; accepted: a tensor for each weight of "
-                f"{type(model).__name__} and no other. Copy the model anew, or save it with the "
+                f"{type(model).__name__} and no other. Copy the model again, or save it with the "
                 "version of transformers that it was made with."
             )
     _check_padding_row(model, found.name)
@@ -275,14 +275,21 @@ def load(
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing and mismatched weights; `load` reports them itself."""
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
+    """Silence transformers' table of missing and mismatched weights; `load` reports them itself.
+
+    By a filter, because a level of its own makes this logger check the plan of tensor parallelism
+    as well, and warn of all layers that one process does not shard.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        report.setLevel(level)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _check_sizes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], name: str) -> None:
@@ -593,7 +600,7 @@ class LanguageModel:
         if not bool(own_NV.isfinite().all()):
             raise ValueError(
                 f"{self.family} has logits that are not finite; its weights are damaged, or its "
-                "dtype is too narrow. Copy the model anew, or load it in float32."
+                "dtype is too narrow. Copy the model again, or load it in float32."
             )
         for scale, cap in _rescalings(self._config):
             self._scale, self._cap = scale, cap

@@ -124,7 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = [WEIGHTS] if (folder / WEIGHTS).exists() or not index.exists() else _shards(index)
     for name in names:
         if not (folder / name).exists():
-            why = f", which {INDEX} names; copy it anew." if index.exists() else f"; {OTHERWISE}"
+            why = f", which {INDEX} names; copy it again." if index.exists() else f"; {OTHERWISE}"
             raise ValueError(f"{folder} has no {name}{why}")
         _check_whole(folder / name)
     return [folder / name for name in names]
@@ -134,7 +134,7 @@ def _shards(index: Path) -> list[str]:
     content = read_json(index, within=index.parent, largest=LARGEST_TEXT)
     shards = content.get("weight_map") if isinstance(content, Mapping) else None
     if not isinstance(shards, Mapping) or not shards:
-        raise ValueError(f"{index}: it has no weight_map; copy it anew.")
+        raise ValueError(f"{index}: it has no weight_map; copy it again.")
     names = sorted({str(name) for name in shards.values()})
     for name in names:
         if Path(name).name != name:
@@ -149,15 +149,15 @@ def _check_whole(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise ValueError(f"{path} is not a complete safetensors file; copy it anew.")
+            raise ValueError(f"{path} is not a complete safetensors file; copy it again.")
         header = parse_json(file.read(length), str(path))
     try:
         ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (AttributeError, KeyError, IndexError, TypeError):
-        raise ValueError(f"{path} is not a complete safetensors file; copy it anew.") from None
+        raise ValueError(f"{path} is not a complete safetensors file; copy it again.") from None
     if size != expected:
         raise ValueError(
             f"{path}: got {size:,} bytes; its header names {expected:,}: it was cut short or "
-            "damaged. Copy it anew."
+            "damaged. Copy it again."
         )

@@ -552,14 +552,17 @@ _short.maxlevel, _short.maxstring, _short.maxother = 3, MAX_SHOWN, MAX_SHOWN
 
 
 def is_slip_of(key: str, name: str) -> bool:
-    """Whether a key differs from a field's name only in case, or by one omitted or replaced letter
-    or two swapped ones. An extra letter does not count: `styles` or `style2` may be a field of
-    another application."""
-    if key == name or not len(name) - 1 <= len(key) <= len(name):
+    """Whether a key differs from a field's name only in case, or by one letter that is omitted,
+    doubled or replaced, or by two swapped ones. Any other extra letter does not count: `styles` or
+    `style2` may be a field of another application."""
+    if key == name or abs(len(key) - len(name)) > 1:
         return False
     slip = key.lower()
-    same = next((i for i, (a, b) in enumerate(zip(slip, name, strict=False)) if a != b), len(slip))
+    same = next((i for i, (a, b) in enumerate(zip(slip, name, strict=False)) if a != b), None)
+    same = min(len(slip), len(name)) if same is None else same
     rest, due = slip[same:], name[same:]
+    if len(key) > len(name):
+        return same > 0 and slip[same] == slip[same - 1] and rest[1:] == due
     if len(key) < len(name):
         return rest == due[1:]
     return rest[1:] == due[1:] or (rest[1::-1] == due[:2] and rest[2:] == due[2:])

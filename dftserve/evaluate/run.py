@@ -85,6 +85,22 @@ class Job:
                 "options; vLLM's flags need a checkpoint."
             )
         check_model_or_url(self.model)
+        self.requests("", ())  # Raises for a setting before texts are read or a server is asked.
+
+    def requests(
+        self, model: str, prompts: tuple[Prompt, ...], weights: str | None = None
+    ) -> RequestGrid:
+        return RequestGrid(
+            model=model,
+            prompts=prompts,
+            grid=self.grid,
+            samples=self.samples,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            body=self.body,
+            weights=weights,
+        )
 
     @property
     def is_url(self) -> bool:
@@ -133,17 +149,8 @@ def ask(
     done, total = count_answers(job.out), len(prompts) * len(job.grid) * job.samples
     say(f"{job.out}: {done} of {total} answers are there.")
     is_complete = done == total
-    request_grid = RequestGrid(
-        model=_model(job, is_complete, say),
-        prompts=prompts,
-        grid=job.grid,
-        samples=job.samples,
-        max_tokens=job.max_tokens,
-        temperature=job.temperature,
-        seed=job.seed,
-        body=job.body,
-        weights=job.weights if job.is_url else weights_of(job.model, say),
-    )
+    weights = job.weights if job.is_url else weights_of(job.model, say)
+    request_grid = job.requests(_model(job, is_complete, say), prompts, weights)
     check_asked(request_grid, job.out)  # Before starting a server, which takes minutes.
     if (warning := doubt(request_grid, job.out)) is not None:
         say(warning)

@@ -1,7 +1,7 @@
 """The law `xtc`, exclude top choices: p-e-w's sampler, at temperature 1 and without stop tokens.
 
 The top choices are the content tokens with a probability of at least `xtc_threshold`, among all
-plausible tokens at temperature 1. With probability `xtc_probability`, decided anew in each step
+plausible tokens at temperature 1. With probability `xtc_probability`, decided at each step
 (`draws.py`), all of them are excluded but the least probable and those that tie with it. At least
 one top choice therefore remains, and the excluded tokens are exactly those above a ceiling.
 

@@ -34,7 +34,7 @@ from dftserve.bounded_files import FileError, advised, parse_json, read_bytes, r
 
 FORMAT = 1
 MANIFEST, TENSORS = "profile.json", "tensors.safetensors"
-ANEW = "build the profile anew"
+REBUILD = "build the profile again"
 MOST_PHRASES = 100_000
 LARGEST_LOG_RATIO = 10.0
 """λ in nats: no phrase is made more than 22,026 times rarer."""
@@ -347,7 +347,7 @@ def _check_rising(name: str, ids: NDArray, start: NDArray) -> None:
 
 
 def _refuse(where: str, got: str, accepted: str) -> NoReturn:
-    raise ProfileError(f"{where}: got {got}; accepted: {accepted}; {ANEW}.")
+    raise ProfileError(f"{where}: got {got}; accepted: {accepted}; {REBUILD}.")
 
 
 # ── The folder ───────────────────────────────────────────────────────────────────────────────────
@@ -539,12 +539,12 @@ def _manifest(folder: Path) -> _Manifest:
             f"{folder} has no {MANIFEST}; give the --out of a `dftserve style build`."
         ) from None
     except OSError as error:
-        raise ProfileError(f"{path} cannot be read ({error.strerror}); {ANEW}.") from None
+        raise ProfileError(f"{path} cannot be read ({error.strerror}); {REBUILD}.") from None
     except ValueError as error:
         message = str(error)  # The dataclasses' own errors include the advice already.
-        raise ProfileError(message if ANEW in message else advised(error, ANEW)) from None
+        raise ProfileError(message if REBUILD in message else advised(error, REBUILD)) from None
     if manifest.blake3 != _digest_of(content):
-        raise ProfileError(f"{path} was changed: its checksum does not match; {ANEW}.")
+        raise ProfileError(f"{path} was changed: its checksum does not match; {REBUILD}.")
     if manifest.sizes.vocabulary != manifest.vocabulary:
         got = f"{manifest.sizes.vocabulary}"
         _refuse(f"{path}, sizes.vocabulary", got, f"{manifest.vocabulary}")
@@ -558,15 +558,15 @@ def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
         content = read_bytes(path, within=folder, largest=largest)
         if blake3(content).hexdigest() != manifest.tensors_blake3:
             raise ProfileError(
-                f"{path} was changed: the checksum in {MANIFEST} does not match; {ANEW}."
+                f"{path} was changed: the checksum in {MANIFEST} does not match; {REBUILD}."
             )
         arrays = load_tensors(content)
     except FileNotFoundError:
-        raise ProfileError(f"{path} is missing; {ANEW}.") from None
+        raise ProfileError(f"{path} is missing; {REBUILD}.") from None
     except FileError as error:
-        raise ProfileError(advised(error, ANEW)) from None
+        raise ProfileError(advised(error, REBUILD)) from None
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise ProfileError(f"{path} cannot be read ({error}); {ANEW}.") from None
+        raise ProfileError(f"{path} cannot be read ({error}); {REBUILD}.") from None
     found = {name: (each.dtype.type, each.shape) for name, each in arrays.items()}
     wanted = {
         name: (dtype, (manifest.sizes.length(name),)) for name, (dtype, _) in _TENSORS.items()

@@ -66,7 +66,7 @@ LARGEST_DOCUMENT = 1 << 26
 LARGEST_HEADER = 1 << 14
 """Bytes of a shard's header: tensor names and shapes take some 1,000."""
 TAILS = ("sampled", "lumped")
-ANEW = "build the store anew"
+REBUILD = "build the store again"
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -201,14 +201,14 @@ class Manifest:
             content = read_json(path, within=folder, largest=LARGEST_MANIFEST)
             manifest = settings.load(cls, content, str(path))
         except ValueError as error:
-            raise StoreError(advised(error, ANEW)) from None
+            raise StoreError(advised(error, REBUILD)) from None
         if manifest.plan.format != FORMAT:
             raise StoreError(
-                f"{path}: got the format {manifest.plan.format}; accepted: {FORMAT}; {ANEW}."
+                f"{path}: got the format {manifest.plan.format}; accepted: {FORMAT}; {REBUILD}."
             )
         names = [shard.file for shard in manifest.shards]
         if len(set(names)) < len(names):
-            raise StoreError(f"{path}: got the same shard twice; accepted: each once; {ANEW}.")
+            raise StoreError(f"{path}: got the same shard twice; accepted: each once; {REBUILD}.")
         return manifest
 
 
@@ -563,13 +563,13 @@ class TargetStore:
             text = read_text(path, within=self.folder, largest=LARGEST_MANIFEST)
             content = parse_json(text, str(path))
         except FileError as error:
-            raise StoreError(advised(error, ANEW)) from None
+            raise StoreError(advised(error, REBUILD)) from None
         if content.get("blake3") != _digest_of(content) or text != _json(content):
-            raise StoreError(f"{path} is not the file that the build wrote; build it anew.")
+            raise StoreError(f"{path} is not the file that the build wrote; build it again.")
         for shard in self.manifest.shards:
             path = self.folder / shard.file
             if _digest_in(self.folder, shard) != shard.blake3:
-                raise StoreError(f"{path} is not the file that the build wrote; build it anew.")
+                raise StoreError(f"{path} is not the file that the build wrote; build it again.")
 
     def belongs_to(self, *, tokenizer: str, template: str | None, vocabulary: int) -> None:
         """Refuse a model that tokenises text differently.
@@ -604,7 +604,7 @@ def _checked_size(folder: Path, shard: Shard, plan: Plan) -> int:
     if size <= tensors:
         raise StoreError(
             f"{folder / shard.file}: got {size:,} bytes; accepted: more than {tensors:,}, by the "
-            f"counts of {MANIFEST}; {ANEW}."
+            f"counts of {MANIFEST}; {REBUILD}."
         )
     return size
 
@@ -619,11 +619,11 @@ def _as_store_error(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing; {ANEW}.") from None
+        raise StoreError(f"{path} is missing; {REBUILD}.") from None
     except FileError as error:
-        raise StoreError(advised(error, ANEW)) from None
+        raise StoreError(advised(error, REBUILD)) from None
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} cannot be read ({error}); {ANEW}.") from None
+        raise StoreError(f"{path} cannot be read ({error}); {REBUILD}.") from None
 
 
 class _ShardFile:
@@ -671,7 +671,7 @@ class _ShardFile:
         return ends_D
 
     def _error(self, got: str, accepted: str) -> StoreError:
-        return StoreError(f"{self._path}: got {got}; accepted: {accepted}; {ANEW}.")
+        return StoreError(f"{self._path}: got {got}; accepted: {accepted}; {REBUILD}.")
 
     def read(self, index: int) -> tuple[Document, Targets]:
         tokens, trained = _span(self.document_ends_D, index), _span(self.trained_ends_D, index)

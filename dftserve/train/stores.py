@@ -43,7 +43,7 @@ class NamedStore:
             return None
         return (
             f"in {count:,} conversations {NO_STOP}. End the template's generation marks "
-            "after the token that ends a turn, and build the store anew."
+            "after the token that ends a turn, and build the store again."
         )
 
 
@@ -103,7 +103,7 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
         raise ValueError(
             f"targets: got stores of {', '.join(map(str, draws))} draws, whose least common "
             f"multiple is above {LARGEST_KEPT}; accepted: a least common multiple up to it. "
-            "Build one of them anew (store.draws of its recipe)."
+            "Build one of them again (store.draws of its recipe)."
         )
 
 

@@ -390,7 +390,7 @@ def test_the_content_of_a_shard_is_compared_with_its_manifest(
     tensors = load_file(workspace / reader.file)
     tensors[name] = change(tensors[name]).astype(tensors[name].dtype)
     save_file(tensors, workspace / reader.file)
-    refused(commands, reader, workspace, "build the store anew")
+    refused(commands, reader, workspace, "build the store again")
 
 
 def test_a_shard_of_other_shapes_is_refused(commands, workspace):

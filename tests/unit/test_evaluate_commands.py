@@ -261,8 +261,9 @@ def test_the_benchmark_runs_each_task_and_skips_those_without_data(tmp_path):
         assert again.exit_code == 0, again.output
         assert (tmp_path / "plots" / "story" / "distance.png").is_file()
     skipped = run("benchmark", "http://127.0.0.1:1", "--out", out, "--data", tmp_path)
-    assert skipped.exit_code == 0
+    assert skipped.exit_code == 2, "nothing was measured"
     assert skipped.output.count("skipped") == 3
+    assert "none has its texts" in skipped.output
 
 
 def test_the_slot_error_rate_leaves_out_answers_cut_in_their_thinking(tmp_path):

@@ -1,6 +1,7 @@
 """A model gives the same results as its own forward, or is refused with a reason."""
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import replace
@@ -372,6 +373,13 @@ def test_float32_in_place_of_auto_is_logged_once(tmp_path, monkeypatch, caplog):
         dtype_for(examined, dtype, "cpu")
     assert [record.name for record in caplog.records] == ["dftserve.lm"]
     assert "are loaded in float32" in caplog.text
+
+
+def test_a_model_is_loaded_without_a_warning(tmp_path, monkeypatch, caplog):
+    for name in ("transformers", "dftserve"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    load(examine(save_model(tmp_path / "base", tied=True)), dtype=torch.float32)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -66,8 +66,16 @@ def test_other_engines_accept_the_field(monkeypatch, engine_config):
 
 
 SLIPS = {
-    "diversity": ("diversty", "Diversity", "iversity", "diversit", "diverstiy", "divarsity"),
-    "style": ("stlye", "STYLE", "styl", "tyle", "stile"),
+    "diversity": (
+        "diversty",
+        "Diversity",
+        "iversity",
+        "diversit",
+        "diverstiy",
+        "divarsity",
+        "diversityy",
+    ),
+    "style": ("stlye", "STYLE", "styl", "tyle", "stile", "styyle"),
 }
 OTHERS = (
     *("diversity_penalty", "diverse", "adversity", "top_diversity", "diversities", "d"),
@@ -102,9 +110,10 @@ def test_other_unknown_keys_are_ignored():
 
 @given(st.sampled_from(list(SLIPS)), st.text(alphabet="diverstyl_2", max_size=11))
 def test_a_slip_is_one_edit_away(name, key):
-    """Edits are: a letter left out, a letter replaced, or two letters swapped."""
+    """Edits are: a letter left out, doubled or replaced, or two letters swapped."""
     cuts = range(len(name))
     edits = {name[:i] + name[i + 1 :] for i in cuts}
+    edits |= {name[: i + 1] + name[i:] for i in cuts}
     edits |= {name[:i] + letter + name[i + 1 :] for i in cuts for letter in "diverstyl_2"}
     edits |= {name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in cuts}
     assert spec.is_slip_of(key, name) == (key in edits - {name})

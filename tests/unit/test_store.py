@@ -321,7 +321,7 @@ def test_a_folder_without_a_store_is_refused(tmp_path):
 def test_a_damaged_manifest_is_refused(tmp_path, content):
     build_store(tmp_path / "s", SPLIT)
     (tmp_path / "s" / "manifest.json").write_text(content)
-    with pytest.raises(StoreError, match="build the store anew"):
+    with pytest.raises(StoreError, match="build the store again"):
         TargetStore(tmp_path / "s")
 
 

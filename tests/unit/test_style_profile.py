@@ -116,7 +116,7 @@ def test_invalid_tensors_are_refused(folder, changed, message):
     with pytest.raises(ProfileError, match=message) as refused:
         read(folder)
     assert str(folder / TENSORS) in str(refused.value)
-    assert "build the profile anew" in str(refused.value)
+    assert "build the profile again" in str(refused.value)
 
 
 def test_rows_out_of_order_are_refused(folder):

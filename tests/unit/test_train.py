@@ -1040,7 +1040,7 @@ def test_if_the_newest_checkpoint_is_damaged_an_older_intact_one_is_named(run):
     with pytest.raises(ValueError, match=r"or remove .*checkpoint-4 to go on from checkpoint-2"):
         train(config)
     (older / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"copy the checkpoint anew\.$"):
+    with pytest.raises(ValueError, match=r"copy the checkpoint again\.$"):
         train(config)
 
 

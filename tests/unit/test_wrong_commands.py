@@ -70,10 +70,13 @@ evaluate drift nowhere.json nowhere.json
 evaluate compare nowhere.json bad.yaml
 evaluate anchors build nowhere --out anchors
 evaluate http://127.0.0.1:9 --prompts nowhere.txt --out e
+evaluate http://127.0.0.1:9 --prompts texts --anchors texts --out e --grid 0,2
+evaluate http://127.0.0.1:9 --prompts texts --anchors texts --out e --temperature 3
+evaluate benchmark http://127.0.0.1:9 --out e --grid 0,2
 """.strip().splitlines()
 HELPFUL = re.compile(
     r"accepted|Try '|--help|such as|give|name |choose|remove|install|run it|build it|is it|"
-    r"did you mean|see |convert|correct|write it|anew|"
+    r"did you mean|see |convert|correct|write it|again|"
     r"Missing|No such command|is not a valid|does not exist",  # click's, below the usage line
     re.IGNORECASE,
 )

@@ -79,13 +79,16 @@ def run(job: Job, say: Say, tick: Tick) -> None:
     others are still run.
 
     Raises:
-        ValueError: a task, a setting or the answers are not accepted.
+        ValueError: a task, a setting or the answers are not accepted, or no task has its texts.
         RuntimeError: a server does not start, cannot be reached or fails.
     """
+    whole = _evaluation(job, "", Path(), 1, 1)
     found = dict(_tasks(job, say))
     if not found:
-        return
-    whole = _evaluation(job, "", Path(), 1, 1)
+        raise ValueError(
+            f"tasks: got {', '.join(job.tasks)}, and none has its texts; give --data, or set "
+            "DFTSERVE_DATA to their folder."
+        )
     weights = job.weights if whole.is_url else weights_of(job.model, say)
     with evaluation.server(whole, say) as url:
         served = replace(job, model=url, serve_flags=(), weights=weights)
