@@ -3,7 +3,8 @@
     make eval-env
     DFTSERVE_DATA=path/to/data python bench/headline_models.py --model MODEL      # first: models
     DFTSERVE_DATA=path/to/data python bench/headline.py --model MODEL [--folder build/headline]
-        [--dtype auto] [--base-answers bench/results/texts/real_answers.jsonl.gz]
+        [--seed 0 --seed 1] [--dtype auto]
+        [--base-answers bench/results/texts/real_answers.jsonl.gz]
 
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
 (bench/real_answers.py) without the field at T 1, and with the law `words` at .25, the setting that
@@ -25,7 +26,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +85,23 @@ BOOK_CHARACTERS = 1500
     "no others.",
 )
 @click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", "seeds", multiple=True, default=(0,), show_default=True, help="Repeatable.")
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--output", default=RESULTS / "headline.json", type=click.Path(path_type=Path))
 def main(
-    model: Path, base_answers: Path | None, folder: Path, seed: int, dtype: str, output: Path
+    model: Path,
+    base_answers: Path | None,
+    folder: Path,
+    seeds: tuple[int, ...],
+    dtype: str,
+    output: Path,
 ) -> None:
-    places = {name: headline_models.place_of(folder, name, seed) for name in MODELS}
-    models = {BASE: model} | {name: place for name, place in places.items() if place.exists()}
-    if START not in models:
-        raise click.UsageError(
-            f"{places[START]} does not exist; run bench/headline_models.py first."
-        )
-    folders = {name: folder / "answers" / headline_models.label(name, seed) for name in models}
+    models = models_in(folder, model, seeds)
+    places = {name: each.place for name, each in models.items()}
+    folders = {name: each.answers for name, each in models.items()}
     if base_answers is not None:
         unpack(base_answers, folders[BASE])
-    for name, place in models.items():
+    for name, place in places.items():
         if name != BASE or base_answers is None:
             answer_missing(place, folders[name], dtype)
         check_instructions(folders[name])
@@ -110,13 +113,13 @@ def main(
         if MMLU in ASKED.get(setting, ())
     }
     likelihoods = {
-        source: likelihood(models, texts) for source, texts in human_texts(data_folder()).items()
+        source: likelihood(places, texts) for source, texts in human_texts(data_folder()).items()
     }
     document = {
         "what": "tuning of a collapsed model on stories by people; 95 % intervals",
         "machine": machine(),
         "versions": versions("vllm", "transformers", "harper-py"),
-        "seed": seed,
+        "seeds": seeds,
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
         "stories": story_rows({name: read_answers(each) for name, each in folders.items()}),
         "accuracy": {
@@ -135,6 +138,35 @@ def main(
     made_here = {name: folders[name] for name in folders if name != BASE or base_answers is None}
     pack(texts_of(output), answer_rows(made_here))
     print(json.dumps(document))
+
+
+@dataclass(frozen=True)
+class Model:
+    """The folders of a checkpoint and of its answers."""
+
+    place: Path
+    answers: Path
+
+
+def models_in(folder: Path, base: Path, seeds: Sequence[int]) -> dict[str, Model]:
+    """The base model and those of bench/headline_models.py that exist, by the name of their rows.
+
+    Raises:
+        click.UsageError: there is no start to compare with.
+    """
+    answers = folder / "answers"
+    found = {BASE: Model(base, answers / BASE)}
+    for name, seed in product(MODELS, seeds):
+        place = headline_models.place_of(folder, name, seed)
+        if place.exists():
+            row = name if name == START or seed == 0 else f"{name} (seed {seed})"
+            found[row] = Model(place, answers / headline_models.label(name, seed))
+    if START not in found:
+        raise click.UsageError(
+            f"{headline_models.place_of(folder, START, 0)} does not exist; run "
+            "bench/headline_models.py first."
+        )
+    return found
 
 
 def learnt_from(folder: Path) -> dict[str, int]:

@@ -38,8 +38,8 @@ def models(document: Mapping[str, Any]) -> str:
     count = story["prompts"] * story["answers_to_each"]
     lines.append("")
     lines.append(
-        f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed: {count} stories for each row of a "
-        f"model, {accuracy['ifeval'][f'{START}, {STOCK}']['count']} prompts of IFEval, "
+        f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed a row: {count} stories for each row "
+        f"of a model, {accuracy['ifeval'][f'{START}, {STOCK}']['count']} prompts of IFEval, "
         f"{accuracy['mmlu'][f'{START}, {STOCK}']['count']} questions of MMLU, of which a share of "
         f"the answers is unreadable. The start was tuned on {texts['start']} answers of one model, "
         f"the models made from it on {texts['train']} people's stories; {texts['measure']} other "
@@ -90,17 +90,10 @@ ROWS = (
     ("AI phrases, distance to people's rate", f"≤ {NEARER:g} ×", phrases),
     ("IFEval", "≥ −1 %", partial(accuracy, task="ifeval")),
     ("MMLU", "≥ −1 %", partial(accuracy, task="mmlu")),
-    ("perplexity, stories", "≤ .91 ×", partial(likelihood, measure="perplexity", source="stories")),
-    ("perplexity, books", "≤ .91 ×", partial(likelihood, measure="perplexity", source="books")),
-    (
-        "bits per byte, stories",
-        "≤ .91 ×",
-        partial(likelihood, measure="bits_per_byte", source="stories"),
-    ),
-    (
-        "bits per byte, books",
-        "≤ .91 ×",
-        partial(likelihood, measure="bits_per_byte", source="books"),
+    *(
+        (f"{measure}, {source}", "≤ .91 ×", partial(likelihood, measure=key, source=source))
+        for measure, key in (("perplexity", "perplexity"), ("bits per byte", "bits_per_byte"))
+        for source in ("stories", "books")
     ),
 )
 """By row: what is compared, the target, and the cell of a model."""
