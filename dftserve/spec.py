@@ -74,6 +74,7 @@ DRY_BOUNDS: Mapping[str, Bounds] = {
 DRY_BREAKERS = "dry_sequence_breakers"
 MOST_BREAKERS, LONGEST_BREAKER = 32, 64
 """Maximum number of strings, and maximum characters of each."""
+BREAKERS = f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
 DRY_NAMES = (*DRY_BOUNDS, DRY_BREAKERS)
 
 # Valid range of the entropies in a checkpoint's `Promise`, in nats per token.
@@ -290,12 +291,11 @@ def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
 
 def _strings(value: object, parameter: str) -> tuple[str, ...]:
     """The distinct strings of a list, in their order."""
-    accepted = f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
     if not isinstance(value, list | tuple) or len(value) > MOST_BREAKERS:
-        raise DiversityError(parameter, value, accepted)
+        raise DiversityError(parameter, value, BREAKERS)
     for each in value:
         if not isinstance(each, str) or not 0 < len(each) <= LONGEST_BREAKER:
-            raise DiversityError(parameter, each, accepted)
+            raise DiversityError(parameter, each, BREAKERS)
     return tuple(dict.fromkeys(value))
 
 

@@ -295,3 +295,11 @@ def test_a_refusal_is_short_and_printable_for_any_value(value):
         assert text.isprintable()
         assert text.encode()
         assert refusal.parameter.startswith("diversity")
+
+
+def test_the_capabilities_list_every_parameter():
+    listed = capabilities.capabilities()
+    assert {law: set(bounds) for law, bounds in listed["laws"].items()} == {
+        law: set(takes) for law, takes in spec.LAWS.items()
+    }
+    assert set(listed["dry"]) == set(spec.DRY_NAMES)

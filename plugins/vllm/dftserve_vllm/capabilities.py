@@ -28,7 +28,10 @@ def capabilities(models: Any = None) -> dict[str, Any]:
             law: {name: str(spec.BOUNDS[name]) for name in takes}
             for law, takes in spec.LAWS.items()
         },
-        "dry": {name: str(bounds) for name, bounds in spec.DRY_BOUNDS.items()},
+        "dry": {
+            **{name: str(bounds) for name, bounds in spec.DRY_BOUNDS.items()},
+            spec.DRY_BREAKERS: spec.BREAKERS,
+        },
         "groups_unavailable": engine.refusal_of_groups(),
         "styles": [profile.name for profile in styles.profiles],
         "styles_refused": dict(styles.refused),
