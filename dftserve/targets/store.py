@@ -282,35 +282,35 @@ def begin(folder: Path, wanted: Plan) -> None:
     Raises:
         StoreError: the folder contains a build with another plan, or other files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / MANIFEST, folder / PLAN):
-        if path.exists():
-            found = _plan_in(folder, path)
-            other = difference(found, json.loads(_json(asdict(wanted))))
-            if other:
-                raise StoreError(
-                    f"{folder} holds a store of another plan: {other}. Choose another folder, "
-                    "or remove this one."
-                )
-            if path.name == MANIFEST:
-                # It is still there if `finish` was killed before removing it.
-                (folder / PLAN).unlink(missing_ok=True)
-            return
-    # A killed process may have left a partially written plan, which is ignored.
-    if any(path.name != PLAN + atomic.PARTIAL for path in folder.iterdir()):
-        raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
-    atomic.write_text(folder / PLAN, _json(asdict(wanted)))
+    found = begun(folder)
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(folder / PLAN, _json(asdict(wanted)))
+        return
+    if other := difference(found, json.loads(_json(asdict(wanted)))):
+        raise StoreError(
+            f"{folder} holds a store of another plan: {other}. Choose another folder, "
+            "or remove this one."
+        )
+    if (folder / MANIFEST).exists():
+        # The plan is still there if `finish` was killed before removing it.
+        (folder / PLAN).unlink(missing_ok=True)
 
 
 def begun(folder: Path) -> Mapping[str, Any]:
-    """The plan of the finished or unfinished build in a folder; empty if there is none.
+    """The plan of the finished or unfinished build in a folder; empty if none was started.
 
     Raises:
-        StoreError: the file is not a plan.
+        StoreError: the file is not a plan, or the folder contains other files.
     """
     for path in (folder / MANIFEST, folder / PLAN):
         if path.exists():
             return _plan_in(folder, path)
+    if not folder.exists():
+        return {}
+    # A killed process may have left a partially written plan, which is ignored.
+    if not folder.is_dir() or any(path.name != PLAN + atomic.PARTIAL for path in folder.iterdir()):
+        raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
     return {}
 
 
@@ -321,7 +321,7 @@ def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
     except FileError as error:
         raise StoreError(advised(error, "choose another folder, or remove this one")) from None
     plan = found.get("plan", found) if isinstance(found, Mapping) else None
-    if not isinstance(plan, Mapping):
+    if not plan or not isinstance(plan, Mapping):
         raise StoreError(f"{path} is no plan of a store; choose another folder, or remove it.")
     return plan
 

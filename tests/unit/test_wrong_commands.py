@@ -24,6 +24,7 @@ nonsense
 target
 target build
 target build corpus.txt --model model --recipe creative --out out
+target build corpus.txt --model model --recipe creative --out texts
 target build nowhere --model model --recipe creative --out out
 target build texts --model ./none --recipe creative --out out
 target build texts --model empty --recipe creative --out out
