@@ -86,8 +86,8 @@ def load(cls: type[T], given: object, where: str) -> T:
         if field.default is MISSING and field.default_factory is MISSING
     ]
     if not isinstance(given, Mapping):
-        named = f" ({', '.join(required)})" if required else ""
-        raise ValueError(f"{where}: got {_shown(given)}; accepted: keys and values{named}.")
+        names = ", ".join(required or known)
+        raise ValueError(f"{where}: got {_shown(given)}; accepted: keys and values ({names}).")
     hints = typing.get_type_hints(cls)
     refuse_unknown(given, known, where)
     kinds = {name: known[name].metadata.get("kind") or _kind(hints[name]) for name in known}
