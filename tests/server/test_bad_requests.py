@@ -107,6 +107,13 @@ def test_a_boolean_in_vllm_xargs_is_1(v1):
     assert answer.json()["diversity"]["level"] == 1
 
 
-def test_a_clients_diversity_id_is_not_refused(v1):
-    body = chat_body(vllm_xargs={"diversity_id": "mine"}, max_tokens=4)
-    assert gather(v1, [("/v1/chat/completions", body)])[0].status_code == 200
+def test_a_clients_diversity_id_has_no_effect(v1):
+    xargs = {"diversity_id": "mine"}
+    bodies = (
+        chat_body(vllm_xargs=xargs, max_tokens=4),
+        chat_body(vllm_xargs=xargs, diversity=0.5, max_tokens=4),
+    )
+    off, on = gather(v1, [("/v1/chat/completions", body) for body in bodies])
+    assert off.status_code == 200
+    assert "diversity" not in off.json()
+    assert on.json()["diversity"]["choices"][0]["tokens"] > 0

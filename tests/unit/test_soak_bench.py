@@ -2,7 +2,7 @@
 
 import json
 import random
-import time
+import threading
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +15,7 @@ import soak_table
 from click.testing import CliRunner
 from soak_promises import JUDGES, broken_promises
 
+from tests.conftest import PATIENCE
 from tests.fuzz_bodies import MAX_ANSWER_BYTES, Asked, complaint
 from tests.local_server import serving
 
@@ -188,15 +189,17 @@ def test_both_servers_get_the_same_overload(monkeypatch):
 def test_health_is_watched_until_the_work_ends():
     """From a process of its own; failures are recorded too."""
     paths: list[str] = []
+    third = threading.Event()
 
     def answer(handler) -> None:
         paths.append(handler.path)
         handler.send_response(200 if len(paths) != 2 else 503)
         handler.end_headers()
+        if len(paths) == 3:
+            third.set()
 
     with serving(answer) as url, soak._health_watched(SimpleNamespace(url=url)) as measured:  # type: ignore[arg-type]
-        while len(paths) < 3:
-            time.sleep(0.01)
+        assert third.wait(PATIENCE)
     assert set(paths) == {"/health"}
     assert len(measured) in (len(paths), len(paths) - 1)
     assert [seconds is None for seconds in measured[:3]] == [False, True, False][: len(measured)]
